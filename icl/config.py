@@ -1,0 +1,370 @@
+"""The configuration tree: every setting of a run, typed, documented and checked at the door.
+
+A run is a pure function of one `RunConfig`. The tree is frozen, its leaves are plain values, and it is saved whole
+with the run and in every checkpoint. Names follow the field's standard terms; the papers' symbols stand beside
+them (M, D, K, sigma^2). `icl.presets` has the published settings, `icl.resolve` reads files and command lines.
+"""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+LayerNormPlacement = Literal["pre", "post", "none"]
+Activation = Literal["relu", "gelu", "gelu_tanh"]
+Initialisation = Literal["pytorch", "gpt2"]
+ModelOutput = Literal["scalar", "token"]
+RateSchedule = Literal["constant", "warmup", "triangle"]
+Accelerator = Literal["auto", "cpu", "cuda", "gpu", "tpu", "mps"]
+
+FREE_ON_RESUME = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
+"""Where a run executes, not what it computes: these may change when an unfinished run is resumed."""
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message says which, why, and what to write instead."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_count(section: str, name: str, value: Any, minimum: int) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    _require(
+        whole and value >= minimum, f"`{section}.{name}` must be a whole number of at least {minimum}, got {value!r}."
+    )
+
+
+def _require_number(section: str, name: str, value: Any, *, positive: bool) -> None:
+    real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    bound = "positive" if positive else "zero or positive"
+    _require(
+        real and (value > 0 if positive else value >= 0),
+        f"`{section}.{name}` must be {bound} and finite, got {value!r}.",
+    )
+
+
+def parse_num_tasks(value: Any) -> int | float:
+    """The task diversity M as an int, or `math.inf` for the Gaussian prior.
+
+    Args:
+        value: A positive whole number, `"inf"` or `math.inf`.
+
+    Raises:
+        ConfigError: For anything else: zero, fractions, None, other words.
+    """
+    if isinstance(value, str):
+        text = value.strip().lower().lstrip("+").lstrip(".")
+        if text in ("inf", "infinity"):
+            return math.inf
+        value = int(text.replace("_", "")) if re.fullmatch(r"[\d_]+", text) and text.strip("_") else value
+    if isinstance(value, float) and (value == math.inf or value.is_integer()):
+        value = math.inf if value == math.inf else int(value)
+    if value == math.inf or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31):
+        return value
+    raise ConfigError(
+        f"The number of tasks M must be a whole number from 1 to 2^31 - 1, or `inf` for the Gaussian prior, got {value!r}."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """In-context linear regression: y_k = w . x_k + noise, w drawn from M tasks or from N(0, I)."""
+
+    num_tasks: int | float = 4096
+    """Task diversity M: the pool has the first M tasks of one endless sequence; `inf` is the Gaussian prior N(0, I)."""
+    task_size: int = 2
+    """Input dimension D."""
+    max_examples: int = 8
+    """Examples per prompt K; the model sees 2K - 1 tokens x1, y1, ..., xK."""
+    noise_variance: float = 0.25
+    """Noise variance sigma^2 of the targets (a variance, not a deviation)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_tasks", parse_num_tasks(self.num_tasks))
+        _require_count("task", "task_size", self.task_size, 1)
+        _require_count("task", "max_examples", self.max_examples, 1)
+        _require_number("task", "noise_variance", self.noise_variance, positive=False)
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether the training tasks come from the Gaussian prior (M = inf)."""
+        return self.num_tasks == math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer over vector tokens; `icl/transformer.py` reads from top to bottom."""
+
+    num_layers: int = 2
+    """Blocks L, each attention and MLP."""
+    num_heads: int = 4
+    """Attention heads H per block; must divide `embed_size`."""
+    embed_size: int = 32
+    """Width C of the residual stream."""
+    mlp_size: int = 64
+    """Hidden width of the MLP."""
+    layer_norm: LayerNormPlacement = "pre"
+    """Layer norm before each sublayer (`pre`), after each residual sum (`post`), or nowhere (`none`)."""
+    attention_output: bool = True
+    """Whether heads pass through an output projection W_O."""
+    activation: Activation = "relu"
+    """MLP activation: ReLU, exact GELU, or GPT-2's tanh approximation of GELU."""
+    embedding_bias: bool = False
+    """Bias of the token embedding."""
+    attention_bias: bool = False
+    """Biases of the query, key, value and output projections."""
+    mlp_bias: bool = True
+    """Biases of the MLP."""
+    unembedding_bias: bool = True
+    """Bias of the unembedding."""
+    output: ModelOutput = "token"
+    """Unembed to one number (`scalar`) or to D + 1 (`token`), of which coordinate 0 is the prediction."""
+    init: Initialisation = "pytorch"
+    """Initial weights: nn.Linear's uniform (`pytorch`), or N(0, 0.02^2) with scaled residual projections (`gpt2`)."""
+    double_residual: bool = False
+    """Add each block's input twice, as the code behind Hoogland et al. did; only for matching published numbers."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "embed_size", "mlp_size"):
+            _require_count("model", name, getattr(self, name), 1)
+        _require(
+            self.embed_size % self.num_heads == 0,
+            f"`model.num_heads` must divide `model.embed_size`, got {self.num_heads} heads for a width of {self.embed_size}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Adam with a learning-rate schedule in steps."""
+
+    lr: float = 3e-3
+    """Peak learning rate."""
+    schedule: RateSchedule = "triangle"
+    """`constant`; `warmup` (linear to the peak, then constant); `triangle` (linear up, then linear to zero)."""
+    warmup_steps: int | None = None
+    """Steps of the linear rise; left out: none for `constant`, half of `schedule_steps` for `triangle`."""
+    schedule_steps: int | None = None
+    """Length of the rate's whole curve; left out: `trainer.max_steps`. Keep it when you only stop earlier."""
+    grad_clip: float | None = None
+    """Largest gradient norm of a member; left out: no clipping."""
+    beta1: float = 0.9
+    """Adam's decay of the first moment."""
+    beta2: float = 0.999
+    """Adam's decay of the second moment."""
+    eps: float = 1e-8
+    """Adam's stabiliser."""
+
+    def __post_init__(self) -> None:
+        _require_number("optim", "lr", self.lr, positive=True)
+        _require_number("optim", "eps", self.eps, positive=True)
+        for name in ("warmup_steps", "schedule_steps"):
+            if getattr(self, name) is not None:
+                _require_count("optim", name, getattr(self, name), 1)
+        if self.grad_clip is not None:
+            _require_number("optim", "grad_clip", self.grad_clip, positive=True)
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"`optim.{name}` must be in [0, 1), got {value!r}.")
+        _require(
+            self.schedule != "constant" or self.warmup_steps is None,
+            "`optim.warmup_steps` has no meaning for a constant rate; set `optim.schedule` to `warmup` or `triangle`.",
+        )
+        _require(
+            self.schedule != "warmup" or self.warmup_steps is not None,
+            "`optim.schedule` is `warmup` but `optim.warmup_steps` is not set; give it a number of steps.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long, how much per step, and on what."""
+
+    max_steps: int = 12_000
+    """Optimiser steps; step s means after s updates, step 0 is the initial model."""
+    batch_size: int = 128
+    """Prompts per step over all devices together."""
+    log_every: int = 100
+    """Steps between rows of `metrics.csv`; each row's `train/loss` is the mean since the row before."""
+    accelerator: Accelerator = "auto"
+    """Device kind; `auto` takes $DEVICE, or else the best there is."""
+    devices: int = 1
+    """Devices per node."""
+    num_nodes: int = 1
+    """Machines that train this one run together."""
+    strategy: str = "auto"
+    """Lightning's strategy, `ddp` for several processes."""
+    precision: str = "32-true"
+    """Lightning's precision, such as `32-true` or `bf16-mixed`."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "log_every", "devices", "num_nodes"):
+            _require_count("trainer", name, getattr(self, name), 1)
+        ranks = self.devices * self.num_nodes
+        _require(
+            self.batch_size % ranks == 0,
+            f"`trainer.batch_size` must be a multiple of the number of processes, got {self.batch_size} for {ranks}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluation during training, on fixed prompts."""
+
+    every: int | None = 500
+    """Steps between evaluations; left out (None): none during training."""
+    num_prompts: int = 2048
+    """Prompts in each evaluation set (pretrain and true)."""
+
+    def __post_init__(self) -> None:
+        if self.every is not None:
+            _require_count("evaluation", "every", self.every, 1)
+        _require_count("evaluation", "num_prompts", self.num_prompts, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStoppingConfig:
+    """Stop when a metric has stopped falling."""
+
+    monitor: str = "eval/pretrain/loss"
+    """The metric that must fall; an `eval/...` column of `metrics.csv`."""
+    patience: int | None = None
+    """Evaluations (not steps) without improvement before stopping; None never stops."""
+    min_delta: float = 0.0
+    """The least fall that counts as improvement."""
+
+    def __post_init__(self) -> None:
+        if self.patience is not None:
+            _require_count("early_stopping", "patience", self.patience, 1)
+        _require_number("early_stopping", "min_delta", self.min_delta, positive=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointsConfig:
+    """Which steps are saved for analysis: the union of three grids, always with step 0 and the last."""
+
+    every: int | None = None
+    """Save every so many steps."""
+    num_log: int = 20
+    """Points of a log-spaced grid from 1 to `max_steps` (fewer after rounding)."""
+    num_linear: int = 10
+    """Points of a linear grid from 0 to `max_steps`."""
+
+    def __post_init__(self) -> None:
+        if self.every is not None:
+            _require_count("checkpoints", "every", self.every, 1)
+        _require_count("checkpoints", "num_log", self.num_log, 0)
+        _require_count("checkpoints", "num_linear", self.num_linear, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedsConfig:
+    """One seed for each source of chance; changing one leaves the others' draws as they were."""
+
+    model: int = 0
+    """Initial weights."""
+    tasks: int = 0
+    """The endless task sequence whose first M make the pool."""
+    data: int = 0
+    """Training inputs and the choice of each prompt's task."""
+    noise: int = 0
+    """Label noise of the training prompts."""
+    evaluation: int = 0
+    """Every evaluation set."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            _require_count("seeds", field.name, value, 0)
+            _require(value < 2**63, f"`seeds.{field.name}` must be below 2^63, got {value}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All settings of a run. The defaults are the preset `quickstart`."""
+
+    preset: str = "quickstart"
+    """The named settings that this configuration started from; see `icl.presets`."""
+    run_name: str | None = None
+    """Folder of the run below $LOCAL_ROOT; left out: the preset and the settings that differ from it."""
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    seeds: SeedsConfig = SeedsConfig()
+
+    def __post_init__(self) -> None:
+        if self.run_name is not None:
+            parts = str(self.run_name).split("/")
+            _require(
+                all(re.fullmatch(r"[\w.,=+-]+", part) and set(part) != {"."} for part in parts),
+                f"`run_name` may hold letters, digits and . , = + - _ / only and stays below $LOCAL_ROOT, got {self.run_name!r}.",
+            )
+        self._check_schedule()
+        _require(
+            self.early_stopping.patience is None or self.evaluation.every is not None,
+            "`early_stopping.patience` is set but `evaluation.every` is not; early stopping needs an evaluation interval.",
+        )
+
+    def _check_schedule(self) -> None:
+        steps = self.schedule_steps
+        _require(
+            self.optim.schedule != "triangle" or self.trainer.max_steps <= steps,
+            f"`trainer.max_steps` ({self.trainer.max_steps}) goes past `optim.schedule_steps` ({steps}), where the rate is zero.",
+        )
+        warmup = self.optim.warmup_steps
+        _require(
+            self.optim.schedule != "triangle" or warmup is None or warmup < steps,
+            f"`optim.warmup_steps` ({warmup}) must be below the schedule's {steps} steps; lower it or raise `optim.schedule_steps`.",
+        )
+
+    @property
+    def schedule_steps(self) -> int:
+        """Length of the learning rate's curve in steps."""
+        return self.optim.schedule_steps or self.trainer.max_steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tree as nested dicts of plain values; infinity is written `inf`."""
+        tree = dataclasses.asdict(self)
+        if self.task.is_gaussian:
+            tree["task"]["num_tasks"] = "inf"
+        return tree
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> "RunConfig":
+        """The config that `to_dict` wrote.
+
+        Raises:
+            ConfigError: If a key is unknown or a value cannot be used.
+        """
+        sections = {field.name: field.type for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for name, value in tree.items():
+            kind = sections.get(name)
+            try:
+                values[name] = kind(**value) if dataclasses.is_dataclass(kind) and isinstance(kind, type) else value
+            except TypeError as error:
+                raise ConfigError(
+                    f"The section `{name}` has a key or value that this version does not know: {error}."
+                ) from None
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"The configuration has a key that this version does not know: {error}.") from None
+
+
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
+    """A nested dict as dotted keys: `{"task": {"num_tasks": 1}}` becomes `{"task.num_tasks": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat

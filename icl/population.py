@@ -1,0 +1,74 @@
+"""Populations: one architecture, many parameter sets, stacked on a leading axis N and applied at once.
+
+The seeds of a sweep, the rungs of an M-ladder, the chains of an LLC estimate and the checkpoints of a run are all
+populations, and this is the one place that stacks, unstacks and maps over them. Parameters are `dict[str, Tensor]`
+with the names of the module's own state dict. A run is a population of one.
+
+`apply` maps the module by `torch.func.vmap`. A population of one calls the plain module instead: measured on two CPU
+cores, vmap costs such a step of the quickstart model 15 to 30 % more; a test holds both to the same numbers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Params: TypeAlias = dict[str, Tensor]
+"""Parameters by name; stacked ones have a leading axis N."""
+
+
+def stack(members: Sequence[Mapping[str, Tensor]]) -> Params:
+    """Many parameter sets as one, on a new leading axis.
+
+    Raises:
+        ValueError: If there are none, or their names or shapes differ.
+    """
+    if not members:
+        raise ValueError("A population needs at least one member.")
+    shapes = [{name: tuple(tensor.shape) for name, tensor in member.items()} for member in members]
+    for number, other in enumerate(shapes):
+        if other != shapes[0]:
+            raise ValueError(f"Member {number} has another architecture than member 0; a population shares one.")
+    return {name: torch.stack([member[name] for member in members]) for name in members[0]}
+
+
+def unstack(params: Mapping[str, Tensor]) -> list[Params]:
+    """The members of a population, as views."""
+    return [{name: tensor[i] for name, tensor in params.items()} for i in range(size(params))]
+
+
+def size(params: Mapping[str, Tensor]) -> int:
+    """The number of members N."""
+    return len(next(iter(params.values())))
+
+
+def apply(
+    model: nn.Module, params: Mapping[str, Tensor], xs: Float[Tensor, "*N B K D"], ys: Float[Tensor, "*N B K"]
+) -> Float[Tensor, "N B K"]:
+    """The predictions of every member, each on prompts of its own or all on the same.
+
+    Args:
+        model: The architecture; its own parameters are not used.
+        params: Stacked parameters.
+        xs: Inputs (N, B, K, D), or (B, K, D) shared by all members.
+        ys: Targets likewise.
+    """
+    shared = xs.ndim == 3
+    if size(params) == 1:
+        member = {name: tensor.squeeze(0) for name, tensor in params.items()}
+        batch = (xs, ys) if shared else (xs.squeeze(0), ys.squeeze(0))
+        return functional_call(model, member, batch).unsqueeze(0)
+    mapped = torch.vmap(lambda member, x, y: functional_call(model, member, (x, y)), (0, None, None) if shared else 0)
+    return mapped(dict(params), xs, ys)
+
+
+def chunks(members: Sequence[Mapping[str, Tensor]], *, num_prompts: int, max_bytes: int = 2**28) -> Iterator[Params]:
+    """Stacked chunks of members small enough that one layer's activations on `num_prompts` prompts fit `max_bytes`."""
+    widest = max(max(tensor.shape) for tensor in members[0].values())
+    per_member = 4 * num_prompts * widest * len(members[0]["position_embedding"])
+    length = max(1, max_bytes // per_member)
+    for start in range(0, len(members), length):
+        yield stack(members[start : start + length])

@@ -1,0 +1,186 @@
+"""From sources to one `RunConfig`: defaults < preset < file < outer (a sweep) < command line, in one strict parse.
+
+An unknown key is an error that names the nearest one; a value of the wrong type is one sentence. `jsonargparse` checks
+the types and prints the help; what people write (`inf`, `None`, `1e-5`, `10_000`) is read here before it sees it.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from icl.config import ConfigError, RunConfig, flatten, parse_num_tasks
+from icl.presets import preset
+
+if TYPE_CHECKING:
+    import jsonargparse
+
+_NONE = ("none", "null", "~")
+_TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def known_keys() -> dict[str, Any]:
+    """Every dotted key with its declared type, such as `optim.lr: float`."""
+    keys: dict[str, Any] = {}
+    for field in dataclasses.fields(RunConfig):
+        if dataclasses.is_dataclass(field.type):
+            keys |= {f"{field.name}.{leaf.name}": leaf.type for leaf in dataclasses.fields(field.type)}
+        else:
+            keys[field.name] = field.type
+    return keys
+
+
+def resolve(*sources: Mapping[str, Any]) -> RunConfig:
+    """One checked config from layers of settings, the later over the earlier.
+
+    Args:
+        sources: Nested or dotted settings; a `preset` in any of them (the last wins) is the ground under all.
+
+    Raises:
+        ConfigError: For an unknown key, a value of the wrong type, or settings that contradict each other.
+    """
+    layers = [flatten(dict(source)) for source in sources]
+    for layer in layers:
+        _refuse_unknown(layer)
+    given = {key: value for layer in layers for key, value in layer.items()}
+    name = str(given.get("preset", RunConfig().preset))
+    merged = flatten(preset(name).to_dict()) | given
+    return _validated({key: _read_value(key, value) for key, value in merged.items()})
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML or JSON file.
+
+    Raises:
+        ConfigError: If the file is missing, is not YAML, or is not a table of settings.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The config file {path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"The config file {path} is not valid YAML ({reason}).") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"The config file {path} must hold `section: {{key: value}}`, got {type(tree).__name__}.")
+    return tree
+
+
+def read_arguments(arguments: Sequence[str]) -> dict[str, str]:
+    """`--section.key VALUE` and `--section.key=VALUE` as a flat dict; a bare boolean `--key` means true.
+
+    Raises:
+        ConfigError: For a word that is no option, an option without value, or an unknown key.
+    """
+    settings: dict[str, str] = {}
+    words = list(arguments)
+    kinds = known_keys()
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"Expected `--section.key VALUE`, got `{word}`.")
+        key, equals, value = word[2:].partition("=")
+        _refuse_unknown({key: value})
+        if not equals:
+            if words and not words[0].startswith("--"):
+                value = words.pop(0)
+            elif kinds[key] is bool:
+                value = "true"
+            else:
+                raise ConfigError(f"The option `--{key}` needs a value, {describe(kinds[key])}.")
+        settings[key] = value
+    return settings
+
+
+def parse_scalar(text: str) -> Any:
+    """A number, truth value or None from the way people, YAML 1.1 and W&B write it; other text stays text."""
+    word = text.strip()
+    lowered = word.lower()
+    if lowered in _NONE:
+        return None
+    if lowered in ("true", "false"):
+        return lowered == "true"
+    if re.fullmatch(r"[+-]?\d[\d_]*", word):
+        return int(word.replace("_", ""))
+    if re.fullmatch(r"[+-]?\.?(inf|infinity|nan)", lowered):
+        return float(lowered.replace(".", ""))
+    try:
+        return float(word.replace("_", ""))
+    except ValueError:
+        return text
+
+
+def describe(kind: Any) -> str:
+    """A declared type in words, such as `a whole number or none`."""
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
+    if isinstance(kind, types.UnionType):
+        return " or ".join("none" if part is types.NoneType else describe(part) for part in kind.__args__)
+    return _TYPE_WORDS.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def settings_parser(**options: Any) -> "jsonargparse.ArgumentParser":
+    """The parser of the whole tree: its types, defaults and one-line descriptions."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
+    parser.add_class_arguments(RunConfig, None)
+    return parser
+
+
+def _validated(flat: Mapping[str, Any]) -> RunConfig:
+    import jsonargparse
+
+    try:
+        return RunConfig.from_dict(settings_parser().parse_object(_nest(flat)).as_dict())
+    except jsonargparse.ArgumentError as error:
+        named = re.search(r'key "([\w.]+)"', str(error))
+        key = named[1] if named else ""
+        if key not in flat:
+            raise ConfigError(f"The settings cannot be used: {' '.join(str(error).split())}.") from None
+        raise ConfigError(f"`{key}` must be {describe(known_keys()[key])}, got {flat[key]!r}.") from None
+
+
+def _read_value(key: str, value: Any) -> Any:
+    """A value as its declared type would have it written: numbers from text, and text from numbers."""
+    if key == "task.num_tasks":
+        return parse_num_tasks(value)
+    kind = known_keys()[key]
+    parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    is_text = any(part is str or typing.get_origin(part) is Literal for part in parts)
+    if isinstance(value, str):
+        if not is_text or (types.NoneType in parts and value.strip().lower() in _NONE):
+            value = parse_scalar(value)
+    elif is_text and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    return int(value) if int in parts and isinstance(value, float) and value.is_integer() else value
+
+
+def _refuse_unknown(settings: Mapping[str, Any]) -> None:
+    keys = known_keys()
+    for key in settings:
+        if key in keys:
+            continue
+        leaves = {known.rpartition(".")[2]: known for known in keys}
+        nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+        near_leaf = difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.6)
+        suggestion = nearest[0] if nearest else leaves[near_leaf[0]] if near_leaf else None
+        hint = f" Did you mean `{suggestion}`?" if suggestion else " `icl train --help` lists the keys."
+        raise ConfigError(f"There is no setting `{key}`.{hint}")
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, leaf = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[leaf] = value
+    return tree

@@ -1,0 +1,49 @@
+"""Grids of steps to save at, and the learning rate as a function of the step.
+
+Step s means after s updates. Grids are sorted, distinct, and begin with step 0 (the initial model) and end with the
+last step. Hoogland et al. save 100 log-spaced and 100 linear steps of 500,000: 190 after rounding; their step t is
+our t + 1, because they save after update t + 1 of a loop that counts from zero.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def linear_steps(max_steps: int, num: int) -> set[int]:
+    """`num` steps evenly spaced from 0 to `max_steps`, rounded to whole steps; fewer when they coincide."""
+    return {int(step) for step in np.linspace(0, max_steps, num).round()} if num > 0 else set()
+
+
+def log_steps(max_steps: int, num: int) -> set[int]:
+    """`num` steps evenly spaced in log step from 1 to `max_steps`, rounded; fewer when they coincide."""
+    return {int(step) for step in np.geomspace(1, max_steps, num).round()} if num > 0 else set()
+
+
+def checkpoint_steps(max_steps: int, *, every: int | None = None, num_log: int = 0, num_linear: int = 0) -> list[int]:
+    """The union of the three grids with step 0 and the last step, in order.
+
+    Example:
+        >>> checkpoint_steps(100, every=50, num_log=3)
+        [0, 1, 10, 50, 100]
+    """
+    steps = {0, max_steps} | linear_steps(max_steps, num_linear) | log_steps(max_steps, num_log)
+    if every is not None:
+        steps |= set(range(0, max_steps + 1, every))
+    return sorted(steps)
+
+
+def rate_factor(schedule: str, *, warmup_steps: int | None, schedule_steps: int) -> Callable[[int], float]:
+    """The learning rate of update s + 1 as a share of the peak, for s = 0, 1, ...
+
+    `triangle` rises to 1 at update `warmup_steps` (half of the schedule unless given) and falls to 0 at update
+    `schedule_steps`: to 4e-6 of the peak the OneCycleLR of Hoogland et al. (their config.py).
+    """
+    if schedule == "constant":
+        return lambda step: 1.0
+    if schedule == "warmup":
+        rise = warmup_steps or 1
+        return lambda step: min(1.0, (step + 1) / rise)
+    rise = warmup_steps or max(1, schedule_steps // 2)
+    fall = max(1, schedule_steps - rise)
+    return lambda step: max(0.0, min((step + 1) / rise, (schedule_steps - 1 - step) / fall))

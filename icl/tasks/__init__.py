@@ -1,0 +1,1 @@
+"""What the model is asked: task vectors, prompts, and prompts unlike those it was trained on."""

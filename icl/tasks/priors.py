@@ -1,0 +1,75 @@
+"""The task prior p(w): the standard Gaussian (M = inf), or the uniform law on M tasks of one endless sequence.
+
+Task m is a pure function of (seed, m), so pools are nested: the pool of M tasks is the first M of every larger
+pool (Raventos et al. 2023, section 2; nested as in Carroll et al. 2025, section 3.1). No table is kept: a prompt that
+draws task 1,000,000 computes that one vector. M = 1 is the singleton prior.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from icl import rng
+from icl.config import parse_num_tasks
+
+_POOL = "tasks"
+
+
+class Gaussian(NamedTuple):
+    """w ~ N(0, I_D): every prompt has a task of its own."""
+
+    task_size: int
+
+    def sample(
+        self, key: rng.Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"]
+    ) -> Float[Tensor, "S B D"]:
+        """One task for each step and index."""
+        return rng.normal(key, steps, indices, self.task_size)
+
+
+class Discrete(NamedTuple):
+    """w uniform on the first `num_tasks` tasks of the sequence that `seed` names."""
+
+    num_tasks: int
+    task_size: int
+    seed: int
+
+    def sample(
+        self, key: rng.Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"]
+    ) -> Float[Tensor, "S B D"]:
+        """One task of the pool for each step and index."""
+        chosen = rng.integers(key, steps, indices, self.num_tasks)  # S B
+        return _tasks(chosen.flatten(), self.task_size, self.seed).unflatten(0, chosen.shape)
+
+
+def task_prior(num_tasks: int | float, task_size: int, seed: int) -> Gaussian | Discrete:
+    """The prior for task diversity M: `Discrete`, or `Gaussian` for M = inf."""
+    num_tasks = parse_num_tasks(num_tasks)
+    return Gaussian(task_size) if num_tasks == math.inf else Discrete(int(num_tasks), task_size, seed)
+
+
+def task_pool(num_tasks: int, task_size: int, seed: int, *, device: torch.device | str = "cpu") -> Float[Tensor, "M D"]:
+    """The first M tasks of the endless sequence under `seed`, each N(0, I_D).
+
+    Raises:
+        ConfigError: If `num_tasks` is not a positive whole number.
+        ValueError: If it is infinite; the Gaussian prior has no pool.
+
+    Example:
+        >>> bool((task_pool(3, 2, seed=0) == task_pool(4096, 2, seed=0)[:3]).all())
+        True
+    """
+    count = parse_num_tasks(num_tasks)
+    if count == math.inf:
+        raise ValueError("The Gaussian prior (M = inf) has no pool of tasks; give a finite number of tasks.")
+    chunks = torch.arange(int(count), device=device).split(2**16)
+    return torch.cat([_tasks(chunk, task_size, seed) for chunk in chunks])
+
+
+def _tasks(indices: Int64[Tensor, " B"], task_size: int, seed: int) -> Float[Tensor, "B D"]:
+    """The tasks at these places of the sequence."""
+    step = torch.zeros(1, dtype=torch.int64, device=indices.device)
+    return rng.normal(rng.stream(seed, _POOL), step, indices, task_size)[0]

@@ -1,0 +1,112 @@
+"""Prompts (x1, y1, ..., xK, yK) with y = w . x + noise, and their layout as tokens.
+
+A batch is a pure function of (seed, stream, step, index): stream `train` draws from `seeds.data` and `seeds.noise`,
+every other stream from `seeds.evaluation`. Rows are indices, so a rank's share of a batch is a slice of the whole.
+
+Tokens follow Raventos et al. 2023 and Hoogland et al. 2024: an x-token is (0, x), a y-token is (y, 0, ..., 0), both
+of width D + 1. The last y-token would serve no prediction, so a prompt of K examples has 2K - 1 tokens.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icl import rng
+from icl.config import RunConfig
+from icl.tasks.priors import Discrete, Gaussian, task_prior
+
+Distribution = Literal["pretrain", "true"]
+
+
+class Prompts(NamedTuple):
+    """A batch of prompts: inputs, targets and the task vectors behind them; leading axes may be added."""
+
+    xs: Float[Tensor, "*S B K D"]
+    ys: Float[Tensor, "*S B K"]
+    ws: Float[Tensor, "*S B D"]
+
+
+class PromptSource(NamedTuple):
+    """Where a stream's prompts come from: a prior, sizes, and the keys of inputs, tasks and noise."""
+
+    prior: Gaussian | Discrete
+    task_size: int
+    max_examples: int
+    noise_variance: float
+    xs_key: rng.Stream
+    tasks_key: rng.Stream
+    noise_key: rng.Stream
+
+    def sample(self, steps: range, indices: range, *, device: torch.device | str = "cpu") -> Prompts:
+        """The prompts `indices` of every step in `steps`, stacked on a leading axis."""
+        step = torch.arange(steps.start, steps.stop, device=device)
+        index = torch.arange(indices.start, indices.stop, device=device)
+        size = (self.max_examples, self.task_size)
+        xs = rng.normal(self.xs_key, step, index, size[0] * size[1]).unflatten(-1, size)  # S B K D
+        ws = self.prior.sample(self.tasks_key, step, index)  # S B D
+        noise = rng.normal(self.noise_key, step, index, self.max_examples)  # S B K
+        ys = torch.einsum("sbkd,sbd->sbk", xs, ws) + self.noise_variance**0.5 * noise
+        return Prompts(xs, ys, ws)
+
+
+def prompt_source(config: RunConfig, *, stream: str, distribution: Distribution | None = None) -> PromptSource:
+    """The source of one stream of a run.
+
+    Args:
+        config: The run.
+        stream: `train`, or any other name for fixed prompts.
+        distribution: `pretrain` (the run's M tasks) or `true` (the Gaussian prior); left out, `true` for a stream
+            of that name and `pretrain` for all others.
+    """
+    task, seeds = config.task, config.seeds
+    distribution = distribution or ("true" if stream == "true" else "pretrain")
+    is_training = stream == "train"
+    data_seed = seeds.data if is_training else seeds.evaluation
+    noise_seed = seeds.noise if is_training else seeds.evaluation
+    is_pool = distribution == "pretrain"
+    return PromptSource(
+        prior=task_prior(task.num_tasks, task.task_size, seeds.tasks) if is_pool else Gaussian(task.task_size),
+        task_size=task.task_size,
+        max_examples=task.max_examples,
+        noise_variance=task.noise_variance,
+        xs_key=rng.stream(data_seed, f"{stream}/xs"),
+        tasks_key=rng.stream(data_seed, f"{stream}/tasks"),
+        noise_key=rng.stream(noise_seed, f"{stream}/noise"),
+    )
+
+
+def sample_prompts(
+    config: RunConfig,
+    *,
+    stream: str,
+    step: int,
+    batch_size: int,
+    distribution: Distribution | None = None,
+    device: torch.device | str = "cpu",
+) -> Prompts:
+    """The batch of one step of a stream: xs (B, K, D), ys (B, K), ws (B, D).
+
+    A smaller batch is the beginning of a larger one.
+
+    Example:
+        >>> xs, ys, ws = sample_prompts(RunConfig(), stream="train", step=0, batch_size=4)
+        >>> tuple(xs.shape), tuple(ys.shape), tuple(ws.shape)
+        ((4, 8, 2), (4, 8), (4, 2))
+    """
+    source = prompt_source(config, stream=stream, distribution=distribution)
+    prompts = source.sample(range(step, step + 1), range(batch_size), device=device)
+    return Prompts(*(part[0] for part in prompts))
+
+
+def to_tokens(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Tensor, "*S B T C"]:
+    """The T = 2K - 1 tokens of width C = D + 1: x1, y1, ..., xK. The last target is left out."""
+    x_tokens = torch.nn.functional.pad(xs, (1, 0))  # B K D+1
+    y_tokens = torch.nn.functional.pad(ys.unsqueeze(-1), (0, xs.shape[-1]))  # B K D+1
+    return torch.stack((x_tokens, y_tokens), dim=-2).flatten(-3, -2)[..., :-1, :]  # B 2K-1 D+1
+
+
+def from_tokens(tokens: Float[Tensor, "*S B T C"]) -> tuple[Float[Tensor, "*S B K D"], Float[Tensor, "*S B N"]]:
+    """The inputs (K of them) and the N = K - 1 targets that `to_tokens` laid out."""
+    return tokens[..., ::2, 1:], tokens[..., 1::2, 0]

@@ -1,0 +1,47 @@
+"""Packaging of `icl`; the settings of the tools are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="icl",
+    version="0.1.0",
+    description="Train small transformers on in-context linear regression and study how they develop.",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["icl", "icl.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.9,<2.14",
+        "lightning>=2.5,!=2.6.2,!=2.6.3,<3",
+        "torchmetrics>=1.4",
+        "wandb>=0.27",
+        "numpy>=1.26",
+        "python-dotenv>=1.0",
+        "boto3>=1.34",
+        "pyyaml>=6.0",
+        "jsonargparse[signatures]>=4.37,<5",
+        "safetensors>=0.4.3",
+        "jaxtyping>=0.2.34",
+        "scipy>=1.11",
+        "scikit-learn>=1.4",
+        "pandas>=2.1",
+        "matplotlib>=3.8",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "beartype>=0.18",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "pandas-stubs",
+            "types-PyYAML",
+            "types-tqdm",
+            "pre-commit>=3.7",
+        ],
+    },
+    entry_points={"console_scripts": ["icl=icl.cli:main"]},
+)
