@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 LayerNormPlacement = Literal["pre", "post", "none"]
 Activation = Literal["relu", "gelu", "gelu_tanh"]
@@ -22,7 +22,11 @@ FREE_ON_RESUME = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes",
 """Where a run executes, not what it computes: these may change when an unfinished run is resumed."""
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """Something that one sentence explains and the user can mend; the command line prints it without a traceback."""
+
+
+class ConfigError(UserError, ValueError):
     """A setting that cannot be used; the message says which, why, and what to write instead."""
 
 
@@ -47,6 +51,19 @@ def _require_number(section: str, name: str, value: Any, *, positive: bool) -> N
     )
 
 
+def _require_words(section: str, settings: Any) -> None:
+    """Refuse choices, texts and truth values of the wrong kind, so that no typing error picks a behaviour silently."""
+    for field in dataclasses.fields(settings):
+        name, value = f"{section}.{field.name}", getattr(settings, field.name)
+        if get_origin(field.type) is Literal:
+            choices = get_args(field.type)
+            _require(value in choices, f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+        elif field.type is bool:
+            _require(isinstance(value, bool), f"`{name}` must be true or false, got {value!r}.")
+        elif field.type is str:
+            _require(isinstance(value, str), f"`{name}` must be text, got {value!r}.")
+
+
 def parse_num_tasks(value: Any) -> int | float:
     """The task diversity M as an int, or `math.inf` for the Gaussian prior.
 
@@ -57,8 +74,8 @@ def parse_num_tasks(value: Any) -> int | float:
         ConfigError: For anything else: zero, fractions, None, other words.
     """
     if isinstance(value, str):
-        text = value.strip().lower().lstrip("+").lstrip(".")
-        if text in ("inf", "infinity"):
+        text = value.strip().lower().removeprefix("+")
+        if text.removeprefix(".") in ("inf", "infinity"):
             return math.inf
         value = int(text.replace("_", "")) if re.fullmatch(r"[\d_]+", text) and text.strip("_") else value
     if isinstance(value, float) and (value == math.inf or value.is_integer()):
@@ -74,7 +91,7 @@ def parse_num_tasks(value: Any) -> int | float:
 class TaskConfig:
     """In-context linear regression: y_k = w . x_k + noise, w drawn from M tasks or from N(0, I)."""
 
-    num_tasks: int | float = 4096
+    num_tasks: int | float = 64
     """Task diversity M: the pool has the first M tasks of one endless sequence; `inf` is the Gaussian prior N(0, I)."""
     task_size: int = 2
     """Input dimension D."""
@@ -129,6 +146,7 @@ class ModelConfig:
     """Add each block's input twice, as the code behind Hoogland et al. did; only for matching published numbers."""
 
     def __post_init__(self) -> None:
+        _require_words("model", self)
         for name in ("num_layers", "num_heads", "embed_size", "mlp_size"):
             _require_count("model", name, getattr(self, name), 1)
         _require(
@@ -159,6 +177,7 @@ class OptimConfig:
     """Adam's stabiliser."""
 
     def __post_init__(self) -> None:
+        _require_words("optim", self)
         _require_number("optim", "lr", self.lr, positive=True)
         _require_number("optim", "eps", self.eps, positive=True)
         for name in ("warmup_steps", "schedule_steps"):
@@ -168,7 +187,8 @@ class OptimConfig:
             _require_number("optim", "grad_clip", self.grad_clip, positive=True)
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"`optim.{name}` must be in [0, 1), got {value!r}.")
+            _require_number("optim", name, value, positive=False)
+            _require(value < 1, f"`optim.{name}` must be in [0, 1), got {value!r}.")
         _require(
             self.schedule != "constant" or self.warmup_steps is None,
             "`optim.warmup_steps` has no meaning for a constant rate; set `optim.schedule` to `warmup` or `triangle`.",
@@ -201,6 +221,7 @@ class TrainerConfig:
     """Lightning's precision, such as `32-true` or `bf16-mixed`."""
 
     def __post_init__(self) -> None:
+        _require_words("trainer", self)
         for name in ("max_steps", "batch_size", "log_every", "devices", "num_nodes"):
             _require_count("trainer", name, getattr(self, name), 1)
         ranks = self.devices * self.num_nodes
@@ -237,6 +258,7 @@ class EarlyStoppingConfig:
     """The least fall that counts as improvement."""
 
     def __post_init__(self) -> None:
+        _require_words("early_stopping", self)
         if self.patience is not None:
             _require_count("early_stopping", "patience", self.patience, 1)
         _require_number("early_stopping", "min_delta", self.min_delta, positive=False)

@@ -65,10 +65,7 @@ def apply(
     return mapped(dict(params), xs, ys)
 
 
-def chunks(members: Sequence[Mapping[str, Tensor]], *, num_prompts: int, max_bytes: int = 2**28) -> Iterator[Params]:
-    """Stacked chunks of members small enough that one layer's activations on `num_prompts` prompts fit `max_bytes`."""
-    widest = max(max(tensor.shape) for tensor in members[0].values())
-    per_member = 4 * num_prompts * widest * len(members[0]["position_embedding"])
-    length = max(1, max_bytes // per_member)
-    for start in range(0, len(members), length):
-        yield stack(members[start : start + length])
+def chunks(members: Sequence[Mapping[str, Tensor]], *, max_members: int) -> Iterator[Params]:
+    """The members in stacked groups of at most `max_members`, in order."""
+    for start in range(0, len(members), max_members):
+        yield stack(members[start : start + max_members])

@@ -119,7 +119,8 @@ def preset(name: str) -> RunConfig:
     """
     if name in PRESETS:
         return PRESETS[name]
-    nearest = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.4)
+    name = " ".join(str(name).split())
+    nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
     hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
     raise ConfigError(f"There is no preset `{name}`.{hint} The presets are {', '.join(PRESETS)}.")
 

@@ -9,7 +9,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,7 +47,7 @@ def resolve(*sources: Mapping[str, Any]) -> RunConfig:
     """
     layers = [flatten(dict(source)) for source in sources]
     for layer in layers:
-        _refuse_unknown(layer)
+        _refuse_unknown(layer, known_keys())
     given = {key: value for layer in layers for key, value in layer.items()}
     name = str(given.get("preset", RunConfig().preset))
     merged = flatten(preset(name).to_dict()) | given
@@ -74,21 +74,25 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def read_arguments(arguments: Sequence[str]) -> dict[str, str]:
+def read_arguments(arguments: Sequence[str], *, extra: Sequence[str] = ()) -> dict[str, str]:
     """`--section.key VALUE` and `--section.key=VALUE` as a flat dict; a bare boolean `--key` means true.
+
+    Args:
+        arguments: The words of the command line.
+        extra: Options of the command itself, beside the settings of a run.
 
     Raises:
         ConfigError: For a word that is no option, an option without value, or an unknown key.
     """
     settings: dict[str, str] = {}
     words = list(arguments)
-    kinds = known_keys()
+    kinds = known_keys() | dict.fromkeys(extra, str)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
             raise ConfigError(f"Expected `--section.key VALUE`, got `{word}`.")
         key, equals, value = word[2:].partition("=")
-        _refuse_unknown({key: value})
+        _refuse_unknown([key], kinds)
         if not equals:
             if words and not words[0].startswith("--"):
                 value = words.pop(0)
@@ -165,11 +169,13 @@ def _read_value(key: str, value: Any) -> Any:
     return int(value) if int in parts and isinstance(value, float) and value.is_integer() else value
 
 
-def _refuse_unknown(settings: Mapping[str, Any]) -> None:
-    keys = known_keys()
-    for key in settings:
-        if key in keys:
+def _refuse_unknown(settings: Iterable[Any], keys: Mapping[str, Any]) -> None:
+    for given in settings:
+        if given in keys:
             continue
+        key = " ".join(str(given).split())  # YAML has keys that are not text
+        if any(known.startswith(f"{key}.") for known in keys):
+            raise ConfigError(f"`{key}` is a section; write `{key}: {{key: value}}` or `--{key}.key VALUE`.")
         leaves = {known.rpartition(".")[2]: known for known in keys}
         nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
         near_leaf = difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.6)

@@ -37,7 +37,7 @@ def rate_factor(schedule: str, *, warmup_steps: int | None, schedule_steps: int)
     """The learning rate of update s + 1 as a share of the peak, for s = 0, 1, ...
 
     `triangle` rises to 1 at update `warmup_steps` (half of the schedule unless given) and falls to 0 at update
-    `schedule_steps`: to 4e-6 of the peak the OneCycleLR of Hoogland et al. (their config.py).
+    `schedule_steps`: to 4 / (schedule_steps - 2)^2 of the peak, the OneCycleLR of Hoogland et al. (their config.py).
     """
     if schedule == "constant":
         return lambda step: 1.0

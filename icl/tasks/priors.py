@@ -51,7 +51,9 @@ def task_prior(num_tasks: int | float, task_size: int, seed: int) -> Gaussian | 
     return Gaussian(task_size) if num_tasks == math.inf else Discrete(int(num_tasks), task_size, seed)
 
 
-def task_pool(num_tasks: int, task_size: int, seed: int, *, device: torch.device | str = "cpu") -> Float[Tensor, "M D"]:
+def task_pool(
+    num_tasks: int | float, task_size: int, seed: int, *, device: torch.device | str = "cpu"
+) -> Float[Tensor, "M D"]:
     """The first M tasks of the endless sequence under `seed`, each N(0, I_D).
 
     Raises:

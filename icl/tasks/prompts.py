@@ -47,7 +47,8 @@ class PromptSource(NamedTuple):
         xs = rng.normal(self.xs_key, step, index, size[0] * size[1]).unflatten(-1, size)  # S B K D
         ws = self.prior.sample(self.tasks_key, step, index)  # S B D
         noise = rng.normal(self.noise_key, step, index, self.max_examples)  # S B K
-        ys = torch.einsum("sbkd,sbd->sbk", xs, ws) + self.noise_variance**0.5 * noise
+        clean = (xs * ws.unsqueeze(-2)).sum(-1)  # S B K; a matrix product would round by the shape of the batch
+        ys = clean + self.noise_variance**0.5 * noise
         return Prompts(xs, ys, ws)
 
 

@@ -1,0 +1,43 @@
+# `make` or `make help` lists the targets; everything runs in .venv, which `make install` creates.
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-slow lint format golden ci clean
+
+BIN := .venv/bin
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(BIN)/icl  ## Make .venv and install icl with its test extras
+
+$(BIN)/icl: setup.py
+	python3 -m venv .venv
+	$(BIN)/pip install -e '.[dev]'
+	touch $(BIN)/icl
+
+train: install  ## Train the quickstart preset (about two minutes)
+	$(BIN)/icl train
+
+test: install  ## Run the default tests (under five minutes)
+	$(BIN)/pytest
+
+test-slow: install  ## Run the slow tests too
+	$(BIN)/pytest -m 'slow or not slow'
+
+lint: install  ## Check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install  ## Format the code and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+golden: install  ## Record the golden losses anew (say why in the commit)
+	$(BIN)/python tests/golden/record.py
+
+ci:  ## Run the whole CI in a fresh copy
+	.ci/run
+
+clean:  ## Remove caches and build files
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

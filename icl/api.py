@@ -1,0 +1,321 @@
+"""The door for programs: train, load, predict and score in a few lines of Python.
+
+`ICRegConfig` keeps the names and defaults of the older code base of that name; underneath it is the preset `icr`.
+
+Example:
+    >>> cfg = ICRegConfig(D=4, K=8, d_model=64, d_mlp=64, n_layers=2, M="inf")
+    >>> cfg.to_run_config().task.task_size
+    4
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from icl import metrics, population
+from icl.build import build_checkpoint_model, build_evaluation_sets, choose_device
+from icl.checkpoints import CheckpointError, checkpoint_files, load_checkpoint_file
+from icl.config import (
+    CheckpointsConfig,
+    ConfigError,
+    EarlyStoppingConfig,
+    EvaluationConfig,
+    RunConfig,
+    TaskConfig,
+    parse_num_tasks,
+)
+from icl.evaluation import evaluate, evaluate_baselines
+from icl.prediction import predict_from_prompt
+from icl.presets import preset
+from icl.runs import DONE, RunError, RunFolder
+from icl.storage import table_format, write_atomically
+from icl.tasks.prompts import prompt_source
+from icl.tasks.shifts import SHIFTS
+from icl.transformer import Transformer
+
+__all__ = [
+    "ICRegConfig",
+    "evaluate_ood_score",
+    "evaluate_run",
+    "load_checkpoint",
+    "load_model",
+    "predict_from_prompt",
+    "train_ic_regression",
+]
+
+MEMBERS_AT_ONCE = 16
+"""Checkpoints evaluated together; bounds the memory that activations take."""
+
+_LEFT_OUT: Any = object()
+
+
+@dataclass
+class ICRegConfig:
+    """Task and model under the older names; everything else is an argument of `train_ic_regression`."""
+
+    D: int = 8
+    """Input dimension."""
+    K: int = 16
+    """Examples per prompt."""
+    sigma2: float = 0.25
+    """Noise variance."""
+    d_model: int = 512
+    d_mlp: int = 512
+    n_heads: int = 4
+    n_layers: int = 8
+    use_prenorm: bool = True
+    """Layer norm before each sublayer; False puts it after each residual sum."""
+    M: int | float | str = 64
+    """Number of training tasks, `"inf"` or `math.inf` for the Gaussian prior."""
+    max_M: int = 33_554_432
+    """Accepted for old scripts; limits nothing, because no table of tasks is stored."""
+
+    def to_run_config(self) -> RunConfig:
+        """The preset `icr` with these values.
+
+        Raises:
+            ConfigError: If a value cannot be used.
+        """
+        base = preset("icr")
+        model = dataclasses.replace(
+            base.model,
+            num_layers=self.n_layers,
+            num_heads=self.n_heads,
+            embed_size=self.d_model,
+            mlp_size=self.d_mlp,
+            layer_norm="pre" if self.use_prenorm else "post",
+        )
+        task = TaskConfig(
+            num_tasks=parse_num_tasks(self.M), task_size=self.D, max_examples=self.K, noise_variance=self.sigma2
+        )
+        return dataclasses.replace(base, task=task, model=model)
+
+
+def train_ic_regression(
+    cfg: ICRegConfig | None = None,
+    M: int | float | str = _LEFT_OUT,
+    *,
+    num_steps: int = 150_000,
+    batch_size: int = 2048,
+    learning_rate: float = 1e-3,
+    warmup_steps: int | None = None,
+    grad_clip: float | None = 1.0,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    eval_every: int | None = None,
+    print_every: int = 1000,
+    early_stopping_patience: int | None = None,
+    early_stopping_min_delta: float = 1e-6,
+) -> Transformer:
+    """Train a model, or resume or load it if `checkpoint_dir` already holds this run.
+
+    Args:
+        cfg: Task and model; left out, the defaults.
+        M: Number of training tasks, `"inf"` or `math.inf`; left out, `cfg.M`.
+        num_steps: Optimiser steps.
+        batch_size: Prompts per step.
+        learning_rate: Constant, or the peak of a triangle if `warmup_steps` is given.
+        warmup_steps: Steps of the linear rise; the rate then falls to zero at `num_steps`.
+        grad_clip: Largest gradient norm, or None.
+        checkpoint_dir: The run's folder; left out, `$LOCAL_ROOT/<run name>`.
+        checkpoint_every: Steps between checkpoints, beside the first and the last.
+        eval_every: Steps between evaluations, in and out of distribution.
+        print_every: Steps between rows of `metrics.csv`.
+        early_stopping_patience: Evaluations without improvement before stopping; needs `eval_every`.
+        early_stopping_min_delta: The least improvement that counts.
+
+    Returns:
+        The trained model, on the CPU.
+
+    Raises:
+        ConfigError: If an argument cannot be used, or the folder holds a run with other settings.
+        RunError: If training failed or was interrupted.
+    """
+    from icl.training.run import train
+
+    cfg = cfg or ICRegConfig()
+    base = (cfg if M is _LEFT_OUT else dataclasses.replace(cfg, M=parse_num_tasks(M))).to_run_config()
+    optim = dataclasses.replace(
+        base.optim,
+        lr=learning_rate,
+        grad_clip=grad_clip,
+        schedule="constant" if warmup_steps is None else "triangle",
+        warmup_steps=warmup_steps,
+    )
+    config = dataclasses.replace(
+        base,
+        optim=optim,
+        trainer=dataclasses.replace(
+            base.trainer, max_steps=num_steps, batch_size=batch_size, log_every=min(print_every, num_steps)
+        ),
+        evaluation=EvaluationConfig(every=eval_every),
+        early_stopping=EarlyStoppingConfig(patience=early_stopping_patience, min_delta=early_stopping_min_delta),
+        checkpoints=CheckpointsConfig(every=checkpoint_every, num_log=0, num_linear=0),
+    )
+    result = train(config, folder=checkpoint_dir)
+    if result.status.state not in DONE:
+        raise RunError(f"Training stopped ({result.status.reason}); the same call resumes it.")
+    return load_model(result.folder.path)
+
+
+def load_checkpoint(path: str | Path, cfg: ICRegConfig | RunConfig | None = None) -> tuple[Transformer, dict[str, Any]]:
+    """A trained model, and what its checkpoint says of it.
+
+    Args:
+        path: A checkpoint file, or a run's folder for its last step.
+        cfg: If given, the task and model it must have been made for.
+
+    Returns:
+        The model on the CPU, and `step`, `config` (a RunConfig), `digest` and `path`.
+
+    Raises:
+        CheckpointError: If there is no usable checkpoint, or it is of another shape than `cfg`.
+    """
+    file = checkpoint_files(path)[-1] if Path(path).is_dir() else Path(path)
+    checkpoint = load_checkpoint_file(file)
+    if cfg is not None:
+        _require_shape(checkpoint.config, _as_run_config(cfg), file)
+    info = {"step": checkpoint.step, "config": checkpoint.config, "digest": checkpoint.digest, "path": str(file)}
+    return build_checkpoint_model(checkpoint), info
+
+
+def load_model(path: str | Path, cfg: ICRegConfig | RunConfig | None = None) -> Transformer:
+    """The model of `load_checkpoint`, ready to predict."""
+    return load_checkpoint(path, cfg)[0].eval()
+
+
+def evaluate_ood_score(
+    model: Transformer, cfg: ICRegConfig | RunConfig | None = None, n_samples: int = 10_000, *, batch_size: int = 1000
+) -> float:
+    """Mean squared error per target on tasks from N(0, I), over `n_samples` prompts and all K positions.
+
+    It is not divided by D (the older code divided).
+
+    Raises:
+        ConfigError: If `n_samples` is not a positive whole number, or the model does not fit `cfg`.
+    """
+    if not isinstance(n_samples, int) or isinstance(n_samples, bool) or n_samples < 1:
+        raise ConfigError(f"`n_samples` must be a whole number of at least 1, got {n_samples!r}.")
+    config = _as_run_config(cfg or ICRegConfig())
+    if (config.task.task_size, config.task.max_examples) != (model.task_size, model.max_examples):
+        raise ConfigError(
+            f"The model is for D = {model.task_size}, K = {model.max_examples}, "
+            f"but `cfg` says D = {config.task.task_size}, K = {config.task.max_examples}."
+        )
+    source = prompt_source(config, stream="true")
+    parameter = next(model.parameters())
+    total = 0.0
+    for start in range(0, n_samples, batch_size):
+        prompts = source.sample(range(1), range(start, min(start + batch_size, n_samples)), device=parameter.device)
+        with torch.no_grad():
+            predictions = model(prompts.xs[0].to(parameter), prompts.ys[0].to(parameter))
+        total += float(metrics.squared_error(predictions, prompts.ys[0]).double().sum())
+    return total / (n_samples * model.max_examples)
+
+
+def evaluate_run(
+    path: str | Path, *, num_prompts: int | None = None, shifts: Sequence[str] | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Evaluate every saved step of a run, or one checkpoint, in and out of distribution.
+
+    Checkpoints are evaluated many at a time, as a population.
+
+    Args:
+        path: A run's folder or a checkpoint file.
+        num_prompts: Prompts per set; left out, the run's `evaluation.num_prompts`.
+        shifts: Names from `icl.tasks.shifts.SHIFTS`; left out, all of them.
+
+    Returns:
+        A row per number (step, checkpoint_hash, distribution, quantity, position, value, stderr), and the same without
+        step for the baselines' losses.
+
+    Raises:
+        CheckpointError: If there is no usable checkpoint, or the checkpoints are of different models.
+    """
+    checkpoints = [load_checkpoint_file(file) for file in checkpoint_files(path)]
+    config = checkpoints[-1].config
+    if any(checkpoint.config != config for checkpoint in checkpoints):
+        raise CheckpointError(f"The checkpoints at {path} are of different runs; evaluate them one run at a time.")
+    device = choose_device(config.trainer.accelerator)
+    sets = build_evaluation_sets(
+        config,
+        num_prompts=num_prompts or config.evaluation.num_prompts,
+        shifts=tuple(SHIFTS) if shifts is None else tuple(shifts),
+        device=device,
+    )
+    predict = partial(population.apply, build_checkpoint_model(checkpoints[-1]))
+    members = [checkpoint.params for checkpoint in checkpoints]
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=len(members), desc="evaluating", unit="checkpoint", disable=len(members) == 1) as bar:
+        for params in population.chunks(members, max_members=MEMBERS_AT_ONCE):
+            numbers = evaluate(predict, {name: tensor.to(device) for name, tensor in params.items()}, sets)
+            for checkpoint, own in zip(checkpoints[bar.n :], numbers, strict=False):
+                rows += [{"step": checkpoint.step, "checkpoint_hash": checkpoint.digest, **row} for row in own]
+            bar.update(population.size(params))
+    return pd.DataFrame(rows), pd.DataFrame(evaluate_baselines(sets))
+
+
+def save_evaluation(
+    path: str | Path, numbers: pd.DataFrame, baselines: pd.DataFrame, *, out: Path | None = None
+) -> list[tuple[str, Path]]:
+    """Write what `evaluate_run` returned, and its figure.
+
+    A run's numbers go to `results/evaluation.csv` and `results/baselines.csv`, its figure to `figures/evaluation.png`;
+    those of one checkpoint only to `out`.
+
+    Args:
+        path: What was evaluated.
+        numbers: The first table.
+        baselines: The second table.
+        out: Also a file of one's own, `.csv` (the first table) or `.json` (both).
+
+    Returns:
+        A label and the path of every file written.
+
+    Raises:
+        StorageError: If `out` has another suffix, or a file cannot be written.
+    """
+    from icl.plotting.evaluation import plot_evaluation
+    from icl.plotting.style import save_figure
+
+    written: list[tuple[str, Path]] = []
+    if Path(path).is_dir():
+        run = RunFolder(path)
+        written.append(("Numbers", run.write_result("evaluation.csv", numbers.to_csv(index=False))))
+        written.append(("Baselines", run.write_result("baselines.csv", baselines.to_csv(index=False))))
+        figure = plot_evaluation(numbers, baselines, title=run.path.name)
+        written.append(("Figure", save_figure(figure, run.figures / "evaluation.png")))
+    if out is not None:
+        tables = {"evaluation": numbers.to_dict("records"), "baselines": baselines.to_dict("records")}
+        text = numbers.to_csv(index=False) if table_format(out) == "csv" else json.dumps(tables, indent=1) + "\n"
+        write_atomically(out, text.encode())
+        written.append(("Output", out))
+    return written
+
+
+def _as_run_config(cfg: ICRegConfig | RunConfig) -> RunConfig:
+    return cfg.to_run_config() if isinstance(cfg, ICRegConfig) else cfg
+
+
+def _require_shape(saved: RunConfig, wanted: RunConfig, file: Path) -> None:
+    keys = ("task_size", "max_examples")
+    differences = [
+        f"{key} is {getattr(saved.task, key)}, not {getattr(wanted.task, key)}"
+        for key in keys
+        if getattr(saved.task, key) != getattr(wanted.task, key)
+    ]
+    differences += [
+        f"{field.name} is {getattr(saved.model, field.name)}, not {getattr(wanted.model, field.name)}"
+        for field in dataclasses.fields(saved.model)
+        if getattr(saved.model, field.name) != getattr(wanted.model, field.name)
+    ]
+    if differences:
+        raise CheckpointError(f"{file} is of another model than `cfg`: {'; '.join(differences)}.")

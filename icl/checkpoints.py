@@ -1,0 +1,140 @@
+"""Checkpoints for analysis: the weights of one step as safetensors that carry their step and whole configuration.
+
+They are small, fast and safe to load from strangers: nothing is ever unpickled. Each holds a digest of its weights, so
+a file that was cut short, altered or made by another program is refused in one sentence.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from icl.config import ConfigError, RunConfig, UserError
+from icl.population import Params
+from icl.storage import LocalStore, Store
+
+_FORMAT = "icl-checkpoint-1"
+_ENTRY = "icl"
+_NAME = re.compile(r"(?:.*/)?step-(\d{9,})\.safetensors")
+
+
+class CheckpointError(UserError, ValueError):
+    """A file that is no usable checkpoint; the message says what was expected."""
+
+
+class Checkpoint(NamedTuple):
+    """One saved step of a run."""
+
+    step: int
+    """After how many updates; 0 is the initial model."""
+    config: RunConfig
+    params: Params
+    """Weights by parameter name, on the CPU."""
+    digest: str
+    """A hash of the weights: equal for equal weights."""
+
+
+def checkpoint_name(step: int) -> str:
+    """The file name of a step, such as `step-000001465.safetensors`; names sort as steps do."""
+    return f"step-{step:09d}.safetensors"
+
+
+def save_checkpoint(store: Store, step: int, config: RunConfig, params: Mapping[str, Tensor]) -> None:
+    """Write one step to a store, atomically.
+
+    Raises:
+        StorageError: If the store cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in params.items()}
+    about = {"format": _FORMAT, "step": step, "config": config.to_dict(), "digest": _digest(tensors)}
+    data = safetensors.torch.save(tensors, {_ENTRY: json.dumps(about)})  # one entry, as their order is random
+    store.write(checkpoint_name(step), data)
+
+
+def list_steps(store: Store) -> list[int]:
+    """The saved steps of a store, in order."""
+    return sorted(int(match[1]) for match in map(_NAME.fullmatch, store.keys()) if match)
+
+
+def load_checkpoint_file(path: str | Path) -> Checkpoint:
+    """A checkpoint from its file.
+
+    Raises:
+        CheckpointError: If the file is missing, truncated, altered, or not a checkpoint of this program.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint {path}; expected a file like {checkpoint_name(1465)}.")
+    return _parse(path.read_bytes(), str(path))
+
+
+def load_step(store: Store, step: int) -> Checkpoint:
+    """The checkpoint of one step of a store.
+
+    Raises:
+        CheckpointError: If it is damaged.
+        StorageError: If there is none.
+    """
+    return _parse(store.read(checkpoint_name(step)), checkpoint_name(step))
+
+
+def checkpoint_files(path: str | Path) -> list[Path]:
+    """The checkpoint files that a path names: one file, a run's folder, or its folder of checkpoints; by step.
+
+    Raises:
+        CheckpointError: If there are none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    files = [folder / checkpoint_name(step) for step in list_steps(LocalStore(folder))] if folder.is_dir() else []
+    if not files:
+        raise CheckpointError(
+            f"There are no checkpoints at {path}; expected a run's folder, or a file like {checkpoint_name(1465)}."
+        )
+    return files
+
+
+def _parse(data: bytes, name: str) -> Checkpoint:
+    metadata = _metadata(data, name)
+    try:
+        params = safetensors.torch.load(data)
+        step, config = int(metadata["step"]), RunConfig.from_dict(metadata["config"])
+    except (SafetensorError, ConfigError, KeyError, ValueError) as error:
+        raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({_first_line(error)}).") from None
+    if _digest(params) != metadata.get("digest"):
+        raise CheckpointError(f"The checkpoint {name} is damaged: its weights do not match their digest.")
+    return Checkpoint(step, config, params, metadata["digest"])
+
+
+def _metadata(data: bytes, name: str) -> dict[str, Any]:
+    """What we wrote in the JSON header of a safetensors file: eight bytes of length, then the header."""
+    length = int.from_bytes(data[:8], "little")
+    try:
+        metadata = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_ENTRY])
+    except (ValueError, LookupError, TypeError):
+        metadata = None
+    if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{name} is not a checkpoint of icl: expected safetensors with metadata format {_FORMAT}, as in a run's checkpoints/."
+        )
+    return metadata
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    hasher = hashlib.blake2b(digest_size=8)
+    for key in sorted(tensors):
+        hasher.update(key.encode())
+        hasher.update(tensors[key].contiguous().numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,178 @@
+"""Evaluation: fixed prompts, their baselines computed once, and a population's predictions turned into numbers.
+
+An ordinary function of parameters and prompts, usable without Lightning: training calls it at intervals, `icl evaluate`
+over all checkpoints of a run at once. Losses are squared errors per target, not divided by D. Every number comes with
+its standard error over prompts.
+
+The sets are `pretrain` (the run's M tasks), `true` (tasks from N(0, I)) and the shifts of `icl.tasks.shifts`. The gap to a
+baseline is the mean squared distance between predictions (Raventos et al. 2023, section 2, there divided by D). ICL
+scores are loss(k2) - loss(k1): negative is good. Prior-task scores are distances to predicting with w = 0 and with the mean
+task (Hoogland et al. 2024).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icl import baselines, metrics
+from icl.config import RunConfig
+from icl.population import Params
+from icl.tasks.priors import task_pool
+from icl.tasks.prompts import Prompts, sample_prompts
+from icl.tasks.shifts import SHIFTS, sample_shifted_prompts
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Predict: TypeAlias = Callable[[Params, Tensor, Tensor], Tensor]
+"""Stacked parameters, xs and ys to predictions (N, B, K), as `population.apply` with its model filled in."""
+
+COLUMNS = ("distribution", "quantity", "position", "value", "stderr")
+_BATCH = 1024  # prompts at once
+
+
+class EvaluationSet(NamedTuple):
+    """Fixed prompts and what each baseline predicts for them (B, K)."""
+
+    name: str
+    prompts: Prompts
+    baselines: dict[str, Tensor]
+
+
+Row: TypeAlias = dict[str, Any]
+"""One number: distribution, quantity, position (1..K, `mean`, or `k1:k2`), value, stderr."""
+
+
+def evaluation_set(
+    config: RunConfig, name: str, *, num_prompts: int, device: torch.device | str = "cpu"
+) -> EvaluationSet:
+    """The fixed prompts called `name`: `pretrain`, `true`, or a shift.
+
+    dMMSE and the mean task belong to `pretrain` and `true` of a run with finitely many tasks; OLS and zero are
+    everywhere. Without noise, ridge is its limit OLS.
+    """
+    if name in SHIFTS:
+        prompts = sample_shifted_prompts(config, name, batch_size=num_prompts, device=device)
+    else:
+        prompts = sample_prompts(config, stream=name, step=0, batch_size=num_prompts, device=device)
+    return EvaluationSet(name, prompts, _baseline_predictions(config, name, prompts))
+
+
+def predict_prompts(predict: Predict, params: Params, prompts: Prompts) -> Float[Tensor, "N B K"]:
+    """Every member's predictions for the same prompts (B, K, D), a batch of prompts at a time."""
+    parts = zip(prompts.xs.split(_BATCH), prompts.ys.split(_BATCH), strict=True)
+    with torch.no_grad():
+        return torch.cat([predict(params, xs, ys).float() for xs, ys in parts], dim=1)
+
+
+def evaluate(predict: Predict, params: Params, sets: Sequence[EvaluationSet]) -> list[list[Row]]:
+    """All numbers of every member, on all sets: one list of rows per member."""
+    members: list[list[Row]] = []
+    for one in sets:
+        for index, predictions in enumerate(predict_prompts(predict, params, one.prompts)):
+            if index == len(members):
+                members.append([])
+            members[index] += _rows(one, predictions)
+    return members
+
+
+def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
+    """The loss of every baseline on every set; the quantity is the baseline's name."""
+    return [
+        row
+        for one in sets
+        for name, predictions in one.baselines.items()
+        for row in _positions(one.name, name, metrics.squared_error(predictions, one.prompts.ys))
+    ]
+
+
+def losses_by_position(predict: Predict, params: Params, one: EvaluationSet) -> "pd.DataFrame":
+    """Loss of one model beside the baselines.
+
+    Returns:
+        A row per position 1..K and one for their mean; columns `model`, `ridge`, `dmmse` (finite M), `ols`, `zero`.
+    """
+    import pandas as pd
+
+    predictions = {"model": predict_prompts(predict, params, one.prompts)[0]} | one.baselines
+    names = [name for name in ("model", "ridge", "dmmse", "ols", "zero") if name in predictions]
+    errors = {name: metrics.squared_error(predictions[name], one.prompts.ys).mean(dim=0) for name in names}
+    positions = range(1, one.prompts.ys.shape[1] + 1)
+    table = pd.DataFrame({name: error.tolist() for name, error in errors.items()}, index=[*map(str, positions)])
+    table.loc["mean"] = table.mean()
+    table.index.name = "position"
+    return table
+
+
+def summarise(predict: Predict, params: Params, sets: Sequence[Sequence[EvaluationSet]]) -> list[dict[str, float]]:
+    """The few numbers that are logged during training, per member on sets of its own.
+
+    Returns:
+        For each member `eval/<set>/{loss,delta_ridge,delta_dmmse,icl_score}`; dMMSE only for finite M.
+    """
+    results = []
+    for index, own in enumerate(sets):
+        member = {name: tensor[index : index + 1] for name, tensor in params.items()}
+        rows = evaluate(predict, member, own)[0]
+        wanted = ("mean", f"1:{own[0].prompts.ys.shape[1]}")
+        results.append(
+            {
+                f"eval/{row['distribution']}/{row['quantity']}": row["value"]
+                for row in rows
+                if row["position"] in wanted and row["quantity"] in ("loss", "delta_ridge", "delta_dmmse", "icl_score")
+            }
+        )
+    return results
+
+
+def _baseline_predictions(config: RunConfig, name: str, prompts: Prompts) -> dict[str, Tensor]:
+    task = config.task
+    xs, ys = prompts.xs, prompts.ys
+    least_squares = baselines.ols(xs, ys)
+    ridge = baselines.ridge(xs, ys, noise_variance=task.noise_variance) if task.noise_variance > 0 else least_squares
+    predictions = {"ridge": ridge, "ols": least_squares, "zero": baselines.zero(xs, ys)}
+    if not task.is_gaussian and name in ("pretrain", "true"):
+        tasks = task_pool(int(task.num_tasks), task.task_size, config.seeds.tasks, device=xs.device)
+        predictions["dmmse"] = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=task.noise_variance)
+        predictions["task_mean"] = baselines.task_mean(xs, ys, tasks=tasks)
+    return predictions
+
+
+def _rows(one: EvaluationSet, predictions: Float[Tensor, "B K"]) -> list[Row]:
+    """Loss, gaps, prior-task scores and ICL scores of one member on one set."""
+    errors = metrics.squared_error(predictions, one.prompts.ys)  # B K
+    rows = _positions(one.name, "loss", errors)
+    for name in ("ridge", "dmmse"):
+        if name in one.baselines:
+            rows += _positions(one.name, f"delta_{name}", metrics.squared_error(predictions, one.baselines[name]))
+    for name in ("zero", "task_mean"):
+        if name in one.baselines:
+            rows += _positions(one.name, f"prior_{name}", metrics.squared_error(predictions, one.baselines[name]))
+    for first, second in _score_pairs(errors.shape[1]):
+        score = metrics.icl_score(errors, first, second)
+        rows.append(_row(one.name, "icl_score", f"{first}:{second}", score))
+    return rows
+
+
+def _positions(distribution: str, quantity: str, values: Float[Tensor, "B K"]) -> list[Row]:
+    per_position = metrics.position_mean(values)
+    rows = [
+        _row(distribution, quantity, str(k + 1), metrics.Estimate(per_position.value[k], per_position.stderr[k]))
+        for k in range(values.shape[1])
+    ]
+    return [*rows, _row(distribution, quantity, "mean", metrics.overall_mean(values))]
+
+
+def _row(distribution: str, quantity: str, position: str, estimate: metrics.Estimate) -> Row:
+    values = (distribution, quantity, position, float(estimate.value), float(estimate.stderr))
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def _score_pairs(num_examples: int) -> Iterator[tuple[int, int]]:
+    """First to middle, middle to last, first to last (Hoogland et al.: 1:4, 4:8 and 1:8 for K = 8)."""
+    middle = max(1, num_examples // 2)
+    pairs = [(1, middle), (middle, num_examples), (1, num_examples)]
+    yield from dict.fromkeys(pair for pair in pairs if pair[0] < pair[1])

@@ -1,0 +1,66 @@
+"""One look for every figure: colours that colour-blind readers can tell apart, and how figures are saved.
+
+The palette is Okabe and Ito's (2008). A predictor has one colour and one line style wherever it is drawn.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg", force=False)
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from icl.storage import temporary_path
+
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+
+PREDICTORS: dict[str, dict[str, Any]] = {
+    "model": {"color": BLUE, "linestyle": "-", "linewidth": 2.2, "label": "transformer"},
+    "ridge": {"color": VERMILION, "linestyle": "--", "label": "ridge (Bayes for M = ∞)"},
+    "dmmse": {"color": GREEN, "linestyle": "-.", "label": "dMMSE (Bayes for the M tasks)"},
+    "ols": {"color": PURPLE, "linestyle": ":", "label": "OLS"},
+    "zero": {"color": BLACK, "linestyle": (0, (1, 1)), "linewidth": 1.0, "label": "zero"},
+}
+
+_SETTINGS: dict[Any, Any] = {
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+}
+
+
+def new_figure(num_columns: int = 1, *, width: float = 5.2, height: float = 3.8) -> tuple[Figure, list[Axes]]:
+    """A row of empty axes in the common look."""
+    with plt.rc_context(_SETTINGS):
+        figure, axes = plt.subplots(1, num_columns, figsize=(width * num_columns, height), layout="constrained")
+    return figure, list(axes) if num_columns > 1 else [axes]
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure atomically, without the time or versions in it, and close it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path)
+    with plt.rc_context(_SETTINGS):
+        figure.savefig(temporary, format=path.suffix.lstrip("."), metadata={"Software": None})
+    plt.close(figure)
+    temporary.replace(path)
+    return path

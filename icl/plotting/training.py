@@ -1,0 +1,94 @@
+"""The figure of a run: its learning curves, and its loss at each position beside the Bayes-optimal predictors."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from icl import population
+from icl.build import build_architecture, build_evaluation_sets
+from icl.checkpoints import list_steps, load_step
+from icl.evaluation import losses_by_position
+from icl.plotting.style import BLUE, PREDICTORS, SKY, new_figure, save_figure
+from icl.runs import RunFolder
+
+
+def draw_run(folder: RunFolder) -> tuple[pd.DataFrame, Path]:
+    """The table and the figure of a run's last checkpoint, saved to `results/losses.csv` and `figures/training.png`.
+
+    Returns:
+        The losses on the training tasks (rows: positions and their mean; columns: predictors), and the figure's path.
+
+    Raises:
+        CheckpointError: If the run has no usable checkpoint.
+    """
+    checkpoint = load_step(folder.checkpoints, list_steps(folder.checkpoints)[-1])
+    config = checkpoint.config
+    predict = partial(population.apply, build_architecture(config))
+    params = population.stack([checkpoint.params])
+    sets = build_evaluation_sets(config, num_prompts=config.evaluation.num_prompts)
+    losses = {one.name: losses_by_position(predict, params, one) for one in sets}
+    folder.write_result("losses.csv", pd.concat(losses, names=["distribution"]).to_csv(float_format="%.6g"))
+    tasks = "∞" if config.task.is_gaussian else f"{config.task.num_tasks:,}"
+    figure = plot_training(
+        pd.read_csv(folder.metrics_file),
+        losses,
+        title=f"{folder.path.name}   (M = {tasks}, D = {config.task.task_size}, "
+        f"σ² = {config.task.noise_variance:g}, step {checkpoint.step:,})",
+    )
+    return losses["pretrain"], save_figure(figure, folder.figures / "training.png")
+
+
+def plot_training(metrics: pd.DataFrame, losses: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
+    """Learning curves against step, then loss against position on the training tasks and on new ones.
+
+    Args:
+        metrics: The run's `metrics.csv`.
+        losses: For `pretrain` and `true`, loss per target: a row per position 1..K and one `mean`, a column per predictor
+            (`model`, `ridge`, `dmmse`, `ols`, `zero`; those that apply).
+        title: Above the panels.
+    """
+    figure, (curves, pretrain, true) = new_figure(3, width=4.6)
+    _draw_curves(curves, metrics, losses["pretrain"].loc["mean"])
+    _draw_positions(pretrain, losses["pretrain"].drop(index="mean"), "After training: the M training tasks")
+    _draw_positions(true, losses["true"].drop(index="mean"), "After training: new tasks, w ~ N(0, I)")
+    pretrain.legend(fontsize=8)
+    true.sharey(pretrain)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _draw_curves(axes: Axes, metrics: pd.DataFrame, means: pd.Series) -> None:
+    trained = metrics.dropna(subset=["train/loss"])
+    axes.plot(trained["step"], trained["train/loss"], color=SKY, linewidth=1.0, label="training batches")
+    if "eval/pretrain/loss" in metrics:
+        evaluated = metrics.dropna(subset=["eval/pretrain/loss"])
+        evaluated = evaluated[evaluated["step"] > 0]
+        axes.plot(evaluated["step"], evaluated["eval/pretrain/loss"], color=BLUE, label="fixed prompts, M tasks")
+        axes.plot(
+            evaluated["step"], evaluated["eval/true/loss"], color=BLUE, linestyle=":", label="fixed prompts, new tasks"
+        )
+    for name in ("zero", "ridge", "dmmse"):
+        if name in means:
+            axes.axhline(means[name], **PREDICTORS[name] | {"linewidth": 1.2})
+    axes.set(xscale="log", yscale="log", xlabel="step (updates)", ylabel="loss (squared error per target)")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="y", which="minor", labelsize=8)
+    axes.set_title("Learning", fontsize=10)
+    axes.legend(fontsize=8)
+
+
+def _draw_positions(axes: Axes, losses: pd.DataFrame, title: str) -> None:
+    for name in ("zero", "ols", "ridge", "dmmse", "model"):
+        if name in losses:
+            style = PREDICTORS[name] | ({"marker": "o", "markersize": 4} if name == "model" else {})
+            axes.plot(losses.index, losses[name], **style)
+    top = 1.25 * losses.drop(columns=["ols"], errors="ignore").max().max()
+    axes.set(ylim=(0, top), xlabel="position k (k − 1 examples seen)", ylabel="loss (squared error per target)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(title, fontsize=10)

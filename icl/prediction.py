@@ -1,0 +1,149 @@
+"""Predictions for prompts that a person brings: context examples and queries, as tensors or as a file.
+
+Each query sees the whole context and no other query. A file is JSON `{"x_context": [[...]], "y_context": [...],
+"x_query": [[...]]}`, or CSV with columns x1..xD,y in which an empty y marks a query.
+"""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icl.config import UserError
+from icl.storage import table_format, write_atomically
+from icl.transformer import Transformer
+
+
+class PromptError(UserError, ValueError):
+    """A prompt that cannot be used; the message says what was expected."""
+
+
+class PromptFile(NamedTuple):
+    """The content of a prompt file."""
+
+    x_context: Float[Tensor, "n D"]
+    y_context: Float[Tensor, " n"]
+    x_query: Float[Tensor, "q D"]
+
+
+def predict_from_prompt(model: Transformer, x_context: Any, y_context: Any, x_query: Any) -> Float[Tensor, " q"]:
+    """The model's prediction for every query, each after the whole context.
+
+    Args:
+        model: A trained model.
+        x_context: Inputs of the examples (n, D), n from 0 to K - 1; a tensor, an array or nested lists.
+        y_context: Their targets (n,).
+        x_query: Inputs to predict (q, D).
+
+    Raises:
+        PromptError: If shapes do not fit each other or the model, or a number is not finite.
+    """
+    parameter = next(model.parameters())
+    x_context, y_context, x_query = (
+        _tensor(value, name).to(parameter) for value, name in _named(x_context, y_context, x_query)
+    )
+    if len(x_context) == 0:
+        x_context = x_context.reshape(0, model.task_size)
+    _check_shapes(model, x_context, y_context, x_query)
+    num_queries = len(x_query)
+    xs = torch.cat((x_context.expand(num_queries, *x_context.shape), x_query.unsqueeze(1)), dim=1)  # q n+1 D
+    ys = torch.nn.functional.pad(y_context, (0, 1)).expand(num_queries, -1)  # q n+1
+    with torch.no_grad():
+        return model(xs, ys)[:, -1]
+
+
+def read_prompt_file(path: str | Path) -> PromptFile:
+    """The prompt in a JSON or CSV file.
+
+    Raises:
+        PromptError: If it is missing, malformed, or holds no query.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"The prompt file {path} cannot be read: {getattr(error, 'strerror', 'not text')}.") from None
+    prompt = _from_csv(text, path) if path.suffix.lower() == ".csv" else _from_json(text, path)
+    if len(prompt.x_query) == 0:
+        raise PromptError(f"{path} has no query: give `x_query` in JSON, or leave y empty in a row of a CSV file.")
+    return prompt
+
+
+def write_predictions(path: Path, prompt: PromptFile, predictions: Float[Tensor, " q"]) -> Path:
+    """Save queries and predictions as JSON or CSV, by the file's suffix.
+
+    Raises:
+        StorageError: For another suffix, or if it cannot be written.
+    """
+    queries, values = prompt.x_query.tolist(), predictions.tolist()
+    if table_format(path) == "json":
+        text = json.dumps({"x_query": queries, "y_predicted": values}, indent=1) + "\n"
+    else:
+        header = [*(f"x{i + 1}" for i in range(prompt.x_query.shape[1])), "y_predicted"]
+        lines = [header, *([*query, value] for query, value in zip(queries, values, strict=True))]
+        text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    write_atomically(path, text.encode())
+    return path
+
+
+def _named(x_context: Any, y_context: Any, x_query: Any) -> list[tuple[Any, str]]:
+    return [(x_context, "x_context"), (y_context, "y_context"), (x_query, "x_query")]
+
+
+def _tensor(value: Any, name: str) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise PromptError(f"`{name}` must be numbers in rows of equal length.") from None
+    if not torch.isfinite(tensor).all():
+        raise PromptError(f"`{name}` holds NaN or infinity; every number of a prompt must be finite.")
+    return tensor
+
+
+def _check_shapes(model: Transformer, x_context: Tensor, y_context: Tensor, x_query: Tensor) -> None:
+    for tensor, name in ((x_context, "x_context"), (x_query, "x_query")):
+        if tensor.ndim != 2 or tensor.shape[1] != model.task_size:
+            raise PromptError(
+                f"`{name}` must have shape (rows, {model.task_size}) for this model, got {tuple(tensor.shape)}."
+            )
+    if y_context.shape != x_context.shape[:1]:
+        raise PromptError(
+            f"`y_context` must have one target per example: {len(x_context)} expected, got shape {tuple(y_context.shape)}."
+        )
+    if len(x_context) > model.max_examples - 1:
+        raise PromptError(
+            f"This model takes at most {model.max_examples - 1} context examples before a query, got {len(x_context)}."
+        )
+
+
+def _from_json(text: str, path: Path) -> PromptFile:
+    try:
+        content = json.loads(text)
+        parts = _named(content["x_context"], content["y_context"], content["x_query"])
+    except (ValueError, KeyError, TypeError):
+        raise PromptError(
+            f'{path} must be JSON like {{"x_context": [[0.1, 0.2]], "y_context": [0.3], "x_query": [[1.0, 2.0]]}}.'
+        ) from None
+    return PromptFile(*(_tensor(value, name) for value, name in parts))
+
+
+def _from_csv(text: str, path: Path) -> PromptFile:
+    rows = [row for row in csv.reader(text.splitlines()) if any(cell.strip() for cell in row)]
+    size = len(rows[0]) - 1 if rows else 0
+    if not rows or [cell.strip() for cell in rows[0]] != [*(f"x{i + 1}" for i in range(size)), "y"] or size < 1:
+        raise PromptError(f"{path} must begin with the header x1,x2,...,xD,y; an empty y marks a query.")
+    try:
+        xs = [[float(cell) for cell in row[:size]] for row in rows[1:]]
+        ys = [float(row[size]) if row[size].strip() else None for row in rows[1:]]
+    except (ValueError, IndexError):
+        raise PromptError(f"{path} must have {size} numbers and a number or nothing for y in every row.") from None
+    context = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
+    return PromptFile(
+        _tensor([x for x, _ in context], "x_context").reshape(-1, size),
+        _tensor([y for _, y in context], "y_context"),
+        _tensor([x for x, y in zip(xs, ys, strict=True) if y is None], "x_query").reshape(-1, size),
+    )

@@ -1,0 +1,169 @@
+"""A run's folder: its files, its status, and the lock that keeps two processes from training it at once.
+
+`$LOCAL_ROOT/<run name>/` holds `config.yaml`, `status.json`, `metrics.csv`, `run.log`, `last.ckpt`, `checkpoints/`,
+`results/` and `figures/`. Whatever is replaced is replaced atomically.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from icl.config import FREE_ON_RESUME, ConfigError, RunConfig, UserError, flatten
+from icl.storage import LocalStore, StorageError, write_atomically
+
+State = Literal["waiting", "running", "finished", "stopped_early", "preempted", "failed"]
+DONE: tuple[State, ...] = ("finished", "stopped_early")
+
+
+class RunError(UserError, RuntimeError):
+    """A run that cannot go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """What `status.json` says of a run."""
+
+    state: State
+    step: int = 0
+    """Updates done."""
+    max_steps: int = 0
+    loss: float | None = None
+    """Mean training loss of the last row of `metrics.csv`."""
+    best_step: int | None = None
+    """The evaluated step at which the monitored metric was lowest."""
+    reason: str | None = None
+    """Why it stopped, failed or was pre-empted."""
+    steps_per_second: float | None = None
+    updated: float = 0.0
+    """Unix time of this status."""
+
+
+def local_root() -> Path:
+    """The folder of all runs: $LOCAL_ROOT, or `runs` in the working directory."""
+    return Path(os.environ.get("LOCAL_ROOT") or "runs")
+
+
+class RunFolder:
+    """The paths of one run, and what is written there; made by the first write."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.status_file = self.path / "status.json"
+        self.metrics_file = self.path / "metrics.csv"
+        self.log_file = self.path / "run.log"
+        self.resume_file = self.path / "last.ckpt"
+        self.results = self.path / "results"
+        self.figures = self.path / "figures"
+        self.checkpoints = LocalStore(self.path / "checkpoints")
+
+    def write_config(self, config: RunConfig) -> None:
+        """Save the resolved configuration."""
+        write_atomically(self.config_file, yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
+
+    def read_config(self) -> RunConfig:
+        """The configuration the run was started with.
+
+        Raises:
+            ConfigError: If the folder holds none, or it cannot be read.
+        """
+        try:
+            tree = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            raise ConfigError(f"{self.path} is not a run: it has no readable config.yaml.") from None
+        return RunConfig.from_dict(tree if isinstance(tree, dict) else {})
+
+    def write_status(self, status: Status) -> None:
+        """Replace `status.json`, with the present time."""
+        fields = asdict(status) | {"updated": round(time.time(), 3)}
+        write_atomically(self.status_file, (json.dumps(fields, indent=1) + "\n").encode(), durable=False)
+
+    def read_status(self) -> Status | None:
+        """The last status, or None if there is none that can be read."""
+        try:
+            return Status(**json.loads(self.status_file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write_result(self, name: str, text: str) -> Path:
+        """Replace a file of `results/`."""
+        write_atomically(self.results / name, text.encode())
+        return self.results / name
+
+    def log(self, message: str) -> None:
+        """Add a line to `run.log`, with the time."""
+        with self.log_file.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; the system lets go of it when the process dies.
+
+        Raises:
+            RunError: If another process is training the run.
+            StorageError: If the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise StorageError(
+                f"Cannot write to the run's folder {self.path}: {error.strerror}. Choose another with LOCAL_ROOT."
+            ) from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(
+                    f"Another process is training {self.path}; wait for it, or give this run another name with --run_name."
+                ) from None
+            yield
+
+
+def require_same_config(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
+    """Refuse to resume a run under other settings than it began with.
+
+    Raises:
+        ConfigError: Naming every difference.
+    """
+    before, after = (flatten(config.to_dict()) for config in (old, new))
+    ignored = {*FREE_ON_RESUME, "run_name", "preset"}
+    changed = [
+        f"`{key}` was {before.get(key)!r} and is now {after[key]!r}"
+        for key in after
+        if key not in ignored and before.get(key) != after[key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"The run {folder.path} was begun with other settings: {'; '.join(changed)}. "
+            "Use the old ones to resume it, or give the new run its own --run_name."
+        )
+
+
+def describe_runs(root: Path) -> list[str]:
+    """A line for every run below a folder: name, state, step, loss, age of the last status."""
+    lines = []
+    for file in sorted(root.glob("**/status.json")):
+        status = RunFolder(file.parent).read_status()
+        if status is not None:
+            loss = "-" if status.loss is None else f"{status.loss:.4f}"
+            progress = f"{status.step:,}/{status.max_steps:,}"
+            age = _age(time.time() - status.updated)
+            name = file.parent.relative_to(root).as_posix()
+            lines.append(f"{name:40s} {status.state:13s} step {progress:>17s}  loss {loss:>8s}  {age} ago")
+    return lines
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"

@@ -1,0 +1,137 @@
+"""Keyed bytes behind one small protocol: a store writes whole values atomically, reads, lists and deletes them.
+
+A key is a relative path with forward slashes. A value is either the whole of what was written or absent: the local
+store writes a temporary file beside the target, flushes it to disk and renames it. A process killed at any moment
+leaves at worst a temporary file, which no listing shows.
+"""
+
+import os
+import secrets
+from pathlib import Path
+from typing import Protocol
+
+from icl.config import UserError
+
+_TEMPORARY = ".tmp-"
+
+
+class StorageError(UserError, OSError):
+    """Bytes that could not be written or read; the message names the place and what to do."""
+
+
+class Store(Protocol):
+    """Where keyed bytes live."""
+
+    def read(self, key: str) -> bytes:
+        """The value of a key; StorageError if there is none."""
+
+    def write(self, key: str, data: bytes) -> None:
+        """Set the value of a key, all at once or not at all."""
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Every key below the folder `prefix`, sorted."""
+
+    def delete(self, key: str) -> None:
+        """Remove a key; nothing happens if there is none."""
+
+
+class LocalStore:
+    """A folder; it is made on the first write."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def read(self, key: str) -> bytes:
+        """The value of a key.
+
+        Raises:
+            StorageError: If there is no such file, or it cannot be read.
+        """
+        try:
+            return (self.root / key).read_bytes()
+        except OSError as error:
+            raise StorageError(f"Cannot read {self.root / key}: {error.strerror}.") from None
+
+    def write(self, key: str, data: bytes) -> None:
+        """Set the value of a key, atomically.
+
+        Raises:
+            StorageError: If the disk is full or the folder cannot be written; an old value stays as it was.
+        """
+        write_atomically(self.root / key, data)
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Every key below the folder `prefix`, sorted; temporary files are left out."""
+        files = (path for path in (self.root / prefix).rglob("*") if path.is_file())
+        return sorted(path.relative_to(self.root).as_posix() for path in files if not is_temporary(path))
+
+    def delete(self, key: str) -> None:
+        """Remove a key; nothing happens if there is none."""
+        (self.root / key).unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Put `data` at `path` so that a reader sees the old bytes or all the new ones, even after a power cut.
+
+    Args:
+        path: The file; its folder is made if need be.
+        data: All of its bytes.
+        durable: Whether to wait until the disk has it; without, a power cut may bring the old bytes back.
+
+    Raises:
+        StorageError: If it cannot be done; the message says why, and the old file is untouched.
+    """
+    temporary = temporary_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+        if durable:
+            sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"Cannot write {path}: {error.strerror}. What was saved before is intact; "
+            "free space or choose another folder with LOCAL_ROOT, then run the same command again."
+        ) from None
+
+
+def table_format(path: Path) -> str:
+    """`csv` or `json`, by a file's suffix.
+
+    Raises:
+        StorageError: For another suffix.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".csv", ".json"):
+        raise StorageError(f"Tables are written as .csv or .json, got {path}.")
+    return suffix[1:]
+
+
+def temporary_path(path: Path) -> Path:
+    """A new name beside `path` that no listing shows, to write to before renaming."""
+    return path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is a write that has not finished, or never did."""
+    return path.name.startswith(_TEMPORARY)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what interrupted writes left in a folder."""
+    for path in folder.rglob(f"{_TEMPORARY}*"):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Training runs with Lightning; nothing else in `icl` imports it."""

@@ -1,0 +1,187 @@
+"""Train one run from its configuration to its folder, or take up where it stopped.
+
+The same call does all of it: a new run begins, an unfinished one resumes bit-identically, a finished one says so.
+Every way of ending (finished, stopped early, pre-empted by a signal, failed) is in `status.json` with its reason.
+"""
+
+import logging
+import signal
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from icl import population
+from icl.build import build_evaluation_sets, build_model, choose_device
+from icl.config import RunConfig
+from icl.presets import run_name
+from icl.runs import DONE, RunFolder, State, Status, local_root, require_same_config
+from icl.schedules import checkpoint_steps
+from icl.storage import remove_temporaries
+from icl.training.callbacks import EarlyStopping, Evaluation, Member, MetricsLog, NonFiniteGuard, StopSignals
+from icl.training.data import PromptDataModule
+from icl.training.module import PopulationModule
+from icl.training.progress import ProgressBar, StatusFile
+from icl.training.saving import ResumeFile, ScheduledCheckpoints, read_resume_step
+
+
+class TrainResult(NamedTuple):
+    """How a run ended."""
+
+    folder: RunFolder
+    status: Status
+    received: signal.Signals | None = None
+    """What pre-empted it, if anything did."""
+    was_done: bool = False
+    """Whether there was nothing left to do."""
+
+
+def train(config: RunConfig, *, folder: str | Path | None = None) -> TrainResult:
+    """Train a run to its end, or resume it.
+
+    Args:
+        config: The run.
+        folder: Its folder; left out, `$LOCAL_ROOT/<run name>`.
+
+    Raises:
+        ConfigError: If the folder holds a run with other settings, or the device is absent.
+        RunError: If another process trains it, its resume file is unusable, or the loss became non-finite.
+        StorageError: If it cannot be written; what was saved before is intact.
+    """
+    run = RunFolder(folder if folder is not None else local_root() / run_name(config))
+    if is_child_rank():
+        return _train(config, run)
+    with run.lock():
+        return _train(config, run)
+
+
+def _train(config: RunConfig, run: RunFolder) -> TrainResult:
+    if run.config_file.exists():
+        require_same_config(run.read_config(), config, run)
+        status = run.read_status()
+        if status is not None and status.state in DONE and not is_child_rank():
+            return TrainResult(run, status, was_done=True)
+    else:
+        run.write_config(config)
+    remove_temporaries(run.path)
+    resume_step = read_resume_step(run)
+    started = time.monotonic()
+    run.log(f"resuming from step {resume_step}" if resume_step else "starting")
+    print(f"Resuming {run.path} from step {resume_step:,}." if resume_step else f"Training {run.path}.")
+    run.write_status(Status(state="waiting", step=resume_step, max_steps=config.trainer.max_steps))
+    try:
+        status, received = _fit(config, run, resume_step)
+    except BaseException as error:
+        _record_failure(run, error)
+        raise
+    run.write_status(status)
+    run.log(f"{status.state} at step {status.step} after {time.monotonic() - started:.1f} s. {status.reason or ''}")
+    return TrainResult(run, status, received)
+
+
+def _fit(config: RunConfig, run: RunFolder, resume_step: int) -> tuple[Status, signal.Signals | None]:
+    _quieten_lightning()
+    members = [Member(config, run)]
+    callbacks = make_callbacks(members)
+    trainer = make_trainer(config, callbacks)
+    module = PopulationModule([config], population.stack([dict(build_model(config).named_parameters())]))
+    path = str(run.resume_file) if resume_step else None
+    trainer.fit(module, datamodule=PromptDataModule([config]), ckpt_path=path, weights_only=True)
+    stopping = next(callback for callback in callbacks if isinstance(callback, EarlyStopping))
+    received = next(callback.received for callback in callbacks if isinstance(callback, StopSignals))
+    last = run.read_status() or Status(state="running")
+    step = trainer.global_step
+    state: State = "finished"
+    reason = None
+    if stopping.reason is not None:
+        state, reason = "stopped_early", stopping.reason
+    elif step < config.trainer.max_steps:
+        state, reason = "preempted", f"{received.name if received else 'a signal'} at step {step}"
+    done = replace(
+        last, state=state, reason=reason, step=step, max_steps=trainer.max_steps, best_step=stopping.best_step
+    )
+    return done, received if state == "preempted" else None
+
+
+def make_callbacks(members: Sequence[Member]) -> list[pl.Callback]:
+    """The callbacks in the order in which they must see a step."""
+    config = members[0].config
+    device = choose_device(config.trainer.accelerator)
+    every = config.evaluation.every
+    sets = [
+        build_evaluation_sets(member.config, num_prompts=config.evaluation.num_prompts, device=device)
+        for member in members
+        if every is not None
+    ]
+    guard = NonFiniteGuard(config.trainer.log_every)
+    evaluation = Evaluation(sets, every)
+    stopping = EarlyStopping(config.early_stopping, evaluation)
+    log = MetricsLog(members, evaluation, stopping, config.trainer.log_every)
+    grid = config.checkpoints
+    steps = checkpoint_steps(
+        config.trainer.max_steps, every=grid.every, num_log=grid.num_log, num_linear=grid.num_linear
+    )
+    return [
+        guard,
+        evaluation,
+        stopping,
+        StopSignals(),
+        log,
+        ScheduledCheckpoints(members, steps, guard, stopping),
+        ResumeFile(members[0].folder, log, guard),
+        StatusFile(members, log, stopping),
+        ProgressBar(log),
+    ]
+
+
+def make_trainer(config: RunConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
+    """Lightning's Trainer with our callbacks in place of its own."""
+    settings = config.trainer
+    strategy: str | Strategy = settings.strategy
+    if settings.devices * settings.num_nodes > 1 and strategy in ("auto", "ddp"):
+        strategy = DDPStrategy(broadcast_buffers=False)  # ours are already the same on every rank
+    return pl.Trainer(
+        accelerator=choose_device(settings.accelerator),
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=strategy,
+        precision=settings.precision,  # type: ignore[arg-type]
+        max_steps=settings.max_steps,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def _record_failure(run: RunFolder, error: BaseException) -> None:
+    """Say in `status.json` that the run failed, where the disk still allows it."""
+    last = run.read_status() or Status(state="failed")
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    state: State = "preempted" if isinstance(error, KeyboardInterrupt) else "failed"
+    try:
+        run.write_status(replace(last, state=state, reason=reason))
+        run.log(f"{state}: {reason}")
+    except OSError:
+        return
+
+
+def is_child_rank() -> bool:
+    """Whether this process was started by rank 0, which holds the lock and writes the files."""
+    import os
+
+    return os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("NODE_RANK", "0") != "0"
+
+
+def _quieten_lightning() -> None:
+    """Leave the terminal to our own progress bar."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*`isinstance.treespec, LeafSpec.`.*")

@@ -1,0 +1,43 @@
+"""Shared ground of the tests: no account, no network, no GPU by default, nothing written outside a temporary folder."""
+
+import dataclasses
+import os
+
+import hypothesis
+import jaxtyping
+import pytest
+
+import icl.config
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin stall runs on shared cores
+import torch
+
+hypothesis.settings.register_profile("icl", derandomize=True, deadline=None, max_examples=25, database=None)
+hypothesis.settings.load_profile("icl")
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(2)
+    # The config tree refuses wrong values itself, in sentences that are under test; jaxtyping's hook would speak first.
+    for section in vars(icl.config).values():
+        if isinstance(section, type) and dataclasses.is_dataclass(section):
+            section.__init__.__no_type_check__ = True  # type: ignore[misc]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _sealed(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Runs go to a temporary folder, W&B is off, the device is the CPU."""
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path_factory.mktemp("root")))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("DEVICE", "cpu")
+
+
+@pytest.fixture
+def as_users_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shape and type checks off, as outside the tests: what is refused then is refused by `icl` itself."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -1,0 +1,349 @@
+"""From files and words to a config: layers, spellings, the nearest key, errors of one sentence; names of runs."""
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icl.config import ConfigError, RunConfig, SeedsConfig, TaskConfig, TrainerConfig, flatten
+from icl.presets import MAX_SLUG, PRESETS, preset, run_name
+from icl.resolve import known_keys, parse_scalar, read_arguments, read_config_file, resolve
+
+
+def value_of(config, key):
+    return flatten(config.to_dict())[key]
+
+
+def refusal(call, *arguments):
+    with pytest.raises(ConfigError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# Layers
+
+
+def test_no_source_gives_the_defaults():
+    assert resolve() == RunConfig()
+
+
+def test_later_source_wins():
+    config = resolve({"optim.lr": 0.1, "task.task_size": 5}, {"optim.lr": 0.2}, {"optim.lr": 0.3})
+    assert (config.optim.lr, config.task.task_size) == (0.3, 5)
+
+
+def test_preset_lies_under_every_source_even_when_named_last():
+    config = resolve({"task.num_tasks": 7}, {"preset": "L2H4"})
+    assert config == dataclasses.replace(preset("L2H4"), task=dataclasses.replace(preset("L2H4").task, num_tasks=7))
+
+
+def test_last_preset_wins():
+    assert resolve({"preset": "icr"}, {"preset": "carroll"}) == preset("carroll")
+
+
+def test_nested_and_dotted_keys_mean_the_same():
+    assert resolve({"optim": {"lr": 0.5}, "trainer.max_steps": 9}) == resolve(
+        {"optim.lr": 0.5, "trainer": {"max_steps": 9}}
+    )
+
+
+def test_dotted_source_overrides_one_key_of_a_nested_one():
+    config = resolve({"task": {"task_size": 3, "max_examples": 4}}, {"task.task_size": 6})
+    assert (config.task.task_size, config.task.max_examples) == (6, 4)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_saved_tree_resolves_to_itself(name):
+    assert resolve(preset(name).to_dict()) == preset(name)
+
+
+def test_every_setting_of_the_tree_is_a_known_key():
+    assert set(known_keys()) == set(flatten(RunConfig().to_dict()))
+
+
+# What people write
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "expected"),
+    [
+        ("task.num_tasks", "inf", "inf"),
+        ("task.num_tasks", ".inf", "inf"),
+        ("task.num_tasks", "Infinity", "inf"),
+        ("task.num_tasks", math.inf, "inf"),
+        ("task.num_tasks", "1_024", 1024),
+        ("task.num_tasks", 64.0, 64),
+        ("evaluation.every", "None", None),
+        ("evaluation.every", "null", None),
+        ("evaluation.every", None, None),
+        ("evaluation.every", "250", 250),
+        ("run_name", "none", None),
+        ("run_name", 5, "5"),
+        ("optim.lr", "1e-5", 1e-5),
+        ("optim.lr", "3", 3.0),
+        ("optim.grad_clip", "0.5", 0.5),
+        ("trainer.max_steps", "10_000", 10_000),
+        ("trainer.max_steps", "1e4", 10_000),
+        ("trainer.max_steps", 300.0, 300),
+        ("trainer.precision", 32, "32"),
+        ("trainer.precision", "bf16-mixed", "bf16-mixed"),
+        ("model.double_residual", "true", True),
+        ("model.double_residual", "False", False),
+        ("model.layer_norm", "none", "none"),
+    ],
+)
+def test_value_is_read_as_written(key, written, expected):
+    value = value_of(resolve({key: written}), key)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1e-5", 1e-5),
+        ("1E3", 1000.0),
+        ("-2", -2),
+        ("10_000", 10_000),
+        ("inf", math.inf),
+        ("-.inf", -math.inf),
+        ("Infinity", math.inf),
+        ("~", None),
+        ("TRUE", True),
+        ("hello", "hello"),
+        ("", ""),
+    ],
+)
+def test_scalar_is_read_as_written(text, expected):
+    assert parse_scalar(text) == expected
+    assert type(parse_scalar(text)) is type(expected)
+
+
+# The command line
+
+
+def test_arguments_with_space_and_equals_mean_the_same():
+    assert read_arguments(["--optim.lr", "1e-3"]) == read_arguments(["--optim.lr=1e-3"]) == {"optim.lr": "1e-3"}
+
+
+def test_bare_boolean_flag_means_true():
+    assert read_arguments(["--model.double_residual", "--seeds.model", "3"]) == {
+        "model.double_residual": "true",
+        "seeds.model": "3",
+    }
+
+
+def test_boolean_flag_takes_a_value():
+    assert not resolve(read_arguments(["--model.mlp_bias", "false"])).model.mlp_bias
+
+
+def test_bare_flag_of_another_type_wants_a_value():
+    message = refusal(read_arguments, ["--optim.lr", "--seeds.model", "3"])
+    assert message == "The option `--optim.lr` needs a value, a number."
+
+
+def test_negative_number_is_a_value_not_an_option():
+    assert read_arguments(["--optim.lr", "-1"]) == {"optim.lr": "-1"}
+
+
+def test_repeated_option_keeps_the_last():
+    assert read_arguments(["--seeds.model", "1", "--seeds.model=2"]) == {"seeds.model": "2"}
+
+
+def test_stray_word_is_refused():
+    assert refusal(read_arguments, ["quick"]) == "Expected `--section.key VALUE`, got `quick`."
+
+
+# Unknown keys
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("optim.lrr", "optim.lr"),
+        ("task.num_task", "task.num_tasks"),
+        ("num_tasks", "task.num_tasks"),
+        ("lr", "optim.lr"),
+        ("trainer.steps", "trainer.max_steps"),
+        ("model.n_layers", "model.num_layers"),
+        ("task.noise_variance.x", "task.noise_variance"),
+    ],
+)
+def test_unknown_key_names_the_nearest(key, nearest):
+    assert refusal(resolve, {key: 1}) == f"There is no setting `{key}`. Did you mean `{nearest}`?"
+
+
+def test_unknown_option_names_the_nearest():
+    assert "Did you mean `optim.lr`?" in refusal(read_arguments, ["--optim.lrr", "1"])
+
+
+def test_key_like_no_other_points_to_the_help():
+    assert "`icl train --help`" in refusal(resolve, {"zzzzzzz": 1})
+
+
+@pytest.mark.parametrize("key", [1, True, None, 2.5])
+def test_key_that_is_no_text_is_an_unknown_setting(key):
+    assert refusal(resolve, {key: 1}).startswith(f"There is no setting `{key}`.")
+
+
+@pytest.mark.parametrize("value", [None, 3, "abc", [1]])
+def test_value_in_place_of_a_section_says_how_to_write_it(value):
+    assert refusal(resolve, {"task": value}) == "`task` is a section; write `task: {key: value}` or `--task.key VALUE`."
+
+
+# Wrong values
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("optim.lr", "fast", "`optim.lr` must be a number, got 'fast'."),
+        ("optim.lr", True, "`optim.lr` must be a number, got True."),
+        ("optim.lr", [1, 2], "`optim.lr` must be a number, got [1, 2]."),
+        ("optim.lr", -1, "`optim.lr` must be positive and finite, got -1"),
+        ("trainer.max_steps", 2.5, "`trainer.max_steps` must be a whole number, got 2.5."),
+        ("trainer.max_steps", "ten", "`trainer.max_steps` must be a whole number, got 'ten'."),
+        ("trainer.max_steps", True, "`trainer.max_steps` must be a whole number, got True."),
+        ("evaluation.every", "often", "`evaluation.every` must be a whole number or none, got 'often'."),
+        ("seeds.model", "inf", "`seeds.model` must be a whole number, got inf."),
+        ("model.double_residual", 1, "`model.double_residual` must be true or false, got 1."),
+        ("model.layer_norm", "Pre", "`model.layer_norm` must be one of pre, post, none, got 'Pre'."),
+        ("model.layer_norm", None, "`model.layer_norm` must be one of pre, post, none, got None."),
+        ("model.double_residual", None, "`model.double_residual` must be true or false, got None."),
+        ("trainer.strategy", None, "`trainer.strategy` must be text, got None."),
+        ("run_name", True, "`run_name` must be text or none, got True."),
+        ("preset", "L2H5", "There is no preset `L2H5`. Did you mean `L2H4`?"),
+        ("task.num_tasks", "many", "The number of tasks M must be a whole number"),
+    ],
+)
+def test_wrong_value_is_one_sentence(key, value, message):
+    assert refusal(resolve, {key: value}).startswith(message)
+
+
+def test_contradiction_between_sources_is_refused():
+    message = refusal(resolve, {"early_stopping.patience": 3}, {"evaluation.every": None})
+    assert "early stopping needs an evaluation interval" in message
+
+
+@given(
+    key=st.sampled_from(sorted(known_keys())) | st.text(max_size=20),
+    value=st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+)
+def test_anything_gives_a_config_or_one_sentence(key, value):
+    sentence = ""
+    try:
+        resolve({key: value})
+    except ConfigError as error:
+        sentence = str(error)
+    assert "\n" not in sentence
+
+
+# Files
+
+
+def test_file_gives_its_tree(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("preset: L2H4\ntask:\n  num_tasks: .inf\noptim: {lr: 1e-5}\n")
+    assert read_config_file(path) == {"preset": "L2H4", "task": {"num_tasks": math.inf}, "optim": {"lr": "1e-5"}}
+
+
+def test_json_file_is_read_too(tmp_path):
+    (tmp_path / "config.json").write_text('{"task": {"num_tasks": "inf"}, "optim.lr": 0.25}')
+    assert resolve(read_config_file(tmp_path / "config.json")) == resolve(
+        {"task.num_tasks": math.inf, "optim.lr": 0.25}
+    )
+
+
+def test_empty_file_sets_nothing(tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert read_config_file(tmp_path / "empty.yaml") == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"task: [1, 2", "is not valid YAML"),
+        (b"\xff\xfe\x00", "is not valid YAML"),
+        (b"a: 1\na: {b\n: 2", "is not valid YAML"),
+        (b"- 1\n- 2\n", "must hold `section: {key: value}`, got list"),
+        (b"just words", "must hold `section: {key: value}`, got str"),
+    ],
+)
+def test_bad_file_is_one_sentence_that_names_it(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    text = refusal(read_config_file, path)
+    assert message in text
+    assert str(path) in text
+
+
+def test_missing_file_is_one_sentence_that_names_it(tmp_path):
+    assert "nowhere.yaml cannot be read: No such file" in refusal(read_config_file, tmp_path / "nowhere.yaml")
+
+
+def test_folder_in_place_of_a_file_is_one_sentence(tmp_path):
+    assert "cannot be read" in refusal(read_config_file, tmp_path)
+
+
+# Names of runs
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_run_is_called_like_the_preset(name):
+    assert run_name(preset(name)) == name
+
+
+def test_run_name_lists_what_differs():
+    assert run_name(resolve({"preset": "L2H4", "task.num_tasks": 8, "optim.lr": 0.01})) == "L2H4,num_tasks=8,lr=0.01"
+
+
+def test_run_name_writes_infinity_as_inf():
+    assert run_name(RunConfig(task=TaskConfig(num_tasks=math.inf))) == "quickstart,num_tasks=inf"
+
+
+def test_run_name_tells_equal_leaves_of_two_sections_apart():
+    assert run_name(resolve({"checkpoints.every": 5, "evaluation.every": 6})) == (
+        "quickstart,evaluation.every=6,checkpoints.every=5"
+    )
+
+
+def test_run_name_tells_the_seeds_apart():
+    names = {
+        run_name(RunConfig(seeds=SeedsConfig(**{seed: 1})))
+        for seed in ("model", "tasks", "data", "noise", "evaluation")
+    }
+    assert len(names) == 5
+
+
+def test_given_run_name_is_kept():
+    assert run_name(resolve({"run_name": "group/mine", "task.num_tasks": 8})) == "group/mine"
+
+
+def test_run_name_does_not_depend_on_the_device():
+    assert run_name(RunConfig(trainer=TrainerConfig(accelerator="cpu", devices=2))) == "quickstart"
+
+
+@given(
+    max_steps=st.integers(1, 10**9),
+    lr=st.floats(1e-9, 10),
+    num_tasks=st.integers(1, 2**31 - 1) | st.just(math.inf),
+    monitor=st.text(max_size=200),
+)
+def test_run_name_from_settings_is_a_name_that_may_be_given(max_steps, lr, num_tasks, monitor):
+    config = resolve(
+        {"trainer.max_steps": max_steps, "optim.lr": lr, "task.num_tasks": num_tasks, "early_stopping.monitor": monitor}
+    )
+    name = run_name(config)
+    assert len(name) <= MAX_SLUG
+    assert "/" not in name
+    assert RunConfig(run_name=name).run_name == name
+
+
+def test_long_run_names_that_differ_at_the_end_stay_distinct():
+    long = {"early_stopping.monitor": "eval/" + "x" * 300}
+    names = {run_name(resolve({**long, "seeds.evaluation": seed})) for seed in range(5)}
+    assert len(names) == 5
+    assert {len(name) for name in names} == {MAX_SLUG}
