@@ -38,7 +38,7 @@ from icl.presets import preset
 from icl.runs import DONE, RunError, RunFolder
 from icl.storage import table_format, write_atomically
 from icl.tasks.prompts import prompt_source
-from icl.tasks.shifts import SHIFTS
+from icl.tasks.shifts import available_shifts
 from icl.transformer import Transformer
 
 __all__ = [
@@ -212,13 +212,12 @@ def evaluate_ood_score(
         )
     source = prompt_source(config, stream="true")
     parameter = next(model.parameters())
-    total = 0.0
+    loss = metrics.PositionLoss(max_examples=model.max_examples)
     for start in range(0, n_samples, batch_size):
         prompts = source.sample(range(1), range(start, min(start + batch_size, n_samples)), device=parameter.device)
         with torch.no_grad():
-            predictions = model(prompts.xs[0].to(parameter), prompts.ys[0].to(parameter))
-        total += float(metrics.squared_error(predictions, prompts.ys[0]).double().sum())
-    return total / (n_samples * model.max_examples)
+            loss.update(model(prompts.xs[0].to(parameter), prompts.ys[0].to(parameter)), prompts.ys[0].to(parameter))
+    return float(loss.compute().mean.value)
 
 
 def evaluate_run(
@@ -231,7 +230,7 @@ def evaluate_run(
     Args:
         path: A run's folder or a checkpoint file.
         num_prompts: Prompts per set; left out, the run's `evaluation.num_prompts`.
-        shifts: Names from `icl.tasks.shifts.SHIFTS`; left out, all of them.
+        shifts: Names from `icl.tasks.shifts.SHIFTS`; left out, all that fit the run's D and K.
 
     Returns:
         A row per number (step, checkpoint_hash, distribution, quantity, position, value, stderr), and the same without
@@ -248,7 +247,7 @@ def evaluate_run(
     sets = build_evaluation_sets(
         config,
         num_prompts=num_prompts or config.evaluation.num_prompts,
-        shifts=tuple(SHIFTS) if shifts is None else tuple(shifts),
+        shifts=tuple(available_shifts(config) if shifts is None else shifts),
         device=device,
     )
     predict = partial(population.apply, build_checkpoint_model(checkpoints[-1]))

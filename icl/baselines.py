@@ -4,7 +4,7 @@ Each takes a batch of prompts and predicts every target: prediction k sees x_1, 
 never y_k or anything later. All prefixes come from one pass; none is fitted again from the start.
 
 - `zero`, `task_mean`: no look at the prompt, y_k = 0 and y_k = (mean of the tasks) . x_k (Hoogland et al. 2024).
-- `averaging`, `knn`, `ols`: Garg et al. 2022, section 2 and their models.py; all predict 0 without examples.
+- `averaging`, `knn`, `ols`: those of Garg et al. 2022, as in their models.py; all predict 0 without examples.
 - `ridge`: the Bayes predictor under w ~ N(0, I); `dmmse`: the one under w uniform on M tasks (Raventos et al. 2023,
   section 2). Their sigma^2 is our `noise_variance`.
 
@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-_SLAB = 2**18
+_SLAB = 2**19
 """Weights, one for each prompt and task, that `dmmse` holds at a time: small enough for a processor's cache."""
 _MIN_TASKS_AT_A_TIME = 64
 _LOG_WEIGHT_ERROR = 1e-2

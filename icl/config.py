@@ -18,8 +18,14 @@ ModelOutput = Literal["scalar", "token"]
 RateSchedule = Literal["constant", "warmup", "triangle"]
 Accelerator = Literal["auto", "cpu", "cuda", "gpu", "tpu", "mps"]
 
-FREE_ON_RESUME = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
-"""Where a run executes, not what it computes: these may change when an unfinished run is resumed."""
+FREE_ON_RESUME = (
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "checkpoints.resume_seconds",
+)
+"""Where and how safely a run executes, not what it computes: these may change when an unfinished run is resumed."""
 
 
 class UserError(Exception):
@@ -203,7 +209,7 @@ class OptimConfig:
 class TrainerConfig:
     """How long, how much per step, and on what."""
 
-    max_steps: int = 12_000
+    max_steps: int = 6000
     """Optimiser steps; step s means after s updates, step 0 is the initial model."""
     batch_size: int = 128
     """Prompts per step over all devices together."""
@@ -274,10 +280,13 @@ class CheckpointsConfig:
     """Points of a log-spaced grid from 1 to `max_steps` (fewer after rounding)."""
     num_linear: int = 10
     """Points of a linear grid from 0 to `max_steps`."""
+    resume_seconds: float = 20.0
+    """Seconds between saves of `last.ckpt`, the file that an interrupted run resumes from."""
 
     def __post_init__(self) -> None:
         if self.every is not None:
             _require_count("checkpoints", "every", self.every, 1)
+        _require_number("checkpoints", "resume_seconds", self.resume_seconds, positive=False)
         _require_count("checkpoints", "num_log", self.num_log, 0)
         _require_count("checkpoints", "num_linear", self.num_linear, 0)
 

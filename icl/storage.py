@@ -8,7 +8,7 @@ leaves at worst a temporary file, which no listing shows.
 import os
 import secrets
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from icl.config import UserError
 
@@ -19,6 +19,7 @@ class StorageError(UserError, OSError):
     """Bytes that could not be written or read; the message names the place and what to do."""
 
 
+@runtime_checkable
 class Store(Protocol):
     """Where keyed bytes live."""
 

@@ -234,7 +234,6 @@ def test_finite_number_of_tasks_becomes_an_int(value, expected):
         -1,
         64.5,
         "64.5",
-        0.0,
         None,
         True,
         False,

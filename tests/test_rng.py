@@ -97,6 +97,25 @@ def test_integers_are_the_high_part_of_bound_times_64_bits(step, index, bound):
     assert int(rng.integers(KEY, whole(step), whole(index), bound)) == (bound * (high * 2**32 + low)) >> 64
 
 
+def test_integers_use_all_64_bits_for_a_wide_bound():
+    """Where the low word decides: with a bound of 2^31 - 1 the upper 32 bits alone would miss every fourth number."""
+    bound = 2**31 - 1
+    expected = []
+    for index in range(100):
+        high, low, _, _ = philox_by_hand((0, index, 0, 0), KEY)
+        expected.append((bound * (high * 2**32 + low)) >> 64)
+    assert rng.integers(KEY, whole(0), torch.arange(100), bound)[0].tolist() == expected
+
+
+@pytest.mark.parametrize(("word", "uniform"), [(0, 2**-33), (ONES, 1 - 2**-33)])
+def test_smallest_and_largest_words_give_finite_normals(monkeypatch, word, uniform):
+    """The uniform number under the logarithm is (word + 1/2) / 2^32, strictly between 0 and 1."""
+    words = whole(word).view(1, 1, 1)
+    monkeypatch.setattr(rng, "philox", lambda key, counter: (words, 0 * words, words, 0 * words))
+    radius = math.sqrt(-2 * math.log(uniform))
+    np.testing.assert_allclose(normals(size=4)[0, 0], [radius, 0, radius, 0], rtol=1e-6)
+
+
 # Streams
 
 

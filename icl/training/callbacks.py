@@ -99,7 +99,8 @@ class EarlyStopping(pl.Callback):
         self.reason: str | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Count the initial model as the first check."""
+        """Count the initial model as the first check; a run that had stopped stays stopped."""
+        trainer.should_stop = self.reason is not None
         self._check(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -107,13 +108,18 @@ class EarlyStopping(pl.Callback):
         self._check(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Best value, its step, and checks since."""
-        return {"best": self.best, "best_step": self.best_step, "num_checks": self.num_checks}
+        """Best value, its step, checks since, and why training stopped."""
+        return {
+            "best": self.best,
+            "best_step": self.best_step,
+            "num_checks": self.num_checks,
+            "reason": self.reason,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the count."""
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
-        self.num_checks = state_dict["num_checks"]
+        self.num_checks, self.reason = state_dict["num_checks"], state_dict["reason"]
 
     def _check(self, trainer: pl.Trainer) -> None:
         metrics = self.evaluation.latest(trainer.global_step)

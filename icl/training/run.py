@@ -28,6 +28,7 @@ from icl.training.data import PromptDataModule
 from icl.training.module import PopulationModule
 from icl.training.progress import ProgressBar, StatusFile
 from icl.training.saving import ResumeFile, ScheduledCheckpoints, read_resume_step
+from icl.training.wandb_log import start_wandb
 
 
 class TrainResult(NamedTuple):
@@ -88,6 +89,24 @@ def _fit(config: RunConfig, run: RunFolder, resume_step: int) -> tuple[Status, s
     _quieten_lightning()
     members = [Member(config, run)]
     callbacks = make_callbacks(members)
+    wandb_log = None if is_child_rank() else start_wandb(config, run)
+    if wandb_log is not None:
+        next(callback for callback in callbacks if isinstance(callback, MetricsLog)).sinks.append(wandb_log.log)
+    try:
+        ended = _fit_with(config, run, callbacks, resume_step)
+    except BaseException:
+        if wandb_log is not None:
+            wandb_log.finish(1)
+        raise
+    if wandb_log is not None:
+        wandb_log.finish(0 if ended[1] is None else 128 + ended[1])
+    return ended
+
+
+def _fit_with(
+    config: RunConfig, run: RunFolder, callbacks: list[pl.Callback], resume_step: int
+) -> tuple[Status, signal.Signals | None]:
+    """Train with these callbacks from the resume file on; the status to end with, and the signal that stopped it."""
     trainer = make_trainer(config, callbacks)
     module = PopulationModule([config], population.stack([dict(build_model(config).named_parameters())]))
     path = str(run.resume_file) if resume_step else None
@@ -133,7 +152,7 @@ def make_callbacks(members: Sequence[Member]) -> list[pl.Callback]:
         StopSignals(),
         log,
         ScheduledCheckpoints(members, steps, guard, stopping),
-        ResumeFile(members[0].folder, log, guard),
+        ResumeFile(members[0].folder, log, guard, seconds=grid.resume_seconds),
         StatusFile(members, log, stopping),
         ProgressBar(log),
     ]

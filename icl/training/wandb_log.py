@@ -1,0 +1,117 @@
+"""Weights & Biases, where the user has it set up; training never depends on it.
+
+It is used with `WANDB_MODE=online|offline`, an API key in the environment, or a login in `.netrc`; `WANDB_MODE=disabled` wins over
+all. A start that fails falls back to offline in one sentence; a network that fails later costs at most a minute at the end.
+One run has one id, kept in its folder, so that a resumed run goes on in the same W&B run. The only step axis is `step`.
+"""
+
+import netrc
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+from icl.config import RunConfig
+from icl.presets import run_name
+from icl.runs import RunFolder
+from icl.storage import write_atomically
+
+Mode = Literal["online", "offline"]
+
+_START_SECONDS = 10
+_FINISH_SECONDS = 60
+
+
+def wandb_mode() -> Mode | None:
+    """How the user wants W&B, or None for not at all."""
+    mode = os.environ.get("WANDB_MODE", "").strip().lower()
+    if mode in ("disabled", "dryrun"):
+        return None if mode == "disabled" else "offline"
+    if mode == "offline":
+        return "offline"
+    return "online" if mode == "online" or os.environ.get("WANDB_API_KEY") or _has_login() else None
+
+
+class WandbLog:
+    """One W&B run: takes the rows of `metrics.csv`."""
+
+    def __init__(self, run: Any, folder: RunFolder) -> None:
+        self.run, self.folder = run, folder
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+
+    def log(self, row: dict[str, float]) -> None:
+        """One row."""
+        self.run.log(row)
+
+    def finish(self, exit_code: int) -> bool:
+        """End the W&B run with the program's exit code.
+
+        Returns:
+            Whether everything was sent in time; if not, a sentence says where the unsent files lie.
+        """
+        thread = threading.Thread(target=self.run.finish, kwargs={"exit_code": exit_code}, daemon=True)
+        thread.start()
+        thread.join(_FINISH_SECONDS)
+        if thread.is_alive():
+            _say(
+                f"W&B did not answer within {_FINISH_SECONDS} s; `wandb sync {self.folder.path}/wandb/*` sends the rest."
+            )
+        return not thread.is_alive()
+
+
+def start_wandb(config: RunConfig, folder: RunFolder) -> WandbLog | None:
+    """Begin or take up the W&B run of a run, or None if the user has no W&B."""
+    mode = wandb_mode()
+    if mode is None:
+        return None
+    try:
+        return WandbLog(_init(config, folder, mode), folder)
+    except Exception as error:  # wandb raises many kinds; none may stop a run
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        _say(f"W&B could not start online ({reason}); logging offline to {folder.path}/wandb.")
+    import wandb
+
+    wandb.teardown()  # forget the failed start, which still holds the run's id
+    return WandbLog(_init(config, folder, "offline"), folder)
+
+
+def _init(config: RunConfig, folder: RunFolder, mode: Mode) -> Any:
+    import wandb
+
+    return wandb.init(
+        id=_run_id(folder),
+        name=run_name(config),
+        project=os.environ.get("WANDB_PROJECT") or "icl",
+        config=config.to_dict(),
+        dir=str(folder.path),
+        mode=mode,
+        resume="allow",
+        reinit="finish_previous",
+        settings=wandb.Settings(
+            init_timeout=_START_SECONDS, login_timeout=5, console="off", silent=True, disable_git=True, save_code=False
+        ),
+    )
+
+
+def _run_id(folder: RunFolder) -> str:
+    """The run's id, made once."""
+    path = folder.path / "wandb-id"
+    if not path.is_file():
+        write_atomically(path, os.urandom(6).hex().encode())
+    return path.read_text().strip()
+
+
+def _has_login() -> bool:
+    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    file = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    try:
+        return netrc.netrc(str(file)).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr)

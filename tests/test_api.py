@@ -1,0 +1,124 @@
+"""The older code base's functions, as DESIGN shows them."""
+
+import math
+
+import pytest
+import torch
+
+from icl import ICRegConfig, evaluate_ood_score, load_checkpoint, load_model, train_ic_regression
+from icl.api import evaluate_run
+from icl.build import build_model
+from icl.checkpoints import CheckpointError
+from icl.config import ConfigError
+from icl.presets import preset
+from icl.tasks.prompts import sample_prompts
+
+SMALL = ICRegConfig(D=2, K=4, d_model=8, d_mlp=8, n_heads=2, n_layers=1)
+FEW = {"num_steps": 20, "batch_size": 8, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def run(tmp_path):
+    train_ic_regression(SMALL, M=8, checkpoint_dir=tmp_path / "run", checkpoint_every=10, **FEW)
+    return tmp_path / "run"
+
+
+def test_the_defaults_are_the_preset_icr():
+    assert ICRegConfig().to_run_config() == preset("icr")
+
+
+def test_training_returns_the_model_that_loading_gives_back(tmp_path):
+    model = train_ic_regression(cfg=SMALL, M=8, checkpoint_dir=tmp_path / "run", **FEW)
+    loaded = load_model(tmp_path / "run", SMALL)
+    xs, ys, _ = sample_prompts(SMALL.to_run_config(), stream="true", step=0, batch_size=3)
+    assert torch.equal(model(xs, ys), loaded(xs, ys))
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+def test_a_checkpoint_says_where_it_comes_from(run):
+    model, info = load_checkpoint(run / "checkpoints" / "step-000000010.safetensors")
+    assert info["step"] == 10
+    assert info["config"].task.num_tasks == 8
+    assert model.max_examples == 4
+    assert load_checkpoint(run)[1]["step"] == 20
+
+
+def test_the_arguments_reach_the_configuration(tmp_path):
+    train_ic_regression(
+        SMALL,
+        M="inf",
+        checkpoint_dir=tmp_path / "run",
+        warmup_steps=5,
+        grad_clip=None,
+        eval_every=10,
+        early_stopping_patience=3,
+        **FEW,
+    )
+    config = load_checkpoint(tmp_path / "run")[1]["config"]
+    assert config.task.num_tasks == math.inf
+    assert (config.optim.schedule, config.optim.warmup_steps, config.optim.grad_clip) == ("triangle", 5, None)
+    assert (config.evaluation.every, config.early_stopping.patience) == (10, 3)
+    assert config.early_stopping.min_delta == 1e-6
+
+
+@pytest.mark.parametrize("bad", [0, 64.5, None, "many", -3, True])
+def test_m_refuses_what_is_no_number_of_tasks(bad, tmp_path, as_users_run):
+    with pytest.raises(ConfigError, match="number of tasks M"):
+        train_ic_regression(SMALL, M=bad, checkpoint_dir=tmp_path, **FEW)
+
+
+def test_m_left_out_is_that_of_the_config(tmp_path):
+    train_ic_regression(ICRegConfig(**{**vars(SMALL), "M": 3}), checkpoint_dir=tmp_path / "run", **FEW)
+    assert load_checkpoint(tmp_path / "run")[1]["config"].task.num_tasks == 3
+
+
+def test_max_m_limits_nothing():
+    assert ICRegConfig(M=2**20, max_M=1).to_run_config().task.num_tasks == 2**20
+
+
+def test_patience_without_evaluations_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"evaluation\.every"):
+        train_ic_regression(SMALL, M=2, early_stopping_patience=2, checkpoint_dir=tmp_path, **FEW)
+
+
+def test_another_models_checkpoint_is_refused(run):
+    with pytest.raises(CheckpointError, match="num_layers is 1, not 2"):
+        load_model(run, ICRegConfig(**{**vars(SMALL), "n_layers": 2}))
+
+
+def test_the_ood_score_is_the_mean_squared_error_per_target():
+    config = SMALL.to_run_config()
+    model = build_model(config)
+    xs, ys, _ = sample_prompts(config, stream="true", step=0, batch_size=2500)
+    expected = (model(xs, ys) - ys).square().mean().item()
+    score = evaluate_ood_score(model, SMALL, n_samples=2500)
+    assert isinstance(score, float)
+    assert score == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_ood_score_refuses_a_model_of_another_shape(as_users_run):
+    with pytest.raises(ConfigError, match="D = 2, K = 4"):
+        evaluate_ood_score(build_model(SMALL.to_run_config()), ICRegConfig(), n_samples=10)
+    with pytest.raises(ConfigError, match="n_samples"):
+        evaluate_ood_score(build_model(SMALL.to_run_config()), SMALL, n_samples=0)
+
+
+def test_all_steps_of_a_run_are_evaluated_on_the_same_prompts(run):
+    numbers, references = evaluate_run(run, num_prompts=16, shifts=["task_scale_3"])
+    assert sorted(numbers["step"].unique()) == [0, 10, 20]
+    assert set(numbers["distribution"]) == {"pretrain", "true", "task_scale_3"}
+    assert numbers["checkpoint_hash"].nunique() == 3
+    alone, _ = evaluate_run(run / "checkpoints" / "step-000000010.safetensors", num_prompts=16, shifts=["task_scale_3"])
+    together = numbers[numbers["step"] == 10].reset_index(drop=True)
+    assert together["value"].to_numpy() == pytest.approx(alone["value"].to_numpy(), rel=1e-4, abs=1e-6)
+    assert {"ridge", "ols", "zero", "dmmse", "task_mean"} == set(references["quantity"])
+
+
+def test_importing_icl_loads_nothing_heavy():
+    import subprocess
+    import sys
+
+    script = (
+        "import sys, icl, icl.cli; print([m for m in ('torch', 'lightning', 'wandb', 'pandas') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,0 +1,146 @@
+"""The command line as a person meets it: help, one sentence for a mistake, exit statuses, files where it says."""
+
+import json
+
+import pandas as pd
+import pytest
+from tiny_runs import TINY, as_arguments, change
+
+from icl.cli import main
+from icl.runs import RunFolder, local_root
+
+QUICK = change(TINY, trainer={"max_steps": 20}, checkpoints={"every": None, "num_log": 3})
+TRAIN = ["train", *as_arguments(QUICK)]
+
+
+@pytest.fixture
+def run(capsys) -> RunFolder:
+    assert main(TRAIN) == 0
+    capsys.readouterr()
+    return RunFolder(local_root() / "tiny")
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"], ["train", "-h"]])
+def test_help_has_an_example_and_succeeds(words, capsys):
+    assert main(words) == 0
+    assert "icl train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "runs"])
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"example:\n  icl {command}" in capsys.readouterr().out
+
+
+def test_train_help_lists_every_setting_with_its_meaning(capsys):
+    from icl.resolve import known_keys
+
+    main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{key}" in text for key in known_keys())
+    assert "Task diversity M" in text
+
+
+def test_training_ends_with_a_table_a_figure_and_the_folder(capsys):
+    assert main(TRAIN) == 0
+    said = capsys.readouterr().out
+    folder = RunFolder(local_root() / "tiny")
+    for word in ("model", "ridge", "dmmse", "ols", "zero", str(folder.figures / "training.png"), str(folder.path)):
+        assert word in said
+    assert (folder.figures / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert set(pd.read_csv(folder.results / "losses.csv")["distribution"]) == {"pretrain", "true"}
+
+
+def test_the_same_command_says_that_it_is_finished(run, capsys):
+    assert main(TRAIN) == 0
+    assert "is finished: 20 steps" in capsys.readouterr().out
+
+
+def test_a_config_file_is_below_the_command_line(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text("run_name: filed\noptim: {lr: 0.5}\ntask: {num_tasks: inf}\n")
+    rest = TRAIN[1:]
+    del rest[rest.index("--run_name") : rest.index("--run_name") + 2]
+    del rest[rest.index("--task.num_tasks") : rest.index("--task.num_tasks") + 2]
+    assert main(["train", "--config", str(file), *rest]) == 0
+    config = RunFolder(local_root() / "filed").read_config()
+    assert config.optim.lr == 0.01
+    assert config.task.is_gaussian
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "icl train"),
+        (["train", "--optim.learning_rate", "1"], "optim"),
+        (["train", "--optim.lr", "fast"], "must be a number"),
+        (["train", "--model.num_heads", "5"], "must divide"),
+        (["train", "--early_stopping.patience", "2", "--evaluation.every", "None"], "evaluation interval"),
+        (["train", "--preset", "L2H5"], "L2H4"),
+        (["train", "--config", "nowhere.yaml"], r"nowhere.yaml"),
+        (["train", "task.num_tasks=3"], "Expected `--section.key VALUE`"),
+        (["evaluate", "nowhere"], "no checkpoints at nowhere"),
+        (["evaluate", "nowhere", "--out", "x.txt"], ".csv or .json"),
+        (["evaluate", "nowhere", "--num_prompts", "1"], "at least 2"),
+        (["predict", "nowhere", "--prompt", "missing.json"], "missing.json"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_fails(words, said, capsys):
+    assert main(words) in (1, 2)
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("icl: ")
+
+
+def test_evaluating_a_run_writes_its_tables_and_figure(run, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    assert main(["evaluate", str(run.path), "--num_prompts", "16", "--out", str(out)]) == 0
+    table = pd.read_csv(run.results / "evaluation.csv")
+    columns = ["step", "checkpoint_hash", "distribution", "quantity", "position", "value", "stderr"]
+    assert list(table.columns) == columns
+    assert set(table["step"]) == {0, 1, 4, 20}
+    assert (run.figures / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads(out.read_text())["evaluation"]) == len(table)
+    assert str(run.results / "evaluation.csv") in capsys.readouterr().out
+
+
+def test_predicting_from_a_file(run, tmp_path, capsys):
+    prompt = tmp_path / "prompt.json"
+    prompt.write_text(json.dumps({"x_context": [[1, 0]], "y_context": [0.5], "x_query": [[2, 0], [0, 1]]}))
+    assert main(["predict", str(run.path), "--prompt", str(prompt), "--out", str(tmp_path / "y.json")]) == 0
+    assert capsys.readouterr().out.count("->") == 2
+    assert len(json.loads((tmp_path / "y.json").read_text())["y_predicted"]) == 2
+
+
+def test_runs_are_listed_with_their_state(run, capsys):
+    assert main(["runs"]) == 0
+    line = capsys.readouterr().out
+    assert "tiny" in line
+    assert "finished" in line
+    assert "20/20" in line
+
+
+def test_no_runs_is_said_with_what_to_do(capsys):
+    assert main(["runs"]) == 0
+    assert "icl train" in capsys.readouterr().out
+
+
+def test_the_environment_file_is_read_by_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LOCAL_ROOT")
+    (tmp_path / ".env").write_text(f"LOCAL_ROOT={tmp_path}/elsewhere\n")
+    assert main(["runs"]) == 0
+    assert f"{tmp_path}/elsewhere" in capsys.readouterr().out
+
+
+def test_an_absent_device_is_one_sentence(monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([*TRAIN, "--trainer.accelerator", "cuda"]) == 2
+    captured = capsys.readouterr()
+    assert "DEVICE=cpu" in captured.err
+    assert captured.err.count("\n") == 1

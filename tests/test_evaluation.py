@@ -1,0 +1,126 @@
+"""Evaluation against plain loops over prompts, and a population against its members one by one."""
+
+import statistics
+from functools import partial
+
+import pytest
+import torch
+from tiny_runs import TINY, change
+
+from icl import baselines, population
+from icl.build import build_architecture, build_evaluation_sets, build_model, choose_device
+from icl.config import ConfigError
+from icl.evaluation import evaluate, evaluate_baselines, evaluation_set, losses_by_position, summarise
+from icl.tasks.priors import task_pool
+from icl.tasks.prompts import sample_prompts
+
+PREDICT = partial(population.apply, build_architecture(TINY))
+
+
+def members(num: int) -> list[population.Params]:
+    return [
+        {name: p.detach() for name, p in build_model(change(TINY, seeds={"model": seed})).named_parameters()}
+        for seed in range(num)
+    ]
+
+
+def lookup(rows: list[dict], distribution: str, quantity: str, position: str) -> dict:
+    found = [
+        row
+        for row in rows
+        if (row["distribution"], row["quantity"], row["position"]) == (distribution, quantity, position)
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_every_number_is_the_mean_over_prompts_with_its_standard_error():
+    sets = build_evaluation_sets(TINY, num_prompts=50)
+    rows = evaluate(PREDICT, population.stack(members(1)), sets)[0]
+    for name in ("pretrain", "true"):
+        xs, ys, _ = sample_prompts(TINY, stream=name, step=0, batch_size=50)
+        predictions = build_model(TINY)(xs, ys).detach()
+        references = {
+            "loss": ys,
+            "delta_ridge": baselines.ridge(xs, ys, noise_variance=0.25),
+            "delta_dmmse": baselines.dmmse(xs, ys, tasks=task_pool(16, 2, 0), noise_variance=0.25),
+            "prior_zero": torch.zeros_like(ys),
+            "prior_task_mean": xs @ task_pool(16, 2, 0).mean(0),
+        }
+        for quantity, reference in references.items():
+            errors = (predictions - reference) ** 2
+            for position, values in [*((str(k + 1), errors[:, k]) for k in range(4)), ("mean", errors.mean(1))]:
+                row = lookup(rows, name, quantity, position)
+                assert row["value"] == pytest.approx(statistics.mean(values.tolist()), rel=1e-4, abs=1e-9)
+                assert row["stderr"] == pytest.approx(statistics.stdev(values.tolist()) / 50**0.5, rel=1e-3, abs=1e-9)
+
+
+def test_icl_scores_are_differences_of_losses_and_negative_when_examples_help():
+    one = evaluation_set(TINY, "true", num_prompts=4000)
+    ridge = partial(lambda params, xs, ys: baselines.ridge(xs, ys, noise_variance=0.25).unsqueeze(0))
+    rows = evaluate(ridge, {}, [one])[0]
+    losses = {k: lookup(rows, "true", "loss", str(k))["value"] for k in range(1, 5)}
+    for first, second in ((1, 2), (2, 4), (1, 4)):
+        score = lookup(rows, "true", "icl_score", f"{first}:{second}")
+        assert score["value"] == pytest.approx(losses[second] - losses[first], rel=1e-4)
+        assert score["value"] < -5 * score["stderr"]
+    assert lookup(rows, "true", "delta_ridge", "mean")["value"] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_population_is_evaluated_as_its_members_are():
+    sets = build_evaluation_sets(TINY, num_prompts=20, shifts=("input_scale_3",))
+    together = evaluate(PREDICT, population.stack(members(3)), sets)
+    for member, rows in zip(members(3), together, strict=True):
+        for one, other in zip(evaluate(PREDICT, population.stack([member]), sets)[0], rows, strict=True):
+            assert {**one, "value": 0, "stderr": 0} == {**other, "value": 0, "stderr": 0}
+            assert other["value"] == pytest.approx(one["value"], rel=1e-4, abs=1e-6)
+
+
+def test_the_zero_predictors_loss_is_d_plus_sigma2_within_its_error():
+    rows = evaluate_baselines([evaluation_set(TINY, "true", num_prompts=20_000)])
+    row = lookup(rows, "true", "zero", "mean")
+    assert abs(row["value"] - 2.25) < 4 * row["stderr"]
+
+
+def test_training_sees_a_few_numbers_per_member():
+    sets = [build_evaluation_sets(TINY, num_prompts=20)] * 2
+    first, second = summarise(PREDICT, population.stack(members(2)), sets)
+    assert set(first) == {
+        f"eval/{name}/{quantity}"
+        for name in ("pretrain", "true")
+        for quantity in ("loss", "delta_ridge", "delta_dmmse", "icl_score")
+    }
+    assert first != second
+
+
+def test_infinitely_many_tasks_have_no_dmmse():
+    config = change(TINY, task={"num_tasks": float("inf")})
+    assert set(evaluation_set(config, "pretrain", num_prompts=5).baselines) == {"ridge", "ols", "zero"}
+
+
+def test_without_noise_ridge_is_its_limit():
+    config = change(TINY, task={"noise_variance": 0.0})
+    one = evaluation_set(config, "true", num_prompts=5)
+    assert torch.equal(one.baselines["ridge"], one.baselines["ols"])
+
+
+def test_the_table_has_a_row_per_position_and_the_mean():
+    one = evaluation_set(TINY, "pretrain", num_prompts=20)
+    table = losses_by_position(PREDICT, population.stack(members(1)), one)
+    assert list(table.index) == ["1", "2", "3", "4", "mean"]
+    assert list(table.columns) == ["model", "ridge", "dmmse", "ols", "zero"]
+    assert table.loc["mean", "zero"] == pytest.approx(one.prompts.ys.square().mean().item(), rel=1e-5)
+
+
+def test_an_absent_device_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("DEVICE", "cuda")
+    with pytest.raises(ConfigError, match="DEVICE=cpu"):
+        choose_device()
+    with pytest.raises(ConfigError, match="no usable cuda"):
+        choose_device("gpu")
+    monkeypatch.setenv("DEVICE", "quantum")
+    with pytest.raises(ConfigError, match="cpu, cuda, tpu, mps"):
+        choose_device()
+    monkeypatch.delenv("DEVICE")
+    assert choose_device() in ("cpu", "mps")

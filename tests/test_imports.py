@@ -1,0 +1,194 @@
+"""The order of the layers: a module imports only what lies below it; importing does nothing.
+
+The table is that of DESIGN.md, lowest first. A name stands for a module or for a whole package; the more exact one
+counts. A module may import from every line before its own, and on its own line from the names before it; the modules
+of one package may import each other. `training`, `sampling` and `analysis` share a line and never import each other.
+"""
+
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1] / "icl"
+
+LAYERS = (
+    ("config", "presets", "resolve"),
+    ("rng", "schedules"),
+    ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
+    ("baselines", "metrics"),
+    ("transformer", "population"),
+    ("storage", "runs", "checkpoints"),
+    ("evaluation", "prediction"),
+    ("build",),
+    ("training", "sampling", "analysis"),
+    ("plotting", "report"),
+    ("api", "sweeps"),
+    ("__init__",),
+    ("cli",),
+    ("__main__",),
+)
+SIBLINGS = ("training", "sampling", "analysis")
+
+
+def module_name(path):
+    """`tasks.priors` for icl/tasks/priors.py, `tasks` for its package, `__init__` for the root."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+@cache
+def imports(name):
+    """Dotted names that a module imports anywhere, within functions too, as `package.module`."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own_imports(name):
+    """The modules of `icl` among them; a name taken from a module counts as the module."""
+    targets = set()
+    for dotted in imports(name):
+        package, _, rest = dotted.partition(".")
+        if package == "icl":
+            while rest and rest not in MODULES:
+                rest = rest.rpartition(".")[0]
+            targets.add(rest or "__init__")
+    return targets - {name}
+
+
+def entry_of(name, table):
+    """The most exact entry of a table for this module, or None."""
+    fitting = [entry for entry in table if name == entry or name.startswith(f"{entry}.")]
+    return max(fitting, key=len, default=None)
+
+
+PLACES = {entry: (line, column) for line, entries in enumerate(LAYERS) for column, entry in enumerate(entries)}
+
+
+def may_import(name, target):
+    """Whether the table lets one module of `icl` import another."""
+    importer, imported = entry_of(name, PLACES), entry_of(target, PLACES)
+    if importer == imported or name.startswith(f"{target}."):
+        return True
+    if {importer, imported} <= set(SIBLINGS):
+        return False
+    return PLACES[imported] < PLACES[importer]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_has_a_place_in_the_table(name):
+    assert entry_of(name, PLACES), f"Give icl/{name} a line in LAYERS, and in DESIGN.md."
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_imports_only_what_lies_below_it(name):
+    forbidden = {target for target in own_imports(name) if not may_import(name, target)}
+    assert not forbidden, f"icl.{name} imports from a line that is not below its own."
+
+
+@pytest.mark.parametrize("sibling", SIBLINGS)
+def test_siblings_never_import_each_other(sibling):
+    others = set(SIBLINGS) - {sibling}
+    reached = {target for name in MODULES if entry_of(name, [sibling]) for target in own_imports(name)}
+    assert not {target for target in reached if entry_of(target, others)}
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "allowed"),
+    [
+        ("presets", "config", True),
+        ("config", "presets", False),
+        ("tasks.prompts", "tasks.priors", True),
+        ("tasks.priors", "tasks.prompts", False),
+        ("rng", "transformer", False),
+        ("sampling.llc", "sampling.sgld", True),
+        ("sampling.sgld", "sampling.llc", True),
+        ("sampling.llc", "training.run", False),
+        ("analysis.run", "sampling.llc", False),
+        ("plotting.llc", "sampling.llc", True),
+        ("sampling.llc", "plotting.llc", False),
+        ("cli", "api", True),
+        ("api", "cli", False),
+        ("api", "__init__", False),
+        ("__main__", "cli", True),
+    ],
+)
+def test_the_table_means_what_it_says(name, target, allowed):
+    assert may_import(name, target) is allowed
+
+
+def test_imports_are_found_wherever_they_stand():
+    assert {"jsonargparse", "yaml", "icl.config.RunConfig", "icl.presets.preset"} <= imports("resolve")
+    assert {"config", "presets"} <= own_imports("resolve")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_lightning_is_imported_in_training_only(name):
+    packages = {dotted.partition(".")[0] for dotted in imports(name)}
+    assert entry_of(name, ["training"]) or not packages & {"lightning", "pytorch_lightning", "lightning_fabric"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_annotations_stay_visible_to_the_shape_checks(name):
+    assert "__future__.annotations" not in imports(name)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_are_absolute_and_name_what_they_take(name):
+    nodes = [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.ImportFrom)]
+    assert all(node.level == 0 for node in nodes)
+    assert not any(alias.name == "*" for node in nodes for alias in node.names)
+
+
+# Importing does nothing
+
+
+def run_python(code, folder):
+    """The words that a fresh interpreter prints, started in an empty folder."""
+    command = [sys.executable, "-B", "-c", textwrap.dedent(code)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_importing_the_configuration_does_not_import_torch(tmp_path):
+    code = """
+        import sys
+        import icl, icl.config, icl.presets, icl.resolve
+        print("torch" in sys.modules, "lightning" in sys.modules)
+    """
+    assert run_python(code, tmp_path) == ["False", "False"]
+
+
+def test_importing_every_module_makes_no_file_reads_no_secret_and_draws_no_number(tmp_path, monkeypatch):
+    """In a folder with a `.env`: nothing appears beside it, it is not read, and the global generators stand still."""
+    (tmp_path / ".env").write_text("ICL_TEST_SECRET=1\n")
+    monkeypatch.setenv("LOCAL_ROOT", "runs")
+    code = f"""
+        import importlib, os, random
+        import lightning, numpy, torch  # lightning itself draws from Python's generator
+        torch.manual_seed(1), numpy.random.seed(1), random.seed(1)
+        modules = {sorted(f"icl.{name}" for name in MODULES if name not in ("__init__", "__main__"))}
+        for module in modules:
+            importlib.import_module(module)
+        state = torch.get_rng_state(), numpy.random.get_state()[1].tolist(), random.getstate()
+        torch.manual_seed(1), numpy.random.seed(1), random.seed(1)
+        fresh = torch.get_rng_state(), numpy.random.get_state()[1].tolist(), random.getstate()
+        print(torch.equal(state[0], fresh[0]), state[1:] == fresh[1:])
+        print("ICL_TEST_SECRET" in os.environ, torch.cuda.is_initialized(), *os.listdir())
+    """
+    assert run_python(code, tmp_path) == ["True", "True", "False", "False", ".env"]

@@ -1,0 +1,205 @@
+"""Training against a plain loop in float64, against itself alone, and against bad luck."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from tiny_runs import TINY, change
+from torch import nn
+
+from icl import population
+from icl.build import build_model
+from icl.checkpoints import list_steps, load_step
+from icl.config import ConfigError, RunConfig
+from icl.runs import RunError, RunFolder, local_root
+from icl.schedules import rate_factor
+from icl.tasks.prompts import sample_prompts
+from icl.training.callbacks import NonFiniteLossError
+from icl.training.data import PromptDataModule
+from icl.training.module import PopulationModule
+from icl.training.optim import clip_by_member
+from icl.training.run import make_trainer, train
+
+
+def plain_loop(config: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Adam (Kingma and Ba 2015, algorithm 1) with clipping, transcribed, in float64: losses per step, final weights."""
+    model = build_model(config).double()
+    optim = config.optim
+    factor = rate_factor(optim.schedule, warmup_steps=optim.warmup_steps, schedule_steps=config.schedule_steps)
+    params = dict(model.named_parameters())
+    first = {name: torch.zeros_like(p) for name, p in params.items()}
+    second = {name: torch.zeros_like(p) for name, p in params.items()}
+    losses = []
+    for step in range(config.trainer.max_steps):
+        xs, ys, _ = sample_prompts(config, stream="train", step=step, batch_size=config.trainer.batch_size)
+        loss = (model(xs.double(), ys.double()) - ys).square().mean()
+        grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()), allow_unused=True), strict=True))
+        grads = {name: torch.zeros_like(params[name]) if grad is None else grad for name, grad in grads.items()}
+        norm = torch.sqrt(sum(grad.square().sum() for grad in grads.values()))
+        scale = min(1.0, float(optim.grad_clip / (norm + 1e-6))) if optim.grad_clip else 1.0
+        with torch.no_grad():
+            for name, p in params.items():
+                grad = scale * grads[name]
+                first[name] = optim.beta1 * first[name] + (1 - optim.beta1) * grad
+                second[name] = optim.beta2 * second[name] + (1 - optim.beta2) * grad**2
+                mean = first[name] / (1 - optim.beta1 ** (step + 1))
+                square = second[name] / (1 - optim.beta2 ** (step + 1))
+                p -= optim.lr * factor(step) * mean / (square.sqrt() + optim.eps)
+        losses.append(loss.item())
+    return losses, {name: p.detach() for name, p in params.items()}
+
+
+def test_training_follows_a_plain_float64_loop():
+    config = change(TINY, trainer={"max_steps": 30})
+    losses, weights = plain_loop(config)
+    result = train(config)
+    logged = pd.read_csv(result.folder.metrics_file).dropna(subset=["train/loss"])
+    expected = [sum(losses[step - 10 : step]) / 10 for step in logged["step"]]
+    assert logged["train/loss"].tolist() == pytest.approx(expected, rel=1e-5)
+    saved = load_step(result.folder.checkpoints, 30).params
+    for name, weight in weights.items():
+        torch.testing.assert_close(saved[name].double(), weight, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("schedule", [{"schedule": "constant"}, {"schedule": "warmup", "warmup_steps": 7}])
+def test_the_rate_in_the_metrics_is_the_schedules(schedule):
+    config = change(TINY, optim=schedule, trainer={"max_steps": 10, "log_every": 1}, evaluation={"every": None})
+    table = pd.read_csv(train(config).folder.metrics_file)
+    factor = rate_factor(config.optim.schedule, warmup_steps=config.optim.warmup_steps, schedule_steps=10)
+    assert table["lr"].tolist() == pytest.approx([config.optim.lr * factor(step) for step in table["step"]], rel=1e-8)
+
+
+def fit_population(configs: list[RunConfig]) -> population.Params:
+    """Final weights of members trained together."""
+    params = population.stack([dict(build_model(config).named_parameters()) for config in configs])
+    module = PopulationModule(configs, params)
+    trainer = make_trainer(configs[0], [])
+    trainer.fit(module, datamodule=PromptDataModule(configs))
+    return {name: tensor.detach() for name, tensor in module.params.items()}
+
+
+def test_members_trained_together_end_as_if_trained_alone():
+    config = change(TINY, trainer={"max_steps": 20})
+    configs = [change(config, seeds={"model": seed, "data": seed, "noise": seed}) for seed in range(3)]
+    configs[2] = change(configs[2], task={"num_tasks": float("inf")})
+    together = population.unstack(fit_population(configs))
+    for config, member in zip(configs, together, strict=True):
+        alone = population.unstack(fit_population([config]))[0]
+        for name, weight in alone.items():
+            torch.testing.assert_close(member[name], weight, rtol=0, atol=1e-5)
+
+
+def test_clipping_scales_each_member_by_its_own_norm():
+    generator = torch.Generator().manual_seed(0)
+    stacked = {"a": torch.randn(3, 4, 5, generator=generator), "b": torch.randn(3, 6, generator=generator)}
+    params = [nn.Parameter(torch.zeros_like(grad)) for grad in stacked.values()]
+    for param, grad in zip(params, stacked.values(), strict=True):
+        param.grad = grad * torch.tensor([0.01, 1.0, 100.0]).view(-1, *[1] * (grad.ndim - 1))
+    alone = [[nn.Parameter(torch.zeros_like(param[i])) for param in params] for i in range(3)]
+    for i, member in enumerate(alone):
+        for param, stacked_param in zip(member, params, strict=True):
+            param.grad = stacked_param.grad[i].clone()
+    norms = clip_by_member(params, 1.0)
+    for i, member in enumerate(alone):
+        norm = nn.utils.clip_grad_norm_(member, 1.0)
+        torch.testing.assert_close(norms[i], norm)
+        for param, stacked_param in zip(member, params, strict=True):
+            torch.testing.assert_close(stacked_param.grad[i], param.grad)
+
+
+def test_a_run_leaves_the_files_it_promises():
+    folder = train(TINY).folder
+    assert folder.path == local_root() / "tiny"
+    assert folder.read_config() == TINY
+    assert list_steps(folder.checkpoints) == [0, 1, 4, 15, 30, 60]
+    table = pd.read_csv(folder.metrics_file)
+    assert list(table.columns[:3]) == ["step", "train/loss", "lr"]
+    assert {"eval/pretrain/loss", "eval/true/loss", "clipped_fraction"} <= set(table.columns)
+    assert table["step"].tolist() == [0, 10, 20, 30, 40, 50, 60]
+    assert table.dropna(subset=["eval/pretrain/loss"])["step"].tolist() == [0, 20, 40, 60]
+    status = json.loads(folder.status_file.read_text())
+    assert (status["state"], status["step"], status["max_steps"]) == ("finished", 60, 60)
+
+
+def test_training_neither_reads_nor_sets_the_global_generator():
+    before = torch.get_rng_state()
+    first = train(TINY).folder
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(123)
+    second = train(TINY, folder=local_root() / "again").folder
+    assert first.metrics_file.read_bytes() == second.metrics_file.read_bytes()
+
+
+def test_the_first_checkpoint_is_the_initial_model():
+    saved = load_step(train(TINY).folder.checkpoints, 0)
+    for name, weight in build_model(TINY).named_parameters():
+        assert torch.equal(saved.params[name], weight)
+    assert saved.config == TINY
+
+
+def test_patience_counts_evaluations_and_the_best_checkpoint_is_kept():
+    config = change(
+        TINY,
+        optim={"lr": 1e-9, "schedule": "constant"},
+        early_stopping={"patience": 2, "min_delta": 0.5},
+    )
+    result = train(config)
+    assert result.status.state == "stopped_early"
+    assert result.status.step == 40  # evaluated at 0 (best), 20 and 40: two checks without improvement
+    assert result.status.best_step == 0
+    assert "eval/pretrain/loss" in str(result.status.reason)
+    assert list_steps(result.folder.checkpoints) == [0, 1, 4, 15, 30, 40]
+    again = train(config)
+    assert again.was_done
+    assert again.status.state == "stopped_early"
+
+
+def test_the_best_checkpoint_off_the_schedule_replaces_the_one_before():
+    config = change(TINY, early_stopping={"patience": 50}, checkpoints={"every": None, "num_log": 0})
+    result = train(config)
+    assert list_steps(result.folder.checkpoints) == sorted({0, 60, result.status.best_step})
+
+
+def test_an_unknown_monitor_is_refused_with_the_metrics_that_exist():
+    config = change(TINY, early_stopping={"monitor": "eval/loss", "patience": 2})
+    with pytest.raises(ConfigError, match="eval/pretrain/loss"):
+        train(config)
+
+
+def test_a_non_finite_loss_fails_the_run_and_names_the_step():
+    config = change(TINY, optim={"lr": 1e30, "grad_clip": None, "schedule": "constant"})
+    with pytest.raises(NonFiniteLossError, match=r"at step [23]\b"):
+        train(config)
+    folder = RunFolder(local_root() / "tiny")
+    status = folder.read_status()
+    assert status is not None
+    assert status.state == "failed"
+    for step in list_steps(folder.checkpoints):
+        params = load_step(folder.checkpoints, step).params
+        assert all(tensor.isfinite().all() for tensor in params.values())
+
+
+def test_a_finished_run_is_left_alone():
+    folder = train(TINY).folder
+    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*") if path.name != ".lock"}
+    assert train(TINY).was_done
+    assert before == {path: path.stat().st_mtime_ns for path in folder.path.rglob("*") if path.name != ".lock"}
+
+
+def test_a_run_is_not_resumed_under_other_settings():
+    train(TINY)
+    with pytest.raises(ConfigError, match=r"`optim.lr` was 0.01 and is now 0.02"):
+        train(change(TINY, optim={"lr": 0.02}))
+
+
+def test_two_processes_may_not_train_one_run():
+    folder = RunFolder(local_root() / "tiny")
+    with folder.lock(), pytest.raises(RunError, match="Another process"):
+        train(TINY)
+
+
+def test_lightnings_own_trainer_saves_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(TINY)
+    assert {path.name for path in tmp_path.iterdir()} <= {"runs", local_root().name}
