@@ -243,7 +243,7 @@ def evaluate_run(
     config = checkpoints[-1].config
     if any(checkpoint.config != config for checkpoint in checkpoints):
         raise CheckpointError(f"The checkpoints at {path} are of different runs; evaluate them one run at a time.")
-    device = choose_device(config.trainer.accelerator)
+    device = choose_device()
     sets = build_evaluation_sets(
         config,
         num_prompts=num_prompts or config.evaluation.num_prompts,

@@ -1,16 +1,16 @@
 """Predictors to hold a model against: Bayes under either prior, least squares, and the simple ones.
 
 Each takes a batch of prompts and predicts every target: prediction k sees x_1, y_1, ..., x_{k-1}, y_{k-1} and x_k,
-never y_k or anything later. All prefixes come from one pass; none is fitted again from the start.
+never y_k or anything later. All but `ols` serve every prefix from one pass.
 
 - `zero`, `task_mean`: no look at the prompt, y_k = 0 and y_k = (mean of the tasks) . x_k (Hoogland et al. 2024).
 - `averaging`, `knn`, `ols`: those of Garg et al. 2022, as in their models.py; all predict 0 without examples.
 - `ridge`: the Bayes predictor under w ~ N(0, I); `dmmse`: the one under w uniform on M tasks (Raventos et al. 2023,
   section 2). Their sigma^2 is our `noise_variance`.
 
-They compute in float64 and answer in the dtype and on the device of the prompts; devices other than the CPU and CUDA
-lack float64 and are served from the CPU. To add a baseline write a function of this signature, enter it in
-`BASELINES` (the contract tests run over that table) and test it against an oracle of its own.
+They compute in float64 (`dmmse` also in float32) and answer in the dtype and on the device of the prompts; devices
+other than the CPU and CUDA lack float64 and are served from the CPU. To add a baseline write a function of this
+signature, enter it in `BASELINES` (the contract tests run over that table) and test it against an oracle of its own.
 """
 
 import math
@@ -156,7 +156,8 @@ def dmmse(
     dtype = _dmmse_dtype(xs, ys, tasks, noise_variance)
     inputs = xs.to(_home(xs), dtype).flatten(0, -3)  # B K D
     targets = ys.to(_home(xs), dtype).flatten(0, -2)  # B K
-    weigh = partial(_boltzmann, noise_variance=noise_variance) if noise_variance >= sys.float_info.min else _indicator
+    is_limit = noise_variance < sys.float_info.min  # its inverse would overflow
+    weigh = _indicator if is_limit else partial(_boltzmann, noise_variance=noise_variance)
     chunks = tasks.to(_home(xs), dtype).split(max(_MIN_TASKS_AT_A_TIME, _SLAB // max(1, len(inputs))))
     sums = reduce(partial(_merge, weigh=weigh), (_sums(inputs, targets, chunk, weigh) for chunk in chunks))
     return (sums.output / sums.weight).view_as(ys).to(ys)
@@ -219,7 +220,7 @@ def _indicator(excess: Tensor) -> Tensor:
 
 def _dmmse_dtype(xs: Tensor, ys: Tensor, tasks: Tensor, noise_variance: float) -> torch.dtype:
     """float32 unless rounding, eps times the squares that make up S_m / (2 sigma^2), would show in the weights."""
-    if xs.dtype == torch.float64:
+    if xs.dtype == torch.float64 or torch.get_float32_matmul_precision() != "highest":
         return torch.float64
     task_square = tasks.float().square().sum(-1).mean()
     squares = (ys.float().square() + xs.float().square().sum(-1) * task_square.to(xs.device)).sum(-1)  # B

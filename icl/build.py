@@ -9,7 +9,7 @@ from icl.config import ConfigError, RunConfig
 from icl.evaluation import EvaluationSet, evaluation_set
 from icl.transformer import Transformer, initialise
 
-_DEVICES = ("cpu", "cuda", "tpu", "mps")
+_KINDS = ("cpu", "cuda", "tpu", "mps")
 
 
 def build_model(config: RunConfig) -> Transformer:
@@ -64,8 +64,8 @@ def choose_device(accelerator: str = "auto") -> str:
     wanted = "cuda" if wanted == "gpu" else wanted
     if wanted == "auto":
         return next(kind for kind in ("cuda", "mps", "cpu") if _is_present(kind))
-    if wanted not in _DEVICES:
-        raise ConfigError(f"There is no device kind `{wanted}`; set DEVICE to one of {', '.join(_DEVICES)}.")
+    if wanted not in _KINDS:
+        raise ConfigError(f"There is no device kind `{wanted}`; set DEVICE to one of {', '.join(_KINDS)}.")
     if not _is_present(wanted):
         raise ConfigError(
             f"This machine has no usable {wanted} device; set DEVICE=cpu or --trainer.accelerator cpu, "

@@ -138,11 +138,15 @@ def _evaluate(words: list[str]) -> int:
     if options.out is not None:
         table_format(options.out)
     from icl.api import evaluate_run, save_evaluation
+    from icl.evaluation import headlines
 
     numbers, baselines = evaluate_run(options.path, num_prompts=options.num_prompts)
-    last = numbers[numbers["step"] == numbers["step"].max()]
-    means = last[last["position"] == "mean"].pivot(index="distribution", columns="quantity", values="value")
-    print(f"Step {last['step'].iloc[0]:,} of {numbers['step'].nunique()}, means over positions:\n")
+    last = headlines(numbers[numbers["step"] == numbers["step"].max()])
+    means = last.pivot(index="distribution", columns="quantity", values="value")
+    print(
+        f"Step {last['step'].iloc[0]:,}, the last of {numbers['step'].nunique()}: means over positions, or the query alone"
+    )
+    print("where the shift is about the query. Losses and squared distances are per target.\n")
     print(means.reindex(last["distribution"].unique()).to_string(float_format="{:.4g}".format, na_rep="-"))
     for label, path in save_evaluation(options.path, numbers, baselines, out=options.out):
         print(f"{label:9s} {path}")

@@ -7,6 +7,7 @@ them (M, D, K, sigma^2). `icl.presets` has the published settings, `icl.resolve`
 
 import dataclasses
 import math
+import numbers
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -79,15 +80,17 @@ def parse_num_tasks(value: Any) -> int | float:
     Raises:
         ConfigError: For anything else: zero, fractions, None, other words.
     """
+    number = value
     if isinstance(value, str):
         text = value.strip().lower().removeprefix("+")
         if text.removeprefix(".") in ("inf", "infinity"):
             return math.inf
-        value = int(text.replace("_", "")) if re.fullmatch(r"[\d_]+", text) and text.strip("_") else value
-    if isinstance(value, float) and (value == math.inf or value.is_integer()):
-        value = math.inf if value == math.inf else int(value)
-    if value == math.inf or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31):
-        return value
+        number = float(text.replace("_", "")) if re.fullmatch(r"\d[\d_]*(\.\d*)?(e\d+)?", text) else None
+    if number == math.inf:
+        return math.inf
+    is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if is_number and 1 <= number < 2**31 and number == int(number):
+        return int(number)
     raise ConfigError(
         f"The number of tasks M must be a whole number from 1 to 2^31 - 1, or `inf` for the Gaussian prior, got {value!r}."
     )
@@ -198,6 +201,10 @@ class OptimConfig:
         _require(
             self.schedule != "constant" or self.warmup_steps is None,
             "`optim.warmup_steps` has no meaning for a constant rate; set `optim.schedule` to `warmup` or `triangle`.",
+        )
+        _require(
+            self.schedule == "triangle" or self.schedule_steps is None,
+            f"`optim.schedule_steps` has no meaning for the schedule `{self.schedule}`; only a `triangle` has an end.",
         )
         _require(
             self.schedule != "warmup" or self.warmup_steps is not None,

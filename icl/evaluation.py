@@ -40,6 +40,8 @@ class EvaluationSet(NamedTuple):
     name: str
     prompts: Prompts
     baselines: dict[str, Tensor]
+    is_about_query: bool
+    """Whether only the last position is what the name says; then only its numbers are given."""
 
 
 Row: TypeAlias = dict[str, Any]
@@ -54,11 +56,13 @@ def evaluation_set(
     dMMSE and the mean task belong to `pretrain` and `true` of a run with finitely many tasks; OLS and zero are
     everywhere. Without noise, ridge is its limit OLS.
     """
-    if name in SHIFTS:
+    shift = SHIFTS.get(name)
+    if shift is not None:
         prompts = sample_shifted_prompts(config, name, batch_size=num_prompts, device=device)
     else:
         prompts = sample_prompts(config, stream=name, step=0, batch_size=num_prompts, device=device)
-    return EvaluationSet(name, prompts, _baseline_predictions(config, name, prompts))
+    is_about_query = shift is not None and shift.is_about_query
+    return EvaluationSet(name, prompts, _baseline_predictions(config, name, prompts), is_about_query)
 
 
 def predict_prompts(predict: Predict, params: Params, prompts: Prompts) -> Float[Tensor, "N B K"]:
@@ -85,8 +89,14 @@ def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
         row
         for one in sets
         for name, predictions in one.baselines.items()
-        for row in _positions(one.name, name, metrics.squared_error(predictions, one.prompts.ys))
+        for row in _positions(one, name, metrics.squared_error(predictions, one.prompts.ys))
     ]
+
+
+def headlines(numbers: "pd.DataFrame") -> "pd.DataFrame":
+    """The rows that sum up a table of `evaluate`: means over positions, or the query where a shift is about it alone."""
+    has_mean = numbers["distribution"].isin(numbers.loc[numbers["position"] == "mean", "distribution"])
+    return numbers[(numbers["position"] == "mean") | ~has_mean]
 
 
 def losses_by_position(predict: Predict, params: Params, one: EvaluationSet) -> "pd.DataFrame":
@@ -144,26 +154,25 @@ def _baseline_predictions(config: RunConfig, name: str, prompts: Prompts) -> dic
 def _rows(one: EvaluationSet, predictions: Float[Tensor, "B K"]) -> list[Row]:
     """Loss, gaps, prior-task scores and ICL scores of one member on one set."""
     errors = metrics.squared_error(predictions, one.prompts.ys)  # B K
-    rows = _positions(one.name, "loss", errors)
-    for name in ("ridge", "dmmse"):
-        if name in one.baselines:
-            rows += _positions(one.name, f"delta_{name}", metrics.squared_error(predictions, one.baselines[name]))
-    for name in ("zero", "task_mean"):
-        if name in one.baselines:
-            rows += _positions(one.name, f"prior_{name}", metrics.squared_error(predictions, one.baselines[name]))
-    for first, second in _score_pairs(errors.shape[1]):
-        score = metrics.icl_score(errors, first, second)
-        rows.append(_row(one.name, "icl_score", f"{first}:{second}", score))
+    rows = _positions(one, "loss", errors)
+    for prefix, names in (("delta", ("ridge", "dmmse")), ("prior", ("zero", "task_mean"))):
+        for name in names:
+            if name in one.baselines:
+                rows += _positions(one, f"{prefix}_{name}", metrics.squared_error(predictions, one.baselines[name]))
+    for first, second in () if one.is_about_query else _score_pairs(errors.shape[1]):
+        rows.append(_row(one.name, "icl_score", f"{first}:{second}", metrics.icl_score(errors, first, second)))
     return rows
 
 
-def _positions(distribution: str, quantity: str, values: Float[Tensor, "B K"]) -> list[Row]:
+def _positions(one: EvaluationSet, quantity: str, values: Float[Tensor, "B K"]) -> list[Row]:
+    """A row for every position and one for their mean; of a set about the query, only the last position."""
     per_position = metrics.position_mean(values)
+    positions = range(values.shape[1])
     rows = [
-        _row(distribution, quantity, str(k + 1), metrics.Estimate(per_position.value[k], per_position.stderr[k]))
-        for k in range(values.shape[1])
+        _row(one.name, quantity, str(k + 1), metrics.Estimate(per_position.value[k], per_position.stderr[k]))
+        for k in (positions[-1:] if one.is_about_query else positions)
     ]
-    return [*rows, _row(distribution, quantity, "mean", metrics.overall_mean(values))]
+    return rows if one.is_about_query else [*rows, _row(one.name, quantity, "mean", metrics.overall_mean(values))]
 
 
 def _row(distribution: str, quantity: str, position: str, estimate: metrics.Estimate) -> Row:

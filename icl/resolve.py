@@ -6,6 +6,7 @@ the types and prints the help; what people write (`inf`, `None`, `1e-5`, `10_000
 
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -141,11 +142,16 @@ def settings_parser(**options: Any) -> "jsonargparse.ArgumentParser":
     return parser
 
 
+@functools.cache
+def _validator() -> "jsonargparse.ArgumentParser":
+    return settings_parser()
+
+
 def _validated(flat: Mapping[str, Any]) -> RunConfig:
     import jsonargparse
 
     try:
-        return RunConfig.from_dict(settings_parser().parse_object(_nest(flat)).as_dict())
+        return RunConfig.from_dict(_validator().parse_object(_nest(flat)).as_dict())
     except jsonargparse.ArgumentError as error:
         named = re.search(r'key "([\w.]+)"', str(error))
         key = named[1] if named else ""

@@ -1,8 +1,9 @@
 """Grids of steps to save at, and the learning rate as a function of the step.
 
 Step s means after s updates. Grids are sorted, distinct, and begin with step 0 (the initial model) and end with the
-last step. Hoogland et al. save 100 log-spaced and 100 linear steps of 500,000: 190 after rounding; their step t is
-our t + 1, because they save after update t + 1 of a loop that counts from zero.
+last step. Grid points are rounded down, as in the code of Hoogland et al. and in Carroll et al., appendix A; so the grids
+are theirs: 190 steps of 500,000 for the former (100 log-spaced, 100 linear), 2,203 of 150,000 for the latter. Hoogland et
+al. count from zero and save after the update: their step t is our t + 1, and their log grid ends at 499,999.
 """
 
 from collections.abc import Callable
@@ -11,13 +12,13 @@ import numpy as np
 
 
 def linear_steps(max_steps: int, num: int) -> set[int]:
-    """`num` steps evenly spaced from 0 to `max_steps`, rounded to whole steps; fewer when they coincide."""
-    return {int(step) for step in np.linspace(0, max_steps, num).round()} if num > 0 else set()
+    """`num` steps evenly spaced from 0 to `max_steps`, rounded down; fewer when they coincide."""
+    return {_floor(step) for step in np.linspace(0, max_steps, num)} if num > 0 else set()
 
 
 def log_steps(max_steps: int, num: int) -> set[int]:
-    """`num` steps evenly spaced in log step from 1 to `max_steps`, rounded; fewer when they coincide."""
-    return {int(step) for step in np.geomspace(1, max_steps, num).round()} if num > 0 else set()
+    """`num` steps evenly spaced in log step from 1 to `max_steps`, rounded down; fewer when they coincide."""
+    return {_floor(step) for step in np.geomspace(1, max_steps, num)} if num > 0 else set()
 
 
 def checkpoint_steps(max_steps: int, *, every: int | None = None, num_log: int = 0, num_linear: int = 0) -> list[int]:
@@ -47,3 +48,8 @@ def rate_factor(schedule: str, *, warmup_steps: int | None, schedule_steps: int)
     rise = warmup_steps or max(1, schedule_steps // 2)
     fall = max(1, schedule_steps - rise)
     return lambda step: max(0.0, min((step + 1) / rise, (schedule_steps - 1 - step) / fall))
+
+
+def _floor(step: float) -> int:
+    """The whole step below, forgiving what the logarithm rounded."""
+    return int(step * (1 + 1e-12))

@@ -161,6 +161,20 @@ def test_dmmse_computes_in_float64_where_float32_would_change_the_weights(scale)
     torch.testing.assert_close(single.double(), exact, rtol=1e-3, atol=1e-3 * scale)
 
 
+def test_dmmse_does_not_trust_rough_float32_products():
+    """As after `torch.set_float32_matmul_precision("medium")`, which lets products round to bfloat16."""
+    tasks = make_tasks(500, 8, dtype=torch.float32)
+    xs, ys, _ = make_prompts(100, 16, 8, tasks=tasks, dtype=torch.float32)
+    exact = dmmse(xs.double(), ys.double(), tasks=tasks, noise_variance=0.25)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        rough = dmmse(xs, ys, tasks=tasks, noise_variance=0.25)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert torch.equal(rough, exact.float())
+
+
 # Limits
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import yaml
 
@@ -220,7 +221,18 @@ def test_infinite_number_of_tasks_is_read_from_every_spelling(value):
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(1, 1), (64, 64), (64.0, 64), ("64", 64), (" 64 ", 64), ("1_048_576", 2**20), (2**31 - 1, 2**31 - 1)],
+    [
+        (1, 1),
+        (64, 64),
+        (64.0, 64),
+        ("64", 64),
+        (" 64 ", 64),
+        ("64.0", 64),
+        ("1e3", 1000),
+        (np.int64(64), 64),
+        ("1_048_576", 2**20),
+        (2**31 - 1, 2**31 - 1),
+    ],
 )
 def test_finite_number_of_tasks_becomes_an_int(value, expected):
     assert parse_num_tasks(value) == expected

@@ -16,19 +16,18 @@ LAST = 500_000
 
 
 def log_steps_by_hand(last, num):
-    """Round last^(j / (num - 1)) exactly: the whole r with (2r - 1)^(num - 1) < 2^(num - 1) last^j < (2r + 1)^(num - 1)."""
+    """Floor last^(j / (num - 1)) exactly: the whole r with r^(num - 1) <= last^j < (r + 1)^(num - 1)."""
     steps = set()
     for j in range(num):
-        target, r = 2 ** (num - 1) * last**j, round(last ** (j / (num - 1)))
-        r += (2 * r + 1) ** (num - 1) < target
-        r -= (2 * r - 1) ** (num - 1) > target
-        assert (2 * r - 1) ** (num - 1) < target < (2 * r + 1) ** (num - 1)
+        target, r = last**j, round(last ** (j / (num - 1)))
+        r -= r ** (num - 1) > target
+        assert r ** (num - 1) <= target < (r + 1) ** (num - 1)
         steps.add(r)
     return steps
 
 
 def linear_steps_by_hand(last, num):
-    return {math.floor(Fraction(last * j, num - 1) + Fraction(1, 2)) for j in range(num)}
+    return {math.floor(Fraction(last * j, num - 1)) for j in range(num)}
 
 
 # Grids
@@ -37,9 +36,9 @@ def linear_steps_by_hand(last, num):
 def test_published_grid_of_l2h4_has_190_steps():
     """Hoogland et al. save 100 log-spaced and 100 linear steps of 500,000, and count 190 (PAPERS.md, 1.1 and Q3).
 
-    By exact arithmetic: rounding leaves 91 distinct log-spaced steps (the first ten points, all below 3.4, fall on 1,
-    2 and 3, and so on), 100 linear ones, and the only step in both is the last: 91 + 100 - 1 = 190. Theirs are 190 as
-    well, but by flooring: 91 + 100 with 499,999 for the log grid's end, less 500,000, which their loop never reaches.
+    By exact arithmetic: flooring leaves 91 distinct log-spaced steps and 100 linear ones, and the only step in both is the
+    last: 91 + 100 - 1 = 190. Theirs are 190 as well: their log grid ends at 499,999 by a rounding error, and their loop
+    never reaches the linear grid's 500,000.
     """
     logs, lines = log_steps_by_hand(LAST, 100), linear_steps_by_hand(LAST, 100)
     assert (len(logs), len(lines), logs & lines) == (91, 100, {LAST})
@@ -53,25 +52,22 @@ def test_preset_l2h4_asks_for_the_published_grid():
     assert (grid.every, grid.num_log, grid.num_linear) == (None, 100, 100)
 
 
-def test_carroll_grid_has_2201_steps():
-    """1,501 hundreds and 712 rounded powers share 12 steps.
-
-    Carroll et al. 2025 floor the powers: 711 distinct ones that share 9 steps with the hundreds, so 2,203 in all.
-    """
+def test_carroll_grid_has_the_published_2203_steps():
+    """Carroll et al. 2025: 1,501 hundreds and 711 floored powers that share 9 steps."""
     grid = preset("carroll").checkpoints
     ours = checkpoint_steps(150_000, every=grid.every, num_log=grid.num_log, num_linear=grid.num_linear)
     hundreds = set(range(0, 150_001, 100))
     assert set(ours) == hundreds | log_steps_by_hand(150_000, 1000)
-    assert len(ours) == 2201
+    assert len(ours) == 2203
 
 
 @pytest.mark.parametrize(("last", "num"), [(100, 3), (12_000, 20), (150_000, 17), (7, 50), (1, 5)])
-def test_log_steps_are_rounded_powers(last, num):
+def test_log_steps_are_floored_powers(last, num):
     assert log_steps(last, num) == log_steps_by_hand(last, num)
 
 
 @pytest.mark.parametrize(("last", "num"), [(100, 5), (12_000, 10), (7, 50), (LAST, 100)])
-def test_linear_steps_are_rounded_multiples(last, num):
+def test_linear_steps_are_floored_multiples(last, num):
     assert linear_steps(last, num) == linear_steps_by_hand(last, num)
 
 

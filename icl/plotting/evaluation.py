@@ -4,6 +4,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from icl.evaluation import headlines
 from icl.plotting.style import BLACK, BLUE, GREEN, VERMILION, new_figure
 
 
@@ -36,15 +37,17 @@ def _draw_gaps(axes: Axes, numbers: pd.DataFrame, distribution: str, title: str)
 
 
 def _draw_shifts(axes: Axes, last: pd.DataFrame, baselines: pd.DataFrame) -> None:
-    losses = last[(last["quantity"] == "loss") & (last["position"] == "mean")].set_index("distribution")
-    ridge = baselines[(baselines["quantity"] == "ridge") & (baselines["position"] == "mean")].set_index("distribution")
-    ratio = (losses["value"] / ridge["value"]).reindex(losses.index)
-    error = 2 * losses["stderr"] / ridge["value"]
-    places = range(len(ratio))
-    axes.errorbar(ratio, places, xerr=error, fmt="o", color=BLUE, markersize=4, capsize=2)
+    losses = headlines(last[last["quantity"] == "loss"]).set_index("distribution")
+    ridge = headlines(baselines[baselines["quantity"] == "ridge"]).set_index("distribution")["value"]
+    ratio, error = losses["value"] / ridge[losses.index], 2 * losses["stderr"] / ridge[losses.index]
+    names = [name if position == "mean" else f"{name} (last y)" for name, position in losses["position"].items()]
+    axes.errorbar(ratio, range(len(ratio)), xerr=error, fmt="o", color=BLUE, markersize=4, capsize=2)
     axes.axvline(1, color=VERMILION, linestyle="--", linewidth=1.2, label="ridge")
-    axes.set_yticks(places, ratio.index, fontsize=8)
+    axes.set_yticks(range(len(ratio)), names, fontsize=8)
     axes.invert_yaxis()
-    axes.set(xscale="log", xlabel="loss relative to ridge's on the same prompts")
+    axes.set(xscale="log", xlabel="loss relative to ridge's on the same prompts (bars: 2 standard errors)")
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis("{x:g}")
+    axes.tick_params(axis="x", which="both", labelsize=8)
     axes.set_title("Last step, every distribution", fontsize=10)
     axes.legend(fontsize=8)

@@ -82,7 +82,8 @@ class Evaluation(pl.Callback):
 
     def _evaluate(self, trainer: pl.Trainer, module: PopulationModule) -> None:
         if trainer.is_global_zero:
-            params = {name: tensor.detach() for name, tensor in module.params.items()}
+            device = self.sets[0][0].prompts.xs.device
+            params = {name: tensor.detach().to(device) for name, tensor in module.params.items()}
             self.metrics = summarise(module.predict, params, self.sets)
         self.metrics = trainer.strategy.broadcast(self.metrics)
         self.step = trainer.global_step

@@ -5,7 +5,7 @@ stream is saved. Several steps are made at once, because that costs little more 
 of their length, so that resuming in the middle of one gives bit-identical numbers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import lightning.pytorch as pl
 import torch
@@ -18,18 +18,34 @@ _MAX_BLOCK = 64
 
 
 class PromptStream:
-    """One batch per step for every member, from `trainer.global_step` on: xs (N, B, K, D), ys (N, B, K)."""
+    """One batch per step for every member: xs (N, B, K, D), ys (N, B, K), B the rank's share of the batch.
 
-    def __init__(self, configs: Sequence[RunConfig], trainer: pl.Trainer) -> None:
+    Args:
+        configs: The members.
+        first_step: The step to begin at, asked when iteration begins.
+        rank: Which slice of every batch is this process's.
+        num_ranks: How many slices there are.
+        device: Where the prompts are made.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[RunConfig],
+        first_step: Callable[[], int],
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.sources = [prompt_source(config, stream="train") for config in configs]
-        self.trainer = trainer
-        share = configs[0].trainer.batch_size // trainer.world_size
-        self.indices = range(trainer.global_rank * share, (trainer.global_rank + 1) * share)
+        self.first_step, self.device = first_step, device
+        share = configs[0].trainer.batch_size // num_ranks
+        self.indices = range(rank * share, (rank + 1) * share)
         normals = len(configs) * share * configs[0].task.max_examples * (configs[0].task.task_size + 1)
         self.block = max(1, min(_MAX_BLOCK, _BLOCK_NORMALS // normals))
 
     def __iter__(self) -> Iterator[Prompts]:
-        step = self.trainer.global_step
+        step = self.first_step()
         while True:
             start = step - step % self.block
             prompts = self._sample(range(start, start + self.block))
@@ -39,8 +55,7 @@ class PromptStream:
 
     def _sample(self, steps: range) -> Prompts:
         """All members' prompts of several steps: xs (S, N, B, K, D)."""
-        device = self.trainer.strategy.root_device
-        members = [source.sample(steps, self.indices, device=device) for source in self.sources]
+        members = [source.sample(steps, self.indices, device=self.device) for source in self.sources]
         return Prompts(*(torch.stack(parts, dim=1) for parts in zip(*members, strict=True)))
 
 
@@ -53,5 +68,12 @@ class PromptDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> PromptStream:
         """The stream; it has no length and no workers, and draws nothing from the global generator."""
-        assert self.trainer is not None
-        return PromptStream(self.configs, self.trainer)
+        trainer = self.trainer
+        assert trainer is not None
+        return PromptStream(
+            self.configs,
+            lambda: trainer.global_step,
+            rank=trainer.global_rank,
+            num_ranks=trainer.world_size,
+            device=trainer.strategy.root_device,
+        )

@@ -31,7 +31,7 @@ class PopulationModule(pl.LightningModule):
 
     def __init__(self, configs: Sequence[RunConfig], params: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.config = configs[0]
+        self.configs, self.config = configs, configs[0]
         self.predict = partial(population.apply, build_architecture(configs[0]))
         # A parameter's registered name may hold no dot.
         self.stacked = nn.ParameterDict({_mangle(name): nn.Parameter(tensor) for name, tensor in params.items()})
@@ -78,8 +78,9 @@ class PopulationModule(pl.LightningModule):
         return means
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the count behind the running means."""
+        """Keep the count behind the running means, and the settings as plain values."""
         checkpoint["num_summed"] = self.num_summed
+        checkpoint["configs"] = [config.to_dict() for config in self.configs]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it up again."""

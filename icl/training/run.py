@@ -5,6 +5,7 @@ Every way of ending (finished, stopped early, pre-empted by a signal, failed) is
 """
 
 import logging
+import os
 import signal
 import time
 import warnings
@@ -15,10 +16,11 @@ from typing import NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from icl import population
 from icl.build import build_evaluation_sets, build_model, choose_device
-from icl.config import RunConfig
+from icl.config import ConfigError, RunConfig
 from icl.presets import run_name
 from icl.runs import DONE, RunFolder, State, Status, local_root, require_same_config
 from icl.schedules import checkpoint_steps
@@ -55,13 +57,15 @@ def train(config: RunConfig, *, folder: str | Path | None = None) -> TrainResult
         StorageError: If it cannot be written; what was saved before is intact.
     """
     run = RunFolder(folder if folder is not None else local_root() / run_name(config))
+    _quieten_lightning()
+    trainer = make_trainer(config)  # refuses what it must before anything is written
     if is_child_rank():
-        return _train(config, run)
+        return _train(config, run, trainer)
     with run.lock():
-        return _train(config, run)
+        return _train(config, run, trainer)
 
 
-def _train(config: RunConfig, run: RunFolder) -> TrainResult:
+def _train(config: RunConfig, run: RunFolder, trainer: pl.Trainer) -> TrainResult:
     if run.config_file.exists():
         require_same_config(run.read_config(), config, run)
         status = run.read_status()
@@ -76,7 +80,7 @@ def _train(config: RunConfig, run: RunFolder) -> TrainResult:
     print(f"Resuming {run.path} from step {resume_step:,}." if resume_step else f"Training {run.path}.")
     run.write_status(Status(state="waiting", step=resume_step, max_steps=config.trainer.max_steps))
     try:
-        status, received = _fit(config, run, resume_step)
+        status, received = _fit(config, run, trainer, resume_step)
     except BaseException as error:
         _record_failure(run, error)
         raise
@@ -85,15 +89,16 @@ def _train(config: RunConfig, run: RunFolder) -> TrainResult:
     return TrainResult(run, status, received)
 
 
-def _fit(config: RunConfig, run: RunFolder, resume_step: int) -> tuple[Status, signal.Signals | None]:
-    _quieten_lightning()
-    members = [Member(config, run)]
-    callbacks = make_callbacks(members)
+def _fit(
+    config: RunConfig, run: RunFolder, trainer: pl.Trainer, resume_step: int
+) -> tuple[Status, signal.Signals | None]:
+    callbacks = make_callbacks([Member(config, run)])
+    trainer.callbacks += callbacks  # type: ignore[attr-defined]
     wandb_log = None if is_child_rank() else start_wandb(config, run)
     if wandb_log is not None:
         next(callback for callback in callbacks if isinstance(callback, MetricsLog)).sinks.append(wandb_log.log)
     try:
-        ended = _fit_with(config, run, callbacks, resume_step)
+        ended = _fit_from(resume_step, config, run, trainer, callbacks)
     except BaseException:
         if wandb_log is not None:
             wandb_log.finish(1)
@@ -103,11 +108,10 @@ def _fit(config: RunConfig, run: RunFolder, resume_step: int) -> tuple[Status, s
     return ended
 
 
-def _fit_with(
-    config: RunConfig, run: RunFolder, callbacks: list[pl.Callback], resume_step: int
+def _fit_from(
+    resume_step: int, config: RunConfig, run: RunFolder, trainer: pl.Trainer, callbacks: list[pl.Callback]
 ) -> tuple[Status, signal.Signals | None]:
-    """Train with these callbacks from the resume file on; the status to end with, and the signal that stopped it."""
-    trainer = make_trainer(config, callbacks)
+    """Train to the end; the status to end with, and the signal that stopped it."""
     module = PopulationModule([config], population.stack([dict(build_model(config).named_parameters())]))
     path = str(run.resume_file) if resume_step else None
     trainer.fit(module, datamodule=PromptDataModule([config]), ckpt_path=path, weights_only=True)
@@ -130,7 +134,8 @@ def _fit_with(
 def make_callbacks(members: Sequence[Member]) -> list[pl.Callback]:
     """The callbacks in the order in which they must see a step."""
     config = members[0].config
-    device = choose_device(config.trainer.accelerator)
+    kind = choose_device(config.trainer.accelerator)
+    device = "cpu" if kind == "tpu" else kind  # evaluation is small; an XLA device would compile it for every shape
     every = config.evaluation.every
     sets = [
         build_evaluation_sets(member.config, num_prompts=config.evaluation.num_prompts, device=device)
@@ -158,26 +163,34 @@ def make_callbacks(members: Sequence[Member]) -> list[pl.Callback]:
     ]
 
 
-def make_trainer(config: RunConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
-    """Lightning's Trainer with our callbacks in place of its own."""
+def make_trainer(config: RunConfig) -> pl.Trainer:
+    """Lightning's Trainer without callbacks of its own.
+
+    Raises:
+        ConfigError: If Lightning refuses the devices, the strategy or the precision.
+    """
     settings = config.trainer
     strategy: str | Strategy = settings.strategy
     if settings.devices * settings.num_nodes > 1 and strategy in ("auto", "ddp"):
         strategy = DDPStrategy(broadcast_buffers=False)  # ours are already the same on every rank
-    return pl.Trainer(
-        accelerator=choose_device(settings.accelerator),
-        devices=settings.devices,
-        num_nodes=settings.num_nodes,
-        strategy=strategy,
-        precision=settings.precision,  # type: ignore[arg-type]
-        max_steps=settings.max_steps,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    options = {
+        "accelerator": choose_device(settings.accelerator),
+        "devices": settings.devices,
+        "num_nodes": settings.num_nodes,
+        "strategy": strategy,
+        "precision": settings.precision,
+        "max_steps": settings.max_steps,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+    try:
+        return pl.Trainer(**options)  # type: ignore[arg-type]
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"Lightning refuses these `trainer` settings: {reason}") from None
 
 
 def _record_failure(run: RunFolder, error: BaseException) -> None:
@@ -194,8 +207,6 @@ def _record_failure(run: RunFolder, error: BaseException) -> None:
 
 def is_child_rank() -> bool:
     """Whether this process was started by rank 0, which holds the lock and writes the files."""
-    import os
-
     return os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("NODE_RANK", "0") != "0"
 
 

@@ -74,7 +74,7 @@ def fit_population(configs: list[RunConfig]) -> population.Params:
     """Final weights of members trained together."""
     params = population.stack([dict(build_model(config).named_parameters()) for config in configs])
     module = PopulationModule(configs, params)
-    trainer = make_trainer(configs[0], [])
+    trainer = make_trainer(configs[0])
     trainer.fit(module, datamodule=PromptDataModule(configs))
     return {name: tensor.detach() for name, tensor in module.params.items()}
 
@@ -112,7 +112,7 @@ def test_a_run_leaves_the_files_it_promises():
     folder = train(TINY).folder
     assert folder.path == local_root() / "tiny"
     assert folder.read_config() == TINY
-    assert list_steps(folder.checkpoints) == [0, 1, 4, 15, 30, 60]
+    assert list_steps(folder.checkpoints) == [0, 1, 3, 15, 30, 60]
     table = pd.read_csv(folder.metrics_file)
     assert list(table.columns[:3]) == ["step", "train/loss", "lr"]
     assert {"eval/pretrain/loss", "eval/true/loss", "clipped_fraction"} <= set(table.columns)
@@ -149,7 +149,7 @@ def test_patience_counts_evaluations_and_the_best_checkpoint_is_kept():
     assert result.status.step == 40  # evaluated at 0 (best), 20 and 40: two checks without improvement
     assert result.status.best_step == 0
     assert "eval/pretrain/loss" in str(result.status.reason)
-    assert list_steps(result.folder.checkpoints) == [0, 1, 4, 15, 30, 40]
+    assert list_steps(result.folder.checkpoints) == [0, 1, 3, 15, 30, 40]
     again = train(config)
     assert again.was_done
     assert again.status.state == "stopped_early"
@@ -203,3 +203,11 @@ def test_lightnings_own_trainer_saves_nothing_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(TINY)
     assert {path.name for path in tmp_path.iterdir()} <= {"runs", local_root().name}
+
+
+@pytest.mark.parametrize("bad", [{"precision": "17"}, {"strategy": "telepathy"}])
+def test_what_lightning_refuses_is_one_sentence_and_leaves_no_folder(bad):
+    with pytest.raises(ConfigError, match="Lightning refuses") as refusal:
+        train(change(TINY, trainer=bad))
+    assert "\n" not in str(refusal.value)
+    assert not (local_root() / "tiny").exists()

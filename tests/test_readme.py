@@ -1,0 +1,67 @@
+"""What the README tells people to type works, and what it claims is what the code says."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from icl.build import build_architecture
+from icl.cli import main
+from icl.presets import PRESETS
+from icl.resolve import read_arguments, resolve
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def shell_lines() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
+    return [line.partition("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def icl_commands() -> list[list[str]]:
+    return [shlex.split(line)[1:] for line in shell_lines() if line.startswith("icl ")]
+
+
+def test_the_first_screen_has_the_two_commands():
+    screen = README.splitlines()[:60]
+    text = "\n".join(screen)
+    assert "pip install -e . && .venv/bin/icl train" in text
+    assert "pip install -e '.[dev]' && .venv/bin/pytest" in "\n".join(README.splitlines()[:75])
+
+
+@pytest.mark.parametrize("words", [words for words in icl_commands() if words[0] == "train"], ids=" ".join)
+def test_every_train_command_is_a_valid_configuration(words):
+    resolve(read_arguments(words[1:]))
+
+
+def test_the_commands_run_one_after_the_other_on_a_tiny_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCAL_ROOT", "runs")
+    example = re.search(r"prompt\.json\s+# (\{.*\})", README)
+    assert example is not None
+    (tmp_path / "prompt.json").write_text(example[1])
+    tiny = ["--trainer.max_steps", "10", "--model.embed_size", "8", "--evaluation.num_prompts", "8"]
+    assert main(["train", "--run_name", "quickstart", *tiny]) == 0
+    for words in icl_commands():
+        if words[0] != "train":
+            assert main([*words, "--num_prompts", "8"] if words[0] == "evaluate" else words) == 0, words
+
+
+def test_parameter_counts_are_the_models():
+    rows = re.findall(r"^\| (`[^|]*`) \|[^|]*\| ([\d,; ]+) \|$", README, re.M)
+    counts = {
+        name: count for names, counts in rows for name, count in zip(names.split(", "), counts.split("; "), strict=True)
+    }
+    assert set(counts) == {f"`{name}`" for name in PRESETS}
+    for name, preset in PRESETS.items():
+        num = sum(parameter.numel() for parameter in build_architecture(preset).parameters())
+        assert counts[f"`{name}`"] == f"{num:,}"
+
+
+def test_every_file_that_the_readme_names_exists():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).is_file(), target
+    for name in ("CONTRIBUTING.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", ".ci/run"):
+        assert (ROOT / name).is_file(), name
