@@ -5,6 +5,8 @@ signal with 128 + its number. Heavy imports wait for the command that needs them
 """
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error), 2)
     except UserError as error:
         return _complain(str(error), 1)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         return _complain(f"{error.strerror or error}: {error.filename or 'a file'}.", 1)
     except KeyboardInterrupt:
@@ -84,8 +89,8 @@ def _train(words: list[str]) -> int:
     from icl.resolve import read_arguments, read_config_file, resolve, settings_parser
 
     if "-h" in words or "--help" in words:
-        help_text = settings_parser(prog="icl train").format_help()
-        print(_TRAIN_HELP + help_text.partition("\n\n")[2])
+        settings = settings_parser(prog="icl train").format_help().partition("\n\n")[2]
+        print(_TRAIN_HELP + re.sub(r"  --\w+ CONFIG +Path to a configuration file\.\n", "", settings))
         return 0
     given = read_arguments(words, extra=("config",))
     file = given.pop("config", None)

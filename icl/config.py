@@ -216,7 +216,7 @@ class OptimConfig:
 class TrainerConfig:
     """How long, how much per step, and on what."""
 
-    max_steps: int = 6000
+    max_steps: int = 5000
     """Optimiser steps; step s means after s updates, step 0 is the initial model."""
     batch_size: int = 128
     """Prompts per step over all devices together."""

@@ -60,7 +60,7 @@ def train(config: RunConfig, *, folder: str | Path | None = None) -> TrainResult
     _quieten_lightning()
     trainer = make_trainer(config)  # refuses what it must before anything is written
     if is_child_rank():
-        return _train(config, run, trainer)
+        return TrainResult(run, *_fit(config, run, trainer, read_resume_step(run)))
     with run.lock():
         return _train(config, run, trainer)
 
@@ -69,7 +69,7 @@ def _train(config: RunConfig, run: RunFolder, trainer: pl.Trainer) -> TrainResul
     if run.config_file.exists():
         require_same_config(run.read_config(), config, run)
         status = run.read_status()
-        if status is not None and status.state in DONE and not is_child_rank():
+        if status is not None and status.state in DONE:
             return TrainResult(run, status, was_done=True)
     else:
         run.write_config(config)
@@ -197,7 +197,9 @@ def _record_failure(run: RunFolder, error: BaseException) -> None:
     """Say in `status.json` that the run failed, where the disk still allows it."""
     last = run.read_status() or Status(state="failed")
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    state: State = "preempted" if isinstance(error, KeyboardInterrupt) else "failed"
+    was_interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))  # Lightning turns the one into the other
+    state: State = "preempted" if was_interrupted else "failed"
+    reason = "interrupted twice" if was_interrupted else reason
     try:
         run.write_status(replace(last, state=state, reason=reason))
         run.log(f"{state}: {reason}")

@@ -1,0 +1,66 @@
+"""W&B by its real client, offline; and a run that never depends on it."""
+
+import subprocess
+import sys
+
+import pytest
+from tiny_runs import TINY, as_arguments, change
+
+from icl.runs import RunFolder, local_root
+from icl.training.run import train
+from icl.training.wandb_log import wandb_mode
+
+CONFIG = change(TINY, trainer={"max_steps": 20})
+
+
+@pytest.fixture
+def nowhere(monkeypatch, tmp_path):
+    """No mode, no key, no login."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    return tmp_path / "netrc"
+
+
+def test_nothing_set_up_means_no_wandb(nowhere):
+    assert wandb_mode() is None
+    train(CONFIG)
+    assert not (local_root() / "tiny" / "wandb").exists()
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("online", "online"), ("offline", "offline"), ("disabled", None)])
+def test_the_mode_is_the_environments(nowhere, monkeypatch, mode, expected):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert wandb_mode() == expected
+
+
+def test_a_key_or_a_login_means_online_and_disabled_wins(nowhere, monkeypatch):
+    nowhere.write_text("machine api.wandb.ai login user password secret\n")
+    assert wandb_mode() == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.com")
+    assert wandb_mode() is None
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert wandb_mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_mode() is None
+
+
+def test_an_offline_run_keeps_its_rows_in_its_own_folder(nowhere, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    done = subprocess.run([sys.executable, "-m", "icl", "train", *as_arguments(CONFIG)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = RunFolder(local_root() / "tiny")
+    files = list((folder.path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 1
+    assert b"eval/pretrain/loss" in files[0].read_bytes()
+    assert (folder.path / "wandb-id").read_text() in files[0].name
+
+
+@pytest.mark.slow
+def test_a_backend_that_is_not_there_is_one_sentence_and_the_run_finishes_offline(nowhere, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    done = subprocess.run([sys.executable, "-m", "icl", "train", *as_arguments(CONFIG)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("W&B could not start online") == 1
+    assert list((local_root() / "tiny" / "wandb").glob("offline-run-*"))
