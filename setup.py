@@ -1,12 +1,14 @@
 """Packaging of `icl`; the settings of the tools are in pyproject.toml."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="icl",
     version="0.1.0",
     description="Train small transformers on in-context linear regression and study how they develop.",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["icl", "icl.*"]),

@@ -17,7 +17,7 @@ from icl.training.run import train
 # Slow enough to be caught in the act, saving its resume file at every step.
 CONFIG = change(
     TINY,
-    trainer={"max_steps": 300, "log_every": 5},
+    trainer={"max_steps": 160, "log_every": 5},
     evaluation={"every": 40},
     checkpoints={"every": 25, "resume_seconds": 0.0},
     early_stopping={"patience": 50},
@@ -83,7 +83,7 @@ def assert_same(folder: RunFolder, expected: RunFolder) -> None:
 
 def test_a_killed_run_resumes_bit_identically(root, undisturbed):
     folder = RunFolder(root / "tiny")
-    for step in (60, 170):
+    for step in (40, 95):
         with subprocess.Popen(COMMAND, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             wait_for_step(process, folder, step)
             process.kill()
@@ -98,7 +98,7 @@ def test_a_killed_run_resumes_bit_identically(root, undisturbed):
 def test_sigterm_saves_exits_with_its_number_and_resumes_bit_identically(root, undisturbed):
     folder = RunFolder(root / "tiny")
     with subprocess.Popen(COMMAND, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        wait_for_step(process, folder, 83)
+        wait_for_step(process, folder, 53)
         process.send_signal(signal.SIGTERM)
         errors = process.communicate()[1]
     assert process.returncode == 128 + signal.SIGTERM
@@ -113,8 +113,8 @@ def test_sigterm_saves_exits_with_its_number_and_resumes_bit_identically(root, u
 @pytest.mark.parametrize(
     ("module", "pattern", "calls"),
     [
-        pytest.param("icl.training.saving", "last.ckpt", 70, id="resume file"),
-        pytest.param("icl.storage", "step-000000150", 1, id="checkpoint"),
+        pytest.param("icl.training.saving", "last.ckpt", 50, id="resume file"),
+        pytest.param("icl.storage", "step-000000075", 1, id="checkpoint"),
     ],
 )
 def test_a_kill_inside_a_save_loses_nothing(root, undisturbed, module, pattern, calls):
@@ -132,7 +132,7 @@ def test_a_kill_inside_a_save_loses_nothing(root, undisturbed, module, pattern, 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(root, undisturbed):
     folder = RunFolder(root / "tiny")
     with subprocess.Popen(COMMAND, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_for_step(process, folder, 60)
+        wait_for_step(process, folder, 40)
         process.kill()
     saved = folder.resume_file.read_bytes()
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000));"
