@@ -7,6 +7,7 @@ the types and prints the help; what people write (`inf`, `None`, `1e-5`, `10_000
 import dataclasses
 import difflib
 import functools
+import os
 import re
 import types
 import typing
@@ -22,6 +23,8 @@ from icl.presets import preset
 if TYPE_CHECKING:
     import jsonargparse
 
+POINT_VARIABLE = "ICL_SWEEP_POINT"
+"""The environment variable by which `icl sweep` hands a point to the program that it starts."""
 _NONE = ("none", "null", "~")
 _TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -73,6 +76,29 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"The config file {path} must hold `section: {{key: value}}`, got {type(tree).__name__}.")
     return tree
+
+
+def read_point(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The settings of a sweep's point, from the JSON file that `$ICL_SWEEP_POINT` names; empty outside a sweep.
+
+    Raises:
+        ConfigError: If the file is missing or holds no table of settings.
+    """
+    path = environment.get(POINT_VARIABLE)
+    return read_config_file(path) if path else {}
+
+
+def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse a command line that sets a swept key to another value.
+
+    Raises:
+        ConfigError: Naming the key and both values.
+    """
+    for key, value in flatten(dict(swept)).items():
+        if key in given and _read_value(key, given[key]) != _read_value(key, value):
+            raise ConfigError(
+                f"`{key}` is swept (here {value!r}) and the command line sets it to {given[key]!r}; remove one of the two."
+            )
 
 
 def read_arguments(arguments: Sequence[str], *, extra: Sequence[str] = ()) -> dict[str, str]:

@@ -30,6 +30,7 @@ LAYERS = (
     ("plotting", "report"),
     ("api", "sweeps"),
     ("__init__",),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )

@@ -18,7 +18,16 @@ from icl.config import (
     flatten,
 )
 from icl.presets import MAX_SLUG, PRESETS, preset, run_name
-from icl.resolve import known_keys, parse_scalar, read_arguments, read_config_file, resolve
+from icl.resolve import (
+    POINT_VARIABLE,
+    known_keys,
+    parse_scalar,
+    read_arguments,
+    read_config_file,
+    read_point,
+    refuse_conflicts,
+    resolve,
+)
 
 
 def value_of(config, key):
@@ -360,3 +369,24 @@ def test_long_run_names_that_differ_at_the_end_stay_distinct():
     names = {run_name(RunConfig(early_stopping=long, seeds=SeedsConfig(evaluation=seed))) for seed in range(5)}
     assert len(names) == 5
     assert {len(name) for name in names} == {MAX_SLUG}
+
+
+# A sweep's point
+
+
+def test_a_point_is_read_from_the_file_that_the_environment_names(tmp_path):
+    file = tmp_path / "point.json"
+    file.write_text('{"optim.lr": 0.5, "task": {"num_tasks": Infinity}}')
+    point = read_point({POINT_VARIABLE: str(file)})
+    config = resolve({"optim": {"lr": 0.1}}, point)
+    assert config.optim.lr == 0.5
+    assert config.task.is_gaussian
+    assert read_point({}) == {}
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_point({POINT_VARIABLE: str(tmp_path / "gone.json")})
+
+
+def test_a_swept_key_set_to_another_value_is_refused():
+    refuse_conflicts({"optim.lr": 0.5, "task": {"num_tasks": "inf"}}, {"optim.lr": "5e-1", "task.num_tasks": ".inf"})
+    with pytest.raises(ConfigError, match=r"`optim.lr` is swept \(here 0.5\)"):
+        refuse_conflicts({"optim": {"lr": 0.5}}, {"optim.lr": "0.25"})

@@ -1,0 +1,36 @@
+"""`icl predict`: a trained model's predictions for the prompts in a file."""
+
+from pathlib import Path
+
+from icl.commands import command_parser
+from icl.storage import table_format
+
+HELP = "predictions for prompts in a file"
+
+
+def run(words: list[str]) -> int:
+    """Predict, print, and write if asked."""
+    parser = command_parser(
+        "predict",
+        "Predict y for queries after a context. FILE is JSON with x_context, y_context and x_query, or CSV with columns "
+        "x1..xD,y in which an empty y marks a query.",
+        "icl predict runs/quickstart --prompt prompt.json",
+    )
+    parser.add_argument("path", metavar="CHECKPOINT", help="a checkpoint file, or a run's folder for its last step")
+    parser.add_argument("--prompt", metavar="FILE", required=True, help="the prompts")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the predictions to FILE (.csv or .json)")
+    options = parser.parse_args(words)
+    from icl.api import load_checkpoint
+    from icl.prediction import predict_from_prompt, read_prompt_file, write_predictions
+
+    if options.out is not None:
+        table_format(options.out)
+    prompt = read_prompt_file(options.prompt)
+    model, info = load_checkpoint(options.path)
+    predictions = predict_from_prompt(model, *prompt)
+    print(f"{info['path']} (step {info['step']:,}), {len(prompt.x_context)} context examples")
+    for query, prediction in zip(prompt.x_query.tolist(), predictions.tolist(), strict=True):
+        print(f"  x = ({', '.join(f'{x:g}' for x in query)})  ->  y = {prediction:.6g}")
+    if options.out is not None:
+        print(f"Predictions  {write_predictions(options.out, prompt, predictions)}")
+    return 0
