@@ -31,7 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nearest = difflib.get_close_matches(words[0], COMMANDS, n=1)
         hint = f" Did you mean `icl {nearest[0]}`?" if nearest else ""
         return _complain(f"There is no command `{words[0]}`.{hint} `icl --help` lists them.", 2)
-    return _run(words[0], words[1:])
+    status = _run(words[0], words[1:])
+    wandb_log = sys.modules.get("icl.training.wandb_log")
+    if wandb_log is not None and wandb_log.has_unsent_rows():
+        sys.stdout.flush()
+        os._exit(status)  # W&B's own exit handler would wait for a lost network for days
+    return status
 
 
 def _run(command: str, words: list[str]) -> int:

@@ -148,6 +148,11 @@ def require_same_config(old: RunConfig, new: RunConfig, folder: RunFolder) -> No
         )
 
 
+def is_child_rank() -> bool:
+    """Whether this process was started by rank 0, which holds the lock and writes the files."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("NODE_RANK", "0") != "0"
+
+
 def describe_runs(root: Path) -> list[str]:
     """A line for every run below a folder: name, state, step, loss, age of the last status."""
     lines = []

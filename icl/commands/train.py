@@ -1,9 +1,24 @@
 """`icl train`: train a run from its settings, or resume it; then its table and figure."""
 
+import json
+import os
 import re
 import sys
+from typing import Any
 
-from icl.runs import RunFolder
+from icl.config import RunConfig
+from icl.presets import run_name
+from icl.resolve import (
+    POINT_VARIABLE,
+    read_arguments,
+    read_config_file,
+    read_point,
+    refuse_conflicts,
+    resolve,
+    settings_parser,
+)
+from icl.runs import RunFolder, is_child_rank, local_root
+from icl.storage import write_atomically
 
 HELP = "train a run, or resume it"
 
@@ -25,28 +40,49 @@ settings (later wins: defaults < preset < --config file < command line):
 
 def run(words: list[str]) -> int:
     """Train to the end; 128 + the signal if one stopped it."""
-    from icl.resolve import (
-        read_arguments,
-        read_config_file,
-        read_point,
-        refuse_conflicts,
-        resolve,
-        settings_parser,
-    )
-
     if "-h" in words or "--help" in words:
         settings = settings_parser(prog="icl train").format_help().partition("\n\n")[2]
         print(_USAGE + re.sub(r"  --\w+ CONFIG +Path to a configuration file\.\n", "", settings))
         return 0
     given = read_arguments(words, extra=("config",))
     file = given.pop("config", None)
+    filed = read_config_file(file) if file else {}
+    if os.environ.get("WANDB_SWEEP_ID") and not is_child_rank():
+        from icl.training.wandb_agent import in_sweep
+
+        if in_sweep():
+            return _train_point(filed, given)
     swept = read_point()
-    config = resolve(read_config_file(file) if file else {}, swept, given)
+    config = resolve(filed, swept, given)
     refuse_conflicts(swept, given)
+    return _train(config)
 
-    from icl.training.run import is_child_rank, train
 
-    result = train(config)
+def _train_point(filed: dict[str, Any], given: dict[str, str]) -> int:
+    """Train the point that `wandb agent` handed over; however it ends, W&B learns the exit status."""
+    from icl.training.wandb_agent import describe_run, join_sweep, swept_settings
+    from icl.training.wandb_log import WandbLog
+
+    base = resolve(filed, given)
+    wandb_run = join_sweep(base)
+    try:
+        swept = swept_settings(wandb_run, base)
+        config = resolve(filed, swept, given)
+        refuse_conflicts(swept, given)
+        describe_run(wandb_run, config)
+        point = local_root() / run_name(config) / "point.json"
+        write_atomically(point, json.dumps(swept, indent=1).encode())
+        os.environ[POINT_VARIABLE] = str(point)  # further ranks of this run read it
+        return _train(config, wandb_run)
+    except BaseException:
+        WandbLog(wandb_run).finish(1)
+        raise
+
+
+def _train(config: RunConfig, wandb_run: Any = None) -> int:
+    from icl.training.run import train
+
+    result = train(config, wandb_run=wandb_run)
     if is_child_rank():
         return 0
     if result.received is not None:

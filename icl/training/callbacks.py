@@ -5,6 +5,7 @@ the resume file follows, so it never knows of a step that the other files do not
 """
 
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from icl.evaluation import EvaluationSet, summarise
 from icl.runs import RunError, RunFolder
 from icl.training.metrics_file import MetricsFile
 from icl.training.module import PopulationModule
+from icl.training.wandb_agent import in_sweep
 
 Metrics = dict[str, float]
 
@@ -143,10 +145,14 @@ class EarlyStopping(pl.Callback):
 
 
 class StopSignals(pl.Callback):
-    """SIGINT and SIGTERM end training after the step in hand, with everything saved; a second one ends it at once."""
+    """SIGINT and SIGTERM end training after the step in hand, with everything saved; a second one ends it at once.
+
+    So does the death of the W&B agent that started the program: nobody else would end an orphan.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._agent = os.getppid() if in_sweep() else None
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
@@ -156,6 +162,9 @@ class StopSignals(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Stop all ranks if any was told to."""
+        if self._agent is not None and os.getppid() != self._agent and self.received is None:
+            print("\nThe W&B agent is gone: saving after this step.", file=sys.stderr)
+            self.received = signal.SIGTERM
         if any_rank(trainer, self.received is not None):
             trainer.should_stop = True
             self.received = self.received or signal.SIGTERM

@@ -5,14 +5,13 @@ Every way of ending (finished, stopped early, pre-empted by a signal, failed) is
 """
 
 import logging
-import os
 import signal
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -22,15 +21,16 @@ from icl import population
 from icl.build import build_evaluation_sets, build_model, choose_device
 from icl.config import ConfigError, RunConfig
 from icl.presets import run_name
-from icl.runs import DONE, RunFolder, State, Status, local_root, require_same_config
+from icl.runs import DONE, RunFolder, State, Status, is_child_rank, local_root, require_same_config
 from icl.schedules import checkpoint_steps
 from icl.storage import remove_temporaries
+from icl.training import wandb_agent
 from icl.training.callbacks import EarlyStopping, Evaluation, Member, MetricsLog, NonFiniteGuard, StopSignals
 from icl.training.data import PromptDataModule
 from icl.training.module import PopulationModule
 from icl.training.progress import ProgressBar, StatusFile
 from icl.training.saving import ResumeFile, ScheduledCheckpoints, read_resume_step
-from icl.training.wandb_log import start_wandb
+from icl.training.wandb_log import WandbLog, start_wandb
 
 
 class TrainResult(NamedTuple):
@@ -44,12 +44,13 @@ class TrainResult(NamedTuple):
     """Whether there was nothing left to do."""
 
 
-def train(config: RunConfig, *, folder: str | Path | None = None) -> TrainResult:
+def train(config: RunConfig, *, folder: str | Path | None = None, wandb_run: Any = None) -> TrainResult:
     """Train a run to its end, or resume it.
 
     Args:
         config: The run.
         folder: Its folder; left out, `$LOCAL_ROOT/<run name>`.
+        wandb_run: The W&B run of a sweep's point (`icl.training.wandb_agent`); left out, one of its own if W&B is set up.
 
     Raises:
         ConfigError: If the folder holds a run with other settings, or the device is absent.
@@ -62,14 +63,17 @@ def train(config: RunConfig, *, folder: str | Path | None = None) -> TrainResult
     if is_child_rank():
         return TrainResult(run, *_fit(config, run, trainer, read_resume_step(run)))
     with run.lock():
-        return _train(config, run, trainer)
+        return _train(config, run, trainer, wandb_run)
 
 
-def _train(config: RunConfig, run: RunFolder, trainer: pl.Trainer) -> TrainResult:
+def _train(config: RunConfig, run: RunFolder, trainer: pl.Trainer, wandb_run: Any) -> TrainResult:
     if run.config_file.exists():
         require_same_config(run.read_config(), config, run)
         status = run.read_status()
         if status is not None and status.state in DONE:
+            if wandb_run is not None:
+                wandb_agent.replay(wandb_run, run.metrics_file, status.step)
+                WandbLog(wandb_run).finish(0)
             return TrainResult(run, status, was_done=True)
     else:
         run.write_config(config)
@@ -80,7 +84,7 @@ def _train(config: RunConfig, run: RunFolder, trainer: pl.Trainer) -> TrainResul
     print(f"Resuming {run.path} from step {resume_step:,}." if resume_step else f"Training {run.path}.")
     run.write_status(Status(state="waiting", step=resume_step, max_steps=config.trainer.max_steps))
     try:
-        status, received = _fit(config, run, trainer, resume_step)
+        status, received = _fit(config, run, trainer, resume_step, wandb_run)
     except BaseException as error:
         _record_failure(run, error)
         raise
@@ -90,11 +94,13 @@ def _train(config: RunConfig, run: RunFolder, trainer: pl.Trainer) -> TrainResul
 
 
 def _fit(
-    config: RunConfig, run: RunFolder, trainer: pl.Trainer, resume_step: int
+    config: RunConfig, run: RunFolder, trainer: pl.Trainer, resume_step: int, wandb_run: Any = None
 ) -> tuple[Status, signal.Signals | None]:
     callbacks = make_callbacks([Member(config, run)])
     trainer.callbacks += callbacks  # type: ignore[attr-defined]
-    wandb_log = None if is_child_rank() else start_wandb(config, run)
+    if wandb_run is not None:
+        wandb_agent.replay(wandb_run, run.metrics_file, resume_step)
+    wandb_log = WandbLog(wandb_run) if wandb_run is not None else None if is_child_rank() else start_wandb(config, run)
     if wandb_log is not None:
         next(callback for callback in callbacks if isinstance(callback, MetricsLog)).sinks.append(wandb_log.log)
     try:
@@ -205,11 +211,6 @@ def _record_failure(run: RunFolder, error: BaseException) -> None:
         run.log(f"{state}: {reason}")
     except OSError:
         return
-
-
-def is_child_rank() -> bool:
-    """Whether this process was started by rank 0, which holds the lock and writes the files."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("NODE_RANK", "0") != "0"
 
 
 def _quieten_lightning() -> None:

@@ -23,6 +23,8 @@ Mode = Literal["online", "offline"]
 _START_SECONDS = 10
 _FINISH_SECONDS = 60
 
+_has_unsent_rows = False
+
 
 def wandb_mode() -> Mode | None:
     """How the user wants W&B, or None for not at all."""
@@ -37,8 +39,9 @@ def wandb_mode() -> Mode | None:
 class WandbLog:
     """One W&B run: takes the rows of `metrics.csv`."""
 
-    def __init__(self, run: Any, folder: RunFolder) -> None:
-        self.run, self.folder = run, folder
+    def __init__(self, run: Any) -> None:
+        self.run = run
+        self.folder = Path(run.dir).parent
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -46,20 +49,26 @@ class WandbLog:
         """One row."""
         self.run.log(row)
 
-    def finish(self, exit_code: int) -> bool:
-        """End the W&B run with the program's exit code.
+    def finish(self, exit_code: int) -> None:
+        """End the W&B run with the program's exit code: 128 and above was pre-empted, and may be handed out again.
 
-        Returns:
-            Whether everything was sent in time; if not, a sentence says where the unsent files lie.
+        What is not sent within a minute is left behind, and a sentence says where. W&B would go on trying for days
+        when the program ends, so `icl.cli` then leaves without its leave (`has_unsent_rows`).
         """
+        global _has_unsent_rows
+        if exit_code > 128:
+            self.run.mark_preempting()
         thread = threading.Thread(target=self.run.finish, kwargs={"exit_code": exit_code}, daemon=True)
         thread.start()
         thread.join(_FINISH_SECONDS)
         if thread.is_alive():
-            _say(
-                f"W&B did not answer within {_FINISH_SECONDS} s; `wandb sync {self.folder.path}/wandb/*` sends the rest."
-            )
-        return not thread.is_alive()
+            _has_unsent_rows = True
+            _say(f"W&B did not take everything within {_FINISH_SECONDS} s; `wandb sync {self.folder}` sends the rest.")
+
+
+def has_unsent_rows() -> bool:
+    """Whether a W&B run of this process ended with rows that were not sent."""
+    return _has_unsent_rows
 
 
 def start_wandb(config: RunConfig, folder: RunFolder) -> WandbLog | None:
@@ -68,14 +77,14 @@ def start_wandb(config: RunConfig, folder: RunFolder) -> WandbLog | None:
     if mode is None:
         return None
     try:
-        return WandbLog(_init(config, folder, mode), folder)
+        return WandbLog(_init(config, folder, mode))
     except Exception as error:  # wandb raises many kinds; none may stop a run
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         _say(f"W&B could not start online ({reason}); logging offline to {folder.path}/wandb.")
     import wandb
 
     wandb.teardown()  # forget the failed start, which still holds the run's id
-    return WandbLog(_init(config, folder, "offline"), folder)
+    return WandbLog(_init(config, folder, "offline"))
 
 
 def _init(config: RunConfig, folder: RunFolder, mode: Mode) -> Any:
@@ -90,10 +99,20 @@ def _init(config: RunConfig, folder: RunFolder, mode: Mode) -> Any:
         mode=mode,
         resume="allow",
         reinit="finish_previous",
-        settings=wandb.Settings(
-            init_timeout=_START_SECONDS, login_timeout=5, console="off", silent=True, disable_git=True, save_code=False
-        ),
+        settings=wandb.Settings(**init_settings()),
     )
+
+
+def init_settings() -> dict[str, Any]:
+    """What `wandb.Settings` gets: fail soon, leave the terminal alone, send no code."""
+    return {
+        "init_timeout": _START_SECONDS,
+        "login_timeout": 5,
+        "console": "off",
+        "silent": True,
+        "disable_git": True,
+        "save_code": False,
+    }
 
 
 def _run_id(folder: RunFolder) -> str:

@@ -1,0 +1,99 @@
+"""A run as a point of a W&B sweep: `wandb agent` starts the program, and `wandb.config` says which point it is.
+
+The settings are resolved without the point first and given to `wandb.init`; what comes back is the point's, under its own
+names (`optim.lr`, or `lr` in a section `optim`), and is resolved again in its place between file and command line. The
+point's run name comes from the whole configuration, so a point handed out again goes on from its checkpoint, and the rows
+it already has are sent to the new W&B run first.
+"""
+
+import csv
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from icl.config import RunConfig, UserError, flatten
+from icl.presets import run_name
+from icl.training.wandb_log import init_settings
+
+_SWEEP_VARIABLE = "WANDB_SWEEP_ID"
+_POINT_VARIABLE = "WANDB_SWEEP_PARAM_PATH"
+_OWN_KEYS = ("_wandb", "wandb_version")
+
+
+class SweepError(UserError):
+    """A W&B sweep that this run cannot take part in; the message says why."""
+
+
+def in_sweep(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether `wandb agent` started this program, and W&B is not disabled."""
+    return bool(environment.get(_SWEEP_VARIABLE)) and environment.get("WANDB_MODE", "").lower() != "disabled"
+
+
+def join_sweep(base: RunConfig) -> Any:
+    """Begin the W&B run that the agent announced, with the settings as they are without the point.
+
+    Raises:
+        SweepError: If W&B cannot be reached or refuses; inside a sweep that ends the run.
+    """
+    import wandb
+
+    try:
+        return wandb.init(config=base.to_dict(), settings=wandb.Settings(**init_settings()))
+    except Exception as error:  # wandb raises many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SweepError(
+            f"W&B did not hand over this sweep's point ({reason}); check WANDB_BASE_URL and the login."
+        ) from None
+
+
+def swept_settings(run: Any, base: RunConfig) -> dict[str, Any]:
+    """The point's own settings, by dotted key: what `wandb.config` holds that the run did not bring itself.
+
+    The file that the agent leaves names the swept keys exactly; without it they are the ones whose values differ.
+    """
+    config = {key: value for key, value in dict(run.config).items() if key not in _OWN_KEYS}
+    dotted = {key: value for key, value in config.items() if "." in key}
+    values = flatten({key: value for key, value in config.items() if key not in dotted}) | dotted
+    names = _announced_names()
+    if names is None:
+        brought = flatten(base.to_dict())
+        names = {key for key, value in values.items() if key in dotted or brought.get(key) != value}
+    return {key: values[key] for key in values if key in names}
+
+
+def describe_run(run: Any, config: RunConfig) -> None:
+    """Give the W&B run its name and the whole resolved configuration."""
+    run.name = run_name(config)
+    names = _announced_names() or set()
+    locked = {name.partition(".")[0] for name in names if name not in dict(run.config)}
+    tree = config.to_dict()
+    run.config.update({key: value for key, value in tree.items() if key not in locked | names}, allow_val_change=True)
+
+
+def replay(run: Any, metrics_file: Path, until: int) -> None:
+    """Send the rows that an earlier W&B run of this point has logged, up to a step."""
+    if not metrics_file.is_file():
+        return
+    with metrics_file.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if int(row["step"]) <= until:
+                run.log({key: int(value) if key == "step" else float(value) for key, value in row.items() if value})
+
+
+def _announced_names() -> set[str] | None:
+    """The swept keys by the agent's own file, or None if there is none that can be read."""
+    path = os.environ.get(_POINT_VARIABLE)
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None
+    except (OSError, yaml.YAMLError):
+        return None
+    if not isinstance(content, dict):
+        return None
+    entries = {key: value for key, value in content.items() if key not in _OWN_KEYS}
+    tree = {
+        key: value["value"] if isinstance(value, dict) and "value" in value else value for key, value in entries.items()
+    }
+    return set(flatten(tree))
