@@ -23,7 +23,7 @@ LAYERS = (
     ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
     ("baselines", "metrics"),
     ("transformer", "population"),
-    ("storage", "runs", "checkpoints"),
+    ("storage", "s3", "runs", "checkpoints", "mirror"),
     ("evaluation", "prediction"),
     ("build",),
     ("training", "sampling", "analysis"),

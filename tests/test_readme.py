@@ -45,6 +45,8 @@ def test_the_commands_run_one_after_the_other_on_a_tiny_run(tmp_path, monkeypatc
     tiny = ["--trainer.max_steps", "10", "--model.embed_size", "8", "--evaluation.num_prompts", "8"]
     assert main(["train", "--run_name", "quickstart", *tiny]) == 0
     for words in icl_commands():
+        if words[0] == "sweep":
+            words = ["sweep", str(ROOT / words[1]), *words[2:], "--dry-run"]
         if words[0] != "train":
             assert main([*words, "--num_prompts", "8"] if words[0] == "evaluate" else words) == 0, words
 

@@ -1,0 +1,143 @@
+"""How one parameter of a sweep takes its values: W&B's distributions, by their quantiles.
+
+Value i of a parameter is quantile(u) with u uniform on (0, 1), a hash of (seed, name, i): so it is the same after every
+restart and on every machine, and another parameter in the file changes none. Names, meanings and defaults are W&B's
+("Sweep configuration options"): `log_uniform` takes exponents, `log_uniform_values` the values themselves.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+Options = Mapping[str, Any]
+
+
+class Distribution(NamedTuple):
+    """One of W&B's distributions."""
+
+    required: tuple[str, ...]
+    defaults: dict[str, float]
+    """Options that may be left out."""
+    quantile: Callable[[float, Options], Any]
+    """The value below which a share u of the draws lies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One swept key: where it stands in the file, and its checked distribution."""
+
+    path: tuple[str, ...]
+    """Its names from the outside in: `("optim.lr",)`, or `("optim", "lr")` in nested `parameters:`."""
+    distribution: str
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The dotted key."""
+        return ".".join(self.path)
+
+
+def draw(parameter: Parameter, *, seed: int, index: int) -> Any:
+    """The value of a parameter at a point of a random sweep; a pure function of its arguments."""
+    digest = hashlib.blake2b(f"{seed}:{index}:{parameter.name}".encode(), digest_size=8).digest()
+    share = ((int.from_bytes(digest, "little") >> 12) + 0.5) * 2**-52  # strictly inside (0, 1)
+    return DISTRIBUTIONS[parameter.distribution].quantile(share, parameter.options)
+
+
+def grid_values(parameter: Parameter) -> list[Any] | None:
+    """Every value of a parameter in a grid, or None if it has no list of them.
+
+    As in W&B, `q_uniform` goes from `min` in steps of `q` and leaves out `max`.
+    """
+    options = parameter.options
+    if parameter.distribution == "constant":
+        return [options["value"]]
+    if parameter.distribution == "categorical":
+        return list(options["values"])
+    if parameter.distribution == "int_uniform":
+        return list(range(options["min"], options["max"] + 1))
+    if parameter.distribution == "q_uniform":
+        low, step = options["min"], options["q"]
+        return [low + k * step for k in range(math.ceil((options["max"] - low) / step))]
+    return None
+
+
+def _uniform(share: float, options: Options) -> float:
+    return options["min"] + share * (options["max"] - options["min"])
+
+
+def _int_uniform(share: float, options: Options) -> int:
+    return options["min"] + int(share * (options["max"] - options["min"] + 1))
+
+
+def _log_uniform(share: float, options: Options) -> float:
+    return math.exp(_uniform(share, options))
+
+
+def _inv_log_uniform(share: float, options: Options) -> float:
+    return math.exp(-_uniform(1 - share, options))
+
+
+def _log_uniform_values(share: float, options: Options) -> float:
+    value = math.exp(_uniform(share, {key: math.log(options[key]) for key in ("min", "max")}))
+    return min(max(value, options["min"]), options["max"])  # not past its bounds by a rounding
+
+
+def _normal(share: float, options: Options) -> float:
+    return options["mu"] + options["sigma"] * NormalDist().inv_cdf(share)
+
+
+def _log_normal(share: float, options: Options) -> float:
+    return math.exp(_normal(share, options))
+
+
+def _beta(share: float, options: Options) -> float:
+    from scipy.special import betaincinv
+
+    return float(betaincinv(options["a"], options["b"], share))
+
+
+def _categorical(share: float, options: Options) -> Any:
+    return options["values"][int(share * len(options["values"]))]
+
+
+def _categorical_w_probabilities(share: float, options: Options) -> Any:
+    total = 0.0
+    for value, probability in zip(options["values"], options["probabilities"], strict=True):
+        total += probability
+        if share < total:
+            return value
+    return max(zip(options["probabilities"], options["values"], strict=True), key=lambda pair: pair[0])[1]
+
+
+def _quantised(quantile: Callable[[float, Options], float]) -> Callable[[float, Options], int | float]:
+    """The same, rounded to the nearest multiple of `q`; whole if `q` was written whole."""
+    return lambda share, options: round(quantile(share, options) / options["q"]) * options["q"]
+
+
+_BOUNDS, _STEP = ("min", "max"), {"q": 1.0}
+_MOMENTS, _SHAPES = {"mu": 0.0, "sigma": 1.0}, {"a": 1.0, "b": 1.0}
+
+DISTRIBUTIONS: dict[str, Distribution] = {
+    "constant": Distribution(("value",), {}, lambda _, options: options["value"]),
+    "categorical": Distribution(("values",), {}, _categorical),
+    "categorical_w_probabilities": Distribution(("values", "probabilities"), {}, _categorical_w_probabilities),
+    "int_uniform": Distribution(_BOUNDS, {}, _int_uniform),
+    "uniform": Distribution(_BOUNDS, {}, _uniform),
+    "q_uniform": Distribution(_BOUNDS, _STEP, _quantised(_uniform)),
+    "log_uniform": Distribution(_BOUNDS, {}, _log_uniform),
+    "log_uniform_values": Distribution(_BOUNDS, {}, _log_uniform_values),
+    "q_log_uniform": Distribution(_BOUNDS, _STEP, _quantised(_log_uniform)),
+    "q_log_uniform_values": Distribution(_BOUNDS, _STEP, _quantised(_log_uniform_values)),
+    "inv_log_uniform": Distribution(_BOUNDS, {}, _inv_log_uniform),
+    "inv_log_uniform_values": Distribution(_BOUNDS, {}, _log_uniform_values),  # log(1/X) uniform is log X uniform
+    "normal": Distribution((), _MOMENTS, _normal),
+    "q_normal": Distribution((), _MOMENTS | _STEP, _quantised(_normal)),
+    "log_normal": Distribution((), _MOMENTS, _log_normal),
+    "q_log_normal": Distribution((), _MOMENTS | _STEP, _quantised(_log_normal)),
+    "beta": Distribution((), _SHAPES, _beta),
+    "q_beta": Distribution((), _SHAPES | _STEP, _quantised(_beta)),
+}

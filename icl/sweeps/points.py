@@ -1,0 +1,134 @@
+"""The points of a sweep, each resolved before anything runs: its settings, its configuration, its run's name.
+
+A grid is the product of its values in W&B's order, the last name fastest. Point i of a random sweep is a pure function
+of (seed, i). A point's name is that of its resolved configuration, so it is the same run under every engine.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from icl.config import FREE_ON_RESUME, ConfigError, RunConfig, flatten
+from icl.presets import run_name
+from icl.resolve import read_arguments, read_config_file, refuse_conflicts, resolve
+from icl.sweeps.command import JSON_FILE_MACRO, fill_macros, training_words
+from icl.sweeps.distributions import Parameter, draw, grid_values
+from icl.sweeps.schema import SweepFile, SweepFileError
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One run of a sweep."""
+
+    number: int
+    """From 1, in the sweep's order."""
+    settings: Settings
+    """What the sweep sets, by the outermost names of its file."""
+    config: RunConfig
+    name: str
+    """Of the run, and so of its folder below $LOCAL_ROOT."""
+    job: str
+    """A hash of what is run and with which settings; an attempt at another job does not count."""
+    trains: bool
+    """Whether the program is `icl train`, whose own status says if it is done."""
+
+
+def sweep_points(sweep: SweepFile, *, count: int | None = None, seed: int = 0) -> list[Point]:
+    """Every point of a sweep, checked; draws that repeat an earlier one of a random sweep are left out.
+
+    Args:
+        sweep: The file.
+        count: At most so many points, the first ones.
+        seed: Of a random sweep.
+
+    Raises:
+        SweepFileError: If a point cannot be run, two points of a grid are one run, or a random sweep has no end.
+    """
+    caps = [cap for cap in (count, sweep.run_cap) if cap is not None]
+    if sweep.method == "random" and not caps:
+        raise SweepFileError(f"{sweep.path}: a random sweep has no end; give it a `run_cap`, or say --count N.")
+    drawn = _grid(sweep) if sweep.method == "grid" else _random(sweep, seed)
+    points: dict[str, Point] = {}
+    for number, settings in enumerate(itertools.islice(drawn, min(caps) if caps else None), start=1):
+        point = _resolve_point(sweep, number, settings)
+        twin = points.setdefault(point.name, point)
+        if twin is not point and (sweep.method == "grid" or twin.job != point.job):
+            raise SweepFileError(
+                f"{sweep.path}: points {twin.number} and {number} would both be the run `{point.name}`; "
+                "remove the repeated value, or the `run_name` that they share."
+            )
+    return list(points.values())
+
+
+def _grid(sweep: SweepFile) -> Iterator[Settings]:
+    values = [grid_values(parameter) or [] for parameter in sweep.parameters]
+    for chosen in itertools.product(*values):
+        yield _settings(zip(sweep.parameters, chosen, strict=True))
+
+
+def _random(sweep: SweepFile, seed: int) -> Iterator[Settings]:
+    for index in itertools.count():
+        yield _settings((parameter, draw(parameter, seed=seed, index=index)) for parameter in sweep.parameters)
+
+
+def _settings(chosen: Iterable[tuple[Parameter, Any]]) -> Settings:
+    """A point as W&B hands it over: dotted names as they are, nested groups as tables."""
+    tree: Settings = {}
+    for parameter, value in chosen:
+        table = tree
+        for group in parameter.path[:-1]:
+            table = table.setdefault(group, {})
+        table[parameter.path[-1]] = value
+    return tree
+
+
+def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
+    words = fill_macros(sweep.command, settings, program=sweep.program, json_file=JSON_FILE_MACRO)
+    arguments = training_words(words)
+    try:
+        _refuse_twice_set(settings)
+        config = resolve(settings) if arguments is None else _trained_config(arguments, settings)
+    except ConfigError as error:
+        changing = {parameter.name for parameter in sweep.parameters if parameter.distribution != "constant"}
+        values = ", ".join(f"{key}={value}" for key, value in flatten(settings).items() if key in changing)
+        raise SweepFileError(f"{sweep.path}: point {number}{f' ({values})' if values else ''}: {error}") from None
+    return Point(
+        number=number,
+        settings=settings,
+        config=config,
+        name=run_name(config),
+        job=_job(sweep, config),
+        trains=arguments is not None,
+    )
+
+
+def _trained_config(arguments: list[str], settings: Mapping[str, Any]) -> RunConfig:
+    """The configuration that `icl train` will come to, from the command's own words and the point."""
+    given = read_arguments(arguments, extra=("config",))
+    file = given.pop("config", None)
+    filed = settings if file == JSON_FILE_MACRO else read_config_file(file) if file else {}
+    config = resolve(filed, settings, given)
+    refuse_conflicts(settings, given)
+    return config
+
+
+def _refuse_twice_set(settings: Mapping[str, Any]) -> None:
+    """Refuse a key that a dotted and a nested parameter both set; which of the two won would be chance."""
+    seen: set[str] = set()
+    for name, value in settings.items():
+        for key in flatten({name: value}):
+            if key in seen:
+                raise ConfigError(f"`{key}` is set twice, by a dotted name and within a table; keep one of the two.")
+            seen.add(key)
+
+
+def _job(sweep: SweepFile, config: RunConfig) -> str:
+    ignored = {*FREE_ON_RESUME, "run_name"}
+    computed = {key: value for key, value in flatten(config.to_dict()).items() if key not in ignored}
+    text = json.dumps([sweep.command, sweep.program, computed], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,0 +1,241 @@
+"""W&B's sweep files, read strictly: what W&B would ignore or guess is an error that says what to write.
+
+The schema is W&B's own: `method`, `parameters` (dotted names, nested `parameters:`, `value`, `values`, `min` and `max`, a
+`distribution`), `command` or `program`, `run_cap`; keys that only W&B's server uses are accepted and left alone.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from icl.config import ConfigError
+from icl.sweeps.command import DEFAULT_COMMAND, refuse_unknown_macros
+from icl.sweeps.distributions import DISTRIBUTIONS, Parameter, grid_values
+
+_OWN_KEYS = ("method", "parameters", "command", "program", "run_cap")
+_SERVER_KEYS = (
+    *("apiVersion", "kind", "name", "description", "entity", "project", "controller", "metric", "metrics"),
+    *("scheduler", "early_terminate", "job", "image_uri"),
+)
+_PARAMETER_KEYS = ("distribution", "parameters", "value", "values", "probabilities", "min", "max", "mu", "sigma", "q")
+
+
+class SweepFileError(ConfigError):
+    """A sweep file that cannot be run; the message says which part, and what to write instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepFile:
+    """A checked sweep file."""
+
+    path: Path
+    method: Literal["grid", "random"]
+    parameters: tuple[Parameter, ...]
+    """In W&B's order: by name, a nested group in the place of its outer name."""
+    command: tuple[str, ...]
+    """The words that start a run, macros and all."""
+    program: str | None = None
+    run_cap: int | None = None
+    """At most so many points."""
+    stops_early: bool = False
+    """Whether W&B would end hopeless runs by `early_terminate`; `icl sweep` does not."""
+
+
+def read_sweep_file(path: str | Path) -> SweepFile:
+    """Read and check a sweep file.
+
+    Raises:
+        SweepFileError: If it cannot be read, or W&B's schema or `icl sweep` has no place for what it says.
+    """
+    tree = _read_yaml(Path(path))
+    try:
+        return _read_tree(Path(path), tree)
+    except ConfigError as error:
+        raise SweepFileError(f"{path}: {error}") from None
+
+
+def _read_yaml(path: Path) -> Mapping[Any, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SweepFileError(f"The sweep file {path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SweepFileError(f"The sweep file {path} is not valid YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(tree, dict):
+        raise SweepFileError(f"{path} is not a sweep file; it needs `method:` and `parameters:`.")
+    return tree
+
+
+def _read_tree(path: Path, tree: Mapping[Any, Any]) -> SweepFile:
+    _refuse_unknown(tree, (*_OWN_KEYS, *_SERVER_KEYS), "a sweep file has no key")
+    method = _read_method(tree.get("method"))
+    command, program = _read_command(tree.get("command"), tree.get("program"))
+    parameters = tuple(_read_parameters(tree.get("parameters"), ()))
+    for parameter in parameters:
+        if method == "grid" and grid_values(parameter) is None:
+            raise SweepFileError(
+                f"`{parameter.name}` is {parameter.distribution}, which has no grid; list its `values`, or use `method: random`."
+            )
+    run_cap = tree.get("run_cap")
+    if run_cap is not None and not (_is_whole(run_cap) and run_cap > 0):
+        raise SweepFileError(f"`run_cap` must be a whole number of at least 1, got {run_cap!r}.")
+    return SweepFile(
+        path=path,
+        method=method,
+        parameters=parameters,
+        command=command,
+        program=program,
+        run_cap=run_cap,
+        stops_early=bool(tree.get("early_terminate")),
+    )
+
+
+def _read_method(method: Any) -> Literal["grid", "random"]:
+    if method == "grid" or method == "random":
+        return method
+    if method in ("bayes", "custom"):
+        raise SweepFileError(
+            f"`method: {method}` chooses each point from the results so far, which needs W&B's server; "
+            "run it with `wandb sweep` and `wandb agent`, or use `method: random` here."
+        )
+    raise SweepFileError(f"`method` must be grid or random (or bayes, under `wandb agent`), got {method!r}.")
+
+
+def _read_command(command: Any, program: Any) -> tuple[tuple[str, ...], str | None]:
+    if isinstance(command, str):
+        raise SweepFileError(
+            "`command` is text, which W&B silently ignores; write a list of words, such as "
+            '`command: ["${env}", icl, train]`.'
+        )
+    if command is not None and not isinstance(command, list):
+        raise SweepFileError(f"`command` must be a list of words, got {command!r}.")
+    if program is not None and not isinstance(program, str):
+        raise SweepFileError(f"`program` must be a file name, got {program!r}.")
+    words = tuple(str(word) for word in command or DEFAULT_COMMAND)
+    refuse_unknown_macros(words)
+    if program is None and "${program}" in words:
+        raise SweepFileError('A `program` is wanted, or a command without it: `command: ["${env}", icl, train]`.')
+    return words, program
+
+
+def _read_parameters(tree: Any, outer: tuple[str, ...]) -> Iterable[Parameter]:
+    """The parameters of one level in name order, nested ones in the place of their group."""
+    if not isinstance(tree, dict) or not tree:
+        where = f"`{'.'.join(outer)}.parameters`" if outer else "`parameters`"
+        raise SweepFileError(f"{where} must be a table of at least one `key: {{values: [...]}}`, got {tree!r}.")
+    for name in tree:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
+            raise SweepFileError(f"`{name}` is no name of a parameter; write a key such as `task.num_tasks`.")
+    for name, entry in sorted(tree.items()):
+        path = (*outer, name)
+        if isinstance(entry, dict) and "parameters" in entry:
+            _refuse_unknown(entry, ("parameters",), f"beside the `parameters` of `{'.'.join(path)}` there is no key")
+            yield from _read_parameters(entry["parameters"], path)
+        else:
+            yield _read_parameter(path, entry)
+
+
+def _read_parameter(path: tuple[str, ...], entry: Any) -> Parameter:
+    name = ".".join(path)
+    if not isinstance(entry, dict):
+        raise SweepFileError(
+            f"`{name}` must say how it is swept, such as `{{value: 3}}` or `{{values: [1, 2]}}`, got {entry!r}."
+        )
+    kind = entry["distribution"] if "distribution" in entry else _infer_distribution(name, entry)
+    if kind not in DISTRIBUTIONS:
+        raise SweepFileError(f"`{name}` has no distribution {kind!r}.{_hint(kind, DISTRIBUTIONS)}")
+    distribution = DISTRIBUTIONS[kind]
+    allowed = ("distribution", *distribution.required, *distribution.defaults)
+    _refuse_unknown(entry, allowed, f"`{name}` ({kind}) has no key")
+    missing = [f"`{key}`" for key in distribution.required if key not in entry]
+    if missing:
+        raise SweepFileError(f"`{name}` ({kind}) needs {' and '.join(missing)}.")
+    options = {key: entry[key] for key in allowed[1:] if key in entry}
+    _check_options(name, kind, options)
+    return Parameter(path=path, distribution=kind, options=distribution.defaults | options)
+
+
+def _infer_distribution(name: str, entry: Mapping[str, Any]) -> str:
+    """What W&B takes a parameter for if it does not say."""
+    _refuse_unknown(entry, _PARAMETER_KEYS, f"`{name}` has no key")
+    if "value" in entry:
+        return "constant"
+    if "values" in entry:
+        return "categorical_w_probabilities" if "probabilities" in entry else "categorical"
+    if "min" in entry and "max" in entry:
+        low, high = entry["min"], entry["max"]
+        _require_numbers(name, {"min": low, "max": high})
+        if isinstance(low, int) is not isinstance(high, int):
+            raise SweepFileError(
+                f"`{name}` goes from {low!r} to {high!r}, one whole and one not; add `distribution: uniform` or `int_uniform`."
+            )
+        return "int_uniform" if isinstance(low, int) else "uniform"
+    raise SweepFileError(f"`{name}` needs `value`, `values`, `min` and `max`, or a `distribution`.")
+
+
+def _check_options(name: str, kind: str, options: Mapping[str, Any]) -> None:
+    values = options.get("values", [None])
+    if not isinstance(values, list) or not values:
+        raise SweepFileError(f"`{name}.values` must be a list of at least one value, got {values!r}.")
+    _require_numbers(name, {key: options[key] for key in options if key not in ("value", "values", "probabilities")})
+    if "min" in options:
+        _check_bounds(name, kind, options["min"], options["max"])
+    for key in ("q", "a", "b"):
+        if options.get(key, 1) <= 0:
+            raise SweepFileError(f"`{name}.{key}` must be positive, got {options[key]!r}.")
+    if options.get("sigma", 0) < 0:
+        raise SweepFileError(f"`{name}.sigma` must be zero or positive, got {options['sigma']!r}.")
+    if "probabilities" in options:
+        _check_probabilities(name, options["probabilities"], len(values))
+
+
+def _check_bounds(name: str, kind: str, low: int | float, high: int | float) -> None:
+    if low >= high:
+        raise SweepFileError(f"`{name}.min` must be below its `max`, got {low!r} and {high!r}.")
+    if kind.endswith("_values") and low <= 0:
+        raise SweepFileError(f"`{name}.min` must be positive for {kind}, got {low!r}.")
+    if kind == "int_uniform" and not (_is_whole(low) and _is_whole(high)):
+        raise SweepFileError(
+            f"`{name}` is int_uniform, so `min` and `max` must be whole numbers, got {low!r} and {high!r}."
+        )
+
+
+def _check_probabilities(name: str, probabilities: Any, num_values: int) -> None:
+    numbers = isinstance(probabilities, list) and all(_is_number(share) and share >= 0 for share in probabilities)
+    if not numbers or len(probabilities) != num_values or not math.isclose(sum(probabilities), 1, abs_tol=1e-6):
+        raise SweepFileError(
+            f"`{name}.probabilities` must be {num_values} numbers, one for each of `values`, that sum to 1, got {probabilities!r}."
+        )
+
+
+def _require_numbers(name: str, options: Mapping[str, Any]) -> None:
+    for key, value in options.items():
+        if not _is_number(value):
+            hint = " YAML reads 1e-5 as text; write 1.0e-5." if isinstance(value, str) else ""
+            raise SweepFileError(f"`{name}.{key}` must be a finite number, got {value!r}.{hint}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _refuse_unknown(given: Iterable[Any], known: Iterable[str], what: str) -> None:
+    known = list(known)
+    for key in given:
+        if key not in known:
+            raise SweepFileError(f"{what[0].upper()}{what[1:]} `{key}`.{_hint(key, known)}")
+
+
+def _hint(word: Any, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f" Did you mean `{nearest[0]}`?" if nearest else f" It may be {', '.join(known)}."

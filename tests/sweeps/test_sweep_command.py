@@ -1,0 +1,89 @@
+"""W&B's macros, as its own client fills them in."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from icl.sweeps.command import child_environment, fill_macros, training_words, with_own_icl
+
+SETTINGS = {"optim.lr": 1e-05, "flag": True, "off": False, "none": None, "model": {"act": "relu", "hidden": 8}}
+
+
+def fill(*words, settings=SETTINGS):
+    return fill_macros(words, settings, program="train.py", json_file="/tmp/point.json")
+
+
+def test_the_default_command():
+    assert fill("${env}", "${interpreter}", "${program}") == ["/usr/bin/env", sys.executable, "train.py"]
+
+
+@pytest.mark.parametrize(
+    "macro",
+    [
+        "args",
+        "args_no_hyphens",
+        "args_no_boolean_flags",
+        "args_no_equals",
+        "args_json",
+        "args_append_hydra",
+        "args_override_hydra",
+    ],
+)
+def test_arguments_are_spelt_as_by_the_wandb_client(macro):
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    announced = {"args": {key: {"value": value} for key, value in sorted(SETTINGS.items())}}
+    assert fill(f"${{{macro}}}") == utils.create_sweep_command_args(announced)[macro]
+
+
+def test_a_nested_group_is_one_word():
+    assert "--model={'act': 'relu', 'hidden': 8}" in fill("${args}")
+
+
+def test_the_json_file_and_plain_words():
+    assert fill("icl", "--config", "${args_json_file}") == ["icl", "--config", "/tmp/point.json"]
+    assert fill("echo", "$HOME", "${args}x") == ["echo", "$HOME", "${args}x"]
+
+
+def test_environment_variables(monkeypatch):
+    monkeypatch.setenv("ICL_TEST_GPU", "3")
+    assert fill("a=${envvar:ICL_TEST_GPU}", "${envvar:ICL_TEST_ABSENT}") == ["a=3", "ICL_TEST_ABSENT"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["/usr/bin/env", "icl", "train", "--preset", "L2H4"], ["--preset", "L2H4"]),
+        (["/opt/bin/icl", "train"], []),
+        (["python", "-m", "icl", "train", "x"], ["x"]),
+        (["/usr/bin/env", "icl", "evaluate"], None),
+        (["train"], None),
+    ],
+)
+def test_our_own_training_is_recognised(words, expected):
+    assert training_words(words) == expected
+
+
+def test_icl_is_the_one_of_this_environment():
+    own = [sys.executable, "-m", "icl", "train"]
+    assert with_own_icl(["icl", "train"]) == own
+    assert with_own_icl(["/usr/bin/env", "icl", "train"]) == ["/usr/bin/env", *own]
+    assert with_own_icl(["echo", "icl"]) == ["echo", "icl"]
+    assert with_own_icl([]) == []
+
+
+def test_a_program_gets_its_point_and_its_share_of_the_cores_but_no_wandb_sweep(tmp_path, monkeypatch):
+    for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    environment = child_environment(tmp_path / "point.json", tmp_path, num_workers=10_000)
+    assert environment["ICL_SWEEP_POINT"] == str(tmp_path / "point.json")
+    assert environment["LOCAL_ROOT"] == str(tmp_path)
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["WANDB_MODE"] == "offline"
+    assert Path(environment["PATH"].split(os.pathsep)[0]) == Path(sys.executable).parent
+    assert not {"WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"} & set(environment)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert child_environment(tmp_path, tmp_path, num_workers=1)["OMP_NUM_THREADS"] == "7"

@@ -1,0 +1,323 @@
+"""The engine on a fast stand-in for training: alone, in parallel, killed, twice at once; then on two tiny real runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_runs import TINY, change
+
+from icl.cli import main
+from icl.config import flatten
+from icl.runs import RunFolder, local_root
+from icl.sweeps.attempts import Attempt, last_attempt
+from icl.sweeps.engine import run_sweep
+from icl.sweeps.points import sweep_points
+from icl.sweeps.schema import read_sweep_file
+
+PROGRAM = Path(__file__).with_name("fake_program.py")
+LONG = 60
+
+
+class Ledger:
+    """What the stand-ins wrote."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rows(self) -> list[tuple[int, str, float]]:
+        """M, event and time of every line."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [(int(m), event, float(when)) for m, event, when in map(str.split, lines)]
+
+    def count(self, event: str) -> Counter:
+        """How often each M has an event."""
+        return Counter(m for m, what, _ in self.rows() if what == event)
+
+    def wait_for(self, event: str, num: int) -> None:
+        """Until there are so many of an event."""
+        deadline = time.monotonic() + 30
+        while self.count(event).total() < num:
+            assert time.monotonic() < deadline, self.rows()
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def ledger(tmp_path, monkeypatch) -> Ledger:
+    monkeypatch.setenv("LEDGER", str(tmp_path / "ledger.txt"))
+    return Ledger(tmp_path / "ledger.txt")
+
+
+@pytest.fixture
+def behave(monkeypatch):
+    """Set what the stand-ins do."""
+    return lambda **plan: monkeypatch.setenv("FAKE", json.dumps(plan))
+
+
+def write(tmp_path, values, **keys) -> str:
+    path = tmp_path / "sweep.yaml"
+    command = ["${env}", "${interpreter}", "-S", "${program}"]
+    tree = {"method": "grid", "program": str(PROGRAM), "command": command}
+    path.write_text(yaml.safe_dump(tree | {"parameters": {"task.num_tasks": {"values": values}}} | keys))
+    return str(path)
+
+
+def start_engine(file, *words) -> subprocess.Popen:
+    command = [sys.executable, "-m", "icl", "sweep", file, *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", "--help"])
+    assert stop.value.code == 0
+    assert "example:\n  icl sweep sweeps/training-runs/quickstart.yaml" in capsys.readouterr().out
+
+
+def test_every_point_runs_once_and_the_same_command_finds_nothing_to_do(tmp_path, ledger, capsys):
+    file = write(tmp_path, [1, 2, 3])
+    assert main(["sweep", file, "--status"]) == 1
+    assert "3 points: 3 waiting." in capsys.readouterr().out
+    assert main(["sweep", file]) == 0
+    assert main(["sweep", file]) == 0
+    assert ledger.count("started") == ledger.count("ended") == {1: 1, 2: 1, 3: 1}
+    assert "3 points: 3 done." in capsys.readouterr().out
+    assert main(["sweep", file, "--status"]) == 0
+    point = json.loads((local_root() / "quickstart,num_tasks=2" / "point.json").read_text())
+    assert point == {"task.num_tasks": 2}
+
+
+def test_a_dry_run_lists_names_and_starts_nothing(tmp_path, ledger, capsys):
+    assert main(["sweep", write(tmp_path, [1, "inf"]), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "would run quickstart,num_tasks=1: not started" in said
+    assert "would run quickstart,num_tasks=inf" in said
+    assert not ledger.path.exists()
+    assert list(local_root().iterdir()) == []
+
+
+def test_points_run_side_by_side_but_no_more_than_asked(tmp_path, ledger, behave):
+    behave(seconds=0.5)
+    assert main(["sweep", write(tmp_path, [1, 2, 3, 4, 5, 6]), "--workers", "3"]) == 0
+    steps = sorted((when, 1 if event == "started" else -1) for _, event, when in ledger.rows())
+    running = [sum(step for _, step in steps[: k + 1]) for k in range(len(steps))]
+    assert 2 <= max(running) <= 3
+
+
+def test_a_point_that_fails_fails_alone_and_is_tried_again_by_the_next_command(tmp_path, ledger, behave, capsys):
+    file = write(tmp_path, [1, 2, 3])
+    behave(fail=[2])
+    assert main(["sweep", file]) == 1
+    said = capsys.readouterr().out
+    assert "failed   quickstart,num_tasks=2: exit status 3: the loss is not a number" in said
+    assert "sweep.log" in said
+    assert main(["sweep", file, "--status"]) == 1
+    assert "3 points: 2 done, 1 failed." in capsys.readouterr().out
+    behave()
+    assert main(["sweep", file]) == 0
+    assert ledger.count("started") == {1: 1, 2: 2, 3: 1}
+
+
+def test_a_program_that_cannot_be_started_is_a_failure_with_its_reason(tmp_path, capsys):
+    assert main(["sweep", write(tmp_path, [1], command=["/no/such/program"])]) == 1
+    assert "cannot start `/no/such/program`: No such file" in capsys.readouterr().out
+
+
+def test_another_command_for_the_same_run_is_another_job(tmp_path, ledger):
+    assert main(["sweep", write(tmp_path, [1])]) == 0
+    assert main(["sweep", write(tmp_path, [1], command=["${interpreter}", "${program}"])]) == 0
+    assert ledger.count("ended") == {1: 2}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_passed_on_and_the_same_command_does_only_what_is_missing(tmp_path, ledger, behave, capsys, number):
+    file = write(tmp_path, [1, 2, 3])
+    assert main(["sweep", file, "--count", "1"]) == 0
+    behave(seconds=LONG)
+    engine = start_engine(file, "--workers", "2")
+    ledger.wait_for("started", 3)
+    engine.send_signal(number)
+    said, _ = engine.communicate(timeout=30)
+    assert engine.returncode == 128 + number
+    assert "stopped" in said
+    assert ledger.count("stopped") == {2: 1, 3: 1}
+    capsys.readouterr()
+    assert main(["sweep", file, "--status"]) == 1
+    assert f"stopped by {number.name}; it will resume" in capsys.readouterr().out
+    behave()
+    assert main(["sweep", file]) == 0
+    assert ledger.count("started") == {1: 1, 2: 2, 3: 2}
+
+
+def test_a_second_signal_ends_programs_that_do_not_listen(tmp_path, ledger, behave):
+    behave(seconds=LONG, deaf=[1])
+    engine = start_engine(write(tmp_path, [1]))
+    ledger.wait_for("started", 1)
+    engine.send_signal(signal.SIGTERM)
+    assert "send it again to kill" in "".join(engine.stdout.readline() for _ in range(3))
+    engine.send_signal(signal.SIGTERM)
+    engine.communicate(timeout=30)
+    assert engine.returncode == 143
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal")
+def test_a_killed_engine_leaves_no_orphans_and_loses_nothing(tmp_path, ledger, behave):
+    file = write(tmp_path, [1, 2, 3])
+    behave(seconds=LONG)
+    engine = start_engine(file, "--workers", "2")
+    ledger.wait_for("started", 2)
+    engine.kill()
+    engine.communicate()
+    ledger.wait_for("stopped", 2)
+    behave()
+    assert main(["sweep", file, "--workers", "2"]) == 0
+    assert ledger.count("started") == {1: 2, 2: 2, 3: 1}
+    assert ledger.count("ended") == {1: 1, 2: 1, 3: 1}
+
+
+def test_an_orphan_that_will_not_end_keeps_its_point(tmp_path, ledger, behave):
+    file = write(tmp_path, [1])
+    behave(seconds=2, deaf=[1])
+    engine = start_engine(file)
+    ledger.wait_for("started", 1)
+    engine.kill()
+    engine.wait()
+    behave()
+    assert main(["sweep", file]) == 0
+    assert [event for _, event, _ in ledger.rows()] == ["started", "ended", "started", "ended"]
+
+
+def test_two_engines_on_one_folder_never_do_a_point_twice(tmp_path, ledger, behave):
+    behave(seconds=0.2, fail=[4])
+    file = write(tmp_path, list(range(1, 11)))
+    engines = [start_engine(file, "--workers", "2") for _ in range(2)]
+    outputs = [engine.communicate(timeout=60)[0] for engine in engines]
+    assert [engine.returncode for engine in engines] == [1, 1]
+    assert ledger.count("started") == dict.fromkeys(range(1, 11), 1)
+    assert all("10 points: 9 done, 1 failed." in output for output in outputs)
+
+
+def test_a_point_taken_over_by_another_machine_is_given_up(tmp_path, ledger, behave):
+    behave(seconds=LONG)
+    sweep = read_sweep_file(write(tmp_path, [1]))
+    (point,) = points = sweep_points(sweep)
+    path = local_root() / point.name / "attempts" / "000002.json"
+    other = Attempt(number=2, job=point.job, host="far", kernel="far:boot")
+
+    def be_the_other_machine():
+        ledger.wait_for("started", 1)
+        path.write_text(json.dumps(asdict(other)))
+        ledger.wait_for("stopped", 1)
+        path.write_text(json.dumps(asdict(replace(other, outcome="done"))))
+
+    thread = threading.Thread(target=be_the_other_machine)
+    thread.start()
+    said: list[str] = []
+    result = run_sweep(sweep, points, local_root(), stale_after=2.0, say=said.append)
+    thread.join()
+    assert result.is_done
+    assert any("lost " in line for line in said)
+    assert ledger.count("started") == {1: 1}
+
+
+def test_a_dead_machines_point_is_taken_over(tmp_path, ledger):
+    sweep = read_sweep_file(write(tmp_path, [1]))
+    (point,) = points = sweep_points(sweep)
+    path = local_root() / point.name / "attempts" / "000001.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(asdict(Attempt(number=1, job=point.job, host="far", kernel="far:boot"))))
+    begun = time.monotonic()
+    assert run_sweep(sweep, points, local_root(), stale_after=1.0, say=lambda line: None).is_done
+    assert 0.5 < time.monotonic() - begun < 20
+    assert last_attempt(local_root() / point.name).number == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--workers", "0"], "at least 1"),
+        (["--seed", "1"], "no meaning for a grid"),
+        (["--status", "--dry-run"], "not allowed"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path, capsys, words, sentence):
+    try:
+        status = main(["sweep", write(tmp_path, [1]), *words])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert sentence in capsys.readouterr().err
+
+
+# Real runs
+
+
+def real_sweep(tmp_path, steps: int) -> str:
+    settings = flatten(change(TINY, trainer={"max_steps": steps, "log_every": 1}).to_dict())
+    swept = {key: {"value": value} for key, value in settings.items() if key != "run_name"}
+    swept["task.num_tasks"] = {"values": [4, "inf"]}
+    return write(tmp_path, [], command=["${env}", "icl", "train"], parameters=swept)
+
+
+def test_two_tiny_runs_from_file_to_finished(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file = real_sweep(tmp_path, 2)
+    assert main(["sweep", file, "--workers", "2"]) == 0
+    for point in sweep_points(read_sweep_file(file)):
+        run = RunFolder(local_root() / point.name)
+        assert run.read_config() == point.config
+        assert (run.read_status().state, run.read_status().step) == ("finished", 2)
+        assert "Training" in (run.path / "sweep.log").read_text()
+    capsys.readouterr()
+    assert main(["sweep", file]) == 0
+    assert "done     quickstart" in capsys.readouterr().out
+    assert {last_attempt(path.parent).number for path in local_root().glob("*/attempts")} == {1}
+
+
+def test_a_run_trained_by_hand_is_done_and_one_that_failed_says_why(tmp_path, capsys):
+    file = real_sweep(tmp_path, 2)
+    first, second = sweep_points(read_sweep_file(file))
+    from icl.runs import Status
+
+    for point, status in ((first, Status(state="finished", step=2)), (second, Status(state="failed", reason="NaN"))):
+        run = RunFolder(local_root() / point.name)
+        run.write_config(point.config)
+        run.write_status(status)
+    assert main(["sweep", file, "--status"]) == 1
+    said = capsys.readouterr().out
+    assert f"done      {first.name}: finished at step 2" in said
+    assert f"failed    {second.name}: NaN" in said
+    RunFolder(local_root() / first.name).write_config(second.config)
+    assert main(["sweep", file, "--status"]) == 1
+    assert "was begun with other settings: `task.num_tasks`" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_of_real_runs_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file = real_sweep(tmp_path, 400)
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path / "undisturbed"))
+    assert main(["sweep", file]) == 0
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path / "killed"))
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        before = max((len(path.read_text()) for path in (tmp_path / "killed").glob("*/metrics.csv")), default=0)
+        engine = start_engine(file, "--workers", "2")
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            sizes = [len(path.read_text()) for path in (tmp_path / "killed").glob("*/metrics.csv")]
+            if max(sizes, default=0) > before + 200:
+                break
+            time.sleep(0.05)
+        os.kill(engine.pid, number)
+        engine.communicate(timeout=60)
+    assert main(["sweep", file, "--workers", "2"]) == 0
+    for path in (tmp_path / "undisturbed").glob("*/metrics.csv"):
+        assert path.read_text() == (tmp_path / "killed" / path.parent.name / "metrics.csv").read_text()

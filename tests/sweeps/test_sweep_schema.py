@@ -1,0 +1,156 @@
+"""Sweep files as people write them: what W&B's schema allows is read, and every mistake is a sentence."""
+
+import pytest
+import yaml
+
+from icl.config import ConfigError
+from icl.sweeps.schema import SweepFileError, read_sweep_file
+
+COMMAND = ["${env}", "icl", "train"]
+
+
+def write(tmp_path, tree=None, **keys):
+    path = tmp_path / "sweep.yaml"
+    given = {"method": "grid", "command": COMMAND, "parameters": {"task.num_tasks": {"values": [1, 2]}}}
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(given | keys))
+    return path
+
+
+def parameters(tmp_path, method="random", **entries):
+    return read_sweep_file(write(tmp_path, method=method, parameters=entries)).parameters
+
+
+def refusal(tmp_path, tree=None, **keys) -> str:
+    with pytest.raises(SweepFileError) as error:
+        read_sweep_file(write(tmp_path, tree, **keys))
+    assert isinstance(error.value, ConfigError)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_yaml_as_people_write_it(tmp_path):
+    text = """
+        method: random
+        run_cap: 1_000
+        program: train.py
+        metric: {name: eval/true/loss, goal: minimize}
+        parameters:
+          task.num_tasks: {values: [1, 10_000, 'inf', .inf]}
+          optim:
+            parameters:
+              lr: {min: 1.0e-5, max: 1.0e-2, distribution: log_uniform_values}
+              grad_clip: {value: null}
+    """
+    sweep = read_sweep_file(write(tmp_path, text))
+    assert sweep.run_cap == 1000
+    assert sweep.program == "train.py"
+    assert sweep.command == ("${env}", "${interpreter}", "${program}", "${args}")
+    assert [parameter.path for parameter in sweep.parameters] == [
+        ("optim", "grad_clip"),
+        ("optim", "lr"),
+        ("task.num_tasks",),
+    ]
+    assert sweep.parameters[0].options == {"value": None}
+    assert sweep.parameters[2].options == {"values": [1, 10_000, "inf", float("inf")]}
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind"),
+    [
+        ({"value": 3}, "constant"),
+        ({"values": [3]}, "categorical"),
+        ({"values": [3, 4], "probabilities": [0.25, 0.75]}, "categorical_w_probabilities"),
+        ({"min": 1, "max": 3}, "int_uniform"),
+        ({"min": 1.0, "max": 3.0}, "uniform"),
+        ({"min": 1, "max": 3.5, "distribution": "uniform"}, "uniform"),
+        ({"distribution": "normal"}, "normal"),
+        ({"distribution": "beta", "a": 2}, "beta"),
+    ],
+)
+def test_the_distribution_is_the_one_that_wandb_infers(tmp_path, entry, kind):
+    assert parameters(tmp_path, key=entry)[0].distribution == kind
+
+
+def test_defaults_are_those_of_wandb(tmp_path):
+    (first,) = parameters(tmp_path, key={"distribution": "q_normal", "sigma": 2})
+    assert first.options == {"mu": 0.0, "sigma": 2, "q": 1.0}
+
+
+@pytest.mark.parametrize("method", ["bayes", "custom"])
+def test_searches_that_need_the_server_are_sent_to_wandb_agent(tmp_path, method):
+    assert "`wandb agent`" in refusal(tmp_path, method=method)
+
+
+def test_a_command_that_is_text_is_refused_because_wandb_ignores_it(tmp_path):
+    message = refusal(tmp_path, command="icl train")
+    assert "silently ignores" in message
+    assert '["${env}", icl, train]' in message
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"methd": "grid"}, ["no key `methd`", "`method`"]),
+        ({"method": None}, ["`method` must be grid or random"]),
+        ({"method": ["grid"]}, ["`method` must be grid or random"]),
+        ({"parameters": {}}, ["`parameters` must be a table"]),
+        ({"parameters": [1]}, ["`parameters` must be a table"]),
+        ({"parameters": {3: {"value": 1}}}, ["`3` is no name"]),
+        ({"run_cap": 0}, ["`run_cap` must be a whole number"]),
+        ({"run_cap": True}, ["`run_cap` must be a whole number"]),
+        ({"command": {"a": 1}}, ["`command` must be a list"]),
+        ({"command": ["${env}", "${arg}"]}, ["no macro `${arg}`", "`${args}`"]),
+        ({"command": None}, ["`program` is wanted"]),
+        ({"program": 3}, ["`program` must be a file name"]),
+    ],
+)
+def test_mistakes_at_the_top(tmp_path, keys, words):
+    message = refusal(tmp_path, **keys)
+    assert all(word in message for word in words), message
+    assert "sweep.yaml" in message
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (3, ["must say how it is swept", "got 3"]),
+        ([1, 2], ["must say how it is swept"]),
+        ({}, ["needs `value`, `values`"]),
+        ({"valeus": [1]}, ["no key `valeus`", "`values`"]),
+        ({"values": 3}, ["`key.values` must be a list"]),
+        ({"values": []}, ["`key.values` must be a list"]),
+        ({"value": 1, "values": [1]}, ["(constant) has no key `values`"]),
+        ({"min": 1}, ["needs `value`, `values`, `min` and `max`"]),
+        ({"min": 1, "max": 2.5}, ["one whole and one not", "`distribution: uniform`"]),
+        ({"min": "1e-5", "max": 1.0}, ["`key.min` must be a finite number, got '1e-5'", "write 1.0e-5"]),
+        ({"min": float("nan"), "max": 1.0}, ["`key.min` must be a finite number"]),
+        ({"min": 2, "max": 2}, ["`key.min` must be below"]),
+        ({"min": 0.0, "max": 1.0, "distribution": "log_uniform_values"}, ["must be positive"]),
+        ({"min": 0.5, "max": 1.5, "distribution": "int_uniform"}, ["must be whole numbers"]),
+        ({"min": 0, "max": 1, "distribution": "unifrom"}, ["no distribution 'unifrom'", "`uniform`"]),
+        ({"distribution": "normal", "q": 2}, ["(normal) has no key `q`"]),
+        ({"distribution": "normal", "sigma": -1}, ["`key.sigma`"]),
+        ({"distribution": "q_normal", "q": 0}, ["`key.q` must be positive"]),
+        ({"distribution": "uniform", "min": 1.0}, ["needs `max`"]),
+        ({"values": [1, 2], "probabilities": [0.5, 0.6]}, ["sum to 1"]),
+        ({"values": [1, 2], "probabilities": [1.0]}, ["sum to 1"]),
+        ({"parameters": {"x": {"value": 1}}, "value": 2}, ["beside the `parameters` of `key`"]),
+        ({"parameters": {}}, ["`key.parameters` must be a table"]),
+        ({"parameters": {"x": 3}}, ["`key.x` must say how"]),
+    ],
+)
+def test_mistakes_in_a_parameter(tmp_path, entry, words):
+    message = refusal(tmp_path, method="random", parameters={"key": entry}).lower()
+    assert all(word.lower() in message for word in words), message
+
+
+@pytest.mark.parametrize("entry", [{"min": 1.0, "max": 2.0}, {"distribution": "normal"}])
+def test_a_grid_has_no_continuous_parameter(tmp_path, entry):
+    assert "has no grid" in refusal(tmp_path, parameters={"optim.lr": entry})
+
+
+def test_unreadable_files(tmp_path):
+    assert "not valid YAML" in refusal(tmp_path, "method: [")
+    assert "is not a sweep file" in refusal(tmp_path, "- 1")
+    with pytest.raises(SweepFileError, match="cannot be read"):
+        read_sweep_file(tmp_path / "absent.yaml")
