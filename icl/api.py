@@ -10,6 +10,7 @@ Example:
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from icl import metrics, population
 from icl.build import build_checkpoint_model, build_evaluation_sets, choose_device
-from icl.checkpoints import CheckpointError, checkpoint_files, load_checkpoint_file
+from icl.checkpoints import Checkpoint, CheckpointError, checkpoint_files, load_checkpoint_file
 from icl.config import (
     CheckpointsConfig,
     ConfigError,
@@ -35,7 +36,7 @@ from icl.config import (
 from icl.evaluation import evaluate, evaluate_baselines
 from icl.prediction import predict_from_prompt
 from icl.presets import preset
-from icl.runs import DONE, RunError, RunFolder
+from icl.runs import DONE, RunError, RunFolder, config_differences
 from icl.storage import table_format, write_atomically
 from icl.tasks.prompts import prompt_source
 from icl.tasks.shifts import available_shifts
@@ -52,7 +53,8 @@ __all__ = [
 ]
 
 MEMBERS_AT_ONCE = 16
-"""Checkpoints evaluated together; bounds the memory that activations take."""
+MAX_PARAMETERS_AT_ONCE = 2_000_000
+"""Checkpoints evaluated together, and the parameters they may have in all; both bound the memory of activations."""
 
 _LEFT_OUT: Any = object()
 
@@ -153,9 +155,7 @@ def train_ic_regression(
     config = dataclasses.replace(
         base,
         optim=optim,
-        trainer=dataclasses.replace(
-            base.trainer, max_steps=num_steps, batch_size=batch_size, log_every=min(print_every, num_steps)
-        ),
+        trainer=dataclasses.replace(base.trainer, max_steps=num_steps, batch_size=batch_size, log_every=print_every),
         evaluation=EvaluationConfig(every=eval_every),
         early_stopping=EarlyStoppingConfig(patience=early_stopping_patience, min_delta=early_stopping_min_delta),
         checkpoints=CheckpointsConfig(every=checkpoint_every, num_log=0, num_linear=0),
@@ -239,27 +239,40 @@ def evaluate_run(
     Raises:
         CheckpointError: If there is no usable checkpoint, or the checkpoints are of different models.
     """
-    checkpoints = [load_checkpoint_file(file) for file in checkpoint_files(path)]
-    config = checkpoints[-1].config
-    if any(checkpoint.config != config for checkpoint in checkpoints):
-        raise CheckpointError(f"The checkpoints at {path} are of different runs; evaluate them one run at a time.")
-    device = choose_device()
-    sets = build_evaluation_sets(
-        config,
-        num_prompts=num_prompts or config.evaluation.num_prompts,
-        shifts=tuple(available_shifts(config) if shifts is None else shifts),
-        device=device,
-    )
-    predict = partial(population.apply, build_checkpoint_model(checkpoints[-1]))
-    members = [checkpoint.params for checkpoint in checkpoints]
+    files = checkpoint_files(path)
+    last = load_checkpoint_file(files[-1])
+    config, device = last.config, _torch_device()
+    num_prompts = config.evaluation.num_prompts if num_prompts is None else num_prompts
+    if num_prompts < 2:
+        raise ConfigError(f"`num_prompts` must be at least 2, got {num_prompts}.")
+    names = tuple(available_shifts(config) if shifts is None else shifts)
+    sets = build_evaluation_sets(config, num_prompts=num_prompts, shifts=names, device=device)
+    predict = partial(population.apply, build_checkpoint_model(last))
+    size = sum(parameter.numel() for parameter in last.params.values())
+    at_once = max(1, min(MEMBERS_AT_ONCE, MAX_PARAMETERS_AT_ONCE // size))
     rows: list[dict[str, Any]] = []
-    with tqdm(total=len(members), desc="evaluating", unit="checkpoint", disable=len(members) == 1) as bar:
-        for params in population.chunks(members, max_members=MEMBERS_AT_ONCE):
+    with tqdm(total=len(files), desc="evaluating", unit="checkpoint", disable=len(files) == 1) as bar:
+        for start in range(0, len(files), at_once):
+            chunk = [load_checkpoint_file(file) for file in files[start : start + at_once]]
+            _require_one_run(config, chunk, path)
+            params = population.stack([checkpoint.params for checkpoint in chunk])
             numbers = evaluate(predict, {name: tensor.to(device) for name, tensor in params.items()}, sets)
-            for checkpoint, own in zip(checkpoints[bar.n :], numbers, strict=False):
+            for checkpoint, own in zip(chunk, numbers, strict=True):
                 rows += [{"step": checkpoint.step, "checkpoint_hash": checkpoint.digest, **row} for row in own]
-            bar.update(population.size(params))
+            bar.update(len(chunk))
     return pd.DataFrame(rows), pd.DataFrame(evaluate_baselines(sets))
+
+
+def _require_one_run(config: RunConfig, checkpoints: Sequence[Checkpoint], path: str | Path) -> None:
+    for checkpoint in checkpoints:
+        differences = config_differences(config, checkpoint.config)
+        if differences:
+            raise CheckpointError(f"The checkpoints at {path} are of different runs: {'; '.join(differences)}.")
+
+
+def _torch_device() -> str:
+    kind = choose_device()
+    return "cpu" if kind == "tpu" else kind  # evaluation is small; an XLA device would compile it for every shape
 
 
 def save_evaluation(
@@ -286,18 +299,32 @@ def save_evaluation(
     from icl.plotting.style import save_figure
 
     written: list[tuple[str, Path]] = []
+    if out is not None:
+        out = Path(out)
+        tables = {name: _plain_rows(table) for name, table in (("evaluation", numbers), ("baselines", baselines))}
+        as_csv = table_format(out) == "csv"
+        text = numbers.to_csv(index=False) if as_csv else json.dumps(tables, indent=1, allow_nan=False) + "\n"
+        write_atomically(out, text.encode())
+        written.append(("Output", out))
     if Path(path).is_dir():
-        run = RunFolder(path)
+        run = RunFolder(Path(path).parent if Path(path).name == "checkpoints" else path)
         written.append(("Numbers", run.write_result("evaluation.csv", numbers.to_csv(index=False))))
         written.append(("Baselines", run.write_result("baselines.csv", baselines.to_csv(index=False))))
         figure = plot_evaluation(numbers, baselines, title=run.path.name)
         written.append(("Figure", save_figure(figure, run.figures / "evaluation.png")))
-    if out is not None:
-        tables = {"evaluation": numbers.to_dict("records"), "baselines": baselines.to_dict("records")}
-        text = numbers.to_csv(index=False) if table_format(out) == "csv" else json.dumps(tables, indent=1) + "\n"
-        write_atomically(out, text.encode())
-        written.append(("Output", out))
     return written
+
+
+def _plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table as JSON has it: a number that is not finite is null."""
+    rows = table.to_dict("records")
+    return [
+        {
+            str(key): None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        for row in rows
+    ]
 
 
 def _as_run_config(cfg: ICRegConfig | RunConfig) -> RunConfig:

@@ -240,6 +240,8 @@ def _widen(tensor: Tensor) -> Tensor:
 def _check(xs: Tensor, ys: Tensor, tasks: Tensor | None = None) -> None:
     if xs.ndim < 3 or ys.shape != xs.shape[:-1]:
         raise ValueError(f"Expected xs (..., B, K, D) and ys (..., B, K), got {tuple(xs.shape)} and {tuple(ys.shape)}.")
+    if not (xs.isfinite().all() and ys.isfinite().all()):
+        raise ValueError("The prompts hold NaN or infinity; every input and target must be finite.")
     if tasks is not None and (tasks.ndim != 2 or len(tasks) == 0 or tasks.shape[1] != xs.shape[-1]):
         raise ValueError(
             f"`tasks` must be (M, D), at least one task of the inputs' size D = {xs.shape[-1]}, got {tuple(tasks.shape)}."

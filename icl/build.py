@@ -55,7 +55,7 @@ def build_evaluation_sets(
 
 
 def choose_device(accelerator: str = "auto") -> str:
-    """The device kind to run on: what is asked for, else $DEVICE, else the best there is (cuda, tpu, mps, cpu).
+    """The device kind to run on: what is asked for, else $DEVICE, else the best of cuda, mps and cpu.
 
     Raises:
         ConfigError: If it is unknown, or not on this machine.

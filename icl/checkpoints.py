@@ -21,7 +21,7 @@ from icl.storage import LocalStore, Store
 
 _FORMAT = "icl-checkpoint-1"
 _ENTRY = "icl"
-_NAME = re.compile(r"(?:.*/)?step-(\d{9,})\.safetensors")
+_NAME = re.compile(r"step-(\d{9,})\.safetensors")
 
 
 class CheckpointError(UserError, ValueError):
@@ -71,7 +71,7 @@ def load_checkpoint_file(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint {path}; expected a file like {checkpoint_name(1465)}.")
-    return _parse(path.read_bytes(), str(path))
+    return parse_checkpoint(path.read_bytes(), str(path))
 
 
 def load_step(store: Store, step: int) -> Checkpoint:
@@ -81,7 +81,30 @@ def load_step(store: Store, step: int) -> Checkpoint:
         CheckpointError: If it is damaged.
         StorageError: If there is none.
     """
-    return _parse(store.read(checkpoint_name(step)), checkpoint_name(step))
+    return parse_checkpoint(store.read(checkpoint_name(step)), checkpoint_name(step))
+
+
+def parse_checkpoint(data: bytes, name: str) -> Checkpoint:
+    """The checkpoint that the bytes of a file hold.
+
+    Args:
+        data: The whole file.
+        name: What an error calls it.
+
+    Raises:
+        CheckpointError: If they are truncated, altered, or not a checkpoint of this program.
+    """
+    metadata = _metadata(data, name)
+    try:
+        params = safetensors.torch.load(data)
+        step, config = int(metadata["step"]), RunConfig.from_dict(dict(metadata["config"]))
+        if step < 0:
+            raise ValueError(f"step {step}")
+    except (SafetensorError, ConfigError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({_first_line(error)}).") from None
+    if _digest(params) != metadata.get("digest"):
+        raise CheckpointError(f"The checkpoint {name} is damaged: its weights do not match their digest.")
+    return Checkpoint(step, config, params, metadata["digest"])
 
 
 def checkpoint_files(path: str | Path) -> list[Path]:
@@ -100,18 +123,6 @@ def checkpoint_files(path: str | Path) -> list[Path]:
             f"There are no checkpoints at {path}; expected a run's folder, or a file like {checkpoint_name(1465)}."
         )
     return files
-
-
-def _parse(data: bytes, name: str) -> Checkpoint:
-    metadata = _metadata(data, name)
-    try:
-        params = safetensors.torch.load(data)
-        step, config = int(metadata["step"]), RunConfig.from_dict(metadata["config"])
-    except (SafetensorError, ConfigError, KeyError, ValueError) as error:
-        raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({_first_line(error)}).") from None
-    if _digest(params) != metadata.get("digest"):
-        raise CheckpointError(f"The checkpoint {name} is damaged: its weights do not match their digest.")
-    return Checkpoint(step, config, params, metadata["digest"])
 
 
 def _metadata(data: bytes, name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from icl import __version__
 from icl.config import ConfigError, UserError
 
-COMMANDS = ("train", "evaluate", "predict", "runs")
+COMMANDS = ("train", "sweep", "evaluate", "predict", "runs", "checkpoints")
 """In the order in which the overview lists them."""
 
 
@@ -48,9 +48,9 @@ def _run(command: str, words: list[str]) -> int:
         return _complain(str(error), 2)
     except UserError as error:
         return _complain(str(error), 1)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; what only prints has done its work
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0 if command == "runs" or {"-h", "--help"} & set(words) else 141
     except OSError as error:
         return _complain(f"{error.strerror or error}: {error.filename or 'a file'}.", 1)
     except KeyboardInterrupt:
@@ -58,7 +58,7 @@ def _run(command: str, words: list[str]) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  icl {name:10s} {importlib.import_module(f'icl.commands.{name}').HELP}" for name in COMMANDS]
+    lines = [f"  icl {name:11s} {importlib.import_module(f'icl.commands.{name}').HELP}" for name in COMMANDS]
     return "\n".join(
         [
             "usage: icl COMMAND [options]",

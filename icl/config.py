@@ -25,8 +25,12 @@ FREE_ON_RESUME = (
     "trainer.num_nodes",
     "trainer.strategy",
     "checkpoints.resume_seconds",
+    "checkpoints.store",
 )
 """Where and how safely a run executes, not what it computes: these may change when an unfinished run is resumed."""
+
+STORE_SCHEMES = ("file", "s3")
+"""What may stand before :// in the place of a store; a place without :// is a folder."""
 
 
 class UserError(Exception):
@@ -69,6 +73,19 @@ def _require_words(section: str, settings: Any) -> None:
             _require(isinstance(value, bool), f"`{name}` must be true or false, got {value!r}.")
         elif field.type is str:
             _require(isinstance(value, str), f"`{name}` must be text, got {value!r}.")
+
+
+def _require_store(url: Any) -> None:
+    """Refuse what is no place of a store; a URL that carries a user or a password would be saved with the run."""
+    text = url if isinstance(url, str) else ""
+    scheme, _, place = text.partition("://") if "://" in text else ("file", "", text)
+    _require(
+        "@" not in place, "`checkpoints.store` must not carry credentials; set AWS_ACCESS_KEY_ID and its kin instead."
+    )
+    _require(
+        bool(place.strip("/")) and scheme.lower() in STORE_SCHEMES,
+        f"`checkpoints.store` must be a folder, file:///folder or s3://bucket/prefix, got {url!r}.",
+    )
 
 
 def parse_num_tasks(value: Any) -> int | float:
@@ -289,6 +306,9 @@ class CheckpointsConfig:
     """Points of a linear grid from 0 to `max_steps`."""
     resume_seconds: float = 20.0
     """Seconds between saves of `last.ckpt`, the file that an interrupted run resumes from."""
+    store: str | None = None
+    """A second store that a copy of the run goes to, a folder or a URL such as s3://bucket/prefix; left out:
+    s3://$AWS_BUCKET_NAME if that is set, else none."""
 
     def __post_init__(self) -> None:
         if self.every is not None:
@@ -296,6 +316,8 @@ class CheckpointsConfig:
         _require_number("checkpoints", "resume_seconds", self.resume_seconds, positive=False)
         _require_count("checkpoints", "num_log", self.num_log, 0)
         _require_count("checkpoints", "num_linear", self.num_linear, 0)
+        if self.store is not None:
+            _require_store(self.store)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,6 +407,8 @@ class RunConfig:
         values: dict[str, Any] = {}
         for name, value in tree.items():
             kind = sections.get(name)
+            if dataclasses.is_dataclass(kind) and not isinstance(value, dict):
+                raise ConfigError(f"The section `{name}` must hold settings by name, got {value!r}.")
             try:
                 values[name] = kind(**value) if dataclasses.is_dataclass(kind) and isinstance(kind, type) else value
             except TypeError as error:

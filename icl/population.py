@@ -8,7 +8,7 @@ with the names of the module's own state dict. A run is a population of one.
 cores, vmap costs such a step of the quickstart model 15 to 30 % more; a test holds both to the same numbers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -57,15 +57,11 @@ def apply(
         ys: Targets likewise.
     """
     shared = xs.ndim == 3
+    dtype = next(iter(params.values())).dtype  # that of the weights, whatever the prompts were made in
+    xs, ys = xs.to(dtype), ys.to(dtype)
     if size(params) == 1:
         member = {name: tensor.squeeze(0) for name, tensor in params.items()}
         batch = (xs, ys) if shared else (xs.squeeze(0), ys.squeeze(0))
         return functional_call(model, member, batch).unsqueeze(0)
     mapped = torch.vmap(lambda member, x, y: functional_call(model, member, (x, y)), (0, None, None) if shared else 0)
     return mapped(dict(params), xs, ys)
-
-
-def chunks(members: Sequence[Mapping[str, Tensor]], *, max_members: int) -> Iterator[Params]:
-    """The members in stacked groups of at most `max_members`, in order."""
-    for start in range(0, len(members), max_members):
-        yield stack(members[start : start + max_members])

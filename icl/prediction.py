@@ -53,7 +53,12 @@ def predict_from_prompt(model: Transformer, x_context: Any, y_context: Any, x_qu
     xs = torch.cat((x_context.expand(num_queries, *x_context.shape), x_query.unsqueeze(1)), dim=1)  # q n+1 D
     ys = torch.nn.functional.pad(y_context, (0, 1)).expand(num_queries, -1)  # q n+1
     with torch.no_grad():
-        return model(xs, ys)[:, -1]
+        predictions = model(xs, ys)[:, -1]
+    if not predictions.isfinite().all():
+        raise PromptError(
+            "The model's predictions are not finite: the prompt's numbers are too large, or training diverged."
+        )
+    return predictions
 
 
 def read_prompt_file(path: str | Path) -> PromptFile:
@@ -64,7 +69,7 @@ def read_prompt_file(path: str | Path) -> PromptFile:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"The prompt file {path} cannot be read: {getattr(error, 'strerror', 'not text')}.") from None
     prompt = _from_csv(text, path) if path.suffix.lower() == ".csv" else _from_json(text, path)
@@ -97,7 +102,7 @@ def _named(x_context: Any, y_context: Any, x_query: Any) -> list[tuple[Any, str]
 def _tensor(value: Any, name: str) -> Tensor:
     try:
         tensor = torch.as_tensor(value, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise PromptError(f"`{name}` must be numbers in rows of equal length.") from None
     if not torch.isfinite(tensor).all():
         raise PromptError(f"`{name}` holds NaN or infinity; every number of a prompt must be finite.")

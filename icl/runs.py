@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import yaml
 
@@ -38,7 +38,7 @@ class Status:
     loss: float | None = None
     """Mean training loss of the last row of `metrics.csv`."""
     best_step: int | None = None
-    """The evaluated step at which the monitored metric was lowest."""
+    """The evaluated step that early stopping counts as the best; its checkpoint is kept if patience is set."""
     reason: str | None = None
     """Why it stopped, failed or was pre-empted."""
     steps_per_second: float | None = None
@@ -76,10 +76,9 @@ class RunFolder:
             ConfigError: If the folder holds none, or it cannot be read.
         """
         try:
-            tree = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
+            return parse_config(self.config_file.read_bytes(), str(self.path))
+        except OSError:
             raise ConfigError(f"{self.path} is not a run: it has no readable config.yaml.") from None
-        return RunConfig.from_dict(tree if isinstance(tree, dict) else {})
 
     def write_status(self, status: Status) -> None:
         """Replace `status.json`, with the present time."""
@@ -89,8 +88,8 @@ class RunFolder:
     def read_status(self) -> Status | None:
         """The last status, or None if there is none that can be read."""
         try:
-            return Status(**json.loads(self.status_file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            return parse_status(self.status_file.read_bytes())
+        except OSError:
             return None
 
     def write_result(self, name: str, text: str) -> Path:
@@ -128,22 +127,58 @@ class RunFolder:
             yield
 
 
-def require_same_config(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
+def parse_config(data: bytes, place: str) -> RunConfig:
+    """The configuration that a run's `config.yaml` holds.
+
+    Raises:
+        ConfigError: If it cannot be read; `place` is what the message calls the run.
+    """
+    try:
+        tree = yaml.safe_load(data)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        tree = None
+    if not isinstance(tree, dict) or not tree:
+        raise ConfigError(f"{place} is not a run: it has no readable config.yaml.")
+    return RunConfig.from_dict(tree)
+
+
+def parse_status(data: bytes) -> Status | None:
+    """The status that a run's `status.json` holds, or None if it cannot be read."""
+    try:
+        status = Status(**json.loads(data))
+    except (ValueError, TypeError):
+        return None
+    numbers = (status.step, status.max_steps, status.updated)
+    is_whole = status.state in get_args(State) and all(isinstance(number, (int, float)) for number in numbers)
+    return status if is_whole and (status.loss is None or isinstance(status.loss, (int, float))) else None
+
+
+def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """What two configurations compute differently, a phrase for each setting; names and machines do not count."""
+    before, after = (flatten(config.to_dict()) for config in (old, new))
+    ignored = {*FREE_ON_RESUME, "run_name", "preset"}
+    return [
+        f"`{key}` was {before[key]!r} and is now {after[key]!r}"
+        for key in after
+        if key not in ignored and before[key] != after[key]
+    ]
+
+
+def require_same_config(old: RunConfig, new: RunConfig, run: RunFolder | str) -> None:
     """Refuse to resume a run under other settings than it began with.
+
+    Args:
+        old: What it began with.
+        new: What is asked for.
+        run: Its folder, or its place in a store.
 
     Raises:
         ConfigError: Naming every difference.
     """
-    before, after = (flatten(config.to_dict()) for config in (old, new))
-    ignored = {*FREE_ON_RESUME, "run_name", "preset"}
-    changed = [
-        f"`{key}` was {before.get(key)!r} and is now {after[key]!r}"
-        for key in after
-        if key not in ignored and before.get(key) != after[key]
-    ]
+    changed = config_differences(old, new)
     if changed:
         raise ConfigError(
-            f"The run {folder.path} was begun with other settings: {'; '.join(changed)}. "
+            f"The run {run.path if isinstance(run, RunFolder) else run} was begun with other settings: {'; '.join(changed)}. "
             "Use the old ones to resume it, or give the new run its own --run_name."
         )
 

@@ -2,15 +2,18 @@
 
 A key is a relative path with forward slashes. A value is either the whole of what was written or absent: the local
 store writes a temporary file beside the target, flushes it to disk and renames it. A process killed at any moment
-leaves at worst a temporary file, which no listing shows.
+leaves at worst a temporary file, which no listing shows. `open_store` takes a folder or a URL; what a URL needs is
+imported when one is opened, so local work never meets it.
 """
 
+import hashlib
+import importlib
 import os
 import secrets
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from icl.config import UserError
+from icl.config import STORE_SCHEMES, UserError
 
 _TEMPORARY = ".tmp-"
 
@@ -19,15 +22,25 @@ class StorageError(UserError, OSError):
     """Bytes that could not be written or read; the message names the place and what to do."""
 
 
+class MissingKeyError(StorageError):
+    """A key without a value."""
+
+
 @runtime_checkable
 class Store(Protocol):
-    """Where keyed bytes live."""
+    """Where keyed bytes live; as text, its place."""
 
     def read(self, key: str) -> bytes:
-        """The value of a key; StorageError if there is none."""
+        """The value of a key, checked as far as the store can; MissingKeyError if there is none."""
+
+    def digest(self, key: str) -> str:
+        """SHA-256 of the value that was written, in hex; MissingKeyError if there is none."""
 
     def write(self, key: str, data: bytes) -> None:
         """Set the value of a key, all at once or not at all."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Set the value of a key that has none; False, and nothing happens, if it has one, even by a hair."""
 
     def keys(self, prefix: str = "") -> list[str]:
         """Every key below the folder `prefix`, sorted."""
@@ -35,12 +48,18 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove a key; nothing happens if there is none."""
 
+    def check(self) -> None:
+        """StorageError if the store cannot be used."""
+
 
 class LocalStore:
     """A folder; it is made on the first write."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
+
+    def __str__(self) -> str:
+        return str(self.root)
 
     def read(self, key: str) -> bytes:
         """The value of a key.
@@ -50,8 +69,18 @@ class LocalStore:
         """
         try:
             return (self.root / key).read_bytes()
+        except FileNotFoundError:
+            raise MissingKeyError(f"There is no file {self.root / key}.") from None
         except OSError as error:
             raise StorageError(f"Cannot read {self.root / key}: {error.strerror}.") from None
+
+    def digest(self, key: str) -> str:
+        """SHA-256 of a value, in hex.
+
+        Raises:
+            StorageError: If there is no such file, or it cannot be read.
+        """
+        return sha256(self.read(key))
 
     def write(self, key: str, data: bytes) -> None:
         """Set the value of a key, atomically.
@@ -61,6 +90,25 @@ class LocalStore:
         """
         write_atomically(self.root / key, data)
 
+    def create(self, key: str, data: bytes) -> bool:
+        """Set the value of a key that has none; of several who try at once, one succeeds.
+
+        Raises:
+            StorageError: If the disk is full or the folder cannot be written.
+        """
+        path = self.root / key
+        temporary = temporary_path(path)
+        write_atomically(temporary, data)
+        try:
+            path.hardlink_to(temporary)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise StorageError(f"Cannot write {path}: {error.strerror}.") from None
+        finally:
+            temporary.unlink()
+        return True
+
     def keys(self, prefix: str = "") -> list[str]:
         """Every key below the folder `prefix`, sorted; temporary files are left out."""
         files = (path for path in (self.root / prefix).rglob("*") if path.is_file())
@@ -69,6 +117,36 @@ class LocalStore:
     def delete(self, key: str) -> None:
         """Remove a key; nothing happens if there is none."""
         (self.root / key).unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Make the folder if need be.
+
+        Raises:
+            StorageError: If it cannot be made or written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"The store {self.root} cannot be made: {error.strerror}.") from None
+        if not os.access(self.root, os.W_OK | os.X_OK):
+            raise StorageError(f"The store {self.root} cannot be written; choose another, or change its permissions.")
+
+
+def open_store(url: str) -> Store:
+    """The store at a place: a folder's path, `file:///folder` or `s3://bucket/prefix`.
+
+    Raises:
+        StorageError: If no store has that scheme, or the URL names no place.
+    """
+    scheme, _, place = url.partition("://") if "://" in url else ("file", "", url)
+    scheme = scheme.lower()
+    if scheme not in STORE_SCHEMES or not place:
+        raise StorageError(f"A store is a folder, file:///folder or s3://bucket/prefix, got {url!r}.")
+    if scheme == "file":
+        return LocalStore(place)
+    bucket, _, prefix = place.partition("/")
+    store: Store = importlib.import_module("icl.s3").S3Store(bucket, prefix)
+    return store
 
 
 def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -99,6 +177,11 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
             f"Cannot write {path}: {error.strerror}. What was saved before is intact; "
             "free space or choose another folder with LOCAL_ROOT, then run the same command again."
         ) from None
+
+
+def sha256(data: bytes) -> str:
+    """The digest by which stores compare values, in hex."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def table_format(path: Path) -> str:
@@ -133,6 +216,6 @@ def is_temporary(path: Path) -> bool:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what interrupted writes left in a folder."""
-    for path in folder.rglob(f"{_TEMPORARY}*"):
+    """Delete what interrupted writes left in a folder; those below it are others' affair."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
         path.unlink(missing_ok=True)

@@ -12,6 +12,8 @@ import icl.config
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin stall runs on shared cores
 import torch
 
+pytest_plugins = ["s3_server"]
+
 hypothesis.settings.register_profile("icl", derandomize=True, deadline=None, max_examples=25, database=None)
 hypothesis.settings.load_profile("icl")
 
@@ -31,7 +33,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _sealed(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Runs go to a temporary folder, W&B is off, the device is the CPU."""
+    """Runs go to a temporary folder and no store, W&B is off, the device is the CPU."""
+    monkeypatch.delenv("AWS_BUCKET_NAME", raising=False)
     monkeypatch.setenv("LOCAL_ROOT", str(tmp_path_factory.mktemp("root")))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("DEVICE", "cpu")

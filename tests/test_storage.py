@@ -1,16 +1,42 @@
 """One contract for every store; a write is all there or not at all."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from icl.storage import LocalStore, StorageError, Store, remove_temporaries, table_format, write_atomically
+from icl.s3 import S3Store
+from icl.storage import (
+    LocalStore,
+    MissingKeyError,
+    StorageError,
+    Store,
+    open_store,
+    remove_temporaries,
+    sha256,
+    table_format,
+    write_atomically,
+)
+
+# The contract
 
 
-@pytest.fixture
-def store(tmp_path) -> Store:
-    return LocalStore(tmp_path / "store")
+@pytest.fixture(params=["folder", "file URL", "s3", "s3 with a prefix"])
+def store(request, tmp_path) -> Store:
+    if not request.param.startswith("s3"):
+        return open_store(f"{'file://' if 'URL' in request.param else ''}{tmp_path / 'store'}")
+    s3 = request.getfixturevalue("s3")
+    s3.client.put_object(Bucket=s3.bucket, Key="runs-of-others/a", Body=b"not mine")
+    if "prefix" in request.param:
+        return open_store(f"{s3.url}/runs")
+    s3.client.delete_object(Bucket=s3.bucket, Key="runs-of-others/a")
+    return open_store(s3.url)
+
+
+def test_every_store_keeps_the_protocol(store):
+    assert isinstance(store, Store)
+    store.check()
 
 
 def test_what_is_written_is_read(store):
@@ -20,16 +46,18 @@ def test_what_is_written_is_read(store):
 
 
 def test_keys_are_listed_sorted_and_below_the_prefix(store):
-    for key in ("b/2", "b/1", "c", "b/d/3"):
+    for key in ("b/2", "b/1", "bc", "b/d/3"):
         store.write(key, b"")
-    assert store.keys() == ["b/1", "b/2", "b/d/3", "c"]
+    assert store.keys() == ["b/1", "b/2", "b/d/3", "bc"]
     assert store.keys("b") == ["b/1", "b/2", "b/d/3"]
     assert store.keys("nothing") == []
 
 
 def test_a_missing_key_is_named(store):
-    with pytest.raises(StorageError, match=r"absent"):
-        store.read("absent")
+    for ask in (store.read, store.digest):
+        with pytest.raises(MissingKeyError, match=r"absent") as refusal:
+            ask("absent")
+        assert "\n" not in str(refusal.value)
     store.delete("absent")
 
 
@@ -37,6 +65,56 @@ def test_a_deleted_key_is_gone(store):
     store.write("a", b"1")
     store.delete("a")
     assert store.keys() == []
+
+
+def test_a_digest_is_that_of_the_value(store):
+    store.write("a", b"one")
+    assert store.digest("a") == sha256(b"one")
+    store.write("a", b"")
+    assert store.digest("a") == sha256(b"")
+    assert store.read("a") == b""
+
+
+def test_of_many_who_create_a_key_one_succeeds(store):
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda word: store.create("claim/id", word), [b"%d" % number for number in range(8)]))
+    assert sum(made) == 1
+    assert store.read("claim/id") == b"%d" % made.index(True)
+    assert not store.create("claim/id", b"late")
+    assert store.keys() == ["claim/id"]
+
+
+def test_keys_that_people_write_are_kept(store):
+    keys = ["L2H4,num_tasks=inf/step-1", "a b/c+d", "ä/ö"]
+    for key in keys:
+        store.write(key, key.encode())
+    assert store.keys() == sorted(keys)
+    assert [store.read(key).decode() for key in keys] == keys
+
+
+# Opening
+
+
+def test_the_url_chooses_the_store(tmp_path):
+    assert isinstance(open_store("runs"), LocalStore)
+    assert isinstance(open_store("S3://bucket"), S3Store)
+    assert str(open_store("s3://bucket/a/b/")) == "s3://bucket/a/b"
+    assert str(open_store(f"file://{tmp_path}")) == str(tmp_path)
+
+
+@pytest.mark.parametrize("url", ["gs://bucket", "http://host/a", "s3://", ""])
+def test_other_urls_are_refused(url):
+    with pytest.raises(StorageError, match=r"A store is a folder, file:///folder or s3://bucket/prefix, got"):
+        open_store(url)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be made"):
+        open_store(str(tmp_path / "file" / "store")).check()
+
+
+# The folder
 
 
 def test_unfinished_writes_are_not_listed_and_can_be_cleared(tmp_path):

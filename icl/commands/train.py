@@ -46,7 +46,7 @@ def run(words: list[str]) -> int:
         return 0
     given = read_arguments(words, extra=("config",))
     file = given.pop("config", None)
-    filed = read_config_file(file) if file else {}
+    filed = read_config_file(file) if file is not None else {}
     if os.environ.get("WANDB_SWEEP_ID") and not is_child_rank():
         from icl.training.wandb_agent import in_sweep
 

@@ -31,13 +31,17 @@ def _draw_gaps(axes: Axes, numbers: pd.DataFrame, distribution: str, title: str)
         curve = means[(means["quantity"] == quantity) & (means["step"] > 0)]
         if len(curve):
             axes.errorbar(curve["step"], curve["value"], 2 * curve["stderr"], color=colour, label=label, capsize=2)
-    axes.set(xscale="log", yscale="log", xlabel="step (updates)", ylabel="mean squared distance of predictions")
+    scale = "log" if (means["value"] > 0).any() else "linear"  # nothing finite, nothing to scale
+    axes.set(xscale="log", yscale=scale, xlabel="step (updates)", ylabel="mean squared distance of predictions")
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
 
 
 def _draw_shifts(axes: Axes, last: pd.DataFrame, baselines: pd.DataFrame) -> None:
     losses = headlines(last[last["quantity"] == "loss"]).set_index("distribution")
+    if not losses["value"].notna().any():
+        axes.text(0.5, 0.5, "the last step's losses are not finite", ha="center", transform=axes.transAxes)
+        return
     ridge = headlines(baselines[baselines["quantity"] == "ridge"]).set_index("distribution")["value"]
     ratio, error = losses["value"] / ridge[losses.index], 2 * losses["stderr"] / ridge[losses.index]
     names = [name if position == "mean" else f"{name} (last y)" for name, position in losses["position"].items()]

@@ -3,18 +3,15 @@
 The palette is Okabe and Ito's (2008). A predictor has one colour and one line style wherever it is drawn.
 """
 
+import io
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg", force=False)
-
-import matplotlib.pyplot as plt
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from icl.storage import temporary_path
+from icl.storage import write_atomically
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#000000",
@@ -50,17 +47,20 @@ _SETTINGS: dict[Any, Any] = {
 
 def new_figure(num_columns: int = 1, *, width: float = 5.2, height: float = 3.8) -> tuple[Figure, list[Axes]]:
     """A row of empty axes in the common look."""
-    with plt.rc_context(_SETTINGS):
-        figure, axes = plt.subplots(1, num_columns, figsize=(width * num_columns, height), layout="constrained")
-    return figure, list(axes) if num_columns > 1 else [axes]
+    with rc_context(_SETTINGS):
+        figure = Figure(figsize=(width * num_columns, height), layout="constrained")
+        axes = figure.subplots(1, num_columns, squeeze=False)
+    return figure, list(axes[0])
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure atomically, without the time or versions in it, and close it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    with plt.rc_context(_SETTINGS):
-        figure.savefig(temporary, format=path.suffix.lstrip("."), metadata={"Software": None})
-    plt.close(figure)
-    temporary.replace(path)
+    """Write a figure atomically, without the time or versions in it.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
+    buffer = io.BytesIO()
+    with rc_context(_SETTINGS):
+        figure.savefig(buffer, format=path.suffix.lstrip("."), metadata={"Software": None})
+    write_atomically(path, buffer.getvalue())
     return path

@@ -11,10 +11,10 @@ from matplotlib.ticker import MaxNLocator
 
 from icl import population
 from icl.build import build_architecture, build_evaluation_sets
-from icl.checkpoints import list_steps, load_step
+from icl.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.evaluation import losses_by_position
 from icl.plotting.style import BLUE, PREDICTORS, SKY, new_figure, save_figure
-from icl.runs import RunFolder
+from icl.runs import RunError, RunFolder
 
 
 def draw_run(folder: RunFolder) -> tuple[pd.DataFrame, Path]:
@@ -26,7 +26,7 @@ def draw_run(folder: RunFolder) -> tuple[pd.DataFrame, Path]:
     Raises:
         CheckpointError: If the run has no usable checkpoint.
     """
-    checkpoint = load_step(folder.checkpoints, list_steps(folder.checkpoints)[-1])
+    checkpoint = load_checkpoint_file(checkpoint_files(folder.path)[-1])
     config = checkpoint.config
     predict = partial(population.apply, build_architecture(config))
     params = population.stack([checkpoint.params])
@@ -35,12 +35,21 @@ def draw_run(folder: RunFolder) -> tuple[pd.DataFrame, Path]:
     folder.write_result("losses.csv", pd.concat(losses, names=["distribution"]).to_csv(float_format="%.6g"))
     tasks = "∞" if config.task.is_gaussian else f"{config.task.num_tasks:,}"
     figure = plot_training(
-        pd.read_csv(folder.metrics_file),
+        _read_metrics(folder),
         losses,
         title=f"{folder.path.name}   (M = {tasks}, D = {config.task.task_size}, "
         f"σ² = {config.task.noise_variance:g}, step {checkpoint.step:,})",
     )
     return losses["pretrain"], save_figure(figure, folder.figures / "training.png")
+
+
+def _read_metrics(folder: RunFolder) -> pd.DataFrame:
+    try:
+        return pd.read_csv(folder.metrics_file)
+    except (OSError, ValueError):
+        raise RunError(
+            f"{folder.metrics_file} is missing or damaged, so the learning curves cannot be drawn."
+        ) from None
 
 
 def plot_training(metrics: pd.DataFrame, losses: Mapping[str, pd.DataFrame], *, title: str) -> Figure:

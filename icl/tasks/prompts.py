@@ -7,7 +7,7 @@ Tokens follow Raventos et al. 2023 and Hoogland et al. 2024: an x-token is (0, x
 of width D + 1. The last y-token would serve no prediction, so a prompt of K examples has 2K - 1 tokens.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -60,9 +60,14 @@ def prompt_source(config: RunConfig, *, stream: str, distribution: Distribution 
         stream: `train`, or any other name for fixed prompts.
         distribution: `pretrain` (the run's M tasks) or `true` (the Gaussian prior); left out, `true` for a stream
             of that name and `pretrain` for all others.
+
+    Raises:
+        ValueError: If there is no such distribution.
     """
     task, seeds = config.task, config.seeds
     distribution = distribution or ("true" if stream == "true" else "pretrain")
+    if distribution not in get_args(Distribution):
+        raise ValueError(f"`distribution` must be `pretrain` or `true`, got {distribution!r}.")
     is_training = stream == "train"
     data_seed = seeds.data if is_training else seeds.evaluation
     noise_seed = seeds.noise if is_training else seeds.evaluation
@@ -91,11 +96,16 @@ def sample_prompts(
 
     A smaller batch is the beginning of a larger one.
 
+    Raises:
+        ValueError: If `step` is negative, `batch_size` is not positive, or there is no such distribution.
+
     Example:
         >>> xs, ys, ws = sample_prompts(RunConfig(), stream="train", step=0, batch_size=4)
         >>> tuple(xs.shape), tuple(ys.shape), tuple(ws.shape)
         ((4, 8, 2), (4, 8), (4, 2))
     """
+    if step < 0 or batch_size < 1:
+        raise ValueError(f"`step` must be 0 or more and `batch_size` 1 or more, got {step} and {batch_size}.")
     source = prompt_source(config, stream=stream, distribution=distribution)
     prompts = source.sample(range(step, step + 1), range(batch_size), device=device)
     return Prompts(*(part[0] for part in prompts))

@@ -8,12 +8,13 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 
-from icl.config import ConfigError, EarlyStoppingConfig, RunConfig
+from icl.config import EarlyStoppingConfig, RunConfig
 from icl.evaluation import EvaluationSet, summarise
 from icl.runs import RunError, RunFolder
 from icl.training.metrics_file import MetricsFile
@@ -129,8 +130,6 @@ class EarlyStopping(pl.Callback):
         if metrics is None:
             return
         name = self.settings.monitor
-        if name not in metrics[0]:
-            raise ConfigError(f"`early_stopping.monitor` is `{name}`, but the metrics are {', '.join(metrics[0])}.")
         value = metrics[0][name]
         if value < self.best - self.settings.min_delta:
             self.best, self.best_step, self.num_checks = value, trainer.global_step, 0
@@ -156,7 +155,9 @@ class StopSignals(pl.Callback):
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Listen, in place of Lightning's own handlers."""
+        """Listen, in place of Lightning's own handlers; only the main thread may."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._receive)
 
@@ -203,7 +204,7 @@ class MetricsLog(pl.Callback):
             step = trainer.global_step
             for member in self.members:
                 self.files.append(MetricsFile(member.folder.metrics_file, metric_columns(member.config)))
-                self.files[-1].begin(step or None)
+                self.files[-1].begin(self._logged_steps(step, trainer.max_steps))
         if trainer.global_step == 0:
             self._write(trainer, module)
 
@@ -218,6 +219,14 @@ class MetricsLog(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up again."""
         self.loss = state_dict["loss"]
+
+    def _logged_steps(self, step: int, max_steps: int) -> set[int]:
+        """The steps up to this one that have a row; none for a run that begins."""
+        if step == 0:
+            return set()
+        evaluations = range(0, step + 1, self.evaluation.every) if self.evaluation.every is not None else ()
+        last = {max_steps} if step == max_steps else set()
+        return {*range(self.every, step + 1, self.every), *evaluations, *last}
 
     def _write(self, trainer: pl.Trainer, module: PopulationModule) -> None:
         step = trainer.global_step

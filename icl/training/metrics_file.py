@@ -7,9 +7,10 @@ are removed; training then writes them again. Floats have nine significant digit
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from icl.runs import RunError
 from icl.storage import StorageError, write_atomically
 
 
@@ -19,13 +20,21 @@ class MetricsFile:
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns = path, list(columns)
 
-    def begin(self, resume_step: int | None) -> None:
-        """Start the file, or cut it back to `resume_step`.
+    def begin(self, logged_steps: Iterable[int] = ()) -> None:
+        """Start the file, or cut it back to the steps that were logged before the one that training resumes from.
 
         Raises:
+            RunError: If one of their rows is missing.
             StorageError: If it cannot be written.
         """
-        rows = [] if resume_step is None or not self.path.is_file() else self._rows_until(resume_step)
+        found = self._rows()
+        steps = sorted(logged_steps)
+        missing = [step for step in steps if step not in found]
+        if missing:
+            raise RunError(
+                f"{self.path} has lost the row of step {missing[0]}; put it back, or delete last.ckpt to train from step 0."
+            )
+        rows = [found[step] for step in steps]
         write_atomically(self.path, "".join(map(_line, [self.columns, *rows])).encode())
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
@@ -47,10 +56,12 @@ class MetricsFile:
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
 
-    def _rows_until(self, step: int) -> list[list[str]]:
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
-        rows = list(csv.reader(line for line in lines if line.endswith("\n")))
-        return [row for row in rows if len(row) == len(self.columns) and int(row[0]) <= step]
+    def _rows(self) -> dict[int, list[str]]:
+        """The whole rows of the file by their step."""
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
+        whole = [line for line in text.splitlines(keepends=True)[1:] if line.endswith("\n")]
+        rows = [row for row in csv.reader(whole) if len(row) == len(self.columns) and row[0].isdigit()]
+        return {int(row[0]): row for row in rows}
 
 
 def _line(values: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """What a person sees while a run trains: a progress bar, and `status.json` for `icl runs`."""
 
+import io
 import sys
 import time
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from tqdm import tqdm
 
 from icl.runs import Status
 from icl.training.callbacks import EarlyStopping, Member, MetricsLog
+
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 class StatusFile(pl.Callback):
@@ -55,21 +58,22 @@ class ProgressBar(pl.Callback):
     def __init__(self, metrics_log: MetricsLog) -> None:
         self.metrics_log = metrics_log
         self.bar: tqdm | None = None
+        self._is_live = True
         self._printed_at = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Begin at the step that training begins at."""
         if trainer.is_global_zero:
-            is_live = sys.stderr.isatty()
+            self._is_live = sys.stderr.isatty()
+            self._printed_at = time.monotonic()
             self.bar = tqdm(
                 total=trainer.max_steps,
                 initial=trainer.global_step,
                 desc="training",
                 unit="step",
                 dynamic_ncols=True,
-                mininterval=0.2 if is_live else 10.0,
-                bar_format=None if is_live else "{desc} {n_fmt}/{total_fmt} {postfix} {rate_fmt} {remaining} left\n",
-                leave=is_live,
+                mininterval=0.2,
+                file=None if self._is_live else io.StringIO(),
             )
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
@@ -78,6 +82,9 @@ class ProgressBar(pl.Callback):
             if self.metrics_log.loss is not None and trainer.global_step % self.metrics_log.every == 0:
                 self.bar.set_postfix_str(f"loss={self.metrics_log.loss[0]:.4f}", refresh=False)
             self.bar.update(trainer.global_step - self.bar.n)
+            if not self._is_live and time.monotonic() - self._printed_at > _SECONDS_BETWEEN_LINES:
+                self._printed_at = time.monotonic()
+                self._print_line(self.bar.format_dict)
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
         """Leave the finished bar on the terminal."""
@@ -86,6 +93,13 @@ class ProgressBar(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         """Leave the bar where it stopped."""
         self._close()
+
+    def _print_line(self, state: dict[str, Any]) -> None:
+        rate = state["rate"] or (state["n"] - state["initial"]) / max(1e-9, state["elapsed"])
+        left = tqdm.format_interval((state["total"] - state["n"]) / rate) if rate else "?"
+        loss = f"loss {self.metrics_log.loss[0]:.4f}  " if self.metrics_log.loss else ""
+        line = f"step {state['n']:,}/{state['total']:,}  {loss}{rate:.1f} steps/s  {left} left"
+        print(line, file=sys.stderr, flush=True)
 
     def _close(self) -> None:
         if self.bar is not None:

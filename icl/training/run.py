@@ -21,16 +21,28 @@ from icl import population
 from icl.build import build_evaluation_sets, build_model, choose_device
 from icl.config import ConfigError, RunConfig
 from icl.presets import run_name
-from icl.runs import DONE, RunFolder, State, Status, is_child_rank, local_root, require_same_config
+from icl.runs import DONE, RunError, RunFolder, State, Status, is_child_rank, local_root, require_same_config
 from icl.schedules import checkpoint_steps
 from icl.storage import remove_temporaries
 from icl.training import wandb_agent
-from icl.training.callbacks import EarlyStopping, Evaluation, Member, MetricsLog, NonFiniteGuard, StopSignals
+from icl.training.callbacks import (
+    EarlyStopping,
+    Evaluation,
+    Member,
+    MetricsLog,
+    NonFiniteGuard,
+    StopSignals,
+    metric_columns,
+)
 from icl.training.data import PromptDataModule
 from icl.training.module import PopulationModule
 from icl.training.progress import ProgressBar, StatusFile
 from icl.training.saving import ResumeFile, ScheduledCheckpoints, read_resume_step
+from icl.training.upload import upload_behind
 from icl.training.wandb_log import WandbLog, start_wandb
+
+_MANY_TASKS = 2**16
+"""Where dMMSE on the evaluation prompts takes seconds, and a person would wonder."""
 
 
 class TrainResult(NamedTuple):
@@ -54,15 +66,18 @@ def train(config: RunConfig, *, folder: str | Path | None = None, wandb_run: Any
 
     Raises:
         ConfigError: If the folder holds a run with other settings, or the device is absent.
-        RunError: If another process trains it, its resume file is unusable, or the loss became non-finite.
-        StorageError: If it cannot be written; what was saved before is intact.
+        RunError: If another process trains it, its resume file is unusable, the loss became non-finite, or its place
+            in the store is another run's.
+        StorageError: If it cannot be written, or its store cannot be used; what was saved before is intact.
+        UploadError: If it has ended, and files of it did not reach its store.
     """
     run = RunFolder(folder if folder is not None else local_root() / run_name(config))
     _quieten_lightning()
     trainer = make_trainer(config)  # refuses what it must before anything is written
+    require_monitor(config)
     if is_child_rank():
-        return TrainResult(run, *_fit(config, run, trainer, read_resume_step(run)))
-    with run.lock():
+        return TrainResult(run, *_fit(config, run, trainer, read_resume_step(run, config)))
+    with run.lock(), upload_behind(config, run):
         return _train(config, run, trainer, wandb_run)
 
 
@@ -75,18 +90,24 @@ def _train(config: RunConfig, run: RunFolder, trainer: pl.Trainer, wandb_run: An
                 wandb_agent.replay(wandb_run, run.metrics_file, status.step)
                 WandbLog(wandb_run).finish(0)
             return TrainResult(run, status, was_done=True)
-    else:
-        run.write_config(config)
-    remove_temporaries(run.path)
-    resume_step = read_resume_step(run)
+    resume_step = read_resume_step(run, config)
+    run.write_config(config)
+    for folder in (run.path, run.checkpoints.root, run.results, run.figures):
+        remove_temporaries(folder)
     started = time.monotonic()
     run.log(f"resuming from step {resume_step}" if resume_step else "starting")
     print(f"Resuming {run.path} from step {resume_step:,}." if resume_step else f"Training {run.path}.")
     run.write_status(Status(state="waiting", step=resume_step, max_steps=config.trainer.max_steps))
     try:
         status, received = _fit(config, run, trainer, resume_step, wandb_run)
+    except SystemExit as stop:  # Lightning's answer to a second Ctrl-C
+        _record_failure(run, KeyboardInterrupt())
+        raise KeyboardInterrupt from stop
     except BaseException as error:
         _record_failure(run, error)
+        if isinstance(error, RuntimeError) and "memory" in str(error).lower():
+            sizes = "`model`, `trainer.batch_size` or `evaluation.num_prompts`"
+            raise RunError(f"The device has not enough memory for this run; make {sizes} smaller.") from None
         raise
     run.write_status(status)
     run.log(f"{status.state} at step {status.step} after {time.monotonic() - started:.1f} s. {status.reason or ''}")
@@ -131,8 +152,15 @@ def _fit_from(
         state, reason = "stopped_early", stopping.reason
     elif step < config.trainer.max_steps:
         state, reason = "preempted", f"{received.name if received else 'a signal'} at step {step}"
+    losses = next(callback.loss for callback in callbacks if isinstance(callback, MetricsLog))
     done = replace(
-        last, state=state, reason=reason, step=step, max_steps=trainer.max_steps, best_step=stopping.best_step
+        last,
+        state=state,
+        reason=reason,
+        step=step,
+        max_steps=trainer.max_steps,
+        loss=losses[0] if losses else None,
+        best_step=stopping.best_step,
     )
     return done, received if state == "preempted" else None
 
@@ -140,6 +168,9 @@ def _fit_from(
 def make_callbacks(members: Sequence[Member]) -> list[pl.Callback]:
     """The callbacks in the order in which they must see a step."""
     config = members[0].config
+    if not config.task.is_gaussian and config.task.num_tasks > _MANY_TASKS and config.evaluation.every is not None:
+        prompts = 2 * config.evaluation.num_prompts
+        print(f"Computing dMMSE over {config.task.num_tasks:,} tasks for {prompts:,} evaluation prompts, once ...")
     kind = choose_device(config.trainer.accelerator)
     device = "cpu" if kind == "tpu" else kind  # evaluation is small; an XLA device would compile it for every shape
     every = config.evaluation.every
@@ -199,13 +230,25 @@ def make_trainer(config: RunConfig) -> pl.Trainer:
         raise ConfigError(f"Lightning refuses these `trainer` settings: {reason}") from None
 
 
+def require_monitor(config: RunConfig) -> None:
+    """Refuse a patience for a metric that the run does not log.
+
+    Raises:
+        ConfigError: Naming the metrics that it does.
+    """
+    metrics = [column for column in metric_columns(config) if column.startswith("eval/")]
+    monitor = config.early_stopping.monitor
+    if config.evaluation.every is not None and monitor not in metrics:
+        raise ConfigError(f"`early_stopping.monitor` is `{monitor}`, but the metrics are {', '.join(metrics)}.")
+
+
 def _record_failure(run: RunFolder, error: BaseException) -> None:
     """Say in `status.json` that the run failed, where the disk still allows it."""
     last = run.read_status() or Status(state="failed")
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    was_interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))  # Lightning turns the one into the other
+    was_interrupted = isinstance(error, KeyboardInterrupt)
     state: State = "preempted" if was_interrupted else "failed"
-    reason = "interrupted twice" if was_interrupted else reason
+    reason = "interrupted" if was_interrupted else reason
     try:
         run.write_status(replace(last, state=state, reason=reason))
         run.log(f"{state}: {reason}")

@@ -11,7 +11,8 @@ import torch
 
 from icl import population
 from icl.checkpoints import checkpoint_name, save_checkpoint
-from icl.runs import RunError, RunFolder
+from icl.config import RunConfig
+from icl.runs import RunError, RunFolder, require_same_config
 from icl.storage import StorageError, sync_folder, temporary_path
 from icl.training.callbacks import EarlyStopping, Member, MetricsLog, NonFiniteGuard, any_rank
 from icl.training.module import PopulationModule
@@ -103,18 +104,22 @@ def save_resume_file(trainer: pl.Trainer, path: Path) -> None:
         ) from None
 
 
-def read_resume_step(folder: RunFolder) -> int:
+def read_resume_step(folder: RunFolder, config: RunConfig) -> int:
     """The step that a run continues from: that of its resume file, or 0 without one.
 
     Raises:
-        RunError: If the file is damaged.
+        ConfigError: If the file is of a run with other settings.
+        RunError: If it is damaged.
     """
     if not folder.resume_file.is_file():
         return 0
     try:
-        return int(torch.load(folder.resume_file, map_location="cpu", weights_only=True)["global_step"])
+        content = torch.load(folder.resume_file, map_location="cpu", weights_only=True)
+        step, saved = int(content["global_step"]), RunConfig.from_dict(content["configs"][0])
     except Exception as error:  # torch raises many kinds for a damaged file
         raise RunError(
             f"{folder.resume_file} cannot be read ({type(error).__name__}), so the run cannot be resumed. "
             "Delete that file to train again from step 0; the saved checkpoints stay."
         ) from None
+    require_same_config(saved, config, folder)
+    return step

@@ -95,6 +95,7 @@ def test_a_killed_run_resumes_bit_identically(root, undisturbed):
     assert "is finished" in finish(root)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_exits_with_its_number_and_resumes_bit_identically(root, undisturbed):
     folder = RunFolder(root / "tiny")
     with subprocess.Popen(COMMAND, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
@@ -113,7 +114,7 @@ def test_sigterm_saves_exits_with_its_number_and_resumes_bit_identically(root, u
 @pytest.mark.parametrize(
     ("module", "pattern", "calls"),
     [
-        pytest.param("icl.training.saving", "last.ckpt", 50, id="resume file"),
+        pytest.param("icl.training.saving", "last.ckpt", 50, id="resume file", marks=pytest.mark.slow),
         pytest.param("icl.storage", "step-000000075", 1, id="checkpoint"),
     ],
 )
@@ -129,6 +130,7 @@ def test_a_kill_inside_a_save_loses_nothing(root, undisturbed, module, pattern, 
     assert_same(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_loses_nothing(root, undisturbed):
     folder = RunFolder(root / "tiny")
     with subprocess.Popen(COMMAND, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:

@@ -1,0 +1,105 @@
+"""`icl checkpoints`: a run's saved steps here and in its store; fetch, send and verify them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icl.commands import command_parser
+from icl.config import ConfigError, RunConfig
+from icl.presets import run_name
+from icl.runs import RunFolder, local_root
+from icl.storage import StorageError
+
+if TYPE_CHECKING:
+    from icl.mirror import Mirror
+
+HELP = "a run's saved steps here and in its store: list, fetch, send, verify"
+
+
+def run(words: list[str]) -> int:
+    """Do one of the four jobs; 1 if `verify` finds damage."""
+    parser = command_parser(
+        "checkpoints",
+        "ls: the saved steps, here and in the store. pull, push: copy what is missing or different, in either direction; "
+        "what breaks off goes on with the same command. verify: every checkpoint here and every file in the store.",
+        "icl checkpoints runs/quickstart verify",
+    )
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or its name")
+    parser.add_argument("action", choices=("ls", "pull", "push", "verify"))
+    parser.add_argument(
+        "--store",
+        metavar="URL",
+        help="a folder or s3://bucket/prefix (default: the run's own, or s3://$AWS_BUCKET_NAME)",
+    )
+    parser.add_argument("--force", action="store_true", help="pull, push: every file, and over a later step")
+    options = parser.parse_args(words)
+    folder, mirror = _find(options.run, options.store)
+    if options.action == "ls":
+        return _list(folder, mirror)
+    if options.action == "verify":
+        return _verify(folder, mirror)
+    if mirror is None:
+        raise ConfigError("The run has no store; name one with --store URL, checkpoints.store or AWS_BUCKET_NAME.")
+    return _pull(mirror, options.force) if options.action == "pull" else _push(mirror, options.force)
+
+
+def _find(word: str, store: str | None) -> "tuple[RunFolder, Mirror | None]":
+    """The run's folder, which need not exist yet, and its place in the store, if it has a store."""
+    from icl.mirror import open_mirror, store_url
+
+    is_folder = (Path(word) / "config.yaml").is_file()
+    folder = RunFolder(word if is_folder else local_root() / _name(word))
+    config = folder.read_config() if folder.config_file.exists() else None
+    url = store or store_url(config or RunConfig())
+    if url is None and config is None:
+        raise ConfigError(f"There is no run {folder.path}, and no store to look for it; `icl runs` lists those here.")
+    name = run_name(config) if config else _name(word)
+    return folder, open_mirror(folder, url, name) if url else None
+
+
+def _name(word: str) -> str:
+    """A run's name, from a folder below $LOCAL_ROOT or as it is."""
+    path, root = Path(word), local_root()
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
+def _list(folder: RunFolder, mirror: "Mirror | None") -> int:
+    """A line for every step."""
+    from icl.checkpoints import list_steps
+
+    here = set(list_steps(folder.checkpoints))
+    there = set(list_steps(mirror.checkpoints)) if mirror else set()
+    print(f"here   {folder.path}\nstore  {mirror.there if mirror else 'none'}\n")
+    for step in sorted(here | there):
+        print(f"step {step:>12,}  {'here' if step in here else '-':5s} {'store' if step in there else '-'}".rstrip())
+    print(f"{len(here | there):,} steps: {len(here):,} here, {len(there):,} in the store.")
+    return 0
+
+
+def _verify(folder: RunFolder, mirror: "Mirror | None") -> int:
+    from icl.mirror import find_damage
+
+    damage = find_damage(folder, mirror)
+    places = f"{folder.path} and {mirror.there}" if mirror else f"{folder.path}; it has no store"
+    if damage:
+        print("\n".join(damage))
+        repair = "`push --force` sends the good files here, `pull --force` fetches the good ones there"
+        raise StorageError(f"{len(damage)} files are damaged or missing in {places}; {repair}.")
+    print(f"All is well in {places}.")
+    return 0
+
+
+def _pull(mirror: "Mirror", force: bool) -> int:
+    from icl.mirror import pull
+
+    with mirror.run.lock():
+        names = pull(mirror, force=force)
+    print(f"Fetched {len(names):,} files from {mirror.there}.\nRun     {mirror.run.path}")
+    return 0
+
+
+def _push(mirror: "Mirror", force: bool) -> int:
+    from icl.mirror import push
+
+    names = push(mirror, force=force)
+    print(f"Sent {len(names):,} files of {mirror.run.path}.\nStore   {mirror.there}")
+    return 0

@@ -1,0 +1,250 @@
+"""The copy of a run in a second store, made behind training: the step never waits for the network.
+
+One thread looks at the run's folder every few seconds and sends what is new: checkpoints at once, `last.ckpt` with the
+files beside it whenever there is a newer one (only the newest matters). `last.ckpt` and `status.json` vouch for the
+other files: they are read first and sent last, and only if all the others arrived, so the copy can always be resumed.
+A file that cannot be sent is tried again in every round. What is left in the end is an error; training has then ended
+as it would have without a store, and everything is in the folder.
+"""
+
+import contextlib
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from icl.checkpoints import checkpoint_name
+from icl.config import RunConfig
+from icl.mirror import (
+    VOUCHERS,
+    Mirror,
+    copied_names,
+    is_checkpoint,
+    open_mirror,
+    progress,
+    same_file,
+    saved_step,
+    store_url,
+    take_up,
+)
+from icl.presets import run_name
+from icl.runs import DONE, RunFolder
+from icl.schedules import checkpoint_steps
+from icl.storage import LocalStore, MissingKeyError, StorageError, sha256
+
+SECONDS = 2.0
+"""Between two looks at the folder."""
+MAX_FAILURES = 2
+"""Files in a row that cannot be sent until a round is given up: the store is gone, for now."""
+PATIENCE = 30.0
+"""Seconds without a file sent after which, in the end, the rest is given up."""
+_MAX_NAMES = 8
+
+Signature = tuple[int, int, int]
+
+
+class _File(NamedTuple):
+    """A file of the run's folder at one moment."""
+
+    name: str
+    signature: Signature | None
+    data: bytes
+
+
+class UploadError(StorageError):
+    """Files that never reached the store; the message names them and the command that sends them."""
+
+
+@contextlib.contextmanager
+def upload_behind(config: RunConfig, run: RunFolder) -> Iterator[None]:
+    """Keep a copy of the run in its store, if it has one, while the body trains it.
+
+    Raises:
+        StorageError: Before the body, if the store cannot be used.
+        RunError: Before the body, if another run has this one's place in the store.
+        UploadError: After the body, if a file could not be sent. An error of the body itself goes first.
+    """
+    url = store_url(config)
+    if url is None:
+        yield
+        return
+    mirror = open_mirror(run, url, run_name(config))
+    if take_up(mirror, config):
+        print(f"Fetched step {max(0, saved_step(mirror.here)):,} of the run from {mirror.there}.")
+    if _is_complete(mirror):
+        yield
+        return
+    uploader = Uploader(mirror, config)
+    uploader.start()
+    try:
+        yield
+    except BaseException as error:
+        _finish_failed(uploader, error)
+        raise
+    uploader.finish()
+
+
+class Uploader:
+    """Sends a run's files to its store from a thread of its own.
+
+    Args:
+        mirror: The run and its place in the store.
+        config: The run's settings.
+        seconds: Between two looks at the folder.
+    """
+
+    def __init__(self, mirror: Mirror, config: RunConfig, *, seconds: float = SECONDS) -> None:
+        self.mirror, self.seconds = mirror, seconds
+        grid = config.checkpoints
+        steps = checkpoint_steps(
+            config.trainer.max_steps, every=grid.every, num_log=grid.num_log, num_linear=grid.num_linear
+        )
+        self.scheduled = frozenset(f"checkpoints/{checkpoint_name(step)}" for step in steps)
+        self.reason = ""
+        self._here = LocalStore(mirror.run.path)
+        self._there: set[str] | None = None
+        self._sent: dict[str, Signature | None] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="icl-upload", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look and send."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the file in hand."""
+        self._stop.set()
+        self._thread.join()
+
+    def finish(self) -> None:
+        """Send all that is left, with progress.
+
+        Raises:
+            UploadError: If something could not be sent.
+        """
+        self.stop()
+        names = self._changed()
+        if names:
+            with progress(f"uploading to {self.mirror.there}", len(names)) as bar:
+                self._send_all(bar)
+        left = self._changed()
+        if left:
+            self.mirror.run.log(f"not uploaded to {self.mirror.there}: {', '.join(left)}. {self.reason}")
+            raise UploadError(_describe_left(self.mirror, left, self.reason))
+        print(f"Uploaded to {self.mirror.there}.")
+
+    def _work(self) -> None:
+        pause = self.seconds
+        while not self._stop.wait(pause):
+            pause = self.seconds if self._round() else 10 * self.seconds
+
+    def _send_all(self, bar: tqdm) -> None:
+        """Try until all is sent, or nothing could be for a while."""
+        pause, give_up_at = 0.5, time.monotonic() + PATIENCE
+        num_sent = bar.n
+        while not self._round(bar) and time.monotonic() + pause < give_up_at:
+            print(f"icl: {self.reason} Trying again in {pause:g} s.", file=sys.stderr)
+            time.sleep(pause)
+            pause *= 2
+            if bar.n > num_sent:
+                num_sent, pause, give_up_at = bar.n, 0.5, time.monotonic() + PATIENCE
+
+    def _round(self, bar: tqdm | None = None) -> bool:
+        """Send what is new; whether all of it was sent.
+
+        The vouchers are sent as they were before the others were looked at. With a bar, every last file is sent.
+        """
+        is_whole = bar is not None or "last.ckpt" in self._changed()
+        vouchers = [self._take(name) for name in VOUCHERS if is_whole and name in self._changed()]
+        others = [name for name in self._changed() if is_checkpoint(name) or (is_whole and name not in VOUCHERS)]
+        num_failures = num_in_a_row = 0
+        if not self._reach():
+            return False
+        for name in others:
+            if num_in_a_row == MAX_FAILURES or (self._stop.is_set() and bar is None):
+                return False  # the store is gone for now, or `finish` sends the rest
+            num_in_a_row = 0 if self._send(self._take(name), bar) else num_in_a_row + 1
+            num_failures += num_in_a_row > 0
+        return num_failures == 0 and all(self._send(voucher, bar) for voucher in vouchers)
+
+    def _reach(self) -> bool:
+        """Learn what the store has, and remove the best checkpoints that better ones replaced; False if it is gone."""
+        try:
+            if self._there is None:
+                self._there = set(self.mirror.there.keys())
+            mine = {*self.scheduled, *self._here.keys("checkpoints")}
+            for name in [name for name in self._there if is_checkpoint(name) and name not in mine]:
+                self.mirror.there.delete(name)
+                self._there.remove(name)
+        except StorageError as error:
+            self.reason = str(error)
+            return False
+        return True
+
+    def _take(self, name: str) -> _File | None:
+        """A file as it is now, or None if it is gone."""
+        signature = self._signature(name)  # first: what is written after it differs from it
+        try:
+            return _File(name, signature, self._here.read(name))
+        except MissingKeyError:
+            return None
+
+    def _send(self, file: _File | None, bar: tqdm | None) -> bool:
+        """Whether the store now has this file."""
+        if file is None or self._there is None:
+            return True
+        try:
+            is_there = file.name in self._there and self.mirror.there.digest(file.name) == sha256(file.data)
+            if not is_there:
+                self.mirror.there.write(file.name, file.data)
+        except StorageError as error:
+            self.reason = str(error)
+            return False
+        self._there.add(file.name)
+        self._sent[file.name] = file.signature
+        if bar is not None:
+            bar.update()
+        return True
+
+    def _changed(self) -> list[str]:
+        """The files that are not in the store as they are here."""
+        return [name for name in copied_names(self._here) if self._sent.get(name) != self._signature(name)]
+
+    def _signature(self, name: str) -> Signature | None:
+        """What differs when a file has been written again."""
+        try:
+            about = (self.mirror.run.path / name).stat()
+        except FileNotFoundError:
+            return None
+        return about.st_mtime_ns, about.st_size, about.st_ino
+
+
+def _is_complete(mirror: Mirror) -> bool:
+    """Whether the run has ended and the store has all of it: the status goes last."""
+    status = mirror.run.read_status()
+    return status is not None and status.state in DONE and same_file(mirror.here, mirror.there, "status.json")
+
+
+def _finish_failed(uploader: Uploader, error: BaseException) -> None:
+    """After a training that failed, send what there is; one that was interrupted twice does not wait for it."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return
+    try:
+        uploader.finish()
+    except UploadError as problem:
+        print(f"icl: {problem}", file=sys.stderr)
+
+
+def _describe_left(mirror: Mirror, left: list[str], reason: str) -> str:
+    shown = ", ".join(left[:_MAX_NAMES]) + (f" and {len(left) - _MAX_NAMES} more" if len(left) > _MAX_NAMES else "")
+    command = f"icl checkpoints {shlex.quote(str(mirror.run.path))} push"
+    if store_url(mirror.run.read_config()) != mirror.url:
+        command += f" --store {shlex.quote(mirror.url)}"
+    return (
+        f"{len(left)} files of {mirror.run.path} did not reach {mirror.there}: {shown} ({reason.rstrip('.')}); "
+        f"they are safe here, and `{command}` sends them."
+    )

@@ -1,0 +1,176 @@
+"""A real S3 server on the loopback, and a proxy before it that fails, lies or is gone when a test says so."""
+
+import http.client
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+import pytest
+
+import icl.commands.train
+
+SECRET = "wJalrXUtnFEMI-never-to-be-seen"
+_numbers = count()
+
+
+@cache
+def _client(endpoint: str) -> Any:
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id="tests",
+        aws_secret_access_key=SECRET,
+    )
+
+
+class S3Server:
+    """Where a test's bucket is, and a client that looks into it directly."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.bucket = f"bucket-{next(_numbers)}"
+        self.client = _client(endpoint)
+        self.client.create_bucket(Bucket=self.bucket)
+
+    @property
+    def url(self) -> str:
+        """The store that is the whole bucket."""
+        return f"s3://{self.bucket}"
+
+    def fill(self, keys: Iterable[str]) -> None:
+        """Empty objects, past the network: a thousand take no time."""
+        from moto.core import DEFAULT_ACCOUNT_ID
+        from moto.s3.models import s3_backends
+
+        for key in keys:
+            s3_backends[DEFAULT_ACCOUNT_ID]["aws"].put_object(self.bucket, key, b"")
+
+    def names(self) -> list[str]:
+        """All that is in the bucket."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket)
+        return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+
+    def get(self, key: str) -> bytes:
+        """The bytes of an object."""
+        return self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+
+    def corrupt(self, key: str, change: Callable[[bytes], bytes]) -> None:
+        """Alter an object as a broken disk would: its metadata stay."""
+        found = self.client.get_object(Bucket=self.bucket, Key=key)
+        data = change(found["Body"].read())
+        self.client.put_object(Bucket=self.bucket, Key=key, Body=data, Metadata=found["Metadata"])
+
+
+class Proxy:
+    """Hands requests on to a server, or answers what `answer(method, path)` says: a status, or bytes; None hands on."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.upstream = urlsplit(endpoint).netloc
+        self.answer: Callable[[str, str], int | bytes | None] = lambda method, path: None
+        self.requests: list[str] = []
+        self.is_gone = False
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """The server disappears, in the middle of whatever it does."""
+        self.is_gone = True
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _handler(proxy) -> type[BaseHTTPRequestHandler]:  # noqa: N805
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def _forward(self) -> None:
+                if proxy.is_gone:
+                    self.close_connection = True
+                    return
+                proxy.requests.append(f"{self.command} {self.path}")
+                data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                answer = proxy.answer(self.command, self.path)
+                if answer is not None:
+                    body = answer if isinstance(answer, bytes) else b""
+                    self._reply(200 if body else answer, {"Content-Length": str(len(body))}, body)
+                    return
+                upstream = http.client.HTTPConnection(proxy.upstream)
+                upstream.request(self.command, self.path, data, dict(self.headers))
+                found = upstream.getresponse()
+                body = found.read()
+                dropped = ("transfer-encoding", "connection", "content-length", "date", "server")
+                headers = {name: value for name, value in found.getheaders() if name.lower() not in dropped}
+                length = found.getheader("Content-Length") if self.command == "HEAD" else str(len(body))
+                self._reply(found.status, {**headers, "Content-Length": length or "0"}, body)
+                upstream.close()
+
+            def _reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _forward  # noqa: N815
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """A fresh bucket, and the environment that leads `icl` to its server; requests are tried twice."""
+    use_server(monkeypatch, s3_endpoint)
+    return S3Server(s3_endpoint)
+
+
+@pytest.fixture
+def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy between `icl` and the server."""
+    proxy = Proxy(s3.endpoint)
+    use_server(monkeypatch, proxy.endpoint)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`icl train` ends without its table and figure, which are half of a tiny run's time."""
+    monkeypatch.setattr(icl.commands.train, "_show_run", lambda folder: None)
+
+
+def use_server(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "tests",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "2",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": "/nonexistent",
+        "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
+    }.items():
+        monkeypatch.setenv(name, value)

@@ -1,0 +1,191 @@
+"""`icl checkpoints`: steps here and in the store, copies that can break off, and damage found wherever it is."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_runs import TINY, change
+
+from icl.checkpoints import checkpoint_name
+from icl.cli import main
+from icl.mirror import copied_names, open_mirror, push
+from icl.runs import RunFolder, local_root
+from icl.storage import LocalStore, StorageError, open_store
+from icl.training.run import train
+
+SHORT = change(TINY, trainer={"max_steps": 20}, evaluation={"every": None}, checkpoints={"every": 5, "num_log": 0})
+STEP = f"checkpoints/{checkpoint_name(10)}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    return train(SHORT, folder=tmp_path_factory.mktemp("trained") / "tiny").folder.path
+
+
+@pytest.fixture
+def run(s3, monkeypatch, trained) -> RunFolder:
+    """A finished run and its copy."""
+    monkeypatch.setenv("AWS_BUCKET_NAME", s3.bucket)
+    run = RunFolder(shutil.copytree(trained, local_root() / "tiny"))
+    push(open_mirror(run, s3.url, "tiny"))
+    return run
+
+
+def assert_same(run: RunFolder, url: str) -> None:
+    here, there = LocalStore(run.path), open_store(url)
+    assert copied_names(here) == copied_names(there)
+    assert all(here.read(name) == there.read(name) for name in copied_names(here))
+
+
+def test_ls_says_what_is_where_in_numeric_order(s3, run, capsys):
+    (run.path / STEP).unlink()
+    s3.fill([f"tiny/checkpoints/{checkpoint_name(10**9)}"])
+    s3.client.delete_object(Bucket=s3.bucket, Key=f"tiny/checkpoints/{checkpoint_name(5)}")
+    assert main(["checkpoints", "tiny", "ls"]) == 0
+    lines = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert lines == [
+        ["0", "here", "store"],
+        ["5", "here", "-"],
+        ["10", "-", "store"],
+        ["15", "here", "store"],
+        ["20", "here", "store"],
+        ["1,000,000,000", "-", "store"],
+    ]
+
+
+def test_pull_fetches_a_run_by_its_name_to_another_machine(s3, run, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path / "elsewhere"))
+    assert main(["checkpoints", "tiny", "pull"]) == 0
+    copy = RunFolder(tmp_path / "elsewhere" / "tiny")
+    assert_same(copy, f"{s3.url}/tiny")
+    assert copy.read_config() == run.read_config()
+    capsys.readouterr()
+    assert main(["checkpoints", str(copy.path), "pull"]) == 0
+    assert "Fetched 0 files" in capsys.readouterr().out
+
+
+def test_a_pull_that_breaks_off_is_no_run_and_goes_on(s3, run, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path / "elsewhere"))
+    write = LocalStore.write
+
+    def dies(self, key: str, data: bytes) -> None:
+        if key == "last.ckpt":
+            raise StorageError("the plug was pulled")
+        write(self, key, data)
+
+    monkeypatch.setattr(LocalStore, "write", dies)
+    assert main(["checkpoints", "tiny", "pull"]) == 1
+    copy = RunFolder(tmp_path / "elsewhere" / "tiny")
+    assert not copy.config_file.exists()
+    monkeypatch.setattr(LocalStore, "write", write)
+    capsys.readouterr()
+    assert main(["checkpoints", "tiny", "pull"]) == 0
+    assert "Fetched 3 files" in capsys.readouterr().out
+    assert_same(copy, f"{s3.url}/tiny")
+
+
+def test_push_sends_what_is_missing_or_different_to_any_store(run, tmp_path, capsys):
+    words = ["checkpoints", str(run.path), "push", "--store", f"file://{tmp_path}"]
+    assert main(words) == 0
+    assert_same(run, str(tmp_path / "tiny"))
+    (tmp_path / "tiny" / STEP).unlink()
+    (tmp_path / "tiny" / "metrics.csv").write_text("other")
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "Sent 2 files" in capsys.readouterr().out
+    assert_same(run, str(tmp_path / "tiny"))
+
+
+def test_verify_is_content_with_whole_copies(run, capsys):
+    assert main(["checkpoints", "tiny", "verify"]) == 0
+    assert "All is well" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (STEP, lambda data: data[: len(data) // 2]),
+        (STEP, lambda data: data[:-1] + b"\xff"),
+        ("last.ckpt", lambda data: data[:-1]),
+        ("metrics.csv", lambda data: data + b"1"),
+    ],
+    ids=["cut short", "altered", "last.ckpt", "metrics.csv"],
+)
+def test_verify_names_a_damaged_object_and_a_forced_push_mends_it(s3, run, capsys, name, damage):
+    s3.corrupt(f"tiny/{name}", damage)
+    assert main(["checkpoints", "tiny", "verify"]) == 1
+    said = capsys.readouterr()
+    assert f"{s3.url}/tiny/{name} is damaged" in said.out
+    assert "push --force" in said.err
+    assert main(["checkpoints", "tiny", "push", "--force"]) == 0
+    assert main(["checkpoints", "tiny", "verify"]) == 0
+
+
+def test_verify_finds_an_object_that_was_lost_or_is_another_steps(s3, run, capsys):
+    s3.client.delete_object(Bucket=s3.bucket, Key=f"tiny/{STEP}")
+    other = f"checkpoints/{checkpoint_name(15)}"
+    s3.client.put_object(Bucket=s3.bucket, Key=f"tiny/{other}", Body=s3.get(f"tiny/checkpoints/{checkpoint_name(20)}"))
+    assert main(["checkpoints", "tiny", "verify"]) == 1
+    said = capsys.readouterr().out
+    assert f"There is no {s3.url}/tiny/{STEP}" in said
+    assert f"{other} is damaged: it holds step 20" in said
+    assert main(["checkpoints", "tiny", "push"]) == 0
+    assert main(["checkpoints", "tiny", "verify"]) == 0
+
+
+def test_a_damaged_checkpoint_here_is_found_is_not_pushed_and_is_fetched_again(s3, run, capsys):
+    good = (run.path / STEP).read_bytes()
+    (run.path / STEP).write_bytes(good[:-9])
+    assert main(["checkpoints", "tiny", "verify"]) == 1
+    assert f"{run.path}/{STEP} is damaged" in capsys.readouterr().out
+    assert main(["checkpoints", "tiny", "push"]) == 1
+    assert s3.get(f"tiny/{STEP}") == good
+    assert main(["checkpoints", "tiny", "pull"]) == 0
+    assert (run.path / STEP).read_bytes() == good
+
+
+def test_nothing_is_copied_over_a_run_that_is_further_on(s3, run, capsys):
+    status = run.read_status()
+    assert status is not None
+    run.status_file.write_text(run.status_file.read_text().replace('"step": 20', '"step": 10'))
+    assert main(["checkpoints", "tiny", "push"]) == 1
+    assert "pull instead, or push with --force" in capsys.readouterr().err
+    run.write_status(status)
+    s3.corrupt("tiny/status.json", lambda data: data)
+    open_store(f"{s3.url}/tiny").write("status.json", s3.get("tiny/status.json").replace(b'"step": 20', b'"step": 10'))
+    assert main(["checkpoints", "tiny", "pull"]) == 1
+    assert "push instead, or pull with --force" in capsys.readouterr().err
+
+
+def test_another_runs_place_is_neither_pushed_to_nor_pulled_over(s3, run, trained, monkeypatch, tmp_path, capsys):
+    before = {key: s3.get(key) for key in s3.names()}
+    monkeypatch.delenv("AWS_BUCKET_NAME")
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path))
+    shutil.copytree(trained, tmp_path / "tiny")
+    for action in ("push", "pull"):
+        assert main(["checkpoints", "tiny", action, "--store", s3.url, "--force"]) == 1
+        assert "another run" in capsys.readouterr().err
+    assert {key: s3.get(key) for key in s3.names()} == before
+
+
+def test_what_is_not_there_is_one_sentence(s3, trained, capsys):
+    for words in (["no-such-run", "ls"], ["no-such-run", "pull", "--store", s3.url]):
+        assert main(["checkpoints", *words]) in (1, 2)
+        said = capsys.readouterr().err
+        assert said.startswith("icl: There is no run")
+        assert said.count("\n") == 1
+    assert main(["checkpoints", str(trained), "pull"]) == 2
+    assert "--store URL" in capsys.readouterr().err
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit):
+        main(["checkpoints", "--help"])
+    assert "example:\n  icl checkpoints runs/quickstart verify" in capsys.readouterr().out
+
+
+def test_what_belongs_to_a_copy_ends_with_what_vouches_for_it(tmp_path):
+    store = LocalStore(tmp_path)
+    for name in (".lock", "checkpoints/a", "config.yaml", "last.ckpt", "status.json", "wandb/x", "metrics.csv"):
+        store.write(name, b"")
+    assert copied_names(store) == ["checkpoints/a", "metrics.csv", "last.ckpt", "status.json", "config.yaml"]
