@@ -8,7 +8,7 @@ by D (Raventos et al. 2023 divide).
 - Loss: `position_mean` and `overall_mean` of `squared_error` to the targets (Hoogland et al. 2024, eq. 1 and 4).
 - Gap (Delta) to another predictor: the same of the squared distance to its predictions (Raventos et al. 2023, eq. 4).
 - ICL score: loss(k2) - loss(k1), so that negative is good; Hoogland et al., eq. 2, write the opposite and plot this.
-- Prior-task scores: gaps to predicting with w = 0 and with the mean task (Hoogland et al.).
+- Prior-task scores (Hoogland et al.): the gaps to `baselines.zero` and `baselines.task_mean`.
 
 `PositionLoss` accumulates the first over batches and processes.
 """
@@ -26,13 +26,6 @@ class Estimate(NamedTuple):
 
     value: Float[Tensor, "..."]
     stderr: Float[Tensor, "..."]
-
-
-class PriorTaskScores(NamedTuple):
-    """Mean squared distances to predicting with w = 0 and with the mean of the tasks."""
-
-    zero: Estimate
-    task_mean: Estimate
 
 
 class LossSummary(NamedTuple):
@@ -79,14 +72,6 @@ def icl_score(errors: Float[Tensor, "*N B K"], first: int, second: int) -> Estim
     if not (1 <= first <= num_examples and 1 <= second <= num_examples):
         raise ValueError(f"Positions count from 1 to K = {num_examples}, got {first} and {second}.")
     return _estimate(_moments(errors[..., second - 1] - errors[..., first - 1]))
-
-
-def prior_task_scores(
-    predictions: Float[Tensor, "*N B K"], task_mean_predictions: Float[Tensor, "*#N B K"]
-) -> PriorTaskScores:
-    """Gaps to the two predictors that ignore the examples, means over prompts and positions, (*N,)."""
-    from_zero = overall_mean(predictions.square())
-    return PriorTaskScores(from_zero, overall_mean(squared_error(predictions, task_mean_predictions)))
 
 
 def _moments(values: Float[Tensor, "*N B"]) -> Float[Tensor, "3 *N"]:

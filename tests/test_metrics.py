@@ -18,7 +18,6 @@ from icl.metrics import (
     icl_score,
     overall_mean,
     position_mean,
-    prior_task_scores,
     squared_error,
 )
 
@@ -66,13 +65,6 @@ def test_gap_by_hand():
     assert_estimate(gap(model, other), [5.0, 2.0], [4.0, 2.0])
 
 
-def test_prior_task_scores_by_hand():
-    predictions, task_mean = torch.tensor([[1.0, 1.0], [2.0, 2.0]]), torch.tensor([[1.0, 3.0], [1.0, 5.0]])
-    scores = prior_task_scores(predictions, task_mean)
-    assert_estimate(scores.zero, 2.5, 1.5)
-    assert_estimate(scores.task_mean, 3.5, 1.5)
-
-
 # Oracles
 
 
@@ -104,7 +96,6 @@ def test_members_may_share_their_targets():
     predictions, targets = make_values(3, 4, 5), make_values(4, 5, seed=1)
     expected = torch.stack([(member - targets).square() for member in predictions])
     assert torch.equal(squared_error(predictions, targets), expected)
-    assert prior_task_scores(predictions, targets).task_mean.value.shape == (3,)
 
 
 def test_standard_error_is_the_spread_of_repeated_evaluations():

@@ -49,7 +49,7 @@ def _draw_shifts(axes: Axes, last: pd.DataFrame, baselines: pd.DataFrame) -> Non
     axes.axvline(1, color=VERMILION, linestyle="--", linewidth=1.2, label="ridge")
     axes.set_yticks(range(len(ratio)), names, fontsize=8)
     axes.invert_yaxis()
-    axes.set(xscale="log", xlabel="loss relative to ridge's on the same prompts (bars: 2 standard errors)")
+    axes.set(xscale="log", xlabel="loss / ridge's loss (bars: 2 standard errors)")
     for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         axis("{x:g}")
     axes.tick_params(axis="x", which="both", labelsize=8)
