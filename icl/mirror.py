@@ -10,6 +10,7 @@ The copy lies at `<store>/<run name>/` and is laid out as the run's folder is. T
 - *What is newer.* Nothing is copied over a run that is further on, unless forced.
 """
 
+import io
 import os
 import secrets
 import sys
@@ -215,16 +216,19 @@ def is_checkpoint(name: str) -> bool:
 
 def progress(label: str, total: int) -> tqdm:
     """A bar of files on a terminal; elsewhere a line every ten seconds."""
-    live = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        desc=label,
-        unit="file",
-        dynamic_ncols=True,
-        mininterval=0.2 if live else 10.0,
-        bar_format=None if live else "{desc} {n_fmt}/{total_fmt} files\n",
-        leave=live,
-    )
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=label, unit="file", dynamic_ncols=True, mininterval=0.2)
+    return tqdm(total=total, desc=label, bar_format="{desc} {n_fmt}/{total_fmt} files", mininterval=10, file=_Lines())
+
+
+class _Lines(io.StringIO):
+    """Takes what a bar writes, and prints plain lines."""
+
+    def write(self, text: str) -> int:
+        """A line for every state of the bar; none for the spaces that wipe it out."""
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+        return len(text)
 
 
 def _read(store: Store, name: str) -> bytes | None:

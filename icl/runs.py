@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -184,22 +185,27 @@ def require_same_config(old: RunConfig, new: RunConfig, run: RunFolder | str) ->
 
 
 def is_child_rank() -> bool:
-    """Whether this process was started by rank 0, which holds the lock and writes the files."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("NODE_RANK", "0") != "0"
+    """Whether this is not rank 0, which holds the lock and writes the files: by Lightning's own variables, or torchrun's."""
+    return any(os.environ.get(name, "0") != "0" for name in ("LOCAL_RANK", "NODE_RANK", "RANK"))
 
 
 def describe_runs(root: Path) -> list[str]:
     """A line for every run below a folder: name, state, step, loss, age of the last status."""
-    lines = []
-    for file in sorted(root.glob("**/status.json")):
-        status = RunFolder(file.parent).read_status()
-        if status is not None:
-            loss = "-" if status.loss is None else f"{status.loss:.4f}"
-            progress = f"{status.step:,}/{status.max_steps:,}"
-            age = _age(time.time() - status.updated)
-            name = file.parent.relative_to(root).as_posix()
-            lines.append(f"{name:40s} {status.state:13s} step {progress:>17s}  loss {loss:>8s}  {age} ago")
-    return lines
+    names = sorted((file.parent.relative_to(root).as_posix() for file in root.glob("**/status.json")), key=_by_number)
+    statuses = ((name, RunFolder(root / name).read_status()) for name in names)
+    return [_line(name, status) for name, status in statuses if status is not None]
+
+
+def _line(name: str, status: Status) -> str:
+    loss = "-" if status.loss is None else f"{status.loss:.4f}"
+    progress = f"{status.step:,}/{status.max_steps:,}"
+    age = _age(time.time() - status.updated)
+    return f"{name:40s} {status.state:13s} step {progress:>17s}  loss {loss:>8s}  {age} ago"
+
+
+def _by_number(name: str) -> list[tuple[str, int]]:
+    """A key that puts M=8 before M=16."""
+    return [(text, int(number or -1)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 
 def _age(seconds: float) -> str:

@@ -12,7 +12,7 @@ import icl.config
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin stall runs on shared cores
 import torch
 
-pytest_plugins = ["s3_server"]
+pytest_plugins = ["s3_server", "wandb_server"]
 
 hypothesis.settings.register_profile("icl", derandomize=True, deadline=None, max_examples=25, database=None)
 hypothesis.settings.load_profile("icl")

@@ -189,3 +189,13 @@ def test_what_belongs_to_a_copy_ends_with_what_vouches_for_it(tmp_path):
     for name in (".lock", "checkpoints/a", "config.yaml", "last.ckpt", "status.json", "wandb/x", "metrics.csv"):
         store.write(name, b"")
     assert copied_names(store) == ["checkpoints/a", "metrics.csv", "last.ckpt", "status.json", "config.yaml"]
+
+
+@pytest.mark.parametrize("action", ["ls", "verify", "pull", "push"])
+def test_a_run_that_is_nowhere_is_one_sentence(s3, monkeypatch, capsys, action):
+    monkeypatch.setenv("AWS_BUCKET_NAME", s3.bucket)
+    assert main(["checkpoints", "nope", action]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("icl: There is no run")
+    assert said.err.count("\n") == 1

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from icl.commands import command_parser
 from icl.config import ConfigError, RunConfig
 from icl.presets import run_name
-from icl.runs import RunFolder, local_root
+from icl.runs import RunError, RunFolder, local_root
 from icl.storage import StorageError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def run(words: list[str]) -> int:
 
 def _find(word: str, store: str | None) -> "tuple[RunFolder, Mirror | None]":
     """The run's folder, which need not exist yet, and its place in the store, if it has a store."""
-    from icl.mirror import open_mirror, store_url
+    from icl.mirror import open_mirror, read_config, store_url
 
     is_folder = (Path(word) / "config.yaml").is_file()
     folder = RunFolder(word if is_folder else local_root() / _name(word))
@@ -53,7 +53,10 @@ def _find(word: str, store: str | None) -> "tuple[RunFolder, Mirror | None]":
     if url is None and config is None:
         raise ConfigError(f"There is no run {folder.path}, and no store to look for it; `icl runs` lists those here.")
     name = run_name(config) if config else _name(word)
-    return folder, open_mirror(folder, url, name) if url else None
+    mirror = open_mirror(folder, url, name) if url else None
+    if config is None and mirror is not None and read_config(mirror.there) is None:
+        raise RunError(f"There is no run {folder.path}, nor one at {mirror.there}; `icl runs` lists those here.")
+    return folder, mirror
 
 
 def _name(word: str) -> str:

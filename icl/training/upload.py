@@ -8,7 +8,6 @@ as it would have without a store, and everything is in the folder.
 """
 
 import contextlib
-import shlex
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from icl.checkpoints import checkpoint_name
 from icl.config import RunConfig
+from icl.delivery import UploadError, describe_left, is_delivered, note_delivered
 from icl.mirror import (
     VOUCHERS,
     Mirror,
@@ -42,7 +42,6 @@ MAX_FAILURES = 2
 """Files in a row that cannot be sent until a round is given up: the store is gone, for now."""
 PATIENCE = 30.0
 """Seconds without a file sent after which, in the end, the rest is given up."""
-_MAX_NAMES = 8
 
 Signature = tuple[int, int, int]
 
@@ -55,10 +54,6 @@ class _File(NamedTuple):
     data: bytes
 
 
-class UploadError(StorageError):
-    """Files that never reached the store; the message names them and the command that sends them."""
-
-
 @contextlib.contextmanager
 def upload_behind(config: RunConfig, run: RunFolder) -> Iterator[None]:
     """Keep a copy of the run in its store, if it has one, while the body trains it.
@@ -69,13 +64,14 @@ def upload_behind(config: RunConfig, run: RunFolder) -> Iterator[None]:
         UploadError: After the body, if a file could not be sent. An error of the body itself goes first.
     """
     url = store_url(config)
-    if url is None:
+    if url is None or is_delivered(run, config):
         yield
         return
     mirror = open_mirror(run, url, run_name(config))
     if take_up(mirror, config):
         print(f"Fetched step {max(0, saved_step(mirror.here)):,} of the run from {mirror.there}.")
     if _is_complete(mirror):
+        note_delivered(run, config, ["status.json"])
         yield
         return
     uploader = Uploader(mirror, config)
@@ -98,7 +94,7 @@ class Uploader:
     """
 
     def __init__(self, mirror: Mirror, config: RunConfig, *, seconds: float = SECONDS) -> None:
-        self.mirror, self.seconds = mirror, seconds
+        self.mirror, self.config, self.seconds = mirror, config, seconds
         grid = config.checkpoints
         steps = checkpoint_steps(
             config.trainer.max_steps, every=grid.every, num_log=grid.num_log, num_linear=grid.num_linear
@@ -134,7 +130,9 @@ class Uploader:
         left = self._changed()
         if left:
             self.mirror.run.log(f"not uploaded to {self.mirror.there}: {', '.join(left)}. {self.reason}")
-            raise UploadError(_describe_left(self.mirror, left, self.reason))
+            raise UploadError(describe_left(self.mirror.run, self.mirror.url, left, self.reason))
+        small = [name for name in copied_names(self._here) if not is_checkpoint(name) and name != "last.ckpt"]
+        note_delivered(self.mirror.run, self.config, small)
         print(f"Uploaded to {self.mirror.there}.")
 
     def _work(self) -> None:
@@ -237,14 +235,3 @@ def _finish_failed(uploader: Uploader, error: BaseException) -> None:
         uploader.finish()
     except UploadError as problem:
         print(f"icl: {problem}", file=sys.stderr)
-
-
-def _describe_left(mirror: Mirror, left: list[str], reason: str) -> str:
-    shown = ", ".join(left[:_MAX_NAMES]) + (f" and {len(left) - _MAX_NAMES} more" if len(left) > _MAX_NAMES else "")
-    command = f"icl checkpoints {shlex.quote(str(mirror.run.path))} push"
-    if store_url(mirror.run.read_config()) != mirror.url:
-        command += f" --store {shlex.quote(mirror.url)}"
-    return (
-        f"{len(left)} files of {mirror.run.path} did not reach {mirror.there}: {shown} ({reason.rstrip('.')}); "
-        f"they are safe here, and `{command}` sends them."
-    )

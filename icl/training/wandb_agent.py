@@ -8,6 +8,7 @@ it already has are sent to the new W&B run first.
 
 import csv
 import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ import yaml
 
 from icl.config import RunConfig, UserError, flatten
 from icl.presets import run_name
-from icl.training.wandb_log import init_settings
+from icl.training.wandb_log import init_settings, sent_step, use_steps
 
+STARTED_BY = os.getppid()
+"""The agent's process, noted before anything slow: an agent may die while torch is imported."""
 _SWEEP_VARIABLE = "WANDB_SWEEP_ID"
 _POINT_VARIABLE = "WANDB_SWEEP_PARAM_PATH"
 _OWN_KEYS = ("_wandb", "wandb_version")
@@ -35,18 +38,23 @@ def in_sweep(environment: Mapping[str, str] = os.environ) -> bool:
 def join_sweep(base: RunConfig) -> Any:
     """Begin the W&B run that the agent announced, with the settings as they are without the point.
 
+    From here on SIGTERM is an interruption that W&B learns of, even before training listens for it.
+
     Raises:
         SweepError: If W&B cannot be reached or refuses; inside a sweep that ends the run.
     """
     import wandb
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return wandb.init(config=base.to_dict(), settings=wandb.Settings(**init_settings()))
+        run = wandb.init(config=base.to_dict(), resume="allow", settings=wandb.Settings(**init_settings()))
     except Exception as error:  # wandb raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SweepError(
             f"W&B did not hand over this sweep's point ({reason}); check WANDB_BASE_URL and the login."
         ) from None
+    use_steps(run)
+    return run
 
 
 def swept_settings(run: Any, base: RunConfig) -> dict[str, Any]:
@@ -74,12 +82,13 @@ def describe_run(run: Any, config: RunConfig) -> None:
 
 
 def replay(run: Any, metrics_file: Path, until: int) -> None:
-    """Send the rows that an earlier W&B run of this point has logged, up to a step."""
+    """Send the rows that an earlier W&B run of this point has logged, up to a step; W&B's requeue brings the same run."""
+    sent = sent_step(run)
     if not metrics_file.is_file():
         return
     with metrics_file.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if int(row["step"]) <= until:
+            if sent < int(row["step"]) <= until:
                 run.log({key: int(value) if key == "step" else float(value) for key, value in row.items() if value})
 
 

@@ -9,11 +9,13 @@ import netrc
 import os
 import sys
 import threading
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from icl.config import RunConfig
+from icl.config import ConfigError, RunConfig
 from icl.presets import run_name
 from icl.runs import RunFolder
 from icl.storage import write_atomically
@@ -24,6 +26,9 @@ _START_SECONDS = 10
 _FINISH_SECONDS = 60
 
 _has_unsent_rows = False
+_is_out_of_reach = False
+_ended: weakref.WeakSet = weakref.WeakSet()
+"""The W&B runs of this process that are over."""
 
 
 def wandb_mode() -> Mode | None:
@@ -37,33 +42,68 @@ def wandb_mode() -> Mode | None:
 
 
 class WandbLog:
-    """One W&B run: takes the rows of `metrics.csv`."""
+    """One W&B run: takes the rows of `metrics.csv`, except those that it has.
 
-    def __init__(self, run: Any) -> None:
-        self.run = run
-        self.folder = Path(run.dir).parent
-        self.run.define_metric("step")
-        self.run.define_metric("*", step_metric="step")
+    A run that died is resumed from its last checkpoint, and comes again through steps whose rows W&B took before.
 
-    def log(self, row: dict[str, float]) -> None:
+    Args:
+        run: The run.
+        is_lent: Whether whoever began it will end it.
+    """
+
+    def __init__(self, run: Any, *, is_lent: bool = False) -> None:
+        self.run, self.is_lent = run, is_lent
+        self.sent = sent_step(run)
+
+    def log(self, row: Mapping[str, int | float]) -> None:
         """One row."""
-        self.run.log(row)
+        if row["step"] > self.sent:
+            self.run.log(row)
 
     def finish(self, exit_code: int) -> None:
-        """End the W&B run with the program's exit code: 128 and above was pre-empted, and may be handed out again.
+        """End the W&B run with the program's exit code, unless it is only lent."""
+        if not self.is_lent:
+            end_run(self.run, exit_code)
 
-        What is not sent within a minute is left behind, and a sentence says where. W&B would go on trying for days
-        when the program ends, so `icl.cli` then leaves without its leave (`has_unsent_rows`).
-        """
-        global _has_unsent_rows
-        if exit_code > 128:
-            self.run.mark_preempting()
-        thread = threading.Thread(target=self.run.finish, kwargs={"exit_code": exit_code}, daemon=True)
-        thread.start()
-        thread.join(_FINISH_SECONDS)
-        if thread.is_alive():
-            _has_unsent_rows = True
-            _say(f"W&B did not take everything within {_FINISH_SECONDS} s; `wandb sync {self.folder}` sends the rest.")
+
+def sent_step(run: Any) -> int:
+    """The step of the last row that W&B has of a run; -1 if it has none."""
+    step = run.summary.get("step")
+    return -1 if step is None else int(step)
+
+
+def use_steps(run: Any) -> None:
+    """Make `step` the only axis of a W&B run."""
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+
+
+def end_run(run: Any, exit_code: int) -> None:
+    """End a W&B run, unless it is over, with the program's exit code: above 128 was pre-empted, and may be handed out again.
+
+    What is not sent within a minute is left behind, and a sentence says where. W&B would go on trying for days
+    when the program ends, so `icl.cli` then leaves without its leave (`has_unsent_rows`).
+    """
+    global _has_unsent_rows
+    if run in _ended:
+        return
+    _ended.add(run)
+    if exit_code > 128:
+        run.mark_preempting()
+    thread = threading.Thread(target=run.finish, kwargs={"exit_code": exit_code}, daemon=True)
+    thread.start()
+    thread.join(_FINISH_SECONDS)
+    if thread.is_alive():
+        _has_unsent_rows = True
+        folder = Path(run.dir).parent
+        _say(f"W&B did not take everything within {_FINISH_SECONDS} s; `wandb sync {folder}` sends the rest.")
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The status with which `icl.cli` ends on an error."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return 130
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 def has_unsent_rows() -> bool:
@@ -73,16 +113,18 @@ def has_unsent_rows() -> bool:
 
 def start_wandb(config: RunConfig, folder: RunFolder) -> WandbLog | None:
     """Begin or take up the W&B run of a run, or None if the user has no W&B."""
+    global _is_out_of_reach
     mode = wandb_mode()
     if mode is None:
         return None
     try:
-        return WandbLog(_init(config, folder, mode))
+        return WandbLog(_init(config, folder, "offline" if _is_out_of_reach else mode))
     except Exception as error:  # wandb raises many kinds; none may stop a run
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         _say(f"W&B could not start online ({reason}); logging offline to {folder.path}/wandb.")
     import wandb
 
+    _is_out_of_reach = True  # the other members of a population need not wait for it
     wandb.teardown()  # forget the failed start, which still holds the run's id
     return WandbLog(_init(config, folder, "offline"))
 
@@ -90,7 +132,7 @@ def start_wandb(config: RunConfig, folder: RunFolder) -> WandbLog | None:
 def _init(config: RunConfig, folder: RunFolder, mode: Mode) -> Any:
     import wandb
 
-    return wandb.init(
+    run = wandb.init(
         id=_run_id(folder),
         name=run_name(config),
         project=os.environ.get("WANDB_PROJECT") or "icl",
@@ -98,9 +140,11 @@ def _init(config: RunConfig, folder: RunFolder, mode: Mode) -> Any:
         dir=str(folder.path),
         mode=mode,
         resume="allow",
-        reinit="finish_previous",
+        reinit="create_new",  # the members of a population log side by side
         settings=wandb.Settings(**init_settings()),
     )
+    use_steps(run)
+    return run
 
 
 def init_settings() -> dict[str, Any]:

@@ -8,13 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from s3_server import SECRET
 from tiny_runs import TINY, as_arguments, change
 
+import icl.commands.train
+import icl.plotting.training
 from icl.checkpoints import list_steps, load_step
 from icl.cli import main
 from icl.config import ConfigError, RunConfig
+from icl.delivery import send_results
 from icl.mirror import copied_names, open_mirror
 from icl.runs import RunError, RunFolder, local_root
 from icl.storage import LocalStore, StorageError, open_store
@@ -23,6 +27,7 @@ from icl.training.run import train
 from icl.training.upload import Uploader, UploadError
 
 SHORT = change(TINY, trainer={"max_steps": 20}, evaluation={"every": None}, checkpoints={"every": 5, "num_log": 0})
+SHOW_RUN = icl.commands.train._show_run
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +104,81 @@ def test_a_finished_run_asks_for_no_more_than_its_status(s3, proxy):
     assert train(config).was_done
     assert len(proxy.requests) < 10
     assert not any(request.startswith("PUT") for request in proxy.requests)
+
+
+# What is made after training
+
+
+@pytest.fixture
+def _drawn(monkeypatch):
+    """A table and a figure at the end, in no time."""
+
+    def draw(folder: RunFolder) -> tuple[pd.DataFrame, Path]:
+        folder.write_result("losses.csv", "position,model\n")
+        LocalStore(folder.figures).write("training.png", b"a figure")
+        return pd.DataFrame({"model": [1.0], "ridge": [1.0]}, index=["mean"]), folder.figures / "training.png"
+
+    monkeypatch.setattr(icl.commands.train, "_show_run", SHOW_RUN)
+    monkeypatch.setattr(icl.plotting.training, "draw_run", draw)
+
+
+@pytest.mark.usefixtures("_drawn")
+def test_the_table_and_the_figure_of_training_reach_the_store(s3, capsys):
+    assert main(["train", *as_arguments(stored(SHORT, s3.url))]) == 0
+    assert_copied(RunFolder(local_root() / "tiny"), f"{s3.url}/tiny")
+    assert s3.get("tiny/figures/training.png") == b"a figure"
+    assert f"Uploaded figures/training.png, results/losses.csv to {s3.url}/tiny." in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_drawn")
+def test_a_run_that_is_finished_and_whole_in_its_store_needs_it_no_more(s3, proxy, capsys):
+    words = ["train", *as_arguments(stored(SHORT, s3.url))]
+    assert main(words) == 0
+    proxy.requests.clear()
+    proxy.close()
+    assert main(words) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert proxy.requests == []
+
+
+@pytest.mark.usefixtures("_drawn")
+def test_results_that_cannot_be_sent_are_an_error_that_the_same_command_mends(s3, proxy, capsys):
+    words = ["train", *as_arguments(stored(SHORT, s3.url))]
+    proxy.answer = lambda method, path: 500 if method == "PUT" and "figures" in path else None
+    assert main(words) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "figures/training.png" in said
+    assert "icl checkpoints" in said
+    proxy.answer = lambda method, path: None
+    assert main(words) == 0
+    assert s3.get("tiny/figures/training.png") == b"a figure"
+
+
+@pytest.mark.slow
+def test_an_evaluation_goes_to_the_store_of_its_run(s3):
+    run = train(stored(SHORT, s3.url)).folder
+    assert main(["evaluate", str(run.path), "--num_prompts", "4"]) == 0
+    assert_copied(run, f"{s3.url}/tiny")
+    assert s3.get("tiny/results/evaluation.csv") == (run.results / "evaluation.csv").read_bytes()
+
+
+def test_results_of_a_run_that_never_had_a_copy_stay_here(s3, proxy, monkeypatch):
+    run = train(SHORT).folder
+    run.write_result("evaluation.csv", "step\n")
+    monkeypatch.setenv("AWS_BUCKET_NAME", s3.bucket)
+    assert send_results(run) == []
+    assert proxy.requests == []
+
+
+def test_results_never_go_to_the_place_of_another_run(s3, tmp_path):
+    config = stored(SHORT, s3.url)
+    train(config)
+    mine = train(stored(SHORT, str(tmp_path / "backup")), folder=tmp_path / "tiny").folder
+    mine.write_config(config)
+    mine.write_result("evaluation.csv", "step\n")
+    with pytest.raises(UploadError, match="holds no copy of this run"):
+        send_results(mine)
+    assert "tiny/results/evaluation.csv" not in s3.names()
 
 
 # Training does not wait

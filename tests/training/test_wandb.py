@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 from tiny_runs import TINY, as_arguments, change
 
 from icl.runs import RunFolder, local_root
 from icl.training.run import train
-from icl.training.wandb_log import wandb_mode
+from icl.training.wandb_log import WandbLog, wandb_mode
 
 CONFIG = change(TINY, trainer={"max_steps": 20})
 
@@ -64,3 +65,17 @@ def test_a_backend_that_is_not_there_is_one_sentence_and_the_run_finishes_offlin
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("W&B could not start online") == 1
     assert list((local_root() / "tiny" / "wandb").glob("offline-run-*"))
+
+
+def test_rows_that_wandb_has_are_not_sent_again():
+    class Run:
+        summary: ClassVar = {"step": 20}
+        rows: ClassVar = []
+
+        def log(self, row):
+            self.rows.append(row)
+
+    log = WandbLog(Run())
+    for step in (10, 20, 30):
+        log.log({"step": step})
+    assert Run.rows == [{"step": 30}]

@@ -1,0 +1,38 @@
+"""Every sweep file of the repository by the real `wandb sweep`: what its agents would hand out are the points of `icl sweep`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from icl.config import flatten
+from icl.presets import run_name
+from icl.resolve import resolve
+from icl.sweeps.points import sweep_points
+from icl.sweeps.schema import read_sweep_file
+
+FILES = sorted((Path(__file__).parents[2] / "sweeps").rglob("*.yaml"))
+CREATE = """
+import sys
+from wandb.cli.cli import cli
+for path in sys.argv[1:]:
+    cli(["sweep", path], standalone_mode=False)
+"""
+
+
+def test_the_client_takes_every_file_and_both_engines_have_the_same_runs(wandb_server, tmp_path):
+    environment = os.environ | wandb_server.environment() | {"WANDB_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", CREATE, *map(str, FILES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert wandb_server.refused == []
+    assert "WARNING" not in done.stderr
+    for path, sweep in zip(FILES, wandb_server.sweeps.values(), strict=True):
+        assert sweep.config["command"] == ["${env}", "icl", "train"]
+        assert sweep.config["project"] == "icl"
+        expected = {point.name: point.config for point in sweep_points(read_sweep_file(path))}
+        configs = [resolve({}, run.point) for run in sweep.queue]
+        assert {run_name(config): config for config in configs} == expected, path.name
+        for run, config in zip(sweep.queue, configs, strict=True):
+            assert run_name(config) in expected
+            assert set(flatten(run.point)) <= set(flatten(config.to_dict()))
