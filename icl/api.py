@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from icl import metrics, population
-from icl.build import build_checkpoint_model, build_evaluation_sets, choose_device
+from icl.build import build_checkpoint_model, choose_device
 from icl.checkpoints import Checkpoint, CheckpointError, checkpoint_files, load_checkpoint_file
 from icl.config import (
     CheckpointsConfig,
@@ -33,7 +33,7 @@ from icl.config import (
     TaskConfig,
     parse_num_tasks,
 )
-from icl.evaluation import evaluate, evaluate_baselines
+from icl.evaluation import evaluate, evaluate_baselines, evaluation_set
 from icl.prediction import predict_from_prompt
 from icl.presets import preset
 from icl.runs import DONE, RunError, RunFolder, config_differences
@@ -221,7 +221,11 @@ def evaluate_ood_score(
 
 
 def evaluate_run(
-    path: str | Path, *, num_prompts: int | None = None, shifts: Sequence[str] | None = None
+    path: str | Path,
+    *,
+    num_prompts: int | None = None,
+    num_ood_prompts: int | None = None,
+    shifts: Sequence[str] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Evaluate every saved step of a run, or one checkpoint, in and out of distribution.
 
@@ -230,6 +234,7 @@ def evaluate_run(
     Args:
         path: A run's folder or a checkpoint file.
         num_prompts: Prompts per set; left out, the run's `evaluation.num_prompts`.
+        num_ood_prompts: Prompts of every set but the training tasks' (`pretrain`); left out, `num_prompts`.
         shifts: Names from `icl.tasks.shifts.SHIFTS`; left out, all that fit the run's D and K.
 
     Returns:
@@ -243,10 +248,12 @@ def evaluate_run(
     last = load_checkpoint_file(files[-1])
     config, device = last.config, _torch_device()
     num_prompts = config.evaluation.num_prompts if num_prompts is None else num_prompts
-    if num_prompts < 2:
-        raise ConfigError(f"`num_prompts` must be at least 2, got {num_prompts}.")
-    names = tuple(available_shifts(config) if shifts is None else shifts)
-    sets = build_evaluation_sets(config, num_prompts=num_prompts, shifts=names, device=device)
+    num_ood_prompts = num_prompts if num_ood_prompts is None else num_ood_prompts
+    if min(num_prompts, num_ood_prompts) < 2:
+        raise ConfigError(f"There must be at least 2 prompts per set, got {min(num_prompts, num_ood_prompts)}.")
+    names = available_shifts(config) if shifts is None else shifts
+    sets = [evaluation_set(config, "pretrain", num_prompts=num_prompts, device=device)]
+    sets += [evaluation_set(config, name, num_prompts=num_ood_prompts, device=device) for name in ("true", *names)]
     predict = partial(population.apply, build_checkpoint_model(last))
     size = sum(parameter.numel() for parameter in last.params.values())
     at_once = max(1, min(MEMBERS_AT_ONCE, MAX_PARAMETERS_AT_ONCE // size))
@@ -301,7 +308,7 @@ def save_evaluation(
     written: list[tuple[str, Path]] = []
     if out is not None:
         out = Path(out)
-        tables = {name: _plain_rows(table) for name, table in (("evaluation", numbers), ("baselines", baselines))}
+        tables = {name: plain_rows(table) for name, table in (("evaluation", numbers), ("baselines", baselines))}
         as_csv = table_format(out) == "csv"
         text = numbers.to_csv(index=False) if as_csv else json.dumps(tables, indent=1, allow_nan=False) + "\n"
         write_atomically(out, text.encode())
@@ -315,7 +322,7 @@ def save_evaluation(
     return written
 
 
-def _plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+def plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     """A table as JSON has it: a number that is not finite is null."""
     rows = table.to_dict("records")
     return [
