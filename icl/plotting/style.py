@@ -45,12 +45,14 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 
-def new_figure(num_columns: int = 1, *, width: float = 5.2, height: float = 3.8) -> tuple[Figure, list[Axes]]:
-    """A row of empty axes in the common look."""
+def new_figure(
+    num_columns: int = 1, *, num_rows: int = 1, width: float = 5.2, height: float = 3.8
+) -> tuple[Figure, list[Axes]]:
+    """Empty axes in the common look, row by row; `width` and `height` are one axes'."""
     with rc_context(_SETTINGS):
-        figure = Figure(figsize=(width * num_columns, height), layout="constrained")
-        axes = figure.subplots(1, num_columns, squeeze=False)
-    return figure, list(axes[0])
+        figure = Figure(figsize=(width * num_columns, height * num_rows), layout="constrained")
+        axes = figure.subplots(num_rows, num_columns, squeeze=False)
+    return figure, list(axes.flat)
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

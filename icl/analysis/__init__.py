@@ -1,0 +1,33 @@
+"""How models develop: each analysis turns a run's checkpoints, or a table, into one tidy table with verdicts.
+
+An analysis is a module here (`essential-dynamics` is `essential_dynamics.py`, unless its line says otherwise) that has `Settings`, a frozen dataclass
+whose fields become options of `icl analyse`, and `analyse(path, settings) -> Result`; its figure is `plot(table, *,
+title)` in the module of the same name in `icl.plotting`; and it has one line in `ANALYSES`. Work over checkpoints goes
+through `icl.analysis.run.over_checkpoints`, which does it as a population and never does a checkpoint twice.
+"""
+
+from typing import Literal, NamedTuple
+
+
+class About(NamedTuple):
+    """What the registry says of an analysis."""
+
+    of: Literal["run", "table"]
+    """What it is given: a run's folder (or one checkpoint), or a file with a table."""
+    help: str
+    module: str | None = None
+    """Of its name in this package and in `icl.plotting`; left out, the analysis's own."""
+
+
+ANALYSES: dict[str, About] = {
+    "gradients": About("run", "gradients in the weights (norm, noise scale, alignment) and in the data distribution"),
+    "diversity": About(
+        "table", "OOD error against task diversity and other features: linear, ridge or lasso", "diversity_fit"
+    ),
+}
+"""Every analysis by the name that `--what` takes."""
+
+
+def module_name(name: str) -> str:
+    """The module of an analysis, here and in `icl.plotting`."""
+    return ANALYSES[name].module or name.replace("-", "_")

@@ -1,0 +1,121 @@
+"""Gradient statistics on gradients of known mean and covariance, and on models against plain loops."""
+
+import pytest
+import torch
+from tiny_runs import TINY, change
+
+from icl import population
+from icl.analysis import weight_gradients as wg
+from icl.build import build_model
+from icl.tasks.prompts import sample_prompts
+
+B, P = 8, 50
+"""Batch size and number of weights of the made-up gradients."""
+
+
+def made_up(num_batches, *, num_members, seed, mean=0.5, shared=None):
+    """Batch gradients N(mean, Sigma / B) with Sigma = diag(1..P); `shared` noise is the same for two sets."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(num_members, num_batches, P, generator=generator, dtype=torch.float64)
+    noise = noise if shared is None else shared
+    deviations = torch.arange(1, P + 1).double().sqrt()
+    return mean + noise * deviations / B**0.5, noise
+
+
+def within(estimate, truth):
+    """Whether estimates of independent members average to the truth, within four standard errors of their mean."""
+    values = estimate.value
+    return (values.mean() - truth).abs() < 4 * values.std() / len(values) ** 0.5
+
+
+def test_squared_norm_and_noise_trace_are_unbiased():
+    gradients, _ = made_up(16, num_members=400, seed=0)
+    gram = gradients @ gradients.mT
+    squared, trace = wg.squared_norm(wg.inner(gram)), wg.noise_trace(gram, B)
+    assert within(squared, P * 0.25)
+    assert within(trace, P * (P + 1) / 2)
+    for estimate in (squared, trace):  # the jackknife overstates the spread of the estimates, by at most sqrt(2)
+        ratio = (estimate.stderr.square().mean().sqrt() / estimate.value.std()).item()
+        assert 0.9 < ratio < 1.1 * 2**0.5
+
+
+def test_the_noise_scale_has_its_known_value():
+    gradients, _ = made_up(400, num_members=20, seed=1, mean=1.0)
+    scale = wg.noise_scale(gradients @ gradients.mT, B)
+    truth = P * (P + 1) / 2 / P
+    assert ((scale.value - truth).abs() < 4 * scale.stderr).all()
+    assert (scale.stderr < 0.1 * truth).all()
+
+
+def test_two_batch_sizes_give_the_same_estimates():
+    """McCandlish et al. 2018, appendix A.1: |G|^2 and tr Sigma from batches of b and from all of them as one."""
+    gradients, _ = made_up(10, num_members=1, seed=2)
+    small, big = gradients[0].square().sum(-1).mean(), gradients[0].mean(0).square().sum()
+    squared = (10 * B * big - B * small) / (10 * B - B)
+    trace = (small - big) / (1 / B - 1 / (10 * B))
+    gram = gradients @ gradients.mT
+    assert wg.squared_norm(wg.inner(gram)).value.item() == pytest.approx(squared.item())
+    assert wg.noise_trace(gram, B).value.item() == pytest.approx(trace.item())
+
+
+def test_alignment_is_unbiased_by_shared_noise():
+    """Two sets of gradients with orthogonal means on the same prompts: their noise agrees, their means do not."""
+    first, noise = made_up(8, num_members=300, seed=3, mean=torch.tensor([1.0, 1.0]).repeat(P // 2))
+    second, _ = made_up(8, num_members=300, seed=3, mean=torch.tensor([1.0, -1.0]).repeat(P // 2), shared=noise)
+    cosine = wg.alignment(first @ second.mT, first @ first.mT, second @ second.mT)
+    known = cosine.value.isfinite()
+    assert known.float().mean() > 0.95
+    assert cosine.value[known].median().abs() < 0.05  # its own error is about 0.01
+    naive = torch.nn.functional.cosine_similarity(first.mean(1), second.mean(1))
+    assert naive.mean() > 0.2
+
+
+def test_a_gradient_is_aligned_with_itself_and_opposed_to_its_negative():
+    gradients, _ = made_up(8, num_members=3, seed=4, mean=10.0)
+    gram = gradients @ gradients.mT
+    assert torch.allclose(wg.alignment(gram, gram, gram).value, torch.ones(3).double())
+    assert torch.allclose(wg.alignment(-gram, gram, gram).value, -torch.ones(3).double())
+
+
+def test_task_alignment_of_known_gradients():
+    """Three tasks with means a + e_i, a of squared norm 4 orthogonal to the e_i: cosine 4 / 5 for each pair."""
+    generator = torch.Generator().manual_seed(5)
+    means = torch.eye(8, dtype=torch.float64)[:3] + 2 * torch.eye(8, dtype=torch.float64)[7]
+    gradients = means.unsqueeze(1) + 0.3 * torch.randn(3, 200, 8, generator=generator, dtype=torch.float64)
+    between = torch.einsum("qip,rjp->qrij", gradients, gradients).unsqueeze(0)
+    found = wg.task_alignment(between)
+    assert abs(found.value.item() - 0.8) < 4 * found.stderr.item()
+    assert found.stderr.item() < 0.02
+
+
+def test_a_drowned_gradient_has_no_noise_scale():
+    gram = torch.eye(4, dtype=torch.float64).unsqueeze(0) - 0.1
+    assert wg.noise_scale(gram, 1).value.isnan().all()
+    assert wg.norm(wg.inner(gram)).value.item() == 0
+
+
+def test_a_populations_gradients_are_those_of_its_models():
+    models = [build_model(change(TINY, seeds={"model": seed})) for seed in range(2)]
+    prompts = sample_prompts(TINY, stream="g", step=0, batch_size=12)
+    params = population.stack([{n: p.detach() for n, p in model.named_parameters()} for model in models])
+    found = wg.batch_gradients(models[0], params, prompts, 3)
+    for number, model in enumerate(models):
+        for batch in range(3):
+            rows = slice(4 * batch, 4 * batch + 4)
+            model.zero_grad()
+            (model(prompts.xs[rows], prompts.ys[rows]) - prompts.ys[rows]).square().mean().backward()
+            for name, parameter in model.named_parameters():
+                torch.testing.assert_close(found[name][number, batch], parameter.grad.flatten(), rtol=1e-4, atol=1e-6)
+
+
+def test_groups_sum_to_all():
+    model = build_model(TINY)
+    prompts = sample_prompts(TINY, stream="g", step=0, batch_size=12)
+    params = population.stack([{n: p.detach() for n, p in model.named_parameters()}])
+    gradients = wg.batch_gradients(model, params, prompts, 3)
+    grams = wg.grams(gradients, gradients)
+    families = ("embeddings", "attention", "mlp", "norms", "unembedding")
+    torch.testing.assert_close(sum(grams[name] for name in families), grams["all"])
+    assert {"blocks.0.attention", "blocks.0.mlp_norm", "token_embedding"} <= set(grams)
+    assert wg.groups("blocks.1.attention_norm.weight") == ("all", "norms", "blocks.1.attention_norm")
+    assert wg.groups("unembedding.bias") == ("all", "unembedding")
