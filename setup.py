@@ -32,6 +32,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "tpu": ["torch==2.9.*", "torch_xla[tpu]==2.9.*"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.5",
