@@ -29,6 +29,9 @@ FREE_ON_RESUME = (
 )
 """Where and how safely a run executes, not what it computes: these may change when an unfinished run is resumed."""
 
+MEMBER_SETTINGS = ("run_name", "task.num_tasks", "seeds", "checkpoints.store")
+"""The settings and sections in which the members of a population may differ."""
+
 STORE_SCHEMES = ("file", "s3")
 """What may stand before :// in the place of a store; a place without :// is a folder."""
 
@@ -343,8 +346,34 @@ class SeedsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PopulationConfig:
+    """Several runs trained in one process as stacked parameters: the product of the lists that are given."""
+
+    seeds: tuple[int, ...] | None = None
+    """One member for each: `seeds.model`, `seeds.data` and `seeds.noise` of it; tasks and evaluation stay shared."""
+    num_tasks: tuple[int | float, ...] | None = None
+    """One member for each task diversity M, such as 1,8,64,inf."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "num_tasks"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            is_list = isinstance(values, (list, tuple)) and len(values) > 0
+            _require(is_list, f"`population.{name}` must be a list such as 0,1,2, got {values!r}.")
+            parsed = tuple(parse_num_tasks(value) for value in values) if name == "num_tasks" else tuple(values)
+            _require(len(set(parsed)) == len(parsed), f"`population.{name}` names a member twice: {values!r}.")
+            object.__setattr__(self, name, parsed)
+        for seed in self.seeds or ():
+            _require_count("population", "seeds", seed, 0)
+
+    def __bool__(self) -> bool:
+        return self.seeds is not None or self.num_tasks is not None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All settings of a run. The defaults are the preset `quickstart`."""
+    """All settings of a run, or of several (`population`). The defaults are the preset `quickstart`."""
 
     preset: str = "quickstart"
     """The named settings that this configuration started from; see `icl.presets`."""
@@ -358,6 +387,7 @@ class RunConfig:
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     seeds: SeedsConfig = SeedsConfig()
+    population: PopulationConfig = PopulationConfig()
 
     def __post_init__(self) -> None:
         if self.run_name is not None:
@@ -389,12 +419,39 @@ class RunConfig:
         """Length of the learning rate's curve in steps."""
         return self.optim.schedule_steps or self.trainer.max_steps
 
+    def members(self) -> list["RunConfig"]:
+        """The runs of the population, each exactly as it would be configured alone; a plain run is its own only member.
+
+        A given `run_name` becomes the folder of theirs.
+        """
+        if not self.population:
+            return [self]
+        seeds, diversities = self.population.seeds or (None,), self.population.num_tasks or (None,)
+        return [self._member(seed, num_tasks) for num_tasks in diversities for seed in seeds]
+
+    def _member(self, seed: int | None, num_tasks: int | float | None) -> "RunConfig":
+        own = {"num_tasks": num_tasks, "seed": seed}
+        name = ",".join(f"{key}={value}" for key, value in own.items() if value is not None)
+        return dataclasses.replace(
+            self,
+            run_name=None if self.run_name is None else f"{self.run_name}/{name}",
+            task=self.task if num_tasks is None else dataclasses.replace(self.task, num_tasks=num_tasks),
+            seeds=self.seeds if seed is None else dataclasses.replace(self.seeds, model=seed, data=seed, noise=seed),
+            population=PopulationConfig(),
+        )
+
+    def shared_settings(self) -> dict[str, Any]:
+        """By dotted key, what runs must have in common to be trained as one population."""
+        flat = flatten(self.to_dict())
+        return {
+            key: value
+            for key, value in flat.items()
+            if key not in MEMBER_SETTINGS and key.partition(".")[0] not in MEMBER_SETTINGS
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """The tree as nested dicts of plain values; infinity is written `inf`."""
-        tree = dataclasses.asdict(self)
-        if self.task.is_gaussian:
-            tree["task"]["num_tasks"] = "inf"
-        return tree
+        return _plain(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "RunConfig":
@@ -419,6 +476,15 @@ class RunConfig:
             return cls(**values)
         except TypeError as error:
             raise ConfigError(f"The configuration has a key that this version does not know: {error}.") from None
+
+
+def _plain(value: Any) -> Any:
+    """Only what YAML and JSON have words for."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(inner) for inner in value]
+    return "inf" if value == math.inf else value
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl import baselines, metrics
+from icl import baselines, metrics, population
 from icl.config import RunConfig
 from icl.population import Params
 from icl.tasks.priors import task_pool
@@ -32,6 +32,7 @@ Predict: TypeAlias = Callable[[Params, Tensor, Tensor], Tensor]
 
 COLUMNS = ("distribution", "quantity", "position", "value", "stderr")
 _BATCH = 1024  # prompts at once
+_MEMBER_PROMPTS = 8192  # and over all members
 
 
 class EvaluationSet(NamedTuple):
@@ -66,8 +67,9 @@ def evaluation_set(
 
 
 def predict_prompts(predict: Predict, params: Params, prompts: Prompts) -> Float[Tensor, "N B K"]:
-    """Every member's predictions for the same prompts (B, K, D), a batch of prompts at a time."""
-    parts = zip(prompts.xs.split(_BATCH), prompts.ys.split(_BATCH), strict=True)
+    """Every member's predictions, for the same prompts (B, K, D) or its own (N, B, K, D), a batch of prompts at a time."""
+    batch = min(_BATCH, max(64, _MEMBER_PROMPTS // (population.size(params) if params else 1)))
+    parts = zip(prompts.xs.split(batch, dim=-3), prompts.ys.split(batch, dim=-2), strict=True)
     with torch.no_grad():
         return torch.cat([predict(params, xs, ys).float() for xs, ys in parts], dim=1)
 
@@ -123,19 +125,24 @@ def summarise(predict: Predict, params: Params, sets: Sequence[Sequence[Evaluati
     Returns:
         For each member `eval/<set>/{loss,delta_ridge,delta_dmmse,icl_score}`; dMMSE only for finite M.
     """
-    results = []
-    for index, own in enumerate(sets):
-        member = {name: tensor[index : index + 1] for name, tensor in params.items()}
-        rows = evaluate(predict, member, own)[0]
-        wanted = ("mean", f"1:{own[0].prompts.ys.shape[1]}")
-        results.append(
-            {
+    results: list[dict[str, float]] = [{} for _ in sets]
+    for same in zip(*sets, strict=True):  # the members' sets of one name
+        predictions = predict_prompts(predict, params, _together(same))
+        wanted = ("mean", f"1:{predictions.shape[-1]}")
+        for result, one, own in zip(results, same, predictions, strict=True):
+            result |= {
                 f"eval/{row['distribution']}/{row['quantity']}": row["value"]
-                for row in rows
+                for row in _rows(one, own)
                 if row["position"] in wanted and row["quantity"] in ("loss", "delta_ridge", "delta_dmmse", "icl_score")
             }
-        )
     return results
+
+
+def _together(sets: Sequence[EvaluationSet]) -> Prompts:
+    """The prompts of several members' sets: once if all have the same, else stacked."""
+    if all(one is sets[0] for one in sets):
+        return sets[0].prompts
+    return Prompts(*(torch.stack(parts) for parts in zip(*(one.prompts for one in sets), strict=True)))
 
 
 def _baseline_predictions(config: RunConfig, name: str, prompts: Prompts) -> dict[str, Tensor]:

@@ -134,7 +134,7 @@ def run_name(config: RunConfig) -> str:
     """
     if config.run_name is not None:
         return config.run_name
-    settings = flatten(config.to_dict())
+    settings = {key: value for key, value in flatten(config.to_dict()).items() if not key.startswith("population.")}
     base = flatten(preset(config.preset).to_dict())
     leaves = [key.rpartition(".")[2] for key in settings]
     words = [config.preset]

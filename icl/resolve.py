@@ -64,28 +64,23 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: If the file is missing, is not YAML, or is not a table of settings.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"The config file {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"The config file {path} is not valid YAML ({reason}).") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"The config file {path} must hold `section: {{key: value}}`, got {type(tree).__name__}.")
-    return tree
+    return _require_table(_read_yaml(path), path)
 
 
-def read_point(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """The settings of a sweep's point, from the JSON file that `$ICL_SWEEP_POINT` names; empty outside a sweep.
+def read_points(environment: Mapping[str, str] = os.environ) -> list[dict[str, Any]]:
+    """The settings of a sweep's point, or of several packed into this program, from the file that `$ICL_SWEEP_POINT` names.
+
+    Returns:
+        One table of settings per point; outside a sweep one that is empty.
 
     Raises:
-        ConfigError: If the file is missing or holds no table of settings.
+        ConfigError: If the file is missing or holds no settings.
     """
     path = environment.get(POINT_VARIABLE)
-    return read_config_file(path) if path else {}
+    content = _read_yaml(path) if path else {}
+    return (
+        [_require_table(one, path) for one in content] if isinstance(content, list) else [_require_table(content, path)]
+    )
 
 
 def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -153,9 +148,29 @@ def describe(kind: Any) -> str:
     """A declared type in words, such as `a whole number or none`."""
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
+    if _is_list(kind):
+        return "a list such as 0,1,2, or none"
     if isinstance(kind, types.UnionType):
         return " or ".join("none" if part is types.NoneType else describe(part) for part in kind.__args__)
     return _TYPE_WORDS.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _read_yaml(path: str | Path) -> Any:
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The config file {path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"The config file {path} is not valid YAML ({reason}).") from None
+
+
+def _require_table(tree: Any, path: str | Path | None) -> dict[str, Any]:
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"The config file {path} must hold `section: {{key: value}}`, got {type(tree).__name__}.")
+    return tree
 
 
 def settings_parser(**options: Any) -> "jsonargparse.ArgumentParser":
@@ -191,6 +206,8 @@ def _read_value(key: str, value: Any) -> Any:
     if key == "task.num_tasks":
         return parse_num_tasks(value)
     kind = known_keys()[key]
+    if _is_list(kind):
+        return _read_list(key, value)
     parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     is_text = any(part is str or typing.get_origin(part) is Literal for part in parts)
     if isinstance(value, str):
@@ -199,6 +216,23 @@ def _read_value(key: str, value: Any) -> Any:
     elif is_text and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     return int(value) if int in parts and isinstance(value, float) and value.is_integer() else value
+
+
+def _is_list(kind: Any) -> bool:
+    return any(typing.get_origin(part) is tuple for part in typing.get_args(kind))
+
+
+def _read_list(key: str, value: Any) -> list[Any] | None:
+    """`0,1,2`, `[0, 1, 2]`, a YAML list, or one value alone."""
+    if isinstance(value, str):
+        words = [word.strip() for word in value.strip().strip("[]()").split(",")]
+        value = None if len(words) == 1 and words[0].lower() in _NONE else [word for word in words if word]
+    if value is None:
+        return None
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if key == "population.num_tasks":
+        return [parse_num_tasks(one) for one in values]
+    return [parse_scalar(one) if isinstance(one, str) else one for one in values]
 
 
 def _refuse_unknown(settings: Iterable[Any], keys: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from icl.resolve import (
     parse_scalar,
     read_arguments,
     read_config_file,
-    read_point,
+    read_points,
     refuse_conflicts,
     resolve,
 )
@@ -377,13 +377,13 @@ def test_long_run_names_that_differ_at_the_end_stay_distinct():
 def test_a_point_is_read_from_the_file_that_the_environment_names(tmp_path):
     file = tmp_path / "point.json"
     file.write_text('{"optim.lr": 0.5, "task": {"num_tasks": Infinity}}')
-    point = read_point({POINT_VARIABLE: str(file)})
+    point = read_points({POINT_VARIABLE: str(file)})[0]
     config = resolve({"optim": {"lr": 0.1}}, point)
     assert config.optim.lr == 0.5
     assert config.task.is_gaussian
-    assert read_point({}) == {}
+    assert read_points({}) == [{}]
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_point({POINT_VARIABLE: str(tmp_path / "gone.json")})
+        read_points({POINT_VARIABLE: str(tmp_path / "gone.json")})
 
 
 def test_a_swept_key_set_to_another_value_is_refused():

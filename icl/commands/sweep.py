@@ -1,6 +1,7 @@
 """`icl sweep`: run a W&B sweep file here, without W&B."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +20,15 @@ def run(words: list[str]) -> int:
     options = _parse(words)
     from icl.config import ConfigError
     from icl.runs import local_root
+    from icl.sweeps.command import require_packable
     from icl.sweeps.engine import run_sweep
     from icl.sweeps.points import sweep_points
     from icl.sweeps.schema import read_sweep_file
     from icl.sweeps.state import point_state
 
     sweep = read_sweep_file(options.file)
+    if options.pack > 1:
+        require_packable(sweep.command)
     if options.seed is not None and sweep.method == "grid":
         raise ConfigError("`--seed` has no meaning for a grid; only `method: random` draws its points.")
     points = sweep_points(sweep, count=options.count, seed=options.seed or 0)
@@ -37,10 +41,18 @@ def run(words: list[str]) -> int:
     print(f"{options.file}: {len(points)} points, {options.workers} at a time, runs in {root}.", flush=True)
     if sweep.stops_early:
         print("`early_terminate` is W&B's own; here every point runs to its end.")
-    result = run_sweep(sweep, points, root, num_workers=options.workers, say=lambda line: print(line, flush=True))
+    result = run_sweep(
+        sweep,
+        points,
+        root,
+        num_workers=options.workers,
+        pack=options.pack,
+        say=lambda line: print(line, flush=True),
+    )
     print(_summary(result.states))
     if result.is_done:
         return 0
+    print("The same command does what is missing.")
     return 1 if result.received is None else 128 + result.received
 
 
@@ -54,6 +66,15 @@ def _parse(words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("file", metavar="FILE", type=Path, help="the sweep file")
     parser.add_argument("--workers", metavar="N", type=_count, default=1, help="programs at a time (default: 1)")
+    parser.add_argument(
+        "--pack",
+        metavar="N",
+        type=_count,
+        nargs="?",
+        const=sys.maxsize,
+        default=1,
+        help="train up to N points (or all) that differ only in seeds and number of tasks in one program",
+    )
     parser.add_argument("--count", metavar="N", type=_count, help="only the first N points")
     parser.add_argument("--seed", metavar="S", type=int, help="of a random sweep's draws (default: 0)")
     what = parser.add_mutually_exclusive_group()

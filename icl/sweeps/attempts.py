@@ -54,6 +54,8 @@ class Claim:
 
     def __init__(self, path: Path, descriptor: int, attempt: Attempt) -> None:
         self.path, self.descriptor, self.attempt = path, descriptor, attempt
+        self.folder = path.parents[1]
+        """The run's."""
 
     def beat(self) -> bool:
         """Say that the attempt lives.

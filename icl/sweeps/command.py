@@ -76,6 +76,17 @@ def training_words(words: Sequence[str]) -> list[str] | None:
     return None
 
 
+def require_packable(command: Sequence[str]) -> None:
+    """Refuse to pack points into a program that would not read them all: they reach `icl train` by a file only.
+
+    Raises:
+        ConfigError: If the command is another one, or takes its point from its words.
+    """
+    takes_words = any(re.fullmatch(r"\$\{args.*\}", word) for word in command)
+    if training_words(command) is None or takes_words:
+        raise ConfigError('`--pack` needs `command: ["${env}", icl, train]`, which reads its points from a file.')
+
+
 def with_own_icl(words: Sequence[str]) -> list[str]:
     """The command with `icl` as the one of this environment, whether it is activated or not."""
     place = 1 if words[:1] == [_ENV] else 0

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from icl.storage import StorageError
-from icl.sweeps.attempts import BEAT_SECONDS, STALE_SECONDS, claim
+from icl.sweeps.attempts import BEAT_SECONDS, STALE_SECONDS, Claim, claim
 from icl.sweeps.points import Point
 from icl.sweeps.program import Program, start_program
 from icl.sweeps.schema import SweepFile
 from icl.sweeps.state import PointState, point_state
 
 _TICK_SECONDS = 0.1
+_TELL_SECONDS = 60.0
+"""Between two lines on how far a running point is."""
 
 
 class SweepResult(NamedTuple):
@@ -42,6 +44,7 @@ def run_sweep(
     root: Path,
     *,
     num_workers: int = 1,
+    pack: int = 1,
     stale_after: float = STALE_SECONDS,
     say: Callable[[str], None] = print,
 ) -> SweepResult:
@@ -52,10 +55,11 @@ def run_sweep(
         points: Its points.
         root: The folder of all runs.
         num_workers: Programs at a time.
+        pack: At most so many points per program, trained as one population if their settings let them.
         stale_after: Seconds without a sign of life after which another machine's worker counts as dead.
         say: Takes a line for every event.
     """
-    engine = _Engine(sweep, points, root, num_workers, stale_after, say)
+    engine = _Engine(sweep, points, root, num_workers, pack, stale_after, say)
     with engine.listening():
         engine.run()
     return SweepResult({point.number: engine.state(point) for point in points}, engine.received)
@@ -70,10 +74,12 @@ class _Engine:
         points: Sequence[Point],
         root: Path,
         num_workers: int,
+        pack: int,
         stale_after: float,
         say: Callable[[str], None],
     ) -> None:
-        self.sweep, self.root, self.num_workers, self.stale_after = sweep, root, num_workers, stale_after
+        self.sweep, self.root, self.num_workers, self.pack = sweep, root, num_workers, pack
+        self.stale_after = stale_after
         self.num_points = len(points)
         self.pending = list(points)
         self.programs: list[Program] = []
@@ -81,7 +87,9 @@ class _Engine:
         self._say = say
         self._told: signal.Signals | None = None
         self._beat_at = self._look_at = 0.0
+        self._tell_at = time.monotonic() + _TELL_SECONDS
         self._said_waiting = False
+        self._resumes: dict[int, str] = {}
         self._attempts = {point.number: self.state(point).attempt for point in points}
 
     def state(self, point: Point) -> PointState:
@@ -104,6 +112,7 @@ class _Engine:
         self._beat()
         if self.received is None:
             self._start_programs()
+        self._tell_progress()
         if self.programs or self.pending:
             time.sleep(_TICK_SECONDS)
 
@@ -144,30 +153,43 @@ class _Engine:
         for point in list(self.pending):
             if len(self.programs) >= self.num_workers or self.received is not None:
                 return
-            self._consider(point)
+            if point in self.pending:
+                self._start(self._claim_together(point))
         self._look_at = time.monotonic() + min(1.0, self.stale_after / 4)  # what is left is in other hands
         if self.pending and not self.programs and not self._said_waiting:
             self._said_waiting = True
             self._say(f"Waiting for {len(self.pending)} points that other workers hold.")
 
-    def _consider(self, point: Point) -> None:
-        """Settle a point that is done or that somebody else has just failed, or start it."""
+    def _claim_together(self, first: Point) -> list[tuple[Point, Claim]]:
+        """Claim a point, and with it the points that can be packed into its program."""
+        claimed: list[tuple[Point, Claim]] = []
+        shared = first.config.shared_settings() if self.pack > 1 else {}
+        for point in [first, *(point for point in self.pending if point is not first)]:
+            if len(claimed) == self.pack or (point is not first and not claimed):
+                break
+            if point is first or point.config.shared_settings() == shared:
+                own = self._claim(point)
+                claimed += [(point, own)] if own is not None else []
+        return claimed
+
+    def _claim(self, point: Point) -> Claim | None:
+        """Settle a point that is done or that somebody else has just failed, or claim it."""
         state = self.state(point)
-        if state.state == "running":
-            return
-        if self._is_settled(point, state):
-            return
+        if state.state == "running" or self._is_settled(point, state):
+            return None
+        self._resumes[point.number] = f" ({state.reason})" if state.attempt or state.state == "failed" else ""
         try:
-            own = claim(self.root / point.name, point.job, number=state.attempt + 1)
+            return claim(self.root / point.name, point.job, number=state.attempt + 1)
         except OSError as error:
             self._settle(point, f"failed   {point.name}: cannot write its folder ({error.strerror})")
-            return
-        if own is None:
-            return
-        self.pending.remove(point)
-        self.programs.append(start_program(self.sweep, point, self.root, own, num_workers=self.num_workers))
-        resumes = f" ({state.reason})" if state.attempt or state.state == "failed" else ""
-        self._tell(f"started  {point.name}{resumes}")
+            return None
+
+    def _start(self, work: list[tuple[Point, Claim]]) -> None:
+        for point, _ in work:
+            self.pending.remove(point)
+            self._tell(f"started  {point.name}{self._resumes[point.number]}")
+        if work:
+            self.programs.append(start_program(self.sweep, work, root=self.root, num_workers=self.num_workers))
 
     def _is_settled(self, point: Point, state: PointState) -> bool:
         if state.state == "done":
@@ -182,21 +204,33 @@ class _Engine:
             self._look_at = 0.0
             with contextlib.suppress(StorageError):  # the next command will find the point unfinished
                 program.record(stopping=self.received)
-            state = self.state(program.point)
-            word = "lost" if program.is_lost else {"waiting": "stopped"}.get(state.state, state.state)
-            log = f"; see {program.log}" if state.state == "failed" else ""
-            if program.is_lost:
-                self.pending.append(program.point)
-            self._tell(f"{word:8s} {program.point.name}: {state.reason}, {program.seconds:.0f} s{log}")
+            for point in program.points:
+                self._tell_end(program, point)
+
+    def _tell_end(self, program: Program, point: Point) -> None:
+        state = self.state(point)
+        word = "lost" if program.is_lost else {"waiting": "stopped"}.get(state.state, state.state)
+        log = f"; see {program.log}" if state.state == "failed" else ""
+        if program.is_lost:
+            self.pending.append(point)
+        self._tell(f"{word:8s} {point.name}: {state.reason}, {program.seconds:.0f} s{log}")
 
     def _beat(self) -> None:
         if time.monotonic() < self._beat_at:
             return
         self._beat_at = time.monotonic() + min(BEAT_SECONDS, self.stale_after / 4)
         for program in self.programs:
-            if not program.claim.beat() and not program.is_lost:
+            if not program.beat() and not program.is_lost:
                 program.is_lost = True
                 program.stop()
+
+    def _tell_progress(self) -> None:
+        """Now and then, a line for each point that runs."""
+        if time.monotonic() >= self._tell_at:
+            self._tell_at = time.monotonic() + _TELL_SECONDS
+            for program in self.programs:
+                for point in program.points:
+                    self._tell(f"running  {point.name}: {self.state(point).reason}")
 
     def _settle(self, point: Point, line: str) -> None:
         self.pending.remove(point)
@@ -204,5 +238,5 @@ class _Engine:
 
     def _tell(self, line: str) -> None:
         """A line for an event, with how many points are over of how many."""
-        num_over = self.num_points - len(self.pending) - len(self.programs)
+        num_over = self.num_points - len(self.pending) - sum(len(program.points) for program in self.programs)
         self._say(f"[{num_over}/{self.num_points}] {line}")

@@ -93,6 +93,8 @@ def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
     try:
         _refuse_twice_set(settings)
         config = resolve(settings) if arguments is None else _trained_config(arguments, settings)
+        if config.population:
+            raise ConfigError("A point is one run; take `population` out, and let `--pack` train points together.")
     except ConfigError as error:
         changing = {parameter.name for parameter in sweep.parameters if parameter.distribution != "constant"}
         values = ", ".join(f"{key}={value}" for key, value in flatten(settings).items() if key in changing)

@@ -1,4 +1,4 @@
-"""One point's program while it runs: its process, its log, and what its end means."""
+"""A program while it runs, of one point or of several packed into one: its process, its log, and what its end means."""
 
 import ctypes
 import json
@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from icl.runs import RunFolder
+from icl.runs import DONE, RunFolder, Status
 from icl.storage import write_atomically
 from icl.sweeps.attempts import Claim, Outcome
 from icl.sweeps.command import child_environment, fill_macros, with_own_icl
@@ -21,14 +22,19 @@ _TAIL_BYTES = 4096
 
 
 class Program:
-    """A point's process, or the reason why it could not be started."""
+    """The process of a point, or of several packed into one, or the reason why it could not be started."""
 
-    def __init__(self, point: Point, claim: Claim, log: Path, process: subprocess.Popen | str) -> None:
-        self.point, self.claim, self.log, self.process = point, claim, log, process
+    def __init__(self, work: Sequence[tuple[Point, Claim]], log: Path, process: subprocess.Popen | str) -> None:
+        self.work, self.log, self.process = work, log, process
         self.is_lost = False
-        """Whether another worker took the point over."""
+        """Whether another worker took a point over."""
         self._started = time.monotonic()
         self._begun_at = log.stat().st_size if log.exists() else 0
+
+    @property
+    def points(self) -> list[Point]:
+        """What it works on."""
+        return [point for point, _ in self.work]
 
     @property
     def seconds(self) -> float:
@@ -39,6 +45,11 @@ class Program:
         """Whether the process has not ended yet."""
         return not isinstance(self.process, str) and self.process.poll() is None
 
+    def beat(self) -> bool:
+        """Say that its attempts live; whether all of them still count."""
+        still_count = [claim.beat() for _, claim in self.work]  # every one is to beat
+        return all(still_count)
+
     def stop(self) -> None:
         """Ask it to save and end."""
         self._signal(signal.SIGTERM)
@@ -48,7 +59,7 @@ class Program:
         self._signal(signal.SIGKILL)
 
     def record(self, *, stopping: signal.Signals | None) -> None:
-        """Write how it ended, and let go of the point.
+        """Write how each point ended, and let go of it.
 
         Args:
             stopping: The signal by which the engine was told to stop, if it was.
@@ -56,19 +67,29 @@ class Program:
         Raises:
             StorageError: If it cannot be written.
         """
+        for point, claim in self.work:
+            self._record(point, claim, stopping)
+
+    def _record(self, point: Point, claim: Claim, stopping: signal.Signals | None) -> None:
         if isinstance(self.process, str):
-            self.claim.finish("failed", reason=self.process)
+            claim.finish("failed", reason=self.process)
             return
         status = self.process.returncode
-        outcome: Outcome = "done" if status == 0 else "preempted" if stopping else "failed"
-        reason = {"done": None, "preempted": f"stopped by {stopping.name if stopping else ''}"}.get(outcome)
-        self.claim.finish(outcome, exit_status=status, reason=self._reason() if outcome == "failed" else reason)
+        run = self._status(point, claim)
+        is_done = status == 0 or (len(self.work) > 1 and run is not None and run.state in DONE)
+        outcome: Outcome = "done" if is_done else "preempted" if stopping else "failed"
+        reasons = {"preempted": f"stopped by {stopping.name}" if stopping else "", "failed": self._reason(run)}
+        claim.finish(outcome, exit_status=status, reason=reasons.get(outcome))
 
-    def _reason(self) -> str:
+    def _status(self, point: Point, claim: Claim) -> Status | None:
+        """What the run says, if it was this program that said it."""
+        status = RunFolder(claim.folder).read_status() if point.trains else None
+        return status if status is not None and status.updated >= claim.attempt.started else None
+
+    def _reason(self, status: Status | None) -> str:
         """Why it failed: what its run's status says, or the last line it wrote."""
         assert isinstance(self.process, subprocess.Popen)
-        status = RunFolder(self.log.parent).read_status() if self.point.trains else None
-        if status is not None and status.state == "failed" and status.updated >= self.claim.attempt.started:
+        if status is not None and status.state == "failed":
             return status.reason or "failed"
         code = self.process.returncode
         end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
@@ -87,32 +108,40 @@ class Program:
             os.killpg(self.process.pid, number)
 
 
-def start_program(sweep: SweepFile, point: Point, root: Path, claim: Claim, *, num_workers: int) -> Program:
-    """Start a point's program: its point as JSON, its output in `sweep.log`, both in its run's folder."""
-    folder = root / point.name
-    point_file, log = folder / "point.json", folder / "sweep.log"
+def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root: Path, num_workers: int) -> Program:
+    """Start the program of a point, or of several packed into one: the points as JSON, the output in `sweep.log`.
+
+    Both lie in the first one's folder; the others' logs say so.
+    """
+    point, claim = work[0]
+    point_file, log = claim.folder / "point.json", claim.folder / "sweep.log"
     words = with_own_icl(
         fill_macros(sweep.command, point.settings, program=sweep.program, json_file=point_file.resolve())
     )
+    content = [point.settings for point, _ in work] if len(work) > 1 else point.settings
+    begun = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    program = Program(work, log, "not started")
     try:
-        write_atomically(point_file, (json.dumps(point.settings, indent=1) + "\n").encode())
+        write_atomically(point_file, (json.dumps(content, indent=1) + "\n").encode())
+        for _, other in work[1:]:
+            with (other.folder / "sweep.log").open("a") as output:
+                output.write(f"{begun} trained together with others; see {log.resolve()}\n")
         with log.open("ab") as output:
-            output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(words)}\n".encode())
+            output.write(f"{begun} {' '.join(words)}\n".encode())
             output.flush()
-            begun = Program(point, claim, log, "not started")
-            begun.process = subprocess.Popen(
+            program.process = subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=child_environment(point_file, root, num_workers=num_workers),
                 start_new_session=True,  # a Ctrl-C reaches the engine alone, which passes it on once
-                pass_fds=(claim.descriptor,),  # the attempt lives as long as the program does
+                pass_fds=[claim.descriptor for _, claim in work],  # an attempt lives as long as the program does
                 preexec_fn=_end_with_engine if sys.platform == "linux" else None,  # noqa: PLW1509 (one thread only)
             )
     except OSError as error:
-        return Program(point, claim, log, f"cannot start `{words[0]}`: {error.strerror or error}")
-    return begun
+        program.process = f"cannot start `{words[0]}`: {error.strerror or error}"
+    return program
 
 
 def _end_with_engine() -> None:

@@ -6,6 +6,7 @@ draws task 1,000,000 computes that one vector. M = 1 is the singleton prior.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,12 +24,6 @@ class Gaussian(NamedTuple):
 
     task_size: int
 
-    def sample(
-        self, key: rng.Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"]
-    ) -> Float[Tensor, "S B D"]:
-        """One task for each step and index."""
-        return rng.normal(key, steps, indices, self.task_size)
-
 
 class Discrete(NamedTuple):
     """w uniform on the first `num_tasks` tasks of the sequence that `seed` names."""
@@ -37,12 +32,27 @@ class Discrete(NamedTuple):
     task_size: int
     seed: int
 
-    def sample(
-        self, key: rng.Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"]
-    ) -> Float[Tensor, "S B D"]:
-        """One task of the pool for each step and index."""
-        chosen = rng.integers(key, steps, indices, self.num_tasks)  # S B
-        return _tasks(chosen.flatten(), self.task_size, self.seed).unflatten(0, chosen.shape)
+
+def sample_tasks(
+    priors: Sequence[Gaussian | Discrete],
+    keys: Sequence[rng.Stream],
+    steps: Int64[Tensor, " S"],
+    indices: Int64[Tensor, " B"],
+) -> Float[Tensor, "N S B D"]:
+    """One task for each prior, step and index: all Gaussian ones at once, and all pools of one sequence."""
+    kinds = [prior.seed if isinstance(prior, Discrete) else None for prior in priors]
+    drawn: dict[int, Tensor] = {}
+    for kind in dict.fromkeys(kinds):
+        places = [place for place, own in enumerate(kinds) if own == kind]
+        key = rng.together([keys[place] for place in places], device=steps.device)
+        if kind is None:
+            tasks = rng.normal(key, steps, indices, priors[0].task_size)
+        else:
+            pools = [priors[place] for place in places]
+            chosen = rng.integers(key, steps, indices, [pool.num_tasks for pool in pools if isinstance(pool, Discrete)])
+            tasks = _tasks(chosen.flatten(), priors[0].task_size, kind).unflatten(0, chosen.shape)
+        drawn |= dict(zip(places, tasks, strict=True))
+    return torch.stack([drawn[place] for place in range(len(priors))])
 
 
 def task_prior(num_tasks: int | float, task_size: int, seed: int) -> Gaussian | Discrete:

@@ -7,6 +7,7 @@ Tokens follow Raventos et al. 2023 and Hoogland et al. 2024: an x-token is (0, x
 of width D + 1. The last y-token would serve no prediction, so a prompt of K examples has 2K - 1 tokens.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from icl import rng
 from icl.config import RunConfig
-from icl.tasks.priors import Discrete, Gaussian, task_prior
+from icl.tasks.priors import Discrete, Gaussian, sample_tasks, task_prior
 
 Distribution = Literal["pretrain", "true"]
 
@@ -41,15 +42,24 @@ class PromptSource(NamedTuple):
 
     def sample(self, steps: range, indices: range, *, device: torch.device | str = "cpu") -> Prompts:
         """The prompts `indices` of every step in `steps`, stacked on a leading axis."""
-        step = torch.arange(steps.start, steps.stop, device=device)
-        index = torch.arange(indices.start, indices.stop, device=device)
-        size = (self.max_examples, self.task_size)
-        xs = rng.normal(self.xs_key, step, index, size[0] * size[1]).unflatten(-1, size)  # S B K D
-        ws = self.prior.sample(self.tasks_key, step, index)  # S B D
-        noise = rng.normal(self.noise_key, step, index, self.max_examples)  # S B K
-        clean = (xs * ws.unsqueeze(-2)).sum(-1)  # S B K; a matrix product would round by the shape of the batch
-        ys = clean + self.noise_variance**0.5 * noise
-        return Prompts(xs, ys, ws)
+        return Prompts(*(part.squeeze(0) for part in sample_together([self], steps, indices, device=device)))
+
+
+def sample_together(
+    sources: Sequence[PromptSource], steps: range, indices: range, *, device: torch.device | str = "cpu"
+) -> Prompts:
+    """The prompts of several sources of one size, each as it would make them alone: xs (N, S, B, K, D)."""
+    step = steps.start + torch.arange(len(steps), device=device)  # XLA compiles a range's bounds into its graph
+    index = torch.arange(indices.start, indices.stop, device=device)
+    one = sources[0]
+    xs_key = rng.together([source.xs_key for source in sources], device=device)
+    noise_key = rng.together([source.noise_key for source in sources], device=device)
+    size = (one.max_examples, one.task_size)
+    xs = rng.normal(xs_key, step, index, size[0] * size[1]).unflatten(-1, size)  # N S B K D
+    ws = sample_tasks([source.prior for source in sources], [source.tasks_key for source in sources], step, index)
+    noise = rng.normal(noise_key, step, index, one.max_examples)  # N S B K
+    clean = (xs * ws.unsqueeze(-2)).sum(-1)  # N S B K; a matrix product would round by the shape of the batch
+    return Prompts(xs, clean + one.noise_variance**0.5 * noise, ws)
 
 
 def prompt_source(config: RunConfig, *, stream: str, distribution: Distribution | None = None) -> PromptSource:

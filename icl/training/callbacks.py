@@ -4,42 +4,34 @@ They run in the order of `run.make_callbacks`: what a step's row or checkpoint n
 the resume file follows, so it never knows of a step that the other files do not have.
 """
 
-import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import time
+from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 
 from icl.config import EarlyStoppingConfig, RunConfig
 from icl.evaluation import EvaluationSet, summarise
-from icl.runs import RunError, RunFolder
+from icl.training.members import Member
 from icl.training.metrics_file import MetricsFile
 from icl.training.module import PopulationModule
-from icl.training.wandb_agent import in_sweep
+from icl.training.wandb_agent import STARTED_BY, in_sweep
 
-Metrics = dict[str, float]
+Metrics = dict[str, float | int]
 
-
-class Member(NamedTuple):
-    """One run of a population: its settings and its folder."""
-
-    config: RunConfig
-    folder: RunFolder
-
-
-class NonFiniteLossError(RunError):
-    """The loss of a member became NaN or infinite."""
+_ECHO_SECONDS = 1.0
+"""A Ctrl-C reaches a program twice when its agent passes on what the terminal has sent to both."""
 
 
 class NonFiniteGuard(pl.Callback):
-    """Stops a run whose loss is no longer finite; the step itself never waits for the answer."""
+    """Ends a member whose loss is no longer finite, and nobody else; the step itself never waits for the answer."""
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, members: Sequence[Member], every: int) -> None:
+        self.members, self.every = members, every
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         """Look at the device's record every `every` steps."""
@@ -47,24 +39,17 @@ class NonFiniteGuard(pl.Callback):
             self.check(module)
 
     def check(self, module: PopulationModule) -> None:
-        """Look now; whoever saves something calls this first.
-
-        Raises:
-            NonFiniteLossError: Naming the first bad step.
-        """
-        step = int(module.first_bad_step.max())
-        if step >= 0:
-            raise NonFiniteLossError(
-                f"The loss became NaN or infinite at step {step}. What was saved before is good; the same settings "
-                "would fail again, so try a lower `optim.lr`, `optim.grad_clip 1`, or precision 32-true, under a new run_name."
-            )
+        """Look now; whoever saves something calls this first."""
+        for member, step in zip(self.members, module.first_bad_step.tolist(), strict=True):
+            if step >= 0 and member.is_running:
+                member.end("failed", step, _describe_bad_step(step))
 
 
 class Evaluation(pl.Callback):
     """Evaluates on fixed prompts at step 0, every `every` steps and the last step."""
 
-    def __init__(self, sets: Sequence[Sequence[EvaluationSet]], every: int | None) -> None:
-        self.sets, self.every = sets, every
+    def __init__(self, sets: Sequence[Sequence[EvaluationSet]], every: int | None, max_steps: int) -> None:
+        self.sets, self.every, self.max_steps = sets, every, max_steps
         self.step = -1
         self.metrics: list[Metrics] = []
 
@@ -76,7 +61,7 @@ class Evaluation(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         """Every so many steps, and at the end."""
         step = trainer.global_step
-        if self.every is not None and (step % self.every == 0 or step == trainer.max_steps):
+        if self.every is not None and (step % self.every == 0 or step == self.max_steps):
             self._evaluate(trainer, module)
 
     def latest(self, step: int) -> list[Metrics] | None:
@@ -93,53 +78,55 @@ class Evaluation(pl.Callback):
 
 
 class EarlyStopping(pl.Callback):
-    """Notes the best evaluation of the monitored metric, and stops when it no longer falls."""
+    """Notes each member's best evaluation of the monitored metric, and ends a member when it no longer falls."""
 
-    def __init__(self, settings: EarlyStoppingConfig, evaluation: Evaluation) -> None:
-        self.settings, self.evaluation = settings, evaluation
-        self.best = math.inf
-        self.best_step: int | None = None
-        self.num_checks = 0
-        self.reason: str | None = None
+    def __init__(self, members: Sequence[Member], settings: EarlyStoppingConfig, evaluation: Evaluation) -> None:
+        self.members, self.settings, self.evaluation = members, settings, evaluation
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Count the initial model as the first check; a run that had stopped stays stopped."""
-        trainer.should_stop = self.reason is not None
-        self._check(trainer)
+        """Count the initial model as the first check."""
+        self._check(trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Check where there is a new evaluation."""
+        self._check(trainer.global_step)
+
+    def _check(self, step: int) -> None:
+        metrics = self.evaluation.latest(step)
+        for index, member in enumerate(self.members):
+            if metrics is not None and member.is_running:
+                self._check_member(member, metrics[index][self.settings.monitor], step)
+
+    def _check_member(self, member: Member, value: float, step: int) -> None:
+        if value < member.best - self.settings.min_delta:
+            member.best, member.best_step, member.num_checks = value, step, 0
+            return
+        member.num_checks += 1
+        if self.settings.patience is not None and member.num_checks >= self.settings.patience:
+            reason = (
+                f"{self.settings.monitor} has not fallen by more than {self.settings.min_delta:g} in "
+                f"{member.num_checks} evaluations; best {member.best:.4g} at step {member.best_step}"
+            )
+            member.end("stopped_early", step, reason)
+
+
+class Ending(pl.Callback):
+    """Ends the fit when a member has ended, so that the rest goes on without it; between ranks, when all have."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = members
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Early stopping may come at the very start."""
         self._check(trainer)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Best value, its step, checks since, and why training stopped."""
-        return {
-            "best": self.best,
-            "best_step": self.best_step,
-            "num_checks": self.num_checks,
-            "reason": self.reason,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the count."""
-        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
-        self.num_checks, self.reason = state_dict["num_checks"], state_dict["reason"]
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """After every step."""
+        self._check(trainer)
 
     def _check(self, trainer: pl.Trainer) -> None:
-        metrics = self.evaluation.latest(trainer.global_step)
-        if metrics is None:
-            return
-        name = self.settings.monitor
-        value = metrics[0][name]
-        if value < self.best - self.settings.min_delta:
-            self.best, self.best_step, self.num_checks = value, trainer.global_step, 0
-            return
-        self.num_checks += 1
-        if self.settings.patience is not None and self.num_checks >= self.settings.patience:
-            self.reason = (
-                f"{name} has not fallen by more than {self.settings.min_delta:g} in {self.num_checks} evaluations; "
-                f"best {self.best:.4g} at step {self.best_step}"
-            )
+        quorum = any if trainer.world_size == 1 else all
+        if quorum(not member.is_running for member in self.members):
             trainer.should_stop = True
 
 
@@ -151,7 +138,8 @@ class StopSignals(pl.Callback):
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._agent = os.getppid() if in_sweep() else None
+        self._received_at = 0.0
+        self._agent = STARTED_BY if in_sweep() else None
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
@@ -179,9 +167,12 @@ class StopSignals(pl.Callback):
         self._restore()
 
     def _receive(self, number: int, frame: Any) -> None:
-        self.received = signal.Signals(number)
-        signal.signal(number, self._previous[self.received])
-        print(f"\n{self.received.name}: saving after this step; send it again to stop at once.", file=sys.stderr)
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number), time.monotonic()
+            print(f"\n{self.received.name}: saving after this step; send it again to stop at once.", file=sys.stderr)
+        elif time.monotonic() - self._received_at > _ECHO_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
@@ -190,35 +181,30 @@ class StopSignals(pl.Callback):
 
 
 class MetricsLog(pl.Callback):
-    """Writes a row of `metrics.csv` at every logged or evaluated step."""
+    """Writes a row of each member's `metrics.csv` at every logged or evaluated step."""
 
-    def __init__(self, members: Sequence[Member], evaluation: Evaluation, stopping: EarlyStopping, every: int) -> None:
-        self.members, self.evaluation, self.stopping, self.every = members, evaluation, stopping, every
+    def __init__(self, members: Sequence[Member], evaluation: Evaluation, every: int) -> None:
+        self.members, self.evaluation, self.every = members, evaluation, every
         self.files: list[MetricsFile] = []
-        self.loss: list[float] | None = None
-        self.sinks: list[Callable[[Metrics], None]] = []
+
+    @property
+    def loss(self) -> float | None:
+        """The mean over the members of their last rows' training losses."""
+        losses = [member.loss for member in self.members if member.is_running and member.loss is not None]
+        return sum(losses) / len(losses) if losses else None
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Begin the files, or cut them back to the step that training resumes from."""
         if trainer.is_global_zero:
-            step = trainer.global_step
             for member in self.members:
                 self.files.append(MetricsFile(member.folder.metrics_file, metric_columns(member.config)))
-                self.files[-1].begin(self._logged_steps(step, trainer.max_steps))
+                self.files[-1].begin(self._logged_steps(trainer.global_step, member.config.trainer.max_steps))
         if trainer.global_step == 0:
             self._write(trainer, module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         """A row where there is something to say."""
         self._write(trainer, module)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The loss of the last row, for the status."""
-        return {"loss": self.loss}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it up again."""
-        self.loss = state_dict["loss"]
 
     def _logged_steps(self, step: int, max_steps: int) -> set[int]:
         """The steps up to this one that have a row; none for a run that begins."""
@@ -231,21 +217,27 @@ class MetricsLog(pl.Callback):
     def _write(self, trainer: pl.Trainer, module: PopulationModule) -> None:
         step = trainer.global_step
         evaluated = self.evaluation.latest(step)
-        is_last = step == trainer.max_steps or self.stopping.reason is not None
-        is_logged = step > 0 and (step % self.every == 0 or is_last)
-        if not is_logged and evaluated is None:
+        is_logged = step > 0 and step % self.every == 0
+        recorded = [index for index, member in enumerate(self.members) if member.records(step)]
+        logged = [index for index in recorded if is_logged or (step > 0 and self.members[index].is_last(step))]
+        if not logged and evaluated is None:
             return
-        rate = float(trainer.optimizers[0].param_groups[0]["lr"])
-        rows: list[Metrics] = [{"step": step, "lr": rate} for _ in self.members]
-        if is_logged:
-            self.loss, clipped = module.take_means()
-            for row, loss, share in zip(rows, self.loss, clipped, strict=True):
-                row |= {"train/loss": loss, "clipped_fraction": share}
-        for index, file in enumerate(self.files):
-            row = rows[index] | (evaluated[index] if evaluated else {})
+        means = dict(zip(logged, zip(*module.take_means(logged), strict=True), strict=True)) if logged else {}
+        for index in recorded:
+            row: Metrics = {"step": step, "lr": float(trainer.optimizers[0].param_groups[0]["lr"])}
+            if index in means:
+                self.members[index].loss, row["clipped_fraction"] = means[index]
+                row["train/loss"] = means[index][0]
+            row |= evaluated[index] if evaluated else {}
+            if index in means or evaluated:
+                self._append(index, row)
+
+    def _append(self, index: int, row: Metrics) -> None:
+        if self.files:
+            file, wandb = self.files[index], self.members[index].wandb
             file.append(row)
-            for sink in self.sinks:
-                sink({key: value for key, value in row.items() if key in file.columns})
+            if wandb is not None:
+                wandb.log({key: value for key, value in row.items() if key in file.columns})
 
 
 def metric_columns(config: RunConfig) -> list[str]:
@@ -263,3 +255,10 @@ def metric_columns(config: RunConfig) -> list[str]:
 def any_rank(trainer: pl.Trainer, flag: bool) -> bool:
     """Whether the flag is set on any rank; every rank must ask."""
     return flag if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(flag, all=False)
+
+
+def _describe_bad_step(step: int) -> str:
+    return (
+        f"The loss became NaN or infinite at step {step}. What was saved before is good; the same settings "
+        "would fail again, so try a lower `optim.lr`, `optim.grad_clip 1`, or precision 32-true, under a new run_name."
+    )

@@ -11,9 +11,10 @@ import lightning.pytorch as pl
 import torch
 
 from icl.config import RunConfig
-from icl.tasks.prompts import Prompts, prompt_source
+from icl.tasks.prompts import Prompts, prompt_source, sample_together
 
 _BLOCK_NORMALS = 2**19
+_CUDA_BLOCK_NORMALS = 2**24  # its kernels cost as much for few numbers as for many
 _MAX_BLOCK = 64
 
 
@@ -42,21 +43,24 @@ class PromptStream:
         share = configs[0].trainer.batch_size // num_ranks
         self.indices = range(rank * share, (rank + 1) * share)
         normals = len(configs) * share * configs[0].task.max_examples * (configs[0].task.task_size + 1)
-        self.block = max(1, min(_MAX_BLOCK, _BLOCK_NORMALS // normals))
+        room = _CUDA_BLOCK_NORMALS if torch.device(device).type == "cuda" else _BLOCK_NORMALS
+        self.block = max(1, min(_MAX_BLOCK, room // normals))
 
     def __iter__(self) -> Iterator[Prompts]:
         step = self.first_step()
         while True:
             start = step - step % self.block
             prompts = self._sample(range(start, start + self.block))
-            for offset in range(step - start, self.block):
-                yield Prompts(*(part[offset] for part in prompts))
+            # Taken apart at once: XLA compiles an index into its graph.
+            for parts in list(zip(*(part.unbind() for part in prompts), strict=True))[step - start :]:
+                yield Prompts(*parts)
             step = start + self.block
 
     def _sample(self, steps: range) -> Prompts:
         """All members' prompts of several steps: xs (S, N, B, K, D)."""
-        members = [source.sample(steps, self.indices, device=self.device) for source in self.sources]
-        return Prompts(*(torch.stack(parts, dim=1) for parts in zip(*members, strict=True)))
+        return Prompts(
+            *(part.transpose(0, 1) for part in sample_together(self.sources, steps, self.indices, device=self.device))
+        )
 
 
 class PromptDataModule(pl.LightningDataModule):

@@ -2,7 +2,7 @@
 
 It holds the stacked parameters of N members, computes each member's mean squared error on prompts of its own, and
 keeps what the step learns about itself (loss since the last row, clipped steps, first non-finite step) as tensors on
-the device, so that a step never waits for the host.
+the device, one entry per member, so that a step never waits for the host.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,29 +16,29 @@ from torch import Tensor, nn
 
 from icl import population
 from icl.build import build_architecture
-from icl.config import RunConfig
 from icl.population import Params
 from icl.tasks.prompts import Prompts
+from icl.training.members import Member
 from icl.training.optim import clip_by_member, make_optimizer, make_scheduler
 
 
 class PopulationModule(pl.LightningModule):
-    """N members of one architecture under one optimiser; `configs[i]` is the run of member i."""
+    """N members of one architecture under one optimiser; they differ in their seeds and their tasks only."""
 
     loss_sum: Tensor
     num_clipped: Tensor
+    num_summed: Tensor
     first_bad_step: Tensor
 
-    def __init__(self, configs: Sequence[RunConfig], params: Mapping[str, Tensor]) -> None:
+    def __init__(self, members: Sequence[Member], params: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.configs, self.config = configs, configs[0]
-        self.predict = partial(population.apply, build_architecture(configs[0]))
+        self.members, self.config = members, members[0].config
+        self.predict = partial(population.apply, build_architecture(self.config))
         # A parameter's registered name may hold no dot.
         self.stacked = nn.ParameterDict({_mangle(name): nn.Parameter(tensor) for name, tensor in params.items()})
-        self.register_buffer("loss_sum", torch.zeros(len(configs)))
-        self.register_buffer("num_clipped", torch.zeros(len(configs)))
-        self.register_buffer("first_bad_step", torch.full((len(configs),), -1))
-        self.num_summed = 0
+        for name in ("loss_sum", "num_clipped", "num_summed"):
+            self.register_buffer(name, torch.zeros(len(members)))
+        self.register_buffer("first_bad_step", torch.full((len(members),), -1))
 
     @property
     def params(self) -> Params:
@@ -68,23 +68,24 @@ class PopulationModule(pl.LightningModule):
             norms = clip_by_member(self.stacked.values(), self.config.optim.grad_clip)
             self.num_clipped += norms > self.config.optim.grad_clip
 
-    def take_means(self) -> tuple[list[float], list[float]]:
-        """Each member's mean loss and share of clipped steps since the last call; waits for the device."""
-        count = max(1, self.num_summed)
-        means = (self.loss_sum / count).tolist(), (self.num_clipped / count).tolist()
-        self.loss_sum.zero_()
-        self.num_clipped.zero_()
-        self.num_summed = 0
+    def take_means(self, indices: Sequence[int]) -> tuple[list[float], list[float]]:
+        """Mean loss and share of clipped steps of some members since their last call; waits for the device."""
+        chosen = torch.tensor(indices, device=self.loss_sum.device)
+        count = self.num_summed[chosen].clamp(min=1)
+        means = (self.loss_sum[chosen] / count).tolist(), (self.num_clipped[chosen] / count).tolist()
+        for sums in (self.loss_sum, self.num_clipped, self.num_summed):
+            sums[chosen] = 0
         return means
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the count behind the running means, and the settings as plain values."""
-        checkpoint["num_summed"] = self.num_summed
-        checkpoint["configs"] = [config.to_dict() for config in self.configs]
+        """Add each member's settings and standing, as plain values."""
+        checkpoint["configs"] = [member.config.to_dict() for member in self.members]
+        checkpoint["members"] = [member.state_dict() for member in self.members]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it up again."""
-        self.num_summed = checkpoint["num_summed"]
+        """Take up each member's standing."""
+        for member, saved in zip(self.members, checkpoint["members"], strict=True):
+            member.load_state_dict(saved)
 
     def _record(self, losses: Tensor) -> None:
         if self.trainer.world_size > 1:

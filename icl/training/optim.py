@@ -5,6 +5,7 @@ is scaled by the norm of its own gradient, as `torch.nn.utils.clip_grad_norm_` w
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,9 +22,11 @@ def make_optimizer(params: Iterable[nn.Parameter], config: RunConfig, device_typ
     """Adam as the config says; one fused kernel where the device has it."""
     optim = config.optim
     fused = device_type in ("cpu", "cuda")
-    return torch.optim.Adam(
+    adam = torch.optim.Adam(
         list(params), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused or None
     )
+    adam.register_load_state_dict_pre_hook(_keep_kernel)
+    return adam
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: RunConfig) -> LambdaLR:
@@ -47,3 +50,9 @@ def clip_by_member(params: Iterable[nn.Parameter], max_norm: float) -> Float[Ten
     for grad in grads:
         grad.mul_(scale.view(-1, *[1] * (grad.ndim - 1)))
     return norm
+
+
+def _keep_kernel(adam: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """What was saved, but for the kernel: a run may be resumed on another kind of device."""
+    groups = zip(saved["param_groups"], adam.param_groups, strict=True)
+    return saved | {"param_groups": [old | {"fused": own["fused"]} for old, own in groups]}

@@ -1,48 +1,38 @@
-"""Train one run from its configuration to its folder, or take up where it stopped.
+"""Train runs from their configurations to their folders, or take up where they stopped.
 
 The same call does all of it: a new run begins, an unfinished one resumes bit-identically, a finished one says so.
 Every way of ending (finished, stopped early, pre-empted by a signal, failed) is in `status.json` with its reason.
+
+Several runs that differ in their seeds and tasks alone are trained together, as one population; one run is a population
+of one, and there is no other way. Members that stand at different steps are put together as the first ones catch up;
+a member that ends before the others leaves, and the rest goes on without it from the files it would resume from.
 """
 
-import logging
+import contextlib
+import itertools
 import signal
-import time
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy, Strategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
 from icl import population
-from icl.build import build_evaluation_sets, build_model, choose_device
-from icl.config import ConfigError, RunConfig
+from icl.build import build_model
+from icl.config import MEMBER_SETTINGS, ConfigError, RunConfig
+from icl.evaluation import EvaluationSet
 from icl.presets import run_name
 from icl.runs import DONE, RunError, RunFolder, State, Status, is_child_rank, local_root, require_same_config
-from icl.schedules import checkpoint_steps
 from icl.storage import remove_temporaries
 from icl.training import wandb_agent
-from icl.training.callbacks import (
-    EarlyStopping,
-    Evaluation,
-    Member,
-    MetricsLog,
-    NonFiniteGuard,
-    StopSignals,
-    metric_columns,
-)
+from icl.training.callbacks import StopSignals
 from icl.training.data import PromptDataModule
+from icl.training.members import Member
 from icl.training.module import PopulationModule
-from icl.training.progress import ProgressBar, StatusFile
-from icl.training.saving import ResumeFile, ScheduledCheckpoints, read_resume_step
+from icl.training.progress import member_status
+from icl.training.saving import read_resume_file
+from icl.training.trainer import evaluation_sets, make_callbacks, make_trainer, require_monitor
 from icl.training.upload import upload_behind
-from icl.training.wandb_log import WandbLog, start_wandb
-
-_MANY_TASKS = 2**16
-"""Where dMMSE on the evaluation prompts takes seconds, and a person would wonder."""
+from icl.training.wandb_log import WandbLog, exit_code_of, start_wandb
 
 
 class TrainResult(NamedTuple):
@@ -56,208 +46,233 @@ class TrainResult(NamedTuple):
     """Whether there was nothing left to do."""
 
 
+class NonFiniteLossError(RunError):
+    """The loss of a run became NaN or infinite."""
+
+
 def train(config: RunConfig, *, folder: str | Path | None = None, wandb_run: Any = None) -> TrainResult:
     """Train a run to its end, or resume it.
 
     Args:
         config: The run.
         folder: Its folder; left out, `$LOCAL_ROOT/<run name>`.
-        wandb_run: The W&B run of a sweep's point (`icl.training.wandb_agent`); left out, one of its own if W&B is set up.
+        wandb_run: The W&B run of a sweep's point (`icl.training.wandb_agent`), which the caller ends; left out,
+            one of its own if W&B is set up.
 
     Raises:
         ConfigError: If the folder holds a run with other settings, or the device is absent.
-        RunError: If another process trains it, its resume file is unusable, the loss became non-finite, or its place
-            in the store is another run's.
+        NonFiniteLossError: If the loss became NaN or infinite.
+        RunError: If another process trains it, its resume file is unusable, or its place in the store is another run's.
         StorageError: If it cannot be written, or its store cannot be used; what was saved before is intact.
         UploadError: If it has ended, and files of it did not reach its store.
     """
-    run = RunFolder(folder if folder is not None else local_root() / run_name(config))
-    _quieten_lightning()
-    trainer = make_trainer(config)  # refuses what it must before anything is written
-    require_monitor(config)
+    result = train_population([config], folders=None if folder is None else [folder], wandb_run=wandb_run)[0]
+    if result.status.state == "failed":
+        raise NonFiniteLossError(result.status.reason)
+    return result
+
+
+def train_population(
+    configs: Sequence[RunConfig], *, folders: Sequence[str | Path] | None = None, wandb_run: Any = None
+) -> list[TrainResult]:
+    """Train several runs at once, each as if alone, to their ends; resume those that had begun, leave those that are done.
+
+    A member whose loss becomes non-finite fails alone: its status says so, and the others go on.
+
+    Args:
+        configs: The runs, which differ in `MEMBER_SETTINGS` only.
+        folders: Theirs; left out, `$LOCAL_ROOT/<run name>` each.
+        wandb_run: As in `train`; for one run only.
+
+    Raises:
+        ConfigError: If the runs cannot share a population, or as `train`.
+        RunError, StorageError, UploadError: As `train`.
+    """
+    require_alike(configs)
+    places = folders if folders is not None else [local_root() / run_name(config) for config in configs]
+    if len(set(map(str, places))) < len(places):
+        raise ConfigError(f"Of the members of the population, two members are the run {max(places, key=places.count)}.")
+    members = [Member(config, RunFolder(place)) for config, place in zip(configs, places, strict=True)]
+    make_trainer(configs[0])  # refuses what it must before anything is written
+    for config in configs:
+        require_monitor(config)
     if is_child_rank():
-        return TrainResult(run, *_fit(config, run, trainer, read_resume_step(run, config)))
-    with run.lock(), upload_behind(config, run):
-        return _train(config, run, trainer, wandb_run)
+        unfinished = [member for member in members if not _is_done(member)]
+        received = _train_stages(unfinished, {member: read_resume_file(member) for member in unfinished})
+        return [_result(member, received) for member in members]
+    with contextlib.ExitStack() as held:
+        for member in members:
+            held.enter_context(member.folder.lock())
+            held.enter_context(upload_behind(member.config, member.folder))
+        return _train(members, wandb_run)
 
 
-def _train(config: RunConfig, run: RunFolder, trainer: pl.Trainer, wandb_run: Any) -> TrainResult:
-    if run.config_file.exists():
-        require_same_config(run.read_config(), config, run)
-        status = run.read_status()
-        if status is not None and status.state in DONE:
-            if wandb_run is not None:
-                wandb_agent.replay(wandb_run, run.metrics_file, status.step)
-                WandbLog(wandb_run).finish(0)
-            return TrainResult(run, status, was_done=True)
-    resume_step = read_resume_step(run, config)
-    run.write_config(config)
-    for folder in (run.path, run.checkpoints.root, run.results, run.figures):
-        remove_temporaries(folder)
-    started = time.monotonic()
-    run.log(f"resuming from step {resume_step}" if resume_step else "starting")
-    print(f"Resuming {run.path} from step {resume_step:,}." if resume_step else f"Training {run.path}.")
-    run.write_status(Status(state="waiting", step=resume_step, max_steps=config.trainer.max_steps))
-    try:
-        status, received = _fit(config, run, trainer, resume_step, wandb_run)
-    except SystemExit as stop:  # Lightning's answer to a second Ctrl-C
-        _record_failure(run, KeyboardInterrupt())
-        raise KeyboardInterrupt from stop
-    except BaseException as error:
-        _record_failure(run, error)
-        if isinstance(error, RuntimeError) and "memory" in str(error).lower():
-            sizes = "`model`, `trainer.batch_size` or `evaluation.num_prompts`"
-            raise RunError(f"The device has not enough memory for this run; make {sizes} smaller.") from None
-        raise
-    run.write_status(status)
-    run.log(f"{status.state} at step {status.step} after {time.monotonic() - started:.1f} s. {status.reason or ''}")
-    return TrainResult(run, status, received)
+def require_alike(configs: Sequence[RunConfig]) -> None:
+    """Refuse runs that cannot be trained as one population.
+
+    Raises:
+        ConfigError: Naming the first setting in which they may not differ, or the name that two of them share.
+    """
+    first = configs[0].shared_settings()
+    for config in configs[1:]:
+        for key, value in config.shared_settings().items():
+            if value != first[key]:
+                raise ConfigError(
+                    f"`{key}` differs among the members of the population ({first[key]!r} and {value!r}); they may differ "
+                    f"in {', '.join(f'`{name}`' for name in MEMBER_SETTINGS)} only."
+                )
+
+
+def _train(members: Sequence[Member], wandb_run: Any) -> list[TrainResult]:
+    done = [member for member in members if _is_done(member)]
+    unfinished = [member for member in members if member not in done]
+    received = None
+    if done and wandb_run is not None:
+        wandb_agent.replay(wandb_run, done[0].folder.metrics_file, done[0].config.trainer.max_steps)
+    if unfinished:
+        steps = {member: read_resume_file(member) for member in unfinished}
+        with _recording_failure(unfinished):
+            for member in unfinished:
+                _begin(member, steps[member])
+            _announce(unfinished, steps)
+            for member in unfinished:
+                member.wandb = _wandb_log(member, steps[member], wandb_run)
+                _settle(member, steps[member], None)  # one that was killed between its end and its last words
+            received = _train_stages(unfinished, steps)
+    return [_result(member, received, was_done=member in done) for member in members]
+
+
+def _train_stages(members: Sequence[Member], steps: Mapping[Member, int]) -> signal.Signals | None:
+    """Train those that are furthest behind until they reach the next, then these together, and so on to the end.
+
+    Returns:
+        The signal that stopped it, if one did.
+    """
+    sets = evaluation_sets([member.config for member in members])
+    active: list[Member] = []
+    for step, until in itertools.pairwise([*sorted(set(steps.values())), members[0].config.trainer.max_steps]):
+        active += [member for member in members if member.is_running and steps[member] == step]
+        is_behind = True
+        while active and is_behind:
+            step, received = _fit(active, step, until, [sets[members.index(member)] for member in active])
+            for member in active:
+                _settle(member, step, received)
+            if received is not None:
+                for member in members:
+                    _settle(member, steps[member], received)
+                return received
+            active = [member for member in active if member.is_running]
+            is_behind = step < until
+    return None
 
 
 def _fit(
-    config: RunConfig, run: RunFolder, trainer: pl.Trainer, resume_step: int, wandb_run: Any = None
-) -> tuple[Status, signal.Signals | None]:
-    callbacks = make_callbacks([Member(config, run)])
+    members: Sequence[Member], step: int, until: int, sets: Sequence[Sequence[EvaluationSet]]
+) -> tuple[int, signal.Signals | None]:
+    """Train members that stand at one step until another, or until one of them ends, or a signal comes.
+
+    Returns:
+        The step reached, and the signal.
+    """
+    configs = [member.config for member in members]
+    trainer = make_trainer(configs[0], members, max_steps=until)
+    callbacks = make_callbacks(members, sets)
     trainer.callbacks += callbacks  # type: ignore[attr-defined]
-    if wandb_run is not None:
-        wandb_agent.replay(wandb_run, run.metrics_file, resume_step)
-    wandb_log = WandbLog(wandb_run) if wandb_run is not None else None if is_child_rank() else start_wandb(config, run)
-    if wandb_log is not None:
-        next(callback for callback in callbacks if isinstance(callback, MetricsLog)).sinks.append(wandb_log.log)
-    try:
-        ended = _fit_from(resume_step, config, run, trainer, callbacks)
-    except BaseException:
-        if wandb_log is not None:
-            wandb_log.finish(1)
-        raise
-    if wandb_log is not None:
-        wandb_log.finish(0 if ended[1] is None else 128 + ended[1])
-    return ended
-
-
-def _fit_from(
-    resume_step: int, config: RunConfig, run: RunFolder, trainer: pl.Trainer, callbacks: list[pl.Callback]
-) -> tuple[Status, signal.Signals | None]:
-    """Train to the end; the status to end with, and the signal that stopped it."""
-    module = PopulationModule([config], population.stack([dict(build_model(config).named_parameters())]))
-    path = str(run.resume_file) if resume_step else None
-    trainer.fit(module, datamodule=PromptDataModule([config]), ckpt_path=path, weights_only=True)
-    stopping = next(callback for callback in callbacks if isinstance(callback, EarlyStopping))
+    params = population.stack([dict(build_model(config).named_parameters()) for config in configs])
+    module = PopulationModule(members, params)
+    path = str(members[0].folder.resume_file) if step else None
+    trainer.fit(module, datamodule=PromptDataModule(configs), ckpt_path=path, weights_only=True)
+    reached = trainer.global_step
     received = next(callback.received for callback in callbacks if isinstance(callback, StopSignals))
-    last = run.read_status() or Status(state="running")
-    step = trainer.global_step
-    state: State = "finished"
-    reason = None
-    if stopping.reason is not None:
-        state, reason = "stopped_early", stopping.reason
-    elif step < config.trainer.max_steps:
-        state, reason = "preempted", f"{received.name if received else 'a signal'} at step {step}"
-    losses = next(callback.loss for callback in callbacks if isinstance(callback, MetricsLog))
-    done = replace(
-        last,
-        state=state,
-        reason=reason,
-        step=step,
-        max_steps=trainer.max_steps,
-        loss=losses[0] if losses else None,
-        best_step=stopping.best_step,
-    )
-    return done, received if state == "preempted" else None
+    if received is None and reached < until and all(member.is_running for member in members):
+        received = signal.SIGTERM
+    return reached, received if reached < configs[0].trainer.max_steps else None
 
 
-def make_callbacks(members: Sequence[Member]) -> list[pl.Callback]:
-    """The callbacks in the order in which they must see a step."""
-    config = members[0].config
-    if not config.task.is_gaussian and config.task.num_tasks > _MANY_TASKS and config.evaluation.every is not None:
-        prompts = 2 * config.evaluation.num_prompts
-        print(f"Computing dMMSE over {config.task.num_tasks:,} tasks for {prompts:,} evaluation prompts, once ...")
-    kind = choose_device(config.trainer.accelerator)
-    device = "cpu" if kind == "tpu" else kind  # evaluation is small; an XLA device would compile it for every shape
-    every = config.evaluation.every
-    sets = [
-        build_evaluation_sets(member.config, num_prompts=config.evaluation.num_prompts, device=device)
-        for member in members
-        if every is not None
-    ]
-    guard = NonFiniteGuard(config.trainer.log_every)
-    evaluation = Evaluation(sets, every)
-    stopping = EarlyStopping(config.early_stopping, evaluation)
-    log = MetricsLog(members, evaluation, stopping, config.trainer.log_every)
-    grid = config.checkpoints
-    steps = checkpoint_steps(
-        config.trainer.max_steps, every=grid.every, num_log=grid.num_log, num_linear=grid.num_linear
-    )
-    return [
-        guard,
-        evaluation,
-        stopping,
-        StopSignals(),
-        log,
-        ScheduledCheckpoints(members, steps, guard, stopping),
-        ResumeFile(members[0].folder, log, guard, seconds=grid.resume_seconds),
-        StatusFile(members, log, stopping),
-        ProgressBar(log),
-    ]
+def _is_done(member: Member) -> bool:
+    """Whether the run has ended before; a folder that holds another run is refused."""
+    if not member.folder.config_file.exists():
+        return False
+    require_same_config(member.folder.read_config(), member.config, member.folder)
+    status = member.folder.read_status()
+    return status is not None and status.state in DONE
 
 
-def make_trainer(config: RunConfig) -> pl.Trainer:
-    """Lightning's Trainer without callbacks of its own.
+def _begin(member: Member, step: int) -> None:
+    run = member.folder
+    run.write_config(member.config)
+    for folder in (run.path, run.checkpoints.root, run.results, run.figures):
+        remove_temporaries(folder)
+    run.log(f"resuming from step {step}" if step else "starting")
+    run.write_status(member_status(member, "waiting", step))
 
-    Raises:
-        ConfigError: If Lightning refuses the devices, the strategy or the precision.
-    """
-    settings = config.trainer
-    strategy: str | Strategy = settings.strategy
-    if settings.devices * settings.num_nodes > 1 and strategy in ("auto", "ddp"):
-        strategy = DDPStrategy(broadcast_buffers=False)  # ours are already the same on every rank
-    options = {
-        "accelerator": choose_device(settings.accelerator),
-        "devices": settings.devices,
-        "num_nodes": settings.num_nodes,
-        "strategy": strategy,
-        "precision": settings.precision,
-        "max_steps": settings.max_steps,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-    }
+
+def _announce(members: Sequence[Member], steps: Mapping[Member, int]) -> None:
+    if len(members) > 1:
+        print(f"Training {len(members)} runs as one population:")
+    for member in members:
+        place = member.folder.path
+        print(f"Resuming {place} from step {steps[member]:,}." if steps[member] else f"Training {place}.")
+
+
+def _wandb_log(member: Member, step: int, wandb_run: Any) -> WandbLog | None:
+    """The member's W&B run: the sweep's, or one of its own."""
+    if wandb_run is None:
+        return start_wandb(member.config, member.folder)
+    wandb_agent.replay(wandb_run, member.folder.metrics_file, step)
+    return WandbLog(wandb_run, is_lent=True)
+
+
+def _settle(member: Member, step: int, received: signal.Signals | None) -> None:
+    """Say how a member has ended, once it has: in its status, its log and its W&B run."""
+    if member.is_running and step == member.config.trainer.max_steps:
+        member.end("finished", step)
+    elif member.is_running and received is not None:
+        member.end("preempted", step, f"{received.name} at step {step}")
+    if member.is_running or member.is_settled or is_child_rank():
+        return
+    member.is_settled = True
+    last = member.folder.read_status() or member_status(member, "running", step)
+    step = last.step if member.state == "failed" else member.end_step or 0
+    status = replace(member_status(member, member.state, step), steps_per_second=last.steps_per_second)
+    member.folder.write_status(status)
+    member.folder.log(f"{status.state} at step {status.step} after {member.seconds:.1f} s. {status.reason or ''}")
+    if member.wandb is not None:
+        code = 128 + received if member.state == "preempted" and received else int(member.state == "failed")
+        member.wandb.finish(code)
+
+
+def _result(member: Member, received: signal.Signals | None, *, was_done: bool = False) -> TrainResult:
+    status = member.folder.read_status() or member_status(member, "running", 0)
+    return TrainResult(member.folder, status, received if member.state == "preempted" else None, was_done)
+
+
+@contextlib.contextmanager
+def _recording_failure(members: Sequence[Member]) -> Iterator[None]:
+    """Say in every unfinished member's status and W&B run that it failed, where the disk still allows it."""
     try:
-        return pl.Trainer(**options)  # type: ignore[arg-type]
-    except (ValueError, RuntimeError, MisconfigurationException) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"Lightning refuses these `trainer` settings: {reason}") from None
+        yield
+    except SystemExit as stop:  # Lightning's answer to a second Ctrl-C
+        _record_failure(members, KeyboardInterrupt())
+        raise KeyboardInterrupt from stop
+    except BaseException as error:
+        _record_failure(members, error)
+        if isinstance(error, RuntimeError) and "memory" in str(error).lower():
+            sizes = "`population`, `model`, `trainer.batch_size` or `evaluation.num_prompts`"
+            raise RunError(f"The device has not enough memory for this; make {sizes} smaller.") from None
+        raise
 
 
-def require_monitor(config: RunConfig) -> None:
-    """Refuse a patience for a metric that the run does not log.
-
-    Raises:
-        ConfigError: Naming the metrics that it does.
-    """
-    metrics = [column for column in metric_columns(config) if column.startswith("eval/")]
-    monitor = config.early_stopping.monitor
-    if config.evaluation.every is not None and monitor not in metrics:
-        raise ConfigError(f"`early_stopping.monitor` is `{monitor}`, but the metrics are {', '.join(metrics)}.")
-
-
-def _record_failure(run: RunFolder, error: BaseException) -> None:
-    """Say in `status.json` that the run failed, where the disk still allows it."""
-    last = run.read_status() or Status(state="failed")
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+def _record_failure(members: Sequence[Member], error: BaseException) -> None:
     was_interrupted = isinstance(error, KeyboardInterrupt)
     state: State = "preempted" if was_interrupted else "failed"
-    reason = "interrupted" if was_interrupted else reason
-    try:
-        run.write_status(replace(last, state=state, reason=reason))
-        run.log(f"{state}: {reason}")
-    except OSError:
-        return
-
-
-def _quieten_lightning() -> None:
-    """Leave the terminal to our own progress bar."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*`isinstance.treespec, LeafSpec.`.*")
+    reason = "interrupted" if was_interrupted else (str(error) or type(error).__name__).splitlines()[0]
+    for member in members:
+        if member.is_settled:
+            continue
+        last = member.folder.read_status() or Status(state="failed")
+        with contextlib.suppress(OSError):
+            member.folder.write_status(replace(last, state=state, reason=reason))
+            member.folder.log(f"{state}: {reason}")
+        if member.wandb is not None:
+            member.wandb.finish(exit_code_of(error))

@@ -1,125 +1,185 @@
-"""What a run leaves on disk as it goes: checkpoints for analysis, and the file it resumes from."""
+"""What a run leaves on disk as it goes: checkpoints for analysis, and the file it resumes from.
+
+Each member's `last.ckpt` is a Lightning checkpoint of that member alone: its slice of the stacked parameters and of
+Adam's moments. So a member of a population can be resumed alone, and runs that stand at one step can be put together.
+"""
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
 
 from icl import population
 from icl.checkpoints import checkpoint_name, save_checkpoint
-from icl.config import RunConfig
-from icl.runs import RunError, RunFolder, require_same_config
+from icl.config import EarlyStoppingConfig, RunConfig
+from icl.runs import RunError, require_same_config
 from icl.storage import StorageError, sync_folder, temporary_path
-from icl.training.callbacks import EarlyStopping, Member, MetricsLog, NonFiniteGuard, any_rank
+from icl.training.callbacks import MetricsLog, NonFiniteGuard, any_rank
+from icl.training.members import Member
 from icl.training.module import PopulationModule
 
 
 class ScheduledCheckpoints(pl.Callback):
-    """Saves the weights at the steps of the schedule, and at the step where training ends."""
+    """Saves the weights at the steps of the schedule, and at the step where a member's training ends."""
 
     def __init__(
-        self, members: Sequence[Member], steps: Sequence[int], guard: NonFiniteGuard, stopping: EarlyStopping
+        self,
+        members: Sequence[Member],
+        steps: Sequence[int],
+        guard: NonFiniteGuard,
+        stopping: EarlyStoppingConfig,
     ) -> None:
         self.members, self.steps, self.guard, self.stopping = members, frozenset(steps), guard, stopping
-        self.extra_step: int | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """The initial model."""
         if trainer.global_step == 0:
-            self._save(trainer, module)
+            self._save(trainer, module, self.members)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Save if the step is on the schedule, training ends here, or it is the best so far."""
+        """Save if the step is on the schedule, a member's training ends here, or it is its best so far."""
         step = trainer.global_step
-        if step in self.steps or step == trainer.max_steps or self.stopping.reason is not None:
-            self._save(trainer, module)
-        elif self.stopping.settings.patience is not None and self.stopping.best_step == step:
-            self._save_best(trainer, module)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The best checkpoint that is not on the schedule."""
-        return {"extra_step": self.extra_step}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it up again."""
-        self.extra_step = state_dict["extra_step"]
-
-    def _save_best(self, trainer: pl.Trainer, module: PopulationModule) -> None:
-        """Keep one checkpoint off the schedule: the best."""
-        old, self.extra_step = self.extra_step, trainer.global_step
-        self._save(trainer, module)
-        if trainer.is_global_zero and old is not None:
-            for member in self.members:
+        due = [member for member in self.members if step in self.steps or member.is_last(step)]
+        best = [
+            member
+            for member in self.members
+            if self.stopping.patience is not None and member.best_step == step and member not in due
+        ]
+        if due or best:
+            self._save(trainer, module, [*due, *best])
+        for member in best:
+            old, member.extra_step = member.extra_step, step
+            if trainer.is_global_zero and old is not None:
                 member.folder.checkpoints.delete(checkpoint_name(old))
 
-    def _save(self, trainer: pl.Trainer, module: PopulationModule) -> None:
+    def _save(self, trainer: pl.Trainer, module: PopulationModule, members: Sequence[Member]) -> None:
         self.guard.check(module)
         if trainer.is_global_zero:
             for member, params in zip(self.members, population.unstack(module.params), strict=True):
-                save_checkpoint(member.folder.checkpoints, trainer.global_step, member.config, params)
+                if member in members and member.records(trainer.global_step):
+                    save_checkpoint(member.folder.checkpoints, trainer.global_step, member.config, params)
 
 
-class ResumeFile(pl.Callback):
-    """Keeps `last.ckpt` at most `seconds` old, and exact at the end of training."""
+class ResumeFiles(pl.Callback):
+    """Keeps each member's `last.ckpt` at most `seconds` old, and exact where its training ends."""
 
     def __init__(
-        self, folder: RunFolder, metrics_log: MetricsLog, guard: NonFiniteGuard, *, seconds: float = 20.0
+        self, members: Sequence[Member], metrics_log: MetricsLog, guard: NonFiniteGuard, *, seconds: float = 20.0
     ) -> None:
-        self.folder, self.metrics_log, self.guard, self.seconds = folder, metrics_log, guard, seconds
+        self.members, self.metrics_log, self.guard, self.seconds = members, metrics_log, guard, seconds
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Save when it is time, and when this was the last step."""
-        is_last = trainer.should_stop or trainer.global_step == trainer.max_steps
+        """Save when it is time, when training stops here, and when a member's does."""
+        step = trainer.global_step
+        is_last = trainer.should_stop or step == trainer.max_steps or any(m.end_step == step for m in self.members)
         if is_last or any_rank(trainer, time.monotonic() - self._saved_at > self.seconds):
             self.guard.check(module)
             for file in self.metrics_log.files:
                 file.sync()
-            save_resume_file(trainer, self.folder.resume_file)
+            trainer.save_checkpoint("last.ckpt")  # in each member's folder: `MemberFiles`
             self._saved_at = time.monotonic()
 
 
-def save_resume_file(trainer: pl.Trainer, path: Path) -> None:
-    """Write Lightning's checkpoint so that a kill at any moment leaves the old one or the new one.
+class MemberFiles(CheckpointIO):
+    """Writes Lightning's checkpoint of a population as one file per member, and puts such files together again."""
 
-    Raises:
-        StorageError: If it cannot be written.
-    """
-    temporary = temporary_path(path)
-    try:
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_folder(path.parent)
-    except OSError as error:
-        raise StorageError(
-            f"Cannot write {path}: {error.strerror or error}. What was saved before is intact; "
-            "free space, then run the same command again."
-        ) from None
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = members
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write the files of the members that are not yet past their end.
+
+        Raises:
+            StorageError: If one cannot be written.
+        """
+        whole = move_data_to_device(checkpoint, torch.device("cpu"))
+        parts = {
+            member.folder.resume_file: _member_of(whole, index)
+            for index, member in enumerate(self.members)
+            if member.records(whole["global_step"])
+        }
+        _replace_all(parts)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        """The checkpoint of the population, from the members' files, which are of one step."""
+        files = [member.folder.resume_file for member in self.members]
+        return _joined([torch.load(file, map_location=map_location or "cpu", weights_only=True) for file in files])
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Nothing of Lightning's own is left to remove."""
 
 
-def read_resume_step(folder: RunFolder, config: RunConfig) -> int:
-    """The step that a run continues from: that of its resume file, or 0 without one.
+def read_resume_file(member: Member) -> int:
+    """The step that a member continues from: that of its resume file, or 0 without one.
 
     Raises:
         ConfigError: If the file is of a run with other settings.
         RunError: If it is damaged.
     """
-    if not folder.resume_file.is_file():
+    file = member.folder.resume_file
+    if not file.is_file():
         return 0
     try:
-        content = torch.load(folder.resume_file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
         step, saved = int(content["global_step"]), RunConfig.from_dict(content["configs"][0])
+        member.load_state_dict(content["members"][0])
     except Exception as error:  # torch raises many kinds for a damaged file
         raise RunError(
-            f"{folder.resume_file} cannot be read ({type(error).__name__}), so the run cannot be resumed. "
+            f"{file} cannot be read ({type(error).__name__}), so the run cannot be resumed. "
             "Delete that file to train again from step 0; the saved checkpoints stay."
         ) from None
-    require_same_config(saved, config, folder)
+    require_same_config(saved, member.config, member.folder)
     return step
+
+
+def _member_of(checkpoint: dict[str, Any], index: int) -> dict[str, Any]:
+    """One member's part of a population's checkpoint."""
+    part = _map_stacked(lambda tensors: tensors[0][index : index + 1].clone(), [checkpoint])
+    return part | {name: [checkpoint[name][index]] for name in ("configs", "members")}
+
+
+def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The checkpoint of a population of these members, which stand at one step."""
+    return _map_stacked(lambda tensors: torch.cat(list(tensors)), parts) | {
+        name: [part[name][0] for part in parts] for name in ("configs", "members")
+    }
+
+
+def _map_stacked(act: Callable[[Sequence[Tensor]], Tensor], trees: Sequence[Any]) -> Any:
+    """The first tree with `act` on its stacked tensors, the parameters and Adam's moments, and their like in the others."""
+    if isinstance(trees[0], dict):
+        return {key: _map_stacked(act, [tree[key] for tree in trees]) for key in trees[0]}
+    if isinstance(trees[0], list):
+        return [_map_stacked(act, parts) for parts in zip(*trees, strict=True)]
+    return act(trees) if isinstance(trees[0], Tensor) and trees[0].ndim > 0 else trees[0]
+
+
+def _replace_all(files: Mapping[Path, dict[str, Any]]) -> None:
+    """Write every file so that a kill at any moment leaves the old one or the new one.
+
+    Raises:
+        StorageError: If one cannot be written.
+    """
+    written = {path: temporary_path(path) for path in files}
+    try:
+        for path, temporary in written.items():
+            with temporary.open("wb") as file:
+                torch.save(files[path], file)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in written.items():
+            temporary.replace(path)
+            sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter on a full disk
+        raise StorageError(
+            f"Cannot write {next(iter(files))}: {getattr(error, 'strerror', None) or error}. What was saved before is "
+            "intact; free space, then run the same command again."
+        ) from None

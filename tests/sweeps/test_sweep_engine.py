@@ -282,6 +282,38 @@ def test_two_tiny_runs_from_file_to_finished(tmp_path, monkeypatch, capsys):
     assert {last_attempt(path.parent).number for path in local_root().glob("*/attempts")} == {1}
 
 
+def test_packed_points_are_trained_by_one_program_and_each_has_its_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file = real_sweep(tmp_path, 2)
+    assert main(["sweep", file, "--pack"]) == 0
+    first, second = sweep_points(read_sweep_file(file))
+    for point in (first, second):
+        run = RunFolder(local_root() / point.name)
+        assert run.read_config() == point.config
+        assert (run.read_status().state, run.read_status().step) == ("finished", 2)
+        assert last_attempt(run.path).outcome == "done"
+    assert "Training 2 runs as one population" in (local_root() / first.name / "sweep.log").read_text()
+    assert f"{first.name}/sweep.log" in (local_root() / second.name / "sweep.log").read_text()
+    assert "started" in capsys.readouterr().out
+    assert main(["sweep", file, "--pack"]) == 0
+    assert "started" not in capsys.readouterr().out
+
+
+def test_a_packed_point_that_fails_fails_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file = real_sweep(tmp_path, 2)
+    first, second = sweep_points(read_sweep_file(file))
+    (local_root() / second.name).mkdir(parents=True)
+    RunFolder(local_root() / second.name).write_config(change(second.config, optim={"lr": 0.5}))
+    assert main(["sweep", file, "--pack", "8"]) == 1
+    assert "was begun with other settings" in capsys.readouterr().out
+
+
+def test_only_programs_that_read_their_points_from_a_file_can_be_packed(tmp_path, capsys):
+    assert main(["sweep", write(tmp_path, [1, 2]), "--pack"]) == 2
+    assert "needs `command:" in capsys.readouterr().err
+
+
 def test_a_run_trained_by_hand_is_done_and_one_that_failed_says_why(tmp_path, capsys):
     file = real_sweep(tmp_path, 2)
     first, second = sweep_points(read_sweep_file(file))
@@ -301,15 +333,16 @@ def test_a_run_trained_by_hand_is_done_and_one_that_failed_says_why(tmp_path, ca
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_of_real_runs_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", [["--workers", "2"], ["--pack"]], ids=["workers", "packed"])
+def test_a_killed_sweep_of_real_runs_ends_as_an_undisturbed_one(tmp_path, monkeypatch, how):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     file = real_sweep(tmp_path, 400)
     monkeypatch.setenv("LOCAL_ROOT", str(tmp_path / "undisturbed"))
-    assert main(["sweep", file]) == 0
+    assert main(["sweep", file, *how]) == 0
     monkeypatch.setenv("LOCAL_ROOT", str(tmp_path / "killed"))
     for number in (signal.SIGTERM, signal.SIGKILL):
         before = max((len(path.read_text()) for path in (tmp_path / "killed").glob("*/metrics.csv")), default=0)
-        engine = start_engine(file, "--workers", "2")
+        engine = start_engine(file, *how)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             sizes = [len(path.read_text()) for path in (tmp_path / "killed").glob("*/metrics.csv")]
@@ -318,6 +351,6 @@ def test_a_killed_sweep_of_real_runs_ends_as_an_undisturbed_one(tmp_path, monkey
             time.sleep(0.05)
         os.kill(engine.pid, number)
         engine.communicate(timeout=60)
-    assert main(["sweep", file, "--workers", "2"]) == 0
+    assert main(["sweep", file, *how]) == 0
     for path in (tmp_path / "undisturbed").glob("*/metrics.csv"):
         assert path.read_text() == (tmp_path / "killed" / path.parent.name / "metrics.csv").read_text()

@@ -7,7 +7,7 @@ import yaml
 
 from icl.config import flatten
 from icl.presets import run_name
-from icl.resolve import read_point, resolve
+from icl.resolve import read_points, resolve
 from icl.sweeps.points import sweep_points
 from icl.sweeps.schema import SweepFileError, read_sweep_file
 
@@ -73,7 +73,7 @@ def test_a_point_survives_its_json_file(tmp_path):
     (point,) = points(tmp_path, {"task.num_tasks": {"value": float("inf")}, "optim.lr": {"value": 1e-5}})
     path = tmp_path / "point.json"
     path.write_text(json.dumps(point.settings))
-    assert resolve(read_point({"ICL_SWEEP_POINT": str(path)})) == point.config
+    assert resolve(read_points({"ICL_SWEEP_POINT": str(path)})[0]) == point.config
 
 
 def test_the_commands_own_words_count_as_they_will_for_the_program(tmp_path):

@@ -10,13 +10,13 @@ from scipy import stats
 
 from icl import rng
 from icl.config import ConfigError
-from icl.tasks.priors import Discrete, Gaussian, task_pool, task_prior
+from icl.tasks.priors import Discrete, Gaussian, sample_tasks, task_pool, task_prior
 
 KEY = rng.stream(0, "test/tasks")
 
 
 def draws(prior, *, num_steps=1, num=1000):
-    return prior.sample(KEY, torch.arange(num_steps), torch.arange(num))
+    return sample_tasks([prior], [KEY], torch.arange(num_steps), torch.arange(num))[0]
 
 
 # Pools
@@ -127,12 +127,12 @@ def test_draw_from_a_pool_of_2_to_20_equals_the_row_of_the_whole_pool():
 
 def test_last_task_of_2_to_20_computed_alone_equals_the_row_of_the_whole_pool(monkeypatch):
     num_tasks = 2**20
-    monkeypatch.setattr(rng, "integers", lambda key, steps, indices, bound: torch.full((1, 1), bound - 1))
+    monkeypatch.setattr(rng, "integers", lambda key, steps, indices, bound: torch.full((1, 1, 1), bound[0] - 1))
     assert torch.equal(draws(Discrete(num_tasks, 2, seed=0), num=1)[0, 0], task_pool(num_tasks, 2, seed=0)[-1])
 
 
 @pytest.mark.parametrize("prior", [Gaussian(5), Discrete(7, 5, seed=0)], ids=["gaussian", "discrete"])
 def test_draws_of_many_steps_are_those_of_each_bitwise(prior):
     steps, indices = torch.arange(3, 7), torch.arange(11)
-    alone = [prior.sample(KEY, step[None], indices) for step in steps]
-    assert torch.equal(prior.sample(KEY, steps, indices), torch.cat(alone))
+    alone = [sample_tasks([prior], [KEY], step[None], indices)[0] for step in steps]
+    assert torch.equal(sample_tasks([prior], [KEY], steps, indices)[0], torch.cat(alone))

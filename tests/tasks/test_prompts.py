@@ -11,7 +11,7 @@ from scipy import stats
 
 from icl.config import RunConfig, SeedsConfig, TaskConfig
 from icl.tasks.priors import task_pool
-from icl.tasks.prompts import from_tokens, prompt_source, sample_prompts, to_tokens
+from icl.tasks.prompts import from_tokens, prompt_source, sample_prompts, sample_together, to_tokens
 
 TASKS = st.builds(
     TaskConfig,
@@ -274,3 +274,17 @@ def test_prompts_on_cuda_agree_with_those_on_the_cpu():
     here, there = (draw(run(task_size=8), batch_size=500, device=device) for device in ("cpu", "cuda"))
     for ours, theirs in zip(here, there, strict=True):
         torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_of_several_runs_at_once_are_those_of_each_alone_bitwise():
+    seeds = [SeedsConfig(data=seed, noise=seed, tasks=seed % 2) for seed in range(5)]
+    diversities = (4, math.inf, 3, 1_000_000, math.inf)
+    sources = [
+        prompt_source(RunConfig(task=TaskConfig(num_tasks=num_tasks), seeds=own), stream="train")
+        for num_tasks, own in zip(diversities, seeds, strict=True)
+    ]
+    steps, indices = range(7, 10), range(2, 9)
+    together = sample_together(sources, steps, indices)
+    for place, source in enumerate(sources):
+        for part, alone in zip(together, source.sample(steps, indices), strict=True):
+            assert torch.equal(part[place], alone)

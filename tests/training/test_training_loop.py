@@ -15,11 +15,12 @@ from icl.config import ConfigError, RunConfig
 from icl.runs import RunError, RunFolder, local_root
 from icl.schedules import rate_factor
 from icl.tasks.prompts import sample_prompts
-from icl.training.callbacks import NonFiniteLossError
 from icl.training.data import PromptDataModule
+from icl.training.members import Member
 from icl.training.module import PopulationModule
 from icl.training.optim import clip_by_member
-from icl.training.run import make_trainer, train
+from icl.training.run import NonFiniteLossError, train
+from icl.training.trainer import make_trainer
 
 
 def plain_loop(config: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -73,7 +74,7 @@ def test_the_rate_in_the_metrics_is_the_schedules(schedule):
 def fit_population(configs: list[RunConfig]) -> population.Params:
     """Final weights of members trained together."""
     params = population.stack([dict(build_model(config).named_parameters()) for config in configs])
-    module = PopulationModule(configs, params)
+    module = PopulationModule([Member(config, RunFolder("unused")) for config in configs], params)
     trainer = make_trainer(configs[0])
     trainer.fit(module, datamodule=PromptDataModule(configs))
     return {name: tensor.detach() for name, tensor in module.params.items()}

@@ -1,0 +1,129 @@
+"""What trains a population: Lightning's Trainer, the callbacks in their order, and the prompts to evaluate on."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from icl.build import build_evaluation_sets, choose_device
+from icl.config import ConfigError, RunConfig
+from icl.evaluation import EvaluationSet
+from icl.schedules import checkpoint_steps
+from icl.training.callbacks import (
+    EarlyStopping,
+    Ending,
+    Evaluation,
+    MetricsLog,
+    NonFiniteGuard,
+    StopSignals,
+    metric_columns,
+)
+from icl.training.members import Member
+from icl.training.progress import ProgressBar, StatusFile
+from icl.training.saving import MemberFiles, ResumeFiles, ScheduledCheckpoints
+from icl.training.xla import xla_options
+
+_MANY_TASKS = 2**16
+"""Where dMMSE on the evaluation prompts takes seconds, and a person would wonder."""
+
+
+def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps: int | None = None) -> pl.Trainer:
+    """Lightning's Trainer without callbacks of its own; it saves to and loads from the members' own files.
+
+    Args:
+        config: The settings that the members share.
+        members: The runs to be trained.
+        max_steps: Where to stop, if before the runs' end.
+
+    Raises:
+        ConfigError: If Lightning refuses the devices, the strategy or the precision.
+    """
+    settings = config.trainer
+    _quieten_lightning()
+    strategy: str | Strategy = settings.strategy
+    if settings.devices * settings.num_nodes > 1 and strategy in ("auto", "ddp"):
+        strategy = DDPStrategy(broadcast_buffers=False)  # ours are already the same on every rank
+    kind = choose_device(settings.accelerator)
+    options = {
+        "accelerator": kind,
+        "devices": settings.devices,
+        "num_nodes": settings.num_nodes,
+        "strategy": strategy,
+        "precision": settings.precision,
+        "max_steps": max_steps or settings.max_steps,
+        "plugins": [MemberFiles(members)],
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+    if kind == "tpu":
+        options |= xla_options(settings, members)
+    try:
+        return pl.Trainer(**options)  # type: ignore[arg-type]
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"Lightning refuses these `trainer` settings: {reason}") from None
+
+
+def make_callbacks(members: Sequence[Member], sets: Sequence[Sequence[EvaluationSet]]) -> list[pl.Callback]:
+    """The callbacks in the order in which they must see a step."""
+    config = members[0].config
+    grid, max_steps = config.checkpoints, config.trainer.max_steps
+    steps = checkpoint_steps(max_steps, every=grid.every, num_log=grid.num_log, num_linear=grid.num_linear)
+    guard = NonFiniteGuard(members, config.trainer.log_every)
+    evaluation = Evaluation(sets, config.evaluation.every, max_steps)
+    log = MetricsLog(members, evaluation, config.trainer.log_every)
+    return [
+        guard,
+        evaluation,
+        EarlyStopping(members, config.early_stopping, evaluation),
+        Ending(members),
+        StopSignals(),
+        log,
+        ScheduledCheckpoints(members, steps, guard, config.early_stopping),
+        ResumeFiles(members, log, guard, seconds=grid.resume_seconds),
+        StatusFile(members, log),
+        ProgressBar(log, max_steps),
+    ]
+
+
+def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
+    """Each member's fixed prompts with their baselines; members that differ in their training seeds alone share them."""
+    settings = configs[0].evaluation
+    if settings.every is None:
+        return [[] for _ in configs]
+    kind = choose_device(configs[0].trainer.accelerator)
+    device = "cpu" if kind == "tpu" else kind  # evaluation is small; an XLA device would compile it for every shape
+    made: dict[tuple[int | float, int, int], list[EvaluationSet]] = {}
+    for config in configs:
+        key = (config.task.num_tasks, config.seeds.tasks, config.seeds.evaluation)
+        if key not in made:
+            if not config.task.is_gaussian and config.task.num_tasks > _MANY_TASKS:
+                prompts = f"{2 * settings.num_prompts:,} evaluation prompts"
+                print(f"Computing dMMSE over {config.task.num_tasks:,} tasks for {prompts}, once ...")
+            made[key] = build_evaluation_sets(config, num_prompts=settings.num_prompts, device=device)
+    return [made[config.task.num_tasks, config.seeds.tasks, config.seeds.evaluation] for config in configs]
+
+
+def require_monitor(config: RunConfig) -> None:
+    """Refuse a patience for a metric that the run does not log.
+
+    Raises:
+        ConfigError: Naming the metrics that it does.
+    """
+    metrics = [column for column in metric_columns(config) if column.startswith("eval/")]
+    monitor = config.early_stopping.monitor
+    if config.evaluation.every is not None and monitor not in metrics:
+        raise ConfigError(f"`early_stopping.monitor` is `{monitor}`, but the metrics are {', '.join(metrics)}.")
+
+
+def _quieten_lightning() -> None:
+    """Leave the terminal to our own progress bar."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*`isinstance.treespec, LeafSpec.`.*")
