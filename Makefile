@@ -1,6 +1,6 @@
 # `make` or `make help` lists the targets; everything runs in .venv, which `make install` creates.
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow lint format golden ci clean
+.PHONY: help install train test test-slow lint format golden bench ci clean
 
 BIN := .venv/bin
 
@@ -34,6 +34,9 @@ format: install  ## Format the code and mend what can be mended
 
 golden: install  ## Record the golden losses anew (say why in the commit)
 	$(BIN)/python tests/golden/record.py
+
+bench: install  ## Measure ratios against peers (about three minutes; see benchmarks/)
+	$(BIN)/python -m benchmarks
 
 ci:  ## Run the whole CI in a fresh copy
 	.ci/run

@@ -6,7 +6,8 @@ are theirs: 190 steps of 500,000 for the former (100 log-spaced, 100 linear), 2,
 al. count from zero and save after the update: their step t is our t + 1, and their log grid ends at 499,999.
 """
 
-from collections.abc import Callable
+import bisect
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -32,6 +33,18 @@ def checkpoint_steps(max_steps: int, *, every: int | None = None, num_log: int =
     if every is not None:
         steps |= set(range(0, max_steps + 1, every))
     return sorted(steps)
+
+
+def next_stop(step: int, *, every: Iterable[int | None], steps: Sequence[int]) -> int:
+    """The first step after `step` that is on one of the grids: multiples of each of `every`, and the sorted `steps`.
+
+    Example:
+        >>> next_stop(7, every=[5, None], steps=[0, 8, 100])
+        8
+    """
+    later = bisect.bisect_right(steps, step)
+    multiples = [(step // interval + 1) * interval for interval in every if interval is not None]
+    return min([*multiples, *steps[later : later + 1]])
 
 
 def rate_factor(schedule: str, *, warmup_steps: int | None, schedule_steps: int) -> Callable[[int], float]:

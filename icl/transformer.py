@@ -23,7 +23,7 @@ from icl.tasks.prompts import to_tokens
 
 _Linear = partial(nn.utils.skip_init, nn.Linear)  # weights are set by `initialise`, never by the global generator
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -115,7 +115,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
         self.hidden = _Linear(config.embed_size, config.mlp_size, bias=config.mlp_bias)
         self.output = _Linear(config.mlp_size, config.embed_size, bias=config.mlp_bias)
 

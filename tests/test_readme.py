@@ -44,11 +44,18 @@ def test_the_commands_run_one_after_the_other_on_a_tiny_run(tmp_path, monkeypatc
     (tmp_path / "prompt.json").write_text(example[1])
     tiny = ["--trainer.max_steps", "10", "--model.embed_size", "8", "--evaluation.num_prompts", "8"]
     assert main(["train", "--run_name", "quickstart", *tiny]) == 0
+    diversity = ["diversity", "--preset", "quickstart", "--max_power", "4", "--num_steps", "2", *tiny[2:]]
+    assert main([*diversity, "--evaluation.every", "1"]) == 0
     for words in icl_commands():
         if words[0] == "sweep":
             words = ["sweep", str(ROOT / words[1]), *words[2:], "--dry-run"]
-        if words[0] != "train":
-            assert main([*words, "--num_prompts", "8"] if words[0] == "evaluate" else words) == 0, words
+        if words[0] == "evaluate":
+            words = [
+                *words,
+                *(("--n_prompts", "8", "--n_ood_samples", "8") if len(words) > 2 else ("--num_prompts", "8")),
+            ]
+        if words[0] not in ("train", "diversity"):
+            assert main(words) == 0, words
 
 
 def test_parameter_counts_are_the_models():

@@ -224,7 +224,7 @@ class MetricsLog(pl.Callback):
             return
         means = dict(zip(logged, zip(*module.take_means(logged), strict=True), strict=True)) if logged else {}
         for index in recorded:
-            row: Metrics = {"step": step, "lr": float(trainer.optimizers[0].param_groups[0]["lr"])}
+            row: Metrics = {"step": step, "lr": module.rate(step)}
             if index in means:
                 self.members[index].loss, row["clipped_fraction"] = means[index]
                 row["train/loss"] = means[index][0]

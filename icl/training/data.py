@@ -5,17 +5,23 @@ stream is saved. Several steps are made at once, because that costs little more 
 of their length, so that resuming in the middle of one gives bit-identical numbers.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import lightning.pytorch as pl
 import torch
 
 from icl.config import RunConfig
+from icl.schedules import checkpoint_steps, next_stop
 from icl.tasks.prompts import Prompts, prompt_source, sample_together
 
 _BLOCK_NORMALS = 2**19
 _CUDA_BLOCK_NORMALS = 2**24  # its kernels cost as much for few numbers as for many
 _MAX_BLOCK = 64
+
+LONGEST_STRETCH = {"cuda": 32}
+"""Steps that a device kind is given at once; one where a step takes longer than the framework's overhead."""
 
 
 class PromptStream:
@@ -63,6 +69,31 @@ class PromptStream:
         )
 
 
+class Stretches:
+    """The prompts of several steps at once, up to the next step at which something is due.
+
+    The framework is asked once per stretch, and its own overhead, about as long as a step on a GPU, nearly vanishes.
+
+    Args:
+        stream: The prompts, step by step.
+        first_step: The step to begin at, asked when iteration begins.
+        stop: The first step after a given one at which the callbacks must see the model.
+        longest: Steps at most.
+    """
+
+    def __init__(
+        self, stream: PromptStream, first_step: Callable[[], int], stop: Callable[[int], int], *, longest: int
+    ) -> None:
+        self.stream, self.first_step, self.stop, self.longest = stream, first_step, stop, longest
+
+    def __iter__(self) -> Iterator[list[Prompts]]:
+        step, prompts = self.first_step(), iter(self.stream)
+        while True:
+            stop = min(self.stop(step), step + self.longest)
+            yield list(itertools.islice(prompts, stop - step))
+            step = stop
+
+
 class PromptDataModule(pl.LightningDataModule):
     """Streams the training prompts of a population, on the device that trains."""
 
@@ -70,14 +101,23 @@ class PromptDataModule(pl.LightningDataModule):
         super().__init__()
         self.configs = configs
 
-    def train_dataloader(self) -> PromptStream:
+    def train_dataloader(self) -> Stretches:
         """The stream; it has no length and no workers, and draws nothing from the global generator."""
-        trainer = self.trainer
+        trainer, config = self.trainer, self.configs[0]
         assert trainer is not None
-        return PromptStream(
-            self.configs,
-            lambda: trainer.global_step,
-            rank=trainer.global_rank,
-            num_ranks=trainer.world_size,
-            device=trainer.strategy.root_device,
+        device = trainer.strategy.root_device
+
+        def first_step() -> int:
+            return trainer.global_step
+
+        stream = PromptStream(
+            self.configs, first_step, rank=trainer.global_rank, num_ranks=trainer.world_size, device=device
         )
+        grid, limit = config.checkpoints, config.trainer.max_steps
+        saved = checkpoint_steps(limit, every=grid.every, num_log=grid.num_log, num_linear=grid.num_linear)
+        stop = partial(
+            next_stop,
+            every=[config.trainer.log_every, config.evaluation.every],
+            steps=sorted({*saved, trainer.max_steps}),
+        )
+        return Stretches(stream, first_step, stop, longest=LONGEST_STRETCH.get(device.type, 1))

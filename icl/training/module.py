@@ -1,8 +1,8 @@
-"""The LightningModule: a population's loss, one step at a time. A run is a population of one.
+"""The LightningModule: a population under `icl.step`, one optimiser step at a time. A run is a population of one.
 
-It holds the stacked parameters of N members, computes each member's mean squared error on prompts of its own, and
-keeps what the step learns about itself (loss since the last row, clipped steps, first non-finite step) as tensors on
-the device, one entry per member, so that a step never waits for the host.
+It holds the parameters and Adam's moments of N members as rows, and keeps what a step learns about itself (loss since
+the last row, clipped steps, first non-finite step) as tensors on the device, one entry per member, so that a step never
+waits for the host.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,20 +11,24 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from icl import population
-from icl.build import build_architecture
+from icl import stacked
 from icl.population import Params
+from icl.schedules import rate_factor
+from icl.step import AdamState, Step, StepInfo, adam_state, compiling_pays, from_rows, make_step, shapes_of
 from icl.tasks.prompts import Prompts
 from icl.training.members import Member
-from icl.training.optim import clip_by_member, make_optimizer, make_scheduler
 
 
 class PopulationModule(pl.LightningModule):
-    """N members of one architecture under one optimiser; they differ in their seeds and their tasks only."""
+    """N members of one architecture; they differ in their seeds and their tasks only."""
 
+    rows: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    count: Tensor
+    rates: Tensor
     loss_sum: Tensor
     num_clipped: Tensor
     num_summed: Tensor
@@ -32,41 +36,49 @@ class PopulationModule(pl.LightningModule):
 
     def __init__(self, members: Sequence[Member], params: Mapping[str, Tensor]) -> None:
         super().__init__()
+        self.automatic_optimization = False  # the step is its own optimiser
         self.members, self.config = members, members[0].config
-        self.predict = partial(population.apply, build_architecture(self.config))
-        # A parameter's registered name may hold no dot.
-        self.stacked = nn.ParameterDict({_mangle(name): nn.Parameter(tensor) for name, tensor in params.items()})
+        optim = self.config.optim
+        self.shapes = shapes_of(params)
+        self.predict = partial(stacked.predict, self.config.model)
+        self.step: Step | None = None
+        self._factor = rate_factor(
+            optim.schedule, warmup_steps=optim.warmup_steps, schedule_steps=self.config.schedule_steps
+        )
+        for name, tensor in adam_state(params)._asdict().items():
+            self.register_buffer(name, tensor)
         for name in ("loss_sum", "num_clipped", "num_summed"):
             self.register_buffer(name, torch.zeros(len(members)))
         self.register_buffer("first_bad_step", torch.full((len(members),), -1))
+        self.register_buffer("rates", torch.zeros(len(members)), persistent=False)
 
     @property
     def params(self) -> Params:
-        """The stacked parameters under the model's own names."""
-        return {_unmangle(name): parameter for name, parameter in self.stacked.items()}
+        """The stacked parameters under the model's own names, as views."""
+        return from_rows(self.rows, self.shapes)
 
-    def losses(self, prompts: Prompts) -> Float[Tensor, " N"]:
-        """Each member's mean squared error per target, over its own prompts."""
-        predictions = self.predict(self.params, prompts.xs, prompts.ys)
-        return (predictions - prompts.ys).square().mean(dim=(1, 2))
+    def rate(self, step: int) -> float:
+        """The learning rate of update `step + 1`."""
+        return self.config.optim.lr * self._factor(step)
 
-    def training_step(self, batch: Prompts, batch_idx: int) -> Tensor:
-        """The sum of the members' losses: its gradient is each member's own."""
-        losses = self.losses(batch)
-        self._record(losses.detach())
-        return losses.sum()
+    def configure_optimizers(self) -> "StepCounter":
+        """What Lightning counts steps by."""
+        return StepCounter()
 
-    def configure_optimizers(self) -> Any:
-        """Adam and the rate's schedule, stepped after every update."""
-        optimizer = make_optimizer(self.stacked.values(), self.config, self.device.type)
-        scheduler = {"scheduler": make_scheduler(optimizer, self.config), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+    def on_fit_start(self) -> None:
+        """Make the step for the processes that there are."""
+        self.step = make_step(
+            self.config.model,
+            self.config.optim,
+            self.shapes,
+            compiled=self._is_compiled(),
+            reduce=self._average if self.trainer.world_size > 1 else None,
+        )
 
-    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Clip each member by the norm of its own gradient."""
-        if self.config.optim.grad_clip is not None:
-            norms = clip_by_member(self.stacked.values(), self.config.optim.grad_clip)
-            self.num_clipped += norms > self.config.optim.grad_clip
+    def training_step(self, batch: Sequence[Prompts], batch_idx: int) -> None:
+        """A few optimiser steps, one for each batch of prompts."""
+        for prompts in batch:
+            self.optimizers().step(act=partial(self._advance, prompts))  # type: ignore[union-attr]
 
     def take_means(self, indices: Sequence[int]) -> tuple[list[float], list[float]]:
         """Mean loss and share of clipped steps of some members since their last call; waits for the device."""
@@ -87,18 +99,44 @@ class PopulationModule(pl.LightningModule):
         for member, saved in zip(self.members, checkpoint["members"], strict=True):
             member.load_state_dict(saved)
 
-    def _record(self, losses: Tensor) -> None:
-        if self.trainer.world_size > 1:
-            losses = self.trainer.strategy.reduce(losses.clone(), reduce_op="mean")
-        bad = ~torch.isfinite(losses) & (self.first_bad_step < 0)
+    def _is_compiled(self) -> bool:
+        """By the settings alone, so that a resumed run does as it did before."""
+        settings, task = self.config.trainer, self.config.task
+        if settings.compile != "auto":
+            return settings.compile == "true"
+        return self.device.type in ("cpu", "cuda") and compiling_pays(
+            num_params=sum(shape.numel() for shape in self.shapes.values()),
+            num_tokens=2 * task.max_examples * settings.batch_size,
+            num_steps=settings.max_steps,
+        )
+
+    def _average(self, tensor: Tensor) -> None:
+        """Replace a tensor by its mean over the processes."""
+        tensor.copy_(self.trainer.strategy.reduce(tensor, reduce_op="mean"))
+
+    def _advance(self, prompts: Prompts) -> None:
+        assert self.step is not None
+        self.rates.fill_(self.rate(self.global_step))
+        state = AdamState(self.rows, self.exp_avg, self.exp_avg_sq, self.count)
+        self._record(self.step(state, prompts.xs, prompts.ys, self.rates))
+
+    def _record(self, info: StepInfo) -> None:
+        bad = ~torch.isfinite(info.losses) & (self.first_bad_step < 0)
         self.first_bad_step = torch.where(bad, self.global_step + 1, self.first_bad_step)
-        self.loss_sum += losses
+        self.loss_sum += info.losses
         self.num_summed += 1
+        if self.config.optim.grad_clip is not None:
+            self.num_clipped += info.norms > self.config.optim.grad_clip
 
 
-def _mangle(name: str) -> str:
-    return name.replace(".", "/")
+class StepCounter(torch.optim.Optimizer):
+    """An optimiser in Lightning's eyes: its `step` does what it is given, and Lightning counts it as `global_step`."""
 
+    def __init__(self) -> None:
+        super().__init__([torch.zeros(())], {})
 
-def _unmangle(name: str) -> str:
-    return name.replace("/", ".")
+    def step(self, closure: Any = None, *, act: Any = None) -> None:  # type: ignore[override]
+        """Do it."""
+        if closure is not None:
+            closure()
+        act()

@@ -44,8 +44,14 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
     settings = config.trainer
     _quieten_lightning()
     strategy: str | Strategy = settings.strategy
-    if settings.devices * settings.num_nodes > 1 and strategy in ("auto", "ddp"):
-        strategy = DDPStrategy(broadcast_buffers=False)  # ours are already the same on every rank
+    if strategy == "ddp" or (settings.devices * settings.num_nodes > 1 and strategy == "auto"):
+        strategy = PopulationDDP()
+    elif settings.devices * settings.num_nodes > 1:
+        raise ConfigError(f"`trainer.strategy` must be ddp for several processes, got {strategy}.")
+    if settings.precision.startswith("16"):
+        raise ConfigError(
+            f"`trainer.precision` cannot be {settings.precision}; bf16-mixed is the faster one without overflow."
+        )
     kind = choose_device(settings.accelerator)
     options = {
         "accelerator": kind,
@@ -68,6 +74,13 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"Lightning refuses these `trainer` settings: {reason}") from None
+
+
+class PopulationDDP(DDPStrategy):
+    """Processes that share every batch; the step itself takes the mean of their gradients, and the module stays bare."""
+
+    def configure_ddp(self) -> None:
+        """Nothing to wrap."""
 
 
 def make_callbacks(members: Sequence[Member], sets: Sequence[Sequence[EvaluationSet]]) -> list[pl.Callback]:

@@ -6,7 +6,6 @@ import pandas as pd
 import pytest
 import torch
 from tiny_runs import TINY, change
-from torch import nn
 
 from icl import population
 from icl.build import build_model
@@ -18,7 +17,6 @@ from icl.tasks.prompts import sample_prompts
 from icl.training.data import PromptDataModule
 from icl.training.members import Member
 from icl.training.module import PopulationModule
-from icl.training.optim import clip_by_member
 from icl.training.run import NonFiniteLossError, train
 from icl.training.trainer import make_trainer
 
@@ -89,24 +87,6 @@ def test_members_trained_together_end_as_if_trained_alone():
         alone = population.unstack(fit_population([config]))[0]
         for name, weight in alone.items():
             torch.testing.assert_close(member[name], weight, rtol=0, atol=1e-5)
-
-
-def test_clipping_scales_each_member_by_its_own_norm():
-    generator = torch.Generator().manual_seed(0)
-    stacked = {"a": torch.randn(3, 4, 5, generator=generator), "b": torch.randn(3, 6, generator=generator)}
-    params = [nn.Parameter(torch.zeros_like(grad)) for grad in stacked.values()]
-    for param, grad in zip(params, stacked.values(), strict=True):
-        param.grad = grad * torch.tensor([0.01, 1.0, 100.0]).view(-1, *[1] * (grad.ndim - 1))
-    alone = [[nn.Parameter(torch.zeros_like(param[i])) for param in params] for i in range(3)]
-    for i, member in enumerate(alone):
-        for param, stacked_param in zip(member, params, strict=True):
-            param.grad = stacked_param.grad[i].clone()
-    norms = clip_by_member(params, 1.0)
-    for i, member in enumerate(alone):
-        norm = nn.utils.clip_grad_norm_(member, 1.0)
-        torch.testing.assert_close(norms[i], norm)
-        for param, stacked_param in zip(member, params, strict=True):
-            torch.testing.assert_close(stacked_param.grad[i], param.grad)
 
 
 def test_a_run_leaves_the_files_it_promises():

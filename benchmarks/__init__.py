@@ -1,0 +1,1 @@
+"""Ratios against peers; see `python -m benchmarks --help`."""

@@ -1,0 +1,129 @@
+"""Ratios against peers on whatever device there is: `python -m benchmarks [--seconds S] [--out FOLDER]`, or `make bench`.
+
+Both sides of a ratio run in one process with the same threads and precision, in turns; a ratio is the median over
+turns, with quartiles. Times depend on the machine and on who else uses it; ratios much less so. Example:
+
+    python -m benchmarks --seconds 20 --out data/benchmarks
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks.cases import Case, make_cases
+from icl.build import choose_device
+from icl.plotting.style import BLACK, BLUE, new_figure, save_figure
+
+
+class Ratio(NamedTuple):
+    """A case's outcome: the median ratio with its quartiles, and both sides' median times for the peer's work."""
+
+    name: str
+    ratio: float
+    low: float
+    high: float
+    peer_ms: float
+    ours_ms: float
+    target: str
+
+
+def main() -> None:
+    """Measure, print, and write `<device>.json` and `<device>.png`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds per ratio (default 10)")
+    parser.add_argument("--out", type=Path, default=Path("data/benchmarks"), help="folder (default data/benchmarks)")
+    arguments = parser.parse_args()
+    device = choose_device()
+    machine = describe_machine(device)
+    print(" · ".join(str(value) for value in machine.values()))
+    print("Compiling the steps takes up to a minute or two ...", flush=True)
+    print(f"{'ratio of times, larger is better for us':46} {'median':>7} {'quartiles':>14} {'ms':>17} {'target':>7}")
+    ratios = []
+    for case in make_cases(device):
+        ratios.append(measure(case, device, arguments.seconds))
+        print(row(ratios[-1]), flush=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    command = f"python -m benchmarks --seconds {arguments.seconds:g}"
+    content = {"command": command, **machine, "ratios": [ratio._asdict() for ratio in ratios]}
+    target = arguments.out / f"{device}.json"
+    target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    figure = save_figure(plot_ratios(ratios, " · ".join(list(machine.values())[:3])), target.with_suffix(".png"))
+    print(f"Wrote {target} and {figure}.")
+
+
+def measure(case: Case, device: str, seconds: float) -> Ratio:
+    """Time both sides in turns for so many seconds, after warming both up."""
+    for side in (case.peer, case.ours):
+        timed(side, case.calls, device)
+    peer, ours, end = [], [], time.perf_counter() + seconds
+    while len(ours) < 5 or time.perf_counter() < end:
+        peer.append(timed(case.peer, case.calls, device))
+        ours.append(timed(case.ours, case.calls, device) / case.work)
+    low, middle, high = statistics.quantiles([p / o for p, o in zip(peer, ours, strict=True)], n=4)
+    times = (1e3 * statistics.median(side) for side in (peer, ours))
+    return Ratio(case.name, middle, low, high, *times, case.target)
+
+
+def timed(side: Callable[[], object], calls: int, device: str) -> float:
+    """Seconds per call."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        side()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def describe_machine(device: str) -> dict[str, str]:
+    """What the numbers depend on."""
+    chip = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    return {
+        "device": f"{device}: {chip}",
+        "threads": f"{torch.get_num_threads()} threads",
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "torch": f"torch {torch.__version__}",
+        "precision": f"float32, matrix products {torch.get_float32_matmul_precision()}",
+    }
+
+
+def row(ratio: Ratio) -> str:
+    """A line of the table."""
+    spread, times = f"{ratio.low:.2f} - {ratio.high:.2f}", f"{ratio.peer_ms:.2f} / {ratio.ours_ms:.2f}"
+    return f"{ratio.name:46} {ratio.ratio:7.2f} {spread:>14} {times:>17} {ratio.target:>7}"
+
+
+def plot_ratios(ratios: list[Ratio], title: str) -> Figure:
+    """A bar for each ratio with its quartiles, and a line at 1."""
+    figure, (axes,) = new_figure(width=7.6, height=0.45 * len(ratios) + 1.2)
+    for place, ratio in enumerate(reversed(ratios)):
+        axes.barh(place, ratio.ratio, color=BLUE, height=0.6)
+        axes.plot([ratio.low, ratio.high], [place, place], color=BLACK, linewidth=2)
+        axes.text(max(ratio.high, ratio.ratio) * 1.05, place, f"{ratio.ratio:.2f}", va="center", fontsize=9)
+    axes.axvline(1, color=BLACK, linewidth=1)
+    axes.set_yticks(range(len(ratios)), [ratio.name for ratio in reversed(ratios)], fontsize=9)
+    axes.set(xscale="log", xlabel="ratio of times, peer / ours; lines: quartiles over turns")
+    axes.set_xlim(right=1.4 * max(ratio.high for ratio in ratios))
+    axes.grid(visible=False, axis="y")
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What is measured: our step against the plain loop, against one member at a time and against its floor; and dMMSE."""
+
+from collections.abc import Callable
+from itertools import count
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import dmmse_by_prefix, matrix_products, plain_loop
+from icl import population
+from icl.baselines import dmmse
+from icl.build import build_model
+from icl.presets import preset
+from icl.step import adam_state, make_step, shapes_of
+from icl.tasks.priors import task_pool
+from icl.tasks.prompts import prompt_source
+
+CONFIG = preset("L2H4")
+BLOCK = 8
+"""Steps whose prompts are made at once, as in training; a turn has as many."""
+
+
+class Case(NamedTuple):
+    """One ratio: the peer's time over ours, for the same work."""
+
+    name: str
+    peer: Callable[[], object]
+    ours: Callable[[], object]
+    work: int = 1
+    """How many of the peer's calls one of ours replaces."""
+    calls: int = BLOCK
+    """Calls of either side in one turn."""
+    target: str = ""
+
+
+def make_cases(device: str) -> list[Case]:
+    """All cases that this device has."""
+    many = 32 if device == "cuda" else 8
+    plain, products = plain_loop(CONFIG, device), matrix_products(CONFIG, device)
+    one, half, packed = (training_step(num, device, compiled=True) for num in (1, many // 2, many))
+    targets = ("5", "15") if device == "cuda" else ("1.5", "")
+    return [
+        Case("plain loop / one member, eager", plain, training_step(1, device), target="1"),
+        Case("plain loop / one member, compiled", plain, one, target=targets[0]),
+        Case(f"plain loop / {many} members, compiled", plain, packed, many, target="" if device == "cuda" else "1.5"),
+        Case(f"one at a time / {many} members, compiled", one, packed, many, target=targets[1]),
+        Case(f"{many // 2} members / {many}, compiled", half, packed, 2, target="1"),
+        Case("matrix products alone / one member, compiled", products, one),
+        Case("loop over prefixes / dMMSE, M = 2^14", *dmmse_sides(device), calls=1, target="5"),
+    ]
+
+
+def training_step(num_members: int, device: str, *, compiled: bool = False) -> Callable[[], None]:
+    """One step of a population at each call, prompts included."""
+    members = population.stack([dict(build_model(CONFIG).named_parameters()) for _ in range(num_members)])
+    params = {name: tensor.to(device) for name, tensor in members.items()}
+    step, state = make_step(CONFIG.model, CONFIG.optim, shapes_of(params), compiled=compiled), adam_state(params)
+    rates, source = torch.full((num_members,), 1e-3, device=device), prompt_source(CONFIG, stream="train")
+    indices, steps = range(num_members * CONFIG.trainer.batch_size), count()
+    block: list[Tensor] = []
+
+    def call() -> None:
+        number = next(steps)
+        if number % BLOCK == 0:
+            prompts = source.sample(range(number, number + BLOCK), indices, device=device)
+            block[:] = [part.unflatten(1, (num_members, -1)) for part in (prompts.xs, prompts.ys)]
+        xs, ys = block
+        step(state, xs[number % BLOCK], ys[number % BLOCK], rates)
+
+    return call
+
+
+def dmmse_sides(device: str) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Every prefix of 256 prompts of K = 16 examples under 2^14 tasks of D = 8: the loop, and ours."""
+    tasks = task_pool(2**14, 8, seed=0).to(device)
+    generator = torch.Generator().manual_seed(0)
+    xs = torch.randn(256, 16, 8, generator=generator).to(device)
+    ys = (xs * tasks[:256, None]).sum(-1) + 0.5 * torch.randn(256, 16, generator=generator).to(device)
+    return (
+        lambda: dmmse_by_prefix(xs, ys, tasks, 0.25),
+        lambda: dmmse(xs, ys, tasks=tasks, noise_variance=0.25),
+    )

@@ -1,0 +1,235 @@
+"""One optimiser step of a population as one function of tensors, so that it can be compiled as one graph.
+
+A step computes the members' losses (mean squared error per target), their gradients, each member's gradient norm and
+its clipping, and Adam (Kingma and Ba 2015, algorithm 1, as `torch.optim.Adam` computes it), in place:
+
+    m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   p <- p - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+All parameters of a member are one row of a matrix, so clipping and Adam are a dozen operations whatever the model.
+Rates and counts are tensors: a step never waits for the host, has no shapes that depend on data, and is compiled once. Eager and compiled are the same function; they differ by rounding.
+"""
+
+import ctypes
+import math
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from icl import stacked
+from icl.config import ModelConfig, OptimConfig
+from icl.population import Params, size
+
+Shapes: TypeAlias = dict[str, torch.Size]
+"""Of one member's parameters, by name, in the order in which they lie in a row."""
+
+_ALIGNMENT = 16
+"""Rows are filled up with zeros to this multiple of numbers (64 bytes), so that products round alike in every row."""
+
+_STABILISER = 1e-6  # clip_grad_norm_'s
+
+_COMPILING_PAYS = 1e13
+"""Floating-point operations of a training from which on compiling pays: some minutes of a CPU, of which it saves a third."""
+
+
+class AdamState(NamedTuple):
+    """What a population carries from step to step, changed in place; a row has all of a member's parameters."""
+
+    rows: Float[Tensor, "N P"]
+    exp_avg: Float[Tensor, "N P"]
+    exp_avg_sq: Float[Tensor, "N P"]
+    count: Int64[Tensor, " N"]  # type: ignore[assignment]  # Adam's t; hides tuple's method
+
+    def members(self, chosen: slice) -> "AdamState":
+        """Some of the members, as views."""
+        return AdamState(*(tensor[chosen] for tensor in self))
+
+
+class StepInfo(NamedTuple):
+    """What a step tells about itself: losses before the update, gradient norms before clipping."""
+
+    losses: Float[Tensor, " N"]
+    norms: Float[Tensor, " N"]
+
+
+Step: TypeAlias = Callable[[AdamState, Tensor, Tensor, Tensor], StepInfo]
+"""`step(state, xs, ys, rates)`: one update of `state` in place.
+
+xs (N, B, K, D) and ys (N, B, K) are each member's prompts, rates (N,) their learning rates.
+"""
+
+
+def shapes_of(params: Mapping[str, Tensor]) -> Shapes:
+    """The shapes of one member of stacked parameters."""
+    return {name: tensor.shape[1:] for name, tensor in params.items()}
+
+
+def to_rows(params: Mapping[str, Tensor]) -> Float[Tensor, "N P"]:
+    """Stacked parameters as one row per member; always a copy."""
+    parts = [tensor.detach().flatten(1) for tensor in params.values()]
+    filling = -sum(part.shape[1] for part in parts) % _ALIGNMENT
+    return torch.cat([*parts, parts[0].new_zeros(size(params), filling)], dim=1)
+
+
+def from_rows(rows: Float[Tensor, "N P"], shapes: Shapes) -> Params:
+    """The stacked parameters that `to_rows` laid out, as views."""
+    sizes = [shape.numel() for shape in shapes.values()]
+    parts = rows.split([*sizes, rows.shape[1] - sum(sizes)], dim=1)[:-1]
+    return {name: part.unflatten(1, shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
+
+
+def adam_state(params: Mapping[str, Tensor]) -> AdamState:
+    """The state before the first step; the parameters are copied."""
+    rows = to_rows(params)
+    count = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    return AdamState(rows, torch.zeros_like(rows), torch.zeros_like(rows), count)
+
+
+def make_step(
+    model: ModelConfig,
+    optim: OptimConfig,
+    shapes: Shapes,
+    *,
+    compiled: bool = False,
+    reduce: Callable[[Tensor], None] | None = None,
+) -> Step:
+    """The step of a population of this architecture under these settings of Adam and clipping.
+
+    On a CPU the members take turns, as one fills the caches; so a member's numbers are bit for bit those of a population
+    of one. Elsewhere all members move together.
+
+    Args:
+        model: The architecture.
+        optim: Adam's decays and stabiliser, and the largest gradient norm; its rate is not used.
+        shapes: Of one member's parameters.
+        compiled: Whether `torch.compile` makes one graph of it, at the first call (10 to 30 seconds); where it cannot,
+            a warning says so and the step stays eager.
+        reduce: Replaces a tensor by its mean over the processes that share the batch; such a step stays eager.
+    """
+
+    def together(state: AdamState, xs: Tensor, ys: Tensor, rates: Tensor) -> StepInfo:
+        losses, grads = losses_and_grads(model, shapes, state.rows, xs, ys)
+        if reduce is not None:
+            reduce(losses)
+            reduce(grads)
+        return StepInfo(losses, update(state, grads, rates, optim))
+
+    _keep_freed_memory()
+    move = _compile(together) if compiled and reduce is None else together
+
+    def step(state: AdamState, xs: Tensor, ys: Tensor, rates: Tensor) -> StepInfo:
+        if state.rows.device.type != "cpu":
+            return move(state, xs, ys, rates)
+        turns = [slice(i, i + 1) for i in range(len(rates))]
+        infos = [move(state.members(one), xs[one], ys[one], rates[one]) for one in turns]
+        return StepInfo(*(torch.cat(parts) for parts in zip(*infos, strict=True)))
+
+    return step
+
+
+def compiling_pays(*, num_params: int, num_tokens: int, num_steps: int) -> bool:
+    """Whether a training is long enough to be compiled; depends on the settings alone, so that resuming repeats it.
+
+    Args:
+        num_params: Of all members together.
+        num_tokens: Of a member's batch, 2 K B.
+        num_steps: Optimiser steps of the whole training.
+    """
+    return 6.0 * num_params * num_tokens * num_steps >= _COMPILING_PAYS  # 2 forward and 4 backward for each weight
+
+
+def losses_and_grads(
+    model: ModelConfig,
+    shapes: Shapes,
+    rows: Float[Tensor, "N P"],
+    xs: Float[Tensor, "*N B K D"],
+    ys: Float[Tensor, "*N B K"],
+) -> tuple[Float[Tensor, " N"], Float[Tensor, "N P"]]:
+    """Each member's mean squared error per target, and its gradient."""
+
+    def total(rows: Tensor) -> tuple[Tensor, Tensor]:
+        losses = (stacked.predict(model, from_rows(rows, shapes), xs, ys) - ys).square().mean(dim=(1, 2))  # N
+        return losses.sum(), losses  # the sum's gradient is each member's own
+
+    if torch.compiler.is_compiling():  # which cannot trace autograd; eagerly, autograd is a tenth faster
+        grads, (_, losses) = torch.func.grad_and_value(total, has_aux=True)(rows)
+        return losses, grads
+    with torch.enable_grad():
+        leaf = rows.detach().requires_grad_()
+        loss, losses = total(leaf)
+        (grads,) = torch.autograd.grad(loss, leaf)
+    return losses.detach(), grads
+
+
+@torch.no_grad()
+def update(
+    state: AdamState,
+    grads: Float[Tensor, "N P"],
+    rates: Float[Tensor, " N"],
+    optim: OptimConfig,
+) -> Float[Tensor, " N"]:
+    """Clip each member's gradient by its own norm and move the member by Adam, in place.
+
+    Returns:
+        The norms before clipping.
+    """
+    norms = torch.linalg.vector_norm(grads, dim=1)  # N
+    if optim.grad_clip is not None:
+        grads = grads * (optim.grad_clip / (norms + _STABILISER)).clamp(max=1).unsqueeze(1)
+    count = state.count + 1
+    exp_avg = torch.lerp(state.exp_avg, grads, 1 - optim.beta1)
+    exp_avg_sq = torch.lerp(state.exp_avg_sq, grads.square(), 1 - optim.beta2)
+    first, second = (_bias_correction(beta, count.to(rates.dtype)).unsqueeze(1) for beta in (optim.beta1, optim.beta2))
+    rows = state.rows - rates.unsqueeze(1) / first * exp_avg / ((exp_avg_sq / second).sqrt() + optim.eps)
+    for old, new in zip(state, (rows, exp_avg, exp_avg_sq, count), strict=True):
+        old.copy_(new)
+    return norms
+
+
+def _bias_correction(beta: float, count: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """1 - beta^count, without cancellation where beta^count is close to one."""
+    return -torch.expm1(count * (math.log(beta) if beta else -math.inf))
+
+
+def _compile(move: Step) -> Step:
+    """The step as one graph, on CUDA as a CUDA graph; or itself where there is no compiler."""
+    from torch._dynamo import config, exc, mark_static_address  # slow to import, and needed here alone
+
+    config.recompile_limit = max(config.recompile_limit, 2**10)  # a process may train many populations
+    graph: Step = torch.compile(move, fullgraph=True, dynamic=False)
+    replayed: Step = torch.compile(move, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    has_failed = False
+
+    def call(state: AdamState, xs: Tensor, ys: Tensor, rates: Tensor) -> StepInfo:
+        nonlocal has_failed
+        if has_failed:
+            return move(state, xs, ys, rates)
+        try:
+            if state.rows.device.type != "cuda":
+                return graph(state, xs, ys, rates)
+            for tensor in state:
+                mark_static_address(tensor)  # changed in place by the graph, never copied
+            return StepInfo(*(part.clone() for part in replayed(state, xs, ys, rates)))
+        except exc.TorchDynamoException as error:  # raised before anything has run
+            has_failed = True
+            reason = " ".join(str(error).split("\n")[:2])
+            warnings.warn(f"Training goes on without torch.compile, about a third slower: {reason}", stacklevel=2)
+            return move(state, xs, ys, rates)
+
+    return call
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next step.
+
+    It would hand it back to the system and take it anew, page by page: measured, up to half of a step's time. Other C
+    libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks below 32 MiB, the most that glibc allows, come from the heap
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: of which up to 1 GiB may lie free
