@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from icl import population
-from icl.build import build_model
+from icl.build import build_model, choose_device
 from icl.config import MEMBER_SETTINGS, ConfigError, RunConfig
 from icl.evaluation import EvaluationSet
 from icl.presets import run_name
@@ -25,6 +25,7 @@ from icl.runs import DONE, RunError, RunFolder, State, Status, is_child_rank, lo
 from icl.storage import remove_temporaries
 from icl.training import wandb_agent
 from icl.training.callbacks import StopSignals
+from icl.training.capacity import num_fitting
 from icl.training.data import PromptDataModule
 from icl.training.members import Member
 from icl.training.module import PopulationModule
@@ -98,7 +99,7 @@ def train_population(
         require_monitor(config)
     if is_child_rank():
         unfinished = [member for member in members if not _is_done(member)]
-        received = _train_stages(unfinished, {member: read_resume_file(member) for member in unfinished})
+        received = _train_groups(unfinished, {member: read_resume_file(member) for member in unfinished})
         return [_result(member, received) for member in members]
     with contextlib.ExitStack() as held:
         for member in members:
@@ -138,8 +139,26 @@ def _train(members: Sequence[Member], wandb_run: Any) -> list[TrainResult]:
             for member in unfinished:
                 member.wandb = _wandb_log(member, steps[member], wandb_run)
                 _settle(member, steps[member], None)  # one that was killed between its end and its last words
-            received = _train_stages(unfinished, steps)
+            received = _train_groups(unfinished, steps)
     return [_result(member, received, was_done=member in done) for member in members]
+
+
+def _train_groups(members: Sequence[Member], steps: Mapping[Member, int]) -> signal.Signals | None:
+    """Train as many members at a time as fit on the device; returns the signal that stopped it, if one did."""
+    if len(members) <= 1:
+        return _train_stages(members, steps)
+    kind = choose_device(members[0].config.trainer.accelerator)
+    limit = num_fitting(members[0].config, "cpu" if kind == "tpu" else kind)
+    if not is_child_rank():
+        in_turn = "" if len(members) <= limit else f", so they are trained in {-(-len(members) // limit)} groups"
+        print(f"About {limit:,} such members fit on this device at a time{in_turn}.")
+    for group in (members[start : start + limit] for start in range(0, len(members), limit)):
+        received = _train_stages(group, steps)
+        if received is not None:
+            for member in members:
+                _settle(member, steps[member], received)
+            return received
+    return None
 
 
 def _train_stages(members: Sequence[Member], steps: Mapping[Member, int]) -> signal.Signals | None:
@@ -150,7 +169,8 @@ def _train_stages(members: Sequence[Member], steps: Mapping[Member, int]) -> sig
     """
     sets = evaluation_sets([member.config for member in members])
     active: list[Member] = []
-    for step, until in itertools.pairwise([*sorted(set(steps.values())), members[0].config.trainer.max_steps]):
+    levels = sorted({steps[member] for member in members})
+    for step, until in itertools.pairwise([*levels, members[0].config.trainer.max_steps]):
         active += [member for member in members if member.is_running and steps[member] == step]
         is_behind = True
         while active and is_behind:
@@ -158,8 +178,6 @@ def _train_stages(members: Sequence[Member], steps: Mapping[Member, int]) -> sig
             for member in active:
                 _settle(member, step, received)
             if received is not None:
-                for member in members:
-                    _settle(member, steps[member], received)
                 return received
             active = [member for member in active if member.is_running]
             is_behind = step < until

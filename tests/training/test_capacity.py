@@ -1,0 +1,69 @@
+"""How many members fit: what is counted is what autograd keeps, and a population that is too large is trained in groups."""
+
+import pytest
+import torch
+from tiny_runs import TINY, change
+
+from icl.build import build_model
+from icl.population import stack
+from icl.presets import preset
+from icl.runs import local_root
+from icl.training import capacity, run
+from icl.training.capacity import activation_bytes, num_fitting
+from icl.training.run import train, train_population
+
+
+def kept(config):
+    return activation_bytes(config, stack([dict(build_model(config).named_parameters())]))
+
+
+def test_activations_grow_with_layers_and_tokens():
+    base = preset("L2H4")
+    assert kept(change(base, model={"num_layers": 4})) > 1.8 * kept(base)
+    assert 1.9 < kept(change(base, task={"max_examples": 16})) / kept(base) < 3  # attention's patterns grow faster
+
+
+def test_activations_hold_at_least_the_inputs_of_every_matrix_product():
+    """Of L2H4 per token in float32: norm, query-key-value input, heads' output, MLP input and hidden layer, per block."""
+    model, tokens = preset("L2H4").model, 2 * preset("L2H4").task.max_examples
+    floor = 4 * tokens * model.num_layers * (3 * model.embed_size + model.mlp_size) / 2
+    assert kept(preset("L2H4")) > floor
+
+
+def test_twice_the_memory_holds_twice_the_members(monkeypatch):
+    monkeypatch.setattr(capacity, "device_bytes", lambda device: 2**30)
+    once = num_fitting(preset("L2H4"), "meta")
+    monkeypatch.setattr(capacity, "device_bytes", lambda device: 2**31)
+    assert abs(num_fitting(preset("L2H4"), "meta") - 2 * once) <= 1
+    monkeypatch.setattr(capacity, "device_bytes", lambda device: 1)
+    assert num_fitting(preset("L2H4"), "meta") == num_fitting(preset("L2H4"), "cpu") == 1
+
+
+def test_a_population_that_does_not_fit_is_trained_in_groups_with_the_same_results(monkeypatch, capsys):
+    config = change(TINY, trainer={"max_steps": 10})
+    configs = [change(config, seeds={"model": seed}) for seed in range(3)]
+    monkeypatch.setattr(run, "num_fitting", lambda config, device: 2)
+    results = train_population(configs, folders=[local_root() / f"grouped{seed}" for seed in range(3)])
+    assert (
+        "About 2 such members fit on this device at a time, so they are trained in 2 groups." in capsys.readouterr().out
+    )
+    for seed, result in enumerate(results):
+        alone = train(configs[seed], folder=local_root() / f"alone{seed}")
+        assert result.status.state == "finished"
+        assert result.folder.metrics_file.read_text() == alone.folder.metrics_file.read_text()
+
+
+@pytest.mark.gpu
+def test_the_estimate_bounds_what_a_gpu_needs():
+    from icl.step import adam_state, make_step, shapes_of
+    from icl.tasks.prompts import sample_prompts
+
+    config, num = preset("L2H4"), 8
+    params = stack([{name: p.cuda() for name, p in build_model(config).named_parameters()} for _ in range(num)])
+    state, step = adam_state(params), make_step(config.model, config.optim, shapes_of(params))
+    prompts = sample_prompts(config, stream="train", step=0, batch_size=num * 256, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    step(state, prompts.xs.unflatten(0, (num, -1)), prompts.ys.unflatten(0, (num, -1)), torch.ones(num, device="cuda"))
+    used = torch.cuda.max_memory_allocated() / num
+    estimate = kept(config) * 256 + 7 * sum(tensor.nbytes for tensor in params.values()) / num
+    assert 0.5 < estimate / used < 2
