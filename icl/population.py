@@ -1,23 +1,19 @@
 """Populations: one architecture, many parameter sets, stacked on a leading axis N and applied at once.
 
 The seeds of a sweep, the rungs of an M-ladder, the chains of an LLC estimate and the checkpoints of a run are all
-populations, and this is the one place that stacks, unstacks and maps over them. Parameters are `dict[str, Tensor]`
+populations, and this is the one place that stacks, unstacks and applies them. Parameters are `dict[str, Tensor]`
 with the names of the module's own state dict. A run is a population of one.
-
-`apply` maps the module by `torch.func.vmap`. A population of one calls the plain module instead: measured on two CPU
-cores, vmap costs such a step of the quickstart model 15 to 30 % more; a test holds both to the same numbers.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-Params: TypeAlias = dict[str, Tensor]
-"""Parameters by name; stacked ones have a leading axis N."""
+from icl import stacked
+from icl.stacked import Params as Params
+from icl.transformer import Transformer
 
 
 def stack(members: Sequence[Mapping[str, Tensor]]) -> Params:
@@ -46,22 +42,14 @@ def size(params: Mapping[str, Tensor]) -> int:
 
 
 def apply(
-    model: nn.Module, params: Mapping[str, Tensor], xs: Float[Tensor, "*N B K D"], ys: Float[Tensor, "*N B K"]
+    model: Transformer, params: Mapping[str, Tensor], xs: Float[Tensor, "*N B K D"], ys: Float[Tensor, "*N B K"]
 ) -> Float[Tensor, "N B K"]:
     """The predictions of every member, each on prompts of its own or all on the same.
 
     Args:
         model: The architecture; its own parameters are not used.
-        params: Stacked parameters.
+        params: Stacked parameters, whose type the predictions have whatever the prompts were made in.
         xs: Inputs (N, B, K, D), or (B, K, D) shared by all members.
         ys: Targets likewise.
     """
-    shared = xs.ndim == 3
-    dtype = next(iter(params.values())).dtype  # that of the weights, whatever the prompts were made in
-    xs, ys = xs.to(dtype), ys.to(dtype)
-    if size(params) == 1:
-        member = {name: tensor.squeeze(0) for name, tensor in params.items()}
-        batch = (xs, ys) if shared else (xs.squeeze(0), ys.squeeze(0))
-        return functional_call(model, member, batch).unsqueeze(0)
-    mapped = torch.vmap(lambda member, x, y: functional_call(model, member, (x, y)), (0, None, None) if shared else 0)
-    return mapped(dict(params), xs, ys)
+    return stacked.predict(model.config, dict(params), xs, ys)

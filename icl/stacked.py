@@ -9,6 +9,7 @@ Python state, so that `torch.compile` sees one plain function.
 """
 
 import math
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,9 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from icl.config import ModelConfig
-from icl.population import Params
 from icl.tasks.prompts import to_tokens
 from icl.transformer import ACTIVATIONS
+
+Params: TypeAlias = dict[str, Tensor]
+"""Parameters by name; stacked ones have a leading axis N."""
 
 
 def predict(

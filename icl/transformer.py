@@ -35,7 +35,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, task_size: int, max_examples: int) -> None:
         super().__init__()
-        self.task_size, self.max_examples = task_size, max_examples
+        self.config, self.task_size, self.max_examples = config, task_size, max_examples
         token_size = task_size + 1
         self.token_embedding = _Linear(token_size, config.embed_size, bias=config.embedding_bias)
         self.position_embedding = nn.Parameter(torch.empty(2 * max_examples, config.embed_size))
