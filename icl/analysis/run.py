@@ -94,7 +94,15 @@ def analyse(name: str, path: str | Path, **settings: Any) -> Result:
 
 
 def over_checkpoints(
-    name: str, path: Path, settings: Any, measure: Measure, *, version: int, uses_predecessor: bool = False
+    name: str,
+    path: Path,
+    settings: Any,
+    measure: Measure,
+    *,
+    version: int,
+    uses_predecessor: bool = False,
+    keep_vectors: bool = True,
+    max_members: int | None = None,
 ) -> tuple[list[Part], RunConfig]:
     """Measure every saved step of a run, or one checkpoint; those measured before are taken from their parts.
 
@@ -105,6 +113,9 @@ def over_checkpoints(
         measure: The measurements of a population.
         version: Of the method; a new one means that old parts are done again.
         uses_predecessor: Whether a measurement looks at the checkpoint before it, too.
+        keep_vectors: Whether to return the parts with their vectors; where all together do not fit in memory, leave
+            them on disk and read them by `parts.stored_vector`.
+        max_members: Of one population, where a measurement is so long that it should be kept more often.
 
     Returns:
         A part for every step, in order, and the run's configuration.
@@ -118,13 +129,14 @@ def over_checkpoints(
     parts: list[Part] = []
     config = load_checkpoint_file(files[0]).config
     with tqdm(total=len(files), desc=name, unit="checkpoint", disable=len(files) == 1) as bar:
-        for stretch in _stretches(files, config, folder, settings, version, uses_predecessor):
-            parts += stretch.done
+        for stretch in _stretches(files, config, folder, settings, version, uses_predecessor, max_members):
+            found = list(stretch.done)
             if stretch.pending:
                 fresh = _measure(stretch, measure)
                 for part, key in zip(fresh, stretch.keys, strict=True):
                     write_part(folder, part, key)
-                parts += fresh
+                found += fresh
+            parts += found if keep_vectors else [part._replace(vectors={}) for part in found]
             bar.update(len(stretch.done) + len(stretch.pending))
     return parts, config
 
@@ -171,6 +183,7 @@ def _stretches(
     settings: Any,
     version: int,
     uses_predecessor: bool,
+    max_members: int | None,
 ) -> Iterator[_Stretch]:
     before: Checkpoint | None = None
     waiting = _Stretch([], [], [], None)
@@ -186,7 +199,8 @@ def _stretches(
             "version": version,
         }
         part = read_part(folder, checkpoint.step, key)
-        if waiting.pending and (part is not None or len(waiting.pending) >= _members_at_once(checkpoint.params)):
+        is_full = len(waiting.pending) >= min(max_members or MEMBERS_AT_ONCE, _members_at_once(checkpoint.params))
+        if waiting.pending and (part is not None or is_full):
             yield waiting
             waiting = _Stretch([], [], [], None)
         if part is not None:

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -53,6 +53,11 @@ def new_figure(
         figure = Figure(figsize=(width * num_columns, height * num_rows), layout="constrained")
         axes = figure.subplots(num_rows, num_columns, squeeze=False)
     return figure, list(axes.flat)
+
+
+def ordered_colours(count: int) -> list[Any]:
+    """Colours for things in an order, such as layers or singular values: dark first, never too light on white."""
+    return [colormaps["viridis"](0.9 * index / max(count - 1, 1)) for index in range(count)]
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

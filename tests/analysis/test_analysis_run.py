@@ -173,7 +173,7 @@ def test_explained_shares_of_a_line_are_one_and_zero():
 
 
 def test_all_analyses_of_a_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("icl.analysis.ANALYSES", {"gradients": ANALYSES["gradients"]})
+    monkeypatch.setattr("icl.commands.analyse.ANALYSES", {"gradients": ANALYSES["gradients"]})
     folder = saved_run(tmp_path / "r", steps=(3,))
     assert main(["analyse", str(folder.path), "--what", "all"]) == 0
     assert (folder.results / "gradients.csv").is_file()

@@ -1,0 +1,142 @@
+"""Essential dynamics end to end: the table, its nulls, several runs, what cannot be done; the figure."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from tiny_runs import TINY, change
+
+from icl.analysis.essential_dynamics import fit_components
+from icl.analysis.forms import find_shapes
+from icl.analysis.run import analyse
+from icl.analysis.trajectories import Trajectory
+from icl.build import build_model
+from icl.checkpoints import CheckpointError, save_checkpoint
+from icl.cli import main
+from icl.config import ConfigError
+from icl.plotting.essential_dynamics import plot
+from icl.runs import RunFolder
+
+STEPS = (0, 1, 2, 4, 7, 12, 20, 33, 54, 60)
+
+
+def saved_run(path, steps=STEPS, config=TINY, start=0):
+    """A run on a straight way, in its weights, from one seed's model to another's, with a detour."""
+    folder = RunFolder(path)
+    ends = [build_model(change(config, seeds={"model": start + seed})).state_dict() for seed in (0, 1, 2)]
+    for step in steps:
+        way = np.log1p(step) / np.log1p(60)
+        weights = (1 - way, way, 0.5 * np.sin(np.pi * way))
+        mixed = {name: sum(w * end[name] for w, end in zip(weights, ends, strict=True)) for name in ends[0]}
+        save_checkpoint(folder.checkpoints, step, config, {name: tensor.float() for name, tensor in mixed.items()})
+    return folder
+
+
+def made_up(points, steps):
+    return Trajectory("r", TINY, list(steps), ["x"] * len(points), list(points))
+
+
+def values(table, quantity):
+    return table[table["quantity"] == quantity].set_index("item")["value"]
+
+
+def test_a_run_from_the_command_line(tmp_path, capsys):
+    folder, out = saved_run(tmp_path / "r"), tmp_path / "out.json"
+    words = ["analyse", str(folder.path), "--what", "essential-dynamics", "--num_prompts", "16", "--out", str(out)]
+    assert main(words) == 0
+    assert "Squared displacement" in capsys.readouterr().out
+    assert (folder.figures / "essential-dynamics.png").read_bytes().startswith(b"\x89PNG")
+    table = pd.read_csv(folder.results / "essential-dynamics.csv")
+    assert len(json.loads(out.read_text())["rows"]) == len(table)
+    scores = table[table["quantity"] == "score"]
+    assert scores["step"].tolist() == [step for step in STEPS for _ in range(4)]
+    assert scores["checkpoint_hash"].nunique() == len(STEPS)
+    assert set(table["bandwidth"]) == {0.15}
+    assert set(table.loc[table["quantity"] == "reference_score", "run"]) == {"ridge", "dMMSE M=16"}
+    assert (table[table["quantity"] == "arc_length"]["value"].diff().dropna() > 0).all()
+    for name in ("explained_share", "null_walk", "null_flips", "null_brownian", "null_equal"):
+        shares = values(table, name)
+        assert list(shares.index) == ["PC1", "PC2", "PC3", "PC4"]
+        assert 0.5 < shares.sum() <= 1 + 1e-9
+
+
+def test_weights_on_a_known_way_have_its_two_components(tmp_path):
+    table = analyse("essential-dynamics", saved_run(tmp_path / "r").path, state="weights").table
+    shares = values(table, "explained_share")
+    assert shares["PC1"] + shares["PC2"] == pytest.approx(1, abs=1e-6)
+    assert values(table, "displacement_ratio")["all"] > 2
+    assert "reference_score" not in set(table["quantity"])
+
+
+def test_two_runs_share_their_components(tmp_path):
+    runs = [saved_run(tmp_path / name, start=start) for name, start in (("a", 0), ("b", 5))]
+    result = analyse("essential-dynamics", runs[0].path, jointly_with=str(runs[1].path), num_prompts=16)
+    scores = result.table[result.table["quantity"] == "score"]
+    assert scores.groupby("run").size().to_dict() == {"a": 40, "b": 40}
+    assert scores.groupby("item")["value"].sum().abs().max() < 1e-3  # centred together
+    assert scores[scores["item"] == "PC1"].groupby("run")["value"].sum().abs().min() > 1
+    figure = plot(result.table, title="a")
+    assert "a and 1 more" in figure.get_suptitle()
+
+
+def test_a_random_walk_is_told_from_a_curve():
+    generator = np.random.default_rng(0)
+    steps = np.unique(np.geomspace(1, 1000, 40).astype(int))
+    walk = np.cumsum(generator.normal(size=(len(steps), 2000)), axis=0)
+    times = np.log1p(steps)
+    curve = np.stack([times, np.cos(times)], 1) @ generator.normal(size=(2, 2000))
+    ratios = {}
+    for name, points in (("walk", walk), ("curve", curve)):
+        fit = fit_components([made_up(points, steps)], {}, num_components=3)
+        ratios[name] = fit.displacement[0] / np.quantile(fit.walks.displacement, 0.95)
+        if name == "walk":
+            np.testing.assert_allclose(fit.components.shares, fit.nulls["null_walk"], rtol=5 * (2 / 2000) ** 0.5)
+            assert (fit.components.shares < 1.2 * fit.walks.shares.max(0)).all()
+    assert ratios["walk"] < 1.2
+    assert ratios["curve"] > 3
+
+
+def test_shapes_are_found_at_their_step_and_doubted_where_walks_have_as_many():
+    steps = np.unique(np.geomspace(1, 5000, 150).astype(int))
+    away = np.log1p(steps) - np.log1p(300)
+    curve = np.stack([away**2, away**3, away**3 - away**2], 1)
+    line = np.outer(away, np.ones(3))
+    (form,) = find_shapes(steps, curve, np.stack([line, line]), bandwidth=0.2).forms
+    assert np.expm1(form.time) == pytest.approx(300, rel=0.03)
+    assert form.reasons == ""
+    shapes = find_shapes(steps, curve, np.stack([line, curve]), bandwidth=0.2)
+    assert shapes.in_walks == {"cusp": [0, 3], "vertex": [0, 0], "form": [0, 1]}
+    assert {one.reasons for one in shapes.forms} == {"random walks of the run's own steps show as many"}
+
+
+def test_few_checkpoints_give_components_but_no_curves(tmp_path):
+    result = analyse("essential-dynamics", saved_run(tmp_path / "r", steps=STEPS[:4]).path, num_prompts=8)
+    assert any("no curves" in line for line in result.summary)
+    assert len(values(result.table, "explained_share")) == 3
+    assert "smooth_score" not in set(result.table["quantity"])
+    plot(result.table, title="few")
+
+
+def test_what_cannot_be_done_is_a_sentence(tmp_path):
+    folder = saved_run(tmp_path / "r", steps=(0, 1))
+    for settings, error, said in (
+        ({"num_prompts": 4}, CheckpointError, "at least three saved steps, got 2"),
+        ({"jointly_with": str(folder.path)}, ConfigError, "names a run twice"),
+        ({"bandwidth": 0.0}, ConfigError, "`bandwidth` must be positive"),
+        ({"num_components": 0}, ConfigError, "`num_components` must be at least 1"),
+        ({"num_prompts": 0}, ConfigError, "`num_prompts` must be at least 1"),
+    ):
+        with pytest.raises(error, match=said):
+            analyse("essential-dynamics", folder.path, **settings)
+    for points in (np.ones((5, 3)), np.full((5, 3), np.nan)):
+        with pytest.raises(CheckpointError, match="not finite, or all the same"):
+            fit_components([made_up(points, range(5))], {}, num_components=2)
+
+
+def test_a_trajectory_in_one_direction_has_one_component():
+    line = np.outer(np.arange(9.0), np.ones(20))
+    fit = fit_components([made_up(line, range(9))], {}, num_components=4)
+    assert fit.components.scores.shape == (9, 1)
+    assert fit.components.shares == pytest.approx([1])
+    assert fit.displacement == pytest.approx([8])
