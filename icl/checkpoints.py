@@ -96,7 +96,7 @@ def parse_checkpoint(data: bytes, name: str) -> Checkpoint:
     """
     metadata = _metadata(data, name)
     try:
-        params = safetensors.torch.load(data)
+        params = dict(sorted(safetensors.torch.load(data).items()))  # it gives them in another order each time
         step, config = int(metadata["step"]), RunConfig.from_dict(dict(metadata["config"]))
         if step < 0:
             raise ValueError(f"step {step}")

@@ -21,6 +21,12 @@ class About(NamedTuple):
 
 ANALYSES: dict[str, About] = {
     "gradients": About("run", "gradients in the weights (norm, noise scale, alignment) and in the data distribution"),
+    "hessian": About("run", "curvature: the Hessian's largest and smallest eigenvalues, its trace and its spectrum"),
+    "essential-dynamics": About("run", "PCA of the trajectory, beside a random walk's; evolutes, cusps, forms"),
+    "embeddings": About("run", "spectra and overlap of the embeddings, layer-norm and unembedding collapse"),
+    "attention": About(
+        "run", "what each head attends to: patterns, entropy, variability, self, previous, x- and y-tokens"
+    ),
     "diversity": About(
         "table", "OOD error against task diversity and other features: linear, ridge or lasso", "diversity_fit"
     ),

@@ -34,7 +34,7 @@ from icl.tasks.prompts import Prompts, prompt_source
 
 NUM_COMPONENTS = 3
 TASK_BATCHES = 8
-VERSION = 1
+VERSION = 2
 _FD_STEP = {torch.float64: 1e-5, torch.float32: 1e-2}
 _FD_PROMPTS = 64
 _ACTIVATIONS_AT_ONCE = 1e8

@@ -29,7 +29,7 @@ from icl.evaluation import predict_prompts
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts
 
-VERSION = 1
+VERSION = 2
 STREAM = "essential-dynamics"
 BLOCK_BYTES = 2**27
 """Of the stretch of all rows that is in memory at a time, in float64."""

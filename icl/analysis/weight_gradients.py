@@ -23,13 +23,14 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad
 
 from icl import metrics, population
 from icl.metrics import Estimate
 from icl.population import Params
 from icl.tasks.prompts import Prompts
+from icl.transformer import Transformer
 
 Gradients = dict[str, Tensor]
 """By parameter name: (N, J, p), a row for each batch."""
@@ -46,7 +47,7 @@ class WithDeleted(NamedTuple):
     deleted: Float[Tensor, "J *N"]
 
 
-def batch_gradients(model: nn.Module, params: Params, prompts: Prompts, num_batches: int) -> Gradients:
+def batch_gradients(model: Transformer, params: Params, prompts: Prompts, num_batches: int) -> Gradients:
     """The gradient of every member's mean loss on each of `num_batches` equal batches of the same prompts (B, K, D)."""
 
     def loss(weights: Params, xs: Tensor, ys: Tensor) -> Tensor:
