@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.application import start_application
 from benchmarks.peers import dmmse_by_prefix, matrix_products, plain_loop
 from icl import population
 from icl.baselines import dmmse
@@ -39,6 +40,12 @@ def make_cases(device: str) -> list[Case]:
     many = 32 if device == "cuda" else 8
     plain, products = plain_loop(CONFIG, device), matrix_products(CONFIG, device)
     one, half, packed = (training_step(num, device, compiled=True) for num in (1, many // 2, many))
+    application = start_application(CONFIG, device)
+
+    def bare_steps() -> None:
+        for _ in range(application.num_steps or 1):
+            one()
+
     targets = ("5", "15") if device == "cuda" else ("1.5", "")
     return [
         Case("plain loop / one member, eager", plain, training_step(1, device), target="1"),
@@ -46,6 +53,7 @@ def make_cases(device: str) -> list[Case]:
         Case(f"plain loop / {many} members, compiled", plain, packed, many, target="" if device == "cuda" else "1.5"),
         Case(f"one at a time / {many} members, compiled", one, packed, many, target=targets[1]),
         Case(f"{many // 2} members / {many}, compiled", half, packed, 2, target="1"),
+        Case("bare loop / the application, one member", bare_steps, application, target="0.9"),
         Case("matrix products alone / one member, compiled", products, one),
         Case("loop over prefixes / dMMSE, M = 2^14", *dmmse_sides(device), calls=1, target="5"),
     ]
