@@ -37,6 +37,7 @@ from icl.evaluation import evaluate, evaluate_baselines, evaluation_set
 from icl.prediction import predict_from_prompt
 from icl.presets import preset
 from icl.runs import DONE, RunError, RunFolder, config_differences
+from icl.sampling.run import estimate_run
 from icl.storage import table_format, write_atomically
 from icl.tasks.prompts import prompt_source
 from icl.tasks.shifts import available_shifts
@@ -44,6 +45,7 @@ from icl.transformer import Transformer
 
 __all__ = [
     "ICRegConfig",
+    "estimate_run",
     "evaluate_ood_score",
     "evaluate_run",
     "load_checkpoint",

@@ -17,6 +17,10 @@ Activation = Literal["relu", "gelu", "gelu_tanh"]
 Initialisation = Literal["pytorch", "gpt2"]
 ModelOutput = Literal["scalar", "token"]
 RateSchedule = Literal["constant", "warmup", "triangle"]
+Compile = Literal["auto", "true", "false"]
+Kernel = Literal["sgld", "rmsprop"]
+Minibatches = Literal["fixed", "fresh"]
+SampledLoss = Literal["mse", "subsequence"]
 Accelerator = Literal["auto", "cpu", "cuda", "gpu", "tpu", "mps"]
 
 FREE_ON_RESUME = (
@@ -24,10 +28,13 @@ FREE_ON_RESUME = (
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.strategy",
+    "trainer.compile",
     "checkpoints.resume_seconds",
     "checkpoints.store",
+    "sampler",
 )
-"""Where and how safely a run executes, not what it computes: these may change when an unfinished run is resumed."""
+"""Where and how safely a run executes and what is sampled of it later, not what training computes: these settings and
+sections may change when an unfinished run is resumed, and are in no run's name."""
 
 MEMBER_SETTINGS = ("run_name", "task.num_tasks", "seeds", "checkpoints.store")
 """The settings and sections in which the members of a population may differ."""
@@ -252,6 +259,8 @@ class TrainerConfig:
     """Lightning's strategy, `ddp` for several processes."""
     precision: str = "32-true"
     """Lightning's precision, such as `32-true` or `bf16-mixed`."""
+    compile: Compile = "auto"
+    """Whether `torch.compile` makes one program of the step, in 10 to 30 s; `auto`: if the run is long enough to gain."""
 
     def __post_init__(self) -> None:
         _require_words("trainer", self)
@@ -324,6 +333,70 @@ class CheckpointsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How `icl llc` estimates local learning coefficients; nothing of it changes what is trained."""
+
+    lr: float = 3e-5
+    """Step size epsilon of SGLD."""
+    nbeta: float | None = 1000.0
+    """Effective inverse temperature n beta, the factor of the loss; None means n / ln n of `num_samples`."""
+    localization: float = 1000.0
+    """Pull gamma back to the checkpoint."""
+    num_samples: int = 2**20
+    """The sample size n: how many prompts the `fixed` set has, and what n / ln n is taken of."""
+    batch_size: int = 256
+    """Prompts in each chain's minibatch."""
+    num_chains: int = 4
+    """Independent chains at each checkpoint."""
+    num_draws: int = 100
+    """Draws of each chain that the averages are over."""
+    num_burnin_steps: int = 100
+    """Moves of each chain before its first draw; they are in no average."""
+    seed: int = 0
+    """Of the chains' noise and minibatches."""
+    kernel: Kernel = "sgld"
+    """`sgld`, or SGLD preconditioned by RMSprop (`rmsprop`)."""
+    thinning: int = 1
+    """Moves from one draw to the next."""
+    num_init_batches: int = 256
+    """Minibatches that the checkpoint's own loss L(w0) is the mean of."""
+    minibatches: Minibatches = "fixed"
+    """Minibatches from one set of `num_samples` prompts (`fixed`), or of new prompts every time (`fresh`)."""
+    loss: SampledLoss = "mse"
+    """Squared error per target over all positions, or over the first K', K' uniform on 1..K (`subsequence`)."""
+    steps: str = "all"
+    """Which saved steps: `all`, `last`, a list such as 1,2,3, or a range 0:1000:100 (with its end)."""
+    memory: float = 2.0
+    """GiB that the chains running at once may need."""
+
+    def __post_init__(self) -> None:
+        _require_words("sampler", self)
+        _require_number("sampler", "lr", self.lr, positive=True)
+        if self.nbeta is not None:
+            real = isinstance(self.nbeta, (int, float)) and not isinstance(self.nbeta, bool)
+            _require(
+                real and 0 < self.nbeta < math.inf,
+                f"`sampler.nbeta` must be positive and finite, got {self.nbeta!r}. "
+                "Write none to use n / ln n with n = `sampler.num_samples`.",
+            )
+        _require_number("sampler", "localization", self.localization, positive=False)
+        _require_number("sampler", "memory", self.memory, positive=True)
+        minima = {"num_samples": 2, "batch_size": 1, "num_chains": 1, "num_draws": 2, "num_burnin_steps": 0}
+        for name, minimum in {**minima, "seed": 0, "thinning": 1, "num_init_batches": 1}.items():
+            _require_count("sampler", name, getattr(self, name), minimum)
+        _require(self.seed < 2**63, f"`sampler.seed` must be below 2^63, got {self.seed}.")
+        _require(
+            self.minibatches == "fresh" or self.num_samples % self.batch_size == 0,
+            f"`sampler.num_samples` must be a multiple of `sampler.batch_size` for `fixed` minibatches, got "
+            f"{self.num_samples} and {self.batch_size}.",
+        )
+        _require(
+            self.kernel == "sgld" or self.num_burnin_steps > 0,
+            "The kernel `rmsprop` adapts during burn-in only; set `sampler.num_burnin_steps` above 0.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SeedsConfig:
     """One seed for each source of chance; changing one leaves the others' draws as they were."""
 
@@ -388,6 +461,7 @@ class RunConfig:
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     seeds: SeedsConfig = SeedsConfig()
     population: PopulationConfig = PopulationConfig()
+    sampler: SamplerConfig = SamplerConfig()
 
     def __post_init__(self) -> None:
         if self.run_name is not None:
@@ -485,6 +559,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(inner) for inner in value]
     return "inf" if value == math.inf else value
+
+
+def is_free_on_resume(key: str) -> bool:
+    """Whether a dotted key, or its section, is of `FREE_ON_RESUME`."""
+    return key in FREE_ON_RESUME or key.partition(".")[0] in FREE_ON_RESUME
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,10 @@ from icl.presets import preset
 if TYPE_CHECKING:
     import jsonargparse
 
+OPTIONS = {"train": ("config",), "llc": ("config", "out", "steps", "rescale")}
+"""What the commands that take a run's settings take beside them: options with a value."""
+FLAGS = {"train": (), "llc": ("published", "calibrate", "self-test")}
+"""And without one."""
 POINT_VARIABLE = "ICL_SWEEP_POINT"
 """The environment variable by which `icl sweep` hands a point to the program that it starts."""
 _NONE = ("none", "null", "~")
@@ -94,6 +98,44 @@ def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None
             raise ConfigError(
                 f"`{key}` is swept (here {value!r}) and the command line sets it to {given[key]!r}; remove one of the two."
             )
+
+
+class Words(typing.NamedTuple):
+    """A command line, taken apart."""
+
+    path: str | None
+    """The word that is no option."""
+    flags: frozenset[str]
+    settings: dict[str, str]
+    """Flat: settings of a run, and the command's own options."""
+
+
+def read_words(command: str, arguments: Sequence[str]) -> Words:
+    """The words after `icl train` or `icl llc`; several steps after `--steps` are one list.
+
+    Raises:
+        ConfigError: For a second word that is no option, an option without value, or an unknown key.
+    """
+    paths: list[str] = []
+    flags: set[str] = set()
+    rest: list[str] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            paths.append(word)
+        elif word[2:] in FLAGS[command]:
+            flags.add(word[2:])
+        elif "=" in word or not words or words[0].startswith("--"):
+            rest.append(word)
+        else:
+            value = words.pop(0)
+            while word == "--steps" and words and re.fullmatch(r"[\d:,]+", words[0]):
+                value += f",{words.pop(0)}"
+            rest += [word, value]
+    if len(paths) > (0 if command == "train" else 1):
+        raise ConfigError(f"Expected `--section.key VALUE`, got `{paths[-1]}`.")
+    return Words(paths[0] if paths else None, frozenset(flags), read_arguments(rest, extra=OPTIONS[command]))
 
 
 def read_arguments(arguments: Sequence[str], *, extra: Sequence[str] = ()) -> dict[str, str]:
@@ -173,13 +215,14 @@ def _require_table(tree: Any, path: str | Path | None) -> dict[str, Any]:
     return tree
 
 
-def settings_parser(**options: Any) -> "jsonargparse.ArgumentParser":
-    """The parser of the whole tree: its types, defaults and one-line descriptions."""
+def settings_parser(section: str | None = None, **options: Any) -> "jsonargparse.ArgumentParser":
+    """The parser of the whole tree, or of a section: its types, defaults and one-line descriptions."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
-    parser.add_class_arguments(RunConfig, None)
+    kinds = {field.name: field.type for field in dataclasses.fields(RunConfig)}
+    parser.add_class_arguments(RunConfig if section is None else kinds[section], section)
     return parser
 
 
@@ -210,6 +253,8 @@ def _read_value(key: str, value: Any) -> Any:
         return _read_list(key, value)
     parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     is_text = any(part is str or typing.get_origin(part) is Literal for part in parts)
+    if isinstance(value, bool) and "true" in typing.get_args(kind):  # a choice of words that YAML has truth values for
+        return str(value).lower()
     if isinstance(value, str):
         if not is_text or (types.NoneType in parts and value.strip().lower() in _NONE):
             value = parse_scalar(value)
@@ -242,7 +287,9 @@ def _refuse_unknown(settings: Iterable[Any], keys: Mapping[str, Any]) -> None:
         key = " ".join(str(given).split())  # YAML has keys that are not text
         if any(known.startswith(f"{key}.") for known in keys):
             raise ConfigError(f"`{key}` is a section; write `{key}: {{key: value}}` or `--{key}.key VALUE`.")
-        leaves = {known.rpartition(".")[2]: known for known in keys}
+        leaves = {
+            known.rpartition(".")[2]: known for known in reversed(list(keys))
+        }  # the first section of a name counts
         nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
         near_leaf = difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.6)
         suggestion = nearest[0] if nearest else leaves[near_leaf[0]] if near_leaf else None

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 import yaml
 
-from icl.config import FREE_ON_RESUME, ConfigError, RunConfig, UserError, flatten
+from icl.config import ConfigError, RunConfig, UserError, flatten, is_free_on_resume
 from icl.storage import LocalStore, StorageError, write_atomically
 
 State = Literal["waiting", "running", "finished", "stopped_early", "preempted", "failed"]
@@ -157,11 +157,10 @@ def parse_status(data: bytes) -> Status | None:
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
     """What two configurations compute differently, a phrase for each setting; names and machines do not count."""
     before, after = (flatten(config.to_dict()) for config in (old, new))
-    ignored = {*FREE_ON_RESUME, "run_name", "preset"}
     return [
         f"`{key}` was {before[key]!r} and is now {after[key]!r}"
         for key in after
-        if key not in ignored and before[key] != after[key]
+        if key not in ("run_name", "preset") and not is_free_on_resume(key) and before[key] != after[key]
     ]
 
 

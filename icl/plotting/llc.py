@@ -35,7 +35,8 @@ def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Se
     """
     figure, axes = new_figure(2, num_rows=2, width=5.2, height=3.3)
     table = table.sort_values("step")
-    for column, scale in enumerate(("symlog", "linear")):
+    logarithmic = "symlog" if table["step"].min() == 0 else "log"  # with room for step 0
+    for column, scale in enumerate((logarithmic, "linear")):
         _draw_losses(axes[column], table, trivial_loss)
         _draw_estimates(axes[column + 2], table)
         for panel in (axes[column], axes[column + 2]):
@@ -74,22 +75,25 @@ def plot_traces(records: Sequence[Record], *, title: str) -> Figure:
 
 
 def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title: str) -> Figure:
-    """Estimate and verdict over the searched settings at the last checkpoint, and traces of chosen and failed corners.
+    """Estimates, verdicts and escape over the searched settings at the last checkpoint, and traces of some corners.
 
     Args:
         table: The table of `icl.sampling.calibration`.
-        traces: Estimates by corner, the chosen one first.
+        traces: Estimates by corner, the chosen one first, then failed ones.
         title: Above the panels.
     """
-    shown = list(traces.items())[:4]
-    figure, axes = new_figure(max(2, len(shown)), num_rows=2, width=4.6, height=3.6)
-    num_columns = len(axes) // 2
+    figure, axes = new_figure(3, num_rows=2, width=4.8, height=3.6)
     last = table[table["step"] == table["step"].max()]
-    _draw_grid(axes[0], last)
-    _draw_rates(axes[1], last)
-    for panel in axes[2:num_columns]:
-        panel.set_visible(False)
-    for panel, (corner, record) in zip(axes[num_columns:], shown, strict=False):
+    survey = last[last["stage"] == "nbeta, localization"]
+    _draw_corners(axes[0], survey, "nbeta", "ratio", "γ/nβ = {:.3g}")
+    _draw_corners(axes[1], last[last["lr_searched"]], "lr", "nbeta", "nβ = {:.3g}")
+    _draw_escape(axes[2], survey)
+    for panel, x in ((axes[0], "nbeta"), (axes[1], "lr")):
+        _ring(panel, last, x)
+        panel.legend(fontsize=8)
+    axes[0].set(xlabel="nβ", ylabel="LLC (bars: 2 standard errors)", title="Plateau in nβ, at one ratio γ/nβ")
+    axes[1].set(xlabel="step size ε", title="Plateau in ε")
+    for panel, (corner, record) in zip(axes[3:], list(traces.items())[:3], strict=False):
         _draw_trace(panel, record.row, record.traces, record.stride)
         row = last[last["corner"] == corner].iloc[0]
         panel.set_title(
@@ -98,10 +102,11 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
             fontsize=8,
             color=VERDICTS[record.row["verdict"]]["color"],
         )
-    for panel in axes[num_columns + len(shown) :]:
+    for panel in axes[3 + len(traces) :]:
         panel.set_visible(False)
-    axes[num_columns].set_ylabel("minibatch loss")
-    axes[num_columns].legend(fontsize=7)
+    axes[3].set_ylabel("minibatch loss")
+    if traces:
+        axes[3].legend(fontsize=7)
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -132,10 +137,11 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
         axes.plot(good["step"], good["llc"], color=BLACK, linewidth=0.8, alpha=0.5)
     _limit(axes, pd.concat([base["llc"] - 2 * base["stderr"].fillna(0), base["llc"] + 2 * base["stderr"].fillna(0)]))
     low, high = axes.get_ylim()
+    edges = (low + 0.03 * (high - low), high - 0.03 * (high - low))
     for verdict, style in VERDICTS.items():
         rows = table[table["verdict"] == verdict]
         if len(rows):
-            inside = rows["llc"].astype(float).fillna(high).clip(low, high)
+            inside = rows["llc"].astype(float).fillna(edges[1]).clip(*edges)
             error = (2 * rows["stderr"].astype(float)).where(inside == rows["llc"], 0).fillna(0)
             axes.errorbar(
                 rows["step"], inside, error, **style, linestyle="none", markersize=6, capsize=2, label=verdict
@@ -158,36 +164,42 @@ def _draw_trace(axes: Axes, row: Mapping[str, Any], traces: np.ndarray, stride: 
     axes.set_xlabel("move (burn-in shaded)")
 
 
-def _draw_grid(axes: Axes, last: pd.DataFrame) -> None:
-    """Estimates against nbeta, a line for each ratio localization / nbeta."""
-    survey = last[last["stage"] == "nbeta, localization"]
-    for colour, (ratio, rows) in zip(_CHAINS, survey.groupby("ratio"), strict=False):
-        axes.plot(rows["nbeta"], rows["llc"], color=colour, linewidth=1.0, label=f"γ/nβ = {ratio:.3g}")
-        _draw_verdicts(axes, rows, "nbeta")
-    _ring(axes, last, "nbeta")
-    axes.set(xscale="log", yscale="symlog", xlabel="nβ", ylabel="LLC (bars: 2 standard errors)")
-    axes.set_title("Over nβ, at one step size for each", fontsize=10)
-    axes.legend(fontsize=8)
+def _draw_corners(axes: Axes, rows: pd.DataFrame, x: str, family: str, label: str) -> None:
+    """Estimates against a setting, a line for each value of another; what is not finite stands at the upper edge."""
+    sure = rows[rows["verdict"] != "invalid"]
+    _limit(axes, pd.concat([sure["llc"] - sure["stderr"], sure["llc"] + sure["stderr"], pd.Series([0.0])]))
+    high = axes.get_ylim()[1]
+    for colour, (value, group) in zip(_CHAINS, rows.groupby(family), strict=False):
+        group = group.sort_values(x)
+        axes.plot(group[x], group["llc"], color=colour, linewidth=1.0, label=label.format(value))
+        for verdict, style in VERDICTS.items():
+            one = group[group["verdict"] == verdict]
+            shown = one["llc"].astype(float).fillna(high).clip(upper=high)
+            error = (2 * one["stderr"].astype(float)).where(shown == one["llc"], 0).fillna(0)
+            axes.errorbar(one[x], shown, error, **style, linestyle="none", markersize=6, capsize=2)
+    _ticks(axes, rows[x])
 
 
-def _draw_rates(axes: Axes, last: pd.DataFrame) -> None:
-    """Estimates against the step size, at every pair whose step sizes were searched."""
-    rates = last[last["lr_searched"]]
-    for colour, (pair, rows) in zip(_CHAINS, rates.groupby(["nbeta", "localization"]), strict=False):
-        rows = rows.sort_values("lr")
-        axes.plot(rows["lr"], rows["llc"], color=colour, linewidth=1.0, label=f"nβ {pair[0]:.3g}, γ {pair[1]:.3g}")
-        _draw_verdicts(axes, rows, "lr")
-    _ring(axes, last, "lr")
-    axes.set(xscale="log", yscale="symlog", xlabel="step size ε")
-    axes.set_title("Over ε", fontsize=10)
-    if len(rates):
-        axes.legend(fontsize=8)
+def _draw_escape(axes: Axes, survey: pd.DataFrame) -> None:
+    """How far the sampled loss rose towards that of predicting zero, with the verdicts' thresholds."""
+    share = (survey["mean_loss"] - survey["init_loss"]) / (survey["trivial_loss"] - survey["init_loss"])
+    for colour, (_, group) in zip(_CHAINS, survey.groupby("ratio"), strict=False):
+        axes.plot(group["nbeta"], share[group.index], color=colour, marker=".")
+    for level, word in ((0.5, "escaped"), (0.1, "escaping")):
+        axes.axhline(level, color=BLACK, linestyle=":", linewidth=1)
+        axes.annotate(word, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    axes.set(xlabel="nβ", ylabel="(E[L] − L(w0)) / (zero's loss − L(w0))", title="Escape from the basin")
+    axes.set_ylim(bottom=0, top=max(0.6, 1.05 * float(np.nanmax(share.clip(upper=1.5).fillna(0)))))
+    _ticks(axes, survey["nbeta"])
 
 
-def _draw_verdicts(axes: Axes, rows: pd.DataFrame, x: str) -> None:
-    for verdict, style in VERDICTS.items():
-        one = rows[rows["verdict"] == verdict]
-        axes.errorbar(one[x], one["llc"], 2 * one["stderr"], **style, linestyle="none", markersize=6, capsize=2)
+def _ticks(axes: Axes, values: pd.Series) -> None:
+    """A logarithmic axis with a tick at each value."""
+    axes.set_xscale("log")
+    axes.set_xticks(
+        sorted(set(values)), [f"{value:.2g}" if value < 1 else f"{value:g}" for value in sorted(set(values))]
+    )
+    axes.minorticks_off()
 
 
 def _ring(axes: Axes, last: pd.DataFrame, x: str) -> None:

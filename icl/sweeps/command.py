@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from icl.config import ConfigError
-from icl.resolve import POINT_VARIABLE
+from icl.resolve import OPTIONS, POINT_VARIABLE
 
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 """What W&B runs for a file that has a `program` and no `command`."""
@@ -68,11 +68,11 @@ def fill_macros(
     return words
 
 
-def training_words(words: Sequence[str]) -> list[str] | None:
-    """What follows `icl train` in a command, or None if the command is another one."""
+def own_words(words: Sequence[str]) -> tuple[str, list[str]] | None:
+    """`train` or `llc` and what follows it, if the command is `icl train` or `icl llc`, whose settings are a run's."""
     for place, (word, following) in enumerate(itertools.pairwise(words)):
-        if Path(word).name == "icl" and following == "train":
-            return list(words[place + 2 :])
+        if Path(word).name == "icl" and following in OPTIONS:
+            return following, list(words[place + 2 :])
     return None
 
 
@@ -83,7 +83,8 @@ def require_packable(command: Sequence[str]) -> None:
         ConfigError: If the command is another one, or takes its point from its words.
     """
     takes_words = any(re.fullmatch(r"\$\{args.*\}", word) for word in command)
-    if training_words(command) is None or takes_words:
+    own = own_words(command)
+    if own is None or own[0] != "train" or takes_words:
         raise ConfigError('`--pack` needs `command: ["${env}", icl, train]`, which reads its points from a file.')
 
 

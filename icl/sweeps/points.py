@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from icl.config import FREE_ON_RESUME, ConfigError, RunConfig, flatten
-from icl.presets import run_name
-from icl.resolve import read_arguments, read_config_file, refuse_conflicts, resolve
-from icl.sweeps.command import JSON_FILE_MACRO, fill_macros, training_words
+from icl.config import ConfigError, RunConfig, flatten, is_free_on_resume
+from icl.presets import run_name, sampler_name
+from icl.resolve import OPTIONS, read_config_file, read_words, refuse_conflicts, resolve
+from icl.sweeps.command import JSON_FILE_MACRO, fill_macros, own_words
 from icl.sweeps.distributions import Parameter, draw, grid_values
 from icl.sweeps.schema import SweepFile, SweepFileError
 
@@ -89,10 +89,10 @@ def _settings(chosen: Iterable[tuple[Parameter, Any]]) -> Settings:
 
 def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
     words = fill_macros(sweep.command, settings, program=sweep.program, json_file=JSON_FILE_MACRO)
-    arguments = training_words(words)
+    command, arguments = own_words(words) or (None, [])
     try:
         _refuse_twice_set(settings)
-        config = resolve(settings) if arguments is None else _trained_config(arguments, settings)
+        config = resolve(settings) if command is None else _own_config(command, arguments, settings)
         if config.population:
             raise ConfigError("A point is one run; take `population` out, and let `--pack` train points together.")
     except ConfigError as error:
@@ -103,16 +103,19 @@ def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
         number=number,
         settings=settings,
         config=config,
-        name=run_name(config),
-        job=_job(sweep, config),
-        trains=arguments is not None,
+        name=run_name(config) if command != "llc" else f"{run_name(config)}/llc/{sampler_name(config)}",
+        job=_job(sweep, config, samples=command == "llc"),
+        trains=command == "train",
     )
 
 
-def _trained_config(arguments: list[str], settings: Mapping[str, Any]) -> RunConfig:
-    """The configuration that `icl train` will come to, from the command's own words and the point."""
-    given = read_arguments(arguments, extra=("config",))
-    file = given.pop("config", None)
+def _own_config(command: str, arguments: list[str], settings: Mapping[str, Any]) -> RunConfig:
+    """The configuration that our own command will come to, from its words and the point."""
+    given = read_words(command, arguments).settings
+    file = given.get("config")
+    if "steps" in given:
+        given["sampler.steps"] = given["steps"]
+    given = {key: value for key, value in given.items() if key not in OPTIONS[command]}
     filed = settings if file == JSON_FILE_MACRO else read_config_file(file) if file else {}
     config = resolve(filed, settings, given)
     refuse_conflicts(settings, given)
@@ -129,8 +132,11 @@ def _refuse_twice_set(settings: Mapping[str, Any]) -> None:
             seen.add(key)
 
 
-def _job(sweep: SweepFile, config: RunConfig) -> str:
-    ignored = {*FREE_ON_RESUME, "run_name"}
-    computed = {key: value for key, value in flatten(config.to_dict()).items() if key not in ignored}
+def _job(sweep: SweepFile, config: RunConfig, *, samples: bool) -> str:
+    computed = {
+        key: value
+        for key, value in flatten(config.to_dict()).items()
+        if key != "run_name" and (not is_free_on_resume(key) or (samples and key.startswith("sampler.")))
+    }
     text = json.dumps([sweep.command, sweep.program, computed], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from icl.sweeps.command import child_environment, fill_macros, training_words, with_own_icl
+from icl.sweeps.command import child_environment, fill_macros, own_words, with_own_icl
 
 SETTINGS = {"optim.lr": 1e-05, "flag": True, "off": False, "none": None, "model": {"act": "relu", "hidden": 8}}
 
@@ -62,7 +62,7 @@ def test_environment_variables(monkeypatch):
     ],
 )
 def test_our_own_training_is_recognised(words, expected):
-    assert training_words(words) == expected
+    assert own_words(words) == (None if expected is None else ("train", expected))
 
 
 def test_icl_is_the_one_of_this_environment():

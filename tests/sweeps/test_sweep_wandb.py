@@ -28,8 +28,10 @@ def test_the_client_takes_every_file_and_both_engines_have_the_same_runs(wandb_s
     assert wandb_server.refused == []
     assert "WARNING" not in done.stderr
     for path, sweep in zip(FILES, wandb_server.sweeps.values(), strict=True):
-        assert sweep.config["command"] == ["${env}", "icl", "train"]
+        assert sweep.config["command"][:2] == ["${env}", "icl"]
         assert sweep.config["project"] == "icl"
+        if sweep.config["command"][2] != "train":
+            continue
         expected = {point.name: point.config for point in sweep_points(read_sweep_file(path))}
         configs = [resolve({}, run.point) for run in sweep.queue]
         assert {run_name(config): config for config in configs} == expected, path.name

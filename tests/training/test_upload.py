@@ -324,18 +324,18 @@ def assert_same_result(run: RunFolder, expected: RunFolder) -> None:
 DIES_AFTER_AN_UPLOAD = """
 import os, signal, sys, time
 from icl.training import saving, upload
-plain_send, plain_save, arrived = upload.Uploader._send, saving.save_resume_file, []
+plain_send, plain_save, arrived = upload.Uploader._send, saving.MemberFiles.save_checkpoint, []
 def send(self, file, bar):
     arrived.append(file.name if plain_send(self, file, bar) else None)
     return arrived[-1] is not None
-def save(trainer, path):
-    plain_save(trainer, path)
-    if trainer.global_step == 70:
+def save(self, checkpoint, path, storage_options=None):
+    plain_save(self, checkpoint, path)
+    if checkpoint["global_step"] == 70:
         num = arrived.count("last.ckpt")
         while arrived.count("last.ckpt") == num:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-upload.Uploader._send, upload.SECONDS, saving.save_resume_file = send, 0.05, save
+upload.Uploader._send, upload.SECONDS, saving.MemberFiles.save_checkpoint = send, 0.05, save
 from icl.cli import main
 sys.exit(main())
 """

@@ -1,0 +1,90 @@
+"""How well chains have mixed: R-hat, effective sample size, standard error of a mean, drift. All in float64.
+
+R-hat is the larger of the rank-normalised split R-hat of the draws and of their folded values; the effective sample size
+(ESS) is that of the mean, over split chains, with Geyer's initial monotone sequence: Vehtari, Gelman, Simpson, Carpenter,
+Buerkner 2021, "Rank-normalization, folding, and localization", sections 3 and 4.
+
+The standard error of a mean over chains is the larger of two: sd / sqrt(ESS), which sees autocorrelation and, through the
+between-chain part of the variance, chains that disagree; and the spread of the chains' own means, sd / sqrt(chains),
+which assumes nothing within a chain.
+"""
+
+import math
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+from scipy import fft, stats
+
+
+def rhat(draws: Float[ndarray, "K S"]) -> float:
+    """Rank-normalised split R-hat; NaN for a single chain or fewer than four draws."""
+    if len(draws) < 2 or draws.shape[1] < 4:
+        return math.nan
+    folded = np.abs(draws - np.median(draws))
+    return max(_plain_rhat(_normal_scores(_split(values))) for values in (draws, folded))
+
+
+def ess(draws: Float[ndarray, "K S"]) -> float:
+    """The number of independent draws whose mean would be as certain; NaN for fewer than four draws."""
+    if draws.shape[1] < 4:
+        return math.nan
+    split = _split(draws)
+    num_draws = split.shape[1]
+    total = split.size
+    if np.ptp(split) <= np.finfo(float).eps * np.abs(split).max():
+        return float(total)
+    covariance = _autocovariance(split).mean(0)
+    within = covariance[0] * num_draws / (num_draws - 1)
+    variance = covariance[0] + split.mean(1).var(ddof=1)
+    correlation = 1 - (within - covariance) / variance
+    correlation[0] = 1.0
+    pairs = correlation[: num_draws // 2 * 2].reshape(-1, 2).sum(1)  # each positive for a reversible chain
+    end = int(np.argmax(np.append(pairs, -1.0) < 0))
+    tail = max(correlation[2 * end], 0.0) if end < len(pairs) else 0.0
+    time = max(2 * np.minimum.accumulate(pairs[:end]).sum() - 1 + tail, 1 / math.log10(total))
+    return float(total / time)
+
+
+def standard_error(draws: Float[ndarray, "K S"]) -> float:
+    """Of the mean over all draws of all chains; NaN for fewer than four draws of one chain."""
+    if not len(draws):
+        return math.nan
+    within = math.sqrt(draws.var(ddof=1) / ess(draws)) if draws.shape[1] >= 4 else math.nan
+    between = draws.mean(1).std(ddof=1) / math.sqrt(len(draws)) if len(draws) > 1 else math.nan
+    return float(np.fmax(within, between))
+
+
+def drift(draws: Float[ndarray, "K S"]) -> tuple[float, float]:
+    """The mean of the second half of the draws less that of the first, and its standard error (after Geweke 1992)."""
+    half = draws.shape[1] // 2
+    if not len(draws) or half < 4:
+        return math.nan, math.nan
+    first, second = draws[:, :half], draws[:, -half:]
+    return float(second.mean() - first.mean()), math.hypot(standard_error(first), standard_error(second))
+
+
+def _split(draws: Float[ndarray, "K S"]) -> Float[ndarray, "2*K S//2"]:
+    half = draws.shape[1] // 2
+    return np.concatenate((draws[:, :half], draws[:, -half:]))
+
+
+def _normal_scores(draws: Float[ndarray, "K S"]) -> Float[ndarray, "K S"]:
+    ranks = stats.rankdata(draws, method="average").reshape(draws.shape)
+    return stats.norm.ppf((ranks - 3 / 8) / (draws.size + 1 / 4))
+
+
+def _plain_rhat(draws: Float[ndarray, "K S"]) -> float:
+    num_draws = draws.shape[1]
+    within = draws.var(axis=1, ddof=1).mean()
+    if within == 0:
+        return 1.0 if np.ptp(draws) == 0 else math.inf
+    return math.sqrt((num_draws - 1) / num_draws + draws.mean(1).var(ddof=1) / within)
+
+
+def _autocovariance(draws: Float[ndarray, "K S"]) -> Float[ndarray, "K S"]:
+    """At lags 0 .. S - 1, each sum divided by S."""
+    num_draws = draws.shape[1]
+    centred = draws - draws.mean(1, keepdims=True)
+    spectrum = np.abs(fft.rfft(centred, fft.next_fast_len(2 * num_draws))) ** 2
+    return fft.irfft(spectrum, fft.next_fast_len(2 * num_draws))[:, :num_draws] / num_draws

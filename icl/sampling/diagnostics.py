@@ -1,0 +1,212 @@
+"""The verdict on an LLC estimate: one table of rules, each with its level, its threshold and its source.
+
+The worst level of the rules that an estimate breaks is its verdict, `ok`, `suspect` or `invalid`; all that are broken are
+its reasons, worst first. A `note` says something without lowering the verdict. Amounts are in nats, as the LLC itself:
+differences of loss times nbeta.
+
+Two rules use an identity of the sampled density exp(-U) in d dimensions, E[(w - w0) . grad U] = d (integration by parts;
+the equipartition theorem, and the Langevin-Stein operator of Gorham and Mackey 2015 applied to w - w0). It splits as
+pull + spread = d: pull = nbeta E[(w - w0) . grad L], the directions that the data hold, and spread =
+localization E|w - w0|^2, those that the localisation holds. Too large a step or too noisy a gradient heats the chain
+beyond d. A flat direction's share of this is known, 1 / (1 - lr localization / 4), and harmless; with it divided out, half
+the excess over d is the `heat`. For quadratics it is once to twice the LLC's bias: with a_i = nbeta h_i + localization the
+ratio is 1 + localization / a_i (`known.quadratic_llc`). And a loss that is convex along rays from w0 has pull >= LLC; a
+chain for which this fails has passed the rim of its basin.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple, TypeAlias
+
+Verdict: TypeAlias = Literal["ok", "suspect", "invalid"]
+Level: TypeAlias = Literal["note", "suspect", "invalid"]
+
+DIVERGED = 10.0
+"""A chain whose mean excess is above this times d nats has diverged and is masked (ours: 20 times the LLC of a
+nondegenerate minimum, the largest there is at a minimum; Watanabe 2009)."""
+
+
+class Evidence(NamedTuple):
+    """What the rules look at, of one estimate; means are over the chains used."""
+
+    llc: float
+    stderr: float
+    num_params: int
+    """Sampled dimensions d."""
+    num_chains: int
+    num_chains_used: int
+    init_loss: float
+    mean_loss: float
+    trivial_loss: float | None
+    rhat: float
+    ess: float
+    drift: float
+    """Second half of the draws less the first, in nats."""
+    drift_stderr: float
+    acceptance: float
+    """Of MALA, the mean over chains."""
+    pull: float
+    pull_stderr: float
+    spread: float
+    heat: float
+    """Half of what pull + spread have above d, the flat directions' known share divided out, in nats."""
+    heat_stderr: float
+    descent: float
+    """What one step along the gradient of the checkpoint gains, in nats."""
+    descent_stderr: float
+    localization: float
+    share_batches: bool
+
+    @property
+    def rise(self) -> float:
+        """How far the sampled loss lies above the checkpoint's."""
+        return self.mean_loss - self.init_loss
+
+    @property
+    def headroom(self) -> float:
+        """How far a trivial predictor's loss lies above the checkpoint's."""
+        return math.nan if self.trivial_loss is None else max(self.trivial_loss - self.init_loss, 0.0)
+
+    @property
+    def dead(self) -> int:
+        """Chains that are masked."""
+        return self.num_chains - self.num_chains_used
+
+
+class Rule(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    level: Level
+    threshold: float
+    source: str
+    is_broken: Callable[[Evidence, float], bool]
+    reason: str
+    """With fields of the evidence, and `t` for the threshold."""
+
+
+RULES = (
+    Rule(
+        "most chains dead", "invalid", 0.5, "fixed outcome",
+        lambda e, t: e.num_chains_used < t * e.num_chains or e.num_chains_used == 0,
+        "{dead} of {num_chains} chains diverged or became non-finite: lower lr",
+    ),
+    Rule(
+        "some chains dead", "suspect", 0, "fixed outcome",
+        lambda e, t: 0 < e.dead <= e.num_chains / 2 and e.num_chains_used > 0,
+        "{dead} of {num_chains} chains diverged or became non-finite and are masked: lower lr",
+    ),
+    Rule(
+        "negative", "invalid", 2, "fixed outcome: LLC + 2 stderr < 0, but an LLC at a minimum is positive (Watanabe 2009)",
+        lambda e, t: e.llc + t * e.stderr < 0,
+        "negative LLC: the chains found lower loss than the checkpoint's, which is not a minimum",
+    ),
+    Rule(
+        "escaped", "invalid", 0.5, "PAPERS 1.5: trust E[L] - L0 << L_trivial - L0; the fraction is ours",
+        lambda e, t: e.trivial_loss is not None and e.rise > t * e.headroom,
+        "escaped: the mean sampled loss {mean_loss:.4g} against {init_loss:.4g} at the checkpoint and {trivial_loss:.4g} "
+        "of a trivial predictor; the estimate mirrors the loss, not the geometry: raise nbeta or localization",
+    ),
+    Rule(
+        "escaping", "suspect", 0.1, "as above; the fraction is ours",
+        lambda e, t: e.trivial_loss is not None and t * e.headroom < e.rise <= 0.5 * e.headroom,
+        "escaping: the loss rose by {rise:.3g}, over a tenth of the {headroom:.3g} to a trivial predictor: raise nbeta or "
+        "localization",
+    ),
+    Rule(
+        "beyond the rim", "suspect", 3, "a loss convex along rays has pull >= LLC (this module); standard errors",
+        lambda e, t: e.llc - e.pull > t * math.hypot(e.stderr, e.pull_stderr) and e.llc - e.pull > 0.1 * e.llc,
+        "escaping: the loss pulls the chains back ({pull:.3g} nats) by less than it rose ({llc:.3g}), so they are past the "
+        "rim of the basin: raise nbeta or localization",
+    ),
+    Rule(
+        "not at a minimum", "suspect", 0.2, "definition of the LLC; the share of it is ours",
+        lambda e, t: e.descent > 3 * e.descent_stderr and e.descent > max(t * abs(e.llc), 0.1),
+        "not at a minimum: one step along the gradient lowers nbeta times the loss by {descent:.3g}",
+    ),
+    Rule(
+        "below zero", "suspect", 2, "as `negative`, within the error",
+        lambda e, t: e.llc < 0 <= e.llc + t * e.stderr,
+        "the LLC is below zero, within its error",
+    ),
+    Rule(
+        "above d/2", "suspect", 1.1, "an LLC at a minimum is at most d/2 (Watanabe 2009); the tenth is ours",
+        lambda e, t: e.llc - 3 * e.stderr > t * e.num_params / 2,
+        "the LLC is above d/2 = {half:g}, the most there is at a minimum: lower lr, or use larger batches",
+    ),
+    Rule(
+        "too hot", "suspect", 0.2, "equipartition (this module); the share of the LLC is ours",
+        lambda e, t: e.localization > 0 and e.heat > 3 * e.heat_stderr and e.heat > t * abs(e.llc),
+        "the step size or the minibatch noise heats the chains; the LLC may be too high by {heat:.3g}: lower lr, or use "
+        "larger batches",
+    ),
+    Rule(
+        "MALA acceptance", "suspect", 0.5, "Roberts and Rosenthal 1998: 0.574 is best for MALA; SGLD, which accepts all, should do better",
+        lambda e, t: e.acceptance < t,
+        "MALA would accept {acceptance:.0%} of the moves, out of range: lower lr",
+    ),
+    Rule(
+        "one chain", "suspect", 2, "fixed outcome: R-hat needs two",
+        lambda e, t: e.num_chains_used == 1,
+        "one chain only: nothing to compare it with",
+    ),
+    Rule(
+        "shared minibatches", "suspect", 0, "fixed outcome",
+        lambda e, t: e.share_batches,
+        "chains share their minibatches: their common noise is missing from stderr",
+    ),
+    Rule(
+        "R-hat", "suspect", 1.05, "Vehtari et al. 2021 ask for 1.01 at an ESS of 400; 1.05 suits an ESS of 100",
+        lambda e, t: e.num_chains_used > 1 and not e.rhat <= t,
+        "R-hat is {rhat:.3f}, above {t}: the chains disagree; run them longer",
+    ),
+    Rule(
+        "effective sample size", "suspect", 100, "Vehtari et al. 2021: 50 a split chain for a standard error worth having",
+        lambda e, t: e.num_chains_used > 0 and not e.ess >= t,
+        "the effective sample size is {ess:.0f}, below {t}: take more draws or chains",
+    ),
+    Rule(
+        "drift", "suspect", 0.1, "Geweke 1992, halves compared; the share of the LLC is ours",
+        lambda e, t: abs(e.drift) > 3 * e.drift_stderr and abs(e.drift) > t * abs(e.llc),
+        "the loss drifts after burn-in, by {drift:+.3g} nats from the first half of the draws to the second: lengthen the burn-in",
+    ),
+    Rule(
+        "prior-dominated", "suspect", 1e-3, "pull is the effective number of parameters (MacKay 1992); half of one, or a thousandth, is ours",
+        lambda e, t: e.spread > e.num_params / 2 and e.pull < max(0.5, t * e.num_params),
+        "prior-dominated: the data hold {pull:.3g} of {num_params} directions: raise nbeta, or lower localization",
+    ),
+    Rule(
+        "mostly flat", "note", 0.5, "as above",
+        lambda e, t: e.spread > t * e.num_params and e.pull >= max(0.5, 1e-3 * e.num_params),
+        "note: localisation holds most directions, the data {pull:.3g} of {num_params}; see how the LLC depends on localization",
+    ),
+    Rule(
+        "not spread out", "note", 0.5, "equipartition (this module)",
+        lambda e, t: e.localization > 0 and e.pull + e.spread + 3 * e.heat_stderr < t * e.num_params,
+        "note: flat directions are not yet filled to the width that the localisation allows",
+    ),
+    Rule(
+        "escape not checked", "note", 0, "fixed outcome",
+        lambda e, t: e.trivial_loss is None,
+        "note: escape from the basin was not checked; give `trivial_loss`",
+    ),
+)  # fmt: skip
+"""All rules, the gravest first."""
+
+
+def judge(evidence: Evidence) -> tuple[Verdict, tuple[str, ...]]:
+    """The verdict and its reasons."""
+    broken = [rule for rule in RULES if rule.is_broken(evidence, rule.threshold)]
+    order: dict[Level, int] = {"invalid": 0, "suspect": 1, "note": 2}
+    broken.sort(key=lambda rule: order[rule.level])
+    return _worst(rule.level for rule in broken), tuple(_told(rule, evidence) for rule in broken)
+
+
+def _worst(levels: Iterable[Level]) -> Verdict:
+    found = set(levels)
+    return "invalid" if "invalid" in found else "suspect" if "suspect" in found else "ok"
+
+
+def _told(rule: Rule, evidence: Evidence) -> str:
+    numbers = {name: getattr(evidence, name) for name in (*Evidence._fields, "rise", "headroom", "dead")}
+    return rule.reason.format(**numbers, half=evidence.num_params / 2, t=rule.threshold)

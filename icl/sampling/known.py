@@ -1,0 +1,181 @@
+"""Learning coefficients that are known: the answers that estimates are held to.
+
+Asymptotic ones (nbeta to infinity) as formulas, with the multiplicity m where it matters: the free energy of n samples is
+n L0 + lambda log n - (m - 1) log log n + O(1) (Watanabe 2009). At finite nbeta and under localisation the estimator's
+target is another number, nbeta E[L - L0] under exp(-nbeta L - localization/2 |w|^2): in closed form for quadratics,
+discrete steps included, and by quadrature in up to three dimensions.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_POINTS = {1: 4001, 2: 801, 3: 161}
+"""Quadrature nodes on each axis."""
+_REACH = 8.0  # prior deviations on each side
+_STRETCH = 7.0  # nodes are sinh-spaced, this many e-folds denser at 0 than at the ends
+
+
+class LearningCoefficient(NamedTuple):
+    """An asymptotic answer."""
+
+    value: float
+    multiplicity: int
+
+
+def regular(rank: int) -> float:
+    """Of a loss quadratic in `rank` directions and exactly flat in all others, a regression with `rank` parameters say."""
+    return rank / 2
+
+
+def quadratic_llc(
+    eigenvalues: Float[Tensor, " d"],
+    *,
+    nbeta: float,
+    localization: float,
+    lr: float = 0.0,
+    gradient_variance: float | Float[Tensor, " d"] = 0.0,
+) -> float:
+    """The estimator's exact target for L = sum_i h_i w_i^2 / 2, of SGLD chains with step `lr` (0: of the density itself).
+
+    With a_i = nbeta h_i + localization, w_i has the stationary variance
+    (1 + lr nbeta^2 v_i / 4) / (a_i (1 - lr a_i / 4)), v_i the variance of the minibatch gradient; infinite at lr a_i >= 4.
+    """
+    a = nbeta * eigenvalues + localization
+    if bool((lr * a >= 4).any()):
+        return math.inf
+    heating = 1 + lr * nbeta**2 * torch.as_tensor(gradient_variance) / 4
+    return float((nbeta * eigenvalues / 2 * heating / (a * (1 - lr * a / 4))).sum())
+
+
+def normal_crossing(powers: Sequence[int], prior_powers: Sequence[int] | None = None) -> LearningCoefficient:
+    """Of L = prod_i w_i^(2 k_i) under a prior that goes as prod_i |w_i|^(h_i) (Watanabe 2009, section 6.1).
+
+    Args:
+        powers: k_i; an axis with 0 is flat.
+        prior_powers: h_i; all zero if left out.
+
+    Raises:
+        ValueError: If no k_i is positive.
+    """
+    h = [0] * len(powers) if prior_powers is None else list(prior_powers)
+    ratios = [(hi + 1) / (2 * k) for k, hi in zip(powers, h, strict=True) if k]
+    if not ratios:
+        raise ValueError("A normal crossing needs a positive power.")
+    return LearningCoefficient(min(ratios), sum(math.isclose(ratio, min(ratios)) for ratio in ratios))
+
+
+def separable(powers: Sequence[int]) -> float:
+    """Of L = sum_i w_i^(2 k_i): each direction adds 1/(2 k_i), a flat one (k = 0) nothing."""
+    return sum(1 / (2 * k) for k in powers if k)
+
+
+def norm_power(num_params: int, power: int) -> float:
+    """Of L = |w|^(2 k) in d dimensions: d/(2k)."""
+    return num_params / (2 * power)
+
+
+def reduced_rank(inputs: int, hidden: int, outputs: int, rank: int) -> float:
+    """Of reduced-rank regression, outputs x hidden times hidden x inputs with a true map of `rank`.
+
+    Aoyagi and Watanabe 2005, main theorem.
+
+    Raises:
+        ValueError: If no such map has this rank.
+    """
+    m, h, n, r = inputs, hidden, outputs, rank
+    if not 0 <= r <= min(m, h, n):
+        raise ValueError(f"The rank must be from 0 to {min(m, h, n)}, got {r}.")
+    if m + h < n + r:
+        return (h * m - h * r + n * r) / 2
+    if n + h < m + r:
+        return (h * n - h * r + m * r) / 2
+    if m + n < h + r:
+        return m * n / 2
+    odd = (m + h + n + r) % 2
+    return (2 * (h + r) * (m + n) - (m - n) ** 2 - (h + r) ** 2 + odd) / 8
+
+
+def localized_reduced_rank_llc(inputs: int, hidden: int, outputs: int, *, nbeta: float, localization: float) -> float:
+    """The estimator's target for L = |B A|^2 / 2, a true map of rank 0, in up to three hidden units, exactly.
+
+    Given B the density is Gaussian in A, so A integrates out (ours). What is left depends on the eigenvalues x_i of B^T B
+    alone, whose density under a Gaussian prior is Wishart's (Muirhead 1982, theorem 3.2.18), and
+
+        nbeta E[L | x] = (inputs / 2) sum_i nbeta x_i / (nbeta x_i + localization).
+
+    Raises:
+        ValueError: With more than three hidden units, more of them than outputs, or no localisation.
+    """
+    if hidden not in _POINTS or hidden > outputs or localization <= 0:
+        raise ValueError("Expected one to three hidden units, no more than outputs, and a positive localization.")
+    lowest = math.log(localization / max(nbeta, 1.0)) - 30 / (outputs - hidden + 1)  # the mass below is e^-15
+    log_x = torch.linspace(lowest, math.log(80 / localization), _POINTS[hidden], dtype=torch.float64)
+    x = torch.stack(torch.meshgrid(*[log_x] * hidden, indexing="ij"), dim=-1).flatten(0, -2).exp()  # P H
+    log_density = (outputs - hidden + 1) / 2 * x.log() - localization / 2 * x  # one power of x from d(log x)
+    log_density = (log_density - inputs / 2 * (nbeta * x + localization).log()).sum(1)
+    first, second = torch.triu_indices(hidden, hidden, 1)
+    repulsion = (x[:, first] - x[:, second]).abs().prod(1)
+    density = (log_density - log_density.max()).exp() * repulsion
+    values = inputs / 2 * (nbeta * x / (nbeta * x + localization)).sum(1)
+    return float((density * values).sum() / density.sum())
+
+
+def deep_linear(widths: Sequence[int], rank: int) -> LearningCoefficient:
+    """Of a deep linear network with layer widths H_0 .. H_L whose true map has `rank` (Aoyagi 2024).
+
+    The excess widths that count are the smallest ones, a prefix of their sorted order.
+
+    Raises:
+        ValueError: If there are fewer than two layers, or no such map has this rank.
+    """
+    if len(widths) < 3 or not 0 <= rank <= min(widths):
+        raise ValueError(f"Expected three or more widths and a rank from 0 to {min(widths)}, got {widths}, {rank}.")
+    chosen = _counting_widths(sorted(width - rank for width in widths))
+    layers, total = len(chosen) - 1, sum(chosen)
+    a = total - (math.ceil(total / layers) - 1) * layers
+    pairs = (total**2 - sum(width**2 for width in chosen)) / 2
+    value = (
+        (rank * (widths[0] + widths[-1]) - rank**2) / 2
+        + (a * (layers - a) - (layers - 1) * total**2) / (4 * layers)
+        + pairs / 2
+    )
+    return LearningCoefficient(value, a * (layers - a) + 1)
+
+
+def _counting_widths(excess: list[int]) -> list[int]:
+    for num in range(2, len(excess) + 1):
+        chosen, rest = excess[:num], excess[num:]
+        total, layers = sum(chosen), num - 1
+        if total >= layers * chosen[-1] and (not rest or (chosen[-1] < rest[0] and total < layers * rest[0])):
+            return chosen
+    raise AssertionError(f"no set of excess widths {excess} fits")  # Aoyagi proves that one does
+
+
+def localized_llc(
+    loss: Callable[[Float[Tensor, "P d"]], Float[Tensor, " P"]],
+    num_params: int,
+    *,
+    nbeta: float,
+    localization: float,
+) -> float:
+    """The estimator's target in one to three dimensions by quadrature, for a loss with its minimum, 0, at w = 0.
+
+    The trapezoidal rule on nodes that lie densest at the axes.
+
+    Raises:
+        ValueError: In more dimensions, or without localisation, when the density need not be normalisable.
+    """
+    if num_params not in _POINTS or localization <= 0:
+        raise ValueError("Quadrature needs one to three dimensions and a positive localization.")
+    u = torch.linspace(-_STRETCH, _STRETCH, _POINTS[num_params], dtype=torch.float64)
+    nodes = _REACH / math.sqrt(localization) * u.sinh() / math.sinh(_STRETCH)
+    w = torch.stack(torch.meshgrid(*[nodes] * num_params, indexing="ij"), dim=-1).flatten(0, -2)  # P d
+    spacing = torch.stack(torch.meshgrid(*[u.cosh()] * num_params, indexing="ij"), dim=-1).flatten(0, -2).prod(1)  # P
+    values = loss(w)
+    density = spacing * (-nbeta * values - localization / 2 * w.square().sum(1)).exp()
+    return nbeta * float((density * values).sum() / density.sum())

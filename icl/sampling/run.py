@@ -1,0 +1,301 @@
+"""LLCs of a run: every saved step, or some, on the run's own training loss, with what is done kept and never redone.
+
+Checkpoints x chains are one population; on a CPU checkpoints take turns, as one's chains fill the caches. Killed
+anywhere, the same call goes on from the last kept checkpoint.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from icl.build import build_checkpoint_model, choose_device
+from icl.checkpoints import Checkpoint, CheckpointError, checkpoint_files, load_checkpoint_file
+from icl.config import ConfigError, RunConfig, SamplerConfig
+from icl.runs import RunFolder, config_differences
+from icl.sampling.llc import estimate_llcs, inverse_temperature
+from icl.sampling.prompt_loss import PromptLoss, prompt_loss
+from icl.sampling.records import (
+    Kind,
+    Record,
+    as_table,
+    make_record,
+    read_record,
+    write_record,
+    write_tables,
+)
+from icl.sampling.rescaling import rescaled
+from icl.sampling.result import Label, LLCResult
+
+CHECKPOINTS_AT_ONCE = 16
+"""On a device other than the CPU."""
+
+Tick = Callable[[int], None]
+
+
+class Estimates(NamedTuple):
+    """The estimates of one kind at some steps of a run."""
+
+    records: list[Record]
+    """By step."""
+    config: RunConfig
+    trivial_loss: float
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row for each step, as in `llc.csv`."""
+        return as_table(self.records)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether any estimate is not invalid."""
+        return any(record.row["verdict"] != "invalid" for record in self.records)
+
+
+def estimate_run(
+    path: str | Path, sampler: SamplerConfig | None = None, *, mode: str = "", rescale: float = 1.0
+) -> Estimates:
+    """The LLCs of a run's saved steps, or of one checkpoint; those kept under the same settings are not made again.
+
+    Args:
+        path: A run's folder, its folder of checkpoints, or one checkpoint file (of which nothing is kept).
+        sampler: The settings; left out, those that the run was configured with.
+        mode: A label for the rows.
+        rescale: Above or below 1, the weights are rescaled by it with the function unchanged (`icl.sampling.rescaling`).
+
+    Raises:
+        CheckpointError: If there is no usable checkpoint, or the checkpoints are of different runs.
+        ConfigError: If a setting cannot be used, or the device is a TPU.
+        StorageError: If an estimate cannot be written.
+
+    Example:
+        estimate_run("runs/quickstart").table[["step", "llc", "stderr", "verdict", "reasons"]]
+    """
+    files, config = run_files(path)
+    sampler = config.sampler if sampler is None else sampler
+    kind = Kind(with_nbeta(sampler), mode, rescale)
+    device = sampling_device()
+    loss = prompt_loss(config, sampler, device=device)
+    folder = None if Path(path).is_file() else run_folder(path)
+    files = chosen_files(files, sampler.steps)
+    at_once = 1 if device.type == "cpu" else CHECKPOINTS_AT_ONCE
+    records: list[Record] = []
+    with _Bar(len(files), sampler) as bar:
+        pending: list[Checkpoint] = []
+        for file in files:
+            checkpoint = load_same_run(file, config)
+            kept = read_record(folder, kind, checkpoint.step, checkpoint.digest)
+            if kept is None:
+                pending.append(checkpoint)
+            else:
+                records.append(kept)
+                bar.skip()
+            if len(pending) == at_once or (pending and file is files[-1]):
+                records += _estimate_and_keep(pending, kind, loss, device, folder, bar)
+                pending = []
+        if pending:
+            records += _estimate_and_keep(pending, kind, loss, device, folder, bar)
+    write_tables(folder)
+    return Estimates(sorted(records, key=lambda record: record.row["step"]), config, loss.trivial_loss)
+
+
+def estimate_checkpoints(
+    checkpoints: Sequence[Checkpoint],
+    sampler: SamplerConfig,
+    loss: PromptLoss,
+    *,
+    device: torch.device,
+    rescale: float = 1.0,
+    tick: Tick = lambda moves: None,
+) -> list[LLCResult]:
+    """The LLCs of checkpoints of one run, as one population; `tick` is told the chain-moves done since it last was."""
+    build_checkpoint_model(checkpoints[0])  # refuses weights that are not of the architecture
+    params = [
+        {name: tensor.to(device) for name, tensor in rescaled(one.config.model, one.params, rescale).items()}
+        for one in checkpoints
+    ]
+    told = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        tick(done - told)
+        told = done
+
+    return estimate_llcs(
+        loss.loss,
+        params,
+        loss.batches,
+        lr=sampler.lr,
+        nbeta=sampler.nbeta,
+        localization=sampler.localization,
+        num_chains=sampler.num_chains,
+        num_draws=sampler.num_draws,
+        num_burnin_steps=sampler.num_burnin_steps,
+        seed=sampler.seed,
+        num_samples=sampler.num_samples,
+        num_init_batches=sampler.num_init_batches,
+        trivial_loss=loss.trivial_loss,
+        thinning=sampler.thinning,
+        kernel=sampler.kernel,
+        gradient=loss.gradient,
+        memory=sampler.memory * 2**30,
+        progress=progress,
+        loss_name=loss.name,
+        labels=[Label(one.step, one.digest) for one in checkpoints],
+    )
+
+
+def with_nbeta(sampler: SamplerConfig) -> SamplerConfig:
+    """The settings with n / ln n in the place of a missing nbeta, so that equal chains have equal settings."""
+    return dataclasses.replace(sampler, nbeta=inverse_temperature(sampler.nbeta, sampler.num_samples))
+
+
+def run_files(path: str | Path) -> tuple[list[Path], RunConfig]:
+    """The checkpoint files of a path, by step, and the configuration of their run."""
+    files = checkpoint_files(path)
+    return files, load_checkpoint_file(files[0]).config
+
+
+def run_folder(path: str | Path) -> RunFolder:
+    """The run that a folder belongs to: itself, or the parent of its `checkpoints`."""
+    path = Path(path)
+    return RunFolder(path.parent if path.name == "checkpoints" else path)
+
+
+def chosen_files(files: Sequence[Path], steps: str) -> list[Path]:
+    """The files of the steps that `steps` names: `all`, `last`, a list such as 1,2,3, or ranges such as 0:1000:100.
+
+    A range takes every saved step between its ends, both included, or with a stride only the steps on it.
+
+    Raises:
+        ConfigError: If it is none of these, or names a step that is not saved.
+    """
+    saved = {int(file.stem.partition("-")[2]): file for file in files} if len(files) > 1 else {}
+    words = [word.strip() for word in steps.split(",") if word.strip()]
+    if words == ["all"] or not saved:
+        return list(files)
+    if words == ["last"]:
+        return [files[-1]]
+    chosen: set[int] = set()
+    for word in words:
+        found = _steps_of(word, sorted(saved))
+        if not found:
+            nearest = min(saved, key=lambda step: abs(step - int(word.partition(":")[0] or 0)))
+            raise ConfigError(f"The run has no saved step {word}; the nearest is {nearest}, and `all` takes every one.")
+        chosen |= found
+    if not chosen:
+        raise ConfigError("`sampler.steps` names no step; write all, last, a list such as 1,2,3, or 0:1000:100.")
+    return [saved[step] for step in sorted(chosen)]
+
+
+def _steps_of(word: str, saved: Sequence[int]) -> set[int]:
+    """The saved steps that a number, or a range first:last:stride, names."""
+    match = re.fullmatch(r"(\d+)|(\d*):(\d*)(?::([1-9]\d*))?", word)
+    if match is None:
+        raise ConfigError(f"`sampler.steps` must be all, last, a list such as 1,2,3, or 0:1000:100, got {word!r}.")
+    if match[1]:
+        return {int(match[1])} & set(saved)
+    first, last, stride = int(match[2] or 0), int(match[3] or saved[-1]), int(match[4] or 1)
+    return {step for step in saved if first <= step <= last and (step - first) % stride == 0}
+
+
+def load_same_run(file: Path, config: RunConfig) -> Checkpoint:
+    """A checkpoint, refused if it is of another run than `config`'s."""
+    checkpoint = load_checkpoint_file(file)
+    differences = config_differences(config, checkpoint.config)
+    if differences:
+        raise CheckpointError(f"{file} is of another run than the checkpoints before it: {'; '.join(differences)}.")
+    return checkpoint
+
+
+def sampling_device() -> torch.device:
+    """The device that $DEVICE names, or the best there is.
+
+    Raises:
+        ConfigError: If it is a TPU.
+    """
+    kind = choose_device()
+    if kind == "tpu":
+        raise ConfigError(
+            "`icl llc` does not run on a TPU, for which every chain's own noise would be compiled anew; set DEVICE=cpu or DEVICE=cuda."
+        )
+    return torch.device(kind)
+
+
+def measured(table: pd.DataFrame, trivial_loss: float) -> str:
+    """What a curve of estimates measures: the geometry of a basin, or the checkpoint's loss turned upside down."""
+    told = table[np.isfinite(table["mean_loss"].astype(float))]
+    if told.empty:
+        return "No chain stayed finite, so nothing was measured."
+    low, high = told["mean_loss"].min(), told["mean_loss"].max()
+    span = f"E[L] is {low:.4g}" if math.isclose(low, high, rel_tol=1e-3) else f"E[L] goes from {low:.4g} to {high:.4g}"
+    share = (told["mean_loss"] - told["init_loss"]) / (trivial_loss - told["init_loss"]).clip(lower=1e-12)
+    against = f"{span}, and predicting zero costs {trivial_loss:.4g}"
+    escaped = int((share > 0.5).sum())
+    fallen = int((told["llc"] + 2 * told["stderr"] < 0).sum())
+    if fallen:
+        against += f"; at {fallen} of {len(told)} checkpoints the chains found lower loss, so those are no minima"
+    if not escaped:
+        return f"{against}: the loss rose by at most {max(share.max(), 0):.0%} of the way there, so no chain left its checkpoint's basin."
+    where = f"at {escaped} of {len(told)} checkpoints" if len(told) > 1 else "here"
+    sentence = (
+        f"{against}: {where} the chains left the checkpoint's basin, and lambda-hat = nbeta (E[L] - L0) mirrors L0"
+    )
+    if len(told) > 2 and told["init_loss"].std() > 0:
+        sentence += f" (correlation of lambda-hat with -L0: {np.corrcoef(told['llc'], -told['init_loss'])[0, 1]:.4f})"
+    return sentence + ", the loss upside down; it is no learning coefficient."
+
+
+def _estimate_and_keep(
+    checkpoints: Sequence[Checkpoint],
+    kind: Kind,
+    loss: PromptLoss,
+    device: torch.device,
+    folder: RunFolder | None,
+    bar: "_Bar",
+) -> list[Record]:
+    results = estimate_checkpoints(
+        checkpoints, kind.sampler, loss, device=device, rescale=kind.rescale, tick=bar.advance
+    )
+    records = [make_record(result, kind) for result in results]
+    for record in records:
+        write_record(folder, kind, record)
+    write_tables(folder)
+    bar.tell(records[-1])
+    return records
+
+
+class _Bar:
+    """Progress over all chains of all checkpoints, in chain-moves."""
+
+    def __init__(self, num_checkpoints: int, sampler: SamplerConfig) -> None:
+        moves = sampler.num_burnin_steps + (sampler.num_draws - 1) * sampler.thinning + 1
+        self.moves = moves * sampler.num_chains
+        self.bar = tqdm(total=num_checkpoints * self.moves, desc="llc", unit=" moves", unit_scale=True, mininterval=0.5)
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def skip(self) -> None:
+        """One checkpoint was kept from before."""
+        self.bar.total -= self.moves
+        self.bar.refresh()
+
+    def advance(self, moves: int) -> None:
+        """So many chain-moves were made."""
+        self.bar.update(moves)
+
+    def tell(self, record: Record) -> None:
+        """Show the last estimate."""
+        row = record.row
+        self.bar.set_postfix_str(f"step {row['step']:,}: {row['llc']:.3g} ± {row['stderr']:.2g} {row['verdict']}")

@@ -1,0 +1,253 @@
+"""The sampler on problems whose answer is known: truth beside estimate, in under two minutes on one CPU thread.
+
+Every problem is a loss with its minimum, 0, at the checkpoint. Where the estimator's target at finite nbeta, under
+localisation, is known (`icl.sampling.known`), the estimate must meet it within `NUM_STDERRS` standard errors, and a
+`STEP_BIAS` share of it where the loss is not quadratic and steps are not exact. Deep linear networks are held to the
+asymptotic value at three nbeta: the estimates must rise with nbeta, and miss it by no more than value / sqrt(nbeta) and the
+standard errors: at localization 1 the prior widens a direction that is quartic in w by a share of nbeta^(-1/2), any other
+by less, and their multiplicity is 1, so that there is no logarithmic term.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from icl import rng
+from icl.population import Params
+from icl.sampling import known
+from icl.sampling.batches import Batch, Batches
+from icl.sampling.gradients import Loss
+from icl.sampling.llc import estimate_llcs
+from icl.sampling.result import LLCResult
+
+NUM_STDERRS = 3.5
+STEP_BIAS = 0.02
+
+_SAMPLER = {"num_chains": 32, "num_draws": 1500, "num_burnin_steps": 1500}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A loss with a known learning coefficient, and how to sample it at one nbeta or several."""
+
+    name: str
+    loss: Loss
+    params: Params
+    asymptotic: float
+    finite: Callable[[float], float] | None
+    """The target at an nbeta, if it is known."""
+    nbetas: Sequence[float]
+    sampler: dict[str, Any]
+    batches: Batches = (None,)
+    is_exact: bool = False
+    """Whether `finite` counts the step size too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One estimate beside its truths."""
+
+    problem: str
+    nbeta: float
+    asymptotic: float
+    finite: float | None
+    llc: float
+    stderr: float
+    allowed: float
+    """How far the estimate may lie from the finite truth, or from the asymptotic one if there is none."""
+    verdict: str
+    agrees: bool
+
+
+def self_test(say: Callable[[int, str], None] = lambda number, name: None) -> list[Row]:
+    """Run every problem; `say` is told the number, from 1, and the name of each as it begins."""
+    rows: list[Row] = []
+    for number, problem in enumerate(problems(), start=1):
+        say(number, problem.name)
+        rows += run_problem(problem)
+    return rows
+
+
+def truth_table(rows: Sequence[Row]) -> str:
+    """Truth beside estimate; the target is the finite truth where there is one."""
+    import pandas as pd
+
+    table = pd.DataFrame(
+        {
+            "problem": [row.problem for row in rows],
+            "nbeta": [f"{row.nbeta:g}" for row in rows],
+            "truth, n → ∞": [f"{row.asymptotic:.4g}" for row in rows],
+            "truth, this nbeta": ["-" if row.finite is None else f"{row.finite:.4g}" for row in rows],
+            "estimate ± stderr": [f"{row.llc:.3f} ± {row.stderr:.3f}" for row in rows],
+            "may miss by": [f"{row.allowed:.2f}" for row in rows],
+            "verdict": [row.verdict for row in rows],
+            "agrees": ["yes" if row.agrees else "NO" for row in rows],
+        }
+    )
+    return table.to_string(index=False)
+
+
+def run_problem(problem: Problem) -> list[Row]:
+    """Estimates at every nbeta, which differ by a frozen factor of the loss and so run as one population."""
+    top = problem.nbetas[-1]
+
+    def scaled(params: Params, batch: Batch) -> Tensor:
+        return params["scale"] * problem.loss(params, batch)
+
+    checkpoints = [{**problem.params, "scale": torch.tensor(nbeta / top)} for nbeta in problem.nbetas]
+    sampler = {**_SAMPLER, **problem.sampler, "seed": rng.stream(0, problem.name).low}  # noise of its own
+    results = estimate_llcs(scaled, checkpoints, problem.batches, nbeta=top, restrict=list(problem.params), **sampler)
+    rows = [_row(problem, nbeta, result) for nbeta, result in zip(problem.nbetas, results, strict=True)]
+    rises = all(a.llc < b.llc for a, b in itertools.pairwise(rows))
+    return rows if rises else [dataclasses.replace(row, agrees=False) for row in rows]
+
+
+def _row(problem: Problem, nbeta: float, result: LLCResult) -> Row:
+    finite = None if problem.finite is None else problem.finite(nbeta)
+    target = problem.asymptotic if finite is None else finite
+    bias = 0.0 if problem.is_exact else STEP_BIAS * target if finite is not None else target / nbeta**0.5
+    allowed = bias + NUM_STDERRS * result.stderr
+    return Row(
+        problem=problem.name,
+        nbeta=nbeta,
+        asymptotic=problem.asymptotic,
+        finite=finite,
+        llc=result.llc,
+        stderr=result.stderr,
+        allowed=allowed,
+        verdict=result.verdict,
+        agrees=result.verdict != "invalid" and abs(result.llc - target) <= allowed,
+    )
+
+
+def problems() -> list[Problem]:
+    """All of them."""
+    return [
+        _quadratic("regular quadratic, d = 10", torch.logspace(-1, 0.5, 10), nbeta=100.0, localization=1.0, lr=2e-3),
+        _quadratic(
+            "quadratic of rank 4 in d = 10",
+            torch.tensor([0.3, 1.0, 2.0, 3.0] + [0.0] * 6),
+            nbeta=100.0,
+            localization=1.0,
+            lr=2e-3,
+        ),
+        _quadratic(
+            "stiff quadratic, steps counted",
+            torch.tensor([0.01, 0.1, 1.0, 10.0]),
+            nbeta=66.7,
+            localization=6.67,
+            lr=1e-3,
+        ),
+        _crossing("normal crossing a^2 b^2", [1, 1]),
+        _crossing("normal crossing a^2 b^4", [1, 2]),
+        _quartic(),
+        _regression(),
+        _reduced_rank(5, 2, 5),
+        _deep_linear([3, 3, 3, 3], 0),
+    ]
+
+
+def _quadratic(name: str, h: Tensor, *, nbeta: float, localization: float, lr: float) -> Problem:
+    return Problem(
+        name=name,
+        loss=lambda params, batch: (h * params["w"].square()).sum() / 2,
+        params={"w": torch.zeros(len(h))},
+        asymptotic=known.regular(int((h > 0).sum())),
+        finite=lambda nbeta: known.quadratic_llc(h, nbeta=nbeta, localization=localization, lr=lr),
+        nbetas=[nbeta],
+        sampler={"lr": lr, "localization": localization},
+        is_exact=True,
+    )
+
+
+def _pointwise(
+    name: str, loss: Callable[[Tensor], Tensor], num_params: int, asymptotic: float, *, nbeta: float, lr: float
+) -> Problem:
+    """A loss of rows of w (P, d), with the truth by quadrature."""
+    localization = 5.0
+    return Problem(
+        name=name,
+        loss=lambda params, batch: loss(params["w"][None])[0],
+        params={"w": torch.zeros(num_params)},
+        asymptotic=asymptotic,
+        finite=lambda nbeta: known.localized_llc(loss, num_params, nbeta=nbeta, localization=localization),
+        nbetas=[nbeta],
+        sampler={"lr": lr, "localization": localization, "num_burnin_steps": 2000, "num_draws": 5000},
+    )
+
+
+def _crossing(name: str, powers: Sequence[int]) -> Problem:
+    exponents = 2 * torch.tensor(powers)
+    truth = known.normal_crossing(powers).value
+    return _pointwise(name, lambda w: w.pow(exponents).prod(1), len(powers), truth, nbeta=200.0, lr=5e-4)
+
+
+def _quartic() -> Problem:
+    return _pointwise(
+        "separable a^4 + b^4 + c^2",
+        lambda w: w[:, 0] ** 4 + w[:, 1] ** 4 + w[:, 2] ** 2,
+        3,
+        known.separable([2, 2, 1]),
+        nbeta=200.0,
+        lr=2.5e-4,
+    )
+
+
+def _regression() -> Problem:
+    """Noiseless linear regression in p = 6 from minibatches; all 4,096 inputs make the Hessian."""
+    num_params, localization, lr = 6, 1.0, 1e-3
+    xs = torch.randn(4096, num_params, generator=torch.Generator().manual_seed(1))
+    h = torch.linalg.eigvalsh(xs.T @ xs / len(xs))
+    return Problem(
+        name="linear regression, p = 6, minibatches",
+        loss=lambda params, batch: (batch @ params["w"]).square().mean() / 2,
+        params={"w": torch.zeros(num_params)},
+        asymptotic=known.regular(num_params),
+        finite=lambda nbeta: known.quadratic_llc(h, nbeta=nbeta, localization=localization, lr=lr),
+        nbetas=[100.0],
+        sampler={"lr": lr, "localization": localization},
+        batches=list(xs.split(128)),
+    )
+
+
+def _reduced_rank(inputs: int, hidden: int, outputs: int) -> Problem:
+    return Problem(
+        name=f"reduced-rank regression {inputs}-{hidden}-{outputs}, rank 0",
+        loss=lambda params, batch: (params["b"] @ params["a"]).square().sum() / 2,
+        params={"a": torch.zeros(hidden, inputs), "b": torch.zeros(outputs, hidden)},
+        asymptotic=known.reduced_rank(inputs, hidden, outputs, 0),
+        finite=lambda nbeta: known.localized_reduced_rank_llc(inputs, hidden, outputs, nbeta=nbeta, localization=1.0),
+        nbetas=[1.0, 3.0, 10.0],
+        sampler={"lr": 4e-3, "localization": 1.0, "num_burnin_steps": 2000, "num_draws": 3000},
+    )
+
+
+def _deep_linear(widths: Sequence[int], rank: int) -> Problem:
+    truth = torch.zeros(widths[-1], widths[0])
+    truth[range(rank), range(rank)] = 1.0
+    params = {}
+    for i in range(len(widths) - 1):
+        layer = torch.zeros(widths[i + 1], widths[i])
+        layer[range(rank), range(rank)] = 1.0
+        params[f"w{i}"] = layer
+
+    def loss(params: Params, batch: Batch) -> Tensor:
+        product = params["w0"]
+        for i in range(1, len(widths) - 1):
+            product = params[f"w{i}"] @ product
+        return (product - truth).square().sum() / 2
+
+    return Problem(
+        name=f"deep linear network {'-'.join(map(str, widths))}, rank {rank}",
+        loss=loss,
+        params=params,
+        asymptotic=known.deep_linear(widths, rank).value,
+        finite=None,
+        nbetas=[3.0, 10.0, 30.0],
+        sampler={"lr": 2e-3, "localization": 1.0, "num_draws": 2000},
+    )

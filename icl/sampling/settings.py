@@ -1,0 +1,96 @@
+"""What a chain is told, in one place, checked at the door; and the published settings with the importer of their names."""
+
+from dataclasses import dataclass
+
+from icl.config import ConfigError, SamplerConfig
+from icl.sampling.sgld import KERNELS
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings:
+    """What a chain is told, in one place."""
+
+    lr: float
+    """Step size epsilon."""
+    nbeta: float
+    """Effective inverse temperature n beta."""
+    localization: float
+    """Pull gamma back to the checkpoint."""
+    num_chains: int
+    num_draws: int
+    """Draws kept of each chain."""
+    num_burnin_steps: int
+    """Moves before the first draw; no average contains them."""
+    seed: int
+    thinning: int = 1
+    """Moves from one draw to the next."""
+    kernel: str = "sgld"
+    """`sgld` or `rmsprop`; see `icl.sampling.sgld`."""
+
+    def __post_init__(self) -> None:
+        for name, minimum in (
+            ("num_chains", 1),
+            ("num_draws", 2),
+            ("num_burnin_steps", 0),
+            ("seed", 0),
+            ("thinning", 1),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise ConfigError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
+        for name, bound in (("lr", "positive"), ("nbeta", "positive"), ("localization", "zero or positive")):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf") or (value == 0 and bound == "positive"):
+                raise ConfigError(f"`{name}` must be {bound} and finite, got {value!r}.")
+        if self.kernel not in KERNELS:
+            raise ConfigError(f"`kernel` must be one of {', '.join(KERNELS)}, got {self.kernel!r}.")
+        if self.kernel == "rmsprop" and self.num_burnin_steps == 0:
+            raise ConfigError("The kernel `rmsprop` adapts during burn-in only; set `num_burnin_steps` above 0.")
+
+    @property
+    def num_moves(self) -> int:
+        """Gradients that a chain takes, not counting the diagnostic ones."""
+        return self.num_burnin_steps + (self.num_draws - 1) * self.thinning + 1
+
+
+def from_scales(*, gradient_scale: float, localization_scale: float, noise_scale: float) -> dict[str, float]:
+    """`lr`, `nbeta` and `localization` from the parametrisation of Hoogland et al.'s code.
+
+    Their move is w - gradient_scale grad L - localization_scale (w - w0) + N(0, noise_scale); ours has lr / 2 before the
+    whole drift, so lr = noise, nbeta = 2 gradient / noise, localization = 2 localization / noise.
+
+    Raises:
+        ConfigError: If a scale is negative, or the noise or the gradient is zero.
+    """
+    scales = {
+        "gradient_scale": gradient_scale,
+        "localization_scale": localization_scale,
+        "noise_scale": noise_scale,
+    }
+    for name, scale in scales.items():
+        if not 0 <= scale < float("inf") or (scale == 0 and name != "localization_scale"):
+            raise ConfigError(f"`{name}` must be positive and finite, got {scale!r}.")
+    return {
+        "lr": noise_scale,
+        "nbeta": 2 * gradient_scale / noise_scale,
+        "localization": 2 * localization_scale / noise_scale,
+    }
+
+
+_SCALES = from_scales(gradient_scale=0.01, localization_scale=0.001, noise_scale=3e-4)
+PUBLISHED = SamplerConfig(
+    lr=_SCALES["lr"],
+    nbeta=_SCALES["nbeta"],
+    localization=_SCALES["localization"],
+    num_samples=2**20,
+    batch_size=1024,
+    num_chains=10,
+    num_draws=5000,
+    num_burnin_steps=0,
+    seed=0,
+    minibatches="fixed",
+)
+"""Hoogland et al. 2024 as their sweep file of January 2024 has it (icl@a868647, sweeps/analysis/0-L2H4-llcs-over-time.yaml):
+nbeta = 66.67, localization = 6.67, no burn-in (their key `num_burn_in` was not read). Where we differ: their chains used the
+same noise at every checkpoint, which makes a curve look smoother than it is; ours have noise of their own. And L(w0) is
+the mean over `num_init_batches` minibatches."""

@@ -1,0 +1,38 @@
+"""A tiny run's folder with a few checkpoints, made without training, and a sampler that takes a moment."""
+
+import dataclasses
+
+import torch
+from tiny_runs import TINY
+
+from icl.build import build_model
+from icl.checkpoints import save_checkpoint
+from icl.config import SamplerConfig
+from icl.runs import RunFolder
+
+QUICK = SamplerConfig(
+    lr=1e-5,
+    nbeta=100.0,
+    localization=100.0,
+    num_samples=1024,
+    batch_size=16,
+    num_chains=2,
+    num_draws=6,
+    num_burnin_steps=4,
+    num_init_batches=4,
+)
+CONFIG = dataclasses.replace(TINY, sampler=QUICK)
+STEPS = (0, 30, 60)
+
+
+def make_run(path, *, steps=STEPS, config=CONFIG):
+    """Step s is the initial model with noise that grows with s."""
+    folder = RunFolder(path)
+    folder.write_config(config)
+    params = {name: tensor.detach() for name, tensor in build_model(config).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    noise = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in params.items()}
+    for step in steps:
+        moved = {name: params[name] + 1e-3 * step * noise[name] for name in params}
+        save_checkpoint(folder.checkpoints, step, config, moved)
+    return folder

@@ -1,0 +1,322 @@
+"""Estimates of known answers, their errors, and the verdict's fixed outcomes under sabotage."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from tiny_runs import TINY
+
+from icl.build import build_model
+from icl.sampling import estimate_llc, estimate_llcs, known, module_loss
+from icl.sampling.diagnostics import RULES, judge
+from icl.tasks.prompts import sample_prompts
+
+H = torch.tensor([0.3, 1.0, 3.0])
+GOOD = {
+    "lr": 2e-3,
+    "nbeta": 60.0,
+    "localization": 10.0,
+    "num_chains": 8,
+    "num_draws": 600,
+    "num_burnin_steps": 300,
+    "seed": 0,
+    "trivial_loss": 10.0,
+}
+TRUTH = known.quadratic_llc(H, nbeta=60.0, localization=10.0, lr=2e-3)
+START = {"w": torch.zeros(3)}
+
+
+def quadratic(params, batch):
+    return (H * params["w"].square()).sum() / 2
+
+
+def noisy(params, batch):
+    """The same, with a minibatch's gradient and loss noise, both of mean zero."""
+    return quadratic(params, batch) + batch @ params["w"] + batch.sum()
+
+
+def minibatches(chain, draw):
+    return 0.05 * torch.randn(3, generator=torch.Generator().manual_seed(10_000 * chain + draw))
+
+
+def estimate(loss=quadratic, params=START, batches=(None,), **changes):
+    return estimate_llc(loss, params, batches, **{**GOOD, **changes})
+
+
+# Known answers
+
+
+def test_a_converged_quadratic_is_ok():
+    result = estimate()
+    assert result.verdict == "ok"
+    assert result.reasons == ()
+    assert result.llc == pytest.approx(TRUTH, abs=4 * result.stderr)
+    assert result.init_loss == 0
+    assert result.num_chains_used == 8
+
+
+def test_the_exact_answer_counts_the_minibatch_noise():
+    result = estimate(noisy, batches=minibatches, num_init_batches=64)
+    exact = known.quadratic_llc(H, nbeta=60.0, localization=10.0, lr=2e-3, gradient_variance=0.05**2)
+    assert result.llc == pytest.approx(exact, abs=4 * result.stderr)
+    assert result.init_loss_stderr == pytest.approx(0.05 * math.sqrt(3) / 8, rel=0.3)  # 64 batches
+    assert result.stderr > 60 * result.init_loss_stderr
+
+
+def test_standard_errors_cover():
+    """Of 100 estimates, two standard errors should hold 95 per cent; three deviations of that share are 6.5 per cent."""
+    results = estimate_llcs(quadratic, [START] * 100, [None], **{**GOOD, "num_chains": 4, "num_draws": 800})
+    z = torch.tensor([(result.llc - TRUTH) / result.stderr for result in results])
+    assert (z.abs() < 2).double().mean() > 0.95 - 0.065
+    assert z.abs().median() > 0.4  # 0.67 for exact errors: they are not merely wide
+    verdicts = [result.verdict for result in results]
+    assert verdicts.count("ok") > 85
+
+
+def test_nbeta_is_n_over_log_n_unless_it_is_given():
+    result = estimate(nbeta=None, num_samples=300, num_draws=10, num_burnin_steps=0)
+    assert result.settings.nbeta == pytest.approx(300 / math.log(300))
+    assert result.wbic == pytest.approx(300 * result.mean_loss)
+    assert estimate(num_draws=10, num_burnin_steps=0).wbic is None
+
+
+def test_components_have_llcs_of_their_own_and_their_mean_is_the_llc():
+    def components(params, batch):
+        return 3 * H * params["w"].square() / 2
+
+    result = estimate(components)
+    assert float(result.llc_per_component.mean()) == pytest.approx(result.llc)
+    each = torch.tensor([3 * known.quadratic_llc(h[None], nbeta=60.0, localization=10.0, lr=2e-3) for h in H])
+    assert ((result.llc_per_component - each).abs() < 4 * result.stderr_per_component).all()
+    table = result.to_dataframe(by="component")
+    assert table["llc"].tolist() == pytest.approx(result.llc_per_component.tolist())
+    assert set(table["nbeta"]) == {60.0}
+
+
+def test_singular_fluctuation_of_a_regular_model():
+    """Linear regression with unit noise, NLL: nu = sum_i s_i / (2 (s_i + gamma / nbeta)), near p/2 (Watanabe 2009)."""
+    generator = torch.Generator().manual_seed(0)
+    xs, noise = torch.randn(500, 3, generator=generator), torch.randn(500, generator=generator)
+    w = torch.linalg.lstsq(xs, noise).solution
+    residual = noise - xs @ w
+
+    def sample_losses(params):
+        return (noise - xs @ params["w"]).square() / 2
+
+    result = estimate(
+        lambda params, batch: sample_losses(params).mean(),
+        {"w": w},
+        localization=1.0,
+        sample_losses=sample_losses,
+        num_samples=500,
+        thinning=2,
+    )
+    # Exactly, for Gaussian w: Var[l] = r^2 x'Cx + (x'Cx)^2 / 2 with C the chain's covariance.
+    hessian = xs.T @ xs / 500
+    a = 60 * hessian + torch.eye(3)
+    cov = torch.linalg.inv(a @ (torch.eye(3) - 2e-3 * a / 4))
+    quad = ((xs @ cov) * xs).sum(1)
+    expected = 30 * float((residual.square() * quad + quad.square() / 2).mean())
+    assert result.fluctuation.singular_fluctuation == pytest.approx(expected, abs=4 * result.fluctuation.stderr)
+    assert result.fluctuation.functional_variance == pytest.approx(result.fluctuation.singular_fluctuation * 500 / 30)
+    assert expected == pytest.approx(1.5, rel=0.2)
+
+
+def test_a_row_says_what_made_it():
+    row = estimate(num_samples=1000, loss_name="quadratic", num_draws=20).to_dataframe().iloc[0]
+    wanted = {"lr": 2e-3, "nbeta": 60, "localization": 10, "num_samples": 1000, "num_chains": 8, "num_chains_used": 8}
+    wanted |= {"num_draws": 20, "num_burnin_steps": 300, "num_draws_used": 160, "loss_name": "quadratic", "seed": 0}
+    assert {name: row[name] for name in wanted} == wanted
+    assert {"step", "checkpoint_hash", "llc", "stderr", "init_loss", "mean_loss", "rhat", "ess", "verdict"} <= set(
+        row.index
+    )
+    assert "chain" in estimate(num_draws=20).to_dataframe(by="chain")
+
+
+# Sabotage
+
+SHORT = {"num_draws": 150, "num_burnin_steps": 100}
+
+
+def broken(result):
+    return {rule.name for rule in RULES if rule.is_broken(result.evidence, rule.threshold)}
+
+
+@pytest.mark.parametrize("factor", [3, 10, 100])
+def test_too_large_a_step_is_never_ok(factor):
+    """At 100 the chains diverge; at 3 the estimate is a plausible number and too high by over a fifth."""
+    result = estimate(lr=factor * 6e-3)
+    if math.isfinite(result.llc):
+        assert result.llc > 1.2 * known.quadratic_llc(H, nbeta=60.0, localization=10.0)
+        assert result.verdict != "ok"
+    else:
+        assert result.verdict == "invalid"
+        assert "diverged" in result.reasons[0]
+
+
+def dying(chains):
+    """A loss that is NaN at some chains' batches from move 120 on."""
+
+    def loss(params, batch):
+        return quadratic(params, batch) + torch.where(batch > 0, torch.nan, 0.0)
+
+    return loss, lambda chain, draw: torch.tensor(float(chain in chains and draw > 120))
+
+
+def test_one_dead_chain_of_eight_is_masked_counted_and_suspect():
+    loss, batches = dying({3})
+    result, healthy = estimate(loss, batches=batches, **SHORT), estimate(**SHORT)
+    others = [chain for chain in range(8) if chain != 3]
+    assert result.verdict == "suspect"
+    assert result.num_chains_used == 7
+    assert result.reasons[0].startswith("1 of 8 chains")
+    assert result.llc_per_chain.isnan().tolist() == [chain == 3 for chain in range(8)]
+    assert result.llc == pytest.approx(float(healthy.llc_per_chain[others].mean()))
+    assert math.isfinite(result.stderr)
+    assert math.isfinite(result.rhat)
+
+
+def test_most_chains_dead_is_invalid():
+    loss, batches = dying(set(range(5)))
+    result = estimate(loss, batches=batches, **SHORT)
+    assert (result.verdict, result.num_chains_used) == ("invalid", 3)
+    loss, batches = dying(set(range(8)))
+    result = estimate(loss, batches=batches, **SHORT)
+    assert (result.verdict, result.num_chains_used) == ("invalid", 0)
+    assert math.isnan(result.llc)
+
+
+def test_a_chain_that_diverges_without_becoming_infinite_is_masked():
+    def loss(params, batch):
+        return quadratic(params, batch) + batch
+
+    result = estimate(loss, batches=lambda chain, draw: torch.tensor(1e6 * (chain == 2) * (draw > 120)), **SHORT)
+    assert result.num_chains_used == 7
+    assert result.verdict == "suspect"
+
+
+def test_one_chain_is_suspect():
+    result = estimate(num_chains=1, num_draws=3000)
+    assert result.verdict == "suspect"
+    assert math.isnan(result.rhat)
+    assert broken(result) == {"one chain"}
+    assert result.llc == pytest.approx(TRUTH, abs=4 * result.stderr)
+
+
+def test_a_shared_minibatch_stream_is_suspect():
+    shared = estimate(noisy, batches=lambda chain, draw: minibatches(0, draw), **SHORT)
+    assert shared.verdict == "suspect"
+    assert "shared minibatches" in broken(shared)
+    assert "shared minibatches" not in broken(estimate(noisy, batches=minibatches, **SHORT))
+    assert "shared minibatches" not in broken(estimate(**SHORT))  # the whole data is no minibatch
+
+
+@pytest.mark.parametrize("localization", [10.0, 1000.0])
+def test_a_checkpoint_that_is_not_a_minimum_is_not_ok(localization):
+    """Held tight, the chains do not find the lower loss, and the estimate is a plausible positive number."""
+    result = estimate(params={"w": torch.tensor([0.3, 0.3, 0.3])}, localization=localization, lr=5e-4, **SHORT)
+    assert result.verdict != "ok"
+    assert "not at a minimum" in broken(result)
+    if localization == 10.0:
+        assert result.verdict == "invalid"
+        assert result.llc < 0
+
+
+def test_a_checkpoint_on_a_noisy_gradient_is_still_a_minimum():
+    assert "not at a minimum" not in broken(estimate(noisy, batches=minibatches, **SHORT))
+
+
+def plateau(params, batch):
+    """A narrow well in a plateau at 1: 1 - exp(-|w|^2 / 2s), s = 0.01."""
+    return 1 - (-params["w"].square().sum() / 0.02).exp()
+
+
+def test_escaped_chains_are_invalid_and_seen_without_a_trivial_loss():
+    """Four dimensions, prior deviation 1 around a well of width 0.1: the loss rises to the plateau, 30 nats above."""
+    start = {"w": torch.zeros(4)}
+    run = {"nbeta": 30.0, "localization": 1.0, "lr": 1e-2, "num_draws": 400}
+    told = estimate(plateau, start, trivial_loss=1.0, **run)
+    assert told.llc == pytest.approx(30, rel=0.05)
+    assert told.verdict == "invalid"
+    assert told.reasons[0].startswith("escaped")
+    untold = estimate(plateau, start, trivial_loss=None, **run)
+    assert untold.verdict == "suspect"
+    assert "beyond the rim" in broken(untold)
+    assert any("escape from the basin was not checked" in reason for reason in untold.reasons)
+
+
+def test_a_checkpoint_no_better_than_a_trivial_predictor_has_no_basin_to_stay_in():
+    assert estimate(trivial_loss=-0.01, **SHORT).verdict == "invalid"
+
+
+@pytest.mark.parametrize(
+    ("nbeta", "localization", "lr", "trivial_loss"), [(500.0, 100.0, 1e-4, None), (67.0, 6.7, 3e-4, 2.25)]
+)
+def test_a_step_0_model_is_never_ok(nbeta, localization, lr, trivial_loss):
+    """At a tight setting, where not even a trivial predictor's loss is known, and at the published one."""
+    model = build_model(TINY)
+    loss, params = module_loss(model, torch.nn.functional.mse_loss)
+
+    def prompts(chain, draw):
+        xs, ys, _ = sample_prompts(TINY, stream=f"chain {chain}", step=draw, batch_size=32)
+        return (xs, ys), ys
+
+    run = {"num_chains": 4, "num_draws": 60, "num_burnin_steps": 30, "trivial_loss": trivial_loss}
+    result = estimate(loss, params, prompts, nbeta=nbeta, localization=localization, lr=lr, **run)
+    assert result.verdict != "ok"
+    assert {"not at a minimum", "negative", "escaped"} & broken(result)
+
+
+def test_chains_held_by_the_prior_alone_are_suspect():
+    result = estimate(localization=1e4, lr=2e-5)
+    assert result.llc < 0.02  # a number, but of the localisation
+    assert result.verdict == "suspect"
+    assert "prior-dominated" in broken(result)
+
+
+def test_too_short_a_burnin_drifts():
+    result = estimate(num_burnin_steps=0, num_draws=150, lr=1e-4, num_chains=32)
+    assert "drift" in broken(result)
+    assert result.verdict == "suspect"
+
+
+def test_every_rule_can_be_the_only_reason_and_names_its_source():
+    """Each line of the table is reached from a healthy estimate by changing what it looks at."""
+    healthy = estimate().evidence
+    assert judge(healthy) == ("ok", ())
+    changes = {
+        "most chains dead": {"num_chains_used": 3},
+        "some chains dead": {"num_chains_used": 7},
+        "negative": {"llc": -1.0},
+        "escaped": {"mean_loss": 6.0},
+        "escaping": {"mean_loss": 2.0},
+        "beyond the rim": {"llc": healthy.llc, "pull": 0.1},
+        "not at a minimum": {"descent": 1.0},
+        "below zero": {"llc": -0.01, "stderr": 0.1},
+        "above d/2": {"llc": 2.5, "pull": 5.0},
+        "too hot": {"heat": 1.0},
+        "MALA acceptance": {"acceptance": 0.4},
+        "one chain": {"num_chains": 1, "num_chains_used": 1, "rhat": math.nan},
+        "shared minibatches": {"share_batches": True},
+        "R-hat": {"rhat": 1.06},
+        "effective sample size": {"ess": 99.0},
+        "drift": {"drift": -0.5},
+        "prior-dominated": {"spread": 2.0, "pull": 0.4, "llc": 0.2},
+        "mostly flat": {"spread": 1.6, "pull": 3.0},
+        "not spread out": {"llc": 1.0, "pull": 1.05, "spread": 0.0, "heat_stderr": 0.01},
+        "escape not checked": {"trivial_loss": None},
+    }
+    assert set(changes) == {rule.name for rule in RULES}
+    for rule in RULES:
+        evidence = healthy._replace(**changes[rule.name])
+        found = [other.name for other in RULES if other.is_broken(evidence, other.threshold)]
+        assert rule.name in found
+        assert len(judge(evidence)[1]) == len(found)
+        assert judge(evidence)[0] == ("ok" if rule.level == "note" else rule.level)
+        assert rule.source
+
+
+def test_results_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        estimate(num_draws=10).llc = 1.0

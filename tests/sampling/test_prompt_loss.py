@@ -1,0 +1,89 @@
+"""The run's own loss as the sampler takes it: the model's loss, its gradient, and minibatches as pure functions."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from llc_runs import CONFIG, QUICK
+from tiny_runs import change
+
+from icl.build import build_model
+from icl.population import stack
+from icl.sampling.gradients import vmapped_gradient
+from icl.sampling.prompt_loss import prompt_loss, trivial_loss
+from icl.tasks.prompts import sample_prompts
+
+MODEL = build_model(CONFIG)
+PARAMS = {name: tensor.detach() for name, tensor in MODEL.named_parameters()}
+
+
+def sampler(**changes):
+    return dataclasses.replace(QUICK, **changes)
+
+
+def test_the_loss_is_the_models_squared_error_at_each_position():
+    loss = prompt_loss(CONFIG, QUICK)
+    xs, ys = loss.batches(0, 3)
+    expected = (MODEL(xs, ys).detach() - ys).square().mean(0)
+    torch.testing.assert_close(loss.loss(PARAMS, (xs, ys)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_subsequence_loss_is_the_mean_over_all_lengths():
+    loss = prompt_loss(CONFIG, sampler(loss="subsequence"))
+    xs, ys = loss.batches(0, 0)
+    errors = (MODEL(xs, ys).detach() - ys).square()
+    lengths = range(1, CONFIG.task.max_examples + 1)
+    expected = torch.stack([errors[:, :length].mean() for length in lengths]).mean()
+    torch.testing.assert_close(loss.loss(PARAMS, (xs, ys)).mean(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mse", "subsequence"])
+def test_the_fast_gradient_is_the_mapped_one(name):
+    loss = prompt_loss(CONFIG, sampler(loss=name))
+    moved = {key: tensor + 0.01 for key, tensor in PARAMS.items()}
+    members = stack([PARAMS, moved])
+    frozen = {"unembedding.weight": members.pop("unembedding.weight")}
+    batch = tuple(torch.stack(pair) for pair in zip(loss.batches(0, 0), loss.batches(1, 0), strict=True))
+    fast, fast_values = loss.gradient(members, frozen, batch)
+    slow, slow_values = vmapped_gradient(loss.loss)(members, frozen, batch)
+    assert fast.keys() == slow.keys()
+    torch.testing.assert_close(fast, dict(slow), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fast_values, slow_values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 16, math.inf])
+def test_the_trivial_loss_is_the_mean_square_of_the_targets(num_tasks):
+    config = change(CONFIG, task={"num_tasks": num_tasks})
+    squares = sample_prompts(config, stream="train", step=0, batch_size=20_000).ys.square().mean(1)
+    error = float(squares.std()) / len(squares) ** 0.5
+    assert trivial_loss(config) == pytest.approx(float(squares.mean()), abs=4 * error)
+    if num_tasks == math.inf:
+        assert trivial_loss(config) == config.task.task_size + config.task.noise_variance
+
+
+def test_fixed_minibatches_are_blocks_of_one_set_that_a_larger_one_holds():
+    small, large = (prompt_loss(CONFIG, sampler(num_samples=n)) for n in (64, 1024))
+    whole = sample_prompts(CONFIG, stream="llc", step=0, batch_size=1024)
+    for loss, size in ((small, 64), (large, 1024)):
+        blocks = whole.xs[:size].split(QUICK.batch_size)
+        for chain, draw in ((0, 0), (1, 0), (0, 1), (3, 17)):
+            xs, _ = loss.batches(chain, draw)
+            assert any(torch.equal(xs, block) for block in blocks)
+
+
+def test_one_block_is_the_whole_data_at_every_draw():
+    loss = prompt_loss(CONFIG, sampler(num_samples=16))
+    assert all(torch.equal(loss.batches(0, 0)[0], loss.batches(chain, draw)[0]) for chain in (0, 1) for draw in (0, 5))
+
+
+@pytest.mark.parametrize("kind", ["fixed", "fresh"])
+def test_minibatches_are_a_pure_function_of_seed_chain_and_draw(kind):
+    first, again, other = (
+        prompt_loss(CONFIG, sampler(minibatches=kind, seed=seed, num_samples=2**20)).batches for seed in (0, 0, 1)
+    )
+    places = [(0, 0), (1, 0), (0, 1), (1, 1)]
+    for place in places:
+        assert torch.equal(first(*place)[0], again(*place)[0])
+        assert not torch.equal(first(*place)[0], other(*place)[0])
+    assert len({first(*place)[0].numpy().tobytes() for place in places}) == len(places)

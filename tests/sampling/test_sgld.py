@@ -1,0 +1,149 @@
+"""The kernels: a move written out by hand, exact stationary moments on Gaussians, and MALA's acceptance by its definition."""
+
+import math
+
+import pytest
+import torch
+
+from icl.sampling import sgld
+from icl.sampling.chains import run_chains
+from icl.sampling.gradients import vmapped_gradient
+from icl.sampling.packing import make_packing
+from icl.sampling.settings import SamplerSettings
+
+H = torch.tensor([0.01, 0.1, 1.0, 10.0], dtype=torch.float64)
+NBETA, LOCALIZATION = 66.7, 6.67
+
+
+def numbers(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape) + shape[0]))
+
+
+def test_a_move_is_the_formula():
+    w, w0, grad, noise = numbers(3, 4), numbers(2, 4)[:1].expand(3, 4), numbers(4, 4)[:3], numbers(5, 4)[:3]
+    state = sgld.init({"w": w0})._replace(params={"w": w})
+    moved = sgld.step(state, {"w": grad}, {"w": noise}, lr=0.1, nbeta=7.0, localization=3.0).params["w"]
+    expected = w - 0.05 * (7 * grad + 3 * (w - w0)) + math.sqrt(0.1) * noise
+    assert torch.allclose(moved, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_a_move_changes_nothing_that_it_is_given():
+    w = numbers(3, 4)
+    before = w.clone()
+    state = sgld.init_rmsprop({"w": w})
+    sgld.step(sgld.adapt_rmsprop(state, {"w": w}), {"w": w}, {"w": w}, lr=0.1, nbeta=1.0, localization=1.0)
+    assert torch.equal(w, before)
+    assert torch.equal(state.params["w"], before)
+
+
+def test_the_preconditioned_move_is_the_formula():
+    w, grads, noise = numbers(3, 4), [numbers(6, 4)[:3], numbers(7, 4)[:3]], numbers(5, 4)[:3]
+    state = sgld.init_rmsprop({"w": w})
+    for grad in grads:
+        state = sgld.adapt_rmsprop(state, {"w": grad})
+    # Two gradients, bias-corrected: weights 0.99 and 1 of 1.99.
+    g = 1 / (0.1 + ((0.99 * grads[0] ** 2 + grads[1] ** 2) / 1.99).sqrt())
+    moved = sgld.step(state, {"w": grads[0]}, {"w": noise}, lr=0.1, nbeta=7.0, localization=3.0).params["w"]
+    assert torch.allclose(moved, w - 0.05 * g * 7 * grads[0] + (0.1 * g).sqrt() * noise, rtol=1e-12)
+
+
+def sampled_components(kernel, lr, thinning):
+    """Each draw's h w^2 / 2 of each direction, by chains that start at the minimum; L is their sum."""
+    start = {"w": torch.zeros(4, dtype=torch.float64)}
+    settings = SamplerSettings(
+        lr=lr,
+        nbeta=NBETA,
+        localization=LOCALIZATION,
+        num_chains=64,
+        num_draws=40,
+        num_burnin_steps=600,
+        seed=3,
+        thinning=thinning,
+        kernel=kernel,
+    )
+    return (
+        run_chains(
+            vmapped_gradient(lambda params, batch: 4 * H * params["w"] ** 2 / 2),
+            {"w": start["w"][None]},
+            [None],
+            settings,
+            packing=make_packing(start),
+            keys=["0"],
+            chunk_size=64,
+        ).components[0]
+        / 4
+    )  # K S T
+
+
+def test_stationary_moments_of_the_discrete_chain_are_exact():
+    """E[h w^2 / 2] nbeta = nbeta h / (2 a (1 - lr a / 4)), each direction within 4 standard errors over chains."""
+    lr = 5e-3
+    means = NBETA * sampled_components("sgld", lr, thinning=15).mean(1)  # K T
+    a = NBETA * H + LOCALIZATION
+    expected = NBETA * H / (2 * a * (1 - lr * a / 4))
+    assert expected[-1] > 2 * 0.5  # the step size doubles and more what the density itself would give
+    assert ((means.mean(0) - expected).abs() < 4 * means.std(0) / 8).all()
+
+
+def test_stationary_moments_of_the_preconditioned_chain_are_exact():
+    """Given a chain's frozen G, the variance is 1 / (a (1 - lr G a / 4)); G is found by replaying the burn-in."""
+    lr, num = 2e-3, 64
+    means = NBETA * sampled_components("rmsprop", lr, thinning=15).mean(1)  # K T
+    g = replayed_preconditioner(lr, num)
+    a = NBETA * H + LOCALIZATION
+    expected = NBETA * H / (2 * a * (1 - lr * g * a / 4))
+    error = means - expected
+    assert (g.mean(0)[:-1] > g.mean(0)[1:]).all()  # flat directions move faster
+    assert (error.mean(0).abs() < 4 * error.std(0) / math.sqrt(num)).all()
+
+
+def replayed_preconditioner(lr, num):
+    """A plain loop over the burn-in with the same noise: the generators are those of the driver."""
+    from icl import rng
+
+    rows = []
+    for chain in range(num):
+        generator = torch.Generator().manual_seed(rng.stream(3, f"llc/noise/0/{chain}").low)
+        w, square, g = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64), torch.ones(4)
+        for move in range(1, 601):
+            grad = H * w
+            noise = torch.empty(4, dtype=torch.float64).normal_(generator=generator)
+            w = w - lr / 2 * g * (NBETA * grad + LOCALIZATION * w) + (lr * g).sqrt() * noise
+            square = 0.99 * square + 0.01 * grad**2
+            g = 1 / (0.1 + (square / (1 - 0.99**move)).sqrt())
+        rows.append(g)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("kernel", ["sgld", "rmsprop"])
+def test_mala_acceptance_is_the_ratio_of_densities(kernel):
+    """With torch's own normal densities in place of ours."""
+    h, lr, nbeta, localization = numbers(8).abs() + 2, 0.2, 5.0, 2.0
+    w0, w, noise = numbers(2, 8), numbers(2, 8) - 0.5, numbers(4, 8)[:2]
+    state = sgld.KERNELS[kernel].init({"w": w0})._replace(params={"w": w})
+    state = sgld.KERNELS[kernel].adapt(state, {"w": h * w})
+    moved = sgld.step(state, {"w": h * w}, {"w": noise}, lr=lr, nbeta=nbeta, localization=localization)
+    after, g = moved.params["w"], state.preconditioner.get("w", torch.ones(2, 8, dtype=torch.float64))
+
+    def loss(w):
+        return (h * w**2 / 2).sum(1)
+
+    def log_density(w):
+        return -nbeta * loss(w) - localization / 2 * (w - w0).square().sum(1)
+
+    def log_move(start, end):
+        drift = nbeta * h * start + localization * (start - w0)
+        return torch.distributions.Normal(start - lr / 2 * g * drift, (lr * g).sqrt()).log_prob(end).sum(1)
+
+    expected = log_density(after) + log_move(after, w) - log_density(w) - log_move(w, after)
+    ours = sgld.log_mala_acceptance(
+        state,
+        moved,
+        ({"w": h * w}, {"w": h * after}),
+        (loss(w), loss(after)),
+        lr=lr,
+        nbeta=nbeta,
+        localization=localization,
+    )
+    assert torch.allclose(ours, expected.clamp(max=0), rtol=1e-9)
+    assert (ours < 0).any()
