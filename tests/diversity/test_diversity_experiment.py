@@ -289,6 +289,7 @@ def test_two_processes_cannot_hold_one_experiment(tmp_path, capsys):
     assert not (tmp_path / "base" / "experiment_metadata.json").exists()
 
 
+@pytest.mark.slow
 def test_a_lost_terminal_changes_nothing_and_sigterm_saves_for_the_same_command(tmp_path, monkeypatch):
     """The terminal goes while M = 2 trains; SIGTERM comes while M = 4 does."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # as in this process: sums depend on it
@@ -314,6 +315,7 @@ def test_a_lost_terminal_changes_nothing_and_sigterm_saves_for_the_same_command(
     assert_as_trained_alone(base, SLOW, tmp_path / "alone", ["4"])
 
 
+@pytest.mark.slow
 def test_in_the_background_it_has_a_session_a_log_and_a_process_to_stop(tmp_path, capsys):
     words, base = command(tmp_path, change(SLOW, trainer={"max_steps": 4000})), tmp_path / "base"
     assert main([*words, "--background"]) == 0

@@ -156,6 +156,7 @@ def test_a_point_without_its_run_fails_and_says_what_to_train(tmp_path, monkeypa
     assert "train it by `icl train` with the same settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_point_of_wandb_arrives(tmp_path):
     """As `wandb agent` starts it, offline: the client hands over the config."""
     root = tmp_path / "runs"

@@ -45,6 +45,7 @@ def program(*words: str) -> list[str]:
     return [sys.executable, "-m", "icl", "train", *words]
 
 
+@pytest.mark.slow
 def test_the_point_arrives_whether_dotted_or_nested(tmp_path):
     point = {"optim.lr": 0.25, "task.num_tasks": "inf", "model": {"mlp_size": 4}}
     words = arguments_without("optim.lr", "task.num_tasks", "model.mlp_size")
@@ -98,6 +99,7 @@ def is_training() -> bool:
     return status is not None and status.step > 50
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_fails_the_point(tmp_path):
     environment = agents_environment(tmp_path, {"optim.lr": 0.25})
     words = arguments_without("optim.lr", config=LONG)

@@ -232,7 +232,7 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("fault", ["errors", "gone"])
+@pytest.mark.parametrize("fault", [pytest.param("errors", marks=pytest.mark.slow), "gone"])
 def test_a_network_that_fails_in_mid_run_does_not_stop_training(wandb_server, start, tmp_path, fault):
     words = ["train", *as_arguments(change(LONG, trainer={"max_steps": 300}))]
     program = start([sys.executable, "-c", IMPATIENT, *words])
