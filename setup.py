@@ -41,6 +41,7 @@ setup(
             "ruff>=0.6",
             "mypy>=1.11",
             "types-PyYAML",
+            "arviz-stats>=0.8; python_version >= '3.11'",
             "moto[server]>=5",
             "pre-commit>=3.7",
         ],

