@@ -302,7 +302,7 @@ def test_packed_points_are_trained_by_one_program_and_each_has_its_run(tmp_path,
 def test_a_packed_point_that_fails_fails_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     file = real_sweep(tmp_path, 2)
-    first, second = sweep_points(read_sweep_file(file))
+    _, second = sweep_points(read_sweep_file(file))
     (local_root() / second.name).mkdir(parents=True)
     RunFolder(local_root() / second.name).write_config(change(second.config, optim={"lr": 0.5}))
     assert main(["sweep", file, "--pack", "8"]) == 1
