@@ -24,15 +24,8 @@ from tqdm import tqdm
 from icl import metrics, population
 from icl.build import build_checkpoint_model, choose_device
 from icl.checkpoints import Checkpoint, CheckpointError, checkpoint_files, load_checkpoint_file
-from icl.config import (
-    CheckpointsConfig,
-    ConfigError,
-    EarlyStoppingConfig,
-    EvaluationConfig,
-    RunConfig,
-    TaskConfig,
-    parse_num_tasks,
-)
+from icl.checks import ConfigError, parse_num_tasks
+from icl.config import CheckpointsConfig, EarlyStoppingConfig, EvaluationConfig, RunConfig, TaskConfig
 from icl.evaluation import evaluate, evaluate_baselines, evaluation_set
 from icl.prediction import predict_from_prompt
 from icl.presets import preset

@@ -5,7 +5,8 @@ import os
 import torch
 
 from icl.checkpoints import Checkpoint, CheckpointError
-from icl.config import ConfigError, RunConfig
+from icl.checks import ConfigError
+from icl.config import RunConfig
 from icl.evaluation import EvaluationSet, evaluation_set
 from icl.transformer import Transformer, initialise
 

@@ -15,7 +15,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from icl.config import ConfigError, RunConfig, UserError
+from icl.checks import ConfigError, UserError
+from icl.config import RunConfig
 from icl.population import Params
 from icl.storage import LocalStore, Store
 

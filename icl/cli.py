@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from icl import __version__
-from icl.config import ConfigError, UserError
+from icl.checks import ConfigError, UserError
 
 COMMANDS = ("train", "sweep", "diversity", "evaluate", "llc", "analyse", "predict", "runs", "checkpoints")
 """In the order in which the overview lists them."""

@@ -7,10 +7,19 @@ them (M, D, K, sigma^2). `icl.presets` has the published settings, `icl.resolve`
 
 import dataclasses
 import math
-import numbers
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
+
+from icl.checks import (
+    ConfigError,
+    parse_num_tasks,
+    require,
+    require_count,
+    require_number,
+    require_store,
+    require_words,
+)
 
 LayerNormPlacement = Literal["pre", "post", "none"]
 Activation = Literal["relu", "gelu", "gelu_tanh"]
@@ -39,89 +48,6 @@ sections may change when an unfinished run is resumed, and are in no run's name.
 MEMBER_SETTINGS = ("run_name", "task.num_tasks", "seeds", "checkpoints.store")
 """The settings and sections in which the members of a population may differ."""
 
-STORE_SCHEMES = ("file", "s3")
-"""What may stand before :// in the place of a store; a place without :// is a folder."""
-
-
-class UserError(Exception):
-    """Something that one sentence explains and the user can mend; the command line prints it without a traceback."""
-
-
-class ConfigError(UserError, ValueError):
-    """A setting that cannot be used; the message says which, why, and what to write instead."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _require_count(section: str, name: str, value: Any, minimum: int) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    _require(
-        whole and value >= minimum, f"`{section}.{name}` must be a whole number of at least {minimum}, got {value!r}."
-    )
-
-
-def _require_number(section: str, name: str, value: Any, *, positive: bool) -> None:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    bound = "positive" if positive else "zero or positive"
-    _require(
-        real and (value > 0 if positive else value >= 0),
-        f"`{section}.{name}` must be {bound} and finite, got {value!r}.",
-    )
-
-
-def _require_words(section: str, settings: Any) -> None:
-    """Refuse choices, texts and truth values of the wrong kind, so that no typing error picks a behaviour silently."""
-    for field in dataclasses.fields(settings):
-        name, value = f"{section}.{field.name}", getattr(settings, field.name)
-        if get_origin(field.type) is Literal:
-            choices = get_args(field.type)
-            _require(value in choices, f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
-        elif field.type is bool:
-            _require(isinstance(value, bool), f"`{name}` must be true or false, got {value!r}.")
-        elif field.type is str:
-            _require(isinstance(value, str), f"`{name}` must be text, got {value!r}.")
-
-
-def _require_store(url: Any) -> None:
-    """Refuse what is no place of a store; a URL that carries a user or a password would be saved with the run."""
-    text = url if isinstance(url, str) else ""
-    scheme, _, place = text.partition("://") if "://" in text else ("file", "", text)
-    _require(
-        "@" not in place, "`checkpoints.store` must not carry credentials; set AWS_ACCESS_KEY_ID and its kin instead."
-    )
-    _require(
-        bool(place.strip("/")) and scheme.lower() in STORE_SCHEMES,
-        f"`checkpoints.store` must be a folder, file:///folder or s3://bucket/prefix, got {url!r}.",
-    )
-
-
-def parse_num_tasks(value: Any) -> int | float:
-    """The task diversity M as an int, or `math.inf` for the Gaussian prior.
-
-    Args:
-        value: A positive whole number, `"inf"` or `math.inf`.
-
-    Raises:
-        ConfigError: For anything else: zero, fractions, None, other words.
-    """
-    number = value
-    if isinstance(value, str):
-        text = value.strip().lower().removeprefix("+")
-        if text.removeprefix(".") in ("inf", "infinity"):
-            return math.inf
-        number = float(text.replace("_", "")) if re.fullmatch(r"\d[\d_]*(\.\d*)?(e\d+)?", text) else None
-    if number == math.inf:
-        return math.inf
-    is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
-    if is_number and 1 <= number < 2**31 and number == int(number):
-        return int(number)
-    raise ConfigError(
-        f"The number of tasks M must be a whole number from 1 to 2^31 - 1, or `inf` for the Gaussian prior, got {value!r}."
-    )
-
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
@@ -138,9 +64,9 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_tasks", parse_num_tasks(self.num_tasks))
-        _require_count("task", "task_size", self.task_size, 1)
-        _require_count("task", "max_examples", self.max_examples, 1)
-        _require_number("task", "noise_variance", self.noise_variance, positive=False)
+        require_count("task", "task_size", self.task_size, 1)
+        require_count("task", "max_examples", self.max_examples, 1)
+        require_number("task", "noise_variance", self.noise_variance, positive=False)
 
     @property
     def is_gaussian(self) -> bool:
@@ -182,10 +108,10 @@ class ModelConfig:
     """Add each block's input twice, as the code behind Hoogland et al. did; only for matching published numbers."""
 
     def __post_init__(self) -> None:
-        _require_words("model", self)
+        require_words("model", self)
         for name in ("num_layers", "num_heads", "embed_size", "mlp_size"):
-            _require_count("model", name, getattr(self, name), 1)
-        _require(
+            require_count("model", name, getattr(self, name), 1)
+        require(
             self.embed_size % self.num_heads == 0,
             f"`model.num_heads` must divide `model.embed_size`, got {self.num_heads} heads for a width of {self.embed_size}.",
         )
@@ -213,27 +139,27 @@ class OptimConfig:
     """Adam's stabiliser."""
 
     def __post_init__(self) -> None:
-        _require_words("optim", self)
-        _require_number("optim", "lr", self.lr, positive=True)
-        _require_number("optim", "eps", self.eps, positive=True)
+        require_words("optim", self)
+        require_number("optim", "lr", self.lr, positive=True)
+        require_number("optim", "eps", self.eps, positive=True)
         for name in ("warmup_steps", "schedule_steps"):
             if getattr(self, name) is not None:
-                _require_count("optim", name, getattr(self, name), 1)
+                require_count("optim", name, getattr(self, name), 1)
         if self.grad_clip is not None:
-            _require_number("optim", "grad_clip", self.grad_clip, positive=True)
+            require_number("optim", "grad_clip", self.grad_clip, positive=True)
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _require_number("optim", name, value, positive=False)
-            _require(value < 1, f"`optim.{name}` must be in [0, 1), got {value!r}.")
-        _require(
+            require_number("optim", name, value, positive=False)
+            require(value < 1, f"`optim.{name}` must be in [0, 1), got {value!r}.")
+        require(
             self.schedule != "constant" or self.warmup_steps is None,
             "`optim.warmup_steps` has no meaning for a constant rate; set `optim.schedule` to `warmup` or `triangle`.",
         )
-        _require(
+        require(
             self.schedule == "triangle" or self.schedule_steps is None,
             f"`optim.schedule_steps` has no meaning for the schedule `{self.schedule}`; only a `triangle` has an end.",
         )
-        _require(
+        require(
             self.schedule != "warmup" or self.warmup_steps is not None,
             "`optim.schedule` is `warmup` but `optim.warmup_steps` is not set; give it a number of steps.",
         )
@@ -263,11 +189,11 @@ class TrainerConfig:
     """Whether `torch.compile` makes one program of the step, in 10 to 30 s; `auto`: if the run is long enough to gain."""
 
     def __post_init__(self) -> None:
-        _require_words("trainer", self)
+        require_words("trainer", self)
         for name in ("max_steps", "batch_size", "log_every", "devices", "num_nodes"):
-            _require_count("trainer", name, getattr(self, name), 1)
+            require_count("trainer", name, getattr(self, name), 1)
         ranks = self.devices * self.num_nodes
-        _require(
+        require(
             self.batch_size % ranks == 0,
             f"`trainer.batch_size` must be a multiple of the number of processes, got {self.batch_size} for {ranks}.",
         )
@@ -284,8 +210,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         if self.every is not None:
-            _require_count("evaluation", "every", self.every, 1)
-        _require_count("evaluation", "num_prompts", self.num_prompts, 2)
+            require_count("evaluation", "every", self.every, 1)
+        require_count("evaluation", "num_prompts", self.num_prompts, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,10 +226,10 @@ class EarlyStoppingConfig:
     """The least fall that counts as improvement."""
 
     def __post_init__(self) -> None:
-        _require_words("early_stopping", self)
+        require_words("early_stopping", self)
         if self.patience is not None:
-            _require_count("early_stopping", "patience", self.patience, 1)
-        _require_number("early_stopping", "min_delta", self.min_delta, positive=False)
+            require_count("early_stopping", "patience", self.patience, 1)
+        require_number("early_stopping", "min_delta", self.min_delta, positive=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,12 +250,12 @@ class CheckpointsConfig:
 
     def __post_init__(self) -> None:
         if self.every is not None:
-            _require_count("checkpoints", "every", self.every, 1)
-        _require_number("checkpoints", "resume_seconds", self.resume_seconds, positive=False)
-        _require_count("checkpoints", "num_log", self.num_log, 0)
-        _require_count("checkpoints", "num_linear", self.num_linear, 0)
+            require_count("checkpoints", "every", self.every, 1)
+        require_number("checkpoints", "resume_seconds", self.resume_seconds, positive=False)
+        require_count("checkpoints", "num_log", self.num_log, 0)
+        require_count("checkpoints", "num_linear", self.num_linear, 0)
         if self.store is not None:
-            _require_store(self.store)
+            require_store(self.store)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,27 +296,27 @@ class SamplerConfig:
     """GiB that the chains running at once may need."""
 
     def __post_init__(self) -> None:
-        _require_words("sampler", self)
-        _require_number("sampler", "lr", self.lr, positive=True)
+        require_words("sampler", self)
+        require_number("sampler", "lr", self.lr, positive=True)
         if self.nbeta is not None:
             real = isinstance(self.nbeta, (int, float)) and not isinstance(self.nbeta, bool)
-            _require(
+            require(
                 real and 0 < self.nbeta < math.inf,
                 f"`sampler.nbeta` must be positive and finite, got {self.nbeta!r}. "
                 "Write none to use n / ln n with n = `sampler.num_samples`.",
             )
-        _require_number("sampler", "localization", self.localization, positive=False)
-        _require_number("sampler", "memory", self.memory, positive=True)
+        require_number("sampler", "localization", self.localization, positive=False)
+        require_number("sampler", "memory", self.memory, positive=True)
         minima = {"num_samples": 2, "batch_size": 1, "num_chains": 1, "num_draws": 2, "num_burnin_steps": 0}
         for name, minimum in {**minima, "seed": 0, "thinning": 1, "num_init_batches": 1}.items():
-            _require_count("sampler", name, getattr(self, name), minimum)
-        _require(self.seed < 2**63, f"`sampler.seed` must be below 2^63, got {self.seed}.")
-        _require(
+            require_count("sampler", name, getattr(self, name), minimum)
+        require(self.seed < 2**63, f"`sampler.seed` must be below 2^63, got {self.seed}.")
+        require(
             self.minibatches == "fresh" or self.num_samples % self.batch_size == 0,
             f"`sampler.num_samples` must be a multiple of `sampler.batch_size` for `fixed` minibatches, got "
             f"{self.num_samples} and {self.batch_size}.",
         )
-        _require(
+        require(
             self.kernel == "sgld" or self.num_burnin_steps > 0,
             "The kernel `rmsprop` adapts during burn-in only; set `sampler.num_burnin_steps` above 0.",
         )
@@ -414,8 +340,8 @@ class SeedsConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            _require_count("seeds", field.name, value, 0)
-            _require(value < 2**63, f"`seeds.{field.name}` must be below 2^63, got {value}.")
+            require_count("seeds", field.name, value, 0)
+            require(value < 2**63, f"`seeds.{field.name}` must be below 2^63, got {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -433,12 +359,12 @@ class PopulationConfig:
             if values is None:
                 continue
             is_list = isinstance(values, (list, tuple)) and len(values) > 0
-            _require(is_list, f"`population.{name}` must be a list such as 0,1,2, got {values!r}.")
+            require(is_list, f"`population.{name}` must be a list such as 0,1,2, got {values!r}.")
             parsed = tuple(parse_num_tasks(value) for value in values) if name == "num_tasks" else tuple(values)
-            _require(len(set(parsed)) == len(parsed), f"`population.{name}` names a member twice: {values!r}.")
+            require(len(set(parsed)) == len(parsed), f"`population.{name}` names a member twice: {values!r}.")
             object.__setattr__(self, name, parsed)
         for seed in self.seeds or ():
-            _require_count("population", "seeds", seed, 0)
+            require_count("population", "seeds", seed, 0)
 
     def __bool__(self) -> bool:
         return self.seeds is not None or self.num_tasks is not None
@@ -466,24 +392,24 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.run_name is not None:
             parts = str(self.run_name).split("/")
-            _require(
+            require(
                 all(re.fullmatch(r"[\w.,=+-]+", part) and set(part) != {"."} for part in parts),
                 f"`run_name` may hold letters, digits and . , = + - _ / only and stays below $LOCAL_ROOT, got {self.run_name!r}.",
             )
         self._check_schedule()
-        _require(
+        require(
             self.early_stopping.patience is None or self.evaluation.every is not None,
             "`early_stopping.patience` is set but `evaluation.every` is not; early stopping needs an evaluation interval.",
         )
 
     def _check_schedule(self) -> None:
         steps = self.schedule_steps
-        _require(
+        require(
             self.optim.schedule != "triangle" or self.trainer.max_steps <= steps,
             f"`trainer.max_steps` ({self.trainer.max_steps}) goes past `optim.schedule_steps` ({steps}), where the rate is zero.",
         )
         warmup = self.optim.warmup_steps
-        _require(
+        require(
             self.optim.schedule != "triangle" or warmup is None or warmup < steps,
             f"`optim.warmup_steps` ({warmup}) must be below the schedule's {steps} steps; lower it or raise `optim.schedule_steps`.",
         )

@@ -22,7 +22,8 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from icl.checkpoints import checkpoint_name, list_steps, parse_checkpoint
-from icl.config import ConfigError, RunConfig, UserError
+from icl.checks import ConfigError, UserError
+from icl.config import RunConfig
 from icl.runs import RunError, RunFolder, parse_config, parse_status, require_same_config
 from icl.storage import LocalStore, MissingKeyError, Store, open_store
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl.config import UserError
+from icl.checks import UserError
 from icl.storage import table_format, write_atomically
 from icl.transformer import Transformer
 

@@ -18,9 +18,9 @@ import math
 import re
 from collections.abc import Sequence
 
+from icl.checks import ConfigError
 from icl.config import (
     CheckpointsConfig,
-    ConfigError,
     EvaluationConfig,
     ModelConfig,
     OptimConfig,

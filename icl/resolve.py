@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from icl.config import ConfigError, RunConfig, flatten, parse_num_tasks
+from icl.checks import ConfigError, parse_num_tasks
+from icl.config import RunConfig, flatten
 from icl.presets import preset
 
 if TYPE_CHECKING:

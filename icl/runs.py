@@ -17,7 +17,8 @@ from typing import Literal, get_args
 
 import yaml
 
-from icl.config import ConfigError, RunConfig, UserError, flatten, is_free_on_resume
+from icl.checks import ConfigError, UserError
+from icl.config import RunConfig, flatten, is_free_on_resume
 from icl.storage import LocalStore, StorageError, write_atomically
 
 State = Literal["waiting", "running", "finished", "stopped_early", "preempted", "failed"]

@@ -13,7 +13,7 @@ import secrets
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from icl.config import STORE_SCHEMES, UserError
+from icl.checks import STORE_SCHEMES, UserError
 
 _TEMPORARY = ".tmp-"
 

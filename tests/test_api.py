@@ -9,7 +9,7 @@ from icl import ICRegConfig, evaluate_ood_score, load_checkpoint, load_model, tr
 from icl.api import evaluate_run
 from icl.build import build_model
 from icl.checkpoints import CheckpointError
-from icl.config import ConfigError
+from icl.checks import ConfigError
 from icl.presets import preset
 from icl.tasks.prompts import sample_prompts
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import yaml
 
+from icl.checks import ConfigError, parse_num_tasks
 from icl.config import (
     CheckpointsConfig,
-    ConfigError,
     EarlyStoppingConfig,
     EvaluationConfig,
     ModelConfig,
@@ -19,7 +19,6 @@ from icl.config import (
     TaskConfig,
     TrainerConfig,
     flatten,
-    parse_num_tasks,
 )
 from icl.presets import PRESETS, preset
 

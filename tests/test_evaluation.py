@@ -9,7 +9,7 @@ from tiny_runs import TINY, change
 
 from icl import baselines, population
 from icl.build import build_architecture, build_evaluation_sets, build_model, choose_device
-from icl.config import ConfigError
+from icl.checks import ConfigError
 from icl.evaluation import evaluate, evaluate_baselines, evaluation_set, losses_by_position, summarise
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import sample_prompts

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1] / "icl"
 
 LAYERS = (
-    ("config", "presets", "resolve"),
+    ("checks", "config", "presets", "resolve"),
     ("rng", "schedules"),
     ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
     ("baselines", "metrics"),

@@ -7,16 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icl.config import (
-    ConfigError,
-    EarlyStoppingConfig,
-    OptimConfig,
-    RunConfig,
-    SeedsConfig,
-    TaskConfig,
-    TrainerConfig,
-    flatten,
-)
+from icl.checks import ConfigError
+from icl.config import EarlyStoppingConfig, OptimConfig, RunConfig, SeedsConfig, TaskConfig, TrainerConfig, flatten
 from icl.presets import MAX_SLUG, PRESETS, preset, run_name
 from icl.resolve import (
     POINT_VARIABLE,

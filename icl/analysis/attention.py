@@ -39,7 +39,7 @@ from icl import metrics, population
 from icl.analysis.parts import Part
 from icl.analysis.prompts import fixed_prompts, prompts_at_once
 from icl.analysis.run import Measurement, Members, Result, as_table, over_checkpoints
-from icl.config import ConfigError
+from icl.checks import ConfigError
 from icl.metrics import Estimate
 from icl.population import Params
 from icl.tasks.prompts import Prompts

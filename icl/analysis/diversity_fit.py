@@ -32,7 +32,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from icl.analysis.run import Result
-from icl.config import ConfigError, UserError, parse_num_tasks
+from icl.checks import ConfigError, UserError, parse_num_tasks
 
 MIN_GROUPS = 4
 FEW_GROUPS = 10

@@ -38,7 +38,7 @@ from icl.analysis.trajectories import (
     require_comparable,
 )
 from icl.checkpoints import CheckpointError
-from icl.config import ConfigError
+from icl.checks import ConfigError
 
 _RANK = 1e-10
 """Components with less of the variance are rounding."""

@@ -27,7 +27,8 @@ from icl import metrics, population, rng
 from icl.analysis import data_gradients, weight_gradients
 from icl.analysis.parts import Part
 from icl.analysis.run import Measurement, Members, Result, as_table, over_checkpoints
-from icl.config import ConfigError, RunConfig
+from icl.checks import ConfigError
+from icl.config import RunConfig
 from icl.metrics import Estimate
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, prompt_source

@@ -21,7 +21,8 @@ from icl.analysis import ANALYSES, module_name
 from icl.analysis.parts import Part, read_part, write_part
 from icl.build import build_checkpoint_model, choose_device
 from icl.checkpoints import Checkpoint, CheckpointError, checkpoint_files, load_checkpoint_file
-from icl.config import ConfigError, RunConfig
+from icl.checks import ConfigError
+from icl.config import RunConfig
 from icl.population import Params
 from icl.runs import RunFolder, config_differences
 from icl.transformer import Transformer

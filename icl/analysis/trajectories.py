@@ -24,7 +24,8 @@ from icl import baselines, population
 from icl.analysis.parts import Part, StoredVector, stored_vector
 from icl.analysis.run import Measurement, Members, over_checkpoints, run_folder
 from icl.checkpoints import CheckpointError, checkpoint_files
-from icl.config import ConfigError, RunConfig
+from icl.checks import ConfigError
+from icl.config import RunConfig
 from icl.evaluation import predict_prompts
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts

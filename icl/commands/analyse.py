@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from icl.analysis import ANALYSES, module_name
+from icl.checks import ConfigError
 from icl.commands import command_parser
-from icl.config import ConfigError
 from icl.storage import StorageError, table_format, write_atomically
 
 if TYPE_CHECKING:

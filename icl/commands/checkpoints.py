@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from icl.checks import ConfigError
 from icl.commands import command_parser
-from icl.config import ConfigError, RunConfig
+from icl.config import RunConfig
 from icl.presets import run_name
 from icl.runs import RunError, RunFolder, local_root
 from icl.storage import StorageError

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from icl.config import ConfigError, RunConfig, flatten
+from icl.checks import ConfigError
+from icl.config import RunConfig, flatten
 from icl.resolve import parse_scalar, read_arguments, read_config_file, resolve
 
 HELP = "the task-diversity experiment: M = 2, 4, 8, ... and inf, and its figure"

@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from icl.checks import ConfigError
 from icl.commands import command_parser
-from icl.config import ConfigError
 from icl.storage import table_format
 
 HELP = "losses against the Bayes-optimal predictors, in and out of distribution"

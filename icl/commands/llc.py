@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from icl.config import ConfigError, RunConfig, SamplerConfig, flatten
+from icl.checks import ConfigError
+from icl.config import RunConfig, SamplerConfig, flatten
 from icl.presets import run_name, sampler_name
 from icl.resolve import (
     OPTIONS,

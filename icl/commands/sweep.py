@@ -18,7 +18,7 @@ HELP = "run a sweep file, or what is missing of it"
 def run(words: list[str]) -> int:
     """Run, or list, or tell how far it is; 0 only if every point is done (or listed)."""
     options = _parse(words)
-    from icl.config import ConfigError
+    from icl.checks import ConfigError
     from icl.runs import local_root
     from icl.sweeps.command import require_packable
     from icl.sweeps.engine import run_sweep

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from icl.config import ConfigError, RunConfig
+from icl.checks import ConfigError
+from icl.config import RunConfig
 from icl.presets import run_name
 from icl.resolve import (
     POINT_VARIABLE,

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from icl.config import ConfigError, RunConfig, parse_num_tasks
+from icl.checks import ConfigError, parse_num_tasks
+from icl.config import RunConfig
 from icl.runs import RunError, RunFolder, config_differences
 
 DEFAULT_BASE = "checkpoints"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from icl.config import ConfigError
+from icl.checks import ConfigError
 from icl.rng import stream
 
 Batch: TypeAlias = Any

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl.config import ConfigError
+from icl.checks import ConfigError
 from icl.population import Params, size, stack
 from icl.sampling.batches import Batch, Batches, batch_function, fingerprint, stack_batches
 from icl.sampling.chains import Progress, run_chains

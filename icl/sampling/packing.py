@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl.config import ConfigError
+from icl.checks import ConfigError
 from icl.population import Params
 
 Restriction: TypeAlias = Iterable[str] | Mapping[str, Tensor] | None

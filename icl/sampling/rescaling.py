@@ -12,7 +12,8 @@ import math
 
 import pandas as pd
 
-from icl.config import ConfigError, ModelConfig
+from icl.checks import ConfigError
+from icl.config import ModelConfig
 from icl.population import Params
 
 

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from icl.build import build_checkpoint_model, choose_device
 from icl.checkpoints import Checkpoint, CheckpointError, checkpoint_files, load_checkpoint_file
-from icl.config import ConfigError, RunConfig, SamplerConfig
+from icl.checks import ConfigError
+from icl.config import RunConfig, SamplerConfig
 from icl.runs import RunFolder, config_differences
 from icl.sampling.llc import estimate_llcs, inverse_temperature
 from icl.sampling.prompt_loss import PromptLoss, prompt_loss

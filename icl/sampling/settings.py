@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from icl.config import ConfigError, SamplerConfig
+from icl.checks import ConfigError
+from icl.config import SamplerConfig
 from icl.sampling.sgld import KERNELS
 
 

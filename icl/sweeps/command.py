@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from icl.config import ConfigError
+from icl.checks import ConfigError
 from icl.resolve import OPTIONS, POINT_VARIABLE
 
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")

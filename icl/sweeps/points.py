@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from icl.config import ConfigError, RunConfig, flatten, is_free_on_resume
+from icl.checks import ConfigError
+from icl.config import RunConfig, flatten, is_free_on_resume
 from icl.presets import run_name, sampler_name
 from icl.resolve import OPTIONS, read_config_file, read_words, refuse_conflicts, resolve
 from icl.sweeps.command import JSON_FILE_MACRO, fill_macros, own_words

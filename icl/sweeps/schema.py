@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from icl.config import ConfigError
+from icl.checks import ConfigError
 from icl.sweeps.command import DEFAULT_COMMAND, refuse_unknown_macros
 from icl.sweeps.distributions import DISTRIBUTIONS, Parameter, grid_values
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from icl.config import ConfigError
+from icl.checks import ConfigError
 from icl.runs import DONE, RunFolder, Status, require_same_config
 from icl.sweeps.attempts import STALE_SECONDS, Attempt, is_alive, last_attempt
 from icl.sweeps.points import Point

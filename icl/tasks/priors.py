@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from icl import rng
-from icl.config import parse_num_tasks
+from icl.checks import parse_num_tasks
 
 _POOL = "tasks"
 

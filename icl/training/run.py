@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from icl import population
 from icl.build import build_model, choose_device
-from icl.config import MEMBER_SETTINGS, ConfigError, RunConfig
+from icl.checks import ConfigError
+from icl.config import MEMBER_SETTINGS, RunConfig
 from icl.evaluation import EvaluationSet
 from icl.presets import run_name
 from icl.runs import DONE, RunError, RunFolder, State, Status, is_child_rank, local_root, require_same_config

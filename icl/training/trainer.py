@@ -9,7 +9,8 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from icl.build import build_evaluation_sets, choose_device
-from icl.config import ConfigError, RunConfig
+from icl.checks import ConfigError
+from icl.config import RunConfig
 from icl.evaluation import EvaluationSet
 from icl.schedules import checkpoint_steps
 from icl.training.callbacks import (

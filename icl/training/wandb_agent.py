@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from icl.config import RunConfig, UserError, flatten
+from icl.checks import UserError
+from icl.config import RunConfig, flatten
 from icl.presets import run_name
 from icl.training.wandb_log import init_settings, sent_step, use_steps
 

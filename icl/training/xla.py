@@ -12,7 +12,8 @@ import torch
 from lightning.fabric.plugins import XLACheckpointIO
 from lightning.pytorch.accelerators import XLAAccelerator
 
-from icl.config import ConfigError, TrainerConfig
+from icl.checks import ConfigError
+from icl.config import TrainerConfig
 from icl.training.members import Member
 from icl.training.saving import MemberFiles
 

@@ -12,8 +12,8 @@ from icl.analysis.attention import Settings, measure_members, over_queries, patt
 from icl.analysis.run import Members
 from icl.build import build_model
 from icl.checkpoints import Checkpoint, save_checkpoint
+from icl.checks import ConfigError
 from icl.cli import main
-from icl.config import ConfigError
 from icl.plotting.attention import plot
 from icl.runs import RunFolder
 from icl.tasks.prompts import sample_prompts

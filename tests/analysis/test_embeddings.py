@@ -19,8 +19,8 @@ from icl.analysis.embeddings import (
 from icl.analysis.run import Members
 from icl.build import build_model
 from icl.checkpoints import Checkpoint, save_checkpoint
+from icl.checks import ConfigError
 from icl.cli import main
-from icl.config import ConfigError
 from icl.runs import RunFolder
 
 

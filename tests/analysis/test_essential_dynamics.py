@@ -13,8 +13,8 @@ from icl.analysis.run import analyse
 from icl.analysis.trajectories import Trajectory
 from icl.build import build_model
 from icl.checkpoints import CheckpointError, save_checkpoint
+from icl.checks import ConfigError
 from icl.cli import main
-from icl.config import ConfigError
 from icl.plotting.essential_dynamics import plot
 from icl.runs import RunFolder
 

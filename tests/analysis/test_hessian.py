@@ -13,8 +13,8 @@ from icl.analysis.lanczos import lanczos, ritz, trace
 from icl.analysis.run import Measurement, Members
 from icl.build import build_model
 from icl.checkpoints import Checkpoint, CheckpointError, save_checkpoint
+from icl.checks import ConfigError
 from icl.cli import main
-from icl.config import ConfigError
 from icl.plotting.hessian import plot
 from icl.runs import RunFolder
 from icl.tasks.prompts import Prompts, sample_prompts

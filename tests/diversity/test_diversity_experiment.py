@@ -20,9 +20,10 @@ import pytest
 from tiny_runs import TINY, change
 
 from icl.checkpoints import list_steps, load_step
+from icl.checks import ConfigError
 from icl.cli import main
 from icl.commands.diversity import _parse
-from icl.config import ConfigError, RunConfig, flatten
+from icl.config import RunConfig, flatten
 from icl.diversity.experiment import run_experiment
 from icl.diversity.metadata import read_metadata
 from icl.diversity.runs import experiment_runs, find_runs

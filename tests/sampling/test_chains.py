@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from icl.config import ConfigError
+from icl.checks import ConfigError
 from icl.sampling import estimate_llc, estimate_llcs, module_loss
 
 SETTINGS = {

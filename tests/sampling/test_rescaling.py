@@ -8,7 +8,7 @@ import torch
 from tiny_runs import TINY, change
 
 from icl.build import build_model
-from icl.config import ConfigError
+from icl.checks import ConfigError
 from icl.population import apply, stack
 from icl.sampling.rescaling import compare, describe_pair, rescaled
 from icl.tasks.prompts import sample_prompts

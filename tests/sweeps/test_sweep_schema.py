@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from icl.config import ConfigError
+from icl.checks import ConfigError
 from icl.sweeps.schema import SweepFileError, read_sweep_file
 
 COMMAND = ["${env}", "icl", "train"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from icl import rng
-from icl.config import ConfigError
+from icl.checks import ConfigError
 from icl.tasks.priors import Discrete, Gaussian, sample_tasks, task_pool, task_prior
 
 KEY = rng.stream(0, "test/tasks")

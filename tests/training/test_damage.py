@@ -10,8 +10,8 @@ from tiny_runs import TINY, as_arguments, change
 
 from icl.api import evaluate_run, load_model, save_evaluation
 from icl.checkpoints import CheckpointError, checkpoint_files, list_steps
+from icl.checks import ConfigError, UserError
 from icl.cli import main
-from icl.config import ConfigError, UserError
 from icl.prediction import PromptError, predict_from_prompt
 from icl.runs import RunFolder, local_root
 from icl.tasks.prompts import sample_prompts

@@ -12,8 +12,9 @@ import torch
 from tiny_runs import TINY, as_arguments, change
 
 from icl.checkpoints import list_steps, load_step
+from icl.checks import ConfigError
 from icl.cli import main
-from icl.config import ConfigError, PopulationConfig, RunConfig
+from icl.config import PopulationConfig, RunConfig
 from icl.presets import run_name
 from icl.runs import RunFolder, local_root
 from icl.training.run import train, train_population

@@ -10,7 +10,8 @@ from tiny_runs import TINY, change
 from icl import population
 from icl.build import build_model
 from icl.checkpoints import list_steps, load_step
-from icl.config import ConfigError, RunConfig
+from icl.checks import ConfigError
+from icl.config import RunConfig
 from icl.runs import RunError, RunFolder, local_root
 from icl.schedules import rate_factor
 from icl.tasks.prompts import sample_prompts

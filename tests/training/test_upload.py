@@ -16,8 +16,9 @@ from tiny_runs import TINY, as_arguments, change
 import icl.commands.train
 import icl.plotting.training
 from icl.checkpoints import list_steps, load_step
+from icl.checks import ConfigError
 from icl.cli import main
-from icl.config import ConfigError, RunConfig
+from icl.config import RunConfig
 from icl.delivery import send_results
 from icl.mirror import copied_names, open_mirror
 from icl.runs import RunError, RunFolder, local_root

@@ -3,7 +3,8 @@
 import pytest
 from lightning.fabric.plugins import XLACheckpointIO
 
-from icl.config import ConfigError, TrainerConfig
+from icl.checks import ConfigError
+from icl.config import TrainerConfig
 from icl.training.saving import MemberFiles
 from icl.training.xla import XLAMemberFiles, xla_options
 

@@ -1,0 +1,93 @@
+"""Checks of settings at the door: what cannot be used is one sentence that says what, why, and what to write instead."""
+
+import dataclasses
+import math
+import numbers
+import re
+from typing import Any, Literal, get_args, get_origin
+
+STORE_SCHEMES = ("file", "s3")
+"""What may stand before :// in the place of a store; a place without :// is a folder."""
+
+
+class UserError(Exception):
+    """Something that one sentence explains and the user can mend; the command line prints it without a traceback."""
+
+
+class ConfigError(UserError, ValueError):
+    """A setting that cannot be used; the message says which, why, and what to write instead."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a `ConfigError` with this message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_count(section: str, name: str, value: Any, minimum: int) -> None:
+    """Refuse what is no whole number of at least `minimum`."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(
+        whole and value >= minimum, f"`{section}.{name}` must be a whole number of at least {minimum}, got {value!r}."
+    )
+
+
+def require_number(section: str, name: str, value: Any, *, positive: bool) -> None:
+    """Refuse what is no finite number, or a negative one, or zero if it must be positive."""
+    real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    bound = "positive" if positive else "zero or positive"
+    require(
+        real and (value > 0 if positive else value >= 0),
+        f"`{section}.{name}` must be {bound} and finite, got {value!r}.",
+    )
+
+
+def require_words(section: str, settings: Any) -> None:
+    """Refuse choices, texts and truth values of the wrong kind, so that no typing error picks a behaviour silently."""
+    for field in dataclasses.fields(settings):
+        name, value = f"{section}.{field.name}", getattr(settings, field.name)
+        if get_origin(field.type) is Literal:
+            choices = get_args(field.type)
+            require(value in choices, f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+        elif field.type is bool:
+            require(isinstance(value, bool), f"`{name}` must be true or false, got {value!r}.")
+        elif field.type is str:
+            require(isinstance(value, str), f"`{name}` must be text, got {value!r}.")
+
+
+def require_store(url: Any) -> None:
+    """Refuse what is no place of a store; a URL that carries a user or a password would be saved with the run."""
+    text = url if isinstance(url, str) else ""
+    scheme, _, place = text.partition("://") if "://" in text else ("file", "", text)
+    require(
+        "@" not in place, "`checkpoints.store` must not carry credentials; set AWS_ACCESS_KEY_ID and its kin instead."
+    )
+    require(
+        bool(place.strip("/")) and scheme.lower() in STORE_SCHEMES,
+        f"`checkpoints.store` must be a folder, file:///folder or s3://bucket/prefix, got {url!r}.",
+    )
+
+
+def parse_num_tasks(value: Any) -> int | float:
+    """The task diversity M as an int, or `math.inf` for the Gaussian prior.
+
+    Args:
+        value: A positive whole number, `"inf"` or `math.inf`.
+
+    Raises:
+        ConfigError: For anything else: zero, fractions, None, other words.
+    """
+    number = value
+    if isinstance(value, str):
+        text = value.strip().lower().removeprefix("+")
+        if text.removeprefix(".") in ("inf", "infinity"):
+            return math.inf
+        number = float(text.replace("_", "")) if re.fullmatch(r"\d[\d_]*(\.\d*)?(e\d+)?", text) else None
+    if number == math.inf:
+        return math.inf
+    is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if is_number and 1 <= number < 2**31 and number == int(number):
+        return int(number)
+    raise ConfigError(
+        f"The number of tasks M must be a whole number from 1 to 2^31 - 1, or `inf` for the Gaussian prior, got {value!r}."
+    )
