@@ -158,7 +158,8 @@ def losses_and_grads(
     if torch.compiler.is_compiling():  # which cannot trace autograd; eagerly, autograd is a tenth faster
         grads, (_, losses) = torch.func.grad_and_value(total, has_aux=True)(rows)
         return losses, grads
-    with torch.enable_grad():
+    # In this thread: one of autograd's own may still hold a tensor when the step ends, and XLA compiles what it finds alive.
+    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
         leaf = rows.detach().requires_grad_()
         loss, losses = total(leaf)
         (grads,) = torch.autograd.grad(loss, leaf)

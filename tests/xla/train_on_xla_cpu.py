@@ -32,6 +32,7 @@ import lightning.pytorch as pl
 import pandas as pd
 import torch
 from tiny_runs import TINY, change
+from torch_xla.core import xla_model
 from torch_xla.debug import metrics
 
 from icl import rng
@@ -66,7 +67,8 @@ class Watch(pl.Callback):
             signal.raise_signal(signal.SIGTERM)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """This step's share."""
+        """This step's share, once it is done: XLA works behind the program."""
+        xla_model.wait_device_ops()
         now = self._now()
         self.counts[trainer.global_step] = {name: now[name] - self._last[name] for name in now}
         self._last = now
