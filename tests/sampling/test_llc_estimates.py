@@ -196,6 +196,7 @@ def test_a_chain_that_diverges_without_becoming_infinite_is_masked():
     assert result.verdict == "suspect"
 
 
+@pytest.mark.slow
 def test_one_chain_is_suspect():
     result = estimate(num_chains=1, num_draws=3000)
     assert result.verdict == "suspect"

@@ -118,6 +118,7 @@ def make_run(folder, config):
     save_checkpoint(run.checkpoints, 0, config, dict(build_model(config).named_parameters()))
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_its_points_once_and_says_where_they_stand(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_ROOT", str(tmp_path / "runs"))
     file = tmp_path / "sweep.yaml"

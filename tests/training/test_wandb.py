@@ -46,6 +46,7 @@ def test_a_key_or_a_login_means_online_and_disabled_wins(nowhere, monkeypatch):
     assert wandb_mode() is None
 
 
+@pytest.mark.slow
 def test_an_offline_run_keeps_its_rows_in_its_own_folder(nowhere, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     done = subprocess.run([sys.executable, "-m", "icl", "train", *as_arguments(CONFIG)], capture_output=True, text=True)

@@ -176,6 +176,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_a_signal_before_training_is_a_preemption_too(wandb_server, start, tmp_path):
     program = start(
         [sys.executable, "-c", STOPPED_EARLY, "train", *arguments(SHORT)], **as_point(wandb_server, tmp_path)
