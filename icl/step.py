@@ -6,7 +6,8 @@ its clipping, and Adam (Kingma and Ba 2015, algorithm 1, as `torch.optim.Adam` c
     m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   p <- p - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
 All parameters of a member are one row of a matrix, so clipping and Adam are a dozen operations whatever the model.
-Rates and counts are tensors: a step never waits for the host, has no shapes that depend on data, and is compiled once. Eager and compiled are the same function; they differ by rounding.
+Rates and counts are tensors: a step never waits for the host, has no shapes that depend on data, and is compiled once.
+Eager and compiled are the same function; they differ by rounding.
 """
 
 import ctypes
@@ -135,7 +136,7 @@ def compiling_pays(*, num_params: int, num_tokens: int, num_steps: int) -> bool:
     """Whether a training is long enough to be compiled; depends on the settings alone, so that resuming repeats it.
 
     Args:
-        num_params: Of all members together.
+        num_params: Of one member, so that a packed run does as it would alone.
         num_tokens: Of a member's batch, 2 K B.
         num_steps: Optimiser steps of the whole training.
     """

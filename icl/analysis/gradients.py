@@ -26,20 +26,19 @@ from torch import Tensor
 from icl import metrics, population, rng
 from icl.analysis import data_gradients, weight_gradients
 from icl.analysis.parts import Part
+from icl.analysis.prompts import fixed_prompts, prompts_at_once
 from icl.analysis.run import Measurement, Members, Result, as_table, over_checkpoints
 from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.metrics import Estimate
 from icl.tasks.priors import task_pool
-from icl.tasks.prompts import Prompts, prompt_source
+from icl.tasks.prompts import prompt_source
 
 NUM_COMPONENTS = 3
 TASK_BATCHES = 8
 VERSION = 2
 _FD_STEP = {torch.float64: 1e-5, torch.float32: 1e-2}
 _FD_PROMPTS = 64
-_ACTIVATIONS_AT_ONCE = 1e8
-"""Numbers that one pass of the data gradients may hold; in float64 they take eight times as many bytes."""
 _MAX_Z = 5.0
 """Standard errors by which two estimators of one gradient may differ: a run makes hundreds of comparisons."""
 
@@ -104,7 +103,9 @@ def principal_components(vectors: Float[np.ndarray, "S P"]) -> tuple[Float[np.nd
 
 
 def _measure_weights(members: Members, settings: Settings) -> tuple[list[list[Row]], list[np.ndarray]]:
-    prompts = _prompts(members, settings.distribution, "weights", settings.num_prompts)
+    prompts = fixed_prompts(
+        members, stream="gradients/weights", distribution=settings.distribution, count=settings.num_prompts
+    )
     gradients = weight_gradients.batch_gradients(members.model, members.params, prompts, settings.num_batches)
     grams = weight_gradients.grams(gradients, gradients)
     batch_size = settings.num_prompts // settings.num_batches
@@ -136,7 +137,9 @@ def _measure_tasks(members: Members, settings: Settings) -> list[list[Row]]:
     count = int(min(settings.num_compared_tasks, limit))
     if count < 2:
         return rows
-    prompts = _prompts(own, settings.distribution, "tasks", settings.num_task_prompts)
+    prompts = fixed_prompts(
+        own, stream="gradients/tasks", distribution=settings.distribution, count=settings.num_task_prompts
+    )
     noise = prompts.ys - (prompts.xs * prompts.ws.unsqueeze(-2)).sum(-1)
     gradients = []
     for vector in task_pool(count, task.task_size, seed, device=prompts.xs.device):
@@ -158,7 +161,7 @@ def _measure_data(members: Members, settings: Settings) -> tuple[list[list[Row]]
     predict = partial(population.apply, own.model, params)
     at = data_gradients.training_point(own.config.task.noise_variance).to(draws.inputs)
     pathwise, losses = [], []
-    size = _prompts_at_once(own)
+    size = max(1, prompts_at_once(own) // len(own.checkpoints))
     for start in range(0, settings.num_data_prompts, size):
         batch = draws.part(start, start + size)
         found_here = data_gradients.pathwise(predict, batch, at.expand(count, len(batch.tasks), 6))
@@ -294,24 +297,11 @@ def _row(kind: str, quantity: str, item: str, value: float, stderr: float, reaso
     }
 
 
-def _prompts_at_once(members: Members) -> int:
-    """How many prompts all members can see together: each token's activations number about six times parameters / C."""
-    config, count = members.config, sum(tensor.numel() for tensor in members.params.values())
-    per_prompt = 6 * 2 * config.task.max_examples * count / config.model.embed_size
-    return max(1, int(_ACTIVATIONS_AT_ONCE / per_prompt))
-
-
 def _without_lead(members: Members) -> Members:
     """The same without the predecessor."""
     lead = members.lead
     params = {name: tensor[lead:] for name, tensor in members.params.items()}
     return members._replace(checkpoints=members.checkpoints[lead:], params=params, lead=0)
-
-
-def _prompts(members: Members, distribution: Literal["pretrain", "true"], name: str, count: int) -> Prompts:
-    source = prompt_source(members.config, stream=f"gradients/{name}", distribution=distribution)
-    prompts = source.sample(range(1), range(count), device=next(iter(members.params.values())).device)
-    return Prompts(*(tensor[0] for tensor in prompts))
 
 
 def _draws(members: Members, distribution: Literal["pretrain", "true"], count: int) -> data_gradients.Draws:

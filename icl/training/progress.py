@@ -18,7 +18,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class StatusFile(pl.Callback):
-    """Keeps each member's `status.json` up to date while training runs, to its end if that comes before the others'."""
+    """Keeps the `status.json` of every member that takes part up to date; its end is written when it is settled."""
 
     def __init__(self, members: Sequence[Member], metrics_log: MetricsLog) -> None:
         self.members, self.metrics_log = members, metrics_log
