@@ -49,9 +49,9 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
         strategy = PopulationDDP()
     elif settings.devices * settings.num_nodes > 1:
         raise ConfigError(f"`trainer.strategy` must be ddp for several processes, got {strategy}.")
-    if settings.precision.startswith("16"):
+    if settings.precision.startswith("16") or settings.precision == "bf16-true":
         raise ConfigError(
-            f"`trainer.precision` cannot be {settings.precision}; bf16-mixed is the faster one without overflow."
+            f"`trainer.precision` cannot be {settings.precision}: weights and Adam's moments need float32; use bf16-mixed."
         )
     kind = choose_device(settings.accelerator)
     options = {
