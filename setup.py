@@ -12,6 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["icl", "icl.*"]),
+    package_data={"icl.report": ["page.html", "page.css"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.9,<2.14",
@@ -29,10 +30,14 @@ setup(
         "scikit-learn>=1.4",
         "pandas>=2.1",
         "matplotlib>=3.8",
+        "pillow>=10",
+        "jinja2>=3.1",
         "tqdm>=4.66",
     ],
     extras_require={
+        "bench": ["devinterp==1.3.2"],
         "tpu": ["torch==2.9.*", "torch_xla[tpu]==2.9.*"],
+        "notebooks": ["jupyterlab>=4", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.5",
@@ -43,6 +48,10 @@ setup(
             "types-PyYAML",
             "arviz-stats>=0.8; python_version >= '3.11'",
             "moto[server]>=5",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "ipykernel>=6.29",
+            "playwright>=1.49",
             "pre-commit>=3.7",
         ],
     },

@@ -22,14 +22,15 @@ import torch
 from tqdm import tqdm
 
 from icl import metrics, population
-from icl.build import build_checkpoint_model, choose_device
-from icl.checkpoints import Checkpoint, CheckpointError, checkpoint_files, load_checkpoint_file
+from icl.analysis.run import populations, torch_device
+from icl.build import build_checkpoint_model
+from icl.checkpoints import CheckpointError, checkpoint_files, load_checkpoint_file
 from icl.checks import ConfigError, parse_num_tasks
 from icl.config import CheckpointsConfig, EarlyStoppingConfig, EvaluationConfig, RunConfig, TaskConfig
 from icl.evaluation import evaluate, evaluate_baselines, evaluation_set
 from icl.prediction import predict_from_prompt
 from icl.presets import preset
-from icl.runs import DONE, RunError, RunFolder, config_differences
+from icl.runs import DONE, RunError, RunFolder
 from icl.sampling.run import estimate_run
 from icl.storage import table_format, write_atomically
 from icl.tasks.prompts import prompt_source
@@ -46,10 +47,6 @@ __all__ = [
     "predict_from_prompt",
     "train_ic_regression",
 ]
-
-MEMBERS_AT_ONCE = 16
-MAX_PARAMETERS_AT_ONCE = 2_000_000
-"""Checkpoints evaluated together, and the parameters they may have in all; both bound the memory of activations."""
 
 _LEFT_OUT: Any = object()
 
@@ -240,8 +237,7 @@ def evaluate_run(
         CheckpointError: If there is no usable checkpoint, or the checkpoints are of different models.
     """
     files = checkpoint_files(path)
-    last = load_checkpoint_file(files[-1])
-    config, device = last.config, _torch_device()
+    config, device = load_checkpoint_file(files[0]).config, torch_device()
     num_prompts = config.evaluation.num_prompts if num_prompts is None else num_prompts
     num_ood_prompts = num_prompts if num_ood_prompts is None else num_ood_prompts
     if min(num_prompts, num_ood_prompts) < 2:
@@ -249,32 +245,14 @@ def evaluate_run(
     names = available_shifts(config) if shifts is None else shifts
     sets = [evaluation_set(config, "pretrain", num_prompts=num_prompts, device=device)]
     sets += [evaluation_set(config, name, num_prompts=num_ood_prompts, device=device) for name in ("true", *names)]
-    predict = partial(population.apply, build_checkpoint_model(last))
-    size = sum(parameter.numel() for parameter in last.params.values())
-    at_once = max(1, min(MEMBERS_AT_ONCE, MAX_PARAMETERS_AT_ONCE // size))
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(files), desc="evaluating", unit="checkpoint", disable=len(files) == 1) as bar:
-        for start in range(0, len(files), at_once):
-            chunk = [load_checkpoint_file(file) for file in files[start : start + at_once]]
-            _require_one_run(config, chunk, path)
-            params = population.stack([checkpoint.params for checkpoint in chunk])
-            numbers = evaluate(predict, {name: tensor.to(device) for name, tensor in params.items()}, sets)
-            for checkpoint, own in zip(chunk, numbers, strict=True):
+        for members in populations(files):
+            numbers = evaluate(partial(population.apply, members.model), members.params, sets)
+            for checkpoint, own in zip(members.checkpoints, numbers, strict=True):
                 rows += [{"step": checkpoint.step, "checkpoint_hash": checkpoint.digest, **row} for row in own]
-            bar.update(len(chunk))
+            bar.update(len(members.checkpoints))
     return pd.DataFrame(rows), pd.DataFrame(evaluate_baselines(sets))
-
-
-def _require_one_run(config: RunConfig, checkpoints: Sequence[Checkpoint], path: str | Path) -> None:
-    for checkpoint in checkpoints:
-        differences = config_differences(config, checkpoint.config)
-        if differences:
-            raise CheckpointError(f"The checkpoints at {path} are of different runs: {'; '.join(differences)}.")
-
-
-def _torch_device() -> str:
-    kind = choose_device()
-    return "cpu" if kind == "tpu" else kind  # evaluation is small; an XLA device would compile it for every shape
 
 
 def save_evaluation(

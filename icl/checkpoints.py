@@ -2,6 +2,9 @@
 
 They are small, fast and safe to load from strangers: nothing is ever unpickled. Each holds a digest of its weights, so
 a file that was cut short, altered or made by another program is refused in one sentence.
+
+With `checkpoints.moments` Adam's moments lie in a file of the same name and kind in `moments/` beside them, so that whoever wants
+weights reads no more than before. Their tensors are named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
 """
 
 import hashlib
@@ -11,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -18,10 +22,14 @@ from torch import Tensor
 from icl.checks import ConfigError, UserError
 from icl.config import RunConfig
 from icl.population import Params
+from icl.runs import config_differences
 from icl.storage import LocalStore, Store
 
 _FORMAT = "icl-checkpoint-1"
 _ENTRY = "icl"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's running means of the gradient and of its square, as torch calls them."""
+_TYPES = {"F32": "<f4", "F64": "<f8"}
 _NAME = re.compile(r"step-(\d{9,})\.safetensors")
 
 
@@ -75,6 +83,19 @@ def load_checkpoint_file(path: str | Path) -> Checkpoint:
     return parse_checkpoint(path.read_bytes(), str(path))
 
 
+def load_same_run(path: Path, config: RunConfig) -> Checkpoint:
+    """A checkpoint from its file, refused if it is of another run than `config`'s.
+
+    Raises:
+        CheckpointError: If it is no usable checkpoint, or of another run.
+    """
+    checkpoint = load_checkpoint_file(path)
+    differences = config_differences(config, checkpoint.config)
+    if differences:
+        raise CheckpointError(f"{path} is of another run than the checkpoints before it: {'; '.join(differences)}.")
+    return checkpoint
+
+
 def load_step(store: Store, step: int) -> Checkpoint:
     """The checkpoint of one step of a store.
 
@@ -106,6 +127,27 @@ def parse_checkpoint(data: bytes, name: str) -> Checkpoint:
     if _digest(params) != metadata.get("digest"):
         raise CheckpointError(f"The checkpoint {name} is damaged: its weights do not match their digest.")
     return Checkpoint(step, config, params, metadata["digest"])
+
+
+def stored_tensors(file: Path, prefix: str) -> tuple[int, int, np.dtype]:
+    """Where in a checkpoint's file the tensors whose name begins with `prefix` lie, one behind the other by name.
+
+    Returns:
+        The first number's place in bytes, how many numbers there are, and their type.
+
+    Raises:
+        CheckpointError: If there are none, or they are of several types.
+    """
+    with file.open("rb") as raw:
+        before = 8 + int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(before - 8))
+    found = [about for name, about in header.items() if name != "__metadata__" and name.startswith(prefix)]
+    types = {about["dtype"] for about in found}
+    if len(types) != 1 or not types <= set(_TYPES):
+        raise CheckpointError(f"{file} holds no tensors {prefix}* of one type, but of {sorted(types) or 'none'}.")
+    dtype = np.dtype(_TYPES[types.pop()])
+    start, stop = (pick(about["data_offsets"][end] for about in found) for pick, end in ((min, 0), (max, 1)))
+    return before + start, (stop - start) // dtype.itemsize, dtype
 
 
 def checkpoint_files(path: str | Path) -> list[Path]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from icl import __version__
 from icl.checks import ConfigError, UserError
 
-COMMANDS = ("train", "sweep", "diversity", "evaluate", "llc", "analyse", "predict", "runs", "checkpoints")
+COMMANDS = ("train", "sweep", "diversity", "evaluate", "llc", "analyse", "report", "predict", "runs", "checkpoints")
 """In the order in which the overview lists them."""
 
 

@@ -242,6 +242,8 @@ class CheckpointsConfig:
     """Points of a log-spaced grid from 1 to `max_steps` (fewer after rounding)."""
     num_linear: int = 10
     """Points of a linear grid from 0 to `max_steps`."""
+    moments: bool = False
+    """Also save Adam's two moments at these steps, in `checkpoints/moments/`; takes three times the space."""
     resume_seconds: float = 20.0
     """Seconds between saves of `last.ckpt`, the file that an interrupted run resumes from."""
     store: str | None = None

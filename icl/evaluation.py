@@ -82,8 +82,21 @@ def evaluate(predict: Predict, params: Params, sets: Sequence[EvaluationSet]) ->
         for index, predictions in enumerate(predict_prompts(predict, params, one.prompts)):
             if index == len(members):
                 members.append([])
-            members[index] += _rows(one, predictions)
+            members[index] += evaluate_predictions(one, predictions)
     return members
+
+
+def evaluate_predictions(one: EvaluationSet, predictions: Float[Tensor, "B K"]) -> list[Row]:
+    """Loss, gaps, prior-task scores and ICL scores of one predictor on one set."""
+    errors = metrics.squared_error(predictions, one.prompts.ys)  # B K
+    rows = _positions(one, "loss", errors)
+    for prefix, names in (("delta", ("ridge", "dmmse")), ("prior", ("zero", "task_mean"))):
+        for name in names:
+            if name in one.baselines:
+                rows += _positions(one, f"{prefix}_{name}", metrics.squared_error(predictions, one.baselines[name]))
+    for first, second in () if one.is_about_query else _score_pairs(errors.shape[1]):
+        rows.append(_row(one.name, "icl_score", f"{first}:{second}", metrics.icl_score(errors, first, second)))
+    return rows
 
 
 def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
@@ -133,7 +146,7 @@ def summarise(predict: Predict, params: Params, sets: Sequence[Sequence[Evaluati
         for result, one, own in zip(results, same, predictions, strict=True):
             result |= {
                 f"eval/{row['distribution']}/{row['quantity']}": row["value"]
-                for row in _rows(one, own)
+                for row in evaluate_predictions(one, own)
                 if row["position"] in wanted and row["quantity"] in ("loss", "delta_ridge", "delta_dmmse", "icl_score")
             }
     return results
@@ -157,19 +170,6 @@ def _baseline_predictions(config: RunConfig, name: str, prompts: Prompts) -> dic
         predictions["dmmse"] = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=task.noise_variance)
         predictions["task_mean"] = baselines.task_mean(xs, ys, tasks=tasks)
     return predictions
-
-
-def _rows(one: EvaluationSet, predictions: Float[Tensor, "B K"]) -> list[Row]:
-    """Loss, gaps, prior-task scores and ICL scores of one member on one set."""
-    errors = metrics.squared_error(predictions, one.prompts.ys)  # B K
-    rows = _positions(one, "loss", errors)
-    for prefix, names in (("delta", ("ridge", "dmmse")), ("prior", ("zero", "task_mean"))):
-        for name in names:
-            if name in one.baselines:
-                rows += _positions(one, f"{prefix}_{name}", metrics.squared_error(predictions, one.baselines[name]))
-    for first, second in () if one.is_about_query else _score_pairs(errors.shape[1]):
-        rows.append(_row(one.name, "icl_score", f"{first}:{second}", metrics.icl_score(errors, first, second)))
-    return rows
 
 
 def _positions(one: EvaluationSet, quantity: str, values: Float[Tensor, "B K"]) -> list[Row]:

@@ -74,6 +74,14 @@ def icl_score(errors: Float[Tensor, "*N B K"], first: int, second: int) -> Estim
     return _estimate(_moments(errors[..., second - 1] - errors[..., first - 1]))
 
 
+def ratio_of_means(numerator: Float[Tensor, "*N B"], denominator: Float[Tensor, "*#N B"]) -> Estimate:
+    """mean(numerator) / mean(denominator) over the same prompts, (*N,); the standard error is to first order."""
+    below = denominator.mean(-1)
+    ratio = numerator.mean(-1) / below
+    influence = (numerator - ratio.unsqueeze(-1) * denominator) / below.unsqueeze(-1)
+    return Estimate(ratio, _estimate(_moments(influence)).stderr)
+
+
 def _moments(values: Float[Tensor, "*N B"]) -> Float[Tensor, "3 *N"]:
     """Count, mean and sum of squared deviations."""
     mean = values.mean(-1)

@@ -30,6 +30,8 @@ from icl.storage import LocalStore, MissingKeyError, Store, open_store
 FILES = ("run-id", "wandb-id", "metrics.csv", "run.log", "report.html", "last.ckpt", "status.json", "config.yaml")
 FOLDERS = ("checkpoints", "results", "figures")
 """With `FILES`, what of a run's folder is copied."""
+CHECKPOINT_FOLDERS = ("checkpoints", "checkpoints/moments")
+"""Of the weights, and of Adam's moments where they are saved."""
 VOUCHERS = ("last.ckpt", "status.json")
 """These say what else there is: copied after it, the status last."""
 _LAST = (*VOUCHERS, "config.yaml")
@@ -169,7 +171,8 @@ def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
         StorageError: If the store cannot be listed.
     """
     here = LocalStore(run.path)
-    saved = [f"checkpoints/{checkpoint_name(step)}" for step in list_steps(run.checkpoints)]
+    folders = zip(CHECKPOINT_FOLDERS, (run.checkpoints, run.moments), strict=True)
+    saved = [f"{folder}/{checkpoint_name(step)}" for folder, store in folders for step in list_steps(store)]
     kept = copied_names(mirror.there) if mirror else []
     places: list[tuple[Store, str]] = [(here, name) for name in saved]
     places += [(mirror.there, name) for name in sorted({*saved, *kept})] if mirror else []
@@ -211,8 +214,9 @@ def same_file(source: Store, target: Store, name: str) -> bool:
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether a name in a run's folder is that of a checkpoint."""
-    return name.startswith("checkpoints/step-")
+    """Whether a name in a run's folder is that of a checkpoint, of weights or of moments."""
+    folder, _, file = name.rpartition("/")
+    return folder in CHECKPOINT_FOLDERS and file.startswith("step-")
 
 
 def progress(label: str, total: int) -> tqdm:
@@ -278,7 +282,7 @@ def _damage(place: tuple[Store, str]) -> str | None:
         step = parse_checkpoint(data, f"{store}/{name}").step
     except UserError as error:
         return str(error)
-    if name != f"checkpoints/{checkpoint_name(step)}":
+    if name.rpartition("/")[2] != checkpoint_name(step):
         return f"{store}/{name} is damaged: it holds step {step:,}."
     return None
 

@@ -53,3 +53,10 @@ def apply(
         ys: Targets likewise.
     """
     return stacked.predict(model.config, dict(params), xs, ys)
+
+
+def token_outputs(
+    model: Transformer, params: Mapping[str, Tensor], xs: Float[Tensor, "*N B K D"], ys: Float[Tensor, "*N B K"]
+) -> Float[Tensor, "N B T O"]:
+    """Every member's whole outputs at all tokens, y-tokens and the last of them included; arguments as `apply`."""
+    return stacked.token_outputs(model.config, dict(params), xs, ys)

@@ -66,6 +66,7 @@ class RunFolder:
         self.results = self.path / "results"
         self.figures = self.path / "figures"
         self.checkpoints = LocalStore(self.path / "checkpoints")
+        self.moments = LocalStore(self.path / "checkpoints" / "moments")
 
     def write_config(self, config: RunConfig) -> None:
         """Save the resolved configuration."""
@@ -189,10 +190,15 @@ def is_child_rank() -> bool:
     return any(os.environ.get(name, "0") != "0" for name in ("LOCAL_RANK", "NODE_RANK", "RANK"))
 
 
+def run_folders(root: Path) -> list[RunFolder]:
+    """Every run below a folder, M = 8 before M = 16."""
+    names = sorted((file.parent.relative_to(root).as_posix() for file in root.glob("**/status.json")), key=_by_number)
+    return [RunFolder(root / name) for name in names]
+
+
 def describe_runs(root: Path) -> list[str]:
     """A line for every run below a folder: name, state, step, loss, age of the last status."""
-    names = sorted((file.parent.relative_to(root).as_posix() for file in root.glob("**/status.json")), key=_by_number)
-    statuses = ((name, RunFolder(root / name).read_status()) for name in names)
+    statuses = ((run.path.relative_to(root).as_posix(), run.read_status()) for run in run_folders(root))
     return [_line(name, status) for name, status in statuses if status is not None]
 
 

@@ -35,16 +35,39 @@ def predict(
         xs: Inputs (N, B, K, D), or (B, K, D) shared by all members.
         ys: Targets likewise.
     """
+    tokens = F.pad(to_tokens(xs, ys), (0, 0, 0, 1))  # N B T D+1
+    return _outputs(config, params, tokens, last_stride=2)[..., 0]  # N B K
+
+
+def token_outputs(
+    config: ModelConfig, params: Params, xs: Float[Tensor, "*N B K D"], ys: Float[Tensor, "*N B K"]
+) -> Float[Tensor, "N B T O"]:
+    """The whole output at every token of x1, y1, ..., xK, yK, of which training looks at coordinate 0 of x-tokens only.
+
+    Args:
+        config: The architecture; the output has D + 1 coordinates, or one if `config.output` is `scalar`.
+        params: Stacked parameters under the names of `icl.transformer`.
+        xs: Inputs (N, B, K, D), or (B, K, D) shared by all members.
+        ys: Targets likewise.
+    """
+    last = F.pad(ys[..., -1:, None], (0, xs.shape[-1]))  # N B 1 D+1
+    return _outputs(config, params, torch.cat([to_tokens(xs, ys), last], dim=-2), last_stride=1)
+
+
+def _outputs(
+    config: ModelConfig, params: Params, tokens: Float[Tensor, "*N B T E"], *, last_stride: int
+) -> Float[Tensor, "N B Q O"]:
+    """The outputs at every `last_stride`-th token; elsewhere the last block is not computed."""
     positions = params["position_embedding"]  # N 2K C
-    tokens = F.pad(to_tokens(xs, ys), (0, 0, 0, 1)).to(positions.dtype)  # N B T D+1
+    tokens = tokens.to(positions.dtype)
     tokens = tokens.expand(len(positions), *tokens.shape[-3:])
     num_tokens = tokens.shape[2]
     x = _linear(params, "token_embedding", tokens) + positions[:, None, :num_tokens]  # N B T C
     future = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=x.device).triu(1)  # T T
     for layer in range(config.num_layers):
-        stride = 2 if layer == config.num_layers - 1 else 1  # the last block is computed at x-tokens only
+        stride = last_stride if layer == config.num_layers - 1 else 1
         x = _block(config, params, f"blocks.{layer}", x, stride, future[::stride])
-    return _linear(params, "unembedding", _norm(params, "final_norm", x))[..., 0]  # N B K
+    return _linear(params, "unembedding", _norm(params, "final_norm", x))
 
 
 def _block(

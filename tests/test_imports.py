@@ -18,11 +18,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1] / "icl"
 
 LAYERS = (
-    ("checks", "config", "presets", "resolve"),
+    ("checks", "environment", "config", "presets", "resolve"),
     ("rng", "schedules"),
     ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
     ("baselines", "metrics"),
-    ("transformer", "stacked", "population", "step"),
+    ("compiling", "transformer", "stacked", "population", "step"),
     ("storage", "s3", "runs", "checkpoints", "mirror", "delivery"),
     ("evaluation", "prediction"),
     ("build",),

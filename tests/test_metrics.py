@@ -18,6 +18,7 @@ from icl.metrics import (
     icl_score,
     overall_mean,
     position_mean,
+    ratio_of_means,
     squared_error,
 )
 
@@ -232,6 +233,17 @@ def test_loss_accumulates_on_cuda():
     loss = PositionLoss(max_examples=3).cuda()
     loss.update(predictions.cuda(), targets.cuda())
     assert_summary(loss.cpu().compute(), predictions, targets, rtol=1e-5, atol=1e-6)
+
+
+def test_a_ratio_of_means_is_off_by_its_standard_error():
+    """Of 2,000 draws whose ratio is 3: the z scores have mean 0, but for a bias of the order of 1 / B, and deviation 1."""
+    below = 1 + 0.3 * make_values(2000, 100, seed=1)
+    above = 3 * below + 0.5 * make_values(2000, 100, seed=2)
+    found = ratio_of_means(above, below)
+    scores = (found.value - 3) / found.stderr
+    assert abs(scores.mean()) < 4 / 2000**0.5
+    assert abs(scores.std() - 1) < 4 / 4000**0.5
+    torch.testing.assert_close(found.value, above.mean(1) / below.mean(1))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from icl.build import build_architecture
 from icl.cli import main
@@ -78,3 +79,14 @@ def test_every_file_that_the_readme_names_exists():
         assert (ROOT / target).is_file(), target
     for name in ("CONTRIBUTING.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", ".ci/run"):
         assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.slow
+def test_the_python_block_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randn(*shape, generator=generator) for shape in ((5, 4), (5,), (3, 4))]
+    names = dict(zip(("x_context", "y_context", "x_query"), draws, strict=True))
+    exec(compile(block, "README", "exec"), names)
+    assert names["y_pred"].shape == (3,)

@@ -92,6 +92,22 @@ def test_the_last_target_is_seen_by_no_prediction():
     )
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_outputs_of_all_tokens_are_the_definitions(options):
+    members, (xs, ys) = make_members(**options), make_prompts()
+    found = stacked.token_outputs(make_config(**options), stack(members), xs, ys)
+    x_tokens, y_tokens = torch.zeros(2, B, K, D + 1, dtype=torch.float64)
+    x_tokens[..., 1:], y_tokens[..., 0] = xs, ys
+    tokens = torch.stack([x_tokens, y_tokens], dim=2).reshape(B, 2 * K, D + 1)
+    future = torch.ones(2 * K, 2 * K, dtype=torch.bool).triu(1)
+    for member, outputs in zip(members, found, strict=True):
+        x = member.token_embedding(tokens) + member.position_embedding
+        for block in member.blocks:
+            x = block(x, future)
+        assert largest_relative_difference(outputs, member.unembedding(member.final_norm(x))) < 1e-12
+        assert largest_relative_difference(outputs[:, ::2, 0], member(xs, ys)) < 1e-12
+
+
 def test_members_do_not_mix():
     params, (xs, ys) = leaves(make_members()), make_prompts(N)
     xs[0] = torch.nan

@@ -27,6 +27,10 @@ ANALYSES: dict[str, About] = {
     "attention": About(
         "run", "what each head attends to: patterns, entropy, variability, self, previous, x- and y-tokens"
     ),
+    "behaviour": About(
+        "run", "losses and scores, distances to ridge and dMMSE, transience, inputs and tasks of any size, task vectors"
+    ),
+    "stages": About("run", "boundaries between stages by loss, scores and LLC, and what changes in each stage"),
     "diversity": About(
         "table", "OOD error against task diversity and other features: linear, ridge or lasso", "diversity_fit"
     ),

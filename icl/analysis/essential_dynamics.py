@@ -11,9 +11,12 @@ Rows of the table, by `quantity`:
   components of the table), `radius`, `centre_1` and `centre_2` of the osculating circle in each plane;
 - `cusp`, `vertex`, `form` (their value is a step), `form_score`, and `null_count`, how many of each random walks have;
 - `reference_score`, and `reference_captured`, the share of a reference's squared distance from the mean within the components;
+- `noise_share`, for gradients: the expected square of their estimation noise over the variance, an upper bound as all steps
+  see the same prompts;
 - `explained_share` beside `null_walk`, `null_flips` (mean, with the deviation as error; `null_flips_95` for the first k
   together), `null_brownian` and `null_equal`; `displacement_ratio` beside `null_displacement_95`. A share is `suspect` if
-  one in twenty walks with the run's own steps reaches what the first k components together explain.
+  one in twenty walks with the run's own steps reaches what the first k components together explain, or if noise may be
+  more than half of the variance.
 """
 
 import math
@@ -30,6 +33,8 @@ from icl.analysis.forms import Form, Judged, Shapes, find_shapes, planes
 from icl.analysis.plane_curves import MIN_POINTS, arc_length, osculating_circles
 from icl.analysis.run import Result, as_table, run_folder
 from icl.analysis.trajectories import (
+    SEES_PROMPTS,
+    State,
     StateSettings,
     Trajectory,
     centred_products,
@@ -43,6 +48,14 @@ from icl.checks import ConfigError
 _RANK = 1e-10
 """Components with less of the variance are rounding."""
 _ALL = "all"
+_WHAT: dict[State, str] = {
+    "outputs": "predictions for",
+    "tokens": "whole outputs for",
+    "weights": "weights",
+    "gradients": "the loss's gradient on",
+    "first_moment": "Adam's running mean of the gradient",
+    "second_moment": "Adam's running mean of the squared gradient",
+}
 TableRow = dict[str, Any]
 
 
@@ -71,6 +84,8 @@ class Fit(NamedTuple):
     nulls: dict[str, Float[np.ndarray, " C"]]
     walks: pca.Walks
     displacement: Float[np.ndarray, " r"]
+    variance: float
+    """The sum over states of the squared distance to their mean."""
 
 
 def analyse(path: Path, settings: Settings) -> Result:
@@ -129,7 +144,7 @@ def fit_components(
         "null_equal": pca.walk_shares(gram, begins, num_components=count, durations=np.ones(len(rows))),
     }
     walks = pca.flipped_walks(gram, begins, num_components=count)
-    return Fit(found, nulls, walks, pca.displacement_ratios(gram, begins))
+    return Fit(found, nulls, walks, pca.displacement_ratios(gram, begins), float(np.trace(gram)))
 
 
 def _runs(path: Path, others: str | None) -> dict[str, Path]:
@@ -170,10 +185,13 @@ def _reference_rows(names: Sequence[str], fit: Fit) -> list[TableRow]:
 
 
 def _share_rows(trajectories: Sequence[Trajectory], fit: Fit) -> list[TableRow]:
-    rows = []
+    rows, noise = [], _noise_share(trajectories, fit)
+    if noise:
+        rows.append(_row(_ALL, "noise_share", _ALL, noise, reason=_noise_doubt(noise)))
     for component, (is_reached, high) in enumerate(zip(_is_reached(fit), _high_shares(fit), strict=True)):
         item, flips = _pc(component), fit.walks.shares[:, component]
-        reason = "walks of the run's own steps with random signs explain as much" if is_reached else ""
+        doubt = "walks of the run's own steps with random signs explain as much" if is_reached else ""
+        reason = "; ".join(filter(None, (doubt, _noise_doubt(noise))))
         rows.append(_row(_ALL, "explained_share", item, fit.components.shares[component], reason=reason))
         rows += [_row(_ALL, name, item, null[component]) for name, null in fit.nulls.items()]
         rows.append(_row(_ALL, "null_flips", item, flips.mean(), flips.std(ddof=1)))
@@ -230,9 +248,9 @@ def _shape_rows(one: Trajectory, shapes: Shapes) -> list[TableRow]:
 
 
 def _summary(trajectories: Sequence[Trajectory], settings: Settings, fit: Fit, shapes: dict[str, Shapes]) -> list[str]:
-    what = "weights"
-    if settings.state == "outputs":
-        what = f"predictions for {settings.num_prompts:,} prompts ({settings.distribution})"
+    what = _WHAT[settings.state]
+    if settings.state in SEES_PROMPTS:
+        what += f" {settings.num_prompts:,} prompts ({settings.distribution})"
     count = sum(len(one.steps) for one in trajectories)
     lines = [f"{count:,} checkpoints of {', '.join(one.run for one in trajectories)}; {what}."]
     for one, ratio, limit in zip(trajectories, fit.displacement, _displacement_limits(fit), strict=True):
@@ -241,6 +259,10 @@ def _summary(trajectories: Sequence[Trajectory], settings: Settings, fit: Fit, s
             f"Squared displacement / squared steps of {one.run}: {ratio:.3g} (walk: 1, 95 % < {limit:.2g}){doubt}"
         )
     lines += [line for one in trajectories for line in _shape_lines(one, shapes.get(one.run))]
+    noise = _noise_share(trajectories, fit)
+    if noise:
+        doubt = f"   suspect: {_noise_doubt(noise)}" if _noise_doubt(noise) else ""
+        lines.append(f"Share of estimation noise in the variance: at most {noise:.1%}{doubt}")
     doubtful = [_pc(component) for component in np.flatnonzero(_is_reached(fit)).tolist()]
     if doubtful:
         lines.append(f"Suspect: {', '.join(doubtful)}; with those before, random signs of the steps explain as much.")
@@ -273,6 +295,15 @@ def _shape_lines(one: Trajectory, shapes: Shapes | None) -> list[str]:
         walks = f" (random walks of its steps: {min(in_walks)} to {max(in_walks)})" if in_walks else ""
         told.append(f"{len(steps)} {plural}{at}{doubt}{walks}")
     return [f"{one.run}: " + "; ".join(told) + "."]
+
+
+def _noise_share(trajectories: Sequence[Trajectory], fit: Fit) -> float:
+    """Of the variance; 0 for states that are exact."""
+    return sum(sum(one.noise) for one in trajectories) / fit.variance
+
+
+def _noise_doubt(share: float) -> str:
+    return f"estimation noise may be up to {share:.0%} of the variance; use more prompts" if share > 0.5 else ""
 
 
 def _is_reached(fit: Fit) -> Bool[np.ndarray, " C"]:

@@ -20,11 +20,11 @@ from icl import population
 from icl.analysis import ANALYSES, module_name
 from icl.analysis.parts import Part, read_part, write_part
 from icl.build import build_checkpoint_model, choose_device
-from icl.checkpoints import Checkpoint, CheckpointError, checkpoint_files, load_checkpoint_file
+from icl.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, load_same_run
 from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.population import Params
-from icl.runs import RunFolder, config_differences
+from icl.runs import RunFolder
 from icl.transformer import Transformer
 
 MEMBERS_AT_ONCE = 16
@@ -104,6 +104,7 @@ def over_checkpoints(
     uses_predecessor: bool = False,
     keep_vectors: bool = True,
     max_members: int | None = None,
+    files: Sequence[Path] | None = None,
 ) -> tuple[list[Part], RunConfig]:
     """Measure every saved step of a run, or one checkpoint; those measured before are taken from their parts.
 
@@ -117,6 +118,7 @@ def over_checkpoints(
         keep_vectors: Whether to return the parts with their vectors; where all together do not fit in memory, leave
             them on disk and read them by `parts.stored_vector`.
         max_members: Of one population, where a measurement is so long that it should be kept more often.
+        files: Of `checkpoint_files(path)` those to measure; left out, all.
 
     Returns:
         A part for every step, in order, and the run's configuration.
@@ -125,7 +127,7 @@ def over_checkpoints(
         CheckpointError: If there is no usable checkpoint, or the checkpoints are of different runs.
         StorageError: If a part cannot be written.
     """
-    files = checkpoint_files(path)
+    files = files or checkpoint_files(path)
     folder = None if path.is_file() else run_folder(path).results / name
     parts: list[Part] = []
     config = load_checkpoint_file(files[0]).config
@@ -140,6 +142,18 @@ def over_checkpoints(
             parts += found if keep_vectors else [part._replace(vectors={}) for part in found]
             bar.update(len(stretch.done) + len(stretch.pending))
     return parts, config
+
+
+def populations(files: Sequence[Path]) -> Iterator[Members]:
+    """The checkpoints of a run, stacked as many at a time as memory allows.
+
+    Raises:
+        CheckpointError: If one cannot be used, or they are of different runs.
+    """
+    first = load_checkpoint_file(files[0])
+    at_once = _members_at_once(first.params)
+    for start in range(0, len(files), at_once):
+        yield _members([load_same_run(file, first.config) for file in files[start : start + at_once]])
 
 
 def as_table(parts: Sequence[Part], settings: Any, *, whole_run: Sequence[Mapping[str, Any]] = ()) -> pd.DataFrame:
@@ -189,8 +203,7 @@ def _stretches(
     before: Checkpoint | None = None
     waiting = _Stretch([], [], [], None)
     for file in files:
-        checkpoint = load_checkpoint_file(file)
-        _require_one_run(config, checkpoint, file)
+        checkpoint = load_same_run(file, config)
         lead = before if uses_predecessor else None
         key = {
             "checkpoint_hash": checkpoint.digest,
@@ -217,21 +230,24 @@ def _stretches(
 
 def _measure(stretch: _Stretch, measure: Measure) -> list[Part]:
     checkpoints = [*([stretch.lead] if stretch.lead else []), *stretch.pending]
-    device = _torch_device()
-    stacked = population.stack([checkpoint.params for checkpoint in checkpoints])
-    found = measure(
-        Members(
-            model=build_checkpoint_model(checkpoints[0], device=device),
-            config=checkpoints[0].config,
-            checkpoints=checkpoints,
-            params={name: tensor.to(device) for name, tensor in stacked.items()},
-            lead=len(checkpoints) - len(stretch.pending),
-        )
-    )
+    found = measure(_members(checkpoints, lead=len(checkpoints) - len(stretch.pending)))
     return [
         Part(checkpoint.step, checkpoint.digest, one.rows, dict(one.vectors))
         for checkpoint, one in zip(stretch.pending, found, strict=True)
     ]
+
+
+def _members(checkpoints: list[Checkpoint], *, lead: int = 0) -> Members:
+    """Checkpoints of one architecture on the device."""
+    device = torch_device()
+    stacked = population.stack([checkpoint.params for checkpoint in checkpoints])
+    return Members(
+        model=build_checkpoint_model(checkpoints[0], device=device),
+        config=checkpoints[0].config,
+        checkpoints=checkpoints,
+        params={name: tensor.to(device) for name, tensor in stacked.items()},
+        lead=lead,
+    )
 
 
 def _members_at_once(params: Params) -> int:
@@ -239,12 +255,7 @@ def _members_at_once(params: Params) -> int:
     return max(1, min(MEMBERS_AT_ONCE, MAX_PARAMETERS_AT_ONCE // count))
 
 
-def _require_one_run(config: RunConfig, checkpoint: Checkpoint, file: Path) -> None:
-    differences = config_differences(config, checkpoint.config)
-    if differences:
-        raise CheckpointError(f"{file} is of another run than the checkpoints before it: {'; '.join(differences)}.")
-
-
-def _torch_device() -> torch.device:
+def torch_device() -> torch.device:
+    """The device for a little work: never a TPU's."""
     kind = choose_device()
     return torch.device("cpu" if kind == "tpu" else kind)  # an XLA device would compile for every shape

@@ -1,9 +1,14 @@
 """Trajectories: what a run is at every saved step, the rows of a matrix (checkpoints x features) that stays on disk.
 
-A state is the run's predictions for fixed prompts, flattened (B K features), or its weights. Hoogland et al. 2024, section
-3.2, also use the outputs at y-tokens and the coordinates that are never trained; we take the predictions, as their "y-only"
-variant and Carroll et al. 2025, section 4.2, do. The latter's prompts, all of one task that every run knows, are
-`first_task`. Gradients have a PCA of their own (`icl.analysis.gradients`); Adam's moments are kept for the last step only.
+A state is one of these, flattened:
+
+- `outputs`: the predictions for fixed prompts (B K features), as Carroll et al. 2025, section 4.2, and the "y-only" variant of
+  Hoogland et al. 2024, section 3.2. The former's prompts, all of one task that every run knows, are `first_task`.
+- `tokens`: the whole outputs at all 2K tokens (2 B K (D + 1) features), as Hoogland et al. use them; most are never trained.
+- `weights`; `gradients`: of the mean loss on the fixed prompts, in the weights. B prompts give them with noise, whose expected
+  square is kept beside them (`Trajectory.noise`); it is the same prompts' at every step, so some of it cancels in differences.
+- `first_moment`, `second_moment`: Adam's running means of the training gradient and its square, before bias correction, for
+  runs trained with `checkpoints.moments`; they cannot be found out from weights afterwards.
 
 Rows are read a stretch of features at a time: inner products add up over stretches, and each is centred before it is
 multiplied, so nothing cancels, and 10,000 checkpoints of 163,840 features (6.6 GB) never are in memory together; their
@@ -19,31 +24,56 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from icl import baselines, population
-from icl.analysis.parts import Part, StoredVector, stored_vector
+from icl.analysis.parts import StoredVector, stored_vector
 from icl.analysis.run import Measurement, Members, over_checkpoints, run_folder
-from icl.checkpoints import CheckpointError, checkpoint_files
+from icl.analysis.weight_gradients import mean_gradient
+from icl.checkpoints import (
+    MOMENTS,
+    CheckpointError,
+    checkpoint_name,
+    list_steps,
+    load_same_run,
+    stored_tensors,
+)
 from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.evaluation import predict_prompts
+from icl.population import Params
+from icl.runs import RunFolder
+from icl.storage import LocalStore
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts
+from icl.transformer import Transformer
 
 VERSION = 2
 STREAM = "essential-dynamics"
 BLOCK_BYTES = 2**27
 """Of the stretch of all rows that is in memory at a time, in float64."""
 
+_GRADIENT_PROMPTS = 32
+"""Prompts of one backward pass, at most; their gradients' scatter gives the noise of the mean."""
+
 Row: TypeAlias = StoredVector | np.ndarray
+State: TypeAlias = Literal["outputs", "tokens", "weights", "gradients", "first_moment", "second_moment"]
+
+MOMENT_OF: dict[State, str] = dict(zip(("first_moment", "second_moment"), MOMENTS, strict=True))
+SEES_PROMPTS: tuple[State, ...] = ("outputs", "tokens", "gradients")
+HAS_WEIGHTS_SHAPE: tuple[State, ...] = ("weights", "gradients", "first_moment", "second_moment")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateSettings:
-    """What a state is; with others, outputs are computed anew."""
+    """What a state is; with others, states are computed anew."""
 
-    state: Literal["outputs", "weights"] = field(
-        default="outputs", metadata={"help": "what develops: predictions for fixed prompts, or the weights"}
+    state: State = field(
+        default="outputs",
+        metadata={
+            "help": "what develops: predictions for fixed prompts, whole outputs at all tokens, weights, the loss's "
+            "gradient on the prompts, or a moment of Adam (needs checkpoints.moments in training)"
+        },
     )
     distribution: Literal["true", "pretrain", "first_task"] = field(
         default="true",
@@ -54,6 +84,10 @@ class StateSettings:
     def __post_init__(self) -> None:
         if self.num_prompts < 1:
             raise ConfigError(f"`num_prompts` must be at least 1, got {self.num_prompts}.")
+        if self.state == "gradients" and self.num_prompts < 2:
+            raise ConfigError(
+                f"`num_prompts` must be at least 2 for gradients, whose noise it gives, got {self.num_prompts}."
+            )
 
 
 class Trajectory(NamedTuple):
@@ -65,6 +99,8 @@ class Trajectory(NamedTuple):
     digests: list[str]
     rows: Sequence[Row]
     """Of one length each."""
+    noise: list[float]
+    """The expected squared distance of each state to what it estimates; zeros for what is exact."""
 
 
 class Products(NamedTuple):
@@ -78,46 +114,52 @@ class Products(NamedTuple):
 
 
 def read_trajectory(path: Path, settings: StateSettings, *, run: str) -> Trajectory:
-    """The states of a run; outputs that are not yet kept are computed, many checkpoints at once.
+    """The states of a run; those that are not yet kept are computed, many checkpoints at once.
 
     Raises:
-        CheckpointError: If there is no usable checkpoint, or only one of a file.
+        CheckpointError: If there is no usable checkpoint, only one of a file, or moments were not saved or are damaged.
     """
     if path.is_file():
         raise CheckpointError(f"{path} is one checkpoint; a trajectory needs the folder of a run.")
-    name = f"trajectory-{settings.state}"
+    name, folder = f"trajectory-{settings.state}", run_folder(path)
+    if settings.state in MOMENT_OF:
+        _require_moments(folder)
     measure = partial(_measure, settings=settings)
     parts, config = over_checkpoints(name, path, settings, measure, version=VERSION, keep_vectors=False)
     if settings.state == "weights":
-        rows = [_stored_weights(file) for file in checkpoint_files(path)]
+        rows = [_stored_numbers(folder.checkpoints, part.step, "") for part in parts]
+    elif settings.state in MOMENT_OF:
+        for part in parts:
+            load_same_run(folder.moments.root / checkpoint_name(part.step), config)  # whole, and this run's
+        rows = [_stored_numbers(folder.moments, part.step, f"{MOMENT_OF[settings.state]}/") for part in parts]
     else:
-        rows = [stored_vector(run_folder(path).results / name, part.step, "state") for part in parts]
-    return _trajectory(run, config, parts, rows)
+        rows = [stored_vector(folder.results / name, part.step, "state") for part in parts]
+    noise = [float(sum(row["squared_noise"] for row in part.rows)) for part in parts]
+    return Trajectory(run, config, [part.step for part in parts], [part.digest for part in parts], rows, noise)
 
 
 def require_comparable(trajectories: Sequence[Trajectory], settings: StateSettings) -> None:
     """Refuse runs whose states are not of the same things.
 
     Raises:
-        ConfigError: If their prompts or, for weights, their architectures differ.
+        ConfigError: If their prompts or, unless states are predictions, their architectures differ.
     """
     first = trajectories[0]
     for other in trajectories[1:]:
-        if settings.state == "weights":
-            is_same = other.config.model == first.config.model and len(other.rows[0]) == len(first.rows[0])
-            if not is_same:
-                raise ConfigError(f"{other.run} has another architecture than {first.run}; compare --state outputs.")
-        elif not _same_prompts(first.config, other.config, settings):
+        is_other_model = settings.state in HAS_WEIGHTS_SHAPE and other.config.model != first.config.model
+        if settings.state in SEES_PROMPTS and not _same_prompts(first.config, other.config, settings):
             raise ConfigError(
                 f"{other.run} and {first.run} have different prompts: for one PCA of both they need the same "
                 "`task.task_size`, `task.max_examples`, `task.noise_variance` and `seeds.evaluation`, "
                 "and for --distribution pretrain or first_task the same tasks."
             )
+        if is_other_model or len(other.rows[0]) != len(first.rows[0]):
+            raise ConfigError(f"{other.run} has another architecture than {first.run}; compare --state outputs.")
 
 
 def references(configs: Sequence[RunConfig], settings: StateSettings) -> dict[str, Float[np.ndarray, " F"]]:
-    """The states of the Bayes predictors: ridge, and dMMSE for every finite M; none for weights."""
-    if settings.state == "weights":
+    """The states of the Bayes predictors: ridge, and dMMSE for every finite M; they have outputs only."""
+    if settings.state != "outputs":
         return {}
     prompts, task = fixed_prompts(configs[0], settings), configs[0].task
     if task.noise_variance > 0:
@@ -176,17 +218,28 @@ def centred_products(
 
 
 def _measure(members: Members, *, settings: StateSettings) -> list[Measurement]:
-    """The outputs of every member; weights are read from the checkpoints themselves."""
-    if settings.state == "weights":
+    """The states of every member; weights and moments are read from the checkpoints themselves."""
+    if settings.state not in SEES_PROMPTS:
         return [Measurement([]) for _ in members.checkpoints]
     device = next(iter(members.params.values())).device
     prompts = Prompts(*(part.to(device) for part in fixed_prompts(members.config, settings)))
-    predictions = predict_prompts(partial(population.apply, members.model), members.params, prompts)
-    return [Measurement([], {"state": state}) for state in predictions.flatten(1).cpu().numpy()]
+    if settings.state == "gradients":
+        gradients, noise = mean_gradient(members.model, members.params, prompts, _num_batches(settings.num_prompts))
+        pairs = zip(gradients.float().numpy(), noise.tolist(), strict=True)
+        return [Measurement([{"squared_noise": square}], {"state": state}) for state, square in pairs]
+    apply = population.apply if settings.state == "outputs" else _flat_token_outputs
+    states = predict_prompts(partial(apply, members.model), members.params, prompts)
+    return [Measurement([], {"state": state}) for state in states.flatten(1).cpu().numpy()]
 
 
-def _trajectory(run: str, config: RunConfig, parts: Sequence[Part], rows: Sequence[Row]) -> Trajectory:
-    return Trajectory(run, config, [part.step for part in parts], [part.digest for part in parts], rows)
+def _flat_token_outputs(model: Transformer, params: Params, xs: Tensor, ys: Tensor) -> Float[Tensor, "N B F"]:
+    return population.token_outputs(model, params, xs, ys).flatten(2)
+
+
+def _num_batches(num_prompts: int) -> int:
+    """The fewest equal batches, eight at least where there are so many prompts, that are small enough."""
+    counts = range(min(8, num_prompts), num_prompts + 1)
+    return next(n for n in counts if num_prompts % n == 0 and num_prompts // n <= _GRADIENT_PROMPTS)
 
 
 def _same_prompts(first: RunConfig, second: RunConfig, settings: StateSettings) -> bool:
@@ -194,8 +247,17 @@ def _same_prompts(first: RunConfig, second: RunConfig, settings: StateSettings) 
     return first.task.noise_variance == second.task.noise_variance and all(torch.equal(one, two) for one, two in pairs)
 
 
-def _stored_weights(file: Path) -> StoredVector:
-    """All weights of a checkpoint in the order of its file: behind the header of safetensors lie bare numbers."""
-    before = 8 + int.from_bytes(file.open("rb").read(8), "little")
-    dtype = np.dtype("<f4")  # checkpoints are saved in float32
-    return StoredVector(file=file, offset=before, size=(file.stat().st_size - before) // dtype.itemsize, dtype=dtype)
+def _require_moments(folder: RunFolder) -> None:
+    missing = sorted(set(list_steps(folder.checkpoints)) - set(list_steps(folder.moments)))
+    if missing:
+        raise CheckpointError(
+            f"{folder.path} has no Adam moments at step {missing[0]:,}; they are saved when a run is trained with "
+            "--checkpoints.moments true, and cannot be found out afterwards."
+        )
+
+
+def _stored_numbers(store: LocalStore, step: int, prefix: str) -> StoredVector:
+    """All tensors of a checkpoint whose name begins so, one after the other, left in the file."""
+    file = store.root / checkpoint_name(step)
+    offset, size, dtype = stored_tensors(file, prefix)
+    return StoredVector(file=file, offset=offset, size=size, dtype=dtype)

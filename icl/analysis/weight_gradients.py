@@ -49,13 +49,23 @@ class WithDeleted(NamedTuple):
 
 def batch_gradients(model: Transformer, params: Params, prompts: Prompts, num_batches: int) -> Gradients:
     """The gradient of every member's mean loss on each of `num_batches` equal batches of the same prompts (B, K, D)."""
-
-    def loss(weights: Params, xs: Tensor, ys: Tensor) -> Tensor:
-        errors = metrics.squared_error(population.apply(model, weights, xs, ys), ys)  # N B K
-        return errors.mean((-2, -1)).sum()  # members do not meet, so the gradient of the sum is each one's own
-
-    found = [grad(loss)(params, xs, ys) for xs, ys in _batches(prompts, num_batches)]
+    found = list(_gradients(model, params, prompts, num_batches))
     return {name: torch.stack([one[name].flatten(1) for one in found], dim=1) for name in params}  # N J p
+
+
+def mean_gradient(
+    model: Transformer, params: Params, prompts: Prompts, num_batches: int
+) -> tuple[Float[Tensor, "N P"], Float[Tensor, " N"]]:
+    """The gradient of every member's mean loss on all prompts, and its estimated squared distance to the expected one.
+
+    The latter is tr(Sigma) / B, from the scatter of the batches' gradients; no more than one of them is kept at a time.
+    """
+    total, squares = torch.zeros(()), torch.zeros(())
+    for one in _gradients(model, params, prompts, num_batches):
+        flat = _precise(torch.cat([gradient.flatten(1) for gradient in one.values()], dim=1)).cpu()
+        total, squares = total + flat, squares + flat.square().sum(1)
+    mean = total / num_batches
+    return mean, ((squares / num_batches - mean.square().sum(1)) / (num_batches - 1)).clamp(min=0)
 
 
 def grams(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Grams:
@@ -138,6 +148,17 @@ def task_alignment(between: Float[Tensor, "*N Q Q J J"]) -> Estimate:
 def mean_squared_norm(between: Float[Tensor, "*N Q Q J J"]) -> WithDeleted:
     """The mean of Q tasks' squared gradients."""
     return WithDeleted(*(products.diagonal(dim1=-2, dim2=-1).mean(-1) for products in inner(between)))
+
+
+def _gradients(model: Transformer, params: Params, prompts: Prompts, num_batches: int) -> Iterator[Params]:
+    """Every member's gradient, batch by batch."""
+
+    def loss(weights: Params, xs: Tensor, ys: Tensor) -> Tensor:
+        errors = metrics.squared_error(population.apply(model, weights, xs, ys), ys)  # N B K
+        return errors.mean((-2, -1)).sum()  # members do not meet, so the gradient of the sum is each one's own
+
+    for xs, ys in _batches(prompts, num_batches):
+        yield grad(loss)(params, xs, ys)
 
 
 def _jackknife(statistic: WithDeleted) -> Estimate:

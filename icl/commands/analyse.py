@@ -4,11 +4,12 @@ import argparse
 import dataclasses
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from icl.analysis import ANALYSES, module_name
-from icl.checks import ConfigError
+from icl.checks import ConfigError, UserError
 from icl.commands import command_parser
 from icl.storage import StorageError, table_format, write_atomically
 
@@ -37,8 +38,9 @@ def run(words: list[str]) -> int:
         table_format(out)
     if options.output_plot is not None and options.output_plot.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise StorageError(f"Figures are written as .png, .pdf or .svg, got {options.output_plot}.")
-    for name in chosen:
-        _analyse(name, path, options, out)
+    if len(chosen) > 1:
+        return _analyse_all(chosen, path, options)
+    _analyse(chosen[0], path, options, out)
     return 0
 
 
@@ -62,7 +64,7 @@ def _parser(chosen: list[str]) -> argparse.ArgumentParser:
     names = "\n".join(f"  {name:20s} {about.help}" for name, about in ANALYSES.items())
     parser = command_parser(
         "analyse",
-        _DESCRIPTION + names + f"\n  {'all':20s} every analysis of a run",
+        _DESCRIPTION + names + f"\n  {'all':20s} every analysis of a run, also after one that refuses",
         "icl analyse runs/quickstart --what gradients\n"
         "  icl analyse runs/quickstart --what gradients --out gradient_results.json\n"
         "  icl analyse --what diversity --input_file results.csv --output_plot diversity.png --model_type ridge",
@@ -95,6 +97,24 @@ def _add_settings(parser: argparse.ArgumentParser, name: str) -> None:
         kind: Any = int if field.type is int else float if field.type is float else str
         metavar = "|".join(choices) if choices else "N" if kind is int else "VALUE"
         group.add_argument(f"--{field.name}", metavar=metavar, type=kind, choices=choices, help=text)
+
+
+def _analyse_all(names: list[str], path: Path, options: argparse.Namespace) -> int:
+    """Every analysis, also after one that refuses; 1 if any did, each in one sentence."""
+    refused: dict[str, str] = {}
+    for name in names:
+        print(f"\n{name}")
+        try:
+            _analyse(name, path, options, None)
+        except UserError as error:
+            if str(error) not in refused.values():
+                print(f"icl: {name} is refused: {error}", file=sys.stderr)
+            refused[name] = str(error)
+    if not refused:
+        return 0
+    done = len(names) - len(refused)
+    print(f"icl: {done} of {len(names)} analyses are done; refused: {', '.join(refused)}.", file=sys.stderr)
+    return 1
 
 
 def _analyse(name: str, path: Path, options: argparse.Namespace, out: Path | None) -> None:

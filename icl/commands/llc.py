@@ -32,7 +32,7 @@ HELP = "local learning coefficients with verdicts; --calibrate, --self-test"
 _USAGE = """\
 usage: icl llc [RUN|CHECKPOINT] [--steps STEPS] [--sampler.key VALUE ...] [--config FILE] [--out FILE]
        icl llc [RUN] --published | --calibrate | --rescale C
-       icl llc --self-test
+       icl llc --self-test [--out FILE]
 
 Estimate the local learning coefficient (LLC) at saved steps of a run, each with standard error, diagnostics and verdict.
 What is done is kept: the same command goes on after an interruption. Without RUN, the run is the one that `icl train`
@@ -78,7 +78,7 @@ def run(words: list[str]) -> int:
     if len(flags) > 1:
         raise ConfigError(f"One of {' and '.join(f'--{flag}' for flag in sorted(flags))} at a time.")
     if "self-test" in flags:
-        return _self_test()
+        return _self_test(Path(given["out"]) if "out" in given else None)
     options = {name: given.pop(name) for name in OPTIONS["llc"] if name in given}
     if "steps" in options:
         given["sampler.steps"] = options["steps"]
@@ -335,13 +335,19 @@ def _number(name: str, text: str) -> float:
         raise ConfigError(f"`--{name}` must be a number, got {text!r}.") from None
 
 
-def _self_test() -> int:
+def _self_test(out: Path | None) -> int:
     """1 if an estimate disagrees with the truth."""
+    import pandas as pd
+
     from icl.sampling.self_test import problems, self_test, truth_table
 
+    if out is not None:
+        table_format(out)
     total = len(problems())
     rows = self_test(lambda number, name: print(f"{number}/{total} {name}", file=sys.stderr, flush=True))
     print(truth_table(rows))
+    if out is not None:
+        print(f"Output  {_write(out, pd.DataFrame([dataclasses.asdict(row) for row in rows]))}")
     wrong = sum(not row.agrees for row in rows)
     print(f"{len(rows) - wrong} of {len(rows)} estimates agree with the truth.")
     return 1 if wrong else 0

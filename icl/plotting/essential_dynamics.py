@@ -16,6 +16,14 @@ _COMPONENTS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 _SHAPES = (("cusp", "X"), ("vertex", "D"), ("form", "*"))
 _GREY = "#888888"
 _REFERENCES = "sP^vhd8<>p"
+_STATES = {
+    "outputs": "predictions",
+    "tokens": "whole outputs",
+    "weights": "weights",
+    "gradients": "gradients of the loss",
+    "first_moment": "Adam's first moment",
+    "second_moment": "Adam's second moment",
+}
 _MOST_NAMED = 6
 """Runs that a legend names."""
 
@@ -44,9 +52,8 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
     _draw_shares(shares, table)
     others = len(table.loc[table["quantity"] == "score", "run"].unique()) - 1
     jointly = f" and {others} more" if others else ""
-    figure.suptitle(
-        f"{title}{jointly}   (lines: smoothed in log step, kernel {table['bandwidth'].iloc[0]:g} or wider)", fontsize=11
-    )
+    kernel = f"lines: smoothed in log step, kernel {table['bandwidth'].iloc[0]:g} or wider"
+    figure.suptitle(f"{title}{jointly}, {_STATES[table['state'].iloc[0]]}   ({kernel})", fontsize=11)
     return figure
 
 
@@ -188,6 +195,8 @@ def _draw_shares(axes: Axes, table: pd.DataFrame) -> None:
     doubtful = ", ".join(share.index[share["verdict"] != "ok"])
     verdict = f"Beside random walks; in doubt: {doubtful}" if doubtful else "Shares beyond those of random walks"
     ratios = f"{runs['value'].min():.2g}" + ("" if len(runs) == 1 else f" to {runs['value'].max():.2g}")
+    noise = table.loc[table["quantity"] == "noise_share", "value"]
+    verdict += f"; estimation noise: at most {noise.iloc[0]:.0%}" if len(noise) else ""
     axes.set_title(f"{verdict}\nsquared displacement / sum of squared steps: {ratios} (walk: 1)", fontsize=9)
     axes.legend(fontsize=8)
 

@@ -31,7 +31,7 @@ def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Se
         table: Rows of `llc.csv` of one kind of settings.
         trivial_loss: Of predicting zero.
         title: Above the panels; the settings stand below it.
-        stages: Steps at which stages end.
+        stages: Steps at the boundaries between stages.
     """
     figure, axes = new_figure(2, num_rows=2, width=5.2, height=3.3)
     table = table.sort_values("step")
@@ -112,15 +112,12 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
 
 
 def read_stages(folder: RunFolder) -> list[float]:
-    """The steps at which stages end, from the run's `results/stages.csv`; none if there is no such table."""
+    """The steps at which stages end and others begin: `end` in the run's `results/stages.csv`, but for the last stage's."""
     try:
         table = pd.read_csv(folder.results / "stages.csv")
     except (OSError, ValueError):
         return []
-    for name in ("end", "end_step", "boundary"):
-        if name in table:
-            return sorted({float(step) for step in table[name].dropna()})
-    return []
+    return sorted({float(step) for step in table["end"].dropna()})[:-1] if "end" in table else []
 
 
 def _draw_losses(axes: Axes, table: pd.DataFrame, trivial_loss: float) -> None:

@@ -5,11 +5,13 @@ The palette is Okabe and Ito's (2008). A predictor has one colour and one line s
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from matplotlib.transforms import Bbox
 
 from icl.storage import write_atomically
 
@@ -42,7 +44,18 @@ _SETTINGS: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "icl",
 }
+_NO_DATES: dict[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+    "svg": {"Creator": None, "Date": None},
+}
+"""What would make two files of one figure differ."""
+_ORIGIN_INCHES = 0.16
+_MINOR_DIGITS = ((8.0, "23456789"), (400.0, "25"))
+"""Up to which ratio of the ends of a logarithmic axis ticks between powers of ten are labelled, and which of them."""
 
 
 def new_figure(
@@ -55,9 +68,42 @@ def new_figure(
     return figure, list(axes.flat)
 
 
+def label_plainly(axes: Axes, which: Literal["x", "y"] = "y") -> None:
+    """Ticks of a logarithmic axis as plain numbers; those between powers of ten too, where it spans few: all, or 2 and 5."""
+    low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    digits = next((shown for ratio, shown in _MINOR_DIGITS if high / low < ratio), "")
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in digits else ""))
+    axes.tick_params(axis=which, which="minor", labelsize=8)
+
+
 def ordered_colours(count: int) -> list[Any]:
     """Colours for things in an order, such as layers or singular values: dark first, never too light on white."""
     return [colormaps["viridis"](0.9 * index / max(count - 1, 1)) for index in range(count)]
+
+
+def render_figure(figure: Figure, kind: str = "png", *, origin: str = "") -> bytes:
+    """A figure as the bytes of a file of this kind, without the time or versions in it.
+
+    Args:
+        figure: The figure.
+        kind: `png`, `pdf` or `svg`.
+        origin: Where the data come from, in small print above the figure, outside its layout.
+    """
+    buffer = io.BytesIO()
+    width, height = figure.get_size_inches()
+    strip = _ORIGIN_INCHES if origin else 0.0
+    with rc_context(_SETTINGS):
+        line = figure.text(
+            1 - 0.1 / width, 1 + 0.4 * strip / height, origin, fontsize=6, color="0.4", ha="right", va="center"
+        )
+        line.set_in_layout(False)
+        figure.savefig(
+            buffer, format=kind, metadata=_NO_DATES.get(kind), bbox_inches=Bbox([[0, 0], [width, height + strip]])
+        )
+        line.remove()
+    return buffer.getvalue()
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
@@ -66,8 +112,5 @@ def save_figure(figure: Figure, path: Path) -> Path:
     Raises:
         StorageError: If it cannot be written.
     """
-    buffer = io.BytesIO()
-    with rc_context(_SETTINGS):
-        figure.savefig(buffer, format=path.suffix.lstrip("."), metadata={"Software": None})
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, render_figure(figure, path.suffix.lstrip(".")))
     return path

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from icl import stacked
+from icl.compiling import compiling_pays
 from icl.population import Params
 from icl.schedules import rate_factor
-from icl.step import AdamState, Step, StepInfo, adam_state, compiling_pays, from_rows, make_step, shapes_of
+from icl.step import AdamState, Step, StepInfo, adam_state, from_rows, make_step, shapes_of
 from icl.tasks.prompts import Prompts
 from icl.training.members import Member
 

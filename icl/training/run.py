@@ -20,6 +20,7 @@ from icl import population
 from icl.build import build_model, choose_device
 from icl.checks import ConfigError
 from icl.config import MEMBER_SETTINGS, RunConfig
+from icl.environment import environment_line
 from icl.evaluation import EvaluationSet
 from icl.presets import run_name
 from icl.runs import DONE, RunError, RunFolder, State, Status, is_child_rank, local_root, require_same_config
@@ -223,6 +224,7 @@ def _begin(member: Member, step: int) -> None:
     for folder in (run.path, run.checkpoints.root, run.results, run.figures):
         remove_temporaries(folder)
     run.log(f"resuming from step {step}" if step else "starting")
+    run.log(environment_line())
     run.write_status(member_status(member, "waiting", step))
 
 

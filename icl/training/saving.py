@@ -17,9 +17,10 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from icl import population
-from icl.checkpoints import checkpoint_name, save_checkpoint
+from icl.checkpoints import MOMENTS, checkpoint_name, save_checkpoint
 from icl.config import EarlyStoppingConfig, RunConfig
 from icl.runs import RunError, require_same_config
+from icl.step import from_rows
 from icl.storage import StorageError, sync_folder, temporary_path
 from icl.training.callbacks import MetricsLog, NonFiniteGuard, any_rank
 from icl.training.members import Member
@@ -58,13 +59,19 @@ class ScheduledCheckpoints(pl.Callback):
             old, member.extra_step = member.extra_step, step
             if trainer.is_global_zero and old is not None:
                 member.folder.checkpoints.delete(checkpoint_name(old))
+                member.folder.moments.delete(checkpoint_name(old))
 
     def _save(self, trainer: pl.Trainer, module: PopulationModule, members: Sequence[Member]) -> None:
         self.guard.check(module)
-        if trainer.is_global_zero:
-            for member, params in zip(self.members, population.unstack(module.params), strict=True):
-                if member in members and member.records(trainer.global_step):
-                    save_checkpoint(member.folder.checkpoints, trainer.global_step, member.config, params)
+        if not trainer.is_global_zero:
+            return
+        step, weights = trainer.global_step, population.unstack(module.params)
+        moments = population.unstack(_moments(module)) if module.config.checkpoints.moments else None
+        for index, member in enumerate(self.members):
+            if member in members and member.records(step):
+                if moments is not None:  # first, so that no weights are without theirs
+                    save_checkpoint(member.folder.moments, step, member.config, moments[index])
+                save_checkpoint(member.folder.checkpoints, step, member.config, weights[index])
 
 
 class ResumeFiles(pl.Callback):
@@ -138,6 +145,15 @@ def read_resume_file(member: Member) -> int:
         ) from None
     require_same_config(saved, member.config, member.folder)
     return step
+
+
+def _moments(module: PopulationModule) -> population.Params:
+    """Adam's moments under the names of their parameters, each behind that of the moment."""
+    return {
+        f"{kind}/{name}": tensor
+        for kind in MOMENTS
+        for name, tensor in from_rows(getattr(module, kind), module.shapes).items()
+    }
 
 
 def _member_of(checkpoint: dict[str, Any], index: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from icl.checkpoints import checkpoint_name
 from icl.config import RunConfig
 from icl.delivery import UploadError, describe_left, is_delivered, note_delivered
 from icl.mirror import (
+    CHECKPOINT_FOLDERS,
     VOUCHERS,
     Mirror,
     copied_names,
@@ -99,7 +100,9 @@ class Uploader:
         steps = checkpoint_steps(
             config.trainer.max_steps, every=grid.every, num_log=grid.num_log, num_linear=grid.num_linear
         )
-        self.scheduled = frozenset(f"checkpoints/{checkpoint_name(step)}" for step in steps)
+        self.scheduled = frozenset(
+            f"{folder}/{checkpoint_name(step)}" for folder in CHECKPOINT_FOLDERS for step in steps
+        )
         self.reason = ""
         self._here = LocalStore(mirror.run.path)
         self._there: set[str] | None = None

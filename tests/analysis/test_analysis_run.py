@@ -179,6 +179,26 @@ def test_all_analyses_of_a_run(tmp_path, monkeypatch, capsys):
     assert (folder.results / "gradients.csv").is_file()
 
 
+def test_all_goes_on_after_a_refusal_says_which_and_fails(tmp_path, monkeypatch, capsys):
+    done = []
+
+    def made_up(name, path, options, out):
+        if name in ("hessian", "embeddings"):
+            raise CheckpointError("There is no table; run `icl llc`.")
+        done.append(name)
+
+    monkeypatch.setattr("icl.commands.analyse._analyse", made_up)
+    assert main(["analyse", str(tmp_path), "--what", "all"]) == 1
+    every = [name for name, about in ANALYSES.items() if about.of == "run"]
+    assert done == [name for name in every if name not in ("hessian", "embeddings")]
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        "icl: hessian is refused: There is no table; run `icl llc`.",
+        f"icl: {len(done)} of {len(every)} analyses are done; refused: hessian, embeddings.",
+    ]
+    assert every.index("behaviour") < every.index("stages")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.decomposition import PCA
 from tiny_runs import TINY, change
 
 from icl.analysis.essential_dynamics import fit_components
 from icl.analysis.forms import find_shapes
 from icl.analysis.run import analyse
-from icl.analysis.trajectories import Trajectory
+from icl.analysis.trajectories import StateSettings, Trajectory, read_trajectory, references
 from icl.build import build_model
 from icl.checkpoints import CheckpointError, save_checkpoint
 from icl.checks import ConfigError
@@ -34,7 +35,7 @@ def saved_run(path, steps=STEPS, config=TINY, start=0):
 
 
 def made_up(points, steps):
-    return Trajectory("r", TINY, list(steps), ["x"] * len(points), list(points))
+    return Trajectory("r", TINY, list(steps), ["x"] * len(points), list(points), [0.0] * len(points))
 
 
 def values(table, quantity):
@@ -78,6 +79,59 @@ def test_two_runs_share_their_components(tmp_path):
     assert scores[scores["item"] == "PC1"].groupby("run")["value"].sum().abs().min() > 1
     figure = plot(result.table, title="a")
     assert "a and 1 more" in figure.get_suptitle()
+
+
+@pytest.mark.parametrize("state", ["outputs", "tokens", "weights", "gradients"])
+def test_a_joint_pca_is_that_of_the_stacked_states(tmp_path, state):
+    """By numpy's SVD, up to the signs."""
+    runs = [saved_run(tmp_path / name, start=start) for name, start in (("a", 0), ("b", 5))]
+    settings = StateSettings(state=state, num_prompts=16)
+    rows = [row[:] for run in runs for row in read_trajectory(run.path, settings, run="x").rows]
+    matrix = np.array(rows, dtype=np.float64)
+    left, singular, _ = np.linalg.svd(matrix - matrix.mean(0), full_matrices=False)
+    table = analyse(
+        "essential-dynamics", runs[0].path, jointly_with=str(runs[1].path), state=state, num_prompts=16
+    ).table
+    scores = table[table["quantity"] == "score"].pivot(index=["run", "step"], columns="item", values="value")
+    np.testing.assert_allclose(np.abs(scores), np.abs(left[:, :4] * singular[:4]), atol=1e-6 * singular[0])
+    np.testing.assert_allclose(values(table, "explained_share"), (singular**2 / (singular**2).sum())[:4], rtol=1e-9)
+
+
+def test_runs_of_different_diversity_from_the_command_line(tmp_path, capsys):
+    """Carroll et al. 2025: ridge and every run's dMMSE are projected on components that they had no part in."""
+    configs = [change(TINY, task={"num_tasks": num_tasks}) for num_tasks in (2, 4, float("inf"))]
+    runs = [saved_run(tmp_path / str(place), config=config, start=place) for place, config in enumerate(configs)]
+    others = ",".join(str(run.path) for run in runs[1:])
+    words = ["analyse", str(runs[0].path), "--what", "essential-dynamics", "--jointly_with", others]
+    assert main([*words, "--distribution", "first_task", "--num_prompts", "16"]) == 0
+    assert "30 checkpoints of 0, 1, 2" in capsys.readouterr().out
+    table = pd.read_csv(runs[0].results / "essential-dynamics.csv", dtype={"run": str})
+    settings = StateSettings(distribution="first_task", num_prompts=16)
+    matrix = np.array([row[:] for run in runs for row in read_trajectory(run.path, settings, run="x").rows], float)
+    fit = PCA(4).fit(matrix)
+    points = references(configs, settings)
+    assert list(points) == ["ridge", "dMMSE M=2", "dMMSE M=4"]
+    for name, point in points.items():
+        own = table[(table["run"] == name) & (table["quantity"] == "reference_score")]["value"]
+        np.testing.assert_allclose(np.abs(own), np.abs(fit.transform(point[None])[0]), rtol=1e-6)
+    plot(table, title="three")
+
+
+def test_gradients_that_are_noise_are_in_doubt(tmp_path):
+    """Steps that hardly differ, seen by two prompts; then the ways between far models, seen by many."""
+    still = RunFolder(tmp_path / "still")
+    for step in STEPS:
+        model = build_model(TINY).state_dict()
+        model["unembedding.bias"] += 1e-3 * step
+        save_checkpoint(still.checkpoints, step, TINY, model)
+    for path, num_prompts, doubted in ((still.path, 2, True), (saved_run(tmp_path / "far").path, 256, False)):
+        result = analyse("essential-dynamics", path, state="gradients", num_prompts=num_prompts)
+        share = result.table[result.table["quantity"] == "noise_share"].iloc[0]
+        assert (share["value"] > 0.5) == doubted
+        reasons = result.table.loc[result.table["quantity"] == "explained_share", "reasons"]
+        assert reasons.str.contains("estimation noise").all() == doubted
+        assert any("Share of estimation noise" in line for line in result.summary)
+        plot(result.table, title="x")
 
 
 def test_a_random_walk_is_told_from_a_curve():

@@ -68,6 +68,62 @@ def test_weights_are_read_from_the_checkpoints_in_one_order(tmp_path):
     assert references([TINY], StateSettings(state="weights")) == {}
 
 
+def test_whole_outputs_are_those_of_all_tokens(tmp_path):
+    path = saved_run(tmp_path / "r")
+    found = read_trajectory(path, StateSettings(state="tokens", num_prompts=6), run="r")
+    assert [len(row) for row in found.rows] == [6 * 2 * 4 * 3] * 4  # B 2K (D + 1)
+    outputs = read_trajectory(path, FEW, run="r")
+    for whole, predictions in zip(found.rows, outputs.rows, strict=True):
+        np.testing.assert_allclose(whole[:].reshape(6, 8, 3)[:, ::2, 0], predictions[:].reshape(6, 4), atol=1e-6)
+    assert references([TINY], StateSettings(state="tokens")) == {}
+
+
+def test_gradients_are_those_of_the_plain_model(tmp_path):
+    path, settings = saved_run(tmp_path / "r"), StateSettings(state="gradients", num_prompts=70)
+    found, prompts = read_trajectory(path, settings, run="r"), fixed_prompts(TINY, settings)
+    for file, row, noise in zip(checkpoint_files(path), found.rows, found.noise, strict=True):
+        checkpoint = load_checkpoint_file(file)
+        params = dict(build_checkpoint_model(checkpoint).named_parameters())
+        predictions = torch.func.functional_call(build_model(TINY), params, (prompts.xs, prompts.ys))
+        loss = (predictions - prompts.ys).square().mean()
+        expected = torch.autograd.grad(loss, [params[name] for name in checkpoint.params])
+        np.testing.assert_allclose(row[:], torch.cat([part.flatten() for part in expected]), atol=2e-6)
+        assert 0 < noise < 10 * np.square(row[:]).sum()
+    with pytest.raises(ConfigError, match="at least 2 for gradients"):
+        StateSettings(state="gradients", num_prompts=1)
+
+
+def test_gradients_have_equal_small_batches():
+    counts = {num: trajectories._num_batches(num) for num in (1, 2, 8, 24, 70, 97, 512, 1000)}
+    assert counts == {1: 1, 2: 2, 8: 8, 24: 8, 70: 10, 97: 97, 512: 16, 1000: 40}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_moments_are_read_from_beside_the_checkpoints(tmp_path, dtype):
+    path, generator = saved_run(tmp_path / "r"), torch.Generator().manual_seed(0)
+    shapes = {name: tensor.shape for name, tensor in build_model(TINY).state_dict().items()}
+    saved = []
+    for step in (0, 1, 4, 20):
+        with pytest.raises(CheckpointError, match=f"no Adam moments at step {step}; .*--checkpoints.moments true"):
+            read_trajectory(path, StateSettings(state="first_moment"), run="r")
+        names = [f"{kind}/{name}" for kind in ("exp_avg_sq", "exp_avg") for name in shapes]  # in any order
+        moments = {
+            name: torch.randn(shapes[name.partition("/")[2]], generator=generator, dtype=dtype) for name in names
+        }
+        save_checkpoint(RunFolder(path).moments, step, TINY, moments)
+        saved.append(moments)
+    for state, prefix in (("first_moment", "exp_avg/"), ("second_moment", "exp_avg_sq/")):
+        found = read_trajectory(path, StateSettings(state=state), run="r")
+        for row, moments in zip(found.rows, saved, strict=True):
+            own = [moments[name].flatten() for name in sorted(moments) if name.startswith(prefix)]
+            np.testing.assert_array_equal(row[:], torch.cat(own))
+    assert len(load_checkpoint_file(checkpoint_files(path)[0]).params) == len(shapes)  # weights are what they were
+    file = RunFolder(path).moments.root / "step-000000004.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"moments/step-000000004\.safetensors is damaged"):
+        read_trajectory(path, StateSettings(state="second_moment"), run="r")
+
+
 def test_products_in_stretches_are_the_dense_ones():
     generator = np.random.default_rng(0)
     rows = list(generator.normal(size=(7, 50)).astype(np.float32) + 1000)
@@ -111,6 +167,8 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     runs = [saved_run(tmp_path / name, config=config) for name, config in (("a", TINY), ("b", wider), ("c", fewer))]
     for settings, others, said in (
         (StateSettings(state="weights"), (0, 1), "another architecture"),
+        (StateSettings(state="gradients", num_prompts=6), (0, 1), "another architecture"),
+        (StateSettings(state="gradients", distribution="pretrain", num_prompts=6), (0, 2), "different prompts"),
         (StateSettings(distribution="pretrain", num_prompts=6), (0, 2), "different prompts"),
     ):
         pair = [read_trajectory(runs[place], settings, run=str(place)) for place in others]

@@ -58,6 +58,31 @@ def test_two_batch_sizes_give_the_same_estimates():
     assert wg.noise_trace(gram, B).value.item() == pytest.approx(trace.item())
 
 
+def test_the_mean_gradient_is_that_of_finite_differences_and_knows_its_noise():
+    config = change(TINY, model={"num_layers": 2})
+    models = [build_model(change(config, seeds={"model": seed})).double() for seed in (0, 1)]
+    params = population.stack([dict(model.named_parameters()) for model in models])
+    params = {name: tensor.detach() for name, tensor in params.items()}
+    prompts = sample_prompts(config, stream="x", step=0, batch_size=24)
+    prompts = prompts._replace(xs=prompts.xs.double(), ys=prompts.ys.double())
+    found, noise = wg.mean_gradient(models[0], params, prompts, 6)
+
+    def losses(moved):
+        return (population.apply(models[0], moved, prompts.xs, prompts.ys) - prompts.ys).square().mean((1, 2))
+
+    generator = torch.Generator().manual_seed(0)
+    way = {name: torch.randn(tensor.shape, generator=generator).double() for name, tensor in params.items()}
+    ahead, behind = ({name: tensor + sign * 1e-5 * way[name] for name, tensor in params.items()} for sign in (1, -1))
+    along = (torch.cat([part.flatten(1) for part in way.values()], 1) * found).sum(1)
+    torch.testing.assert_close(along, (losses(ahead) - losses(behind)) / 2e-5, rtol=1e-6, atol=1e-9)
+    # closed form: of the bias of the prediction itself it is twice the mean residual
+    place = sum(tensor[0].numel() for tensor in list(params.values())[: list(params).index("unembedding.bias")])
+    residuals = population.apply(models[0], params, prompts.xs, prompts.ys) - prompts.ys
+    torch.testing.assert_close(found[:, place], 2 * residuals.mean((1, 2)))
+    gram = wg.grams(*[wg.batch_gradients(models[0], params, prompts, 6)] * 2)["all"]
+    torch.testing.assert_close(noise, wg.noise_trace(gram, 4).value / 24)
+
+
 def test_alignment_is_unbiased_by_shared_noise():
     """Two sets of gradients with orthogonal means on the same prompts: their noise agrees, their means do not."""
     first, noise = made_up(8, num_members=300, seed=3, mean=torch.tensor([1.0, 1.0]).repeat(P // 2))

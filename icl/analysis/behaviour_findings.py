@@ -1,0 +1,142 @@
+"""What a run's behaviour shows as a whole: lowest scores, crossings from ridge to dMMSE, transience; as rows and in words.
+
+The rules are those of `icl.analysis.turning_points`; this applies them to the numbers of `icl.analysis.behaviour`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from icl import metrics
+from icl.analysis.parts import Part
+from icl.analysis.turning_points import Place, Transience, crossings, minimum, transience, unresolved_signs
+from icl.evaluation import EvaluationSet
+
+Row = dict[str, Any]
+_HEADLINES = ("loss", "delta_ridge", "delta_dmmse", "cosine")
+
+
+def findings(parts: Sequence[Part], sets: Sequence[EvaluationSet]) -> list[Row]:
+    """What the whole run shows, a row each.
+
+    Args:
+        parts: Of every saved step, with its prompts' own numbers.
+        sets: The prompts, `pretrain` and `true`, and their baselines.
+    """
+    steps = torch.tensor([part.step for part in parts])
+    pretrain, true = sets
+    rows = []
+    for name in ("zero", "task_mean"):
+        if name in pretrain.baselines:
+            place = minimum(steps, _samples(parts, f"pretrain/prior_{name}"))
+            rows.append(_place_row(f"prior_{name}_minimum_step", "pretrain", place))
+    for one in sets:
+        if "dmmse" in one.baselines:
+            rows += _crossing_rows(steps, _samples(parts, f"{one.name}/delta_difference"), one.name)
+    losses = {
+        name: metrics.squared_error(true.baselines[name], true.prompts.ys).mean(-1).double()
+        for name in ("zero", "ridge")
+    }
+    found = transience(steps, _samples(parts, "true/loss"), **losses)
+    return [*rows, *_transience_rows(found, is_gaussian="dmmse" not in true.baselines)]
+
+
+def summary(parts: Sequence[Part], found: Sequence[Row]) -> list[str]:
+    """The findings in words, verdicts first, then the last step."""
+    critical, rise, dip = (_of(found, name)[0] for name in ("critical_step", "rise", "dip"))
+    lines = [_transience_line(critical, rise, dip)]
+    for row in _of(found, "crossing_step"):
+        where = "" if math.isnan(row["value"]) else f" at {_place_words(row)}"
+        lines.append(
+            f"Nearest Bayes predictor on {row['distribution']}: crossing {row['finding']}{where}; {_verdict(row)}."
+        )
+    for name in ("prior_zero", "prior_task_mean"):
+        places = _of(found, f"{name}_minimum_step")
+        lines += [f"Lowest {name} at {_place_words(row)}; {_verdict(row)}." for row in places]
+    lines.append(f"Step {parts[-1].step:,}, the last of {len(parts)}:")
+    return [*lines, *_last_lines(parts[-1])]
+
+
+def _crossing_rows(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"], name: str) -> list[Row]:
+    found = crossings(steps, samples)
+    if found:
+        sides = {True: "to dMMSE", False: "to ridge"}
+        return [_place_row("crossing_step", name, one.place, finding=sides[one.is_upward]) for one in found]
+    reasons = unresolved_signs(steps, samples)
+    place = Place(math.nan, math.nan, math.nan, math.nan, "suspect" if reasons else "ok", reasons)
+    return [_place_row("crossing_step", name, place, finding="unresolved" if reasons else "none")]
+
+
+def _transience_rows(found: Transience, *, is_gaussian: bool) -> list[Row]:
+    verdict, reasons = found.verdict, found.reasons
+    if is_gaussian and found.finding not in ("none", "unresolved"):
+        verdict = "suspect"
+        reasons = (*reasons, "with M = inf ridge is the optimum, so training went wrong and nothing was transient")
+    judged = {"finding": found.finding, "verdict": verdict, "reasons": "; ".join(reasons)}
+    numbers = {"rise": found.rise, "dip": found.dip}
+    return [
+        _place_row("critical_step", "true", found.critical, finding=found.finding),
+        *(
+            _finding_row(name, "true", value.item(), stderr.item()) | judged
+            for name, (value, stderr) in numbers.items()
+        ),
+    ]
+
+
+def _place_row(quantity: str, name: str, place: Place, *, finding: str = "") -> Row:
+    bounds = {"lower": place.lower, "upper": place.upper, "finding": finding}
+    judged = {"verdict": place.verdict, "reasons": "; ".join(place.reasons)}
+    return _finding_row(quantity, name, place.step, place.stderr) | bounds | judged
+
+
+def _finding_row(quantity: str, name: str, value: float, stderr: float) -> Row:
+    where = {"predictor": "model", "distribution": name, "quantity": quantity, "position": "mean"}
+    return where | {"value": value, "stderr": stderr}
+
+
+def _samples(parts: Sequence[Part], name: str) -> Float[Tensor, "S B"]:
+    return torch.from_numpy(np.stack([part.vectors[name] for part in parts])).double()
+
+
+def _of(found: Sequence[Row], quantity: str) -> list[Row]:
+    return [row for row in found if row["quantity"] == quantity]
+
+
+def _transience_line(critical: Row, rise: Row, dip: Row) -> str:
+    line = f"Transient ridge: {rise['finding']}; {_verdict(rise)}."
+    if math.isnan(rise["value"]):
+        return line
+    change = (
+        f"at the end it is {rise['value']:.3g} ± {rise['stderr']:.2g} higher"
+        if rise["value"] > 0
+        else "the last saved step"
+    )
+    near = f"{dip['value']:.0%} ± {dip['stderr']:.1%} of the way from zero's to ridge's"
+    return f"{line} The loss on new tasks is lowest at {_place_words(critical)}, {near}; {change}."
+
+
+def _last_lines(part: Part) -> Iterator[str]:
+    widest = max((row["position"] for row in part.rows if row["quantity"] == "icl_score"), key=_width, default="")
+    for row in part.rows:
+        if row["position"] == ("mean" if row["quantity"] in _HEADLINES else widest):
+            label = row["quantity"] + (f" {widest}" if row["quantity"] == "icl_score" else "")
+            yield f"  {row['distribution']:9s} {label:15s} {row['value']:>10.4g} ± {row['stderr']:.2g}"
+
+
+def _width(pair: str) -> int:
+    first, second = map(int, pair.split(":"))
+    return second - first
+
+
+def _place_words(row: Row) -> str:
+    error = "" if math.isnan(row["stderr"]) else f" ± {row['stderr']:,.2g}"
+    return f"step {row['value']:,.0f}{error}, between {row['lower']:,.0f} and {row['upper']:,.0f}"
+
+
+def _verdict(row: Row) -> str:
+    return f"{row['verdict']}: {row['reasons']}" if row["reasons"] else row["verdict"]

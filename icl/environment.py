@@ -1,0 +1,53 @@
+"""What a run is trained with: versions, machine and command, one line of `run.log` for every start.
+
+A folder that is read years later, or by somebody else, so says what made it; `icl report` reads the lines back.
+"""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("icl", "torch", "lightning", "numpy")
+_MARK = " environment "
+
+
+def describe_environment() -> dict[str, str]:
+    """Versions, machine and command of this process, by a word for each."""
+    program, *words = sys.argv or [""]
+    return {
+        "command": shlex.join([Path(program).name, *words]),
+        "machine": f"{platform.node()}, {os.cpu_count()} processors",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "Python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+    }
+
+
+def environment_line() -> str:
+    """This process's environment as `environments_of` reads it from a log."""
+    return f"{_MARK.strip()} {json.dumps(describe_environment())}"
+
+
+def environments_of(log: str) -> list[tuple[str, dict[str, str]]]:
+    """The time and the environment of every start that a `run.log` tells of; lines that cannot be read are left out."""
+    found = []
+    for line in log.splitlines():
+        time, mark, text = line.partition(_MARK)
+        try:
+            about = json.loads(text) if mark else None
+        except ValueError:
+            about = None
+        if isinstance(about, dict):
+            found.append((time, {str(key): str(value) for key, value in about.items()}))
+    return found
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,77 @@
+"""Several runs beside each other: what differs in their settings, how far they are, what they reached."""
+
+from collections.abc import Sequence
+
+from icl.config import flatten
+from icl.plotting.curves import MAX_LABELS, plot_curves
+from icl.report.facts import RunFacts
+from icl.report.findings import (
+    all_verdicts,
+    final_losses,
+    last_llc,
+    ratio_to_ridge,
+    show_setting,
+    state_of,
+    training_loss,
+)
+from icl.report.pictures import Picture, draw
+from icl.report.tables import NOTHING, Cell, Table, show
+
+MAX_SETTINGS = 8
+"""Columns of settings that differ."""
+
+
+def comparison_table(runs: Sequence[RunFacts], targets: Sequence[str]) -> Table:
+    """A row for each run, linked to its part of the page by the id in `targets`."""
+    settings = differing_settings(runs)
+    shown = dict(list(settings.items())[:MAX_SETTINGS])
+    rows = [
+        {
+            "run": Cell(text=facts.name, target=target),
+            **_standing(facts),
+            **{key: Cell(text=values[place], is_number=True) for key, values in shown.items()},
+            **_reached(facts),
+        }
+        for place, (facts, target) in enumerate(zip(runs, targets, strict=True))
+    ]
+    header = [name for name in rows[0] if any(row[name].text != NOTHING for row in rows)]
+    left = list(settings)[MAX_SETTINGS:]
+    note = "Settings that are the same in all runs are left out; losses are means over positions, per target."
+    note += f" Also different: {', '.join(left)}." if left else ""
+    return Table(caption="The runs", header=header, rows=[[row[name] for name in header] for row in rows], note=note)
+
+
+def comparison_picture(runs: Sequence[RunFacts], title: str) -> Picture | None:
+    """The loss curves of all runs that have any."""
+    curves = {facts.name: facts.metrics for facts in runs if facts.metrics is not None}
+    if not curves:
+        return None
+    caption = "the loss curves, from the first run (dark) to the last (light)"
+    caption += "; too many for names" if len(curves) > MAX_LABELS else ""
+    return draw(plot_curves(curves, title=title), alt=f"Loss curves of {len(curves)} runs", caption=caption)
+
+
+def differing_settings(runs: Sequence[RunFacts]) -> dict[str, list[str]]:
+    """The settings that are not the same in all runs, with each run's value."""
+    trees = [{} if facts.config is None else flatten(facts.config.to_dict()) for facts in runs]
+    keys = dict.fromkeys(key for tree in trees for key in tree if key != "run_name")
+    values = {key: [show_setting(tree[key]) if key in tree else NOTHING for tree in trees] for key in keys}
+    return {key: own for key, own in values.items() if len(set(own) - {NOTHING}) > 1}
+
+
+def _standing(facts: RunFacts) -> dict[str, Cell]:
+    step = NOTHING if facts.status is None else f"{facts.status.step:,} / {facts.status.max_steps:,}"
+    return {"state": Cell(badge=state_of(facts)), "step": Cell(text=step, is_number=True)}
+
+
+def _reached(facts: RunFacts) -> dict[str, Cell]:
+    losses = final_losses(facts)
+    cells = {"training loss": Cell(text=show(training_loss(facts), pad=True), is_number=True)}
+    for name, title in (("pretrain", "training tasks"), ("true", "new tasks")):
+        own = losses.get(name, {})
+        ratio = ratio_to_ridge(own)
+        cells[f"loss, {title}"] = Cell(text=show(own.get("model"), pad=True), is_number=True)
+        cells[f"/ ridge's, {title}"] = Cell(text=NOTHING if ratio is None else f"{ratio:.3f}", is_number=True)
+    cells["LLC, last"] = last_llc(facts) or Cell(text=NOTHING, is_number=True)
+    told = ", ".join(f"{count:,} {word}" for word, count in all_verdicts(facts).items())
+    return {**cells, "verdicts": Cell(text=told or NOTHING)}

@@ -1,0 +1,206 @@
+"""What a run's folder holds, read for a page: everything that can be read, and a sentence for everything that cannot."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from icl.analysis import ANALYSES
+from icl.checkpoints import list_steps
+from icl.checks import ConfigError
+from icl.config import RunConfig
+from icl.environment import environments_of
+from icl.report.pictures import Picture, PictureError, embed
+from icl.runs import RunError, RunFolder, Status, run_folders
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """One topic of a run's page: the tables and figures whose names begin with a word, and the command that makes them."""
+
+    name: str
+    title: str
+    help: str
+    command: str
+    """With RUN for the run's folder."""
+    tables: tuple[str, ...] = ()
+    """Tables that belong here though their names begin otherwise."""
+
+
+SUBJECTS = (
+    Subject(
+        name="training",
+        title="Training",
+        help="losses while training, and at each position of the prompt afterwards, beside the optimal predictors",
+        command="",
+        tables=("losses",),
+    ),
+    Subject(
+        name="evaluation",
+        title="Evaluation",
+        help="losses and distances to the Bayes-optimal predictors, in and out of distribution",
+        command="icl evaluate RUN",
+        tables=("baselines",),
+    ),
+    Subject(
+        name="llc",
+        title="Local learning coefficient",
+        help="the local learning coefficient at saved steps, with verdicts",
+        command="icl llc RUN",
+    ),
+    *(
+        Subject(
+            name=name,
+            title=name.replace("-", " ").capitalize(),
+            help=about.help,
+            command=f"icl analyse RUN --what {name}",
+        )
+        for name, about in ANALYSES.items()
+        if about.of == "run"
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """Everything there is for one run."""
+
+    folder: RunFolder
+    name: str
+    config: RunConfig | None
+    status: Status | None
+    log: str
+    metrics: pd.DataFrame | None
+    tables: dict[str, pd.DataFrame]
+    """The tables of `results/` that have rows, by name."""
+    pictures: dict[str, Picture]
+    """The figures of `figures/`, by name."""
+    saved_steps: list[int]
+    problems: list[str]
+    """A sentence for everything that could not be read."""
+
+    @property
+    def environments(self) -> list[tuple[str, dict[str, str]]]:
+        """Time and environment of every start that the log tells of."""
+        return environments_of(self.log)
+
+    def command(self, template: str) -> str:
+        """A command with this run's folder for RUN."""
+        return template.replace("RUN", shlex.quote(str(self.folder.path)))
+
+
+def find_runs(paths: Sequence[Path]) -> dict[str, RunFolder]:
+    """The runs that paths name, by a name for each: a run's folder, or a folder with runs below it.
+
+    Raises:
+        RunError: If a path is neither.
+    """
+    found: dict[Path, tuple[str, RunFolder]] = {}
+    for path in paths:
+        folder = RunFolder(path)
+        if folder.config_file.is_file() or folder.status_file.is_file():
+            found.setdefault(path.resolve(), (path.resolve().name, folder))
+            continue
+        below = run_folders(path)
+        if not below:
+            raise RunError(
+                f"{path} is not a run, and there are no runs below it: expected a folder with config.yaml; `icl runs` lists those here."
+            )
+        for one in below:
+            found.setdefault(one.path.resolve(), (one.path.relative_to(path).as_posix(), one))
+    names = [name for name, _ in found.values()]
+    return {name if names.count(name) == 1 else str(run.path): run for name, run in found.values()}
+
+
+def read_run(name: str, folder: RunFolder) -> RunFacts:
+    """All that can be read of a run's folder."""
+    problems: list[str] = []
+    config = _read_config(folder, problems)
+    status = folder.read_status()
+    if status is None:
+        problems.append("status.json is missing or damaged, so whether the run has ended is not known.")
+    tables = {file.stem: _read_table(file, problems) for file in _files(folder.results, "csv")}
+    pictures = {file.stem: _read_picture(file, name, problems) for file in _files(folder.figures, "png")}
+    others = sorted(
+        file.name for file in folder.figures.glob("*") if file.suffix in (".pdf", ".svg") and file.stem not in pictures
+    )
+    if others:
+        problems.append(f"Only PNG figures are shown; left out: {', '.join(others)}.")
+    return RunFacts(
+        folder=folder,
+        name=name,
+        config=config,
+        status=status,
+        log=_read_log(folder),
+        metrics=_read_table(folder.metrics_file, problems),
+        tables={stem: table for stem, table in tables.items() if table is not None},
+        pictures={stem: picture for stem, picture in pictures.items() if picture is not None},
+        saved_steps=list_steps(folder.checkpoints) if folder.checkpoints.root.is_dir() else [],
+        problems=problems,
+    )
+
+
+def subject_of(name: str) -> Subject:
+    """What a table or figure is about, by the beginning of its name; one of its own if that is not known."""
+    known = [
+        subject
+        for subject in SUBJECTS
+        if name == subject.name or name.startswith(f"{subject.name}-") or name in subject.tables
+    ]
+    if known:
+        return max(known, key=lambda subject: len(subject.name))
+    return Subject(name=name, title=name.replace("-", " ").replace("_", " ").capitalize(), help=name, command="")
+
+
+def _read_config(folder: RunFolder, problems: list[str]) -> RunConfig | None:
+    try:
+        return folder.read_config()
+    except ConfigError as error:
+        problems.append(f"config.yaml cannot be read, so the settings are not known: {error}")
+        return None
+
+
+def _read_table(file: Path, problems: list[str]) -> pd.DataFrame | None:
+    """The table, or None and a sentence if it has no rows or cannot be read."""
+    name = file.name if file.parent.name != "results" else f"results/{file.name}"
+    try:
+        table = pd.read_csv(file, low_memory=False)
+    except FileNotFoundError:
+        problems.append(f"There is no {name}.")
+        return None
+    except (OSError, ValueError) as error:
+        problems.append(f"{name} is damaged or empty and is left out ({_why(error)}).")
+        return None
+    if table.empty:
+        problems.append(f"{name} has no rows yet.")
+        return None
+    return table
+
+
+def _read_picture(file: Path, run: str, problems: list[str]) -> Picture | None:
+    """The figure, or None and a sentence if it cannot be shown."""
+    about = subject_of(file.stem).help
+    alt = f"Figure {file.stem} of the run {run}: {about}"
+    try:
+        return embed(file.read_bytes(), alt=alt, caption=about, file=f"figures/{file.name}")
+    except (PictureError, OSError) as error:
+        problems.append(f"figures/{file.name} is left out: {_why(error)}.")
+        return None
+
+
+def _read_log(folder: RunFolder) -> str:
+    try:
+        return folder.log_file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _files(folder: Path, suffix: str) -> list[Path]:
+    return sorted(file for file in folder.glob(f"*.{suffix}") if file.is_file() and not file.name.startswith("."))
+
+
+def _why(error: Exception) -> str:
+    text = (error.strerror if isinstance(error, OSError) else None) or (str(error).splitlines() or [""])[0]
+    return (text or type(error).__name__).strip().rstrip(".")

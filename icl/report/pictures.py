@@ -1,0 +1,56 @@
+"""Figures inside a page: a PNG file as a data URI with its size, refused unless all of it can be decoded."""
+
+import base64
+import io
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from icl.checks import UserError
+from icl.plotting.style import render_figure
+
+MAX_PIXELS = 50_000_000
+"""A figure larger than this is left out; the largest of ours has five million."""
+
+
+class PictureError(UserError, ValueError):
+    """A figure that cannot be shown; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image that needs no file beside it."""
+
+    uri: str
+    alt: str
+    width: int
+    height: int
+    caption: str
+    file: str = ""
+    """Where it lies in the run's folder, if it does."""
+
+
+def embed(data: bytes, *, alt: str, caption: str, file: str = "") -> Picture:
+    """A picture from the bytes of a PNG file.
+
+    Raises:
+        PictureError: If they are no PNG, cut short, damaged, or of too many pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise PictureError(f"it has {width:,} x {height:,} pixels")
+            image.load()
+    except PictureError:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        raise PictureError("it is damaged, cut short or no PNG") from None
+    uri = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+    return Picture(uri=uri, alt=alt, width=width, height=height, caption=caption, file=file)
+
+
+def draw(figure: Figure, *, alt: str, caption: str) -> Picture:
+    """A picture of a figure that is in no file."""
+    return embed(render_figure(figure), alt=alt, caption=caption)

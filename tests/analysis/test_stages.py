@@ -1,0 +1,318 @@
+"""Stages: the published ones are found within their errors, curves without stages have none, and every verdict has its reason."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from tiny_runs import TINY, change
+
+from icl.analysis import stages
+from icl.analysis.agreement import Agreed, agree
+from icl.analysis.run import analyse
+from icl.analysis.stage_signals import Signal, mirrors_loss, read_signals
+from icl.build import build_model
+from icl.checkpoints import save_checkpoint
+from icl.checks import ConfigError
+from icl.cli import main
+from icl.plotting.llc import read_stages
+from icl.plotting.stages import plot
+from icl.runs import RunError, RunFolder
+
+NBETA = 66.67
+SAVED = np.unique(np.r_[500_000 ** np.linspace(0, 1, 100), np.linspace(0, 499_999, 100)].astype(int)).clip(max=499_999)
+ENDS = np.array([0, 1465, 40_292, 126_262, 318_181, 499_999])
+LOSSES = 4.38 + np.cumsum([0, -0.320, -2.236, -0.069, -0.047, -0.033])
+LLCS = np.cumsum([0, 21.41, 148.59, -12.35, -44.16, 3.56])
+LLC_NOISE = 0.3
+"""Of one published estimate: means of its ten chains differ by 0.01 in loss, 0.7 in the LLC, over sqrt(10); and
+draws of deviation 35, over sqrt(50,000); rounded up (PAPERS 1.4 and 1.5)."""
+LOSS_NOISE = 0.001
+FLAT = {
+    "constant": lambda times: 0 * times,
+    "power law": lambda times: np.exp(-0.3 * times),
+    "bent power law": lambda times: (1 + np.exp(times - 0.7 * times[-1])) ** -0.5,
+    "sigmoid": lambda times: 1 / (1 + np.exp(-3 * (times - 0.6 * times[-1]))),
+    "line in log time": lambda times: times / times[-1],
+}
+
+
+def staged(steps, levels, ends=ENDS):
+    """A curve that goes from level to level and pauses at every end of a stage: a cubic in log time within each."""
+    times, edges = np.log1p(steps), np.log1p(ends)
+    place = (np.searchsorted(edges, times, side="right") - 1).clip(0, len(ends) - 2)
+    part = ((times - edges[place]) / (edges[place + 1] - edges[place])).clip(0, 1)
+    return levels[place] + (levels[place + 1] - levels[place]) * part**2 * (3 - 2 * part)
+
+
+def signal(name, steps, values, *, noise=0.0, seed=0, **columns):
+    """Points with normal noise."""
+    rng = np.random.default_rng([seed, len(name)])
+    about = {"step": steps, "checkpoint_hash": [f"{step:x}" for step in steps], "stderr": noise}
+    return Signal(
+        name, "made up", pd.DataFrame({**about, "value": values + noise * rng.normal(size=len(steps)), **columns})
+    )
+
+
+def published(seed, llc_noise=LLC_NOISE, loss_noise=LOSS_NOISE):
+    """Loss and LLC with the published stages; the LLC's E[L] moves, so that it mirrors nothing."""
+    losses, llcs = staged(SAVED, LOSSES), staged(SAVED, LLCS)
+    moving = {"init_loss": losses, "mean_loss": losses + llcs / 1000}
+    return [
+        signal("loss", SAVED, losses, noise=loss_noise, seed=seed),
+        signal("llc", SAVED, llcs, noise=llc_noise, seed=seed, **moving),
+    ]
+
+
+def found(signals, settings=stages.Settings()):  # noqa: B008
+    """Curves, boundaries and stages of some signals."""
+    fits = {one.name: stages.smooth_signal(one, settings) for one in signals}
+    boundaries = agree(signals, fits, tolerance=settings.tolerance, least_change=settings.least_change)
+    return boundaries, stages.divide(signals, fits, boundaries)
+
+
+def usable(boundaries):
+    """Those that bound stages."""
+    return [one for one in boundaries if one.verdict != "invalid"]
+
+
+def misses(boundaries):
+    """For each published boundary, how many of its own standard errors the nearest one found is off."""
+    return [
+        min(((one.time - math.log1p(end)) / one.stderr for one in boundaries), key=abs, default=math.inf)
+        for end in ENDS[1:-1]
+    ]
+
+
+def write_tables(folder, signals):
+    """The tables of a run, as `icl evaluate` and `icl llc` write them."""
+    for one in signals:
+        points = one.points
+        if one.name == "llc":
+            extra = {"verdict": "ok", "reasons": "", "settings": "0e12", "mode": "", "rescale": 1.0}
+            table = points.rename(columns={"value": "llc"}).assign(**extra)
+            folder.write_result("llc.csv", table.to_csv(index=False))
+        else:
+            table = points.assign(distribution="pretrain", quantity=one.name, position="mean")
+            folder.write_result("evaluation.csv", table.to_csv(index=False))
+    return folder
+
+
+# What is found
+
+
+def test_the_published_stages_are_found_with_their_types_and_changes():
+    boundaries, parts = found(published(0))
+    assert [one.verdict for one in usable(boundaries)].count("ok") >= 3  # the LLC alone has the third at three errors
+    assert len(usable(boundaries)) == 4
+    assert np.abs(misses(usable(boundaries))).max() < 3
+    assert [part.type for part in parts] == ["A", "A", "B", "B", "A"]
+    for part, llc, loss in zip(parts, np.diff(LLCS), np.diff(LOSSES), strict=True):
+        for name, truth in (("llc", llc), ("loss", loss)):
+            change_found = part.changes[name]
+            assert abs(change_found.value - truth) < 3.5 * change_found.stderr
+            assert change_found.stderr < 0.35 * abs(truth)
+
+
+@pytest.mark.slow
+def test_published_boundaries_lie_within_two_of_their_errors_nineteen_times_in_twenty():
+    off, extra = [], 0
+    for seed in range(10):
+        boundaries = usable(found(published(seed))[0])
+        off += misses(boundaries)
+        extra += len(boundaries) - 4
+    assert extra == 0
+    inside = np.mean(np.abs(off) < 2)
+    assert inside > 0.95 - 3 * math.sqrt(0.95 * 0.05 / len(off))
+    assert np.abs(off).max() < 4
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_curves_without_stages_have_none(name):
+    steps = SAVED[::4]
+    curve = FLAT[name](np.log1p(steps))
+    for noise in (0.003, 0.1):
+        both = [
+            signal("loss", steps, -curve, noise=noise, seed=1),
+            signal("llc", steps, 10 * curve, noise=10 * noise, seed=2),
+        ]
+        boundaries, parts = found(both)
+        assert not usable(boundaries)
+        assert not parts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_points", [28, 95])
+def test_at_most_one_flat_curve_in_twenty_shows_a_boundary(num_points):
+    steps = SAVED[np.linspace(0, len(SAVED) - 1, num_points).astype(int)]
+    shown = []
+    for seed in range(12):
+        for number, flat in enumerate(FLAT.values()):
+            curve, noise = flat(np.log1p(steps)), (0.003, 0.03, 0.1)[seed % 3]
+            both = [
+                signal("loss", steps, -curve, noise=noise, seed=100 * seed + number),
+                signal("llc", steps, 10 * curve, noise=10 * noise, seed=100 * seed + number),
+            ]
+            shown.append(bool(usable(found(both)[0])))
+    assert np.mean(shown) <= 0.05
+
+
+# Verdicts
+
+
+def test_an_llc_that_mirrors_the_loss_is_no_signal_of_its_own():
+    losses = published(0)[0]
+    init_loss = staged(SAVED, LOSSES)
+    flat = {"init_loss": init_loss, "mean_loss": np.full(len(SAVED), 4.43)}
+    mirror = signal("llc", SAVED, NBETA * (4.43 - init_loss), noise=LLC_NOISE, **flat)
+    assert mirrors_loss(mirror, 6.0, 8.0)
+    assert not mirrors_loss(published(0)[1]._replace(name="loss"), 6.0, 8.0)
+    boundaries, parts = found([losses, mirror])
+    assert usable(boundaries)
+    assert {one.verdict for one in usable(boundaries)} == {"suspect"}
+    assert all("mirrors the loss" in one.reasons[0] for one in usable(boundaries) if len(one.candidates) == 2)
+    assert all("mirrors the loss" in " ".join(part.reasons) for part in parts if part.type == "A")
+    assert any(part.type == "A" for part in parts)
+
+
+def test_one_signal_is_at_best_suspect_and_scores_of_the_loss_are_none_beside_it():
+    loss = published(0)[0]
+    alone = usable(found([loss])[0])
+    assert {(one.verdict, one.reasons) for one in alone} == {("suspect", ("there is no other signal",))}
+    score = loss._replace(name="icl_score")
+    both, parts = found([loss, score])
+    assert {one.verdict for one in usable(both)} == {"suspect"}
+    assert len(usable(both)[0].candidates) == 2
+    assert {part.type for part in parts} == {"?"}
+
+
+def test_signals_that_do_not_agree_are_not_counted_together():
+    first = signal("loss", SAVED, staged(SAVED, np.array([4, 3, 2.0]), np.array([0, 1000, 499_999])), noise=0.003)
+    second = signal("llc", SAVED, staged(SAVED, np.array([0, 50, 100.0]), np.array([0, 30_000, 499_999])), noise=0.3)
+    boundaries = usable(found([first, second])[0])
+    assert [(one.verdict, len(one.candidates)) for one in boundaries] == [("suspect", 1)] * 2
+    assert boundaries[0].reasons == ("only loss shows it, not llc",)
+    wide = stages.Settings(tolerance=4.0)
+    assert [(one.verdict, len(one.candidates)) for one in usable(found([first, second], wide)[0])] == [("ok", 2)]
+
+
+# Reading
+
+
+@pytest.fixture(scope="module")
+def staged_run(tmp_path_factory):
+    """A run with the tables of the published stages, analysed by the command."""
+    folder = write_tables(RunFolder(tmp_path_factory.mktemp("runs") / "staged"), published(0))
+    assert main(["analyse", str(folder.path), "--what", "stages"]) == 0
+    return folder
+
+
+def test_the_command_writes_table_and_figure_and_the_llc_figure_finds_the_boundaries(staged_run):
+    table = pd.read_csv(staged_run.results / "stages.csv")
+    assert (staged_run.figures / "stages.png").read_bytes().startswith(b"\x89PNG")
+    rows = table[table["quantity"] == "boundary"]
+    assert read_stages(staged_run) == pytest.approx(sorted(rows["at"]))
+    assert len(rows) == 4
+    assert ((rows["low"] < rows["at"]) & (rows["at"] < rows["high"])).all()
+    assert set(table["tolerance"]) == {0.25}
+    assert set(table.loc[table["quantity"] == "measured", "signal"]) == {"loss", "llc"}
+
+
+def test_the_figure_is_drawn_from_the_table_without_what_is_invalid(staged_run):
+    table = pd.read_csv(staged_run.results / "stages.csv")
+    figure = plot(table, title="x")
+    assert len(figure.axes) == 4
+    names = {text.get_text() for text in figure.axes[0].texts}
+    assert names == {"1A", "2A", "3B", "4B", "5A"}
+    table.loc[table["quantity"] == "boundary", "verdict"] = "invalid"
+    bare = plot(table, title="x")
+    assert len(bare.axes[0].lines) == len(figure.axes[0].lines) - 4
+    assert "no boundaries" in bare.get_suptitle()
+
+
+def test_llc_estimates_are_of_one_kind_and_good_enough(tmp_path):
+    folder = RunFolder(tmp_path / "r")
+    kinds = [("a", "ok", 1.0, 10), ("b", "suspect", 1.0, 12), ("b", "invalid", 1.0, 3), ("c", "ok", 2.0, 20)]
+    rows = [
+        {"step": 10 * number + (verdict == "invalid"), "llc": 1.0 + number, "stderr": 0.1, "verdict": verdict,
+         "reasons": "escaped: far", "settings": kind, "rescale": rescale}
+        for kind, verdict, rescale, count in kinds
+        for number in range(count)
+    ]  # fmt: skip
+    folder.write_result("llc.csv", pd.DataFrame(rows).to_csv(index=False))
+
+    def read(**asked):
+        return read_signals(folder.path, **({"num_prompts": 8, "llc_settings": None, "worst_llc": "suspect"} | asked))
+
+    (llc,), missing = read()
+    assert len(llc.points) == 12
+    assert "settings b, 12 of 15 estimates, 12 of them suspect" in llc.source
+    assert any("no loss" in one for one in missing)
+    assert len(read(worst_llc="invalid")[0][0].points) == 15
+    assert len(read(worst_llc="ok")[0][0].points) == 10
+    assert len(read(llc_settings="c")[0][0].points) == 20
+    with pytest.raises(ConfigError, match="no estimates under `d`; its settings are a, b, c"):
+        read(llc_settings="d")
+    with pytest.raises(RunError, match="no signal at 8 steps"):
+        read(llc_settings="b", worst_llc="ok")
+
+
+def test_the_loss_comes_from_the_first_source_that_has_it(tmp_path):
+    folder = RunFolder(tmp_path / "r")
+    with pytest.raises(RunError, match="no signal at 8 steps"):
+        analyse("stages", folder.path)
+    steps = list(range(0, 90, 10))
+    metrics = pd.DataFrame({"step": steps, "eval/pretrain/loss": 1.0})
+    folder.write_result("x.csv", "")
+    folder.metrics_file.write_text(metrics.to_csv(index=False))
+    asked = {"num_prompts": 8, "llc_settings": None, "worst_llc": "suspect"}
+    assert [(one.name, one.source) for one in read_signals(folder.path, **asked)[0]] == [("loss", "metrics.csv")]
+    folder.write_config(TINY)
+    for step in steps:
+        save_checkpoint(folder.checkpoints, step, TINY, build_model(change(TINY, seeds={"model": step})).state_dict())
+    computed, missing = read_signals(folder.path, **asked)
+    assert [one.name for one in computed] == ["loss", "icl_score", "prior_task_score"]
+    assert {one.source for one in computed} == {"checkpoints"}
+    assert "no LLC" in missing[0]
+    table = pd.DataFrame(
+        [
+            {"step": step, "checkpoint_hash": "x", "distribution": "pretrain", "quantity": quantity, "position": position,
+             "predictor": predictor, "value": 5.0, "stderr": 1.0}
+            for step in steps
+            for quantity, position in (("loss", "mean"), ("loss", "1"), ("icl_score", "1:2"), ("icl_score", "1:4"))
+            for predictor in ("model", "ridge")
+        ]
+    )  # fmt: skip
+    folder.write_result("behaviour.csv", table.to_csv(index=False))
+    mixed = {one.name: one.source for one in read_signals(folder.path, **asked)[0]}
+    assert mixed["loss"] == mixed["icl_score"] == "results/behaviour.csv"
+
+
+def test_a_constant_or_a_file_are_answered_in_a_sentence(tmp_path, capsys):
+    folder = RunFolder(tmp_path / "r")
+    flat = signal("loss", np.arange(20), np.full(20, 2.0))
+    write_tables(folder, [flat])
+    assert main(["analyse", str(folder.path), "--what", "stages"]) == 0
+    assert "No boundaries, so no stages, were found." in capsys.readouterr().out
+    assert read_stages(folder) == []
+    file = tmp_path / "step-000000001.safetensors"
+    file.write_bytes(b"x")
+    assert main(["analyse", str(file), "--what", "stages", "--out", str(tmp_path / "x.csv")]) == 1
+    assert "give the run's folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tolerance": 0.0}, "`tolerance` must be positive"),
+        ({"longest": 0.1}, "at least `shortest`"),
+        ({"num_prompts": 1}, "at least 2"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        stages.Settings(**settings)
+
+
+def test_verdicts_are_in_the_words_of_the_llc():
+    assert set(Agreed.__annotations__["verdict"].__args__) == {"ok", "suspect", "invalid"}

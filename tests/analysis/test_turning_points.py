@@ -1,0 +1,164 @@
+"""Minima, crossings and rises of made-up curves whose answers are known, with noise of known size."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from icl.analysis.turning_points import crossings, minimum, roughness, transience, unresolved_signs
+
+STEPS = torch.cat((torch.tensor([0]), torch.logspace(0, 4, 40).round().long().unique()))
+LOGS = STEPS.double().log1p()
+ZERO, RIDGE = torch.full((400,), 4.0).double(), torch.full((400,), 1.0).double()
+
+
+def around(curve, *, noise=0.3, shared=1.0, shake=0.0, seed=0, count=400):
+    """Numbers of prompts about a curve: what all steps share, what is a prompt's and step's own, and a step's own."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    curve = torch.as_tensor(curve).double() + shake * draw(len(curve))
+    return curve.unsqueeze(1) + shared * draw(1, count) + noise * draw(len(curve), count)
+
+
+def step_at(log):
+    return math.exp(log) - 1
+
+
+def test_a_minimum_is_enclosed_by_steps_that_are_clearly_higher():
+    for seed in range(20):
+        place = minimum(STEPS, around((LOGS - 5.0) ** 2 / 4, seed=seed))
+        assert place.verdict == "ok"
+        assert place.lower < step_at(5.0) < place.upper
+        assert place.lower < place.step < place.upper
+
+
+def test_without_noise_the_neighbours_enclose_it():
+    place = minimum(STEPS, (LOGS - LOGS[20]).abs().unsqueeze(1).expand(-1, 3))
+    assert (place.lower, place.step, place.upper) == (STEPS[19], STEPS[20], STEPS[21])
+
+
+@pytest.mark.parametrize(
+    ("curve", "reason"),
+    [
+        (-LOGS, "lowest at the last"),
+        (LOGS, "lowest at the first"),
+        (1e-4 * (LOGS - 5) ** 2, "not told apart from an end|lowest at the"),
+    ],
+)
+def test_a_minimum_at_an_end_is_in_doubt(curve, reason):
+    place = minimum(STEPS, around(curve))
+    assert place.verdict == "suspect"
+    assert re.search(reason, " ".join(place.reasons))
+
+
+def test_a_crossing_of_a_line_is_off_by_its_standard_error():
+    """The z score has mean 0 and deviation 1 over draws; the prompts share much, which moves all steps together."""
+    crossing_log, scores = LOGS[20] + 0.4 * (LOGS[21] - LOGS[20]), []
+    for seed in range(300):
+        (found,) = crossings(STEPS, around(0.5 * (LOGS - crossing_log), noise=0.2, shared=0.2, seed=seed))
+        assert found.is_upward
+        assert found.place.lower <= found.place.step <= found.place.upper
+        assert found.place.verdict == "ok"
+        scores.append((math.log1p(found.place.step) - crossing_log) * (found.place.step + 1) / found.place.stderr)
+    scores = torch.tensor(scores)
+    assert abs(scores.mean()) < 4 / 300**0.5
+    assert abs(scores.std() - 1) < 4 / 600**0.5
+
+
+def test_crossings_there_and_back():
+    found = crossings(STEPS, around((LOGS / LOGS[-1] * 3 * math.pi + 0.5).sin(), shared=0.1))
+    assert [one.is_upward for one in found] == [False, True, False]
+    for number, one in enumerate(found, start=1):
+        log = (number * math.pi - 0.5) / (3 * math.pi) * LOGS[-1]
+        assert one.place.lower < step_at(log) < one.place.upper
+
+
+def test_one_step_on_the_other_side_is_in_doubt():
+    curve = torch.ones(len(STEPS))
+    curve[20] = -1
+    found = crossings(STEPS, around(curve, shared=0.1))
+    assert [one.place.verdict for one in found] == ["suspect", "suspect"]
+    assert "only one saved step" in found[0].place.reasons[0]
+
+
+def test_without_a_clear_change_there_is_no_crossing():
+    above = around(0.5 + LOGS, shared=0.1)
+    assert crossings(STEPS, above) == []
+    assert unresolved_signs(STEPS, above) == ()
+    for seed in range(10):
+        noise = around(torch.zeros(len(STEPS)), noise=1.0, shared=0.0, seed=seed)
+        assert crossings(STEPS, noise) == []
+        assert "neither side" in unresolved_signs(STEPS, noise)[0]
+
+
+def test_steps_that_are_not_finite_are_left_out():
+    samples = around((LOGS - 5.0) ** 2 / 4)
+    samples[-1, 0] = math.nan
+    place = minimum(STEPS, samples)
+    assert place.upper < STEPS[-1]
+    assert place.reasons == ("1 saved steps are not finite",)
+    assert minimum(STEPS, samples * math.nan).verdict == "invalid"
+    assert transience(STEPS, samples * math.nan, zero=ZERO, ridge=RIDGE).verdict == "invalid"
+
+
+def falls_and_rises(low, end, *, at=5.0):
+    """From 4 down to `low` at log(t + 1) = `at`, then up to `end`: straight lines in the logarithm."""
+    down = 4 + (low - 4) * (LOGS / at).clamp(max=1)
+    return down + (end - low) * ((LOGS - at) / (LOGS[-1] - at)).clamp(min=0)
+
+
+@pytest.mark.parametrize(
+    ("low", "dip", "finding"),
+    [(1.2, 2.8 / 3, "transient ridge"), (3.0, 1 / 3, "partial dip"), (4.0, 0.0, "rise without a dip")],
+)
+def test_a_loss_that_rises_again(low, dip, finding):
+    for seed in range(5):
+        found = transience(
+            STEPS, around(falls_and_rises(low, low + 0.5), noise=0.1, shared=0.1, seed=seed), zero=ZERO, ridge=RIDGE
+        )
+        assert (found.finding, found.verdict) == (finding, "ok")
+        assert abs(found.rise.value - 0.5) < 4 * found.rise.stderr
+        assert abs(found.dip.value - dip) < 5 * found.dip.stderr
+        if low < 4:
+            assert found.critical.lower < step_at(5.0) < found.critical.upper
+
+
+@pytest.mark.parametrize("shake", [0.0, 0.02])
+@pytest.mark.parametrize("end", [1.0, 2.0, 4.0])
+def test_a_monotone_or_flat_loss_has_no_transience(shake, end):
+    """Falling to the end, or falling and then flat; prompts and training shake it. One in 200 may be called transient."""
+    findings = []
+    for seed in range(100):
+        curve = 4 + (end - 4) * (LOGS / 7).clamp(max=1 if seed % 2 else 2)
+        samples = around(curve, noise=0.05, shake=shake, seed=seed, count=50)
+        findings.append(transience(STEPS, samples, zero=ZERO[:50], ridge=RIDGE[:50]).finding)
+    assert findings.count("none") >= 90
+    assert findings.count("none") + findings.count("unresolved") >= 98
+
+
+def test_what_is_gone_at_the_end_is_no_rise():
+    curve = falls_and_rises(1.2, 1.2)
+    curve[-10:-4] += 1.0
+    assert transience(STEPS, around(curve, noise=0.1), zero=ZERO, ridge=RIDGE).finding == "none"
+
+
+def test_a_rise_that_may_be_chance_is_unresolved():
+    """Shaking of 0.01 at both ends and hardly any noise of prompts: 0.045 is about three errors, 0.2 is fourteen."""
+    for rise, finding in ((0.045, "unresolved"), (0.2, "transient ridge")):
+        curves = (around(falls_and_rises(1.2, 1.2 + rise), noise=0.01, shake=0.01, seed=seed) for seed in range(40))
+        found = [transience(STEPS, curve, zero=ZERO, ridge=RIDGE).finding for curve in curves]
+        assert found.count(finding) > 10
+
+
+def test_two_steps_cannot_show_transience():
+    found = transience(STEPS[:2], around([4.0, 1.0]), zero=ZERO, ridge=RIDGE)
+    assert (found.finding, found.verdict) == ("unresolved", "invalid")
+
+
+def test_roughness_is_the_deviation_of_a_step():
+    """Of 2,000 normals about a line and a parabola: the median has a relative error of about 3.5 %, as its terms overlap."""
+    steps = torch.arange(2000)
+    values = torch.randn(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert roughness(steps, 0.3 * values + steps / 50) == pytest.approx(0.3, rel=0.12)
+    assert roughness(STEPS, 5 - 2 * LOGS) == pytest.approx(0, abs=1e-12)

@@ -1,0 +1,73 @@
+"""The tutorial is followed word for word; the other pages name commands, options and files that exist."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from icl.analysis import ANALYSES
+from icl.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page):
+    """(language, text) of every block of a page, in order."""
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_the_tutorial_can_be_followed_word_for_word(tmp_path):
+    """In an empty folder, in order; Python blocks share their names, as in a notebook."""
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "WANDB_MODE": "disabled",
+        "MPLBACKEND": "agg",
+    }
+    python = []
+    for language, text in blocks(ROOT / "docs" / "tutorial.md"):
+        if language == "sh":
+            done = subprocess.run(
+                ["bash", "-euc", text], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        else:
+            compile(text, "tutorial", "exec")
+            python.append(text)
+    (tmp_path / "tutorial.py").write_text("\n".join(python), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "tutorial.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    numbers = dict(re.findall(r"^(model|ridge|lasso) ([\d.]+)$", done.stdout, re.MULTILINE))
+    assert float(numbers["lasso"]) < float(numbers["ridge"]), "sparse tasks are the lasso's"
+    llc, stderr, verdict = re.search(r"^([\d.]+) \+- ([\d.]+) (\w+)", done.stdout, re.MULTILINE).groups()
+    assert abs(float(llc) - 2.5) < 5 * float(stderr) + 0.1
+    assert verdict == "ok"
+
+
+def test_the_tutorials_python_can_be_compiled():
+    found = [text for language, text in blocks(ROOT / "docs" / "tutorial.md") if language == "python"]
+    assert len(found) >= 4
+    for text in found:
+        compile(text, "tutorial", "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_and_analysis_that_a_page_names_exists(page):
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![\w./-])icl ([a-z]+)(?= |`|$)", text, re.MULTILINE)) - {"import"}
+    assert named <= set(COMMANDS)
+    assert set(re.findall(r"--what ([a-z-]+)", text)) <= {*ANALYSES, "all"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_file_that_a_page_links_to_exists(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
