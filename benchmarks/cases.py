@@ -1,4 +1,4 @@
-"""What is measured: our step against the plain loop, against one member at a time and against its floor; and dMMSE."""
+"""What is measured: our step against the plain loop, one member at a time and its floor; dMMSE; and the chains of an LLC."""
 
 from collections.abc import Callable
 from itertools import count
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.application import start_application
 from benchmarks.peers import dmmse_by_prefix, matrix_products, plain_loop
+from benchmarks.sampling import devinterp_chains, has_devinterp, our_chains
 from icl import population
 from icl.baselines import dmmse
 from icl.build import build_model
@@ -56,7 +57,18 @@ def make_cases(device: str) -> list[Case]:
         Case("bare loop / the application, one member", bare_steps, application, target="0.9"),
         Case("matrix products alone / one member, compiled", products, one),
         Case("loop over prefixes / dMMSE, M = 2^14", *dmmse_sides(device), calls=1, target="5"),
+        *sampling_cases(device),
     ]
+
+
+def sampling_cases(device: str) -> list[Case]:
+    """8 chains against devinterp's; on a GPU those of 16 checkpoints at once. None where there is no devinterp."""
+    if not has_devinterp():
+        return []
+    num = 16 if device == "cuda" else 1
+    what, target = ("8 chains", "2") if num == 1 else (f"8 chains x {num} checkpoints", "20")
+    ours = our_chains(CONFIG, device, num_checkpoints=num)
+    return [Case(f"devinterp / {what}, compiled", devinterp_chains(CONFIG, device), ours, num, calls=1, target=target)]
 
 
 def training_step(num_members: int, device: str, *, compiled: bool = False) -> Callable[[], None]:

@@ -10,10 +10,7 @@ Rates and counts are tensors: a step never waits for the host, has no shapes tha
 Eager and compiled are the same function; they differ by rounding.
 """
 
-import ctypes
 import math
-import sys
-import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
 
@@ -22,6 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from icl import stacked
+from icl.compiling import grad_and_aux, keep_freed_memory, one_graph
 from icl.config import ModelConfig, OptimConfig
 from icl.population import Params, size
 
@@ -32,9 +30,6 @@ _ALIGNMENT = 16
 """Rows are filled up with zeros to this multiple of numbers (64 bytes), so that products round alike in every row."""
 
 _STABILISER = 1e-6  # clip_grad_norm_'s
-
-_COMPILING_PAYS = 1e13
-"""Floating-point operations of a training from which on compiling pays: some minutes of a CPU, of which it saves a third."""
 
 
 class AdamState(NamedTuple):
@@ -119,8 +114,10 @@ def make_step(
             reduce(grads)
         return StepInfo(losses, update(state, grads, rates, optim))
 
-    _keep_freed_memory()
-    move = _compile(together) if compiled and reduce is None else together
+    keep_freed_memory()
+    move: Step = together
+    if compiled and reduce is None:
+        move = one_graph(together, work="Training", changed=lambda state, *prompts: state)
 
     def step(state: AdamState, xs: Tensor, ys: Tensor, rates: Tensor) -> StepInfo:
         if state.rows.device.type != "cpu":
@@ -130,17 +127,6 @@ def make_step(
         return StepInfo(*(torch.cat(parts) for parts in zip(*infos, strict=True)))
 
     return step
-
-
-def compiling_pays(*, num_params: int, num_tokens: int, num_steps: int) -> bool:
-    """Whether a training is long enough to be compiled; depends on the settings alone, so that resuming repeats it.
-
-    Args:
-        num_params: Of one member, so that a packed run does as it would alone.
-        num_tokens: Of a member's batch, 2 K B.
-        num_steps: Optimiser steps of the whole training.
-    """
-    return 6.0 * num_params * num_tokens * num_steps >= _COMPILING_PAYS  # 2 forward and 4 backward for each weight
 
 
 def losses_and_grads(
@@ -156,15 +142,8 @@ def losses_and_grads(
         losses = (stacked.predict(model, from_rows(rows, shapes), xs, ys) - ys).square().mean(dim=(1, 2))  # N
         return losses.sum(), losses  # the sum's gradient is each member's own
 
-    if torch.compiler.is_compiling():  # which cannot trace autograd; eagerly, autograd is a tenth faster
-        grads, (_, losses) = torch.func.grad_and_value(total, has_aux=True)(rows)
-        return losses, grads
-    # In this thread: one of autograd's own may still hold a tensor when the step ends, and XLA compiles what it finds alive.
-    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
-        leaf = rows.detach().requires_grad_()
-        loss, losses = total(leaf)
-        (grads,) = torch.autograd.grad(loss, leaf)
-    return losses.detach(), grads
+    grads, losses = grad_and_aux(total, rows)
+    return losses, grads
 
 
 @torch.no_grad()
@@ -195,43 +174,3 @@ def update(
 def _bias_correction(beta: float, count: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """1 - beta^count, without cancellation where beta^count is close to one."""
     return -torch.expm1(count * (math.log(beta) if beta else -math.inf))
-
-
-def _compile(move: Step) -> Step:
-    """The step as one graph, on CUDA as a CUDA graph; or itself where there is no compiler."""
-    from torch._dynamo import config, exc, mark_static_address  # slow to import, and needed here alone
-
-    config.recompile_limit = max(config.recompile_limit, 2**10)  # a process may train many populations
-    graph: Step = torch.compile(move, fullgraph=True, dynamic=False)
-    replayed: Step = torch.compile(move, fullgraph=True, dynamic=False, mode="reduce-overhead")
-    has_failed = False
-
-    def call(state: AdamState, xs: Tensor, ys: Tensor, rates: Tensor) -> StepInfo:
-        nonlocal has_failed
-        if has_failed:
-            return move(state, xs, ys, rates)
-        try:
-            if state.rows.device.type != "cuda":
-                return graph(state, xs, ys, rates)
-            for tensor in state:
-                mark_static_address(tensor)  # changed in place by the graph, never copied
-            return StepInfo(*(part.clone() for part in replayed(state, xs, ys, rates)))
-        except exc.TorchDynamoException as error:  # raised before anything has run
-            has_failed = True
-            reason = " ".join(str(error).split("\n")[:2])
-            warnings.warn(f"Training goes on without torch.compile, about a third slower: {reason}", stacklevel=2)
-            return move(state, xs, ys, rates)
-
-    return call
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next step.
-
-    It would hand it back to the system and take it anew, page by page: measured, up to half of a step's time. Other C
-    libraries are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks below 32 MiB, the most that glibc allows, come from the heap
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: of which up to 1 GiB may lie free

@@ -84,3 +84,28 @@ def test_the_chart_has_a_bar_for_each_ratio():
     (axes,) = plot_ratios(ratios, "here").axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["slow", "fast"]
     assert [bar.get_width() for bar in axes.patches] == [0.5, 2.0]
+
+
+def test_without_devinterp_its_case_is_left_out_in_a_sentence(monkeypatch, capsys):
+    from benchmarks import sampling
+    from benchmarks.cases import sampling_cases
+
+    monkeypatch.setattr(sampling, "find_spec", lambda name: None)
+    assert sampling_cases("cpu") == []
+    assert re.fullmatch(r"[^\n]*devinterp[^\n]*\.\[bench\][^\n]*\.\n", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_devinterp_and_we_make_as_many_moves(monkeypatch):
+    """Counted by their losses and by ours; ours are the moves and two gradients for MALA's acceptance."""
+    pytest.importorskip("devinterp", reason='needs devinterp 1.3.2: pip install -e ".[bench]"')
+    from benchmarks.sampling import NUM_CHAINS, PlainTransformer, devinterp_chains, our_chains
+
+    config, seen = preset("quickstart"), []
+    forward = PlainTransformer.forward
+    monkeypatch.setattr(PlainTransformer, "forward", lambda self, *batch: seen.append(1) or forward(self, *batch))
+    devinterp_chains(config, "cpu", num_moves=3)()
+    assert len(seen) == 3 * NUM_CHAINS
+    traces = our_chains(config, "cpu", num_moves=3, compiled=False)()
+    assert traces.burnin.shape[-1] + traces.losses.shape[-1] == 3
+    assert traces.losses.shape[:2] == (1, NUM_CHAINS)

@@ -9,12 +9,12 @@ import torch
 
 from icl import population
 from icl.build import build_architecture
+from icl.compiling import compiling_pays
 from icl.config import ModelConfig, OptimConfig
 from icl.presets import preset
 from icl.step import (
     AdamState,
     adam_state,
-    compiling_pays,
     from_rows,
     losses_and_grads,
     make_step,

@@ -4,10 +4,14 @@ Draws count every move, burn-in included, from 0. Checkpoints of one population 
 t is the same at every checkpoint), which makes their differences less noisy; chains of one checkpoint see different ones.
 An iterable gives chain k at move t its batch number t * num_chains + k and starts over when it ends, so the batches do
 not depend on how many chains run at once. One that draws from torch's global generator when it starts, as a shuffling
-DataLoader does, starts each time from the same state, derived from the seed, and the caller's state is put back.
+DataLoader does, starts its pass e from a state derived from (seed, e), and the caller's state is put back. Where the numbers
+of chains and of batches have a common factor, a chain would meet the same few batches for ever and sample the posterior of
+those; so one batch is passed over each time the dealing would begin to repeat itself.
 """
 
 import hashlib
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -39,64 +43,90 @@ def batch_function(batches: Batches, *, num_chains: int, seed: int) -> Callable[
         )
     if isinstance(batches, Tensor):
         raise ConfigError("`batches` is one tensor; for full-batch chains give a list that holds it.")
-    numbered = _indexed(batches) if isinstance(batches, Sequence) else _Dealer(batches, seed)
+    if isinstance(batches, Sequence):
+        numbered = _indexed(batches, num_chains)
+    elif isinstance(batches, Iterator):
+        numbered = _Kept(batches, num_chains)
+    else:
+        numbered = _Dealer(batches, num_chains, seed)
     return lambda chain, draw: numbered(draw * num_chains + chain)
 
 
-def _indexed(batches: Sequence[Batch]) -> Callable[[int], Batch]:
-    if not len(batches):
-        raise ConfigError("`batches` is empty; a chain needs at least one batch.")
-    return lambda number: batches[number % len(batches)]
+def _passing_over(number: int, *, length: int, num_chains: int) -> int:
+    """The place of batch `number` in the endless row of passes of `length` batches."""
+    if math.gcd(length, num_chains) == 1 or length == 1:
+        return number
+    return number + number // math.lcm(length, num_chains)
+
+
+def _indexed(batches: Sequence[Batch], num_chains: int) -> Callable[[int], Batch]:
+    length = len(batches)
+    if not length:
+        raise _is_empty()
+    return lambda number: batches[_passing_over(number, length=length, num_chains=num_chains) % length]
+
+
+class _Kept:
+    """Batch number i of what can be read once only; kept as it comes."""
+
+    def __init__(self, batches: Iterator[Batch], num_chains: int) -> None:
+        self.batches, self.num_chains = batches, num_chains
+        self.kept: list[Batch] = []
+
+    def __call__(self, number: int) -> Batch:
+        self.kept += itertools.islice(self.batches, max(0, number + 1 - len(self.kept)))
+        return self.kept[number] if number < len(self.kept) else _indexed(self.kept, self.num_chains)(number)
 
 
 class _Dealer:
-    """Batch number i of an iterable without random access; what can be read once only is kept as it comes."""
+    """Batch number i of an iterable that can be read again and again, each time perhaps in another order."""
 
-    def __init__(self, batches: Iterable[Batch], seed: int) -> None:
-        self.batches, self.seed = batches, seed
-        self.kept: list[Batch] | None = [] if isinstance(batches, Iterator) else None
+    def __init__(self, batches: Iterable[Batch], num_chains: int, seed: int) -> None:
+        self.batches, self.num_chains, self.seed = batches, num_chains, seed
         self.length: int | None = None
-        self.iterator, self.position, self.last = self._begin(), 0, None
+        self.last: Batch = None
+        self._begin(0)
 
     def __call__(self, number: int) -> Batch:
+        place = number
         if self.length is not None:
-            number %= self.length
-        if self.kept is not None and number < len(self.kept):
-            return self.kept[number]
-        if number == self.position - 1:
+            place = _passing_over(number, length=self.length, num_chains=self.num_chains)
+        if place == self.position - 1:
             return self.last
-        if number < self.position:
-            self.iterator, self.position = self._begin(), 0
-        while self.position <= number:
+        if place < self.position:
+            self._begin(0 if self.length is None else place // self.length)
+        while self.position <= place:
             try:
                 self.last = self._next()
             except StopIteration:
-                if not self.position:
-                    raise ConfigError("`batches` is empty; a chain needs at least one batch.") from None
-                self.length = self.position
-                return self(number)
+                if self.position == self.epoch * (self.length or 0):
+                    raise _is_empty() from None
+                is_first, self.length = self.length is None, self.length or self.position
+                self._begin(self.epoch + 1)
+                if is_first:
+                    return self(number)
+                continue
             self.position += 1
-            if self.kept is not None:
-                self.kept.append(self.last)
         return self.last
 
-    def _begin(self) -> Iterator[Batch]:
-        if self.kept is not None:
-            assert isinstance(self.batches, Iterator)
-            return self.batches
+    def _begin(self, epoch: int) -> None:
+        """Start a pass; the CPU's generator alone is set."""
+        self.epoch, self.position = epoch, epoch * (self.length or 0)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(stream(self.seed, "llc/batches").low))  # the CPU's alone
+            torch.default_generator.manual_seed(int(stream(self.seed, f"llc/batches/{epoch}").low))
             self.state = torch.get_rng_state()
-            return iter(self.batches)
+            self.iterator = iter(self.batches)
 
     def _next(self) -> Batch:
-        if self.kept is not None:
-            return next(self.iterator)
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self.state)
             batch = next(self.iterator)
             self.state = torch.get_rng_state()
             return batch
+
+
+def _is_empty() -> ConfigError:
+    return ConfigError("`batches` is empty; a chain needs at least one batch.")
 
 
 def stack_batches(batches: Sequence[Batch], device: torch.device) -> Batch:

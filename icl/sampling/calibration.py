@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 import yaml
 
-from icl.checkpoints import Checkpoint
+from icl.checkpoints import Checkpoint, load_same_run
 from icl.config import SamplerConfig
 from icl.population import Params
 from icl.sampling.batches import Batch, stack_batches
@@ -29,7 +29,7 @@ from icl.sampling.gradients import Gradient
 from icl.sampling.prompt_loss import prompt_loss
 from icl.sampling.records import Kind, Record, make_record
 from icl.sampling.result import LLCResult
-from icl.sampling.run import chosen_files, estimate_checkpoints, load_same_run, run_files, sampling_device
+from icl.sampling.run import chosen_files, estimate_checkpoints, num_moves, run_files, sampling_device
 
 NBETAS = (300.0, 1000.0, 3000.0)
 """Times one over the height of the trivial predictor's loss above the last checkpoint's."""
@@ -160,7 +160,9 @@ def calibrate(
     files = chosen_files(files, _default_steps(files) if sampler.steps == "all" else sampler.steps)
     checkpoints = [load_same_run(file, config) for file in files]
     device = sampling_device()
-    loss = prompt_loss(config, sampler, device=device)
+    survey = len(NBETAS) * len(RATIOS) * len(files)
+    one = num_moves(Corner("nbeta, localization", 1.0, 1.0, 1.0).sampler(sampler))
+    loss = prompt_loss(config, sampler, device=device, num_moves=survey * one)
     batches = [loss.batches(0, draw) for draw in range(4)]
     params = {name: tensor.to(device) for name, tensor in checkpoints[-1].params.items()}
     curvature = largest_curvature(loss.gradient, params, batches)

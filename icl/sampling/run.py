@@ -17,10 +17,10 @@ import torch
 from tqdm import tqdm
 
 from icl.build import build_checkpoint_model, choose_device
-from icl.checkpoints import Checkpoint, CheckpointError, checkpoint_files, load_checkpoint_file
+from icl.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, load_same_run
 from icl.checks import ConfigError
 from icl.config import RunConfig, SamplerConfig
-from icl.runs import RunFolder, config_differences
+from icl.runs import RunFolder
 from icl.sampling.llc import estimate_llcs, inverse_temperature
 from icl.sampling.prompt_loss import PromptLoss, prompt_loss
 from icl.sampling.records import (
@@ -83,9 +83,9 @@ def estimate_run(
     sampler = config.sampler if sampler is None else sampler
     kind = Kind(with_nbeta(sampler), mode, rescale)
     device = sampling_device()
-    loss = prompt_loss(config, sampler, device=device)
-    folder = None if Path(path).is_file() else run_folder(path)
     files = chosen_files(files, sampler.steps)
+    loss = prompt_loss(config, sampler, device=device, num_moves=len(files) * num_moves(sampler))
+    folder = None if Path(path).is_file() else run_folder(path)
     at_once = 1 if device.type == "cpu" else CHECKPOINTS_AT_ONCE
     records: list[Record] = []
     with _Bar(len(files), sampler) as bar:
@@ -158,6 +158,11 @@ def with_nbeta(sampler: SamplerConfig) -> SamplerConfig:
     return dataclasses.replace(sampler, nbeta=inverse_temperature(sampler.nbeta, sampler.num_samples))
 
 
+def num_moves(sampler: SamplerConfig) -> int:
+    """Of all chains of a checkpoint."""
+    return sampler.num_chains * (sampler.num_burnin_steps + (sampler.num_draws - 1) * sampler.thinning + 1)
+
+
 def run_files(path: str | Path) -> tuple[list[Path], RunConfig]:
     """The checkpoint files of a path, by step, and the configuration of their run."""
     files = checkpoint_files(path)
@@ -205,15 +210,6 @@ def _steps_of(word: str, saved: Sequence[int]) -> set[int]:
         return {int(match[1])} & set(saved)
     first, last, stride = int(match[2] or 0), int(match[3] or saved[-1]), int(match[4] or 1)
     return {step for step in saved if first <= step <= last and (step - first) % stride == 0}
-
-
-def load_same_run(file: Path, config: RunConfig) -> Checkpoint:
-    """A checkpoint, refused if it is of another run than `config`'s."""
-    checkpoint = load_checkpoint_file(file)
-    differences = config_differences(config, checkpoint.config)
-    if differences:
-        raise CheckpointError(f"{file} is of another run than the checkpoints before it: {'; '.join(differences)}.")
-    return checkpoint
 
 
 def sampling_device() -> torch.device:
@@ -277,8 +273,7 @@ class _Bar:
     """Progress over all chains of all checkpoints, in chain-moves."""
 
     def __init__(self, num_checkpoints: int, sampler: SamplerConfig) -> None:
-        moves = sampler.num_burnin_steps + (sampler.num_draws - 1) * sampler.thinning + 1
-        self.moves = moves * sampler.num_chains
+        self.moves = num_moves(sampler)
         self.bar = tqdm(total=num_checkpoints * self.moves, desc="llc", unit=" moves", unit_scale=True, mininterval=0.5)
 
     def __enter__(self) -> "_Bar":

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from icl.sampling import convergence, diagnostics
@@ -46,24 +46,74 @@ def summarise(
         trivial_loss: Loss of a predictor that knows nothing.
         loss_name: The loss's name in result rows.
     """
-    nbeta, num_init = settings.nbeta, len(init)
-    init_means = init.mean(1)
+    nbeta, init_means = settings.nbeta, init.mean(1)
     init_loss, init_stderr = float(init_means.mean()), float(_mean_error(init_means))
     excess = nbeta * (traces.losses - init_loss)  # K S
     used = _alive(traces, excess, num_params)
+    evidence = _evidence(
+        traces,
+        excess,
+        used,
+        (init_loss, init_stderr),
+        gain,
+        settings,
+        num_params=num_params,
+        trivial_loss=trivial_loss,
+    )
+    verdict, reasons = diagnostics.judge(evidence)
+    per_component = _per_component(traces, init, used, nbeta)
+    return LLCResult(
+        llc=evidence.llc,
+        stderr=evidence.stderr,
+        llc_per_chain=excess.mean(1).where(used, torch.nan),
+        loss_trace=traces.losses,
+        burnin_trace=traces.burnin,
+        init_loss=init_loss,
+        init_loss_stderr=init_stderr,
+        mean_loss=evidence.mean_loss,
+        llc_per_component=per_component[0],
+        stderr_per_component=per_component[1],
+        wbic=None if num_samples is None else num_samples * evidence.mean_loss,
+        fluctuation=_fluctuation(traces, used, nbeta, num_samples),
+        rhat=evidence.rhat,
+        ess=evidence.ess,
+        verdict=verdict,
+        reasons=reasons,
+        evidence=evidence,
+        settings=settings,
+        num_samples=num_samples,
+        num_init_batches=len(init),
+        num_chains_used=evidence.num_chains_used,
+        loss_name=loss_name,
+        step=label.step,
+        checkpoint_hash=label.checkpoint_hash,
+    )
+
+
+def _evidence(
+    traces: Traces,
+    excess: Float[Tensor, "K S"],
+    used: Bool[Tensor, " K"],
+    init: tuple[float, float],
+    gain: tuple[float, float],
+    settings: SamplerSettings,
+    *,
+    num_params: int,
+    trivial_loss: float | None,
+) -> Evidence:
+    """What the verdict's rules look at, of the chains used; `init` and `gain` are numbers with their errors."""
     draws = excess[used].numpy()
-    between = convergence.standard_error(draws)
     pull, spread = traces.pull[used].numpy(), traces.spread[used].numpy()
     heat = (pull + traces.cool_spread[used].numpy() - num_params) / 2
     drift, drift_stderr = convergence.drift(draws)
     mean_loss = float(traces.losses[used].mean())
-    evidence = Evidence(
-        llc=nbeta * (mean_loss - init_loss),
-        stderr=math.hypot(between, nbeta * init_stderr),
+    return Evidence(
+        llc=settings.nbeta * (mean_loss - init[0]),
+        stderr=math.hypot(convergence.standard_error(draws), settings.nbeta * init[1]),
         num_params=num_params,
         num_chains=settings.num_chains,
         num_chains_used=int(used.sum()),
-        init_loss=init_loss,
+        init_loss=init[0],
         mean_loss=mean_loss,
         trivial_loss=trivial_loss,
         rhat=convergence.rhat(draws) if settings.num_chains > 1 else math.nan,
@@ -80,34 +130,6 @@ def summarise(
         descent_stderr=gain[1],
         localization=settings.localization,
         share_batches=traces.share_batches,
-    )
-    verdict, reasons = diagnostics.judge(evidence)
-    per_component = _per_component(traces, init, used, nbeta)
-    return LLCResult(
-        llc=evidence.llc,
-        stderr=evidence.stderr,
-        llc_per_chain=excess.mean(1).where(used, torch.nan),
-        loss_trace=traces.losses,
-        burnin_trace=traces.burnin,
-        init_loss=init_loss,
-        init_loss_stderr=init_stderr,
-        mean_loss=mean_loss,
-        llc_per_component=per_component[0],
-        stderr_per_component=per_component[1],
-        wbic=None if num_samples is None else num_samples * mean_loss,
-        fluctuation=_fluctuation(traces, used, nbeta, num_samples),
-        rhat=evidence.rhat,
-        ess=evidence.ess,
-        verdict=verdict,
-        reasons=reasons,
-        evidence=evidence,
-        settings=settings,
-        num_samples=num_samples,
-        num_init_batches=num_init,
-        num_chains_used=evidence.num_chains_used,
-        loss_name=loss_name,
-        step=label.step,
-        checkpoint_hash=label.checkpoint_hash,
     )
 
 

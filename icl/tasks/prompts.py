@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from icl import rng
@@ -40,17 +40,23 @@ class PromptSource(NamedTuple):
     tasks_key: rng.Stream
     noise_key: rng.Stream
 
-    def sample(self, steps: range, indices: range, *, device: torch.device | str = "cpu") -> Prompts:
+    def sample(
+        self, steps: range, indices: range | Int64[Tensor, " B"], *, device: torch.device | str = "cpu"
+    ) -> Prompts:
         """The prompts `indices` of every step in `steps`, stacked on a leading axis."""
         return Prompts(*(part.squeeze(0) for part in sample_together([self], steps, indices, device=device)))
 
 
 def sample_together(
-    sources: Sequence[PromptSource], steps: range, indices: range, *, device: torch.device | str = "cpu"
+    sources: Sequence[PromptSource],
+    steps: range,
+    indices: range | Int64[Tensor, " B"],
+    *,
+    device: torch.device | str = "cpu",
 ) -> Prompts:
     """The prompts of several sources of one size, each as it would make them alone: xs (N, S, B, K, D)."""
     step = steps.start + torch.arange(len(steps), device=device)  # XLA compiles a range's bounds into its graph
-    index = torch.arange(indices.start, indices.stop, device=device)
+    index = torch.arange(indices.start, indices.stop, device=device) if isinstance(indices, range) else indices
     one = sources[0]
     xs_key = rng.together([source.xs_key for source in sources], device=device)
     noise_key = rng.together([source.noise_key for source in sources], device=device)

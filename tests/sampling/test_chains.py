@@ -1,6 +1,7 @@
 """The driver: the same draws however members are grouped, batches dealt as promised, nothing frozen or lent is touched."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from icl.checks import ConfigError
 from icl.sampling import estimate_llc, estimate_llcs, module_loss
+from icl.sampling.batches import batch_function
 
 SETTINGS = {
     "lr": 1e-3,
@@ -147,6 +149,44 @@ def test_a_shuffling_loader_gives_the_same_however_chains_are_grouped(model):
         estimate(model, Once([batches(0, i) for i in range(7)])),
         estimate(model, Once([batches(0, i) for i in range(7)])),
     )
+
+
+def dealt(batches, *, num_chains, num_draws):
+    """What every chain meets, in order."""
+    source = batch_function(batches, num_chains=num_chains, seed=0)
+    rows = [[source(chain, draw) for chain in range(num_chains)] for draw in range(num_draws)]
+    return list(zip(*rows, strict=True))
+
+
+class Again:
+    """An iterable that can be read again and has no length."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+@pytest.mark.parametrize("kind", [list, Again, iter], ids=["list", "iterable", "iterator"])
+@pytest.mark.parametrize(("num_chains", "length"), [(8, 16), (6, 4), (4, 4), (3, 7), (1, 5), (5, 1)])
+def test_every_chain_meets_every_batch_equally_often(kind, num_chains, length):
+    rounds = 12
+    chains = dealt(kind(list(range(length))), num_chains=num_chains, num_draws=rounds * length)
+    for chain in chains:
+        counts = [chain.count(batch) for batch in range(length)]
+        assert max(counts) - min(counts) <= rounds / 4
+    first = [batch for row in zip(*chains, strict=True) for batch in row][: math.lcm(num_chains, length)]
+    assert first == [number % length for number in range(len(first))]  # in turn, until it would repeat itself
+
+
+def test_a_shuffling_loader_has_a_new_order_in_every_pass():
+    loader = torch.utils.data.DataLoader(list(range(12)), batch_size=None, shuffle=True)
+    (chain,) = dealt(loader, num_chains=1, num_draws=36)
+    passes = [chain[start : start + 12] for start in (0, 12, 24)]
+    assert all(sorted(one) == list(range(12)) for one in passes)
+    assert len(set(passes)) == 3
+    assert dealt(loader, num_chains=1, num_draws=36) == [chain]
 
 
 def test_numbers_and_arrays_may_be_batches():

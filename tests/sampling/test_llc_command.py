@@ -158,8 +158,8 @@ def test_the_curve_shows_stages_and_marks_verdicts(tmp_path):
     )
     folder = make_run(tmp_path / "staged", steps=())
     assert read_stages(folder) == []
-    folder.write_result("stages.csv", "stage,start,end\nLR1,0,10\nLR2,10,60\n")
-    assert read_stages(folder) == [10.0, 60.0]
+    folder.write_result("stages.csv", "stage,start,end\nLR1,0,10\nLR2,10,60\nLR3,60,100\n,,\n")
+    assert read_stages(folder) == [10.0, 60.0]  # the last stage's end is the run's
     figure = plot_llc(table, 2.25, title="x", stages=[10.0, 60.0])
     estimates = figure.axes[3]
     assert {text.get_text() for text in estimates.get_legend().get_texts()} == {"ok", "suspect", "invalid"}

@@ -87,3 +87,13 @@ def test_minibatches_are_a_pure_function_of_seed_chain_and_draw(kind):
         assert torch.equal(first(*place)[0], again(*place)[0])
         assert not torch.equal(first(*place)[0], other(*place)[0])
     assert len({first(*place)[0].numpy().tobytes() for place in places}) == len(places)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "fresh"])
+def test_minibatches_made_ahead_do_not_depend_on_what_was_asked_before(kind):
+    settings = sampler(minibatches=kind, num_samples=2**20)
+    forwards, backwards = (prompt_loss(CONFIG, settings).batches for _ in range(2))
+    places = [(chain, draw) for draw in (0, 1, 1023, 1024, 5000) for chain in (0, 1)]
+    found = {place: forwards(*place) for place in places}
+    for place in reversed(places):
+        assert all(torch.equal(one, other) for one, other in zip(found[place], backwards(*place), strict=True))
