@@ -24,7 +24,9 @@ def blocks(page):
 @pytest.mark.slow
 def test_the_tutorial_can_be_followed_word_for_word(tmp_path):
     """In an empty folder, in order; Python blocks share their names, as in a notebook."""
+    kept = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
     environment = {
+        **{name: os.environ[name] for name in kept if name in os.environ},
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(tmp_path),
         "WANDB_MODE": "disabled",

@@ -134,7 +134,7 @@ def _width(pair: str) -> int:
 
 
 def _place_words(row: Row) -> str:
-    error = "" if math.isnan(row["stderr"]) else f" ± {row['stderr']:,.2g}"
+    error = "" if math.isnan(row["stderr"]) else f" ± {row['stderr']:,.0f}"
     return f"step {row['value']:,.0f}{error}, between {row['lower']:,.0f} and {row['upper']:,.0f}"
 
 

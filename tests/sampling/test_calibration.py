@@ -123,6 +123,7 @@ def test_a_run_that_cannot_be_calibrated_exits_with_1_and_still_shows_what_was_t
     assert not (folder.results / "llc-calibration.yaml").exists()
 
 
+@pytest.mark.slow
 def test_the_checkpoints_are_spread_over_training(tmp_path, quick_search):
     folder = make_run(tmp_path / "tiny", steps=(0, 10, 20, 30, 60, 100))
     found = calibrate(folder.path, dataclasses.replace(CONFIG.sampler, num_draws=4))

@@ -267,6 +267,7 @@ def real_sweep(tmp_path, steps: int) -> str:
     return write(tmp_path, [], command=["${env}", "icl", "train"], parameters=swept)
 
 
+@pytest.mark.slow
 def test_two_tiny_runs_from_file_to_finished(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     file = real_sweep(tmp_path, 2)
@@ -299,6 +300,7 @@ def test_packed_points_are_trained_by_one_program_and_each_has_its_run(tmp_path,
     assert "started" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_packed_point_that_fails_fails_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     file = real_sweep(tmp_path, 2)

@@ -116,6 +116,7 @@ def state_of(run: RunFolder) -> str:
 # A sweep
 
 
+@pytest.mark.slow
 def test_an_agent_runs_every_point_and_a_crashed_one_is_reported_and_left_behind(wandb_server, start, tmp_path):
     parameters = {"optim.lr": {"values": [1e30, 0.01]}, "model": {"parameters": {"mlp_size": {"value": 4}}}}
     sweep = create_sweep(wandb_server, tmp_path, SHORT, parameters)
@@ -233,7 +234,8 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("fault", [pytest.param("errors", marks=pytest.mark.slow), "gone"])
+@pytest.mark.parametrize("fault", ["errors", "gone"])
+@pytest.mark.slow
 def test_a_network_that_fails_in_mid_run_does_not_stop_training(wandb_server, start, tmp_path, fault):
     words = ["train", *as_arguments(change(LONG, trainer={"max_steps": 300}))]
     program = start([sys.executable, "-c", IMPATIENT, *words])

@@ -1,0 +1,108 @@
+"""Figures of the ladder and of LLCs show what the tables hold: every run, every verdict, the true minima."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from icl.plotting import ladder, llc_studies, ood
+from icl.plotting.figures import draw_estimates
+from icl.plotting.style import new_figure
+
+STEPS = (0, 10, 100, 1000)
+QUANTITIES = ("loss", "delta_ridge", "delta_dmmse", "prior_zero", "prior_task_mean")
+
+
+@pytest.fixture
+def runs():
+    return pd.DataFrame({"run": ["m2", "m8", "minf"], "num_tasks": ["2", "8", "inf"]})
+
+
+@pytest.fixture
+def evaluation(runs):
+    """Losses on new tasks fall until step 100 and rise by 0.25 after, but for M = inf, where they go on falling."""
+    rows = []
+    for run in runs["run"]:
+        for place, step in enumerate(STEPS):
+            loss = 2.0 - 0.5 * place + (0.75 if step == 1000 and run != "minf" else 0.0)
+            for distribution in ("pretrain", "true"):
+                rows += [(run, step, distribution, quantity, "mean", loss, 0.01) for quantity in QUANTITIES]
+    return pd.DataFrame(rows, columns=["run", "step", "distribution", "quantity", "position", "value", "stderr"])
+
+
+def drawn(axes):
+    """The points of every plot with error bars."""
+    return [np.array(container.lines[0].get_xydata(), dtype=float) for container in axes.containers]
+
+
+def test_transience_finds_the_minimum_and_the_rise(evaluation, runs):
+    when, rise = ladder.plot_transience(evaluation, runs, title="t").axes
+    assert sorted(points[0, 1] for points in drawn(when)) == [101, 101, 1001]
+    finite, beyond = drawn(rise)[:2]
+    np.testing.assert_allclose(finite, [[1, 0.25], [3, 0.25]])
+    np.testing.assert_allclose(beyond, [[5, 0.0]])
+
+
+@pytest.mark.parametrize(
+    "plot", [ladder.plot_task_prior, ladder.plot_gaps, ladder.plot_final_gaps, ladder.plot_transience]
+)
+def test_every_diversity_is_drawn(plot, evaluation, runs):
+    figure = plot(evaluation, runs, title="a ladder")
+    assert all(axes.lines for axes in figure.axes)
+    assert figure.get_suptitle() == "a ladder"
+
+
+def test_joint_trajectories_have_a_line_for_each_run_and_a_mark_for_each_reference():
+    rows = [
+        {"quantity": quantity, "member": member, "step": step, "item": item, "value": float(step or 1)}
+        for quantity, members, steps in (
+            ("score", ("num_tasks=2", "num_tasks=inf"), (0, 5, 9)),
+            ("reference_score", ("dMMSE M=2", "ridge"), (None,)),
+            ("explained_share", (None,), (None,)),
+        )
+        for member in members
+        for step in steps
+        for item in ("PC1", "PC2", "PC3")
+    ]
+    figure = ladder.plot_joint_trajectories(pd.DataFrame(rows), title="joint")
+    lines = [line for line in figure.axes[1].lines if len(line.get_xdata()) == 3]
+    marks = [line for line in figure.axes[1].lines if line.get_marker() in ("D", "*")]
+    assert len(lines) == 2
+    assert len(marks) == 2
+
+
+def estimates(**columns):
+    base = {
+        "settings": "a", "mode": "", "rescale": 1.0, "step": [0, 10, 100], "llc": [-5.0, 20.0, 30.0], "stderr": [1.0, 2.0, 1.0],
+        "init_loss": [4.1, 3.0, 2.0], "mean_loss": [4.0, 3.1, 2.2], "trivial_loss": 4.125, "lr": 1e-5, "nbeta": 100.0,
+        "localization": 10.0, "num_chains": 2, "num_burnin_steps": 5, "num_draws": 10, "batch_size": 4, "num_samples": 64,
+        "verdict": ["invalid", "suspect", "ok"], "reasons": "",
+    }  # fmt: skip
+    return pd.DataFrame(base | columns)
+
+
+def test_no_verdict_hides():
+    """Each has its own mark; what is not ok is drawn all the same."""
+    _, (axes,) = new_figure()
+    draw_estimates(axes, estimates())
+    marks = {line.get_marker(): line.get_ydata().tolist() for line in axes.lines if line.get_linestyle() == "None"}
+    assert (marks["x"], marks["^"], marks["o"]) == ([-5.0], [20.0], [30.0])
+
+
+def test_the_published_sampler_is_told_from_the_other():
+    both = pd.concat([estimates(), estimates(settings="b", mode="published, num_chains=2", llc=[2.0, 80.0, 150.0])])
+    figure = llc_studies.plot_what_is_measured(both, title="two samplers")
+    labels = " ".join(figure.axes[0].get_legend_handles_labels()[1])
+    assert "published sampler" in labels
+    assert "stays in the basin" in labels
+
+
+def test_ratios_are_to_ridge_on_the_same_prompts():
+    columns = ["run", "step", "distribution", "quantity", "position", "value", "stderr"]
+    model = pd.DataFrame(
+        [("r", 5, "true", "loss", "mean", 3.0, 0.3), ("r", 5, "seen_query", "loss", "8", 1.0, 0.1)], columns=columns
+    )
+    ridge = pd.DataFrame(
+        [("r", 5, "true", "ridge", "mean", 1.5, 0.1), ("r", 5, "seen_query", "ridge", "8", 2.0, 0.1)], columns=columns
+    )
+    axes = ood.plot_shifts(model, ridge, title="shifts").axes[0]
+    np.testing.assert_allclose(drawn(axes)[0][:, 0], [2.0, 0.5])

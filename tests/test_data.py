@@ -1,0 +1,174 @@
+"""The shipped tables are what `data/schema.py` says, small, and tell where they come from; the scripts behind them are `icl` commands."""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from data.__main__ import read_phases
+from data.docs import PAGES, stale_pages
+from data.schema import TABLES
+from data.tables import few_steps
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+SHIPPED = sorted(path for size in ("small", "full") for path in (DATA / size).glob("*.csv"))
+KINDS = {"integer": pd.api.types.is_integer_dtype, "number": pd.api.types.is_numeric_dtype, "text": None}
+MAX_MEGABYTES = 6.0
+NEEDED = ("runs", "checkpoints", "learning", "positions", "evaluation", "baselines", "llc", "phases")
+
+
+def read(path):
+    """A table with its whole numbers whole, though some may be missing."""
+    kinds = {name: "Int64" for name, column in TABLES[path.stem].columns.items() if column.kind == "integer"}
+    texts = {name: str for name, column in TABLES[path.stem].columns.items() if column.kind == "text"}
+    return pd.read_csv(path, dtype=kinds | texts)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_table_is_what_the_schema_says(path):
+    table, columns = read(path), TABLES[path.stem].columns
+    assert list(table.columns) == list(columns)
+    assert len(table)
+    for name, column in columns.items():
+        check = KINDS[column.kind]
+        assert check is None or check(table[name]) or table[name].isna().all(), name
+        assert column.may_miss or table[name].notna().all(), f"{name} has gaps"
+    numbers = table.select_dtypes("number").astype("Float64")
+    assert not (numbers.abs() == float("inf")).any().any()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_table_says_where_it_comes_from(path):
+    provenance = json.loads((path.parent / "provenance.json").read_text())
+    about = provenance["tables"][path.stem]
+    assert provenance["size"] == path.parent.name
+    assert about["rows"] == len(read(path))
+    assert all(about[key] and all(about[key]) for key in ("commands", "date", "torch", "hardware"))
+
+
+def test_what_every_figure_needs_is_there():
+    assert {path.stem for path in SHIPPED if path.parent.name == "small"} >= set(NEEDED)
+
+
+def test_rows_belong_to_shipped_runs_and_saved_steps():
+    runs, saved = read(DATA / "small" / "runs.csv"), read(DATA / "small" / "checkpoints.csv")
+    steps = set(zip(saved["run"], saved["step"], strict=True))
+    assert runs["run"].is_unique
+    for name in ("evaluation", "llc", "attention"):
+        path = DATA / "small" / f"{name}.csv"
+        if path.is_file():
+            table = read(path).dropna(subset="step")
+            assert set(table["run"]) <= set(runs["run"])
+            assert set(zip(table["run"], table["step"], strict=True)) <= steps
+
+
+def test_the_data_are_small():
+    shipped = [path for path in DATA.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in shipped) < MAX_MEGABYTES * 1e6
+    assert {path.suffix for path in shipped} <= {".py", ".sh", ".md", ".csv", ".json", ".png", ".safetensors"}
+
+
+def test_shipped_models_are_of_shipped_runs():
+    from icl.checkpoints import load_checkpoint_file
+
+    saved = read(DATA / "small" / "checkpoints.csv").set_index("checkpoint_hash")
+    for file in (DATA / "small" / "models").glob("*/*.safetensors"):
+        checkpoint = load_checkpoint_file(file)
+        assert (saved.loc[[checkpoint.digest], "step"] == checkpoint.step).all()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_are_made_of_the_tables(page):
+    assert page not in stale_pages(), f"{page} is older than the tables: run `python -m data.docs`."
+
+
+def test_thinning_keeps_ends_and_spacing():
+    kept = few_steps([*range(0, 1000, 7), 1000])
+    assert kept[0] == 0
+    assert kept[-1] == 1000
+    assert all(later >= 1.2 * earlier for earlier, later in itertools.pairwise(kept[1:-1]))
+
+
+# The scripts
+
+
+@pytest.fixture
+def typed(tmp_path):
+    """Runs a script's phases with an `icl` that only writes down its words; the words of every call."""
+    log = tmp_path / "calls"
+    fake = tmp_path / "icl"
+    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {log}\n')
+    fake.chmod(0o755)
+
+    def run(size):
+        for phase in read_phases(size):
+            environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOCAL_ROOT": "R"}
+            subprocess.run(["bash", "-c", f"{phase.beginning}\n{phase.body}"], env=environment, check=True)
+        return [line.split(" ") for line in log.read_text().splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize("size", ["small", "full"])
+def test_every_command_is_one_that_icl_takes(typed, size):
+    from icl.analysis import ANALYSES
+    from icl.resolve import read_words, resolve
+
+    calls = typed(size)
+    trained = set()
+    for command, *words in calls:
+        if command == "train":
+            trained |= {one.run_name or "quickstart" for one in resolve(read_words("train", words).settings).members()}
+        elif command == "llc":
+            read_words("llc", words)
+        elif command == "analyse":
+            assert words[words.index("--what") + 1] in ANALYSES
+        else:
+            assert command == "evaluate"
+    words = [word for call in calls for words in call for word in words.split(",")]
+    used = {word.removeprefix("R/") for word in words if word.startswith("R/") and "." not in word}
+    assert used <= trained
+
+
+def test_a_script_by_hand_does_what_the_phases_do(typed, tmp_path):
+    by_phase = typed("small")
+    (tmp_path / "calls").unlink()
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOCAL_ROOT": "R"}
+    subprocess.run(["bash", str(DATA / "small.sh")], env=environment, check=True)
+    assert [line.split(" ") for line in (tmp_path / "calls").read_text().splitlines()] == by_phase
+
+
+def test_phases_are_timed_kept_and_not_begun_again(tmp_path):
+    """With an `icl` that fails at the second phase, then works: the first is done once."""
+    log, fake = tmp_path / "calls", tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    (fake.parent / "icl").write_text(
+        f'#!/bin/sh\necho "$*" >> {log}\n[ -e {tmp_path}/ok ] || case "$*" in *L2H4*) exit 3;; esac\n'
+    )
+    (fake.parent / "icl").chmod(0o755)
+    code = f"""
+        import sys; sys.executable = {str(fake)!r}; sys.argv = ["data", "small", "--only", "train"]
+        import data.tables; data.tables.write_tables = lambda *words: []
+        import data.__main__ as driver; driver.environment = dict; sys.exit(driver.main())
+    """
+    command = [sys.executable, "-c", re.sub(r"^ +", "", code, flags=re.M)]
+    environment = {**os.environ, "LOCAL_ROOT": str(tmp_path / "runs")}
+    first = subprocess.run(command, cwd=DATA.parent, env=environment, capture_output=True, text=True)
+    assert first.returncode == 3
+    (tmp_path / "ok").touch()
+    second = subprocess.run(command, cwd=DATA.parent, env=environment, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    calls = log.read_text().splitlines()
+    assert calls.count("train --preset quickstart") == 1
+    record = json.loads((tmp_path / "runs" / "phases.json").read_text())
+    assert all(one["is_done"] and one["seconds"] >= 0 for one in record.values())
+    assert set(record) == {phase.name for phase in read_phases("small") if "train" in phase.name}
+    assert all(
+        record[phase.name]["commands"] == phase.commands for phase in read_phases("small") if "train" in phase.name
+    )
