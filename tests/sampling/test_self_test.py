@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pandas as pd
 import pytest
 
 from icl.cli import main
@@ -60,3 +61,11 @@ def test_every_problem_agrees():
     rows = self_test.self_test()
     assert [row.problem for row in rows if not row.agrees] == []
     assert {row.verdict for row in rows} == {"ok"}
+
+
+def test_the_command_writes_the_table(problem, monkeypatch, tmp_path):
+    monkeypatch.setattr(self_test, "problems", lambda: [problem])
+    assert main(["llc", "--self-test", "--out", str(tmp_path / "known.csv")]) == 0
+    table = pd.read_csv(tmp_path / "known.csv")
+    assert table["problem"].tolist() == [problem.name]
+    assert table["agrees"].all()
