@@ -1,6 +1,6 @@
 # `make` or `make help` lists the targets; everything runs in .venv, which `make install` creates.
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow lint format golden bench ci clean
+.PHONY: help install train test test-slow lint format golden bench data figures ci clean
 
 BIN := .venv/bin
 
@@ -37,6 +37,14 @@ golden: install  ## Record the golden losses anew (say why in the commit)
 
 bench: install  ## Measure ratios against peers (about three minutes; see benchmarks/)
 	$(BIN)/python -m benchmarks
+
+SIZE ?= small
+data: install  ## Remake the shipped data from nothing, or go on (SIZE=full: the published sizes)
+	$(BIN)/python -m data $(SIZE)
+	$(BIN)/python -m data.docs
+
+figures: install  ## Draw every figure from the shipped data
+	$(BIN)/python notebooks/execute.py
 
 ci:  ## Run the whole CI in a fresh copy
 	.ci/run

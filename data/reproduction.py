@@ -1,0 +1,221 @@
+"""Our numbers beside the published ones, computed from the shipped tables: the tables of `docs/reproduction.md`.
+
+A published number is a range over the five released seeds (`published.csv`); their step t is our t + 1. Where that step was not saved, losses
+and norms are interpolated in log step between the saved neighbours; of the LLC, which was estimated at twelve steps, the nearest is taken
+and named. Ours agrees if a range of two standard errors about it meets theirs.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+MODEL = "L2H4/"
+_NEAR = 0.1
+"""How far the step of an estimate may lie from the published one, in ln(step + 1)."""
+
+
+class Found(NamedTuple):
+    """One of our numbers."""
+
+    value: float
+    stderr: float = 0.0
+    step: float | None = None
+    """Where it was taken, if not at the published step."""
+
+
+class Tables(NamedTuple):
+    """The shipped tables of one size."""
+
+    folder: Path
+
+    def read(self, name: str, run: str | None = None) -> pd.DataFrame:
+        """A table, or a run's rows; empty if there is none."""
+        file = self.folder / f"{name}.csv"
+        if not file.is_file():
+            return pd.DataFrame({"run": []})
+        table = pd.read_csv(file, dtype={"position": str, "num_tasks": str, "settings": str, "mode": str})
+        return table if run is None else table[table["run"] == run]
+
+
+def compare(data: Path) -> str:
+    """A row for each published number, a column for each of our seeds."""
+    tables, published = Tables(data / "small"), pd.read_csv(data / "published.csv")
+    seeds = sorted(run for run in tables.read("runs")["run"] if str(run).startswith(MODEL))
+    lines = [
+        f"| Quantity | Published | {' | '.join(run.removeprefix(MODEL).replace('=', ' ') for run in seeds)} | Agreement |",
+        "|---|---|" + "---|" * (len(seeds) + 1),
+    ]
+    for row in published.itertuples():
+        found = [measure(tables, run, row.quantity, row.step) for run in seeds]
+        if any(found):
+            name = (
+                row.quantity
+                if math.isnan(row.step)
+                else f"{row.quantity}, step {row.step + 1 if row.step > 0 else 0:,.0f}"
+            )
+            spread = f"{row.low:,g}" if row.low == row.high else f"{row.low:,g} to {row.high:,g}"
+            told = [_tell(one) for one in found]
+            lines.append(f"| {name} | {spread} | {' | '.join(told)} | {_judge(found, row.low, row.high)} |")
+    return "\n".join(lines)
+
+
+def measure(tables: Tables, run: str, quantity: str, step: float) -> Found | None:
+    """Ours, or None if the tables do not have it.
+
+    Args:
+        tables: The shipped tables.
+        run: One of our runs.
+        quantity: As in `published.csv`.
+        step: The published step t; our t + 1.
+    """
+    ours = step + 1 if step > 0 else step
+    if quantity == "parameters":
+        return Found(float(tables.read("runs", run)["num_parameters"].iloc[0]))
+    if quantity.endswith("weight norm"):
+        return _interpolate(tables.read("checkpoints", run).rename(columns={"weight_norm": "value"}), ours)
+    if "(published sampler)" in quantity:
+        return _published_llc(tables.read("llc", run), quantity, ours)
+    if quantity == "Hessian trace":
+        return _interpolate(_where(tables.read("hessian", run), quantity="trace"), ours)
+    if quantity.startswith("share of small"):
+        rows = tables.read("embeddings", run)
+        return _interpolate(_where(rows, quantity="share_small", part="effective_unembedding"), ours)
+    return _from_evaluation(tables.read("evaluation", run), quantity, ours)
+
+
+def _from_evaluation(rows: pd.DataFrame, quantity: str, step: float) -> Found | None:
+    loss = _where(rows, distribution="pretrain", quantity="loss", position="mean")
+    size = _where(rows, distribution="pretrain", quantity="prior_zero", position="mean")
+    if loss.empty:
+        return None
+    if quantity == "loss":
+        return _interpolate(loss, step)
+    if quantity == "gap to ridge":
+        return _interpolate(_where(rows, distribution="pretrain", quantity="delta_ridge", position="mean"), step)
+    if quantity.startswith("ICL score"):
+        return _interpolate(_where(rows, distribution="pretrain", quantity="icl_score", position="1:8"), step)
+    if quantity.endswith("smallest predictions"):
+        return Found(float(size.loc[size["value"].idxmin(), "step"]))
+    if quantity.startswith("smallest mean square"):
+        lowest = size.loc[size["value"].idxmin()]
+        return Found(lowest["value"], lowest["stderr"], lowest["step"])
+    if quantity.startswith("change of loss"):
+        begin = _interpolate(loss, 0.0 if quantity.endswith("LR1") else 1466.0)
+        end = _interpolate(loss, step)
+        return None if begin is None or end is None else Found(end.value - begin.value)
+    return None
+
+
+def _published_llc(rows: pd.DataFrame, quantity: str, step: float) -> Found | None:
+    """The published sampler's estimate, or mean sampled loss, at the step nearest to this one."""
+    if rows.empty or not (own := rows[rows["mode"].fillna("").str.startswith("published")].sort_values("step")).size:
+        return None
+    nearest = own.iloc[(np.log(own["step"] + 1) - math.log(step + 1)).abs().argmin()]
+    if abs(math.log((nearest["step"] + 1) / (step + 1))) > _NEAR:
+        return None
+    if quantity.startswith("LLC"):
+        return Found(nearest["llc"], nearest["stderr"], nearest["step"])
+    if quantity.startswith("sampled loss"):
+        return Found(nearest["mean_loss"], nearest["stderr"] / nearest["nbeta"], nearest["step"])
+    first = own.iloc[(own["step"] - (0 if "LR1" in quantity else 1466)).abs().argmin()]
+    return Found(nearest["llc"] - first["llc"], math.hypot(nearest["stderr"], first["stderr"]), nearest["step"])
+
+
+def ladder(data: Path) -> str:
+    """The gaps of the ladder's last steps on new tasks, and which predictor is nearer."""
+    tables = Tables(data / "small")
+    runs = tables.read("runs")
+    lines = [
+        "| M | gap to ridge | gap to dMMSE | nearer to | loss on new tasks smallest at step |",
+        "|---|---|---|---|---|",
+    ]
+    for run in runs.loc[runs["run"].str.startswith("ladder/"), "run"]:
+        rows = tables.read("evaluation", run)
+        gaps = [
+            _last(_where(rows, distribution="true", quantity=name, position="mean"))
+            for name in ("delta_ridge", "delta_dmmse")
+        ]
+        loss = _where(rows, distribution="true", quantity="loss", position="mean")
+        if gaps[0] is None:
+            continue
+        best = int(loss.loc[loss["value"].idxmin(), "step"])
+        m = run.partition("num_tasks=")[2].replace("inf", "∞")
+        lines.append(
+            f"| {m} | {_tell(gaps[0])} | {_tell(gaps[1])} | {_nearer(*gaps)} | {best:,}{' (the last)' if best == loss['step'].max() else ''} |"
+        )
+    return "\n".join(lines) if len(lines) > 2 else "The ladder has not been run yet."
+
+
+def costs(data: Path) -> str:
+    """What every phase cost."""
+    table = Tables(data / "small").read("phases")
+    lines = ["| Phase | Wall clock, min | Processor, min |", "|---|---|---|"]
+    for row in table.itertuples():
+        cpu = "-" if math.isnan(row.cpu_seconds) else f"{row.cpu_seconds / 60:.1f}"
+        lines.append(f"| {row.phase} | {row.seconds / 60:.1f} | {cpu} |")
+    return "\n".join(lines)
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {"comparison": compare, "ladder": ladder, "costs": costs}
+"""The tables of the page, by name."""
+
+
+def _where(rows: pd.DataFrame, **values: str) -> pd.DataFrame:
+    for column, value in values.items():
+        rows = rows[rows[column] == value] if column in rows else rows.iloc[:0]
+    return rows
+
+
+def _interpolate(rows: pd.DataFrame, step: float) -> Found | None:
+    """At a step between saved ones, in log(step + 1); None past the last."""
+    if rows.empty or step > rows["step"].max():
+        return None
+    rows = rows.sort_values("step")
+    places = np.log(rows["step"].to_numpy(float) + 1)
+    value, stderr = (
+        float(np.interp(math.log(step + 1), places, rows[name].to_numpy(float))) if name in rows else 0.0
+        for name in ("value", "stderr")
+    )
+    return Found(value, stderr)
+
+
+def _last(rows: pd.DataFrame) -> Found | None:
+    if rows.empty:
+        return None
+    last = rows.loc[rows["step"].idxmax()]
+    return Found(last["value"], last["stderr"])
+
+
+def _nearer(ridge: Found | None, dmmse: Found | None) -> str:
+    if ridge is None or dmmse is None:
+        return "-"
+    if abs(ridge.value - dmmse.value) <= 2 * math.hypot(ridge.stderr, dmmse.stderr):
+        return "neither, within 2 standard errors"
+    return "ridge" if ridge.value < dmmse.value else "dMMSE"
+
+
+def _tell(found: Found | None) -> str:
+    if found is None:
+        return "-"
+    digits = 4 if found.value < 1e4 else 6
+    text = f"{found.value:,.{digits}g}" + (f" ± {found.stderr:.2g}" if found.stderr else "")
+    return text + (f" (step {found.step:,.0f})" if found.step is not None else "")
+
+
+def _judge(found: list[Found | None], low: float, high: float) -> str:
+    """Yes if every seed's range of two standard errors meets the published one; else how far the worst lies off."""
+    return "; ".join(dict.fromkeys(_judgements(found, low, high))) or "-"
+
+
+def _judgements(found: list[Found | None], low: float, high: float) -> Iterator[str]:
+    for one in found:
+        if one is not None:
+            below, above = low - one.value - 2 * one.stderr, one.value - 2 * one.stderr - high
+            if max(below, above) <= 1e-9 * abs(high):
+                yield "yes"
+            else:
+                yield f"{max(low - one.value, one.value - high):.2g} {'below' if below > above else 'above'}"

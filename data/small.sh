@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# The commands behind data/small: what two CPU cores do in an evening. `make data` runs them one phase (##) after the other,
+# with times, and then makes the tables; stopped anywhere, the same command goes on. By hand: bash data/small.sh
+#
+# Less than published: L2H4 keeps the published learning rate but stops after 40,293 of 500,000 steps, where stage LR2 ends, with
+# two seeds of five; the ladder of diversities is of the quickstart; LLC chains are fewer, shorter, on smaller minibatches.
+set -euo pipefail
+export LOCAL_ROOT=${LOCAL_ROOT:-runs} RUNS=${LOCAL_ROOT:-runs}
+DIVERSITIES="1 2 4 8 16 32 64 128 256 512 1024 inf"
+
+l2h4() {
+    icl train --preset L2H4 --model.double_residual true --optim.schedule_steps 500000 --trainer.max_steps 40293 \
+        --trainer.compile true --checkpoints.num_linear 55 --run_name L2H4 --population.seeds "$1"
+}
+
+## train the quickstart
+icl train --preset quickstart
+
+## train L2H4, seed 0
+l2h4 0
+
+## train the ladder
+icl train --preset quickstart --run_name ladder --population.num_tasks "${DIVERSITIES// /,}" --trainer.compile true
+
+## train L2H4, seeds 0 and 1
+l2h4 0,1
+
+## evaluate the quickstart
+icl evaluate "$RUNS/quickstart" --num_prompts 4096
+
+## evaluate L2H4, seed 0
+icl evaluate "$RUNS/L2H4/seed=0" --num_prompts 8192 --num_ood_prompts 512
+
+## evaluate L2H4, seed 1
+icl evaluate "$RUNS/L2H4/seed=1" --num_prompts 8192 --num_ood_prompts 512
+
+## evaluate the ladder
+for m in $DIVERSITIES; do icl evaluate "$RUNS/ladder/num_tasks=$m" --num_prompts 2048 --num_ood_prompts 512; done
+
+## test the sampler on known answers
+icl llc --self-test --out "$RUNS/known-answers.csv"
+
+## LLCs of the quickstart
+icl llc "$RUNS/quickstart" --steps 0,56,216,531,832,1302,2039,3193,4444,5000
+
+## calibrate the sampler on the quickstart
+icl llc "$RUNS/quickstart" --calibrate
+
+## LLCs of L2H4, seed 0, with the published sampler
+# Published: 10 chains of 5,000 moves on 1,024 prompts. Exit status 1 says that every estimate is invalid, which is a result.
+icl llc "$RUNS/L2H4/seed=0" --published --steps 0,111,687,1456,2984,5264,9700,12684,17908,25369,31339,40293 \
+    --sampler.num_chains 2 --sampler.num_draws 2000 --sampler.batch_size 32 || test $? -eq 1
+
+## LLCs of L2H4, seed 0, with the preset's sampler
+# The preset: 8 chains of 1,000 + 1,000 moves on 1,024 prompts.
+icl llc "$RUNS/L2H4/seed=0" --steps 0,111,687,1456,2984,5264,9700,12684,17908,25369,31339,40293 \
+    --sampler.num_chains 2 --sampler.num_burnin_steps 300 --sampler.num_draws 300 --sampler.batch_size 256 \
+    --sampler.num_init_batches 64
+
+## essential dynamics of the quickstart
+icl analyse "$RUNS/quickstart" --what essential-dynamics
+
+## embeddings and attention of the quickstart
+icl analyse "$RUNS/quickstart" --what embeddings
+icl analyse "$RUNS/quickstart" --what attention
+
+## gradients of the quickstart
+icl analyse "$RUNS/quickstart" --what gradients
+
+## Hessian of the quickstart
+icl analyse "$RUNS/quickstart" --what hessian
+
+## behaviour and stages of the quickstart
+icl analyse "$RUNS/quickstart" --what behaviour
+icl analyse "$RUNS/quickstart" --what stages
+
+## essential dynamics of L2H4, seed 0
+icl analyse "$RUNS/L2H4/seed=0" --what essential-dynamics
+
+## embeddings and attention of L2H4, seed 0
+icl analyse "$RUNS/L2H4/seed=0" --what embeddings
+icl analyse "$RUNS/L2H4/seed=0" --what attention
+
+## Hessian of L2H4, seed 0, at a few steps
+for step in 0 1456 5264 9700 20146 40293; do
+    icl analyse "$RUNS/L2H4/seed=0/checkpoints/step-$(printf %09d $step).safetensors" --what hessian --num_prompts 1024 \
+        --out "$RUNS/L2H4/seed=0/results/hessian-$step.csv"
+done
+
+## behaviour and stages of L2H4, seed 0
+icl analyse "$RUNS/L2H4/seed=0" --what behaviour
+icl analyse "$RUNS/L2H4/seed=0" --what stages
+
+## essential dynamics of L2H4, seed 1
+icl analyse "$RUNS/L2H4/seed=1" --what essential-dynamics
+
+## essential dynamics of the ladder, together
+finite=$(printf "$RUNS/ladder/num_tasks=%s," ${DIVERSITIES% inf})
+icl analyse "$RUNS/ladder/num_tasks=inf" --what essential-dynamics --distribution first_task --jointly_with "${finite%,}"

@@ -1,0 +1,318 @@
+"""From runs to the shipped tables: choose, thin, round, and say where it comes from.
+
+`write_tables` reads the results of every run of a size and writes `data/<size>/<name>.csv` as `data/schema.py` describes them,
+`provenance.json` (for each table its commands, dates, versions and hardware), and a few small models, so that notebooks can show
+predictions. A table whose runs are not there is left out, and said so.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from data.schema import TABLES, Kind, Table
+from icl.checkpoints import checkpoint_files, load_checkpoint_file
+from icl.evaluation import headlines
+from icl.runs import RunFolder
+from icl.storage import write_atomically
+
+FOLDER = Path(__file__).resolve().parent
+DIGITS = 5
+"""Significant digits of every number; errors are in the third at best."""
+RATIO = 1.2
+"""Between the steps that a thinned table keeps."""
+MODELS = {"quickstart": (0, 531, 1302, 5000), "L2H4/seed=0": (1456, 40293)}
+"""Steps whose weights ship, at the nearest saved ones."""
+LABELS = {
+    "small": "reduced: shorter, fewer and smaller runs and chains than published",
+    "full": "the published sizes",
+}
+_TRACE_POINTS, _TRACE_CHAINS = 150, 2
+
+Runs = Mapping[str, RunFolder]
+
+
+def write_tables(size: str, root: Path, record: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Write all that the runs have, saying of every table how many rows it has.
+
+    Args:
+        size: `small` or `full`, the folder below `data/`.
+        root: Of the runs.
+        record: What is known of every phase.
+    """
+    runs, out = find_runs(root), FOLDER / size
+    provenance: dict[str, Any] = {"size": size, "label": LABELS[size], "tables": {}}
+    for name, about in TABLES.items():
+        table = MAKERS.get(name, _from_results)(name, runs, root, record)
+        if table is None or table.empty:
+            yield f"{name:20s} nothing yet"
+            (out / f"{name}.csv").unlink(missing_ok=True)
+            continue
+        text = conform(table, about).to_csv(index=False, float_format=f"%.{DIGITS}g")
+        write_atomically(out / f"{name}.csv", text.encode())
+        provenance["tables"][name] = {"rows": len(table), **_origin(about, record)}
+        yield f"{name:20s} {len(table):6,} rows  {len(text) / 1000:6.0f} kB"
+    write_atomically(out / "provenance.json", (json.dumps(provenance, indent=1) + "\n").encode())
+    yield from _copy_models(runs, out / "models")
+
+
+def find_runs(root: Path) -> dict[str, RunFolder]:
+    """The finished runs behind the data, by name, in the order in which figures show them."""
+    folders = [root / "quickstart", *sorted(root.glob("L2H4/seed=*")), *root.glob("ladder/num_tasks=*")]
+    runs = [RunFolder(path) for path in folders if (path / "config.yaml").is_file()]
+    done = [run for run in runs if (status := run.read_status()) is not None and status.state == "finished"]
+    done.sort(key=lambda run: float(run.read_config().task.num_tasks) if "ladder" in run.path.parts else 0)
+    return {str(run.path.relative_to(root)): run for run in done}
+
+
+def conform(table: pd.DataFrame, about: Table) -> pd.DataFrame:
+    """The columns of the schema, in its order and types; numbers that are not finite are left out.
+
+    Raises:
+        KeyError: If one is missing.
+    """
+    kinds: dict[Kind, str] = {"text": "object", "integer": "Int64", "number": "float64"}
+    columns: dict[str, Any] = {name: table[name].astype(kinds[column.kind]) for name, column in about.columns.items()}  # type: ignore[call-overload]
+    return pd.DataFrame(columns).replace([np.inf, -np.inf], np.nan)
+
+
+def few_steps(steps: Sequence[int]) -> list[int]:
+    """The first, the last, and of the rest those a factor `RATIO` apart."""
+    kept: list[int] = []
+    for step in sorted(set(steps)):
+        if not kept or step >= RATIO * kept[-1]:
+            kept.append(step)
+    return sorted({*kept, max(steps)})
+
+
+def thinned(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows at `few_steps` of each run, and those of no step."""
+    if table["step"].isna().all():
+        return table
+    parts = []
+    for _, own in table.groupby("run", sort=False):
+        kept = few_steps(own["step"].dropna().astype(int).tolist())
+        parts.append(own[own["step"].isin(kept) | own["step"].isna()])
+    return pd.concat(parts, ignore_index=True)
+
+
+# Where each table comes from
+
+
+def _read(run: RunFolder, file: str) -> pd.DataFrame | None:
+    path = run.results / file
+    return pd.read_csv(path, dtype={"position": str}) if path.is_file() else None
+
+
+def _collect(runs: Runs, file: str, choose: Callable[[str, pd.DataFrame], pd.DataFrame]) -> pd.DataFrame | None:
+    """One table of what is chosen of each run's."""
+    found = {name: table for name, run in runs.items() if (table := _read(run, file)) is not None}
+    parts = [choose(name, table).assign(run=name) for name, table in found.items()]
+    return pd.concat(parts, ignore_index=True) if parts else None
+
+
+def _from_results(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    """An analysis's table as it is, thinned where the schema says so."""
+
+    def choose(run: str, table: pd.DataFrame) -> pd.DataFrame:
+        return thinned(table.assign(run=run)) if TABLES[name].thinned else table
+
+    return _collect(runs, f"{name}.csv", choose)
+
+
+def _make_runs(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame:
+    rows = []
+    for path, run in runs.items():
+        config, status = run.read_config(), run.read_status()
+        weights = load_checkpoint_file(checkpoint_files(run.path)[-1]).params
+        rows.append(
+            {
+                "run": path,
+                "preset": config.preset,
+                "num_tasks": config.to_dict()["task"]["num_tasks"],
+                "seed": config.seeds.model,
+                "num_parameters": sum(tensor.numel() for tensor in weights.values()),
+                "step": status.step if status else 0,
+                "schedule_steps": config.schedule_steps,
+                "loss": status.loss if status else None,
+            }
+        )
+    table = pd.DataFrame(rows)
+    return table.assign(num_tasks=table["num_tasks"].astype(str)) if len(table) else table
+
+
+def _make_checkpoints(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame:
+    rows = []
+    for path, run in runs.items():
+        for file in checkpoint_files(run.path):
+            saved = load_checkpoint_file(file)
+            norm = float(np.sqrt(sum(float(tensor.double().square().sum()) for tensor in saved.params.values())))
+            rows.append({"run": path, "step": saved.step, "checkpoint_hash": saved.digest, "weight_norm": norm})
+    return pd.DataFrame(rows)
+
+
+def _make_learning(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    parts = [pd.read_csv(run.metrics_file).assign(run=path) for path, run in runs.items()]
+    return pd.concat(parts, ignore_index=True) if parts else None
+
+
+def _make_positions(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    table = _collect(runs, "losses.csv", lambda run, own: own)
+    return table if table is None or "dmmse" in table else table.assign(dmmse=None)
+
+
+def _choose_evaluation(run: str, table: pd.DataFrame) -> pd.DataFrame:
+    """Means, scores and positions of `pretrain` and `true`; headlines of the shifts at few steps, of the ladder the last."""
+    is_plain = table["distribution"].isin(["pretrain", "true"])
+    plain = table[is_plain]
+    by_position = plain["position"].str.isdigit()
+    wanted = ~by_position | (
+        (plain["distribution"] == "pretrain") & (plain["quantity"] == "loss") & ("ladder" not in run)
+    )
+    shifts = headlines(table[~is_plain & table["quantity"].isin(["loss", "delta_ridge"])])
+    steps = few_steps(table["step"].tolist()) if "ladder" not in run else [table["step"].max()]
+    chosen = pd.concat([plain[wanted], shifts[shifts["step"].isin(steps)]])
+    return chosen.sort_values("step", kind="stable")
+
+
+def _make_evaluation(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    return _collect(runs, "evaluation.csv", _choose_evaluation)
+
+
+def _choose_baselines(run: str, table: pd.DataFrame) -> pd.DataFrame:
+    is_plain = table["distribution"].isin(["pretrain", "true"])
+    by_position = table["position"].str.isdigit() & (table["distribution"] == "true")
+    shifts = headlines(table[~is_plain & table["quantity"].isin(["ridge", "zero"])])
+    return pd.concat([table[is_plain & ~by_position], shifts])
+
+
+def _make_baselines(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    return _collect(runs, "baselines.csv", _choose_baselines)
+
+
+def _make_traces(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    from icl.sampling.records import read_all
+
+    rows: list[pd.DataFrame] = []
+    for path, run in runs.items():
+        by_settings: dict[str, list] = {}
+        for one in read_all(run):
+            by_settings.setdefault(one.row["settings"], []).append(one)
+        for settings, records in by_settings.items():
+            records.sort(key=lambda one: one.row["step"])
+            for one in (records[place] for place in sorted({0, len(records) // 2, len(records) - 1})):
+                points = np.unique(np.linspace(0, one.traces.shape[1] - 1, _TRACE_POINTS).round().astype(int))
+                for chain, losses in enumerate(one.traces[:_TRACE_CHAINS]):
+                    own = {"move": one.stride * points, "loss": losses[points]}
+                    rows.append(
+                        pd.DataFrame(own).assign(run=path, settings=settings, step=one.row["step"], chain=chain)
+                    )
+    return pd.concat(rows, ignore_index=True) if rows else None
+
+
+def _make_llc(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    return _collect(runs, f"{name}.csv", lambda run, own: own)
+
+
+def _make_calibration(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    return _collect(runs, "llc-calibration.csv", lambda run, own: own)
+
+
+def _make_known_answers(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    path = root / "known-answers.csv"
+    return pd.read_csv(path) if path.is_file() else None
+
+
+def _make_behaviour(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    """Without positions, at few steps; every second scale, which few steps have."""
+
+    def choose(run: str, table: pd.DataFrame) -> pd.DataFrame:
+        own = table[~table["position"].astype(str).str.isdigit()]
+        scales = sorted(own["scale"].dropna().unique())[::2]
+        own = own.assign(run=run)
+        return pd.concat([thinned(own[own["scale"].isna()]), own[own["scale"].isin(scales)]], ignore_index=True)
+
+    return _collect(runs, "behaviour.csv", choose)
+
+
+def _make_attention(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    """Averages over all queries; those over x and over y of the weight on y-tokens alone."""
+
+    def choose(run: str, table: pd.DataFrame) -> pd.DataFrame:
+        is_kept = table["queries"].isin(["all"]) | (table["quantity"] == "y_tokens") | (table["quantity"] == "pattern")
+        return thinned(table[is_kept].assign(run=run))
+
+    return _collect(runs, "attention.csv", choose)
+
+
+def _make_hessian(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    """Of runs, and of single checkpoints (`hessian-<step>.csv`)."""
+    files = [(path, file) for path, run in runs.items() for file in sorted(run.results.glob("hessian*.csv"))]
+    parts = [pd.read_csv(file).assign(run=path) for path, file in files]
+    return pd.concat(parts, ignore_index=True).sort_values(["run", "step"], kind="stable") if parts else None
+
+
+def _make_dynamics(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    """Without radii and arc lengths; of several runs together without curvature."""
+
+    def choose(run: str, table: pd.DataFrame) -> pd.DataFrame:
+        scores = table[table["quantity"] == "score"]
+        dropped = ["radius", "arc_length", *(["centre_1", "centre_2"] if scores["run"].nunique() > 1 else [])]
+        return table[~table["quantity"].isin(dropped)].rename(columns={"run": "member"})
+
+    return _collect(runs, f"{name}.csv", choose)
+
+
+def _make_phases(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame:
+    rows = [{"phase": phase, **known} for phase, known in record.items() if known["is_done"]]
+    return pd.DataFrame(rows)
+
+
+MAKERS: dict[str, Callable[[str, Runs, Path, Mapping], pd.DataFrame | None]] = {
+    "runs": _make_runs,
+    "checkpoints": _make_checkpoints,
+    "learning": _make_learning,
+    "positions": _make_positions,
+    "evaluation": _make_evaluation,
+    "baselines": _make_baselines,
+    "llc": _make_llc,
+    "llc-positions": _make_llc,
+    "llc-traces": _make_traces,
+    "known-answers": _make_known_answers,
+    "calibration": _make_calibration,
+    "behaviour": _make_behaviour,
+    "attention": _make_attention,
+    "hessian": _make_hessian,
+    "essential-dynamics": _make_dynamics,
+    "phases": _make_phases,
+}
+"""The tables that are more than an analysis's own."""
+
+
+def _origin(about: Table, record: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What is known of the phases behind a table."""
+    phases = {name: known for name, known in record.items() if about.phases in name and known["is_done"]}
+    told = {
+        key: sorted({str(known[key]) for known in phases.values()}) for key in ("date", "commit", "torch", "hardware")
+    }
+    return {"commands": [known["commands"] for known in phases.values()], **told}
+
+
+def _copy_models(runs: Runs, out: Path) -> Iterator[str]:
+    """A few weights, at the saved steps nearest to those wanted."""
+    for name, wanted in MODELS.items():
+        if name not in runs:
+            continue
+        files = checkpoint_files(runs[name].path)
+        steps = np.array([int(file.stem.partition("-")[2]) for file in files])
+        for place in sorted({int(np.abs(steps - step).argmin()) for step in wanted}):
+            target = out / name.replace("/", "-") / files[place].name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(shutil.SameFileError):
+                shutil.copyfile(files[place], target)
+            yield f"{'model':20s} {target.relative_to(FOLDER)}"
