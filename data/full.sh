@@ -45,9 +45,6 @@ icl llc --self-test --out "$RUNS/known-answers.csv"
 ## LLCs of the quickstart
 icl llc "$RUNS/quickstart"
 
-## calibrate the sampler on the quickstart
-icl llc "$RUNS/quickstart" --calibrate
-
 ## essential dynamics of the quickstart
 icl analyse "$RUNS/quickstart" --what essential-dynamics
 
@@ -57,9 +54,6 @@ icl analyse "$RUNS/quickstart" --what attention
 
 ## gradients of the quickstart
 icl analyse "$RUNS/quickstart" --what gradients
-
-## Hessian of the quickstart
-icl analyse "$RUNS/quickstart" --what hessian
 
 ## behaviour and stages of the quickstart
 icl analyse "$RUNS/quickstart" --what behaviour

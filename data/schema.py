@@ -200,26 +200,6 @@ TABLES: dict[str, Table] = {
         },
         "known answers",
     ),
-    "calibration": Table(
-        "the search for the sampler's settings on the quickstart",
-        {
-            "run": _RUN,
-            "step": _STEP,
-            "stage": Column("text", "which settings were varied"),
-            "corner": Column("integer", "number of the settings"),
-            **{name: _number("sampler setting") for name in ("lr", "nbeta", "localization", "ratio")},
-            "lr_searched": Column("text", "`True` if it belongs to the search over lr"),
-            "llc": _number("estimate", may_miss=True),
-            "stderr": _number("its standard error", may_miss=True),
-            "init_loss": _number("L(w0)"),
-            "mean_loss": _number("E[L]", may_miss=True),
-            "trivial_loss": _number("loss of predicting zero"),
-            "verdict": _VERDICT,
-            "reasons": _REASONS,
-            "chosen": Column("text", "`True` for the choice"),
-        },
-        "calibrate",
-    ),
     "essential-dynamics": Table(
         "principal components of the trajectories, with random walks beside them",
         {

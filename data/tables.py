@@ -219,10 +219,6 @@ def _make_llc(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFram
     return _collect(runs, f"{name}.csv", lambda run, own: own)
 
 
-def _make_calibration(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    return _collect(runs, "llc-calibration.csv", lambda run, own: own)
-
-
 def _make_known_answers(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
     path = root / "known-answers.csv"
     return pd.read_csv(path) if path.is_file() else None
@@ -284,7 +280,6 @@ MAKERS: dict[str, Callable[[str, Runs, Path, Mapping], pd.DataFrame | None]] = {
     "llc-positions": _make_llc,
     "llc-traces": _make_traces,
     "known-answers": _make_known_answers,
-    "calibration": _make_calibration,
     "behaviour": _make_behaviour,
     "attention": _make_attention,
     "hessian": _make_hessian,

@@ -79,10 +79,10 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
 
     Args:
         table: The table of `icl.sampling.calibration`.
-        traces: Estimates by corner, the chosen one first, then failed ones; without any, their row is left out.
+        traces: Estimates by corner, the chosen one first, then failed ones.
         title: Above the panels.
     """
-    figure, axes = new_figure(3, num_rows=2 if traces else 1, width=4.8, height=3.6)
+    figure, axes = new_figure(3, num_rows=2, width=4.8, height=3.6)
     last = table[table["step"] == table["step"].max()]
     survey = last[last["stage"] == "nbeta, localization"]
     _draw_corners(axes[0], survey, "nbeta", "ratio", "γ/nβ = {:.3g}")
@@ -104,8 +104,8 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
         )
     for panel in axes[3 + len(traces) :]:
         panel.set_visible(False)
+    axes[3].set_ylabel("minibatch loss")
     if traces:
-        axes[3].set_ylabel("minibatch loss")
         axes[3].legend(fontsize=7)
     figure.suptitle(title, fontsize=11)
     return figure
