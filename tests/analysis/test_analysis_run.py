@@ -140,6 +140,7 @@ def test_unknown_names_are_sentences():
         analyse("gradients", "nowhere", size=3)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_run_by_either_spelling(tmp_path, capsys):
     folder, out = saved_run(tmp_path / "r"), tmp_path / "gradient_results.json"
     assert main(["analyse", str(folder.path), "--what", "gradients", *QUICK]) == 0

@@ -187,6 +187,7 @@ def add_step(folder, step, config=CONFIG):
     save_checkpoint(folder.checkpoints, step, config, build_model(change(config, seeds={"model": step})).state_dict())
 
 
+@pytest.mark.slow
 def test_the_behaviour_of_a_run_from_the_command_line(tmp_path, capsys):
     folder = saved_run(tmp_path / "r")
     words = ["analyse", str(folder.path), "--what", "behaviour", *QUICK, "--num_ood_steps", "2"]

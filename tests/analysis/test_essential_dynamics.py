@@ -97,6 +97,7 @@ def test_a_joint_pca_is_that_of_the_stacked_states(tmp_path, state):
     np.testing.assert_allclose(values(table, "explained_share"), (singular**2 / (singular**2).sum())[:4], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_runs_of_different_diversity_from_the_command_line(tmp_path, capsys):
     """Carroll et al. 2025: ridge and every run's dMMSE are projected on components that they had no part in."""
     configs = [change(TINY, task={"num_tasks": num_tasks}) for num_tasks in (2, 4, float("inf"))]

@@ -200,6 +200,7 @@ def test_finished_runs_are_skipped_and_the_figure_is_drawn_again(finished, capsy
     assert figure.is_file()
 
 
+@pytest.mark.slow
 def test_the_metadata_are_there_from_the_start_and_follow_the_training(tmp_path):
     base, seen, said = tmp_path / "base", [], []
     watching = threading.Event()
@@ -231,6 +232,7 @@ def test_the_metadata_are_there_from_the_start_and_follow_the_training(tmp_path)
     assert steps == sorted(steps)
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_early_is_done(tmp_path, capsys):
     config = change(QUICK, evaluation={"every": 5}, early_stopping={"patience": 1, "min_delta": 1e6})
     assert main(command(tmp_path, config)) == 0

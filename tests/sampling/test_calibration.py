@@ -94,6 +94,7 @@ def quick_search(monkeypatch):
     monkeypatch.setattr(calibration, "is_healthy", lambda result: True)
 
 
+@pytest.mark.slow
 def test_a_runs_calibration_writes_table_figure_and_settings_that_the_command_takes(tmp_path, quick_search, capsys):
     folder = make_run(tmp_path / "tiny", steps=(0, 30))
     assert main(["llc", str(folder.path), "--calibrate", "--steps", "30", "--sampler.num_draws", "8"]) == 0

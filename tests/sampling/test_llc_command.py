@@ -167,6 +167,7 @@ def test_the_curve_shows_stages_and_marks_verdicts(tmp_path):
     assert {float(line.get_xdata()[0]) for line in vertical} >= {10.0, 60.0}
 
 
+@pytest.mark.slow
 def test_the_rows_go_to_a_file_of_ones_own(folder, tmp_path, capsys):
     main(["llc", str(folder.path), "--steps", "last", "--out", str(tmp_path / "rows.json")])
     main(["llc", str(folder.path), "--steps", "last", "--out", str(tmp_path / "rows.csv")])
@@ -175,6 +176,7 @@ def test_the_rows_go_to_a_file_of_ones_own(folder, tmp_path, capsys):
     assert pd.read_csv(tmp_path / "rows.csv")["llc"].item() == pytest.approx(row["llc"])
 
 
+@pytest.mark.slow
 def test_the_control_adds_rows_of_rescaled_weights(folder, tmp_path, capsys):
     main(["llc", str(folder.path), "--steps", "last", "--rescale", "2", "--out", str(tmp_path / "rows.csv")])
     rows = pd.read_csv(tmp_path / "rows.csv")

@@ -92,6 +92,7 @@ def test_an_interrupted_run_goes_on_from_the_last_checkpoint(folder, count, monk
     assert count == [0, 30, 30, 60]
 
 
+@pytest.mark.slow
 def test_memory_and_steps_decide_no_chain_and_nothing_is_redone_for_them(folder, count):
     one = estimate_run(folder.path)
     estimate_run(folder.path, dataclasses.replace(QUICK, memory=0.5, steps="30"))

@@ -85,6 +85,7 @@ def test_stationary_moments_of_the_discrete_chain_are_exact():
     assert ((means.mean(0) - expected).abs() < 4 * means.std(0) / 8).all()
 
 
+@pytest.mark.slow
 def test_stationary_moments_of_the_preconditioned_chain_are_exact():
     """Given a chain's frozen G, the variance is 1 / (a (1 - lr G a / 4)); G is found by replaying the burn-in."""
     lr, num = 2e-3, 64

@@ -194,6 +194,7 @@ def test_a_population_that_cannot_be_is_refused(population, reason):
         PopulationConfig(**population)
 
 
+@pytest.mark.slow
 def test_the_command_trains_a_population_and_shows_every_member(capsys):
     words = ["train", *as_arguments(SHORT), "--population.seeds", "0,1"]
     assert main(words) == 0

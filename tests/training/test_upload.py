@@ -342,6 +342,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_a_machine_that_dies_is_replaced_from_the_bucket_bit_identically(s3, monkeypatch, tmp_path_factory, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # as here
     config = change(TINY, trainer={"max_steps": 120}, early_stopping={"patience": 50})

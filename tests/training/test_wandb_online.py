@@ -142,6 +142,7 @@ def test_an_agent_runs_every_point_and_a_crashed_one_is_reported_and_left_behind
 # Signals and orphans
 
 
+@pytest.mark.slow
 def test_a_preempted_point_is_marked_and_goes_on_from_its_checkpoint_when_handed_out_again(
     wandb_server, start, tmp_path
 ):
