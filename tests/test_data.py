@@ -144,6 +144,7 @@ def test_a_script_by_hand_does_what_the_phases_do(typed, tmp_path):
     assert [line.split(" ") for line in (tmp_path / "calls").read_text().splitlines()] == by_phase
 
 
+@pytest.mark.slow
 def test_phases_are_timed_kept_and_not_begun_again(tmp_path):
     """With an `icl` that fails at the second phase, then works: the first is done once."""
     log, fake = tmp_path / "calls", tmp_path / "bin" / "python"

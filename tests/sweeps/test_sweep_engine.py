@@ -283,6 +283,7 @@ def test_two_tiny_runs_from_file_to_finished(tmp_path, monkeypatch, capsys):
     assert {last_attempt(path.parent).number for path in local_root().glob("*/attempts")} == {1}
 
 
+@pytest.mark.slow
 def test_packed_points_are_trained_by_one_program_and_each_has_its_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     file = real_sweep(tmp_path, 2)

@@ -397,6 +397,7 @@ def test_no_secret_is_in_any_file_or_in_what_was_said(s3, capsys):
         assert SECRET.encode() not in s3.get(key), key
 
 
+@pytest.mark.slow
 def test_without_a_store_no_aws_code_is_imported_and_no_thread_is_started(tmp_path):
     code = f"""
 import sys, threading
