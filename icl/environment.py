@@ -22,9 +22,13 @@ def describe_environment() -> dict[str, str]:
         "command": shlex.join([Path(program).name, *words]),
         "machine": f"{platform.node()}, {os.cpu_count()} processors",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "Python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what a training computes."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def environment_line() -> str:

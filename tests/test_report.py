@@ -606,7 +606,7 @@ def test_the_environment_is_read_back_from_the_log():
     log = f"2026-01-01 00:00:00 starting\n2026-01-01 00:00:01 {line}\n2026-01-01 00:00:02 environment {{broken\n"
     assert environments_of(log) == [("2026-01-01 00:00:01", about)]
     assert environments_of("") == []
-    assert {"icl", "torch", "Python", "command", "machine"} <= set(about)
+    assert {"icl", "torch", "python", "command", "machine"} <= set(about)
 
 
 def test_training_logs_its_environment_at_every_start():

@@ -107,7 +107,9 @@ def _judge(together: Sequence[Candidate], signals: Sequence[Signal], span: tuple
     if len(groups) == 1:
         others = [one.name for one in signals if one.name not in names]
         reasons.append(
-            f"only {_and(names)} {_verb(names)} it, not {', '.join(others)}" if others else "there is no other signal"
+            f"only {and_words(names)} {_verb(names)} it, not {', '.join(others)}"
+            if others
+            else "there is no other signal"
         )
     if not any(one.boundary.is_robust for one in together):
         reasons.append("shorter or longer smoothing does not show it")
@@ -136,17 +138,19 @@ def _told_apart(boundaries: Sequence[Agreed]) -> list[Agreed]:
         if one.time - before.time < 2 * math.hypot(one.stderr, before.stderr):
             weaker = min(before, one, key=lambda it: (it.verdict == "ok", it.strength))
             other = one if weaker is before else before
-            reason = f"it cannot be told from the boundary at step {_step(other.time)}"
+            reason = f"it cannot be told from the boundary at step {step_words(other.time)}"
             place = next(place for place, it in enumerate(told) if it is weaker)
             told[place] = weaker._replace(verdict="invalid", reasons=(reason, *weaker.reasons))
     return told
 
 
-def _step(time: float) -> str:
+def step_words(time: float) -> str:
+    """A log time as a step, for people."""
     return f"{math.expm1(time):,.0f}"
 
 
-def _and(names: Sequence[str]) -> str:
+def and_words(names: Sequence[str]) -> str:
+    """Names in a sentence."""
     return " and ".join(names)
 
 

@@ -6,8 +6,8 @@ Loss, the ICL score over the widest span and the prior-task score E yhat^2 (`pri
 curve's shape; there only the points' scatter counts as noise.
 
 The LLC comes from `results/llc.csv`: estimates of one kind of settings, of weights as they are, whose verdict is no worse than
-`worst_llc`. Their standard errors are independent (icl seeds every checkpoint's chains apart; under the original's fixed seed they
-are not).
+`worst_llc`. Their standard errors are taken as independent: every checkpoint's chains have noise of their own (under the original's fixed seed
+they have not); that chains of all checkpoints meet the same minibatches makes differences between steps, if anything, less noisy.
 
 The LLC is nbeta (E[L] - L(w0)). Where E[L] hardly moves while L(w0) does, it is the loss turned over and no signal of its own
 (`mirrors_loss`; so is the published curve up to 46,000 steps, whose chains left the basin).

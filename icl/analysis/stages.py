@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from icl.analysis.agreement import Agreed, agree
+from icl.analysis.agreement import Agreed, agree, and_words, step_words
 from icl.analysis.run import Result, as_table
 from icl.analysis.smoothing import Fit, fit
 from icl.analysis.stage_signals import Signal, SignalSettings, Verdict, mirrors_loss, read_signals
@@ -230,22 +230,16 @@ def _summary(
     lines = [f"{len(usable)} {plural} between stages." if usable else "No boundaries, so no stages, were found."]
     for one in boundaries:
         why = f": {'; '.join(one.reasons)}" if one.reasons else ""
-        names = _and([candidate.signal.name for candidate in one.candidates])
+        names = and_words([candidate.signal.name for candidate in one.candidates])
         lines.append(
-            f"  step {_step(one.time)} ± {math.exp(one.time) * one.stderr:,.0f}  {one.verdict}, in {names}{why}"
+            f"  step {step_words(one.time)} ± {math.exp(one.time) * one.stderr:,.0f}  {one.verdict}, in {names}{why}"
         )
     for number, stage in enumerate(stages, 1):
         known = {name: one for name, one in stage.changes.items() if math.isfinite(one.value)}
         told = ", ".join(f"{name} {one.value:+.3g} ± {one.stderr:.2g}" for name, one in known.items())
         doubt = f"   {stage.verdict}: {'; '.join(stage.reasons)}" if stage.reasons else ""
-        lines.append(f"Stage {number}, {_step(stage.start)} to {_step(stage.end)}, type {stage.type}: {told}{doubt}")
+        lines.append(
+            f"Stage {number}, {step_words(stage.start)} to {step_words(stage.end)}, type {stage.type}: {told}{doubt}"
+        )
     lines += [f"Signal {one.name}: {len(one.points)} steps of {one.source}." for one in signals]
     return lines + list(missing)
-
-
-def _step(time: float) -> str:
-    return f"{math.expm1(time):,.0f}"
-
-
-def _and(names: Sequence[str]) -> str:
-    return " and ".join(names)

@@ -13,11 +13,11 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from icl.diversity.runs import METADATA, ExperimentRun
+from icl.environment import versions
 from icl.runs import DONE, RunFolder
 from icl.storage import StorageError, write_atomically
 
@@ -47,7 +47,7 @@ class Metadata:
             "command": sys.argv,
             **about,
             "settings": _shared_settings(runs[0]),
-            "versions": _versions(),
+            "versions": versions(),
             "runs": [_first_entry(run, before.get(run.label, {})) for run in runs],
         }
         self.write()
@@ -176,9 +176,3 @@ def _shared_settings(run: ExperimentRun) -> dict[str, Any]:
     tree = run.config.to_dict()
     del tree["task"]["num_tasks"], tree["run_name"]
     return tree
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in ("icl", "torch", "lightning", "numpy")
-    }
