@@ -75,7 +75,8 @@ def training_step(num_members: int, device: str, *, compiled: bool = False) -> C
     """One step of a population at each call, prompts included."""
     members = population.stack([dict(build_model(CONFIG).named_parameters()) for _ in range(num_members)])
     params = {name: tensor.to(device) for name, tensor in members.items()}
-    step, state = make_step(CONFIG.model, CONFIG.optim, shapes_of(params), compiled=compiled), adam_state(params)
+    settings = {"compiled": compiled, "packed": num_members > 1}
+    step, state = make_step(CONFIG.model, CONFIG.optim, shapes_of(params), **settings), adam_state(params)
     rates, source = torch.full((num_members,), 1e-3, device=device), prompt_source(CONFIG, stream="train")
     indices, steps = range(num_members * CONFIG.trainer.batch_size), count()
     block: list[Tensor] = []

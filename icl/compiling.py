@@ -61,10 +61,10 @@ def one_graph(
         changed: Which of its inputs it changes in place.
         options: The compiler's, on a CPU.
     """
-    from torch._dynamo import config, exc, mark_static_address  # slow to import, and needed here alone
+    from torch._dynamo import config, error_on_graph_break, exc, mark_static_address  # slow to import, needed here alone
 
-    config.recompile_limit = max(config.recompile_limit, 2**10)  # a process may train many populations
-    graph = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    # Not `fullgraph`: up to torch 2.13 it counts the graphs of a call in a number that all threads share, and fails by chance.
+    graph = torch.compile(error_on_graph_break(True)(function), dynamic=False, options=options)
     replayed = torch.compile(function, fullgraph=True, dynamic=False, mode="reduce-overhead")
     has_failed = False
 
@@ -72,6 +72,7 @@ def one_graph(
         nonlocal has_failed
         if has_failed:
             return function(*inputs)
+        config.recompile_limit = 2**10  # each thread has its own; a process may train many populations
         try:
             if _device(inputs).type != "cuda":
                 return graph(*inputs)

@@ -2,7 +2,8 @@
 
 `icl.transformer` is the definition; this is a second realisation of it, held to the same numbers by tests, on stacked
 parameters with a leading axis N. Four things make it fast. Every linear map of all members is one batched matrix
-product over all tokens of the batch. After the last attention only x-tokens are computed, as only they predict.
+product over all tokens of the batch (one member alone has PyTorch's own fused operations, a tenth faster where they are
+not compiled). After the last attention only x-tokens are computed, as only they predict.
 Prompts are filled up with an empty last token, which no prediction sees, to the even length T = 2K, for which the
 small products of attention run about a quarter faster on CPUs. And there is no mapping by `torch.func.vmap` and no
 Python state, so that `torch.compile` sees one plain function.
@@ -99,8 +100,8 @@ def _attention(
     future: Bool[Tensor, "Q T"],
 ) -> Float[Tensor, "N B Q C"]:
     """What every `stride`-th token gathers from those before it and itself."""
-    (q,) = _heads(config, params, path, x[:, :, ::stride], slice(0, 1))  # N B H Q c
-    k, v = _heads(config, params, path, x, slice(1, 3))  # N B H T c
+    q = _heads(config, params, path, x[:, :, ::stride], 0)  # N B H Q c
+    k, v = (_heads(config, params, path, x, part) for part in (1, 2))  # N B H T c
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # N B H Q T
     pattern = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # N B H Q T
     gathered = (pattern @ v).transpose(2, 3).flatten(3)  # N B Q C
@@ -108,17 +109,17 @@ def _attention(
 
 
 def _heads(
-    config: ModelConfig, params: Params, path: str, x: Float[Tensor, "N B T C"], parts: slice
-) -> tuple[Float[Tensor, "N B H T c"], ...]:
-    """Some of queries, keys and values (0, 1, 2), head by head; the rows of `qkv` are (H, 3, c)."""
+    config: ModelConfig, params: Params, path: str, x: Float[Tensor, "N B T C"], part: int
+) -> Float[Tensor, "N B H T c"]:
+    """Queries, keys or values (0, 1, 2), head by head; the rows of `qkv` are (H, 3, c)."""
     shape = (config.num_heads, 3, config.embed_size // config.num_heads)
     bias = params.get(f"{path}.attention.qkv.bias")
     mapped = _affine(
         x,
-        params[f"{path}.attention.qkv.weight"].unflatten(1, shape)[:, :, parts].flatten(1, 3),
-        None if bias is None else bias.unflatten(1, shape)[:, :, parts].flatten(1, 3),
+        params[f"{path}.attention.qkv.weight"].unflatten(1, shape)[:, :, part].flatten(1, 2),
+        None if bias is None else bias.unflatten(1, shape)[:, :, part].flatten(1, 2),
     )
-    return mapped.unflatten(-1, (shape[0], -1, shape[2])).permute(4, 0, 1, 3, 2, 5).unbind(0)
+    return mapped.unflatten(-1, (shape[0], shape[2])).transpose(2, 3)
 
 
 def _mlp(config: ModelConfig, params: Params, path: str, x: Float[Tensor, "N B T C"]) -> Float[Tensor, "N B T C"]:
@@ -130,8 +131,10 @@ def _norm(params: Params, name: str, x: Float[Tensor, "N B T C"]) -> Float[Tenso
     """Layer norm over channels, or the identity where the model has none."""
     if f"{name}.weight" not in params:
         return x
-    weight, bias = (params[f"{name}.{part}"][:, None, None] for part in ("weight", "bias"))  # N 1 1 C
-    return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), weight)  # N B T C
+    weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]  # N C
+    if len(weight) == 1:
+        return F.layer_norm(x, x.shape[-1:], weight[0], bias[0])
+    return torch.addcmul(bias[:, None, None], F.layer_norm(x, x.shape[-1:]), weight[:, None, None])  # N B T C
 
 
 def _linear(params: Params, name: str, x: Float[Tensor, "N B T I"]) -> Float[Tensor, "N B T O"]:
@@ -142,6 +145,8 @@ def _affine(
     x: Float[Tensor, "N B T I"], weight: Float[Tensor, "N O I"], bias: Float[Tensor, "N O"] | None
 ) -> Float[Tensor, "N B T O"]:
     """Each member's linear map, as one batched matrix product over all its tokens."""
+    if len(weight) == 1:
+        return F.linear(x, weight[0], None if bias is None else bias[0])
     rows = x.flatten(1, 2)  # N BT I
     product = rows @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)  # N BT O
     return product.unflatten(1, x.shape[1:3])

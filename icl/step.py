@@ -11,8 +11,8 @@ Eager and compiled are the same function; they differ by rounding.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
@@ -21,6 +21,7 @@ from torch import Tensor
 from icl import stacked
 from icl.compiling import grad_and_aux, keep_freed_memory, one_graph
 from icl.config import ModelConfig, OptimConfig
+from icl.cores import WITHOUT_LOCK, side_by_side
 from icl.population import Params, size
 
 Shapes: TypeAlias = dict[str, torch.Size]
@@ -91,12 +92,14 @@ def make_step(
     shapes: Shapes,
     *,
     compiled: bool = False,
+    packed: bool = False,
     reduce: Callable[[Tensor], None] | None = None,
 ) -> Step:
     """The step of a population of this architecture under these settings of Adam and clipping.
 
-    On a CPU the members take turns, as one fills the caches; so a member's numbers are bit for bit those of a population
-    of one. Elsewhere all members move together.
+    Elsewhere than on a CPU all members move together. There one fills a core's caches: eagerly they take turns, each on all
+    cores, so that a member's numbers are bit for bit those of a population of one; compiled and packed they go side by
+    side, each on one core, which is faster and differs by the rounding of a few sums.
 
     Args:
         model: The architecture.
@@ -104,6 +107,7 @@ def make_step(
         shapes: Of one member's parameters.
         compiled: Whether `torch.compile` makes one graph of it, at the first call (10 to 30 seconds); where it cannot,
             a warning says so and the step stays eager.
+        packed: Whether the population began with several members; it steps alike when one of them is left.
         reduce: Replaces a tensor by its mean over the processes that share the batch; such a step stays eager.
     """
 
@@ -117,16 +121,22 @@ def make_step(
     keep_freed_memory()
     move: Step = together
     if compiled and reduce is None:
-        move = one_graph(together, work="Training", changed=lambda state, *prompts: state)
+        options = WITHOUT_LOCK if packed else None
+        move = one_graph(together, work="Training", changed=lambda state, *prompts: state, options=options)
+    moves = side_by_side(move, threads_each=1) if move is not together and packed else _in_turns(move)
 
     def step(state: AdamState, xs: Tensor, ys: Tensor, rates: Tensor) -> StepInfo:
         if state.rows.device.type != "cpu":
             return move(state, xs, ys, rates)
-        turns = [slice(i, i + 1) for i in range(len(rates))]
-        infos = [move(state.members(one), xs[one], ys[one], rates[one]) for one in turns]
+        members = [slice(i, i + 1) for i in range(len(rates))]
+        infos = moves([(state.members(one), xs[one], ys[one], rates[one]) for one in members])
         return StepInfo(*(torch.cat(parts) for parts in zip(*infos, strict=True)))
 
     return step
+
+
+def _in_turns(move: Step) -> Callable[[Sequence[tuple[Any, ...]]], list[StepInfo]]:
+    return lambda arguments: [move(*these) for these in arguments]
 
 
 def losses_and_grads(

@@ -3,14 +3,15 @@
 import dataclasses
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch and numpy: threads that spin stall runs on shared cores
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import hypothesis
 import jaxtyping
 import pytest
+import torch
 
 import icl.config
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin stall runs on shared cores
-import torch
 
 pytest_plugins = ["s3_server", "wandb_server"]
 

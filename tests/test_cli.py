@@ -1,6 +1,9 @@
 """The command line as a person meets it: help, one sentence for a mistake, exit statuses, files where it says."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -134,6 +137,20 @@ def test_the_environment_file_is_read_by_the_command_line(tmp_path, monkeypatch,
     (tmp_path / ".env").write_text(f"LOCAL_ROOT={tmp_path}/elsewhere\n")
     assert main(["runs"]) == 0
     assert f"{tmp_path}/elsewhere" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_waiting_threads_sleep_soon_unless_the_environment_says_otherwise(environment, expected):
+    """In a process of its own, as OpenMP reads its environment once, when PyTorch is loaded."""
+    code = (
+        "import os, sys, icl.cli; assert 'torch' not in sys.modules; icl.cli.main(['runs', '.']); "
+        "print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    ran = subprocess.run([sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True)
+    assert ran.stdout.splitlines()[-1] == str(expected), ran.stderr
 
 
 def test_an_absent_device_is_one_sentence(monkeypatch, capsys):

@@ -22,7 +22,7 @@ LAYERS = (
     ("rng", "schedules"),
     ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
     ("baselines", "metrics"),
-    ("compiling", "transformer", "stacked", "population", "step"),
+    ("compiling", "cores", "transformer", "stacked", "population", "step"),
     ("storage", "s3", "runs", "checkpoints", "mirror", "delivery"),
     ("evaluation", "prediction"),
     ("build",),

@@ -1,5 +1,6 @@
 """The step is PyTorch's own: its losses, gradients, clipping and Adam, member by member."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,10 +46,10 @@ def make_prompts(step, num=N, dtype=torch.float64):
     return xs, torch.randn(num, B, K, generator=generator, dtype=dtype)
 
 
-def train(num_steps, optim, *, num=N, dtype=torch.float64, compiled=False, state=None, first=0):
+def train(num_steps, optim, *, num=N, dtype=torch.float64, state=None, first=0, **how):
     """The state after some steps, and what each step told."""
     params = make_params(num, dtype)
-    step = make_step(CONFIG, optim, shapes_of(params), compiled=compiled)
+    step = make_step(CONFIG, optim, shapes_of(params), **how)
     state = adam_state(params) if state is None else state
     rates = torch.tensor(RATES[:num], dtype=dtype)
     return state, [step(state, *make_prompts(s, num, dtype), rates) for s in range(first, first + num_steps)]
@@ -163,14 +164,20 @@ def test_processes_that_share_a_batch_move_as_one_that_has_all_of_it():
     torch.testing.assert_close(tuple(info), tuple(expected), rtol=1e-12, atol=0)
 
 
-def test_a_member_in_a_population_is_bitwise_the_member_alone():
-    together, _ = train(4, OptimConfig(), dtype=torch.float32)
+def train_last(num_steps, **how):
+    """The weights of the last member after some steps by itself."""
     state = adam_state(make_params(N, torch.float32)).members(slice(2, 3))
-    step = make_step(CONFIG, OptimConfig(), shapes_of(make_params()))
-    for s in range(4):
+    step = make_step(CONFIG, OptimConfig(), shapes_of(make_params()), **how)
+    for s in range(num_steps):
         xs, ys = (part[2:3].clone() for part in make_prompts(s, dtype=torch.float32))
         step(state, xs, ys, torch.tensor(RATES[2:]))
-    assert torch.equal(state.rows[0], together.rows[2])
+    return state.rows[0]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_member_in_a_population_is_bitwise_the_member_alone(packed):
+    together, _ = train(4, OptimConfig(), dtype=torch.float32, packed=packed)
+    assert torch.equal(train_last(4), together.rows[2])
 
 
 def test_a_member_that_goes_wrong_goes_alone():
@@ -232,28 +239,42 @@ import hashlib, torch
 import test_step as t
 from icl.config import OptimConfig
 
-settings = {"optim": OptimConfig(grad_clip=0.5)}
-compiled, told = t.train(5, **settings, compiled=True)
-eager, expected = t.train(5, **settings)
-for ours, other in zip(compiled, eager, strict=True):
-    torch.testing.assert_close(ours, other, rtol=0, atol=1e-12)
-for ours, other in zip(told, expected, strict=True):
-    torch.testing.assert_close(tuple(ours), tuple(other), rtol=1e-10, atol=0)
-state, _ = t.train(4, OptimConfig(), dtype=torch.float32, compiled=True)
-resumed, _ = t.train(2, OptimConfig(), dtype=torch.float32, compiled=True)
-resumed, _ = t.train(2, OptimConfig(), dtype=torch.float32, compiled=True, state=t.copy(resumed), first=2)
-assert all(torch.equal(ours, other) for ours, other in zip(state, resumed, strict=True))
-print(hashlib.sha256(b"".join(part.numpy().tobytes() for part in state)).hexdigest())
+eager, expected = t.train(5, OptimConfig(grad_clip=0.5))
+for packed in (False, True):
+    how = {"compiled": True, "packed": packed}
+    compiled, told = t.train(5, OptimConfig(grad_clip=0.5), **how)
+    for ours, other in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-12)
+    for ours, other in zip(told, expected, strict=True):
+        torch.testing.assert_close(tuple(ours), tuple(other), rtol=1e-10, atol=0)
+    state, _ = t.train(4, OptimConfig(), dtype=torch.float32, **how)
+    resumed, _ = t.train(2, OptimConfig(), dtype=torch.float32, **how)
+    resumed, _ = t.train(2, OptimConfig(), dtype=torch.float32, **how, state=t.copy(resumed), first=2)
+    assert all(torch.equal(ours, other) for ours, other in zip(state, resumed, strict=True))
+    assert torch.equal(state.rows[2], t.train_last(4, **how))
+    print(packed, hashlib.sha256(b"".join(part.numpy().tobytes() for part in state)).hexdigest())
 """
 
 
 @pytest.mark.slow
 def test_compiled_is_eager_up_to_rounding_and_gives_the_same_bits_in_every_process():
-    command = [sys.executable, "-c", COMPILED]
-    folder = Path(__file__).parent
-    runs = [subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600) for _ in range(2)]
-    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr
-    assert len({run.stdout for run in runs}) == 1
+    """Packed, with any number of threads."""
+    alone, packed = zip(*(run_compiled(num_threads) for num_threads in (2, 2, 1)), strict=True)
+    assert alone[0] == alone[1]
+    assert len(set(packed)) == 1
+
+
+def run_compiled(num_threads):
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILED],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "OMP_NUM_THREADS": str(num_threads)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from icl.checks import ConfigError
+from icl.commands.llc_rows import log_rows, shown, verdicts, write_rows
 from icl.config import RunConfig, SamplerConfig, flatten
 from icl.presets import run_name, sampler_name
 from icl.resolve import (
@@ -22,7 +23,7 @@ from icl.resolve import (
     settings_parser,
 )
 from icl.runs import RunFolder, local_root
-from icl.storage import table_format, write_atomically
+from icl.storage import table_format
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +43,8 @@ makes of the same settings. Exits non-zero if every estimate is invalid, except 
   --config FILE    settings from a file, such as that of --calibrate
   --out FILE       also write the rows to FILE (.csv or .json)
   --published      the sampler settings of Hoogland et al. 2024, and what they measure
-  --calibrate      choose lr, nbeta, localization and burn-in by a search over a few checkpoints (or over --steps)
+  --calibrate      choose lr, nbeta, localization and burn-in by a search over a few checkpoints (or over --steps): some
+                   minutes on a CPU, told beforehand; interrupted, it starts over
   --rescale C      a control: also estimate with weights rescaled by C, the function unchanged
   --self-test      run the sampler on losses whose learning coefficient is known, in about a minute; no run needed
 
@@ -184,16 +186,16 @@ def _estimate(job: _Job, wandb_run: Any) -> int:
 
     sampler = job.config.sampler
     found = estimate_run(job.path, sampler, mode=job.mode)
-    print(_table(found.table))
-    print(f"\n{_reasons(found.table)}")
+    print(shown(found.table))
+    print(f"\n{verdicts(found.table)}")
     print(f"{'Published settings. ' if job.mode else ''}{measured(found.table, found.trivial_loss)}")
     table = found.table
     if job.rescale is not None:
         table = _control(job, table)
     if job.out is not None:
-        print(f"Output  {_write(job.out, table)}")
+        print(f"Output  {write_rows(job.out, table)}")
     if wandb_run is not None:
-        _log(wandb_run, table)
+        log_rows(wandb_run, table)
     if not job.path.is_file():
         folder = run_folder(job.path)
         print(f"Table   {folder.results / 'llc.csv'} (all settings; these are `{table['settings'].iloc[0]}`)")
@@ -218,7 +220,7 @@ def _control(job: _Job, table: "pd.DataFrame") -> "pd.DataFrame":
     assert job.rescale is not None
     control = estimate_run(job.path, job.config.sampler, mode=job.mode, rescale=job.rescale).table
     print(f"\nControl: {describe_pair(job.config.model)} rescaled by {job.rescale:g}, the function unchanged.\n")
-    print(_table(control))
+    print(shown(control))
     print("\n" + "\n".join(compare(table, control)))
     return pd.concat([table, control], ignore_index=True)
 
@@ -228,18 +230,20 @@ def _calibrate(job: _Job) -> int:
     from icl.delivery import send_results
     from icl.plotting.llc import plot_calibration
     from icl.plotting.style import save_figure
-    from icl.sampling.calibration import RULE, calibrate
+    from icl.sampling.calibration import calibrate
+    from icl.sampling.progress import say
     from icl.sampling.run import run_folder
+    from icl.sampling.search import RULE
 
-    print(f"{RULE}\n")
+    print(f"{RULE}\n", flush=True)
     folder = run_folder(job.path)
-    result = calibrate(job.path, job.config.sampler, say=lambda line: print(line, flush=True))
+    result = calibrate(job.path, job.config.sampler, say=say)
     print(f"\n{result.summary}")
     print(f"Table   {folder.write_result('llc-calibration.csv', result.table.to_csv(index=False))}")
     figure = plot_calibration(result.table, result.traces, title=f"{folder.path.name}: calibration of the sampler")
     print(f"Figure  {save_figure(figure, folder.figures / 'llc-calibration.png')}")
     if job.out is not None:
-        print(f"Output  {_write(job.out, result.table)}")
+        print(f"Output  {write_rows(job.out, result.table)}")
     if result.chosen is not None:
         place = folder.write_result("llc-calibration.yaml", result.as_yaml())
         print(f"Chosen  {place}\n\n  icl llc {job.path} --config {place}")
@@ -270,64 +274,6 @@ def _draw(folder: RunFolder, settings: str, job: _Job, trivial_loss: float) -> l
     ]
 
 
-def _table(table: "pd.DataFrame") -> str:
-    """What people want to see of the rows, at most 40 of them."""
-    names = [
-        "step",
-        "llc",
-        "stderr",
-        "init_loss",
-        "mean_loss",
-        "trivial_loss",
-        "rhat",
-        "ess",
-        "num_chains_used",
-        "verdict",
-    ]
-    shown = table[names].rename(columns={"init_loss": "L(w0)", "mean_loss": "E[L]", "trivial_loss": "zero's loss"})
-    return shown.to_string(index=False, float_format="{:.4g}".format, max_rows=40, na_rep="-")
-
-
-def _reasons(table: "pd.DataFrame") -> str:
-    """How many of each verdict, and the commonest reason for those that are not ok."""
-    counts = table["verdict"].value_counts()
-    told = ", ".join(f"{counts[name]} {name}" for name in ("ok", "suspect", "invalid") if name in counts)
-    lines = [f"Verdicts: {told}."]
-    for verdict in ("suspect", "invalid"):
-        first = table.loc[table["verdict"] == verdict]
-        if len(first):
-            step, reasons = first["step"].iloc[-1], first["reasons"].iloc[-1]
-            where = "" if step is None or len(table) == 1 else f" at step {step:,}"
-            lines.append(f"  {verdict}{where}: {reasons}.")
-    return "\n".join(lines)
-
-
-def _write(out: Path, table: "pd.DataFrame") -> Path:
-    if table_format(out) == "csv":
-        text = table.to_csv(index=False)
-    else:
-        import json
-
-        from icl.api import plain_rows
-
-        text = json.dumps(plain_rows(table), indent=1, allow_nan=False) + "\n"
-    write_atomically(out, text.encode())
-    return out
-
-
-def _log(wandb_run: Any, table: "pd.DataFrame") -> None:
-    """A row of W&B for each step, except those that it has."""
-    from icl.training.wandb_log import sent_step
-
-    sent = sent_step(wandb_run)
-    for row in table.to_dict("records"):
-        if row["step"] > sent:
-            numbers = ("llc", "stderr", "init_loss", "mean_loss", "rhat", "ess", "num_chains_used")
-            wandb_run.log(
-                {"step": row["step"], **{f"llc/{name}": row[name] for name in numbers}, "llc/verdict": row["verdict"]}
-            )
-
-
 def _number(name: str, text: str) -> float:
     try:
         return float(text)
@@ -347,7 +293,7 @@ def _self_test(out: Path | None) -> int:
     rows = self_test(lambda number, name: print(f"{number}/{total} {name}", file=sys.stderr, flush=True))
     print(truth_table(rows))
     if out is not None:
-        print(f"Output  {_write(out, pd.DataFrame([dataclasses.asdict(row) for row in rows]))}")
+        print(f"Output  {write_rows(out, pd.DataFrame([dataclasses.asdict(row) for row in rows]))}")
     wrong = sum(not row.agrees for row in rows)
     print(f"{len(rows) - wrong} of {len(rows)} estimates agree with the truth.")
     return 1 if wrong else 0

@@ -7,10 +7,16 @@ gives the next move its gradient, evaluated before the move. (So without burn-in
 
 Recorded at each draw, beside the loss: the pull nbeta (w - w0) . grad L and the spread localization |w - w0|^2. At up to
 `NUM_MALA` draws the probability that MALA would accept the move, with L the loss of that draw's minibatch at both ends.
+
+Checkpoints may have settings of their own, if only in lr, nbeta and localization: a checkpoint under several settings
+is several rows of one population, whose chains see the same minibatches and noise. Moves and records are then made group by
+group, and gradients for all at once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -18,18 +24,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl import rng
+from icl.checks import ConfigError
 from icl.population import Params, size
 from icl.sampling.batches import Batch, Batches, batch_function, fingerprint, stack_batches
 from icl.sampling.gradients import Gradient
+from icl.sampling.groups import PACKED, Chunk, Group
 from icl.sampling.packing import Packing
 from icl.sampling.settings import SamplerSettings
-from icl.sampling.sgld import KERNELS, SGLDState, log_mala_acceptance, step
+from icl.sampling.sgld import SGLDState
 
 NUM_MALA = 16
 """Moves of each chain whose MALA acceptance is found; each costs one more gradient."""
 NUM_COMPARED = 4
 """First moves at which the chains' minibatches are compared with each other."""
-_PACKED = ""  # the name of the one tensor that a chunk's free parameters are packed in
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the member-moves done and those there are."""
@@ -53,23 +60,11 @@ class Traces(NamedTuple):
     """Whether two chains saw the same minibatches though there were different ones."""
 
 
-class _Chunk(NamedTuple):
-    """What some members left behind, on the device; one row each."""
-
-    losses: Tensor
-    components: Tensor | None
-    pull: Tensor
-    spread: Tensor
-    cool_spread: Tensor
-    acceptance: Tensor
-    sample_variance: Tensor | None
-
-
 def run_chains(
     gradient: Gradient,
     checkpoints: Params,
     batches: Batches,
-    settings: SamplerSettings,
+    settings: SamplerSettings | Sequence[SamplerSettings],
     *,
     packing: Packing,
     keys: Sequence[str],
@@ -83,16 +78,21 @@ def run_chains(
         gradient: The gradient and the loss of stacked parameters.
         checkpoints: Stacked on a leading axis C.
         batches: Minibatches by (chain, draw), or an iterable.
-        settings: What each chain is told.
+        settings: What each chain is told: the same for all, or for each checkpoint its own.
         packing: What may move.
         keys: A text for each checkpoint, from which its chains' noise is seeded.
         chunk_size: Members that may run at once.
         sample_losses: Stacked parameters to the loss of each of Q fixed samples; their variance over draws is kept.
         progress: Told how far it is.
+
+    Raises:
+        ConfigError: If settings differ in more than lr, nbeta and localization.
     """
-    source = _Source(batch_function(batches, num_chains=settings.num_chains, seed=settings.seed))
-    num_members = size(checkpoints) * settings.num_chains
-    total = num_members * settings.num_moves
+    each = [settings] * size(checkpoints) if isinstance(settings, SamplerSettings) else list(settings)
+    lengths = _same_lengths(each)
+    source = _Source(batch_function(batches, num_chains=lengths.num_chains, seed=lengths.seed))
+    num_members = size(checkpoints) * lengths.num_chains
+    total = num_members * lengths.num_moves
     chunk_size = -(
         -num_members // -(-num_members // chunk_size)
     )  # as even as may be: compiled gradients like one shape
@@ -101,10 +101,21 @@ def run_chains(
         packed = packing.pack(checkpoints)
         for first in range(0, num_members, chunk_size):
             members = torch.arange(first, min(first + chunk_size, num_members))
-            chunk = _Runner(gradient, source, settings, packing, keys, members)
-            ticks = _Ticks(progress, first * settings.num_moves, total)
-            chunks.append(chunk.run(packed, packing.frozen(checkpoints), sample_losses, ticks))
-    return _traces(chunks, size(checkpoints), settings, share_batches=source.is_shared())
+            runner = _Runner(gradient, source, each, packing, keys, members)
+            ticks = _Ticks(progress, first * lengths.num_moves, total)
+            chunks += runner.run(packed, packing.frozen(checkpoints), sample_losses, ticks)
+    return _traces(chunks, size(checkpoints), lengths, share_batches=source.is_shared())
+
+
+def _same_lengths(settings: Sequence[SamplerSettings]) -> SamplerSettings:
+    """One of the settings, which all have its lengths, chains, seed and kernel."""
+    first = settings[0]
+    for other in settings:
+        if dataclasses.replace(other, lr=first.lr, nbeta=first.nbeta, localization=first.localization) != first:
+            raise ConfigError(
+                f"Chains that run together may differ in lr, nbeta and localization only, got {first} and {other}."
+            )
+    return first
 
 
 class _Ticks(NamedTuple):
@@ -149,16 +160,18 @@ class _Runner:
         self,
         gradient: Gradient,
         source: _Source,
-        settings: SamplerSettings,
+        settings: Sequence[SamplerSettings],
         packing: Packing,
         keys: Sequence[str],
         members: Tensor,
     ) -> None:
-        self.gradient, self.source, self.settings, self.packing = gradient, source, settings, packing
-        self.checkpoint_of = members // settings.num_chains
-        self.chains = (members % settings.num_chains).tolist()
+        self.gradient, self.source, self.packing = gradient, source, packing
+        self.lengths = settings[0]
+        self.checkpoint_of = members // self.lengths.num_chains
+        self.chains = (members % self.lengths.num_chains).tolist()
+        self.settings = [settings[i] for i in self.checkpoint_of.tolist()]
         self.seeds = [
-            rng.stream(settings.seed, f"llc/noise/{keys[checkpoint]}/{chain}").low
+            int(rng.stream(self.lengths.seed, f"llc/noise/{keys[checkpoint]}/{chain}").low)
             for checkpoint, chain in zip(self.checkpoint_of.tolist(), self.chains, strict=True)
         ]
 
@@ -168,127 +181,53 @@ class _Runner:
         frozen: Params,
         sample_losses: Callable[[Params], Tensor] | None,
         ticks: _Ticks,
-    ) -> _Chunk:
-        """All moves of these members."""
-        settings, kernel = self.settings, KERNELS[self.settings.kernel]
-        device = packed.device
+    ) -> list[Chunk]:
+        """All moves of these members, by groups of equal settings."""
+        lengths, device = self.lengths, packed.device
         rows = self.checkpoint_of.to(device)
         frozen = {name: t.expand(len(rows), *t.shape[1:]) if len(t) == 1 else t[rows] for name, t in frozen.items()}
-        state = kernel.init({_PACKED: packed[rows]})
-        noise, recorder = self._noise(state), _Recorder(settings, sample_losses)
-        losses = torch.empty(len(rows), settings.num_moves, dtype=packed.dtype, device=device)
-        acceptance = []
-        for move in range(settings.num_moves):
+        groups = self._groups(packed[rows], frozen, sample_losses)
+        for move in range(lengths.num_moves):
             batch = self.source.stacked(self.chains, move, device)
-            grad, values = self._gradient(state, frozen, batch)
-            losses[:, move] = _mean(values)
-            proposal = self._step(state, grad, next(noise))
-            draw, rest = divmod(move - settings.num_burnin_steps, settings.thinning)
-            if draw >= 0 and rest == 0:
-                recorder.add(state, grad, values, partial(self._params, state, frozen))
-                if draw % -(-settings.num_draws // NUM_MALA) == 0:
-                    acceptance.append(self._acceptance(state, proposal, grad, losses[:, move], frozen, batch))
-            state = kernel.adapt(proposal, grad) if move < settings.num_burnin_steps else proposal
+            found = self._gradients([group.state for group in groups], frozen, batch)
+            draw, rest = divmod(move - lengths.num_burnin_steps, lengths.thinning)
+            is_draw = draw >= 0 and rest == 0
+            proposals = [group.propose(*one, move, is_draw) for group, one in zip(groups, found, strict=True)]
+            if is_draw and draw % -(-lengths.num_draws // NUM_MALA) == 0:
+                there = self._gradients(proposals, frozen, batch)
+                for group, here, proposal, one in zip(groups, found, proposals, there, strict=True):
+                    group.note_acceptance(proposal, here, one)
+            for group, (grad, _), proposal in zip(groups, found, proposals, strict=True):
+                group.move(proposal, grad, adapting=move < lengths.num_burnin_steps)
             ticks((move + 1) * len(rows))
-        return recorder.chunk(losses, torch.stack(acceptance, dim=1).mean(1))
+        return [group.chunk() for group in groups]
+
+    def _groups(
+        self, start: Float[Tensor, "N P"], frozen: Params, sample_losses: Callable[[Params], Tensor] | None
+    ) -> list[Group]:
+        groups, first = [], 0
+        for settings, members in groupby(self.settings):
+            here = slice(first, first + len(list(members)))
+            still = {name: tensor[here] for name, tensor in frozen.items()}
+            unpacked = partial(self._params, frozen=still)
+            groups.append(Group(settings, start[here], self.seeds[here], unpacked, sample_losses))
+            first = here.stop
+        return groups
 
     def _params(self, state: SGLDState, frozen: Params) -> Params:
-        return {**frozen, **self.packing.unpack(state.params[_PACKED], frozen)}
+        return {**frozen, **self.packing.unpack(state.params[PACKED], frozen)}
 
-    def _gradient(self, state: SGLDState, frozen: Params, batch: Batch) -> tuple[Params, Tensor]:
-        params = self.packing.unpack(state.params[_PACKED], frozen)
+    def _gradients(self, states: Sequence[SGLDState], frozen: Params, batch: Batch) -> list[tuple[Params, Tensor]]:
+        """The gradient and the losses of all, cut into groups."""
+        packed = [state.params[PACKED] for state in states]
+        params = self.packing.unpack(packed[0] if len(packed) == 1 else torch.cat(packed), frozen)
         grads, values = self.gradient(params, {n: t for n, t in frozen.items() if n not in params}, batch)
-        return {_PACKED: self.packing.pack(grads)}, values
-
-    def _step(self, state: SGLDState, grad: Params, noise: Params) -> SGLDState:
-        s = self.settings
-        return step(state, grad, noise, lr=s.lr, nbeta=s.nbeta, localization=s.localization)
-
-    def _acceptance(
-        self, state: SGLDState, proposal: SGLDState, grad: Params, losses: Tensor, frozen: Params, batch: Batch
-    ) -> Tensor:
-        there, values = self._gradient(proposal, frozen, batch)
-        pair, s = (losses, _mean(values)), self.settings
-        log = log_mala_acceptance(
-            state, proposal, (grad, there), pair, lr=s.lr, nbeta=s.nbeta, localization=s.localization
-        )
-        return log.exp()
-
-    def _noise(self, state: SGLDState) -> Iterator[Params]:
-        """Standard normals, one buffer filled anew for each move, a row from each member's own generator."""
-        buffer = torch.empty_like(state.params[_PACKED])
-        rows = buffer.unbind()
-        generators = [torch.Generator(buffer.device).manual_seed(int(seed)) for seed in self.seeds]
-        while True:
-            for row, generator in zip(rows, generators, strict=True):
-                row.normal_(generator=generator)
-            yield {_PACKED: buffer}
+        sizes = [len(one) for one in packed]
+        cut = zip(self.packing.pack(grads).split(sizes), values.split(sizes), strict=True)
+        return [({PACKED: grad}, some) for grad, some in cut]
 
 
-class _Recorder:
-    """What some members leave behind at each draw."""
-
-    def __init__(self, settings: SamplerSettings, sample_losses: Callable[[Params], Tensor] | None) -> None:
-        self.settings, self.sample_losses = settings, sample_losses
-        self.components: list[Tensor] = []
-        self.pull: list[Tensor] = []
-        self.spread: list[Tensor] = []
-        self.cool_spread: list[Tensor] = []
-        self.variance = _RunningVariance()
-
-    def add(self, state: SGLDState, grad: Params, values: Tensor, params: Callable[[], Params]) -> None:
-        nbeta, localization = self.settings.nbeta, self.settings.localization
-        away = state.params[_PACKED] - state.anchor[_PACKED]
-        spread = localization * torch.linalg.vecdot(away, away)
-        g = state.preconditioner.get(_PACKED)
-        preconditioned = spread if g is None else localization * torch.linalg.vecdot(away * g, away)
-        self.pull.append(nbeta * torch.linalg.vecdot(away, grad[_PACKED]))
-        self.spread.append(spread)
-        self.cool_spread.append(spread - self.settings.lr * localization / 4 * preconditioned)
-        if values.ndim > 1:
-            self.components.append(values)
-        if self.sample_losses is not None:
-            self.variance.add(self.sample_losses(params()))
-
-    def chunk(self, losses: Tensor, acceptance: Tensor) -> _Chunk:
-        return _Chunk(
-            losses,
-            torch.stack(self.components, dim=1) if self.components else None,
-            torch.stack(self.pull, dim=1),
-            torch.stack(self.spread, dim=1),
-            torch.stack(self.cool_spread, dim=1),
-            acceptance,
-            None if self.sample_losses is None else self.variance.value(),
-        )
-
-
-class _RunningVariance:
-    """Mean and variance over draws as they come (Welford 1962), in float64 on the CPU."""
-
-    def __init__(self) -> None:
-        self.num = 0
-
-    def add(self, values: Tensor) -> None:
-        values = values.cpu().double()
-        if not self.num:
-            self.mean, self.squares = torch.zeros_like(values), torch.zeros_like(values)
-        self.num += 1
-        deviation = values - self.mean
-        self.mean += deviation / self.num
-        self.squares += deviation * (values - self.mean)
-
-    def value(self) -> Tensor:
-        return self.squares / (self.num - 1)
-
-
-def _mean(values: Tensor) -> Tensor:
-    """The loss of each member: the mean of its components, if it has several."""
-    return values.mean(1) if values.ndim > 1 else values
-
-
-def _traces(
-    chunks: Sequence[_Chunk], num_checkpoints: int, settings: SamplerSettings, *, share_batches: bool
-) -> Traces:
+def _traces(chunks: Sequence[Chunk], num_checkpoints: int, settings: SamplerSettings, *, share_batches: bool) -> Traces:
     def joined(name: str) -> Tensor | None:
         parts = [getattr(chunk, name) for chunk in chunks]
         if parts[0] is None:
@@ -298,7 +237,7 @@ def _traces(
     losses = joined("losses")
     assert losses is not None
     start = settings.num_burnin_steps
-    fields = {name: joined(name) for name in _Chunk._fields if name != "losses"}
+    fields = {name: joined(name) for name in Chunk._fields if name != "losses"}
     return Traces(
         losses=losses[..., start :: settings.thinning],
         burnin=losses[..., :start],

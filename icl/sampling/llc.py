@@ -7,71 +7,25 @@ the loss averaged over a minibatch; burn-in is in no average; L(w0) is the mean 
 the standard error. `icl.sampling.chains` says what a draw is, `diagnostics` when an estimate is not to be trusted.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from icl.checks import ConfigError
-from icl.population import Params, size, stack
-from icl.sampling.batches import Batch, Batches, batch_function, fingerprint, stack_batches
-from icl.sampling.chains import Progress, run_chains
-from icl.sampling.gradients import (
-    Gradient,
-    Loss,
-    looped_gradient,
-    member_bytes,
-    stacked_loss,
-    vmapped_gradient,
-)
-from icl.sampling.minimum import descent
-from icl.sampling.packing import Packing, Restriction, make_packing
+from icl.population import Params
+from icl.sampling.batches import Batches
+from icl.sampling.chains import Progress
+from icl.sampling.estimation import Problem, estimate
+from icl.sampling.gradients import Gradient, Loss
+from icl.sampling.packing import Restriction
 from icl.sampling.result import Label, LLCResult
 from icl.sampling.settings import SamplerSettings
-from icl.sampling.summary import select, summarise
 
-MEMORY = 2e9
-"""Bytes that chains running at once may need, if nothing else is said; on CUDA half of what is free."""
-_COPIES = 10  # tensors of the size of the parameters that a member holds at once
-
-
-def estimate_llc(
-    loss: Loss,
-    params: Mapping[str, Tensor],
-    batches: Batches,
-    *,
-    lr: float,
-    nbeta: float | None,
-    localization: float,
-    num_chains: int,
-    num_draws: int,
-    num_burnin_steps: int,
-    seed: int,
-    restrict: Restriction = None,
-    num_samples: int | None = None,
-    num_init_batches: int = 32,
-    trivial_loss: float | None = None,
-    vectorize: bool = True,
-    thinning: int = 1,
-    kernel: str = "sgld",
-    sample_losses: Callable[[Params], Float[Tensor, " Q"]] | None = None,
-    gradient: Gradient | None = None,
-    memory: float | None = None,
-    progress: Progress | None = None,
-    loss_name: str = "loss",
-) -> LLCResult:
-    """The LLC of one checkpoint; `estimate_llcs` has the arguments.
-
-    Example:
-        loss, params = module_loss(model, torch.nn.functional.mse_loss)
-        result = estimate_llc(loss, params, loader, lr=1e-4, nbeta=None, num_samples=10_000, localization=100.0,
-                              num_chains=8, num_draws=500, num_burnin_steps=500, seed=0, trivial_loss=1.0)
-        print(result.llc, result.stderr, result.verdict, result.reasons)
-    """
-    options = {name: value for name, value in locals().items() if name not in ("loss", "params", "batches")}
-    return estimate_llcs(loss, [params], batches, **options)[0]
+Keywords = ParamSpec("Keywords")
 
 
 def estimate_llcs(
@@ -131,10 +85,9 @@ def estimate_llcs(
     Raises:
         ConfigError: If a setting cannot be used.
     """
-    nbeta = inverse_temperature(nbeta, num_samples)
     settings = SamplerSettings(
         lr=lr,
-        nbeta=nbeta,
+        nbeta=inverse_temperature(nbeta, num_samples),
         localization=localization,
         num_chains=num_chains,
         num_draws=num_draws,
@@ -143,51 +96,53 @@ def estimate_llcs(
         thinning=thinning,
         kernel=kernel,
     )
-    if num_init_batches < 1:
-        raise ConfigError(f"`num_init_batches` must be at least 1, got {num_init_batches}.")
-    labels = [Label() for _ in checkpoints] if labels is None else labels
-    stacked = {name: tensor.detach() for name, tensor in stack([_detached(one) for one in checkpoints]).items()}
-    packing = make_packing(checkpoints[0], restrict)
-    source = batch_function(batches, num_chains=num_chains, seed=seed)
-    init_batches = _distinct_batches(source, settings, num_init_batches)
-    default = vmapped_gradient(loss) if vectorize else looped_gradient(loss)
-    members = 1
-    if vectorize:
-        members = _chunk_size(loss, stacked, init_batches[0], packing=packing, memory=memory)
-    all_losses = stacked_loss(loss, vectorize=vectorize)
-    with torch.no_grad():
-        parts = _in_chunks(stacked, members)
-        init = torch.cat([_init_losses(all_losses, part, init_batches) for part in parts])  # C batches T
-        gains = [
-            descent(default, all_losses, part, init_batches, packing=packing, nbeta=nbeta, localization=localization)
-            for part in parts
-        ]
-    traces = run_chains(
-        gradient or default,
-        stacked,
-        source,
-        settings,
-        packing=packing,
-        keys=[label.checkpoint_hash or str(i) for i, label in enumerate(labels)],
-        chunk_size=members,
-        sample_losses=_mapped(sample_losses, vectorize=vectorize),
-        progress=progress,
+    problem = Problem(
+        loss=loss,
+        batches=batches,
+        restrict=restrict,
+        num_samples=num_samples,
+        num_init_batches=num_init_batches,
+        trivial_loss=trivial_loss,
+        vectorize=vectorize,
+        sample_losses=sample_losses,
+        gradient=gradient,
+        memory=memory,
+        loss_name=loss_name,
     )
-    gain, gain_stderr = (torch.cat(column) for column in zip(*gains, strict=True))
-    return [
-        summarise(
-            select(traces, i),
-            init[i],
-            (float(gain[i]), float(gain_stderr[i])),
-            settings,
-            label,
-            num_params=packing.size,
-            num_samples=num_samples,
-            trivial_loss=trivial_loss,
-            loss_name=loss_name,
-        )
-        for i, label in enumerate(labels)
-    ]
+    labels = [Label() for _ in checkpoints] if labels is None else labels
+    return estimate(problem, checkpoints, [settings], labels=labels, progress=progress)[0]
+
+
+def _with_keywords_of(
+    several: Callable[Concatenate[Loss, Sequence[Mapping[str, Tensor]], Batches, Keywords], list[LLCResult]],
+) -> Callable[
+    [Callable[..., LLCResult]], Callable[Concatenate[Loss, Mapping[str, Tensor], Batches, Keywords], LLCResult]
+]:
+    """Makes a function of one checkpoint take and show the keywords of the function of several."""
+
+    def decorate(
+        one: Callable[..., LLCResult],
+    ) -> Callable[Concatenate[Loss, Mapping[str, Tensor], Batches, Keywords], LLCResult]:
+        own, theirs = inspect.signature(one), inspect.signature(several)
+        first = [p for p in own.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        keywords = [p for p in theirs.parameters.values() if p.kind is p.KEYWORD_ONLY]
+        one.__signature__ = own.replace(parameters=[*first, *keywords])  # type: ignore[attr-defined]
+        return one
+
+    return decorate
+
+
+@_with_keywords_of(estimate_llcs)
+def estimate_llc(loss: Loss, params: Mapping[str, Tensor], batches: Batches, **keywords: Any) -> LLCResult:
+    """The LLC of one checkpoint; `estimate_llcs` says what the keywords are.
+
+    Example:
+        loss, params = module_loss(model, torch.nn.functional.mse_loss)
+        result = estimate_llc(loss, params, loader, lr=1e-4, nbeta=None, num_samples=10_000, localization=100.0,
+                              num_chains=8, num_draws=500, num_burnin_steps=500, seed=0, trivial_loss=1.0)
+        print(result.llc, result.stderr, result.verdict, result.reasons)
+    """
+    return estimate_llcs(loss, [params], batches, **keywords)[0]
 
 
 def inverse_temperature(nbeta: float | None, num_samples: int | None) -> float:
@@ -203,63 +158,3 @@ def inverse_temperature(nbeta: float | None, num_samples: int | None) -> float:
     if num_samples is None:
         raise ConfigError("`nbeta` is None, which stands for n / ln n, but `num_samples` (n) is not given; give one.")
     return num_samples / math.log(num_samples)
-
-
-def _detached(params: Mapping[str, Tensor]) -> Params:
-    return {name: tensor.detach() for name, tensor in params.items()}
-
-
-def _distinct_batches(source: Callable[[int, int], Batch], settings: SamplerSettings, wanted: int) -> list[Batch]:
-    """The first `wanted` different batches that the chains are dealt, or all there are."""
-    found: dict[bytes, Batch] = {}
-    repeats = 0
-    for number in range(settings.num_moves * settings.num_chains):
-        draw, chain = divmod(number, settings.num_chains)
-        batch = source(chain, draw)
-        repeats = repeats + 1 if found.setdefault(fingerprint(batch), batch) is not batch else 0
-        if len(found) == wanted or repeats > 2 * settings.num_chains + len(found):
-            break
-    return list(found.values())
-
-
-def _init_losses(losses: Callable[[Params, Batch], Tensor], params: Params, batches: Sequence[Batch]) -> Tensor:
-    """Of every checkpoint on every batch, (C, batches, T), in float64 on the CPU; T = 1 for a number."""
-    device = next(iter(params.values())).device
-    values = [losses(params, _on(batch, device)) for batch in batches]
-    return torch.stack([v if v.ndim > 1 else v[:, None] for v in values], dim=1).double().cpu()
-
-
-def _on(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device, as the stacked ones are."""
-    from torch.utils import _pytree as pytree
-
-    return pytree.tree_map(lambda x: x[0] if isinstance(x, Tensor) else x, stack_batches([batch], device))
-
-
-def _chunk_size(loss: Loss, params: Params, batch: Batch, *, packing: Packing, memory: float | None) -> int:
-    """Members that fit the memory together, at least one."""
-    one = {name: tensor[:1] for name, tensor in params.items()}
-    device = next(iter(one.values())).device
-    if memory is None:
-        memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else MEMORY
-    moving = packing.unpack(packing.pack(one), packing.frozen(one))
-    frozen = {name: tensor for name, tensor in one.items() if name not in moving}
-    with torch.no_grad():
-        need = member_bytes(vmapped_gradient(loss), moving, frozen, stack_batches([batch], device))
-    need += _COPIES * sum(tensor.nbytes for tensor in one.values())
-    return max(1, int(memory // need))
-
-
-def _in_chunks(params: Params, members: int) -> list[Params]:
-    starts = range(0, size(params), members)
-    return [{name: tensor[i : i + members] for name, tensor in params.items()} for i in starts]
-
-
-def _mapped(sample_losses: Callable[[Params], Tensor] | None, *, vectorize: bool) -> Callable[[Params], Tensor] | None:
-    if sample_losses is None:
-        return None
-    if vectorize:
-        return torch.vmap(sample_losses)
-    return lambda params: torch.stack(
-        [sample_losses({name: tensor[i] for name, tensor in params.items()}) for i in range(size(params))]
-    )

@@ -7,6 +7,7 @@ the checkpoint's loss, and with it the LLC, is off.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,20 +25,31 @@ NUM_BATCHES = 32
 _NUDGE = 1e-3  # length of the finite difference, relative to the parameters
 
 
-def descent(
+class Slope(NamedTuple):
+    """The way down from C stacked checkpoints, whatever their chains are told."""
+
+    start: Float[Tensor, "C P"]
+    gradient: Float[Tensor, "C P"]
+    """Mean over the batches that find."""
+    curvature: Float[Tensor, "C 1"]
+    """Along the gradient."""
+    losses: Callable[[Tensor, Sequence[Batch]], Float[Tensor, "I C"]]
+    """Of packed parameters, on each of I batches."""
+    finding: Sequence[Batch]
+    measuring: Sequence[Batch]
+    here: Float[Tensor, "I C"]
+    """Losses of the checkpoints on the batches that measure."""
+
+
+def slope(
     gradient: Gradient,
     losses: Callable[[Params, Batch], Tensor],
     checkpoints: Params,
     batches: Sequence[Batch],
     *,
     packing: Packing,
-    nbeta: float,
-    localization: float,
-) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
-    """The gain nbeta (L(w0) - L(w0 - step g)) of each stacked checkpoint, and its standard error.
-
-    One batch alone serves as both halves, and its gain has no error.
-    """
+) -> Slope:
+    """The mean gradient of each stacked checkpoint and the curvature along it; one batch alone serves as both halves."""
     batches = batches[:NUM_BATCHES]
     frozen, start = packing.frozen(checkpoints), packing.pack(checkpoints)
     finding, measuring = (batches, batches) if len(batches) == 1 else (batches[::2], batches[1::2])
@@ -54,17 +66,26 @@ def descent(
     def batch_losses(packed: Tensor, some: Sequence[Batch]) -> Tensor:
         params = {**frozen, **packing.unpack(packed, frozen)}
         values = [losses(params, batch) for batch in some]
-        return torch.stack([v.flatten(1).mean(1) if v.ndim > 1 else v for v in values]).cpu().double()  # batches C
+        return torch.stack([v.flatten(1).mean(1) if v.ndim > 1 else v for v in values]).cpu().double()
 
     g = mean_gradient(start)
-    norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
-    direction = g / norm.clamp(min=torch.finfo(g.dtype).tiny)
+    direction = g / torch.linalg.vector_norm(g, dim=1, keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
     nudge = _NUDGE * (1 + torch.linalg.vector_norm(start, dim=1, keepdim=True)) / start.shape[1] ** 0.5
     curvature = ((mean_gradient(start + nudge * direction) - g) * direction).sum(1, keepdim=True) / nudge
-    newton = nbeta / (nbeta * curvature.abs() + localization).clamp(min=torch.finfo(g.dtype).tiny)
-    tried = torch.stack([batch_losses(start - s * newton * g, finding).mean(0) for s in STEPS])  # steps C
+    return Slope(start, g, curvature, batch_losses, finding, measuring, batch_losses(start, measuring))
+
+
+def drop(down: Slope, ratio: float) -> Float[Tensor, "I C"]:
+    """How much lower each checkpoint's loss is on each batch after the best step, at localization / nbeta = `ratio`."""
+    start, g = down.start, down.gradient
+    newton = 1 / (down.curvature.abs() + ratio).clamp(min=torch.finfo(g.dtype).tiny)
+    tried = torch.stack([down.losses(start - s * newton * g, down.finding).mean(0) for s in STEPS])  # steps C
     best = torch.tensor(STEPS, dtype=g.dtype, device=g.device)[tried.nan_to_num(nan=torch.inf).argmin(0).to(g.device)]
-    moved = start - best[:, None] * newton * g
-    gains = nbeta * (batch_losses(start, measuring) - batch_losses(moved, measuring))  # batches C
+    return down.here - down.losses(start - best[:, None] * newton * g, down.measuring)
+
+
+def gain(drops: Float[Tensor, "I C"], nbeta: float) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
+    """In nats, nbeta times the mean drop of each checkpoint, and its standard error; of one batch it has none."""
+    gains = nbeta * drops
     stderr = gains.std(0) / len(gains) ** 0.5 if len(gains) > 1 else torch.zeros_like(gains[0])
     return gains.mean(0).cpu(), stderr.cpu()

@@ -11,19 +11,20 @@ new prompts for each (seed, chain, draw), and n is then a number for n / ln n al
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from icl import rng, stacked
+from icl import population, rng, stacked
 from icl.build import build_architecture
 from icl.compiling import compiling_pays, grad_and_aux, keep_freed_memory, one_graph
 from icl.config import ModelConfig, RunConfig, SamplerConfig
+from icl.cores import WITHOUT_LOCK, side_by_side
 from icl.population import Params
 from icl.sampling.batches import Batch
-from icl.sampling.cores import WITHOUT_LOCK, side_by_side
 from icl.sampling.gradients import Gradient, Loss
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import prompt_source
@@ -42,6 +43,8 @@ class PromptLoss(NamedTuple):
     """One member's parameters and a batch (xs, ys) to the components (K,)."""
     gradient: Gradient
     """The same for stacked members."""
+    losses: Callable[[Params, Batch], Tensor]
+    """Stacked members and one batch for all of them to the components (N, K)."""
     batches: Callable[[int, int], Batch]
     """(chain, draw) to (xs, ys)."""
     trivial_loss: float
@@ -65,6 +68,7 @@ def prompt_loss(
         name=sampler.loss,
         loss=_loss(config.model, weights),
         gradient=_gradient(config.model, weights, compiled=_is_compiled(config, sampler, num_moves, device)),
+        losses=_losses(config.model, weights),
         batches=_batches(config, sampler, device),
         trivial_loss=trivial_loss(config),
     )
@@ -101,6 +105,22 @@ def _loss(model: ModelConfig, weights: Tensor) -> Loss:
     return loss
 
 
+def _losses(model: ModelConfig, weights: Tensor) -> Callable[[Params, Batch], Tensor]:
+    """Without gradients; on a CPU member by member, several times as fast as mapping."""
+
+    def losses(params: Params, xs: Tensor, ys: Tensor) -> Tensor:
+        return _components(model, weights, params, xs, ys)
+
+    of_each = side_by_side(losses)
+
+    def call(params: Params, batch: Batch) -> Tensor:
+        if next(iter(params.values())).device.type != "cpu":
+            return losses(params, *batch)
+        return torch.cat(of_each([(_rows(params, i), *batch) for i in range(population.size(params))]))
+
+    return call
+
+
 def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradient:
     """By plain autograd on stacked parameters, which is a tenth faster than mapping, or as one compiled graph."""
 
@@ -112,7 +132,28 @@ def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradien
         return grad_and_aux(total, moving)
 
     keep_freed_memory()
-    return side_by_side(one_graph(gradient, work="Sampling", options=WITHOUT_LOCK) if compiled else gradient)
+    return _by_cores(one_graph(gradient, work="Sampling", options=WITHOUT_LOCK) if compiled else gradient)
+
+
+def _by_cores(gradient: Gradient) -> Gradient:
+    """The same gradient, on a CPU chain by chain: a chain fills a core's caches, and gets the numbers it would get alone."""
+    of_each = side_by_side(gradient)
+
+    def call(moving: Params, frozen: Params, batch: Batch) -> tuple[Params, Tensor]:
+        if next(iter(moving.values())).device.type != "cpu":
+            return gradient(moving, frozen, batch)
+        found = of_each(
+            [tuple(_rows(tree, i) for tree in (moving, frozen, batch)) for i in range(population.size(moving))]
+        )
+        grads, values = zip(*found, strict=True)
+        return {name: torch.cat([one[name] for one in grads]) for name in moving}, torch.cat(values)
+
+    return call
+
+
+def _rows(tree: Any, i: int) -> Any:
+    """Member i of stacked tensors, with its axis kept."""
+    return pytree.tree_map(lambda leaf: leaf[i : i + 1] if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _is_compiled(config: RunConfig, sampler: SamplerConfig, num_moves: int, device: torch.device) -> bool:

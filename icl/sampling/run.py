@@ -7,21 +7,22 @@ anywhere, the same call goes on from the last kept checkpoint.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from icl.build import build_checkpoint_model, choose_device
 from icl.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, load_same_run
 from icl.checks import ConfigError
 from icl.config import RunConfig, SamplerConfig
 from icl.runs import RunFolder
-from icl.sampling.llc import estimate_llcs, inverse_temperature
+from icl.sampling.estimation import Problem, estimate
+from icl.sampling.llc import inverse_temperature
+from icl.sampling.progress import MoveBar, Tick
 from icl.sampling.prompt_loss import PromptLoss, prompt_loss
 from icl.sampling.records import (
     Kind,
@@ -34,11 +35,10 @@ from icl.sampling.records import (
 )
 from icl.sampling.rescaling import rescaled
 from icl.sampling.result import Label, LLCResult
+from icl.sampling.settings import SamplerSettings
 
 CHECKPOINTS_AT_ONCE = 16
 """On a device other than the CPU."""
-
-Tick = Callable[[int], None]
 
 
 class Estimates(NamedTuple):
@@ -88,7 +88,7 @@ def estimate_run(
     folder = None if Path(path).is_file() else run_folder(path)
     at_once = 1 if device.type == "cpu" else CHECKPOINTS_AT_ONCE
     records: list[Record] = []
-    with _Bar(len(files), sampler) as bar:
+    with MoveBar("llc", len(files) * num_moves(sampler)) as bar:
         pending: list[Checkpoint] = []
         for file in files:
             checkpoint = load_same_run(file, config)
@@ -97,7 +97,7 @@ def estimate_run(
                 pending.append(checkpoint)
             else:
                 records.append(kept)
-                bar.skip()
+                bar.expect(-num_moves(sampler))
             if len(pending) == at_once or (pending and file is files[-1]):
                 records += _estimate_and_keep(pending, kind, loss, device, folder, bar)
                 pending = []
@@ -116,7 +116,20 @@ def estimate_checkpoints(
     rescale: float = 1.0,
     tick: Tick = lambda moves: None,
 ) -> list[LLCResult]:
-    """The LLCs of checkpoints of one run, as one population; `tick` is told the chain-moves done since it last was."""
+    """The LLCs of checkpoints of one run; `tick` is told the chain-moves done since it last was."""
+    return estimate_corners(checkpoints, [sampler], loss, device=device, rescale=rescale, tick=tick)[0]
+
+
+def estimate_corners(
+    checkpoints: Sequence[Checkpoint],
+    samplers: Sequence[SamplerConfig],
+    loss: PromptLoss,
+    *,
+    device: torch.device,
+    rescale: float = 1.0,
+    tick: Tick = lambda moves: None,
+) -> list[list[LLCResult]]:
+    """The same under several settings, all as one population; they may differ in lr, nbeta and localization."""
     build_checkpoint_model(checkpoints[0])  # refuses weights that are not of the architecture
     params = [
         {name: tensor.to(device) for name, tensor in rescaled(one.config.model, one.params, rescale).items()}
@@ -129,28 +142,25 @@ def estimate_checkpoints(
         tick(done - told)
         told = done
 
-    return estimate_llcs(
-        loss.loss,
-        params,
-        loss.batches,
-        lr=sampler.lr,
-        nbeta=sampler.nbeta,
-        localization=sampler.localization,
-        num_chains=sampler.num_chains,
-        num_draws=sampler.num_draws,
-        num_burnin_steps=sampler.num_burnin_steps,
-        seed=sampler.seed,
-        num_samples=sampler.num_samples,
-        num_init_batches=sampler.num_init_batches,
+    problem = Problem(
+        loss=loss.loss,
+        batches=loss.batches,
+        num_samples=samplers[0].num_samples,
+        num_init_batches=samplers[0].num_init_batches,
         trivial_loss=loss.trivial_loss,
-        thinning=sampler.thinning,
-        kernel=sampler.kernel,
         gradient=loss.gradient,
-        memory=sampler.memory * 2**30,
-        progress=progress,
+        losses=loss.losses,
+        memory=samplers[0].memory * 2**30,
         loss_name=loss.name,
-        labels=[Label(one.step, one.digest) for one in checkpoints],
     )
+    labels = [Label(one.step, one.digest) for one in checkpoints]
+    return estimate(problem, params, [chain_settings(one) for one in samplers], labels=labels, progress=progress)
+
+
+def chain_settings(sampler: SamplerConfig) -> SamplerSettings:
+    """What its chains are told."""
+    told = {field.name: getattr(sampler, field.name) for field in dataclasses.fields(SamplerSettings)}
+    return SamplerSettings(**told | {"nbeta": inverse_temperature(sampler.nbeta, sampler.num_samples)})
 
 
 def with_nbeta(sampler: SamplerConfig) -> SamplerConfig:
@@ -256,7 +266,7 @@ def _estimate_and_keep(
     loss: PromptLoss,
     device: torch.device,
     folder: RunFolder | None,
-    bar: "_Bar",
+    bar: MoveBar,
 ) -> list[Record]:
     results = estimate_checkpoints(
         checkpoints, kind.sampler, loss, device=device, rescale=kind.rescale, tick=bar.advance
@@ -265,33 +275,6 @@ def _estimate_and_keep(
     for record in records:
         write_record(folder, kind, record)
     write_tables(folder)
-    bar.tell(records[-1])
+    row = records[-1].row
+    bar.tell(f"step {row['step']:,}: {row['llc']:.3g} ± {row['stderr']:.2g} {row['verdict']}")
     return records
-
-
-class _Bar:
-    """Progress over all chains of all checkpoints, in chain-moves."""
-
-    def __init__(self, num_checkpoints: int, sampler: SamplerConfig) -> None:
-        self.moves = num_moves(sampler)
-        self.bar = tqdm(total=num_checkpoints * self.moves, desc="llc", unit=" moves", unit_scale=True, mininterval=0.5)
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-    def skip(self) -> None:
-        """One checkpoint was kept from before."""
-        self.bar.total -= self.moves
-        self.bar.refresh()
-
-    def advance(self, moves: int) -> None:
-        """So many chain-moves were made."""
-        self.bar.update(moves)
-
-    def tell(self, record: Record) -> None:
-        """Show the last estimate."""
-        row = record.row
-        self.bar.set_postfix_str(f"step {row['step']:,}: {row['llc']:.3g} ± {row['stderr']:.2g} {row['verdict']}")

@@ -2,7 +2,8 @@
 
 A member needs its parameters, their gradient, Adam's two moments and three temporaries of that size, and, where all
 members move together, the activations that its backward pass needs: those are counted by running forward passes of a
-few prompts and looking at what autograd keeps. On a CPU the members take turns, so there the activations count once.
+few prompts and looking at what autograd keeps. On a CPU at most one member moves on each core, so there the activations
+count once for each.
 """
 
 import os
@@ -28,7 +29,7 @@ def num_fitting(config: RunConfig, device: torch.device | str) -> int:
     activations = activation_bytes(config, params) * config.trainer.batch_size
     room = _SHARE * device_bytes(device)
     if torch.device(device).type == "cpu":
-        return max(1, int((room - activations) // rows))
+        return max(1, int((room - torch.get_num_threads() * activations) // rows))
     return max(1, int(room // (rows + activations)))
 
 

@@ -37,6 +37,8 @@ class Member:
     reason: str | None = None
     is_settled: bool = False
     """Whether its end has been written down."""
+    is_packed: bool = False
+    """Whether it began as one of several, which decides how a CPU steps it; so it stays if it is the last one left."""
     wandb: WandbLog | None = None
     """Its W&B run, which takes the rows of `metrics.csv`."""
     _started: float = field(default_factory=time.monotonic)

@@ -73,6 +73,7 @@ class PopulationModule(pl.LightningModule):
             self.config.optim,
             self.shapes,
             compiled=self._is_compiled(),
+            packed=self.members[0].is_packed,
             reduce=self._average if self.trainer.world_size > 1 else None,
         )
 

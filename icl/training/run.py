@@ -95,7 +95,8 @@ def train_population(
     places = folders if folders is not None else [local_root() / run_name(config) for config in configs]
     if len(set(map(str, places))) < len(places):
         raise ConfigError(f"Of the members of the population, two members are the run {max(places, key=places.count)}.")
-    members = [Member(config, RunFolder(place)) for config, place in zip(configs, places, strict=True)]
+    is_packed = len(configs) > 1
+    members = [Member(c, RunFolder(place), is_packed=is_packed) for c, place in zip(configs, places, strict=True)]
     make_trainer(configs[0])  # refuses what it must before anything is written
     for config in configs:
         require_monitor(config)

@@ -1,97 +1,133 @@
-"""The search for the sampler's settings, on a quadratic whose answer is known, and of a tiny run."""
+"""The calibration of a tiny run's sampler: what it samples, writes and says."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-import torch
 import yaml
 from llc_runs import CONFIG, QUICK, make_run
 
 from icl.cli import main
-from icl.config import SamplerConfig
 from icl.plotting.llc import plot_calibration
 from icl.resolve import resolve
-from icl.sampling import calibration, estimate_llc, known
-from icl.sampling.calibration import RULE, Search, agree, burnin, calibrate, is_healthy, largest_curvature, search
-from icl.sampling.gradients import vmapped_gradient
-
-H = torch.logspace(-1, 1, 12)
-BASE = SamplerConfig(num_chains=6, num_draws=60, num_burnin_steps=60)
-START = {"w": torch.zeros(12)}
+from icl.sampling import calibration, search
+from icl.sampling.calibration import calibrate
+from icl.sampling.progress import MoveBar
+from icl.sampling.search import CONFIRMATION, RATES, RULE, SURVEY
 
 
-def quadratic(params, batch):
-    return (H * params["w"].square()).sum() / 2
+def few_corners(patch):
+    """Two nbetas and one ratio, at which chains have 20 moves of burn-in."""
+    patch.setattr(search, "NBETAS", (300.0, 1000.0))
+    patch.setattr(search, "RATIOS", (0.1,))
 
 
-def estimate(corner, *, loss=quadratic, start=START):
-    sampler = corner.sampler(BASE)
-    names = ("lr", "nbeta", "localization", "num_chains", "num_draws", "num_burnin_steps", "seed")
-    settings = {name: getattr(sampler, name) for name in names}
-    return [estimate_llc(loss, start, (None,), trivial_loss=5.0, **settings)]
+def always_ok(patch, seen):
+    """Every estimate is ok and within its error of every other; settings and steps of each population are noted."""
+    true = calibration.estimate_corners
+
+    def ok(checkpoints, samplers, *arguments, **keywords):
+        seen.append((samplers, [checkpoint.step for checkpoint in checkpoints]))
+        found = true(checkpoints, samplers, *arguments, **keywords)
+        return [[dataclasses.replace(one, verdict="ok", stderr=1e6, ess=1e6) for one in corner] for corner in found]
+
+    patch.setattr(calibration, "estimate_corners", ok)
+    for module in (calibration, search):
+        patch.setattr(module, "is_healthy", lambda result: True)
 
 
-def test_the_largest_curvature_is_that_of_the_hessian():
-    found = largest_curvature(vmapped_gradient(quadratic), START, [None])
-    assert found == pytest.approx(10.0, rel=0.02)
+def counting(patch, counted):
+    """How many chains' gradients were taken, and which minibatches were asked for."""
+    true = calibration.prompt_loss
+
+    def loss_of(*arguments, **keywords):
+        loss = true(*arguments, **keywords)
+
+        def gradient(moving, frozen, batch):
+            counted["chains"] += len(batch[0])
+            return loss.gradient(moving, frozen, batch)
+
+        def batches(chain, draw):
+            counted["batches"] += 1
+            return loss.batches(chain, draw)
+
+        return loss._replace(gradient=gradient, batches=batches)
+
+    patch.setattr(calibration, "prompt_loss", loss_of)
+
+
+def noting_ends(patch, ends):
+    """The moves that each bar ended with, and those that it was to have."""
+
+    class Noting(MoveBar):
+        def __exit__(self, *exception):
+            ends.append((self.bar.n, self.bar.total))
+            super().__exit__(*exception)
+
+    patch.setattr(calibration, "MoveBar", Noting)
 
 
 @pytest.fixture(scope="module")
-def found() -> Search:
-    return search(estimate, height=5.0, curvature=10.0)
+def watched(tmp_path_factory):
+    """A calibration at two checkpoints, and what it did."""
+    folder = make_run(tmp_path_factory.mktemp("watched") / "tiny", steps=(0, 20, 30))
+    seen = SimpleNamespace(populations=[], counted={"chains": 0, "batches": 0}, ends=[], told=[])
+    with pytest.MonkeyPatch.context() as patch:
+        few_corners(patch)
+        always_ok(patch, seen.populations)
+        counting(patch, seen.counted)
+        noting_ends(patch, seen.ends)
+        sampler = dataclasses.replace(QUICK, num_draws=4, steps="20,30")
+        seen.found = calibrate(folder.path, sampler, say=seen.told.append)
+    return seen
 
 
-def test_the_chosen_corner_of_a_quadratic_has_the_known_answer(found):
-    assert found.chosen is not None
-    corner, result = found.chosen.corner, found.chosen.last
-    truth = known.quadratic_llc(H, nbeta=corner.nbeta, localization=corner.localization, lr=corner.lr)
-    assert is_healthy(result)
-    assert result.llc == pytest.approx(truth, abs=4 * result.stderr)
-    assert corner.ratio == min(one.corner.ratio for one in found.tried if is_healthy(one.last))
+def test_the_survey_is_one_population_and_what_concerns_the_last_checkpoint_is_sampled_there_alone(watched):
+    assert [(len(samplers), steps) for samplers, steps in watched.populations] == [
+        (2, [20, 30]),  # the survey
+        (1, [30]),  # a step size that fails
+        (1, [30]),  # a third
+        (1, [20, 30]),  # the choice at full length
+    ]
 
 
-def test_the_search_shows_a_failed_corner_and_an_lr_plateau(found):
-    rates = [one for one in found.tried if one.corner.stage == "lr"]
-    assert rates[0].corner.lr == pytest.approx(10 * found.chosen.corner.lr, rel=0.1)
-    assert not is_healthy(rates[0].last)
-    assert agree(found.chosen.last, rates[-1].last)
-    assert rates[-1].corner.lr < found.chosen.corner.lr
-    assert 10 <= found.num_burnin_steps <= 120
-    assert "Chosen" in found.reason
+def test_no_gradient_and_no_minibatch_is_made_twice(watched):
+    """By hand: a move takes a gradient, and up to 16 draws one more (MALA); corners and checkpoints share minibatches."""
+    chosen = watched.found.chosen
+    moves = (20 + 4, 20 + 4, 60 + 12, chosen.num_burnin_steps + chosen.num_draws)
+    acceptances = (4, 4, 12, -(-chosen.num_draws // -(-chosen.num_draws // 16)))
+    members = (2 * 2, 1, 1, 2)  # corners x checkpoints
+    of_chains = sum(m * (n + a) for m, n, a in zip(members, moves, acceptances, strict=True))
+    of_curvature = 4 * (1 + 10 + 3)  # batches x (here, ten products, three to see how long it takes)
+    of_slopes = (
+        (2 + 1 + 1 + 2) * 2 * QUICK.num_init_batches // 2
+    )  # at each population's checkpoints, whatever its corners
+    assert watched.counted["chains"] == of_curvature + of_slopes + QUICK.num_chains * of_chains
+    of_losses = 4 * QUICK.num_init_batches  # in each population
+    assert watched.counted["batches"] == 4 + of_losses + QUICK.num_chains * sum(moves)
 
 
-def test_nothing_is_chosen_where_nothing_is_healthy():
-    """The checkpoint is a saddle: every chain finds lower loss."""
-
-    def saddle(params, batch):
-        return -(H * params["w"].square()).sum() / 2
-
-    nothing = search(lambda corner: estimate(corner, loss=saddle), height=5.0, curvature=10.0)
-    assert nothing.chosen is None
-    assert "No choice" in nothing.reason
+def test_it_says_beforehand_how_long_it_takes_and_its_bar_ends_full(watched):
+    assert "About 1 minute:" in watched.told[1]
+    assert "interrupted" in watched.told[1]
+    ((done, total),) = watched.ends
+    assert done == total > 0
 
 
-def test_burn_in_is_longer_where_chains_start_far_away(found):
-    result = found.chosen.last
-    far = dataclasses.replace(result, burnin_trace=result.burnin_trace + torch.linspace(5, 0, 60) ** 3)
-    assert burnin(far) > burnin(result)
-    assert burnin(far) >= 45
+def test_the_rows_say_where_each_corner_was_tried(watched):
+    table = watched.found.table
+    assert set(table[table["stage"] == SURVEY]["step"]) == {20, 30}
+    assert set(table[table["stage"] == RATES]["step"]) == {30}
+    assert set(table[table["chosen"]]["stage"]) == {CONFIRMATION}
+    assert set(table[table["chosen"]]["step"]) == {20, 30}
+    assert (table["localization"] / table["nbeta"]).tolist() == pytest.approx(table["ratio"].tolist(), rel=0.05)
 
 
 @pytest.fixture
 def quick_search(monkeypatch):
-    """Two nbetas and one ratio; every estimate is ok and within its error of every other."""
-    true = calibration.estimate_checkpoints
-    monkeypatch.setattr(calibration, "NBETAS", (300.0, 1000.0))
-    monkeypatch.setattr(calibration, "RATIOS", (0.01,))
-
-    def ok(*arguments, **keywords):
-        found = true(*arguments, **keywords)
-        return [dataclasses.replace(result, verdict="ok", stderr=1e6) for result in found]
-
-    monkeypatch.setattr(calibration, "estimate_checkpoints", ok)
-    monkeypatch.setattr(calibration, "is_healthy", lambda result: True)
+    few_corners(monkeypatch)
+    always_ok(monkeypatch, [])
 
 
 @pytest.mark.slow
@@ -115,8 +151,7 @@ def test_a_runs_calibration_writes_table_figure_and_settings_that_the_command_ta
 
 
 def test_a_run_that_cannot_be_calibrated_exits_with_1_and_still_shows_what_was_tried(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(calibration, "NBETAS", (300.0,))
-    monkeypatch.setattr(calibration, "RATIOS", (0.01,))
+    few_corners(monkeypatch)
     folder = make_run(tmp_path / "tiny", steps=(0,))
     assert main(["llc", str(folder.path), "--calibrate"]) == 1
     assert "No choice" in capsys.readouterr().out

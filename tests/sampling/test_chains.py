@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from icl.checks import ConfigError
-from icl.sampling import estimate_llc, estimate_llcs, module_loss
+from icl.sampling import Label, estimate_llc, estimate_llcs, estimation, module_loss
 from icl.sampling.batches import batch_function
+from icl.sampling.estimation import Problem
+from icl.sampling.settings import SamplerSettings
 
 SETTINGS = {
     "lr": 1e-3,
@@ -86,6 +88,31 @@ def test_an_injected_gradient_takes_the_place_of_the_default(model):
 
     loss, _ = module_loss(model, nn.functional.mse_loss)
     assert same(estimate(model), estimate(model, gradient=looped_gradient(loss)))
+
+
+def test_a_checkpoint_under_several_settings_is_as_it_would_be_under_each_alone(model):
+    """Corner by corner the same minibatches and noise, whatever chunks they are run in."""
+    loss, params = module_loss(model, nn.functional.mse_loss)
+    moved = {name: tensor + 0.1 for name, tensor in params.items()}
+    corners = [{"lr": 1e-3}, {"lr": 1e-3, "nbeta": 500.0}, {"lr": 1e-4, "localization": 50.0}]
+    settings = [SamplerSettings(**{**SETTINGS, **corner}) for corner in corners]
+    labels = [Label(), Label()]
+    for memory in (None, 1e4, 1.0):
+        problem = Problem(loss=loss, batches=batches, memory=memory, trivial_loss=10.0)
+        together = estimation.estimate(problem, [params, moved], settings, labels=labels)
+        for corner, found in zip(corners, together, strict=True):
+            alone = estimate_llcs(loss, [params, moved], batches, trivial_loss=10.0, **{**SETTINGS, **corner})
+            for one, other in zip(found, alone, strict=True):
+                assert same(one, other)
+                assert one.settings == other.settings
+                assert one.evidence == pytest.approx(other.evidence, rel=1e-8, nan_ok=True)
+
+
+def test_settings_that_run_together_are_of_one_length(model):
+    loss, params = module_loss(model, nn.functional.mse_loss)
+    settings = [SamplerSettings(**{**SETTINGS, "num_draws": draws}) for draws in (6, 7)]
+    with pytest.raises(ConfigError, match="lr, nbeta and localization only"):
+        estimation.estimate(Problem(loss=loss, batches=batches), [params], settings, labels=[Label()])
 
 
 # What draws are

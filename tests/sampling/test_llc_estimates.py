@@ -1,6 +1,7 @@
 """Estimates of known answers, their errors, and the verdict's fixed outcomes under sabotage."""
 
 import dataclasses
+import inspect
 import math
 
 import pytest
@@ -42,6 +43,16 @@ def minibatches(chain, draw):
 
 def estimate(loss=quadratic, params=START, batches=(None,), **changes):
     return estimate_llc(loss, params, batches, **{**GOOD, **changes})
+
+
+def test_the_function_of_one_checkpoint_shows_and_takes_the_keywords_of_that_of_several():
+    def keywords(function):
+        return {name: p for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+    assert keywords(estimate_llc) == keywords(estimate_llcs)
+    assert list(inspect.signature(estimate_llc).parameters)[:3] == ["loss", "params", "batches"]
+    with pytest.raises(TypeError, match="temperature"):
+        estimate(temperature=1.0)
 
 
 # Known answers

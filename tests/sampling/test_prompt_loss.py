@@ -2,12 +2,16 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from llc_runs import CONFIG, QUICK
 from tiny_runs import change
 
+from icl import compiling
 from icl.build import build_model
 from icl.population import stack
 from icl.sampling.gradients import vmapped_gradient
@@ -50,6 +54,14 @@ def test_the_fast_gradient_is_the_mapped_one(name):
     assert fast.keys() == slow.keys()
     torch.testing.assert_close(fast, dict(slow), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(fast_values, slow_values, rtol=1e-5, atol=1e-6)
+
+
+def test_losses_of_many_members_are_each_ones_own():
+    loss = prompt_loss(CONFIG, sampler(loss="subsequence"))
+    moved = {key: tensor + 0.01 for key, tensor in PARAMS.items()}
+    batch = loss.batches(0, 0)
+    expected = torch.stack([loss.loss(one, batch) for one in (PARAMS, moved, PARAMS)])
+    torch.testing.assert_close(loss.losses(stack([PARAMS, moved, PARAMS]), batch), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_tasks", [1, 16, math.inf])
@@ -97,3 +109,58 @@ def test_minibatches_made_ahead_do_not_depend_on_what_was_asked_before(kind):
     found = {place: forwards(*place) for place in places}
     for place in reversed(places):
         assert all(torch.equal(one, other) for one, other in zip(found[place], backwards(*place), strict=True))
+
+
+# Gradients of several chains, each on a core of its own
+
+
+def gradients(num_moves=0):
+    """Of three chains and of the last alone, in float64."""
+    loss = prompt_loss(CONFIG, sampler(num_chains=3), num_moves=num_moves)
+    params = stack([{name: p.double() + 0.01 * i for name, p in PARAMS.items()} for i in range(3)])
+    found = [loss.batches(chain, 0) for chain in range(3)]
+    batch = tuple(torch.stack([one[part] for one in found]).double() for part in (0, 1))
+    alone = loss.gradient({n: t[2:] for n, t in params.items()}, {}, tuple(part[2:] for part in batch))
+    return loss.gradient(params, {}, batch), alone
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
+def test_any_number_of_threads_gives_the_chains_own_gradients(num_threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    (grads, values), (alone, value) = gradients()
+    torch.set_num_threads(before)
+    torch.testing.assert_close(values[2:], value, rtol=1e-10, atol=0)
+    for name in grads:
+        torch.testing.assert_close(grads[name][2:], alone[name], rtol=1e-9, atol=1e-12)
+
+
+def test_short_chains_do_not_wait_for_a_compiler_and_long_ones_use_one(monkeypatch):
+    """The tiny run has 6 x 563 x 8 x 16 = 432,384 operations for a gradient; 1e13 of them are 2.3e7 gradients."""
+    asked = []
+    monkeypatch.setattr(compiling.torch, "compile", lambda function, **_: asked.append(function) or function)
+    prompt_loss(CONFIG, QUICK, num_moves=10**7)
+    assert not asked
+    prompt_loss(CONFIG, QUICK, num_moves=10**8)
+    assert asked
+
+
+COMPILED = """
+import torch
+torch.set_num_threads(2)
+import test_prompt_loss as t
+for ours, other in zip(t.gradients(num_moves=10**8), t.gradients(), strict=True):
+    torch.testing.assert_close(ours[1], other[1], rtol=1e-10, atol=0)
+    torch.testing.assert_close(dict(ours[0]), dict(other[0]), rtol=1e-8, atol=1e-11)
+"""
+
+
+@pytest.mark.slow
+def test_compiled_gradients_are_the_eager_ones_up_to_rounding():
+    """In a process of its own: the shape checks of the test run cannot be traced."""
+    folder = Path(__file__).parent
+    code = f"import sys; sys.path[:0] = [{str(folder)!r}, {str(folder.parent)!r}]\n{COMPILED}"
+    run = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True, timeout=900
+    )
+    assert run.returncode == 0, run.stderr

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -129,6 +132,38 @@ def test_a_population_resumes_bit_identically():
     for result, expected in zip(resumed, undisturbed, strict=True):
         assert result.status.state == "finished"
         assert_identical(result.folder, expected.folder)
+
+
+COMPILED = """
+import test_population_training as t
+from tiny_runs import change
+
+configs = [change(c, trainer={"compile": "true"}, checkpoints={"resume_seconds": 0.0}) for c in t.CONFIGS]
+undisturbed = t.train_population(configs, folders=t.folders("undisturbed", 3))
+for config, result, place in zip(configs, undisturbed, t.folders("alone", 3), strict=True):
+    t.assert_alike(result.folder, t.train(config, folder=place).folder)
+places = t.folders("together", 3)
+waiter = t.stop_at(t.RunFolder(places[2]), 10)
+assert {result.status.state for result in t.train_population(configs, folders=places)} == {"preempted"}
+waiter.join()
+for result, expected in zip(t.train_population(configs, folders=places), undisturbed, strict=True):
+    assert result.status.state == "finished"
+    t.assert_identical(result.folder, expected.folder)
+"""
+
+
+@pytest.mark.slow
+def test_compiled_members_are_alike_alone_and_resume_bit_identically():
+    """On a CPU they go side by side, one on each core; in a process of its own, as shape checks cannot be traced."""
+    paths = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parent.parent))
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILED],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_members_at_different_steps_are_put_together_as_they_meet(capsys):

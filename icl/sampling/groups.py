@@ -1,0 +1,142 @@
+"""Some members of a population that are told the same: how they move, and what they leave behind at each draw."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icl.population import Params
+from icl.sampling.settings import SamplerSettings
+from icl.sampling.sgld import KERNELS, SGLDState, log_mala_acceptance, step
+
+PACKED = ""
+"""The name of the one tensor that the members' free parameters are packed in."""
+
+
+class Chunk(NamedTuple):
+    """What some members left behind, on the device; one row each."""
+
+    losses: Tensor
+    components: Tensor | None
+    pull: Tensor
+    spread: Tensor
+    cool_spread: Tensor
+    acceptance: Tensor
+    sample_variance: Tensor | None
+
+
+class Group:
+    """Neighbouring members with the same settings: where they are, and what they leave behind."""
+
+    def __init__(
+        self,
+        settings: SamplerSettings,
+        start: Float[Tensor, "N P"],
+        seeds: Sequence[int],
+        unpacked: Callable[[SGLDState], Params],
+        sample_losses: Callable[[Params], Tensor] | None,
+    ) -> None:
+        self.settings, self.kernel, self.unpacked = settings, KERNELS[settings.kernel], unpacked
+        self.state = self.kernel.init({PACKED: start})
+        self.noise = self._noise(seeds)
+        self.losses = start.new_empty(len(start), settings.num_moves)
+        self.acceptance: list[Tensor] = []
+        self.recorder = _Recorder(settings, sample_losses)
+
+    def propose(self, grad: Params, values: Tensor, move: int, is_draw: bool) -> SGLDState:
+        """Note the losses, record a draw, and say where the next move goes."""
+        self.losses[:, move] = _mean(values)
+        if is_draw:
+            self.recorder.add(self.state, grad, values, partial(self.unpacked, self.state))
+        return step(self.state, grad, next(self.noise), **self._temper())
+
+    def note_acceptance(self, proposal: SGLDState, here: tuple[Params, Tensor], there: tuple[Params, Tensor]) -> None:
+        """Whether MALA would accept the proposal, from gradients and losses at both ends."""
+        grads, losses = (here[0], there[0]), (_mean(here[1]), _mean(there[1]))
+        self.acceptance.append(log_mala_acceptance(self.state, proposal, grads, losses, **self._temper()).exp())
+
+    def move(self, proposal: SGLDState, grad: Params, *, adapting: bool) -> None:
+        """Go there."""
+        self.state = self.kernel.adapt(proposal, grad) if adapting else proposal
+
+    def chunk(self) -> Chunk:
+        """What is left behind."""
+        return self.recorder.chunk(self.losses, torch.stack(self.acceptance, dim=1).mean(1))
+
+    def _temper(self) -> dict[str, float]:
+        s = self.settings
+        return {"lr": s.lr, "nbeta": s.nbeta, "localization": s.localization}
+
+    def _noise(self, seeds: Sequence[int]) -> Iterator[Params]:
+        """Standard normals, one buffer filled anew for each move, a row from each member's own generator."""
+        buffer = torch.empty_like(self.state.params[PACKED])
+        rows = buffer.unbind()
+        generators = [torch.Generator(buffer.device).manual_seed(seed) for seed in seeds]
+        while True:
+            for row, generator in zip(rows, generators, strict=True):
+                row.normal_(generator=generator)
+            yield {PACKED: buffer}
+
+
+class _Recorder:
+    """What some members leave behind at each draw."""
+
+    def __init__(self, settings: SamplerSettings, sample_losses: Callable[[Params], Tensor] | None) -> None:
+        self.settings, self.sample_losses = settings, sample_losses
+        self.components: list[Tensor] = []
+        self.pull: list[Tensor] = []
+        self.spread: list[Tensor] = []
+        self.cool_spread: list[Tensor] = []
+        self.variance = _RunningVariance()
+
+    def add(self, state: SGLDState, grad: Params, values: Tensor, params: Callable[[], Params]) -> None:
+        nbeta, localization = self.settings.nbeta, self.settings.localization
+        away = state.params[PACKED] - state.anchor[PACKED]
+        spread = localization * torch.linalg.vecdot(away, away)
+        g = state.preconditioner.get(PACKED)
+        preconditioned = spread if g is None else localization * torch.linalg.vecdot(away * g, away)
+        self.pull.append(nbeta * torch.linalg.vecdot(away, grad[PACKED]))
+        self.spread.append(spread)
+        self.cool_spread.append(spread - self.settings.lr * localization / 4 * preconditioned)
+        if values.ndim > 1:
+            self.components.append(values)
+        if self.sample_losses is not None:
+            self.variance.add(self.sample_losses(params()))
+
+    def chunk(self, losses: Tensor, acceptance: Tensor) -> Chunk:
+        return Chunk(
+            losses,
+            torch.stack(self.components, dim=1) if self.components else None,
+            torch.stack(self.pull, dim=1),
+            torch.stack(self.spread, dim=1),
+            torch.stack(self.cool_spread, dim=1),
+            acceptance,
+            None if self.sample_losses is None else self.variance.value(),
+        )
+
+
+class _RunningVariance:
+    """Mean and variance over draws as they come (Welford 1962), in float64 on the CPU."""
+
+    def __init__(self) -> None:
+        self.num = 0
+
+    def add(self, values: Tensor) -> None:
+        values = values.cpu().double()
+        if not self.num:
+            self.mean, self.squares = torch.zeros_like(values), torch.zeros_like(values)
+        self.num += 1
+        deviation = values - self.mean
+        self.mean += deviation / self.num
+        self.squares += deviation * (values - self.mean)
+
+    def value(self) -> Tensor:
+        return self.squares / (self.num - 1)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """The loss of each member: the mean of its components, if it has several."""
+    return values.mean(1) if values.ndim > 1 else values

@@ -1,0 +1,125 @@
+"""The search for the sampler's settings, on a quadratic whose answer is known."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from icl.config import SamplerConfig
+from icl.sampling import estimate_llc, known
+from icl.sampling.curvature import largest_curvature
+from icl.sampling.gradients import vmapped_gradient
+from icl.sampling.search import NBETAS, RATES, RATIOS, SURVEY, Search, agree, burnin, is_healthy, num_draws, search
+
+H = torch.logspace(-1, 1, 12)
+BASE = SamplerConfig(num_chains=6, num_draws=60, num_burnin_steps=60)
+START = {"w": torch.zeros(12)}
+
+
+def quadratic(params, batch):
+    return (H * params["w"].square()).sum() / 2
+
+
+def estimate(corners, *, loss=quadratic, start=START):
+    names = ("lr", "nbeta", "localization", "num_chains", "num_draws", "num_burnin_steps", "seed")
+    samplers = [corner.sampler(BASE) for corner in corners]
+    told = [{name: getattr(sampler, name) for name in names} for sampler in samplers]
+    return [[estimate_llc(loss, start, (None,), trivial_loss=5.0, **settings)] for settings in told]
+
+
+def test_the_largest_curvature_is_that_of_the_hessian():
+    """On two batches of curvatures 2H and 0, whose mean is H."""
+
+    def halved(params, batch):
+        return batch * quadratic(params, None)
+
+    gradient, factors = vmapped_gradient(halved), [torch.tensor(2.0), torch.tensor(0.0)]
+    assert largest_curvature(gradient, START, factors) == pytest.approx(10.0, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def asked() -> list:
+    return []
+
+
+@pytest.fixture(scope="module")
+def found(asked) -> Search:
+    def noting(corners):
+        asked.append(list(corners))
+        return estimate(corners)
+
+    return search(noting, height=5.0, curvature=10.0)
+
+
+def test_all_corners_of_a_ratio_are_asked_for_in_one_go_and_their_chains_are_equally_long(found, asked):
+    surveyed, rates = asked[: len(RATIOS)], asked[len(RATIOS) :]
+    for corners in surveyed:
+        assert [corner.stage for corner in corners] == [SURVEY] * len(NBETAS)
+        assert len({corner.ratio for corner in corners}) == 1
+        samplers = [corner.sampler(BASE) for corner in corners]
+        assert len({(sampler.num_draws, sampler.num_burnin_steps) for sampler in samplers}) == 1
+    assert {corner.stage for corners in rates for corner in corners} == {RATES}
+
+
+def test_chains_are_long_enough_for_the_localisation_to_fill_flat_directions(found):
+    """Their variance has come to 1 - exp(-lr localization t) of its level: to 86% at the first draw, of the choice to 95%."""
+    for one in found.tried[: len(NBETAS) * len(RATIOS)]:
+        sampler = one.corner.sampler(BASE)
+        assert 1 - math.exp(-sampler.lr * sampler.localization * sampler.num_burnin_steps) > 0.85
+    chosen = found.chosen.corner
+    assert 1 - math.exp(-chosen.lr * chosen.localization * found.num_burnin_steps) > 0.94
+
+
+def test_chains_that_have_not_filled_flat_directions_are_not_healthy(found):
+    """Though the verdict has nothing against them but a note."""
+    result = found.chosen.last
+    evidence = result.evidence._replace(spread=0.0, pull=2.0, heat_stderr=0.1)
+    assert evidence.num_params == 12
+    assert not is_healthy(dataclasses.replace(result, evidence=evidence))
+
+
+def test_the_chosen_corner_of_a_quadratic_has_the_known_answer(found):
+    assert found.chosen is not None
+    corner, result = found.chosen.corner, found.chosen.last
+    truth = known.quadratic_llc(H, nbeta=corner.nbeta, localization=corner.localization, lr=corner.lr)
+    assert is_healthy(result)
+    assert result.llc == pytest.approx(truth, abs=4 * result.stderr)
+    assert corner.ratio == min(one.corner.ratio for one in found.tried if is_healthy(one.last))
+
+
+def test_the_search_shows_a_failed_corner_and_an_lr_plateau(found):
+    rates = [one for one in found.tried if one.corner.stage == RATES]
+    assert rates[0].corner.lr == pytest.approx(10 * found.chosen.corner.lr, rel=0.1)
+    assert not is_healthy(rates[0].last)
+    assert agree(found.chosen.last, rates[-1].last)
+    assert rates[-1].corner.lr < found.chosen.corner.lr
+    assert rates[-1].last.settings.num_burnin_steps == 3 * found.chosen.last.settings.num_burnin_steps
+    assert rates[-1].last.settings.num_draws == 3 * found.chosen.last.settings.num_draws
+    assert "Chosen" in found.reason
+
+
+def test_nothing_is_chosen_where_nothing_is_healthy():
+    """The checkpoint is a saddle: every chain finds lower loss."""
+
+    def saddle(params, batch):
+        return -(H * params["w"].square()).sum() / 2
+
+    nothing = search(lambda corners: estimate(corners, loss=saddle), height=5.0, curvature=10.0)
+    assert nothing.chosen is None
+    assert "No choice" in nothing.reason
+
+
+def test_burn_in_is_longer_where_chains_start_far_away(found):
+    result = found.chosen.last
+    far = dataclasses.replace(
+        result, burnin_trace=result.burnin_trace + torch.linspace(5, 0, result.burnin_trace.shape[1]) ** 3
+    )
+    assert burnin(far) > burnin(result)
+    assert burnin(far) >= 0.75 * result.burnin_trace.shape[1]
+
+
+def test_draws_are_no_fewer_than_asked_for_and_enough_for_the_effective_sample_size(found):
+    result = dataclasses.replace(found.chosen.last, ess=50.0)  # of 60 draws of each chain; 200 takes 240
+    assert num_draws(result, 100) == 250
+    assert num_draws(result, 300) == 300

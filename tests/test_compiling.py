@@ -1,0 +1,45 @@
+"""One graph: it is one, in any thread, and where there cannot be one the function itself goes on with a warning."""
+
+import subprocess
+import sys
+
+import pytest
+
+THREADS = """
+import sys, torch
+from icl.compiling import one_graph
+from icl.cores import WITHOUT_LOCK, side_by_side
+
+torch.set_num_threads(2)
+sys.setswitchinterval(1e-5)  # threads overlap wherever they can
+double = side_by_side(one_graph(lambda x: 2 * torch.sin(x).sum(), work="Testing", options=WITHOUT_LOCK), threads_each=1)
+for _ in range(20):
+    assert len(set(map(float, double([(torch.ones(3000),)] * 1000)))) == 1
+"""
+
+BREAK = """
+import torch
+from icl.compiling import one_graph
+
+def waits(x):
+    return x * 2 if float(x.sum()) > 0 else x
+
+print(one_graph(waits, work="Testing")(torch.ones(3)).tolist())
+"""
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_threads_may_call_one_graph_at_once():
+    ran = run(THREADS)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.slow
+def test_a_function_that_waits_for_its_own_numbers_is_no_graph_and_is_called_as_it_is():
+    ran = run(BREAK)
+    assert ran.stdout.strip() == "[2.0, 2.0, 2.0]"
+    assert "Testing goes on without torch.compile" in ran.stderr
