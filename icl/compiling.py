@@ -61,7 +61,12 @@ def one_graph(
         changed: Which of its inputs it changes in place.
         options: The compiler's, on a CPU.
     """
-    from torch._dynamo import config, error_on_graph_break, exc, mark_static_address  # slow to import, needed here alone
+    from torch._dynamo import (
+        config,
+        error_on_graph_break,
+        exc,
+        mark_static_address,
+    )  # slow to import, needed here alone
 
     # Not `fullgraph`: up to torch 2.13 it counts the graphs of a call in a number that all threads share, and fails by chance.
     graph = torch.compile(error_on_graph_break(True)(function), dynamic=False, options=options)

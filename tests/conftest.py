@@ -3,7 +3,9 @@
 import dataclasses
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch and numpy: threads that spin stall runs on shared cores
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch and numpy: threads that spin stall runs on shared cores
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis

@@ -68,6 +68,11 @@ class Evidence(NamedTuple):
         return math.nan if self.trivial_loss is None else max(self.trivial_loss - self.init_loss, 0.0)
 
     @property
+    def filled(self) -> float:
+        """The share of equipartition that the chains have reached; 1 in equilibrium, above it when heated."""
+        return max(self.pull + self.spread, 0.0) / self.num_params
+
+    @property
     def dead(self) -> int:
         """Chains that are masked."""
         return self.num_chains - self.num_chains_used
@@ -171,6 +176,12 @@ RULES = (
         "the loss drifts after burn-in, by {drift:+.3g} nats from the first half of the draws to the second: lengthen the burn-in",
     ),
     Rule(
+        "not spread out", "suspect", 0.8, "equipartition (this module); the share of d is ours",
+        lambda e, t: e.localization > 0 and e.pull + e.spread + 3 * e.heat_stderr < t * e.num_params,
+        "the chains fill {filled:.0%} of what the localisation allows, and the LLC changes as flat directions fill: lengthen "
+        "the burn-in (3 / (lr localization) moves fill 95%)",
+    ),
+    Rule(
         "prior-dominated", "suspect", 1e-3, "pull is the effective number of parameters (MacKay 1992); half of one, or a thousandth, is ours",
         lambda e, t: e.spread > e.num_params / 2 and e.pull < max(0.5, t * e.num_params),
         "prior-dominated: the data hold {pull:.3g} of {num_params} directions: raise nbeta, or lower localization",
@@ -179,11 +190,6 @@ RULES = (
         "mostly flat", "note", 0.5, "as above",
         lambda e, t: e.spread > t * e.num_params and e.pull >= max(0.5, 1e-3 * e.num_params),
         "note: localisation holds most directions, the data {pull:.3g} of {num_params}; see how the LLC depends on localization",
-    ),
-    Rule(
-        "not spread out", "note", 0.5, "equipartition (this module)",
-        lambda e, t: e.localization > 0 and e.pull + e.spread + 3 * e.heat_stderr < t * e.num_params,
-        "note: flat directions are not yet filled to the width that the localisation allows",
     ),
     Rule(
         "escape not checked", "note", 0, "fixed outcome",
@@ -208,5 +214,5 @@ def _worst(levels: Iterable[Level]) -> Verdict:
 
 
 def _told(rule: Rule, evidence: Evidence) -> str:
-    numbers = {name: getattr(evidence, name) for name in (*Evidence._fields, "rise", "headroom", "dead")}
+    numbers = {name: getattr(evidence, name) for name in (*Evidence._fields, "rise", "headroom", "filled", "dead")}
     return rule.reason.format(**numbers, half=evidence.num_params / 2, t=rule.threshold)

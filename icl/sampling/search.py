@@ -37,8 +37,6 @@ MIN_ESS = 200.0
 """That the chosen number of draws aims at; the verdict asks for 100."""
 OF_LENGTH = ("R-hat", "effective sample size")
 """Rules that longer chains may satisfy."""
-UNFILLED = "not spread out"
-"""The note that counts against a choice of settings."""
 SURVEY, RATES, CONFIRMATION = "nbeta, localization", "lr", "confirmation"
 """The stages of a search."""
 _SLOWER = 3
@@ -197,10 +195,9 @@ def num_draws(result: LLCResult, asked: int) -> int:
 
 
 def is_healthy(result: LLCResult) -> bool:
-    """Whether nothing is said against an estimate but the length of its chains, and flat directions are filled."""
-    broken = {rule.name for rule in RULES if rule.is_broken(result.evidence, rule.threshold)}
-    against = {rule.name for rule in RULES if rule.level != "note"} | {UNFILLED}
-    return broken & against <= set(OF_LENGTH)
+    """Whether nothing is said against an estimate but the length of its chains."""
+    broken = {rule.name for rule in RULES if rule.level != "note" and rule.is_broken(result.evidence, rule.threshold)}
+    return broken <= set(OF_LENGTH)
 
 
 def agree(one: LLCResult, other: LLCResult) -> bool:

@@ -293,6 +293,23 @@ def test_too_short_a_burnin_drifts():
     assert result.verdict == "suspect"
 
 
+def test_chains_too_short_to_fill_flat_directions_are_suspect_and_find_too_little():
+    """In a valley whose walls grow steeper along its floor the LLC grows as the chains spread along it."""
+
+    def valley(params, batch):
+        return 0.1 * params["walls"].square().sum() * params["floor"].square().sum() / 2
+
+    start = {"walls": torch.zeros(20), "floor": torch.zeros(20)}
+    settings = {"lr": 1e-3, "localization": 10.0, "num_chains": 32}
+    short = estimate(valley, start, num_burnin_steps=20, num_draws=40, **settings)
+    long = estimate(valley, start, num_burnin_steps=300, num_draws=400, **settings)
+    assert short.verdict == "suspect"
+    assert "not spread out" in broken(short) - broken(long)
+    assert "the chains fill 44% of what the localisation allows" in " ".join(short.reasons)
+    assert long.llc > 3 * short.llc
+    assert long.evidence.filled == pytest.approx(1, abs=0.02)
+
+
 def test_every_rule_can_be_the_only_reason_and_names_its_source():
     """Each line of the table is reached from a healthy estimate by changing what it looks at."""
     healthy = estimate().evidence
