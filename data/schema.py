@@ -200,6 +200,37 @@ TABLES: dict[str, Table] = {
         },
         "known answers",
     ),
+    "calibration": Table(
+        "the search for the settings of the sampler: all that were tried",
+        {
+            "run": _RUN,
+            "corner": Column("integer", "number of the settings, from 0, as they were tried"),
+            "stage": Column(
+                "text",
+                "`nbeta, localization`: the survey; `lr`: other step sizes; `confirmation`: chains of full length",
+            ),
+            "step": _STEP,
+            **{name: _number("sampler setting") for name in ("lr", "nbeta", "localization")},
+            "ratio": _number("localization / nbeta"),
+            **{name: Column("integer", "sampler setting") for name in ("num_chains", "num_draws", "num_burnin_steps")},
+            "llc": _number("nbeta (E[L] - L(w0))", may_miss=True),
+            "stderr": _number("its standard error over chains and draws", may_miss=True),
+            "init_loss": _number("L(w0), the checkpoint's loss"),
+            "mean_loss": _number("E[L], mean over chains and draws", may_miss=True),
+            "trivial_loss": _number("loss of predicting zero"),
+            "rhat": _number("agreement of the chains; near 1 is good", may_miss=True),
+            "ess": _number("effective number of independent draws", may_miss=True),
+            "verdict": _VERDICT,
+            "reasons": Column("text", "why it is not `ok`, and notes", may_miss=True),
+            "healthy": Column("text", "`True` if nothing but short chains is said against it"),
+            "plateau_nbeta": Column(
+                "text", "`True` if a neighbouring nbeta of the survey agrees at this ratio and the last step"
+            ),
+            "lr_searched": Column("text", "`True` for the settings at which step sizes were compared"),
+            "chosen": Column("text", "`True` for the settings that were taken"),
+        },
+        "calibrate",
+    ),
     "essential-dynamics": Table(
         "principal components of the trajectories, with random walks beside them",
         {
@@ -325,7 +356,7 @@ TABLES: dict[str, Table] = {
         {
             "phase": Column("text", "its name in the script"),
             "commands": Column("text", "what was typed"),
-            "seconds": _number("wall clock; the machine was shared with other work"),
+            "seconds": _number("wall clock; the machine was shared with other work, but for the calibration"),
             "cpu_seconds": _number("processor time", may_miss=True),
             "date": Column("text", "day"),
             "commit": Column("text", "of the source; `+`: with changes", may_miss=True),

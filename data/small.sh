@@ -43,6 +43,10 @@ icl llc --self-test --out "$RUNS/known-answers.csv"
 ## LLCs of the quickstart
 icl llc "$RUNS/quickstart" --steps 0,56,216,531,832,1302,2039,3193,4444,5000
 
+## calibrate the sampler of the quickstart
+# A search for lr, nbeta, localization and burn-in; the LLCs above keep the preset's.
+icl llc "$RUNS/quickstart" --calibrate
+
 ## LLCs of L2H4, seed 0, with the published sampler
 # Published: 10 chains of 5,000 moves on 1,024 prompts. Exit status 1 says that every estimate is invalid, which is a result.
 icl llc "$RUNS/L2H4/seed=0" --published --steps 0,111,687,1456,2984,5264,9700,12684,17908,25369,31339,40293 \

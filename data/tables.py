@@ -224,6 +224,10 @@ def _make_known_answers(name: str, runs: Runs, root: Path, record: Mapping) -> p
     return pd.read_csv(path) if path.is_file() else None
 
 
+def _make_calibration(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    return _collect(runs, "llc-calibration.csv", lambda run, own: own)
+
+
 def _make_behaviour(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
     """Without positions, at few steps; every second scale, which few steps have."""
 
@@ -280,6 +284,7 @@ MAKERS: dict[str, Callable[[str, Runs, Path, Mapping], pd.DataFrame | None]] = {
     "llc-positions": _make_llc,
     "llc-traces": _make_traces,
     "known-answers": _make_known_answers,
+    "calibration": _make_calibration,
     "behaviour": _make_behaviour,
     "attention": _make_attention,
     "hessian": _make_hessian,

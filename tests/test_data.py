@@ -60,12 +60,28 @@ def test_rows_belong_to_shipped_runs_and_saved_steps():
     runs, saved = read(DATA / "small" / "runs.csv"), read(DATA / "small" / "checkpoints.csv")
     steps = set(zip(saved["run"], saved["step"], strict=True))
     assert runs["run"].is_unique
-    for name in ("evaluation", "llc", "attention"):
+    for name in ("evaluation", "llc", "calibration", "attention"):
         path = DATA / "small" / f"{name}.csv"
         if path.is_file():
             table = read(path).dropna(subset="step")
             assert set(table["run"]) <= set(runs["run"])
             assert set(zip(table["run"], table["step"], strict=True)) <= steps
+
+
+def test_the_calibration_took_one_corner_at_full_length_and_shows_how():
+    table = read(DATA / "small" / "calibration.csv")
+    assert set(table["stage"]) == {"nbeta, localization", "lr", "confirmation"}
+    taken = table[table["chosen"] == "True"]
+    assert set(taken["corner"]) == {table["corner"].max()}
+    assert set(taken["stage"]) == {"confirmation"}
+    assert taken.loc[taken["step"].idxmax(), "verdict"] == "ok"
+    survey = table[(table["stage"] == "nbeta, localization") & (table["step"] == table["step"].max())]
+    alike = survey.merge(taken[["nbeta", "ratio"]].drop_duplicates(), on=["nbeta", "ratio"])
+    assert list(alike["healthy"] + alike["plateau_nbeta"]) == ["TrueTrue"]
+    written = table.dropna(subset="llc")
+    rounding = 1e-4 * written["nbeta"] * written["mean_loss"]  # two losses of five digits
+    again = written["nbeta"] * (written["mean_loss"] - written["init_loss"])
+    assert ((again - written["llc"]).abs() <= rounding).all()
 
 
 def test_the_data_are_small():
