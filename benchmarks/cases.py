@@ -1,6 +1,6 @@
 """What is measured: our step against the plain loop, one member at a time and its floor; dMMSE; and the chains of an LLC."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import NamedTuple
 
@@ -36,29 +36,30 @@ class Case(NamedTuple):
     target: str = ""
 
 
-def make_cases(device: str) -> list[Case]:
-    """All cases that this device has."""
+def make_cases(device: str) -> Iterator[Case]:
+    """All cases that this device has, each made when it is its turn.
+
+    The application is last: its thread brings threads of its own into PyTorch, beside which every loop on a CPU is slower.
+    """
     many = 32 if device == "cuda" else 8
-    plain, products = plain_loop(CONFIG, device), matrix_products(CONFIG, device)
-    one, half, packed = (training_step(num, device, compiled=True) for num in (1, many // 2, many))
+    plain, one = plain_loop(CONFIG, device), training_step(1, device, compiled=True)
+    half, packed = (training_step(num, device, compiled=True) for num in (many // 2, many))
+    targets = ("5", "15") if device == "cuda" else ("1.5", "")
+    yield Case("plain loop / one member, eager", plain, training_step(1, device), target="1")
+    yield Case("plain loop / one member, compiled", plain, one, target=targets[0])
+    yield Case(f"plain loop / {many} members, compiled", plain, packed, many, target="" if device == "cuda" else "1.5")
+    yield Case(f"one at a time / {many} members, compiled", one, packed, many, target=targets[1])
+    yield Case(f"{many // 2} members / {many}, compiled", half, packed, 2, target="1")
+    yield Case("matrix products alone / one member, compiled", matrix_products(CONFIG, device), one)
+    yield Case("loop over prefixes / dMMSE, M = 2^14", *dmmse_sides(device), calls=1, target="5")
+    yield from sampling_cases(device)
     application = start_application(CONFIG, device)
 
     def bare_steps() -> None:
         for _ in range(application.num_steps or 1):
             one()
 
-    targets = ("5", "15") if device == "cuda" else ("1.5", "")
-    return [
-        Case("plain loop / one member, eager", plain, training_step(1, device), target="1"),
-        Case("plain loop / one member, compiled", plain, one, target=targets[0]),
-        Case(f"plain loop / {many} members, compiled", plain, packed, many, target="" if device == "cuda" else "1.5"),
-        Case(f"one at a time / {many} members, compiled", one, packed, many, target=targets[1]),
-        Case(f"{many // 2} members / {many}, compiled", half, packed, 2, target="1"),
-        Case("bare loop / the application, one member", bare_steps, application, target="0.9"),
-        Case("matrix products alone / one member, compiled", products, one),
-        Case("loop over prefixes / dMMSE, M = 2^14", *dmmse_sides(device), calls=1, target="5"),
-        *sampling_cases(device),
-    ]
+    yield Case("bare loop / the application, one member", bare_steps, application, target="0.9")
 
 
 def sampling_cases(device: str) -> list[Case]:

@@ -25,7 +25,7 @@ from icl.sampling.settings import SamplerSettings
 from icl.tasks.prompts import sample_prompts
 
 NUM_CHAINS, BATCH_SIZE = 8, 256
-NUM_MOVES = 24
+NUM_MOVES = 48
 """Of each chain in one call."""
 _KERNEL: dict[str, Any] = {"lr": 1e-5, "nbeta": 100.0, "localization": 100.0}
 _SIZES: dict[str, Any] = {"num_chains": NUM_CHAINS, "num_draws": 2}

@@ -40,7 +40,8 @@ def grad_and_aux(total: Callable[[Leaves], tuple[Tensor, Tensor]], leaves: Leave
     # In this thread: one of autograd's own may still hold a tensor when the step ends, and XLA compiles what it finds alive.
     with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
         tensors, spec = pytree.tree_flatten(leaves)
-        tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+        # `data`, not `detach`: rows of one tensor would share its version counter, which other threads' updates move on.
+        tensors = [tensor.data.requires_grad_() for tensor in tensors]
         value, aux = total(pytree.tree_unflatten(tensors, spec))
         found = torch.autograd.grad(value, tensors, materialize_grads=True)
     return pytree.tree_unflatten(list(found), spec), aux.detach()
@@ -61,12 +62,8 @@ def one_graph(
         changed: Which of its inputs it changes in place.
         options: The compiler's, on a CPU.
     """
-    from torch._dynamo import (
-        config,
-        error_on_graph_break,
-        exc,
-        mark_static_address,
-    )  # slow to import, needed here alone
+    # Slow to import, and needed here alone.
+    from torch._dynamo import config, error_on_graph_break, exc, mark_static_address
 
     # Not `fullgraph`: up to torch 2.13 it counts the graphs of a call in a number that all threads share, and fails by chance.
     graph = torch.compile(error_on_graph_break(True)(function), dynamic=False, options=options)
@@ -77,7 +74,7 @@ def one_graph(
         nonlocal has_failed
         if has_failed:
             return function(*inputs)
-        config.recompile_limit = 2**10  # each thread has its own; a process may train many populations
+        config.recompile_limit = max(config.recompile_limit, 2**10)  # each thread's own; a process may train many runs
         try:
             if _device(inputs).type != "cuda":
                 return graph(*inputs)

@@ -22,10 +22,11 @@ WITHOUT_LOCK = {"cpp_wrapper": True}
 def side_by_side(
     function: Callable[..., Result], *, threads_each: int | None = None
 ) -> Callable[[Sequence[tuple[Any, ...]]], list[Result]]:
-    """What makes many calls of a function of tensors at once and gives their results in order; it finds no gradients.
+    """What makes many calls of a function of tensors at once and gives their results in order; autograd records nothing.
 
     Args:
-        function: Must not change what other calls read. Its very first call runs alone, for it may compile.
+        function: Must not change what other calls read. Its very first call runs alone, for it may compile
+            (Ctrl-C then waits for the compiler).
         threads_each: PyTorch's threads for each call. If 1, results do not depend on how many cores there are; by default
             calls share out what there are.
     """
@@ -39,8 +40,10 @@ def side_by_side(
             with torch.no_grad(), torch.autocast("cpu", **precision):  # both are each thread's own
                 return function(*these)
 
+        if not arguments:
+            return []
         num_threads = torch.get_num_threads()
-        at_once = min(num_threads // (threads_each or 1) or 1, len(arguments))
+        at_once = max(1, num_threads // threads_each) if threads_each else min(num_threads, len(arguments))
         each = threads_each or num_threads // at_once
         if (at_once, each) == (1, num_threads):
             return [one(these) for these in arguments]

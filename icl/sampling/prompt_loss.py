@@ -132,12 +132,15 @@ def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradien
         return grad_and_aux(total, moving)
 
     keep_freed_memory()
-    return _by_cores(one_graph(gradient, work="Sampling", options=WITHOUT_LOCK) if compiled else gradient)
+    if compiled:
+        graph = one_graph(gradient, work="Sampling", options=WITHOUT_LOCK)
+        return _by_cores(graph, threads_each=1)  # another number of threads would be another graph
+    return _by_cores(gradient)
 
 
-def _by_cores(gradient: Gradient) -> Gradient:
-    """The same gradient, on a CPU chain by chain: a chain fills a core's caches, and gets the numbers it would get alone."""
-    of_each = side_by_side(gradient)
+def _by_cores(gradient: Gradient, *, threads_each: int | None = None) -> Gradient:
+    """The same gradient, on a CPU chain by chain, as one fills a core's caches; up to rounding what it would be alone."""
+    of_each = side_by_side(gradient, threads_each=threads_each)
 
     def call(moving: Params, frozen: Params, batch: Batch) -> tuple[Params, Tensor]:
         if next(iter(moving.values())).device.type != "cpu":

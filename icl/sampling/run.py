@@ -98,7 +98,7 @@ def estimate_run(
             else:
                 records.append(kept)
                 bar.expect(-num_moves(sampler))
-            if len(pending) == at_once or (pending and file is files[-1]):
+            if len(pending) == at_once:
                 records += _estimate_and_keep(pending, kind, loss, device, folder, bar)
                 pending = []
         if pending:

@@ -14,7 +14,7 @@ from icl.config import RunConfig
 from icl.runs import RunFolder, State
 from icl.training.wandb_log import WandbLog
 
-_SAVED = ("loss", "best", "best_step", "num_checks", "extra_step", "state", "end_step", "reason")
+_SAVED = ("loss", "best", "best_step", "num_checks", "extra_step", "state", "end_step", "reason", "is_packed")
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class Member:
     is_settled: bool = False
     """Whether its end has been written down."""
     is_packed: bool = False
-    """Whether it began as one of several, which decides how a CPU steps it; so it stays if it is the last one left."""
+    """Whether it began as one of several, which decides how a CPU steps it; it stays so if it is resumed as the last one."""
     wandb: WandbLog | None = None
     """Its W&B run, which takes the rows of `metrics.csv`."""
     _started: float = field(default_factory=time.monotonic)
@@ -72,4 +72,4 @@ class Member:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take it up again."""
         for name in _SAVED:
-            setattr(self, name, saved[name])
+            setattr(self, name, saved.get(name, getattr(self, name)))  # older files have no `is_packed`

@@ -73,7 +73,7 @@ class PopulationModule(pl.LightningModule):
             self.config.optim,
             self.shapes,
             compiled=self._is_compiled(),
-            packed=self.members[0].is_packed,
+            packed=any(member.is_packed for member in self.members),
             reduce=self._average if self.trainer.world_size > 1 else None,
         )
 

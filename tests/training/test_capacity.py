@@ -30,6 +30,18 @@ def test_activations_hold_at_least_the_inputs_of_every_matrix_product():
     assert kept(preset("L2H4")) > floor
 
 
+def test_a_member_of_several_keeps_more_than_one_alone_and_elsewhere_than_on_a_cpu_that_is_counted(monkeypatch):
+    """Alone it has fused operations."""
+    config = preset("L2H4")
+    member = dict(build_model(config).named_parameters())
+    alone, together, four = (activation_bytes(config, stack([member] * num)) for num in (1, 2, 4))
+    assert 1.1 < together / alone < 1.4
+    assert four == pytest.approx(together, rel=0.01)
+    monkeypatch.setattr(capacity, "device_bytes", lambda device: 2**34)
+    rows = 7 * sum(tensor.nbytes for tensor in member.values())
+    assert num_fitting(config, "meta") == int(0.85 * 2**34 // (rows + 256 * together))
+
+
 def test_twice_the_memory_holds_twice_the_members(monkeypatch):
     monkeypatch.setattr(capacity, "device_bytes", lambda device: 2**30)
     once = num_fitting(preset("L2H4"), "meta")
