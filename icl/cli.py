@@ -84,8 +84,9 @@ def _load_environment() -> None:
 def _share_the_machine() -> None:
     """Let PyTorch's threads that wait for each other go to sleep soon, unless the environment says otherwise.
 
-    By default GNU's OpenMP lets them spin for milliseconds at every operation. With one other busy program on two cores a
-    step then takes seventy times as long (measured: 1,100 ms for 16; so 50 to 100); an idle machine shows no difference.
+    By default GNU's OpenMP lets them spin for milliseconds at every operation. Beside one busy program of another terminal
+    (Linux lets sessions take turns) a step on two cores then took 400 to 1,100 ms instead of 16, and takes 50 to 100 so; beside
+    one of the same terminal 40 to 60 either way, and on an idle machine there is no difference.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         os.environ["GOMP_SPINCOUNT"] = "3000"  # read when PyTorch is loaded, which no module has done yet
