@@ -34,14 +34,14 @@ def side_by_side(
 
     def call(arguments: Sequence[tuple[Any, ...]]) -> list[Result]:
         nonlocal has_run
+        if not arguments:
+            return []
         precision = _mixed_precision()
 
         def one(these: tuple[Any, ...]) -> Result:
             with torch.no_grad(), torch.autocast("cpu", **precision):  # both are each thread's own
                 return function(*these)
 
-        if not arguments:
-            return []
         num_threads = torch.get_num_threads()
         at_once = max(1, num_threads // threads_each) if threads_each else min(num_threads, len(arguments))
         each = threads_each or num_threads // at_once

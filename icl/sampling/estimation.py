@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from icl.checks import ConfigError
 from icl.population import Params, size, stack
@@ -173,8 +174,6 @@ def _init_losses(losses: Callable[[Params, Batch], Tensor], params: Params, batc
 
 def _on(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device, as the stacked ones are."""
-    from torch.utils import _pytree as pytree
-
     return pytree.tree_map(lambda x: x[0] if isinstance(x, Tensor) else x, stack_batches([batch], device))
 
 
