@@ -24,6 +24,9 @@ from icl.transformer import ACTIVATIONS
 Params: TypeAlias = dict[str, Tensor]
 """Parameters by name; stacked ones have a leading axis N."""
 
+_WIDE = 16
+"""Inputs from which on a lone member takes F.linear; of a narrower one's weight CPUs take six times as long a gradient."""
+
 
 def predict(
     config: ModelConfig, params: Params, xs: Float[Tensor, "*N B K D"], ys: Float[Tensor, "*N B K"]
@@ -145,7 +148,7 @@ def _affine(
     x: Float[Tensor, "N B T I"], weight: Float[Tensor, "N O I"], bias: Float[Tensor, "N O"] | None
 ) -> Float[Tensor, "N B T O"]:
     """Each member's linear map, as one batched matrix product over all its tokens."""
-    if len(weight) == 1:
+    if len(weight) == 1 and weight.shape[2] >= _WIDE:
         return F.linear(x, weight[0], None if bias is None else bias[0])
     rows = x.flatten(1, 2)  # N BT I
     product = rows @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)  # N BT O
