@@ -1,6 +1,7 @@
-"""What is measured: our step against the plain loop, one member at a time and its floor; dMMSE; and the chains of an LLC."""
+"""What is measured: our step against the plain loop, one member at a time and its floor; evaluation; dMMSE; an LLC's chains."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from benchmarks.sampling import devinterp_chains, has_devinterp, our_chains
 from icl import population
 from icl.baselines import dmmse
 from icl.build import build_model
+from icl.evaluation import evaluate, evaluation_set
 from icl.presets import preset
 from icl.step import adam_state, make_step, shapes_of
 from icl.tasks.priors import task_pool
@@ -51,6 +53,7 @@ def make_cases(device: str) -> Iterator[Case]:
     yield Case(f"one at a time / {many} members, compiled", one, packed, many, target=targets[1])
     yield Case(f"{many // 2} members / {many}, compiled", half, packed, 2, target="1")
     yield Case("matrix products alone / one member, compiled", matrix_products(CONFIG, device), one)
+    yield Case("checkpoints one by one / 16 at once, evaluation", *evaluation_sides(16, device), calls=1)
     yield Case("loop over prefixes / dMMSE, M = 2^14", *dmmse_sides(device), calls=1, target="5")
     yield from sampling_cases(device)
     application = start_application(CONFIG, device)
@@ -91,6 +94,18 @@ def training_step(num_members: int, device: str, *, compiled: bool = False) -> C
         step(state, xs[number % BLOCK], ys[number % BLOCK], rates)
 
     return call
+
+
+def evaluation_sides(num_checkpoints: int, device: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """All numbers of some checkpoints on the training tasks and on new ones: a loop over checkpoints, and at once."""
+    model, num_prompts = build_model(CONFIG), CONFIG.evaluation.num_prompts
+    alone = population.stack([{name: p.detach().to(device) for name, p in model.named_parameters()}])
+    together = {name: tensor.repeat(num_checkpoints, *[1] * (tensor.ndim - 1)) for name, tensor in alone.items()}
+    predict = partial(population.apply, model)
+    sets = [evaluation_set(CONFIG, name, num_prompts=num_prompts, device=device) for name in ("pretrain", "true")]
+    return lambda: [evaluate(predict, alone, sets) for _ in range(num_checkpoints)], lambda: evaluate(
+        predict, together, sets
+    )
 
 
 def dmmse_sides(device: str) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:

@@ -77,26 +77,21 @@ def predict_prompts(predict: Predict, params: Params, prompts: Prompts) -> Float
 
 def evaluate(predict: Predict, params: Params, sets: Sequence[EvaluationSet]) -> list[list[Row]]:
     """All numbers of every member, on all sets: one list of rows per member."""
-    members: list[list[Row]] = []
-    for one in sets:
-        for index, predictions in enumerate(predict_prompts(predict, params, one.prompts)):
-            if index == len(members):
-                members.append([])
-            members[index] += evaluate_predictions(one, predictions)
-    return members
+    parts = [evaluate_predictions(one, predict_prompts(predict, params, one.prompts)) for one in sets]
+    return [[row for rows in own for row in rows] for own in zip(*parts, strict=True)]
 
 
-def evaluate_predictions(one: EvaluationSet, predictions: Float[Tensor, "B K"]) -> list[Row]:
-    """Loss, gaps, prior-task scores and ICL scores of one predictor on one set."""
-    errors = metrics.squared_error(predictions, one.prompts.ys)  # B K
-    rows = _positions(one, "loss", errors)
+def evaluate_predictions(one: EvaluationSet, predictions: Float[Tensor, "N B K"]) -> list[list[Row]]:
+    """Loss, gaps, prior-task scores and ICL scores on one set: one list of rows per predictor."""
+    errors = metrics.squared_error(predictions, one.prompts.ys)  # N B K
+    numbers = _positions(one, "loss", errors)
     for prefix, names in (("delta", ("ridge", "dmmse")), ("prior", ("zero", "task_mean"))):
         for name in names:
             if name in one.baselines:
-                rows += _positions(one, f"{prefix}_{name}", metrics.squared_error(predictions, one.baselines[name]))
-    for first, second in () if one.is_about_query else _score_pairs(errors.shape[1]):
-        rows.append(_row(one.name, "icl_score", f"{first}:{second}", metrics.icl_score(errors, first, second)))
-    return rows
+                numbers += _positions(one, f"{prefix}_{name}", metrics.squared_error(predictions, one.baselines[name]))
+    for first, second in () if one.is_about_query else _score_pairs(errors.shape[-1]):
+        numbers.append(_Numbers("icl_score", [f"{first}:{second}"], metrics.icl_score(errors, first, second)))
+    return _rows(one.name, numbers)
 
 
 def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
@@ -105,7 +100,9 @@ def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
         row
         for one in sets
         for name, predictions in one.baselines.items()
-        for row in _positions(one, name, metrics.squared_error(predictions, one.prompts.ys))
+        for row in _rows(
+            one.name, _positions(one, name, metrics.squared_error(predictions, one.prompts.ys).unsqueeze(0))
+        )[0]
     ]
 
 
@@ -141,22 +138,28 @@ def summarise(predict: Predict, params: Params, sets: Sequence[Sequence[Evaluati
     """
     results: list[dict[str, float]] = [{} for _ in sets]
     for same in zip(*sets, strict=True):  # the members' sets of one name
-        predictions = predict_prompts(predict, params, _together(same))
-        wanted = ("mean", f"1:{predictions.shape[-1]}")
-        for result, one, own in zip(results, same, predictions, strict=True):
+        together = _together(same)
+        predictions = predict_prompts(predict, params, together.prompts)
+        positions = ("mean", f"1:{predictions.shape[-1]}")
+        for result, one, rows in zip(results, same, evaluate_predictions(together, predictions), strict=True):
+            wanted = {"loss", "icl_score", *(f"delta_{name}" for name in ("ridge", "dmmse") if name in one.baselines)}
             result |= {
                 f"eval/{row['distribution']}/{row['quantity']}": row["value"]
-                for row in evaluate_predictions(one, own)
-                if row["position"] in wanted and row["quantity"] in ("loss", "delta_ridge", "delta_dmmse", "icl_score")
+                for row in rows
+                if row["position"] in positions and row["quantity"] in wanted
             }
     return results
 
 
-def _together(sets: Sequence[EvaluationSet]) -> Prompts:
-    """The prompts of several members' sets: once if all have the same, else stacked."""
+def _together(sets: Sequence[EvaluationSet]) -> EvaluationSet:
+    """Several members' sets as one: itself if all have the same, else stacked, with NaN for a baseline that one lacks."""
     if all(one is sets[0] for one in sets):
-        return sets[0].prompts
-    return Prompts(*(torch.stack(parts) for parts in zip(*(one.prompts for one in sets), strict=True)))
+        return sets[0]
+    prompts = Prompts(*(torch.stack(parts) for parts in zip(*(one.prompts for one in sets), strict=True)))
+    missing = torch.full_like(sets[0].prompts.ys, torch.nan)
+    names = dict.fromkeys(name for one in sets for name in one.baselines)
+    stacked = {name: torch.stack([one.baselines.get(name, missing) for one in sets]) for name in names}
+    return sets[0]._replace(prompts=prompts, baselines=stacked)
 
 
 def _baseline_predictions(config: RunConfig, name: str, prompts: Prompts) -> dict[str, Tensor]:
@@ -172,20 +175,35 @@ def _baseline_predictions(config: RunConfig, name: str, prompts: Prompts) -> dic
     return predictions
 
 
-def _positions(one: EvaluationSet, quantity: str, values: Float[Tensor, "B K"]) -> list[Row]:
-    """A row for every position and one for their mean; of a set about the query, only the last position."""
-    per_position = metrics.position_mean(values)
-    positions = range(values.shape[1])
-    rows = [
-        _row(one.name, quantity, str(k + 1), metrics.Estimate(per_position.value[k], per_position.stderr[k]))
-        for k in (positions[-1:] if one.is_about_query else positions)
+class _Numbers(NamedTuple):
+    """A quantity at P positions, of N predictors."""
+
+    quantity: str
+    positions: list[str]
+    estimate: metrics.Estimate
+    """(N, P), or (N,) for a single position."""
+
+
+def _positions(one: EvaluationSet, quantity: str, values: Float[Tensor, "N B K"]) -> list[_Numbers]:
+    """At every position, and their mean; of a set about the query, only at the last position."""
+    names = [str(k + 1) for k in range(values.shape[-1])]
+    if one.is_about_query:
+        return [_Numbers(quantity, names[-1:], metrics.position_mean(values[..., -1:]))]
+    return [
+        _Numbers(quantity, names, metrics.position_mean(values)),
+        _Numbers(quantity, ["mean"], metrics.overall_mean(values)),
     ]
-    return rows if one.is_about_query else [*rows, _row(one.name, quantity, "mean", metrics.overall_mean(values))]
 
 
-def _row(distribution: str, quantity: str, position: str, estimate: metrics.Estimate) -> Row:
-    values = (distribution, quantity, position, float(estimate.value), float(estimate.stderr))
-    return dict(zip(COLUMNS, values, strict=True))
+def _rows(distribution: str, numbers: Sequence[_Numbers]) -> list[list[Row]]:
+    """For each predictor, a row per number. All leave the device at once: a GPU is waited for once, not once a number."""
+    keys = [(distribution, some.quantity, position) for some in numbers for position in some.positions]
+    columns = zip(*(some.estimate for some in numbers), strict=True)  # values, standard errors
+    values, stderrs = (torch.cat([part.reshape(len(part), -1) for part in column], dim=1) for column in columns)
+    return [
+        [dict(zip(COLUMNS, (*key, *pair), strict=True)) for key, pair in zip(keys, own, strict=True)]
+        for own in torch.stack((values, stderrs), dim=-1).tolist()
+    ]
 
 
 def _score_pairs(num_examples: int) -> Iterator[tuple[int, int]]:

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from tiny_runs import TINY, change
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from icl import baselines, population
 from icl.build import build_architecture, build_evaluation_sets, build_model, choose_device
@@ -91,6 +92,35 @@ def test_training_sees_a_few_numbers_per_member():
         for quantity in ("loss", "delta_ridge", "delta_dmmse", "icl_score")
     }
     assert first != second
+
+
+def test_members_of_different_tasks_are_summed_up_as_each_alone():
+    """One of 16 tasks and one of infinitely many, which has no dMMSE."""
+    configs = TINY, change(TINY, task={"num_tasks": float("inf")})
+    sets = [build_evaluation_sets(config, num_prompts=20) for config in configs]
+    together = summarise(PREDICT, population.stack(members(2)), sets)
+    for member, own, found in zip(members(2), sets, together, strict=True):
+        assert found == pytest.approx(summarise(PREDICT, population.stack([member]), [own])[0], rel=1e-5)
+    assert [f"eval/{name}/delta_dmmse" in one for name in ("pretrain", "true") for one in together] == [True, False] * 2
+
+
+def test_no_number_is_waited_for_by_itself():
+    """On a GPU each would stop the program until the device has caught up."""
+
+    class Scalars(TorchDispatchMode):
+        asked = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.asked += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    sets = build_evaluation_sets(TINY, num_prompts=20, shifts=("input_scale_3",))
+    with Scalars() as scalars:
+        float(sets[0].prompts.ys.sum())
+        assert scalars.asked == 1
+        evaluate(PREDICT, population.stack(members(3)), sets)
+        summarise(PREDICT, population.stack(members(2)), [sets, sets])
+    assert scalars.asked == 1
 
 
 def test_infinitely_many_tasks_have_no_dmmse():

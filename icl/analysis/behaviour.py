@@ -137,7 +137,7 @@ def evaluation_sets(config: RunConfig, num_prompts: int, device: str) -> list[Ev
 
 def set_rows(one: EvaluationSet, predictions: Float[Tensor, "B K"], *, predictor: str = "model") -> Iterator[Row]:
     """Losses, scores and distances of one predictor on one set."""
-    for row in evaluate_predictions(one, predictions):
+    for row in evaluate_predictions(one, predictions.unsqueeze(0))[0]:
         yield {"predictor": predictor} | row
         if row["quantity"].startswith("prior") and row["position"] == "mean":
             count = predictions.shape[-1]
