@@ -226,16 +226,14 @@ def _control(job: _Job, table: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def _calibrate(job: _Job) -> int:
-    """Search, print the rule, the table and the choice; 1 if no setting is healthy."""
+    """Search, print the table and the choice; 1 if no setting is healthy."""
     from icl.delivery import send_results
     from icl.plotting.llc import plot_calibration
     from icl.plotting.style import save_figure
     from icl.sampling.calibration import calibrate
     from icl.sampling.progress import say
     from icl.sampling.run import run_folder
-    from icl.sampling.search import RULE
 
-    print(f"{RULE}\n", flush=True)
     folder = run_folder(job.path)
     result = calibrate(job.path, job.config.sampler, say=say)
     print(f"\n{result.summary}")

@@ -30,6 +30,7 @@ from icl.sampling.run import chosen_files, estimate_corners, num_moves, run_file
 from icl.sampling.search import (
     CONFIRMATION,
     RATES,
+    RULE,
     SURVEY,
     Corner,
     Search,
@@ -85,6 +86,8 @@ def calibrate(
     device = sampling_device()
     plan = _Plan.of(sampler, len(checkpoints))
     loss = prompt_loss(config, sampler, device=device, num_moves=plan.most)
+    anew = loss._replace(batches=prompt_loss(config, _other_seed(sampler), device=device).batches)
+    say(f"{RULE}\n")
     with MoveBar("preparing", plan.total) as bar:
         batches = [loss.batches(0, draw) for draw in range(_NUM_BATCHES)]
         params = {name: tensor.to(device) for name, tensor in checkpoints[-1].params.items()}
@@ -97,7 +100,7 @@ def calibrate(
             f"Checkpoints {steps}; largest curvature {curvature:.3g}; predicting zero costs {height:.3g} more than the last."
         )
         say(_how_long(plan, _seconds_a_move(loss.gradient, params, batches)))
-        work = _Work(sampler, checkpoints, loss, device, plan, bar)
+        work = _Work(sampler, checkpoints, loss, anew, device, plan, bar)
         found = search(work.at_corners, height=height, curvature=curvature, say=say)
         return _finish(found, sampler, work.in_full)
 
@@ -138,11 +141,12 @@ class _Work:
         sampler: SamplerConfig,
         checkpoints: Sequence[Checkpoint],
         loss: PromptLoss,
+        anew: PromptLoss,
         device: torch.device,
         plan: _Plan,
         bar: MoveBar,
     ) -> None:
-        self.sampler, self.checkpoints, self.loss = sampler, checkpoints, loss
+        self.sampler, self.checkpoints, self.loss, self.anew = sampler, checkpoints, loss, anew
         self.device, self.plan, self.bar = device, plan, bar
 
     def at_corners(self, corners: Sequence[Corner]) -> list[list[LLCResult]]:
@@ -155,10 +159,15 @@ class _Work:
         return estimate_corners(at, samplers, self.loss, device=self.device, tick=self.bar.advance)
 
     def in_full(self, sampler: SamplerConfig) -> list[LLCResult]:
-        """The chosen settings at all checkpoints."""
+        """The chosen settings at all checkpoints, on minibatches and noise that nothing was chosen by."""
         self.bar.name(CONFIRMATION)
         self.bar.leave(len(self.checkpoints) * num_moves(sampler))
-        return estimate_corners(self.checkpoints, [sampler], self.loss, device=self.device, tick=self.bar.advance)[0]
+        sampler = _other_seed(sampler)
+        return estimate_corners(self.checkpoints, [sampler], self.anew, device=self.device, tick=self.bar.advance)[0]
+
+
+def _other_seed(sampler: SamplerConfig) -> SamplerConfig:
+    return dataclasses.replace(sampler, seed=sampler.seed + 1)
 
 
 def _seconds_a_move(gradient: Gradient, params: Params, batches: Sequence[Batch]) -> float:
@@ -196,7 +205,9 @@ def _finish(found: Search, sampler: SamplerConfig, estimate: Callable[[SamplerCo
         confirmed = Tried(corner._replace(stage=CONFIRMATION), estimate(chosen))
         tried.append(confirmed)
         last = confirmed.last
-        reason += f"\nAt full length: LLC {last.llc:.4g} ± {last.stderr:.2g}, {last.verdict}."
+        reason += (
+            f"\nAt full length, with seed {sampler.seed + 1}: LLC {last.llc:.4g} ± {last.stderr:.2g}, {last.verdict}."
+        )
         if last.verdict != "ok":
             reason += f" Not taken: {'; '.join(last.reasons)}."
             chosen = None

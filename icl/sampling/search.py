@@ -56,9 +56,9 @@ localization / nbeta over {", ".join(f"{x:g}" for x in RATIOS)} of the largest c
    tried likewise.
 5. Burn-in: one and a half times as long as the chains' mean loss takes to reach its later level, and no shorter than
    3 / (lr localization). Draws: no fewer than were asked for, and enough for an effective sample size of {MIN_ESS:g}.
-The choice is confirmed by chains of that length, and taken if their verdict at the last checkpoint is ok.
-All chains share minibatches and noise, draw by draw: differences between settings are those of the settings, and an error
-that all of them share is seen by another `seed` only."""
+Chains of the search share minibatches and noise, draw by draw: differences between settings are those of the settings.
+The choice is confirmed by chains of its own length and of the next `seed`, so that it was not chosen by what confirms it;
+it is taken if their verdict at the last checkpoint is ok."""
 
 
 class Corner(NamedTuple):

@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from icl.resolve import resolve
 from icl.sampling import calibration, search
 from icl.sampling.calibration import calibrate
 from icl.sampling.progress import MoveBar
+from icl.sampling.run import estimate_run
 from icl.sampling.search import CONFIRMATION, RATES, RULE, SURVEY
 
 
@@ -79,7 +81,7 @@ def watched(tmp_path_factory):
         counting(patch, seen.counted)
         noting_ends(patch, seen.ends)
         sampler = dataclasses.replace(QUICK, num_draws=4, steps="20,30")
-        seen.found = calibrate(folder.path, sampler, say=seen.told.append)
+        seen.folder, seen.found = folder, calibrate(folder.path, sampler, say=seen.told.append)
     return seen
 
 
@@ -109,8 +111,9 @@ def test_no_gradient_and_no_minibatch_is_made_twice(watched):
 
 
 def test_it_says_beforehand_how_long_it_takes_and_its_bar_ends_full(watched):
-    assert "About 1 minute:" in watched.told[1]
-    assert "interrupted" in watched.told[1]
+    assert watched.told[0].startswith(RULE)
+    assert "About 1 minute:" in watched.told[2]
+    assert "interrupted" in watched.told[2]
     ((done, total),) = watched.ends
     assert done == total > 0
 
@@ -122,6 +125,28 @@ def test_the_rows_say_where_each_corner_was_tried(watched):
     assert set(table[table["chosen"]]["stage"]) == {CONFIRMATION}
     assert set(table[table["chosen"]]["step"]) == {20, 30}
     assert (table["localization"] / table["nbeta"]).tolist() == pytest.approx(table["ratio"].tolist(), rel=0.05)
+
+
+def test_the_choice_is_confirmed_by_chains_that_it_was_not_chosen_by(watched):
+    table = watched.found.table
+    assert set(table[table["chosen"]]["seed"]) == {QUICK.seed + 1}
+    assert set(table[~table["chosen"]]["seed"]) == {QUICK.seed}
+    assert watched.found.chosen.seed == QUICK.seed
+    confirmed, again = table[table["chosen"]]["llc"], calibrated_again(watched)
+    assert not np.isclose(confirmed, again, rtol=1e-4).any()
+
+
+def calibrated_again(watched):
+    """What the chosen settings give under the search's own seed."""
+    return [row["llc"] for row in estimate_run(watched.folder.path, watched.found.chosen).table.to_dict("records")[1:]]
+
+
+def test_a_step_that_is_not_saved_is_refused_before_anything_is_told(tmp_path, capsys):
+    folder = make_run(tmp_path / "tiny", steps=(0, 30))
+    assert main(["llc", str(folder.path), "--calibrate", "--steps", "7"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "no saved step 7" in told.err
 
 
 @pytest.fixture
