@@ -19,15 +19,14 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from icl import metrics, population
-from icl.analysis.run import populations, torch_device
+from icl.analysis.run import Measurement, Members, over_checkpoints, torch_device
 from icl.build import build_checkpoint_model
 from icl.checkpoints import CheckpointError, checkpoint_files, load_checkpoint_file
 from icl.checks import ConfigError, parse_num_tasks
 from icl.config import CheckpointsConfig, EarlyStoppingConfig, EvaluationConfig, RunConfig, TaskConfig
-from icl.evaluation import evaluate, evaluate_baselines, evaluation_set
+from icl.evaluation import VERSION, evaluate, evaluate_baselines, evaluation_set
 from icl.prediction import predict_from_prompt
 from icl.presets import preset
 from icl.runs import DONE, RunError, RunFolder
@@ -221,7 +220,8 @@ def evaluate_run(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Evaluate every saved step of a run, or one checkpoint, in and out of distribution.
 
-    Checkpoints are evaluated many at a time, as a population.
+    Checkpoints are evaluated many at a time, as a population. A run's are kept in `results/evaluation/` as they are done:
+    interrupted, the same call goes on, and of a run that was trained further only the new steps are evaluated.
 
     Args:
         path: A run's folder or a checkpoint file.
@@ -236,23 +236,32 @@ def evaluate_run(
     Raises:
         CheckpointError: If there is no usable checkpoint, or the checkpoints are of different models.
     """
-    files = checkpoint_files(path)
-    config, device = load_checkpoint_file(files[0]).config, torch_device()
+    config, device = load_checkpoint_file(checkpoint_files(path)[0]).config, torch_device()
     num_prompts = config.evaluation.num_prompts if num_prompts is None else num_prompts
     num_ood_prompts = num_prompts if num_ood_prompts is None else num_ood_prompts
     if min(num_prompts, num_ood_prompts) < 2:
         raise ConfigError(f"There must be at least 2 prompts per set, got {min(num_prompts, num_ood_prompts)}.")
-    names = available_shifts(config) if shifts is None else shifts
+    names = ("true", *(available_shifts(config) if shifts is None else shifts))
     sets = [evaluation_set(config, "pretrain", num_prompts=num_prompts, device=device)]
-    sets += [evaluation_set(config, name, num_prompts=num_ood_prompts, device=device) for name in ("true", *names)]
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=len(files), desc="evaluating", unit="checkpoint", disable=len(files) == 1) as bar:
-        for members in populations(files):
-            numbers = evaluate(partial(population.apply, members.model), members.params, sets)
-            for checkpoint, own in zip(members.checkpoints, numbers, strict=True):
-                rows += [{"step": checkpoint.step, "checkpoint_hash": checkpoint.digest, **row} for row in own]
-            bar.update(len(members.checkpoints))
+    sets += [evaluation_set(config, name, num_prompts=num_ood_prompts, device=device) for name in names]
+
+    def measure(members: Members) -> list[Measurement]:
+        predict = partial(population.apply, members.model)
+        return [Measurement(rows) for rows in evaluate(predict, members.params, sets)]
+
+    settings = _Asked(num_prompts=num_prompts, num_ood_prompts=num_ood_prompts, distributions=names)
+    parts, _ = over_checkpoints("evaluation", Path(path), settings, measure, version=VERSION)
+    rows = [{"step": part.step, "checkpoint_hash": part.digest, **row} for part in parts for row in part.rows]
     return pd.DataFrame(rows), pd.DataFrame(evaluate_baselines(sets))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What numbers of a checkpoint depend on, beside the run."""
+
+    num_prompts: int
+    num_ood_prompts: int
+    distributions: tuple[str, ...]
 
 
 def save_evaluation(

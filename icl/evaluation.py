@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Predict: TypeAlias = Callable[[Params, Tensor, Tensor], Tensor]
 """Stacked parameters, xs and ys to predictions (N, B, K), as `population.apply` with its model filled in."""
 
+VERSION = 1
+"""Of the numbers' definitions: numbers kept under an older one are made anew."""
 COLUMNS = ("distribution", "quantity", "position", "value", "stderr")
 _PROMPTS_AT_ONCE = 1024  # over all members: what the caches of a CPU hold; more is slower, by up to three times
 _PROMPTS_AT_ONCE_ELSEWHERE = 2**14

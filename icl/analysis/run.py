@@ -144,18 +144,6 @@ def over_checkpoints(
     return parts, config
 
 
-def populations(files: Sequence[Path]) -> Iterator[Members]:
-    """The checkpoints of a run, stacked as many at a time as memory allows.
-
-    Raises:
-        CheckpointError: If one cannot be used, or they are of different runs.
-    """
-    first = load_checkpoint_file(files[0])
-    at_once = _members_at_once(first.params)
-    for start in range(0, len(files), at_once):
-        yield _members([load_same_run(file, first.config) for file in files[start : start + at_once]])
-
-
 def as_table(parts: Sequence[Part], settings: Any, *, whole_run: Sequence[Mapping[str, Any]] = ()) -> pd.DataFrame:
     """One tidy table: step, checkpoint_hash, the rows' own columns, then a column for every setting.
 

@@ -21,7 +21,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser = command_parser(
         "evaluate",
         "Loss per position, gaps to ridge and dMMSE, ICL and prior-task scores of every saved step, on the training tasks, "
-        "on new tasks and on every shift, each with its standard error. Of a task-diversity experiment "
+        "on new tasks and on every shift, each with its standard error. Steps that are done are kept: the same command goes on "
+        "after an interruption, and evaluates what was trained since. Of a task-diversity experiment "
         "(--checkpoint_base_dir), the last step of every run, in one table as JSON and as CSV.",
         "icl evaluate runs/quickstart\n"
         "  icl evaluate --checkpoint_base_dir checkpoints --output_file diversity.json --n_prompts 4096 --n_ood_samples 4096",

@@ -79,10 +79,10 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
 
     Args:
         table: The table of `icl.sampling.calibration`.
-        traces: Estimates by corner, the chosen one first, then failed ones.
+        traces: Estimates by corner, the chosen one first, then failed ones; without them, the upper panels alone.
         title: Above the panels.
     """
-    figure, axes = new_figure(3, num_rows=2, width=4.8, height=3.6)
+    figure, axes = new_figure(3, num_rows=2 if traces else 1, width=4.8, height=3.6)
     last = table[table["step"] == table["step"].max()]
     survey = last[last["stage"] == "nbeta, localization"]
     _draw_corners(axes[0], survey, "nbeta", "ratio", "γ/nβ = {:.3g}")
@@ -90,7 +90,7 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
     _draw_escape(axes[2], survey)
     for panel, x in ((axes[0], "nbeta"), (axes[1], "lr")):
         _ring(panel, last, x)
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=7, loc="upper left", ncols=2)
     axes[0].set(xlabel="nβ", ylabel="LLC (bars: 2 standard errors)", title="Plateau in nβ, at one ratio γ/nβ")
     axes[1].set(xlabel="step size ε", title="Plateau in ε")
     for panel, (corner, record) in zip(axes[3:], list(traces.items())[:3], strict=False):
@@ -104,8 +104,8 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
         )
     for panel in axes[3 + len(traces) :]:
         panel.set_visible(False)
-    axes[3].set_ylabel("minibatch loss")
     if traces:
+        axes[3].set_ylabel("minibatch loss")
         axes[3].legend(fontsize=7)
     figure.suptitle(title, fontsize=11)
     return figure
