@@ -24,8 +24,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-_SLAB = 2**19
-"""Weights, one for each prompt and task, that `dmmse` holds at a time: small enough for a processor's cache."""
+_SLAB = {"cpu": 2**19, "cuda": 2**25}
+"""Weights, one for each prompt and task, that `dmmse` holds at a time: on a CPU few enough for its cache, on a GPU so many
+that its kernels are not waited for, in 1 GiB at most."""
 _MIN_TASKS_AT_A_TIME = 64
 _LOG_WEIGHT_ERROR = 1e-2
 """The rounding error of a log-weight from which on `dmmse` computes in float64."""
@@ -158,7 +159,8 @@ def dmmse(
     targets = ys.to(_home(xs), dtype).flatten(0, -2)  # B K
     is_limit = noise_variance < sys.float_info.min  # its inverse would overflow
     weigh = _indicator if is_limit else partial(_boltzmann, noise_variance=noise_variance)
-    chunks = tasks.to(_home(xs), dtype).split(max(_MIN_TASKS_AT_A_TIME, _SLAB // max(1, len(inputs))))
+    at_once = max(_MIN_TASKS_AT_A_TIME, _SLAB[inputs.device.type] // max(1, len(inputs)))
+    chunks = tasks.to(_home(xs), dtype).split(at_once)
     sums = reduce(partial(_merge, weigh=weigh), (_sums(inputs, targets, chunk, weigh) for chunk in chunks))
     return (sums.output / sums.weight).view_as(ys).to(ys)
 

@@ -294,8 +294,8 @@ class SamplerConfig:
     """Squared error per target over all positions, or over the first K', K' uniform on 1..K (`subsequence`)."""
     steps: str = "all"
     """Which saved steps: `all`, `last`, a list such as 1,2,3, or a range 0:1000:100 (with its end)."""
-    memory: float = 2.0
-    """GiB that the chains running at once may need."""
+    memory: float | None = None
+    """GiB that the chains running at once may need; left out, 2, or on CUDA half of what is free."""
 
     def __post_init__(self) -> None:
         require_words("sampler", self)
@@ -308,7 +308,8 @@ class SamplerConfig:
                 "Write none to use n / ln n with n = `sampler.num_samples`.",
             )
         require_number("sampler", "localization", self.localization, positive=False)
-        require_number("sampler", "memory", self.memory, positive=True)
+        if self.memory is not None:
+            require_number("sampler", "memory", self.memory, positive=True)
         minima = {"num_samples": 2, "batch_size": 1, "num_chains": 1, "num_draws": 2, "num_burnin_steps": 0}
         for name, minimum in {**minima, "seed": 0, "thinning": 1, "num_init_batches": 1}.items():
             require_count("sampler", name, getattr(self, name), minimum)

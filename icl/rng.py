@@ -12,6 +12,7 @@ and known answers are those of their Random123 library. Normals are Box and Mull
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ def stream(seed: int, name: str) -> Stream:
 
 def together(streams: Sequence[Stream], *, device: torch.device | str = "cpu") -> Stream:
     """Several streams as one, to draw from all of them at once what each would give alone."""
-    return Stream(*(torch.tensor(words, device=device).view(-1, 1, 1, 1) for words in zip(*streams, strict=True)))
+    return Stream(*(_kept(words, torch.device(device)).view(-1, 1, 1, 1) for words in zip(*streams, strict=True)))
 
 
 def philox(
@@ -93,9 +94,16 @@ def integers(
     for one in bounds:
         if not 1 <= one < 2**31:
             raise ValueError(f"`bound` must be from 1 to 2^31 - 1, got {one}.")
-    limit = bound if isinstance(bound, int) else torch.tensor(bounds, device=steps.device).view(-1, 1, 1)
+    limit = bound if isinstance(bound, int) else _kept(tuple(bounds), steps.device).view(-1, 1, 1)
     high, low, _, _ = (word.squeeze(-1) for word in _words(key, steps, indices, num_blocks=1))
     return _high(high * limit + _high(low * limit))
+
+
+@lru_cache(maxsize=256)
+def _kept(words: tuple[int, ...], device: torch.device) -> Int64[Tensor, " N"]:
+    """On a device once and for all: to copy them for every draw is to wait for a GPU every time."""
+    with torch.inference_mode(False):
+        return torch.tensor(words, device=device)
 
 
 def _words(key: Stream, steps: Tensor, indices: Tensor, *, num_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -137,7 +137,7 @@ def test_dmmse_in_chunks_of_tasks_is_dmmse_of_all(monkeypatch, num_tasks):
     """With 64 tasks at a time: one chunk, a full one, one of a single task, many."""
     tasks = make_tasks(num_tasks, 3)
     xs, ys, _ = make_prompts(tasks=tasks)
-    monkeypatch.setattr(baselines, "_SLAB", 1)
+    monkeypatch.setitem(baselines._SLAB, "cpu", 1)
     expected = prefix_by_prefix(xs, ys, plain_dmmse(tasks, 0.25))
     torch.testing.assert_close(dmmse(xs, ys, tasks=tasks, noise_variance=0.25), expected)
 

@@ -18,10 +18,7 @@ import yaml
 
 from icl.checkpoints import Checkpoint, load_same_run
 from icl.config import SamplerConfig
-from icl.population import Params
-from icl.sampling.batches import Batch, stack_batches
 from icl.sampling.curvature import largest_curvature
-from icl.sampling.gradients import Gradient
 from icl.sampling.progress import MoveBar
 from icl.sampling.prompt_loss import PromptLoss, prompt_loss
 from icl.sampling.records import Kind, Record, make_record
@@ -29,6 +26,7 @@ from icl.sampling.result import LLCResult
 from icl.sampling.run import chosen_files, estimate_corners, num_moves, run_files, sampling_device
 from icl.sampling.search import (
     CONFIRMATION,
+    NBETAS,
     RATES,
     RULE,
     SURVEY,
@@ -88,18 +86,18 @@ def calibrate(
     loss = prompt_loss(config, sampler, device=device, num_moves=plan.most)
     anew = loss._replace(batches=prompt_loss(config, _other_seed(sampler), device=device).batches)
     say(f"{RULE}\n")
-    with MoveBar("preparing", plan.total) as bar:
+    with MoveBar("preparing", plan.total) as bar, torch.no_grad():  # which graphs are compiled for
         batches = [loss.batches(0, draw) for draw in range(_NUM_BATCHES)]
         params = {name: tensor.to(device) for name, tensor in checkpoints[-1].params.items()}
         curvature = largest_curvature(loss.gradient, params, batches)  # compiles the gradient, if it is to be
-        with torch.no_grad():
-            losses = [loss.loss(params, batch).mean() for batch in batches]
+        losses = [loss.loss(params, batch).mean() for batch in batches]
         height = loss.trivial_loss - float(torch.stack(losses).mean())
         steps = ", ".join(f"{checkpoint.step:,}" for checkpoint in checkpoints)
         say(
             f"Checkpoints {steps}; largest curvature {curvature:.3g}; predicting zero costs {height:.3g} more than the last."
         )
-        say(_how_long(plan, _seconds_a_move(loss.gradient, params, batches)))
+        first = [corner.sampler(sampler) for corner in survey(height=height, curvature=curvature)[: len(NBETAS)]]
+        say(_how_long(plan, _seconds_a_move(checkpoints, first, loss, device)))
         work = _Work(sampler, checkpoints, loss, anew, device, plan, bar)
         found = search(work.at_corners, height=height, curvature=curvature, say=say)
         return _finish(found, sampler, work.in_full)
@@ -170,16 +168,15 @@ def _other_seed(sampler: SamplerConfig) -> SamplerConfig:
     return dataclasses.replace(sampler, seed=sampler.seed + 1)
 
 
-def _seconds_a_move(gradient: Gradient, params: Params, batches: Sequence[Batch]) -> float:
-    """Of one chain, when many move together."""
-    members = {name: tensor.expand(len(batches), *tensor.shape).contiguous() for name, tensor in params.items()}
-    stacked = stack_batches(list(batches), next(iter(params.values())).device)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        float(gradient(members, {}, stacked)[1].sum())  # waits for a GPU
-        times.append(time.perf_counter() - start)
-    return min(times) / len(batches)
+def _seconds_a_move(
+    checkpoints: Sequence[Checkpoint], samplers: Sequence[SamplerConfig], loss: PromptLoss, device: torch.device
+) -> float:
+    """Of one chain in this population: a few moves, after the first ones, in which a gradient may be compiled."""
+    few = [dataclasses.replace(one, num_burnin_steps=10, num_draws=2, num_init_batches=2) for one in samplers]
+    moves: list[float] = []
+    estimate_corners(checkpoints, few, loss, device=device, tick=lambda _: moves.append(time.perf_counter()))
+    taken = time.perf_counter() - moves[2]  # with MALA's gradient at both draws
+    return taken / ((num_moves(few[0]) + (2 - 3) * few[0].num_chains) * len(few) * len(checkpoints))
 
 
 def _how_long(plan: _Plan, seconds: float) -> str:

@@ -93,9 +93,7 @@ def run_chains(
     source = _Source(batch_function(batches, num_chains=lengths.num_chains, seed=lengths.seed))
     num_members = size(checkpoints) * lengths.num_chains
     total = num_members * lengths.num_moves
-    chunk_size = -(
-        -num_members // -(-num_members // chunk_size)
-    )  # as even as may be: compiled gradients like one shape
+    chunk_size = even_chunks(num_members, chunk_size)
     chunks = []
     with torch.no_grad():
         packed = packing.pack(checkpoints)
@@ -105,6 +103,16 @@ def run_chains(
             ticks = _Ticks(progress, first * lengths.num_moves, total)
             chunks += runner.run(packed, packing.frozen(checkpoints), sample_losses, ticks)
     return _traces(chunks, size(checkpoints), lengths, share_batches=source.is_shared())
+
+
+def even_chunks(num: int, most: int) -> int:
+    """The size of equal chunks, at most `most`, if half of that is enough; else of chunks that are equal but for the last.
+
+    A gradient compiled for a GPU is compiled anew for every size.
+    """
+    num_chunks = -(-num // most)
+    equal = (num // count for count in range(num_chunks, 2 * num_chunks + 1) if num % count == 0)
+    return next(equal, -(-num // num_chunks))
 
 
 def _same_lengths(settings: Sequence[SamplerSettings]) -> SamplerSettings:

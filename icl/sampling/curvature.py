@@ -33,12 +33,16 @@ def largest_curvature(gradient: Gradient, params: Params, batches: Sequence[Batc
     direction = {name: torch.randn(tensor.shape, generator=generator).to(device) for name, tensor in start.items()}
     curvature = 0.0
     for _ in range(_ITERATIONS):
-        norm = math.sqrt(sum(float(tensor.square().sum()) for tensor in direction.values()))
+        norm = math.sqrt(_dot(direction, direction))
         if norm == 0:
             break
         direction = {name: tensor / norm for name, tensor in direction.items()}
         there = mean_gradient({name: start[name] + _NUDGE * direction[name] for name in start})
         product = {name: (there[name] - here[name]) / _NUDGE for name in start}
-        curvature = sum(float((product[name] * direction[name]).sum()) for name in start)
+        curvature = _dot(product, direction)
         direction = product
     return max(abs(curvature), 1e-6)
+
+
+def _dot(one: Params, other: Params) -> float:
+    return float(torch.stack([(one[name] * other[name]).sum() for name in one]).double().sum())

@@ -30,7 +30,7 @@ from icl.sampling.result import Label, LLCResult
 from icl.sampling.settings import SamplerSettings
 from icl.sampling.summary import select, summarise
 
-MEMORY = 2e9
+MEMORY = 2.0 * 2**30
 """Bytes that chains running at once may need, if nothing else is said; on CUDA half of what is free."""
 _COPIES = 10  # tensors of the size of the parameters that a member holds at once
 
@@ -88,7 +88,8 @@ def estimate(
     stacked = {name: tensor.detach() for name, tensor in stack([_detached(one) for one in checkpoints]).items()}
     packing = make_packing(checkpoints[0], problem.restrict)
     source = batch_function(problem.batches, num_chains=corners[0].num_chains, seed=corners[0].seed)
-    init_batches = _distinct_batches(source, corners[0], problem.num_init_batches)
+    device = next(iter(stacked.values())).device
+    init_batches = [_on(batch, device) for batch in _distinct_batches(source, corners[0], problem.num_init_batches)]
     members = _chunk_size(problem, stacked, init_batches[0], packing)
     init, gains = _at_checkpoints(problem, stacked, init_batches, corners, packing, members)
     traces = run_chains(
@@ -167,8 +168,7 @@ def _distinct_batches(source: Callable[[int, int], Batch], settings: SamplerSett
 
 def _init_losses(losses: Callable[[Params, Batch], Tensor], params: Params, batches: Sequence[Batch]) -> Tensor:
     """Of every checkpoint on every batch, (C, batches, T), in float64 on the CPU; T = 1 for a number."""
-    device = next(iter(params.values())).device
-    values = [losses(params, _on(batch, device)) for batch in batches]
+    values = [losses(params, batch) for batch in batches]
     return torch.stack([v if v.ndim > 1 else v[:, None] for v in values], dim=1).double().cpu()
 
 

@@ -33,6 +33,8 @@ _MAX_COUNTED_TASKS = 2**16
 """Up to so many tasks the mean |w|^2 of the pool is computed; beyond, it is D to half a percent."""
 _PROMPTS_AHEAD = 2**15
 """Prompts of all chains that are made before they are needed."""
+_CUDA_NORMALS_AHEAD = 2**24
+"""The same in random numbers on a GPU, whose kernels cost as much for few as for many."""
 
 
 class PromptLoss(NamedTuple):
@@ -125,6 +127,9 @@ def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradien
     """By plain autograd on stacked parameters, which is a tenth faster than mapping, or as one compiled graph."""
 
     def gradient(moving: Params, frozen: Params, batch: Batch) -> tuple[Params, Tensor]:
+        # Views of packed rows lie at odd addresses, at which a GPU's products are slow.
+        moving = {name: tensor.contiguous() for name, tensor in moving.items()}
+
         def total(moving: Params) -> tuple[Tensor, Tensor]:
             components = _components(model, weights, {**frozen, **moving}, *batch)  # N K
             return components.mean(1).sum(), components  # the sum's gradient is each member's own
@@ -168,7 +173,10 @@ def _is_compiled(config: RunConfig, sampler: SamplerConfig, num_moves: int, devi
 
 
 def _batches(config: RunConfig, sampler: SamplerConfig, device: torch.device) -> "_Ahead":
-    size = sampler.batch_size
+    size, task = sampler.batch_size, config.task
+    num_ahead = _PROMPTS_AHEAD
+    if device.type == "cuda":
+        num_ahead = _CUDA_NORMALS_AHEAD // (task.max_examples * (task.task_size + 1))
     if sampler.minibatches == "fixed":
         source = prompt_source(config, stream="llc")
         key, num_blocks = rng.stream(sampler.seed, "llc/minibatches"), sampler.num_samples // size
@@ -179,22 +187,22 @@ def _batches(config: RunConfig, sampler: SamplerConfig, device: torch.device) ->
             xs, ys, _ = source.sample(range(1), indices, device=device)
             return xs[0].unflatten(0, (len(draws), size)), ys[0].unflatten(0, (len(draws), size))
 
-        return _Ahead(fixed, sampler)
+        return _Ahead(fixed, sampler, num_ahead)
     fresh_source = prompt_source(config, stream=f"llc/fresh/{sampler.seed}")
 
     def fresh(chain: int, draws: range) -> Batch:
         xs, ys, _ = fresh_source.sample(draws, range(chain * size, (chain + 1) * size), device=device)
         return xs, ys
 
-    return _Ahead(fresh, sampler)
+    return _Ahead(fresh, sampler, num_ahead)
 
 
 class _Ahead:
     """Minibatches by (chain, draw), made some draws ahead: as pure a function as `make`, and many times faster."""
 
-    def __init__(self, make: Callable[[int, range], Batch], sampler: SamplerConfig) -> None:
+    def __init__(self, make: Callable[[int, range], Batch], sampler: SamplerConfig, num_prompts: int) -> None:
         self.make = make
-        self.num_draws = max(1, _PROMPTS_AHEAD // (sampler.batch_size * sampler.num_chains))
+        self.num_draws = max(1, num_prompts // (sampler.batch_size * sampler.num_chains))
         self.kept: dict[int, tuple[int, Batch]] = {}
 
     def __call__(self, chain: int, draw: int) -> Batch:

@@ -150,7 +150,7 @@ def estimate_corners(
         trivial_loss=loss.trivial_loss,
         gradient=loss.gradient,
         losses=loss.losses,
-        memory=samplers[0].memory * 2**30,
+        memory=None if samplers[0].memory is None else samplers[0].memory * 2**30,
         loss_name=loss.name,
     )
     labels = [Label(one.step, one.digest) for one in checkpoints]

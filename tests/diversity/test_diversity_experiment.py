@@ -298,9 +298,15 @@ def test_a_lost_terminal_changes_nothing_and_sigterm_saves_for_the_same_command(
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # as in this process: sums depend on it
     words, base = command(tmp_path, SLOW), tmp_path / "base"
     terminal, end = pty.openpty()
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup pytest` would hand on that it is ignored
     with subprocess.Popen(
-        [sys.executable, "-m", "icl", *words], stdin=end, stdout=end, stderr=end, start_new_session=True
+        [sys.executable, "-m", "icl", *words],
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
     ) as process:
+        signal.signal(signal.SIGHUP, inherited)
         os.close(end)
         wait_until(lambda: is_training(base / "checkpoints_M2"), process)
         process.send_signal(signal.SIGHUP)

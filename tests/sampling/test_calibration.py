@@ -87,6 +87,7 @@ def watched(tmp_path_factory):
 
 def test_the_survey_is_one_population_and_what_concerns_the_last_checkpoint_is_sampled_there_alone(watched):
     assert [(len(samplers), steps) for samplers, steps in watched.populations] == [
+        (2, [20, 30]),  # how long a move takes
         (2, [20, 30]),  # the survey
         (1, [30]),  # a step size that fails
         (1, [30]),  # a third
@@ -101,13 +102,14 @@ def test_no_gradient_and_no_minibatch_is_made_twice(watched):
     acceptances = (4, 4, 12, -(-chosen.num_draws // -(-chosen.num_draws // 16)))
     members = (2 * 2, 1, 1, 2)  # corners x checkpoints
     of_chains = sum(m * (n + a) for m, n, a in zip(members, moves, acceptances, strict=True))
-    of_curvature = 4 * (1 + 10 + 3)  # batches x (here, ten products, three to see how long it takes)
+    of_curvature = 4 * (1 + 10)  # batches x (here, ten products)
+    to_see_how_long = QUICK.num_chains * 4 * (12 + 2) + 2 * 2  # the survey's first population, with its slopes
     of_slopes = (
         (2 + 1 + 1 + 2) * 2 * QUICK.num_init_batches // 2
     )  # at each population's checkpoints, whatever its corners
-    assert watched.counted["chains"] == of_curvature + of_slopes + QUICK.num_chains * of_chains
+    assert watched.counted["chains"] == of_curvature + to_see_how_long + of_slopes + QUICK.num_chains * of_chains
     of_losses = 4 * QUICK.num_init_batches  # in each population
-    assert watched.counted["batches"] == 4 + of_losses + QUICK.num_chains * sum(moves)
+    assert watched.counted["batches"] == 4 + 2 + of_losses + QUICK.num_chains * (12 + sum(moves))
 
 
 def test_it_says_beforehand_how_long_it_takes_and_its_bar_ends_full(watched):
