@@ -83,6 +83,7 @@ def our_chains(
     checkpoints, settings = population.stack([one] * num_checkpoints), SamplerSettings(seed=0, **_KERNEL, **sizes)
     return lambda: run_chains(
         loss.gradient,
+        loss.own_losses,
         checkpoints,
         loss.batches,
         settings,

@@ -264,7 +264,7 @@ class CheckpointsConfig:
 class SamplerConfig:
     """How `icl llc` estimates local learning coefficients; nothing of it changes what is trained."""
 
-    lr: float = 3e-5
+    lr: float = 2e-5
     """Step size epsilon of SGLD."""
     nbeta: float | None = 1000.0
     """Effective inverse temperature n beta, the factor of the loss; None means n / ln n of `num_samples`."""
@@ -278,7 +278,7 @@ class SamplerConfig:
     """Independent chains at each checkpoint."""
     num_draws: int = 100
     """Draws of each chain that the averages are over."""
-    num_burnin_steps: int = 100
+    num_burnin_steps: int = 150
     """Moves of each chain before its first draw; they are in no average."""
     seed: int = 0
     """Of the chains' noise and minibatches."""

@@ -12,7 +12,7 @@ those; so one batch is passed over each time the dealing would begin to repeat i
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,18 +22,24 @@ from torch.utils import _pytree as pytree
 
 from icl.checks import ConfigError
 from icl.rng import stream
+from icl.sampling.generators import untouched_generators
 
 Batch: TypeAlias = Any
 """A tree (tuples, lists, dicts) of tensors and other values."""
 _ARRAYS = (Tensor, np.ndarray)
 Batches: TypeAlias = Callable[[int, int], Batch] | Iterable[Batch]
+_IS_RANDOM = (
+    "`batches` draws from torch's global generator, so `seed` would not fix the estimate; draw from a `torch.Generator` "
+    "seeded from chain and draw, or give the loader itself in place of what reads it."
+)
 
 
 def batch_function(batches: Batches, *, num_chains: int, seed: int) -> Callable[[int, int], Batch]:
     """`batches` as a function of (chain, draw).
 
     Raises:
-        ConfigError: If it is neither a function nor an iterable, or an iterable without a batch.
+        ConfigError: If it is neither a function nor an iterable, or an iterable without a batch; when called, if one that is
+            not begun anew for each pass draws from torch's global generator.
     """
     if callable(batches):
         return batches
@@ -41,15 +47,27 @@ def batch_function(batches: Batches, *, num_chains: int, seed: int) -> Callable[
         raise ConfigError(
             f"`batches` must be a function (chain, draw) -> batch or an iterable of batches, got {type(batches).__name__}."
         )
-    if isinstance(batches, Tensor):
-        raise ConfigError("`batches` is one tensor; for full-batch chains give a list that holds it.")
+    if isinstance(batches, (*_ARRAYS, Mapping)):
+        raise ConfigError(
+            f"`batches` is one {type(batches).__name__}, not several batches; for full-batch chains give a list that holds it."
+        )
     if isinstance(batches, Sequence):
         numbered = _indexed(batches, num_chains)
     elif isinstance(batches, Iterator):
         numbered = _Kept(batches, num_chains)
     else:
         numbered = _Dealer(batches, num_chains, seed)
-    return lambda chain, draw: numbered(draw * num_chains + chain)
+    return repeatable(lambda chain, draw: numbered(draw * num_chains + chain))
+
+
+def repeatable(batches: Callable[[int, int], Batch]) -> Callable[[int, int], Batch]:
+    """The same function, which then refuses to draw from torch's global generator."""
+
+    def call(chain: int, draw: int) -> Batch:
+        with untouched_generators(_IS_RANDOM):
+            return batches(chain, draw)
+
+    return call
 
 
 def _passing_over(number: int, *, length: int, num_chains: int) -> int:

@@ -5,8 +5,10 @@ of its own, seeded from (seed, checkpoint key, chain) and drawn outside `vmap`, 
 beside it. Draw j is the state after `num_burnin_steps + j * thinning` moves; its loss is that of the minibatch that also
 gives the next move its gradient, evaluated before the move. (So without burn-in draw 0 is the checkpoint.)
 
-Recorded at each draw, beside the loss: the pull nbeta (w - w0) . grad L and the spread localization |w - w0|^2. At up to
-`NUM_MALA` draws the probability that MALA would accept the move, with L the loss of that draw's minibatch at both ends.
+Recorded at each draw, beside the loss: its excess over the checkpoint's loss on the same minibatch, one more forward pass,
+as the difference of both has little of the noise of either; the pull nbeta (w - w0) . grad L, the spread
+localization |w - w0|^2 and the heat (`icl.sampling.diagnostics`). At up to `NUM_MALA` draws the probability that MALA
+would accept the move, with L the loss of that draw's minibatch at both ends.
 
 Checkpoints may have settings of their own, if only in lr, nbeta and localization: a checkpoint under several settings
 is several rows of one population, whose chains see the same minibatches and noise. Moves and records are then made group by
@@ -36,7 +38,7 @@ from icl.sampling.sgld import SGLDState
 NUM_MALA = 16
 """Moves of each chain whose MALA acceptance is found; each costs one more gradient."""
 NUM_COMPARED = 4
-"""First moves at which the chains' minibatches are compared with each other."""
+"""First moves at which the chains' minibatches are compared with each other; twice as many later ones are, too."""
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the member-moves done and those there are."""
@@ -47,21 +49,23 @@ class Traces(NamedTuple):
 
     losses: Float[Tensor, "C K S"]
     burnin: Float[Tensor, "C K burnin"]
-    components: Float[Tensor, "C K S T"] | None
-    """The losses' components where the loss is a vector."""
+    excess: Float[Tensor, "C K S *T"]
+    """Losses less the checkpoint's on the same minibatch; of every component where the loss is a vector."""
     pull: Float[Tensor, "C K S"]
     spread: Float[Tensor, "C K S"]
-    cool_spread: Float[Tensor, "C K S"]
-    """The spread with each direction's share times 1 - lr G localization / 4: 1 for a flat one, steps counted."""
+    heat: Float[Tensor, "C K S"]
     acceptance: Float[Tensor, "C K"]
     sample_variance: Float[Tensor, "C K Q"] | None
     """Over the draws, of each sample's loss."""
     share_batches: bool
     """Whether two chains saw the same minibatches though there were different ones."""
+    one_batch: bool
+    """Whether there was one batch for all moves: the loss has no noise."""
 
 
 def run_chains(
     gradient: Gradient,
+    values: Callable[[Params, Batch], Tensor],
     checkpoints: Params,
     batches: Batches,
     settings: SamplerSettings | Sequence[SamplerSettings],
@@ -76,6 +80,7 @@ def run_chains(
 
     Args:
         gradient: The gradient and the loss of stacked parameters.
+        values: The loss alone, of stacked parameters each on a batch of its own.
         checkpoints: Stacked on a leading axis C.
         batches: Minibatches by (chain, draw), or an iterable.
         settings: What each chain is told: the same for all, or for each checkpoint its own.
@@ -90,7 +95,7 @@ def run_chains(
     """
     each = [settings] * size(checkpoints) if isinstance(settings, SamplerSettings) else list(settings)
     lengths = _same_lengths(each)
-    source = _Source(batch_function(batches, num_chains=lengths.num_chains, seed=lengths.seed))
+    source = _Source(batch_function(batches, num_chains=lengths.num_chains, seed=lengths.seed), lengths.num_moves)
     num_members = size(checkpoints) * lengths.num_chains
     total = num_members * lengths.num_moves
     chunk_size = even_chunks(num_members, chunk_size)
@@ -99,10 +104,11 @@ def run_chains(
         packed = packing.pack(checkpoints)
         for first in range(0, num_members, chunk_size):
             members = torch.arange(first, min(first + chunk_size, num_members))
-            runner = _Runner(gradient, source, each, packing, keys, members)
+            runner = _Runner(gradient, values, source, each, packing, keys, members)
             ticks = _Ticks(progress, first * lengths.num_moves, total)
             chunks += runner.run(packed, packing.frozen(checkpoints), sample_losses, ticks)
-    return _traces(chunks, size(checkpoints), lengths, share_batches=source.is_shared())
+    flags = {"share_batches": source.is_shared(), "one_batch": source.is_one()}
+    return _traces(chunks, size(checkpoints), lengths, flags)
 
 
 def even_chunks(num: int, most: int) -> int:
@@ -141,24 +147,34 @@ class _Ticks(NamedTuple):
 class _Source:
     """The minibatches, with a memory of which chains saw the same."""
 
-    def __init__(self, batches: Callable[[int, int], Batch]) -> None:
+    def __init__(self, batches: Callable[[int, int], Batch], num_moves: int) -> None:
         self.batches = batches
+        later = range(NUM_COMPARED, num_moves, max(1, (num_moves - NUM_COMPARED) // (2 * NUM_COMPARED)))
+        self.compared = frozenset(range(NUM_COMPARED)), frozenset(later[: 2 * NUM_COMPARED])
         self.digests: dict[tuple[int, int], bytes] = {}
 
     def stacked(self, chains: Sequence[int], draw: int, device: torch.device) -> Batch:
         """One move's batches, a row for each of `chains`; equal chains get the same object."""
         found = {chain: self.batches(chain, draw) for chain in dict.fromkeys(chains)}
-        if draw < NUM_COMPARED:
+        if any(draw in draws for draws in self.compared):
             self.digests |= {(chain, draw): fingerprint(batch) for chain, batch in found.items()}
         return stack_batches([found[chain] for chain in chains], device)
 
+    def is_one(self) -> bool:
+        """Whether all chains saw one and the same batch at every compared move: the whole data."""
+        return len(set(self.digests.values())) <= 1
+
     def is_shared(self) -> bool:
-        """Whether two chains saw the same at every compared move; one batch for all moves is the whole data."""
-        if len(set(self.digests.values())) <= 1:
+        """Whether two chains saw the same at every first or later move, though there were different ones."""
+        if self.is_one():
             return False
-        draws = sorted({draw for _, draw in self.digests})
-        rows = [tuple(self.digests[chain, draw] for draw in draws) for chain in sorted({c for c, _ in self.digests})]
-        return len(set(rows)) < len(rows)
+        chains = {chain for chain, _ in self.digests}
+        for wanted in self.compared:
+            draws = sorted({draw for _, draw in self.digests} & wanted)
+            rows = {tuple(self.digests[chain, draw] for draw in draws) for chain in chains}
+            if draws and len(rows) < len(chains):
+                return True
+        return False
 
 
 class _Runner:
@@ -167,13 +183,14 @@ class _Runner:
     def __init__(
         self,
         gradient: Gradient,
+        values: Callable[[Params, Batch], Tensor],
         source: _Source,
         settings: Sequence[SamplerSettings],
         packing: Packing,
         keys: Sequence[str],
         members: Tensor,
     ) -> None:
-        self.gradient, self.source, self.packing = gradient, source, packing
+        self.gradient, self.values, self.source, self.packing = gradient, values, source, packing
         self.lengths = settings[0]
         self.checkpoint_of = members // self.lengths.num_chains
         self.chains = (members % self.lengths.num_chains).tolist()
@@ -195,12 +212,17 @@ class _Runner:
         rows = self.checkpoint_of.to(device)
         frozen = {name: t.expand(len(rows), *t.shape[1:]) if len(t) == 1 else t[rows] for name, t in frozen.items()}
         groups = self._groups(packed[rows], frozen, sample_losses)
+        anchors, sizes = {**frozen, **self.packing.unpack(packed[rows], frozen)}, [group.size for group in groups]
         for move in range(lengths.num_moves):
             batch = self.source.stacked(self.chains, move, device)
             found = self._gradients([group.state for group in groups], frozen, batch)
             draw, rest = divmod(move - lengths.num_burnin_steps, lengths.thinning)
             is_draw = draw >= 0 and rest == 0
-            proposals = [group.propose(*one, move, is_draw) for group, one in zip(groups, found, strict=True)]
+            at_anchors = self.values(anchors, batch).split(sizes) if is_draw else [None] * len(groups)
+            proposals = [
+                group.propose(*one, move, at_anchor)
+                for group, one, at_anchor in zip(groups, found, at_anchors, strict=True)
+            ]
             if is_draw and draw % -(-lengths.num_draws // NUM_MALA) == 0:
                 there = self._gradients(proposals, frozen, batch)
                 for group, here, proposal, one in zip(groups, found, proposals, there, strict=True):
@@ -235,7 +257,7 @@ class _Runner:
         return [({PACKED: grad}, some) for grad, some in cut]
 
 
-def _traces(chunks: Sequence[Chunk], num_checkpoints: int, settings: SamplerSettings, *, share_batches: bool) -> Traces:
+def _traces(chunks: Sequence[Chunk], num_checkpoints: int, settings: SamplerSettings, flags: dict[str, bool]) -> Traces:
     def joined(name: str) -> Tensor | None:
         parts = [getattr(chunk, name) for chunk in chunks]
         if parts[0] is None:
@@ -249,6 +271,6 @@ def _traces(chunks: Sequence[Chunk], num_checkpoints: int, settings: SamplerSett
     return Traces(
         losses=losses[..., start :: settings.thinning],
         burnin=losses[..., :start],
-        share_batches=share_batches,
+        **flags,
         **fields,  # type: ignore[arg-type]
     )

@@ -8,10 +8,12 @@ Two rules use an identity of the sampled density exp(-U) in d dimensions, E[(w -
 the equipartition theorem, and the Langevin-Stein operator of Gorham and Mackey 2015 applied to w - w0). It splits as
 pull + spread = d: pull = nbeta E[(w - w0) . grad L], the directions that the data hold, and spread =
 localization E|w - w0|^2, those that the localisation holds. Too large a step or too noisy a gradient heats the chain
-beyond d. A flat direction's share of this is known, 1 / (1 - lr localization / 4), and harmless; with it divided out, half
-the excess over d is the `heat`. For quadratics it is once to twice the LLC's bias: with a_i = nbeta h_i + localization the
-ratio is 1 + localization / a_i (`known.quadratic_llc`). And a loss that is convex along rays from w0 has pull >= LLC; a
-chain for which this fails has passed the rim of its basin.
+beyond d: of moves of size lr, stationarity of |w - w0|^2 makes it d + (lr / 4) E|grad U|^2, the minibatch's gradient (for
+a preconditioner G, in its metric). What the localisation alone makes of that, lr / 4 localization^2 |w - w0|^2, is there in
+flat directions too, and harmless; half of the rest is the `heat`. It needs no direction to be in equilibrium and has
+little noise. For quadratics it is once to twice the LLC's bias: with a_i = nbeta h_i + localization the ratio is
+1 + localization / a_i (`known.quadratic_llc`). And a loss that is convex along rays from w0 has pull >= LLC; a chain for
+which this fails has passed the rim of its basin.
 """
 
 import math
@@ -37,6 +39,8 @@ class Evidence(NamedTuple):
     num_chains_used: int
     init_loss: float
     mean_loss: float
+    bad_batches: int
+    """Whose loss is not finite at the checkpoint itself; the others make up `init_loss`."""
     trivial_loss: float | None
     rhat: float
     ess: float
@@ -48,12 +52,16 @@ class Evidence(NamedTuple):
     pull: float
     pull_stderr: float
     spread: float
+    fill_stderr: float
+    """Of pull + spread."""
     heat: float
-    """Half of what pull + spread have above d, the flat directions' known share divided out, in nats."""
+    """By how much at most the step and the minibatches' noise raise the LLC, in nats (this module)."""
     heat_stderr: float
     descent: float
     """What one step along the gradient of the checkpoint gains, in nats."""
     descent_stderr: float
+    lowest: float
+    """The least excess of a draw, in nats; NaN where minibatches make losses noisy."""
     localization: float
     share_batches: bool
 
@@ -71,6 +79,11 @@ class Evidence(NamedTuple):
     def filled(self) -> float:
         """The share of equipartition that the chains have reached; 1 in equilibrium, above it when heated."""
         return max(self.pull + self.spread, 0.0) / self.num_params
+
+    @property
+    def error(self) -> float:
+        """The standard error, or 0 where there is none."""
+        return 0.0 if math.isnan(self.stderr) else self.stderr
 
     @property
     def dead(self) -> int:
@@ -92,6 +105,11 @@ class Rule(NamedTuple):
 
 RULES = (
     Rule(
+        "checkpoint not finite", "invalid", 0, "fixed outcome",
+        lambda e, t: math.isnan(e.init_loss),
+        "the loss of the checkpoint itself is not finite on any minibatch",
+    ),
+    Rule(
         "most chains dead", "invalid", 0.5, "fixed outcome",
         lambda e, t: e.num_chains_used < t * e.num_chains or e.num_chains_used == 0,
         "{dead} of {num_chains} chains diverged or became non-finite: lower lr",
@@ -103,7 +121,7 @@ RULES = (
     ),
     Rule(
         "negative", "invalid", 2, "fixed outcome: LLC + 2 stderr < 0, but an LLC at a minimum is positive (Watanabe 2009)",
-        lambda e, t: e.llc + t * e.stderr < 0,
+        lambda e, t: e.llc + t * e.error < 0,
         "negative LLC: the chains found lower loss than the checkpoint's, which is not a minimum",
     ),
     Rule(
@@ -130,9 +148,24 @@ RULES = (
         "not at a minimum: one step along the gradient lowers nbeta times the loss by {descent:.3g}",
     ),
     Rule(
+        "lower loss found", "suspect", 0.05, "definition of the LLC; the share of it is ours",
+        lambda e, t: -e.lowest > max(t * abs(e.llc), 0.1),
+        "not at a minimum: a chain passed a place {lowest:.3g} nats from the checkpoint's loss, below it",
+    ),
+    Rule(
         "below zero", "suspect", 2, "as `negative`, within the error",
-        lambda e, t: e.llc < 0 <= e.llc + t * e.stderr,
+        lambda e, t: e.llc < 0 <= e.llc + t * e.error,
         "the LLC is below zero, within its error",
+    ),
+    Rule(
+        "not told from zero", "suspect", 2, "standard errors",
+        lambda e, t: 0 <= e.llc < t * e.error,
+        "the LLC, {llc:.3g} ± {stderr:.2g}, is not told from zero: take more draws or larger batches",
+    ),
+    Rule(
+        "bad minibatches", "suspect", 0, "fixed outcome: the rest is averaged",
+        lambda e, t: e.bad_batches > t and not math.isnan(e.init_loss),
+        "on {bad_batches} minibatches the loss of the checkpoint itself is not finite: look at the data",
     ),
     Rule(
         "above d/2", "suspect", 1.1, "an LLC at a minimum is at most d/2 (Watanabe 2009); the tenth is ours",
@@ -140,8 +173,8 @@ RULES = (
         "the LLC is above d/2 = {half:g}, the most there is at a minimum: lower lr, or use larger batches",
     ),
     Rule(
-        "too hot", "suspect", 0.2, "equipartition (this module); the share of the LLC is ours",
-        lambda e, t: e.localization > 0 and e.heat > 3 * e.heat_stderr and e.heat > t * abs(e.llc),
+        "too hot", "suspect", 0.1, "stationarity (this module); the share of the LLC is ours",
+        lambda e, t: e.heat > 3 * e.heat_stderr and e.heat > max(t * abs(e.llc), 2 * e.error),
         "the step size or the minibatch noise heats the chains; the LLC may be too high by {heat:.3g}: lower lr, or use "
         "larger batches",
     ),
@@ -177,7 +210,7 @@ RULES = (
     ),
     Rule(
         "not spread out", "suspect", 0.8, "equipartition (this module); the share of d is ours",
-        lambda e, t: e.localization > 0 and e.pull + e.spread + 3 * e.heat_stderr < t * e.num_params,
+        lambda e, t: e.localization > 0 and e.pull + e.spread + 3 * e.fill_stderr < t * e.num_params,
         "the chains fill {filled:.0%} of what the localisation allows, and the LLC changes as flat directions fill: lengthen "
         "the burn-in (3 / (lr localization) moves fill 95%)",
     ),
@@ -190,6 +223,11 @@ RULES = (
         "mostly flat", "note", 0.5, "as above",
         lambda e, t: e.spread > t * e.num_params and e.pull >= max(0.5, 1e-3 * e.num_params),
         "note: localisation holds most directions, the data {pull:.3g} of {num_params}; see how the LLC depends on localization",
+    ),
+    Rule(
+        "warm", "note", 2, "as `too hot`; standard errors",
+        lambda e, t: e.heat > 3 * e.heat_stderr and t * e.error < e.heat <= 0.1 * abs(e.llc),
+        "note: the step size and the minibatch noise raise the LLC by up to {heat:.3g}, more than its standard error shows",
     ),
     Rule(
         "escape not checked", "note", 0, "fixed outcome",

@@ -21,6 +21,7 @@ from icl.sampling.gradients import (
     Loss,
     looped_gradient,
     member_bytes,
+    own_losses,
     stacked_loss,
     vmapped_gradient,
 )
@@ -50,6 +51,8 @@ class Problem:
     gradient: Gradient | None = None
     losses: Callable[[Params, Batch], Tensor] | None = None
     """A faster loss of stacked parameters on one batch, in place of vmap's."""
+    own_losses: Callable[[Params, Batch], Tensor] | None = None
+    """The same on a batch for each."""
     memory: float | None = None
     loss_name: str = "loss"
 
@@ -94,6 +97,7 @@ def estimate(
     init, gains = _at_checkpoints(problem, stacked, init_batches, corners, packing, members)
     traces = run_chains(
         problem.gradient or problem.default_gradient,
+        problem.own_losses or own_losses(problem.loss, vectorize=problem.vectorize),
         {name: tensor.repeat(len(corners), *[1] * (tensor.ndim - 1)) for name, tensor in stacked.items()},
         source,
         [settings for settings in corners for _ in checkpoints],
@@ -140,13 +144,20 @@ def _at_checkpoints(
     with torch.no_grad():
         for part in _in_chunks(stacked, members):
             init.append(_init_losses(losses, part, batches))
-            down = slope(gradient, losses, part, batches, packing=packing)
+            finite = init[-1].isfinite().all(2).all(0).tolist()
+            usable = [batch for batch, is_usable in zip(batches, finite, strict=True) if is_usable] or batches
+            down = slope(gradient, losses, part, usable, packing=packing)
             for ratio, found in drops.items():
                 found.append(drop(down, ratio))
-    by_ratio = {ratio: torch.cat(found, dim=1) for ratio, found in drops.items()}  # I C
     return torch.cat(init), [
-        gain(by_ratio[ratio], settings.nbeta) for ratio, settings in zip(ratios, corners, strict=True)
+        _gains(drops[ratio], settings.nbeta) for ratio, settings in zip(ratios, corners, strict=True)
     ]
+
+
+def _gains(parts: Sequence[Tensor], nbeta: float) -> tuple[Tensor, Tensor]:
+    """Of the checkpoints of all parts, each of which has batches of its own."""
+    means, errors = zip(*(gain(part, nbeta) for part in parts), strict=True)
+    return torch.cat(means), torch.cat(errors)
 
 
 def _detached(params: Mapping[str, Tensor]) -> Params:

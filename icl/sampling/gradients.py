@@ -6,7 +6,8 @@ gradients of what moves and the losses; a faster one for a known architecture ca
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -15,27 +16,54 @@ from torch.func import functional_call, grad_and_value
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from icl.population import Params, size
+from icl.checks import ConfigError
+from icl.population import Params, size, unstack
 from icl.sampling.batches import Batch
+from icl.sampling.generators import untouched_generators
 
 Loss: TypeAlias = Callable[[Params, Batch], Tensor]
 """One member's parameters and one batch to a number, or to components whose mean is the loss."""
 Gradient: TypeAlias = Callable[[Params, Params, Batch], tuple[Params, Tensor]]
 """(moving, frozen, batch), all stacked on N, to the gradients of the moving and the losses (N,) or (N, T)."""
+_IS_RANDOM = (
+    "The loss draws random numbers, as dropout in training mode does, so `seed` would not fix the estimate; put its modules "
+    "into evaluation mode, as `module_loss` does, or take the random numbers from the batch."
+)
 
 
 def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) -> tuple[Loss, Params]:
     """A loss and its parameters from a module; batches are (inputs, targets), a tuple of inputs standing for several.
 
     The loss is `criterion(model(*inputs), targets)` in evaluation mode, on a copy: the caller's model is never called.
+    Parameters with `requires_grad=False` are not among those to sample; the loss keeps them as they are now.
 
     Example:
         loss, params = module_loss(model, torch.nn.functional.mse_loss)
+
+    Raises:
+        ConfigError: If these are not a module and a function, or the module has nothing to train; in the loss, if a batch
+            is no pair.
     """
+    if not isinstance(model, nn.Module) or not callable(criterion):
+        raise ConfigError(
+            f"`module_loss` takes a module and a function of (outputs, targets), got {_described(model)} and "
+            f"{_described(criterion)}; for anything else write `loss(params, batch)` yourself."
+        )
+    params = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    if not params:
+        raise ConfigError(
+            "The module has no parameter with `requires_grad=True`, so there is none to sample; call "
+            "`model.requires_grad_()`, or set it for those that chains shall move."
+        )
     private = copy.deepcopy(model).eval().requires_grad_(False)
-    params = {name: tensor.detach().clone() for name, tensor in private.named_parameters()}
 
     def loss(params: Params, batch: Batch) -> Tensor:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            got = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+            raise ConfigError(
+                f"The loss of a module takes batches (inputs, targets), got {got}; make them pairs, ((x1, x2), targets) for "
+                "several inputs and (inputs, None) if there are no targets, or write `loss(params, batch)` yourself."
+            )
         inputs, targets = batch
         inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
         return criterion(functional_call(private, params, inputs), targets)
@@ -53,7 +81,8 @@ def vmapped_gradient(loss: Loss) -> Gradient:
     one = grad_and_value(value, has_aux=True)
 
     def gradient(moving: Params, frozen: Params, batch: Batch) -> tuple[Params, Tensor]:
-        grads, (_, components) = torch.vmap(one, in_dims=(0, 0, mapped_axes(batch)))(moving, frozen, batch)
+        with _mappable():
+            grads, (_, components) = torch.vmap(one, in_dims=(0, 0, mapped_axes(batch)))(moving, frozen, batch)
         return grads, components
 
     return gradient
@@ -66,7 +95,7 @@ def looped_gradient(loss: Loss) -> Gradient:
         grads, components = [], []
         for i in range(size(moving)):
             leaves = {name: tensor[i].detach().clone().requires_grad_() for name, tensor in moving.items()}
-            with torch.enable_grad():
+            with torch.enable_grad(), _repeatable(leaves):
                 one = _checked(loss({**{n: t[i] for n, t in frozen.items()}, **leaves}, _member(batch, i)))
                 found = torch.autograd.grad(one.mean(), list(leaves.values()), allow_unused=True)
             grads.append([torch.zeros_like(p) if g is None else g for p, g in zip(leaves.values(), found, strict=True)])
@@ -79,13 +108,28 @@ def looped_gradient(loss: Loss) -> Gradient:
     return gradient
 
 
+def own_losses(loss: Loss, *, vectorize: bool) -> Callable[[Params, Batch], Tensor]:
+    """The losses (N,) or (N, T) of stacked parameters, each on a batch of its own."""
+
+    def losses(params: Params, batch: Batch) -> Tensor:
+        if vectorize:
+            with _mappable():
+                return torch.vmap(lambda *one: _checked(loss(*one)), in_dims=(0, mapped_axes(batch)))(params, batch)
+        with _repeatable(params):
+            return torch.stack([_checked(loss(member, _member(batch, i))) for i, member in enumerate(unstack(params))])
+
+    return losses
+
+
 def stacked_loss(loss: Loss, *, vectorize: bool) -> Callable[[Params, Batch], Tensor]:
     """The losses (N,) or (N, T) of stacked parameters, all on one and the same batch."""
 
     def losses(params: Params, batch: Batch) -> Tensor:
         if vectorize:
-            return torch.vmap(lambda member: _checked(loss(member, batch)))(params)
-        return torch.stack([_checked(loss({n: t[i] for n, t in params.items()}, batch)) for i in range(size(params))])
+            with _mappable():
+                return torch.vmap(lambda member: _checked(loss(member, batch)))(params)
+        with _repeatable(params):
+            return torch.stack([_checked(loss(member, batch)) for member in unstack(params)])
 
     return losses
 
@@ -116,6 +160,30 @@ class _Allocations(TorchDispatchMode):
                 storage = leaf.untyped_storage()
                 self.sizes[storage.data_ptr()] = max(self.sizes.get(storage.data_ptr(), 0), storage.nbytes())
         return result
+
+
+def _repeatable(params: Params) -> AbstractContextManager[None]:
+    return untouched_generators(_IS_RANDOM, next(iter(params.values())).device)
+
+
+@contextmanager
+def _mappable() -> Iterator[None]:
+    """Says in a sentence why `vmap` cannot map a loss; it refuses random numbers by itself.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "random operation" in str(error):
+            raise ConfigError(_IS_RANDOM) from error
+        if not str(error).startswith(("vmap:", "Batching rule not implemented")):
+            raise
+        raise ConfigError(
+            "`vmap` cannot run this loss for many chains at once, as it calls `.item()`, branches on a tensor's value or uses "
+            "an operation that cannot be mapped; set `vectorize=False` to run one chain after another."
+        ) from error
 
 
 def _member(batch: Batch, i: int) -> Batch:

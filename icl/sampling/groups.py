@@ -20,10 +20,10 @@ class Chunk(NamedTuple):
     """What some members left behind, on the device; one row each."""
 
     losses: Tensor
-    components: Tensor | None
+    excess: Tensor
     pull: Tensor
     spread: Tensor
-    cool_spread: Tensor
+    heat: Tensor
     acceptance: Tensor
     sample_variance: Tensor | None
 
@@ -40,17 +40,17 @@ class Group:
         sample_losses: Callable[[Params], Tensor] | None,
     ) -> None:
         self.settings, self.kernel, self.unpacked = settings, KERNELS[settings.kernel], unpacked
-        self.state = self.kernel.init({PACKED: start})
+        self.state, self.size = self.kernel.init({PACKED: start}), len(start)
         self.noise = self._noise(seeds)
         self.losses = start.new_empty(len(start), settings.num_moves)
         self.acceptance: list[Tensor] = []
         self.recorder = _Recorder(settings, sample_losses)
 
-    def propose(self, grad: Params, values: Tensor, move: int, is_draw: bool) -> SGLDState:
-        """Note the losses, record a draw, and say where the next move goes."""
+    def propose(self, grad: Params, values: Tensor, move: int, at_anchor: Tensor | None) -> SGLDState:
+        """Note the losses, record a draw if the anchor's losses on its minibatch are there, and say where to go."""
         self.losses[:, move] = _mean(values)
-        if is_draw:
-            self.recorder.add(self.state, grad, values, partial(self.unpacked, self.state))
+        if at_anchor is not None:
+            self.recorder.add(self.state, grad, values - at_anchor, partial(self.unpacked, self.state))
         return step(self.state, grad, next(self.noise), **self._temper())
 
     def note_acceptance(self, proposal: SGLDState, here: tuple[Params, Tensor], there: tuple[Params, Tensor]) -> None:
@@ -86,33 +86,32 @@ class _Recorder:
 
     def __init__(self, settings: SamplerSettings, sample_losses: Callable[[Params], Tensor] | None) -> None:
         self.settings, self.sample_losses = settings, sample_losses
-        self.components: list[Tensor] = []
+        self.excess: list[Tensor] = []
         self.pull: list[Tensor] = []
         self.spread: list[Tensor] = []
-        self.cool_spread: list[Tensor] = []
+        self.heat: list[Tensor] = []
         self.variance = _RunningVariance()
 
-    def add(self, state: SGLDState, grad: Params, values: Tensor, params: Callable[[], Params]) -> None:
+    def add(self, state: SGLDState, grad: Params, excess: Tensor, params: Callable[[], Params]) -> None:
         nbeta, localization = self.settings.nbeta, self.settings.localization
-        away = state.params[PACKED] - state.anchor[PACKED]
-        spread = localization * torch.linalg.vecdot(away, away)
+        away, slope = state.params[PACKED] - state.anchor[PACKED], nbeta * grad[PACKED]
         g = state.preconditioner.get(PACKED)
-        preconditioned = spread if g is None else localization * torch.linalg.vecdot(away * g, away)
-        self.pull.append(nbeta * torch.linalg.vecdot(away, grad[PACKED]))
-        self.spread.append(spread)
-        self.cool_spread.append(spread - self.settings.lr * localization / 4 * preconditioned)
-        if values.ndim > 1:
-            self.components.append(values)
+        data = slope if g is None else g * slope
+        squared = torch.linalg.vecdot(data, slope) + 2 * localization * torch.linalg.vecdot(data, away)
+        self.excess.append(excess)
+        self.pull.append(torch.linalg.vecdot(away, slope))
+        self.spread.append(localization * torch.linalg.vecdot(away, away))
+        self.heat.append(self.settings.lr / 8 * squared)
         if self.sample_losses is not None:
             self.variance.add(self.sample_losses(params()))
 
     def chunk(self, losses: Tensor, acceptance: Tensor) -> Chunk:
         return Chunk(
             losses,
-            torch.stack(self.components, dim=1) if self.components else None,
+            torch.stack(self.excess, dim=1),
             torch.stack(self.pull, dim=1),
             torch.stack(self.spread, dim=1),
-            torch.stack(self.cool_spread, dim=1),
+            torch.stack(self.heat, dim=1),
             acceptance,
             None if self.sample_losses is None else self.variance.value(),
         )

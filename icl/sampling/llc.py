@@ -9,21 +9,21 @@ the standard error. `icl.sampling.chains` says what a draw is, `diagnostics` whe
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from icl.checks import ConfigError
 from icl.population import Params
-from icl.sampling.batches import Batches
+from icl.sampling.batches import Batches, repeatable
 from icl.sampling.chains import Progress
 from icl.sampling.estimation import Problem, estimate
 from icl.sampling.gradients import Gradient, Loss
 from icl.sampling.packing import Restriction
 from icl.sampling.result import Label, LLCResult
-from icl.sampling.settings import SamplerSettings
+from icl.sampling.settings import SamplerSettings, real, whole
 
 Keywords = ParamSpec("Keywords")
 
@@ -61,6 +61,7 @@ def estimate_llcs(
         checkpoints: Parameters by name; neither they nor the model they come from are changed.
         batches: `(chain, draw) -> batch`, or an iterable dealt to the chains in turn, starting over when it ends. Draws
             count every move, burn-in included. Chains see different batches unless the function ignores `chain`.
+            Neither it nor the loss may draw from torch's global generator.
         lr: Step size epsilon.
         nbeta: Effective inverse temperature; None is n / ln n of `num_samples`.
         localization: Pull gamma back to the checkpoint.
@@ -85,6 +86,15 @@ def estimate_llcs(
     Raises:
         ConfigError: If a setting cannot be used.
     """
+    _check_loss(loss)
+    checkpoints = _checked(checkpoints)
+    labels = [Label() for _ in checkpoints] if labels is None else labels
+    if len(labels) != len(checkpoints):
+        raise ConfigError(f"`labels` must be one for each of {len(checkpoints)} checkpoints, got {len(labels)}.")
+    if trivial_loss is not None:
+        trivial_loss = real("trivial_loss", trivial_loss, "a number", repair="; leave it out where it is not known")
+    if memory is not None:
+        memory = real("memory", memory, "positive", repair="; leave it out for what the device has")
     settings = SamplerSettings(
         lr=lr,
         nbeta=inverse_temperature(nbeta, num_samples),
@@ -98,10 +108,10 @@ def estimate_llcs(
     )
     problem = Problem(
         loss=loss,
-        batches=batches,
+        batches=repeatable(batches) if callable(batches) else batches,
         restrict=restrict,
-        num_samples=num_samples,
-        num_init_batches=num_init_batches,
+        num_samples=None if num_samples is None else whole("num_samples", num_samples, 2),
+        num_init_batches=whole("num_init_batches", num_init_batches, 1),
         trivial_loss=trivial_loss,
         vectorize=vectorize,
         sample_losses=sample_losses,
@@ -109,7 +119,6 @@ def estimate_llcs(
         memory=memory,
         loss_name=loss_name,
     )
-    labels = [Label() for _ in checkpoints] if labels is None else labels
     return estimate(problem, checkpoints, [settings], labels=labels, progress=progress)[0]
 
 
@@ -147,14 +156,43 @@ def estimate_llc(loss: Loss, params: Mapping[str, Tensor], batches: Batches, **k
 
 def inverse_temperature(nbeta: float | None, num_samples: int | None) -> float:
     """The one place where nbeta is set."""
-    if num_samples is not None and num_samples < 2:
-        raise ConfigError(f"`num_samples` must be at least 2, got {num_samples}.")
+    if num_samples is not None:
+        num_samples = whole("num_samples", num_samples, 2)
     if nbeta is not None:
-        if not 0 < nbeta < math.inf:
-            raise ConfigError(
-                f"`nbeta` must be positive and finite, got {nbeta!r}. Give None to use n / ln n with n = `num_samples`."
-            )
-        return float(nbeta)
+        return real("nbeta", nbeta, "positive", repair="; None stands for n / ln n with n = `num_samples`")
     if num_samples is None:
         raise ConfigError("`nbeta` is None, which stands for n / ln n, but `num_samples` (n) is not given; give one.")
     return num_samples / math.log(num_samples)
+
+
+def _check_loss(loss: Any) -> None:
+    """Refuse what cannot be called with parameters and a batch."""
+    try:
+        inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).bind("params", "batch")
+    except ValueError:  # built in, and without a signature to judge by
+        return
+    except TypeError:
+        raise ConfigError(
+            f"`loss` must be a function of (params, batch), got {_described(loss)}; `module_loss(model, criterion)` makes one."
+        ) from None
+
+
+def _checked(checkpoints: Any) -> list[Mapping[str, Tensor]]:
+    """The checkpoints, if they are parameters by name."""
+    if isinstance(checkpoints, (Mapping, nn.Module)) or not isinstance(checkpoints, Iterable):
+        raise ConfigError(f"`checkpoints` must be a list of dicts of tensors, got {_described(checkpoints)}.")
+    checkpoints = list(checkpoints)
+    for params in checkpoints:
+        if not isinstance(params, Mapping) or not all(isinstance(tensor, Tensor) for tensor in params.values()):
+            raise ConfigError(
+                f"Parameters must be a dict from names to tensors, got {_described(params)}; "
+                "`loss, params = module_loss(model, criterion)` gives those of a module."
+            )
+    if not checkpoints or not all(checkpoints):
+        raise ConfigError("There are no parameters to sample; give a dict from names to tensors that is not empty.")
+    return checkpoints
+
+
+def _described(value: Any) -> str:
+    kinds = sorted({type(one).__name__ for one in value.values()}) if isinstance(value, Mapping) else []
+    return type(value).__name__ + (f" of {', '.join(kinds)}" if kinds else "")

@@ -7,7 +7,7 @@ is None (all), names or globs such as `blocks.0.*`, or a dict from names to Bool
 
 import fnmatch
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -45,7 +45,7 @@ class Packing(NamedTuple):
         """The free entries of stacked tensors, a row for each member."""
         rows = []
         for part in self.parts:
-            flat = tensors[part.name].flatten(1)
+            flat = _flat(tensors[part.name])
             rows.append(flat if part.elements is None else flat[:, part.elements.to(flat.device)])
         return torch.cat(rows, dim=1)
 
@@ -55,7 +55,7 @@ class Packing(NamedTuple):
         for part in self.parts:
             columns = packed[:, part.start : part.stop]
             if part.elements is not None:
-                whole = frozen[part.name].flatten(1).clone()
+                whole = _flat(frozen[part.name]).clone()
                 whole[:, part.elements.to(whole.device)] = columns
                 columns = whole
             params[part.name] = columns.unflatten(1, part.shape) if part.shape else columns.squeeze(1)
@@ -93,23 +93,38 @@ def make_packing(params: Mapping[str, Tensor], restrict: Restriction = None) -> 
     return Packing(tuple(parts))
 
 
+def _flat(stacked: Float[Tensor, "N *shape"]) -> Float[Tensor, "N size"]:
+    """A row for each member, of one element where the members are numbers."""
+    return stacked.reshape(len(stacked), -1)
+
+
 def _masks(params: Mapping[str, Tensor], restrict: Restriction) -> dict[str, Tensor]:
     if isinstance(restrict, Mapping):
         for name, mask in restrict.items():
             if name not in params:
                 raise ConfigError(f"`restrict` has a mask for `{name}`, but the parameters are {_listing(params)}.")
-            if tuple(mask.shape) != tuple(params[name].shape) or mask.dtype != torch.bool:
+            if not isinstance(mask, Tensor) or mask.shape != params[name].shape or mask.dtype != torch.bool:
+                got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
                 raise ConfigError(
-                    f"The mask of `{name}` must be Boolean of shape {tuple(params[name].shape)}, "
-                    f"got {mask.dtype} of shape {tuple(mask.shape)}."
+                    f"The mask of `{name}` must be a Boolean tensor of shape {tuple(params[name].shape)}, got {got}."
                 )
         return {name: mask.detach().cpu() for name, mask in restrict.items()}
-    patterns = ["*"] if restrict is None else [restrict] if isinstance(restrict, str) else list(restrict)
+    patterns = ["*"] if restrict is None else _patterns(restrict)
     for pattern in patterns:
         if not fnmatch.filter(params, pattern):
             raise ConfigError(f"`restrict` has `{pattern}`, which fits none of the parameters {_listing(params)}.")
     chosen = [name for name in params if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     return {name: torch.ones(params[name].shape, dtype=torch.bool) for name in chosen}
+
+
+def _patterns(restrict: Any) -> list[str]:
+    patterns = [restrict] if isinstance(restrict, str) else list(restrict) if isinstance(restrict, Iterable) else None
+    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(
+            f"`restrict` must be names or globs of parameters, or a dict from names to masks, got {type(restrict).__name__}; "
+            "leave it out to sample all of them."
+        )
+    return patterns
 
 
 def _listing(params: Mapping[str, Tensor]) -> str:

@@ -47,6 +47,8 @@ class PromptLoss(NamedTuple):
     """The same for stacked members."""
     losses: Callable[[Params, Batch], Tensor]
     """Stacked members and one batch for all of them to the components (N, K)."""
+    own_losses: Callable[[Params, Batch], Tensor]
+    """The same with a batch for each."""
     batches: Callable[[int, int], Batch]
     """(chain, draw) to (xs, ys)."""
     trivial_loss: float
@@ -71,6 +73,7 @@ def prompt_loss(
         loss=_loss(config.model, weights),
         gradient=_gradient(config.model, weights, compiled=_is_compiled(config, sampler, num_moves, device)),
         losses=_losses(config.model, weights),
+        own_losses=_losses(config.model, weights, own_batches=True),
         batches=_batches(config, sampler, device),
         trivial_loss=trivial_loss(config),
     )
@@ -107,7 +110,7 @@ def _loss(model: ModelConfig, weights: Tensor) -> Loss:
     return loss
 
 
-def _losses(model: ModelConfig, weights: Tensor) -> Callable[[Params, Batch], Tensor]:
+def _losses(model: ModelConfig, weights: Tensor, *, own_batches: bool = False) -> Callable[[Params, Batch], Tensor]:
     """Without gradients; on a CPU member by member, several times as fast as mapping."""
 
     def losses(params: Params, xs: Tensor, ys: Tensor) -> Tensor:
@@ -117,8 +120,10 @@ def _losses(model: ModelConfig, weights: Tensor) -> Callable[[Params, Batch], Te
 
     def call(params: Params, batch: Batch) -> Tensor:
         if next(iter(params.values())).device.type != "cpu":
-            return losses(params, *batch)
-        return torch.cat(of_each([(_rows(params, i), *batch) for i in range(population.size(params))]))
+            with torch.no_grad():
+                return losses(params, *batch)
+        members = range(population.size(params))
+        return torch.cat(of_each([(_rows(params, i), *(_rows(batch, i) if own_batches else batch)) for i in members]))
 
     return call
 

@@ -38,9 +38,9 @@ class LLCResult:
     """An LLC estimate of one checkpoint. Chains that died are NaN in `llc_per_chain` and in no average."""
 
     llc: float
-    """nbeta (mean sampled loss - init_loss), over the draws of all chains used."""
+    """nbeta times the mean over draws of the loss less the checkpoint's own on the same minibatch."""
     stderr: float
-    """From chains and autocorrelation (see `icl.sampling.convergence`) and the error of `init_loss`."""
+    """From chains and autocorrelation; see `icl.sampling.convergence`."""
     llc_per_chain: Float[Tensor, " K"]
     loss_trace: Float[Tensor, "K S"]
     """Minibatch losses at the draws; burn-in is not in it."""
@@ -48,6 +48,7 @@ class LLCResult:
     init_loss: float
     init_loss_stderr: float
     mean_loss: float
+    """init_loss + llc / nbeta: the mean sampled loss, on the minibatches that `init_loss` is the mean of."""
     llc_per_component: Float[Tensor, " T"] | None
     """Where the loss is a vector, say over positions: their mean is `llc`."""
     stderr_per_component: Float[Tensor, " T"] | None
@@ -80,7 +81,7 @@ class LLCResult:
         if by == "checkpoint":
             return pd.DataFrame([self.row()])
         if by == "chain":
-            values = {"llc": self.llc_per_chain, "mean_loss": self.loss_trace.mean(1)}
+            values = {"llc": self.llc_per_chain, "mean_loss": self.init_loss + self.llc_per_chain / self.settings.nbeta}
         elif self.llc_per_component is None or self.stderr_per_component is None:
             raise ValueError("The loss was one number; return a vector from it for an LLC per component.")
         else:

@@ -150,6 +150,7 @@ def estimate_corners(
         trivial_loss=loss.trivial_loss,
         gradient=loss.gradient,
         losses=loss.losses,
+        own_losses=loss.own_losses,
         memory=None if samplers[0].memory is None else samplers[0].memory * 2**30,
         loss_name=loss.name,
     )

@@ -14,7 +14,7 @@ LLC at every nbeta and lr alike, so that no plateau shows it.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,8 +35,10 @@ AGREEMENT = (3.0, 0.1)
 """Two estimates agree if they differ by at most so many joint standard errors or such a share."""
 MIN_ESS = 200.0
 """That the chosen number of draws aims at; the verdict asks for 100."""
-OF_LENGTH = ("R-hat", "effective sample size")
+OF_LENGTH = ("R-hat", "effective sample size", "not told from zero")
 """Rules that longer chains may satisfy."""
+OF_LR = ("too hot",)
+"""Rules that a smaller lr may satisfy, for which the search has a stage of its own."""
 SURVEY, RATES, CONFIRMATION = "nbeta, localization", "lr", "confirmation"
 """The stages of a search."""
 _SLOWER = 3
@@ -46,14 +48,14 @@ _MAX_INIT_BATCHES = 256
 RULE = f"""\
 The rule: at a few checkpoints, nbeta is searched over {", ".join(f"{x:g}" for x in NBETAS)} / (trivial loss - checkpoint's loss) and the ratio
 localization / nbeta over {", ".join(f"{x:g}" for x in RATIOS)} of the largest curvature, at lr = {STEP:g} / (nbeta curvature + localization).
-1. Healthy at the last checkpoint: nothing escaped, diverged, drifted or heated; nothing is said against the estimate but
-   the shortness of the search's chains (R-hat, effective sample size). Their burn-in is 2 / (lr localization) moves, in
+1. Healthy at the last checkpoint: nothing escaped, diverged or drifted; nothing is said against the estimate but
+   heat, which is left to 4, and the shortness of the search's chains (R-hat, effective sample size). Their burn-in is 2 / (lr localization) moves, in
    which flat directions fill to 86% of the width that the localisation allows.
 2. Plateau in nbeta: its estimate agrees with that of the next nbeta, larger or smaller, at the same ratio
    ({AGREEMENT[0]:g} standard errors or {AGREEMENT[1]:.0%}).
 3. Of these, the most healthy checkpoints; then the smallest ratio (most directions); then the smallest nbeta (least noise).
-4. Plateau in lr, at the last checkpoint: a third of it, with chains three times as long, agrees; if not, that third is
-   tried likewise.
+4. Plateau in lr, at the last checkpoint: the chains are not too hot, and a third of lr, with chains three times as long,
+   agrees; if not, that third is tried likewise.
 5. Burn-in: one and a half times as long as the chains' mean loss takes to reach its later level, and no shorter than
    3 / (lr localization). Draws: no fewer than were asked for, and enough for an effective sample size of {MIN_ESS:g}.
 Chains of the search share minibatches and noise, draw by draw: differences between settings are those of the settings.
@@ -104,8 +106,8 @@ class Tried(NamedTuple):
 
     @property
     def num_healthy(self) -> int:
-        """At how many checkpoints the chains are healthy."""
-        return sum(is_healthy(result) for result in self.results)
+        """At how many checkpoints the chains are healthy, whatever their heat."""
+        return sum(is_healthy(result, but=(*OF_LENGTH, *OF_LR)) for result in self.results)
 
 
 Estimate = Callable[[Sequence[Corner]], list[list[LLCResult]]]
@@ -167,7 +169,7 @@ def search(
     for _, corners in itertools.groupby(survey(height=height, curvature=curvature), lambda corner: corner.ratio):
         attempt(*corners)
     plateau = frozenset(i for i, one in enumerate(tried) if _has_plateau(one, tried))
-    healthy = [one for i, one in enumerate(tried) if is_healthy(one.last) and i in plateau]
+    healthy = [one for i, one in enumerate(tried) if is_healthy(one.last, but=(*OF_LENGTH, *OF_LR)) and i in plateau]
     if not healthy:
         some = sum(is_healthy(one.last) for one in tried)
         reason = f"No choice: {some} of {len(tried)} settings are healthy at the last checkpoint, none of them on a plateau in nbeta."
@@ -196,10 +198,10 @@ def num_draws(result: LLCResult, asked: int) -> int:
     return max(asked, 50 * math.ceil(needed / 50))
 
 
-def is_healthy(result: LLCResult) -> bool:
-    """Whether nothing is said against an estimate but the length of its chains."""
+def is_healthy(result: LLCResult, but: Collection[str] = OF_LENGTH) -> bool:
+    """Whether nothing is said against an estimate but by rules of these names, those of the length of its chains."""
     broken = {rule.name for rule in RULES if rule.level != "note" and rule.is_broken(result.evidence, rule.threshold)}
-    return broken <= set(OF_LENGTH)
+    return broken <= set(but)
 
 
 def agree(one: LLCResult, other: LLCResult) -> bool:

@@ -1,10 +1,17 @@
 """What a chain is told, in one place, checked at the door; and the published settings with the importer of their names."""
 
+import math
 from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from torch import Tensor
 
 from icl.checks import ConfigError
 from icl.config import SamplerConfig
 from icl.sampling.sgld import KERNELS
+
+Bound: TypeAlias = Literal["positive", "zero or positive", "a number"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +43,10 @@ class SamplerSettings:
             ("seed", 0),
             ("thinning", 1),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise ConfigError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
-        for name, bound in (("lr", "positive"), ("nbeta", "positive"), ("localization", "zero or positive")):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf") or (value == 0 and bound == "positive"):
-                raise ConfigError(f"`{name}` must be {bound} and finite, got {value!r}.")
+            object.__setattr__(self, name, whole(name, getattr(self, name), minimum))
+        bounds: dict[str, Bound] = {"lr": "positive", "nbeta": "positive", "localization": "zero or positive"}
+        for name, bound in bounds.items():
+            object.__setattr__(self, name, real(name, getattr(self, name), bound))
         if self.kernel not in KERNELS:
             raise ConfigError(f"`kernel` must be one of {', '.join(KERNELS)}, got {self.kernel!r}.")
         if self.kernel == "rmsprop" and self.num_burnin_steps == 0:
@@ -63,19 +67,48 @@ def from_scales(*, gradient_scale: float, localization_scale: float, noise_scale
     Raises:
         ConfigError: If a scale is negative, or the noise or the gradient is zero.
     """
-    scales = {
-        "gradient_scale": gradient_scale,
-        "localization_scale": localization_scale,
-        "noise_scale": noise_scale,
-    }
-    for name, scale in scales.items():
-        if not 0 <= scale < float("inf") or (scale == 0 and name != "localization_scale"):
-            raise ConfigError(f"`{name}` must be positive and finite, got {scale!r}.")
+    real("gradient_scale", gradient_scale, "positive")
+    real("localization_scale", localization_scale, "zero or positive")
+    real("noise_scale", noise_scale, "positive")
     return {
         "lr": noise_scale,
         "nbeta": 2 * gradient_scale / noise_scale,
         "localization": 2 * localization_scale / noise_scale,
     }
+
+
+def whole(name: str, value: Any, minimum: int) -> int:
+    """A whole number of at least `minimum`, be it in a tensor or an array without axes.
+
+    Raises:
+        ConfigError: If it is anything else.
+    """
+    number = _plain(value)
+    if not isinstance(number, int) or isinstance(number, bool) or number < minimum:
+        raise ConfigError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
+    return number
+
+
+def real(name: str, value: Any, bound: Bound, *, repair: str = "") -> float:
+    """A finite number within its bound, be it in a tensor or an array without axes.
+
+    Raises:
+        ConfigError: If it is anything else; `repair` ends the sentence.
+    """
+    number = _plain(value)
+    if not isinstance(number, (int, float)) or isinstance(number, bool):
+        raise ConfigError(
+            f"`{name}` must be {bound} and finite, got {value!r} of type {type(value).__name__}"
+            f"{repair or '; give a plain number'}."
+        )
+    is_within = {"positive": number > 0, "zero or positive": number >= 0, "a number": True}[bound]
+    if not math.isfinite(number) or not is_within:
+        raise ConfigError(f"`{name}` must be {bound} and finite, got {value!r}{repair}.")
+    return float(number)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, (Tensor, np.generic, np.ndarray)) and value.ndim == 0 else value
 
 
 _SCALES = from_scales(gradient_scale=0.01, localization_scale=0.001, noise_scale=3e-4)

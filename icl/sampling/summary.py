@@ -46,26 +46,29 @@ def summarise(
         trivial_loss: Loss of a predictor that knows nothing.
         loss_name: The loss's name in result rows.
     """
-    nbeta, init_means = settings.nbeta, init.mean(1)
-    init_loss, init_stderr = float(init_means.mean()), float(_mean_error(init_means))
-    excess = nbeta * (traces.losses - init_loss)  # K S
-    used = _alive(traces, excess, num_params)
+    nbeta, finite = settings.nbeta, init.isfinite().all(1)
+    init_means = init[finite].mean(1)
+    init_loss, init_stderr = float(init_means.mean()), float(_mean_error(init_means)) if len(init_means) else math.nan
+    excess = nbeta * traces.excess  # K S, or K S T
+    draws = excess.mean(2) if excess.ndim > 2 else excess  # K S
+    used = _alive(traces, draws, num_params)
     evidence = _evidence(
         traces,
-        excess,
+        draws,
         used,
-        (init_loss, init_stderr),
+        init_loss,
         gain,
         settings,
         num_params=num_params,
         trivial_loss=trivial_loss,
+        bad_batches=int((~finite).sum()),
     )
     verdict, reasons = diagnostics.judge(evidence)
-    per_component = _per_component(traces, init, used, nbeta)
+    per_component = _per_component(excess[used])
     return LLCResult(
         llc=evidence.llc,
         stderr=evidence.stderr,
-        llc_per_chain=excess.mean(1).where(used, torch.nan),
+        llc_per_chain=draws.mean(1).where(used, torch.nan),
         loss_trace=traces.losses,
         burnin_trace=traces.burnin,
         init_loss=init_loss,
@@ -94,27 +97,28 @@ def _evidence(
     traces: Traces,
     excess: Float[Tensor, "K S"],
     used: Bool[Tensor, " K"],
-    init: tuple[float, float],
+    init_loss: float,
     gain: tuple[float, float],
     settings: SamplerSettings,
     *,
     num_params: int,
     trivial_loss: float | None,
+    bad_batches: int,
 ) -> Evidence:
-    """What the verdict's rules look at, of the chains used; `init` and `gain` are numbers with their errors."""
+    """What the verdict's rules look at, of the chains used; `gain` is a number with its error."""
     draws = excess[used].numpy()
-    pull, spread = traces.pull[used].numpy(), traces.spread[used].numpy()
-    heat = (pull + traces.cool_spread[used].numpy() - num_params) / 2
+    pull, spread, heat = (trace[used].numpy() for trace in (traces.pull, traces.spread, traces.heat))
     drift, drift_stderr = convergence.drift(draws)
-    mean_loss = float(traces.losses[used].mean())
+    llc = _mean(draws)
     return Evidence(
-        llc=settings.nbeta * (mean_loss - init[0]),
-        stderr=math.hypot(convergence.standard_error(draws), settings.nbeta * init[1]),
+        llc=llc,
+        stderr=convergence.standard_error(draws),
         num_params=num_params,
         num_chains=settings.num_chains,
         num_chains_used=int(used.sum()),
-        init_loss=init[0],
-        mean_loss=mean_loss,
+        init_loss=init_loss,
+        mean_loss=init_loss + llc / settings.nbeta,
+        bad_batches=bad_batches,
         trivial_loss=trivial_loss,
         rhat=convergence.rhat(draws) if settings.num_chains > 1 else math.nan,
         ess=convergence.ess(draws) if len(draws) else math.nan,
@@ -124,19 +128,26 @@ def _evidence(
         pull=_mean(pull),
         pull_stderr=convergence.standard_error(pull),
         spread=_mean(spread),
+        fill_stderr=convergence.standard_error(pull + spread),
         heat=_mean(heat),
         heat_stderr=convergence.standard_error(heat),
         descent=gain[0],
         descent_stderr=gain[1],
         localization=settings.localization,
+        lowest=float(draws.min()) if traces.one_batch and draws.size else math.nan,
         share_batches=traces.share_batches,
     )
 
 
 def _alive(traces: Traces, excess: Float[Tensor, "K S"], num_params: int) -> Tensor:
     """Which chains stayed finite and did not diverge."""
-    finite = traces.losses.isfinite().all(1) & traces.burnin.isfinite().all(1) & traces.spread.isfinite().all(1)
-    return finite & (excess.mean(1) <= diagnostics.DIVERGED * num_params)
+    finite = (
+        traces.losses.isfinite().all(1)
+        & excess.isfinite().all(1)
+        & traces.burnin.isfinite().all(1)
+        & traces.spread.isfinite().all(1)
+    )
+    return finite & (excess.mean(1).abs() <= diagnostics.DIVERGED * num_params)
 
 
 def _mean(draws: np.ndarray) -> float:
@@ -148,12 +159,11 @@ def _mean_error(batches: Float[Tensor, "I *T"]) -> Float[Tensor, "*T"]:
     return batches.std(0) / len(batches) ** 0.5 if len(batches) > 1 else torch.zeros_like(batches[0])
 
 
-def _per_component(traces: Traces, init: Tensor, used: Tensor, nbeta: float) -> tuple[Tensor | None, Tensor | None]:
-    if traces.components is None:
+def _per_component(excess: Float[Tensor, "K S *T"]) -> tuple[Tensor | None, Tensor | None]:
+    if excess.ndim < 3:
         return None, None
-    draws = nbeta * (traces.components[used] - init.mean(0))  # K S T
-    errors = torch.tensor([convergence.standard_error(draws[..., t].numpy()) for t in range(draws.shape[-1])])
-    return draws.mean((0, 1)), torch.hypot(errors.double(), nbeta * _mean_error(init))
+    errors = [convergence.standard_error(one.numpy()) for one in excess.unbind(2)]
+    return excess.mean((0, 1)), torch.tensor(errors, dtype=torch.float64)
 
 
 def _fluctuation(traces: Traces, used: Tensor, nbeta: float, num_samples: int | None) -> Fluctuation | None:

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -131,8 +132,10 @@ def test_draws_follow_burnin_and_thinning(model):
 
 def test_burnin_is_in_no_average(model):
     result = estimate(model, num_burnin_steps=10)
-    assert result.mean_loss == pytest.approx(float(result.loss_trace.mean()))
-    assert result.llc == pytest.approx(50 * (result.mean_loss - result.init_loss))
+    loss, params = module_loss(model, nn.functional.mse_loss)
+    before = torch.tensor([[loss(params, batches(chain, 10 + draw)) for draw in range(6)] for chain in range(3)])
+    assert result.llc == pytest.approx(50 * float((result.loss_trace - before).mean()), rel=1e-4)
+    assert result.mean_loss == pytest.approx(result.init_loss + result.llc / 50)
     assert result.loss_trace.shape == (3, 6)
     assert result.burnin_trace.shape == (3, 10)
 
@@ -316,7 +319,80 @@ def test_a_setting_that_cannot_be_used_is_one_sentence(model, changes, said):
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("source", [[], iter([]), 3, torch.zeros(2, 3)])
+def refused(said, **changes):
+    arguments = {"loss": lambda params, batch: params["w"].square().sum(), "params": {"w": torch.zeros(3)}}
+    with pytest.raises(ConfigError, match=r"^[^\n]*\.$") as error:
+        estimate_llc(**{**arguments, "batches": [None], **SETTINGS, **changes})
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("lr", ["1e-3", None, True, float("inf"), torch.ones(2)]),
+        ("nbeta", ["10", float("nan"), -1]),
+        ("localization", [None, "0", -1.0]),
+        ("trivial_loss", [float("nan"), float("inf"), -float("inf"), "2", torch.tensor(float("nan"))]),
+        ("num_samples", [2.5, 300.0, "300", 1, True]),
+        ("num_init_batches", [0, 2.5, None]),
+        ("num_draws", [100.0, 1, "100", None]),
+        ("memory", [0, float("nan"), "2G"]),
+        ("seed", [-1, 0.5, None]),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_one_sentence_with_its_name(name, values, as_users_run):
+    for value in values:
+        refused(f"`{name}` must be", **{name: value})
+
+
+def test_numbers_may_come_from_arrays_and_tensors(model, as_users_run):
+    plain = estimate(model, num_samples=300, trivial_loss=2.0)
+    told = {"lr": torch.tensor(1e-3, dtype=torch.float64), "nbeta": np.float64(50), "localization": 5}
+    told |= {"num_chains": np.int64(3), "num_samples": np.int32(300), "trivial_loss": torch.tensor(2.0)}
+    other = estimate(model, **told)
+    assert same(plain, other, tolerance=0)
+    assert plain.settings == other.settings
+    assert plain.evidence == pytest.approx(other.evidence, rel=0, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        (nn.Linear(3, 2), "got Linear; `loss, params = module_loss(model, criterion)`"),
+        (nn.Sequential(nn.Linear(3, 2)), "got Sequential"),
+        ({}, "no parameters to sample"),
+        (torch.zeros(3), "dict from names to tensors, got Tensor"),
+        ({"w": [0.0]}, "got dict of list"),
+        (None, "got NoneType"),
+    ],
+)
+def test_what_is_no_dict_of_tensors_is_refused_as_parameters(params, said, as_users_run):
+    refused(said, params=params)
+
+
+def test_one_checkpoint_or_none_in_place_of_several_is_refused(model, as_users_run):
+    loss, params = module_loss(model, nn.functional.mse_loss)
+    for given, said in ((params, "got dict"), (model, "got Sequential"), (3, "got int"), ([], "no parameters")):
+        with pytest.raises(ConfigError, match=said):
+            estimate_llcs(loss, given, batches, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.Linear(3, 2), lambda params: params["w"].sum(), 3, None], ids=["module", "one argument", "3", "None"]
+)
+def test_what_does_not_take_parameters_and_a_batch_is_refused_as_loss(loss, as_users_run):
+    refused("`loss` must be a function of (params, batch)", loss=loss)
+
+
+def test_labels_are_as_many_as_checkpoints():
+    refused("`labels` must be one for each of 1 checkpoints, got 0", labels=[])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [[], iter([]), 3, torch.zeros(2, 3), np.zeros((2, 3)), {"xs": torch.zeros(2, 3)}],
+    ids=lambda one: type(one).__name__,
+)
 def test_batches_that_are_none_are_refused(model, source, as_users_run):
     with pytest.raises(ConfigError, match="`batches`"):
         estimate(model, source)

@@ -72,7 +72,28 @@ def test_the_exact_answer_counts_the_minibatch_noise():
     exact = known.quadratic_llc(H, nbeta=60.0, localization=10.0, lr=2e-3, gradient_variance=0.05**2)
     assert result.llc == pytest.approx(exact, abs=4 * result.stderr)
     assert result.init_loss_stderr == pytest.approx(0.05 * math.sqrt(3) / 8, rel=0.3)  # 64 batches
-    assert result.stderr > 60 * result.init_loss_stderr
+
+
+def test_noise_of_the_losses_alone_is_in_neither_the_estimate_nor_its_error():
+    """A minibatch raises the loss of w and w0 alike: by 20 nats here, beside an LLC of 1.3."""
+    calm = estimate(noisy, batches=minibatches, num_init_batches=64)
+    loud = estimate(lambda params, batch: noisy(params, batch) + 7 * batch[0], batches=minibatches, num_init_batches=64)
+    assert loud.llc == pytest.approx(calm.llc, rel=1e-4)
+    assert loud.stderr == pytest.approx(calm.stderr, rel=1e-3)
+    assert loud.init_loss_stderr > 3 * calm.init_loss_stderr
+
+
+def test_a_checkpoint_at_which_one_minibatch_is_not_finite_is_suspect_and_the_rest_is_averaged():
+    def spoilt(chain, draw):
+        return minibatches(chain, draw) * (math.nan if chain == 3 else 1.0)
+
+    result = estimate(noisy, batches=spoilt, **SHORT)
+    assert (result.num_chains_used, result.verdict) == (7, "suspect")
+    assert {"some chains dead", "bad minibatches"} <= broken(result)
+    assert math.isfinite(result.llc)
+    hopeless = estimate(noisy, batches=lambda chain, draw: torch.full((3,), math.nan), **SHORT)
+    assert hopeless.verdict == "invalid"
+    assert "checkpoint not finite" in broken(hopeless)
 
 
 def test_standard_errors_cover():
@@ -199,12 +220,15 @@ def test_most_chains_dead_is_invalid():
 
 
 def test_a_chain_that_diverges_without_becoming_infinite_is_masked():
-    def loss(params, batch):
-        return quadratic(params, batch) + batch
+    """Up, or down, away from the checkpoint."""
 
-    result = estimate(loss, batches=lambda chain, draw: torch.tensor(1e6 * (chain == 2) * (draw > 120)), **SHORT)
-    assert result.num_chains_used == 7
-    assert result.verdict == "suspect"
+    def loss(params, batch):
+        return quadratic(params, batch) + batch * (params["w"].detach() != 0).any()
+
+    for far in (1e6, -1e6):
+        result = estimate(loss, batches=lambda chain, draw: torch.tensor(far * (chain == 2) * (draw > 120)), **SHORT)  # noqa: B023
+        assert result.num_chains_used == 7
+        assert result.verdict == "suspect"
 
 
 @pytest.mark.slow
@@ -280,6 +304,33 @@ def test_a_step_0_model_is_never_ok(nbeta, localization, lr, trivial_loss):
     assert {"not at a minimum", "negative", "escaped"} & broken(result)
 
 
+def test_a_saddle_whose_gradient_is_zero_is_suspect():
+    """Beside ten directions that hold, one whose wells lie 3 nats below."""
+
+    def saddle(params, batch):
+        return params["w"].square().sum() / 2 - 0.35 * params["u"] ** 2 / 2 + params["u"] ** 4 / 4
+
+    start = {"w": torch.zeros(10), "u": torch.zeros(())}
+    result = estimate(saddle, start, nbeta=100.0, localization=1.0, lr=1e-3, num_burnin_steps=300)
+    assert result.llc > 0
+    assert "lower loss found" in broken(result)
+    assert result.verdict == "suspect"
+
+
+def test_heat_is_found_where_nothing_holds_the_flat_directions():
+    """At localization 0, from moments that need no equilibrium: once the LLC's bias, by `known.quadratic_llc`."""
+    curvatures = torch.cat([torch.logspace(-1, 0.5, 5), torch.zeros(15)])
+
+    def flat(params, batch):
+        return (curvatures * params["w"].square()).sum() / 2
+
+    settings = {"nbeta": 100.0, "localization": 0.0, "num_draws": 2000, "num_burnin_steps": 500, "lr": 8e-3}
+    result = estimate(flat, {"w": torch.zeros(20)}, **settings)
+    truth = known.quadratic_llc(curvatures[:5], nbeta=100.0, localization=0.0, lr=8e-3)
+    assert result.evidence.heat == pytest.approx(truth - 2.5, abs=4 * result.evidence.heat_stderr)
+    assert "too hot" in broken(result)
+
+
 def test_chains_held_by_the_prior_alone_are_suspect():
     result = estimate(localization=1e4, lr=2e-5)
     assert result.llc < 0.02  # a number, but of the localisation
@@ -315,6 +366,11 @@ def test_every_rule_can_be_the_only_reason_and_names_its_source():
     healthy = estimate().evidence
     assert judge(healthy) == ("ok", ())
     changes = {
+        "checkpoint not finite": {"init_loss": math.nan},
+        "bad minibatches": {"bad_batches": 2},
+        "lower loss found": {"lowest": -0.5},
+        "not told from zero": {"llc": 0.5, "stderr": 0.3, "pull": 5.0},
+        "warm": {"heat": 0.1 * healthy.llc},
         "most chains dead": {"num_chains_used": 3},
         "some chains dead": {"num_chains_used": 7},
         "negative": {"llc": -1.0},
@@ -333,7 +389,7 @@ def test_every_rule_can_be_the_only_reason_and_names_its_source():
         "drift": {"drift": -0.5},
         "prior-dominated": {"spread": 2.0, "pull": 0.4, "llc": 0.2},
         "mostly flat": {"spread": 1.6, "pull": 3.0},
-        "not spread out": {"llc": 1.0, "pull": 1.05, "spread": 0.0, "heat_stderr": 0.01},
+        "not spread out": {"llc": 1.0, "pull": 1.05, "spread": 0.0, "fill_stderr": 0.01},
         "escape not checked": {"trivial_loss": None},
     }
     assert set(changes) == {rule.name for rule in RULES}

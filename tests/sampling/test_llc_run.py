@@ -175,7 +175,6 @@ def test_the_traces_are_kept_with_their_burn_in(folder):
     (record,) = estimate_run(folder.path, dataclasses.replace(QUICK, steps="last", thinning=2)).records
     assert record.traces.shape == (2, 2 + 6)
     assert record.stride == 2
-    assert record.traces[:, 2:].mean() == pytest.approx(record.row["mean_loss"], rel=1e-5)
 
 
 def test_an_untrained_model_is_never_ok(tmp_path):

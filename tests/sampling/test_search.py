@@ -10,7 +10,20 @@ from icl.config import SamplerConfig
 from icl.sampling import estimate_llc, known
 from icl.sampling.curvature import largest_curvature
 from icl.sampling.gradients import vmapped_gradient
-from icl.sampling.search import NBETAS, RATES, RATIOS, SURVEY, Search, agree, burnin, is_healthy, num_draws, search
+from icl.sampling.search import (
+    NBETAS,
+    OF_LENGTH,
+    OF_LR,
+    RATES,
+    RATIOS,
+    SURVEY,
+    Search,
+    agree,
+    burnin,
+    is_healthy,
+    num_draws,
+    search,
+)
 
 H = torch.logspace(-1, 1, 12)
 BASE = SamplerConfig(num_chains=6, num_draws=60, num_burnin_steps=60)
@@ -74,7 +87,7 @@ def test_chains_are_long_enough_for_the_localisation_to_fill_flat_directions(fou
 def test_chains_that_have_not_filled_flat_directions_are_not_healthy(found):
     """Whatever else is said of them."""
     result = found.chosen.last
-    evidence = result.evidence._replace(spread=0.0, pull=2.0, heat_stderr=0.1)
+    evidence = result.evidence._replace(spread=0.0, pull=2.0, fill_stderr=0.1)
     assert evidence.num_params == 12
     assert not is_healthy(dataclasses.replace(result, evidence=evidence))
 
@@ -85,12 +98,16 @@ def test_the_chosen_corner_of_a_quadratic_has_the_known_answer(found):
     truth = known.quadratic_llc(H, nbeta=corner.nbeta, localization=corner.localization, lr=corner.lr)
     assert is_healthy(result)
     assert result.llc == pytest.approx(truth, abs=4 * result.stderr)
-    assert corner.ratio == min(one.corner.ratio for one in found.tried if is_healthy(one.last))
+    assert corner.ratio == min(
+        one.corner.ratio for one in found.tried if is_healthy(one.last, but=(*OF_LENGTH, *OF_LR))
+    )
 
 
 def test_the_search_shows_a_failed_corner_and_an_lr_plateau(found):
     rates = [one for one in found.tried if one.corner.stage == RATES]
-    assert rates[0].corner.lr == pytest.approx(10 * found.chosen.corner.lr, rel=0.1)
+    surveyed = [one.corner for one in found.tried if one.corner.stage == SURVEY]
+    (first,) = [one for one in surveyed if one[1:3] == found.chosen.corner[1:3]]
+    assert rates[0].corner.lr == pytest.approx(10 * first.lr, rel=0.1)
     assert not is_healthy(rates[0].last)
     assert agree(found.chosen.last, rates[-1].last)
     assert rates[-1].corner.lr < found.chosen.corner.lr
@@ -120,6 +137,6 @@ def test_burn_in_is_longer_where_chains_start_far_away(found):
 
 
 def test_draws_are_no_fewer_than_asked_for_and_enough_for_the_effective_sample_size(found):
-    result = dataclasses.replace(found.chosen.last, ess=50.0)  # of 60 draws of each chain; 200 takes 240
+    result = dataclasses.replace(found.tried[0].last, ess=50.0)  # of 60 draws of each chain; 200 takes 240
     assert num_draws(result, 100) == 250
     assert num_draws(result, 300) == 300

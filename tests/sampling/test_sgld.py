@@ -7,7 +7,7 @@ import torch
 
 from icl.sampling import sgld
 from icl.sampling.chains import run_chains
-from icl.sampling.gradients import vmapped_gradient
+from icl.sampling.gradients import own_losses, vmapped_gradient
 from icl.sampling.packing import make_packing
 from icl.sampling.settings import SamplerSettings
 
@@ -47,6 +47,10 @@ def test_the_preconditioned_move_is_the_formula():
     assert torch.allclose(moved, w - 0.05 * g * 7 * grads[0] + (0.1 * g).sqrt() * noise, rtol=1e-12)
 
 
+def _components(params, batch):
+    return 4 * H * params["w"] ** 2 / 2
+
+
 def sampled_components(kernel, lr, thinning):
     """Each draw's h w^2 / 2 of each direction, by chains that start at the minimum; L is their sum."""
     start = {"w": torch.zeros(4, dtype=torch.float64)}
@@ -63,14 +67,15 @@ def sampled_components(kernel, lr, thinning):
     )
     return (
         run_chains(
-            vmapped_gradient(lambda params, batch: 4 * H * params["w"] ** 2 / 2),
+            vmapped_gradient(_components),
+            own_losses(_components, vectorize=True),
             {"w": start["w"][None]},
             [None],
             settings,
             packing=make_packing(start),
             keys=["0"],
             chunk_size=64,
-        ).components[0]
+        ).excess[0]
         / 4
     )  # K S T
 

@@ -1,0 +1,221 @@
+"""Losses of modules, what stays frozen in them, and losses that the seed would not fix or `vmap` cannot run."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from icl.checks import ConfigError
+from icl.sampling import estimate_llc, module_loss
+
+SETTINGS = {"lr": 1e-3, "nbeta": 50.0, "localization": 5.0, "num_chains": 3, "num_draws": 4, "num_burnin_steps": 3}
+GENERATOR = torch.Generator().manual_seed(0)
+XS, YS = torch.randn(8, 3, generator=GENERATOR), torch.randn(8, 2, generator=GENERATOR)
+
+
+@pytest.fixture
+def model():
+    generator = torch.Generator().manual_seed(1)
+    network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    for parameter in network.parameters():
+        parameter.data.normal_(generator=generator)
+    return network
+
+
+def run(loss, params, batches=((XS, YS),), **changes):
+    return estimate_llc(loss, params, list(batches), **{**SETTINGS, "seed": 2, **changes})
+
+
+def one_sentence(said):
+    return pytest.raises(ConfigError, match=rf"^[^\n]*{said}[^\n]*\.$")
+
+
+# What a module trains
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_frozen_parameters_stay_in_the_loss_as_they_are(model, vectorize):
+    """The chains of a module with a frozen layer are those of the same module restricted to the other layer."""
+    loss, params = module_loss(model, functional.mse_loss)
+    restricted = run(loss, params, restrict=["2.*"], vectorize=vectorize)
+    model[0].requires_grad_(False)
+    loss, params = module_loss(model, functional.mse_loss)
+    assert set(params) == {"2.weight", "2.bias"}
+    frozen = run(loss, params, vectorize=vectorize)
+    assert frozen.evidence.num_params == 10
+    torch.testing.assert_close(frozen.loss_trace, restricted.loss_trace)
+    assert frozen.init_loss == pytest.approx(functional.mse_loss(model(XS), YS).item())
+    assert [parameter.requires_grad for parameter in model.parameters()] == [False, False, True, True]
+
+
+def test_a_frozen_parameter_is_the_one_of_the_call(model):
+    model[0].requires_grad_(False)
+    loss, params = module_loss(model, functional.mse_loss)
+    before = loss(params, (XS, YS))
+    with torch.no_grad():
+        model[0].weight += 1
+    assert torch.equal(loss(params, (XS, YS)), before)
+
+
+def test_a_module_with_nothing_to_train_is_refused(model):
+    with one_sentence("no parameter with `requires_grad=True`"):
+        module_loss(model.requires_grad_(False), functional.mse_loss)
+    with one_sentence("no parameter with `requires_grad=True`"):
+        module_loss(nn.Tanh(), functional.mse_loss)
+
+
+# What it takes
+
+
+@pytest.mark.parametrize("arguments", [(dict, functional.mse_loss), (nn.Linear(3, 2), "mse")])
+def test_what_is_no_module_or_no_criterion_is_refused(arguments, as_users_run):
+    with one_sentence("`module_loss` takes a module and a function"):
+        module_loss(*arguments)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (XS, "got Tensor"),
+        (XS[:2], "got Tensor"),  # would come apart as two rows
+        ((XS,), "got tuple of 1"),
+        ([XS, XS, YS], "got list of 3"),
+        ({"inputs": XS, "targets": YS}, "got dict"),
+    ],
+)
+def test_a_batch_that_is_no_pair_is_refused(model, batch, said, vectorize):
+    loss, params = module_loss(model, functional.mse_loss)
+    with one_sentence(said):
+        run(loss, params, [batch], vectorize=vectorize)
+
+
+def test_pairs_of_several_inputs_and_without_targets_are_taken(model):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, first, second):
+            return self.model(first + second)
+
+    loss, params = module_loss(Sum(), lambda outputs, targets: (outputs - YS).square().mean())
+    both = run(loss, params, [((XS / 2, XS / 2), None)])
+    assert both.init_loss == pytest.approx(functional.mse_loss(model(XS), YS).item())
+
+
+# What the seed fixes
+
+
+def dropping(params, batch):
+    return functional.mse_loss(functional.dropout(batch[0], 0.5, training=True) @ params["w"], batch[1])
+
+
+def seeding(params, batch):
+    """Sets the global generator, and so changes it too."""
+    torch.manual_seed(0)
+    return dropping(params, batch)
+
+
+def own(params, batch):
+    """From a generator of its own, made from what it is given."""
+    noise = torch.randn(XS.shape, generator=torch.Generator().manual_seed(len(batch[0])))
+    return functional.mse_loss((batch[0] + noise) @ params["w"], batch[1])
+
+
+START = {"w": torch.zeros(3, 2)}
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_a_loss_that_draws_from_the_global_generator_is_refused_and_moves_it_not(vectorize):
+    state = torch.get_rng_state()
+    with one_sentence("draws random numbers.*evaluation mode"):
+        run(dropping, START, vectorize=vectorize)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_loss_that_sets_the_global_generator_is_refused_and_it_is_put_back():
+    state = torch.get_rng_state()
+    with one_sentence("draws random numbers"):
+        run(seeding, START, vectorize=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_loss_that_draws_only_late_is_refused_too():
+    calls = []
+
+    def late(params, batch):
+        calls.append(0)
+        return dropping(params, batch) if len(calls) > 20 else (params["w"] - 1).square().mean()
+
+    with one_sentence("draws random numbers"):
+        run(late, START, vectorize=False)
+    assert len(calls) == 21
+
+
+def test_a_loss_that_draws_and_then_fails_leaves_the_generator_as_it_was():
+    def failing(params, batch):
+        torch.randn(3)
+        raise KeyError("its own")
+
+    state = torch.get_rng_state()
+    with pytest.raises(KeyError, match="its own"):
+        run(failing, START, vectorize=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_loss_with_a_generator_of_its_own_is_taken_one_chain_after_another():
+    first, again = (run(own, START, vectorize=False) for _ in range(2))
+    assert torch.equal(first.loss_trace, again.loss_trace)
+
+
+def test_dropout_in_training_mode_is_off_in_the_loss_of_a_module(model):
+    dropping = nn.Sequential(*model, nn.Dropout(0.5)).train()
+    plain, dropped = (run(*module_loss(network, functional.mse_loss)) for network in (model, dropping))
+    assert torch.equal(plain.loss_trace, dropped.loss_trace)
+    assert dropping.training
+
+
+@pytest.mark.parametrize("kind", ["function", "iterator", "list"])
+def test_batches_that_draw_from_the_global_generator_are_refused(model, kind):
+    class Drawing(list):
+        def __getitem__(self, number):
+            return XS + torch.randn(()), YS
+
+    batches = {
+        "function": lambda chain, draw: (XS + torch.randn(()), YS),
+        "iterator": ((XS + torch.randn(()), YS) for _ in range(100)),
+        "list": Drawing([0, 1]),
+    }[kind]
+    loss, params = module_loss(model, functional.mse_loss)
+    state = torch.get_rng_state()
+    with one_sentence("`batches` draws from torch's global generator"):
+        estimate_llc(loss, params, batches, **SETTINGS, seed=2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# What vmap can run
+
+
+def reading(params, batch):
+    return params["w"].square().sum() * (1.0 if params["w"].sum().item() > 0 else 2.0)
+
+
+def branching(params, batch):
+    return params["w"].square().sum() if params["w"].sum() > 0 else params["w"].abs().sum()
+
+
+@pytest.mark.parametrize("loss", [reading, branching])
+def test_a_loss_that_vmap_cannot_run_is_one_sentence_that_names_the_way_out(loss):
+    with one_sentence("`vectorize=False`"):
+        run(loss, START)
+    assert run(loss, START, vectorize=False).loss_trace.isfinite().all()
+
+
+def test_errors_of_the_loss_itself_are_left_as_they_are():
+    def broken(params, batch):
+        return (batch[0] @ batch[0] @ params["w"]).mean()
+
+    with pytest.raises(RuntimeError, match=r"size|shape") as error:
+        run(broken, START)
+    assert not isinstance(error.value, ConfigError)
