@@ -9,35 +9,21 @@ turns, with quartiles. Times depend on the machine and on who else uses it; rati
 import argparse
 import json
 import platform
-import statistics
-import time
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.cases import Case, make_cases
+from benchmarks.cases import make_cases
+from benchmarks.turns import Ratio
 from icl.build import choose_device
 from icl.plotting.style import BLACK, BLUE, new_figure, save_figure
-
-
-class Ratio(NamedTuple):
-    """A case's outcome: the median ratio with its quartiles, and both sides' median times for the peer's work."""
-
-    name: str
-    ratio: float
-    low: float
-    high: float
-    peer_ms: float
-    ours_ms: float
-    target: str
+from icl.storage import write_atomically
 
 
 def main() -> None:
-    """Measure, print, and write `<device>.json` and `<device>.png`."""
+    """Measure, print, and write `<device>.json` after every case and `<device>.png` at the end."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,40 +35,15 @@ def main() -> None:
     print(" · ".join(str(value) for value in machine.values()))
     print("Compiling the steps takes up to a minute or two ...", flush=True)
     print(f"{'ratio of times, larger is better for us':46} {'median':>7} {'quartiles':>14} {'ms':>17} {'target':>7}")
-    ratios = []
+    command, target = f"python -m benchmarks --seconds {arguments.seconds:g}", arguments.out / f"{device}.json"
+    ratios: list[Ratio] = []
     for case in make_cases(device):
-        ratios.append(measure(case, device, arguments.seconds))
+        ratios.append(Ratio.over(case.turns(arguments.seconds), name=case.name, target=case.target))
         print(row(ratios[-1]), flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    command = f"python -m benchmarks --seconds {arguments.seconds:g}"
-    content = {"command": command, **machine, "ratios": [ratio._asdict() for ratio in ratios]}
-    target = arguments.out / f"{device}.json"
-    target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        content = {"command": command, **machine, "ratios": [ratio._asdict() for ratio in ratios]}
+        write_atomically(target, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
     figure = save_figure(plot_ratios(ratios, " · ".join(list(machine.values())[:3])), target.with_suffix(".png"))
     print(f"Wrote {target} and {figure}.")
-
-
-def measure(case: Case, device: str, seconds: float) -> Ratio:
-    """Time both sides in turns for so many seconds, after warming both up."""
-    for side in (case.peer, case.ours):
-        timed(side, case.calls, device)
-    peer, ours, end = [], [], time.perf_counter() + seconds
-    while len(ours) < 5 or time.perf_counter() < end:
-        peer.append(timed(case.peer, case.calls, device))
-        ours.append(timed(case.ours, case.calls, device) / case.work)
-    low, middle, high = statistics.quantiles([p / o for p, o in zip(peer, ours, strict=True)], n=4)
-    times = (1e3 * statistics.median(side) for side in (peer, ours))
-    return Ratio(case.name, middle, low, high, *times, case.target)
-
-
-def timed(side: Callable[[], object], calls: int, device: str) -> float:
-    """Seconds per call."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        side()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / calls
 
 
 def describe_machine(device: str) -> dict[str, str]:

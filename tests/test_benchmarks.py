@@ -1,14 +1,24 @@
 """The benchmarks compare like with like: peers compute what we compute, and a ratio is one where both sides are the same."""
 
+import json
+import math
 import re
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import TINY, change
 
 from icl.baselines import dmmse
 from icl.build import build_architecture
 from icl.presets import preset
+from icl.runs import RunError
+from icl.training.data import PromptStream
+from icl.training.metrics_file import MetricsFile
+from icl.training.module import PopulationModule
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,28 +67,153 @@ def test_the_loop_over_prefixes_is_dmmse():
     torch.testing.assert_close(dmmse_by_prefix(xs, ys, tasks, 0.3), dmmse(xs, ys, tasks=tasks, noise_variance=0.3))
 
 
+class Clock:
+    """Stands still but for the work."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def work(self, seconds):
+        """Something that takes so long, and counts how often it was done."""
+
+        def act(*_):
+            self.now += seconds
+            act.times += 1
+
+        act.times = 0
+        return act
+
+
 def test_a_ratio_counts_work_and_is_large_where_we_are_fast(monkeypatch):
-    """On a clock of its own, which stands still but for the work."""
-    from benchmarks import __main__ as bench
-    from benchmarks.__main__ import measure, row
-    from benchmarks.cases import Case
+    from benchmarks.__main__ import row
+    from benchmarks.turns import Ratio, Side, take_turns
 
-    now = [0.0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
-
-    def wait():
-        now[0] += 2e-3
-
-    same = measure(Case("same", wait, wait, calls=2), "cpu", 0.1)
-    twice = measure(Case("twice the work", wait, wait, work=2, calls=2), "cpu", 0.1)
+    clock = Clock(monkeypatch)
+    peer, ours = Side(clock.work(2e-3), calls=2), Side(clock.work(2e-3), calls=5)
+    same = Ratio.over(take_turns(peer, ours, "cpu", 0.1), name="same")
+    twice = Ratio.over(take_turns(peer, ours, "cpu", 0.1, work=2), name="twice the work")
     assert same.low <= same.ratio <= same.high
     assert same.ratio == pytest.approx(1)
     assert twice.ratio == pytest.approx(2)
+    assert (twice.peer_ms, twice.ours_ms) == pytest.approx((2, 1))
     assert "twice the work" in row(twice)
 
 
+def test_a_step_takes_trainings_prompts_and_a_turn_whole_blocks_of_them(monkeypatch):
+    """Of members that make the block shorter than it is for one."""
+    from benchmarks import cases
+
+    seen = []
+    monkeypatch.setattr(cases, "make_step", lambda *_, **__: lambda state, *prompts: seen.append(prompts))
+    step = cases.training_step(4, "cpu")
+    stream = PromptStream([cases.CONFIG] * 4, lambda: 0)
+    assert step.calls == stream.block > 1
+    for _ in range(step.calls + 1):
+        step.call()
+    for (xs, ys, _), expected in zip(seen, stream, strict=False):
+        assert torch.equal(xs, expected.xs)
+        assert torch.equal(ys, expected.ys)
+
+
+# The application, whose stretches here end at the rows of its log (10 steps) and have four steps at most
+
+APPLICATION = change(TINY, trainer={"max_steps": 10**6}, checkpoints={"every": None, "num_log": 0})
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """Where temporary folders are made."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def slow_steps(monkeypatch, act):
+    """Every step of the application does something beside."""
+    advance = PopulationModule._advance
+    monkeypatch.setattr(PopulationModule, "_advance", lambda self, prompts: act() or advance(self, prompts))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.2])
+def test_the_application_is_measured_against_as_many_bare_steps(seconds, monkeypatch, folder):
+    """A bare step takes 2 ms, its own 1, a row of its log 2 at every tenth step: each turn's ratio is 2 / 1.2."""
+    from benchmarks.application import measure_application
+
+    clock = Clock(monkeypatch)
+    bare, step, row = clock.work(2e-3), clock.work(1e-3), clock.work(2e-3)
+    slow_steps(monkeypatch, step)
+    write = MetricsFile.append
+    monkeypatch.setattr(MetricsFile, "append", lambda self, values: row() or write(self, values))
+    turns = measure_application(APPLICATION, "cpu", bare, seconds)
+    assert bare.times == step.times == 10 * (1 + len(turns))  # the first turn warms up
+    assert len(turns) == max(5, math.ceil(seconds / 32e-3))
+    for turn in turns:
+        assert turn.peer == pytest.approx(2e-3)
+        assert turn.ours == pytest.approx(1.2e-3)
+    assert list(folder.iterdir()) == []
+
+
+def test_on_a_gpu_a_turn_has_an_evaluation_too():
+    from benchmarks.application import turn_length
+
+    assert turn_length(APPLICATION, "cpu") == 10
+    assert turn_length(APPLICATION, "cuda") == 20
+    assert turn_length(change(APPLICATION, evaluation={"every": None}), "cuda") == 10
+
+
+def test_an_application_that_dies_says_why(monkeypatch, folder):
+    from benchmarks.application import measure_application
+
+    def fail():
+        raise OSError("no more of this")
+
+    with pytest.raises(RunError, match="ended at step 20, before"):
+        measure_application(change(APPLICATION, trainer={"max_steps": 20}), "cpu", int, 0.0)
+    with pytest.raises(RunError, match=r"ended at step 10, before.*NaN or infinite at step"):
+        measure_application(change(APPLICATION, optim={"lr": 1e30, "grad_clip": None}), "cpu", int, 0.0)
+    slow_steps(monkeypatch, fail)
+    with pytest.raises(OSError, match="no more of this"):
+        measure_application(APPLICATION, "cpu", int, 0.0)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_bare_step_goes_on_inside_the_application():
+    """The real ones, on a real clock: the same step, so neither side is many times the other."""
+    from benchmarks import cases
+    from benchmarks.application import measure_application
+    from benchmarks.turns import Ratio
+
+    config = change(cases.CONFIG, trainer={"compile": "false", "log_every": 10})
+    step = cases.training_step(1, "cpu")
+    ratio = Ratio.over(measure_application(config, "cpu", step.call, 0.0), name="application")
+    assert 0.2 < ratio.ratio < 5
+
+
+# What is written
+
+
+def test_an_interrupted_measurement_keeps_what_it_has(monkeypatch, tmp_path):
+    from benchmarks import __main__ as bench
+    from benchmarks.cases import Case
+    from benchmarks.turns import Turn
+
+    def cases(device):
+        yield Case("first", lambda seconds: [Turn(2 * seconds, seconds)] * 5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "make_cases", cases)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--seconds", "3", "--out", str(tmp_path / "new")])
+    with pytest.raises(KeyboardInterrupt):
+        bench.main()
+    content = json.loads((tmp_path / "new/cpu.json").read_text())
+    assert [(ratio["name"], ratio["ratio"], ratio["ours_ms"]) for ratio in content["ratios"]] == [("first", 2, 3000)]
+    assert content["command"] == "python -m benchmarks --seconds 3"
+
+
 def test_the_chart_has_a_bar_for_each_ratio():
-    from benchmarks.__main__ import Ratio, plot_ratios
+    from benchmarks.__main__ import plot_ratios
+    from benchmarks.turns import Ratio
 
     ratios = [Ratio("fast", 2.0, 1.9, 2.1, 20.0, 10.0, "1"), Ratio("slow", 0.5, 0.4, 0.6, 10.0, 20.0, "")]
     (axes,) = plot_ratios(ratios, "here").axes

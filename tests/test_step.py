@@ -266,14 +266,14 @@ for packed in (False, True):
 @pytest.mark.slow
 def test_compiled_is_eager_up_to_rounding_and_gives_the_same_bits_in_every_process():
     """Packed, with any number of threads."""
-    alone, packed = zip(*(run_compiled(num_threads) for num_threads in (2, 2, 1)), strict=True)
+    alone, packed = zip(*(run_alone(COMPILED, num_threads) for num_threads in (2, 2, 1)), strict=True)
     assert alone[0] == alone[1]
     assert len(set(packed)) == 1
 
 
-def run_compiled(num_threads):
+def run_alone(program, num_threads=1):
     run = subprocess.run(
-        [sys.executable, "-c", COMPILED],
+        [sys.executable, "-c", program],
         cwd=Path(__file__).parent,
         env={**os.environ, "OMP_NUM_THREADS": str(num_threads)},
         capture_output=True,
@@ -284,19 +284,40 @@ def run_compiled(num_threads):
     return run.stdout.splitlines()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
-def test_members_that_move_together_on_a_gpu_are_those_of_the_cpu(compiled):
-    params = {name: tensor.cuda() for name, tensor in make_params().items()}
-    step, state = (
-        make_step(CONFIG, OptimConfig(grad_clip=0.5), shapes_of(params), compiled=compiled),
-        adam_state(params),
-    )
-    rates = torch.tensor(RATES, dtype=torch.float64)
+# On a GPU
+
+
+def assert_it_steps_as_a_cpu(device, **how):
+    """Five clipped steps of members that move together."""
+    optim = OptimConfig(grad_clip=0.5)
+    params = {name: tensor.to(device) for name, tensor in make_params().items()}
+    step, state = make_step(CONFIG, optim, shapes_of(params), **how), adam_state(params)
+    rates = torch.tensor(RATES, dtype=torch.float64, device=device)
     for s in range(5):
-        xs, ys = make_prompts(s)
-        info = step(state, xs.cuda(), ys.cuda(), rates.cuda())
-    expected, told = train(5, OptimConfig(grad_clip=0.5))
+        info = step(state, *(part.to(device) for part in make_prompts(s)), rates)
+    expected, told = train(5, optim)
     for ours, other in zip(state, expected, strict=True):
         torch.testing.assert_close(ours.cpu(), other, rtol=0, atol=1e-11)
     torch.testing.assert_close(info.losses.cpu(), told[-1].losses, rtol=1e-10, atol=0)
+
+
+COMPILED_ON_A_GPU = """
+import warnings
+import test_step as t
+from torch._dynamo.utils import counters
+
+warnings.filterwarnings("error", message=".*goes on without torch.compile")
+t.assert_it_steps_as_a_cpu("cuda", compiled=True)
+assert counters["inductor"]["cudagraph_skips"] == 0, counters
+assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] > 0, counters  # it was recorded
+"""
+
+
+@pytest.mark.gpu
+def test_members_that_move_together_on_a_gpu_are_those_of_the_cpu():
+    assert_it_steps_as_a_cpu("cuda")
+
+
+@pytest.mark.gpu
+def test_compiled_on_a_gpu_they_are_one_cuda_graph():
+    run_alone(COMPILED_ON_A_GPU)

@@ -12,6 +12,7 @@ from icl.build import build_evaluation_sets, choose_device
 from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.evaluation import EvaluationSet
+from icl.runs import is_child_rank
 from icl.schedules import checkpoint_steps
 from icl.training.callbacks import (
     EarlyStopping,
@@ -107,9 +108,12 @@ def make_callbacks(members: Sequence[Member], sets: Sequence[Sequence[Evaluation
 
 
 def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
-    """Each member's fixed prompts with their baselines; members that differ in their training seeds alone share them."""
+    """Each member's fixed prompts with their baselines; members that differ in their training seeds alone share them.
+
+    On rank 0 only, which alone evaluates: another rank's device is not yet chosen, and would be rank 0's.
+    """
     settings = configs[0].evaluation
-    if settings.every is None:
+    if settings.every is None or is_child_rank():
         return [[] for _ in configs]
     kind = choose_device(configs[0].trainer.accelerator)
     device = "cpu" if kind == "tpu" else kind  # evaluation is small; an XLA device would compile it for every shape

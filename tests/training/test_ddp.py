@@ -12,6 +12,7 @@ from icl.runs import RunFolder
 from icl.tasks.prompts import prompt_source
 from icl.training.data import PromptStream
 from icl.training.run import train
+from icl.training.trainer import evaluation_sets
 
 CONFIG = change(TINY, trainer={"max_steps": 30})
 
@@ -29,6 +30,12 @@ def test_the_stream_begins_at_the_trainers_step_and_is_the_prompts_of_each_step(
     for step in range(61, 70):  # across the end of a block
         for batch, expected in zip(next(stream), source.sample(range(step, step + 1), range(8)), strict=True):
             assert torch.equal(batch, expected)
+
+
+def test_only_the_rank_that_evaluates_makes_prompts_for_it(monkeypatch):
+    assert [len(sets) for sets in evaluation_sets([CONFIG, CONFIG])] == [2, 2]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert evaluation_sets([CONFIG, CONFIG]) == [[], []]
 
 
 def test_two_processes_reach_the_weights_of_one(tmp_path, monkeypatch):
