@@ -13,7 +13,7 @@ from benchmarks.turns import Side, Turn, take_turns
 from icl import population
 from icl.baselines import dmmse
 from icl.build import build_model
-from icl.evaluation import evaluate, evaluation_set
+from icl.evaluation import evaluate, evaluate_predictions, evaluation_set
 from icl.presets import preset
 from icl.step import adam_state, make_step, shapes_of
 from icl.tasks.priors import task_pool
@@ -47,7 +47,7 @@ def make_cases(device: str) -> Iterator[Case]:
     yield Case(f"one at a time / {many} members, compiled", against(one, packed, many), targets[2])
     yield Case(f"{many // 2} members / {many}, compiled", against(half, packed, 2), "1")
     yield Case("matrix products alone / one member, compiled", against(Side(matrix_products(CONFIG, device)), one))
-    yield Case("checkpoints one by one / 16 at once, evaluation", against(*evaluation_sides(16, device)))
+    yield Case("loop over checkpoints / 16 at once, evaluation", against(*evaluation_sides(16, device)))
     yield Case("loop over prefixes / dMMSE, M = 2^14", against(*dmmse_sides(device)), "5")
     yield from sampling_cases(device)
     yield Case("bare loop / the application, one member", partial(measure_application, CONFIG, device, one.call), "0.9")
@@ -82,16 +82,20 @@ def training_step(num_members: int, device: str, *, compiled: bool = False) -> S
 
 
 def evaluation_sides(num_checkpoints: int, device: str) -> tuple[Side, Side]:
-    """All numbers of some checkpoints on the training tasks and on new ones: a loop over checkpoints, and at once."""
-    model, num_prompts = build_model(CONFIG), CONFIG.evaluation.num_prompts
-    alone = population.stack([{name: p.detach().to(device) for name, p in model.named_parameters()}])
-    together = {name: tensor.repeat(num_checkpoints, *[1] * (tensor.ndim - 1)) for name, tensor in alone.items()}
+    """All numbers of some checkpoints on the training tasks and on new ones: a plain loop over checkpoints, and at once."""
+    model, num_prompts = build_model(CONFIG).to(device), CONFIG.evaluation.num_prompts
+    together = population.stack([{name: p.detach() for name, p in model.named_parameters()}] * num_checkpoints)
     predict = partial(population.apply, model)
     sets = [evaluation_set(CONFIG, name, num_prompts=num_prompts, device=device) for name in ("pretrain", "true")]
-    return (
-        Side(lambda: [evaluate(predict, alone, sets) for _ in range(num_checkpoints)], calls=1),
-        Side(lambda: evaluate(predict, together, sets), calls=1),
-    )
+
+    def loop() -> None:
+        for _ in range(num_checkpoints):
+            for one in sets:
+                with torch.no_grad():
+                    predictions = model(one.prompts.xs, one.prompts.ys)
+                evaluate_predictions(one, predictions.unsqueeze(0))
+
+    return Side(loop, calls=1), Side(lambda: evaluate(predict, together, sets), calls=1)
 
 
 def dmmse_sides(device: str) -> tuple[Side, Side]:

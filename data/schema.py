@@ -356,7 +356,7 @@ TABLES: dict[str, Table] = {
         {
             "phase": Column("text", "its name in the script"),
             "commands": Column("text", "what was typed"),
-            "seconds": _number("wall clock; the machine was shared with other work, but for the calibration"),
+            "seconds": _number("wall clock; the machine was shared with other work"),
             "cpu_seconds": _number("processor time", may_miss=True),
             "date": Column("text", "day"),
             "commit": Column("text", "of the source; `+`: with changes", may_miss=True),

@@ -9,35 +9,28 @@ Example:
 """
 
 import dataclasses
-import json
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
-from icl import metrics, population
-from icl.analysis.run import Measurement, Members, over_checkpoints, torch_device
+from icl import metrics
 from icl.build import build_checkpoint_model
 from icl.checkpoints import CheckpointError, checkpoint_files, load_checkpoint_file
 from icl.checks import ConfigError, parse_num_tasks
 from icl.config import CheckpointsConfig, EarlyStoppingConfig, EvaluationConfig, RunConfig, TaskConfig
-from icl.evaluation import VERSION, evaluate, evaluate_baselines, evaluation_set
 from icl.prediction import predict_from_prompt
 from icl.presets import preset
-from icl.runs import DONE, RunError, RunFolder
+from icl.run_evaluation import RunEvaluator, evaluate_run
+from icl.runs import DONE, RunError
 from icl.sampling.run import estimate_run
-from icl.storage import table_format, write_atomically
 from icl.tasks.prompts import prompt_source
-from icl.tasks.shifts import available_shifts
 from icl.transformer import Transformer
 
 __all__ = [
     "ICRegConfig",
+    "RunEvaluator",
     "estimate_run",
     "evaluate_ood_score",
     "evaluate_run",
@@ -209,111 +202,6 @@ def evaluate_ood_score(
         with torch.no_grad():
             loss.update(model(prompts.xs[0].to(parameter), prompts.ys[0].to(parameter)), prompts.ys[0].to(parameter))
     return float(loss.compute().mean.value)
-
-
-def evaluate_run(
-    path: str | Path,
-    *,
-    num_prompts: int | None = None,
-    num_ood_prompts: int | None = None,
-    shifts: Sequence[str] | None = None,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Evaluate every saved step of a run, or one checkpoint, in and out of distribution.
-
-    Checkpoints are evaluated many at a time, as a population. A run's are kept in `results/evaluation/` as they are done:
-    interrupted, the same call goes on, and of a run that was trained further only the new steps are evaluated.
-
-    Args:
-        path: A run's folder or a checkpoint file.
-        num_prompts: Prompts per set; left out, the run's `evaluation.num_prompts`.
-        num_ood_prompts: Prompts of every set but the training tasks' (`pretrain`); left out, `num_prompts`.
-        shifts: Names from `icl.tasks.shifts.SHIFTS`; left out, all that fit the run's D and K.
-
-    Returns:
-        A row per number (step, checkpoint_hash, distribution, quantity, position, value, stderr), and the same without
-        step for the baselines' losses.
-
-    Raises:
-        CheckpointError: If there is no usable checkpoint, or the checkpoints are of different models.
-    """
-    config, device = load_checkpoint_file(checkpoint_files(path)[0]).config, torch_device()
-    num_prompts = config.evaluation.num_prompts if num_prompts is None else num_prompts
-    num_ood_prompts = num_prompts if num_ood_prompts is None else num_ood_prompts
-    if min(num_prompts, num_ood_prompts) < 2:
-        raise ConfigError(f"There must be at least 2 prompts per set, got {min(num_prompts, num_ood_prompts)}.")
-    names = ("true", *(available_shifts(config) if shifts is None else shifts))
-    sets = [evaluation_set(config, "pretrain", num_prompts=num_prompts, device=device)]
-    sets += [evaluation_set(config, name, num_prompts=num_ood_prompts, device=device) for name in names]
-
-    def measure(members: Members) -> list[Measurement]:
-        predict = partial(population.apply, members.model)
-        return [Measurement(rows) for rows in evaluate(predict, members.params, sets)]
-
-    settings = _Asked(num_prompts=num_prompts, num_ood_prompts=num_ood_prompts, distributions=names)
-    parts, _ = over_checkpoints("evaluation", Path(path), settings, measure, version=VERSION)
-    rows = [{"step": part.step, "checkpoint_hash": part.digest, **row} for part in parts for row in part.rows]
-    return pd.DataFrame(rows), pd.DataFrame(evaluate_baselines(sets))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """What numbers of a checkpoint depend on, beside the run."""
-
-    num_prompts: int
-    num_ood_prompts: int
-    distributions: tuple[str, ...]
-
-
-def save_evaluation(
-    path: str | Path, numbers: pd.DataFrame, baselines: pd.DataFrame, *, out: Path | None = None
-) -> list[tuple[str, Path]]:
-    """Write what `evaluate_run` returned, and its figure.
-
-    A run's numbers go to `results/evaluation.csv` and `results/baselines.csv`, its figure to `figures/evaluation.png`;
-    those of one checkpoint only to `out`.
-
-    Args:
-        path: What was evaluated.
-        numbers: The first table.
-        baselines: The second table.
-        out: Also a file of one's own, `.csv` (the first table) or `.json` (both).
-
-    Returns:
-        A label and the path of every file written.
-
-    Raises:
-        StorageError: If `out` has another suffix, or a file cannot be written.
-    """
-    from icl.plotting.evaluation import plot_evaluation
-    from icl.plotting.style import save_figure
-
-    written: list[tuple[str, Path]] = []
-    if out is not None:
-        out = Path(out)
-        tables = {name: plain_rows(table) for name, table in (("evaluation", numbers), ("baselines", baselines))}
-        as_csv = table_format(out) == "csv"
-        text = numbers.to_csv(index=False) if as_csv else json.dumps(tables, indent=1, allow_nan=False) + "\n"
-        write_atomically(out, text.encode())
-        written.append(("Output", out))
-    if Path(path).is_dir():
-        run = RunFolder(Path(path).parent if Path(path).name == "checkpoints" else path)
-        written.append(("Numbers", run.write_result("evaluation.csv", numbers.to_csv(index=False))))
-        written.append(("Baselines", run.write_result("baselines.csv", baselines.to_csv(index=False))))
-        figure = plot_evaluation(numbers, baselines, title=run.path.name)
-        written.append(("Figure", save_figure(figure, run.figures / "evaluation.png")))
-    return written
-
-
-def plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """A table as JSON has it: a number that is not finite is null."""
-    rows = table.to_dict("records")
-    return [
-        {
-            str(key): None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
-        }
-        for row in rows
-    ]
 
 
 def _as_run_config(cfg: ICRegConfig | RunConfig) -> RunConfig:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from icl import baselines, metrics, population
 from icl.config import RunConfig
+from icl.cores import side_by_side
 from icl.population import Params
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts
@@ -33,8 +34,8 @@ Predict: TypeAlias = Callable[[Params, Tensor, Tensor], Tensor]
 VERSION = 1
 """Of the numbers' definitions: numbers kept under an older one are made anew."""
 COLUMNS = ("distribution", "quantity", "position", "value", "stderr")
-_PROMPTS_AT_ONCE = 1024  # over all members: what the caches of a CPU hold; more is slower, by up to three times
-_PROMPTS_AT_ONCE_ELSEWHERE = 2**14
+_PROMPTS_AT_ONCE = 256  # of one member: their activations fit a CPU's caches
+_PROMPTS_AT_ONCE_ELSEWHERE = 2**14  # over all members
 
 
 class EvaluationSet(NamedTuple):
@@ -69,12 +70,24 @@ def evaluation_set(
 
 
 def predict_prompts(predict: Predict, params: Params, prompts: Prompts) -> Float[Tensor, "N B K"]:
-    """Every member's predictions, for the same prompts (B, K, D) or its own (N, B, K, D), a batch of prompts at a time."""
-    at_once = _PROMPTS_AT_ONCE if prompts.xs.device.type == "cpu" else _PROMPTS_AT_ONCE_ELSEWHERE
-    batch = max(32, at_once // (population.size(params) if params else 1))
-    parts = zip(prompts.xs.split(batch, dim=-3), prompts.ys.split(batch, dim=-2), strict=True)
-    with torch.no_grad():
-        return torch.cat([predict(params, xs, ys).float() for xs, ys in parts], dim=1)
+    """Every member's predictions, for the same prompts (B, K, D) or its own (N, B, K, D), a batch of prompts at a time.
+
+    On a CPU each batch is one member's, for all together overflow its caches, and has one core to itself: a member's
+    numbers are what they are alone, however many cores there are.
+    """
+    num_members = population.size(params) if params else 1
+    if prompts.xs.device.type != "cpu":
+        size = max(32, _PROMPTS_AT_ONCE_ELSEWHERE // num_members)
+        with torch.no_grad():
+            return torch.cat([_predict(predict, params, *batch) for batch in _batches(prompts, size)], dim=1)
+    calls = [
+        (predict, {name: tensor[i : i + 1] for name, tensor in params.items()}, *batch)
+        for i in range(num_members)
+        for batch in _batches(_prompts_of(i, prompts), _PROMPTS_AT_ONCE)
+    ]
+    found = _on_cores(calls)
+    each = len(found) // num_members
+    return torch.cat([torch.cat(found[start : start + each], dim=1) for start in range(0, len(found), each)])
 
 
 def evaluate(predict: Predict, params: Params, sets: Sequence[EvaluationSet]) -> list[list[Row]]:
@@ -151,6 +164,22 @@ def summarise(predict: Predict, params: Params, sets: Sequence[Sequence[Evaluati
                 if row["position"] in positions and row["quantity"] in wanted
             }
     return results
+
+
+def _predict(predict: Predict, params: Params, xs: Tensor, ys: Tensor) -> Tensor:
+    return predict(params, xs, ys).float()
+
+
+_on_cores = side_by_side(_predict, threads_each=1)
+
+
+def _prompts_of(member: int, prompts: Prompts) -> Prompts:
+    """Everybody's, or the member's own."""
+    return prompts if prompts.xs.ndim == 3 else Prompts(*(part[member] for part in prompts))
+
+
+def _batches(prompts: Prompts, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(prompts.xs.split(size, dim=-3), prompts.ys.split(size, dim=-2), strict=True)
 
 
 def _together(sets: Sequence[EvaluationSet]) -> EvaluationSet:

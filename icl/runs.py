@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -194,6 +194,29 @@ def run_folders(root: Path) -> list[RunFolder]:
     """Every run below a folder, M = 8 before M = 16."""
     names = sorted((file.parent.relative_to(root).as_posix() for file in root.glob("**/status.json")), key=_by_number)
     return [RunFolder(root / name) for name in names]
+
+
+def named_runs(paths: Sequence[Path]) -> dict[str, RunFolder]:
+    """The runs that paths name, by a name for each: a run's folder, or a folder with runs below it.
+
+    Raises:
+        RunError: If a path is neither.
+    """
+    found: dict[Path, tuple[str, RunFolder]] = {}
+    for path in paths:
+        folder = RunFolder(path)
+        if folder.config_file.is_file() or folder.status_file.is_file():
+            found.setdefault(path.resolve(), (path.resolve().name, folder))
+            continue
+        below = run_folders(path)
+        if not below:
+            raise RunError(
+                f"{path} is not a run, and there are no runs below it: expected a folder with config.yaml; `icl runs` lists those here."
+            )
+        for one in below:
+            found.setdefault(one.path.resolve(), (one.path.relative_to(path).as_posix(), one))
+    names = [name for name, _ in found.values()]
+    return {name if names.count(name) == 1 else str(run.path): run for name, run in found.values()}
 
 
 def describe_runs(root: Path) -> list[str]:

@@ -8,12 +8,16 @@ imported when one is opened, so local work never meets it.
 
 import hashlib
 import importlib
+import math
 import os
 import secrets
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from icl.checks import STORE_SCHEMES, UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _TEMPORARY = ".tmp-"
 
@@ -194,6 +198,18 @@ def table_format(path: Path) -> str:
     if suffix not in (".csv", ".json"):
         raise StorageError(f"Tables are written as .csv or .json, got {path}.")
     return suffix[1:]
+
+
+def plain_rows(table: "pd.DataFrame") -> list[dict[str, Any]]:
+    """A table as JSON has it: a number that is not finite is null."""
+    rows = table.to_dict("records")
+    return [
+        {
+            str(key): None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        for row in rows
+    ]
 
 
 def temporary_path(path: Path) -> Path:

@@ -1,13 +1,11 @@
 """The older code base's functions, as DESIGN shows them."""
 
 import math
-import shutil
 
 import pytest
 import torch
 
-from icl import ICRegConfig, api, evaluate_ood_score, load_checkpoint, load_model, train_ic_regression
-from icl.api import evaluate_run
+from icl import ICRegConfig, evaluate_ood_score, load_checkpoint, load_model, train_ic_regression
 from icl.build import build_model
 from icl.checkpoints import CheckpointError
 from icl.checks import ConfigError
@@ -102,42 +100,6 @@ def test_the_ood_score_refuses_a_model_of_another_shape(as_users_run):
         evaluate_ood_score(build_model(SMALL.to_run_config()), ICRegConfig(), n_samples=10)
     with pytest.raises(ConfigError, match="n_samples"):
         evaluate_ood_score(build_model(SMALL.to_run_config()), SMALL, n_samples=0)
-
-
-def test_all_steps_of_a_run_are_evaluated_on_the_same_prompts(run):
-    numbers, references = evaluate_run(run, num_prompts=16, shifts=["task_scale_3"])
-    assert sorted(numbers["step"].unique()) == [0, 10, 20]
-    assert set(numbers["distribution"]) == {"pretrain", "true", "task_scale_3"}
-    assert numbers["checkpoint_hash"].nunique() == 3
-    alone, _ = evaluate_run(run / "checkpoints" / "step-000000010.safetensors", num_prompts=16, shifts=["task_scale_3"])
-    together = numbers[numbers["step"] == 10].reset_index(drop=True)
-    assert together["value"].to_numpy() == pytest.approx(alone["value"].to_numpy(), rel=1e-4, abs=1e-6)
-    assert {"ridge", "ols", "zero", "dmmse", "task_mean"} == set(references["quantity"])
-
-
-def test_an_interrupted_evaluation_goes_on_where_it_was(run, tmp_path, monkeypatch):
-    folder = shutil.copytree(run, tmp_path / "copy")
-    asked = {"num_prompts": 16, "shifts": []}
-    undisturbed, references = evaluate_run(run, **asked)
-    true, evaluated = api.evaluate, []
-
-    def two_populations(predict, params, sets):
-        if len(evaluated) == 2:
-            raise KeyboardInterrupt
-        evaluated.append(len(next(iter(params.values()))))
-        return true(predict, params, sets)
-
-    monkeypatch.setattr("icl.analysis.run.MEMBERS_AT_ONCE", 1)
-    monkeypatch.setattr(api, "evaluate", two_populations)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_run(folder, **asked)
-    monkeypatch.setattr(api, "evaluate", lambda *one: evaluated.append(1) or true(*one))
-    numbers, again = evaluate_run(folder, **asked)
-    assert evaluated == [1, 1, 1]
-    assert numbers["value"].to_numpy() == pytest.approx(undisturbed["value"].to_numpy(), rel=1e-4, abs=1e-6)
-    assert again.equals(references)
-    evaluate_run(folder, **{**asked, "num_prompts": 17})
-    assert evaluated == [1] * 6
 
 
 def test_importing_icl_loads_nothing_heavy():

@@ -28,7 +28,7 @@ LAYERS = (
     ("build",),
     ("training", "sampling", "analysis"),
     ("plotting", "report"),
-    ("api", "sweeps", "diversity"),
+    ("run_evaluation", "api", "sweeps", "diversity"),
     ("__init__",),
     ("commands",),
     ("cli",),

@@ -105,6 +105,7 @@ def over_checkpoints(
     keep_vectors: bool = True,
     max_members: int | None = None,
     files: Sequence[Path] | None = None,
+    bar: tqdm | None = None,
 ) -> tuple[list[Part], RunConfig]:
     """Measure every saved step of a run, or one checkpoint; those measured before are taken from their parts.
 
@@ -119,6 +120,7 @@ def over_checkpoints(
             them on disk and read them by `parts.stored_vector`.
         max_members: Of one population, where a measurement is so long that it should be kept more often.
         files: Of `checkpoint_files(path)` those to measure; left out, all.
+        bar: Of several runs, to be moved on by this one's checkpoints; left out, it has its own.
 
     Returns:
         A part for every step, in order, and the run's configuration.
@@ -131,7 +133,8 @@ def over_checkpoints(
     folder = None if path.is_file() else run_folder(path).results / name
     parts: list[Part] = []
     config = load_checkpoint_file(files[0]).config
-    with tqdm(total=len(files), desc=name, unit="checkpoint", disable=len(files) == 1) as bar:
+    own = tqdm(total=len(files), desc=name, unit="checkpoint", disable=len(files) == 1 or bar is not None)
+    with own:
         for stretch in _stretches(files, config, folder, settings, version, uses_predecessor, max_members):
             found = list(stretch.done)
             if stretch.pending:
@@ -140,7 +143,7 @@ def over_checkpoints(
                     write_part(folder, part, key)
                 found += fresh
             parts += found if keep_vectors else [part._replace(vectors={}) for part in found]
-            bar.update(len(stretch.done) + len(stretch.pending))
+            (own if bar is None else bar).update(len(stretch.done) + len(stretch.pending))
     return parts, config
 
 

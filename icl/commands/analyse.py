@@ -147,8 +147,6 @@ def _analyse(name: str, path: Path, options: argparse.Namespace, out: Path | Non
 
 def _save(name: str, result: "Result", out: Path | None) -> list[tuple[str, Path]]:
     """The numbers in a file of the user's own."""
-    from icl.api import plain_rows
-
     if out is None:
         return []
     if table_format(out) == "csv":

@@ -1,20 +1,31 @@
-"""`icl evaluate`: a run, or a task-diversity experiment, against the Bayes-optimal predictors, in and out of distribution."""
+"""`icl evaluate`: runs, or a task-diversity experiment, against the Bayes-optimal predictors, in and out of distribution."""
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from icl.checks import ConfigError
+from icl.checks import ConfigError, UserError
 from icl.commands import command_parser
 from icl.storage import table_format
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 HELP = "losses against the Bayes-optimal predictors, in and out of distribution"
 
 
 def run(words: list[str]) -> int:
-    """Evaluate, print the headlines, write the tables and the figure."""
+    """Evaluate, print the headlines, write the tables and the figures."""
     options = _parse(words)
-    return _evaluate_run(options) if options.checkpoint_base_dir is None else _evaluate_experiment(options)
+    if options.checkpoint_base_dir is not None:
+        return _evaluate_experiment(options)
+    subjects = _subjects(options.paths)
+    if len(subjects) > 1:
+        return _evaluate_runs(subjects, options)
+    (only,) = subjects.values()
+    return _evaluate_run(only, options)
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
@@ -22,12 +33,21 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "evaluate",
         "Loss per position, gaps to ridge and dMMSE, ICL and prior-task scores of every saved step, on the training tasks, "
         "on new tasks and on every shift, each with its standard error. Steps that are done are kept: the same command goes on "
-        "after an interruption, and evaluates what was trained since. Of a task-diversity experiment "
-        "(--checkpoint_base_dir), the last step of every run, in one table as JSON and as CSV.",
+        "after an interruption, and evaluates what was trained since. Several runs, or a folder of runs, share prompts and "
+        "baselines; each gets its own tables and figure. Of a task-diversity experiment (--checkpoint_base_dir), the last "
+        "step of every run, in one table as JSON and as CSV.",
         "icl evaluate runs/quickstart\n"
+        "  icl evaluate runs/a runs/b --out both.csv\n"
+        "  icl evaluate runs\n"
         "  icl evaluate --checkpoint_base_dir checkpoints --output_file diversity.json --n_prompts 4096 --n_ood_samples 4096",
     )
-    parser.add_argument("path", metavar="RUN|CHECKPOINT", nargs="?", help="a run's folder, or one checkpoint file")
+    parser.add_argument(
+        "paths",
+        metavar="RUN|CHECKPOINT",
+        nargs="*",
+        type=Path,
+        help="a run's folder, a folder with runs below it, or one checkpoint file",
+    )
     parser.add_argument(
         "--checkpoint_base_dir", metavar="DIR", type=Path, help="the folder of `icl diversity`, all of it"
     )
@@ -36,7 +56,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "--output_file",
         metavar="FILE",
         type=Path,
-        help="also write the numbers to FILE (.csv or .json); of an experiment both are written (default: DIR/evaluation.json)",
+        help="also write the numbers to FILE (.csv or .json), of several runs in one table with a column `run`; "
+        "of an experiment both are written (default: DIR/evaluation.json)",
     )
     parser.add_argument(
         "--num_prompts",
@@ -50,8 +71,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--all_steps", action="store_true", help="of an experiment, every saved step of every run")
     options = parser.parse_args(words)
-    if (options.path is None) == (options.checkpoint_base_dir is None):
-        raise ConfigError("Give one thing to evaluate: RUN, CHECKPOINT, or --checkpoint_base_dir DIR.")
+    if bool(options.paths) == (options.checkpoint_base_dir is not None):
+        raise ConfigError("Give what to evaluate: runs or checkpoints, or else --checkpoint_base_dir DIR.")
     if options.all_steps and options.checkpoint_base_dir is None:
         raise ConfigError(
             "`--all_steps` belongs to --checkpoint_base_dir; of a run, every saved step is evaluated anyway."
@@ -65,15 +86,20 @@ def _parse(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def _evaluate_run(options: argparse.Namespace) -> int:
-    from icl.api import evaluate_run, save_evaluation
-    from icl.delivery import send_results
-    from icl.evaluation import headlines
-    from icl.runs import RunFolder
+def _subjects(paths: Sequence[Path]) -> dict[str, Path]:
+    """What to evaluate, by name: the runs that paths name, then all else, such as a checkpoint file."""
+    from icl.runs import named_runs, run_folders
 
-    numbers, baselines = evaluate_run(
-        options.path, num_prompts=options.num_prompts, num_ood_prompts=options.num_ood_prompts
-    )
+    folders = [path for path in paths if path.is_dir() and run_folders(path)]
+    runs = {name: run.path for name, run in named_runs(folders).items()}
+    return runs | {str(path): path for path in paths if path not in folders}
+
+
+def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
+    from icl.evaluation import headlines
+    from icl.run_evaluation import evaluate_run
+
+    numbers, baselines = evaluate_run(path, num_prompts=options.num_prompts, num_ood_prompts=options.num_ood_prompts)
     last = headlines(numbers[numbers["step"] == numbers["step"].max()])
     means = last.pivot(index="distribution", columns="quantity", values="value")
     print(
@@ -81,17 +107,76 @@ def _evaluate_run(options: argparse.Namespace) -> int:
     )
     print("where the shift is about the query. Losses and squared distances are per target.\n")
     print(means.reindex(last["distribution"].unique()).to_string(float_format="{:.4g}".format, na_rep="-"))
-    for label, path in save_evaluation(options.path, numbers, baselines, out=options.out):
-        print(f"{label:9s} {path}")
-    if (Path(options.path) / "config.yaml").is_file():
-        send_results(RunFolder(options.path))
+    for label, written in _deliver(path, numbers, baselines, options.out):
+        print(f"{label:9s} {written}")
     return 0
+
+
+def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> int:
+    """1 if something could not be evaluated or written; the others' numbers are written all the same."""
+    import pandas as pd
+    from tqdm import tqdm
+
+    from icl.run_evaluation import RunEvaluator, headline_table, write_numbers
+
+    kept: dict[str, tuple[pd.DataFrame, pd.DataFrame]] = {}
+    problems: dict[str, UserError] = {}
+    with tqdm(total=sum(map(_num_checkpoints, subjects.values())), desc="evaluation", unit="checkpoint") as bar:
+        evaluate = RunEvaluator(num_prompts=options.num_prompts, num_ood_prompts=options.num_ood_prompts, bar=bar)
+        for name, path in subjects.items():
+            bar.set_postfix_str(name)
+            try:
+                numbers, baselines = evaluate(path)
+                is_wanted = (options.out is not None) | (numbers["step"] == numbers["step"].max())
+                kept[name] = numbers[is_wanted], baselines
+                with tqdm.external_write_mode():
+                    _deliver(path, numbers, baselines)
+            except UserError as error:
+                problems[name] = error
+    for name, problem in problems.items():
+        print(f"icl: {name}: {problem}", file=sys.stderr)
+    if not kept:
+        return 1
+    numbers, baselines = (
+        pd.concat(dict(zip(kept, tables, strict=True)), names=["run"]).reset_index("run")
+        for tables in zip(*kept.values(), strict=True)
+    )
+    print("The last step of each run, means over positions; losses and squared distances are per target.\n")
+    print(headline_table(numbers, by="run").to_string(float_format="{:.4g}".format, na_rep="-"))
+    print("\nNumbers   results/evaluation.csv, results/baselines.csv and figures/evaluation.png of each run")
+    if options.out is not None:
+        print(f"Output    {write_numbers(options.out, numbers, baselines)}")
+    return 1 if problems else 0
+
+
+def _num_checkpoints(path: Path) -> int:
+    from icl.checkpoints import CheckpointError, checkpoint_files
+
+    try:
+        return len(checkpoint_files(path))
+    except CheckpointError:  # which evaluating it says again
+        return 0
+
+
+def _deliver(
+    path: Path, numbers: "pd.DataFrame", baselines: "pd.DataFrame", out: Path | None = None
+) -> list[tuple[str, Path]]:
+    """Write the tables and the figure, also to the run's store; a label and the path of each."""
+    from icl.delivery import send_results
+    from icl.run_evaluation import save_evaluation
+    from icl.runs import RunFolder
+
+    written = save_evaluation(path, numbers, baselines, out=out)
+    if (path / "config.yaml").is_file():
+        send_results(RunFolder(path))
+    return written
 
 
 def _evaluate_experiment(options: argparse.Namespace) -> int:
     """1 if a run could not be evaluated; the others' numbers are written all the same."""
     from icl.diversity.runs import find_runs
-    from icl.diversity.tables import evaluate_experiment, headline_table, save_tables
+    from icl.diversity.tables import evaluate_experiment, save_tables
+    from icl.run_evaluation import headline_table
     from icl.runs import DONE
 
     base = options.checkpoint_base_dir
@@ -112,7 +197,7 @@ def _evaluate_experiment(options: argparse.Namespace) -> int:
     if table.empty:
         return 1
     print("The last step of each M, means over positions; losses and squared distances are per target.\n")
-    print(headline_table(table).to_string(float_format="{:.4g}".format, na_rep="-"))
+    print(headline_table(table, by="num_tasks").to_string(float_format="{:.4g}".format, na_rep="-"))
     for path in save_tables(table, options.out or base / "evaluation.json"):
         print(f"Numbers   {path}")
     return 1 if problems else 0

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from icl.storage import table_format, write_atomically
+from icl.storage import plain_rows, table_format, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,6 +15,7 @@ def shown(table: "pd.DataFrame") -> str:
         "step",
         "llc",
         "stderr",
+        "heat",
         "init_loss",
         "mean_loss",
         "trivial_loss",
@@ -51,8 +52,6 @@ def write_rows(out: Path, table: "pd.DataFrame") -> Path:
         text = table.to_csv(index=False)
     else:
         import json
-
-        from icl.api import plain_rows
 
         text = json.dumps(plain_rows(table), indent=1, allow_nan=False) + "\n"
     write_atomically(out, text.encode())

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import pandas as pd
 from tqdm import tqdm
 
-from icl.api import evaluate_run, plain_rows
 from icl.checkpoints import CheckpointError, checkpoint_files
 from icl.plotting.diversity import plot_diversity
 from icl.plotting.style import save_figure
+from icl.run_evaluation import RunEvaluator
 from icl.runs import RunFolder
-from icl.storage import write_atomically
+from icl.storage import plain_rows, write_atomically
 
 COLUMNS = ("num_tasks", "step", "checkpoint_hash", "distribution", "quantity", "position", "value", "stderr")
 
@@ -51,16 +51,14 @@ def evaluate_experiment(
     Raises:
         ConfigError: If a number of prompts is too small.
     """
+    evaluate = RunEvaluator(num_prompts=num_prompts, num_ood_prompts=num_ood_prompts, shifts=shifts)
     tables: list[pd.DataFrame] = []
     problems: dict[str, str] = {}
     with tqdm(runs.items(), desc="evaluating", unit="run", disable=len(runs) == 1) as bar:
         for label, folder in bar:
             bar.set_postfix_str(f"M={label}", refresh=False)
             try:
-                path = folder.path if all_steps else checkpoint_files(folder.path)[-1]
-                numbers, baselines = evaluate_run(
-                    path, num_prompts=num_prompts, num_ood_prompts=num_ood_prompts, shifts=shifts
-                )
+                numbers, baselines = evaluate(folder.path if all_steps else checkpoint_files(folder.path)[-1])
             except CheckpointError as error:
                 problems[label] = str(error)
                 continue
@@ -99,16 +97,3 @@ def draw_experiment(runs: Mapping[str, RunFolder], plots: Path, *, title: str) -
         raise CheckpointError("; ".join(problems.values()))
     write_atomically(plots / "diversity.csv", table.to_csv(index=False).encode())
     return [save_figure(plot_diversity(table, title=title), plots / "diversity.png"), plots / "diversity.csv"]
-
-
-def headline_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Loss and gaps of the last step of every M, on the training tasks and on new ones: a row per M."""
-    last = table[table["step"] == table.groupby("num_tasks")["step"].transform("max")]
-    wanted = last[
-        (last["position"] == "mean")
-        & last["distribution"].isin(["pretrain", "true"])
-        & last["quantity"].isin(["loss", "delta_dmmse", "delta_ridge"])
-    ]
-    means = wanted.pivot(index=["num_tasks", "step"], columns=["distribution", "quantity"], values="value")
-    in_order = pd.MultiIndex.from_frame(wanted[["num_tasks", "step"]].drop_duplicates())
-    return means.sort_index(axis=1).reindex(in_order)

@@ -90,6 +90,8 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
     _draw_escape(axes[2], survey)
     for panel, x in ((axes[0], "nbeta"), (axes[1], "lr")):
         _ring(panel, last, x)
+        low, high = panel.get_ylim()
+        panel.set_ylim(low, high + 0.25 * (high - low))  # for the legend
         panel.legend(fontsize=7, loc="upper left", ncols=2)
     axes[0].set(xlabel="nβ", ylabel="LLC (bars: 2 standard errors)", title="Plateau in nβ, at one ratio γ/nβ")
     axes[1].set(xlabel="step size ε", title="Plateau in ε")

@@ -1,7 +1,6 @@
 """What a run's folder holds, read for a page: everything that can be read, and a sentence for everything that cannot."""
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.environment import environments_of
 from icl.report.pictures import Picture, PictureError, embed
-from icl.runs import RunError, RunFolder, Status, run_folders
+from icl.runs import RunFolder, Status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,29 +88,6 @@ class RunFacts:
     def command(self, template: str) -> str:
         """A command with this run's folder for RUN."""
         return template.replace("RUN", shlex.quote(str(self.folder.path)))
-
-
-def find_runs(paths: Sequence[Path]) -> dict[str, RunFolder]:
-    """The runs that paths name, by a name for each: a run's folder, or a folder with runs below it.
-
-    Raises:
-        RunError: If a path is neither.
-    """
-    found: dict[Path, tuple[str, RunFolder]] = {}
-    for path in paths:
-        folder = RunFolder(path)
-        if folder.config_file.is_file() or folder.status_file.is_file():
-            found.setdefault(path.resolve(), (path.resolve().name, folder))
-            continue
-        below = run_folders(path)
-        if not below:
-            raise RunError(
-                f"{path} is not a run, and there are no runs below it: expected a folder with config.yaml; `icl runs` lists those here."
-            )
-        for one in below:
-            found.setdefault(one.path.resolve(), (one.path.relative_to(path).as_posix(), one))
-    names = [name for name, _ in found.values()]
-    return {name if names.count(name) == 1 else str(run.path): run for name, run in found.values()}
 
 
 def read_run(name: str, folder: RunFolder) -> RunFacts:

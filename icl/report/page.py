@@ -16,7 +16,7 @@ import jinja2
 from tqdm import tqdm
 
 from icl.report.comparison import comparison_picture, comparison_table
-from icl.report.facts import RunFacts, find_runs, read_run
+from icl.report.facts import RunFacts, read_run
 from icl.report.findings import (
     all_verdicts,
     final_losses,
@@ -29,7 +29,7 @@ from icl.report.findings import (
 )
 from icl.report.sections import Section, run_sections
 from icl.report.tables import MAX_WHOLE, Cell, cell, look_of
-from icl.runs import RunFolder
+from icl.runs import RunFolder, named_runs
 from icl.storage import StorageError, write_atomically
 
 NAME = "report.html"
@@ -89,7 +89,7 @@ def write_report(paths: Sequence[str | Path], *, out: str | Path | None = None) 
     file = Path(out) if out is not None else (folders[0] if len(folders) == 1 else Path()) / NAME
     if file.suffix.lower() not in (".html", ".htm"):
         raise StorageError(f"The page is written as .html, got {file}.")
-    named = find_runs(folders)
+    named = named_runs(folders)
     facts = [
         read_run(name, folder)
         for name, folder in tqdm(named.items(), desc="reading", unit="run", disable=len(named) == 1)

@@ -22,24 +22,18 @@ from torch.utils import _pytree as pytree
 
 from icl.checks import ConfigError
 from icl.rng import stream
-from icl.sampling.generators import untouched_generators
 
 Batch: TypeAlias = Any
 """A tree (tuples, lists, dicts) of tensors and other values."""
 _ARRAYS = (Tensor, np.ndarray)
 Batches: TypeAlias = Callable[[int, int], Batch] | Iterable[Batch]
-_IS_RANDOM = (
-    "`batches` draws from torch's global generator, so `seed` would not fix the estimate; draw from a `torch.Generator` "
-    "seeded from chain and draw, or give the loader itself in place of what reads it."
-)
 
 
 def batch_function(batches: Batches, *, num_chains: int, seed: int) -> Callable[[int, int], Batch]:
     """`batches` as a function of (chain, draw).
 
     Raises:
-        ConfigError: If it is neither a function nor an iterable, or an iterable without a batch; when called, if one that is
-            not begun anew for each pass draws from torch's global generator.
+        ConfigError: If it is neither a function nor an iterable, or an iterable without a batch.
     """
     if callable(batches):
         return batches
@@ -57,17 +51,7 @@ def batch_function(batches: Batches, *, num_chains: int, seed: int) -> Callable[
         numbered = _Kept(batches, num_chains)
     else:
         numbered = _Dealer(batches, num_chains, seed)
-    return repeatable(lambda chain, draw: numbered(draw * num_chains + chain))
-
-
-def repeatable(batches: Callable[[int, int], Batch]) -> Callable[[int, int], Batch]:
-    """The same function, which then refuses to draw from torch's global generator."""
-
-    def call(chain: int, draw: int) -> Batch:
-        with untouched_generators(_IS_RANDOM):
-            return batches(chain, draw)
-
-    return call
+    return lambda chain, draw: numbered(draw * num_chains + chain)
 
 
 def _passing_over(number: int, *, length: int, num_chains: int) -> int:

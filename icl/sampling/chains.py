@@ -19,7 +19,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -257,7 +257,7 @@ class _Runner:
         return [({PACKED: grad}, some) for grad, some in cut]
 
 
-def _traces(chunks: Sequence[Chunk], num_checkpoints: int, settings: SamplerSettings, flags: dict[str, bool]) -> Traces:
+def _traces(chunks: Sequence[Chunk], num_checkpoints: int, settings: SamplerSettings, flags: dict[str, Any]) -> Traces:
     def joined(name: str) -> Tensor | None:
         parts = [getattr(chunk, name) for chunk in chunks]
         if parts[0] is None:

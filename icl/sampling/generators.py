@@ -1,4 +1,4 @@
-"""What a caller hands over must not draw from torch's global generators: the seed would not fix the estimate.
+"""A caller's loss must not draw from torch's global generators: the seed would not fix the estimate.
 
 Where it does, the generators are put back as they were, and it is refused.
 """

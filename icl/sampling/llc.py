@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from icl.checks import ConfigError
 from icl.population import Params
-from icl.sampling.batches import Batches, repeatable
+from icl.sampling.batches import Batches
 from icl.sampling.chains import Progress
 from icl.sampling.estimation import Problem, estimate
 from icl.sampling.gradients import Gradient, Loss
@@ -108,7 +108,7 @@ def estimate_llcs(
     )
     problem = Problem(
         loss=loss,
-        batches=repeatable(batches) if callable(batches) else batches,
+        batches=batches,
         restrict=restrict,
         num_samples=None if num_samples is None else whole("num_samples", num_samples, 2),
         num_init_batches=whole("num_init_batches", num_init_batches, 1),

@@ -9,13 +9,13 @@ import pandas as pd
 import pytest
 from tiny_runs import TINY, change
 
-from icl.api import evaluate_run
 from icl.checkpoints import checkpoint_files
 from icl.cli import main
 from icl.diversity.experiment import run_experiment
 from icl.diversity.runs import find_runs
 from icl.diversity.tables import COLUMNS, evaluate_experiment
 from icl.plotting.diversity import plot_diversity
+from icl.run_evaluation import evaluate_run
 
 QUICK = change(TINY, trainer={"max_steps": 10, "log_every": 5}, checkpoints={"every": 5, "num_log": 0})
 
@@ -111,8 +111,8 @@ def test_a_run_without_a_checkpoint_is_left_out_and_said(base, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "one thing to evaluate"),
-        (["run", "--checkpoint_base_dir", "b"], "one thing to evaluate"),
+        ([], "what to evaluate"),
+        (["run", "--checkpoint_base_dir", "b"], "what to evaluate"),
         (["run", "--all_steps"], "--checkpoint_base_dir"),
         (["--checkpoint_base_dir", "nowhere"], "icl diversity"),
         (["--checkpoint_base_dir", "nowhere", "--output_file", "x.txt"], ".csv or .json"),

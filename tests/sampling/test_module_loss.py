@@ -176,24 +176,6 @@ def test_dropout_in_training_mode_is_off_in_the_loss_of_a_module(model):
     assert dropping.training
 
 
-@pytest.mark.parametrize("kind", ["function", "iterator", "list"])
-def test_batches_that_draw_from_the_global_generator_are_refused(model, kind):
-    class Drawing(list):
-        def __getitem__(self, number):
-            return XS + torch.randn(()), YS
-
-    batches = {
-        "function": lambda chain, draw: (XS + torch.randn(()), YS),
-        "iterator": ((XS + torch.randn(()), YS) for _ in range(100)),
-        "list": Drawing([0, 1]),
-    }[kind]
-    loss, params = module_loss(model, functional.mse_loss)
-    state = torch.get_rng_state()
-    with one_sentence("`batches` draws from torch's global generator"):
-        estimate_llc(loss, params, batches, **SETTINGS, seed=2)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 # What vmap can run
 
 
