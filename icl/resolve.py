@@ -30,6 +30,10 @@ FLAGS = {"train": (), "llc": ("published", "calibrate", "self-test")}
 """And without one."""
 POINT_VARIABLE = "ICL_SWEEP_POINT"
 """The environment variable by which `icl sweep` hands a point to the program that it starts."""
+_SET_FOR_EACH = {
+    "population.seeds": ("seeds.model", "seeds.data", "seeds.noise"),
+    "population.num_tasks": ("task.num_tasks",),
+}
 _NONE = ("none", "null", "~")
 _TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -99,6 +103,30 @@ def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None
             raise ConfigError(
                 f"`{key}` is swept (here {value!r}) and the command line sets it to {given[key]!r}; remove one of the two."
             )
+
+
+def refuse_overridden(*sources: Mapping[str, Any]) -> None:
+    """Refuse a setting that a population sets for each member, where the population's own source or a later one sets it.
+
+    An earlier source gives way, as everywhere: a file, such as a run's own config.yaml, to a population on the command line.
+
+    Args:
+        sources: As `resolve` takes them, and has accepted.
+
+    Raises:
+        ConfigError: Naming both settings and their values.
+    """
+    layers = [flatten(dict(source)) for source in sources]
+    for key, names in _SET_FOR_EACH.items():
+        own = max((index for index, layer in enumerate(layers) if key in layer), default=len(layers))
+        values: list[Any] = (_read_value(key, layers[own][key]) if own < len(layers) else None) or []
+        for layer in layers[own:] if values else ():
+            for name in names:
+                if name in layer and [_read_value(name, layer[name])] != values:
+                    raise ConfigError(
+                        f"`{name}` is set to {layer[name]!r}, but `{key}` sets it for each member "
+                        f"({', '.join(map(str, values))}); remove one of the two."
+                    )
 
 
 class Words(typing.NamedTuple):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icl.checks import ConfigError
+from icl.cli import main
 from icl.config import EarlyStoppingConfig, OptimConfig, RunConfig, SeedsConfig, TaskConfig, TrainerConfig, flatten
 from icl.presets import MAX_SLUG, PRESETS, preset, run_name
 from icl.resolve import (
@@ -18,6 +19,7 @@ from icl.resolve import (
     read_config_file,
     read_points,
     refuse_conflicts,
+    refuse_overridden,
     resolve,
 )
 
@@ -382,3 +384,42 @@ def test_a_swept_key_set_to_another_value_is_refused():
     refuse_conflicts({"optim.lr": 0.5, "task": {"num_tasks": "inf"}}, {"optim.lr": "5e-1", "task.num_tasks": ".inf"})
     with pytest.raises(ConfigError, match=r"`optim.lr` is swept \(here 0.5\)"):
         refuse_conflicts({"optim": {"lr": 0.5}}, {"optim.lr": "0.25"})
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        ({}, {"population.seeds": "0,1", "seeds.model": "3"}),
+        ({"population": {"seeds": [0, 1]}}, {"seeds.noise": "0"}),
+        ({"population": {"seeds": [0, 1]}, "seeds": {"data": 3}}, {}),
+        ({"population": {"seeds": [0]}}, {"population.seeds": "0,1", "seeds.model": "0"}),
+        ({}, {"population.num_tasks": "8,inf", "task.num_tasks": "9"}),
+        ({}, {"task.num_tasks": 9}, {"population.num_tasks": "8", "task.num_tasks": "9"}),
+    ],
+)
+def test_a_setting_beside_a_population_that_sets_it_is_refused(sources):
+    resolve(*sources)
+    assert "remove one of the two" in refusal(refuse_overridden, *sources)
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        (RunConfig(seeds=SeedsConfig(model=3)).to_dict(), {"population.seeds": "0,1", "population.num_tasks": "8,16"}),
+        ({"preset": "L2H4", "seeds": {"tasks": 3, "evaluation": 4}}, {"population.seeds": "0,1"}),
+        ({"population": {"seeds": [0, 1]}}, {"population.seeds": "none", "seeds.model": "3"}),
+        ({"population": {"num_tasks": ["inf"]}}, {"task.num_tasks": ".inf"}),
+        ({"seeds": {"model": 3}}, {}),
+    ],
+    ids=["a run's own settings", "shared seeds", "a population taken back", "the same", "no population"],
+)
+def test_what_a_population_does_not_set_or_set_later_is_no_conflict(sources):
+    resolve(*sources)
+    refuse_overridden(*sources)
+
+
+def test_the_command_refuses_what_its_population_would_drop(capsys):
+    assert main(["train", "--population.seeds", "0,1", "--seeds.model", "3"]) == 2
+    assert capsys.readouterr().err == (
+        "icl: `seeds.model` is set to '3', but `population.seeds` sets it for each member (0, 1); remove one of the two.\n"
+    )

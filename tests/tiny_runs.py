@@ -36,3 +36,11 @@ def as_arguments(config: RunConfig) -> list[str]:
 
     settings = flatten(config.to_dict())
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def as_population(config: RunConfig) -> list[str]:
+    """The same without what a population may set for each member, and without a population."""
+    words = as_arguments(config)
+    pairs = zip(words[::2], words[1::2], strict=True)
+    own = ("--seeds.", "--task.num_tasks", "--population.")
+    return [word for pair in pairs if not pair[0].startswith(own) for word in pair]

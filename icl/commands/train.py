@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from icl.checks import ConfigError
+from icl.checks import ConfigError, UserError
 from icl.config import RunConfig
 from icl.presets import run_name
 from icl.resolve import (
@@ -16,6 +16,7 @@ from icl.resolve import (
     read_config_file,
     read_points,
     refuse_conflicts,
+    refuse_overridden,
     resolve,
     settings_parser,
 )
@@ -62,6 +63,7 @@ def run(words: list[str]) -> int:
     for swept in read_points():
         configs += resolve(filed, swept, given).members()
         refuse_conflicts(swept, given)
+        refuse_overridden(filed, swept, given)
     return _train(configs)
 
 
@@ -98,21 +100,35 @@ def _train(configs: Sequence[RunConfig], wandb_run: Any = None) -> int:
     results = train_population(configs, wandb_run=wandb_run)
     if is_child_rank():
         return 0
-    received = next((result.received for result in results if result.received is not None), None)
-    if received is not None:
-        step = f"{results[0].status.step:,}"
-        print(f"icl: stopped by {received.name} at step {step}; the same command resumes it.", file=sys.stderr)
-        return 128 + received
-    for result in results:
-        _tell_end(result)
     ended = [result for result in results if result.status.state in DONE]
-    if not ended:
-        raise NonFiniteLossError(results[0].status.reason)
-    if len(results) == 1:
-        _show_run(ended[0].folder)
-    else:
-        _show_members([result.folder for result in ended])
-    return 0 if len(ended) == len(results) else 1
+    failed = [result for result in results if result.status.state == "failed"]
+    stopped = [result for result in results if result.received is not None]
+    if failed and len(results) == 1:
+        raise NonFiniteLossError(failed[0].status.reason)
+    for result in ended:
+        _tell_end(result)
+    undrawn: list[str] = []
+    if ended and not stopped:
+        if len(results) == 1:
+            _show_run(ended[0].folder)
+        else:
+            undrawn = _show_members(ended)
+    for result in failed:  # last, where a person and `icl sweep` look for it
+        print(f"icl: {result.folder.path} failed: {result.status.reason}", file=sys.stderr)
+    for reason in undrawn:
+        print(f"icl: not shown: {reason}", file=sys.stderr)
+    if stopped:
+        return _tell_stop(stopped)
+    return 0 if len(ended) == len(results) and not undrawn else 1
+
+
+def _tell_stop(stopped: Sequence["TrainResult"]) -> int:
+    """Say which signal stopped runs and where; 128 + the signal."""
+    steps = sorted({result.status.step for result in stopped})
+    where = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
+    received = next(result.received for result in stopped if result.received is not None)
+    print(f"icl: stopped by {received.name} at {where}; the same command resumes it.", file=sys.stderr)
+    return 128 + received
 
 
 def _tell_end(result: "TrainResult") -> None:
@@ -122,8 +138,6 @@ def _tell_end(result: "TrainResult") -> None:
         print(f"{place} is finished: {status.step:,} steps{f' ({status.reason})' if status.reason else ''}.")
     elif status.state == "stopped_early":
         print(f"{place} stopped early at step {status.step:,}: {status.reason}.")
-    elif status.state == "failed":
-        print(f"icl: {place} failed: {status.reason}", file=sys.stderr)
 
 
 def _show_run(folder: RunFolder) -> None:
@@ -140,21 +154,36 @@ def _show_run(folder: RunFolder) -> None:
     send_results(folder)
 
 
-def _show_members(folders: Sequence[RunFolder]) -> None:
-    """A row for each run of a population, and the figure in each one's folder."""
+def _show_members(results: Sequence["TrainResult"]) -> list[str]:
+    """A row for each run of a population, and the figure in its folder, which one that was done has already.
+
+    Returns:
+        Why some could not be drawn.
+    """
     import pandas as pd
+    from tqdm import tqdm
 
     from icl.delivery import send_results
-    from icl.plotting.training import draw_run
+    from icl.plotting.training import draw_run, drawn_losses
 
-    rows = {}
-    for folder in folders:
-        rows[folder.path.as_posix()] = draw_run(folder)[0].loc["mean"]
+    rows: dict[str, pd.Series] = {}
+    undrawn: list[str] = []
+    sets: dict[Any, Any] = {}
+    for result in tqdm(results, desc="drawing", unit="run"):
+        drawn = drawn_losses(result.folder) if result.was_done else None
+        try:
+            table = draw_run(result.folder, sets)[0] if drawn is None else drawn
+            rows[result.folder.path.as_posix()] = table.loc["mean"]
+        except UserError as error:
+            undrawn.append(str(error))
+    if not rows:
+        return undrawn
     table = pd.DataFrame(rows).T
     table = table[[name for name in ("model", "ridge", "dmmse", "ols", "zero") if name in table]]
     table["model / ridge"] = table["model"] / table["ridge"]
     print("\nMean loss (squared error per target) on fixed prompts of each run's training tasks:\n")
     print(table.to_string(float_format="{:.4f}".format, na_rep="-"))
     print("\nEach run's folder has its figure, figures/training.png.")
-    for folder in folders:
-        send_results(folder)
+    for result in results:
+        send_results(result.folder)
+    return undrawn

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -12,13 +13,21 @@ from matplotlib.ticker import MaxNLocator
 from icl import population
 from icl.build import build_architecture, build_evaluation_sets
 from icl.checkpoints import checkpoint_files, load_checkpoint_file
-from icl.evaluation import losses_by_position
+from icl.config import TaskConfig
+from icl.evaluation import EvaluationSet, losses_by_position
 from icl.plotting.style import BLUE, PREDICTORS, SKY, new_figure, save_figure
 from icl.runs import RunError, RunFolder
 
+_TABLE, _FIGURE = "losses.csv", "training.png"
+_SetsKey: TypeAlias = tuple[TaskConfig, int, int, int]
 
-def draw_run(folder: RunFolder) -> tuple[pd.DataFrame, Path]:
+
+def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | None = None) -> tuple[pd.DataFrame, Path]:
     """The table and the figure of a run's last checkpoint, saved to `results/losses.csv` and `figures/training.png`.
+
+    Args:
+        folder: The run's.
+        shared: Takes and gives the prompts with their baselines, which runs that differ in their training seeds alone share.
 
     Returns:
         The losses on the training tasks (rows: positions and their mean; columns: predictors), and the figure's path.
@@ -30,9 +39,12 @@ def draw_run(folder: RunFolder) -> tuple[pd.DataFrame, Path]:
     config = checkpoint.config
     predict = partial(population.apply, build_architecture(config))
     params = population.stack([checkpoint.params])
-    sets = build_evaluation_sets(config, num_prompts=config.evaluation.num_prompts)
-    losses = {one.name: losses_by_position(predict, params, one) for one in sets}
-    folder.write_result("losses.csv", pd.concat(losses, names=["distribution"]).to_csv(float_format="%.6g"))
+    key = (config.task, config.seeds.tasks, config.seeds.evaluation, config.evaluation.num_prompts)
+    shared = {} if shared is None else shared
+    if key not in shared:
+        shared[key] = build_evaluation_sets(config, num_prompts=config.evaluation.num_prompts)
+    losses = {one.name: losses_by_position(predict, params, one) for one in shared[key]}
+    folder.write_result(_TABLE, pd.concat(losses, names=["distribution"]).to_csv(float_format="%.6g"))
     tasks = "∞" if config.task.is_gaussian else f"{config.task.num_tasks:,}"
     figure = plot_training(
         _read_metrics(folder),
@@ -40,7 +52,17 @@ def draw_run(folder: RunFolder) -> tuple[pd.DataFrame, Path]:
         title=f"{folder.path.name}   (M = {tasks}, D = {config.task.task_size}, "
         f"σ² = {config.task.noise_variance:g}, step {checkpoint.step:,})",
     )
-    return losses["pretrain"], save_figure(figure, folder.figures / "training.png")
+    return losses["pretrain"], save_figure(figure, folder.figures / _FIGURE)
+
+
+def drawn_losses(folder: RunFolder) -> pd.DataFrame | None:
+    """The table that `draw_run` gave before, or None if it or the figure is not there."""
+    if not (folder.figures / _FIGURE).is_file():
+        return None
+    try:
+        return pd.read_csv(folder.results / _TABLE).set_index(["distribution", "position"]).loc["pretrain"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _read_metrics(folder: RunFolder) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from icl.sweeps.points import Point
 from icl.sweeps.schema import SweepFile
 
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
-_TAIL_BYTES = 4096
+_TAIL_BYTES = 2**16
 
 
 class Program:
@@ -78,7 +78,7 @@ class Program:
         run = self._status(point, claim)
         is_done = status == 0 or (len(self.work) > 1 and run is not None and run.state in DONE)
         outcome: Outcome = "done" if is_done else "preempted" if stopping else "failed"
-        reasons = {"preempted": f"stopped by {stopping.name}" if stopping else "", "failed": self._reason(run)}
+        reasons = {"preempted": f"stopped by {stopping.name}" if stopping else "", "failed": self._reason(claim, run)}
         claim.finish(outcome, exit_status=status, reason=reasons.get(outcome))
 
     def _status(self, point: Point, claim: Claim) -> Status | None:
@@ -86,22 +86,25 @@ class Program:
         status = RunFolder(claim.folder).read_status() if point.trains else None
         return status if status is not None and status.updated >= claim.attempt.started else None
 
-    def _reason(self, status: Status | None) -> str:
-        """Why it failed: what its run's status says, or the last line it wrote."""
+    def _reason(self, claim: Claim, status: Status | None) -> str:
+        """Why it failed: what its run's status says, or what the program wrote last, of this run if of several."""
         assert isinstance(self.process, subprocess.Popen)
         if status is not None and status.state == "failed":
             return status.reason or "failed"
         code = self.process.returncode
         end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        line = self._last_line()
+        line = self._last_line(f"icl: {claim.folder.resolve()} failed: ")
         return f"{end}: {line}" if line else end
 
-    def _last_line(self) -> str:
+    def _last_line(self, own: str) -> str:
+        """The rest of the last line that begins with `own`, or if there is none the last line."""
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self._begun_at, size - _TAIL_BYTES))
             lines = file.read().decode(errors="replace").split("\n")
-        return next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
+        named = [line.removeprefix(own) for line in lines if line.startswith(own)]
+        told = [line.strip()[-300:] for line in lines if line.strip()]
+        return next(reversed(named or told), "")
 
     def _signal(self, number: signal.Signals) -> None:
         if isinstance(self.process, subprocess.Popen) and self.process.poll() is None:

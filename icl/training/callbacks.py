@@ -198,21 +198,13 @@ class MetricsLog(pl.Callback):
         if trainer.is_global_zero:
             for member in self.members:
                 self.files.append(MetricsFile(member.folder.metrics_file, metric_columns(member.config)))
-                self.files[-1].begin(self._logged_steps(trainer.global_step, member.config.trainer.max_steps))
+                self.files[-1].begin(logged_steps(member.config, trainer.global_step))
         if trainer.global_step == 0:
             self._write(trainer, module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         """A row where there is something to say."""
         self._write(trainer, module)
-
-    def _logged_steps(self, step: int, max_steps: int) -> set[int]:
-        """The steps up to this one that have a row; none for a run that begins."""
-        if step == 0:
-            return set()
-        evaluations = range(0, step + 1, self.evaluation.every) if self.evaluation.every is not None else ()
-        last = {max_steps} if step == max_steps else set()
-        return {*range(self.every, step + 1, self.every), *evaluations, *last}
 
     def _write(self, trainer: pl.Trainer, module: PopulationModule) -> None:
         step = trainer.global_step
@@ -238,6 +230,15 @@ class MetricsLog(pl.Callback):
             file.append(row)
             if wandb is not None:
                 wandb.log({key: value for key, value in row.items() if key in file.columns})
+
+
+def logged_steps(config: RunConfig, step: int) -> set[int]:
+    """The steps up to this one that have a row of `metrics.csv`; none for a run that begins."""
+    if step == 0:
+        return set()
+    evaluations = range(0, step + 1, config.evaluation.every) if config.evaluation.every is not None else ()
+    last = {step} if step == config.trainer.max_steps else set()
+    return {*range(config.trainer.log_every, step + 1, config.trainer.log_every), *evaluations, *last}
 
 
 def metric_columns(config: RunConfig) -> list[str]:

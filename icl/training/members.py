@@ -37,6 +37,10 @@ class Member:
     reason: str | None = None
     is_settled: bool = False
     """Whether its end has been written down."""
+    is_own: bool = False
+    """Whether its folder is known to be this run's, and nobody else trains it; only then is it told of a refusal."""
+    is_refused: bool = False
+    """Whether it could not be taken up, so that the others train without it."""
     is_packed: bool = False
     """Whether it began as one of several, which decides how a CPU steps it; it stays so if it is resumed as the last one."""
     wandb: WandbLog | None = None

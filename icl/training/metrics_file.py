@@ -27,6 +27,15 @@ class MetricsFile:
             RunError: If one of their rows is missing.
             StorageError: If it cannot be written.
         """
+        rows = self.require_rows(logged_steps)
+        write_atomically(self.path, "".join(map(_line, [self.columns, *rows])).encode())
+
+    def require_rows(self, logged_steps: Iterable[int]) -> list[list[str]]:
+        """The rows of these steps in their order.
+
+        Raises:
+            RunError: If one of them is missing.
+        """
         found = self._rows()
         steps = sorted(logged_steps)
         missing = [step for step in steps if step not in found]
@@ -34,8 +43,7 @@ class MetricsFile:
             raise RunError(
                 f"{self.path} has lost the row of step {missing[0]}; put it back, or delete last.ckpt to train from step 0."
             )
-        rows = [found[step] for step in steps]
-        write_atomically(self.path, "".join(map(_line, [self.columns, *rows])).encode())
+        return [found[step] for step in steps]
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
         """Write one row; a column without a value stays empty.

@@ -11,8 +11,8 @@ a member that ends before the others leaves, and the rest goes on without it fro
 import contextlib
 import itertools
 import signal
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,19 +23,21 @@ from icl.config import MEMBER_SETTINGS, RunConfig
 from icl.environment import environment_line
 from icl.evaluation import EvaluationSet
 from icl.presets import run_name
-from icl.runs import DONE, RunError, RunFolder, State, Status, is_child_rank, local_root, require_same_config
+from icl.runs import DONE, RunError, RunFolder, Status, is_child_rank, local_root, require_same_config
 from icl.storage import remove_temporaries
 from icl.training import wandb_agent
-from icl.training.callbacks import StopSignals
+from icl.training.callbacks import StopSignals, logged_steps, metric_columns
 from icl.training.capacity import num_fitting
 from icl.training.data import PromptDataModule
+from icl.training.endings import apart, recording_failure, settle
 from icl.training.members import Member
+from icl.training.metrics_file import MetricsFile
 from icl.training.module import PopulationModule
 from icl.training.progress import member_status
 from icl.training.saving import read_resume_file
 from icl.training.trainer import evaluation_sets, make_callbacks, make_trainer, require_monitor
 from icl.training.upload import upload_behind
-from icl.training.wandb_log import WandbLog, exit_code_of, start_wandb
+from icl.training.wandb_log import WandbLog, start_wandb
 
 
 class TrainResult(NamedTuple):
@@ -80,7 +82,9 @@ def train_population(
 ) -> list[TrainResult]:
     """Train several runs at once, each as if alone, to their ends; resume those that had begun, leave those that are done.
 
-    A member whose loss becomes non-finite fails alone: its status says so, and the others go on.
+    A member whose loss becomes non-finite fails alone: its status says so, and the others go on. So does one that is
+    refused (its folder, settings, resume file or store cannot be used, or another process trains it), unless several
+    processes train together.
 
     Args:
         configs: The runs, which differ in `MEMBER_SETTINGS` only.
@@ -88,8 +92,9 @@ def train_population(
         wandb_run: As in `train`; for one run only.
 
     Raises:
-        ConfigError: If the runs cannot share a population, or as `train`.
-        RunError, StorageError, UploadError: As `train`.
+        ConfigError: If the runs cannot share a population, or the device is absent.
+        StorageError, UploadError: As `train`.
+        UserError: Whatever `train` raises, if there is one run only or several processes train together.
     """
     require_alike(configs)
     places = folders if folders is not None else [local_root() / run_name(config) for config in configs]
@@ -98,17 +103,21 @@ def train_population(
     is_packed = len(configs) > 1
     members = [Member(c, RunFolder(place), is_packed=is_packed) for c, place in zip(configs, places, strict=True)]
     make_trainer(configs[0])  # refuses what it must before anything is written
-    for config in configs:
-        require_monitor(config)
+    is_alone = not is_packed or configs[0].trainer.devices * configs[0].trainer.num_nodes > 1
+    for member in members:
+        with apart(member, is_alone=is_alone):
+            require_monitor(member.config)
     if is_child_rank():
         unfinished = [member for member in members if not _is_done(member)]
         received = _train_groups(unfinished, {member: read_resume_file(member) for member in unfinished})
         return [_result(member, received) for member in members]
     with contextlib.ExitStack() as held:
+        taken: dict[Member, int | None] = {}
         for member in members:
-            held.enter_context(member.folder.lock())
-            held.enter_context(upload_behind(member.config, member.folder))
-        return _train(members, wandb_run)
+            with apart(member, is_alone=is_alone):
+                if not member.is_refused:
+                    taken[member] = _take_up(member, held)
+        return _train(members, taken, wandb_run, is_alone=is_alone)
 
 
 def require_alike(configs: Sequence[RunConfig]) -> None:
@@ -127,22 +136,37 @@ def require_alike(configs: Sequence[RunConfig]) -> None:
                 )
 
 
-def _train(members: Sequence[Member], wandb_run: Any) -> list[TrainResult]:
-    done = [member for member in members if _is_done(member)]
-    unfinished = [member for member in members if member not in done]
+def _take_up(member: Member, held: contextlib.ExitStack) -> int | None:
+    """Hold a run's folder and its copy; returns the step that it goes on from, or None if it has ended before."""
+    with contextlib.ExitStack() as own:
+        own.enter_context(member.folder.lock())
+        own.enter_context(upload_behind(member.config, member.folder))
+        is_done = _is_done(member)
+        member.is_own = member.folder.config_file.exists()
+        step = None if is_done else read_resume_file(member)
+        held.push(own.pop_all())
+    return step
+
+
+def _train(
+    members: Sequence[Member], taken: Mapping[Member, int | None], wandb_run: Any, *, is_alone: bool
+) -> list[TrainResult]:
+    done = [member for member, step in taken.items() if step is None]
+    steps = {member: step for member, step in taken.items() if step is not None}
     received = None
     if done and wandb_run is not None:
         wandb_agent.replay(wandb_run, done[0].folder.metrics_file, done[0].config.trainer.max_steps)
-    if unfinished:
-        steps = {member: read_resume_file(member) for member in unfinished}
-        with _recording_failure(unfinished):
-            for member in unfinished:
-                _begin(member, steps[member])
-            _announce(unfinished, steps)
-            for member in unfinished:
+    with recording_failure(list(steps)):
+        for member, step in steps.items():
+            with apart(member, is_alone=is_alone):
+                _begin(member, step)
+        left = [member for member in steps if not member.is_refused]
+        if left:
+            _announce(left, [member for member in members if member.is_refused], steps)
+            for member in left:
                 member.wandb = _wandb_log(member, steps[member], wandb_run)
-                _settle(member, steps[member], None)  # one that was killed between its end and its last words
-            received = _train_groups(unfinished, steps)
+                settle(member, steps[member], None)  # one that was killed between its end and its last words
+            received = _train_groups(left, steps)
     return [_result(member, received, was_done=member in done) for member in members]
 
 
@@ -151,15 +175,15 @@ def _train_groups(members: Sequence[Member], steps: Mapping[Member, int]) -> sig
     if len(members) <= 1:
         return _train_stages(members, steps)
     kind = choose_device(members[0].config.trainer.accelerator)
-    limit = num_fitting(members[0].config, "cpu" if kind == "tpu" else kind)
-    if not is_child_rank():
+    limit = num_fitting([member.config for member in members], "cpu" if kind == "tpu" else kind)
+    if len(members) > limit / 10 and not is_child_rank():
         in_turn = "" if len(members) <= limit else f", so they are trained in {-(-len(members) // limit)} groups"
         print(f"About {limit:,} such members fit on this device at a time{in_turn}.")
     for group in (members[start : start + limit] for start in range(0, len(members), limit)):
         received = _train_stages(group, steps)
         if received is not None:
             for member in members:
-                _settle(member, steps[member], received)
+                settle(member, steps[member], received)
             return received
     return None
 
@@ -179,7 +203,7 @@ def _train_stages(members: Sequence[Member], steps: Mapping[Member, int]) -> sig
         while active and is_behind:
             step, received = _fit(active, step, until, [sets[members.index(member)] for member in active])
             for member in active:
-                _settle(member, step, received)
+                settle(member, step, received)
             if received is not None:
                 return received
             active = [member for member in active if member.is_running]
@@ -199,8 +223,7 @@ def _fit(
     trainer = make_trainer(configs[0], members, max_steps=until)
     callbacks = make_callbacks(members, sets)
     trainer.callbacks += callbacks  # type: ignore[attr-defined]
-    params = population.stack([dict(build_model(config).named_parameters()) for config in configs])
-    module = PopulationModule(members, params)
+    module = PopulationModule(members, _initial_params(configs))
     path = str(members[0].folder.resume_file) if step else None
     trainer.fit(module, datamodule=PromptDataModule(configs), ckpt_path=path, weights_only=True)
     reached = trainer.global_step
@@ -208,6 +231,10 @@ def _fit(
     if received is None and reached < until and all(member.is_running for member in members):
         received = signal.SIGTERM
     return reached, received if reached < configs[0].trainer.max_steps else None
+
+
+def _initial_params(configs: Sequence[RunConfig]) -> population.Params:
+    return population.stack([dict(build_model(config).named_parameters()) for config in configs])
 
 
 def _is_done(member: Member) -> bool:
@@ -221,6 +248,10 @@ def _is_done(member: Member) -> bool:
 
 def _begin(member: Member, step: int) -> None:
     run = member.folder
+    member.is_own = True
+    if member.is_running and step < member.config.trainer.max_steps:
+        columns = metric_columns(member.config)
+        MetricsFile(run.metrics_file, columns).require_rows(logged_steps(member.config, step))
     run.write_config(member.config)
     for folder in (run.path, run.checkpoints.root, run.results, run.figures):
         remove_temporaries(folder)
@@ -229,7 +260,9 @@ def _begin(member: Member, step: int) -> None:
     run.write_status(member_status(member, "waiting", step))
 
 
-def _announce(members: Sequence[Member], steps: Mapping[Member, int]) -> None:
+def _announce(members: Sequence[Member], refused: Sequence[Member], steps: Mapping[Member, int]) -> None:
+    for member in refused:
+        print(f"icl: {member.folder.path} is left out: {member.reason}", file=sys.stderr)
     if len(members) > 1:
         print(f"Training {len(members)} runs as one population:")
     for member in members:
@@ -245,56 +278,7 @@ def _wandb_log(member: Member, step: int, wandb_run: Any) -> WandbLog | None:
     return WandbLog(wandb_run, is_lent=True)
 
 
-def _settle(member: Member, step: int, received: signal.Signals | None) -> None:
-    """Say how a member has ended, once it has: in its status, its log and its W&B run."""
-    if member.is_running and step == member.config.trainer.max_steps:
-        member.end("finished", step)
-    elif member.is_running and received is not None:
-        member.end("preempted", step, f"{received.name} at step {step}")
-    if member.is_running or member.is_settled or is_child_rank():
-        return
-    member.is_settled = True
-    last = member.folder.read_status() or member_status(member, "running", step)
-    step = last.step if member.state == "failed" else member.end_step or 0
-    status = replace(member_status(member, member.state, step), steps_per_second=last.steps_per_second)
-    member.folder.write_status(status)
-    member.folder.log(f"{status.state} at step {status.step} after {member.seconds:.1f} s. {status.reason or ''}")
-    if member.wandb is not None:
-        code = 128 + received if member.state == "preempted" and received else int(member.state == "failed")
-        member.wandb.finish(code)
-
-
 def _result(member: Member, received: signal.Signals | None, *, was_done: bool = False) -> TrainResult:
-    status = member.folder.read_status() or member_status(member, "running", 0)
+    status = None if member.is_refused else member.folder.read_status()
+    status = status or member_status(member, member.state, 0)
     return TrainResult(member.folder, status, received if member.state == "preempted" else None, was_done)
-
-
-@contextlib.contextmanager
-def _recording_failure(members: Sequence[Member]) -> Iterator[None]:
-    """Say in every unfinished member's status and W&B run that it failed, where the disk still allows it."""
-    try:
-        yield
-    except SystemExit as stop:  # Lightning's answer to a second Ctrl-C
-        _record_failure(members, KeyboardInterrupt())
-        raise KeyboardInterrupt from stop
-    except BaseException as error:
-        _record_failure(members, error)
-        if isinstance(error, RuntimeError) and "memory" in str(error).lower():
-            sizes = "`population`, `model`, `trainer.batch_size` or `evaluation.num_prompts`"
-            raise RunError(f"The device has not enough memory for this; make {sizes} smaller.") from None
-        raise
-
-
-def _record_failure(members: Sequence[Member], error: BaseException) -> None:
-    was_interrupted = isinstance(error, KeyboardInterrupt)
-    state: State = "preempted" if was_interrupted else "failed"
-    reason = "interrupted" if was_interrupted else (str(error) or type(error).__name__).splitlines()[0]
-    for member in members:
-        if member.is_settled:
-            continue
-        last = member.folder.read_status() or Status(state="failed")
-        with contextlib.suppress(OSError):
-            member.folder.write_status(replace(last, state=state, reason=reason))
-            member.folder.log(f"{state}: {reason}")
-        if member.wandb is not None:
-            member.wandb.finish(exit_code_of(error))

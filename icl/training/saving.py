@@ -6,7 +6,7 @@ Adam's moments. So a member of a population can be resumed alone, and runs that 
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,9 @@ class MemberFiles(CheckpointIO):
             StorageError: If one cannot be written.
         """
         whole = move_data_to_device(checkpoint, torch.device("cpu"))
-        parts = {
-            member.folder.resume_file: _member_of(whole, index)
-            for index, member in enumerate(self.members)
-            if member.records(whole["global_step"])
-        }
-        _replace_all(parts)
+        indices = [index for index, member in enumerate(self.members) if member.records(whole["global_step"])]
+        paths = [self.members[index].folder.resume_file for index in indices]
+        _replace_all(paths, (_member_of(whole, index) for index in indices))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """The checkpoint of the population, from the members' files, which are of one step."""
@@ -178,17 +175,17 @@ def _map_stacked(act: Callable[[Sequence[Tensor]], Tensor], trees: Sequence[Any]
     return act(trees) if isinstance(trees[0], Tensor) and trees[0].ndim > 0 else trees[0]
 
 
-def _replace_all(files: Mapping[Path, dict[str, Any]]) -> None:
-    """Write every file so that a kill at any moment leaves the old one or the new one.
+def _replace_all(paths: Sequence[Path], contents: Iterable[dict[str, Any]]) -> None:
+    """Write every file so that a kill at any moment leaves the old one or the new one; contents are made one at a time.
 
     Raises:
         StorageError: If one cannot be written.
     """
-    written = {path: temporary_path(path) for path in files}
+    written = {path: temporary_path(path) for path in paths}
     try:
-        for path, temporary in written.items():
+        for temporary, content in zip(written.values(), contents, strict=True):
             with temporary.open("wb") as file:
-                torch.save(files[path], file)
+                torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
         for path, temporary in written.items():
@@ -196,6 +193,6 @@ def _replace_all(files: Mapping[Path, dict[str, Any]]) -> None:
             sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's own writer raises the latter on a full disk
         raise StorageError(
-            f"Cannot write {next(iter(files))}: {getattr(error, 'strerror', None) or error}. What was saved before is "
+            f"Cannot write {paths[0]}: {getattr(error, 'strerror', None) or error}. What was saved before is "
             "intact; free space, then run the same command again."
         ) from None

@@ -53,7 +53,7 @@ def of_file(folder, name):
 
 
 def test_a_point_lies_below_its_run_and_is_told_apart_by_its_sampler(tmp_path):
-    found = points(tmp_path, {"task.num_tasks": {"value": 8}, "sampler.lr": {"values": [1e-6, 3e-5]}})
+    found = points(tmp_path, {"task.num_tasks": {"value": 8}, "sampler.lr": {"values": [1e-6, 2e-5]}})
     assert [point.name for point in found] == [
         "quickstart,num_tasks=8/llc/lr=1e-06",
         "quickstart,num_tasks=8/llc/preset",

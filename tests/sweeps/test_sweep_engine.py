@@ -305,11 +305,30 @@ def test_packed_points_are_trained_by_one_program_and_each_has_its_run(tmp_path,
 def test_a_packed_point_that_fails_fails_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     file = real_sweep(tmp_path, 2)
-    _, second = sweep_points(read_sweep_file(file))
+    first, second = sweep_points(read_sweep_file(file))
     (local_root() / second.name).mkdir(parents=True)
     RunFolder(local_root() / second.name).write_config(change(second.config, optim={"lr": 0.5}))
     assert main(["sweep", file, "--pack", "8"]) == 1
-    assert "was begun with other settings" in capsys.readouterr().out
+    assert f"failed   {second.name}: exit status 1: The run" in (told := capsys.readouterr().out)
+    assert "was begun with other settings" in told
+    assert RunFolder(local_root() / first.name).read_status().state == "finished"
+
+
+@pytest.mark.slow
+def test_a_packed_point_whose_resume_file_is_damaged_fails_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file = real_sweep(tmp_path, 2)
+    first, second = sweep_points(read_sweep_file(file))
+    damaged = RunFolder(local_root() / first.name)
+    damaged.write_config(first.config)
+    damaged.resume_file.write_bytes(b"half a file")
+    assert main(["sweep", file, "--pack"]) == 1
+    told = capsys.readouterr().out
+    assert f"failed   {first.name}: {damaged.resume_file.resolve()} cannot be read" in told
+    assert RunFolder(local_root() / second.name).read_status().state == "finished"
+    assert (local_root() / second.name / "figures" / "training.png").is_file()
+    damaged.resume_file.unlink()
+    assert main(["sweep", file, "--pack"]) == 0
 
 
 def test_only_programs_that_read_their_points_from_a_file_can_be_packed(tmp_path, capsys):

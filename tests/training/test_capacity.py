@@ -9,7 +9,7 @@ from icl.population import stack
 from icl.presets import preset
 from icl.runs import local_root
 from icl.training import capacity, run
-from icl.training.capacity import activation_bytes, num_fitting
+from icl.training.capacity import activation_bytes, device_bytes, num_fitting
 from icl.training.run import train, train_population
 
 
@@ -39,22 +39,72 @@ def test_a_member_of_several_keeps_more_than_one_alone_and_elsewhere_than_on_a_c
     assert four == pytest.approx(together, rel=0.01)
     monkeypatch.setattr(capacity, "device_bytes", lambda device: 2**34)
     rows = 7 * sum(tensor.nbytes for tensor in member.values())
-    assert num_fitting(config, "meta") == int(0.85 * 2**34 // (rows + 256 * together))
+    assert num_fitting([config], "meta") == int(0.85 * 2**34 // (rows + 256 * together))
 
 
 def test_twice_the_memory_holds_twice_the_members(monkeypatch):
     monkeypatch.setattr(capacity, "device_bytes", lambda device: 2**30)
-    once = num_fitting(preset("L2H4"), "meta")
+    once = num_fitting([preset("L2H4")], "meta")
     monkeypatch.setattr(capacity, "device_bytes", lambda device: 2**31)
-    assert abs(num_fitting(preset("L2H4"), "meta") - 2 * once) <= 1
+    assert abs(num_fitting([preset("L2H4")], "meta") - 2 * once) <= 1
     monkeypatch.setattr(capacity, "device_bytes", lambda device: 1)
-    assert num_fitting(preset("L2H4"), "meta") == num_fitting(preset("L2H4"), "cpu") == 1
+    assert num_fitting([preset("L2H4")], "meta") == num_fitting([preset("L2H4")], "cpu") == 1
+
+
+@pytest.mark.parametrize(("name", "shared", "own"), [("L2H4", 1.3, 3.9), ("quickstart", 4.1, 5.8)])
+def test_members_on_a_cpu_need_about_what_was_measured(monkeypatch, name, shared, own):
+    """MiB by which the process grew for each of 16 to 96 members of L2H4, 32 to 160 of quickstart: of one M, of many."""
+    monkeypatch.setattr(capacity, "device_bytes", lambda device: 2**34)
+    config = preset(name)
+    seeds = [change(config, seeds={"model": index}) for index in range(8)]
+    ladder = [change(config, task={"num_tasks": 2 + index}) for index in range(8)]
+    for configs, measured in ((seeds, shared), (ladder, own)):
+        estimate = 0.85 * 2**34 / num_fitting(configs, "cpu") / 2**20
+        assert measured / 1.5 < estimate < 3 * measured
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "used", "cached", "line"),
+    [
+        ("own", "memory.max", "memory.current", "inactive_file", "0::/own"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "4:memory:/elsewhere"),
+    ],
+    ids=["second version", "first version, as a container sees it"],
+)
+def test_the_limit_of_a_control_group_counts(monkeypatch, tmp_path, folder, limit, used, cached, line):
+    """What is left of it, without the files it caches; and never more than the machine has to give."""
+    group = tmp_path / folder
+    group.mkdir()
+    monkeypatch.setattr(capacity, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(capacity, "_PROCESS_GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(capacity, "_MEMORY", tmp_path / "meminfo")
+    (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  8000 kB\n")
+    (tmp_path / "cgroup").write_text(f"3:cpu:/x\n{line}\n")
+    assert device_bytes("cpu") == 8000 * 1024
+    (group / limit).write_text("3000000\n")
+    (group / used).write_text("2000000\n")
+    (group / "memory.stat").write_text(f"anon 5\n{cached} 500000\n")
+    assert device_bytes("cpu") == 1_500_000
+    (group / limit).write_text("max\n")
+    assert device_bytes("cpu") == 8000 * 1024
+    (tmp_path / "meminfo").unlink()
+    assert device_bytes("cpu") > 2**27
+
+
+def test_how_many_fit_is_told_only_where_it_matters(monkeypatch, capsys):
+    monkeypatch.setattr(run, "_train_stages", lambda members, steps: None)
+    configs = [change(TINY, seeds={"model": seed}) for seed in range(2)]
+    for limit, told in ((20, ""), (19, "About 19 such members fit on this device at a time.")):
+        monkeypatch.setattr(run, "num_fitting", lambda configs, device, limit=limit: limit)
+        train_population(configs, folders=[local_root() / f"{limit}-{seed}" for seed in range(2)])
+        printed = capsys.readouterr().out
+        assert "such members fit" not in printed if told == "" else told in printed
 
 
 def test_a_population_that_does_not_fit_is_trained_in_groups_with_the_same_results(monkeypatch, capsys):
     config = change(TINY, trainer={"max_steps": 10})
     configs = [change(config, seeds={"model": seed}) for seed in range(3)]
-    monkeypatch.setattr(run, "num_fitting", lambda config, device: 2)
+    monkeypatch.setattr(run, "num_fitting", lambda configs, device: 2)
     results = train_population(configs, folders=[local_root() / f"grouped{seed}" for seed in range(3)])
     assert (
         "About 2 such members fit on this device at a time, so they are trained in 2 groups." in capsys.readouterr().out

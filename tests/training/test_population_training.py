@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_runs import TINY, as_arguments, change
+from tiny_runs import TINY, as_population, change
 
 from icl.checkpoints import list_steps, load_step
 from icl.checks import ConfigError
@@ -233,7 +233,7 @@ def test_a_population_that_cannot_be_is_refused(population, reason):
 
 @pytest.mark.slow
 def test_the_command_trains_a_population_and_shows_every_member(capsys):
-    words = ["train", *as_arguments(SHORT), "--population.seeds", "0,1"]
+    words = ["train", *as_population(SHORT), "--population.seeds", "0,1"]
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "seed=0" in printed

@@ -1,0 +1,83 @@
+"""How a member's training ends, written down where it is looked for: its status, its log and its W&B run.
+
+What goes wrong with one member of several is that member's: `apart` ends it with its reason, and the others go on. What
+goes wrong with a lone run is raised, and so is what goes wrong between processes, which could not agree on who is left.
+"""
+
+import contextlib
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from icl.checks import UserError
+from icl.runs import RunError, State, is_child_rank
+from icl.training.members import Member
+from icl.training.progress import member_status
+from icl.training.wandb_log import exit_code_of
+
+
+def settle(member: Member, step: int, received: signal.Signals | None) -> None:
+    """Say how a member has ended, once it has."""
+    if member.is_running and step == member.config.trainer.max_steps:
+        member.end("finished", step)
+    elif member.is_running and received is not None:
+        member.end("preempted", step, f"{received.name} at step {step}")
+    if member.is_running or member.is_settled or is_child_rank():
+        return
+    member.is_settled = True
+    last = member.folder.read_status() or member_status(member, "running", step)
+    step = last.step if member.state == "failed" else member.end_step or 0
+    status = replace(member_status(member, member.state, step), steps_per_second=last.steps_per_second)
+    member.folder.write_status(status)
+    member.folder.log(f"{status.state} at step {status.step} after {member.seconds:.1f} s. {status.reason or ''}")
+    if member.wandb is not None:
+        code = 128 + received if member.state == "preempted" and received else int(member.state == "failed")
+        member.wandb.finish(code)
+
+
+@contextlib.contextmanager
+def apart(member: Member, *, is_alone: bool) -> Iterator[None]:
+    """Let a refusal in the body end this member and nobody else; of one that is alone, raise it.
+
+    Its folder is told only if it is known to be this run's (`Member.is_own`): it may be another's, or in other hands.
+    """
+    try:
+        yield
+    except UserError as error:
+        if is_alone:
+            raise
+        if member.is_own:
+            _record_failure([member], error)
+        member.end("failed", member.end_step or 0, str(error))
+        member.is_settled = member.is_refused = True
+
+
+@contextlib.contextmanager
+def recording_failure(members: Sequence[Member]) -> Iterator[None]:
+    """Say in every unfinished member's status and W&B run that it failed, where the disk still allows it."""
+    try:
+        yield
+    except SystemExit as stop:  # Lightning's answer to a second Ctrl-C
+        _record_failure(members, KeyboardInterrupt())
+        raise KeyboardInterrupt from stop
+    except BaseException as error:
+        _record_failure(members, error)
+        if isinstance(error, RuntimeError) and "memory" in str(error).lower():
+            sizes = "`population`, `model`, `trainer.batch_size` or `evaluation.num_prompts`"
+            raise RunError(f"The device has not enough memory for this; make {sizes} smaller.") from None
+        raise
+
+
+def _record_failure(members: Sequence[Member], error: BaseException) -> None:
+    was_interrupted = isinstance(error, KeyboardInterrupt)
+    state: State = "preempted" if was_interrupted else "failed"
+    reason = "interrupted" if was_interrupted else (str(error) or type(error).__name__).splitlines()[0]
+    for member in members:
+        if member.is_settled:
+            continue
+        last = member.folder.read_status() or member_status(member, state, 0)
+        with contextlib.suppress(OSError):
+            member.folder.write_status(replace(last, state=state, reason=reason))
+            member.folder.log(f"{state}: {reason}")
+        if member.wandb is not None:
+            member.wandb.finish(exit_code_of(error))
