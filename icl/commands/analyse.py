@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from icl.analysis import ANALYSES, module_name
 from icl.checks import ConfigError, UserError
 from icl.commands import command_parser
-from icl.storage import StorageError, table_format, write_atomically
+from icl.storage import StorageError, plain_rows, table_format, write_atomically
 
 if TYPE_CHECKING:
     from icl.analysis.run import Result
