@@ -122,6 +122,7 @@ def test_several_runs_have_the_numbers_of_each_alone_and_share_their_sets(runs, 
             pd.testing.assert_frame_equal(found[1], references, check_exact=True)
 
 
+@pytest.mark.slow
 def test_the_command_evaluates_folders_of_runs_into_one_table(runs, tmp_path, capsys, made):
     out, folders = tmp_path / "all.json", {name: runs / "M=16" / name for name in ("seed=0", "seed=1")}
     folders["other-pool"] = runs / "other-pool"

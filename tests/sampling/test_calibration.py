@@ -129,6 +129,7 @@ def test_the_rows_say_where_each_corner_was_tried(watched):
     assert (table["localization"] / table["nbeta"]).tolist() == pytest.approx(table["ratio"].tolist(), rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_choice_is_confirmed_by_chains_that_it_was_not_chosen_by(watched):
     table = watched.found.table
     assert set(table[table["chosen"]]["seed"]) == {QUICK.seed + 1}

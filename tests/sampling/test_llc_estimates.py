@@ -76,8 +76,10 @@ def test_the_exact_answer_counts_the_minibatch_noise():
 
 def test_noise_of_the_losses_alone_is_in_neither_the_estimate_nor_its_error():
     """A minibatch raises the loss of w and w0 alike: by 20 nats here, beside an LLC of 1.3."""
-    calm = estimate(noisy, batches=minibatches, num_init_batches=64)
-    loud = estimate(lambda params, batch: noisy(params, batch) + 7 * batch[0], batches=minibatches, num_init_batches=64)
+    calm = estimate(noisy, batches=minibatches, num_init_batches=64, **SHORT)
+    loud = estimate(
+        lambda params, batch: noisy(params, batch) + 7 * batch[0], batches=minibatches, num_init_batches=64, **SHORT
+    )
     assert loud.llc == pytest.approx(calm.llc, rel=1e-4)
     assert loud.stderr == pytest.approx(calm.stderr, rel=1e-3)
     assert loud.init_loss_stderr > 3 * calm.init_loss_stderr
@@ -324,7 +326,7 @@ def test_heat_is_found_where_nothing_holds_the_flat_directions():
     def flat(params, batch):
         return (curvatures * params["w"].square()).sum() / 2
 
-    settings = {"nbeta": 100.0, "localization": 0.0, "num_draws": 2000, "num_burnin_steps": 500, "lr": 8e-3}
+    settings = {"nbeta": 100.0, "localization": 0.0, "num_draws": 600, "num_burnin_steps": 300, "lr": 8e-3}
     result = estimate(flat, {"w": torch.zeros(20)}, **settings)
     truth = known.quadratic_llc(curvatures[:5], nbeta=100.0, localization=0.0, lr=8e-3)
     assert result.evidence.heat == pytest.approx(truth - 2.5, abs=4 * result.evidence.heat_stderr)

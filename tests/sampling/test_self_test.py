@@ -34,6 +34,7 @@ def test_estimates_that_fall_with_nbeta_disagree(problem):
     assert not any(row.agrees for row in self_test.run_problem(dataclasses.replace(rising, nbetas=[100.0, 5.0])))
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_fails_with_a_wrong_estimate(problem, monkeypatch, capsys):
     monkeypatch.setattr(self_test, "problems", lambda: [problem])
     assert main(["llc", "--self-test"]) == 0
@@ -63,6 +64,7 @@ def test_every_problem_agrees():
     assert {row.verdict for row in rows} == {"ok"}
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_table(problem, monkeypatch, tmp_path):
     monkeypatch.setattr(self_test, "problems", lambda: [problem])
     assert main(["llc", "--self-test", "--out", str(tmp_path / "known.csv")]) == 0
