@@ -249,5 +249,5 @@ def _deep_linear(widths: Sequence[int], rank: int) -> Problem:
         asymptotic=known.deep_linear(widths, rank).value,
         finite=None,
         nbetas=[3.0, 10.0, 30.0],
-        sampler={"lr": 2e-3, "localization": 1.0, "num_draws": 2000},
+        sampler={"lr": 1e-3, "localization": 1.0, "num_draws": 3000},
     )
