@@ -39,6 +39,7 @@ OF_LENGTH = ("R-hat", "effective sample size", "not told from zero")
 """Rules that longer chains may satisfy."""
 OF_LR = ("too hot",)
 """Rules that a smaller lr may satisfy, for which the search has a stage of its own."""
+_LATER = (*OF_LENGTH, *OF_LR)  # what the survey leaves to later stages
 SURVEY, RATES, CONFIRMATION = "nbeta, localization", "lr", "confirmation"
 """The stages of a search."""
 _SLOWER = 3
@@ -107,7 +108,7 @@ class Tried(NamedTuple):
     @property
     def num_healthy(self) -> int:
         """At how many checkpoints the chains are healthy, whatever their heat."""
-        return sum(is_healthy(result, but=(*OF_LENGTH, *OF_LR)) for result in self.results)
+        return sum(is_healthy(result, but=_LATER) for result in self.results)
 
 
 Estimate = Callable[[Sequence[Corner]], list[list[LLCResult]]]
@@ -169,9 +170,9 @@ def search(
     for _, corners in itertools.groupby(survey(height=height, curvature=curvature), lambda corner: corner.ratio):
         attempt(*corners)
     plateau = frozenset(i for i, one in enumerate(tried) if _has_plateau(one, tried))
-    healthy = [one for i, one in enumerate(tried) if is_healthy(one.last, but=(*OF_LENGTH, *OF_LR)) and i in plateau]
+    healthy = [one for i, one in enumerate(tried) if is_healthy(one.last, but=_LATER) and i in plateau]
     if not healthy:
-        some = sum(is_healthy(one.last) for one in tried)
+        some = sum(is_healthy(one.last, but=_LATER) for one in tried)
         reason = f"No choice: {some} of {len(tried)} settings are healthy at the last checkpoint, none of them on a plateau in nbeta."
         return Search(tried=tried, chosen=None, num_burnin_steps=0, plateau=plateau, reason=reason)
     best = min(healthy, key=lambda one: (-one.num_healthy, one.corner.ratio, one.corner.nbeta))
