@@ -1,9 +1,10 @@
 """The same model for many parameter sets at once: `icl.transformer`'s maths, laid out for speed.
 
 `icl.transformer` is the definition; this is a second realisation of it, held to the same numbers by tests, on stacked
-parameters with a leading axis N. Four things make it fast. Every linear map of all members is one batched matrix
+parameters with a leading axis N. Five things make it fast. Every linear map of all members is one batched matrix
 product over all tokens of the batch (one member alone has PyTorch's own fused operations, a tenth faster where they are
-not compiled). After the last attention only x-tokens are computed, as only they predict.
+not compiled). The first queries, keys and values are mapped from the tokens' D + 1 coordinates instead of the C that they
+are embedded in (`_of_tokens`). After the last attention only x-tokens are computed, as only they predict.
 Prompts are filled up with an empty last token, which no prediction sees, to the even length T = 2K, for which the
 small products of attention run about a quarter faster on CPUs. And there is no mapping by `torch.func.vmap` and no
 Python state, so that `torch.compile` sees one plain function.
@@ -24,6 +25,8 @@ from icl.transformer import ACTIVATIONS
 Params: TypeAlias = dict[str, Tensor]
 """Parameters by name; stacked ones have a leading axis N."""
 
+_NORM_EPS = 1e-5
+"""Of layer norms, PyTorch's default."""
 _WIDE = 16
 """Inputs from which on a lone member takes F.linear; of a narrower one's weight CPUs take six times as long a gradient."""
 
@@ -70,26 +73,33 @@ def _outputs(
     future = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=x.device).triu(1)  # T T
     for layer in range(config.num_layers):
         stride = last_stride if layer == config.num_layers - 1 else 1
-        x = _block(config, params, f"blocks.{layer}", x, stride, future[::stride])
+        x = _block(config, params, layer, x, tokens, stride, future[::stride])
     return _linear(params, "unembedding", _norm(params, "final_norm", x))
 
 
 def _block(
     config: ModelConfig,
     params: Params,
-    path: str,
+    layer: int,
     x: Float[Tensor, "N B T C"],
+    tokens: Float[Tensor, "N B T E"],
     stride: int,
     future: Bool[Tensor, "Q T"],
 ) -> Float[Tensor, "N B Q C"]:
     """The residual stream after a block, at every `stride`-th token."""
-    here = x[:, :, ::stride]  # N B Q C
+    path, here = f"blocks.{layer}", x[:, :, ::stride]  # N B Q C
+    if config.layer_norm != "pre":
+        queries, keys, values = _heads(config, params, path, x, stride)
+    elif layer == 0:
+        queries, keys, values = _heads_of_tokens(config, params, path, x, tokens, stride)
+    else:
+        queries, keys, values = _heads(config, params, path, _norm(params, f"{path}.attention_norm", x), stride)
+    gathered = _attention(config, params, path, queries, keys, values, future)  # N B Q C
     if config.layer_norm == "post":
-        hidden = _norm(params, f"{path}.attention_norm", here + _attention(config, params, path, x, stride, future))
+        hidden = _norm(params, f"{path}.attention_norm", here + gathered)
         hidden = _norm(params, f"{path}.mlp_norm", hidden + _mlp(config, params, path, hidden))
     else:
-        normed = _norm(params, f"{path}.attention_norm", x)  # N B T C
-        hidden = here + _attention(config, params, path, normed, stride, future)
+        hidden = here + gathered
         hidden = hidden + _mlp(config, params, path, _norm(params, f"{path}.mlp_norm", hidden))
     return here + hidden if config.double_residual else hidden
 
@@ -98,13 +108,14 @@ def _attention(
     config: ModelConfig,
     params: Params,
     path: str,
-    x: Float[Tensor, "N B T C"],
-    stride: int,
+    queries: Float[Tensor, "N B Q C"],
+    keys: Float[Tensor, "N B T C"],
+    values: Float[Tensor, "N B T C"],
     future: Bool[Tensor, "Q T"],
 ) -> Float[Tensor, "N B Q C"]:
-    """What every `stride`-th token gathers from those before it and itself."""
-    q = _heads(config, params, path, x[:, :, ::stride], 0)  # N B H Q c
-    k, v = (_heads(config, params, path, x, part) for part in (1, 2))  # N B H T c
+    """What each querying token gathers from those before it and itself."""
+    shape = (config.num_heads, config.embed_size // config.num_heads)
+    q, k, v = (heads.unflatten(-1, shape).transpose(2, 3) for heads in (queries, keys, values))  # N B H . c
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # N B H Q T
     pattern = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # N B H Q T
     gathered = (pattern @ v).transpose(2, 3).flatten(3)  # N B Q C
@@ -112,17 +123,49 @@ def _attention(
 
 
 def _heads(
-    config: ModelConfig, params: Params, path: str, x: Float[Tensor, "N B T C"], part: int
-) -> Float[Tensor, "N B H T c"]:
-    """Queries, keys or values (0, 1, 2), head by head; the rows of `qkv` are (H, 3, c)."""
-    shape = (config.num_heads, 3, config.embed_size // config.num_heads)
-    bias = params.get(f"{path}.attention.qkv.bias")
-    mapped = _affine(
-        x,
-        params[f"{path}.attention.qkv.weight"].unflatten(1, shape)[:, :, part].flatten(1, 2),
-        None if bias is None else bias.unflatten(1, shape)[:, :, part].flatten(1, 2),
-    )
-    return mapped.unflatten(-1, (shape[0], shape[2])).transpose(2, 3)
+    config: ModelConfig, params: Params, path: str, x: Float[Tensor, "N B T C"], stride: int
+) -> list[Float[Tensor, "N B _ C"]]:
+    """Queries of every `stride`-th token, keys and values of all; the heads side by side."""
+    weight, bias = params[f"{path}.attention.qkv.weight"], params.get(f"{path}.attention.qkv.bias")
+    weights = _by_part(config, weight).unbind(1)  # each N C C
+    biases = [None] * 3 if bias is None else _by_part(config, bias).unbind(1)  # each N C
+    return [_affine(*one) for one in zip((x[:, :, ::stride], x, x), weights, biases, strict=True)]
+
+
+def _heads_of_tokens(
+    config: ModelConfig,
+    params: Params,
+    path: str,
+    x: Float[Tensor, "N B T C"],
+    tokens: Float[Tensor, "N B T E"],
+    stride: int,
+) -> list[Float[Tensor, "N B _ C"]]:
+    """The same for the first block's normed input, LN(x), from the tokens it was embedded from: x = A token + p.
+
+    Layer norm is linear but for its scale s = 1 / deviation of x, so W LN(x) = s W' A' token + s W' p' + W b, with W' = W times the
+    gains, b the shifts, and A' and p' less their means over channels: products with D + 1 channels instead of C.
+    """
+    weight, bias = params[f"{path}.attention.qkv.weight"], params.get(f"{path}.attention.qkv.bias")
+    gains, shifts = params[f"{path}.attention_norm.weight"], params[f"{path}.attention_norm.bias"]  # N C
+    embedding, positions = params["token_embedding.weight"], params["position_embedding"][:, : x.shape[2]]
+    if "token_embedding.bias" in params:
+        positions = positions + params["token_embedding.bias"].unsqueeze(1)  # N T C
+    weight = _by_part(config, weight).flatten(1, 2)  # N 3C C
+    offset = (weight @ shifts.unsqueeze(2)).squeeze(2)  # N 3C
+    if bias is not None:
+        offset = offset + _by_part(config, bias).flatten(1)
+    weight = weight * gains.unsqueeze(1)
+    of_tokens = weight @ (embedding - embedding.mean(1, keepdim=True))  # N 3C E
+    of_positions = (positions - positions.mean(2, keepdim=True)) @ weight.mT  # N T 3C
+    scale = torch.rsqrt(x.var(-1, correction=0, keepdim=True) + _NORM_EPS)  # N B T 1
+    mapped = _affine(tokens, of_tokens, None) + of_positions.unsqueeze(1)
+    queries, keys, values = torch.addcmul(offset[:, None, None], mapped, scale).chunk(3, dim=-1)
+    return [queries[:, :, ::stride], keys, values]
+
+
+def _by_part(config: ModelConfig, qkv: Float[Tensor, "N O *I"]) -> Float[Tensor, "N 3 C *I"]:
+    """Rows of (H, 3, c), in which the parameters are kept, as (3, C): queries', keys' and values'."""
+    return qkv.unflatten(1, (config.num_heads, 3, -1)).transpose(1, 2).flatten(2, 3)
 
 
 def _mlp(config: ModelConfig, params: Params, path: str, x: Float[Tensor, "N B T C"]) -> Float[Tensor, "N B T C"]:
@@ -136,8 +179,10 @@ def _norm(params: Params, name: str, x: Float[Tensor, "N B T C"]) -> Float[Tenso
         return x
     weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]  # N C
     if len(weight) == 1:
-        return F.layer_norm(x, x.shape[-1:], weight[0], bias[0])
-    return torch.addcmul(bias[:, None, None], F.layer_norm(x, x.shape[-1:]), weight[:, None, None])  # N B T C
+        return F.layer_norm(x, x.shape[-1:], weight[0], bias[0], _NORM_EPS)
+    return torch.addcmul(
+        bias[:, None, None], F.layer_norm(x, x.shape[-1:], eps=_NORM_EPS), weight[:, None, None]
+    )  # N B T C
 
 
 def _linear(params: Params, name: str, x: Float[Tensor, "N B T I"]) -> Float[Tensor, "N B T O"]:

@@ -14,7 +14,13 @@ OPTIONS = {
     "pre": {},
     "post": {"layer_norm": "post"},
     "none": {"layer_norm": "none", "double_residual": True},
-    "gpt2": {"activation": "gelu_tanh", "attention_bias": True, "output": "scalar", "init": "gpt2"},
+    "gpt2": {
+        "activation": "gelu_tanh",
+        "attention_bias": True,
+        "embedding_bias": True,
+        "output": "scalar",
+        "init": "gpt2",
+    },
     "no W_O": {"attention_output": False, "activation": "gelu"},
 }
 
@@ -23,7 +29,11 @@ def make_members(num, dtype=torch.float64, task_size=D, **options):
     config = ModelConfig(**{"num_heads": 2, "embed_size": 8, "mlp_size": 6, **options})
     members = [Transformer(config, task_size=task_size, max_examples=K).to(dtype) for _ in range(num)]
     for seed, member in enumerate(members):
-        initialise(member, config, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        initialise(member, config, generator)
+        with torch.no_grad():  # every parameter counts: norms and biases start as 1 and 0
+            for parameter in member.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
     return members
 
 
@@ -113,12 +123,12 @@ def test_predictions_of_the_members_are_those_of_the_plain_modules(num, shared, 
     assert largest_relative_difference(together, alone) < tolerance
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 @pytest.mark.parametrize("num", [1, 3])
 def test_gradients_of_the_members_are_those_of_the_plain_modules(num, shared, options, dtype, tolerance):
-    """Relative to the largest gradient of each parameter: 1e-6 in float32, rounding alone in float64."""
+    """Relative to the largest gradient of each parameter: twice 1e-6 in float32, as either is 1e-6 from the truth."""
     _, gradients, _, expected = predictions_and_gradients(num, shared, options, dtype)
     assert set(gradients) == set(expected)
     for name in expected:
