@@ -33,6 +33,7 @@ from icl.sampling.gradients import Gradient
 from icl.sampling.groups import PACKED, Chunk, Group
 from icl.sampling.packing import Packing
 from icl.sampling.settings import SamplerSettings
+from icl.sampling.settling import Settling
 from icl.sampling.sgld import SGLDState
 
 NUM_MALA = 16
@@ -57,6 +58,8 @@ class Traces(NamedTuple):
     acceptance: Float[Tensor, "C K"]
     sample_variance: Float[Tensor, "C K Q"] | None
     """Over the draws, of each sample's loss."""
+    settled: Float[Tensor, "C 2"]
+    """How much lower the loss is where the chains settle, and the standard error (`icl.sampling.settling`); NaN if not asked."""
     share_batches: bool
     """Whether two chains saw the same minibatches though there were different ones."""
     one_batch: bool
@@ -74,6 +77,7 @@ def run_chains(
     keys: Sequence[str],
     chunk_size: int,
     sample_losses: Callable[[Params], Float[Tensor, "n Q"]] | None = None,
+    losses_at_rest: Callable[[Params], Float[Tensor, "n I"]] | None = None,
     progress: Progress | None = None,
 ) -> Traces:
     """Run every chain of every checkpoint.
@@ -88,6 +92,7 @@ def run_chains(
         keys: A text for each checkpoint, from which its chains' noise is seeded.
         chunk_size: Members that may run at once.
         sample_losses: Stacked parameters to the loss of each of Q fixed samples; their variance over draws is kept.
+        losses_at_rest: Stacked parameters to their losses on I batches, in float64 on the CPU, for where the chains settle.
         progress: Told how far it is.
 
     Raises:
@@ -99,15 +104,22 @@ def run_chains(
     num_members = size(checkpoints) * lengths.num_chains
     total = num_members * lengths.num_moves
     chunk_size = even_chunks(num_members, chunk_size)
-    chunks = []
+    chunks: list[Chunk] = []
     with torch.no_grad():
         packed = packing.pack(checkpoints)
+        settling = None
+        if losses_at_rest is not None:
+            settling = Settling(losses_at_rest, packing, checkpoints, num_chains=lengths.num_chains)
         for first in range(0, num_members, chunk_size):
             members = torch.arange(first, min(first + chunk_size, num_members))
             runner = _Runner(gradient, values, source, each, packing, keys, members)
             ticks = _Ticks(progress, first * lengths.num_moves, total)
-            chunks += runner.run(packed, packing.frozen(checkpoints), sample_losses, ticks)
-    flags = {"share_batches": source.is_shared(), "one_batch": source.is_one()}
+            for chunk in runner.run(packed, packing.frozen(checkpoints), sample_losses, ticks):
+                if settling is not None:
+                    settling.add(chunk.mean)
+                chunks.append(chunk._replace(mean=chunk.mean.new_empty(0)))
+    settled = torch.stack(settling.drops) if settling else torch.full((size(checkpoints), 2), torch.nan)
+    flags = {"settled": settled, "share_batches": source.is_shared(), "one_batch": source.is_one()}
     return _traces(chunks, size(checkpoints), lengths, flags)
 
 
@@ -267,7 +279,7 @@ def _traces(chunks: Sequence[Chunk], num_checkpoints: int, settings: SamplerSett
     losses = joined("losses")
     assert losses is not None
     start = settings.num_burnin_steps
-    fields = {name: joined(name) for name in Chunk._fields if name != "losses"}
+    fields = {name: joined(name) for name in Chunk._fields if name not in ("losses", "mean")}
     return Traces(
         losses=losses[..., start :: settings.thinning],
         burnin=losses[..., :start],

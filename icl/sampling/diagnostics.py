@@ -60,6 +60,9 @@ class Evidence(NamedTuple):
     descent: float
     """What one step along the gradient of the checkpoint gains, in nats."""
     descent_stderr: float
+    settled: float
+    """How much lower the loss is where the chains settle than at the checkpoint, in nats (`icl.sampling.settling`)."""
+    settled_stderr: float
     lowest: float
     """The least excess of a draw, in nats; NaN where minibatches make losses noisy."""
     localization: float
@@ -148,6 +151,11 @@ RULES = (
         "not at a minimum: one step along the gradient lowers nbeta times the loss by {descent:.3g}",
     ),
     Rule(
+        "settles lower", "suspect", 0.1, "definition of the LLC; the share of it is ours",
+        lambda e, t: e.settled > 3 * e.settled_stderr and e.settled > max(t * abs(e.llc), 0.1),
+        "not at a minimum: the chains settle {settled:.3g} nats below the checkpoint's loss, by which the LLC is too low",
+    ),
+    Rule(
         "lower loss found", "suspect", 0.05, "definition of the LLC; the share of it is ours",
         lambda e, t: -e.lowest > max(t * abs(e.llc), 0.1),
         "not at a minimum: a chain passed a place {lowest:.3g} nats from the checkpoint's loss, below it",
@@ -228,6 +236,12 @@ RULES = (
         "warm", "note", 2, "as `too hot`; standard errors",
         lambda e, t: e.heat > 3 * e.heat_stderr and t * e.error < e.heat <= 0.1 * abs(e.llc),
         "note: the step size and the minibatch noise raise the LLC by up to {heat:.3g}, more than its standard error shows",
+    ),
+    Rule(
+        "settles a little lower", "note", 2, "as `settles lower`; standard errors",
+        lambda e, t: e.settled > 3 * e.settled_stderr and t * e.error < e.settled <= 0.1 * abs(e.llc),
+        "note: the chains settle {settled:.3g} nats below the checkpoint's loss, by which the LLC is too low; its standard error "
+        "does not show it",
     ),
     Rule(
         "escape not checked", "note", 0, "fixed outcome",

@@ -6,6 +6,7 @@ of settings that its chains are run under.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from icl.checks import ConfigError
 from icl.population import Params, size, stack
+from icl.sampling import settling
 from icl.sampling.batches import Batch, Batches, batch_function, fingerprint, stack_batches
 from icl.sampling.chains import Progress, run_chains
 from icl.sampling.gradients import (
@@ -105,6 +107,7 @@ def estimate(
         keys=[label.checkpoint_hash or str(i) for i, label in enumerate(labels)] * len(corners),
         chunk_size=members,
         sample_losses=_mapped(problem),
+        losses_at_rest=partial(_losses_on, problem.all_losses, init_batches[: settling.NUM_BATCHES], members),
         progress=progress,
     )
     return [
@@ -181,6 +184,13 @@ def _init_losses(losses: Callable[[Params, Batch], Tensor], params: Params, batc
     """Of every checkpoint on every batch, (C, batches, T), in float64 on the CPU; T = 1 for a number."""
     values = [losses(params, batch) for batch in batches]
     return torch.stack([v if v.ndim > 1 else v[:, None] for v in values], dim=1).double().cpu()
+
+
+def _losses_on(
+    losses: Callable[[Params, Batch], Tensor], batches: Sequence[Batch], members: int, params: Params
+) -> Float[Tensor, "N I"]:
+    """Of stacked parameters on each batch, so many members at once."""
+    return torch.cat([_init_losses(losses, part, batches).mean(2) for part in _in_chunks(params, members)])
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:

@@ -26,6 +26,8 @@ class Chunk(NamedTuple):
     heat: Tensor
     acceptance: Tensor
     sample_variance: Tensor | None
+    mean: Tensor
+    """Of the draws' positions, packed."""
 
 
 class Group:
@@ -91,10 +93,12 @@ class _Recorder:
         self.spread: list[Tensor] = []
         self.heat: list[Tensor] = []
         self.variance = _RunningVariance()
+        self.mean: Tensor | None = None
 
     def add(self, state: SGLDState, grad: Params, excess: Tensor, params: Callable[[], Params]) -> None:
         nbeta, localization = self.settings.nbeta, self.settings.localization
-        away, slope = state.params[PACKED] - state.anchor[PACKED], nbeta * grad[PACKED]
+        position = state.params[PACKED]
+        away, slope = position - state.anchor[PACKED], nbeta * grad[PACKED]
         g = state.preconditioner.get(PACKED)
         data = slope if g is None else g * slope
         squared = torch.linalg.vecdot(data, slope) + 2 * localization * torch.linalg.vecdot(data, away)
@@ -102,10 +106,12 @@ class _Recorder:
         self.pull.append(torch.linalg.vecdot(away, slope))
         self.spread.append(localization * torch.linalg.vecdot(away, away))
         self.heat.append(self.settings.lr / 8 * squared)
+        self.mean = position.clone() if self.mean is None else self.mean.lerp_(position, 1 / len(self.heat))
         if self.sample_losses is not None:
             self.variance.add(self.sample_losses(params()))
 
     def chunk(self, losses: Tensor, acceptance: Tensor) -> Chunk:
+        assert self.mean is not None
         return Chunk(
             losses,
             torch.stack(self.excess, dim=1),
@@ -114,6 +120,7 @@ class _Recorder:
             torch.stack(self.heat, dim=1),
             acceptance,
             None if self.sample_losses is None else self.variance.value(),
+            self.mean,
         )
 
 

@@ -45,7 +45,7 @@ COLUMNS = (
 """How every row of `llc.csv` begins."""
 MAX_TRACE = 1000
 """Points kept of each chain's trace."""
-_VERSION = 2
+_VERSION = 3
 """Of the method; estimates of another one are made again."""
 _NOT_SAMPLED = ("steps", "memory")
 """Settings that decide no chain."""

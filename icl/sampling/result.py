@@ -120,6 +120,7 @@ class LLCResult:
             "spread": e.spread,
             "heat": e.heat,
             "descent": e.descent,
+            "settled": e.settled,
             "wbic": self.wbic,
             "singular_fluctuation": None if self.fluctuation is None else self.fluctuation.singular_fluctuation,
             "verdict": self.verdict,

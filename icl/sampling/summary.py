@@ -133,6 +133,8 @@ def _evidence(
         heat_stderr=convergence.standard_error(heat),
         descent=gain[0],
         descent_stderr=gain[1],
+        settled=settings.nbeta * float(traces.settled[0]),
+        settled_stderr=settings.nbeta * float(traces.settled[1]),
         localization=settings.localization,
         lowest=float(draws.min()) if traces.one_batch and draws.size else math.nan,
         share_batches=traces.share_batches,

@@ -380,6 +380,8 @@ def test_every_rule_can_be_the_only_reason_and_names_its_source():
         "escaping": {"mean_loss": 2.0},
         "beyond the rim": {"llc": healthy.llc, "pull": 0.1},
         "not at a minimum": {"descent": 1.0},
+        "settles lower": {"settled": 1.0},
+        "settles a little lower": {"settled": 0.1 * healthy.llc},
         "below zero": {"llc": -0.01, "stderr": 0.1},
         "above d/2": {"llc": 2.5, "pull": 5.0},
         "too hot": {"heat": 1.0},

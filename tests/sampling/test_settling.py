@@ -1,0 +1,153 @@
+"""Checkpoints beside their minimum are found out by where their chains settle: closed forms, saddles, and no false alarm."""
+
+import math
+
+import pytest
+import torch
+
+from icl.sampling import estimate_llc, estimate_llcs, known
+from icl.sampling.settling import settled_drop
+
+H = torch.tensor([0.3, 1.0, 3.0])
+"""Curvatures."""
+SETTINGS = {
+    "lr": 2e-3,
+    "nbeta": 60.0,
+    "localization": 10.0,
+    "num_chains": 8,
+    "num_draws": 600,
+    "num_burnin_steps": 300,
+    "seed": 0,
+}
+
+
+def estimate(offset, batches=(None,), *, noise=False, **changes):
+    """Of a quadratic whose minimum lies `offset` away from the checkpoint."""
+
+    def loss(params, batch):
+        value = (H * (params["w"] - offset).square()).sum() / 2
+        return value + batch @ params["w"] if noise else value
+
+    return estimate_llc(loss, {"w": torch.zeros(3)}, batches, **{**SETTINGS, "trivial_loss": 100.0, **changes})
+
+
+def exact_drop(offset, nbeta, localization):
+    """In nats: the loss at the checkpoint less that at the mean of the localised density."""
+    left = localization / (nbeta * H + localization)
+    return float((nbeta * H * offset**2 / 2 * (1 - left**2)).sum())
+
+
+def broken(result):
+    return " ".join(result.reasons)
+
+
+@pytest.mark.parametrize("noise", [False, True], ids=["exact gradients", "minibatches"])
+def test_the_drop_of_a_quadratic_is_the_closed_form_and_what_the_estimate_lacks(noise):
+    def batches(chain, draw):
+        return 0.05 * torch.randn(3, generator=torch.Generator().manual_seed(10_000 * chain + draw))
+
+    offset = torch.tensor([0.15, 0.1, 0.05])
+    result = estimate(offset, batches if noise else (None,), noise=noise)
+    evidence = result.evidence
+    assert evidence.settled == pytest.approx(exact_drop(offset, 60.0, 10.0), abs=4 * evidence.settled_stderr)
+    assert evidence.settled_stderr < 0.3 * evidence.settled
+    assert result.verdict == "suspect"
+    assert "the chains settle" in broken(result)
+    truth = known.quadratic_llc(H, nbeta=60.0, localization=10.0, lr=2e-3, gradient_variance=0.05**2 * noise)
+    error = math.hypot(result.stderr, evidence.settled_stderr)
+    assert result.llc + evidence.settled == pytest.approx(truth, abs=4 * error)
+
+
+def test_soft_directions_that_a_step_down_the_gradient_misses_are_seen():
+    """A steep direction sets the length of the step; the checkpoint is off along forty soft ones."""
+    curvature = torch.cat([torch.tensor([100.0]), torch.ones(40)])
+
+    def loss(params, batch):
+        return (curvature * params["w"].square()).sum() / 2
+
+    start = {"w": torch.cat([torch.tensor([0.014]), torch.full((40,), 0.1)])}
+    sizes = {"num_chains": 8, "num_burnin_steps": 250, "num_draws": 150, "thinning": 5, "seed": 0}
+    settings = {"lr": 2e-4, "nbeta": 100.0, "localization": 20.0, **sizes}
+    result = estimate_llc(loss, start, [None], trivial_loss=100.0, **settings)
+    off = 100 * 40 * 0.1**2 / 2
+    assert result.evidence.descent < off / 4
+    assert result.evidence.settled == pytest.approx(off * (1 - (20 / 120) ** 2) + 1, rel=0.2)  # 1: the steep one's
+    assert "the chains settle" in broken(result)
+
+
+def test_a_minimum_raises_no_alarm():
+    """Means of few draws lie far above the minimum: the jackknife takes that away, and its error covers what it leaves."""
+
+    def loss(params, batch):
+        return (H * params["w"].square()).sum() / 2
+
+    settings = {**SETTINGS, "num_draws": 60, "num_chains": 4, "trivial_loss": 100.0}
+    found = [one.evidence for one in estimate_llcs(loss, [{"w": torch.zeros(3)}] * 200, [None], **settings)]
+    assert sum(one.settled > 3 * one.settled_stderr for one in found) <= 3  # of 200; 0.3 expected of a normal
+    settled = torch.tensor([one.settled for one in found])
+    assert float(settled.mean()) == pytest.approx(0, abs=4 * float(settled.std()) / 200**0.5)
+
+
+def test_a_saddle_is_seen_by_each_chain_though_not_by_their_mean():
+    def batches(chain, draw):
+        return 0.1 * torch.randn(2, generator=torch.Generator().manual_seed(10_000 * chain + draw))
+
+    def loss(params, batch):
+        w = params["w"]
+        return (w[0].square() - 1).square() + w[1].square() / 2 + batch @ w
+
+    settings = {"lr": 1e-3, "nbeta": 60.0, "localization": 0.1, "num_draws": 400, "num_burnin_steps": 600, "seed": 0}
+    result = estimate_llc(loss, {"w": torch.zeros(2)}, batches, num_chains=8, trivial_loss=1e3, **settings)
+    assert result.evidence.settled > 30  # of 60 nats from the saddle to either well
+    assert result.verdict != "ok"
+
+
+def drops_of(means):
+    """Of a quadratic with unit curvature about 0, seen from w0 = 1."""
+    num = len(means)
+    without = (means.sum() - means) / max(1, num - 1)
+    places = torch.cat([means, without, means.mean().reshape(1)])
+    return ((1 - places.square()) / 2).unsqueeze(1)  # one batch
+
+
+def test_the_jackknife_is_exact_for_quadratics():
+    """E[1/2 - (mean)^2 / 2 + noise's share] over means m_k = mu + noise: unbiased for (1 - mu^2) / 2, with its spread."""
+    mu, found = 0.3, []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4000):
+        means = mu + torch.randn(5, generator=generator, dtype=torch.float64)
+        own, without, pooled = drops_of(means).split([5, 5, 1])
+        found.append(float(5 * pooled - 4 * without.mean()))
+        assert float(settled_drop(drops_of(means))[0]) == pytest.approx(max(found[-1], float(own.mean())))
+    error = torch.tensor(found).std() / 4000**0.5
+    assert sum(found) / 4000 == pytest.approx((1 - mu**2) / 2, abs=4 * float(error))
+
+
+def test_one_chain_has_its_own_mean_alone_and_none_has_nothing():
+    one = settled_drop(drops_of(torch.tensor([0.5], dtype=torch.float64)))
+    assert one.tolist() == [0.375, 0.0]
+    assert settled_drop(torch.zeros(1, 3, dtype=torch.float64)).isnan().all()
+    assert settled_drop(torch.full((5, 2), torch.nan, dtype=torch.float64)).isnan().all()
+
+
+def test_batches_and_chains_that_are_not_finite_are_left_out():
+    offset = torch.tensor([0.4, 0.2, 0.1])
+
+    def loss(params, batch):
+        return (H * (params["w"] - offset).square()).sum() / 2 + batch * params["w"].sum()
+
+    def batches(chain, draw):
+        return torch.tensor(math.nan if chain == 3 and draw > 400 else 0.0)
+
+    settings = {**SETTINGS, "trivial_loss": 100.0}
+    dead = estimate_llc(loss, {"w": torch.zeros(3)}, batches, **settings).evidence
+    assert dead.num_chains_used == 7
+    assert dead.settled == pytest.approx(exact_drop(offset, 60.0, 10.0), abs=4 * dead.settled_stderr)
+
+
+def test_chunks_and_loops_give_the_same_drop():
+    offset = torch.tensor([0.4, 0.2, 0.1])
+    few = {"num_draws": 40, "num_burnin_steps": 10}
+    whole = estimate(offset, **few).evidence
+    for changes in ({"memory": 1.0}, {"vectorize": False}):
+        assert estimate(offset, **few, **changes).evidence.settled == pytest.approx(whole.settled, rel=1e-4)
