@@ -41,7 +41,9 @@ for m in $DIVERSITIES; do icl evaluate "$RUNS/ladder/num_tasks=$m" --num_prompts
 icl llc --self-test --out "$RUNS/known-answers.csv"
 
 ## LLCs of the quickstart
-icl llc "$RUNS/quickstart" --steps 0,56,216,531,832,1302,2039,3193,4444,5000
+# The preset's settings, written out: the shipped run is older than they are.
+icl llc "$RUNS/quickstart" --sampler.lr 2e-5 --sampler.num_burnin_steps 150 \
+    --steps 0,56,216,531,832,1302,2039,3193,4444,5000
 
 ## calibrate the sampler of the quickstart
 # A search for lr, nbeta, localization and burn-in; the LLCs above keep the preset's.
@@ -55,7 +57,7 @@ icl llc "$RUNS/L2H4/seed=0" --published --steps 0,111,687,1456,2984,5264,9700,12
 ## LLCs of L2H4, seed 0, with the preset's sampler
 # The preset: 8 chains of 1,000 + 1,000 moves on 1,024 prompts.
 icl llc "$RUNS/L2H4/seed=0" --steps 0,111,687,1456,2984,5264,9700,12684,17908,25369,31339,40293 \
-    --sampler.num_chains 2 --sampler.num_burnin_steps 300 --sampler.num_draws 300 --sampler.batch_size 256 \
+    --sampler.num_chains 4 --sampler.num_burnin_steps 1000 --sampler.num_draws 500 --sampler.batch_size 256 \
     --sampler.num_init_batches 64
 
 ## essential dynamics of the quickstart

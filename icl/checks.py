@@ -4,10 +4,14 @@ import dataclasses
 import math
 import numbers
 import re
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeAlias, get_args, get_origin
 
 STORE_SCHEMES = ("file", "s3")
 """What may stand before :// in the place of a store; a place without :// is a folder."""
+
+
+Bound: TypeAlias = Literal["positive", "zero or positive", "a number"]
+"""Which numbers will do."""
 
 
 class UserError(Exception):
@@ -24,21 +28,18 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_count(section: str, name: str, value: Any, minimum: int) -> None:
+def require_count(name: str, value: Any, minimum: int) -> None:
     """Refuse what is no whole number of at least `minimum`."""
     whole = isinstance(value, int) and not isinstance(value, bool)
-    require(
-        whole and value >= minimum, f"`{section}.{name}` must be a whole number of at least {minimum}, got {value!r}."
-    )
+    require(whole and value >= minimum, f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
 
 
-def require_number(section: str, name: str, value: Any, *, positive: bool) -> None:
-    """Refuse what is no finite number, or a negative one, or zero if it must be positive."""
+def require_number(name: str, value: Any, bound: Bound, *, repair: str = "") -> None:
+    """Refuse what is no finite number, or outside its bound; `repair` ends the sentence."""
     real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    bound = "positive" if positive else "zero or positive"
     require(
-        real and (value > 0 if positive else value >= 0),
-        f"`{section}.{name}` must be {bound} and finite, got {value!r}.",
+        real and {"positive": value > 0, "zero or positive": value >= 0, "a number": True}[bound],
+        f"`{name}` must be {bound} and finite, got {value!r}{repair}.",
     )
 
 

@@ -64,9 +64,9 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_tasks", parse_num_tasks(self.num_tasks))
-        require_count("task", "task_size", self.task_size, 1)
-        require_count("task", "max_examples", self.max_examples, 1)
-        require_number("task", "noise_variance", self.noise_variance, positive=False)
+        require_count("task.task_size", self.task_size, 1)
+        require_count("task.max_examples", self.max_examples, 1)
+        require_number("task.noise_variance", self.noise_variance, "zero or positive")
 
     @property
     def is_gaussian(self) -> bool:
@@ -110,7 +110,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require_words("model", self)
         for name in ("num_layers", "num_heads", "embed_size", "mlp_size"):
-            require_count("model", name, getattr(self, name), 1)
+            require_count(f"model.{name}", getattr(self, name), 1)
         require(
             self.embed_size % self.num_heads == 0,
             f"`model.num_heads` must divide `model.embed_size`, got {self.num_heads} heads for a width of {self.embed_size}.",
@@ -140,16 +140,16 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require_words("optim", self)
-        require_number("optim", "lr", self.lr, positive=True)
-        require_number("optim", "eps", self.eps, positive=True)
+        require_number("optim.lr", self.lr, "positive")
+        require_number("optim.eps", self.eps, "positive")
         for name in ("warmup_steps", "schedule_steps"):
             if getattr(self, name) is not None:
-                require_count("optim", name, getattr(self, name), 1)
+                require_count(f"optim.{name}", getattr(self, name), 1)
         if self.grad_clip is not None:
-            require_number("optim", "grad_clip", self.grad_clip, positive=True)
+            require_number("optim.grad_clip", self.grad_clip, "positive")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            require_number("optim", name, value, positive=False)
+            require_number(f"optim.{name}", value, "zero or positive")
             require(value < 1, f"`optim.{name}` must be in [0, 1), got {value!r}.")
         require(
             self.schedule != "constant" or self.warmup_steps is None,
@@ -191,7 +191,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         require_words("trainer", self)
         for name in ("max_steps", "batch_size", "log_every", "devices", "num_nodes"):
-            require_count("trainer", name, getattr(self, name), 1)
+            require_count(f"trainer.{name}", getattr(self, name), 1)
         ranks = self.devices * self.num_nodes
         require(
             self.batch_size % ranks == 0,
@@ -210,8 +210,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         if self.every is not None:
-            require_count("evaluation", "every", self.every, 1)
-        require_count("evaluation", "num_prompts", self.num_prompts, 2)
+            require_count("evaluation.every", self.every, 1)
+        require_count("evaluation.num_prompts", self.num_prompts, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,8 +228,8 @@ class EarlyStoppingConfig:
     def __post_init__(self) -> None:
         require_words("early_stopping", self)
         if self.patience is not None:
-            require_count("early_stopping", "patience", self.patience, 1)
-        require_number("early_stopping", "min_delta", self.min_delta, positive=False)
+            require_count("early_stopping.patience", self.patience, 1)
+        require_number("early_stopping.min_delta", self.min_delta, "zero or positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,10 +252,10 @@ class CheckpointsConfig:
 
     def __post_init__(self) -> None:
         if self.every is not None:
-            require_count("checkpoints", "every", self.every, 1)
-        require_number("checkpoints", "resume_seconds", self.resume_seconds, positive=False)
-        require_count("checkpoints", "num_log", self.num_log, 0)
-        require_count("checkpoints", "num_linear", self.num_linear, 0)
+            require_count("checkpoints.every", self.every, 1)
+        require_number("checkpoints.resume_seconds", self.resume_seconds, "zero or positive")
+        require_count("checkpoints.num_log", self.num_log, 0)
+        require_count("checkpoints.num_linear", self.num_linear, 0)
         if self.store is not None:
             require_store(self.store)
 
@@ -299,20 +299,16 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         require_words("sampler", self)
-        require_number("sampler", "lr", self.lr, positive=True)
+        require_number("sampler.lr", self.lr, "positive")
         if self.nbeta is not None:
-            real = isinstance(self.nbeta, (int, float)) and not isinstance(self.nbeta, bool)
-            require(
-                real and 0 < self.nbeta < math.inf,
-                f"`sampler.nbeta` must be positive and finite, got {self.nbeta!r}. "
-                "Write none to use n / ln n with n = `sampler.num_samples`.",
-            )
-        require_number("sampler", "localization", self.localization, positive=False)
+            repair = "; write none for n / ln n with n = `sampler.num_samples`"
+            require_number("sampler.nbeta", self.nbeta, "positive", repair=repair)
+        require_number("sampler.localization", self.localization, "zero or positive")
         if self.memory is not None:
-            require_number("sampler", "memory", self.memory, positive=True)
+            require_number("sampler.memory", self.memory, "positive")
         minima = {"num_samples": 2, "batch_size": 1, "num_chains": 1, "num_draws": 2, "num_burnin_steps": 0}
         for name, minimum in {**minima, "seed": 0, "thinning": 1, "num_init_batches": 1}.items():
-            require_count("sampler", name, getattr(self, name), minimum)
+            require_count(f"sampler.{name}", getattr(self, name), minimum)
         require(self.seed < 2**63, f"`sampler.seed` must be below 2^63, got {self.seed}.")
         require(
             self.minibatches == "fresh" or self.num_samples % self.batch_size == 0,
@@ -343,7 +339,7 @@ class SeedsConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            require_count("seeds", field.name, value, 0)
+            require_count(f"seeds.{field.name}", value, 0)
             require(value < 2**63, f"`seeds.{field.name}` must be below 2^63, got {value}.")
 
 
@@ -367,7 +363,7 @@ class PopulationConfig:
             require(len(set(parsed)) == len(parsed), f"`population.{name}` names a member twice: {values!r}.")
             object.__setattr__(self, name, parsed)
         for seed in self.seeds or ():
-            require_count("population", "seeds", seed, 0)
+            require_count("population.seeds", seed, 0)
 
     def __bool__(self) -> bool:
         return self.seeds is not None or self.num_tasks is not None

@@ -221,11 +221,9 @@ def _in_chunks(params: Params, members: int) -> list[Params]:
 
 
 def _mapped(problem: Problem) -> Callable[[Params], Tensor] | None:
+    """The losses of the fixed samples, of stacked parameters."""
     sample_losses = problem.sample_losses
     if sample_losses is None:
         return None
-    if problem.vectorize:
-        return torch.vmap(sample_losses)
-    return lambda params: torch.stack(
-        [sample_losses({name: tensor[i] for name, tensor in params.items()}) for i in range(size(params))]
-    )
+    losses = stacked_loss(lambda params, _: sample_losses(params), vectorize=problem.vectorize)
+    return lambda params: losses(params, None)

@@ -1,17 +1,14 @@
 """What a chain is told, in one place, checked at the door; and the published settings with the importer of their names."""
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from icl.checks import ConfigError
+from icl.checks import Bound, ConfigError, require_count, require_number
 from icl.config import SamplerConfig
 from icl.sampling.sgld import KERNELS
-
-Bound: TypeAlias = Literal["positive", "zero or positive", "a number"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +81,7 @@ def whole(name: str, value: Any, minimum: int) -> int:
         ConfigError: If it is anything else.
     """
     number = _plain(value)
-    if not isinstance(number, int) or isinstance(number, bool) or number < minimum:
-        raise ConfigError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
+    require_count(name, number, minimum)
     return number
 
 
@@ -96,14 +92,7 @@ def real(name: str, value: Any, bound: Bound, *, repair: str = "") -> float:
         ConfigError: If it is anything else; `repair` ends the sentence.
     """
     number = _plain(value)
-    if not isinstance(number, (int, float)) or isinstance(number, bool):
-        raise ConfigError(
-            f"`{name}` must be {bound} and finite, got {value!r} of type {type(value).__name__}"
-            f"{repair or '; give a plain number'}."
-        )
-    is_within = {"positive": number > 0, "zero or positive": number >= 0, "a number": True}[bound]
-    if not math.isfinite(number) or not is_within:
-        raise ConfigError(f"`{name}` must be {bound} and finite, got {value!r}{repair}.")
+    require_number(name, number, bound, repair=repair)
     return float(number)
 
 
