@@ -6,6 +6,7 @@ of one package may import each other. `training`, `sampling` and `analysis` shar
 """
 
 import ast
+import builtins
 import os
 import subprocess
 import sys
@@ -145,6 +146,33 @@ def test_lightning_is_imported_in_training_only(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_annotations_stay_visible_to_the_shape_checks(name):
     assert "__future__.annotations" not in imports(name)
+
+
+def unbound_names(tree):
+    """Names that code reads and that nothing in its module binds: what F821 finds, which takes jaxtyping's shapes for names."""
+    bound = set(dir(builtins)) | {"__file__", "__name__", "__doc__"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            bound.add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
+            bound.add(node.name)
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - bound
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_name_is_bound(name):
+    assert not unbound_names(ast.parse(MODULES[name].read_text()))
+
+
+def test_a_lost_import_is_found():
+    kept, lost = "from a.b import c as d\nimport e.f\n", "def g(h: d):\n    return c, e, h, len(i)\n"
+    assert unbound_names(ast.parse(kept + lost)) == {"c", "i"}
 
 
 @pytest.mark.parametrize("name", MODULES)
