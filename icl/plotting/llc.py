@@ -27,6 +27,9 @@ _MAX_TRACES = 6
 def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Sequence[float] = ()) -> Figure:
     """Loss above and LLC below against step, on a logarithmic (left) and a linear axis (right).
 
+    Where chains settle below their checkpoint's loss (`icl.sampling.settling`), what they settle by is added, too: the LLC
+    about that place.
+
     Args:
         table: Rows of `llc.csv` of one kind of settings.
         trivial_loss: Of predicting zero.
@@ -134,7 +137,14 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
     base = good if len(good) else table
     if len(good) > 1:
         axes.plot(good["step"], good["llc"], color=BLACK, linewidth=0.8, alpha=0.5)
-    _limit(axes, pd.concat([base["llc"] - 2 * base["stderr"].fillna(0), base["llc"] + 2 * base["stderr"].fillna(0)]))
+    beside = _beside_their_minimum(table)
+    total, error = beside["llc"] + beside["settled"], 2 * base["stderr"].fillna(0)
+    _limit(axes, pd.concat([base["llc"] - error, base["llc"] + error, total]))
+    if len(beside):
+        label = "about where the chains settle"
+        axes.plot(
+            beside["step"], total, color=PURPLE, marker="D", markersize=3.5, linewidth=0.8, linestyle=":", label=label
+        )
     low, high = axes.get_ylim()
     edges = (low + 0.03 * (high - low), high - 0.03 * (high - low))
     for verdict, style in VERDICTS.items():
@@ -145,6 +155,13 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
             axes.errorbar(
                 rows["step"], inside, error, **style, linestyle="none", markersize=6, capsize=2, label=verdict
             )
+
+
+def _beside_their_minimum(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose chains settle below the checkpoint's loss, by which the LLC is too low, and did not escape."""
+    if "settled" not in table:
+        return table.iloc[:0].assign(settled=0.0)
+    return table[(table["settled"] > 0) & ~table["reasons"].fillna("").str.contains("escaped")]
 
 
 def _draw_trace(axes: Axes, row: Mapping[str, Any], traces: np.ndarray, stride: int) -> None:
