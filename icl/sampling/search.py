@@ -39,6 +39,8 @@ OF_LENGTH = ("R-hat", "effective sample size", "not told from zero")
 """Rules that longer chains may satisfy."""
 OF_LR = ("too hot",)
 """Rules that a smaller lr may satisfy, for which the search has a stage of its own."""
+OF_CHECKPOINT = ("negative", "not at a minimum", "settles lower", "lower loss found")
+"""Rules that a checkpoint beside its minimum breaks under most settings."""
 _LATER = (*OF_LENGTH, *OF_LR)  # what the survey leaves to later stages
 SURVEY, RATES, CONFIRMATION = "nbeta, localization", "lr", "confirmation"
 """The stages of a search."""
@@ -174,6 +176,9 @@ def search(
     if not healthy:
         some = sum(is_healthy(one.last, but=_LATER) for one in tried)
         reason = f"No choice: {some} of {len(tried)} settings are healthy at the last checkpoint, none of them on a plateau in nbeta."
+        beside = sum(not _broken(one.last).isdisjoint(OF_CHECKPOINT) for one in tried)
+        if beside > len(tried) / 2:
+            reason += f" Under {beside} the checkpoint is not at a minimum, which settings do not mend: let --steps end at one that is."
         return Search(tried=tried, chosen=None, num_burnin_steps=0, plateau=plateau, reason=reason)
     best = min(healthy, key=lambda one: (-one.num_healthy, one.corner.ratio, one.corner.nbeta))
     attempt(best.corner._replace(stage=RATES, lr=round_to(10 * best.corner.lr)))  # what failure looks like
@@ -201,8 +206,7 @@ def num_draws(result: LLCResult, asked: int) -> int:
 
 def is_healthy(result: LLCResult, but: Collection[str] = OF_LENGTH) -> bool:
     """Whether nothing is said against an estimate but by rules of these names, those of the length of its chains."""
-    broken = {rule.name for rule in RULES if rule.level != "note" and rule.is_broken(result.evidence, rule.threshold)}
-    return broken <= set(but)
+    return _broken(result) <= set(but)
 
 
 def agree(one: LLCResult, other: LLCResult) -> bool:
@@ -226,6 +230,11 @@ def burnin(result: LLCResult) -> int:
 def round_to(value: float, digits: int = 2) -> float:
     """To significant digits, so that settings can be read."""
     return float(f"{value:.{digits}g}")
+
+
+def _broken(result: LLCResult) -> set[str]:
+    """The names of the rules that speak against an estimate."""
+    return {rule.name for rule in RULES if rule.level != "note" and rule.is_broken(result.evidence, rule.threshold)}
 
 
 def _has_plateau(one: Tried, tried: Sequence[Tried]) -> bool:

@@ -17,6 +17,10 @@ from icl.resolve import read_words
 from icl.sampling import run as runs
 from icl.sampling.settings import PUBLISHED
 
+SIZES = {"num_chains": 2, "num_burnin_steps": 1, "num_draws": 2, "batch_size": 1, "num_samples": 2}
+TOLD = {"nbeta": 1.0, "localization": 1.0, "lr": 1.0, **SIZES}
+"""What a table says of its chains."""
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -153,9 +157,7 @@ def test_the_curve_shows_stages_and_marks_verdicts(tmp_path):
             "init_loss": [2.0, 1.0, 1.0],
             "mean_loss": [1.9, 1.1, float("nan")],
         }
-    ).assign(
-        nbeta=1.0, localization=1.0, lr=1.0, num_chains=2, num_burnin_steps=1, num_draws=2, batch_size=1, num_samples=2
-    )
+    ).assign(**TOLD)
     folder = make_run(tmp_path / "staged", steps=())
     assert read_stages(folder) == []
     folder.write_result("stages.csv", "stage,start,end\nLR1,0,10\nLR2,10,60\nLR3,60,100\n,,\n")
@@ -165,6 +167,26 @@ def test_the_curve_shows_stages_and_marks_verdicts(tmp_path):
     assert {text.get_text() for text in estimates.get_legend().get_texts()} == {"ok", "suspect", "invalid"}
     vertical = [line for line in estimates.lines if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) == 2]
     assert {float(line.get_xdata()[0]) for line in vertical} >= {10.0, 60.0}
+
+
+def test_the_figure_adds_what_the_chains_settle_by_unless_they_escaped():
+    table = pd.DataFrame(
+        [
+            {"step": 10, "llc": 20.0, "settled": 30.0, "verdict": "suspect", "reasons": "not at a minimum"},
+            {"step": 20, "llc": 40.0, "settled": -2.0, "verdict": "ok", "reasons": ""},
+            {
+                "step": 30,
+                "llc": 90.0,
+                "settled": 9.0,
+                "verdict": "invalid",
+                "reasons": "escaped: the mean sampled loss",
+            },
+        ]
+    ).assign(stderr=1.0, init_loss=1.0, mean_loss=1.1, **TOLD)
+    estimates = plot_llc(table, 2.25, title="x").axes[3]
+    (line,) = [line for line in estimates.lines if line.get_label() == "about where the chains settle"]
+    assert line.get_xydata().tolist() == [[10.0, 50.0]]
+    assert estimates.get_ylim()[1] > 50
 
 
 @pytest.mark.slow

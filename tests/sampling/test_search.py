@@ -127,6 +127,15 @@ def test_nothing_is_chosen_where_nothing_is_healthy():
     assert "No choice" in nothing.reason
 
 
+def test_a_checkpoint_beside_its_minimum_is_named_as_the_reason():
+    def beside(params, batch):
+        return (H * (params["w"] - 1).square()).sum() / 2
+
+    nothing = search(lambda corners: estimate(corners, loss=beside), height=5.0, curvature=10.0)
+    assert nothing.chosen is None
+    assert "the checkpoint is not at a minimum, which settings do not mend" in nothing.reason
+
+
 def test_burn_in_is_longer_where_chains_start_far_away(found):
     result = found.chosen.last
     far = dataclasses.replace(
