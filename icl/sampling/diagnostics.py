@@ -37,6 +37,8 @@ class Evidence(NamedTuple):
     """Sampled dimensions d."""
     num_chains: int
     num_chains_used: int
+    fallen: int
+    """Chains that are masked as they found far lower loss."""
     init_loss: float
     mean_loss: float
     bad_batches: int
@@ -154,6 +156,11 @@ RULES = (
         "settles lower", "suspect", 0.1, "definition of the LLC; the share of it is ours",
         lambda e, t: e.settled > 3 * e.settled_stderr and e.settled > max(t * abs(e.llc), 0.1),
         "not at a minimum: the chains settle {settled:.3g} nats below the checkpoint's loss, by which the LLC is too low",
+    ),
+    Rule(
+        "fell", "suspect", 0, "as `DIVERGED`, downwards",
+        lambda e, t: e.fallen > t,
+        "not at a minimum: {fallen} of {num_chains} chains fell below the checkpoint's loss, further than a basin is deep",
     ),
     Rule(
         "lower loss found", "suspect", 0.05, "definition of the LLC; the share of it is ours",

@@ -39,7 +39,7 @@ OF_LENGTH = ("R-hat", "effective sample size", "not told from zero")
 """Rules that longer chains may satisfy."""
 OF_LR = ("too hot",)
 """Rules that a smaller lr may satisfy, for which the search has a stage of its own."""
-OF_CHECKPOINT = ("negative", "not at a minimum", "settles lower", "lower loss found")
+OF_CHECKPOINT = ("negative", "not at a minimum", "settles lower", "fell", "lower loss found")
 """Rules that a checkpoint beside its minimum breaks under most settings."""
 _LATER = (*OF_LENGTH, *OF_LR)  # what the survey leaves to later stages
 SURVEY, RATES, CONFIRMATION = "nbeta, localization", "lr", "confirmation"

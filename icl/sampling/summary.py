@@ -116,6 +116,7 @@ def _evidence(
         num_params=num_params,
         num_chains=settings.num_chains,
         num_chains_used=int(used.sum()),
+        fallen=int((excess.mean(1) < -diagnostics.DIVERGED * num_params).sum()),
         init_loss=init_loss,
         mean_loss=init_loss + llc / settings.nbeta,
         bad_batches=bad_batches,

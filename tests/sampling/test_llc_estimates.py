@@ -371,6 +371,7 @@ def test_every_rule_can_be_the_only_reason_and_names_its_source():
         "checkpoint not finite": {"init_loss": math.nan},
         "bad minibatches": {"bad_batches": 2},
         "lower loss found": {"lowest": -0.5},
+        "fell": {"fallen": 1},
         "not told from zero": {"llc": 0.5, "stderr": 0.3, "pull": 5.0},
         "warm": {"heat": 0.1 * healthy.llc},
         "most chains dead": {"num_chains_used": 3},
