@@ -27,7 +27,20 @@ from icl.report.tables import (
 
 MAX_LOG_LINES = 60
 _LLC_COLUMNS = (
-    *("step", "settings", "mode", "rescale", "llc", "stderr", "init_loss", "mean_loss", "rhat", "ess"),
+    *(
+        "step",
+        "settings",
+        "mode",
+        "rescale",
+        "llc",
+        "stderr",
+        "heat",
+        "settled",
+        "init_loss",
+        "mean_loss",
+        "rhat",
+        "ess",
+    ),
     *("num_chains_used", "nbeta", "localization", "lr", "num_draws", "verdict", "reasons"),
 )
 _SETS = {"pretrain": "the training tasks", "true": "new tasks, w ~ N(0, I)"}
