@@ -157,6 +157,7 @@ TABLES: dict[str, Table] = {
             "settled": _number(
                 "nats by which the chains settle below the checkpoint's loss, which it is too low by", may_miss=True
             ),
+            "settled_stderr": _number("its standard error", may_miss=True),
             "rhat": _number("agreement of the chains; near 1 is good", may_miss=True),
             "ess": _number("effective number of independent draws", may_miss=True),
             "verdict": _VERDICT,

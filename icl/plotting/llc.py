@@ -141,10 +141,9 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
     total, error = beside["llc"] + beside["settled"], 2 * base["stderr"].fillna(0)
     _limit(axes, pd.concat([base["llc"] - error, base["llc"] + error, total]))
     if len(beside):
-        label = "about where the chains settle"
-        axes.plot(
-            beside["step"], total, color=PURPLE, marker="D", markersize=3.5, linewidth=0.8, linestyle=":", label=label
-        )
+        style: dict[str, Any] = {"color": PURPLE, "marker": "D", "markersize": 3.5, "linewidth": 0.8, "linestyle": ":"}
+        both = 2 * np.hypot(beside["stderr"].fillna(0), beside["settled_stderr"])
+        axes.errorbar(beside["step"], total, both, **style, capsize=2, label="about where the chains settle")
     low, high = axes.get_ylim()
     edges = (low + 0.03 * (high - low), high - 0.03 * (high - low))
     for verdict, style in VERDICTS.items():
@@ -159,9 +158,10 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
 
 def _beside_their_minimum(table: pd.DataFrame) -> pd.DataFrame:
     """The rows whose chains settle below the checkpoint's loss, by which the LLC is too low, and did not escape."""
-    if "settled" not in table:
-        return table.iloc[:0].assign(settled=0.0)
-    return table[(table["settled"] > 0) & ~table["reasons"].fillna("").str.contains("escaped")]
+    if "settled_stderr" not in table:  # of an older version
+        return table.iloc[:0].assign(settled=0.0, settled_stderr=0.0)
+    rise, height = table["mean_loss"] - table["init_loss"], table["trivial_loss"] - table["init_loss"]
+    return table[(table["settled"] > 3 * table["settled_stderr"]) & table["llc"].notna() & ~(rise > height / 2)]
 
 
 def _draw_trace(axes: Axes, row: Mapping[str, Any], traces: np.ndarray, stride: int) -> None:

@@ -22,7 +22,7 @@ from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from icl import rng
@@ -33,7 +33,7 @@ from icl.sampling.gradients import Gradient
 from icl.sampling.groups import PACKED, Chunk, Group
 from icl.sampling.packing import Packing
 from icl.sampling.settings import SamplerSettings
-from icl.sampling.settling import Settling
+from icl.sampling.settling import Losses, Settling
 from icl.sampling.sgld import SGLDState
 
 NUM_MALA = 16
@@ -58,8 +58,13 @@ class Traces(NamedTuple):
     acceptance: Float[Tensor, "C K"]
     sample_variance: Float[Tensor, "C K Q"] | None
     """Over the draws, of each sample's loss."""
-    settled: Float[Tensor, "C 2"]
-    """How much lower the loss is where the chains settle, and the standard error (`icl.sampling.settling`); NaN if not asked."""
+    alive: Bool[Tensor, "C K"]
+    """Whether each chain stayed finite and did not diverge."""
+    fallen: Bool[Tensor, "C K"]
+    """Whether it diverged downwards."""
+    settled: Float[Tensor, "C 3"]
+    """How much lower the loss is where the chains settle, its standard error and degrees of freedom (`icl.sampling.settling`);
+    NaN if not asked."""
     share_batches: bool
     """Whether two chains saw the same minibatches though there were different ones."""
     one_batch: bool
@@ -77,7 +82,7 @@ def run_chains(
     keys: Sequence[str],
     chunk_size: int,
     sample_losses: Callable[[Params], Float[Tensor, "n Q"]] | None = None,
-    losses_at_rest: Callable[[Params], Float[Tensor, "n I"]] | None = None,
+    losses_at_rest: Losses | None = None,
     progress: Progress | None = None,
 ) -> Traces:
     """Run every chain of every checkpoint.
@@ -92,7 +97,7 @@ def run_chains(
         keys: A text for each checkpoint, from which its chains' noise is seeded.
         chunk_size: Members that may run at once.
         sample_losses: Stacked parameters to the loss of each of Q fixed samples; their variance over draws is kept.
-        losses_at_rest: Stacked parameters to their losses on I batches, in float64 on the CPU, for where the chains settle.
+        losses_at_rest: How the loss is measured where the chains settle.
         progress: Told how far it is.
 
     Raises:
@@ -109,16 +114,16 @@ def run_chains(
         packed = packing.pack(checkpoints)
         settling = None
         if losses_at_rest is not None:
-            settling = Settling(losses_at_rest, packing, checkpoints, num_chains=lengths.num_chains)
+            settling = Settling(losses_at_rest, packing, packed, packing.frozen(checkpoints), lengths.num_chains)
         for first in range(0, num_members, chunk_size):
             members = torch.arange(first, min(first + chunk_size, num_members))
             runner = _Runner(gradient, values, source, each, packing, keys, members)
             ticks = _Ticks(progress, first * lengths.num_moves, total)
             for chunk in runner.run(packed, packing.frozen(checkpoints), sample_losses, ticks):
                 if settling is not None:
-                    settling.add(chunk.mean)
+                    settling.add(chunk.mean, chunk.alive)
                 chunks.append(chunk._replace(mean=chunk.mean.new_empty(0)))
-    settled = torch.stack(settling.drops) if settling else torch.full((size(checkpoints), 2), torch.nan)
+    settled = torch.stack(settling.drops) if settling else torch.full((size(checkpoints), 3), torch.nan).double()
     flags = {"settled": settled, "share_batches": source.is_shared(), "one_batch": source.is_one()}
     return _traces(chunks, size(checkpoints), lengths, flags)
 
@@ -274,7 +279,8 @@ def _traces(chunks: Sequence[Chunk], num_checkpoints: int, settings: SamplerSett
         parts = [getattr(chunk, name) for chunk in chunks]
         if parts[0] is None:
             return None
-        return torch.cat(parts).cpu().double().unflatten(0, (num_checkpoints, settings.num_chains))
+        whole = torch.cat(parts).cpu().unflatten(0, (num_checkpoints, settings.num_chains))
+        return whole.double() if whole.is_floating_point() else whole
 
     losses = joined("losses")
     assert losses is not None

@@ -20,6 +20,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple, TypeAlias
 
+from icl.sampling.settling import threshold
+
 Verdict: TypeAlias = Literal["ok", "suspect", "invalid"]
 Level: TypeAlias = Literal["note", "suspect", "invalid"]
 
@@ -65,6 +67,8 @@ class Evidence(NamedTuple):
     settled: float
     """How much lower the loss is where the chains settle than at the checkpoint, in nats (`icl.sampling.settling`)."""
     settled_stderr: float
+    settled_freedom: float
+    """Degrees of freedom of that standard error."""
     lowest: float
     """The least excess of a draw, in nats; NaN where minibatches make losses noisy."""
     localization: float
@@ -95,6 +99,31 @@ class Evidence(NamedTuple):
         """Chains that are masked."""
         return self.num_chains - self.num_chains_used
 
+    @property
+    def lost(self) -> int:
+        """Chains that are masked for another reason than far lower loss."""
+        return self.dead - self.fallen
+
+    @property
+    def deaths(self) -> str:
+        """What became of the chains that are masked."""
+        ways = {
+            "diverged or became non-finite (lower lr)": self.lost,
+            "fell far below the checkpoint's loss": self.fallen,
+        }
+        return " and ".join(f"{num} {way}" for way, num in ways.items() if num)
+
+    @property
+    def settles(self) -> bool:
+        """Whether the chains settle below the checkpoint's loss by more than chance."""
+        return self.settled > threshold(self.settled_freedom) * self.settled_stderr
+
+    @property
+    def settled_share(self) -> float:
+        """What the chains settle by, as a share of the LLC about the place where they do."""
+        llc = 0.0 if math.isnan(self.llc) else self.llc
+        return self.settled / max(llc + self.settled, 1e-300)
+
 
 class Rule(NamedTuple):
     """One line of the table."""
@@ -117,12 +146,12 @@ RULES = (
     Rule(
         "most chains dead", "invalid", 0.5, "fixed outcome",
         lambda e, t: e.num_chains_used < t * e.num_chains or e.num_chains_used == 0,
-        "{dead} of {num_chains} chains diverged or became non-finite: lower lr",
+        "{dead} of {num_chains} chains are masked: {deaths}",
     ),
     Rule(
         "some chains dead", "suspect", 0, "fixed outcome",
-        lambda e, t: 0 < e.dead <= e.num_chains / 2 and e.num_chains_used > 0,
-        "{dead} of {num_chains} chains diverged or became non-finite and are masked: lower lr",
+        lambda e, t: e.lost > t and e.dead <= e.num_chains / 2,
+        "{lost} of {num_chains} chains diverged or became non-finite and are masked: lower lr",
     ),
     Rule(
         "negative", "invalid", 2, "fixed outcome: LLC + 2 stderr < 0, but an LLC at a minimum is positive (Watanabe 2009)",
@@ -154,18 +183,18 @@ RULES = (
     ),
     Rule(
         "settles lower", "suspect", 0.1, "definition of the LLC; the share of it is ours",
-        lambda e, t: e.settled > 3 * e.settled_stderr and e.settled > max(t * abs(e.llc), 0.1),
-        "not at a minimum: the chains settle {settled:.3g} nats below the checkpoint's loss, by which the LLC is too low",
+        lambda e, t: e.settles and e.settled > 0.1 and e.settled_share > t,
+        "not at a minimum: nbeta times the loss is lower by {settled:.3g} where the chains settle, and the LLC too low by about that",
     ),
     Rule(
         "fell", "suspect", 0, "as `DIVERGED`, downwards",
         lambda e, t: e.fallen > t,
-        "not at a minimum: {fallen} of {num_chains} chains fell below the checkpoint's loss, further than a basin is deep",
+        "not at a minimum: {fallen} of {num_chains} chains fell by more than {depth:g} nats and are masked",
     ),
     Rule(
         "lower loss found", "suspect", 0.05, "definition of the LLC; the share of it is ours",
         lambda e, t: -e.lowest > max(t * abs(e.llc), 0.1),
-        "not at a minimum: a chain passed a place {lowest:.3g} nats from the checkpoint's loss, below it",
+        "not at a minimum: a chain passed a place {depth_found:.3g} nats below the checkpoint",
     ),
     Rule(
         "below zero", "suspect", 2, "as `negative`, within the error",
@@ -246,9 +275,14 @@ RULES = (
     ),
     Rule(
         "settles a little lower", "note", 2, "as `settles lower`; standard errors",
-        lambda e, t: e.settled > 3 * e.settled_stderr and t * e.error < e.settled <= 0.1 * abs(e.llc),
-        "note: the chains settle {settled:.3g} nats below the checkpoint's loss, by which the LLC is too low; its standard error "
-        "does not show it",
+        lambda e, t: e.settles and e.settled > t * e.error and (e.settled <= 0.1 or e.settled_share <= 0.1),
+        "note: nbeta times the loss is lower by {settled:.3g} where the chains settle, and the LLC too low by about that, which its "
+        "standard error does not contain",
+    ),
+    Rule(
+        "settling unsure", "note", 4, "Student's t: of two chains 236 standard errors are as rare as 3, of three 19, of four 9",
+        lambda e, t: 1 < e.num_chains_used < t,
+        "note: {num_chains_used} chains can hardly tell whether they settle below the checkpoint's loss: use four or more",
     ),
     Rule(
         "escape not checked", "note", 0, "fixed outcome",
@@ -273,5 +307,7 @@ def _worst(levels: Iterable[Level]) -> Verdict:
 
 
 def _told(rule: Rule, evidence: Evidence) -> str:
-    numbers = {name: getattr(evidence, name) for name in (*Evidence._fields, "rise", "headroom", "filled", "dead")}
-    return rule.reason.format(**numbers, half=evidence.num_params / 2, t=rule.threshold)
+    names = (*Evidence._fields, "rise", "headroom", "filled", "dead", "lost", "deaths")
+    numbers = {name: getattr(evidence, name) for name in names}
+    found = {"half": evidence.num_params / 2, "depth": DIVERGED * evidence.num_params, "depth_found": -evidence.lowest}
+    return rule.reason.format(**numbers, **found, t=rule.threshold)

@@ -7,6 +7,7 @@ of settings that its chains are run under.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -94,7 +95,9 @@ def estimate(
     packing = make_packing(checkpoints[0], problem.restrict)
     source = batch_function(problem.batches, num_chains=corners[0].num_chains, seed=corners[0].seed)
     device = next(iter(stacked.values())).device
-    init_batches = [_on(batch, device) for batch in _distinct_batches(source, corners[0], problem.num_init_batches)]
+    distinct = _distinct_batches(source, corners[0], problem.num_init_batches)
+    init_batches = [_on(batch, device) for batch in distinct.batches]
+    resting = init_batches[: settling.NUM_BATCHES]
     members = _chunk_size(problem, stacked, init_batches[0], packing)
     init, gains = _at_checkpoints(problem, stacked, init_batches, corners, packing, members)
     traces = run_chains(
@@ -107,7 +110,10 @@ def estimate(
         keys=[label.checkpoint_hash or str(i) for i, label in enumerate(labels)] * len(corners),
         chunk_size=members,
         sample_losses=_mapped(problem),
-        losses_at_rest=partial(_losses_on, problem.all_losses, init_batches[: settling.NUM_BATCHES], members),
+        losses_at_rest=settling.Losses(
+            partial(_losses_on, problem.all_losses, resting, members),
+            distinct.are_all and len(resting) == len(init_batches),
+        ),
         progress=progress,
     )
     return [
@@ -167,17 +173,25 @@ def _detached(params: Mapping[str, Tensor]) -> Params:
     return {name: tensor.detach() for name, tensor in params.items()}
 
 
-def _distinct_batches(source: Callable[[int, int], Batch], settings: SamplerSettings, wanted: int) -> list[Batch]:
+class _Distinct(NamedTuple):
+    """Different batches that the chains are dealt."""
+
+    batches: list[Batch]
+    are_all: bool
+    """Whether others were looked for in vain."""
+
+
+def _distinct_batches(source: Callable[[int, int], Batch], settings: SamplerSettings, wanted: int) -> _Distinct:
     """The first `wanted` different batches that the chains are dealt, or all there are."""
     found: dict[bytes, Batch] = {}
-    repeats = 0
+    repeats, patience = 0, 2 * settings.num_chains
     for number in range(settings.num_moves * settings.num_chains):
         draw, chain = divmod(number, settings.num_chains)
         batch = source(chain, draw)
         repeats = repeats + 1 if found.setdefault(fingerprint(batch), batch) is not batch else 0
-        if len(found) == wanted or repeats > 2 * settings.num_chains + len(found):
+        if len(found) == wanted or repeats > patience + len(found):
             break
-    return list(found.values())
+    return _Distinct(list(found.values()), repeats > patience + len(found))
 
 
 def _init_losses(losses: Callable[[Params, Batch], Tensor], params: Params, batches: Sequence[Batch]) -> Tensor:

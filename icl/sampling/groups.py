@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl.population import Params
+from icl.sampling.diagnostics import DIVERGED
 from icl.sampling.settings import SamplerSettings
 from icl.sampling.sgld import KERNELS, SGLDState, log_mala_acceptance, step
 
@@ -28,6 +29,10 @@ class Chunk(NamedTuple):
     sample_variance: Tensor | None
     mean: Tensor
     """Of the draws' positions, packed."""
+    alive: Tensor
+    """Whether the member stayed finite and did not diverge, up or down."""
+    fallen: Tensor
+    """Whether it diverged downwards."""
 
 
 class Group:
@@ -112,15 +117,20 @@ class _Recorder:
 
     def chunk(self, losses: Tensor, acceptance: Tensor) -> Chunk:
         assert self.mean is not None
+        excess, spread = torch.stack(self.excess, dim=1), torch.stack(self.spread, dim=1)
+        nats, most = self.settings.nbeta * excess.flatten(1).mean(1), DIVERGED * self.mean.shape[1]
+        finite = losses.isfinite().all(1) & excess.flatten(1).isfinite().all(1) & spread.isfinite().all(1)
         return Chunk(
-            losses,
-            torch.stack(self.excess, dim=1),
-            torch.stack(self.pull, dim=1),
-            torch.stack(self.spread, dim=1),
-            torch.stack(self.heat, dim=1),
-            acceptance,
-            None if self.sample_losses is None else self.variance.value(),
-            self.mean,
+            losses=losses,
+            excess=excess,
+            pull=torch.stack(self.pull, dim=1),
+            spread=spread,
+            heat=torch.stack(self.heat, dim=1),
+            acceptance=acceptance,
+            sample_variance=None if self.sample_losses is None else self.variance.value(),
+            mean=self.mean,
+            alive=finite & (nats.abs() <= most),
+            fallen=nats < -most,
         )
 
 

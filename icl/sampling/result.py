@@ -121,6 +121,7 @@ class LLCResult:
             "heat": e.heat,
             "descent": e.descent,
             "settled": e.settled,
+            "settled_stderr": e.settled_stderr,
             "wbic": self.wbic,
             "singular_fluctuation": None if self.fluctuation is None else self.fluctuation.singular_fluctuation,
             "verdict": self.verdict,

@@ -6,88 +6,118 @@ a quadratic loss of curvature h whose minimum lies at w*, the mean of localised 
 r = localization / (nbeta h + localization); so the loss there is lower by (1 - r^2) h (w0 - w*)^2 / 2.
 
 The mean of finitely many draws is not there yet, and what it lacks raises the loss. The jackknife over chains takes that
-away, to first order and for quadratics exactly, and gives the standard error (Efron and Stein 1981), which we widen by
-Student's t: from four chains it is itself known to a third. At a saddle chains go down on both sides and their mean does
-not, so each chain's own mean is tried, too, uncorrected.
+away, to first order and for quadratics exactly, and gives the standard error (Efron and Stein 1981); of few chains it is
+itself badly known, so the rules ask Student's t how many of it are enough. At a saddle chains go down on both sides and
+their mean does not; so the mean of the drops at each chain's own mean, which no convex loss can make the larger, counts if it
+is. The loss is that of the batches given: at the best parameters for all data there are, a finite data set's own minimum
+lies elsewhere, a little lower.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 from icl.population import Params
 from icl.sampling.packing import Packing
 
-NUM_BATCHES = 16
+NUM_BATCHES = 32
 """At most so many batches are used; 2 K + 2 forward passes on each."""
+
+
+class Losses(NamedTuple):
+    """How the loss is measured at some places."""
+
+    of: Callable[[Params], Float[Tensor, "N I"]]
+    """Stacked parameters to their losses on I batches, in float64 on the CPU."""
+    are_all: bool
+    """Whether these batches are all the data, so that their mean has no error."""
 
 
 class Settling:
     """Takes the mean positions of members in their order, and keeps of each checkpoint's chains what their means tell."""
 
     def __init__(
-        self,
-        losses: Callable[[Params], Float[Tensor, "M I"]],
-        packing: Packing,
-        checkpoints: Params,
-        *,
-        num_chains: int,
+        self, losses: Losses, packing: Packing, start: Float[Tensor, "C P"], frozen: Params, num_chains: int
     ) -> None:
-        self.losses, self.packing, self.num_chains = losses, packing, num_chains
-        self.start, self.frozen = packing.pack(checkpoints), packing.frozen(checkpoints)
-        self.waiting = self.start[:0]
-        self.drops: list[Float[Tensor, " 2"]] = []
+        self.losses, self.packing, self.start, self.frozen, self.num_chains = losses, packing, start, frozen, num_chains
+        self.means, self.alive = start[:0], torch.zeros(0, dtype=torch.bool, device=start.device)
+        self.drops: list[Float[Tensor, " 3"]] = []
 
-    def add(self, means: Float[Tensor, "N P"]) -> None:
+    def add(self, means: Float[Tensor, "N P"], alive: Bool[Tensor, " N"]) -> None:
         """The next N members; a checkpoint's means are let go of as soon as all its chains are there."""
-        self.waiting = torch.cat([self.waiting, means])
-        while len(self.waiting) >= self.num_chains:
-            self.drops.append(self._drop(len(self.drops), self.waiting[: self.num_chains]))
-            self.waiting = self.waiting[self.num_chains :]
+        self.means, self.alive = torch.cat([self.means, means]), torch.cat([self.alive, alive])
+        num = self.num_chains
+        while len(self.means) >= num:
+            self.drops.append(self._drop(len(self.drops), self.means[:num][self.alive[:num]]))
+            self.means, self.alive = self.means[num:], self.alive[num:]
 
-    def _drop(self, i: int, means: Float[Tensor, "K P"]) -> Float[Tensor, " 2"]:
-        """How much lower checkpoint i's loss is where its chains settle, and the standard error."""
-        means = means[means.isfinite().all(1)]
-        without = (means.sum(0) - means) / max(1, len(means) - 1)  # of all chains but one
+    def _drop(self, i: int, means: Float[Tensor, "K P"]) -> Float[Tensor, " 3"]:
+        """Of checkpoint i, from its K chains that are alive; see `settled_drop`."""
+        num = len(means)
+        if not num:
+            return torch.full((3,), torch.nan, dtype=torch.float64)
+        without = (means.sum(0) - means) / max(1, num - 1)  # of all chains but one
         places = torch.cat([self.start[i : i + 1], means, without, means.mean(0, keepdim=True)])
         frozen = {
             name: (tensor if len(tensor) == 1 else tensor[i : i + 1]).expand(len(places), *tensor.shape[1:])
             for name, tensor in self.frozen.items()
         }
-        found = self.losses({**frozen, **self.packing.unpack(places, frozen)})
-        return settled_drop(found[0] - found[1:])
+        found = self.losses.of({**frozen, **self.packing.unpack(places, frozen)})
+        here, own, without, pooled = found[:, found.isfinite().all(0)].split([1, num, num, 1])
+        rounding = num * torch.finfo(means.dtype).eps * float(here.abs().mean()) if here.numel() else 0.0
+        return settled_drop(here - own, here - without, here - pooled, are_all=self.losses.are_all, rounding=rounding)
 
 
-def settled_drop(drops: Float[Tensor, "places I"]) -> Float[Tensor, " 2"]:
-    """The drop of the loss where K chains settle, and its standard error over chains and batches.
+def settled_drop(
+    own: Float[Tensor, "K I"],
+    without: Float[Tensor, "K I"],
+    pooled: Float[Tensor, "1 I"],
+    *,
+    are_all: bool = False,
+    rounding: float = 0.0,
+) -> Float[Tensor, " 3"]:
+    """The drop of the loss where K chains settle, its standard error over chains and batches, and its degrees of freedom.
 
     Args:
-        drops: On each of I batches, at 2 K + 1 places: at each chain's mean, at the mean of all chains but each, and at that of all. Batches
-            with a value that is not finite are left out.
+        own: By how much the loss on each of I batches is lower at each chain's mean than at the checkpoint.
+        without: At the mean of all chains but each.
+        pooled: At the mean of all.
+        are_all: Whether the batches are all the data.
+        rounding: Error of a drop that is due to the losses' precision.
 
     Returns:
-        The larger of the jackknife's drop and the mean over the chains' own; NaN where no chain is left.
+        The larger of the jackknife's drop and the mean of the chains' own; NaN where there is no batch.
     """
-    num = len(drops) // 2
-    drops = drops[:, drops.isfinite().all(0)]
-    if not num or not drops.numel():
-        return torch.full((2,), torch.nan, dtype=torch.float64)
-    own, without, pooled = drops[:num], drops[num:-1], drops[-1]
-    found = [_with_error(own.mean(0), own.mean(1), 1 / num)]
+    num = len(own)
+    if not own.numel():
+        return torch.full((3,), torch.nan, dtype=torch.float64)
+    found = [_with_error(own.mean(0), own.mean(1), 1 / num, are_all, rounding)]
     if num > 1:
-        found.append(_with_error(num * pooled - (num - 1) * without.mean(0), without.mean(1), (num - 1) ** 2 / num))
+        jackknife = num * pooled[0] - (num - 1) * without.mean(0)
+        found.append(_with_error(jackknife, without.mean(1), (num - 1) ** 2 / num, are_all, rounding))
     return max(found, key=lambda one: float(one[0]))
 
 
-def _with_error(by_batch: Float[Tensor, " I"], by_chain: Float[Tensor, " K"], factor: float) -> Float[Tensor, " 2"]:
-    """A mean over batches; its error from them (one alone is the whole data) and from the chains' variance times a factor."""
-    variances = []
-    if len(by_chain) > 1:
-        widening = stdtrit(len(by_chain) - 1, ndtr(3.0)) / 3  # so that three of it are as rare as of a normal's
-        variances.append(factor * widening**2 * by_chain.var())
-    if len(by_batch) > 1:
-        variances.append(by_batch.var() / len(by_batch))
-    return torch.stack([by_batch.mean(), torch.tensor(variances, dtype=by_batch.dtype).sum().sqrt()])
+def threshold(freedom: float) -> float:
+    """How many standard errors of so many degrees of freedom are as rare as three of a normal's."""
+    return float(stdtrit(freedom, ndtr(3.0)))
+
+
+def _with_error(
+    by_batch: Float[Tensor, " I"], by_chain: Float[Tensor, " K"], factor: float, are_all: bool, rounding: float
+) -> Float[Tensor, " 3"]:
+    """A mean over batches, its error and the latter's degrees of freedom (Satterthwaite 1946).
+
+    The chains' part is `factor` times their variance.
+    """
+    num_chains, num_batches = len(by_chain), len(by_batch)
+    of_chains = factor * float(by_chain.var()) if num_chains > 1 else 0.0
+    of_batches = float(by_batch.var()) / num_batches if num_batches > 1 and not are_all else 0.0
+    total = of_chains + of_batches
+    uncertain = of_chains**2 / max(1, num_chains - 1) + of_batches**2 / max(1, num_batches - 1)
+    freedom = total**2 / uncertain if uncertain else float("inf")
+    return torch.tensor([float(by_batch.mean()), (total + rounding**2) ** 0.5, freedom], dtype=torch.float64)

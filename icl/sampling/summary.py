@@ -51,7 +51,7 @@ def summarise(
     init_loss, init_stderr = float(init_means.mean()), float(_mean_error(init_means)) if len(init_means) else math.nan
     excess = nbeta * traces.excess  # K S, or K S T
     draws = excess.mean(2) if excess.ndim > 2 else excess  # K S
-    used = _alive(traces, draws, num_params)
+    used = traces.alive
     evidence = _evidence(
         traces,
         draws,
@@ -116,7 +116,7 @@ def _evidence(
         num_params=num_params,
         num_chains=settings.num_chains,
         num_chains_used=int(used.sum()),
-        fallen=int((excess.mean(1) < -diagnostics.DIVERGED * num_params).sum()),
+        fallen=int(traces.fallen.sum()),
         init_loss=init_loss,
         mean_loss=init_loss + llc / settings.nbeta,
         bad_batches=bad_batches,
@@ -136,21 +136,11 @@ def _evidence(
         descent_stderr=gain[1],
         settled=settings.nbeta * float(traces.settled[0]),
         settled_stderr=settings.nbeta * float(traces.settled[1]),
+        settled_freedom=float(traces.settled[2]),
         localization=settings.localization,
         lowest=float(draws.min()) if traces.one_batch and draws.size else math.nan,
         share_batches=traces.share_batches,
     )
-
-
-def _alive(traces: Traces, excess: Float[Tensor, "K S"], num_params: int) -> Tensor:
-    """Which chains stayed finite and did not diverge."""
-    finite = (
-        traces.losses.isfinite().all(1)
-        & excess.isfinite().all(1)
-        & traces.burnin.isfinite().all(1)
-        & traces.spread.isfinite().all(1)
-    )
-    return finite & (excess.mean(1).abs() <= diagnostics.DIVERGED * num_params)
 
 
 def _mean(draws: np.ndarray) -> float:
