@@ -3,8 +3,8 @@
 `icl.transformer` is the definition; this is a second realisation of it, held to the same numbers by tests, on stacked
 parameters with a leading axis N. Five things make it fast. Every linear map of all members is one batched matrix
 product over all tokens of the batch (one member alone has PyTorch's own fused operations, a tenth faster where they are
-not compiled). The first queries, keys and values are mapped from the tokens' D + 1 coordinates instead of the C that they
-are embedded in (`_of_tokens`). After the last attention only x-tokens are computed, as only they predict.
+not compiled). Where it is compiled, the first queries, keys and values are mapped from the tokens' D + 1 coordinates instead
+of the C that they are embedded in (`_heads_of_tokens`). After the last attention only x-tokens are computed, as only they predict.
 Prompts are filled up with an empty last token, which no prediction sees, to the even length T = 2K, for which the
 small products of attention run about a quarter faster on CPUs. And there is no mapping by `torch.func.vmap` and no
 Python state, so that `torch.compile` sees one plain function.
@@ -90,7 +90,7 @@ def _block(
     path, here = f"blocks.{layer}", x[:, :, ::stride]  # N B Q C
     if config.layer_norm != "pre":
         queries, keys, values = _heads(config, params, path, x, stride)
-    elif layer == 0:
+    elif layer == 0 and torch.compiler.is_compiling():  # eagerly, more passes over memory cost what it saves
         queries, keys, values = _heads_of_tokens(config, params, path, x, tokens, stride)
     else:
         queries, keys, values = _heads(config, params, path, _norm(params, f"{path}.attention_norm", x), stride)
