@@ -123,12 +123,12 @@ def test_predictions_of_the_members_are_those_of_the_plain_modules(num, shared, 
     assert largest_relative_difference(together, alone) < tolerance
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 @pytest.mark.parametrize("num", [1, 3])
 def test_gradients_of_the_members_are_those_of_the_plain_modules(num, shared, options, dtype, tolerance):
-    """Relative to the largest gradient of each parameter: 1e-6 in float32, rounding alone in float64."""
+    """Relative to the largest gradient of each parameter: twice 1e-6 in float32, as either is 1e-6 from the truth."""
     _, gradients, _, expected = predictions_and_gradients(num, shared, options, dtype)
     assert set(gradients) == set(expected)
     for name in expected:
