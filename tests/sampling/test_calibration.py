@@ -178,6 +178,7 @@ def test_a_runs_calibration_writes_table_figure_and_settings_that_the_command_ta
     assert f"--config {file}" in told
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_calibrated_exits_with_1_and_still_shows_what_was_tried(tmp_path, monkeypatch, capsys):
     few_corners(monkeypatch)
     folder = make_run(tmp_path / "tiny", steps=(0,))

@@ -116,6 +116,7 @@ def test_the_search_shows_a_failed_corner_and_an_lr_plateau(found):
     assert "Chosen" in found.reason
 
 
+@pytest.mark.slow
 def test_nothing_is_chosen_where_nothing_is_healthy():
     """The checkpoint is a saddle: every chain finds lower loss."""
 
@@ -127,6 +128,7 @@ def test_nothing_is_chosen_where_nothing_is_healthy():
     assert "No choice" in nothing.reason
 
 
+@pytest.mark.slow
 def test_a_checkpoint_beside_its_minimum_is_named_as_the_reason():
     def beside(params, batch):
         return (H * (params["w"] - 1).square()).sum() / 2

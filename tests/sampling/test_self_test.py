@@ -28,6 +28,7 @@ def test_a_true_answer_agrees_and_a_false_one_does_not(problem):
     assert not row.agrees
 
 
+@pytest.mark.slow
 def test_estimates_that_fall_with_nbeta_disagree(problem):
     rising = dataclasses.replace(problem, nbetas=[5.0, 100.0])
     assert all(row.agrees for row in self_test.run_problem(rising))

@@ -58,6 +58,7 @@ def test_the_drop_of_a_quadratic_is_the_closed_form_and_what_the_estimate_lacks(
     assert result.llc + evidence.settled == pytest.approx(truth, abs=4 * error)
 
 
+@pytest.mark.slow
 def test_soft_directions_that_a_step_down_the_gradient_misses_are_seen():
     """A steep direction sets the length of the step; the checkpoint is off along forty soft ones."""
     curvature = torch.cat([torch.tensor([100.0]), torch.ones(40)])
