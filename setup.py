@@ -2,7 +2,19 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+
+# Attention on CPUs. Without a compiler `icl` installs all the same, and PyTorch's operations do the work. It needs no
+# headers of Python or PyTorch; OpenMP's functions are those of the runtime that PyTorch loads, so none is linked.
+tiny_attention = Extension(
+    "icl._tiny_attention",
+    sources=["icl/tiny_attention.cpp"],
+    language="c++",
+    extra_compile_args=[
+        *["-std=c++17", "-O3", "-fopenmp", "-fno-exceptions", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+    ],
+    optional=True,
+)
 
 setup(
     name="icl",
@@ -12,6 +24,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["icl", "icl.*"]),
+    ext_modules=[tiny_attention],
     package_data={"icl.report": ["page.html", "page.css"]},
     python_requires=">=3.10",
     install_requires=[

@@ -1,25 +1,25 @@
 """The same model for many parameter sets at once: `icl.transformer`'s maths, laid out for speed.
 
 `icl.transformer` is the definition; this is a second realisation of it, held to the same numbers by tests, on stacked
-parameters with a leading axis N. Five things make it fast. Every linear map of all members is one batched matrix
+parameters with a leading axis N. Six things make it fast. Every linear map of all members is one batched matrix
 product over all tokens of the batch (one member alone has PyTorch's own fused operations, a tenth faster where they are
 not compiled). Where it is compiled, the first queries, keys and values are mapped from the tokens' D + 1 coordinates instead
 of the C that they are embedded in (`_heads_of_tokens`). After the last attention only x-tokens are computed, as only they predict.
-Prompts are filled up with an empty last token, which no prediction sees, to the even length T = 2K, for which the
-small products of attention run about a quarter faster on CPUs. And there is no mapping by `torch.func.vmap` and no
+Prompts are filled up with an empty last token, which no prediction sees, to the even length T = 2K, which fills vectors.
+Attention has a kernel of its own on CPUs (`icl.tiny_attention`). And there is no mapping by `torch.func.vmap` and no
 Python state, so that `torch.compile` sees one plain function.
 """
 
-import math
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from icl.config import ModelConfig
 from icl.tasks.prompts import to_tokens
+from icl.tiny_attention import attention
 from icl.transformer import ACTIVATIONS
 
 Params: TypeAlias = dict[str, Tensor]
@@ -70,10 +70,9 @@ def _outputs(
     tokens = tokens.expand(len(positions), *tokens.shape[-3:])
     num_tokens = tokens.shape[2]
     x = _linear(params, "token_embedding", tokens) + positions[:, None, :num_tokens]  # N B T C
-    future = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=x.device).triu(1)  # T T
     for layer in range(config.num_layers):
         stride = last_stride if layer == config.num_layers - 1 else 1
-        x = _block(config, params, layer, x, tokens, stride, future[::stride])
+        x = _block(config, params, layer, x, tokens, stride)
     return _linear(params, "unembedding", _norm(params, "final_norm", x))
 
 
@@ -84,7 +83,6 @@ def _block(
     x: Float[Tensor, "N B T C"],
     tokens: Float[Tensor, "N B T E"],
     stride: int,
-    future: Bool[Tensor, "Q T"],
 ) -> Float[Tensor, "N B Q C"]:
     """The residual stream after a block, at every `stride`-th token."""
     path, here = f"blocks.{layer}", x[:, :, ::stride]  # N B Q C
@@ -94,7 +92,9 @@ def _block(
         queries, keys, values = _heads_of_tokens(config, params, path, x, tokens, stride)
     else:
         queries, keys, values = _heads(config, params, path, _norm(params, f"{path}.attention_norm", x), stride)
-    gathered = _attention(config, params, path, queries, keys, values, future)  # N B Q C
+    gathered = attention(queries, keys, values, num_heads=config.num_heads, stride=stride)  # N B Q C
+    if config.attention_output:
+        gathered = _linear(params, f"{path}.attention.output", gathered)
     if config.layer_norm == "post":
         hidden = _norm(params, f"{path}.attention_norm", here + gathered)
         hidden = _norm(params, f"{path}.mlp_norm", hidden + _mlp(config, params, path, hidden))
@@ -102,24 +102,6 @@ def _block(
         hidden = here + gathered
         hidden = hidden + _mlp(config, params, path, _norm(params, f"{path}.mlp_norm", hidden))
     return here + hidden if config.double_residual else hidden
-
-
-def _attention(
-    config: ModelConfig,
-    params: Params,
-    path: str,
-    queries: Float[Tensor, "N B Q C"],
-    keys: Float[Tensor, "N B T C"],
-    values: Float[Tensor, "N B T C"],
-    future: Bool[Tensor, "Q T"],
-) -> Float[Tensor, "N B Q C"]:
-    """What each querying token gathers from those before it and itself."""
-    shape = (config.num_heads, config.embed_size // config.num_heads)
-    q, k, v = (heads.unflatten(-1, shape).transpose(2, 3) for heads in (queries, keys, values))  # N B H . c
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # N B H Q T
-    pattern = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # N B H Q T
-    gathered = (pattern @ v).transpose(2, 3).flatten(3)  # N B Q C
-    return _linear(params, f"{path}.attention.output", gathered) if config.attention_output else gathered
 
 
 def _heads(
@@ -158,8 +140,11 @@ def _heads_of_tokens(
     of_tokens = weight @ (embedding - embedding.mean(1, keepdim=True))  # N 3C E
     of_positions = (positions - positions.mean(2, keepdim=True)) @ weight.mT  # N T 3C
     scale = torch.rsqrt(x.var(-1, correction=0, keepdim=True) + _NORM_EPS)  # N B T 1
-    mapped = _affine(tokens, of_tokens, None) + of_positions.unsqueeze(1)
-    queries, keys, values = torch.addcmul(offset[:, None, None], mapped, scale).chunk(3, dim=-1)
+    parts = zip(of_tokens.chunk(3, dim=1), of_positions.chunk(3, dim=2), offset.chunk(3, dim=1), strict=True)
+    queries, keys, values = (
+        torch.addcmul(b[:, None, None], _affine(tokens, of_token, None) + of_position.unsqueeze(1), scale)
+        for of_token, of_position, b in parts
+    )
     return [queries[:, :, ::stride], keys, values]
 
 

@@ -23,7 +23,7 @@ LAYERS = (
     ("rng", "schedules"),
     ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
     ("baselines", "metrics"),
-    ("compiling", "cores", "transformer", "stacked", "population", "step"),
+    ("compiling", "cores", "transformer", "tiny_attention", "stacked", "population", "step"),
     ("storage", "s3", "runs", "checkpoints", "mirror", "delivery"),
     ("evaluation", "prediction"),
     ("build",),

@@ -1,0 +1,188 @@
+"""Causal attention over the few tokens of a prompt: on CPUs by a kernel of our own, elsewhere by PyTorch's operations.
+
+The kernel (tiny_attention.cpp) is compiled when `icl` is installed. Where there was no compiler, or on other devices and
+in other precisions, the same numbers up to rounding come from the formula that is written out in `attention_by_formula`.
+Both can be differentiated twice.
+"""
+
+import ctypes
+import math
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+def attention(
+    queries: Float[Tensor, "N B Q C"],
+    keys: Float[Tensor, "N B T C"],
+    values: Float[Tensor, "N B T C"],
+    *,
+    num_heads: int,
+    stride: int,
+) -> Float[Tensor, "N B Q C"]:
+    """What each querying token gathers from those before it and itself, its heads side by side.
+
+    Args:
+        queries: Of every `stride`-th token: query i is token i * stride.
+        keys: Of all tokens.
+        values: Of all tokens.
+        num_heads: How many heads the C channels are.
+        stride: From one querying token to the next.
+    """
+    if HAS_KERNEL and queries.device.type == "cpu" and queries.dtype == torch.float32:
+        flat = (tensor.flatten(0, 1) for tensor in (queries, keys, values))
+        return _Attention.apply(*flat, num_heads, stride).unflatten(0, queries.shape[:2])
+    return attention_by_formula(queries, keys, values, num_heads=num_heads, stride=stride)
+
+
+def attention_by_formula(
+    queries: Float[Tensor, "*N Q C"],
+    keys: Float[Tensor, "*N T C"],
+    values: Float[Tensor, "*N T C"],
+    *,
+    num_heads: int,
+    stride: int,
+) -> Float[Tensor, "*N Q C"]:
+    """The same by PyTorch's operations, on any device and in any precision."""
+    num_tokens = keys.shape[-2]
+    future = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=keys.device).triu(1)[::stride]  # Q T
+    q, k, v = (heads.unflatten(-1, (num_heads, -1)).transpose(-3, -2) for heads in (queries, keys, values))  # N H . c
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # N H Q T
+    pattern = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # N H Q T
+    return (pattern @ v).transpose(-3, -2).flatten(-2)  # N Q C
+
+
+def _gradients_by_formula(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, stride: int
+) -> _Gradients:
+    formula = partial(attention_by_formula, num_heads=num_heads, stride=stride)
+    return torch.func.vjp(formula, q, k, v)[1](gradient)
+
+
+class _Attention(torch.autograd.Function):
+    """The kernel, with its gradient; tensors (B, Q or T, C)."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int, stride: int) -> Tensor:
+        return torch.ops.icl.attention_forward(q, k, v, num_heads, stride)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.num_heads, ctx.stride = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        found = _AttentionGradient.apply(gradient, *ctx.saved_tensors, ctx.num_heads, ctx.stride)
+        return *found, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        mapped = _Attention.apply(*_as_prompts(info.batch_size, in_dims, inputs))
+        return mapped.unflatten(0, (info.batch_size, -1)), 0
+
+
+class _AttentionGradient(torch.autograd.Function):
+    """The kernel's gradient, whose own gradient is the formula's."""
+
+    @staticmethod
+    def forward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, num_heads: int, stride: int) -> _Gradients:
+        return torch.ops.icl.attention_backward(gradient, q, k, v, num_heads, stride)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Gradients) -> None:
+        *tensors, ctx.num_heads, ctx.stride = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        formula = partial(_gradients_by_formula, num_heads=ctx.num_heads, stride=ctx.stride)
+        found = torch.func.vjp(formula, *ctx.saved_tensors)[1](gradients)
+        return *found, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[_Gradients, tuple[int, int, int]]:
+        mapped = _AttentionGradient.apply(*_as_prompts(info.batch_size, in_dims, inputs))
+        dq, dk, dv = (tensor.unflatten(0, (info.batch_size, -1)) for tensor in mapped)
+        return (dq, dk, dv), (0, 0, 0)
+
+
+def _as_prompts(size: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> list[Any]:
+    """Tensors with a mapped axis, or the same for all, as tensors with more prompts; other inputs as they are."""
+
+    def one(value: Any, axis: int | None) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return (value.expand(size, *value.shape) if axis is None else value.movedim(axis, 0)).flatten(0, 1)
+
+    return [one(*pair) for pair in zip(inputs, in_dims, strict=True)]
+
+
+def _compiled_kernel() -> ctypes.CDLL | None:
+    """The kernel's library, if it was compiled and finds the OpenMP runtime that PyTorch has loaded."""
+    spec = find_spec("icl._tiny_attention")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        library = ctypes.CDLL(spec.origin)
+    except OSError:
+        return None
+    sizes = [ctypes.c_int64] * 6  # prompts, heads, queries, tokens, channels of a head, stride
+    for function, num_tensors in ((library.attention_forward, 4), (library.attention_backward, 7)):
+        function.argtypes, function.restype = [*[ctypes.c_void_p] * num_tensors, *sizes], None
+    return library
+
+
+def _register(kernel: ctypes.CDLL) -> torch.library.Library:
+    """Makes the kernel two operations of PyTorch, which a compiled graph can call."""
+
+    def sizes(q: Tensor, k: Tensor, v: Tensor, num_heads: int, stride: int) -> tuple[int, ...]:
+        (num_prompts, num_queries, width), num_tokens = q.shape, k.shape[1]
+        fits = k.shape == v.shape == (num_prompts, num_tokens, width) and width % num_heads == 0
+        if not fits or (num_queries - 1) * stride >= num_tokens:  # the kernel would read what is not there
+            raise ValueError(
+                f"Attention of {num_heads} heads at stride {stride} of {q.shape}, {k.shape} and {v.shape}."
+            )
+        return num_prompts, num_heads, num_queries, num_tokens, width // num_heads, stride
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int, stride: int) -> Tensor:
+        q, k, v, out = q.contiguous(), k.contiguous(), v.contiguous(), q.new_empty(q.shape)
+        pointers = [tensor.data_ptr() for tensor in (out, q, k, v)]
+        kernel.attention_forward(*pointers, *sizes(q, k, v, num_heads, stride))
+        return out
+
+    def backward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, num_heads: int, stride: int) -> _Gradients:
+        gradient, q, k, v = gradient.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+        found = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        pointers = [tensor.data_ptr() for tensor in (*found, gradient, q, k, v)]
+        kernel.attention_backward(*pointers, *sizes(q, k, v, num_heads, stride))
+        return found
+
+    def shape_forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int, stride: int) -> Tensor:
+        return q.new_empty(q.shape)
+
+    def shape_backward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, num_heads: int, stride: int) -> _Gradients:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    operations = torch.library.Library("icl", "DEF")
+    operations.define("attention_forward(Tensor q, Tensor k, Tensor v, int num_heads, int stride) -> Tensor")
+    operations.define(
+        "attention_backward(Tensor gradient, Tensor q, Tensor k, Tensor v, int num_heads, int stride) "
+        "-> (Tensor, Tensor, Tensor)"
+    )
+    for key, forwards, backwards in (("CPU", forward, backward), ("Meta", shape_forward, shape_backward)):
+        operations.impl("attention_forward", forwards, key)
+        operations.impl("attention_backward", backwards, key)
+    return operations
+
+
+_KERNEL = _compiled_kernel()
+HAS_KERNEL = _KERNEL is not None
+"""Whether the kernel was compiled when `icl` was installed and could be loaded."""
+_OPERATIONS = None if _KERNEL is None else _register(_KERNEL)
