@@ -10,8 +10,9 @@ stream `llc` (so a larger set holds a smaller one), a block drawn uniformly for 
 new prompts for each (seed, chain, draw), and n is then a number for n / ln n alone.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -20,15 +21,18 @@ from torch.utils import _pytree as pytree
 
 from icl import population, rng, stacked
 from icl.build import build_architecture
-from icl.compiling import compiling_pays, grad_and_aux, keep_freed_memory, one_graph
+from icl.compiling import Function, compiling_pays, grad_and_aux, keep_freed_memory, one_graph
 from icl.config import ModelConfig, RunConfig, SamplerConfig
-from icl.cores import WITHOUT_LOCK, side_by_side
+from icl.cores import WITHOUT_LOCK, Result, side_by_side
 from icl.population import Params
 from icl.sampling.batches import Batch
 from icl.sampling.gradients import Gradient, Loss
+from icl.step import from_rows, shapes_of, to_rows
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import prompt_source
 
+_OfRows: TypeAlias = Callable[[Tensor, Params, Batch], tuple[Tensor, Tensor]]
+"""(rows of what moves, frozen, batch) to the rows of the gradient and the losses."""
 _MAX_COUNTED_TASKS = 2**16
 """Up to so many tasks the mean |w|^2 of the pool is computed; beyond, it is D to half a percent."""
 _PROMPTS_AHEAD = 2**15
@@ -68,12 +72,13 @@ def prompt_loss(
     """
     device = torch.device(device)
     weights = _position_weights(sampler.loss, config.task.max_examples).to(device)
+    compiled = _is_compiled(config, sampler, num_moves, device)
     return PromptLoss(
         name=sampler.loss,
         loss=_loss(config.model, weights),
-        gradient=_gradient(config.model, weights, compiled=_is_compiled(config, sampler, num_moves, device)),
+        gradient=_gradient(config.model, weights, compiled=compiled),
         losses=_losses(config.model, weights),
-        own_losses=_losses(config.model, weights, own_batches=True),
+        own_losses=_losses(config.model, weights, own_batches=True, compiled=compiled and device.type == "cpu"),
         batches=_batches(config, sampler, device),
         trivial_loss=trivial_loss(config),
     )
@@ -110,13 +115,15 @@ def _loss(model: ModelConfig, weights: Tensor) -> Loss:
     return loss
 
 
-def _losses(model: ModelConfig, weights: Tensor, *, own_batches: bool = False) -> Callable[[Params, Batch], Tensor]:
+def _losses(
+    model: ModelConfig, weights: Tensor, *, own_batches: bool = False, compiled: bool = False
+) -> Callable[[Params, Batch], Tensor]:
     """Without gradients; on a CPU member by member, several times as fast as mapping."""
 
     def losses(params: Params, xs: Tensor, ys: Tensor) -> Tensor:
         return _components(model, weights, params, xs, ys)
 
-    of_each = side_by_side(losses)
+    of_each = _by_cores(_graph(losses) if compiled else losses, compiled=compiled)
 
     def call(params: Params, batch: Batch) -> Tensor:
         if next(iter(params.values())).device.type != "cpu":
@@ -129,39 +136,48 @@ def _losses(model: ModelConfig, weights: Tensor, *, own_batches: bool = False) -
 
 
 def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradient:
-    """By plain autograd on stacked parameters, which is a tenth faster than mapping, or as one compiled graph."""
+    """By plain autograd on stacked parameters, a tenth faster than mapping, or as one compiled graph; on a CPU chain by chain.
 
-    def gradient(moving: Params, frozen: Params, batch: Batch) -> tuple[Params, Tensor]:
-        # Views of packed rows lie at odd addresses, at which a GPU's products are slow.
-        moving = {name: tensor.contiguous() for name, tensor in moving.items()}
+    What moves goes in and its gradient comes out as one row for each chain: a graph checks, copies and hands over every input.
+    """
 
-        def total(moving: Params) -> tuple[Tensor, Tensor]:
-            components = _components(model, weights, {**frozen, **moving}, *batch)  # N K
-            return components.mean(1).sum(), components  # the sum's gradient is each member's own
+    @cache
+    def of_rows(
+        shapes: tuple[tuple[str, torch.Size], ...],
+    ) -> tuple[_OfRows, Callable[..., list[tuple[Tensor, Tensor]]]]:
+        def gradient(rows: Tensor, frozen: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+            def total(rows: Tensor) -> tuple[Tensor, Tensor]:
+                components = _components(model, weights, {**frozen, **from_rows(rows, dict(shapes))}, *batch)  # N K
+                return components.mean(1).sum(), components  # the sum's gradient is each member's own
 
-        return grad_and_aux(total, moving)
+            return grad_and_aux(total, rows)
 
-    keep_freed_memory()
-    if compiled:
-        graph = one_graph(gradient, work="Sampling", options=WITHOUT_LOCK)
-        return _by_cores(graph, threads_each=1)  # another number of threads would be another graph
-    return _by_cores(gradient)
-
-
-def _by_cores(gradient: Gradient, *, threads_each: int | None = None) -> Gradient:
-    """The same gradient, on a CPU chain by chain, as one fills a core's caches; up to rounding what it would be alone."""
-    of_each = side_by_side(gradient, threads_each=threads_each)
+        one = _graph(gradient) if compiled else gradient
+        return one, _by_cores(one, compiled=compiled)
 
     def call(moving: Params, frozen: Params, batch: Batch) -> tuple[Params, Tensor]:
-        if next(iter(moving.values())).device.type != "cpu":
-            return gradient(moving, frozen, batch)
-        found = of_each(
-            [tuple(_rows(tree, i) for tree in (moving, frozen, batch)) for i in range(population.size(moving))]
-        )
-        grads, values = zip(*found, strict=True)
-        return {name: torch.cat([one[name] for one in grads]) for name in moving}, torch.cat(values)
+        rows, shapes = to_rows(moving), shapes_of(moving)
+        together, of_each = of_rows(tuple(shapes.items()))
+        if rows.device.type != "cpu":
+            grads, values = together(rows, frozen, batch)
+        else:
+            found = of_each([tuple(_rows(tree, i) for tree in (rows, frozen, batch)) for i in range(len(rows))])
+            grads, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return from_rows(grads, shapes), values
 
+    keep_freed_memory()
     return call
+
+
+def _graph(function: Function) -> Function:
+    return one_graph(function, work="Sampling", options=WITHOUT_LOCK)
+
+
+def _by_cores(
+    function: Callable[..., Result], *, compiled: bool
+) -> Callable[[Sequence[tuple[Any, ...]]], list[Result]]:
+    """Chain by chain, as one fills a core's caches; up to rounding what they would be together."""
+    return side_by_side(function, threads_each=1 if compiled else None)  # another number would be another graph
 
 
 def _rows(tree: Any, i: int) -> Any:

@@ -114,14 +114,25 @@ def test_minibatches_made_ahead_do_not_depend_on_what_was_asked_before(kind):
 # Gradients of several chains, each on a core of its own
 
 
-def gradients(num_moves=0):
-    """Of three chains and of the last alone, in float64."""
-    loss = prompt_loss(CONFIG, sampler(num_chains=3), num_moves=num_moves)
-    params = stack([{name: p.double() + 0.01 * i for name, p in PARAMS.items()} for i in range(3)])
+def three_chains(loss, dtype):
+    """Their parameters and minibatches."""
+    params = stack([{name: p.to(dtype) + 0.01 * i for name, p in PARAMS.items()} for i in range(3)])
     found = [loss.batches(chain, 0) for chain in range(3)]
-    batch = tuple(torch.stack([one[part] for one in found]).double() for part in (0, 1))
+    return params, tuple(torch.stack([one[part] for one in found]).to(dtype) for part in (0, 1))
+
+
+def gradients(num_moves=0, dtype=torch.float64):
+    """Of three chains and of the last alone."""
+    loss = prompt_loss(CONFIG, sampler(num_chains=3), num_moves=num_moves)
+    params, batch = three_chains(loss, dtype)
     alone = loss.gradient({n: t[2:] for n, t in params.items()}, {}, tuple(part[2:] for part in batch))
     return loss.gradient(params, {}, batch), alone
+
+
+def own_losses(num_moves=0):
+    """Of three chains, in the precision of sampling."""
+    loss = prompt_loss(CONFIG, sampler(num_chains=3), num_moves=num_moves)
+    return loss.own_losses(*three_chains(loss, torch.float32))
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
@@ -152,11 +163,16 @@ import test_prompt_loss as t
 for ours, other in zip(t.gradients(num_moves=10**8), t.gradients(), strict=True):
     torch.testing.assert_close(ours[1], other[1], rtol=1e-10, atol=0)
     torch.testing.assert_close(dict(ours[0]), dict(other[0]), rtol=1e-8, atol=1e-11)
+single = torch.float32  # which attention's own kernel is for
+for ours, other in zip(t.gradients(10**8, single), t.gradients(0, single), strict=True):
+    torch.testing.assert_close(ours[1], other[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(dict(ours[0]), dict(other[0]), rtol=1e-4, atol=1e-6)
+torch.testing.assert_close(t.own_losses(10**8), t.own_losses(), rtol=1e-5, atol=0)
 """
 
 
 @pytest.mark.slow
-def test_compiled_gradients_are_the_eager_ones_up_to_rounding():
+def test_compiled_gradients_and_losses_are_the_eager_ones_up_to_rounding():
     """In a process of its own: the shape checks of the test run cannot be traced."""
     folder = Path(__file__).parent
     code = f"import sys; sys.path[:0] = [{str(folder)!r}, {str(folder.parent)!r}]\n{COMPILED}"
