@@ -92,11 +92,12 @@ def matrix_products(config: RunConfig, device: str) -> Callable[[], None]:
     Forward, and for the gradients of inputs and weights. The last block's products after the choice of queries
     run over x-tokens only. Attention's own small products are left out.
     """
-    model, rows = config.model, 2 * config.task.max_examples * config.trainer.batch_size
+    model, prompts, num_examples = config.model, config.trainer.batch_size, config.task.max_examples
     width, wide = model.embed_size, model.mlp_size
     shapes = []
     for layer in range(model.num_layers):
-        few = rows // 2 if layer == model.num_layers - 1 else rows
+        rows = prompts * (2 * num_examples - 1)
+        few = prompts * num_examples if layer == model.num_layers - 1 else rows
         shapes += [(few, width, width), (rows, width, 2 * width), (few, width, width)]
         shapes += [(few, width, wide), (few, wide, width)]
     operands = [

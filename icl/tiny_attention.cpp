@@ -1,6 +1,6 @@
 // Causal attention over the few tokens of a prompt, and its gradient, on CPUs; icl/tiny_attention.py calls it.
 //
-// For 16 tokens and heads of 16 channels, general libraries spend far more on calls, copies and masks than on arithmetic.
+// For 15 tokens and heads of 16 channels, general libraries spend far more on calls, copies and masks than on arithmetic.
 // Here one head of one prompt, a few KiB, is worked off at a time and never leaves the nearest cache. The lanes of a vector
 // are queries: P[s][i] is how much query i takes of token s, so the softmax goes down columns, and no sum is across lanes.
 // Query i stands at token i * stride and sees the tokens s <= i * stride.
@@ -47,12 +47,15 @@ INLINE void store(float* to, Floats<W> values) {
 struct Sizes {
   Int heads, queries, tokens, size, stride, width;
   INLINE Int row() const { return heads * size; }
-  // Tokens that the queries of the lanes first .. first + lanes - 1 may see, up to the next multiple of 4.
+  // How many tokens the queries first .. first + lanes - 1 may see.
   INLINE Int seen(Int first, Int lanes) const {
-    Int end = ((first + lanes - 1) * stride + 4) / 4 * 4;
+    Int end = (first + lanes - 1) * stride + 1;
     return end < tokens ? end : tokens;
   }
 };
+
+// Where a block of four begins: at the end of `count`, at least 4, it overlaps the one before and finds the same again.
+INLINE Int four_from(Int at, Int count) { return at + 4 <= count ? at : count - 4; }
 
 // exp(x) for x <= 0: e^(n ln 2 + r) with |r| <= ln 2 / 2, by Cephes' polynomial (expf, relative error 2e-7). NaN stays NaN.
 template <int W>
@@ -88,9 +91,9 @@ INLINE void swap(Floats<16>* x, Words<16> upper) {
 template <int W>
 INLINE void transpose(const Sizes& n, float* columns, const float* rows) {
 #ifdef HAS_SHUFFLE
-  if (W == 16 && n.queries == 16 && n.size == 16) {
+  if (W == 16 && n.width == 16 && n.size == 16) {
     Floats<16> x[16];
-    for (int i = 0; i < 16; i++) x[i] = load<16>(rows + i * n.row());
+    for (int i = 0; i < 16; i++) x[i] = i < n.queries ? load<16>(rows + i * n.row()) : Floats<16>{};
     swap<8>(x, Words<16>{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23});
     swap<4>(x, Words<16>{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27});
     swap<2>(x, Words<16>{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29});
@@ -120,9 +123,10 @@ INLINE void multiply(const Sizes& n, float* products, const float* rows, const f
 
 template <int W>
 INLINE void multiply(const Sizes& n, float* products, const float* rows, const float* columns) {
-  Int s = 0;
-  for (; s + 4 <= n.tokens; s += 4) multiply<W, 4>(n, products, rows, columns, s);
-  for (; s < n.tokens; s++) multiply<W, 1>(n, products, rows, columns, s);
+  if (n.tokens < 4)
+    for (Int s = 0; s < n.tokens; s++) multiply<W, 1>(n, products, rows, columns, s);
+  else
+    for (Int s = 0; s < n.tokens; s += 4) multiply<W, 4>(n, products, rows, columns, four_from(s, n.tokens));
 }
 
 // Scores to P: the softmax over s of scale * scores, 0 where a query does not see.
@@ -146,6 +150,7 @@ INLINE void softmax(const Sizes& n, float* p, float scale) {
     }
     sum = 1.0f / sum;
     for (Int s = 0; s < end; s++) store<W>(p + s * n.width + i, load<W>(p + s * n.width + i) * sum);
+    for (Int s = end; s < n.tokens; s++) store<W>(p + s * n.width + i, Floats<W>{});
   }
 }
 
@@ -160,6 +165,7 @@ INLINE void softmax_gradient(const Sizes& n, float* d, const float* p) {
       Int at = s * n.width + i;
       store<W>(d + at, load<W>(p + at) * (load<W>(d + at) - mean));
     }
+    for (Int s = end; s < n.tokens; s++) store<W>(d + s * n.width + i, Floats<W>{});
   }
 }
 
@@ -190,9 +196,11 @@ INLINE void to_tokens(const Sizes& n, float* to, const float* p, const float* ro
 template <int C>
 INLINE void to_queries(const Sizes& n, float* to, const float* p, const float* rows, float scale, Int first = 0) {
   for (; first + C <= n.size; first += C) {
-    Int i = 0;
-    for (; i + 4 <= n.queries; i += 4) to_queries<C, 4>(n, to + first, p, rows + first, scale, i);
-    for (; i < n.queries; i++) to_queries<C, 1>(n, to + first, p, rows + first, scale, i);
+    if (n.queries < 4)
+      for (Int i = 0; i < n.queries; i++) to_queries<C, 1>(n, to + first, p, rows + first, scale, i);
+    else
+      for (Int i = 0; i < n.queries; i += 4)
+        to_queries<C, 4>(n, to + first, p, rows + first, scale, four_from(i, n.queries));
   }
   if constexpr (C > 1)
     if (first < n.size) to_queries<C == 16 ? 8 : 1>(n, to, p, rows, scale, first);
@@ -201,9 +209,11 @@ INLINE void to_queries(const Sizes& n, float* to, const float* p, const float* r
 template <int C>
 INLINE void to_tokens(const Sizes& n, float* to, const float* p, const float* rows, float scale, Int first = 0) {
   for (; first + C <= n.size; first += C) {
-    Int s = 0;
-    for (; s + 4 <= n.tokens; s += 4) to_tokens<C, 4>(n, to + first, p, rows + first, scale, s);
-    for (; s < n.tokens; s++) to_tokens<C, 1>(n, to + first, p, rows + first, scale, s);
+    if (n.tokens < 4)
+      for (Int s = 0; s < n.tokens; s++) to_tokens<C, 1>(n, to + first, p, rows + first, scale, s);
+    else
+      for (Int s = 0; s < n.tokens; s += 4)
+        to_tokens<C, 4>(n, to + first, p, rows + first, scale, four_from(s, n.tokens));
   }
   if constexpr (C > 1)
     if (first < n.size) to_tokens<C == 16 ? 8 : 1>(n, to, p, rows, scale, first);
@@ -268,15 +278,15 @@ struct Backward {
   }
 };
 
-// All heads of some prompts. For the sizes of most presets here the loops' lengths are constants.
+// All heads of some prompts. For L2H4's sizes (and K = 8 in general, with heads of 16) the loops' lengths are constants.
 template <class Job>
 INLINE void run(const Job& job, const Sizes& n, Int first, Int end, float* work) {
   for (Int prompt = first; prompt < end; prompt++)
     for (Int h = 0; h < n.heads; h++) {
-      if (n.tokens == 16 && n.size == 16 && n.queries == 16 && n.stride == 1)
-        job.template head<16>(Sizes{n.heads, 16, 16, 16, 1, 16}, prompt, h, work);
-      else if (n.tokens == 16 && n.size == 16 && n.queries == 8 && n.stride == 2)
-        job.template head<8>(Sizes{n.heads, 8, 16, 16, 2, 8}, prompt, h, work);
+      if (n.tokens == 15 && n.size == 16 && n.queries == 15 && n.stride == 1)
+        job.template head<16>(Sizes{n.heads, 15, 15, 16, 1, 16}, prompt, h, work);
+      else if (n.tokens == 15 && n.size == 16 && n.queries == 8 && n.stride == 2)
+        job.template head<8>(Sizes{n.heads, 8, 15, 16, 2, 8}, prompt, h, work);
       else
         job.template head<16>(n, prompt, h, work);
     }

@@ -35,10 +35,15 @@ def attention(
         num_heads: How many heads the C channels are.
         stride: From one querying token to the next.
     """
-    if HAS_KERNEL and queries.device.type == "cpu" and queries.dtype == torch.float32:
+    if has_kernel_for(queries):
         flat = (tensor.flatten(0, 1) for tensor in (queries, keys, values))
         return _Attention.apply(*flat, num_heads, stride).unflatten(0, queries.shape[:2])
     return attention_by_formula(queries, keys, values, num_heads=num_heads, stride=stride)
+
+
+def has_kernel_for(tensor: Tensor) -> bool:
+    """Whether attention over tensors of this device and precision is the kernel's."""
+    return HAS_KERNEL and tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 def attention_by_formula(
