@@ -12,11 +12,6 @@
 #include <cstdlib>
 
 #define INLINE inline __attribute__((always_inline))
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
-#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_CPU
-#endif
 
 namespace {
 
@@ -73,38 +68,56 @@ INLINE Floats<W> exponential(Floats<W> x) {
   return x == x ? (Floats<W>)((Words<W>)y + ((Words<W>)shifted << 23)) : x;
 }
 
-#if defined(__GNUC__) && !defined(__clang__)
-#define HAS_SHUFFLE
-// One step of a transposition: swaps the blocks beside the diagonal of every square of 2 * BLOCK rows.
-template <int BLOCK>
-INLINE void swap(Floats<16>* x, Words<16> upper) {
-  for (int i = 0; i < 16; i++)
-    if (!(i & BLOCK)) {
-      Floats<16> above = x[i], below = x[i + BLOCK];
-      x[i] = __builtin_shuffle(above, below, upper);
-      x[i + BLOCK] = __builtin_shuffle(above, below, upper + BLOCK);
-    }
-}
+#if defined(__clang__)
+#define SHUFFLE(W, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(W, a, b, ...) __builtin_shuffle(a, b, Words<W>{__VA_ARGS__})
 #endif
+// One step of a transposition: swaps the blocks beside the diagonal of every square of 2 * BLOCK rows.
+#define SWAP(W, BLOCK, UPPER, LOWER)                 \
+  for (int i = 0; i < W; i++)                        \
+    if (!(i & BLOCK)) {                              \
+      Floats<W> above = x[i], below = x[i + BLOCK];  \
+      x[i] = SHUFFLE(W, above, below, UPPER);        \
+      x[i + BLOCK] = SHUFFLE(W, above, below, LOWER); \
+    }
+#define LIST(...) __VA_ARGS__
+
+INLINE void transpose_square(Floats<16> (&x)[16]) {
+  SWAP(16, 8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+       LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+  SWAP(16, 4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+       LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+  SWAP(16, 2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+       LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+  SWAP(16, 1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+       LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+}
+
+INLINE void transpose_square(Floats<8> (&x)[8]) {
+  SWAP(8, 4, LIST(0, 1, 2, 3, 8, 9, 10, 11), LIST(4, 5, 6, 7, 12, 13, 14, 15))
+  SWAP(8, 2, LIST(0, 1, 8, 9, 4, 5, 12, 13), LIST(2, 3, 10, 11, 6, 7, 14, 15))
+  SWAP(8, 1, LIST(0, 8, 2, 10, 4, 12, 6, 14), LIST(1, 9, 3, 11, 5, 13, 7, 15))
+}
+
+INLINE void transpose_square(Floats<4> (&x)[4]) {
+  SWAP(4, 2, LIST(0, 1, 4, 5), LIST(2, 3, 6, 7))
+  SWAP(4, 1, LIST(0, 4, 2, 6), LIST(1, 5, 3, 7))
+}
 
 // Rows of one head, (queries, size), to columns (size, width); lanes without a query are 0.
 template <int W>
 INLINE void transpose(const Sizes& n, float* columns, const float* rows) {
-#ifdef HAS_SHUFFLE
-  if (W == 16 && n.width == 16 && n.size == 16) {
-    Floats<16> x[16];
-    for (int i = 0; i < 16; i++) x[i] = i < n.queries ? load<16>(rows + i * n.row()) : Floats<16>{};
-    swap<8>(x, Words<16>{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23});
-    swap<4>(x, Words<16>{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27});
-    swap<2>(x, Words<16>{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29});
-    swap<1>(x, Words<16>{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30});
-    for (int i = 0; i < 16; i++) store<16>(columns + i * 16, x[i]);
-    return;
-  }
-#endif
-  for (Int c = 0; c < n.size; c++) {
-    for (Int i = 0; i < n.queries; i++) columns[c * n.width + i] = rows[i * n.row() + c];
-    for (Int i = n.queries; i < n.width; i++) columns[c * n.width + i] = 0;
+  for (Int first = 0; first < n.width; first += W) {
+    Int c = 0;
+    for (; c + W <= n.size; c += W) {
+      Floats<W> x[W];
+      for (int i = 0; i < W; i++) x[i] = first + i < n.queries ? load<W>(rows + (first + i) * n.row() + c) : Floats<W>{};
+      transpose_square(x);
+      for (int i = 0; i < W; i++) store<W>(columns + (c + i) * n.width + first, x[i]);
+    }
+    for (; c < n.size; c++)
+      for (Int i = first; i < first + W; i++) columns[c * n.width + i] = i < n.queries ? rows[i * n.row() + c] : 0;
   }
 }
 
@@ -233,7 +246,7 @@ struct Forward {
 
   static INLINE Int work(const Sizes& n) { return n.width * (n.size + n.tokens); }
 
-  template <int W>
+  template <int W, int C>
   INLINE void head(const Sizes& n, Int prompt, Int h, float* work) const {
     Int query = prompt * n.queries * n.row() + h * n.size, token = prompt * n.tokens * n.row() + h * n.size;
     float *columns = work, *p = columns + n.width * n.size;
@@ -244,7 +257,7 @@ struct Forward {
     fetch<false>(n, v + token, n.tokens, h);
     softmax<W>(n, p, 1 / __builtin_sqrtf(n.size));
     fetch<true>(n, out + query, n.queries, h);
-    to_queries<16>(n, out + query, p, v + token, 1);
+    to_queries<C>(n, out + query, p, v + token, 1);
   }
 };
 
@@ -254,7 +267,7 @@ struct Backward {
 
   static INLINE Int work(const Sizes& n) { return n.width * (n.size + 2 * n.tokens); }
 
-  template <int W>
+  template <int W, int C>
   INLINE void head(const Sizes& n, Int prompt, Int h, float* work) const {
     Int query = prompt * n.queries * n.row() + h * n.size, token = prompt * n.tokens * n.row() + h * n.size;
     float *columns = work, *p = columns + n.width * n.size, *d = p + n.width * n.tokens;
@@ -270,39 +283,58 @@ struct Backward {
     multiply<W>(n, d, v + token, columns);
     softmax_gradient<W>(n, d, p);
     fetch<true>(n, dq + query, n.queries, h);
-    to_queries<16>(n, dq + query, d, k + token, scale);
+    to_queries<C>(n, dq + query, d, k + token, scale);
     fetch<true>(n, dk + token, n.tokens, h);
-    to_tokens<16>(n, dk + token, d, q + query, scale);
+    to_tokens<C>(n, dk + token, d, q + query, scale);
     fetch<true>(n, dv + token, n.tokens, h);
-    to_tokens<16>(n, dv + token, p, g + query, 1);
+    to_tokens<C>(n, dv + token, p, g + query, 1);
   }
 };
 
-// All heads of some prompts. For L2H4's sizes (and K = 8 in general, with heads of 16) the loops' lengths are constants.
-template <class Job>
+// All heads of some prompts, by vectors of W. For L2H4's sizes (K = 8, heads of 16) the loops' lengths are constants.
+template <int W, class Job>
 INLINE void run(const Job& job, const Sizes& n, Int first, Int end, float* work) {
+  constexpr int HALF = W == 16 ? 8 : W;
   for (Int prompt = first; prompt < end; prompt++)
     for (Int h = 0; h < n.heads; h++) {
       if (n.tokens == 15 && n.size == 16 && n.queries == 15 && n.stride == 1)
-        job.template head<16>(Sizes{n.heads, 15, 15, 16, 1, 16}, prompt, h, work);
+        job.template head<W, W>(Sizes{n.heads, 15, 15, 16, 1, 16}, prompt, h, work);
       else if (n.tokens == 15 && n.size == 16 && n.queries == 8 && n.stride == 2)
-        job.template head<8>(Sizes{n.heads, 8, 15, 16, 2, 8}, prompt, h, work);
+        job.template head<HALF, W>(Sizes{n.heads, 8, 15, 16, 2, 8}, prompt, h, work);
       else
-        job.template head<16>(n, prompt, h, work);
+        job.template head<W, W>(n, prompt, h, work);
     }
 }
 
-FOR_EACH_CPU void run_forward(const Forward& job, const Sizes& n, Int first, Int end, float* work) {
-  run(job, n, first, end, work);
+// The same for one kind of processor each: GCC's code for vectors longer than the processor's is ten times slower.
+template <class Job>
+using Range = void (*)(const Job&, const Sizes&, Int, Int, float*);
+
+#define RANGE(NAME, TARGET, W)                                                              \
+  template <class Job>                                                                      \
+  TARGET void NAME(const Job& job, const Sizes& n, Int first, Int end, float* work) {       \
+    run<W>(job, n, first, end, work);                                                       \
+  }
+
+RANGE(range_4, , 4)
+#ifdef __x86_64__
+RANGE(range_8, __attribute__((target("avx2,fma,bmi2"))), 8)
+RANGE(range_16, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2"))), 16)
+#endif
+
+template <class Job>
+Range<Job> range(Int lanes) {
+#ifdef __x86_64__
+  if (lanes == 16) return range_16<Job>;
+  if (lanes == 8) return range_8<Job>;
+#endif
+  return range_4<Job>;
 }
 
-FOR_EACH_CPU void run_backward(const Backward& job, const Sizes& n, Int first, Int end, float* work) {
-  run(job, n, first, end, work);
-}
-
-template <class Job, class Run>
-void on_all_cores(const Job& job, Run run, Int prompts, const Sizes& n) {
+template <class Job>
+void on_all_cores(const Job& job, Int prompts, const Sizes& n, Int lanes) {
   const Int share = 8;
+  const Range<Job> run = range<Job>(lanes);
 #pragma omp parallel
   {
     float* work = static_cast<float*>(std::aligned_alloc(64, (4 * Job::work(n) + 63) / 64 * 64));
@@ -313,23 +345,35 @@ void on_all_cores(const Job& job, Run run, Int prompts, const Sizes& n) {
   }
 }
 
-Sizes sizes(Int heads, Int queries, Int tokens, Int size, Int stride) {
-  return {heads, queries, tokens, size, stride, (queries + 15) / 16 * 16};
+Sizes sizes(Int heads, Int queries, Int tokens, Int size, Int stride, Int lanes) {
+  return {heads, queries, tokens, size, stride, (queries + lanes - 1) / lanes * lanes};
 }
 
 }  // namespace
 
 extern "C" {
 
+// The longest vectors of this processor: 16, 8 or 4 lanes.
+Int attention_lanes() {
+#ifdef __x86_64__
+  bool has_8 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  bool has_16 = has_8 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return has_16 ? 16 : has_8 ? 8 : 4;
+#else
+  return 4;
+#endif
+}
+
 // out (prompts, queries, heads * size) of q (prompts, queries, ...), k and v (prompts, tokens, ...).
 void attention_forward(float* out, const float* q, const float* k, const float* v, Int prompts, Int heads, Int queries,
-                       Int tokens, Int size, Int stride) {
-  on_all_cores(Forward{out, q, k, v}, run_forward, prompts, sizes(heads, queries, tokens, size, stride));
+                       Int tokens, Int size, Int stride, Int lanes) {
+  on_all_cores(Forward{out, q, k, v}, prompts, sizes(heads, queries, tokens, size, stride, lanes), lanes);
 }
 
 // Gradients dq, dk and dv from g, that of `out`; P is found anew, which is cheaper than to read it from memory.
 void attention_backward(float* dq, float* dk, float* dv, const float* g, const float* q, const float* k, const float* v,
-                        Int prompts, Int heads, Int queries, Int tokens, Int size, Int stride) {
-  on_all_cores(Backward{dq, dk, dv, g, q, k, v}, run_backward, prompts, sizes(heads, queries, tokens, size, stride));
+                        Int prompts, Int heads, Int queries, Int tokens, Int size, Int stride, Int lanes) {
+  on_all_cores(Backward{dq, dk, dv, g, q, k, v}, prompts, sizes(heads, queries, tokens, size, stride, lanes), lanes);
 }
 }

@@ -138,7 +138,8 @@ def _compiled_kernel() -> ctypes.CDLL | None:
         library = ctypes.CDLL(spec.origin)
     except OSError:
         return None
-    sizes = [ctypes.c_int64] * 6  # prompts, heads, queries, tokens, channels of a head, stride
+    sizes = [ctypes.c_int64] * 7  # prompts, heads, queries, tokens, channels of a head, stride, lanes
+    library.attention_lanes.argtypes, library.attention_lanes.restype = [], ctypes.c_int64
     for function, num_tensors in ((library.attention_forward, 4), (library.attention_backward, 7)):
         function.argtypes, function.restype = [*[ctypes.c_void_p] * num_tensors, *sizes], None
     return library
@@ -154,7 +155,7 @@ def _register(kernel: ctypes.CDLL) -> torch.library.Library:
             raise ValueError(
                 f"Attention of {num_heads} heads at stride {stride} of {q.shape}, {k.shape} and {v.shape}."
             )
-        return num_prompts, num_heads, num_queries, num_tokens, width // num_heads, stride
+        return num_prompts, num_heads, num_queries, num_tokens, width // num_heads, stride, _LANES
 
     def forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int, stride: int) -> Tensor:
         q, k, v, out = q.contiguous(), k.contiguous(), v.contiguous(), q.new_empty(q.shape)
@@ -190,4 +191,6 @@ def _register(kernel: ctypes.CDLL) -> torch.library.Library:
 _KERNEL = _compiled_kernel()
 HAS_KERNEL = _KERNEL is not None
 """Whether the kernel was compiled when `icl` was installed and could be loaded."""
+_LANES = 0 if _KERNEL is None else _KERNEL.attention_lanes()
+"""Numbers in a vector, the most that this processor has: 16, 8 or 4."""
 _OPERATIONS = None if _KERNEL is None else _register(_KERNEL)

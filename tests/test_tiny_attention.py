@@ -13,15 +13,18 @@ from icl.tiny_attention import HAS_KERNEL, attention, attention_by_formula
 
 needs_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="no compiler when icl was installed")
 
+LANES = [lanes for lanes in (16, 8, 4) if lanes <= tiny_attention._LANES]
 SIZES = {  # heads, tokens, channels of a head, stride
-    "L2H4": (4, 16, 16, 1),
-    "L2H4, last block": (4, 16, 16, 2),
-    "quickstart": (4, 16, 8, 1),
-    "raventos": (2, 32, 64, 2),
+    "L2H4": (4, 15, 16, 1),
+    "L2H4, last block": (4, 15, 16, 2),
+    "quickstart": (4, 15, 8, 1),
+    "whole vectors": (4, 16, 16, 1),
+    "raventos": (2, 31, 64, 2),
     "one token": (1, 1, 1, 1),
     "odd": (3, 7, 5, 2),
     "queries of two vectors and a bit": (2, 37, 3, 1),
     "channels of every vector": (1, 6, 16 + 8 + 3, 1),
+    "a last block of four that overlaps another vector": (2, 66, 3, 2),
     "stride 3": (1, 50, 4, 3),
 }
 
@@ -43,8 +46,10 @@ def test_a_machine_with_a_compiler_has_the_kernel():
 
 
 @needs_kernel
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_values_and_gradients_are_as_near_the_truth_as_the_formula_s(sizes):
+def test_values_and_gradients_are_as_near_the_truth_as_the_formula_s(sizes, lanes, monkeypatch):
+    monkeypatch.setattr(tiny_attention, "_LANES", lanes)
     inputs, options = make_inputs(sizes)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
