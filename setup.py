@@ -1,18 +1,22 @@
 """Packaging of `icl`; the settings of the tools are in pyproject.toml."""
 
+from hashlib import sha256
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+
+_KERNEL = "icl/tiny_attention.cpp"
+_DIGEST = sha256(Path(_KERNEL).read_bytes()).hexdigest()
+_FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fno-exceptions", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
 # Attention on CPUs. Without a compiler `icl` installs all the same, and PyTorch's operations do the work. It needs no
 # headers of Python or PyTorch; OpenMP's functions are those of the runtime that PyTorch loads, so none is linked.
 tiny_attention = Extension(
     "icl._tiny_attention",
-    sources=["icl/tiny_attention.cpp"],
+    sources=[_KERNEL],
     language="c++",
-    extra_compile_args=[
-        *["-std=c++17", "-O3", "-fopenmp", "-fno-exceptions", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
-    ],
+    define_macros=[("SOURCE", f'"{_DIGEST}"')],
+    extra_compile_args=_FLAGS,
     optional=True,
 )
 

@@ -21,12 +21,15 @@ template <int W>
 struct Lanes {
   typedef float Floats __attribute__((vector_size(4 * W)));
   typedef int32_t Words __attribute__((vector_size(4 * W)));
+  typedef uint32_t Bits __attribute__((vector_size(4 * W)));
   typedef float Anywhere __attribute__((vector_size(4 * W), aligned(4), may_alias));
 };
 template <int W>
 using Floats = typename Lanes<W>::Floats;
 template <int W>
 using Words = typename Lanes<W>::Words;
+template <int W>
+using Bits = typename Lanes<W>::Bits;
 
 template <int W>
 INLINE Floats<W> load(const float* from) {
@@ -52,7 +55,8 @@ struct Sizes {
 // Where a block of four begins: at the end of `count`, at least 4, it overlaps the one before and finds the same again.
 INLINE Int four_from(Int at, Int count) { return at + 4 <= count ? at : count - 4; }
 
-// exp(x) for x <= 0: e^(n ln 2 + r) with |r| <= ln 2 / 2, by Cephes' polynomial (expf, relative error 2e-7). NaN stays NaN.
+// exp(x) for x <= 0: e^(n ln 2 + r) with |r| <= ln 2 / 2, by Cephes' polynomial (expf, relative error 1e-7). NaN stays NaN;
+// of x > 0, which tokens that a query does not see may have, it is any number.
 template <int W>
 INLINE Floats<W> exponential(Floats<W> x) {
   Floats<W> floored = x < -87.0f ? Floats<W>{} - 87.0f : x;
@@ -65,7 +69,7 @@ INLINE Floats<W> exponential(Floats<W> x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * r * r + r + 1.0f;
-  return x == x ? (Floats<W>)((Words<W>)y + ((Words<W>)shifted << 23)) : x;
+  return x == x ? (Floats<W>)((Bits<W>)y + ((Bits<W>)shifted << 23)) : x;
 }
 
 #if defined(__clang__)
@@ -335,7 +339,7 @@ template <class Job>
 void on_all_cores(const Job& job, Int prompts, const Sizes& n, Int lanes) {
   const Int share = 8;
   const Range<Job> run = range<Job>(lanes);
-#pragma omp parallel
+#pragma omp parallel if (prompts > share)
   {
     float* work = static_cast<float*>(std::aligned_alloc(64, (4 * Job::work(n) + 63) / 64 * 64));
 #pragma omp for schedule(static)
@@ -352,6 +356,9 @@ Sizes sizes(Int heads, Int queries, Int tokens, Int size, Int stride, Int lanes)
 }  // namespace
 
 extern "C" {
+
+// The source's digest, which setup.py passes: a library of another source is not used.
+const char* attention_source() { return SOURCE; }
 
 // The longest vectors of this processor: 16, 8 or 4 lanes.
 Int attention_lanes() {

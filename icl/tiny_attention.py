@@ -2,19 +2,24 @@
 
 The kernel (tiny_attention.cpp) is compiled when `icl` is installed. Where there was no compiler, or on other devices and
 in other precisions, the same numbers up to rounding come from the formula that is written out in `attention_by_formula`.
-Both can be differentiated twice.
+Both can be differentiated twice, in reverse mode.
 """
 
 import ctypes
 import math
+import warnings
+from collections.abc import Sequence
 from functools import partial
+from hashlib import sha256
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+_SOURCE = Path(__file__).with_suffix(".cpp")
 _Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
@@ -43,7 +48,8 @@ def attention(
 
 def has_kernel_for(tensor: Tensor) -> bool:
     """Whether attention over tensors of this device and precision is the kernel's."""
-    return HAS_KERNEL and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    is_float32 = tensor.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return HAS_KERNEL and tensor.device.type == "cpu" and is_float32
 
 
 def attention_by_formula(
@@ -130,13 +136,24 @@ def _as_prompts(size: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, .
 
 
 def _compiled_kernel() -> ctypes.CDLL | None:
-    """The kernel's library, if it was compiled and finds the OpenMP runtime that PyTorch has loaded."""
+    """The kernel's library, if it was compiled from the source that is there and finds PyTorch's OpenMP runtime."""
     spec = find_spec("icl._tiny_attention")
     if spec is None or spec.origin is None:
         return None
     try:
         library = ctypes.CDLL(spec.origin)
+        library.attention_source.argtypes, library.attention_source.restype = [], ctypes.c_char_p
+        source = library.attention_source().decode()
     except OSError:
+        return None
+    except AttributeError:
+        source = "none"
+    if _SOURCE.exists() and sha256(_SOURCE.read_bytes()).hexdigest() != source:
+        warnings.warn(
+            "The kernel of attention was compiled from another version of icl, so PyTorch's operations do its work; run "
+            "`pip install -e .` again.",
+            stacklevel=2,
+        )
         return None
     sizes = [ctypes.c_int64] * 7  # prompts, heads, queries, tokens, channels of a head, stride, lanes
     library.attention_lanes.argtypes, library.attention_lanes.restype = [], ctypes.c_int64
@@ -148,26 +165,32 @@ def _compiled_kernel() -> ctypes.CDLL | None:
 def _register(kernel: ctypes.CDLL) -> torch.library.Library:
     """Makes the kernel two operations of PyTorch, which a compiled graph can call."""
 
-    def sizes(q: Tensor, k: Tensor, v: Tensor, num_heads: int, stride: int) -> tuple[int, ...]:
+    def sizes(inputs: Sequence[Tensor], num_heads: int, stride: int) -> tuple[int, ...]:
+        """What the kernel is told; it would read what is not there if this were not true."""
+        *_, q, k, v = inputs
         (num_prompts, num_queries, width), num_tokens = q.shape, k.shape[1]
-        fits = k.shape == v.shape == (num_prompts, num_tokens, width) and width % num_heads == 0
-        if not fits or (num_queries - 1) * stride >= num_tokens:  # the kernel would read what is not there
+        fit = k.shape == v.shape == (num_prompts, num_tokens, width) and all(
+            one.shape == q.shape for one in inputs[:-2]
+        )
+        fit = fit and all(one.dtype == torch.float32 for one in inputs) and num_heads >= 1 and stride >= 1
+        if not fit or width % num_heads or (num_queries - 1) * stride >= num_tokens:
             raise ValueError(
-                f"Attention of {num_heads} heads at stride {stride} of {q.shape}, {k.shape} and {v.shape}."
+                f"Attention of {num_heads} heads at stride {stride} of {[(one.dtype, tuple(one.shape)) for one in inputs]}."
             )
+        torch.get_num_threads()  # PyTorch sets a thread's number at its first question
         return num_prompts, num_heads, num_queries, num_tokens, width // num_heads, stride, _LANES
 
     def forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int, stride: int) -> Tensor:
-        q, k, v, out = q.contiguous(), k.contiguous(), v.contiguous(), q.new_empty(q.shape)
-        pointers = [tensor.data_ptr() for tensor in (out, q, k, v)]
-        kernel.attention_forward(*pointers, *sizes(q, k, v, num_heads, stride))
+        inputs, out = [tensor.contiguous() for tensor in (q, k, v)], q.new_empty(q.shape)
+        pointers = [tensor.data_ptr() for tensor in (out, *inputs)]
+        kernel.attention_forward(*pointers, *sizes(inputs, num_heads, stride))
         return out
 
     def backward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, num_heads: int, stride: int) -> _Gradients:
-        gradient, q, k, v = gradient.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+        inputs = [tensor.contiguous() for tensor in (gradient, q, k, v)]
         found = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-        pointers = [tensor.data_ptr() for tensor in (*found, gradient, q, k, v)]
-        kernel.attention_backward(*pointers, *sizes(q, k, v, num_heads, stride))
+        pointers = [tensor.data_ptr() for tensor in (*found, *inputs)]
+        kernel.attention_backward(*pointers, *sizes(inputs, num_heads, stride))
         return found
 
     def shape_forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int, stride: int) -> Tensor:

@@ -1,7 +1,8 @@
 """The kernel of attention against its formula in float64: values, gradients, second derivatives, causality, threads."""
 
-import ctypes
+import ctypes.util
 import shutil
+import sys
 from importlib.machinery import ModuleSpec
 
 import pytest
@@ -41,8 +42,8 @@ def relative_error(found, expected):
     return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-9)).item()
 
 
-def test_a_machine_with_a_compiler_has_the_kernel():
-    assert HAS_KERNEL or shutil.which("g++") is None
+def test_linux_with_gcc_has_the_kernel():
+    assert HAS_KERNEL or sys.platform != "linux" or shutil.which("g++") is None
 
 
 @needs_kernel
@@ -143,10 +144,18 @@ def test_scores_beyond_the_exponential_s_range_are_a_choice_of_one():
 
 
 @needs_kernel
-def test_sizes_that_do_not_fit_are_refused():
+def test_what_the_kernel_would_misread_is_refused():
     (queries, keys, values), options = make_inputs(SIZES["L2H4"])
     with pytest.raises(ValueError, match="Attention of 4 heads at stride 2"):
         attention(queries, keys, values, **options | {"stride": 2})
+    with pytest.raises(ValueError, match="at stride 0"):
+        attention(queries, keys, values, **options | {"stride": 0})
+    with pytest.raises(ValueError, match="Attention of -4 heads"):
+        attention(queries, keys, values, **options | {"num_heads": -4})
+    with pytest.raises(ValueError, match="bfloat16"):
+        attention(queries, keys.bfloat16(), values, **options)
+    with pytest.raises(ValueError, match="Attention of 4 heads"):
+        torch.ops.icl.attention_forward(queries[0], keys[0, 1:], values[0, 1:], 4, 1)
 
 
 def test_other_precisions_go_by_the_formula():
@@ -167,3 +176,16 @@ def test_a_kernel_that_cannot_be_loaded_is_no_kernel(monkeypatch, tmp_path):
         ctypes.CDLL(broken)
     monkeypatch.setattr(tiny_attention, "find_spec", lambda name: ModuleSpec(name, None, origin=str(broken)))
     assert tiny_attention._compiled_kernel() is None
+
+
+@needs_kernel
+def test_a_kernel_of_another_version_is_told_and_not_used(monkeypatch, tmp_path):
+    source = tmp_path / "tiny_attention.cpp"
+    source.write_bytes(tiny_attention._SOURCE.read_bytes() + b"// changed")
+    monkeypatch.setattr(tiny_attention, "_SOURCE", source)
+    with pytest.warns(UserWarning, match="pip install -e"):
+        assert tiny_attention._compiled_kernel() is None
+    older = ModuleSpec("older", None, origin=ctypes.util.find_library("m"))  # has none of the kernel's names
+    monkeypatch.setattr(tiny_attention, "find_spec", lambda name: older)
+    with pytest.warns(UserWarning, match="pip install -e"):
+        assert tiny_attention._compiled_kernel() is None

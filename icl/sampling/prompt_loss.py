@@ -138,7 +138,7 @@ def _losses(
 def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradient:
     """By plain autograd on stacked parameters, a tenth faster than mapping, or as one compiled graph; on a CPU chain by chain.
 
-    What moves goes in and its gradient comes out as one row for each chain: a graph checks, copies and hands over every input.
+    What moves goes in and its gradient comes out as one row for each chain, as a graph checks and hands over every input.
     """
 
     @cache
@@ -147,7 +147,9 @@ def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradien
     ) -> tuple[_OfRows, Callable[..., list[tuple[Tensor, Tensor]]]]:
         def gradient(rows: Tensor, frozen: Params, batch: Batch) -> tuple[Tensor, Tensor]:
             def total(rows: Tensor) -> tuple[Tensor, Tensor]:
-                components = _components(model, weights, {**frozen, **from_rows(rows, dict(shapes))}, *batch)  # N K
+                # Of several chains, on a GPU, a copy: views lie at odd addresses, at which its products are slow.
+                moving = {name: tensor.contiguous() for name, tensor in from_rows(rows, dict(shapes)).items()}
+                components = _components(model, weights, {**frozen, **moving}, *batch)  # N K
                 return components.mean(1).sum(), components  # the sum's gradient is each member's own
 
             return grad_and_aux(total, rows)

@@ -72,7 +72,11 @@ def write(tmp_path, values, **keys) -> str:
 
 def start_engine(file, *words) -> subprocess.Popen:
     command = [sys.executable, "-m", "icl", "sweep", file, *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # `pytest &` would hand on that it is ignored
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_help_has_an_example(capsys):
