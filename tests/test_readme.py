@@ -37,6 +37,7 @@ def test_every_train_command_is_a_valid_configuration(words):
     resolve(read_arguments(words[1:]))
 
 
+@pytest.mark.slow
 def test_the_commands_run_one_after_the_other_on_a_tiny_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOCAL_ROOT", "runs")

@@ -80,6 +80,7 @@ def test_the_words_of_the_command_count(tmp_path):
         points(tmp_path, {"sampler.lr": {"value": 1e-6}}, command=("icl", "llc", "--sampler.lr", "3"))
 
 
+@pytest.mark.slow
 def test_a_point_is_the_run_that_training_makes(tmp_path):
     """Of every file of ours that has a training sweep: the runs are those that it trains."""
     trained = {

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from icl.config import flatten
 from icl.presets import run_name
 from icl.resolve import resolve
@@ -20,6 +22,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_the_client_takes_every_file_and_both_engines_have_the_same_runs(wandb_server, tmp_path):
     environment = os.environ | wandb_server.environment() | {"WANDB_DIR": str(tmp_path)}
     command = [sys.executable, "-c", CREATE, *map(str, FILES)]

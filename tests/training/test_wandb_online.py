@@ -253,6 +253,7 @@ def test_a_network_that_fails_in_mid_run_does_not_stop_training(wandb_server, st
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_backend_that_refuses_at_the_start_means_offline(wandb_server, start, tmp_path):
     wandb_server.answer = lambda path: 401
     began = time.monotonic()
