@@ -41,10 +41,15 @@ def make_cases(device: str) -> Iterator[Case]:
     def against(peer: Side, ours: Side, work: int = 1) -> Callable[[float], list[Turn]]:
         return partial(take_turns, peer, ours, device, work=work)
 
-    yield Case("plain loop / one member, eager", against(plain, training_step(1, device)), "1")
+    eager = training_step(1, device)
+    yield Case("plain loop / one member, eager", against(plain, eager), "1")
     yield Case("plain loop / one member, compiled", against(plain, one), targets[0])
     yield Case(f"plain loop / {many} members, compiled", against(plain, packed, many), targets[1])
     yield Case(f"one at a time / {many} members, compiled", against(one, packed, many), targets[2])
+    if device == "cuda":  # on a CPU eager members take turns
+        yield Case(
+            f"one at a time / {many} members, eager", against(eager, training_step(many, device), many), targets[2]
+        )
     yield Case(f"{many // 2} members / {many}, compiled", against(half, packed, 2), "1")
     yield Case("matrix products alone / one member, compiled", against(Side(matrix_products(CONFIG, device)), one))
     yield Case("loop over checkpoints / 16 at once, evaluation", against(*evaluation_sides(16, device)))

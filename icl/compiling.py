@@ -97,7 +97,7 @@ def _cuda_options() -> dict[str, Any]:
     """A CUDA graph of kernels that are chosen by rule: those chosen by timing would round otherwise at the next start."""
     from torch._inductor import config
 
-    options: dict[str, Any] = {"triton.cudagraphs": True, "triton.autotune_pointwise": False}
+    options: dict[str, Any] = {"triton.cudagraphs": True, "triton.autotune_pointwise": False, "shape_padding": False}
     if hasattr(config, "deterministic"):  # of later versions
         options["deterministic"] = True
     return options

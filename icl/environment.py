@@ -31,9 +31,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
-def environment_line() -> str:
-    """This process's environment as `environments_of` reads it from a log."""
-    return f"{_MARK.strip()} {json.dumps(describe_environment())}"
+def environment_line(more: dict[str, str] | None = None) -> str:
+    """This process's environment, and `more` of that kind, as `environments_of` reads it from a log."""
+    return f"{_MARK.strip()} {json.dumps(describe_environment() | (more or {}))}"
 
 
 def environments_of(log: str) -> list[tuple[str, dict[str, str]]]:

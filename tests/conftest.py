@@ -1,11 +1,11 @@
 """Shared ground of the tests: no account, no network, no GPU by default, nothing written outside a temporary folder."""
 
 import dataclasses
+import importlib
 import os
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # before torch and numpy: threads that spin stall runs on shared cores
+# Before torch and numpy: threads that spin stall runs on shared cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis
@@ -13,7 +13,16 @@ import jaxtyping
 import pytest
 import torch
 
-import icl.config
+# Before icl: what a module under jaxtyping's hook is the first to import is compiled from its source, a third of the start.
+for _library in (
+    "lightning.pytorch",
+    "matplotlib.pyplot",
+    "pandas",
+    "scipy.optimize",
+    "sklearn.decomposition",
+    "torch._dynamo",
+):
+    importlib.import_module(_library)
 
 pytest_plugins = ["s3_server", "wandb_server"]
 
@@ -22,6 +31,8 @@ hypothesis.settings.load_profile("icl")
 
 
 def pytest_configure() -> None:
+    import icl.config
+
     torch.set_num_threads(2)
     # The config tree refuses wrong values itself, in sentences that are under test; jaxtyping's hook would speak first.
     for section in vars(icl.config).values():

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from tiny_runs import TINY, change
 
+from icl import tiny_attention
 from icl.cli import main
 from icl.environment import describe_environment, environment_line, environments_of
 from icl.plotting.curves import plot_curves
@@ -612,7 +613,7 @@ def test_the_environment_is_read_back_from_the_log():
 def test_training_logs_its_environment_at_every_start():
     folder = train(change(TINY, trainer={"max_steps": 2}, evaluation={"every": None})).folder
     ((_, about),) = environments_of(folder.log_file.read_text())
-    assert about == describe_environment()
+    assert about == describe_environment() | {"attention on CPUs": tiny_attention.ON_CPUS}
 
 
 def test_curves_have_a_line_for_each_run_and_a_panel_for_each_loss():

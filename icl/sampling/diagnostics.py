@@ -14,6 +14,11 @@ flat directions too, and harmless; half of the rest is the `heat`. It needs no d
 little noise. For quadratics it is once to twice the LLC's bias: with a_i = nbeta h_i + localization the ratio is
 1 + localization / a_i (`known.quadratic_llc`). And a loss that is convex along rays from w0 has pull >= LLC; a chain for
 which this fails has passed the rim of its basin.
+
+The same integration by parts, of f (w - w0) with f = nbeta (L - L0), says how the LLC answers to the localisation:
+-d LLC / d log localization = (pull - Cov(f, (w - w0) . nbeta grad L)) / 2, the `sensitivity`. Of a quadratic whose directions
+the data hold to the shares s_i = nbeta h_i / a_i it is half the sum of s_i (1 - s_i), and the LLC half the sum of s_i: flat
+directions count in neither, and their ratio is above 1/2 where the localisation outweighs the data in most of those that do.
 """
 
 import math
@@ -71,6 +76,9 @@ class Evidence(NamedTuple):
     """Degrees of freedom of that standard error."""
     lowest: float
     """The least excess of a draw, in nats; NaN where minibatches make losses noisy."""
+    sensitivity: float
+    """By how much the LLC falls as localization grows e-fold (this module); minibatches' noise lowers it."""
+    sensitivity_stderr: float
     localization: float
     share_batches: bool
 
@@ -262,6 +270,12 @@ RULES = (
         "prior-dominated", "suspect", 1e-3, "pull is the effective number of parameters (MacKay 1992); half of one, or a thousandth, is ours",
         lambda e, t: e.spread > e.num_params / 2 and e.pull < max(0.5, t * e.num_params),
         "prior-dominated: the data hold {pull:.3g} of {num_params} directions: raise nbeta, or lower localization",
+    ),
+    Rule(
+        "localisation outweighs", "suspect", 0.5, "integration by parts (this module); half is where both weigh the same",
+        lambda e, t: e.localization > 0 and e.sensitivity - 3 * e.sensitivity_stderr > t * max(e.llc, 0.0),
+        "prior-dominated: localisation outweighs the data in most directions that count, and {sensitivity:.3g} of the LLC go with "
+        "each e-fold of it: raise nbeta, or lower localization",
     ),
     Rule(
         "mostly flat", "note", 0.5, "as above",

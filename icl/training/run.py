@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from icl import population
+from icl import population, tiny_attention
 from icl.build import build_model, choose_device
 from icl.checks import ConfigError
 from icl.config import MEMBER_SETTINGS, RunConfig
@@ -256,7 +256,7 @@ def _begin(member: Member, step: int) -> None:
     for folder in (run.path, run.checkpoints.root, run.results, run.figures):
         remove_temporaries(folder)
     run.log(f"resuming from step {step}" if step else "starting")
-    run.log(environment_line())
+    run.log(environment_line({"attention on CPUs": tiny_attention.ON_CPUS}))
     run.write_status(member_status(member, "waiting", step))
 
 

@@ -340,6 +340,33 @@ def test_chains_held_by_the_prior_alone_are_suspect():
     assert "prior-dominated" in broken(result)
 
 
+@pytest.mark.parametrize("localization", [5.0, 60.0, 600.0])
+def test_how_the_llc_answers_to_the_localisation_is_that_of_a_quadratic(localization):
+    """Half the sum of s (1 - s), s = nbeta h / (nbeta h + localization); flat directions count for nothing."""
+    curvatures = torch.tensor([3.0, 1.0, 0.3, 0.0, 0.0, 0.0])
+
+    def flat(params, batch):
+        return (curvatures * params["w"].square()).sum() / 2
+
+    lr = 0.1 / (180 + localization)
+    settings = {"nbeta": 60.0, "localization": localization, "lr": lr, "num_draws": 1500, "num_burnin_steps": 500}
+    result = estimate(flat, {"w": torch.zeros(6)}, **settings)
+    shares = 60 * curvatures / (60 * curvatures + localization)
+    truth = float((shares * (1 - shares)).sum()) / 2
+    assert result.evidence.sensitivity == pytest.approx(truth, abs=4 * result.evidence.sensitivity_stderr)
+    assert result.evidence.sensitivity_stderr < 0.15
+    outweighs = localization == 600  # there 0.82 of the LLC go with an e-fold of it, at 60 0.42
+    assert ("localisation outweighs" in broken(result)) == outweighs
+    assert result.verdict == ("suspect" if outweighs else "ok")
+
+
+def test_a_localisation_that_outweighs_the_data_is_suspect_though_the_number_is_plausible():
+    result = estimate(localization=400.0, lr=5e-4, num_draws=600)
+    assert 0.1 * TRUTH < result.llc < 0.5 * TRUTH
+    assert result.verdict == "suspect"
+    assert "prior-dominated: localisation outweighs the data" in " ".join(result.reasons)
+
+
 def test_too_short_a_burnin_drifts():
     result = estimate(num_burnin_steps=0, num_draws=150, lr=1e-4, num_chains=32)
     assert "drift" in broken(result)
@@ -394,6 +421,7 @@ def test_every_rule_can_be_the_only_reason_and_names_its_source():
         "effective sample size": {"ess": 99.0},
         "drift": {"drift": -0.5},
         "prior-dominated": {"spread": 2.0, "pull": 0.4, "llc": 0.2},
+        "localisation outweighs": {"sensitivity": 0.6 * healthy.llc, "sensitivity_stderr": 0.01},
         "mostly flat": {"spread": 1.6, "pull": 3.0},
         "not spread out": {"llc": 1.0, "pull": 1.05, "spread": 0.0, "fill_stderr": 0.01},
         "escape not checked": {"trivial_loss": None},
