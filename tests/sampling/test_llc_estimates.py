@@ -349,15 +349,14 @@ def test_how_the_llc_answers_to_the_localisation_is_that_of_a_quadratic(localiza
         return (curvatures * params["w"].square()).sum() / 2
 
     lr = 0.1 / (180 + localization)
-    settings = {"nbeta": 60.0, "localization": localization, "lr": lr, "num_draws": 1500, "num_burnin_steps": 500}
-    result = estimate(flat, {"w": torch.zeros(6)}, **settings)
+    settings = {"nbeta": 60.0, "lr": lr, "num_chains": 32, "num_draws": 400, "num_burnin_steps": 150}
+    result = estimate(flat, {"w": torch.zeros(6)}, localization=localization, **settings)
     shares = 60 * curvatures / (60 * curvatures + localization)
     truth = float((shares * (1 - shares)).sum()) / 2
     assert result.evidence.sensitivity == pytest.approx(truth, abs=4 * result.evidence.sensitivity_stderr)
     assert result.evidence.sensitivity_stderr < 0.15
     outweighs = localization == 600  # there 0.82 of the LLC go with an e-fold of it, at 60 0.42
     assert ("localisation outweighs" in broken(result)) == outweighs
-    assert result.verdict == ("suspect" if outweighs else "ok")
 
 
 def test_a_localisation_that_outweighs_the_data_is_suspect_though_the_number_is_plausible():
