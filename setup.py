@@ -72,5 +72,7 @@ setup(
             "pre-commit>=3.7",
         ],
     },
+    # By a path, not an import hook, which is asked after the folder above a clone, where the clone is a package `icl`, too.
+    options={"editable_wheel": {"mode": "compat"}},
     entry_points={"console_scripts": ["icl=icl.cli:main"]},
 )

@@ -1,7 +1,7 @@
 """Populations: one architecture, many parameter sets, stacked on a leading axis N and applied at once.
 
 The seeds of a sweep, the rungs of an M-ladder, the chains of an LLC estimate and the checkpoints of a run are all
-populations, and this is the one place that stacks, unstacks and applies them. Parameters are `dict[str, Tensor]`
+populations, and this is the one place that stacks and unstacks them; `icl.stacked` computes their predictions. Parameters are `dict[str, Tensor]`
 with the names of the module's own state dict. A run is a population of one.
 """
 

@@ -99,7 +99,8 @@ def make_step(
 
     Elsewhere than on a CPU all members move together. There one fills a core's caches: eagerly they take turns, each on all
     cores, so that a member's numbers are bit for bit those of a population of one; compiled and packed they go side by
-    side, each on one core, which is faster and differs by the rounding of a few sums.
+    side, each on one core, which is faster and differs by the rounding of a few sums. (Biases of keys, which no prediction
+    depends on, then go their own ways: their gradients are rounding, and Adam makes steps of it.)
 
     Args:
         model: The architecture.

@@ -216,6 +216,6 @@ HAS_KERNEL = _KERNEL is not None
 """Whether the kernel was compiled when `icl` was installed and could be loaded."""
 _LANES = 0 if _KERNEL is None else _KERNEL.attention_lanes()
 """Numbers in a vector, the most that this processor has: 16, 8 or 4."""
-_OPERATIONS = None if _KERNEL is None else _register(_KERNEL)
+_OPERATIONS = None if _KERNEL is None else _register(_KERNEL)  # registered for as long as this is there
 ON_CPUS = f"kernel, {_LANES} lanes" if HAS_KERNEL else "PyTorch's operations"
 """What does the work there, in words: where it is another, numbers differ by rounding."""

@@ -84,6 +84,16 @@ def test_the_calibration_took_one_corner_at_full_length_and_shows_how():
     assert ((again - written["llc"]).abs() <= rounding).all()
 
 
+def test_the_stages_were_told_from_the_llcs_that_are_shipped():
+    stages, llcs = read(DATA / "small" / "stages.csv"), read(DATA / "small" / "llc.csv")
+    told = stages[(stages["quantity"] == "measured") & (stages["signal"] == "llc")].astype({"at": int})
+    own = llcs[llcs["mode"].isna() & (llcs["rescale"] == 1)]
+    both = told.merge(own, left_on=["run", "at"], right_on=["run", "step"], suffixes=("", "_llc"))
+    assert len(both) == len(told) > 10
+    for stage, llc in (("value", "llc"), ("stderr", "stderr_llc"), ("verdict", "verdict_llc")):
+        assert list(both[stage]) == list(both[llc])
+
+
 def test_the_data_are_small():
     shipped = [path for path in DATA.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in shipped) < MAX_MEGABYTES * 1e6

@@ -34,6 +34,7 @@ from icl.analysis.prompts import fixed_prompts, prompts_at_once
 from icl.analysis.run import Measurement, Members, Result, as_table, over_checkpoints
 from icl.checks import ConfigError
 from icl.population import Params
+from icl.step import from_rows, shapes_of
 from icl.tasks.prompts import Prompts
 from icl.transformer import Transformer
 
@@ -110,7 +111,7 @@ def hessian_products(
     left behind is kept from product to product if `prompts_at_once` of each member's prompts are all there are.
     """
     weights = torch.cat([tensor.flatten(1) for tensor in params.values()], dim=1)  # N P
-    shapes = {name: tensor.shape[1:] for name, tensor in params.items()}
+    shapes = shapes_of(params)
     count, size = len(weights), len(prompts.ys) // num_batches
     num_together = max(1, min(num_batches, prompts_at_once // size))
 
@@ -121,7 +122,7 @@ def hessian_products(
         )  # NJ b K D and NJ b K
 
         def loss(flat: Float[Tensor, "NJ P"]) -> Tensor:
-            errors = metrics.squared_error(population.apply(model, _named(flat, shapes), xs, ys), ys)  # NJ b K
+            errors = metrics.squared_error(population.apply(model, from_rows(flat, shapes), xs, ys), ys)  # NJ b K
             return errors.mean((-2, -1)).sum()  # members do not meet, so neither do their derivatives
 
         copies = len(ys) // count
@@ -131,11 +132,6 @@ def hessian_products(
     firsts = range(0, num_batches, num_together)
     kept = pullback(0) if len(firsts) == 1 else None
     return kept or (lambda vectors: torch.cat([pullback(first)(vectors) for first in firsts], dim=1))
-
-
-def _named(flat: Float[Tensor, "N P"], shapes: dict[str, torch.Size]) -> Params:
-    pieces = flat.split([shape.numel() for shape in shapes.values()], dim=1)
-    return {name: piece.unflatten(1, shape) for piece, (name, shape) in zip(pieces, shapes.items(), strict=True)}
 
 
 def _vectors(key: rng.Stream, steps: Tensor, params: Params) -> Iterator[Float[Tensor, "N P"]]:

@@ -64,6 +64,27 @@ def drift(draws: Float[ndarray, "K S"]) -> tuple[float, float]:
     return float(second.mean() - first.mean()), math.hypot(standard_error(first), standard_error(second))
 
 
+def sensitivity(excess: Float[ndarray, "K S"], pull: Float[ndarray, "K S"]) -> tuple[float, float]:
+    """By how much the mean excess falls as localization grows e-fold, (E[pull] - Cov(excess, pull)) / 2, and its standard error.
+
+    A minibatch adds nearly the same noise to both, which would count as covariance. It is not in their difference D, nor then
+    in Cov(excess, D), and Var(excess) without it is at least Cov(excess, D)^2 / Var(D): equal for a homogeneous loss
+    about w0, of any degree but one. So Cov(excess, pull) = Cov(excess, D) + Var(excess) is found from D alone, and is never too high.
+
+    Args:
+        excess: nbeta (L(w) - L(w0)) at every draw.
+        pull: nbeta (w - w0) . grad L there, on the same minibatch.
+    """
+    if not excess.size:
+        return math.nan, math.nan
+    f, d = excess - excess.mean(), pull - excess - (pull - excess).mean()
+    ratio = (f * d).mean() / max((d * d).mean(), np.finfo(float).tiny)
+    common = (
+        1 + 2 * ratio
+    ) * f * d - ratio**2 * d * d  # of mean Cov(f, D) + Cov(f, D)^2 / Var(D), and of its variance (delta method)
+    return float((pull - common).mean()) / 2, standard_error(pull - common) / 2
+
+
 def _split(draws: Float[ndarray, "K S"]) -> Float[ndarray, "2*K S//2"]:
     half = draws.shape[1] // 2
     return np.concatenate((draws[:, :half], draws[:, -half:]))

@@ -16,9 +16,10 @@ little noise. For quadratics it is once to twice the LLC's bias: with a_i = nbet
 which this fails has passed the rim of its basin.
 
 The same integration by parts, of f (w - w0) with f = nbeta (L - L0), says how the LLC answers to the localisation:
--d LLC / d log localization = (pull - Cov(f, (w - w0) . nbeta grad L)) / 2, the `sensitivity`. Of a quadratic whose directions
-the data hold to the shares s_i = nbeta h_i / a_i it is half the sum of s_i (1 - s_i), and the LLC half the sum of s_i: flat
-directions count in neither, and their ratio is above 1/2 where the localisation outweighs the data in most of those that do.
+-d LLC / d log localization = (pull - Cov(f, (w - w0) . nbeta grad L)) / 2, the `sensitivity` (`convergence.sensitivity`). Of a
+quadratic whose directions the data hold to the shares s_i = nbeta h_i / a_i it is half the sum of s_i (1 - s_i), and the LLC
+half the sum of s_i: flat directions count in neither, and their ratio is above 1/2 where the localisation outweighs the data in
+most of those that do. (For curvatures that fall off as a power it is the power that LLC falls by, at any localization.)
 """
 
 import math
@@ -77,7 +78,7 @@ class Evidence(NamedTuple):
     lowest: float
     """The least excess of a draw, in nats; NaN where minibatches make losses noisy."""
     sensitivity: float
-    """By how much the LLC falls as localization grows e-fold (this module); minibatches' noise lowers it."""
+    """By how much the LLC falls as localization grows e-fold (this module)."""
     sensitivity_stderr: float
     localization: float
     share_batches: bool
@@ -122,9 +123,14 @@ class Evidence(NamedTuple):
         return " and ".join(f"{num} {way}" for way, num in ways.items() if num)
 
     @property
+    def least_settled(self) -> float:
+        """How far the chains must settle below the checkpoint's loss to be told from chance."""
+        return threshold(self.settled_freedom) * self.settled_stderr
+
+    @property
     def settles(self) -> bool:
         """Whether the chains settle below the checkpoint's loss by more than chance."""
-        return self.settled > threshold(self.settled_freedom) * self.settled_stderr
+        return self.settled > self.least_settled
 
     @property
     def settled_share(self) -> float:
@@ -272,15 +278,16 @@ RULES = (
         "prior-dominated: the data hold {pull:.3g} of {num_params} directions: raise nbeta, or lower localization",
     ),
     Rule(
-        "localisation outweighs", "suspect", 0.5, "integration by parts (this module); half is where both weigh the same",
+        "localisation outweighs", "suspect", 2 / 3, "integration by parts (this module); of a single curvature that is twice the data's weight",
         lambda e, t: e.localization > 0 and e.sensitivity - 3 * e.sensitivity_stderr > t * max(e.llc, 0.0),
-        "prior-dominated: localisation outweighs the data in most directions that count, and {sensitivity:.3g} of the LLC go with "
-        "each e-fold of it: raise nbeta, or lower localization",
+        "prior-dominated: localization, not the data, decides the LLC, which would fall by {sensitivity:.3g} if localization grew "
+        "2.7-fold: raise nbeta, or lower localization",
     ),
     Rule(
         "mostly flat", "note", 0.5, "as above",
         lambda e, t: e.spread > t * e.num_params and e.pull >= max(0.5, 1e-3 * e.num_params),
-        "note: localisation holds most directions, the data {pull:.3g} of {num_params}; see how the LLC depends on localization",
+        "note: localisation holds most directions, the data {pull:.3g} of {num_params}; the LLC falls by {sensitivity:.2g} ± "
+        "{sensitivity_stderr:.1g} if localization grows 2.7-fold",
     ),
     Rule(
         "warm", "note", 2, "as `too hot`; standard errors",
@@ -299,12 +306,25 @@ RULES = (
         "note: {num_chains_used} chains can hardly tell whether they settle below the checkpoint's loss: use four or more",
     ),
     Rule(
+        "settling not told", "note", 0.1, "as `settles lower`",
+        lambda e, t: e.num_chains_used >= 4 and e.least_settled > max(t * abs(e.llc), 2 * e.error, 0.1),
+        "note: whether the chains settle below the checkpoint's loss, as beside a minimum, is told from {least_settled:.2g} nats on only: "
+        "raise num_init_batches, or use larger batches",
+    ),
+    Rule(
+        "hardly spread out", "note", 0.95, "as `not spread out`",
+        lambda e, t: e.localization > 0 and e.filled < t and e.pull + e.spread + 2 * e.fill_stderr < e.num_params,
+        "note: the chains fill {filled:.0%} of what the localisation allows; a longer burn-in may change the LLC",
+    ),
+    Rule(
         "escape not checked", "note", 0, "fixed outcome",
         lambda e, t: e.trivial_loss is None,
         "note: escape from the basin was not checked; give `trivial_loss`",
     ),
 )  # fmt: skip
 """All rules, the gravest first."""
+VERSION = 2
+"""Of the rules; what was judged by older ones is judged anew."""
 
 
 def judge(evidence: Evidence) -> tuple[Verdict, tuple[str, ...]]:
@@ -321,7 +341,7 @@ def _worst(levels: Iterable[Level]) -> Verdict:
 
 
 def _told(rule: Rule, evidence: Evidence) -> str:
-    names = (*Evidence._fields, "rise", "headroom", "filled", "dead", "lost", "deaths")
+    names = (*Evidence._fields, "rise", "headroom", "filled", "dead", "lost", "deaths", "least_settled")
     numbers = {name: getattr(evidence, name) for name in names}
     found = {"half": evidence.num_params / 2, "depth": DIVERGED * evidence.num_params, "depth_found": -evidence.lowest}
     return rule.reason.format(**numbers, **found, t=rule.threshold)

@@ -97,7 +97,7 @@ def estimate(
     device = next(iter(stacked.values())).device
     distinct = _distinct_batches(source, corners[0], problem.num_init_batches)
     init_batches = [_on(batch, device) for batch in distinct.batches]
-    resting = init_batches[: settling.NUM_BATCHES]
+    resting = init_batches[: settling.num_batches(corners[0].num_moves, corners[0].num_chains)]
     members = _chunk_size(problem, stacked, init_batches[0], packing)
     init, gains = _at_checkpoints(problem, stacked, init_batches, corners, packing, members)
     traces = run_chains(

@@ -188,6 +188,12 @@ def _checked(checkpoints: Any) -> list[Mapping[str, Tensor]]:
                 f"Parameters must be a dict from names to tensors, got {_described(params)}; "
                 "`loss, params = module_loss(model, criterion)` gives those of a module."
             )
+        for name, tensor in params.items():
+            if tensor.is_floating_point() and tensor.itemsize < 4:
+                raise ConfigError(
+                    f"Parameters must be float32 or float64, got {tensor.dtype} in `{name}`: a chain's moves are smaller than the steps "
+                    "between its numbers; convert the model by `.float()`."
+                )
     if not checkpoints or not all(checkpoints):
         raise ConfigError("There are no parameters to sample; give a dict from names to tensors that is not empty.")
     return checkpoints

@@ -2,7 +2,7 @@
 
 `results/llc/<settings>/step-000001465.npz` of a run holds an estimate's row, its values per position and its traces, under
 a key: the checkpoint's hash and everything that decides its chains. `<settings>` is a hash of the latter. An estimate
-with another key, or a damaged one, is made again; nothing is ever unpickled. `results/llc.csv` and
+with another key, a damaged one, or one that older rules judged is made again; nothing is ever unpickled. `results/llc.csv` and
 `results/llc-positions.csv` are made of all that is kept, whichever settings; so estimates under several settings
 stand there as rows of their own, and several programs may estimate the same run at once.
 """
@@ -24,6 +24,7 @@ import torch
 
 from icl.config import SamplerConfig
 from icl.runs import RunFolder
+from icl.sampling import diagnostics
 from icl.sampling.result import LLCResult
 from icl.storage import write_atomically
 
@@ -121,7 +122,13 @@ def write_record(run: RunFolder | None, kind: Kind, record: Record) -> None:
     """
     if run is None:
         return
-    about = {"settings": kind.settings, "row": record.row, "positions": record.positions, "stride": record.stride}
+    about = {
+        "settings": kind.settings,
+        "rules": diagnostics.VERSION,
+        "row": record.row,
+        "positions": record.positions,
+        "stride": record.stride,
+    }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, about=np.array(json.dumps(about)), traces=record.traces)
     write_atomically(_file(run, kind.name, record.row["step"]), buffer.getvalue())
@@ -158,7 +165,8 @@ def _read(file: Path, settings: dict[str, Any] | None) -> Record | None:
     try:
         with np.load(file, allow_pickle=False) as saved:
             about, traces = json.loads(str(saved["about"])), saved["traces"]
-        if settings is not None and about["settings"] != json.loads(json.dumps(settings)):
+        wanted = (json.loads(json.dumps(settings)), diagnostics.VERSION)
+        if settings is not None and (about["settings"], about.get("rules")) != wanted:
             return None
         return Record(about["row"], about["positions"], traces, about["stride"])
     except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile):

@@ -119,6 +119,8 @@ class LLCResult:
             "pull": e.pull,
             "spread": e.spread,
             "heat": e.heat,
+            "sensitivity": e.sensitivity,
+            "sensitivity_stderr": e.sensitivity_stderr,
             "descent": e.descent,
             "settled": e.settled,
             "settled_stderr": e.settled_stderr,

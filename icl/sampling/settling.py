@@ -24,8 +24,13 @@ from torch import Tensor
 from icl.population import Params
 from icl.sampling.packing import Packing
 
-NUM_BATCHES = 32
-"""At most so many batches are used; 2 K + 2 forward passes on each."""
+_NUM_BATCHES = 32
+"""So many batches are used even if chains are short."""
+
+
+def num_batches(num_moves: int, num_chains: int) -> int:
+    """As many batches as cost up to a quarter of the chains' own gradients; on each, 2 K + 2 forward passes of a third of one."""
+    return max(_NUM_BATCHES, 3 * num_moves * num_chains // (8 * (num_chains + 1)))
 
 
 class Losses(NamedTuple):

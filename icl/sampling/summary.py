@@ -109,7 +109,8 @@ def _evidence(
     draws = excess[used].numpy()
     pull, spread, heat = (trace[used].numpy() for trace in (traces.pull, traces.spread, traces.heat))
     drift, drift_stderr = convergence.drift(draws)
-    llc, common = _mean(draws), (draws - _mean(draws)) * (pull - _mean(pull))
+    sensitivity, sensitivity_stderr = convergence.sensitivity(draws, pull)
+    llc = _mean(draws)
     return Evidence(
         llc=llc,
         stderr=convergence.standard_error(draws),
@@ -137,8 +138,8 @@ def _evidence(
         settled=settings.nbeta * float(traces.settled[0]),
         settled_stderr=settings.nbeta * float(traces.settled[1]),
         settled_freedom=float(traces.settled[2]),
-        sensitivity=_mean(pull - common) / 2,
-        sensitivity_stderr=convergence.standard_error(pull - common) / 2,
+        sensitivity=sensitivity,
+        sensitivity_stderr=sensitivity_stderr,
         localization=settings.localization,
         lowest=float(draws.min()) if traces.one_batch and draws.size else math.nan,
         share_batches=traces.share_batches,

@@ -44,7 +44,10 @@ def num_fitting(configs: Sequence[RunConfig], device: torch.device | str) -> int
     is_cpu = torch.device(device).type == "cpu"
     member = dict(build_model(config).named_parameters())
     row = sum(tensor.nbytes for tensor in member.values())
-    activations = activation_bytes(config, stack([member] if is_cpu else [member] * 2)) * config.trainer.batch_size
+    members = stack([member] if is_cpu else [member] * 2)
+    if not is_cpu:  # where attention has no kernel, and keeps more
+        members = {name: tensor.to("meta") for name, tensor in members.items()}
+    activations = activation_bytes(config, members) * config.trainer.batch_size
     room = _SHARE * device_bytes(device)
     if is_cpu:
         return max(1, int((room - torch.get_num_threads() * activations) // _cpu_bytes(configs, row)))
@@ -122,13 +125,14 @@ def _kept_bytes(config: RunConfig, params: Params, num_prompts: int) -> int:
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage._cdata] = storage.nbytes()
         return tensor
 
     weights = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
-    xs = torch.zeros(num_prompts, config.task.max_examples, config.task.task_size)
+    device = next(iter(weights.values())).device
+    xs = torch.zeros(num_prompts, config.task.max_examples, config.task.task_size, device=device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         predictions = stacked.predict(config.model, weights, xs, xs[..., 0])
-    own = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
-    del predictions  # until here every kept tensor is alive, so no two share an address
-    return sum(nbytes for address, nbytes in kept.items() if address not in own)
+    own = {tensor.untyped_storage()._cdata for tensor in weights.values()}
+    del predictions  # until here every kept tensor is alive, so no two storages are the same
+    return sum(nbytes for storage, nbytes in kept.items() if storage not in own)

@@ -1,4 +1,4 @@
-"""The LightningModule: a population under `icl.step`, one optimiser step at a time. A run is a population of one.
+"""The LightningModule: a population under `icl.step`, a few optimiser steps a batch. A run is a population of one.
 
 It holds the parameters and Adam's moments of N members as rows, and keeps what a step learns about itself (loss since
 the last row, clipped steps, first non-finite step) as tensors on the device, one entry per member, so that a step never

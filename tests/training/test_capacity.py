@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_runs import TINY, change
 
+from icl import tiny_attention
 from icl.build import build_model
 from icl.population import stack
 from icl.presets import preset
@@ -33,6 +34,7 @@ def test_activations_hold_at_least_the_inputs_of_every_matrix_product():
 def test_a_member_of_several_keeps_more_than_one_alone_and_elsewhere_than_on_a_cpu_that_is_counted(monkeypatch):
     """Alone it has fused operations."""
     config = preset("L2H4")
+    monkeypatch.setattr(tiny_attention, "HAS_KERNEL", False)
     member = dict(build_model(config).named_parameters())
     alone, together, four = (activation_bytes(config, stack([member] * num)) for num in (1, 2, 4))
     assert 1.1 < together / alone < 1.4
@@ -40,6 +42,20 @@ def test_a_member_of_several_keeps_more_than_one_alone_and_elsewhere_than_on_a_c
     monkeypatch.setattr(capacity, "device_bytes", lambda device: 2**34)
     rows = 7 * sum(tensor.nbytes for tensor in member.values())
     assert num_fitting([config], "meta") == int(0.85 * 2**34 // (rows + 256 * together))
+
+
+@pytest.mark.parametrize("max_examples", [8, 64])
+def test_what_fits_a_gpu_does_not_depend_on_the_kernel_of_this_machines_cpu(monkeypatch, max_examples):
+    """The formula keeps scores and patterns; of 128 tokens they are half of all that a kernel keeps."""
+    config = change(preset("L2H4"), task={"max_examples": max_examples})
+    monkeypatch.setattr(capacity, "device_bytes", lambda device: 2**34)
+    found = []
+    for has_kernel in (tiny_attention.HAS_KERNEL, False):
+        monkeypatch.setattr(tiny_attention, "HAS_KERNEL", has_kernel)
+        found.append(num_fitting([config], "meta"))
+    by_formula = activation_bytes(config, stack([dict(build_model(config).named_parameters())] * 2))
+    rows = 7 * sum(tensor.nbytes for tensor in build_model(config).parameters())
+    assert found == [int(0.85 * 2**34 // (rows + config.trainer.batch_size * by_formula))] * 2
 
 
 def test_twice_the_memory_holds_twice_the_members(monkeypatch):
