@@ -228,6 +228,12 @@ def test_verdicts_are_in_words_and_in_colours_and_counted(run):
     assert looks["badge ok"] == 1 + 2 + 1  # and the run's state
 
 
+def test_the_tile_counts_the_verdicts_of_llcs_alone(run):
+    run.write_result("mine.csv", "step,value,verdict\n0,1,ok\n60,2,suspect\n")
+    text = open_page(write_report([run.path]).path).text
+    assert "LLC, all estimates 1 ok, 1 suspect, 1 invalid" in text
+
+
 def test_the_page_names_the_commands_for_what_is_missing(run):
     opened = open_page(write_report([run.path]).path)
     assert f"icl evaluate {run.path}" in opened.text
@@ -323,7 +329,7 @@ def test_a_run_with_nothing_but_its_settings_has_a_page(tmp_path):
     assert "run.log does not say" in opened.text
 
 
-@pytest.mark.parametrize("make", [lambda path: None, Path.mkdir, lambda path: path.write_text("a file")])
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.write_text("a file")])
 def test_what_is_no_run_is_one_sentence(tmp_path, capsys, make):
     make(tmp_path / "nothing")
     assert main(["report", str(tmp_path / "nothing")]) == 1
@@ -398,7 +404,7 @@ def test_a_folder_of_runs_has_a_comparison_first(sweep, capsys):
             "loss, training tasks",
             "/ ridge's, training tasks",
         ),
-        *("loss, new tasks", "/ ridge's, new tasks", "LLC, last", "verdicts"),
+        *("loss, new tasks", "/ ridge's, new tasks", "LLC, last", "LLC, all"),
     ]
     reached = ["1.250", "1.650", "1.100", "1.800", "1.200", "34.6 ± 2.5 suspect", "1 ok, 1 suspect, 1 invalid"]
     assert tables[1][:4] == ["M=8", "finished", "60 / 60", "8"]
@@ -407,6 +413,7 @@ def test_a_folder_of_runs_has_a_comparison_first(sweep, capsys):
     assert tables[3] == ["M=inf", "finished", "60 / 60", "inf", *reached]
     assert opened.headings.count(2) == 1 + 3
     assert opened.all("img")[0]["alt"] == "Loss curves of 3 runs"
+    assert opened.text.startswith(f"3 runs in {sweep.name}/")
 
 
 def test_several_runs_go_to_one_page_in_the_working_directory_once_each(sweep, tmp_path, monkeypatch):

@@ -8,7 +8,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_figure, ordered_colours
+from icl.plotting.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    new_figure,
+    ordered_colours,
+    scale_steps,
+)
 
 _PANELS = (
     ("entropy", "all", "Entropy", "entropy / log(tokens visible)"),
@@ -75,8 +86,7 @@ def _draw(axes: Axes, curve: pd.DataFrame, label: str, style: dict[str, Any]) ->
 
 
 def _finish(axes: Axes, title: str, label: str) -> None:
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlim(left=-0.1)
+    scale_steps(axes)
     axes.set(xlabel="step (updates)", ylabel=label)
     axes.set_title(title, fontsize=10)
 

@@ -10,7 +10,18 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, PREDICTORS, PURPLE, VERMILION, new_figure
+from icl.plotting.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    ORDERED,
+    PREDICTORS,
+    PURPLE,
+    VERMILION,
+    new_figure,
+    scale_steps,
+)
 
 _LINES = {"pretrain": "-", "true": ":"}
 _SETS = {"pretrain": "training tasks", "true": "new tasks"}
@@ -118,7 +129,7 @@ def _draw_multiples(figure: Figure, panels: tuple[Axes, ...], model: pd.DataFram
         for axes in panels:
             axes.text(0.5, 0.5, "left out (num_scales is 0)", ha="center", transform=axes.transAxes)
         return
-    colours = ScalarMappable(LogNorm(1, max(2, steps[-1] + 1)), "viridis_r")
+    colours = ScalarMappable(LogNorm(1, max(2, steps[-1] + 1)), ORDERED)
     for axes, (family, quantity, title, label) in zip(panels, parts, strict=True):
         own = model[(model["distribution"] == family) & (model["quantity"] == quantity)]
         for step in steps:
@@ -176,8 +187,7 @@ def _mark(axes: Axes, place: pd.Series, colour: str, label: str | None, linestyl
 
 
 def _finish(axes: Axes, title: str, label: str) -> None:
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlim(left=-0.1)
+    scale_steps(axes)
     axes.set(xlabel="step (updates)", ylabel=label)
     axes.set_title(title, fontsize=10)
     if axes.lines:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, VERMILION, new_figure, ordered_colours
+from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, VERMILION, new_figure, ordered_colours, scale_steps
 
 _SPECTRA = (("token_embedding", "Spectrum of the token embedding"), ("position_embedding", "Spectrum of the positions"))
 _OVERLAPS = (
@@ -141,7 +141,6 @@ def _say_none(axes: Axes) -> None:
 
 
 def _finish(axes: Axes, label: str, title: str) -> None:
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlim(left=-0.1)
+    scale_steps(axes)
     axes.set(xlabel="step (updates)", ylabel=label)
     axes.set_title(title, fontsize=10)

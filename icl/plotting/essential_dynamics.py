@@ -9,7 +9,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW, new_figure
+from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, ORDERED, PURPLE, SKY, VERMILION, YELLOW, new_figure
 
 _RUNS = (SKY, ORANGE, GREEN, PURPLE, BLUE, VERMILION)
 _COMPONENTS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
@@ -47,7 +47,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
             axes.set_axis_off()
             continue
         _draw_plane(axes, table, plane, norm)
-        figure.colorbar(ScalarMappable(norm, "viridis"), ax=axes, label="step + 1")
+        figure.colorbar(ScalarMappable(norm, ORDERED), ax=axes, label="step + 1")
     _draw_times(times, table)
     _draw_shares(shares, table)
     others = len(table.loc[table["quantity"] == "score", "run"].unique()) - 1
@@ -68,7 +68,7 @@ def _draw_plane(axes: Axes, table: pd.DataFrame, plane: list[str], norm: LogNorm
             points[plane[1]],
             c=points.index + 1.0,
             norm=norm,
-            cmap="viridis",
+            cmap=ORDERED,
             s=14,
             zorder=3,
             alpha=0.8,
@@ -193,7 +193,9 @@ def _draw_shares(axes: Axes, table: pd.DataFrame) -> None:
     axes.set_xticks(places, list(share.index))
     axes.set(ylabel="share of the variance", ylim=(0, max(1.0, axes.get_ylim()[1])))
     doubtful = ", ".join(share.index[share["verdict"] != "ok"])
-    verdict = f"Beside random walks; in doubt: {doubtful}" if doubtful else "Shares beyond those of random walks"
+    verdict = (
+        f"Beside random walks; in doubt: {doubtful}" if doubtful else "Cumulative shares beyond those of random walks"
+    )
     ratios = f"{runs['value'].min():.2g}" + ("" if len(runs) == 1 else f" to {runs['value'].max():.2g}")
     noise = table.loc[table["quantity"] == "noise_share", "value"]
     verdict += f"; estimation noise: at most {noise.iloc[0]:.0%}" if len(noise) else ""

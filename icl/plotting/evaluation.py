@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl.evaluation import headlines
-from icl.plotting.style import BLACK, BLUE, GREEN, VERMILION, new_figure
+from icl.plotting.style import BLACK, BLUE, GREEN, VERMILION, new_figure, scale_steps
 
 
 def plot_evaluation(numbers: pd.DataFrame, baselines: pd.DataFrame, *, title: str) -> Figure:
@@ -28,11 +28,12 @@ def _draw_gaps(axes: Axes, numbers: pd.DataFrame, distribution: str, title: str)
     means = numbers[(numbers["distribution"] == distribution) & (numbers["position"] == "mean")]
     series = (("delta_ridge", VERMILION, "to ridge"), ("delta_dmmse", GREEN, "to dMMSE"))
     for quantity, colour, label in (*series, ("prior_zero", BLACK, "to zero")):
-        curve = means[(means["quantity"] == quantity) & (means["step"] > 0)]
+        curve = means[means["quantity"] == quantity]
         if len(curve):
             axes.errorbar(curve["step"], curve["value"], 2 * curve["stderr"], color=colour, label=label, capsize=2)
     scale = "log" if (means["value"] > 0).any() else "linear"  # nothing finite, nothing to scale
-    axes.set(xscale="log", yscale=scale, xlabel="step (updates)", ylabel="mean squared distance of predictions")
+    scale_steps(axes)
+    axes.set(yscale=scale, xlabel="step (updates)", ylabel="mean squared distance of predictions")
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
 

@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_figure
+from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, ORDERED, PURPLE, SKY, VERMILION, new_figure, scale_steps
 
 _FAMILIES = (
     ("all", "all weights", BLACK),
@@ -115,8 +115,7 @@ def _draw_data(axes: Axes, table: pd.DataFrame, name: str, style: dict) -> None:
 
 def _finish_steps(axes: Axes, label: str, title: str, *, scale: str = "linear", columns: int = 1) -> None:
     has_lines = bool(axes.lines)
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlim(left=-0.1)
+    scale_steps(axes)
     if has_lines:
         if scale == "log":
             axes.set_yscale("log", nonpositive="clip")
@@ -140,8 +139,8 @@ def _draw_components(figure: Figure, axes: Axes, rows: pd.DataFrame, title: str)
     steps = scores.index.astype(float) + 1
     norm = LogNorm(1, max(steps.max(), 2))
     axes.plot(scores["PC1"], scores["PC2"], color=SKY, linewidth=0.8, zorder=1)
-    axes.scatter(scores["PC1"], scores["PC2"], c=steps, norm=norm, cmap="viridis", s=18, zorder=2)
-    figure.colorbar(ScalarMappable(norm, "viridis"), ax=axes, label="step + 1")
+    axes.scatter(scores["PC1"], scores["PC2"], c=steps, norm=norm, cmap=ORDERED, s=18, zorder=2)
+    figure.colorbar(ScalarMappable(norm, ORDERED), ax=axes, label="step + 1")
     doubt = "" if (shares["verdict"] == "ok").all() else "\n(mostly estimation noise)"
     for axis, item in ((axes.set_xlabel, "PC1"), (axes.set_ylabel, "PC2")):
         axis(f"{item} ({shares.loc[item, 'value']:.0%} of the variance)")

@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from icl.plotting.style import BLACK, BLUE, ORANGE, PURPLE, VERMILION, new_figure, ordered_colours
+from icl.plotting.style import BLACK, BLUE, ORANGE, PURPLE, VERMILION, new_figure, ordered_colours, scale_steps
 
 _NUM_SPECTRA = 5
 _BULK = 0.05
@@ -83,7 +83,6 @@ def _draw_spectra(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def _finish_steps(axes: Axes, label: str, title: str) -> None:
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlim(left=-0.1)
+    scale_steps(axes)
     axes.set(xlabel="step (updates)", ylabel=label)
     axes.set_title(title, fontsize=10)

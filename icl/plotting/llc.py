@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_figure
+from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_figure, scale_steps
 from icl.runs import RunFolder
 from icl.sampling.records import Record
 
@@ -25,7 +25,7 @@ _MAX_TRACES = 6
 
 
 def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Sequence[float] = ()) -> Figure:
-    """Loss above and LLC below against step, on a logarithmic (left) and a linear axis (right).
+    """Loss above and LLC below against step, on a logarithmic (left) and a linear axis (right); one step has the left alone.
 
     Where chains settle below their checkpoint's loss (`icl.sampling.settling`), what they settle by is added, too: the LLC
     about that place.
@@ -36,24 +36,28 @@ def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Se
         title: Above the panels; the settings stand below it.
         stages: Steps at the boundaries between stages.
     """
-    figure, axes = new_figure(2, num_rows=2, width=5.2, height=3.3)
     table = table.sort_values("step")
-    logarithmic = "symlog" if table["step"].min() == 0 else "log"  # with room for step 0
-    for column, scale in enumerate((logarithmic, "linear")):
-        _draw_losses(axes[column], table, trivial_loss)
-        _draw_estimates(axes[column + 2], table)
-        for panel in (axes[column], axes[column + 2]):
-            for step in stages:
-                panel.axvline(step, color=BLACK, linewidth=0.8, alpha=0.4)
-            panel.set_xscale(scale, **({"linthresh": 1} if scale == "symlog" else {}))
-            if scale == "symlog":
-                panel.set_xlim(left=0)
-        axes[column + 2].set_xlabel("step (updates)")
-        axes[column].sharex(axes[column + 2])
-    axes[0].set_ylabel("loss (squared error per target)")
-    axes[2].set_ylabel("LLC (bars: 2 standard errors)")
-    axes[1].legend(fontsize=8)
-    axes[3].legend(fontsize=8)
+    is_one = table["step"].nunique() == 1
+    figure, axes = new_figure(1, num_rows=2, width=6.8, height=2.9) if is_one else new_figure(2, num_rows=2, height=3.3)
+    losses, estimates = axes[: len(axes) // 2], axes[len(axes) // 2 :]
+    for above, below in zip(losses, estimates, strict=True):
+        _draw_losses(above, table, trivial_loss)
+        _draw_estimates(below, table)
+        for panel in (above, below):
+            for number, step in enumerate(stages):
+                label = "boundary between stages" if number == 0 and panel is above else None
+                panel.axvline(step, color=BLACK, linewidth=0.8, alpha=0.4, label=label)
+            if above is losses[0]:
+                scale_steps(panel)
+        below.set_xlabel("step (updates)")
+        above.sharex(below)
+    losses[0].set_ylabel("loss (squared error per target)")
+    estimates[0].set_ylabel("LLC (bars: 2 standard errors)")
+    losses[-1].legend(fontsize=8)
+    estimates[-1].legend(fontsize=8)
+    if len(table) == 1:
+        row = table.iloc[0].to_dict()
+        estimates[0].set_title(_estimate(row), fontsize=10, color=VERDICTS[row["verdict"]]["color"])
     figure.suptitle(f"{title}\n{_settings(table.iloc[0])}", fontsize=10)
     return figure
 
@@ -126,10 +130,13 @@ def read_stages(folder: RunFolder) -> list[float]:
 
 
 def _draw_losses(axes: Axes, table: pd.DataFrame, trivial_loss: float) -> None:
-    axes.axhline(trivial_loss, color=BLACK, linestyle=":", linewidth=1.2, label="predicting zero")
+    line = axes.axhline(trivial_loss, color=BLACK, linestyle=":", linewidth=1.2, label="predicting zero")
     axes.plot(table["step"], table["mean_loss"], color=VERMILION, marker=".", label="E[L], mean over the chains")
     axes.plot(table["step"], table["init_loss"], color=BLUE, marker=".", label="L(w0), the checkpoint")
     _limit(axes, pd.concat([table["init_loss"], table["mean_loss"].clip(upper=1.5 * trivial_loss)]))
+    low, high = axes.get_ylim()
+    if not low <= trivial_loss <= high:
+        line.set_label(f"predicting zero: {trivial_loss:.3g}, {'above' if trivial_loss > high else 'below'}")
 
 
 def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
@@ -138,11 +145,11 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
     if len(good) > 1:
         axes.plot(good["step"], good["llc"], color=BLACK, linewidth=0.8, alpha=0.5)
     beside = _beside_their_minimum(table)
-    total, error = beside["llc"] + beside["settled"], 2 * base["stderr"].fillna(0)
-    _limit(axes, pd.concat([base["llc"] - error, base["llc"] + error, total]))
+    total, both = beside["llc"] + beside["settled"], 2 * np.hypot(beside["stderr"].fillna(0), beside["settled_stderr"])
+    error = 2 * base["stderr"].fillna(0)
+    _limit(axes, pd.concat([base["llc"] - error, base["llc"] + error, total - both, total + both]))
     if len(beside):
         style: dict[str, Any] = {"color": PURPLE, "marker": "D", "markersize": 3.5, "linewidth": 0.8, "linestyle": ":"}
-        both = 2 * np.hypot(beside["stderr"].fillna(0), beside["settled_stderr"])
         axes.errorbar(beside["step"], total, both, **style, capsize=2, label="about where the chains settle")
     low, high = axes.get_ylim()
     edges = (low + 0.03 * (high - low), high - 0.03 * (high - low))

@@ -55,7 +55,7 @@ def plot_shifts_over_training(
     """The loss against ridge's over training: inputs and tasks scaled by g, and the other shifts."""
     figure, panels = new_figure(3, width=4.9, height=4.0)
     ratios = pd.concat(
-        _ratios(own, baselines).assign(step=step).reset_index() for step, own in evaluation.groupby("step") if step > 0
+        _ratios(own, baselines).assign(step=step).reset_index() for step, own in evaluation.groupby("step")
     )
     ratios = ratios.groupby("distribution").filter(lambda own: own["step"].nunique() > 1)
     families = [ratios[ratios["distribution"].str.startswith(f"{family}_")] for family, _ in _FAMILIES]
@@ -67,13 +67,13 @@ def plot_shifts_over_training(
     ):
         _draw_over_training(axes, rows)
         mark_stages(axes, stages or {}, named=axes is panels[0])
-        axes.axhline(1, **PREDICTORS["ridge"] | {"linewidth": 1.2, "label": None})
-        axes.set(xscale="log", yscale="log", xlabel="step (updates)")
-        if axes is panels[-1]:
-            axes.set_ylim(top=3 * axes.get_ylim()[1])  # room for the legend
+        axes.axhline(1, **PREDICTORS["ridge"] | {"linewidth": 1.2, "label": "ridge"})
+        axes.set(xscale="log", yscale="log", xlabel="step + 1 (updates)")
+        low, high = axes.get_ylim()  # the legend stands below the line of ridge, or above all curves
+        axes.set_ylim(*((low, 4 * high) if axes is panels[-1] else (low * (low / high) ** 0.45, high)))
         label_plainly(axes)
         axes.set_title(name, fontsize=10)
-        axes.legend(fontsize=7, ncols=2)
+        axes.legend(fontsize=7, ncols=2, loc="upper left" if axes is panels[-1] else "lower left")
     panels[0].set_ylabel("loss / ridge's loss (1: ridge)")
     figure.suptitle(title, fontsize=11)
     return figure
@@ -94,8 +94,8 @@ def _draw_over_training(axes: Axes, rows: pd.DataFrame) -> None:
     for name, colour in zip(names, ordered_colours(len(names)), strict=True):
         own = rows[rows["distribution"] == name].sort_values("step")
         low, high = own["value"] - 2 * own["stderr"], own["value"] + 2 * own["stderr"]
-        axes.plot(own["step"], own["value"], color=colour, linewidth=1.4, label=_short(name))
-        axes.fill_between(own["step"], low.clip(lower=0.05), high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(own["step"] + 1, own["value"], color=colour, linewidth=1.4, label=_short(name))
+        axes.fill_between(own["step"] + 1, low.clip(lower=0.05), high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _label(name: str) -> str:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl.plotting.llc import VERDICTS
-from icl.plotting.style import BLACK, ORANGE, SKY, VERMILION, new_figure
+from icl.plotting.style import BLACK, ORANGE, SKY, VERMILION, new_figure, scale_steps
 
 _LABELS = {
     "loss": "loss\n(squared error per target)",
@@ -47,8 +47,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
         slopes.set_ylabel("slope per unit of\nln(step + 1)")
         for panel in (values, slopes):
             _draw_boundaries(panel, table)
-            panel.set_xscale("symlog", linthresh=1)
-            panel.set_xlim(left=0)
+            scale_steps(panel)
             panel.sharex(axes[0]) if panel is not axes[0] else None
     for panel in axes[:2]:
         _name_stages(panel, table)

@@ -7,8 +7,10 @@ import io
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import Bbox
@@ -33,6 +35,9 @@ PREDICTORS: dict[str, dict[str, Any]] = {
     "ols": {"color": PURPLE, "linestyle": ":", "label": "OLS"},
     "zero": {"color": BLACK, "linestyle": (0, (1, 1)), "linewidth": 1.0, "label": "zero"},
 }
+
+ORDERED = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, 256)), name="ordered")
+"""For steps and other things in an order: dark first, never too light on white."""
 
 _SETTINGS: dict[Any, Any] = {
     "figure.dpi": 110,
@@ -79,8 +84,15 @@ def label_plainly(axes: Axes, which: Literal["x", "y"] = "y") -> None:
 
 
 def ordered_colours(count: int) -> list[Any]:
-    """Colours for things in an order, such as layers or singular values: dark first, never too light on white."""
-    return [colormaps["viridis"](0.9 * index / max(count - 1, 1)) for index in range(count)]
+    """Colours of `ORDERED` for things in an order, such as layers or singular values."""
+    return [ORDERED(index / max(count - 1, 1)) for index in range(count)]
+
+
+def scale_steps(axes: Axes, *, first: float = 1.0) -> None:
+    """Steps on a logarithmic axis from `first` on, with a place for step 0 and room for whole marks at both ends of what is drawn."""
+    last = max(first, axes.dataLim.x1)  # -inf if there is nothing yet
+    axes.set_xscale("symlog", linthresh=first)
+    axes.set_xlim(-0.1 * first, 1.3 * last)
 
 
 def render_figure(figure: Figure, kind: str = "png", *, origin: str = "") -> bytes:

@@ -15,10 +15,11 @@ from icl.build import build_architecture, build_evaluation_sets
 from icl.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.config import TaskConfig
 from icl.evaluation import EvaluationSet, losses_by_position
-from icl.plotting.style import BLUE, PREDICTORS, SKY, new_figure, save_figure
+from icl.plotting.style import BLUE, PREDICTORS, SKY, new_figure, save_figure, scale_steps
 from icl.runs import RunError, RunFolder
 
 _TABLE, _FIGURE = "losses.csv", "training.png"
+_LEVELS = {"zero": "zero, M tasks", "ridge": "ridge, M tasks", "dmmse": "dMMSE, M tasks"}
 _SetsKey: TypeAlias = tuple[TaskConfig, int, int, int]
 
 
@@ -98,19 +99,22 @@ def _draw_curves(axes: Axes, metrics: pd.DataFrame, means: pd.Series) -> None:
     axes.plot(trained["step"], trained["train/loss"], color=SKY, linewidth=1.0, label="training batches")
     if "eval/pretrain/loss" in metrics:
         evaluated = metrics.dropna(subset=["eval/pretrain/loss"])
-        evaluated = evaluated[evaluated["step"] > 0]
-        axes.plot(evaluated["step"], evaluated["eval/pretrain/loss"], color=BLUE, label="fixed prompts, M tasks")
-        axes.plot(
-            evaluated["step"], evaluated["eval/true/loss"], color=BLUE, linestyle=":", label="fixed prompts, new tasks"
-        )
+        is_start = evaluated["step"] == 0  # far before the next one, so a point by itself
+        for key, tasks, line, face in (("pretrain", "M", "-", BLUE), ("true", "new", ":", "white")):
+            losses = evaluated.set_index("step")[f"eval/{key}/loss"]
+            start, rest = losses[is_start.to_numpy()], losses[~is_start.to_numpy()]
+            axes.plot(rest.index, rest, color=BLUE, linestyle=line, label=f"fixed prompts, {tasks} tasks")
+            axes.plot(start.index, start, color=BLUE, linestyle="", marker="o", markersize=4, markerfacecolor=face)
     for name in ("zero", "ridge", "dmmse"):
         if name in means:
-            axes.axhline(means[name], **PREDICTORS[name] | {"linewidth": 1.2})
-    axes.set(xscale="log", yscale="log", xlabel="step (updates)", ylabel="loss (squared error per target)")
+            axes.axhline(means[name], **PREDICTORS[name] | {"linewidth": 1.2, "label": _LEVELS[name]})
+    scale_steps(axes, first=max(1.0, float(trained["step"].min())))
+    axes.set(yscale="log", xlabel="step (updates)", ylabel="loss (squared error per target)")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize=8)
-    axes.set_title("Learning", fontsize=10)
+    has_start = bool((metrics["step"] == 0).any())
+    axes.set_title("Learning (points: before training)" if has_start else "Learning", fontsize=10)
     axes.legend(fontsize=8)
 
 

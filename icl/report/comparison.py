@@ -6,9 +6,9 @@ from icl.config import flatten
 from icl.plotting.curves import MAX_LABELS, plot_curves
 from icl.report.facts import RunFacts
 from icl.report.findings import (
-    all_verdicts,
     final_losses,
     last_llc,
+    llc_verdicts,
     ratio_to_ridge,
     show_setting,
     state_of,
@@ -73,5 +73,4 @@ def _reached(facts: RunFacts) -> dict[str, Cell]:
         cells[f"loss, {title}"] = Cell(text=show(own.get("model"), pad=True), is_number=True)
         cells[f"/ ridge's, {title}"] = Cell(text=NOTHING if ratio is None else f"{ratio:.3f}", is_number=True)
     cells["LLC, last"] = last_llc(facts) or Cell(text=NOTHING, is_number=True)
-    told = ", ".join(f"{count:,} {word}" for word, count in all_verdicts(facts).items())
-    return {**cells, "verdicts": Cell(text=told or NOTHING)}
+    return {**cells, "LLC, all": Cell(text=llc_verdicts(facts) or NOTHING)}

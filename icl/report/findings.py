@@ -9,7 +9,7 @@ from icl.checks import ConfigError
 from icl.config import flatten
 from icl.presets import preset
 from icl.report.facts import RunFacts
-from icl.report.tables import VERDICTS, Cell, count_verdicts, with_error
+from icl.report.tables import Cell, count_verdicts, with_error
 
 STALE_SECONDS = 600.0
 """Without a sign of life for so long, a run that says it runs may have been killed."""
@@ -81,11 +81,10 @@ def last_llc(facts: RunFacts) -> Cell | None:
     return Cell(text=with_error(row["llc"], row["stderr"]), badge=str(row["verdict"]), is_number=True)
 
 
-def all_verdicts(facts: RunFacts) -> dict[str, int]:
-    """How many rows of all the tables have each verdict."""
-    counts = [count_verdicts(table) for table in facts.tables.values()]
-    words = dict.fromkeys(word for count in counts for word in count)
-    return {word: sum(count.get(word, 0) for count in counts) for word in VERDICTS if word in words}
+def llc_verdicts(facts: RunFacts) -> str:
+    """How many estimates of the LLC have each verdict, in words; empty if there are none."""
+    counts = count_verdicts(facts.tables["llc"]) if "llc" in facts.tables else {}
+    return ", ".join(f"{count:,} {word}" for word, count in counts.items())
 
 
 def what_it_is(facts: RunFacts) -> str:

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from icl.report.comparison import comparison_picture, comparison_table
 from icl.report.facts import RunFacts, read_run
 from icl.report.findings import (
-    all_verdicts,
     final_losses,
     last_llc,
+    llc_verdicts,
     ratio_to_ridge,
     state_of,
     state_sentence,
@@ -144,9 +144,8 @@ def _tiles(facts: RunFacts) -> list[tuple[str, Cell]]:
     estimate = last_llc(facts)
     if estimate is not None:
         tiles.append(("LLC, last estimate", estimate))
-    verdicts = ", ".join(f"{count:,} {word}" for word, count in all_verdicts(facts).items())
-    if verdicts:
-        tiles.append(("Verdicts in all tables", Cell(text=verdicts)))
+    if verdicts := llc_verdicts(facts):
+        tiles.append(("LLC, all estimates", Cell(text=verdicts)))
     steps = facts.saved_steps
     span = f"{len(steps):,}, steps {steps[0]:,} to {steps[-1]:,}" if steps else "none here"
     return [*tiles, ("Saved checkpoints", Cell(text=span))]
@@ -154,7 +153,7 @@ def _tiles(facts: RunFacts) -> list[tuple[str, Cell]]:
 
 def _title(folders: Sequence[Path], count: int) -> str:
     runs = f"{count:,} run" if count == 1 else f"{count:,} runs"
-    return f"{runs} of {folders[0].resolve().name}" if len(folders) == 1 else runs
+    return f"{runs} in {folders[0].resolve().name}/" if len(folders) == 1 else runs
 
 
 @cache

@@ -1,0 +1,118 @@
+"""On a step's axis nothing is lost or cut: step 0 has a place, marks at the ends are whole, one estimate can be read."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from icl.plotting.evaluation import plot_evaluation
+from icl.plotting.llc import plot_llc
+from icl.plotting.ood import plot_shifts_over_training
+from icl.plotting.style import new_figure, ordered_colours, scale_steps
+from icl.plotting.training import plot_training
+
+TOLD = {"nbeta": 100.0, "localization": 10.0, "lr": 1e-5, "num_chains": 2, "num_burnin_steps": 5, "num_draws": 10, "batch_size": 4,
+        "num_samples": 64, "trivial_loss": 2.25}  # fmt: skip
+
+
+def estimates(*steps):
+    return pd.DataFrame({"step": steps, "llc": 20.0, "stderr": 1.0, "init_loss": 0.8, "mean_loss": 0.9, "verdict": "ok"}).assign(
+        **TOLD
+    )  # fmt: skip
+
+
+def numbers(*names, quantity="loss", value=2.0):
+    """Rows of `evaluation.csv` at steps 0, 10 and 100."""
+    return pd.DataFrame(
+        [(step, name, quantity, "mean", value, 0.1) for step in (0, 10, 100) for name in names],
+        columns=["step", "distribution", "quantity", "position", "value", "stderr"],
+    )
+
+
+def places(line):
+    """Of a line's points, in pixels."""
+    return line.get_transform().transform(np.array(line.get_xydata(), dtype=float))
+
+
+@pytest.mark.parametrize("steps", [(5000,), (0,), (0, 7, 5000), (3, 5000), (40_293,)])
+def test_marks_are_whole_and_labels_apart(steps):
+    figure = plot_llc(estimates(*steps), 2.25, title="x", stages=[138.0])
+    FigureCanvasAgg(figure).draw()  # so that places are known
+    for axes in figure.axes:
+        frame = axes.get_window_extent()
+        marked = [line for line in axes.lines if line.get_marker() in ("o", ".") and len(line.get_xdata())]
+        assert len(marked) >= 1
+        for line in marked:
+            radius = line.get_markersize() / 2 * figure.dpi / 72
+            assert np.all(places(line)[:, 0] - radius > frame.x0)
+            assert np.all(places(line)[:, 0] + radius < frame.x1)
+        low, high = axes.get_xlim()
+        texts = [text for text in axes.get_xticklabels(which="both") if low <= text.get_position()[0] <= high]
+        extents = sorted((box.x0, box.x1) for box in (text.get_window_extent() for text in texts if text.get_text()))
+        assert len(extents) >= 2
+        assert all(before[1] < after[0] for before, after in itertools.pairwise(extents))
+
+
+def test_one_estimate_is_drawn_once_and_named():
+    figure = plot_llc(estimates(5000), 2.25, title="x", stages=[138.0, 400.0])
+    losses, below = figure.axes
+    assert below.get_title() == "LLC 20 ± 1, ok"
+    names = [text.get_text() for text in losses.get_legend().get_texts()]
+    assert names.count("boundary between stages") == 1
+    assert "predicting zero: 2.25, above" in names  # it is out of range
+    assert len(plot_llc(estimates(10, 5000), 2.25, title="x").axes) == 4
+
+
+def test_what_is_in_range_is_not_said_to_lie_beyond():
+    legend = plot_llc(estimates(5, 10).assign(mean_loss=[2.3, 0.9]), 2.25, title="x").axes[1].get_legend()
+    assert "predicting zero" in [text.get_text() for text in legend.get_texts()]
+
+
+def test_evaluations_show_step_0():
+    table = pd.concat(
+        [
+            numbers("pretrain", "true"),
+            *(numbers("pretrain", "true", quantity=name) for name in ("delta_ridge", "prior_zero")),
+        ]
+    )
+    baselines = numbers("pretrain", "true", quantity="ridge", value=1.0).query("step == 0").drop(columns="step")
+    for axes in plot_evaluation(table, baselines, title="x").axes[:2]:
+        assert [bars.lines[0].get_xdata().tolist() for bars in axes.containers] == [[0, 10, 100]] * 2
+        assert axes.get_xlim()[0] < 0
+
+
+def test_learning_curves_show_step_0_beside_the_batches():
+    metrics = pd.DataFrame(
+        {"step": [0, 50, 100], "train/loss": [np.nan, 2.0, 1.0], "eval/pretrain/loss": [3.0, np.nan, 1.0], "eval/true/loss": [4.0, np.nan, 2.0]}
+    )  # fmt: skip
+    losses = pd.DataFrame({"model": [1.0, 1.0], "ridge": [0.5, 0.5], "zero": [2.0, 2.0]}, index=["1", "mean"])
+    axes = plot_training(metrics, {"pretrain": losses, "true": losses}, title="x").axes[0]
+    start = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"]
+    assert start == [[[0, 3]], [[0, 4]]]
+    assert axes.get_xlim()[0] < 0
+    assert {"zero, M tasks", "ridge, M tasks"} <= set(axes.get_legend_handles_labels()[1])
+
+
+def test_shifts_over_training_are_at_step_plus_1_beside_ridge():
+    names = ("pretrain", "input_scale_3", "task_scale_3")
+    baselines = numbers(*names, quantity="ridge", value=1.0).query("step == 0").drop(columns="step")
+    for axes in plot_shifts_over_training(numbers(*names), baselines, title="x").axes:
+        (curve,) = (line for line in axes.lines if len(line.get_xdata()) == 3)
+        np.testing.assert_allclose(curve.get_xydata(), [[1, 2], [11, 2], [101, 2]])
+        assert "ridge" in [text.get_text() for text in axes.get_legend().get_texts()]
+        assert axes.get_xlabel().startswith("step + 1")
+
+
+def test_an_empty_panel_has_an_axis_too():
+    _, (axes,) = new_figure()
+    scale_steps(axes)
+    assert axes.get_xlim() == (-0.1, 1.3)
+
+
+def test_what_comes_later_is_lighter():
+    red, green, blue, _ = np.array(ordered_colours(9)).T
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    assert np.all(np.diff(luminance) > 0)
+    assert luminance[-1] < 0.8
