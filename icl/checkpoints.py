@@ -80,7 +80,12 @@ def load_checkpoint_file(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint {path}; expected a file like {checkpoint_name(1465)}.")
-    return parse_checkpoint(path.read_bytes(), str(path))
+    try:
+        return parse_checkpoint(path.read_bytes(), str(path))
+    except CheckpointError as error:
+        run = path.parent.parent
+        hint = f" `icl checkpoints {run} verify` names all such files." if (run / "config.yaml").is_file() else ""
+        raise CheckpointError(f"{error}{hint}") from None
 
 
 def load_same_run(path: Path, config: RunConfig) -> Checkpoint:

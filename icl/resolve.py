@@ -155,6 +155,8 @@ def read_words(command: str, arguments: Sequence[str]) -> Words:
             paths.append(word)
         elif word[2:] in FLAGS[command]:
             flags.add(word[2:])
+        elif word[2:] not in OPTIONS[command] and (flag := difflib.get_close_matches(word[2:], FLAGS[command], n=1)):
+            raise ConfigError(f"There is no option `{word}`. Did you mean `--{flag[0]}`?")
         elif "=" in word or not words or words[0].startswith("--"):
             rest.append(word)
         else:

@@ -53,6 +53,31 @@ def local_root() -> Path:
     return Path(os.environ.get("LOCAL_ROOT") or "runs")
 
 
+def place_of(word: str | Path) -> Path:
+    """What a word of the command line names: the path that it is, or else the run of that name below `local_root()`."""
+    path, named = Path(word), local_root() / name_of(word)
+    return named if named.exists() and not path.exists() else path
+
+
+def require_place(word: str | Path) -> Path:
+    """The same, which must be there.
+
+    Raises:
+        RunError: Naming both places.
+    """
+    place, named = place_of(word), local_root() / name_of(word)
+    if not place.exists():
+        other = "" if named == place else f", nor a run {named}"
+        raise RunError(f"There is nothing at {place}{other}; `icl runs` lists the runs there are.")
+    return place
+
+
+def name_of(word: str | Path) -> str:
+    """A run's name, from a folder below `local_root()` or as it is."""
+    path, root = Path(word), local_root()
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
 class RunFolder:
     """The paths of one run, and what is written there; made by the first write."""
 

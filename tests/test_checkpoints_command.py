@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_runs import TINY, change
+from tiny_runs import TINY, as_arguments, change
 
 from icl.checkpoints import checkpoint_name
 from icl.cli import main
@@ -142,6 +142,23 @@ def test_a_damaged_checkpoint_here_is_found_is_not_pushed_and_is_fetched_again(s
     assert s3.get(f"tiny/{STEP}") == good
     assert main(["checkpoints", "tiny", "pull"]) == 0
     assert (run.path / STEP).read_bytes() == good
+
+
+def test_damage_without_a_store_is_mended_by_deleting_the_step(trained, capsys):
+    run = RunFolder(shutil.copytree(trained, local_root() / "tiny"))
+    (run.path / STEP).write_bytes((run.path / STEP).read_bytes()[:-9])
+    assert main(["evaluate", "tiny"]) == 1
+    assert f"`icl checkpoints {run.path} verify` names all such files." in capsys.readouterr().err
+    assert main(["checkpoints", "tiny", "verify"]) == 1
+    told = capsys.readouterr()
+    assert f"{STEP} is damaged" in told.out
+    assert "has no store to fetch them from; delete the files of those steps" in told.err
+    assert "--force" not in told.err
+    (run.path / STEP).unlink()
+    assert main(["checkpoints", "tiny", "verify"]) == 0
+    assert main(["evaluate", "tiny"]) == 0
+    assert main(["train", *as_arguments(SHORT)]) == 0
+    assert "is finished" in capsys.readouterr().out
 
 
 def test_nothing_is_copied_over_a_run_that_is_further_on(s3, run, capsys):

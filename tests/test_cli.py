@@ -84,7 +84,12 @@ def test_a_config_file_is_below_the_command_line(tmp_path, capsys):
         (["train", "--preset", "L2H5"], "L2H4"),
         (["train", "--config", "nowhere.yaml"], r"nowhere.yaml"),
         (["train", "task.num_tasks=3"], "Expected `--section.key VALUE`"),
-        (["evaluate", "nowhere"], "no checkpoints at nowhere"),
+        (["evaluate", "nowhere"], "nothing at nowhere, nor a run"),
+        (["report", "nowhere"], "nothing at nowhere, nor a run"),
+        (["llc", "nowhere"], "nothing at nowhere, nor a run"),
+        (["runs", "nowhere"], "nothing at nowhere, nor a run"),
+        (["evaluate", "nowhere", "--num_promts", "3"], "Did you mean `--num_prompts`?"),
+        (["runs", ".", "again"], "takes no `again`. `icl runs --help`"),
         (["evaluate", "nowhere", "--out", "x.txt"], ".csv or .json"),
         (["evaluate", "nowhere", "--num_prompts", "1"], "at least 2"),
         (["predict", "nowhere", "--prompt", "missing.json"], "missing.json"),
@@ -108,6 +113,29 @@ def test_evaluating_a_run_writes_its_tables_and_figure(run, tmp_path, capsys):
     assert (run.figures / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert len(json.loads(out.read_text())["evaluation"]) == len(table)
     assert str(run.results / "evaluation.csv") in capsys.readouterr().out
+
+
+def test_a_run_may_be_given_by_its_name_and_a_path_that_exists_wins(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prompt = tmp_path / "prompt.json"
+    prompt.write_text(json.dumps({"x_context": [[1, 0]], "y_context": [0.5], "x_query": [[2, 0]]}))
+    commands = (
+        ["predict", "tiny", "--prompt", str(prompt)],
+        ["evaluate", "tiny", "--num_prompts", "16"],
+        ["analyse", "tiny", "--what", "embeddings"],
+        ["report", "tiny"],
+        ["runs", "tiny"],
+    )
+    for words in commands:
+        assert main(words) == 0
+        told = capsys.readouterr().out
+        assert str(run.path) in told or words[0] == "runs"
+    assert main(["llc", "tiny", "--steps", "7"]) == 2
+    assert "no saved step 7" in capsys.readouterr().err
+    (tmp_path / "tiny").mkdir()
+    for words in commands[:-1]:
+        assert main(words) == 1
+        assert str(run.path) not in capsys.readouterr().err
 
 
 def test_predicting_from_a_file(run, tmp_path, capsys):

@@ -248,7 +248,8 @@ def _summary(parts: list[Part], config: RunConfig) -> list[str]:
     for quantity in ("norm", "noise_scale", "alignment_previous", "alignment_tasks"):
         row = last.get((quantity, "all", ""))
         if row is not None:
-            lines.append(f"  {quantity:20s} {_told(row)}")
+            limit = _limit(last, quantity) if row["verdict"] != "ok" else ""
+            lines.append(f"  {quantity:20s} {limit or _told(row)}")
     lines += [
         f"  dE[loss]/d {name:12s}{_told(last['gradient', name, 'pathwise'])}" for name in data_gradients.PARAMETERS
     ]
@@ -259,6 +260,17 @@ def _summary(parts: list[Part], config: RunConfig) -> list[str]:
     scales = [row for row in rows if row["quantity"] == "noise_scale"]
     lines.append(f"Noise scales in doubt: {sum(row['verdict'] != 'ok' for row in scales)} of {len(scales)}.")
     return lines
+
+
+def _limit(last: dict[tuple[str, str, str], Row], quantity: str) -> str:
+    """What noise leaves of a quantity of all weights, at two standard errors, as the figure draws it; nothing if it is known."""
+    row, square, trace = (last[name, "all", ""] for name in (quantity, "squared_norm", "noise_trace"))
+    most = max(square["value"], 0.0) + 2 * square["stderr"]
+    if quantity == "norm" and math.isfinite(most):
+        return f"at most {most**0.5:.4g}, at two standard errors: noise drowns the gradient"
+    if quantity == "noise_scale" and 0 < most < math.inf:
+        return f"at least {trace['value'] / most:.4g}, at two standard errors: noise drowns the gradient"
+    return "" if math.isfinite(row["value"]) else f"not known: {row['reasons']}"
 
 
 def _told(row: Row) -> str:

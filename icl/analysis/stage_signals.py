@@ -24,7 +24,7 @@ from jaxtyping import Bool
 
 from icl import population
 from icl.analysis.run import Measurement, Members, over_checkpoints, run_folder
-from icl.checkpoints import CheckpointError
+from icl.checkpoints import CheckpointError, checkpoint_files
 from icl.checks import ConfigError
 from icl.evaluation import evaluate, evaluation_set
 from icl.runs import RunError, RunFolder
@@ -76,6 +76,7 @@ def read_signals(
 
     Raises:
         RunError: If there is none, or the path is not a run's.
+        CheckpointError: If there is nothing there at all.
         ConfigError: If the run has no estimates under `llc_settings`.
     """
     if path.is_file():
@@ -86,6 +87,8 @@ def read_signals(
     signals += [llc] if llc else []
     missing += [why] if why else []
     if not signals:
+        if not folder.metrics_file.is_file() and not folder.results.is_dir():
+            checkpoint_files(path)  # which says that there is nothing at all
         raise RunError(
             f"{folder.path} has no signal at {MIN_POINTS} steps or more to find stages in; train with more checkpoints "
             "(--checkpoints.num_log 60), or copy its results/evaluation.csv or results/llc.csv there."

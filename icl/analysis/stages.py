@@ -36,6 +36,7 @@ from icl.checks import ConfigError
 _NUM_SAMPLES = 200
 _MOST_SMOOTH = 200
 """Rows of each smoothed curve in the table."""
+_NO_LLC = "no type: the LLC is not known"
 TableRow = dict[str, Any]
 
 
@@ -157,9 +158,10 @@ def _type(changes: Mapping[str, Change], mirrored: bool) -> tuple[str, tuple[str
     """A, B or ?, and what speaks against it."""
     nothing = Change(math.nan, math.nan)
     loss, llc = changes.get("loss", nothing), changes.get("llc", nothing)
-    if math.isnan(loss.value) or math.isnan(llc.value):
-        absent = "the loss" if math.isnan(loss.value) else "the LLC"
-        return "?", (f"no type: {absent} is not known",)
+    if math.isnan(loss.value):
+        return "?", ("no type: the loss is not known",)
+    if math.isnan(llc.value):
+        return "?", (_NO_LLC,)
     if loss.sign >= 0:
         return "?", ("no type: the loss does not fall by two standard errors",)
     if llc.sign == 0:
@@ -232,14 +234,22 @@ def _summary(
         why = f": {'; '.join(one.reasons)}" if one.reasons else ""
         names = and_words([candidate.signal.name for candidate in one.candidates])
         lines.append(
-            f"  step {step_words(one.time)} ± {math.exp(one.time) * one.stderr:,.0f}  {one.verdict}, in {names}{why}"
+            f"  step {step_words(one.time)} ± {_error_words(math.exp(one.time) * one.stderr)}  {one.verdict}, in {names}{why}"
         )
+    spans = [f"{one.points['step'].min():,} to {one.points['step'].max():,}" for one in signals if one.name == "llc"]
+    usable_llc = f" over all of it (usable estimates lie at steps {spans[0]})" if spans else ""
     for number, stage in enumerate(stages, 1):
         known = {name: one for name, one in stage.changes.items() if math.isfinite(one.value)}
         told = ", ".join(f"{name} {one.value:+.3g} ± {one.stderr:.2g}" for name, one in known.items())
-        doubt = f"   {stage.verdict}: {'; '.join(stage.reasons)}" if stage.reasons else ""
+        reasons = [f"{reason}{usable_llc}" if reason == _NO_LLC else reason for reason in stage.reasons]
+        doubt = f"   {stage.verdict}: {'; '.join(reasons)}" if reasons else ""
         lines.append(
             f"Stage {number}, {step_words(stage.start)} to {step_words(stage.end)}, type {stage.type}: {told}{doubt}"
         )
     lines += [f"Signal {one.name}: {len(one.points)} steps of {one.source}." for one in signals]
     return lines + list(missing)
+
+
+def _error_words(error: float) -> str:
+    """An error in steps, of at least one digit."""
+    return f"{error:,.0f}" if error >= 1 else f"{error:.1g}"

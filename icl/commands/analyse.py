@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from icl.analysis import ANALYSES, module_name
 from icl.checks import ConfigError, UserError
-from icl.commands import command_parser
+from icl.commands import command_parser, nearest
+from icl.runs import require_place
 from icl.storage import StorageError, plain_rows, table_format, write_atomically
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def run(words: list[str]) -> int:
         table_format(out)
     if options.output_plot is not None and options.output_plot.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise StorageError(f"Figures are written as .png, .pdf or .svg, got {options.output_plot}.")
+    path = require_place(path)
     if len(chosen) > 1:
         return _analyse_all(chosen, path, options)
     _analyse(chosen[0], path, options, out)
@@ -54,7 +56,8 @@ def _what(words: list[str]) -> list[str]:
     runs = [known for known, about in ANALYSES.items() if about.of == "run"]
     if name not in (*ANALYSES, "all"):
         got = "nothing" if name is None else f"`{name}`"
-        raise ConfigError(f"`--what` must be one of {', '.join(ANALYSES)} or all, got {got}.")
+        hint = "" if name is None else nearest(name, [*ANALYSES, "all"])
+        raise ConfigError(f"`--what` must be one of {', '.join(ANALYSES)} or all, got {got}.{hint}")
     if name == "all" and {word.partition("=")[0] for word in words} & {"--out", "--output_file", "--output_plot"}:
         raise ConfigError("`--what all` writes each analysis to the run's results/ and figures/; leave out --out.")
     return runs if name == "all" else [name]
@@ -70,7 +73,7 @@ def _parser(chosen: list[str]) -> argparse.ArgumentParser:
         "  icl analyse --what diversity --input_file results.csv --output_plot diversity.png --model_type ridge",
     )
     parser.add_argument(
-        "path", metavar="RUN|FILE", nargs="?", type=Path, help="a run's folder, a checkpoint, or a table"
+        "path", metavar="RUN|FILE", nargs="?", type=Path, help="a run's folder or name, a checkpoint, or a table"
     )
     parser.add_argument("--checkpoint_dir", metavar="DIR", type=Path, help="older name of RUN")
     parser.add_argument("--input_file", metavar="FILE", type=Path, help="the table, for analyses of one")
@@ -103,18 +106,25 @@ def _analyse_all(names: list[str], path: Path, options: argparse.Namespace) -> i
     """Every analysis, also after one that refuses; 1 if any did, each in one sentence."""
     refused: dict[str, str] = {}
     for name in names:
-        print(f"\n{name}")
-        try:
-            _analyse(name, path, options, None)
-        except UserError as error:
-            if str(error) not in refused.values():
-                print(f"icl: {name} is refused: {error}", file=sys.stderr)
-            refused[name] = str(error)
+        reason = _refusal(name, path, options)
+        if reason and reason not in refused.values():
+            print(f"icl: {name} is refused: {reason}", file=sys.stderr)
+        if reason:
+            refused[name] = reason
     if not refused:
         return 0
     done = len(names) - len(refused)
     print(f"icl: {done} of {len(names)} analyses are done; refused: {', '.join(refused)}.", file=sys.stderr)
     return 1
+
+
+def _refusal(name: str, path: Path, options: argparse.Namespace) -> str:
+    """Why the analysis cannot be done; empty when it is."""
+    try:
+        _analyse(name, path, options, None)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _analyse(name: str, path: Path, options: argparse.Namespace, out: Path | None) -> None:
@@ -129,7 +139,8 @@ def _analyse(name: str, path: Path, options: argparse.Namespace, out: Path | Non
     fields = [field.name for field in dataclasses.fields(find(name).Settings)]
     settings = {key: getattr(options, key) for key in fields if getattr(options, key, None) is not None}
     result = analyse(name, path, **settings)
-    print("\n".join(result.summary))
+    heading = ["", name] if options.what == "all" else []
+    print("\n".join([*heading, *result.summary]))
     plot = importlib.import_module(f"icl.plotting.{module_name(name)}").plot
     folder = None if path.is_file() else run_folder(path)
     for label, file in _save(name, result, out):

@@ -7,7 +7,7 @@ from icl.checks import ConfigError
 from icl.commands import command_parser
 from icl.config import RunConfig
 from icl.presets import run_name
-from icl.runs import RunError, RunFolder, local_root
+from icl.runs import RunError, RunFolder, local_root, name_of
 from icl.storage import StorageError
 
 if TYPE_CHECKING:
@@ -48,22 +48,16 @@ def _find(word: str, store: str | None) -> "tuple[RunFolder, Mirror | None]":
     from icl.mirror import open_mirror, read_config, store_url
 
     is_folder = (Path(word) / "config.yaml").is_file()
-    folder = RunFolder(word if is_folder else local_root() / _name(word))
+    folder = RunFolder(word if is_folder else local_root() / name_of(word))
     config = folder.read_config() if folder.config_file.exists() else None
     url = store or store_url(config or RunConfig())
     if url is None and config is None:
         raise ConfigError(f"There is no run {folder.path}, and no store to look for it; `icl runs` lists those here.")
-    name = run_name(config) if config else _name(word)
+    name = run_name(config) if config else name_of(word)
     mirror = open_mirror(folder, url, name) if url else None
     if config is None and mirror is not None and read_config(mirror.there) is None:
         raise RunError(f"There is no run {folder.path}, nor one at {mirror.there}; `icl runs` lists those here.")
     return folder, mirror
-
-
-def _name(word: str) -> str:
-    """A run's name, from a folder below $LOCAL_ROOT or as it is."""
-    path, root = Path(word), local_root()
-    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
 def _list(folder: RunFolder, mirror: "Mirror | None") -> int:
@@ -86,6 +80,11 @@ def _verify(folder: RunFolder, mirror: "Mirror | None") -> int:
     places = f"{folder.path} and {mirror.there}" if mirror else f"{folder.path}; it has no store"
     if damage:
         print("\n".join(damage))
+        if mirror is None:
+            raise StorageError(
+                f"Damaged files in {folder.path}: {len(damage)}, and the run has no store to fetch them from; delete the "
+                "files of those steps, and everything goes on without them."
+            )
         repair = "`push --force` sends the good files here, `pull --force` fetches the good ones there"
         raise StorageError(f"{len(damage)} files are damaged or missing in {places}; {repair}.")
     print(f"All is well in {places}.")

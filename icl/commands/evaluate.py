@@ -46,7 +46,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         metavar="RUN|CHECKPOINT",
         nargs="*",
         type=Path,
-        help="a run's folder, a folder with runs below it, or one checkpoint file",
+        help="a run's folder or name, a folder with runs below it, or one checkpoint file",
     )
     parser.add_argument(
         "--checkpoint_base_dir", metavar="DIR", type=Path, help="the folder of `icl diversity`, all of it"
@@ -88,8 +88,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 def _subjects(paths: Sequence[Path]) -> dict[str, Path]:
     """What to evaluate, by name: the runs that paths name, then all else, such as a checkpoint file."""
-    from icl.runs import named_runs, run_folders
+    from icl.runs import named_runs, place_of, run_folders
 
+    paths = [place_of(path) for path in paths]
     folders = [path for path in paths if path.is_dir() and run_folders(path)]
     runs = {name: run.path for name, run in named_runs(folders).items()}
     return runs | {str(path): path for path in paths if path not in folders}
@@ -98,8 +99,11 @@ def _subjects(paths: Sequence[Path]) -> dict[str, Path]:
 def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
     from icl.evaluation import headlines
     from icl.run_evaluation import evaluate_run
+    from icl.runs import require_place
 
-    numbers, baselines = evaluate_run(path, num_prompts=options.num_prompts, num_ood_prompts=options.num_ood_prompts)
+    numbers, baselines = evaluate_run(
+        require_place(path), num_prompts=options.num_prompts, num_ood_prompts=options.num_ood_prompts
+    )
     last = headlines(numbers[numbers["step"] == numbers["step"].max()])
     means = last.pivot(index="distribution", columns="quantity", values="value")
     print(
@@ -118,6 +122,7 @@ def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> in
     from tqdm import tqdm
 
     from icl.run_evaluation import RunEvaluator, headline_table, write_numbers
+    from icl.runs import require_place
 
     kept: dict[str, tuple[pd.DataFrame, pd.DataFrame]] = {}
     problems: dict[str, UserError] = {}
@@ -126,7 +131,7 @@ def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> in
         for name, path in subjects.items():
             bar.set_postfix_str(name)
             try:
-                numbers, baselines = evaluate(path)
+                numbers, baselines = evaluate(require_place(path))
                 is_wanted = (options.out is not None) | (numbers["step"] == numbers["step"].max())
                 kept[name] = numbers[is_wanted], baselines
                 with tqdm.external_write_mode():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from icl.checks import ConfigError
+from icl.commands.llc_ahead import require_rescalable, require_step, work_ahead
 from icl.commands.llc_rows import log_rows, shown, verdicts, write_rows
 from icl.config import RunConfig, SamplerConfig, flatten
 from icl.presets import run_name, sampler_name
@@ -22,7 +23,7 @@ from icl.resolve import (
     resolve,
     settings_parser,
 )
-from icl.runs import RunFolder, local_root
+from icl.runs import RunFolder, local_root, require_place
 from icl.storage import table_format
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ usage: icl llc [RUN|CHECKPOINT] [--steps STEPS] [--sampler.key VALUE ...] [--con
        icl llc --self-test [--out FILE]
 
 Estimate the local learning coefficient (LLC) at saved steps of a run, each with standard error, diagnostics and verdict.
-What is done is kept: the same command goes on after an interruption. Without RUN, the run is the one that `icl train`
-makes of the same settings. Exits non-zero if every estimate is invalid, except as a point of a sweep, where that is a result.
+What is done is kept: the same command goes on after an interruption. RUN is a folder or a run's name; without it, the
+run is the one that `icl train` makes of the same settings. Exits non-zero if every estimate is invalid, except as a point
+of a sweep, where that is a result.
 
   --steps STEPS    all, last, a list 1,2,3 or 1 2 3, a range 0:1000:100 (default: the run's `sampler.steps`)
   --config FILE    settings from a file, such as that of --calibrate
@@ -138,8 +140,10 @@ def _job(
                 raise ConfigError(
                     f"`{key}` belongs to {path}, which is trained already; only `sampler` settings can be given."
                 )
-        place = Path(path)
+        place = require_place(path)
         config = resolve(_saved_config(place).to_dict(), published, filed, swept, given)
+        if place.is_file() and "sampler.steps" in given:  # the run's own choice is not meant for one file
+            require_step(place, config.sampler.steps)
     mode = "" if not published else _published_mode(config.sampler)
     rescale = _number("rescale", options["rescale"]) if "rescale" in options else None
     return _Job(place, config, mode, rescale, out)
@@ -175,7 +179,11 @@ def _work(job: _Job, flags: frozenset[str], wandb_run: Any = None) -> int:
     if "calibrate" in flags:
         if job.rescale is not None or job.path.is_file():
             raise ConfigError("`--calibrate` wants a run's folder, and no --rescale.")
-        return _calibrate(job)
+        try:
+            return _calibrate(job)
+        except KeyboardInterrupt:
+            print("icl: interrupted; a calibration keeps nothing, so the same command starts over.", file=sys.stderr)
+            return 130
     return _estimate(job, wandb_run)
 
 
@@ -185,6 +193,9 @@ def _estimate(job: _Job, wandb_run: Any) -> int:
     from icl.sampling.run import estimate_run, measured, run_folder
 
     sampler = job.config.sampler
+    if job.rescale is not None:
+        require_rescalable(job.path, job.rescale)
+    print(work_ahead(job.path, sampler, mode=job.mode), file=sys.stderr, flush=True)
     found = estimate_run(job.path, sampler, mode=job.mode)
     print(shown(found.table))
     print(f"\n{verdicts(found.table)}")
@@ -218,7 +229,9 @@ def _control(job: _Job, table: "pd.DataFrame") -> "pd.DataFrame":
     from icl.sampling.run import estimate_run
 
     assert job.rescale is not None
-    control = estimate_run(job.path, job.config.sampler, mode=job.mode, rescale=job.rescale).table
+    sampler = job.config.sampler
+    print(work_ahead(job.path, sampler, mode=job.mode, rescale=job.rescale), file=sys.stderr, flush=True)
+    control = estimate_run(job.path, sampler, mode=job.mode, rescale=job.rescale).table
     print(f"\nControl: {describe_pair(job.config.model)} rescaled by {job.rescale:g}, the function unchanged.\n")
     print(shown(control))
     print("\n" + "\n".join(compare(table, control)))

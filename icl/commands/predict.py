@@ -16,17 +16,20 @@ def run(words: list[str]) -> int:
         "x1..xD,y in which an empty y marks a query.",
         "icl predict runs/quickstart --prompt prompt.json",
     )
-    parser.add_argument("path", metavar="CHECKPOINT", help="a checkpoint file, or a run's folder for its last step")
+    parser.add_argument(
+        "path", metavar="CHECKPOINT", help="a checkpoint file, or a run's folder or name for its last step"
+    )
     parser.add_argument("--prompt", metavar="FILE", required=True, help="the prompts")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the predictions to FILE (.csv or .json)")
     options = parser.parse_args(words)
     from icl.api import load_checkpoint
     from icl.prediction import predict_from_prompt, read_prompt_file, write_predictions
+    from icl.runs import require_place
 
     if options.out is not None:
         table_format(options.out)
     prompt = read_prompt_file(options.prompt)
-    model, info = load_checkpoint(options.path)
+    model, info = load_checkpoint(require_place(options.path))
     predictions = predict_from_prompt(model, *prompt)
     print(f"{info['path']} (step {info['step']:,}), {len(prompt.x_context)} context examples")
     for query, prediction in zip(prompt.x_query.tolist(), predictions.tolist(), strict=True):

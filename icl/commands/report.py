@@ -16,7 +16,7 @@ def run(words: list[str]) -> int:
         "icl report runs/quickstart\n  icl report runs/a runs/b --out both.html\n  icl report runs",
     )
     parser.add_argument(
-        "paths", metavar="RUN", nargs="+", type=Path, help="a run's folder, or a folder with runs below it"
+        "paths", metavar="RUN", nargs="+", type=Path, help="a run's folder or name, or a folder with runs below it"
     )
     parser.add_argument(
         "--out",
@@ -27,8 +27,9 @@ def run(words: list[str]) -> int:
     options = parser.parse_args(words)
     from icl.delivery import send_results
     from icl.report.page import write_report
+    from icl.runs import require_place
 
-    report = write_report(options.paths, out=options.out)
+    report = write_report([require_place(path) for path in options.paths], out=options.out)
     for facts in report.runs:
         for problem in facts.problems:
             print(f"{facts.name}: {problem}")

@@ -19,9 +19,9 @@ def run(words: list[str]) -> int:
     parser.add_argument("root", metavar="FOLDER", nargs="?", type=Path, help="another folder of runs, and no other")
     options = parser.parse_args(words)
     from icl.diversity.runs import METADATA
-    from icl.runs import describe_runs, local_root
+    from icl.runs import describe_runs, local_root, require_place
 
-    root = options.root or local_root()
+    root = require_place(options.root) if options.root else local_root()
     experiments = [] if options.root else sorted(file.parent for file in Path().glob(f"*/{METADATA}"))
     lines = _experiment_lines(root) + describe_runs(root)
     for folder in experiments:

@@ -243,6 +243,8 @@ def _row(
 
 
 def _default_steps(files: Sequence[Path]) -> str:
-    steps = [int(file.stem.partition("-")[2]) for file in files] if len(files) > 1 else [0]
+    if len(files) == 1:  # which may have any name
+        return "all"
+    steps = [int(file.stem.partition("-")[2]) for file in files]
     wanted = {min(steps, key=lambda step: abs(step - place * steps[-1])) for place in PLACES}
     return ",".join(map(str, sorted(wanted)))

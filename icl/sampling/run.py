@@ -83,7 +83,8 @@ def estimate_run(
     sampler = config.sampler if sampler is None else sampler
     kind = Kind(with_nbeta(sampler), mode, rescale)
     device = sampling_device()
-    files = chosen_files(files, sampler.steps)
+    if not Path(path).is_file():
+        files = chosen_files(files, sampler.steps)
     loss = prompt_loss(config, sampler, device=device, num_moves=len(files) * num_moves(sampler))
     folder = None if Path(path).is_file() else run_folder(path)
     at_once = 1 if device.type == "cpu" else CHECKPOINTS_AT_ONCE
@@ -194,12 +195,12 @@ def chosen_files(files: Sequence[Path], steps: str) -> list[Path]:
     Raises:
         ConfigError: If it is none of these, or names a step that is not saved.
     """
-    saved = {int(file.stem.partition("-")[2]): file for file in files} if len(files) > 1 else {}
     words = [word.strip() for word in steps.split(",") if word.strip()]
-    if words == ["all"] or not saved:
+    if words == ["all"]:
         return list(files)
     if words == ["last"]:
         return [files[-1]]
+    saved = {int(file.stem.partition("-")[2]): file for file in files}
     chosen: set[int] = set()
     for word in words:
         found = _steps_of(word, sorted(saved))
@@ -220,6 +221,8 @@ def _steps_of(word: str, saved: Sequence[int]) -> set[int]:
     if match[1]:
         return {int(match[1])} & set(saved)
     first, last, stride = int(match[2] or 0), int(match[3] or saved[-1]), int(match[4] or 1)
+    if match[3] and first > last:
+        raise ConfigError(f"The range {word} of `sampler.steps` is reversed; write {last}:{first}.")
     return {step for step in saved if first <= step <= last and (step - first) % stride == 0}
 
 

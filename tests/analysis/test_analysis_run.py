@@ -200,17 +200,52 @@ def test_all_goes_on_after_a_refusal_says_which_and_fails(tmp_path, monkeypatch,
     assert every.index("behaviour") < every.index("stages")
 
 
+def test_all_analyses_of_an_empty_folder_are_one_refusal_without_headings(tmp_path, capsys):
+    assert main(["analyse", str(tmp_path), "--what", "all"]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.count(f"There are no checkpoints at {tmp_path}") == told.err.count("is refused") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gradient_that_noise_drowns_is_told_by_its_limit(tmp_path, capsys):
+    """|G|^2 = -3 ± 2 is at most 4, so |G| at most 2, and tr(Sigma) / |G|^2 at least 40 / 4."""
+    from icl.analysis.gradients import _limit
+
+    def row(value, stderr=1.0):
+        return {"value": value, "stderr": stderr, "reasons": "why"}
+
+    last = {
+        ("norm", "all", ""): row(0.0, float("inf")),
+        ("squared_norm", "all", ""): row(-3.0, 2.0),
+        ("noise_trace", "all", ""): row(40.0),
+        ("noise_scale", "all", ""): row(float("nan")),
+        ("alignment_previous", "all", ""): row(float("nan")),
+        ("alignment_tasks", "all", ""): row(0.5),
+    }
+    told = {name: _limit(last, name) for name, _, _ in last if name not in ("squared_norm", "noise_trace")}
+    assert told == {
+        "norm": "at most 2, at two standard errors: noise drowns the gradient",
+        "noise_scale": "at least 10, at two standard errors: noise drowns the gradient",
+        "alignment_previous": "not known: why",
+        "alignment_tasks": "",
+    }
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--what", "gradient"], "must be one of gradients"),
         (["RUN"], "must be one of gradients"),
         (["--what", "gradients"], "Say what to analyse"),
-        (["nowhere", "--what", "gradients"], "no checkpoints at nowhere"),
+        (["--what", "stage"], "Did you mean `stages`?"),
+        (["nowhere", "--what", "gradients"], "nothing at nowhere, nor a run"),
+        (["nowhere", "--what", "stages"], "nothing at nowhere, nor a run"),
+        (["nowhere", "--what", "stages", "--tolerence", "1"], "Did you mean `--tolerance`?"),
         (["nowhere", "--checkpoint_dir", "x", "--what", "gradients"], "given twice"),
         (["nowhere", "--what", "gradients", "--out", "x.txt"], ".csv or .json"),
         (["nowhere", "--what", "gradients", "--output_plot", "x.txt"], ".png, .pdf or .svg"),
-        (["nowhere", "--what", "gradients", "--num_prompts", "33"], "multiple of 32"),
+        ([".", "--what", "gradients", "--num_prompts", "33"], "multiple of 32"),
         (["nowhere", "--what", "all", "--out", "x.csv"], "leave out --out"),
     ],
 )

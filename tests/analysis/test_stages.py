@@ -12,7 +12,7 @@ from icl.analysis.agreement import Agreed, agree
 from icl.analysis.run import analyse
 from icl.analysis.stage_signals import Signal, mirrors_loss, read_signals
 from icl.build import build_model
-from icl.checkpoints import save_checkpoint
+from icl.checkpoints import CheckpointError, save_checkpoint
 from icl.checks import ConfigError
 from icl.cli import main
 from icl.plotting.llc import read_stages
@@ -259,7 +259,7 @@ def test_llc_estimates_are_of_one_kind_and_good_enough(tmp_path):
 
 def test_the_loss_comes_from_the_first_source_that_has_it(tmp_path):
     folder = RunFolder(tmp_path / "r")
-    with pytest.raises(RunError, match="no signal at 8 steps"):
+    with pytest.raises(CheckpointError, match="There are no checkpoints at"):
         analyse("stages", folder.path)
     steps = list(range(0, 90, 10))
     metrics = pd.DataFrame({"step": steps, "eval/pretrain/loss": 1.0})
@@ -299,6 +299,28 @@ def test_a_constant_or_a_file_are_answered_in_a_sentence(tmp_path, capsys):
     file.write_bytes(b"x")
     assert main(["analyse", str(file), "--what", "stages", "--out", str(tmp_path / "x.csv")]) == 1
     assert "give the run's folder" in capsys.readouterr().err
+
+
+def test_too_few_steps_are_told_where_there_are_any(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,eval/pretrain/loss\n1,2.0\n")
+    with pytest.raises(RunError, match="no signal at 8 steps"):
+        analyse("stages", tmp_path)
+
+
+def test_an_llc_that_begins_late_says_from_which_steps_it_is_known():
+    signals = published(0)
+    late = signals[1]._replace(points=signals[1].points[signals[1].points["step"] >= 10_000].reset_index(drop=True))
+    boundaries, parts = found([signals[0], late])
+    assert parts[0].reasons[0] == "no type: the LLC is not known"
+    told = stages._summary([signals[0], late], [], boundaries, parts)
+    span = f"{SAVED[SAVED >= 10_000][0]:,} to 499,999"
+    assert any(f"not known over all of it (usable estimates lie at steps {span})" in line for line in told)
+
+
+def test_an_error_below_one_step_keeps_a_digit():
+    assert [stages._error_words(error) for error in (0.0, 0.036, 0.36, 0.97, 1.2, 1234.5)] == [
+        "0", "0.04", "0.4", "1", "1", "1,234"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

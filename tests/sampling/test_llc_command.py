@@ -8,8 +8,10 @@ import pytest
 import yaml
 from llc_runs import CONFIG, QUICK, make_run
 
+from icl.checkpoints import checkpoint_files
 from icl.cli import main
 from icl.commands import llc
+from icl.commands.llc_ahead import work_ahead
 from icl.config import RunConfig
 from icl.plotting.llc import plot_llc, read_stages
 from icl.presets import preset, run_name, sampler_name
@@ -213,13 +215,46 @@ def test_the_control_adds_rows_of_rescaled_weights(folder, tmp_path, capsys):
         (["--published", "--calibrate"], "at a time"),
         (["--out", "rows.txt"], ".csv"),
         (["--rescale", "x"], "must be a number"),
+        (["--rescale", "0"], "must be positive"),
+        (["--calibrat"], "Did you mean `--calibrate`?"),
+        (["--setps", "1"], "Did you mean `steps`?"),
     ],
 )
-def test_mistakes_are_sentences(folder, capsys, words, sentence):
+def test_mistakes_are_sentences_before_any_work(folder, monkeypatch, capsys, words, sentence):
+    monkeypatch.setattr(runs, "estimate_checkpoints", None)
     assert main(["llc", str(folder.path), *words]) != 0
     told = capsys.readouterr().err.strip()
     assert sentence in told
     assert "\n" not in told
+
+
+def test_a_files_own_step_counts_whatever_its_name(folder, tmp_path, sampler_of, capsys):
+    file = tmp_path / "one.safetensors"
+    file.write_bytes(checkpoint_files(folder.path)[1].read_bytes())
+    assert "no saved step 3; the nearest is 30" in said(capsys, file, "--steps", 3)
+    assert sampler_of(file, "--steps", 30).path == file
+
+
+def test_what_lies_ahead_is_told_before_the_bar(folder, capsys):
+    def ahead():
+        return work_ahead(folder.path, QUICK, mode="").partition(": ")[2]
+
+    assert ahead() == "2 steps, 2 chains x (4 + 6) moves; finished steps are kept."
+    assert main(["llc", str(folder.path), "--steps", "last"]) in (0, 1)
+    told = capsys.readouterr().err
+    assert told.startswith(f"LLC of {folder.path}: 1 step, 2 chains x (4 + 6) moves; finished steps are kept.\n")
+    assert ahead() == "1 of 2 steps to do, 2 chains x (4 + 6) moves; finished steps are kept."
+    main(["llc", str(folder.path)])
+    assert ahead() == "all is kept, 2 steps."
+
+
+def test_an_interrupted_calibration_says_that_it_starts_over(folder, monkeypatch, capsys):
+    def interrupted(job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llc, "_calibrate", interrupted)
+    assert main(["llc", str(folder.path), "--calibrate"]) == 130
+    assert "starts over" in capsys.readouterr().err
 
 
 def test_words_may_come_in_any_order():

@@ -210,12 +210,23 @@ def test_steps_are_chosen(tmp_path, steps, expected):
 
 @pytest.mark.parametrize(
     ("steps", "words"),
-    [("7", "nearest is 5"), ("first", "must be all, last"), ("1:2:0", "must be all"), ("", "names no step")],
+    [
+        ("7", "nearest is 5"),
+        ("first", "must be all, last"),
+        ("1:2:0", "must be all"),
+        ("", "names no step"),
+        ("15:5", "is reversed; write 5:15"),
+    ],
 )
 def test_steps_that_are_not_there_are_refused(tmp_path, steps, words):
     files = [tmp_path / f"step-{step:09d}.safetensors" for step in range(0, 21, 5)]
     with pytest.raises(ConfigError, match=words):
         chosen_files(files, steps)
+
+
+def test_another_step_than_the_only_one_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no saved step 3; the nearest is 60"):
+        chosen_files([tmp_path / "step-000000060.safetensors"], "3")
 
 
 # What is measured
