@@ -79,9 +79,8 @@ def sensitivity(excess: Float[ndarray, "K S"], pull: Float[ndarray, "K S"]) -> t
         return math.nan, math.nan
     f, d = excess - excess.mean(), pull - excess - (pull - excess).mean()
     ratio = (f * d).mean() / max((d * d).mean(), np.finfo(float).tiny)
-    common = (
-        1 + 2 * ratio
-    ) * f * d - ratio**2 * d * d  # of mean Cov(f, D) + Cov(f, D)^2 / Var(D), and of its variance (delta method)
+    # Of the mean Cov(f, D) + Cov(f, D)^2 / Var(D), and of the variance of that (delta method).
+    common = (1 + 2 * ratio) * f * d - ratio**2 * d * d
     return float((pull - common).mean()) / 2, standard_error(pull - common) / 2
 
 

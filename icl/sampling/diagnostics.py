@@ -11,8 +11,8 @@ localization E|w - w0|^2, those that the localisation holds. Too large a step or
 beyond d: of moves of size lr, stationarity of |w - w0|^2 makes it d + (lr / 4) E|grad U|^2, the minibatch's gradient (for
 a preconditioner G, in its metric). What the localisation alone makes of that, lr / 4 localization^2 |w - w0|^2, is there in
 flat directions too, and harmless; half of the rest is the `heat`. It needs no direction to be in equilibrium and has
-little noise. For quadratics it is once to twice the LLC's bias: with a_i = nbeta h_i + localization the ratio is
-1 + localization / a_i (`known.quadratic_llc`). And a loss that is convex along rays from w0 has pull >= LLC; a chain for
+little noise. For quadratics it is once to twice what the step adds to the LLC: with a_i = nbeta h_i + localization the ratio is
+1 + localization / a_i (`known.quadratic_llc`); of what the noise adds it is a_i / (nbeta h_i) times. And a loss that is convex along rays from w0 has pull >= LLC; a chain for
 which this fails has passed the rim of its basin.
 
 The same integration by parts, of f (w - w0) with f = nbeta (L - L0), says how the LLC answers to the localisation:
