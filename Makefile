@@ -1,11 +1,11 @@
 # `make` or `make help` lists the targets; everything runs in .venv, which `make install` creates.
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow lint format golden bench data figures ci clean
+.PHONY: help install train test test-slow lint format golden bench reliability data figures ci clean
 
 BIN := .venv/bin
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 install: $(BIN)/icl  ## Make .venv and install icl with its test extras
 
@@ -37,6 +37,9 @@ golden: install  ## Record the golden losses anew (say why in the commit)
 
 bench: install  ## Measure ratios against peers (about three minutes; see benchmarks/)
 	$(BIN)/python -m benchmarks
+
+reliability: install  ## Try damaged files, servers' refusals and bad inputs (docs/reliability.md)
+	$(BIN)/python -m tests.reliability.fuzz --mutations 3000
 
 SIZE ?= small
 data: install  ## Remake the shipped data from nothing, or go on (SIZE=full: the published sizes)
