@@ -5,7 +5,6 @@
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -19,6 +18,7 @@ import yaml
 
 from icl.checks import ConfigError, UserError
 from icl.config import RunConfig, flatten, is_free_on_resume
+from icl.file_system import LockedError, lock_file
 from icl.storage import LocalStore, StorageError, write_atomically
 
 State = Literal["waiting", "running", "finished", "stopped_early", "preempted", "failed"]
@@ -147,8 +147,8 @@ class RunFolder:
             ) from None
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                lock_file(file.fileno(), self.path)
+            except LockedError:
                 raise RunError(
                     f"Another process is training {self.path}; wait for it, or give this run another name with --run_name."
                 ) from None

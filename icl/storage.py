@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from icl.checks import STORE_SCHEMES, UserError
+from icl.file_system import link_or_create, sync_file, sync_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -104,7 +105,7 @@ class LocalStore:
         temporary = temporary_path(path)
         write_atomically(temporary, data)
         try:
-            path.hardlink_to(temporary)
+            link_or_create(temporary, path)
         except FileExistsError:
             return False
         except OSError as error:
@@ -171,7 +172,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
             file.write(data)
             file.flush()
             if durable:
-                os.fsync(file.fileno())
+                sync_file(file.fileno(), path.parent)
         temporary.replace(path)
         if durable:
             sync_folder(path.parent)
@@ -215,15 +216,6 @@ def plain_rows(table: "pd.DataFrame") -> list[dict[str, Any]]:
 def temporary_path(path: Path) -> Path:
     """A new name beside `path` that no listing shows, to write to before renaming."""
     return path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def is_temporary(path: Path) -> bool:

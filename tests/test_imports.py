@@ -24,7 +24,7 @@ LAYERS = (
     ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
     ("baselines", "metrics"),
     ("compiling", "cores", "transformer", "tiny_attention", "stacked", "population", "step"),
-    ("storage", "s3", "runs", "checkpoints", "mirror", "delivery"),
+    ("file_system", "storage", "s3", "runs", "checkpoints", "mirror", "delivery"),
     ("evaluation", "prediction"),
     ("build",),
     ("training", "sampling", "analysis"),

@@ -9,7 +9,6 @@ stand there as rows of their own, and several programs may estimate the same run
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import json
@@ -23,6 +22,7 @@ import pandas as pd
 import torch
 
 from icl.config import SamplerConfig
+from icl.file_system import lock_file
 from icl.runs import RunFolder
 from icl.sampling import diagnostics
 from icl.sampling.result import LLCResult
@@ -181,6 +181,5 @@ def _file(run: RunFolder, settings: str, step: int) -> Path:
 def _lock(run: RunFolder) -> Iterator[None]:
     """One program at a time makes the tables, so that none leaves out what another has just kept."""
     with (run.path / ".llc-lock").open("a+") as file:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock_file(file.fileno(), run.path, wait=True)
         yield

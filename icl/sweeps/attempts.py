@@ -9,7 +9,6 @@ was only slow sees from the higher number that its point was taken over. Whether
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from icl.file_system import LockedError, lock_file
 from icl.storage import write_atomically
 
 Outcome = Literal["running", "done", "failed", "preempted"]
@@ -105,7 +105,7 @@ def claim(folder: Path, job: str, *, number: int) -> Claim | None:
         job=job,
         host=platform.node(),
         kernel=_kernel(),
-        locked=_lock(descriptor),
+        locked=lock_file(descriptor, path.parent),
         pid=os.getpid(),
         started=round(time.time(), 3),
     )
@@ -125,9 +125,13 @@ def is_alive(folder: Path, attempt: Attempt, *, stale_after: float = STALE_SECON
     if attempt.outcome != "running":
         return False
     path = _file(folder, attempt.number)
-    if attempt.locked and attempt.kernel == _kernel():
-        return _is_locked(path)
     with path.open() as file:  # opening makes a network file system ask its server
+        if attempt.locked and attempt.kernel == _kernel():
+            try:
+                if lock_file(file.fileno(), path.parent, shared=True):
+                    return False
+            except LockedError:
+                return True
         return _server_time(path.parent) - os.fstat(file.fileno()).st_mtime < stale_after
 
 
@@ -150,23 +154,6 @@ def _read(path: Path) -> Attempt:
 
 def _encode(attempt: Attempt) -> bytes:
     return (json.dumps(asdict(attempt), indent=1) + "\n").encode()
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # this file system has no locks
-        return False
-    return True
-
-
-def _is_locked(path: Path) -> bool:
-    with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
 
 
 def _kernel() -> str:

@@ -6,10 +6,10 @@ are removed; training then writes them again. Floats have nine significant digit
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from icl.file_system import sync_file
 from icl.runs import RunError
 from icl.storage import StorageError, write_atomically
 
@@ -62,7 +62,7 @@ class MetricsFile:
     def sync(self) -> None:
         """Wait until the disk has every row."""
         with self.path.open("rb") as file:
-            os.fsync(file.fileno())
+            sync_file(file.fileno(), self.path.parent)
 
     def _rows(self) -> dict[int, list[str]]:
         """The whole rows of the file by their step."""

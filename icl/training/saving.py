@@ -4,7 +4,6 @@ Each member's `last.ckpt` is a Lightning checkpoint of that member alone: its sl
 Adam's moments. So a member of a population can be resumed alone, and runs that stand at one step can be put together.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,9 +18,10 @@ from torch import Tensor
 from icl import population
 from icl.checkpoints import MOMENTS, checkpoint_name, save_checkpoint
 from icl.config import EarlyStoppingConfig, RunConfig
+from icl.file_system import sync_file, sync_folder
 from icl.runs import RunError, require_same_config
 from icl.step import from_rows
-from icl.storage import StorageError, sync_folder, temporary_path
+from icl.storage import StorageError, temporary_path
 from icl.training.callbacks import MetricsLog, NonFiniteGuard, any_rank
 from icl.training.members import Member
 from icl.training.module import PopulationModule
@@ -187,7 +187,7 @@ def _replace_all(paths: Sequence[Path], contents: Iterable[dict[str, Any]]) -> N
             with temporary.open("wb") as file:
                 torch.save(content, file)
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file.fileno(), temporary.parent)
         for path, temporary in written.items():
             temporary.replace(path)
             sync_folder(path.parent)
