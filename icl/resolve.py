@@ -19,6 +19,7 @@ import yaml
 
 from icl.checks import ConfigError, parse_num_tasks
 from icl.config import RunConfig, flatten
+from icl.literals import read_table
 from icl.presets import preset
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ FLAGS = {"train": (), "llc": ("published", "calibrate", "self-test")}
 """And without one."""
 POINT_VARIABLE = "ICL_SWEEP_POINT"
 """The environment variable by which `icl sweep` hands a point to the program that it starts."""
+_REPEATED = ("config",)
+"""Options that may be given several times: their values are a list, in order."""
 _SET_FOR_EACH = {
     "population.seeds": ("seeds.model", "seeds.data", "seeds.noise"),
     "population.num_tasks": ("task.num_tasks",),
@@ -47,6 +50,10 @@ def known_keys() -> dict[str, Any]:
         else:
             keys[field.name] = field.type
     return keys
+
+
+def _sections() -> set[str]:
+    return {field.name for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.type)}
 
 
 def resolve(*sources: Mapping[str, Any]) -> RunConfig:
@@ -74,6 +81,18 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         ConfigError: If the file is missing, is not YAML, or is not a table of settings.
     """
     return _require_table(_read_yaml(path), path)
+
+
+def read_config_files(options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The settings of every `--config` file, in order, each as a layer of its own for `resolve`.
+
+    Args:
+        options: What `read_arguments` returned; `config` is the list of files, if there are any.
+
+    Raises:
+        ConfigError: As `read_config_file`.
+    """
+    return [read_config_file(path) for path in options.get("config", ())]
 
 
 def read_points(environment: Mapping[str, str] = os.environ) -> list[dict[str, Any]]:
@@ -135,7 +154,7 @@ class Words(typing.NamedTuple):
     path: str | None
     """The word that is no option."""
     flags: frozenset[str]
-    settings: dict[str, str]
+    settings: dict[str, Any]
     """Flat: settings of a run, and the command's own options."""
 
 
@@ -169,8 +188,11 @@ def read_words(command: str, arguments: Sequence[str]) -> Words:
     return Words(paths[0] if paths else None, frozenset(flags), read_arguments(rest, extra=OPTIONS[command]))
 
 
-def read_arguments(arguments: Sequence[str], *, extra: Sequence[str] = ()) -> dict[str, str]:
-    """`--section.key VALUE` and `--section.key=VALUE` as a flat dict; a bare boolean `--key` means true.
+def read_arguments(arguments: Sequence[str], *, extra: Sequence[str] = ()) -> dict[str, Any]:
+    """Return `--section.key VALUE` and `--section.key=VALUE` as a flat dict; the later of two values of a key wins.
+
+    A bare boolean `--key` means true. A section takes a table, as W&B writes nested parameters: `--task={'num_tasks': 2}`.
+    The value of `--config`, which may be given several times, is the list of its files.
 
     Args:
         arguments: The words of the command line.
@@ -179,7 +201,7 @@ def read_arguments(arguments: Sequence[str], *, extra: Sequence[str] = ()) -> di
     Raises:
         ConfigError: For a word that is no option, an option without value, or an unknown key.
     """
-    settings: dict[str, str] = {}
+    settings: dict[str, Any] = {}
     words = list(arguments)
     kinds = known_keys() | dict.fromkeys(extra, str)
     while words:
@@ -187,6 +209,12 @@ def read_arguments(arguments: Sequence[str], *, extra: Sequence[str] = ()) -> di
         if not word.startswith("--"):
             raise ConfigError(f"Expected `--section.key VALUE`, got `{word}`.")
         key, equals, value = word[2:].partition("=")
+        table = read_table(value if equals else words[0] if words else "") if key in _sections() else None
+        if table is not None:
+            _refuse_unknown(flatten({key: table}), kinds)
+            settings |= flatten({key: table})
+            words = words if equals else words[1:]
+            continue
         _refuse_unknown([key], kinds)
         if not equals:
             if words and not words[0].startswith("--"):
@@ -195,7 +223,10 @@ def read_arguments(arguments: Sequence[str], *, extra: Sequence[str] = ()) -> di
                 value = "true"
             else:
                 raise ConfigError(f"The option `--{key}` needs a value, {describe(kinds[key])}.")
-        settings[key] = value
+        if key in _REPEATED:
+            settings.setdefault(key, []).append(value)
+        else:
+            settings[key] = value
     return settings
 
 

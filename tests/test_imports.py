@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1] / "icl"
 
 LAYERS = (
-    ("checks", "environment", "config", "presets", "resolve"),
+    ("checks", "environment", "config", "literals", "presets", "resolve"),
     ("rng", "schedules"),
     ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
     ("baselines", "metrics"),

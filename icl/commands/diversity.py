@@ -8,7 +8,7 @@ from typing import Any
 
 from icl.checks import ConfigError
 from icl.config import RunConfig, flatten
-from icl.resolve import parse_scalar, read_arguments, read_config_file, resolve
+from icl.resolve import parse_scalar, read_arguments, read_config_files, resolve
 
 HELP = "the task-diversity experiment: M = 2, 4, 8, ... and inf, and its figure"
 
@@ -111,14 +111,14 @@ def _run(config: RunConfig, max_power: int, base: Path, plots: Path) -> int:
     return 0 if result.is_done else 1
 
 
-def _parse(words: list[str]) -> tuple[RunConfig, dict[str, str]]:
+def _parse(words: list[str]) -> tuple[RunConfig, dict[str, Any]]:
     """The configuration of every run but for M, and the options of the experiment itself."""
     given = read_arguments(words, extra=(*_SETTINGS, *_OPTIONS))
     options = {key: given.pop(key) for key in _OPTIONS if key in given}
     aliases = {key: given.pop(key) for key in _SETTINGS if key in given}
-    filed = read_config_file(options["config"]) if "config" in options else {}
+    filed = {key: value for layer in read_config_files(options) for key, value in flatten(layer).items()}
     for key in _RESERVED:
-        if key in given or key in flatten(filed):
+        if key in given or key in filed:
             raise ConfigError(f"`{key}` is set by the experiment itself; leave it out (--max_power chooses the M).")
     for alias in aliases:
         if _SETTINGS[alias] in given:
@@ -128,7 +128,7 @@ def _parse(words: list[str]) -> tuple[RunConfig, dict[str, str]]:
         settings["optim.schedule"] = "triangle"
     ground: dict[str, Any] = {}
     if "preset" not in given and "preset" not in filed:
-        chosen = flatten(filed) | settings | given
+        chosen = filed | settings | given
         ground = _documented(parse_scalar(str(chosen.get("trainer.max_steps", _DEFAULT_STEPS))))
         if str(chosen.get("optim.schedule", "triangle")) == "constant":
             del ground["optim.warmup_steps"]

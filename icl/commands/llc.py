@@ -16,7 +16,7 @@ from icl.presets import run_name, sampler_name
 from icl.resolve import (
     OPTIONS,
     POINT_VARIABLE,
-    read_config_file,
+    read_config_files,
     read_points,
     read_words,
     refuse_conflicts,
@@ -42,7 +42,7 @@ run is the one that `icl train` makes of the same settings. Exits non-zero if ev
 of a sweep, where that is a result.
 
   --steps STEPS    all, last, a list 1,2,3 or 1 2 3, a range 0:1000:100 (default: the run's `sampler.steps`)
-  --config FILE    settings from a file, such as that of --calibrate
+  --config FILE    settings from a file, such as that of --calibrate; of several files the later wins
   --out FILE       also write the rows to FILE (.csv or .json)
   --published      the sampler settings of Hoogland et al. 2024, and what they measure
   --calibrate      choose lr, nbeta, localization and burn-in by a search over a few checkpoints (or over --steps): some
@@ -57,7 +57,7 @@ examples:
   icl llc runs/quickstart --config runs/quickstart/results/llc-calibration.yaml
   icl llc --self-test
 
-settings (later wins: the run's own < --config file < command line):
+settings (later wins: the run's own < --config files in their order < command line):
 """
 
 
@@ -97,7 +97,7 @@ def run(words: list[str]) -> int:
     return _work(_job(path, flags, options, swept, given), flags)
 
 
-def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str, str], given: dict[str, str]) -> int:
+def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str, Any], given: dict[str, str]) -> int:
     """Work on the point that `wandb agent` handed over; however it ends, W&B learns the exit status."""
     from icl.training.wandb_agent import describe_run, join_sweep, swept_settings
     from icl.training.wandb_log import end_run, exit_code_of
@@ -120,28 +120,28 @@ def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str,
 def _job(
     path: str | None,
     flags: frozenset[str],
-    options: Mapping[str, str],
+    options: Mapping[str, Any],
     swept: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> _Job:
     """The run and its sampler's settings, from all their sources."""
-    filed = read_config_file(options["config"]) if "config" in options else {}
+    filed = read_config_files(options)
     published = _published() if "published" in flags else {}
     refuse_conflicts(swept, given)
     out = Path(options["out"]) if "out" in options else None
     if out is not None:
         table_format(out)
     if path is None:
-        config = resolve(filed, published, swept, given)
+        config = resolve(*filed, published, swept, given)
         place = local_root() / run_name(config)
     else:
-        for key in flatten(dict(filed)) | flatten(dict(swept)) | dict(given):
+        for key in [key for layer in (*filed, dict(swept), dict(given)) for key in flatten(layer)]:
             if not key.startswith("sampler."):
                 raise ConfigError(
                     f"`{key}` belongs to {path}, which is trained already; only `sampler` settings can be given."
                 )
         place = require_place(path)
-        config = resolve(_saved_config(place).to_dict(), published, filed, swept, given)
+        config = resolve(_saved_config(place).to_dict(), published, *filed, swept, given)
         if place.is_file() and "sampler.steps" in given:  # the run's own choice is not meant for one file
             require_step(place, config.sampler.steps)
     mode = "" if not published else _published_mode(config.sampler)

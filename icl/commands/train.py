@@ -13,7 +13,7 @@ from icl.presets import run_name
 from icl.resolve import (
     POINT_VARIABLE,
     read_arguments,
-    read_config_file,
+    read_config_files,
     read_points,
     refuse_conflicts,
     refuse_overridden,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 HELP = "train a run, or resume it"
 
 _USAGE = """\
-usage: icl train [--preset NAME] [--config FILE] [--section.key VALUE ...]
+usage: icl train [--preset NAME] [--config FILE ...] [--section.key VALUE ...]
 
 Train a run; the same command resumes an unfinished one, or says that it is finished.
 Without arguments: the preset `quickstart`, about two minutes on two CPU cores.
@@ -41,7 +41,7 @@ examples:
   icl train --config my-run.yaml --seeds.model 1
   icl train --population.seeds 0,1,2,3,4 --population.num_tasks 8,64,inf
 
-settings (later wins: defaults < preset < --config file < command line):
+settings (later wins: defaults < preset < --config files in their order < command line):
 """
 
 
@@ -52,8 +52,8 @@ def run(words: list[str]) -> int:
         print(_USAGE + re.sub(r"  --\w+ CONFIG +Path to a configuration file\.\n", "", settings))
         return 0
     given = read_arguments(words, extra=("config",))
-    file = given.pop("config", None)
-    filed = read_config_file(file) if file is not None else {}
+    filed = read_config_files(given)
+    given.pop("config", None)
     if os.environ.get("WANDB_SWEEP_ID") and not is_child_rank():
         from icl.training.wandb_agent import in_sweep
 
@@ -61,22 +61,22 @@ def run(words: list[str]) -> int:
             return _train_point(filed, given)
     configs = []
     for swept in read_points():
-        configs += resolve(filed, swept, given).members()
+        configs += resolve(*filed, swept, given).members()
         refuse_conflicts(swept, given)
-        refuse_overridden(filed, swept, given)
+        refuse_overridden(*filed, swept, given)
     return _train(configs)
 
 
-def _train_point(filed: dict[str, Any], given: dict[str, str]) -> int:
+def _train_point(filed: Sequence[dict[str, Any]], given: dict[str, Any]) -> int:
     """Train the point that `wandb agent` handed over; however it ends, W&B learns the exit status."""
     from icl.training.wandb_agent import describe_run, join_sweep, swept_settings
     from icl.training.wandb_log import end_run, exit_code_of
 
-    base = resolve(filed, given)
+    base = resolve(*filed, given)
     wandb_run = join_sweep(base)
     try:
         swept = swept_settings(wandb_run, base)
-        config = resolve(filed, swept, given)
+        config = resolve(*filed, swept, given)
         refuse_conflicts(swept, given)
         if config.population:
             raise ConfigError(

@@ -113,12 +113,12 @@ def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
 def _own_config(command: str, arguments: list[str], settings: Mapping[str, Any]) -> RunConfig:
     """The configuration that our own command will come to, from its words and the point."""
     given = read_words(command, arguments).settings
-    file = given.get("config")
+    files = given.get("config", [])
     if "steps" in given:
         given["sampler.steps"] = given["steps"]
     given = {key: value for key, value in given.items() if key not in OPTIONS[command]}
-    filed = settings if file == JSON_FILE_MACRO else read_config_file(file) if file else {}
-    config = resolve(filed, settings, given)
+    filed = [settings if file == JSON_FILE_MACRO else read_config_file(file) for file in files]
+    config = resolve(*filed, settings, given)
     refuse_conflicts(settings, given)
     return config
 

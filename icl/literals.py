@@ -1,0 +1,38 @@
+"""Read a table of settings from one word of a command line, as JSON, as Python prints it, or as YAML.
+
+W&B's `${args}` passes a nested group of parameters as one word, the Python `str` of a dict: `--task={'num_tasks': 2}`.
+That text is not JSON, and for an infinite value (`{'num_tasks': inf}`) not a Python literal either.
+"""
+
+import ast
+import json
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+
+def read_table(text: str) -> dict[Any, Any] | None:
+    """Return the table that a word spells, or None if it spells none."""
+    if not text.strip().startswith("{"):
+        return None
+    readers: tuple[Callable[[str], Any], ...] = (json.loads, _python_literal, yaml.safe_load)
+    for read in readers:
+        try:
+            table = read(text.strip())
+        except (ValueError, TypeError, SyntaxError, yaml.YAMLError, RecursionError, MemoryError):
+            continue
+        if isinstance(table, dict):
+            return table
+    return None
+
+
+class _NumberNames(ast.NodeTransformer):
+    """Replace the names by which Python prints floats that it has no literal for."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.copy_location(ast.Constant(float(node.id)), node) if node.id in ("inf", "nan") else node
+
+
+def _python_literal(text: str) -> Any:
+    return ast.literal_eval(_NumberNames().visit(ast.parse(text, mode="eval")))
