@@ -23,6 +23,8 @@ from icl.storage import LocalStore, StorageError, write_atomically
 
 State = Literal["waiting", "running", "finished", "stopped_early", "preempted", "failed"]
 DONE: tuple[State, ...] = ("finished", "stopped_early")
+RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "RANK")
+"""Of Lightning and of torchrun: which of a run's processes this is."""
 
 
 class RunError(UserError, RuntimeError):
@@ -211,8 +213,8 @@ def require_same_config(old: RunConfig, new: RunConfig, run: RunFolder | str) ->
 
 
 def is_child_rank() -> bool:
-    """Whether this is not rank 0, which holds the lock and writes the files: by Lightning's own variables, or torchrun's."""
-    return any(os.environ.get(name, "0") != "0" for name in ("LOCAL_RANK", "NODE_RANK", "RANK"))
+    """Whether this is not rank 0, which holds the lock and writes the files."""
+    return any(os.environ.get(name, "0") != "0" for name in RANK_VARIABLES)
 
 
 def run_folders(root: Path) -> list[RunFolder]:

@@ -33,6 +33,7 @@ from icl.training.endings import apart, recording_failure, settle
 from icl.training.members import Member
 from icl.training.metrics_file import MetricsFile
 from icl.training.module import PopulationModule
+from icl.training.processes import join_processes
 from icl.training.progress import member_status
 from icl.training.saving import read_resume_file
 from icl.training.trainer import evaluation_sets, make_callbacks, make_trainer, require_monitor
@@ -97,6 +98,7 @@ def train_population(
         UserError: Whatever `train` raises, if there is one run only or several processes train together.
     """
     require_alike(configs)
+    configs = [join_processes(config) for config in configs]
     places = folders if folders is not None else [local_root() / run_name(config) for config in configs]
     if len(set(map(str, places))) < len(places):
         raise ConfigError(f"Of the members of the population, two members are the run {max(places, key=places.count)}.")

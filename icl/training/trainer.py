@@ -24,6 +24,7 @@ from icl.training.callbacks import (
     metric_columns,
 )
 from icl.training.members import Member
+from icl.training.processes import cluster_environment
 from icl.training.progress import ProgressBar, StatusFile
 from icl.training.saving import MemberFiles, ResumeFiles, ScheduledCheckpoints
 from icl.training.xla import xla_options
@@ -71,6 +72,7 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
     }
     if kind == "tpu":
         options |= xla_options(settings, members)
+    options["plugins"] = [*options["plugins"], cluster_environment(settings)]  # type: ignore[misc]
     try:
         return pl.Trainer(**options)  # type: ignore[arg-type]
     except (ValueError, RuntimeError, MisconfigurationException) as error:

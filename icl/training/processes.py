@@ -1,0 +1,94 @@
+"""How many processes train a run together, and who started them: Lightning, torchrun or Slurm's srun.
+
+Lightning starts the processes of one machine itself. torchrun and srun start all of them. Slurm also sets its variables in every
+shell and every single process of a job, so they count only if srun started several tasks and the run is meant to have several
+processes. Lightning's own reading of Slurm's variables, which refuses or requeues other runs, is never used.
+"""
+
+import dataclasses
+import os
+
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+
+from icl.checks import ConfigError
+from icl.config import RunConfig, TrainerConfig
+from icl.resolve import POINT_VARIABLE
+from icl.runs import RANK_VARIABLES, is_child_rank
+from icl.training.wandb_agent import in_sweep
+
+_ONE_PER_PROCESS = "`trainer.devices` times `trainer.num_nodes`"
+
+
+def cluster_environment(settings: TrainerConfig) -> ClusterEnvironment:
+    """What tells Lightning the rank of this process: torchrun's variables if it started several, else the plain ones."""
+    if settings.devices * settings.num_nodes > 1 and TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    return LightningEnvironment()
+
+
+def join_processes(config: RunConfig) -> RunConfig:
+    """The settings of a run with the number of processes that torchrun started; srun's ranks are put into Lightning's variables.
+
+    Raises:
+        ConfigError: If the processes that were started are not as many as the settings ask for.
+    """
+    settings = config.trainer
+    num_processes = settings.devices * settings.num_nodes
+    if TorchElasticEnvironment.detect():
+        started, local = _number("WORLD_SIZE", 1), _number("LOCAL_WORLD_SIZE", 1)
+        if num_processes == 1 and started > 1 and started % local == 0:
+            trainer = dataclasses.replace(settings, devices=local, num_nodes=started // local)
+            return dataclasses.replace(config, trainer=trainer)
+        if started != num_processes or settings.devices != local:
+            raise ConfigError(
+                f"torchrun started {started} processes, {local} on this machine, but `trainer.devices` is {settings.devices} and "
+                f"`trainer.num_nodes` is {settings.num_nodes}; leave both out, or make them equal to torchrun's --nproc_per_node "
+                "and --nnodes."
+            )
+    elif num_processes > 1 and _num_tasks() > 1 and not _is_point():
+        _join_srun(num_processes)
+    elif num_processes == 1 and is_child_rank():
+        set_here = ", ".join(
+            f"{name}={os.environ[name]}" for name in RANK_VARIABLES if os.environ.get(name, "0") != "0"
+        )
+        raise ConfigError(
+            f"{set_here} says that this is one of several processes of a run, but {_ONE_PER_PROCESS} is 1; set them to the "
+            "number of processes, or unset the variable."
+        )
+    return config
+
+
+def _join_srun(num_processes: int) -> None:
+    """Put what srun says of this task into the variables that Lightning reads without Slurm."""
+    if _num_tasks() != num_processes:
+        raise ConfigError(
+            f"srun started {_num_tasks()} tasks, but {_ONE_PER_PROCESS} is {num_processes}; make them equal, or start the "
+            "command once, without srun."
+        )
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST") or "127.0.0.1"
+    job = str(_number("SLURM_JOB_ID", 0))
+    os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
+    os.environ.setdefault("MASTER_PORT", str(15_000 + int(job[-4:])))
+    for name, source in {"LOCAL_RANK": "SLURM_LOCALID", "NODE_RANK": "SLURM_NODEID", "RANK": "SLURM_PROCID"}.items():
+        os.environ.setdefault(name, str(_number(source, 0)))
+
+
+def _num_tasks() -> int:
+    """Processes that srun started together with this one; 1 in the shell of a job, whatever the job asked for."""
+    is_step = "SLURM_STEP_ID" in os.environ or "SLURM_STEPID" in os.environ
+    return _number("SLURM_STEP_NUM_TASKS", _number("SLURM_NTASKS", 1) if is_step else 1)
+
+
+def _is_point() -> bool:
+    """Whether this is a point of a sweep, whose workers srun may have started; a point runs on one machine, by itself."""
+    return in_sweep() or POINT_VARIABLE in os.environ
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdigit() else default

@@ -1,0 +1,181 @@
+"""Who started the processes of a run: Slurm's variables alone change nothing, and torchrun's number of processes counts."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from tiny_runs import TINY, as_arguments, change
+
+from icl.checks import ConfigError
+from icl.cli import main
+from icl.runs import RunFolder, is_child_rank, local_root
+from icl.training.processes import cluster_environment, join_processes
+from icl.training.trainer import make_trainer
+
+SHORT = change(TINY, trainer={"max_steps": 4}, evaluation={"every": None}, checkpoints={"every": 2, "num_log": 0})
+SHELL = {
+    "SLURM_JOB_ID": "1234567",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_NTASKS": "2",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_NNODES": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NODELIST": "node[03-07]",
+}
+"""What `sbatch --ntasks-per-node=2` sets in its script."""
+STEP = SHELL | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+"""What `srun` sets in the second of two tasks."""
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Sets the variables of whoever started this process, and takes back what `icl` adds to them."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
+        monkeypatch.delenv(name)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+
+    def start(variables: dict[str, str]) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        SHELL,
+        STEP,
+        SHELL | {"SLURM_NTASKS": "1"},
+        {name: value for name, value in SHELL.items() if name != "SLURM_NTASKS_PER_NODE"},
+        {"SLURM_NTASKS": "3", "SLURM_NNODES": "3", "SLURM_JOB_NAME": "bash"},
+        {"SLURM_NTASKS": "2"},
+        {
+            "LSB_JOBID": "1",
+            "LSB_DJOB_RANKFILE": "/nonexistent",
+            "JSM_NAMESPACE_LOCAL_RANK": "1",
+            "JSM_NAMESPACE_SIZE": "2",
+        },
+    ],
+    ids=["sbatch", "srun", "one task", "ntasks", "salloc", "only a count", "LSF"],
+)
+def test_the_variables_of_a_cluster_leave_a_run_of_one_process_as_it_is(started, variables):
+    started(variables)
+    config = join_processes(SHORT)
+    assert config == SHORT
+    assert not is_child_rank()
+    trainer = make_trainer(config)
+    assert isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
+    assert (trainer.world_size, trainer.global_rank) == (1, 0)
+
+
+def test_a_run_in_the_shell_of_a_job_trains_to_its_end(started, no_figures, capsys):
+    started(SHELL | {"SLURM_PROCID": "0"})
+    assert main(["train", *as_arguments(SHORT)]) == 0
+    status = RunFolder(local_root() / "tiny").read_status()
+    assert status is not None
+    assert (status.state, status.step) == ("finished", 4)
+
+
+def test_where_slurm_is_installed_nothing_is_said_of_srun(started, tmp_path, monkeypatch):
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_trainer(SHORT)
+        make_trainer(change(SHORT, trainer={"devices": 2}))
+
+
+def test_in_the_shell_of_a_job_lightning_starts_the_processes_of_a_run_itself(started):
+    started(SHELL)
+    config = join_processes(change(SHORT, trainer={"devices": 2}))
+    assert not is_child_rank()
+    environment = cluster_environment(config.trainer)
+    assert isinstance(environment, LightningEnvironment)
+    assert not environment.creates_processes_externally
+
+
+def test_the_tasks_of_srun_are_the_processes_of_a_run_that_is_meant_to_have_several(started):
+    started(STEP)
+    config = join_processes(change(SHORT, trainer={"devices": 2}))
+    assert is_child_rank()
+    environment = make_trainer(config)._accelerator_connector.cluster_environment
+    assert not isinstance(environment, SLURMEnvironment)  # which would requeue the job
+    assert environment.creates_processes_externally
+    assert (environment.local_rank(), environment.node_rank()) == (1, 0)
+    assert (environment.main_address, environment.main_port) == ("node03", 19_567)
+
+
+def test_other_numbers_of_tasks_than_processes_are_refused(started):
+    started(STEP)
+    with pytest.raises(ConfigError, match=r"srun started 2 tasks, but .* is 4; make them equal"):
+        join_processes(change(SHORT, trainer={"devices": 4}))
+
+
+@pytest.mark.parametrize("mark", ["WANDB_SWEEP_ID", "ICL_SWEEP_POINT"])
+def test_points_of_sweeps_whose_workers_srun_started_are_on_their_own(started, monkeypatch, mark):
+    started(STEP)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv(mark, "a")
+    join_processes(change(SHORT, trainer={"devices": 2}))
+    assert not is_child_rank()
+
+
+@pytest.mark.parametrize("asked", [{}, {"devices": 2}])
+def test_the_number_of_processes_is_torchruns(started, asked):
+    started(TORCHRUN)
+    config = join_processes(change(SHORT, trainer=asked))
+    assert (config.trainer.devices, config.trainer.num_nodes) == (2, 1)
+    trainer = make_trainer(config)
+    assert isinstance(trainer._accelerator_connector.cluster_environment, TorchElasticEnvironment)
+    assert (trainer.world_size, trainer.global_rank) == (2, 1)
+
+
+def test_torchrun_on_several_machines_is_understood(started):
+    started(TORCHRUN | {"WORLD_SIZE": "4", "RANK": "3", "GROUP_RANK": "1"})
+    trainer = join_processes(SHORT).trainer
+    assert (trainer.devices, trainer.num_nodes) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"devices": 4}, {"num_nodes": 2}, {"devices": 2, "num_nodes": 2}], ids=["devices", "nodes", "both"]
+)
+def test_other_numbers_of_processes_than_torchruns_are_refused(started, asked):
+    started(TORCHRUN)
+    with pytest.raises(ConfigError, match="torchrun started 2 processes") as refusal:
+        join_processes(change(SHORT, trainer=asked))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(started):
+    started(TORCHRUN | {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"})
+    with pytest.raises(ConfigError, match="multiple of the number of processes"):
+        join_processes(SHORT)
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK"])
+def test_a_rank_that_was_left_in_the_environment_is_named(started, name, capsys):
+    started({name: "1"})
+    assert main(["train", *as_arguments(SHORT)]) == 2
+    assert f"{name}=1 says that this is one of several processes" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_train_one_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path))
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "icl", "train"]
+    done = subprocess.run([sys.executable, *words, *as_arguments(SHORT)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "IndexError" not in done.stderr
+    status = RunFolder(tmp_path / "tiny").read_status()
+    assert status is not None
+    assert (status.state, status.step) == ("finished", 4)
