@@ -49,9 +49,9 @@ class PopulationModule(pl.LightningModule):
         for name, tensor in adam_state(params)._asdict().items():
             self.register_buffer(name, tensor)
         for name in ("loss_sum", "num_clipped", "num_summed"):
-            self.register_buffer(name, torch.zeros(len(members)))
+            self.register_buffer(name, self.rows.new_zeros(len(members)))
         self.register_buffer("first_bad_step", torch.full((len(members),), -1))
-        self.register_buffer("rates", torch.zeros(len(members)), persistent=False)
+        self.register_buffer("rates", self.rows.new_zeros(len(members)), persistent=False)
 
     @property
     def params(self) -> Params:

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from icl import population, tiny_attention
 from icl.build import build_model, choose_device
 from icl.checks import ConfigError
@@ -236,7 +238,10 @@ def _fit(
 
 
 def _initial_params(configs: Sequence[RunConfig]) -> population.Params:
-    return population.stack([dict(build_model(config).named_parameters()) for config in configs])
+    """The parameters before training; in the precision of training, or a resumed run would be rounded as it is loaded."""
+    is_double = configs[0].trainer.precision == "64-true"
+    models = [build_model(config).to(torch.float64 if is_double else torch.float32) for config in configs]
+    return population.stack([dict(model.named_parameters()) for model in models])
 
 
 def _is_done(member: Member) -> bool:
