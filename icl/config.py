@@ -124,7 +124,8 @@ class OptimConfig:
     lr: float = 3e-3
     """Peak learning rate."""
     schedule: RateSchedule = "triangle"
-    """`constant`; `warmup` (linear to the peak, then constant); `triangle` (linear up, then linear to zero)."""
+    """`constant`; `warmup` (linear to the peak, then constant); `triangle` (linear up, then linear down). The last update of
+    a triangle has the rate zero, so a run needs at least 2 steps of it."""
     warmup_steps: int | None = None
     """Steps of the linear rise; left out: none for `constant`, half of `schedule_steps` for `triangle`."""
     schedule_steps: int | None = None

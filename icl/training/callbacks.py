@@ -9,7 +9,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -198,7 +199,8 @@ class MetricsLog(pl.Callback):
         if trainer.is_global_zero:
             for member in self.members:
                 self.files.append(MetricsFile(member.folder.metrics_file, metric_columns(member.config)))
-                self.files[-1].begin(logged_steps(member.config, trainer.global_step))
+                kept = logged_steps(member.config, trainer.global_step)
+                self.files[-1].begin(kept, known={"lr": partial(_rate, module)})
         if trainer.global_step == 0:
             self._write(trainer, module)
 
@@ -216,7 +218,7 @@ class MetricsLog(pl.Callback):
             return
         means = dict(zip(logged, zip(*module.take_means(logged), strict=True), strict=True)) if logged else {}
         for index in recorded:
-            row: Metrics = {"step": step, "lr": module.rate(step)}
+            row: dict[str, float | int | None] = {"step": step, "lr": _rate(module, step)}
             if index in means:
                 self.members[index].loss, row["clipped_fraction"] = means[index]
                 row["train/loss"] = means[index][0]
@@ -224,12 +226,12 @@ class MetricsLog(pl.Callback):
             if index in means or evaluated:
                 self._append(index, row)
 
-    def _append(self, index: int, row: Metrics) -> None:
+    def _append(self, index: int, row: Mapping[str, float | int | None]) -> None:
         if self.files:
             file, wandb = self.files[index], self.members[index].wandb
             file.append(row)
             if wandb is not None:
-                wandb.log({key: value for key, value in row.items() if key in file.columns})
+                wandb.log({key: value for key, value in row.items() if key in file.columns and value is not None})
 
 
 def logged_steps(config: RunConfig, step: int) -> set[int]:
@@ -256,6 +258,11 @@ def metric_columns(config: RunConfig) -> list[str]:
 def any_rank(trainer: pl.Trainer, flag: bool) -> bool:
     """Whether the flag is set on any rank; every rank must ask."""
     return flag if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(flag, all=False)
+
+
+def _rate(module: PopulationModule, step: int) -> float | None:
+    """Return the learning rate of the update that led to this step; none has led to step 0."""
+    return module.rate(step) if step > 0 else None
 
 
 def _describe_bad_step(step: int) -> str:

@@ -6,7 +6,7 @@ are removed; training then writes them again. Floats have nine significant digit
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from icl.file_system import sync_file
@@ -20,14 +20,24 @@ class MetricsFile:
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns = path, list(columns)
 
-    def begin(self, logged_steps: Iterable[int] = ()) -> None:
+    def begin(
+        self, logged_steps: Iterable[int] = (), *, known: Mapping[str, Callable[[int], float | None]] | None = None
+    ) -> None:
         """Start the file, or cut it back to the steps that were logged before the one that training resumes from.
+
+        Args:
+            logged_steps: The steps whose rows are kept.
+            known: Columns that are functions of the step, written anew in the kept rows. Version 0.1.0 wrote another
+                learning rate, that of the next update.
 
         Raises:
             RunError: If one of their rows is missing.
             StorageError: If it cannot be written.
         """
         rows = self.require_rows(logged_steps)
+        for name, value_at in (known or {}).items():
+            place = self.columns.index(name)
+            rows = [[*row[:place], _text(value_at(int(row[0]))), *row[place + 1 :]] for row in rows]
         write_atomically(self.path, "".join(map(_line, [self.columns, *rows])).encode())
 
     def require_rows(self, logged_steps: Iterable[int]) -> list[list[str]]:

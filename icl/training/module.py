@@ -58,9 +58,9 @@ class PopulationModule(pl.LightningModule):
         """The stacked parameters under the model's own names, as views."""
         return from_rows(self.rows, self.shapes)
 
-    def rate(self, step: int) -> float:
-        """The learning rate of update `step + 1`."""
-        return self.config.optim.lr * self._factor(step)
+    def rate(self, update: int) -> float:
+        """Return the learning rate of an update, counted from 1; update s leads from step s - 1 to step s."""
+        return self.config.optim.lr * self._factor(update - 1)
 
     def configure_optimizers(self) -> "StepCounter":
         """What Lightning counts steps by."""
@@ -118,7 +118,7 @@ class PopulationModule(pl.LightningModule):
 
     def _advance(self, prompts: Prompts) -> None:
         assert self.step is not None
-        self.rates.fill_(self.rate(self.global_step))
+        self.rates.fill_(self.rate(self.global_step + 1))
         state = AdamState(self.rows, self.exp_avg, self.exp_avg_sq, self.count)
         self._record(self.step(state, prompts.xs, prompts.ys, self.rates))
 

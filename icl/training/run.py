@@ -38,7 +38,7 @@ from icl.training.module import PopulationModule
 from icl.training.processes import join_processes
 from icl.training.progress import member_status
 from icl.training.saving import read_resume_file
-from icl.training.trainer import evaluation_sets, make_callbacks, make_trainer, require_monitor
+from icl.training.trainer import evaluation_sets, make_callbacks, make_trainer, require_learning, require_monitor
 from icl.training.upload import upload_behind
 from icl.training.wandb_log import WandbLog, start_wandb
 
@@ -111,6 +111,8 @@ def train_population(
     for member in members:
         with apart(member, is_alone=is_alone):
             require_monitor(member.config)
+            if not _is_done(member):
+                require_learning(member.config)
     if is_child_rank():
         unfinished = [member for member in members if not _is_done(member)]
         received = _train_groups(unfinished, {member: read_resume_file(member) for member in unfinished})

@@ -1,6 +1,8 @@
 """Training against a plain loop in float64, against itself alone, and against bad luck."""
 
+import itertools
 import json
+import math
 
 import pandas as pd
 import pytest
@@ -17,6 +19,7 @@ from icl.schedules import rate_factor
 from icl.tasks.prompts import sample_prompts
 from icl.training.data import PromptDataModule
 from icl.training.members import Member
+from icl.training.metrics_file import MetricsFile
 from icl.training.module import PopulationModule
 from icl.training.run import NonFiniteLossError, train
 from icl.training.trainer import make_trainer
@@ -62,12 +65,65 @@ def test_training_follows_a_plain_float64_loop():
         torch.testing.assert_close(saved[name].double(), weight, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("schedule", [{"schedule": "constant"}, {"schedule": "warmup", "warmup_steps": 7}])
-def test_the_rate_in_the_metrics_is_the_schedules(schedule):
-    config = change(TINY, optim=schedule, trainer={"max_steps": 10, "log_every": 1}, evaluation={"every": None})
-    table = pd.read_csv(train(config).folder.metrics_file)
-    factor = rate_factor(config.optim.schedule, warmup_steps=config.optim.warmup_steps, schedule_steps=10)
-    assert table["lr"].tolist() == pytest.approx([config.optim.lr * factor(step) for step in table["step"]], rel=1e-8)
+@pytest.mark.parametrize(
+    "schedule", [{"schedule": "constant"}, {"schedule": "warmup", "warmup_steps": 7}, {"schedule": "triangle"}]
+)
+def test_the_rate_in_a_row_is_the_one_that_its_update_used(schedule, monkeypatch):
+    used = []
+    advance = PopulationModule._advance
+    monkeypatch.setattr(
+        PopulationModule, "_advance", lambda self, prompts: (advance(self, prompts), used.append(self.rates.item()))
+    )
+    config = change(TINY, optim=schedule, trainer={"max_steps": 10, "log_every": 1}, evaluation={"every": 5})
+    table = pd.read_csv(train(config).folder.metrics_file).set_index("step")
+    assert math.isnan(table.loc[0, "lr"])  # no update has led to the initial model
+    assert table["lr"].tolist()[1:] == pytest.approx(used, rel=1e-6)
+
+
+def test_a_triangle_is_zero_at_its_last_update_only():
+    config = change(TINY, trainer={"max_steps": 3, "log_every": 1}, checkpoints={"every": 1}, evaluation={"every": None})
+    folder = train(config).folder
+    assert (pd.read_csv(folder.metrics_file)["lr"] > 0).tolist() == [True, True, False]
+    weights = [load_step(folder.checkpoints, step).params["token_embedding.weight"] for step in range(4)]
+    assert [torch.equal(*pair) for pair in itertools.pairwise(weights)] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("optim", "trainer", "said"),
+    [
+        ({"schedule": "triangle"}, {"max_steps": 1}, "triangle of 1 step trains nothing; set `optim.schedule constant`"),
+        ({"schedule": "triangle", "schedule_steps": 1}, {"max_steps": 1}, "triangle of 1 step"),
+        ({"schedule": "constant", "lr": 1e-50}, {"max_steps": 3}, "1e-50.*zero in float32"),
+        ({"schedule": "warmup", "warmup_steps": 10**9, "lr": 1e-40}, {"max_steps": 3}, "lower `optim.warmup_steps`"),
+    ],
+)
+def test_settings_under_which_nothing_is_trained_are_refused(optim, trainer, said):
+    with pytest.raises(ConfigError, match=said):
+        train(change(TINY, optim=optim, trainer=trainer))
+    assert not (local_root() / "tiny").exists()
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        {"schedule": "constant"},
+        {"schedule": "warmup", "warmup_steps": 1000},
+        {"schedule": "triangle", "schedule_steps": 2},
+        {"schedule": "triangle", "schedule_steps": 1000, "warmup_steps": 999},
+    ],
+)
+def test_one_step_is_enough_where_its_rate_is_not_zero(optim):
+    config = change(TINY, optim=optim, trainer={"max_steps": 1})
+    before, after = (load_step(train(config).folder.checkpoints, step).params for step in (0, 1))
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_resuming_corrects_the_rates_that_version_0_1_0_wrote(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.csv", ["step", "train/loss", "lr"])
+    file.path.write_text("step,train/loss,lr\n0,,0.1\n10,2.5,0.2\n20,2.25,0.3\n")
+    rates = {0: None, 10: 0.19, 20: 0.29}
+    file.begin([0, 10], known={"lr": rates.get})
+    assert file.path.read_text() == "step,train/loss,lr\n0,,\n10,2.5,0.19\n"
 
 
 def fit_population(configs: list[RunConfig]) -> population.Params:
