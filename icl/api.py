@@ -9,6 +9,7 @@ Example:
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ import torch
 from icl import metrics
 from icl.build import build_checkpoint_model
 from icl.checkpoints import CheckpointError, checkpoint_files, load_checkpoint_file
-from icl.checks import ConfigError, parse_num_tasks
+from icl.checks import ConfigError, parse_num_tasks, plain_number, whole
 from icl.config import CheckpointsConfig, EarlyStoppingConfig, EvaluationConfig, RunConfig, TaskConfig
-from icl.prediction import predict_from_prompt
+from icl.prediction import parameter_of, predict_from_prompt
 from icl.presets import preset
 from icl.run_evaluation import RunEvaluator, evaluate_run
 from icl.runs import DONE, RunError
@@ -41,6 +42,8 @@ __all__ = [
 ]
 
 _LEFT_OUT: Any = object()
+_MAX_PROMPTS = 2**31
+"""Above this a score would take days."""
 
 
 @dataclass
@@ -77,7 +80,7 @@ class ICRegConfig:
             num_heads=self.n_heads,
             embed_size=self.d_model,
             mlp_size=self.d_mlp,
-            layer_norm="pre" if self.use_prenorm else "post",
+            layer_norm="pre" if _flag("use_prenorm", self.use_prenorm) else "post",
         )
         task = TaskConfig(
             num_tasks=parse_num_tasks(self.M), task_size=self.D, max_examples=self.K, noise_variance=self.sigma2
@@ -127,7 +130,11 @@ def train_ic_regression(
     """
     from icl.training.run import train
 
-    cfg = cfg or ICRegConfig()
+    cfg = ICRegConfig() if cfg is None else cfg
+    if not isinstance(cfg, ICRegConfig):
+        raise ConfigError(
+            f"`cfg` must be an ICRegConfig, got {type(cfg).__name__}; a RunConfig is trained by `icl.training.run.train`."
+        )
     base = (cfg if M is _LEFT_OUT else dataclasses.replace(cfg, M=parse_num_tasks(M))).to_run_config()
     optim = dataclasses.replace(
         base.optim,
@@ -183,29 +190,48 @@ def evaluate_ood_score(
 
     It is not divided by D (the older code divided).
 
+    Args:
+        model: A trained model; its dtype is that of the computation.
+        cfg: The task; left out, the defaults of `ICRegConfig`.
+        n_samples: Prompts.
+        batch_size: Prompts that the model sees at a time.
+
     Raises:
-        ConfigError: If `n_samples` is not a positive whole number, or the model does not fit `cfg`.
+        ConfigError: If a number is not a positive whole number, the model does not fit `cfg`, or its predictions are not
+            finite.
     """
-    if not isinstance(n_samples, int) or isinstance(n_samples, bool) or n_samples < 1:
-        raise ConfigError(f"`n_samples` must be a whole number of at least 1, got {n_samples!r}.")
-    config = _as_run_config(cfg or ICRegConfig())
+    n_samples, batch_size = whole("n_samples", n_samples, 1, _MAX_PROMPTS), whole("batch_size", batch_size, 1)
+    parameter = parameter_of(model)
+    config = _as_run_config(ICRegConfig() if cfg is None else cfg)
     if (config.task.task_size, config.task.max_examples) != (model.task_size, model.max_examples):
         raise ConfigError(
             f"The model is for D = {model.task_size}, K = {model.max_examples}, "
             f"but `cfg` says D = {config.task.task_size}, K = {config.task.max_examples}."
         )
     source = prompt_source(config, stream="true")
-    parameter = next(model.parameters())
     loss = metrics.PositionLoss(max_examples=model.max_examples)
+    loss.set_dtype(torch.promote_types(parameter.dtype, torch.float32))
     for start in range(0, n_samples, batch_size):
         prompts = source.sample(range(1), range(start, min(start + batch_size, n_samples)), device=parameter.device)
         with torch.no_grad():
             loss.update(model(prompts.xs[0].to(parameter), prompts.ys[0].to(parameter)), prompts.ys[0].to(parameter))
-    return float(loss.compute().mean.value)
+    score = float(loss.compute().mean.value)
+    if not math.isfinite(score):
+        raise ConfigError(f"The model's mean squared error is {score}: training diverged; take an earlier checkpoint.")
+    return score
 
 
-def _as_run_config(cfg: ICRegConfig | RunConfig) -> RunConfig:
+def _as_run_config(cfg: Any) -> RunConfig:
+    if not isinstance(cfg, (ICRegConfig, RunConfig)):
+        raise ConfigError(f"`cfg` must be an ICRegConfig or a RunConfig, got {type(cfg).__name__}.")
     return cfg.to_run_config() if isinstance(cfg, ICRegConfig) else cfg
+
+
+def _flag(name: str, value: Any) -> bool:
+    flag = plain_number(value)
+    if not isinstance(flag, bool):
+        raise ConfigError(f"`{name}` must be True or False, got {value!r}.")
+    return flag
 
 
 def _require_shape(saved: RunConfig, wanted: RunConfig, file: Path) -> None:

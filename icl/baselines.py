@@ -9,7 +9,7 @@ never y_k or anything later. All but `ols` serve every prefix from one pass.
   section 2). Their sigma^2 is our `noise_variance`.
 
 They compute in float64 (`dmmse` also in float32) and answer in the dtype and on the device of the prompts; devices
-other than the CPU and CUDA lack float64 and are served from the CPU. To add a baseline write a function of this
+other than the CPU and CUDA lack float64 and are served from the CPU. Arrays and lists serve as prompts and tasks, too. To add a baseline write a function of this
 signature, enter it in `BASELINES` (the contract tests run over that table) and test it against an oracle of its own.
 """
 
@@ -17,12 +17,15 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+
+from icl.arrays import real_tensor
+from icl.checks import ConfigError, real, whole
 
 _SLAB = {"cpu": 2**19, "cuda": 2**25}
 """Weights, one for each prompt and task, that `dmmse` holds at a time: on a CPU few enough for its cache, on a GPU so many
@@ -38,9 +41,9 @@ def zero(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Te
     """Always 0, the mean over the Gaussian prior; its loss is D + sigma^2.
 
     Raises:
-        ValueError: If the prompts' shapes do not agree.
+        ConfigError: If the prompts' shapes do not agree.
     """
-    _check(xs, ys)
+    xs, ys = _prompts(xs, ys)
     return torch.zeros_like(ys)
 
 
@@ -50,19 +53,20 @@ def task_mean(
     """The mean of the tasks applied to x_k: Bayes under a uniform prior on them before any example.
 
     Raises:
-        ValueError: If the shapes do not agree or there are no tasks.
+        ConfigError: If the shapes do not agree or there are no tasks.
     """
-    _check(xs, ys, tasks)
-    return (_widen(xs) @ _widen(tasks).to(_home(xs)).mean(0)).to(ys)
+    xs, ys = _prompts(xs, ys)
+    tasks = _tasks(tasks, xs)
+    return (_widen(xs) @ _widen(tasks).mean(0)).to(ys)
 
 
 def averaging(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Tensor, "*S B K"]:
     """The mean of y_j x_j over the examples, applied to x_k: least squares for a covariance known to be I.
 
     Raises:
-        ValueError: If the prompts' shapes do not agree.
+        ConfigError: If the prompts' shapes do not agree.
     """
-    _check(xs, ys)
+    xs, ys = _prompts(xs, ys)
     inputs = _widen(xs)
     moments = (_widen(ys).unsqueeze(-1) * inputs).cumsum(-2)  # B K D
     before = F.pad(moments[..., :-1, :], (0, 0, 1, 0))  # B K D
@@ -74,11 +78,10 @@ def knn(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, k: int = 
     """The mean target of the `k` nearest examples, or of all while there are fewer; ties go to the earlier one.
 
     Raises:
-        ValueError: If the prompts' shapes do not agree or `k` is below 1.
+        ConfigError: If the prompts' shapes do not agree or `k` is below 1.
     """
-    _check(xs, ys)
-    if k < 1:
-        raise ValueError(f"`k` must be at least 1, the number of neighbours, got {k}.")
+    xs, ys = _prompts(xs, ys)
+    k = whole("k", k, 1)
     inputs, targets = _widen(xs), _widen(ys)
     distances = torch.cdist(inputs, inputs, compute_mode="donot_use_mm_for_euclid_dist")  # B K K
     later = torch.ones_like(distances, dtype=torch.bool).triu()
@@ -95,9 +98,9 @@ def ols(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Ten
     subspace get the least norm solution within it. Solved on the CPU: elsewhere torch wants full rank.
 
     Raises:
-        ValueError: If the prompts' shapes do not agree.
+        ConfigError: If the prompts' shapes do not agree.
     """
-    _check(xs, ys)
+    xs, ys = _prompts(xs, ys)
     num_examples, task_size = xs.shape[-2:]
     inputs, targets = xs.cpu().double(), ys.cpu().double().unsqueeze(-1)
     tolerance = torch.finfo(xs.dtype).eps * max(num_examples, task_size)
@@ -119,13 +122,10 @@ def ridge(
     smallest lambda does no harm.
 
     Raises:
-        ValueError: If the prompts' shapes do not agree, or `noise_variance` is not positive; for zero noise use `ols`.
+        ConfigError: If the prompts' shapes do not agree, or `noise_variance` is not positive; for zero noise use `ols`.
     """
-    _check(xs, ys)
-    if not 0 < noise_variance < math.inf:
-        raise ValueError(
-            f"`noise_variance` must be positive for ridge, got {noise_variance}; for zero noise use `ols`."
-        )
+    xs, ys = _prompts(xs, ys)
+    noise_variance = real("noise_variance", noise_variance, "positive", repair="; for zero noise use `ols`")
     inputs, targets = _widen(xs), _widen(ys).unsqueeze(-1)
     noise = noise_variance**0.5 * torch.eye(xs.shape[-2], dtype=torch.float64, device=inputs.device)  # K K
     root = torch.cat((inputs, noise.expand(*inputs.shape[:-1], -1)), dim=-1)  # B K D+K
@@ -149,18 +149,18 @@ def dmmse(
     a weight by more than about 1 %, in float64 for float64 prompts and for small noise.
 
     Raises:
-        ValueError: If the shapes do not agree, there are no tasks, or `noise_variance` is negative.
+        ConfigError: If the shapes do not agree, there are no tasks, or `noise_variance` is negative.
     """
-    _check(xs, ys, tasks)
-    if not 0 <= noise_variance < math.inf:
-        raise ValueError(f"`noise_variance` must be zero or positive, got {noise_variance}.")
+    xs, ys = _prompts(xs, ys)
+    tasks = _tasks(tasks, xs)
+    noise_variance = real("noise_variance", noise_variance, "zero or positive")
     dtype = _dmmse_dtype(xs, ys, tasks, noise_variance)
     inputs = xs.to(_home(xs), dtype).flatten(0, -3)  # B K D
     targets = ys.to(_home(xs), dtype).flatten(0, -2)  # B K
     is_limit = noise_variance < sys.float_info.min  # its inverse would overflow
     weigh = _indicator if is_limit else partial(_boltzmann, noise_variance=noise_variance)
     at_once = max(_MIN_TASKS_AT_A_TIME, _SLAB[inputs.device.type] // max(1, len(inputs)))
-    chunks = tasks.to(_home(xs), dtype).split(at_once)
+    chunks = tasks.to(dtype).split(at_once)
     sums = reduce(partial(_merge, weigh=weigh), (_sums(inputs, targets, chunk, weigh) for chunk in chunks))
     return (sums.output / sums.weight).view_as(ys).to(ys)
 
@@ -239,12 +239,24 @@ def _widen(tensor: Tensor) -> Tensor:
     return tensor.to(_home(tensor), torch.float64)
 
 
-def _check(xs: Tensor, ys: Tensor, tasks: Tensor | None = None) -> None:
+def _prompts(xs: Any, ys: Any) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets as tensors of floats on one device, or refuse them."""
+    xs = real_tensor(xs, "xs")
+    ys = real_tensor(ys, "ys", device=xs.device)
     if xs.ndim < 3 or ys.shape != xs.shape[:-1]:
-        raise ValueError(f"Expected xs (..., B, K, D) and ys (..., B, K), got {tuple(xs.shape)} and {tuple(ys.shape)}.")
-    if not (xs.isfinite().all() and ys.isfinite().all()):
-        raise ValueError("The prompts hold NaN or infinity; every input and target must be finite.")
-    if tasks is not None and (tasks.ndim != 2 or len(tasks) == 0 or tasks.shape[1] != xs.shape[-1]):
-        raise ValueError(
+        raise ConfigError(
+            f"Expected xs (..., B, K, D) and ys (..., B, K), got {tuple(xs.shape)} and {tuple(ys.shape)}."
+        )
+    if xs.shape[-2] == 0 or xs.shape[-1] == 0:
+        raise ConfigError(f"Expected prompts of K >= 1 examples of D >= 1 inputs, got xs of shape {tuple(xs.shape)}.")
+    return xs, ys
+
+
+def _tasks(tasks: Any, xs: Tensor) -> Tensor:
+    """Return the tasks as a tensor of floats beside the prompts, or refuse them."""
+    tasks = real_tensor(tasks, "tasks", device=_home(xs))
+    if tasks.ndim != 2 or len(tasks) == 0 or tasks.shape[1] != xs.shape[-1]:
+        raise ConfigError(
             f"`tasks` must be (M, D), at least one task of the inputs' size D = {xs.shape[-1]}, got {tuple(tasks.shape)}."
         )
+    return tasks

@@ -28,6 +28,49 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def plain_number(value: Any) -> Any:
+    """Return the int, float, bool or text that a NumPy scalar, or an array or tensor without axes, holds; else `value` itself."""
+    if type(value) in (bool, int, float, str) or hasattr(value, "mask"):  # numpy.ma.masked holds nothing
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def take_plain_numbers(settings: Any) -> None:
+    """Replace the numbers of NumPy and torch in a frozen dataclass by Python's, which can be saved and compared."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        plain = plain_number(value)
+        if plain is not value:
+            object.__setattr__(settings, field.name, plain)
+
+
+def whole(name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> int:
+    """Return a whole number from `minimum` to `maximum` as an int, be it NumPy's, or in a tensor or array without axes.
+
+    Raises:
+        ConfigError: If it is anything else; truth values and floats such as 4.0 are no counts.
+    """
+    number = plain_number(value)
+    require_count(name, number, minimum)
+    require(number <= maximum, f"`{name}` must be at most {maximum:,}, got {number:,}.")
+    return number
+
+
+def real(name: str, value: Any, bound: Bound, *, repair: str = "") -> float:
+    """Return a finite number within its bound as a float, be it NumPy's, or in a tensor or array without axes.
+
+    Raises:
+        ConfigError: If it is anything else; `repair` ends the sentence.
+    """
+    number = plain_number(value)
+    require_number(name, number, bound, repair=repair)
+    return float(number)
+
+
 def require_count(name: str, value: Any, minimum: int) -> None:
     """Refuse what is no whole number of at least `minimum`."""
     whole = isinstance(value, int) and not isinstance(value, bool)
@@ -78,7 +121,7 @@ def parse_num_tasks(value: Any) -> int | float:
     Raises:
         ConfigError: For anything else: zero, fractions, None, other words.
     """
-    number = value
+    number = plain_number(value)
     if isinstance(value, str):
         text = value.strip().lower().removeprefix("+")
         if text.removeprefix(".") in ("inf", "infinity"):

@@ -14,11 +14,13 @@ from typing import Any, Literal
 from icl.checks import (
     ConfigError,
     parse_num_tasks,
+    plain_number,
     require,
     require_count,
     require_number,
     require_store,
     require_words,
+    take_plain_numbers,
 )
 
 LayerNormPlacement = Literal["pre", "post", "none"]
@@ -63,6 +65,7 @@ class TaskConfig:
     """Noise variance sigma^2 of the targets (a variance, not a deviation)."""
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         object.__setattr__(self, "num_tasks", parse_num_tasks(self.num_tasks))
         require_count("task.task_size", self.task_size, 1)
         require_count("task.max_examples", self.max_examples, 1)
@@ -108,6 +111,7 @@ class ModelConfig:
     """Add each block's input twice, as the code behind Hoogland et al. did; only for matching published numbers."""
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         require_words("model", self)
         for name in ("num_layers", "num_heads", "embed_size", "mlp_size"):
             require_count(f"model.{name}", getattr(self, name), 1)
@@ -140,6 +144,7 @@ class OptimConfig:
     """Adam's stabiliser."""
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         require_words("optim", self)
         require_number("optim.lr", self.lr, "positive")
         require_number("optim.eps", self.eps, "positive")
@@ -190,6 +195,7 @@ class TrainerConfig:
     """Whether `torch.compile` makes one program of the step, in 10 to 30 s; `auto`: if the run is long enough to gain."""
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         require_words("trainer", self)
         for name in ("max_steps", "batch_size", "log_every", "devices", "num_nodes"):
             require_count(f"trainer.{name}", getattr(self, name), 1)
@@ -210,6 +216,7 @@ class EvaluationConfig:
     """Prompts in each evaluation set (pretrain and true)."""
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         if self.every is not None:
             require_count("evaluation.every", self.every, 1)
         require_count("evaluation.num_prompts", self.num_prompts, 2)
@@ -227,6 +234,7 @@ class EarlyStoppingConfig:
     """The least fall that counts as improvement."""
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         require_words("early_stopping", self)
         if self.patience is not None:
             require_count("early_stopping.patience", self.patience, 1)
@@ -252,6 +260,7 @@ class CheckpointsConfig:
     s3://$AWS_BUCKET_NAME if that is set, else none."""
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         if self.every is not None:
             require_count("checkpoints.every", self.every, 1)
         require_number("checkpoints.resume_seconds", self.resume_seconds, "zero or positive")
@@ -299,6 +308,7 @@ class SamplerConfig:
     """GiB that the chains running at once may need; left out, 2, or on CUDA half of what is free."""
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         require_words("sampler", self)
         require_number("sampler.lr", self.lr, "positive")
         if self.nbeta is not None:
@@ -338,6 +348,7 @@ class SeedsConfig:
     """Every evaluation set."""
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             require_count(f"seeds.{field.name}", value, 0)
@@ -358,9 +369,10 @@ class PopulationConfig:
             values = getattr(self, name)
             if values is None:
                 continue
-            is_list = isinstance(values, (list, tuple)) and len(values) > 0
-            require(is_list, f"`population.{name}` must be a list such as 0,1,2, got {values!r}.")
-            parsed = tuple(parse_num_tasks(value) for value in values) if name == "num_tasks" else tuple(values)
+            is_list = isinstance(values, (list, tuple, range)) or getattr(values, "ndim", None) == 1
+            require(is_list and len(values) > 0, f"`population.{name}` must be a list such as 0,1,2, got {values!r}.")
+            parse = parse_num_tasks if name == "num_tasks" else plain_number
+            parsed = tuple(parse(value) for value in values)
             require(len(set(parsed)) == len(parsed), f"`population.{name}` names a member twice: {values!r}.")
             object.__setattr__(self, name, parsed)
         for seed in self.seeds or ():

@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from icl.checks import ConfigError, plain_number
+
 
 class Estimate(NamedTuple):
     """A mean over prompts and its standard error, which is NaN for a single prompt."""
@@ -66,11 +68,13 @@ def icl_score(errors: Float[Tensor, "*N B K"], first: int, second: int) -> Estim
         second: The position k2.
 
     Raises:
-        ValueError: If a position is not from 1 to K.
+        ConfigError: If a position is not from 1 to K.
     """
     num_examples = errors.shape[-1]
-    if not (1 <= first <= num_examples and 1 <= second <= num_examples):
-        raise ValueError(f"Positions count from 1 to K = {num_examples}, got {first} and {second}.")
+    first, second = plain_number(first), plain_number(second)
+    for position in (first, second):
+        if isinstance(position, bool) or not isinstance(position, int) or not 1 <= position <= num_examples:
+            raise ConfigError(f"Positions count from 1 to K = {num_examples}, got {first!r} and {second!r}.")
     return _estimate(_moments(errors[..., second - 1] - errors[..., first - 1]))
 
 

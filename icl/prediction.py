@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl.checks import UserError
+from icl.arrays import real_tensor
+from icl.checks import ConfigError, UserError
 from icl.storage import table_format, write_atomically
 from icl.transformer import Transformer
 
@@ -42,11 +43,12 @@ def predict_from_prompt(model: Transformer, x_context: Any, y_context: Any, x_qu
     Raises:
         PromptError: If shapes do not fit each other or the model, or a number is not finite.
     """
-    parameter = next(model.parameters())
+    parameter = parameter_of(model)
     x_context, y_context, x_query = (
-        _tensor(value, name).to(parameter) for value, name in _named(x_context, y_context, x_query)
+        real_tensor(value, name, dtype=parameter.dtype, device=parameter.device, error=PromptError)
+        for value, name in _named(x_context, y_context, x_query)
     )
-    if len(x_context) == 0:
+    if x_context.numel() == 0 and x_context.ndim > 0 and len(x_context) == 0:
         x_context = x_context.reshape(0, model.task_size)
     _check_shapes(model, x_context, y_context, x_query)
     num_queries = len(x_query)
@@ -99,14 +101,15 @@ def _named(x_context: Any, y_context: Any, x_query: Any) -> list[tuple[Any, str]
     return [(x_context, "x_context"), (y_context, "y_context"), (x_query, "x_query")]
 
 
-def _tensor(value: Any, name: str) -> Tensor:
-    try:
-        tensor = torch.as_tensor(value, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise PromptError(f"`{name}` must be numbers in rows of equal length.") from None
-    if not torch.isfinite(tensor).all():
-        raise PromptError(f"`{name}` holds NaN or infinity; every number of a prompt must be finite.")
-    return tensor
+def parameter_of(model: Any) -> Tensor:
+    """Return a parameter of the model, whose dtype and device are the model's.
+
+    Raises:
+        ConfigError: If it is no trained model of `icl`.
+    """
+    if not (isinstance(model, torch.nn.Module) and hasattr(model, "task_size") and hasattr(model, "max_examples")):
+        raise ConfigError(f"`model` must be a model from `load_model` or `build_model`, got {type(model).__name__}.")
+    return next(model.parameters())
 
 
 def _check_shapes(model: Transformer, x_context: Tensor, y_context: Tensor, x_query: Tensor) -> None:
@@ -133,7 +136,11 @@ def _from_json(text: str, path: Path) -> PromptFile:
         raise PromptError(
             f'{path} must be JSON like {{"x_context": [[0.1, 0.2]], "y_context": [0.3], "x_query": [[1.0, 2.0]]}}.'
         ) from None
-    return PromptFile(*(_tensor(value, name) for value, name in parts))
+    return PromptFile(*(_file_tensor(value, name) for value, name in parts))
+
+
+def _file_tensor(value: Any, name: str) -> Tensor:
+    return real_tensor(value, name, dtype=torch.float32, error=PromptError)
 
 
 def _from_csv(text: str, path: Path) -> PromptFile:
@@ -148,7 +155,7 @@ def _from_csv(text: str, path: Path) -> PromptFile:
         raise PromptError(f"{path} must have {size} numbers and a number or nothing for y in every row.") from None
     context = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
     return PromptFile(
-        _tensor([x for x, _ in context], "x_context").reshape(-1, size),
-        _tensor([y for _, y in context], "y_context"),
-        _tensor([x for x, y in zip(xs, ys, strict=True) if y is None], "x_query").reshape(-1, size),
+        _file_tensor([x for x, _ in context], "x_context").reshape(-1, size),
+        _file_tensor([y for _, y in context], "y_context"),
+        _file_tensor([x for x, y in zip(xs, ys, strict=True) if y is None], "x_query").reshape(-1, size),
     )

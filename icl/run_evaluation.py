@@ -20,7 +20,7 @@ import torch
 from icl import population
 from icl.analysis.run import Measurement, Members, over_checkpoints, torch_device
 from icl.checkpoints import checkpoint_files, load_checkpoint_file
-from icl.checks import ConfigError
+from icl.checks import whole
 from icl.compiling import keep_freed_memory
 from icl.config import RunConfig, SeedsConfig, TaskConfig
 from icl.evaluation import VERSION, EvaluationSet, evaluate, evaluate_baselines, evaluation_set
@@ -59,9 +59,10 @@ class RunEvaluator:
         Raises:
             ConfigError: If a number of prompts is too small.
         """
-        least = min((number for number in (num_prompts, num_ood_prompts) if number is not None), default=2)
-        if least < 2:
-            raise ConfigError(f"There must be at least 2 prompts per set, got {least}.")
+        if num_prompts is not None:
+            num_prompts = whole("num_prompts", num_prompts, 2)
+        if num_ood_prompts is not None:
+            num_ood_prompts = whole("num_ood_prompts", num_ood_prompts, 2)
         keep_freed_memory()
         self.num_prompts, self.num_ood_prompts, self.shifts, self.bar = num_prompts, num_ood_prompts, shifts, bar
         self._set = lru_cache(maxsize=_SETS_KEPT)(partial(_make_set, torch_device()))

@@ -443,7 +443,7 @@ def test_dmmse_refuses_negative_noise(noise_variance):
 
 def test_knn_refuses_zero_neighbours():
     xs, ys, _ = make_prompts()
-    with pytest.raises(ValueError, match="`k` must be at least 1"):
+    with pytest.raises(ValueError, match="`k` must be a whole number of at least 1"):
         knn(xs, ys, k=0)
 
 

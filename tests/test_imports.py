@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1] / "icl"
 
 LAYERS = (
     ("checks", "environment", "config", "literals", "presets", "resolve"),
-    ("rng", "schedules"),
+    ("arrays", "rng", "schedules"),
     ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
     ("baselines", "metrics"),
     ("compiling", "cores", "transformer", "tiny_attention", "stacked", "population", "step"),

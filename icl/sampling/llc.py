@@ -15,7 +15,7 @@ from typing import Any, Concatenate, ParamSpec
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from icl.checks import ConfigError
+from icl.checks import ConfigError, real, whole
 from icl.population import Params
 from icl.sampling.batches import Batches
 from icl.sampling.chains import Progress
@@ -23,7 +23,7 @@ from icl.sampling.estimation import Problem, estimate
 from icl.sampling.gradients import Gradient, Loss
 from icl.sampling.packing import Restriction
 from icl.sampling.result import Label, LLCResult
-from icl.sampling.settings import SamplerSettings, real, whole
+from icl.sampling.settings import SamplerSettings
 
 Keywords = ParamSpec("Keywords")
 
@@ -189,7 +189,11 @@ def _checked(checkpoints: Any) -> list[Mapping[str, Tensor]]:
                 "`loss, params = module_loss(model, criterion)` gives those of a module."
             )
         for name, tensor in params.items():
-            if tensor.is_floating_point() and tensor.itemsize < 4:
+            if not tensor.is_floating_point():
+                raise ConfigError(
+                    f"Parameters must be float32 or float64, got {tensor.dtype} in `{name}`; leave out what is no real number."
+                )
+            if tensor.itemsize < 4:
                 raise ConfigError(
                     f"Parameters must be float32 or float64, got {tensor.dtype} in `{name}`: a chain's moves are smaller than the steps "
                     "between its numbers; convert the model by `.float()`."

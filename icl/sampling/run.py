@@ -17,7 +17,7 @@ import torch
 
 from icl.build import build_checkpoint_model, choose_device
 from icl.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, load_same_run
-from icl.checks import ConfigError
+from icl.checks import ConfigError, real
 from icl.config import RunConfig, SamplerConfig
 from icl.runs import RunFolder
 from icl.sampling.estimation import Problem, estimate
@@ -79,6 +79,7 @@ def estimate_run(
     Example:
         estimate_run("runs/quickstart").table[["step", "llc", "stderr", "verdict", "reasons"]]
     """
+    rescale = real("rescale", rescale, "positive")
     files, config = run_files(path)
     sampler = config.sampler if sampler is None else sampler
     kind = Kind(with_nbeta(sampler), mode, rescale)

@@ -1,12 +1,8 @@
 """What a chain is told, in one place, checked at the door; and the published settings with the importer of their names."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-from torch import Tensor
-
-from icl.checks import Bound, ConfigError, require_count, require_number
+from icl.checks import Bound, ConfigError, real, whole
 from icl.config import SamplerConfig
 from icl.sampling.sgld import KERNELS
 
@@ -44,7 +40,7 @@ class SamplerSettings:
         bounds: dict[str, Bound] = {"lr": "positive", "nbeta": "positive", "localization": "zero or positive"}
         for name, bound in bounds.items():
             object.__setattr__(self, name, real(name, getattr(self, name), bound))
-        if self.kernel not in KERNELS:
+        if not isinstance(self.kernel, str) or self.kernel not in KERNELS:
             raise ConfigError(f"`kernel` must be one of {', '.join(KERNELS)}, got {self.kernel!r}.")
         if self.kernel == "rmsprop" and self.num_burnin_steps == 0:
             raise ConfigError("The kernel `rmsprop` adapts during burn-in only; set `num_burnin_steps` above 0.")
@@ -72,32 +68,6 @@ def from_scales(*, gradient_scale: float, localization_scale: float, noise_scale
         "nbeta": 2 * gradient_scale / noise_scale,
         "localization": 2 * localization_scale / noise_scale,
     }
-
-
-def whole(name: str, value: Any, minimum: int) -> int:
-    """A whole number of at least `minimum`, be it in a tensor or an array without axes.
-
-    Raises:
-        ConfigError: If it is anything else.
-    """
-    number = _plain(value)
-    require_count(name, number, minimum)
-    return number
-
-
-def real(name: str, value: Any, bound: Bound, *, repair: str = "") -> float:
-    """A finite number within its bound, be it in a tensor or an array without axes.
-
-    Raises:
-        ConfigError: If it is anything else; `repair` ends the sentence.
-    """
-    number = _plain(value)
-    require_number(name, number, bound, repair=repair)
-    return float(number)
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, (Tensor, np.generic, np.ndarray)) and value.ndim == 0 else value
 
 
 _SCALES = from_scales(gradient_scale=0.01, localization_scale=0.001, noise_scale=3e-4)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from icl import rng
-from icl.checks import parse_num_tasks
+from icl.checks import ConfigError, parse_num_tasks, whole
 
 _POOL = "tasks"
 
@@ -64,11 +64,11 @@ def task_prior(num_tasks: int | float, task_size: int, seed: int) -> Gaussian | 
 def task_pool(
     num_tasks: int | float, task_size: int, seed: int, *, device: torch.device | str = "cpu"
 ) -> Float[Tensor, "M D"]:
-    """The first M tasks of the endless sequence under `seed`, each N(0, I_D).
+    """Return the first M tasks of the endless sequence under `seed`, each N(0, I_D).
 
     Raises:
-        ConfigError: If `num_tasks` is not a positive whole number.
-        ValueError: If it is infinite; the Gaussian prior has no pool.
+        ConfigError: If `num_tasks` or `task_size` is not a positive whole number, or `seed` not a whole number from 0 to
+            2^63 - 1; or if `num_tasks` is infinite, for the Gaussian prior has no pool.
 
     Example:
         >>> bool((task_pool(3, 2, seed=0) == task_pool(4096, 2, seed=0)[:3]).all())
@@ -76,7 +76,8 @@ def task_pool(
     """
     count = parse_num_tasks(num_tasks)
     if count == math.inf:
-        raise ValueError("The Gaussian prior (M = inf) has no pool of tasks; give a finite number of tasks.")
+        raise ConfigError("The Gaussian prior (M = inf) has no pool of tasks; give a finite number of tasks.")
+    task_size, seed = whole("task_size", task_size, 1), whole("seed", seed, 0, 2**63 - 1)
     chunks = torch.arange(int(count), device=device).split(2**16)
     return torch.cat([_tasks(chunk, task_size, seed) for chunk in chunks])
 

@@ -15,10 +15,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from icl import rng
+from icl.checks import ConfigError, whole
 from icl.config import RunConfig
 from icl.tasks.priors import Discrete, Gaussian, sample_tasks, task_prior
 
 Distribution = Literal["pretrain", "true"]
+MAX_STEP = 2**62
+MAX_PROMPTS = 2**32
+"""Prompts of one step: an index is one word of the random counter."""
 
 
 class Prompts(NamedTuple):
@@ -78,12 +82,14 @@ def prompt_source(config: RunConfig, *, stream: str, distribution: Distribution 
             of that name and `pretrain` for all others.
 
     Raises:
-        ValueError: If there is no such distribution.
+        ConfigError: If there is no such distribution, or the stream has no name.
     """
+    if not isinstance(stream, str) or not stream:
+        raise ConfigError(f"`stream` must be a name such as `train` or `true`, got {stream!r}.")
     task, seeds = config.task, config.seeds
     distribution = distribution or ("true" if stream == "true" else "pretrain")
     if distribution not in get_args(Distribution):
-        raise ValueError(f"`distribution` must be `pretrain` or `true`, got {distribution!r}.")
+        raise ConfigError(f"`distribution` must be `pretrain` or `true`, got {distribution!r}.")
     is_training = stream == "train"
     data_seed = seeds.data if is_training else seeds.evaluation
     noise_seed = seeds.noise if is_training else seeds.evaluation
@@ -108,20 +114,19 @@ def sample_prompts(
     distribution: Distribution | None = None,
     device: torch.device | str = "cpu",
 ) -> Prompts:
-    """The batch of one step of a stream: xs (B, K, D), ys (B, K), ws (B, D).
+    """Return the batch of one step of a stream: xs (B, K, D), ys (B, K), ws (B, D).
 
     A smaller batch is the beginning of a larger one.
 
     Raises:
-        ValueError: If `step` is negative, `batch_size` is not positive, or there is no such distribution.
+        ConfigError: If `step` is not a whole number from 0, `batch_size` not one from 1, or there is no such distribution.
 
     Example:
         >>> xs, ys, ws = sample_prompts(RunConfig(), stream="train", step=0, batch_size=4)
         >>> tuple(xs.shape), tuple(ys.shape), tuple(ws.shape)
         ((4, 8, 2), (4, 8), (4, 2))
     """
-    if step < 0 or batch_size < 1:
-        raise ValueError(f"`step` must be 0 or more and `batch_size` 1 or more, got {step} and {batch_size}.")
+    step, batch_size = whole("step", step, 0, MAX_STEP), whole("batch_size", batch_size, 1, MAX_PROMPTS)
     source = prompt_source(config, stream=stream, distribution=distribution)
     prompts = source.sample(range(step, step + 1), range(batch_size), device=device)
     return Prompts(*(part[0] for part in prompts))

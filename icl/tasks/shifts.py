@@ -30,8 +30,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from icl import rng
+from icl.checks import ConfigError, whole
 from icl.config import RunConfig
-from icl.tasks.prompts import Prompts, prompt_source
+from icl.tasks.prompts import MAX_PROMPTS, MAX_STEP, Prompts, prompt_source
 
 BASE_STREAM = "true"
 """The stream whose prompts are shifted."""
@@ -75,18 +76,20 @@ class Shift(NamedTuple):
 def sample_shifted_prompts(
     config: RunConfig, shift: str, *, batch_size: int, step: int = 0, device: torch.device | str = "cpu"
 ) -> Prompts:
-    """The batch of one step of a shift: xs (B, K, D), ys (B, K), ws (B, D).
+    """Return the batch of one step of a shift: xs (B, K, D), ys (B, K), ws (B, D).
 
     Made on the CPU, so the numbers are the same on every device. A smaller batch is the beginning of a larger one.
 
     Raises:
-        ValueError: If there is no such shift, the message names the nearest; or if D or K is too small for it.
+        ConfigError: If there is no such shift (the message names the nearest), D or K is too small for it, `batch_size` is
+            not a whole number from 1, or `step` not one from 0.
 
     Example:
         >>> xs, ys, ws = sample_shifted_prompts(RunConfig(), "seen_query", batch_size=4)
         >>> bool((xs[:, :-1] == xs[:, -1:]).all(-1).any(-1).all())
         True
     """
+    step, batch_size = whole("step", step, 0, MAX_STEP), whole("batch_size", batch_size, 1, MAX_PROMPTS)
     family = _find(shift)
     _require_sizes(config, shift, family)
     source = prompt_source(config, stream=BASE_STREAM, distribution="true")
@@ -110,10 +113,11 @@ def available_shifts(config: RunConfig) -> list[str]:
 
 
 def _find(name: str) -> Shift:
-    if name in SHIFTS:
+    if isinstance(name, str) and name in SHIFTS:
         return SHIFTS[name]
+    name = str(name)
     nearest = difflib.get_close_matches(name, SHIFTS, n=1, cutoff=0)[0]
-    raise ValueError(f"There is no shift `{name}`. Did you mean `{nearest}`? The shifts are {', '.join(SHIFTS)}.")
+    raise ConfigError(f"There is no shift `{name}`. Did you mean `{nearest}`? The shifts are {', '.join(SHIFTS)}.")
 
 
 def _require_sizes(config: RunConfig, name: str, shift: Shift) -> None:
@@ -123,7 +127,7 @@ def _require_sizes(config: RunConfig, name: str, shift: Shift) -> None:
     )
     for key, value, minimum in sizes:
         if value < minimum:
-            raise ValueError(f"The shift `{name}` needs `task.{key}` of at least {minimum}, got {value}.")
+            raise ConfigError(f"The shift `{name}` needs `task.{key}` of at least {minimum}, got {value}.")
 
 
 def _scale_inputs(parts: Parts, chance: Chance, *, scale: float) -> Parts:

@@ -81,7 +81,9 @@ def test_the_rate_in_a_row_is_the_one_that_its_update_used(schedule, monkeypatch
 
 
 def test_a_triangle_is_zero_at_its_last_update_only():
-    config = change(TINY, trainer={"max_steps": 3, "log_every": 1}, checkpoints={"every": 1}, evaluation={"every": None})
+    config = change(
+        TINY, trainer={"max_steps": 3, "log_every": 1}, checkpoints={"every": 1}, evaluation={"every": None}
+    )
     folder = train(config).folder
     assert (pd.read_csv(folder.metrics_file)["lr"] > 0).tolist() == [True, True, False]
     weights = [load_step(folder.checkpoints, step).params["token_embedding.weight"] for step in range(4)]
@@ -91,7 +93,11 @@ def test_a_triangle_is_zero_at_its_last_update_only():
 @pytest.mark.parametrize(
     ("optim", "trainer", "said"),
     [
-        ({"schedule": "triangle"}, {"max_steps": 1}, "triangle of 1 step trains nothing; set `optim.schedule constant`"),
+        (
+            {"schedule": "triangle"},
+            {"max_steps": 1},
+            "triangle of 1 step trains nothing; set `optim.schedule constant`",
+        ),
         ({"schedule": "triangle", "schedule_steps": 1}, {"max_steps": 1}, "triangle of 1 step"),
         ({"schedule": "constant", "lr": 1e-50}, {"max_steps": 3}, "1e-50.*zero in float32"),
         ({"schedule": "warmup", "warmup_steps": 10**9, "lr": 1e-40}, {"max_steps": 3}, "lower `optim.warmup_steps`"),
