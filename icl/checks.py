@@ -99,6 +99,14 @@ def require_words(section: str, settings: Any) -> None:
             require(isinstance(value, str), f"`{name}` must be text, got {value!r}.")
 
 
+def require_run_name(name: str) -> None:
+    """Refuse a run's name that is no folder below $LOCAL_ROOT."""
+    require(
+        all(re.fullmatch(r"[\w.,=+-]+", part) and set(part) != {"."} for part in name.split("/")),
+        f"`run_name` may hold letters, digits and . , = + - _ / only and stays below $LOCAL_ROOT, got {name!r}.",
+    )
+
+
 def require_store(url: Any) -> None:
     """Refuse what is no place of a store; a URL that carries a user or a password would be saved with the run."""
     text = url if isinstance(url, str) else ""

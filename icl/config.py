@@ -7,7 +7,6 @@ them (M, D, K, sigma^2). `icl.presets` has the published settings, `icl.resolve`
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from icl.checks import (
     require,
     require_count,
     require_number,
+    require_run_name,
     require_store,
     require_words,
     take_plain_numbers,
@@ -403,11 +403,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.run_name is not None:
-            parts = str(self.run_name).split("/")
-            require(
-                all(re.fullmatch(r"[\w.,=+-]+", part) and set(part) != {"."} for part in parts),
-                f"`run_name` may hold letters, digits and . , = + - _ / only and stays below $LOCAL_ROOT, got {self.run_name!r}.",
-            )
+            require_run_name(str(self.run_name))
         self._check_schedule()
         require(
             self.early_stopping.patience is None or self.evaluation.every is not None,

@@ -25,7 +25,7 @@ from icl.checkpoints import checkpoint_name, list_steps, parse_checkpoint
 from icl.checks import ConfigError, UserError
 from icl.config import RunConfig
 from icl.runs import RunError, RunFolder, parse_config, parse_status, require_same_config
-from icl.storage import LocalStore, MissingKeyError, Store, open_store
+from icl.storage import LocalStore, MissingKeyError, StorageError, Store, open_store, require_key
 
 FILES = ("run-id", "wandb-id", "metrics.csv", "run.log", "report.html", "last.ckpt", "status.json", "config.yaml")
 FOLDERS = ("checkpoints", "results", "figures")
@@ -92,6 +92,7 @@ def take_up(mirror: Mirror, config: RunConfig) -> bool:
         ConfigError: If the run in the store was begun with other settings.
         StorageError: If the store or the folder cannot be used.
     """
+    _require_no_links_out(mirror.here, mirror.there)
     theirs = read_config(mirror.there)
     is_new = not mirror.run.config_file.exists()
     if theirs is not None:
@@ -137,6 +138,7 @@ def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
         CheckpointError: If a checkpoint in the store is damaged; the folder keeps its own.
         StorageError: If the store or the folder cannot be used.
     """
+    _require_no_links_out(mirror.here, mirror.there)
     if read_config(mirror.there) is None:
         raise RunError(f"There is no run at {mirror.there}; `icl checkpoints RUN push` puts one there.")
     own = _read(mirror.here, "run-id")
@@ -158,6 +160,7 @@ def push(mirror: Mirror, *, force: bool = False) -> list[str]:
         CheckpointError: If a checkpoint in the folder is damaged; the store keeps its own.
         StorageError: If the store or the folder cannot be used.
     """
+    _require_no_links_out(mirror.here, mirror.there)
     mirror.run.read_config()
     _require_not_behind(mirror.here, mirror.there, "push", force)
     claim(mirror)
@@ -181,9 +184,15 @@ def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
 
 
 def copied_names(store: Store) -> list[str]:
-    """The names in a run's folder, or in its copy, that belong to a copy; vouchers and `config.yaml` last."""
+    """List the names in a run's folder, or in its copy, that belong to a copy; vouchers and `config.yaml` last.
+
+    Raises:
+        StorageError: If one of them could lead out of the run's folder, or the store cannot be used.
+    """
     found = store.keys()
-    names = [name for name in found if name in FILES or name.partition("/")[0] in FOLDERS]
+    names = [name for name in found if _is_copied(name)]
+    for name in names:
+        require_key(name, store)
     return sorted(names, key=lambda name: (_LAST.index(name) + 1 if name in _LAST else 0, name))
 
 
@@ -234,6 +243,25 @@ class _Lines(io.StringIO):
         if text.strip():
             print(text.strip(), file=sys.stderr, flush=True)
         return len(text)
+
+
+def _is_copied(name: str) -> bool:
+    return name in FILES or name.partition("/")[0] in FOLDERS
+
+
+def _require_no_links_out(*stores: Store) -> None:
+    """Refuse to copy from or to a folder that holds a link out of it: what lies behind is not the run's.
+
+    Raises:
+        StorageError: Naming the first such link.
+    """
+    for store in stores:
+        links = [name for name in store.links_out() if _is_copied(name)] if isinstance(store, LocalStore) else []
+        if links:
+            raise StorageError(
+                f"{store}/{links[0]} is a symbolic link out of the run's folder, so nothing was copied; "
+                "put what it leads to in its place, or remove it."
+            )
 
 
 def _read(store: Store, name: str) -> bytes | None:

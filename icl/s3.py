@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from icl.storage import MissingKeyError, StorageError, sha256
+from icl.storage import MissingKeyError, StorageError, require_key, sha256
 
 NUM_ATTEMPTS = 8
 """Tries of one request, over some seconds; `AWS_MAX_ATTEMPTS` overrides it."""
@@ -126,7 +126,7 @@ class S3Store:
         with self._errors(prefix):
             pages = self._client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder)
             found = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-        return sorted(key[len(root) :] for key in found if not key.endswith("/"))
+        return sorted(key[len(root) :] for key in found if key.startswith(root) and not key.endswith("/"))
 
     def delete(self, key: str) -> None:
         """Remove a key; nothing happens if there is none.
@@ -148,6 +148,7 @@ class S3Store:
             client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
 
     def _full(self, key: str) -> str:
+        require_key(key, self)
         return f"{self.prefix}/{key}" if self.prefix else key
 
     def _has(self, key: str) -> bool:

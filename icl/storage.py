@@ -1,6 +1,7 @@
 """Keyed bytes behind one small protocol: a store writes whole values atomically, reads, lists and deletes them.
 
-A key is a relative path with forward slashes. A value is either the whole of what was written or absent: the local
+A key is a relative path with forward slashes that stays inside its store: `require_key` refuses any other, whoever asks,
+and a folder is never left through a symbolic link below its root (the root itself may be reached by one). A value is either the whole of what was written or absent: the local
 store writes a temporary file beside the target, flushes it to disk and renames it. A process killed at any moment
 leaves at worst a temporary file, which no listing shows. `open_store` takes a folder or a URL; what a URL needs is
 imported when one is opened, so local work never meets it.
@@ -10,6 +11,7 @@ import hashlib
 import importlib
 import math
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _TEMPORARY = ".tmp-"
+_NOT_PLAIN = re.compile(r"[\\\x00-\x1f\x7f\ud800-\udfff]|^[A-Za-z]:")
+"""Backslashes, control characters, halves of characters, and the letter of a drive: none may be in a key."""
 
 
 class StorageError(UserError, OSError):
@@ -70,10 +74,12 @@ class LocalStore:
         """The value of a key.
 
         Raises:
-            StorageError: If there is no such file, or it cannot be read.
+            StorageError: If there is no such file, it cannot be read, or a link leads out of the folder.
         """
+        path = self._place(key)
+        self._require_inside(path)
         try:
-            return (self.root / key).read_bytes()
+            return path.read_bytes()
         except FileNotFoundError:
             raise MissingKeyError(f"There is no file {self.root / key}.") from None
         except OSError as error:
@@ -93,7 +99,7 @@ class LocalStore:
         Raises:
             StorageError: If the disk is full or the folder cannot be written; an old value stays as it was.
         """
-        write_atomically(self.root / key, data)
+        write_atomically(self._place(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
         """Set the value of a key that has none; of several who try at once, one succeeds.
@@ -101,7 +107,7 @@ class LocalStore:
         Raises:
             StorageError: If the disk is full or the folder cannot be written.
         """
-        path = self.root / key
+        path = self._place(key)
         temporary = temporary_path(path)
         write_atomically(temporary, data)
         try:
@@ -115,13 +121,22 @@ class LocalStore:
         return True
 
     def keys(self, prefix: str = "") -> list[str]:
-        """Every key below the folder `prefix`, sorted; temporary files are left out."""
-        files = (path for path in (self.root / prefix).rglob("*") if path.is_file())
-        return sorted(path.relative_to(self.root).as_posix() for path in files if not is_temporary(path))
+        """Every key below the folder `prefix`, sorted; temporary files, and links out of the folder, are left out."""
+        folder = self.root / prefix
+        if not self._is_inside(folder):
+            return []
+        files = (path for path in folder.rglob("*") if path.is_file())
+        kept = (path for path in files if not is_temporary(path) and self._holds(path))
+        return sorted(path.relative_to(self.root).as_posix() for path in kept)
+
+    def links_out(self) -> list[str]:
+        """Every symbolic link below the folder that leads out of it, as a key, sorted."""
+        links = (path for path in self.root.rglob("*") if not self._holds(path))
+        return sorted(path.relative_to(self.root).as_posix() for path in links)
 
     def delete(self, key: str) -> None:
         """Remove a key; nothing happens if there is none."""
-        (self.root / key).unlink(missing_ok=True)
+        self._place(key).unlink(missing_ok=True)
 
     def check(self) -> None:
         """Make the folder if need be.
@@ -135,6 +150,50 @@ class LocalStore:
             raise StorageError(f"The store {self.root} cannot be made: {error.strerror}.") from None
         if not os.access(self.root, os.W_OK | os.X_OK):
             raise StorageError(f"The store {self.root} cannot be written; choose another, or change its permissions.")
+
+    def _place(self, key: str) -> Path:
+        """Path of a key, in a folder that lies inside the root.
+
+        Raises:
+            StorageError: If the key is not a plain relative name, or a link above the file leads out of the root.
+        """
+        require_key(key, self)
+        path = self.root / key
+        self._require_inside(path.parent)
+        return path
+
+    def _holds(self, path: Path) -> bool:
+        """Return whether a path below the root is no link that leads out of it."""
+        return not path.is_symlink() or self._is_inside(path)
+
+    def _require_inside(self, path: Path) -> None:
+        if not self._is_inside(path):
+            raise StorageError(f"{path} leads out of {self.root} through a symbolic link, which is not followed.")
+
+    def _is_inside(self, path: Path) -> bool:
+        """Return whether a path lies inside the root once all links are followed."""
+        try:
+            return path.resolve().is_relative_to(self.root.resolve())
+        except (OSError, RuntimeError):  # a link that leads to itself
+            return False
+
+
+def require_key(key: str, store: object) -> None:
+    """Refuse a key that is not a plain relative name with forward slashes, whoever made it.
+
+    Args:
+        key: The key.
+        store: What it is a key of, for the message.
+
+    Raises:
+        StorageError: If the key could lead out of the store, or is no name that every file system takes.
+    """
+    is_plain = not _NOT_PLAIN.search(key) and all(part not in ("", ".", "..") for part in key.split("/"))
+    if not is_plain:
+        raise StorageError(
+            f"{store} has a file by the name {key!r}, which could lie outside of its folder, so nothing is done with it; "
+            "remove or rename it there."
+        )
 
 
 def open_store(url: str) -> Store:

@@ -1,5 +1,6 @@
 """A real S3 server on the loopback, and a proxy before it that fails, lies or is gone when a test says so."""
 
+import contextlib
 import http.client
 import logging
 import threading
@@ -51,6 +52,16 @@ class S3Server:
 
         for key in keys:
             s3_backends[DEFAULT_ACCOUNT_ID]["aws"].put_object(self.bucket, key, b"")
+
+    @contextlib.contextmanager
+    def holding(self, key: str) -> Iterator[None]:
+        """An empty object for a while, under a name that the network might not carry."""
+        from moto.core import DEFAULT_ACCOUNT_ID
+        from moto.s3.models import s3_backends
+
+        self.fill([key])
+        yield
+        s3_backends[DEFAULT_ACCOUNT_ID]["aws"].delete_object(self.bucket, key)
 
     def names(self) -> list[str]:
         """All that is in the bucket."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icl.checks import ConfigError
+from icl.checks import ConfigError, require_run_name
 from icl.commands import command_parser
 from icl.config import RunConfig
 from icl.presets import run_name
@@ -48,6 +48,8 @@ def _find(word: str, store: str | None) -> "tuple[RunFolder, Mirror | None]":
     from icl.mirror import open_mirror, read_config, store_url
 
     is_folder = (Path(word) / "config.yaml").is_file()
+    if not is_folder:
+        _require_name(word)
     folder = RunFolder(word if is_folder else local_root() / name_of(word))
     config = folder.read_config() if folder.config_file.exists() else None
     url = store or store_url(config or RunConfig())
@@ -58,6 +60,20 @@ def _find(word: str, store: str | None) -> "tuple[RunFolder, Mirror | None]":
     if config is None and mirror is not None and read_config(mirror.there) is None:
         raise RunError(f"There is no run {folder.path}, nor one at {mirror.there}; `icl runs` lists those here.")
     return folder, mirror
+
+
+def _require_name(word: str) -> None:
+    """Refuse a word that is neither a run's folder nor a name that a run can have.
+
+    Raises:
+        RunError: Saying so.
+    """
+    try:
+        require_run_name(name_of(word))
+    except ConfigError:
+        raise RunError(
+            f"There is no run {word}, and no run below {local_root()} can have that name; `icl runs` lists those here."
+        ) from None
 
 
 def _list(folder: RunFolder, mirror: "Mirror | None") -> int:

@@ -7,6 +7,7 @@ One run has one id, kept in its folder, so that a resumed run goes on in the sam
 
 import netrc
 import os
+import re
 import sys
 import threading
 import weakref
@@ -161,11 +162,13 @@ def init_settings() -> dict[str, Any]:
 
 
 def _run_id(folder: RunFolder) -> str:
-    """The run's id, made once."""
+    """Return the run's id, made once; one that came with a copied run and is no plain word is replaced."""
     path = folder.path / "wandb-id"
-    if not path.is_file():
-        write_atomically(path, os.urandom(6).hex().encode())
-    return path.read_text().strip()
+    known = path.read_bytes().strip().decode(errors="replace") if path.is_file() else ""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", known):  # it becomes part of a path
+        known = os.urandom(6).hex()
+        write_atomically(path, known.encode())
+    return known
 
 
 def _has_login() -> bool:

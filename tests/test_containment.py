@@ -1,0 +1,205 @@
+"""Names that a store, a folder or a config brings along stay inside the run's folder, and links out of it are not followed."""
+
+import itertools
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+from tiny_runs import TINY, as_arguments, change
+
+from icl.checks import ConfigError
+from icl.cli import main
+from icl.config import RunConfig
+from icl.mirror import copied_names, open_mirror, push
+from icl.runs import RunFolder, local_root
+from icl.s3 import S3Store
+from icl.storage import LocalStore, StorageError
+from icl.training.run import train
+from icl.training.wandb_log import _run_id
+
+SHORT = change(TINY, trainer={"max_steps": 2}, evaluation={"every": None}, checkpoints={"every": None, "num_log": 0})
+HOSTILE = [
+    "results/../../../planted",
+    "results/../config.yaml",
+    "checkpoints/./planted",
+    "figures//tmp/planted",
+    "results/..\\..\\planted",
+    "results/line\nbreak",
+    "results/bell\x07",
+    "figures/..",
+]
+NO_KEYS = [*HOSTILE, "", "/tmp/planted", "..", "C:\\planted", "c:planted", "a/\x00", "a/\udcff", "a/"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    return train(SHORT, folder=tmp_path_factory.mktemp("trained") / "tiny").folder.path
+
+
+@pytest.fixture
+def run(trained) -> RunFolder:
+    run = RunFolder(shutil.copytree(trained, local_root() / "tiny"))
+    LocalStore(run.path).write("run-id", b"tiny")
+    return run
+
+
+def everything(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def refusal(capsys) -> str:
+    said = capsys.readouterr()
+    assert said.err.startswith("icl: ")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+# Keys
+
+
+def test_no_store_takes_a_key_that_could_lead_out_of_it(tmp_path):
+    for store in (LocalStore(tmp_path / "store"), S3Store("bucket", "prefix")):
+        acts = (store.read, store.digest, store.delete, partial(store.write, data=b""), partial(store.create, data=b""))
+        for key, act in itertools.product(NO_KEYS, acts):
+            with pytest.raises(StorageError, match="could lie outside of its folder"):
+                act(key)
+    assert everything(tmp_path) == set()
+
+
+def test_a_folder_is_not_left_through_a_link_below_it(tmp_path):
+    outside, store = tmp_path / "outside", LocalStore(tmp_path / "store")
+    outside.mkdir()
+    (outside / "secret").write_text("secret")
+    store.write("kept/file", b"kept")
+    (store.root / "folder").symlink_to(outside)
+    (store.root / "file").symlink_to(outside / "secret")
+    (store.root / "loop").symlink_to("loop")
+    (store.root / "within").symlink_to("kept")
+    for act in (
+        lambda: store.read("folder/secret"),
+        lambda: store.read("file"),
+        lambda: store.write("folder/planted", b""),
+        lambda: store.create("folder/planted", b""),
+        lambda: store.delete("folder/secret"),
+        lambda: store.write("loop/planted", b""),
+    ):
+        with pytest.raises(StorageError, match="leads out of"):
+            act()
+    assert store.keys() == ["kept/file"]
+    assert store.keys("folder") == []
+    assert store.links_out() == ["file", "folder", "loop"]
+    store.write("file", b"own")  # the link gives way to the file
+    store.write("within/file", b"own")
+    assert store.read("kept/file") == b"own"
+    assert (outside / "secret").read_text() == "secret"
+    assert everything(outside) == {"secret"}
+
+
+def test_the_folder_itself_may_be_reached_by_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to("disk")
+    store = LocalStore(tmp_path / "runs" / "tiny")
+    store.write("results/a.csv", b"1")
+    assert store.keys() == ["results/a.csv"]
+    assert (tmp_path / "disk" / "tiny" / "results" / "a.csv").read_bytes() == b"1"
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "tiny")
+    assert LocalStore(tmp_path / "link").read("results/a.csv") == b"1"
+
+
+# Copies
+
+
+def test_an_object_whose_name_leads_out_is_not_pulled(s3, run, tmp_path, monkeypatch, capsys):
+    for name in ("run-id", "config.yaml", "status.json"):
+        s3.client.put_object(Bucket=s3.bucket, Key=f"tiny/{name}", Body=run.path.joinpath(name).read_bytes())
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path / "a" / "b"))
+    monkeypatch.setenv("AWS_BUCKET_NAME", s3.bucket)
+    for name in HOSTILE:
+        with s3.holding(f"tiny/{name}"):
+            assert main(["checkpoints", "tiny", "pull"]) == 1
+            assert repr(name) in refusal(capsys)
+    with s3.holding(f"tiny/{HOSTILE[0]}"):
+        assert main(["train", *as_arguments(SHORT)]) == 1
+        assert repr(HOSTILE[0]) in refusal(capsys)
+    assert everything(tmp_path) == {"a", "a/b", "a/b/tiny", "a/b/tiny/.lock"}
+
+
+def test_a_server_that_lists_what_was_not_asked_for_is_not_believed(s3, monkeypatch):
+    s3.fill(["runs-of-others/config.yaml", "tiny/config.yaml"])
+    store = S3Store(s3.bucket, "tiny")
+    client = store._client()
+    monkeypatch.setattr(client, "get_paginator", lambda _: type("All", (), {"paginate": _all_of(s3)})())
+    assert store.keys() == ["config.yaml"]
+
+
+def _all_of(s3):
+    return lambda self, **_: [s3.client.list_objects_v2(Bucket=s3.bucket)]
+
+
+@pytest.mark.parametrize("link", ["results", "results/stolen.csv", "checkpoints", "run.log", "figures/deep"])
+def test_push_and_pull_follow_no_link_out_of_the_run(link, run, tmp_path, capsys):
+    push(open_mirror(run, str(tmp_path / "store"), "tiny"))
+    outside, there = tmp_path / "outside", tmp_path / "store" / "tiny"
+    (outside / "secret").mkdir(parents=True)
+    (outside / "secret" / "key").write_text("secret")
+    before = everything(tmp_path)
+    capsys.readouterr()
+    place = run.path / link
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(outside / "secret" / "key" if "." in link else outside)
+    for action in ("push", "pull"):
+        for force in ([], ["--force"]):
+            assert main(["checkpoints", "tiny", action, "--store", str(tmp_path / "store"), *force]) == 1
+            assert f"{run.path}/{link} is a symbolic link out of the run's folder" in refusal(capsys)
+    assert everything(tmp_path) == before
+    assert (outside / "secret" / "key").read_text() == "secret"
+    assert not any("secret" in path for path in everything(there))
+
+
+def test_a_link_in_a_store_is_not_followed_either(run, tmp_path, capsys):
+    push(open_mirror(run, str(tmp_path / "store"), "tiny"))
+    (tmp_path / "store" / "tiny" / "results").symlink_to("/etc")
+    capsys.readouterr()
+    assert main(["checkpoints", "tiny", "pull", "--store", str(tmp_path / "store")]) == 1
+    assert "is a symbolic link out of the run's folder" in refusal(capsys)
+
+
+def test_links_to_the_run_and_within_it_are_the_users_own(run, tmp_path, monkeypatch):
+    (tmp_path / "runs").symlink_to(local_root())
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path / "runs"))
+    run.results.mkdir(exist_ok=True)
+    (run.results / "same.yaml").symlink_to("../config.yaml")
+    assert main(["checkpoints", "tiny", "push", "--store", str(tmp_path / "store")]) == 0
+    assert "results/same.yaml" in copied_names(LocalStore(tmp_path / "store" / "tiny"))
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/x", "a/../../x", "a//b", "a/", ".", "..", "a\\b", "a\nb", "a/.", "\x00"]
+)
+def test_a_runs_name_stays_below_the_folder_of_all_runs(name, capsys):
+    with pytest.raises(ConfigError, match="stays below"):
+        RunConfig.from_dict({"run_name": name})
+    assert main(["train", "--run_name", name]) == 2
+    refusal(capsys)
+
+
+@pytest.mark.parametrize("word", ["../../x", "/nowhere/x", "a/../../x"])
+def test_no_copy_is_fetched_to_a_place_outside(word, tmp_path, capsys):
+    assert main(["checkpoints", word, "pull", "--store", str(tmp_path / "store")]) == 1
+    assert "There is no run" in refusal(capsys)
+
+
+@pytest.mark.parametrize("content", [b"../../x", b"", b"a/b", b"\xff", b"a b", b"a" * 65])
+def test_a_wandb_id_that_came_along_is_no_path(content, tmp_path):
+    run = RunFolder(tmp_path)
+    LocalStore(tmp_path).write("wandb-id", content)
+    drawn = _run_id(run)
+    assert drawn.isalnum()
+    assert _run_id(run) == drawn
