@@ -1,6 +1,7 @@
 """Checkpoints for analysis: the weights of one step as safetensors that carry their step and whole configuration.
 
-They are small, fast and safe to load from strangers: nothing is ever unpickled. Each holds a digest of its weights, so
+They are small, fast and safe to load from strangers: nothing is ever unpickled, and nothing is built before the shapes of the
+file are seen to be those of its configuration, so loading costs little more than reading. Each holds a digest of its weights, so
 a file that was cut short, altered or made by another program is refused in one sentence.
 
 With `checkpoints.moments` Adam's moments lie in a file of the same name and kind in `moments/` beside them, so that whoever wants
@@ -8,6 +9,7 @@ weights reads no more than before. Their tensors are named `exp_avg/<parameter>`
 """
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -19,17 +21,16 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from icl.checks import ConfigError, UserError
+from icl.checkpoint_header import read_header, require_shapes, stored_numbers
+from icl.checks import UserError, is_count
 from icl.config import RunConfig
 from icl.population import Params
+from icl.reading import ContentError, parse_json
 from icl.runs import config_differences
 from icl.storage import LocalStore, Store
 
 _FORMAT = "icl-checkpoint-1"
 _ENTRY = "icl"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's running means of the gradient and of its square, as torch calls them."""
-_TYPES = {"F32": "<f4", "F64": "<f8"}
 _NAME = re.compile(r"step-(\d{9,})\.safetensors")
 
 
@@ -81,7 +82,12 @@ def load_checkpoint_file(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint {path}; expected a file like {checkpoint_name(1465)}.")
     try:
-        return parse_checkpoint(path.read_bytes(), str(path))
+        with path.open("rb") as file:
+            about = _read_about(file, str(path))
+            file.seek(0)
+            return _checkpoint(about, file.read(), str(path))
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint {path} cannot be read: {error.strerror}.") from None
     except CheckpointError as error:
         run = path.parent.parent
         hint = f" `icl checkpoints {run} verify` names all such files." if (run / "config.yaml").is_file() else ""
@@ -121,38 +127,19 @@ def parse_checkpoint(data: bytes, name: str) -> Checkpoint:
     Raises:
         CheckpointError: If they are truncated, altered, or not a checkpoint of this program.
     """
-    metadata = _metadata(data, name)
-    try:
-        params = dict(sorted(safetensors.torch.load(data).items()))  # it gives them in another order each time
-        step, config = int(metadata["step"]), RunConfig.from_dict(dict(metadata["config"]))
-        if step < 0:
-            raise ValueError(f"step {step}")
-    except (SafetensorError, ConfigError, KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({_first_line(error)}).") from None
-    if _digest(params) != metadata.get("digest"):
-        raise CheckpointError(f"The checkpoint {name} is damaged: its weights do not match their digest.")
-    return Checkpoint(step, config, params, metadata["digest"])
+    return _checkpoint(_read_about(io.BytesIO(data), name), data, name)
 
 
 def stored_tensors(file: Path, prefix: str) -> tuple[int, int, np.dtype]:
-    """Where in a checkpoint's file the tensors whose name begins with `prefix` lie, one behind the other by name.
-
-    Returns:
-        The first number's place in bytes, how many numbers there are, and their type.
+    """Return what `icl.checkpoint_header.stored_numbers` does.
 
     Raises:
-        CheckpointError: If there are none, or they are of several types.
+        CheckpointError: If there are no such tensors, or they are of several types.
     """
-    with file.open("rb") as raw:
-        before = 8 + int.from_bytes(raw.read(8), "little")
-        header = json.loads(raw.read(before - 8))
-    found = [about for name, about in header.items() if name != "__metadata__" and name.startswith(prefix)]
-    types = {about["dtype"] for about in found}
-    if len(types) != 1 or not types <= set(_TYPES):
-        raise CheckpointError(f"{file} holds no tensors {prefix}* of one type, but of {sorted(types) or 'none'}.")
-    dtype = np.dtype(_TYPES[types.pop()])
-    start, stop = (pick(about["data_offsets"][end] for about in found) for pick, end in ((min, 0), (max, 1)))
-    return before + start, (stop - start) // dtype.itemsize, dtype
+    try:
+        return stored_numbers(file, prefix)
+    except ContentError as error:
+        raise CheckpointError(f"The checkpoint {file} cannot be used: {error}.") from None
 
 
 def checkpoint_files(path: str | Path) -> list[Path]:
@@ -173,18 +160,48 @@ def checkpoint_files(path: str | Path) -> list[Path]:
     return files
 
 
-def _metadata(data: bytes, name: str) -> dict[str, Any]:
-    """What we wrote in the JSON header of a safetensors file: eight bytes of length, then the header."""
-    length = int.from_bytes(data[:8], "little")
+class _About(NamedTuple):
+    """What a file says of itself, checked."""
+
+    step: int
+    config: RunConfig
+    digest: Any
+
+
+def _read_about(file: io.BufferedIOBase, name: str) -> _About:
+    """Return what a file says of itself; its tensors are seen to be those that it describes, and are not read."""
     try:
-        metadata = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_ENTRY])
-    except (ValueError, LookupError, TypeError):
-        metadata = None
-    if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
+        header = read_header(file)
+        metadata = parse_json(header.metadata.get(_ENTRY, "null"))
+        if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
+            raise ContentError(f"it has no metadata of format {_FORMAT}")
+    except (ContentError, TypeError) as error:
         raise CheckpointError(
-            f"{name} is not a checkpoint of icl: expected safetensors with metadata format {_FORMAT}, as in a run's checkpoints/."
-        )
-    return metadata
+            f"{name} is not a checkpoint of icl: expected safetensors with metadata format {_FORMAT}, as in a run's "
+            f"checkpoints/ ({_first_line(error)})."
+        ) from None
+    try:
+        step, tree = metadata.get("step"), metadata.get("config")
+        if not is_count(step):
+            raise ContentError(f"its step is {step!r}")
+        if not isinstance(tree, dict):
+            raise ContentError("it holds no configuration")
+        config = RunConfig.from_dict(tree)
+        require_shapes(header, config)
+    except ValueError as error:
+        raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({_first_line(error)}).") from None
+    return _About(step, config, metadata.get("digest"))
+
+
+def _checkpoint(about: _About, data: bytes, name: str) -> Checkpoint:
+    """Return the checkpoint of a file that says this of itself."""
+    try:
+        params = dict(sorted(safetensors.torch.load(data).items()))  # it gives them in another order each time
+    except SafetensorError as error:
+        raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({_first_line(error)}).") from None
+    if _digest(params) != about.digest:
+        raise CheckpointError(f"The checkpoint {name} is damaged: its weights do not match their digest.")
+    return Checkpoint(about.step, about.config, params, about.digest)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -4,7 +4,8 @@ import dataclasses
 import math
 import numbers
 import re
-from typing import Any, Literal, TypeAlias, get_args, get_origin
+import types
+from typing import Any, Literal, TypeAlias, TypeGuard, get_args, get_origin
 
 STORE_SCHEMES = ("file", "s3")
 """What may stand before :// in the place of a store; a place without :// is a folder."""
@@ -72,9 +73,10 @@ def real(name: str, value: Any, bound: Bound, *, repair: str = "") -> float:
 
 
 def require_count(name: str, value: Any, minimum: int) -> None:
-    """Refuse what is no whole number of at least `minimum`."""
+    """Refuse what is no whole number of at least `minimum`, or too large for a 64-bit integer."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     require(whole and value >= minimum, f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
+    require(value < 2**63, f"`{name}` must be below 2^63, got {value!r}.")
 
 
 def require_number(name: str, value: Any, bound: Bound, *, repair: str = "") -> None:
@@ -105,6 +107,22 @@ def require_run_name(name: str) -> None:
         all(re.fullmatch(r"[\w.,=+-]+", part) and set(part) != {"."} for part in name.split("/")),
         f"`run_name` may hold letters, digits and . , = + - _ / only and stays below $LOCAL_ROOT, got {name!r}.",
     )
+
+
+def has_type(value: Any, kind: Any) -> bool:
+    """Return whether a plain value is of the declared type of a field; a whole number is a float, a truth value no number."""
+    if isinstance(kind, types.UnionType):
+        return any(has_type(value, part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Return whether a plain value is a whole number of at least zero that fits 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def require_store(url: Any) -> None:

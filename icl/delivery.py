@@ -13,12 +13,15 @@ from pathlib import Path
 from icl.config import RunConfig
 from icl.mirror import Mirror, copied_names, open_mirror, same_file, store_url
 from icl.presets import run_name
+from icl.reading import ContentError, parse_json, read_bytes
 from icl.runs import DONE, RunFolder
 from icl.storage import LocalStore, StorageError, sha256, write_atomically
 
 _NOTE = ".delivered"
 _MADE_LATER = ("results/", "figures/", "report.html")
 _MAX_NAMES = 8
+_MAX_NOTE = 2**26
+"""Bytes of the note; a file of the run takes about a hundred."""
 
 
 class UploadError(StorageError):
@@ -100,9 +103,9 @@ def _digests(run: RunFolder, names: Iterable[str]) -> dict[str, str]:
 def _read_note(run: RunFolder, config: RunConfig) -> dict[str, str]:
     """The digests of what is known to be in the run's store; none if the note is of another place."""
     try:
-        note = json.loads((run.path / _NOTE).read_bytes())
+        note = parse_json(read_bytes(run.path / _NOTE, limit=_MAX_NOTE))
         return dict(note["files"]) if note["place"] == _place(config) else {}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ContentError, ValueError, TypeError, KeyError):
         return {}
 
 

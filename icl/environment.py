@@ -11,6 +11,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from icl.reading import ContentError, parse_json
+
 PACKAGES = ("icl", "torch", "lightning", "numpy")
 _MARK = " environment "
 
@@ -42,8 +44,8 @@ def environments_of(log: str) -> list[tuple[str, dict[str, str]]]:
     for line in log.splitlines():
         time, mark, text = line.partition(_MARK)
         try:
-            about = json.loads(text) if mark else None
-        except ValueError:
+            about = parse_json(text) if mark else None
+        except ContentError:
             about = None
         if isinstance(about, dict):
             found.append((time, {str(key): str(value) for key, value in about.items()}))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from icl.arrays import real_tensor
 from icl.checks import ConfigError, UserError
+from icl.reading import ContentError, parse_json
 from icl.storage import table_format, write_atomically
 from icl.transformer import Transformer
 
@@ -130,11 +131,12 @@ def _check_shapes(model: Transformer, x_context: Tensor, y_context: Tensor, x_qu
 
 def _from_json(text: str, path: Path) -> PromptFile:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         parts = _named(content["x_context"], content["y_context"], content["x_query"])
-    except (ValueError, KeyError, TypeError):
+    except (ContentError, KeyError, TypeError) as error:
+        why = f" ({error})" if isinstance(error, ContentError) else ""
         raise PromptError(
-            f'{path} must be JSON like {{"x_context": [[0.1, 0.2]], "y_context": [0.3], "x_query": [[1.0, 2.0]]}}.'
+            f'{path} must be JSON like {{"x_context": [[0.1, 0.2]], "y_context": [0.3], "x_query": [[1.0, 2.0]]}}{why}.'
         ) from None
     return PromptFile(*(_file_tensor(value, name) for value, name in parts))
 

@@ -15,12 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
 from icl.checks import ConfigError, parse_num_tasks
 from icl.config import RunConfig, flatten
 from icl.literals import read_table
 from icl.presets import preset
+from icl.reading import ContentError, parse_yaml
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -261,12 +260,11 @@ def describe(kind: Any) -> str:
 
 def _read_yaml(path: str | Path) -> Any:
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return parse_yaml(Path(path).read_bytes())
     except OSError as error:
         raise ConfigError(f"The config file {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"The config file {path} is not valid YAML ({reason}).") from None
+    except ContentError as error:
+        raise ConfigError(f"The config file {path} cannot be used: {error}.") from None
 
 
 def _require_table(tree: Any, path: str | Path | None) -> dict[str, Any]:

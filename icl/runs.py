@@ -10,21 +10,24 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import yaml
 
-from icl.checks import ConfigError, UserError
+from icl.checks import ConfigError, UserError, has_type, is_count
 from icl.config import RunConfig, flatten, is_free_on_resume
 from icl.file_system import LockedError, lock_file
+from icl.reading import ContentError, parse_json, parse_yaml, read_bytes
 from icl.storage import LocalStore, StorageError, write_atomically
 
 State = Literal["waiting", "running", "finished", "stopped_early", "preempted", "failed"]
 DONE: tuple[State, ...] = ("finished", "stopped_early")
 RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "RANK")
 """Of Lightning and of torchrun: which of a run's processes this is."""
+_LAST_TIME = 253_402_300_799
+"""The end of the year 9999, after which Python has no dates."""
 
 
 class RunError(UserError, RuntimeError):
@@ -106,20 +109,22 @@ class RunFolder:
             ConfigError: If the folder holds none, or it cannot be read.
         """
         try:
-            return parse_config(self.config_file.read_bytes(), str(self.path))
+            return parse_config(read_bytes(self.config_file), str(self.path))
+        except ContentError as error:
+            raise ConfigError(f"The config.yaml of {self.path} cannot be used: {error}.") from None
         except OSError:
             raise ConfigError(f"{self.path} is not a run: it has no readable config.yaml.") from None
 
     def write_status(self, status: Status) -> None:
         """Replace `status.json`, with the present time."""
-        fields = asdict(status) | {"updated": round(time.time(), 3)}
-        write_atomically(self.status_file, (json.dumps(fields, indent=1) + "\n").encode(), durable=False)
+        content = asdict(status) | {"updated": round(time.time(), 3)}
+        write_atomically(self.status_file, (json.dumps(content, indent=1) + "\n").encode(), durable=False)
 
     def read_status(self) -> Status | None:
         """The last status, or None if there is none that can be read."""
         try:
-            return parse_status(self.status_file.read_bytes())
-        except OSError:
+            return parse_status(read_bytes(self.status_file))
+        except (OSError, ContentError):
             return None
 
     def write_result(self, name: str, text: str) -> Path:
@@ -164,23 +169,27 @@ def parse_config(data: bytes, place: str) -> RunConfig:
         ConfigError: If it cannot be read; `place` is what the message calls the run.
     """
     try:
-        tree = yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeDecodeError):
-        tree = None
+        tree = parse_yaml(data)
+    except ContentError as error:
+        raise ConfigError(f"The config.yaml of {place} cannot be used: {error}.") from None
     if not isinstance(tree, dict) or not tree:
         raise ConfigError(f"{place} is not a run: it has no readable config.yaml.")
     return RunConfig.from_dict(tree)
 
 
 def parse_status(data: bytes) -> Status | None:
-    """The status that a run's `status.json` holds, or None if it cannot be read."""
+    """Return the status that a run's `status.json` holds, or None if it cannot be read or a value is none we write."""
     try:
-        status = Status(**json.loads(data))
-    except (ValueError, TypeError):
+        status = Status(**parse_json(data, limit=100))
+    except (ContentError, TypeError):
         return None
-    numbers = (status.step, status.max_steps, status.updated)
-    is_whole = status.state in get_args(State) and all(isinstance(number, (int, float)) for number in numbers)
-    return status if is_whole and (status.loss is None or isinstance(status.loss, (int, float))) else None
+    steps = (status.step, status.max_steps, status.best_step or 0)
+    is_usable = (
+        all(has_type(getattr(status, field.name), field.type) for field in fields(Status))
+        and all(is_count(step) for step in steps)
+        and 0 <= status.updated <= _LAST_TIME
+    )
+    return status if is_usable else None
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
@@ -247,12 +256,16 @@ def named_runs(paths: Sequence[Path]) -> dict[str, RunFolder]:
 
 
 def describe_runs(root: Path) -> list[str]:
-    """A line for every run below a folder: name, state, step, loss, age of the last status."""
-    statuses = ((run.path.relative_to(root).as_posix(), run.read_status()) for run in run_folders(root))
-    return [_line(name, status) for name, status in statuses if status is not None]
+    """Return a line for every run below a folder: name, state, step, loss, age of the last status.
+
+    A run whose `status.json` cannot be read has a line that says so.
+    """
+    return [_line(run.path.relative_to(root).as_posix(), run.read_status()) for run in run_folders(root)]
 
 
-def _line(name: str, status: Status) -> str:
+def _line(name: str, status: Status | None) -> str:
+    if status is None:
+        return f"{name:40s} {'unreadable':13s} its status.json is damaged; the same `icl train` command writes it anew"
     loss = "-" if status.loss is None else f"{status.loss:.4f}"
     progress = f"{status.step:,}/{status.max_steps:,}"
     age = _age(time.time() - status.updated)

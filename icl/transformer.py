@@ -9,9 +9,12 @@ population of parameter sets without a slow fallback. Differences from Hoogland 
 which no prediction sees (the positional table keeps its 2K rows), and `double_residual` is off unless asked for.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,13 +24,45 @@ from torch.nn import functional as F
 from icl.config import ModelConfig
 from icl.tasks.prompts import to_tokens
 
-_Linear = partial(nn.utils.skip_init, nn.Linear)  # weights are set by `initialise`, never by the global generator
+
+def _linear(in_features: int, out_features: int, *, bias: bool) -> nn.Linear:
+    """Return a linear map whose weights wait for `initialise`; they are never drawn from the global generator."""
+    linear = nn.Linear(in_features, out_features, bias=bias, device="meta")
+    for name, parameter in list(linear.named_parameters()):  # `to_empty` would import sympy, a second of every command
+        setattr(linear, name, nn.Parameter(torch.empty(parameter.shape)))
+    return linear
+
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
+
+
+_FIRST_BLOCK = "blocks.0."
+
+
+class ParameterShapes(NamedTuple):
+    """The shapes of a model's parameters by name."""
+
+    around: dict[str, tuple[int, ...]]
+    """Those outside the blocks."""
+    block: dict[str, tuple[int, ...]]
+    """Those of every block, by their names within it."""
+    num_layers: int
+
+    @property
+    def num_tensors(self) -> int:
+        """How many parameter tensors there are."""
+        return len(self.around) + self.num_layers * len(self.block)
+
+    def by_name(self) -> dict[str, tuple[int, ...]]:
+        """Return all of them; check `num_tensors` first, as there may be millions."""
+        blocks = {
+            f"blocks.{layer}.{name}": shape for layer in range(self.num_layers) for name, shape in self.block.items()
+        }
+        return self.around | blocks
 
 
 class Transformer(nn.Module):
@@ -37,12 +72,12 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.task_size, self.max_examples = config, task_size, max_examples
         token_size = task_size + 1
-        self.token_embedding = _Linear(token_size, config.embed_size, bias=config.embedding_bias)
+        self.token_embedding = _linear(token_size, config.embed_size, bias=config.embedding_bias)
         self.position_embedding = nn.Parameter(torch.empty(2 * max_examples, config.embed_size))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = _norm(config)
         output_size = 1 if config.output == "scalar" else token_size
-        self.unembedding = _Linear(config.embed_size, output_size, bias=config.unembedding_bias)
+        self.unembedding = _linear(config.embed_size, output_size, bias=config.unembedding_bias)
 
     def forward(self, xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
         """The prediction of every y_k from x1, y1, ..., x_k; prompts of any length up to `max_examples`.
@@ -96,10 +131,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.head_size = config.num_heads, config.embed_size // config.num_heads
-        self.qkv = _Linear(config.embed_size, 3 * config.embed_size, bias=config.attention_bias)
+        self.qkv = _linear(config.embed_size, 3 * config.embed_size, bias=config.attention_bias)
         self.output: nn.Module = nn.Identity()
         if config.attention_output:
-            self.output = _Linear(config.embed_size, config.embed_size, bias=config.attention_bias)
+            self.output = _linear(config.embed_size, config.embed_size, bias=config.attention_bias)
 
     def forward(self, x: Float[Tensor, "B T C"], future: Bool[Tensor, "T T"]) -> Float[Tensor, "B T C"]:
         """What each token gathers from those before it and itself."""
@@ -116,12 +151,32 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.hidden = _Linear(config.embed_size, config.mlp_size, bias=config.mlp_bias)
-        self.output = _Linear(config.mlp_size, config.embed_size, bias=config.mlp_bias)
+        self.hidden = _linear(config.embed_size, config.mlp_size, bias=config.mlp_bias)
+        self.output = _linear(config.mlp_size, config.embed_size, bias=config.mlp_bias)
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
         """The MLP's addition to the residual stream."""
         return self.output(self.activation(self.hidden(x)))
+
+
+@functools.lru_cache(maxsize=16)
+def parameter_shapes(config: ModelConfig, *, task_size: int, max_examples: int) -> ParameterShapes:
+    """Return the shapes of a model's parameters without making the model, however large it would be.
+
+    Raises:
+        ValueError: If PyTorch has no tensors of such a size.
+    """
+    try:
+        with torch.device("meta"):  # tensors that have a shape and no memory
+            model = Transformer(
+                dataclasses.replace(config, num_layers=1), task_size=task_size, max_examples=max_examples
+            )
+    except (RuntimeError, TypeError, OverflowError):
+        raise ValueError("the configuration describes a model that is too large") from None
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    block = {name.removeprefix(_FIRST_BLOCK): shape for name, shape in shapes.items() if name.startswith(_FIRST_BLOCK)}
+    around = {name: shape for name, shape in shapes.items() if not name.startswith(_FIRST_BLOCK)}
+    return ParameterShapes(around, block, config.num_layers)
 
 
 def initialise(model: Transformer, config: ModelConfig, generator: torch.Generator) -> None:

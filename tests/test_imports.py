@@ -19,12 +19,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1] / "icl"
 
 LAYERS = (
-    ("checks", "environment", "config", "literals", "presets", "resolve"),
+    ("checks", "reading", "array_files", "environment", "config", "literals", "presets", "resolve"),
     ("arrays", "rng", "schedules"),
     ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
     ("baselines", "metrics"),
     ("compiling", "cores", "transformer", "tiny_attention", "stacked", "population", "step"),
-    ("file_system", "storage", "s3", "runs", "checkpoints", "mirror", "delivery"),
+    ("file_system", "storage", "s3", "runs", "checkpoint_header", "checkpoints", "mirror", "delivery"),
     ("evaluation", "prediction"),
     ("build",),
     ("training", "sampling", "analysis"),
@@ -133,7 +133,7 @@ def test_the_table_means_what_it_says(name, target, allowed):
 
 
 def test_imports_are_found_wherever_they_stand():
-    assert {"jsonargparse", "yaml", "icl.config.RunConfig", "icl.presets.preset"} <= imports("resolve")
+    assert {"jsonargparse", "os", "icl.config.RunConfig", "icl.presets.preset"} <= imports("resolve")
     assert {"config", "presets"} <= own_imports("resolve")
 
 

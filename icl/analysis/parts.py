@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from icl.array_files import read_arrays
+from icl.reading import ContentError, is_table, parse_json
 from icl.storage import write_atomically
 
 
@@ -52,13 +54,14 @@ def read_part(folder: Path | None, step: int, key: Mapping[str, Any]) -> Part | 
     if folder is None:
         return None
     try:
-        with np.load(_file(folder, step), allow_pickle=False) as saved:
-            about = json.loads(str(saved["about"]))
-            vectors = {name.removeprefix("vector/"): saved[name] for name in saved.files if name != "about"}
-        is_same = about["key"] == json.loads(json.dumps(key))
-        return Part(step, about["key"]["checkpoint_hash"], about["rows"], vectors) if is_same else None
-    except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile):
+        arrays = read_arrays(_file(folder, step))
+        about = parse_json(str(arrays.pop("about")))
+        if about["key"] != json.loads(json.dumps(key)) or not is_table(about["rows"]):
+            return None
+    except (ContentError, LookupError, TypeError):
         return None
+    vectors = {name.removeprefix("vector/"): vector for name, vector in arrays.items()}
+    return Part(step, about["key"]["checkpoint_hash"], about["rows"], vectors)
 
 
 def write_part(folder: Path | None, part: Part, key: Mapping[str, Any]) -> None:

@@ -30,8 +30,8 @@ from icl import baselines, population
 from icl.analysis.parts import StoredVector, stored_vector
 from icl.analysis.run import Measurement, Members, over_checkpoints, run_folder
 from icl.analysis.weight_gradients import mean_gradient
+from icl.checkpoint_header import MOMENTS
 from icl.checkpoints import (
-    MOMENTS,
     CheckpointError,
     checkpoint_name,
     list_steps,

@@ -44,7 +44,7 @@ def _experiment_lines(folder: Path) -> list[str]:
         counts[entry["state"]] = counts.get(entry["state"], 0) + 1
     told = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in counts.items())
     failures = [
-        f"  M = {entry['num_tasks']} failed: {entry['reason']}" for entry in entries if entry["state"] == "failed"
+        f"  M = {entry['num_tasks']} failed: {entry.get('reason')}" for entry in entries if entry["state"] == "failed"
     ]
     state, place = metadata.get("state"), f"process {metadata.get('pid')} on {metadata.get('host')}, "
     if state != "running":

@@ -16,8 +16,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from icl.checks import has_type, is_count
 from icl.diversity.runs import METADATA, ExperimentRun
 from icl.environment import versions
+from icl.reading import ContentError, parse_json, read_bytes
 from icl.runs import DONE, RunFolder
 from icl.storage import StorageError, write_atomically
 
@@ -30,8 +32,7 @@ class Metadata:
 
     def __init__(self, base: Path, runs: Sequence[ExperimentRun], *, about: dict[str, Any]) -> None:
         old = read_metadata(base)
-        old_runs = old.get("runs", []) if isinstance(old.get("runs"), list) else []
-        before = {one.get("num_tasks"): one for one in old_runs if isinstance(one, dict)}
+        before = {one["num_tasks"]: one for one in old.get("runs", [])}
         self.path = base / METADATA
         self._folders = {run.label: run.folder for run in runs}
         self._lock = threading.RLock()
@@ -120,18 +121,29 @@ class Metadata:
 
 
 def read_metadata(base: Path) -> dict[str, Any]:
-    """The metadata of an experiment's folder; empty if there are none that can be read."""
+    """Return the metadata of an experiment's folder; empty if there are none, or none that we wrote."""
     try:
-        tree = json.loads((base / METADATA).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        tree = parse_json(read_bytes(base / METADATA))
+    except (OSError, ContentError):
         return {}
-    return tree if isinstance(tree, dict) else {}
+    return tree if isinstance(tree, dict) and _is_usable(tree) else {}
+
+
+def _is_usable(tree: dict[str, Any]) -> bool:
+    """Return whether the values that are read again are of the kinds that we write."""
+    entries = tree.get("runs", [])
+    texts = [tree.get(key) for key in ("state", "started", "updated", "host")]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        return False
+    texts += [entry.get(key) for entry in entries for key in ("reason", "started", "ended")]
+    named = [entry.get(key) for entry in entries for key in ("num_tasks", "state")]
+    return all(has_type(text, str | None) for text in texts) and all(isinstance(name, str) for name in named)
 
 
 def is_alive(metadata: dict[str, Any]) -> bool:
     """Whether the process that wrote the metadata lives, as far as this machine can tell."""
     pid = metadata.get("pid")
-    if metadata.get("host") != platform.node() or not isinstance(pid, int):
+    if metadata.get("host") != platform.node() or not is_count(pid) or not 0 < pid < 2**31:
         return True
     try:
         os.kill(pid, 0)

@@ -12,19 +12,22 @@ import dataclasses
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 
+from icl.array_files import read_arrays
+from icl.checks import has_type, is_count
 from icl.config import SamplerConfig
 from icl.file_system import lock_file
+from icl.reading import ContentError, is_table, parse_json
 from icl.runs import RunFolder
 from icl.sampling import diagnostics
+from icl.sampling.diagnostics import Verdict
 from icl.sampling.result import LLCResult
 from icl.storage import write_atomically
 
@@ -44,6 +47,9 @@ COLUMNS = (
     *("num_chains", "num_chains_used", "num_draws", "num_burnin_steps", "rhat", "ess", "verdict", "reasons"),
 )
 """How every row of `llc.csv` begins."""
+_TEXTS = ("checkpoint_hash", "loss_name", "kernel", "minibatches", "mode", "settings", "verdict", "reasons")
+"""The columns of a row that are text; all others are numbers."""
+_POSITION_NUMBERS = ("step", "position", "llc", "stderr")
 MAX_TRACE = 1000
 """Points kept of each chain's trace."""
 _VERSION = 3
@@ -162,15 +168,37 @@ def read_all(run: RunFolder) -> list[Record]:
 
 
 def _read(file: Path, settings: dict[str, Any] | None) -> Record | None:
+    """Return the estimate that a file holds, or None if it is damaged or was made under other settings or rules."""
     try:
-        with np.load(file, allow_pickle=False) as saved:
-            about, traces = json.loads(str(saved["about"])), saved["traces"]
+        arrays = read_arrays(file)
+        about, traces = parse_json(str(arrays["about"])), arrays["traces"]
         wanted = (json.loads(json.dumps(settings)), diagnostics.VERSION)
         if settings is not None and (about["settings"], about.get("rules")) != wanted:
             return None
-        return Record(about["row"], about["positions"], traces, about["stride"])
-    except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile):
+        record = Record(about["row"], about["positions"], traces, about["stride"])
+    except (ContentError, LookupError, TypeError, AttributeError):
         return None
+    return record if _is_whole(record, file) else None
+
+
+def _is_whole(record: Record, file: Path) -> bool:
+    """Return whether a record has the columns, the kinds of values and the shapes that `make_record` gives it."""
+    row, traces = record.row, record.traces
+    if not is_table([row]) or not is_table(record.positions) or not set(COLUMNS) | {"settings"} <= set(row):
+        return False
+    tables = ((row, set(row).difference(_TEXTS)), *((one, _POSITION_NUMBERS) for one in record.positions))
+    return (
+        all(has_type(table.get(name), float | None) for table, names in tables for name in names)
+        and all(isinstance(row.get(name), str) for name in _TEXTS)
+        and row["verdict"] in get_args(Verdict)
+        and is_count(row["step"])
+        and (row["settings"], f"step-{row['step']:09d}.npz") == (file.parent.name, file.name)
+        and is_count(record.stride)
+        and record.stride > 0
+        and traces.ndim == 2
+        and traces.size > 0
+        and traces.dtype.kind == "f"
+    )
 
 
 def _file(run: RunFolder, settings: str, step: int) -> Path:

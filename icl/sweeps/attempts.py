@@ -14,11 +14,13 @@ import os
 import platform
 import secrets
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from icl.checks import has_type
 from icl.file_system import LockedError, lock_file
+from icl.reading import ContentError, parse_json, read_bytes
 from icl.storage import write_atomically
 
 Outcome = Literal["running", "done", "failed", "preempted"]
@@ -115,7 +117,7 @@ def claim(folder: Path, job: str, *, number: int) -> Claim | None:
 
 def last_attempt(folder: Path, job: str | None = None) -> Attempt | None:
     """The latest attempt at the point of a run's folder, of one job or of any."""
-    files = sorted((folder / "attempts").glob("[0-9]*.json"), reverse=True)
+    files = sorted((file for file in (folder / "attempts").glob("*.json") if file.stem.isdecimal()), reverse=True)
     attempts = (_read(file) for file in files)
     return next((attempt for attempt in attempts if job is None or attempt.job == job), None)
 
@@ -145,11 +147,14 @@ def _file(folder: Path, number: int) -> Path:
 
 
 def _read(path: Path) -> Attempt:
-    """An attempt from its file; one that is just being written is running, and says no more."""
+    """Return the attempt that a file tells of; one that is just being written, or is damaged, is running and says no more."""
+    number = int(path.stem)
     try:
-        return Attempt(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        return Attempt(number=int(path.stem), job="")
+        attempt = Attempt(**parse_json(read_bytes(path)))
+    except (ContentError, TypeError, OSError):
+        return Attempt(number=number, job="")
+    is_usable = all(has_type(getattr(attempt, field.name), field.type) for field in fields(Attempt))
+    return attempt if is_usable and attempt.number == number else Attempt(number=number, job="")
 
 
 def _encode(attempt: Attempt) -> bytes:

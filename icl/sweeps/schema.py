@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from icl.checks import ConfigError
+from icl.reading import ContentError, parse_yaml
 from icl.sweeps.command import DEFAULT_COMMAND, refuse_unknown_macros
 from icl.sweeps.distributions import DISTRIBUTIONS, Parameter, grid_values
 
@@ -62,11 +61,11 @@ def read_sweep_file(path: str | Path) -> SweepFile:
 
 def _read_yaml(path: Path) -> Mapping[Any, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_bytes())
     except OSError as error:
         raise SweepFileError(f"The sweep file {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SweepFileError(f"The sweep file {path} is not valid YAML ({' '.join(str(error).split())}).") from None
+    except ContentError as error:
+        raise SweepFileError(f"The sweep file {path} cannot be used: {error}.") from None
     if not isinstance(tree, dict):
         raise SweepFileError(f"{path} is not a sweep file; it needs `method:` and `parameters:`.")
     return tree

@@ -16,7 +16,8 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from icl import population
-from icl.checkpoints import MOMENTS, checkpoint_name, save_checkpoint
+from icl.checkpoint_header import MOMENTS
+from icl.checkpoints import checkpoint_name, save_checkpoint
 from icl.config import EarlyStoppingConfig, RunConfig
 from icl.file_system import sync_file, sync_folder
 from icl.runs import RunError, require_same_config

@@ -13,11 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from icl.checks import UserError
 from icl.config import RunConfig, flatten
 from icl.presets import run_name
+from icl.reading import ContentError, parse_yaml
 from icl.training.wandb_log import init_settings, sent_step, use_steps
 
 STARTED_BY = os.getppid()
@@ -97,8 +96,8 @@ def _announced_names() -> set[str] | None:
     """The swept keys by the agent's own file, or None if there is none that can be read."""
     path = os.environ.get(_POINT_VARIABLE)
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None
-    except (OSError, yaml.YAMLError):
+        content = parse_yaml(Path(path).read_bytes()) if path else None
+    except (OSError, ContentError):
         return None
     if not isinstance(content, dict):
         return None

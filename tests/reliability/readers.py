@@ -1,0 +1,283 @@
+"""The files that `icl` reads back, a tiny run that has them all, and the commands and functions that read each."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from icl import run_evaluation
+from icl.analysis.run import analyse
+from icl.api import load_model
+from icl.checkpoints import load_checkpoint_file, stored_tensors
+from icl.cli import main
+from icl.config import RunConfig, SamplerConfig
+from icl.delivery import is_delivered, note_delivered
+from icl.diversity.metadata import Metadata
+from icl.diversity.runs import experiment_runs, find_runs
+from icl.diversity.tables import evaluate_experiment, save_tables
+from icl.mirror import copied_names, open_mirror, push, take_up
+from icl.plotting.training import plot_training
+from icl.resolve import read_config_file, read_points, resolve
+from icl.runs import RunFolder
+from icl.sampling.run import estimate_run
+from icl.storage import LocalStore
+from icl.sweeps.attempts import claim
+from icl.sweeps.points import sweep_points
+from icl.sweeps.schema import read_sweep_file
+from icl.training.callbacks import metric_columns
+from icl.training.members import Member
+from icl.training.metrics_file import MetricsFile
+from icl.training.run import train
+from icl.training.saving import read_resume_file
+from icl.training.wandb_agent import replay
+from icl.training.wandb_log import _run_id
+from tests.tiny_runs import TINY, change
+
+Use = Callable[[Path, Path], Any]
+"""What reads the damaged file: given the folder of everything and the file; an exit status, or nothing."""
+
+_SAMPLER = SamplerConfig(
+    lr=1e-5,
+    nbeta=100.0,
+    localization=100.0,
+    num_samples=64,
+    batch_size=16,
+    num_chains=2,
+    num_draws=2,
+    num_burnin_steps=1,
+    num_init_batches=2,
+)
+CONFIG = change(
+    dataclasses.replace(TINY, sampler=_SAMPLER),
+    trainer={"max_steps": 8, "log_every": 2},
+    evaluation={"every": 4, "num_prompts": 8},
+    checkpoints={"every": 1, "num_log": 0, "moments": True},
+)
+SWEEP = """\
+method: grid
+parameters:
+  task.num_tasks: {values: [2, 16]}
+  optim.lr: {value: 0.01}
+  seeds.model: {values: [0, 1]}
+command: ["${env}", icl, train, "${args}"]
+"""
+PROMPT = {"x_context": [[0.1, 0.2], [0.3, -0.4]], "y_context": [0.3, -0.1], "x_query": [[1.0, 2.0]]}
+
+
+class Reader(NamedTuple):
+    """A file, and what reads it."""
+
+    name: str
+    file: str
+    """Below the folder of everything; one of those that fit is damaged."""
+    kind: str
+    """How it can be damaged: a key of `MUTATIONS`."""
+    uses: tuple[Use, ...]
+
+
+def make_files(base: Path) -> None:
+    """Train, evaluate, sample and analyse a tiny run, and make a store, a sweep and an experiment of it."""
+    run = base / "runs" / "tiny"
+    train(CONFIG, folder=run)
+    numbers, baselines = run_evaluation.evaluate_run(run)
+    run_evaluation.save_evaluation(run, numbers, baselines)
+    estimate_run(run)
+    for name in ("embeddings", "stages"):
+        RunFolder(run).write_result(f"{name}.csv", analyse(name, run).table.to_csv(index=False))
+    (run / "wandb-id").write_text("0123456789ab")
+    mirror = open_mirror(RunFolder(run), str(base / "store"), "tiny")
+    push(mirror)
+    note_delivered(RunFolder(run), _stored(base, CONFIG), copied_names(LocalStore(run)))
+    (base / "sweep.yaml").write_text(SWEEP)
+    point = sweep_points(read_sweep_file(base / "sweep.yaml"))[0]
+    attempt = claim(base / "runs" / point.name, point.job, number=1)
+    assert attempt is not None
+    attempt.finish("failed", exit_status=1, reason="out of luck")
+    (base / "point.json").write_text(json.dumps(point.settings))
+    (base / "settings.yaml").write_text((run / "config.yaml").read_text())
+    (base / "prompt.json").write_text(json.dumps(PROMPT))
+    (base / "prompt.csv").write_text("x1,x2,y\n0.1,0.2,0.3\n0.3,-0.4,-0.1\n1.0,2.0,\n")
+    _make_experiment(base / "checkpoints", run)
+
+
+def _make_experiment(base: Path, run: Path) -> None:
+    for label in ("2", "4", "8", "inf"):
+        shutil.copytree(run, base / f"checkpoints_M{label}", ignore=shutil.ignore_patterns("results", "figures"))
+    Metadata(base, experiment_runs(CONFIG, max_power=2, base=base), about={}).write()
+    save_tables(evaluate_experiment(find_runs(base)).table, base / "diversity.json")
+
+
+def _stored(base: Path, config: RunConfig = CONFIG) -> RunConfig:
+    return change(config, checkpoints={"store": str(base / "store")})
+
+
+def _run(base: Path) -> Path:
+    return base / "runs" / "tiny"
+
+
+def _command(*words: str) -> Use:
+    """The command with these words, in which RUN, STORE, FILE and others stand for paths."""
+
+    def use(base: Path, file: Path) -> int:
+        places = {"RUN": _run(base), "STORE": base / "store", "FILE": file} | {
+            "SWEEP": base / "sweep.yaml",
+            "PROMPT": base / "prompt.json",
+            "EXPERIMENT": base / "checkpoints",
+            "OUT": base / "fit.csv",
+            "SAMPLER": base / "sampler.yaml",
+        }
+        return main([str(places.get(word, word)) for word in words])
+
+    return use
+
+
+def _member(base: Path) -> Member:
+    return Member(CONFIG, RunFolder(_run(base)), is_packed=False)
+
+
+class _WandbRun:
+    """As much of a W&B run as `replay` needs."""
+
+    summary: ClassVar[dict[str, Any]] = {}
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Nothing is sent."""
+
+
+REPORT = _command("report", "RUN")
+LLC = _command("llc", "RUN")
+VERIFY = _command("checkpoints", "RUN", "verify", "--store", "STORE")
+LIST = _command("checkpoints", "RUN", "ls", "--store", "STORE")
+PULL = _command("checkpoints", "RUN", "pull", "--store", "STORE", "--force")
+PUSH = _command("checkpoints", "RUN", "push", "--store", "STORE")
+EVALUATE = _command("evaluate", "RUN")
+PREDICT = _command("predict", "RUN", "--prompt", "FILE")
+STATUS = _command("sweep", "SWEEP", "--status")
+_LOAD: Use = lambda base, file: load_model(file)  # noqa: E731
+_ESTIMATE: Use = lambda base, file: estimate_run(_run(base))  # noqa: E731
+
+READERS = (
+    Reader("config.yaml", "runs/tiny/config.yaml", "yaml", (REPORT, LIST, LLC)),
+    Reader("config.yaml in a store", "store/tiny/config.yaml", "yaml", (PULL, LIST)),
+    Reader(
+        "status.json",
+        "runs/tiny/status.json",
+        "json",
+        (
+            _command("runs"),
+            _command("runs"),
+            REPORT,
+            PUSH,
+            lambda b, f: is_delivered(RunFolder(_run(b)), _stored(b)),
+        ),
+    ),
+    Reader(
+        "status.json in a store",
+        "store/tiny/status.json",
+        "json",
+        (PULL, PUSH, lambda b, f: take_up(open_mirror(RunFolder(_run(b)), str(b / "store"), "tiny"), CONFIG)),
+    ),
+    Reader(
+        "metrics.csv",
+        "runs/tiny/metrics.csv",
+        "csv",
+        (
+            REPORT,
+            lambda b, f: plot_training(RunFolder(_run(b)), losses_by_distribution),
+            lambda b, f: MetricsFile(f, metric_columns(CONFIG)).begin([2, 4]),
+            lambda b, f: replay(_WandbRun(), f, 8),
+        ),
+    ),
+    Reader("run-id", "*/tiny/run-id", "bytes", (PULL, PUSH)),
+    Reader("wandb-id", "runs/tiny/wandb-id", "text", (lambda b, f: _run_id(RunFolder(_run(b))),)),
+    Reader("run.log", "runs/tiny/run.log", "text", (REPORT,)),
+    Reader(
+        ".delivered",
+        "runs/tiny/.delivered",
+        "json",
+        (lambda b, f: is_delivered(RunFolder(_run(b)), _stored(b)),),
+    ),
+    Reader("last.ckpt", "runs/tiny/last.ckpt", "bytes", (lambda b, f: read_resume_file(_member(b)),)),
+    Reader(
+        "checkpoints",
+        "runs/tiny/checkpoints/step-*",
+        "safetensors",
+        (
+            _LOAD,
+            _LOAD,
+            _command("predict", "FILE", "--prompt", "PROMPT"),
+            _command("evaluate", "FILE"),
+            _command("llc", "FILE"),
+            VERIFY,
+            REPORT,
+        ),
+    ),
+    Reader(
+        "checkpoints in a run",
+        "runs/tiny/checkpoints/step-*",
+        "safetensors",
+        (EVALUATE, LLC, _command("analyse", "RUN", "--what", "embeddings")),
+    ),
+    Reader("checkpoints in a store", "store/tiny/checkpoints/step-*", "safetensors", (PULL, VERIFY)),
+    Reader(
+        "checkpoints/moments",
+        "runs/tiny/checkpoints/moments/step-*",
+        "safetensors",
+        (VERIFY, lambda b, f: stored_tensors(f, "exp_avg/"), lambda b, f: load_checkpoint_file(f)),
+    ),
+    Reader(
+        "results/*.csv",
+        "runs/tiny/results/*.csv",
+        "csv",
+        (REPORT, _command("analyse", "RUN", "--what", "stages"), LLC, EVALUATE),
+    ),
+    Reader("results/llc/", "runs/tiny/results/llc/*/step-*", "npz", (_ESTIMATE, _ESTIMATE, LLC)),
+    Reader("parts of the evaluation", "runs/tiny/results/evaluation/step-*", "npz", (EVALUATE,)),
+    Reader(
+        "parts of an analysis",
+        "runs/tiny/results/embeddings/step-*",
+        "npz",
+        (_command("analyse", "RUN", "--what", "embeddings"),),
+    ),
+    Reader(
+        "experiment_metadata.json",
+        "checkpoints/experiment_metadata.json",
+        "json",
+        (
+            _command("runs", "EXPERIMENT"),
+            lambda b, f: Metadata(
+                b / "checkpoints", experiment_runs(CONFIG, max_power=2, base=b / "checkpoints"), about={}
+            ),
+        ),
+    ),
+    Reader(
+        "table of an experiment, JSON",
+        "checkpoints/diversity.json",
+        "json",
+        (_command("analyse", "FILE", "--what", "diversity", "--out", "OUT"),),
+    ),
+    Reader(
+        "table of an experiment, CSV",
+        "checkpoints/diversity.csv",
+        "csv",
+        (_command("analyse", "FILE", "--what", "diversity", "--out", "OUT"),),
+    ),
+    Reader("attempts of a sweep", "runs/*/attempts/*.json", "json", (STATUS,)),
+    Reader(
+        "point of a sweep",
+        "point.json",
+        "json",
+        (lambda b, f: [resolve(one) for one in read_points({"ICL_SWEEP_POINT": str(f)})],),
+    ),
+    Reader("sweep file", "sweep.yaml", "yaml", (_command("sweep", "FILE", "--dry-run"),)),
+    Reader(
+        "settings file",
+        "settings.yaml",
+        "yaml",
+        (lambda b, f: resolve(read_config_file(f)), _command("llc", "RUN", "--config", "FILE")),
+    ),
+    Reader("prompt, JSON", "prompt.json", "json", (PREDICT,)),
+    Reader("prompt, CSV", "prompt.csv", "csv", (PREDICT,)),
+)
