@@ -3,12 +3,13 @@
 import contextlib
 import http.client
 import logging
+import ssl
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import boto3
@@ -79,17 +80,41 @@ class S3Server:
         self.client.put_object(Bucket=self.bucket, Key=key, Body=data, Metadata=found["Metadata"])
 
 
-class Proxy:
-    """Hands requests on to a server, or answers what `answer(method, path)` says: a status, or bytes; None hands on."""
+class Request(NamedTuple):
+    """What a client asks of a server; header names in small letters."""
 
-    def __init__(self, endpoint: str) -> None:
+    method: str
+    path: str
+    headers: dict[str, str]
+    data: bytes
+
+
+class Proxy:
+    """Hands requests on to a server, or answers what `answer(method, path)` says: a status, or bytes; None hands on.
+
+    Args:
+        endpoint: The server's address.
+        tls: If given, the proxy speaks HTTPS.
+    """
+
+    def __init__(self, endpoint: str, tls: ssl.SSLContext | None = None) -> None:
         self.upstream = urlsplit(endpoint).netloc
         self.answer: Callable[[str, str], int | bytes | None] = lambda method, path: None
+        self.refuse: Callable[[Request], tuple[int, str] | None] = lambda request: None
+        """Answers with a status and a code of S3, or hands on."""
+        self.region = ""
+        """What refusals say of the bucket's region."""
+        self.alter: Callable[[Request, dict[str, str], bytes], tuple[dict[str, str], bytes]] = (
+            lambda request, headers, body: (headers, body)
+        )
+        """What becomes of the server's headers and body."""
         self.requests: list[str] = []
         self.is_gone = False
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self.endpoint = f"http{'s' if tls else ''}://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 
@@ -114,14 +139,26 @@ class Proxy:
                     body = answer if isinstance(answer, bytes) else b""
                     self._reply(200 if body else answer, {"Content-Length": str(len(body))}, body)
                     return
+                request = Request(
+                    self.command, self.path, {name.lower(): value for name, value in self.headers.items()}, data
+                )
+                refusal = proxy.refuse(request)
+                if refusal is not None:
+                    body = f"<Error><Code>{refusal[1]}</Code><Message>{SECRET}</Message></Error>".encode()
+                    body = b"" if self.command == "HEAD" else body
+                    about = {"x-amz-bucket-region": proxy.region} if proxy.region else {}
+                    about |= {"Content-Length": str(len(body)), "Content-Type": "application/xml"}
+                    self._reply(refusal[0], about, body)
+                    return
                 upstream = http.client.HTTPConnection(proxy.upstream)
-                upstream.request(self.command, self.path, data, dict(self.headers))
+                upstream.request(self.command, request.path, data, request.headers)
                 found = upstream.getresponse()
                 body = found.read()
                 dropped = ("transfer-encoding", "connection", "content-length", "date", "server")
                 headers = {name: value for name, value in found.getheaders() if name.lower() not in dropped}
                 length = found.getheader("Content-Length") if self.command == "HEAD" else str(len(body))
-                self._reply(found.status, {**headers, "Content-Length": length or "0"}, body)
+                headers, body = proxy.alter(request, {**headers, "Content-Length": length or "0"}, body)
+                self._reply(found.status, headers, body)
                 upstream.close()
 
             def _reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
