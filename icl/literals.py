@@ -5,22 +5,21 @@ That text is not JSON, and for an infinite value (`{'num_tasks': inf}`) not a Py
 """
 
 import ast
-import json
 from collections.abc import Callable
 from typing import Any
 
-import yaml
+from icl.reading import parse_json, parse_yaml
 
 
 def read_table(text: str) -> dict[Any, Any] | None:
     """Return the table that a word spells, or None if it spells none."""
     if not text.strip().startswith("{"):
         return None
-    readers: tuple[Callable[[str], Any], ...] = (json.loads, _python_literal, yaml.safe_load)
+    readers: tuple[Callable[[str], Any], ...] = (parse_json, _python_literal, parse_yaml)
     for read in readers:
         try:
             table = read(text.strip())
-        except (ValueError, TypeError, SyntaxError, yaml.YAMLError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
         if isinstance(table, dict):
             return table

@@ -18,6 +18,7 @@ import yaml
 
 from icl.checks import ConfigError, UserError, has_type, is_count
 from icl.config import RunConfig, flatten, is_free_on_resume
+from icl.environment import environments_of, versions
 from icl.file_system import LockedError, lock_file
 from icl.reading import ContentError, parse_json, parse_yaml, read_bytes
 from icl.storage import LocalStore, StorageError, write_atomically
@@ -28,6 +29,8 @@ RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "RANK")
 """Of Lightning and of torchrun: which of a run's processes this is."""
 _LAST_TIME = 253_402_300_799
 """The end of the year 9999, after which Python has no dates."""
+FAILS_AGAIN = "the same settings would fail again"
+"""What the reason of a failure says if it depends on the settings alone."""
 
 
 class RunError(UserError, RuntimeError):
@@ -51,6 +54,17 @@ class Status:
     steps_per_second: float | None = None
     updated: float = 0.0
     """Unix time of this status."""
+
+
+def fails_again(run: "RunFolder", status: Status) -> bool:
+    """Return whether a run failed in a way that the same settings and these versions would only repeat."""
+    if status.state != "failed" or FAILS_AGAIN not in (status.reason or ""):
+        return False
+    try:
+        starts = environments_of(run.log_file.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return False
+    return bool(starts) and versions().items() <= starts[-1][1].items()
 
 
 def local_root() -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from icl.checks import ConfigError
+from icl.checks import ConfigError, UserError
 from icl.commands.llc_ahead import require_rescalable, require_step, work_ahead
 from icl.commands.llc_rows import log_rows, shown, verdicts, write_rows
 from icl.config import RunConfig, SamplerConfig, flatten
@@ -102,8 +102,12 @@ def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str,
     from icl.training.wandb_agent import describe_run, join_sweep, swept_settings
     from icl.training.wandb_log import end_run, exit_code_of
 
-    base = _job(path, flags, options, {}, given).config  # whether its run exists is the point's affair
-    wandb_run = join_sweep(base)
+    try:
+        base = _job(path, flags, options, {}, given).config  # whether its run exists is the point's affair
+    except UserError as error:  # such as a point's values that came by `${args}`
+        end_run(join_sweep({}), exit_code_of(error))
+        raise
+    wandb_run = join_sweep(base.to_dict())
     try:
         swept = swept_settings(wandb_run, base)
         job = _job(path, flags, options, swept, given)

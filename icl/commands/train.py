@@ -72,8 +72,12 @@ def _train_point(filed: Sequence[dict[str, Any]], given: dict[str, Any]) -> int:
     from icl.training.wandb_agent import describe_run, join_sweep, swept_settings
     from icl.training.wandb_log import end_run, exit_code_of
 
-    base = resolve(*filed, given)
-    wandb_run = join_sweep(base)
+    try:
+        base = resolve(*filed, given)
+    except ConfigError as error:  # such as a point's values that came by `${args}`
+        end_run(join_sweep({}), exit_code_of(error))
+        raise
+    wandb_run = join_sweep(base.to_dict())
     try:
         swept = swept_settings(wandb_run, base)
         config = resolve(*filed, swept, given)

@@ -10,10 +10,12 @@ was only slow sees from the higher number that its point was taken over. Whether
 
 import contextlib
 import json
+import math
 import os
 import platform
 import secrets
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -29,6 +31,8 @@ BEAT_SECONDS = 5.0
 """Between two refreshings of a live attempt's file."""
 STALE_SECONDS = 60.0
 """After which an attempt on another machine counts as dead."""
+_PAUSE_SECONDS = 5.0
+"""Longest time between two attempts of one session: engines need milliseconds, and clocks differ by seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +139,21 @@ def is_alive(folder: Path, attempt: Attempt, *, stale_after: float = STALE_SECON
             except LockedError:
                 return True
         return _server_time(path.parent) - os.fstat(file.fileno()).st_mtime < stale_after
+
+
+def session_start(live: Iterable[Attempt], over: Iterable[Attempt]) -> float:
+    """Return when the work that is going on began: the start of the chain of attempts, without a pause, that reaches to now.
+
+    Args:
+        live: Attempts that somebody works on; without any, no work is going on, and it began at infinity.
+        over: Attempts that have ended.
+    """
+    start = min((attempt.started for attempt in live if attempt.started), default=math.inf)
+    for attempt in sorted(over, key=lambda attempt: attempt.ended or 0.0, reverse=True):
+        if (attempt.ended or 0.0) < start - _PAUSE_SECONDS:
+            break
+        start = min(start, attempt.started)
+    return start
 
 
 def next_file(path: Path) -> Path:

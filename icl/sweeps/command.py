@@ -1,8 +1,9 @@
 """A sweep's command: W&B's macros filled in for a point, and the environment that its program gets.
 
 Macros, as W&B documents them: `${env}`, `${interpreter}`, `${program}`, `${args}` and its variants, `${args_json}`,
-`${args_json_file}`, `${envvar:NAME}`. Where we differ: `${interpreter}` is the Python that runs `icl sweep`, not whatever
-`python` is on the PATH, and `icl` is the one beside it.
+`${args_json_file}`, `${envvar:NAME}`. As W&B does, we fill in `${envvar:NAME}` anywhere, and the others where they are a word
+of their own. Where we differ: what W&B would pass on unfilled, or drop, is refused; `${interpreter}` is the Python that runs
+`icl sweep`, not whatever `python` is on the PATH, and `icl` is the one beside it.
 """
 
 import difflib
@@ -10,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 """What W&B runs for a file that has a `program` and no `command`."""
 
 JSON_FILE_MACRO = "${args_json_file}"
+_OWN_COMMAND = '`command: ["${env}", icl, train]`'
 _ENV = "/usr/bin/env"
 _MACROS = (
     *("env", "interpreter", "program", "args", "args_no_equals", "args_no_hyphens", "args_no_boolean_flags"),
@@ -31,17 +34,40 @@ _VARIABLE = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
 _SWEEP_VARIABLES = ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID")
 
 
-def refuse_unknown_macros(command: Sequence[str]) -> None:
-    """Refuse a macro that W&B does not have; W&B itself would drop the word.
+def refuse_unused_macros(command: Sequence[str]) -> None:
+    """Refuse a macro that W&B would not fill in: it drops a word that it takes for an unknown macro, and passes on the rest.
 
     Raises:
-        ConfigError: Naming the nearest.
+        ConfigError: Saying what to write instead.
     """
     for word in command:
-        macro = re.fullmatch(r"\$\{(.*)\}", word)
-        if macro and macro[1] not in _MACROS and not macro[1].startswith("envvar:"):
-            nearest = difflib.get_close_matches(macro[1], _MACROS, n=1, cutoff=0.0)
-            raise ConfigError(f"A command has no macro `{word}`. Did you mean `${{{nearest[0]}}}`?")
+        if word in {f"${{{name}}}" for name in _MACROS}:
+            continue
+        rest = _VARIABLE.sub("", word)
+        names = re.findall(r"\$\{([^{}]*)\}", rest)
+        for name in names:
+            if name.startswith("envvar:"):
+                raise ConfigError(
+                    f"`${{{name}}}` in the command must name a variable in capital letters, digits and _."
+                )
+            if name in _MACROS:
+                raise ConfigError(
+                    f"`{word}` in the command holds `${{{name}}}`, which is filled in only where it is a word of its own; "
+                    f"write {_apart(word, name)}."
+                )
+        if rest.startswith("${") and rest.endswith("}"):
+            nearest = difflib.get_close_matches(names[0] if names else rest, _MACROS, n=1, cutoff=0.5)
+            hint = f"Did you mean `${{{nearest[0]}}}`?" if nearest else "A variable is written `${envvar:NAME}`."
+            raise ConfigError(f"A command has no macro `{word}`. {hint}")
+
+
+def _apart(word: str, name: str) -> str:
+    """How to write a word that holds a macro, as words of the command's list."""
+    macro = f"${{{name}}}"
+    before, _, after = word.partition(macro)
+    if before.endswith("=") and before.startswith("-") and not after and name == "args_json_file":
+        return f"`{before[:-1]}` and `{macro}` as two words"
+    return f"`{macro}` as a word alone"
 
 
 def fill_macros(
@@ -85,7 +111,7 @@ def require_packable(command: Sequence[str]) -> None:
     takes_words = any(re.fullmatch(r"\$\{args.*\}", word) for word in command)
     own = own_words(command)
     if own is None or own[0] != "train" or takes_words:
-        raise ConfigError('`--pack` needs `command: ["${env}", icl, train]`, which reads its points from a file.')
+        raise ConfigError(f"`--pack` needs {_OWN_COMMAND}, which reads its points from a file.")
 
 
 def with_own_icl(words: Sequence[str]) -> list[str]:
@@ -96,15 +122,62 @@ def with_own_icl(words: Sequence[str]) -> list[str]:
     return list(words)
 
 
+def refuse_missing_program(command: Sequence[str], program: str | None, settings: Mapping[str, Any]) -> None:
+    """Refuse a command whose program is not here, before a dry run promises to run it.
+
+    Args:
+        command: The sweep's, macros and all.
+        program: The sweep's.
+        settings: Those of any point.
+
+    Raises:
+        ConfigError: Saying what would be started, and what to write instead.
+    """
+    filled = fill_macros(command, settings, program=program, json_file=JSON_FILE_MACRO)
+    typed = filled[1:] if filled[:1] == [_ENV] else filled
+    words = with_own_icl(typed)
+    if words != typed and (len(words) == 3 or words[3].startswith("-")):
+        raise ConfigError(f"`icl` in the command wants a command of its own; write {_OWN_COMMAND}.")
+    if not words or words[0].startswith("-") or "=" in words[0]:  # options and settings of `env`
+        return
+    if shutil.which(words[0], path=_search_path()) is None:
+        raise ConfigError(f"The command cannot be started: there is no program `{words[0]}` here.")
+    script = _script(words[1:]) if words[0] == sys.executable else None
+    is_ours = script is not None and Path(script).name == "icl"
+    if script is not None and (is_ours or not (Path(script).is_file() or (Path(script) / "__main__.py").is_file())):
+        default = " (W&B's command for a file that has none)" if tuple(command) == DEFAULT_COMMAND else ""
+        hint = f" For `icl` write {_OWN_COMMAND}." if is_ours else ""
+        raise ConfigError(
+            f"The command cannot be started: `python {script}`{default} wants a script, and there is none of that name here.{hint}"
+        )
+
+
+def _script(words: Sequence[str]) -> str | None:
+    """The script among the words after `python`; None if it is told to run something else."""
+    left = list(words)
+    while left and left[0].startswith("-"):
+        option = left.pop(0)
+        if option in ("-m", "-c", "-"):
+            return None
+        if option in ("-W", "-X"):
+            del left[:1]
+    return left[0] if left else None
+
+
 def child_environment(point_file: Path, root: Path, *, num_workers: int) -> dict[str, str]:
     """The environment of a point's program: where its point lies, its share of the cores, and no W&B sweep to join."""
     environment = {key: value for key, value in os.environ.items() if key not in _SWEEP_VARIABLES}
     environment[POINT_VARIABLE] = str(point_file.resolve())
     environment["LOCAL_ROOT"] = str(root.resolve())
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    environment["PATH"] = _search_path()
     environment.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // num_workers)))
     environment.setdefault("PYTHONUNBUFFERED", "1")
     return environment
+
+
+def _search_path() -> str:
+    """Where a point's program is looked for: beside this Python first."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def _arguments(settings: Mapping[str, Any]) -> dict[str, list[str]]:

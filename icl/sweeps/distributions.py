@@ -2,7 +2,7 @@
 
 Value i of a parameter is quantile(u) with u uniform on (0, 1), a hash of (seed, name, i): so it is the same after every
 restart and on every machine, and another parameter in the file changes none. Names, meanings and defaults are W&B's
-("Sweep configuration options"): `log_uniform` takes exponents, `log_uniform_values` the values themselves.
+("Sweep configuration options"): `log_uniform` takes exponents of e, `log_uniform_values` the values themselves.
 """
 
 import hashlib
@@ -40,11 +40,28 @@ class Parameter:
         return ".".join(self.path)
 
 
+EXPONENTS = {name: f"{name}_values" for name in ("log_uniform", "q_log_uniform", "inv_log_uniform")}
+"""Distributions whose `min` and `max` are exponents of e, and those that take the values themselves."""
+
+
 def draw(parameter: Parameter, *, seed: int, index: int) -> Any:
     """The value of a parameter at a point of a random sweep; a pure function of its arguments."""
     digest = hashlib.blake2b(f"{seed}:{index}:{parameter.name}".encode(), digest_size=8).digest()
     share = ((int.from_bytes(digest, "little") >> 12) + 0.5) * 2**-52  # strictly inside (0, 1)
     return DISTRIBUTIONS[parameter.distribution].quantile(share, parameter.options)
+
+
+def extremes(parameter: Parameter) -> tuple[Any, Any]:
+    """The smallest and the largest value of a parameter that can be drawn, or nearly.
+
+    Raises:
+        OverflowError: If one of them is too large for a number.
+    """
+    quantile, options = DISTRIBUTIONS[parameter.distribution].quantile, parameter.options
+    ends = quantile(2**-53, options), quantile(1 - 2**-53, options)
+    if any(isinstance(value, float) and not math.isfinite(value) for value in ends) and "values" not in options:
+        raise OverflowError
+    return ends
 
 
 def grid_values(parameter: Parameter) -> list[Any] | None:

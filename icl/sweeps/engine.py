@@ -2,7 +2,9 @@
 
 It keeps no state but the runs' folders. So the same command after any interruption does only what is missing, and any
 number of engines, on any machines that share the folder, work on one sweep without doing a point twice. A point that
-fails fails alone, and is tried again by the next command. A signal is passed on; the programs save and exit.
+fails fails alone, and is tried again by the next command, unless the same settings would fail again. An engine that
+joins others at work belongs to their session, and does not repeat what has failed in it. A signal is passed on; the
+programs save and exit.
 """
 
 import contextlib
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from icl.storage import StorageError
-from icl.sweeps.attempts import BEAT_SECONDS, STALE_SECONDS, Claim, claim
+from icl.sweeps.attempts import BEAT_SECONDS, STALE_SECONDS, Claim, claim, last_attempt, session_start
 from icl.sweeps.points import Point
 from icl.sweeps.program import Program, start_program
 from icl.sweeps.schema import SweepFile
@@ -45,6 +47,7 @@ def run_sweep(
     *,
     num_workers: int = 1,
     pack: int = 1,
+    retry: bool = False,
     stale_after: float = STALE_SECONDS,
     say: Callable[[str], None] = print,
 ) -> SweepResult:
@@ -56,10 +59,11 @@ def run_sweep(
         root: The folder of all runs.
         num_workers: Programs at a time.
         pack: At most so many points per program, trained as one population if their settings let them.
+        retry: Whether to try every failed point again, also one that would fail again or has failed in this session.
         stale_after: Seconds without a sign of life after which another machine's worker counts as dead.
         say: Takes a line for every event.
     """
-    engine = _Engine(sweep, points, root, num_workers, pack, stale_after, say)
+    engine = _Engine(sweep, points, root, num_workers, pack, retry, stale_after, say)
     with engine.listening():
         engine.run()
     return SweepResult({point.number: engine.state(point) for point in points}, engine.received)
@@ -75,11 +79,12 @@ class _Engine:
         root: Path,
         num_workers: int,
         pack: int,
+        retry: bool,
         stale_after: float,
         say: Callable[[str], None],
     ) -> None:
         self.sweep, self.root, self.num_workers, self.pack = sweep, root, num_workers, pack
-        self.stale_after = stale_after
+        self.retry, self.stale_after = retry, stale_after
         self.num_points = len(points)
         self.pending = list(points)
         self.programs: list[Program] = []
@@ -90,11 +95,25 @@ class _Engine:
         self._tell_at = time.monotonic() + _TELL_SECONDS
         self._said_waiting = False
         self._resumes: dict[int, str] = {}
-        self._attempts = {point.number: self.state(point).attempt for point in points}
+        self._attempts = self._past_attempts(points)
 
     def state(self, point: Point) -> PointState:
         """Where a point stands."""
         return point_state(point, self.root, stale_after=self.stale_after)
+
+    def _past_attempts(self, points: Sequence[Point]) -> dict[int, int]:
+        """The number of each point's last attempt before the session of this engine; a failure after it is not repeated.
+
+        If other engines are at work, their session is this one's, so what has failed in it counts as failed.
+        """
+        states = {point.number: self.state(point) for point in points}
+        last = {point.number: last_attempt(self.root / point.name) for point in points}
+        attempts = {number: attempt for number, attempt in last.items() if attempt is not None}
+        live = {number for number, attempt in attempts.items() if states[number].state == attempt.outcome == "running"}
+        over = {number for number, attempt in attempts.items() if attempt.ended is not None}
+        start = session_start([attempts[number] for number in live], [attempts[number] for number in over])
+        recent = {number for number in over if (attempts[number].ended or 0.0) >= start and not self.retry}
+        return {number: state.attempt - (number in live | recent) for number, state in states.items()}
 
     def run(self) -> None:
         """Until nothing is left to do; whatever ends it early, no program is left behind."""
@@ -194,7 +213,9 @@ class _Engine:
     def _is_settled(self, point: Point, state: PointState) -> bool:
         if state.state == "done":
             self._settle(point, f"done     {point.name}: {state.reason}")
-        elif state.state == "failed" and state.attempt > self._attempts[point.number]:
+        elif state.state == "failed" and (
+            state.attempt > self._attempts[point.number] or (state.is_final and not self.retry)
+        ):
             self._settle(point, f"failed   {point.name}: {state.reason}")
         return point not in self.pending
 

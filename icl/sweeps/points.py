@@ -1,5 +1,7 @@
 """The points of a sweep, each resolved before anything runs: its settings, its configuration, its run's name.
 
+A point with settings that no run can have fails alone, as under `wandb agent`, and the others run.
+
 A grid is the product of its values in W&B's order, the last name fastest. Point i of a random sweep is a pure function
 of (seed, i). A point's name is that of its resolved configuration, so it is the same run under every engine.
 """
@@ -39,30 +41,54 @@ class Point:
     """Whether the program is `icl train`, whose own status says if it is done."""
 
 
-def sweep_points(sweep: SweepFile, *, count: int | None = None, seed: int = 0) -> list[Point]:
+@dataclass(frozen=True, kw_only=True)
+class InvalidPoint:
+    """A point with settings that no run can have."""
+
+    number: int
+    """From 1, in the sweep's order."""
+    name: str
+    """Its number and the values that the sweep changes."""
+    reason: str
+    """Why it cannot be run, in a sentence."""
+
+
+def sweep_points(
+    sweep: SweepFile, *, count: int | None = None, seed: int = 0, invalid: list[InvalidPoint] | None = None
+) -> list[Point]:
     """Every point of a sweep, checked; draws that repeat an earlier one of a random sweep are left out.
 
     Args:
         sweep: The file.
         count: At most so many points, the first ones.
         seed: Of a random sweep.
+        invalid: Takes the points that cannot be run; left out, the first of them is an error.
 
     Raises:
-        SweepFileError: If a point cannot be run, two points of a grid are one run, or a random sweep has no end.
+        SweepFileError: If no point can be run, two points of a grid are one run, or a random sweep has no end.
     """
     caps = [cap for cap in (count, sweep.run_cap) if cap is not None]
     if sweep.method == "random" and not caps:
         raise SweepFileError(f"{sweep.path}: a random sweep has no end; give it a `run_cap`, or say --count N.")
     drawn = _grid(sweep) if sweep.method == "grid" else _random(sweep, seed)
     points: dict[str, Point] = {}
+    refused: list[InvalidPoint] = []
     for number, settings in enumerate(itertools.islice(drawn, min(caps) if caps else None), start=1):
-        point = _resolve_point(sweep, number, settings)
+        try:
+            point = _resolve_point(sweep, number, settings)
+        except ConfigError as error:
+            refused.append(InvalidPoint(number=number, name=_name(sweep, number, settings), reason=str(error)))
+            continue
         twin = points.setdefault(point.name, point)
         if twin is not point and (sweep.method == "grid" or twin.job != point.job):
             raise SweepFileError(
                 f"{sweep.path}: points {twin.number} and {number} would both be the run `{point.name}`; "
                 "remove the repeated value, or the `run_name` that they share."
             )
+    if refused and (invalid is None or not points):
+        raise SweepFileError(f"{sweep.path}: {refused[0].name}: {refused[0].reason}")
+    if invalid is not None:
+        invalid += refused
     return list(points.values())
 
 
@@ -91,15 +117,10 @@ def _settings(chosen: Iterable[tuple[Parameter, Any]]) -> Settings:
 def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
     words = fill_macros(sweep.command, settings, program=sweep.program, json_file=JSON_FILE_MACRO)
     command, arguments = own_words(words) or (None, [])
-    try:
-        _refuse_twice_set(settings)
-        config = resolve(settings) if command is None else _own_config(command, arguments, settings)
-        if config.population:
-            raise ConfigError("A point is one run; take `population` out, and let `--pack` train points together.")
-    except ConfigError as error:
-        changing = {parameter.name for parameter in sweep.parameters if parameter.distribution != "constant"}
-        values = ", ".join(f"{key}={value}" for key, value in flatten(settings).items() if key in changing)
-        raise SweepFileError(f"{sweep.path}: point {number}{f' ({values})' if values else ''}: {error}") from None
+    _refuse_twice_set(settings)
+    config = resolve(settings) if command is None else _own_config(command, arguments, settings)
+    if config.population:
+        raise ConfigError("A point is one run; take `population` out, and let `--pack` train points together.")
     return Point(
         number=number,
         settings=settings,
@@ -108,6 +129,13 @@ def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
         job=_job(sweep, config, samples=command == "llc"),
         trains=command == "train",
     )
+
+
+def _name(sweep: SweepFile, number: int, settings: Settings) -> str:
+    """A point in words: its number, and the values that change from point to point."""
+    changing = {parameter.name for parameter in sweep.parameters if parameter.distribution != "constant"}
+    values = ", ".join(f"{key}={value}" for key, value in flatten(settings).items() if key in changing)
+    return f"point {number}{f' ({values})' if values else ''}"
 
 
 def _own_config(command: str, arguments: list[str], settings: Mapping[str, Any]) -> RunConfig:

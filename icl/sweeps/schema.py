@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from icl.checks import ConfigError
 from icl.reading import ContentError, parse_yaml
-from icl.sweeps.command import DEFAULT_COMMAND, refuse_unknown_macros
-from icl.sweeps.distributions import DISTRIBUTIONS, Parameter, grid_values
+from icl.sweeps.command import DEFAULT_COMMAND, refuse_unused_macros
+from icl.sweeps.distributions import DISTRIBUTIONS, EXPONENTS, Parameter, extremes, grid_values
 
 _OWN_KEYS = ("method", "parameters", "command", "program", "run_cap")
 _SERVER_KEYS = (
@@ -44,6 +44,8 @@ class SweepFile:
     """At most so many points."""
     stops_early: bool = False
     """Whether W&B would end hopeless runs by `early_terminate`; `icl sweep` does not."""
+    warnings: tuple[str, ...] = ()
+    """What W&B, too, takes but warns of."""
 
 
 def read_sweep_file(path: str | Path) -> SweepFile:
@@ -92,6 +94,18 @@ def _read_tree(path: Path, tree: Mapping[Any, Any]) -> SweepFile:
         program=program,
         run_cap=run_cap,
         stops_early=bool(tree.get("early_terminate")),
+        warnings=tuple(
+            _warn_of_exponents(parameter) for parameter in parameters if parameter.distribution in EXPONENTS
+        ),
+    )
+
+
+def _warn_of_exponents(parameter: Parameter) -> str:
+    """W&B's own warning, and the values that the exponents mean."""
+    low, high = extremes(parameter)
+    return (
+        f"`{parameter.name}` uses {parameter.distribution}, where min/max specify base-e exponents. Use "
+        f"{EXPONENTS[parameter.distribution]} to specify limit values. As written, values go from {low:.4g} to {high:.4g}."
     )
 
 
@@ -117,7 +131,7 @@ def _read_command(command: Any, program: Any) -> tuple[tuple[str, ...], str | No
     if program is not None and not isinstance(program, str):
         raise SweepFileError(f"`program` must be a file name, got {program!r}.")
     words = tuple(str(word) for word in command or DEFAULT_COMMAND)
-    refuse_unknown_macros(words)
+    refuse_unused_macros(words)
     if program is None and "${program}" in words:
         raise SweepFileError('A `program` is wanted, or a command without it: `command: ["${env}", icl, train]`.')
     return words, program
@@ -157,7 +171,14 @@ def _read_parameter(path: tuple[str, ...], entry: Any) -> Parameter:
         raise SweepFileError(f"`{name}` ({kind}) needs {' and '.join(missing)}.")
     options = {key: entry[key] for key in allowed[1:] if key in entry}
     _check_options(name, kind, options)
-    return Parameter(path=path, distribution=kind, options=distribution.defaults | options)
+    parameter = Parameter(path=path, distribution=kind, options=distribution.defaults | options)
+    try:
+        if kind != "constant":
+            extremes(parameter)
+    except OverflowError:
+        exponents = f" Its bounds are exponents of e; {EXPONENTS[kind]} takes the values." if kind in EXPONENTS else ""
+        raise SweepFileError(f"`{name}` ({kind}) has values that are too large for a number.{exponents}") from None
+    return parameter
 
 
 def _infer_distribution(name: str, entry: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Where a point stands, from its run's folder: done, running, failed or waiting, each with its reason.
 
 A point of `icl train` is done when its run says so under the same settings, whoever trained it; any other program's is
-done when the last attempt at it exited with 0.
+done when the last attempt at it exited with 0. A failure that the same settings would only repeat, such as a loss of
+NaN, is final: it is not tried again by the same versions, unless it is asked for.
 """
 
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from icl.checks import ConfigError
-from icl.runs import DONE, RunFolder, Status, require_same_config
+from icl.runs import DONE, RunFolder, Status, fails_again, require_same_config
 from icl.sweeps.attempts import STALE_SECONDS, Attempt, is_alive, last_attempt
 from icl.sweeps.points import Point
 
@@ -21,14 +22,26 @@ class PointState(NamedTuple):
     reason: str
     attempt: int = 0
     """The number of the last attempt at the point; 0 if there was none."""
+    is_final: bool = False
+    """Whether the same settings would fail again."""
 
 
 def point_state(point: Point, root: Path, *, stale_after: float = STALE_SECONDS) -> PointState:
     """Where a point stands now, in the folder of all runs."""
     run = RunFolder(root / point.name)
     current = last_attempt(run.path)
-    number = current.number if current else 0
     status = run.read_status() if point.trains else None
+    state = _state(point, run, status, current, stale_after)
+    if state.state == "failed" and status is not None and fails_again(run, status):
+        return state._replace(is_final=True, reason=f"{state.reason} It is not tried again, except by --retry.")
+    return state
+
+
+def _state(
+    point: Point, run: RunFolder, status: Status | None, current: Attempt | None, stale_after: float
+) -> PointState:
+    """The same, but for whether a failure is final."""
+    number = current.number if current else 0
     if current is not None and is_alive(run.path, current, stale_after=stale_after):
         return PointState("running", f"on {current.host or 'a machine'}{_progress(status)}", number)
     own = last_attempt(run.path, point.job)

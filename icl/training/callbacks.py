@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 
 from icl.config import EarlyStoppingConfig, RunConfig
 from icl.evaluation import EvaluationSet, summarise
+from icl.runs import FAILS_AGAIN
 from icl.training.members import Member
 from icl.training.metrics_file import MetricsFile
 from icl.training.module import PopulationModule
@@ -267,6 +268,6 @@ def _rate(module: PopulationModule, step: int) -> float | None:
 
 def _describe_bad_step(step: int) -> str:
     return (
-        f"The loss became NaN or infinite at step {step}. What was saved before is good; the same settings "
-        "would fail again, so try a lower `optim.lr`, `optim.grad_clip 1`, or precision 32-true, under a new run_name."
+        f"The loss became NaN or infinite at step {step}. What was saved before is good; {FAILS_AGAIN}, so "
+        "try a lower `optim.lr`, `optim.grad_clip 1`, or precision 32-true, under a new run_name."
     )

@@ -35,7 +35,7 @@ def in_sweep(environment: Mapping[str, str] = os.environ) -> bool:
     return bool(environment.get(_SWEEP_VARIABLE)) and environment.get("WANDB_MODE", "").lower() != "disabled"
 
 
-def join_sweep(base: RunConfig) -> Any:
+def join_sweep(base: Mapping[str, Any]) -> Any:
     """Begin the W&B run that the agent announced, with the settings as they are without the point.
 
     From here on SIGTERM is an interruption that W&B learns of, even before training listens for it.
@@ -47,7 +47,7 @@ def join_sweep(base: RunConfig) -> Any:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run = wandb.init(config=base.to_dict(), resume="allow", settings=wandb.Settings(**init_settings()))
+        run = wandb.init(config=dict(base), resume="allow", settings=wandb.Settings(**init_settings()))
     except Exception as error:  # wandb raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SweepError(

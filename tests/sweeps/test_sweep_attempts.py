@@ -1,6 +1,7 @@
 """Claims: one worker at a point, whatever races, dies or merely sleeps."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from dataclasses import asdict
 
 import pytest
 
-from icl.sweeps.attempts import Attempt, Claim, claim, is_alive, last_attempt, next_file
+from icl.sweeps.attempts import Attempt, Claim, claim, is_alive, last_attempt, next_file, session_start
 
 
 def elsewhere(folder, *, age, number=1, **fields) -> None:
@@ -147,3 +148,21 @@ def test_the_last_attempt_at_one_job(tmp_path):
     assert last_attempt(tmp_path, "b").number == 3
     assert last_attempt(tmp_path, "a").number == 1
     assert last_attempt(tmp_path, "d") is None
+
+
+def span(started, ended=None):
+    return Attempt(number=1, job="job", started=float(started), ended=None if ended is None else float(ended))
+
+
+@pytest.mark.parametrize(
+    ("live", "over", "start"),
+    [
+        ([], [span(1, 2)], math.inf),
+        ([span(100)], [], 100),
+        ([span(100), span(90)], [span(80, 99), span(60, 79), span(10, 50)], 60),  # a pause of ten seconds
+        ([span(100)], [span(10, 200), span(1, 9), span(90, 95)], 1),
+        ([span(0)], [span(10, 20)], math.inf),  # a file that is just being written says no time
+    ],
+)
+def test_a_session_is_a_chain_of_attempts_without_a_pause_that_reaches_to_now(live, over, start):
+    assert session_start(live, over) == start

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from icl.sweeps.command import child_environment, fill_macros, own_words, with_own_icl
+from icl.checks import ConfigError
+from icl.sweeps.command import (
+    child_environment,
+    fill_macros,
+    own_words,
+    refuse_missing_program,
+    refuse_unused_macros,
+    with_own_icl,
+)
 
 SETTINGS = {"optim.lr": 1e-05, "flag": True, "off": False, "none": None, "model": {"act": "relu", "hidden": 8}}
 
@@ -44,6 +52,68 @@ def test_a_nested_group_is_one_word():
 def test_the_json_file_and_plain_words():
     assert fill("icl", "--config", "${args_json_file}") == ["icl", "--config", "/tmp/point.json"]
     assert fill("echo", "$HOME", "${args}x") == ["echo", "$HOME", "${args}x"]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("--config=${args_json_file}", "write `--config` and `${args_json_file}` as two words"),
+        ("--x=${args}", "write `${args}` as a word alone"),
+        ("icl train ${args_no_hyphens}", "holds `${args_no_hyphens}`"),
+        ("${env}/${program}", "holds `${env}`"),
+        ("${env}${args}", "holds `${env}`"),
+        ("${program}:main", "holds `${program}`"),
+        ("${interpreter}3", "holds `${interpreter}`"),
+        ("${envvar:ICL_TEST_GPU}${args}", "holds `${args}`"),
+        ("{'a': '${args_json}'}", "holds `${args_json}`"),
+        ("--gpu=${envvar:gpu}", "capital letters"),
+        ("${envvar:gpu}", "capital letters"),
+        ("${HOME}", "A variable is written `${envvar:NAME}`"),
+        ("${HOME}/${USER}", "no macro"),
+        ("${arg}", "Did you mean `${args}`?"),
+        ("${args_dict}", "no macro `${args_dict}`"),
+        ("${}", "no macro"),
+    ],
+)
+def test_a_macro_that_wandb_would_drop_or_pass_on_is_refused(word, said):
+    with pytest.raises(ConfigError) as error:
+        refuse_unused_macros(["${env}", "icl", word])
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_words_that_are_no_macros_of_wandb_pass():
+    macros = ["env", "interpreter", "program", "args", "args_no_equals", "args_no_hyphens", "args_no_boolean_flags"]
+    macros += ["args_append_hydra", "args_override_hydra", "args_json", "args_json_file"]
+    refuse_unused_macros([f"${{{name}}}" for name in macros])
+    refuse_unused_macros(
+        ["${envvar:A}", "${envvar:A}${envvar:B}", "--x=${envvar:NAME}", "a ${HOME} b", "$HOME", "${", "}"]
+    )
+
+
+def test_variables_are_filled_in_as_by_the_wandb_client(monkeypatch):
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    monkeypatch.setenv("ICL_TEST_GPU", "3")
+    words = ["--x=${envvar:ICL_TEST_GPU}", "${envvar:ICL_TEST_GPU}/${envvar:ICL_TEST_ABSENT}", "${envvar:ICL_TEST_GPU}"]
+    assert fill(*words) == utils.create_sweep_command(list(words))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["${env}", "icl", "train"],
+        ["icl", "llc"],
+        ["${env}", "A=b", "no-such-program"],  # what `env` itself makes of its words is not for us to say
+        ["${env}", "-u", "A", "no-such-program"],
+        ["${interpreter}", "-m", "icl", "train", "${args}"],
+        ["${interpreter}", "-c", "print(1)"],
+        ["${interpreter}", "-u", "-W", "ignore", "${program}", "${args}"],
+        ["${env}", "${interpreter}", "${program}", "${args}"],
+        ["sh", "-c", "true"],
+    ],
+)
+def test_what_can_be_started_passes(command):
+    refuse_missing_program(command, str(Path(__file__)), {})
 
 
 def test_environment_variables(monkeypatch):

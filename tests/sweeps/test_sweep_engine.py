@@ -17,11 +17,14 @@ from tiny_runs import TINY, change
 
 from icl.cli import main
 from icl.config import flatten
-from icl.runs import RunFolder, local_root
+from icl.environment import environment_line
+from icl.runs import RunFolder, Status, fails_again, local_root
+from icl.storage import write_atomically
 from icl.sweeps.attempts import Attempt, last_attempt
 from icl.sweeps.engine import run_sweep
 from icl.sweeps.points import sweep_points
 from icl.sweeps.schema import read_sweep_file
+from icl.training.callbacks import _describe_bad_step
 
 PROGRAM = Path(__file__).with_name("fake_program.py")
 LONG = 60
@@ -130,9 +133,63 @@ def test_a_point_that_fails_fails_alone_and_is_tried_again_by_the_next_command(t
     assert ledger.count("started") == {1: 1, 2: 2, 3: 1}
 
 
-def test_a_program_that_cannot_be_started_is_a_failure_with_its_reason(tmp_path, capsys):
-    assert main(["sweep", write(tmp_path, [1], command=["/no/such/program"])]) == 1
-    assert "cannot start `/no/such/program`: No such file" in capsys.readouterr().out
+def test_a_program_that_cannot_be_started_is_a_failure_with_its_reason(tmp_path):
+    program = tmp_path / "program"
+    program.write_text("no program")
+    program.chmod(0o755)
+    sweep = read_sweep_file(write(tmp_path, [1], command=[str(program)]))
+    result = run_sweep(sweep, sweep_points(sweep), local_root(), say=lambda line: None)
+    assert result.states[1].reason == f"cannot start `{program}`: Exec format error"
+
+
+@pytest.mark.parametrize("words", [["--dry-run"], [], ["--pack"]])
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"program": "icl", "command": None}, "`python icl` (W&B's command for a file that has none) wants a script"),
+        ({"program": "absent.py", "command": None}, "`python absent.py` (W&B"),
+        ({"program": "icl", "command": ["${interpreter}", "-u", "${program}", "train"]}, "`python icl` wants a script"),
+        ({"command": ["/no/such/program", "${args}"]}, "no program `/no/such/program` here"),
+        ({"command": ["${env}", "no-such-program"]}, "no program `no-such-program` here"),
+        ({"program": "icl", "command": ["${env}", "${program}"]}, "`icl` in the command wants a command of its own"),
+        ({"command": ["${env}", "icl", "--preset", "L2H4"]}, "`icl` in the command wants a command of its own"),
+    ],
+)
+def test_what_cannot_be_started_is_refused_by_a_dry_run_and_by_the_run_alike(tmp_path, capsys, keys, said, words):
+    assert main(["sweep", write(tmp_path, [1, 2], **keys), *words]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert said in captured.err or ("--pack" in words and "needs `command" in captured.err)
+    assert ("For `icl` write" in captured.err) == ("`python icl`" in captured.err)
+    assert list(local_root().iterdir()) == []
+
+
+def test_an_invalid_point_fails_alone_and_is_told_once(tmp_path, ledger, capsys):
+    file = write(tmp_path, [1, 0, 2, "many"])
+    assert main(["sweep", file, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[:4]] == [
+        "would run quickstart,num_tasks=1",
+        "would fail point 2 (task.num_tasks=0)",
+        "would run quickstart,num_tasks=2",
+        "would fail point 4 (task.num_tasks=many)",
+    ]
+    assert lines[4] == "4 points: 2 failed, 2 waiting."
+    for _ in range(2):
+        assert main(["sweep", file]) == 1
+        said = capsys.readouterr().out
+        assert said.count("point 2 (task.num_tasks=0): The number of tasks M must be") == said.count("point 2") == 1
+        assert "4 points: 2 done, 2 failed." in said
+        assert "The same command" not in said
+    assert ledger.count("started") == ledger.count("ended") == {1: 1, 2: 1}
+    assert main(["sweep", file, "--status"]) == 1
+    assert "failed    point 4 (task.num_tasks=many): " in capsys.readouterr().out
+    assert main(["sweep", file, "--count", "1", "--status"]) == 0
+
+
+def test_without_any_valid_point_the_file_is_refused(tmp_path, capsys):
+    assert main(["sweep", write(tmp_path, [0, -1])]) == 2
+    assert "sweep.yaml: point 1 (task.num_tasks=0): The number" in capsys.readouterr().err
 
 
 def test_another_command_for_the_same_run_is_another_job(tmp_path, ledger):
@@ -207,6 +264,54 @@ def test_two_engines_on_one_folder_never_do_a_point_twice(tmp_path, ledger, beha
     assert [engine.returncode for engine in engines] == [1, 1]
     assert ledger.count("started") == dict.fromkeys(range(1, 11), 1)
     assert all("10 points: 9 done, 1 failed." in output for output in outputs)
+
+
+def other_engines_attempt(point, *, number=1, **fields) -> Path:
+    """The file of another machine's attempt, alive if it is running."""
+    path = local_root() / point.name / "attempts" / f"{number:06d}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    attempt = Attempt(number=number, job=point.job, host="far", kernel="far:boot", **fields)
+    path.write_text(json.dumps(asdict(attempt)))
+    return path
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_an_engine_that_joins_others_does_not_repeat_what_has_just_failed_there(tmp_path, ledger, retry):
+    """Four of theirs: one fails, then another, both while a third runs; the fourth failed an hour ago; it runs none of ours."""
+    sweep = read_sweep_file(write(tmp_path, [1, 2, 3, 4, 5]))
+    first, second, running, earlier, _ = points = sweep_points(sweep)
+    now = time.time()
+    other_engines_attempt(first, outcome="failed", reason="no device", started=now - 100, ended=now - 60)
+    other_engines_attempt(second, outcome="failed", reason="no device", started=now - 59, ended=now - 20)
+    other_engines_attempt(earlier, outcome="failed", reason="no device", started=now - 3700, ended=now - 3600)
+    path = other_engines_attempt(running, started=now - 40)
+
+    def end_there():
+        ledger.wait_for("ended", 4 if retry else 2)
+        write_atomically(path, path.read_bytes().replace(b'"running"', b'"failed"'))
+
+    thread = threading.Thread(target=end_there)
+    thread.start()
+    said: list[str] = []
+    run_sweep(sweep, points, local_root(), retry=retry, stale_after=20.0, say=said.append)
+    thread.join()
+    assert ledger.count("started") == dict.fromkeys([1, 2, 4, 5] if retry else [4, 5], 1)
+    assert sum("failed   quickstart,num_tasks=1: no device" in line for line in said) == (not retry)
+    assert sum("failed   quickstart,num_tasks=3: no reason" in line for line in said) == 1
+    assert run_sweep(sweep, points, local_root(), say=said.append).is_done  # the next command tries what failed
+    assert ledger.count("started") == dict.fromkeys(range(1, 6), 1)
+
+
+@pytest.mark.slow
+def test_a_second_engine_joins_a_real_one(tmp_path, ledger, behave, capsys):
+    behave(seconds=3, fail=[1])
+    file = write(tmp_path, [1, 2, 3])
+    engine = start_engine(file)
+    ledger.wait_for("started", 2)
+    assert main(["sweep", file]) == 1
+    assert engine.wait(timeout=60) == 1
+    assert ledger.count("started") == {1: 1, 2: 1, 3: 1}
+    assert "3 points: 2 done, 1 failed." in capsys.readouterr().out
 
 
 def test_a_point_taken_over_by_another_machine_is_given_up(tmp_path, ledger, behave):
@@ -343,8 +448,6 @@ def test_only_programs_that_read_their_points_from_a_file_can_be_packed(tmp_path
 def test_a_run_trained_by_hand_is_done_and_one_that_failed_says_why(tmp_path, capsys):
     file = real_sweep(tmp_path, 2)
     first, second = sweep_points(read_sweep_file(file))
-    from icl.runs import Status
-
     for point, status in ((first, Status(state="finished", step=2)), (second, Status(state="failed", reason="NaN"))):
         run = RunFolder(local_root() / point.name)
         run.write_config(point.config)
@@ -356,6 +459,51 @@ def test_a_run_trained_by_hand_is_done_and_one_that_failed_says_why(tmp_path, ca
     RunFolder(local_root() / first.name).write_config(second.config)
     assert main(["sweep", file, "--status"]) == 1
     assert "was begun with other settings: `task.num_tasks`" in capsys.readouterr().out
+
+
+def make_fail(point, versions: dict[str, str]) -> RunFolder:
+    """A run whose loss became NaN under some versions."""
+    run = RunFolder(local_root() / point.name)
+    run.write_config(point.config)
+    run.write_status(Status(state="failed", step=2, max_steps=2, reason=_describe_bad_step(2)))
+    run.log(environment_line(versions))
+    return run
+
+
+def test_a_failure_that_would_repeat_is_not_tried_again_by_the_same_versions(tmp_path, capsys):
+    file = real_sweep(tmp_path, 2)
+    first, second = sweep_points(read_sweep_file(file))
+    run, other = make_fail(first, {}), make_fail(second, {"torch": "1.0"})
+    assert fails_again(run, run.read_status())
+    assert not fails_again(other, other.read_status())
+    other.log(environment_line())  # the last start counts
+    assert main(["sweep", file]) == 1
+    said = capsys.readouterr().out
+    assert said.count("failed   quickstart") == 2
+    assert "the same settings would fail again" in said
+    assert "It is not tried again, except by --retry." in said
+    assert "The same command" not in said
+    assert not list(local_root().glob("*/attempts"))
+    for words, told in ((["--status"], "failed"), (["--dry-run"], "failed"), (["--dry-run", "--retry"], "would run")):
+        main(["sweep", file, *words])
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.startswith(told) for line in lines[:2]] == [True, True]
+    other.log(environment_line({"torch": "1.0"}))
+    main(["sweep", file, "--dry-run"])
+    assert [line[:9] for line in capsys.readouterr().out.splitlines()[:2]] == ["failed   ", "would run"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [[], ["--pack"]], ids=["alone", "packed"])
+def test_a_point_that_fails_with_nan_is_tried_again_only_when_asked_for(tmp_path, monkeypatch, capsys, how):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tree = yaml.safe_load(Path(real_sweep(tmp_path, 4)).read_text())
+    tree["parameters"] |= {"optim.lr": {"value": 1e30}, "optim.grad_clip": {"value": None}}
+    file = write(tmp_path, [], command=tree["command"], parameters=tree["parameters"])
+    for words, attempts in (([], 1), ([], 1), (["--retry"], 2)):
+        assert main(["sweep", file, *how, *words]) == 1
+        assert "the same settings would fail again" in capsys.readouterr().out
+        assert {last_attempt(path.parent).number for path in local_root().glob("*/attempts")} == {attempts}
 
 
 @pytest.mark.slow

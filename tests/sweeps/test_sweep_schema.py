@@ -4,6 +4,8 @@ import pytest
 import yaml
 
 from icl.checks import ConfigError
+from icl.cli import main
+from icl.sweeps.distributions import DISTRIBUTIONS
 from icl.sweeps.schema import SweepFileError, read_sweep_file
 
 COMMAND = ["${env}", "icl", "train"]
@@ -74,6 +76,53 @@ def test_the_distribution_is_the_one_that_wandb_infers(tmp_path, entry, kind):
 def test_defaults_are_those_of_wandb(tmp_path):
     (first,) = parameters(tmp_path, key={"distribution": "q_normal", "sigma": 2})
     assert first.options == {"mu": 0.0, "sigma": 2, "q": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [("log_uniform", "0.1353 to 7.389"), ("q_log_uniform", "0 to 7"), ("inv_log_uniform", "0.1353 to 7.389")],
+)
+def test_bounds_that_are_exponents_are_warned_of_as_by_wandb(tmp_path, kind, values, capsys):
+    entry = {"distribution": kind, "min": -2, "max": 2}
+    nested = {"optim": {"parameters": {"lr": entry}}}
+    path = write(tmp_path, method="random", run_cap=1, parameters=nested)
+    assert read_sweep_file(path).warnings == (
+        f"`optim.lr` uses {kind}, where min/max specify base-e exponents. Use {kind}_values to specify limit values. "
+        f"As written, values go from {values}.",
+    )
+    main(["sweep", str(path), "--status"])
+    assert capsys.readouterr().err.count("where min/max specify base-e exponents") == 1
+
+
+@pytest.mark.parametrize("kind", ["log_uniform_values", "q_log_uniform_values", "inv_log_uniform_values", "uniform"])
+def test_bounds_that_are_values_are_not_warned_of(tmp_path, kind):
+    path = write(tmp_path, method="random", parameters={"optim.lr": {"distribution": kind, "min": 0.1, "max": 2.0}})
+    assert read_sweep_file(path).warnings == ()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"distribution": "log_uniform", "min": 1, "max": 1000},
+        {"distribution": "q_log_uniform", "min": 1, "max": 1000},
+        {"distribution": "inv_log_uniform", "min": -1000, "max": 1},
+        {"distribution": "log_normal", "mu": 1000},
+        {"distribution": "normal", "sigma": 1e308},
+        {"distribution": "uniform", "min": -1e308, "max": 1e308},
+    ],
+)
+def test_values_that_no_number_can_hold_are_refused(tmp_path, entry):
+    message = refusal(tmp_path, method="random", parameters={"optim.lr": entry})
+    assert "too large for a number" in message
+    assert ("exponents of e" in message) == ("log_uniform" in entry["distribution"])
+
+
+def test_every_distribution_of_wandb_is_known():
+    """By the schema of W&B's own package `sweeps`."""
+    quantised = ["uniform", "log_uniform", "log_uniform_values", "normal", "log_normal", "beta"]
+    others = ["constant", "categorical", "categorical_w_probabilities", "int_uniform", "inv_log_uniform"]
+    expected = {*quantised, *(f"q_{name}" for name in quantised), *others, "inv_log_uniform_values"}
+    assert set(DISTRIBUTIONS) == expected
 
 
 @pytest.mark.parametrize("method", ["bayes", "custom"])

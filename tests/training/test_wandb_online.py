@@ -14,6 +14,7 @@ import yaml
 from tiny_runs import TINY, as_arguments, change
 from wandb_server import WandbRun, WandbServer
 
+from icl.cli import main
 from icl.config import RunConfig, flatten
 from icl.presets import run_name
 from icl.resolve import resolve
@@ -73,11 +74,12 @@ def arguments(config: RunConfig, swept: dict[str, Any] = POINT) -> list[str]:
     return [word for pair in pairs if pair[0][2:] not in {*flatten(swept), "run_name"} for word in pair]
 
 
-def create_sweep(server: WandbServer, folder: Path, config: RunConfig, parameters: dict[str, Any]) -> str:
+def create_sweep(server: WandbServer, folder: Path, config: RunConfig, parameters: dict[str, Any], *words: str) -> str:
     """`wandb sweep` of runs that are as `config` is, save for the parameters: the sweep's path for an agent."""
     swept = {key.replace(".parameters", ""): None for key in flatten(parameters)}
     keys = {key.rpartition(".")[0]: None for key in swept}
-    tree = {"method": "grid", "command": ["${env}", "icl", "train", *arguments(config, keys)], "parameters": parameters}
+    tree = {"method": "grid", "command": ["${env}", "icl", "train", *arguments(config, keys), *words]}
+    tree["parameters"] = parameters
     (folder / "sweep.yaml").write_text(yaml.safe_dump(tree))
     command = [*WANDB, "sweep", str(folder / "sweep.yaml")]
     done = subprocess.run(command, env=own_environment(server, folder), capture_output=True, text=True)
@@ -137,6 +139,27 @@ def test_an_agent_runs_every_point_and_a_crashed_one_is_reported_and_left_behind
     assert {"train/loss", "lr", "eval/pretrain/loss", "eval/true/delta_ridge"} <= set(good.rows[-1])
     assert good.summary["eval/pretrain/loss"] == good.rows[-1]["eval/pretrain/loss"]
     assert good.axes() == {"step"}
+
+
+@pytest.mark.slow
+def test_a_nested_point_arrives_by_args_and_an_invalid_one_fails_alone_as_in_icl_sweep(
+    wandb_server, start, tmp_path, capsys
+):
+    parameters = {"model": {"parameters": {"mlp_size": {"values": [0, 4]}, "double_residual": {"value": True}}}}
+    sweep = create_sweep(wandb_server, tmp_path, SHORT, parameters, "${args}")
+    assert end_of(start([*WANDB, "agent", sweep])) == 0
+    invalid, good = wandb_server.runs.values()
+    assert (invalid.exit_codes, good.exit_codes) == ([2], [0])
+    assert good.point == {"model": {"double_residual": True, "mlp_size": 4}}
+    assert RunFolder(local_root() / good.name).read_config().model.double_residual
+    said = (tmp_path / "said").read_text()
+    assert said.count("icl: `model.mlp_size` must be a whole number of at least 1, got 0.") == 1
+    assert "Traceback" not in said
+    assert main(["sweep", str(tmp_path / "sweep.yaml")]) == 1
+    said = capsys.readouterr().out
+    assert said.count("point 1 (model.mlp_size=0): `model.mlp_size` must be a whole number of at least 1, got 0.") == 1
+    assert f"done     {good.name}: finished at step 20" in said
+    assert "2 points: 1 done, 1 failed." in said
 
 
 # Signals and orphans
