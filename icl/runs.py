@@ -1,7 +1,7 @@
 """A run's folder: its files, its status, and the lock that keeps two processes from training it at once.
 
-`$LOCAL_ROOT/<run name>/` holds `config.yaml`, `status.json`, `metrics.csv`, `run.log`, `last.ckpt`, `checkpoints/`,
-`results/` and `figures/`. Whatever is replaced is replaced atomically.
+`$LOCAL_ROOT/<run name>/` holds `config.yaml`, `status.json`, `metrics.csv`, `run.log`, `last.ckpt`, `previous.ckpt`,
+`checkpoints/`, `results/` and `figures/`. Whatever is replaced is replaced atomically.
 """
 
 import contextlib
@@ -107,6 +107,7 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.csv"
         self.log_file = self.path / "run.log"
         self.resume_file = self.path / "last.ckpt"
+        self.previous_file = self.path / "previous.ckpt"
         self.results = self.path / "results"
         self.figures = self.path / "figures"
         self.checkpoints = LocalStore(self.path / "checkpoints")

@@ -25,7 +25,7 @@ LAYERS = (
     ("baselines", "metrics"),
     ("compiling", "cores", "transformer", "tiny_attention", "stacked", "population", "step"),
     ("file_system", "storage", "waiting", "s3_errors", "s3_requests", "s3"),
-    ("runs", "checkpoint_header", "checkpoints", "mirror", "delivery"),
+    ("runs", "checkpoint_header", "checkpoints", "resume_file", "mirror", "delivery"),
     ("evaluation", "prediction"),
     ("build",),
     ("training", "sampling", "analysis"),

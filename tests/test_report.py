@@ -620,7 +620,10 @@ def test_the_environment_is_read_back_from_the_log():
 def test_training_logs_its_environment_at_every_start():
     folder = train(change(TINY, trainer={"max_steps": 2}, evaluation={"every": None})).folder
     ((_, about),) = environments_of(folder.log_file.read_text())
-    assert about == describe_environment() | {"attention on CPUs": tiny_attention.ON_CPUS}
+    assert about == describe_environment() | {
+        "attention on CPUs": tiny_attention.ON_CPUS,
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 def test_curves_have_a_line_for_each_run_and_a_panel_for_each_loss():

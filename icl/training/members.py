@@ -43,6 +43,8 @@ class Member:
     """Whether it could not be taken up, so that the others train without it."""
     is_packed: bool = False
     """Whether it began as one of several, which decides how a CPU steps it; it stays so if it is resumed as the last one."""
+    notes: list[str] = field(default_factory=list)
+    """What a person must be told when it is taken up, a sentence each."""
     wandb: WandbLog | None = None
     """Its W&B run, which takes the rows of `metrics.csv`."""
     _started: float = field(default_factory=time.monotonic)

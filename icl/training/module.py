@@ -5,6 +5,7 @@ the last row, clipped steps, first non-finite step) as tensors on the device, on
 waits for the host.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from icl.schedules import rate_factor
 from icl.step import AdamState, Step, StepInfo, adam_state, from_rows, make_step, shapes_of
 from icl.tasks.prompts import Prompts
 from icl.training.members import Member
+from icl.training.rounding import describe_changes, rounding_conditions
 
 
 class PopulationModule(pl.LightningModule):
@@ -43,6 +45,8 @@ class PopulationModule(pl.LightningModule):
         self.shapes = shapes_of(params)
         self.predict = partial(stacked.predict, self.config.model)
         self.step: Step | None = None
+        self.conditions: dict[str, str] = {}
+        self._before: dict[Member, dict[str, str]] = {}
         self._factor = rate_factor(
             optim.schedule, warmup_steps=optim.warmup_steps, schedule_steps=self.config.schedule_steps
         )
@@ -67,12 +71,16 @@ class PopulationModule(pl.LightningModule):
         return StepCounter()
 
     def on_fit_start(self) -> None:
-        """Make the step for the processes that there are."""
+        """Make the step for the processes that there are; say what rounds otherwise than before, if the run is resumed."""
+        is_compiled, settings = self._is_compiled(), self.config.trainer
+        self.conditions = rounding_conditions(settings, device=self.device.type, is_compiled=is_compiled)
+        if self.trainer.is_global_zero:
+            self._tell_changes()
         self.step = make_step(
             self.config.model,
             self.config.optim,
             self.shapes,
-            compiled=self._is_compiled(),
+            compiled=is_compiled,
             packed=any(member.is_packed for member in self.members),
             reduce=self._average if self.trainer.world_size > 1 else None,
         )
@@ -94,12 +102,14 @@ class PopulationModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add each member's settings and standing, as plain values."""
         checkpoint["configs"] = [member.config.to_dict() for member in self.members]
-        checkpoint["members"] = [member.state_dict() for member in self.members]
+        conditions = {"conditions": self.conditions}
+        checkpoint["members"] = [member.state_dict() | conditions for member in self.members]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up each member's standing."""
         for member, saved in zip(self.members, checkpoint["members"], strict=True):
             member.load_state_dict(saved)
+            self._before[member] = saved.get("conditions", {})  # 0.1.0 saved none
 
     def _is_compiled(self) -> bool:
         """By the settings alone, so that a resumed run does as it did before."""
@@ -111,6 +121,15 @@ class PopulationModule(pl.LightningModule):
             num_tokens=2 * task.max_examples * settings.batch_size,
             num_steps=settings.max_steps,
         )
+
+    def _tell_changes(self) -> None:
+        """Print and log what rounds otherwise than it did before; a sentence that several members share is printed once."""
+        told = {member: describe_changes(before, self.conditions) for member, before in self._before.items()}
+        for member, sentence in told.items():
+            if sentence is not None:
+                member.folder.log(sentence)
+        for sentence in dict.fromkeys(filter(None, told.values())):
+            print(f"icl: {sentence}", file=sys.stderr)
 
     def _average(self, tensor: Tensor) -> None:
         """Replace a tensor by its mean over the processes."""

@@ -265,7 +265,10 @@ def _begin(member: Member, step: int) -> None:
     for folder in (run.path, run.checkpoints.root, run.results, run.figures):
         remove_temporaries(folder)
     run.log(f"resuming from step {step}" if step else "starting")
-    run.log(environment_line({"attention on CPUs": tiny_attention.ON_CPUS}))
+    for note in member.notes:
+        run.log(note)
+    threads = str(torch.get_num_threads())
+    run.log(environment_line({"attention on CPUs": tiny_attention.ON_CPUS, "threads": threads}))
     run.write_status(member_status(member, "waiting", step))
 
 
@@ -277,6 +280,8 @@ def _announce(members: Sequence[Member], refused: Sequence[Member], steps: Mappi
     for member in members:
         place = member.folder.path
         print(f"Resuming {place} from step {steps[member]:,}." if steps[member] else f"Training {place}.")
+        for note in member.notes:
+            print(f"icl: {note}", file=sys.stderr)
 
 
 def _wandb_log(member: Member, step: int, wandb_run: Any) -> WandbLog | None:

@@ -1,12 +1,12 @@
 """What a run leaves on disk as it goes: checkpoints for analysis, and the file it resumes from.
 
-Each member's `last.ckpt` is a Lightning checkpoint of that member alone: its slice of the stacked parameters and of
+Each member's `last.ckpt` (`icl.resume_file`) is a Lightning checkpoint of that member alone: its slice of the stacked parameters and of
 Adam's moments. So a member of a population can be resumed alone, and runs that stand at one step can be put together.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,11 +18,12 @@ from torch import Tensor
 from icl import population
 from icl.checkpoint_header import MOMENTS
 from icl.checkpoints import checkpoint_name, save_checkpoint
-from icl.config import EarlyStoppingConfig, RunConfig
+from icl.config import EarlyStoppingConfig
 from icl.file_system import sync_file, sync_folder
-from icl.runs import RunError, require_same_config
+from icl.resume_file import pack, read_resume, unpack
+from icl.runs import RunFolder, is_child_rank, require_same_config
 from icl.step import from_rows
-from icl.storage import StorageError, temporary_path
+from icl.storage import StorageError, temporary_path, write_atomically
 from icl.training.callbacks import MetricsLog, NonFiniteGuard, any_rank
 from icl.training.members import Member
 from icl.training.module import PopulationModule
@@ -110,39 +111,37 @@ class MemberFiles(CheckpointIO):
         """
         whole = move_data_to_device(checkpoint, torch.device("cpu"))
         indices = [index for index, member in enumerate(self.members) if member.records(whole["global_step"])]
-        paths = [self.members[index].folder.resume_file for index in indices]
-        _replace_all(paths, (_member_of(whole, index) for index in indices))
+        runs = [self.members[index].folder for index in indices]
+        _replace_all(runs, (_member_of(whole, index) for index in indices))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """The checkpoint of the population, from the members' files, which are of one step."""
         files = [member.folder.resume_file for member in self.members]
-        return _joined([torch.load(file, map_location=map_location or "cpu", weights_only=True) for file in files])
+        return _joined([unpack(file.read_bytes(), str(file)) for file in files])
 
     def remove_checkpoint(self, path: Any) -> None:
         """Nothing of Lightning's own is left to remove."""
 
 
 def read_resume_file(member: Member) -> int:
-    """The step that a member continues from: that of its resume file, or 0 without one.
+    """Take up a member's standing from its resume file; the step that it continues from, or 0 without a file.
+
+    Where `last.ckpt` is damaged or gone, the save before it takes its place; the member's `notes` then say so.
 
     Raises:
         ConfigError: If the file is of a run with other settings.
-        RunError: If it is damaged.
+        ResumeFileError: If no resume file is whole.
     """
-    file = member.folder.resume_file
-    if not file.is_file():
+    run = member.folder
+    resume, told = read_resume(run)
+    if resume is None:
         return 0
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        step, saved = int(content["global_step"]), RunConfig.from_dict(content["configs"][0])
-        member.load_state_dict(content["members"][0])
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise RunError(
-            f"{file} cannot be read ({type(error).__name__}), so the run cannot be resumed. "
-            "Delete that file to train again from step 0; the saved checkpoints stay."
-        ) from None
-    require_same_config(saved, member.config, member.folder)
-    return step
+    require_same_config(resume.config, member.config, run)
+    member.load_state_dict(resume.member)
+    if told is not None and not is_child_rank():
+        member.notes.append(told)
+        write_atomically(run.resume_file, resume.data)
+    return resume.step
 
 
 def _moments(module: PopulationModule) -> population.Params:
@@ -176,24 +175,32 @@ def _map_stacked(act: Callable[[Sequence[Tensor]], Tensor], trees: Sequence[Any]
     return act(trees) if isinstance(trees[0], Tensor) and trees[0].ndim > 0 else trees[0]
 
 
-def _replace_all(paths: Sequence[Path], contents: Iterable[dict[str, Any]]) -> None:
-    """Write every file so that a kill at any moment leaves the old one or the new one; contents are made one at a time.
+def _replace_all(runs: Sequence[RunFolder], contents: Iterable[dict[str, Any]]) -> None:
+    """Write every run's `last.ckpt`, and keep the old one as `previous.ckpt`; contents are made one at a time.
+
+    All new files are on the disk before the first takes its place. A kill at any moment leaves one of the two whole.
 
     Raises:
         StorageError: If one cannot be written.
     """
-    written = {path: temporary_path(path) for path in paths}
+    written = {run: temporary_path(run.resume_file) for run in runs}
     try:
-        for temporary, content in zip(written.values(), contents, strict=True):
+        for (run, temporary), content in zip(written.items(), contents, strict=True):
             with temporary.open("wb") as file:
-                torch.save(content, file)
+                file.write(pack(content))
                 file.flush()
-                sync_file(file.fileno(), temporary.parent)
-        for path, temporary in written.items():
-            temporary.replace(path)
-            sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter on a full disk
+                sync_file(file.fileno(), run.path)
+        for run, temporary in written.items():
+            if run.resume_file.exists():
+                run.resume_file.replace(run.previous_file)
+            temporary.replace(run.resume_file)
+            sync_folder(run.path)
+    except OSError as error:
         raise StorageError(
-            f"Cannot write {paths[0]}: {getattr(error, 'strerror', None) or error}. What was saved before is "
+            f"Cannot write {error.filename or runs[0].resume_file}: {error.strerror or error}. What was saved before is "
             "intact; free space, then run the same command again."
         ) from None
+    finally:
+        for temporary in written.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)

@@ -43,11 +43,11 @@ def test_a_damaged_resume_file_fails_its_member_alone(places, begun, capsys):
     begun.resume_file.write_bytes(begun.resume_file.read_bytes()[:500])
     results = train_population(CONFIGS, folders=places)
     assert states(results) == ["finished", "failed", "finished"]
-    assert "so the run cannot be resumed" in str(results[1].status.reason)
+    assert "So the run cannot be resumed" in str(results[1].status.reason)
     status = begun.read_status()
     assert status is not None
     assert (status.state, status.step, status.reason) == ("failed", 10, results[1].status.reason)
-    assert f"icl: {begun.path} is left out: {begun.resume_file} cannot be read" in capsys.readouterr().err
+    assert f"icl: {begun.path} is left out: {begun.resume_file} is damaged or was cut short" in capsys.readouterr().err
     alone = train(CONFIGS[0], folder=local_root() / "alone")
     assert results[0].folder.metrics_file.read_bytes() == alone.folder.metrics_file.read_bytes()
 

@@ -1,0 +1,222 @@
+"""Damaged resume files: an altered byte is found wherever it is, the save before takes over, and no bit of the result changes."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import TINY, change
+
+from icl.checkpoints import list_steps, load_step
+from icl.environment import environments_of
+from icl.resume_file import ResumeFileError, pack, parse_resume
+from icl.runs import RunFolder, local_root
+from icl.training import saving
+from icl.training.members import Member
+from icl.training.rounding import describe_changes
+from icl.training.run import train, train_population
+
+CONFIG = change(TINY, trainer={"max_steps": 40}, checkpoints={"every": 10, "num_log": 0, "resume_seconds": 0.0})
+MEMBERS = [change(CONFIG, seeds={"model": seed}) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Two runs as they are when their population was interrupted at step 30; and undisturbed ones."""
+    root = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DEVICE", "cpu")
+        train_population(MEMBERS, folders=[root / "whole" / name for name in "ab"])
+        save = saving.save_checkpoint
+
+        def stop_at_thirty(store, step, config, params):
+            save(store, step, config, params)
+            if step == 30:
+                raise KeyboardInterrupt
+
+        patched.setattr(saving, "save_checkpoint", stop_at_thirty)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            train_population(MEMBERS, folders=[root / name for name in "ab"])
+    return root
+
+
+@pytest.fixture
+def place(root) -> Path:
+    return Path(shutil.copytree(root, local_root(), dirs_exist_ok=True))
+
+
+def damage(file: Path, seed: int, num_bytes: int = 16) -> None:
+    """Flip bytes that lie together, as a bad sector or a bad cable would."""
+    data, chance = bytearray(file.read_bytes()), random.Random(seed)
+    start = chance.randrange(len(data) - num_bytes)
+    for place in range(start, start + num_bytes):
+        data[place] ^= chance.randrange(1, 256)
+    file.write_bytes(data)
+
+
+def assert_same(folder: RunFolder, expected: RunFolder) -> None:
+    assert folder.metrics_file.read_bytes() == expected.metrics_file.read_bytes()
+    assert list_steps(folder.checkpoints) == list_steps(expected.checkpoints)
+    for step in list_steps(expected.checkpoints):
+        assert load_step(folder.checkpoints, step).digest == load_step(expected.checkpoints, step).digest, step
+    assert parse_resume(folder.resume_file.read_bytes(), "").step == 40
+    assert not list(folder.path.rglob(".tmp-*"))
+
+
+def test_every_altered_byte_is_found(place):
+    data = RunFolder(place / "a").resume_file.read_bytes()
+    chance = random.Random(0)
+    for position in [*range(40), *range(len(data) - 120, len(data)), *chance.sample(range(len(data)), 200)]:
+        altered = bytearray(data)
+        altered[position] ^= 1 << chance.randrange(8)
+        with pytest.raises(ResumeFileError):
+            parse_resume(bytes(altered), "it")
+    for length in (0, 1, 30, len(data) // 2, len(data) - 64, len(data) - 1):
+        with pytest.raises(ResumeFileError):
+            parse_resume(data[:length], "it")
+    with pytest.raises(ResumeFileError):
+        parse_resume(data + b"\0", "it")
+
+
+def test_an_altered_weight_of_an_older_file_is_found(place, tmp_path):
+    """Files of 0.1.0 have no digest, but zip's own checksums."""
+    content = torch.load(RunFolder(place / "a").resume_file, weights_only=True)
+    torch.save(content, tmp_path / "old.ckpt")
+    data = (tmp_path / "old.ckpt").read_bytes()
+    assert parse_resume(data, "it").step == content["global_step"]
+    weights = content["state_dict"]["rows"].numpy().tobytes()
+    start = data.index(weights)
+    for position in range(start, start + len(weights), 97):
+        altered = bytearray(data)
+        altered[position] ^= 16
+        with pytest.raises(ResumeFileError):
+            parse_resume(bytes(altered), "it")
+
+
+def test_a_resume_file_is_read_by_torch_as_before(place):
+    content = torch.load(RunFolder(place / "a").resume_file, weights_only=True)
+    assert parse_resume(pack(content), "it").member == content["members"][0]
+
+
+@pytest.mark.parametrize("kind", ["flipped", "cut short", "empty", "gone", "another file"])
+def test_the_save_before_takes_over_bit_identically(place, root, kind, capsys):
+    folder = RunFolder(place / "a")
+    last = parse_resume(folder.resume_file.read_bytes(), "").step
+    previous = parse_resume(folder.previous_file.read_bytes(), "").step
+    assert previous < last
+    if kind == "flipped":
+        damage(folder.resume_file, seed=1)
+    elif kind == "gone":
+        folder.resume_file.unlink()
+    else:
+        whole = folder.resume_file.read_bytes()
+        data = {"cut short": whole[:700], "empty": b"", "another file": pack({"epoch": 3})}[kind]
+        folder.resume_file.write_bytes(data)
+    train(MEMBERS[0], folder=folder.path)
+    said = capsys.readouterr()
+    assert f"Resuming {folder.path} from step {previous:,}." in said.out
+    assert said.err.count("\n") == 1
+    assert f"{folder.resume_file}" in said.err
+    assert f"the run goes on from the save before it, of step {previous}." in said.err
+    assert said.err.removeprefix("icl: ").strip() in folder.log_file.read_text()
+    assert_same(folder, RunFolder(root / "whole" / "a"))
+
+
+def test_a_member_whose_file_is_damaged_catches_up_with_the_others(place, root, capsys):
+    folders = [RunFolder(place / name) for name in "ab"]
+    damage(folders[1].resume_file, seed=2)
+    results = train_population(MEMBERS, folders=[folder.path for folder in folders])
+    assert [result.status.state for result in results] == ["finished", "finished"]
+    assert capsys.readouterr().err.count("the run goes on from the save before it") == 1
+    for folder in folders:
+        assert_same(folder, RunFolder(root / "whole" / folder.path.name))
+
+
+def test_two_damaged_files_are_one_error_that_says_what_to_do(place, root, capsys):
+    folder = RunFolder(place / "a")
+    damage(folder.resume_file, seed=3)
+    damage(folder.previous_file, seed=4)
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    with pytest.raises(
+        ResumeFileError, match=r"last.ckpt is damaged.*previous.ckpt is damaged.*pull --force.*delete last"
+    ) as found:
+        train(MEMBERS[0], folder=folder.path)
+    assert "\n" not in str(found.value)
+    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
+    folder.resume_file.unlink()
+    folder.previous_file.unlink()
+    train(MEMBERS[0], folder=folder.path)
+    assert_same(folder, RunFolder(root / "whole" / "a"))
+
+
+def test_a_kill_between_the_two_renames_is_one_save_lost(place, root):
+    folder = RunFolder(place / "a")
+    folder.resume_file.replace(folder.previous_file)
+    train(MEMBERS[0], folder=folder.path)
+    assert_same(folder, RunFolder(root / "whole" / "a"))
+
+
+def test_a_damaged_file_never_takes_the_place_of_the_whole_one(place):
+    folder = RunFolder(place / "a")
+    whole = folder.previous_file.read_bytes()
+    damage(folder.resume_file, seed=5)
+    member = Member(MEMBERS[0], folder)
+    step = saving.read_resume_file(member)
+    assert folder.resume_file.read_bytes() == folder.previous_file.read_bytes() == whole
+    assert step == parse_resume(whole, "it").step
+    assert saving.read_resume_file(member) == step
+    assert len(member.notes) == 1
+
+
+# Other conditions than before
+
+
+@pytest.fixture
+def one_thread():
+    """Train on one thread, where the runs of `place` began on two."""
+    num = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_another_number_of_threads_is_one_sentence_and_in_the_log(place, capsys):
+    folders = [RunFolder(place / name) for name in "ab"]
+    train_population(MEMBERS, folders=[folder.path for folder in folders])
+    said = capsys.readouterr().err
+    assert said == (
+        "icl: This start differs in threads 1 (before: 2): the results may differ by rounding "
+        "from those of a run that was never interrupted.\n"
+    )
+    for folder in folders:
+        log = folder.log_file.read_text()
+        assert "differs in threads 1 (before: 2)" in log
+        assert [about["threads"] for _, about in environments_of(log)] == ["2", "1"]
+
+
+def test_every_condition_of_rounding_is_compared(place, capsys):
+    folder = RunFolder(place / "a")
+    content = torch.load(folder.resume_file, weights_only=True)
+    now = content["members"][0]["conditions"]
+    before = {name: f"other {name}" for name in now}
+    content["members"][0]["conditions"] = before
+    folder.resume_file.write_bytes(pack(content))
+    assert {"threads", "compiled step", "torch", "device", "attention", "processes"} <= now.keys()
+    train(MEMBERS[0], folder=folder.path)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert all(f"{name} {now[name]} (before: other {name})" in said for name in now)
+
+
+def test_the_same_conditions_are_not_worth_a_word(place, capsys):
+    train(MEMBERS[0], folder=place / "a")
+    assert capsys.readouterr().err == ""
+
+
+def test_conditions_that_one_device_does_not_have_are_not_compared():
+    before = {"device": "cpu", "threads": "2", "torch": "2.6"}
+    told = describe_changes(before, {"device": "NVIDIA H200", "torch": "2.6"})
+    assert str(told).startswith("This start differs in device NVIDIA H200 (before: cpu): ")
+    assert describe_changes({}, before) is None
