@@ -2,7 +2,7 @@
 
 Every preset names its source. Where a paper leaves a setting open, the choice is ours and the comment says so.
 Parameter counts are exact and under test: `L2H4` 51,717, `raventos-base` 1,591,808, `raventos-small` 202,752,
-`carroll` 2,654,217.
+`carroll` 2,654,217, `icr` 4,761,097.
 
 A preset's `sampler` is meant to be trusted, which the published one is not (`icl.sampling.settings.PUBLISHED`). Three
 scales set it. The width of a flat direction, 1 / sqrt(localization), is small against the root mean square weight, so that
@@ -104,13 +104,14 @@ CARROLL = RunConfig(
     sampler=_WIDE,
 )
 
-# The defaults of the older `ICRegConfig` code base: D = 8, K = 16, sigma^2 = 0.25, 8 pre-norm layers of width 512 with
-# biases and GELU, M = 64, a constant 1e-3 with the gradient clipped at 1, 150,000 steps of 2,048 prompts.
+# The documented defaults of the older `ICRegConfig` code base: D = 8, K = 16, sigma^2 = 0.125, 3 pre-norm layers of width
+# 512 with biases and GELU, M = 64, a constant 1e-3 with the gradient clipped at 1, 150,000 steps of 2,048 prompts. (Later
+# versions of that code used 8 layers and sigma^2 = 0.25.)
 ICR = RunConfig(
     preset="icr",
-    task=TaskConfig(num_tasks=64, task_size=8, max_examples=16, noise_variance=0.25),
+    task=TaskConfig(num_tasks=64, task_size=8, max_examples=16, noise_variance=0.125),
     model=ModelConfig(
-        num_layers=8,
+        num_layers=3,
         num_heads=4,
         embed_size=512,
         mlp_size=512,

@@ -22,8 +22,34 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
+def test_the_defaults_are_the_documented_ones():
+    documented = {
+        "D": 8,
+        "K": 16,
+        "sigma2": 0.125,
+        "d_model": 512,
+        "d_mlp": 512,
+        "n_heads": 4,
+        "n_layers": 3,
+        "use_prenorm": True,
+        "M": 64,
+        "max_M": 32_768,
+    }
+    assert vars(ICRegConfig()) == documented
+
+
 def test_the_defaults_are_the_preset_icr():
     assert ICRegConfig().to_run_config() == preset("icr")
+
+
+def test_a_run_made_with_earlier_defaults_keeps_its_own_settings(tmp_path):
+    """The preset `icr` once had 8 layers and a noise variance of 0.25; its runs say so themselves."""
+    earlier = ICRegConfig(**{**vars(SMALL), "n_layers": 8, "sigma2": 0.25})
+    train_ic_regression(earlier, M=8, num_steps=2, batch_size=4, checkpoint_dir=tmp_path / "run")
+    model, info = load_checkpoint(tmp_path / "run")
+    assert (len(model.blocks), info["config"].task.noise_variance) == (8, 0.25)
+    with pytest.raises(CheckpointError, match=r"num_layers is 8, not 3"):
+        load_checkpoint(tmp_path / "run", ICRegConfig(**{**vars(SMALL), "n_layers": 3}))
 
 
 def test_training_returns_the_model_that_loading_gives_back(tmp_path):

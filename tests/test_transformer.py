@@ -257,7 +257,7 @@ def l2h4(max_examples=8, **options):
         ("raventos-base", 1_591_808),
         ("raventos-small", 202_752),
         ("carroll", 2_654_217),
-        ("icr", 12_651_017),  # 5,120 tokens + 16,384 positions + 8 x 1,577,984 block + 1,024 norm + 4,617 unembedding
+        ("icr", 4_761_097),  # 5,120 tokens + 16,384 positions + 3 x 1,577,984 block + 1,024 norm + 4,617 unembedding
     ],
 )
 def test_preset_has_its_exact_number_of_parameters(name, expected):
