@@ -5,6 +5,7 @@ import math
 import numbers
 import re
 import types
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeGuard, get_args, get_origin
 
 STORE_SCHEMES = ("file", "s3")
@@ -99,6 +100,20 @@ def require_words(section: str, settings: Any) -> None:
             require(isinstance(value, bool), f"`{name}` must be true or false, got {value!r}.")
         elif field.type is str:
             require(isinstance(value, str), f"`{name}` must be text, got {value!r}.")
+
+
+def user_path(text: str | Path) -> Path:
+    """Path with a leading `~` or `~name` replaced by that user's home folder.
+
+    Raises:
+        ConfigError: If no such home folder is known.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"The home folder in {str(text)!r} is not known; write the whole path, set HOME, or write ./ before a plain ~."
+        ) from None
 
 
 def require_run_name(name: str) -> None:

@@ -7,12 +7,14 @@ signal with 128 + its number. Heavy imports wait for the command that needs them
 import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from icl import __version__
-from icl.checks import ConfigError, UserError
+from icl.checks import ConfigError, UserError, user_path
+from icl.env_file import load_env_file
+from icl.redaction import redact
 
 COMMANDS = ("train", "sweep", "diversity", "evaluate", "llc", "analyse", "report", "predict", "runs", "checkpoints")
 """In the order in which the overview lists them."""
@@ -42,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: str, words: list[str]) -> int:
     """The command's exit status, with its errors told in a sentence."""
     try:
-        _load_environment()
+        load_env_file()
         _share_the_machine()
-        return importlib.import_module(f"icl.commands.{command}").run(words)
+        return importlib.import_module(f"icl.commands.{command}").run([_with_home(word) for word in words])
     except ConfigError as error:
         return _complain(str(error), 2)
     except UserError as error:
@@ -73,12 +75,14 @@ def _overview() -> str:
     )
 
 
-def _load_environment() -> None:
-    """Read `.env` of the working directory; what is already set stays."""
-    if Path(".env").is_file():
-        from dotenv import load_dotenv
+def _with_home(word: str) -> str:
+    """Return a word with `~/` at its beginning, or after its `=`, replaced by the home folder, as a shell would.
 
-        load_dotenv(".env")
+    Raises:
+        ConfigError: If no home folder is known.
+    """
+    option, tilde, rest = re.fullmatch(r"(--[\w.-]+=)?(~/)?(.*)", word, re.S).groups()  # type: ignore[union-attr]
+    return f"{option or ''}{user_path('~')}/{rest}" if tilde else word
 
 
 def _share_the_machine() -> None:
@@ -93,5 +97,5 @@ def _share_the_machine() -> None:
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"icl: {message}", file=sys.stderr)
+    print(f"icl: {redact(message)}", file=sys.stderr)
     return status

@@ -8,12 +8,13 @@ import json
 import os
 import shlex
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
+from icl.checks import user_path
 from icl.config import RunConfig
 from icl.mirror import Mirror, copied_names, open_mirror, same_file, store_url
 from icl.presets import run_name
 from icl.reading import ContentError, parse_json, read_bytes
+from icl.redaction import redact
 from icl.runs import DONE, RunFolder
 from icl.storage import LocalStore, StorageError, sha256, write_atomically
 
@@ -110,8 +111,8 @@ def _read_note(run: RunFolder, config: RunConfig) -> dict[str, str]:
 
 
 def _place(config: RunConfig) -> str:
-    """The run's place in its store, on its server."""
+    """Name of the run's place in its store, on its server; without credentials, as it is saved."""
     url = store_url(config) or ""
-    root = url.rstrip("/") if "://" in url else str(Path(url).resolve())
-    server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    root = url.rstrip("/") if "://" in url else str(user_path(url).resolve())
+    server = redact(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
     return f"{root}/{run_name(config)} {server}".rstrip()

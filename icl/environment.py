@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from icl.reading import ContentError, parse_json
+from icl.redaction import redact
 
 PACKAGES = ("icl", "torch", "lightning", "numpy")
 _MARK = " environment "
@@ -21,7 +22,7 @@ def describe_environment() -> dict[str, str]:
     """Versions, machine and command of this process, by a word for each."""
     program, *words = sys.argv or [""]
     return {
-        "command": shlex.join([Path(program).name, *words]),
+        "command": redact(shlex.join([Path(program).name, *words])),
         "machine": f"{platform.node()}, {os.cpu_count()} processors",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         **versions(),

@@ -16,11 +16,12 @@ from typing import Literal
 
 import yaml
 
-from icl.checks import ConfigError, UserError, has_type, is_count
+from icl.checks import ConfigError, UserError, has_type, is_count, user_path
 from icl.config import RunConfig, flatten, is_free_on_resume
 from icl.environment import environments_of, versions
 from icl.file_system import LockedError, lock_file
 from icl.reading import ContentError, parse_json, parse_yaml, read_bytes
+from icl.redaction import redact
 from icl.storage import LocalStore, StorageError, write_atomically
 
 State = Literal["waiting", "running", "finished", "stopped_early", "preempted", "failed"]
@@ -68,8 +69,12 @@ def fails_again(run: "RunFolder", status: Status) -> bool:
 
 
 def local_root() -> Path:
-    """The folder of all runs: $LOCAL_ROOT, or `runs` in the working directory."""
-    return Path(os.environ.get("LOCAL_ROOT") or "runs")
+    """Path of the folder of all runs: $LOCAL_ROOT, or `runs` in the working directory.
+
+    Raises:
+        ConfigError: If $LOCAL_ROOT begins with `~` and no home folder is known.
+    """
+    return user_path(os.environ.get("LOCAL_ROOT") or "runs")
 
 
 def place_of(word: str | Path) -> Path:
@@ -132,7 +137,8 @@ class RunFolder:
 
     def write_status(self, status: Status) -> None:
         """Replace `status.json`, with the present time."""
-        content = asdict(status) | {"updated": round(time.time(), 3)}
+        reason = None if status.reason is None else redact(status.reason)
+        content = asdict(status) | {"reason": reason, "updated": round(time.time(), 3)}
         write_atomically(self.status_file, (json.dumps(content, indent=1) + "\n").encode(), durable=False)
 
     def read_status(self) -> Status | None:
@@ -150,7 +156,7 @@ class RunFolder:
     def log(self, message: str) -> None:
         """Add a line to `run.log`, with the time."""
         with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redact(message)}\n")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -7,7 +7,8 @@ table is judged by its HTTP status.
 import os
 import re
 from typing import Any
-from urllib.parse import urlsplit
+
+from icl.redaction import redact
 
 ABSENT = ("404", "NoSuchKey", "NotFound")
 TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
@@ -149,7 +150,4 @@ def describe_failure(error: Exception) -> str:
 def server_name() -> str:
     """The server that boto3 speaks to, without what else its address may carry."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    try:
-        return (urlsplit(endpoint).netloc.rpartition("@")[2] or "the server") if endpoint else "AWS"
-    except ValueError:
-        return "the server"
+    return (re.split("[/?#]", redact(endpoint).partition("://")[2])[0] or "the server") if endpoint else "AWS"

@@ -16,8 +16,9 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from icl.checks import STORE_SCHEMES, UserError
+from icl.checks import STORE_SCHEMES, UserError, user_path
 from icl.file_system import link_or_create, sync_file, sync_folder
+from icl.redaction import redact
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -200,15 +201,20 @@ def open_store(url: str) -> Store:
     """The store at a place: a folder's path, `file:///folder` or `s3://bucket/prefix`.
 
     Raises:
-        StorageError: If no store has that scheme, or the URL names no place.
+        StorageError: If no store has that scheme, or the URL names no place or carries credentials.
+        ConfigError: If a folder begins with `~` and no home folder is known.
     """
     scheme, _, place = url.partition("://") if "://" in url else ("file", "", url)
     scheme = scheme.lower()
     if scheme not in STORE_SCHEMES or not place:
-        raise StorageError(f"A store is a folder, file:///folder or s3://bucket/prefix, got {url!r}.")
+        raise StorageError(f"A store is a folder, file:///folder or s3://bucket/prefix, got {redact(url)!r}.")
     if scheme == "file":
-        return LocalStore(place)
+        return LocalStore(user_path(place))
     bucket, _, prefix = place.partition("/")
+    if "@" in bucket:
+        raise StorageError(
+            f"The store {redact(url)} must not carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead."
+        )
     store: Store = importlib.import_module("icl.s3").S3Store(bucket, prefix)
     return store
 

@@ -1,6 +1,8 @@
 """`.env-template` is complete and harmless as it is, and `.env` reaches the command line and nothing else."""
 
 import io
+import os
+import pwd
 import re
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from dotenv import dotenv_values
 from tiny_runs import TINY, as_arguments, change
 
 from icl.cli import main
+from icl.env_file import load_env_file
 
 TEMPLATE = (Path(__file__).parents[1] / ".env-template").read_text(encoding="utf-8")
 NAMES = (
@@ -54,6 +57,163 @@ def test_what_stands_in_env_reaches_the_command_line(folder, capsys):
     assert main(["train", *as_arguments(change(SHORT, checkpoints={"store": "copies"}))]) == 0
     assert (folder / "from-env" / "tiny" / "status.json").is_file()
     assert (folder / "copies" / "tiny" / "status.json").is_file()
+
+
+# The closed list
+
+
+TAKEN = [
+    *NAMES,
+    *("AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3", "HF_TOKEN", "HF_ENDPOINT"),
+    *("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_RUN_GROUP", "WANDB_TAGS", "WANDB_DIR"),
+]
+LEFT_OUT = [
+    *(
+        "LD_PRELOAD",
+        "LD_LIBRARY_PATH",
+        "PATH",
+        "PYTHONPATH",
+        "PYTHONSTARTUP",
+        "PYTHONHOME",
+        "BASH_ENV",
+        "GIT_SSH_COMMAND",
+    ),
+    *("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CA_BUNDLE", "AWS_PROFILE"),
+    *("AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_DATA_PATH", "BOTO_CONFIG", "HF_HOME", "NETRC", "HTTPS_PROXY", "CXX"),
+    *("WANDB__EXECUTABLE", "WANDB_X_EXECUTABLE", "WANDB_CONFIG_DIR", "WANDB_CONFIG_PATHS", "WANDB_SETTINGS_SYSTEM"),
+    *(
+        "WANDB_IDENTITY_TOKEN_FILE",
+        "WANDB_CREDENTIALS_FILE",
+        "WANDB_SWEEP_PARAM_PATH",
+        "WANDB_PROGRAM",
+        "WANDB_SERVICE",
+    ),
+    *(
+        "WANDB_CODE_DIR",
+        "WANDB_GIT_ROOT",
+        "WANDB_DOCKER",
+        "WANDB_HTTPS_PROXY",
+        "ICL_SWEEP_POINT",
+        "TORCHINDUCTOR_CACHE_DIR",
+    ),
+    *(
+        "aws_bucket_name",
+        "wandb_mode",
+        "AWS_",
+        "WANDB_",
+        "HF_TOKEN_PATH",
+        "HOME",
+        "TMPDIR",
+        "XDG_CACHE_HOME",
+        "MPLBACKEND",
+    ),
+]
+
+
+@pytest.fixture
+def clean(folder, monkeypatch) -> Path:
+    """Every variable of the lists is unset, and whatever `.env` sets is undone after the test."""
+    for name in (*TAKEN, *LEFT_OUT):
+        if name not in ("PATH", "HOME"):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+    return folder
+
+
+def test_only_names_of_the_closed_list_are_taken_and_the_others_are_named(clean, capsys):
+    before = dict(os.environ)
+    for name in LEFT_OUT:
+        (clean / ".env").write_text(f"export {name}='/tmp/planted'\n")
+        load_env_file()
+        assert dict(os.environ) == before
+        told = capsys.readouterr().err
+        assert (
+            told
+            == f"icl: .env sets {name}, which icl does not take from that file; export it in the shell if it is meant.\n"
+        )
+    (clean / ".env").write_text("".join(f"{name}=value-of-{name}\n" for name in TAKEN))
+    load_env_file()
+    assert dict(os.environ) == before | {name: f"value-of-{name}" for name in TAKEN}
+    assert capsys.readouterr().err == ""
+
+
+def test_many_names_that_are_left_out_are_one_line(clean, capsys):
+    (clean / ".env").write_text("".join(f"{name}=1\n" for name in LEFT_OUT) + "'odd\x1bname'=1\nLOCAL_ROOT=here\n")
+    load_env_file()
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "\x1b" not in told
+    assert "and " in told
+    assert os.environ["LOCAL_ROOT"] == "here"
+
+
+def test_what_the_environment_has_stays_and_counts_within_values(clean, monkeypatch):
+    monkeypatch.setenv("DEVICE", "cpu")
+    (clean / ".env").write_text("BASE=/data\nDEVICE=cuda\nLOCAL_ROOT=${BASE}/${DEVICE}/${NOWHERE:-runs}\n")
+    load_env_file()
+    assert os.environ["DEVICE"] == "cpu"
+    assert os.environ["LOCAL_ROOT"] == "/data/cpu/runs"
+    assert "BASE" not in os.environ
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"LOCAL_ROOT=\xff\xfe",
+        "LOCAL_ROOT=runs\n".encode("utf-16"),
+        "LOCAL_ROOT=l\u00e4ufe".encode("latin-1"),
+        b"DEVICE=a\0b",
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_sentence(clean, capsys, content):
+    (clean / ".env").write_bytes(content)
+    assert main(["runs"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"icl: {clean / '.env'} ")
+    assert told.count("\n") == 1
+
+
+def test_a_mark_at_the_beginning_does_no_harm(clean):
+    (clean / ".env").write_text("LOCAL_ROOT=here\n", encoding="utf-8-sig")
+    load_env_file()
+    assert os.environ["LOCAL_ROOT"] == "here"
+
+
+# Home folders
+
+
+def test_a_tilde_is_the_home_folder_wherever_no_shell_replaces_it(clean, monkeypatch, capsys):
+    home, work = clean / "home", clean / "work"
+    home.mkdir()
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(home))
+    (work / ".env").write_text("LOCAL_ROOT=~/runs\n")
+    (home / "run.yaml").write_text("checkpoints: {store: ~/copies}\n")
+    words = as_arguments(SHORT)
+    place = words.index("--checkpoints.store")
+    assert main(["train", "--config=~/run.yaml", *words[:place], *words[place + 2 :]]) == 0
+    assert main(["checkpoints", "tiny", "push", "--store", "file://~/more"]) == 0
+    assert main(["checkpoints", "tiny", "push", "--store=~/again"]) == 0
+    for place in ("runs", "copies", "more", "again"):
+        assert (home / place / "tiny" / "status.json").is_file(), place
+    assert [path.name for path in work.iterdir() if path.name.startswith(("~", "file:"))] == []
+
+
+@pytest.mark.parametrize("value", ["~/runs", "~nobody-of-this-name/runs"])
+def test_a_home_folder_that_nobody_knows_is_one_sentence(clean, monkeypatch, capsys, value):
+    def unknown(_: object) -> None:
+        raise KeyError("no such user")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(pwd, "getpwnam", unknown)
+    for words in (["runs"], ["train", *as_arguments(SHORT)]):
+        monkeypatch.setenv("LOCAL_ROOT", value)
+        assert main(words) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"icl: The home folder in '{value}' is not known")
+        assert told.count("\n") == 1
 
 
 def test_the_bucket_of_env_is_the_store(folder, s3, capsys):

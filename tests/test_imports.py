@@ -19,7 +19,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1] / "icl"
 
 LAYERS = (
-    ("checks", "reading", "array_files", "environment", "config", "literals", "presets", "resolve"),
+    (
+        "checks",
+        "redaction",
+        "env_file",
+        "reading",
+        "array_files",
+        "environment",
+        "config",
+        "literals",
+        "presets",
+        "resolve",
+    ),
     ("arrays", "rng", "schedules"),
     ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
     ("baselines", "metrics"),

@@ -20,6 +20,7 @@ from icl.checks import has_type, is_count
 from icl.diversity.runs import METADATA, ExperimentRun
 from icl.environment import versions
 from icl.reading import ContentError, parse_json, read_bytes
+from icl.redaction import redact
 from icl.runs import DONE, RunFolder
 from icl.storage import StorageError, write_atomically
 
@@ -45,7 +46,7 @@ class Metadata:
             "ended": None,
             "pid": os.getpid(),
             "host": platform.node(),
-            "command": sys.argv,
+            "command": [redact(word) for word in sys.argv],
             **about,
             "settings": _shared_settings(runs[0]),
             "versions": versions(),

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from icl.redaction import redact
 from icl.runs import DONE, RunFolder, Status
 from icl.storage import write_atomically
 from icl.sweeps.attempts import Claim, Outcome
@@ -94,7 +95,7 @@ class Program:
         code = self.process.returncode
         end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         line = self._last_line(f"icl: {claim.folder.resolve()} failed: ")
-        return f"{end}: {line}" if line else end
+        return redact(f"{end}: {line}" if line else end)
 
     def _last_line(self, own: str) -> str:
         """The rest of the last line that begins with `own`, or if there is none the last line."""
@@ -130,7 +131,7 @@ def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root
             with (other.folder / "sweep.log").open("a") as output:
                 output.write(f"{begun} trained together with others; see {log.resolve()}\n")
         with log.open("ab") as output:
-            output.write(f"{begun} {' '.join(words)}\n".encode())
+            output.write(f"{begun} {redact(' '.join(words))}\n".encode())
             output.flush()
             program.process = subprocess.Popen(
                 words,

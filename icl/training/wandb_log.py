@@ -19,6 +19,7 @@ from urllib.parse import urlparse
 from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.presets import run_name
+from icl.redaction import redact
 from icl.runs import RunFolder
 from icl.storage import write_atomically
 
@@ -173,12 +174,12 @@ def _run_id(folder: RunFolder) -> str:
 
 def _has_login() -> bool:
     host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
-    file = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    file = os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")  # noqa: PTH111 (`Path` fails where there is no home)
     try:
-        return netrc.netrc(str(file)).authenticators(host) is not None
+        return netrc.netrc(file).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
 
 def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
+    print(redact(sentence), file=sys.stderr)

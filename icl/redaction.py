@@ -1,0 +1,32 @@
+"""Text without secrets: what `icl` writes or prints passes through here where an address or a command line may be part of it."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+
+_CREDENTIALS = re.compile(r"([A-Za-z][\w+.-]*://)\S*@")
+_SECRETS = re.compile(r"(\w*_)?(SECRET|SECRET_KEY|SECRET_ACCESS_KEY|TOKEN|PASSWORD|API_KEY)")
+_LEAST = 6
+"""Letters from which on a secret is looked for in text; a shorter one would take plain words with it."""
+
+
+def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Return a text without the credentials in its URLs and without the values of this process's secret variables.
+
+    Example:
+        >>> redact("no answer from https://me:word@host:9000/bucket")
+        'no answer from https://host:9000/bucket'
+    """
+    text = _CREDENTIALS.sub(r"\1", text)
+    for secret in _secrets(environment):
+        text = text.replace(secret, "***")
+    return text
+
+
+def _secrets(environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield every secret that the environment holds: values of secret variables, and passwords in addresses."""
+    for name, value in environment.items():
+        found = [value] if _SECRETS.fullmatch(name) else []
+        credentials = [address[0].partition("://")[2].removesuffix("@") for address in _CREDENTIALS.finditer(value)]
+        found += [one.partition(":")[2] for one in credentials]
+        yield from (secret for secret in found if len(secret) >= _LEAST)

@@ -1,0 +1,97 @@
+"""No password or key is in a run's folder, its copy, or what is printed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_runs import TINY, as_arguments, change
+
+import icl.cli
+from icl.cli import main
+from icl.environment import environment_line
+from icl.redaction import redact
+from icl.runs import RunFolder, Status, local_root
+from icl.storage import StorageError, open_store
+
+SHORT = change(TINY, trainer={"max_steps": 2}, evaluation={"every": None}, checkpoints={"every": None, "num_log": 0})
+PASSWORD = "pass/w@rd:of-mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("https://me:word@host:9000/a b@c", "https://host:9000/a b@c"),
+        ("'http://me:wo@rd@host'", "'http://host'"),
+        ("s3://key:sec/ret@bucket/prefix", "s3://bucket/prefix"),
+        ("https://token@host", "https://host"),
+        ("https://host/a, me@example.org", "https://host/a, me@example.org"),
+        ("a folder me@uni/runs", "a folder me@uni/runs"),
+    ],
+)
+def test_credentials_in_addresses_are_left_out(text, left):
+    assert redact(text, {}) == left
+
+
+def test_secrets_of_the_environment_are_hidden_wherever_they_stand():
+    environment = {
+        "AWS_SECRET_ACCESS_KEY": "the-secret-key",
+        "WANDB_API_KEY": "0123456789",
+        "HTTPS_PROXY": "http://me:hidden-word@proxy",
+        "TOKENIZERS_PARALLELISM": "parallel",
+        "HF_TOKEN": "x",
+    }
+    text = "the-secret-key 0123456789 hidden-word parallel x"
+    assert redact(text, environment) == "*** *** *** parallel x"
+
+
+def test_a_password_in_the_endpoint_is_saved_nowhere(s3, monkeypatch, no_figures, capfd):
+    with_password = s3.endpoint.replace("://", "://me:hidden-word@")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", with_password)
+    monkeypatch.setenv("AWS_BUCKET_NAME", s3.bucket)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert main(["train", *as_arguments(SHORT)]) == 0
+    (local_root() / "tiny" / "results").mkdir()
+    (local_root() / "tiny" / "results" / "a.csv").write_text("1")
+    assert main(["checkpoints", "tiny", "push"]) == 0
+    said = capfd.readouterr()
+    everything = [path.read_bytes() for path in local_root().rglob("*") if path.is_file()]
+    everything += [s3.get(key) for key in s3.names()] + [said.out.encode(), said.err.encode()]
+    assert len(everything) > 20
+    assert not [data[:200] for data in everything if b"hidden-word" in data]
+
+
+def test_a_server_that_does_not_answer_is_named_without_its_password(monkeypatch, s3, capsys):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://me:{PASSWORD}@127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    assert main(["train", *as_arguments(SHORT), "--checkpoints.store", s3.url]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert not {"pass", "w@rd", "of-mine"} & set(said.replace("/", " ").replace(":", " ").split())
+
+
+@pytest.mark.parametrize(
+    "store", ["s3://key:hidden-word@bucket/p", "https://me:hidden-word@host", "s3://hidden-word@bucket"]
+)
+def test_a_store_with_credentials_is_refused_without_repeating_them(store, capsys):
+    with pytest.raises(StorageError) as refusal:
+        open_store(store)
+    assert "hidden-word" not in str(refusal.value)
+    for words in (["train", "--checkpoints.store", store], ["checkpoints", "tiny", "pull", "--store", store]):
+        assert main(words) in (1, 2)
+        said = capsys.readouterr().err
+        assert said.startswith("icl: ")
+        assert "hidden-word" not in said
+    assert not list(local_root().iterdir())
+
+
+def test_logs_statuses_and_messages_pass_through_the_same_function(tmp_path, monkeypatch, capsys):
+    run, secret = RunFolder(tmp_path), "https://me:hidden-word@host"
+    monkeypatch.setattr("sys.argv", ["icl", "train", secret])
+    run.log(f"failed at {secret}")
+    run.log(environment_line())
+    run.write_status(Status(state="failed", reason=f"no answer from {secret}"))
+    icl.cli._complain(f"no answer from {secret}", 1)
+    told = "".join(Path(file).read_text() for file in (run.log_file, run.status_file)) + capsys.readouterr().err
+    assert told.count("https://host") == 4
+    assert "hidden-word" not in told
+    assert json.loads(run.status_file.read_text())["reason"] == "no answer from https://host"
