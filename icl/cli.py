@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from icl import __version__
 from icl.checks import ConfigError, UserError, user_path
 from icl.env_file import load_env_file
+from icl.older import modern_command, modern_setting
 from icl.redaction import redact
 
 COMMANDS = ("train", "sweep", "diversity", "evaluate", "llc", "analyse", "report", "predict", "runs", "checkpoints")
@@ -30,6 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"icl {__version__}")
         return 0
     if words[0] not in COMMANDS:
+        older = modern_command(words)
+        if older is not None:
+            return _complain(f"There is no command `{words[0]}`; here it is `{older}`.", 2)
+        if words[0].startswith("-"):
+            hint = modern_setting(words[0].strip("-").partition("=")[0]) or ""
+            told = f" {hint}" if hint else ""
+            return _complain(
+                f"Options follow a command, such as `icl train {words[0]}`.{told} `icl --help` lists the commands.", 2
+            )
         nearest = difflib.get_close_matches(words[0], COMMANDS, n=1)
         hint = f" Did you mean `icl {nearest[0]}`?" if nearest else ""
         return _complain(f"There is no command `{words[0]}`.{hint} `icl --help` lists them.", 2)

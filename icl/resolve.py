@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from icl.checks import ConfigError, parse_num_tasks
 from icl.config import RunConfig, flatten
 from icl.literals import read_table
+from icl.older import modern_setting
 from icl.presets import preset
 from icl.reading import ContentError, parse_yaml
 
@@ -347,14 +348,25 @@ def _refuse_unknown(settings: Iterable[Any], keys: Mapping[str, Any]) -> None:
         key = " ".join(str(given).split())  # YAML has keys that are not text
         if any(known.startswith(f"{key}.") for known in keys):
             raise ConfigError(f"`{key}` is a section; write `{key}: {{key: value}}` or `--{key}.key VALUE`.")
-        leaves = {
-            known.rpartition(".")[2]: known for known in reversed(list(keys))
-        }  # the first section of a name counts
-        nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-        near_leaf = difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.6)
-        suggestion = nearest[0] if nearest else leaves[near_leaf[0]] if near_leaf else None
-        hint = f" Did you mean `{suggestion}`?" if suggestion else " `icl train --help` lists the keys."
-        raise ConfigError(f"There is no setting `{key}`.{hint}")
+        raise ConfigError(f"There is no setting `{key}`. {_suggestion(key, keys)}")
+
+
+def _suggestion(key: str, keys: Mapping[str, Any]) -> str:
+    """What to write in place of an unknown key: an older name's, else the nearest, else where to look."""
+    section, _, leaf = key.rpartition(".")
+    leaves = {known.rpartition(".")[2]: known for known in reversed(list(keys))}  # the first section of a name counts
+    older = modern_setting(leaf)
+    if section not in _sections():
+        if older is not None:
+            return older
+        if leaf in leaves:
+            return f"Did you mean `{leaves[leaf]}`?"
+    nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    near_leaf = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
+    suggestion = nearest[0] if nearest else leaves[near_leaf[0]] if near_leaf else None
+    if suggestion is not None:
+        return f"Did you mean `{suggestion}`?"
+    return older or "`icl train --help` lists the keys."
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:

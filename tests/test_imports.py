@@ -28,6 +28,7 @@ LAYERS = (
         "environment",
         "config",
         "literals",
+        "older",
         "presets",
         "resolve",
     ),

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from icl.checks import ConfigError
+from icl.older import modern_setting
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,7 +27,8 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
             known = [option for action in self._actions for option in action.option_strings]
-            hint = nearest(word, known) or f" `{self.prog} --help` lists what it takes."
+            older = modern_setting(word.lstrip("-")) if word.startswith("--") else None
+            hint = nearest(word, known) or (f" {older}" if older else f" `{self.prog} --help` lists what it takes.")
             raise ConfigError(f"`{self.prog}` takes no `{word}`.{hint}")
         return options
 
