@@ -4,9 +4,10 @@ Tokens x1, y1, ..., xK are embedded, pass through L causal blocks, and are read 
 of y_k is coordinate 0 of the output at x_k, which has seen x1, y1, ..., x_k and nothing later.
 
 One model serves the published ones (Raventos et al. 2023, Hoogland et al. 2024, Carroll et al. 2025) by plain options;
-`icl.presets` names them. Attention is written out in matrix products, so that `torch.func.vmap` maps it over a
-population of parameter sets without a slow fallback. Differences from Hoogland et al.: we drop the last y-token,
-which no prediction sees (the positional table keeps its 2K rows), and `double_residual` is off unless asked for.
+`icl.presets` names them. This module is the definition, so attention is written out as in its formula. `icl.stacked` computes
+the same for a population of parameter sets, faster, and tests hold the two to the same numbers. Differences from Hoogland
+et al.: we drop the last y-token, which no prediction sees (the positional table keeps its 2K rows), and
+`double_residual` is off unless asked for.
 """
 
 import dataclasses

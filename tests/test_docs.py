@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from icl.analysis import ANALYSES
@@ -47,11 +48,35 @@ def test_the_tutorial_can_be_followed_word_for_word(tmp_path):
         [sys.executable, "tutorial.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Empty DataFrame" not in done.stdout
     numbers = dict(re.findall(r"^(model|ridge|lasso) ([\d.]+)$", done.stdout, re.MULTILINE))
     assert float(numbers["lasso"]) < float(numbers["ridge"]), "sparse tasks are the lasso's"
     llc, stderr, verdict = re.search(r"^([\d.]+) \+- ([\d.]+) (\w+)", done.stdout, re.MULTILINE).groups()
     assert abs(float(llc) - 2.5) < 5 * float(stderr) + 0.1
     assert verdict == "ok"
+
+
+def test_the_tutorials_table_has_the_rows_that_it_asks_for(tmp_path, monkeypatch, capsys):
+    """On the shipped evaluation of the run that the tutorial trains."""
+    (block,) = [text for _, text in blocks(ROOT / "docs" / "tutorial.md") if "pd.read_csv" in text]
+    shipped = pd.read_csv(ROOT / "data" / "small" / "evaluation.csv")
+    path = tmp_path / "runs" / "quickstart" / "results" / "evaluation.csv"
+    path.parent.mkdir(parents=True)
+    shipped[shipped["run"] == "quickstart"].drop(columns="run").to_csv(path, index=False)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(block, "tutorial", "exec"), names)
+    assert set(names["gaps"]["quantity"]) == {"delta_ridge"}
+    assert len(names["gaps"]) >= 5
+    assert "Empty" not in capsys.readouterr().out
+
+
+def test_the_notebook_and_the_readme_name_the_same_optimum_for_new_tasks():
+    for page in ("README.md", "notebooks/quickstart.ipynb"):
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        sentences = [sentence for sentence in re.split(r"(?<=[.!?]) ", text) if "n new tasks (right)" in sentence]
+        assert len(sentences) == 1
+        assert "ridge is optimal" in sentences[0]
 
 
 def test_the_tutorials_python_can_be_compiled():

@@ -8,6 +8,7 @@ of one package may import each other. `training`, `sampling` and `analysis` shar
 import ast
 import builtins
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -106,6 +107,15 @@ def may_import(name, target):
 @pytest.mark.parametrize("name", MODULES)
 def test_module_has_a_place_in_the_table(name):
     assert entry_of(name, PLACES), f"Give icl/{name} a line in LAYERS, and in DESIGN.md."
+
+
+def test_the_table_of_contributing_is_this_one():
+    """CONTRIBUTING.md lists the names of every line in its order, packages with a slash."""
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"## Where things go\n.*?```\n(.*?)```", text, re.DOTALL)
+    told = [[word.strip("/") for word in re.split(r"   +", line)[0].split()] for line in table.splitlines()]
+    names = [[name for name in line if "." not in name and not name.startswith("__")] for line in LAYERS]
+    assert told == [line for line in names if line]
 
 
 @pytest.mark.parametrize("name", MODULES)
