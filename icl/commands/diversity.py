@@ -34,7 +34,7 @@ usage: icl diversity [--max_power P] [--num_steps N] ... [--preset NAME] [--conf
 Train the same run at M = 2^1 .. 2^P tasks and at M = inf, one after the other, each into its own folder
 checkpoints/checkpoints_M8/ and so on; then draw the gaps to dMMSE and to ridge, in and out of distribution, against M.
 The same command goes on after any interruption: finished runs are skipped, an unfinished one resumes, failed ones are
-tried again. Ctrl-C and SIGTERM save first. checkpoints/experiment_metadata.json tells how far it is.
+tried again, except those whose loss became NaN, which would fail again (--retry tries these, too). Ctrl-C and SIGTERM save first. checkpoints/experiment_metadata.json tells how far it is.
 
 options (what is left out is as in the first example; num_steps scales warm-up and intervals):
   --max_power P                 the largest finite M is 2^P (default: 20)
@@ -48,6 +48,7 @@ options (what is left out is as in the first example; num_steps scales warm-up a
   --early_stopping_min_delta X  the least improvement that counts
   --base_checkpoint_dir DIR     folder of the experiment (default: checkpoints)
   --plots_dir DIR               folder of the figure (default: plots)
+  --retry                       also try runs again whose loss became NaN
   --background                  go on without this terminal: print the process and its log, and return
   --preset NAME, --config FILE, --section.key VALUE
                                 as for `icl train` (`icl train --help` lists them); a preset of your own choice, here or
@@ -70,9 +71,9 @@ def run(words: list[str]) -> int:
     if "-h" in words or "--help" in words:
         print(_USAGE, end="")
         return 0
-    in_background = "--background" in words
+    in_background, retry = "--background" in words, "--retry" in words
     words = [word for word in words if word != "--background"]
-    config, options = _parse(words)
+    config, options = _parse([word for word in words if word != "--retry"])
     base, plots = Path(options.get("base_checkpoint_dir", "checkpoints")), Path(options.get("plots_dir", "plots"))
     from icl.diversity.runs import experiment_runs
 
@@ -80,14 +81,16 @@ def run(words: list[str]) -> int:
     experiment_runs(config, max_power=max_power, base=base)  # refuses at once, in front of who typed it
     if in_background:
         return _detach(words, base)
-    return _run(config, max_power, base, plots)
+    return _run(config, max_power, base, plots, retry=retry)
 
 
-def _run(config: RunConfig, max_power: int, base: Path, plots: Path) -> int:
+def _run(config: RunConfig, max_power: int, base: Path, plots: Path, *, retry: bool) -> int:
     from icl.diversity.experiment import run_experiment
     from icl.diversity.runs import find_runs
 
-    result = run_experiment(config, max_power=max_power, base=base, say=lambda line: print(line, flush=True))
+    result = run_experiment(
+        config, max_power=max_power, base=base, retry=retry, say=lambda line: print(line, flush=True)
+    )
     if result.received is not None:
         print(
             f"icl: stopped by {result.received.name} with {len(result.done)} of {len(result.entries)} runs done; "

@@ -21,7 +21,7 @@ from icl.checks import UserError
 from icl.config import RunConfig
 from icl.diversity.metadata import REFRESH_SECONDS, Metadata
 from icl.diversity.runs import ExperimentRun, experiment_runs, holding, require_same_settings
-from icl.runs import DONE
+from icl.runs import DONE, fails_again
 from icl.storage import remove_temporaries
 from icl.training.run import train
 
@@ -62,6 +62,7 @@ def run_experiment(
     *,
     max_power: int,
     base: Path,
+    retry: bool = False,
     refresh_seconds: float = REFRESH_SECONDS,
     say: Callable[[str], None] = print,
 ) -> ExperimentResult:
@@ -71,6 +72,7 @@ def run_experiment(
         config: Everything but M.
         max_power: M = 2^1 .. 2^max_power, and infinity.
         base: The experiment's folder.
+        retry: Whether to try runs again that would fail again.
         refresh_seconds: Between two updates of the metadata while a run trains.
         say: Takes a line for every event.
 
@@ -86,7 +88,7 @@ def run_experiment(
         metadata = Metadata(base, runs, about={"max_power": max_power, "base_checkpoint_dir": str(base)})
         with _listening(base / LOG) as stopped_by, metadata.refreshing(refresh_seconds):
             try:
-                received = _train_runs(runs, metadata, stopped_by, say)
+                received = _train_runs(runs, metadata, stopped_by, say, retry=retry)
             except KeyboardInterrupt:  # between two runs
                 received = stopped_by()
         failed = [entry["num_tasks"] for entry in metadata.entries() if entry["state"] == "failed"]
@@ -103,12 +105,19 @@ def _train_runs(
     metadata: Metadata,
     stopped_by: Callable[[], signal.Signals],
     say: Callable[[str], None],
+    *,
+    retry: bool,
 ) -> signal.Signals | None:
     """One run after the other; returns the signal that ended it early."""
     for number, run in enumerate(runs, start=1):
         place = f"[{number}/{len(runs)}] M = {run.label}"
         started = time.monotonic()
         was_done = metadata.is_done(run.label)
+        status = run.folder.read_status()
+        if status is not None and not retry and fails_again(run.folder, status):
+            say(f"{place}: failed: {status.reason} It is not tried again, except by --retry.")
+            metadata.end_run(run.label, state="failed", reason=status.reason)
+            continue
         if not was_done:
             say(f"{place}: {run.folder.path}")
             metadata.begin_run(run.label)

@@ -256,7 +256,7 @@ def test_a_run_that_fails_is_recorded_the_rest_goes_on_and_the_next_command_trie
     assert states(tmp_path) == {"2": "finished", "4": "failed", "inf": "finished"}
     tree = read_metadata(tmp_path / "base")
     assert tree["state"] == "failed"
-    assert "cannot be read" in tree["runs"][1]["reason"]
+    assert "last.ckpt is damaged" in tree["runs"][1]["reason"]
     assert (tmp_path / "plots" / "diversity.png").is_file()
     damaged.unlink()
     assert main(command(tmp_path)) == 0
@@ -264,8 +264,17 @@ def test_a_run_that_fails_is_recorded_the_rest_goes_on_and_the_next_command_trie
     assert_as_trained_alone(tmp_path / "base", QUICK, tmp_path / "alone", ["4"])
 
 
-def test_when_every_loss_diverges_all_are_tried_and_nothing_is_drawn(tmp_path, capsys):
-    assert main(command(tmp_path, change(QUICK, optim={"lr": 1e30, "grad_clip": None}))) == 1
+def test_when_every_loss_diverges_all_are_tried_once_and_nothing_is_drawn(tmp_path, capsys):
+    words = command(tmp_path, change(QUICK, optim={"lr": 1e30, "grad_clip": None}))
+    assert main(words) == 1
+    logs = [path.read_text() for path in (tmp_path / "base").glob("*/run.log")]
+    assert main(words) == 1
+    assert capsys.readouterr().out.count("It is not tried again, except by --retry.") == 3
+    assert [path.read_text() for path in (tmp_path / "base").glob("*/run.log")] == logs
+    assert main([*words, "--retry"]) == 1
+    assert all(path.read_text().count("starting") == 2 for path in (tmp_path / "base").glob("*/run.log"))
+    capsys.readouterr()
+    assert main(words) == 1
     assert set(states(tmp_path).values()) == {"failed"}
     reasons = [entry["reason"] for entry in read_metadata(tmp_path / "base")["runs"]]
     assert all("NaN or infinite" in reason for reason in reasons)

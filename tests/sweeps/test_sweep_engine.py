@@ -433,7 +433,7 @@ def test_a_packed_point_whose_resume_file_is_damaged_fails_alone(tmp_path, monke
     damaged.resume_file.write_bytes(b"half a file")
     assert main(["sweep", file, "--pack"]) == 1
     told = capsys.readouterr().out
-    assert f"failed   {first.name}: {damaged.resume_file.resolve()} cannot be read" in told
+    assert f"failed   {first.name}: {damaged.resume_file.resolve()} is damaged" in told
     assert RunFolder(local_root() / second.name).read_status().state == "finished"
     assert (local_root() / second.name / "figures" / "training.png").is_file()
     damaged.resume_file.unlink()

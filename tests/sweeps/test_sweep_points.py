@@ -95,6 +95,14 @@ def test_a_config_file_in_the_command_is_read(tmp_path, macro):
     assert point.config.task.num_tasks == 8
 
 
+def test_a_nested_point_may_come_by_the_commands_words(tmp_path):
+    nested = {"task": {"parameters": {"num_tasks": {"values": [2, float("inf")]}, "noise_variance": {"value": 1e-05}}}}
+    for macro in ("${args}", "${args_no_equals}", "${args_no_boolean_flags}"):
+        found = points(tmp_path, nested | {"optim.lr": {"value": 0.5}}, command=["${env}", "icl", "train", macro])
+        assert [point.config.task.num_tasks for point in found] == [2, float("inf")]
+        assert {(point.config.task.noise_variance, point.config.optim.lr) for point in found} == {(1e-05, 0.5)}
+
+
 def test_an_unknown_key_is_an_error_that_names_the_nearest_and_the_point(tmp_path):
     message = refusal(tmp_path, {"task.num_taks": {"values": [1, 2]}})
     assert "point 1 (task.num_taks=1)" in message
