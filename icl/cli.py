@@ -35,10 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if older is not None:
             return _complain(f"There is no command `{words[0]}`; here it is `{older}`.", 2)
         if words[0].startswith("-"):
-            hint = modern_setting(words[0].strip("-").partition("=")[0]) or ""
+            option = words[0].partition("=")[0]
+            hint = modern_setting(option.strip("-"))
             told = f" {hint}" if hint else ""
             return _complain(
-                f"Options follow a command, such as `icl train {words[0]}`.{told} `icl --help` lists the commands.", 2
+                f"`{option}` follows a command, such as `icl train`.{told} `icl --help` lists the commands.", 2
             )
         nearest = difflib.get_close_matches(words[0], COMMANDS, n=1)
         hint = f" Did you mean `icl {nearest[0]}`?" if nearest else ""
