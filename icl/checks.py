@@ -19,9 +19,14 @@ Bound: TypeAlias = Literal["positive", "zero or positive", "a number"]
 class UserError(Exception):
     """Something that one sentence explains and the user can mend; the command line prints it without a traceback."""
 
+    exit_status = 1
+    """Of the command that ends with it."""
+
 
 class ConfigError(UserError, ValueError):
     """A setting that cannot be used; the message says which, why, and what to write instead."""
+
+    exit_status = 2
 
 
 def require(condition: bool, message: str) -> None:

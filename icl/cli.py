@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from icl import __version__
-from icl.checks import ConfigError, UserError, user_path
+from icl.checks import UserError, user_path
 from icl.env_file import load_env_file
 from icl.older import modern_command, modern_setting
 from icl.redaction import redact
@@ -58,10 +58,8 @@ def _run(command: str, words: list[str]) -> int:
         load_env_file()
         _share_the_machine()
         return importlib.import_module(f"icl.commands.{command}").run([_with_home(word) for word in words])
-    except ConfigError as error:
-        return _complain(str(error), 2)
     except UserError as error:
-        return _complain(str(error), 1)
+        return _complain(str(error), error.exit_status)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; what only prints has done its work
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0 if command == "runs" or {"-h", "--help"} & set(words) else 141

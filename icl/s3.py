@@ -176,12 +176,11 @@ class S3Store:
             raise
         return True
 
-    def _ask(self, key: str, act: Callable[[], Result], *, seconds: float = waiting.SECONDS) -> Result:
+    def _ask(self, key: str, act: Callable[[], Result], *, seconds: float | None = None) -> Result:
         """What the server answers, waited for as long as something moves."""
         with self._errors(key):
-            answer = waiting.await_result(act, seconds=seconds, awaited=f"an answer from {server_name()}")
-        waiting.moved()
-        return answer
+            return waiting.await_result(act, seconds=seconds, awaited=f"an answer from {server_name()}")
+        raise AssertionError
 
     @contextlib.contextmanager
     def _errors(self, key: str = "") -> Iterator[None]:

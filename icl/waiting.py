@@ -61,7 +61,7 @@ def silence() -> Iterator[None]:
 def await_result(
     act: Callable[[], Result],
     *,
-    seconds: float = SECONDS,
+    seconds: float | None = None,
     awaited: str = "",
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Result:
@@ -69,13 +69,14 @@ def await_result(
 
     Args:
         act: The call.
-        seconds: Without progress after which it is given up.
+        seconds: Without progress after which it is given up; left out, `SECONDS`.
         awaited: What to tell a person after `NOTICE_SECONDS` that the program waits for; nothing if empty.
         is_stopped: Asked all the time, whether to give up at once.
 
     Raises:
         StalledError: If it was given up. Its thread goes on, and does not keep the program from ending.
     """
+    seconds = SECONDS if seconds is None else seconds
     results: list[Result] = []
     errors: list[BaseException] = []
     is_done = threading.Event()
@@ -95,7 +96,7 @@ def await_result(
             raise StalledError
         if awaited and idle >= NOTICE_SECONDS and not _progress.was_told and not getattr(_thread, "is_silent", False):
             _progress.was_told = True
-            print(f"icl: waiting for {awaited}; giving up after {seconds:.0f} s without an answer.", file=sys.stderr)
+            print(f"icl: waiting for {awaited}; giving up after {seconds:.0f} s without progress.", file=sys.stderr)
     if errors:
         raise errors[0]
     return results[0]

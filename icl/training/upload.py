@@ -3,11 +3,13 @@
 One thread looks at the run's folder every few seconds and sends what is new: checkpoints at once, `last.ckpt` with the
 files beside it whenever there is a newer one (only the newest matters). `last.ckpt` and `status.json` vouch for the
 other files: they are read first and sent last, and only if all the others arrived, so the copy can always be resumed.
-A file that cannot be sent is tried again in every round. What is left in the end is an error; training has then ended
-as it would have without a store, and everything is in the folder.
+A file that cannot be sent is tried again in every round. What is left in the end is sent then, as long as something moves.
+What cannot be sent is an error; training has then ended as it would have without a store, and everything is in the folder.
 """
 
 import contextlib
+import math
+import signal
 import sys
 import threading
 import time
@@ -16,6 +18,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from icl import waiting
 from icl.checkpoints import checkpoint_name
 from icl.config import RunConfig
 from icl.delivery import UploadError, describe_left, is_delivered, note_delivered
@@ -42,7 +45,9 @@ SECONDS = 2.0
 MAX_FAILURES = 2
 """Files in a row that cannot be sent until a round is given up: the store is gone, for now."""
 PATIENCE = 30.0
-"""Seconds without a file sent after which, in the end, the rest is given up."""
+"""Seconds without a file sent after which, in the end, the rest is given up if the store answers with errors."""
+STOPPED_SECONDS = 20.0
+"""From the end of a training that a signal stopped; whoever sent it will not wait for longer."""
 
 Signature = tuple[int, int, int]
 
@@ -82,7 +87,7 @@ def upload_behind(config: RunConfig, run: RunFolder) -> Iterator[None]:
     except BaseException as error:
         _finish_failed(uploader, error)
         raise
-    uploader.finish()
+    _finish(uploader)
 
 
 class Uploader:
@@ -108,48 +113,71 @@ class Uploader:
         self._there: set[str] | None = None
         self._sent: dict[str, Signature | None] = {}
         self._stop = threading.Event()
+        self._is_given_up = threading.Event()
         self._thread = threading.Thread(target=self._work, name="icl-upload", daemon=True)
 
     def start(self) -> None:
         """Begin to look and send."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread after the file in hand."""
-        self._stop.set()
-        self._thread.join()
+    def finish(self, *, idle_seconds: float | None = None, seconds: float = math.inf) -> None:
+        """Send all that is left, with progress, until a signal comes or it takes too long.
 
-    def finish(self) -> None:
-        """Send all that is left, with progress.
+        Args:
+            idle_seconds: Without progress after which the rest is given up; left out, `waiting.SECONDS`.
+            seconds: After which it is given up in any case.
 
         Raises:
             UploadError: If something could not be sent.
         """
-        self.stop()
-        names = self._changed()
+        self._stop.set()
+        names, give_up_at = self._changed(), time.monotonic() + seconds
         if names:
-            with progress(f"uploading to {self.mirror.there}", len(names)) as bar:
-                self._send_all(bar)
+            print(f"Uploading the last {len(names):,} files to {self.mirror.there} ...", flush=True)
+        with _listening() as received:
+            try:
+                waiting.await_result(
+                    self._send_rest,
+                    seconds=min(seconds, waiting.SECONDS if idle_seconds is None else idle_seconds),
+                    awaited=str(self.mirror.there),
+                    is_stopped=lambda: bool(received) or time.monotonic() >= give_up_at,
+                )
+            except waiting.StalledError:
+                self._is_given_up.set()
+                self.reason = f"stopped by {received[0].name}" if received else "the store did not answer in time"
         left = self._changed()
         if left:
             self.mirror.run.log(f"not uploaded to {self.mirror.there}: {', '.join(left)}. {self.reason}")
-            raise UploadError(describe_left(self.mirror.run, self.mirror.url, left, self.reason))
+            error = UploadError(describe_left(self.mirror.run, self.mirror.url, left, self.reason))
+            error.exit_status = 128 + received[0] if received else error.exit_status
+            raise error
         small = [name for name in copied_names(self._here) if not is_checkpoint(name) and name != "last.ckpt"]
         note_delivered(self.mirror.run, self.config, small)
         print(f"Uploaded to {self.mirror.there}.")
 
     def _work(self) -> None:
         pause = self.seconds
-        while not self._stop.wait(pause):
-            pause = self.seconds if self._round() else 10 * self.seconds
+        with waiting.silence():
+            while not self._stop.wait(pause):
+                pause = self.seconds if self._round() else 10 * self.seconds
+
+    def _send_rest(self) -> None:
+        """Wait for the file in hand, and send the others."""
+        self._thread.join()
+        names = self._changed()
+        if names:
+            with waiting.silence(), progress(f"uploading to {self.mirror.there}", len(names)) as bar:
+                self._send_all(bar)
 
     def _send_all(self, bar: tqdm) -> None:
         """Try until all is sent, or nothing could be for a while."""
         pause, give_up_at = 0.5, time.monotonic() + PATIENCE
         num_sent = bar.n
         while not self._round(bar) and time.monotonic() + pause < give_up_at:
+            if self._is_given_up.is_set():
+                return
             print(f"icl: {self.reason} Trying again in {pause:g} s.", file=sys.stderr)
-            time.sleep(pause)
+            self._is_given_up.wait(pause)
             pause *= 2
             if bar.n > num_sent:
                 num_sent, pause, give_up_at = bar.n, 0.5, time.monotonic() + PATIENCE
@@ -166,11 +194,15 @@ class Uploader:
         if not self._reach():
             return False
         for name in others:
-            if num_in_a_row == MAX_FAILURES or (self._stop.is_set() and bar is None):
+            if num_in_a_row == MAX_FAILURES or self._is_over(bar):
                 return False  # the store is gone for now, or `finish` sends the rest
             num_in_a_row = 0 if self._send(self._take(name), bar) else num_in_a_row + 1
             num_failures += num_in_a_row > 0
         return num_failures == 0 and all(self._send(voucher, bar) for voucher in vouchers)
+
+    def _is_over(self, bar: tqdm | None) -> bool:
+        """Whether to leave the other files: `finish` sends them, or has given them up."""
+        return self._is_given_up.is_set() or (self._stop.is_set() and bar is None)
 
     def _reach(self) -> bool:
         """Learn what the store has, and remove the best checkpoints that better ones replaced; False if it is gone."""
@@ -205,6 +237,7 @@ class Uploader:
         except StorageError as error:
             self.reason = str(error)
             return False
+        waiting.moved()
         self._there.add(file.name)
         self._sent[file.name] = file.signature
         if bar is not None:
@@ -230,11 +263,45 @@ def _is_complete(mirror: Mirror) -> bool:
     return status is not None and status.state in DONE and same_file(mirror.here, mirror.there, "status.json")
 
 
+def _finish(uploader: Uploader) -> None:
+    """After a training that ended, send what is left; one that a signal stopped has little time for it."""
+    status = uploader.mirror.run.read_status()
+    if status is None or status.state != "preempted":
+        uploader.finish()
+        return
+    try:
+        uploader.finish(seconds=max(2.0, status.updated + STOPPED_SECONDS - time.time()))
+    except UploadError as error:
+        word = (status.reason or "").partition(" ")[0]
+        error.exit_status = 128 + signal.Signals[word] if word in signal.Signals.__members__ else error.exit_status
+        raise
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[signal.Signals]]:
+    """Collect the signals that ask the program to end; only the main thread may listen."""
+    received: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def receive(number: int, frame: object) -> None:
+        received.append(signal.Signals(number))
+
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
 def _finish_failed(uploader: Uploader, error: BaseException) -> None:
     """After a training that failed, send what there is; one that was interrupted twice does not wait for it."""
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return
+    is_gone = isinstance(error, UploadError)  # another run of this training has just waited for its store in vain
     try:
-        uploader.finish()
+        uploader.finish(idle_seconds=2.0 if is_gone else None)
     except UploadError as problem:
         print(f"icl: {problem}", file=sys.stderr)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from icl.checks import ConfigError
+from icl.checks import UserError
 from icl.config import RunConfig
 from icl.presets import run_name
 from icl.redaction import redact
@@ -106,7 +106,7 @@ def exit_code_of(error: BaseException) -> int:
     """The status with which `icl.cli` ends on an error."""
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return 130
-    return 2 if isinstance(error, ConfigError) else 1
+    return error.exit_status if isinstance(error, UserError) else 1
 
 
 def has_unsent_rows() -> bool:
