@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from icl.compile_cache import note_compiled, start_afresh, use_private_cache
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Leaves = TypeVar("Leaves", Tensor, dict[str, Tensor])
 
@@ -54,7 +56,10 @@ def one_graph(
     changed: Callable[..., Sequence[Tensor]] = lambda *inputs: (),
     options: dict[str, Any] | None = None,
 ) -> Function:
-    """The function as one graph, on CUDA as a CUDA graph; or itself, after a warning, where there is no compiler.
+    """Return the function as one graph, on CUDA as a CUDA graph; or itself, after a warning, where there is no compiler.
+
+    What is compiled is kept in a folder of the user's own (`icl.compile_cache`). If compiling fails with what is kept there,
+    it is tried once more without.
 
     Args:
         function: Tensors, or trees of them, to tensors.
@@ -62,6 +67,7 @@ def one_graph(
         changed: Which of its inputs it changes in place.
         options: The compiler's, on a CPU.
     """
+    use_private_cache()  # before torch looks for a folder itself
     # Slow to import, and needed here alone.
     from torch._dynamo import config, error_on_graph_break, exc, mark_static_address
 
@@ -70,25 +76,37 @@ def one_graph(
     replayed = torch.compile(function, fullgraph=True, dynamic=False, options=_cuda_options())
     # Its advice is to round products to ten bits, which is not what float32 was asked for.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-    has_failed = False
+    has_failed = is_kept = False
+
+    def run(*inputs: Any) -> Any:
+        if _device(inputs).type != "cuda":
+            return graph(*inputs)
+        for tensor in changed(*inputs):
+            mark_static_address(tensor)  # changed in place by the graph, never copied
+        return pytree.tree_map(torch.clone, replayed(*inputs))
 
     def call(*inputs: Any) -> Any:
-        nonlocal has_failed
+        nonlocal has_failed, is_kept
         if has_failed:
             return function(*inputs)
         config.recompile_limit = max(config.recompile_limit, 2**10)  # each thread's own; a process may train many runs
         config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 2**12)
         try:
-            if _device(inputs).type != "cuda":
-                return graph(*inputs)
-            for tensor in changed(*inputs):
-                mark_static_address(tensor)  # changed in place by the graph, never copied
-            return pytree.tree_map(torch.clone, replayed(*inputs))
+            try:
+                outputs = run(*inputs)
+            except exc.BackendCompilerFailed:
+                if not start_afresh():
+                    raise
+                outputs = run(*inputs)
         except exc.TorchDynamoException as error:  # raised before anything has run
             has_failed = True
             reason = " ".join(str(error).split("\n")[:2])
             warnings.warn(f"{work} goes on without torch.compile, and more slowly: {reason}", stacklevel=2)
             return function(*inputs)
+        if not is_kept:
+            is_kept = True
+            note_compiled()
+        return outputs
 
     return call  # type: ignore[return-value]
 

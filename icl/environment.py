@@ -15,6 +15,8 @@ from icl.reading import ContentError, parse_json
 from icl.redaction import redact
 
 PACKAGES = ("icl", "torch", "lightning", "numpy")
+OWN_PROGRAM = (sys.executable, str(Path(__file__).with_name("__main__.py")))
+"""Words that start this same `icl` in another process, which imports nothing from the working folder, as `-m icl` would."""
 _MARK = " environment "
 
 

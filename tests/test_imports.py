@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1] / "icl"
 LAYERS = (
     (
         "checks",
+        "file_system",
         "redaction",
         "env_file",
         "reading",
@@ -36,8 +37,8 @@ LAYERS = (
     ("arrays", "rng", "schedules"),
     ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
     ("baselines", "metrics"),
-    ("compiling", "cores", "transformer", "tiny_attention", "stacked", "population", "step"),
-    ("file_system", "storage", "waiting", "s3_errors", "s3_requests", "s3"),
+    ("compile_cache", "compiling", "cores", "transformer", "tiny_attention", "stacked", "population", "step"),
+    ("storage", "waiting", "s3_errors", "s3_requests", "s3"),
     ("runs", "checkpoint_header", "checkpoints", "resume_file", "mirror", "delivery"),
     ("evaluation", "prediction"),
     ("build",),

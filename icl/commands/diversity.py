@@ -8,6 +8,7 @@ from typing import Any
 
 from icl.checks import ConfigError
 from icl.config import RunConfig, flatten
+from icl.environment import OWN_PROGRAM
 from icl.resolve import parse_scalar, read_arguments, read_config_files, resolve
 
 HELP = "the task-diversity experiment: M = 2, 4, 8, ... and inf, and its figure"
@@ -180,7 +181,7 @@ def _detach(words: list[str], base: Path) -> int:
     with log.open("ab") as output:
         begin = output.tell()
         process = subprocess.Popen(
-            [sys.executable, "-m", "icl", "diversity", *words],
+            [*OWN_PROGRAM, "diversity", *words],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from icl.checks import ConfigError
+from icl.environment import OWN_PROGRAM
 from icl.resolve import OPTIONS, POINT_VARIABLE
 
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
@@ -118,7 +119,7 @@ def with_own_icl(words: Sequence[str]) -> list[str]:
     """The command with `icl` as the one of this environment, whether it is activated or not."""
     place = 1 if words[:1] == [_ENV] else 0
     if list(words[place : place + 1]) == ["icl"]:
-        return [*words[:place], sys.executable, "-m", "icl", *words[place + 1 :]]
+        return [*words[:place], *OWN_PROGRAM, *words[place + 1 :]]
     return list(words)
 
 
@@ -136,7 +137,7 @@ def refuse_missing_program(command: Sequence[str], program: str | None, settings
     filled = fill_macros(command, settings, program=program, json_file=JSON_FILE_MACRO)
     typed = filled[1:] if filled[:1] == [_ENV] else filled
     words = with_own_icl(typed)
-    if words != typed and (len(words) == 3 or words[3].startswith("-")):
+    if typed[:1] == ["icl"] and (len(typed) == 1 or typed[1].startswith("-")):
         raise ConfigError(f"`icl` in the command wants a command of its own; write {_OWN_COMMAND}.")
     if not words or words[0].startswith("-") or "=" in words[0]:  # options and settings of `env`
         return

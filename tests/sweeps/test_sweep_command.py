@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from icl.checks import ConfigError
+from icl.environment import OWN_PROGRAM
 from icl.sweeps.command import (
     child_environment,
     fill_macros,
@@ -136,7 +137,7 @@ def test_our_own_training_is_recognised(words, expected):
 
 
 def test_icl_is_the_one_of_this_environment():
-    own = [sys.executable, "-m", "icl", "train"]
+    own = [*OWN_PROGRAM, "train"]
     assert with_own_icl(["icl", "train"]) == own
     assert with_own_icl(["/usr/bin/env", "icl", "train"]) == ["/usr/bin/env", *own]
     assert with_own_icl(["echo", "icl"]) == ["echo", "icl"]
