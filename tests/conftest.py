@@ -47,8 +47,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _sealed(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Runs go to a temporary folder and no store, W&B is off, the device is the CPU."""
-    monkeypatch.delenv("AWS_BUCKET_NAME", raising=False)
+    """Runs go to a temporary folder and no store, W&B is off, the device is the CPU, no job of a cluster is seen."""
+    for name in os.environ:
+        if name.startswith(("AWS_", "HF_", "SLURM_", "WANDB_")):
+            monkeypatch.delenv(name)
     monkeypatch.setenv("LOCAL_ROOT", str(tmp_path_factory.mktemp("root")))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("DEVICE", "cpu")
