@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from icl import waiting
-from icl.s3_errors import ABSENT, describe_failure, describe_refusal, error_code, server_name
+from icl.s3_errors import describe_failure, describe_refusal, is_absent, server_name
 from icl.s3_requests import Requests
 from icl.storage import MissingKeyError, StorageError, require_key, sha256
 
@@ -171,7 +171,7 @@ class S3Store:
         try:
             self._requests.about(self._full(key))
         except ClientError as error:
-            if error_code(error) in ABSENT:
+            if is_absent(error):
                 return False
             raise
         return True
@@ -192,7 +192,7 @@ class S3Store:
         try:
             yield
         except ClientError as error:
-            if key and error_code(error) in ABSENT:
+            if key and is_absent(error):
                 raise MissingKeyError(f"There is no {place}.") from None
             raise StorageError(f"{place} cannot be used: {describe_refusal(error)}.") from None
         except waiting.StalledError:

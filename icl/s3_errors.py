@@ -10,9 +10,6 @@ from typing import Any
 
 from icl.redaction import redact
 
-ABSENT = ("404", "NoSuchKey", "NotFound")
-TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
-
 _BUCKET = "the bucket does not exist; make it, or correct AWS_BUCKET_NAME or checkpoints.store"
 _NAME = "the server takes no bucket of that name (3 to 63 small letters, digits, dots and hyphens); correct it"
 _RIGHTS = "these credentials may not do this; allow them to list, read, write and delete below the prefix"
@@ -121,6 +118,20 @@ def error_status(error: Any) -> int:
     """The HTTP status of a server's error, 0 if there is none."""
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return status if isinstance(status, int) else 0
+
+
+def is_absent(error: Any) -> bool:
+    """Whether a server's error means that there is no such object; servers have several codes for it."""
+    code = error_code(error)
+    return code in ("404", "NoSuchKey", "NotFound") or (error_status(error) == 404 and code not in _BY_CODE)
+
+
+def is_taken(error: Any) -> bool:
+    """Whether a server's error means that the object, which should be new, is there or is just being written."""
+    return error_status(error) in (409, 412) or error_code(error) in (
+        "PreconditionFailed",
+        "ConditionalRequestConflict",
+    )
 
 
 def is_refused_feature(error: Any) -> bool:

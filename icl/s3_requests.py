@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from icl import waiting
-from icl.s3_errors import TAKEN, error_code, is_refused_feature, server_name
+from icl.s3_errors import is_refused_feature, is_taken, server_name
 from icl.storage import sha256
 
 NUM_ATTEMPTS = 8
@@ -113,7 +113,7 @@ class Requests:
         try:
             self._put(key, data, if_new=not self.lacks("conditions"))
         except client.exceptions.ClientError as error:
-            if error_code(error) not in TAKEN:
+            if not is_taken(error):
                 raise
             return False
         return True
@@ -157,7 +157,7 @@ class Requests:
         Raises:
             ClientError, BotoCoreError: If the server cannot be asked.
         """
-        client = self._make_client(num_attempts=2, connect_seconds=5.0, answer_seconds=10.0)
+        client = self._make_client(num_attempts=4, connect_seconds=5.0, answer_seconds=10.0)
         try:
             client.list_objects_v2(Bucket=self.bucket, Prefix=folder, MaxKeys=1)
         except client.exceptions.ClientError as error:

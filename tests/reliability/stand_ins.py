@@ -68,6 +68,7 @@ def stand_ins() -> list[StandIn]:
         StandIn("HEAD refused, 405", _refuse(405, "MethodNotAllowed", method="HEAD"), said="HEAD"),
         StandIn("Expect refused, 417", _refuse(417, "ExpectationFailed", header="expect")),
         StandIn("tags that are not MD5", alter=_tagged),
+        StandIn("other codes for what is absent", alter=_other_codes),
         StandIn("another region", _refuse_region),
         StandIn("503 SlowDown at first", _first(3, lambda request: (503, "SlowDown"))),
         StandIn("500 after every fifth request", _every(5, lambda request: (500, "InternalError"))),
@@ -162,6 +163,11 @@ def _without_token(request: Request, headers: dict[str, str], body: bytes) -> tu
     return {**headers, "Content-Length": str(len(body))}, body
 
 
+def _other_codes(request: Request, headers: dict[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
+    body = body.replace(b"NoSuchKey", b"ObjectNotFound")
+    return ({**headers, "Content-Length": str(len(body))} if request.method == "GET" else headers), body
+
+
 def _tagged(request: Request, headers: dict[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
     if "partNumber" in request.path:
         return headers, body
@@ -174,11 +180,8 @@ def _error_pages() -> Alter:
     page = b'<?xml version="1.0"?>\n<Error><Code>InternalError</Code></Error>'
 
     def alter(request: Request, headers: dict[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
-        if (
-            request.method not in left
-            or (request.method == "GET" and "list-type" in request.path)
-            or (not body and request.method == "GET")
-        ):
+        is_listing = "list-type" in request.path
+        if request.method not in left or is_listing or b"<Error>" in body or (request.method == "GET" and not body):
             return headers, body
         left.remove(request.method)
         return {"Content-Length": str(len(page)), "Content-Type": "application/xml"}, page
