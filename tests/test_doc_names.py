@@ -35,16 +35,10 @@ PATH = re.compile(
 )
 OLDER = ROOT / "docs" / "older-commands.md"
 
+VARIABLE = re.compile(r"(ATEN|AWS|GOMP|HF|OMP|SLURM|TORCH|TORCHINDUCTOR|WANDB|XDG)_")
+"""Environment variables of other programs, by how they begin."""
 ELSEWHERE = {
-    *(
-        "WANDB_",
-        "WANDB_ENTITY",
-        "WANDB_AGENT_DISABLE_FLAPPING",
-        "AWS_CONFIG_FILE",
-        "srun",
-        "Infinity",
-        "ic_regression.py",
-    ),
+    *("srun", "Infinity", "ic_regression.py"),  # other programs'
     "utils.py",  # which we do not have
     "my.yaml",  # a user's own
     "members.params",  # of a variable that has the name of a module
@@ -195,7 +189,7 @@ def unknown(span: str, page: Path) -> list[str]:
     words = re.findall(r"(?<![\w./:$@{-])[A-Za-z]\w*_\w*|(?<!\w)_[a-z]\w*", rest)
     if re.fullmatch(r"[A-Za-z][\w-]*", span):
         words = [span]
-    return wrong + [word for word in words if word not in vocabulary()]
+    return wrong + [word for word in words if word not in vocabulary() and not VARIABLE.match(word)]
 
 
 def spelt_out(dotted: str) -> list[str]:
