@@ -133,11 +133,33 @@ def losses_by_position(predict: Predict, params: Params, one: EvaluationSet) -> 
     Returns:
         A row per position 1..K and one for their mean; columns `model`, `ridge`, `dmmse` (finite M), `ols`, `zero`.
     """
+    return tabulate_losses(predict_prompts(predict, params, one.prompts)[0], one)
+
+
+def excess_over_optimum(
+    predictions: Float[Tensor, "B K"], one: EvaluationSet, *, is_gaussian: bool
+) -> tuple[str, metrics.Estimate]:
+    """Return the name of the Bayes predictor of the training tasks, and by how much more the model loses on average.
+
+    The difference is taken prompt by prompt, so its standard error does not count what both lose to the same noise.
+
+    Args:
+        predictions: The model's.
+        one: The prompts of the training tasks, `pretrain`.
+        is_gaussian: Whether the training tasks come from N(0, I), where ridge is the Bayes predictor; else dMMSE is.
+    """
+    name = "ridge" if is_gaussian else "dmmse"
+    errors, least = (metrics.squared_error(each, one.prompts.ys) for each in (predictions, one.baselines[name]))
+    return name, metrics.overall_mean(errors - least)
+
+
+def tabulate_losses(predictions: Float[Tensor, "B K"], one: EvaluationSet) -> "pd.DataFrame":
+    """Return the table of `losses_by_position` for one model's predictions."""
     import pandas as pd
 
-    predictions = {"model": predict_prompts(predict, params, one.prompts)[0]} | one.baselines
-    names = [name for name in ("model", "ridge", "dmmse", "ols", "zero") if name in predictions]
-    errors = {name: metrics.squared_error(predictions[name], one.prompts.ys).mean(dim=0) for name in names}
+    predicted = {"model": predictions} | one.baselines
+    names = [name for name in ("model", "ridge", "dmmse", "ols", "zero") if name in predicted]
+    errors = {name: metrics.squared_error(predicted[name], one.prompts.ys).mean(dim=0) for name in names}
     positions = range(1, one.prompts.ys.shape[1] + 1)
     table = pd.DataFrame({name: error.tolist() for name, error in errors.items()}, index=[*map(str, positions)])
     table.loc["mean"] = table.mean()

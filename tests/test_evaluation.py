@@ -16,6 +16,7 @@ from icl.evaluation import (
     evaluate,
     evaluate_baselines,
     evaluation_set,
+    excess_over_optimum,
     losses_by_position,
     predict_prompts,
     summarise,
@@ -177,3 +178,17 @@ def test_an_absent_device_is_one_sentence(monkeypatch):
         choose_device()
     monkeypatch.delenv("DEVICE")
     assert choose_device() in ("cpu", "mps")
+
+
+@pytest.mark.parametrize(("num_tasks", "optimum"), [(4, "dmmse"), (1, "dmmse"), (float("inf"), "ridge")])
+def test_the_excess_over_the_optimum_is_paired(num_tasks, optimum):
+    config = change(TINY, task={"num_tasks": num_tasks})
+    one = evaluation_set(config, "pretrain", num_prompts=400)
+    best = one.baselines[optimum]
+    name, nothing = excess_over_optimum(best, one, is_gaussian=config.task.is_gaussian)
+    assert (name, nothing.value.item(), nothing.stderr.item()) == (optimum, 0.0, 0.0)
+    _, excess = excess_over_optimum(best + 0.5, one, is_gaussian=config.task.is_gaussian)
+    # E (e + 1/2)^2 - e^2 = 1/4, as the optimum's error e has mean zero; its spread is that of the mean error alone
+    assert excess.value.item() == pytest.approx(0.25, abs=4 * excess.stderr.item())
+    differences = ((best + 0.5 - one.prompts.ys).square() - (best - one.prompts.ys).square()).mean(-1).numpy()
+    assert excess.stderr.item() == pytest.approx(differences.std(ddof=1) / 400**0.5, rel=1e-5)

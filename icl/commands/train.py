@@ -24,6 +24,9 @@ from icl.runs import DONE, RunFolder, is_child_rank, local_root
 from icl.storage import write_atomically
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from icl.plotting.training import DrawnRun
     from icl.training.run import TrainResult
 
 HELP = "train a run, or resume it"
@@ -149,13 +152,25 @@ def _show_run(folder: RunFolder) -> None:
     from icl.delivery import send_results
     from icl.plotting.training import draw_run
 
-    table, figure = draw_run(folder)
+    drawn = draw_run(folder)
+    table = drawn.losses
     print("\nLoss per position (squared error per target) on fixed prompts of the training tasks:\n")
     print(table.to_string(float_format="{:.4f}".format))
-    ratio = table.loc["mean", "model"] / table.loc["mean", "ridge"]
-    print(f"\nThe model's mean loss is {ratio:.3f} times ridge's.")
-    print(f"Figure  {figure}\nRun     {folder.path}")
+    print(f"\n{_headline(table.loc['mean'], drawn)}")
+    print(f"Figure  {drawn.figure}\nRun     {folder.path}")
     send_results(folder)
+
+
+def _headline(means: "pd.Series", drawn: "DrawnRun") -> str:
+    """The mean loss beside that of both Bayes predictors, and the excess over the one that is optimal for these tasks."""
+    ratios = " and ".join(
+        f"{means['model'] / means[name]:.3f} times {label}"
+        for name, label in (("ridge", "ridge's"), ("dmmse", "dMMSE's"))
+        if name in means and means[name] > 0
+    )
+    optimum = "ridge, the optimum for M = ∞" if drawn.optimum == "ridge" else "dMMSE, the optimum for these M tasks"
+    excess = f"{drawn.excess:.4f} ± {drawn.excess_stderr:.4f} above that of {optimum}"
+    return f"The model's mean loss is {ratios + ': ' if ratios else ''}{excess} (same prompts, ± standard error)."
 
 
 def _show_members(results: Sequence["TrainResult"]) -> list[str]:
@@ -185,6 +200,8 @@ def _show_members(results: Sequence["TrainResult"]) -> list[str]:
     table = pd.DataFrame(rows).T
     table = table[[name for name in ("model", "ridge", "dmmse", "ols", "zero") if name in table]]
     table["model / ridge"] = table["model"] / table["ridge"]
+    if "dmmse" in table:
+        table["model / dmmse"] = table["model"] / table["dmmse"]
     print("\nMean loss (squared error per target) on fixed prompts of each run's training tasks:\n")
     print(table.to_string(float_format="{:.4f}".format, na_rep="-"))
     print("\nEach run's folder has its figure, figures/training.png.")

@@ -20,6 +20,7 @@ from icl.plotting.style import (
     ordered_colours,
     scale_steps,
 )
+from icl.plotting.tidying import name_outside
 
 _PANELS = (
     ("entropy", "all", "Entropy", "entropy / log(tokens visible)"),
@@ -53,8 +54,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
             own.loc[own["part"] == "uniform", "value"].item(), color=BLACK, linestyle=(0, (1, 1)), label="uniform"
         )
         _finish(panel, name, label)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 12), fontsize=9)
+    name_outside(figure, axes[:1], loc="outside lower center", ncols=12, fontsize=9)
     _draw_patterns(figure, axes[-1], table[table["quantity"] == "pattern"])
     figure.suptitle(f"{title}   (bands: 2 standard errors)", fontsize=11)
     return figure
@@ -94,6 +94,9 @@ def _finish(axes: Axes, title: str, label: str) -> None:
 def _draw_patterns(figure: Figure, axes: Axes, rows: pd.DataFrame) -> None:
     """The mean patterns side by side, queries down and keys across; a block is a row, unless there are more blocks than heads."""
     heads = sorted(set(rows["part"]), key=_place)
+    if not heads:
+        axes.set_visible(False)
+        return
     num_blocks, num_heads = _place(heads[-1])
     size = int(rows["query_token"].max()) + 1
     num_columns = num_heads if num_heads >= num_blocks else math.ceil(len(heads) ** 0.5)

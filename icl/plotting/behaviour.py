@@ -22,6 +22,7 @@ from icl.plotting.style import (
     new_figure,
     scale_steps,
 )
+from icl.plotting.tidying import KEY
 
 _LINES = {"pretrain": "-", "true": ":"}
 _SETS = {"pretrain": "training tasks", "true": "new tasks"}
@@ -113,7 +114,7 @@ def _draw_vectors(axes: Axes, model: pd.DataFrame, known: pd.DataFrame) -> None:
             _draw(axes, own, color=colour, linestyle=_LINES[name], label=label if name == "pretrain" else None)
             line = {"pretrain": "--", "true": ":"}[name]
             _level(axes, known, quantity, name, "mean", "ridge", color=colour, linestyle=line, label=None)
-    axes.plot([], [], color=BLACK, linestyle="--", linewidth=1, label="ridge's")
+    axes.plot([], [], color=BLACK, linestyle="--", linewidth=1, label="ridge's", gid=KEY)
     _finish(axes, "Task vector read from the model", "mean over positions and prompts")
 
 
@@ -145,7 +146,8 @@ def _draw_multiples(figure: Figure, panels: tuple[Axes, ...], model: pd.DataFram
         axes.axvline(1, color=BLACK, linewidth=0.6)
         axes.set(xscale="log", yscale="log", xlabel="multiplier g (1: as in training)", ylabel=label)
         if quantity == "loss_over_g2":  # at small g all is noise / g^2
-            axes.set_ylim(top=2 * own.loc[own["scale"] > _NOISY, "value"].max())
+            highest = own.loc[own["scale"] > _NOISY, "value"].max()
+            axes.set_ylim(top=2 * highest if math.isfinite(highest) and highest > 0 else None)
         axes.set_title(title, fontsize=10)
         axes.legend(fontsize=8)
     figure.colorbar(colours, ax=panels[0], label="step + 1")

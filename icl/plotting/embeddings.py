@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, VERMILION, new_figure, ordered_colours, scale_steps
+from icl.plotting.tidying import KEY
 
 _SPECTRA = (("token_embedding", "Spectrum of the token embedding"), ("position_embedding", "Spectrum of the positions"))
 _OVERLAPS = (
@@ -37,7 +38,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
     _draw_small(small, table)
     _draw_components(readout, table, "weight", "effective_unembedding", colour=BLUE)
     _draw(readout, _curve(table, "bias", "effective_unembedding"), color=VERMILION, label="bias")
-    readout.plot([], [], color=BLUE, label="weights, one for each channel")
+    readout.plot([], [], color=BLUE, label="weights, one for each channel", gid=KEY)
     readout.legend(fontsize=8)
     _finish(readout, "weight", "Effective unembedding")
     figure.suptitle(title, fontsize=11)
@@ -72,7 +73,7 @@ def _draw_overlaps(axes: Axes, table: pd.DataFrame) -> None:
     for part, label, colour in _OVERLAPS:
         _draw(axes, _curve(table, "overlap", part), color=colour, label=label)
         _draw(axes, _curve(table, "overlap_chance", part), color=colour, linestyle=":", linewidth=1.0, marker="")
-    axes.plot([], [], color=BLACK, linestyle=":", linewidth=1.0, label="by chance")
+    axes.plot([], [], color=BLACK, linestyle=":", linewidth=1.0, label="by chance", gid=KEY)
     axes.set_ylim(-0.03, 1.03)
     axes.legend(fontsize=8)
     _finish(axes, "mean cos² of the principal angles", "Overlap of subspaces")

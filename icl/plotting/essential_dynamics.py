@@ -138,7 +138,7 @@ def _draw_shapes(axes: Axes, table: pd.DataFrame, plane: list[str]) -> None:
             if chosen.empty:
                 continue
             places = table[table["quantity"] == source].pivot_table(
-                index=["run", "step"], columns="item", values="value"
+                index=["run", "step"], columns="item", values="value", dropna=False
             )
             at = places.loc[list(zip(chosen["run"], chosen["step"], strict=True))]
             face, edge = (YELLOW, BLACK) if is_known else ("none", _GREY)
@@ -210,6 +210,6 @@ def _share(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
 def _pivot(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
     """Steps by components."""
     chosen = rows[rows["quantity"] == quantity]
-    pivoted = chosen.pivot_table(index="step", columns="item", values="value")
+    pivoted = chosen.pivot_table(index="step", columns="item", values="value", dropna=False)
     pivoted.index = pivoted.index.astype(float)
     return pivoted

@@ -24,6 +24,7 @@ from icl.plotting.style import (
     new_figure,
     ordered_colours,
 )
+from icl.plotting.tidying import KEY
 from icl.plotting.training import plot_training
 
 Stages = Mapping[str, float]
@@ -214,7 +215,7 @@ def _draw_positions(axes: Axes, own: pd.DataFrame, baselines: pd.DataFrame) -> N
     for place, colour in zip(places, ordered_colours(len(places)), strict=True):
         _draw(axes, losses[losses["position"] == place].sort_values("step"), color=colour, label=f"k = {place}")
         axes.axhline(ridge.loc[place, "value"], xmin=0.965, color=colour, linewidth=2.2)
-    axes.plot([], [], color=BLACK, linewidth=2.2, label="ridge (right edge)")
+    axes.plot([], [], color=BLACK, linewidth=2.2, label="ridge (right edge)", gid=KEY)
 
 
 def _draw_published(axes: Axes, published: pd.DataFrame, quantity: str) -> None:

@@ -6,6 +6,7 @@ A run's colour says its M: dark is few tasks, light many; M = inf is black. All 
 import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -38,13 +39,14 @@ def plot_task_prior(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str)
         label_plainly(axes)
         axes.set_title(name, fontsize=10)
     zero.sharey(mean)
+    mean.autoscale(axis="y")  # to what both hold
     zero.legend(fontsize=7.5, ncols=2, title="M", title_fontsize=8)
     for quantity, colour, marker, label in (
         ("prior_task_mean", BLUE, "o", "to t̄"),
         ("prior_zero", ORANGE, "s", "to 0"),
     ):
         rows = _select(ladder, "pretrain", quantity)
-        rows = rows.loc[rows.groupby("num_tasks")["value"].idxmin()]
+        rows = _lowest(rows)
         _draw_against(least, rows, color=colour, marker=marker, label=label)
     _finish_against(least, "smallest distance in training", ladder)
     least.set_yscale("log", nonpositive="clip")
@@ -70,7 +72,7 @@ def plot_gaps(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str) -> Fi
         label_plainly(axes)
         axes.set_title(name, fontsize=10)
         if quantity == "loss":
-            lowest = rows.loc[rows.groupby("num_tasks")["value"].idxmin()]
+            lowest = _lowest(rows)
             colours = _colours(ladder)
             axes.scatter(
                 lowest["step"] + 1, lowest["value"], c=[colours[m] for m in lowest["num_tasks"]], s=28, zorder=4
@@ -92,7 +94,7 @@ def plot_transience(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str)
     figure, (when, rise) = new_figure(2, width=5.0, height=3.9)
     rows = _select(_ladder(evaluation, runs), "true", "loss")
     steps: dict[str, list[int]] = {str(m): sorted(own["step"]) for m, own in rows.groupby("num_tasks")}
-    lowest = rows.loc[rows.groupby("num_tasks")["value"].idxmin()].set_index("num_tasks")
+    lowest = _lowest(rows).set_index("num_tasks")
     last = rows.loc[rows.groupby("num_tasks")["step"].idxmax()].set_index("num_tasks")
     for m, row in lowest.iterrows():
         own, place = steps[str(m)], steps[str(m)].index(row["step"])
@@ -112,7 +114,7 @@ def plot_transience(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str)
     )
     _draw_against(rise, difference, color=VERMILION, marker="o", label="rise after the minimum")
     gap = _select(_ladder(evaluation, runs), "true", "delta_ridge")
-    gap = gap.loc[gap.groupby("num_tasks")["value"].idxmin()]
+    gap = _lowest(gap)
     _draw_against(rise, gap, color=GREEN, marker="s", label="smallest gap to ridge")
     _finish_against(
         when, "step + 1 of the smallest loss on new tasks\n(bars: neighbouring saved steps; open: the last)", rows
@@ -120,7 +122,8 @@ def plot_transience(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str)
     when.set_yscale("log")
     _finish_against(rise, "squared error or distance, per target", rows)
     rise.set_yscale("symlog", linthresh=0.1)
-    rise.set_ylim(-0.02, 2 * max(difference["value"].max(), gap["value"].max()))
+    highest = np.nanmax([*difference["value"], *gap["value"], 0.1])
+    rise.set_ylim(-0.02, 2 * highest)
     rise.yaxis.set_major_formatter("{x:g}")
     rise.legend(fontsize=8)
     when.set_title("When new tasks go best", fontsize=10)
@@ -180,6 +183,12 @@ def plot_joint_trajectories(dynamics: pd.DataFrame, *, title: str) -> Figure:
     panels[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _lowest(rows: pd.DataFrame) -> pd.DataFrame:
+    """The row of the smallest finite value for each M."""
+    known = rows.dropna(subset=["value"])
+    return known.loc[known.groupby("num_tasks")["value"].idxmin()]
 
 
 def _ladder(evaluation: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:

@@ -188,16 +188,17 @@ def _draw_trace(axes: Axes, row: Mapping[str, Any], traces: np.ndarray, stride: 
 
 
 def _draw_corners(axes: Axes, rows: pd.DataFrame, x: str, family: str, label: str) -> None:
-    """Estimates against a setting, a line for each value of another; what is not finite stands at the upper edge."""
+    """Estimates against a setting, a line for each value of another; marks beyond the limits stand at the edges."""
     sure = rows[rows["verdict"] != "invalid"]
+    sure = rows if sure.empty else sure
     _limit(axes, pd.concat([sure["llc"] - sure["stderr"], sure["llc"] + sure["stderr"], pd.Series([0.0])]))
-    high = axes.get_ylim()[1]
+    low, high = axes.get_ylim()
     for colour, (value, group) in zip(_CHAINS, rows.groupby(family), strict=False):
         group = group.sort_values(x)
         axes.plot(group[x], group["llc"], color=colour, linewidth=1.0, label=label.format(value))
         for verdict, style in VERDICTS.items():
             one = group[group["verdict"] == verdict]
-            shown = one["llc"].astype(float).fillna(high).clip(upper=high)
+            shown = one["llc"].astype(float).fillna(high).clip(low, high)
             error = (2 * one["stderr"].astype(float)).where(shown == one["llc"], 0).fillna(0)
             axes.errorbar(one[x], shown, error, **style, linestyle="none", markersize=6, capsize=2)
     _ticks(axes, rows[x])

@@ -18,6 +18,7 @@ from icl.build import build_checkpoint_model
 from icl.checkpoints import load_checkpoint_file
 from icl.config import RunConfig
 from icl.plotting.style import BLACK, PREDICTORS, SKY, new_figure
+from icl.plotting.tidying import name_outside
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import sample_prompts
 
@@ -58,8 +59,7 @@ def plot_predictions(
         axes.set_title(f"{count} example{'s' if count != 1 else ''}", fontsize=10)
         axes.set(xlabel="query t along w", ylim=np.array([-1.25, 1.25]) * _REACH * float(w.norm()))
     panels[0].set_ylabel("prediction for x = t w / |w|")
-    handles, labels = panels[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    name_outside(figure, panels[-1:], loc="outside lower center", ncols=6, fontsize=8)
     figure.suptitle(title, fontsize=11)
     return figure
 

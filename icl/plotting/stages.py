@@ -115,5 +115,7 @@ def _verdict(table: pd.DataFrame) -> str:
 
 def _limits(values: pd.Series) -> tuple[float, float]:
     low, high = float(values.min()), float(values.max())
+    if not np.isfinite((low, high)).all():
+        return -1.0, 1.0
     room = 0.15 * (high - low) or 1.0
     return low - room, high + room

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import Bbox
 
+from icl.plotting.tidying import tidy
 from icl.storage import write_atomically
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
@@ -104,6 +105,7 @@ def render_figure(figure: Figure, kind: str = "png", *, origin: str = "") -> byt
         origin: Where the data come from, in small print above the figure, outside its layout.
     """
     buffer = io.BytesIO()
+    tidy(figure)
     width, height = figure.get_size_inches()
     strip = _ORIGIN_INCHES if origin else 0.0
     with rc_context(_SETTINGS):

@@ -88,11 +88,12 @@ def test_learning_curves_show_step_0_beside_the_batches():
         {"step": [0, 50, 100], "train/loss": [np.nan, 2.0, 1.0], "eval/pretrain/loss": [3.0, np.nan, 1.0], "eval/true/loss": [4.0, np.nan, 2.0]}
     )  # fmt: skip
     losses = pd.DataFrame({"model": [1.0, 1.0], "ridge": [0.5, 0.5], "zero": [2.0, 2.0]}, index=["1", "mean"])
-    axes = plot_training(metrics, {"pretrain": losses, "true": losses}, title="x").axes[0]
-    start = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"]
-    assert start == [[[0, 3]], [[0, 4]]]
+    figure = plot_training(metrics, {"pretrain": losses, "true": losses}, title="x")
+    axes = figure.axes[0]
+    points = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"]
+    assert points == [[[100, 1]], [[0, 3]], [[100, 2]], [[0, 4]]]
     assert axes.get_xlim()[0] < 0
-    assert {"zero, M tasks", "ridge, M tasks"} <= set(axes.get_legend_handles_labels()[1])
+    assert {"zero", "ridge (Bayes for M = ∞)"} <= {text.get_text() for text in figure.legends[0].get_texts()}
 
 
 def test_shifts_over_training_are_at_step_plus_1_beside_ridge():

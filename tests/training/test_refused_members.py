@@ -1,5 +1,6 @@
 """A member that cannot be taken up ends alone, with its reason; the others train as if it were not there."""
 
+import re
 import shutil
 import signal
 
@@ -177,9 +178,26 @@ def test_a_member_that_cannot_be_drawn_is_named_and_the_others_are_shown(places,
 def test_the_table_is_read_back_as_it_was_drawn(places):
     folder = train(QUICK, folder=places[0]).folder
     assert drawn_losses(folder) is None
-    table, figure = draw_run(folder)
+    table, figure = draw_run(folder)[:2]
     pd.testing.assert_frame_equal(drawn_losses(folder), table, rtol=1e-5)
     folder.write_result("losses.csv", "position,model\n")
     assert drawn_losses(folder) is None
     figure.unlink()
     assert drawn_losses(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("num_tasks", "said"),
+    [(8, "times ridge's and [0-9.]+ times dMMSE's: .* above that of dMMSE, the optimum for these M tasks"),
+     ("inf", "times ridge's: .* above that of ridge, the optimum for M = ∞")],
+)  # fmt: skip
+def test_the_headline_compares_with_both_and_with_the_optimum(num_tasks, said, places, capsys):
+    folder = train(change(QUICK, task={"num_tasks": num_tasks}), folder=places[0]).folder
+    icl.commands.train._show_run(folder)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("The model's mean loss is"))
+    assert re.search(said, line)
+    table = drawn_losses(folder)
+    optimum = "dmmse" if num_tasks == 8 else "ridge"
+    excess, stderr = map(float, re.search(r"(-?[0-9.]+) ± ([0-9.]+)", line).groups())
+    assert excess == pytest.approx(table.loc["mean", "model"] - table.loc["mean", optimum], abs=1e-4)
+    assert 0 < stderr < 1

@@ -21,6 +21,7 @@ from icl.cli import main
 from icl.config import RunConfig
 from icl.delivery import send_results
 from icl.mirror import copied_names, open_mirror
+from icl.plotting.training import DrawnRun
 from icl.runs import RunError, RunFolder, local_root
 from icl.storage import LocalStore, StorageError, open_store
 from icl.training import upload
@@ -114,10 +115,11 @@ def test_a_finished_run_asks_for_no_more_than_its_status(s3, proxy):
 def _drawn(monkeypatch):
     """A table and a figure at the end, in no time."""
 
-    def draw(folder: RunFolder) -> tuple[pd.DataFrame, Path]:
+    def draw(folder: RunFolder) -> DrawnRun:
         folder.write_result("losses.csv", "position,model\n")
         LocalStore(folder.figures).write("training.png", b"a figure")
-        return pd.DataFrame({"model": [1.0], "ridge": [1.0]}, index=["mean"]), folder.figures / "training.png"
+        losses = pd.DataFrame({"model": [1.0], "ridge": [1.0]}, index=["mean"])
+        return DrawnRun(losses, folder.figures / "training.png", "ridge", 0.0, 0.0)
 
     monkeypatch.setattr(icl.commands.train, "_show_run", SHOW_RUN)
     monkeypatch.setattr(icl.plotting.training, "draw_run", draw)
