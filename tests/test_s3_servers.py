@@ -11,6 +11,16 @@ from icl.storage import MissingKeyError, StorageError
 from tests.reliability.stand_ins import stand_ins, start
 
 NAMES = [stand_in.name for stand_in in stand_ins()]
+ALIKE = {
+    "names of metadata with underscores",
+    "metadata refused, 400",
+    "checksum headers refused, 501, over TLS",
+    "If-None-Match refused, 501",
+    "ListObjectsV2 refused, 501",
+    "Expect refused, 417",
+    "500 after every fifth request",
+}
+"""Tried by the slow tests and by `tests.reliability.refusals` only: others are much like them."""
 PART = 5 * 2**20
 
 
@@ -34,7 +44,9 @@ def server(request, s3, monkeypatch, tmp_path):
     proxy.close()
 
 
-@pytest.mark.parametrize("server", NAMES, indirect=True)
+@pytest.mark.parametrize(
+    "server", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in NAMES], indirect=True
+)
 def test_every_server_keeps_files_whole_and_is_spoken_of_once(s3, server, capsys):
     stand_in, _ = server
     values = {
