@@ -120,16 +120,22 @@ def start_wandb(config: RunConfig, folder: RunFolder) -> WandbLog | None:
     mode = wandb_mode()
     if mode is None:
         return None
+    if os.path.expanduser("~") == "~":  # noqa: PTH111 (`Path` fails here)
+        _say("W&B is left out, because it needs a home folder and none is known; set HOME to have it.")
+        return None
     try:
         return WandbLog(_init(config, folder, "offline" if _is_out_of_reach else mode))
     except Exception as error:  # wandb raises many kinds; none may stop a run
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        _say(f"W&B could not start online ({reason}); logging offline to {folder.path}/wandb.")
+        _say(f"W&B could not start online ({_first_line(error)}); logging offline to {folder.path}/wandb.")
     import wandb
 
     _is_out_of_reach = True  # the other members of a population need not wait for it
-    wandb.teardown()  # forget the failed start, which still holds the run's id
-    return WandbLog(_init(config, folder, "offline"))
+    try:
+        wandb.teardown()  # forget the failed start, which still holds the run's id
+        return WandbLog(_init(config, folder, "offline"))
+    except Exception as error:
+        _say(f"W&B could not start offline either ({_first_line(error)}), so {folder.path} is not logged there.")
+        return None
 
 
 def _init(config: RunConfig, folder: RunFolder, mode: Mode) -> Any:
@@ -170,6 +176,10 @@ def _run_id(folder: RunFolder) -> str:
         known = os.urandom(6).hex()
         write_atomically(path, known.encode())
     return known
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _has_login() -> bool:

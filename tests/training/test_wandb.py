@@ -1,5 +1,6 @@
 """W&B by its real client, offline; and a run that never depends on it."""
 
+import pwd
 import subprocess
 import sys
 from typing import ClassVar
@@ -8,8 +9,9 @@ import pytest
 from tiny_runs import TINY, as_arguments, change
 
 from icl.runs import RunFolder, local_root
+from icl.training import wandb_log
 from icl.training.run import train
-from icl.training.wandb_log import WandbLog, wandb_mode
+from icl.training.wandb_log import WandbLog, start_wandb, wandb_mode
 
 CONFIG = change(TINY, trainer={"max_steps": 20})
 
@@ -44,6 +46,32 @@ def test_a_key_or_a_login_means_online_and_disabled_wins(nowhere, monkeypatch):
     assert wandb_mode() == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert wandb_mode() is None
+
+
+def test_without_a_home_folder_wandb_is_left_out_in_a_sentence(nowhere, monkeypatch, capsys):
+    def unknown(_: int) -> None:
+        raise KeyError("no such user")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("NETRC")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert wandb_mode() is None
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert start_wandb(CONFIG, RunFolder(nowhere.parent)) is None
+    told = capsys.readouterr().err
+    assert told == "W&B is left out, because it needs a home folder and none is known; set HOME to have it.\n"
+
+
+def test_a_client_that_fails_in_every_way_stops_no_run(nowhere, monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such luck\nand more")
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(wandb_log, "_init", fail)
+    monkeypatch.setattr(wandb_log, "_is_out_of_reach", False)
+    assert start_wandb(CONFIG, RunFolder(nowhere.parent)) is None
+    told = capsys.readouterr().err
+    assert told.count("no such luck") == told.count("\n") == 2
 
 
 @pytest.mark.slow
