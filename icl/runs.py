@@ -137,9 +137,17 @@ class RunFolder:
 
     def write_status(self, status: Status) -> None:
         """Replace `status.json`, with the present time."""
-        reason = None if status.reason is None else redact(status.reason)
-        content = asdict(status) | {"reason": reason, "updated": round(time.time(), 3)}
-        write_atomically(self.status_file, (json.dumps(content, indent=1) + "\n").encode(), durable=False)
+        write_atomically(self.status_file, _status_text(status), durable=False)
+
+    def overwrite_status(self, status: Status) -> None:
+        """Write into `status.json` as it is: a full disk has no room for a second file.
+
+        Raises:
+            OSError: If even that cannot be done.
+        """
+        with self.status_file.open("r+b") as file:
+            file.write(_status_text(status))
+            file.truncate()
 
     def read_status(self) -> Status | None:
         """The last status, or None if there is none that can be read."""
@@ -154,9 +162,18 @@ class RunFolder:
         return self.results / name
 
     def log(self, message: str) -> None:
-        """Add a line to `run.log`, with the time."""
-        with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redact(message)}\n")
+        """Add a line to `run.log`, with the time.
+
+        Raises:
+            StorageError: If it cannot be written.
+        """
+        try:
+            with self.log_file.open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redact(message)}\n")
+        except OSError as error:
+            raise StorageError(
+                f"Cannot write {self.log_file}: {error.strerror}. What was saved before is intact."
+            ) from None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -196,6 +213,12 @@ def parse_config(data: bytes, place: str) -> RunConfig:
     if not isinstance(tree, dict) or not tree:
         raise ConfigError(f"{place} is not a run: it has no readable config.yaml.")
     return RunConfig.from_dict(tree)
+
+
+def _status_text(status: Status) -> bytes:
+    reason = None if status.reason is None else redact(status.reason)
+    content = asdict(status) | {"reason": reason, "updated": round(time.time(), 3)}
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def parse_status(data: bytes) -> Status | None:

@@ -14,10 +14,10 @@ from tiny_runs import TINY, change
 
 from icl.baselines import dmmse
 from icl.build import build_architecture
+from icl.metrics_file import MetricsFile
 from icl.presets import preset
 from icl.runs import RunError
 from icl.training.data import PromptStream
-from icl.training.metrics_file import MetricsFile
 from icl.training.module import PopulationModule
 
 ROOT = Path(__file__).parents[1]

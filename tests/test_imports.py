@@ -39,7 +39,7 @@ LAYERS = (
     ("baselines", "metrics"),
     ("compile_cache", "compiling", "cores", "transformer", "tiny_attention", "stacked", "population", "step"),
     ("storage", "waiting", "s3_errors", "s3_requests", "s3"),
-    ("runs", "checkpoint_header", "checkpoints", "resume_file", "mirror", "delivery"),
+    ("runs", "checkpoint_header", "checkpoints", "resume_file", "file_system", "metrics_file", "contents", "mirror", "delivery"),
     ("evaluation", "prediction"),
     ("build",),
     ("training", "sampling", "analysis"),

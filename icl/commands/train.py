@@ -20,7 +20,7 @@ from icl.resolve import (
     resolve,
     settings_parser,
 )
-from icl.runs import DONE, RunFolder, is_child_rank, local_root
+from icl.runs import DONE, RunError, RunFolder, is_child_rank, local_root
 from icl.storage import write_atomically
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _train_point(filed: Sequence[dict[str, Any]], given: dict[str, Any]) -> int:
 
 
 def _train(configs: Sequence[RunConfig], wandb_run: Any = None) -> int:
-    from icl.training.run import NonFiniteLossError, train_population
+    from icl.training.run import failure_of, train_population
 
     results = train_population(configs, wandb_run=wandb_run)
     if is_child_rank():
@@ -111,9 +111,12 @@ def _train(configs: Sequence[RunConfig], wandb_run: Any = None) -> int:
     failed = [result for result in results if result.status.state == "failed"]
     stopped = [result for result in results if result.received is not None]
     if failed and len(results) == 1:
-        raise NonFiniteLossError(failed[0].status.reason)
+        raise failure_of(failed[0].status)
     for result in ended:
         _tell_end(result)
+    incomplete = [result.incomplete for result in results if result.incomplete is not None]
+    if incomplete and len(results) == 1:
+        raise RunError(incomplete[0])
     undrawn: list[str] = []
     if ended and not stopped:
         if len(results) == 1:
@@ -122,11 +125,11 @@ def _train(configs: Sequence[RunConfig], wandb_run: Any = None) -> int:
             undrawn = _show_members(ended)
     for result in failed:  # last, where a person and `icl sweep` look for it
         print(f"icl: {result.folder.path} failed: {result.status.reason}", file=sys.stderr)
-    for reason in undrawn:
-        print(f"icl: not shown: {reason}", file=sys.stderr)
+    for told in [*(f"not shown: {reason}" for reason in undrawn), *incomplete]:
+        print(f"icl: {told}", file=sys.stderr)
     if stopped:
         return _tell_stop(stopped)
-    return 0 if len(ended) == len(results) and not undrawn else 1
+    return 0 if len(ended) == len(results) and not undrawn and not incomplete else 1
 
 
 def _tell_stop(stopped: Sequence["TrainResult"]) -> int:

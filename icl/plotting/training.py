@@ -85,11 +85,12 @@ def drawn_losses(folder: RunFolder) -> pd.DataFrame | None:
 
 def _read_metrics(folder: RunFolder) -> pd.DataFrame:
     try:
-        return pd.read_csv(folder.metrics_file)
+        table = pd.read_csv(folder.metrics_file)
     except (OSError, ValueError):
-        raise RunError(
-            f"{folder.metrics_file} is missing or damaged, so the learning curves cannot be drawn."
-        ) from None
+        table = pd.DataFrame()
+    if not {"step", "train/loss"} <= set(table.columns):
+        raise RunError(f"{folder.metrics_file} is missing or damaged, so the learning curves cannot be drawn.")
+    return table
 
 
 def plot_training(metrics: pd.DataFrame, losses: Mapping[str, pd.DataFrame], *, title: str) -> Figure:

@@ -15,11 +15,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from icl.config import EarlyStoppingConfig, RunConfig
+from icl.config import EarlyStoppingConfig
 from icl.evaluation import EvaluationSet, summarise
+from icl.metrics_file import MetricsFile, logged_steps, metric_columns
 from icl.runs import FAILS_AGAIN
 from icl.training.members import Member
-from icl.training.metrics_file import MetricsFile
 from icl.training.module import PopulationModule
 from icl.training.wandb_agent import STARTED_BY, in_sweep
 
@@ -233,27 +233,6 @@ class MetricsLog(pl.Callback):
             file.append(row)
             if wandb is not None:
                 wandb.log({key: value for key, value in row.items() if key in file.columns and value is not None})
-
-
-def logged_steps(config: RunConfig, step: int) -> set[int]:
-    """The steps up to this one that have a row of `metrics.csv`; none for a run that begins."""
-    if step == 0:
-        return set()
-    evaluations = range(0, step + 1, config.evaluation.every) if config.evaluation.every is not None else ()
-    last = {step} if step == config.trainer.max_steps else set()
-    return {*range(config.trainer.log_every, step + 1, config.trainer.log_every), *evaluations, *last}
-
-
-def metric_columns(config: RunConfig) -> list[str]:
-    """The columns of `metrics.csv`, fixed by the settings."""
-    columns = ["step", "train/loss", "lr"]
-    if config.optim.grad_clip is not None:
-        columns.append("clipped_fraction")
-    if config.evaluation.every is not None:
-        gaps = ["delta_ridge"] if config.task.is_gaussian else ["delta_ridge", "delta_dmmse"]
-        for name in ("pretrain", "true"):
-            columns += [f"eval/{name}/{quantity}" for quantity in ("loss", *gaps, "icl_score")]
-    return columns
 
 
 def any_rank(trainer: pl.Trainer, flag: bool) -> bool:

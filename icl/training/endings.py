@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from icl.checks import UserError
-from icl.runs import RunError, State, is_child_rank
+from icl.contents import describe_missing, missing_steps
+from icl.runs import DONE, RunError, State, Status, is_child_rank
 from icl.training.members import Member
 from icl.training.progress import member_status
 from icl.training.wandb_log import exit_code_of
@@ -24,15 +25,30 @@ def settle(member: Member, step: int, received: signal.Signals | None) -> None:
         member.end("preempted", step, f"{received.name} at step {step}")
     if member.is_running or member.is_settled or is_child_rank():
         return
+    if member.folder.path.is_dir():  # else it was removed, and is not made anew
+        _require_checkpoints(member)
+        _write_end(member, step)
     member.is_settled = True
+    if member.wandb is not None:
+        code = 128 + received if member.state == "preempted" and received else int(member.state == "failed")
+        member.wandb.finish(code)
+
+
+def _require_checkpoints(member: Member) -> None:
+    """Let a member fail whose checkpoints have been removed while it was trained."""
+    end = member_status(member, member.state, member.end_step or 0)
+    if end.state in DONE:
+        lost = missing_steps(member.folder, member.config, end.step, end)
+        if not member.lacking.issuperset(lost):
+            member.end("failed", end.step, describe_missing(member.folder, lost))
+
+
+def _write_end(member: Member, step: int) -> None:
     last = member.folder.read_status() or member_status(member, "running", step)
     step = last.step if member.state == "failed" else member.end_step or 0
     status = replace(member_status(member, member.state, step), steps_per_second=last.steps_per_second)
     member.folder.write_status(status)
     member.folder.log(f"{status.state} at step {status.step} after {member.seconds:.1f} s. {status.reason or ''}")
-    if member.wandb is not None:
-        code = 128 + received if member.state == "preempted" and received else int(member.state == "failed")
-        member.wandb.finish(code)
 
 
 @contextlib.contextmanager
@@ -76,8 +92,18 @@ def _record_failure(members: Sequence[Member], error: BaseException) -> None:
         if member.is_settled:
             continue
         last = member.folder.read_status() or member_status(member, state, 0)
-        with contextlib.suppress(OSError):
-            member.folder.write_status(replace(last, state=state, reason=reason))
-            member.folder.log(f"{state}: {reason}")
+        if member.folder.path.is_dir():
+            _write_failure(member, replace(last, state=state, reason=reason))
         if member.wandb is not None:
             member.wandb.finish(exit_code_of(error))
+
+
+def _write_failure(member: Member, status: Status) -> None:
+    """Replace the status, or write over it where there is no room for a second file; and log it, if that can be done."""
+    try:
+        member.folder.write_status(status)
+    except OSError:
+        with contextlib.suppress(OSError):
+            member.folder.overwrite_status(status)
+    with contextlib.suppress(OSError):
+        member.folder.log(f"{status.state}: {status.reason}")

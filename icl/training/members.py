@@ -43,6 +43,10 @@ class Member:
     """Whether it could not be taken up, so that the others train without it."""
     is_packed: bool = False
     """Whether it began as one of several, which decides how a CPU steps it; it stays so if it is resumed as the last one."""
+    lacking: frozenset[int] = frozenset()
+    """Steps whose checkpoints were missing when it was taken up; training goes on without them."""
+    incomplete: str | None = None
+    """What a run that had ended before lacks, in a sentence."""
     notes: list[str] = field(default_factory=list)
     """What a person must be told when it is taken up, a sentence each."""
     wandb: WandbLog | None = None

@@ -22,18 +22,19 @@ from icl import population, tiny_attention
 from icl.build import build_model, choose_device
 from icl.checks import ConfigError
 from icl.config import MEMBER_SETTINGS, RunConfig
+from icl.contents import describe_missing, missing_steps
 from icl.environment import environment_line
 from icl.evaluation import EvaluationSet
+from icl.metrics_file import MetricsFile, logged_steps, lost_rows, metric_columns
 from icl.presets import run_name
-from icl.runs import DONE, RunError, RunFolder, Status, is_child_rank, local_root, require_same_config
+from icl.runs import DONE, FAILS_AGAIN, RunError, RunFolder, Status, is_child_rank, local_root, require_same_config
 from icl.storage import remove_temporaries
 from icl.training import wandb_agent
-from icl.training.callbacks import StopSignals, logged_steps, metric_columns
+from icl.training.callbacks import StopSignals
 from icl.training.capacity import num_fitting
 from icl.training.data import PromptDataModule
 from icl.training.endings import apart, recording_failure, settle
 from icl.training.members import Member
-from icl.training.metrics_file import MetricsFile
 from icl.training.module import PopulationModule
 from icl.training.processes import join_processes
 from icl.training.progress import member_status
@@ -52,10 +53,18 @@ class TrainResult(NamedTuple):
     """What pre-empted it, if anything did."""
     was_done: bool = False
     """Whether there was nothing left to do."""
+    incomplete: str | None = None
+    """What a run that had ended before lacks: checkpoints or rows that were removed since; a sentence."""
 
 
 class NonFiniteLossError(RunError):
     """The loss of a run became NaN or infinite."""
+
+
+def failure_of(status: Status) -> RunError:
+    """Return the error for a run whose status says that it failed."""
+    reason = status.reason or "The run failed."
+    return NonFiniteLossError(reason) if FAILS_AGAIN in reason else RunError(reason)
 
 
 def train(config: RunConfig, *, folder: str | Path | None = None, wandb_run: Any = None) -> TrainResult:
@@ -76,7 +85,7 @@ def train(config: RunConfig, *, folder: str | Path | None = None, wandb_run: Any
     """
     result = train_population([config], folders=None if folder is None else [folder], wandb_run=wandb_run)[0]
     if result.status.state == "failed":
-        raise NonFiniteLossError(result.status.reason)
+        raise failure_of(result.status)
     return result
 
 
@@ -150,8 +159,26 @@ def _take_up(member: Member, held: contextlib.ExitStack) -> int | None:
         is_done = _is_done(member)
         member.is_own = member.folder.config_file.exists()
         step = None if is_done else read_resume_file(member)
+        _note_missing(member, step)
         held.push(own.pop_all())
     return step
+
+
+def _note_missing(member: Member, step: int | None) -> None:
+    """Note which checkpoints a run has lost that goes on from a step, and what it lacks if it has ended (None)."""
+    run, config = member.folder, member.config
+    status = run.read_status() if step is None else None
+    reached = status.step if status is not None else step or 0
+    if reached == 0:
+        return
+    missing = missing_steps(run, config, reached, status)
+    if missing:
+        sentence = describe_missing(run, missing)
+    if status is not None:
+        member.incomplete = sentence if missing else lost_rows(run, config, reached)
+    elif missing and member.is_running and reached < config.trainer.max_steps:
+        member.lacking = frozenset(missing)
+        member.notes.append(f"{sentence} Training goes on without them.")
 
 
 def _train(
@@ -258,11 +285,9 @@ def _is_done(member: Member) -> bool:
 def _begin(member: Member, step: int) -> None:
     run = member.folder
     member.is_own = True
-    if member.is_running and step < member.config.trainer.max_steps:
-        columns = metric_columns(member.config)
-        MetricsFile(run.metrics_file, columns).require_rows(logged_steps(member.config, step))
+    MetricsFile(run.metrics_file, metric_columns(member.config)).require_rows(logged_steps(member.config, step))
     run.write_config(member.config)
-    for folder in (run.path, run.checkpoints.root, run.results, run.figures):
+    for folder in (run.path, run.checkpoints.root, run.moments.root, run.results, run.figures):
         remove_temporaries(folder)
     run.log(f"resuming from step {step}" if step else "starting")
     for note in member.notes:
@@ -295,4 +320,5 @@ def _wandb_log(member: Member, step: int, wandb_run: Any) -> WandbLog | None:
 def _result(member: Member, received: signal.Signals | None, *, was_done: bool = False) -> TrainResult:
     status = None if member.is_refused else member.folder.read_status()
     status = status or member_status(member, member.state, 0)
-    return TrainResult(member.folder, status, received if member.state == "preempted" else None, was_done)
+    received = received if member.state == "preempted" else None
+    return TrainResult(member.folder, status, received, was_done, member.incomplete)

@@ -27,6 +27,7 @@ from icl.storage import StorageError, temporary_path, write_atomically
 from icl.training.callbacks import MetricsLog, NonFiniteGuard, any_rank
 from icl.training.members import Member
 from icl.training.module import PopulationModule
+from icl.training.presence import FilesGuard
 
 
 class ScheduledCheckpoints(pl.Callback):
@@ -80,9 +81,21 @@ class ResumeFiles(pl.Callback):
     """Keeps each member's `last.ckpt` at most `seconds` old, and exact where its training ends."""
 
     def __init__(
-        self, members: Sequence[Member], metrics_log: MetricsLog, guard: NonFiniteGuard, *, seconds: float = 20.0
+        self,
+        members: Sequence[Member],
+        metrics_log: MetricsLog,
+        guard: NonFiniteGuard,
+        files: FilesGuard,
+        *,
+        seconds: float = 20.0,
     ) -> None:
-        self.members, self.metrics_log, self.guard, self.seconds = members, metrics_log, guard, seconds
+        self.members, self.metrics_log, self.guard, self.files, self.seconds = (
+            members,
+            metrics_log,
+            guard,
+            files,
+            seconds,
+        )
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
@@ -91,8 +104,11 @@ class ResumeFiles(pl.Callback):
         is_last = trainer.should_stop or step == trainer.max_steps or any(m.end_step == step for m in self.members)
         if is_last or any_rank(trainer, time.monotonic() - self._saved_at > self.seconds):
             self.guard.check(module)
-            for file in self.metrics_log.files:
-                file.sync()
+            if trainer.is_global_zero:
+                self.files.check(step)
+                for member, file in zip(self.members, self.metrics_log.files, strict=True):
+                    if member.records(step):
+                        file.sync()
             trainer.save_checkpoint("last.ckpt")  # in each member's folder: `MemberFiles`
             self._saved_at = time.monotonic()
 

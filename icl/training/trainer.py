@@ -13,6 +13,7 @@ from icl.build import build_evaluation_sets, choose_device
 from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.evaluation import EvaluationSet
+from icl.metrics_file import metric_columns
 from icl.runs import is_child_rank
 from icl.schedules import checkpoint_steps, rate_factor
 from icl.training.callbacks import (
@@ -22,9 +23,9 @@ from icl.training.callbacks import (
     MetricsLog,
     NonFiniteGuard,
     StopSignals,
-    metric_columns,
 )
 from icl.training.members import Member
+from icl.training.presence import FilesGuard
 from icl.training.processes import cluster_environment
 from icl.training.progress import ProgressBar, StatusFile
 from icl.training.saving import MemberFiles, ResumeFiles, ScheduledCheckpoints
@@ -96,7 +97,9 @@ def make_callbacks(members: Sequence[Member], sets: Sequence[Sequence[Evaluation
     guard = NonFiniteGuard(members, config.trainer.log_every)
     evaluation = Evaluation(sets, config.evaluation.every, max_steps)
     log = MetricsLog(members, evaluation, config.trainer.log_every)
+    files = FilesGuard(members)
     return [
+        files,
         guard,
         evaluation,
         EarlyStopping(members, config.early_stopping, evaluation),
@@ -104,7 +107,7 @@ def make_callbacks(members: Sequence[Member], sets: Sequence[Sequence[Evaluation
         StopSignals(),
         log,
         ScheduledCheckpoints(members, steps, guard, config.early_stopping),
-        ResumeFiles(members, log, guard, seconds=grid.resume_seconds),
+        ResumeFiles(members, log, guard, files, seconds=grid.resume_seconds),
         StatusFile(members, log),
         ProgressBar(log, max_steps),
     ]

@@ -17,6 +17,7 @@ from icl.delivery import is_delivered, note_delivered
 from icl.diversity.metadata import Metadata
 from icl.diversity.runs import experiment_runs, find_runs
 from icl.diversity.tables import evaluate_experiment, save_tables
+from icl.metrics_file import MetricsFile
 from icl.mirror import copied_names, open_mirror, push, take_up
 from icl.plotting.training import plot_training
 from icl.resolve import read_config_file, read_points, resolve
@@ -28,7 +29,6 @@ from icl.sweeps.points import sweep_points
 from icl.sweeps.schema import read_sweep_file
 from icl.training.callbacks import metric_columns
 from icl.training.members import Member
-from icl.training.metrics_file import MetricsFile
 from icl.training.run import train
 from icl.training.saving import read_resume_file
 from icl.training.wandb_agent import replay

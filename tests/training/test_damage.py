@@ -12,11 +12,11 @@ from icl.api import load_model
 from icl.checkpoints import CheckpointError, checkpoint_files, list_steps
 from icl.checks import ConfigError, UserError
 from icl.cli import main
+from icl.metrics_file import MetricsFile
 from icl.prediction import PromptError, predict_from_prompt
 from icl.run_evaluation import evaluate_run, save_evaluation
 from icl.runs import RunFolder, local_root
 from icl.tasks.prompts import sample_prompts
-from icl.training.metrics_file import MetricsFile
 from icl.training.run import train
 
 QUICK = change(TINY, trainer={"max_steps": 20})

@@ -14,12 +14,12 @@ from icl.build import build_model
 from icl.checkpoints import list_steps, load_step
 from icl.checks import ConfigError
 from icl.config import RunConfig
+from icl.metrics_file import MetricsFile
 from icl.runs import RunError, RunFolder, local_root
 from icl.schedules import rate_factor
 from icl.tasks.prompts import sample_prompts
 from icl.training.data import PromptDataModule
 from icl.training.members import Member
-from icl.training.metrics_file import MetricsFile
 from icl.training.module import PopulationModule
 from icl.training.run import NonFiniteLossError, train
 from icl.training.trainer import make_trainer

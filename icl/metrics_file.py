@@ -9,9 +9,31 @@ import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from icl.config import RunConfig
 from icl.file_system import sync_file
-from icl.runs import RunError
+from icl.runs import RunError, RunFolder
 from icl.storage import StorageError, write_atomically
+
+
+def logged_steps(config: RunConfig, step: int) -> set[int]:
+    """The steps up to this one that have a row of `metrics.csv`; none for a run that begins."""
+    if step == 0:
+        return set()
+    evaluations = range(0, step + 1, config.evaluation.every) if config.evaluation.every is not None else ()
+    last = {step} if step == config.trainer.max_steps else set()
+    return {*range(config.trainer.log_every, step + 1, config.trainer.log_every), *evaluations, *last}
+
+
+def metric_columns(config: RunConfig) -> list[str]:
+    """The columns of `metrics.csv`, fixed by the settings."""
+    columns = ["step", "train/loss", "lr"]
+    if config.optim.grad_clip is not None:
+        columns.append("clipped_fraction")
+    if config.evaluation.every is not None:
+        gaps = ["delta_ridge"] if config.task.is_gaussian else ["delta_ridge", "delta_dmmse"]
+        for name in ("pretrain", "true"):
+            columns += [f"eval/{name}/{quantity}" for quantity in ("loss", *gaps, "icl_score")]
+    return columns
 
 
 class MetricsFile:
@@ -19,6 +41,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns = path, list(columns)
+        self._lines: list[str] = []
+        self._num_bytes = 0
 
     def begin(
         self, logged_steps: Iterable[int] = (), *, known: Mapping[str, Callable[[int], float | None]] | None = None
@@ -38,7 +62,8 @@ class MetricsFile:
         for name, value_at in (known or {}).items():
             place = self.columns.index(name)
             rows = [[*row[:place], _text(value_at(int(row[0]))), *row[place + 1 :]] for row in rows]
-        write_atomically(self.path, "".join(map(_line, [self.columns, *rows])).encode())
+        self._lines = list(map(_line, [self.columns, *rows]))
+        self._write_all()
 
     def require_rows(self, logged_steps: Iterable[int]) -> list[list[str]]:
         """The rows of these steps in their order.
@@ -51,28 +76,58 @@ class MetricsFile:
         missing = [step for step in steps if step not in found]
         if missing:
             raise RunError(
-                f"{self.path} has lost the row of step {missing[0]}; put it back, or delete last.ckpt to train from step 0."
+                f"{self.path} has lost the row of step {missing[0]}; put it back, or delete "
+                "last.ckpt, previous.ckpt and status.json beside it to train from step 0."
             )
         return [found[step] for step in steps]
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
-        """Write one row; a column without a value stays empty.
+        """Write one row; a column without a value stays empty. A file that was removed or altered meanwhile is written anew.
 
         Raises:
-            StorageError: If it cannot be written.
+            StorageError: If it cannot be written, or its folder is gone.
         """
+        line = _line([_text(row.get(column)) for column in self.columns])
+        self._lines.append(line)
+        if not self._is_whole():
+            self._write_all()
+            return
         try:
             with self.path.open("a", encoding="utf-8", newline="") as file:
-                file.write(_line([_text(row.get(column)) for column in self.columns]))
+                file.write(line)
         except OSError as error:
             raise StorageError(
                 f"Cannot write {self.path}: {error.strerror}. What was saved before is intact."
             ) from None
+        self._num_bytes += len(line.encode())
 
     def sync(self) -> None:
-        """Wait until the disk has every row."""
-        with self.path.open("rb") as file:
-            sync_file(file.fileno(), self.path.parent)
+        """Wait until the disk has every row.
+
+        Raises:
+            StorageError: If the disk failed, or the file's folder is gone.
+        """
+        if not self._is_whole():
+            self._write_all()
+        try:
+            with self.path.open("rb") as file:
+                sync_file(file.fileno(), self.path.parent)
+        except OSError as error:
+            raise StorageError(f"Cannot write {self.path}: {error.strerror}.") from None
+
+    def _is_whole(self) -> bool:
+        """Whether the file is as long as it was left."""
+        try:
+            return self.path.stat().st_size == self._num_bytes
+        except OSError:
+            return False
+
+    def _write_all(self) -> None:
+        if not self.path.parent.is_dir():
+            raise StorageError(f"Cannot write {self.path}: its folder was moved or removed.")
+        data = "".join(self._lines).encode()
+        write_atomically(self.path, data)
+        self._num_bytes = len(data)
 
     def _rows(self) -> dict[int, list[str]]:
         """The whole rows of the file by their step."""
@@ -80,6 +135,15 @@ class MetricsFile:
         whole = [line for line in text.splitlines(keepends=True)[1:] if line.endswith("\n")]
         rows = [row for row in csv.reader(whole) if len(row) == len(self.columns) and row[0].isdigit()]
         return {int(row[0]): row for row in rows}
+
+
+def lost_rows(run: RunFolder, config: RunConfig, step: int) -> str | None:
+    """Return what is wrong with the rows up to a step in a sentence, or None if all are there."""
+    try:
+        MetricsFile(run.metrics_file, metric_columns(config)).require_rows(logged_steps(config, step))
+    except RunError as error:
+        return str(error)
+    return None
 
 
 def _line(values: Sequence[str]) -> str:

@@ -1,0 +1,50 @@
+"""Which checkpoints a run's folder must hold, by the run's settings and how far it has come."""
+
+from collections.abc import Sequence
+
+from icl.checkpoints import list_steps
+from icl.config import RunConfig
+from icl.resume_file import NAMES
+from icl.runs import DONE, RunFolder, Status
+from icl.schedules import checkpoint_steps
+
+_MAX_STEPS = 8
+"""Steps that a sentence names; it counts the others."""
+
+
+def expected_steps(config: RunConfig, step: int, status: Status | None = None) -> list[int]:
+    """Return the steps whose checkpoints there must be.
+
+    Args:
+        config: The run's settings.
+        step: How far the run has come.
+        status: How it has ended, if it has: the last step is then there, and the best one where early stopping keeps it.
+    """
+    grid = config.checkpoints
+    scheduled = checkpoint_steps(
+        config.trainer.max_steps, every=grid.every, num_log=grid.num_log, num_linear=grid.num_linear
+    )
+    steps = {one for one in scheduled if one <= step}
+    if status is not None and status.state in DONE:
+        has_best = config.early_stopping.patience is not None and status.best_step is not None
+        steps |= {step, status.best_step or 0} if has_best else {step}
+    return sorted(steps)
+
+
+def missing_steps(run: RunFolder, config: RunConfig, step: int, status: Status | None = None) -> list[int]:
+    """Return the steps whose checkpoint, or Adam's moments where they are saved, is not in the run's folder."""
+    there = set(list_steps(run.checkpoints))
+    if config.checkpoints.moments:
+        there &= set(list_steps(run.moments))
+    return [one for one in expected_steps(config, step, status) if one not in there]
+
+
+def describe_missing(run: RunFolder, steps: Sequence[int]) -> str:
+    """Return the sentence for missing checkpoints: which, and how to get them back."""
+    named = ", ".join(f"{step:,}" for step in steps[:_MAX_STEPS])
+    more = f" and {len(steps) - _MAX_STEPS:,} more" if len(steps) > _MAX_STEPS else ""
+    what = f"checkpoints of steps {named}{more}" if len(steps) > 1 else f"checkpoint of step {named}"
+    return (
+        f"{run.path} lacks the {what}. `icl checkpoints {run.path} pull` fetches what its store has; to make them again from "
+        f"step 0, delete {', '.join(NAMES)} and status.json there and run the same command."
+    )
