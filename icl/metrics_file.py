@@ -8,11 +8,12 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from icl.config import RunConfig
 from icl.file_system import sync_file
 from icl.runs import RunError, RunFolder
-from icl.storage import StorageError, write_atomically
+from icl.storage import StorageError, sha256, write_atomically
 
 
 def logged_steps(config: RunConfig, step: int) -> set[int]:
@@ -115,6 +116,11 @@ class MetricsFile:
         except OSError as error:
             raise StorageError(f"Cannot write {self.path}: {error.strerror}.") from None
 
+    def digest(self) -> dict[str, Any]:
+        """Return the size and the SHA-256 of the rows so far."""
+        data = "".join(self._lines).encode()
+        return {"size": len(data), "sha256": sha256(data)}
+
     def _is_whole(self) -> bool:
         """Whether the file is as long as it was left."""
         try:
@@ -144,6 +150,18 @@ def lost_rows(run: RunFolder, config: RunConfig, step: int) -> str | None:
     except RunError as error:
         return str(error)
     return None
+
+
+def are_rows_altered(data: bytes, saved: Any) -> bool:
+    """Return whether the rows up to a save are others than those that were there then.
+
+    Args:
+        data: The whole file.
+        saved: What `MetricsFile.digest` gave then; None of a run whose last save was made by 0.1.0.
+    """
+    if not isinstance(saved, dict) or not isinstance(saved.get("size"), int):
+        return False
+    return sha256(data[: saved["size"]]) != saved.get("sha256")
 
 
 def _line(values: Sequence[str]) -> str:

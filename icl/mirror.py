@@ -4,7 +4,9 @@ The copy lies at `<store>/<run name>/` and is laid out as the run's folder is. T
 
 - *Whose.* `run-id` is drawn once, in the folder that the run began in. A copy belongs to the folder with the same id;
   any other run of that name is refused, whatever its settings. A folder without a run that asks for the same settings
-  takes the copy over, id included: it is the same run, resumed elsewhere.
+  takes the copy over, id included: it is the same run, resumed elsewhere. `run-id` holds the settings too. So a place whose
+  machine was lost before `config.yaml` arrived is taken over in the same way. Nobody ever replaces a `run-id`, so two machines
+  that take one place at once agree on it; they compute the same run.
 - *In which order.* `last.ckpt` and `status.json` vouch for the files beside them and so are copied after them;
   `config.yaml`, which makes a folder a run, comes last of all. A copy that breaks off is taken up by the same command.
 - *What is newer.* Nothing is copied over a run that is further on, unless forced.
@@ -19,13 +21,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import yaml
 from tqdm import tqdm
 
-from icl.checkpoints import checkpoint_name, list_steps, parse_checkpoint
+from icl.checkpoints import CheckpointError, parse_checkpoint
 from icl.checks import ConfigError, UserError
 from icl.config import RunConfig
-from icl.runs import RunError, RunFolder, parse_config, parse_status, require_same_config
-from icl.storage import LocalStore, MissingKeyError, StorageError, Store, open_store, require_key
+from icl.resume_file import parse_resume
+from icl.runs import RunError, RunFolder, config_differences, parse_config, parse_status, require_same_config
+from icl.storage import DamagedError, LocalStore, MissingKeyError, StorageError, Store, open_store, require_key
 
 FILES = ("run-id", "wandb-id", "metrics.csv", "run.log", "report.html", "last.ckpt", "status.json", "config.yaml")
 FOLDERS = ("checkpoints", "results", "figures")
@@ -35,6 +39,8 @@ CHECKPOINT_FOLDERS = ("checkpoints", "checkpoints/moments")
 VOUCHERS = ("last.ckpt", "status.json")
 """These say what else there is: copied after it, the status last."""
 _LAST = (*VOUCHERS, "config.yaml")
+_NEEDED = ("run-id", "metrics.csv", *_LAST)
+"""Without these a run cannot be resumed."""
 _NUM_WORKERS = 8
 
 Item = TypeVar("Item")
@@ -98,32 +104,66 @@ def take_up(mirror: Mirror, config: RunConfig) -> bool:
     if theirs is not None:
         require_same_config(theirs, config, str(mirror.there))
     if not (is_new and theirs is not None):
-        claim(mirror)
-    if theirs is None or not (is_new or saved_step(mirror.there) > saved_step(mirror.here)):
+        claim(mirror, config)
+    is_behind = saved_step(mirror.there) > saved_step(mirror.here)
+    if not is_behind and (theirs is None or not is_new):
         return False
-    pull(mirror)
-    claim(mirror)
-    return True
+    copied, damaged = _transfer(mirror.there, mirror.here, "pulling", force=False)
+    claim(mirror, config)
+    if damaged:
+        print(f"icl: {describe_damaged(mirror, damaged)} The run goes on without them.", file=sys.stderr)
+    return bool(copied)
 
 
-def claim(mirror: Mirror) -> None:
+def claim(mirror: Mirror, config: RunConfig) -> None:
     """Make the place in the store this run's own, or find that it is.
 
     Raises:
         RunError: If it belongs to another run.
         StorageError: If the store or the folder cannot be used.
     """
-    own = _read(mirror.here, "run-id") or secrets.token_hex(8).encode()
+    own = _read(mirror.here, "run-id")
+    offered = own or _new_id(config)
     owner = _read(mirror.there, "run-id")
-    if owner is None and mirror.there.create("run-id", own):
-        owner = own
-    if (owner or _read(mirror.there, "run-id")) != own:
-        raise RunError(
+    if owner is None and mirror.there.create("run-id", offered):
+        owner = offered
+    owner = owner or _read(mirror.there, "run-id") or b""
+    if owner != offered:
+        is_begun = _read(mirror.there, "config.yaml") is None  # and no more: its machine is just starting, or was lost
+        if not is_begun or own is not None or not _is_of(mirror.there, owner, config):
+            raise RunError(_describe_owner(mirror, is_begun))
+    if own is None:
+        mirror.here.write("run-id", owner)
+
+
+def _new_id(config: RunConfig) -> bytes:
+    """A new run's id: a random word, and below it the settings."""
+    settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
+    return f"{secrets.token_hex(8)}\n{settings}".encode()
+
+
+def _is_of(there: Store, owner: bytes, config: RunConfig) -> bool:
+    """Whether the run whose id is in a store has these settings; 0.1.0 wrote none into it, but into every checkpoint."""
+    settings = owner.partition(b"\n")[2]
+    try:
+        if settings:
+            return not config_differences(parse_config(settings, str(there)), config)
+        saved = [name for name in there.keys("checkpoints") if is_checkpoint(name)]  # a store is no dict
+        return bool(saved) and not config_differences(parse_checkpoint(there.read(saved[0]), saved[0]).config, config)
+    except UserError:
+        return False
+
+
+def _describe_owner(mirror: Mirror, is_begun: bool) -> str:
+    if not is_begun:
+        return (
             f"{mirror.there} holds another run of that name, and nothing was copied over it; "
             "give this one another --run_name, or another --checkpoints.store."
         )
-    if _read(mirror.here, "run-id") is None:
-        mirror.here.write("run-id", own)
+    return (
+        f"{mirror.there} was taken by another run of that name, of which nothing can be resumed yet. Give this one another "
+        f"--run_name; or, if that run's machine was lost, delete {mirror.there}/run-id and run the same command again."
+    )
 
 
 def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
@@ -135,7 +175,7 @@ def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
 
     Raises:
         RunError: If the store has no such run, or the folder is another run or further on.
-        CheckpointError: If a checkpoint in the store is damaged; the folder keeps its own.
+        DamagedError: If files in the store are damaged; all others were fetched, and the folder keeps its own of these.
         StorageError: If the store or the folder cannot be used.
     """
     _require_no_links_out(mirror.here, mirror.there)
@@ -145,7 +185,10 @@ def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
     if mirror.run.config_file.exists() and own != _read(mirror.there, "run-id"):
         raise RunError(f"{mirror.there} holds another run than {mirror.run.path}; move that folder away to fetch it.")
     _require_not_behind(mirror.there, mirror.here, "pull", force)
-    return _transfer(mirror.there, mirror.here, "pulling", force)
+    copied, damaged = _transfer(mirror.there, mirror.here, "pulling", force)
+    if damaged:
+        raise DamagedError(f"{describe_damaged(mirror, damaged)} {len(copied):,} others were fetched.")
+    return copied
 
 
 def push(mirror: Mirror, *, force: bool = False) -> list[str]:
@@ -157,30 +200,17 @@ def push(mirror: Mirror, *, force: bool = False) -> list[str]:
 
     Raises:
         RunError: If the place in the store belongs to another run, or the copy is further on.
-        CheckpointError: If a checkpoint in the folder is damaged; the store keeps its own.
+        DamagedError: If files in the folder are damaged; all others were sent, and the store keeps its own of these.
         StorageError: If the store or the folder cannot be used.
     """
     _require_no_links_out(mirror.here, mirror.there)
-    mirror.run.read_config()
+    config = mirror.run.read_config()
     _require_not_behind(mirror.here, mirror.there, "push", force)
-    claim(mirror)
-    return _transfer(mirror.here, mirror.there, "pushing", force)
-
-
-def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
-    """A sentence for every checkpoint here that is damaged, and every file in the store that is damaged or missing.
-
-    Raises:
-        StorageError: If the store cannot be listed.
-    """
-    here = LocalStore(run.path)
-    folders = zip(CHECKPOINT_FOLDERS, (run.checkpoints, run.moments), strict=True)
-    saved = [f"{folder}/{checkpoint_name(step)}" for folder, store in folders for step in list_steps(store)]
-    kept = copied_names(mirror.there) if mirror else []
-    places: list[tuple[Store, str]] = [(here, name) for name in saved]
-    places += [(mirror.there, name) for name in sorted({*saved, *kept})] if mirror else []
-    with progress("verifying", len(places)) as bar:
-        return [found for found in _in_parallel(_damage, places, bar) if found]
+    claim(mirror, config)
+    copied, damaged = _transfer(mirror.here, mirror.there, "pushing", force)
+    if damaged:
+        raise DamagedError(f"{'; '.join(map(_bare, damaged))}; {len(copied):,} other files were sent.")
+    return copied
 
 
 def copied_names(store: Store) -> list[str]:
@@ -281,41 +311,63 @@ def _require_not_behind(source: Store, target: Store, verb: str, force: bool) ->
         )
 
 
-def _transfer(source: Store, target: Store, label: str, force: bool) -> list[str]:
-    """Copy what differs, several files at once; what vouches for others after them."""
+def require_whole(name: str, data: bytes, where: str) -> None:
+    """Refuse a damaged checkpoint or resume file, which carry digests of their own.
+
+    Raises:
+        CheckpointError, ResumeFileError: Saying what is wrong.
+    """
+    if is_checkpoint(name):
+        parse_checkpoint(data, where)
+    elif name == "last.ckpt":
+        parse_resume(data, where)
+
+
+def describe_damaged(mirror: Mirror, damaged: Sequence[str]) -> str:
+    """Return the sentences for files in the store that are damaged: which, and what may mend them."""
+    return (
+        f"Not fetched from {mirror.there}: {'; '.join(map(_bare, damaged))}. `icl checkpoints {mirror.run.path} push --force` "
+        "from a folder that has them whole mends the store."
+    )
+
+
+def _bare(sentence: str) -> str:
+    return sentence.rstrip(".")
+
+
+def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[list[str], list[str]]:
+    """Copy what differs, several files at once; what vouches for others after them.
+
+    Returns:
+        The names of what was copied, and a sentence for each file that is damaged in the source and can be done without.
+
+    Raises:
+        StorageError, ResumeFileError: If one cannot be copied that the run needs.
+    """
     names = copied_names(source)
+    damaged: list[str] = []
 
     def copy(name: str) -> str | None:
         if not force and same_file(source, target, name):
             return None
-        data = source.read(name)
-        if is_checkpoint(name):
-            parse_checkpoint(data, f"{source}/{name}")
+        try:
+            data = source.read(name)
+            require_whole(name, data, f"{source}/{name}")
+        except (DamagedError, CheckpointError) as error:
+            if name in _NEEDED:
+                raise
+            damaged.append(str(error))
+            return None
         target.write(name, data)
         return name
 
     with progress(label, len(names)) as bar:
-        copied = _in_parallel(copy, [name for name in names if name not in _LAST], bar)
+        copied = in_parallel(copy, [name for name in names if name not in _LAST], bar)
         copied += _in_turn(copy, [name for name in names if name in _LAST], bar)
-    return [name for name in copied if name]
+    return [name for name in copied if name], sorted(damaged)
 
 
-def _damage(place: tuple[Store, str]) -> str | None:
-    """What is wrong with a file, in a sentence."""
-    store, name = place
-    try:
-        data = store.read(name)
-        if not is_checkpoint(name):
-            return None
-        step = parse_checkpoint(data, f"{store}/{name}").step
-    except UserError as error:
-        return str(error)
-    if name.rpartition("/")[2] != checkpoint_name(step):
-        return f"{store}/{name} is damaged: it holds step {step:,}."
-    return None
-
-
-def _in_parallel(act: Callable[[Item], Result], items: Sequence[Item], bar: tqdm) -> list[Result]:
+def in_parallel(act: Callable[[Item], Result], items: Sequence[Item], bar: tqdm) -> list[Result]:
     """`act` on every item, several at once; the first error ends it."""
     with ThreadPoolExecutor(_NUM_WORKERS) as pool:
         try:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from icl import waiting
 from icl.s3_errors import describe_failure, describe_refusal, is_absent, server_name
 from icl.s3_requests import Requests
-from icl.storage import MissingKeyError, StorageError, require_key, sha256
+from icl.storage import DamagedError, MissingKeyError, StorageError, require_key, sha256
 
 PART_SIZE = 16 * 2**20
 """Bytes: what is larger goes up in parts of this size."""
@@ -113,7 +113,7 @@ class S3Store:
             data, digest = self._get(key)
             if not digest or sha256(data) == digest:
                 return data  # otherwise damaged on the way, perhaps
-        raise StorageError(f"{self}/{key} is damaged: its {len(data):,} bytes are not those that were saved.")
+        raise DamagedError(f"{self}/{key} is damaged: its {len(data):,} bytes are not those that were saved.")
 
     def _get(self, key: str) -> tuple[bytes, str | None]:
         """The bytes there are and the digest they should have; what breaks off on the way is asked for again."""

@@ -32,6 +32,10 @@ class StorageError(UserError, OSError):
     """Bytes that could not be written or read; the message names the place and what to do."""
 
 
+class DamagedError(StorageError):
+    """A value that is not what was written."""
+
+
 class MissingKeyError(StorageError):
     """A key without a value."""
 

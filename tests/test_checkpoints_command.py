@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_here_is_found_is_not_pushed_and_is_fetched_again(s
     assert (run.path / STEP).read_bytes() == good
 
 
-def test_damage_without_a_store_is_mended_by_deleting_the_step(trained, capsys):
+def test_damage_without_a_store_is_told_with_the_way_to_make_all_again(trained, capsys):
     run = RunFolder(shutil.copytree(trained, local_root() / "tiny"))
     (run.path / STEP).write_bytes((run.path / STEP).read_bytes()[:-9])
     assert main(["evaluate", "tiny"]) == 1
@@ -152,13 +152,15 @@ def test_damage_without_a_store_is_mended_by_deleting_the_step(trained, capsys):
     assert main(["checkpoints", "tiny", "verify"]) == 1
     told = capsys.readouterr()
     assert f"{STEP} is damaged" in told.out
-    assert "has no store to fetch them from; delete the files of those steps" in told.err
+    assert "which has no store to fetch from" in told.err
+    assert "delete last.ckpt, previous.ckpt and status.json there" in told.err
     assert "--force" not in told.err
     (run.path / STEP).unlink()
-    assert main(["checkpoints", "tiny", "verify"]) == 0
+    assert main(["checkpoints", "tiny", "verify"]) == 1
+    assert f"{run.path} lacks the checkpoint of step 10." in capsys.readouterr().out
     assert main(["evaluate", "tiny"]) == 0
-    assert main(["train", *as_arguments(SHORT)]) == 0
-    assert "is finished" in capsys.readouterr().out
+    assert main(["train", *as_arguments(SHORT)]) == 1
+    assert "lacks the checkpoint of step 10." in capsys.readouterr().err
 
 
 def test_nothing_is_copied_over_a_run_that_is_further_on(s3, run, capsys):
@@ -216,3 +218,132 @@ def test_a_run_that_is_nowhere_is_one_sentence(s3, monkeypatch, capsys, action):
     assert said.out == ""
     assert said.err.startswith("icl: There is no run")
     assert said.err.count("\n") == 1
+
+
+# What `verify` covers, here and in the store
+
+
+def flip(data: bytes) -> bytes:
+    """Sixteen altered bytes in the middle."""
+    middle = len(data) // 2
+    return data[: middle - 8] + bytes(byte ^ 0x5A for byte in data[middle - 8 : middle + 8]) + data[middle + 8 :]
+
+
+def another_digit(data: bytes) -> bytes:
+    """The last digit of the row in the middle is another."""
+    place = data.index(b"\n", len(data) // 2) - 1
+    assert data[place : place + 1].isdigit()
+    return data[:place] + (b"1" if data[place : place + 1] != b"1" else b"2") + data[place + 1 :]
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory) -> Path:
+    """A finished run with moments, results and a figure, and the copy that its store has."""
+    root = tmp_path_factory.mktemp("complete")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LOCAL_ROOT", str(root))
+        patched.setenv("DEVICE", "cpu")
+        config = change(
+            SHORT,
+            checkpoints={"moments": True, "resume_seconds": 0.0, "store": str(root / "store")},
+            trainer={"log_every": 5},
+        )
+        assert main(["train", *as_arguments(config)]) == 0
+        assert main(["evaluate", "tiny", "--num_prompts", "4"]) == 0
+    return root
+
+
+@pytest.fixture
+def there_too(complete, monkeypatch) -> RunFolder:
+    shutil.copytree(complete, local_root(), dirs_exist_ok=True)
+    run = RunFolder(local_root() / "tiny")
+    run.write_config(change(run.read_config(), checkpoints={"store": str(local_root() / "store")}))
+    push(open_mirror(run, str(local_root() / "store"), "tiny"))
+    return run
+
+
+FILES = (
+    STEP,
+    f"checkpoints/moments/{checkpoint_name(10)}",
+    "last.ckpt",
+    "previous.ckpt",
+    "metrics.csv",
+    "status.json",
+    "config.yaml",
+    "results/losses.csv",
+    "results/evaluation.csv",
+    f"results/evaluation/{Path(checkpoint_name(10)).stem}.npz",
+    "figures/training.png",
+)
+
+
+def test_verify_finds_nothing_in_a_whole_run_and_its_copy(there_too, capsys):
+    assert main(["checkpoints", "tiny", "verify"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(flip, id="altered"),
+        pytest.param(lambda data: data[: len(data) // 2], id="cut short", marks=pytest.mark.slow),
+        pytest.param(lambda data: b"", id="empty", marks=pytest.mark.slow),
+    ],
+)
+def test_verify_names_every_file_that_is_damaged_here_or_in_the_store(there_too, damage, capsys):
+    copy = RunFolder(local_root() / "store" / "tiny")
+    assert not copy.previous_file.exists()
+    for run, name in ((run, name) for run in (there_too, copy) for name in FILES if (run.path / name).exists()):
+        file = run.path / name
+        whole = file.read_bytes()
+        file.write_bytes(damage(whole))
+        assert main(["checkpoints", str(there_too.path), "verify"]) in (1, 2), file
+        said = capsys.readouterr()
+        assert str(file.relative_to(local_root())).removeprefix("store/") in said.out + said.err
+        assert "Traceback" not in said.err
+        file.write_bytes(whole)
+
+
+def test_one_other_digit_in_the_rows_is_found(there_too, capsys):
+    for run in (there_too, RunFolder(local_root() / "store" / "tiny")):
+        whole = run.metrics_file.read_bytes()
+        run.metrics_file.write_bytes(another_digit(whole))
+        assert main(["checkpoints", "tiny", "verify"]) == 1
+        assert f"{run.metrics_file} is damaged: its rows are not those that were saved." in capsys.readouterr().out
+        run.metrics_file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", [STEP, "last.ckpt", "metrics.csv", "status.json", "results/losses.csv"])
+def test_verify_names_what_the_store_lacks(there_too, name, capsys):
+    copy = RunFolder(local_root() / "store" / "tiny")
+    (copy.path / name).unlink()
+    assert main(["checkpoints", "tiny", "verify"]) == 1
+    assert f"There is no file {copy.path}/{name}." in capsys.readouterr().out
+    assert main(["checkpoints", "tiny", "push"]) == 0
+    assert main(["checkpoints", "tiny", "verify"]) == 0
+
+
+@pytest.mark.parametrize("name", [STEP, "metrics.csv", "status.json"])
+def test_verify_names_what_is_missing_here_and_pull_brings_it_back(there_too, name, capsys):
+    (there_too.path / name).unlink()
+    assert main(["checkpoints", "tiny", "verify"]) == 1
+    told = capsys.readouterr().out
+    assert ("lacks the checkpoint of step 10." if name == STEP else f"There is no {there_too.path / name}.") in told
+    assert main(["checkpoints", "tiny", "pull"]) == 0
+    assert main(["checkpoints", "tiny", "verify"]) == 0
+
+
+def test_a_pull_fetches_all_that_is_whole_and_names_the_rest(s3, run, monkeypatch, tmp_path, capsys):
+    s3.corrupt(f"tiny/{STEP}", flip)
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path / "elsewhere"))
+    assert main(["checkpoints", "tiny", "pull"]) == 1
+    assert f"{s3.url}/tiny/{STEP} is damaged" in capsys.readouterr().err
+    copy = RunFolder(tmp_path / "elsewhere" / "tiny")
+    assert set(copied_names(LocalStore(run.path))) - set(copied_names(LocalStore(copy.path))) == {STEP}
+
+
+def test_a_damaged_resume_file_is_not_pushed(s3, run, capsys):
+    good = s3.get("tiny/last.ckpt")
+    run.resume_file.write_bytes(flip(good))
+    assert main(["checkpoints", "tiny", "push"]) == 1
+    assert "last.ckpt is damaged" in capsys.readouterr().err
+    assert s3.get("tiny/last.ckpt") == good

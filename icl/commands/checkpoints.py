@@ -21,7 +21,9 @@ def run(words: list[str]) -> int:
     parser = command_parser(
         "checkpoints",
         "ls: the saved steps, here and in the store. pull, push: copy what is missing or different, in either direction; "
-        "what breaks off goes on with the same command. verify: every checkpoint here and every file in the store.",
+        "what breaks off goes on with the same command. verify: whether all files are whole, here and in the store: checkpoints, "
+        "moments, last.ckpt and previous.ckpt against their digests; that no step of the schedule and no row of metrics.csv is "
+        "missing; that config.yaml and status.json agree with them; that results and figures can be read.",
         "icl checkpoints runs/quickstart verify",
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder, or its name")
@@ -90,19 +92,21 @@ def _list(folder: RunFolder, mirror: "Mirror | None") -> int:
 
 
 def _verify(folder: RunFolder, mirror: "Mirror | None") -> int:
-    from icl.mirror import find_damage
+    from icl.resume_file import NAMES
+    from icl.verification import find_damage
 
     damage = find_damage(folder, mirror)
     places = f"{folder.path} and {mirror.there}" if mirror else f"{folder.path}; it has no store"
     if damage:
         print("\n".join(damage))
+        count = f"{len(damage)} faults" if len(damage) > 1 else "1 fault"
         if mirror is None:
+            again = f"to make all of it again from step 0, delete {', '.join(NAMES)} and status.json there and run the same command"
             raise StorageError(
-                f"Damaged files in {folder.path}: {len(damage)}, and the run has no store to fetch them from; delete the "
-                "files of those steps, and everything goes on without them."
+                f"{count} in {folder.path}, which has no store to fetch from; what is whole can be used, and {again}."
             )
         repair = "`push --force` sends the good files here, `pull --force` fetches the good ones there"
-        raise StorageError(f"{len(damage)} files are damaged or missing in {places}; {repair}.")
+        raise StorageError(f"{count} in {places}; {repair}.")
     print(f"All is well in {places}.")
     return 0
 

@@ -14,7 +14,7 @@ from icl.config import RunConfig
 from icl.runs import RunFolder, State
 from icl.training.wandb_log import WandbLog
 
-_SAVED = ("loss", "best", "best_step", "num_checks", "extra_step", "state", "end_step", "reason", "is_packed")
+_SAVED = ("loss", "best", "best_step", "num_checks", "extra_step", "state", "end_step", "reason", "is_packed", "rows")
 
 
 @dataclass(eq=False)
@@ -43,6 +43,8 @@ class Member:
     """Whether it could not be taken up, so that the others train without it."""
     is_packed: bool = False
     """Whether it began as one of several, which decides how a CPU steps it; it stays so if it is resumed as the last one."""
+    rows: dict[str, Any] | None = None
+    """How long `metrics.csv` was at the last save, and its digest."""
     lacking: frozenset[int] = frozenset()
     """Steps whose checkpoints were missing when it was taken up; training goes on without them."""
     incomplete: str | None = None

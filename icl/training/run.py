@@ -25,7 +25,7 @@ from icl.config import MEMBER_SETTINGS, RunConfig
 from icl.contents import describe_missing, missing_steps
 from icl.environment import environment_line
 from icl.evaluation import EvaluationSet
-from icl.metrics_file import MetricsFile, logged_steps, lost_rows, metric_columns
+from icl.metrics_file import MetricsFile, are_rows_altered, logged_steps, lost_rows, metric_columns
 from icl.presets import run_name
 from icl.runs import DONE, FAILS_AGAIN, RunError, RunFolder, Status, is_child_rank, local_root, require_same_config
 from icl.storage import remove_temporaries
@@ -286,6 +286,10 @@ def _begin(member: Member, step: int) -> None:
     run = member.folder
     member.is_own = True
     MetricsFile(run.metrics_file, metric_columns(member.config)).require_rows(logged_steps(member.config, step))
+    if step > 0 and are_rows_altered(run.metrics_file.read_bytes(), member.rows):
+        member.notes.append(
+            f"{run.metrics_file} was altered since step {step:,} was saved; its rows are kept as they are."
+        )
     run.write_config(member.config)
     for folder in (run.path, run.checkpoints.root, run.moments.root, run.results, run.figures):
         remove_temporaries(folder)

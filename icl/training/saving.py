@@ -109,6 +109,7 @@ class ResumeFiles(pl.Callback):
                 for member, file in zip(self.members, self.metrics_log.files, strict=True):
                     if member.records(step):
                         file.sync()
+                        member.rows = file.digest()
             trainer.save_checkpoint("last.ckpt")  # in each member's folder: `MemberFiles`
             self._saved_at = time.monotonic()
 

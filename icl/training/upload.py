@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from icl import waiting
 from icl.checkpoints import checkpoint_name
+from icl.checks import UserError
 from icl.config import RunConfig
 from icl.delivery import UploadError, describe_left, is_delivered, note_delivered
 from icl.mirror import (
@@ -30,6 +31,7 @@ from icl.mirror import (
     is_checkpoint,
     open_mirror,
     progress,
+    require_whole,
     same_file,
     saved_step,
     store_url,
@@ -131,6 +133,8 @@ class Uploader:
             UploadError: If something could not be sent.
         """
         self._stop.set()
+        if not self.mirror.run.config_file.exists():
+            return  # the folder was removed
         names, give_up_at = self._changed(), time.monotonic() + seconds
         if names:
             print(f"Uploading the last {len(names):,} files to {self.mirror.there} ...", flush=True)
@@ -187,6 +191,8 @@ class Uploader:
 
         The vouchers are sent as they were before the others were looked at. With a bar, every last file is sent.
         """
+        if not self.mirror.run.config_file.exists():
+            return True  # the folder was removed; what the store has stays there
         is_whole = bar is not None or "last.ckpt" in self._changed()
         vouchers = [self._take(name) for name in VOUCHERS if is_whole and name in self._changed()]
         others = [name for name in self._changed() if is_checkpoint(name) or (is_whole and name not in VOUCHERS)]
@@ -227,8 +233,13 @@ class Uploader:
             return None
 
     def _send(self, file: _File | None, bar: tqdm | None) -> bool:
-        """Whether the store now has this file."""
+        """Whether the store now has this file, or must not have it: one that is damaged here never replaces a good copy."""
         if file is None or self._there is None:
+            return True
+        try:
+            require_whole(file.name, file.data, f"{self._here}/{file.name}")
+        except UserError as error:
+            self.reason = str(error)
             return True
         try:
             is_there = file.name in self._there and self.mirror.there.digest(file.name) == sha256(file.data)
