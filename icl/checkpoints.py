@@ -177,8 +177,8 @@ def _read_about(file: io.BufferedIOBase, name: str) -> _About:
             raise ContentError(f"it has no metadata of format {_FORMAT}")
     except (ContentError, TypeError) as error:
         raise CheckpointError(
-            f"{name} is not a checkpoint of icl: expected safetensors with metadata format {_FORMAT}, as in a run's "
-            f"checkpoints/ ({_first_line(error)})."
+            f"{name} is damaged, or is not a checkpoint of icl: expected safetensors with metadata format {_FORMAT}, as in a "
+            f"run's checkpoints/ ({_first_line(error)})."
         ) from None
     try:
         step, tree = metadata.get("step"), metadata.get("config")

@@ -31,6 +31,7 @@ from icl.mirror import (
     is_checkpoint,
     open_mirror,
     progress,
+    read_config,
     require_whole,
     same_file,
     saved_step,
@@ -269,9 +270,10 @@ class Uploader:
 
 
 def _is_complete(mirror: Mirror) -> bool:
-    """Whether the run has ended and the store has all of it: the status goes last."""
+    """Whether the run has ended and the store has all of it: the status goes last, or `config.yaml` with `push`."""
     status = mirror.run.read_status()
-    return status is not None and status.state in DONE and same_file(mirror.here, mirror.there, "status.json")
+    is_done = status is not None and status.state in DONE and same_file(mirror.here, mirror.there, "status.json")
+    return is_done and read_config(mirror.there) is not None
 
 
 def _finish(uploader: Uploader) -> None:

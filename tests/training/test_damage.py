@@ -81,7 +81,7 @@ def test_a_finished_run_without_checkpoints_is_one_sentence(folder, capsys):
     shutil.rmtree(folder.checkpoints.root)
     capsys.readouterr()
     assert main(COMMAND) == 1
-    assert "There are no checkpoints" in capsys.readouterr().err
+    assert "lacks the checkpoints of steps 0, 1, " in capsys.readouterr().err
 
 
 def test_checkpoints_are_those_of_the_folder_itself(folder):
