@@ -102,5 +102,5 @@ def test_a_copy_has_the_moments_and_no_more_of_the_best_than_the_run(tmp_path, c
     capsys.readouterr()
     assert main(["checkpoints", str(run.path), "verify"]) == 1
     told = capsys.readouterr().out
-    assert "moments/step-000000060.safetensors is not a checkpoint" in told
+    assert "moments/step-000000060.safetensors is damaged" in told
     assert "its header tells of" in told
