@@ -24,8 +24,8 @@ TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 """The types of numbers that a checkpoint may hold, as safetensors and as numpy name them."""
 MAX_HEADER = 2**23
 """Bytes of a header; ours have a few thousand."""
-MAX_TENSORS = 50_000
-"""Tensors of a file; a model of 2,000 layers has about half as many."""
+MAX_TENSORS = 10_000
+"""Tensors of a file; a model of 800 layers has about as many."""
 
 
 class TensorEntry(NamedTuple):

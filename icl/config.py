@@ -402,6 +402,7 @@ class RunConfig:
     sampler: SamplerConfig = SamplerConfig()
 
     def __post_init__(self) -> None:
+        require(isinstance(self.preset, str), f"`preset` must be text, got {self.preset!r}.")
         if self.run_name is not None:
             require_run_name(str(self.run_name))
         self._check_schedule()

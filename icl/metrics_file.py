@@ -6,13 +6,14 @@ are removed; training then writes them again. Floats have nine significant digit
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from icl.config import RunConfig
 from icl.file_system import sync_file
-from icl.runs import RunError, RunFolder
+from icl.runs import RunError
 from icl.storage import StorageError, sha256, write_atomically
 
 
@@ -136,11 +137,9 @@ class MetricsFile:
         self._num_bytes = len(data)
 
     def _rows(self) -> dict[int, list[str]]:
-        """The whole rows of the file by their step."""
-        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
-        whole = [line for line in text.splitlines(keepends=True)[1:] if line.endswith("\n")]
-        rows = [row for row in csv.reader(whole) if len(row) == len(self.columns) and row[0].isdigit()]
-        return {int(row[0]): row for row in rows}
+        """Return the whole rows of the file by their step."""
+        _, rows = _read(self.path)
+        return {int(row[0]): row for row in rows if len(row) == len(self.columns)}
 
 
 def lost_rows(run: RunFolder, config: RunConfig, step: int) -> str | None:
@@ -162,6 +161,39 @@ def are_rows_altered(data: bytes, saved: Any) -> bool:
     if not isinstance(saved, dict) or not isinstance(saved.get("size"), int):
         return False
     return sha256(data[: saved["size"]]) != saved.get("sha256")
+
+
+def whole_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a `metrics.csv` by column, without those that are damaged or were cut short."""
+    columns, rows = _read(path)
+    return [dict(zip(columns, row, strict=True)) for row in rows if len(row) == len(columns) and columns[0] == "step"]
+
+
+def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Return the header of a file, and its whole rows: a step and numbers."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    header, *lines = text.splitlines(keepends=True) or [""]
+    whole = (_cells(line) for line in lines if line.endswith("\n"))
+    return _cells(header), [row for row in whole if row and _is_row(row)]
+
+
+def _cells(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return []
+
+
+def _is_row(cells: Sequence[str]) -> bool:
+    """Return whether cells are a step and numbers, as we write them; an empty cell is a number that was not logged."""
+    return bool(re.fullmatch(r"[0-9]{1,18}", cells[0])) and all(map(_is_number, cells[1:]))
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return not cell or isinstance(float(cell), float)
+    except ValueError:
+        return False
 
 
 def _line(values: Sequence[str]) -> str:

@@ -26,7 +26,6 @@ LAYERS = (
         "redaction",
         "env_file",
         "reading",
-        "array_files",
         "environment",
         "config",
         "literals",
@@ -40,6 +39,8 @@ LAYERS = (
     ("compile_cache", "compiling", "cores", "transformer", "tiny_attention", "stacked", "population", "step"),
     ("storage", "waiting", "s3_errors", "s3_requests", "s3"),
     (
+        "array_files",
+        "table_files",
         "runs",
         "checkpoint_header",
         "checkpoints",

@@ -16,7 +16,6 @@ Verdict: `invalid` if R2_cv <= 0 (the mean predicts as well); `suspect` if R2_cv
 are few M for so many features; else `ok`. Fewer than four M are refused.
 """
 
-import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,8 @@ from sklearn.preprocessing import StandardScaler
 
 from icl.analysis.run import Result
 from icl.checks import ConfigError, UserError, parse_num_tasks
+from icl.reading import MAX_TABLE, ContentError, parse_json, read_bytes
+from icl.table_files import read_table, require_numbers
 
 MIN_GROUPS = 4
 FEW_GROUPS = 10
@@ -187,16 +188,18 @@ def read_points(path: Path, settings: Settings) -> pd.DataFrame:
 def _read(path: Path) -> pd.DataFrame:
     try:
         if path.suffix.lower() == ".json":
-            held = json.loads(path.read_text(encoding="utf-8"))
+            held = parse_json(read_bytes(path, limit=MAX_TABLE))
             lists = [held] if isinstance(held, list) else [rows for rows in held.values() if isinstance(rows, list)]
             table = pd.DataFrame([row for rows in lists for row in rows if isinstance(row, dict)])
         else:
-            table = pd.read_csv(path, dtype={"num_tasks": str, "position": str})
+            table = read_table(path)
+        require_numbers(table)
     except OSError as error:
         raise FitError(f"Cannot read the table {path}: {error.strerror}.") from None
-    except (ValueError, AttributeError):
+    except (ContentError, AttributeError, ValueError) as error:
+        why = f" ({error})" if isinstance(error, ContentError) else ""
         raise FitError(
-            f"{path} is not a table in CSV or JSON; `icl evaluate --checkpoint_base_dir` writes one."
+            f"{path} is not a table in CSV or JSON{why}; `icl evaluate --checkpoint_base_dir` writes one."
         ) from None
     missing = [name for name in _COLUMNS if name not in table]
     if missing:

@@ -6,7 +6,6 @@ the method. A part with another key, or a damaged one, is done again. Nothing in
 read a stretch at a time, so what all checkpoints have together need not fit in memory.
 """
 
-import io
 import json
 import struct
 import zipfile
@@ -17,9 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from icl.array_files import read_arrays
-from icl.reading import ContentError, is_table, parse_json
-from icl.storage import write_atomically
+from icl.array_files import read_arrays, write_arrays
+from icl.reading import ContentError, is_table
 
 
 class Part(NamedTuple):
@@ -54,8 +52,7 @@ def read_part(folder: Path | None, step: int, key: Mapping[str, Any]) -> Part | 
     if folder is None:
         return None
     try:
-        arrays = read_arrays(_file(folder, step))
-        about = parse_json(str(arrays.pop("about")))
+        about, arrays = read_arrays(_file(folder, step))
         if about["key"] != json.loads(json.dumps(key)) or not is_table(about["rows"]):
             return None
     except (ContentError, LookupError, TypeError):
@@ -72,11 +69,8 @@ def write_part(folder: Path | None, part: Part, key: Mapping[str, Any]) -> None:
     """
     if folder is None:
         return
-    buffer = io.BytesIO()
-    about = np.array(json.dumps({"key": dict(key), "rows": part.rows}))
-    arrays: dict[str, Any] = {f"vector/{name}": vector for name, vector in part.vectors.items()}
-    np.savez(buffer, about=about, **arrays)
-    write_atomically(_file(folder, part.step), buffer.getvalue())
+    vectors = {f"vector/{name}": vector for name, vector in part.vectors.items()}
+    write_arrays(_file(folder, part.step), {"key": dict(key), "rows": part.rows}, vectors)
 
 
 def stored_vector(folder: Path, step: int, name: str) -> StoredVector:

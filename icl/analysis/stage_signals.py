@@ -27,7 +27,9 @@ from icl.analysis.run import Measurement, Members, over_checkpoints, run_folder
 from icl.checkpoints import CheckpointError, checkpoint_files
 from icl.checks import ConfigError
 from icl.evaluation import evaluate, evaluation_set
+from icl.reading import ContentError
 from icl.runs import RunError, RunFolder
+from icl.table_files import read_table
 
 MIN_POINTS = 8
 MIRROR = 0.2
@@ -129,8 +131,8 @@ def _behaviour(path: Path, folder: RunFolder, num_prompts: int) -> tuple[list[Si
 
 def _read(file: Path) -> pd.DataFrame:
     try:
-        return pd.read_csv(file, dtype={"position": str, "reasons": str, "settings": str, "mode": str})
-    except (OSError, ValueError):
+        return read_table(file)
+    except (OSError, ContentError):
         return pd.DataFrame()
 
 

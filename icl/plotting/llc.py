@@ -12,8 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_figure, scale_steps
+from icl.reading import ContentError
 from icl.runs import RunFolder
 from icl.sampling.records import Record
+from icl.table_files import read_table
 
 VERDICTS: dict[str, dict[str, Any]] = {
     "ok": {"color": BLUE, "marker": "o"},
@@ -123,8 +125,8 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
 def read_stages(folder: RunFolder) -> list[float]:
     """The steps at which stages end and others begin: `end` in the run's `results/stages.csv`, but for the last stage's."""
     try:
-        table = pd.read_csv(folder.results / "stages.csv")
-    except (OSError, ValueError):
+        table = read_table(folder.results / "stages.csv")
+    except (OSError, ContentError):
         return []
     return sorted({float(step) for step in table["end"].dropna()})[:-1] if "end" in table else []
 

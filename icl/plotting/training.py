@@ -14,11 +14,13 @@ from matplotlib.ticker import MaxNLocator
 from icl import population
 from icl.build import build_architecture, build_evaluation_sets
 from icl.checkpoints import checkpoint_files, load_checkpoint_file
-from icl.config import TaskConfig
+from icl.config import RunConfig, TaskConfig
 from icl.evaluation import EvaluationSet, excess_over_optimum, predict_prompts, tabulate_losses
 from icl.plotting.style import BLUE, PREDICTORS, SKY, label_plainly, new_figure, save_figure, scale_steps
 from icl.plotting.tidying import name_outside
+from icl.reading import ContentError
 from icl.runs import RunError, RunFolder
+from icl.table_files import read_table
 
 _TABLE, _FIGURE = "losses.csv", "training.png"
 _LARGEST_RATIO = 60.0
@@ -64,7 +66,7 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
     folder.write_result(_TABLE, pd.concat(losses, names=["distribution"]).to_csv(float_format="%.9g"))
     tasks = "∞" if config.task.is_gaussian else f"{config.task.num_tasks:,}"
     figure = plot_training(
-        _read_metrics(folder),
+        _read_metrics(folder, config),
         losses,
         title=f"{folder.path.name}   (M = {tasks}, D = {config.task.task_size}, "
         f"σ² = {config.task.noise_variance:g}, step {checkpoint.step:,})",
@@ -78,19 +80,19 @@ def drawn_losses(folder: RunFolder) -> pd.DataFrame | None:
     if not (folder.figures / _FIGURE).is_file():
         return None
     try:
-        return pd.read_csv(folder.results / _TABLE).set_index(["distribution", "position"]).loc["pretrain"]
-    except (OSError, ValueError, KeyError):
+        return read_table(folder.results / _TABLE).set_index(["distribution", "position"]).loc["pretrain"]
+    except (OSError, ContentError, KeyError):
         return None
 
 
-def _read_metrics(folder: RunFolder) -> pd.DataFrame:
+def _read_metrics(folder: RunFolder, config: RunConfig) -> pd.DataFrame:
+    evaluated = () if config.evaluation.every is None else ("eval/pretrain/loss", "eval/true/loss")
     try:
-        table = pd.read_csv(folder.metrics_file)
-    except (OSError, ValueError):
-        table = pd.DataFrame()
-    if not {"step", "train/loss"} <= set(table.columns):
-        raise RunError(f"{folder.metrics_file} is missing or damaged, so the learning curves cannot be drawn.")
-    return table
+        return read_table(folder.metrics_file, columns=("step", "train/loss", *evaluated))
+    except (OSError, ContentError):
+        raise RunError(
+            f"{folder.metrics_file} is missing or damaged, so the learning curves cannot be drawn."
+        ) from None
 
 
 def plot_training(metrics: pd.DataFrame, losses: Mapping[str, pd.DataFrame], *, title: str) -> Figure:

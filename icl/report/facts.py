@@ -11,8 +11,10 @@ from icl.checkpoints import list_steps
 from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.environment import environments_of
+from icl.reading import ContentError
 from icl.report.pictures import Picture, PictureError, embed
 from icl.runs import RunFolder, Status
+from icl.table_files import read_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,11 +144,11 @@ def _read_table(file: Path, problems: list[str]) -> pd.DataFrame | None:
     """The table, or None and a sentence if it has no rows or cannot be read."""
     name = file.name if file.parent.name != "results" else f"results/{file.name}"
     try:
-        table = pd.read_csv(file, low_memory=False)
+        table = read_table(file)
     except FileNotFoundError:
         problems.append(f"There is no {name}.")
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ContentError) as error:
         problems.append(f"{name} is damaged or empty and is left out ({_why(error)}).")
         return None
     if table.empty:

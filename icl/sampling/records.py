@@ -10,7 +10,6 @@ stand there as rows of their own, and several programs may estimate the same run
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,16 +19,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from icl.array_files import read_arrays
+from icl.array_files import read_arrays, write_arrays
 from icl.checks import has_type, is_count
 from icl.config import SamplerConfig
 from icl.file_system import lock_file
-from icl.reading import ContentError, is_table, parse_json
+from icl.reading import ContentError, is_table
 from icl.runs import RunFolder
 from icl.sampling import diagnostics
 from icl.sampling.diagnostics import Verdict
 from icl.sampling.result import LLCResult
-from icl.storage import write_atomically
 
 COLUMNS = (
     *(
@@ -135,9 +133,7 @@ def write_record(run: RunFolder | None, kind: Kind, record: Record) -> None:
         "positions": record.positions,
         "stride": record.stride,
     }
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, about=np.array(json.dumps(about)), traces=record.traces)
-    write_atomically(_file(run, kind.name, record.row["step"]), buffer.getvalue())
+    write_arrays(_file(run, kind.name, record.row["step"]), about, {"traces": record.traces}, compress=True)
 
 
 def write_tables(run: RunFolder | None) -> None:
@@ -170,8 +166,8 @@ def read_all(run: RunFolder) -> list[Record]:
 def _read(file: Path, settings: dict[str, Any] | None) -> Record | None:
     """Return the estimate that a file holds, or None if it is damaged or was made under other settings or rules."""
     try:
-        arrays = read_arrays(file)
-        about, traces = parse_json(str(arrays["about"])), arrays["traces"]
+        about, arrays = read_arrays(file)
+        traces = arrays["traces"]
         wanted = (json.loads(json.dumps(settings)), diagnostics.VERSION)
         if settings is not None and (about["settings"], about.get("rules")) != wanted:
             return None

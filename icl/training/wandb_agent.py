@@ -6,7 +6,6 @@ point's run name comes from the whole configuration, so a point handed out again
 it already has are sent to the new W&B run first.
 """
 
-import csv
 import os
 import signal
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 from icl.checks import UserError
 from icl.config import RunConfig, flatten
+from icl.metrics_file import whole_rows
 from icl.presets import run_name
 from icl.reading import ContentError, parse_yaml
 from icl.training.wandb_log import init_settings, sent_step, use_steps
@@ -84,12 +84,9 @@ def describe_run(run: Any, config: RunConfig) -> None:
 def replay(run: Any, metrics_file: Path, until: int) -> None:
     """Send the rows that an earlier W&B run of this point has logged, up to a step; W&B's requeue brings the same run."""
     sent = sent_step(run)
-    if not metrics_file.is_file():
-        return
-    with metrics_file.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if sent < int(row["step"]) <= until:
-                run.log({key: int(value) if key == "step" else float(value) for key, value in row.items() if value})
+    for row in whole_rows(metrics_file):
+        if sent < int(row["step"]) <= until:
+            run.log({key: int(value) if key == "step" else float(value) for key, value in row.items() if value})
 
 
 def _announced_names() -> set[str] | None:

@@ -23,6 +23,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
+
+from matplotlib.figure import Figure
+from PIL import Image
 
 from icl.checks import UserError
 from tests.reliability import readers
@@ -32,6 +36,8 @@ SECONDS = 10
 """Of computing, not of waiting: other programs may keep the processor busy."""
 MEMORY = 3 * 2**30
 MAX_SENTENCE = 2000
+SHARE_RENDERED = 0.2
+"""Share of the mutations after which figures are rendered; after the others they are built only, which takes a tenth of the time."""
 OUTCOMES = ("refused", "accepted", "uncaught")
 
 
@@ -81,11 +87,12 @@ def try_one(pristine: Path, work: Path, reader: readers.Reader, seed: int) -> Tr
     file = draw.choice(sorted(work.glob(reader.file)))
     file.write_bytes(damaged(reader.kind, file.read_bytes(), draw))
     use = draw.choice(reader.uses)
-    outcome, detail = _outcome(lambda: use(work, file))
+    with contextlib.nullcontext() if draw.random() < SHARE_RENDERED else _unrendered():
+        outcome, detail = outcome_of(lambda: use(work, file))
     return Trial(reader.name, seed, outcome, detail)
 
 
-def _outcome(act: Callable[[], Any]) -> tuple[str, str]:
+def outcome_of(act: Callable[[], Any]) -> tuple[str, str]:
     """Return what came of a use: an outcome, and the sentence or the error."""
     started = time.process_time()
     try:
@@ -128,6 +135,17 @@ def _quiet() -> Iterator[io.StringIO]:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield said
+
+
+def _unrendered() -> Any:
+    """Let every figure that is saved be one pixel."""
+    pixel = io.BytesIO()
+    Image.new("L", (1, 1)).save(pixel, "png")
+
+    def save(figure: Figure, target: io.BytesIO, **_: Any) -> None:
+        target.write(pixel.getvalue())
+
+    return mock.patch.object(Figure, "savefig", save)
 
 
 @contextlib.contextmanager

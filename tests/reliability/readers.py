@@ -17,9 +17,9 @@ from icl.delivery import is_delivered, note_delivered
 from icl.diversity.metadata import Metadata
 from icl.diversity.runs import experiment_runs, find_runs
 from icl.diversity.tables import evaluate_experiment, save_tables
-from icl.metrics_file import MetricsFile
+from icl.metrics_file import MetricsFile, metric_columns
 from icl.mirror import copied_names, open_mirror, push, take_up
-from icl.plotting.training import plot_training
+from icl.plotting.training import draw_run, drawn_losses
 from icl.resolve import read_config_file, read_points, resolve
 from icl.runs import RunFolder
 from icl.sampling.run import estimate_run
@@ -27,7 +27,6 @@ from icl.storage import LocalStore
 from icl.sweeps.attempts import claim
 from icl.sweeps.points import sweep_points
 from icl.sweeps.schema import read_sweep_file
-from icl.training.callbacks import metric_columns
 from icl.training.members import Member
 from icl.training.run import train
 from icl.training.saving import read_resume_file
@@ -48,6 +47,7 @@ _SAMPLER = SamplerConfig(
     num_draws=2,
     num_burnin_steps=1,
     num_init_batches=2,
+    steps="8",
 )
 CONFIG = change(
     dataclasses.replace(TINY, sampler=_SAMPLER),
@@ -63,6 +63,7 @@ parameters:
   seeds.model: {values: [0, 1]}
 command: ["${env}", icl, train, "${args}"]
 """
+STAGES = "quantity,start,end,value,verdict,reasons\nloss,0,4,0.5,ok,\nloss,4,8,0.4,suspect,few points\n"
 PROMPT = {"x_context": [[0.1, 0.2], [0.3, -0.4]], "y_context": [0.3, -0.1], "x_query": [[1.0, 2.0]]}
 
 
@@ -84,8 +85,8 @@ def make_files(base: Path) -> None:
     numbers, baselines = run_evaluation.evaluate_run(run)
     run_evaluation.save_evaluation(run, numbers, baselines)
     estimate_run(run)
-    for name in ("embeddings", "stages"):
-        RunFolder(run).write_result(f"{name}.csv", analyse(name, run).table.to_csv(index=False))
+    RunFolder(run).write_result("embeddings.csv", analyse("embeddings", run).table.to_csv(index=False))
+    RunFolder(run).write_result("stages.csv", STAGES)
     (run / "wandb-id").write_text("0123456789ab")
     mirror = open_mirror(RunFolder(run), str(base / "store"), "tiny")
     push(mirror)
@@ -103,7 +104,7 @@ def make_files(base: Path) -> None:
 
 
 def _make_experiment(base: Path, run: Path) -> None:
-    for label in ("2", "4", "8", "inf"):
+    for label in ("2", "4", "8", "16", "inf"):
         shutil.copytree(run, base / f"checkpoints_M{label}", ignore=shutil.ignore_patterns("results", "figures"))
     Metadata(base, experiment_runs(CONFIG, max_power=2, base=base), about={}).write()
     save_tables(evaluate_experiment(find_runs(base)).table, base / "diversity.json")
@@ -154,7 +155,7 @@ PULL = _command("checkpoints", "RUN", "pull", "--store", "STORE", "--force")
 PUSH = _command("checkpoints", "RUN", "push", "--store", "STORE")
 EVALUATE = _command("evaluate", "RUN")
 PREDICT = _command("predict", "RUN", "--prompt", "FILE")
-STATUS = _command("sweep", "SWEEP", "--status")
+STATUS = _command("sweep", "SWEEP", "--dry-run")
 _LOAD: Use = lambda base, file: load_model(file)  # noqa: E731
 _ESTIMATE: Use = lambda base, file: estimate_run(_run(base))  # noqa: E731
 
@@ -185,7 +186,7 @@ READERS = (
         "csv",
         (
             REPORT,
-            lambda b, f: plot_training(RunFolder(_run(b)), losses_by_distribution),
+            lambda b, f: (draw_run(RunFolder(_run(b))), drawn_losses(RunFolder(_run(b)))),
             lambda b, f: MetricsFile(f, metric_columns(CONFIG)).begin([2, 4]),
             lambda b, f: replay(_WandbRun(), f, 8),
         ),
@@ -276,7 +277,10 @@ READERS = (
         "settings file",
         "settings.yaml",
         "yaml",
-        (lambda b, f: resolve(read_config_file(f)), _command("llc", "RUN", "--config", "FILE")),
+        (
+            lambda b, f: resolve(read_config_file(f)),
+            lambda b, f: resolve({"sampler": read_config_file(f).get("sampler", {})}),
+        ),
     ),
     Reader("prompt, JSON", "prompt.json", "json", (PREDICT,)),
     Reader("prompt, CSV", "prompt.csv", "csv", (PREDICT,)),
