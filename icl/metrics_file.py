@@ -13,7 +13,7 @@ from typing import Any
 
 from icl.config import RunConfig
 from icl.file_system import sync_file
-from icl.runs import RunError
+from icl.runs import RunError, RunFolder
 from icl.storage import StorageError, sha256, write_atomically
 
 
