@@ -52,7 +52,7 @@ def test_outputs_are_those_of_the_plain_model_and_computed_once(tmp_path, monkey
     for file, row in zip(checkpoint_files(path), found.rows, strict=True):
         with torch.no_grad():
             expected = build_checkpoint_model(load_checkpoint_file(file))(prompts.xs, prompts.ys)
-        np.testing.assert_allclose(row[:], expected.flatten().numpy(), atol=1e-6)
+        np.testing.assert_allclose(row[:], expected.flatten().numpy(), rtol=1e-5, atol=5e-6)
     monkeypatch.setattr(trajectories, "predict_prompts", None)
     again = read_trajectory(path, FEW, run="r")
     np.testing.assert_array_equal(again.rows[2][:], found.rows[2][:])
@@ -74,7 +74,9 @@ def test_whole_outputs_are_those_of_all_tokens(tmp_path):
     assert [len(row) for row in found.rows] == [6 * 2 * 4 * 3] * 4  # B 2K (D + 1)
     outputs = read_trajectory(path, FEW, run="r")
     for whole, predictions in zip(found.rows, outputs.rows, strict=True):
-        np.testing.assert_allclose(whole[:].reshape(6, 8, 3)[:, ::2, 0], predictions[:].reshape(6, 4), atol=1e-6)
+        np.testing.assert_allclose(
+            whole[:].reshape(6, 8, 3)[:, ::2, 0], predictions[:].reshape(6, 4), rtol=1e-5, atol=5e-6
+        )
     assert references([TINY], StateSettings(state="tokens")) == {}
 
 
@@ -87,7 +89,7 @@ def test_gradients_are_those_of_the_plain_model(tmp_path):
         predictions = torch.func.functional_call(build_model(TINY), params, (prompts.xs, prompts.ys))
         loss = (predictions - prompts.ys).square().mean()
         expected = torch.autograd.grad(loss, [params[name] for name in checkpoint.params])
-        np.testing.assert_allclose(row[:], torch.cat([part.flatten() for part in expected]), atol=2e-6)
+        np.testing.assert_allclose(row[:], torch.cat([part.flatten() for part in expected]), rtol=1e-5, atol=1e-5)
         assert 0 < noise < 10 * np.square(row[:]).sum()
     with pytest.raises(ConfigError, match="at least 2 for gradients"):
         StateSettings(state="gradients", num_prompts=1)
