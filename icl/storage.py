@@ -7,6 +7,7 @@ leaves at worst a temporary file, which no listing shows. `open_store` takes a f
 imported when one is opened, so local work never meets it.
 """
 
+import contextlib
 import hashlib
 import importlib
 import math
@@ -178,9 +179,11 @@ class LocalStore:
     def _is_inside(self, path: Path) -> bool:
         """Return whether a path lies inside the root once all links are followed."""
         try:
-            return path.resolve().is_relative_to(self.root.resolve())
-        except (OSError, RuntimeError):  # a link that leads to itself
+            found = path.resolve()
+        except (OSError, RuntimeError):  # a link that leads to itself, before Python 3.13
             return False
+        is_loop = os.path.islink(found)  # noqa: PTH114 (`Path` fails at a name that is too long)
+        return found.is_relative_to(self.root.resolve()) and not is_loop
 
 
 def require_key(key: str, store: object) -> None:
@@ -246,7 +249,8 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
         if durable:
             sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # such as a name that is too long
+            temporary.unlink(missing_ok=True)
         raise StorageError(
             f"Cannot write {path}: {error.strerror}. What was saved before is intact; "
             "free space or choose another folder with LOCAL_ROOT, then run the same command again."
