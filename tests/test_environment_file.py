@@ -216,6 +216,21 @@ def test_a_home_folder_that_nobody_knows_is_one_sentence(clean, monkeypatch, cap
         assert told.count("\n") == 1
 
 
+@pytest.mark.parametrize("mode", ["offline", None])
+def test_a_user_id_that_nobody_knows_trains_all_the_same(clean, monkeypatch, capsys, mode):
+    def unknown(_: object) -> None:
+        raise KeyError("no such user")
+
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "XDG_CACHE_HOME", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    if mode:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    assert main(["train", *as_arguments(SHORT)]) == 0
+    assert (clean / "runs" / "tiny" / "last.ckpt").is_file()
+    assert ("W&B is left out" in capsys.readouterr().err) == bool(mode)
+
+
 def test_the_bucket_of_env_is_the_store(folder, s3, capsys):
     (folder / ".env").write_text(f"AWS_BUCKET_NAME={s3.bucket}\n")
     assert main(["train", *as_arguments(SHORT)]) == 0

@@ -116,10 +116,11 @@ def require_packable(command: Sequence[str]) -> None:
 
 
 def with_own_icl(words: Sequence[str]) -> list[str]:
-    """The command with `icl` as the one of this environment, whether it is activated or not."""
+    """Return the command with `icl`, or this Python's `-m icl`, as the one of this environment, activated or not."""
     place = 1 if words[:1] == [_ENV] else 0
-    if list(words[place : place + 1]) == ["icl"]:
-        return [*words[:place], *OWN_PROGRAM, *words[place + 1 :]]
+    for own in (["icl"], [sys.executable, "-m", "icl"]):
+        if list(words[place : place + len(own)]) == own:
+            return [*words[:place], *OWN_PROGRAM, *words[place + len(own) :]]
     return list(words)
 
 

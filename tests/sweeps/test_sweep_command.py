@@ -140,6 +140,7 @@ def test_icl_is_the_one_of_this_environment():
     own = [*OWN_PROGRAM, "train"]
     assert with_own_icl(["icl", "train"]) == own
     assert with_own_icl(["/usr/bin/env", "icl", "train"]) == ["/usr/bin/env", *own]
+    assert with_own_icl(["/usr/bin/env", sys.executable, "-m", "icl", "train"]) == ["/usr/bin/env", *own]
     assert with_own_icl(["echo", "icl"]) == ["echo", "icl"]
     assert with_own_icl([]) == []
 
