@@ -41,6 +41,7 @@ bench: install  ## Measure ratios against peers (about three minutes; see benchm
 reliability: install  ## Try damaged files, servers' refusals and bad inputs (docs/reliability.md)
 	$(BIN)/python -m tests.reliability.fuzz --mutations 3000
 	$(BIN)/python -m tests.reliability.refusals
+	$(BIN)/python -m tests.reliability.bad_inputs
 
 SIZE ?= small
 data: install  ## Remake the shipped data from nothing, or go on (SIZE=full: the published sizes)

@@ -130,6 +130,8 @@ def train_ic_regression(
     """
     from icl.training.run import train
 
+    if checkpoint_dir is not None and not (isinstance(checkpoint_dir, (str, Path)) and str(checkpoint_dir).strip()):
+        raise ConfigError(f"`checkpoint_dir` must be the path of a folder, got {checkpoint_dir!r}.")
     cfg = ICRegConfig() if cfg is None else cfg
     if not isinstance(cfg, ICRegConfig):
         raise ConfigError(

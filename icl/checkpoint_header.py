@@ -28,6 +28,10 @@ MAX_TENSORS = 10_000
 """Tensors of a file; a model of 800 layers has about as many."""
 
 
+class CutShortError(ContentError):
+    """A file whose header is whole, but which ends before or after its last tensor."""
+
+
 class TensorEntry(NamedTuple):
     """What the header says of one tensor."""
 
@@ -65,7 +69,7 @@ def read_header(file: io.BufferedIOBase) -> Header:
     tensors = {name: _entry(about, 8 + length) for name, about in tree.items()}
     end = max((tensor.stop for tensor in tensors.values()), default=8 + length)
     if end != size:
-        raise ContentError(f"it has {size:,} bytes, and its header tells of {end:,}")
+        raise CutShortError(f"it has {size:,} bytes, and its header tells of {end:,}")
     return Header(tensors, metadata)
 
 

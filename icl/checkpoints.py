@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from icl.checkpoint_header import read_header, require_shapes, stored_numbers
+from icl.checkpoint_header import CutShortError, read_header, require_shapes, stored_numbers
 from icl.checks import UserError, is_count
 from icl.config import RunConfig
 from icl.population import Params
@@ -107,6 +107,24 @@ def load_same_run(path: Path, config: RunConfig) -> Checkpoint:
     return checkpoint
 
 
+def require_one_run(files: Sequence[Path]) -> None:
+    """Refuse checkpoints of different runs before work on the first of them; their weights are not read.
+
+    Raises:
+        CheckpointError: If one is no checkpoint, or of another run than the first.
+    """
+    first: RunConfig | None = None
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                config = _read_about(file, str(path)).config
+        except (OSError, CheckpointError):  # said where its weights are wanted, after the others' work
+            continue
+        first = first or config
+        if differences := config_differences(first, config):
+            raise CheckpointError(f"{path} is of another run than {files[0].name}: {'; '.join(differences)}.")
+
+
 def load_step(store: Store, step: int) -> Checkpoint:
     """The checkpoint of one step of a store.
 
@@ -175,6 +193,8 @@ def _read_about(file: io.BufferedIOBase, name: str) -> _About:
         metadata = parse_json(header.metadata.get(_ENTRY, "null"))
         if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
             raise ContentError(f"it has no metadata of format {_FORMAT}")
+    except CutShortError as error:
+        raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({error}).") from None
     except (ContentError, TypeError) as error:
         raise CheckpointError(
             f"{name} is damaged, or is not a checkpoint of icl: expected safetensors with metadata format {_FORMAT}, as in a "

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+import os
 import re
 import types
 from pathlib import Path
@@ -11,6 +12,12 @@ from typing import Any, Literal, TypeAlias, TypeGuard, get_args, get_origin
 STORE_SCHEMES = ("file", "s3")
 """What may stand before :// in the place of a store; a place without :// is a folder."""
 
+
+MAX_NUMBER = 1e30
+"""Largest setting: with larger ones the products of float32 numbers overflow."""
+
+_MAX_NAME, _MAX_PATH = 200, 1000
+"""Bytes of a run's name; file systems take about 255 in each folder's name."""
 
 Bound: TypeAlias = Literal["positive", "zero or positive", "a number"]
 """Which numbers will do."""
@@ -92,6 +99,7 @@ def require_number(name: str, value: Any, bound: Bound, *, repair: str = "") -> 
         real and {"positive": value > 0, "zero or positive": value >= 0, "a number": True}[bound],
         f"`{name}` must be {bound} and finite, got {value!r}{repair}.",
     )
+    require(abs(value) <= MAX_NUMBER, f"`{name}` must be at most {MAX_NUMBER:g}, got {value!r}.")
 
 
 def require_words(section: str, settings: Any) -> None:
@@ -127,6 +135,15 @@ def require_run_name(name: str) -> None:
         all(re.fullmatch(r"[\w.,=+-]+", part) and set(part) != {"."} for part in name.split("/")),
         f"`run_name` may hold letters, digits and . , = + - _ / only and stays below $LOCAL_ROOT, got {name!r}.",
     )
+    require(
+        not any(part.startswith("-") for part in name.split("/")),
+        f"`run_name` must not begin with -, which marks an option, got {name!r}.",
+    )
+    longest = max(len(os.fsencode(part)) for part in name.split("/"))
+    require(
+        longest <= _MAX_NAME and len(os.fsencode(name)) <= _MAX_PATH,
+        f"`run_name` is too long: a folder's name may have {_MAX_NAME} bytes and all of it {_MAX_PATH}, got {longest} and {len(name)}.",
+    )
 
 
 def has_type(value: Any, kind: Any) -> bool:
@@ -145,17 +162,18 @@ def is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def require_store(url: Any) -> None:
+def require_store(url: Any, name: str = "checkpoints.store") -> None:
     """Refuse what is no place of a store; a URL that carries a user or a password would be saved with the run."""
     text = url if isinstance(url, str) else ""
     scheme, _, place = text.partition("://") if "://" in text else ("file", "", text)
-    require(
-        "@" not in place, "`checkpoints.store` must not carry credentials; set AWS_ACCESS_KEY_ID and its kin instead."
-    )
+    require("@" not in place, f"`{name}` must not carry credentials; set AWS_ACCESS_KEY_ID and its kin instead.")
     require(
         bool(place.strip("/")) and scheme.lower() in STORE_SCHEMES,
-        f"`checkpoints.store` must be a folder, file:///folder or s3://bucket/prefix, got {url!r}.",
+        f"`{name}` must be a folder, file:///folder or s3://bucket/prefix, got {url!r}.",
     )
+    if "://" in text:
+        is_whole = place.startswith("/") == (scheme.lower() == "file")
+        require(is_whole, f"`{name}` must be file:///folder or s3://bucket/prefix, got {url!r}.")
 
 
 def parse_num_tasks(value: Any) -> int | float:

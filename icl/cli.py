@@ -65,6 +65,10 @@ def _run(command: str, words: list[str]) -> int:
         return 0 if command == "runs" or {"-h", "--help"} & set(words) else 141
     except OSError as error:
         return _complain(f"{error.strerror or error}: {error.filename or 'a file'}.", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _complain("there is not enough memory for this; ask for fewer prompts, or a smaller batch or model.", 1)
     except KeyboardInterrupt:
         return _complain("interrupted; the same command goes on from the last save.", 130)
 
@@ -105,6 +109,16 @@ def _share_the_machine() -> None:
         os.environ["GOMP_SPINCOUNT"] = "3000"  # read when PyTorch is loaded, which no module has done yet
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory could not be had; torch says so on CPUs by a RuntimeError of no kind of its own."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error)
+        for words in ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+    )
+
+
 def _complain(message: str, status: int) -> int:
-    print(f"icl: {redact(message)}", file=sys.stderr)
+    """Print one line; words that are too long to read are cut, and no character moves the cursor."""
+    line = re.sub(r"\S{160,}", lambda match: f"{match[0][:60]}...{match[0][-20:]}", " ".join(redact(message).split()))
+    print(f"icl: {''.join(c if c.isprintable() else '?' for c in line)}", file=sys.stderr)
     return status

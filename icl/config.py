@@ -47,6 +47,8 @@ FREE_ON_RESUME = (
 """Where and how safely a run executes and what is sampled of it later, not what training computes: these settings and
 sections may change when an unfinished run is resumed, and are in no run's name."""
 
+MAX_CHECKPOINTS = 1_000_000
+"""Of one run; it keeps a list of their steps in memory, and a folder with more files is slow everywhere."""
 MEMBER_SETTINGS = ("run_name", "task.num_tasks", "seeds", "checkpoints.store")
 """The settings and sections in which the members of a population may differ."""
 
@@ -261,6 +263,7 @@ class CheckpointsConfig:
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
+        require_words("checkpoints", self)
         if self.every is not None:
             require_count("checkpoints.every", self.every, 1)
         require_number("checkpoints.resume_seconds", self.resume_seconds, "zero or positive")
@@ -406,6 +409,13 @@ class RunConfig:
         if self.run_name is not None:
             require_run_name(str(self.run_name))
         self._check_schedule()
+        grid = self.checkpoints
+        num_saved = grid.num_log + grid.num_linear + (self.trainer.max_steps // grid.every if grid.every else 0)
+        require(
+            num_saved <= MAX_CHECKPOINTS,
+            f"`checkpoints.every`, `checkpoints.num_log` and `checkpoints.num_linear` ask for about {num_saved:,} checkpoints in "
+            f"{self.trainer.max_steps:,} steps; at most {MAX_CHECKPOINTS:,} can be saved.",
+        )
         require(
             self.early_stopping.patience is None or self.evaluation.every is not None,
             "`early_stopping.patience` is set but `evaluation.every` is not; early stopping needs an evaluation interval.",

@@ -22,7 +22,7 @@ from icl.config import RunConfig
 from icl.cores import side_by_side
 from icl.population import Params
 from icl.tasks.priors import task_pool
-from icl.tasks.prompts import Prompts, sample_prompts
+from icl.tasks.prompts import Prompts, require_prompt_memory, sample_prompts
 from icl.tasks.shifts import SHIFTS, sample_shifted_prompts
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ def evaluation_set(
     dMMSE and the mean task belong to `pretrain` and `true` of a run with finitely many tasks; OLS and zero are
     everywhere. Without noise, ridge is its limit OLS.
     """
-    shift = SHIFTS.get(name)
+    shift, task = SHIFTS.get(name), config.task
+    has_noise = task.noise_variance > 0
+    require_prompt_memory(num_prompts, task.max_examples, task.task_size, device, for_ridge=has_noise)
     if shift is not None:
         prompts = sample_shifted_prompts(config, name, batch_size=num_prompts, device=device)
     else:

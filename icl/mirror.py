@@ -14,6 +14,7 @@ The copy lies at `<store>/<run name>/` and is laid out as the run's folder is. T
 
 import io
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Sequence
@@ -68,22 +69,38 @@ class Mirror:
 
 
 def store_url(config: RunConfig) -> str | None:
-    """The store that a copy of the run goes to: `checkpoints.store`, or the bucket $AWS_BUCKET_NAME, or none."""
+    """Return the store that a copy of the run goes to: `checkpoints.store`, or the bucket $AWS_BUCKET_NAME, or none.
+
+    Raises:
+        ConfigError: If $AWS_BUCKET_NAME is no name of a bucket.
+    """
     bucket = os.environ.get("AWS_BUCKET_NAME")
+    if bucket and not re.fullmatch(r"[\w.-]+(/[\w./-]*)?", bucket):
+        raise ConfigError(f"`AWS_BUCKET_NAME` must be the name of a bucket, without s3://, got {bucket!r}.")
     return config.checkpoints.store or (f"s3://{bucket}" if bucket else None)
 
 
-def open_mirror(run: RunFolder, url: str, name: str) -> Mirror:
-    """A run and its place in a store, `<url>/<name>`.
+def open_mirror(run: RunFolder, url: str, name: str, *, make: bool = True) -> Mirror:
+    """Return a run and its place in a store, `<url>/<name>`.
+
+    Args:
+        run: The run.
+        url: The store.
+        name: The run's name there.
+        make: Whether to make a store that is a folder and is not there yet; one that is only looked at is not made.
 
     Raises:
-        ConfigError: If that is the run's own folder.
+        ConfigError: If that is the run's own folder, or within it.
         StorageError: If the store cannot be used: no credentials, no bucket, no answer.
     """
     there = open_store(f"{url.rstrip('/')}/{name}")
-    if isinstance(there, LocalStore) and there.root.resolve() == run.path.resolve():
-        raise ConfigError(f"The store {url} is where the run itself lies; choose another folder for its copy.")
-    there.check()
+    if isinstance(there, LocalStore):
+        if there.root.resolve().is_relative_to(run.path.resolve()):
+            raise ConfigError(f"The store {url} is where the run itself lies; choose another folder for its copy.")
+        if not make and not (isinstance(store := open_store(url), LocalStore) and store.root.is_dir()):
+            raise StorageError(f"There is no store {url}; `icl checkpoints RUN push --store {url}` makes it.")
+    if make or not isinstance(there, LocalStore):
+        there.check()
     return Mirror(run, there, url)
 
 

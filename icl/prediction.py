@@ -15,7 +15,7 @@ from torch import Tensor
 
 from icl.arrays import real_tensor
 from icl.checks import ConfigError, UserError
-from icl.reading import ContentError, parse_json
+from icl.reading import MAX_TABLE, ContentError, parse_json, read_bytes
 from icl.storage import table_format, write_atomically
 from icl.transformer import Transformer
 
@@ -72,9 +72,13 @@ def read_prompt_file(path: str | Path) -> PromptFile:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"The prompt file {path} cannot be read: {getattr(error, 'strerror', 'not text')}.") from None
+        text = read_bytes(path, limit=MAX_TABLE).decode("utf-8-sig")
+    except OSError as error:
+        raise PromptError(f"The prompt file {path} cannot be read: {error.strerror}.") from None
+    except ContentError as error:
+        raise PromptError(f"The prompt file {path} cannot be used: {error}.") from None
+    except UnicodeDecodeError:
+        raise PromptError(f"The prompt file {path} cannot be used: it is not text in UTF-8.") from None
     prompt = _from_csv(text, path) if path.suffix.lower() == ".csv" else _from_json(text, path)
     if len(prompt.x_query) == 0:
         raise PromptError(f"{path} has no query: give `x_query` in JSON, or leave y empty in a row of a CSV file.")
@@ -138,7 +142,11 @@ def _from_json(text: str, path: Path) -> PromptFile:
         raise PromptError(
             f'{path} must be JSON like {{"x_context": [[0.1, 0.2]], "y_context": [0.3], "x_query": [[1.0, 2.0]]}}{why}.'
         ) from None
-    return PromptFile(*(_file_tensor(value, name) for value, name in parts))
+    prompt = PromptFile(*(_file_tensor(value, name) for value, name in parts))
+    for tensor, name in _named(*prompt):
+        if tensor.ndim == 0:
+            raise PromptError(f"{path} must have a list in `{name}`, got one number.")
+    return prompt
 
 
 def _file_tensor(value: Any, name: str) -> Tensor:
@@ -146,14 +154,19 @@ def _file_tensor(value: Any, name: str) -> Tensor:
 
 
 def _from_csv(text: str, path: Path) -> PromptFile:
-    rows = [row for row in csv.reader(text.splitlines()) if any(cell.strip() for cell in row)]
+    try:
+        rows = [row for row in csv.reader(text.splitlines()) if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise PromptError(f"{path} is not a CSV file ({error}).") from None
     size = len(rows[0]) - 1 if rows else 0
     if not rows or [cell.strip() for cell in rows[0]] != [*(f"x{i + 1}" for i in range(size)), "y"] or size < 1:
         raise PromptError(f"{path} must begin with the header x1,x2,...,xD,y; an empty y marks a query.")
     try:
+        if any(len(row) != size + 1 for row in rows):
+            raise ValueError
         xs = [[float(cell) for cell in row[:size]] for row in rows[1:]]
         ys = [float(row[size]) if row[size].strip() else None for row in rows[1:]]
-    except (ValueError, IndexError):
+    except ValueError:
         raise PromptError(f"{path} must have {size} numbers and a number or nothing for y in every row.") from None
     context = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
     return PromptFile(

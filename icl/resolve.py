@@ -15,12 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from icl.checks import ConfigError, parse_num_tasks
+from icl.checks import ConfigError, parse_num_tasks, require_run_name
 from icl.config import RunConfig, flatten
 from icl.literals import read_table
 from icl.older import modern_setting
 from icl.presets import preset
-from icl.reading import ContentError, parse_yaml
+from icl.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -260,8 +260,10 @@ def describe(kind: Any) -> str:
 
 
 def _read_yaml(path: str | Path) -> Any:
+    if not str(path).strip():
+        raise ConfigError("`--config` must name a file, got nothing.")
     try:
-        return parse_yaml(Path(path).read_bytes())
+        return parse_yaml(read_bytes(Path(path), limit=MAX_YAML))
     except OSError as error:
         raise ConfigError(f"The config file {path} cannot be read: {error.strerror}.") from None
     except ContentError as error:
@@ -273,7 +275,22 @@ def _require_table(tree: Any, path: str | Path | None) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"The config file {path} must hold `section: {{key: value}}`, got {type(tree).__name__}.")
+    refuse_twice_set(tree)
     return tree
+
+
+def refuse_twice_set(settings: Mapping[str, Any]) -> None:
+    """Refuse a key that is set by its dotted name and within a table; which of the two won would be chance.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    seen: set[str] = set()
+    for name, value in settings.items():
+        for key in flatten({name: value}):
+            if key in seen:
+                raise ConfigError(f"`{key}` is set twice, by a dotted name and within a table; keep one of the two.")
+            seen.add(key)
 
 
 def settings_parser(section: str | None = None, **options: Any) -> "jsonargparse.ArgumentParser":
@@ -317,6 +334,8 @@ def _read_value(key: str, value: Any) -> Any:
     if isinstance(value, bool) and "true" in typing.get_args(kind):  # a choice of words that YAML has truth values for
         return str(value).lower()
     if isinstance(value, str):
+        if key == "run_name":
+            require_run_name("~" if value == "~" else "name")  # a shell's home folder, which YAML takes for null
         if not is_text or (types.NoneType in parts and value.strip().lower() in _NONE):
             value = parse_scalar(value)
     elif is_text and isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -20,13 +20,13 @@ import torch
 from icl import population
 from icl.analysis.run import Measurement, Members, over_checkpoints, torch_device
 from icl.checkpoints import checkpoint_files, load_checkpoint_file
-from icl.checks import whole
+from icl.checks import ConfigError, whole
 from icl.compiling import keep_freed_memory
 from icl.config import RunConfig, SeedsConfig, TaskConfig
 from icl.evaluation import VERSION, EvaluationSet, evaluate, evaluate_baselines, evaluation_set
 from icl.runs import RunFolder
 from icl.storage import plain_rows, table_format, write_atomically
-from icl.tasks.shifts import SHIFTS, available_shifts
+from icl.tasks.shifts import SHIFTS, available_shifts, require_shift
 
 _SETS_KEPT = 64
 """Those of about three runs: runs that share theirs usually follow each other."""
@@ -63,6 +63,10 @@ class RunEvaluator:
             num_prompts = whole("num_prompts", num_prompts, 2)
         if num_ood_prompts is not None:
             num_ood_prompts = whole("num_ood_prompts", num_ood_prompts, 2)
+        if isinstance(shifts, str):
+            raise ConfigError(f"`shifts` must be a list of names, got {shifts!r}.")
+        for name in shifts or ():
+            require_shift(name)
         keep_freed_memory()
         self.num_prompts, self.num_ood_prompts, self.shifts, self.bar = num_prompts, num_ood_prompts, shifts, bar
         self._set = lru_cache(maxsize=_SETS_KEPT)(partial(_make_set, torch_device()))

@@ -89,6 +89,8 @@ def require_place(word: str | Path) -> Path:
     Raises:
         RunError: Naming both places.
     """
+    if not str(word).strip():
+        raise RunError("RUN must name a run or a folder, got nothing; `icl runs` lists the runs there are.")
     place, named = place_of(word), local_root() / name_of(word)
     if not place.exists():
         other = "" if named == place else f", nor a run {named}"
@@ -265,13 +267,62 @@ def require_same_config(old: RunConfig, new: RunConfig, run: RunFolder | str) ->
         )
 
 
+@contextlib.contextmanager
+def leaving_nothing(run: RunFolder) -> Iterator[None]:
+    """Hold a run's folder as `RunFolder.lock` does; if the body fails before it has written a file there, the folder goes.
+
+    Raises:
+        RunError, StorageError: As `RunFolder.lock`.
+    """
+    new = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+    with run.lock():
+        try:
+            yield
+        except BaseException:
+            if new and [path.name for path in run.path.iterdir()] == [".lock"]:
+                with contextlib.suppress(OSError):  # a parent may have become another run's
+                    (run.path / ".lock").unlink()
+                    for folder in new:
+                        folder.rmdir()
+            raise
+
+
+def require_own_place(run: RunFolder) -> None:
+    """Refuse to begin a run inside another run's folder, or around other runs; listings and copies would mix them.
+
+    Raises:
+        RunError: Naming the other run.
+    """
+    if run.config_file.is_file() or run.status_file.is_file():
+        return
+    path = run.path.absolute()
+    outer = next((folder for folder in path.parents if _is_run(folder)), None)
+    if outer is not None:
+        raise RunError(f"{run.path} would lie inside the run {outer}; give this run another name with --run_name.")
+    inner = next((file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/status.json")), None)
+    if inner is not None:
+        raise RunError(
+            f"{run.path} is a folder of other runs, such as {inner.name}; give this run another name with --run_name."
+        )
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and (folder / "status.json").is_file()
+
+
 def is_child_rank() -> bool:
     """Whether this is not rank 0, which holds the lock and writes the files."""
     return any(os.environ.get(name, "0") != "0" for name in RANK_VARIABLES)
 
 
 def run_folders(root: Path) -> list[RunFolder]:
-    """Every run below a folder, M = 8 before M = 16."""
+    """Return every run below a folder, M = 8 before M = 16.
+
+    Raises:
+        RunError: If it is no folder.
+    """
+    if os.path.lexists(root) and not root.is_dir():
+        raise RunError(f"{root} is not a folder; name a folder of runs.")
     names = sorted((file.parent.relative_to(root).as_posix() for file in root.glob("**/status.json")), key=_by_number)
     return [RunFolder(root / name) for name in names]
 

@@ -14,6 +14,8 @@ import math
 import os
 import re
 import secrets
+import stat
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -272,6 +274,37 @@ def table_format(path: Path) -> str:
     if suffix not in (".csv", ".json"):
         raise StorageError(f"Tables are written as .csv or .json, got {path}.")
     return suffix[1:]
+
+
+def require_table_file(path: Path) -> None:
+    """Refuse a file for a table that cannot be written, before the work whose result it is to hold.
+
+    Raises:
+        StorageError: If it is neither .csv nor .json, or cannot be written.
+    """
+    table_format(path)
+    require_writable(path)
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a file that cannot be written; folders that are missing are made with the file.
+
+    Raises:
+        StorageError: If it is a folder, or its folder can neither be written nor made.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(path.stat().st_mode):
+                raise StorageError(f"{path} is a folder; name a file in it.")
+        folder = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror}. Name a file in a folder of your own."
+        ) from None
 
 
 def plain_rows(table: "pd.DataFrame") -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ LAYERS = (
         "presets",
         "resolve",
     ),
-    ("arrays", "rng", "schedules"),
+    ("arrays", "memory", "rng", "schedules"),
     ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
     ("baselines", "metrics"),
     ("compile_cache", "compiling", "cores", "transformer", "tiny_attention", "stacked", "population", "step"),

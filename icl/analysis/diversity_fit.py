@@ -72,6 +72,9 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
+        names = self.features.split(",")
+        if len(set(names)) < len(names):
+            raise ConfigError(f"`features` names one twice, got {self.features!r}.")
         unknown = [name for name in self.features.split(",") if name not in (*FEATURES, "auto")]
         if unknown or ("auto" in self.features and self.features != "auto"):
             raise ConfigError(
@@ -168,7 +171,10 @@ def read_points(path: Path, settings: Settings) -> pd.DataFrame:
         FitError: If the file cannot be read, lacks columns, or has no loss on the target.
     """
     table = _read(path)
-    table["num_tasks"] = [str(parse_num_tasks(str(value))) for value in table["num_tasks"]]
+    try:
+        table["num_tasks"] = [str(parse_num_tasks(str(value))) for value in table["num_tasks"]]
+    except ConfigError as error:
+        raise FitError(f"{path} cannot be used: {error}") from None
     targets = _headline(table, settings.target, "loss", path)
     points = pd.DataFrame({"target": targets["value"], "target_stderr": targets["stderr"]})
     for name in FEATURES[1:]:
@@ -233,7 +239,7 @@ def _features(settings: Settings, inside: pd.DataFrame) -> list[str]:
     usable = [name for name in FEATURES if inside[name].notna().all() and inside[name].nunique() > 1]
     if settings.features == "auto":
         return usable[: max(1, inside["num_tasks"].nunique() // GROUPS_PER_COEFFICIENT - 1)] or [FEATURES[0]]
-    wanted = list(dict.fromkeys(settings.features.split(",")))
+    wanted = settings.features.split(",")
     unusable = [name for name in wanted if name not in usable]
     if unusable and len(inside) > 1:
         raise FitError(

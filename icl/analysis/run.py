@@ -20,7 +20,7 @@ from icl import population
 from icl.analysis import ANALYSES, module_name
 from icl.analysis.parts import Part, read_part, write_part
 from icl.build import build_checkpoint_model, choose_device
-from icl.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, load_same_run
+from icl.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, load_same_run, require_one_run
 from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.population import Params
@@ -133,6 +133,7 @@ def over_checkpoints(
     folder = None if path.is_file() else run_folder(path).results / name
     parts: list[Part] = []
     config = load_checkpoint_file(files[0]).config
+    require_one_run(files)
     own = tqdm(total=len(files), desc=name, unit="checkpoint", disable=len(files) == 1 or bar is not None)
     with own:
         for stretch in _stretches(files, config, folder, settings, version, uses_predecessor, max_members):

@@ -12,7 +12,14 @@ from icl.analysis import ANALYSES, module_name
 from icl.checks import ConfigError, UserError
 from icl.commands import command_parser, nearest
 from icl.runs import require_place
-from icl.storage import StorageError, plain_rows, table_format, write_atomically
+from icl.storage import (
+    StorageError,
+    plain_rows,
+    require_table_file,
+    require_writable,
+    table_format,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from icl.analysis.run import Result
@@ -36,9 +43,11 @@ def run(words: list[str]) -> int:
         raise ConfigError("Say what to analyse: `icl analyse RUN --what NAME`.")
     out = _one_of("--out", options.out, options.output_file)
     if out is not None:
-        table_format(out)
-    if options.output_plot is not None and options.output_plot.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise StorageError(f"Figures are written as .png, .pdf or .svg, got {options.output_plot}.")
+        require_table_file(out)
+    if options.output_plot is not None:
+        if options.output_plot.suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise StorageError(f"Figures are written as .png, .pdf or .svg, got {options.output_plot}.")
+        require_writable(options.output_plot)
     path = require_place(path)
     if len(chosen) > 1:
         return _analyse_all(chosen, path, options)
@@ -49,7 +58,7 @@ def run(words: list[str]) -> int:
 def _what(words: list[str]) -> list[str]:
     """The analyses named by `--what`; none if only help is wanted."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--what")
+    early.add_argument("--what", nargs="?")
     name = early.parse_known_args(words)[0].what
     if name is None and {"-h", "--help"} & set(words):
         return []

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icl.checks import ConfigError, require_run_name
+from icl.checks import ConfigError, require_run_name, require_store
 from icl.commands import command_parser
 from icl.config import RunConfig
 from icl.presets import run_name
@@ -35,7 +35,7 @@ def run(words: list[str]) -> int:
     )
     parser.add_argument("--force", action="store_true", help="pull, push: every file, and over a later step")
     options = parser.parse_args(words)
-    folder, mirror = _find(options.run, options.store)
+    folder, mirror = _find(options.run, options.store, options.action)
     if options.action == "ls":
         return _list(folder, mirror)
     if options.action == "verify":
@@ -45,10 +45,12 @@ def run(words: list[str]) -> int:
     return _pull(mirror, options.force) if options.action == "pull" else _push(mirror, options.force)
 
 
-def _find(word: str, store: str | None) -> "tuple[RunFolder, Mirror | None]":
+def _find(word: str, store: str | None, action: str) -> "tuple[RunFolder, Mirror | None]":
     """The run's folder, which need not exist yet, and its place in the store, if it has a store."""
     from icl.mirror import open_mirror, read_config, store_url
 
+    if store is not None:
+        require_store(store, "--store")
     is_folder = (Path(word) / "config.yaml").is_file()
     if not is_folder:
         _require_name(word)
@@ -58,7 +60,7 @@ def _find(word: str, store: str | None) -> "tuple[RunFolder, Mirror | None]":
     if url is None and config is None:
         raise ConfigError(f"There is no run {folder.path}, and no store to look for it; `icl runs` lists those here.")
     name = run_name(config) if config else name_of(word)
-    mirror = open_mirror(folder, url, name) if url else None
+    mirror = open_mirror(folder, url, name, make=action == "push") if url else None
     if config is None and mirror is not None and read_config(mirror.there) is None:
         raise RunError(f"There is no run {folder.path}, nor one at {mirror.there}; `icl runs` lists those here.")
     return folder, mirror

@@ -10,6 +10,7 @@ from icl.checks import ConfigError
 from icl.config import RunConfig, flatten
 from icl.environment import OWN_PROGRAM
 from icl.resolve import parse_scalar, read_arguments, read_config_files, resolve
+from icl.storage import require_writable
 
 HELP = "the task-diversity experiment: M = 2, 4, 8, ... and inf, and its figure"
 
@@ -75,11 +76,14 @@ def run(words: list[str]) -> int:
     in_background, retry = "--background" in words, "--retry" in words
     words = [word for word in words if word != "--background"]
     config, options = _parse([word for word in words if word != "--retry"])
-    base, plots = Path(options.get("base_checkpoint_dir", "checkpoints")), Path(options.get("plots_dir", "plots"))
+    base, plots = _folder(options, "base_checkpoint_dir", "checkpoints"), _folder(options, "plots_dir", "plots")
+    from icl.build import choose_device
     from icl.diversity.runs import experiment_runs
+    from icl.training.capacity import require_room
 
     max_power = _whole_number(options.get("max_power", "20"))
     experiment_runs(config, max_power=max_power, base=base)  # refuses at once, in front of who typed it
+    require_room(config, choose_device(config.trainer.accelerator))
     if in_background:
         return _detach(words, base)
     return _run(config, max_power, base, plots, retry=retry)
@@ -141,7 +145,9 @@ def _parse(words: list[str]) -> tuple[RunConfig, dict[str, Any]]:
 
 def _documented(num_steps: Any) -> dict[str, Any]:
     """The settings of the documented command; for fewer steps, warm-up and intervals shrink along."""
-    steps = num_steps if isinstance(num_steps, int) else _DEFAULT_STEPS  # `resolve` will refuse it
+    steps = (
+        num_steps if isinstance(num_steps, int) and num_steps < 2**63 else _DEFAULT_STEPS
+    )  # `resolve` will refuse it
     return {
         "preset": "icr",
         "optim.schedule": "triangle",
@@ -156,9 +162,18 @@ def _documented(num_steps: Any) -> dict[str, Any]:
 
 
 def _whole_number(text: str) -> int:
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > 9:
         raise ConfigError(f"`--max_power` must be a whole number, got {text}.")
     return int(text)
+
+
+def _folder(options: dict[str, Any], name: str, default: str) -> Path:
+    """Return the folder that an option names, which can be written."""
+    text = options.get(name, default)
+    if not text.strip():
+        raise ConfigError(f"`--{name}` must name a folder, got nothing.")
+    require_writable(Path(text) / "diversity.png")
+    return Path(text)
 
 
 def _title(config: RunConfig, num_drawn: int, num_all: int) -> str:

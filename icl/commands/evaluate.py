@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from icl.checks import ConfigError, UserError
 from icl.commands import command_parser
-from icl.storage import table_format
+from icl.storage import require_table_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +82,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         if number is not None and number < 2:
             raise ConfigError(f"`--{name}` must be at least 2, got {number}.")
     if options.out is not None:
-        table_format(options.out)
+        require_table_file(options.out)
     return options
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from icl.checks import ConfigError, UserError
+from icl.checks import ConfigError, UserError, require_number
 from icl.commands.llc_ahead import require_rescalable, require_step, work_ahead
 from icl.commands.llc_rows import log_rows, shown, verdicts, write_rows
 from icl.config import RunConfig, SamplerConfig, flatten
@@ -24,7 +24,7 @@ from icl.resolve import (
     settings_parser,
 )
 from icl.runs import RunFolder, local_root, require_place
-from icl.storage import table_format
+from icl.storage import require_table_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,9 +82,15 @@ def run(words: list[str]) -> int:
     if len(flags) > 1:
         raise ConfigError(f"One of {' and '.join(f'--{flag}' for flag in sorted(flags))} at a time.")
     if "self-test" in flags:
-        return _self_test(Path(given["out"]) if "out" in given else None)
+        if path is not None or set(given) - {"out"}:
+            raise ConfigError("`--self-test` takes no run and no settings; only --out can be given with it.")
+        return _self_test(_table_file(given))
     options = {name: given.pop(name) for name in OPTIONS["llc"] if name in given}
     if "steps" in options:
+        if given.get("sampler.steps", options["steps"]) != options["steps"]:
+            raise ConfigError(
+                "`--steps` and `--sampler.steps` are the same setting and differ here; give one of the two."
+            )
         given["sampler.steps"] = options["steps"]
     if os.environ.get("WANDB_SWEEP_ID"):
         from icl.training.wandb_agent import in_sweep
@@ -132,9 +138,7 @@ def _job(
     filed = read_config_files(options)
     published = _published() if "published" in flags else {}
     refuse_conflicts(swept, given)
-    out = Path(options["out"]) if "out" in options else None
-    if out is not None:
-        table_format(out)
+    out = _table_file(options)
     if path is None:
         config = resolve(*filed, published, swept, given)
         place = local_root() / run_name(config)
@@ -151,6 +155,17 @@ def _job(
     mode = "" if not published else _published_mode(config.sampler)
     rescale = _number("rescale", options["rescale"]) if "rescale" in options else None
     return _Job(place, config, mode, rescale, out)
+
+
+def _table_file(options: Mapping[str, Any]) -> Path | None:
+    """Return the file of --out, which can be written."""
+    if "out" not in options:
+        return None
+    if not options["out"].strip():
+        raise ConfigError("`--out` must name a file, got nothing.")
+    out = Path(options["out"])
+    require_table_file(out)
+    return out
 
 
 def _saved_config(place: Path) -> RunConfig:
@@ -291,9 +306,11 @@ def _draw(folder: RunFolder, settings: str, job: _Job, trivial_loss: float) -> l
 
 def _number(name: str, text: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         raise ConfigError(f"`--{name}` must be a number, got {text!r}.") from None
+    require_number(f"--{name}", number, "positive")
+    return number
 
 
 def _self_test(out: Path | None) -> int:
@@ -302,8 +319,6 @@ def _self_test(out: Path | None) -> int:
 
     from icl.sampling.self_test import problems, self_test, truth_table
 
-    if out is not None:
-        table_format(out)
     total = len(problems())
     rows = self_test(lambda number, name: print(f"{number}/{total} {name}", file=sys.stderr, flush=True))
     print(truth_table(rows))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from icl.commands import command_parser
-from icl.storage import table_format
+from icl.storage import require_table_file
 
 HELP = "predictions for prompts in a file"
 
@@ -17,9 +17,9 @@ def run(words: list[str]) -> int:
         "icl predict runs/quickstart --prompt prompt.json",
     )
     parser.add_argument(
-        "path", metavar="CHECKPOINT", help="a checkpoint file, or a run's folder or name for its last step"
+        "path", metavar="CHECKPOINT", type=Path, help="a checkpoint file, or a run's folder or name for its last step"
     )
-    parser.add_argument("--prompt", metavar="FILE", required=True, help="the prompts")
+    parser.add_argument("--prompt", metavar="FILE", type=Path, required=True, help="the prompts")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the predictions to FILE (.csv or .json)")
     options = parser.parse_args(words)
     from icl.api import load_checkpoint
@@ -27,7 +27,7 @@ def run(words: list[str]) -> int:
     from icl.runs import require_place
 
     if options.out is not None:
-        table_format(options.out)
+        require_table_file(options.out)
     prompt = read_prompt_file(options.prompt)
     model, info = load_checkpoint(require_place(options.path))
     predictions = predict_from_prompt(model, *prompt)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 HELP = "run a sweep file, or what is missing of it"
 
+_MAX_WORKERS = 1000
+
 
 def run(words: list[str]) -> int:
     """Run, or list, or tell how far it is; 0 only if every point is done (or listed)."""
@@ -81,7 +83,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "icl sweep sweeps/training-runs/quickstart.yaml --workers 2",
     )
     parser.add_argument("file", metavar="FILE", type=Path, help="the sweep file")
-    parser.add_argument("--workers", metavar="N", type=_count, default=1, help="programs at a time (default: 1)")
+    parser.add_argument("--workers", metavar="N", type=_workers, default=1, help="programs at a time (default: 1)")
     parser.add_argument(
         "--pack",
         metavar="N",
@@ -92,7 +94,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         help="train up to N points (or all) that differ only in seeds and number of tasks in one program",
     )
     parser.add_argument("--count", metavar="N", type=_count, help="only the first N points")
-    parser.add_argument("--seed", metavar="S", type=int, help="of a random sweep's draws (default: 0)")
+    parser.add_argument("--seed", metavar="S", type=_seed, help="of a random sweep's draws (default: 0)")
     parser.add_argument(
         "--retry",
         action="store_true",
@@ -105,9 +107,22 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 999,999,999, got {text!r}")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or len(text) > 20 or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, got {text!r}")
+    return int(text)
+
+
+def _workers(text: str) -> int:
+    count = _count(text)
+    if count > _MAX_WORKERS:
+        raise argparse.ArgumentTypeError(f"must be at most {_MAX_WORKERS:,}, got {text!r}")
+    return count
 
 
 def _list(points: "Sequence[Point]", invalid: "Sequence[InvalidPoint]", options: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ from icl.report.findings import (
 from icl.report.sections import Section, run_sections
 from icl.report.tables import MAX_WHOLE, Cell, cell, look_of
 from icl.runs import RunFolder, named_runs
-from icl.storage import StorageError, write_atomically
+from icl.storage import StorageError, require_writable, write_atomically
 
 NAME = "report.html"
 _LEAST_ROWS = 20
@@ -89,6 +89,7 @@ def write_report(paths: Sequence[str | Path], *, out: str | Path | None = None) 
     file = Path(out) if out is not None else (folders[0] if len(folders) == 1 else Path()) / NAME
     if file.suffix.lower() not in (".html", ".htm"):
         raise StorageError(f"The page is written as .html, got {file}.")
+    require_writable(file)
     named = named_runs(folders)
     facts = [
         read_run(name, folder)

@@ -16,9 +16,10 @@ import pandas as pd
 import torch
 
 from icl.build import build_checkpoint_model, choose_device
-from icl.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, load_same_run
+from icl.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, load_same_run, require_one_run
 from icl.checks import ConfigError, real
 from icl.config import RunConfig, SamplerConfig
+from icl.memory import require_memory
 from icl.runs import RunFolder
 from icl.sampling.estimation import Problem, estimate
 from icl.sampling.llc import inverse_temperature
@@ -81,9 +82,11 @@ def estimate_run(
     """
     rescale = real("rescale", rescale, "positive")
     files, config = run_files(path)
+    require_one_run(files)
     sampler = config.sampler if sampler is None else sampler
     kind = Kind(with_nbeta(sampler), mode, rescale)
     device = sampling_device()
+    require_room(config, sampler, device)
     if not Path(path).is_file():
         files = chosen_files(files, sampler.steps)
     loss = prompt_loss(config, sampler, device=device, num_moves=len(files) * num_moves(sampler))
@@ -176,6 +179,19 @@ def num_moves(sampler: SamplerConfig) -> int:
     return sampler.num_chains * (sampler.num_burnin_steps + (sampler.num_draws - 1) * sampler.thinning + 1)
 
 
+def require_room(config: RunConfig, sampler: SamplerConfig, device: torch.device) -> None:
+    """Refuse more chains, draws or prompts than memory holds.
+
+    Raises:
+        ConfigError: Saying how much is needed and how much there is.
+    """
+    chains, draws, task = sampler.num_chains, sampler.num_draws, config.task
+    told = f"the losses of {draws:,} draws (`sampler.num_draws`) of {chains:,} chains (`sampler.num_chains`)"
+    require_memory({told: 8 * chains * draws})
+    told = f"a batch of {sampler.batch_size:,} prompts (`sampler.batch_size`)"
+    require_memory({told: 4 * sampler.batch_size * task.max_examples * (task.task_size + 1)}, device)
+
+
 def run_files(path: str | Path) -> tuple[list[Path], RunConfig]:
     """The checkpoint files of a path, by step, and the configuration of their run."""
     files = checkpoint_files(path)
@@ -206,7 +222,8 @@ def chosen_files(files: Sequence[Path], steps: str) -> list[Path]:
     for word in words:
         found = _steps_of(word, sorted(saved))
         if not found:
-            nearest = min(saved, key=lambda step: abs(step - int(word.partition(":")[0] or 0)))
+            wanted = int(word.partition(":")[0] or 0)
+            nearest = min(saved, key=lambda step: abs(step - wanted))
             raise ConfigError(f"The run has no saved step {word}; the nearest is {nearest}, and `all` takes every one.")
         chosen |= found
     if not chosen:
@@ -216,7 +233,7 @@ def chosen_files(files: Sequence[Path], steps: str) -> list[Path]:
 
 def _steps_of(word: str, saved: Sequence[int]) -> set[int]:
     """The saved steps that a number, or a range first:last:stride, names."""
-    match = re.fullmatch(r"(\d+)|(\d*):(\d*)(?::([1-9]\d*))?", word)
+    match = re.fullmatch(r"(\d{1,20})|(\d{0,20}):(\d{0,20})(?::([1-9]\d{0,19}))?", word)
     if match is None:
         raise ConfigError(f"`sampler.steps` must be all, last, a list such as 1,2,3, or 0:1000:100, got {word!r}.")
     if match[1]:

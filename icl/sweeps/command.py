@@ -144,7 +144,8 @@ def refuse_missing_program(command: Sequence[str], program: str | None, settings
         return
     if shutil.which(words[0], path=_search_path()) is None:
         raise ConfigError(f"The command cannot be started: there is no program `{words[0]}` here.")
-    script = _script(words[1:]) if words[0] == sys.executable else None
+    is_python = words[0] == sys.executable or re.fullmatch(r"python[\d.]*", words[0])
+    script = _script(words[1:]) if is_python else None
     is_ours = script is not None and Path(script).name == "icl"
     if script is not None and (is_ours or not (Path(script).is_file() or (Path(script) / "__main__.py").is_file())):
         default = " (W&B's command for a file that has none)" if tuple(command) == DEFAULT_COMMAND else ""

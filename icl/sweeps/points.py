@@ -16,7 +16,7 @@ from typing import Any
 from icl.checks import ConfigError
 from icl.config import RunConfig, flatten, is_free_on_resume
 from icl.presets import run_name, sampler_name
-from icl.resolve import OPTIONS, read_config_file, read_words, refuse_conflicts, resolve
+from icl.resolve import OPTIONS, read_config_file, read_words, refuse_conflicts, refuse_twice_set, resolve
 from icl.sweeps.command import JSON_FILE_MACRO, fill_macros, own_words
 from icl.sweeps.distributions import Parameter, draw, grid_values
 from icl.sweeps.schema import SweepFile, SweepFileError
@@ -117,7 +117,7 @@ def _settings(chosen: Iterable[tuple[Parameter, Any]]) -> Settings:
 def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
     words = fill_macros(sweep.command, settings, program=sweep.program, json_file=JSON_FILE_MACRO)
     command, arguments = own_words(words) or (None, [])
-    _refuse_twice_set(settings)
+    refuse_twice_set(settings)
     config = resolve(settings) if command is None else _own_config(command, arguments, settings)
     if config.population:
         raise ConfigError("A point is one run; take `population` out, and let `--pack` train points together.")
@@ -149,16 +149,6 @@ def _own_config(command: str, arguments: list[str], settings: Mapping[str, Any])
     config = resolve(*filed, settings, given)
     refuse_conflicts(settings, given)
     return config
-
-
-def _refuse_twice_set(settings: Mapping[str, Any]) -> None:
-    """Refuse a key that a dotted and a nested parameter both set; which of the two won would be chance."""
-    seen: set[str] = set()
-    for name, value in settings.items():
-        for key in flatten({name: value}):
-            if key in seen:
-                raise ConfigError(f"`{key}` is set twice, by a dotted name and within a table; keep one of the two.")
-            seen.add(key)
 
 
 def _job(sweep: SweepFile, config: RunConfig, *, samples: bool) -> str:

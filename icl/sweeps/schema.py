@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from icl.checks import ConfigError
-from icl.reading import ContentError, parse_yaml
+from icl.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
 from icl.sweeps.command import DEFAULT_COMMAND, refuse_unused_macros
 from icl.sweeps.distributions import DISTRIBUTIONS, EXPONENTS, Parameter, extremes, grid_values
 
@@ -63,7 +63,7 @@ def read_sweep_file(path: str | Path) -> SweepFile:
 
 def _read_yaml(path: Path) -> Mapping[Any, Any]:
     try:
-        tree = parse_yaml(path.read_bytes())
+        tree = parse_yaml(read_bytes(path, limit=MAX_YAML))
     except OSError as error:
         raise SweepFileError(f"The sweep file {path} cannot be read: {error.strerror}.") from None
     except ContentError as error:

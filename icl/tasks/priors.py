@@ -15,6 +15,7 @@ from torch import Tensor
 
 from icl import rng
 from icl.checks import ConfigError, parse_num_tasks, whole
+from icl.memory import require_memory
 
 _POOL = "tasks"
 
@@ -78,6 +79,7 @@ def task_pool(
     if count == math.inf:
         raise ConfigError("The Gaussian prior (M = inf) has no pool of tasks; give a finite number of tasks.")
     task_size, seed = whole("task_size", task_size, 1), whole("seed", seed, 0, 2**63 - 1)
+    require_memory({f"a pool of {count:,} tasks of size {task_size:,}": 4 * int(count) * task_size}, device)
     chunks = torch.arange(int(count), device=device).split(2**16)
     return torch.cat([_tasks(chunk, task_size, seed) for chunk in chunks])
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from icl import rng
 from icl.checks import ConfigError, whole
 from icl.config import RunConfig
+from icl.memory import require_memory
 from icl.tasks.priors import Discrete, Gaussian, sample_tasks, task_prior
 
 Distribution = Literal["pretrain", "true"]
@@ -59,9 +60,11 @@ def sample_together(
     device: torch.device | str = "cpu",
 ) -> Prompts:
     """The prompts of several sources of one size, each as it would make them alone: xs (N, S, B, K, D)."""
+    one = sources[0]
+    count = indices.stop - indices.start if isinstance(indices, range) else len(indices)
+    require_prompt_memory(len(sources) * len(steps) * count, one.max_examples, one.task_size, device)
     step = steps.start + torch.arange(len(steps), device=device)  # XLA compiles a range's bounds into its graph
     index = torch.arange(indices.start, indices.stop, device=device) if isinstance(indices, range) else indices
-    one = sources[0]
     xs_key = rng.together([source.xs_key for source in sources], device=device)
     noise_key = rng.together([source.noise_key for source in sources], device=device)
     size = (one.max_examples, one.task_size)
@@ -86,6 +89,8 @@ def prompt_source(config: RunConfig, *, stream: str, distribution: Distribution 
     """
     if not isinstance(stream, str) or not stream:
         raise ConfigError(f"`stream` must be a name such as `train` or `true`, got {stream!r}.")
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"`config` must be a RunConfig, got {type(config).__name__}.")
     task, seeds = config.task, config.seeds
     distribution = distribution or ("true" if stream == "true" else "pretrain")
     if distribution not in get_args(Distribution):
@@ -130,6 +135,31 @@ def sample_prompts(
     source = prompt_source(config, stream=stream, distribution=distribution)
     prompts = source.sample(range(step, step + 1), range(batch_size), device=device)
     return Prompts(*(part[0] for part in prompts))
+
+
+def require_prompt_memory(
+    num_prompts: int,
+    max_examples: int,
+    task_size: int,
+    device: torch.device | str,
+    *,
+    for_ridge: bool = False,
+) -> None:
+    """Refuse more prompts than memory holds.
+
+    Args:
+        num_prompts: How many.
+        max_examples: Examples of each.
+        task_size: Their dimension.
+        device: Where they are to be.
+        for_ridge: Whether ridge will predict them; it factors a matrix for each prompt in float64.
+
+    Raises:
+        ConfigError: Saying how much is needed and how much there is.
+    """
+    numbers = max_examples * (task_size + 1 + (2 * (task_size + max_examples) if for_ridge else 0))
+    told = f"{num_prompts:,} prompts of {max_examples:,} examples in {task_size:,} dimensions"
+    require_memory({told: 4 * num_prompts * numbers}, device)
 
 
 def to_tokens(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Tensor, "*S B T C"]:

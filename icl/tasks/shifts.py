@@ -102,6 +102,15 @@ def sample_shifted_prompts(
     return Prompts(*(part.to(device) for part in (parts.xs, ys, parts.ws)))
 
 
+def require_shift(name: str) -> None:
+    """Refuse a name that is no shift's.
+
+    Raises:
+        ConfigError: Naming the nearest.
+    """
+    _find(name)
+
+
 def available_shifts(config: RunConfig) -> list[str]:
     """The names of the shifts that prompts of this D and K can have."""
     task = config.task

@@ -10,9 +10,7 @@ drawn or what its evaluation takes, and its evaluation prompts with their baseli
 training seeds alone share.
 """
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from torch import Tensor
 from icl import stacked
 from icl.build import build_model
 from icl.config import RunConfig
+from icl.memory import device_bytes, require_memory
 from icl.population import Params, size, stack
 
 _ROWS = 7
@@ -35,7 +34,6 @@ _EVALUATED_ARRAYS = 48
 _NUM_BASELINES = 5
 _SHARE = 0.85
 """Of the memory that is there, what a population may take; the rest is for fragments."""
-_MEMORY, _PROCESS_GROUPS, _CGROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def num_fitting(configs: Sequence[RunConfig], device: torch.device | str) -> int:
@@ -54,6 +52,32 @@ def num_fitting(configs: Sequence[RunConfig], device: torch.device | str) -> int
     return max(1, int(room // (_ROWS * row + activations)))
 
 
+def require_room(config: RunConfig, device: torch.device | str) -> None:
+    """Refuse a run that cannot fit on the device, before anything is built or written.
+
+    What is counted is less than what training takes, so nothing that fits is refused.
+
+    Raises:
+        ConfigError: Naming the setting that needs most.
+    """
+    task, model, trainer, num_prompts = config.task, config.model, config.trainer, config.evaluation.num_prompts
+    batch = trainer.batch_size // (trainer.devices * trainer.num_nodes)
+    width = model.embed_size
+    block = 3 * width**2 + 2 * width * model.mlp_size
+    drawn = batch * task.max_examples * (task.task_size + 1)
+    kept = batch * (2 * task.max_examples - 1) * model.num_layers * width
+    ridge = num_prompts * task.max_examples * (task.task_size + (task.max_examples if task.noise_variance else 0))
+    sizes = {
+        f"a model of {model.num_layers:,} layers (`model.num_layers`) of width {width:,} (`model.embed_size`) and "
+        f"{model.mlp_size:,} (`model.mlp_size`)": 16 * (model.num_layers * block + width * (task.task_size + 1)),
+        f"a batch of {batch:,} prompts (`trainer.batch_size`) of {task.max_examples:,} examples (`task.max_examples`) in "
+        f"{task.task_size:,} dimensions (`task.task_size`)": 4 * (drawn + kept),
+        f"evaluating {num_prompts:,} prompts (`evaluation.num_prompts`) of {task.max_examples:,} examples "
+        f"(`task.max_examples`) in {task.task_size:,} dimensions (`task.task_size`)": 8 * ridge,
+    }
+    require_memory(sizes, device)
+
+
 def _cpu_bytes(configs: Sequence[RunConfig], row: int) -> float:
     """What a member needs on a CPU beside the activations, of which so many bytes are its parameters'."""
     task, trainer, evaluation = configs[0].task, configs[0].trainer, configs[0].evaluation
@@ -69,54 +93,6 @@ def _cpu_bytes(configs: Sequence[RunConfig], row: int) -> float:
 def activation_bytes(config: RunConfig, params: Params) -> int:
     """What the backward pass keeps for each prompt of a member, in bytes; alone it keeps less than as one of several."""
     return (_kept_bytes(config, params, 4) - _kept_bytes(config, params, 2)) // (2 * size(params))
-
-
-def device_bytes(device: torch.device | str) -> int:
-    """The memory of a GPU, or what this process can still have of the machine's."""
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return min([_available_bytes(), *_group_bytes()])
-
-
-def _available_bytes() -> int:
-    """What the system could give without swapping; all of its memory where it does not say."""
-    try:
-        lines = dict(line.split(":", 1) for line in _MEMORY.read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _group_bytes() -> list[int]:
-    """What the limits of this process's control groups, such as a container's or a Slurm job's, leave."""
-    left = []
-    try:
-        groups = [line.split(":", 2) for line in _PROCESS_GROUPS.read_text().splitlines()]
-    except OSError:
-        return []
-    for _, controllers, place in groups:
-        if controllers == "memory":
-            root, limit, used = _CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        elif not controllers:
-            root, limit, used = _CGROUPS, "memory.max", "memory.current"
-        else:
-            continue
-        own = root / place.lstrip("/")
-        for folder in (own, *own.parents):
-            if folder.is_relative_to(root):
-                left += _left_bytes(folder, limit, used)
-    return left
-
-
-def _left_bytes(folder: Path, limit: str, used: str) -> list[int]:
-    """What a control group leaves, beside the files it caches; nothing if it has no limit."""
-    try:
-        most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # `max`
-        return []
-    cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
-    return [max(0, most - taken + cached)]
 
 
 def _kept_bytes(config: RunConfig, params: Params, num_prompts: int) -> int:

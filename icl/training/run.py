@@ -27,11 +27,22 @@ from icl.environment import environment_line
 from icl.evaluation import EvaluationSet
 from icl.metrics_file import MetricsFile, are_rows_altered, logged_steps, lost_rows, metric_columns
 from icl.presets import run_name
-from icl.runs import DONE, FAILS_AGAIN, RunError, RunFolder, Status, is_child_rank, local_root, require_same_config
+from icl.runs import (
+    DONE,
+    FAILS_AGAIN,
+    RunError,
+    RunFolder,
+    Status,
+    is_child_rank,
+    leaving_nothing,
+    local_root,
+    require_own_place,
+    require_same_config,
+)
 from icl.storage import remove_temporaries
 from icl.training import wandb_agent
 from icl.training.callbacks import StopSignals
-from icl.training.capacity import num_fitting
+from icl.training.capacity import num_fitting, require_room
 from icl.training.data import PromptDataModule
 from icl.training.endings import apart, recording_failure, settle
 from icl.training.members import Member
@@ -41,7 +52,7 @@ from icl.training.progress import member_status
 from icl.training.saving import read_resume_file
 from icl.training.trainer import evaluation_sets, make_callbacks, make_trainer, require_learning, require_monitor
 from icl.training.upload import upload_behind
-from icl.training.wandb_log import WandbLog, start_wandb
+from icl.training.wandb_log import WandbLog, start_wandb, wandb_mode
 
 
 class TrainResult(NamedTuple):
@@ -109,6 +120,7 @@ def train_population(
         UserError: Whatever `train` raises, if there is one run only or several processes train together.
     """
     require_alike(configs)
+    wandb_mode()
     configs = [join_processes(config) for config in configs]
     places = folders if folders is not None else [local_root() / run_name(config) for config in configs]
     if len(set(map(str, places))) < len(places):
@@ -120,8 +132,10 @@ def train_population(
     for member in members:
         with apart(member, is_alone=is_alone):
             require_monitor(member.config)
+            require_own_place(member.folder)
             if not _is_done(member):
                 require_learning(member.config)
+                require_room(member.config, choose_device(member.config.trainer.accelerator))
     if is_child_rank():
         unfinished = [member for member in members if not _is_done(member)]
         received = _train_groups(unfinished, {member: read_resume_file(member) for member in unfinished})
@@ -154,7 +168,7 @@ def require_alike(configs: Sequence[RunConfig]) -> None:
 def _take_up(member: Member, held: contextlib.ExitStack) -> int | None:
     """Hold a run's folder and its copy; returns the step that it goes on from, or None if it has ended before."""
     with contextlib.ExitStack() as own:
-        own.enter_context(member.folder.lock())
+        own.enter_context(leaving_nothing(member.folder))
         own.enter_context(upload_behind(member.config, member.folder))
         is_done = _is_done(member)
         member.is_own = member.folder.config_file.exists()

@@ -16,7 +16,7 @@ from icl.checks import UserError
 from icl.config import RunConfig, flatten
 from icl.metrics_file import whole_rows
 from icl.presets import run_name
-from icl.reading import ContentError, parse_yaml
+from icl.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
 from icl.training.wandb_log import init_settings, sent_step, use_steps
 
 STARTED_BY = os.getppid()
@@ -93,7 +93,7 @@ def _announced_names() -> set[str] | None:
     """The swept keys by the agent's own file, or None if there is none that can be read."""
     path = os.environ.get(_POINT_VARIABLE)
     try:
-        content = parse_yaml(Path(path).read_bytes()) if path else None
+        content = parse_yaml(read_bytes(Path(path), limit=MAX_YAML)) if path else None
     except (OSError, ContentError):
         return None
     if not isinstance(content, dict):

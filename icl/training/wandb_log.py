@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from icl.checks import UserError
+from icl.checks import ConfigError, UserError
 from icl.config import RunConfig
 from icl.presets import run_name
 from icl.redaction import redact
@@ -28,6 +28,8 @@ Mode = Literal["online", "offline"]
 _START_SECONDS = 10
 _FINISH_SECONDS = 60
 
+_MODES = ("", "online", "offline", "disabled", "dryrun", "run", "shared")
+
 _has_unsent_rows = False
 _is_out_of_reach = False
 _ended: weakref.WeakSet = weakref.WeakSet()
@@ -35,8 +37,14 @@ _ended: weakref.WeakSet = weakref.WeakSet()
 
 
 def wandb_mode() -> Mode | None:
-    """How the user wants W&B, or None for not at all."""
+    """Return how the user wants W&B, or None for not at all.
+
+    Raises:
+        ConfigError: If $WANDB_MODE is no mode of W&B.
+    """
     mode = os.environ.get("WANDB_MODE", "").strip().lower()
+    if mode not in _MODES:
+        raise ConfigError(f"`WANDB_MODE` must be online, offline or disabled, got {mode!r}.")
     if mode in ("disabled", "dryrun"):
         return None if mode == "disabled" else "offline"
     if mode == "offline":

@@ -4,13 +4,14 @@ import pytest
 import torch
 from tiny_runs import TINY, change
 
-from icl import tiny_attention
+from icl import memory, tiny_attention
 from icl.build import build_model
+from icl.memory import device_bytes
 from icl.population import stack
 from icl.presets import preset
 from icl.runs import local_root
 from icl.training import capacity, run
-from icl.training.capacity import activation_bytes, device_bytes, num_fitting
+from icl.training.capacity import activation_bytes, num_fitting
 from icl.training.run import train, train_population
 
 
@@ -91,9 +92,9 @@ def test_the_limit_of_a_control_group_counts(monkeypatch, tmp_path, folder, limi
     """What is left of it, without the files it caches; and never more than the machine has to give."""
     group = tmp_path / folder
     group.mkdir()
-    monkeypatch.setattr(capacity, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(capacity, "_PROCESS_GROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(capacity, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_PROCESS_GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "_MEMORY", tmp_path / "meminfo")
     (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  8000 kB\n")
     (tmp_path / "cgroup").write_text(f"3:cpu:/x\n{line}\n")
     assert device_bytes("cpu") == 8000 * 1024
