@@ -21,6 +21,8 @@ from icl.runs import RunError, RunFolder
 
 NBETA = 66.67
 SAVED = np.unique(np.r_[500_000 ** np.linspace(0, 1, 100), np.linspace(0, 499_999, 100)].astype(int)).clip(max=499_999)
+FEWER = SAVED[::2]
+"""Where the words of a verdict are under test and not how exact a boundary is: half of the steps take a third of the time."""
 ENDS = np.array([0, 1465, 40_292, 126_262, 318_181, 499_999])
 LOSSES = 4.38 + np.cumsum([0, -0.320, -2.236, -0.069, -0.047, -0.033])
 LLCS = np.cumsum([0, 21.41, 148.59, -12.35, -44.16, 3.56])
@@ -54,13 +56,13 @@ def signal(name, steps, values, *, noise=0.0, seed=0, **columns):
     )
 
 
-def published(seed, llc_noise=LLC_NOISE, loss_noise=LOSS_NOISE):
+def published(seed, steps=SAVED):
     """Loss and LLC with the published stages; the LLC's E[L] moves, so that it mirrors nothing."""
-    losses, llcs = staged(SAVED, LOSSES), staged(SAVED, LLCS)
+    losses, llcs = staged(steps, LOSSES), staged(steps, LLCS)
     moving = {"init_loss": losses, "mean_loss": losses + llcs / 1000}
     return [
-        signal("loss", SAVED, losses, noise=loss_noise, seed=seed),
-        signal("llc", SAVED, llcs, noise=llc_noise, seed=seed, **moving),
+        signal("loss", steps, losses, noise=LOSS_NOISE, seed=seed),
+        signal("llc", steps, llcs, noise=LLC_NOISE, seed=seed, **moving),
     ]
 
 
@@ -161,12 +163,12 @@ def test_at_most_one_flat_curve_in_twenty_shows_a_boundary(num_points):
 
 
 def test_an_llc_that_mirrors_the_loss_is_no_signal_of_its_own():
-    losses = published(0)[0]
-    init_loss = staged(SAVED, LOSSES)
-    flat = {"init_loss": init_loss, "mean_loss": np.full(len(SAVED), 4.43)}
-    mirror = signal("llc", SAVED, NBETA * (4.43 - init_loss), noise=LLC_NOISE, **flat)
+    losses = published(0, FEWER)[0]
+    init_loss = staged(FEWER, LOSSES)
+    flat = {"init_loss": init_loss, "mean_loss": np.full(len(FEWER), 4.43)}
+    mirror = signal("llc", FEWER, NBETA * (4.43 - init_loss), noise=LLC_NOISE, **flat)
     assert mirrors_loss(mirror, 6.0, 8.0)
-    assert not mirrors_loss(published(0)[1]._replace(name="loss"), 6.0, 8.0)
+    assert not mirrors_loss(published(0, FEWER)[1]._replace(name="loss"), 6.0, 8.0)
     boundaries, parts = found([losses, mirror])
     assert usable(boundaries)
     assert {one.verdict for one in usable(boundaries)} == {"suspect"}
@@ -176,7 +178,7 @@ def test_an_llc_that_mirrors_the_loss_is_no_signal_of_its_own():
 
 
 def test_one_signal_is_at_best_suspect_and_scores_of_the_loss_are_none_beside_it():
-    loss = published(0)[0]
+    loss = published(0, FEWER)[0]
     alone = usable(found([loss])[0])
     assert {(one.verdict, one.reasons) for one in alone} == {("suspect", ("there is no other signal",))}
     score = loss._replace(name="icl_score")
@@ -187,8 +189,8 @@ def test_one_signal_is_at_best_suspect_and_scores_of_the_loss_are_none_beside_it
 
 
 def test_signals_that_do_not_agree_are_not_counted_together():
-    first = signal("loss", SAVED, staged(SAVED, np.array([4, 3, 2.0]), np.array([0, 1000, 499_999])), noise=0.003)
-    second = signal("llc", SAVED, staged(SAVED, np.array([0, 50, 100.0]), np.array([0, 30_000, 499_999])), noise=0.3)
+    first = signal("loss", FEWER, staged(FEWER, np.array([4, 3, 2.0]), np.array([0, 1000, 499_999])), noise=0.003)
+    second = signal("llc", FEWER, staged(FEWER, np.array([0, 50, 100.0]), np.array([0, 30_000, 499_999])), noise=0.3)
     boundaries = usable(found([first, second])[0])
     assert [(one.verdict, len(one.candidates)) for one in boundaries] == [("suspect", 1)] * 2
     assert boundaries[0].reasons == ("only loss shows it, not llc",)
@@ -202,7 +204,7 @@ def test_signals_that_do_not_agree_are_not_counted_together():
 @pytest.fixture(scope="module")
 def staged_run(tmp_path_factory):
     """A run with the tables of the published stages, analysed by the command."""
-    folder = write_tables(RunFolder(tmp_path_factory.mktemp("runs") / "staged"), published(0))
+    folder = write_tables(RunFolder(tmp_path_factory.mktemp("runs") / "staged"), published(0, FEWER))
     assert main(["analyse", str(folder.path), "--what", "stages"]) == 0
     return folder
 
@@ -308,12 +310,12 @@ def test_too_few_steps_are_told_where_there_are_any(tmp_path):
 
 
 def test_an_llc_that_begins_late_says_from_which_steps_it_is_known():
-    signals = published(0)
+    signals = published(0, FEWER)
     late = signals[1]._replace(points=signals[1].points[signals[1].points["step"] >= 10_000].reset_index(drop=True))
     boundaries, parts = found([signals[0], late])
     assert parts[0].reasons[0] == "no type: the LLC is not known"
     told = stages._summary([signals[0], late], [], boundaries, parts)
-    span = f"{SAVED[SAVED >= 10_000][0]:,} to 499,999"
+    span = f"{FEWER[FEWER >= 10_000][0]:,} to 499,999"
     assert any(f"not known over all of it (usable estimates lie at steps {span})" in line for line in told)
 
 
