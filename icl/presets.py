@@ -16,7 +16,7 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from icl.checks import ConfigError
 from icl.config import (
@@ -32,6 +32,8 @@ from icl.config import (
     is_free_on_resume,
 )
 
+MEMBER_SEEDS = ("seeds.model", "seeds.data", "seeds.noise")
+"""What a seed of a population sets."""
 MAX_SLUG = 120
 """Longest run name that is made from settings; a longer one ends in a hash instead."""
 
@@ -165,13 +167,33 @@ def run_name(config: RunConfig) -> str:
         if not key.startswith("population.") and not is_free_on_resume(key)
     }
     base = flatten(preset(config.preset).to_dict())
-    leaves = [key.rpartition(".")[2] for key in settings]
     words = [config.preset]
     for key, value in settings.items():
         if value != base[key]:
-            section, _, leaf = key.rpartition(".")
-            words.append(f"{leaf if leaves.count(leaf) == 1 and section != 'seeds' else key}={value}")
+            words.append(f"{_short(key, settings)}={value}")
     return _slug(words)
+
+
+def varying_names(configs: Sequence[RunConfig]) -> list[str]:
+    """Return a name for each of several runs that says what differs among them, and nothing that they share.
+
+    A seed that sets model, data and noise alike, as `population.seeds` does, is called `seed`, and the number of tasks `M`.
+    The names are empty if nothing differs, and equal for runs with equal settings.
+
+    Example:
+        >>> varying_names([RunConfig(task=TaskConfig(num_tasks=8)), RunConfig(task=TaskConfig(num_tasks=64))])
+        ['M=8', 'M=64']
+    """
+    trees = [flatten(config.to_dict()) for config in configs]
+    keys = [key for key in trees[0] if key != "run_name" and not is_free_on_resume(key)]
+    varying = [key for key in keys if len({str(tree[key]) for tree in trees}) > 1]
+    if all(len({tree[key] for key in MEMBER_SEEDS}) == 1 for tree in trees):
+        varying = [key for key in varying if key not in MEMBER_SEEDS[1:]]
+        words = {MEMBER_SEEDS[0]: "seed"}
+    else:
+        words = {}
+    words["task.num_tasks"] = "M"
+    return [", ".join(f"{words.get(key) or _short(key, keys)}={tree[key]}" for key in varying) for tree in trees]
 
 
 def sampler_name(config: RunConfig) -> str:
@@ -183,6 +205,13 @@ def sampler_name(config: RunConfig) -> str:
     """
     own, base = (dataclasses.asdict(one.sampler) for one in (config, preset(config.preset)))
     return _slug([f"{key}={value}" for key, value in own.items() if value != base[key]] or ["preset"])
+
+
+def _short(key: str, keys: Iterable[str]) -> str:
+    """The last word of a dotted key, where no other of the keys ends in it; seeds keep theirs whole."""
+    section, _, leaf = key.rpartition(".")
+    is_alone = sum(other.rpartition(".")[2] == leaf for other in keys) == 1
+    return leaf if is_alone and section != "seeds" else key
 
 
 def _slug(words: Sequence[str]) -> str:

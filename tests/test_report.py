@@ -3,6 +3,7 @@
 import dataclasses
 import html.parser
 import io
+import itertools
 import json
 import math
 import re
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 from tiny_runs import TINY, change
 
@@ -379,6 +381,47 @@ def test_names_that_are_no_unicode_are_written_as_something(tmp_path):
     assert open_page(write_report([odd], out=tmp_path / "page.html").path).all("h1")
 
 
+def test_many_curves_have_a_legend_and_very_many_none():
+    table = pd.DataFrame({"step": [0, 10, 20], "train/loss": [None, 2.0, 1.0]})
+    few, more, many = ({f"M={2**number}": table for number in range(count)} for count in (12, 13, 17))
+    assert [len(axes.texts) for axes in plot_curves(few, title="t").axes] == [12]
+    (legend,) = plot_curves(more, title="t").legends
+    assert [text.get_text() for text in legend.get_texts()] == list(more)
+    assert not plot_curves(many, title="t").legends
+
+
+def test_names_at_the_ends_of_lines_are_in_order_and_apart():
+    curves = {
+        f"seed={seed}": pd.DataFrame({"step": [10, 20], "train/loss": [2.0, 1.0 + 0.001 * seed]}) for seed in range(12)
+    }
+    figure = plot_curves(curves, title="t")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines that join them
+    assert [text.get_text() for text in axes.texts] == list(curves)  # from the lowest up
+    assert all(below.y1 < above.y0 + 1 for below, above in itertools.pairwise(boxes))
+    assert all(figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 for box in boxes)
+    assert all(axes.bbox.x1 < box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+def test_tiles_stand_in_two_columns_on_a_phone():
+    """At 390 px the page has 358 for its tiles: two columns and a gap of 12 px."""
+    style = (Path(page.__file__).parent / "page.css").read_text()
+    least, share, gap = map(float, re.search(r"min\(([\d.]+)rem, calc\((\d+)% - ([\d.]+)rem\)\)", style).groups())
+    width = min(16 * least, share / 100 * (390 - 32) - 16 * gap)
+    assert 2 * width + 12 <= 390 - 32 < 3 * width + 2 * 12
+
+
+def test_a_page_gives_the_ratio_to_both_bayes_predictors(tmp_path):
+    run = make_run(tmp_path / "run")
+    table = pd.read_csv(run.results / "losses.csv").assign(dmmse=0.5)
+    table.to_csv(run.results / "losses.csv", index=False)
+    text = open_page(write_report([run.path]).path).text
+    ratio = table[(table["distribution"] == "pretrain") & (table["position"] == "mean")]["model"].item() / 0.5
+    assert f"Loss / dMMSE's, training tasks {ratio:.3f}" in text
+    assert "Loss / dMMSE's, new tasks" not in text
+
+
 # Several runs
 
 
@@ -404,12 +447,13 @@ def test_a_folder_of_runs_has_a_comparison_first(sweep, capsys):
             "training loss",
             "loss, training tasks",
             "/ ridge's, training tasks",
+            "/ dMMSE's, training tasks",
         ),
         *("loss, new tasks", "/ ridge's, new tasks", "LLC, last", "LLC, all"),
     ]
-    reached = ["1.250", "1.650", "1.100", "1.800", "1.200", "34.6 ± 2.5 suspect", "1 ok, 1 suspect, 1 invalid"]
+    reached = ["1.250", "1.650", "1.100", "1.179", "1.800", "1.200", "34.6 ± 2.5 suspect", "1 ok, 1 suspect, 1 invalid"]
     assert tables[1][:4] == ["M=8", "finished", "60 / 60", "8"]
-    assert tables[1][4:9] == ["1.250", "1.600", "–", "1.700", "–"]  # its last evaluation while training
+    assert tables[1][4:10] == ["1.250", "1.600", "–", "–", "1.700", "–"]  # its last evaluation while training
     assert tables[2] == ["M=16", "finished", "60 / 60", "16", *reached]
     assert tables[3] == ["M=inf", "finished", "60 / 60", "inf", *reached]
     assert opened.headings.count(2) == 1 + 3
@@ -632,9 +676,33 @@ def test_curves_have_a_line_for_each_run_and_a_panel_for_each_loss():
     evaluated = table.assign(**{"eval/true/loss": [3.0, 2.0, None]})
     figure = plot_curves({"a": table, "b": evaluated}, title="t")
     training, new_tasks = figure.axes
-    assert [line.get_label() for line in training.lines] == ["a", "b"]
+    assert [line.get_label() for line in training.lines if len(line.get_xdata())] == ["a", "b"]
     np.testing.assert_array_equal(training.lines[0].get_xydata(), [[10, 2], [20, 1]])
-    np.testing.assert_array_equal(
-        new_tasks.lines[0].get_xydata(), [[10, 2]]
-    )  # step 0 has no place on a logarithmic axis
+    np.testing.assert_array_equal(new_tasks.lines[0].get_xydata(), [[10, 2]])
+    np.testing.assert_array_equal(new_tasks.lines[1].get_xydata(), [[0, 3]])  # step 0 has a place of its own
+    low, high = new_tasks.get_xlim()
+    assert low < 0 < 10 < high
+    assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [["a", "b"], ["b"]]
+    assert not figure.legends
     assert plot_curves({"empty": pd.DataFrame({"other": ["x"]})}, title="t").axes
+
+
+def test_runs_are_named_by_what_varies_among_them(tmp_path):
+    for seed in (0, 1):
+        for num_tasks in (8, math.inf):
+            seeds = {"model": seed, "data": seed, "noise": seed}
+            config = change(TINY, seeds=seeds, task={"num_tasks": num_tasks}, optim={"lr": 0.02})
+            name = f"tiny,lr=0.02,num_tasks={num_tasks},seeds.data={seed},seeds.model={seed},seeds.noise={seed}"
+            make_run(tmp_path / "sweep" / name, config=config)
+    opened = open_page(write_report([tmp_path / "sweep"], out=tmp_path / "page.html").path)
+    assert [row[0] for row in opened.cells[1:5]] == ["M=8, seed=0", "M=8, seed=1", "M=inf, seed=0", "M=inf, seed=1"]
+    assert opened.cells[0][:5] == ["run", "state", "step", "task.num_tasks", "seed"]
+    assert "Run tiny,lr=0.02,num_tasks=8,seeds.data=0,seeds.model=0,seeds.noise=0. Preset" in opened.text  # its folder
+
+
+def test_a_run_whose_settings_are_unknown_keeps_its_folders_name(tmp_path):
+    for num_tasks in (8, 16):
+        make_run(tmp_path / "sweep" / f"run-{num_tasks}", config=change(TINY, task={"num_tasks": num_tasks}))
+    (tmp_path / "sweep" / "run-8" / "config.yaml").write_text("{")
+    opened = open_page(write_report([tmp_path / "sweep"], out=tmp_path / "page.html").path)
+    assert [row[0] for row in opened.cells[1:3]] == ["run-8", "run-16"]

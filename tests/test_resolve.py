@@ -6,11 +6,12 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_runs import TINY, change
 
 from icl.checks import ConfigError
 from icl.cli import main
 from icl.config import EarlyStoppingConfig, OptimConfig, RunConfig, SeedsConfig, TaskConfig, TrainerConfig, flatten
-from icl.presets import MAX_SLUG, PRESETS, preset, run_name
+from icl.presets import MAX_SLUG, PRESETS, preset, run_name, varying_names
 from icl.resolve import (
     POINT_VARIABLE,
     known_keys,
@@ -423,3 +424,24 @@ def test_the_command_refuses_what_its_population_would_drop(capsys):
     assert capsys.readouterr().err == (
         "icl: `seeds.model` is set to '3', but `population.seeds` sets it for each member (0, 1); remove one of the two.\n"
     )
+
+
+SEEDED = [change(TINY, seeds={"model": seed, "data": seed, "noise": seed}) for seed in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("configs", "names"),
+    [
+        (SEEDED, ["seed=0", "seed=1"]),
+        ([change(one, task={"num_tasks": 8}) for one in SEEDED], ["seed=0", "seed=1"]),  # M is common
+        ([change(TINY, task={"num_tasks": m}) for m in (8, math.inf)], ["M=8", "M=inf"]),
+        ([change(TINY, seeds={"tasks": seed}) for seed in (0, 1)], ["seeds.tasks=0", "seeds.tasks=1"]),
+        ([change(TINY, seeds={"model": seed}) for seed in (0, 1)], ["seeds.model=0", "seeds.model=1"]),
+        ([dataclasses.replace(change(TINY, optim={"lr": lr}), run_name=str(lr)) for lr in (0.1, 0.2)], ["lr=0.1", "lr=0.2"]),
+        ([change(TINY, trainer={"batch_size": size}) for size in (8, 16)], ["batch_size=8", "batch_size=16"]),
+        ([change(TINY, sampler={"seed": 1}), TINY], ["", ""]),  # nothing that training depends on
+        ([TINY], [""]),
+    ],
+)  # fmt: skip
+def test_names_say_what_varies_and_nothing_else(configs, names):
+    assert varying_names(configs) == names

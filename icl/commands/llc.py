@@ -288,6 +288,7 @@ def _draw(folder: RunFolder, settings: str, job: _Job, trivial_loss: float) -> l
     The run's own settings and the published ones have a name of their own; figures of others end in their hash.
     """
     from icl.plotting.llc import plot_llc, plot_traces, read_stages
+    from icl.plotting.llc_estimate import plot_estimate
     from icl.plotting.style import save_figure
     from icl.sampling.records import as_table, read_all
 
@@ -297,7 +298,10 @@ def _draw(folder: RunFolder, settings: str, job: _Job, trivial_loss: float) -> l
     label = "published" if job.mode == "published" else "" if own else settings
     suffix = f"-{label}" if label else ""
     title = f"{folder.path.name}{f'   ({job.mode})' if job.mode else ''}"
-    curve = plot_llc(table, trivial_loss, title=title, stages=read_stages(folder))
+    if len(records) == 1:
+        curve = plot_estimate(records[0], trivial_loss, title=title)
+    else:
+        curve = plot_llc(table, trivial_loss, title=title, stages=read_stages(folder))
     return [
         save_figure(curve, folder.figures / f"llc{suffix}.png"),
         save_figure(plot_traces(records, title=title), folder.figures / f"llc-traces{suffix}.png"),

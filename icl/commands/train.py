@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from icl.checks import ConfigError, UserError
 from icl.config import RunConfig
-from icl.presets import run_name
+from icl.presets import run_name, varying_names
 from icl.resolve import (
     POINT_VARIABLE,
     read_arguments,
@@ -189,6 +189,7 @@ def _show_members(results: Sequence["TrainResult"]) -> list[str]:
     from icl.plotting.training import draw_run, drawn_losses
 
     rows: dict[str, pd.Series] = {}
+    shown: list[RunFolder] = []
     undrawn: list[str] = []
     sets: dict[Any, Any] = {}
     for result in tqdm(results, desc="drawing", unit="run"):
@@ -196,6 +197,7 @@ def _show_members(results: Sequence["TrainResult"]) -> list[str]:
         try:
             table = draw_run(result.folder, sets)[0] if drawn is None else drawn
             rows[result.folder.path.as_posix()] = table.loc["mean"]
+            shown.append(result.folder)
         except UserError as error:
             undrawn.append(str(error))
     if not rows:
@@ -205,6 +207,9 @@ def _show_members(results: Sequence["TrainResult"]) -> list[str]:
     table["model / ridge"] = table["model"] / table["ridge"]
     if "dmmse" in table:
         table["model / dmmse"] = table["model"] / table["dmmse"]
+    names = varying_names([folder.read_config() for folder in shown])
+    if len(set(names)) == len(names) and all(names):
+        table = table.assign(folder=table.index).set_axis(names, axis="index")
     print("\nMean loss (squared error per target) on fixed prompts of each run's training tasks:\n")
     print(table.to_string(float_format="{:.4f}".format, na_rep="-"))
     print("\nEach run's folder has its figure, figures/training.png.")

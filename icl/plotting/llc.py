@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_figure, scale_steps
+from icl.plotting.tidying import KEY
 from icl.reading import ContentError
 from icl.runs import RunFolder
 from icl.sampling.records import Record
@@ -22,11 +23,17 @@ VERDICTS: dict[str, dict[str, Any]] = {
     "suspect": {"color": ORANGE, "marker": "^", "markerfacecolor": "white"},
     "invalid": {"color": VERMILION, "marker": "x"},
 }
-_CHAINS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, BLACK)
+CHAIN_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, BLACK)
 _MAX_TRACES = 6
 
 
-def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Sequence[float] = ()) -> Figure:
+def plot_llc(
+    table: pd.DataFrame,
+    trivial_loss: float,
+    *,
+    title: str,
+    stages: Sequence[float] = (),
+) -> Figure:
     """Loss above and LLC below against step, on a logarithmic (left) and a linear axis (right); one step has the left alone.
 
     Where chains settle below their checkpoint's loss (`icl.sampling.settling`), what they settle by is added, too: the LLC
@@ -59,8 +66,8 @@ def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Se
     estimates[-1].legend(fontsize=8)
     if len(table) == 1:
         row = table.iloc[0].to_dict()
-        estimates[0].set_title(_estimate(row), fontsize=10, color=VERDICTS[row["verdict"]]["color"])
-    figure.suptitle(f"{title}\n{_settings(table.iloc[0])}", fontsize=10)
+        estimates[0].set_title(describe_estimate(row), fontsize=10, color=VERDICTS[row["verdict"]]["color"])
+    figure.suptitle(f"{title}\n{describe_settings(table.iloc[0])}", fontsize=10)
     return figure
 
 
@@ -74,7 +81,9 @@ def plot_traces(records: Sequence[Record], *, title: str) -> Figure:
         _draw_trace(panel, record.row, record.traces, record.stride)
         step = record.row["step"]
         name = "" if step is None else f"step {step:,}: "
-        panel.set_title(f"{name}{_estimate(record.row)}", fontsize=9, color=VERDICTS[record.row["verdict"]]["color"])
+        panel.set_title(
+            f"{name}{describe_estimate(record.row)}", fontsize=9, color=VERDICTS[record.row["verdict"]]["color"]
+        )
     for panel in axes[len(chosen) :]:
         panel.set_visible(False)
     axes[0].set_ylabel("minibatch loss")
@@ -109,7 +118,7 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
         row = last[last["corner"] == corner].iloc[0]
         panel.set_title(
             f"{'chosen' if row['chosen'] else 'failed'}: nβ {row['nbeta']:.3g}, γ {row['localization']:.3g}, ε {row['lr']:.2g}\n"
-            f"{_estimate(record.row)}",
+            f"{describe_estimate(record.row)}",
             fontsize=8,
             color=VERDICTS[record.row["verdict"]]["color"],
         )
@@ -135,9 +144,10 @@ def _draw_losses(axes: Axes, table: pd.DataFrame, trivial_loss: float) -> None:
     line = axes.axhline(trivial_loss, color=BLACK, linestyle=":", linewidth=1.2, label="predicting zero")
     axes.plot(table["step"], table["mean_loss"], color=VERMILION, marker=".", label="E[L], mean over the chains")
     axes.plot(table["step"], table["init_loss"], color=BLUE, marker=".", label="L(w0), the checkpoint")
-    _limit(axes, pd.concat([table["init_loss"], table["mean_loss"].clip(upper=1.5 * trivial_loss)]))
+    set_limits(axes, pd.concat([table["init_loss"], table["mean_loss"].clip(upper=1.5 * trivial_loss)]))
     low, high = axes.get_ylim()
     if not low <= trivial_loss <= high:
+        line.set_gid(KEY)  # out of sight, and its label says where
         line.set_label(f"predicting zero: {trivial_loss:.3g}, {'above' if trivial_loss > high else 'below'}")
 
 
@@ -149,7 +159,7 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
     beside = _beside_their_minimum(table)
     total, both = beside["llc"] + beside["settled"], 2 * np.hypot(beside["stderr"].fillna(0), beside["settled_stderr"])
     error = 2 * base["stderr"].fillna(0)
-    _limit(axes, pd.concat([base["llc"] - error, base["llc"] + error, total - both, total + both]))
+    set_limits(axes, pd.concat([base["llc"] - error, base["llc"] + error, total - both, total + both]))
     if len(beside):
         style: dict[str, Any] = {"color": PURPLE, "marker": "D", "markersize": 3.5, "linewidth": 0.8, "linestyle": ":"}
         axes.errorbar(beside["step"], total, both, **style, capsize=2, label="about where the chains settle")
@@ -176,7 +186,7 @@ def _beside_their_minimum(table: pd.DataFrame) -> pd.DataFrame:
 def _draw_trace(axes: Axes, row: Mapping[str, Any], traces: np.ndarray, stride: int) -> None:
     moves = stride * np.arange(traces.shape[1])
     for chain, losses in enumerate(traces):
-        axes.plot(moves, losses, color=_CHAINS[chain % len(_CHAINS)], linewidth=0.6, alpha=0.7)
+        axes.plot(moves, losses, color=CHAIN_COLOURS[chain % len(CHAIN_COLOURS)], linewidth=0.6, alpha=0.7)
     if row["num_burnin_steps"]:
         axes.axvspan(0, row["num_burnin_steps"], color=BLACK, alpha=0.08, linewidth=0)
     axes.axhline(row["init_loss"], color=BLUE, linewidth=1.6, label="L(w0)")
@@ -185,7 +195,7 @@ def _draw_trace(axes: Axes, row: Mapping[str, Any], traces: np.ndarray, stride: 
     if row["trivial_loss"] is not None:
         axes.axhline(row["trivial_loss"], color=BLACK, linestyle=":", linewidth=1.2, label="predicting zero")
         levels = [levels[0].clip(max=3 * row["trivial_loss"]), levels[1], np.array([row["trivial_loss"]])]
-    _limit(axes, pd.Series(np.concatenate(levels)))
+    set_limits(axes, pd.Series(np.concatenate(levels)))
     axes.set_xlabel("move (burn-in shaded)")
 
 
@@ -193,9 +203,9 @@ def _draw_corners(axes: Axes, rows: pd.DataFrame, x: str, family: str, label: st
     """Estimates against a setting, a line for each value of another; marks beyond the limits stand at the edges."""
     sure = rows[rows["verdict"] != "invalid"]
     sure = rows if sure.empty else sure
-    _limit(axes, pd.concat([sure["llc"] - sure["stderr"], sure["llc"] + sure["stderr"], pd.Series([0.0])]))
+    set_limits(axes, pd.concat([sure["llc"] - sure["stderr"], sure["llc"] + sure["stderr"], pd.Series([0.0])]))
     low, high = axes.get_ylim()
-    for colour, (value, group) in zip(_CHAINS, rows.groupby(family), strict=False):
+    for colour, (value, group) in zip(CHAIN_COLOURS, rows.groupby(family), strict=False):
         group = group.sort_values(x)
         axes.plot(group[x], group["llc"], color=colour, linewidth=1.0, label=label.format(value))
         for verdict, style in VERDICTS.items():
@@ -209,7 +219,7 @@ def _draw_corners(axes: Axes, rows: pd.DataFrame, x: str, family: str, label: st
 def _draw_escape(axes: Axes, survey: pd.DataFrame) -> None:
     """How far the sampled loss rose towards that of predicting zero, with the verdicts' thresholds."""
     share = (survey["mean_loss"] - survey["init_loss"]) / (survey["trivial_loss"] - survey["init_loss"])
-    for colour, (_, group) in zip(_CHAINS, survey.groupby("ratio"), strict=False):
+    for colour, (_, group) in zip(CHAIN_COLOURS, survey.groupby("ratio"), strict=False):
         axes.plot(group["nbeta"], share[group.index], color=colour, marker=".")
     for level, word in ((0.5, "escaped"), (0.1, "escaping")):
         axes.axhline(level, color=BLACK, linestyle=":", linewidth=1)
@@ -236,7 +246,7 @@ def _ring(axes: Axes, last: pd.DataFrame, x: str) -> None:
     )  # fmt: skip
 
 
-def _limit(axes: Axes, values: pd.Series) -> None:
+def set_limits(axes: Axes, values: pd.Series) -> None:
     """Limits that hold these values and some room, whatever else is drawn."""
     finite = values[np.isfinite(values.astype(float))].astype(float)
     if len(finite):
@@ -245,11 +255,13 @@ def _limit(axes: Axes, values: pd.Series) -> None:
         axes.set_ylim(low - room, high + room)
 
 
-def _estimate(row: Mapping[str, Any]) -> str:
+def describe_estimate(row: Mapping[str, Any]) -> str:
+    """An estimate with its standard error and verdict, for a title."""
     return f"LLC {row['llc']:.3g} ± {row['stderr']:.2g}, {row['verdict']}"
 
 
-def _settings(row: pd.Series) -> str:
+def describe_settings(row: pd.Series) -> str:
+    """The sampler's settings in a line, for a title."""
     return (
         f"nβ = {row['nbeta']:.4g}, γ = {row['localization']:.4g}, ε = {row['lr']:.3g}, {row['num_chains']} chains × "
         f"({row['num_burnin_steps']} + {row['num_draws']}), batch {row['batch_size']}, n = {row['num_samples']:,}"

@@ -17,6 +17,7 @@ from matplotlib.container import BarContainer, Container, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, FixedLocator
 from matplotlib.transforms import Bbox, BboxBase, ScaledTranslation
 
@@ -200,7 +201,7 @@ def _curves(axes: Axes) -> Iterator[np.ndarray]:
                 points = collection.get_offset_transform().transform(np.ma.filled(collection.get_offsets(), np.nan))
                 yield points[_inside(points, frame)]
         for text in other.texts:
-            box = text.get_window_extent()
+            box = Text.get_window_extent(text)  # without an arrow
             yield np.array([[x, y] for x in (box.x0, box.x1) for y in (box.y0, box.y1)])
 
 

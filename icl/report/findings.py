@@ -1,5 +1,6 @@
 """What a run came to, in a few words and numbers: its state, its settings beside the preset's, losses, LLC, verdicts."""
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -63,9 +64,12 @@ def training_loss(facts: RunFacts) -> float | None:
     return float(losses.iloc[-1]) if len(losses) else None
 
 
-def ratio_to_ridge(losses: Mapping[str, float]) -> float | None:
-    """The transformer's loss over ridge's, if both are known."""
-    return losses["model"] / losses["ridge"] if losses.get("ridge") and "model" in losses else None
+def ratios(losses: Mapping[str, float]) -> dict[str, float]:
+    """The transformer's loss over that of each Bayes predictor, ridge and dMMSE, by the name to show; those that are known."""
+    if "model" not in losses:
+        return {}
+    known = {name: losses.get(name, math.nan) for name in ("ridge", "dmmse")}
+    return {f"{PREDICTORS[name]}'s": losses["model"] / loss for name, loss in known.items() if loss > 0}
 
 
 def last_llc(facts: RunFacts) -> Cell | None:

@@ -15,13 +15,13 @@ from pathlib import Path
 import jinja2
 from tqdm import tqdm
 
-from icl.report.comparison import comparison_picture, comparison_table
+from icl.report.comparison import comparison_picture, comparison_table, with_varying_names
 from icl.report.facts import RunFacts, read_run
 from icl.report.findings import (
     final_losses,
     last_llc,
     llc_verdicts,
-    ratio_to_ridge,
+    ratios,
     state_of,
     state_sentence,
     training_loss,
@@ -104,6 +104,8 @@ def write_report(paths: Sequence[str | Path], *, out: str | Path | None = None) 
 
 def render(runs: Sequence[RunFacts], *, title: str, compare: bool) -> str:
     """The page as text; with `compare`, the runs beside each other come first."""
+    places = [facts.name for facts in runs]
+    runs = with_varying_names(runs) if compare else runs
     ids = [f"run-{number}" for number in range(1, len(runs) + 1)]
     max_rows = max(_LEAST_ROWS, MAX_WHOLE // len(runs))
     return _template().render(
@@ -113,15 +115,17 @@ def render(runs: Sequence[RunFacts], *, title: str, compare: bool) -> str:
         compare=compare,
         comparison=comparison_table(runs, ids) if compare else None,
         curves=comparison_picture(runs, title) if compare else None,
-        runs=[_part(facts, name, max_rows) for facts, name in zip(runs, ids, strict=True)],
+        runs=[_part(facts, name, place, max_rows) for facts, name, place in zip(runs, ids, places, strict=True)],
     )
 
 
-def _part(facts: RunFacts, name: str, max_rows: int) -> RunPart:
+def _part(facts: RunFacts, name: str, place: str, max_rows: int) -> RunPart:
+    """One run's part; `place` is the name of its folder, told where the run goes by another name."""
+    about = what_it_is(facts)
     return RunPart(
         id=name,
         name=facts.name,
-        about=what_it_is(facts),
+        about=about if place == facts.name else f"Run {place}. {about}",
         state=state_of(facts),
         standing=state_sentence(facts),
         tiles=_tiles(facts),
@@ -138,10 +142,8 @@ def _tiles(facts: RunFacts) -> list[tuple[str, Cell]]:
         own = losses.get(name)
         if own is None:
             continue
-        ratio = ratio_to_ridge(own)
         tiles.append((f"Loss on {title}", cell(own["model"])))
-        if ratio is not None:
-            tiles.append((f"Loss / ridge's, {title}", Cell(text=f"{ratio:.3f}")))
+        tiles += [(f"Loss / {whose}, {title}", Cell(text=f"{ratio:.3f}")) for whose, ratio in _told(ratios(own), name)]
     estimate = last_llc(facts)
     if estimate is not None:
         tiles.append(("LLC, last estimate", estimate))
@@ -150,6 +152,11 @@ def _tiles(facts: RunFacts) -> list[tuple[str, Cell]]:
     steps = facts.saved_steps
     span = f"{len(steps):,}, steps {steps[0]:,} to {steps[-1]:,}" if steps else "none here"
     return [*tiles, ("Saved checkpoints", Cell(text=span))]
+
+
+def _told(known: dict[str, float], distribution: str) -> list[tuple[str, float]]:
+    """The ratios that say something: on new tasks dMMSE is no optimum."""
+    return [(whose, ratio) for whose, ratio in known.items() if distribution == "pretrain" or "ridge" in whose]
 
 
 def _title(folders: Sequence[Path], count: int) -> str:

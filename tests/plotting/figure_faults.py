@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.collections import PathCollection
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
 MAX_COVERED = 0.10
 """Share of a curve that a legend may hide."""
@@ -28,7 +29,8 @@ def faults(figure, *, tidied=True):
         f"{axes.get_title() or axes.get_ylabel() or 'axes'}: {fault}"
         for axes in figure.axes
         if axes.get_visible()
-        for fault in (*_lost_curves(axes), *_empty_entries(axes), *_label_clashes(axes), *_covered_curves(axes))
+        for check in (_lost_curves, _empty_entries, _label_clashes, _text_clashes, _covered_curves)
+        for fault in check(axes)
     ] + [*_figure_entries(figure), *_texts_outside(figure)]
 
 
@@ -135,6 +137,15 @@ def _label_clashes(axes):
                 yield f"the {axis.axis_name} tick labels {one.get_text()!r} and {other.get_text()!r} overlap"
             elif axis.axis_name == "x" and min(a.x1, b.x1) - max(a.x0, b.x0) > 0.5 and abs(a.y0 - b.y0) < 6:
                 yield f"the x tick labels {one.get_text()!r} and {other.get_text()!r} overlap"
+
+
+def _text_clashes(axes):
+    shown = [
+        (text.get_text(), Text.get_window_extent(text)) for text in axes.texts if text.get_visible() and text.get_text()
+    ]
+    for (one, a), (other, b) in itertools.combinations(shown, 2):
+        if min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 0.3 * min(a.height, b.height):
+            yield f"the texts {one!r} and {other!r} overlap"
 
 
 def _covered_curves(axes):

@@ -5,13 +5,16 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+from figure_faults import faults
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from icl.plotting.evaluation import plot_evaluation
 from icl.plotting.llc import plot_llc
+from icl.plotting.llc_estimate import plot_estimate
 from icl.plotting.ood import plot_shifts_over_training
 from icl.plotting.style import new_figure, ordered_colours, scale_steps
 from icl.plotting.training import plot_training
+from icl.sampling.records import Record
 
 TOLD = {"nbeta": 100.0, "localization": 10.0, "lr": 1e-5, "num_chains": 2, "num_burnin_steps": 5, "num_draws": 10, "batch_size": 4,
         "num_samples": 64, "trivial_loss": 2.25}  # fmt: skip
@@ -117,3 +120,34 @@ def test_what_comes_later_is_lighter():
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
     assert np.all(np.diff(luminance) > 0)
     assert luminance[-1] < 0.8
+
+
+def record(num_chains=3, num_draws=40, num_burnin=10, llc=20.0):
+    """An estimate of one step, with traces that lie llc nats above the checkpoint but for noise."""
+    noise = np.random.default_rng(0).normal(size=(num_chains, num_burnin + num_draws))
+    row = estimates(5000).iloc[0].to_dict() | {"llc": llc, "num_burnin_steps": num_burnin, "step": 5000}
+    return Record(row, [], 0.8 + (llc + 5 * noise) / row["nbeta"], 1)
+
+
+@pytest.mark.parametrize("chains", [1, 3, 9])
+def test_one_estimate_shows_its_chains_in_nats(chains):
+    figure = plot_estimate(record(chains), 2.25, title="x")
+    (axes,) = figure.axes
+    assert axes.get_ylabel().endswith("nats")
+    traces = [line for line in axes.lines if len(line.get_xdata()) == 50]
+    means = [line for line in axes.lines if len(line.get_xdata()) == 40]
+    assert len(traces) == len(means) == chains
+    for trace, mean in zip(traces, means, strict=True):
+        assert mean.get_ydata()[-1] == pytest.approx(trace.get_ydata()[10:].mean())
+        assert mean.get_ydata()[-1] == pytest.approx(20, abs=4 * 5 / 40**0.5)
+    assert axes.get_title() == "step 5,000: LLC 20 ± 1, ok"
+    assert faults(figure) == []
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "predicting zero: 145 nats, above" in names
+
+
+def test_chains_that_ended_leave_a_figure_of_the_others():
+    one = record(3)
+    one.traces[0, 20:] = np.nan
+    one.traces[1] = np.inf
+    assert faults(plot_estimate(one, 2.25, title="x")) == []
