@@ -138,6 +138,24 @@ def test_a_run_may_be_given_by_its_name_and_a_path_that_exists_wins(run, tmp_pat
         assert str(run.path) not in capsys.readouterr().err
 
 
+def test_a_folder_for_the_output_is_made_by_every_command(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prompt = {"x_context": [[1, 0]], "y_context": [0.5], "x_query": [[2, 0]]}
+    (tmp_path / "prompt.json").write_text(json.dumps(prompt))
+    chains = [f"--sampler.{key}=8" for key in ("num_samples", "batch_size", "num_draws", "num_init_batches")]
+    for command, name in (
+        (["evaluate", "tiny", "--num_prompts", "16"], "x.csv"),
+        (["analyse", "tiny", "--what", "embeddings"], "x.json"),
+        (["predict", "tiny", "--prompt", "prompt.json"], "x.json"),
+        (["report", "tiny"], "x.html"),
+        (["llc", "tiny", "--steps", "last", *chains], "x.csv"),
+    ):
+        folder = tmp_path / command[0] / "deep"
+        status = main([*command, "--out", f"{command[0]}/deep/{name}"])
+        assert status == 0 or "every estimate is invalid" in capsys.readouterr().err
+        assert [path.name for path in folder.iterdir()] == [name]
+
+
 def test_predicting_from_a_file(run, tmp_path, capsys):
     prompt = tmp_path / "prompt.json"
     prompt.write_text(json.dumps({"x_context": [[1, 0]], "y_context": [0.5], "x_query": [[2, 0], [0, 1]]}))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from icl.checks import ConfigError, UserError
 from icl.commands import command_parser
+from icl.commands.evaluate_ahead import work_ahead
 from icl.storage import require_table_file
 
 if TYPE_CHECKING:
@@ -126,7 +127,9 @@ def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> in
 
     kept: dict[str, tuple[pd.DataFrame, pd.DataFrame]] = {}
     problems: dict[str, UserError] = {}
-    with tqdm(total=sum(map(_num_checkpoints, subjects.values())), desc="evaluation", unit="checkpoint") as bar:
+    files = [_checkpoints(path) for path in subjects.values()]
+    _tell_work(files, options)
+    with tqdm(total=sum(map(len, files)), desc="evaluation", unit="checkpoint") as bar:
         evaluate = RunEvaluator(num_prompts=options.num_prompts, num_ood_prompts=options.num_ood_prompts, bar=bar)
         for name, path in subjects.items():
             bar.set_postfix_str(name)
@@ -154,13 +157,18 @@ def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> in
     return 1 if problems else 0
 
 
-def _num_checkpoints(path: Path) -> int:
+def _checkpoints(path: Path) -> list[Path]:
     from icl.checkpoints import CheckpointError, checkpoint_files
 
     try:
-        return len(checkpoint_files(path))
+        return checkpoint_files(path)
     except CheckpointError:  # which evaluating it says again
-        return 0
+        return []
+
+
+def _tell_work(files: Sequence[Sequence[Path]], options: argparse.Namespace) -> None:
+    ahead = work_ahead(files, num_prompts=options.num_prompts, num_ood_prompts=options.num_ood_prompts)
+    print(ahead, file=sys.stderr, flush=True)
 
 
 def _deliver(
@@ -186,6 +194,8 @@ def _evaluate_experiment(options: argparse.Namespace) -> int:
 
     base = options.checkpoint_base_dir
     runs = find_runs(base)
+    files = [_checkpoints(run.path) for run in runs.values()]
+    _tell_work(files if options.all_steps else [some[-1:] for some in files], options)
     table, problems = evaluate_experiment(
         runs,
         num_prompts=options.num_prompts,
