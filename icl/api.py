@@ -18,7 +18,7 @@ import torch
 
 from icl import metrics
 from icl.build import build_checkpoint_model
-from icl.checkpoints import CheckpointError, checkpoint_files, load_checkpoint_file
+from icl.checkpoints import CheckpointError, checkpoint_files, checkpoint_name, load_checkpoint_file
 from icl.checks import ConfigError, parse_num_tasks, plain_number, whole
 from icl.config import CheckpointsConfig, EarlyStoppingConfig, EvaluationConfig, RunConfig, TaskConfig
 from icl.prediction import parameter_of, predict_from_prompt
@@ -156,7 +156,7 @@ def train_ic_regression(
     result = train(config, folder=checkpoint_dir)
     if result.status.state not in DONE:
         raise RunError(f"Training stopped ({result.status.reason}); the same call resumes it.")
-    return load_model(result.folder.path)
+    return load_model(result.folder.checkpoints.root / checkpoint_name(result.status.step))
 
 
 def load_checkpoint(path: str | Path, cfg: ICRegConfig | RunConfig | None = None) -> tuple[Transformer, dict[str, Any]]:

@@ -40,11 +40,15 @@ def missing_steps(run: RunFolder, config: RunConfig, step: int, status: Status |
 
 
 def describe_missing(run: RunFolder, steps: Sequence[int]) -> str:
-    """Return the sentence for missing checkpoints: which, and how to get them back."""
-    named = ", ".join(f"{step:,}" for step in steps[:_MAX_STEPS])
-    more = f" and {len(steps) - _MAX_STEPS:,} more" if len(steps) > _MAX_STEPS else ""
-    what = f"checkpoints of steps {named}{more}" if len(steps) > 1 else f"checkpoint of step {named}"
+    """Return the sentences for missing checkpoints: which, and how to get them back."""
     return (
-        f"{run.path} lacks the {what}. `icl checkpoints {run.path} pull` fetches what its store has; to make them again from "
+        f"{run.path} lacks the {name_checkpoints(steps)}. `icl checkpoints {run.path} pull` fetches what its store has; to make them again from "
         f"step 0, delete {', '.join(NAMES)} and status.json there and run the same command."
     )
+
+
+def name_checkpoints(steps: Sequence[int]) -> str:
+    """Return words such as "checkpoints of steps 5, 10"; of many steps the first ones are named."""
+    named = ", ".join(f"{step:,}" for step in steps[:_MAX_STEPS])
+    more = f" and {len(steps) - _MAX_STEPS:,} more" if len(steps) > _MAX_STEPS else ""
+    return f"checkpoints of steps {named}{more}" if len(steps) > 1 else f"checkpoint of step {named}"

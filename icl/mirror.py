@@ -2,11 +2,7 @@
 
 The copy lies at `<store>/<run name>/` and is laid out as the run's folder is. Three rules keep it whole:
 
-- *Whose.* `run-id` is drawn once, in the folder that the run began in. A copy belongs to the folder with the same id;
-  any other run of that name is refused, whatever its settings. A folder without a run that asks for the same settings
-  takes the copy over, id included: it is the same run, resumed elsewhere. `run-id` holds the settings too. So a place whose
-  machine was lost before `config.yaml` arrived is taken over in the same way. Nobody ever replaces a `run-id`, so two machines
-  that take one place at once agree on it; they compute the same run.
+- *Whose.* A copy belongs to the folder with the same `run-id` (`icl.claims`).
 - *In which order.* `last.ckpt` and `status.json` vouch for the files beside them and so are copied after them;
   `config.yaml`, which makes a folder a run, comes last of all. A copy that breaks off is taken up by the same command.
 - *What is newer.* Nothing is copied over a run that is further on, unless forced.
@@ -15,22 +11,30 @@ The copy lies at `<store>/<run name>/` and is laid out as the run's folder is. T
 import io
 import os
 import re
-import secrets
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-import yaml
 from tqdm import tqdm
 
 from icl.checkpoints import CheckpointError, parse_checkpoint
-from icl.checks import ConfigError, UserError
+from icl.checks import ConfigError
+from icl.claims import claim
 from icl.config import RunConfig
-from icl.resume_file import parse_resume
-from icl.runs import RunError, RunFolder, config_differences, parse_config, parse_status, require_same_config
-from icl.storage import DamagedError, LocalStore, MissingKeyError, StorageError, Store, open_store, require_key
+from icl.resume_file import ResumeFileError, parse_resume
+from icl.runs import RunError, RunFolder, parse_config, parse_status, require_same_config
+from icl.storage import (
+    DamagedError,
+    LocalStore,
+    MissingKeyError,
+    StorageError,
+    Store,
+    open_store,
+    read_or_none,
+    require_key,
+)
 
 FILES = ("run-id", "wandb-id", "metrics.csv", "run.log", "report.html", "last.ckpt", "status.json", "config.yaml")
 FOLDERS = ("checkpoints", "results", "figures")
@@ -121,65 +125,28 @@ def take_up(mirror: Mirror, config: RunConfig) -> bool:
     if theirs is not None:
         require_same_config(theirs, config, str(mirror.there))
     if not (is_new and theirs is not None):
-        claim(mirror, config)
+        claim(mirror.here, mirror.there, config)
     is_behind = saved_step(mirror.there) > saved_step(mirror.here)
     if not is_behind and (theirs is None or not is_new):
         return False
-    copied, damaged = _transfer(mirror.there, mirror.here, "pulling", force=False)
-    claim(mirror, config)
+    try:
+        copied, damaged = _transfer(mirror.there, mirror.here, "pulling", force=False)
+    except (DamagedError, ResumeFileError) as error:
+        if is_new:
+            raise DamagedError(_describe_unusable(mirror, error)) from None
+        print(f"icl: {error} The run goes on from what is in {mirror.run.path}.", file=sys.stderr)
+        return False
+    claim(mirror.here, mirror.there, config)
     if damaged:
         print(f"icl: {describe_damaged(mirror, damaged)} The run goes on without them.", file=sys.stderr)
     return bool(copied)
 
 
-def claim(mirror: Mirror, config: RunConfig) -> None:
-    """Make the place in the store this run's own, or find that it is.
-
-    Raises:
-        RunError: If it belongs to another run.
-        StorageError: If the store or the folder cannot be used.
-    """
-    own = _read(mirror.here, "run-id")
-    offered = own or _new_id(config)
-    owner = _read(mirror.there, "run-id")
-    if owner is None and mirror.there.create("run-id", offered):
-        owner = offered
-    owner = owner or _read(mirror.there, "run-id") or b""
-    if owner != offered:
-        is_begun = _read(mirror.there, "config.yaml") is None  # and no more: its machine is just starting, or was lost
-        if not is_begun or own is not None or not _is_of(mirror.there, owner, config):
-            raise RunError(_describe_owner(mirror, is_begun))
-    if own is None:
-        mirror.here.write("run-id", owner)
-
-
-def _new_id(config: RunConfig) -> bytes:
-    """A new run's id: a random word, and below it the settings."""
-    settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    return f"{secrets.token_hex(8)}\n{settings}".encode()
-
-
-def _is_of(there: Store, owner: bytes, config: RunConfig) -> bool:
-    """Whether the run whose id is in a store has these settings; 0.1.0 wrote none into it, but into every checkpoint."""
-    settings = owner.partition(b"\n")[2]
-    try:
-        if settings:
-            return not config_differences(parse_config(settings, str(there)), config)
-        saved = [name for name in there.keys("checkpoints") if is_checkpoint(name)]  # a store is no dict
-        return bool(saved) and not config_differences(parse_checkpoint(there.read(saved[0]), saved[0]).config, config)
-    except UserError:
-        return False
-
-
-def _describe_owner(mirror: Mirror, is_begun: bool) -> str:
-    if not is_begun:
-        return (
-            f"{mirror.there} holds another run of that name, and nothing was copied over it; "
-            "give this one another --run_name, or another --checkpoints.store."
-        )
+def _describe_unusable(mirror: Mirror, error: Exception) -> str:
+    """The sentences for a copy that cannot be resumed from."""
     return (
-        f"{mirror.there} was taken by another run of that name, of which nothing can be resumed yet. Give this one another "
-        f"--run_name; or, if that run's machine was lost, delete {mirror.there}/run-id and run the same command again."
+        f"{_bare(str(error))}, so the run cannot be resumed from there. `icl checkpoints RUN push --force` from a folder that has it "
+        f"whole mends the store; else delete last.ckpt, metrics.csv and status.json at {mirror.there} to train again from step 0."
     )
 
 
@@ -198,8 +165,8 @@ def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
     _require_no_links_out(mirror.here, mirror.there)
     if read_config(mirror.there) is None:
         raise RunError(f"There is no run at {mirror.there}; `icl checkpoints RUN push` puts one there.")
-    own = _read(mirror.here, "run-id")
-    if mirror.run.config_file.exists() and own != _read(mirror.there, "run-id"):
+    own = read_or_none(mirror.here, "run-id")
+    if mirror.run.config_file.exists() and own != read_or_none(mirror.there, "run-id"):
         raise RunError(f"{mirror.there} holds another run than {mirror.run.path}; move that folder away to fetch it.")
     _require_not_behind(mirror.there, mirror.here, "pull", force)
     copied, damaged = _transfer(mirror.there, mirror.here, "pulling", force)
@@ -223,7 +190,7 @@ def push(mirror: Mirror, *, force: bool = False) -> list[str]:
     _require_no_links_out(mirror.here, mirror.there)
     config = mirror.run.read_config()
     _require_not_behind(mirror.here, mirror.there, "push", force)
-    claim(mirror, config)
+    claim(mirror.here, mirror.there, config)
     copied, damaged = _transfer(mirror.here, mirror.there, "pushing", force)
     if damaged:
         raise DamagedError(f"{'; '.join(map(_bare, damaged))}; {len(copied):,} other files were sent.")
@@ -250,13 +217,13 @@ def read_config(store: Store) -> RunConfig | None:
         ConfigError: If they cannot be read.
         StorageError: If the store cannot be used.
     """
-    data = _read(store, "config.yaml")
+    data = read_or_none(store, "config.yaml")
     return None if data is None else parse_config(data, str(store))
 
 
 def saved_step(store: Store) -> int:
     """The step that the status in a run's folder, or in its copy, tells of; -1 without one."""
-    data = _read(store, "status.json")
+    data = read_or_none(store, "status.json")
     status = parse_status(data) if data else None
     return status.step if status else -1
 
@@ -309,13 +276,6 @@ def _require_no_links_out(*stores: Store) -> None:
                 f"{store}/{links[0]} is a symbolic link out of the run's folder, so nothing was copied; "
                 "put what it leads to in its place, or remove it."
             )
-
-
-def _read(store: Store, name: str) -> bytes | None:
-    try:
-        return store.read(name)
-    except MissingKeyError:
-        return None
 
 
 def _require_not_behind(source: Store, target: Store, verb: str, force: bool) -> None:

@@ -228,6 +228,18 @@ def open_store(url: str) -> Store:
     return store
 
 
+def read_or_none(store: Store, key: str) -> bytes | None:
+    """Return the value of a key, or None if there is none.
+
+    Raises:
+        StorageError: If it is damaged, or the store cannot be used.
+    """
+    try:
+        return store.read(key)
+    except MissingKeyError:
+        return None
+
+
 def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Put `data` at `path` so that a reader sees the old bytes or all the new ones, even after a power cut.
 

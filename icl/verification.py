@@ -22,24 +22,27 @@ from PIL import Image
 from icl.checkpoints import checkpoint_name, parse_checkpoint
 from icl.checks import UserError
 from icl.config import RunConfig
-from icl.contents import describe_missing, missing_steps
+from icl.contents import expected_steps, name_checkpoints
 from icl.metrics_file import are_rows_altered, logged_steps, metric_columns
-from icl.mirror import Mirror, copied_names, in_parallel, is_checkpoint, progress
+from icl.mirror import CHECKPOINT_FOLDERS, Mirror, copied_names, in_parallel, is_checkpoint, progress
 from icl.reading import parse_json
-from icl.resume_file import NAMES, Resume, parse_resume
-from icl.runs import DONE, RunFolder, config_differences, parse_config, parse_status
+from icl.resume_file import Resume, parse_resume
+from icl.runs import DONE, RunFolder, Status, config_differences, parse_config, parse_status
 from icl.storage import LocalStore, MissingKeyError, Store
 
 _NUMBERS = ("step", "value", "stderr", "llc", "init_loss", "mean_loss")
 """Columns of tables of results that hold nothing but numbers."""
 
 
-class _Place(NamedTuple):
-    """A copy of a run, and what its `last.ckpt` says of it."""
+class _Copy(NamedTuple):
+    """A run's folder, or its copy in a store."""
 
     store: Store
+    names: list[str]
+    """Files that are there, or should be."""
     config: RunConfig | None
     resume: Resume | None
+    status: Status | None
 
 
 def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
@@ -48,52 +51,58 @@ def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
     Raises:
         StorageError: If the store cannot be listed.
     """
-    here = LocalStore(run.path)
-    mine = [*copied_names(here), *(name for name in NAMES[1:] if (run.path / name).is_file())]
-    theirs = copied_names(mirror.there) if mirror else []
-    own = _place(here)
-    jobs = [(own, name) for name in mine]
-    if mirror:
-        copy = _place(mirror.there)
-        jobs += [(copy, name) for name in sorted({*theirs, *(name for name in mine if name not in NAMES[1:])})]
+    copies = [_read_copy(LocalStore(run.path))] if run.path.is_dir() else []
+    mine = copies[0].names if copies else []
+    if mirror is not None:
+        copies.append(_read_copy(mirror.there, mine))
+    jobs = [(copy, name) for copy in copies for name in copy.names]
+    jobs += [(copies[0], "previous.ckpt")] if run.previous_file.is_file() else []
     with progress("verifying", len(jobs)) as bar:
         found = [problem for problem in in_parallel(_problem, jobs, bar) if problem]
-    return [*found, *_what_is_missing(run, own)]
+    for copy in copies[:1]:  # what the store lacks beyond that is told by name
+        found += _what_is_missing(copy)
+    return found
 
 
-def _place(store: Store) -> _Place:
-    """A copy with what can be read of its settings and its resume file; damage of these is told with the others."""
-    config = resume = None
+def _read_copy(store: Store, others: Sequence[str] = ()) -> _Copy:
+    """A copy with what can be read of its settings, its resume file and its status; damage of these is told with the rest."""
+    config = resume = status = None
     with contextlib.suppress(UserError):
         config = parse_config(store.read("config.yaml"), str(store))
     with contextlib.suppress(UserError):
-        resume = parse_resume(store.read(NAMES[0]), str(store))
-    return _Place(store, config or (resume.config if resume else None), resume)
+        resume = parse_resume(store.read("last.ckpt"), str(store))
+    with contextlib.suppress(UserError):
+        status = parse_status(store.read("status.json"))
+    names = sorted({*copied_names(store), *others})
+    return _Copy(store, names, config or (resume.config if resume else None), resume, status)
 
 
-def _what_is_missing(run: RunFolder, own: _Place) -> Iterator[str]:
-    """What should be in the run's folder and is not."""
-    status = run.read_status()
-    has_ended = status is not None and status.state in DONE
-    for name in ("config.yaml", "status.json"):
-        if not (run.path / name).exists():
-            yield f"There is no {run.path / name}."
-    step = status.step if status is not None and has_ended else own.resume.step if own.resume else 0
-    if own.config is not None and step > 0:
-        if not run.metrics_file.exists():
-            yield f"There is no {run.metrics_file}."
-        missing = missing_steps(run, own.config, step, status if has_ended else None)
-        if missing:
-            yield describe_missing(run, missing)
+def _what_is_missing(copy: _Copy) -> Iterator[str]:
+    """What should be in a copy and is not."""
+    end = copy.status if copy.status is not None and copy.status.state in DONE else None
+    step = end.step if end is not None else copy.resume.step if copy.resume is not None else 0
+    for name in ("config.yaml", "status.json", *(["metrics.csv"] if step > 0 else [])):
+        if name not in copy.names:
+            yield f"There is no {copy.store}/{name}."
+    if copy.config is None or step == 0:
+        return
+    folders = CHECKPOINT_FOLDERS if copy.config.checkpoints.moments else CHECKPOINT_FOLDERS[:1]
+    missing = [
+        one
+        for one in expected_steps(copy.config, step, end)
+        if not all(f"{folder}/{checkpoint_name(one)}" in copy.names for folder in folders)
+    ]
+    if missing:
+        yield f"{copy.store} lacks the {name_checkpoints(missing)}."
 
 
-def _problem(job: tuple[_Place, str]) -> str | None:
+def _problem(job: tuple[_Copy, str]) -> str | None:
     """What is wrong with a file, in a sentence."""
-    place, name = job
-    where = f"{place.store}/{name}"
+    copy, name = job
+    where = f"{copy.store}/{name}"
     try:
-        data = place.store.read(name)
-        reason = _check(place, name, data, where)
+        data = copy.store.read(name)
+        reason = _check(copy, name, data, where)
     except MissingKeyError as error:
         return str(error)
     except UserError as error:
@@ -104,12 +113,12 @@ def _problem(job: tuple[_Place, str]) -> str | None:
     return f"{where} is damaged: {reason}." if reason else None
 
 
-def _check(place: _Place, name: str, data: bytes, where: str) -> str | None:
+def _check(copy: _Copy, name: str, data: bytes, where: str) -> str | None:
     """Why a file's bytes are not what they should be; readers' own errors say it too."""
     if is_checkpoint(name):
         step = parse_checkpoint(data, where).step
         return None if name.rpartition("/")[2] == checkpoint_name(step) else f"it holds step {step:,}"
-    whole_files: dict[str, Callable[[_Place, bytes, str], str | None]] = {
+    whole_files: dict[str, Callable[[_Copy, bytes, str], str | None]] = {
         "last.ckpt": _check_resume,
         "previous.ckpt": _check_resume,
         "config.yaml": _check_config,
@@ -117,7 +126,7 @@ def _check(place: _Place, name: str, data: bytes, where: str) -> str | None:
         "metrics.csv": _check_metrics,
     }
     if name in whole_files:
-        return whole_files[name](place, data, where)
+        return whole_files[name](copy, data, where)
     kinds: dict[str, Callable[[bytes], str | None]] = {
         "npz": _check_archive,
         "csv": _check_table,
@@ -128,43 +137,43 @@ def _check(place: _Place, name: str, data: bytes, where: str) -> str | None:
     return check(data) if check is not None else None
 
 
-def _check_resume(place: _Place, data: bytes, where: str) -> str | None:
+def _check_resume(copy: _Copy, data: bytes, where: str) -> str | None:
     config = parse_resume(data, where).config
-    differences = config_differences(place.config, config) if place.config is not None else []
+    differences = config_differences(copy.config, config) if copy.config is not None else []
     return f"it is of another run than config.yaml: {'; '.join(differences)}" if differences else None
 
 
-def _check_config(place: _Place, data: bytes, where: str) -> str | None:
+def _check_config(copy: _Copy, data: bytes, where: str) -> str | None:
     config = parse_config(data, where)
-    differences = config_differences(place.resume.config, config) if place.resume is not None else []
+    differences = config_differences(copy.resume.config, config) if copy.resume is not None else []
     return f"it is of another run than last.ckpt: {'; '.join(differences)}" if differences else None
 
 
-def _check_status(place: _Place, data: bytes, where: str) -> str | None:
+def _check_status(copy: _Copy, data: bytes, where: str) -> str | None:
     status = parse_status(data)
     if status is None:
         return "it cannot be read"
-    if status.state in DONE and place.resume is not None and status.step != place.resume.step:
-        return f"it says that the run ended at step {status.step:,}, and last.ckpt is of step {place.resume.step:,}"
+    if status.state in DONE and copy.resume is not None and status.step != copy.resume.step:
+        return f"it says that the run ended at step {status.step:,}, and last.ckpt is of step {copy.resume.step:,}"
     return None
 
 
-def _check_metrics(place: _Place, data: bytes, where: str) -> str | None:
-    columns = metric_columns(place.config) if place.config is not None else ["step"]
+def _check_metrics(copy: _Copy, data: bytes, where: str) -> str | None:
+    columns = metric_columns(copy.config) if copy.config is not None else ["step"]
     reason = _check_table(data, columns)
-    if reason or place.config is None:
+    if reason or copy.config is None:
         return reason
     rows = list(csv.reader(io.StringIO(data.decode())))
     if rows[0] != columns:
         return "its columns are not those of the run's settings"
     steps = [int(float(row[0] or "nan")) for row in rows[1:]]
-    reached = place.resume.step if place.resume is not None else 0
-    lost = sorted(logged_steps(place.config, reached) - set(steps))
+    reached = copy.resume.step if copy.resume is not None else 0
+    lost = sorted(logged_steps(copy.config, reached) - set(steps))
     if lost:
         return f"it has lost the row of step {lost[0]:,}"
     if steps != sorted(set(steps)):
         return "its rows are not in the order of steps"
-    is_altered = place.resume is not None and are_rows_altered(data, place.resume.member.get("rows"))
+    is_altered = copy.resume is not None and are_rows_altered(data, copy.resume.member.get("rows"))
     return "its rows are not those that were saved" if is_altered else None
 
 

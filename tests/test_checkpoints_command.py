@@ -348,3 +348,14 @@ def test_a_damaged_resume_file_is_not_pushed(s3, run, capsys):
     assert main(["checkpoints", "tiny", "push"]) == 1
     assert "last.ckpt is damaged" in capsys.readouterr().err
     assert s3.get("tiny/last.ckpt") == good
+
+
+def test_a_run_that_is_in_the_store_alone_is_verified_there(there_too, capsys):
+    copy = RunFolder(local_root() / "store" / "tiny")
+    shutil.rmtree(there_too.path)
+    words = ["checkpoints", "tiny", "verify", "--store", str(local_root() / "store")]
+    assert main(words) == 0
+    (copy.path / STEP).unlink()
+    assert main(words) == 1
+    assert f"{copy.path} lacks the checkpoint of step 10." in capsys.readouterr().out
+    assert not there_too.path.exists()

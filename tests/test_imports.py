@@ -47,6 +47,7 @@ LAYERS = (
         "metrics_file",
         "resume_file",
         "contents",
+        "claims",
         "mirror",
         "verification",
         "delivery",

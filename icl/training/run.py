@@ -97,6 +97,8 @@ def train(config: RunConfig, *, folder: str | Path | None = None, wandb_run: Any
     result = train_population([config], folders=None if folder is None else [folder], wandb_run=wandb_run)[0]
     if result.status.state == "failed":
         raise failure_of(result.status)
+    if result.incomplete is not None:
+        print(f"icl: {result.incomplete}", file=sys.stderr)
     return result
 
 

@@ -123,6 +123,11 @@ class Uploader:
         """Begin to look and send."""
         self._thread.start()
 
+    def abandon(self) -> None:
+        """Send nothing more, and do not wait for what is on its way; this process may live on and train again."""
+        self._is_given_up.set()
+        self._stop.set()
+
     def finish(self, *, idle_seconds: float | None = None, seconds: float = math.inf) -> None:
         """Send all that is left, with progress, until a signal comes or it takes too long.
 
@@ -216,7 +221,7 @@ class Uploader:
         try:
             if self._there is None:
                 self._there = set(self.mirror.there.keys())
-            mine = {*self.scheduled, *self._here.keys("checkpoints")}
+            mine = {*self.scheduled, *self._here.keys("checkpoints"), *self._best()}
             for name in [name for name in self._there if is_checkpoint(name) and name not in mine]:
                 self.mirror.there.delete(name)
                 self._there.remove(name)
@@ -224,6 +229,12 @@ class Uploader:
             self.reason = str(error)
             return False
         return True
+
+    def _best(self) -> list[str]:
+        """The names of the best checkpoint, which stays in the store if it is lost here."""
+        status = self.mirror.run.read_status()
+        step = status.best_step if status is not None else None
+        return [] if step is None else [f"{folder}/{checkpoint_name(step)}" for folder in CHECKPOINT_FOLDERS]
 
     def _take(self, name: str) -> _File | None:
         """A file as it is now, or None if it is gone."""
@@ -312,6 +323,7 @@ def _listening() -> Iterator[list[signal.Signals]]:
 def _finish_failed(uploader: Uploader, error: BaseException) -> None:
     """After a training that failed, send what there is; one that was interrupted twice does not wait for it."""
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        uploader.abandon()
         return
     is_gone = isinstance(error, UploadError)  # another run of this training has just waited for its store in vain
     try:

@@ -10,10 +10,11 @@ import pytest
 from tiny_runs import TINY, as_arguments, change
 
 from icl.checkpoints import checkpoint_name, list_steps, load_step
+from icl.claims import claim
 from icl.cli import main
 from icl.config import RunConfig
-from icl.mirror import claim, copied_names, open_mirror, push
-from icl.runs import RunError, RunFolder, local_root
+from icl.mirror import copied_names, open_mirror, push
+from icl.runs import RunError, RunFolder, Status, local_root
 from icl.storage import LocalStore, open_store
 from icl.training import saving, upload
 from icl.training.run import train
@@ -40,8 +41,9 @@ def stored(config: RunConfig, url: str) -> RunConfig:
 
 def lost_machine(url: str, config: RunConfig, tmp_path: Path) -> bytes:
     """Take a run's place in a store as a machine does that is lost right then; the id."""
-    claim(open_mirror(RunFolder(tmp_path / "lost" / "tiny"), url, "tiny"), config)
-    return open_store(f"{url}/tiny").read("run-id")
+    there = open_store(f"{url}/tiny")
+    claim(LocalStore(tmp_path / "lost" / "tiny"), there, config)
+    return there.read("run-id")
 
 
 def assert_copied(run: RunFolder, url: str) -> None:
@@ -125,7 +127,7 @@ def test_machines_that_take_one_place_at_once_agree_on_whose_it_is(url, tmp_path
 
     def take(number: int) -> bytes:
         run = RunFolder(tmp_path / str(number) / "tiny")
-        claim(open_mirror(run, url, "tiny"), config)
+        claim(LocalStore(run.path), open_store(f"{url}/tiny"), config)
         return (run.path / "run-id").read_bytes()
 
     with ThreadPoolExecutor(8) as pool:
@@ -212,3 +214,34 @@ def test_a_removed_folder_takes_nothing_away_from_the_store(s3, interrupted, mon
     assert main(["train", *as_arguments(interrupted)]) == 1
     assert not run.path.exists()
     assert before <= set(s3.names())
+
+
+def test_a_damaged_resume_file_in_the_store_is_told_with_what_to_do(
+    s3, interrupted, monkeypatch, tmp_path_factory, capsys
+):
+    s3.corrupt("tiny/last.ckpt", lambda data: data[:-9])
+    run = elsewhere(monkeypatch, tmp_path_factory)
+    capsys.readouterr()
+    assert main(["train", *as_arguments(interrupted)]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"icl: {s3.url}/tiny/last.ckpt is damaged")
+    assert f"delete last.ckpt, metrics.csv and status.json at {s3.url}/tiny" in said
+    assert not run.config_file.exists()
+    for name in ("last.ckpt", "metrics.csv", "status.json"):
+        open_store(f"{s3.url}/tiny").delete(name)
+    assert main(["train", *as_arguments(interrupted)]) == 0
+    assert list_steps(run.checkpoints) == [0, 5, 10, 15, 20]
+    assert_copied(run, s3.url)
+
+
+def test_a_folder_that_is_behind_a_damaged_copy_goes_on_by_itself(s3, interrupted, capsys):
+    s3.corrupt("tiny/last.ckpt", lambda data: data[:-9])
+    run = RunFolder(local_root() / "tiny")
+    shutil.copy(run.previous_file, run.resume_file)  # an earlier save
+    run.write_status(Status(state="preempted", step=1, max_steps=20))
+    capsys.readouterr()
+    assert main(["train", *as_arguments(interrupted)]) == 0
+    said = capsys.readouterr().err
+    assert f"{s3.url}/tiny/last.ckpt is damaged" in said
+    assert f"The run goes on from what is in {run.path}." in said
+    assert_copied(run, s3.url)

@@ -114,8 +114,8 @@ def test_sigterm_saves_exits_with_its_number_and_resumes_bit_identically(root, u
 @pytest.mark.parametrize(
     ("module", "pattern", "calls"),
     [
-        pytest.param("icl.training.saving", "last.ckpt", 50, id="resume file", marks=pytest.mark.slow),
-        pytest.param("icl.storage", "step-000000075", 1, id="checkpoint", marks=pytest.mark.slow),
+        pytest.param("icl.file_system", "last.ckpt", 50, id="resume file", marks=pytest.mark.slow),
+        pytest.param("icl.file_system", "step-000000075", 1, id="checkpoint", marks=pytest.mark.slow),
     ],
 )
 def test_a_kill_inside_a_save_loses_nothing(root, undisturbed, module, pattern, calls):
