@@ -214,7 +214,10 @@ def parse_config(data: bytes, place: str) -> RunConfig:
         raise ConfigError(f"The config.yaml of {place} cannot be used: {error}.") from None
     if not isinstance(tree, dict) or not tree:
         raise ConfigError(f"{place} is not a run: it has no readable config.yaml.")
-    return RunConfig.from_dict(tree)
+    try:
+        return RunConfig.from_dict(tree)
+    except ConfigError as error:
+        raise ConfigError(f"The config.yaml of {place} cannot be used: {error}") from None
 
 
 def _status_text(status: Status) -> bytes:
