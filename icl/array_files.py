@@ -40,15 +40,20 @@ def write_arrays(
     write_atomically(path, buffer.getvalue())
 
 
-def read_arrays(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
+def read_arrays(path: Path, *, needs_digest: bool = True) -> tuple[Any, dict[str, np.ndarray]]:
     """Return the description in a file, and its arrays by name.
+
+    Args:
+        path: The file.
+        needs_digest: Whether to refuse a file of 0.1.0, whose content only its reader can check.
 
     Raises:
         ContentError: If it cannot be read, is damaged, or claims more than it holds.
     """
     arrays = _read(path)
     text, digest = (str(arrays.pop(name)) if name in arrays else None for name in (_ABOUT, _DIGEST))
-    if text is None or (digest is not None and digest != _digest(text, arrays)):
+    is_checked = digest == _digest(text, arrays) if text is not None and digest is not None else not needs_digest
+    if text is None or not is_checked:
         raise ContentError("its content does not match its digest")
     return parse_json(text), arrays
 

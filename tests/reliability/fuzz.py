@@ -36,8 +36,6 @@ SECONDS = 10
 """Of computing, not of waiting: other programs may keep the processor busy."""
 MEMORY = 3 * 2**30
 MAX_SENTENCE = 2000
-SHARE_RENDERED = 0.2
-"""Share of the mutations after which figures are rendered; after the others they are built only, which takes a tenth of the time."""
 OUTCOMES = ("refused", "accepted", "uncaught")
 
 
@@ -55,7 +53,13 @@ class TooSlowError(BaseException):
 
 
 def fuzz(
-    folder: Path, count: int, *, seed: int = 0, only: str = "", tell: Callable[[Trial], None] = lambda _: None
+    folder: Path,
+    count: int,
+    *,
+    seed: int = 0,
+    only: str = "",
+    rendered: float = 0.2,
+    tell: Callable[[Trial], None] = lambda _: None,
 ) -> list[Trial]:
     """Try `count` mutations, spread evenly over the readers.
 
@@ -64,22 +68,24 @@ def fuzz(
         count: Mutations in all.
         seed: Of the damage.
         only: A word in the names of the readers to try; left out, all.
+        rendered: Share of the mutations after which figures are rendered; after the others they are built only, which takes a
+            tenth of the time.
         tell: Takes every trial as it is done.
     """
     pristine, work = folder / "pristine", folder / "work"
     os.environ |= {"LOCAL_ROOT": str(work / "runs"), "DEVICE": "cpu", "WANDB_MODE": "disabled"}
-    with _quiet():
+    with _quiet(), unrendered():
         readers.make_files(pristine)
     chosen = [reader for reader in readers.READERS if only in reader.name]
     trials = []
     for number in range(count):
         reader = chosen[number % len(chosen)]
-        trials.append(try_one(pristine, work, reader, seed * 1_000_003 + number))
+        trials.append(try_one(pristine, work, reader, seed * 1_000_003 + number, rendered))
         tell(trials[-1])
     return trials
 
 
-def try_one(pristine: Path, work: Path, reader: readers.Reader, seed: int) -> Trial:
+def try_one(pristine: Path, work: Path, reader: readers.Reader, seed: int, rendered: float) -> Trial:
     """Damage one file of a fresh copy, and let a reader of it have it."""
     draw = random.Random(seed)
     shutil.rmtree(work, ignore_errors=True)
@@ -87,7 +93,7 @@ def try_one(pristine: Path, work: Path, reader: readers.Reader, seed: int) -> Tr
     file = draw.choice(sorted(work.glob(reader.file)))
     file.write_bytes(damaged(reader.kind, file.read_bytes(), draw))
     use = draw.choice(reader.uses)
-    with contextlib.nullcontext() if draw.random() < SHARE_RENDERED else _unrendered():
+    with contextlib.nullcontext() if draw.random() < rendered else unrendered():
         outcome, detail = outcome_of(lambda: use(work, file))
     return Trial(reader.name, seed, outcome, detail)
 
@@ -137,7 +143,7 @@ def _quiet() -> Iterator[io.StringIO]:
         yield said
 
 
-def _unrendered() -> Any:
+def unrendered() -> Any:
     """Let every figure that is saved be one pixel."""
     pixel = io.BytesIO()
     Image.new("L", (1, 1)).save(pixel, "png")

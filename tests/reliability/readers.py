@@ -53,7 +53,7 @@ CONFIG = change(
     dataclasses.replace(TINY, sampler=_SAMPLER),
     trainer={"max_steps": 8, "log_every": 2},
     evaluation={"every": 4, "num_prompts": 8},
-    checkpoints={"every": 1, "num_log": 0, "moments": True},
+    checkpoints={"every": 1, "num_log": 0, "moments": True, "resume_seconds": 0.0},
 )
 SWEEP = """\
 method: grid
@@ -156,12 +156,21 @@ PUSH = _command("checkpoints", "RUN", "push", "--store", "STORE")
 EVALUATE = _command("evaluate", "RUN")
 PREDICT = _command("predict", "RUN", "--prompt", "FILE")
 STATUS = _command("sweep", "SWEEP", "--dry-run")
+TRAIN: Use = lambda base, file: train(CONFIG, folder=_run(base))  # noqa: E731
+TAKE_UP: Use = lambda base, file: take_up(open_mirror(RunFolder(_run(base)), str(base / "store"), "tiny"), CONFIG)  # noqa: E731
 _LOAD: Use = lambda base, file: load_model(file)  # noqa: E731
 _ESTIMATE: Use = lambda base, file: estimate_run(_run(base))  # noqa: E731
 
+
+def _resume_previous(base: Path, file: Path) -> int:
+    """Resume a run whose `last.ckpt` is lost."""
+    (_run(base) / "last.ckpt").unlink()
+    return read_resume_file(_member(base)) and 0
+
+
 READERS = (
-    Reader("config.yaml", "runs/tiny/config.yaml", "yaml", (REPORT, LIST, LLC)),
-    Reader("config.yaml in a store", "store/tiny/config.yaml", "yaml", (PULL, LIST)),
+    Reader("config.yaml", "runs/tiny/config.yaml", "yaml", (REPORT, LIST, LLC, VERIFY, TRAIN)),
+    Reader("config.yaml in a store", "store/tiny/config.yaml", "yaml", (PULL, LIST, VERIFY)),
     Reader(
         "status.json",
         "runs/tiny/status.json",
@@ -171,6 +180,8 @@ READERS = (
             _command("runs"),
             REPORT,
             PUSH,
+            VERIFY,
+            TRAIN,
             lambda b, f: is_delivered(RunFolder(_run(b)), _stored(b)),
         ),
     ),
@@ -178,7 +189,7 @@ READERS = (
         "status.json in a store",
         "store/tiny/status.json",
         "json",
-        (PULL, PUSH, lambda b, f: take_up(open_mirror(RunFolder(_run(b)), str(b / "store"), "tiny"), CONFIG)),
+        (PULL, PUSH, TAKE_UP),
     ),
     Reader(
         "metrics.csv",
@@ -186,12 +197,13 @@ READERS = (
         "csv",
         (
             REPORT,
+            VERIFY,
             lambda b, f: (draw_run(RunFolder(_run(b))), drawn_losses(RunFolder(_run(b)))),
             lambda b, f: MetricsFile(f, metric_columns(CONFIG)).begin([2, 4]),
             lambda b, f: replay(_WandbRun(), f, 8),
         ),
     ),
-    Reader("run-id", "*/tiny/run-id", "bytes", (PULL, PUSH)),
+    Reader("run-id", "*/tiny/run-id", "bytes", (PULL, PUSH, VERIFY, TAKE_UP)),
     Reader("wandb-id", "runs/tiny/wandb-id", "text", (lambda b, f: _run_id(RunFolder(_run(b))),)),
     Reader("run.log", "runs/tiny/run.log", "text", (REPORT,)),
     Reader(
@@ -200,7 +212,10 @@ READERS = (
         "json",
         (lambda b, f: is_delivered(RunFolder(_run(b)), _stored(b)),),
     ),
-    Reader("last.ckpt", "runs/tiny/last.ckpt", "bytes", (lambda b, f: read_resume_file(_member(b)),)),
+    Reader("last.ckpt", "runs/tiny/last.ckpt", "bytes", (lambda b, f: (read_resume_file(_member(b)),), VERIFY, TRAIN)),
+    Reader("previous.ckpt", "runs/tiny/previous.ckpt", "bytes", (_resume_previous, VERIFY)),
+    Reader("last.ckpt in a store", "store/tiny/last.ckpt", "bytes", (PULL, VERIFY)),
+    Reader("figures", "runs/tiny/figures/*.png", "bytes", (REPORT, VERIFY)),
     Reader(
         "checkpoints",
         "runs/tiny/checkpoints/step-*",
@@ -232,9 +247,9 @@ READERS = (
         "results/*.csv",
         "runs/tiny/results/*.csv",
         "csv",
-        (REPORT, _command("analyse", "RUN", "--what", "stages"), LLC, EVALUATE),
+        (REPORT, _command("analyse", "RUN", "--what", "stages"), LLC, EVALUATE, VERIFY),
     ),
-    Reader("results/llc/", "runs/tiny/results/llc/*/step-*", "npz", (_ESTIMATE, _ESTIMATE, LLC)),
+    Reader("results/llc/", "runs/tiny/results/llc/*/step-*", "npz", (_ESTIMATE, _ESTIMATE, LLC, VERIFY)),
     Reader("parts of the evaluation", "runs/tiny/results/evaluation/step-*", "npz", (EVALUATE,)),
     Reader(
         "parts of an analysis",

@@ -145,6 +145,7 @@ def test_a_damaged_part_counts_as_none(tmp_path):
     wrong = [replace("rows", value=value) for value in (3, {}, [3], [{"value": []}], None)]
     wrong += [replace("key", value=value) for value in (None, [], {"checkpoint_hash": []})]
     trials = dict(damages(data)) | {f"wrong {number}": saying(data, change) for number, change in enumerate(wrong)}
+    trials["of 0.1.0"] = saying(data, lambda about: None)
     for name, content in trials.items():
         file.write_bytes(content)
         assert read_part(tmp_path, 60, KEY) is None, name
