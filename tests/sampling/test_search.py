@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from icl.config import SamplerConfig
-from icl.sampling import estimate_llc, known
+from icl.sampling import Label, estimation, known
 from icl.sampling.curvature import largest_curvature
+from icl.sampling.estimation import Problem
 from icl.sampling.gradients import vmapped_gradient
+from icl.sampling.run import chain_settings
 from icl.sampling.search import (
     NBETAS,
     OF_LENGTH,
@@ -35,10 +37,10 @@ def quadratic(params, batch):
 
 
 def estimate(corners, *, loss=quadratic, start=START):
-    names = ("lr", "nbeta", "localization", "num_chains", "num_draws", "num_burnin_steps", "seed")
-    samplers = [corner.sampler(BASE) for corner in corners]
-    told = [{name: getattr(sampler, name) for name in names} for sampler in samplers]
-    return [[estimate_llc(loss, start, (None,), trivial_loss=5.0, **settings)] for settings in told]
+    """All corners of one call as one population, as `icl llc RUN --calibrate` does it."""
+    problem = Problem(loss=loss, batches=(None,), trivial_loss=5.0)
+    settings = [chain_settings(corner.sampler(BASE)) for corner in corners]
+    return estimation.estimate(problem, [start], settings, labels=[Label()])
 
 
 def test_the_largest_curvature_is_that_of_the_hessian():
