@@ -13,10 +13,10 @@ from typing import Any
 import lightning.pytorch as pl
 
 from benchmarks.turns import MIN_TURNS, Side, Turn, timed, wait_for
-from icl import population
 from icl.build import build_model
 from icl.config import RunConfig
 from icl.runs import RunError, RunFolder
+from icl.stacked import stack
 from icl.training.data import PromptDataModule
 from icl.training.members import Member
 from icl.training.module import PopulationModule
@@ -88,7 +88,7 @@ def measure_application(config: RunConfig, device: str, bare: Callable[[], objec
         # The bar is left out: it would write over the table.
         kept = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         trainer.callbacks += [*kept, interruptions]  # type: ignore[attr-defined]
-        module = PopulationModule(members, population.stack([dict(build_model(config).named_parameters())]))
+        module = PopulationModule(members, stack([dict(build_model(config).named_parameters())]))
         trainer.fit(module, PromptDataModule([config]))
     if not interruptions.is_done:
         cause = members[0].reason or "its steps were done, or a signal came"

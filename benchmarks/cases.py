@@ -10,12 +10,13 @@ from benchmarks.application import measure_application
 from benchmarks.peers import dmmse_by_prefix, matrix_products, plain_loop
 from benchmarks.sampling import devinterp_chains, has_devinterp, our_chains
 from benchmarks.turns import Side, Turn, take_turns
-from icl import population
 from icl.baselines import dmmse
 from icl.build import build_model
 from icl.evaluation import evaluate, evaluate_predictions, evaluation_set
+from icl.flat import layout_of
 from icl.presets import preset
-from icl.step import adam_state, make_step, shapes_of
+from icl.stacked import apply, stack
+from icl.step import adam_state, make_step
 from icl.tasks.priors import task_pool
 from icl.training.data import PromptStream
 
@@ -71,10 +72,10 @@ def sampling_cases(device: str) -> list[Case]:
 
 def training_step(num_members: int, device: str, *, compiled: bool = False) -> Side:
     """One step of a population at each call, on prompts made as in training; a turn is one block of them."""
-    members = population.stack([dict(build_model(CONFIG).named_parameters()) for _ in range(num_members)])
+    members = stack([dict(build_model(CONFIG).named_parameters()) for _ in range(num_members)])
     params = {name: tensor.to(device) for name, tensor in members.items()}
     settings = {"compiled": compiled, "packed": num_members > 1}
-    step, state = make_step(CONFIG.model, CONFIG.optim, shapes_of(params), **settings), adam_state(params)
+    step, state = make_step(CONFIG.model, CONFIG.optim, layout_of(params), **settings), adam_state(params)
     rates = torch.full((num_members,), 1e-3, device=device)
     stream = PromptStream([CONFIG] * num_members, lambda: 0, device=device)
     prompts = iter(stream)
@@ -89,8 +90,8 @@ def training_step(num_members: int, device: str, *, compiled: bool = False) -> S
 def evaluation_sides(num_checkpoints: int, device: str) -> tuple[Side, Side]:
     """All numbers of some checkpoints on the training tasks and on new ones: a plain loop over checkpoints, and at once."""
     model, num_prompts = build_model(CONFIG).to(device), CONFIG.evaluation.num_prompts
-    together = population.stack([{name: p.detach() for name, p in model.named_parameters()}] * num_checkpoints)
-    predict = partial(population.apply, model)
+    together = stack([{name: p.detach() for name, p in model.named_parameters()}] * num_checkpoints)
+    predict = partial(apply, CONFIG.model)
     sets = [evaluation_set(CONFIG, name, num_prompts=num_prompts, device=device) for name in ("pretrain", "true")]
 
     def loop() -> None:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.peers import PlainTransformer
-from icl import population
 from icl.build import build_model
 from icl.config import RunConfig, SamplerConfig
+from icl.flat import make_layout
 from icl.sampling.chains import run_chains
-from icl.sampling.packing import make_packing
 from icl.sampling.prompt_loss import prompt_loss
 from icl.sampling.settings import SamplerSettings
+from icl.stacked import stack
 from icl.tasks.prompts import sample_prompts
 
 NUM_CHAINS, BATCH_SIZE = 8, 256
@@ -80,14 +80,14 @@ def our_chains(
     sampler = SamplerConfig(batch_size=BATCH_SIZE, **_KERNEL, **sizes)
     loss = prompt_loss(config, sampler, device=device, num_moves=2**40 if compiled else 0)
     one = {name: parameter.detach().to(device) for name, parameter in build_model(config).named_parameters()}
-    checkpoints, settings = population.stack([one] * num_checkpoints), SamplerSettings(seed=0, **_KERNEL, **sizes)
+    checkpoints, settings = stack([one] * num_checkpoints), SamplerSettings(seed=0, **_KERNEL, **sizes)
     return lambda: run_chains(
         loss.gradient,
         loss.own_losses,
         checkpoints,
         loss.batches,
         settings,
-        packing=make_packing(one),
+        layout=make_layout(one),
         keys=[str(number) for number in range(num_checkpoints)],
         chunk_size=num_checkpoints * NUM_CHAINS,
     )

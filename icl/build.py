@@ -29,7 +29,7 @@ def build_model(config: RunConfig) -> Transformer:
 
 
 def build_architecture(config: RunConfig) -> Transformer:
-    """The run's model with unset weights, for `population.apply` or for loading into."""
+    """Return the model of a run with unset weights, for loading into."""
     return Transformer(config.model, task_size=config.task.task_size, max_examples=config.task.max_examples)
 
 

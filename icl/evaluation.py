@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl import baselines, metrics, population
+from icl import baselines, metrics
 from icl.config import RunConfig
 from icl.cores import side_by_side
-from icl.population import Params
+from icl.stacked import Params, size
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, require_prompt_memory, sample_prompts
 from icl.tasks.shifts import SHIFTS, sample_shifted_prompts
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Predict: TypeAlias = Callable[[Params, Tensor, Tensor], Tensor]
-"""Stacked parameters, xs and ys to predictions (N, B, K), as `population.apply` with its model filled in."""
+"""Function of stacked parameters, xs and ys that returns predictions (N, B, K), as `stacked.apply` with its model filled in."""
 
 VERSION = 1
 """Of the numbers' definitions: numbers kept under an older one are made anew."""
@@ -77,11 +77,11 @@ def predict_prompts(predict: Predict, params: Params, prompts: Prompts) -> Float
     On a CPU each batch is one member's, for all together overflow its caches, and has one core to itself: a member's
     numbers are what they are alone, however many cores there are.
     """
-    num_members = population.size(params) if params else 1
+    num_members = size(params) if params else 1
     if prompts.xs.device.type != "cpu":
-        size = max(32, _PROMPTS_AT_ONCE_ELSEWHERE // num_members)
+        at_once = max(32, _PROMPTS_AT_ONCE_ELSEWHERE // num_members)
         with torch.no_grad():
-            return torch.cat([_predict(predict, params, *batch) for batch in _batches(prompts, size)], dim=1)
+            return torch.cat([_predict(predict, params, *batch) for batch in _batches(prompts, at_once)], dim=1)
     calls = [
         (predict, {name: tensor[i : i + 1] for name, tensor in params.items()}, *batch)
         for i in range(num_members)

@@ -17,7 +17,6 @@ from typing import Any
 import pandas as pd
 import torch
 
-from icl import population
 from icl.analysis.run import Measurement, Members, over_checkpoints, torch_device
 from icl.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.checks import ConfigError, whole
@@ -25,6 +24,7 @@ from icl.compiling import keep_freed_memory
 from icl.config import RunConfig, SeedsConfig, TaskConfig
 from icl.evaluation import VERSION, EvaluationSet, evaluate, evaluate_baselines, evaluation_set
 from icl.runs import RunFolder
+from icl.stacked import apply
 from icl.storage import plain_rows, table_format, write_atomically
 from icl.tasks.shifts import SHIFTS, available_shifts, require_shift
 
@@ -79,7 +79,7 @@ class RunEvaluator:
         sets += [self._set_of(config, name, asked.num_ood_prompts) for name in asked.distributions]
 
         def measure(members: Members) -> list[Measurement]:
-            predict = partial(population.apply, members.model)
+            predict = partial(apply, members.config.model)
             return [Measurement(rows) for rows in evaluate(predict, members.params, sets)]
 
         parts, _ = over_checkpoints("evaluation", Path(path), asked, measure, version=VERSION, bar=self.bar)

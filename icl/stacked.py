@@ -1,15 +1,22 @@
-"""The same model for many parameter sets at once: `icl.transformer`'s maths, laid out for speed.
+"""Populations: one architecture with many parameter sets, stacked on a leading axis N and applied at once.
 
-`icl.transformer` is the definition; this is a second realisation of it, held to the same numbers by tests, on stacked
-parameters with a leading axis N. Six things make it fast. Every linear map of all members is one batched matrix
-product over all tokens of the batch (one member alone has PyTorch's own fused operations, a tenth faster where they are
-not compiled). Where it is compiled, the first queries, keys and values are mapped from the tokens' D + 1 coordinates instead
-of the C that they are embedded in (`_heads_of_tokens`). After the last attention only x-tokens are computed, as only they predict.
-Attention has a kernel of its own on CPUs (`icl.tiny_attention`); for PyTorch's small products prompts are filled up to the even
-length T = 2K, for which they run about a quarter faster. And there is no mapping by `torch.func.vmap` and no
-Python state, so that `torch.compile` sees one plain function.
+The seeds of a sweep, the values of M in a ladder, the chains of an LLC estimate and the checkpoints of a run are all
+populations. This is the one place that stacks, unstacks and applies them. Parameters are a dict of tensors under the names of
+the module's own state dict. A single run is a population of one.
+
+`icl.transformer` is the definition of the model. `apply` computes the same function, and tests hold it to the same numbers. Six
+things make it fast:
+
+- Each linear map of all members is one batched matrix product. A single member uses PyTorch's fused operations.
+- When compiled, the first queries, keys and values are computed from the tokens' D + 1 coordinates, not from the C
+  channels that they are embedded in (`_heads_of_tokens`).
+- After the last attention we compute x-tokens only, since only they predict.
+- Attention has its own kernel on CPUs (`icl.tiny_attention`).
+- Without that kernel we pad prompts to the even length T = 2K, because PyTorch's small products then run a quarter faster.
+- There is no `torch.func.vmap` and no Python state, so `torch.compile` sees one plain function.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -26,21 +33,46 @@ Params: TypeAlias = dict[str, Tensor]
 """Parameters by name; stacked ones have a leading axis N."""
 
 _NORM_EPS = 1e-5
-"""Of layer norms, PyTorch's default."""
-_WIDE = 16
-"""Inputs from which on a lone member takes F.linear; of a narrower one's weight CPUs take six times as long a gradient."""
+"""Epsilon of layer norms; PyTorch's default."""
+_MIN_FUSED_WIDTH = 16
+"""Minimum input width at which a single member uses F.linear; below it, the weight gradient is 6x slower on CPU."""
 
 
-def predict(
+def stack(members: Sequence[Mapping[str, Tensor]]) -> Params:
+    """Stack parameter sets on a new leading axis.
+
+    Raises:
+        ValueError: If there are none, or their names or shapes differ.
+    """
+    if not members:
+        raise ValueError("A population needs at least one member.")
+    shapes = [{name: tuple(tensor.shape) for name, tensor in member.items()} for member in members]
+    for number, other in enumerate(shapes):
+        if other != shapes[0]:
+            raise ValueError(f"Member {number} has another architecture than member 0; a population shares one.")
+    return {name: torch.stack([member[name] for member in members]) for name in members[0]}
+
+
+def unstack(params: Mapping[str, Tensor]) -> list[Params]:
+    """The members of a population, as views."""
+    return [{name: tensor[i] for name, tensor in params.items()} for i in range(size(params))]
+
+
+def size(params: Mapping[str, Tensor]) -> int:
+    """The number of members N."""
+    return len(next(iter(params.values())))
+
+
+def apply(
     config: ModelConfig, params: Params, xs: Float[Tensor, "*N B K D"], ys: Float[Tensor, "*N B K"]
 ) -> Float[Tensor, "N B K"]:
-    """The predictions of every member, each on prompts of its own or all on the same.
+    """Predict every target of every member's prompts.
 
     Args:
         config: The architecture.
-        params: Stacked parameters under the names of `icl.transformer`.
+        params: Stacked parameters under the names of `icl.transformer`; predictions have their dtype.
         xs: Inputs (N, B, K, D), or (B, K, D) shared by all members.
-        ys: Targets likewise.
+        ys: Targets (N, B, K), or (B, K) shared by all members.
     """
     tokens = to_tokens(xs, ys)  # N B 2K-1 D+1
     if not has_kernel_for(params["position_embedding"]):
@@ -51,13 +83,13 @@ def predict(
 def token_outputs(
     config: ModelConfig, params: Params, xs: Float[Tensor, "*N B K D"], ys: Float[Tensor, "*N B K"]
 ) -> Float[Tensor, "N B T O"]:
-    """The whole output at every token of x1, y1, ..., xK, yK, of which training looks at coordinate 0 of x-tokens only.
+    """Return the whole output at every token of x1, y1, ..., xK, yK; training uses coordinate 0 at x-tokens only.
 
     Args:
         config: The architecture; the output has D + 1 coordinates, or one if `config.output` is `scalar`.
         params: Stacked parameters under the names of `icl.transformer`.
         xs: Inputs (N, B, K, D), or (B, K, D) shared by all members.
-        ys: Targets likewise.
+        ys: Targets (N, B, K), or (B, K) shared by all members.
     """
     last = F.pad(ys[..., -1:, None], (0, xs.shape[-1]))  # N B 1 D+1
     return _outputs(config, params, torch.cat([to_tokens(xs, ys), last], dim=-2), last_stride=1)
@@ -180,7 +212,7 @@ def _affine(
     x: Float[Tensor, "N B T I"], weight: Float[Tensor, "N O I"], bias: Float[Tensor, "N O"] | None
 ) -> Float[Tensor, "N B T O"]:
     """Each member's linear map, as one batched matrix product over all its tokens."""
-    if len(weight) == 1 and weight.shape[2] >= _WIDE:
+    if len(weight) == 1 and weight.shape[2] >= _MIN_FUSED_WIDTH:
         return F.linear(x, weight[0], None if bias is None else bias[0])
     rows = x.flatten(1, 2)  # N BT I
     product = rows @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)  # N BT O

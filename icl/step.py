@@ -18,17 +18,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from icl import stacked
 from icl.compiling import grad_and_aux, keep_freed_memory, one_graph
 from icl.config import ModelConfig, OptimConfig
 from icl.cores import WITHOUT_LOCK, side_by_side
-from icl.population import Params, size
-
-Shapes: TypeAlias = dict[str, torch.Size]
-"""Of one member's parameters, by name, in the order in which they lie in a row."""
-
-_ALIGNMENT = 16
-"""Rows are filled up with zeros to this multiple of numbers (64 bytes), so that products round alike in every row."""
+from icl.flat import Layout, layout_of
+from icl.stacked import apply
 
 _STABILISER = 1e-6  # clip_grad_norm_'s
 
@@ -60,28 +54,9 @@ xs (N, B, K, D) and ys (N, B, K) are each member's prompts, rates (N,) their lea
 """
 
 
-def shapes_of(params: Mapping[str, Tensor]) -> Shapes:
-    """The shapes of one member of stacked parameters."""
-    return {name: tensor.shape[1:] for name, tensor in params.items()}
-
-
-def to_rows(params: Mapping[str, Tensor]) -> Float[Tensor, "N P"]:
-    """Stacked parameters as one row per member; always a copy."""
-    parts = [tensor.detach().flatten(1) for tensor in params.values()]
-    filling = -sum(part.shape[1] for part in parts) % _ALIGNMENT
-    return torch.cat([*parts, parts[0].new_zeros(size(params), filling)], dim=1)
-
-
-def from_rows(rows: Float[Tensor, "N P"], shapes: Shapes) -> Params:
-    """The stacked parameters that `to_rows` laid out, as views."""
-    sizes = [shape.numel() for shape in shapes.values()]
-    parts = rows.split([*sizes, rows.shape[1] - sum(sizes)], dim=1)[:-1]
-    return {name: part.unflatten(1, shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
-
-
 def adam_state(params: Mapping[str, Tensor]) -> AdamState:
     """The state before the first step; the parameters are copied."""
-    rows = to_rows(params)
+    rows = layout_of(params).to_rows(params)
     count = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     return AdamState(rows, torch.zeros_like(rows), torch.zeros_like(rows), count)
 
@@ -89,7 +64,7 @@ def adam_state(params: Mapping[str, Tensor]) -> AdamState:
 def make_step(
     model: ModelConfig,
     optim: OptimConfig,
-    shapes: Shapes,
+    layout: Layout,
     *,
     compiled: bool = False,
     packed: bool = False,
@@ -105,7 +80,7 @@ def make_step(
     Args:
         model: The architecture.
         optim: Adam's decays and stabiliser, and the largest gradient norm; its rate is not used.
-        shapes: Of one member's parameters.
+        layout: How a member's parameters lie in its row.
         compiled: Whether `torch.compile` makes one graph of it, at the first call (10 to 30 seconds); where it cannot,
             a warning says so and the step stays eager.
         packed: Whether the population began with several members; it steps alike when one of them is left.
@@ -113,7 +88,7 @@ def make_step(
     """
 
     def together(state: AdamState, xs: Tensor, ys: Tensor, rates: Tensor) -> StepInfo:
-        losses, grads = losses_and_grads(model, shapes, state.rows, xs, ys)
+        losses, grads = losses_and_grads(model, layout, state.rows, xs, ys)
         if reduce is not None:
             reduce(losses)
             reduce(grads)
@@ -142,7 +117,7 @@ def _in_turns(move: Step) -> Callable[[Sequence[tuple[Any, ...]]], list[StepInfo
 
 def losses_and_grads(
     model: ModelConfig,
-    shapes: Shapes,
+    layout: Layout,
     rows: Float[Tensor, "N P"],
     xs: Float[Tensor, "*N B K D"],
     ys: Float[Tensor, "*N B K"],
@@ -150,7 +125,7 @@ def losses_and_grads(
     """Each member's mean squared error per target, and its gradient."""
 
     def total(rows: Tensor) -> tuple[Tensor, Tensor]:
-        losses = (stacked.predict(model, from_rows(rows, shapes), xs, ys) - ys).square().mean(dim=(1, 2))  # N
+        losses = (apply(model, layout.to_params(rows), xs, ys) - ys).square().mean(dim=(1, 2))  # N
         return losses.sum(), losses  # the sum's gradient is each member's own
 
     grads, losses = grad_and_aux(total, rows)

@@ -9,8 +9,8 @@ from tiny_runs import TINY, change
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from icl import baselines, population
-from icl.build import build_architecture, build_evaluation_sets, build_model, choose_device
+from icl import baselines
+from icl.build import build_evaluation_sets, build_model, choose_device
 from icl.checks import ConfigError
 from icl.evaluation import (
     evaluate,
@@ -21,13 +21,14 @@ from icl.evaluation import (
     predict_prompts,
     summarise,
 )
+from icl.stacked import Params, apply, stack
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts
 
-PREDICT = partial(population.apply, build_architecture(TINY))
+PREDICT = partial(apply, TINY.model)
 
 
-def members(num: int) -> list[population.Params]:
+def members(num: int) -> list[Params]:
     return [
         {name: p.detach() for name, p in build_model(change(TINY, seeds={"model": seed})).named_parameters()}
         for seed in range(num)
@@ -46,7 +47,7 @@ def lookup(rows: list[dict], distribution: str, quantity: str, position: str) ->
 
 def test_every_number_is_the_mean_over_prompts_with_its_standard_error():
     sets = build_evaluation_sets(TINY, num_prompts=50)
-    rows = evaluate(PREDICT, population.stack(members(1)), sets)[0]
+    rows = evaluate(PREDICT, stack(members(1)), sets)[0]
     for name in ("pretrain", "true"):
         xs, ys, _ = sample_prompts(TINY, stream=name, step=0, batch_size=50)
         predictions = build_model(TINY)(xs, ys).detach()
@@ -79,8 +80,8 @@ def test_icl_scores_are_differences_of_losses_and_negative_when_examples_help():
 
 def test_a_population_is_evaluated_as_its_members_are():
     sets = build_evaluation_sets(TINY, num_prompts=300, shifts=("input_scale_3",))
-    together = evaluate(PREDICT, population.stack(members(3)), sets)
-    assert together == [evaluate(PREDICT, population.stack([member]), sets)[0] for member in members(3)]
+    together = evaluate(PREDICT, stack(members(3)), sets)
+    assert together == [evaluate(PREDICT, stack([member]), sets)[0] for member in members(3)]
 
 
 @pytest.mark.parametrize("own_prompts", [False, True])
@@ -90,13 +91,13 @@ def test_predictions_are_the_models_whatever_the_batches_and_the_cores(own_promp
     if own_prompts:
         prompts = Prompts(*(torch.stack([part, part.flip(0), part]) for part in prompts))
         expected[1] = expected[1].flip(0)
-    predictions = predict_prompts(PREDICT, population.stack(members(3)), prompts)
+    predictions = predict_prompts(PREDICT, stack(members(3)), prompts)
     torch.testing.assert_close(predictions, expected)
     assert not predictions.requires_grad
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert torch.equal(predict_prompts(PREDICT, population.stack(members(3)), prompts), predictions)
+        assert torch.equal(predict_prompts(PREDICT, stack(members(3)), prompts), predictions)
     finally:
         torch.set_num_threads(num_threads)
 
@@ -109,7 +110,7 @@ def test_the_zero_predictors_loss_is_d_plus_sigma2_within_its_error():
 
 def test_training_sees_a_few_numbers_per_member():
     sets = [build_evaluation_sets(TINY, num_prompts=20)] * 2
-    first, second = summarise(PREDICT, population.stack(members(2)), sets)
+    first, second = summarise(PREDICT, stack(members(2)), sets)
     assert set(first) == {
         f"eval/{name}/{quantity}"
         for name in ("pretrain", "true")
@@ -122,9 +123,9 @@ def test_members_of_different_tasks_are_summed_up_as_each_alone():
     """One of 16 tasks and one of infinitely many, which has no dMMSE."""
     configs = TINY, change(TINY, task={"num_tasks": float("inf")})
     sets = [build_evaluation_sets(config, num_prompts=20) for config in configs]
-    together = summarise(PREDICT, population.stack(members(2)), sets)
+    together = summarise(PREDICT, stack(members(2)), sets)
     for member, own, found in zip(members(2), sets, together, strict=True):
-        assert found == summarise(PREDICT, population.stack([member]), [own])[0]
+        assert found == summarise(PREDICT, stack([member]), [own])[0]
     assert [f"eval/{name}/delta_dmmse" in one for name in ("pretrain", "true") for one in together] == [True, False] * 2
 
 
@@ -142,8 +143,8 @@ def test_no_number_is_waited_for_by_itself():
     with Scalars() as scalars:
         float(sets[0].prompts.ys.sum())
         assert scalars.asked == 1
-        evaluate(PREDICT, population.stack(members(3)), sets)
-        summarise(PREDICT, population.stack(members(2)), [sets, sets])
+        evaluate(PREDICT, stack(members(3)), sets)
+        summarise(PREDICT, stack(members(2)), [sets, sets])
     assert scalars.asked == 1
 
 
@@ -160,7 +161,7 @@ def test_without_noise_ridge_is_its_limit():
 
 def test_the_table_has_a_row_per_position_and_the_mean():
     one = evaluation_set(TINY, "pretrain", num_prompts=20)
-    table = losses_by_position(PREDICT, population.stack(members(1)), one)
+    table = losses_by_position(PREDICT, stack(members(1)), one)
     assert list(table.index) == ["1", "2", "3", "4", "mean"]
     assert list(table.columns) == ["model", "ridge", "dmmse", "ols", "zero"]
     assert table.loc["mean", "zero"] == pytest.approx(one.prompts.ys.square().mean().item(), rel=1e-5)

@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 
-from icl import population
 from icl.config import ModelConfig
+from icl.stacked import apply, size, stack, unstack
 from icl.transformer import Transformer, initialise
 
 D, K, B = 3, 4, 5
@@ -44,7 +44,7 @@ def make_prompts(*leading, dtype=torch.float64):
 
 
 def stacked(members):
-    return population.stack([dict(member.named_parameters()) for member in members])
+    return stack([dict(member.named_parameters()) for member in members])
 
 
 def detached(members):
@@ -56,7 +56,7 @@ def detached(members):
 
 def test_unstack_gives_back_what_was_stacked():
     members = [dict(member.named_parameters()) for member in make_members(3)]
-    for member, back in zip(members, population.unstack(population.stack(members)), strict=True):
+    for member, back in zip(members, unstack(stack(members)), strict=True):
         assert list(back) == list(member)
         assert all(torch.equal(back[name], member[name]) for name in member)
 
@@ -68,12 +68,12 @@ def test_stacking_adds_a_leading_axis():
 
 
 def test_size_is_the_number_of_members():
-    assert population.size(stacked(make_members(3))) == 3
+    assert size(stacked(make_members(3))) == 3
 
 
 def test_population_of_nobody_is_refused():
     with pytest.raises(ValueError, match="at least one member"):
-        population.stack([])
+        stack([])
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def predictions_and_gradients(num, shared, options, dtype):
     """Of the population, and of its members as plain modules on the same prompts."""
     members, params = make_members(num, dtype, **options), detached(make_members(num, dtype, **options))
     xs, ys = make_prompts(*(() if shared else (num,)), dtype=dtype)
-    together = population.apply(make_members(1, dtype, **options)[0], params, xs, ys)
+    together = apply(make_members(1, dtype, **options)[0].config, params, xs, ys)
     (together - ys).square().sum().backward()
     alone = []
     for i, member in enumerate(members):
@@ -106,7 +106,7 @@ def predictions_and_gradients(num, shared, options, dtype):
 
 
 def stacked_gradients(members):
-    return population.stack([{name: p.grad for name, p in member.named_parameters()} for member in members])
+    return stack([{name: p.grad for name, p in member.named_parameters()} for member in members])
 
 
 def largest_relative_difference(ours, expected):
@@ -139,20 +139,20 @@ def test_gradients_of_the_members_are_those_of_the_plain_modules(num, shared, op
 def test_apply_ignores_the_parameters_of_the_module_itself(num):
     params, (xs, ys) = stacked(make_members(num)), make_prompts()
     first, *_, last = make_members(9)
-    assert torch.equal(population.apply(first, params, xs, ys), population.apply(last, params, xs, ys))
+    assert torch.equal(apply(first.config, params, xs, ys), apply(last.config, params, xs, ys))
 
 
 @pytest.mark.parametrize("num", [1, 3])
 @pytest.mark.parametrize("leading", [(), ("num",)], ids=["shared", "own"])
 def test_predictions_have_a_leading_axis_of_members(leading, num):
     xs, ys = make_prompts(*(num for _ in leading))
-    assert population.apply(make_members(1)[0], stacked(make_members(num)), xs, ys).shape == (num, B, K)
+    assert apply(make_members(1)[0].config, stacked(make_members(num)), xs, ys).shape == (num, B, K)
 
 
 def test_members_do_not_mix():
     members = make_members(3)
     params, (xs, ys) = detached(members), make_prompts()
-    population.apply(members[0], params, xs, ys)[1].sum().backward()
+    apply(members[0].config, params, xs, ys)[1].sum().backward()
     assert all((tensor.grad[[0, 2]] == 0).all() for tensor in params.values())
 
 

@@ -16,9 +16,9 @@ from icl.build import build_architecture, build_evaluation_sets
 from icl.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.cli import main
 from icl.evaluation import evaluate, evaluate_baselines
-from icl.population import apply, stack
 from icl.run_evaluation import RunEvaluator, evaluate_run
 from icl.runs import RunFolder
+from icl.stacked import apply, stack
 from icl.training.run import train
 
 QUICK = change(TINY, trainer={"max_steps": 20, "log_every": 10}, checkpoints={"every": 10, "num_log": 0})
@@ -74,7 +74,9 @@ def test_all_steps_of_a_run_are_evaluated_on_the_same_prompts(runs):
         checkpoint = load_checkpoint_file(file)
         model = build_architecture(checkpoint.config)
         own = numbers[numbers["step"] == checkpoint.step].drop(columns=["step", "checkpoint_hash"])
-        expected = evaluate(lambda params, xs, ys, m=model: apply(m, params, xs, ys), stack([checkpoint.params]), sets)
+        expected = evaluate(
+            lambda params, xs, ys, m=model: apply(m.config, params, xs, ys), stack([checkpoint.params]), sets
+        )
         assert own.to_dict("records") == expected[0]
         alone, _ = evaluate_run(file, num_prompts=16, shifts=["task_scale_3"])
         assert alone.drop(columns=["step", "checkpoint_hash"]).to_dict("records") == expected[0]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from icl import population, stacked
+from icl import stacked
 from icl.config import ModelConfig
 from icl.transformer import Transformer, initialise
 
@@ -42,7 +42,7 @@ def make_prompts(*leading, dtype=torch.float64, num_examples=K):
 
 
 def stack(members):
-    return population.stack([dict(member.named_parameters()) for member in members])
+    return stacked.stack([dict(member.named_parameters()) for member in members])
 
 
 def leaves(members):
@@ -62,7 +62,7 @@ def test_predictions_and_gradients_are_the_definitions(num, options, dtype, tole
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     members, params = make_members(num, dtype, **options), leaves(make_members(num, dtype, **options))
     xs, ys = make_prompts(num, dtype=dtype)
-    together = stacked.predict(make_config(**options), params, xs, ys)
+    together = stacked.apply(make_config(**options), params, xs, ys)
     (together - ys).square().sum().backward()
     alone = torch.stack([member(xs[i], ys[i]) for i, member in enumerate(members)])
     (alone - ys).square().sum().backward()
@@ -76,22 +76,20 @@ def test_predictions_and_gradients_are_the_definitions(num, options, dtype, tole
 def test_prompts_may_be_shared_and_shorter(num_examples):
     members = make_members()
     xs, ys = make_prompts(num_examples=num_examples)
-    together = stacked.predict(make_config(), stack(members), xs, ys)
+    together = stacked.apply(make_config(), stack(members), xs, ys)
     assert largest_relative_difference(together, torch.stack([member(xs, ys) for member in members])) < 1e-12
 
 
 def test_prompts_are_read_in_the_precision_of_the_weights():
     xs, ys = make_prompts(dtype=torch.float64)
-    assert stacked.predict(make_config(), stack(make_members(dtype=torch.float32)), xs, ys).dtype == torch.float32
+    assert stacked.apply(make_config(), stack(make_members(dtype=torch.float32)), xs, ys).dtype == torch.float32
 
 
 def test_the_last_target_is_seen_by_no_prediction():
     xs, ys = make_prompts()
     params = stack(make_members())
     changed = torch.cat([ys[:, :-1], torch.full_like(ys[:, -1:], torch.nan)], dim=1)
-    assert torch.equal(
-        stacked.predict(make_config(), params, xs, ys), stacked.predict(make_config(), params, xs, changed)
-    )
+    assert torch.equal(stacked.apply(make_config(), params, xs, ys), stacked.apply(make_config(), params, xs, changed))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -113,7 +111,7 @@ def test_outputs_of_all_tokens_are_the_definitions(options):
 def test_members_do_not_mix():
     params, (xs, ys) = leaves(make_members()), make_prompts(N)
     xs[0] = torch.nan
-    predictions = stacked.predict(make_config(), params, xs, ys)
+    predictions = stacked.apply(make_config(), params, xs, ys)
     predictions[1].sum().backward()
     assert predictions[0].isnan().all()
     assert all((tensor.grad[2] == 0).all() for tensor in params.values())

@@ -8,19 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from icl import population
 from icl.build import build_architecture
 from icl.compiling import compiling_pays
 from icl.config import ModelConfig, OptimConfig
+from icl.flat import layout_of
 from icl.presets import preset
+from icl.stacked import stack
 from icl.step import (
     AdamState,
     adam_state,
-    from_rows,
     losses_and_grads,
     make_step,
-    shapes_of,
-    to_rows,
 )
 from icl.transformer import Transformer, initialise
 
@@ -37,7 +35,7 @@ def make_members(num=N, dtype=torch.float64):
 
 
 def make_params(num=N, dtype=torch.float64):
-    return population.stack([{n: p.detach() for n, p in m.named_parameters()} for m in make_members(num, dtype)])
+    return stack([{n: p.detach() for n, p in m.named_parameters()} for m in make_members(num, dtype)])
 
 
 def make_prompts(step, num=N, dtype=torch.float64):
@@ -49,7 +47,7 @@ def make_prompts(step, num=N, dtype=torch.float64):
 def train(num_steps, optim, *, num=N, dtype=torch.float64, state=None, first=0, **how):
     """The state after some steps, and what each step told."""
     params = make_params(num, dtype)
-    step = make_step(CONFIG, optim, shapes_of(params), **how)
+    step = make_step(CONFIG, optim, layout_of(params), **how)
     state = adam_state(params) if state is None else state
     rates = torch.tensor(RATES[:num], dtype=dtype)
     return state, [step(state, *make_prompts(s, num, dtype), rates) for s in range(first, first + num_steps)]
@@ -76,16 +74,17 @@ def train_alone(number, num_steps, optim, dtype=torch.float64):
 
 def test_rows_give_back_what_was_laid_out_and_begin_at_full_cache_lines():
     params = make_params()
-    rows = to_rows(params)
-    back = from_rows(rows, shapes_of(params))
+    rows = layout_of(params).to_rows(params)
+    back = layout_of(params).to_params(rows)
     assert list(back) == list(params)
     assert all(torch.equal(back[name], params[name]) for name in params)
     assert rows.shape[1] % 16 == 0
 
 
 def test_rows_read_back_are_views():
-    rows = to_rows(make_params())
-    from_rows(rows, shapes_of(make_params()))["unembedding.bias"].fill_(7.0)
+    layout = layout_of(make_params())
+    rows = layout.to_rows(make_params())
+    layout.to_params(rows)["unembedding.bias"].fill_(7.0)
     assert (rows == 7.0).sum() == N * (D + 1)
 
 
@@ -94,19 +93,21 @@ def test_rows_read_back_are_views():
 
 def test_losses_and_gradients_are_the_members_own():
     params, (xs, ys) = make_params(), make_prompts(0)
-    losses, grads = losses_and_grads(CONFIG, shapes_of(params), to_rows(params), xs, ys)
+    losses, grads = losses_and_grads(CONFIG, layout_of(params), layout_of(params).to_rows(params), xs, ys)
     for i, member in enumerate(make_members()):
         loss = (member(xs[i], ys[i]) - ys[i]).square().mean()
         loss.backward()
         torch.testing.assert_close(losses[i], loss.detach(), rtol=1e-12, atol=0)
         for name, parameter in member.named_parameters():
-            torch.testing.assert_close(from_rows(grads, shapes_of(params))[name][i], parameter.grad, rtol=0, atol=1e-13)
+            torch.testing.assert_close(layout_of(params).to_params(grads)[name][i], parameter.grad, rtol=0, atol=1e-13)
 
 
 def test_losses_and_gradients_of_shared_prompts():
     params, (xs, ys) = make_params(), make_prompts(0, 1)
-    shared = losses_and_grads(CONFIG, shapes_of(params), to_rows(params), xs[0], ys[0])
-    own = losses_and_grads(CONFIG, shapes_of(params), to_rows(params), xs.expand(N, -1, -1, -1), ys.expand(N, -1, -1))
+    shared = losses_and_grads(CONFIG, layout_of(params), layout_of(params).to_rows(params), xs[0], ys[0])
+    own = losses_and_grads(
+        CONFIG, layout_of(params), layout_of(params).to_rows(params), xs.expand(N, -1, -1, -1), ys.expand(N, -1, -1)
+    )
     for ours, expected in zip(shared, own, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
 
@@ -126,7 +127,7 @@ def test_losses_and_gradients_of_shared_prompts():
 def test_several_steps_are_those_of_torch(optim):
     """In float64 ten steps differ by rounding alone."""
     state, infos = train(10, optim)
-    params = from_rows(state.rows, shapes_of(make_params()))
+    params = layout_of(make_params()).to_params(state.rows)
     for i in range(N):
         expected, told = train_alone(i, 10, optim)
         for name in expected:
@@ -139,7 +140,7 @@ def test_several_steps_are_those_of_torch(optim):
 def test_float32_keeps_the_first_bias_corrections():
     """At step 1 Adam moves by the rate whatever the gradient's size; 1 - beta2 = 0.001 must not be cancelled away."""
     state, _ = train(1, OptimConfig(eps=1e-30), dtype=torch.float32)
-    moved = (state.rows - to_rows(make_params(dtype=torch.float32))).abs()
+    moved = (state.rows - layout_of(params).to_rows(make_params(dtype=torch.float32))).abs()
     for row, rate in zip(moved, RATES, strict=True):
         at_most_rounding = row[row > 0].double() / rate
         assert at_most_rounding.median().item() == pytest.approx(
@@ -150,15 +151,15 @@ def test_float32_keeps_the_first_bias_corrections():
 def test_processes_that_share_a_batch_move_as_one_that_has_all_of_it():
     """Two shares in turn, each with the mean that a reduction over both would give it."""
     params, (xs, ys) = make_params(), make_prompts(0)
-    shapes, rates = shapes_of(params), torch.tensor(RATES, dtype=torch.float64)
+    layout, rates = layout_of(params), torch.tensor(RATES, dtype=torch.float64)
     whole, halves = adam_state(params), adam_state(params)
-    expected = make_step(CONFIG, OptimConfig(grad_clip=0.5), shapes)(whole, xs[:, :4], ys[:, :4], rates)
+    expected = make_step(CONFIG, OptimConfig(grad_clip=0.5), layout)(whole, xs[:, :4], ys[:, :4], rates)
     others = [
-        losses_and_grads(CONFIG, shapes, halves.rows[i : i + 1], xs[i : i + 1, 2:4], ys[i : i + 1, 2:4])
+        losses_and_grads(CONFIG, layout, halves.rows[i : i + 1], xs[i : i + 1, 2:4], ys[i : i + 1, 2:4])
         for i in range(N)
     ]
     missing = iter([part for other in others for part in other])
-    step = make_step(CONFIG, OptimConfig(grad_clip=0.5), shapes, reduce=lambda own: own.add_(next(missing)).div_(2))
+    step = make_step(CONFIG, OptimConfig(grad_clip=0.5), layout, reduce=lambda own: own.add_(next(missing)).div_(2))
     info = step(halves, xs[:, :2], ys[:, :2], rates)
     torch.testing.assert_close(tuple(halves), tuple(whole), rtol=0, atol=1e-12)
     torch.testing.assert_close(tuple(info), tuple(expected), rtol=1e-12, atol=0)
@@ -167,7 +168,7 @@ def test_processes_that_share_a_batch_move_as_one_that_has_all_of_it():
 def train_last(num_steps, **how):
     """The weights of the last member after some steps by itself."""
     state = adam_state(make_params(N, torch.float32)).members(slice(2, 3))
-    step = make_step(CONFIG, OptimConfig(), shapes_of(make_params()), **how)
+    step = make_step(CONFIG, OptimConfig(), layout_of(make_params()), **how)
     for s in range(num_steps):
         xs, ys = (part[2:3].clone() for part in make_prompts(s, dtype=torch.float32))
         step(state, xs, ys, torch.tensor(RATES[2:]))
@@ -183,7 +184,7 @@ def test_a_member_that_goes_wrong_goes_alone():
     params = make_params()
     params["unembedding.weight"][1] = torch.inf
     state = adam_state(params)
-    step = make_step(CONFIG, OptimConfig(grad_clip=0.5), shapes_of(params))
+    step = make_step(CONFIG, OptimConfig(grad_clip=0.5), layout_of(params))
     info = step(state, *make_prompts(0), torch.full((N,), 1e-3, dtype=torch.float64))
     assert info.losses.isfinite().tolist() == [True, False, True]
     assert state.rows[[0, 2]].isfinite().all()
@@ -191,7 +192,7 @@ def test_a_member_that_goes_wrong_goes_alone():
 
 def test_the_filling_of_a_row_stays_zero():
     state, _ = train(3, OptimConfig())
-    used = sum(shape.numel() for shape in shapes_of(make_params()).values())
+    used = layout_of(make_params()).size
     assert (state.rows[:, used:] == 0).all()
     assert state.rows.shape[1] > used
 
@@ -291,7 +292,7 @@ def assert_it_steps_as_a_cpu(device, **how):
     """Five clipped steps of members that move together."""
     optim = OptimConfig(grad_clip=0.5)
     params = {name: tensor.to(device) for name, tensor in make_params().items()}
-    step, state = make_step(CONFIG, optim, shapes_of(params), **how), adam_state(params)
+    step, state = make_step(CONFIG, optim, layout_of(params), **how), adam_state(params)
     rates = torch.tensor(RATES, dtype=torch.float64, device=device)
     for s in range(5):
         info = step(state, *(part.to(device) for part in make_prompts(s)), rates)

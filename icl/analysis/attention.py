@@ -35,13 +35,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from icl import metrics, population
+from icl import metrics
 from icl.analysis.parts import Part
 from icl.analysis.prompts import fixed_prompts, prompts_at_once
 from icl.analysis.run import Measurement, Members, Result, as_table, over_checkpoints
+from icl.build import build_architecture
 from icl.checks import ConfigError
 from icl.metrics import Estimate
-from icl.population import Params
+from icl.stacked import Params, unstack
 from icl.tasks.prompts import Prompts
 from icl.transformer import Attention, Transformer
 
@@ -89,9 +90,10 @@ def measure_members(members: Members, *, settings: Settings) -> list[Measurement
         members, stream="attention/prompts", distribution=settings.distribution, count=settings.num_prompts
     )
     at_once = prompts_at_once(members)
+    model = build_architecture(members.config).to(prompts.xs.device)
     found = []
-    for params in population.unstack(members.params):
-        seen = patterns(members.model, params, prompts, prompts_at_once=at_once)  # L B H T T
+    for params in unstack(members.params):
+        seen = patterns(model, params, prompts, prompts_at_once=at_once)  # L B H T T
         rows: list[Row] = []
         for block, layer in enumerate(seen, start=1):
             for head, pattern in enumerate(layer.unbind(1), start=1):

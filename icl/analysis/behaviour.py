@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl import baselines, metrics, population
+from icl import baselines, metrics
 from icl.analysis import ood_curves, task_vectors
 from icl.analysis.behaviour_findings import findings, summary
 from icl.analysis.ood_curves import CurveSettings
@@ -42,7 +42,7 @@ from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.evaluation import EvaluationSet, evaluate_predictions, evaluation_set, predict_prompts
 from icl.metrics import Estimate
-from icl.population import Params
+from icl.stacked import Params, apply
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts
 
@@ -107,7 +107,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 def measure_members(members: Members, *, settings: StepSettings) -> list[Measurement]:
     """The rows of every member, and its prompts' own numbers."""
     sets = evaluation_sets(members.config, settings.num_prompts, str(_device(members)))
-    predict = partial(predict_prompts, partial(population.apply, members.model), members.params)
+    predict = partial(predict_prompts, partial(apply, members.config.model), members.params)
     rows: list[list[Row]] = [[] for _ in members.checkpoints]
     numbers: list[dict[str, np.ndarray]] = [{} for _ in members.checkpoints]
     for one in sets:
@@ -123,7 +123,7 @@ def measure_members(members: Members, *, settings: StepSettings) -> list[Measure
 def measure_curves(members: Members, *, settings: CurveSettings) -> list[Measurement]:
     """The rows over multipliers of every member."""
     prompts = fixed_prompts(members, stream="true", distribution="true", count=settings.num_ood_prompts)
-    predict = partial(population.apply, members.model)
+    predict = partial(apply, members.config.model)
     factors = ood_curves.scales(settings.num_scales)
     found = ood_curves.curve_rows(predict, members.params, prompts, factors)
     return [Measurement([{"predictor": "model"} | row for row in rows]) for rows in found]

@@ -31,7 +31,7 @@ from torch import Tensor
 from icl.analysis.parts import Part
 from icl.analysis.run import Measurement, Members, Result, as_table, over_checkpoints
 from icl.checks import ConfigError
-from icl.population import Params
+from icl.stacked import Params
 
 VERSION = 1
 

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from icl import metrics, population, rng
+from icl import metrics, rng
 from icl.analysis import data_gradients, weight_gradients
 from icl.analysis.parts import Part
 from icl.analysis.prompts import fixed_prompts, prompts_at_once
@@ -31,6 +31,7 @@ from icl.analysis.run import Measurement, Members, Result, as_table, over_checkp
 from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.metrics import Estimate
+from icl.stacked import apply
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import prompt_source
 
@@ -106,7 +107,7 @@ def _measure_weights(members: Members, settings: Settings) -> tuple[list[list[Ro
     prompts = fixed_prompts(
         members, stream="gradients/weights", distribution=settings.distribution, count=settings.num_prompts
     )
-    gradients = weight_gradients.batch_gradients(members.model, members.params, prompts, settings.num_batches)
+    gradients = weight_gradients.batch_gradients(members.config.model, members.params, prompts, settings.num_batches)
     grams = weight_gradients.grams(gradients, gradients)
     batch_size = settings.num_prompts // settings.num_batches
     rows: list[list[Row]] = [[] for _ in members.checkpoints]
@@ -144,7 +145,7 @@ def _measure_tasks(members: Members, settings: Settings) -> list[list[Row]]:
     gradients = []
     for vector in task_pool(count, task.task_size, seed, device=prompts.xs.device):
         single = prompts._replace(ys=(prompts.xs * vector).sum(-1) + noise)
-        gradients.append(weight_gradients.batch_gradients(own.model, own.params, single, TASK_BATCHES))
+        gradients.append(weight_gradients.batch_gradients(own.config.model, own.params, single, TASK_BATCHES))
     joined = {name: torch.cat([one.pop(name) for one in gradients], dim=1) for name in own.params}  # N QJ p
     for group, gram in weight_gradients.grams(joined, joined).items():
         between = gram.unflatten(-1, (count, -1)).unflatten(-3, (count, -1)).transpose(-3, -2)  # N Q Q J J
@@ -158,7 +159,7 @@ def _measure_data(members: Members, settings: Settings) -> tuple[list[list[Row]]
     draws = _draws(own, settings.distribution, settings.num_data_prompts)
     dtype, count = draws.inputs.dtype, len(own.checkpoints)
     params = {name: tensor.to(dtype) for name, tensor in own.params.items()}
-    predict = partial(population.apply, own.model, params)
+    predict = partial(apply, own.config.model, params)
     at = data_gradients.training_point(own.config.task.noise_variance).to(draws.inputs)
     pathwise, losses = [], []
     size = max(1, prompts_at_once(own) // len(own.checkpoints))

@@ -27,16 +27,16 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, vjp
 
-from icl import metrics, population, rng
+from icl import metrics, rng
 from icl.analysis.lanczos import Krylov, Products, Ritz, Trace, lanczos, ritz, trace
 from icl.analysis.parts import Part
 from icl.analysis.prompts import fixed_prompts, prompts_at_once
 from icl.analysis.run import Measurement, Members, Result, as_table, over_checkpoints
 from icl.checks import ConfigError
-from icl.population import Params
-from icl.step import from_rows, shapes_of
+from icl.config import ModelConfig
+from icl.flat import layout_of
+from icl.stacked import Params, apply
 from icl.tasks.prompts import Prompts
-from icl.transformer import Transformer
 
 NUM_BATCHES = 8
 """Into which the prompts are cut, to see what another draw of them would change."""
@@ -94,7 +94,7 @@ def measure_members(members: Members, *, settings: Settings) -> list[Measurement
     found: list[Measurement] = []
     for start in range(0, len(steps), group):
         params = {name: tensor[start : start + group] for name, tensor in members.params.items()}
-        products = hessian_products(members.model, params, prompts, NUM_BATCHES, prompts_at_once=at_once)
+        products = hessian_products(members.config.model, params, prompts, NUM_BATCHES, prompts_at_once=at_once)
         vectors = _vectors(key, steps[start : start + group], params)
         krylov = lanczos(products, next(vectors), settings.num_steps)
         signs = (next(vectors).sign() for _ in range(settings.num_probes))
@@ -103,15 +103,15 @@ def measure_members(members: Members, *, settings: Settings) -> list[Measurement
 
 
 def hessian_products(
-    model: Transformer, params: Params, prompts: Prompts, num_batches: int, *, prompts_at_once: int
+    model: ModelConfig, params: Params, prompts: Prompts, num_batches: int, *, prompts_at_once: int
 ) -> Products:
     """Products of vectors (N, P) with the Hessian of each member's mean loss on each batch of the same prompts.
 
     The order of the P parameters is that of `params`. All batches are members of one population; what the gradient
     left behind is kept from product to product if `prompts_at_once` of each member's prompts are all there are.
     """
-    weights = torch.cat([tensor.flatten(1) for tensor in params.values()], dim=1)  # N P
-    shapes = shapes_of(params)
+    layout = layout_of(params, alignment=1)  # no padding: it would count as P - size flat directions
+    weights = layout.to_rows(params)  # N P
     count, size = len(weights), len(prompts.ys) // num_batches
     num_together = max(1, min(num_batches, prompts_at_once // size))
 
@@ -122,7 +122,7 @@ def hessian_products(
         )  # NJ b K D and NJ b K
 
         def loss(flat: Float[Tensor, "NJ P"]) -> Tensor:
-            errors = metrics.squared_error(population.apply(model, from_rows(flat, shapes), xs, ys), ys)  # NJ b K
+            errors = metrics.squared_error(apply(model, layout.to_params(flat), xs, ys), ys)  # NJ b K
             return errors.mean((-2, -1)).sum()  # members do not meet, so neither do their derivatives
 
         copies = len(ys) // count

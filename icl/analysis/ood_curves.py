@@ -24,7 +24,7 @@ from icl import metrics
 from icl.checks import ConfigError
 from icl.evaluation import Predict, predict_prompts
 from icl.metrics import Estimate
-from icl.population import Params
+from icl.stacked import Params
 from icl.tasks.prompts import Prompts
 
 LOWEST, HIGHEST = -2.5, 4.5

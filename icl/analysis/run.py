@@ -16,16 +16,14 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from icl import population
 from icl.analysis import ANALYSES, module_name
 from icl.analysis.parts import Part, read_part, write_part
 from icl.build import build_checkpoint_model, choose_device
 from icl.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, load_same_run, require_one_run
 from icl.checks import ConfigError
 from icl.config import RunConfig
-from icl.population import Params
 from icl.runs import RunFolder
-from icl.transformer import Transformer
+from icl.stacked import Params, stack
 
 MEMBERS_AT_ONCE = 16
 MAX_PARAMETERS_AT_ONCE = 2_000_000
@@ -44,8 +42,6 @@ class Result(NamedTuple):
 class Members(NamedTuple):
     """Some checkpoints of one run, stacked in the order of their steps."""
 
-    model: Transformer
-    """The architecture, for `population.apply`; its own weights are of no meaning."""
     config: RunConfig
     checkpoints: list[Checkpoint]
     params: Params
@@ -231,10 +227,10 @@ def _measure(stretch: _Stretch, measure: Measure) -> list[Part]:
 
 def _members(checkpoints: list[Checkpoint], *, lead: int = 0) -> Members:
     """Checkpoints of one architecture on the device."""
+    build_checkpoint_model(checkpoints[0])  # refuses weights that the configuration does not describe
     device = torch_device()
-    stacked = population.stack([checkpoint.params for checkpoint in checkpoints])
+    stacked = stack([checkpoint.params for checkpoint in checkpoints])
     return Members(
-        model=build_checkpoint_model(checkpoints[0], device=device),
         config=checkpoints[0].config,
         checkpoints=checkpoints,
         params={name: tensor.to(device) for name, tensor in stacked.items()},

@@ -22,13 +22,13 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool
 
-from icl import population
 from icl.analysis.run import Measurement, Members, over_checkpoints, run_folder
 from icl.checkpoints import CheckpointError, checkpoint_files
 from icl.checks import ConfigError
 from icl.evaluation import evaluate, evaluation_set
 from icl.reading import ContentError
 from icl.runs import RunError, RunFolder
+from icl.stacked import apply
 from icl.table_files import read_table
 
 MIN_POINTS = 8
@@ -177,7 +177,7 @@ def _computed(path: Path, num_prompts: int) -> pd.DataFrame:
 def _measure(members: Members, *, num_prompts: int) -> list[Measurement]:
     device = next(iter(members.params.values())).device
     prompts = evaluation_set(members.config, "pretrain", num_prompts=num_prompts, device=device)
-    found = evaluate(partial(population.apply, members.model), members.params, [prompts])
+    found = evaluate(partial(apply, members.config.model), members.params, [prompts])
     return [Measurement([row for row in rows if row["quantity"] in _QUANTITIES]) for rows in found]
 
 

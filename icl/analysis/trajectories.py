@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl import baselines, population
+from icl import baselines
 from icl.analysis.parts import StoredVector, stored_vector
 from icl.analysis.run import Measurement, Members, over_checkpoints, run_folder
 from icl.analysis.weight_gradients import mean_gradient
@@ -39,14 +39,13 @@ from icl.checkpoints import (
     stored_tensors,
 )
 from icl.checks import ConfigError
-from icl.config import RunConfig
+from icl.config import ModelConfig, RunConfig
 from icl.evaluation import predict_prompts
-from icl.population import Params
 from icl.runs import RunFolder
+from icl.stacked import Params, apply, token_outputs
 from icl.storage import LocalStore
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts
-from icl.transformer import Transformer
 
 VERSION = 2
 STREAM = "essential-dynamics"
@@ -224,16 +223,18 @@ def _measure(members: Members, *, settings: StateSettings) -> list[Measurement]:
     device = next(iter(members.params.values())).device
     prompts = Prompts(*(part.to(device) for part in fixed_prompts(members.config, settings)))
     if settings.state == "gradients":
-        gradients, noise = mean_gradient(members.model, members.params, prompts, _num_batches(settings.num_prompts))
+        gradients, noise = mean_gradient(
+            members.config.model, members.params, prompts, _num_batches(settings.num_prompts)
+        )
         pairs = zip(gradients.float().numpy(), noise.tolist(), strict=True)
         return [Measurement([{"squared_noise": square}], {"state": state}) for state, square in pairs]
-    apply = population.apply if settings.state == "outputs" else _flat_token_outputs
-    states = predict_prompts(partial(apply, members.model), members.params, prompts)
+    outputs = apply if settings.state == "outputs" else _flat_token_outputs
+    states = predict_prompts(partial(outputs, members.config.model), members.params, prompts)
     return [Measurement([], {"state": state}) for state in states.flatten(1).cpu().numpy()]
 
 
-def _flat_token_outputs(model: Transformer, params: Params, xs: Tensor, ys: Tensor) -> Float[Tensor, "N B F"]:
-    return population.token_outputs(model, params, xs, ys).flatten(2)
+def _flat_token_outputs(model: ModelConfig, params: Params, xs: Tensor, ys: Tensor) -> Float[Tensor, "N B F"]:
+    return token_outputs(model, params, xs, ys).flatten(2)
 
 
 def _num_batches(num_prompts: int) -> int:

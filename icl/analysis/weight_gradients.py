@@ -26,11 +26,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad
 
-from icl import metrics, population
+from icl import metrics
+from icl.config import ModelConfig
 from icl.metrics import Estimate
-from icl.population import Params
+from icl.stacked import Params, apply
 from icl.tasks.prompts import Prompts
-from icl.transformer import Transformer
 
 Gradients = dict[str, Tensor]
 """By parameter name: (N, J, p), a row for each batch."""
@@ -47,14 +47,14 @@ class WithDeleted(NamedTuple):
     deleted: Float[Tensor, "J *N"]
 
 
-def batch_gradients(model: Transformer, params: Params, prompts: Prompts, num_batches: int) -> Gradients:
+def batch_gradients(model: ModelConfig, params: Params, prompts: Prompts, num_batches: int) -> Gradients:
     """The gradient of every member's mean loss on each of `num_batches` equal batches of the same prompts (B, K, D)."""
     found = list(_gradients(model, params, prompts, num_batches))
     return {name: torch.stack([one[name].flatten(1) for one in found], dim=1) for name in params}  # N J p
 
 
 def mean_gradient(
-    model: Transformer, params: Params, prompts: Prompts, num_batches: int
+    model: ModelConfig, params: Params, prompts: Prompts, num_batches: int
 ) -> tuple[Float[Tensor, "N P"], Float[Tensor, " N"]]:
     """The gradient of every member's mean loss on all prompts, and its estimated squared distance to the expected one.
 
@@ -150,11 +150,11 @@ def mean_squared_norm(between: Float[Tensor, "*N Q Q J J"]) -> WithDeleted:
     return WithDeleted(*(products.diagonal(dim1=-2, dim2=-1).mean(-1) for products in inner(between)))
 
 
-def _gradients(model: Transformer, params: Params, prompts: Prompts, num_batches: int) -> Iterator[Params]:
+def _gradients(model: ModelConfig, params: Params, prompts: Prompts, num_batches: int) -> Iterator[Params]:
     """Every member's gradient, batch by batch."""
 
     def loss(weights: Params, xs: Tensor, ys: Tensor) -> Tensor:
-        errors = metrics.squared_error(population.apply(model, weights, xs, ys), ys)  # N B K
+        errors = metrics.squared_error(apply(model, weights, xs, ys), ys)  # N B K
         return errors.mean((-2, -1)).sum()  # members do not meet, so the gradient of the sum is each one's own
 
     for xs, ys in _batches(prompts, num_batches):

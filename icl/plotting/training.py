@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from icl import population
-from icl.build import build_architecture, build_evaluation_sets
+from icl.build import build_evaluation_sets
 from icl.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.config import RunConfig, TaskConfig
 from icl.evaluation import EvaluationSet, excess_over_optimum, predict_prompts, tabulate_losses
@@ -20,6 +19,7 @@ from icl.plotting.style import BLUE, PREDICTORS, SKY, label_plainly, new_figure,
 from icl.plotting.tidying import name_outside
 from icl.reading import ContentError
 from icl.runs import RunError, RunFolder
+from icl.stacked import apply, stack
 from icl.table_files import read_table
 
 _TABLE, _FIGURE = "losses.csv", "training.png"
@@ -53,8 +53,8 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
     """
     checkpoint = load_checkpoint_file(checkpoint_files(folder.path)[-1])
     config = checkpoint.config
-    predict = partial(population.apply, build_architecture(config))
-    params = population.stack([checkpoint.params])
+    predict = partial(apply, config.model)
+    params = stack([checkpoint.params])
     key = (config.task, config.seeds.tasks, config.seeds.evaluation, config.evaluation.num_prompts)
     shared = {} if shared is None else shared
     if key not in shared:

@@ -27,14 +27,14 @@ from torch import Tensor
 
 from icl import rng
 from icl.checks import ConfigError
-from icl.population import Params, size
+from icl.flat import Layout
 from icl.sampling.batches import Batch, Batches, batch_function, fingerprint, stack_batches
 from icl.sampling.gradients import Gradient
-from icl.sampling.groups import PACKED, Chunk, Group
-from icl.sampling.packing import Packing
+from icl.sampling.groups import Chunk, Group
 from icl.sampling.settings import SamplerSettings
 from icl.sampling.settling import Losses, Settling
 from icl.sampling.sgld import SGLDState
+from icl.stacked import Params, size
 
 NUM_MALA = 16
 """Moves of each chain whose MALA acceptance is found; each costs one more gradient."""
@@ -78,7 +78,7 @@ def run_chains(
     batches: Batches,
     settings: SamplerSettings | Sequence[SamplerSettings],
     *,
-    packing: Packing,
+    layout: Layout,
     keys: Sequence[str],
     chunk_size: int,
     sample_losses: Callable[[Params], Float[Tensor, "n Q"]] | None = None,
@@ -93,7 +93,7 @@ def run_chains(
         checkpoints: Stacked on a leading axis C.
         batches: Minibatches by (chain, draw), or an iterable.
         settings: What each chain is told: the same for all, or for each checkpoint its own.
-        packing: What may move.
+        layout: How the parameters that move lie in rows.
         keys: A text for each checkpoint, from which its chains' noise is seeded.
         chunk_size: Members that may run at once.
         sample_losses: Stacked parameters to the loss of each of Q fixed samples; their variance over draws is kept.
@@ -111,15 +111,15 @@ def run_chains(
     chunk_size = even_chunks(num_members, chunk_size)
     chunks: list[Chunk] = []
     with torch.no_grad():
-        packed = packing.pack(checkpoints)
+        rows, fixed = layout.to_rows(checkpoints), layout.fixed(checkpoints)
         settling = None
         if losses_at_rest is not None:
-            settling = Settling(losses_at_rest, packing, packed, packing.frozen(checkpoints), lengths.num_chains)
+            settling = Settling(losses_at_rest, layout, rows, fixed, lengths.num_chains)
         for first in range(0, num_members, chunk_size):
             members = torch.arange(first, min(first + chunk_size, num_members))
-            runner = _Runner(gradient, values, source, each, packing, keys, members)
+            runner = _Runner(gradient, values, source, each, layout, keys, members)
             ticks = _Ticks(progress, first * lengths.num_moves, total)
-            for chunk in runner.run(packed, packing.frozen(checkpoints), sample_losses, ticks):
+            for chunk in runner.run(rows, fixed, sample_losses, ticks):
                 if settling is not None:
                     settling.add(chunk.mean, chunk.alive)
                 chunks.append(chunk._replace(mean=chunk.mean.new_empty(0)))
@@ -203,11 +203,11 @@ class _Runner:
         values: Callable[[Params, Batch], Tensor],
         source: _Source,
         settings: Sequence[SamplerSettings],
-        packing: Packing,
+        layout: Layout,
         keys: Sequence[str],
         members: Tensor,
     ) -> None:
-        self.gradient, self.values, self.source, self.packing = gradient, values, source, packing
+        self.gradient, self.values, self.source, self.layout = gradient, values, source, layout
         self.lengths = settings[0]
         self.checkpoint_of = members // self.lengths.num_chains
         self.chains = (members % self.lengths.num_chains).tolist()
@@ -219,20 +219,21 @@ class _Runner:
 
     def run(
         self,
-        packed: Float[Tensor, "C P"],
-        frozen: Params,
+        checkpoints: Float[Tensor, "C P"],
+        fixed: Params,
         sample_losses: Callable[[Params], Tensor] | None,
         ticks: _Ticks,
     ) -> list[Chunk]:
         """All moves of these members, by groups of equal settings."""
-        lengths, device = self.lengths, packed.device
-        rows = self.checkpoint_of.to(device)
-        frozen = {name: t.expand(len(rows), *t.shape[1:]) if len(t) == 1 else t[rows] for name, t in frozen.items()}
-        groups = self._groups(packed[rows], frozen, sample_losses)
-        anchors, sizes = {**frozen, **self.packing.unpack(packed[rows], frozen)}, [group.size for group in groups]
+        lengths, device = self.lengths, checkpoints.device
+        index = self.checkpoint_of.to(device)
+        fixed = {name: t.expand(len(index), *t.shape[1:]) if len(t) == 1 else t[index] for name, t in fixed.items()}
+        start = checkpoints[index]
+        groups = self._groups(start, fixed, sample_losses)
+        anchors, sizes = self.layout.to_params(start, fixed), [group.size for group in groups]
         for move in range(lengths.num_moves):
             batch = self.source.stacked(self.chains, move, device)
-            found = self._gradients([group.state for group in groups], frozen, batch)
+            found = self._gradients([group.state for group in groups], fixed, batch)
             draw, rest = divmod(move - lengths.num_burnin_steps, lengths.thinning)
             is_draw = draw >= 0 and rest == 0
             at_anchors = self.values(anchors, batch).split(sizes) if is_draw else [None] * len(groups)
@@ -241,37 +242,33 @@ class _Runner:
                 for group, one, at_anchor in zip(groups, found, at_anchors, strict=True)
             ]
             if is_draw and draw % -(-lengths.num_draws // NUM_MALA) == 0:
-                there = self._gradients(proposals, frozen, batch)
+                there = self._gradients(proposals, fixed, batch)
                 for group, here, proposal, one in zip(groups, found, proposals, there, strict=True):
                     group.note_acceptance(proposal, here, one)
             for group, (grad, _), proposal in zip(groups, found, proposals, strict=True):
                 group.move(proposal, grad, adapting=move < lengths.num_burnin_steps)
-            ticks((move + 1) * len(rows))
+            ticks((move + 1) * len(index))
         return [group.chunk() for group in groups]
 
     def _groups(
-        self, start: Float[Tensor, "N P"], frozen: Params, sample_losses: Callable[[Params], Tensor] | None
+        self, start: Float[Tensor, "N P"], fixed: Params, sample_losses: Callable[[Params], Tensor] | None
     ) -> list[Group]:
         groups, first = [], 0
         for settings, members in groupby(self.settings):
             here = slice(first, first + len(list(members)))
-            still = {name: tensor[here] for name, tensor in frozen.items()}
-            unpacked = partial(self._params, frozen=still)
-            groups.append(Group(settings, start[here], self.seeds[here], unpacked, sample_losses))
+            still = {name: tensor[here] for name, tensor in fixed.items()}
+            params = partial(self.layout.to_params, fixed=still)
+            groups.append(Group(settings, start[here], self.seeds[here], params, self.layout.size, sample_losses))
             first = here.stop
         return groups
 
-    def _params(self, state: SGLDState, frozen: Params) -> Params:
-        return {**frozen, **self.packing.unpack(state.params[PACKED], frozen)}
-
-    def _gradients(self, states: Sequence[SGLDState], frozen: Params, batch: Batch) -> list[tuple[Params, Tensor]]:
-        """The gradient and the losses of all, cut into groups."""
-        packed = [state.params[PACKED] for state in states]
-        params = self.packing.unpack(packed[0] if len(packed) == 1 else torch.cat(packed), frozen)
-        grads, values = self.gradient(params, {n: t for n, t in frozen.items() if n not in params}, batch)
-        sizes = [len(one) for one in packed]
-        cut = zip(self.packing.pack(grads).split(sizes), values.split(sizes), strict=True)
-        return [({PACKED: grad}, some) for grad, some in cut]
+    def _gradients(self, states: Sequence[SGLDState], fixed: Params, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """The gradients and the losses of all members, split by group."""
+        positions = [state.position for state in states]
+        rows = positions[0] if len(positions) == 1 else torch.cat(positions)
+        grads, values = self.gradient(self.layout, rows, fixed, batch)
+        sizes = [len(position) for position in positions]
+        return list(zip(grads.split(sizes), values.split(sizes), strict=True))
 
 
 def _traces(chunks: Sequence[Chunk], num_checkpoints: int, settings: SamplerSettings, flags: dict[str, Any]) -> Traces:

@@ -15,24 +15,25 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from icl.checks import ConfigError
-from icl.population import Params, size, stack
+from icl.flat import Layout
 from icl.sampling import settling
 from icl.sampling.batches import Batch, Batches, batch_function, fingerprint, stack_batches
 from icl.sampling.chains import Progress, run_chains
 from icl.sampling.gradients import (
     Gradient,
     Loss,
+    allocated_bytes,
     looped_gradient,
-    member_bytes,
     own_losses,
     stacked_loss,
     vmapped_gradient,
 )
 from icl.sampling.minimum import drop, gain, slope
-from icl.sampling.packing import Packing, Restriction, make_packing
+from icl.sampling.restriction import Restriction, restricted_layout
 from icl.sampling.result import Label, LLCResult
 from icl.sampling.settings import SamplerSettings
 from icl.sampling.summary import select, summarise
+from icl.stacked import Params, size, stack
 
 MEMORY = 2.0 * 2**30
 """Bytes that chains running at once may need, if nothing else is said; on CUDA half of what is free."""
@@ -92,21 +93,21 @@ def estimate(
         progress: Called with the moves done and those there are, over all chains.
     """
     stacked = {name: tensor.detach() for name, tensor in stack([_detached(one) for one in checkpoints]).items()}
-    packing = make_packing(checkpoints[0], problem.restrict)
+    layout = restricted_layout(checkpoints[0], problem.restrict)
     source = batch_function(problem.batches, num_chains=corners[0].num_chains, seed=corners[0].seed)
     device = next(iter(stacked.values())).device
     distinct = _distinct_batches(source, corners[0], problem.num_init_batches)
     init_batches = [_on(batch, device) for batch in distinct.batches]
     resting = init_batches[: settling.num_batches(corners[0].num_moves, corners[0].num_chains)]
-    members = _chunk_size(problem, stacked, init_batches[0], packing)
-    init, gains = _at_checkpoints(problem, stacked, init_batches, corners, packing, members)
+    members = _chunk_size(problem, stacked, init_batches[0], layout)
+    init, gains = _at_checkpoints(problem, stacked, init_batches, corners, layout, members)
     traces = run_chains(
         problem.gradient or problem.default_gradient,
         problem.own_losses or own_losses(problem.loss, vectorize=problem.vectorize),
         {name: tensor.repeat(len(corners), *[1] * (tensor.ndim - 1)) for name, tensor in stacked.items()},
         source,
         [settings for settings in corners for _ in checkpoints],
-        packing=packing,
+        layout=layout,
         keys=[label.checkpoint_hash or str(i) for i, label in enumerate(labels)] * len(corners),
         chunk_size=members,
         sample_losses=_mapped(problem),
@@ -124,7 +125,7 @@ def estimate(
                 (float(gains[number][0][i]), float(gains[number][1][i])),
                 settings,
                 label,
-                num_params=packing.size,
+                num_params=layout.size,
                 num_samples=problem.num_samples,
                 trivial_loss=problem.trivial_loss,
                 loss_name=problem.loss_name,
@@ -140,7 +141,7 @@ def _at_checkpoints(
     stacked: Params,
     batches: Sequence[Batch],
     corners: Sequence[SamplerSettings],
-    packing: Packing,
+    layout: Layout,
     members: int,
 ) -> tuple[Float[Tensor, "C I T"], list[tuple[Tensor, Tensor]]]:
     """The checkpoints' own losses, and under each settings what a step down gains, with its error."""
@@ -155,7 +156,7 @@ def _at_checkpoints(
             init.append(_init_losses(losses, part, batches))
             finite = init[-1].isfinite().all(2).all(0).tolist()
             usable = [batch for batch, is_usable in zip(batches, finite, strict=True) if is_usable] or batches
-            down = slope(gradient, losses, part, usable, packing=packing)
+            down = slope(gradient, losses, part, usable, layout=layout)
             for ratio, found in drops.items():
                 found.append(drop(down, ratio))
     return torch.cat(init), [
@@ -212,7 +213,7 @@ def _on(batch: Batch, device: torch.device) -> Batch:
     return pytree.tree_map(lambda x: x[0] if isinstance(x, Tensor) else x, stack_batches([batch], device))
 
 
-def _chunk_size(problem: Problem, params: Params, batch: Batch, packing: Packing) -> int:
+def _chunk_size(problem: Problem, params: Params, batch: Batch, layout: Layout) -> int:
     """Members that fit the memory together, at least one; one where they are not mapped."""
     if not problem.vectorize:
         return 1
@@ -221,10 +222,9 @@ def _chunk_size(problem: Problem, params: Params, batch: Batch, packing: Packing
     memory = problem.memory
     if memory is None:
         memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else MEMORY
-    moving = packing.unpack(packing.pack(one), packing.frozen(one))
-    frozen = {name: tensor for name, tensor in one.items() if name not in moving}
+    gradient = partial(vmapped_gradient(problem.loss), layout, layout.to_rows(one), layout.fixed(one))
     with torch.no_grad():
-        need = member_bytes(vmapped_gradient(problem.loss), moving, frozen, stack_batches([batch], device))
+        need = allocated_bytes(gradient, stack_batches([batch], device))
     need += _COPIES * sum(tensor.nbytes for tensor in one.values())
     return max(1, int(memory // need))
 

@@ -1,8 +1,8 @@
-"""From a loss to gradients of many members at once, and from a module to a loss.
+"""From a loss to the gradients of many members at once, and from a module to a loss.
 
 A loss is any `loss(params, batch) -> Tensor`: a number, or a vector of components (per position, say) whose mean is the
-loss. A `Gradient` takes stacked parameters that move, stacked ones that do not, and a stacked batch, and gives the
-gradients of what moves and the losses; a faster one for a known architecture can stand in for the default.
+loss. A `Gradient` takes the rows of the parameters that move, the stacked parameters that do not, and a stacked batch. It
+returns the gradients, as rows, and the losses. A faster gradient of a known architecture can replace the default.
 """
 
 import copy
@@ -17,14 +17,18 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from icl.checks import ConfigError
-from icl.population import Params, size, unstack
+from icl.flat import Layout
 from icl.sampling.batches import Batch
 from icl.sampling.generators import untouched_generators
+from icl.stacked import Params, unstack
 
 Loss: TypeAlias = Callable[[Params, Batch], Tensor]
 """One member's parameters and one batch to a number, or to components whose mean is the loss."""
-Gradient: TypeAlias = Callable[[Params, Params, Batch], tuple[Params, Tensor]]
-"""(moving, frozen, batch), all stacked on N, to the gradients of the moving and the losses (N,) or (N, T)."""
+Gradient: TypeAlias = Callable[[Layout, Tensor, Params, Batch], tuple[Tensor, Tensor]]
+"""`gradient(layout, rows, fixed, batch)`: the gradient of each row (N, P), and the losses (N,) or (N, T).
+
+The layout says which parameters lie in the rows; `fixed` and `batch` are stacked on N.
+"""
 _IS_RANDOM = (
     "The loss draws random numbers, as dropout in training mode does, so `seed` would not fix the estimate; put its modules "
     "into evaluation mode, as `module_loss` does, or take the random numbers from the batch."
@@ -72,38 +76,35 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) ->
 
 
 def vmapped_gradient(loss: Loss) -> Gradient:
-    """The gradient of all members at once, by `torch.func.vmap`."""
+    """Compute the gradients of all members at once, by `torch.func.vmap`."""
 
-    def value(moving: Params, frozen: Params, batch: Batch) -> tuple[Tensor, Tensor]:
-        components = _checked(loss({**frozen, **moving}, batch))
-        return components.mean(), components
+    def gradient(layout: Layout, rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+        def value(row: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+            components = _checked(loss(_one_member(layout, row, fixed), batch))
+            return components.mean(), components
 
-    one = grad_and_value(value, has_aux=True)
-
-    def gradient(moving: Params, frozen: Params, batch: Batch) -> tuple[Params, Tensor]:
+        one = grad_and_value(value, has_aux=True)
         with _mappable():
-            grads, (_, components) = torch.vmap(one, in_dims=(0, 0, mapped_axes(batch)))(moving, frozen, batch)
+            grads, (_, components) = torch.vmap(one, in_dims=(0, 0, mapped_axes(batch)))(rows, fixed, batch)
         return grads, components
 
     return gradient
 
 
 def looped_gradient(loss: Loss) -> Gradient:
-    """The gradient member by member, by plain autograd: for losses that `vmap` cannot map."""
+    """Compute the gradients member by member, by plain autograd, for losses that `vmap` cannot map."""
 
-    def gradient(moving: Params, frozen: Params, batch: Batch) -> tuple[Params, Tensor]:
+    def gradient(layout: Layout, rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
         grads, components = [], []
-        for i in range(size(moving)):
-            leaves = {name: tensor[i].detach().clone().requires_grad_() for name, tensor in moving.items()}
-            with torch.enable_grad(), _repeatable(leaves):
-                one = _checked(loss({**{n: t[i] for n, t in frozen.items()}, **leaves}, _member(batch, i)))
-                found = torch.autograd.grad(one.mean(), list(leaves.values()), allow_unused=True)
-            grads.append([torch.zeros_like(p) if g is None else g for p, g in zip(leaves.values(), found, strict=True)])
-            components.append(one.detach())
-        columns = zip(*grads, strict=True)
-        return {name: torch.stack(column) for name, column in zip(moving, columns, strict=True)}, torch.stack(
-            components
-        )
+        for i, row in enumerate(rows):
+            leaf = row.detach().clone().requires_grad_()
+            with torch.enable_grad(), _repeatable(leaf.device):
+                params = _one_member(layout, leaf, {name: tensor[i] for name, tensor in fixed.items()})
+                values = _checked(loss(params, _member(batch, i)))
+                (grad,) = torch.autograd.grad(values.mean(), [leaf], allow_unused=True)
+            grads.append(torch.zeros_like(row) if grad is None else grad)
+            components.append(values.detach())
+        return torch.stack(grads), torch.stack(components)
 
     return gradient
 
@@ -115,7 +116,7 @@ def own_losses(loss: Loss, *, vectorize: bool) -> Callable[[Params, Batch], Tens
         if vectorize:
             with _mappable():
                 return torch.vmap(lambda *one: _checked(loss(*one)), in_dims=(0, mapped_axes(batch)))(params, batch)
-        with _repeatable(params):
+        with _repeatable(_device(params)):
             return torch.stack([_checked(loss(member, _member(batch, i))) for i, member in enumerate(unstack(params))])
 
     return losses
@@ -128,7 +129,7 @@ def stacked_loss(loss: Loss, *, vectorize: bool) -> Callable[[Params, Batch], Te
         if vectorize:
             with _mappable():
                 return torch.vmap(lambda member: _checked(loss(member, batch)))(params)
-        with _repeatable(params):
+        with _repeatable(_device(params)):
             return torch.stack([_checked(loss(member, batch)) for member in unstack(params)])
 
     return losses
@@ -139,10 +140,10 @@ def mapped_axes(batch: Batch) -> Any:
     return pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
 
 
-def member_bytes(gradient: Gradient, moving: Params, frozen: Params, batch: Batch) -> int:
-    """Memory that one member's gradient needs: the distinct addresses of all tensors that it makes."""
+def allocated_bytes(function: Callable[..., object], *inputs: Any) -> int:
+    """Return the memory that a call needs: the sizes of all distinct tensors that it makes."""
     with _Allocations() as allocations:
-        gradient(moving, frozen, batch)
+        function(*inputs)
     return sum(allocations.sizes.values())
 
 
@@ -162,8 +163,18 @@ class _Allocations(TorchDispatchMode):
         return result
 
 
-def _repeatable(params: Params) -> AbstractContextManager[None]:
-    return untouched_generators(_IS_RANDOM, next(iter(params.values())).device)
+def _one_member(layout: Layout, row: Tensor, fixed: Params) -> Params:
+    """The parameters of one member, without a leading axis."""
+    params = layout.to_params(row.unsqueeze(0), {name: tensor.unsqueeze(0) for name, tensor in fixed.items()})
+    return {name: tensor.squeeze(0) for name, tensor in params.items()}
+
+
+def _device(params: Params) -> torch.device:
+    return next(iter(params.values())).device
+
+
+def _repeatable(device: torch.device) -> AbstractContextManager[None]:
+    return untouched_generators(_IS_RANDOM, device)
 
 
 @contextmanager

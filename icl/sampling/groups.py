@@ -8,13 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl.population import Params
 from icl.sampling.diagnostics import DIVERGED
 from icl.sampling.settings import SamplerSettings
 from icl.sampling.sgld import KERNELS, SGLDState, log_mala_acceptance, step
-
-PACKED = ""
-"""The name of the one tensor that the members' free parameters are packed in."""
+from icl.stacked import Params
 
 
 class Chunk(NamedTuple):
@@ -43,29 +40,31 @@ class Group:
         settings: SamplerSettings,
         start: Float[Tensor, "N P"],
         seeds: Sequence[int],
-        unpacked: Callable[[SGLDState], Params],
+        params: Callable[[Tensor], Params],
+        num_params: int,
         sample_losses: Callable[[Params], Tensor] | None,
     ) -> None:
-        self.settings, self.kernel, self.unpacked = settings, KERNELS[settings.kernel], unpacked
-        self.state, self.size = self.kernel.init({PACKED: start}), len(start)
+        self.settings, self.kernel, self.params = settings, KERNELS[settings.kernel], params
+        self.num_params = num_params
+        self.state, self.size = self.kernel.init(start), len(start)
         self.noise = self._noise(seeds)
         self.losses = start.new_empty(len(start), settings.num_moves)
         self.acceptance: list[Tensor] = []
-        self.recorder = _Recorder(settings, sample_losses)
+        self.recorder = _Recorder(settings, num_params, sample_losses)
 
-    def propose(self, grad: Params, values: Tensor, move: int, at_anchor: Tensor | None) -> SGLDState:
+    def propose(self, grad: Tensor, values: Tensor, move: int, at_anchor: Tensor | None) -> SGLDState:
         """Note the losses, record a draw if the anchor's losses on its minibatch are there, and say where to go."""
         self.losses[:, move] = _mean(values)
         if at_anchor is not None:
-            self.recorder.add(self.state, grad, values - at_anchor, partial(self.unpacked, self.state))
+            self.recorder.add(self.state, grad, values - at_anchor, partial(self.params, self.state.position))
         return step(self.state, grad, next(self.noise), **self._temper())
 
-    def note_acceptance(self, proposal: SGLDState, here: tuple[Params, Tensor], there: tuple[Params, Tensor]) -> None:
+    def note_acceptance(self, proposal: SGLDState, here: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor]) -> None:
         """Whether MALA would accept the proposal, from gradients and losses at both ends."""
         grads, losses = (here[0], there[0]), (_mean(here[1]), _mean(there[1]))
         self.acceptance.append(log_mala_acceptance(self.state, proposal, grads, losses, **self._temper()).exp())
 
-    def move(self, proposal: SGLDState, grad: Params, *, adapting: bool) -> None:
+    def move(self, proposal: SGLDState, grad: Tensor, *, adapting: bool) -> None:
         """Go there."""
         self.state = self.kernel.adapt(proposal, grad) if adapting else proposal
 
@@ -77,22 +76,24 @@ class Group:
         s = self.settings
         return {"lr": s.lr, "nbeta": s.nbeta, "localization": s.localization}
 
-    def _noise(self, seeds: Sequence[int]) -> Iterator[Params]:
-        """Standard normals, one buffer filled anew for each move, a row from each member's own generator."""
-        buffer = torch.empty_like(self.state.params[PACKED])
-        rows = buffer.unbind()
+    def _noise(self, seeds: Sequence[int]) -> Iterator[Tensor]:
+        """Standard normals: one buffer that is filled anew for each move, each row from its member's own generator."""
+        buffer = torch.zeros_like(self.state.position)
+        rows = buffer[:, : self.num_params].unbind()  # the padding stays at zero, so a chain never moves there
         generators = [torch.Generator(buffer.device).manual_seed(seed) for seed in seeds]
         while True:
             for row, generator in zip(rows, generators, strict=True):
                 row.normal_(generator=generator)
-            yield {PACKED: buffer}
+            yield buffer
 
 
 class _Recorder:
     """What some members leave behind at each draw."""
 
-    def __init__(self, settings: SamplerSettings, sample_losses: Callable[[Params], Tensor] | None) -> None:
-        self.settings, self.sample_losses = settings, sample_losses
+    def __init__(
+        self, settings: SamplerSettings, num_params: int, sample_losses: Callable[[Params], Tensor] | None
+    ) -> None:
+        self.settings, self.num_params, self.sample_losses = settings, num_params, sample_losses
         self.excess: list[Tensor] = []
         self.pull: list[Tensor] = []
         self.spread: list[Tensor] = []
@@ -100,11 +101,10 @@ class _Recorder:
         self.variance = _RunningVariance()
         self.mean: Tensor | None = None
 
-    def add(self, state: SGLDState, grad: Params, excess: Tensor, params: Callable[[], Params]) -> None:
+    def add(self, state: SGLDState, grad: Tensor, excess: Tensor, params: Callable[[], Params]) -> None:
         nbeta, localization = self.settings.nbeta, self.settings.localization
-        position = state.params[PACKED]
-        away, slope = position - state.anchor[PACKED], nbeta * grad[PACKED]
-        g = state.preconditioner.get(PACKED)
+        position, g = state.position, state.preconditioner
+        away, slope = position - state.anchor, nbeta * grad
         data = slope if g is None else g * slope
         squared = torch.linalg.vecdot(data, slope) + 2 * localization * torch.linalg.vecdot(data, away)
         self.excess.append(excess)
@@ -118,7 +118,7 @@ class _Recorder:
     def chunk(self, losses: Tensor, acceptance: Tensor) -> Chunk:
         assert self.mean is not None
         excess, spread = torch.stack(self.excess, dim=1), torch.stack(self.spread, dim=1)
-        nats, most = self.settings.nbeta * excess.flatten(1).mean(1), DIVERGED * self.mean.shape[1]
+        nats, most = self.settings.nbeta * excess.flatten(1).mean(1), DIVERGED * self.num_params
         finite = losses.isfinite().all(1) & excess.flatten(1).isfinite().all(1) & spread.isfinite().all(1)
         return Chunk(
             losses=losses,

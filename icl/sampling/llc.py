@@ -16,14 +16,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icl.checks import ConfigError, real, whole
-from icl.population import Params
 from icl.sampling.batches import Batches
 from icl.sampling.chains import Progress
 from icl.sampling.estimation import Problem, estimate
 from icl.sampling.gradients import Gradient, Loss
-from icl.sampling.packing import Restriction
+from icl.sampling.restriction import Restriction
 from icl.sampling.result import Label, LLCResult
 from icl.sampling.settings import SamplerSettings
+from icl.stacked import Params
 
 Keywords = ParamSpec("Keywords")
 

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl.population import Params, size
+from icl.flat import Layout
 from icl.sampling.batches import Batch, stack_batches
 from icl.sampling.gradients import Gradient
-from icl.sampling.packing import Packing
+from icl.stacked import Params
 
 STEPS = (1 / 16, 1 / 4, 1.0, 4.0)
 """Multiples of the Newton step that are tried."""
@@ -34,7 +34,7 @@ class Slope(NamedTuple):
     curvature: Float[Tensor, "C 1"]
     """Along the gradient."""
     losses: Callable[[Tensor, Sequence[Batch]], Float[Tensor, "I C"]]
-    """Of packed parameters, on each of I batches."""
+    """Function from rows to their losses on each of I batches."""
     finding: Sequence[Batch]
     measuring: Sequence[Batch]
     here: Float[Tensor, "I C"]
@@ -47,30 +47,25 @@ def slope(
     checkpoints: Params,
     batches: Sequence[Batch],
     *,
-    packing: Packing,
+    layout: Layout,
 ) -> Slope:
     """The mean gradient of each stacked checkpoint and the curvature along it; one batch alone serves as both halves."""
     batches = batches[:NUM_BATCHES]
-    frozen, start = packing.frozen(checkpoints), packing.pack(checkpoints)
+    fixed, start = layout.fixed(checkpoints), layout.to_rows(checkpoints)
     finding, measuring = (batches, batches) if len(batches) == 1 else (batches[::2], batches[1::2])
 
-    def mean_gradient(packed: Tensor) -> Tensor:
-        moving = packing.unpack(packed, frozen)
-        still = {name: tensor for name, tensor in frozen.items() if name not in moving}
-        grads = [
-            packing.pack(gradient(moving, still, stack_batches([batch] * size(moving), packed.device))[0])
-            for batch in finding
-        ]
-        return torch.stack(grads).mean(0)
+    def mean_gradient(rows: Tensor) -> Tensor:
+        batches = (stack_batches([batch] * len(rows), rows.device) for batch in finding)
+        return torch.stack([gradient(layout, rows, fixed, batch)[0] for batch in batches]).mean(0)
 
-    def batch_losses(packed: Tensor, some: Sequence[Batch]) -> Tensor:
-        params = {**frozen, **packing.unpack(packed, frozen)}
+    def batch_losses(rows: Tensor, some: Sequence[Batch]) -> Tensor:
+        params = layout.to_params(rows, fixed)
         values = [losses(params, batch) for batch in some]
         return torch.stack([v.flatten(1).mean(1) if v.ndim > 1 else v for v in values]).cpu().double()
 
     g = mean_gradient(start)
     direction = g / torch.linalg.vector_norm(g, dim=1, keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
-    nudge = _NUDGE * (1 + torch.linalg.vector_norm(start, dim=1, keepdim=True)) / start.shape[1] ** 0.5
+    nudge = _NUDGE * (1 + torch.linalg.vector_norm(start, dim=1, keepdim=True)) / layout.size**0.5
     curvature = ((mean_gradient(start + nudge * direction) - g) * direction).sum(1, keepdim=True) / nudge
     return Slope(start, g, curvature, batch_losses, finding, measuring, batch_losses(start, measuring))
 

@@ -19,20 +19,20 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from icl import population, rng, stacked
+from icl import rng
 from icl.build import build_architecture
 from icl.compiling import Function, compiling_pays, grad_and_aux, keep_freed_memory, one_graph
 from icl.config import ModelConfig, RunConfig, SamplerConfig
 from icl.cores import WITHOUT_LOCK, Result, side_by_side
-from icl.population import Params
+from icl.flat import Layout
 from icl.sampling.batches import Batch
 from icl.sampling.gradients import Gradient, Loss
-from icl.step import from_rows, shapes_of, to_rows
+from icl.stacked import Params, apply, size
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import prompt_source
 
 _OfRows: TypeAlias = Callable[[Tensor, Params, Batch], tuple[Tensor, Tensor]]
-"""(rows of what moves, frozen, batch) to the rows of the gradient and the losses."""
+"""`(rows, fixed, batch)` to the rows of the gradient and the losses."""
 _MAX_COUNTED_TASKS = 2**16
 """Up to so many tasks the mean |w|^2 of the pool is computed; beyond, it is D to half a percent."""
 _PROMPTS_AHEAD = 2**15
@@ -104,7 +104,7 @@ def _position_weights(loss: str, max_examples: int) -> Float[Tensor, " K"]:
 def _components(
     model: ModelConfig, weights: Tensor, params: Params, xs: Float[Tensor, "*N B K D"], ys: Float[Tensor, "*N B K"]
 ) -> Float[Tensor, "N K"]:
-    return (stacked.predict(model, params, xs, ys) - ys).square().mean(dim=1) * weights
+    return (apply(model, params, xs, ys) - ys).square().mean(dim=1) * weights
 
 
 def _loss(model: ModelConfig, weights: Tensor) -> Loss:
@@ -129,27 +129,25 @@ def _losses(
         if next(iter(params.values())).device.type != "cpu":
             with torch.no_grad():
                 return losses(params, *batch)
-        members = range(population.size(params))
+        members = range(size(params))
         return torch.cat(of_each([(_rows(params, i), *(_rows(batch, i) if own_batches else batch)) for i in members]))
 
     return call
 
 
 def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradient:
-    """By plain autograd on stacked parameters, a tenth faster than mapping, or as one compiled graph; on a CPU chain by chain.
+    """The gradient by plain autograd on stacked parameters, which is a tenth faster than vmap, or as one compiled graph.
 
-    What moves goes in and its gradient comes out as one row for each chain, as a graph checks and hands over every input.
+    On a CPU it is computed chain by chain. A compiled graph checks each of its inputs, so one row per chain is cheap.
     """
 
     @cache
-    def of_rows(
-        shapes: tuple[tuple[str, torch.Size], ...],
-    ) -> tuple[_OfRows, Callable[..., list[tuple[Tensor, Tensor]]]]:
-        def gradient(rows: Tensor, frozen: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+    def of_rows(layout: Layout) -> tuple[_OfRows, Callable[..., list[tuple[Tensor, Tensor]]]]:
+        def gradient(rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
             def total(rows: Tensor) -> tuple[Tensor, Tensor]:
-                # Of several chains, on a GPU, a copy: views lie at odd addresses, at which its products are slow.
-                moving = {name: tensor.contiguous() for name, tensor in from_rows(rows, dict(shapes)).items()}
-                components = _components(model, weights, {**frozen, **moving}, *batch)  # N K
+                # A copy, if there are several chains: a GPU's products are slow on views at odd addresses.
+                params = {name: tensor.contiguous() for name, tensor in layout.to_params(rows, fixed).items()}
+                components = _components(model, weights, params, *batch)  # N K
                 return components.mean(1).sum(), components  # the sum's gradient is each member's own
 
             return grad_and_aux(total, rows)
@@ -157,15 +155,13 @@ def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradien
         one = _graph(gradient) if compiled else gradient
         return one, _by_cores(one, compiled=compiled)
 
-    def call(moving: Params, frozen: Params, batch: Batch) -> tuple[Params, Tensor]:
-        rows, shapes = to_rows(moving), shapes_of(moving)
-        together, of_each = of_rows(tuple(shapes.items()))
+    def call(layout: Layout, rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+        together, of_each = of_rows(layout)
         if rows.device.type != "cpu":
-            grads, values = together(rows, frozen, batch)
-        else:
-            found = of_each([tuple(_rows(tree, i) for tree in (rows, frozen, batch)) for i in range(len(rows))])
-            grads, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return from_rows(grads, shapes), values
+            return together(rows, fixed, batch)
+        results = of_each([tuple(_rows(tree, i) for tree in (rows, fixed, batch)) for i in range(len(rows))])
+        grads, values = (torch.cat(parts) for parts in zip(*results, strict=True))
+        return grads, values
 
     keep_freed_memory()
     return call

@@ -14,7 +14,7 @@ import pandas as pd
 
 from icl.checks import ConfigError
 from icl.config import ModelConfig
-from icl.population import Params
+from icl.stacked import Params
 
 
 def rescaled(model: ModelConfig, params: Params, factor: float) -> Params:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from icl import rng
-from icl.population import Params
 from icl.sampling import known
 from icl.sampling.batches import Batch, Batches
 from icl.sampling.gradients import Loss
 from icl.sampling.llc import estimate_llcs
 from icl.sampling.result import LLCResult
+from icl.stacked import Params
 
 NUM_STDERRS = 3.5
 STEP_BIAS = 0.02

@@ -21,8 +21,8 @@ from jaxtyping import Bool, Float
 from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
-from icl.population import Params
-from icl.sampling.packing import Packing
+from icl.flat import Layout
+from icl.stacked import Params
 
 _NUM_BATCHES = 32
 """So many batches are used even if chains are short."""
@@ -46,9 +46,9 @@ class Settling:
     """Takes the mean positions of members in their order, and keeps of each checkpoint's chains what their means tell."""
 
     def __init__(
-        self, losses: Losses, packing: Packing, start: Float[Tensor, "C P"], frozen: Params, num_chains: int
+        self, losses: Losses, layout: Layout, start: Float[Tensor, "C P"], frozen: Params, num_chains: int
     ) -> None:
-        self.losses, self.packing, self.start, self.frozen, self.num_chains = losses, packing, start, frozen, num_chains
+        self.losses, self.layout, self.start, self.frozen, self.num_chains = losses, layout, start, frozen, num_chains
         self.means, self.alive = start[:0], torch.zeros(0, dtype=torch.bool, device=start.device)
         self.drops: list[Float[Tensor, " 3"]] = []
 
@@ -71,7 +71,7 @@ class Settling:
             name: (tensor if len(tensor) == 1 else tensor[i : i + 1]).expand(len(places), *tensor.shape[1:])
             for name, tensor in self.frozen.items()
         }
-        found = self.losses.of({**frozen, **self.packing.unpack(places, frozen)})
+        found = self.losses.of(self.layout.to_params(places, frozen))
         here, own, without, pooled = found[:, found.isfinite().all(0)].split([1, num, num, 1])
         rounding = num * torch.finfo(means.dtype).eps * float(here.abs().mean()) if here.numel() else 0.0
         return settled_drop(here - own, here - without, here - pooled, are_all=self.losses.are_all, rounding=rounding)

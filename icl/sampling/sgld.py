@@ -25,43 +25,49 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl.population import Params
-
 DECAY = 0.99
-"""Of the running mean of squared gradients."""
+"""Decay of the running mean of squared gradients."""
 DAMPING = 0.1
-"""Added to the root of that mean: the largest speed-up of a flat direction is 1 / DAMPING."""
+"""Added to the root of that mean; it limits the speed-up of a flat direction to 1 / DAMPING."""
 
 
 class SGLDState(NamedTuple):
-    """What a step carries on, stacked on a leading axis N of chains."""
+    """State of N chains between moves; every row holds the P moving parameters of a chain."""
 
-    params: Params
-    anchor: Params
-    """The checkpoint w0 that localisation pulls back to."""
-    preconditioner: Params
-    """The diagonal G; for plain SGLD empty, which stands for 1."""
-    mean_square: Params
-    """The running mean of squared gradients, not corrected for bias; empty for plain SGLD."""
+    position: Float[Tensor, "N P"]
+    anchor: Float[Tensor, "N P"]
+    """The checkpoint w0 that localization pulls back to."""
+    preconditioner: Float[Tensor, "N P"] | None
+    """The diagonal of G; None stands for 1 (plain SGLD)."""
+    mean_square: Float[Tensor, "N P"] | None
+    """Running mean of squared gradients, not corrected for bias; None for plain SGLD."""
     num_squares: int
-    """How many gradients it has seen."""
+    """Number of gradients in the running mean."""
 
 
 class Kernel(NamedTuple):
-    """A way to move: how its state begins, and how it learns from a gradient before it is frozen."""
+    """A way to move: how its state begins, and how it adapts to a gradient during burn-in."""
 
     name: str
-    init: Callable[[Params], SGLDState]
-    adapt: Callable[[SGLDState, Params], SGLDState]
+    init: Callable[[Tensor], SGLDState]
+    adapt: Callable[[SGLDState, Tensor], SGLDState]
 
 
-def init(params: Params) -> SGLDState:
-    """A chain of plain SGLD that starts at its anchor."""
-    return SGLDState(dict(params), dict(params), {}, {}, 0)
+def init(start: Float[Tensor, "N P"]) -> SGLDState:
+    """Start plain SGLD at its anchor."""
+    return SGLDState(start, start, None, None, 0)
 
 
-def step(state: SGLDState, grad: Params, noise: Params, *, lr: float, nbeta: float, localization: float) -> SGLDState:
-    """One move on stacked parameters; pure, so the noise is an argument.
+def step(
+    state: SGLDState,
+    grad: Float[Tensor, "N P"],
+    noise: Float[Tensor, "N P"],
+    *,
+    lr: float,
+    nbeta: float,
+    localization: float,
+) -> SGLDState:
+    """Make one move of every chain; pure, so the noise is an argument.
 
     Args:
         state: Where the chains are.
@@ -71,73 +77,67 @@ def step(state: SGLDState, grad: Params, noise: Params, *, lr: float, nbeta: flo
         nbeta: The effective inverse temperature n beta.
         localization: The pull gamma back to the anchor.
     """
-    moved = {}
-    for name, params in state.params.items():
-        drift = potential_gradient(params, state.anchor[name], grad[name], nbeta=nbeta, localization=localization)
-        g = state.preconditioner.get(name)
-        if g is None:
-            moved[name] = params.add(drift, alpha=-lr / 2).add_(noise[name], alpha=lr**0.5)
-        else:
-            moved[name] = params.addcmul(g, drift, value=-lr / 2).addcmul_(g.sqrt(), noise[name], value=lr**0.5)
-    return state._replace(params=moved)
+    position, g = state.position, state.preconditioner
+    drift = potential_gradient(position, state.anchor, grad, nbeta=nbeta, localization=localization)
+    if g is None:
+        moved = position.add(drift, alpha=-lr / 2).add_(noise, alpha=lr**0.5)
+    else:
+        moved = position.addcmul(g, drift, value=-lr / 2).addcmul_(g.sqrt(), noise, value=lr**0.5)
+    return state._replace(position=moved)
 
 
 def potential_gradient(
-    params: Float[Tensor, "*shape"],
-    anchor: Float[Tensor, "*shape"],
-    grad: Float[Tensor, "*shape"],
+    position: Float[Tensor, "N P"],
+    anchor: Float[Tensor, "N P"],
+    grad: Float[Tensor, "N P"],
     *,
     nbeta: float,
     localization: float,
-) -> Float[Tensor, "*shape"]:
-    """Grad U = nbeta grad L + localization (w - w0)."""
-    return torch.sub(params, anchor).mul_(localization).add_(grad, alpha=nbeta)
+) -> Float[Tensor, "N P"]:
+    """Return grad U = nbeta grad L + localization (w - w0)."""
+    return torch.sub(position, anchor).mul_(localization).add_(grad, alpha=nbeta)
 
 
-def init_rmsprop(params: Params) -> SGLDState:
-    """A preconditioned chain at its anchor, with G = 1 until it has seen a gradient."""
-    ones = {name: torch.ones_like(tensor) for name, tensor in params.items()}
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in params.items()}
-    return SGLDState(dict(params), dict(params), ones, zeros, 0)
+def init_rmsprop(start: Float[Tensor, "N P"]) -> SGLDState:
+    """Start a preconditioned chain at its anchor, with G = 1 until it has seen a gradient."""
+    return SGLDState(start, start, torch.ones_like(start), torch.zeros_like(start), 0)
 
 
-def adapt_rmsprop(state: SGLDState, grad: Params) -> SGLDState:
-    """The state with G renewed from one more gradient."""
+def adapt_rmsprop(state: SGLDState, grad: Float[Tensor, "N P"]) -> SGLDState:
+    """Renew G with one more gradient."""
+    assert state.mean_square is not None
     num = state.num_squares + 1
-    squares = {name: s * DECAY + grad[name].square() * (1 - DECAY) for name, s in state.mean_square.items()}
-    correction = 1 - DECAY**num
-    g = {name: 1 / (DAMPING + (s / correction).sqrt()) for name, s in squares.items()}
-    return state._replace(preconditioner=g, mean_square=squares, num_squares=num)
+    mean_square = state.mean_square * DECAY + grad.square() * (1 - DECAY)
+    g = 1 / (DAMPING + (mean_square / (1 - DECAY**num)).sqrt())
+    return state._replace(preconditioner=g, mean_square=mean_square, num_squares=num)
 
 
 def log_mala_acceptance(
     state: SGLDState,
     proposal: SGLDState,
-    grads: tuple[Params, Params],
+    grads: tuple[Float[Tensor, "N P"], Float[Tensor, "N P"]],
     losses: tuple[Float[Tensor, " N"], Float[Tensor, " N"]],
     *,
     lr: float,
     nbeta: float,
     localization: float,
 ) -> Float[Tensor, " N"]:
-    """The log of the probability with which MALA would accept a move (Roberts and Tweedie 1996), in float64 on the CPU.
+    """Log of the probability that MALA would accept a move (Roberts and Tweedie 1996), in float64 on the CPU.
 
-    log alpha = U(w) - U(w') + log q(w | w') - log q(w' | w), q the move's own density with G held fixed. `grads` and
-    `losses` are those of L at w and at w': for an exact answer both of the same minibatch.
+    log alpha = U(w) - U(w') + log q(w | w') - log q(w' | w), where q is the density of the move with G held fixed. `grads` and
+    `losses` are those of L at w and at w'; the answer is exact if both are of the same minibatch.
     """
-    log_ratio = nbeta * (losses[0] - losses[1]).cpu().double()
-    for name, before in state.params.items():
-        after, anchor = proposal.params[name], state.anchor[name]
-        g = state.preconditioner.get(name, torch.ones_like(before))
-        drift, back = (
-            potential_gradient(w, anchor, grad[name], nbeta=nbeta, localization=localization)
-            for w, grad in ((before, grads[0]), (after, grads[1]))
-        )
-        forth = (after - before + lr / 2 * g * drift).square() / g
-        reverse = (before - after + lr / 2 * g * back).square() / g
-        prior = localization / 2 * ((before - anchor).square() - (after - anchor).square())
-        log_ratio = log_ratio + (prior + (forth - reverse) / (2 * lr)).flatten(1).cpu().double().sum(1)
-    return log_ratio.clamp(max=0.0)
+    before, after, anchor = state.position, proposal.position, state.anchor
+    g = torch.ones_like(before) if state.preconditioner is None else state.preconditioner
+    drift, back = (
+        potential_gradient(w, anchor, grad, nbeta=nbeta, localization=localization)
+        for w, grad in ((before, grads[0]), (after, grads[1]))
+    )
+    forth = (after - before + lr / 2 * g * drift).square() / g
+    reverse = (before - after + lr / 2 * g * back).square() / g
+    prior = localization / 2 * ((before - anchor).square() - (after - anchor).square())
+    of_moves = (prior + (forth - reverse) / (2 * lr)).cpu().double().sum(1)
+    return (nbeta * (losses[0] - losses[1]).cpu().double() + of_moves).clamp(max=0.0)
 
 
 SGLD = Kernel("sgld", init, lambda state, _: state)

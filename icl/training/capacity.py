@@ -15,11 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from icl import stacked
 from icl.build import build_model
 from icl.config import RunConfig
 from icl.memory import device_bytes, require_memory
-from icl.population import Params, size, stack
+from icl.stacked import Params, apply, size, stack
 
 _ROWS = 7
 """Parameters, gradient, two moments; the new values of parameters and moments before they replace the old."""
@@ -108,7 +107,7 @@ def _kept_bytes(config: RunConfig, params: Params, num_prompts: int) -> int:
     device = next(iter(weights.values())).device
     xs = torch.zeros(num_prompts, config.task.max_examples, config.task.task_size, device=device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        predictions = stacked.predict(config.model, weights, xs, xs[..., 0])
+        predictions = apply(config.model, weights, xs, xs[..., 0])
     own = {tensor.untyped_storage()._cdata for tensor in weights.values()}
     del predictions  # until here every kept tensor is alive, so no two storages are the same
     return sum(nbytes for storage, nbytes in kept.items() if storage not in own)

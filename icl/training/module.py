@@ -14,11 +14,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from icl import stacked
 from icl.compiling import compiling_pays
-from icl.population import Params
+from icl.flat import layout_of
 from icl.schedules import rate_factor
-from icl.step import AdamState, Step, StepInfo, adam_state, from_rows, make_step, shapes_of
+from icl.stacked import Params, apply
+from icl.step import AdamState, Step, StepInfo, adam_state, make_step
 from icl.tasks.prompts import Prompts
 from icl.training.members import Member
 from icl.training.rounding import describe_changes, rounding_conditions
@@ -42,8 +42,8 @@ class PopulationModule(pl.LightningModule):
         self.automatic_optimization = False  # the step is its own optimiser
         self.members, self.config = members, members[0].config
         optim = self.config.optim
-        self.shapes = shapes_of(params)
-        self.predict = partial(stacked.predict, self.config.model)
+        self.layout = layout_of(params)
+        self.predict = partial(apply, self.config.model)
         self.step: Step | None = None
         self.conditions: dict[str, str] = {}
         self._before: dict[Member, dict[str, str]] = {}
@@ -60,7 +60,7 @@ class PopulationModule(pl.LightningModule):
     @property
     def params(self) -> Params:
         """The stacked parameters under the model's own names, as views."""
-        return from_rows(self.rows, self.shapes)
+        return self.layout.to_params(self.rows)
 
     def rate(self, update: int) -> float:
         """Return the learning rate of an update, counted from 1; update s leads from step s - 1 to step s."""
@@ -79,7 +79,7 @@ class PopulationModule(pl.LightningModule):
         self.step = make_step(
             self.config.model,
             self.config.optim,
-            self.shapes,
+            self.layout,
             compiled=is_compiled,
             packed=any(member.is_packed for member in self.members),
             reduce=self._average if self.trainer.world_size > 1 else None,
@@ -117,7 +117,7 @@ class PopulationModule(pl.LightningModule):
         if settings.compile != "auto":
             return settings.compile == "true"
         return self.device.type in ("cpu", "cuda") and compiling_pays(
-            num_params=sum(shape.numel() for shape in self.shapes.values()),
+            num_params=self.layout.size,
             num_tokens=2 * task.max_examples * settings.batch_size,
             num_steps=settings.max_steps,
         )

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from icl import population, tiny_attention
+from icl import tiny_attention
 from icl.build import build_model, choose_device
 from icl.checks import ConfigError
 from icl.config import MEMBER_SETTINGS, RunConfig
@@ -39,6 +39,7 @@ from icl.runs import (
     require_own_place,
     require_same_config,
 )
+from icl.stacked import Params, stack
 from icl.storage import remove_temporaries
 from icl.training import wandb_agent
 from icl.training.callbacks import StopSignals
@@ -282,11 +283,11 @@ def _fit(
     return reached, received if reached < configs[0].trainer.max_steps else None
 
 
-def _initial_params(configs: Sequence[RunConfig]) -> population.Params:
+def _initial_params(configs: Sequence[RunConfig]) -> Params:
     """The parameters before training; in the precision of training, or a resumed run would be rounded as it is loaded."""
     is_double = configs[0].trainer.precision == "64-true"
     models = [build_model(config).to(torch.float64 if is_double else torch.float32) for config in configs]
-    return population.stack([dict(model.named_parameters()) for model in models])
+    return stack([dict(model.named_parameters()) for model in models])
 
 
 def _is_done(member: Member) -> bool:

@@ -15,14 +15,13 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from icl import population
 from icl.checkpoint_header import MOMENTS
 from icl.checkpoints import checkpoint_name, save_checkpoint
 from icl.config import EarlyStoppingConfig
 from icl.file_system import sync_file, sync_folder
 from icl.resume_file import pack, read_resume, unpack
 from icl.runs import RunFolder, is_child_rank, require_same_config
-from icl.step import from_rows
+from icl.stacked import Params, unstack
 from icl.storage import StorageError, temporary_path, write_atomically
 from icl.training.callbacks import MetricsLog, NonFiniteGuard, any_rank
 from icl.training.members import Member
@@ -68,8 +67,8 @@ class ScheduledCheckpoints(pl.Callback):
         self.guard.check(module)
         if not trainer.is_global_zero:
             return
-        step, weights = trainer.global_step, population.unstack(module.params)
-        moments = population.unstack(_moments(module)) if module.config.checkpoints.moments else None
+        step, weights = trainer.global_step, unstack(module.params)
+        moments = unstack(_moments(module)) if module.config.checkpoints.moments else None
         for index, member in enumerate(self.members):
             if member in members and member.records(step):
                 if moments is not None:  # first, so that no weights are without theirs
@@ -161,12 +160,12 @@ def read_resume_file(member: Member) -> int:
     return resume.step
 
 
-def _moments(module: PopulationModule) -> population.Params:
+def _moments(module: PopulationModule) -> Params:
     """Adam's moments under the names of their parameters, each behind that of the moment."""
     return {
         f"{kind}/{name}": tensor
         for kind in MOMENTS
-        for name, tensor in from_rows(getattr(module, kind), module.shapes).items()
+        for name, tensor in module.layout.to_params(getattr(module, kind)).items()
     }
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from tiny_runs import TINY, change
 
-from icl import population
 from icl.analysis.attention import Settings, measure_members, over_queries, patterns, scores, uniform_pattern
 from icl.analysis.run import Members
 from icl.build import build_model
@@ -16,6 +15,7 @@ from icl.checks import ConfigError
 from icl.cli import main
 from icl.plotting.attention import plot
 from icl.runs import RunFolder
+from icl.stacked import stack
 from icl.tasks.prompts import sample_prompts
 
 DEEP = change(TINY, model={"num_layers": 2})
@@ -131,7 +131,7 @@ def test_means_over_kinds_of_queries_and_their_errors():
 def test_rows_of_members_do_not_depend_on_memory(monkeypatch):
     params = [weights(seed=seed) for seed in range(2)]
     checkpoints = [Checkpoint(seed, DEEP, one, "digest") for seed, one in enumerate(params)]
-    members = Members(build_model(DEEP), DEEP, checkpoints, population.stack(params), 0)
+    members = Members(DEEP, checkpoints, stack(params), 0)
     whole = measure_members(members, settings=Settings(num_prompts=10))
     monkeypatch.setattr("icl.analysis.prompts._NUMBERS_AT_ONCE", 1)
     again = measure_members(members, settings=Settings(num_prompts=10))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny_runs import TINY, change
 
-from icl import population
 from icl.analysis.behaviour import (
     Settings,
     StepSettings,
@@ -29,6 +28,7 @@ from icl.cli import main
 from icl.evaluation import evaluate
 from icl.plotting.behaviour import plot
 from icl.runs import RunFolder
+from icl.stacked import apply, stack
 
 CONFIG = change(TINY, task={"num_tasks": 4, "max_examples": 8})
 GAUSSIAN = change(CONFIG, task={"num_tasks": math.inf})
@@ -158,7 +158,7 @@ def members(seeds=(0, 1), config=CONFIG):
     params = [dict(build_model(change(config, seeds={"model": seed})).named_parameters()) for seed in seeds]
     params = [{name: parameter.detach() for name, parameter in one.items()} for one in params]
     checkpoints = [Checkpoint(seed, config, one, "digest") for seed, one in zip(seeds, params, strict=True)]
-    return Members(build_model(config), config, checkpoints, population.stack(params), 0)
+    return Members(config, checkpoints, stack(params), 0)
 
 
 def test_a_population_has_the_numbers_of_its_members_and_of_the_evaluation():
@@ -168,7 +168,7 @@ def test_a_population_has_the_numbers_of_its_members_and_of_the_evaluation():
         (alone,) = measure_members(members((seed,)), settings=settings)
         assert [row["value"] for row in found.rows] == pytest.approx([row["value"] for row in alone.rows], abs=1e-5)
     whole = members((0,))
-    (rows,) = evaluate(lambda p, xs, ys: population.apply(whole.model, p, xs, ys), whole.params, sets(count=40))
+    (rows,) = evaluate(lambda p, xs, ys: apply(whole.config.model, p, xs, ys), whole.params, sets(count=40))
     own = {(r["distribution"], r["quantity"], r["position"]): (r["value"], r["stderr"]) for r in together[0].rows}
     for row in rows:
         found = own[row["distribution"], row["quantity"], row["position"]]

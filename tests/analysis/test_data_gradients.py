@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny_runs import TINY
 
-from icl import metrics, population
+from icl import metrics
 from icl.analysis import data_gradients as dg
 from icl.build import build_model
+from icl.stacked import apply, stack
 from icl.tasks.priors import task_pool
 
 D, K = 3, 4
@@ -106,10 +107,8 @@ def test_one_task_serves_a_whole_prompt():
 def test_a_transformers_gradient_is_that_of_finite_differences():
     """Prompt by prompt, in float64, for two members at once with the same draws on both sides."""
     models = [build_model(TINY) for _ in range(2)]
-    params = population.stack(
-        [{n: p.detach().double() * (1 + i) for n, p in m.named_parameters()} for i, m in enumerate(models)]
-    )
-    predict = partial(population.apply, models[0], params)
+    params = stack([{n: p.detach().double() * (1 + i) for n, p in m.named_parameters()} for i, m in enumerate(models)])
+    predict = partial(apply, models[0].config, params)
     generator = torch.Generator().manual_seed(0)
     sizes = ((40, 4, 2), (40, 2), (40, 4))
     drawn = dg.Draws(*(torch.randn(*size, generator=generator, dtype=torch.float64) for size in sizes))

@@ -7,7 +7,6 @@ import pytest
 import torch
 from tiny_runs import TINY, change
 
-from icl import population
 from icl.analysis.embeddings import (
     Settings,
     effective_unembedding,
@@ -22,6 +21,7 @@ from icl.checkpoints import Checkpoint, save_checkpoint
 from icl.checks import ConfigError
 from icl.cli import main
 from icl.runs import RunFolder
+from icl.stacked import stack
 
 
 def weights(config=TINY, *, seed=0):
@@ -30,9 +30,7 @@ def weights(config=TINY, *, seed=0):
 
 
 def rows_of(params, config=TINY, **settings):
-    members = Members(
-        build_model(config), config, [Checkpoint(0, config, params, "digest")], population.stack([params]), 0
-    )
+    members = Members(config, [Checkpoint(0, config, params, "digest")], stack([params]), 0)
     (found,) = measure_members(members, settings=Settings(**settings))
     return {(row["quantity"], row["part"], row["component"]): row["value"] for row in found.rows}
 

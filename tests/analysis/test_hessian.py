@@ -7,7 +7,6 @@ import pytest
 import torch
 from tiny_runs import TINY, change
 
-from icl import population
 from icl.analysis.hessian import NUM_BATCHES, Settings, analyse, hessian_products, measure_members
 from icl.analysis.lanczos import lanczos, ritz, trace
 from icl.analysis.run import Measurement, Members
@@ -17,6 +16,7 @@ from icl.checks import ConfigError
 from icl.cli import main
 from icl.plotting.hessian import plot
 from icl.runs import RunFolder
+from icl.stacked import stack
 from icl.tasks.prompts import Prompts, sample_prompts
 
 SMALL = change(TINY, model={"embed_size": 4, "mlp_size": 4})
@@ -63,9 +63,7 @@ def test_products_are_those_of_the_dense_hessian_of_each_batch():
         ]
     )
     for at_once in (1000, 8, 1):  # all kept; one batch at a time; the least there is
-        products = hessian_products(
-            build_model(SMALL).double(), population.stack(members), batch, 2, prompts_at_once=at_once
-        )
+        products = hessian_products(build_model(SMALL).double(), stack(members), batch, 2, prompts_at_once=at_once)
         for _ in range(2):  # what is kept can be used again
             torch.testing.assert_close(products(vectors), expected, rtol=1e-8, atol=1e-10)
 
@@ -93,7 +91,7 @@ def test_eigenvalues_and_trace_are_those_of_the_dense_hessian():
 def members_of(config, seeds):
     params = [weights(config, seed=seed, dtype=torch.float32) for seed in seeds]
     checkpoints = [Checkpoint(seed, config, one, "digest") for seed, one in zip(seeds, params, strict=True)]
-    return Members(build_model(config), config, checkpoints, population.stack(params), 0)
+    return Members(config, checkpoints, stack(params), 0)
 
 
 def test_a_members_rows_do_not_depend_on_its_company(monkeypatch):

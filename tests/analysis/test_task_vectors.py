@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny_runs import TINY, change
 
-from icl import baselines, population
+from icl import baselines
 from icl.analysis.task_vectors import compare, effective_weights, estimates
 from icl.build import build_model
+from icl.stacked import apply, stack
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts
 
@@ -69,10 +70,10 @@ def test_a_linear_predictor_with_turned_and_stretched_weights(angle, length):
 
 def test_weights_of_the_model_by_replacing_one_input_of_the_whole_prompt():
     models = [build_model(change(CONFIG, seeds={"model": seed})) for seed in range(2)]
-    params = population.stack([dict(model.named_parameters()) for model in models])
+    params = stack([dict(model.named_parameters()) for model in models])
     given = prompts()
     with torch.no_grad():
-        found = effective_weights(lambda asked: population.apply(models[0], params, asked.xs, asked.ys), given)
+        found = effective_weights(lambda asked: apply(models[0].config, params, asked.xs, asked.ys), given)
         length = given.xs.norm(dim=-1).mean()
         for n, model in enumerate(models):
             for k in range(5):

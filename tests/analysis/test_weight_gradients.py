@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_runs import TINY, change
 
-from icl import population
 from icl.analysis import weight_gradients as wg
 from icl.build import build_model
+from icl.stacked import apply, stack
 from icl.tasks.prompts import sample_prompts
 
 B, P = 8, 50
@@ -61,14 +61,14 @@ def test_two_batch_sizes_give_the_same_estimates():
 def test_the_mean_gradient_is_that_of_finite_differences_and_knows_its_noise():
     config = change(TINY, model={"num_layers": 2})
     models = [build_model(change(config, seeds={"model": seed})).double() for seed in (0, 1)]
-    params = population.stack([dict(model.named_parameters()) for model in models])
+    params = stack([dict(model.named_parameters()) for model in models])
     params = {name: tensor.detach() for name, tensor in params.items()}
     prompts = sample_prompts(config, stream="x", step=0, batch_size=24)
     prompts = prompts._replace(xs=prompts.xs.double(), ys=prompts.ys.double())
     found, noise = wg.mean_gradient(models[0], params, prompts, 6)
 
     def losses(moved):
-        return (population.apply(models[0], moved, prompts.xs, prompts.ys) - prompts.ys).square().mean((1, 2))
+        return (apply(models[0].config, moved, prompts.xs, prompts.ys) - prompts.ys).square().mean((1, 2))
 
     generator = torch.Generator().manual_seed(0)
     way = {name: torch.randn(tensor.shape, generator=generator).double() for name, tensor in params.items()}
@@ -77,7 +77,7 @@ def test_the_mean_gradient_is_that_of_finite_differences_and_knows_its_noise():
     torch.testing.assert_close(along, (losses(ahead) - losses(behind)) / 2e-5, rtol=1e-6, atol=1e-9)
     # closed form: of the bias of the prediction itself it is twice the mean residual
     place = sum(tensor[0].numel() for tensor in list(params.values())[: list(params).index("unembedding.bias")])
-    residuals = population.apply(models[0], params, prompts.xs, prompts.ys) - prompts.ys
+    residuals = apply(models[0].config, params, prompts.xs, prompts.ys) - prompts.ys
     torch.testing.assert_close(found[:, place], 2 * residuals.mean((1, 2)))
     gram = wg.grams(*[wg.batch_gradients(models[0], params, prompts, 6)] * 2)["all"]
     torch.testing.assert_close(noise, wg.noise_trace(gram, 4).value / 24)
@@ -122,7 +122,7 @@ def test_a_drowned_gradient_has_no_noise_scale():
 def test_a_populations_gradients_are_those_of_its_models():
     models = [build_model(change(TINY, seeds={"model": seed})) for seed in range(2)]
     prompts = sample_prompts(TINY, stream="g", step=0, batch_size=12)
-    params = population.stack([{n: p.detach() for n, p in model.named_parameters()} for model in models])
+    params = stack([{n: p.detach() for n, p in model.named_parameters()} for model in models])
     found = wg.batch_gradients(models[0], params, prompts, 3)
     for number, model in enumerate(models):
         for batch in range(3):
@@ -136,7 +136,7 @@ def test_a_populations_gradients_are_those_of_its_models():
 def test_groups_sum_to_all():
     model = build_model(TINY)
     prompts = sample_prompts(TINY, stream="g", step=0, batch_size=12)
-    params = population.stack([{n: p.detach() for n, p in model.named_parameters()}])
+    params = stack([{n: p.detach() for n, p in model.named_parameters()}])
     gradients = wg.batch_gradients(model, params, prompts, 3)
     grams = wg.grams(gradients, gradients)
     families = ("embeddings", "attention", "mlp", "norms", "unembedding")

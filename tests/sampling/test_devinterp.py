@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from icl import rng
 from icl.build import build_model
-from icl.population import stack
+from icl.flat import layout_of
 from icl.sampling import estimate_llc
 from icl.sampling.prompt_loss import trivial_loss
-from icl.step import adam_state, from_rows, make_step, shapes_of
+from icl.stacked import stack
+from icl.step import adam_state, make_step
 from icl.tasks.prompts import sample_prompts
 
 pytest.importorskip("devinterp", reason='needs devinterp 1.3.2: pip install -e ".[bench]"')
@@ -135,13 +136,13 @@ def trained():
     """The tiny run's model after four hundred steps, at less than half the loss of predicting zero."""
     model = build_model(CONFIG)
     params = stack([{name: p.detach() for name, p in model.named_parameters()}])
-    state, shapes = adam_state(params), shapes_of(params)
-    step, losses = make_step(CONFIG.model, CONFIG.optim, shapes), []
+    state, layout = adam_state(params), layout_of(params)
+    step, losses = make_step(CONFIG.model, CONFIG.optim, layout), []
     for number in range(400):
         prompts = sample_prompts(CONFIG, stream="train", step=number, batch_size=BATCH_SIZE)
         info = step(state, prompts.xs[None], prompts.ys[None], torch.tensor([1e-2]))
         losses.append(float(info.losses))
-    model.load_state_dict({name: row[0] for name, row in from_rows(state.rows, shapes).items()})
+    model.load_state_dict({name: row[0] for name, row in layout.to_params(state.rows).items()})
     assert sum(losses[-50:]) / 50 < trivial_loss(CONFIG) / 2
     return model
 

@@ -9,8 +9,8 @@ from tiny_runs import TINY, change
 
 from icl.build import build_model
 from icl.checks import ConfigError
-from icl.population import apply, stack
 from icl.sampling.rescaling import compare, describe_pair, rescaled
+from icl.stacked import apply, stack
 from icl.tasks.prompts import sample_prompts
 
 
@@ -30,8 +30,7 @@ def test_the_function_is_unchanged_and_the_weights_are_not(model, words):
     params = {name: t + 0.1 * torch.randn(t.shape, generator=generator).double() for name, t in params.items()}
     other = rescaled(config.model, params, 3.0)
     xs, ys, _ = sample_prompts(config, stream="true", step=0, batch_size=8)
-    architecture = build_model(config).double()
-    before, after = (apply(architecture, stack([one]), xs, ys) for one in (params, other))
+    before, after = (apply(config.model, stack([one]), xs, ys) for one in (params, other))
     torch.testing.assert_close(before, after, rtol=1e-10, atol=1e-12)
     changed = [name for name in params if not torch.equal(params[name], other[name])]
     assert len(changed) >= 2 * config.model.num_layers

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from icl.flat import make_layout
 from icl.sampling import sgld
 from icl.sampling.chains import run_chains
 from icl.sampling.gradients import own_losses, vmapped_gradient
-from icl.sampling.packing import make_packing
 from icl.sampling.settings import SamplerSettings
 
 H = torch.tensor([0.01, 0.1, 1.0, 10.0], dtype=torch.float64)
@@ -21,8 +21,8 @@ def numbers(*shape):
 
 def test_a_move_is_the_formula():
     w, w0, grad, noise = numbers(3, 4), numbers(2, 4)[:1].expand(3, 4), numbers(4, 4)[:3], numbers(5, 4)[:3]
-    state = sgld.init({"w": w0})._replace(params={"w": w})
-    moved = sgld.step(state, {"w": grad}, {"w": noise}, lr=0.1, nbeta=7.0, localization=3.0).params["w"]
+    state = sgld.init(w0)._replace(position=w)
+    moved = sgld.step(state, grad, noise, lr=0.1, nbeta=7.0, localization=3.0).position
     expected = w - 0.05 * (7 * grad + 3 * (w - w0)) + math.sqrt(0.1) * noise
     assert torch.allclose(moved, expected, rtol=1e-14, atol=1e-14)
 
@@ -30,20 +30,20 @@ def test_a_move_is_the_formula():
 def test_a_move_changes_nothing_that_it_is_given():
     w = numbers(3, 4)
     before = w.clone()
-    state = sgld.init_rmsprop({"w": w})
-    sgld.step(sgld.adapt_rmsprop(state, {"w": w}), {"w": w}, {"w": w}, lr=0.1, nbeta=1.0, localization=1.0)
+    state = sgld.init_rmsprop(w)
+    sgld.step(sgld.adapt_rmsprop(state, w), w, w, lr=0.1, nbeta=1.0, localization=1.0)
     assert torch.equal(w, before)
-    assert torch.equal(state.params["w"], before)
+    assert torch.equal(state.position, before)
 
 
 def test_the_preconditioned_move_is_the_formula():
     w, grads, noise = numbers(3, 4), [numbers(6, 4)[:3], numbers(7, 4)[:3]], numbers(5, 4)[:3]
-    state = sgld.init_rmsprop({"w": w})
+    state = sgld.init_rmsprop(w)
     for grad in grads:
-        state = sgld.adapt_rmsprop(state, {"w": grad})
+        state = sgld.adapt_rmsprop(state, grad)
     # Two gradients, bias-corrected: weights 0.99 and 1 of 1.99.
     g = 1 / (0.1 + ((0.99 * grads[0] ** 2 + grads[1] ** 2) / 1.99).sqrt())
-    moved = sgld.step(state, {"w": grads[0]}, {"w": noise}, lr=0.1, nbeta=7.0, localization=3.0).params["w"]
+    moved = sgld.step(state, grads[0], noise, lr=0.1, nbeta=7.0, localization=3.0).position
     assert torch.allclose(moved, w - 0.05 * g * 7 * grads[0] + (0.1 * g).sqrt() * noise, rtol=1e-12)
 
 
@@ -72,7 +72,7 @@ def sampled_components(kernel, lr, thinning):
             {"w": start["w"][None]},
             [None],
             settings,
-            packing=make_packing(start),
+            layout=make_layout(start),
             keys=["0"],
             chunk_size=64,
         ).excess[0]
@@ -126,10 +126,11 @@ def test_mala_acceptance_is_the_ratio_of_densities(kernel):
     """With torch's own normal densities in place of ours."""
     h, lr, nbeta, localization = numbers(8).abs() + 2, 0.2, 5.0, 2.0
     w0, w, noise = numbers(2, 8), numbers(2, 8) - 0.5, numbers(4, 8)[:2]
-    state = sgld.KERNELS[kernel].init({"w": w0})._replace(params={"w": w})
-    state = sgld.KERNELS[kernel].adapt(state, {"w": h * w})
-    moved = sgld.step(state, {"w": h * w}, {"w": noise}, lr=lr, nbeta=nbeta, localization=localization)
-    after, g = moved.params["w"], state.preconditioner.get("w", torch.ones(2, 8, dtype=torch.float64))
+    state = sgld.KERNELS[kernel].init(w0)._replace(position=w)
+    state = sgld.KERNELS[kernel].adapt(state, h * w)
+    moved = sgld.step(state, h * w, noise, lr=lr, nbeta=nbeta, localization=localization)
+    after = moved.position
+    g = torch.ones_like(w) if state.preconditioner is None else state.preconditioner
 
     def loss(w):
         return (h * w**2 / 2).sum(1)
@@ -145,7 +146,7 @@ def test_mala_acceptance_is_the_ratio_of_densities(kernel):
     ours = sgld.log_mala_acceptance(
         state,
         moved,
-        ({"w": h * w}, {"w": h * after}),
+        (h * w, h * after),
         (loss(w), loss(after)),
         lr=lr,
         nbeta=nbeta,

@@ -7,9 +7,9 @@ from tiny_runs import TINY, change
 from icl import memory, tiny_attention
 from icl.build import build_model
 from icl.memory import device_bytes
-from icl.population import stack
 from icl.presets import preset
 from icl.runs import local_root
+from icl.stacked import stack
 from icl.training import capacity, run
 from icl.training.capacity import activation_bytes, num_fitting
 from icl.training.run import train, train_population
@@ -134,12 +134,13 @@ def test_a_population_that_does_not_fit_is_trained_in_groups_with_the_same_resul
 
 @pytest.mark.gpu
 def test_the_estimate_bounds_what_a_gpu_needs():
-    from icl.step import adam_state, make_step, shapes_of
+    from icl.flat import layout_of
+    from icl.step import adam_state, make_step
     from icl.tasks.prompts import sample_prompts
 
     config, num = preset("L2H4"), 8
     params = stack([{name: p.cuda() for name, p in build_model(config).named_parameters()} for _ in range(num)])
-    state, step = adam_state(params), make_step(config.model, config.optim, shapes_of(params))
+    state, step = adam_state(params), make_step(config.model, config.optim, layout_of(params))
     prompts = sample_prompts(config, stream="train", step=0, batch_size=num * 256, device="cuda")
     torch.cuda.reset_peak_memory_stats()
     step(state, prompts.xs.unflatten(0, (num, -1)), prompts.ys.unflatten(0, (num, -1)), torch.ones(num, device="cuda"))

@@ -7,8 +7,8 @@ from tiny_runs import TINY, change
 from icl.build import build_model
 from icl.checkpoints import list_steps, load_step
 from icl.cli import main
+from icl.flat import make_layout
 from icl.runs import RunFolder, local_root
-from icl.step import from_rows, shapes_of
 from icl.tasks.prompts import sample_prompts
 from icl.training import saving
 from icl.training.run import train, train_population
@@ -46,10 +46,10 @@ def test_moments_are_adams():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(first["exp_avg"][name].double(), 0.1 * grad, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(first["exp_avg_sq"][name].double(), 0.001 * grad**2, rtol=1e-4, atol=1e-9)
-    shapes = shapes_of({name: tensor[None] for name, tensor in model.named_parameters()})
+    layout = make_layout(dict(model.named_parameters()))
     saved = torch.load(folder.resume_file, weights_only=True)["state_dict"]
     for kind, own in moments(folder, 20).items():
-        for name, tensor in from_rows(saved[kind], shapes).items():
+        for name, tensor in layout.to_params(saved[kind]).items():
             assert torch.equal(own[name], tensor[0])
 
 

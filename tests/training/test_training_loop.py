@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny_runs import TINY, change
 
-from icl import population
 from icl.build import build_model
 from icl.checkpoints import list_steps, load_step
 from icl.checks import ConfigError
@@ -17,6 +16,7 @@ from icl.config import RunConfig
 from icl.metrics_file import MetricsFile
 from icl.runs import RunError, RunFolder, local_root
 from icl.schedules import rate_factor
+from icl.stacked import Params, stack, unstack
 from icl.tasks.prompts import sample_prompts
 from icl.training.data import PromptDataModule
 from icl.training.members import Member
@@ -132,9 +132,9 @@ def test_resuming_corrects_the_rates_that_version_0_1_0_wrote(tmp_path):
     assert file.path.read_text() == "step,train/loss,lr\n0,,\n10,2.5,0.19\n"
 
 
-def fit_population(configs: list[RunConfig]) -> population.Params:
+def fit_population(configs: list[RunConfig]) -> Params:
     """Final weights of members trained together."""
-    params = population.stack([dict(build_model(config).named_parameters()) for config in configs])
+    params = stack([dict(build_model(config).named_parameters()) for config in configs])
     module = PopulationModule([Member(config, RunFolder("unused")) for config in configs], params)
     trainer = make_trainer(configs[0])
     trainer.fit(module, datamodule=PromptDataModule(configs))
@@ -145,9 +145,9 @@ def test_members_trained_together_end_as_if_trained_alone():
     config = change(TINY, trainer={"max_steps": 20})
     configs = [change(config, seeds={"model": seed, "data": seed, "noise": seed}) for seed in range(3)]
     configs[2] = change(configs[2], task={"num_tasks": float("inf")})
-    together = population.unstack(fit_population(configs))
+    together = unstack(fit_population(configs))
     for config, member in zip(configs, together, strict=True):
-        alone = population.unstack(fit_population([config]))[0]
+        alone = unstack(fit_population([config]))[0]
         for name, weight in alone.items():
             torch.testing.assert_close(member[name], weight, rtol=0, atol=1e-5)
 

@@ -1,11 +1,11 @@
-"""Packing: every shape of parameter, numbers included, goes into its row and comes back; what is frozen is not there."""
+"""Restrictions: every shape of parameter goes into its row and comes back, and what is fixed never moves."""
 
 import pytest
 import torch
 
 from icl.checks import ConfigError
 from icl.sampling import estimate_llc, known
-from icl.sampling.packing import make_packing
+from icl.sampling.restriction import restricted_layout
 
 SETTINGS = {"lr": 1e-3, "nbeta": 100.0, "localization": 5.0, "num_chains": 4, "seed": 3}
 SHORT = {"num_draws": 6, "num_burnin_steps": 4}
@@ -24,7 +24,7 @@ def masks(params, *, share):
 
 
 @pytest.mark.parametrize("kind", ["all", "names", "masks", "whole masks"])
-def test_what_is_packed_comes_back_whatever_its_shape(kind):
+def test_what_goes_into_a_row_comes_back_whatever_its_shape(kind):
     params = members()
     restrict = {
         "all": None,
@@ -32,15 +32,17 @@ def test_what_is_packed_comes_back_whatever_its_shape(kind):
         "masks": {**masks(params, share=0.5), "number": torch.tensor(True)},
         "whole masks": masks(params, share=2.0),
     }[kind]
-    packing = make_packing({name: tensor[0] for name, tensor in params.items()}, restrict)
-    packed = packing.pack(params)
-    assert packed.shape == (3, packing.size)
-    back = packing.unpack(packed, packing.frozen(params))
-    assert "number" in back
+    layout = restricted_layout({name: tensor[0] for name, tensor in params.items()}, restrict)
+    rows, fixed = layout.to_rows(params), layout.fixed(params)
+    assert rows.shape == (3, layout.width)
+    assert layout.width % 16 == 0
+    assert not rows[:, layout.size :].any()
+    back = layout.to_params(rows, fixed)
+    assert back.keys() == params.keys()
     for name, tensor in back.items():
         assert torch.equal(tensor, params[name])
-    moved = {**params, **packing.unpack(packed + 1, packing.frozen(params))}
-    assert sum(int((moved[name] != params[name]).sum()) for name in params) == 3 * packing.size
+    moved = layout.to_params(rows + 1, fixed)
+    assert sum(int((moved[name] != params[name]).sum()) for name in params) == 3 * layout.size
 
 
 def loss(params, batch):
@@ -95,5 +97,5 @@ def test_the_llc_of_one_number_is_the_exact_one():
 def test_a_restriction_that_fits_nothing_is_one_sentence(restrict, said, as_users_run):
     one = {name: tensor[0] for name, tensor in members().items()}
     with pytest.raises(ConfigError, match=r"^[^\n]*\.$") as error:
-        make_packing(one, restrict)
+        restricted_layout(one, restrict)
     assert said in str(error.value)

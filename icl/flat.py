@@ -1,0 +1,119 @@
+"""Parameters as rows: everything that moves, of every member, as one matrix.
+
+Adam and SGLD act on each parameter in the same way. So we lay out the moving entries of a member as one row, and an
+update is a dozen operations on an (N, P) matrix, whatever the number of layers. Gradients are rows of the same layout.
+Entries that do not move ("fixed") are not in the matrix, so no kernel can change them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icl.stacked import Params
+
+_ALIGNMENT = 16
+"""Row width is a multiple of this many numbers (64 bytes in float32), so that products round alike in every row."""
+
+
+class Slot(NamedTuple):
+    """The columns of a row that hold one parameter."""
+
+    name: str
+    shape: torch.Size
+    size: int
+    """Number of columns."""
+    elements: Tensor | None
+    """Moving elements, as indices into the flattened parameter; None if all of them move."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The order in which the moving entries of a member lie in its row; hashable, so that a function can be kept for each."""
+
+    slots: tuple[Slot, ...]
+    width: int
+    """Columns of a row, including the zeros at its end."""
+
+    @cached_property
+    def size(self) -> int:
+        """Number of moving entries."""
+        return sum(slot.size for slot in self.slots)
+
+    @cached_property
+    def _key(self) -> tuple[Any, ...]:
+        elements = (None if slot.elements is None else slot.elements.numpy().tobytes() for slot in self.slots)
+        return self.width, *((slot.name, slot.shape, some) for slot, some in zip(self.slots, elements, strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def to_rows(self, params: Mapping[str, Tensor]) -> Float[Tensor, "N width"]:
+        """Copy the moving entries of stacked parameters into rows."""
+        parts = []
+        for slot in self.slots:
+            flat = _flatten(params[slot.name].detach())
+            parts.append(flat if slot.elements is None else flat[:, slot.elements.to(flat.device)])
+        padding = parts[0].new_zeros(len(parts[0]), self.width - self.size)
+        return torch.cat([*parts, padding], dim=1)
+
+    def to_params(self, rows: Float[Tensor, "N width"], fixed: Mapping[str, Tensor] | None = None) -> Params:
+        """Stacked parameters from rows: views of the rows wherever a whole parameter moves.
+
+        Args:
+            rows: The moving entries.
+            fixed: The stacked parameters that the rows do not hold whole, as `fixed` returns them.
+        """
+        params = dict(fixed or {})
+        parts = rows.split([*(slot.size for slot in self.slots), self.width - self.size], dim=1)
+        for slot, part in zip(self.slots, parts, strict=False):  # the last part is padding
+            if slot.elements is not None:
+                whole = _flatten(params[slot.name])
+                # Not in place: torch.func.grad forbids writing into a tensor from outside.
+                part = whole.scatter(1, slot.elements.to(whole.device).expand(len(part), -1), part)
+            params[slot.name] = part.unflatten(1, slot.shape) if slot.shape else part.squeeze(1)
+        return params
+
+    def fixed(self, params: Mapping[str, Tensor]) -> Params:
+        """The parameters that rows do not hold whole: those that do not move, or only in part."""
+        whole = {slot.name for slot in self.slots if slot.elements is None}
+        return {name: tensor for name, tensor in params.items() if name not in whole}
+
+
+def make_layout(
+    member: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None, *, alignment: int = _ALIGNMENT
+) -> Layout:
+    """Lay out the parameters of one member in their own order.
+
+    Args:
+        member: Parameters without a leading axis.
+        masks: Which elements move, as Boolean tensors; a parameter without a mask does not move. None moves all.
+        alignment: The row width is a multiple of this.
+    """
+    slots = []
+    for name, tensor in member.items():
+        mask = None if masks is None else masks.get(name, torch.zeros(()))
+        if mask is not None and not mask.any():
+            continue
+        elements = None if mask is None or mask.all() else mask.flatten().nonzero().squeeze(1)
+        size = tensor.numel() if elements is None else len(elements)
+        slots.append(Slot(name, tensor.shape, size, None if elements is None else elements.cpu()))
+    size = sum(slot.size for slot in slots)
+    return Layout(tuple(slots), size + -size % alignment)
+
+
+def layout_of(params: Mapping[str, Tensor], *, alignment: int = _ALIGNMENT) -> Layout:
+    """The layout of stacked parameters that all move."""
+    return make_layout({name: tensor[0] for name, tensor in params.items()}, alignment=alignment)
+
+
+def _flatten(stacked: Float[Tensor, "N *shape"]) -> Float[Tensor, "N size"]:
+    """One row for each member, also where a member is a single number."""
+    return stacked.reshape(len(stacked), -1)
