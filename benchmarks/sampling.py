@@ -19,7 +19,7 @@ from icl.build import build_model
 from icl.config import RunConfig, SamplerConfig
 from icl.flat import make_layout
 from icl.sampling.chains import run_chains
-from icl.sampling.prompt_loss import prompt_loss
+from icl.sampling.prompt_loss import prompt_target
 from icl.sampling.settings import SamplerSettings
 from icl.stacked import stack
 from icl.tasks.prompts import sample_prompts
@@ -78,7 +78,7 @@ def our_chains(
     """All chains of some checkpoints at each call."""
     sizes = {**_SIZES, "num_burnin_steps": num_moves - 2}
     sampler = SamplerConfig(batch_size=BATCH_SIZE, **_KERNEL, **sizes)
-    loss = prompt_loss(config, sampler, device=device, num_moves=2**40 if compiled else 0)
+    loss = prompt_target(config, sampler, device=device, num_moves=2**40 if compiled else 0)
     one = {name: parameter.detach().to(device) for name, parameter in build_model(config).named_parameters()}
     checkpoints, settings = stack([one] * num_checkpoints), SamplerSettings(seed=0, **_KERNEL, **sizes)
     return lambda: run_chains(

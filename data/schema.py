@@ -153,11 +153,11 @@ TABLES: dict[str, Table] = {
                 for name in ("num_samples", "batch_size", "num_chains", "num_draws", "num_burnin_steps")
             },
             "num_chains_used": Column("integer", "chains that stayed finite"),
-            "heat": _number("nats by which step size and minibatch noise raise it, at most", may_miss=True),
-            "settled": _number(
+            "bias_bound": _number("nats by which step size and minibatch noise raise it, at most", may_miss=True),
+            "drop_at_mean": _number(
                 "nats by which the chains settle below the checkpoint's loss, which it is too low by", may_miss=True
             ),
-            "settled_stderr": _number("its standard error", may_miss=True),
+            "drop_at_mean_stderr": _number("its standard error", may_miss=True),
             "rhat": _number("agreement of the chains; near 1 is good", may_miss=True),
             "ess": _number("effective number of independent draws", may_miss=True),
             "verdict": _VERDICT,

@@ -15,8 +15,8 @@ def shown(table: "pd.DataFrame") -> str:
         "step",
         "llc",
         "stderr",
-        "heat",
-        "settled",
+        "bias_bound",
+        "drop_at_mean",
         "init_loss",
         "mean_loss",
         "trivial_loss",
@@ -66,7 +66,17 @@ def log_rows(wandb_run: Any, table: "pd.DataFrame") -> None:
     sent = sent_step(wandb_run)
     for row in table.to_dict("records"):
         if row["step"] > sent:
-            numbers = ("llc", "stderr", "heat", "settled", "init_loss", "mean_loss", "rhat", "ess", "num_chains_used")
+            numbers = (
+                "llc",
+                "stderr",
+                "bias_bound",
+                "drop_at_mean",
+                "init_loss",
+                "mean_loss",
+                "rhat",
+                "ess",
+                "num_chains_used",
+            )
             wandb_run.log(
                 {"step": row["step"], **{f"llc/{name}": row[name] for name in numbers}, "llc/verdict": row["verdict"]}
             )

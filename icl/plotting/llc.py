@@ -15,7 +15,7 @@ from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILIO
 from icl.plotting.tidying import KEY
 from icl.reading import ContentError
 from icl.runs import RunFolder
-from icl.sampling.records import Record
+from icl.sampling.records import RENAMED_COLUMNS, Record
 from icl.table_files import read_table
 
 VERDICTS: dict[str, dict[str, Any]] = {
@@ -157,7 +157,10 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
     if len(good) > 1:
         axes.plot(good["step"], good["llc"], color=BLACK, linewidth=0.8, alpha=0.5)
     beside = _beside_their_minimum(table)
-    total, both = beside["llc"] + beside["settled"], 2 * np.hypot(beside["stderr"].fillna(0), beside["settled_stderr"])
+    total, both = (
+        beside["llc"] + beside["drop_at_mean"],
+        2 * np.hypot(beside["stderr"].fillna(0), beside["drop_at_mean_stderr"]),
+    )
     error = 2 * base["stderr"].fillna(0)
     set_limits(axes, pd.concat([base["llc"] - error, base["llc"] + error, total - both, total + both]))
     if len(beside):
@@ -177,10 +180,13 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
 
 def _beside_their_minimum(table: pd.DataFrame) -> pd.DataFrame:
     """The rows whose chains settle below the checkpoint's loss, by which the LLC is too low, and did not escape."""
-    if "settled_stderr" not in table:  # of an older version
-        return table.iloc[:0].assign(settled=0.0, settled_stderr=0.0)
+    table = table.rename(columns=RENAMED_COLUMNS)
+    if "drop_at_mean_stderr" not in table:  # not measured
+        return table.iloc[:0].assign(drop_at_mean=0.0, drop_at_mean_stderr=0.0)
     rise, height = table["mean_loss"] - table["init_loss"], table["trivial_loss"] - table["init_loss"]
-    return table[(table["settled"] > 3 * table["settled_stderr"]) & table["llc"].notna() & ~(rise > height / 2)]
+    return table[
+        (table["drop_at_mean"] > 3 * table["drop_at_mean_stderr"]) & table["llc"].notna() & ~(rise > height / 2)
+    ]
 
 
 def _draw_trace(axes: Axes, row: Mapping[str, Any], traces: np.ndarray, stride: int) -> None:

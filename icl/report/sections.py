@@ -24,6 +24,7 @@ from icl.report.tables import (
     whole,
     with_error,
 )
+from icl.sampling.records import RENAMED_COLUMNS
 
 MAX_LOG_LINES = 60
 _LLC_COLUMNS = (
@@ -34,8 +35,8 @@ _LLC_COLUMNS = (
         "rescale",
         "llc",
         "stderr",
-        "heat",
-        "settled",
+        "bias_bound",
+        "drop_at_mean",
         "init_loss",
         "mean_loss",
         "rhat",
@@ -184,7 +185,9 @@ def _summary(facts: RunFacts, name: str, table: pd.DataFrame) -> list[Table]:
         return [_evaluation_table(table, facts.tables.get("baselines"))]
     if name in ("baselines", "losses", "llc-positions"):
         return []
-    return summarise(table, caption=f"{name} in brief", columns=_LLC_COLUMNS if name == "llc" else ())
+    if name == "llc":
+        return summarise(table.rename(columns=RENAMED_COLUMNS), caption="llc in brief", columns=_LLC_COLUMNS)
+    return summarise(table, caption=f"{name} in brief")
 
 
 def _evaluation_table(numbers: pd.DataFrame, baselines: pd.DataFrame | None) -> Table:

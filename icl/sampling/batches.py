@@ -161,11 +161,6 @@ def _stack(column: Sequence[Any], device: torch.device) -> Any:
     return torch.stack([torch.as_tensor(x) for x in column]).to(device)
 
 
-def take(batch: Batch, members: Tensor) -> Batch:
-    """The rows `members` of a stacked batch."""
-    return pytree.tree_map(lambda x: x[members.to(x.device)] if isinstance(x, Tensor) else x, batch)
-
-
 def fingerprint(batch: Batch) -> bytes:
     """A digest of what a batch holds, equal for equal batches."""
     digest = hashlib.blake2b(digest_size=16)

@@ -18,12 +18,13 @@ import yaml
 
 from icl.checkpoints import Checkpoint, load_same_run
 from icl.config import SamplerConfig
+from icl.sampling.batches import batch_function
 from icl.sampling.curvature import largest_curvature
 from icl.sampling.progress import MoveBar
-from icl.sampling.prompt_loss import PromptLoss, prompt_loss
+from icl.sampling.prompt_loss import prompt_target, trivial_loss
 from icl.sampling.records import Kind, Record, make_record
 from icl.sampling.result import LLCResult
-from icl.sampling.run import chosen_files, estimate_corners, num_moves, run_files, sampling_device
+from icl.sampling.run import chosen_files, estimate_grid, num_moves, run_files, sampling_device
 from icl.sampling.search import (
     CONFIRMATION,
     NBETAS,
@@ -39,6 +40,7 @@ from icl.sampling.search import (
     slower_than,
     survey,
 )
+from icl.sampling.target import Target
 
 PLACES = (0.2, 0.5, 1.0)
 """Of the last step: where in training the search looks, if nothing else is said."""
@@ -83,22 +85,23 @@ def calibrate(
     checkpoints = [load_same_run(file, config) for file in files]
     device = sampling_device()
     plan = _Plan.of(sampler, len(checkpoints))
-    loss = prompt_loss(config, sampler, device=device, num_moves=plan.most)
-    anew = loss._replace(batches=prompt_loss(config, _other_seed(sampler), device=device).batches)
+    target = prompt_target(config, sampler, device=device, num_moves=plan.most)
+    anew = dataclasses.replace(target, batches=prompt_target(config, _other_seed(sampler), device=device).batches)
     say(f"{RULE}\n")
     with MoveBar("preparing", plan.total) as bar, torch.no_grad():  # which graphs are compiled for
-        batches = [loss.batches(0, draw) for draw in range(_NUM_BATCHES)]
+        sample = batch_function(target.batches, num_chains=1, seed=sampler.seed)
+        batches = [sample(0, draw) for draw in range(_NUM_BATCHES)]
         params = {name: tensor.to(device) for name, tensor in checkpoints[-1].params.items()}
-        curvature = largest_curvature(loss.gradient, params, batches)  # compiles the gradient, if it is to be
-        losses = [loss.loss(params, batch).mean() for batch in batches]
-        height = loss.trivial_loss - float(torch.stack(losses).mean())
+        curvature = largest_curvature(target.chain_gradient, params, batches)  # compiles the gradient, if it is to be
+        losses = [target.loss(params, batch).mean() for batch in batches]
+        height = trivial_loss(config) - float(torch.stack(losses).mean())
         steps = ", ".join(f"{checkpoint.step:,}" for checkpoint in checkpoints)
         say(
             f"Checkpoints {steps}; largest curvature {curvature:.3g}; predicting zero costs {height:.3g} more than the last."
         )
         first = [corner.sampler(sampler) for corner in survey(height=height, curvature=curvature)[: len(NBETAS)]]
-        say(_how_long(plan, _seconds_a_move(checkpoints, first, loss, device)))
-        work = _Work(sampler, checkpoints, loss, anew, device, plan, bar)
+        say(_how_long(plan, _seconds_a_move(checkpoints, first, target, device)))
+        work = _Work(sampler, checkpoints, target, anew, device, plan, bar)
         found = search(work.at_corners, height=height, curvature=curvature, say=say)
         return _finish(found, sampler, work.in_full)
 
@@ -138,13 +141,13 @@ class _Work:
         self,
         sampler: SamplerConfig,
         checkpoints: Sequence[Checkpoint],
-        loss: PromptLoss,
-        anew: PromptLoss,
+        target: Target,
+        anew: Target,
         device: torch.device,
         plan: _Plan,
         bar: MoveBar,
     ) -> None:
-        self.sampler, self.checkpoints, self.loss, self.anew = sampler, checkpoints, loss, anew
+        self.sampler, self.checkpoints, self.target, self.anew = sampler, checkpoints, target, anew
         self.device, self.plan, self.bar = device, plan, bar
 
     def at_corners(self, corners: Sequence[Corner]) -> list[list[LLCResult]]:
@@ -154,14 +157,14 @@ class _Work:
         if corners[0].slowness > 1:  # nothing but the choice comes after it, or this once more
             self.bar.leave(num_moves(samplers[0]) + self.plan.confirmation)
         at = self.checkpoints if stage == SURVEY else self.checkpoints[-1:]
-        return estimate_corners(at, samplers, self.loss, device=self.device, tick=self.bar.advance)
+        return estimate_grid(at, samplers, self.target, device=self.device, tick=self.bar.advance)
 
     def in_full(self, sampler: SamplerConfig) -> list[LLCResult]:
         """The chosen settings at all checkpoints, on minibatches and noise that nothing was chosen by."""
         self.bar.name(CONFIRMATION)
         self.bar.leave(len(self.checkpoints) * num_moves(sampler))
         sampler = _other_seed(sampler)
-        return estimate_corners(self.checkpoints, [sampler], self.anew, device=self.device, tick=self.bar.advance)[0]
+        return estimate_grid(self.checkpoints, [sampler], self.anew, device=self.device, tick=self.bar.advance)[0]
 
 
 def _other_seed(sampler: SamplerConfig) -> SamplerConfig:
@@ -169,12 +172,12 @@ def _other_seed(sampler: SamplerConfig) -> SamplerConfig:
 
 
 def _seconds_a_move(
-    checkpoints: Sequence[Checkpoint], samplers: Sequence[SamplerConfig], loss: PromptLoss, device: torch.device
+    checkpoints: Sequence[Checkpoint], samplers: Sequence[SamplerConfig], target: Target, device: torch.device
 ) -> float:
     """Of one chain in this population: a few moves, after the first ones, in which a gradient may be compiled."""
     few = [dataclasses.replace(one, num_burnin_steps=10, num_draws=2, num_init_batches=2) for one in samplers]
     moves: list[float] = []
-    estimate_corners(checkpoints, few, loss, device=device, tick=lambda _: moves.append(time.perf_counter()))
+    estimate_grid(checkpoints, few, target, device=device, tick=lambda _: moves.append(time.perf_counter()))
     taken = time.perf_counter() - moves[2]  # with MALA's gradient at both draws
     return taken / ((num_moves(few[0]) + (2 - 3) * few[0].num_chains) * len(few) * len(checkpoints))
 

@@ -1,74 +1,47 @@
-"""Runs chains x checkpoints as one population, and records what every later number is made of.
+"""Run chains x checkpoints as one population.
 
-Members are numbered checkpoint by checkpoint and processed in chunks that fit the memory. Each member has a generator
-of its own, seeded from (seed, checkpoint key, chain) and drawn outside `vmap`, so its noise is the same whatever runs
-beside it. Draw j is the state after `num_burnin_steps + j * thinning` moves; its loss is that of the minibatch that also
-gives the next move its gradient, evaluated before the move. (So without burn-in draw 0 is the checkpoint.)
+Members are numbered checkpoint by checkpoint and processed in chunks that fit the memory. Each member has its own
+generator, seeded from (seed, checkpoint key, chain) and drawn outside `vmap`. So its noise is the same whatever runs
+beside it. Draw j is the state after `num_burnin_steps + j * thinning` moves. Its loss is that of the minibatch that also
+gives the next move its gradient, evaluated before the move. (So without burn-in, draw 0 is the checkpoint.)
 
-Recorded at each draw, beside the loss: its excess over the checkpoint's loss on the same minibatch, one more forward pass,
-as the difference of both has little of the noise of either; the pull nbeta (w - w0) . grad L, the spread
-localization |w - w0|^2 and the heat (`icl.sampling.diagnostics`). At up to `NUM_MALA` draws the probability that MALA
-would accept the move, with L the loss of that draw's minibatch at both ends.
+At each draw we also record the excess of the loss over the checkpoint's on the same minibatch, which costs one more forward pass.
+The difference has little of the noise of either loss. `icl.sampling.recording` has the other numbers. At up to `NUM_MALA` draws
+we compute the probability that MALA would accept the move, with L the loss of that draw's minibatch at both ends.
 
-Checkpoints may have settings of their own, if only in lr, nbeta and localization: a checkpoint under several settings
-is several rows of one population, whose chains see the same minibatches and noise. Moves and records are then made group by
-group, and gradients for all at once.
+Checkpoints may differ in their settings, but only in lr, nbeta and localization. A checkpoint under several settings
+is several rows of one population, whose chains see the same minibatches and noise. Moves and records are made for each group
+of equal settings, gradients for all members at once.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from icl import rng
 from icl.checks import ConfigError
 from icl.flat import Layout
 from icl.sampling.batches import Batch, Batches, batch_function, fingerprint, stack_batches
+from icl.sampling.drop_at_mean import BatchLosses, DropsAtMean
 from icl.sampling.gradients import Gradient
-from icl.sampling.groups import Chunk, Group
+from icl.sampling.recording import Draw, Recorder, Traces, mean_over_components, split_by_checkpoint
 from icl.sampling.settings import SamplerSettings
-from icl.sampling.settling import Losses, Settling
-from icl.sampling.sgld import SGLDState
+from icl.sampling.sgld import KERNELS, SGLDState, log_mala_acceptance, step
 from icl.stacked import Params, size
 
 NUM_MALA = 16
-"""Moves of each chain whose MALA acceptance is found; each costs one more gradient."""
+"""Number of moves of each chain whose MALA acceptance is computed; each costs one more gradient."""
 NUM_COMPARED = 4
-"""First moves at which the chains' minibatches are compared with each other; twice as many later ones are, too."""
+"""Number of first moves at which the chains' minibatches are compared; so are twice as many later ones."""
 
 Progress: TypeAlias = Callable[[int, int], None]
-"""Called with the member-moves done and those there are."""
-
-
-class Traces(NamedTuple):
-    """What C checkpoints x K chains left behind, in float64 on the CPU; S draws, T components of the loss."""
-
-    losses: Float[Tensor, "C K S"]
-    burnin: Float[Tensor, "C K burnin"]
-    excess: Float[Tensor, "C K S *T"]
-    """Losses less the checkpoint's on the same minibatch; of every component where the loss is a vector."""
-    pull: Float[Tensor, "C K S"]
-    spread: Float[Tensor, "C K S"]
-    heat: Float[Tensor, "C K S"]
-    acceptance: Float[Tensor, "C K"]
-    sample_variance: Float[Tensor, "C K Q"] | None
-    """Over the draws, of each sample's loss."""
-    alive: Bool[Tensor, "C K"]
-    """Whether each chain stayed finite and did not diverge."""
-    fallen: Bool[Tensor, "C K"]
-    """Whether it diverged downwards."""
-    settled: Float[Tensor, "C 3"]
-    """How much lower the loss is where the chains settle, its standard error and degrees of freedom (`icl.sampling.settling`);
-    NaN if not asked."""
-    share_batches: bool
-    """Whether two chains saw the same minibatches though there were different ones."""
-    one_batch: bool
-    """Whether there was one batch for all moves: the loss has no noise."""
+"""Called with the number of member-moves done and their total."""
 
 
 def run_chains(
@@ -82,64 +55,69 @@ def run_chains(
     keys: Sequence[str],
     chunk_size: int,
     sample_losses: Callable[[Params], Float[Tensor, "n Q"]] | None = None,
-    losses_at_rest: Losses | None = None,
+    losses_at_mean: BatchLosses | None = None,
     progress: Progress | None = None,
-) -> Traces:
-    """Run every chain of every checkpoint.
+) -> list[Traces]:
+    """Run every chain of every checkpoint; return the traces of each checkpoint.
 
     Args:
         gradient: The gradient and the loss of stacked parameters.
-        values: The loss alone, of stacked parameters each on a batch of its own.
+        values: The loss alone, of stacked parameters each on its own batch.
         checkpoints: Stacked on a leading axis C.
         batches: Minibatches by (chain, draw), or an iterable.
-        settings: What each chain is told: the same for all, or for each checkpoint its own.
+        settings: The same for all checkpoints, or one for each.
         layout: How the parameters that move lie in rows.
-        keys: A text for each checkpoint, from which its chains' noise is seeded.
-        chunk_size: Members that may run at once.
-        sample_losses: Stacked parameters to the loss of each of Q fixed samples; their variance over draws is kept.
-        losses_at_rest: How the loss is measured where the chains settle.
-        progress: Told how far it is.
+        keys: A text for each checkpoint, from which the noise of its chains is seeded.
+        chunk_size: Number of members that may run at once.
+        sample_losses: Function from stacked parameters to the losses of Q fixed samples; their variance over draws is recorded.
+        losses_at_mean: How to measure the loss at the mean of the draws.
+        progress: Called after every move.
 
     Raises:
         ConfigError: If settings differ in more than lr, nbeta and localization.
     """
     each = [settings] * size(checkpoints) if isinstance(settings, SamplerSettings) else list(settings)
-    lengths = _same_lengths(each)
-    source = _Source(batch_function(batches, num_chains=lengths.num_chains, seed=lengths.seed), lengths.num_moves)
-    num_members = size(checkpoints) * lengths.num_chains
-    total = num_members * lengths.num_moves
+    common = _common_settings(each)
+    source = _Source(batch_function(batches, num_chains=common.num_chains, seed=common.seed), common.num_moves)
+    num_members = size(checkpoints) * common.num_chains
+    total = num_members * common.num_moves
     chunk_size = even_chunks(num_members, chunk_size)
-    chunks: list[Chunk] = []
+    parts: list[Traces] = []
     with torch.no_grad():
         rows, fixed = layout.to_rows(checkpoints), layout.fixed(checkpoints)
-        settling = None
-        if losses_at_rest is not None:
-            settling = Settling(losses_at_rest, layout, rows, fixed, lengths.num_chains)
+        drops = None
+        if losses_at_mean is not None:
+            drops = DropsAtMean(losses_at_mean, layout, rows, fixed, common.num_chains)
         for first in range(0, num_members, chunk_size):
             members = torch.arange(first, min(first + chunk_size, num_members))
             runner = _Runner(gradient, values, source, each, layout, keys, members)
-            ticks = _Ticks(progress, first * lengths.num_moves, total)
-            for chunk in runner.run(rows, fixed, sample_losses, ticks):
-                if settling is not None:
-                    settling.add(chunk.mean, chunk.alive)
-                chunks.append(chunk._replace(mean=chunk.mean.new_empty(0)))
-    settled = torch.stack(settling.drops) if settling else torch.full((size(checkpoints), 3), torch.nan).double()
-    flags = {"settled": settled, "share_batches": source.is_shared(), "one_batch": source.is_one()}
-    return _traces(chunks, size(checkpoints), lengths, flags)
+            ticks = _Ticks(progress, first * common.num_moves, total)
+            for traces in runner.run(rows, fixed, sample_losses, ticks):
+                if drops is not None:
+                    assert traces.mean_position is not None
+                    drops.add(traces.mean_position, traces.alive)
+                parts.append(traces._replace(mean_position=None))
+    found = [
+        traces._replace(share_batches=source.is_shared(), one_batch=source.is_one())
+        for traces in split_by_checkpoint(parts, common.num_chains)
+    ]
+    if drops is None:
+        return found
+    return [traces._replace(drop_at_mean=drop) for traces, drop in zip(found, drops.drops, strict=True)]
 
 
 def even_chunks(num: int, most: int) -> int:
-    """The size of equal chunks, at most `most`, if half of that is enough; else of chunks that are equal but for the last.
+    """Return the size of equal chunks, at most `most` and at least half of it; if there is none, the last chunk is smaller.
 
-    A gradient compiled for a GPU is compiled anew for every size.
+    A gradient that is compiled for a GPU is compiled again for every size.
     """
     num_chunks = -(-num // most)
     equal = (num // count for count in range(num_chunks, 2 * num_chunks + 1) if num % count == 0)
     return next(equal, -(-num // num_chunks))
 
 
-def _same_lengths(settings: Sequence[SamplerSettings]) -> SamplerSettings:
-    """One of the settings, which all have its lengths, chains, seed and kernel."""
+def _common_settings(settings: Sequence[SamplerSettings]) -> SamplerSettings:
+    """The first of the settings; all share its lengths, chains, seed and kernel."""
     first = settings[0]
     for other in settings:
         if dataclasses.replace(other, lr=first.lr, nbeta=first.nbeta, localization=first.localization) != first:
@@ -208,12 +186,12 @@ class _Runner:
         members: Tensor,
     ) -> None:
         self.gradient, self.values, self.source, self.layout = gradient, values, source, layout
-        self.lengths = settings[0]
-        self.checkpoint_of = members // self.lengths.num_chains
-        self.chains = (members % self.lengths.num_chains).tolist()
+        self.common = settings[0]
+        self.checkpoint_of = members // self.common.num_chains
+        self.chains = (members % self.common.num_chains).tolist()
         self.settings = [settings[i] for i in self.checkpoint_of.tolist()]
         self.seeds = [
-            int(rng.stream(self.lengths.seed, f"llc/noise/{keys[checkpoint]}/{chain}").low)
+            int(rng.stream(self.common.seed, f"llc/noise/{keys[checkpoint]}/{chain}").low)
             for checkpoint, chain in zip(self.checkpoint_of.tolist(), self.chains, strict=True)
         ]
 
@@ -223,43 +201,43 @@ class _Runner:
         fixed: Params,
         sample_losses: Callable[[Params], Tensor] | None,
         ticks: _Ticks,
-    ) -> list[Chunk]:
-        """All moves of these members, by groups of equal settings."""
-        lengths, device = self.lengths, checkpoints.device
+    ) -> list[Traces]:
+        """Make all moves of these members; return the traces of each group of equal settings."""
+        common, device = self.common, checkpoints.device
         index = self.checkpoint_of.to(device)
         fixed = {name: t.expand(len(index), *t.shape[1:]) if len(t) == 1 else t[index] for name, t in fixed.items()}
         start = checkpoints[index]
         groups = self._groups(start, fixed, sample_losses)
         anchors, sizes = self.layout.to_params(start, fixed), [group.size for group in groups]
-        for move in range(lengths.num_moves):
+        for move in range(common.num_moves):
             batch = self.source.stacked(self.chains, move, device)
-            found = self._gradients([group.state for group in groups], fixed, batch)
-            draw, rest = divmod(move - lengths.num_burnin_steps, lengths.thinning)
+            here = self._gradients([group.state for group in groups], fixed, batch)
+            draw, rest = divmod(move - common.num_burnin_steps, common.thinning)
             is_draw = draw >= 0 and rest == 0
-            at_anchors = self.values(anchors, batch).split(sizes) if is_draw else [None] * len(groups)
-            proposals = [
-                group.propose(*one, move, at_anchor)
-                for group, one, at_anchor in zip(groups, found, at_anchors, strict=True)
-            ]
-            if is_draw and draw % -(-lengths.num_draws // NUM_MALA) == 0:
+            if is_draw:
+                anchor_losses = self.values(anchors, batch).split(sizes)
+                for group, (grad, losses), anchor_loss in zip(groups, here, anchor_losses, strict=True):
+                    group.record_draw(grad, losses - anchor_loss)
+            proposals = [group.propose(grad, losses) for group, (grad, losses) in zip(groups, here, strict=True)]
+            if is_draw and draw % -(-common.num_draws // NUM_MALA) == 0:
                 there = self._gradients(proposals, fixed, batch)
-                for group, here, proposal, one in zip(groups, found, proposals, there, strict=True):
-                    group.note_acceptance(proposal, here, one)
-            for group, (grad, _), proposal in zip(groups, found, proposals, strict=True):
-                group.move(proposal, grad, adapting=move < lengths.num_burnin_steps)
+                for group, proposal, *ends in zip(groups, proposals, here, there, strict=True):
+                    group.record_acceptance(proposal, *ends)
+            for group, (grad, _), proposal in zip(groups, here, proposals, strict=True):
+                group.move(proposal, grad, adapting=move < common.num_burnin_steps)
             ticks((move + 1) * len(index))
-        return [group.chunk() for group in groups]
+        return [group.recorder.traces() for group in groups]
 
     def _groups(
         self, start: Float[Tensor, "N P"], fixed: Params, sample_losses: Callable[[Params], Tensor] | None
-    ) -> list[Group]:
+    ) -> list["_Group"]:
         groups, first = [], 0
         for settings, members in groupby(self.settings):
-            here = slice(first, first + len(list(members)))
-            still = {name: tensor[here] for name, tensor in fixed.items()}
-            params = partial(self.layout.to_params, fixed=still)
-            groups.append(Group(settings, start[here], self.seeds[here], params, self.layout.size, sample_losses))
-            first = here.stop
+            rows = slice(first, first + len(list(members)))
+            params = partial(self.layout.to_params, fixed={name: tensor[rows] for name, tensor in fixed.items()})
+            recorder = Recorder(settings, self.layout.size, sample_losses)
+            groups.append(_Group(settings, start[rows], self.seeds[rows], params, recorder))
+            first = rows.stop
         return groups
 
     def _gradients(self, states: Sequence[SGLDState], fixed: Params, batch: Batch) -> list[tuple[Tensor, Tensor]]:
@@ -271,21 +249,48 @@ class _Runner:
         return list(zip(grads.split(sizes), values.split(sizes), strict=True))
 
 
-def _traces(chunks: Sequence[Chunk], num_checkpoints: int, settings: SamplerSettings, flags: dict[str, Any]) -> Traces:
-    def joined(name: str) -> Tensor | None:
-        parts = [getattr(chunk, name) for chunk in chunks]
-        if parts[0] is None:
-            return None
-        whole = torch.cat(parts).cpu().unflatten(0, (num_checkpoints, settings.num_chains))
-        return whole.double() if whole.is_floating_point() else whole
+class _Group:
+    """Neighbouring members with equal settings: where they are, and how they move."""
 
-    losses = joined("losses")
-    assert losses is not None
-    start = settings.num_burnin_steps
-    fields = {name: joined(name) for name in Chunk._fields if name not in ("losses", "mean")}
-    return Traces(
-        losses=losses[..., start :: settings.thinning],
-        burnin=losses[..., :start],
-        **flags,
-        **fields,  # type: ignore[arg-type]
-    )
+    def __init__(
+        self,
+        settings: SamplerSettings,
+        start: Float[Tensor, "N P"],
+        seeds: Sequence[int],
+        params: Callable[[Tensor], Params],
+        recorder: Recorder,
+    ) -> None:
+        self.settings, self.kernel, self.params, self.recorder = settings, KERNELS[settings.kernel], params, recorder
+        self.state, self.size = self.kernel.init(start), len(start)
+        self.noise = self._noise(seeds)
+        self.target = {"lr": settings.lr, "nbeta": settings.nbeta, "localization": settings.localization}
+
+    def record_draw(self, grad: Float[Tensor, "N P"], excess: Float[Tensor, "N *T"]) -> None:
+        """Record the present state as a draw."""
+        draw = Draw(self.state, grad, self.settings)
+        self.recorder.add_draw(draw, excess, partial(self.params, self.state.position))
+
+    def propose(self, grad: Float[Tensor, "N P"], losses: Float[Tensor, "N *T"]) -> SGLDState:
+        """Record the losses here and return the next state."""
+        self.recorder.add_losses(losses)
+        return step(self.state, grad, next(self.noise), **self.target)
+
+    def record_acceptance(self, proposal: SGLDState, here: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor]) -> None:
+        """Record whether MALA would accept the proposal, from the gradients and losses at both ends."""
+        grads, losses = (here[0], there[0]), (mean_over_components(here[1]), mean_over_components(there[1]))
+        acceptance = log_mala_acceptance(self.state, proposal, grads, losses, **self.target).exp()
+        self.recorder.acceptance.append(acceptance)
+
+    def move(self, proposal: SGLDState, grad: Float[Tensor, "N P"], *, adapting: bool) -> None:
+        """Go to the proposal."""
+        self.state = self.kernel.adapt(proposal, grad) if adapting else proposal
+
+    def _noise(self, seeds: Sequence[int]) -> Iterator[Tensor]:
+        """Standard normals: one buffer that is filled again for each move, each row from its member's own generator."""
+        buffer = torch.zeros_like(self.state.position)
+        rows = buffer[:, : self.recorder.num_params].unbind()  # the padding stays zero, so chains do not move there
+        generators = [torch.Generator(buffer.device).manual_seed(seed) for seed in seeds]
+        while True:
+            for row, generator in zip(rows, generators, strict=True):
+                row.normal_(generator=generator)
+            yield buffer

@@ -1,11 +1,10 @@
-"""The estimates of a problem: checkpoints x settings x chains as one population, from the losses to the verdicts.
+"""Estimates of checkpoints x settings x chains as one population, from the losses to the verdicts.
 
-What depends on a checkpoint alone, its loss on many batches and the way down from it, is found once, whatever the number
+What depends on a checkpoint alone (its loss on many batches, and the way down from it) is computed once, whatever the number
 of settings that its chains are run under.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -14,160 +13,125 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from icl.checks import ConfigError
 from icl.flat import Layout
-from icl.sampling import settling
-from icl.sampling.batches import Batch, Batches, batch_function, fingerprint, stack_batches
+from icl.sampling import drop_at_mean
+from icl.sampling.batches import Batch, batch_function, fingerprint, stack_batches
 from icl.sampling.chains import Progress, run_chains
-from icl.sampling.gradients import (
-    Gradient,
-    Loss,
-    allocated_bytes,
-    looped_gradient,
-    own_losses,
-    stacked_loss,
-    vmapped_gradient,
-)
+from icl.sampling.gradients import allocated_bytes, stacked_loss, vmapped_gradient
 from icl.sampling.minimum import drop, gain, slope
 from icl.sampling.restriction import Restriction, restricted_layout
-from icl.sampling.result import Label, LLCResult
+from icl.sampling.result import CheckpointId, LLCResult, make_result
 from icl.sampling.settings import SamplerSettings
-from icl.sampling.summary import select, summarise
+from icl.sampling.target import Target
+from icl.sampling.verdict import AtCheckpoint
 from icl.stacked import Params, size, stack
 
 MEMORY = 2.0 * 2**30
-"""Bytes that chains running at once may need, if nothing else is said; on CUDA half of what is free."""
-_COPIES = 10  # tensors of the size of the parameters that a member holds at once
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """What chains sample, and what is found beside them; `icl.sampling.llc` says what each means."""
-
-    loss: Loss
-    batches: Batches
-    restrict: Restriction = None
-    num_samples: int | None = None
-    num_init_batches: int = 32
-    trivial_loss: float | None = None
-    vectorize: bool = True
-    sample_losses: Callable[[Params], Float[Tensor, " Q"]] | None = None
-    gradient: Gradient | None = None
-    losses: Callable[[Params, Batch], Tensor] | None = None
-    """A faster loss of stacked parameters on one batch, in place of vmap's."""
-    own_losses: Callable[[Params, Batch], Tensor] | None = None
-    """The same on a batch for each."""
-    memory: float | None = None
-    loss_name: str = "loss"
-
-    def __post_init__(self) -> None:
-        if self.num_init_batches < 1:
-            raise ConfigError(f"`num_init_batches` must be at least 1, got {self.num_init_batches}.")
-
-    @property
-    def default_gradient(self) -> Gradient:
-        """Of the loss itself, for any of stacked parameters."""
-        return vmapped_gradient(self.loss) if self.vectorize else looped_gradient(self.loss)
-
-    @property
-    def all_losses(self) -> Callable[[Params, Batch], Tensor]:
-        """Of stacked parameters on one batch."""
-        return self.losses or stacked_loss(self.loss, vectorize=self.vectorize)
+"""Default bytes that chains running at once may need; on CUDA it is half of the free memory."""
+_COPIES = 10
+"""Number of tensors of the size of the parameters that a member holds at once."""
 
 
 def estimate(
-    problem: Problem,
+    target: Target,
     checkpoints: Sequence[Mapping[str, Tensor]],
-    corners: Sequence[SamplerSettings],
+    settings_grid: Sequence[SamplerSettings],
     *,
-    labels: Sequence[Label],
+    identities: Sequence[CheckpointId],
+    restrict: Restriction = None,
+    num_samples: int | None = None,
+    num_init_batches: int = 32,
+    sample_losses: Callable[[Params], Float[Tensor, " Q"]] | None = None,
+    memory: float | None = None,
     progress: Progress | None = None,
 ) -> list[list[LLCResult]]:
-    """The LLC of each checkpoint under each of some settings, as one population.
+    """Estimate the LLC of each checkpoint under each of some settings, as one population.
 
     Args:
-        problem: What is sampled.
+        target: What is sampled.
         checkpoints: Parameters by name, all of one architecture.
-        corners: Settings, which may differ in lr, nbeta and localization; chains see the same minibatches and noise at each.
-        labels: Step and hash of each checkpoint.
-        progress: Called with the moves done and those there are, over all chains.
+        settings_grid: Settings that differ in lr, nbeta and localization only; chains see the same minibatches and noise under each.
+        identities: Step and hash of each checkpoint.
+        restrict: Which parameters may move.
+        num_samples: The sample size n.
+        num_init_batches: Number of distinct batches for the checkpoint's own loss.
+        sample_losses: Function from parameters to the losses of fixed samples, for the singular fluctuation.
+        memory: Bytes that the chains running at once may need.
+        progress: Called with the moves done and their total, over all chains.
+
+    Returns:
+        A list for each settings, with a result for each checkpoint.
     """
-    stacked = {name: tensor.detach() for name, tensor in stack([_detached(one) for one in checkpoints]).items()}
-    layout = restricted_layout(checkpoints[0], problem.restrict)
-    source = batch_function(problem.batches, num_chains=corners[0].num_chains, seed=corners[0].seed)
-    device = next(iter(stacked.values())).device
-    distinct = _distinct_batches(source, corners[0], problem.num_init_batches)
-    init_batches = [_on(batch, device) for batch in distinct.batches]
-    resting = init_batches[: settling.num_batches(corners[0].num_moves, corners[0].num_chains)]
-    members = _chunk_size(problem, stacked, init_batches[0], layout)
-    init, gains = _at_checkpoints(problem, stacked, init_batches, corners, layout, members)
+    common = settings_grid[0]
+    params = {name: tensor.detach() for name, tensor in stack([_detached(one) for one in checkpoints]).items()}
+    layout = restricted_layout(checkpoints[0], restrict)
+    source = batch_function(target.batches, num_chains=common.num_chains, seed=common.seed)
+    device = next(iter(params.values())).device
+    distinct = _distinct_batches(source, common, num_init_batches)
+    batches = [_on(batch, device) for batch in distinct.batches]
+    members = _chunk_size(target, params, batches[0], layout, memory)
+    at_checkpoints = _at_checkpoints(target, params, batches, settings_grid, layout, members)
+    drop_batches = batches[: drop_at_mean.num_batches(common.num_moves, common.num_chains)]
     traces = run_chains(
-        problem.gradient or problem.default_gradient,
-        problem.own_losses or own_losses(problem.loss, vectorize=problem.vectorize),
-        {name: tensor.repeat(len(corners), *[1] * (tensor.ndim - 1)) for name, tensor in stacked.items()},
+        target.chain_gradient,
+        target.losses_on_own_batches,
+        {name: tensor.repeat(len(settings_grid), *[1] * (tensor.ndim - 1)) for name, tensor in params.items()},
         source,
-        [settings for settings in corners for _ in checkpoints],
+        [settings for settings in settings_grid for _ in checkpoints],
         layout=layout,
-        keys=[label.checkpoint_hash or str(i) for i, label in enumerate(labels)] * len(corners),
+        keys=[identity.checkpoint_hash or str(i) for i, identity in enumerate(identities)] * len(settings_grid),
         chunk_size=members,
-        sample_losses=_mapped(problem),
-        losses_at_rest=settling.Losses(
-            partial(_losses_on, problem.all_losses, resting, members),
-            distinct.are_all and len(resting) == len(init_batches),
+        sample_losses=_mapped(sample_losses, vectorize=target.vectorize),
+        losses_at_mean=drop_at_mean.BatchLosses(
+            partial(_losses_on, target.losses_on_shared_batch, drop_batches, members),
+            distinct.are_all and len(drop_batches) == len(batches),
         ),
         progress=progress,
     )
+    finish = partial(make_result, num_samples=num_samples, loss_name=target.name)
+    rows = iter(traces)
     return [
-        [
-            summarise(
-                select(traces, number * len(checkpoints) + i),
-                init[i],
-                (float(gains[number][0][i]), float(gains[number][1][i])),
-                settings,
-                label,
-                num_params=layout.size,
-                num_samples=problem.num_samples,
-                trivial_loss=problem.trivial_loss,
-                loss_name=problem.loss_name,
-            )
-            for i, label in enumerate(labels)
-        ]
-        for number, settings in enumerate(corners)
+        [finish(next(rows), known, settings, identity) for known, identity in zip(row, identities, strict=True)]
+        for row, settings in zip(at_checkpoints, settings_grid, strict=True)
     ]
 
 
 def _at_checkpoints(
-    problem: Problem,
-    stacked: Params,
+    target: Target,
+    params: Params,
     batches: Sequence[Batch],
-    corners: Sequence[SamplerSettings],
+    settings_grid: Sequence[SamplerSettings],
     layout: Layout,
     members: int,
-) -> tuple[Float[Tensor, "C I T"], list[tuple[Tensor, Tensor]]]:
-    """The checkpoints' own losses, and under each settings what a step down gains, with its error."""
-    losses, gradient = problem.all_losses, problem.default_gradient
-    if problem.gradient is not None and next(iter(stacked.values())).device.type == "cpu":
-        gradient = problem.gradient  # elsewhere it may be one graph, and would be compiled anew for so few members
-    ratios = [float(f"{settings.localization / settings.nbeta:.6g}") for settings in corners]
+) -> list[list[AtCheckpoint]]:
+    """The checkpoints' own losses, and what a step down gains under each settings."""
+    losses, gradient = target.losses_on_shared_batch, target.default_gradient
+    if next(iter(params.values())).device.type == "cpu":
+        gradient = (
+            target.chain_gradient
+        )  # elsewhere it may be one graph, and would be compiled again for so few members
+    ratios = [float(f"{settings.localization / settings.nbeta:.6g}") for settings in settings_grid]
     init: list[Tensor] = []
     drops: dict[float, list[Tensor]] = {ratio: [] for ratio in ratios}
     with torch.no_grad():
-        for part in _in_chunks(stacked, members):
-            init.append(_init_losses(losses, part, batches))
+        for part in _in_chunks(params, members):
+            init.append(_losses_by_batch(losses, part, batches))
             finite = init[-1].isfinite().all(2).all(0).tolist()
             usable = [batch for batch, is_usable in zip(batches, finite, strict=True) if is_usable] or batches
             down = slope(gradient, losses, part, usable, layout=layout)
             for ratio, found in drops.items():
                 found.append(drop(down, ratio))
-    return torch.cat(init), [
-        _gains(drops[ratio], settings.nbeta) for ratio, settings in zip(ratios, corners, strict=True)
-    ]
-
-
-def _gains(parts: Sequence[Tensor], nbeta: float) -> tuple[Tensor, Tensor]:
-    """Of the checkpoints of all parts, each of which has batches of its own."""
-    means, errors = zip(*(gain(part, nbeta) for part in parts), strict=True)
-    return torch.cat(means), torch.cat(errors)
+    whole, table = torch.cat(init), []
+    for ratio, settings in zip(ratios, settings_grid, strict=True):
+        gains = [gain(part, settings.nbeta) for part in drops[ratio]]  # each part has its own batches
+        means, errors = (torch.cat(parts).tolist() for parts in zip(*gains, strict=True))
+        table.append(
+            [
+                AtCheckpoint(own, descent, stderr, target.trivial_loss, layout.size)
+                for own, descent, stderr in zip(whole, means, errors, strict=True)
+            ]
+        )
+    return table
 
 
 def _detached(params: Mapping[str, Tensor]) -> Params:
@@ -195,7 +159,7 @@ def _distinct_batches(source: Callable[[int, int], Batch], settings: SamplerSett
     return _Distinct(list(found.values()), repeats > patience + len(found))
 
 
-def _init_losses(losses: Callable[[Params, Batch], Tensor], params: Params, batches: Sequence[Batch]) -> Tensor:
+def _losses_by_batch(losses: Callable[[Params, Batch], Tensor], params: Params, batches: Sequence[Batch]) -> Tensor:
     """Of every checkpoint on every batch, (C, batches, T), in float64 on the CPU; T = 1 for a number."""
     values = [losses(params, batch) for batch in batches]
     return torch.stack([v if v.ndim > 1 else v[:, None] for v in values], dim=1).double().cpu()
@@ -205,7 +169,7 @@ def _losses_on(
     losses: Callable[[Params, Batch], Tensor], batches: Sequence[Batch], members: int, params: Params
 ) -> Float[Tensor, "N I"]:
     """Of stacked parameters on each batch, so many members at once."""
-    return torch.cat([_init_losses(losses, part, batches).mean(2) for part in _in_chunks(params, members)])
+    return torch.cat([_losses_by_batch(losses, part, batches).mean(2) for part in _in_chunks(params, members)])
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
@@ -213,16 +177,15 @@ def _on(batch: Batch, device: torch.device) -> Batch:
     return pytree.tree_map(lambda x: x[0] if isinstance(x, Tensor) else x, stack_batches([batch], device))
 
 
-def _chunk_size(problem: Problem, params: Params, batch: Batch, layout: Layout) -> int:
+def _chunk_size(target: Target, params: Params, batch: Batch, layout: Layout, memory: float | None) -> int:
     """Members that fit the memory together, at least one; one where they are not mapped."""
-    if not problem.vectorize:
+    if not target.vectorize:
         return 1
     one = {name: tensor[:1] for name, tensor in params.items()}
     device = next(iter(one.values())).device
-    memory = problem.memory
     if memory is None:
         memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else MEMORY
-    gradient = partial(vmapped_gradient(problem.loss), layout, layout.to_rows(one), layout.fixed(one))
+    gradient = partial(vmapped_gradient(target.loss), layout, layout.to_rows(one), layout.fixed(one))
     with torch.no_grad():
         need = allocated_bytes(gradient, stack_batches([batch], device))
     need += _COPIES * sum(tensor.nbytes for tensor in one.values())
@@ -234,10 +197,9 @@ def _in_chunks(params: Params, members: int) -> list[Params]:
     return [{name: tensor[i : i + members] for name, tensor in params.items()} for i in starts]
 
 
-def _mapped(problem: Problem) -> Callable[[Params], Tensor] | None:
+def _mapped(sample_losses: Callable[[Params], Tensor] | None, *, vectorize: bool) -> Callable[[Params], Tensor] | None:
     """The losses of the fixed samples, of stacked parameters."""
-    sample_losses = problem.sample_losses
     if sample_losses is None:
         return None
-    losses = stacked_loss(lambda params, _: sample_losses(params), vectorize=problem.vectorize)
+    losses = stacked_loss(lambda params, _: sample_losses(params), vectorize=vectorize)
     return lambda params: losses(params, None)

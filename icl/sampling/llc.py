@@ -4,13 +4,14 @@
 
 Lau, Furman, Wang, Murfet and Wei 2023, after Watanabe 2013 (WBIC). nbeta is n / ln n unless it is given, for a stated n. L is
 the loss averaged over a minibatch; burn-in is in no average; L(w0) is the mean over many batches, and its error is part of
-the standard error. `icl.sampling.chains` says what a draw is, `diagnostics` when an estimate is not to be trusted.
+the standard error. `icl.sampling.chains` defines a draw; `icl.sampling.verdict` says when an estimate is not to be trusted.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Concatenate, ParamSpec
+from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -18,14 +19,33 @@ from torch import Tensor, nn
 from icl.checks import ConfigError, real, whole
 from icl.sampling.batches import Batches
 from icl.sampling.chains import Progress
-from icl.sampling.estimation import Problem, estimate
+from icl.sampling.estimation import estimate
 from icl.sampling.gradients import Gradient, Loss
 from icl.sampling.restriction import Restriction
-from icl.sampling.result import Label, LLCResult
+from icl.sampling.result import CheckpointId, LLCResult
 from icl.sampling.settings import SamplerSettings
+from icl.sampling.target import Target
 from icl.stacked import Params
 
-Keywords = ParamSpec("Keywords")
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateOptions:
+    """Less common options of an estimate."""
+
+    thinning: int = 1
+    """Moves from one draw to the next."""
+    sample_losses: Callable[[Params], Float[Tensor, " Q"]] | None = None
+    """Function from parameters to the losses of fixed samples, for the singular fluctuation."""
+    gradient: Gradient | None = None
+    """A faster gradient of the same loss for the chains' moves, in place of vmap's."""
+    memory: float | None = None
+    """Bytes that the chains running at once may need."""
+    progress: Progress | None = None
+    """Called with the moves done and their total, over all chains."""
+    loss_name: str = "loss"
+    """The loss's name in result rows."""
+    identities: Sequence[CheckpointId] | None = None
+    """Step and hash of each checkpoint."""
 
 
 def estimate_llcs(
@@ -41,58 +61,49 @@ def estimate_llcs(
     num_burnin_steps: int,
     seed: int,
     restrict: Restriction = None,
+    kernel: str = "sgld",
     num_samples: int | None = None,
     num_init_batches: int = 32,
     trivial_loss: float | None = None,
     vectorize: bool = True,
-    thinning: int = 1,
-    kernel: str = "sgld",
-    sample_losses: Callable[[Params], Float[Tensor, " Q"]] | None = None,
-    gradient: Gradient | None = None,
-    memory: float | None = None,
-    progress: Progress | None = None,
-    loss_name: str = "loss",
-    labels: Sequence[Label] | None = None,
+    options: EstimateOptions = EstimateOptions(),  # frozen
 ) -> list[LLCResult]:
-    """The LLCs of checkpoints of one architecture, chains x checkpoints together.
+    """Estimate the LLCs of checkpoints of one architecture, chains x checkpoints together.
 
     Args:
         loss: `loss(params, batch)` gives a number, or a vector of components (per position, say) whose mean is L.
         checkpoints: Parameters by name; neither they nor the model they come from are changed.
-        batches: `(chain, draw) -> batch`, or an iterable dealt to the chains in turn, starting over when it ends. Draws
+        batches: `(chain, draw) -> batch`, or an iterable that is dealt to the chains in turn and starts over when it ends. Draws
             count every move, burn-in included. Chains see different batches unless the function ignores `chain`.
             Neither it nor the loss may draw from torch's global generator.
         lr: Step size epsilon.
         nbeta: Effective inverse temperature; None is n / ln n of `num_samples`.
         localization: Pull gamma back to the checkpoint.
-        num_chains: Chains of each checkpoint.
-        num_draws: Draws kept of each chain.
-        num_burnin_steps: Moves before the first draw.
-        seed: Of the noise.
-        restrict: What may move: names, globs, or a dict of Boolean masks; None for all.
-        num_samples: The sample size n.
-        num_init_batches: Distinct batches for L(w0), the first that the chains are dealt; fewer if there are fewer.
-        trivial_loss: Loss of a predictor that knows nothing; without it escape from the basin is not checked.
-        vectorize: False runs one chain after another by plain autograd, for losses that `vmap` cannot map.
-        thinning: Moves from one draw to the next.
+        num_chains: Number of chains of each checkpoint.
+        num_draws: Number of draws kept of each chain.
+        num_burnin_steps: Number of moves before the first draw.
+        seed: Seed for the chains' noise.
+        restrict: Which parameters may move: names, globs, or a dict of Boolean masks; None for all.
         kernel: `sgld` or `rmsprop`.
-        sample_losses: Parameters to the losses of fixed samples, for the singular fluctuation.
-        gradient: A faster gradient of the same loss for the chains' moves, in place of vmap's.
-        memory: Bytes that the chains running at once may need.
-        progress: Called with the moves done and those there are, over all chains.
-        loss_name: The loss's name in result rows.
-        labels: Step and hash of each checkpoint.
+        num_samples: The sample size n.
+        num_init_batches: Number of distinct batches for L(w0), the first that the chains are dealt; fewer if there are fewer.
+        trivial_loss: Loss of a predictor that knows nothing; without it, escape from the basin is not checked.
+        vectorize: False runs one chain after another by plain autograd, for losses that `vmap` cannot map.
+        options: Less common options.
 
     Raises:
         ConfigError: If a setting cannot be used.
     """
     _check_loss(loss)
     checkpoints = _checked(checkpoints)
-    labels = [Label() for _ in checkpoints] if labels is None else labels
-    if len(labels) != len(checkpoints):
-        raise ConfigError(f"`labels` must be one for each of {len(checkpoints)} checkpoints, got {len(labels)}.")
+    identities = [CheckpointId() for _ in checkpoints] if options.identities is None else options.identities
+    if len(identities) != len(checkpoints):
+        raise ConfigError(
+            f"`identities` must be one for each of {len(checkpoints)} checkpoints, got {len(identities)}."
+        )
     if trivial_loss is not None:
         trivial_loss = real("trivial_loss", trivial_loss, "a number", repair="; leave it out where it is not known")
+    memory = options.memory
     if memory is not None:
         memory = real("memory", memory, "positive", repair="; leave it out for what the device has")
     settings = SamplerSettings(
@@ -103,47 +114,52 @@ def estimate_llcs(
         num_draws=num_draws,
         num_burnin_steps=num_burnin_steps,
         seed=seed,
-        thinning=thinning,
+        thinning=options.thinning,
         kernel=kernel,
     )
-    problem = Problem(
+    target = Target(
         loss=loss,
         batches=batches,
+        trivial_loss=trivial_loss,
+        name=options.loss_name,
+        vectorize=vectorize,
+        gradient=options.gradient,
+    )
+    return estimate(
+        target,
+        checkpoints,
+        [settings],
+        identities=identities,
         restrict=restrict,
         num_samples=None if num_samples is None else whole("num_samples", num_samples, 2),
         num_init_batches=whole("num_init_batches", num_init_batches, 1),
-        trivial_loss=trivial_loss,
-        vectorize=vectorize,
-        sample_losses=sample_losses,
-        gradient=gradient,
+        sample_losses=options.sample_losses,
         memory=memory,
-        loss_name=loss_name,
-    )
-    return estimate(problem, checkpoints, [settings], labels=labels, progress=progress)[0]
+        progress=options.progress,
+    )[0]
 
 
-def _with_keywords_of(
-    several: Callable[Concatenate[Loss, Sequence[Mapping[str, Tensor]], Batches, Keywords], list[LLCResult]],
-) -> Callable[
-    [Callable[..., LLCResult]], Callable[Concatenate[Loss, Mapping[str, Tensor], Batches, Keywords], LLCResult]
-]:
-    """Makes a function of one checkpoint take and show the keywords of the function of several."""
-
-    def decorate(
-        one: Callable[..., LLCResult],
-    ) -> Callable[Concatenate[Loss, Mapping[str, Tensor], Batches, Keywords], LLCResult]:
-        own, theirs = inspect.signature(one), inspect.signature(several)
-        first = [p for p in own.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        keywords = [p for p in theirs.parameters.values() if p.kind is p.KEYWORD_ONLY]
-        one.__signature__ = own.replace(parameters=[*first, *keywords])  # type: ignore[attr-defined]
-        return one
-
-    return decorate
-
-
-@_with_keywords_of(estimate_llcs)
-def estimate_llc(loss: Loss, params: Mapping[str, Tensor], batches: Batches, **keywords: Any) -> LLCResult:
-    """The LLC of one checkpoint; `estimate_llcs` says what the keywords are.
+def estimate_llc(
+    loss: Loss,
+    params: Mapping[str, Tensor],
+    batches: Batches,
+    *,
+    lr: float,
+    nbeta: float | None,
+    localization: float,
+    num_chains: int,
+    num_draws: int,
+    num_burnin_steps: int,
+    seed: int,
+    restrict: Restriction = None,
+    kernel: str = "sgld",
+    num_samples: int | None = None,
+    num_init_batches: int = 32,
+    trivial_loss: float | None = None,
+    vectorize: bool = True,
+    options: EstimateOptions = EstimateOptions(),  # frozen
+) -> LLCResult:
+    """Estimate the LLC of one checkpoint; `estimate_llcs` explains the arguments.
 
     Example:
         loss, params = module_loss(model, torch.nn.functional.mse_loss)
@@ -151,7 +167,25 @@ def estimate_llc(loss: Loss, params: Mapping[str, Tensor], batches: Batches, **k
                               num_chains=8, num_draws=500, num_burnin_steps=500, seed=0, trivial_loss=1.0)
         print(result.llc, result.stderr, result.verdict, result.reasons)
     """
-    return estimate_llcs(loss, [params], batches, **keywords)[0]
+    return estimate_llcs(
+        loss,
+        [params],
+        batches,
+        lr=lr,
+        nbeta=nbeta,
+        localization=localization,
+        num_chains=num_chains,
+        num_draws=num_draws,
+        num_burnin_steps=num_burnin_steps,
+        seed=seed,
+        restrict=restrict,
+        kernel=kernel,
+        num_samples=num_samples,
+        num_init_batches=num_init_batches,
+        trivial_loss=trivial_loss,
+        vectorize=vectorize,
+        options=options,
+    )[0]
 
 
 def inverse_temperature(nbeta: float | None, num_samples: int | None) -> float:

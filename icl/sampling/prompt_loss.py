@@ -12,7 +12,7 @@ new prompts for each (seed, chain, draw), and n is then a number for n / ln n al
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,7 @@ from icl.cores import WITHOUT_LOCK, Result, side_by_side
 from icl.flat import Layout
 from icl.sampling.batches import Batch
 from icl.sampling.gradients import Gradient, Loss
+from icl.sampling.target import Target
 from icl.stacked import Params, apply, size
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import prompt_source
@@ -41,43 +42,25 @@ _CUDA_NORMALS_AHEAD = 2**24
 """The same in random numbers on a GPU, whose kernels cost as much for few as for many."""
 
 
-class PromptLoss(NamedTuple):
-    """Everything about a run that the sampler needs, but its checkpoints."""
-
-    name: str
-    loss: Loss
-    """One member's parameters and a batch (xs, ys) to the components (K,)."""
-    gradient: Gradient
-    """The same for stacked members."""
-    losses: Callable[[Params, Batch], Tensor]
-    """Stacked members and one batch for all of them to the components (N, K)."""
-    own_losses: Callable[[Params, Batch], Tensor]
-    """The same with a batch for each."""
-    batches: Callable[[int, int], Batch]
-    """(chain, draw) to (xs, ys)."""
-    trivial_loss: float
-    """Of the zero predictor, exactly: E y^2."""
-
-
-def prompt_loss(
+def prompt_target(
     config: RunConfig, sampler: SamplerConfig, *, device: torch.device | str = "cpu", num_moves: int = 0
-) -> PromptLoss:
-    """The loss of a run under its sampler's settings.
+) -> Target:
+    """Return the training loss of a run as the sampler's target.
 
     Args:
         config: The run.
         sampler: Its batch size, minibatches and loss.
         device: Where the parameters will be.
-        num_moves: Of all chains together that lie ahead; if they are work for minutes, the gradient is compiled.
+        num_moves: Moves of all chains together; if they take minutes, the gradient is compiled.
     """
     device = torch.device(device)
     weights = _position_weights(sampler.loss, config.task.max_examples).to(device)
     compiled = _is_compiled(config, sampler, num_moves, device)
-    return PromptLoss(
+    return Target(
         name=sampler.loss,
         loss=_loss(config.model, weights),
         gradient=_gradient(config.model, weights, compiled=compiled),
-        losses=_losses(config.model, weights),
+        shared_losses=_losses(config.model, weights),
         own_losses=_losses(config.model, weights, own_batches=True, compiled=compiled and device.type == "cpu"),
         batches=_batches(config, sampler, device),
         trivial_loss=trivial_loss(config),

@@ -25,8 +25,7 @@ from icl.config import SamplerConfig
 from icl.file_system import lock_file
 from icl.reading import ContentError, is_table
 from icl.runs import RunFolder
-from icl.sampling import diagnostics
-from icl.sampling.diagnostics import Verdict
+from icl.sampling import verdict
 from icl.sampling.result import LLCResult
 
 COLUMNS = (
@@ -45,6 +44,8 @@ COLUMNS = (
     *("num_chains", "num_chains_used", "num_draws", "num_burnin_steps", "rhat", "ess", "verdict", "reasons"),
 )
 """How every row of `llc.csv` begins."""
+RENAMED_COLUMNS = {"heat": "bias_bound", "settled": "drop_at_mean", "settled_stderr": "drop_at_mean_stderr"}
+"""Names of columns in version 0.1.0, and what they are now; readers accept both."""
 _TEXTS = ("checkpoint_hash", "loss_name", "kernel", "minibatches", "mode", "settings", "verdict", "reasons")
 """The columns of a row that are text; all others are numbers."""
 _POSITION_NUMBERS = ("step", "position", "llc", "stderr")
@@ -128,7 +129,7 @@ def write_record(run: RunFolder | None, kind: Kind, record: Record) -> None:
         return
     about = {
         "settings": kind.settings,
-        "rules": diagnostics.VERSION,
+        "rules": verdict.VERSION,
         "row": record.row,
         "positions": record.positions,
         "stride": record.stride,
@@ -168,10 +169,11 @@ def _read(file: Path, settings: dict[str, Any] | None) -> Record | None:
     try:
         about, arrays = read_arrays(file, needs_digest=False)
         traces = arrays["traces"]
-        wanted = (json.loads(json.dumps(settings)), diagnostics.VERSION)
+        wanted = (json.loads(json.dumps(settings)), verdict.VERSION)
         if settings is not None and (about["settings"], about.get("rules")) != wanted:
             return None
-        record = Record(about["row"], about["positions"], traces, about["stride"])
+        row = {RENAMED_COLUMNS.get(name, name): value for name, value in about["row"].items()}
+        record = Record(row, about["positions"], traces, about["stride"])
     except (ContentError, LookupError, TypeError, AttributeError):
         return None
     return record if _is_whole(record, file) else None
@@ -186,7 +188,7 @@ def _is_whole(record: Record, file: Path) -> bool:
     return (
         all(has_type(table.get(name), float | None) for table, names in tables for name in names)
         and all(isinstance(row.get(name), str) for name in _TEXTS)
-        and row["verdict"] in get_args(Verdict)
+        and row["verdict"] in get_args(verdict.Verdict)
         and is_count(row["step"])
         and (row["settings"], f"step-{row['step']:09d}.npz") == (file.parent.name, file.name)
         and is_count(record.stride)

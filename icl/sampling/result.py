@@ -1,21 +1,25 @@
-"""What an LLC estimate is: numbers, errors, traces, the settings that made them, and the verdict."""
+"""The result of an LLC estimate: numbers, errors, traces, the settings that made them, and the verdict."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl.sampling.diagnostics import Evidence, Verdict
+from icl.sampling import convergence
+from icl.sampling.recording import Traces
 from icl.sampling.settings import SamplerSettings
+from icl.sampling.verdict import AtCheckpoint, Evidence, Judgement, Verdict, evidence_of, judge
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-class Label(NamedTuple):
-    """Which checkpoint an estimate is of; the noise of its chains is a function of the seed and of this."""
+class CheckpointId(NamedTuple):
+    """The checkpoint that an estimate is of; the noise of its chains is a function of the seed and of this."""
 
     step: int | None = None
     checkpoint_hash: str | None = None
@@ -23,34 +27,35 @@ class Label(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Fluctuation:
-    """Of the posterior at nbeta, over fixed samples with losses l_i (Watanabe 2009, sections 1.4 and 6.3)."""
+    """Fluctuations of the posterior at nbeta, over fixed samples with losses l_i (Watanabe 2009, sections 1.4 and 6.3)."""
 
     functional_variance: float | None
     """V = sum over n samples of Var_w[l_i]; None without `num_samples`."""
     singular_fluctuation: float
-    """nu = nbeta/2 times the mean over samples of Var_w[l_i]; d/2 for a regular model that holds the truth."""
+    """nu = nbeta/2 times the mean over samples of Var_w[l_i]; d/2 for a regular model that contains the truth."""
     stderr: float
-    """Of the singular fluctuation, from the spread between chains; NaN for one chain."""
+    """Standard error of the singular fluctuation, from the spread between chains; NaN for one chain."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LLCResult:
-    """An LLC estimate of one checkpoint. Chains that died are NaN in `llc_per_chain` and in no average."""
+    """An LLC estimate of one checkpoint. Masked chains are NaN in `llc_per_chain` and in no average."""
 
     llc: float
-    """nbeta times the mean over draws of the loss less the checkpoint's own on the same minibatch."""
+    """nbeta times the mean over draws of the loss minus the checkpoint's own on the same minibatch."""
     stderr: float
-    """From chains and autocorrelation; see `icl.sampling.convergence`."""
+    """Standard error from chains and autocorrelation; see `icl.sampling.convergence`."""
     llc_per_chain: Float[Tensor, " K"]
     loss_trace: Float[Tensor, "K S"]
-    """Minibatch losses at the draws; burn-in is not in it."""
+    """Minibatch losses at the draws, without burn-in."""
     burnin_trace: Float[Tensor, "K burnin"]
+    """Minibatch losses during burn-in."""
     init_loss: float
     init_loss_stderr: float
     mean_loss: float
     """init_loss + llc / nbeta: the mean sampled loss, on the minibatches that `init_loss` is the mean of."""
     llc_per_component: Float[Tensor, " T"] | None
-    """Where the loss is a vector, say over positions: their mean is `llc`."""
+    """The LLC of each component if the loss is a vector (per position, say); their mean is `llc`."""
     stderr_per_component: Float[Tensor, " T"] | None
     wbic: float | None
     """num_samples times the mean sampled loss; a WBIC (Watanabe 2013) if nbeta = n / ln n. None without `num_samples`."""
@@ -64,14 +69,19 @@ class LLCResult:
     settings: SamplerSettings
     num_samples: int | None
     num_init_batches: int
-    """Distinct batches that `init_loss` is the mean of."""
+    """Number of distinct batches that `init_loss` is the mean of."""
     num_chains_used: int
     loss_name: str
     step: int | None
     checkpoint_hash: str | None
 
+    @property
+    def judgement(self) -> Judgement:
+        """The verdict with the names of the broken rules."""
+        return judge(self.evidence)
+
     def to_dataframe(self, by: Literal["checkpoint", "chain", "component"] = "checkpoint") -> "pd.DataFrame":
-        """One row for the checkpoint, or one for each chain or component; all with the settings.
+        """Return one row for the checkpoint, or one for each chain or component; all include the settings.
 
         Raises:
             ValueError: If components are asked for and the loss had none.
@@ -94,8 +104,7 @@ class LLCResult:
         return pd.DataFrame(rows)
 
     def row(self) -> dict[str, Any]:
-        """The plain numbers, as a row of `llc.csv`."""
-        e = self.evidence
+        """The scalar numbers, as a row of `llc.csv`."""
         return {
             "step": self.step,
             "checkpoint_hash": self.checkpoint_hash,
@@ -104,28 +113,77 @@ class LLCResult:
             "init_loss": self.init_loss,
             "init_loss_stderr": self.init_loss_stderr,
             "mean_loss": self.mean_loss,
-            "trivial_loss": e.trivial_loss,
+            "trivial_loss": self.evidence.trivial_loss,
             "loss_name": self.loss_name,
             "num_samples": self.num_samples,
             **dataclasses.asdict(self.settings),
-            "num_params": e.num_params,
+            "num_params": self.evidence.num_params,
             "num_init_batches": self.num_init_batches,
             "num_chains_used": self.num_chains_used,
             "num_draws_used": self.num_chains_used * self.settings.num_draws,
-            "rhat": self.rhat,
-            "ess": self.ess,
-            "drift": e.drift,
-            "mala_acceptance": e.acceptance,
-            "pull": e.pull,
-            "spread": e.spread,
-            "heat": e.heat,
-            "sensitivity": e.sensitivity,
-            "sensitivity_stderr": e.sensitivity_stderr,
-            "descent": e.descent,
-            "settled": e.settled,
-            "settled_stderr": e.settled_stderr,
+            **self.evidence.columns(),
             "wbic": self.wbic,
             "singular_fluctuation": None if self.fluctuation is None else self.fluctuation.singular_fluctuation,
             "verdict": self.verdict,
             "reasons": "; ".join(self.reasons),
         }
+
+
+def make_result(
+    traces: Traces,
+    checkpoint: AtCheckpoint,
+    settings: SamplerSettings,
+    identity: CheckpointId,
+    *,
+    num_samples: int | None,
+    loss_name: str,
+) -> LLCResult:
+    """Compute the estimate of one checkpoint from its K chains."""
+    evidence, used = evidence_of(traces, checkpoint, settings), traces.alive
+    judgement = judge(evidence)
+    llc_per_component, stderr_per_component = _per_component(settings.nbeta * traces.excess[used])
+    return LLCResult(
+        llc=evidence.llc,
+        stderr=evidence.stderr,
+        llc_per_chain=(settings.nbeta * traces.mean_excess).mean(1).where(used, torch.nan),
+        loss_trace=traces.losses,
+        burnin_trace=traces.burnin,
+        init_loss=evidence.init_loss,
+        init_loss_stderr=evidence.init_loss_stderr,
+        mean_loss=evidence.mean_loss,
+        llc_per_component=llc_per_component,
+        stderr_per_component=stderr_per_component,
+        wbic=None if num_samples is None else num_samples * evidence.mean_loss,
+        fluctuation=_fluctuation(traces, used, settings.nbeta, num_samples),
+        rhat=evidence.rhat,
+        ess=evidence.ess,
+        verdict=judgement.verdict,
+        reasons=judgement.reasons,
+        evidence=evidence,
+        settings=settings,
+        num_samples=num_samples,
+        num_init_batches=len(checkpoint.losses),
+        num_chains_used=evidence.num_chains_used,
+        loss_name=loss_name,
+        step=identity.step,
+        checkpoint_hash=identity.checkpoint_hash,
+    )
+
+
+def _per_component(excess: Float[Tensor, "K S *T"]) -> tuple[Tensor | None, Tensor | None]:
+    if excess.ndim < 3:
+        return None, None
+    errors = [convergence.standard_error(component.numpy()) for component in excess.unbind(2)]
+    return excess.mean((0, 1)), torch.tensor(errors, dtype=torch.float64)
+
+
+def _fluctuation(traces: Traces, used: Tensor, nbeta: float, num_samples: int | None) -> Fluctuation | None:
+    if traces.sample_variance is None:
+        return None
+    per_chain = traces.sample_variance[used].mean(1)
+    mean = float(per_chain.mean())
+    return Fluctuation(
+        functional_variance=None if num_samples is None else num_samples * mean,
+        singular_fluctuation=nbeta / 2 * mean,
+        stderr=nbeta / 2 * float(per_chain.std() / len(per_chain) ** 0.5) if len(per_chain) > 1 else math.nan,
+    )

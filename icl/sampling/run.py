@@ -21,10 +21,10 @@ from icl.checks import ConfigError, real
 from icl.config import RunConfig, SamplerConfig
 from icl.memory import require_memory
 from icl.runs import RunFolder
-from icl.sampling.estimation import Problem, estimate
+from icl.sampling.estimation import estimate
 from icl.sampling.llc import inverse_temperature
 from icl.sampling.progress import MoveBar, Tick
-from icl.sampling.prompt_loss import PromptLoss, prompt_loss
+from icl.sampling.prompt_loss import prompt_target, trivial_loss
 from icl.sampling.records import (
     Kind,
     Record,
@@ -35,8 +35,9 @@ from icl.sampling.records import (
     write_tables,
 )
 from icl.sampling.rescaling import rescaled
-from icl.sampling.result import Label, LLCResult
+from icl.sampling.result import CheckpointId, LLCResult
 from icl.sampling.settings import SamplerSettings
+from icl.sampling.target import Target
 
 CHECKPOINTS_AT_ONCE = 16
 """On a device other than the CPU."""
@@ -89,7 +90,7 @@ def estimate_run(
     require_room(config, sampler, device)
     if not Path(path).is_file():
         files = chosen_files(files, sampler.steps)
-    loss = prompt_loss(config, sampler, device=device, num_moves=len(files) * num_moves(sampler))
+    target = prompt_target(config, sampler, device=device, num_moves=len(files) * num_moves(sampler))
     folder = None if Path(path).is_file() else run_folder(path)
     at_once = 1 if device.type == "cpu" else CHECKPOINTS_AT_ONCE
     records: list[Record] = []
@@ -104,37 +105,37 @@ def estimate_run(
                 records.append(kept)
                 bar.expect(-num_moves(sampler))
             if len(pending) == at_once:
-                records += _estimate_and_keep(pending, kind, loss, device, folder, bar)
+                records += _estimate_and_keep(pending, kind, target, device, folder, bar)
                 pending = []
         if pending:
-            records += _estimate_and_keep(pending, kind, loss, device, folder, bar)
+            records += _estimate_and_keep(pending, kind, target, device, folder, bar)
     write_tables(folder)
-    return Estimates(sorted(records, key=lambda record: record.row["step"]), config, loss.trivial_loss)
+    return Estimates(sorted(records, key=lambda record: record.row["step"]), config, trivial_loss(config))
 
 
 def estimate_checkpoints(
     checkpoints: Sequence[Checkpoint],
     sampler: SamplerConfig,
-    loss: PromptLoss,
+    target: Target,
     *,
     device: torch.device,
     rescale: float = 1.0,
     tick: Tick = lambda moves: None,
 ) -> list[LLCResult]:
     """The LLCs of checkpoints of one run; `tick` is told the chain-moves done since it last was."""
-    return estimate_corners(checkpoints, [sampler], loss, device=device, rescale=rescale, tick=tick)[0]
+    return estimate_grid(checkpoints, [sampler], target, device=device, rescale=rescale, tick=tick)[0]
 
 
-def estimate_corners(
+def estimate_grid(
     checkpoints: Sequence[Checkpoint],
     samplers: Sequence[SamplerConfig],
-    loss: PromptLoss,
+    target: Target,
     *,
     device: torch.device,
     rescale: float = 1.0,
     tick: Tick = lambda moves: None,
 ) -> list[list[LLCResult]]:
-    """The same under several settings, all as one population; they may differ in lr, nbeta and localization."""
+    """Estimate under several settings as one population; they may differ in lr, nbeta and localization."""
     build_checkpoint_model(checkpoints[0])  # refuses weights that are not of the architecture
     params = [
         {name: tensor.to(device) for name, tensor in rescaled(one.config.model, one.params, rescale).items()}
@@ -147,20 +148,16 @@ def estimate_corners(
         tick(done - told)
         told = done
 
-    problem = Problem(
-        loss=loss.loss,
-        batches=loss.batches,
+    return estimate(
+        target,
+        params,
+        [chain_settings(sampler) for sampler in samplers],
+        identities=[CheckpointId(checkpoint.step, checkpoint.digest) for checkpoint in checkpoints],
         num_samples=samplers[0].num_samples,
         num_init_batches=samplers[0].num_init_batches,
-        trivial_loss=loss.trivial_loss,
-        gradient=loss.gradient,
-        losses=loss.losses,
-        own_losses=loss.own_losses,
         memory=None if samplers[0].memory is None else samplers[0].memory * 2**30,
-        loss_name=loss.name,
+        progress=progress,
     )
-    labels = [Label(one.step, one.digest) for one in checkpoints]
-    return estimate(problem, params, [chain_settings(one) for one in samplers], labels=labels, progress=progress)
 
 
 def chain_settings(sampler: SamplerConfig) -> SamplerSettings:
@@ -285,13 +282,13 @@ def measured(table: pd.DataFrame, trivial_loss: float) -> str:
 def _estimate_and_keep(
     checkpoints: Sequence[Checkpoint],
     kind: Kind,
-    loss: PromptLoss,
+    target: Target,
     device: torch.device,
     folder: RunFolder | None,
     bar: MoveBar,
 ) -> list[Record]:
     results = estimate_checkpoints(
-        checkpoints, kind.sampler, loss, device=device, rescale=kind.rescale, tick=bar.advance
+        checkpoints, kind.sampler, target, device=device, rescale=kind.rescale, tick=bar.advance
     )
     records = [make_record(result, kind) for result in results]
     for record in records:

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from icl.config import SamplerConfig
-from icl.sampling.diagnostics import RULES
 from icl.sampling.result import LLCResult
 
 NBETAS = (300.0, 1000.0, 3000.0)
@@ -35,11 +34,11 @@ AGREEMENT = (3.0, 0.1)
 """Two estimates agree if they differ by at most so many joint standard errors or such a share."""
 MIN_ESS = 200.0
 """That the chosen number of draws aims at; the verdict asks for 100."""
-OF_LENGTH = ("R-hat", "effective sample size", "not told from zero")
+OF_LENGTH = ("r hat", "effective sample size", "not significant")
 """Rules that longer chains may satisfy."""
 OF_LR = ("too hot",)
 """Rules that a smaller lr may satisfy, for which the search has a stage of its own."""
-OF_CHECKPOINT = ("negative", "not at a minimum", "settles lower", "fell", "lower loss found")
+OF_CHECKPOINT = ("negative", "not at a minimum", "lower loss at mean", "diverged down", "lower loss found")
 """Rules that a checkpoint beside its minimum breaks under most settings."""
 _LATER = (*OF_LENGTH, *OF_LR)  # what the survey leaves to later stages
 SURVEY, RATES, CONFIRMATION = "nbeta, localization", "lr", "confirmation"
@@ -234,7 +233,7 @@ def round_to(value: float, digits: int = 2) -> float:
 
 def _broken(result: LLCResult) -> set[str]:
     """The names of the rules that speak against an estimate."""
-    return {rule.name for rule in RULES if rule.level != "note" and rule.is_broken(result.evidence, rule.threshold)}
+    return set(result.judgement.broken)
 
 
 def _has_plateau(one: Tried, tried: Sequence[Tried]) -> bool:

@@ -27,36 +27,36 @@ def few_corners(patch):
 
 def always_ok(patch, seen):
     """Every estimate is ok and within its error of every other; settings and steps of each population are noted."""
-    true = calibration.estimate_corners
+    true = calibration.estimate_grid
 
     def ok(checkpoints, samplers, *arguments, **keywords):
         seen.append((samplers, [checkpoint.step for checkpoint in checkpoints]))
         found = true(checkpoints, samplers, *arguments, **keywords)
         return [[dataclasses.replace(one, verdict="ok", stderr=1e6, ess=1e6) for one in corner] for corner in found]
 
-    patch.setattr(calibration, "estimate_corners", ok)
+    patch.setattr(calibration, "estimate_grid", ok)
     for module in (calibration, search):
         patch.setattr(module, "is_healthy", lambda result, but=(): True)
 
 
 def counting(patch, counted):
     """How many chains' gradients were taken, and which minibatches were asked for."""
-    true = calibration.prompt_loss
+    true = calibration.prompt_target
 
-    def loss_of(*arguments, **keywords):
-        loss = true(*arguments, **keywords)
+    def target_of(*arguments, **keywords):
+        target = true(*arguments, **keywords)
 
-        def gradient(moving, frozen, batch):
-            counted["chains"] += len(batch[0])
-            return loss.gradient(moving, frozen, batch)
+        def gradient(layout, rows, fixed, batch):
+            counted["chains"] += len(rows)
+            return target.gradient(layout, rows, fixed, batch)
 
         def batches(chain, draw):
             counted["batches"] += 1
-            return loss.batches(chain, draw)
+            return target.batches(chain, draw)
 
-        return loss._replace(gradient=gradient, batches=batches)
+        return dataclasses.replace(target, gradient=gradient, batches=batches)
 
-    patch.setattr(calibration, "prompt_loss", loss_of)
+    patch.setattr(calibration, "prompt_target", target_of)
 
 
 def noting_ends(patch, ends):

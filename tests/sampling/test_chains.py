@@ -6,13 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from options import keywords
 from torch import nn
 
 from icl.checks import ConfigError
-from icl.sampling import Label, estimate_llc, estimate_llcs, estimation, module_loss
+from icl.sampling import CheckpointId, estimate_llc, estimate_llcs, estimation, module_loss
 from icl.sampling.batches import batch_function
-from icl.sampling.estimation import Problem
 from icl.sampling.settings import SamplerSettings
+from icl.sampling.target import Target
 
 SETTINGS = {
     "lr": 1e-3,
@@ -42,7 +43,7 @@ def batches(chain, draw):
 
 def estimate(model, source=batches, **changes):
     loss, params = module_loss(model, nn.functional.mse_loss)
-    return estimate_llc(loss, params, source, **{**SETTINGS, **changes})
+    return estimate_llc(loss, params, source, **keywords(**{**SETTINGS, **changes}))
 
 
 def same(one, other, tolerance=1e-10):
@@ -97,10 +98,10 @@ def test_a_checkpoint_under_several_settings_is_as_it_would_be_under_each_alone(
     moved = {name: tensor + 0.1 for name, tensor in params.items()}
     corners = [{"lr": 1e-3}, {"lr": 1e-3, "nbeta": 500.0}, {"lr": 1e-4, "localization": 50.0}]
     settings = [SamplerSettings(**{**SETTINGS, **corner}) for corner in corners]
-    labels = [Label(), Label()]
+    identities = [CheckpointId(), CheckpointId()]
     for memory in (None, 1e4, 1.0):
-        problem = Problem(loss=loss, batches=batches, memory=memory, trivial_loss=10.0)
-        together = estimation.estimate(problem, [params, moved], settings, labels=labels)
+        target = Target(loss=loss, batches=batches, trivial_loss=10.0)
+        together = estimation.estimate(target, [params, moved], settings, identities=identities, memory=memory)
         for corner, found in zip(corners, together, strict=True):
             alone = estimate_llcs(loss, [params, moved], batches, trivial_loss=10.0, **{**SETTINGS, **corner})
             for one, other in zip(found, alone, strict=True):
@@ -113,7 +114,7 @@ def test_settings_that_run_together_are_of_one_length(model):
     loss, params = module_loss(model, nn.functional.mse_loss)
     settings = [SamplerSettings(**{**SETTINGS, "num_draws": draws}) for draws in (6, 7)]
     with pytest.raises(ConfigError, match="lr, nbeta and localization only"):
-        estimation.estimate(Problem(loss=loss, batches=batches), [params], settings, labels=[Label()])
+        estimation.estimate(Target(loss=loss, batches=batches), [params], settings, identities=[CheckpointId()])
 
 
 # What draws are
@@ -322,7 +323,7 @@ def test_a_setting_that_cannot_be_used_is_one_sentence(model, changes, said):
 def refused(said, **changes):
     arguments = {"loss": lambda params, batch: params["w"].square().sum(), "params": {"w": torch.zeros(3)}}
     with pytest.raises(ConfigError, match=r"^[^\n]*\.$") as error:
-        estimate_llc(**{**arguments, "batches": [None], **SETTINGS, **changes})
+        estimate_llc(**keywords(**{**arguments, "batches": [None], **SETTINGS, **changes}))
     assert said in str(error.value)
 
 
@@ -384,8 +385,8 @@ def test_what_does_not_take_parameters_and_a_batch_is_refused_as_loss(loss, as_u
     refused("`loss` must be a function of (params, batch)", loss=loss)
 
 
-def test_labels_are_as_many_as_checkpoints():
-    refused("`labels` must be one for each of 1 checkpoints, got 0", labels=[])
+def test_identities_are_as_many_as_checkpoints():
+    refused("`identities` must be one for each of 1 checkpoints, got 0", identities=[])
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from options import keywords
 from tiny_runs import TINY, change
 from torch.func import functional_call
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
@@ -94,7 +95,7 @@ def minibatches(prompts):
 
 def estimate(model, batches, **settings):
     loss, params = loss_of(model)
-    return estimate_llc(loss, params, batches, **KERNEL, **settings, num_chains=2, seed=SEED)
+    return estimate_llc(loss, params, batches, **keywords(**KERNEL, **settings, num_chains=2, seed=SEED))
 
 
 def one_chain(model, batches, chain, monkeypatch, **sizes):

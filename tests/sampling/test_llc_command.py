@@ -174,11 +174,11 @@ def test_the_curve_shows_stages_and_marks_verdicts(tmp_path):
 def test_the_figure_adds_what_the_chains_settle_by_unless_they_escaped():
     table = pd.DataFrame(
         [
-            {"step": 10, "llc": 20.0, "settled": 30.0, "verdict": "suspect", "mean_loss": 1.1},
-            {"step": 20, "llc": 40.0, "settled": 2.0, "verdict": "ok", "mean_loss": 1.1},
-            {"step": 30, "llc": 90.0, "settled": 9.0, "verdict": "invalid", "mean_loss": 2.0},
+            {"step": 10, "llc": 20.0, "drop_at_mean": 30.0, "verdict": "suspect", "mean_loss": 1.1},
+            {"step": 20, "llc": 40.0, "drop_at_mean": 2.0, "verdict": "ok", "mean_loss": 1.1},
+            {"step": 30, "llc": 90.0, "drop_at_mean": 9.0, "verdict": "invalid", "mean_loss": 2.0},
         ]
-    ).assign(stderr=1.0, settled_stderr=1.0, init_loss=1.0, trivial_loss=2.25, **TOLD)
+    ).assign(stderr=1.0, drop_at_mean_stderr=1.0, init_loss=1.0, trivial_loss=2.25, **TOLD)
     estimates = plot_llc(table, 2.25, title="x").axes[3]
     (bars,) = [bars for bars in estimates.containers if bars.get_label() == "about where the chains settle"]
     assert bars.lines[0].get_xydata().tolist() == [[10.0, 50.0]]

@@ -14,7 +14,7 @@ from tiny_runs import change
 from icl import compiling
 from icl.build import build_model
 from icl.sampling.gradients import vmapped_gradient
-from icl.sampling.prompt_loss import prompt_loss, trivial_loss
+from icl.sampling.prompt_loss import prompt_target, trivial_loss
 from icl.sampling.restriction import restricted_layout
 from icl.stacked import stack
 from icl.tasks.prompts import sample_prompts
@@ -28,14 +28,14 @@ def sampler(**changes):
 
 
 def test_the_loss_is_the_models_squared_error_at_each_position():
-    loss = prompt_loss(CONFIG, QUICK)
+    loss = prompt_target(CONFIG, QUICK)
     xs, ys = loss.batches(0, 3)
     expected = (MODEL(xs, ys).detach() - ys).square().mean(0)
     torch.testing.assert_close(loss.loss(PARAMS, (xs, ys)), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_subsequence_loss_is_the_mean_over_all_lengths():
-    loss = prompt_loss(CONFIG, sampler(loss="subsequence"))
+    loss = prompt_target(CONFIG, sampler(loss="subsequence"))
     xs, ys = loss.batches(0, 0)
     errors = (MODEL(xs, ys).detach() - ys).square()
     lengths = range(1, CONFIG.task.max_examples + 1)
@@ -45,7 +45,7 @@ def test_the_subsequence_loss_is_the_mean_over_all_lengths():
 
 @pytest.mark.parametrize("name", ["mse", "subsequence"])
 def test_the_fast_gradient_is_the_mapped_one(name):
-    loss = prompt_loss(CONFIG, sampler(loss=name))
+    loss = prompt_target(CONFIG, sampler(loss=name))
     moved = {key: tensor + 0.01 for key, tensor in PARAMS.items()}
     members = stack([PARAMS, moved])
     layout = restricted_layout(PARAMS, [name for name in PARAMS if name != "unembedding.weight"])
@@ -59,7 +59,7 @@ def test_the_fast_gradient_is_the_mapped_one(name):
 
 
 def test_losses_of_many_members_are_each_ones_own():
-    loss = prompt_loss(CONFIG, sampler(loss="subsequence"))
+    loss = prompt_target(CONFIG, sampler(loss="subsequence"))
     moved = {key: tensor + 0.01 for key, tensor in PARAMS.items()}
     batch = loss.batches(0, 0)
     expected = torch.stack([loss.loss(one, batch) for one in (PARAMS, moved, PARAMS)])
@@ -77,7 +77,7 @@ def test_the_trivial_loss_is_the_mean_square_of_the_targets(num_tasks):
 
 
 def test_fixed_minibatches_are_blocks_of_one_set_that_a_larger_one_holds():
-    small, large = (prompt_loss(CONFIG, sampler(num_samples=n)) for n in (64, 1024))
+    small, large = (prompt_target(CONFIG, sampler(num_samples=n)) for n in (64, 1024))
     whole = sample_prompts(CONFIG, stream="llc", step=0, batch_size=1024)
     for loss, size in ((small, 64), (large, 1024)):
         blocks = whole.xs[:size].split(QUICK.batch_size)
@@ -87,14 +87,14 @@ def test_fixed_minibatches_are_blocks_of_one_set_that_a_larger_one_holds():
 
 
 def test_one_block_is_the_whole_data_at_every_draw():
-    loss = prompt_loss(CONFIG, sampler(num_samples=16))
+    loss = prompt_target(CONFIG, sampler(num_samples=16))
     assert all(torch.equal(loss.batches(0, 0)[0], loss.batches(chain, draw)[0]) for chain in (0, 1) for draw in (0, 5))
 
 
 @pytest.mark.parametrize("kind", ["fixed", "fresh"])
 def test_minibatches_are_a_pure_function_of_seed_chain_and_draw(kind):
     first, again, other = (
-        prompt_loss(CONFIG, sampler(minibatches=kind, seed=seed, num_samples=2**20)).batches for seed in (0, 0, 1)
+        prompt_target(CONFIG, sampler(minibatches=kind, seed=seed, num_samples=2**20)).batches for seed in (0, 0, 1)
     )
     places = [(0, 0), (1, 0), (0, 1), (1, 1)]
     for place in places:
@@ -106,7 +106,7 @@ def test_minibatches_are_a_pure_function_of_seed_chain_and_draw(kind):
 @pytest.mark.parametrize("kind", ["fixed", "fresh"])
 def test_minibatches_made_ahead_do_not_depend_on_what_was_asked_before(kind):
     settings = sampler(minibatches=kind, num_samples=2**20)
-    forwards, backwards = (prompt_loss(CONFIG, settings).batches for _ in range(2))
+    forwards, backwards = (prompt_target(CONFIG, settings).batches for _ in range(2))
     places = [(chain, draw) for draw in (0, 1, 1023, 1024, 5000) for chain in (0, 1)]
     found = {place: forwards(*place) for place in places}
     for place in reversed(places):
@@ -125,7 +125,7 @@ def three_chains(loss, dtype):
 
 def gradients(num_moves=0, dtype=torch.float64):
     """Of three chains and of the last alone."""
-    loss = prompt_loss(CONFIG, sampler(num_chains=3), num_moves=num_moves)
+    loss = prompt_target(CONFIG, sampler(num_chains=3), num_moves=num_moves)
     params, batch = three_chains(loss, dtype)
     alone = loss.gradient({n: t[2:] for n, t in params.items()}, {}, tuple(part[2:] for part in batch))
     return loss.gradient(params, {}, batch), alone
@@ -133,7 +133,7 @@ def gradients(num_moves=0, dtype=torch.float64):
 
 def own_losses(num_moves=0):
     """Of three chains, in the precision of sampling."""
-    loss = prompt_loss(CONFIG, sampler(num_chains=3), num_moves=num_moves)
+    loss = prompt_target(CONFIG, sampler(num_chains=3), num_moves=num_moves)
     return loss.own_losses(*three_chains(loss, torch.float32))
 
 
@@ -152,9 +152,9 @@ def test_short_chains_do_not_wait_for_a_compiler_and_long_ones_use_one(monkeypat
     """The tiny run has 6 x 563 x 8 x 16 = 432,384 operations for a gradient; 1e13 of them are 2.3e7 gradients."""
     asked = []
     monkeypatch.setattr(compiling.torch, "compile", lambda function, **_: asked.append(function) or function)
-    prompt_loss(CONFIG, QUICK, num_moves=10**7)
+    prompt_target(CONFIG, QUICK, num_moves=10**7)
     assert not asked
-    prompt_loss(CONFIG, QUICK, num_moves=10**8)
+    prompt_target(CONFIG, QUICK, num_moves=10**8)
     assert asked
 
 

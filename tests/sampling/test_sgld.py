@@ -75,7 +75,7 @@ def sampled_components(kernel, lr, thinning):
             layout=make_layout(start),
             keys=["0"],
             chunk_size=64,
-        ).excess[0]
+        )[0].excess
         / 4
     )  # K S T
 

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from options import keywords
 
 from icl.sampling import estimate_llc, estimate_llcs, known
-from icl.sampling.settling import settled_drop, threshold
+from icl.sampling.drop_at_mean import drop_at_mean, significance_threshold
 
 H = torch.tensor([0.3, 1.0, 3.0])
 """Curvatures."""
@@ -49,13 +50,13 @@ def test_the_drop_of_a_quadratic_is_the_closed_form_and_what_the_estimate_lacks(
     offset = torch.tensor([0.15, 0.1, 0.05])
     result = estimate(offset, batches if noise else (None,), noise=noise)
     evidence = result.evidence
-    assert evidence.settled == pytest.approx(exact_drop(offset, 60.0, 10.0), abs=4 * evidence.settled_stderr)
-    assert evidence.settled_stderr < 0.3 * evidence.settled
+    assert evidence.drop_at_mean == pytest.approx(exact_drop(offset, 60.0, 10.0), abs=4 * evidence.drop_at_mean_stderr)
+    assert evidence.drop_at_mean_stderr < 0.3 * evidence.drop_at_mean
     assert result.verdict == "suspect"
-    assert "where the chains settle" in broken(result)
+    assert "the chains settle" in broken(result)
     truth = known.quadratic_llc(H, nbeta=60.0, localization=10.0, lr=2e-3, gradient_variance=0.05**2 * noise)
-    error = math.hypot(result.stderr, evidence.settled_stderr)
-    assert result.llc + evidence.settled == pytest.approx(truth, abs=4 * error)
+    error = math.hypot(result.stderr, evidence.drop_at_mean_stderr)
+    assert result.llc + evidence.drop_at_mean == pytest.approx(truth, abs=4 * error)
 
 
 @pytest.mark.slow
@@ -69,10 +70,10 @@ def test_soft_directions_that_a_step_down_the_gradient_misses_are_seen():
     start = {"w": torch.cat([torch.tensor([0.014]), torch.full((40,), 0.1)])}
     sizes = {"num_chains": 8, "num_burnin_steps": 250, "num_draws": 150, "thinning": 5, "seed": 0}
     settings = {"lr": 2e-4, "nbeta": 100.0, "localization": 20.0, **sizes}
-    result = estimate_llc(loss, start, [None], trivial_loss=100.0, **settings)
+    result = estimate_llc(loss, start, [None], trivial_loss=100.0, **keywords(**settings))
     off = 100 * 40 * 0.1**2 / 2
     assert result.evidence.descent < off / 4
-    assert result.evidence.settled == pytest.approx(off * (1 - (20 / 120) ** 2) + 1, rel=0.2)  # 1: the steep one's
+    assert result.evidence.drop_at_mean == pytest.approx(off * (1 - (20 / 120) ** 2) + 1, rel=0.2)  # 1: the steep one's
     assert "the chains settle" in broken(result)
 
 
@@ -85,7 +86,7 @@ def test_a_minimum_raises_no_alarm():
     settings = {**SETTINGS, "num_draws": 60, "num_chains": 4, "trivial_loss": 100.0}
     found = [one.evidence for one in estimate_llcs(loss, [{"w": torch.zeros(3)}] * 200, [None], **settings)]
     assert sum(one.settles for one in found) <= 3  # of 200; 0.3 expected of a normal
-    settled = torch.tensor([one.settled for one in found])
+    settled = torch.tensor([one.drop_at_mean for one in found])
     assert float(settled.mean()) == pytest.approx(0, abs=4 * float(settled.std()) / 200**0.5)
 
 
@@ -99,9 +100,9 @@ def test_a_saddle_is_seen_by_each_chain_though_not_by_their_mean():
 
     settings = {"lr": 5e-3, "nbeta": 12.0, "localization": 0.1, "num_draws": 400, "num_burnin_steps": 600, "seed": 0}
     result = estimate_llc(loss, {"w": torch.zeros(2)}, batches, num_chains=8, trivial_loss=1e3, **settings)
-    assert result.evidence.settled > 6  # of 12 nats from the saddle to either well
-    assert result.evidence.settles
-    assert "where the chains settle" in broken(result)
+    assert result.evidence.drop_at_mean > 6  # of 12 nats from the saddle to either well
+    assert result.evidence.has_significant_drop
+    assert "the chains settle" in broken(result)
     assert result.verdict != "ok"
 
 
@@ -119,7 +120,7 @@ def test_the_jackknife_is_exact_for_quadratics_and_its_error_honest():
     generator = torch.Generator().manual_seed(0)
     for _ in range(4000):
         means = mu + 0.2 * torch.randn(5, generator=generator, dtype=torch.float64)
-        found.append(settled_drop(*drops_of(means)))
+        found.append(drop_at_mean(*drops_of(means)))
     values, errors, freedom = torch.stack(found).unbind(1)
     assert float(values.mean()) == pytest.approx((1 - mu**2) / 2, abs=4 * float(values.std()) / 4000**0.5)
     assert float(errors.square().mean()) == pytest.approx(float(values.var()), rel=0.15)
@@ -127,22 +128,24 @@ def test_the_jackknife_is_exact_for_quadratics_and_its_error_honest():
 
 
 def test_few_chains_need_more_standard_errors():
-    assert threshold(math.inf) == pytest.approx(3)
-    assert threshold(1.0) > threshold(3.0) > threshold(7.0) > 3
-    assert threshold(3.0) == pytest.approx(9.22, abs=0.01)  # Student's t at 0.99865, three degrees of freedom
+    assert significance_threshold(math.inf) == pytest.approx(3)
+    assert significance_threshold(1.0) > significance_threshold(3.0) > significance_threshold(7.0) > 3
+    assert significance_threshold(3.0) == pytest.approx(
+        9.22, abs=0.01
+    )  # Student's t at 0.99865, three degrees of freedom
 
 
 def test_batches_that_are_all_the_data_have_no_error_and_others_do():
     drops = [torch.tensor([[1.0, 3.0]] * num, dtype=torch.float64) for num in (4, 4, 1)]
-    assert settled_drop(*drops).tolist() == [2.0, 1.0, 1.0]  # sd sqrt(2) of two batches, one degree of freedom
-    assert settled_drop(*drops, are_all=True)[:2].tolist() == [2.0, 0.0]
-    assert settled_drop(*drops, are_all=True, rounding=0.5)[1] == 0.5
+    assert drop_at_mean(*drops).tolist() == [2.0, 1.0, 1.0]  # sd sqrt(2) of two batches, one degree of freedom
+    assert drop_at_mean(*drops, are_all=True)[:2].tolist() == [2.0, 0.0]
+    assert drop_at_mean(*drops, are_all=True, rounding=0.5)[1] == 0.5
 
 
 def test_one_chain_has_its_own_mean_alone_and_without_batches_there_is_nothing():
-    one = settled_drop(*drops_of(torch.tensor([0.5], dtype=torch.float64)))
+    one = drop_at_mean(*drops_of(torch.tensor([0.5], dtype=torch.float64)))
     assert one[:2].tolist() == [0.375, 0.0]
-    assert settled_drop(*(torch.zeros(num, 0, dtype=torch.float64) for num in (2, 2, 1))).isnan().all()
+    assert drop_at_mean(*(torch.zeros(num, 0, dtype=torch.float64) for num in (2, 2, 1))).isnan().all()
 
 
 def test_a_fixed_list_of_batches_is_the_whole_data():
@@ -154,7 +157,7 @@ def test_a_fixed_list_of_batches_is_the_whole_data():
         return (H * params["w"].square()).sum() / 2 + batch @ params["w"]
 
     found = estimate_llc(loss, start, pushes, **SETTINGS, trivial_loss=100.0).evidence
-    assert found.settled == pytest.approx(60 * 0.36 / 2 * (1 - (10 / 70) ** 2), abs=4 * found.settled_stderr)
+    assert found.drop_at_mean == pytest.approx(60 * 0.36 / 2 * (1 - (10 / 70) ** 2), abs=4 * found.drop_at_mean_stderr)
     assert found.settles
 
 
@@ -169,8 +172,8 @@ def test_a_chain_that_is_masked_is_not_among_those_that_settle():
 
     found = estimate_llc(loss, {"w": torch.zeros(3)}, batches, **SETTINGS, trivial_loss=100.0).evidence
     assert found.num_chains_used == 7
-    assert abs(found.settled) < 3 * found.settled_stderr + 0.1
-    assert found.settled_stderr < 1
+    assert abs(found.drop_at_mean) < 3 * found.drop_at_mean_stderr + 0.1
+    assert found.drop_at_mean_stderr < 1
 
 
 def test_batches_and_chains_that_are_not_finite_are_left_out():
@@ -185,7 +188,7 @@ def test_batches_and_chains_that_are_not_finite_are_left_out():
     settings = {**SETTINGS, "trivial_loss": 100.0}
     dead = estimate_llc(loss, {"w": torch.zeros(3)}, batches, **settings).evidence
     assert dead.num_chains_used == 7
-    assert dead.settled == pytest.approx(exact_drop(offset, 60.0, 10.0), abs=4 * dead.settled_stderr)
+    assert dead.drop_at_mean == pytest.approx(exact_drop(offset, 60.0, 10.0), abs=4 * dead.drop_at_mean_stderr)
 
 
 def test_chunks_and_loops_give_the_same_drop():
@@ -193,4 +196,4 @@ def test_chunks_and_loops_give_the_same_drop():
     few = {"num_draws": 40, "num_burnin_steps": 10}
     whole = estimate(offset, **few).evidence
     for changes in ({"memory": 1.0}, {"vectorize": False}):
-        assert estimate(offset, **few, **changes).evidence.settled == pytest.approx(whole.settled, rel=1e-4)
+        assert estimate(offset, **few, **changes).evidence.drop_at_mean == pytest.approx(whole.drop_at_mean, rel=1e-4)

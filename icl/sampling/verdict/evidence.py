@@ -1,0 +1,201 @@
+"""Evidence: every number that the verdict on an LLC estimate looks at, computed from the traces of its chains.
+
+All amounts are in nats, as the LLC itself: differences of loss times nbeta. Means are over the chains used.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from icl.sampling import convergence
+from icl.sampling.drop_at_mean import Drop, significance_threshold
+from icl.sampling.recording import Traces
+from icl.sampling.settings import SamplerSettings
+
+
+class AtCheckpoint(NamedTuple):
+    """What is known of a checkpoint without its chains."""
+
+    losses: Float[Tensor, "I T"]
+    """Its losses on I batches, for each of T components."""
+    descent: float
+    """Decrease of nbeta times the loss after one step along the gradient (`icl.sampling.minimum`)."""
+    descent_stderr: float
+    trivial_loss: float | None
+    """Loss of a predictor that knows nothing."""
+    num_params: int
+    """Sampled dimensions d."""
+
+
+class Evidence(NamedTuple):
+    """The numbers that the rules of `icl.sampling.verdict` look at."""
+
+    llc: float
+    stderr: float
+    num_params: int
+    """Sampled dimensions d."""
+    num_chains: int
+    num_chains_used: int
+    num_diverged_down: int
+    """Chains that are masked because they found far lower loss."""
+    init_loss: float
+    init_loss_stderr: float
+    mean_loss: float
+    num_bad_batches: int
+    """Batches on which the loss of the checkpoint itself is not finite; `init_loss` is the mean over the others."""
+    trivial_loss: float | None
+    rhat: float
+    ess: float
+    drift: float
+    """Mean of the second half of the draws minus that of the first."""
+    drift_stderr: float
+    acceptance: float
+    """Mean probability that MALA would accept a move."""
+    pull: float
+    pull_stderr: float
+    spread: float
+    filled_stderr: float
+    """Standard error of pull + spread."""
+    bias_bound: float
+    """Upper bound on the bias from step size and minibatch noise."""
+    bias_bound_stderr: float
+    descent: float
+    """Decrease of nbeta times the loss after one step along the checkpoint's gradient."""
+    descent_stderr: float
+    drop_at_mean: float
+    """How far the loss at the mean of the draws lies below the checkpoint's (`icl.sampling.drop_at_mean`)."""
+    drop_at_mean_stderr: float
+    drop_at_mean_freedom: float
+    """Degrees of freedom of that standard error."""
+    lowest: float
+    """The smallest excess of a draw; NaN where minibatches make losses noisy."""
+    sensitivity: float
+    """How much the LLC falls when localization grows e-fold (`convergence.sensitivity`)."""
+    sensitivity_stderr: float
+    localization: float
+    share_batches: bool
+
+    @property
+    def rise(self) -> float:
+        """Rise of the mean sampled loss above the checkpoint's."""
+        return self.mean_loss - self.init_loss
+
+    @property
+    def headroom(self) -> float:
+        """Height of the trivial predictor's loss above the checkpoint's."""
+        return math.nan if self.trivial_loss is None else max(self.trivial_loss - self.init_loss, 0.0)
+
+    @property
+    def filled(self) -> float:
+        """Share of equipartition that the chains have reached: 1 in equilibrium, more if the step heats them."""
+        return max(self.pull + self.spread, 0.0) / self.num_params
+
+    @property
+    def error(self) -> float:
+        """The standard error, or 0 if there is none."""
+        return 0.0 if math.isnan(self.stderr) else self.stderr
+
+    @property
+    def num_masked(self) -> int:
+        """Number of chains in no average."""
+        return self.num_chains - self.num_chains_used
+
+    @property
+    def num_diverged(self) -> int:
+        """Number of chains that are masked for another reason than far lower loss."""
+        return self.num_masked - self.num_diverged_down
+
+    @property
+    def least_significant_drop(self) -> float:
+        """Smallest drop at the mean that would be significant."""
+        return significance_threshold(self.drop_at_mean_freedom) * self.drop_at_mean_stderr
+
+    @property
+    def has_significant_drop(self) -> bool:
+        """Whether the loss at the mean of the draws is significantly lower than at the checkpoint."""
+        return self.drop_at_mean > self.least_significant_drop
+
+    @property
+    def drop_share(self) -> float:
+        """The drop at the mean as a share of the LLC around that mean."""
+        llc = 0.0 if math.isnan(self.llc) else self.llc
+        return self.drop_at_mean / max(llc + self.drop_at_mean, 1e-300)
+
+    def columns(self) -> dict[str, Any]:
+        """The diagnostics among these numbers, as columns of `llc.csv`."""
+        return {
+            "rhat": self.rhat,
+            "ess": self.ess,
+            "drift": self.drift,
+            "mala_acceptance": self.acceptance,
+            "pull": self.pull,
+            "spread": self.spread,
+            "bias_bound": self.bias_bound,
+            "sensitivity": self.sensitivity,
+            "sensitivity_stderr": self.sensitivity_stderr,
+            "descent": self.descent,
+            "drop_at_mean": self.drop_at_mean,
+            "drop_at_mean_stderr": self.drop_at_mean_stderr,
+        }
+
+
+def evidence_of(traces: Traces, checkpoint: AtCheckpoint, settings: SamplerSettings) -> Evidence:
+    """Compute the evidence on one checkpoint from its K chains."""
+    used, nbeta = traces.alive, settings.nbeta
+    finite = checkpoint.losses.isfinite().all(1)
+    init_losses = checkpoint.losses[finite].mean(1)
+    init_loss = float(init_losses.mean()) if len(init_losses) else math.nan
+    excess = (nbeta * traces.mean_excess[used]).numpy()  # K S
+    pull, spread, bias_bound = (traces.quantities[name][used].numpy() for name in ("pull", "spread", "bias_bound"))
+    llc = _mean(excess)
+    drift, drift_stderr = convergence.drift(excess)
+    sensitivity, sensitivity_stderr = convergence.sensitivity(excess, pull)
+    drop = Drop(nbeta * traces.drop_at_mean.value, nbeta * traces.drop_at_mean.stderr, traces.drop_at_mean[2])
+    return Evidence(
+        llc=llc,
+        stderr=convergence.standard_error(excess),
+        num_params=checkpoint.num_params,
+        num_chains=settings.num_chains,
+        num_chains_used=int(used.sum()),
+        num_diverged_down=int(traces.diverged_down.sum()),
+        init_loss=init_loss,
+        init_loss_stderr=_standard_error_over_batches(init_losses),
+        mean_loss=init_loss + llc / nbeta,
+        num_bad_batches=int((~finite).sum()),
+        trivial_loss=checkpoint.trivial_loss,
+        rhat=convergence.rhat(excess) if settings.num_chains > 1 else math.nan,
+        ess=convergence.ess(excess) if len(excess) else math.nan,
+        drift=drift,
+        drift_stderr=drift_stderr,
+        acceptance=float(traces.acceptance[used].mean()),
+        pull=_mean(pull),
+        pull_stderr=convergence.standard_error(pull),
+        spread=_mean(spread),
+        filled_stderr=convergence.standard_error(pull + spread),
+        bias_bound=_mean(bias_bound),
+        bias_bound_stderr=convergence.standard_error(bias_bound),
+        descent=checkpoint.descent,
+        descent_stderr=checkpoint.descent_stderr,
+        drop_at_mean=drop.value,
+        drop_at_mean_stderr=drop.stderr,
+        drop_at_mean_freedom=drop.degrees_of_freedom,
+        lowest=float(excess.min()) if traces.one_batch and excess.size else math.nan,
+        sensitivity=sensitivity,
+        sensitivity_stderr=sensitivity_stderr,
+        localization=settings.localization,
+        share_batches=traces.share_batches,
+    )
+
+
+def _mean(draws: np.ndarray) -> float:
+    return float(draws.mean()) if draws.size else math.nan
+
+
+def _standard_error_over_batches(losses: Float[Tensor, " I"]) -> float:
+    """Standard error of a mean over batches; a single batch is the whole data, which has none."""
+    if not len(losses):
+        return math.nan
+    return float(losses.std()) / len(losses) ** 0.5 if len(losses) > 1 else 0.0
