@@ -36,7 +36,7 @@ def plot_llc(
 ) -> Figure:
     """Loss above and LLC below against step, on a logarithmic (left) and a linear axis (right); one step has the left alone.
 
-    Where chains settle below their checkpoint's loss (`icl.sampling.settling`), what they settle by is added, too: the LLC
+    Where chains settle below their checkpoint's loss (`icl.sampling.drop_at_mean`), what they settle by is added, too: the LLC
     about that place.
 
     Args:
