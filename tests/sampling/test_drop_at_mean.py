@@ -29,7 +29,8 @@ def estimate(offset, batches=(None,), *, noise=False, **changes):
         value = (H * (params["w"] - offset).square()).sum() / 2
         return value + batch @ params["w"] if noise else value
 
-    return estimate_llc(loss, {"w": torch.zeros(3)}, batches, **{**SETTINGS, "trivial_loss": 100.0, **changes})
+    settings = keywords(**{**SETTINGS, "trivial_loss": 100.0, **changes})
+    return estimate_llc(loss, {"w": torch.zeros(3)}, batches, **settings)
 
 
 def exact_drop(offset, nbeta, localization):
@@ -85,7 +86,7 @@ def test_a_minimum_raises_no_alarm():
 
     settings = {**SETTINGS, "num_draws": 60, "num_chains": 4, "trivial_loss": 100.0}
     found = [one.evidence for one in estimate_llcs(loss, [{"w": torch.zeros(3)}] * 200, [None], **settings)]
-    assert sum(one.settles for one in found) <= 3  # of 200; 0.3 expected of a normal
+    assert sum(one.has_significant_drop for one in found) <= 3  # of 200; 0.3 expected of a normal
     settled = torch.tensor([one.drop_at_mean for one in found])
     assert float(settled.mean()) == pytest.approx(0, abs=4 * float(settled.std()) / 200**0.5)
 
@@ -121,7 +122,7 @@ def test_the_jackknife_is_exact_for_quadratics_and_its_error_honest():
     for _ in range(4000):
         means = mu + 0.2 * torch.randn(5, generator=generator, dtype=torch.float64)
         found.append(drop_at_mean(*drops_of(means)))
-    values, errors, freedom = torch.stack(found).unbind(1)
+    values, errors, freedom = torch.tensor(found, dtype=torch.float64).unbind(1)
     assert float(values.mean()) == pytest.approx((1 - mu**2) / 2, abs=4 * float(values.std()) / 4000**0.5)
     assert float(errors.square().mean()) == pytest.approx(float(values.var()), rel=0.15)
     assert freedom.unique().tolist() == [4.0]
@@ -137,15 +138,16 @@ def test_few_chains_need_more_standard_errors():
 
 def test_batches_that_are_all_the_data_have_no_error_and_others_do():
     drops = [torch.tensor([[1.0, 3.0]] * num, dtype=torch.float64) for num in (4, 4, 1)]
-    assert drop_at_mean(*drops).tolist() == [2.0, 1.0, 1.0]  # sd sqrt(2) of two batches, one degree of freedom
-    assert drop_at_mean(*drops, are_all=True)[:2].tolist() == [2.0, 0.0]
+    assert drop_at_mean(*drops) == (2.0, 1.0, 1.0)  # sd sqrt(2) of two batches, one degree of freedom
+    assert drop_at_mean(*drops, are_all=True)[:2] == (2.0, 0.0)
     assert drop_at_mean(*drops, are_all=True, rounding=0.5)[1] == 0.5
 
 
 def test_one_chain_has_its_own_mean_alone_and_without_batches_there_is_nothing():
     one = drop_at_mean(*drops_of(torch.tensor([0.5], dtype=torch.float64)))
-    assert one[:2].tolist() == [0.375, 0.0]
-    assert drop_at_mean(*(torch.zeros(num, 0, dtype=torch.float64) for num in (2, 2, 1))).isnan().all()
+    assert one[:2] == (0.375, 0.0)
+    nothing = drop_at_mean(*(torch.zeros(num, 0, dtype=torch.float64) for num in (2, 2, 1)))
+    assert all(math.isnan(number) for number in nothing)
 
 
 def test_a_fixed_list_of_batches_is_the_whole_data():
@@ -158,7 +160,7 @@ def test_a_fixed_list_of_batches_is_the_whole_data():
 
     found = estimate_llc(loss, start, pushes, **SETTINGS, trivial_loss=100.0).evidence
     assert found.drop_at_mean == pytest.approx(60 * 0.36 / 2 * (1 - (10 / 70) ** 2), abs=4 * found.drop_at_mean_stderr)
-    assert found.settles
+    assert found.has_significant_drop
 
 
 def test_a_chain_that_is_masked_is_not_among_those_that_settle():

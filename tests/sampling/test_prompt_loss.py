@@ -13,6 +13,7 @@ from tiny_runs import change
 
 from icl import compiling
 from icl.build import build_model
+from icl.flat import layout_of
 from icl.sampling.gradients import vmapped_gradient
 from icl.sampling.prompt_loss import prompt_target, trivial_loss
 from icl.sampling.restriction import restricted_layout
@@ -63,7 +64,7 @@ def test_losses_of_many_members_are_each_ones_own():
     moved = {key: tensor + 0.01 for key, tensor in PARAMS.items()}
     batch = loss.batches(0, 0)
     expected = torch.stack([loss.loss(one, batch) for one in (PARAMS, moved, PARAMS)])
-    torch.testing.assert_close(loss.losses(stack([PARAMS, moved, PARAMS]), batch), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.shared_losses(stack([PARAMS, moved, PARAMS]), batch), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_tasks", [1, 16, math.inf])
@@ -127,8 +128,10 @@ def gradients(num_moves=0, dtype=torch.float64):
     """Of three chains and of the last alone."""
     loss = prompt_target(CONFIG, sampler(num_chains=3), num_moves=num_moves)
     params, batch = three_chains(loss, dtype)
-    alone = loss.gradient({n: t[2:] for n, t in params.items()}, {}, tuple(part[2:] for part in batch))
-    return loss.gradient(params, {}, batch), alone
+    layout = layout_of(params)
+    rows = layout.to_rows(params)
+    alone = loss.gradient(layout, rows[2:], {}, tuple(part[2:] for part in batch))
+    return loss.gradient(layout, rows, {}, batch), alone
 
 
 def own_losses(num_moves=0):
@@ -164,11 +167,11 @@ torch.set_num_threads(2)
 import test_prompt_loss as t
 for ours, other in zip(t.gradients(num_moves=10**8), t.gradients(), strict=True):
     torch.testing.assert_close(ours[1], other[1], rtol=1e-10, atol=0)
-    torch.testing.assert_close(dict(ours[0]), dict(other[0]), rtol=1e-8, atol=1e-11)
+    torch.testing.assert_close(ours[0], other[0], rtol=1e-8, atol=1e-11)
 single = torch.float32  # which attention's own kernel is for
 for ours, other in zip(t.gradients(10**8, single), t.gradients(0, single), strict=True):
     torch.testing.assert_close(ours[1], other[1], rtol=1e-5, atol=0)
-    torch.testing.assert_close(dict(ours[0]), dict(other[0]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours[0], other[0], rtol=1e-4, atol=1e-6)
 torch.testing.assert_close(t.own_losses(10**8), t.own_losses(), rtol=1e-5, atol=0)
 """
 
