@@ -172,7 +172,7 @@ def require_store(url: Any, name: str = "checkpoints.store") -> None:
         f"`{name}` must be a folder, file:///folder or s3://bucket/prefix, got {url!r}.",
     )
     if "://" in text:
-        is_whole = place.startswith("/") == (scheme.lower() == "file")
+        is_whole = place.startswith(("/", "~")) == (scheme.lower() == "file")
         require(is_whole, f"`{name}` must be file:///folder or s3://bucket/prefix, got {url!r}.")
 
 

@@ -45,15 +45,23 @@ class Layout:
         return sum(slot.size for slot in self.slots)
 
     @cached_property
+    def _split(self) -> list[int]:
+        return [*(slot.size for slot in self.slots), self.width - self.size]
+
+    @cached_property
     def _key(self) -> tuple[Any, ...]:
         elements = (None if slot.elements is None else slot.elements.numpy().tobytes() for slot in self.slots)
         return self.width, *((slot.name, slot.shape, some) for slot, some in zip(self.slots, elements, strict=True))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Layout) and self._key == other._key
+        return self is other or (isinstance(other, Layout) and self._key == other._key)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._key)
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return self._hash
 
     def to_rows(self, params: Mapping[str, Tensor]) -> Float[Tensor, "N width"]:
         """Copy the moving entries of stacked parameters into rows."""
@@ -64,21 +72,21 @@ class Layout:
         padding = parts[0].new_zeros(len(parts[0]), self.width - self.size)
         return torch.cat([*parts, padding], dim=1)
 
-    def to_params(self, rows: Float[Tensor, "N width"], fixed: Mapping[str, Tensor] | None = None) -> Params:
-        """Stacked parameters from rows: views of the rows wherever a whole parameter moves.
+    def to_params(self, rows: Float[Tensor, "*N width"], fixed: Mapping[str, Tensor] | None = None) -> Params:
+        """Parameters from rows: views of the rows wherever a whole parameter moves.
 
         Args:
-            rows: The moving entries.
-            fixed: The stacked parameters that the rows do not hold whole, as `fixed` returns them.
+            rows: The moving entries, stacked (N, width) or of one member (width,).
+            fixed: The parameters that the rows do not hold whole, as `fixed` returns them, with the same leading axis.
         """
         params = dict(fixed or {})
-        parts = rows.split([*(slot.size for slot in self.slots), self.width - self.size], dim=1)
+        parts = rows.split(self._split, dim=-1)
         for slot, part in zip(self.slots, parts, strict=False):  # the last part is padding
             if slot.elements is not None:
-                whole = _flatten(params[slot.name])
+                whole = params[slot.name].reshape(*part.shape[:-1], -1)
                 # Not in place: torch.func.grad forbids writing into a tensor from outside.
-                part = whole.scatter(1, slot.elements.to(whole.device).expand(len(part), -1), part)
-            params[slot.name] = part.unflatten(1, slot.shape) if slot.shape else part.squeeze(1)
+                part = whole.scatter(-1, slot.elements.to(whole.device).expand_as(part), part)
+            params[slot.name] = part.unflatten(-1, slot.shape) if slot.shape else part.squeeze(-1)
         return params
 
     def fixed(self, params: Mapping[str, Tensor]) -> Params:

@@ -138,6 +138,7 @@ def test_a_run_may_be_given_by_its_name_and_a_path_that_exists_wins(run, tmp_pat
         assert str(run.path) not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_for_the_output_is_made_by_every_command(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     prompt = {"x_context": [[1, 0]], "y_context": [0.5], "x_query": [[2, 0]]}

@@ -38,7 +38,8 @@ OLDER = ROOT / "docs" / "older-commands.md"
 VARIABLE = re.compile(r"(ATEN|AWS|GOMP|HF|OMP|SLURM|TORCH|TORCHINDUCTOR|WANDB|XDG)_")
 """Environment variables of other programs, by how they begin."""
 ELSEWHERE = {
-    *("srun", "Infinity", "ic_regression.py"),  # other programs'
+    *("srun", "Infinity", "ic_regression.py", "LD_PRELOAD", "PYTHONPATH"),  # other programs'
+    *("random.py", "pandas.py"),  # what a stranger may have put into a folder
     "utils.py",  # which we do not have
     "my.yaml",  # a user's own
     "members.params",  # of a variable that has the name of a module

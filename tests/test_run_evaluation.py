@@ -146,6 +146,7 @@ def test_the_command_evaluates_folders_of_runs_into_one_table(runs, tmp_path, ca
             assert name in said.out
 
 
+@pytest.mark.slow
 def test_a_broken_run_among_good_ones_is_named_and_the_others_are_done(runs, tmp_path, capsys):
     names = ("M=16/seed=0", "M=16/seed=1", "M=4/seed=0")
     (runs / names[1] / "checkpoints" / "step-000000010.safetensors").write_bytes(b"nothing")

@@ -89,8 +89,8 @@ def write_report(paths: Sequence[str | Path], *, out: str | Path | None = None) 
     file = Path(out) if out is not None else (folders[0] if len(folders) == 1 else Path()) / NAME
     if file.suffix.lower() not in (".html", ".htm"):
         raise StorageError(f"The page is written as .html, got {file}.")
-    require_writable(file)
     named = named_runs(folders)
+    require_writable(file)
     facts = [
         read_run(name, folder)
         for name, folder in tqdm(named.items(), desc="reading", unit="run", disable=len(named) == 1)

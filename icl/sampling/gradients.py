@@ -8,6 +8,7 @@ returns the gradients, as rows, and the losses. A faster gradient of a known arc
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -78,14 +79,18 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) ->
 def vmapped_gradient(loss: Loss) -> Gradient:
     """Compute the gradients of all members at once, by `torch.func.vmap`."""
 
-    def gradient(layout: Layout, rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+    @cache
+    def of_one(layout: Layout) -> Callable[..., Any]:
         def value(row: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
-            components = _checked(loss(_one_member(layout, row, fixed), batch))
+            components = _checked(loss(layout.to_params(row, fixed), batch))
             return components.mean(), components
 
-        one = grad_and_value(value, has_aux=True)
+        return grad_and_value(value, has_aux=True)
+
+    def gradient(layout: Layout, rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
         with _mappable():
-            grads, (_, components) = torch.vmap(one, in_dims=(0, 0, mapped_axes(batch)))(rows, fixed, batch)
+            gradients = torch.vmap(of_one(layout), in_dims=(0, 0, mapped_axes(batch)))
+            grads, (_, components) = gradients(rows, fixed, batch)
         return grads, components
 
     return gradient
@@ -99,7 +104,7 @@ def looped_gradient(loss: Loss) -> Gradient:
         for i, row in enumerate(rows):
             leaf = row.detach().clone().requires_grad_()
             with torch.enable_grad(), _repeatable(leaf.device):
-                params = _one_member(layout, leaf, {name: tensor[i] for name, tensor in fixed.items()})
+                params = layout.to_params(leaf, {name: tensor[i] for name, tensor in fixed.items()})
                 values = _checked(loss(params, _member(batch, i)))
                 (grad,) = torch.autograd.grad(values.mean(), [leaf], allow_unused=True)
             grads.append(torch.zeros_like(row) if grad is None else grad)
@@ -161,12 +166,6 @@ class _Allocations(TorchDispatchMode):
                 storage = leaf.untyped_storage()
                 self.sizes[storage.data_ptr()] = max(self.sizes.get(storage.data_ptr(), 0), storage.nbytes())
         return result
-
-
-def _one_member(layout: Layout, row: Tensor, fixed: Params) -> Params:
-    """The parameters of one member, without a leading axis."""
-    params = layout.to_params(row.unsqueeze(0), {name: tensor.unsqueeze(0) for name, tensor in fixed.items()})
-    return {name: tensor.squeeze(0) for name, tensor in params.items()}
 
 
 def _device(params: Params) -> torch.device:

@@ -5,6 +5,8 @@ function's name; `icl.sampling.verdict.evidence` makes an average and an error o
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -21,19 +23,20 @@ DIVERGED = 10.0
 nondegenerate minimum, which is the largest LLC at a minimum; Watanabe 2009.)"""
 
 
-class Draw(NamedTuple):
+@dataclass(frozen=True)
+class Draw:
     """The state of N chains at a draw, with the gradient of L on the draw's minibatch."""
 
     state: SGLDState
     grad: Float[Tensor, "N P"]
     settings: SamplerSettings
 
-    @property
+    @cached_property
     def displacement(self) -> Float[Tensor, "N P"]:
         """The vector w - w0 from the checkpoint."""
         return self.state.position - self.state.anchor
 
-    @property
+    @cached_property
     def force(self) -> Float[Tensor, "N P"]:
         """The gradient nbeta grad L."""
         return self.settings.nbeta * self.grad

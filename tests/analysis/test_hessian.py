@@ -63,7 +63,7 @@ def test_products_are_those_of_the_dense_hessian_of_each_batch():
         ]
     )
     for at_once in (1000, 8, 1):  # all kept; one batch at a time; the least there is
-        products = hessian_products(build_model(SMALL).double(), stack(members), batch, 2, prompts_at_once=at_once)
+        products = hessian_products(SMALL.model, stack(members), batch, 2, prompts_at_once=at_once)
         for _ in range(2):  # what is kept can be used again
             torch.testing.assert_close(products(vectors), expected, rtol=1e-8, atol=1e-10)
 
@@ -75,9 +75,7 @@ def test_eigenvalues_and_trace_are_those_of_the_dense_hessian():
     torch.testing.assert_close(matrix, matrix.mT)
     truth = torch.linalg.eigvalsh(matrix)
     single = {name: tensor.float().unsqueeze(0) for name, tensor in params.items()}
-    products = hessian_products(
-        build_model(SMALL), single, prompts(dtype=torch.float32), NUM_BATCHES, prompts_at_once=1000
-    )
+    products = hessian_products(SMALL.model, single, prompts(dtype=torch.float32), NUM_BATCHES, prompts_at_once=1000)
     vectors = torch.randn(257, 1, len(matrix), generator=torch.Generator().manual_seed(1))
     krylov = lanczos(products, vectors[0], 40)
     found, traces = ritz(krylov), trace(products, krylov, vectors[1:].sign())

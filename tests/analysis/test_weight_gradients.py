@@ -65,7 +65,7 @@ def test_the_mean_gradient_is_that_of_finite_differences_and_knows_its_noise():
     params = {name: tensor.detach() for name, tensor in params.items()}
     prompts = sample_prompts(config, stream="x", step=0, batch_size=24)
     prompts = prompts._replace(xs=prompts.xs.double(), ys=prompts.ys.double())
-    found, noise = wg.mean_gradient(models[0], params, prompts, 6)
+    found, noise = wg.mean_gradient(models[0].config, params, prompts, 6)
 
     def losses(moved):
         return (apply(models[0].config, moved, prompts.xs, prompts.ys) - prompts.ys).square().mean((1, 2))
@@ -79,7 +79,7 @@ def test_the_mean_gradient_is_that_of_finite_differences_and_knows_its_noise():
     place = sum(tensor[0].numel() for tensor in list(params.values())[: list(params).index("unembedding.bias")])
     residuals = apply(models[0].config, params, prompts.xs, prompts.ys) - prompts.ys
     torch.testing.assert_close(found[:, place], 2 * residuals.mean((1, 2)))
-    gram = wg.grams(*[wg.batch_gradients(models[0], params, prompts, 6)] * 2)["all"]
+    gram = wg.grams(*[wg.batch_gradients(models[0].config, params, prompts, 6)] * 2)["all"]
     torch.testing.assert_close(noise, wg.noise_trace(gram, 4).value / 24)
 
 
@@ -123,7 +123,7 @@ def test_a_populations_gradients_are_those_of_its_models():
     models = [build_model(change(TINY, seeds={"model": seed})) for seed in range(2)]
     prompts = sample_prompts(TINY, stream="g", step=0, batch_size=12)
     params = stack([{n: p.detach() for n, p in model.named_parameters()} for model in models])
-    found = wg.batch_gradients(models[0], params, prompts, 3)
+    found = wg.batch_gradients(models[0].config, params, prompts, 3)
     for number, model in enumerate(models):
         for batch in range(3):
             rows = slice(4 * batch, 4 * batch + 4)
@@ -137,7 +137,7 @@ def test_groups_sum_to_all():
     model = build_model(TINY)
     prompts = sample_prompts(TINY, stream="g", step=0, batch_size=12)
     params = stack([{n: p.detach() for n, p in model.named_parameters()}])
-    gradients = wg.batch_gradients(model, params, prompts, 3)
+    gradients = wg.batch_gradients(model.config, params, prompts, 3)
     grams = wg.grams(gradients, gradients)
     families = ("embeddings", "attention", "mlp", "norms", "unembedding")
     torch.testing.assert_close(sum(grams[name] for name in families), grams["all"])

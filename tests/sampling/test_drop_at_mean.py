@@ -178,6 +178,7 @@ def test_a_chain_that_is_masked_is_not_among_those_that_settle():
     assert found.drop_at_mean_stderr < 1
 
 
+@pytest.mark.slow
 def test_batches_and_chains_that_are_not_finite_are_left_out():
     offset = torch.tensor([0.4, 0.2, 0.1])
 

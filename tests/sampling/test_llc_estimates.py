@@ -385,6 +385,7 @@ def regression(start, *, batch_size, num_moves=2300, p=10, n=1000):
     return loss, params, lambda chain, draw: (xs[rows[chain, draw]], ys[rows[chain, draw]])
 
 
+@pytest.mark.slow
 def test_a_localisation_that_outweighs_the_data_is_seen_through_the_noise_of_minibatches():
     """Ten times the data's weight, 5/11 nats of the true 5; minibatches' noise in excess and pull is larger than both."""
     loss, params, batches = regression(0.0, batch_size=64)
@@ -397,6 +398,7 @@ def test_a_localisation_that_outweighs_the_data_is_seen_through_the_noise_of_min
     assert "localization outweighs" in broken(result)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_a_little_beside_its_minimum_is_told_by_more_batches():
     """By about 1.8 nats, along ten directions; 32 batches leave it unsure, and a note says so."""
     loss, params, batches = regression(0.05, batch_size=64, num_moves=600)

@@ -89,7 +89,7 @@ def test_chains_are_long_enough_for_the_localisation_to_fill_flat_directions(fou
 def test_chains_that_have_not_filled_flat_directions_are_not_healthy(found):
     """Whatever else is said of them."""
     result = found.chosen.last
-    evidence = result.evidence._replace(spread=0.0, pull=2.0, fill_stderr=0.1)
+    evidence = result.evidence._replace(spread=0.0, pull=2.0, filled_stderr=0.1)
     assert evidence.num_params == 12
     assert not is_healthy(dataclasses.replace(result, evidence=evidence))
 

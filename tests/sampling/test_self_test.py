@@ -20,6 +20,7 @@ def problem():
     return quick(self_test.problems()[0])
 
 
+@pytest.mark.slow
 def test_a_true_answer_agrees_and_a_false_one_does_not(problem):
     (row,) = self_test.run_problem(problem)
     assert row.agrees

@@ -352,9 +352,9 @@ def test_a_dead_machines_point_is_taken_over(tmp_path, ledger):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--workers", "0"], "at least 1"),
+        (["--workers", "0"], "whole number from 1"),
         (["--seed", "1"], "no meaning for a grid"),
-        (["--status", "--dry-run"], "not allowed"),
+        (["--status", "--dry-run"], "cannot be given together"),
     ],
 )
 def test_options_that_make_no_sense(tmp_path, capsys, words, sentence):
