@@ -2,7 +2,10 @@
 
 import dataclasses
 import importlib
+import itertools
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch and numpy: threads that spin stall runs on shared cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -45,13 +48,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
 
 
+@pytest.fixture(scope="session")
+def _roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Empty folders, one for each test. `mktemp` would read through all earlier ones to number the next."""
+    base = tmp_path_factory.mktemp("roots")
+    return (base / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def _sealed(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def _sealed(monkeypatch: pytest.MonkeyPatch, _roots: Iterator[Path]) -> None:
     """Runs go to a temporary folder and no store, W&B is off, the device is the CPU, no job of a cluster is seen."""
     for name in os.environ:
         if name.startswith(("AWS_", "HF_", "SLURM_", "WANDB_")):
             monkeypatch.delenv(name)
-    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path_factory.mktemp("root")))
+    root = next(_roots)
+    root.mkdir()
+    monkeypatch.setenv("LOCAL_ROOT", str(root))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("DEVICE", "cpu")
 

@@ -112,6 +112,7 @@ def test_what_is_in_memory_is_written_again(monkeypatch, folder, whole, name):
     assert {path.name for path in folder.path.iterdir()} >= {path.name for path in whole.path.iterdir()}
 
 
+@pytest.mark.slow
 def test_altered_rows_are_written_again(monkeypatch, folder, whole):
     at_step(monkeypatch, 20, lambda run: run.metrics_file.write_text("step,train/loss\n"))
     train(CONFIG, folder=folder.path)
@@ -182,6 +183,7 @@ def test_a_finished_run_that_lost_files_is_one_sentence_and_no_success(folder, w
     assert (result.was_done, said.strip()) == (True, f"icl: {result.incomplete}")
 
 
+@pytest.mark.slow
 def test_what_the_sentence_says_brings_a_run_back(folder, whole, no_figures):
     shutil.copytree(whole.path, folder.path)
     shutil.rmtree(folder.checkpoints.root)
@@ -222,7 +224,7 @@ class FullDisk:
         ("status.json", 4),
         slow("run.log", 1),
         slow("step-000000020.safetensors", 1),
-        ("step-000000020.safetensors", 2),
+        slow("step-000000020.safetensors", 2),
         ("last.ckpt", 5),
         slow("config.yaml", 1),
     ],

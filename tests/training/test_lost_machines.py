@@ -64,6 +64,7 @@ def test_the_same_settings_take_over_the_place_of_a_lost_machine(url, tmp_path):
     assert_copied(result.folder, url)
 
 
+@pytest.mark.slow
 def test_the_place_is_taken_over_in_a_bucket_too(s3, tmp_path):
     config = stored(SHORT, s3.url)
     claimed = lost_machine(s3.url, config, tmp_path)
@@ -216,6 +217,7 @@ def test_a_removed_folder_takes_nothing_away_from_the_store(s3, interrupted, mon
     assert before <= set(s3.names())
 
 
+@pytest.mark.slow
 def test_a_damaged_resume_file_in_the_store_is_told_with_what_to_do(
     s3, interrupted, monkeypatch, tmp_path_factory, capsys
 ):

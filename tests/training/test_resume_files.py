@@ -104,7 +104,14 @@ def test_a_resume_file_is_read_by_torch_as_before(place):
     assert parse_resume(pack(content), "it").member == content["members"][0]
 
 
-@pytest.mark.parametrize("kind", ["flipped", "cut short", "empty", "gone", "another file"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "flipped",
+        "gone",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("cut short", "empty", "another file")),
+    ],
+)
 def test_the_save_before_takes_over_bit_identically(place, root, kind, capsys):
     folder = RunFolder(place / "a")
     last = parse_resume(folder.resume_file.read_bytes(), "").step
@@ -155,6 +162,7 @@ def test_two_damaged_files_are_one_error_that_says_what_to_do(place, root, capsy
     assert_same(folder, RunFolder(root / "whole" / "a"))
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_two_renames_is_one_save_lost(place, root):
     folder = RunFolder(place / "a")
     folder.resume_file.replace(folder.previous_file)
