@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from icl.config import SamplerConfig
-from icl.sampling import Label, estimation, known
+from icl.sampling import CheckpointId, estimation, known
 from icl.sampling.curvature import largest_curvature
-from icl.sampling.estimation import Problem
 from icl.sampling.gradients import vmapped_gradient
 from icl.sampling.run import chain_settings
 from icl.sampling.search import (
@@ -26,6 +25,7 @@ from icl.sampling.search import (
     num_draws,
     search,
 )
+from icl.sampling.target import Target
 
 H = torch.logspace(-1, 1, 12)
 BASE = SamplerConfig(num_chains=6, num_draws=60, num_burnin_steps=60)
@@ -38,9 +38,9 @@ def quadratic(params, batch):
 
 def estimate(corners, *, loss=quadratic, start=START):
     """All corners of one call as one population, as `icl llc RUN --calibrate` does it."""
-    problem = Problem(loss=loss, batches=(None,), trivial_loss=5.0)
+    target = Target(loss=loss, batches=(None,), trivial_loss=5.0)
     settings = [chain_settings(corner.sampler(BASE)) for corner in corners]
-    return estimation.estimate(problem, [start], settings, labels=[Label()])
+    return estimation.estimate(target, [start], settings, identities=[CheckpointId()])
 
 
 def test_the_largest_curvature_is_that_of_the_hessian():
