@@ -94,8 +94,6 @@ def require_count(name: str, value: Any, minimum: int) -> None:
 
 def require_number(name: str, value: Any, bound: Bound, *, repair: str = "") -> None:
     """Refuse what is no finite number, or outside its bound; `repair` ends the sentence."""
-    if isinstance(value, int) and abs(value) > MAX_NUMBER:  # which may be too large for a float
-        raise ConfigError(f"`{name}` must be at most {MAX_NUMBER:g}, got a whole number of {value.bit_length()} bits.")
     real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     require(
         real and {"positive": value > 0, "zero or positive": value >= 0, "a number": True}[bound],
@@ -129,26 +127,6 @@ def user_path(text: str | Path) -> Path:
         raise ConfigError(
             f"The home folder in {str(text)!r} is not known; write the whole path, set HOME, or write ./ before a plain ~."
         ) from None
-
-
-def step_ranges(text: str) -> list[tuple[str, int, int | None, int]]:
-    """Return the steps that a list such as 1,2,3 or 0:1000:100 names: each word with first step, last step and stride.
-
-    Raises:
-        ConfigError: If it is no such list, or a range is reversed.
-    """
-    found = []
-    for word in filter(None, (word.strip() for word in text.split(","))):
-        match = re.fullmatch(r"(\d{1,20})|(\d{0,20}):(\d{0,20})(?::([1-9]\d{0,19}))?", word)
-        if match is None:
-            raise ConfigError(f"`sampler.steps` must be all, last, a list such as 1,2,3, or 0:1000:100, got {word!r}.")
-        first, last = int(match[1] or match[2] or 0), match[1] or match[3]
-        if last and first > int(last):
-            raise ConfigError(f"The range {word} of `sampler.steps` is reversed; write {last}:{first}.")
-        found.append((word, first, int(last) if last else None, int(match[4] or 1)))
-    if not found:
-        raise ConfigError("`sampler.steps` names no step; write all, last, a list such as 1,2,3, or 0:1000:100.")
-    return found
 
 
 def require_run_name(name: str) -> None:
@@ -213,7 +191,6 @@ def parse_num_tasks(value: Any) -> int | float:
         if text.removeprefix(".") in ("inf", "infinity"):
             return math.inf
         number = float(text.replace("_", "")) if re.fullmatch(r"\d[\d_]*(\.\d*)?(e\d+)?", text) else None
-        number = None if number == math.inf else number  # a number too large for a float is no infinity
     if number == math.inf:
         return math.inf
     is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)

@@ -10,7 +10,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from icl import __version__
 from icl.checks import UserError, user_path
@@ -55,10 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(command: str, words: list[str]) -> int:
     """The command's exit status, with its errors told in a sentence."""
-    try:
-        Path.cwd()
-    except FileNotFoundError:  # PyTorch would end the process by an error of its own
-        return _complain("the working directory no longer exists; change to one that does (cd).", 1)
     try:
         load_env_file()
         _share_the_machine()

@@ -20,7 +20,6 @@ from icl.checks import (
     require_run_name,
     require_store,
     require_words,
-    step_ranges,
     take_plain_numbers,
 )
 
@@ -314,8 +313,6 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         take_plain_numbers(self)
         require_words("sampler", self)
-        if self.steps not in ("all", "last"):
-            step_ranges(self.steps)
         require_number("sampler.lr", self.lr, "positive")
         if self.nbeta is not None:
             repair = "; write none for n / ln n with n = `sampler.num_samples`"

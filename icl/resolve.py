@@ -20,7 +20,7 @@ from icl.config import RunConfig, flatten
 from icl.literals import read_table
 from icl.older import modern_setting
 from icl.presets import preset
-from icl.reading import MAX_BITS, MAX_YAML, ContentError, parse_yaml, read_bytes
+from icl.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -239,7 +239,7 @@ def parse_scalar(text: str) -> Any:
     if lowered in ("true", "false"):
         return lowered == "true"
     if re.fullmatch(r"[+-]?\d[\d_]*", word):
-        return int(word.replace("_", "")) if len(word) < 1000 else text
+        return int(word.replace("_", ""))
     if re.fullmatch(r"[+-]?\.?(inf|infinity|nan)", lowered):
         return float(lowered.replace(".", ""))
     try:
@@ -340,8 +340,6 @@ def _read_value(key: str, value: Any) -> Any:
             value = parse_scalar(value)
     elif is_text and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    if isinstance(value, int) and value.bit_length() > MAX_BITS:  # too large for a float, and for messages
-        raise ConfigError(f"`{key}` is too large: a whole number of {value.bit_length():,} bits.")
     return int(value) if int in parts and isinstance(value, float) and value.is_integer() else value
 
 
@@ -352,17 +350,8 @@ def _is_list(kind: Any) -> bool:
 def _read_list(key: str, value: Any) -> list[Any] | None:
     """`0,1,2`, `[0, 1, 2]`, a YAML list, or one value alone."""
     if isinstance(value, str):
-        text = value.strip()
-        if (text[:1], text[-1:]) in (("[", "]"), ("(", ")")):
-            text = text[1:-1]
-        words = [word.strip() for word in text.removesuffix(",").split(",")]
-        value = (
-            None
-            if len(words) == 1 and words[0].lower() in _NONE
-            else [*filter(None, words)]
-            if len(words) == 1
-            else words
-        )
+        words = [word.strip() for word in value.strip().strip("[]()").split(",")]
+        value = None if len(words) == 1 and words[0].lower() in _NONE else [word for word in words if word]
     if value is None:
         return None
     values = list(value) if isinstance(value, (list, tuple)) else [value]

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _TEMPORARY = ".tmp-"
-_OWN_FILES = ("metrics.csv", "status.json")
-"""Tables of a run's folder that its training writes."""
 _NOT_PLAIN = re.compile(r"[\\\x00-\x1f\x7f\ud800-\udfff]|^[A-Za-z]:")
 """Backslashes, control characters, halves of characters, and the letter of a drive: none may be in a key."""
 
@@ -290,22 +288,14 @@ def table_format(path: Path) -> str:
     return suffix[1:]
 
 
-def require_table_file(path: Path, *inputs: Path) -> None:
+def require_table_file(path: Path) -> None:
     """Refuse a file for a table that cannot be written, before the work whose result it is to hold.
 
-    Args:
-        path: The file.
-        inputs: What is read; a table is not written over it.
-
     Raises:
-        StorageError: If it is neither .csv nor .json, cannot be written, or is an input or a run's own file.
+        StorageError: If it is neither .csv nor .json, or cannot be written.
     """
     table_format(path)
     require_writable(path)
-    if any(path.exists() and other.exists() and path.samefile(other) for other in inputs):
-        raise StorageError(f"{path} is what is read, and would be lost; write to another file.")
-    if path.name in _OWN_FILES and (path.parent / "config.yaml").is_file():
-        raise StorageError(f"{path} belongs to the run, and would be lost; write to another file.")
 
 
 def require_writable(path: Path) -> None:

@@ -42,7 +42,7 @@ from icl.analysis.trajectories import (
     references,
     require_comparable,
 )
-from icl.checkpoints import CheckpointError, checkpoint_files
+from icl.checkpoints import CheckpointError
 from icl.checks import ConfigError
 
 _RANK = 1e-10
@@ -152,8 +152,6 @@ def _runs(path: Path, others: str | None) -> dict[str, Path]:
     paths = [path, *(Path(word.strip()) for word in (others or "").split(",") if word.strip())]
     if len({one.resolve() for one in paths}) < len(paths):
         raise ConfigError("`jointly_with` names a run twice, or the run itself.")
-    for one in paths:
-        checkpoint_files(one)  # refuses a run that is not there, before work on the others
     names = [run_folder(one).path.resolve().name for one in paths]
     return {name if names.count(name) == 1 else str(one): one for name, one in zip(names, paths, strict=True)}
 

@@ -43,7 +43,7 @@ def run(words: list[str]) -> int:
         raise ConfigError("Say what to analyse: `icl analyse RUN --what NAME`.")
     out = _one_of("--out", options.out, options.output_file)
     if out is not None:
-        require_table_file(out, path)
+        require_table_file(out)
     if options.output_plot is not None:
         if options.output_plot.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise StorageError(f"Figures are written as .png, .pdf or .svg, got {options.output_plot}.")

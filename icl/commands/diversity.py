@@ -10,7 +10,6 @@ from icl.checks import ConfigError
 from icl.config import RunConfig, flatten
 from icl.environment import OWN_PROGRAM
 from icl.resolve import parse_scalar, read_arguments, read_config_files, resolve
-from icl.runs import require_own_place
 from icl.storage import require_writable
 
 HELP = "the task-diversity experiment: M = 2, 4, 8, ... and inf, and its figure"
@@ -83,8 +82,7 @@ def run(words: list[str]) -> int:
     from icl.training.capacity import require_room
 
     max_power = _whole_number(options.get("max_power", "20"))
-    runs = experiment_runs(config, max_power=max_power, base=base)  # refuses at once, in front of who typed it
-    require_own_place(runs[0].folder)
+    experiment_runs(config, max_power=max_power, base=base)  # refuses at once, in front of who typed it
     require_room(config, choose_device(config.trainer.accelerator))
     if in_background:
         return _detach(words, base)

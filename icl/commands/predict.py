@@ -27,7 +27,7 @@ def run(words: list[str]) -> int:
     from icl.runs import require_place
 
     if options.out is not None:
-        require_table_file(options.out, options.prompt)
+        require_table_file(options.out)
     prompt = read_prompt_file(options.prompt)
     model, info = load_checkpoint(require_place(options.path))
     predictions = predict_from_prompt(model, *prompt)
