@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from icl.plotting.diversity import plot_diversity
 from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, VERMILION, label_plainly, new_figure, ordered_colours
+from icl.plotting.tidying import KEY
 
 
 def plot_task_prior(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str) -> Figure:
@@ -179,6 +180,7 @@ def plot_joint_trajectories(dynamics: pd.DataFrame, *, title: str) -> Figure:
             markerfacecolor=BLACK if marker == "o" else "white",
             markersize=size,
             label=label,
+            gid=KEY,
         )
     panels[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=11)

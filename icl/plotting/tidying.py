@@ -34,7 +34,7 @@ _PLACES = (
     "upper center",
 )
 _CORNERS = {"upper": 1.0, "lower": 0.0, "center": 0.5, "right": 1.0, "left": 0.0}
-_MAX_COVERED = 0.03
+_MAX_COVERED = 0.01
 """Share of a curve's length that a legend may cover."""
 _PIXELS_APART = 2.0
 _PAD_INCHES = 0.04

@@ -14,7 +14,7 @@ from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
-MAX_COVERED = 0.10
+MAX_COVERED = 0.05
 """Share of a curve that a legend may hide."""
 
 

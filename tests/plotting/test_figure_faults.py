@@ -152,7 +152,15 @@ CURVES = {
 }
 
 
-@pytest.mark.parametrize("name", TASKS)
+ALWAYS = ("M = 1", "M = inf", "K = 1, M = 1", "little noise", "one evaluation", "step 0 only", "diverged")
+"""The inputs of every run of the tests; the others are `slow`."""
+
+
+def _cases(names):
+    return [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", _cases(TASKS))
 def test_training_figure_of_every_task(name):
     config = change(TINY, task=TASKS[name])
     figure = plot_training(CURVES["usual"], losses_of(config, best), title=name)
@@ -165,7 +173,7 @@ def test_training_figure_of_every_task(name):
         assert ((line.get_ydata() >= low) & (line.get_ydata() <= high)).all()
 
 
-@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("name", _cases(CURVES))
 def test_training_figure_of_every_length(name):
     assert faults(plot_training(CURVES[name], losses_of(TINY, best), title=name)) == []
 
@@ -250,7 +258,7 @@ VARIANTS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_gallery(path, variant, monkeypatch):
+def test_gallery(path, variant, monkeypatch, as_users_run):
     table, found = gallery.Gallery.table, []
     monkeypatch.chdir(path.parent)
     monkeypatch.setattr(gallery.Gallery, "table", lambda self, *names: VARIANTS[variant](table(self, *names)))

@@ -7,6 +7,7 @@ import pytest
 from icl.plotting import ladder, llc_studies, ood
 from icl.plotting.figures import draw_estimates
 from icl.plotting.style import new_figure
+from icl.plotting.tidying import tidy
 
 STEPS = (0, 10, 100, 1000)
 QUANTITIES = ("loss", "delta_ridge", "delta_dmmse", "prior_zero", "prior_task_mean")
@@ -68,6 +69,9 @@ def test_joint_trajectories_have_a_line_for_each_run_and_a_mark_for_each_referen
     marks = [line for line in figure.axes[1].lines if line.get_marker() in ("D", "*")]
     assert len(lines) == 2
     assert len(marks) == 2
+    tidy(figure)
+    keys = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert keys == ["last step", "dMMSE of this M", "ridge"]  # of marks in every colour, so drawn for the legend alone
 
 
 def estimates(**columns):
