@@ -19,11 +19,11 @@ from torch import Tensor
 
 from icl import baselines, metrics
 from icl.config import RunConfig
-from icl.cores import side_by_side
 from icl.stacked import Params, size
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, require_prompt_memory, sample_prompts
 from icl.tasks.shifts import SHIFTS, sample_shifted_prompts
+from icl.threads import in_parallel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -194,7 +194,7 @@ def _predict(predict: Predict, params: Params, xs: Tensor, ys: Tensor) -> Tensor
     return predict(params, xs, ys).float()
 
 
-_on_cores = side_by_side(_predict, threads_each=1)
+_on_cores = in_parallel(_predict, threads_each=1)
 
 
 def _prompts_of(member: int, prompts: Prompts) -> Prompts:

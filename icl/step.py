@@ -20,9 +20,9 @@ from torch import Tensor
 
 from icl.compiling import grad_and_aux, keep_freed_memory, one_graph
 from icl.config import ModelConfig, OptimConfig
-from icl.cores import WITHOUT_LOCK, side_by_side
 from icl.flat import Layout, layout_of
 from icl.stacked import apply
+from icl.threads import RELEASE_GIL, in_parallel
 
 _STABILISER = 1e-6  # clip_grad_norm_'s
 
@@ -97,9 +97,9 @@ def make_step(
     keep_freed_memory()
     move: Step = together
     if compiled and reduce is None:
-        options = WITHOUT_LOCK if packed else None
+        options = RELEASE_GIL if packed else None
         move = one_graph(together, work="Training", changed=lambda state, *prompts: state, options=options)
-    moves = side_by_side(move, threads_each=1) if move is not together and packed else _in_turns(move)
+    moves = in_parallel(move, threads_each=1) if move is not together and packed else _in_turns(move)
 
     def step(state: AdamState, xs: Tensor, ys: Tensor, rates: Tensor) -> StepInfo:
         if state.rows.device.type != "cpu":

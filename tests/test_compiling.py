@@ -8,11 +8,11 @@ import pytest
 THREADS = """
 import sys, torch
 from icl.compiling import one_graph
-from icl.cores import WITHOUT_LOCK, side_by_side
+from icl.threads import RELEASE_GIL, in_parallel
 
 torch.set_num_threads(2)
 sys.setswitchinterval(1e-5)  # threads overlap wherever they can
-double = side_by_side(one_graph(lambda x: 2 * torch.sin(x).sum(), work="Testing", options=WITHOUT_LOCK), threads_each=1)
+double = in_parallel(one_graph(lambda x: 2 * torch.sin(x).sum(), work="Testing", options=RELEASE_GIL), threads_each=1)
 for _ in range(20):
     assert len(set(map(float, double([(torch.ones(3000),)] * 1000)))) == 1
 """

@@ -23,7 +23,6 @@ from icl import rng
 from icl.build import build_architecture
 from icl.compiling import Function, compiling_pays, grad_and_aux, keep_freed_memory, one_graph
 from icl.config import ModelConfig, RunConfig, SamplerConfig
-from icl.cores import WITHOUT_LOCK, Result, side_by_side
 from icl.flat import Layout
 from icl.sampling.batches import Batch
 from icl.sampling.gradients import Gradient, Loss
@@ -31,6 +30,7 @@ from icl.sampling.target import Target
 from icl.stacked import Params, apply, size
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import prompt_source
+from icl.threads import RELEASE_GIL, Result, in_parallel
 
 _OfRows: TypeAlias = Callable[[Tensor, Params, Batch], tuple[Tensor, Tensor]]
 """`(rows, fixed, batch)` to the rows of the gradient and the losses."""
@@ -151,14 +151,14 @@ def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradien
 
 
 def _graph(function: Function) -> Function:
-    return one_graph(function, work="Sampling", options=WITHOUT_LOCK)
+    return one_graph(function, work="Sampling", options=RELEASE_GIL)
 
 
 def _by_cores(
     function: Callable[..., Result], *, compiled: bool
 ) -> Callable[[Sequence[tuple[Any, ...]]], list[Result]]:
     """Chain by chain, as one fills a core's caches; up to rounding what they would be together."""
-    return side_by_side(function, threads_each=1 if compiled else None)  # another number would be another graph
+    return in_parallel(function, threads_each=1 if compiled else None)  # another number would be another graph
 
 
 def _rows(tree: Any, i: int) -> Any:

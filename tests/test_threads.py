@@ -1,11 +1,11 @@
-"""Calls side by side: the results of one at a time in their order, whatever the number of threads, and nobody's threads are changed."""
+"""Parallel calls: results are in order and equal for any number of threads, and the caller's threads stay as they are."""
 
 import threading
 
 import pytest
 import torch
 
-from icl.cores import side_by_side
+from icl.threads import in_parallel
 
 
 @pytest.fixture(params=[1, 2, 3, 7])
@@ -18,10 +18,10 @@ def num_threads(request):
 
 def test_results_are_in_their_order_and_an_error_is_not_lost(num_threads):
     matrices = torch.randn(9, 50, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = side_by_side(torch.linalg.det)([(matrix,) for matrix in matrices])
-    torch.testing.assert_close(torch.stack(found), torch.linalg.det(matrices), rtol=1e-9, atol=0)
+    results = in_parallel(torch.linalg.det)([(matrix,) for matrix in matrices])
+    torch.testing.assert_close(torch.stack(results), torch.linalg.det(matrices), rtol=1e-9, atol=0)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        side_by_side(torch.matmul)([(matrix, torch.ones(51, 1, dtype=torch.float64)) for matrix in matrices])
+        in_parallel(torch.matmul)([(matrix, torch.ones(51, 1, dtype=torch.float64)) for matrix in matrices])
 
 
 @pytest.mark.parametrize("each", [None, 1])
@@ -29,8 +29,8 @@ def test_threads_are_shared_out_or_one_each_and_the_callers_number_stays(num_thr
     def note(number):
         return number, torch.get_num_threads()
 
-    found = side_by_side(note, threads_each=each)([(number,) for number in range(3)])
-    assert found == [(number, each or max(1, num_threads // 3)) for number in range(3)]
+    results = in_parallel(note, threads_each=each)([(number,) for number in range(3)])
+    assert results == [(number, each or max(1, num_threads // 3)) for number in range(3)]
     assert torch.get_num_threads() == num_threads
 
 
@@ -46,7 +46,7 @@ def test_as_many_run_at_once_as_there_are_threads_after_the_first_alone():
             at_once.append(number)
             return number
 
-        assert side_by_side(meet)([(number,) for number in range(4)]) == [0, 1, 2, 3]
+        assert in_parallel(meet)([(number,) for number in range(4)]) == [0, 1, 2, 3]
         assert at_once[0] == 0
     finally:
         torch.set_num_threads(before)
@@ -54,9 +54,9 @@ def test_as_many_run_at_once_as_there_are_threads_after_the_first_alone():
 
 def test_no_gradients_are_recorded_and_mixed_precision_is_the_callers(num_threads):
     weight = torch.ones(4, 4, requires_grad=True)
-    multiply = side_by_side(torch.matmul)
+    multiply = in_parallel(torch.matmul)
     with torch.autocast("cpu", torch.bfloat16):
         halves = multiply([(weight, weight)] * 3)
     wholes = multiply([(weight, weight)] * 3)
-    assert [found.dtype for found in (*halves, *wholes)] == [torch.bfloat16] * 3 + [torch.float32] * 3
-    assert not any(found.requires_grad for found in (*halves, *wholes))
+    assert [result.dtype for result in (*halves, *wholes)] == [torch.bfloat16] * 3 + [torch.float32] * 3
+    assert not any(result.requires_grad for result in (*halves, *wholes))
