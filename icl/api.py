@@ -19,7 +19,6 @@ import torch
 from icl import metrics
 from icl.build import build_checkpoint_model
 from icl.checkpoints import CheckpointError, checkpoint_files, checkpoint_name, load_checkpoint_file
-from icl.checks import ConfigError, parse_num_tasks, plain_number, whole
 from icl.config import CheckpointsConfig, EarlyStoppingConfig, EvaluationConfig, RunConfig, TaskConfig
 from icl.prediction import parameter_of, predict_from_prompt
 from icl.presets import preset
@@ -28,6 +27,7 @@ from icl.runs import DONE, RunError
 from icl.sampling.run import estimate_run
 from icl.tasks.prompts import prompt_source
 from icl.transformer import Transformer
+from icl.validation import ConfigError, parse_num_tasks, plain_number, whole
 
 __all__ = [
     "ICRegConfig",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icl.checks import ConfigError, UserError
+from icl.validation import ConfigError, UserError
 
 
 def real_tensor(

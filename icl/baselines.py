@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from icl.arrays import real_tensor
-from icl.checks import ConfigError, real, whole
+from icl.validation import ConfigError, real, whole
 
 _SLAB = {"cpu": 2**19, "cuda": 2**25}
 """Weights, one for each prompt and task, that `dmmse` holds at a time: on a CPU few enough for its cache, on a GPU so many

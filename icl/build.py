@@ -5,10 +5,10 @@ import os
 import torch
 
 from icl.checkpoints import Checkpoint, CheckpointError
-from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.evaluation import EvaluationSet, evaluation_set
 from icl.transformer import Transformer, initialise
+from icl.validation import ConfigError
 
 _KINDS = ("cpu", "cuda", "tpu", "mps")
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from icl.checks import is_count
 from icl.config import RunConfig
 from icl.reading import ContentError, parse_json
 from icl.transformer import parameter_shapes
+from icl.validation import is_count
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's running means of the gradient and of its square, as torch calls them."""

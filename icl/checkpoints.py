@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from icl.checkpoint_header import CutShortError, read_header, require_shapes, stored_numbers
-from icl.checks import UserError, is_count
 from icl.config import RunConfig
 from icl.reading import ContentError, parse_json
 from icl.runs import config_differences
 from icl.stacked import Params
 from icl.storage import LocalStore, Store
+from icl.validation import UserError, is_count
 
 _FORMAT = "icl-checkpoint-1"
 _ENTRY = "icl"

@@ -12,10 +12,10 @@ import secrets
 import yaml
 
 from icl.checkpoints import list_steps, load_step
-from icl.checks import UserError
 from icl.config import RunConfig
 from icl.runs import RunError, config_differences, parse_config
 from icl.storage import Store, open_store, read_or_none
+from icl.validation import UserError
 
 
 def claim(here: Store, there: Store, config: RunConfig) -> None:

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 
 from icl import __version__
-from icl.checks import UserError, user_path
 from icl.env_file import load_env_file
 from icl.older import modern_command, modern_setting
 from icl.redaction import redact
+from icl.validation import UserError, user_path
 
 COMMANDS = ("train", "sweep", "diversity", "evaluate", "llc", "analyse", "report", "predict", "runs", "checkpoints")
 """In the order in which the overview lists them."""

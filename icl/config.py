@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from icl.checks import (
+from icl.validation import (
     ConfigError,
     parse_num_tasks,
     plain_number,

@@ -9,7 +9,6 @@ import os
 import shlex
 from collections.abc import Iterable, Sequence
 
-from icl.checks import user_path
 from icl.config import RunConfig
 from icl.mirror import Mirror, copied_names, open_mirror, same_file, store_url
 from icl.presets import run_name
@@ -17,6 +16,7 @@ from icl.reading import ContentError, parse_json, read_bytes
 from icl.redaction import redact
 from icl.runs import DONE, RunFolder
 from icl.storage import LocalStore, StorageError, sha256, write_atomically
+from icl.validation import user_path
 
 _NOTE = ".delivered"
 _MADE_LATER = ("results/", "figures/", "report.html")

@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from icl.checks import ConfigError
+from icl.validation import ConfigError
 
 _NAMES = frozenset(
     (

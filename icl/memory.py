@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from icl.checks import ConfigError
+from icl.validation import ConfigError
 
 _MEMORY, _PROCESS_GROUPS, _CGROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _ALWAYS_FREE = 2**26

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl.checks import ConfigError, plain_number
+from icl.validation import ConfigError, plain_number
 
 
 class Estimate(NamedTuple):

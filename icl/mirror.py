@@ -20,7 +20,6 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from icl.checkpoints import CheckpointError, parse_checkpoint
-from icl.checks import ConfigError
 from icl.claims import claim
 from icl.config import RunConfig
 from icl.resume_file import ResumeFileError, parse_resume
@@ -35,6 +34,7 @@ from icl.storage import (
     read_or_none,
     require_key,
 )
+from icl.validation import ConfigError
 
 FILES = ("run-id", "wandb-id", "metrics.csv", "run.log", "report.html", "last.ckpt", "status.json", "config.yaml")
 FOLDERS = ("checkpoints", "results", "figures")

@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl.arrays import real_tensor
-from icl.checks import ConfigError, UserError
 from icl.reading import MAX_TABLE, ContentError, parse_json, read_bytes
 from icl.storage import table_format, write_atomically
 from icl.transformer import Transformer
+from icl.validation import ConfigError, UserError
 
 
 class PromptError(UserError, ValueError):

@@ -18,7 +18,6 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from icl.checks import ConfigError
 from icl.config import (
     CheckpointsConfig,
     EvaluationConfig,
@@ -31,6 +30,7 @@ from icl.config import (
     flatten,
     is_free_on_resume,
 )
+from icl.validation import ConfigError
 
 MEMBER_SEEDS = ("seeds.model", "seeds.data", "seeds.noise")
 """What a seed of a population sets."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from icl.checks import UserError
+from icl.validation import UserError
 
 MAX_DEPTH = 50
 """Levels of nesting; our own files have at most six."""

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from icl.checks import ConfigError, parse_num_tasks, require_run_name
 from icl.config import RunConfig, flatten
 from icl.literals import read_table
 from icl.older import modern_setting
 from icl.presets import preset
 from icl.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
+from icl.validation import ConfigError, parse_num_tasks, require_run_name
 
 if TYPE_CHECKING:
     import jsonargparse

@@ -19,7 +19,6 @@ import torch
 
 from icl.analysis.run import Measurement, Members, over_checkpoints, torch_device
 from icl.checkpoints import checkpoint_files, load_checkpoint_file
-from icl.checks import ConfigError, whole
 from icl.compiling import keep_freed_memory
 from icl.config import RunConfig, SeedsConfig, TaskConfig
 from icl.evaluation import VERSION, EvaluationSet, evaluate, evaluate_baselines, evaluation_set
@@ -27,6 +26,7 @@ from icl.runs import RunFolder
 from icl.stacked import apply
 from icl.storage import plain_rows, table_format, write_atomically
 from icl.tasks.shifts import SHIFTS, available_shifts, require_shift
+from icl.validation import ConfigError, whole
 
 _SETS_KEPT = 64
 """Those of about three runs: runs that share theirs usually follow each other."""

@@ -16,13 +16,13 @@ from typing import Literal
 
 import yaml
 
-from icl.checks import ConfigError, UserError, has_type, is_count, user_path
 from icl.config import RunConfig, flatten, is_free_on_resume
 from icl.environment import environments_of, versions
 from icl.file_system import LockedError, lock_file
 from icl.reading import ContentError, parse_json, parse_yaml, read_bytes
 from icl.redaction import redact
 from icl.storage import LocalStore, StorageError, write_atomically
+from icl.validation import ConfigError, UserError, has_type, is_count, user_path
 
 State = Literal["waiting", "running", "finished", "stopped_early", "preempted", "failed"]
 DONE: tuple[State, ...] = ("finished", "stopped_early")

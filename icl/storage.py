@@ -19,9 +19,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from icl.checks import STORE_SCHEMES, UserError, user_path
 from icl.file_system import link_or_create, sync_file, sync_folder
 from icl.redaction import redact
+from icl.validation import STORE_SCHEMES, UserError, user_path
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -20,7 +20,6 @@ from typing import NamedTuple
 from PIL import Image
 
 from icl.checkpoints import checkpoint_name, parse_checkpoint
-from icl.checks import UserError
 from icl.config import RunConfig
 from icl.contents import expected_steps, name_checkpoints
 from icl.metrics_file import are_rows_altered, logged_steps, metric_columns
@@ -29,6 +28,7 @@ from icl.reading import parse_json
 from icl.resume_file import Resume, parse_resume
 from icl.runs import DONE, RunFolder, Status, config_differences, parse_config, parse_status
 from icl.storage import LocalStore, MissingKeyError, Store
+from icl.validation import UserError
 
 _NUMBERS = ("step", "value", "stderr", "llc", "init_loss", "mean_loss")
 """Columns of tables of results that hold nothing but numbers."""

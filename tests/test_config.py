@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import yaml
 
-from icl.checks import ConfigError, parse_num_tasks
 from icl.config import (
     CheckpointsConfig,
     EarlyStoppingConfig,
@@ -21,6 +20,7 @@ from icl.config import (
     flatten,
 )
 from icl.presets import PRESETS, preset
+from icl.validation import ConfigError, parse_num_tasks
 
 NAMES = ("quickstart", "L2H4", "raventos-base", "raventos-small", "carroll", "icr")
 

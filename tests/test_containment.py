@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from tiny_runs import TINY, as_arguments, change
 
-from icl.checks import ConfigError
 from icl.cli import main
 from icl.config import RunConfig
 from icl.mirror import copied_names, open_mirror, push
@@ -17,6 +16,7 @@ from icl.s3 import S3Store
 from icl.storage import LocalStore, StorageError
 from icl.training.run import train
 from icl.training.wandb_log import _run_id
+from icl.validation import ConfigError
 
 SHORT = change(TINY, trainer={"max_steps": 2}, evaluation={"every": None}, checkpoints={"every": None, "num_log": 0})
 HOSTILE = [

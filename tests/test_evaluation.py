@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from icl import baselines
 from icl.build import build_evaluation_sets, build_model, choose_device
-from icl.checks import ConfigError
 from icl.evaluation import (
     evaluate,
     evaluate_baselines,
@@ -24,6 +23,7 @@ from icl.evaluation import (
 from icl.stacked import Params, apply, stack
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts
+from icl.validation import ConfigError
 
 PREDICT = partial(apply, TINY.model)
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1] / "icl"
 
 LAYERS = (
     (
-        "checks",
+        "validation",
         "file_system",
         "redaction",
         "env_file",

@@ -11,7 +11,19 @@ from icl.cli import main
 from icl.environment import OWN_PROGRAM
 from icl.runs import local_root
 
-PLANTED = ("random", "pandas", "torch", "numpy", "yaml", "difflib", "json", "tempfile", "checks", "dotenv", "icl/cli")
+PLANTED = (
+    "random",
+    "pandas",
+    "torch",
+    "numpy",
+    "yaml",
+    "difflib",
+    "json",
+    "tempfile",
+    "validation",
+    "dotenv",
+    "icl/cli",
+)
 """Modules that `icl` imports at its start or later, and its own."""
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from icl.checks import ConfigError
 from icl.cli import COMMANDS, main
 from icl.commands.diversity import _OPTIONS, _SETTINGS
 from icl.older import OLDER_COMMANDS, OLDER_SETTINGS
 from icl.resolve import known_keys, read_arguments, resolve
+from icl.validation import ConfigError
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "older-commands.md").read_text(encoding="utf-8")

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import TINY, change
 
-from icl.checks import ConfigError
 from icl.cli import main
 from icl.config import EarlyStoppingConfig, OptimConfig, RunConfig, SeedsConfig, TaskConfig, TrainerConfig, flatten
 from icl.presets import MAX_SLUG, PRESETS, preset, run_name, varying_names
@@ -23,6 +22,7 @@ from icl.resolve import (
     refuse_overridden,
     resolve,
 )
+from icl.validation import ConfigError
 
 
 def value_of(config, key):

@@ -40,11 +40,11 @@ from icl.analysis.parts import Part
 from icl.analysis.prompts import fixed_prompts, prompts_at_once
 from icl.analysis.run import Measurement, Members, Result, as_table, over_checkpoints
 from icl.build import build_architecture
-from icl.checks import ConfigError
 from icl.metrics import Estimate
 from icl.stacked import Params, unstack
 from icl.tasks.prompts import Prompts
 from icl.transformer import Attention, Transformer
+from icl.validation import ConfigError
 
 HARD = 1e-3
 """A weight that counts as none."""

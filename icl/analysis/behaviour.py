@@ -38,13 +38,13 @@ from icl.analysis.parts import Part
 from icl.analysis.prompts import fixed_prompts
 from icl.analysis.run import Measurement, Members, Result, as_table, over_checkpoints
 from icl.checkpoints import checkpoint_files
-from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.evaluation import EvaluationSet, evaluate_predictions, evaluation_set, predict_prompts
 from icl.metrics import Estimate
 from icl.stacked import Params, apply
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts
+from icl.validation import ConfigError
 
 VERSION = 1
 SETS = ("pretrain", "true")

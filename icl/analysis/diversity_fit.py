@@ -31,9 +31,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from icl.analysis.run import Result
-from icl.checks import ConfigError, UserError, parse_num_tasks
 from icl.reading import MAX_TABLE, ContentError, parse_json, read_bytes
 from icl.table_files import read_table, require_numbers
+from icl.validation import ConfigError, UserError, parse_num_tasks
 
 MIN_GROUPS = 4
 FEW_GROUPS = 10

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from icl.analysis.parts import Part
 from icl.analysis.run import Measurement, Members, Result, as_table, over_checkpoints
-from icl.checks import ConfigError
 from icl.stacked import Params
+from icl.validation import ConfigError
 
 VERSION = 1
 

@@ -43,7 +43,7 @@ from icl.analysis.trajectories import (
     require_comparable,
 )
 from icl.checkpoints import CheckpointError
-from icl.checks import ConfigError
+from icl.validation import ConfigError
 
 _RANK = 1e-10
 """Components with less of the variance are rounding."""

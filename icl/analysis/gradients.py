@@ -28,12 +28,12 @@ from icl.analysis import data_gradients, weight_gradients
 from icl.analysis.parts import Part
 from icl.analysis.prompts import fixed_prompts, prompts_at_once
 from icl.analysis.run import Measurement, Members, Result, as_table, over_checkpoints
-from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.metrics import Estimate
 from icl.stacked import apply
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import prompt_source
+from icl.validation import ConfigError
 
 NUM_COMPONENTS = 3
 TASK_BATCHES = 8

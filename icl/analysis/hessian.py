@@ -32,11 +32,11 @@ from icl.analysis.lanczos import Krylov, Products, Ritz, Trace, lanczos, ritz, t
 from icl.analysis.parts import Part
 from icl.analysis.prompts import fixed_prompts, prompts_at_once
 from icl.analysis.run import Measurement, Members, Result, as_table, over_checkpoints
-from icl.checks import ConfigError
 from icl.config import ModelConfig
 from icl.flat import layout_of
 from icl.stacked import Params, apply
 from icl.tasks.prompts import Prompts
+from icl.validation import ConfigError
 
 NUM_BATCHES = 8
 """Into which the prompts are cut, to see what another draw of them would change."""

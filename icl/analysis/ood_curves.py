@@ -21,11 +21,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl import metrics
-from icl.checks import ConfigError
 from icl.evaluation import Predict, predict_prompts
 from icl.metrics import Estimate
 from icl.stacked import Params
 from icl.tasks.prompts import Prompts
+from icl.validation import ConfigError
 
 LOWEST, HIGHEST = -2.5, 4.5
 """log10 of the first and last multiplier."""

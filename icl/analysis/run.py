@@ -20,10 +20,10 @@ from icl.analysis import ANALYSES, module_name
 from icl.analysis.parts import Part, read_part, write_part
 from icl.build import build_checkpoint_model, choose_device
 from icl.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, load_same_run, require_one_run
-from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.runs import RunFolder
 from icl.stacked import Params, stack
+from icl.validation import ConfigError
 
 MEMBERS_AT_ONCE = 16
 MAX_PARAMETERS_AT_ONCE = 2_000_000

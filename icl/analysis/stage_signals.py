@@ -24,12 +24,12 @@ from jaxtyping import Bool
 
 from icl.analysis.run import Measurement, Members, over_checkpoints, run_folder
 from icl.checkpoints import CheckpointError, checkpoint_files
-from icl.checks import ConfigError
 from icl.evaluation import evaluate, evaluation_set
 from icl.reading import ContentError
 from icl.runs import RunError, RunFolder
 from icl.stacked import apply
 from icl.table_files import read_table
+from icl.validation import ConfigError
 
 MIN_POINTS = 8
 MIRROR = 0.2

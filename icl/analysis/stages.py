@@ -31,7 +31,7 @@ from icl.analysis.agreement import Agreed, agree, and_words, step_words
 from icl.analysis.run import Result, as_table
 from icl.analysis.smoothing import Fit, fit
 from icl.analysis.stage_signals import Signal, SignalSettings, Verdict, mirrors_loss, read_signals
-from icl.checks import ConfigError
+from icl.validation import ConfigError
 
 _NUM_SAMPLES = 200
 _MOST_SMOOTH = 200

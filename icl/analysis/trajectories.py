@@ -38,7 +38,6 @@ from icl.checkpoints import (
     load_same_run,
     stored_tensors,
 )
-from icl.checks import ConfigError
 from icl.config import ModelConfig, RunConfig
 from icl.evaluation import predict_prompts
 from icl.runs import RunFolder
@@ -46,6 +45,7 @@ from icl.stacked import Params, apply, token_outputs
 from icl.storage import LocalStore
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts
+from icl.validation import ConfigError
 
 VERSION = 2
 STREAM = "essential-dynamics"

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from icl.checks import ConfigError
 from icl.older import modern_setting
+from icl.validation import ConfigError
 
 _SENTENCES = (
     (r"argument (\S+): (must .+)", r"`\1` \2"),

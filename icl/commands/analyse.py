@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from icl.analysis import ANALYSES, module_name
-from icl.checks import ConfigError, UserError
 from icl.commands import command_parser, nearest
 from icl.runs import require_place
 from icl.storage import (
@@ -20,6 +19,7 @@ from icl.storage import (
     table_format,
     write_atomically,
 )
+from icl.validation import ConfigError, UserError
 
 if TYPE_CHECKING:
     from icl.analysis.run import Result

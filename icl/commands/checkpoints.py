@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icl.checks import ConfigError, require_run_name, require_store
 from icl.commands import command_parser
 from icl.config import RunConfig
 from icl.presets import run_name
 from icl.runs import RunError, RunFolder, local_root, name_of
 from icl.storage import StorageError
+from icl.validation import ConfigError, require_run_name, require_store
 
 if TYPE_CHECKING:
     from icl.mirror import Mirror

@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from icl.checks import ConfigError
 from icl.config import RunConfig, flatten
 from icl.environment import OWN_PROGRAM
 from icl.resolve import parse_scalar, read_arguments, read_config_files, resolve
 from icl.storage import require_writable
+from icl.validation import ConfigError
 
 HELP = "the task-diversity experiment: M = 2, 4, 8, ... and inf, and its figure"
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icl.checks import ConfigError, UserError
 from icl.commands import command_parser
 from icl.commands.evaluate_ahead import work_ahead
 from icl.storage import require_table_file
+from icl.validation import ConfigError, UserError
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from icl.checks import ConfigError, UserError, require_number
 from icl.commands.llc_ahead import require_rescalable, require_step, work_ahead
 from icl.commands.llc_rows import log_rows, shown, verdicts, write_rows
 from icl.config import RunConfig, SamplerConfig, flatten
@@ -25,6 +24,7 @@ from icl.resolve import (
 )
 from icl.runs import RunFolder, local_root, require_place
 from icl.storage import require_table_file
+from icl.validation import ConfigError, UserError, require_number
 
 if TYPE_CHECKING:
     import pandas as pd

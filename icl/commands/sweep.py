@@ -21,10 +21,10 @@ _MAX_WORKERS = 1000
 def run(words: list[str]) -> int:
     """Run, or list, or tell how far it is; 0 only if every point is done (or listed)."""
     options = _parse(words)
-    from icl.checks import ConfigError
     from icl.sweeps.command import refuse_missing_program, require_packable
     from icl.sweeps.points import InvalidPoint, sweep_points
     from icl.sweeps.schema import read_sweep_file
+    from icl.validation import ConfigError
 
     sweep = read_sweep_file(options.file)
     if options.pack > 1:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from icl.checks import ConfigError, UserError
 from icl.config import RunConfig
 from icl.presets import run_name, varying_names
 from icl.resolve import (
@@ -22,6 +21,7 @@ from icl.resolve import (
 )
 from icl.runs import DONE, RunError, RunFolder, is_child_rank, local_root
 from icl.storage import write_atomically
+from icl.validation import ConfigError, UserError
 
 if TYPE_CHECKING:
     import pandas as pd

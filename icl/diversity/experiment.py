@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from icl.checks import UserError
 from icl.config import RunConfig
 from icl.diversity.metadata import REFRESH_SECONDS, Metadata
 from icl.diversity.runs import ExperimentRun, experiment_runs, holding, require_same_settings
 from icl.runs import DONE, fails_again
 from icl.storage import remove_temporaries
 from icl.training.run import train
+from icl.validation import UserError
 
 LOG = "experiment.log"
 

@@ -16,13 +16,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from icl.checks import has_type, is_count
 from icl.diversity.runs import METADATA, ExperimentRun
 from icl.environment import versions
 from icl.reading import ContentError, parse_json, read_bytes
 from icl.redaction import redact
 from icl.runs import DONE, RunFolder
 from icl.storage import StorageError, write_atomically
+from icl.validation import has_type, is_count
 
 REFRESH_SECONDS = 5.0
 """Between two looks at the run in training."""

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from icl.checks import ConfigError, parse_num_tasks
 from icl.config import RunConfig
 from icl.runs import RunError, RunFolder, config_differences
+from icl.validation import ConfigError, parse_num_tasks
 
 DEFAULT_BASE = "checkpoints"
 METADATA = "experiment_metadata.json"

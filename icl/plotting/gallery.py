@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
-from icl.checks import ConfigError
 from icl.plotting.style import render_figure
 from icl.storage import write_atomically
+from icl.validation import ConfigError
 
 FOLDER_VARIABLE = "ICL_FIGURES"
 """The environment variable that sends figures elsewhere."""

@@ -8,13 +8,13 @@ import pandas as pd
 
 from icl.analysis import ANALYSES
 from icl.checkpoints import list_steps
-from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.environment import environments_of
 from icl.reading import ContentError
 from icl.report.pictures import Picture, PictureError, embed
 from icl.runs import RunFolder, Status
 from icl.table_files import read_table
+from icl.validation import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from icl.checks import ConfigError
 from icl.config import flatten
 from icl.presets import preset
 from icl.report.facts import RunFacts
 from icl.report.tables import Cell, count_verdicts, with_error
+from icl.validation import ConfigError
 
 STALE_SECONDS = 600.0
 """Without a sign of life for so long, a run that says it runs may have been killed."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 from PIL import Image
 
-from icl.checks import UserError
 from icl.plotting.style import render_figure
+from icl.validation import UserError
 
 MAX_PIXELS = 50_000_000
 """A figure larger than this is left out; the largest of ours has five million."""

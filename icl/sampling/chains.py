@@ -25,7 +25,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl import rng
-from icl.checks import ConfigError
 from icl.flat import Layout
 from icl.sampling.batches import Batch, Batches, batch_function, fingerprint, stack_batches
 from icl.sampling.drop_at_mean import BatchLosses, DropsAtMean
@@ -34,6 +33,7 @@ from icl.sampling.recording import Draw, Recorder, Traces, mean_over_components,
 from icl.sampling.settings import SamplerSettings
 from icl.sampling.sgld import KERNELS, SGLDState, log_mala_acceptance, step
 from icl.stacked import Params, size
+from icl.validation import ConfigError
 
 NUM_MALA = 16
 """Number of moves of each chain whose MALA acceptance is computed; each costs one more gradient."""

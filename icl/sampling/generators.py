@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from icl.checks import ConfigError
+from icl.validation import ConfigError
 
 
 @contextmanager

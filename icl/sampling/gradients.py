@@ -17,11 +17,11 @@ from torch.func import functional_call, grad_and_value
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from icl.checks import ConfigError
 from icl.flat import Layout
 from icl.sampling.batches import Batch
 from icl.sampling.generators import untouched_generators
 from icl.stacked import Params, unstack
+from icl.validation import ConfigError
 
 Loss: TypeAlias = Callable[[Params, Batch], Tensor]
 """One member's parameters and one batch to a number, or to components whose mean is the loss."""

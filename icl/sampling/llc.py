@@ -16,7 +16,6 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from icl.checks import ConfigError, real, whole
 from icl.sampling.batches import Batches
 from icl.sampling.chains import Progress
 from icl.sampling.estimation import estimate
@@ -26,6 +25,7 @@ from icl.sampling.result import CheckpointId, LLCResult
 from icl.sampling.settings import SamplerSettings
 from icl.sampling.target import Target
 from icl.stacked import Params
+from icl.validation import ConfigError, real, whole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,13 +20,13 @@ import pandas as pd
 import torch
 
 from icl.array_files import read_arrays, write_arrays
-from icl.checks import has_type, is_count
 from icl.config import SamplerConfig
 from icl.file_system import lock_file
 from icl.reading import ContentError, is_table
 from icl.runs import RunFolder
 from icl.sampling import verdict
 from icl.sampling.result import LLCResult
+from icl.validation import has_type, is_count
 
 COLUMNS = (
     *(

@@ -12,9 +12,9 @@ import math
 
 import pandas as pd
 
-from icl.checks import ConfigError
 from icl.config import ModelConfig
 from icl.stacked import Params
+from icl.validation import ConfigError
 
 
 def rescaled(model: ModelConfig, params: Params, factor: float) -> Params:

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from icl.checks import ConfigError
 from icl.flat import Layout, make_layout
+from icl.validation import ConfigError
 
 Restriction: TypeAlias = Iterable[str] | Mapping[str, Tensor] | None
 """The parameters, or parts of them, that may move."""

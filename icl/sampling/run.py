@@ -17,7 +17,6 @@ import torch
 
 from icl.build import build_checkpoint_model, choose_device
 from icl.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, load_same_run, require_one_run
-from icl.checks import ConfigError, real
 from icl.config import RunConfig, SamplerConfig
 from icl.memory import require_memory
 from icl.runs import RunFolder
@@ -38,6 +37,7 @@ from icl.sampling.rescaling import rescaled
 from icl.sampling.result import CheckpointId, LLCResult
 from icl.sampling.settings import SamplerSettings
 from icl.sampling.target import Target
+from icl.validation import ConfigError, real
 
 CHECKPOINTS_AT_ONCE = 16
 """On a device other than the CPU."""

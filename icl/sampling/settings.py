@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from icl.checks import Bound, ConfigError, real, whole
 from icl.config import SamplerConfig
 from icl.sampling.sgld import KERNELS
+from icl.validation import Bound, ConfigError, real, whole
 
 
 @dataclass(frozen=True, kw_only=True)

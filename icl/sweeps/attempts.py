@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from icl.checks import has_type
 from icl.file_system import LockedError, lock_file
 from icl.reading import ContentError, parse_json, read_bytes
 from icl.storage import write_atomically
+from icl.validation import has_type
 
 Outcome = Literal["running", "done", "failed", "preempted"]
 

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from icl.checks import ConfigError
 from icl.environment import OWN_PROGRAM
 from icl.resolve import OPTIONS, POINT_VARIABLE
+from icl.validation import ConfigError
 
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 """What W&B runs for a file that has a `program` and no `command`."""

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from icl.checks import ConfigError
 from icl.config import RunConfig, flatten, is_free_on_resume
 from icl.presets import run_name, sampler_name
 from icl.resolve import OPTIONS, read_config_file, read_words, refuse_conflicts, refuse_twice_set, resolve
 from icl.sweeps.command import JSON_FILE_MACRO, fill_macros, own_words
 from icl.sweeps.distributions import Parameter, draw, grid_values
 from icl.sweeps.schema import SweepFile, SweepFileError
+from icl.validation import ConfigError
 
 Settings = dict[str, Any]
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from icl.checks import ConfigError
 from icl.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
 from icl.sweeps.command import DEFAULT_COMMAND, refuse_unused_macros
 from icl.sweeps.distributions import DISTRIBUTIONS, EXPONENTS, Parameter, extremes, grid_values
+from icl.validation import ConfigError
 
 _OWN_KEYS = ("method", "parameters", "command", "program", "run_cap")
 _SERVER_KEYS = (

@@ -30,9 +30,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from icl import rng
-from icl.checks import ConfigError, whole
 from icl.config import RunConfig
 from icl.tasks.prompts import MAX_PROMPTS, MAX_STEP, Prompts, prompt_source
+from icl.validation import ConfigError, whole
 
 BASE_STREAM = "true"
 """The stream whose prompts are shifted."""

@@ -9,12 +9,12 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from icl.checks import UserError
 from icl.contents import describe_missing, missing_steps
 from icl.runs import DONE, RunError, State, Status, is_child_rank
 from icl.training.members import Member
 from icl.training.progress import member_status
 from icl.training.wandb_log import exit_code_of
+from icl.validation import UserError
 
 
 def settle(member: Member, step: int, received: signal.Signals | None) -> None:

@@ -15,11 +15,11 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 
-from icl.checks import ConfigError
 from icl.config import RunConfig, TrainerConfig
 from icl.resolve import POINT_VARIABLE
 from icl.runs import RANK_VARIABLES, is_child_rank
 from icl.training.wandb_agent import in_sweep
+from icl.validation import ConfigError
 
 _ONE_PER_PROCESS = "`trainer.devices` times `trainer.num_nodes`"
 

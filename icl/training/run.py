@@ -20,7 +20,6 @@ import torch
 
 from icl import tiny_attention
 from icl.build import build_model, choose_device
-from icl.checks import ConfigError
 from icl.config import MEMBER_SETTINGS, RunConfig
 from icl.contents import describe_missing, missing_steps
 from icl.environment import environment_line
@@ -54,6 +53,7 @@ from icl.training.saving import read_resume_file
 from icl.training.trainer import evaluation_sets, make_callbacks, make_trainer, require_learning, require_monitor
 from icl.training.upload import upload_behind
 from icl.training.wandb_log import WandbLog, start_wandb, wandb_mode
+from icl.validation import ConfigError
 
 
 class TrainResult(NamedTuple):

@@ -10,7 +10,6 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from icl.build import build_evaluation_sets, choose_device
-from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.evaluation import EvaluationSet
 from icl.metrics_file import metric_columns
@@ -30,6 +29,7 @@ from icl.training.processes import cluster_environment
 from icl.training.progress import ProgressBar, StatusFile
 from icl.training.saving import MemberFiles, ResumeFiles, ScheduledCheckpoints
 from icl.training.xla import xla_options
+from icl.validation import ConfigError
 
 _MANY_TASKS = 2**16
 """Where dMMSE on the evaluation prompts takes seconds, and a person would wonder."""

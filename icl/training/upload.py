@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from icl import waiting
 from icl.checkpoints import checkpoint_name
-from icl.checks import UserError
 from icl.config import RunConfig
 from icl.delivery import UploadError, describe_left, is_delivered, note_delivered
 from icl.mirror import (
@@ -42,6 +41,7 @@ from icl.presets import run_name
 from icl.runs import DONE, RunFolder
 from icl.schedules import checkpoint_steps
 from icl.storage import LocalStore, MissingKeyError, StorageError, sha256
+from icl.validation import UserError
 
 SECONDS = 2.0
 """Between two looks at the folder."""

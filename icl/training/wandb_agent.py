@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from icl.checks import UserError
 from icl.config import RunConfig, flatten
 from icl.metrics_file import whole_rows
 from icl.presets import run_name
 from icl.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
 from icl.training.wandb_log import init_settings, sent_step, use_steps
+from icl.validation import UserError
 
 STARTED_BY = os.getppid()
 """The agent's process, noted before anything slow: an agent may die while torch is imported."""

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from icl.checks import ConfigError, UserError
 from icl.config import RunConfig
 from icl.presets import run_name
 from icl.redaction import redact
 from icl.runs import RunFolder
 from icl.storage import write_atomically
+from icl.validation import ConfigError, UserError
 
 Mode = Literal["online", "offline"]
 

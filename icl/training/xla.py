@@ -12,10 +12,10 @@ import torch
 from lightning.fabric.plugins import XLACheckpointIO
 from lightning.pytorch.accelerators import XLAAccelerator
 
-from icl.checks import ConfigError
 from icl.config import TrainerConfig
 from icl.training.members import Member
 from icl.training.saving import MemberFiles
+from icl.validation import ConfigError
 
 
 class HostXLAAccelerator(XLAAccelerator):

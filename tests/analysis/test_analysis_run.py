@@ -13,9 +13,9 @@ from icl.analysis import ANALYSES, module_name, run
 from icl.analysis.run import Measurement, analyse, as_table, find, over_checkpoints
 from icl.build import build_model
 from icl.checkpoints import CheckpointError, save_checkpoint
-from icl.checks import ConfigError
 from icl.cli import main
 from icl.runs import RunFolder
+from icl.validation import ConfigError
 
 QUICK = ["--num_prompts", "24", "--num_batches", "4", "--num_task_prompts", "8", "--num_data_prompts", "32"]
 STEPS = (0, 1, 4, 20)

@@ -11,12 +11,12 @@ from icl.analysis.attention import Settings, measure_members, over_queries, patt
 from icl.analysis.run import Members
 from icl.build import build_model
 from icl.checkpoints import Checkpoint, save_checkpoint
-from icl.checks import ConfigError
 from icl.cli import main
 from icl.plotting.attention import plot
 from icl.runs import RunFolder
 from icl.stacked import stack
 from icl.tasks.prompts import sample_prompts
+from icl.validation import ConfigError
 
 DEEP = change(TINY, model={"num_layers": 2})
 

@@ -23,12 +23,12 @@ from icl.analysis.parts import Part
 from icl.analysis.run import Members
 from icl.build import build_model
 from icl.checkpoints import Checkpoint, save_checkpoint
-from icl.checks import ConfigError
 from icl.cli import main
 from icl.evaluation import evaluate
 from icl.plotting.behaviour import plot
 from icl.runs import RunFolder
 from icl.stacked import apply, stack
+from icl.validation import ConfigError
 
 CONFIG = change(TINY, task={"num_tasks": 4, "max_examples": 8})
 GAUSSIAN = change(CONFIG, task={"num_tasks": math.inf})

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from icl.analysis.diversity_fit import FitError, Settings, analyse, fit, read_points
-from icl.checks import ConfigError
 from icl.cli import main
+from icl.validation import ConfigError
 
 MODELS = ("linear", "ridge", "lasso")
 

@@ -18,10 +18,10 @@ from icl.analysis.embeddings import (
 from icl.analysis.run import Members
 from icl.build import build_model
 from icl.checkpoints import Checkpoint, save_checkpoint
-from icl.checks import ConfigError
 from icl.cli import main
 from icl.runs import RunFolder
 from icl.stacked import stack
+from icl.validation import ConfigError
 
 
 def weights(config=TINY, *, seed=0):

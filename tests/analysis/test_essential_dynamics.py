@@ -14,10 +14,10 @@ from icl.analysis.run import analyse
 from icl.analysis.trajectories import StateSettings, Trajectory, read_trajectory, references
 from icl.build import build_model
 from icl.checkpoints import CheckpointError, save_checkpoint
-from icl.checks import ConfigError
 from icl.cli import main
 from icl.plotting.essential_dynamics import plot
 from icl.runs import RunFolder
+from icl.validation import ConfigError
 
 STEPS = (0, 1, 2, 4, 7, 12, 20, 33, 54, 60)
 

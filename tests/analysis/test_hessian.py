@@ -12,12 +12,12 @@ from icl.analysis.lanczos import lanczos, ritz, trace
 from icl.analysis.run import Measurement, Members
 from icl.build import build_model
 from icl.checkpoints import Checkpoint, CheckpointError, save_checkpoint
-from icl.checks import ConfigError
 from icl.cli import main
 from icl.plotting.hessian import plot
 from icl.runs import RunFolder
 from icl.stacked import stack
 from icl.tasks.prompts import Prompts, sample_prompts
+from icl.validation import ConfigError
 
 SMALL = change(TINY, model={"embed_size": 4, "mlp_size": 4})
 QUICK = ["--num_prompts", "16", "--num_steps", "8", "--num_probes", "2", "--num_eigenvalues", "2"]

@@ -18,9 +18,9 @@ from icl.analysis.trajectories import (
 )
 from icl.build import build_checkpoint_model, build_model
 from icl.checkpoints import CheckpointError, checkpoint_files, load_checkpoint_file, save_checkpoint
-from icl.checks import ConfigError
 from icl.runs import RunFolder
 from icl.tasks.priors import task_pool
+from icl.validation import ConfigError
 
 FEW = StateSettings(num_prompts=6)
 

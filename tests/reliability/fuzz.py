@@ -28,7 +28,7 @@ from unittest import mock
 from matplotlib.figure import Figure
 from PIL import Image
 
-from icl.checks import UserError
+from icl.validation import UserError
 from tests.reliability import readers
 from tests.reliability.mutations import damaged
 

@@ -10,11 +10,11 @@ import torch
 from llc_runs import CONFIG, QUICK, STEPS, make_run
 
 from icl.checkpoints import CheckpointError, checkpoint_files, save_checkpoint
-from icl.checks import ConfigError
 from icl.sampling import run as runs
 from icl.sampling.records import COLUMNS, Kind, read_all
 from icl.sampling.run import chosen_files, estimate_run, measured, with_nbeta
 from icl.sampling.settings import PUBLISHED, from_scales
+from icl.validation import ConfigError
 
 
 @pytest.fixture

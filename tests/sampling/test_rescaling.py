@@ -8,10 +8,10 @@ import torch
 from tiny_runs import TINY, change
 
 from icl.build import build_model
-from icl.checks import ConfigError
 from icl.sampling.rescaling import compare, describe_pair, rescaled
 from icl.stacked import apply, stack
 from icl.tasks.prompts import sample_prompts
+from icl.validation import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
-from icl.checks import ConfigError
 from icl.cli import main
 from icl.sweeps.distributions import DISTRIBUTIONS
 from icl.sweeps.schema import SweepFileError, read_sweep_file
+from icl.validation import ConfigError
 
 COMMAND = ["${env}", "icl", "train"]
 

@@ -10,7 +10,6 @@ from tiny_runs import TINY, as_arguments, change
 
 from icl.api import load_model
 from icl.checkpoints import CheckpointError, checkpoint_files, list_steps
-from icl.checks import ConfigError, UserError
 from icl.cli import main
 from icl.metrics_file import MetricsFile
 from icl.prediction import PromptError, predict_from_prompt
@@ -18,6 +17,7 @@ from icl.run_evaluation import evaluate_run, save_evaluation
 from icl.runs import RunFolder, local_root
 from icl.tasks.prompts import sample_prompts
 from icl.training.run import train
+from icl.validation import ConfigError, UserError
 
 QUICK = change(TINY, trainer={"max_steps": 20})
 COMMAND = ["train", *as_arguments(QUICK)]

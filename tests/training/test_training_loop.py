@@ -11,7 +11,6 @@ from tiny_runs import TINY, change
 
 from icl.build import build_model
 from icl.checkpoints import list_steps, load_step
-from icl.checks import ConfigError
 from icl.config import RunConfig
 from icl.metrics_file import MetricsFile
 from icl.runs import RunError, RunFolder, local_root
@@ -23,6 +22,7 @@ from icl.training.members import Member
 from icl.training.module import PopulationModule
 from icl.training.run import NonFiniteLossError, train
 from icl.training.trainer import make_trainer
+from icl.validation import ConfigError
 
 
 def plain_loop(config: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]:

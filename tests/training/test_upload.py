@@ -16,7 +16,6 @@ from tiny_runs import TINY, as_arguments, change
 import icl.commands.train
 import icl.plotting.training
 from icl.checkpoints import list_steps, load_step
-from icl.checks import ConfigError
 from icl.cli import main
 from icl.config import RunConfig
 from icl.delivery import send_results
@@ -27,6 +26,7 @@ from icl.storage import LocalStore, StorageError, open_store
 from icl.training import upload
 from icl.training.run import train
 from icl.training.upload import Uploader, UploadError
+from icl.validation import ConfigError
 
 SHORT = change(TINY, trainer={"max_steps": 20}, evaluation={"every": None}, checkpoints={"every": 5, "num_log": 0})
 SHOW_RUN = icl.commands.train._show_run
