@@ -1,8 +1,8 @@
-"""Parameters as rows: everything that moves, of every member, as one matrix.
+"""Flat parameters: all moving parameters of a member as one row of a matrix.
 
-Adam and SGLD act on each parameter in the same way. So we lay out the moving entries of a member as one row, and an
-update is a dozen operations on an (N, P) matrix, whatever the number of layers. Gradients are rows of the same layout.
-Entries that do not move ("fixed") are not in the matrix, so no kernel can change them.
+Adam and SGLD treat every parameter alike. So we lay the moving entries of each member out as one row. An update is then a
+dozen operations on an (N, P) matrix, whatever the number of layers. Gradients are rows of the same layout. Entries that do
+not move ("fixed" ones) are not in the matrix, so no update can change them.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,11 @@ from torch import Tensor
 from icl.stacked import Params
 
 _ALIGNMENT = 16
-"""Row width is a multiple of this many numbers (64 bytes in float32), so that products round alike in every row."""
+"""Row width is a multiple of this many numbers, 64 bytes in float32.
+
+Every row then starts at a full cache line. Where data start can decide how PyTorch sums, so without this a member's
+results would depend on its row, by rounding.
+"""
 
 
 class Slot(NamedTuple):
@@ -28,16 +32,19 @@ class Slot(NamedTuple):
     size: int
     """Number of columns."""
     elements: Tensor | None
-    """Moving elements, as indices into the flattened parameter; None if all of them move."""
+    """Indices of the moving elements in the flattened parameter, or None if all move."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The order in which the moving entries of a member lie in its row; hashable, so that a function can be kept for each."""
+    """Order of a member's moving entries in its row.
+
+    It is hashable, so a compiled function can be cached for each layout.
+    """
 
     slots: tuple[Slot, ...]
     width: int
-    """Columns of a row, including the zeros at its end."""
+    """Number of columns, including the zeros at the end."""
 
     @cached_property
     def size(self) -> int:
@@ -51,7 +58,7 @@ class Layout:
     @cached_property
     def _key(self) -> tuple[Any, ...]:
         elements = (None if slot.elements is None else slot.elements.numpy().tobytes() for slot in self.slots)
-        return self.width, *((slot.name, slot.shape, some) for slot, some in zip(self.slots, elements, strict=True))
+        return self.width, *((slot.name, slot.shape, moving) for slot, moving in zip(self.slots, elements, strict=True))
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Layout) and self._key == other._key)
@@ -67,30 +74,31 @@ class Layout:
         """Copy the moving entries of stacked parameters into rows."""
         parts = []
         for slot in self.slots:
-            flat = _flatten(params[slot.name].detach())
+            stacked = params[slot.name].detach()
+            flat = stacked.reshape(len(stacked), -1)  # N size, also where the parameter is a single number
             parts.append(flat if slot.elements is None else flat[:, slot.elements.to(flat.device)])
         padding = parts[0].new_zeros(len(parts[0]), self.width - self.size)
         return torch.cat([*parts, padding], dim=1)
 
     def to_params(self, rows: Float[Tensor, "*N width"], fixed: Mapping[str, Tensor] | None = None) -> Params:
-        """Parameters from rows: views of the rows wherever a whole parameter moves.
+        """Return parameters from rows. A parameter that moves as a whole is a view of the rows.
 
         Args:
-            rows: The moving entries, stacked (N, width) or of one member (width,).
-            fixed: The parameters that the rows do not hold whole, as `fixed` returns them, with the same leading axis.
+            rows: The moving entries, of several members (N, width) or of one (width,).
+            fixed: The other entries, as the method `fixed` returns them, with the same leading axis.
         """
         params = dict(fixed or {})
         parts = rows.split(self._split, dim=-1)
         for slot, part in zip(self.slots, parts, strict=False):  # the last part is padding
             if slot.elements is not None:
                 whole = params[slot.name].reshape(*part.shape[:-1], -1)
-                # Not in place: torch.func.grad forbids writing into a tensor from outside.
+                # Out of place, because torch.func.grad forbids writing to a tensor that the function did not make.
                 part = whole.scatter(-1, slot.elements.to(whole.device).expand_as(part), part)
             params[slot.name] = part.unflatten(-1, slot.shape) if slot.shape else part.squeeze(-1)
         return params
 
     def fixed(self, params: Mapping[str, Tensor]) -> Params:
-        """The parameters that rows do not hold whole: those that do not move, or only in part."""
+        """Return the parameters that do not move, or move only in part."""
         whole = {slot.name for slot in self.slots if slot.elements is None}
         return {name: tensor for name, tensor in params.items() if name not in whole}
 
@@ -102,7 +110,8 @@ def make_layout(
 
     Args:
         member: Parameters without a leading axis.
-        masks: Which elements move, as Boolean tensors; a parameter without a mask does not move. None moves all.
+        masks: Boolean tensors that are True where an element moves. A parameter without a mask does not move. With
+            None, all parameters move.
         alignment: The row width is a multiple of this.
     """
     slots = []
@@ -118,10 +127,5 @@ def make_layout(
 
 
 def layout_of(params: Mapping[str, Tensor], *, alignment: int = _ALIGNMENT) -> Layout:
-    """The layout of stacked parameters that all move."""
+    """Return the layout of stacked parameters that all move."""
     return make_layout({name: tensor[0] for name, tensor in params.items()}, alignment=alignment)
-
-
-def _flatten(stacked: Float[Tensor, "N *shape"]) -> Float[Tensor, "N size"]:
-    """One row for each member, also where a member is a single number."""
-    return stacked.reshape(len(stacked), -1)

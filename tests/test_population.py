@@ -83,7 +83,7 @@ def test_population_of_nobody_is_refused():
 )
 def test_members_of_another_architecture_are_refused_and_numbered(options):
     members = [*make_members(2), *make_members(1, **options)]
-    with pytest.raises(ValueError, match="Member 2 has another architecture than member 0"):
+    with pytest.raises(ValueError, match="member 2 differs from member 0"):
         stacked(members)
 
 
