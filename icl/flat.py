@@ -46,14 +46,10 @@ class Layout:
     width: int
     """Number of columns, including the zeros at the end."""
 
-    @cached_property
+    @property
     def size(self) -> int:
         """Number of moving entries."""
         return sum(slot.size for slot in self.slots)
-
-    @cached_property
-    def _split(self) -> list[int]:
-        return [*(slot.size for slot in self.slots), self.width - self.size]
 
     @cached_property
     def _key(self) -> tuple[Any, ...]:
@@ -63,12 +59,8 @@ class Layout:
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Layout) and self._key == other._key)
 
-    @cached_property
-    def _hash(self) -> int:
-        return hash(self._key)
-
     def __hash__(self) -> int:
-        return self._hash
+        return hash(self._key)
 
     def to_rows(self, params: Mapping[str, Tensor]) -> Float[Tensor, "N width"]:
         """Copy the moving entries of stacked parameters into rows."""
@@ -88,7 +80,8 @@ class Layout:
             fixed: The other entries, as the method `fixed` returns them, with the same leading axis.
         """
         params = dict(fixed or {})
-        parts = rows.split(self._split, dim=-1)
+        # Compiled graphs trace this method. They cannot trace `cached_property`, which holds a lock up to Python 3.11.
+        parts = rows.split([*(slot.size for slot in self.slots), self.width - self.size], dim=-1)
         for slot, part in zip(self.slots, parts, strict=False):  # the last part is padding
             if slot.elements is not None:
                 whole = params[slot.name].reshape(*part.shape[:-1], -1)

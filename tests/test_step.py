@@ -265,6 +265,24 @@ for packed in (False, True):
 """
 
 
+TRACED = """
+import torch
+import test_step as t
+from icl.flat import layout_of
+from icl.step import losses_and_grads
+
+params = t.make_params()
+rows = layout_of(params).to_rows(params)
+graph = torch.compile(losses_and_grads, backend="eager", fullgraph=True)
+for ours, other in zip(*(f(t.CONFIG, layout_of(params), rows, *t.make_prompts(0)) for f in (graph, losses_and_grads))):
+    torch.testing.assert_close(ours, other, rtol=1e-12, atol=1e-14)
+"""
+
+
+def test_a_step_is_one_graph_with_a_layout_that_was_never_used():
+    run_alone(TRACED)
+
+
 @pytest.mark.slow
 def test_compiled_is_eager_up_to_rounding_and_gives_the_same_bits_in_every_process():
     """Packed, with any number of threads."""
