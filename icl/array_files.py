@@ -1,16 +1,14 @@
-"""Arrays with a description in an NPZ file (a zip of numpy's own files), read within bounds and never unpickled.
+"""Arrays in files: numpy's own format, read within the bounds of the file and never unpickled.
 
-Headers within such a file can claim a terabyte, and a compressed megabyte can unfold to a gigabyte. So every claim is compared
-with the bytes that are there before an array is made. A digest finds what the zip's checksums do not; files of 0.1.0 have none.
-Whoever reads a file that fails here computes its content again.
+A header can claim a terabyte, so every claim is compared with the bytes that are there before memory is used for it.
+Whoever finds a file damaged computes its content again.
 """
 
 import hashlib
 import io
-import json
 import math
 import zipfile
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,58 +18,86 @@ from icl.reading import ContentError, parse_json
 from icl.storage import write_atomically
 
 _MAX_GROWTH = 2**26
-"""Bytes that compressed arrays may unfold to beyond four times the file's size; ours have about a million."""
+"""Bytes that the arrays of an archive may unfold to, beyond four times its size. Ours have about a million."""
 _MAX_ARRAYS = 1000
-_ABOUT, _DIGEST = "about", "digest"
 
 
-def write_arrays(
-    path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray], *, compress: bool = False
-) -> None:
-    """Write arrays and their description, atomically.
+@dataclass(frozen=True, kw_only=True)
+class StoredArray:
+    """A one-dimensional array that stays in its file and is read when sliced.
+
+    No file stays open, because there may be thousands: a `numpy.memmap` keeps one descriptor each.
+    """
+
+    file: Path
+    offset: int
+    """Place of the first number, in bytes."""
+    size: int
+    dtype: np.dtype
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(self.size)
+        return np.fromfile(self.file, self.dtype, stop - start, offset=self.offset + start * self.dtype.itemsize)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an array as `.npy`, atomically.
 
     Raises:
         StorageError: If the file cannot be written.
     """
-    text = json.dumps(about)
-    content = {_ABOUT: np.array(text), _DIGEST: np.array(_digest(text, arrays)), **arrays}
     buffer = io.BytesIO()
-    (np.savez_compressed if compress else np.savez)(buffer, **content)  # type: ignore[arg-type]
+    np.save(buffer, array, allow_pickle=False)
     write_atomically(path, buffer.getvalue())
 
 
-def read_arrays(path: Path, *, needs_digest: bool = True) -> tuple[Any, dict[str, np.ndarray]]:
-    """Return the description in a file, and its arrays by name.
-
-    Args:
-        path: The file.
-        needs_digest: Whether to refuse a file of 0.1.0, whose content only its reader can check.
+def read_array(path: Path) -> np.ndarray:
+    """Return the array of a `.npy` file.
 
     Raises:
-        ContentError: If it cannot be read, is damaged, or claims more than it holds.
+        ContentError: If the file is missing, damaged, or smaller than its header claims.
     """
-    arrays = _read(path)
-    text, digest = (str(arrays.pop(name)) if name in arrays else None for name in (_ABOUT, _DIGEST))
-    is_checked = digest == _digest(text, arrays) if text is not None and digest is not None else not needs_digest
-    if text is None or not is_checked:
-        raise ContentError("its content does not match its digest")
-    return parse_json(text), arrays
+    try:
+        return np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # mapping compares the claim with the file
+    except Exception as error:  # numpy raises a dozen kinds for a damaged file
+        raise ContentError(f"it is damaged ({type(error).__name__})") from None
 
 
-def _digest(text: str, arrays: Mapping[str, np.ndarray]) -> str:
-    hasher = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16)
-    for name, array in sorted(arrays.items()):
-        hasher.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        hasher.update(np.ascontiguousarray(array).tobytes())
+def locate_array(path: Path) -> StoredArray:
+    """Return the array of a `.npy` file flattened, without reading its numbers.
+
+    Raises:
+        ContentError: If the file is missing or damaged.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:
+        raise ContentError(f"it is damaged ({type(error).__name__})") from None
+    return StoredArray(file=path, offset=array.offset, size=array.size, dtype=array.dtype)
+
+
+def array_digest(array: np.ndarray) -> str:
+    """Return a hash of an array's type, shape and numbers."""
+    hasher = hashlib.blake2b(f"{array.dtype.str} {array.shape}".encode(), digest_size=16)
+    hasher.update(np.ascontiguousarray(array).tobytes())
     return hasher.hexdigest()
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def read_archive(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
+    """Return the description (`about`, in JSON) and the arrays of an `.npz` file, which 0.1.0 wrote.
+
+    Raises:
+        ContentError: If the file is missing, damaged, or claims more than it holds.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             _require_bounded(archive, path.stat().st_size)
         with np.load(path, allow_pickle=False) as saved:
-            return {name: saved[name] for name in saved.files}
+            arrays = {name: saved[name] for name in saved.files}
+        return parse_json(str(arrays.pop("about"))), arrays
     except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds for a damaged file
         raise ContentError(f"it is damaged ({type(error).__name__})") from None
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from icl.array_files import StoredArray
 from icl.config import RunConfig
 from icl.reading import ContentError, parse_json
 from icl.transformer import parameter_shapes
@@ -95,11 +96,8 @@ def require_shapes(header: Header, config: RunConfig) -> None:
         raise ContentError(f"its tensors are of several types, {' and '.join(types)}")
 
 
-def stored_numbers(file: Path, prefix: str) -> tuple[int, int, np.dtype]:
-    """Return where the tensors whose name begins with `prefix` lie in a checkpoint's file, one behind the other by name.
-
-    Returns:
-        The first number's place in bytes, how many numbers there are, and their type.
+def stored_numbers(file: Path, prefix: str) -> StoredArray:
+    """Return the tensors whose name begins with `prefix`, one after the other by name, left in the checkpoint's file.
 
     Raises:
         ContentError: If there are none, or they are of several types.
@@ -111,7 +109,7 @@ def stored_numbers(file: Path, prefix: str) -> tuple[int, int, np.dtype]:
         raise ContentError(f"it holds no tensors {prefix}* of one type, but of {sorted(types) or 'none'}")
     dtype = np.dtype(TYPES[types.pop()])
     start, stop = min(tensor.start for tensor in tensors), max(tensor.stop for tensor in tensors)
-    return start, (stop - start) // dtype.itemsize, dtype
+    return StoredArray(file=file, offset=start, size=(stop - start) // dtype.itemsize, dtype=dtype)
 
 
 def _entry(about: Any, before: int) -> TensorEntry:

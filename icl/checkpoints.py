@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from icl.array_files import StoredArray
 from icl.checkpoint_header import CutShortError, read_header, require_shapes, stored_numbers
 from icl.config import RunConfig
 from icl.reading import ContentError, parse_json
@@ -148,7 +148,7 @@ def parse_checkpoint(data: bytes, name: str) -> Checkpoint:
     return _checkpoint(_read_about(io.BytesIO(data), name), data, name)
 
 
-def stored_tensors(file: Path, prefix: str) -> tuple[int, int, np.dtype]:
+def stored_tensors(file: Path, prefix: str) -> StoredArray:
     """Return what `icl.checkpoint_header.stored_numbers` does.
 
     Raises:

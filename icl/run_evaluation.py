@@ -17,12 +17,13 @@ from typing import Any
 import pandas as pd
 import torch
 
-from icl.analysis.run import Measurement, Members, over_checkpoints, torch_device
+from icl.analysis.run import Members, over_checkpoints, torch_device
 from icl.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.compiling import keep_freed_memory
 from icl.config import RunConfig, SeedsConfig, TaskConfig
 from icl.evaluation import VERSION, EvaluationSet, evaluate, evaluate_baselines, evaluation_set
-from icl.runs import RunFolder
+from icl.measure import Measurement, entry_rows
+from icl.runs import run_of
 from icl.stacked import apply
 from icl.storage import plain_rows, table_format, write_atomically
 from icl.tasks.shifts import SHIFTS, available_shifts, require_shift
@@ -82,9 +83,8 @@ class RunEvaluator:
             predict = partial(apply, members.config.model)
             return [Measurement(rows) for rows in evaluate(predict, members.params, sets)]
 
-        parts, _ = over_checkpoints("evaluation", Path(path), asked, measure, version=VERSION, bar=self.bar)
-        rows = [{"step": part.step, "checkpoint_hash": part.digest, **row} for part in parts for row in part.rows]
-        return pd.DataFrame(rows), pd.DataFrame(evaluate_baselines(sets))
+        entries, _ = over_checkpoints("evaluation", Path(path), asked, measure, version=VERSION, bar=self.bar)
+        return pd.DataFrame(entry_rows(entries)), pd.DataFrame(evaluate_baselines(sets))
 
     def _asked(self, config: RunConfig) -> "_Asked":
         num_prompts = config.evaluation.num_prompts if self.num_prompts is None else self.num_prompts
@@ -157,7 +157,7 @@ def save_evaluation(
 
     written = [] if out is None else [("Output", write_numbers(Path(out), numbers, baselines))]
     if Path(path).is_dir():
-        run = RunFolder(Path(path).parent if Path(path).name == "checkpoints" else path)
+        run = run_of(path)
         written.append(("Numbers", run.write_result("evaluation.csv", numbers.to_csv(index=False))))
         written.append(("Baselines", run.write_result("baselines.csv", baselines.to_csv(index=False))))
         figure = plot_evaluation(numbers, baselines, title=run.path.name)

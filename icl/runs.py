@@ -202,6 +202,12 @@ class RunFolder:
             yield
 
 
+def run_of(path: str | Path) -> RunFolder:
+    """Return the run that a folder belongs to: the folder itself, or the parent of its `checkpoints`."""
+    path = Path(path)
+    return RunFolder(path.parent if path.name == "checkpoints" else path)
+
+
 def parse_config(data: bytes, place: str) -> RunConfig:
     """The configuration that a run's `config.yaml` holds.
 

@@ -17,11 +17,14 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
+from icl.array_files import array_digest
 from icl.checkpoints import checkpoint_name, parse_checkpoint
 from icl.config import RunConfig
 from icl.contents import expected_steps, name_checkpoints
+from icl.measure import parse_entry
 from icl.metrics_file import are_rows_altered, logged_steps, metric_columns
 from icl.mirror import CHECKPOINT_FOLDERS, Mirror, copied_names, in_parallel, is_checkpoint, progress
 from icl.reading import parse_json
@@ -127,6 +130,8 @@ def _check(copy: _Copy, name: str, data: bytes, where: str) -> str | None:
     }
     if name in whole_files:
         return whole_files[name](copy, data, where)
+    if name.endswith(".npy"):
+        return _check_arrays(copy, name, data)
     kinds: dict[str, Callable[[bytes], str | None]] = {
         "npz": _check_archive,
         "csv": _check_table,
@@ -184,8 +189,17 @@ def _check_archive(data: bytes) -> str | None:
 
 
 def _check_json(data: bytes) -> str | None:
-    parse_json(data)
+    tree = parse_json(data)
+    if isinstance(tree, dict) and {"digest", "key", "rows"} <= set(tree):
+        parse_entry(data)
     return None
+
+
+def _check_arrays(copy: _Copy, name: str, data: bytes) -> str | None:
+    """Compare the arrays of an entry (`icl.measure`) with the digest in its other file."""
+    entry = parse_entry(copy.store.read(name.removesuffix(".npy") + ".json"))
+    numbers = np.load(io.BytesIO(data), allow_pickle=False)
+    return None if array_digest(numbers) == entry["array_digest"] else "its numbers do not match their digest"
 
 
 def _check_picture(data: bytes) -> str | None:

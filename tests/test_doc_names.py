@@ -227,7 +227,13 @@ def test_every_name_in_backticks_exists(page):
 @pytest.mark.parametrize(
     "span",
     [
-        *("gap_to_ridge", "populations(files)", "sample_prompts(wrong=3)", "icl.transformer.Missing", "parts.missing"),
+        *(
+            "gap_to_ridge",
+            "populations(files)",
+            "sample_prompts(wrong=3)",
+            "icl.transformer.Missing",
+            "measure.missing",
+        ),
         *(
             "task.num_taks",
             "docs/absent.md",
@@ -246,7 +252,7 @@ def test_a_name_of_nothing_would_be_found(span):
 @pytest.mark.parametrize(
     "span",
     [
-        *("delta_ridge", "sample_prompts(config, stream=...)", "icl.transformer.Transformer", "parts.stored_vector"),
+        *("delta_ridge", "sample_prompts(config, stream=...)", "icl.transformer.Transformer", "Cache.stored_array"),
         *(
             "task.num_tasks",
             "task.*",

@@ -44,6 +44,7 @@ LAYERS = (
         "runs",
         "checkpoint_header",
         "checkpoints",
+        "measure",
         "metrics_file",
         "resume_file",
         "contents",

@@ -18,7 +18,7 @@ out of every average. Averages over queries come three times: `all`, those at `x
 is high in `x_tokens` of query `y`).
 
 Head h of block b is `b1h1`, counted from 1; `uniform` is a head that weighs all visible tokens alike, which a score must be held
-against. Rows `pattern` are the mean weights of the last saved step, token by token; those of all steps are kept in the parts.
+against. Rows `pattern` are the mean weights of the last saved step, token by token; those of all steps are kept in the entries.
 """
 
 import math
@@ -36,10 +36,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from icl import metrics
-from icl.analysis.parts import Part
 from icl.analysis.prompts import fixed_prompts, prompts_at_once
-from icl.analysis.run import Measurement, Members, Result, as_table, over_checkpoints
+from icl.analysis.run import Members, Result, as_table, over_checkpoints
 from icl.build import build_architecture
+from icl.measure import Entry, Measurement
 from icl.metrics import Estimate
 from icl.stacked import Params, unstack
 from icl.tasks.prompts import Prompts
@@ -74,14 +74,14 @@ def analyse(path: Path, settings: Settings) -> Result:
     Raises:
         CheckpointError: If there is no usable checkpoint.
     """
-    parts, config = over_checkpoints(
+    entries, config = over_checkpoints(
         "attention", path, settings, partial(measure_members, settings=settings), version=VERSION
     )
     uniform = list(_score_rows("uniform", scores(uniform_pattern(2 * config.task.max_examples - 1))))
-    table = as_table(parts, settings, whole_run=[*uniform, *_pattern_rows(parts[-1])])
+    table = as_table(entries, settings, whole_run=[*uniform, *_pattern_rows(entries[-1])])
     for column in ("query_token", "key_token"):
         table[column] = table[column].astype("Int64")
-    return Result(table, _summary(parts, uniform))
+    return Result(table, _summary(entries, uniform))
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
@@ -169,10 +169,10 @@ def _score_rows(head: str, found: dict[str, Tensor]) -> Iterator[Row]:
             yield _row(quantity, head, queries, value, stderr)
 
 
-def _pattern_rows(part: Part) -> Iterator[Row]:
+def _pattern_rows(entry: Entry) -> Iterator[Row]:
     """The mean weights of one step, visible tokens only."""
-    mean = part.vectors["patterns"]
-    at = {"step": part.step, "checkpoint_hash": part.digest}
+    mean = entry.arrays["patterns"]
+    at = {"step": entry.step, "checkpoint_hash": entry.checkpoint_hash}
     for block, head, query, key in zip(*np.nonzero(np.tril(np.ones_like(mean))), strict=True):
         weight = float(mean[block, head, query, key])
         row = _row("pattern", f"b{block + 1}h{head + 1}", "", weight, math.nan)
@@ -183,11 +183,11 @@ def _row(quantity: str, head: str, queries: str, value: float, stderr: float) ->
     return {"quantity": quantity, "part": head, "queries": queries, "value": value, "stderr": stderr}
 
 
-def _summary(parts: list[Part], uniform: list[Row]) -> list[str]:
+def _summary(entries: list[Entry], uniform: list[Row]) -> list[str]:
     """Of the last step, for each score, the head that is farthest above what is uniform."""
-    lines = [f"Step {parts[-1].step:,}, the last of {len(parts)}; the head with most of each score:"]
+    lines = [f"Step {entries[-1].step:,}, the last of {len(entries)}; the head with most of each score:"]
     for quantity in ("entropy", "variability", "self", "previous", "x_tokens", "y_tokens"):
-        own = [row for row in parts[-1].rows if row["quantity"] == quantity and row["queries"] == "all"]
+        own = [row for row in entries[-1].rows if row["quantity"] == quantity and row["queries"] == "all"]
         most = max(own, key=lambda row: row["value"])
         chance = next(row["value"] for row in uniform if row["quantity"] == quantity and row["queries"] == "all")
         lines.append(

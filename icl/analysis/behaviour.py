@@ -34,12 +34,12 @@ from icl import baselines, metrics
 from icl.analysis import ood_curves, task_vectors
 from icl.analysis.behaviour_findings import findings, summary
 from icl.analysis.ood_curves import CurveSettings
-from icl.analysis.parts import Part
 from icl.analysis.prompts import fixed_prompts
-from icl.analysis.run import Measurement, Members, Result, as_table, over_checkpoints
+from icl.analysis.run import Members, Result, as_table, over_checkpoints
 from icl.checkpoints import checkpoint_files
 from icl.config import RunConfig
 from icl.evaluation import EvaluationSet, evaluate_predictions, evaluation_set, predict_prompts
+from icl.measure import Entry, Measurement
 from icl.metrics import Estimate
 from icl.stacked import Params, apply
 from icl.tasks.priors import task_pool
@@ -91,17 +91,17 @@ def analyse(path: Path, settings: Settings) -> Result:
     files = checkpoint_files(path)
     each = StepSettings(num_prompts=settings.num_prompts, num_probe_prompts=settings.num_probe_prompts)
     measure = partial(measure_members, settings=each)
-    parts, config = over_checkpoints("behaviour", path, each, measure, version=VERSION, files=files)
+    entries, config = over_checkpoints("behaviour", path, each, measure, version=VERSION, files=files)
     sets = evaluation_sets(config, settings.num_prompts, "cpu")
-    found = findings(parts, sets)
+    found = findings(entries, sets)
     whole_run = [*found, *_reference_rows(config, sets, settings)]
-    curves: list[Part] = []
+    curves: list[Entry] = []
     if settings.num_scales:
         wanted = CurveSettings(num_scales=settings.num_scales, num_ood_prompts=settings.num_ood_prompts)
-        chosen = [files[place] for place in spread([part.step for part in parts], settings.num_ood_steps)]
+        chosen = [files[place] for place in spread([entry.step for entry in entries], settings.num_ood_steps)]
         measure = partial(measure_curves, settings=wanted)
         curves, _ = over_checkpoints("behaviour-ood", path, wanted, measure, version=VERSION, files=chosen)
-    return Result(as_table([*parts, *curves], settings, whole_run=whole_run), summary(parts, found))
+    return Result(as_table([*entries, *curves], settings, whole_run=whole_run), summary(entries, found))
 
 
 def measure_members(members: Members, *, settings: StepSettings) -> list[Measurement]:

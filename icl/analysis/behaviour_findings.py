@@ -13,40 +13,40 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from icl import metrics
-from icl.analysis.parts import Part
 from icl.analysis.turning_points import Place, Transience, crossings, minimum, transience, unresolved_signs
 from icl.evaluation import EvaluationSet
+from icl.measure import Entry
 
 Row = dict[str, Any]
 _HEADLINES = ("loss", "delta_ridge", "delta_dmmse", "cosine")
 
 
-def findings(parts: Sequence[Part], sets: Sequence[EvaluationSet]) -> list[Row]:
+def findings(entries: Sequence[Entry], sets: Sequence[EvaluationSet]) -> list[Row]:
     """What the whole run shows, a row each.
 
     Args:
-        parts: Of every saved step, with its prompts' own numbers.
+        entries: Of every saved step, with its prompts' own numbers.
         sets: The prompts, `pretrain` and `true`, and their baselines.
     """
-    steps = torch.tensor([part.step for part in parts])
+    steps = torch.tensor([entry.step for entry in entries])
     pretrain, true = sets
     rows = []
     for name in ("zero", "task_mean"):
         if name in pretrain.baselines:
-            place = minimum(steps, _samples(parts, f"pretrain/prior_{name}"))
+            place = minimum(steps, _samples(entries, f"pretrain/prior_{name}"))
             rows.append(_place_row(f"prior_{name}_minimum_step", "pretrain", place))
     for one in sets:
         if "dmmse" in one.baselines:
-            rows += _crossing_rows(steps, _samples(parts, f"{one.name}/delta_difference"), one.name)
+            rows += _crossing_rows(steps, _samples(entries, f"{one.name}/delta_difference"), one.name)
     losses = {
         name: metrics.squared_error(true.baselines[name], true.prompts.ys).mean(-1).double()
         for name in ("zero", "ridge")
     }
-    found = transience(steps, _samples(parts, "true/loss"), **losses)
+    found = transience(steps, _samples(entries, "true/loss"), **losses)
     return [*rows, *_transience_rows(found, is_gaussian="dmmse" not in true.baselines)]
 
 
-def summary(parts: Sequence[Part], found: Sequence[Row]) -> list[str]:
+def summary(entries: Sequence[Entry], found: Sequence[Row]) -> list[str]:
     """The findings in words, verdicts first, then the last step."""
     critical, rise, dip = (_of(found, name)[0] for name in ("critical_step", "rise", "dip"))
     lines = [_transience_line(critical, rise, dip)]
@@ -58,8 +58,8 @@ def summary(parts: Sequence[Part], found: Sequence[Row]) -> list[str]:
     for name in ("prior_zero", "prior_task_mean"):
         places = _of(found, f"{name}_minimum_step")
         lines += [f"Lowest {name} at {_place_words(row)}; {_verdict(row)}." for row in places]
-    lines.append(f"Step {parts[-1].step:,}, the last of {len(parts)}:")
-    return [*lines, *_last_lines(parts[-1])]
+    lines.append(f"Step {entries[-1].step:,}, the last of {len(entries)}:")
+    return [*lines, *_last_lines(entries[-1])]
 
 
 def _crossing_rows(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"], name: str) -> list[Row]:
@@ -99,8 +99,8 @@ def _finding_row(quantity: str, name: str, value: float, stderr: float) -> Row:
     return where | {"value": value, "stderr": stderr}
 
 
-def _samples(parts: Sequence[Part], name: str) -> Float[Tensor, "S B"]:
-    return torch.from_numpy(np.stack([part.vectors[name] for part in parts])).double()
+def _samples(entries: Sequence[Entry], name: str) -> Float[Tensor, "S B"]:
+    return torch.from_numpy(np.stack([entry.arrays[name] for entry in entries])).double()
 
 
 def _of(found: Sequence[Row], quantity: str) -> list[Row]:
@@ -120,9 +120,9 @@ def _transience_line(critical: Row, rise: Row, dip: Row) -> str:
     return f"{line} The loss on new tasks is lowest at {_place_words(critical)}, {near}; {change}."
 
 
-def _last_lines(part: Part) -> Iterator[str]:
-    widest = max((row["position"] for row in part.rows if row["quantity"] == "icl_score"), key=_width, default="")
-    for row in part.rows:
+def _last_lines(entry: Entry) -> Iterator[str]:
+    widest = max((row["position"] for row in entry.rows if row["quantity"] == "icl_score"), key=_width, default="")
+    for row in entry.rows:
         if row["position"] == ("mean" if row["quantity"] in _HEADLINES else widest):
             label = row["quantity"] + (f" {widest}" if row["quantity"] == "icl_score" else "")
             yield f"  {row['distribution']:9s} {label:15s} {row['value']:>10.4g} ± {row['stderr']:.2g}"

@@ -28,8 +28,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl.analysis.parts import Part
-from icl.analysis.run import Measurement, Members, Result, as_table, over_checkpoints
+from icl.analysis.run import Members, Result, as_table, over_checkpoints
+from icl.measure import Entry, Measurement
 from icl.stacked import Params
 from icl.validation import ConfigError
 
@@ -67,12 +67,12 @@ def analyse(path: Path, settings: Settings) -> Result:
     Raises:
         CheckpointError: If there is no usable checkpoint.
     """
-    parts, _ = over_checkpoints(
+    entries, _ = over_checkpoints(
         "embeddings", path, settings, partial(measure_members, settings=settings), version=VERSION
     )
-    table = as_table(parts, settings)
+    table = as_table(entries, settings)
     table["component"] = table["component"].astype("Int64")
-    return Result(table, _summary(parts, settings))
+    return Result(table, _summary(entries, settings))
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
@@ -168,19 +168,19 @@ def _row(quantity: str, part: str, value: float, component: int | None = None) -
     return {"quantity": quantity, "part": part, "component": component, "value": value}
 
 
-def _summary(parts: list[Part], settings: Settings) -> list[str]:
+def _summary(entries: list[Entry], settings: Settings) -> list[str]:
     first, last = (
-        {(row["quantity"], row["part"]): row["value"] for row in part.rows if row["component"] in (None, 1)}
-        for part in (parts[0], parts[-1])
+        {(row["quantity"], row["part"]): row["value"] for row in entry.rows if row["component"] in (None, 1)}
+        for entry in (entries[0], entries[-1])
     )
-    before = f"step {parts[0].step:,} -> " if len(parts) > 1 else ""
-    lines = [f"{before}step {parts[-1].step:,}, the last of {len(parts)}:".capitalize()]
+    before = f"step {entries[0].step:,} -> " if len(entries) > 1 else ""
+    lines = [f"{before}step {entries[-1].step:,}, the last of {len(entries)}:".capitalize()]
     for (quantity, part), value in last.items():
         if quantity in ("effective_rank", "overlap") or (
             quantity == "share_small" and part in ("effective_unembedding", "all")
         ):
             chance = f"   (by chance {last['overlap_chance', part]:.3f})" if quantity == "overlap" else ""
-            change = f"{first[quantity, part]:.3f} -> " if len(parts) > 1 else ""
+            change = f"{first[quantity, part]:.3f} -> " if len(entries) > 1 else ""
             name = f"share below {settings.threshold:g}" if quantity == "share_small" else quantity.replace("_", " ")
             lines.append(f"  {name:17s} {part:38s} {change}{value:.3f}{chance}")
     return lines

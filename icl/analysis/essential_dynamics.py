@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float
 from icl.analysis import principal_components as pca
 from icl.analysis.forms import Form, Judged, Shapes, find_shapes, planes
 from icl.analysis.plane_curves import MIN_POINTS, arc_length, osculating_circles
-from icl.analysis.run import Result, as_table, run_folder
+from icl.analysis.run import Result, as_table
 from icl.analysis.trajectories import (
     SEES_PROMPTS,
     State,
@@ -43,6 +43,7 @@ from icl.analysis.trajectories import (
     require_comparable,
 )
 from icl.checkpoints import CheckpointError
+from icl.runs import run_of
 from icl.validation import ConfigError
 
 _RANK = 1e-10
@@ -152,7 +153,7 @@ def _runs(path: Path, others: str | None) -> dict[str, Path]:
     paths = [path, *(Path(word.strip()) for word in (others or "").split(",") if word.strip())]
     if len({one.resolve() for one in paths}) < len(paths):
         raise ConfigError("`jointly_with` names a run twice, or the run itself.")
-    names = [run_folder(one).path.resolve().name for one in paths]
+    names = [run_of(one).path.resolve().name for one in paths]
     return {name if names.count(name) == 1 else str(one): one for name, one in zip(names, paths, strict=True)}
 
 

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from icl import metrics, rng
 from icl.analysis import data_gradients, weight_gradients
-from icl.analysis.parts import Part
 from icl.analysis.prompts import fixed_prompts, prompts_at_once
-from icl.analysis.run import Measurement, Members, Result, as_table, over_checkpoints
+from icl.analysis.run import Members, Result, as_table, over_checkpoints
 from icl.config import RunConfig
+from icl.measure import Entry, Measurement
 from icl.metrics import Estimate
 from icl.stacked import apply
 from icl.tasks.priors import task_pool
@@ -78,10 +78,10 @@ def analyse(path: Path, settings: Settings) -> Result:
         CheckpointError: If there is no usable checkpoint.
     """
     measure = partial(measure_members, settings=settings)
-    parts, config = over_checkpoints("gradients", path, settings, measure, version=VERSION, uses_predecessor=True)
-    principal = [row for kind in ("weights", "data") for row in _component_rows(parts, kind)]
-    table = as_table(parts, settings, whole_run=principal)
-    return Result(table, _summary(parts, config))
+    entries, config = over_checkpoints("gradients", path, settings, measure, version=VERSION, uses_predecessor=True)
+    principal = [row for kind in ("weights", "data") for row in _component_rows(entries, kind)]
+    table = as_table(entries, settings, whole_run=principal)
+    return Result(table, _summary(entries, config))
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
@@ -212,40 +212,42 @@ def _judge_data(found: dict[str, Tensor]) -> list[list[str]]:
     return reasons
 
 
-def _component_rows(parts: list[Part], kind: str) -> list[Row]:
+def _component_rows(entries: list[Entry], kind: str) -> list[Row]:
     """PC scores of every step, and the explained shares, which belong to no step."""
-    vectors = np.stack([part.vectors[kind] for part in parts])
+    vectors = np.stack([entry.arrays[kind] for entry in entries])
     scores, shares = principal_components(vectors)
-    noise = _noise_share(parts, vectors, kind)
+    noise = _noise_share(entries, vectors, kind)
     reason = f"estimation noise may be up to {noise:.0%} of the variance between steps" if noise > 0.5 else ""
     rows = []
     for component in range(len(shares)):
         item = f"PC{component + 1}"
-        for part, score in zip(parts, scores[:, component], strict=True):
-            at = {"step": part.step, "checkpoint_hash": part.digest}
+        for entry, score in zip(entries, scores[:, component], strict=True):
+            at = {"step": entry.step, "checkpoint_hash": entry.checkpoint_hash}
             rows.append(at | _row(kind, "pc_score", item, float(score), math.nan, ""))
         rows.append(_row(kind, "explained_share", item, float(shares[component]), math.nan, reason))
     return rows
 
 
-def _noise_share(parts: list[Part], vectors: np.ndarray, kind: str) -> float:
+def _noise_share(entries: list[Entry], vectors: np.ndarray, kind: str) -> float:
     """The variance of the estimates at one step over the variance between steps; an upper bound, as steps share prompts."""
     between = float(((vectors - vectors.mean(0)) ** 2).sum())
     within = 0.0
-    for part in parts:
+    for entry in entries:
         if kind == "data":
-            within += sum(row["stderr"] ** 2 for row in part.rows if row["estimator"] == "pathwise")
+            within += sum(row["stderr"] ** 2 for row in entry.rows if row["estimator"] == "pathwise")
         else:
-            found = {row["quantity"]: row["value"] for row in part.rows if row["item"] == "all" and row["kind"] == kind}
-            within += max(0.0, float((part.vectors[kind].astype(np.float64) ** 2).sum()) - found["squared_norm"])
+            found = {
+                row["quantity"]: row["value"] for row in entry.rows if row["item"] == "all" and row["kind"] == kind
+            }
+            within += max(0.0, float((entry.arrays[kind].astype(np.float64) ** 2).sum()) - found["squared_norm"])
     return within / between if between > 0 else math.inf
 
 
-def _summary(parts: list[Part], config: RunConfig) -> list[str]:
-    rows = [row for part in parts for row in part.rows]
+def _summary(entries: list[Entry], config: RunConfig) -> list[str]:
+    rows = [row for entry in entries for row in entry.rows]
     doubtful = [row for row in rows if row["verdict"] != "ok"]
-    last = {(row["quantity"], row["item"], row["estimator"]): row for row in parts[-1].rows}
-    lines = [f"Step {parts[-1].step:,}, the last of {len(parts)}:"]
+    last = {(row["quantity"], row["item"], row["estimator"]): row for row in entries[-1].rows}
+    lines = [f"Step {entries[-1].step:,}, the last of {len(entries)}:"]
     for quantity in ("norm", "noise_scale", "alignment_previous", "alignment_tasks"):
         row = last.get((quantity, "all", ""))
         if row is not None:

@@ -29,11 +29,11 @@ from torch.func import grad, vjp
 
 from icl import metrics, rng
 from icl.analysis.lanczos import Krylov, Products, Ritz, Trace, lanczos, ritz, trace
-from icl.analysis.parts import Part
 from icl.analysis.prompts import fixed_prompts, prompts_at_once
-from icl.analysis.run import Measurement, Members, Result, as_table, over_checkpoints
+from icl.analysis.run import Members, Result, as_table, over_checkpoints
 from icl.config import ModelConfig
 from icl.flat import layout_of
+from icl.measure import Entry, Measurement
 from icl.stacked import Params, apply
 from icl.tasks.prompts import Prompts
 from icl.validation import ConfigError
@@ -78,8 +78,8 @@ def analyse(path: Path, settings: Settings) -> Result:
         CheckpointError: If there is no usable checkpoint.
     """
     measure = partial(measure_members, settings=settings)
-    parts, _ = over_checkpoints("hessian", path, settings, measure, version=VERSION, max_members=_MEMBERS_AT_ONCE)
-    return Result(as_table(parts, settings), _summary(parts))
+    entries, _ = over_checkpoints("hessian", path, settings, measure, version=VERSION, max_members=_MEMBERS_AT_ONCE)
+    return Result(as_table(entries, settings), _summary(entries))
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
@@ -200,14 +200,14 @@ def _row(
     }
 
 
-def _summary(parts: list[Part]) -> list[str]:
-    rows = [row for part in parts for row in part.rows if row["quantity"] in ("eigenvalue", "trace")]
+def _summary(entries: list[Entry]) -> list[str]:
+    rows = [row for entry in entries for row in entry.rows if row["quantity"] in ("eigenvalue", "trace")]
     lines = []
     for quantity, name in (("eigenvalue", "Eigenvalues"), ("trace", "Traces")):
         own = [row for row in rows if row["quantity"] == quantity]
         lines.append(f"{name} in doubt: {sum(row['verdict'] != 'ok' for row in own)} of {len(own)}.")
-    lines.append(f"Step {parts[-1].step:,}, the last of {len(parts)}:")
-    for row in parts[-1].rows:
+    lines.append(f"Step {entries[-1].step:,}, the last of {len(entries)}:")
+    for row in entries[-1].rows:
         if row["quantity"] in ("eigenvalue", "trace"):
             doubt = f"   {row['verdict']}: {row['reasons']}" if row["reasons"] else ""
             name = "trace" if row["quantity"] == "trace" else f"eigenvalue {row['part']}"

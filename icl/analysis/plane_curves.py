@@ -122,9 +122,13 @@ def kernel_widths(
 
 
 def fine_grid(times: Float[np.ndarray, " S"], *, bandwidth: float) -> Float[np.ndarray, " G"]:
-    """The observations' times and points between them, ten to a bandwidth."""
+    """Return the observations' times and points between them, ten to a bandwidth."""
     count = max(2, math.ceil((times[-1] - times[0]) / bandwidth * 10) + 1)
-    return np.union1d(times, np.linspace(times[0], times[-1], count))
+    between = np.linspace(times[0], times[-1], count)
+    right = np.searchsorted(times, between).clip(1, len(times) - 1)
+    distances = np.minimum(np.abs(between - times[right - 1]), np.abs(between - times[right]))
+    # Between two points a rounding error apart, the sign of a slope is noise, and every such pair would be a vertex.
+    return np.union1d(times, between[distances > 1e-6 * bandwidth])
 
 
 def arc_length(points: Float[np.ndarray, "G C"]) -> Float[np.ndarray, " G"]:

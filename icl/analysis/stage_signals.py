@@ -22,11 +22,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool
 
-from icl.analysis.run import Measurement, Members, over_checkpoints, run_folder
+from icl.analysis.run import Members, over_checkpoints
 from icl.checkpoints import CheckpointError, checkpoint_files
 from icl.evaluation import evaluate, evaluation_set
+from icl.measure import Measurement, entry_rows
 from icl.reading import ContentError
-from icl.runs import RunError, RunFolder
+from icl.runs import RunError, RunFolder, run_of
 from icl.stacked import apply
 from icl.table_files import read_table
 from icl.validation import ConfigError
@@ -83,7 +84,7 @@ def read_signals(
     """
     if path.is_file():
         raise RunError(f"Stages are of a whole run, and {path} is one file; give the run's folder.")
-    folder = run_folder(path)
+    folder = run_of(path)
     signals, missing = _behaviour(path, folder, num_prompts)
     llc, why = _llc(folder, llc_settings, worst_llc)
     signals += [llc] if llc else []
@@ -166,12 +167,10 @@ def _computed(path: Path, num_prompts: int) -> pd.DataFrame:
     """The evaluation of every checkpoint, or nothing if there is none."""
     try:
         measure = partial(_measure, num_prompts=num_prompts)
-        parts, _ = over_checkpoints("stages", path, SignalSettings(num_prompts=num_prompts), measure, version=VERSION)
+        entries, _ = over_checkpoints("stages", path, SignalSettings(num_prompts=num_prompts), measure, version=VERSION)
     except CheckpointError:
         return pd.DataFrame()
-    return pd.DataFrame(
-        [{"step": part.step, "checkpoint_hash": part.digest, **row} for part in parts for row in part.rows]
-    )
+    return pd.DataFrame(entry_rows(entries))
 
 
 def _measure(members: Members, *, num_prompts: int) -> list[Measurement]:

@@ -27,9 +27,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl import baselines
-from icl.analysis.parts import StoredVector, stored_vector
-from icl.analysis.run import Measurement, Members, over_checkpoints, run_folder
+from icl.analysis.run import Members, over_checkpoints
 from icl.analysis.weight_gradients import mean_gradient
+from icl.array_files import StoredArray
 from icl.checkpoint_header import MOMENTS
 from icl.checkpoints import (
     CheckpointError,
@@ -40,7 +40,8 @@ from icl.checkpoints import (
 )
 from icl.config import ModelConfig, RunConfig
 from icl.evaluation import predict_prompts
-from icl.runs import RunFolder
+from icl.measure import Cache, Measurement
+from icl.runs import RunFolder, run_of
 from icl.stacked import Params, apply, token_outputs
 from icl.storage import LocalStore
 from icl.tasks.priors import task_pool
@@ -55,7 +56,7 @@ BLOCK_BYTES = 2**27
 _GRADIENT_PROMPTS = 32
 """Prompts of one backward pass, at most; their gradients' scatter gives the noise of the mean."""
 
-Row: TypeAlias = StoredVector | np.ndarray
+Row: TypeAlias = StoredArray | np.ndarray
 State: TypeAlias = Literal["outputs", "tokens", "weights", "gradients", "first_moment", "second_moment"]
 
 MOMENT_OF: dict[State, str] = dict(zip(("first_moment", "second_moment"), MOMENTS, strict=True))
@@ -120,21 +121,24 @@ def read_trajectory(path: Path, settings: StateSettings, *, run: str) -> Traject
     """
     if path.is_file():
         raise CheckpointError(f"{path} is one checkpoint; a trajectory needs the folder of a run.")
-    name, folder = f"trajectory-{settings.state}", run_folder(path)
+    name, folder = f"trajectory-{settings.state}", run_of(path)
+    cache = Cache(folder.results / name)
     if settings.state in MOMENT_OF:
         _require_moments(folder)
     measure = partial(_measure, settings=settings)
-    parts, config = over_checkpoints(name, path, settings, measure, version=VERSION, keep_vectors=False)
+    entries, config = over_checkpoints(name, path, settings, measure, version=VERSION, keep_arrays=False)
     if settings.state == "weights":
-        rows = [_stored_numbers(folder.checkpoints, part.step, "") for part in parts]
+        rows = [_stored_numbers(folder.checkpoints, entry.step, "") for entry in entries]
     elif settings.state in MOMENT_OF:
-        for part in parts:
-            load_same_run(folder.moments.root / checkpoint_name(part.step), config)  # whole, and this run's
-        rows = [_stored_numbers(folder.moments, part.step, f"{MOMENT_OF[settings.state]}/") for part in parts]
+        for entry in entries:
+            load_same_run(folder.moments.root / checkpoint_name(entry.step), config)  # whole, and this run's
+        rows = [_stored_numbers(folder.moments, entry.step, f"{MOMENT_OF[settings.state]}/") for entry in entries]
     else:
-        rows = [stored_vector(folder.results / name, part.step, "state") for part in parts]
-    noise = [float(sum(row["squared_noise"] for row in part.rows)) for part in parts]
-    return Trajectory(run, config, [part.step for part in parts], [part.digest for part in parts], rows, noise)
+        rows = [cache.stored_array(entry.step, "state") for entry in entries]
+    noise = [float(sum(row["squared_noise"] for row in entry.rows)) for entry in entries]
+    return Trajectory(
+        run, config, [entry.step for entry in entries], [entry.checkpoint_hash for entry in entries], rows, noise
+    )
 
 
 def require_comparable(trajectories: Sequence[Trajectory], settings: StateSettings) -> None:
@@ -257,8 +261,6 @@ def _require_moments(folder: RunFolder) -> None:
         )
 
 
-def _stored_numbers(store: LocalStore, step: int, prefix: str) -> StoredVector:
-    """All tensors of a checkpoint whose name begins so, one after the other, left in the file."""
-    file = store.root / checkpoint_name(step)
-    offset, size, dtype = stored_tensors(file, prefix)
-    return StoredVector(file=file, offset=offset, size=size, dtype=dtype)
+def _stored_numbers(store: LocalStore, step: int, prefix: str) -> StoredArray:
+    """Return all tensors of a checkpoint whose name begins so, one after the other, left in the file."""
+    return stored_tensors(store.root / checkpoint_name(step), prefix)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from icl.analysis import ANALYSES, module_name
 from icl.commands import command_parser, nearest
-from icl.runs import require_place
+from icl.runs import require_place, run_of
 from icl.storage import (
     StorageError,
     plain_rows,
@@ -137,7 +137,7 @@ def _refusal(name: str, path: Path, options: argparse.Namespace) -> str:
 
 
 def _analyse(name: str, path: Path, options: argparse.Namespace, out: Path | None) -> None:
-    from icl.analysis.run import analyse, find, run_folder
+    from icl.analysis.run import analyse, find
     from icl.delivery import send_results
     from icl.plotting.style import save_figure
 
@@ -151,7 +151,7 @@ def _analyse(name: str, path: Path, options: argparse.Namespace, out: Path | Non
     heading = ["", name] if options.what == "all" else []
     print("\n".join([*heading, *result.summary]))
     plot = importlib.import_module(f"icl.plotting.{module_name(name)}").plot
-    folder = None if path.is_file() else run_folder(path)
+    folder = None if path.is_file() else run_of(path)
     for label, file in _save(name, result, out):
         print(f"{label:7s} {file}")
     if folder is not None:

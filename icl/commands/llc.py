@@ -22,7 +22,7 @@ from icl.resolve import (
     resolve,
     settings_parser,
 )
-from icl.runs import RunFolder, local_root, require_place
+from icl.runs import RunFolder, local_root, require_place, run_of
 from icl.storage import require_table_file
 from icl.validation import ConfigError, UserError, require_number
 
@@ -170,9 +170,9 @@ def _table_file(options: Mapping[str, Any]) -> Path | None:
 
 def _saved_config(place: Path) -> RunConfig:
     """That of the run's folder, or else of its first checkpoint."""
-    from icl.sampling.run import run_files, run_folder
+    from icl.sampling.run import run_files
 
-    folder = run_folder(place)
+    folder = run_of(place)
     return folder.read_config() if folder.config_file.is_file() else run_files(place)[1]
 
 
@@ -209,7 +209,7 @@ def _work(job: _Job, flags: frozenset[str], wandb_run: Any = None) -> int:
 def _estimate(job: _Job, wandb_run: Any) -> int:
     """Estimate, print, draw; 1 if every estimate is invalid."""
     from icl.delivery import send_results
-    from icl.sampling.run import estimate_run, measured, run_folder
+    from icl.sampling.run import estimate_run, measured
 
     sampler = job.config.sampler
     if job.rescale is not None:
@@ -227,7 +227,7 @@ def _estimate(job: _Job, wandb_run: Any) -> int:
     if wandb_run is not None:
         log_rows(wandb_run, table)
     if not job.path.is_file():
-        folder = run_folder(job.path)
+        folder = run_of(job.path)
         print(f"Table   {folder.results / 'llc.csv'} (all settings; these are `{table['settings'].iloc[0]}`)")
         for file in _draw(folder, table["settings"].iloc[0], job, found.trivial_loss):
             print(f"Figure  {file}")
@@ -264,9 +264,8 @@ def _calibrate(job: _Job) -> int:
     from icl.plotting.style import save_figure
     from icl.sampling.calibration import calibrate
     from icl.sampling.progress import say
-    from icl.sampling.run import run_folder
 
-    folder = run_folder(job.path)
+    folder = run_of(job.path)
     result = calibrate(job.path, job.config.sampler, say=say)
     print(f"\n{result.summary}")
     print(f"Table   {folder.write_result('llc-calibration.csv', result.table.to_csv(index=False))}")

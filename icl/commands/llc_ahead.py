@@ -1,12 +1,9 @@
 """What `icl llc` refuses and says before it samples."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from icl.config import SamplerConfig
-
-if TYPE_CHECKING:
-    from icl.sampling.records import Kind
+from icl.runs import run_of
 
 
 def require_step(file: Path, steps: str) -> None:
@@ -40,13 +37,14 @@ def work_ahead(path: Path, sampler: SamplerConfig, *, mode: str, rescale: float 
     Raises:
         ConfigError: If a step is asked for that is not saved.
     """
-    from icl.checkpoints import checkpoint_files
-    from icl.sampling.records import Kind
+    from icl.checkpoints import checkpoint_files, checkpoint_name
+    from icl.sampling.records import VERSION, Kind
     from icl.sampling.run import chosen_files, num_moves, with_nbeta
 
     files = checkpoint_files(path) if path.is_file() else chosen_files(checkpoint_files(path), sampler.steps)
-    kept = set() if path.is_file() else _kept(path, Kind(with_nbeta(sampler), mode, rescale))
-    left = sum(file.name not in kept for file in files)
+    kind = Kind(with_nbeta(sampler), mode, rescale)
+    kept = set() if path.is_file() else kind.cache(run_of(path)).steps(kind.key, VERSION)
+    left = sum(file.name not in map(checkpoint_name, kept) for file in files)
     steps = f"{len(files)} step{'s' if len(files) != 1 else ''}"
     told = f"LLC of {path}{'' if rescale == 1 else f', weights rescaled by {rescale:g}'}: "
     if not left:
@@ -55,16 +53,3 @@ def work_ahead(path: Path, sampler: SamplerConfig, *, mode: str, rescale: float 
     told += steps if left == len(files) else f"{left} of {steps} to do"
     told += f", {sampler.num_chains} chains x ({sampler.num_burnin_steps} + {moves}) moves"
     return told + ("." if path.is_file() else "; finished steps are kept.")
-
-
-def _kept(path: Path, kind: "Kind") -> set[str]:
-    """The names of the checkpoints whose estimates of this kind are kept."""
-    from icl.checkpoints import checkpoint_name
-    from icl.sampling.records import read_all, read_record
-    from icl.sampling.run import run_folder
-
-    folder = run_folder(path)
-    rows = [record.row for record in read_all(folder) if record.row["settings"] == kind.name]
-    return {
-        checkpoint_name(row["step"]) for row in rows if read_record(folder, kind, row["step"], row["checkpoint_hash"])
-    }

@@ -16,23 +16,16 @@ import pandas as pd
 import torch
 
 from icl.build import build_checkpoint_model, choose_device
-from icl.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, load_same_run, require_one_run
+from icl.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, require_one_run
 from icl.config import RunConfig, SamplerConfig
+from icl.measure import Measurement, measure_checkpoints
 from icl.memory import require_memory
-from icl.runs import RunFolder
+from icl.runs import run_of
 from icl.sampling.estimation import estimate
 from icl.sampling.llc import inverse_temperature
 from icl.sampling.progress import MoveBar, Tick
 from icl.sampling.prompt_loss import prompt_target, trivial_loss
-from icl.sampling.records import (
-    Kind,
-    Record,
-    as_table,
-    make_record,
-    read_record,
-    write_record,
-    write_tables,
-)
+from icl.sampling.records import VERSION, Kind, Record, as_record, as_table, make_record, write_tables
 from icl.sampling.rescaling import rescaled
 from icl.sampling.result import CheckpointId, LLCResult
 from icl.sampling.settings import SamplerSettings
@@ -84,33 +77,43 @@ def estimate_run(
     rescale = real("rescale", rescale, "positive")
     files, config = run_files(path)
     require_one_run(files)
-    sampler = config.sampler if sampler is None else sampler
-    kind = Kind(with_nbeta(sampler), mode, rescale)
+    sampler = with_nbeta(config.sampler if sampler is None else sampler)
+    kind = Kind(sampler, mode, rescale)
     device = sampling_device()
     require_room(config, sampler, device)
     if not Path(path).is_file():
         files = chosen_files(files, sampler.steps)
     target = prompt_target(config, sampler, device=device, num_moves=len(files) * num_moves(sampler))
-    folder = None if Path(path).is_file() else run_folder(path)
-    at_once = 1 if device.type == "cpu" else CHECKPOINTS_AT_ONCE
+    run = None if Path(path).is_file() else run_of(path)
     records: list[Record] = []
     with MoveBar("llc", len(files) * num_moves(sampler)) as bar:
-        pending: list[Checkpoint] = []
-        for file in files:
-            checkpoint = load_same_run(file, config)
-            kept = read_record(folder, kind, checkpoint.step, checkpoint.digest)
-            if kept is None:
-                pending.append(checkpoint)
-            else:
-                records.append(kept)
-                bar.expect(-num_moves(sampler))
-            if len(pending) == at_once:
-                records += _estimate_and_keep(pending, kind, target, device, folder, bar)
-                pending = []
-        if pending:
-            records += _estimate_and_keep(pending, kind, target, device, folder, bar)
-    write_tables(folder)
-    return Estimates(sorted(records, key=lambda record: record.row["step"]), config, trivial_loss(config))
+
+        def measure(checkpoints: list[Checkpoint], lead: int) -> list[Measurement]:
+            results = estimate_checkpoints(
+                checkpoints, sampler, target, device=device, rescale=rescale, tick=bar.advance
+            )
+            return [make_record(result, kind).measurement for result in results]
+
+        for batch in measure_checkpoints(
+            files,
+            config,
+            measure,
+            cache=None if run is None else kind.cache(run),
+            settings=kind.key,
+            version=VERSION,
+            max_members=1 if device.type == "cpu" else CHECKPOINTS_AT_ONCE,
+        ):
+            records += [as_record(entry) for entry in batch.entries]
+            if not batch.is_new:
+                bar.expect(-len(batch.entries) * num_moves(sampler))
+                continue
+            if run is not None:
+                write_tables(run)
+            row = records[-1].row
+            bar.tell(f"step {row['step']:,}: {row['llc']:.3g} ± {row['stderr']:.2g} {row['verdict']}")
+    if run is not None:
+        write_tables(run)
+    return Estimates(records, config, trivial_loss(config))
 
 
 def estimate_checkpoints(
@@ -195,12 +198,6 @@ def run_files(path: str | Path) -> tuple[list[Path], RunConfig]:
     return files, load_checkpoint_file(files[0]).config
 
 
-def run_folder(path: str | Path) -> RunFolder:
-    """The run that a folder belongs to: itself, or the parent of its `checkpoints`."""
-    path = Path(path)
-    return RunFolder(path.parent if path.name == "checkpoints" else path)
-
-
 def chosen_files(files: Sequence[Path], steps: str) -> list[Path]:
     """The files of the steps that `steps` names: `all`, `last`, a list such as 1,2,3, or ranges such as 0:1000:100.
 
@@ -277,23 +274,3 @@ def measured(table: pd.DataFrame, trivial_loss: float) -> str:
     if len(told) > 2 and told["init_loss"].std() > 0:
         sentence += f" (correlation of lambda-hat with -L0: {np.corrcoef(told['llc'], -told['init_loss'])[0, 1]:.4f})"
     return sentence + ", the loss upside down; it is no learning coefficient."
-
-
-def _estimate_and_keep(
-    checkpoints: Sequence[Checkpoint],
-    kind: Kind,
-    target: Target,
-    device: torch.device,
-    folder: RunFolder | None,
-    bar: MoveBar,
-) -> list[Record]:
-    results = estimate_checkpoints(
-        checkpoints, kind.sampler, target, device=device, rescale=kind.rescale, tick=bar.advance
-    )
-    records = [make_record(result, kind) for result in results]
-    for record in records:
-        write_record(folder, kind, record)
-    write_tables(folder)
-    row = records[-1].row
-    bar.tell(f"step {row['step']:,}: {row['llc']:.3g} ± {row['stderr']:.2g} {row['verdict']}")
-    return records

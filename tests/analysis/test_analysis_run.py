@@ -10,10 +10,11 @@ import torch
 from tiny_runs import TINY, change
 
 from icl.analysis import ANALYSES, module_name, run
-from icl.analysis.run import Measurement, analyse, as_table, find, over_checkpoints
+from icl.analysis.run import analyse, as_table, find, over_checkpoints
 from icl.build import build_model
 from icl.checkpoints import CheckpointError, save_checkpoint
 from icl.cli import main
+from icl.measure import Measurement
 from icl.runs import RunFolder
 from icl.validation import ConfigError
 
@@ -65,8 +66,8 @@ def test_every_checkpoint_is_measured_once_and_kept(tmp_path):
     assert config.run_name == "tiny"
     again, _ = over_checkpoints("made-up", folder.path / "checkpoints", Settings(), measure, version=1)
     assert len(measure.seen) == 1
-    assert [(p.step, p.digest, p.rows) for p in again] == [(p.step, p.digest, p.rows) for p in parts]
-    assert again[2].vectors["it"] == parts[2].vectors["it"]
+    assert [(p.step, p.checkpoint_hash, p.rows) for p in again] == [(p.step, p.checkpoint_hash, p.rows) for p in parts]
+    assert again[2].arrays["it"] == parts[2].arrays["it"]
 
 
 def test_only_what_is_new_different_or_damaged_is_done_again(tmp_path):
@@ -77,7 +78,7 @@ def test_only_what_is_new_different_or_damaged_is_done_again(tmp_path):
     over_checkpoints("made-up", folder.path, Settings(), measure, version=1, uses_predecessor=True)
     # 0 is different, 1 and 20 have another predecessor, 7 is new; each stretch is led by the step before it
     assert measure.seen[1:] == [([0, 1], 0), ([4, 7, 20], 1)]
-    (folder.results / "made-up" / "step-000000004.npz").write_bytes(b"cut short")
+    (folder.results / "made-up" / "step-000000004.json").write_bytes(b"cut short")
     over_checkpoints("made-up", folder.path, Settings(), measure, version=1, uses_predecessor=True)
     assert measure.seen[3:] == [([1, 4], 1)]
     for settings, version in ((Settings(factor=2.0), 1), (Settings(), 2)):

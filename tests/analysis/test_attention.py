@@ -138,7 +138,7 @@ def test_rows_of_members_do_not_depend_on_memory(monkeypatch):
     for one, other in zip(whole, again, strict=True):
         assert {row["part"] for row in one.rows} == {"b1h1", "b1h2", "b2h1", "b2h2"}
         assert [row["value"] for row in one.rows] == pytest.approx([row["value"] for row in other.rows], abs=1e-6)
-    assert whole[0].vectors["patterns"].shape == (2, 2, 7, 7)
+    assert whole[0].arrays["patterns"].shape == (2, 2, 7, 7)
     assert [row["value"] for row in whole[0].rows] != [row["value"] for row in whole[1].rows]
 
 

@@ -19,12 +19,12 @@ from icl.analysis.behaviour import (
     spread,
 )
 from icl.analysis.behaviour_findings import findings, summary
-from icl.analysis.parts import Part
 from icl.analysis.run import Members
 from icl.build import build_model
 from icl.checkpoints import Checkpoint, save_checkpoint
 from icl.cli import main
 from icl.evaluation import evaluate
+from icl.measure import Entry
 from icl.plotting.behaviour import plot
 from icl.runs import RunFolder
 from icl.stacked import apply, stack
@@ -46,7 +46,7 @@ def numbers(one, predictions):
 def path_parts(path, config=CONFIG):
     """Parts of a made-up run: `path` gives, for every step, the predictions on a set."""
     return [
-        Part(
+        Entry(
             step,
             "digest",
             [row for one in sets(config) for row in set_rows(one, predict(one))],
@@ -118,7 +118,7 @@ def test_a_run_from_zero_through_ridge_to_dmmse_is_transient():
     assert (rise["finding"], rise["verdict"]) == ("transient ridge", "ok")
     loss = {name: numbers(sets()[1], sets()[1].baselines[name])["loss", "mean"] for name in ("zero", "ridge")}
     assert dip["value"] == pytest.approx(1, abs=1e-6)
-    assert rise["value"] == pytest.approx(parts[-1].vectors["true/loss"].mean() - loss["ridge"], rel=1e-4)
+    assert rise["value"] == pytest.approx(parts[-1].arrays["true/loss"].mean() - loss["ridge"], rel=1e-4)
     crossing = by_name(found, "crossing_step")[-1]
     assert (crossing["finding"], crossing["verdict"]) == ("to dMMSE", "ok")
     assert crossing["lower"] < 1000 < crossing["upper"]
@@ -201,14 +201,14 @@ def test_the_behaviour_of_a_run_from_the_command_line(tmp_path, capsys):
     assert set(table.loc[table["step"].isna() & table["verdict"].isna(), "predictor"]) == {"ridge", "dmmse", "zero"}
     assert table["value"].notna().mean() > 0.99
     assert set(table["num_prompts"]) == {24}
-    before = {file: file.stat().st_mtime_ns for file in folder.results.glob("behaviour*/*.npz")}
+    before = {file: file.stat().st_mtime_ns for file in folder.results.glob("behaviour*/*.json")}
     assert len(before) == 4 + 2
     add_step(folder, 60)
     analyse(
         folder.path,
         Settings(num_prompts=24, num_probe_prompts=4, num_scales=5, num_ood_prompts=4, num_ood_steps=2),
     )
-    after = {file: file.stat().st_mtime_ns for file in folder.results.glob("behaviour*/*.npz")}
+    after = {file: file.stat().st_mtime_ns for file in folder.results.glob("behaviour*/*.json")}
     assert {name: time for name, time in after.items() if name in before} == before
     assert len(after) == 5 + 3
 

@@ -74,6 +74,13 @@ def test_the_osculating_circle_is_that_through_three_near_points():
     assert found == pytest.approx(4 * area / sides.prod(), rel=0.01)
 
 
+def test_no_two_points_of_a_grid_are_a_rounding_error_apart():
+    for times in (np.linspace(-0.8, 2 * np.pi - 0.8, 400), UNEVEN, np.log1p(np.arange(0, 1000, 7.0))):
+        grid = fine_grid(times, bandwidth=0.25)
+        assert np.isin(times, grid).all()
+        assert np.diff(grid).min() > 1e-7
+
+
 def test_an_ellipse_has_its_evolute_and_four_vertices():
     times = np.linspace(-0.8, 2 * np.pi - 0.8, 400)
     a, b = 3.0, 2.0

@@ -6,7 +6,6 @@ import torch
 from tiny_runs import TINY, change
 
 from icl.analysis import trajectories
-from icl.analysis.parts import Part, stored_vector, write_part
 from icl.analysis.trajectories import (
     StateSettings,
     centred_products,
@@ -31,17 +30,6 @@ def saved_run(path, steps=(0, 1, 4, 20), config=TINY):
         model = build_model(change(config, seeds={"model": step}))
         save_checkpoint(folder.checkpoints, step, config, model.state_dict())
     return path
-
-
-def test_a_stored_vector_is_read_where_it_lies(tmp_path):
-    vectors = {"other": np.arange(3.0), "state": np.arange(1000, dtype=np.float32)}
-    write_part(tmp_path, Part(7, "x", [{"a": 1}], vectors), {"checkpoint_hash": "x"})
-    stored = stored_vector(tmp_path, 7, "state")
-    assert len(stored) == 1000
-    np.testing.assert_array_equal(stored[:], vectors["state"])
-    np.testing.assert_array_equal(stored[990:2000], vectors["state"][990:])
-    with pytest.raises(KeyError):
-        stored_vector(tmp_path, 7, "missing")
 
 
 def test_outputs_are_those_of_the_plain_model_and_computed_once(tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from sampling.llc_runs import write_older_estimate
+
 from icl import run_evaluation
 from icl.analysis.run import analyse
 from icl.api import load_model
@@ -84,7 +86,8 @@ def make_files(base: Path) -> None:
     train(CONFIG, folder=run)
     numbers, baselines = run_evaluation.evaluate_run(run)
     run_evaluation.save_evaluation(run, numbers, baselines)
-    estimate_run(run)
+    (record, *_) = estimate_run(run).records
+    write_older_estimate(RunFolder(run), record)
     RunFolder(run).write_result("embeddings.csv", analyse("embeddings", run).table.to_csv(index=False))
     RunFolder(run).write_result("stages.csv", STAGES)
     (run / "wandb-id").write_text("0123456789ab")
@@ -249,14 +252,16 @@ READERS = (
         "csv",
         (REPORT, _command("analyse", "RUN", "--what", "stages"), LLC, EVALUATE, VERIFY),
     ),
-    Reader("results/llc/", "runs/tiny/results/llc/*/step-*", "npz", (_ESTIMATE, _ESTIMATE, LLC, VERIFY)),
-    Reader("parts of the evaluation", "runs/tiny/results/evaluation/step-*", "npz", (EVALUATE,)),
+    Reader("results/llc/", "runs/tiny/results/llc/*/step-*.json", "json", (_ESTIMATE, _ESTIMATE, LLC, VERIFY)),
+    Reader("parts of the evaluation", "runs/tiny/results/evaluation/step-*.json", "json", (EVALUATE,)),
     Reader(
         "parts of an analysis",
-        "runs/tiny/results/embeddings/step-*",
-        "npz",
+        "runs/tiny/results/embeddings/step-*.json",
+        "json",
         (_command("analyse", "RUN", "--what", "embeddings"),),
     ),
+    Reader("traces of estimates", "runs/tiny/results/llc/*/step-*.npy", "npy", (_ESTIMATE, LLC, VERIFY)),
+    Reader("estimates of 0.1.0", "runs/tiny/results/llc/*/step-*.npz", "npz", (LLC, VERIFY)),
     Reader(
         "experiment_metadata.json",
         "checkpoints/experiment_metadata.json",

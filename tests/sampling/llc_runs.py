@@ -1,7 +1,10 @@
 """A tiny run's folder with a few checkpoints, made without training, and a sampler that takes a moment."""
 
 import dataclasses
+import json
+from pathlib import Path
 
+import numpy as np
 import torch
 from tiny_runs import TINY
 
@@ -9,6 +12,7 @@ from icl.build import build_model
 from icl.checkpoints import save_checkpoint
 from icl.config import SamplerConfig
 from icl.runs import RunFolder
+from icl.sampling.records import Record
 
 QUICK = SamplerConfig(
     lr=1e-5,
@@ -36,3 +40,13 @@ def make_run(path, *, steps=STEPS, config=CONFIG):
         moved = {name: params[name] + 1e-3 * step * noise[name] for name in params}
         save_checkpoint(folder.checkpoints, step, config, moved)
     return folder
+
+
+def write_older_estimate(run: RunFolder, record: Record) -> Path:
+    """Keep an estimate in the run's folder as version 0.1.0 did; return the file."""
+    about = {"settings": {}, "rules": 1, "row": record.row, "positions": record.positions, "stride": record.stride}
+    folder = run.results / "llc" / record.row["settings"]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"step-{record.row['step']:09d}.npz"
+    np.savez_compressed(file, about=np.array(json.dumps(about)), traces=record.traces)
+    return file

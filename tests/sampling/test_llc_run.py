@@ -76,18 +76,19 @@ def test_what_is_done_is_not_redone(folder, count):
 
 
 def test_an_interrupted_run_goes_on_from_the_last_checkpoint(folder, count, monkeypatch):
-    true = runs.write_record
+    true = runs.make_record
 
-    def stop_at_30(run, kind, record):
+    def stop_at_30(result, kind):
+        record = true(result, kind)
         if record.row["step"] == 30:
             raise KeyboardInterrupt
-        true(run, kind, record)
+        return record
 
-    monkeypatch.setattr(runs, "write_record", stop_at_30)
+    monkeypatch.setattr(runs, "make_record", stop_at_30)
     with pytest.raises(KeyboardInterrupt):
         estimate_run(folder.path)
     assert read(folder)["step"].tolist() == [0]
-    monkeypatch.setattr(runs, "write_record", true)
+    monkeypatch.setattr(runs, "make_record", true)
     estimate_run(folder.path)
     assert count == [0, 30, 30, 60]
 
@@ -132,7 +133,7 @@ def test_another_checkpoint_at_the_same_step_is_estimated_anew(folder, count):
 
 def test_a_damaged_record_is_made_again(folder, count):
     estimate_run(folder.path, dataclasses.replace(QUICK, steps="last"))
-    (file,) = (folder.results / "llc").glob("*/step-*.npz")
+    (file,) = (folder.results / "llc").glob("*/step-*.json")
     file.write_bytes(file.read_bytes()[:100])
     assert read_all(folder) == []
     estimate_run(folder.path, dataclasses.replace(QUICK, steps="last"))

@@ -1,0 +1,233 @@
+"""Measurements at every saved step of a run, kept so that none is made twice.
+
+`measure_checkpoints` reads a run's checkpoints in the order of their steps and hands those that were not yet measured to a
+function, several at once. What comes back is kept in the run's folder as one entry for each step, below `results/<name>/`:
+
+- `step-000001465.json`: rows of the table to come; a key, which is the hash of the checkpoint, that of its predecessor if it
+  counts, the settings and the version of the method; and names, shapes and places of the arrays;
+- `step-000001465.npy`: the numbers of all arrays, one after the other. The whole run needs arrays later, for a principal
+  component analysis say. They can be read a part at a time, so those of all checkpoints need not fit in memory.
+
+An entry with another key, or a damaged one, is measured again. Nothing is ever unpickled. Killed anywhere, the same call goes
+on from the last entry.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from icl.array_files import StoredArray, array_digest, locate_array, read_array, write_array
+from icl.checkpoints import Checkpoint, load_same_run
+from icl.config import RunConfig
+from icl.reading import MAX_TABLE, ContentError, is_table, parse_json, read_bytes
+from icl.storage import write_atomically
+
+
+class Measurement(NamedTuple):
+    """The result of measuring one checkpoint."""
+
+    rows: list[dict[str, Any]]
+    """Rows of the table, without step, hash and settings; values that JSON can hold, NaN included."""
+    arrays: Mapping[str, np.ndarray] = MappingProxyType({})
+    """Arrays that the whole run needs later, by name; of one type of numbers."""
+
+
+class Entry(NamedTuple):
+    """A measurement that is kept, with the checkpoint it belongs to."""
+
+    step: int
+    checkpoint_hash: str
+    rows: list[dict[str, Any]]
+    arrays: Mapping[str, np.ndarray] = MappingProxyType({})
+
+
+class Batch(NamedTuple):
+    """Entries of neighbouring steps that became available together."""
+
+    entries: list[Entry]
+    is_new: bool
+    """Whether they were measured now, rather than kept from before."""
+
+
+Measure: TypeAlias = Callable[[list[Checkpoint], int], Sequence[Measurement]]
+"""Measure checkpoints; the first `lead` (0 or 1) of them is there only as the predecessor of the next."""
+
+
+class Cache:
+    """The entries below one folder of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, step: int, key: Mapping[str, Any] | None = None) -> Entry | None:
+        """Return the entry of a step, or None if there is none, it is damaged, or it has another key.
+
+        Args:
+            step: The checkpoint's.
+            key: The key to ask for; left out, any will do.
+        """
+        try:
+            content = self._content(step)
+            if key is not None and content["key"] != json.loads(json.dumps(key)):
+                return None
+            places = content["places"]
+            numbers = read_array(self._array_file(step)) if places else np.zeros(0)
+            if array_digest(numbers) != content["array_digest"]:
+                return None
+            arrays = {name: numbers[start:stop].reshape(shape) for name, (start, stop, shape) in places.items()}
+            return Entry(step, content["key"]["checkpoint_hash"], content["rows"], arrays)
+        except (ContentError, OSError, LookupError, TypeError, ValueError, AttributeError):
+            return None
+
+    def write(self, entry: Entry, key: Mapping[str, Any]) -> None:
+        """Keep an entry under its key. A kill leaves the old entry, the new one, or none.
+
+        Raises:
+            StorageError: If it cannot be written.
+        """
+        places, stop = {}, 0
+        for name, array in entry.arrays.items():
+            places[name] = (stop, stop + array.size, array.shape)
+            stop += array.size
+        numbers = np.concatenate([array.ravel() for array in entry.arrays.values()]) if places else np.zeros(0)
+        if places:
+            write_array(self._array_file(entry.step), numbers)
+        content = {"key": dict(key), "rows": entry.rows, "places": places, "array_digest": array_digest(numbers)}
+        text = json.dumps({"digest": _digest(content), **content})
+        write_atomically(self._file(entry.step), text.encode())
+        self._file(entry.step).with_suffix(".npz").unlink(missing_ok=True)  # the same entry as 0.1.0 kept it
+
+    def stored_array(self, step: int, name: str) -> StoredArray:
+        """Return an array of an entry flattened, left in its file.
+
+        Raises:
+            ContentError: If the entry is missing or damaged.
+            KeyError: If it has no array of that name.
+        """
+        start, stop, _ = self._content(step)["places"][name]
+        numbers = locate_array(self._array_file(step))
+        offset = numbers.offset + start * numbers.dtype.itemsize
+        return dataclasses.replace(numbers, offset=offset, size=stop - start)
+
+    def steps(self, settings: Mapping[str, Any], version: int) -> set[int]:
+        """Return the steps that have an entry with these settings and this version, whatever the checkpoint's hash."""
+        wanted = (json.loads(json.dumps(settings)), version)
+        steps = set()
+        for file in self.folder.glob("step-*.json"):
+            with contextlib.suppress(ContentError, OSError, LookupError, TypeError, ValueError):
+                key = parse_entry(read_bytes(file, limit=MAX_TABLE))["key"]
+                steps |= (
+                    {int(file.stem.removeprefix("step-"))} if (key["settings"], key["version"]) == wanted else set()
+                )
+        return steps
+
+    def _content(self, step: int) -> dict[str, Any]:
+        return parse_entry(read_bytes(self._file(step), limit=MAX_TABLE))
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"step-{step:09d}.json"
+
+    def _array_file(self, step: int) -> Path:
+        return self.folder / f"step-{step:09d}.npy"
+
+
+def measure_checkpoints(
+    files: Sequence[Path],
+    config: RunConfig,
+    measure: Measure,
+    *,
+    cache: Cache | None,
+    settings: Mapping[str, Any],
+    version: int,
+    max_members: int,
+    uses_predecessor: bool = False,
+) -> Iterator[Batch]:
+    """Yield the entries of checkpoints in the order of their steps; those that are kept are not measured again.
+
+    Args:
+        files: Checkpoint files of one run, by step.
+        config: The run's configuration.
+        measure: Measures some neighbouring checkpoints.
+        cache: Where entries are kept; None keeps nothing.
+        settings: What the numbers depend on beside the checkpoint. With other settings everything is measured again.
+        version: Version of the method. A new one means that old entries are measured again.
+        max_members: Largest number of checkpoints to measure at once.
+        uses_predecessor: Whether a measurement looks at the checkpoint before it, too.
+
+    Raises:
+        CheckpointError: If a checkpoint cannot be used, or is of another run.
+        StorageError: If an entry cannot be written.
+    """
+    before: Checkpoint | None = None
+    lead: Checkpoint | None = None  # predecessor of the first pending checkpoint
+    pending: list[Checkpoint] = []
+    keys: list[dict[str, Any]] = []
+
+    def measure_pending() -> Batch:
+        leads = [] if lead is None else [lead]
+        measurements = measure([*leads, *pending], len(leads))
+        entries = [
+            Entry(checkpoint.step, checkpoint.digest, measurement.rows, dict(measurement.arrays))
+            for checkpoint, measurement in zip(pending, measurements, strict=True)
+        ]
+        for entry, key in zip(entries, keys, strict=True):
+            if cache is not None:
+                cache.write(entry, key)
+        pending.clear()
+        keys.clear()
+        return Batch(entries, is_new=True)
+
+    for file in files:
+        checkpoint = load_same_run(file, config)
+        predecessor = before if uses_predecessor else None
+        key = {
+            "checkpoint_hash": checkpoint.digest,
+            "predecessor_hash": predecessor.digest if predecessor else None,
+            "predecessor_step": predecessor.step if predecessor else None,
+            "settings": dict(settings),
+            "version": version,
+        }
+        entry = None if cache is None else cache.read(checkpoint.step, key)
+        if pending and (entry is not None or len(pending) == max_members):
+            yield measure_pending()
+        if entry is not None:
+            yield Batch([entry], is_new=False)
+        else:
+            lead = lead if pending else predecessor
+            pending.append(checkpoint)
+            keys.append(key)
+        before = checkpoint
+    if pending:
+        yield measure_pending()
+
+
+def parse_entry(data: bytes) -> dict[str, Any]:
+    """Return what the JSON file of an entry says: `key`, `rows`, `places` of the arrays, and `array_digest`.
+
+    Raises:
+        ContentError: If it is damaged.
+    """
+    content = parse_json(data)
+    if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
+        raise ContentError("its content does not match its digest")
+    if not is_table(content.get("rows")):
+        raise ContentError("it holds no rows")
+    return content
+
+
+def entry_rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Return the rows of entries for one table, each with its `step` and `checkpoint_hash`."""
+    return [
+        {"step": entry.step, "checkpoint_hash": entry.checkpoint_hash, **row} for entry in entries for row in entry.rows
+    ]
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(content).encode(errors="surrogatepass"), digest_size=16).hexdigest()
