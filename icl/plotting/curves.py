@@ -1,6 +1,7 @@
-"""The figure of runs as far as they have come: their losses against the step, one line for each.
+"""The figure of one or several runs during or after training: their losses against the step, a line for each run.
 
-Few runs are named at the ends of their lines, more in a legend. Step 0 lies far before the next one, so it is a point by itself.
+The names of a few runs stand at the ends of their lines, those of more runs in a legend. Step 0 lies far left of the next step, so it is
+a separate dot.
 """
 
 import math
@@ -15,14 +16,14 @@ from icl.plotting.style import new_figure, ordered_colours, scale_steps
 from icl.plotting.tidying import name_outside
 
 MAX_LABELS = 16
-"""Runs that a legend can still tell apart."""
+"""Largest number of runs whose colours a reader can tell apart in a legend."""
 MAX_END_LABELS = 12
-"""Runs that can be named at the ends of their lines."""
+"""Largest number of runs that are named at the ends of their lines."""
 _LABEL_HEIGHT = 0.065
-"""Least distance of two such names, as a share of the axes' height."""
-_MAX_LETTERS = 30
+"""Smallest distance between two such names, as a fraction of the height of the axes."""
+_MAX_NAME_LENGTH = 30
 MANY_LABELS = 3.0
-"""Highest over lowest loss from which on 1, 2 and 5 are labels enough."""
+"""Ratio of the highest to the lowest loss above which only 1, 2 and 5 times powers of ten are labelled."""
 _PANELS = {
     "train/loss": "Training batches",
     "eval/pretrain/loss": "Fixed prompts, training tasks",
@@ -31,44 +32,52 @@ _PANELS = {
 
 
 def plot_curves(curves: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
-    """Losses against step: on training batches, then on the fixed prompts that any of the runs was evaluated on.
+    """Plot losses against the step: on training batches, and on the fixed prompts that any of the runs was evaluated on.
 
     Args:
-        curves: By the run's name, its `metrics.csv`; dark lines are those that come first.
-        title: Above the panels.
+        curves: The `metrics.csv` of each run, by the run's name. The first runs get the darkest lines.
+        title: Title of the figure.
     """
-    panels = {
-        key: name for key, name in _PANELS.items() if any(_curve(table, key) is not None for table in curves.values())
-    }
-    figure, axes = new_figure(max(1, len(panels)), width=4.0, height=3.6)
-    is_labelled = 1 < len(curves) <= MAX_END_LABELS and max(map(len, curves)) <= _MAX_LETTERS
-    for panel, (key, name) in zip(axes, panels.items(), strict=False):
-        _draw(panel, curves, key)
+    panels = {}
+    for key, name in _PANELS.items():
+        losses = {run: _positive_losses(table, key) for run, table in curves.items()}
+        if any(map(len, losses.values())):
+            panels[key] = (name, losses)
+    figure, axes = new_figure(max(1, len(panels)), width=4.0, height=3.6, title=title)
+    has_end_labels = 1 < len(curves) <= MAX_END_LABELS and max(map(len, curves)) <= _MAX_NAME_LENGTH
+    for panel, (key, (name, losses)) in zip(axes, panels.items(), strict=False):
+        _draw_losses(panel, losses, key)
         panel.set_title(name, fontsize=10)
-        if is_labelled:
-            _label_ends(panel, curves, key)
+        if has_end_labels:
+            _label_ends(panel, losses, key)
     axes[0].set_ylabel("loss (squared error per target)")
-    if 1 < len(curves) <= MAX_LABELS and not is_labelled:
+    if 1 < len(curves) <= MAX_LABELS and not has_end_labels:
         name_outside(figure, axes[: len(panels)], loc="outside lower center", ncols=3, fontsize=8)
-    figure.suptitle(title, fontsize=11)
     return figure
 
 
-def _draw(axes: Axes, curves: Mapping[str, pd.DataFrame], key: str) -> None:
+def _positive_losses(table: pd.DataFrame, key: str) -> pd.DataFrame:
+    """Return the steps and the positive losses of one column; no rows if the table lacks it."""
+    if not {"step", key} <= set(table.columns):
+        return pd.DataFrame({"step": [], key: []})
+    numbers = table[["step", key]].apply(pd.to_numeric, errors="coerce").dropna()
+    return numbers[(numbers["step"] >= 0) & (numbers[key] > 0)]
+
+
+def _draw_losses(axes: Axes, losses: Mapping[str, pd.DataFrame], key: str) -> None:
     first = math.inf
-    for (name, table), colour in zip(curves.items(), ordered_colours(len(curves)), strict=True):
-        curve = _curve(table, key)
-        if curve is None:
+    for (run, curve), colour in zip(losses.items(), ordered_colours(len(losses)), strict=True):
+        if curve.empty:
             continue
-        start, rest = curve[curve["step"] == 0], curve[curve["step"] > 0]
-        first = min([first, *rest["step"]])
-        axes.plot(rest["step"], rest[key], color=colour, label=name, marker="." if len(rest) < 3 else None)
+        start, later = curve[curve["step"] == 0], curve[curve["step"] > 0]
+        first = min([first, *later["step"]])
+        axes.plot(later["step"], later[key], color=colour, label=run, marker="." if len(later) < 3 else None)
         axes.plot(
             start["step"], start[key], color=colour, linestyle="", marker="o", markersize=4,
-            label=name if rest.empty else None,
+            label=run if later.empty else None,
         )  # fmt: skip
     scale_steps(axes, first=float(first) if first < math.inf else 1.0)
-    axes.set(yscale="log", xlabel="step (updates)" if len(curves) < 2 else "step (updates; points: step 0)")
+    axes.set(yscale="log", xlabel="step (updates)" if len(losses) < 2 else "step (updates; dots: step 0)")
     lowest, highest = axes.get_ylim()
     if highest / lowest > MANY_LABELS:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -77,50 +86,28 @@ def _draw(axes: Axes, curves: Mapping[str, pd.DataFrame], key: str) -> None:
     axes.tick_params(axis="y", which="minor", labelsize=8)
 
 
-def _label_ends(axes: Axes, curves: Mapping[str, pd.DataFrame], key: str) -> None:
-    """Write each run's name on the right of the axes, joined to the end of its line; names keep their distance."""
-    ends = {name: curve.iloc[-1] for name, table in curves.items() if (curve := _curve(table, key)) is not None}
-    colours = dict(zip(curves, ordered_colours(len(curves)), strict=True))
+def _label_ends(axes: Axes, losses: Mapping[str, pd.DataFrame], key: str) -> None:
+    """Write the name of each run right of the axes, joined to the end of its line; keep the names apart."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
-    wanted = {name: (math.log(end[key]) - low) / (high - low) for name, end in ends.items()}
-    for name, place in zip(
-        sorted(wanted, key=lambda name: wanted[name]), _spread(sorted(wanted.values())), strict=True
-    ):
+    colours = dict(zip(losses, ordered_colours(len(losses)), strict=True))
+    ends = {run: curve.iloc[-1] for run, curve in losses.items() if len(curve)}
+    heights = {run: (math.log(end[key]) - low) / (high - low) for run, end in ends.items()}
+    ordered = sorted(heights, key=lambda run: heights[run])
+    for run, height in zip(ordered, _spread([heights[run] for run in ordered]), strict=True):
         axes.annotate(
-            name,
-            (ends[name]["step"], ends[name][key]),
-            xytext=(1.05, place),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=9,
+            run, (ends[run]["step"], ends[run][key]), xytext=(1.05, height), textcoords="axes fraction", va="center", fontsize=9,
             annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colours[name],
-                "linewidth": 1.0,
-                "shrinkA": 1,
-                "shrinkB": 1,
-                "relpos": (0, 0.5),
-            },
-        )
+            arrowprops={"arrowstyle": "-", "color": colours[run], "linewidth": 1.0, "shrinkA": 1, "shrinkB": 1, "relpos": (0, 0.5)},
+        )  # fmt: skip
 
 
-def _spread(places: Sequence[float]) -> list[float]:
-    """Move sorted places in [0, 1] apart to at least the height of a name, as little as passing up and down once does."""
+def _spread(heights: Sequence[float]) -> list[float]:
+    """Move sorted heights in [0, 1] apart to at least the height of a name: one pass upwards, then one downwards from the top."""
     spread: list[float] = []
-    for place in places:
-        spread.append(max(place, spread[-1] + _LABEL_HEIGHT) if spread else place)
+    for height in heights:
+        spread.append(max(height, spread[-1] + _LABEL_HEIGHT) if spread else height)
     limit = 1.0
-    for number in reversed(range(len(spread))):
-        spread[number] = min(spread[number], limit)
-        limit = spread[number] - _LABEL_HEIGHT
+    for index in reversed(range(len(spread))):
+        spread[index] = min(spread[index], limit)
+        limit = spread[index] - _LABEL_HEIGHT
     return spread
-
-
-def _curve(table: pd.DataFrame, key: str) -> pd.DataFrame | None:
-    """The positive losses, or None if there are none."""
-    if not {"step", key} <= set(table.columns):
-        return None
-    numbers = table[["step", key]].apply(pd.to_numeric, errors="coerce").dropna()
-    numbers = numbers[(numbers["step"] >= 0) & (numbers[key] > 0)]
-    return numbers if len(numbers) else None

@@ -1,11 +1,12 @@
-"""The figure of a task-diversity experiment: how far the trained models are from ridge and from dMMSE, against M.
+"""The figure of a task-diversity experiment: the gaps of the trained models to ridge and to dMMSE, against the number of tasks M.
 
-A model that has learnt the Gaussian prior sits on ridge, one that has learnt its M tasks on dMMSE (Raventos et al. 2023,
-arXiv 2306.15063, figure 2, where the gaps are divided by D; here they are not). Where one gives way to the other depends on
-architecture and training; no threshold is drawn, because none is estimated.
+A model that has learned the Gaussian prior has a gap to ridge of zero; one that has learned its M tasks has a gap to dMMSE of zero (Raventos
+et al. 2023, arXiv 2306.15063, figure 2; they divide the gaps by D, we do not). The M at which one replaces the other depends on the
+architecture and the training. No threshold is drawn, because none is estimated.
 """
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -13,63 +14,64 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from icl.plotting.rows import select
 from icl.plotting.style import GREEN, VERMILION, new_figure
 
-SERIES = {"delta_ridge": (VERMILION, "o", "to ridge"), "delta_dmmse": (GREEN, "s", "to dMMSE")}
+SERIES = {"delta_ridge": (VERMILION, "o", "gap to ridge"), "delta_dmmse": (GREEN, "s", "gap to dMMSE")}
 PANELS = {"pretrain": "In distribution: the M training tasks", "true": "Out of distribution: new tasks, w ~ N(0, I)"}
-_FEW_DECADES = 30.0
-"""Below this ratio of largest to smallest value, ticks between powers of ten are labelled too."""
+_MAX_MINOR_RATIO = 30.0
+"""Largest ratio of the ends of the y axis at which ticks between powers of ten are labelled too."""
+_MAX_TICKS = 11
 
 
 def plot_diversity(table: pd.DataFrame, *, title: str) -> Figure:
-    """Gaps in distribution (left) and out of distribution (right); M = inf has a tick of its own.
+    """Plot gaps on training tasks (left) and on new tasks (right) against M; M = inf has a tick of its own.
 
     Args:
-        table: `num_tasks` (as text), `step`, `distribution`, `quantity`, `position`, `value`, `stderr`; of each M the last
-            step is drawn.
-        title: Above the panels.
+        table: Columns `num_tasks` (as text), `step`, `distribution`, `quantity`, `position`, `value`, `stderr`. Only the last
+            step of each M is drawn.
+        title: Title of the figure.
     """
     last = table[table["step"] == table.groupby("num_tasks")["step"].transform("max")]
-    labels = sorted(last["num_tasks"].astype(str).unique(), key=float)
-    places = _places(labels)
-    figure, panels = new_figure(len(PANELS), width=5.4, height=4.4)
+    positions = diversity_positions(last["num_tasks"].astype(str).unique())
+    figure, panels = new_figure(len(PANELS), width=5.4, height=4.4, title=title)
     for axes, (distribution, name) in zip(panels, PANELS.items(), strict=True):
-        _draw_gaps(axes, last[last["distribution"] == distribution], places)
-        _label_diversities(axes, places)
+        _draw_gaps(axes, select(last, distribution=distribution, position="mean"), positions)
+        _label_diversities(axes, positions)
         axes.set_title(name, fontsize=10)
     panels[0].set_ylabel(
-        "gap: mean squared distance of predictions\n(per target, not divided by D; bars: 2 s.e.)", fontsize=9
+        "gap: mean squared difference of predictions\n(per target, not divided by D; bars: 2 s.e.)", fontsize=9
     )
-    _share_values(panels, last.loc[last["quantity"].isin(list(SERIES)), "value"])
-    drawn = [axes for axes in panels if axes.get_legend_handles_labels()[0]]
-    for axes in drawn[:1]:
+    _share_scale(panels, last.loc[last["quantity"].isin(list(SERIES)), "value"])
+    for axes in [axes for axes in panels if axes.get_legend_handles_labels()[0]][:1]:
         axes.legend(fontsize=9)
-    figure.suptitle(title, fontsize=11)
     return figure
 
 
-def _places(labels: list[str]) -> dict[str, float]:
-    """Where each M stands: at log2 M, and infinity beyond the largest by a gap of its own."""
-    finite = [math.log2(float(label)) for label in labels if label != "inf"]
-    beyond = max(finite) + max(1.5, 0.1 * (max(finite) - min(finite))) if finite else 0.0
-    return {label: beyond if label == "inf" else math.log2(float(label)) for label in labels}
+def diversity_positions(num_tasks: Iterable[str], *, gap: float | None = None) -> dict[str, float]:
+    """Return the horizontal position of every M in ascending order: log2 M, and infinity `gap` right of the largest."""
+    ordered = sorted(num_tasks, key=float)
+    positions = {m: math.log2(float(m)) for m in ordered if m != "inf"}
+    if "inf" in ordered:
+        first, last = min(positions.values(), default=0.0), max(positions.values(), default=0.0)
+        positions["inf"] = last + (max(1.5, 0.1 * (last - first)) if gap is None else gap)
+    return positions
 
 
-def _draw_gaps(axes: Axes, numbers: pd.DataFrame, places: dict[str, float]) -> None:
-    means = numbers[numbers["position"] == "mean"].set_index("num_tasks")
-    for quantity, (colour, marker, name) in SERIES.items():
-        gaps = means[means["quantity"] == quantity]
-        finite = gaps[gaps.index != "inf"].sort_index(key=lambda index: index.map(places))
-        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "capsize": 2.5}
-        if len(finite):
-            axes.errorbar(finite.index.map(places), finite["value"], 2 * finite["stderr"], label=f"gap {name}", **style)
-        for label, gap in gaps[gaps.index == "inf"].iterrows():
-            own: dict[str, Any] = {} if len(finite) else {"label": f"gap {name}"}
-            axes.errorbar([places[str(label)]], gap["value"], 2 * gap["stderr"], linestyle="none", **style, **own)
+def _draw_gaps(axes: Axes, means: pd.DataFrame, positions: Mapping[str, float]) -> None:
+    for quantity, (colour, marker, label) in SERIES.items():
+        gaps = select(means, quantity=quantity)
+        gaps = gaps.assign(x=gaps["num_tasks"].astype(str).map(positions)).sort_values("x")
+        is_infinite = gaps["num_tasks"] == "inf"
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "capsize": 2.5, "label": label}
+        for points, line in ((gaps[~is_infinite], "-"), (gaps[is_infinite], "none")):
+            if len(points):
+                axes.errorbar(points["x"], points["value"], 2 * points["stderr"], linestyle=line, **style)
+                style["label"] = None  # one legend entry for both
 
 
-def _share_values(panels: list[Axes], values: pd.Series) -> None:
-    """One scale for all panels: logarithmic if there is anything above zero; bars that reach below it are cut."""
+def _share_scale(panels: list[Axes], values: pd.Series) -> None:
+    """Give all panels one y scale, logarithmic if any value is positive; error bars that reach below zero are cut."""
     for axes in panels[1:]:
         axes.sharey(panels[0])
     if not ((values > 0) & (values < math.inf)).any():
@@ -79,18 +81,20 @@ def _share_values(panels: list[Axes], values: pd.Series) -> None:
     low, high = panels[0].get_ylim()
     for axes in panels:
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}" if high / low < _FEW_DECADES else NullFormatter())
+        axes.yaxis.set_minor_formatter("{x:g}" if high / low < _MAX_MINOR_RATIO else NullFormatter())
         axes.tick_params(axis="y", which="minor", labelsize=8)
 
 
-def _label_diversities(axes: Axes, places: dict[str, float]) -> None:
-    step = max(1, math.ceil(len(places) / 11))
-    finite = [label for label in places if label != "inf"]
-    shown = finite[::-1][::step][::-1] + (["inf"] if "inf" in places else [])
-    names = ["∞" if label == "inf" else _power(places[label], label) for label in shown]
-    axes.set_xticks([places[label] for label in shown], names)
-    if "inf" in places and finite:
-        axes.axvline((places["inf"] + places[finite[-1]]) / 2, color="0.7", linewidth=0.8, linestyle=(0, (2, 3)))
+def _label_diversities(axes: Axes, positions: Mapping[str, float]) -> None:
+    stride = max(1, math.ceil(len(positions) / _MAX_TICKS))
+    finite = [m for m in positions if m != "inf"]
+    labels = {positions[m]: _power(positions[m], m) for m in finite[::-1][::stride][::-1]}
+    if "inf" in positions:
+        labels[positions["inf"]] = "∞"
+        if finite:
+            middle = (positions["inf"] + positions[finite[-1]]) / 2
+            axes.axvline(middle, color="0.7", linewidth=0.8, linestyle=(0, (2, 3)))
+    axes.set_xticks(list(labels), list(labels.values()))
     axes.set_xlabel("task diversity M (number of training tasks; at ∞, dMMSE is ridge)", fontsize=9)
 
 

@@ -1,9 +1,10 @@
-"""The figure of the fit of OOD error: against task diversity, predicted against measured, and its coefficients."""
+"""The figure of a regression of the OOD loss: the loss against task diversity, predicted against measured, and the coefficients."""
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from icl.plotting.rows import select
 from icl.plotting.style import BLACK, BLUE, ORANGE, VERMILION, new_figure
 
 _NAMES = {
@@ -16,63 +17,64 @@ _NAMES = {
 
 
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
-    """Three panels from the table of `icl.analysis.diversity_fit`; bars are two standard errors.
+    """Draw three panels from the table of `icl.analysis.diversity_fit`; bars are two standard errors.
 
     Args:
-        table: What the analysis returned.
-        title: Above the panels, before the verdict.
+        table: The table that the analysis returns.
+        title: Title of the figure; the model and the verdict are added to it.
     """
     figure, (against, predicted, coefficients) = new_figure(3, width=4.7, height=4.2)
-    about = table[table["quantity"] == "r2_cv"].iloc[0]
-    points = {name: table[table["quantity"] == name] for name in ("measured", "fitted", "held_out")}
-    place = "new tasks" if about["target"] == "true" else f"`{about['target']}`"
-    label = f"loss on {place} (per target)"
-    _draw_against(against, points, label)
-    _draw_predicted(predicted, points, label, about)
-    _draw_coefficients(coefficients, table[table["quantity"] == "coefficient"], about)
-    reasons = f": {about['reasons']}" if about["reasons"] else ""
-    figure.suptitle(f"{title}   ({about['model_type']}; verdict {about['verdict']}{reasons})", fontsize=10)
+    fit = select(table, quantity="r2_cv").iloc[0]
+    target = "new tasks" if fit["target"] == "true" else f"`{fit['target']}`"
+    label = f"loss on {target} (per target)"
+    _draw_against_diversity(against, table, label)
+    _draw_predicted(predicted, table, label)
+    predicted.set_title(f"R² = {fit['value']:.2f} ± {fit['stderr']:.2f}, leaving out one M at a time", fontsize=10)
+    _draw_coefficients(coefficients, select(table, quantity="coefficient"))
+    reasons = f": {fit['reasons']}" if fit["reasons"] else ""
+    figure.suptitle(f"{title}   ({fit['model_type']}; verdict {fit['verdict']}{reasons})", fontsize=10)
     return figure
 
 
-def _draw_against(axes: Axes, points: dict[str, pd.DataFrame], label: str) -> None:
-    """Measured loss and both predictions at every M; M = inf, which has no place on the axis, as a line."""
-    measured = points["measured"].assign(num_tasks=points["measured"]["num_tasks"].astype(float))
-    finite = measured[measured["num_tasks"] < float("inf")]
-    infinite = measured[measured["num_tasks"] == float("inf")]
+def _draw_against_diversity(axes: Axes, table: pd.DataFrame, label: str) -> None:
+    """Draw the measured loss and both predictions at every finite M; the loss for M = inf is a horizontal line."""
+    points = table[table["quantity"].isin(("measured", "fitted", "held_out"))]
+    points = points.assign(num_tasks=points["num_tasks"].astype(float))
+    is_infinite = points["num_tasks"] == float("inf")
+    finite, infinite = points[~is_infinite], select(points[is_infinite], quantity="measured")
+    measured, fitted, held_out = (select(finite, quantity=name) for name in ("measured", "fitted", "held_out"))
     axes.errorbar(
-        finite["num_tasks"], finite["value"], 2 * finite["stderr"], fmt="o", color=BLACK, markersize=4, label="measured"
-    )
-    for name, colour, marker, text in (("fitted", BLUE, "-", "fitted"), ("held_out", ORANGE, "x", "held out")):
-        rows = points[name].assign(num_tasks=points[name]["num_tasks"].astype(float))
-        rows = rows[rows["num_tasks"] < float("inf")]
-        axes.plot(rows["num_tasks"], rows["value"], marker, color=colour, label=text, markersize=7)
-    for place, value in enumerate(infinite["value"]):
-        axes.axhline(
-            value, color=VERMILION, linestyle="--", linewidth=1.2, label="M = ∞, measured" if not place else None
-        )
+        measured["num_tasks"], measured["value"], 2 * measured["stderr"], fmt="o", color=BLACK, markersize=4, label="measured"
+    )  # fmt: skip
+    axes.plot(fitted["num_tasks"], fitted["value"], "-", color=BLUE, label="fitted", markersize=7)
+    axes.plot(held_out["num_tasks"], held_out["value"], "x", color=ORANGE, label="held out", markersize=7)
+    for index, value in enumerate(infinite["value"]):
+        text = "M = ∞, measured" if index == 0 else None
+        axes.axhline(value, color=VERMILION, linestyle="--", linewidth=1.2, label=text)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="number of training tasks M", ylabel=label)
-    axes.set_title("Against task diversity", fontsize=10)
+    axes.set_title("Loss against task diversity", fontsize=10)
     axes.legend(fontsize=8)
 
 
-def _draw_predicted(axes: Axes, points: dict[str, pd.DataFrame], label: str, about: pd.Series) -> None:
+def _draw_predicted(axes: Axes, table: pd.DataFrame, label: str) -> None:
     keys = ["num_tasks", "step", "checkpoint_hash"]
-    both = points["measured"].merge(points["held_out"], on=keys, suffixes=("", "_held_out"))
-    errors = 2 * both["stderr"]
-    axes.errorbar(both["value"], both["value_held_out"], xerr=errors, fmt="o", color=ORANGE, markersize=4)
-    low, high = (extreme(both[["value", "value_held_out"]].to_numpy().ravel()) for extreme in (min, max))
-    axes.plot([low, high], [low, high], color=BLACK, linewidth=0.8, linestyle=":")
+    pairs = select(table, quantity="measured").merge(
+        select(table, quantity="held_out"), on=keys, suffixes=("", "_held_out")
+    )
+    xerr = 2 * pairs["stderr"]
+    axes.errorbar(pairs["value"], pairs["value_held_out"], xerr=xerr, fmt="o", color=ORANGE, markersize=4)
+    values = pairs[["value", "value_held_out"]].to_numpy()
+    diagonal = [values.min(), values.max()]
+    axes.plot(diagonal, diagonal, color=BLACK, linewidth=0.8, linestyle=":")
     axes.set(xlabel=f"measured {label}", ylabel="predicted without this M")
-    axes.set_title(f"R² = {about['value']:.2f} ± {about['stderr']:.2f}, leaving out one M at a time", fontsize=10)
 
 
-def _draw_coefficients(axes: Axes, rows: pd.DataFrame, about: pd.Series) -> None:
-    places = range(len(rows))
-    axes.errorbar(rows["value"], places, xerr=2 * rows["stderr"], fmt="o", color=BLUE, markersize=5, capsize=2)
+def _draw_coefficients(axes: Axes, rows: pd.DataFrame) -> None:
+    heights = range(len(rows))
+    axes.errorbar(rows["value"], heights, xerr=2 * rows["stderr"], fmt="o", color=BLUE, markersize=5, capsize=2)
     axes.axvline(0, color=BLACK, linewidth=0.8)
-    axes.set_yticks(places, [_NAMES.get(name, name) for name in rows["item"]], fontsize=9)
+    axes.set_yticks(heights, [_NAMES.get(name, name) for name in rows["item"]], fontsize=9)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set(xlabel="change of the loss per standard deviation")
     axes.set_title("Coefficients (bars: 2 standard errors)", fontsize=10)

@@ -1,12 +1,13 @@
-"""A gallery: figures drawn from shipped tables, each saved as PNG and PDF with its caption beside it, and a page that shows them all.
+"""The gallery of figures drawn from the shipped tables: each is saved as PNG and PDF beside its caption, and one page shows them all.
 
-A notebook opens one, takes tables from it and hands figures back:
+A notebook opens a gallery, takes tables from it, and saves figures to it:
 
-    gallery = Gallery("llcs")                       # ../data/small, ../figures
-    gallery.save(llc.plot_known_answers(gallery.table("known-answers")), "known-answers", "Estimates beside the truth.")
+    gallery = Gallery("llcs")                       # tables of ../data/small, figures to ../figures
+    table = gallery.table("known-answers")
+    gallery.save(llc_studies.plot_known_answers(table, title="Known answers"), "known-answers", "Estimates beside the truth.")
 
-Every figure says in a line above it, and every caption in full, which data it is of: their size, date, versions and hardware. The same tables give the
-same bytes.
+Every figure names the source of its data in a line above it; its caption adds date, versions, hardware and commands. The same tables
+give the same bytes.
 """
 
 import json
@@ -23,12 +24,16 @@ from icl.storage import write_atomically
 from icl.validation import ConfigError
 
 FOLDER_VARIABLE = "ICL_FIGURES"
-"""The environment variable that sends figures elsewhere."""
-_TEXT = {"num_tasks": str, "position": str, "settings": str}
+"""Environment variable that names another folder for the figures."""
+_TEXT_COLUMNS = {"num_tasks": str, "position": str, "settings": str}
+_PAGE_HEAD = (
+    "# Figures\n\nThe notebooks draw these figures from the tables in `data/`. `make figures` draws them again and writes this page. "
+    "Bands and bars are two standard errors. Losses are squared errors per target, not divided by D.\n\n"
+)
 
 
 class Saved(NamedTuple):
-    """A figure that was saved; notebooks show it."""
+    """A saved figure, which a notebook displays."""
 
     png: bytes
     caption: str
@@ -38,17 +43,23 @@ class Saved(NamedTuple):
 
 
 class Gallery:
-    """The shipped tables of one size, and the folder that figures go to."""
+    """The shipped tables of one size, and the folder of the figures drawn from them.
+
+    Args:
+        notebook: Name of the notebook that draws the figures, for their captions.
+        size: Folder of the tables within `data`.
+        data: Folder of all shipped data.
+    """
 
     def __init__(self, notebook: str, *, size: str = "small", data: str | Path = "../data") -> None:
         self.notebook = notebook
         self.data = Path(data) / size
         self.figures = Path(os.environ.get(FOLDER_VARIABLE) or "../figures")
         self.provenance: dict[str, Any] = json.loads((self.data / "provenance.json").read_text(encoding="utf-8"))
-        self._used: list[str] = []
+        self._used: list[str] = []  # names of the tables taken since the last figure was saved
 
     def table(self, name: str, run: str | None = None) -> pd.DataFrame:
-        """A shipped table, all of it or a run's rows; the next figure saved counts as drawn from it.
+        """Return a shipped table, or only the rows of one run. The caption of the next saved figure names the table.
 
         Raises:
             ConfigError: If there is no such table or run.
@@ -56,9 +67,9 @@ class Gallery:
         file = self.data / f"{name}.csv"
         if not file.is_file():
             raise ConfigError(
-                f"There is no table {file}; `python -m data {self.data.name}` makes it, if its runs are there."
+                f"There is no table {file}. If its runs exist, `python -m data {self.data.name}` makes the table."
             )
-        table = pd.read_csv(file, dtype=_TEXT)
+        table = pd.read_csv(file, dtype=_TEXT_COLUMNS)
         self._used.append(name)
         if run is None:
             return table
@@ -67,20 +78,20 @@ class Gallery:
         return table[table["run"] == run].reset_index(drop=True)
 
     def model(self, run: str, step: int) -> Path:
-        """The file of a shipped model, at the saved step nearest to this one.
+        """Return the file of a shipped model of this run, at the saved step nearest to `step`.
 
         Raises:
-            ConfigError: If no model of this run ships.
+            ConfigError: If no model of this run is shipped.
         """
         files = sorted((self.data / "models" / run.replace("/", "-")).glob("step-*.safetensors"))
         if not files:
-            raise ConfigError(f"No model of `{run}` ships in {self.data / 'models'}.")
+            raise ConfigError(f"No model of `{run}` is shipped in {self.data / 'models'}.")
         self._used.append("checkpoints")
         return min(files, key=lambda file: abs(int(file.stem.partition("-")[2]) - step))
 
     def save(self, figure: Figure, name: str, caption: str) -> Saved:
-        """Write `<name>.png`, `.pdf` and `.txt` (its caption and where the data come from)."""
-        origin, source = self._source()
+        """Write `<name>.png`, `<name>.pdf`, and `<name>.txt` with the caption and the source of the data."""
+        origin, source = self._describe_source()
         self.figures.mkdir(parents=True, exist_ok=True)
         png = render_figure(figure, "png", origin=origin)
         write_atomically(self.figures / f"{name}.png", png)
@@ -89,40 +100,39 @@ class Gallery:
         write_atomically(self.figures / f"{name}.txt", text.encode())
         return Saved(png, text)
 
-    def _source(self) -> tuple[str, str]:
-        """The line above the figure, and the caption's account of the tables used since the last figure."""
+    def _describe_source(self) -> tuple[str, str]:
+        """Return the line above a figure and the caption's paragraph about the tables taken since the last figure."""
         used, self._used = list(dict.fromkeys(self._used)), []
-        told = {name: self.provenance["tables"].get(name, {}) for name in used}
-        about = {
-            key: ", ".join(sorted({value for one in told.values() for value in one.get(key, [])}))
+        sources = [self.provenance["tables"].get(name, {}) for name in used]
+        values = {
+            key: ", ".join(sorted({value for source in sources for value in source.get(key, [])}))
             for key in ("date", "hardware", "torch", "commit")
         }
-        versions = f"{about['date']}, {about['hardware']}, torch {about['torch']}"
+        label = self.provenance["label"]
         tables = ", ".join(f"{name}.csv" for name in used)
-        origin = f"data/{self.data.name}: {self.provenance['label']} · {about['date']}"
-        commands = dict.fromkeys(text for one in told.values() for text in one.get("commands", []))
-        lines = [f"    {line}" for text in commands for line in text.splitlines()]
-        source = f"Data: {tables} of data/{self.data.name} ({self.provenance['label']}); {versions}, source {about['commit']}."
-        return origin, "\n".join([source, f"Commands, from data/{self.data.name}.sh:", *lines])
+        summary = (
+            f"Data: {tables} of data/{self.data.name} ({label}); {values['date']}, {values['hardware']}, "
+            f"torch {values['torch']}, source {values['commit']}."
+        )
+        commands = dict.fromkeys(command for source in sources for command in source.get("commands", []))
+        lines = [f"    {line}" for command in commands for line in command.splitlines()]
+        text = "\n".join([summary, f"Commands, from data/{self.data.name}.sh:", *lines])
+        return f"data/{self.data.name}: {label} · {values['date']}", text
 
 
 def write_index(figures: str | Path) -> Path:
-    """`README.md` of the folder of figures: every figure with its caption, by notebook."""
+    """Write the `README.md` of a folder of figures, which shows every figure with its caption, ordered by notebook."""
     folder = Path(figures)
     by_notebook: dict[str, list[str]] = {}
     for file in sorted(folder.glob("*.txt")):
-        caption, _, rest = file.read_text(encoding="utf-8").partition("\n\n")
-        match = re.search(r"^Drawn by (.*)\.$", rest, re.MULTILINE)
-        data = rest.partition("\n")[0]
         name = file.stem
+        caption, _, source = file.read_text(encoding="utf-8").partition("\n\n")
+        notebook = re.search(r"^Drawn by (.*)\.$", source, re.MULTILINE)
         links = f"[PDF]({name}.pdf) · [caption and commands]({name}.txt)"
-        entry = f"### {name}\n\n![{name}]({name}.png)\n\n{caption}\n\n{links}  \n<sub>{data}</sub>\n"
-        by_notebook.setdefault(match[1] if match else "", []).append(entry)
+        summary = source.partition("\n")[0]
+        entry = f"### {name}\n\n![{name}]({name}.png)\n\n{caption}\n\n{links}  \n<sub>{summary}</sub>\n"
+        by_notebook.setdefault(notebook[1] if notebook else "", []).append(entry)
     parts = [f"## {notebook}\n\n" + "\n".join(entries) for notebook, entries in sorted(by_notebook.items())]
-    head = (
-        "# Figures\n\nDrawn from the tables in `data/` by the notebooks; `make figures` draws them again and writes this page. "
-        "Bands and bars are two standard errors. Losses are squared errors per target, not divided by D.\n\n"
-    )
     path = folder / "README.md"
-    write_atomically(path, (head + "\n".join(parts)).encode())
+    write_atomically(path, (_PAGE_HEAD + "\n".join(parts)).encode())
     return path

@@ -1,9 +1,10 @@
-"""Figures of a ladder of task diversities: which prior a run learns first, how far it is from dMMSE and ridge, and when it leaves ridge.
+"""Figures of a ladder of task diversities: the prior that a run learns first, its gaps to dMMSE and ridge, and whether ridge is transient.
 
-A run's colour says its M: dark is few tasks, light many; M = inf is black. All runs of a ladder start from the same weights.
+A ladder is a set of runs that differ only in M; all start from the same weights. The colour of a run shows its M: dark for few tasks,
+light for many, black for M = inf.
 """
 
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,239 +12,197 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from icl.plotting.diversity import plot_diversity
-from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, VERMILION, label_plainly, new_figure, ordered_colours
+from icl.plotting.diversity import diversity_positions, plot_diversity
+from icl.plotting.rows import select
+from icl.plotting.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    VERMILION,
+    draw_band,
+    label_plainly,
+    new_figure,
+    ordered_colours,
+)
 from icl.plotting.tidying import KEY
+
+_DIFFERENCE_LABEL = "mean squared difference of predictions (per target)"
 
 
 def plot_task_prior(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str) -> Figure:
-    """Distances of predictions to those of the mean task and to 0 over training, and their smallest values against M.
+    """Plot how far predictions are from those of the mean task and from 0 over training, and the smallest values against M.
 
     Args:
-        evaluation: Rows of `evaluation.csv` of the ladder.
-        runs: The same of `runs.csv`.
-        title: Above the panels.
+        evaluation: Rows of `evaluation.csv` for the ladder.
+        runs: Rows of `runs.csv` for the ladder.
+        title: Title of the figure.
     """
-    figure, (mean, zero, least) = new_figure(3, width=4.8, height=4.2)
-    ladder = _ladder(evaluation, runs)
-    for axes, quantity, name in (
-        (mean, "prior_task_mean", "To the mean of the M tasks, w = t̄"),
-        (zero, "prior_zero", "To the mean of the Gaussian prior, w = 0"),
+    figure, (mean, zero, smallest) = new_figure(3, width=4.8, height=4.2, title=title)
+    ladder = _with_num_tasks(evaluation, runs)
+    positions = _positions(ladder)
+    for axes, quantity, name, colour, marker, label in (
+        (mean, "prior_task_mean", "From the mean of the M tasks, w = t̄", BLUE, "o", "from t̄"),
+        (zero, "prior_zero", "From the mean of the Gaussian prior, w = 0", ORANGE, "s", "from 0"),
     ):
-        _draw_ladder(axes, _select(ladder, "pretrain", quantity))
-        axes.set(
-            xscale="log",
-            yscale="log",
-            xlabel="step + 1 (updates)",
-            ylabel="mean squared distance of predictions (per target)",
-        )
-        label_plainly(axes)
-        axes.set_title(name, fontsize=10)
+        rows = _means(ladder, "pretrain", quantity)
+        _draw_over_training(axes, rows, name)
+        axes.set_ylabel(_DIFFERENCE_LABEL)
+        _draw_against_diversity(smallest, _smallest(rows), positions, color=colour, marker=marker, label=label)
     zero.sharey(mean)
-    mean.autoscale(axis="y")  # to what both hold
+    mean.autoscale(axis="y")  # to limits that hold the curves of both panels
     zero.legend(fontsize=7.5, ncols=2, title="M", title_fontsize=8)
-    for quantity, colour, marker, label in (
-        ("prior_task_mean", BLUE, "o", "to t̄"),
-        ("prior_zero", ORANGE, "s", "to 0"),
-    ):
-        rows = _select(ladder, "pretrain", quantity)
-        rows = _lowest(rows)
-        _draw_against(least, rows, color=colour, marker=marker, label=label)
-    _finish_against(least, "smallest distance in training", ladder)
-    least.set_yscale("log", nonpositive="clip")
-    label_plainly(least)
-    least.set_title("Which prior comes first", fontsize=10)
-    least.legend(fontsize=8)
-    figure.suptitle(title, fontsize=11)
+    _label_diversity(smallest, positions, "Which prior is learned first", "smallest difference during training")
+    smallest.set_yscale("log", nonpositive="clip")
+    label_plainly(smallest)
+    smallest.legend(fontsize=8)
     return figure
 
 
 def plot_gaps(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str) -> Figure:
-    """Gaps to ridge and to dMMSE on new tasks over training, and the loss on new tasks with its minimum: when ridge is left."""
-    figure, (ridge, dmmse, loss) = new_figure(3, width=4.8, height=4.2)
-    ladder = _ladder(evaluation, runs)
+    """Plot the gaps to ridge and to dMMSE and the loss over training, all on new tasks, with the minimum of each loss."""
+    figure, (ridge, dmmse, loss) = new_figure(3, width=4.8, height=4.2, title=title)
+    ladder = _with_num_tasks(evaluation, runs)
     for axes, quantity, name in (
         (ridge, "delta_ridge", "Gap to ridge, new tasks"),
         (dmmse, "delta_dmmse", "Gap to dMMSE, new tasks"),
-        (loss, "loss", "Loss on new tasks (points: its minimum)"),
+        (loss, "loss", "Loss on new tasks (dots: minima)"),
     ):
-        rows = _select(ladder, "true", quantity)
-        _draw_ladder(axes, rows)
-        axes.set(xscale="log", yscale="log", xlabel="step + 1 (updates)")
-        label_plainly(axes)
-        axes.set_title(name, fontsize=10)
-        if quantity == "loss":
-            lowest = _lowest(rows)
-            colours = _colours(ladder)
-            axes.scatter(
-                lowest["step"] + 1, lowest["value"], c=[colours[m] for m in lowest["num_tasks"]], s=28, zorder=4
-            )
-    ridge.set_ylabel("mean squared distance of predictions (per target)")
-    loss.set_ylabel("squared error per target")
+        _draw_over_training(axes, _means(ladder, "true", quantity), name)
+    minima = _smallest(_means(ladder, "true", "loss"))
+    colours = _colours(ladder)
+    loss.scatter(minima["step"] + 1, minima["value"], c=[colours[m] for m in minima["num_tasks"]], s=28, zorder=4)
+    ridge.set_ylabel(_DIFFERENCE_LABEL)
+    loss.set_ylabel("loss (squared error per target)")
     ridge.legend(fontsize=7.5, ncols=2, title="M", title_fontsize=8)
-    figure.suptitle(title, fontsize=11)
     return figure
 
 
 def plot_final_gaps(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str) -> Figure:
-    """`icl.plotting.diversity.plot_diversity` of the ladder's last steps."""
-    return plot_diversity(_ladder(evaluation, runs), title=title)
+    """Draw `icl.plotting.diversity.plot_diversity` for the last steps of a ladder."""
+    return plot_diversity(_with_num_tasks(evaluation, runs), title=title)
 
 
 def plot_transience(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str) -> Figure:
-    """The step at which the loss on new tasks is smallest, and how much it rises from there to the end, against M."""
-    figure, (when, rise) = new_figure(2, width=5.0, height=3.9)
-    rows = _select(_ladder(evaluation, runs), "true", "loss")
-    steps: dict[str, list[int]] = {str(m): sorted(own["step"]) for m, own in rows.groupby("num_tasks")}
-    lowest = _lowest(rows).set_index("num_tasks")
-    last = rows.loc[rows.groupby("num_tasks")["step"].idxmax()].set_index("num_tasks")
-    for m, row in lowest.iterrows():
-        own, place = steps[str(m)], steps[str(m)].index(row["step"])
-        below, above = row["step"] - own[max(place - 1, 0)], own[min(place + 1, len(own) - 1)] - row["step"]
-        is_last = row["step"] == own[-1]
-        style: dict[str, Any] = {"color": BLUE, "markerfacecolor": "white" if is_last else BLUE}
+    """Plot against M the step of the smallest loss on new tasks, and how much the loss rises from there to the last step."""
+    figure, (when, rise) = new_figure(2, width=5.0, height=3.9, title=title)
+    ladder = _with_num_tasks(evaluation, runs)
+    losses, gaps = _means(ladder, "true", "loss"), _smallest(_means(ladder, "true", "delta_ridge"))
+    positions = _positions(losses)
+    minima = _smallest(losses).set_index("num_tasks")
+    for m, step in minima["step"].items():
+        steps = sorted(select(losses, num_tasks=m)["step"])
+        index = steps.index(step)
+        below, above = step - steps[max(index - 1, 0)], steps[min(index + 1, len(steps) - 1)] - step
+        face = "white" if step == steps[-1] else BLUE
         when.errorbar(
-            [_place(str(m), rows)],
-            [row["step"] + 1],
-            [[below], [above]],
-            fmt="o",
-            capsize=2.5,
-            **style,
+            [positions[str(m)]], [step + 1], [[below], [above]], fmt="o", capsize=2.5, color=BLUE, markerfacecolor=face
         )
-    difference = pd.DataFrame(
-        {"num_tasks": last.index, "value": (last["value"] - lowest["value"]).to_numpy(), "stderr": 0.0}
+    last = losses.loc[losses.groupby("num_tasks")["step"].idxmax()].set_index("num_tasks")
+    rises = (last["value"] - minima["value"].reindex(last.index)).rename("value").reset_index().assign(stderr=0.0)
+    _draw_against_diversity(
+        rise, rises, positions, color=VERMILION, marker="o", label="rise of the loss after its minimum"
     )
-    _draw_against(rise, difference, color=VERMILION, marker="o", label="rise after the minimum")
-    gap = _select(_ladder(evaluation, runs), "true", "delta_ridge")
-    gap = _lowest(gap)
-    _draw_against(rise, gap, color=GREEN, marker="s", label="smallest gap to ridge")
-    _finish_against(
-        when, "step + 1 of the smallest loss on new tasks\n(bars: neighbouring saved steps; open: the last)", rows
-    )
+    _draw_against_diversity(rise, gaps, positions, color=GREEN, marker="s", label="smallest gap to ridge")
+    label = "step + 1 of the smallest loss on new tasks\n(bars: neighbouring saved steps; open: last step)"
+    _label_diversity(when, positions, "Best step on new tasks", label)
     when.set_yscale("log")
-    _finish_against(rise, "squared error or distance, per target", rows)
+    _label_diversity(rise, positions, "Rise of the loss after the best step", "loss or gap (per target)")
     rise.set_yscale("symlog", linthresh=0.1)
-    highest = np.nanmax([*difference["value"], *gap["value"], 0.1])
-    rise.set_ylim(-0.02, 2 * highest)
+    rise.set_ylim(-0.02, 2 * np.nanmax([*rises["value"], *gaps["value"], 0.1]))
     rise.yaxis.set_major_formatter("{x:g}")
     rise.legend(fontsize=8)
-    when.set_title("When new tasks go best", fontsize=10)
-    rise.set_title("What is lost afterwards", fontsize=10)
-    figure.suptitle(title, fontsize=11)
     return figure
 
 
 def plot_joint_trajectories(dynamics: pd.DataFrame, *, title: str) -> Figure:
-    """All runs of a ladder in the first components of one PCA, with dMMSE of every M and ridge projected in.
+    """Plot all runs of a ladder in the first components of one joint PCA, with dMMSE of every M and ridge projected into them.
 
     Args:
-        dynamics: Rows of `essential-dynamics.csv` of runs analysed together; `member` is `num_tasks=<M>`.
-        title: Above the panels.
+        dynamics: Rows of `essential-dynamics.csv` for runs that were analysed together; `member` is `num_tasks=<M>`.
+        title: Title of the figure.
     """
-    figure, panels = new_figure(2, width=6.2, height=5.0)
-    scores = dynamics[dynamics["quantity"] == "score"]
-    points = dynamics[dynamics["quantity"] == "reference_score"].pivot(index="member", columns="item", values="value")
-    shares = dynamics[dynamics["quantity"] == "explained_share"].set_index("item")["value"]
+    figure, panels = new_figure(2, width=6.2, height=5.0, title=title)
+    scores = select(dynamics, quantity="score")
+    references = select(dynamics, quantity="reference_score").pivot(index="member", columns="item", values="value")
+    shares = select(dynamics, quantity="explained_share").set_index("item")["value"]
     num_tasks = {member: str(member).partition("=")[2] for member in scores["member"].unique()}
     colours = _colours(pd.DataFrame({"num_tasks": list(num_tasks.values())}))
-    for axes, (first, second) in zip(panels, (("PC1", "PC2"), ("PC1", "PC3")), strict=True):
+    for axes, components in zip(panels, (["PC1", "PC2"], ["PC1", "PC3"]), strict=True):
         for member, m in sorted(num_tasks.items(), key=lambda pair: float(pair[1])):
-            path = scores[scores["member"] == member].pivot(index="step", columns="item", values="value").sort_index()
-            colour, line = colours[m], "--" if m == "inf" else "-"
-            label = None if axes is panels[0] else "∞" if m == "inf" else m
-            axes.plot(
-                path[first],
-                path[second],
-                color=colour,
-                linestyle=line,
-                marker=".",
-                markersize=3,
-                linewidth=1.2,
-                label=label,
-            )
-            axes.plot(path[first].iloc[-1:], path[second].iloc[-1:], "o", color=colour, markersize=7)
-            name = "ridge" if m == "inf" else f"dMMSE M={m}"
-            if name in points.index:
-                marker = "*" if m == "inf" else "D"
-                axes.plot(
-                    points.loc[name, first], points.loc[name, second], marker, color=colour, markerfacecolor="white",
-                    markersize=13 if m == "inf" else 7, markeredgewidth=1.6,
-                )  # fmt: skip
+            path = select(scores, member=member).pivot(index="step", columns="item", values="value").sort_index()
+            x, y = (path[component] for component in components)
+            line = {"linestyle": "--" if m == "inf" else "-", "linewidth": 1.2, "marker": ".", "markersize": 3}
+            axes.plot(x, y, color=colours[m], label="∞" if m == "inf" else m, **line)
+            axes.plot(x.iloc[-1:], y.iloc[-1:], "o", color=colours[m], markersize=7)
+            name, marker, size = ("ridge", "*", 13) if m == "inf" else (f"dMMSE M={m}", "D", 7)
+            if name in references.index:
+                style = {"markersize": size, "markerfacecolor": "white", "markeredgewidth": 1.6}
+                axes.plot(*references.loc[name, components], marker, color=colours[m], **style)
+        first, second = components
         axes.set(xlabel=f"{first} ({shares[first]:.0%} of the variance)", ylabel=f"{second} ({shares[second]:.0%})")
     panels[1].legend(fontsize=7.5, ncols=2, title="M", title_fontsize=8)
-    for marker, label, size in (("o", "last step", 7), ("D", "dMMSE of this M", 7), ("*", "ridge", 13)):
-        panels[0].plot(
-            [],
-            [],
-            marker,
-            color=BLACK,
-            markerfacecolor=BLACK if marker == "o" else "white",
-            markersize=size,
-            label=label,
-            gid=KEY,
+    keys = [
+        panels[0].plot([], [], marker, color=BLACK, markerfacecolor=face, markersize=size, label=label, gid=KEY)[0]
+        for marker, face, label, size in (
+            ("o", BLACK, "last step", 7),
+            ("D", "white", "dMMSE of this M", 7),
+            ("*", "white", "ridge", 13),
         )
-    panels[0].legend(fontsize=8)
-    figure.suptitle(title, fontsize=11)
+    ]
+    panels[0].legend(handles=keys, fontsize=8)
     return figure
 
 
-def _lowest(rows: pd.DataFrame) -> pd.DataFrame:
-    """The row of the smallest finite value for each M."""
+def _with_num_tasks(evaluation: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the evaluation with a column for the number of tasks of each run."""
+    return evaluation.merge(runs[["run", "num_tasks"]], on="run")
+
+
+def _means(ladder: pd.DataFrame, distribution: str, quantity: str) -> pd.DataFrame:
+    """Return the means over positions of one quantity."""
+    return select(ladder, distribution=distribution, quantity=quantity, position="mean").reset_index(drop=True)
+
+
+def _smallest(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the row with the smallest finite value for each M."""
     known = rows.dropna(subset=["value"])
     return known.loc[known.groupby("num_tasks")["value"].idxmin()]
 
 
-def _ladder(evaluation: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """With the number of tasks of each run."""
-    return evaluation.merge(runs[["run", "num_tasks"]], on="run")
-
-
-def _select(ladder: pd.DataFrame, distribution: str, quantity: str) -> pd.DataFrame:
-    chosen = (
-        (ladder["distribution"] == distribution) & (ladder["quantity"] == quantity) & (ladder["position"] == "mean")
-    )
-    return ladder[chosen].reset_index(drop=True)
+def _positions(ladder: pd.DataFrame) -> dict[str, float]:
+    return diversity_positions(ladder["num_tasks"].unique(), gap=2.0)
 
 
 def _colours(ladder: pd.DataFrame) -> dict[str, Any]:
-    labels = sorted(ladder["num_tasks"].unique(), key=float)
-    finite = [label for label in labels if label != "inf"]
+    finite = [m for m in sorted(ladder["num_tasks"].unique(), key=float) if m != "inf"]
     return dict(zip(finite, ordered_colours(len(finite)), strict=True)) | {"inf": BLACK}
 
 
-def _draw_ladder(axes: Axes, rows: pd.DataFrame) -> None:
+def _draw_over_training(axes: Axes, rows: pd.DataFrame, title: str) -> None:
     for m, colour in _colours(rows).items():
-        own = rows[rows["num_tasks"] == m].sort_values("step")
-        if own.empty:
-            continue
-        steps, values, errors = own["step"] + 1.0, own["value"], 2 * own["stderr"]
-        label = "∞" if m == "inf" else m
-        axes.plot(steps, values, color=colour, linewidth=1.4, linestyle="--" if m == "inf" else "-", label=label)
-        axes.fill_between(
-            steps, (values - errors).clip(lower=values * 0.2), values + errors, color=colour, alpha=0.12, linewidth=0
-        )
+        curve = select(rows, num_tasks=m).sort_values("step")
+        if len(curve):
+            label, line = ("∞", "--") if m == "inf" else (m, "-")
+            draw_band(
+                axes, curve["step"] + 1, curve["value"], curve["stderr"], floor=0.2 * curve["value"], alpha=0.12,
+                color=colour, linewidth=1.4, linestyle=line, label=label,
+            )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="step + 1 (updates)")
+    label_plainly(axes)
+    axes.set_title(title, fontsize=10)
 
 
-def _place(m: str, rows: pd.DataFrame) -> float:
-    """log2 M, and infinity two octaves beyond the largest."""
-    finite = [math.log2(float(label)) for label in rows["num_tasks"].unique() if label != "inf"]
-    return max(finite, default=0.0) + 2 if m == "inf" else math.log2(float(m))
+def _draw_against_diversity(axes: Axes, rows: pd.DataFrame, positions: Mapping[str, float], **style: Any) -> None:
+    """Draw values against M, with a line through the finite M."""
+    ordered = rows.assign(x=rows["num_tasks"].map(positions)).sort_values("x")
+    is_infinite = ordered["num_tasks"] == "inf"
+    options = style | {"capsize": 2, "markersize": 5}
+    for points, changes in ((ordered[~is_infinite], {}), (ordered[is_infinite], {"linestyle": "none", "label": None})):
+        axes.errorbar(points["x"], points["value"], 2 * points["stderr"], **options | changes)
 
 
-def _draw_against(axes: Axes, rows: pd.DataFrame, **style: Any) -> None:
-    places = pd.Series([_place(m, rows) for m in rows["num_tasks"]], index=rows.index)
-    order = places[rows["num_tasks"] != "inf"].sort_values().index
-    axes.errorbar(
-        places[order], rows.loc[order, "value"], 2 * rows.loc[order, "stderr"], capsize=2, markersize=5, **style
-    )
-    beyond = rows[rows["num_tasks"] == "inf"]
-    style = {key: value for key, value in style.items() if key != "label"}
-    axes.errorbar(
-        places[beyond.index], beyond["value"], 2 * beyond["stderr"], linestyle="none", capsize=2, markersize=5, **style
-    )
-
-
-def _finish_against(axes: Axes, label: str, rows: pd.DataFrame) -> None:
-    axes.set(xlabel="task diversity M (number of training tasks)", ylabel=label)
-    labels = sorted(rows["num_tasks"].unique(), key=float)
-    axes.set_xticks([_place(m, rows) for m in labels], ["∞" if m == "inf" else m for m in labels], fontsize=8)
+def _label_diversity(axes: Axes, positions: Mapping[str, float], title: str, ylabel: str) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.set(xlabel="task diversity M (number of training tasks)", ylabel=ylabel)
+    axes.set_xticks(list(positions.values()), ["∞" if m == "inf" else m for m in positions], fontsize=8)

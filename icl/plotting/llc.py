@@ -1,6 +1,6 @@
-"""Figures of LLC estimates: the curve over training with its verdicts, the chains' traces, and the calibration.
+"""Figures of LLC estimates: the curve over training with its verdicts, the traces of the chains, and the calibration.
 
-A verdict has one mark wherever it is drawn: `ok` a filled dot, `suspect` a hollow triangle, `invalid` a cross.
+A verdict has the same mark in every figure: `ok` a filled dot, `suspect` an open triangle, `invalid` a cross.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from icl.plotting.rows import select
 from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_figure, scale_steps
 from icl.plotting.tidying import KEY
 from icl.reading import ContentError
@@ -25,66 +26,57 @@ VERDICTS: dict[str, dict[str, Any]] = {
 }
 CHAIN_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, BLACK)
 _MAX_TRACES = 6
+_ESCAPE_LABEL = "(E[L] − L(w0)) / (zero's loss − L(w0))"
 
 
-def plot_llc(
-    table: pd.DataFrame,
-    trivial_loss: float,
-    *,
-    title: str,
-    stages: Sequence[float] = (),
-) -> Figure:
-    """Loss above and LLC below against step, on a logarithmic (left) and a linear axis (right); one step has the left alone.
+def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Sequence[float] = ()) -> Figure:
+    """Plot loss (top) and LLC (bottom) against the step, on a logarithmic (left) and a linear axis (right).
 
-    Where chains settle below their checkpoint's loss (`icl.sampling.drop_at_mean`), what they settle by is added, too: the LLC
-    about that place.
+    A table of one step has no right column. Where the loss at the mean of the draws lies below the checkpoint's
+    (`icl.sampling.drop_at_mean`), the LLC is underestimated by about that drop; diamonds show the sum of both.
 
     Args:
-        table: Rows of `llc.csv` of one kind of settings.
-        trivial_loss: Of predicting zero.
-        title: Above the panels; the settings stand below it.
+        table: Rows of `llc.csv` that share their sampler settings.
+        trivial_loss: Loss of predicting zero.
+        title: Title of the figure; the settings are added to it.
         stages: Steps at the boundaries between stages.
     """
     table = table.sort_values("step")
-    is_one = table["step"].nunique() == 1
-    figure, axes = new_figure(1, num_rows=2, width=6.8, height=2.9) if is_one else new_figure(2, num_rows=2, height=3.3)
+    if table["step"].nunique() == 1:
+        figure, axes = new_figure(1, num_rows=2, width=6.8, height=2.9)
+    else:
+        figure, axes = new_figure(2, num_rows=2, height=3.3)
     losses, estimates = axes[: len(axes) // 2], axes[len(axes) // 2 :]
-    for above, below in zip(losses, estimates, strict=True):
-        _draw_losses(above, table, trivial_loss)
-        _draw_estimates(below, table)
-        for panel in (above, below):
-            for number, step in enumerate(stages):
-                label = "boundary between stages" if number == 0 and panel is above else None
+    for top, bottom in zip(losses, estimates, strict=True):
+        _draw_losses(top, table, trivial_loss)
+        _draw_estimates(bottom, table)
+        for panel in (top, bottom):
+            for index, step in enumerate(stages):
+                label = "boundary between stages" if index == 0 and panel is top else None
                 panel.axvline(step, color=BLACK, linewidth=0.8, alpha=0.4, label=label)
-            if above is losses[0]:
+            if top is losses[0]:
                 scale_steps(panel)
-        below.set_xlabel("step (updates)")
-        above.sharex(below)
+        bottom.set_xlabel("step (updates)")
+        top.sharex(bottom)
     losses[0].set_ylabel("loss (squared error per target)")
     estimates[0].set_ylabel("LLC (bars: 2 standard errors)")
     losses[-1].legend(fontsize=8)
     estimates[-1].legend(fontsize=8)
     if len(table) == 1:
-        row = table.iloc[0].to_dict()
-        estimates[0].set_title(describe_estimate(row), fontsize=10, color=VERDICTS[row["verdict"]]["color"])
+        title_estimate(estimates[0], table.iloc[0].to_dict(), fontsize=10)
     figure.suptitle(f"{title}\n{describe_settings(table.iloc[0])}", fontsize=10)
     return figure
 
 
 def plot_traces(records: Sequence[Record], *, title: str) -> Figure:
-    """The minibatch losses of every chain at up to six steps, burn-in shaded, with E[L], L(w0) and predicting zero."""
-    places = sorted({round(i) for i in np.linspace(0, len(records) - 1, min(_MAX_TRACES, len(records)))})
-    chosen = [records[place] for place in places]
-    num_columns = min(3, len(chosen))
-    figure, axes = new_figure(num_columns, num_rows=-(-len(chosen) // num_columns), width=4.6, height=3.2)
-    for panel, record in zip(axes, chosen, strict=False):
-        _draw_trace(panel, record.row, record.traces, record.stride)
-        step = record.row["step"]
-        name = "" if step is None else f"step {step:,}: "
-        panel.set_title(
-            f"{name}{describe_estimate(record.row)}", fontsize=9, color=VERDICTS[record.row["verdict"]]["color"]
-        )
-    for panel in axes[len(chosen) :]:
+    """Plot the minibatch losses of every chain at up to six steps, with E[L], L(w0) and the loss of predicting zero."""
+    indices = sorted({round(i) for i in np.linspace(0, len(records) - 1, min(_MAX_TRACES, len(records)))})
+    num_columns = min(3, len(indices))
+    figure, axes = new_figure(num_columns, num_rows=-(-len(indices) // num_columns), width=4.6, height=3.2)
+    for panel, record in zip(axes, [records[index] for index in indices], strict=False):
+        _draw_trace(panel, record)
+        title_estimate(panel, record.row, step_prefix(record.row), fontsize=9)
+    for panel in axes[len(indices) :]:
         panel.set_visible(False)
     axes[0].set_ylabel("minibatch loss")
     axes[0].legend(fontsize=7)
@@ -93,51 +85,113 @@ def plot_traces(records: Sequence[Record], *, title: str) -> Figure:
 
 
 def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title: str) -> Figure:
-    """Estimates, verdicts and escape over the searched settings at the last checkpoint, and traces of some corners.
+    """Plot estimates, verdicts and escape for all settings tried at the last checkpoint, and the traces of some.
 
     Args:
         table: The table of `icl.sampling.calibration`.
-        traces: Estimates by corner, the chosen one first, then failed ones; without them, the upper panels alone.
-        title: Above the panels.
+        traces: Estimates by their number in the column `corner`, the chosen settings first, then failed ones. If empty, the
+            figure has no panels of traces.
+        title: Title of the figure.
     """
-    figure, axes = new_figure(3, num_rows=2 if traces else 1, width=4.8, height=3.6)
-    last = table[table["step"] == table["step"].max()]
-    survey = last[last["stage"] == "nbeta, localization"]
-    _draw_corners(axes[0], survey, "nbeta", "ratio", "γ/nβ = {:.3g}")
-    _draw_corners(axes[1], last[last["lr_searched"]], "lr", "nbeta", "nβ = {:.3g}")
+    figure, axes = new_figure(3, num_rows=2 if traces else 1, width=4.8, height=3.6, title=title)
+    last = select(table, step=table["step"].max())
+    survey = select(last, stage="nbeta, localization")
+    _draw_settings(axes[0], survey, "nbeta", "ratio", "γ/nβ = {:.3g}")
+    _draw_settings(axes[1], last[last["lr_searched"]], "lr", "nbeta", "nβ = {:.3g}")
     _draw_escape(axes[2], survey)
     for panel, x in ((axes[0], "nbeta"), (axes[1], "lr")):
-        _ring(panel, last, x)
+        _mark_chosen(panel, last[last["chosen"]], x)
         low, high = panel.get_ylim()
-        panel.set_ylim(low, high + 0.25 * (high - low))  # for the legend
+        panel.set_ylim(low, high + 0.25 * (high - low))  # room for the legend
         panel.legend(fontsize=7, loc="upper left", ncols=2)
-    axes[0].set(xlabel="nβ", ylabel="LLC (bars: 2 standard errors)", title="Plateau in nβ, at one ratio γ/nβ")
-    axes[1].set(xlabel="step size ε", title="Plateau in ε")
+    axes[0].set(xlabel="nβ", ylabel="LLC (bars: 2 standard errors)", title="LLC against nβ, for each γ/nβ")
+    axes[1].set(xlabel="step size ε", title="LLC against the step size ε")
     for panel, (corner, record) in zip(axes[3:], list(traces.items())[:3], strict=False):
-        _draw_trace(panel, record.row, record.traces, record.stride)
-        row = last[last["corner"] == corner].iloc[0]
-        panel.set_title(
-            f"{'chosen' if row['chosen'] else 'failed'}: nβ {row['nbeta']:.3g}, γ {row['localization']:.3g}, ε {row['lr']:.2g}\n"
-            f"{describe_estimate(record.row)}",
-            fontsize=8,
-            color=VERDICTS[record.row["verdict"]]["color"],
-        )
+        _draw_trace(panel, record)
+        row = select(last, corner=corner).iloc[0]
+        state = "chosen" if row["chosen"] else "failed"
+        prefix = f"{state}: nβ {row['nbeta']:.3g}, γ {row['localization']:.3g}, ε {row['lr']:.2g}\n"
+        title_estimate(panel, record.row, prefix, fontsize=8)
     for panel in axes[3 + len(traces) :]:
         panel.set_visible(False)
     if traces:
         axes[3].set_ylabel("minibatch loss")
         axes[3].legend(fontsize=7)
-    figure.suptitle(title, fontsize=11)
     return figure
 
 
 def read_stages(folder: RunFolder) -> list[float]:
-    """The steps at which stages end and others begin: `end` in the run's `results/stages.csv`, but for the last stage's."""
+    """Return the steps between two stages: `end` in the run's `results/stages.csv`, without the end of the last stage."""
     try:
         table = read_table(folder.results / "stages.csv")
     except (OSError, ContentError):
         return []
     return sorted({float(step) for step in table["end"].dropna()})[:-1] if "end" in table else []
+
+
+def draw_by_verdict(
+    axes: Axes, x: pd.Series, rows: pd.DataFrame, *, limits: tuple[float, float] | None = None, named: bool = True
+) -> None:
+    """Draw LLCs with bars of two standard errors, in the mark of their verdict.
+
+    Args:
+        axes: Axes to draw in.
+        x: Horizontal positions of the rows.
+        rows: Rows with `llc`, `stderr` and `verdict`.
+        limits: LLCs beyond these limits are drawn at them, without a bar; so are LLCs that are NaN, at the upper one.
+        named: Whether the legend names the verdicts.
+    """
+    for verdict, style in VERDICTS.items():
+        chosen = select(rows, verdict=verdict)
+        values, errors = chosen["llc"].astype(float), 2 * chosen["stderr"].astype(float)
+        if limits is not None:
+            inside = values.fillna(limits[1]).clip(*limits)
+            values, errors = inside, errors.where(inside == values, 0).fillna(0)
+        if len(chosen):
+            label = verdict if named else None
+            options: dict[str, Any] = style | {"linestyle": "none", "markersize": 6, "capsize": 2, "label": label}
+            axes.errorbar(x[chosen.index], values, errors, **options)
+
+
+def draw_loss_levels(axes: Axes, row: Mapping[str, Any] | pd.Series) -> None:
+    """Draw L(w0), E[L] and, if it is known, the loss of predicting zero as horizontal lines."""
+    axes.axhline(row["init_loss"], color=BLUE, linewidth=1.6, label="L(w0)")
+    axes.axhline(row["mean_loss"], color=VERMILION, linewidth=1.6, label="E[L]")
+    if row["trivial_loss"] is not None:
+        axes.axhline(row["trivial_loss"], color=BLACK, linestyle=":", linewidth=1.2, label="predicting zero")
+
+
+def escaped_share(rows: pd.DataFrame) -> pd.Series:
+    """Return (E[L] - L(w0)) / (loss of predicting zero - L(w0)): 0 if chains stay at the checkpoint's loss, 1 if they forget all."""
+    return (rows["mean_loss"] - rows["init_loss"]) / (rows["trivial_loss"] - rows["init_loss"])
+
+
+def set_limits(axes: Axes, values: pd.Series) -> None:
+    """Set the limits of the y axis to hold the finite ones of these values, with some room, whatever else is drawn."""
+    finite = values[np.isfinite(values.astype(float))].astype(float)
+    if len(finite):
+        low, high = finite.min(), finite.max()
+        room = 0.07 * (high - low) or 0.1 * abs(high) or 1.0
+        axes.set_ylim(low - room, high + room)
+
+
+def title_estimate(axes: Axes, row: Mapping[str, Any], prefix: str = "", *, fontsize: int) -> None:
+    """Write an estimate with its standard error and verdict above the axes, in the colour of the verdict."""
+    text = f"{prefix}LLC {row['llc']:.3g} ± {row['stderr']:.2g}, {row['verdict']}"
+    axes.set_title(text, fontsize=fontsize, color=VERDICTS[row["verdict"]]["color"])
+
+
+def step_prefix(row: Mapping[str, Any]) -> str:
+    """Return the step of an estimate for the beginning of a title; empty if the estimate belongs to no step."""
+    return "" if row["step"] is None else f"step {row['step']:,}: "
+
+
+def describe_settings(row: Mapping[str, Any] | pd.Series) -> str:
+    """Return the settings of the sampler in one line, for a title."""
+    return (
+        f"nβ = {row['nbeta']:.4g}, γ = {row['localization']:.4g}, ε = {row['lr']:.3g}, {row['num_chains']} chains × "
+        f"({row['num_burnin_steps']} + {row['num_draws']}), batch {row['batch_size']}, n = {row['num_samples']:,}"
+    )
 
 
 def _draw_losses(axes: Axes, table: pd.DataFrame, trivial_loss: float) -> None:
@@ -147,128 +201,95 @@ def _draw_losses(axes: Axes, table: pd.DataFrame, trivial_loss: float) -> None:
     set_limits(axes, pd.concat([table["init_loss"], table["mean_loss"].clip(upper=1.5 * trivial_loss)]))
     low, high = axes.get_ylim()
     if not low <= trivial_loss <= high:
-        line.set_gid(KEY)  # out of sight, and its label says where
+        line.set_gid(KEY)  # keeps the legend entry, which says where the invisible line is
         line.set_label(f"predicting zero: {trivial_loss:.3g}, {'above' if trivial_loss > high else 'below'}")
 
 
 def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
-    good = table[(table["verdict"] != "invalid") & np.isfinite(table["llc"].astype(float))]
-    base = good if len(good) else table
-    if len(good) > 1:
-        axes.plot(good["step"], good["llc"], color=BLACK, linewidth=0.8, alpha=0.5)
-    beside = _beside_their_minimum(table)
-    total, both = (
-        beside["llc"] + beside["drop_at_mean"],
-        2 * np.hypot(beside["stderr"].fillna(0), beside["drop_at_mean_stderr"]),
-    )
-    error = 2 * base["stderr"].fillna(0)
-    set_limits(axes, pd.concat([base["llc"] - error, base["llc"] + error, total - both, total + both]))
-    if len(beside):
-        style: dict[str, Any] = {"color": PURPLE, "marker": "D", "markersize": 3.5, "linewidth": 0.8, "linestyle": ":"}
-        axes.errorbar(beside["step"], total, both, **style, capsize=2, label="about where the chains settle")
+    valid = table[(table["verdict"] != "invalid") & np.isfinite(table["llc"].astype(float))]
+    if len(valid) > 1:
+        axes.plot(valid["step"], valid["llc"], color=BLACK, linewidth=0.8, alpha=0.5)
+    dropped = _underestimated(table)
+    corrected = dropped["llc"] + dropped["drop_at_mean"]
+    corrected_error = 2 * np.hypot(dropped["stderr"].fillna(0), dropped["drop_at_mean_stderr"])
+    # Invalid estimates, which can be huge, do not set the limits if there are others.
+    shown = valid if len(valid) else table
+    error = 2 * shown["stderr"].fillna(0)
+    extremes = (shown["llc"] - error, shown["llc"] + error, corrected - corrected_error, corrected + corrected_error)
+    set_limits(axes, pd.concat(extremes))
+    if len(dropped):
+        axes.errorbar(
+            dropped["step"], corrected, corrected_error, color=PURPLE, marker="D", markersize=3.5, linewidth=0.8,
+            linestyle=":", capsize=2, label="LLC + drop at the mean of the draws",
+        )  # fmt: skip
     low, high = axes.get_ylim()
-    edges = (low + 0.03 * (high - low), high - 0.03 * (high - low))
-    for verdict, style in VERDICTS.items():
-        rows = table[table["verdict"] == verdict]
-        if len(rows):
-            inside = rows["llc"].astype(float).fillna(edges[1]).clip(*edges)
-            error = (2 * rows["stderr"].astype(float)).where(inside == rows["llc"], 0).fillna(0)
-            axes.errorbar(
-                rows["step"], inside, error, **style, linestyle="none", markersize=6, capsize=2, label=verdict
-            )
+    margin = 0.03 * (high - low)
+    draw_by_verdict(axes, table["step"], table, limits=(low + margin, high - margin))
 
 
-def _beside_their_minimum(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose chains settle below the checkpoint's loss, by which the LLC is too low, and did not escape."""
+def _underestimated(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows whose loss at the mean of the draws lies significantly below the checkpoint's, without escaped chains."""
     table = table.rename(columns=RENAMED_COLUMNS)
     if "drop_at_mean_stderr" not in table:  # not measured
         return table.iloc[:0].assign(drop_at_mean=0.0, drop_at_mean_stderr=0.0)
+    is_significant = table["drop_at_mean"] > 3 * table["drop_at_mean_stderr"]
+    # Not `escaped_share`: its sign is wrong for a checkpoint that is worse than predicting zero.
     rise, height = table["mean_loss"] - table["init_loss"], table["trivial_loss"] - table["init_loss"]
-    return table[
-        (table["drop_at_mean"] > 3 * table["drop_at_mean_stderr"]) & table["llc"].notna() & ~(rise > height / 2)
-    ]
+    return table[is_significant & table["llc"].notna() & ~(rise > height / 2)]
 
 
-def _draw_trace(axes: Axes, row: Mapping[str, Any], traces: np.ndarray, stride: int) -> None:
-    moves = stride * np.arange(traces.shape[1])
+def _draw_trace(axes: Axes, record: Record) -> None:
+    row, traces = record.row, record.traces
+    moves = record.stride * np.arange(traces.shape[1])
     for chain, losses in enumerate(traces):
         axes.plot(moves, losses, color=CHAIN_COLOURS[chain % len(CHAIN_COLOURS)], linewidth=0.6, alpha=0.7)
     if row["num_burnin_steps"]:
         axes.axvspan(0, row["num_burnin_steps"], color=BLACK, alpha=0.08, linewidth=0)
-    axes.axhline(row["init_loss"], color=BLUE, linewidth=1.6, label="L(w0)")
-    axes.axhline(row["mean_loss"], color=VERMILION, linewidth=1.6, label="E[L]")
-    levels = [traces[np.isfinite(traces)], np.array([row["init_loss"]])]
+    draw_loss_levels(axes, row)
+    finite, levels = traces[np.isfinite(traces)], [row["init_loss"]]
     if row["trivial_loss"] is not None:
-        axes.axhline(row["trivial_loss"], color=BLACK, linestyle=":", linewidth=1.2, label="predicting zero")
-        levels = [levels[0].clip(max=3 * row["trivial_loss"]), levels[1], np.array([row["trivial_loss"]])]
-    set_limits(axes, pd.Series(np.concatenate(levels)))
+        finite = finite.clip(max=3 * row["trivial_loss"])
+        levels.append(row["trivial_loss"])
+    set_limits(axes, pd.Series(np.append(finite, levels)))
     axes.set_xlabel("move (burn-in shaded)")
 
 
-def _draw_corners(axes: Axes, rows: pd.DataFrame, x: str, family: str, label: str) -> None:
-    """Estimates against a setting, a line for each value of another; marks beyond the limits stand at the edges."""
-    sure = rows[rows["verdict"] != "invalid"]
-    sure = rows if sure.empty else sure
-    set_limits(axes, pd.concat([sure["llc"] - sure["stderr"], sure["llc"] + sure["stderr"], pd.Series([0.0])]))
-    low, high = axes.get_ylim()
+def _draw_settings(axes: Axes, rows: pd.DataFrame, x: str, family: str, label: str) -> None:
+    """Draw LLCs against one setting, with a line for each value of another; marks beyond the limits stand at the edges."""
+    valid = rows[rows["verdict"] != "invalid"]
+    shown = rows if valid.empty else valid
+    set_limits(axes, pd.concat([shown["llc"] - shown["stderr"], shown["llc"] + shown["stderr"], pd.Series([0.0])]))
+    limits = axes.get_ylim()
     for colour, (value, group) in zip(CHAIN_COLOURS, rows.groupby(family), strict=False):
         group = group.sort_values(x)
         axes.plot(group[x], group["llc"], color=colour, linewidth=1.0, label=label.format(value))
-        for verdict, style in VERDICTS.items():
-            one = group[group["verdict"] == verdict]
-            shown = one["llc"].astype(float).fillna(high).clip(low, high)
-            error = (2 * one["stderr"].astype(float)).where(shown == one["llc"], 0).fillna(0)
-            axes.errorbar(one[x], shown, error, **style, linestyle="none", markersize=6, capsize=2)
-    _ticks(axes, rows[x])
+        draw_by_verdict(axes, group[x], group, limits=limits, named=False)
+    _tick_each(axes, rows[x])
 
 
 def _draw_escape(axes: Axes, survey: pd.DataFrame) -> None:
-    """How far the sampled loss rose towards that of predicting zero, with the verdicts' thresholds."""
-    share = (survey["mean_loss"] - survey["init_loss"]) / (survey["trivial_loss"] - survey["init_loss"])
+    """Draw how far the sampled loss rose towards that of predicting zero, with the thresholds of the verdicts."""
+    share = escaped_share(survey)
     for colour, (_, group) in zip(CHAIN_COLOURS, survey.groupby("ratio"), strict=False):
         axes.plot(group["nbeta"], share[group.index], color=colour, marker=".")
     for level, word in ((0.5, "escaped"), (0.1, "escaping")):
         axes.axhline(level, color=BLACK, linestyle=":", linewidth=1)
         axes.annotate(word, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-    axes.set(xlabel="nβ", ylabel="(E[L] − L(w0)) / (zero's loss − L(w0))", title="Escape from the basin")
+    axes.set(xlabel="nβ", ylabel=_ESCAPE_LABEL, title="Escape from the basin")
     axes.set_ylim(bottom=0, top=max(0.6, 1.05 * float(np.nanmax(share.clip(upper=1.5).fillna(0)))))
-    _ticks(axes, survey["nbeta"])
+    _tick_each(axes, survey["nbeta"])
 
 
-def _ticks(axes: Axes, values: pd.Series) -> None:
-    """A logarithmic axis with a tick at each value."""
+def _tick_each(axes: Axes, values: pd.Series) -> None:
+    """Make the x axis logarithmic, with a tick at each value."""
+    ticks = sorted(set(values))
     axes.set_xscale("log")
-    axes.set_xticks(
-        sorted(set(values)), [f"{value:.2g}" if value < 1 else f"{value:g}" for value in sorted(set(values))]
-    )
+    axes.set_xticks(ticks, [f"{value:.2g}" if value < 1 else f"{value:g}" for value in ticks])
     axes.minorticks_off()
 
 
-def _ring(axes: Axes, last: pd.DataFrame, x: str) -> None:
-    chosen = last[last["chosen"]]
+def _mark_chosen(axes: Axes, chosen: pd.DataFrame, x: str) -> None:
     axes.plot(
         chosen[x], chosen["llc"], marker="o", markersize=15, markerfacecolor="none", color=GREEN, linestyle="none",
         markeredgewidth=2, label="chosen",
     )  # fmt: skip
-
-
-def set_limits(axes: Axes, values: pd.Series) -> None:
-    """Limits that hold these values and some room, whatever else is drawn."""
-    finite = values[np.isfinite(values.astype(float))].astype(float)
-    if len(finite):
-        low, high = finite.min(), finite.max()
-        room = 0.07 * (high - low) or 0.1 * abs(high) or 1.0
-        axes.set_ylim(low - room, high + room)
-
-
-def describe_estimate(row: Mapping[str, Any]) -> str:
-    """An estimate with its standard error and verdict, for a title."""
-    return f"LLC {row['llc']:.3g} ± {row['stderr']:.2g}, {row['verdict']}"
-
-
-def describe_settings(row: pd.Series) -> str:
-    """The sampler's settings in a line, for a title."""
-    return (
-        f"nβ = {row['nbeta']:.4g}, γ = {row['localization']:.4g}, ε = {row['lr']:.3g}, {row['num_chains']} chains × "
-        f"({row['num_burnin_steps']} + {row['num_draws']}), batch {row['batch_size']}, n = {row['num_samples']:,}"
-    )

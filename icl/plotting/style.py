@@ -1,6 +1,7 @@
-"""One look for every figure: colours that colour-blind readers can tell apart, and how figures are saved.
+"""The common look of all figures: colours, line styles, axes of training steps, bands, and how a figure is saved.
 
-The palette is Okabe and Ito's (2008). A predictor has one colour and one line style wherever it is drawn.
+The palette is that of Okabe and Ito (2008), which colour-blind readers can tell apart. A predictor has the same colour and line style
+in every figure.
 """
 
 import io
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
@@ -38,9 +40,9 @@ PREDICTORS: dict[str, dict[str, Any]] = {
 }
 
 ORDERED = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, 256)), name="ordered")
-"""For steps and other things in an order: dark first, never too light on white."""
+"""Colour map for ordered values such as steps: dark first. It ends before yellow, which is hard to see on white."""
 
-_SETTINGS: dict[Any, Any] = {
+_RC_SETTINGS: dict[Any, Any] = {
     "figure.dpi": 110,
     "savefig.dpi": 160,
     "font.size": 10,
@@ -53,78 +55,133 @@ _SETTINGS: dict[Any, Any] = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "icl",
 }
-_NO_DATES: dict[str, dict[str, Any]] = {
+_METADATA: dict[str, dict[str, Any]] = {
     "png": {"Software": None},
     "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
     "svg": {"Creator": None, "Date": None},
 }
-"""What would make two files of one figure differ."""
+"""Metadata left out of a file, by its format: dates and versions would make two files of the same figure differ."""
 _ORIGIN_INCHES = 0.16
+"""Height of the line above a figure that names the source of its data."""
 _MINOR_DIGITS = ((8.0, "23456789"), (400.0, "25"))
-"""Up to which ratio of the ends of a logarithmic axis ticks between powers of ten are labelled, and which of them."""
+"""Leading digits of the labelled minor ticks of a logarithmic axis, if the axis spans less than the given ratio."""
 
 
 def new_figure(
-    num_columns: int = 1, *, num_rows: int = 1, width: float = 5.2, height: float = 3.8
+    num_columns: int = 1, *, num_rows: int = 1, width: float = 5.2, height: float = 3.8, title: str = ""
 ) -> tuple[Figure, list[Axes]]:
-    """Empty axes in the common look, row by row; `width` and `height` are one axes'."""
-    with rc_context(_SETTINGS):
+    """Create a figure with empty axes, listed row by row.
+
+    Args:
+        num_columns: Number of columns of axes.
+        num_rows: Number of rows of axes.
+        width: Width of one axes, in inches.
+        height: Height of one axes, in inches.
+        title: Title of the whole figure.
+    """
+    with rc_context(_RC_SETTINGS):
         figure = Figure(figsize=(width * num_columns, height * num_rows), layout="constrained")
         axes = figure.subplots(num_rows, num_columns, squeeze=False)
+    if title:
+        figure.suptitle(title, fontsize=11)
     return figure, list(axes.flat)
 
 
 def label_plainly(axes: Axes, which: Literal["x", "y"] = "y") -> None:
-    """Ticks of a logarithmic axis as plain numbers; those between powers of ten too, where it spans few: all, or 2 and 5."""
+    """Label the ticks of a logarithmic axis with plain numbers.
+
+    On an axis that spans less than three powers of ten, some or all of the minor ticks are labelled too.
+    """
     low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
     axis = axes.yaxis if which == "y" else axes.xaxis
-    digits = next((shown for ratio, shown in _MINOR_DIGITS if high / low < ratio), "")
+    digits = next((digits for ratio, digits in _MINOR_DIGITS if high / low < ratio), "")
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in digits else ""))
     axes.tick_params(axis=which, which="minor", labelsize=8)
 
 
 def ordered_colours(count: int) -> list[Any]:
-    """Colours of `ORDERED` for things in an order, such as layers or singular values."""
+    """Return `count` colours of `ORDERED`, for ordered things such as layers or singular values."""
     return [ORDERED(index / max(count - 1, 1)) for index in range(count)]
 
 
 def scale_steps(axes: Axes, *, first: float = 1.0) -> None:
-    """Steps on a logarithmic axis from `first` on, with a place for step 0 and room for whole marks at both ends of what is drawn."""
-    last = max(first, axes.dataLim.x1)  # -inf if there is nothing yet
+    """Scale the x axis for training steps: logarithmic above `first`, linear below it, so that step 0 can be shown.
+
+    The limits leave room at both ends, so that no mark is cut.
+    """
+    last = max(first, axes.dataLim.x1)  # dataLim.x1 is -inf if the axes are empty
     axes.set_xscale("symlog", linthresh=first)
     axes.set_xlim(-0.1 * first, 1.3 * last)
 
 
-def render_figure(figure: Figure, kind: str = "png", *, origin: str = "") -> bytes:
-    """A figure as the bytes of a file of this kind, without the time or versions in it.
+def finish_step_axes(axes: Axes, title: str, ylabel: str) -> None:
+    """Scale and label axes whose x is the training step; call it after drawing."""
+    scale_steps(axes)
+    axes.set(xlabel="step (updates)", ylabel=ylabel)
+    axes.set_title(title, fontsize=10)
+
+
+def draw_band(
+    axes: Axes,
+    x: pd.Series | pd.Index,
+    values: pd.Series,
+    stderr: pd.Series,
+    *,
+    floor: pd.Series | float = -np.inf,
+    alpha: float = 0.18,
+    **style: Any,
+) -> None:
+    """Draw a line with a band of two standard errors.
 
     Args:
-        figure: The figure.
-        kind: `png`, `pdf` or `svg`.
-        origin: Where the data come from, in small print above the figure, outside its layout.
+        axes: Axes to draw in.
+        x: Horizontal position of each value.
+        values: Values of the line.
+        stderr: Standard error of each value.
+        floor: Lower limit of the band. Set it on a logarithmic axis, where a band that reaches zero would fill the panel.
+        alpha: Opacity of the band.
+        style: Options of the line; `color` is needed, and used for the band too.
+    """
+    x = x.astype(float)
+    axes.plot(x, values, **style)
+    low, high = (values - 2 * stderr).clip(lower=floor), values + 2 * stderr
+    axes.fill_between(x, low, high, color=style["color"], alpha=alpha, linewidth=0)
+
+
+def write_in_middle(axes: Axes, text: str) -> None:
+    """Write in the middle of empty axes why they are empty."""
+    axes.text(0.5, 0.5, text, ha="center", transform=axes.transAxes)
+
+
+def render_figure(figure: Figure, file_format: str = "png", *, origin: str = "") -> bytes:
+    """Return the bytes of an image file of the figure. They do not depend on the time or on versions of software.
+
+    Args:
+        figure: Figure to draw.
+        file_format: `png`, `pdf` or `svg`.
+        origin: Source of the data, written in small print above the figure and outside its layout.
     """
     buffer = io.BytesIO()
     tidy(figure)
     width, height = figure.get_size_inches()
     strip = _ORIGIN_INCHES if origin else 0.0
-    with rc_context(_SETTINGS):
+    with rc_context(_RC_SETTINGS):
         line = figure.text(
             1 - 0.1 / width, 1 + 0.4 * strip / height, origin, fontsize=6, color="0.4", ha="right", va="center"
         )
         line.set_in_layout(False)
-        figure.savefig(
-            buffer, format=kind, metadata=_NO_DATES.get(kind), bbox_inches=Bbox([[0, 0], [width, height + strip]])
-        )
+        extent = Bbox([[0, 0], [width, height + strip]])
+        figure.savefig(buffer, format=file_format, metadata=_METADATA.get(file_format), bbox_inches=extent)
         line.remove()
     return buffer.getvalue()
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure atomically, without the time or versions in it.
+    """Write a figure atomically, in the format that the file's suffix names, and return the path.
 
     Raises:
-        StorageError: If it cannot be written.
+        StorageError: If the file cannot be written.
     """
     write_atomically(path, render_figure(figure, path.suffix.lstrip(".")))
     return path

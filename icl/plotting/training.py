@@ -1,4 +1,4 @@
-"""The figure of a run: its learning curves, and its loss at each position beside the Bayes-optimal predictors."""
+"""The figure of a training run: its learning curves, and its loss at each position beside the Bayes-optimal predictors."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -23,60 +23,63 @@ from icl.stacked import apply, stack
 from icl.table_files import read_table
 
 _TABLE, _FIGURE = "losses.csv", "training.png"
-_LARGEST_RATIO = 60.0
-"""Largest over smallest loss from which on the axis is logarithmic, so that the smallest can be read."""
+_MAX_LINEAR_RATIO = 60.0
+"""Largest ratio of the highest to the lowest loss on a linear axis. Beyond it the axis is logarithmic, to keep the lowest readable."""
+_LOSS_LABEL = "loss (squared error per target)"
 _SetsKey: TypeAlias = tuple[TaskConfig, int, int, int]
 
 
 class DrawnRun(NamedTuple):
-    """What `draw_run` made."""
+    """Results of `draw_run`."""
 
     losses: pd.DataFrame
-    """The losses on the training tasks: a row per position and one for their mean, a column per predictor."""
+    """Losses on the training tasks: a row for each position and one for their mean, a column for each predictor."""
     figure: Path
+    """Path of the figure."""
     optimum: str
-    """The Bayes predictor of the training tasks: `ridge` for M = inf, else `dmmse`."""
+    """Bayes predictor for the training tasks: `ridge` for M = inf, else `dmmse`."""
     excess: float
     """Mean loss of the model minus that of the optimum, on the same prompts."""
     excess_stderr: float
+    """Standard error of `excess`."""
 
 
 def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | None = None) -> DrawnRun:
-    """Draw a run's last checkpoint; its table and figure go to `results/losses.csv` and `figures/training.png`.
+    """Draw a run with the losses of its last checkpoint; write `results/losses.csv` and `figures/training.png`.
 
     Args:
-        folder: The run's.
-        shared: Takes and gives the prompts with their baselines, which runs that differ in their training seeds alone share.
+        folder: Folder of the run.
+        shared: Cache of prompts with their baselines. Pass the same one for runs that differ only in their training seeds.
 
     Raises:
         CheckpointError: If the run has no usable checkpoint.
     """
     checkpoint = load_checkpoint_file(checkpoint_files(folder.path)[-1])
     config = checkpoint.config
-    predict = partial(apply, config.model)
-    params = stack([checkpoint.params])
     key = (config.task, config.seeds.tasks, config.seeds.evaluation, config.evaluation.num_prompts)
     shared = {} if shared is None else shared
     if key not in shared:
         shared[key] = build_evaluation_sets(config, num_prompts=config.evaluation.num_prompts)
-    predictions = {one.name: predict_prompts(predict, params, one.prompts)[0] for one in shared[key]}
-    losses = {one.name: tabulate_losses(predictions[one.name], one) for one in shared[key]}
-    own = next(one for one in shared[key] if one.name == "pretrain")
-    optimum, excess = excess_over_optimum(predictions["pretrain"], own, is_gaussian=config.task.is_gaussian)
-    folder.write_result(_TABLE, pd.concat(losses, names=["distribution"]).to_csv(float_format="%.9g"))
-    tasks = "∞" if config.task.is_gaussian else f"{config.task.num_tasks:,}"
-    figure = plot_training(
-        _read_metrics(folder, config),
-        losses,
-        title=f"{folder.path.name}   (M = {tasks}, D = {config.task.task_size}, "
-        f"σ² = {config.task.noise_variance:g}, step {checkpoint.step:,})",
+    sets = {prompt_set.name: prompt_set for prompt_set in shared[key]}
+    predict, params = partial(apply, config.model), stack([checkpoint.params])
+    predictions = {name: predict_prompts(predict, params, prompt_set.prompts)[0] for name, prompt_set in sets.items()}
+    losses = {name: tabulate_losses(predictions[name], prompt_set) for name, prompt_set in sets.items()}
+    optimum, excess = excess_over_optimum(
+        predictions["pretrain"], sets["pretrain"], is_gaussian=config.task.is_gaussian
     )
+    folder.write_result(_TABLE, pd.concat(losses, names=["distribution"]).to_csv(float_format="%.9g"))
+    num_tasks = "∞" if config.task.is_gaussian else f"{config.task.num_tasks:,}"
+    title = (
+        f"{folder.path.name}   (M = {num_tasks}, D = {config.task.task_size}, "
+        f"σ² = {config.task.noise_variance:g}, step {checkpoint.step:,})"
+    )
+    figure = plot_training(_read_metrics(folder, config), losses, title=title)
     path = save_figure(figure, folder.figures / _FIGURE)
     return DrawnRun(losses["pretrain"], path, optimum, float(excess.value), float(excess.stderr))
 
 
 def drawn_losses(folder: RunFolder) -> pd.DataFrame | None:
-    """The table that `draw_run` gave before, or None if it or the figure is not there."""
+    """Return the losses on the training tasks that `draw_run` wrote; None if the table or the figure is missing."""
     if not (folder.figures / _FIGURE).is_file():
         return None
     try:
@@ -96,49 +99,50 @@ def _read_metrics(folder: RunFolder, config: RunConfig) -> pd.DataFrame:
 
 
 def plot_training(metrics: pd.DataFrame, losses: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
-    """Learning curves against step, then loss against position on the training tasks and on new ones.
+    """Plot the learning curves, then the loss at each position on the training tasks and on new tasks.
 
     Args:
         metrics: The run's `metrics.csv`.
-        losses: For `pretrain` and `true`, loss per target: a row per position 1..K and one `mean`, a column per predictor
-            (`model`, `ridge`, `dmmse`, `ols`, `zero`; those that apply).
-        title: Above the panels.
+        losses: Tables of the loss per target on `pretrain` and on `true`. A row for each position 1..K and one called
+            `mean`; a column for each predictor (`model`, `ridge`, `dmmse`, `ols`, `zero`; those that apply).
+        title: Title of the figure.
     """
-    figure, (curves, pretrain, true) = new_figure(3, width=4.6)
+    figure, (curves, pretrain, true) = new_figure(3, width=4.6, title=title)
     _draw_curves(curves, metrics, losses["pretrain"].loc["mean"])
     _draw_positions(pretrain, losses["pretrain"].drop(index="mean"), "After training: the M training tasks")
     _draw_positions(true, losses["true"].drop(index="mean"), "After training: new tasks, w ~ N(0, I)")
     _share_limits([pretrain, true], losses)
     name_outside(figure, figure.axes, loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle(title, fontsize=11)
     return figure
 
 
-def _draw_curves(axes: Axes, metrics: pd.DataFrame, means: pd.Series) -> None:
+def _draw_curves(axes: Axes, metrics: pd.DataFrame, levels: pd.Series) -> None:
+    """Draw losses over training, with the mean losses of the predictors as horizontal lines."""
     trained = metrics.dropna(subset=["train/loss"])
     axes.plot(trained["step"], trained["train/loss"], color=SKY, linewidth=1.0, label="training batches")
     if "eval/pretrain/loss" in metrics:
-        evaluated = metrics.dropna(subset=["eval/pretrain/loss"])
-        is_start = evaluated["step"] == 0  # far before the next one, so a point by itself
-        for key, tasks, line, face in (("pretrain", "M", "-", BLUE), ("true", "new", ":", "white")):
-            losses = evaluated.set_index("step")[f"eval/{key}/loss"]
-            start, rest = losses[is_start.to_numpy()], losses[~is_start.to_numpy()]
-            label = f"fixed prompts, {tasks} tasks (left; dot: step 0)"
-            axes.plot(
-                rest.index, rest, color=BLUE, linestyle=line, label=label if rest.notna().any() else None,
-                marker="o" if rest.notna().sum() == 1 else None, markersize=4, markerfacecolor=face,
-            )  # fmt: skip
-            axes.plot(
-                start.index, start, color=BLUE, linestyle="", marker="o", markersize=4, markerfacecolor=face,
-                label=None if rest.notna().any() else label,
-            )  # fmt: skip
+        for name, tasks, line, face in (("pretrain", "training", "-", BLUE), ("true", "new", ":", "white")):
+            losses = metrics.dropna(subset=["eval/pretrain/loss"]).set_index("step")[f"eval/{name}/loss"]
+            _draw_evaluated(axes, losses, f"fixed prompts, {tasks} tasks (dot: step 0)", line, face)
     for name in ("zero", "ridge", "dmmse"):
-        if name in means:
-            axes.axhline(means[name], **PREDICTORS[name] | {"linewidth": 1.2})
+        if name in levels:
+            axes.axhline(levels[name], **PREDICTORS[name] | {"linewidth": 1.2})
     scale_steps(axes, first=max(1.0, float(trained["step"].min())))
-    axes.set(yscale="log", xlabel="step (updates)", ylabel="loss (squared error per target)")
+    axes.set(yscale="log", xlabel="step (updates)", ylabel=_LOSS_LABEL)
     label_plainly(axes)
-    axes.set_title("Learning (predictors' levels: the M training tasks)", fontsize=10)
+    axes.set_title("Learning (horizontal lines: mean loss on training tasks)", fontsize=10)
+
+
+def _draw_evaluated(axes: Axes, losses: pd.Series, label: str, line: str, face: str) -> None:
+    """Draw losses on fixed prompts. Step 0 lies far left of the next step, so it is a dot that no line joins."""
+    start, later = losses[losses.index == 0], losses[losses.index != 0]
+    num_known = later.notna().sum()
+    dot = {"marker": "o", "markersize": 4, "markerfacecolor": face}
+    axes.plot(
+        later.index, later, color=BLUE, linestyle=line, label=label if num_known else None,
+        **dot | ({} if num_known == 1 else {"marker": None}),
+    )  # fmt: skip
+    axes.plot(start.index, start, color=BLUE, linestyle="", label=None if num_known else label, **dot)
 
 
 def _draw_positions(axes: Axes, losses: pd.DataFrame, title: str) -> None:
@@ -146,20 +150,20 @@ def _draw_positions(axes: Axes, losses: pd.DataFrame, title: str) -> None:
         if name in losses:
             style = PREDICTORS[name] | ({"marker": "o", "markersize": 4} if name == "model" else {})
             axes.plot(losses.index, losses[name], **style)
-    axes.set(xlabel="position k (k − 1 examples seen)", ylabel="loss (squared error per target)")
+    axes.set(xlabel="position k (k − 1 examples seen)", ylabel=_LOSS_LABEL)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, fontsize=10)
 
 
 def _share_limits(panels: list[Axes], losses: Mapping[str, pd.DataFrame]) -> None:
-    """Give panels one axis that holds every predictor's losses; OLS, whose mean may be infinite, alone may leave it."""
+    """Give the panels the same y axis, which holds the losses of every predictor but OLS, whose mean may be infinite."""
     shown = pd.concat([table.drop(index="mean").drop(columns="ols", errors="ignore") for table in losses.values()])
     values = shown.to_numpy(dtype=float)
     positive = values[np.isfinite(values) & (values > 0)]
     highest, lowest = (positive.max(), positive.min()) if len(positive) else (1.0, 1.0)
-    is_wide = highest > _LARGEST_RATIO * lowest and not (values == 0).any()
+    is_logarithmic = highest > _MAX_LINEAR_RATIO * lowest and not (values == 0).any()
     for axes in panels:
-        if is_wide:
+        if is_logarithmic:
             axes.set(yscale="log", ylim=(0.8 * lowest, 1.5 * highest))
         else:
             axes.set(ylim=(0, 1.1 * highest))

@@ -20,11 +20,11 @@ def test_predictions_along_the_task(run, has_pool):
     file = sorted((MODELS / run).glob("*.safetensors"))[-1]
     first, second = plot_predictions(file, num_examples=(0, 3), title="t").axes
     drawn = lines(first)
-    reach, task = drawn["w · x, the task"]
+    reach, task = drawn["task, w · x"]
     np.testing.assert_allclose(drawn["ridge (Bayes for M = ∞)"][1], 0, atol=1e-6)
     np.testing.assert_allclose(np.diff(task), np.diff(task)[0], rtol=1e-3)
     assert reach[0] == -reach[-1]
     assert ("dMMSE (Bayes for the M tasks)" in drawn) == has_pool
-    assert len(lines(second)["examples, seen from the side"][0]) == 3
+    assert len(lines(second)["examples, projected on w"][0]) == 3
     slope = np.polyfit(*lines(second)["ridge (Bayes for M = ∞)"], 1)
     assert abs(slope[1]) < 1e-5  # linear in the query, through 0
