@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from benchmarks.cases import make_cases
 from benchmarks.turns import Ratio
 from icl.build import choose_device
-from icl.plotting.style import BLACK, BLUE, new_figure, save_figure
+from icl.plotting.colours import BLACK, BLUE
+from icl.plotting.style import new_figure, save_figure
 from icl.storage import write_atomically
 
 

@@ -1,4 +1,4 @@
-"""The figure of the gradients: sizes, noise and alignment in the weights above, the data distribution and PCAs below."""
+"""The figure of the gradients: weight gradients in the upper row, gradients in the data distribution and PCAs in the lower."""
 
 from typing import Any
 
@@ -9,17 +9,20 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, ORDERED, PURPLE, SKY, VERMILION, new_figure, scale_steps
+from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, ORDERED, PURPLE, SKY, VERMILION
+from icl.plotting.rows import select
+from icl.plotting.style import draw_band, finish_step_axes, new_figure, write_in_middle
 
-_FAMILIES = (
-    ("all", "all weights", BLACK),
-    ("embeddings", "embeddings", ORANGE),
-    ("attention", "attention", BLUE),
-    ("mlp", "MLP", GREEN),
-    ("norms", "layer norms", PURPLE),
-    ("unembedding", "unembedding", VERMILION),
+_GROUPS = (
+    ("all", "all weights", BLACK, 2.2),
+    ("embeddings", "embeddings", ORANGE, 1.3),
+    ("attention", "attention", BLUE, 1.3),
+    ("mlp", "MLP", GREEN, 1.3),
+    ("norms", "layer norms", PURPLE, 1.3),
+    ("unembedding", "unembedding", VERMILION, 1.3),
 )
-_PARAMETERS = (
+"""Group of weights, its label, its colour and its line width."""
+_DATA_PARAMETERS = (
     ("x_mean", "mean of x", BLUE, "-"),
     ("x_scale", "scale of x", BLUE, "--"),
     ("w_mean", "mean of w", GREEN, "-"),
@@ -30,119 +33,104 @@ _PARAMETERS = (
 
 
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
-    """Six panels from the table of `icl.analysis.gradients`; bands are two standard errors.
+    """Draw six panels from the table of `icl.analysis.gradients`; bands are two standard errors.
 
-    Where noise drowns a squared norm, triangles show how large it can be, and how small the noise scale.
+    Where a squared norm is within its noise, triangles show an upper limit of the norm and a lower limit of the noise scale.
 
     Args:
-        table: Its `results/gradients.csv`.
-        title: Above the panels.
+        table: The run's `results/gradients.csv`.
+        title: Title of the figure.
     """
-    figure, (norms, noise, alignment, data, weights_pca, data_pca) = new_figure(3, num_rows=2, width=4.9, height=3.9)
-    weights = table[table["kind"] == "weights"]
-    for group, label, colour in _FAMILIES:
-        style = {"color": colour, "label": label, "linewidth": 2.2 if group == "all" else 1.3}
-        _draw(norms, _select(weights, "norm", group), style)
-    _draw(noise, _select(weights, "noise_scale", "all"), {"color": BLACK, "label": "tr Σ / |G|²"})
+    title = f"{title}   (bands: 2 standard errors)"
+    figure, axes = new_figure(3, num_rows=2, width=4.9, height=3.9, title=title)
+    norms, noise, alignment, data, weights_pca, data_pca = axes
+    weights = select(table, kind="weights")
+    for group, label, colour, width in _GROUPS:
+        _draw_known(norms, _curve(weights, "norm", group), color=colour, label=label, linewidth=width)
+    _draw_known(noise, _curve(weights, "noise_scale", "all"), color=BLACK, label="tr Σ / |G|²")
     _draw_limits(norms, noise, weights)
     for quantity, label, colour in (
         ("alignment_previous", "with the previous saved step", BLUE),
         ("alignment_tasks", "between single tasks", ORANGE),
     ):
-        _draw(alignment, _select(weights, quantity, "all"), {"color": colour, "label": label})
-    for name, label, colour, line in _PARAMETERS:
-        _draw_data(data, table, name, {"color": colour, "label": label, "linestyle": line})
-    _finish_steps(norms, "|G| (loss per unit of weight)", "Weight gradient by group", scale="log")
+        _draw_known(alignment, _curve(weights, quantity, "all"), color=colour, label=label)
+    for parameter, label, colour, line in _DATA_PARAMETERS:
+        _draw_data_gradient(data, _curve(table, "gradient", parameter), color=colour, label=label, linestyle=line)
+    _finish(norms, "Norm of the weight gradient, by group", "|G| (loss per unit of weight)", is_logarithmic=True)
     norms.set_ylim(bottom=norms.get_ylim()[0] / 6)  # room for the legend
-    _finish_steps(noise, "prompts", "Gradient noise scale", scale="log")
-    _finish_steps(alignment, "cosine", "Alignment of weight gradients")
+    _finish(noise, "Gradient noise scale", "prompts", is_logarithmic=True)
+    _finish(alignment, "Alignment of weight gradients", "cosine")
     alignment.set_ylim(-1.05, 1.05)
     alignment.axhline(0, color=BLACK, linewidth=0.6)
-    _finish_steps(
-        data, "∂ E[loss] / ∂ parameter", "Gradient in the data distribution (points: score function)", columns=2
-    )
+    _finish(data, "Gradient in the data distribution (dots: score function)", "∂ E[loss] / ∂ parameter", num_columns=2)
     data.axhline(0, color=BLACK, linewidth=0.6)
     data.set_ylim(top=data.get_ylim()[1] * 1.25)  # room for the legend
     _draw_components(figure, weights_pca, weights, "PCA of weight gradients over steps")
-    _draw_components(figure, data_pca, table[table["kind"] == "data"], "PCA of data gradients over steps")
-    figure.suptitle(f"{title}   (bands: 2 standard errors)", fontsize=11)
+    _draw_components(figure, data_pca, select(table, kind="data"), "PCA of data gradients over steps")
     return figure
 
 
-def _select(table: pd.DataFrame, quantity: str, item: str) -> pd.DataFrame:
-    return table[(table["quantity"] == quantity) & (table["item"] == item)].sort_values("step")
+def _curve(table: pd.DataFrame, quantity: str, item: str) -> pd.DataFrame:
+    return select(table, quantity=quantity, item=item).sort_values("step")
 
 
-def _draw(axes: Axes, curve: pd.DataFrame, style: dict) -> None:
-    """A line through what is `ok` with its band; what is in doubt is left out, so the line has gaps there."""
-    known = curve["verdict"] == "ok"
-    if not known.any():
-        return
-    steps, values, errors = curve["step"].astype(float), curve["value"].where(known), 2 * curve["stderr"].where(known)
-    axes.plot(steps, values, marker="o", markersize=2.5, **style)
-    axes.fill_between(steps, values - errors, values + errors, color=style["color"], alpha=0.18, linewidth=0)
+def _draw_known(axes: Axes, curve: pd.DataFrame, **style: Any) -> None:
+    """Draw the values whose verdict is ok, as a line with its band; the line has gaps where the verdict is another."""
+    is_ok = curve["verdict"] == "ok"
+    if is_ok.any():
+        known = curve[["value", "stderr"]].where(is_ok)
+        draw_band(axes, curve["step"], known["value"], known["stderr"], marker="o", markersize=2.5, **style)
 
 
 def _draw_limits(norms: Axes, noise: Axes, weights: pd.DataFrame) -> None:
-    """Of all weights where the norm is in doubt: its upper limit, and the noise scale's lower one, at two errors."""
-    norm = _select(weights, "norm", "all").set_index("step")
-    doubtful = norm.index[norm["verdict"] != "ok"]
-    square, trace = (_select(weights, name, "all").set_index("step") for name in ("squared_norm", "noise_trace"))
-    most = square.loc[doubtful, "value"].clip(lower=0) + 2 * square.loc[doubtful, "stderr"]
-    steps = doubtful.to_numpy(float)
-    style: dict[str, Any] = {"linestyle": "", "color": BLACK, "markersize": 4, "markerfacecolor": "none"}
-    norms.plot(steps, most**0.5, marker="v", label="all weights, at most", **style)
-    noise.plot(steps, trace.loc[doubtful, "value"] / most, marker="^", label="at least", **style)
-
-
-def _draw_data(axes: Axes, table: pd.DataFrame, name: str, style: dict) -> None:
-    """The pathwise gradient as a line, the score function's as faint points with bars."""
-    curves = _select(table, "gradient", name)
-    path, score = (curves[curves["estimator"] == estimator] for estimator in ("pathwise", "score_function"))
-    _draw(axes, path, style)
-    axes.errorbar(
-        score["step"].astype(float),
-        score["value"],
-        2 * score["stderr"],
-        fmt=".",
-        markersize=3,
-        color=style["color"],
-        alpha=0.3,
-        elinewidth=0.8,
-        zorder=0,
+    """Draw limits at two standard errors where the norm of all weights is uncertain: the highest norm, the lowest noise scale."""
+    norm, square, trace = (
+        _curve(weights, quantity, "all").set_index("step") for quantity in ("norm", "squared_norm", "noise_trace")
     )
+    uncertain = norm.index[norm["verdict"] != "ok"]
+    highest = square.loc[uncertain, "value"].clip(lower=0) + 2 * square.loc[uncertain, "stderr"]
+    steps = uncertain.to_numpy(float)
+    style: dict[str, Any] = {"linestyle": "", "color": BLACK, "markersize": 4, "markerfacecolor": "none"}
+    norms.plot(steps, highest**0.5, marker="v", label="all weights, at most", **style)
+    noise.plot(steps, trace.loc[uncertain, "value"] / highest, marker="^", label="at least", **style)
 
 
-def _finish_steps(axes: Axes, label: str, title: str, *, scale: str = "linear", columns: int = 1) -> None:
+def _draw_data_gradient(axes: Axes, curves: pd.DataFrame, **style: Any) -> None:
+    """Draw the pathwise estimate as a line, and that of the score function as faint dots with bars."""
+    _draw_known(axes, select(curves, estimator="pathwise"), **style)
+    score = select(curves, estimator="score_function")
+    axes.errorbar(
+        score["step"], score["value"], 2 * score["stderr"], fmt=".", markersize=3, color=style["color"], alpha=0.3, elinewidth=0.8, zorder=0
+    )  # fmt: skip
+
+
+def _finish(axes: Axes, title: str, ylabel: str, *, is_logarithmic: bool = False, num_columns: int = 1) -> None:
     has_lines = bool(axes.lines)
-    scale_steps(axes)
-    if has_lines:
-        if scale == "log":
-            axes.set_yscale("log", nonpositive="clip")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.legend(fontsize=8, ncols=columns)
-    else:
-        axes.text(0.5, 0.5, "nothing here stands above its noise", ha="center", transform=axes.transAxes)
-    axes.set(xlabel="step (updates)", ylabel=label)
-    axes.set_title(title, fontsize=10)
+    finish_step_axes(axes, title, ylabel)
+    if not has_lines:
+        write_in_middle(axes, "nothing here exceeds its noise")
+        return
+    if is_logarithmic:
+        axes.set_yscale("log", nonpositive="clip")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.legend(fontsize=8, ncols=num_columns)
 
 
 def _draw_components(figure: Figure, axes: Axes, rows: pd.DataFrame, title: str) -> None:
-    """The path of the gradient in its first two components, coloured by step."""
-    scores = rows[rows["quantity"] == "pc_score"].pivot(index="step", columns="item", values="value")
-    shares = rows[rows["quantity"] == "explained_share"].set_index("item")
+    """Draw the path of the gradient in its first two principal components, coloured by step."""
+    scores = select(rows, quantity="pc_score").pivot(index="step", columns="item", values="value")
+    shares = select(rows, quantity="explained_share").set_index("item")
     axes.set_title(title, fontsize=10)
     if scores.shape[1] < 2:
-        axes.text(0.5, 0.5, "needs three saved steps that differ", ha="center", transform=axes.transAxes)
+        write_in_middle(axes, "needs three saved steps that differ")
         return
     steps = scores.index.astype(float) + 1
     norm = LogNorm(1, max(steps.max(), 2))
     axes.plot(scores["PC1"], scores["PC2"], color=SKY, linewidth=0.8, zorder=1)
     axes.scatter(scores["PC1"], scores["PC2"], c=steps, norm=norm, cmap=ORDERED, s=18, zorder=2)
     figure.colorbar(ScalarMappable(norm, ORDERED), ax=axes, label="step + 1")
-    doubt = "" if (shares["verdict"] == "ok").all() else "\n(mostly estimation noise)"
-    for axis, item in ((axes.set_xlabel, "PC1"), (axes.set_ylabel, "PC2")):
-        axis(f"{item} ({shares.loc[item, 'value']:.0%} of the variance)")
-    if doubt:
-        axes.set_title(title + doubt, fontsize=10)
+    labels = [f"{item} ({shares.loc[item, 'value']:.0%} of the variance)" for item in ("PC1", "PC2")]
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    if not (shares["verdict"] == "ok").all():
+        axes.set_title(f"{title}\n(mostly estimation noise)", fontsize=10)

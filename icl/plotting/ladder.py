@@ -12,19 +12,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, VERMILION, ordered_colours
 from icl.plotting.diversity import diversity_positions, plot_diversity
 from icl.plotting.rows import select
-from icl.plotting.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    VERMILION,
-    draw_band,
-    label_plainly,
-    new_figure,
-    ordered_colours,
-)
+from icl.plotting.style import draw_band, label_plainly, new_figure
 from icl.plotting.tidying import KEY
 
 _DIFFERENCE_LABEL = "mean squared difference of predictions (per target)"
@@ -132,12 +123,17 @@ def plot_joint_trajectories(dynamics: pd.DataFrame, *, title: str) -> Figure:
         for member, m in sorted(num_tasks.items(), key=lambda pair: float(pair[1])):
             path = select(scores, member=member).pivot(index="step", columns="item", values="value").sort_index()
             x, y = (path[component] for component in components)
-            line = {"linestyle": "--" if m == "inf" else "-", "linewidth": 1.2, "marker": ".", "markersize": 3}
+            line: dict[str, Any] = {
+                "linestyle": "--" if m == "inf" else "-",
+                "linewidth": 1.2,
+                "marker": ".",
+                "markersize": 3,
+            }
             axes.plot(x, y, color=colours[m], label="∞" if m == "inf" else m, **line)
             axes.plot(x.iloc[-1:], y.iloc[-1:], "o", color=colours[m], markersize=7)
             name, marker, size = ("ridge", "*", 13) if m == "inf" else (f"dMMSE M={m}", "D", 7)
             if name in references.index:
-                style = {"markersize": size, "markerfacecolor": "white", "markeredgewidth": 1.6}
+                style: dict[str, Any] = {"markersize": size, "markerfacecolor": "white", "markeredgewidth": 1.6}
                 axes.plot(*references.loc[name, components], marker, color=colours[m], **style)
         first, second = components
         axes.set(xlabel=f"{first} ({shares[first]:.0%} of the variance)", ylabel=f"{second} ({shares[second]:.0%})")

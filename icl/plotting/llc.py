@@ -11,8 +11,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 from icl.plotting.rows import select
-from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_figure, scale_steps
+from icl.plotting.style import new_figure, scale_steps
 from icl.plotting.tidying import KEY
 from icl.reading import ContentError
 from icl.runs import RunFolder

@@ -7,9 +7,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, VERMILION, ordered_colours
 from icl.plotting.llc import VERDICTS, draw_loss_levels, escaped_share, plot_llc, title_estimate
 from icl.plotting.rows import select
-from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, VERMILION, new_figure, ordered_colours
+from icl.plotting.style import new_figure
 
 SAMPLERS = (
     ("published sampler", True, {"color": VERMILION, "marker": "s", "markersize": 5}),
@@ -70,7 +71,7 @@ def plot_what_is_measured(llc: pd.DataFrame, *, title: str) -> Figure:
     for axes, name in (
         (against, "LLC against the loss of the checkpoint"),
         (sampled, "Loss along the chains"),
-        (escape, "Rise of the loss, as a share of that to predicting zero"),
+        (escape, "Rise of the loss towards that of predicting zero"),
     ):
         axes.set_title(name, fontsize=10)
         axes.legend(fontsize=7)

@@ -1,8 +1,4 @@
-"""The common look of all figures: colours, line styles, axes of training steps, bands, and how a figure is saved.
-
-The palette is that of Okabe and Ito (2008), which colour-blind readers can tell apart. A predictor has the same colour and line style
-in every figure.
-"""
+"""The common look of all figures: empty axes, axes of training steps, lines with bands, and how a figure is saved."""
 
 import io
 from pathlib import Path
@@ -10,37 +6,14 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps, rc_context
+from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import Bbox
 
 from icl.plotting.tidying import tidy
 from icl.storage import write_atomically
-
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#F0E442",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
-
-PREDICTORS: dict[str, dict[str, Any]] = {
-    "model": {"color": BLUE, "linestyle": "-", "linewidth": 2.2, "label": "transformer"},
-    "ridge": {"color": VERMILION, "linestyle": "--", "label": "ridge (Bayes for M = ∞)"},
-    "dmmse": {"color": GREEN, "linestyle": "-.", "label": "dMMSE (Bayes for the M tasks)"},
-    "ols": {"color": PURPLE, "linestyle": ":", "label": "OLS"},
-    "zero": {"color": BLACK, "linestyle": (0, (1, 1)), "linewidth": 1.0, "label": "zero"},
-}
-
-ORDERED = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, 256)), name="ordered")
-"""Colour map for ordered values such as steps: dark first. It ends before yellow, which is hard to see on white."""
 
 _RC_SETTINGS: dict[Any, Any] = {
     "figure.dpi": 110,
@@ -98,11 +71,6 @@ def label_plainly(axes: Axes, which: Literal["x", "y"] = "y") -> None:
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in digits else ""))
     axes.tick_params(axis=which, which="minor", labelsize=8)
-
-
-def ordered_colours(count: int) -> list[Any]:
-    """Return `count` colours of `ORDERED`, for ordered things such as layers or singular values."""
-    return [ORDERED(index / max(count - 1, 1)) for index in range(count)]
 
 
 def scale_steps(axes: Axes, *, first: float = 1.0) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,8 @@ from icl.build import build_evaluation_sets
 from icl.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.config import RunConfig, TaskConfig
 from icl.evaluation import EvaluationSet, excess_over_optimum, predict_prompts, tabulate_losses
-from icl.plotting.style import BLUE, PREDICTORS, SKY, label_plainly, new_figure, save_figure, scale_steps
+from icl.plotting.colours import BLUE, PREDICTORS, SKY
+from icl.plotting.style import label_plainly, new_figure, save_figure, scale_steps
 from icl.plotting.tidying import name_outside
 from icl.reading import ContentError
 from icl.runs import RunError, RunFolder
@@ -137,7 +138,7 @@ def _draw_evaluated(axes: Axes, losses: pd.Series, label: str, line: str, face: 
     """Draw losses on fixed prompts. Step 0 lies far left of the next step, so it is a dot that no line joins."""
     start, later = losses[losses.index == 0], losses[losses.index != 0]
     num_known = later.notna().sum()
-    dot = {"marker": "o", "markersize": 4, "markerfacecolor": face}
+    dot: dict[str, Any] = {"marker": "o", "markersize": 4, "markerfacecolor": face}
     axes.plot(
         later.index, later, color=BLUE, linestyle=line, label=label if num_known else None,
         **dot | ({} if num_known == 1 else {"marker": None}),
