@@ -180,7 +180,7 @@ def test_the_figure_adds_what_the_chains_settle_by_unless_they_escaped():
         ]
     ).assign(stderr=1.0, drop_at_mean_stderr=1.0, init_loss=1.0, trivial_loss=2.25, **TOLD)
     estimates = plot_llc(table, 2.25, title="x").axes[3]
-    (bars,) = [bars for bars in estimates.containers if bars.get_label() == "about where the chains settle"]
+    (bars,) = [bars for bars in estimates.containers if bars.get_label() == "LLC + drop at the mean of the draws"]
     assert bars.lines[0].get_xydata().tolist() == [[10.0, 50.0]]
     assert estimates.get_ylim()[1] > 50
 
