@@ -18,7 +18,7 @@ from icl.metrics_file import MetricsFile
 from icl.presets import preset
 from icl.runs import RunError
 from icl.training.data import PromptStream
-from icl.training.module import PopulationModule
+from icl.training.optimiser import PopulationAdam
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,8 +130,10 @@ def folder(monkeypatch, tmp_path):
 
 def slow_steps(monkeypatch, act):
     """Every step of the application does something beside."""
-    advance = PopulationModule._advance
-    monkeypatch.setattr(PopulationModule, "_advance", lambda self, prompts: act() or advance(self, prompts))
+    step = PopulationAdam.step
+    monkeypatch.setattr(
+        PopulationAdam, "step", lambda self, closure=None, *, prompts: act() or step(self, prompts=prompts)
+    )
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.2])

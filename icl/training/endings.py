@@ -1,6 +1,6 @@
 """How a member's training ends, written down where it is looked for: its status, its log and its W&B run.
 
-What goes wrong with one member of several is that member's: `apart` ends it with its reason, and the others go on. What
+What goes wrong with one member of several is that member's: `isolate_failure` ends it with its reason, and the others go on. What
 goes wrong with a lone run is raised, and so is what goes wrong between processes, which could not agree on who is left.
 """
 
@@ -17,7 +17,7 @@ from icl.training.wandb_log import exit_code_of
 from icl.validation import UserError
 
 
-def settle(member: Member, step: int, received: signal.Signals | None) -> None:
+def record_outcome(member: Member, step: int, received: signal.Signals | None) -> None:
     """Say how a member has ended, once it has."""
     if member.is_running and step == member.config.trainer.max_steps:
         member.end("finished", step)
@@ -52,7 +52,7 @@ def _write_end(member: Member, step: int) -> None:
 
 
 @contextlib.contextmanager
-def apart(member: Member, *, is_alone: bool) -> Iterator[None]:
+def isolate_failure(member: Member, *, is_alone: bool) -> Iterator[None]:
     """Let a refusal in the body end this member and nobody else; of one that is alone, raise it.
 
     Its folder is told only if it is known to be this run's (`Member.is_own`): it may be another's, or in other hands.

@@ -18,20 +18,19 @@ from icl.compiling import compiling_pays
 from icl.flat import layout_of
 from icl.schedules import rate_factor
 from icl.stacked import Params, apply
-from icl.step import AdamState, Step, StepInfo, adam_state, make_step
+from icl.step import AdamState, StepInfo, adam_state, make_step
 from icl.tasks.prompts import Prompts
 from icl.training.members import Member
+from icl.training.optimiser import PopulationAdam
 from icl.training.rounding import describe_changes, rounding_conditions
 
 
 class PopulationModule(pl.LightningModule):
     """N members of one architecture; they differ in their seeds and their tasks only."""
 
-    rows: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     count: Tensor
-    rates: Tensor
     loss_sum: Tensor
     num_clipped: Tensor
     num_summed: Tensor
@@ -39,56 +38,64 @@ class PopulationModule(pl.LightningModule):
 
     def __init__(self, members: Sequence[Member], params: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.automatic_optimization = False  # the step is its own optimiser
+        self.automatic_optimization = False  # a step makes its own gradients
         self.members, self.config = members, members[0].config
         optim = self.config.optim
         self.layout = layout_of(params)
         self.predict = partial(apply, self.config.model)
-        self.step: Step | None = None
         self.conditions: dict[str, str] = {}
         self._before: dict[Member, dict[str, str]] = {}
         self._factor = rate_factor(
             optim.schedule, warmup_steps=optim.warmup_steps, schedule_steps=self.config.schedule_steps
         )
-        for name, tensor in adam_state(params)._asdict().items():
-            self.register_buffer(name, tensor)
+        adam = adam_state(params)
+        self.rows = torch.nn.Parameter(adam.rows)
+        for name in ("exp_avg", "exp_avg_sq", "count"):
+            self.register_buffer(name, getattr(adam, name))
         for name in ("loss_sum", "num_clipped", "num_summed"):
             self.register_buffer(name, self.rows.new_zeros(len(members)))
         self.register_buffer("first_bad_step", torch.full((len(members),), -1))
-        self.register_buffer("rates", self.rows.new_zeros(len(members)), persistent=False)
 
     @property
     def params(self) -> Params:
-        """The stacked parameters under the model's own names, as views."""
-        return self.layout.to_params(self.rows)
+        """The stacked parameters under the model's own names, as views without gradient."""
+        return self.layout.to_params(self.rows.detach())
 
     def rate(self, update: int) -> float:
         """Return the learning rate of an update, counted from 1; update s leads from step s - 1 to step s."""
         return self.config.optim.lr * self._factor(update - 1)
 
-    def configure_optimizers(self) -> "StepCounter":
-        """What Lightning counts steps by."""
-        return StepCounter()
-
-    def on_fit_start(self) -> None:
-        """Make the step for the processes that there are; say what rounds otherwise than before, if the run is resumed."""
-        is_compiled, settings = self._is_compiled(), self.config.trainer
-        self.conditions = rounding_conditions(settings, device=self.device.type, is_compiled=is_compiled)
-        if self.trainer.is_global_zero:
-            self._tell_changes()
-        self.step = make_step(
+    def configure_optimizers(self) -> PopulationAdam:
+        """Return Adam with the step for this device and these processes."""
+        step = make_step(
             self.config.model,
             self.config.optim,
             self.layout,
-            compiled=is_compiled,
+            compiled=self._is_compiled(),
             packed=any(member.is_packed for member in self.members),
             reduce=self._average if self.trainer.world_size > 1 else None,
         )
+        adam = AdamState(self.rows.detach(), self.exp_avg, self.exp_avg_sq, self.count)
+        return PopulationAdam(self.rows, adam, step, self.config.optim)
+
+    def on_fit_start(self) -> None:
+        """Note what decides the rounding; say what differs from before, if the run is resumed."""
+        self.conditions = rounding_conditions(
+            self.config.trainer, device=self.device.type, is_compiled=self._is_compiled()
+        )
+        if self.trainer.is_global_zero:
+            self._tell_changes()
+
+    def on_train_start(self) -> None:
+        """Set the rate of the first update from here."""
+        self._set_rate()
 
     def training_step(self, batch: Sequence[Prompts], batch_idx: int) -> None:
-        """A few optimiser steps, one for each batch of prompts."""
+        """Make a few optimiser steps, one for each batch of prompts."""
+        optimiser: Any = self.optimizers()
         for prompts in batch:
-            self.optimizers().step(act=partial(self._advance, prompts))  # type: ignore[union-attr]
+            self._record(optimiser.step(prompts=prompts))
+            self._set_rate()
 
     def take_means(self, indices: Sequence[int]) -> tuple[list[float], list[float]]:
         """Mean loss and share of clipped steps of some members since their last call; waits for the device."""
@@ -135,29 +142,15 @@ class PopulationModule(pl.LightningModule):
         """Replace a tensor by its mean over the processes."""
         tensor.copy_(self.trainer.strategy.reduce(tensor, reduce_op="mean"))
 
-    def _advance(self, prompts: Prompts) -> None:
-        assert self.step is not None
-        self.rates.fill_(self.rate(self.global_step + 1))
-        state = AdamState(self.rows, self.exp_avg, self.exp_avg_sq, self.count)
-        self._record(self.step(state, prompts.xs, prompts.ys, self.rates))
+    def _set_rate(self) -> None:
+        """Let the parameter group hold the rate of the next update, as a scheduler would."""
+        optimiser: Any = self.optimizers()
+        optimiser.param_groups[0]["lr"] = self.rate(self.global_step + 1)
 
     def _record(self, info: StepInfo) -> None:
         bad = ~torch.isfinite(info.losses) & (self.first_bad_step < 0)
-        self.first_bad_step = torch.where(bad, self.global_step + 1, self.first_bad_step)
+        self.first_bad_step = torch.where(bad, self.global_step, self.first_bad_step)
         self.loss_sum += info.losses
         self.num_summed += 1
         if self.config.optim.grad_clip is not None:
             self.num_clipped += info.norms > self.config.optim.grad_clip
-
-
-class StepCounter(torch.optim.Optimizer):
-    """An optimiser in Lightning's eyes: its `step` does what it is given, and Lightning counts it as `global_step`."""
-
-    def __init__(self) -> None:
-        super().__init__([torch.zeros(())], {})
-
-    def step(self, closure: Any = None, *, act: Any = None) -> None:  # type: ignore[override]
-        """Do it."""
-        if closure is not None:
-            closure()
-        act()

@@ -44,7 +44,7 @@ from icl.training import wandb_agent
 from icl.training.callbacks import StopSignals
 from icl.training.capacity import num_fitting, require_room
 from icl.training.data import PromptDataModule
-from icl.training.endings import apart, recording_failure, settle
+from icl.training.endings import isolate_failure, record_outcome, recording_failure
 from icl.training.members import Member
 from icl.training.module import PopulationModule
 from icl.training.processes import join_processes
@@ -133,7 +133,7 @@ def train_population(
     make_trainer(configs[0])  # refuses what it must before anything is written
     is_alone = not is_packed or configs[0].trainer.devices * configs[0].trainer.num_nodes > 1
     for member in members:
-        with apart(member, is_alone=is_alone):
+        with isolate_failure(member, is_alone=is_alone):
             require_monitor(member.config)
             require_own_place(member.folder)
             if not _is_done(member):
@@ -146,7 +146,7 @@ def train_population(
     with contextlib.ExitStack() as held:
         taken: dict[Member, int | None] = {}
         for member in members:
-            with apart(member, is_alone=is_alone):
+            with isolate_failure(member, is_alone=is_alone):
                 if not member.is_refused:
                     taken[member] = _take_up(member, held)
         return _train(members, taken, wandb_run, is_alone=is_alone)
@@ -208,14 +208,14 @@ def _train(
         wandb_agent.replay(wandb_run, done[0].folder.metrics_file, done[0].config.trainer.max_steps)
     with recording_failure(list(steps)):
         for member, step in steps.items():
-            with apart(member, is_alone=is_alone):
+            with isolate_failure(member, is_alone=is_alone):
                 _begin(member, step)
         left = [member for member in steps if not member.is_refused]
         if left:
             _announce(left, [member for member in members if member.is_refused], steps)
             for member in left:
                 member.wandb = _wandb_log(member, steps[member], wandb_run)
-                settle(member, steps[member], None)  # one that was killed between its end and its last words
+                record_outcome(member, steps[member], None)  # one that was killed between its end and its last words
             received = _train_groups(left, steps)
     return [_result(member, received, was_done=member in done) for member in members]
 
@@ -233,7 +233,7 @@ def _train_groups(members: Sequence[Member], steps: Mapping[Member, int]) -> sig
         received = _train_stages(group, steps)
         if received is not None:
             for member in members:
-                settle(member, steps[member], received)
+                record_outcome(member, steps[member], received)
             return received
     return None
 
@@ -253,7 +253,7 @@ def _train_stages(members: Sequence[Member], steps: Mapping[Member, int]) -> sig
         while active and is_behind:
             step, received = _fit(active, step, until, [sets[members.index(member)] for member in active])
             for member in active:
-                settle(member, step, received)
+                record_outcome(member, step, received)
             if received is not None:
                 return received
             active = [member for member in active if member.is_running]

@@ -98,7 +98,7 @@ def make_callbacks(members: Sequence[Member], sets: Sequence[Sequence[Evaluation
     evaluation = Evaluation(sets, config.evaluation.every, max_steps)
     log = MetricsLog(members, evaluation, config.trainer.log_every)
     files = FilesGuard(members)
-    return [
+    callbacks: list[pl.Callback] = [
         files,
         guard,
         evaluation,
@@ -111,6 +111,33 @@ def make_callbacks(members: Sequence[Member], sets: Sequence[Sequence[Evaluation
         StatusFile(members, log),
         ProgressBar(log, max_steps),
     ]
+    require_order(callbacks)
+    return callbacks
+
+
+_USES: dict[type[pl.Callback], tuple[type[pl.Callback], ...]] = {
+    EarlyStopping: (Evaluation,),
+    Ending: (FilesGuard, NonFiniteGuard, EarlyStopping),
+    MetricsLog: (Evaluation, EarlyStopping, Ending),
+    ScheduledCheckpoints: (NonFiniteGuard, EarlyStopping, Ending),
+    ResumeFiles: (Ending, StopSignals, MetricsLog, ScheduledCheckpoints),
+    StatusFile: (MetricsLog,),
+    ProgressBar: (MetricsLog,),
+}
+"""The callbacks whose work at a step another one uses at the same step; so they must come before it."""
+
+
+def require_order(callbacks: Sequence[pl.Callback]) -> None:
+    """Check that every callback comes after those whose work it uses.
+
+    Raises:
+        RuntimeError: Naming the first two in the wrong order.
+    """
+    kinds = [type(callback) for callback in callbacks]
+    for kind, used in _USES.items():
+        for earlier in used:
+            if kind in kinds and (earlier not in kinds or kinds.index(earlier) > kinds.index(kind)):
+                raise RuntimeError(f"The callback {earlier.__name__} must come before {kind.__name__}.")
 
 
 def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:

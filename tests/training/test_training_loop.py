@@ -20,6 +20,7 @@ from icl.tasks.prompts import sample_prompts
 from icl.training.data import PromptDataModule
 from icl.training.members import Member
 from icl.training.module import PopulationModule
+from icl.training.optimiser import PopulationAdam
 from icl.training.run import NonFiniteLossError, train
 from icl.training.trainer import make_trainer
 from icl.validation import ConfigError
@@ -70,10 +71,14 @@ def test_training_follows_a_plain_float64_loop():
 )
 def test_the_rate_in_a_row_is_the_one_that_its_update_used(schedule, monkeypatch):
     used = []
-    advance = PopulationModule._advance
-    monkeypatch.setattr(
-        PopulationModule, "_advance", lambda self, prompts: (advance(self, prompts), used.append(self.rates.item()))
-    )
+    step = PopulationAdam.step
+
+    def noted(self, closure=None, *, prompts):
+        info = step(self, prompts=prompts)
+        used.append(self._rates.item())
+        return info
+
+    monkeypatch.setattr(PopulationAdam, "step", noted)
     config = change(TINY, optim=schedule, trainer={"max_steps": 10, "log_every": 1}, evaluation={"every": 5})
     table = pd.read_csv(train(config).folder.metrics_file).set_index("step")
     assert math.isnan(table.loc[0, "lr"])  # no update has led to the initial model
