@@ -241,7 +241,7 @@ TABLES: dict[str, Table] = {
         {
             "run": _RUN,
             "step": Column("integer", "updates done; none for numbers of the whole run", may_miss=True),
-            "quantity": Column("text", "see `icl/analysis/essential_dynamics.py`"),
+            "quantity": Column("text", "see `icl/analysis/essential_dynamics/`"),
             "item": Column("text", "component or plane", may_miss=True),
             "member": Column("text", "name of the run, or of a reference, within the PCA", may_miss=True),
             "value": _number(
@@ -291,7 +291,7 @@ TABLES: dict[str, Table] = {
             "run": _RUN,
             "step": Column("integer", "updates done", may_miss=True),
             "kind": Column("text", "`weights` or `data`"),
-            "quantity": Column("text", "see `icl/analysis/gradients.py`"),
+            "quantity": Column("text", "see `icl/analysis/gradients/`"),
             "item": Column("text", "group of weights, parameter of the distribution, or component", may_miss=True),
             "estimator": Column("text", "how a data gradient was estimated", may_miss=True),
             "value": _number("the number", may_miss=True),
@@ -320,7 +320,7 @@ TABLES: dict[str, Table] = {
             "step": Column("integer", "updates done", may_miss=True),
             "predictor": Column("text", "`model`, or the baseline beside it", may_miss=True),
             "distribution": Column("text", "prompts", may_miss=True),
-            "quantity": Column("text", "see `icl/analysis/behaviour.py`"),
+            "quantity": Column("text", "see `icl/analysis/behaviour/`"),
             "position": Column("text", "position k, `mean`, `sum` or `k1:k2`", may_miss=True),
             "scale": _number("factor of inputs or tasks", may_miss=True),
             "value": _number("the number", may_miss=True),
@@ -338,7 +338,7 @@ TABLES: dict[str, Table] = {
         "boundaries between stages and what changes in each, found by several signals",
         {
             "run": _RUN,
-            "quantity": Column("text", "see `icl/analysis/stages.py`"),
+            "quantity": Column("text", "see `icl/analysis/stages/`"),
             "signal": Column("text", "loss, score or LLC", may_miss=True),
             "at": _number("step, between saved ones for curves", may_miss=True),
             "value": _number("the number", may_miss=True),

@@ -36,7 +36,7 @@ LAYERS = (
     ("arrays", "memory", "rng", "schedules"),
     ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
     ("baselines", "metrics"),
-    ("compile_cache", "compiling", "threads", "transformer", "tiny_attention", "stacked", "flat", "step"),
+    ("compile_cache", "compiling", "threads", "transformer", "tiny_attention", "stacked", "flat", "linalg", "step"),
     ("storage", "waiting", "s3_errors", "s3_requests", "s3"),
     (
         "array_files",

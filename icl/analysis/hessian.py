@@ -2,7 +2,7 @@
 
 The loss is per target, the mean over positions and fixed prompts, the same at all steps; all parameters count, also those
 that no prediction depends on (the unread rows of the unembedding), which have zero rows. Hessian-vector products are
-the vector-Jacobian product of the gradient (torch.func), for a population at once; `icl.analysis.lanczos` makes the
+the vector-Jacobian product of the gradient (torch.func), for a population at once; `icl.linalg` makes the
 numbers from them. Start and probes are drawn anew at each step, so that their errors do not move along with training.
 
 The data released with Hoogland et al. 2024 have trace and three largest eigenvalues of the mean squared error on 1,024
@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from icl import metrics, rng
-from icl.analysis.lanczos import Krylov, Products, Ritz, Trace, lanczos, ritz, trace
 from icl.analysis.prompts import fixed_prompts, prompts_at_once
 from icl.analysis.run import Members, Result, as_table, over_checkpoints
 from icl.config import ModelConfig
 from icl.flat import layout_of
+from icl.linalg import Krylov, Products, Ritz, Trace, lanczos, ritz, trace
 from icl.measure import Entry, Measurement
 from icl.stacked import Params, apply
 from icl.tasks.prompts import Prompts

@@ -18,7 +18,7 @@ from icl.analysis.behaviour import (
     set_rows,
     spread,
 )
-from icl.analysis.behaviour_findings import findings, summary
+from icl.analysis.behaviour.findings import findings, summary
 from icl.analysis.run import Members
 from icl.build import build_model
 from icl.checkpoints import Checkpoint, save_checkpoint

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from icl.analysis.boundaries import find_boundaries
-from icl.analysis.smoothing import fit
+from icl.analysis.stages.boundaries import find_boundaries
+from icl.analysis.stages.smoothing import fit
 
 TIMES = np.linspace(0, 9, 60)
 

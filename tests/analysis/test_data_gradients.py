@@ -7,7 +7,7 @@ import torch
 from tiny_runs import TINY
 
 from icl import metrics
-from icl.analysis import data_gradients as dg
+from icl.analysis.gradients import data as dg
 from icl.build import build_model
 from icl.stacked import apply, stack
 from icl.tasks.priors import task_pool

@@ -9,9 +9,9 @@ from sklearn.decomposition import PCA
 from tiny_runs import TINY, change
 
 from icl.analysis.essential_dynamics import fit_components
-from icl.analysis.forms import find_shapes
+from icl.analysis.essential_dynamics.forms import find_shapes
+from icl.analysis.essential_dynamics.trajectories import StateSettings, Trajectory, read_trajectory, references
 from icl.analysis.run import analyse
-from icl.analysis.trajectories import StateSettings, Trajectory, read_trajectory, references
 from icl.build import build_model
 from icl.checkpoints import CheckpointError, save_checkpoint
 from icl.cli import main

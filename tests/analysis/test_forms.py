@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from icl.analysis.forms import Judged, find_forms, judged_candidates, planes, smooth_by_all
-from icl.analysis.plane_curves import smooth
+from icl.analysis.essential_dynamics.forms import Judged, find_forms, judged_candidates, planes, smooth_by_all
+from icl.analysis.essential_dynamics.plane_curves import smooth
 
 TIMES = np.linspace(0, 6, 300)
 

@@ -8,11 +8,11 @@ import torch
 from tiny_runs import TINY, change
 
 from icl.analysis.hessian import NUM_BATCHES, Settings, analyse, hessian_products, measure_members
-from icl.analysis.lanczos import lanczos, ritz, trace
 from icl.analysis.run import Measurement, Members
 from icl.build import build_model
 from icl.checkpoints import Checkpoint, CheckpointError, save_checkpoint
 from icl.cli import main
+from icl.linalg import lanczos, ritz, trace
 from icl.plotting.hessian import plot
 from icl.runs import RunFolder
 from icl.stacked import stack

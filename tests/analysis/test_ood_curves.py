@@ -7,7 +7,7 @@ import torch
 from tiny_runs import TINY, change
 
 from icl import baselines
-from icl.analysis.ood_curves import FAMILIES, CurveSettings, curve, curve_rows, scaled_prompts, scales
+from icl.analysis.behaviour.ood_curves import FAMILIES, CurveSettings, curve, curve_rows, scaled_prompts, scales
 from icl.tasks.prompts import Prompts, sample_prompts
 from icl.tasks.shifts import sample_shifted_prompts
 from icl.validation import ConfigError

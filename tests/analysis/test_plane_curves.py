@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from icl.analysis.plane_curves import (
+from icl.analysis.essential_dynamics.plane_curves import (
     arc_length,
     candidates,
     fine_grid,

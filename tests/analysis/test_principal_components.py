@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from icl.analysis import principal_components as pca
-from icl.analysis.trajectories import centred_products
+from icl.analysis.essential_dynamics import principal_components as pca
+from icl.analysis.essential_dynamics.trajectories import centred_products
 
 NONE = np.zeros((0, 30))
 

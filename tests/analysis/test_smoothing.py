@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from icl.analysis.smoothing import MAX_POINTS, fit, in_bins
+from icl.analysis.stages.smoothing import MAX_POINTS, fit, in_bins
 
 TIMES = np.linspace(0, 8, 60)
 LENGTHS = {"shortest": 0.25, "longest": 1.0}

@@ -8,9 +8,9 @@ import pytest
 from tiny_runs import TINY, change
 
 from icl.analysis import stages
-from icl.analysis.agreement import Agreed, agree
 from icl.analysis.run import analyse
-from icl.analysis.stage_signals import Signal, mirrors_loss, read_signals
+from icl.analysis.stages.agreement import Agreed, agree
+from icl.analysis.stages.signals import Signal, mirrors_loss, read_signals
 from icl.build import build_model
 from icl.checkpoints import CheckpointError, save_checkpoint
 from icl.cli import main

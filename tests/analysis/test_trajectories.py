@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny_runs import TINY, change
 
-from icl.analysis import trajectories
-from icl.analysis.trajectories import (
+from icl.analysis.essential_dynamics import trajectories
+from icl.analysis.essential_dynamics.trajectories import (
     StateSettings,
     centred_products,
     feature_blocks,

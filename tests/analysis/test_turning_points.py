@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from icl.analysis.turning_points import crossings, minimum, roughness, transience, unresolved_signs
+from icl.analysis.behaviour.turning_points import crossings, minimum, roughness, transience, unresolved_signs
 
 STEPS = torch.cat((torch.tensor([0]), torch.logspace(0, 4, 40).round().long().unique()))
 LOGS = STEPS.double().log1p()

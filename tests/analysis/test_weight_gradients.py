@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_runs import TINY, change
 
-from icl.analysis import weight_gradients as wg
+from icl.analysis.gradients import weights as wg
 from icl.build import build_model
 from icl.stacked import apply, stack
 from icl.tasks.prompts import sample_prompts

@@ -50,7 +50,7 @@ def test_the_largest_curvature_is_that_of_the_hessian():
         return batch * quadratic(params, None)
 
     gradient, factors = vmapped_gradient(halved), [torch.tensor(2.0), torch.tensor(0.0)]
-    assert largest_curvature(gradient, START, factors) == pytest.approx(10.0, rel=0.02)
+    assert largest_curvature(gradient, START, factors) == pytest.approx(10.0, rel=1e-3)
 
 
 @pytest.fixture(scope="module")

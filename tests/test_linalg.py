@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from icl.analysis.lanczos import lanczos, ritz, trace
+from icl.linalg import lanczos, ritz, trace
 
 P = 300
 

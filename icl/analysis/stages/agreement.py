@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from icl.analysis.boundaries import Boundary, find_boundaries
-from icl.analysis.smoothing import Fit
-from icl.analysis.stage_signals import Signal, Verdict, mirrors_loss
+from icl.analysis.stages.boundaries import Boundary, find_boundaries
+from icl.analysis.stages.signals import Signal, Verdict, mirrors_loss
+from icl.analysis.stages.smoothing import Fit
 
 STRONG = 5.0
 """Standard errors that one signal alone must have (ours; `boundaries.SIGNIFICANCE` suffices where two agree)."""

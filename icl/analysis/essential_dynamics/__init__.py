@@ -1,9 +1,9 @@
 """Essential dynamics: the principal components of a run's trajectory, beside what a random walk gives, and its forms.
 
-States (`icl.analysis.trajectories`) at every saved step are the points of one PCA (`icl.analysis.principal_components`),
+States (`icl.analysis.essential_dynamics.trajectories`) at every saved step are the points of one PCA (`icl.analysis.essential_dynamics.principal_components`),
 each counting once; several runs share one, and ridge and dMMSE are projected in without a part in the fit (Carroll et al.
-2025, section 4.2). The scores of each run are smoothed in log time and looked at in planes (`icl.analysis.plane_curves`):
-curvature, evolute, cusps, vertices, forms (`icl.analysis.forms`; Hoogland et al. 2024, section 3.2). Where we differ from the
+2025, section 4.2). The scores of each run are smoothed in log time and looked at in planes (`icl.analysis.essential_dynamics.plane_curves`):
+curvature, evolute, cusps, vertices, forms (`icl.analysis.essential_dynamics.forms`; Hoogland et al. 2024, section 3.2). Where we differ from the
 latter, those pages say: the time scale of the smoothing, derivatives, the definition of a cusp, verdicts.
 
 Rows of the table, by `quantity`:
@@ -28,11 +28,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from icl.analysis import principal_components as pca
-from icl.analysis.forms import Form, Judged, Shapes, find_shapes, planes
-from icl.analysis.plane_curves import MIN_POINTS, arc_length, osculating_circles
-from icl.analysis.run import Result, as_table
-from icl.analysis.trajectories import (
+from icl.analysis.essential_dynamics import principal_components as pca
+from icl.analysis.essential_dynamics.forms import Form, Judged, Shapes, find_shapes, planes
+from icl.analysis.essential_dynamics.plane_curves import MIN_POINTS, arc_length, osculating_circles
+from icl.analysis.essential_dynamics.trajectories import (
     SEES_PROMPTS,
     State,
     StateSettings,
@@ -42,6 +41,7 @@ from icl.analysis.trajectories import (
     references,
     require_comparable,
 )
+from icl.analysis.run import Result, as_table
 from icl.checkpoints import CheckpointError
 from icl.runs import run_of
 from icl.validation import ConfigError

@@ -2,7 +2,7 @@
 
 Hoogland et al. (2024) set boundaries by hand at critical points of the LLC's curve, where d lambda / d ln t is zero or has a
 plateau near it; there is no published rule (the 'automated procedure' of an early version was not found). Ours, for any
-signal, on the curve f of `icl.analysis.smoothing` and the mean slopes of f over intervals of log time, each with its error:
+signal, on the curve f of `icl.analysis.stages.smoothing` and the mean slopes of f over intervals of log time, each with its error:
 
 - a *turn*: f moves one way over an interval and the other way over a later one, both by `SIGNIFICANCE` standard errors. It
   lies at the extremum of f between them.
@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from icl.analysis.smoothing import Curve, Fit, Points
+from icl.analysis.stages.smoothing import Curve, Fit, Points
 
 SIGNIFICANCE = 3.0
 """Ours. Intervals are searched for, so that one curve in ten or twenty without stages reaches it, and none seen reached 4."""

@@ -1,6 +1,6 @@
 """What a run's behaviour shows as a whole: lowest scores, crossings from ridge to dMMSE, transience; as rows and in words.
 
-The rules are those of `icl.analysis.turning_points`; this applies them to the numbers of `icl.analysis.behaviour`.
+The rules are those of `icl.analysis.behaviour.turning_points`; this applies them to the numbers of `icl.analysis.behaviour`.
 """
 
 import math
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from icl import metrics
-from icl.analysis.turning_points import Place, Transience, crossings, minimum, transience, unresolved_signs
+from icl.analysis.behaviour.turning_points import Place, Transience, crossings, minimum, transience, unresolved_signs
 from icl.evaluation import EvaluationSet
 from icl.measure import Entry
 

@@ -8,7 +8,7 @@ normal about 0 with deviation 1, as a factor e in the step is the natural unit o
 The scatter then follows the residuals r_i^2, averaged within a Gaussian of one unit of log time.
 
 The original (Hoogland et al. 2024) fits a squared-exponential process without a noise term, which interpolates: its slopes
-are those of the noise. Our other smoother, `icl.analysis.plane_curves`, has a kernel of fixed width; here the data choose.
+are those of the noise. Our other smoother, `icl.analysis.essential_dynamics.plane_curves`, has a kernel of fixed width; here the data choose.
 """
 
 import warnings

@@ -1,8 +1,8 @@
 """Gradients at every saved step, of two kinds: in the weights, and in the parameters of the data distribution.
 
-Kind `weights` (`icl.analysis.weight_gradients`): norm, noise trace and simple noise scale, overall and for each group of
+Kind `weights` (`icl.analysis.gradients.weights`): norm, noise trace and simple noise scale, overall and for each group of
 parameters; alignment with the previous saved step's gradient and between the gradients of single tasks. Kind `data`
-(`icl.analysis.data_gradients`): the gradient of the expected loss in the means and scales of x, w and the noise, by the
+(`icl.analysis.gradients.data`): the gradient of the expected loss in the means and scales of x, w and the noise, by the
 pathwise estimator, checked by the score function and by finite differences. Of each kind a PCA over the saved steps: the
 gradients, centred, as points; component k's sign is scikit-learn's, which is fixed by its largest entry.
 
@@ -24,7 +24,8 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from icl import metrics, rng
-from icl.analysis import data_gradients, weight_gradients
+from icl.analysis.gradients import data as data_gradients
+from icl.analysis.gradients import weights as weight_gradients
 from icl.analysis.prompts import fixed_prompts, prompts_at_once
 from icl.analysis.run import Members, Result, as_table, over_checkpoints
 from icl.config import RunConfig

@@ -31,7 +31,7 @@ from scipy.linalg import eigh
 from scipy.sparse.linalg import eigsh
 from sklearn.decomposition import PCA, KernelPCA
 
-from icl.analysis.trajectories import Products, Row, feature_blocks
+from icl.analysis.essential_dynamics.trajectories import Products, Row, feature_blocks
 
 _DENSE = 60
 """Up to this size all eigenvalues cost less than iterating for the first."""

@@ -8,11 +8,11 @@ standard error over prompts:
   over positions as in their figure for finite M. What a model does that knows only the prior.
 - `delta_ridge`, `delta_dmmse`: mean squared distance to either Bayes predictor, per target (Raventos et al. 2023, there also
   divided by D); `delta_difference`, ridge's less dMMSE's: positive is nearer to dMMSE.
-- `cosine`, `norm_ratio`: the task-vector probe (`icl.analysis.task_vectors`), on the first prompts of each set.
-- `loss_over_g2`, `size_ratio` on `input_scale` and `task_scale`, by `scale` (`icl.analysis.ood_curves`): of some saved steps, spread
+- `cosine`, `norm_ratio`: the task-vector probe (`icl.analysis.behaviour.task_vectors`), on the first prompts of each set.
+- `loss_over_g2`, `size_ratio` on `input_scale` and `task_scale`, by `scale` (`icl.analysis.behaviour.ood_curves`): of some saved steps, spread
   evenly in log(t + 1), and of new tasks.
 
-`predictor` is `model`, or the baseline whose numbers are given beside it. Of the whole run (`icl.analysis.turning_points`), with
+`predictor` is `model`, or the baseline whose numbers are given beside it. Of the whole run (`icl.analysis.behaviour.turning_points`), with
 `lower` and `upper` the saved steps that enclose it, a verdict and reasons: `minimum_step` of the prior-task scores on `pretrain`;
 `crossing_step`, where delta_difference changes its sign (`finding` says to which side; finite M); `critical_step` and
 `rise`, the transience of ridge (Carroll et al. 2025), and `dip`, how near ridge the loss came. Among runs that differ in M,
@@ -31,9 +31,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl import baselines, metrics
-from icl.analysis import ood_curves, task_vectors
-from icl.analysis.behaviour_findings import findings, summary
-from icl.analysis.ood_curves import CurveSettings
+from icl.analysis.behaviour import ood_curves, task_vectors
+from icl.analysis.behaviour.findings import findings, summary
+from icl.analysis.behaviour.ood_curves import CurveSettings
 from icl.analysis.prompts import fixed_prompts
 from icl.analysis.run import Members, Result, as_table, over_checkpoints
 from icl.checkpoints import checkpoint_files

@@ -19,7 +19,15 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from icl.analysis.plane_curves import Candidate, Kind, Smooth, candidates, fine_grid, log_time, smooth
+from icl.analysis.essential_dynamics.plane_curves import (
+    Candidate,
+    Kind,
+    Smooth,
+    candidates,
+    fine_grid,
+    log_time,
+    smooth,
+)
 
 PLANES = ((0, 1), (0, 2), (1, 2))
 _FACTORS = (2 / 3, 3 / 2)

@@ -27,8 +27,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl import baselines
+from icl.analysis.gradients.weights import mean_gradient
 from icl.analysis.run import Members, over_checkpoints
-from icl.analysis.weight_gradients import mean_gradient
 from icl.array_files import StoredArray
 from icl.checkpoint_header import MOMENTS
 from icl.checkpoints import (

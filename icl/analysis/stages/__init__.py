@@ -1,8 +1,8 @@
 """Stages of training: boundaries on which several signals agree, each with an error and a verdict, and what happens between them.
 
-Every signal (`icl.analysis.stage_signals`: loss, scores, LLC, whatever there is) is smoothed in u = ln(step + 1)
-(`icl.analysis.smoothing`); its turns and plateaus are candidates (`icl.analysis.boundaries` has the rule); those on which signals
-agree are boundaries, with a verdict (`icl.analysis.agreement`). A curve without stages shows one that is not `invalid` in at
+Every signal (`icl.analysis.stages.signals`: loss, scores, LLC, whatever there is) is smoothed in u = ln(step + 1)
+(`icl.analysis.stages.smoothing`); its turns and plateaus are candidates (`icl.analysis.stages.boundaries` has the rule); those on which signals
+agree are boundaries, with a verdict (`icl.analysis.stages.agreement`). A curve without stages shows one that is not `invalid` in at
 most one case of twenty, and the published stages of L2H4 are found within their errors (tests/analysis/test_stages.py). That
 holds for scatter that is independent from one saved step to the next. Scatter that is not, such as a loss that wanders for several
 saved steps, cannot be told from stages by a curve alone: with a correlation of 0.8, and 3 % of the range, two signals each, 12 of 20
@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from icl.analysis.agreement import Agreed, agree, and_words, step_words
 from icl.analysis.run import Result, as_table
-from icl.analysis.smoothing import Fit, fit
-from icl.analysis.stage_signals import Signal, SignalSettings, Verdict, mirrors_loss, read_signals
+from icl.analysis.stages.agreement import Agreed, agree, and_words, step_words
+from icl.analysis.stages.signals import Signal, SignalSettings, Verdict, mirrors_loss, read_signals
+from icl.analysis.stages.smoothing import Fit, fit
 from icl.validation import ConfigError
 
 _NUM_SAMPLES = 200
