@@ -277,7 +277,7 @@ def test_a_run_in_progress_shows_its_curves_so_far(tmp_path):
     assert "In progress. Step 30 of 60" in opened.text
     assert "may have been killed" not in opened.text
     assert [image["alt"] for image in opened.all("img")] == ["Loss curves of the run young"]
-    assert "come with the end of training" in opened.text
+    assert "will be here when training has ended" in opened.text
     stale = dataclasses.asdict(run.read_status()) | {"updated": time.time() - 3600}
     run.status_file.write_text(json.dumps(stale))
     assert "may have been killed" in open_page(write_report([run.path]).path).text

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl.plotting.colours import BLACK, BLUE, ORANGE, PURPLE, VERMILION, ordered_colours
-from icl.plotting.rows import select
+from icl.plotting.rows import select, spread_indices
 from icl.plotting.style import draw_band, finish_step_axes, new_figure
 
 _NUM_SPECTRA = 5
@@ -59,8 +59,8 @@ def _draw_spectra(axes: Axes, table: pd.DataFrame) -> None:
     they are the bulk near zero, which Lanczos does not resolve.
     """
     steps = np.unique(select(table, quantity="spectral_node")["step"].to_numpy(int))
-    chosen = np.unique(np.linspace(0, len(steps) - 1, _NUM_SPECTRA).round().astype(int))
-    for step, colour in zip(steps[chosen], ordered_colours(len(chosen)), strict=True):
+    chosen = steps[spread_indices(len(steps), _NUM_SPECTRA)]
+    for step, colour in zip(chosen, ordered_colours(len(chosen)), strict=True):
         nodes, weights = (
             select(table, step=step, quantity=quantity).set_index("part")["value"]
             for quantity in ("spectral_node", "spectral_weight")

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
-from icl.plotting.rows import select
+from icl.plotting.rows import select, spread_indices
 from icl.plotting.style import new_figure, scale_steps
 from icl.plotting.tidying import KEY
 from icl.reading import ContentError
@@ -71,7 +71,7 @@ def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Se
 
 def plot_traces(records: Sequence[Record], *, title: str) -> Figure:
     """Plot the minibatch losses of every chain at up to six steps, with E[L], L(w0) and the loss of predicting zero."""
-    indices = sorted({round(i) for i in np.linspace(0, len(records) - 1, min(_MAX_TRACES, len(records)))})
+    indices = spread_indices(len(records), _MAX_TRACES)
     num_columns = min(3, len(indices))
     figure, axes = new_figure(num_columns, num_rows=-(-len(indices) // num_columns), width=4.6, height=3.2)
     for panel, record in zip(axes, [records[index] for index in indices], strict=False):

@@ -1,7 +1,8 @@
-"""Selection of rows from the tables that figures are drawn from."""
+"""Selection of rows from the tables that figures and pages show."""
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 
@@ -11,3 +12,8 @@ def select(table: pd.DataFrame, **values: Any) -> pd.DataFrame:
     for column, value in values.items():
         is_chosen &= table[column] == value
     return table[is_chosen]
+
+
+def spread_indices(count: int, wanted: int) -> list[int]:
+    """Return up to `wanted` indices below `count`, spread evenly, the first and the last among them."""
+    return sorted({round(position) for position in np.linspace(0, count - 1, min(count, wanted))})

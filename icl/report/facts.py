@@ -1,4 +1,4 @@
-"""What a run's folder holds, read for a page: everything that can be read, and a sentence for everything that cannot."""
+"""The contents of a run's folder, read for a page: everything that can be read, and a sentence for everything that cannot."""
 
 import shlex
 from dataclasses import dataclass
@@ -19,29 +19,29 @@ from icl.validation import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """One topic of a run's page: the tables and figures whose names begin with a word, and the command that makes them."""
+    """A topic of a run's page: tables and figures whose names begin with the same word."""
 
     name: str
     title: str
     help: str
     command: str
-    """With RUN for the run's folder."""
+    """The command that makes the tables and figures, with RUN in place of the run's folder; empty if there is none."""
     tables: tuple[str, ...] = ()
-    """Tables that belong here though their names begin otherwise."""
+    """Tables that belong to the topic although their names begin with another word."""
 
 
 SUBJECTS = (
     Subject(
         name="training",
         title="Training",
-        help="losses while training, and at each position of the prompt afterwards, beside the optimal predictors",
+        help="losses during training, and after it at each position of the prompt, beside the optimal predictors",
         command="",
         tables=("losses",),
     ),
     Subject(
         name="evaluation",
         title="Evaluation",
-        help="losses and distances to the Bayes-optimal predictors, in and out of distribution",
+        help="losses and gaps to the Bayes-optimal predictors, in and out of distribution",
         command="icl evaluate RUN",
         tables=("baselines",),
     ),
@@ -66,7 +66,7 @@ SUBJECTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """Everything there is for one run."""
+    """Everything that a run's folder says about the run."""
 
     folder: RunFolder
     name: str
@@ -75,37 +75,37 @@ class RunFacts:
     log: str
     metrics: pd.DataFrame | None
     tables: dict[str, pd.DataFrame]
-    """The tables of `results/` that have rows, by name."""
+    """Tables of `results/` that have rows, by name."""
     pictures: dict[str, Picture]
-    """The figures of `figures/`, by name."""
+    """Figures of `figures/`, by name."""
     saved_steps: list[int]
     problems: list[str]
     """A sentence for everything that could not be read."""
 
     @property
     def environments(self) -> list[tuple[str, dict[str, str]]]:
-        """Time and environment of every start that the log tells of."""
+        """Time and environment of every start of the run, from its log."""
         return environments_of(self.log)
 
     def command(self, template: str) -> str:
-        """A command with this run's folder for RUN."""
+        """Return a command with this run's folder in place of RUN."""
         return template.replace("RUN", shlex.quote(str(self.folder.path)))
 
 
 def read_run(name: str, folder: RunFolder) -> RunFacts:
-    """All that can be read of a run's folder."""
+    """Read everything that can be read of a run's folder."""
     problems: list[str] = []
     config = _read_config(folder, problems)
     status = folder.read_status()
     if status is None:
-        problems.append("status.json is missing or damaged, so whether the run has ended is not known.")
+        problems.append("status.json is missing or damaged, so the state of the run is unknown.")
     tables = {file.stem: _read_table(file, problems) for file in _files(folder.results, "csv")}
     pictures = {file.stem: _read_picture(file, name, problems) for file in _files(folder.figures, "png")}
-    others = sorted(
+    others = [
         file.name for file in folder.figures.glob("*") if file.suffix in (".pdf", ".svg") and file.stem not in pictures
-    )
+    ]
     if others:
-        problems.append(f"Only PNG figures are shown; left out: {', '.join(others)}.")
+        problems.append(f"Only PNG figures are shown; left out: {', '.join(sorted(others))}.")
     return RunFacts(
         folder=folder,
         name=name,
@@ -121,7 +121,7 @@ def read_run(name: str, folder: RunFolder) -> RunFacts:
 
 
 def subject_of(name: str) -> Subject:
-    """What a table or figure is about, by the beginning of its name; one of its own if that is not known."""
+    """Return the topic of a table or figure by the beginning of its name; an unknown name is a topic of its own."""
     known = [
         subject
         for subject in SUBJECTS
@@ -136,12 +136,12 @@ def _read_config(folder: RunFolder, problems: list[str]) -> RunConfig | None:
     try:
         return folder.read_config()
     except ConfigError as error:
-        problems.append(f"config.yaml cannot be read, so the settings are not known: {error}")
+        problems.append(f"config.yaml cannot be read, so the settings are unknown: {error}")
         return None
 
 
 def _read_table(file: Path, problems: list[str]) -> pd.DataFrame | None:
-    """The table, or None and a sentence if it has no rows or cannot be read."""
+    """Return a table; None, with a new problem, if it has no rows or cannot be read."""
     name = file.name if file.parent.name != "results" else f"results/{file.name}"
     try:
         table = read_table(file)
@@ -149,7 +149,7 @@ def _read_table(file: Path, problems: list[str]) -> pd.DataFrame | None:
         problems.append(f"There is no {name}.")
         return None
     except (OSError, ContentError) as error:
-        problems.append(f"{name} is damaged or empty and is left out ({_why(error)}).")
+        problems.append(f"{name} is damaged or empty and is left out ({_cause(error)}).")
         return None
     if table.empty:
         problems.append(f"{name} has no rows yet.")
@@ -158,13 +158,13 @@ def _read_table(file: Path, problems: list[str]) -> pd.DataFrame | None:
 
 
 def _read_picture(file: Path, run: str, problems: list[str]) -> Picture | None:
-    """The figure, or None and a sentence if it cannot be shown."""
-    about = subject_of(file.stem).help
-    alt = f"Figure {file.stem} of the run {run}: {about}"
+    """Return a figure; None, with a new problem, if it cannot be shown."""
+    caption = subject_of(file.stem).help
+    alt = f"Figure {file.stem} of the run {run}: {caption}"
     try:
-        return embed(file.read_bytes(), alt=alt, caption=about, file=f"figures/{file.name}")
+        return embed(file.read_bytes(), alt=alt, caption=caption, file=f"figures/{file.name}")
     except (PictureError, OSError) as error:
-        problems.append(f"figures/{file.name} is left out: {_why(error)}.")
+        problems.append(f"figures/{file.name} is left out: {_cause(error)}.")
         return None
 
 
@@ -179,6 +179,7 @@ def _files(folder: Path, suffix: str) -> list[Path]:
     return sorted(file for file in folder.glob(f"*.{suffix}") if file.is_file() and not file.name.startswith("."))
 
 
-def _why(error: Exception) -> str:
+def _cause(error: Exception) -> str:
+    """Return the first line of an error's message, without a full stop."""
     text = (error.strerror if isinstance(error, OSError) else None) or (str(error).splitlines() or [""])[0]
     return (text or type(error).__name__).strip().rstrip(".")

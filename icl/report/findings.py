@@ -1,4 +1,4 @@
-"""What a run came to, in a few words and numbers: its state, its settings beside the preset's, losses, LLC, verdicts."""
+"""The main facts of a run, in a few words and numbers: its state, its settings beside the preset's, losses, LLC, verdicts."""
 
 import math
 import time
@@ -7,43 +7,46 @@ from collections.abc import Mapping
 import pandas as pd
 
 from icl.config import flatten
+from icl.plotting.rows import select
 from icl.presets import preset
 from icl.report.facts import RunFacts
 from icl.report.tables import Cell, count_verdicts, with_error
 from icl.validation import ConfigError
 
 STALE_SECONDS = 600.0
-"""Without a sign of life for so long, a run that says it runs may have been killed."""
+"""Age of the last status after which a run that is marked as running may have been killed."""
 PREDICTORS = {"model": "transformer", "ridge": "ridge", "dmmse": "dMMSE", "ols": "OLS", "zero": "zero"}
-"""The columns of `losses.csv`, and their names."""
+"""The columns of `losses.csv`, and their names for readers."""
+LOSS_SETS = {"pretrain": "training tasks", "true": "new tasks"}
+"""The distributions of `losses.csv`, and their names for readers."""
 
 
 def state_of(facts: RunFacts) -> str:
-    """The run's state in a word or two."""
+    """Return the state of a run in one or two words."""
     return "unknown" if facts.status is None else facts.status.state.replace("_", " ")
 
 
 def state_sentence(facts: RunFacts) -> str:
-    """Where the run stands, and what to make of the page if it has not ended."""
+    """Return how far a run is and, if it has not ended, as of when the page is."""
     status = facts.status
     if status is None:
-        return "Where it stands is not known."
+        return "The state of this run is unknown."
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.updated))
-    reached = f"Step {status.step:,} of {status.max_steps:,}"
-    reason = f": {status.reason}" if status.reason else ""
+    progress = f"Step {status.step:,} of {status.max_steps:,}"
     if status.state in ("running", "waiting"):
-        silent = time.time() - status.updated > STALE_SECONDS
-        doubt = (
-            " Nothing was heard of it since, so it may have been killed; icl train with the same settings goes on."
-            if silent
-            else ""
-        )
-        return f"In progress. {reached} at {when}; what follows is as of then.{doubt}"
-    return f"{reached}, {status.state.replace('_', ' ')} at {when}{reason}."
+        text = f"In progress. {progress} at {when}; this page shows the run as of then."
+        if time.time() - status.updated > STALE_SECONDS:
+            text += " It has not reported since, so it may have been killed. To resume it, run icl train with the same settings."
+        return text
+    reason = f": {status.reason}" if status.reason else ""
+    return f"{progress}, {state_of(facts)} at {when}{reason}."
 
 
 def final_losses(facts: RunFacts) -> dict[str, dict[str, float]]:
-    """Mean losses of the transformer (`model`) and the predictors after the last step, by `pretrain` and `true`."""
+    """Return the mean losses of the transformer (`model`) and the predictors at the last step, for `pretrain` and `true`.
+
+    Before the end of training only the transformer's losses are known, from its last evaluation.
+    """
     table = facts.tables.get("losses")
     if table is not None and {"distribution", "position", "model"} <= set(table):
         rows = table[table["position"].astype(str) == "mean"].set_index("distribution")
@@ -51,34 +54,38 @@ def final_losses(facts: RunFacts) -> dict[str, dict[str, float]]:
         return {str(name): {key: float(row[key]) for key in names} for name, row in rows.iterrows()}
     if facts.metrics is None:
         return {}
-    columns = {"pretrain": "eval/pretrain/loss", "true": "eval/true/loss"}
-    curves = {name: _numbers(facts.metrics, column) for name, column in columns.items()}
+    curves = {name: _numbers(facts.metrics, f"eval/{name}/loss") for name in LOSS_SETS}
     return {name: {"model": float(curve.iloc[-1])} for name, curve in curves.items() if len(curve)}
 
 
 def training_loss(facts: RunFacts) -> float | None:
-    """The mean loss of the last batches."""
+    """Return the mean loss of the last training batches."""
     if facts.status is not None and facts.status.loss is not None:
         return facts.status.loss
     losses = pd.Series(dtype=float) if facts.metrics is None else _numbers(facts.metrics, "train/loss")
     return float(losses.iloc[-1]) if len(losses) else None
 
 
-def ratios(losses: Mapping[str, float]) -> dict[str, float]:
-    """The transformer's loss over that of each Bayes predictor, ridge and dMMSE, by the name to show; those that are known."""
-    if "model" not in losses:
-        return {}
-    known = {name: losses.get(name, math.nan) for name in ("ridge", "dmmse")}
-    return {f"{PREDICTORS[name]}'s": losses["model"] / loss for name, loss in known.items() if loss > 0}
+def loss_ratios(losses: Mapping[str, float], distribution: str) -> dict[str, float]:
+    """Return the transformer's loss relative to that of each optimal predictor, by a name such as "ridge's".
+
+    The predictors are ridge and dMMSE, if their losses are known; on new tasks only ridge, because dMMSE is not optimal there.
+    """
+    names = ("ridge", "dmmse") if distribution == "pretrain" else ("ridge",)
+    return {
+        f"{PREDICTORS[name]}'s": losses["model"] / losses[name]
+        for name in names
+        if "model" in losses and losses.get(name, math.nan) > 0
+    }
 
 
 def last_llc(facts: RunFacts) -> Cell | None:
-    """The estimate at the last step that has one, of the weights as they are."""
+    """Return the LLC estimate at the last step that has one; estimates with rescaled weights do not count."""
     table = facts.tables.get("llc")
     if table is None or not {"step", "llc", "stderr", "verdict"} <= set(table):
         return None
     if "rescale" in table:
-        table = table[table["rescale"] == 1]
+        table = select(table, rescale=1)
     if table.empty:
         return None
     row = table.sort_values("step", kind="stable").iloc[-1]
@@ -86,41 +93,41 @@ def last_llc(facts: RunFacts) -> Cell | None:
 
 
 def llc_verdicts(facts: RunFacts) -> str:
-    """How many estimates of the LLC have each verdict, in words; empty if there are none."""
+    """Return how many LLC estimates have each verdict, such as "3 ok, 1 suspect"; empty if there are none."""
     counts = count_verdicts(facts.tables["llc"]) if "llc" in facts.tables else {}
-    return ", ".join(f"{count:,} {word}" for word, count in counts.items())
+    return ", ".join(f"{count:,} {verdict}" for verdict, count in counts.items())
 
 
-def what_it_is(facts: RunFacts) -> str:
-    """The run in a line: task, model, preset."""
+def describe_run(facts: RunFacts) -> str:
+    """Return the preset, the task and the model of a run in one line."""
     if facts.config is None:
         return ""
     task, model = facts.config.task, facts.config.model
-    tasks = "∞" if task.is_gaussian else f"{task.num_tasks:,}"
+    num_tasks = "∞" if task.is_gaussian else f"{task.num_tasks:,}"
     return (
-        f"Preset {facts.config.preset}. Task: M = {tasks}, D = {task.task_size}, K = {task.max_examples}, "
+        f"Preset {facts.config.preset}. Task: M = {num_tasks}, D = {task.task_size}, K = {task.max_examples}, "
         f"σ² = {task.noise_variance:g}. Model: L = {model.num_layers}, H = {model.num_heads}, width {model.embed_size}"
     )
 
 
 def changed_settings(facts: RunFacts) -> dict[str, tuple[object, object]]:
-    """The settings that differ from the preset's, each beside the preset's."""
+    """Return the settings that differ from the preset's, as pairs of the run's value and the preset's."""
     if facts.config is None:
         return {}
-    own = flatten(facts.config.to_dict())
     try:
-        base = flatten(preset(facts.config.preset).to_dict())
+        defaults = flatten(preset(facts.config.preset).to_dict())
     except ConfigError:
         return {}
+    settings = flatten(facts.config.to_dict())
     return {
-        key: (value, base[key])
-        for key, value in own.items()
-        if value != base[key] and key not in ("preset", "run_name")
+        key: (value, defaults[key])
+        for key, value in settings.items()
+        if value != defaults[key] and key not in ("preset", "run_name")
     }
 
 
 def show_setting(value: object) -> str:
-    """A setting as it is written in `config.yaml`."""
+    """Return a setting as it is written in `config.yaml`."""
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

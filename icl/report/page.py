@@ -1,7 +1,7 @@
-"""From runs to one HTML file: read them, choose their sections, fill the template, write it atomically.
+"""Write the report of some runs as one HTML file.
 
-The page asks for nothing outside itself: images are data URIs, the style is inside, there is no script, and a content
-security policy says so to the browser.
+The page loads nothing from outside: images are data URIs, the style is part of the page, and there is no script. A content security policy
+tells the browser to enforce this.
 """
 
 import platform
@@ -18,14 +18,15 @@ from tqdm import tqdm
 from icl.report.comparison import comparison_picture, comparison_table, with_varying_names
 from icl.report.facts import RunFacts, read_run
 from icl.report.findings import (
+    LOSS_SETS,
+    describe_run,
     final_losses,
     last_llc,
     llc_verdicts,
-    ratios,
+    loss_ratios,
     state_of,
     state_sentence,
     training_loss,
-    what_it_is,
 )
 from icl.report.sections import Section, run_sections
 from icl.report.tables import MAX_WHOLE, Cell, cell, look_of
@@ -33,25 +34,27 @@ from icl.runs import RunFolder, named_runs
 from icl.storage import StorageError, require_writable, write_atomically
 
 NAME = "report.html"
-_LEAST_ROWS = 20
+_MIN_ROWS = 20
+"""Smallest limit on the rows of a folded table, however many runs share the page."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPart:
-    """What the template shows of one run."""
+    """The part of the page about one run, as the template needs it."""
 
     id: str
     name: str
-    about: str
+    description: str
     state: str
-    standing: str
+    progress: str
     tiles: list[tuple[str, Cell]]
+    """The main numbers, by their labels."""
     problems: list[str]
     sections: list[Section]
 
     @property
     def look(self) -> str:
-        """The colour of its state."""
+        """The colour of the state."""
         return look_of(self.state)
 
 
@@ -61,26 +64,26 @@ class Report:
 
     path: Path
     size: int
-    """In bytes."""
+    """Size in bytes."""
     runs: list[RunFacts]
 
     @property
     def folder(self) -> RunFolder | None:
-        """The run in whose own folder it lies, if it lies in one."""
+        """The run whose own folder holds the page; None if the page is elsewhere or is about several runs."""
         run = self.runs[0].folder
         return run if len(self.runs) == 1 and self.path == run.path / NAME else None
 
 
 def write_report(paths: Sequence[str | Path], *, out: str | Path | None = None) -> Report:
-    """Write one page of everything there is for some runs.
+    """Write one page about some runs.
 
     Args:
-        paths: Runs' folders, or folders with runs below them.
-        out: The file; left out, `report.html` in the folder if it is one, else in the working directory.
+        paths: Folders of runs, or folders with runs below them.
+        out: The file to write. The default is `report.html`, in the folder if there is one path, else in the working directory.
 
     Raises:
-        RunError: If a path is no run and has none below it.
-        StorageError: If the file is no .html, or cannot be written.
+        RunError: If a path is not a run and has no run below it.
+        StorageError: If the file's suffix is not .html or .htm, or the file cannot be written.
 
     Example:
         write_report(["runs/quickstart"]).path
@@ -88,13 +91,11 @@ def write_report(paths: Sequence[str | Path], *, out: str | Path | None = None) 
     folders = [Path(path) for path in paths]
     file = Path(out) if out is not None else (folders[0] if len(folders) == 1 else Path()) / NAME
     if file.suffix.lower() not in (".html", ".htm"):
-        raise StorageError(f"The page is written as .html, got {file}.")
+        raise StorageError(f"The page is written as .html, got {file}. Choose a name that ends in .html.")
     named = named_runs(folders)
     require_writable(file)
-    facts = [
-        read_run(name, folder)
-        for name, folder in tqdm(named.items(), desc="reading", unit="run", disable=len(named) == 1)
-    ]
+    progress = tqdm(named.items(), desc="reading", unit="run", disable=len(named) == 1)
+    facts = [read_run(name, folder) for name, folder in progress]
     is_one = len(folders) == 1 and folders[0].resolve() == facts[0].folder.path.resolve()
     title = facts[0].name if is_one else _title(folders, len(facts))
     data = render(facts, title=title, compare=not is_one).encode("utf-8", errors="replace")
@@ -103,31 +104,33 @@ def write_report(paths: Sequence[str | Path], *, out: str | Path | None = None) 
 
 
 def render(runs: Sequence[RunFacts], *, title: str, compare: bool) -> str:
-    """The page as text; with `compare`, the runs beside each other come first."""
-    places = [facts.name for facts in runs]
+    """Return the page as text; with `compare`, it begins with a comparison of the runs."""
+    folder_names = [facts.name for facts in runs]
     runs = with_varying_names(runs) if compare else runs
     ids = [f"run-{number}" for number in range(1, len(runs) + 1)]
-    max_rows = max(_LEAST_ROWS, MAX_WHOLE // len(runs))
+    max_rows = max(_MIN_ROWS, MAX_WHOLE // len(runs))
     return _template().render(
         title=title,
-        made=time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        maker=f"icl {version('icl')}, Python {platform.python_version()}",
+        time=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        program=f"icl {version('icl')}, Python {platform.python_version()}",
         compare=compare,
         comparison=comparison_table(runs, ids) if compare else None,
         curves=comparison_picture(runs, title) if compare else None,
-        runs=[_part(facts, name, place, max_rows) for facts, name, place in zip(runs, ids, places, strict=True)],
+        runs=[
+            _run_part(facts, name, folder_name, max_rows)
+            for facts, name, folder_name in zip(runs, ids, folder_names, strict=True)
+        ],
     )
 
 
-def _part(facts: RunFacts, name: str, place: str, max_rows: int) -> RunPart:
-    """One run's part; `place` is the name of its folder, told where the run goes by another name."""
-    about = what_it_is(facts)
+def _run_part(facts: RunFacts, name: str, folder_name: str, max_rows: int) -> RunPart:
+    description = describe_run(facts)
     return RunPart(
         id=name,
         name=facts.name,
-        about=about if place == facts.name else f"Run {place}. {about}",
+        description=description if folder_name == facts.name else f"Run {folder_name}. {description}",
         state=state_of(facts),
-        standing=state_sentence(facts),
+        progress=state_sentence(facts),
         tiles=_tiles(facts),
         problems=facts.problems,
         sections=run_sections(facts, f"{name}-", max_rows=max_rows),
@@ -135,28 +138,20 @@ def _part(facts: RunFacts, name: str, place: str, max_rows: int) -> RunPart:
 
 
 def _tiles(facts: RunFacts) -> list[tuple[str, Cell]]:
-    """The few numbers that one looks for first."""
+    """Return the main numbers of a run with their labels."""
     tiles = [("Training loss, last batches", cell(training_loss(facts)))]
-    losses = final_losses(facts)
-    for name, title in (("pretrain", "training tasks"), ("true", "new tasks")):
-        own = losses.get(name)
-        if own is None:
-            continue
-        tiles.append((f"Loss on {title}", cell(own["model"])))
-        tiles += [(f"Loss / {whose}, {title}", Cell(text=f"{ratio:.3f}")) for whose, ratio in _told(ratios(own), name)]
-    estimate = last_llc(facts)
-    if estimate is not None:
+    for distribution, losses in final_losses(facts).items():
+        if name := LOSS_SETS.get(distribution):
+            tiles.append((f"Loss on {name}", cell(losses["model"])))
+            for predictor, ratio in loss_ratios(losses, distribution).items():
+                tiles.append((f"Loss / {predictor}, {name}", Cell(text=f"{ratio:.3f}")))
+    if estimate := last_llc(facts):
         tiles.append(("LLC, last estimate", estimate))
     if verdicts := llc_verdicts(facts):
         tiles.append(("LLC, all estimates", Cell(text=verdicts)))
     steps = facts.saved_steps
-    span = f"{len(steps):,}, steps {steps[0]:,} to {steps[-1]:,}" if steps else "none here"
-    return [*tiles, ("Saved checkpoints", Cell(text=span))]
-
-
-def _told(known: dict[str, float], distribution: str) -> list[tuple[str, float]]:
-    """The ratios that say something: on new tasks dMMSE is no optimum."""
-    return [(whose, ratio) for whose, ratio in known.items() if distribution == "pretrain" or "ridge" in whose]
+    checkpoints = f"{len(steps):,}, steps {steps[0]:,} to {steps[-1]:,}" if steps else "none here"
+    return [*tiles, ("Saved checkpoints", Cell(text=checkpoints))]
 
 
 def _title(folders: Sequence[Path], count: int) -> str:

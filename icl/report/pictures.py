@@ -11,7 +11,7 @@ from icl.plotting.style import render_figure
 from icl.validation import UserError
 
 MAX_PIXELS = 50_000_000
-"""A figure larger than this is left out; the largest of ours has five million."""
+"""Largest number of pixels of a figure that is shown; our own figures have at most five million."""
 
 
 class PictureError(UserError, ValueError):
@@ -20,7 +20,7 @@ class PictureError(UserError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """An image that needs no file beside it."""
+    """An image that is part of the page, so that the page needs no other file."""
 
     uri: str
     alt: str
@@ -28,29 +28,30 @@ class Picture:
     height: int
     caption: str
     file: str = ""
-    """Where it lies in the run's folder, if it does."""
+    """Path of the file within the run's folder, if there is one."""
 
 
 def embed(data: bytes, *, alt: str, caption: str, file: str = "") -> Picture:
-    """A picture from the bytes of a PNG file.
+    """Return a picture from the bytes of a PNG file.
 
     Raises:
-        PictureError: If they are no PNG, cut short, damaged, or of too many pixels.
+        PictureError: If the bytes are not a PNG file, are cut short or damaged, or have too many pixels.
     """
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             width, height = image.size
+            # Checked before decoding: a small file can claim any size.
             if width * height > MAX_PIXELS:
                 raise PictureError(f"it has {width:,} x {height:,} pixels")
             image.load()
     except PictureError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
-        raise PictureError("it is damaged, cut short or no PNG") from None
+        raise PictureError("it is damaged, cut short or not a PNG file") from None
     uri = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
     return Picture(uri=uri, alt=alt, width=width, height=height, caption=caption, file=file)
 
 
 def draw(figure: Figure, *, alt: str, caption: str) -> Picture:
-    """A picture of a figure that is in no file."""
+    """Return a picture of a figure that is not saved in a file."""
     return embed(render_figure(figure), alt=alt, caption=caption)

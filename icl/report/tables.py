@@ -1,7 +1,8 @@
-"""Tables as a page shows them: a few rows that say most, a folded part of the whole, verdicts coloured and in words.
+"""Tables of a page: short summaries, long tables that a reader can unfold, verdicts in colour and in words.
 
-A result table is tidy: a row says which step, which quantity, which settings, the value, its standard error, the verdict. Its
-summary puts steps side by side, a row for each quantity; a table of another shape is summed up by rows spread over it.
+In a tidy result table each row names a step, a quantity and its settings, and holds a value, its standard error and its verdict. The summary
+of a tidy table has a row for each quantity and a column for each of a few steps. The summary of any other table is a selection of its
+rows, spread evenly.
 """
 
 import math
@@ -12,40 +13,43 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from icl.plotting.rows import spread_indices
+
 VERDICTS = ("ok", "suspect", "invalid")
 MAX_SUMMARY = 24
-"""Rows of a summary of a longer table."""
-SHORT = 40
-"""Rows of a table that is its own summary."""
+"""Number of rows in the summary of a long table."""
+MAX_SHORT = 40
+"""Largest number of rows of a short table, whose summary holds all of them."""
 MAX_WHOLE = 200
-"""Rows of a table that is called whole; half are the first, half the last."""
+"""Largest number of rows of a table that is shown whole; of a longer one the first and the last half of so many are shown."""
 MAX_CELL = 400
-"""Letters of one cell."""
-NOTHING = "–"
-LOOKS = {word: word for word in VERDICTS} | {
+"""Largest number of characters in a cell."""
+MISSING = "–"
+LOOKS = {verdict: verdict for verdict in VERDICTS} | {
     "finished": "ok",
     "stopped early": "ok",
     "preempted": "suspect",
     "failed": "invalid",
 }
-"""The verdict whose colour a badge has; others are plain."""
-_DIGITS = 6
-"""Of numbers in a table that is called whole."""
-_STEPS_SIDE_BY_SIDE = 4
-_NOT_TOLD = ("checkpoint_hash",)
+"""The colour of a badge, by its word; other words have no colour."""
+_WHOLE_DIGITS = 6
+"""Significant digits of numbers in a table that is shown whole."""
+_MAX_STEPS = 4
+"""Largest number of steps side by side in a summary."""
+_NEVER_SHOWN = ("checkpoint_hash",)
 _MEASURED = ("value", "stderr", "verdict", "reasons")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One cell: text, and how it is to look."""
+    """A cell of a table."""
 
     text: str = ""
     badge: str = ""
-    """A verdict or a state, shown after the text in its colour and in words."""
+    """A verdict or a state, shown after the text, in words and in its colour."""
     is_number: bool = False
     target: str = ""
-    """The id of a section of the page to link to."""
+    """Id of the section of the page that the cell links to."""
 
     @property
     def look(self) -> str:
@@ -64,30 +68,41 @@ class Table:
 
     @property
     def heads(self) -> list[tuple[str, bool]]:
-        """Each column's name, and whether it holds numbers."""
+        """The name of each column, and whether the column holds numbers."""
         first = self.rows[0] if self.rows else [Cell()] * len(self.header)
         return [(name, cell.is_number) for name, cell in zip(self.header, first, strict=True)]
 
 
 def look_of(badge: str) -> str:
-    """The colour of a verdict or state: `ok`, `suspect`, `invalid` or `plain`."""
+    """Return the colour of a verdict or state: `ok`, `suspect`, `invalid` or `plain`."""
     return LOOKS.get(badge, "plain")
 
 
-def table_of(rows: Sequence[Sequence[Any]], header: Sequence[str], *, caption: str, note: str = "") -> Table:
-    """A table of plain values; cells are taken as they are."""
+def table_of(rows: Sequence[Sequence[Any]], header: Sequence[str], *, caption: str) -> Table:
+    """Return a table of plain values and cells."""
     cells = [[value if isinstance(value, Cell) else cell(value) for value in row] for row in rows]
-    return Table(caption=caption, header=list(header), rows=cells, note=note)
+    return Table(caption=caption, header=list(header), rows=cells)
 
 
-def cell(value: Any, *, digits: int = 4, pad: bool = True) -> Cell:
-    """A cell for a plain value; with `pad`, numbers that are not whole have all their digits."""
+def cell(value: Any) -> Cell:
+    """Return a cell for a plain value."""
     is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    return Cell(text=show(value, digits=digits, pad=pad), is_number=is_number)
+    return Cell(text=show(value, pad=True), is_number=is_number)
+
+
+def number_cell(text: str, badge: str = "") -> Cell:
+    """Return a cell for a number that is formatted already."""
+    return Cell(text=text, is_number=True, badge=badge)
 
 
 def show(value: Any, *, digits: int = 4, pad: bool = False) -> str:
-    """A value as people read it: significant digits, thousands apart, a dash for nothing."""
+    """Return a value as text for readers: significant digits, a separator between thousands, a dash for a missing value.
+
+    Args:
+        value: Any value; a long text is cut.
+        digits: Number of significant digits.
+        pad: Whether numbers that are not whole keep trailing zeros.
+    """
     if isinstance(value, (bool, np.bool_)):
         return str(value).lower()
     if isinstance(value, (int, np.integer)):
@@ -95,14 +110,14 @@ def show(value: Any, *, digits: int = 4, pad: bool = False) -> str:
     if isinstance(value, (float, np.floating)):
         return _show_float(float(value), digits, pad)
     if value is None or value is pd.NA:
-        return NOTHING
+        return MISSING
     text = str(value)
     return text if len(text) <= MAX_CELL else text[:MAX_CELL] + " …"
 
 
 def _show_float(value: float, digits: int, pad: bool) -> str:
     if math.isnan(value):
-        return NOTHING
+        return MISSING
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
     if abs(value) < 1e8 and (value.is_integer() or abs(value) >= 10 ** (digits - 1)):
@@ -112,7 +127,7 @@ def _show_float(value: float, digits: int, pad: bool) -> str:
 
 
 def with_error(value: Any, stderr: Any) -> str:
-    """A value and its standard error, to the error's second digit."""
+    """Return a value and its standard error as text, rounded to the second significant digit of the error."""
     try:
         value, stderr = float(value), float(stderr)
     except (TypeError, ValueError):
@@ -126,175 +141,152 @@ def with_error(value: Any, stderr: Any) -> str:
 
 
 def count_verdicts(table: pd.DataFrame) -> dict[str, int]:
-    """How many rows have each verdict; those of none of the three words do not count."""
+    """Return how many rows have each verdict; other words in the column do not count."""
     if "verdict" not in table:
         return {}
-    words = table["verdict"].astype(str)
-    counts = {word: int((words == word).sum()) for word in VERDICTS}
-    return {word: count for word, count in counts.items() if count}
+    counts = table["verdict"].astype(str).value_counts()
+    return {verdict: int(counts[verdict]) for verdict in VERDICTS if verdict in counts}
 
 
 def summarise(table: pd.DataFrame, *, caption: str, columns: Sequence[str] = ()) -> list[Table]:
-    """The rows that say most: steps side by side if the table is tidy, else rows spread over it.
+    """Return a summary: a few steps side by side if the table is tidy, else rows spread evenly.
+
+    Rows of a tidy table that belong to no step get a table of their own.
 
     Args:
-        table: With at least one row.
-        caption: Above it.
-        columns: The only ones to show, if the table has any of them.
+        table: A table with at least one row.
+        caption: Caption of the summary.
+        columns: If the table has any of these columns, no other ones are shown.
     """
     chosen = [name for name in columns if name in table]
-    table = table[chosen] if chosen else table.drop(columns=[name for name in _NOT_TOLD if name in table])
+    table = table[chosen] if chosen else table.drop(columns=[name for name in _NEVER_SHOWN if name in table])
     has_step = table["step"].notna() if "step" in table else pd.Series(False, index=table.index)
-    steps, rest = table[has_step], table[~has_step]
+    with_step, without_step = table[has_step], table[~has_step]
     keys = [name for name in table if name not in ("step", *_MEASURED)]
-    is_tidy = {"value", "quantity"} <= set(table) and len(steps) > 0 and steps["step"].nunique() > 1
-    if not is_tidy or steps.duplicated([*keys, "step"]).any():
+    is_tidy = {"value", "quantity"} <= set(table) and len(with_step) > 0 and with_step["step"].nunique() > 1
+    if not is_tidy or with_step.duplicated([*keys, "step"]).any():
         return [_spread(table, caption)]
-    of_run = [_spread(rest, f"{caption}: of the whole run")] if len(rest) else []
-    return [*of_run, _side_by_side(steps, caption)]
+    whole_run = [_spread(without_step, f"{caption}: of the whole run")] if len(without_step) else []
+    return [*whole_run, _side_by_side(with_step, caption)]
 
 
 def whole(table: pd.DataFrame, *, caption: str, file: str, max_rows: int = MAX_WHOLE) -> Table:
-    """All columns of the first and last rows, with a note of how many there are."""
-    note = f"All {_rows(len(table))} of {file}."
-    places = list(range(len(table)))
+    """Return all columns of a table. Of a table with more than `max_rows` rows, only the first and the last are shown."""
+    note = f"All {_count_rows(len(table))} of {file}."
     if len(table) > max_rows:
         half = max_rows // 2
-        places = [*range(half), *range(len(table) - half, len(table))]
-        note = f"The first and the last {half} of {_rows(len(table))}; all are in {file}."
-    return Table(
-        caption=caption, header=[str(name) for name in table], rows=_cells(table.iloc[places], _DIGITS), note=note
-    )
+        note = f"The first and the last {half} of {_count_rows(len(table))}; all are in {file}."
+        table = pd.concat([table.iloc[:half], table.iloc[len(table) - half :]])
+    rows = _cells(table, _WHOLE_DIGITS)
+    return Table(caption=caption, header=[str(name) for name in table], rows=rows, note=note)
 
 
-def doubtful(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose verdict is not `ok`, without what is machinery."""
+def not_ok(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows whose verdict is `suspect` or `invalid`."""
     rows = table[table["verdict"].isin(VERDICTS[1:])]
-    return rows.drop(columns=[name for name in _NOT_TOLD if name in rows])
+    return rows.drop(columns=[name for name in _NEVER_SHOWN if name in rows])
 
 
 def _without_constants(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Without empty columns and those that hold one value, which are told in a sentence."""
+    """Return a table without empty columns and columns of one value, and a sentence that gives these values."""
     table = table.dropna(axis="columns", how="all")
-    kept = ("step", "quantity", *_MEASURED)
-    same = [name for name in table if name not in kept and table[name].nunique(dropna=False) == 1]
-    if len(table) < 2 or not same:
+    always_shown = ("step", "quantity", *_MEASURED)
+    constant = [name for name in table if name not in always_shown and table[name].nunique(dropna=False) == 1]
+    if len(table) < 2 or not constant:
         return table, ""
-    told = ", ".join(f"{name} = {show(table[name].iloc[0])}" for name in same)
-    return table.drop(columns=same), f"The same in every row: {told}."
+    values = ", ".join(f"{name} = {show(table[name].iloc[0])}" for name in constant)
+    return table.drop(columns=constant), f"The same in every row: {values}."
 
 
 def _side_by_side(table: pd.DataFrame, caption: str) -> Table:
-    """A row for each combination of the keys, a column for each of a few steps."""
-    table, same = _without_constants(table)
+    """Return a row for each combination of the keys, and a column for each of a few steps."""
+    table, constants = _without_constants(table)
     keys = [str(name) for name in table if name not in ("step", *_MEASURED)]
     keys.sort(key=lambda name: name != "quantity")
     steps = sorted(table["step"].unique())
-    chosen = [steps[place] for place in _places(len(steps), _STEPS_SIDE_BY_SIDE)]
+    chosen = [steps[index] for index in spread_indices(len(steps), _MAX_STEPS)]
     known = table[table["step"].isin(chosen) & table["value"].notna()]
-    at = {(*_key(row, keys), row["step"]): row for row in known.to_dict("records")}
-    kinds = list(dict.fromkeys(place[:-1] for place in at))
-    picked = kinds if len(kinds) <= SHORT else _some_of_each(kinds, MAX_SUMMARY)
-    shown = [name for index, name in enumerate(keys) if any(kind[index] != NOTHING for kind in picked)]
+    records: dict[tuple[tuple[str, ...], Any], dict[Any, Any]] = {
+        (tuple(show(_as_integer(row[name])) for name in keys), row["step"]): row for row in known.to_dict("records")
+    }
+    kinds = list(dict.fromkeys(kind for kind, _ in records))
+    picked = kinds if len(kinds) <= MAX_SHORT else _some_of_each(kinds, MAX_SUMMARY)
+    shown = [index for index in range(len(keys)) if any(kind[index] != MISSING for kind in picked)]
     rows = [
-        [
-            *(Cell(text=text) for name, text in zip(keys, kind, strict=True) if name in shown),
-            *(_measured(at.get((*kind, step))) for step in chosen),
-        ]
+        [*(Cell(text=kind[index]) for index in shown), *(_measured(records.get((kind, step))) for step in chosen)]
         for kind in picked
     ]
+    header = [keys[index].replace("_", " ") for index in shown] + [f"step {show(_as_integer(step))}" for step in chosen]
     note = f"{len(chosen)} of {len(steps)} steps" if len(steps) > len(chosen) else "All steps"
     note += f", and {len(picked)} of {len(kinds):,} quantities." if len(picked) < len(kinds) else "."
-    has_errors = "stderr" in table and table["stderr"].notna().any()
-    note += " Values ± one standard error." if has_errors else ""
-    header = [*(name.replace("_", " ") for name in shown), *(f"step {show(_whole_number(step))}" for step in chosen)]
-    return Table(caption=caption, header=header, rows=rows, note=_join(note, same))
+    errors = "Values ± one standard error." if "stderr" in table and table["stderr"].notna().any() else ""
+    return Table(caption=caption, header=header, rows=rows, note=_join(note, errors, constants))
 
 
-def _measured(row: dict[Any, Any] | None) -> Cell:
-    if row is None:
-        return Cell(text=NOTHING, is_number=True)
-    verdict = row.get("verdict")
-    text = with_error(row["value"], row.get("stderr"))
-    return Cell(text=text, is_number=True, badge=verdict if verdict in VERDICTS[1:] else "")
+def _measured(record: dict[Any, Any] | None) -> Cell:
+    if record is None:
+        return number_cell(MISSING)
+    verdict = record.get("verdict")
+    return number_cell(with_error(record["value"], record.get("stderr")), verdict if verdict in VERDICTS[1:] else "")
 
 
 def _spread(table: pd.DataFrame, caption: str) -> Table:
-    """Rows spread evenly, first and last included; errors beside their values."""
-    table, same = _without_constants(table)
-    places = _places(len(table), MAX_SUMMARY if len(table) > SHORT else len(table))
-    note = f"{len(places)} of {_rows(len(table))}, spread evenly." if len(places) < len(table) else ""
-    part = table.iloc[places]
-    errors = {str(name): error for name in part if (error := _error_column(part, str(name)))}
-    shown = [str(name) for name in part if name not in errors.values()]
-    header = [name.replace("_", " ") + (" ± standard error" if name in errors else "") for name in shown]
+    """Return rows spread evenly, the first and the last among them, with each value and its error in one cell."""
+    table, constants = _without_constants(table)
+    num_rows = len(table)
+    part = table.iloc[spread_indices(num_rows, MAX_SUMMARY if num_rows > MAX_SHORT else num_rows)]
+    note = f"{len(part)} of {_count_rows(num_rows)}, spread evenly." if len(part) < num_rows else ""
+    names = [str(name) for name in part]
+    errors = {name: error for name in names if (error := _error_column(names, name))}
+    shown = [name for name in names if name not in errors.values()]
     rows = []
     for record, cells in zip(part.to_dict("records"), _cells(part, 4), strict=True):
-        plain = dict(zip(map(str, part.columns), cells, strict=True))
-        rows.append(
-            [
-                Cell(text=with_error(record[name], record[errors[name]]), is_number=True)
-                if name in errors
-                else plain[name]
-                for name in shown
-            ]
-        )
-    return Table(caption=caption, header=header, rows=rows, note=_join(note, same))
+        row = dict(zip(names, cells, strict=True))
+        row |= {name: number_cell(with_error(record[name], record[error])) for name, error in errors.items()}
+        rows.append([row[name] for name in shown])
+    header = [name.replace("_", " ") + (" ± standard error" if name in errors else "") for name in shown]
+    return Table(caption=caption, header=header, rows=rows, note=_join(note, constants))
 
 
-def _error_column(table: pd.DataFrame, name: str) -> str | None:
-    """The column with the standard error of this one."""
-    if f"{name}_stderr" in table:
+def _error_column(columns: list[str], name: str) -> str | None:
+    """Return the column that holds the standard error of another one: `<name>_stderr`, or `stderr` if it follows directly."""
+    if f"{name}_stderr" in columns:
         return f"{name}_stderr"
-    columns = [str(column) for column in table]
-    follows = columns.index(name) + 1 < len(columns) and columns[columns.index(name) + 1] == "stderr"
-    return "stderr" if follows else None
+    following = columns[columns.index(name) + 1 :]
+    return "stderr" if following[:1] == ["stderr"] else None
 
 
 def _cells(table: pd.DataFrame, digits: int) -> list[list[Cell]]:
     numeric = {name for name in table if pd.api.types.is_numeric_dtype(table[name])}
     return [
-        [_cell_of(name, value, name in numeric, digits) for name, value in row.items()]
+        [_table_cell(name, value, name in numeric, digits) for name, value in row.items()]
         for row in table.astype(object).to_dict("records")
     ]
 
 
-def _cell_of(name: Any, value: Any, is_number: bool, digits: int) -> Cell:
+def _table_cell(name: Any, value: Any, is_number: bool, digits: int) -> Cell:
     if name == "verdict" and value in VERDICTS:
         return Cell(badge=value)
-    return Cell(text=show(value, digits=digits, pad=is_number and digits < _DIGITS), is_number=is_number)
+    return Cell(text=show(value, digits=digits, pad=is_number and digits < _WHOLE_DIGITS), is_number=is_number)
 
 
-def _key(row: dict[Any, Any], keys: list[str]) -> tuple[str, ...]:
-    return tuple(show(_whole_number(row[name])) for name in keys)
-
-
-def _whole_number(value: Any) -> Any:
-    """An integer that stands in a column with gaps, as an integer again."""
+def _as_integer(value: Any) -> Any:
+    """Return a whole number as an integer: pandas stores the integers of a column with missing values as floats."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e8 else value
 
 
-def _places(count: int, wanted: int) -> list[int]:
-    """Places spread over `count` of them, first and last included."""
-    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, wanted))})
-
-
 def _some_of_each(kinds: list[tuple[str, ...]], wanted: int) -> list[tuple[str, ...]]:
-    """At most `wanted` of the kinds in their order, shared out among those with the same first word."""
+    """Return `wanted` of the kinds in their order, shared evenly among groups with the same first word."""
     groups: dict[str, list[int]] = {}
-    for place, kind in enumerate(kinds):
-        groups.setdefault(kind[0] if kind else "", []).append(place)
-    chosen: list[int] = []
-    for turn in range(len(kinds)):
-        for places in groups.values():
-            if turn < len(places) and len(chosen) < wanted:
-                chosen.append(places[turn])
-        if len(chosen) >= wanted:
-            break
-    return [kinds[place] for place in sorted(chosen)]
+    for index, kind in enumerate(kinds):
+        groups.setdefault(kind[0] if kind else "", []).append(index)
+    # Round by round, take one more from every group.
+    by_round = [(number, index) for indices in groups.values() for number, index in enumerate(indices)]
+    chosen = sorted(by_round, key=lambda pair: pair[0])[:wanted]
+    return [kinds[index] for index in sorted(index for _, index in chosen)]
 
 
-def _rows(count: int) -> str:
+def _count_rows(count: int) -> str:
     return f"{count:,} row" if count == 1 else f"{count:,} rows"
 
 
