@@ -188,9 +188,9 @@ def _title(config: RunConfig, num_drawn: int, num_all: int) -> str:
 def _detach(words: list[str], base: Path) -> int:
     """Start the same command without this terminal, and wait until it holds the experiment or has given up."""
     from icl.diversity.metadata import read_metadata
-    from icl.diversity.runs import METADATA, holding
+    from icl.diversity.runs import METADATA, lock_experiment
 
-    with holding(base):
+    with lock_experiment(base):
         pass  # refuses in front of who typed it; the process that is started holds it for good
     log = base / "experiment.log"
     with log.open("ab") as output:

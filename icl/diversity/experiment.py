@@ -1,9 +1,9 @@
-"""Training a task-diversity experiment: every run that is not done, one after the other.
+"""Train the runs of a task-diversity experiment one after the other.
 
-What is done is decided by the runs' own folders, under a lock that one process at a time can hold. So the same command,
-after whatever ended it, does only what is missing: finished runs are skipped, begun ones resume, failed ones are tried
-again. A run that fails is recorded, and the rest goes on. SIGINT and SIGTERM save the run in hand and end the experiment;
-if the terminal is lost, the output goes to `experiment.log` and the experiment goes on.
+The runs' own folders decide which runs are done. So the same command continues an experiment after any interruption: it skips finished runs,
+resumes unfinished ones, and tries failed ones again. A run that fails is recorded, and the next run starts. SIGINT and SIGTERM save the
+current run and end the experiment. If the terminal is lost, the experiment continues and writes its output to `experiment.log`. A lock
+makes sure that only one process at a time trains an experiment.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from icl.config import RunConfig
 from icl.diversity.metadata import REFRESH_SECONDS, Metadata
-from icl.diversity.runs import ExperimentRun, experiment_runs, holding, require_same_settings
+from icl.diversity.runs import ExperimentRun, experiment_runs, lock_experiment, require_same_settings
 from icl.runs import DONE, fails_again
 from icl.storage import remove_temporaries
 from icl.training.run import train
@@ -29,12 +29,12 @@ LOG = "experiment.log"
 
 
 class ExperimentResult(NamedTuple):
-    """How a call ended."""
+    """The state of an experiment when `run_experiment` returns."""
 
     entries: list[dict[str, Any]]
-    """A record per run, as in the metadata."""
+    """A record for each run, as in the metadata."""
     received: signal.Signals | None = None
-    """What stopped it before the end, if anything did."""
+    """The signal that stopped the experiment, if one did."""
 
     @property
     def is_done(self) -> bool:
@@ -43,18 +43,19 @@ class ExperimentResult(NamedTuple):
 
     @property
     def done(self) -> list[str]:
-        """The M of the runs that are done."""
+        """M, as text, of each run that is done."""
         return [entry["num_tasks"] for entry in self.entries if entry["state"] in DONE]
 
 
 class _Outcome(NamedTuple):
-    """How the training of one run ended."""
+    """The end of the training of one run."""
 
     state: str
     reason: str | None
-    line: str
-    """For people."""
+    message: str
+    """The outcome in words, to print."""
     received: signal.Signals | None = None
+    """The signal that stopped the run, if one did."""
 
 
 def run_experiment(
@@ -66,31 +67,31 @@ def run_experiment(
     refresh_seconds: float = REFRESH_SECONDS,
     say: Callable[[str], None] = print,
 ) -> ExperimentResult:
-    """Train every run that is not done, until all are done or have failed, or a signal comes.
+    """Train every run that is not done, until all are done or have failed, or a signal arrives.
 
     Args:
-        config: Everything but M.
-        max_power: M = 2^1 .. 2^max_power, and infinity.
-        base: The experiment's folder.
-        retry: Whether to try runs again that would fail again.
-        refresh_seconds: Between two updates of the metadata while a run trains.
-        say: Takes a line for every event.
+        config: Settings of the runs; their M is replaced.
+        max_power: The runs have M = 2^1 .. 2^max_power, and infinity.
+        base: Folder of the experiment.
+        retry: Whether to train runs again whose loss became NaN, which would fail in the same way.
+        refresh_seconds: Interval between updates of the metadata while a run trains.
+        say: Function that receives a line for each event.
 
     Raises:
         ConfigError: If the folder holds runs with other settings.
-        RunError: If another process holds the experiment.
+        RunError: If another process trains the experiment.
         StorageError: If the folder cannot be written.
     """
     runs = experiment_runs(config, max_power=max_power, base=base)
-    with holding(base):
+    with lock_experiment(base):
         require_same_settings(runs, base)
         remove_temporaries(base)
         metadata = Metadata(base, runs, about={"max_power": max_power, "base_checkpoint_dir": str(base)})
-        with _listening(base / LOG) as stopped_by, metadata.refreshing(refresh_seconds):
+        with _handling_signals(base / LOG) as last_signal, metadata.refreshing(refresh_seconds):
             try:
-                received = _train_runs(runs, metadata, stopped_by, say, retry=retry)
+                received = _train_runs(runs, metadata, last_signal, say, retry=retry)
             except KeyboardInterrupt:  # between two runs
-                received = stopped_by()
+                received = last_signal()
         failed = [entry["num_tasks"] for entry in metadata.entries() if entry["state"] == "failed"]
         if received is not None:
             metadata.end(state="preempted", reason=f"stopped by {received.name}; the same command continues")
@@ -103,65 +104,65 @@ def run_experiment(
 def _train_runs(
     runs: list[ExperimentRun],
     metadata: Metadata,
-    stopped_by: Callable[[], signal.Signals],
+    last_signal: Callable[[], signal.Signals],
     say: Callable[[str], None],
     *,
     retry: bool,
 ) -> signal.Signals | None:
-    """One run after the other; returns the signal that ended it early."""
+    """Train one run after the other; return the signal that stopped them, if one did."""
     for number, run in enumerate(runs, start=1):
-        place = f"[{number}/{len(runs)}] M = {run.label}"
+        prefix = f"[{number}/{len(runs)}] M = {run.label}"
         started = time.monotonic()
         was_done = metadata.is_done(run.label)
         status = run.folder.read_status()
         if status is not None and not retry and fails_again(run.folder, status):
-            say(f"{place}: failed: {status.reason} It is not tried again, except by --retry.")
+            say(f"{prefix}: failed: {status.reason} It is not tried again; use --retry to do so.")
             metadata.end_run(run.label, state="failed", reason=status.reason)
             continue
         if not was_done:
-            say(f"{place}: {run.folder.path}")
+            say(f"{prefix}: {run.folder.path}")
             metadata.begin_run(run.label)
-        outcome = _train_run(run, stopped_by)
+        outcome = _train_run(run, last_signal)
         if not (was_done and outcome.state in DONE):
             metadata.end_run(run.label, state=outcome.state, reason=outcome.reason)
-        took = "" if was_done else f" after {time.monotonic() - started:.0f} s"
-        say(f"{place}: {outcome.line}{took}")
+        duration = "" if was_done else f" after {time.monotonic() - started:.0f} s"
+        say(f"{prefix}: {outcome.message}{duration}")
         if outcome.received is not None:
             return outcome.received
     return None
 
 
-def _train_run(run: ExperimentRun, stopped_by: Callable[[], signal.Signals]) -> _Outcome:
-    """Train, resume or skip one run; its failure is an outcome, not an error."""
+def _train_run(run: ExperimentRun, last_signal: Callable[[], signal.Signals]) -> _Outcome:
+    """Train, resume or skip one run. An exception is caught, so that the next run can start, and returned as a failure."""
     try:
         result = train(run.config, folder=run.folder.path)
     except KeyboardInterrupt:
-        received = stopped_by()
+        received = last_signal()
         return _Outcome("preempted", received.name, f"interrupted by {received.name}", received)
     except Exception as error:
         if not isinstance(error, UserError):
-            traceback.print_exc()
+            traceback.print_exc()  # a mistake in the program; the message of a UserError is enough
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return _Outcome("failed", reason, f"failed: {reason}")
     status = result.status
     loss = "" if status.loss is None else f", loss {status.loss:.4f}"
     if result.received is not None:
-        line = f"stopped by {result.received.name} at step {status.step:,}"
-        return _Outcome(status.state, status.reason, line, result.received)
-    word = ("was " if result.was_done else "") + status.state.replace("_", " ")
-    why = "" if status.reason is None else f" ({status.reason})"
-    return _Outcome(status.state, status.reason, f"{word} at step {status.step:,}{loss}{why}")
+        message = f"stopped by {result.received.name} at step {status.step:,}"
+        return _Outcome(status.state, status.reason, message, result.received)
+    state = ("was " if result.was_done else "") + status.state.replace("_", " ")
+    reason = "" if status.reason is None else f" ({status.reason})"
+    return _Outcome(status.state, status.reason, f"{state} at step {status.step:,}{loss}{reason}")
 
 
 @contextlib.contextmanager
-def _listening(log: Path) -> Iterator[Callable[[], signal.Signals]]:
-    """Make SIGTERM interrupt as Ctrl-C does, and a lost terminal (SIGHUP) send what is printed to `log`.
+def _handling_signals(log: Path) -> Iterator[Callable[[], signal.Signals]]:
+    """Let SIGTERM interrupt the program as Ctrl-C does, and a lost terminal (SIGHUP) redirect its output to `log`.
 
-    While a run trains, its own handlers of SIGINT and SIGTERM stand above these. A SIGHUP that the user has told us to
-    ignore (`nohup`) stays ignored. Only the main thread may listen.
+    While a run trains, its own handlers of SIGINT and SIGTERM replace these. A SIGHUP that the user ignores (`nohup`) stays ignored.
+    Python handles signals in the main thread only; in another thread nothing changes.
 
     Yields:
-        What the last interruption was.
+        A function that returns the last signal; SIGINT if none arrived.
     """
     received: list[signal.Signals] = []
 
@@ -169,25 +170,21 @@ def _listening(log: Path) -> Iterator[Callable[[], signal.Signals]]:
         received.append(signal.Signals(number))
         raise KeyboardInterrupt
 
-    def move_output(number: int, frame: object) -> None:
+    def redirect_output(number: int, frame: object) -> None:
         descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         for stream in (1, 2):
             os.dup2(descriptor, stream)
         os.close(descriptor)
 
-    handlers: dict[signal.Signals, Any] = {
-        signal.SIGINT: interrupt,
-        signal.SIGTERM: interrupt,
-        signal.SIGHUP: move_output,
-    }
+    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: interrupt, signal.SIGHUP: redirect_output}
     is_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in handlers}
-    chosen = {number: handlers[number] for number in handlers if is_main and before[number] is not signal.SIG_IGN}
-    for number, handler in chosen.items():
-        signal.signal(number, handler)
+    before = {number: signal.getsignal(number) for number in handlers if is_main}
+    for number, old in before.items():
+        if old is not signal.SIG_IGN:
+            signal.signal(number, handlers[number])
     try:
         yield lambda: received[-1] if received else signal.SIGINT
     finally:
-        for number in chosen:
-            signal.signal(number, before[number])
+        for number, old in before.items():
+            signal.signal(number, old)
         sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""`experiment_metadata.json`: what an experiment is, and where each of its runs stands.
+"""The file `experiment_metadata.json`: the settings of an experiment and the state of each of its runs.
 
-It is there before the first step and is replaced atomically, at every event and every few seconds of training. It only
-tells: what is done is decided by the runs' own folders. So a file that is lost or stale costs nothing.
+The file exists before the first step. It is replaced atomically at every event, and every few seconds while a run trains. It is for readers
+only: the runs' own folders decide which runs are done. So nothing is lost if the file is lost or out of date.
 """
 
 import contextlib
@@ -25,15 +25,15 @@ from icl.storage import StorageError, write_atomically
 from icl.validation import has_type, is_count
 
 REFRESH_SECONDS = 5.0
-"""Between two looks at the run in training."""
+"""Interval between updates of the run that trains."""
 
 
 class Metadata:
-    """The file of one experiment, written by the one process that holds the experiment."""
+    """The metadata of one experiment, written by the process that holds the experiment's lock."""
 
     def __init__(self, base: Path, runs: Sequence[ExperimentRun], *, about: dict[str, Any]) -> None:
         old = read_metadata(base)
-        before = {one["num_tasks"]: one for one in old.get("runs", [])}
+        old_entries = {entry["num_tasks"]: entry for entry in old.get("runs", [])}
         self.path = base / METADATA
         self._folders = {run.label: run.folder for run in runs}
         self._lock = threading.RLock()
@@ -50,34 +50,34 @@ class Metadata:
             **about,
             "settings": _shared_settings(runs[0]),
             "versions": versions(),
-            "runs": [_first_entry(run, before.get(run.label, {})) for run in runs],
+            "runs": [_first_entry(run, old_entries.get(run.label, {})) for run in runs],
         }
         self.write()
 
     def entries(self) -> list[dict[str, Any]]:
-        """A record per run: num_tasks, state, step, max_steps, loss, reason, folder, started, ended."""
+        """Return a record for each run: num_tasks, state, step, max_steps, loss, reason, folder, started, ended."""
         with self._lock:
             return [dict(entry) for entry in self._tree["runs"]]
 
     def begin_run(self, label: str) -> None:
-        """Say that a run is being trained; its time of start is that of its first beginning."""
+        """Record that a run trains now; a run that resumes keeps its first starting time."""
         with self._lock:
             self._training = label
             started = self._entry(label)["started"] or now()
             self._update(label, state="running", reason=None, started=started, ended=None)
 
     def end_run(self, label: str, *, state: str, reason: str | None) -> None:
-        """Say how the run ended."""
+        """Record how a run ended."""
         with self._lock:
             self._training = None
             self._update(label, state=state, reason=reason, ended=now())
 
     def is_done(self, label: str) -> bool:
-        """Whether nothing is left to do for a run."""
+        """Return whether a run needs no more training."""
         return self._entry(label)["state"] in DONE
 
     def end(self, *, state: str, reason: str | None) -> None:
-        """Say how the experiment ended; a run that was just beginning, or ending, is taken up by the next command."""
+        """Record how the experiment ended. A run that is still marked as running was interrupted, and becomes pre-empted."""
         with self._lock:
             for entry in self._tree["runs"]:
                 if entry["state"] == "running":
@@ -89,13 +89,12 @@ class Metadata:
         """Replace the file."""
         with self._lock:
             self._tree["updated"] = now()
-            write_atomically(
-                self.path, (json.dumps(self._tree, indent=1, allow_nan=False) + "\n").encode(), durable=False
-            )
+            text = json.dumps(self._tree, indent=1, allow_nan=False) + "\n"
+            write_atomically(self.path, text.encode(), durable=False)
 
     @contextlib.contextmanager
     def refreshing(self, seconds: float = REFRESH_SECONDS) -> Iterator[None]:
-        """Keep step and loss of the run in training up to date meanwhile."""
+        """Keep step and loss of the run that trains up to date while the context lasts."""
         is_over = threading.Event()
 
         def refresh() -> None:
@@ -116,13 +115,13 @@ class Metadata:
         return next(entry for entry in self._tree["runs"] if entry["num_tasks"] == label)
 
     def _update(self, label: str, **fields: Any) -> None:
-        """Change the record of a run, step and loss included."""
+        """Change some fields of a run's record, update its step and loss, and replace the file."""
         self._entry(label).update(_progress(self._folders[label]) | fields)
         self.write()
 
 
 def read_metadata(base: Path) -> dict[str, Any]:
-    """Return the metadata of an experiment's folder; empty if there are none, or none that we wrote."""
+    """Return the metadata in an experiment's folder; empty if the file is missing, damaged or not ours."""
     try:
         tree = parse_json(read_bytes(base / METADATA))
     except (OSError, ContentError):
@@ -131,35 +130,35 @@ def read_metadata(base: Path) -> dict[str, Any]:
 
 
 def _is_usable(tree: dict[str, Any]) -> bool:
-    """Return whether the values that are read again are of the kinds that we write."""
+    """Return whether the values that are used again have the types that we write."""
     entries = tree.get("runs", [])
     texts = [tree.get(key) for key in ("state", "started", "updated", "host")]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         return False
     texts += [entry.get(key) for entry in entries for key in ("reason", "started", "ended")]
-    named = [entry.get(key) for entry in entries for key in ("num_tasks", "state")]
-    return all(has_type(text, str | None) for text in texts) and all(isinstance(name, str) for name in named)
+    words = [entry.get(key) for entry in entries for key in ("num_tasks", "state")]
+    return all(has_type(text, str | None) for text in texts) and all(isinstance(word, str) for word in words)
 
 
 def is_alive(metadata: dict[str, Any]) -> bool:
-    """Whether the process that wrote the metadata lives, as far as this machine can tell."""
+    """Return whether the process that wrote the metadata is alive; true if it ran on another machine, which cannot be checked."""
     pid = metadata.get("pid")
     if metadata.get("host") != platform.node() or not is_count(pid) or not 0 < pid < 2**31:
         return True
     try:
         os.kill(pid, 0)
     except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # it may be someone else's
+        return not isinstance(error, ProcessLookupError)  # no permission means that the process exists
     return True
 
 
 def now() -> str:
-    """The present time, in UTC."""
+    """Return the current time in UTC."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _first_entry(run: ExperimentRun, before: dict[str, Any]) -> dict[str, Any]:
-    """Where a run stands before this process has touched it."""
+def _first_entry(run: ExperimentRun, old_entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the record of a run before this process has trained it."""
     status = run.folder.read_status()
     if status is None:
         state, reason = "waiting", None
@@ -174,8 +173,8 @@ def _first_entry(run: ExperimentRun, before: dict[str, Any]) -> dict[str, Any]:
         "max_steps": run.config.trainer.max_steps,
         "reason": reason,
         "folder": str(run.folder.path),
-        "started": before.get("started"),
-        "ended": before.get("ended") if state != "waiting" else None,
+        "started": old_entry.get("started"),
+        "ended": old_entry.get("ended") if state != "waiting" else None,
     }
 
 

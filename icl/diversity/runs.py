@@ -1,7 +1,7 @@
-"""The runs of a task-diversity experiment: one for each M, in a folder of its own below the experiment's.
+"""The runs of a task-diversity experiment: one for each M, each in its own folder below the experiment's.
 
-`<base>/checkpoints_M8/` *is* the folder of the run with M = 8. The runs differ in M alone; their task pools are nested,
-and everything else that is drawn (prompts, initial weights, new tasks) is the same, so they can be compared M by M.
+The run with M = 8 has the folder `<base>/checkpoints_M8/`. The runs differ only in M: the tasks of a smaller M are the first tasks of a larger
+one, and prompts, initial weights and new tasks come from the same random streams. So differences between runs are due to M.
 """
 
 import contextlib
@@ -19,99 +19,98 @@ from icl.validation import ConfigError, parse_num_tasks
 DEFAULT_BASE = "checkpoints"
 METADATA = "experiment_metadata.json"
 MAX_POWER = 30
-"""M is below 2^31."""
+"""Largest power of two for M, since M must be below 2^31."""
 
 
 class ExperimentRun(NamedTuple):
-    """The run of one M."""
+    """The run with one M."""
 
     config: RunConfig
     folder: RunFolder
 
     @property
     def label(self) -> str:
-        """M as text: `8`, `inf`."""
+        """M as text, such as `8` or `inf`."""
         return num_tasks_label(self.config.task.num_tasks)
 
 
 def num_tasks_label(num_tasks: int | float) -> str:
-    """M as text, such as `1024` or `inf`."""
+    """Return M as text, such as `1024` or `inf`."""
     return "inf" if num_tasks == math.inf else str(num_tasks)
 
 
 def experiment_runs(config: RunConfig, *, max_power: int, base: Path) -> list[ExperimentRun]:
-    """The runs of M = 2^1 .. 2^max_power and infinity, in that order.
+    """Return the runs with M = 2^1 .. 2^max_power and infinity, in this order.
 
     Args:
-        config: Everything but M.
-        max_power: The largest finite M is two to this power.
-        base: The experiment's folder.
+        config: Settings of the runs; their M is replaced.
+        max_power: The largest finite M is 2^max_power.
+        base: Folder of the experiment.
 
     Raises:
-        ConfigError: If `max_power` is out of range, or one run would need several processes.
+        ConfigError: If `max_power` is out of range, or if a run would need several processes.
     """
     if not 1 <= max_power <= MAX_POWER:
         raise ConfigError(f"`--max_power` must be a whole number from 1 to {MAX_POWER}, got {max_power}.")
     if config.trainer.devices * config.trainer.num_nodes > 1:
         raise ConfigError(
             "The experiment trains its runs in one process on one device, but `trainer.devices` x `trainer.num_nodes` is "
-            f"{config.trainer.devices * config.trainer.num_nodes}; leave them at 1, or run the same settings by "
+            f"{config.trainer.devices * config.trainer.num_nodes}. Leave both at 1, or train runs side by side with "
             "`icl sweep sweeps/training-runs/icr-diversity.yaml --workers N`."
         )
-    diversities = [*(2**power for power in range(1, max_power + 1)), math.inf]
-    configs = [
-        dataclasses.replace(config, task=dataclasses.replace(config.task, num_tasks=num_tasks))
-        for num_tasks in diversities
-    ]
-    return [ExperimentRun(own, run_folder(base, own.task.num_tasks)) for own in configs]
+    runs = []
+    for num_tasks in (*(2**power for power in range(1, max_power + 1)), math.inf):
+        task = dataclasses.replace(config.task, num_tasks=num_tasks)
+        runs.append(ExperimentRun(dataclasses.replace(config, task=task), run_folder(base, num_tasks)))
+    return runs
 
 
 def run_folder(base: Path, num_tasks: int | float) -> RunFolder:
-    """The folder of one M."""
+    """Return the folder of the run with this M."""
     return RunFolder(base / f"checkpoints_M{num_tasks_label(num_tasks)}")
 
 
 def find_runs(base: Path) -> dict[str, RunFolder]:
-    """The runs that an experiment's folder holds, by M as text, in the order of M.
+    """Return the runs in an experiment's folder, by M as text, in the order of M.
 
     Raises:
-        RunError: If it holds none.
+        RunError: If the folder holds no run.
     """
-    names = (re.fullmatch(r"checkpoints_M(\d+|inf)", path.name) for path in base.glob("checkpoints_M*"))
-    diversities = sorted(parse_num_tasks(match[1]) for match in names if match and match[1] != "0")
+    matches = (re.fullmatch(r"checkpoints_M(\d+|inf)", path.name) for path in base.glob("checkpoints_M*"))
+    diversities = sorted(parse_num_tasks(match[1]) for match in matches if match and match[1] != "0")
     runs = {num_tasks_label(num_tasks): run_folder(base, num_tasks) for num_tasks in diversities}
     if not runs:
         raise RunError(
-            f"{base} holds no task-diversity experiment: expected folders such as checkpoints_M8; `icl diversity` makes them."
+            f"{base} holds no task-diversity experiment: expected folders such as checkpoints_M8, which `icl diversity` makes."
         )
     return runs
 
 
 def require_same_settings(runs: list[ExperimentRun], base: Path) -> None:
-    """Refuse to mix runs of other settings into an experiment.
+    """Check that the runs which have started have the same settings as the experiment.
 
     Raises:
-        ConfigError: Naming the first run that was begun with others, and the differences.
+        ConfigError: If a run has other settings; the message names the run and the differences.
     """
     for run in runs:
         try:
             old = run.folder.read_config()
-        except ConfigError:  # not begun, or damaged: training says so of this run alone
+        except ConfigError:  # not started, or damaged; training reports damage for this run alone
             continue
         changed = config_differences(old, run.config)
         if changed:
             raise ConfigError(
-                f"{run.folder.path} was begun with other settings: {'; '.join(changed)}. Use the old ones to go on with "
-                f"the experiment in {base}, or give the new one its own --base_checkpoint_dir."
+                f"{run.folder.path} was started with other settings: {'; '.join(changed)}. Use the old settings to continue "
+                f"the experiment in {base}, or choose another --base_checkpoint_dir for the new experiment."
             )
 
 
 @contextlib.contextmanager
-def holding(base: Path) -> Iterator[None]:
-    """Hold an experiment for this process; the system lets go of it when the process dies.
+def lock_experiment(base: Path) -> Iterator[None]:
+    """Lock an experiment for this process; the operating system unlocks it when the process ends, however it ends.
 
     Raises:
-        RunError: If another process holds it.
+        RunError: If another process holds the lock.
         StorageError: If the folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
@@ -119,7 +118,7 @@ def holding(base: Path) -> Iterator[None]:
             stack.enter_context(RunFolder(base).lock())
         except RunError:
             raise RunError(
-                f"Another process runs the experiment in {base} (`icl runs {base}` shows it); wait for it, or give this one "
+                f"Another process runs the experiment in {base} (`icl runs {base}` shows it). Wait until it ends, or choose "
                 "another --base_checkpoint_dir."
             ) from None
         yield

@@ -1,8 +1,8 @@
-"""The numbers of a task-diversity experiment as one tidy table, and its figure.
+"""The numbers of a task-diversity experiment as one tidy table, and the experiment's figure.
 
-A row is a number with its standard error: of a model (`loss`, `delta_ridge`, `delta_dmmse`, ...) or of a baseline, under its
-name (`ridge`, `dmmse`, ...), for one M, one step and one distribution of prompts. A baseline has no step; its rows stand
-beside those of every step, so that any selection by M and step is complete.
+Each row holds one number and its standard error, for one M, one step and one distribution of prompts. The number belongs to a model (`loss`,
+`delta_ridge`, `delta_dmmse`, ...) or to a baseline, whose name is then the quantity (`ridge`, `dmmse`, ...). Baselines do not depend on the
+step; their rows are repeated at every step, so that a selection by M and step includes them.
 """
 
 import json
@@ -24,11 +24,11 @@ COLUMNS = ("num_tasks", "step", "checkpoint_hash", "distribution", "quantity", "
 
 
 class Evaluation(NamedTuple):
-    """The table, and why the runs that are not in it are not."""
+    """The table of an experiment, and the runs that are missing from it."""
 
     table: pd.DataFrame
     problems: dict[str, str]
-    """By M."""
+    """The reason why a run is missing, by M as text."""
 
 
 def evaluate_experiment(
@@ -42,11 +42,11 @@ def evaluate_experiment(
     """Evaluate the last checkpoint of every run, or all of them, in and out of distribution.
 
     Args:
-        runs: By M as text; `icl.diversity.runs.find_runs`.
-        num_prompts: Prompts on the training tasks; left out, each run's `evaluation.num_prompts`.
-        num_ood_prompts: Prompts of every other set; left out, as `num_prompts`.
-        all_steps: Every saved step, not only the last.
-        shifts: Names from `icl.tasks.shifts.SHIFTS`; left out, all that fit.
+        runs: Folders of the runs by M as text, from `icl.diversity.runs.find_runs`.
+        num_prompts: Number of prompts of the training tasks. The default is each run's `evaluation.num_prompts`.
+        num_ood_prompts: Number of prompts of each other distribution. The default is `num_prompts`.
+        all_steps: Whether to evaluate every saved step, not only the last.
+        shifts: Names from `icl.tasks.shifts.SHIFTS`. The default is all shifts that the runs allow.
 
     Raises:
         ConfigError: If a number of prompts is too small.
@@ -63,30 +63,26 @@ def evaluate_experiment(
                 problems[label] = str(error)
                 continue
             steps = numbers[["step", "checkpoint_hash"]].drop_duplicates()
-            both = pd.concat([numbers, steps.merge(baselines, how="cross")])
-            tables.append(both.sort_values("step", kind="stable").assign(num_tasks=label))
+            rows = pd.concat([numbers, steps.merge(baselines, how="cross")])
+            tables.append(rows.sort_values("step", kind="stable").assign(num_tasks=label))
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
     return Evaluation(table[list(COLUMNS)], problems)
 
 
 def save_tables(table: pd.DataFrame, path: Path) -> list[Path]:
-    """Write a table as JSON (a list of records) and as CSV, side by side under one stem.
+    """Write a table as JSON (a list of records) and as CSV, and return both paths; only their suffixes differ.
 
     Raises:
         StorageError: If a file cannot be written.
     """
-    texts = {
-        ".json": json.dumps(plain_rows(table), indent=1, allow_nan=False) + "\n",
-        ".csv": table.to_csv(index=False),
-    }
-    files = [path.with_suffix(suffix) for suffix in texts]
-    for file, text in zip(files, texts.values(), strict=True):
-        write_atomically(file, text.encode())
-    return files
+    json_file, csv_file = path.with_suffix(".json"), path.with_suffix(".csv")
+    write_atomically(json_file, (json.dumps(plain_rows(table), indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(csv_file, table.to_csv(index=False).encode())
+    return [json_file, csv_file]
 
 
 def draw_experiment(runs: Mapping[str, RunFolder], plots: Path, *, title: str) -> list[Path]:
-    """The figure of the last checkpoints, `diversity.png`, and its numbers, `diversity.csv`.
+    """Draw the last checkpoints as `diversity.png`, write its numbers to `diversity.csv`, and return both paths.
 
     Raises:
         CheckpointError: If a run has no usable checkpoint.

@@ -269,7 +269,7 @@ def test_when_every_loss_diverges_all_are_tried_once_and_nothing_is_drawn(tmp_pa
     assert main(words) == 1
     logs = [path.read_text() for path in (tmp_path / "base").glob("*/run.log")]
     assert main(words) == 1
-    assert capsys.readouterr().out.count("It is not tried again, except by --retry.") == 3
+    assert capsys.readouterr().out.count("It is not tried again; use --retry to do so.") == 3
     assert [path.read_text() for path in (tmp_path / "base").glob("*/run.log")] == logs
     assert main([*words, "--retry"]) == 1
     assert all(path.read_text().count("starting") == 2 for path in (tmp_path / "base").glob("*/run.log"))
