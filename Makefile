@@ -1,6 +1,6 @@
 # `make` or `make help` lists the targets; everything runs in .venv, which `make install` creates.
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow lint format golden bench reliability data figures ci clean
+.PHONY: help install train test test-slow lint format golden bench reliability data docs figures ci clean
 
 BIN := .venv/bin
 
@@ -47,6 +47,9 @@ SIZE ?= small
 data: install  ## Remake the shipped data from nothing, or go on (SIZE=full: the published sizes)
 	$(BIN)/python -m data $(SIZE)
 	$(BIN)/python -m data.docs
+
+docs: install  ## Build the documentation as a site in build/site, offline
+	$(BIN)/mkdocs build
 
 figures: install  ## Draw every figure from the shipped data
 	$(BIN)/python notebooks/execute.py

@@ -70,6 +70,9 @@ setup(
             "ipykernel>=6.29",
             "playwright>=1.49",
             "pre-commit>=3.7",
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.5,<10",
+            "mkdocstrings[python]>=0.26",
         ],
     },
     # By a path, not an import hook, which is asked after the folder above a clone, where the clone is a package `icl`, too.

@@ -1,4 +1,4 @@
-"""What the README tells people to type works, and what it claims is what the code says."""
+"""What the README and the pages of docs/ tell people to type works, and what they claim is what the code says."""
 
 import re
 import shlex
@@ -14,10 +14,15 @@ from icl.resolve import read_arguments, resolve
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("commands", "sweeps", "llc", "stores", "devices")
+]
+"""Pages whose commands can be typed one after the other; the tutorial has a test of its own."""
 
 
 def shell_lines() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
+    blocks = [block for page in (README, *PAGES) for block in re.findall(r"```sh\n(.*?)```", page, re.S)]
     return [line.partition("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
@@ -75,6 +80,10 @@ def test_parameter_counts_are_the_models():
     for name, preset in PRESETS.items():
         num = sum(parameter.numel() for parameter in build_architecture(preset).parameters())
         assert counts[f"`{name}`"] == f"{num:,}"
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
 
 
 def test_every_file_that_the_readme_names_exists():
