@@ -10,15 +10,14 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from icl import __version__
 from icl.env_file import load_env_file
+from icl.environment import COMMANDS
 from icl.older import modern_command, modern_setting
 from icl.redaction import redact
 from icl.validation import UserError, user_path
-
-COMMANDS = ("train", "sweep", "diversity", "evaluate", "llc", "analyse", "report", "predict", "runs", "checkpoints")
-"""In the order in which the overview lists them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(command: str, words: list[str]) -> int:
     """The command's exit status, with its errors told in a sentence."""
+    try:
+        Path.cwd()
+    except OSError as error:  # PyTorch would end the process by an error of its own
+        is_gone = isinstance(error, FileNotFoundError)
+        reason = "no longer exists" if is_gone else f"cannot be used ({error.strerror})"
+        return _complain(
+            f"The working folder {reason}; change to one that does (cd), and run the same command there.", 1
+        )
     try:
         load_env_file()
         _share_the_machine()

@@ -18,6 +18,7 @@ from icl.validation import (
     require_count,
     require_number,
     require_run_name,
+    require_steps,
     require_store,
     require_words,
     take_plain_numbers,
@@ -313,6 +314,7 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         take_plain_numbers(self)
         require_words("sampler", self)
+        require_steps(self.steps)
         require_number("sampler.lr", self.lr, "positive")
         if self.nbeta is not None:
             repair = "; write none for n / ln n with n = `sampler.num_samples`"
@@ -485,6 +487,8 @@ class RunConfig:
             kind = sections.get(name)
             if dataclasses.is_dataclass(kind) and not isinstance(value, dict):
                 raise ConfigError(f"The section `{name}` must hold settings by name, got {value!r}.")
+            if name == "sampler":
+                value = _with_usable_steps(value)
             try:
                 values[name] = kind(**value) if dataclasses.is_dataclass(kind) and isinstance(kind, type) else value
             except TypeError as error:
@@ -495,6 +499,15 @@ class RunConfig:
             return cls(**values)
         except TypeError as error:
             raise ConfigError(f"The configuration has a key that this version does not know: {error}.") from None
+
+
+def _with_usable_steps(sampler: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's sampler settings with its `steps`, or with `all`: 0.1.0 trained with any text there."""
+    try:
+        require_steps(sampler.get("steps", "all"))
+    except ConfigError:
+        return {**sampler, "steps": "all"} if isinstance(sampler["steps"], str) else sampler
+    return sampler
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,8 @@ from icl.redaction import redact
 PACKAGES = ("icl", "torch", "lightning", "numpy")
 OWN_PROGRAM = (sys.executable, str(Path(__file__).with_name("__main__.py")))
 """Words that start this same `icl` in another process, which imports nothing from the working folder, as `-m icl` would."""
+COMMANDS = ("train", "sweep", "diversity", "evaluate", "llc", "analyse", "report", "predict", "runs", "checkpoints")
+"""Of `icl`, in the order in which its overview lists them."""
 _MARK = " environment "
 
 

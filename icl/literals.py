@@ -8,7 +8,7 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
-from icl.reading import parse_json, parse_yaml
+from icl.reading import is_beyond_floats, parse_json, parse_yaml
 
 
 def read_table(text: str) -> dict[Any, Any] | None:
@@ -34,4 +34,10 @@ class _NumberNames(ast.NodeTransformer):
 
 
 def _python_literal(text: str) -> Any:
-    return ast.literal_eval(_NumberNames().visit(ast.parse(text, mode="eval")))
+    tree = ast.parse(text, mode="eval")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, float):
+            written = ast.get_source_segment(text, node) or ""
+            if is_beyond_floats(written, node.value):
+                raise ValueError(f"a float cannot hold {written}")
+    return ast.literal_eval(_NumberNames().visit(tree))

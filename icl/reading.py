@@ -1,12 +1,15 @@
 """Reading files that somebody else may have made: JSON and YAML within bounds on size, depth, numbers and time.
 
 Python's parsers raise a dozen kinds of errors for damaged or hostile text, accept a key twice, and hand on values that break
-whoever uses them later: nesting that exhausts the stack, aliases that unfold to gigabytes, numbers too large for a float.
-Here all of that is one error, `ContentError`, whose message ends a sentence such as "status.json cannot be used: ...".
+whoever uses them later: nesting that exhausts the stack, aliases that unfold to gigabytes, numbers too large for a float,
+which become infinite, dates, and YAML's clock times, by which 1:30 is 90. Here all of that is one error, `ContentError`, whose message ends a sentence such as "status.json cannot be used: ...".
 """
 
+import datetime
 import json
+import math
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,6 +31,7 @@ MAX_TABLE = 2**29
 """Bytes of a table; that of 190 checkpoints has about 30 million."""
 _MAX_YAML_VALUES = 2**18
 _MAX_DIGITS = 300
+_TYPES = {bytes: "binary", set: "set", tuple: "omap"}
 
 
 class ContentError(UserError, ValueError):
@@ -62,7 +66,7 @@ def parse_json(data: bytes | str, *, limit: int | None = None) -> Any:
     """
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-        tree = json.loads(text, object_pairs_hook=_table, parse_int=_whole_number)
+        tree = json.loads(text, object_pairs_hook=_table, parse_int=_whole_number, parse_float=_real_number)
     except ContentError:
         raise
     except RecursionError:
@@ -101,14 +105,53 @@ def is_table(rows: Any) -> bool:
     )
 
 
+def is_beyond_floats(text: str, number: float) -> bool:
+    """Return whether a number's text, such as 1e400 or 1e-400, was read as an infinity or a zero that it does not say."""
+    mantissa = re.split("[eE]", text)[0]
+    return bool(re.search(r"[1-9]", mantissa)) and (math.isinf(number) or number == 0)
+
+
+def is_number(text: str) -> bool:
+    """Return whether a text is a number as people and Python write it, however large."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _without_clock(tag: str, pattern: re.Pattern[str]) -> re.Pattern[str]:
+    """Return YAML's pattern of a number without the alternatives for clock times."""
+    if not tag.endswith((":int", ":float")):
+        return pattern
+    return re.compile(rf"(?!.*:){pattern.pattern}", pattern.flags)
+
+
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which refuses a key that stands twice in a table; PyYAML itself drops the first."""
+    """PyYAML's safe loader, but for keys that stand twice, numbers that a float cannot hold, and clock times.
+
+    The first two are refused, where PyYAML drops the first key and takes an infinity; 1:30 is text, where PyYAML takes 90.
+    """
+
+    def construct_yaml_float(self, node: Any) -> float:
+        """Return a number."""
+        number: float = super().construct_yaml_float(node)
+        if is_beyond_floats(node.value, number):
+            raise ContentError(f"it holds the number {node.value[:50]}, which a floating-point number cannot hold")
+        return number
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Return the node of a table."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         _refuse_repeated(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         return node
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, _without_clock(tag, pattern)) for tag, pattern in resolvers]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -132,6 +175,13 @@ def _whole_number(digits: str) -> int:
     return int(digits)
 
 
+def _real_number(digits: str) -> float:
+    number = float(digits)
+    if is_beyond_floats(digits, number):
+        raise ContentError(f"it holds the number {digits[:50]}, which a floating-point number cannot hold")
+    return number
+
+
 def _require_bounded(tree: Any, limit: int | None) -> None:
     """Refuse nesting, numbers, texts and a number of values that would break whoever uses them.
 
@@ -149,6 +199,13 @@ def _require_bounded(tree: Any, limit: int | None) -> None:
             raise ContentError(f"it holds more than {limit:,} values")
         if isinstance(value, int) and value.bit_length() > MAX_BITS:
             raise ContentError("it holds a whole number that is too large")
+        if isinstance(value, (datetime.date, bytes, set, tuple)):  # `!!omap` makes tuples; a datetime is a date
+            what = (
+                f"the date {value}"
+                if isinstance(value, datetime.date)
+                else f"a value of YAML's type `{_TYPES[type(value)]}`"
+            )
+            raise ContentError(f"it holds {what}; write a number, or text in quotes")
         if isinstance(value, str) and not value.isascii() and not _is_unicode(value):
             raise ContentError("it holds text that is not Unicode")
         if isinstance(value, (dict, list)):

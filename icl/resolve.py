@@ -19,8 +19,8 @@ from icl.config import RunConfig, flatten
 from icl.literals import read_table
 from icl.older import modern_setting
 from icl.presets import preset
-from icl.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
-from icl.validation import ConfigError, parse_num_tasks, require_run_name
+from icl.reading import MAX_BITS, MAX_YAML, ContentError, is_beyond_floats, is_number, parse_yaml, read_bytes
+from icl.validation import ConfigError, parse_num_tasks, require_run_name, require_steps
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -231,7 +231,10 @@ def read_arguments(arguments: Sequence[str], *, extra: Sequence[str] = ()) -> di
 
 
 def parse_scalar(text: str) -> Any:
-    """A number, truth value or None from the way people, YAML 1.1 and W&B write it; other text stays text."""
+    """A number, truth value or None from the way people, YAML 1.1 and W&B write it; other text stays text.
+
+    So does a number that a float cannot hold, such as 1e400, which would become infinite.
+    """
     word = text.strip()
     lowered = word.lower()
     if lowered in _NONE:
@@ -239,13 +242,14 @@ def parse_scalar(text: str) -> Any:
     if lowered in ("true", "false"):
         return lowered == "true"
     if re.fullmatch(r"[+-]?\d[\d_]*", word):
-        return int(word.replace("_", ""))
+        return int(word.replace("_", "")) if len(word) < 1000 else text
     if re.fullmatch(r"[+-]?\.?(inf|infinity|nan)", lowered):
         return float(lowered.replace(".", ""))
     try:
-        return float(word.replace("_", ""))
+        number = float(word.replace("_", ""))
     except ValueError:
         return text
+    return text if is_beyond_floats(word, number) else number
 
 
 def describe(kind: Any) -> str:
@@ -329,6 +333,8 @@ def _read_value(key: str, value: Any) -> Any:
     kind = known_keys()[key]
     if _is_list(kind):
         return _read_list(key, value)
+    if key == "sampler.steps":
+        return _read_steps(value)
     parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     is_text = any(part is str or typing.get_origin(part) is Literal for part in parts)
     if isinstance(value, bool) and "true" in typing.get_args(kind):  # a choice of words that YAML has truth values for
@@ -337,10 +343,24 @@ def _read_value(key: str, value: Any) -> Any:
         if key == "run_name":
             require_run_name("~" if value == "~" else "name")  # a shell's home folder, which YAML takes for null
         if not is_text or (types.NoneType in parts and value.strip().lower() in _NONE):
-            value = parse_scalar(value)
+            text, value = value, parse_scalar(value)
+            if isinstance(value, str) and is_number(text):
+                raise ConfigError(f"`{key}` is a number that a floating-point number cannot hold: {text.strip()}.")
     elif is_text and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:  # too large for a float, and for messages
+        raise ConfigError(f"`{key}` is too large: a whole number of {value.bit_length():,} bits.")
     return int(value) if int in parts and isinstance(value, float) and value.is_integer() else value
+
+
+def _read_steps(value: Any) -> Any:
+    """Saved steps as text: `all`, 1,2,3 or 0:1000:100; YAML also has them as a number, or as a list of numbers."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if isinstance(value, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in value):
+        value = ",".join(map(str, value))
+    require_steps(value)
+    return value
 
 
 def _is_list(kind: Any) -> bool:
@@ -350,8 +370,17 @@ def _is_list(kind: Any) -> bool:
 def _read_list(key: str, value: Any) -> list[Any] | None:
     """`0,1,2`, `[0, 1, 2]`, a YAML list, or one value alone."""
     if isinstance(value, str):
-        words = [word.strip() for word in value.strip().strip("[]()").split(",")]
-        value = None if len(words) == 1 and words[0].lower() in _NONE else [word for word in words if word]
+        text = value.strip()
+        if (text[:1], text[-1:]) in (("[", "]"), ("(", ")")):
+            text = text[1:-1]
+        words = [word.strip() for word in text.removesuffix(",").split(",")]
+        value = (
+            None
+            if len(words) == 1 and words[0].lower() in _NONE
+            else [*filter(None, words)]
+            if len(words) == 1
+            else words
+        )
     if value is None:
         return None
     values = list(value) if isinstance(value, (list, tuple)) else [value]

@@ -307,11 +307,11 @@ def require_own_place(run: RunFolder) -> None:
     path = run.path.absolute()
     outer = next((folder for folder in path.parents if _is_run(folder)), None)
     if outer is not None:
-        raise RunError(f"{run.path} would lie inside the run {outer}; give this run another name with --run_name.")
+        raise RunError(f"{run.path} would lie inside the run {outer}; give this run another name or folder.")
     inner = next((file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/status.json")), None)
     if inner is not None:
         raise RunError(
-            f"{run.path} is a folder of other runs, such as {inner.name}; give this run another name with --run_name."
+            f"{run.path} is a folder of other runs, such as {inner.name}; give this run another name or folder."
         )
 
 

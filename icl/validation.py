@@ -7,7 +7,7 @@ import os
 import re
 import types
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeGuard, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard, get_args, get_origin
 
 STORE_SCHEMES = ("file", "s3")
 """What may stand before :// in the place of a store; a place without :// is a folder."""
@@ -18,6 +18,8 @@ MAX_NUMBER = 1e30
 
 _MAX_NAME, _MAX_PATH = 200, 1000
 """Bytes of a run's name; file systems take about 255 in each folder's name."""
+
+_STEPS = "all, last, a list such as 1,2,3, or a range such as 0:1000:100"
 
 Bound: TypeAlias = Literal["positive", "zero or positive", "a number"]
 """Which numbers will do."""
@@ -94,6 +96,8 @@ def require_count(name: str, value: Any, minimum: int) -> None:
 
 def require_number(name: str, value: Any, bound: Bound, *, repair: str = "") -> None:
     """Refuse what is no finite number, or outside its bound; `repair` ends the sentence."""
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:  # which may be too large for a float
+        raise ConfigError(f"`{name}` must be at most {MAX_NUMBER:g}, got a whole number of {value.bit_length()} bits.")
     real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     require(
         real and {"positive": value > 0, "zero or positive": value >= 0, "a number": True}[bound],
@@ -127,6 +131,53 @@ def user_path(text: str | Path) -> Path:
         raise ConfigError(
             f"The home folder in {str(text)!r} is not known; write the whole path, set HOME, or write ./ before a plain ~."
         ) from None
+
+
+class StepRange(NamedTuple):
+    """A step, or several from the first to the last at equal distances."""
+
+    word: str
+    """As it was written."""
+    first: int
+    last: int | None
+    """None: to the end."""
+    stride: int
+
+    def holds(self, step: int) -> bool:
+        """Return whether a step is one of them."""
+        return (
+            self.first <= step <= (step if self.last is None else self.last) and (step - self.first) % self.stride == 0
+        )
+
+
+def parse_steps(text: str) -> Literal["all", "last"] | list[StepRange]:
+    """Return what a choice of saved steps means: `all`, `last`, or a list of steps and ranges such as 1,2,3 or 0:1000:100.
+
+    Raises:
+        ConfigError: If it is none of these, or a range is reversed.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if words == ["all"] or words == ["last"]:
+        return "all" if words == ["all"] else "last"
+    if not words:
+        raise ConfigError(f"`sampler.steps` names no step; write {_STEPS}.")
+    return [_step_range(word) for word in words]
+
+
+def require_steps(text: Any) -> None:
+    """Refuse what is no choice of saved steps."""
+    require(isinstance(text, str), f"`sampler.steps` must be {_STEPS}, got {text!r}.")
+    parse_steps(text)
+
+
+def _step_range(word: str) -> StepRange:
+    match = re.fullmatch(r"(\d{1,20})|(\d{0,20}):(\d{0,20})(?::(0*[1-9]\d{0,19}))?", word, re.ASCII)
+    if match is None:
+        raise ConfigError(f"`sampler.steps` must be {_STEPS}, got {word!r}.")
+    first, last = int(match[1] or match[2] or 0), match[1] or match[3]
+    if last and first > int(last):
+        raise ConfigError(f"The range {word} of `sampler.steps` is reversed; write {last}:{first}.")
+    return StepRange(word, first, int(last) if last else None, int(match[4] or 1))
 
 
 def require_run_name(name: str) -> None:
@@ -191,6 +242,7 @@ def parse_num_tasks(value: Any) -> int | float:
         if text.removeprefix(".") in ("inf", "infinity"):
             return math.inf
         number = float(text.replace("_", "")) if re.fullmatch(r"\d[\d_]*(\.\d*)?(e\d+)?", text) else None
+        number = None if number == math.inf else number  # a number too large for a float is no infinity
     if number == math.inf:
         return math.inf
     is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)

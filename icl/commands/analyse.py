@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from icl.analysis import ANALYSES, module_name
 from icl.commands import command_parser, nearest
+from icl.commands.outputs import require_output, require_output_table
 from icl.runs import require_place, run_of
 from icl.storage import (
     StorageError,
     plain_rows,
-    require_table_file,
-    require_writable,
     table_format,
     write_atomically,
 )
@@ -43,11 +42,11 @@ def run(words: list[str]) -> int:
         raise ConfigError("Say what to analyse: `icl analyse RUN --what NAME`.")
     out = _one_of("--out", options.out, options.output_file)
     if out is not None:
-        require_table_file(out)
+        require_output_table(out, path)
     if options.output_plot is not None:
         if options.output_plot.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise StorageError(f"Figures are written as .png, .pdf or .svg, got {options.output_plot}.")
-        require_writable(options.output_plot)
+        require_output(options.output_plot, path)
     path = require_place(path)
     if len(chosen) > 1:
         return _analyse_all(chosen, path, options)

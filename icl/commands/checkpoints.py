@@ -35,6 +35,8 @@ def run(words: list[str]) -> int:
     )
     parser.add_argument("--force", action="store_true", help="pull, push: every file, and over a later step")
     options = parser.parse_args(words)
+    if options.force and options.action not in ("pull", "push"):
+        raise ConfigError(f"`--force` has no meaning for {options.action}; it belongs to pull and push.")
     folder, mirror = _find(options.run, options.store, options.action)
     if options.action == "ls":
         return _list(folder, mirror)

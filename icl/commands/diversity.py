@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from icl.commands.outputs import require_output
 from icl.config import RunConfig, flatten
 from icl.environment import OWN_PROGRAM
 from icl.resolve import parse_scalar, read_arguments, read_config_files, resolve
-from icl.storage import require_writable
+from icl.runs import require_own_place
 from icl.validation import ConfigError
 
 HELP = "the task-diversity experiment: M = 2, 4, 8, ... and inf, and its figure"
@@ -82,7 +83,8 @@ def run(words: list[str]) -> int:
     from icl.training.capacity import require_room
 
     max_power = _whole_number(options.get("max_power", "20"))
-    experiment_runs(config, max_power=max_power, base=base)  # refuses at once, in front of who typed it
+    runs = experiment_runs(config, max_power=max_power, base=base)  # refuses at once, in front of who typed it
+    require_own_place(runs[0].folder)
     require_room(config, choose_device(config.trainer.accelerator))
     if in_background:
         return _detach(words, base)
@@ -172,7 +174,8 @@ def _folder(options: dict[str, Any], name: str, default: str) -> Path:
     text = options.get(name, default)
     if not text.strip():
         raise ConfigError(f"`--{name}` must name a folder, got nothing.")
-    require_writable(Path(text) / "diversity.png")
+    for file in ("diversity.png", "diversity.csv"):
+        require_output(Path(text) / file)
     return Path(text)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from icl.commands import command_parser
 from icl.commands.evaluate_ahead import work_ahead
-from icl.storage import require_table_file
+from icl.commands.outputs import require_output_table
 from icl.validation import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
         if number is not None and number < 2:
             raise ConfigError(f"`--{name}` must be at least 2, got {number}.")
     if options.out is not None:
-        require_table_file(options.out)
+        both = (".json", ".csv") if options.checkpoint_base_dir is not None else ()
+        require_output_table(options.out, *options.paths, suffixes=both)
     return options
 
 

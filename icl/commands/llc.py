@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from icl.commands.llc_ahead import require_rescalable, require_step, work_ahead
 from icl.commands.llc_rows import log_rows, shown, verdicts, write_rows
+from icl.commands.outputs import require_output_table
 from icl.config import RunConfig, SamplerConfig, flatten
 from icl.presets import run_name, sampler_name
 from icl.resolve import (
@@ -23,7 +24,6 @@ from icl.resolve import (
     settings_parser,
 )
 from icl.runs import RunFolder, local_root, require_place, run_of
-from icl.storage import require_table_file
 from icl.validation import ConfigError, UserError, require_number
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _job(
     filed = read_config_files(options)
     published = _published() if "published" in flags else {}
     refuse_conflicts(swept, given)
-    out = _table_file(options)
+    out = _table_file(options, path, *options.get("config", ()))
     if path is None:
         config = resolve(*filed, published, swept, given)
         place = local_root() / run_name(config)
@@ -157,14 +157,14 @@ def _job(
     return _Job(place, config, mode, rescale, out)
 
 
-def _table_file(options: Mapping[str, Any]) -> Path | None:
-    """Return the file of --out, which can be written."""
+def _table_file(options: Mapping[str, Any], *inputs: str | None) -> Path | None:
+    """Return the file of --out, which can be written and is none of the files that are read."""
     if "out" not in options:
         return None
     if not options["out"].strip():
         raise ConfigError("`--out` must name a file, got nothing.")
     out = Path(options["out"])
-    require_table_file(out)
+    require_output_table(out, *inputs)
     return out
 
 

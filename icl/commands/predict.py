@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from icl.commands import command_parser
-from icl.storage import require_table_file
+from icl.commands.outputs import require_output_table
 
 HELP = "predictions for prompts in a file"
 
@@ -27,7 +27,7 @@ def run(words: list[str]) -> int:
     from icl.runs import require_place
 
     if options.out is not None:
-        require_table_file(options.out)
+        require_output_table(options.out, options.prompt, options.path)
     prompt = read_prompt_file(options.prompt)
     model, info = load_checkpoint(require_place(options.path))
     predictions = predict_from_prompt(model, *prompt)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from icl.commands import command_parser
+from icl.commands.outputs import require_output
 
 HELP = "one self-contained HTML page of a run or a sweep: curves, tables with verdicts, figures, settings"
 
@@ -29,6 +30,8 @@ def run(words: list[str]) -> int:
     from icl.report.page import write_report
     from icl.runs import require_place
 
+    if options.out is not None and options.out.suffix.lower() in (".html", ".htm"):
+        require_output(options.out)
     report = write_report([require_place(path) for path in options.paths], out=options.out)
     for facts in report.runs:
         for problem in facts.problems:

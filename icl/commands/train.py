@@ -114,6 +114,8 @@ def _train(configs: Sequence[RunConfig], wandb_run: Any = None) -> int:
         raise failure_of(failed[0].status)
     for result in ended:
         _tell_end(result)
+    for told in (result.lacking for result in results if result.lacking is not None):
+        print(f"icl: {told}", file=sys.stderr)
     incomplete = [result.incomplete for result in results if result.incomplete is not None]
     if incomplete and len(results) == 1:
         raise RunError(incomplete[0])

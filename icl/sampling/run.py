@@ -6,7 +6,6 @@ anywhere, the same call goes on from the last kept checkpoint.
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +29,7 @@ from icl.sampling.rescaling import rescaled
 from icl.sampling.result import CheckpointId, LLCResult
 from icl.sampling.settings import SamplerSettings
 from icl.sampling.target import Target
-from icl.validation import ConfigError, real
+from icl.validation import ConfigError, parse_steps, real
 
 CHECKPOINTS_AT_ONCE = 16
 """On a device other than the CPU."""
@@ -206,36 +205,22 @@ def chosen_files(files: Sequence[Path], steps: str) -> list[Path]:
     Raises:
         ConfigError: If it is none of these, or names a step that is not saved.
     """
-    words = [word.strip() for word in steps.split(",") if word.strip()]
-    if words == ["all"]:
+    ranges = parse_steps(steps)
+    if ranges == "all":
         return list(files)
-    if words == ["last"]:
+    if ranges == "last":
         return [files[-1]]
     saved = {int(file.stem.partition("-")[2]): file for file in files}
     chosen: set[int] = set()
-    for word in words:
-        found = _steps_of(word, sorted(saved))
-        if not found:
-            wanted = int(word.partition(":")[0] or 0)
-            nearest = min(saved, key=lambda step: abs(step - wanted))
-            raise ConfigError(f"The run has no saved step {word}; the nearest is {nearest}, and `all` takes every one.")
-        chosen |= found
-    if not chosen:
-        raise ConfigError("`sampler.steps` names no step; write all, last, a list such as 1,2,3, or 0:1000:100.")
+    for wanted in ranges:
+        own = {step for step in saved if wanted.holds(step)}
+        if not own:
+            nearest = min(saved, key=lambda step: abs(step - wanted.first))
+            raise ConfigError(
+                f"The run has no saved step {wanted.word}; the nearest is {nearest}, and `all` takes every one."
+            )
+        chosen |= own
     return [saved[step] for step in sorted(chosen)]
-
-
-def _steps_of(word: str, saved: Sequence[int]) -> set[int]:
-    """The saved steps that a number, or a range first:last:stride, names."""
-    match = re.fullmatch(r"(\d{1,20})|(\d{0,20}):(\d{0,20})(?::([1-9]\d{0,19}))?", word)
-    if match is None:
-        raise ConfigError(f"`sampler.steps` must be all, last, a list such as 1,2,3, or 0:1000:100, got {word!r}.")
-    if match[1]:
-        return {int(match[1])} & set(saved)
-    first, last, stride = int(match[2] or 0), int(match[3] or saved[-1]), int(match[4] or 1)
-    if match[3] and first > last:
-        raise ConfigError(f"The range {word} of `sampler.steps` is reversed; write {last}:{first}.")
-    return {step for step in saved if first <= step <= last and (step - first) % stride == 0}
 
 
 def sampling_device() -> torch.device:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from icl.environment import OWN_PROGRAM
+from icl.environment import COMMANDS, OWN_PROGRAM
 from icl.resolve import OPTIONS, POINT_VARIABLE
 from icl.validation import ConfigError
 
@@ -140,6 +140,8 @@ def refuse_missing_program(command: Sequence[str], program: str | None, settings
     words = with_own_icl(typed)
     if typed[:1] == ["icl"] and (len(typed) == 1 or typed[1].startswith("-")):
         raise ConfigError(f"`icl` in the command wants a command of its own; write {_OWN_COMMAND}.")
+    if typed[:1] == ["icl"] and typed[1] not in COMMANDS:
+        raise ConfigError(f"`icl` has no command `{typed[1]}`; write {_OWN_COMMAND}.")
     if not words or words[0].startswith("-") or "=" in words[0]:  # options and settings of `env`
         return
     if shutil.which(words[0], path=_search_path()) is None:

@@ -7,7 +7,7 @@ restart and on every machine, and another parameter in the file changes none. Na
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -64,10 +64,13 @@ def extremes(parameter: Parameter) -> tuple[Any, Any]:
     return ends
 
 
-def grid_values(parameter: Parameter) -> list[Any] | None:
+def grid_values(parameter: Parameter) -> Sequence[Any] | None:
     """Every value of a parameter in a grid, or None if it has no list of them.
 
     As in W&B, `q_uniform` goes from `min` in steps of `q` and leaves out `max`.
+
+    Raises:
+        OverflowError: If there are more values than a list can have.
     """
     options = parameter.options
     if parameter.distribution == "constant":
@@ -75,11 +78,29 @@ def grid_values(parameter: Parameter) -> list[Any] | None:
     if parameter.distribution == "categorical":
         return list(options["values"])
     if parameter.distribution == "int_uniform":
-        return list(range(options["min"], options["max"] + 1))
+        return _countable(range(options["min"], options["max"] + 1))
     if parameter.distribution == "q_uniform":
         low, step = options["min"], options["q"]
-        return [low + k * step for k in range(math.ceil((options["max"] - low) / step))]
+        return _Steps(low, step, _countable(range(math.ceil((options["max"] - low) / step))))
     return None
+
+
+class _Steps(Sequence[Any]):
+    """Numbers at equal distances, made as they are asked for: there may be very many."""
+
+    def __init__(self, low: int | float, step: int | float, indices: range) -> None:
+        self.low, self.step, self.indices = low, step, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.low + self.indices[index] * self.step
+
+
+def _countable(values: range) -> range:
+    len(values)  # raises OverflowError
+    return values
 
 
 def _uniform(share: float, options: Options) -> float:

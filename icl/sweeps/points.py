@@ -9,16 +9,20 @@ of (seed, i). A point's name is that of its resolved configuration, so it is the
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from icl.config import RunConfig, flatten, is_free_on_resume
 from icl.presets import run_name, sampler_name
 from icl.resolve import OPTIONS, read_config_file, read_words, refuse_conflicts, refuse_twice_set, resolve
+from icl.runs import DONE, RunFolder, local_root
 from icl.sweeps.command import JSON_FILE_MACRO, fill_macros, own_words
 from icl.sweeps.distributions import Parameter, draw, grid_values
-from icl.sweeps.schema import SweepFile, SweepFileError
+from icl.sweeps.schema import MAX_POINTS, SweepFile, SweepFileError
+from icl.training.refusals import require_learning, require_monitor
 from icl.validation import ConfigError
 
 Settings = dict[str, Any]
@@ -71,9 +75,16 @@ def sweep_points(
     if sweep.method == "random" and not caps:
         raise SweepFileError(f"{sweep.path}: a random sweep has no end; give it a `run_cap`, or say --count N.")
     drawn = _grid(sweep) if sweep.method == "grid" else _random(sweep, seed)
+    if sweep.method == "grid":
+        caps.append(math.prod(len(grid_values(parameter) or []) for parameter in sweep.parameters))
+    if min(caps) > MAX_POINTS:
+        raise SweepFileError(
+            f"{sweep.path}: the sweep has {min(caps):,} points, and at most {MAX_POINTS:,} can be run; leave some out, or say "
+            "--count N for the first N."
+        )
     points: dict[str, Point] = {}
     refused: list[InvalidPoint] = []
-    for number, settings in enumerate(itertools.islice(drawn, min(caps) if caps else None), start=1):
+    for number, settings in enumerate(itertools.islice(drawn, min(caps)), start=1):
         try:
             point = _resolve_point(sweep, number, settings)
         except ConfigError as error:
@@ -85,11 +96,23 @@ def sweep_points(
                 f"{sweep.path}: points {twin.number} and {number} would both be the run `{point.name}`; "
                 "remove the repeated value, or the `run_name` that they share."
             )
+    _refuse_nested(sweep, points)
     if refused and (invalid is None or not points):
         raise SweepFileError(f"{sweep.path}: {refused[0].name}: {refused[0].reason}")
     if invalid is not None:
         invalid += refused
     return list(points.values())
+
+
+def _refuse_nested(sweep: SweepFile, points: Mapping[str, Point]) -> None:
+    """Refuse a point whose run would lie inside another's folder."""
+    for name, point in points.items():
+        outer = next((points[str(path)] for path in PurePosixPath(name).parents if str(path) in points), None)
+        if outer is not None and outer.trains and point.trains:
+            raise SweepFileError(
+                f"{sweep.path}: the run `{name}` of point {point.number} would lie inside the run `{outer.name}` of point "
+                f"{outer.number}; give one of them another `run_name`."
+            )
 
 
 def _grid(sweep: SweepFile) -> Iterator[Settings]:
@@ -119,6 +142,9 @@ def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
     command, arguments = own_words(words) or (None, [])
     refuse_twice_set(settings)
     config = resolve(settings) if command is None else _own_config(command, arguments, settings)
+    if command == "train" and not _is_done(config):
+        require_learning(config)
+        require_monitor(config)
     if config.population:
         raise ConfigError("A point is one run; take `population` out, and let `--pack` train points together.")
     return Point(
@@ -129,6 +155,12 @@ def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
         job=_job(sweep, config, samples=command == "llc"),
         trains=command == "train",
     )
+
+
+def _is_done(config: RunConfig) -> bool:
+    """Whether the run has ended before, maybe under a version that did not refuse its settings."""
+    status = RunFolder(local_root() / run_name(config)).read_status()
+    return status is not None and status.state in DONE
 
 
 def _name(sweep: SweepFile, number: int, settings: Settings) -> str:

@@ -25,6 +25,10 @@ _SERVER_KEYS = (
 _PARAMETER_KEYS = ("distribution", "parameters", "value", "values", "probabilities", "min", "max", "mu", "sigma", "q")
 
 
+MAX_POINTS = 100_000
+"""Points of a sweep, all of which are checked before the first one runs."""
+
+
 class SweepFileError(ConfigError):
     """A sweep file that cannot be run; the message says which part, and what to write instead."""
 
@@ -79,13 +83,11 @@ def _read_tree(path: Path, tree: Mapping[Any, Any]) -> SweepFile:
     command, program = _read_command(tree.get("command"), tree.get("program"))
     parameters = tuple(_read_parameters(tree.get("parameters"), ()))
     for parameter in parameters:
-        if method == "grid" and grid_values(parameter) is None:
-            raise SweepFileError(
-                f"`{parameter.name}` is {parameter.distribution}, which has no grid; list its `values`, or use `method: random`."
-            )
+        if method == "grid":
+            _require_grid(parameter)
     run_cap = tree.get("run_cap")
-    if run_cap is not None and not (_is_whole(run_cap) and run_cap > 0):
-        raise SweepFileError(f"`run_cap` must be a whole number of at least 1, got {run_cap!r}.")
+    if run_cap is not None and not (_is_whole(run_cap) and 0 < run_cap < 2**63):
+        raise SweepFileError(f"`run_cap` must be a whole number from 1 to 2^63 - 1, got {run_cap!r}.")
     return SweepFile(
         path=path,
         method=method,
@@ -98,6 +100,22 @@ def _read_tree(path: Path, tree: Mapping[Any, Any]) -> SweepFile:
             _warn_of_exponents(parameter) for parameter in parameters if parameter.distribution in EXPONENTS
         ),
     )
+
+
+def _require_grid(parameter: Parameter) -> None:
+    """Refuse a parameter that has no list of values, or one that is too long."""
+    try:
+        values = grid_values(parameter)
+    except OverflowError:
+        values = range(MAX_POINTS + 1)
+    if values is None:
+        raise SweepFileError(
+            f"`{parameter.name}` is {parameter.distribution}, which has no grid; list its `values`, or use `method: random`."
+        )
+    if len(values) > MAX_POINTS:
+        raise SweepFileError(
+            f"`{parameter.name}` has more than {MAX_POINTS:,} values in a grid; list fewer `values`, or use `method: random`."
+        )
 
 
 def _warn_of_exponents(parameter: Parameter) -> str:
@@ -128,8 +146,11 @@ def _read_command(command: Any, program: Any) -> tuple[tuple[str, ...], str | No
         )
     if command is not None and not isinstance(command, list):
         raise SweepFileError(f"`command` must be a list of words, got {command!r}.")
-    if program is not None and not isinstance(program, str):
+    if program is not None and not (isinstance(program, str) and program.strip() and "\0" not in program):
         raise SweepFileError(f"`program` must be a file name, got {program!r}.")
+    for word in command or ():
+        if not isinstance(word, (str, int, float)) or isinstance(word, bool) or "\0" in str(word):
+            raise SweepFileError(f"`command` must be a list of words, and {word!r} is none; write it in quotes.")
     words = tuple(str(word) for word in command or DEFAULT_COMMAND)
     refuse_unused_macros(words)
     if program is None and "${program}" in words:
@@ -161,7 +182,7 @@ def _read_parameter(path: tuple[str, ...], entry: Any) -> Parameter:
             f"`{name}` must say how it is swept, such as `{{value: 3}}` or `{{values: [1, 2]}}`, got {entry!r}."
         )
     kind = entry["distribution"] if "distribution" in entry else _infer_distribution(name, entry)
-    if kind not in DISTRIBUTIONS:
+    if not isinstance(kind, str) or kind not in DISTRIBUTIONS:
         raise SweepFileError(f"`{name}` has no distribution {kind!r}.{_hint(kind, DISTRIBUTIONS)}")
     distribution = DISTRIBUTIONS[kind]
     allowed = ("distribution", *distribution.required, *distribution.defaults)

@@ -48,7 +48,9 @@ class Member:
     lacking: frozenset[int] = frozenset()
     """Steps whose checkpoints were missing when it was taken up; training goes on without them."""
     incomplete: str | None = None
-    """What a run that had ended before lacks, in a sentence."""
+    """What a run that had ended before lacks so that it is no success, in a sentence."""
+    told_lacking: str | None = None
+    """Which other checkpoints it lacks, in a sentence."""
     notes: list[str] = field(default_factory=list)
     """What a person must be told when it is taken up, a sentence each."""
     wandb: WandbLog | None = None

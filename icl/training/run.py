@@ -49,8 +49,9 @@ from icl.training.members import Member
 from icl.training.module import PopulationModule
 from icl.training.processes import join_processes
 from icl.training.progress import member_status
+from icl.training.refusals import require_learning, require_monitor
 from icl.training.saving import read_resume_file
-from icl.training.trainer import evaluation_sets, make_callbacks, make_trainer, require_learning, require_monitor
+from icl.training.trainer import evaluation_sets, make_callbacks, make_trainer
 from icl.training.upload import upload_behind
 from icl.training.wandb_log import WandbLog, start_wandb, wandb_mode
 from icl.validation import ConfigError
@@ -66,7 +67,9 @@ class TrainResult(NamedTuple):
     was_done: bool = False
     """Whether there was nothing left to do."""
     incomplete: str | None = None
-    """What a run that had ended before lacks: checkpoints or rows that were removed since; a sentence."""
+    """What a run that had ended before lacks so that it is no success: rows, or its last checkpoint; a sentence."""
+    lacking: str | None = None
+    """Which other checkpoints a run that had ended before lacks, a sentence; `icl checkpoints RUN verify` calls that damage."""
 
 
 class NonFiniteLossError(RunError):
@@ -98,8 +101,8 @@ def train(config: RunConfig, *, folder: str | Path | None = None, wandb_run: Any
     result = train_population([config], folders=None if folder is None else [folder], wandb_run=wandb_run)[0]
     if result.status.state == "failed":
         raise failure_of(result.status)
-    if result.incomplete is not None:
-        print(f"icl: {result.incomplete}", file=sys.stderr)
+    for told in filter(None, (result.lacking, result.incomplete)):
+        print(f"icl: {told}", file=sys.stderr)
     return result
 
 
@@ -182,18 +185,25 @@ def _take_up(member: Member, held: contextlib.ExitStack) -> int | None:
 
 
 def _note_missing(member: Member, step: int | None) -> None:
-    """Note which checkpoints a run has lost that goes on from a step, and what it lacks if it has ended (None)."""
+    """Note which checkpoints a run has lost that goes on from a step, and what it lacks if it has ended (None).
+
+    A run is no failure for scheduled checkpoints that were removed, whether it goes on or has ended; without its last
+    one, or with rows missing, a run that has ended is.
+    """
     run, config = member.folder, member.config
-    status = run.read_status() if step is None else None
-    reached = status.step if status is not None else step or 0
+    last = run.read_status()
+    end = last if step is None else None
+    reached = end.step if end is not None else step or 0
     if reached == 0:
         return
-    missing = missing_steps(run, config, reached, status)
-    if missing:
-        sentence = describe_missing(run, missing)
-    if status is not None:
-        member.incomplete = sentence if missing else lost_rows(run, config, reached)
-    elif missing and member.is_running and reached < config.trainer.max_steps:
+    missing = missing_steps(run, config, reached, end)
+    sentence = describe_missing(run, missing) if missing else None
+    if end is not None:
+        member.incomplete = sentence if reached in missing else lost_rows(run, config, reached)
+        member.told_lacking = None if reached in missing else sentence
+    elif (
+        missing and member.is_running and (reached < config.trainer.max_steps or last is None or last.state != "failed")
+    ):
         member.lacking = frozenset(missing)
         member.notes.append(f"{sentence} Training goes on without them.")
 
@@ -342,4 +352,4 @@ def _result(member: Member, received: signal.Signals | None, *, was_done: bool =
     status = None if member.is_refused else member.folder.read_status()
     status = status or member_status(member, member.state, 0)
     received = received if member.state == "preempted" else None
-    return TrainResult(member.folder, status, received, was_done, member.incomplete)
+    return TrainResult(member.folder, status, received, was_done, member.incomplete, member.told_lacking)

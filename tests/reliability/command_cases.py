@@ -24,6 +24,30 @@ _ICL = [
 ]
 
 _TRAIN = [
+    (f"{_T} --run_name n --sampler.steps foo", "sampler.steps", "foo"),
+    (f"{_T} --run_name n --sampler.steps 5:1", "sampler.steps", "reversed"),
+    (f"{_T} --run_name n --sampler.steps ''", "sampler.steps"),
+    (f"{_T} --run_name n --optim.lr {'9' * 400}", "optim.lr"),
+    (f"{_T} --run_name n --optim.lr {'9' * 5000}", "optim.lr"),
+    (f"{_T} --run_name n --trainer.max_steps {'9' * 5000}", "max_steps"),
+    (f"{_T} --run_name n --task.noise_variance {'9' * 200}", "noise_variance"),
+    (f"{_T} --run_name n --task.num_tasks {'9' * 400}", "tasks M"),
+    (f"{_T} --run_name n --task.num_tasks 1e400", "tasks M"),
+    (f"{_T} --run_name n --optim.lr 1e400", "optim.lr"),
+    (f"{_T} --run_name n --optim.eps 1e-400", "optim.eps"),
+    (f"{_T} --run_name n --population.seeds [0,1", "population.seeds"),
+    (f"{_T} --run_name n --population.seeds 0,1]", "population.seeds"),
+    (f"{_T} --run_name n --population.seeds 0,,1", "population.seeds"),
+    (f"{_T} --run_name n --population.seeds 0-5", "population.seeds"),
+    (f"{_T} --run_name n --population.seeds 0,nan", "population.seeds"),
+    (f"{_T} --run_name n --population.num_tasks nan", "tasks M"),
+    (f"{_T} --run_name n --task={{", "task"),
+    (f"{_T} --run_name n '--task={{num_tasks: many}}'", "many"),
+    (f"{_T} --run_name n '--task={{num_tasks: 4, tasks: 8}}'", "task.tasks"),
+    (f"{_T} --config nowhere.yaml", "nowhere.yaml"),
+    (f"{_T} --run_name n --early_stopping.monitor '' --early_stopping.patience 2", "monitor"),
+    (f"{_T} --run_name n --trainer.accelerator cuda", "cuda"),
+    ("train tiny.yaml", "tiny.yaml"),
     (f"{_T} --optim.learning_rate 1", "optim.learning_rate"),
     (f"{_T} --learning 1", "learning"),
     (f"{_T} --optim 3", "optim", "section"),
@@ -230,6 +254,9 @@ _SWEEP = [
 ]
 
 _DIVERSITY = [
+    ("diversity --base_checkpoint_dir runs/tiny --max_power 1 --preset quickstart", "runs/tiny"),
+    ("diversity --retry=3", "retry"),
+    ("diversity --plots_dir /proc/x --max_power 1", "/proc/x"),
     ("diversity --max_power 0", "--max_power"),
     ("diversity --max_power -3", "--max_power"),
     ("diversity --max_power 31", "--max_power", "31"),
@@ -305,6 +332,9 @@ _OUTS = [
 ]
 
 _EVALUATE = [
+    ("evaluate tiny --num_prompts 16 --out runs/tiny/metrics.csv", "metrics.csv"),
+    ("evaluate runs/tiny/checkpoints/step-4.safetensors", "step-4"),
+    ("evaluate s3://bucket/run", "bucket/run"),
     ("evaluate", "what to evaluate"),
     *_of_runs("evaluate"),
     *((f"evaluate tiny --num_prompts 16{out}", *words) for out, *words in _OUTS),
@@ -434,6 +464,16 @@ _LLC = [
 ]
 
 _ANALYSE = [
+    ("analyse table.csv --what diversity --out table.csv", "table.csv"),
+    ("analyse table.csv --what diversity --out ./folder/../table.csv", "table.csv"),
+    ("analyse tiny --what essential-dynamics --jointly_with nowhere", "nowhere"),
+    ("analyse tiny --what essential-dynamics --jointly_with runs/tiny", "jointly_with"),
+    ("analyse tiny --what essential-dynamics --state first_moment", "moments"),
+    ("analyse tiny --what embeddings --threshold nan", "--threshold"),
+    ("analyse tiny --what stages --shortest 0", "shortest"),
+    ("analyse tiny --what behaviour --num_probe_prompts 100000", "num_probe_prompts"),
+    ("analyse tiny --what attention --num_prompts -1", "num_prompts"),
+    ("analyse tiny --what embeddings --out runs/tiny/metrics.csv", "metrics.csv"),
     ("analyse", "--what"),
     ("analyse tiny", "--what"),
     ("analyse --what gradients", "RUN"),
@@ -498,6 +538,8 @@ _REPORT = [
 ]
 
 _PREDICT = [
+    ("predict tiny --prompt prompt.json --out prompt.json", "prompt.json"),
+    ("predict tiny --prompt prompt.json --out runs/tiny/status.json", "status.json"),
     ("predict", "CHECKPOINT"),
     ("predict tiny", "--prompt"),
     ("predict tiny --prompt", "--prompt"),
@@ -575,6 +617,8 @@ _RUNS = [
 ]
 
 _CHECKPOINTS = [
+    ("checkpoints tiny ls --force", "--force"),
+    ("checkpoints tiny verify --force", "--force"),
     ("checkpoints", "RUN"),
     ("checkpoints tiny", "action"),
     ("checkpoints ls", "action"),

@@ -1,6 +1,7 @@
 """Files removed while a run trains, and full disks: never a false success, one sentence, and nothing left behind."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -167,9 +168,37 @@ def test_resuming_names_missing_checkpoints_and_goes_on(monkeypatch, folder, cap
     assert f"{folder.path} lacks the checkpoints of steps 0, 10." in said[0]
     assert said[0].endswith("Training goes on without them.")
     assert state(folder) == "finished"
+    assert main(COMMAND) == 0  # a later start of the finished run says the same, and is no failure either
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("icl:")]
+    assert len(said) == 1
+    assert f"{folder.path} lacks the checkpoints of steps 0, 10." in said[0]
+    assert main(["checkpoints", "tiny", "verify"]) == 1
 
 
-@pytest.mark.parametrize("name", ["checkpoints/step-000000010.safetensors", "metrics.csv", "checkpoints"])
+def test_a_finished_run_that_lost_a_scheduled_checkpoint_says_so_and_is_no_failure(folder, whole, capsys, no_figures):
+    shutil.copytree(whole.path, folder.path)
+    folder.checkpoints.delete(checkpoint_name(10))
+    assert main(COMMAND) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("icl:")]
+    assert len(said) == 1
+    assert said[0].startswith(f"icl: {folder.path} lacks the checkpoint of step 10.")
+    result = train(CONFIG, folder=folder.path)
+    assert (result.was_done, result.incomplete, f"icl: {result.lacking}") == (True, None, said[0])
+    assert main(["checkpoints", "tiny", "verify"]) == 1
+
+
+def test_a_run_killed_between_its_last_save_and_its_end_goes_on_without_what_it_lacks(
+    folder, whole, capsys, no_figures
+):
+    shutil.copytree(whole.path, folder.path)
+    folder.checkpoints.delete(checkpoint_name(10))
+    folder.write_status(dataclasses.replace(folder.read_status(), state="running"))
+    assert main(COMMAND) == 0
+    assert "lacks the checkpoint of step 10." in capsys.readouterr().err
+    assert state(folder) == "finished"
+
+
+@pytest.mark.parametrize("name", ["checkpoints/step-000000040.safetensors", "metrics.csv", "checkpoints"])
 def test_a_finished_run_that_lost_files_is_one_sentence_and_no_success(folder, whole, capsys, name):
     shutil.copytree(whole.path, folder.path)
     lost = folder.path / name

@@ -42,7 +42,7 @@ from icl.analysis.essential_dynamics.trajectories import (
     require_comparable,
 )
 from icl.analysis.run import Result, as_table
-from icl.checkpoints import CheckpointError
+from icl.checkpoints import CheckpointError, checkpoint_files
 from icl.runs import run_of
 from icl.validation import ConfigError
 
@@ -153,6 +153,8 @@ def _runs(path: Path, others: str | None) -> dict[str, Path]:
     paths = [path, *(Path(word.strip()) for word in (others or "").split(",") if word.strip())]
     if len({one.resolve() for one in paths}) < len(paths):
         raise ConfigError("`jointly_with` names a run twice, or the run itself.")
+    for one in paths:
+        checkpoint_files(one)  # refuses a run that is not there, before work on the others
     names = [run_of(one).path.resolve().name for one in paths]
     return {name if names.count(name) == 1 else str(one): one for name, one in zip(names, paths, strict=True)}
 
