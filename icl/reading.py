@@ -31,7 +31,14 @@ MAX_TABLE = 2**29
 """Bytes of a table; that of 190 checkpoints has about 30 million."""
 _MAX_YAML_VALUES = 2**18
 _MAX_DIGITS = 300
-_TYPES = {bytes: "binary", set: "set", tuple: "omap"}
+_TYPES: dict[type, str] = {
+    datetime.date: "date",
+    datetime.datetime: "date",
+    bytes: "YAML's type `!!binary`",
+    set: "YAML's type `!!set`",
+    tuple: "YAML's type `!!omap` or `!!pairs`",
+}
+"""What YAML has beyond JSON; our files never hold it."""
 
 
 class ContentError(UserError, ValueError):
@@ -137,7 +144,9 @@ class _Loader(yaml.SafeLoader):
         """Return a number."""
         number: float = super().construct_yaml_float(node)
         if is_beyond_floats(node.value, number):
-            raise ContentError(f"it holds the number {node.value[:50]}, which a floating-point number cannot hold")
+            raise ContentError(
+                f"it holds {node.value[:50]}, which is too large or too small for a floating-point number"
+            )
         return number
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -178,7 +187,7 @@ def _whole_number(digits: str) -> int:
 def _real_number(digits: str) -> float:
     number = float(digits)
     if is_beyond_floats(digits, number):
-        raise ContentError(f"it holds the number {digits[:50]}, which a floating-point number cannot hold")
+        raise ContentError(f"it holds {digits[:50]}, which is too large or too small for a floating-point number")
     return number
 
 
@@ -199,13 +208,9 @@ def _require_bounded(tree: Any, limit: int | None) -> None:
             raise ContentError(f"it holds more than {limit:,} values")
         if isinstance(value, int) and value.bit_length() > MAX_BITS:
             raise ContentError("it holds a whole number that is too large")
-        if isinstance(value, (datetime.date, bytes, set, tuple)):  # `!!omap` makes tuples; a datetime is a date
-            what = (
-                f"the date {value}"
-                if isinstance(value, datetime.date)
-                else f"a value of YAML's type `{_TYPES[type(value)]}`"
-            )
-            raise ContentError(f"it holds {what}; write a number, or text in quotes")
+        if isinstance(value, tuple(_TYPES)):
+            what = f"the {_TYPES[type(value)]} {value}" if isinstance(value, datetime.date) else _TYPES[type(value)]
+            raise ContentError(f"it holds {what}{_where(tree, value)}; write a number, or text in quotes")
         if isinstance(value, str) and not value.isascii() and not _is_unicode(value):
             raise ContentError("it holds text that is not Unicode")
         if isinstance(value, (dict, list)):
@@ -215,6 +220,27 @@ def _require_bounded(tree: Any, limit: int | None) -> None:
 
 
 _END = object()
+
+
+def _where(tree: Any, target: Any) -> str:
+    """Return the dotted key under which a value stands, as the end of a phrase; nothing if it stands under none."""
+    stack: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    for _ in range(_MAX_YAML_VALUES):
+        if not stack:
+            break
+        path, node = stack.pop()
+        if node is target:
+            return f" in `{'.'.join(path)[:100]}`" if path else ""
+        if len(path) <= MAX_DEPTH:
+            items = (
+                node.items()
+                if isinstance(node, dict)
+                else ((None, one) for one in node)
+                if isinstance(node, list)
+                else ()
+            )
+            stack += [(path if key is None else (*path, str(key)), one) for key, one in items]
+    return ""
 
 
 def _values(value: dict[Any, Any] | list[Any]) -> Iterable[Any]:

@@ -4,7 +4,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 
-_CREDENTIALS = re.compile(r"([A-Za-z][\w+.-]*://)\S*@")
+_SCHEME = r"[A-Za-z][\w+.-]{0,30}://"  # without a bound, a long word would take time that grows with its square
+_CREDENTIALS = re.compile(rf"({_SCHEME})\S*@")
 _SECRETS = re.compile(r"(\w*_)?(SECRET|SECRET_KEY|SECRET_ACCESS_KEY|TOKEN|PASSWORD|API_KEY)")
 _LEAST = 6
 """Letters from which on a secret is looked for in text; a shorter one would take plain words with it."""
@@ -17,10 +18,17 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
         >>> redact("no answer from https://me:word@host:9000/bucket")
         'no answer from https://host:9000/bucket'
     """
-    text = _CREDENTIALS.sub(r"\1", text)
+    text = re.sub(r"\S+", lambda word: _without_credentials(word[0]), text)
     for secret in _secrets(environment):
         text = text.replace(secret, "***")
     return text
+
+
+def _without_credentials(word: str) -> str:
+    """Return a word without what stands between the scheme of an address and the last @."""
+    at = word.rfind("@")
+    scheme = re.compile(_SCHEME).search(word, 0, at) if at > 0 else None
+    return word[: scheme.end()] + word[at + 1 :] if scheme else word
 
 
 def _secrets(environment: Mapping[str, str]) -> Iterator[str]:

@@ -209,7 +209,12 @@ def read_arguments(arguments: Sequence[str], *, extra: Sequence[str] = ()) -> di
         if not word.startswith("--"):
             raise ConfigError(f"Expected `--section.key VALUE`, got `{word}`.")
         key, equals, value = word[2:].partition("=")
-        table = read_table(value if equals else words[0] if words else "") if key in _sections() else None
+        text = value if equals else words[0] if words else ""
+        table = read_table(text) if key in _sections() else None
+        if table is None and key in _sections() and text.lstrip().startswith("{"):
+            raise ConfigError(
+                f"`{key}` is a section, and {text!r} cannot be read as a table of settings; write `--{key}.key VALUE`."
+            )
         if table is not None:
             _refuse_unknown(flatten({key: table}), kinds)
             settings |= flatten({key: table})
@@ -343,14 +348,27 @@ def _read_value(key: str, value: Any) -> Any:
         if key == "run_name":
             require_run_name("~" if value == "~" else "name")  # a shell's home folder, which YAML takes for null
         if not is_text or (types.NoneType in parts and value.strip().lower() in _NONE):
-            text, value = value, parse_scalar(value)
-            if isinstance(value, str) and is_number(text):
-                raise ConfigError(f"`{key}` is a number that a floating-point number cannot hold: {text.strip()}.")
+            value = _read_scalar(key, value, parts)
     elif is_text and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, int) and value.bit_length() > MAX_BITS:  # too large for a float, and for messages
         raise ConfigError(f"`{key}` is too large: a whole number of {value.bit_length():,} bits.")
     return int(value) if int in parts and isinstance(value, float) and value.is_integer() else value
+
+
+def _read_scalar(key: str, text: str, parts: Sequence[Any]) -> Any:
+    """A number, truth value or None from text.
+
+    What is no number where one is wanted is refused here; only 0x10 and its kin go on, to a parser of YAML that would read
+    1:30 as 90.
+    """
+    value = parse_scalar(text)
+    if isinstance(value, str) and is_number(text):
+        raise ConfigError(f"`{key}` is too large or too small for a floating-point number, got {text.strip()}.")
+    is_other = isinstance(value, str) and not re.fullmatch(r"[+-]?0[xb][0-9a-f_]+", value.strip().lower())
+    if is_other and (int in parts or float in parts):
+        raise ConfigError(f"`{key}` must be {describe(known_keys()[key])}, got {text!r}.")
+    return value
 
 
 def _read_steps(value: Any) -> Any:
@@ -369,6 +387,7 @@ def _is_list(kind: Any) -> bool:
 
 def _read_list(key: str, value: Any) -> list[Any] | None:
     """`0,1,2`, `[0, 1, 2]`, a YAML list, or one value alone."""
+    given = value
     if isinstance(value, str):
         text = value.strip()
         if (text[:1], text[-1:]) in (("[", "]"), ("(", ")")):
@@ -386,7 +405,10 @@ def _read_list(key: str, value: Any) -> list[Any] | None:
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if key == "population.num_tasks":
         return [parse_num_tasks(one) for one in values]
-    return [parse_scalar(one) if isinstance(one, str) else one for one in values]
+    numbers = [parse_scalar(one) if isinstance(one, str) else one for one in values]
+    if any(isinstance(number, str) for number in numbers):
+        raise ConfigError(f"`{key}` must be {describe(known_keys()[key])}, got {given!r}.")
+    return numbers
 
 
 def _refuse_unknown(settings: Iterable[Any], keys: Mapping[str, Any]) -> None:

@@ -161,7 +161,7 @@ def parse_steps(text: str) -> Literal["all", "last"] | list[StepRange]:
         return "all" if words == ["all"] else "last"
     if not words:
         raise ConfigError(f"`sampler.steps` names no step; write {_STEPS}.")
-    return [_step_range(word) for word in words]
+    return [_step_range(word, text) for word in words]
 
 
 def require_steps(text: Any) -> None:
@@ -170,10 +170,10 @@ def require_steps(text: Any) -> None:
     parse_steps(text)
 
 
-def _step_range(word: str) -> StepRange:
+def _step_range(word: str, text: str) -> StepRange:
     match = re.fullmatch(r"(\d{1,20})|(\d{0,20}):(\d{0,20})(?::(0*[1-9]\d{0,19}))?", word, re.ASCII)
     if match is None:
-        raise ConfigError(f"`sampler.steps` must be {_STEPS}, got {word!r}.")
+        raise ConfigError(f"`sampler.steps` must be {_STEPS}, got {text!r}.")
     first, last = int(match[1] or match[2] or 0), match[1] or match[3]
     if last and first > int(last):
         raise ConfigError(f"The range {word} of `sampler.steps` is reversed; write {last}:{first}.")

@@ -14,6 +14,7 @@ from icl.config import (
     ModelConfig,
     OptimConfig,
     RunConfig,
+    SamplerConfig,
     SeedsConfig,
     TaskConfig,
     TrainerConfig,
@@ -102,6 +103,8 @@ def test_fields_are_keyword_only():
 
 
 CONTRADICTIONS = {
+    "steps that are none": (lambda: SamplerConfig(steps="foo"), "`sampler.steps` must be all, last, a list"),
+    "steps that are no text": (lambda: SamplerConfig(steps=[1, 2]), "`sampler.steps` must be"),
     "patience without evaluation": (
         lambda: RunConfig(early_stopping=EarlyStoppingConfig(patience=3), evaluation=EvaluationConfig(every=None)),
         "`early_stopping.patience` .* `evaluation.every`",
@@ -287,6 +290,11 @@ def test_saved_config_that_does_not_fit_is_one_sentence(tree):
 
 def test_saved_config_may_leave_settings_out():
     assert RunConfig.from_dict({"task": {"num_tasks": 8}}) == RunConfig(task=TaskConfig(num_tasks=8))
+
+
+def test_a_run_of_0_1_0_with_steps_that_cannot_be_used_is_still_a_run():
+    """It trained with any text there."""
+    assert RunConfig.from_dict({"sampler": {"steps": "foo", "lr": 1e-5}}).sampler == SamplerConfig(lr=1e-5)
 
 
 def test_config_error_is_a_value_error():

@@ -1,6 +1,7 @@
 """Nothing in the working folder is imported, however `icl` is started."""
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -53,6 +54,17 @@ def test_a_process_that_icl_starts_imports_nothing_from_the_working_folder(folde
     )
     assert ran.stdout.startswith("icl ")
     assert not (folder / "imported").exists()
+
+
+@pytest.mark.parametrize("program", [OWN_PROGRAM, (sys.executable, "-m", "icl")])
+def test_a_working_folder_that_was_deleted_is_one_sentence(tmp_path, program):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    line = f"cd {gone} && rmdir {gone} && exec {shlex.join([*program, 'runs'])}"
+    ran = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr.startswith("icl: The working folder no longer exists; change to one that does (cd)")
+    assert ran.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -128,6 +128,10 @@ def test_value_is_read_as_written(key, written, expected):
         ("TRUE", True),
         ("hello", "hello"),
         ("", ""),
+        ("1e400", "1e400"),  # no infinity
+        ("-1_0.5E+999", "-1_0.5E+999"),
+        ("1e-400", "1e-400"),  # no zero
+        ("0e-400", 0.0),
     ],
 )
 def test_scalar_is_read_as_written(text, expected):
@@ -219,6 +223,23 @@ def test_value_in_place_of_a_section_says_how_to_write_it(value):
     [
         ("optim.lr", "fast", "`optim.lr` must be a number, got 'fast'."),
         ("optim.lr", True, "`optim.lr` must be a number, got True."),
+        ("optim.lr", "1e400", "`optim.lr` is too large or too small for a floating-point number, got 1e400."),
+        (
+            "task.noise_variance",
+            "1e-400",
+            "`task.noise_variance` is too large or too small for a floating-point number",
+        ),
+        ("trainer.max_steps", "1:30", "`trainer.max_steps` must be a whole number, got '1:30'."),
+        ("population.seeds", "[0,1", "`population.seeds` must be a list such as 0,1,2, or none, got '[0,1'."),
+        ("population.seeds", "1:30", "`population.seeds` must be a list such as 0,1,2, or none, got '1:30'."),
+        (
+            "sampler.steps",
+            "foo",
+            "`sampler.steps` must be all, last, a list such as 1,2,3, or a range such as 0:1000:100",
+        ),
+        ("sampler.steps", "5:1", "The range 5:1 of `sampler.steps` is reversed; write 1:5."),
+        ("sampler.steps", [0, "x"], "`sampler.steps` must be all, last, a list"),
+        ("sampler.steps", None, "`sampler.steps` must be all, last, a list"),
         ("optim.lr", [1, 2], "`optim.lr` must be a number, got [1, 2]."),
         ("optim.lr", -1, "`optim.lr` must be positive and finite, got -1"),
         ("trainer.max_steps", 2.5, "`trainer.max_steps` must be a whole number, got 2.5."),
@@ -238,6 +259,14 @@ def test_value_in_place_of_a_section_says_how_to_write_it(value):
 )
 def test_wrong_value_is_one_sentence(key, value, message):
     assert refusal(resolve, {key: value}).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("written", "steps"),
+    [("0:8:2", "0:8:2"), (4, "4"), ([0, 4], "0,4"), (" all ", " all "), ("last", "last"), ("1,,2", "1,,2")],
+)
+def test_steps_are_text_a_number_or_a_list_of_numbers(written, steps):
+    assert resolve({"sampler.steps": written}).sampler.steps == steps
 
 
 def test_contradiction_between_sources_is_refused():
@@ -287,6 +316,13 @@ def test_empty_file_sets_nothing(tmp_path):
         (b"a: 1\na: {b\n: 2", "is not valid YAML"),
         (b"- 1\n- 2\n", "must hold `section: {key: value}`, got list"),
         (b"just words", "must hold `section: {key: value}`, got str"),
+        (b"trainer: {max_steps: 2026-01-01}", "it holds the date 2026-01-01 in `trainer.max_steps`"),
+        (b"run_name: 2026-01-01 10:00:00", "it holds the date 2026-01-01 10:00:00 in `run_name`"),
+        (
+            b"task: {num_tasks: 1.0e+400}",
+            "it holds 1.0e+400, which is too large or too small for a floating-point number",
+        ),
+        (b"task: !!set {num_tasks}", "it holds YAML's type `!!set` in `task`"),
     ],
 )
 def test_bad_file_is_one_sentence_that_names_it(tmp_path, content, message):

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from icl.older import modern_setting
+from icl.reading import is_beyond_floats
 from icl.validation import ConfigError
 
 _SENTENCES = (
-    (r"argument (\S+): (must .+)", r"`\1` \2"),
+    (r"argument (\S+): ((?:must|is) .+)", r"`\1` \2"),
     (r"argument (\S+): expected (?:one|at least one) argument", r"`\1` needs a value"),
     (r"argument (\S+): ignored explicit argument (.+)", r"`\1` takes no value, got \2"),
     (r"argument (\S+): not allowed with argument (\S+)", r"`\1` and `\2` cannot be given together"),
@@ -82,6 +83,8 @@ def _number(text: str) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    if is_beyond_floats(text, number):
+        raise argparse.ArgumentTypeError(f"is too small for a floating-point number, got {text!r}")
     return number
 
 

@@ -13,6 +13,7 @@ from icl.commands.llc_rows import log_rows, shown, verdicts, write_rows
 from icl.commands.outputs import require_output_table
 from icl.config import RunConfig, SamplerConfig, flatten
 from icl.presets import run_name, sampler_name
+from icl.reading import is_beyond_floats
 from icl.resolve import (
     OPTIONS,
     POINT_VARIABLE,
@@ -312,6 +313,8 @@ def _number(name: str, text: str) -> float:
         number = float(text)
     except ValueError:
         raise ConfigError(f"`--{name}` must be a number, got {text!r}.") from None
+    if is_beyond_floats(text, number):
+        raise ConfigError(f"`--{name}` is too large or too small for a floating-point number, got {text}.")
     require_number(f"--{name}", number, "positive")
     return number
 

@@ -7,7 +7,7 @@ restart and on every machine, and another parameter in the file changes none. Na
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -64,13 +64,10 @@ def extremes(parameter: Parameter) -> tuple[Any, Any]:
     return ends
 
 
-def grid_values(parameter: Parameter) -> Sequence[Any] | None:
+def grid_values(parameter: Parameter) -> list[Any] | None:
     """Every value of a parameter in a grid, or None if it has no list of them.
 
     As in W&B, `q_uniform` goes from `min` in steps of `q` and leaves out `max`.
-
-    Raises:
-        OverflowError: If there are more values than a list can have.
     """
     options = parameter.options
     if parameter.distribution == "constant":
@@ -78,29 +75,24 @@ def grid_values(parameter: Parameter) -> Sequence[Any] | None:
     if parameter.distribution == "categorical":
         return list(options["values"])
     if parameter.distribution == "int_uniform":
-        return _countable(range(options["min"], options["max"] + 1))
+        return list(range(options["min"], options["max"] + 1))
     if parameter.distribution == "q_uniform":
         low, step = options["min"], options["q"]
-        return _Steps(low, step, _countable(range(math.ceil((options["max"] - low) / step))))
+        return [low + k * step for k in range(_num_steps(options))]
     return None
 
 
-class _Steps(Sequence[Any]):
-    """Numbers at equal distances, made as they are asked for: there may be very many."""
-
-    def __init__(self, low: int | float, step: int | float, indices: range) -> None:
-        self.low, self.step, self.indices = low, step, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.low + self.indices[index] * self.step
+def has_too_long_grid(parameter: Parameter, most: int) -> bool:
+    """Return whether a grid has more values of a parameter than `most`; the values are not made."""
+    options = parameter.options
+    if parameter.distribution == "int_uniform":
+        return options["max"] - options["min"] >= most
+    return parameter.distribution == "q_uniform" and _num_steps(options) > most
 
 
-def _countable(values: range) -> range:
-    len(values)  # raises OverflowError
-    return values
+def _num_steps(options: Options) -> int:
+    ratio = (options["max"] - options["min"]) / options["q"]
+    return math.ceil(min(ratio, 2.0**60))  # more make no list
 
 
 def _uniform(share: float, options: Options) -> float:

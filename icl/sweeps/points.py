@@ -18,7 +18,7 @@ from typing import Any
 from icl.config import RunConfig, flatten, is_free_on_resume
 from icl.presets import run_name, sampler_name
 from icl.resolve import OPTIONS, read_config_file, read_words, refuse_conflicts, refuse_twice_set, resolve
-from icl.runs import DONE, RunFolder, local_root
+from icl.runs import DONE, RunFolder, config_differences, local_root
 from icl.sweeps.command import JSON_FILE_MACRO, fill_macros, own_words
 from icl.sweeps.distributions import Parameter, draw, grid_values
 from icl.sweeps.schema import MAX_POINTS, SweepFile, SweepFileError
@@ -159,8 +159,12 @@ def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
 
 def _is_done(config: RunConfig) -> bool:
     """Whether the run has ended before, maybe under a version that did not refuse its settings."""
-    status = RunFolder(local_root() / run_name(config)).read_status()
-    return status is not None and status.state in DONE
+    run = RunFolder(local_root() / run_name(config))
+    status = run.read_status()
+    try:
+        return status is not None and status.state in DONE and not config_differences(run.read_config(), config)
+    except ConfigError:
+        return False
 
 
 def _name(sweep: SweepFile, number: int, settings: Settings) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from icl.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
 from icl.sweeps.command import DEFAULT_COMMAND, refuse_unused_macros
-from icl.sweeps.distributions import DISTRIBUTIONS, EXPONENTS, Parameter, extremes, grid_values
+from icl.sweeps.distributions import DISTRIBUTIONS, EXPONENTS, Parameter, extremes, grid_values, has_too_long_grid
 from icl.validation import ConfigError
 
 _OWN_KEYS = ("method", "parameters", "command", "program", "run_cap")
@@ -104,17 +104,13 @@ def _read_tree(path: Path, tree: Mapping[Any, Any]) -> SweepFile:
 
 def _require_grid(parameter: Parameter) -> None:
     """Refuse a parameter that has no list of values, or one that is too long."""
-    try:
-        values = grid_values(parameter)
-    except OverflowError:
-        values = range(MAX_POINTS + 1)
-    if values is None:
-        raise SweepFileError(
-            f"`{parameter.name}` is {parameter.distribution}, which has no grid; list its `values`, or use `method: random`."
-        )
-    if len(values) > MAX_POINTS:
+    if has_too_long_grid(parameter, MAX_POINTS):
         raise SweepFileError(
             f"`{parameter.name}` has more than {MAX_POINTS:,} values in a grid; list fewer `values`, or use `method: random`."
+        )
+    if grid_values(parameter) is None:
+        raise SweepFileError(
+            f"`{parameter.name}` is {parameter.distribution}, which has no grid; list its `values`, or use `method: random`."
         )
 
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from icl.validation import UserError
 from tests.reliability.bench import make_bench
-from tests.reliability.case import Case, command_case
+from tests.reliability.case import Case, command_case, nowhere_case
 
 SECONDS, HANGS = 10, 60
 """More than so many seconds of the processor are not clear, and a case that takes so many seconds in all is stopped."""
@@ -53,9 +53,10 @@ class Outcome(NamedTuple):
 def all_cases() -> list[Case]:
     """Every case; those of the Python functions name the bench's files, so they are made in it."""
     from tests.reliability.api_cases import api_cases
-    from tests.reliability.command_cases import COMMAND_CASES, setting_cases
+    from tests.reliability.command_cases import COMMAND_CASES, NOWHERE, setting_cases
 
-    return [*(command_case(*row) for row in COMMAND_CASES), *setting_cases(), *api_cases()]
+    typed = [command_case(*row) for row in COMMAND_CASES]
+    return [*typed, *map(nowhere_case, NOWHERE), *setting_cases(), *api_cases()]
 
 
 @contextlib.contextmanager

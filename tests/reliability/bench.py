@@ -24,6 +24,8 @@ checkpoints: {num_log: 2, num_linear: 0}
 sampler: {num_samples: 256, batch_size: 8, num_chains: 2, num_draws: 4, num_burnin_steps: 2, num_init_batches: 2}
 """
 STEP = "runs/tiny/checkpoints/step-000000004.safetensors"
+STEPS = ("foo", "[0, x]", "4:0", "null", "true", "1.5", "[]", "[0, -1]", "0:4:0", "-1", "[1.5]", "'all, 4'", "1:2:3:4")
+"""What `sampler.steps` of a file cannot be."""
 _DEEP = 3000
 
 
@@ -59,6 +61,10 @@ def _make_runs() -> None:
     shutil.copy(checkpoint_files("runs/other")[0], "runs/mixed/checkpoints/")
     Path("runs/notes/config.yaml").write_bytes(b"\x00\x01binary")
     Path("runs/nothing").mkdir()
+    shutil.copytree("runs/tiny", "checkpoints/checkpoints_M16")
+    Path("checkpoints/experiment_metadata.json").write_text("{}")
+    Path("link.csv").symlink_to("runs/tiny/metrics.csv")
+    Path("tiny-link").symlink_to("runs/tiny")
 
 
 def _save_initial(run: RunFolder, config: RunConfig) -> None:
@@ -120,6 +126,20 @@ def _settings_files() -> Mapping[str, str | bytes]:
         "unclosed.yaml": "optim: {lr: 0.1\n",
         "two-documents.yaml": "optim: {lr: 0.1}\n---\noptim: {lr: 0.2}\n",
         "unclosed.json": '{"optim": {"lr": 0.1}',
+        "overflow.yaml": "run_name: n\ntask: {num_tasks: 1.0e+400}\n",
+        "overflow-text.yaml": "run_name: n\ntask: {num_tasks: 1e400}\n",
+        "overflow.json": '{"run_name": "n", "optim": {"lr": 1e400}}',
+        "underflow.yaml": "run_name: n\ntask: {noise_variance: 1.0e-400}\n",
+        "date-name.yaml": "run_name: 2026-01-01\n",
+        "time-name.yaml": "run_name: 2026-01-01 10:00:00\n",
+        "date-key.yaml": "optim: {2026-01-01: 3}\n",
+        "binary-name.yaml": "run_name: !!binary aGk=\n",
+        "set.yaml": "task: !!set {num_tasks}\n",
+        "omap.yaml": "task: !!omap [num_tasks: 4]\n",
+        "clock.yaml": "run_name: n\ntrainer: {max_steps: 1:30}\n",
+        "sampler.json": '{"sampler": {"lr": 1e-05}}',
+        "sampler.csv": "sampler: {lr: 1.0e-05}\n",
+        **{f"steps-{i}.yaml": f"sampler: {{steps: {steps}}}\n" for i, steps in enumerate(STEPS)},
         "many-steps.yaml": "trainer: {max_steps: 1" + "0" * 5000 + "}\n",
     }
 
@@ -127,6 +147,7 @@ def _settings_files() -> Mapping[str, str | bytes]:
 def _sweep_files() -> Mapping[str, str]:
     command = 'command: ["${env}", icl, train, "--config=tiny.yaml", "${args}"]\n'
     lr = "parameters: {optim.lr: {values: [0.1, 0.2]}}\n"
+    drawn = "parameters: {optim.lr: {min: 0.1, max: 0.2}}\n"
     return {
         "sweep.yaml": f"method: grid\n{command}{lr}",
         "sweep-no-method.yaml": command + lr,
@@ -153,6 +174,61 @@ def _sweep_files() -> Mapping[str, str]:
         "sweep-huge.yaml": f"method: grid\n{command}parameters: {{"
         + ", ".join(f"seeds.{name}: {{values: {list(range(1000))}}}" for name in ("model", "data", "noise", "tasks"))
         + "}\n",
+        **{
+            f"sweep-{name}.yaml": f"method: {method}\n{command}parameters: {{optim.lr: {{{options}}}}}\n"
+            for name, method, options in (
+                ("distribution-list", "random", "distribution: [uniform], min: 0.1, max: 0.2"),
+                ("distribution-map", "grid", "distribution: {a: 1}, values: [1]"),
+                ("distribution-null", "grid", "distribution: null, values: [1]"),
+                ("date", "grid", "values: [2026-01-01]"),
+                ("overflow", "grid", "values: [0.1, 1.0e+400]"),
+                ("overflow-bound", "random\nrun_cap: 2", "min: 0.1, max: 1.0e+400"),
+                ("many", "grid", "min: 0, max: 1000000000000000000"),
+                ("more", "grid", f"min: 0, max: {'9' * 200}"),
+                ("fine", "grid", "distribution: q_uniform, min: 0, max: 1.0e+300, q: 1.0e-05"),
+                ("list", "grid", "values: [[0.1, 0.2]]"),
+                ("map", "grid", "values: [{a: 1}]"),
+                ("null", "grid", "value: null"),
+                ("q", "random\nrun_cap: 2", "distribution: q_uniform, min: 0.1, max: 0.2, q: 1.0e-320"),
+                ("mu", "random\nrun_cap: 2", "distribution: normal, mu: 1.0e+308, sigma: 1.0e+308"),
+                ("probabilities", "random\nrun_cap: 2", "values: [0.1], probabilities: 1"),
+                ("small", "grid", "value: 1.0e-50"),
+            )
+        },
+        **{
+            f"sweep-cap-{name}.yaml": f"method: {method}\nrun_cap: {cap}\n{command}{lr if method == 'grid' else drawn}"
+            for name, method, cap in (
+                ("20", "random", 10**20),
+                ("20-grid", "grid", 10**20),
+                ("9", "random", 10**9),
+                ("half", "random", 1.5),
+                ("true", "grid", "true"),
+                ("list", "grid", "[3]"),
+                ("date", "grid", "2026-01-01"),
+                ("overflow", "grid", "1.0e+400"),
+            )
+        },
+        **{
+            f"sweep-command-{name}.yaml": f"method: grid\ncommand: {words}\n{lr}"
+            for name, words in (
+                ("list", "[[icl, train]]"),
+                ("null", "[icl, train, null]"),
+                ("date", "[icl, train, 2026-01-01]"),
+                ("word", "[icl, trian]"),
+                ("zero", '["a\\0b"]'),
+                ("steps", '[icl, train, --sampler.steps, "4:0"]'),
+                ("config", "[icl, train, --config]"),
+            )
+        },
+        "sweep-method-list.yaml": f"method: [grid]\n{command}{lr}",
+        "sweep-program-list.yaml": f"method: grid\nprogram: [train.py]\n{lr}",
+        "sweep-program-empty.yaml": f"method: grid\nprogram: ''\n{lr}",
+        "sweep-inside.yaml": f"method: grid\n{command}parameters: {{run_name: {{values: [a, a/b]}}}}\n",
+        "sweep-steps.yaml": f"method: grid\n{command}parameters: {{sampler.steps: {{value: foo}}}}\n",
+        "sweep-nothing.yaml": f"method: grid\n{command}parameters: {{run_name: {{value: n}}, trainer.max_steps: {{value: 1}}, "
+        "optim.schedule: {value: triangle}}\n",
+        "sweep-monitor.yaml": f"method: grid\n{command}parameters: {{run_name: {{value: n}}, early_stopping.patience: "
+        "{value: 2}, early_stopping.monitor: {value: loss}}\n",
         "sweep-other.yaml": f"method: grid\nprogram: train.py\ncommand: [python, '${{program}}']\n{lr}",
     }
 
@@ -187,6 +263,8 @@ def _prompt_files() -> Mapping[str, str | bytes]:
         "prompt-cut.json": json.dumps(good)[:-5],
         "prompt-utf16.json": json.dumps(good).encode("utf-16"),
         "prompt-twice.json": '{"x_context": [[1, 0]], "y_context": [0.5], "y_context": [0.7], "x_query": [[2, 0]]}',
+        "prompt-overflow.json": '{"x_context": [[1, 0]], "y_context": [0.5], "x_query": [[1e400, 0]]}',
+        "prompt-overflow.csv": "x1,x2,y\n1,0,0.5\n1e400,0,\n",
         "prompt-deep.json": '{"x_context": ' + "[" * _DEEP + "]" * _DEEP + ', "y_context": [], "x_query": [[1, 0]]}',
         "prompt-header.csv": "1,0,0.5\n2,0,\n",
         "prompt-names.csv": "a,b,y\n1,0,0.5\n2,0,\n",
@@ -221,6 +299,7 @@ def _table_files() -> Mapping[str, str | bytes]:
         "table-words.csv": table.replace("1.2,0.1", "many,0.1"),
         "table-nan.csv": table.replace("1.2,0.1", "nan,0.1"),
         "table-inf.csv": table.replace("1.2,0.1", "inf,0.1"),
+        "table-overflow.csv": table.replace("\n16,", "\n1e400,"),
         "table-few.csv": header + "".join(row for row in rows if row.startswith(("2,", "4,"))),
         "table-m.csv": table.replace("\n16,", "\nsixteen,"),
         "table-list.json": "[1, 2, 3]",

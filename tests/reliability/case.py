@@ -1,7 +1,10 @@
 """One bad input, and what its message must mention."""
 
+import contextlib
+import os
 import re
 import shlex
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -30,3 +33,21 @@ def command_case(line: str, *mentions: str) -> Case:
         environment[name] = value
     group = words[0] if words and words[0] in COMMANDS else "none"
     return Case(group, line, mentions, lambda: icl(words), environment)
+
+
+def nowhere_case(line: str) -> Case:
+    """A case of a command in a working folder that has been deleted."""
+    case = command_case(line, "working folder", "no longer exists")
+
+    def act() -> int:
+        before = os.open(".", os.O_RDONLY)
+        try:
+            with contextlib.suppress(FileNotFoundError), tempfile.TemporaryDirectory() as folder:
+                os.chdir(folder)
+                os.rmdir(folder)  # noqa: PTH106 (a `Path` may look for the working folder)
+            return case.act()
+        finally:
+            os.fchdir(before)
+            os.close(before)
+
+    return case._replace(label=f"in a deleted folder: {line}", act=act)

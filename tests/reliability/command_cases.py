@@ -4,6 +4,7 @@ import shlex
 from typing import Literal, get_args, get_origin
 
 from icl.resolve import known_keys
+from tests.reliability.bench import STEPS
 from tests.reliability.case import Case, command_case
 
 _T = "train --config tiny.yaml"
@@ -12,7 +13,31 @@ _LONG = "x" * 5000
 _NEWLINE = "'a\nb'"
 _BIG = "100000000000000000000"
 
+NOWHERE = (
+    *(
+        "train",
+        "runs",
+        "llc tiny",
+        "evaluate tiny",
+        "report tiny",
+        "predict tiny --prompt prompt.json",
+        "sweep sweep.yaml",
+    ),
+    *("diversity --max_power 1", "analyse tiny --what embeddings", "checkpoints tiny verify", "train --help"),
+)
+"""Command lines that are tried in a working folder that has been deleted."""
+
 _ICL = [
+    ("python run_m_diversity_experiment.py --M 3", "python", "icl diversity"),
+    ("run_m_diversity_experiment.py --M 1e400", "icl diversity"),
+    ("scripts/regression_analysis.py --input x", "icl analyse"),
+    ("python -m ic_regression", "icl train"),
+    ("nohup python train.py", "icl train"),
+    ("wandb agent x", "wandb agent"),
+    ("python", "no command"),
+    ("-m", "-m"),
+    ("--learning_rate 1", "optim.lr"),
+    ("--M 3", "task.num_tasks"),
     ("trian", "trian", "icl train"),
     ("''", "no command"),
     ("TRAIN", "TRAIN"),
@@ -27,6 +52,70 @@ _TRAIN = [
     (f"{_T} --run_name n --sampler.steps foo", "sampler.steps", "foo"),
     (f"{_T} --run_name n --sampler.steps 5:1", "sampler.steps", "reversed"),
     (f"{_T} --run_name n --sampler.steps ''", "sampler.steps"),
+    *(
+        (f"{_T} --run_name n --sampler.steps {steps}", "sampler.steps", "all, last")
+        for steps in ("all,last", "-1", "1e3", "0:10:0", "[0,4]", "none", "1.5", "1:2:3:4", "nan", "4-0", "::", "'0 4'")
+    ),
+    (f"{_T} --run_name n --sampler.steps 8:4:2", "sampler.steps", "reversed"),
+    *((f"{_T} --config steps-{i}.yaml", "sampler.steps") for i in range(len(STEPS))),
+    (f"{_T} --run_name n \"--sampler={{'steps': 'foo'}}\"", "sampler.steps", "foo"),
+    *(
+        (f"{_T} --run_name n --{key} {value}", key, "floating-point")
+        for key in (
+            "task.noise_variance",
+            "optim.lr",
+            "optim.eps",
+            "early_stopping.min_delta",
+            "sampler.lr",
+            "trainer.max_steps",
+        )
+        for value in ("1e400", "1e-400", "1_0.0E+999")
+        if (key, value) not in {("optim.lr", "1e400"), ("optim.eps", "1e-400")}
+    ),
+    (f"{_T} --run_name n --task.num_tasks 1e-400", "tasks M"),
+    (f"{_T} --run_name n --task.num_tasks -1e400", "tasks M"),
+    (f"{_T} --run_name n --population.num_tasks 1,1e400", "tasks M"),
+    (f"{_T} --run_name n --population.seeds 1e400", "population.seeds"),
+    (f"{_T} --run_name n \"--task={{'num_tasks': 1e400}}\"", "tasks M"),
+    (f"{_T} --run_name n '--task={{\"num_tasks\": 1e400}}'", "tasks M"),
+    (f"{_T} --run_name n '--task={{num_tasks: 1.0e+400}}'", "task"),
+    (f"{_T} --run_name n \"--task={{'num_tasks': [2\"", "`task` is a section", "table"),
+    (f"{_T} --run_name n '--task={{num_tasks: 2026-01-01}}'", "task"),
+    (f"{_T} --run_name n --trainer.max_steps 12:30", "trainer.max_steps", "12:30"),
+    (f"{_T} --run_name n --trainer.max_steps '&a 3'", "trainer.max_steps"),
+    (f"{_T} --run_name n --trainer.max_steps '!!int 3'", "trainer.max_steps"),
+    (f"{_T} --run_name n --trainer.max_steps 2026-01-01", "trainer.max_steps"),
+    (f"{_T} --run_name n --optim.lr 1:30.5", "optim.lr"),
+    (f"{_T} --run_name n --population.seeds 1:30", "population.seeds", "1:30"),
+    (f"{_T} --run_name n --population.seeds 2026-01-01", "population.seeds"),
+    (f"{_T} --run_name n '--population.seeds=(0,1'", "population.seeds", "(0,1"),
+    (f"{_T} --run_name n '--population.seeds=[0,1)'", "population.seeds"),
+    (f"{_T} --run_name n '--population.seeds={{0,1}}'", "population.seeds"),
+    (f"{_T} --run_name n --population.seeds [[0,1]]", "population.seeds"),
+    (f"{_T} --run_name n --population.num_tasks [1,2", "tasks M", "[1"),
+    (f"{_T} --run_name n --optim.lr 1e-50", "optim.lr", "nothing"),
+    (f"{_T} --run_name n --trainer.max_steps 1 --optim.schedule triangle", "triangle", "trains nothing"),
+    *(
+        (f"train --config {name}", name)
+        for name in (
+            *("overflow.yaml", "underflow.yaml", "date-name.yaml", "time-name.yaml", "date-key.yaml"),
+            *("binary-name.yaml", "set.yaml", "omap.yaml"),
+        )
+    ),
+    ("train --config overflow-text.yaml", "tasks M", "1e400"),
+    ("train --config overflow.json", "optim.lr"),
+    ("train --config clock.yaml", "trainer.max_steps", "1:30"),
+    *(
+        (f"train --{older} {value}", older, modern)
+        for older, value, modern in (
+            ("learning_rate", "1e400", "optim.lr"),
+            ("M", "1e400", "task.num_tasks"),
+            ("sigma2", "0.1", "task.noise_variance"),
+            ("use_prenorm", "True", "model.layer_norm"),
+            ("max_M", "3", "leave it out"),
+            ("n_layers", "2", "model.num_layers"),
+        )
+    ),
     (f"{_T} --run_name n --optim.lr {'9' * 400}", "optim.lr"),
     (f"{_T} --run_name n --optim.lr {'9' * 5000}", "optim.lr"),
     (f"{_T} --run_name n --trainer.max_steps {'9' * 5000}", "max_steps"),
@@ -206,6 +295,37 @@ _TRAIN = [
 ]
 
 _SWEEP = [
+    *(
+        (f"sweep sweep-distribution-{name}.yaml --dry-run", "optim.lr", "distribution")
+        for name in ("list", "map", "null")
+    ),
+    *((f"sweep sweep-{name}.yaml --dry-run", f"sweep-{name}.yaml") for name in ("date", "overflow", "overflow-bound")),
+    ("sweep sweep-many.yaml --dry-run", "optim.lr", "100,000"),
+    ("sweep sweep-many.yaml --count 2", "optim.lr", "100,000"),
+    ("sweep sweep-more.yaml", "optim.lr", "100,000"),
+    ("sweep sweep-fine.yaml", "optim.lr", "100,000"),
+    *(
+        (f"sweep sweep-{name}.yaml --dry-run", "optim.lr")
+        for name in ("list", "map", "null", "q", "mu", "probabilities")
+    ),
+    ("sweep sweep-small.yaml --dry-run", "optim.lr", "nothing"),
+    *((f"sweep sweep-cap-{name}.yaml --dry-run", "run_cap") for name in ("20", "20-grid", "half", "true", "list")),
+    ("sweep sweep-cap-9.yaml --dry-run", "1,000,000,000 points", "100,000"),
+    ("sweep sweep-cap-date.yaml", "2026-01-01"),
+    ("sweep sweep-cap-overflow.yaml", "1.0e+400"),
+    *((f"sweep sweep-command-{name}.yaml --dry-run", "command") for name in ("list", "null", "word", "zero")),
+    ("sweep sweep-command-date.yaml", "2026-01-01"),
+    ("sweep sweep-command-steps.yaml --dry-run", "sampler.steps", "reversed"),
+    ("sweep sweep-command-config.yaml --dry-run", "--config"),
+    ("sweep sweep-method-list.yaml", "method"),
+    ("sweep sweep-program-list.yaml", "program"),
+    ("sweep sweep-program-empty.yaml --dry-run", "program"),
+    ("sweep sweep-inside.yaml --dry-run", "a/b", "inside"),
+    ("sweep sweep-steps.yaml --dry-run", "sampler.steps", "foo"),
+    ("sweep sweep-nothing.yaml --dry-run", "triangle", "trains nothing"),
+    ("sweep sweep-nothing.yaml", "triangle", "trains nothing"),
+    ("sweep sweep-monitor.yaml --dry-run", "early_stopping.monitor"),
+    ("sweep sweep-endless.yaml --count 999999999 --dry-run", "999,999,999 points"),
     ("sweep", "FILE"),
     ("sweep nowhere.yaml", "nowhere.yaml"),
     ("sweep folder", "folder"),
@@ -254,6 +374,18 @@ _SWEEP = [
 ]
 
 _DIVERSITY = [
+    ("diversity --max_power 1 --num_steps 1", "warmup_steps"),
+    ("diversity --max_power 1 --num_steps 1e400", "trainer.max_steps"),
+    ("diversity --max_power 1 --learning_rate 1e400", "optim.lr"),
+    ("diversity --max_power 1 --learning_rate 1e-400", "optim.lr"),
+    ("diversity --max_power 1 --early_stopping_min_delta 1e400", "min_delta"),
+    ("diversity --max_power 1e400", "--max_power"),
+    ("diversity --max_power 1 --sampler.steps foo", "sampler.steps"),
+    ("diversity --max_power 1 --config date-name.yaml", "date-name.yaml"),
+    ("diversity --max_power 1 --plots_dir runs/tiny/checkpoints", "belongs to the run"),
+    ("diversity --max_power 1 --plots_dir runs/tiny/results", "belongs to the run"),
+    ("diversity --max_power 1 --base_checkpoint_dir runs/tiny/checkpoints", "belongs to the run"),
+    ("diversity --M 3", "task.num_tasks"),
     ("diversity --base_checkpoint_dir runs/tiny --max_power 1 --preset quickstart", "runs/tiny"),
     ("diversity --retry=3", "retry"),
     ("diversity --plots_dir /proc/x --max_power 1", "/proc/x"),
@@ -331,7 +463,40 @@ _OUTS = [
     (" --out", "--out"),
 ]
 
+_OWN = [
+    *(
+        (f" --out {path}", "belongs to the run")
+        for path in (
+            *("runs/tiny/status.json", "runs/../runs/tiny/status.json", "tiny-link/metrics.csv", "link.csv"),
+            *(
+                "runs/tiny/checkpoints/x.csv",
+                "runs/tiny/attempts/1.json",
+                "runs/tiny/point.json",
+                "runs/empty/metrics.csv",
+            ),
+            *(
+                "runs/tiny/results/evaluation.csv",
+                "runs/tiny/results/llc.csv",
+                "checkpoints/checkpoints_M16/metrics.csv",
+            ),
+        )
+    ),
+    (" --out checkpoints/experiment_metadata.json", "belongs to the experiment"),
+]
+"""Files of a run's own, or of an experiment's."""
+
 _EVALUATE = [
+    *((f"evaluate tiny --num_prompts 16{out}", *words) for out, *words in _OWN),
+    ("evaluate runs --num_prompts 16 --out runs/tiny/results/baselines.csv", "belongs to the run"),
+    *(
+        (f"evaluate --checkpoint_base_dir checkpoints --num_prompts 16 --out {path}", "belongs to the")
+        for path in (
+            *("runs/tiny/status.csv", "runs/tiny/metrics.json", "checkpoints/checkpoints_M16/metrics.csv"),
+            *("checkpoints/experiment_metadata.csv", "runs/tiny/results/evaluation.json"),
+        )
+    ),
+    ("evaluate tiny --num_prompts 1e400", "--num_prompts"),
+    ("evaluate --checkpoint_dir runs/tiny", "--checkpoint_dir"),
     ("evaluate tiny --num_prompts 16 --out runs/tiny/metrics.csv", "metrics.csv"),
     ("evaluate runs/tiny/checkpoints/step-4.safetensors", "step-4"),
     ("evaluate s3://bucket/run", "bucket/run"),
@@ -375,6 +540,27 @@ _EVALUATE = [
 ]
 
 _LLC = [
+    *((f"llc tiny{out}", *words) for out, *words in _OWN),
+    ("llc --self-test --out runs/tiny/metrics.csv", "belongs to the run"),
+    ("llc tiny --calibrate --out runs/tiny/metrics.csv", "belongs to the run"),
+    ("llc tiny --config sampler.json --out sampler.json", "sampler.json", "what is read"),
+    ("llc tiny --config sampler.csv --out ./folder/../sampler.csv", "sampler.csv", "what is read"),
+    *((f"llc tiny --config steps-{i}.yaml", "sampler.steps") for i in range(len(STEPS))),
+    *(
+        (f"llc tiny --steps {steps}", "sampler.steps", "all, last")
+        for steps in ("[0,4]", "::", "none", "ALL", "٣", "all,last", "'4 foo'")
+    ),
+    ("llc tiny --steps 4 foo", "foo"),
+    ("llc tiny --rescale 1e400", "--rescale"),
+    ("llc tiny --rescale 1e-400", "--rescale"),
+    *(
+        (f"llc tiny --sampler.{key} {value}", f"sampler.{key}")
+        for key in ("lr", "nbeta", "localization", "memory", "num_draws")
+        for value in ("1e400", "1e-400", "1:30")
+    ),
+    ("llc tiny --sampler.seed 99999999999999999999", "sampler.seed"),
+    ("llc tiny --epsilon 1e-4", "epsilon", "sampler.lr"),
+    ("llc tiny --gamma 1", "gamma", "sampler.localization"),
     *_of_runs("llc"),
     *((f"llc tiny{out}", *words) for out, *words in _OUTS),
     ("llc runs/empty", "runs/empty"),
@@ -464,6 +650,17 @@ _LLC = [
 ]
 
 _ANALYSE = [
+    *((f"analyse tiny --what embeddings{out}", *words) for out, *words in _OWN),
+    ("analyse tiny --what embeddings --output_plot runs/tiny/checkpoints/x.png", "belongs to the run"),
+    ("analyse link.csv --what diversity --out link.csv", "what is read"),
+    ("analyse tiny --what embeddings --threshold 1e400", "--threshold"),
+    ("analyse tiny --what embeddings --threshold 1e-400", "--threshold"),
+    ("analyse tiny --what stages --tolerance 1e400", "--tolerance"),
+    ("analyse tiny --what stages --tolerance 1:30", "--tolerance"),
+    ("analyse tiny --what gradients --num_prompts 1e400", "--num_prompts"),
+    ("analyse table.csv --what diversity --steps foo --out o.csv", "--steps", "last"),
+    ("analyse table-overflow.csv --what diversity --out o.csv", "table-overflow.csv"),
+    ("analyse tiny --what hessians", "hessian"),
     ("analyse table.csv --what diversity --out table.csv", "table.csv"),
     ("analyse table.csv --what diversity --out ./folder/../table.csv", "table.csv"),
     ("analyse tiny --what essential-dynamics --jointly_with nowhere", "nowhere"),
@@ -523,6 +720,8 @@ _ANALYSE = [
 ]
 
 _REPORT = [
+    ("report tiny --out runs/tiny/checkpoints/x.html", "belongs to the run"),
+    ("report tiny --M 3", "--M", "task.num_tasks"),
     ("report", "RUN"),
     *_of_runs("report"),
     ("report tiny nowhere", "nowhere"),
@@ -538,6 +737,10 @@ _REPORT = [
 ]
 
 _PREDICT = [
+    *((f"predict tiny --prompt prompt.json{out}", *words) for out, *words in _OWN[1:]),
+    ("predict tiny --prompt prompt.json --out ./folder/../prompt.json", "what is read"),
+    ("predict tiny --prompt prompt-overflow.json", "prompt-overflow.json", "1e400"),
+    ("predict tiny --prompt prompt-overflow.csv", "x_query"),
     ("predict tiny --prompt prompt.json --out prompt.json", "prompt.json"),
     ("predict tiny --prompt prompt.json --out runs/tiny/status.json", "status.json"),
     ("predict", "CHECKPOINT"),
@@ -599,6 +802,7 @@ _PREDICT = [
 ]
 
 _RUNS = [
+    ("runs --M 3", "--M", "task.num_tasks"),
     ("runs nowhere", "nowhere"),
     ("runs a-file", "a-file", "folder"),
     ("runs ''", "FOLDER"),
@@ -617,6 +821,7 @@ _RUNS = [
 ]
 
 _CHECKPOINTS = [
+    ("checkpoints tiny ls --M 3", "--M", "task.num_tasks"),
     ("checkpoints tiny ls --force", "--force"),
     ("checkpoints tiny verify --force", "--force"),
     ("checkpoints", "RUN"),

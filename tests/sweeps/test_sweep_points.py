@@ -157,3 +157,20 @@ def test_the_number_of_points_is_capped_by_the_file_and_by_the_command_line(tmp_
     assert len(points(tmp_path, RATES, method="random", run_cap=4, count=2)) == 2
     assert len(points(tmp_path, {"task.num_tasks": {"min": 1, "max": 9}}, run_cap=4)) == 4
     assert "has no end" in refusal(tmp_path, RATES, method="random")
+    assert "1,000,000,000 points, and at most 100,000" in refusal(tmp_path, RATES, method="random", run_cap=10**9)
+    many = {f"seeds.{name}": {"min": 1, "max": 1000} for name in ("model", "data")}
+    assert "1,000,000 points" in refusal(tmp_path, many)
+    assert len(points(tmp_path, many, count=3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"trainer.max_steps": {"value": 1}}, "trains nothing"),
+        ({"optim.lr": {"value": 1e-50}}, "nothing would be trained"),
+        ({"early_stopping.patience": {"value": 1}, "early_stopping.monitor": {"value": "loss"}}, "the metrics are"),
+        ({"run_name": {"values": ["a", "a/b"]}}, "the run `a/b` of point 2 would lie inside the run `a` of point 1"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_it(tmp_path, parameters, said):
+    assert said in refusal(tmp_path, parameters)

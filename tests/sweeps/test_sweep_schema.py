@@ -147,6 +147,10 @@ def test_a_command_that_is_text_is_refused_because_wandb_ignores_it(tmp_path):
         ({"parameters": {3: {"value": 1}}}, ["`3` is no name"]),
         ({"run_cap": 0}, ["`run_cap` must be a whole number"]),
         ({"run_cap": True}, ["`run_cap` must be a whole number"]),
+        ({"run_cap": 10**20}, ["`run_cap` must be a whole number from 1 to 2^63 - 1"]),
+        ({"command": [["icl", "train"]]}, ["`command` must be a list of words", "['icl', 'train']"]),
+        ({"command": ["icl", None]}, ["`command` must be a list of words", "None"]),
+        ({"program": " "}, ["`program` must be a file name"]),
         ({"command": {"a": 1}}, ["`command` must be a list"]),
         ({"command": ["${env}", "${arg}"]}, ["no macro `${arg}`", "`${args}`"]),
         ({"command": None}, ["`program` is wanted"]),
@@ -177,6 +181,8 @@ def test_mistakes_at_the_top(tmp_path, keys, words):
         ({"min": 0.0, "max": 1.0, "distribution": "log_uniform_values"}, ["must be positive"]),
         ({"min": 0.5, "max": 1.5, "distribution": "int_uniform"}, ["must be whole numbers"]),
         ({"min": 0, "max": 1, "distribution": "unifrom"}, ["no distribution 'unifrom'", "`uniform`"]),
+        ({"min": 0, "max": 1, "distribution": ["uniform"]}, ["no distribution ['uniform']"]),
+        ({"min": 0, "max": 1, "distribution": {"a": 1}}, ["no distribution {'a': 1}"]),
         ({"distribution": "normal", "q": 2}, ["(normal) has no key `q`"]),
         ({"distribution": "normal", "sigma": -1}, ["`key.sigma`"]),
         ({"distribution": "q_normal", "q": 0}, ["`key.q` must be positive"]),
@@ -196,6 +202,13 @@ def test_mistakes_in_a_parameter(tmp_path, entry, words):
 @pytest.mark.parametrize("entry", [{"min": 1.0, "max": 2.0}, {"distribution": "normal"}])
 def test_a_grid_has_no_continuous_parameter(tmp_path, entry):
     assert "has no grid" in refusal(tmp_path, parameters={"optim.lr": entry})
+
+
+@pytest.mark.parametrize(
+    "entry", [{"min": 0, "max": 10**18}, {"distribution": "q_uniform", "min": 0, "max": 1e300, "q": 1e-5}]
+)
+def test_a_grid_without_an_end_in_sight_is_refused(tmp_path, entry):
+    assert "more than 100,000 values" in refusal(tmp_path, parameters={"optim.lr": entry})
 
 
 def test_unreadable_files(tmp_path):
