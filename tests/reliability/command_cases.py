@@ -133,7 +133,6 @@ _TRAIN = [
     (f"{_T} --run_name n --task={{", "task"),
     (f"{_T} --run_name n '--task={{num_tasks: many}}'", "many"),
     (f"{_T} --run_name n '--task={{num_tasks: 4, tasks: 8}}'", "task.tasks"),
-    (f"{_T} --config nowhere.yaml", "nowhere.yaml"),
     (f"{_T} --run_name n --early_stopping.monitor '' --early_stopping.patience 2", "monitor"),
     (f"{_T} --run_name n --trainer.accelerator cuda", "cuda"),
     ("train tiny.yaml", "tiny.yaml"),
