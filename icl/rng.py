@@ -1,12 +1,14 @@
-"""Named, counter-based random streams: every draw is a pure function of (seed, stream, step, index).
+"""Counter-based random streams: every draw is a pure function of (seed, stream, step, index).
 
-Nothing here keeps state or touches the global generator. A stream's 64-bit key is a hash of its seed and name; the
-128-bit counter holds (block, index, step); Philox4x32-10 maps the two to four 32-bit words. So prompt 7 of step
-1,000 is the same numbers whatever ran before, on one rank or eight, alone or in a batch. Integers are exact on every
-device; normals are made in float64 and rounded once to float32, so devices agree up to rounding in the last place.
+Nothing here keeps a state or touches the global generator. A stream has a 64-bit key, a hash of its seed and name. A draw
+has a 128-bit counter (block, index, step). Philox4x32-10 maps key and counter to four random 32-bit words. So prompt 7 of
+step 1,000 has the same numbers whatever ran before, on one process or eight, alone or in a batch.
 
-Source: Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3; the constants
-and known answers are those of their Random123 library. Normals are Box and Muller 1958.
+Integers are exact on every device. Normals are computed in float64 and rounded once to float32, so devices differ at most
+in the last place.
+
+Source: Salmon, Moraes, Dror and Shaw (2011), "Parallel random numbers: as easy as 1, 2, 3", section 3.3. Constants and known
+answers are those of their library Random123. Normals follow Box and Muller (1958).
 """
 
 import hashlib
@@ -19,6 +21,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+# torch has no uint64, so words of 32 bits are held in int64 and cut off with this mask after every product or sum.
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -26,31 +29,37 @@ _ROUNDS = 10
 
 
 class Stream(NamedTuple):
-    """The key of one stream, made by `stream`, or those of N streams, made by `together`; then draws have an axis N first."""
+    """The key of one stream, made by `stream`, or the keys of N streams, made by `together`.
+
+    Draws from N streams have a leading axis N.
+    """
 
     low: int | Int64[Tensor, "N 1 1 1"]
     high: int | Int64[Tensor, "N 1 1 1"]
 
 
 def stream(seed: int, name: str) -> Stream:
-    """The stream called `name` under `seed`: equal for equal arguments, independent for different ones."""
+    """Return the stream of this seed and name. Streams with different arguments are independent."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return Stream(int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little"))
 
 
 def together(streams: Sequence[Stream], *, device: torch.device | str = "cpu") -> Stream:
-    """Several streams as one, to draw from all of them at once what each would give alone."""
-    return Stream(*(_kept(words, torch.device(device)).view(-1, 1, 1, 1) for words in zip(*streams, strict=True)))
+    """Join N streams, to draw from all of them at once the numbers that each would give alone."""
+    return Stream(
+        *(_device_tensor(words, torch.device(device)).view(-1, 1, 1, 1) for words in zip(*streams, strict=True))
+    )
 
 
 def philox(
     key: Stream, counter: tuple[Int64[Tensor, "..."], Int64[Tensor, "..."], Int64[Tensor, "..."], Int64[Tensor, "..."]]
 ) -> tuple[Int64[Tensor, "..."], Int64[Tensor, "..."], Int64[Tensor, "..."], Int64[Tensor, "..."]]:
-    """Philox4x32-10: four counter words to four random words, each in [0, 2^32) and held in int64."""
+    """Apply Philox4x32-10 to four counter words. Counter words and results are in [0, 2^32), held in int64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wraps; the bits are those of uint64
+        # A product can exceed int64 and wrap around. Its 64 bits are still those of the unsigned product.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0 = (_high(product1) & _WORD) ^ c1 ^ k0
         c2 = (_high(product0) & _WORD) ^ c3 ^ k1
         c1, c3 = product1 & _WORD, product0 & _WORD
@@ -61,16 +70,17 @@ def philox(
 def normal(
     key: Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], size: int
 ) -> Float[Tensor, "*N S B {size}"]:
-    """Standard normals, `size` for each step and index, in float32 on the device of `steps`.
+    """Draw `size` standard normals for each step and index, in float32 on the device of `steps`.
 
-    A shorter draw is the beginning of a longer one.
+    A draw of smaller `size` is the beginning of a larger one.
     """
     device = steps.device
-    if device.type == "mps":  # has no float64
+    if device.type == "mps":  # it has no float64
         key = Stream(*(word.cpu() if isinstance(word, Tensor) else word for word in key))
         return normal(key, steps.cpu(), indices.cpu(), size).to(device)
     first, second, third, fourth = _words(key, steps, indices, num_blocks=-(-size // 4))
-    radius = _radius(torch.stack((first, third), dim=-1))  # N S B W 2
+    uniform = (torch.stack((first, third), dim=-1).double() + 0.5) * 2**-32  # N S B W 2; never 0, so its log is finite
+    radius = (-2 * uniform.log()).sqrt()  # N S B W 2
     angle = torch.stack((second, fourth), dim=-1).double() * (2 * math.pi * 2**-32)  # N S B W 2
     pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)  # N S B W 2 2
     return pairs.flatten(-3)[..., :size].float()  # N S B size
@@ -79,35 +89,37 @@ def normal(
 def integers(
     key: Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], bound: int | Sequence[int]
 ) -> Int64[Tensor, "*N S B"]:
-    """Whole numbers uniform on 0 .. bound - 1, by multiply-and-shift of 64 random bits (bias below bound / 2^64).
+    """Draw one whole number, uniform on 0 .. bound - 1, for each step and index.
+
+    It is floor(u * bound / 2^64) for 64 random bits u (multiply and shift), whose bias is below bound / 2^64.
 
     Args:
         key: The stream or streams.
         steps: The steps.
         indices: The indices.
-        bound: One for all, or of each of N streams.
+        bound: One bound, or a bound for each of N streams.
 
     Raises:
         ValueError: If a bound is not in 1 .. 2^31 - 1.
     """
     bounds = [bound] if isinstance(bound, int) else list(bound)
-    for one in bounds:
-        if not 1 <= one < 2**31:
-            raise ValueError(f"`bound` must be from 1 to 2^31 - 1, got {one}.")
-    limit = bound if isinstance(bound, int) else _kept(tuple(bounds), steps.device).view(-1, 1, 1)
+    for number in bounds:
+        if not 1 <= number < 2**31:
+            raise ValueError(f"`bound` must be from 1 to 2^31 - 1, got {number}.")
+    limit = bound if isinstance(bound, int) else _device_tensor(tuple(bounds), steps.device).view(-1, 1, 1)
     high, low, _, _ = (word.squeeze(-1) for word in _words(key, steps, indices, num_blocks=1))
     return _high(high * limit + _high(low * limit))
 
 
 @lru_cache(maxsize=256)
-def _kept(words: tuple[int, ...], device: torch.device) -> Int64[Tensor, " N"]:
-    """On a device once and for all: to copy them for every draw is to wait for a GPU every time."""
-    with torch.inference_mode(False):
+def _device_tensor(words: tuple[int, ...], device: torch.device) -> Int64[Tensor, " N"]:
+    """Copy numbers to a device, once for each tuple; a copy for every draw would wait for the GPU every time."""
+    with torch.inference_mode(False):  # the tensor is kept, and may later be used where gradients are recorded
         return torch.tensor(words, device=device)
 
 
 def _words(key: Stream, steps: Tensor, indices: Tensor, *, num_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words for each step, index and block; the counter is (block, index, step low, step high)."""
+    """Return four random words for each step, index and block. The counter is (block, index, step low, step high)."""
     shape = (len(steps), len(indices), num_blocks)
     block = torch.arange(num_blocks, device=steps.device).expand(shape)
     index = indices[:, None].expand(shape)
@@ -116,9 +128,5 @@ def _words(key: Stream, steps: Tensor, indices: Tensor, *, num_blocks: int) -> t
 
 
 def _high(words: Tensor) -> Tensor:
-    return torch.bitwise_right_shift(words, 32)  # XLA's `>>` rounds negative numbers towards zero
-
-
-def _radius(words: Tensor) -> Tensor:
-    uniform = (words.double() + 0.5) * 2**-32  # strictly inside (0, 1)
-    return (-2 * uniform.log()).sqrt()
+    """Return the upper 32 bits. On XLA devices `words >> 32` rounds negative numbers towards zero, so we do not write it."""
+    return torch.bitwise_right_shift(words, 32)

@@ -1,9 +1,9 @@
-"""Grids of steps to save at, and the learning rate as a function of the step.
+"""Steps at which checkpoints are saved, and the learning rate as a function of the step.
 
-Step s means after s updates. Grids are sorted, distinct, and begin with step 0 (the initial model) and end with the
-last step. Grid points are rounded down, as in the code of Hoogland et al. and in Carroll et al., appendix A; so the grids
-are theirs: 190 steps of 500,000 for the former (100 log-spaced, 100 linear), 2,203 of 150,000 for the latter. Hoogland et
-al. count from zero and save after the update: their step t is our t + 1, and their log grid ends at 499,999.
+Step s means "after s updates", so step 0 is the initial model. A grid of steps is sorted and distinct; it begins with step 0
+and ends with the last step. Grid points are rounded down, as in the code of Hoogland et al. (2024) and in Carroll et al.
+(2025), appendix A, so we get their grids: 190 of 500,000 steps (100 log-spaced, 100 linear) and 2,203 of 150,000 steps.
+Hoogland et al. count steps from zero and save after the update. Their step t is our t + 1; their log grid ends at 499,999.
 """
 
 import bisect
@@ -13,17 +13,17 @@ import numpy as np
 
 
 def linear_steps(max_steps: int, num: int) -> set[int]:
-    """`num` steps evenly spaced from 0 to `max_steps`, rounded down; fewer when they coincide."""
+    """Return `num` steps evenly spaced from 0 to `max_steps`, rounded down. Equal steps count once."""
     return {_floor(step) for step in np.linspace(0, max_steps, num)} if num > 0 else set()
 
 
 def log_steps(max_steps: int, num: int) -> set[int]:
-    """`num` steps evenly spaced in log step from 1 to `max_steps`, rounded down; fewer when they coincide."""
+    """Return `num` steps log-spaced from 1 to `max_steps`, rounded down. Equal steps count once."""
     return {_floor(step) for step in np.geomspace(1, max_steps, num)} if num > 0 else set()
 
 
 def checkpoint_steps(max_steps: int, *, every: int | None = None, num_log: int = 0, num_linear: int = 0) -> list[int]:
-    """The union of the three grids with step 0 and the last step, in order.
+    """Return step 0, the last step and all steps of the three grids, in order.
 
     Example:
         >>> checkpoint_steps(100, every=50, num_log=3)
@@ -36,7 +36,7 @@ def checkpoint_steps(max_steps: int, *, every: int | None = None, num_log: int =
 
 
 def next_stop(step: int, *, every: Iterable[int | None], steps: Sequence[int]) -> int:
-    """The first step after `step` that is on one of the grids: multiples of each of `every`, and the sorted `steps`.
+    """Return the first step after `step` that is a multiple of a number in `every`, or is in the sorted list `steps`.
 
     Example:
         >>> next_stop(7, every=[5, None], steps=[0, 8, 100])
@@ -48,12 +48,12 @@ def next_stop(step: int, *, every: Iterable[int | None], steps: Sequence[int]) -
 
 
 def rate_factor(schedule: str, *, warmup_steps: int | None, schedule_steps: int) -> Callable[[int], float]:
-    """Return the learning rate of update s + 1 as a share of the peak, for s = 0, 1, ...
+    """Return a function of s = 0, 1, ... that gives the learning rate of update s + 1 as a share of the peak.
 
-    `triangle` rises to 1 at update `warmup_steps` (half of the schedule unless given) and falls to 0 at update
-    `schedule_steps`, so the last update changes nothing. The OneCycleLR of Hoogland et al. (their config.py) ends at
-    4 / (schedule_steps - 2)^2 of the peak instead: at 4.8e-14 for their 500,000 steps. A triangle of one step is zero
-    throughout.
+    `constant` is 1 throughout. `warmup` rises to 1 at update `warmup_steps` and stays there. `triangle` rises to 1 at update
+    `warmup_steps` (by default half of the schedule) and falls to 0 at update `schedule_steps`, so the last update changes
+    nothing. The OneCycleLR of Hoogland et al. (their config.py) ends at 4 / (schedule_steps - 2)^2 of the peak instead,
+    4.8e-14 for their 500,000 steps. A triangle of one step is 0 throughout.
     """
     if schedule == "constant":
         return lambda step: 1.0
@@ -66,5 +66,5 @@ def rate_factor(schedule: str, *, warmup_steps: int | None, schedule_steps: int)
 
 
 def _floor(step: float) -> int:
-    """The whole step below, forgiving what the logarithm rounded."""
+    # The factor undoes rounding: a grid point that should be a whole number may be computed slightly below it.
     return int(step * (1 + 1e-12))

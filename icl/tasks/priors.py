@@ -1,8 +1,8 @@
-"""The task prior p(w): the standard Gaussian (M = inf), or the uniform law on M tasks of one endless sequence.
+"""Task priors p(w): the standard Gaussian (M = inf), or the uniform distribution on a pool of M tasks.
 
-Task m is a pure function of (seed, m), so pools are nested: the pool of M tasks is the first M of every larger
-pool (Raventos et al. 2023, section 2; nested as in Carroll et al. 2025, section 3.1). No table is kept: a prompt that
-draws task 1,000,000 computes that one vector. M = 1 is the singleton prior.
+A pool is the first M tasks of one endless sequence, in which task m is a pure function of (seed, m). So pools are nested:
+a pool is the beginning of every larger one. Raventos et al. (2023), section 2, define both priors; the nesting is that of
+Carroll et al. (2025), section 3.1. We store no table of tasks: a prompt of task 1,000,000 computes that one vector.
 """
 
 import math
@@ -21,13 +21,13 @@ _POOL = "tasks"
 
 
 class Gaussian(NamedTuple):
-    """w ~ N(0, I_D): every prompt has a task of its own."""
+    """Gaussian prior w ~ N(0, I_D), under which every prompt has a new task."""
 
     task_size: int
 
 
 class Discrete(NamedTuple):
-    """w uniform on the first `num_tasks` tasks of the sequence that `seed` names."""
+    """Uniform prior on the first `num_tasks` tasks of the sequence of `seed`."""
 
     num_tasks: int
     task_size: int
@@ -40,24 +40,27 @@ def sample_tasks(
     steps: Int64[Tensor, " S"],
     indices: Int64[Tensor, " B"],
 ) -> Float[Tensor, "N S B D"]:
-    """One task for each prior, step and index: all Gaussian ones at once, and all pools of one sequence."""
-    kinds = [prior.seed if isinstance(prior, Discrete) else None for prior in priors]
+    """Draw one task for each prior, step and index.
+
+    Priors that share a sequence of tasks are drawn together, and so are all Gaussian ones.
+    """
+    seeds = [prior.seed if isinstance(prior, Discrete) else None for prior in priors]
     drawn: dict[int, Tensor] = {}
-    for kind in dict.fromkeys(kinds):
-        places = [place for place, own in enumerate(kinds) if own == kind]
-        key = rng.together([keys[place] for place in places], device=steps.device)
-        if kind is None:
+    for seed in dict.fromkeys(seeds):
+        members = [member for member, members_seed in enumerate(seeds) if members_seed == seed]
+        key = rng.together([keys[member] for member in members], device=steps.device)
+        if seed is None:
             tasks = rng.normal(key, steps, indices, priors[0].task_size)
         else:
-            pools = [priors[place] for place in places]
+            pools = [priors[member] for member in members]
             chosen = rng.integers(key, steps, indices, [pool.num_tasks for pool in pools if isinstance(pool, Discrete)])
-            tasks = _tasks(chosen.flatten(), priors[0].task_size, kind).unflatten(0, chosen.shape)
-        drawn |= dict(zip(places, tasks, strict=True))
-    return torch.stack([drawn[place] for place in range(len(priors))])
+            tasks = _tasks(chosen.flatten(), priors[0].task_size, seed).unflatten(0, chosen.shape)
+        drawn |= dict(zip(members, tasks, strict=True))
+    return torch.stack([drawn[member] for member in range(len(priors))])
 
 
 def task_prior(num_tasks: int | float, task_size: int, seed: int) -> Gaussian | Discrete:
-    """The prior for task diversity M: `Discrete`, or `Gaussian` for M = inf."""
+    """Return the prior of task diversity M: `Discrete`, or `Gaussian` for M = inf."""
     num_tasks = parse_num_tasks(num_tasks)
     return Gaussian(task_size) if num_tasks == math.inf else Discrete(int(num_tasks), task_size, seed)
 
@@ -65,11 +68,11 @@ def task_prior(num_tasks: int | float, task_size: int, seed: int) -> Gaussian | 
 def task_pool(
     num_tasks: int | float, task_size: int, seed: int, *, device: torch.device | str = "cpu"
 ) -> Float[Tensor, "M D"]:
-    """Return the first M tasks of the endless sequence under `seed`, each N(0, I_D).
+    """Return the first M tasks of the sequence of `seed`, each drawn from N(0, I_D).
 
     Raises:
-        ConfigError: If `num_tasks` or `task_size` is not a positive whole number, or `seed` not a whole number from 0 to
-            2^63 - 1; or if `num_tasks` is infinite, for the Gaussian prior has no pool.
+        ConfigError: If `num_tasks` or `task_size` is not a positive whole number, `seed` is not a whole number from 0 to
+            2^63 - 1, or `num_tasks` is infinite.
 
     Example:
         >>> bool((task_pool(3, 2, seed=0) == task_pool(4096, 2, seed=0)[:3]).all())
@@ -77,7 +80,7 @@ def task_pool(
     """
     count = parse_num_tasks(num_tasks)
     if count == math.inf:
-        raise ConfigError("The Gaussian prior (M = inf) has no pool of tasks; give a finite number of tasks.")
+        raise ConfigError("The Gaussian prior (M = inf) has no pool of tasks. Give a finite number of tasks.")
     task_size, seed = whole("task_size", task_size, 1), whole("seed", seed, 0, 2**63 - 1)
     require_memory({f"a pool of {count:,} tasks of size {task_size:,}": 4 * int(count) * task_size}, device)
     chunks = torch.arange(int(count), device=device).split(2**16)
@@ -85,6 +88,6 @@ def task_pool(
 
 
 def _tasks(indices: Int64[Tensor, " B"], task_size: int, seed: int) -> Float[Tensor, "B D"]:
-    """The tasks at these places of the sequence."""
+    """Return the tasks at these places of the sequence."""
     step = torch.zeros(1, dtype=torch.int64, device=indices.device)
     return rng.normal(rng.stream(seed, _POOL), step, indices, task_size)[0]

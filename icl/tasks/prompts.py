@@ -1,10 +1,13 @@
-"""Prompts (x1, y1, ..., xK, yK) with y = w . x + noise, and their layout as tokens.
+"""Prompts x1, y1, ..., xK, yK with y = w . x + noise, and their layout as tokens.
 
-A batch is a pure function of (seed, stream, step, index): stream `train` draws from `seeds.data` and `seeds.noise`,
-every other stream from `seeds.evaluation`. Rows are indices, so a rank's share of a batch is a slice of the whole.
+Within a prompt, w is drawn from a prior (`icl.tasks.priors`), every x from N(0, I_D) and the noise from N(0, sigma^2), as in
+Raventos et al. (2023), section 2.
 
-Tokens follow Raventos et al. 2023 and Hoogland et al. 2024: an x-token is (0, x), a y-token is (y, 0, ..., 0), both
-of width D + 1. The last y-token would serve no prediction, so a prompt of K examples has 2K - 1 tokens.
+A prompt is a pure function of (seed, stream, step, index). Stream `train` uses `seeds.data` and `seeds.noise`; every other
+stream uses `seeds.evaluation`. The index is the row of a batch, so the share of one process is a slice of the whole batch.
+
+Tokens have D + 1 coordinates, as in Raventos et al. (2023) and Hoogland et al. (2024): an x-token is (0, x), a y-token is
+(y, 0, ..., 0). No prediction depends on the last y-token, so a prompt of K examples has 2K - 1 tokens.
 """
 
 from collections.abc import Sequence
@@ -23,11 +26,11 @@ from icl.validation import ConfigError, whole
 Distribution = Literal["pretrain", "true"]
 MAX_STEP = 2**62
 MAX_PROMPTS = 2**32
-"""Prompts of one step: an index is one word of the random counter."""
+"""Largest number of prompts in one step, because an index is one 32-bit word of the random counter."""
 
 
 class Prompts(NamedTuple):
-    """A batch of prompts: inputs, targets and the task vectors behind them; leading axes may be added."""
+    """Batch of prompts: inputs, targets and the task vectors. There may be more leading axes."""
 
     xs: Float[Tensor, "*S B K D"]
     ys: Float[Tensor, "*S B K"]
@@ -35,7 +38,7 @@ class Prompts(NamedTuple):
 
 
 class PromptSource(NamedTuple):
-    """Where a stream's prompts come from: a prior, sizes, and the keys of inputs, tasks and noise."""
+    """Everything that determines a stream's prompts: a prior, sizes, and the keys of inputs, tasks and noise."""
 
     prior: Gaussian | Discrete
     task_size: int
@@ -48,7 +51,7 @@ class PromptSource(NamedTuple):
     def sample(
         self, steps: range, indices: range | Int64[Tensor, " B"], *, device: torch.device | str = "cpu"
     ) -> Prompts:
-        """The prompts `indices` of every step in `steps`, stacked on a leading axis."""
+        """Return the prompts with these indices of each step, stacked on a leading axis of steps."""
         return Prompts(*(part.squeeze(0) for part in sample_together([self], steps, indices, device=device)))
 
 
@@ -59,33 +62,36 @@ def sample_together(
     *,
     device: torch.device | str = "cpu",
 ) -> Prompts:
-    """The prompts of several sources of one size, each as it would make them alone: xs (N, S, B, K, D)."""
-    one = sources[0]
-    count = indices.stop - indices.start if isinstance(indices, range) else len(indices)
-    require_prompt_memory(len(sources) * len(steps) * count, one.max_examples, one.task_size, device)
-    step = steps.start + torch.arange(len(steps), device=device)  # XLA compiles a range's bounds into its graph
+    """Sample the prompts of N sources whose sizes and noise variance agree: xs (N, S, B, K, D).
+
+    Each source gives the prompts that it would give alone.
+    """
+    num_examples, task_size, noise_variance = sources[0].max_examples, sources[0].task_size, sources[0].noise_variance
+    require_prompt_memory(len(sources) * len(steps) * len(indices), num_examples, task_size, device)
+    # Not `torch.arange(start, stop)`: XLA compiles the bounds into its graph, and would compile anew for every step.
+    step = steps.start + torch.arange(len(steps), device=device)
     index = torch.arange(indices.start, indices.stop, device=device) if isinstance(indices, range) else indices
     xs_key = rng.together([source.xs_key for source in sources], device=device)
     noise_key = rng.together([source.noise_key for source in sources], device=device)
-    size = (one.max_examples, one.task_size)
-    xs = rng.normal(xs_key, step, index, size[0] * size[1]).unflatten(-1, size)  # N S B K D
+    xs = rng.normal(xs_key, step, index, num_examples * task_size).unflatten(-1, (num_examples, task_size))  # N S B K D
     ws = sample_tasks([source.prior for source in sources], [source.tasks_key for source in sources], step, index)
-    noise = rng.normal(noise_key, step, index, one.max_examples)  # N S B K
-    clean = (xs * ws.unsqueeze(-2)).sum(-1)  # N S B K; a matrix product would round by the shape of the batch
-    return Prompts(xs, clean + one.noise_variance**0.5 * noise, ws)
+    noise = rng.normal(noise_key, step, index, num_examples)  # N S B K
+    # Not a matrix product: its rounding depends on the size of the batch, so a prompt's targets would too.
+    clean = (xs * ws.unsqueeze(-2)).sum(-1)  # N S B K
+    return Prompts(xs, clean + noise_variance**0.5 * noise, ws)
 
 
 def prompt_source(config: RunConfig, *, stream: str, distribution: Distribution | None = None) -> PromptSource:
-    """The source of one stream of a run.
+    """Return the source of one stream of a run.
 
     Args:
         config: The run.
-        stream: `train`, or any other name for fixed prompts.
-        distribution: `pretrain` (the run's M tasks) or `true` (the Gaussian prior); left out, `true` for a stream
-            of that name and `pretrain` for all others.
+        stream: `train`, or another name, which stands for prompts of `seeds.evaluation`.
+        distribution: `pretrain` (the run's M tasks) or `true` (the Gaussian prior). By default it is `true` for the stream
+            of that name, and `pretrain` for all others.
 
     Raises:
-        ConfigError: If there is no such distribution, or the stream has no name.
+        ConfigError: If the distribution is unknown, or the stream has no name.
     """
     if not isinstance(stream, str) or not stream:
         raise ConfigError(f"`stream` must be a name such as `train` or `true`, got {stream!r}.")
@@ -124,7 +130,8 @@ def sample_prompts(
     A smaller batch is the beginning of a larger one.
 
     Raises:
-        ConfigError: If `step` is not a whole number from 0, `batch_size` not one from 1, or there is no such distribution.
+        ConfigError: If `step` is not a whole number of at least 0, `batch_size` is not one of at least 1, or the
+            distribution is unknown.
 
     Example:
         >>> xs, ys, ws = sample_prompts(RunConfig(), stream="train", step=0, batch_size=4)
@@ -145,30 +152,25 @@ def require_prompt_memory(
     *,
     for_ridge: bool = False,
 ) -> None:
-    """Refuse more prompts than memory holds.
+    """Refuse more prompts than fit in memory.
 
     Args:
-        num_prompts: How many.
-        max_examples: Examples of each.
-        task_size: Their dimension.
-        device: Where they are to be.
+        num_prompts: Number of prompts.
+        max_examples: Number of examples in each.
+        task_size: Dimension of the inputs.
+        device: Device that is to hold them.
         for_ridge: Whether ridge will predict them; it factors a matrix for each prompt in float64.
 
     Raises:
-        ConfigError: Saying how much is needed and how much there is.
+        ConfigError: If they do not fit. The message says how much memory is needed and how much is free.
     """
-    numbers = max_examples * (task_size + 1 + (2 * (task_size + max_examples) if for_ridge else 0))
-    told = f"{num_prompts:,} prompts of {max_examples:,} examples in {task_size:,} dimensions"
-    require_memory({told: 4 * num_prompts * numbers}, device)
+    numbers = max_examples * (task_size + 1 + (2 * (task_size + max_examples) if for_ridge else 0))  # of each prompt
+    what = f"{num_prompts:,} prompts of {max_examples:,} examples in {task_size:,} dimensions"
+    require_memory({what: 4 * num_prompts * numbers}, device)
 
 
 def to_tokens(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Tensor, "*S B T C"]:
-    """The T = 2K - 1 tokens of width C = D + 1: x1, y1, ..., xK. The last target is left out."""
+    """Return the T = 2K - 1 tokens x1, y1, ..., xK, of width C = D + 1. The last target is left out."""
     x_tokens = torch.nn.functional.pad(xs, (1, 0))  # B K D+1
     y_tokens = torch.nn.functional.pad(ys.unsqueeze(-1), (0, xs.shape[-1]))  # B K D+1
     return torch.stack((x_tokens, y_tokens), dim=-2).flatten(-3, -2)[..., :-1, :]  # B 2K-1 D+1
-
-
-def from_tokens(tokens: Float[Tensor, "*S B T C"]) -> tuple[Float[Tensor, "*S B K D"], Float[Tensor, "*S B N"]]:
-    """The inputs (K of them) and the N = K - 1 targets that `to_tokens` laid out."""
-    return tokens[..., ::2, 1:], tokens[..., 1::2, 0]
