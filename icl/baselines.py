@@ -1,16 +1,18 @@
-"""Predictors to hold a model against: Bayes under either prior, least squares, and the simple ones.
+"""Baselines to compare a model with: the Bayes predictors of both priors, least squares, and simpler predictors.
 
-Each takes a batch of prompts and predicts every target: prediction k sees x_1, y_1, ..., x_{k-1}, y_{k-1} and x_k,
-never y_k or anything later. All but `ols` serve every prefix from one pass.
+Each function takes a batch of prompts and predicts every target. Prediction k uses x_1, y_1, ..., x_{k-1}, y_{k-1} and
+x_k, never y_k or anything later. All but `ols` compute the predictions for every prefix in one pass.
 
-- `zero`, `task_mean`: no look at the prompt, y_k = 0 and y_k = (mean of the tasks) . x_k (Hoogland et al. 2024).
-- `averaging`, `knn`, `ols`: those of Garg et al. 2022, as in their models.py; all predict 0 without examples.
-- `ridge`: the Bayes predictor under w ~ N(0, I); `dmmse`: the one under w uniform on M tasks (Raventos et al. 2023,
-  section 2). Their sigma^2 is our `noise_variance`.
+- `zero`, `task_mean`: y_k = 0, and y_k = (mean of the tasks) . x_k. They ignore the examples (Hoogland et al. 2024).
+- `averaging`, `knn`, `ols`: as in the models.py of Garg et al. (2022). All predict 0 without examples.
+- `ridge`, `dmmse`: the Bayes predictors under w ~ N(0, I) and under w uniform on M tasks (Raventos et al. 2023, section 2).
+  Their sigma^2 is our `noise_variance`.
 
-They compute in float64 (`dmmse` also in float32) and answer in the dtype and on the device of the prompts; devices
-other than the CPU and CUDA lack float64 and are served from the CPU. Arrays and lists serve as prompts and tasks, too. To add a baseline write a function of this
-signature, enter it in `BASELINES` (the contract tests run over that table) and test it against an oracle of its own.
+Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` also in float32) and return the dtype and
+device of the prompts. Devices other than CPU and CUDA have no float64, so there the CPU computes.
+
+To add a baseline, write a function of the same form, enter it in `BASELINES`, over which the contract tests run, and test it
+against an independent implementation.
 """
 
 import math
@@ -28,17 +30,20 @@ from icl.arrays import real_tensor
 from icl.validation import ConfigError, real, whole
 
 _SLAB = {"cpu": 2**19, "cuda": 2**25}
-"""Weights, one for each prompt and task, that `dmmse` holds at a time: on a CPU few enough for its cache, on a GPU so many
-that its kernels are not waited for, in 1 GiB at most."""
+"""Weights, one for each prompt and task, that `dmmse` holds at a time.
+
+On a CPU they fit its cache. On a GPU they are so many that starting kernels costs little, and take at most 1 GiB.
+"""
 _MIN_TASKS_AT_A_TIME = 64
 _LOG_WEIGHT_ERROR = 1e-2
-"""The rounding error of a log-weight from which on `dmmse` computes in float64."""
+"""Largest rounding error of a log-weight at which `dmmse` still computes in float32."""
 
 _Weigh = Callable[[Tensor], Tensor]
+"""Function of S_m - (least S_m), the excess sums of squared errors of tasks, that returns the tasks' weights."""
 
 
 def zero(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Tensor, "*S B K"]:
-    """Always 0, the mean over the Gaussian prior; its loss is D + sigma^2.
+    """Predict 0, the mean over the Gaussian prior. The loss of this predictor is D + sigma^2.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree.
@@ -50,7 +55,7 @@ def zero(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Te
 def task_mean(
     xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, tasks: Float[Tensor, "M D"]
 ) -> Float[Tensor, "*S B K"]:
-    """The mean of the tasks applied to x_k: Bayes under a uniform prior on them before any example.
+    """Predict by the mean task: the Bayes predictor under a uniform prior on the tasks before any example.
 
     Raises:
         ConfigError: If the shapes do not agree or there are no tasks.
@@ -61,7 +66,7 @@ def task_mean(
 
 
 def averaging(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Tensor, "*S B K"]:
-    """The mean of y_j x_j over the examples, applied to x_k: least squares for a covariance known to be I.
+    """Predict w . x_k with w the mean of y_j x_j over the examples: least squares if the covariance is known to be I.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree.
@@ -75,7 +80,7 @@ def averaging(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Flo
 
 
 def knn(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, k: int = 3) -> Float[Tensor, "*S B K"]:
-    """The mean target of the `k` nearest examples, or of all while there are fewer; ties go to the earlier one.
+    """Predict the mean target of the `k` nearest examples, or of all if there are fewer. The earlier example wins a tie.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree or `k` is below 1.
@@ -92,10 +97,10 @@ def knn(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, k: int = 
 
 
 def ols(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Tensor, "*S B K"]:
-    """Least squares on the examples; of the many solutions with fewer than D of them, the one of least norm.
+    """Predict by least squares on the examples; with fewer than D of them, by the solution of least norm.
 
-    Directions in which the inputs vary by no more than the rounding of their dtype count as absent, so inputs on a
-    subspace get the least norm solution within it. Solved on the CPU: elsewhere torch wants full rank.
+    Directions in which the inputs vary no more than by rounding count as absent, so for inputs in a subspace w lies in
+    it. The CPU computes on every device, because PyTorch's solvers elsewhere need full rank.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree.
@@ -114,15 +119,15 @@ def ols(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Ten
 def ridge(
     xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, noise_variance: float
 ) -> Float[Tensor, "*S B K"]:
-    """The posterior mean under w ~ N(0, I): ridge regression on the examples with lambda = sigma^2.
+    """Predict by the posterior mean under w ~ N(0, I): ridge regression on the examples with lambda = sigma^2.
 
-    The targets of a prompt are jointly Gaussian with covariance X X^T + lambda I = L L^T. With z = L^-1 y, the part of
-    each target that was new given those before, the prediction of y_k is sum_{j<k} L_kj z_j: one factorisation gives
-    every prefix. L^T is the triangle of the QR decomposition of (X, sqrt(lambda) I)^T, so nothing is squared and the
-    smallest lambda does no harm.
+    One factorisation gives the predictions for every prefix. The targets of a prompt are jointly Gaussian with covariance
+    X X^T + lambda I = L L^T, where L is lower triangular. Let z = L^-1 y. Then z_k is the part of y_k that the targets before
+    it do not explain, and the prediction of y_k is sum_{j<k} L_kj z_j. L^T is the triangle of the QR decomposition of
+    (X, sqrt(lambda) I)^T. So X is never squared, and even the smallest lambda keeps its precision.
 
     Raises:
-        ConfigError: If the prompts' shapes do not agree, or `noise_variance` is not positive; for zero noise use `ols`.
+        ConfigError: If the prompts' shapes do not agree, or `noise_variance` is not positive. For zero noise use `ols`.
     """
     xs, ys = _prompts(xs, ys)
     noise_variance = real("noise_variance", noise_variance, "positive", repair="; for zero noise use `ols`")
@@ -130,8 +135,8 @@ def ridge(
     noise = noise_variance**0.5 * torch.eye(xs.shape[-2], dtype=torch.float64, device=inputs.device)  # K K
     root = torch.cat((inputs, noise.expand(*inputs.shape[:-1], -1)), dim=-1)  # B K D+K
     triangle = torch.linalg.qr(root.mT, mode="r").R.mT  # B K K
-    news = torch.linalg.solve_triangular(triangle, targets, upper=False)  # B K 1
-    return (triangle.tril(-1) @ news).squeeze(-1).to(ys)
+    unexplained = torch.linalg.solve_triangular(triangle, targets, upper=False)  # z: B K 1
+    return (triangle.tril(-1) @ unexplained).squeeze(-1).to(ys)
 
 
 def dmmse(
@@ -141,12 +146,14 @@ def dmmse(
     tasks: Float[Tensor, "M D"],
     noise_variance: float,
 ) -> Float[Tensor, "*S B K"]:
-    """The posterior mean under w uniform on `tasks`, the discrete minimum mean squared error predictor.
+    """Predict by the posterior mean under w uniform on `tasks`, the discrete minimum mean squared error estimator.
 
-    Task m has weight exp(-S_m / (2 sigma^2)), S_m its sum of squared errors on the examples, which grows by one term
-    per example. Tasks pass in chunks whose sums merge as in a streaming softmax, so memory does not grow with M.
-    Zero noise is the limit: the mean over the tasks with the least S_m. Computes in float32 where that cannot change
-    a weight by more than about 1 %, in float64 for float64 prompts and for small noise.
+    Task m has weight exp(-S_m / (2 sigma^2)), where S_m is its sum of squared errors on the examples; each example adds one
+    term to it. Tasks are processed in chunks whose sums are merged as in a streaming softmax, so memory does not grow with M.
+    For zero noise we take the limit, the mean over the tasks with the least S_m.
+
+    Computes in float32 if that changes no weight by more than about 1 %, else in float64: for float64 prompts and for
+    small noise.
 
     Raises:
         ConfigError: If the shapes do not agree, there are no tasks, or `noise_variance` is negative.
@@ -155,8 +162,8 @@ def dmmse(
     tasks = _tasks(tasks, xs)
     noise_variance = real("noise_variance", noise_variance, "zero or positive")
     dtype = _dmmse_dtype(xs, ys, tasks, noise_variance)
-    inputs = xs.to(_home(xs), dtype).flatten(0, -3)  # B K D
-    targets = ys.to(_home(xs), dtype).flatten(0, -2)  # B K
+    inputs = xs.to(_computing_device(xs), dtype).flatten(0, -3)  # B K D
+    targets = ys.to(_computing_device(xs), dtype).flatten(0, -2)  # B K
     is_limit = noise_variance < sys.float_info.min  # its inverse would overflow
     weigh = _indicator if is_limit else partial(_boltzmann, noise_variance=noise_variance)
     at_once = max(_MIN_TASKS_AT_A_TIME, _SLAB[inputs.device.type] // max(1, len(inputs)))
@@ -174,19 +181,22 @@ BASELINES: dict[str, Callable[..., Tensor]] = {
     "ridge": ridge,
     "dmmse": dmmse,
 }
-"""Every baseline by name; the keyword-only arguments of its signature are what it needs."""
+"""All baselines by name. Their keyword-only arguments are what they need besides the prompts."""
 
 
 class _Sums(NamedTuple):
-    """Sums over some tasks at every prefix, with weights relative to the best of these tasks; each is (B, K)."""
+    """Sums over some tasks at every prefix, each (B, K), with weights relative to the best of these tasks."""
 
-    least: Tensor  # its sum of squared errors
-    weight: Tensor  # sum of the weights
-    output: Tensor  # weighted sum of w . x_k
+    least: Tensor
+    """Least sum of squared errors, that of the best task."""
+    weight: Tensor
+    """Sum of the weights."""
+    output: Tensor
+    """Weighted sum of w . x_k."""
 
 
 def _sums(xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], tasks: Float[Tensor, "M D"], weigh: _Weigh) -> _Sums:
-    """The sums over these tasks: at each k weigh them by what came before, then let y_k count."""
+    """Return the sums over these tasks. At each k the weights depend on earlier examples only; then y_k is added."""
     squares = xs.new_zeros(len(xs), len(tasks))  # B M
     prefixes = []
     for k in range(xs.shape[1]):
@@ -194,34 +204,36 @@ def _sums(xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], tasks: Float[Ten
         least = squares.amin(-1, keepdim=True)  # B 1
         weights = weigh(squares - least)  # B M
         prefixes.append(torch.stack((least[:, 0], weights.sum(-1), torch.linalg.vecdot(weights, outputs))))  # 3 B
-        residuals = outputs.sub_(ys[:, k, None])  # B M
+        residuals = outputs.sub_(ys[:, k, None])  # B M; in place, because (B, M) is all that fits the cache
         squares.addcmul_(residuals, residuals)
     return _Sums(*torch.stack(prefixes, dim=-1).double())
 
 
 def _merge(first: _Sums, second: _Sums, *, weigh: _Weigh) -> _Sums:
-    """The sums over the tasks of both."""
+    """Return the sums over the tasks of both, with weights relative to the better of their best tasks."""
     least = torch.minimum(first.least, second.least)
-    scales = weigh(first.least - least), weigh(second.least - least)
-    return _Sums(
-        least,
-        scales[0] * first.weight + scales[1] * second.weight,
-        scales[0] * first.output + scales[1] * second.output,
-    )
+    a, b = weigh(first.least - least), weigh(second.least - least)
+    return _Sums(least, a * first.weight + b * second.weight, a * first.output + b * second.output)
 
 
 def _boltzmann(excess: Tensor, *, noise_variance: float) -> Tensor:
-    """exp(-excess / (2 sigma^2)) in place, held above 2^-100: exp, and any underflow, is ten times slower on CPUs."""
+    """Return exp(-excess / (2 sigma^2)), but at least 2^-100, in place.
+
+    On CPUs both `exp` and numbers that underflow are ten times slower than `exp2` of clamped ones.
+    """
     return excess.mul_(-0.5 / math.log(2) / noise_variance).clamp_(min=-100).exp2_()
 
 
 def _indicator(excess: Tensor) -> Tensor:
-    """The limit of `_boltzmann` for zero noise."""
+    """Return the limit of `_boltzmann` for zero noise: 1 for the best tasks, 0 for all others."""
     return (excess == 0).to(excess.dtype)
 
 
 def _dmmse_dtype(xs: Tensor, ys: Tensor, tasks: Tensor, noise_variance: float) -> torch.dtype:
-    """float32 unless rounding, eps times the squares that make up S_m / (2 sigma^2), would show in the weights."""
+    """Return float32, unless rounding would show in the weights.
+
+    The rounding error of a log-weight is about eps times the squares that add up to S_m / (2 sigma^2).
+    """
     if xs.dtype == torch.float64 or torch.get_float32_matmul_precision() != "highest":
         return torch.float64
     task_square = tasks.float().square().sum(-1).mean()
@@ -230,13 +242,13 @@ def _dmmse_dtype(xs: Tensor, ys: Tensor, tasks: Tensor, noise_variance: float) -
     return torch.float32 if error < _LOG_WEIGHT_ERROR * noise_variance else torch.float64
 
 
-def _home(tensor: Tensor) -> torch.device:
-    """The tensor's device if float64 exists there, else the CPU."""
+def _computing_device(tensor: Tensor) -> torch.device:
+    """Return the tensor's device if it has float64, else the CPU."""
     return tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
 
 
 def _widen(tensor: Tensor) -> Tensor:
-    return tensor.to(_home(tensor), torch.float64)
+    return tensor.to(_computing_device(tensor), torch.float64)
 
 
 def _prompts(xs: Any, ys: Any) -> tuple[Tensor, Tensor]:
@@ -245,18 +257,20 @@ def _prompts(xs: Any, ys: Any) -> tuple[Tensor, Tensor]:
     ys = real_tensor(ys, "ys", device=xs.device)
     if xs.ndim < 3 or ys.shape != xs.shape[:-1]:
         raise ConfigError(
-            f"Expected xs (..., B, K, D) and ys (..., B, K), got {tuple(xs.shape)} and {tuple(ys.shape)}."
+            f"`xs` must have shape (..., B, K, D) and `ys` (..., B, K), got {tuple(xs.shape)} and {tuple(ys.shape)}."
         )
     if xs.shape[-2] == 0 or xs.shape[-1] == 0:
-        raise ConfigError(f"Expected prompts of K >= 1 examples of D >= 1 inputs, got xs of shape {tuple(xs.shape)}.")
+        raise ConfigError(
+            f"Prompts need at least one example and one input dimension, got xs of shape {tuple(xs.shape)}."
+        )
     return xs, ys
 
 
 def _tasks(tasks: Any, xs: Tensor) -> Tensor:
     """Return the tasks as a tensor of floats beside the prompts, or refuse them."""
-    tasks = real_tensor(tasks, "tasks", device=_home(xs))
+    tasks = real_tensor(tasks, "tasks", device=_computing_device(xs))
     if tasks.ndim != 2 or len(tasks) == 0 or tasks.shape[1] != xs.shape[-1]:
         raise ConfigError(
-            f"`tasks` must be (M, D), at least one task of the inputs' size D = {xs.shape[-1]}, got {tuple(tasks.shape)}."
+            f"`tasks` must have shape (M, D) with M >= 1 and D = {xs.shape[-1]}, as the inputs have, got {tuple(tasks.shape)}."
         )
     return tasks

@@ -173,7 +173,7 @@ def test_what_is_no_count_is_refused_everywhere(bad, tmp_path):
         "log_every": lambda: train_ic_regression(CFG, print_every=bad, checkpoint_dir=tmp_path),
         "task.task_size": lambda: dataclasses.replace(CFG, D=bad).to_run_config(),
         "num_heads": lambda: dataclasses.replace(CFG, n_heads=bad).to_run_config(),
-        "Positions": lambda: icl_score(torch.zeros(2, 3), bad, 2),
+        "first": lambda: icl_score(torch.zeros(2, 3), bad, 2),
     }
     if bad is not None:
         calls["num_prompts"] = lambda: RunEvaluator(num_prompts=bad)
@@ -300,7 +300,7 @@ def test_baselines_refuse_what_would_give_nan_or_lose_a_part(name, kind):
 @pytest.mark.parametrize("name", baselines.BASELINES)
 def test_prompts_without_examples_or_inputs_are_refused(name):
     for shape in ((1, 0, 2), (1, 3, 0)):
-        with pytest.raises(ConfigError, match="Expected prompts of K >= 1"):
+        with pytest.raises(ConfigError, match="Prompts need at least one example and one input dimension"):
             baselines.BASELINES[name](torch.zeros(shape), torch.zeros(shape[:2]), **ARGUMENTS[name])
 
 

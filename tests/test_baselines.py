@@ -415,7 +415,7 @@ def test_one_example_of_one_dimension_will_do(name):
 def test_shapes_that_disagree_are_refused(as_users_run, name):
     xs, ys, _ = make_prompts()
     for wrong_xs, wrong_ys in ((xs, ys[:, :-1]), (xs[:-1], ys), (xs[0], ys[0]), (xs, ys[..., None])):
-        with pytest.raises(ValueError, match=r"Expected xs \(\.\.\., B, K, D\)"):
+        with pytest.raises(ValueError, match=r"`xs` must have shape \(\.\.\., B, K, D\)"):
             call(name, wrong_xs, wrong_ys)
 
 
@@ -423,7 +423,7 @@ def test_shapes_that_disagree_are_refused(as_users_run, name):
 def test_tasks_that_do_not_fit_are_refused(as_users_run, name):
     xs, ys, _ = make_prompts()
     for tasks in (make_tasks(7, 4), make_tasks(0, 3), make_tasks(7, 3)[0]):
-        with pytest.raises(ValueError, match=r"`tasks` must be \(M, D\).* D = 3"):
+        with pytest.raises(ValueError, match=r"`tasks` must have shape \(M, D\).* D = 3"):
             call(name, xs, ys, tasks=tasks)
 
 

@@ -1,22 +1,29 @@
-"""Prompts unlike those of training: families that change the inputs, the tasks, the noise or the query.
+"""Out-of-distribution prompts: families that change the inputs, the tasks, the noise or the query.
 
-Each shift transforms the clean prompts of stream `true` (tasks from N(0, I), noise variance sigma^2), so all shifts and
-the unshifted prompts pair up prompt by prompt and their differences have small errors. What a shift adds of chance is
-drawn from a stream of its own name. A prompt stays a pure function of (evaluation seed, shift, step, index).
+Each shift transforms the prompts of stream `true` (tasks from N(0, I), noise variance sigma^2). So a shifted prompt is paired
+with an unshifted one, and differences between shifts have small errors. If a shift needs random numbers, it draws them from
+a stream of its own. A prompt stays a pure function of (evaluation seed, shift, step, index).
 
-- `input_scale_<g>`, `task_scale_<g>`: x becomes g x (variance g^2), or w becomes g w; targets follow, noise does not.
-  Hoogland et al. 2024, their code, g = 3, 5, 10, 100 (their text has variance g); Garg et al. 2022, g = 1/3, 1/2, 2, 3.
-- `skewed_covariance`: along random axes the i-th deviation of x is proportional to 1/i, its variance to 1/i^2.
-- `half_subspace`: x lies in a random subspace of floor(D / 2) dimensions, at least one.
-- `label_noise`: noise variance 1, then targets and task rescaled together to the variance D + sigma^2 of clean targets.
-- `random_quadrants`: the examples share one random orthant; the query may lie in any.
-- `orthogonal_query`: the query is orthogonal to every example. `seen_query`: it equals one of them, its noise is new.
+- `input_scale_<g>`, `task_scale_<g>`: x becomes g x (variance g^2), or w becomes g w. Targets follow; the noise stays.
+  The code of Hoogland et al. (2024) has g = 3, 5, 10, 100 (their text says variance g); Garg et al. (2022) have
+  g = 1/3, 1/2, 2, 3.
+- `skewed_covariance`: along random axes, the i-th deviation of x is proportional to 1/i, so its variance is to 1/i^2.
+- `half_subspace`: x lies in a random subspace of floor(D / 2) dimensions, but at least one.
+- `label_noise`: the noise variance is 1. Then targets and task are rescaled together, so that the targets have the variance
+  D + sigma^2 of unshifted ones.
+- `random_quadrants`: all examples lie in one random orthant. The query may lie in any.
+- `orthogonal_query`: the query is orthogonal to every example.
+- `seen_query`: the query equals one of the examples, with new noise.
 
-Source: Garg et al. 2022, the evaluations of their eval.py and samplers.py. We differ: axes and subspaces are drawn for
-each prompt, not once, so that standard errors count them; the variance of targets is that of their law, not of the
-batch; the query is the last x and only its prediction is of interest; and their orthogonal query, which exists only up
-to k = D, is made the other way about: it keeps its law, the examples are projected onto its complement and rescaled.
-The inputs of all but the scales keep E|x|^2 = D.
+Source: Garg et al. (2022), the evaluations in their eval.py and samplers.py. We differ in four ways:
+
+- We draw axes and subspaces for each prompt, not once for all, so that standard errors include this choice.
+- The variance of targets is that of their distribution, not of the batch.
+- The query is the last x, and only its prediction counts.
+- Their orthogonal query exists only up to k = D. We keep the query, project the examples onto its orthogonal complement,
+  and rescale them.
+
+All shifts but the scales keep E|x|^2 = D.
 """
 
 import difflib
@@ -40,7 +47,7 @@ _SCALES = (1 / 3, 1 / 2, 2.0, 3.0, 5.0, 10.0, 100.0)
 
 
 class Parts(NamedTuple):
-    """What prompts are made of: y = w . x + sqrt(noise variance) * noise."""
+    """Parts of a batch of prompts, with y = w . x + sqrt(noise variance) * noise."""
 
     xs: Float[Tensor, "B K D"]
     ws: Float[Tensor, "B D"]
@@ -48,27 +55,28 @@ class Parts(NamedTuple):
     noise_variance: float
 
 
-class Chance(NamedTuple):
-    """A shift's own randomness, one row for each prompt."""
+class Randomness(NamedTuple):
+    """Random numbers of a shift, one row for each prompt."""
 
     key: rng.Stream
     step: Int64[Tensor, " 1"]
     indices: Int64[Tensor, " B"]
 
     def normal(self, size: int) -> Float[Tensor, "B {size}"]:
-        """Standard normals."""
+        """Draw standard normals."""
         return rng.normal(self.key, self.step, self.indices, size)[0]
 
     def integers(self, bound: int) -> Int64[Tensor, " B"]:
-        """Whole numbers uniform on 0 .. bound - 1."""
+        """Draw whole numbers, uniform on 0 .. bound - 1."""
         return rng.integers(self.key, self.step, self.indices, bound)[0]
 
 
 class Shift(NamedTuple):
-    """One family of prompts."""
+    """Family of out-of-distribution prompts."""
 
-    transform: Callable[[Parts, Chance], Parts]
-    is_about_query: bool = False  # only the last position is shifted as the name says
+    transform: Callable[[Parts, Randomness], Parts]
+    is_about_query: bool = False
+    """Whether only the last position is shifted as the name says."""
     min_task_size: int = 1
     min_examples: int = 1
 
@@ -78,11 +86,11 @@ def sample_shifted_prompts(
 ) -> Prompts:
     """Return the batch of one step of a shift: xs (B, K, D), ys (B, K), ws (B, D).
 
-    Made on the CPU, so the numbers are the same on every device. A smaller batch is the beginning of a larger one.
+    Prompts are made on the CPU, so they are the same on every device. A smaller batch is the beginning of a larger one.
 
     Raises:
-        ConfigError: If there is no such shift (the message names the nearest), D or K is too small for it, `batch_size` is
-            not a whole number from 1, or `step` not one from 0.
+        ConfigError: If the shift is unknown (the message names the nearest one), D or K is too small for it, `batch_size`
+            is not a whole number of at least 1, or `step` is not one of at least 0.
 
     Example:
         >>> xs, ys, ws = sample_shifted_prompts(RunConfig(), "seen_query", batch_size=4)
@@ -90,43 +98,38 @@ def sample_shifted_prompts(
         True
     """
     step, batch_size = whole("step", step, 0, MAX_STEP), whole("batch_size", batch_size, 1, MAX_PROMPTS)
-    family = _find(shift)
+    require_shift(shift)
+    family = SHIFTS[shift]
     _require_sizes(config, shift, family)
     source = prompt_source(config, stream=BASE_STREAM, distribution="true")
     clean = source.sample(range(step, step + 1), range(batch_size))
     steps, indices = torch.tensor([step]), torch.arange(batch_size)
     noise = rng.normal(source.noise_key, steps, indices, source.max_examples)[0]  # B K
-    chance = Chance(rng.stream(config.seeds.evaluation, f"{shift}/shift"), steps, indices)
-    parts = family.transform(Parts(clean.xs[0], clean.ws[0], noise, source.noise_variance), chance)
+    randomness = Randomness(rng.stream(config.seeds.evaluation, f"{shift}/shift"), steps, indices)
+    parts = family.transform(Parts(clean.xs[0], clean.ws[0], noise, source.noise_variance), randomness)
     ys = (parts.xs * parts.ws.unsqueeze(-2)).sum(-1) + parts.noise_variance**0.5 * parts.noise  # B K
     return Prompts(*(part.to(device) for part in (parts.xs, ys, parts.ws)))
 
 
 def require_shift(name: str) -> None:
-    """Refuse a name that is no shift's.
+    """Refuse an unknown shift.
 
     Raises:
-        ConfigError: Naming the nearest.
+        ConfigError: If there is no shift of this name. The message names the nearest one.
     """
-    _find(name)
+    if not (isinstance(name, str) and name in SHIFTS):
+        nearest = difflib.get_close_matches(str(name), SHIFTS, n=1, cutoff=0)[0]
+        raise ConfigError(f"There is no shift `{name}`. Did you mean `{nearest}`? The shifts are {', '.join(SHIFTS)}.")
 
 
 def available_shifts(config: RunConfig) -> list[str]:
-    """The names of the shifts that prompts of this D and K can have."""
+    """Return the names of the shifts for which D and K of this run are large enough."""
     task = config.task
     return [
         name
         for name, shift in SHIFTS.items()
         if task.task_size >= shift.min_task_size and task.max_examples >= shift.min_examples
     ]
-
-
-def _find(name: str) -> Shift:
-    if isinstance(name, str) and name in SHIFTS:
-        return SHIFTS[name]
-    name = str(name)
-    nearest = difflib.get_close_matches(name, SHIFTS, n=1, cutoff=0)[0]
-    raise ConfigError(f"There is no shift `{name}`. Did you mean `{nearest}`? The shifts are {', '.join(SHIFTS)}.")
 
 
 def _require_sizes(config: RunConfig, name: str, shift: Shift) -> None:
@@ -139,55 +142,57 @@ def _require_sizes(config: RunConfig, name: str, shift: Shift) -> None:
             raise ConfigError(f"The shift `{name}` needs `task.{key}` of at least {minimum}, got {value}.")
 
 
-def _scale_inputs(parts: Parts, chance: Chance, *, scale: float) -> Parts:
+def _scale_inputs(parts: Parts, randomness: Randomness, *, scale: float) -> Parts:
     return parts._replace(xs=scale * parts.xs)
 
 
-def _scale_tasks(parts: Parts, chance: Chance, *, scale: float) -> Parts:
+def _scale_tasks(parts: Parts, randomness: Randomness, *, scale: float) -> Parts:
     return parts._replace(ws=scale * parts.ws)
 
 
-def _skew(parts: Parts, chance: Chance) -> Parts:
-    return _stretch(parts, chance, 1 / torch.arange(1, parts.xs.shape[-1] + 1).double())
+def _skew(parts: Parts, randomness: Randomness) -> Parts:
+    return _stretch(parts, randomness, 1 / torch.arange(1, parts.xs.shape[-1] + 1).double())
 
 
-def _halve(parts: Parts, chance: Chance) -> Parts:
+def _halve(parts: Parts, randomness: Randomness) -> Parts:
     task_size = parts.xs.shape[-1]
-    return _stretch(parts, chance, (torch.arange(task_size) < max(1, task_size // 2)).double())
+    return _stretch(parts, randomness, (torch.arange(task_size) < max(1, task_size // 2)).double())
 
 
-def _stretch(parts: Parts, chance: Chance, deviations: Float[Tensor, " D"]) -> Parts:
-    """Stretch the inputs along orthogonal axes, uniformly random up to sign, keeping E|x|^2 = D."""
+def _stretch(parts: Parts, randomness: Randomness, deviations: Float[Tensor, " D"]) -> Parts:
+    """Stretch the inputs along random orthogonal axes to these deviations, rescaled so that E|x|^2 stays D."""
     task_size = len(deviations)
-    axes = torch.linalg.qr(chance.normal(task_size**2).double().unflatten(-1, (task_size, task_size))).Q  # B D D
+    # Q of a Gaussian matrix is uniform over all orthonormal axes, up to signs. A stretch does not depend on these.
+    axes = torch.linalg.qr(randomness.normal(task_size**2).double().unflatten(-1, (task_size, task_size))).Q  # B D D
     scales = deviations * math.sqrt(task_size) / deviations.norm()
     xs = (parts.xs.double() @ axes * scales) @ axes.mT  # B K D
     return parts._replace(xs=xs.float())
 
 
-def _add_label_noise(parts: Parts, chance: Chance) -> Parts:
+def _add_label_noise(parts: Parts, randomness: Randomness) -> Parts:
     task_size = parts.xs.shape[-1]
     variance = (task_size + parts.noise_variance) / (task_size + 1)
     return parts._replace(ws=variance**0.5 * parts.ws, noise_variance=variance)
 
 
-def _gather_examples_in_a_quadrant(parts: Parts, chance: Chance) -> Parts:
-    signs = torch.where(chance.normal(parts.xs.shape[-1]) < 0, -1.0, 1.0).unsqueeze(1)  # B 1 D
+def _gather_examples_in_a_quadrant(parts: Parts, randomness: Randomness) -> Parts:
+    signs = torch.where(randomness.normal(parts.xs.shape[-1]) < 0, -1.0, 1.0).unsqueeze(1)  # B 1 D
     return parts._replace(xs=torch.cat((parts.xs[:, :-1].abs() * signs, parts.xs[:, -1:]), dim=1))
 
 
-def _turn_examples_from_the_query(parts: Parts, chance: Chance) -> Parts:
+def _turn_examples_from_the_query(parts: Parts, randomness: Randomness) -> Parts:
     task_size = parts.xs.shape[-1]
     examples, query = parts.xs[:, :-1].double(), parts.xs[:, -1:].double()  # B K-1 D, B 1 D
     direction = query / query.norm(dim=-1, keepdim=True)
     along = (examples * direction).sum(-1, keepdim=True)  # B K-1 1
+    # The projection takes one of D dimensions away. The factor brings E|x|^2 back to D.
     turned = (examples - along * direction) * math.sqrt(task_size / (task_size - 1))
     return parts._replace(xs=torch.cat((turned.float(), parts.xs[:, -1:]), dim=1))
 
 
-def _ask_again(parts: Parts, chance: Chance) -> Parts:
-    seen = chance.integers(parts.xs.shape[1] - 1)  # B
-    query = parts.xs[chance.indices, seen].unsqueeze(1)  # B 1 D
+def _ask_again(parts: Parts, randomness: Randomness) -> Parts:
+    seen = randomness.integers(parts.xs.shape[1] - 1)  # B
+    query = parts.xs[randomness.indices, seen].unsqueeze(1)  # B 1 D
     return parts._replace(xs=torch.cat((parts.xs[:, :-1], query), dim=1))
 
 
@@ -201,4 +206,4 @@ SHIFTS: dict[str, Shift] = {
     "orthogonal_query": Shift(_turn_examples_from_the_query, is_about_query=True, min_task_size=2),
     "seen_query": Shift(_ask_again, is_about_query=True, min_examples=2),
 }
-"""Every shift by name. To add one, write what it does to `Parts` and enter it here; the contract tests do the rest."""
+"""All shifts by name. To add one, write a function of `Parts` and enter it here; the contract tests then run over it."""
