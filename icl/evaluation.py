@@ -1,13 +1,17 @@
-"""Evaluation: fixed prompts, their baselines computed once, and a population's predictions turned into numbers.
+"""Evaluation of a population on fixed prompts: losses, gaps to baselines and scores, each with a standard error over prompts.
 
-An ordinary function of parameters and prompts, usable without Lightning: training calls it at intervals, `icl evaluate`
-over all checkpoints of a run at once. Losses are squared errors per target, not divided by D. Every number comes with
-its standard error over prompts.
+Evaluation is an ordinary function of parameters and prompts. Training calls it at intervals, `icl evaluate` for many
+checkpoints at once. Baselines are computed once for each set of prompts.
 
-The sets are `pretrain` (the run's M tasks), `true` (tasks from N(0, I)) and the shifts of `icl.tasks.shifts`. The gap to a
-baseline is the mean squared distance between predictions (Raventos et al. 2023, section 2, there divided by D). ICL
-scores are loss(k2) - loss(k1): negative is good. Prior-task scores are distances to predicting with w = 0 and with the mean
-task (Hoogland et al. 2024).
+The sets are `pretrain` (the run's M tasks), `true` (tasks from N(0, I)) and the shifts of `icl.tasks.shifts`. The numbers are
+those of `icl.metrics`:
+
+- `loss`: the mean squared error per target, not divided by D.
+- `delta_ridge`, `delta_dmmse`: the gap to a baseline, the mean squared difference of predictions (Raventos et al. 2023,
+  section 2, who divide by D).
+- `icl_score`: loss(k2) - loss(k1), so negative is good.
+- `prior_zero`, `prior_task_mean`: prior-task scores, the gaps to predicting with w = 0 and with the mean task (Hoogland et
+  al. 2024).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,36 +33,36 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Predict: TypeAlias = Callable[[Params, Tensor, Tensor], Tensor]
-"""Function of stacked parameters, xs and ys that returns predictions (N, B, K), as `stacked.apply` with its model filled in."""
+"""Function of stacked parameters, xs and ys that returns predictions (N, B, K), such as `partial(stacked.apply, model)`."""
 
 VERSION = 1
-"""Of the numbers' definitions: numbers kept under an older one are made anew."""
+"""Version of the numbers' definitions. Saved numbers of an older version are computed again."""
 COLUMNS = ("distribution", "quantity", "position", "value", "stderr")
-_PROMPTS_AT_ONCE = 256  # of one member: their activations fit a CPU's caches
-_PROMPTS_AT_ONCE_ELSEWHERE = 2**14  # over all members
+_PROMPTS_ON_CPU = 256  # prompts of one member whose activations fit a CPU's caches
+_PROMPTS_ON_GPU = 2**14  # prompts of all members together
 
 
 class EvaluationSet(NamedTuple):
-    """Fixed prompts and what each baseline predicts for them (B, K)."""
+    """Fixed prompts, and the predictions (B, K) of each baseline for them."""
 
     name: str
     prompts: Prompts
     baselines: dict[str, Tensor]
     is_about_query: bool
-    """Whether only the last position is what the name says; then only its numbers are given."""
+    """Whether only the last position is shifted as the name says. Then only numbers of this position are given."""
 
 
 Row: TypeAlias = dict[str, Any]
-"""One number: distribution, quantity, position (1..K, `mean`, or `k1:k2`), value, stderr."""
+"""One number as a row: distribution, quantity, position (1..K, `mean`, or `k1:k2`), value, stderr."""
 
 
 def evaluation_set(
     config: RunConfig, name: str, *, num_prompts: int, device: torch.device | str = "cpu"
 ) -> EvaluationSet:
-    """The fixed prompts called `name`: `pretrain`, `true`, or a shift.
+    """Make the fixed prompts called `name` (`pretrain`, `true`, or a shift), with their baselines.
 
-    dMMSE and the mean task belong to `pretrain` and `true` of a run with finitely many tasks; OLS and zero are
-    everywhere. Without noise, ridge is its limit OLS.
+    All sets have ridge, OLS and zero. `pretrain` and `true` of a run with finitely many tasks also have dMMSE and the mean
+    task. Without noise, ridge is its limit, OLS.
     """
     shift, task = SHIFTS.get(name), config.task
     has_noise = task.noise_variance > 0
@@ -72,116 +76,114 @@ def evaluation_set(
 
 
 def predict_prompts(predict: Predict, params: Params, prompts: Prompts) -> Float[Tensor, "N B K"]:
-    """Every member's predictions, for the same prompts (B, K, D) or its own (N, B, K, D), a batch of prompts at a time.
+    """Predict in batches, for prompts (B, K, D) that members share or for each member's own (N, B, K, D).
 
-    On a CPU each batch is one member's, for all together overflow its caches, and has one core to itself: a member's
-    numbers are what they are alone, however many cores there are.
+    On a CPU a batch has one member and runs on one core, because the activations of all members would overflow its caches.
+    So a member's numbers do not depend on the other members or on the number of cores.
     """
     num_members = size(params) if params else 1
     if prompts.xs.device.type != "cpu":
-        at_once = max(32, _PROMPTS_AT_ONCE_ELSEWHERE // num_members)
+        batch_size = max(32, _PROMPTS_ON_GPU // num_members)
         with torch.no_grad():
-            return torch.cat([_predict(predict, params, *batch) for batch in _batches(prompts, at_once)], dim=1)
+            return torch.cat([_predict(predict, params, *batch) for batch in _batches(prompts, batch_size)], dim=1)
     calls = [
         (predict, {name: tensor[i : i + 1] for name, tensor in params.items()}, *batch)
         for i in range(num_members)
-        for batch in _batches(_prompts_of(i, prompts), _PROMPTS_AT_ONCE)
+        for batch in _batches(prompts if prompts.xs.ndim == 3 else _select(prompts, i), _PROMPTS_ON_CPU)
     ]
-    found = _on_cores(calls)
-    each = len(found) // num_members
-    return torch.cat([torch.cat(found[start : start + each], dim=1) for start in range(0, len(found), each)])
+    results = _predict_in_parallel(calls)
+    num_batches = len(results) // num_members
+    starts = range(0, len(results), num_batches)
+    return torch.cat([torch.cat(results[start : start + num_batches], dim=1) for start in starts])
 
 
 def evaluate(predict: Predict, params: Params, sets: Sequence[EvaluationSet]) -> list[list[Row]]:
-    """All numbers of every member, on all sets: one list of rows per member."""
-    parts = [evaluate_predictions(one, predict_prompts(predict, params, one.prompts)) for one in sets]
-    return [[row for rows in own for row in rows] for own in zip(*parts, strict=True)]
+    """Return all numbers of every member on all sets, as one list of rows for each member."""
+    parts = [evaluate_predictions(each, predict_prompts(predict, params, each.prompts)) for each in sets]
+    return [[row for rows in member_rows for row in rows] for member_rows in zip(*parts, strict=True)]
 
 
-def evaluate_predictions(one: EvaluationSet, predictions: Float[Tensor, "N B K"]) -> list[list[Row]]:
-    """Loss, gaps, prior-task scores and ICL scores on one set: one list of rows per predictor."""
-    errors = metrics.squared_error(predictions, one.prompts.ys)  # N B K
-    numbers = _positions(one, "loss", errors)
-    for prefix, names in (("delta", ("ridge", "dmmse")), ("prior", ("zero", "task_mean"))):
-        for name in names:
-            if name in one.baselines:
-                numbers += _positions(one, f"{prefix}_{name}", metrics.squared_error(predictions, one.baselines[name]))
-    for first, second in () if one.is_about_query else _score_pairs(errors.shape[-1]):
+def evaluate_predictions(prompt_set: EvaluationSet, predictions: Float[Tensor, "N B K"]) -> list[list[Row]]:
+    """Return loss, gaps, prior-task scores and ICL scores on one set, as one list of rows for each of N predictors."""
+    errors = metrics.squared_error(predictions, prompt_set.prompts.ys)  # N B K
+    numbers = _position_numbers(prompt_set, "loss", errors)
+    for quantity in ("delta_ridge", "delta_dmmse", "prior_zero", "prior_task_mean"):
+        reference = prompt_set.baselines.get(quantity.partition("_")[2])
+        if reference is not None:
+            numbers += _position_numbers(prompt_set, quantity, metrics.squared_error(predictions, reference))
+    for first, second in () if prompt_set.is_about_query else _score_pairs(errors.shape[-1]):
         numbers.append(_Numbers("icl_score", [f"{first}:{second}"], metrics.icl_score(errors, first, second)))
-    return _rows(one.name, numbers)
+    return _rows(prompt_set.name, numbers)
 
 
 def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
-    """The loss of every baseline on every set; the quantity is the baseline's name."""
-    return [
-        row
-        for one in sets
-        for name, predictions in one.baselines.items()
-        for row in _rows(
-            one.name, _positions(one, name, metrics.squared_error(predictions, one.prompts.ys).unsqueeze(0))
-        )[0]
-    ]
+    """Return the loss of every baseline on every set. The quantity is the baseline's name."""
+    rows = []
+    for each in sets:
+        for name, predictions in each.baselines.items():
+            errors = metrics.squared_error(predictions, each.prompts.ys).unsqueeze(0)
+            rows += _rows(each.name, _position_numbers(each, name, errors))[0]
+    return rows
 
 
 def headlines(numbers: "pd.DataFrame") -> "pd.DataFrame":
-    """The rows that sum up a table of `evaluate`: means over positions, or the query where a shift is about it alone."""
+    """Return the rows of a table of `evaluate` that sum it up: means over positions, or the query if only it is shifted."""
     has_mean = numbers["distribution"].isin(numbers.loc[numbers["position"] == "mean", "distribution"])
     return numbers[(numbers["position"] == "mean") | ~has_mean]
 
 
-def losses_by_position(predict: Predict, params: Params, one: EvaluationSet) -> "pd.DataFrame":
-    """Loss of one model beside the baselines.
-
-    Returns:
-        A row per position 1..K and one for their mean; columns `model`, `ridge`, `dmmse` (finite M), `ols`, `zero`.
-    """
-    return tabulate_losses(predict_prompts(predict, params, one.prompts)[0], one)
-
-
 def excess_over_optimum(
-    predictions: Float[Tensor, "B K"], one: EvaluationSet, *, is_gaussian: bool
+    predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet, *, is_gaussian: bool
 ) -> tuple[str, metrics.Estimate]:
-    """Return the name of the Bayes predictor of the training tasks, and by how much more the model loses on average.
+    """Return the name of the Bayes predictor of the training tasks, and the model's mean loss minus that of this predictor.
 
-    The difference is taken prompt by prompt, so its standard error does not count what both lose to the same noise.
+    The difference is taken within each prompt, so noise that both share does not count in its standard error.
 
     Args:
-        predictions: The model's.
-        one: The prompts of the training tasks, `pretrain`.
-        is_gaussian: Whether the training tasks come from N(0, I), where ridge is the Bayes predictor; else dMMSE is.
+        predictions: The model's predictions.
+        prompt_set: The prompts of the training tasks, `pretrain`.
+        is_gaussian: Whether the training tasks come from N(0, I). Then ridge is the Bayes predictor, else dMMSE.
     """
     name = "ridge" if is_gaussian else "dmmse"
-    errors, least = (metrics.squared_error(each, one.prompts.ys) for each in (predictions, one.baselines[name]))
-    return name, metrics.overall_mean(errors - least)
+    errors = metrics.squared_error(predictions, prompt_set.prompts.ys)
+    least_errors = metrics.squared_error(prompt_set.baselines[name], prompt_set.prompts.ys)
+    return name, metrics.overall_mean(errors - least_errors)
 
 
-def tabulate_losses(predictions: Float[Tensor, "B K"], one: EvaluationSet) -> "pd.DataFrame":
-    """Return the table of `losses_by_position` for one model's predictions."""
+def tabulate_losses(predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet) -> "pd.DataFrame":
+    """Return the losses of one model and of the baselines by position.
+
+    Returns:
+        A row for each position 1..K and one for their mean; columns `model`, `ridge`, `dmmse` (finite M), `ols`, `zero`.
+    """
     import pandas as pd
 
-    predicted = {"model": predictions} | one.baselines
+    targets, predicted = prompt_set.prompts.ys, {"model": predictions} | prompt_set.baselines
     names = [name for name in ("model", "ridge", "dmmse", "ols", "zero") if name in predicted]
-    errors = {name: metrics.squared_error(predicted[name], one.prompts.ys).mean(dim=0) for name in names}
-    positions = range(1, one.prompts.ys.shape[1] + 1)
-    table = pd.DataFrame({name: error.tolist() for name, error in errors.items()}, index=[*map(str, positions)])
+    losses = {name: metrics.squared_error(predicted[name], targets).mean(dim=0).tolist() for name in names}
+    table = pd.DataFrame(losses, index=[str(k + 1) for k in range(targets.shape[1])])
     table.loc["mean"] = table.mean()
     table.index.name = "position"
     return table
 
 
 def summarise(predict: Predict, params: Params, sets: Sequence[Sequence[EvaluationSet]]) -> list[dict[str, float]]:
-    """The few numbers that are logged during training, per member on sets of its own.
+    """Return the few numbers that are logged during training, for each member on its own sets.
 
     Returns:
         For each member `eval/<set>/{loss,delta_ridge,delta_dmmse,icl_score}`; dMMSE only for finite M.
     """
     results: list[dict[str, float]] = [{} for _ in sets]
-    for same in zip(*sets, strict=True):  # the members' sets of one name
-        together = _together(same)
-        predictions = predict_prompts(predict, params, together.prompts)
+    for member_sets in zip(*sets, strict=True):  # sets of one name, one for each member
+        joined = _join(member_sets)
+        predictions = predict_prompts(predict, params, joined.prompts)
         positions = ("mean", f"1:{predictions.shape[-1]}")
-        for result, one, rows in zip(results, same, evaluate_predictions(together, predictions), strict=True):
-            wanted = {"loss", "icl_score", *(f"delta_{name}" for name in ("ridge", "dmmse") if name in one.baselines)}
+        for result, own_set, rows in zip(results, member_sets, evaluate_predictions(joined, predictions), strict=True):
+            wanted = {
+                "loss",
+                "icl_score",
+                *(f"delta_{name}" for name in ("ridge", "dmmse") if name in own_set.baselines),
+            }
             result |= {
                 f"eval/{row['distribution']}/{row['quantity']}": row["value"]
                 for row in rows
@@ -194,35 +196,33 @@ def _predict(predict: Predict, params: Params, xs: Tensor, ys: Tensor) -> Tensor
     return predict(params, xs, ys).float()
 
 
-_on_cores = in_parallel(_predict, threads_each=1)
+_predict_in_parallel = in_parallel(_predict, threads_each=1)
 
 
-def _prompts_of(member: int, prompts: Prompts) -> Prompts:
-    """Everybody's, or the member's own."""
-    return prompts if prompts.xs.ndim == 3 else Prompts(*(part[member] for part in prompts))
+def _select(prompts: Prompts, member: int) -> Prompts:
+    return Prompts(*(part[member] for part in prompts))
 
 
 def _batches(prompts: Prompts, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(prompts.xs.split(size, dim=-3), prompts.ys.split(size, dim=-2), strict=True)
 
 
-def _together(sets: Sequence[EvaluationSet]) -> EvaluationSet:
-    """Several members' sets as one: itself if all have the same, else stacked, with NaN for a baseline that one lacks."""
-    if all(one is sets[0] for one in sets):
+def _join(sets: Sequence[EvaluationSet]) -> EvaluationSet:
+    """Join the sets of several members: stack them, with NaN for a baseline that some lack, unless all are the same set."""
+    if all(each is sets[0] for each in sets):
         return sets[0]
-    prompts = Prompts(*(torch.stack(parts) for parts in zip(*(one.prompts for one in sets), strict=True)))
+    prompts = Prompts(*(torch.stack(parts) for parts in zip(*(each.prompts for each in sets), strict=True)))
     missing = torch.full_like(sets[0].prompts.ys, torch.nan)
-    names = dict.fromkeys(name for one in sets for name in one.baselines)
-    stacked = {name: torch.stack([one.baselines.get(name, missing) for one in sets]) for name in names}
+    names = dict.fromkeys(name for each in sets for name in each.baselines)
+    stacked = {name: torch.stack([each.baselines.get(name, missing) for each in sets]) for name in names}
     return sets[0]._replace(prompts=prompts, baselines=stacked)
 
 
 def _baseline_predictions(config: RunConfig, name: str, prompts: Prompts) -> dict[str, Tensor]:
-    task = config.task
-    xs, ys = prompts.xs, prompts.ys
-    least_squares = baselines.ols(xs, ys)
-    ridge = baselines.ridge(xs, ys, noise_variance=task.noise_variance) if task.noise_variance > 0 else least_squares
-    predictions = {"ridge": ridge, "ols": least_squares, "zero": baselines.zero(xs, ys)}
+    task, (xs, ys, _) = config.task, prompts
+    ols = baselines.ols(xs, ys)
+    ridge = baselines.ridge(xs, ys, noise_variance=task.noise_variance) if task.noise_variance > 0 else ols
+    predictions = {"ridge": ridge, "ols": ols, "zero": baselines.zero(xs, ys)}
     if not task.is_gaussian and name in ("pretrain", "true"):
         tasks = task_pool(int(task.num_tasks), task.task_size, config.seeds.tasks, device=xs.device)
         predictions["dmmse"] = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=task.noise_variance)
@@ -231,7 +231,7 @@ def _baseline_predictions(config: RunConfig, name: str, prompts: Prompts) -> dic
 
 
 class _Numbers(NamedTuple):
-    """A quantity at P positions, of N predictors."""
+    """One quantity at P positions, for N predictors."""
 
     quantity: str
     positions: list[str]
@@ -239,10 +239,10 @@ class _Numbers(NamedTuple):
     """(N, P), or (N,) for a single position."""
 
 
-def _positions(one: EvaluationSet, quantity: str, values: Float[Tensor, "N B K"]) -> list[_Numbers]:
-    """At every position, and their mean; of a set about the query, only at the last position."""
+def _position_numbers(prompt_set: EvaluationSet, quantity: str, values: Float[Tensor, "N B K"]) -> list[_Numbers]:
+    """Return a quantity at every position and its mean over positions, or only at the query if only that is shifted."""
     names = [str(k + 1) for k in range(values.shape[-1])]
-    if one.is_about_query:
+    if prompt_set.is_about_query:
         return [_Numbers(quantity, names[-1:], metrics.position_mean(values[..., -1:]))]
     return [
         _Numbers(quantity, names, metrics.position_mean(values)),
@@ -251,18 +251,19 @@ def _positions(one: EvaluationSet, quantity: str, values: Float[Tensor, "N B K"]
 
 
 def _rows(distribution: str, numbers: Sequence[_Numbers]) -> list[list[Row]]:
-    """For each predictor, a row per number. All leave the device at once: a GPU is waited for once, not once a number."""
-    keys = [(distribution, some.quantity, position) for some in numbers for position in some.positions]
-    columns = zip(*(some.estimate for some in numbers), strict=True)  # values, standard errors
+    """Return a row for each number, as one list for each predictor."""
+    keys = [(distribution, part.quantity, position) for part in numbers for position in part.positions]
+    columns = zip(*(part.estimate for part in numbers), strict=True)  # values, standard errors
     values, stderrs = (torch.cat([part.reshape(len(part), -1) for part in column], dim=1) for column in columns)
+    # One `tolist` for all numbers: each would wait for the GPU.
     return [
-        [dict(zip(COLUMNS, (*key, *pair), strict=True)) for key, pair in zip(keys, own, strict=True)]
-        for own in torch.stack((values, stderrs), dim=-1).tolist()
+        [dict(zip(COLUMNS, (*key, *pair), strict=True)) for key, pair in zip(keys, pairs, strict=True)]
+        for pairs in torch.stack((values, stderrs), dim=-1).tolist()
     ]
 
 
 def _score_pairs(num_examples: int) -> Iterator[tuple[int, int]]:
-    """First to middle, middle to last, first to last (Hoogland et al.: 1:4, 4:8 and 1:8 for K = 8)."""
+    """Yield first to middle, middle to last and first to last position (1:4, 4:8 and 1:8 in Hoogland et al., K = 8)."""
     middle = max(1, num_examples // 2)
     pairs = [(1, middle), (middle, num_examples), (1, num_examples)]
     yield from dict.fromkeys(pair for pair in pairs if pair[0] < pair[1])

@@ -16,9 +16,9 @@ from icl.evaluation import (
     evaluate_baselines,
     evaluation_set,
     excess_over_optimum,
-    losses_by_position,
     predict_prompts,
     summarise,
+    tabulate_losses,
 )
 from icl.stacked import Params, apply, stack
 from icl.tasks.priors import task_pool
@@ -161,7 +161,7 @@ def test_without_noise_ridge_is_its_limit():
 
 def test_the_table_has_a_row_per_position_and_the_mean():
     one = evaluation_set(TINY, "pretrain", num_prompts=20)
-    table = losses_by_position(PREDICT, stack(members(1)), one)
+    table = tabulate_losses(predict_prompts(PREDICT, stack(members(1)), one.prompts)[0], one)
     assert list(table.index) == ["1", "2", "3", "4", "mean"]
     assert list(table.columns) == ["model", "ridge", "dmmse", "ols", "zero"]
     assert table.loc["mean", "zero"] == pytest.approx(one.prompts.ys.square().mean().item(), rel=1e-5)
