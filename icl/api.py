@@ -1,6 +1,6 @@
-"""The door for programs: train, load, predict and score in a few lines of Python.
+"""The Python interface: train, load, predict and score in a few lines.
 
-`ICRegConfig` keeps the names and the documented defaults of the older code base; it stands for the preset `icr`.
+`ICRegConfig` has the names and documented defaults of the older code base. It stands for the preset `icr`.
 
 Example:
     >>> cfg = ICRegConfig(D=4, K=8, d_model=64, d_mlp=64, n_layers=2, M="inf")
@@ -27,7 +27,7 @@ from icl.runs import DONE, RunError
 from icl.sampling.run import estimate_run
 from icl.tasks.prompts import prompt_source
 from icl.transformer import Transformer
-from icl.validation import ConfigError, parse_num_tasks, plain_number, whole
+from icl.validation import ConfigError, parse_num_tasks, plain_number, require, whole
 
 __all__ = [
     "ICRegConfig",
@@ -43,12 +43,12 @@ __all__ = [
 
 _LEFT_OUT: Any = object()
 _MAX_PROMPTS = 2**31
-"""Above this a score would take days."""
+"""Largest number of prompts for a score; more would take days."""
 
 
 @dataclass
 class ICRegConfig:
-    """Task and model under the older names; everything else is an argument of `train_ic_regression`."""
+    """Task and model by the older names. All other settings are arguments of `train_ic_regression`."""
 
     D: int = 8
     """Input dimension."""
@@ -61,18 +61,20 @@ class ICRegConfig:
     n_heads: int = 4
     n_layers: int = 3
     use_prenorm: bool = True
-    """Layer norm before each sublayer; False puts it after each residual sum."""
+    """Whether layer norm comes before each sublayer. Otherwise it comes after each residual sum."""
     M: int | float | str = 64
-    """Number of training tasks, `"inf"` or `math.inf` for the Gaussian prior."""
+    """Number of training tasks; `"inf"` or `math.inf` stand for the Gaussian prior."""
     max_M: int = 32_768
-    """Accepted for old scripts; limits nothing, because no table of tasks is stored."""
+    """Accepted for old scripts. It limits nothing, because no table of tasks is stored."""
 
     def to_run_config(self) -> RunConfig:
-        """The preset `icr` with these values.
+        """Return the preset `icr` with these values.
 
         Raises:
             ConfigError: If a value cannot be used.
         """
+        use_prenorm = plain_number(self.use_prenorm)
+        require(isinstance(use_prenorm, bool), f"`use_prenorm` must be True or False, got {self.use_prenorm!r}.")
         base = preset("icr")
         model = dataclasses.replace(
             base.model,
@@ -80,7 +82,7 @@ class ICRegConfig:
             num_heads=self.n_heads,
             embed_size=self.d_model,
             mlp_size=self.d_mlp,
-            layer_norm="pre" if _flag("use_prenorm", self.use_prenorm) else "post",
+            layer_norm="pre" if use_prenorm else "post",
         )
         task = TaskConfig(
             num_tasks=parse_num_tasks(self.M), task_size=self.D, max_examples=self.K, noise_variance=self.sigma2
@@ -104,22 +106,22 @@ def train_ic_regression(
     early_stopping_patience: int | None = None,
     early_stopping_min_delta: float = 1e-6,
 ) -> Transformer:
-    """Train a model, or resume or load it if `checkpoint_dir` already holds this run.
+    """Train a model. If `checkpoint_dir` already holds this run, resume it, or load its model if it is finished.
 
     Args:
-        cfg: Task and model; left out, the defaults.
-        M: Number of training tasks, `"inf"` or `math.inf`; left out, `cfg.M`.
-        num_steps: Optimiser steps.
+        cfg: Task and model. By default those of `ICRegConfig()`.
+        M: Number of training tasks, `"inf"` or `math.inf`. By default `cfg.M`.
+        num_steps: Number of optimiser steps.
         batch_size: Prompts per step.
-        learning_rate: Constant, or the peak of a triangle if `warmup_steps` is given.
-        warmup_steps: Steps of the linear rise; the rate then falls to zero at `num_steps`.
-        grad_clip: Largest gradient norm, or None.
-        checkpoint_dir: The run's folder; left out, `$LOCAL_ROOT/<run name>`.
-        checkpoint_every: Steps between checkpoints, beside the first and the last.
-        eval_every: Steps between evaluations, in and out of distribution.
+        learning_rate: Constant learning rate, or the peak of a triangle if `warmup_steps` is given.
+        warmup_steps: Steps of the linear rise, after which the rate falls to zero at `num_steps`.
+        grad_clip: Largest gradient norm, or None for no clipping.
+        checkpoint_dir: The run's folder. By default `$LOCAL_ROOT/<run name>`.
+        checkpoint_every: Steps between checkpoints. The first and the last step are always saved.
+        eval_every: Steps between evaluations on `pretrain` and `true` tasks.
         print_every: Steps between rows of `metrics.csv`.
-        early_stopping_patience: Evaluations without improvement before stopping; needs `eval_every`.
-        early_stopping_min_delta: The least improvement that counts.
+        early_stopping_patience: Evaluations without improvement before training stops; needs `eval_every`.
+        early_stopping_min_delta: Smallest decrease that counts as improvement.
 
     Returns:
         The trained model, on the CPU.
@@ -135,7 +137,7 @@ def train_ic_regression(
     cfg = ICRegConfig() if cfg is None else cfg
     if not isinstance(cfg, ICRegConfig):
         raise ConfigError(
-            f"`cfg` must be an ICRegConfig, got {type(cfg).__name__}; a RunConfig is trained by `icl.training.run.train`."
+            f"`cfg` must be an ICRegConfig, got {type(cfg).__name__}. Train a RunConfig with `icl.training.run.train`."
         )
     base = (cfg if M is _LEFT_OUT else dataclasses.replace(cfg, M=parse_num_tasks(M))).to_run_config()
     optim = dataclasses.replace(
@@ -155,22 +157,22 @@ def train_ic_regression(
     )
     result = train(config, folder=checkpoint_dir)
     if result.status.state not in DONE:
-        raise RunError(f"Training stopped ({result.status.reason}); the same call resumes it.")
+        raise RunError(f"Training stopped ({result.status.reason}). Call the function again to resume it.")
     return load_model(result.folder.checkpoints.root / checkpoint_name(result.status.step))
 
 
 def load_checkpoint(path: str | Path, cfg: ICRegConfig | RunConfig | None = None) -> tuple[Transformer, dict[str, Any]]:
-    """A trained model, and what its checkpoint says of it.
+    """Load a trained model and the metadata of its checkpoint.
 
     Args:
-        path: A checkpoint file, or a run's folder for its last step.
-        cfg: If given, the task and model it must have been made for.
+        path: A checkpoint file, or a run's folder, which stands for its last checkpoint.
+        cfg: Task and model that the checkpoint must have. By default any will do.
 
     Returns:
-        The model on the CPU, and `step`, `config` (a RunConfig), `digest` and `path`.
+        The model on the CPU, and a dict of `step`, `config` (a RunConfig), `digest` and `path`.
 
     Raises:
-        CheckpointError: If there is no usable checkpoint, or it is of another shape than `cfg`.
+        CheckpointError: If there is no usable checkpoint, or it does not fit `cfg`.
     """
     file = checkpoint_files(path)[-1] if Path(path).is_dir() else Path(path)
     checkpoint = load_checkpoint_file(file)
@@ -181,26 +183,25 @@ def load_checkpoint(path: str | Path, cfg: ICRegConfig | RunConfig | None = None
 
 
 def load_model(path: str | Path, cfg: ICRegConfig | RunConfig | None = None) -> Transformer:
-    """The model of `load_checkpoint`, ready to predict."""
+    """Load a trained model, ready to predict. Arguments and errors are those of `load_checkpoint`."""
     return load_checkpoint(path, cfg)[0].eval()
 
 
 def evaluate_ood_score(
     model: Transformer, cfg: ICRegConfig | RunConfig | None = None, n_samples: int = 10_000, *, batch_size: int = 1000
 ) -> float:
-    """Mean squared error per target on tasks from N(0, I), over `n_samples` prompts and all K positions.
+    """Return the mean squared error per target on tasks from N(0, I), over `n_samples` prompts and all K positions.
 
-    It is not divided by D (the older code divided).
+    It is not divided by D; the older code divided by D.
 
     Args:
-        model: A trained model; its dtype is that of the computation.
-        cfg: The task; left out, the defaults of `ICRegConfig`.
-        n_samples: Prompts.
-        batch_size: Prompts that the model sees at a time.
+        model: A trained model. Its dtype is that of the computation.
+        cfg: The task. By default that of `ICRegConfig()`.
+        n_samples: Number of prompts.
+        batch_size: Number of prompts that the model predicts at a time.
 
     Raises:
-        ConfigError: If a number is not a positive whole number, the model does not fit `cfg`, or its predictions are not
-            finite.
+        ConfigError: If a size is not a positive whole number, the model does not fit `cfg`, or predictions are not finite.
     """
     n_samples, batch_size = whole("n_samples", n_samples, 1, _MAX_PROMPTS), whole("batch_size", batch_size, 1)
     parameter = parameter_of(model)
@@ -219,7 +220,7 @@ def evaluate_ood_score(
             loss.update(model(prompts.xs[0].to(parameter), prompts.ys[0].to(parameter)), prompts.ys[0].to(parameter))
     score = float(loss.compute().mean.value)
     if not math.isfinite(score):
-        raise ConfigError(f"The model's mean squared error is {score}: training diverged; take an earlier checkpoint.")
+        raise ConfigError(f"The mean squared error is {score}, so training diverged. Use an earlier checkpoint.")
     return score
 
 
@@ -229,24 +230,17 @@ def _as_run_config(cfg: Any) -> RunConfig:
     return cfg.to_run_config() if isinstance(cfg, ICRegConfig) else cfg
 
 
-def _flag(name: str, value: Any) -> bool:
-    flag = plain_number(value)
-    if not isinstance(flag, bool):
-        raise ConfigError(f"`{name}` must be True or False, got {value!r}.")
-    return flag
-
-
 def _require_shape(saved: RunConfig, wanted: RunConfig, file: Path) -> None:
-    keys = ("task_size", "max_examples")
+    settings, expected = (
+        {
+            "task_size": config.task.task_size,
+            "max_examples": config.task.max_examples,
+            **dataclasses.asdict(config.model),
+        }
+        for config in (saved, wanted)
+    )
     differences = [
-        f"{key} is {getattr(saved.task, key)}, not {getattr(wanted.task, key)}"
-        for key in keys
-        if getattr(saved.task, key) != getattr(wanted.task, key)
-    ]
-    differences += [
-        f"{field.name} is {getattr(saved.model, field.name)}, not {getattr(wanted.model, field.name)}"
-        for field in dataclasses.fields(saved.model)
-        if getattr(saved.model, field.name) != getattr(wanted.model, field.name)
+        f"{key} is {settings[key]}, not {expected[key]}" for key in settings if settings[key] != expected[key]
     ]
     if differences:
-        raise CheckpointError(f"{file} is of another model than `cfg`: {'; '.join(differences)}.")
+        raise CheckpointError(f"The model in {file} does not fit `cfg`: {'; '.join(differences)}.")

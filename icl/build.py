@@ -1,6 +1,7 @@
-"""The one place where configuration becomes objects; everything else takes plain arguments."""
+"""The only place where settings become objects. Everything else takes plain arguments."""
 
 import os
+from importlib.util import find_spec
 
 import torch
 
@@ -14,9 +15,9 @@ _KINDS = ("cpu", "cuda", "tpu", "mps")
 
 
 def build_model(config: RunConfig) -> Transformer:
-    """The run's model with its initial weights, on the CPU in float32.
+    """Return the run's model with its initial weights, on the CPU in float32.
 
-    The weights depend on `seeds.model` and the model's shape only; the global generator is neither read nor set.
+    The weights depend only on `seeds.model` and the architecture. The global generator is neither read nor set.
 
     Example:
         >>> from icl.presets import preset
@@ -29,20 +30,20 @@ def build_model(config: RunConfig) -> Transformer:
 
 
 def build_architecture(config: RunConfig) -> Transformer:
-    """Return the model of a run with unset weights, for loading into."""
+    """Return the run's model with undefined weights, to load weights into."""
     return Transformer(config.model, task_size=config.task.task_size, max_examples=config.task.max_examples)
 
 
 def build_checkpoint_model(checkpoint: Checkpoint, *, device: torch.device | str = "cpu") -> Transformer:
-    """The model that a checkpoint holds.
+    """Return the model that a checkpoint holds.
 
     Raises:
-        CheckpointError: If the weights are not those that its configuration describes.
+        CheckpointError: If the names or shapes of the weights do not fit the checkpoint's configuration.
     """
     model = build_architecture(checkpoint.config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if {name: tuple(tensor.shape) for name, tensor in checkpoint.params.items()} != expected:
-        raise CheckpointError("The checkpoint does not hold the weights that its own configuration describes.")
+        raise CheckpointError("The weights in the checkpoint do not fit the configuration in it.")
     model.load_state_dict(checkpoint.params)
     return model.to(device)
 
@@ -50,27 +51,27 @@ def build_checkpoint_model(checkpoint: Checkpoint, *, device: torch.device | str
 def build_evaluation_sets(
     config: RunConfig, *, num_prompts: int, shifts: tuple[str, ...] = (), device: torch.device | str = "cpu"
 ) -> list[EvaluationSet]:
-    """The run's fixed prompts with their baselines: `pretrain`, `true`, and the shifts asked for."""
+    """Return the run's evaluation sets: `pretrain`, `true` and these shifts."""
     names = ("pretrain", "true", *shifts)
     return [evaluation_set(config, name, num_prompts=num_prompts, device=device) for name in names]
 
 
 def choose_device(accelerator: str = "auto") -> str:
-    """The device kind to run on: what is asked for, else $DEVICE, else the best of cuda, mps and cpu.
+    """Return the kind of device to run on: `accelerator` unless it is `auto`, else $DEVICE, else cuda, mps or cpu.
 
     Raises:
-        ConfigError: If it is unknown, or not on this machine.
+        ConfigError: If this kind is unknown, or this machine has no such device.
     """
     wanted = os.environ.get("DEVICE", "").strip().lower() or "auto" if accelerator == "auto" else accelerator
     wanted = "cuda" if wanted == "gpu" else wanted
     if wanted == "auto":
         return next(kind for kind in ("cuda", "mps", "cpu") if _is_present(kind))
     if wanted not in _KINDS:
-        raise ConfigError(f"There is no device kind `{wanted}`; set DEVICE to one of {', '.join(_KINDS)}.")
+        raise ConfigError(f"There is no kind of device called `{wanted}`. Set DEVICE to one of {', '.join(_KINDS)}.")
     if not _is_present(wanted):
         raise ConfigError(
-            f"This machine has no usable {wanted} device; set DEVICE=cpu or --trainer.accelerator cpu, "
-            f"or install the torch build that supports {wanted}."
+            f"This machine has no usable {wanted} device. Set DEVICE=cpu or --trainer.accelerator cpu, or install a build of "
+            f"torch that supports {wanted}."
         )
     return wanted
 
@@ -80,8 +81,4 @@ def _is_present(kind: str) -> bool:
         return torch.cuda.is_available()
     if kind == "mps":
         return torch.backends.mps.is_available()
-    if kind == "tpu":
-        import importlib.util
-
-        return importlib.util.find_spec("torch_xla") is not None
-    return True
+    return kind != "tpu" or find_spec("torch_xla") is not None

@@ -1,8 +1,8 @@
-"""The configuration tree: every setting of a run, typed, documented and checked at the door.
+"""Settings of a run: a tree of frozen dataclasses, documented and validated.
 
-A run is a pure function of one `RunConfig`. The tree is frozen, its leaves are plain values, and it is saved whole
-with the run and in every checkpoint. Names follow the field's standard terms; the papers' symbols stand beside
-them (M, D, K, sigma^2). `icl.presets` has the published settings, `icl.resolve` reads files and command lines.
+A run is a pure function of one `RunConfig`. The leaves of the tree are plain values, and the whole tree is saved with the run
+and in every checkpoint. Names are the usual terms; the descriptions add the papers' symbols (M, D, K, sigma^2).
+`icl.presets` has the published settings. `icl.resolve` reads files and command lines.
 """
 
 import dataclasses
@@ -45,25 +45,27 @@ FREE_ON_RESUME = (
     "checkpoints.store",
     "sampler",
 )
-"""Where and how safely a run executes and what is sampled of it later, not what training computes: these settings and
-sections may change when an unfinished run is resumed, and are in no run's name."""
+"""Settings and sections that may change when an unfinished run is resumed, and are not in its name.
+
+They say where and how safely a run executes and how it is sampled later, not what training computes.
+"""
 
 MAX_CHECKPOINTS = 1_000_000
-"""Of one run; it keeps a list of their steps in memory, and a folder with more files is slow everywhere."""
+"""Largest number of checkpoints of a run. More files make a folder slow, and their steps are kept in memory."""
 MEMBER_SETTINGS = ("run_name", "task.num_tasks", "seeds", "checkpoints.store")
-"""The settings and sections in which the members of a population may differ."""
+"""Settings and sections in which the members of a population may differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """In-context linear regression: y_k = w . x_k + noise, w drawn from M tasks or from N(0, I)."""
+    """In-context linear regression: y_k = w . x_k + noise, with w from a pool of M tasks or from N(0, I)."""
 
     num_tasks: int | float = 64
-    """Task diversity M: the pool has the first M tasks of one endless sequence; `inf` is the Gaussian prior N(0, I)."""
+    """Task diversity M, the number of tasks in the pool; `inf` stands for the Gaussian prior N(0, I)."""
     task_size: int = 2
     """Input dimension D."""
     max_examples: int = 8
-    """Examples per prompt K; the model sees 2K - 1 tokens x1, y1, ..., xK."""
+    """Examples per prompt K. The model reads 2K - 1 tokens x1, y1, ..., xK."""
     noise_variance: float = 0.25
     """Noise variance sigma^2 of the targets (a variance, not a deviation)."""
 
@@ -82,12 +84,12 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer over vector tokens; `icl/transformer.py` reads from top to bottom."""
+    """Decoder-only transformer over vector tokens, defined in `icl/transformer.py`."""
 
     num_layers: int = 2
-    """Blocks L, each attention and MLP."""
+    """Number of blocks L, each with attention and MLP."""
     num_heads: int = 4
-    """Attention heads H per block; must divide `embed_size`."""
+    """Attention heads H per block; H must divide `embed_size`."""
     embed_size: int = 32
     """Width C of the residual stream."""
     mlp_size: int = 64
@@ -95,23 +97,23 @@ class ModelConfig:
     layer_norm: LayerNormPlacement = "pre"
     """Layer norm before each sublayer (`pre`), after each residual sum (`post`), or nowhere (`none`)."""
     attention_output: bool = True
-    """Whether heads pass through an output projection W_O."""
+    """Whether attention has an output projection W_O."""
     activation: Activation = "relu"
     """MLP activation: ReLU, exact GELU, or GPT-2's tanh approximation of GELU."""
     embedding_bias: bool = False
-    """Bias of the token embedding."""
+    """Whether the token embedding has a bias."""
     attention_bias: bool = False
-    """Biases of the query, key, value and output projections."""
+    """Whether query, key, value and output projections have biases."""
     mlp_bias: bool = True
-    """Biases of the MLP."""
+    """Whether the MLP has biases."""
     unembedding_bias: bool = True
-    """Bias of the unembedding."""
+    """Whether the unembedding has a bias."""
     output: ModelOutput = "token"
-    """Unembed to one number (`scalar`) or to D + 1 (`token`), of which coordinate 0 is the prediction."""
+    """Output of one number (`scalar`), or of D + 1 numbers (`token`), of which coordinate 0 is the prediction."""
     init: Initialisation = "pytorch"
     """Initial weights: nn.Linear's uniform (`pytorch`), or N(0, 0.02^2) with scaled residual projections (`gpt2`)."""
     double_residual: bool = False
-    """Add each block's input twice, as the code behind Hoogland et al. did; only for matching published numbers."""
+    """Whether each block's input is added twice, as in the code of Hoogland et al.; for matching published numbers."""
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
@@ -120,31 +122,31 @@ class ModelConfig:
             require_count(f"model.{name}", getattr(self, name), 1)
         require(
             self.embed_size % self.num_heads == 0,
-            f"`model.num_heads` must divide `model.embed_size`, got {self.num_heads} heads for a width of {self.embed_size}.",
+            f"`model.num_heads` must divide `model.embed_size`, got {self.num_heads} heads and width {self.embed_size}.",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Adam with a learning-rate schedule in steps."""
+    """Adam (Kingma and Ba 2015) and the schedule of its learning rate."""
 
     lr: float = 3e-3
     """Peak learning rate."""
     schedule: RateSchedule = "triangle"
-    """`constant`; `warmup` (linear to the peak, then constant); `triangle` (linear up, then linear down). The last update of
-    a triangle has the rate zero, so a run needs at least 2 steps of it."""
+    """Schedule of the rate: `constant`, `warmup` (linear rise, then constant) or `triangle` (linear rise, then linear fall). The
+    last update of a triangle has rate zero, so a run needs at least 2 steps of it."""
     warmup_steps: int | None = None
-    """Steps of the linear rise; left out: none for `constant`, half of `schedule_steps` for `triangle`."""
+    """Steps of the linear rise. By default none for `constant`, and half of `schedule_steps` for `triangle`."""
     schedule_steps: int | None = None
-    """Length of the rate's whole curve; left out: `trainer.max_steps`. Keep it when you only stop earlier."""
+    """Length of the schedule in steps. By default `trainer.max_steps`. Keep it if you only stop earlier."""
     grad_clip: float | None = None
-    """Largest gradient norm of a member; left out: no clipping."""
+    """Largest gradient norm of a member. By default gradients are not clipped."""
     beta1: float = 0.9
-    """Adam's decay of the first moment."""
+    """Decay of Adam's first moment."""
     beta2: float = 0.999
-    """Adam's decay of the second moment."""
+    """Decay of Adam's second moment."""
     eps: float = 1e-8
-    """Adam's stabiliser."""
+    """Epsilon in the denominator of Adam."""
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
@@ -162,50 +164,51 @@ class OptimConfig:
             require(value < 1, f"`optim.{name}` must be in [0, 1), got {value!r}.")
         require(
             self.schedule != "constant" or self.warmup_steps is None,
-            "`optim.warmup_steps` has no meaning for a constant rate; set `optim.schedule` to `warmup` or `triangle`.",
+            "`optim.warmup_steps` has no effect on a constant rate. Set `optim.schedule` to `warmup` or `triangle`.",
         )
         require(
             self.schedule == "triangle" or self.schedule_steps is None,
-            f"`optim.schedule_steps` has no meaning for the schedule `{self.schedule}`; only a `triangle` has an end.",
+            f"`optim.schedule_steps` has no effect on the schedule `{self.schedule}`; only `triangle` has an end.",
         )
         require(
             self.schedule != "warmup" or self.warmup_steps is not None,
-            "`optim.schedule` is `warmup` but `optim.warmup_steps` is not set; give it a number of steps.",
+            "`optim.schedule` is `warmup`, but `optim.warmup_steps` is not set. Set it to a number of steps.",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """How long, how much per step, and on what."""
+    """Length of training, batch size, logging and devices."""
 
     max_steps: int = 5000
-    """Optimiser steps; step s means after s updates, step 0 is the initial model."""
+    """Number of optimiser steps. Step s means after s updates, so step 0 is the initial model."""
     batch_size: int = 128
-    """Prompts per step over all devices together."""
+    """Prompts per step, over all devices together."""
     log_every: int = 100
-    """Steps between rows of `metrics.csv`; each row's `train/loss` is the mean since the row before."""
+    """Steps between rows of `metrics.csv`. The `train/loss` of a row is the mean since the row before."""
     accelerator: Accelerator = "auto"
-    """Device kind; `auto` takes $DEVICE, or else the best there is."""
+    """Kind of device; `auto` uses $DEVICE, or else the best one of this machine."""
     devices: int = 1
-    """Devices per node."""
+    """Devices per machine."""
     num_nodes: int = 1
-    """Machines that train this one run together."""
+    """Machines that train this run together."""
     strategy: str = "auto"
-    """Lightning's strategy, `ddp` for several processes."""
+    """Lightning's strategy, such as `ddp` for several processes."""
     precision: str = "32-true"
     """Lightning's precision, such as `32-true` or `bf16-mixed`."""
     compile: Compile = "auto"
-    """Whether `torch.compile` makes one program of the step, in 10 to 30 s; `auto`: if the run is long enough to gain."""
+    """Whether to compile the step with `torch.compile`, which takes 10 to 30 s; `auto` compiles if a run is long enough."""
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
         require_words("trainer", self)
         for name in ("max_steps", "batch_size", "log_every", "devices", "num_nodes"):
             require_count(f"trainer.{name}", getattr(self, name), 1)
-        ranks = self.devices * self.num_nodes
+        num_processes = self.devices * self.num_nodes
         require(
-            self.batch_size % ranks == 0,
-            f"`trainer.batch_size` must be a multiple of the number of processes, got {self.batch_size} for {ranks}.",
+            self.batch_size % num_processes == 0,
+            "`trainer.batch_size` must be a multiple of the number of processes, got "
+            f"{self.batch_size} for {num_processes}.",
         )
 
 
@@ -214,9 +217,9 @@ class EvaluationConfig:
     """Evaluation during training, on fixed prompts."""
 
     every: int | None = 500
-    """Steps between evaluations; left out (None): none during training."""
+    """Steps between evaluations; None means no evaluation during training."""
     num_prompts: int = 2048
-    """Prompts in each evaluation set (pretrain and true)."""
+    """Prompts in each evaluation set (`pretrain` and `true`)."""
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
@@ -227,14 +230,14 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStoppingConfig:
-    """Stop when a metric has stopped falling."""
+    """Early stopping of training once a metric stops falling."""
 
     monitor: str = "eval/pretrain/loss"
-    """The metric that must fall; an `eval/...` column of `metrics.csv`."""
+    """Metric that must fall, an `eval/...` column of `metrics.csv`."""
     patience: int | None = None
-    """Evaluations (not steps) without improvement before stopping; None never stops."""
+    """Evaluations (not steps) without improvement before training stops; None means never."""
     min_delta: float = 0.0
-    """The least fall that counts as improvement."""
+    """Smallest decrease that counts as improvement."""
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
@@ -246,21 +249,21 @@ class EarlyStoppingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointsConfig:
-    """Which steps are saved for analysis: the union of three grids, always with step 0 and the last."""
+    """Steps whose checkpoints are saved: step 0, the last step and three grids."""
 
     every: int | None = None
-    """Save every so many steps."""
+    """Distance of a grid of equally spaced steps. By default there is no such grid."""
     num_log: int = 20
     """Points of a log-spaced grid from 1 to `max_steps` (fewer after rounding)."""
     num_linear: int = 10
     """Points of a linear grid from 0 to `max_steps`."""
     moments: bool = False
-    """Also save Adam's two moments at these steps, in `checkpoints/moments/`; takes three times the space."""
+    """Whether to save Adam's two moments at these steps too, in `checkpoints/moments/`; triples the space needed."""
     resume_seconds: float = 20.0
-    """Seconds between saves of `last.ckpt`, the file that an interrupted run resumes from."""
+    """Seconds between saves of `last.ckpt`, the file from which an interrupted run resumes."""
     store: str | None = None
-    """A second store that a copy of the run goes to, a folder or a URL such as s3://bucket/prefix; left out:
-    s3://$AWS_BUCKET_NAME if that is set, else none."""
+    """Second store for a copy of the run, a folder or a URL such as s3://bucket/prefix. By default s3://$AWS_BUCKET_NAME if
+    that is set, else none."""
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
@@ -276,40 +279,40 @@ class CheckpointsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """How `icl llc` estimates local learning coefficients; nothing of it changes what is trained."""
+    """Estimation of local learning coefficients by `icl llc`; it has no effect on training."""
 
     lr: float = 2e-5
     """Step size epsilon of SGLD."""
     nbeta: float | None = 1000.0
-    """Effective inverse temperature n beta, the factor of the loss; None means n / ln n of `num_samples`."""
+    """Effective inverse temperature n beta, the factor of the loss; None means n / ln n with n = `num_samples`."""
     localization: float = 1000.0
-    """Pull gamma back to the checkpoint."""
+    """Strength gamma of the pull back to the checkpoint."""
     num_samples: int = 2**20
-    """The sample size n: how many prompts the `fixed` set has, and what n / ln n is taken of."""
+    """Sample size n: the number of prompts in the `fixed` set, and the n of n / ln n."""
     batch_size: int = 256
     """Prompts in each chain's minibatch."""
     num_chains: int = 4
-    """Independent chains at each checkpoint."""
+    """Independent chains for each checkpoint."""
     num_draws: int = 100
-    """Draws of each chain that the averages are over."""
+    """Draws of each chain, over which averages are taken."""
     num_burnin_steps: int = 150
-    """Moves of each chain before its first draw; they are in no average."""
+    """Moves of each chain before its first draw. They are in no average."""
     seed: int = 0
-    """Of the chains' noise and minibatches."""
+    """Seed for the chains' noise and minibatches."""
     kernel: Kernel = "sgld"
-    """`sgld`, or SGLD preconditioned by RMSprop (`rmsprop`)."""
+    """Markov kernel: `sgld`, or SGLD preconditioned by RMSprop (`rmsprop`)."""
     thinning: int = 1
     """Moves from one draw to the next."""
     num_init_batches: int = 256
-    """Minibatches that the checkpoint's own loss L(w0) is the mean of."""
+    """Minibatches over which the checkpoint's own loss L(w0) is averaged."""
     minibatches: Minibatches = "fixed"
-    """Minibatches from one set of `num_samples` prompts (`fixed`), or of new prompts every time (`fresh`)."""
+    """Minibatches of one set of `num_samples` prompts (`fixed`), or of new prompts every time (`fresh`)."""
     loss: SampledLoss = "mse"
-    """Squared error per target over all positions, or over the first K', K' uniform on 1..K (`subsequence`)."""
+    """Squared error per target over all positions (`mse`), or over the first K', with K' uniform on 1..K (`subsequence`)."""
     steps: str = "all"
-    """Which saved steps: `all`, `last`, a list such as 1,2,3, or a range 0:1000:100 (with its end)."""
+    """Saved steps to estimate at: `all`, `last`, a list such as 1,2,3, or a range 0:1000:100, which includes its end."""
     memory: float | None = None
-    """GiB that the chains running at once may need; left out, 2, or on CUDA half of what is free."""
+    """GiB of memory for the chains that run at the same time. By default 2, or on CUDA half of the free memory."""
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
@@ -317,7 +320,7 @@ class SamplerConfig:
         require_steps(self.steps)
         require_number("sampler.lr", self.lr, "positive")
         if self.nbeta is not None:
-            repair = "; write none for n / ln n with n = `sampler.num_samples`"
+            repair = ". Write none for n / ln n with n = `sampler.num_samples`"
             require_number("sampler.nbeta", self.nbeta, "positive", repair=repair)
         require_number("sampler.localization", self.localization, "zero or positive")
         if self.memory is not None:
@@ -325,7 +328,6 @@ class SamplerConfig:
         minima = {"num_samples": 2, "batch_size": 1, "num_chains": 1, "num_draws": 2, "num_burnin_steps": 0}
         for name, minimum in {**minima, "seed": 0, "thinning": 1, "num_init_batches": 1}.items():
             require_count(f"sampler.{name}", getattr(self, name), minimum)
-        require(self.seed < 2**63, f"`sampler.seed` must be below 2^63, got {self.seed}.")
         require(
             self.minibatches == "fresh" or self.num_samples % self.batch_size == 0,
             f"`sampler.num_samples` must be a multiple of `sampler.batch_size` for `fixed` minibatches, got "
@@ -333,41 +335,39 @@ class SamplerConfig:
         )
         require(
             self.kernel == "sgld" or self.num_burnin_steps > 0,
-            "The kernel `rmsprop` adapts during burn-in only; set `sampler.num_burnin_steps` above 0.",
+            "The kernel `rmsprop` adapts only during burn-in. Set `sampler.num_burnin_steps` above 0.",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeedsConfig:
-    """One seed for each source of chance; changing one leaves the others' draws as they were."""
+    """Seeds, one for each source of randomness. Changing one leaves the draws of the others as they are."""
 
     model: int = 0
-    """Initial weights."""
+    """Seed for the initial weights."""
     tasks: int = 0
-    """The endless task sequence whose first M make the pool."""
+    """Seed for the sequence of tasks, whose first M are the pool."""
     data: int = 0
-    """Training inputs and the choice of each prompt's task."""
+    """Seed for the training inputs and the choice of each prompt's task."""
     noise: int = 0
-    """Label noise of the training prompts."""
+    """Seed for the noise in the targets of training prompts."""
     evaluation: int = 0
-    """Every evaluation set."""
+    """Seed for all evaluation sets."""
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            require_count(f"seeds.{field.name}", value, 0)
-            require(value < 2**63, f"`seeds.{field.name}` must be below 2^63, got {value}.")
+            require_count(f"seeds.{field.name}", getattr(self, field.name), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PopulationConfig:
-    """Several runs trained in one process as stacked parameters: the product of the lists that are given."""
+    """Several runs trained in one process as stacked parameters, one for each combination of the lists."""
 
     seeds: tuple[int, ...] | None = None
-    """One member for each: `seeds.model`, `seeds.data` and `seeds.noise` of it; tasks and evaluation stay shared."""
+    """Seeds, such as 0,1,2. Each sets `seeds.model`, `seeds.data` and `seeds.noise` of a member; other seeds are shared."""
     num_tasks: tuple[int | float, ...] | None = None
-    """One member for each task diversity M, such as 1,8,64,inf."""
+    """Task diversities M, such as 1,8,64,inf."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "num_tasks"):
@@ -378,7 +378,7 @@ class PopulationConfig:
             require(is_list and len(values) > 0, f"`population.{name}` must be a list such as 0,1,2, got {values!r}.")
             parse = parse_num_tasks if name == "num_tasks" else plain_number
             parsed = tuple(parse(value) for value in values)
-            require(len(set(parsed)) == len(parsed), f"`population.{name}` names a member twice: {values!r}.")
+            require(len(set(parsed)) == len(parsed), f"`population.{name}` has a value twice: {values!r}.")
             object.__setattr__(self, name, parsed)
         for seed in self.seeds or ():
             require_count("population.seeds", seed, 0)
@@ -389,12 +389,12 @@ class PopulationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All settings of a run, or of several (`population`). The defaults are the preset `quickstart`."""
+    """All settings of a run, or of several runs (`population`). The defaults are the preset `quickstart`."""
 
     preset: str = "quickstart"
-    """The named settings that this configuration started from; see `icl.presets`."""
+    """Name of the preset that this configuration started from; see `icl.presets`."""
     run_name: str | None = None
-    """Folder of the run below $LOCAL_ROOT; left out: the preset and the settings that differ from it."""
+    """Folder of the run below $LOCAL_ROOT. By default its name is the preset with the settings that differ from it."""
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
@@ -415,35 +415,37 @@ class RunConfig:
         num_saved = grid.num_log + grid.num_linear + (self.trainer.max_steps // grid.every if grid.every else 0)
         require(
             num_saved <= MAX_CHECKPOINTS,
-            f"`checkpoints.every`, `checkpoints.num_log` and `checkpoints.num_linear` ask for about {num_saved:,} checkpoints in "
-            f"{self.trainer.max_steps:,} steps; at most {MAX_CHECKPOINTS:,} can be saved.",
+            "`checkpoints.every`, `checkpoints.num_log` and `checkpoints.num_linear` ask for about "
+            f"{num_saved:,} checkpoints in {self.trainer.max_steps:,} steps. At most {MAX_CHECKPOINTS:,} can be saved.",
         )
         require(
             self.early_stopping.patience is None or self.evaluation.every is not None,
-            "`early_stopping.patience` is set but `evaluation.every` is not; early stopping needs an evaluation interval.",
+            "`early_stopping.patience` is set, but `evaluation.every` is not. Early stopping needs evaluations.",
         )
 
     def _check_schedule(self) -> None:
         steps = self.schedule_steps
         require(
             self.optim.schedule != "triangle" or self.trainer.max_steps <= steps,
-            f"`trainer.max_steps` ({self.trainer.max_steps}) goes past `optim.schedule_steps` ({steps}), where the rate is zero.",
+            f"`trainer.max_steps` ({self.trainer.max_steps}) must not exceed `optim.schedule_steps` ({steps}), because the "
+            "learning rate is zero after it.",
         )
         warmup = self.optim.warmup_steps
         require(
             self.optim.schedule != "triangle" or warmup is None or warmup < steps,
-            f"`optim.warmup_steps` ({warmup}) must be below the schedule's {steps} steps; lower it or raise `optim.schedule_steps`.",
+            f"`optim.warmup_steps` ({warmup}) must be below the schedule's {steps} steps. Lower it or raise "
+            "`optim.schedule_steps`.",
         )
 
     @property
     def schedule_steps(self) -> int:
-        """Length of the learning rate's curve in steps."""
+        """Length of the learning rate's schedule in steps."""
         return self.optim.schedule_steps or self.trainer.max_steps
 
     def members(self) -> list["RunConfig"]:
-        """The runs of the population, each exactly as it would be configured alone; a plain run is its own only member.
+        """Return the configurations of the population's runs, each as it would be for that run alone.
 
-        A given `run_name` becomes the folder of theirs.
+        A run without a population is its own only member. If the population has a `run_name`, its runs lie in that folder.
         """
         if not self.population:
             return [self]
@@ -451,8 +453,8 @@ class RunConfig:
         return [self._member(seed, num_tasks) for num_tasks in diversities for seed in seeds]
 
     def _member(self, seed: int | None, num_tasks: int | float | None) -> "RunConfig":
-        own = {"num_tasks": num_tasks, "seed": seed}
-        name = ",".join(f"{key}={value}" for key, value in own.items() if value is not None)
+        settings = {"num_tasks": num_tasks, "seed": seed}
+        name = ",".join(f"{key}={value}" for key, value in settings.items() if value is not None)
         return dataclasses.replace(
             self,
             run_name=None if self.run_name is None else f"{self.run_name}/{name}",
@@ -462,21 +464,20 @@ class RunConfig:
         )
 
     def shared_settings(self) -> dict[str, Any]:
-        """By dotted key, what runs must have in common to be trained as one population."""
-        flat = flatten(self.to_dict())
+        """Return the settings, by dotted key, that runs must share to be trained as one population."""
         return {
             key: value
-            for key, value in flat.items()
+            for key, value in flatten(self.to_dict()).items()
             if key not in MEMBER_SETTINGS and key.partition(".")[0] not in MEMBER_SETTINGS
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The tree as nested dicts of plain values; infinity is written `inf`."""
+        """Return the tree as nested dicts of plain values. Infinity becomes the text `inf`."""
         return _plain(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "RunConfig":
-        """The config that `to_dict` wrote.
+        """Return the configuration of a tree that `to_dict` made.
 
         Raises:
             ConfigError: If a key is unknown or a value cannot be used.
@@ -511,7 +512,7 @@ def _with_usable_steps(sampler: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Only what YAML and JSON have words for."""
+    """Convert to values that YAML and JSON can hold."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, tuple):
@@ -520,12 +521,12 @@ def _plain(value: Any) -> Any:
 
 
 def is_free_on_resume(key: str) -> bool:
-    """Whether a dotted key, or its section, is of `FREE_ON_RESUME`."""
+    """Return whether a dotted key, or its section, is in `FREE_ON_RESUME`."""
     return key in FREE_ON_RESUME or key.partition(".")[0] in FREE_ON_RESUME
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
-    """A nested dict as dotted keys: `{"task": {"num_tasks": 1}}` becomes `{"task.num_tasks": 1}`."""
+    """Flatten a nested dict to dotted keys: `{"task": {"num_tasks": 1}}` becomes `{"task.num_tasks": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):

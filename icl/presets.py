@@ -1,14 +1,19 @@
-"""The papers' settings by name: `preset("L2H4")` is a complete `RunConfig`.
+"""Settings of the papers by name: `preset("L2H4")` returns a complete `RunConfig`.
 
-Every preset names its source. Where a paper leaves a setting open, the choice is ours and the comment says so.
-Parameter counts are exact and under test: `L2H4` 51,717, `raventos-base` 1,591,808, `raventos-small` 202,752,
-`carroll` 2,654,217, `icr` 4,761,097.
+Every preset names its source. Where a paper leaves a setting open, the choice is ours, and a comment says so. Tests check
+the exact numbers of parameters: `L2H4` 51,717, `raventos-base` 1,591,808, `raventos-small` 202,752, `carroll` 2,654,217,
+`icr` 4,761,097.
 
-A preset's `sampler` is meant to be trusted, which the published one is not (`icl.sampling.settings.PUBLISHED`). Three
-scales set it. The width of a flat direction, 1 / sqrt(localization), is small against the root mean square weight, so that
-chains stay in the basin. `nbeta` is as large as `localization` (a direction counts if its curvature is above one), so that
-the sampled loss rises by little. `lr` keeps lr x nbeta x (largest curvature) at 1 to 3 of the 4 that are stable. Only the
-quickstart's was measured; for another model or task `icl llc RUN --calibrate` finds the settings, and the verdicts tell.
+The `sampler` of a preset is our choice, because estimates with the published one cannot be trusted
+(`icl.sampling.settings.PUBLISHED`). Three rules determine it:
+
+- The width of a flat direction, 1 / sqrt(localization), is small compared with the root mean square weight. So chains stay
+  in the basin.
+- `nbeta` equals `localization`, so a direction counts if its curvature is above one. So the sampled loss rises only a little.
+- lr x nbeta x (largest curvature) is between 1 and 3; the chains are unstable above 4.
+
+We measured this for the quickstart only. For another model or task, `icl llc RUN --calibrate` finds settings, and the
+verdicts say whether they work.
 """
 
 import dataclasses
@@ -33,16 +38,16 @@ from icl.config import (
 from icl.validation import ConfigError
 
 MEMBER_SEEDS = ("seeds.model", "seeds.data", "seeds.noise")
-"""What a seed of a population sets."""
+"""Settings that a seed of a population sets."""
 MAX_SLUG = 120
-"""Longest run name that is made from settings; a longer one ends in a hash instead."""
+"""Longest run name that is made from settings. The end of a longer one is replaced by a hash."""
 
-# The quickstart's sampler (the defaults of `SamplerConfig`): the largest curvature is 140 at step 832 and 85 at the end, the
-# weights about 0.2. At the last checkpoint, nbeta = localization = 300 escapes and lr = 1e-4 heats the chains.
+# The quickstart's sampler is the default `SamplerConfig`. The largest curvature is 140 at step 832 and 85 at the end, and
+# weights are about 0.2. At the last checkpoint, chains escape with nbeta = localization = 300, and lr = 1e-4 is too large.
 
-# Hoogland et al. 2024 (arXiv 2402.02364), linear-regression transformer; hyperparameters from the authors' sweep file
-# L2H4Minf.yaml (January 2024) and their config.py: K = 8, Adam, batch 256, 500,000 steps, a triangle to 3e-3.
-# 100 log-spaced and 100 linear checkpoints. The published models add each residual twice: `model.double_residual`.
+# Hoogland et al. (2024), arXiv 2402.02364, linear-regression transformer. Hyperparameters are from the authors' sweep file
+# L2H4Minf.yaml (January 2024) and their config.py: K = 8, Adam, batch 256, 500,000 steps, a triangle to 3e-3, and 100
+# log-spaced and 100 linear checkpoints. The published models add each residual twice: see `model.double_residual`.
 L2H4 = RunConfig(
     preset="L2H4",
     task=TaskConfig(num_tasks=math.inf, task_size=4, max_examples=8, noise_variance=0.125),
@@ -51,21 +56,21 @@ L2H4 = RunConfig(
     trainer=TrainerConfig(max_steps=500_000, batch_size=256),
     evaluation=EvaluationConfig(every=1000, num_prompts=1024),
     checkpoints=CheckpointsConfig(num_log=100, num_linear=100),
-    # The released Hessians' largest eigenvalue is up to 660 (step 9,000) and 24 to 140 later, the weights 0.11 at first. The
-    # published nbeta = 67 and localization = 6.7 leave the basin at every step up to 46,000.
+    # The largest eigenvalue of the released Hessians is up to 660 (step 9,000), and 24 to 140 later. Initial weights are about
+    # 0.11. With the published nbeta = 67 and localization = 6.7, chains leave the basin at every step up to 46,000.
     sampler=SamplerConfig(
         lr=3e-6, nbeta=1000.0, localization=1000.0, batch_size=1024, num_chains=8, num_draws=1000, num_burnin_steps=1000
     ),
 )
 
-# Weights of 0.02 to 0.05 (GPT-2's initialisation, or wide layers) want a narrower basin than the small models.
+# Weights of 0.02 to 0.05 (GPT-2's initialisation, or wide layers) need a stronger localization than the small models.
 _WIDE = SamplerConfig(
     lr=1e-6, nbeta=1e4, localization=1e4, batch_size=1024, num_chains=4, num_draws=500, num_burnin_steps=500
 )
 
-# Raventos et al. 2023 (arXiv 2306.15063), section 2 and the authors' configs/example.py: GPT-2 blocks, D = 8, K = 16,
-# sigma^2 = 0.25, triangle to 1e-3 (their example's rate; the paper swept it), batch 256, 500,000 steps, evaluation
-# every 1,000. The paper's M runs from 2 to 2^20 and infinity; 2^20 here.
+# Raventos et al. (2023), arXiv 2306.15063, section 2 and the authors' configs/example.py: GPT-2 blocks, D = 8, K = 16,
+# sigma^2 = 0.25, a triangle to 1e-3 (the rate of their example; the paper swept it), batch 256, 500,000 steps, evaluation
+# every 1,000 steps. The paper has M from 2 to 2^20 and infinity. Here M is 2^20.
 _GPT2 = ModelConfig(
     num_layers=8,
     num_heads=2,
@@ -93,8 +98,8 @@ RAVENTOS_SMALL = dataclasses.replace(
     model=dataclasses.replace(_GPT2, num_layers=4, embed_size=64, mlp_size=256),
 )
 
-# Carroll et al. 2025 (arXiv 2501.17745), sections 3.1 and 4.1: D = 8, K = 16, sigma^2 = 0.125, 2 layers, 2.65M
-# parameters, 150,000 steps, 2,203 checkpoints. Heads, rate, schedule and batch are not in the main text: ours.
+# Carroll et al. (2025), arXiv 2501.17745, sections 3.1 and 4.1: D = 8, K = 16, sigma^2 = 0.125, 2 layers, 2.65M
+# parameters, 150,000 steps, 2,203 checkpoints. The main text does not give heads, rate, schedule and batch size; they are ours.
 CARROLL = RunConfig(
     preset="carroll",
     task=TaskConfig(num_tasks=64, task_size=8, max_examples=16, noise_variance=0.125),
@@ -106,9 +111,9 @@ CARROLL = RunConfig(
     sampler=_WIDE,
 )
 
-# The documented defaults of the older `ICRegConfig` code base: D = 8, K = 16, sigma^2 = 0.125, 3 pre-norm layers of width
-# 512 with biases and GELU, M = 64, a constant 1e-3 with the gradient clipped at 1, 150,000 steps of 2,048 prompts. (Later
-# versions of that code used 8 layers and sigma^2 = 0.25.)
+# The documented defaults of the older code base with `ICRegConfig`: D = 8, K = 16, sigma^2 = 0.125, 3 pre-norm layers of
+# width 512 with biases and GELU, M = 64, a constant rate of 1e-3 with the gradient clipped at 1, 150,000 steps of 2,048
+# prompts. (Later versions of that code had 8 layers and sigma^2 = 0.25.)
 ICR = RunConfig(
     preset="icr",
     task=TaskConfig(num_tasks=64, task_size=8, max_examples=16, noise_variance=0.125),
@@ -135,10 +140,10 @@ PRESETS: dict[str, RunConfig] = {
 
 
 def preset(name: str) -> RunConfig:
-    """The named settings.
+    """Return the settings of this name.
 
     Raises:
-        ConfigError: If there is no such preset; the message names the nearest and lists all.
+        ConfigError: If there is no such preset. The message names the nearest one and lists all.
 
     Example:
         >>> preset("L2H4").task.max_examples
@@ -153,7 +158,7 @@ def preset(name: str) -> RunConfig:
 
 
 def run_name(config: RunConfig) -> str:
-    """The run's own name, or else a readable slug: the preset and every setting that differs from it.
+    """Return the name that the run was given, or else the preset's with every setting that differs from it.
 
     Example:
         >>> run_name(RunConfig(task=TaskConfig(num_tasks=8)))
@@ -167,18 +172,15 @@ def run_name(config: RunConfig) -> str:
         if not key.startswith("population.") and not is_free_on_resume(key)
     }
     base = flatten(preset(config.preset).to_dict())
-    words = [config.preset]
-    for key, value in settings.items():
-        if value != base[key]:
-            words.append(f"{_short(key, settings)}={value}")
-    return _slug(words)
+    differences = [f"{_short(key, settings)}={value}" for key, value in settings.items() if value != base[key]]
+    return _slug([config.preset, *differences])
 
 
 def varying_names(configs: Sequence[RunConfig]) -> list[str]:
-    """Return a name for each of several runs that says what differs among them, and nothing that they share.
+    """Return a name for each of several runs, made of the settings that differ among them.
 
-    A seed that sets model, data and noise alike, as `population.seeds` does, is called `seed`, and the number of tasks `M`.
-    The names are empty if nothing differs, and equal for runs with equal settings.
+    A seed that sets model, data and noise alike, as `population.seeds` does, is called `seed`; the number of tasks is `M`.
+    Names are empty if nothing differs. Runs with equal settings have equal names.
 
     Example:
         >>> varying_names([RunConfig(task=TaskConfig(num_tasks=8)), RunConfig(task=TaskConfig(num_tasks=64))])
@@ -187,31 +189,29 @@ def varying_names(configs: Sequence[RunConfig]) -> list[str]:
     trees = [flatten(config.to_dict()) for config in configs]
     keys = [key for key in trees[0] if key != "run_name" and not is_free_on_resume(key)]
     varying = [key for key in keys if len({str(tree[key]) for tree in trees}) > 1]
+    names = {key: _short(key, keys) for key in varying} | {"task.num_tasks": "M"}
     if all(len({tree[key] for key in MEMBER_SEEDS}) == 1 for tree in trees):
         varying = [key for key in varying if key not in MEMBER_SEEDS[1:]]
-        words = {MEMBER_SEEDS[0]: "seed"}
-    else:
-        words = {}
-    words["task.num_tasks"] = "M"
-    return [", ".join(f"{words.get(key) or _short(key, keys)}={tree[key]}" for key in varying) for tree in trees]
+        names[MEMBER_SEEDS[0]] = "seed"
+    return [", ".join(f"{names[key]}={tree[key]}" for key in varying) for tree in trees]
 
 
 def sampler_name(config: RunConfig) -> str:
-    """A readable slug of the sampler's settings: those that differ from the preset's, or `preset`.
+    """Return a name made of the sampler's settings that differ from the preset's, or `preset` if none differs.
 
     Example:
         >>> sampler_name(RunConfig(sampler=SamplerConfig(lr=1e-5)))
         'lr=1e-05'
     """
-    own, base = (dataclasses.asdict(one.sampler) for one in (config, preset(config.preset)))
-    return _slug([f"{key}={value}" for key, value in own.items() if value != base[key]] or ["preset"])
+    settings, base = dataclasses.asdict(config.sampler), dataclasses.asdict(preset(config.preset).sampler)
+    return _slug([f"{key}={value}" for key, value in settings.items() if value != base[key]] or ["preset"])
 
 
 def _short(key: str, keys: Iterable[str]) -> str:
-    """The last word of a dotted key, where no other of the keys ends in it; seeds keep theirs whole."""
+    """Return the last word of a dotted key if only one of the keys ends in it, else the whole key. Seeds stay whole."""
     section, _, leaf = key.rpartition(".")
-    is_alone = sum(other.rpartition(".")[2] == leaf for other in keys) == 1
-    return leaf if is_alone and section != "seeds" else key
+    is_unique = sum(other.rpartition(".")[2] == leaf for other in keys) == 1
+    return leaf if is_unique and section != "seeds" else key
 
 
 def _slug(words: Sequence[str]) -> str:

@@ -119,12 +119,12 @@ CONTRADICTIONS = {
     ),
     "warmup of a constant rate": (
         lambda: OptimConfig(schedule="constant", warmup_steps=10),
-        "`optim.warmup_steps` has no meaning for a constant rate",
+        "`optim.warmup_steps` has no effect on a constant rate",
     ),
     "warmup without its length": (lambda: OptimConfig(schedule="warmup"), "`optim.warmup_steps` is not set"),
     "heads that do not divide the width": (
         lambda: ModelConfig(num_heads=3, embed_size=64),
-        "`model.num_heads` must divide `model.embed_size`, got 3 heads for a width of 64",
+        "`model.num_heads` must divide `model.embed_size`, got 3 heads and width 64",
     ),
     "batch that ranks cannot share": (
         lambda: TrainerConfig(batch_size=100, devices=4, num_nodes=2),

@@ -271,7 +271,7 @@ def test_steps_are_text_a_number_or_a_list_of_numbers(written, steps):
 
 def test_contradiction_between_sources_is_refused():
     message = refusal(resolve, {"early_stopping.patience": 3}, {"evaluation.every": None})
-    assert "early stopping needs an evaluation interval" in message
+    assert "Early stopping needs evaluations" in message
 
 
 @given(
