@@ -80,7 +80,7 @@ def test_a_config_file_is_below_the_command_line(tmp_path, capsys):
         (["train", "--optim.learning_rate", "1"], "optim"),
         (["train", "--optim.lr", "fast"], "must be a number"),
         (["train", "--model.num_heads", "5"], "must divide"),
-        (["train", "--early_stopping.patience", "2", "--evaluation.every", "None"], "evaluation interval"),
+        (["train", "--early_stopping.patience", "2", "--evaluation.every", "None"], "needs evaluations"),
         (["train", "--preset", "L2H5"], "L2H4"),
         (["train", "--config", "nowhere.yaml"], r"nowhere.yaml"),
         (["train", "task.num_tasks=3"], "Expected `--section.key VALUE`"),
