@@ -36,7 +36,7 @@ hypothesis.settings.load_profile("icl")
 def pytest_configure() -> None:
     import icl.config
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     # The config tree refuses wrong values itself, in sentences that are under test; jaxtyping's hook would speak first.
     for section in vars(icl.config).values():
         if isinstance(section, type) and dataclasses.is_dataclass(section):
