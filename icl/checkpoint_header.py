@@ -34,7 +34,7 @@ class CutShortError(ContentError):
 
 
 class TensorEntry(NamedTuple):
-    """What the header says of one tensor."""
+    """The header's entry for one tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class TensorEntry(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What the header says."""
+    """The content of a header."""
 
     tensors: dict[str, TensorEntry]
     metadata: dict[str, Any]

@@ -179,7 +179,7 @@ def checkpoint_files(path: str | Path) -> list[Path]:
 
 
 class _About(NamedTuple):
-    """What a file says of itself, checked."""
+    """The metadata of a checkpoint file, checked."""
 
     step: int
     config: RunConfig

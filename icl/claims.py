@@ -1,4 +1,4 @@
-"""Whose a run's place in a store is.
+"""Ownership of a run's place in a store.
 
 `run-id` is drawn once, in the folder that the run began in. A copy belongs to the folder with the same id; any other run of
 that name is refused, whatever its settings. A folder without a run that asks for the same settings takes the copy over, id
@@ -51,7 +51,7 @@ def _new_id(config: RunConfig) -> bytes:
 
 
 def _is_of(there: Store, owner: bytes, config: RunConfig) -> bool:
-    """Whether the run whose id is in a store has these settings; 0.1.0 wrote none into it, but into every checkpoint."""
+    """Return whether the run whose id is in a store has these settings. 0.1.0 wrote settings into checkpoints only."""
     settings = owner.partition(b"\n")[2]
     checkpoints = open_store(f"{there}/checkpoints")
     try:

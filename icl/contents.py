@@ -1,4 +1,4 @@
-"""Which checkpoints a run's folder must hold, by the run's settings and how far it has come."""
+"""The checkpoints that a run's folder must hold, given the run's settings and its latest step."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What a run has in its store: a note of what arrived, and the way there for what is made after training.
+"""Delivery of a run's files to its store: a note of what arrived, and uploads of what is made after training.
 
 `.delivered` in the run's folder says where the copy is and holds the digests of what is known to be there. So a run that
 has ended and is whole in its store needs it no more, and results and figures are sent once.
@@ -30,7 +30,7 @@ class UploadError(StorageError):
 
 
 def is_delivered(run: RunFolder, config: RunConfig) -> bool:
-    """Whether a run has ended and all of it was seen to arrive: its status, which is sent last, is the one that did."""
+    """Return whether a run has ended and all of it has arrived. Its status is sent last, so it is the one that is compared."""
     status = run.read_status()
     arrived = _read_note(run, config)
     is_done = status is not None and status.state in DONE

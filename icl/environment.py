@@ -1,4 +1,4 @@
-"""What a run is trained with: versions, machine and command, one line of `run.log` for every start.
+"""The environment of a training: versions, machine and command, one line of `run.log` for every start.
 
 A folder that is read years later, or by somebody else, so says what made it; `icl report` reads the lines back.
 """
@@ -18,7 +18,7 @@ PACKAGES = ("icl", "torch", "lightning", "numpy")
 OWN_PROGRAM = (sys.executable, str(Path(__file__).with_name("__main__.py")))
 """Words that start this same `icl` in another process, which imports nothing from the working folder, as `-m icl` would."""
 COMMANDS = ("train", "sweep", "diversity", "evaluate", "llc", "analyse", "report", "predict", "runs", "checkpoints")
-"""Of `icl`, in the order in which its overview lists them."""
+"""Variables of `icl`, in the order in which its overview lists them."""
 _MARK = " environment "
 
 
@@ -34,12 +34,12 @@ def describe_environment() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide what a training computes."""
+    """Return the versions of Python and of the packages that decide what a training computes."""
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def environment_line(more: dict[str, str] | None = None) -> str:
-    """This process's environment, and `more` of that kind, as `environments_of` reads it from a log."""
+    """Return this process's environment, and `more` of that kind, as `environments_of` reads it from a log."""
     return f"{_MARK.strip()} {json.dumps(describe_environment() | (more or {}))}"
 
 

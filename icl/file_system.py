@@ -1,4 +1,4 @@
-"""What a file system may refuse: locks of files, hard links, and flushing a folder to disk.
+"""Operations that a file system may refuse: file locks, hard links, and flushing a folder to disk.
 
 Lustre may be mounted without locks, FAT and many network file systems know no hard links, and some cannot flush a folder.
 `icl` runs on such a file system, and says once what is not protected there. The first refusal tries all three, so that one
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-"""What `flock` answers if another process holds the lock; the last where the lock goes over a network."""
+"""Errors of `flock` if another process holds the lock; the last one where the lock goes over a network."""
 _CANNOT_SYNC = (
     errno.EINVAL,
     errno.EBADF,
@@ -28,7 +28,7 @@ _CANNOT_SYNC = (
     errno.ENOTTY,
     errno.EROFS,
 )
-"""What is answered where flushing is not possible; anything else, such as EIO or ENOSPC, is a failure of the disk."""
+"""Errors where flushing is not possible. Any other error, such as EIO or ENOSPC, is a failure of the disk."""
 _WARNED: set[int] = set()
 """Devices that the warning was given for."""
 
@@ -135,7 +135,7 @@ def _create(path: Path, data: bytes) -> None:
 
 
 def _missing(folder: Path) -> dict[str, str]:
-    """What cannot be done in a folder, each with what is not protected without it."""
+    """Return the operations that a folder does not support, each with what is not protected without it."""
     first, second = (folder / f".tmp-{secrets.token_hex(4)}-probe" for _ in range(2))
     found = {}
     try:

@@ -123,7 +123,7 @@ class MetricsFile:
         return {"size": len(data), "sha256": sha256(data)}
 
     def _is_whole(self) -> bool:
-        """Whether the file is as long as it was left."""
+        """Return whether the file is as long as this process left it."""
         try:
             return self.path.stat().st_size == self._num_bytes
         except OSError:

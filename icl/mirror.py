@@ -38,14 +38,14 @@ from icl.validation import ConfigError
 
 FILES = ("run-id", "wandb-id", "metrics.csv", "run.log", "report.html", "last.ckpt", "status.json", "config.yaml")
 FOLDERS = ("checkpoints", "results", "figures")
-"""With `FILES`, what of a run's folder is copied."""
+"""Folders of a run that are copied, beside `FILES`."""
 CHECKPOINT_FOLDERS = ("checkpoints", "checkpoints/moments")
-"""Of the weights, and of Adam's moments where they are saved."""
+"""Folders of the weights, and of Adam's moments where they are saved."""
 VOUCHERS = ("last.ckpt", "status.json")
-"""These say what else there is: copied after it, the status last."""
+"""Files that describe the others. They are copied after those, the status last."""
 _LAST = (*VOUCHERS, "config.yaml")
 _NEEDED = ("run-id", "metrics.csv", *_LAST)
-"""Without these a run cannot be resumed."""
+"""Files without which a run cannot be resumed."""
 _NUM_WORKERS = 8
 
 Item = TypeVar("Item")
@@ -229,7 +229,7 @@ def saved_step(store: Store) -> int:
 
 
 def same_file(source: Store, target: Store, name: str) -> bool:
-    """Whether two stores have the same bytes under a name."""
+    """Return whether two stores have the same bytes under a name."""
     try:
         return source.digest(name) == target.digest(name)
     except MissingKeyError:
@@ -237,7 +237,7 @@ def same_file(source: Store, target: Store, name: str) -> bool:
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether a name in a run's folder is that of a checkpoint, of weights or of moments."""
+    """Return whether a name in a run's folder is that of a checkpoint, of weights or of moments."""
     folder, _, file = name.rpartition("/")
     return folder in CHECKPOINT_FOLDERS and file.startswith("step-")
 

@@ -38,7 +38,7 @@ _TYPES: dict[type, str] = {
     set: "YAML's type `!!set`",
     tuple: "YAML's type `!!omap` or `!!pairs`",
 }
-"""What YAML has beyond JSON; our files never hold it."""
+"""Types that YAML has beyond JSON. Our files never hold them."""
 
 
 class ContentError(UserError, ValueError):

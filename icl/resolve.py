@@ -1,4 +1,4 @@
-"""From sources to one `RunConfig`: defaults < preset < file < outer (a sweep) < command line, in one strict parse.
+"""One `RunConfig` from several sources: defaults < preset < file < sweep < command line, in one strict parse.
 
 An unknown key is an error that names the nearest one; a value of the wrong type is one sentence. `jsonargparse` checks
 the types and prints the help; what people write (`inf`, `None`, `1e-5`, `10_000`) is read here before it sees it.
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     import jsonargparse
 
 OPTIONS = {"train": ("config",), "llc": ("config", "out", "steps", "rescale")}
-"""What the commands that take a run's settings take beside them: options with a value."""
+"""Options with a value that a command takes beside the settings of a run."""
 FLAGS = {"train": (), "llc": ("published", "calibrate", "self-test")}
-"""And without one."""
+"""Options without a value."""
 POINT_VARIABLE = "ICL_SWEEP_POINT"
 """The environment variable by which `icl sweep` hands a point to the program that it starts."""
 _REPEATED = ("config",)
@@ -422,7 +422,7 @@ def _refuse_unknown(settings: Iterable[Any], keys: Mapping[str, Any]) -> None:
 
 
 def _suggestion(key: str, keys: Mapping[str, Any]) -> str:
-    """What to write in place of an unknown key: an older name's, else the nearest, else where to look."""
+    """Return what to write in place of an unknown key: its modern name, else the nearest key, else where to look."""
     section, _, leaf = key.rpartition(".")
     leaves = {known.rpartition(".")[2]: known for known in reversed(list(keys))}  # the first section of a name counts
     older = modern_setting(leaf)

@@ -27,12 +27,12 @@ class ResumeFileError(RunError):
 
 
 class Resume(NamedTuple):
-    """What a whole resume file holds."""
+    """The content of a whole resume file."""
 
     step: int
     config: RunConfig
     member: dict[str, Any]
-    """How the run stood, as `Member.state_dict` gave it."""
+    """The standing of the run, as `Member.state_dict` gave it."""
     data: bytes
     """The whole file."""
 

@@ -27,11 +27,11 @@ from icl.validation import ConfigError, UserError, has_type, is_count, user_path
 State = Literal["waiting", "running", "finished", "stopped_early", "preempted", "failed"]
 DONE: tuple[State, ...] = ("finished", "stopped_early")
 RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "RANK")
-"""Of Lightning and of torchrun: which of a run's processes this is."""
+"""Environment variables by which Lightning and torchrun number the processes of a run."""
 _LAST_TIME = 253_402_300_799
 """The end of the year 9999, after which Python has no dates."""
 FAILS_AGAIN = "the same settings would fail again"
-"""What the reason of a failure says if it depends on the settings alone."""
+"""Words in the reason of a failure that depends on the settings alone."""
 
 
 class RunError(UserError, RuntimeError):
@@ -40,7 +40,7 @@ class RunError(UserError, RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """What `status.json` says of a run."""
+    """The content of `status.json`."""
 
     state: State
     step: int = 0
@@ -51,7 +51,7 @@ class Status:
     best_step: int | None = None
     """The evaluated step that early stopping counts as the best; its checkpoint is kept if patience is set."""
     reason: str | None = None
-    """Why it stopped, failed or was pre-empted."""
+    """The reason why the run stopped, failed or was pre-empted."""
     steps_per_second: float | None = None
     updated: float = 0.0
     """Unix time of this status."""
@@ -78,7 +78,7 @@ def local_root() -> Path:
 
 
 def place_of(word: str | Path) -> Path:
-    """What a word of the command line names: the path that it is, or else the run of that name below `local_root()`."""
+    """Return the path that a word of the command line names: an existing path, or else the run of that name below `local_root()`."""
     path, named = Path(word), local_root() / name_of(word)
     return named if named.exists() and not path.exists() else path
 
@@ -248,7 +248,7 @@ def parse_status(data: bytes) -> Status | None:
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """What two configurations compute differently, a phrase for each setting; names and machines do not count."""
+    """Return the settings that make two configurations compute differently, a phrase for each; names and machines do not count."""
     before, after = (flatten(config.to_dict()) for config in (old, new))
     return [
         f"`{key}` was {before[key]!r} and is now {after[key]!r}"
@@ -320,7 +320,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def is_child_rank() -> bool:
-    """Whether this is not rank 0, which holds the lock and writes the files."""
+    """Return whether this process is not rank 0. Rank 0 holds the lock and writes the files."""
     return any(os.environ.get(name, "0") != "0" for name in RANK_VARIABLES)
 
 

@@ -19,7 +19,7 @@ from icl.storage import DamagedError, MissingKeyError, StorageError, require_key
 PART_SIZE = 16 * 2**20
 """Bytes: what is larger goes up in parts of this size."""
 CHECK_SECONDS = 20.0
-"""Without an answer after which `check` gives up."""
+"""Seconds without an answer after which `check` gives up."""
 SETTLE_SECONDS = 2.0
 """Waited before a key counts as ours where a server knows no conditions, so that others who try at once are seen."""
 _NUM_READS = 3
@@ -177,14 +177,14 @@ class S3Store:
         return True
 
     def _ask(self, key: str, act: Callable[[], Result], *, seconds: float | None = None) -> Result:
-        """What the server answers, waited for as long as something moves."""
+        """Return the server's answer; wait as long as something moves."""
         with self._errors(key):
             return waiting.await_result(act, seconds=seconds, awaited=f"an answer from {server_name()}")
         raise AssertionError
 
     @contextlib.contextmanager
     def _errors(self, key: str = "") -> Iterator[None]:
-        """What boto3 raises, said in one sentence."""
+        """Translate boto3's errors into one sentence."""
         from botocore.exceptions import BotoCoreError, ClientError
         from botocore.parsers import ResponseParserError
 
@@ -203,6 +203,6 @@ class S3Store:
 
 
 def _is_error_page(data: bytes) -> bool:
-    """Whether the bytes of an object without a digest are an error of the server's, which came with the status of success."""
+    """Return whether the bytes of an object without a digest are an error message that came with the status of success."""
     start = data[:200].lstrip()
     return start.startswith((b"<?xml", b"<Error")) and b"<Error>" in start

@@ -1,4 +1,4 @@
-"""What went wrong between us and an S3 server, in one sentence that says what to do.
+"""Errors of S3 servers in one sentence that says what to do.
 
 No sentence holds anything that the server or boto3 said beyond an error's code: it could be secret. A code that is not in the
 table is judged by its HTTP status.
@@ -121,13 +121,13 @@ def error_status(error: Any) -> int:
 
 
 def is_absent(error: Any) -> bool:
-    """Whether a server's error means that there is no such object; servers have several codes for it."""
+    """Return whether a server's error means that there is no such object; servers have several codes for it."""
     code = error_code(error)
     return code in ("404", "NoSuchKey", "NotFound") or (error_status(error) == 404 and code not in _BY_CODE)
 
 
 def is_taken(error: Any) -> bool:
-    """Whether a server's error means that the object, which should be new, is there or is just being written."""
+    """Return whether a server's error means that the object, which should be new, is there or is just being written."""
     return error_status(error) in (409, 412) or error_code(error) in (
         "PreconditionFailed",
         "ConditionalRequestConflict",
@@ -135,13 +135,13 @@ def is_taken(error: Any) -> bool:
 
 
 def is_refused_feature(error: Any) -> bool:
-    """Whether a server's error may mean that it does not know a part of the request, which can then be left out."""
+    """Return whether a server's error may mean that it does not know a part of the request, which can then be left out."""
     is_explained = error_code(error) in _BY_CODE and error_code(error) not in ("400", "405", "501")
     return error_status(error) in (400, 405, 411, 415, 417, 422, 501) and not is_explained
 
 
 def describe_refusal(error: Any) -> str:
-    """What a server's error means and what to do."""
+    """Return what a server's error means and what to do."""
     code, status = error_code(error), error_status(error)
     advice = _BY_CODE.get(code) or _BY_STATUS.get(status)
     if advice is None:
@@ -150,7 +150,7 @@ def describe_refusal(error: Any) -> str:
 
 
 def describe_failure(error: Exception) -> str:
-    """What a failure of boto3 itself means and what to do, without its words."""
+    """Return what a failure of boto3 itself means and what to do."""
     names = [kind.__name__ for kind in type(error).__mro__]
     if type(error).__name__ == "ParamValidationError" and "bucket" not in str(error).lower():
         return _LONG

@@ -22,7 +22,7 @@ from icl.storage import sha256
 NUM_ATTEMPTS = 8
 """Tries of one request; `AWS_MAX_ATTEMPTS` overrides it."""
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 25.0
-"""Without an answer after which one try is given up."""
+"""Seconds without an answer after which one try is given up."""
 _DIGEST = "icl-sha256"
 _CHUNK = 2**16
 _LACKS = {
@@ -34,11 +34,11 @@ _LACKS = {
     "MD5 tags": "",
 }
 _lacking: dict[str, set[str]] = {}
-"""What each server was seen to lack, in this process."""
+"""The features that each server lacks, as seen by this process."""
 
 
 class About(NamedTuple):
-    """What a server says of an object."""
+    """A server's description of an object."""
 
     length: int
     digest: str | None
@@ -73,7 +73,7 @@ class Requests:
         return b"".join(chunks), _digest_in(answer)
 
     def about(self, key: str) -> About:
-        """What the server says of an object.
+        """Return the server's description of an object.
 
         Raises:
             ClientError, BotoCoreError: If there is none, or the server cannot be asked.
@@ -119,7 +119,7 @@ class Requests:
         return True
 
     def knows_conditions(self, key: str, data: bytes) -> bool:
-        """Whether the server refuses to write an object that is there, if asked to: some take no notice of the condition."""
+        """Return whether the server refuses, if asked to, to write an object that exists. Some servers ignore the condition."""
         if not self.lacks("conditions") and self.put_new(key, data):
             self.note_lack("conditions")
         return not self.lacks("conditions")
@@ -167,7 +167,7 @@ class Requests:
             self.note_lack("ListObjectsV2")
 
     def lacks(self, feature: str) -> bool:
-        """Whether the server was seen to lack something."""
+        """Return whether the server lacks a feature."""
         return feature in _lacking.get(self._place(), ())
 
     def note_lack(self, feature: str) -> None:
@@ -273,7 +273,7 @@ class Requests:
 
 @cache
 def _loader() -> Any:
-    """What reads botocore's description of S3, which takes a third of a second the first time."""
+    """Return the loader of botocore's description of S3. It takes a third of a second the first time."""
     import botocore.loaders
 
     return botocore.loaders.create_loader()

@@ -45,7 +45,7 @@ class MissingKeyError(StorageError):
 
 @runtime_checkable
 class Store(Protocol):
-    """Where keyed bytes live; as text, its place."""
+    """A place for keyed bytes. Its text is its address."""
 
     def read(self, key: str) -> bytes:
         """The value of a key, checked as far as the store can; MissingKeyError if there is none."""
@@ -337,7 +337,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a file is a write that has not finished, or never did."""
+    """Return whether a file is the temporary file of an unfinished write."""
     return path.name.startswith(_TEMPORARY)
 
 

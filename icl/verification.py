@@ -1,4 +1,4 @@
-"""Whether a run's files, here and in its store, are whole: what `icl checkpoints RUN verify` looks at.
+"""Verification of a run's files, here and in its store: the checks of `icl checkpoints RUN verify`.
 
 - Checkpoints and Adam's moments: each against its own digest; and that every step of the schedule is there.
 - `last.ckpt` and `previous.ckpt`: against their digests.
@@ -81,7 +81,7 @@ def _read_copy(store: Store, others: Sequence[str] = ()) -> _Copy:
 
 
 def _what_is_missing(copy: _Copy) -> Iterator[str]:
-    """What should be in a copy and is not."""
+    """Yield a sentence for everything that is missing from a copy."""
     end = copy.status if copy.status is not None and copy.status.state in DONE else None
     step = end.step if end is not None else copy.resume.step if copy.resume is not None else 0
     for name in ("config.yaml", "status.json", *(["metrics.csv"] if step > 0 else [])):
@@ -100,7 +100,7 @@ def _what_is_missing(copy: _Copy) -> Iterator[str]:
 
 
 def _problem(job: tuple[_Copy, str]) -> str | None:
-    """What is wrong with a file, in a sentence."""
+    """Return a sentence that says what is wrong with a file, or None."""
     copy, name = job
     where = f"{copy.store}/{name}"
     try:
@@ -117,7 +117,7 @@ def _problem(job: tuple[_Copy, str]) -> str | None:
 
 
 def _check(copy: _Copy, name: str, data: bytes, where: str) -> str | None:
-    """Why a file's bytes are not what they should be; readers' own errors say it too."""
+    """Return why a file's bytes are not what they should be, or None. Readers raise errors of their own."""
     if is_checkpoint(name):
         step = parse_checkpoint(data, where).step
         return None if name.rpartition("/")[2] == checkpoint_name(step) else f"it holds step {step:,}"
@@ -209,7 +209,7 @@ def _check_picture(data: bytes) -> str | None:
 
 
 def _check_table(data: bytes, numbers: Sequence[str] = _NUMBERS) -> str | None:
-    """Whether a table is one, and its columns of numbers hold nothing else."""
+    """Return what is wrong with a table: its form, or text in a column of numbers."""
     text = data.decode("utf-8")
     if any(not character.isprintable() and character not in "\r\n\t" for character in text):
         return "it holds characters that no table has"

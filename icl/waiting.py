@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 SECONDS = 60.0
-"""Without progress after which a call is given up."""
+"""Seconds without progress after which a call is given up."""
 NOTICE_SECONDS = 2.0
-"""Without progress after which a person is told what is waited for."""
+"""Seconds without progress after which a person is told what is waited for."""
 _ENOUGH_BYTES = 2**16
 """Bytes that count as progress: about a kilobyte a second."""
 _POLL_SECONDS = 0.05
@@ -27,7 +27,7 @@ class StalledError(Exception):
 
 
 class _Progress:
-    """When something moved last."""
+    """Time of the last progress."""
 
     def __init__(self) -> None:
         self.at = time.monotonic()

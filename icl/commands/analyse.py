@@ -127,7 +127,7 @@ def _analyse_all(names: list[str], path: Path, options: argparse.Namespace) -> i
 
 
 def _refusal(name: str, path: Path, options: argparse.Namespace) -> str:
-    """Why the analysis cannot be done; empty when it is."""
+    """The reason why the analysis cannot be done; empty if it can."""
     try:
         _analyse(name, path, options, None)
     except UserError as error:

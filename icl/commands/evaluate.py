@@ -89,7 +89,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 
 def _subjects(paths: Sequence[Path]) -> dict[str, Path]:
-    """What to evaluate, by name: the runs that paths name, then all else, such as a checkpoint file."""
+    """Return what to evaluate, by name: the runs that paths name, then all else, such as a checkpoint file."""
     from icl.runs import named_runs, place_of, run_folders
 
     paths = [place_of(path) for path in paths]

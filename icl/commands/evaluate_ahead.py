@@ -1,4 +1,4 @@
-"""What `icl evaluate` of several runs says before it begins: how much there is to do, and about how long it takes."""
+"""The announcement of `icl evaluate` for several runs: how much there is to do, and about how long it takes."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ class _Group(NamedTuple):
     file: Path
     """A checkpoint of them."""
     num_checkpoints: list[int]
-    """Of each run."""
+    """Number of checkpoints of each run."""
 
 
 def work_ahead(checkpoints: Iterable[Sequence[Path]], *, num_prompts: int | None, num_ood_prompts: int | None) -> str:

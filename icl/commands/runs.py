@@ -32,7 +32,7 @@ def run(words: list[str]) -> int:
 
 
 def _experiment_lines(folder: Path) -> list[str]:
-    """How far an experiment is as a whole; nothing for a folder that is none."""
+    """Return lines on the progress of an experiment; none for a folder that is no experiment."""
     from icl.diversity.metadata import is_alive, read_metadata
 
     metadata = read_metadata(folder)
