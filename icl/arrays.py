@@ -1,7 +1,7 @@
-"""Numbers that a person brings become tensors here: tensors, NumPy arrays, pandas tables, nested lists.
+"""Conversion of a user's numbers (tensors, NumPy arrays, pandas tables, nested lists) to tensors.
 
-Every public function that takes numbers converts and checks them here, so all of them accept and refuse the same things. What
-would change a number silently is refused: complex numbers, text, truth values, masked or missing entries.
+All public functions that take numbers convert them here, so all accept and refuse the same input. We refuse everything
+that a conversion would silently change: complex numbers, text, truth values, and masked or missing entries.
 """
 
 from typing import Any
@@ -21,29 +21,29 @@ def real_tensor(
     device: torch.device | str | None = None,
     error: type[UserError] = ConfigError,
 ) -> Tensor:
-    """Return finite real numbers as a tensor of floats; a tensor that already fits is returned as it is.
+    """Convert finite real numbers to a tensor of floats. A tensor that needs no conversion is returned as it is.
 
     Args:
         value: A tensor, an array of any byte order or strides, a pandas object, or nested lists of numbers.
-        name: What the sentence of a refusal calls it.
-        dtype: The dtype to convert to; left out, floats keep theirs. Python's numbers and NumPy's whole numbers become
-            float64, and whole numbers of a tensor torch's default.
-        device: The device to move to; left out, a tensor stays where it is.
-        error: The kind of exception.
+        name: Name of the value in error messages.
+        dtype: The dtype to convert to. By default floats keep their dtype, whole numbers of a tensor get torch's default,
+            and Python's numbers and NumPy's whole numbers become float64.
+        device: The device to move to. By default a tensor stays on its device.
+        error: Class of the exception.
 
     Raises:
-        UserError: Of kind `error`, if the numbers are not real, not finite, or too large for the dtype.
+        UserError: Of class `error`, if the numbers are not real, not finite, or too large for the dtype.
     """
     try:
         tensor = value if isinstance(value, Tensor) else _from_array(_as_array(value))
         if tensor.is_complex():
             raise error(
-                f"`{name}` must be real numbers, got complex ones ({tensor.dtype}); pass `.real` if that is meant."
+                f"`{name}` must be real numbers, got complex ones ({tensor.dtype}). Pass `.real` to drop the imaginary part."
             )
         if tensor.dtype == torch.bool:
             raise TypeError("truth values")
         if tensor.layout != torch.strided or tensor.is_quantized:
-            raise error(f"`{name}` must be a plain tensor, got one that is sparse or quantised; pass `.to_dense()`.")
+            raise error(f"`{name}` must be a dense tensor, got a sparse or quantised one. Pass `.to_dense()`.")
         wanted = dtype or (tensor.dtype if tensor.is_floating_point() else torch.get_default_dtype())
         converted = tensor.to(device=tensor.device if device is None else device, dtype=wanted)
         is_finite = bool(tensor.isfinite().all())
@@ -51,22 +51,22 @@ def real_tensor(
     except UserError:
         raise
     except _Masked:
-        raise error(f"`{name}` has masked entries; fill or drop them first.") from None
+        raise error(f"`{name}` has masked entries. Fill or drop them first.") from None
     except (TypeError, ValueError, RuntimeError, OverflowError, NotImplementedError, ArithmeticError):
         raise error(f"`{name}` must be numbers in rows of equal length, got {_described(value)}.") from None
     if not is_finite:
-        raise error(f"`{name}` holds NaN or infinity; every number must be finite.")
+        raise error(f"`{name}` must be finite, but it has NaN or infinity.")
     if not fits:
-        raise error(f"`{name}` holds a number that is too large for {str(wanted).removeprefix('torch.')}.")
+        raise error(f"`{name}` has a number that is too large for {str(wanted).removeprefix('torch.')}.")
     return converted
 
 
 class _Masked(Exception):
-    """An array with masked entries."""
+    """Raised for an array with masked entries."""
 
 
 def _as_array(value: Any) -> np.ndarray:
-    """Return a NumPy array of numbers; nested lists may hold tensors."""
+    """Convert a value other than a tensor to a NumPy array of numbers. Nested lists may contain tensors."""
     if isinstance(value, (str, bytes, dict, set)) or value is None:
         raise TypeError("not numbers")
     if isinstance(value, (list, tuple)):
@@ -86,7 +86,7 @@ def _as_array(value: Any) -> np.ndarray:
 
 
 def _as_list(part: Any) -> Any:
-    """Return what nested lists hold, with tensors as arrays; np.asarray takes a list of tensors apart number by number."""
+    """Replace the tensors in nested lists by arrays, because np.asarray is slow for lists of tensors."""
     if isinstance(part, Tensor):
         return part.detach().cpu().resolve_conj().resolve_neg().numpy()
     if np.ma.isMaskedArray(part) and np.ma.getmaskarray(part).any():
@@ -95,21 +95,21 @@ def _as_list(part: Any) -> Any:
 
 
 def _is_real(number: Any) -> bool:
-    """Whether an entry of an array of objects is a real number; missing ones (None, pandas.NA) are not."""
+    """Return whether an entry of an array of objects is a real number; missing ones (None, pandas.NA) are not."""
     return isinstance(number, (int, float, np.integer, np.floating)) and not isinstance(number, bool)
 
 
 def _from_array(array: np.ndarray) -> Tensor:
-    """Return a copy as a tensor: torch knows no foreign byte order, negative strides, read-only memory or long doubles."""
+    """Copy an array to a tensor. Torch takes no foreign byte order, negative strides, read-only memory or long doubles."""
     if array.dtype.kind == "c":
-        return torch.zeros((), dtype=torch.complex128)  # refused by its dtype
-    is_known = array.dtype.kind == "f" and array.dtype.itemsize <= 8
-    kind = array.dtype.newbyteorder("=") if is_known else np.dtype(np.float64)
-    return torch.from_numpy(np.array(array, dtype=kind, order="C"))
+        return torch.zeros((), dtype=torch.complex128)  # `real_tensor` refuses it for its dtype
+    has_torch_dtype = array.dtype.kind == "f" and array.dtype.itemsize <= 8
+    dtype = array.dtype.newbyteorder("=") if has_torch_dtype else np.dtype(np.float64)
+    return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
 
 
 def _described(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    kind = getattr(value, "dtype", None)
-    about = f" of shape {tuple(shape)}" if shape is not None else ""
-    return type(value).__name__ + about + (f" and dtype {kind}" if kind is not None else "")
+    """Describe a value by its type, and its shape and dtype if it has them."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    of_shape = f" of shape {tuple(shape)}" if shape is not None else ""
+    return type(value).__name__ + of_shape + (f" and dtype {dtype}" if dtype is not None else "")

@@ -1,10 +1,12 @@
-"""The folder that `torch.compile` keeps its results in: the user's own, with a digest of every file, or a temporary one.
+"""Private cache of `torch.compile`: a folder that only the user can write to, with a digest of every file.
 
-By default torch keeps libraries, and pickles, in a folder of a predictable name below the system's temporary folder, and runs what
-it finds there, whoever put it there. Ours is `icl/torch-<version>` in the user's cache ($XDG_CACHE_HOME, `~/.cache`), or in a
-$TORCHINDUCTOR_CACHE_DIR that the user has set. Only the user may write in it. `digests.json` holds the SHA-256 of every file. The
-first process that uses the folder removes what is damaged, or was never noted because its writer died, so it is compiled again.
-Where there can be no such folder, a temporary one serves this process alone.
+By default torch caches libraries and pickles in a folder of predictable name below the system's temporary folder. It executes
+what it finds there, whoever wrote it. Our folder is `icl/torch-<version>` in the user's cache ($XDG_CACHE_HOME or `~/.cache`),
+or in $TORCHINDUCTOR_CACHE_DIR if the user has set that. Only the user may write to it.
+
+`digests.json` holds the SHA-256 of every file. The first process that uses the folder removes files that are damaged, or that
+have no digest because the process that wrote them died. They are compiled again. If no such folder can be made, this process
+uses a temporary one.
 """
 
 import atexit
@@ -31,17 +33,17 @@ _IN_USE = threading.RLock()
 _CHUNK = 2**20
 
 _folder: Path | None = None
-"""The folder that this process uses."""
+"""Folder that this process uses."""
 _held: Any = None
-"""The open file by whose shared lock other processes see that the folder is in use."""
+"""Open lock file. Its shared lock tells other processes that the folder is in use."""
 
 
 class UnusableError(Exception):
-    """A folder that cannot serve as the cache; the message says why."""
+    """A folder that cannot be used as the cache. The message says why."""
 
 
 def use_private_cache() -> Path:
-    """Lead torch's compiler to a folder that nobody else can write in, once per process; returns the folder."""
+    """Make torch's compiler use a folder that nobody else can write to, and return the folder. Later calls change nothing."""
     global _folder, _held
     with _IN_USE:
         if _folder is None:
@@ -51,15 +53,18 @@ def use_private_cache() -> Path:
                 _folder = wanted
             except (UnusableError, OSError) as error:
                 reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-                _say(f"what torch.compile makes is not kept for the next start: {wanted}: {reason}.")
+                print(
+                    f"icl: results of torch.compile are not kept for the next start: {wanted}: {reason}.",
+                    file=sys.stderr,
+                )
                 _folder = _temporary_folder()
-            _lead_torch_to(_folder)
+            _make_torch_use(_folder)
             atexit.register(note_compiled)
         return _folder
 
 
 def start_afresh() -> bool:
-    """Go on in an empty temporary folder; False, and nothing happens, if this process has one already."""
+    """Switch to an empty temporary folder. Return False, and change nothing, if this process already uses one."""
     global _folder, _held
     from torch._inductor.utils import clear_caches
 
@@ -68,28 +73,28 @@ def start_afresh() -> bool:
             return False
         _held.close()
         _held, _folder = None, _temporary_folder()
-        _lead_torch_to(_folder)
-        clear_caches()  # of this process, which name files of the folder before
+        _make_torch_use(_folder)
+        clear_caches()  # caches in memory, which refer to files of the previous folder
         return True
 
 
 def note_compiled() -> None:
-    """Write down the digests of the files that are new, so that the next start takes them for whole."""
+    """Add the digests of new files to `digests.json`, so that the next process trusts them."""
     with _IN_USE, contextlib.suppress(OSError):
         if _folder is None or _held is None:
             return
         with (_folder / ".noting").open("a") as file:
             lock_file(file.fileno(), _folder, wait=True)
             noted = _read_digests(_folder)
-            found = _files(_folder)
-            added = {name: _digest(_folder / name) for name in found if name not in noted}
-            kept = {name: digest for name, digest in noted.items() if name in found}
+            names = _files(_folder)
+            added = {name: _digest(_folder / name) for name in names if name not in noted}
+            kept = {name: digest for name, digest in noted.items() if name in names}
             if added or len(kept) < len(noted):
                 _write_digests(_folder, kept | added)
 
 
 def cache_folder() -> Path:
-    """Path of the folder of this version of torch, in the cache that the environment names, or else in the user's."""
+    """Return the folder for this version of torch, in the cache named by the environment, or else in the user's cache."""
     name = f"torch-{torch.__version__}-python-{platform.python_version()}"
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if given and Path(given).absolute() != _torch_default():
@@ -102,18 +107,20 @@ def cache_folder() -> Path:
 
 
 def take(folder: Path) -> Any:
-    """Make the folder if need be, see that it is the user's own and undamaged, and say that it is in use.
+    """Make the folder if it does not exist, validate it, and mark it as in use by a lock.
 
     Returns:
         An open file, which holds a shared lock until it is closed.
 
     Raises:
-        UnusableError: If it is not the user's own, cannot be locked, or is damaged while another process uses it.
-        OSError: If it cannot be made or read.
+        UnusableError: If others can write to the folder, it cannot be locked, or it is damaged while another process uses it.
+        OSError: If the folder cannot be made or read.
     """
     if not folder.is_absolute():
         raise UnusableError("there is no home folder, and XDG_CACHE_HOME is not set")
-    _make(folder)
+    # One by one, because `parents=True` would ignore the mode for all but the last.
+    for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+        path.mkdir(mode=0o700, exist_ok=True)
     require_private(folder)
     file = (folder / _LOCK).open("a")
     try:
@@ -133,36 +140,35 @@ def take(folder: Path) -> Any:
 
 
 def require_private(folder: Path) -> None:
-    """Refuse a folder that somebody else owns, may write in, or could replace.
+    """Refuse a folder that another user owns, may write to, or could replace.
 
     Raises:
-        UnusableError: Naming the folder and what is wrong with it.
+        UnusableError: If the folder is not private. The message names the folder and the reason.
     """
-    own = os.getuid()
-    place = folder.resolve()
-    for path in (place, *place.parents):
-        about = path.stat()
-        mode = about.st_mode
-        if about.st_uid != own and (path == place or about.st_uid != 0):
+    user, resolved = os.getuid(), folder.resolve()
+    for path in (resolved, *resolved.parents):
+        status = path.stat()
+        mode = status.st_mode
+        if status.st_uid != user and (path == resolved or status.st_uid != 0):
             raise UnusableError(
                 f"{path} belongs to another user; remove it, or set XDG_CACHE_HOME to a folder of your own"
             )
-        is_sticky = bool(mode & stat.S_ISVTX) and path != place  # others cannot replace what is in it
-        is_group_open = bool(mode & stat.S_IWGRP) and (path == place or about.st_gid not in (0, os.getgid()))
+        is_sticky = bool(mode & stat.S_ISVTX) and path != resolved  # others may write to it, but not replace our folder
+        is_group_open = bool(mode & stat.S_IWGRP) and (path == resolved or status.st_gid not in (0, os.getgid()))
         if not is_sticky and (mode & stat.S_IWOTH or is_group_open):
             raise UnusableError(
-                f"other users may write in {path}; remove it, or take that right from them and empty it"
+                f"other users may write in {path}; remove it, or empty it and remove their permission to write"
             )
 
 
 def damaged(folder: Path) -> list[str]:
-    """List the files that are not as they were noted; what is not noted yet may still be in the making."""
+    """List the files that differ from their digests. A file without a digest may still be in the making."""
     noted = _read_digests(folder)
     return [name for name in _files(folder) if name in noted and _digest(folder / name) != noted[name]]
 
 
 def _remove_damaged(folder: Path) -> None:
-    """Remove every file that is not as it was noted, or was not noted: nobody is making one now."""
+    """Remove every file that has no digest or differs from it. Call it only while no other process uses the folder."""
     noted = _read_digests(folder)
     for name in _files(folder):
         if noted.get(name) != _digest(folder / name):
@@ -170,7 +176,7 @@ def _remove_damaged(folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    """List what torch has put into the folder, but for its locks."""
+    """List the files that torch has written to the folder, without its locks."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return [name for name in names if not (name.startswith(".") or name == _DIGESTS or name.endswith(".lock"))]
 
@@ -187,7 +193,7 @@ def _digest(path: Path) -> str:
 
 
 def _read_digests(folder: Path) -> dict[str, str]:
-    """Read the digests; none if they are damaged themselves, so that everything is compiled again."""
+    """Read the digests. If their file is damaged there are none, and everything is compiled again."""
     try:
         noted = json.loads((folder / _DIGESTS).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -201,27 +207,20 @@ def _write_digests(folder: Path, digests: dict[str, str]) -> None:
     temporary.replace(folder / _DIGESTS)
 
 
-def _make(folder: Path) -> None:
-    """Make a folder, and those above it, for the user alone."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    for path in reversed(missing):
-        path.mkdir(mode=0o700, exist_ok=True)
-
-
 def _temporary_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="icl-torch-"))  # for the user alone
+    folder = Path(tempfile.mkdtemp(prefix="icl-torch-"))  # with mode 0700
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
-def _lead_torch_to(folder: Path) -> None:
-    """Let torch and Triton use the folder for everything, whether they have been imported already or not."""
+def _make_torch_use(folder: Path) -> None:
+    """Make torch and Triton use the folder for everything, even if they have been imported before."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     from torch._inductor import codecache
     from torch._inductor.runtime import runtime_utils
 
-    # Some paths are fixed when torch is imported, or are not asked of the environment: those of precompiled headers.
+    # Some paths are fixed when torch is imported, or do not depend on the environment, such as those of precompiled headers.
     headers = folder / "precompiled_headers"
     vars(codecache).update(_HEADER_DIR=str(headers), _HEADER_LOCK_DIR=str(headers / "locks"))
     for module in (codecache, runtime_utils, sys.modules.get("torch._inductor.runtime.cache_dir_utils")):
@@ -230,11 +229,7 @@ def _lead_torch_to(folder: Path) -> None:
 
 
 def _torch_default() -> Path:
-    """Path of the folder that torch would choose; it sets its variable to it when it is imported."""
+    """Return the folder that torch would choose. When torch is imported, it sets its environment variable to it."""
     from torch._inductor.runtime.runtime_utils import default_cache_dir
 
     return Path(default_cache_dir()).absolute()
-
-
-def _say(sentence: str) -> None:
-    print(f"icl: {sentence}", file=sys.stderr)

@@ -314,9 +314,9 @@ def test_one_task_is_known_for_certain():
 
 @pytest.mark.parametrize("model", [None, "model.ckpt", torch.nn.Linear(2, 1)], ids=["None", "text", "another module"])
 def test_what_is_no_model_is_refused(model):
-    with pytest.raises(ConfigError, match="`model` must be a model"):
+    with pytest.raises(ConfigError, match="`model` must come from"):
         evaluate_ood_score(model, CFG)
-    with pytest.raises(ConfigError, match="`model` must be a model"):
+    with pytest.raises(ConfigError, match="`model` must come from"):
         predict_from_prompt(model, [], [], [[0.0, 0.0]])
 
 

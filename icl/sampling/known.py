@@ -1,9 +1,11 @@
-"""Learning coefficients that are known: the answers that estimates are held to.
+"""Known learning coefficients, to test estimates against.
 
-Asymptotic ones (nbeta to infinity) as formulas, with the multiplicity m where it matters: the free energy of n samples is
-n L0 + lambda log n - (m - 1) log log n + O(1) (Watanabe 2009). At finite nbeta and under localisation the estimator's
-target is another number, nbeta E[L - L0] under exp(-nbeta L - localization/2 |w|^2): in closed form for quadratics,
-discrete steps included, and by quadrature in up to three dimensions.
+Asymptotic coefficients lambda (nbeta to infinity) are formulas, some with their multiplicity m: the free energy of n samples
+is n L0 + lambda log n - (m - 1) log log n + O(1) (Watanabe 2009).
+
+At finite nbeta and with localization, the estimator's target is another number: nbeta E[L - L0] under the density
+exp(-nbeta L - localization/2 |w|^2). We have it in closed form for quadratic losses, discrete steps included, and by
+quadrature in up to three dimensions.
 """
 
 import math
@@ -15,20 +17,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 _POINTS = {1: 4001, 2: 801, 3: 161}
-"""Quadrature nodes on each axis."""
-_REACH = 8.0  # prior deviations on each side
-_STRETCH = 7.0  # nodes are sinh-spaced, this many e-folds denser at 0 than at the ends
+"""Number of quadrature nodes on each axis, by the number of dimensions."""
+_REACH = 8.0  # nodes extend to this many standard deviations of the prior on each side
+_STRETCH = 7.0  # nodes are sinh-spaced: e^7 times denser at 0 than at the ends
 
 
 class LearningCoefficient(NamedTuple):
-    """An asymptotic answer."""
+    """Asymptotic learning coefficient lambda and its multiplicity m."""
 
     value: float
     multiplicity: int
 
 
 def regular(rank: int) -> float:
-    """Of a loss quadratic in `rank` directions and exactly flat in all others, a regression with `rank` parameters say."""
+    """Return lambda of a loss that is quadratic in `rank` directions and exactly flat in all others."""
     return rank / 2
 
 
@@ -40,24 +42,25 @@ def quadratic_llc(
     lr: float = 0.0,
     gradient_variance: float | Float[Tensor, " d"] = 0.0,
 ) -> float:
-    """The estimator's exact target for L = sum_i h_i w_i^2 / 2, of SGLD chains with step `lr` (0: of the density itself).
+    """Return the estimator's exact target for L = sum_i h_i w_i^2 / 2 and SGLD chains with step size `lr`.
 
-    With a_i = nbeta h_i + localization, w_i has the stationary variance
-    (1 + lr nbeta^2 v_i / 4) / (a_i (1 - lr a_i / 4)), v_i the variance of the minibatch gradient; infinite at lr a_i >= 4.
+    Let a_i = nbeta h_i + localization, and v_i the variance of the minibatch gradient. Then w_i has the stationary variance
+    (1 + lr nbeta^2 v_i / 4) / (a_i (1 - lr a_i / 4)), which is infinite if lr a_i >= 4. With `lr` = 0 it is that of the
+    target density itself.
     """
     a = nbeta * eigenvalues + localization
     if bool((lr * a >= 4).any()):
         return math.inf
-    heating = 1 + lr * nbeta**2 * torch.as_tensor(gradient_variance) / 4
-    return float((nbeta * eigenvalues / 2 * heating / (a * (1 - lr * a / 4))).sum())
+    noise_factor = 1 + lr * nbeta**2 * torch.as_tensor(gradient_variance) / 4
+    return float((nbeta * eigenvalues / 2 * noise_factor / (a * (1 - lr * a / 4))).sum())
 
 
 def normal_crossing(powers: Sequence[int], prior_powers: Sequence[int] | None = None) -> LearningCoefficient:
-    """Of L = prod_i w_i^(2 k_i) under a prior that goes as prod_i |w_i|^(h_i) (Watanabe 2009, section 6.1).
+    """Return lambda and m of L = prod_i w_i^(2 k_i), under a prior like prod_i |w_i|^(h_i) at 0 (Watanabe 2009, section 6.1).
 
     Args:
-        powers: k_i; an axis with 0 is flat.
-        prior_powers: h_i; all zero if left out.
+        powers: The k_i. An axis with k_i = 0 is flat.
+        prior_powers: The h_i. By default all are zero.
 
     Raises:
         ValueError: If no k_i is positive.
@@ -70,19 +73,14 @@ def normal_crossing(powers: Sequence[int], prior_powers: Sequence[int] | None = 
 
 
 def separable(powers: Sequence[int]) -> float:
-    """Of L = sum_i w_i^(2 k_i): each direction adds 1/(2 k_i), a flat one (k = 0) nothing."""
+    """Return lambda of L = sum_i w_i^(2 k_i): each direction adds 1/(2 k_i), and a flat one (k_i = 0) adds nothing."""
     return sum(1 / (2 * k) for k in powers if k)
 
 
-def norm_power(num_params: int, power: int) -> float:
-    """Of L = |w|^(2 k) in d dimensions: d/(2k)."""
-    return num_params / (2 * power)
-
-
 def reduced_rank(inputs: int, hidden: int, outputs: int, rank: int) -> float:
-    """Of reduced-rank regression, outputs x hidden times hidden x inputs with a true map of `rank`.
+    """Return lambda of reduced-rank regression: (outputs x hidden) (hidden x inputs) with a true map of rank `rank`.
 
-    Aoyagi and Watanabe 2005, main theorem.
+    Source: Aoyagi and Watanabe (2005), main theorem.
 
     Raises:
         ValueError: If no such map has this rank.
@@ -101,21 +99,22 @@ def reduced_rank(inputs: int, hidden: int, outputs: int, rank: int) -> float:
 
 
 def localized_reduced_rank_llc(inputs: int, hidden: int, outputs: int, *, nbeta: float, localization: float) -> float:
-    """The estimator's target for L = |B A|^2 / 2, a true map of rank 0, in up to three hidden units, exactly.
+    """Return the estimator's target for L = |B A|^2 / 2 (a true map of rank 0) with up to three hidden units.
 
-    Given B the density is Gaussian in A, so A integrates out (ours). What is left depends on the eigenvalues x_i of B^T B
-    alone, whose density under a Gaussian prior is Wishart's (Muirhead 1982, theorem 3.2.18), and
+    Given B, the density is Gaussian in A, so we integrate A out (our derivation). What remains depends only on the
+    eigenvalues x_i of B^T B. Their density under a Gaussian prior is that of a Wishart matrix (Muirhead 1982, theorem
+    3.2.18), and
 
         nbeta E[L | x] = (inputs / 2) sum_i nbeta x_i / (nbeta x_i + localization).
 
     Raises:
-        ValueError: With more than three hidden units, more of them than outputs, or no localisation.
+        ValueError: If there are more than three hidden units, or more hidden units than outputs, or no localization.
     """
     if hidden not in _POINTS or hidden > outputs or localization <= 0:
         raise ValueError("Expected one to three hidden units, no more than outputs, and a positive localization.")
-    lowest = math.log(localization / max(nbeta, 1.0)) - 30 / (outputs - hidden + 1)  # the mass below is e^-15
+    lowest = math.log(localization / max(nbeta, 1.0)) - 30 / (outputs - hidden + 1)  # the mass below it is e^-15
     log_x = torch.linspace(lowest, math.log(80 / localization), _POINTS[hidden], dtype=torch.float64)
-    x = torch.stack(torch.meshgrid(*[log_x] * hidden, indexing="ij"), dim=-1).flatten(0, -2).exp()  # P H
+    x = _grid(log_x, hidden).exp()  # P H
     log_density = (outputs - hidden + 1) / 2 * x.log() - localization / 2 * x  # one power of x from d(log x)
     log_density = (log_density - inputs / 2 * (nbeta * x + localization).log()).sum(1)
     first, second = torch.triu_indices(hidden, hidden, 1)
@@ -126,9 +125,9 @@ def localized_reduced_rank_llc(inputs: int, hidden: int, outputs: int, *, nbeta:
 
 
 def deep_linear(widths: Sequence[int], rank: int) -> LearningCoefficient:
-    """Of a deep linear network with layer widths H_0 .. H_L whose true map has `rank` (Aoyagi 2024).
+    """Return lambda and m of a deep linear network with layer widths H_0 .. H_L and a true map of rank `rank` (Aoyagi 2024).
 
-    The excess widths that count are the smallest ones, a prefix of their sorted order.
+    Only the smallest excess widths H_i - rank enter the formula, a prefix of their sorted order.
 
     Raises:
         ValueError: If there are fewer than two layers, or no such map has this rank.
@@ -149,11 +148,11 @@ def deep_linear(widths: Sequence[int], rank: int) -> LearningCoefficient:
 
 def _counting_widths(excess: list[int]) -> list[int]:
     for num in range(2, len(excess) + 1):
-        chosen, rest = excess[:num], excess[num:]
+        chosen, others = excess[:num], excess[num:]
         total, layers = sum(chosen), num - 1
-        if total >= layers * chosen[-1] and (not rest or (chosen[-1] < rest[0] and total < layers * rest[0])):
+        if total >= layers * chosen[-1] and (not others or (chosen[-1] < others[0] and total < layers * others[0])):
             return chosen
-    raise AssertionError(f"no set of excess widths {excess} fits")  # Aoyagi proves that one does
+    raise AssertionError(f"No prefix of the excess widths {excess} fits.")  # Aoyagi proves that one always does
 
 
 def localized_llc(
@@ -163,19 +162,24 @@ def localized_llc(
     nbeta: float,
     localization: float,
 ) -> float:
-    """The estimator's target in one to three dimensions by quadrature, for a loss with its minimum, 0, at w = 0.
+    """Return the estimator's target in one to three dimensions, for a loss with its minimum L = 0 at w = 0.
 
-    The trapezoidal rule on nodes that lie densest at the axes.
+    It is computed by the trapezoidal rule on nodes that are densest at the axes.
 
     Raises:
-        ValueError: In more dimensions, or without localisation, when the density need not be normalisable.
+        ValueError: If there are more dimensions, or no localization, without which the density may not be normalisable.
     """
     if num_params not in _POINTS or localization <= 0:
         raise ValueError("Quadrature needs one to three dimensions and a positive localization.")
     u = torch.linspace(-_STRETCH, _STRETCH, _POINTS[num_params], dtype=torch.float64)
     nodes = _REACH / math.sqrt(localization) * u.sinh() / math.sinh(_STRETCH)
-    w = torch.stack(torch.meshgrid(*[nodes] * num_params, indexing="ij"), dim=-1).flatten(0, -2)  # P d
-    spacing = torch.stack(torch.meshgrid(*[u.cosh()] * num_params, indexing="ij"), dim=-1).flatten(0, -2).prod(1)  # P
+    w = _grid(nodes, num_params)  # P d
+    spacing = _grid(u.cosh(), num_params).prod(1)  # P
     values = loss(w)
     density = spacing * (-nbeta * values - localization / 2 * w.square().sum(1)).exp()
     return nbeta * float((density * values).sum() / density.sum())
+
+
+def _grid(nodes: Float[Tensor, " n"], num_dimensions: int) -> Float[Tensor, "P d"]:
+    """Return the points of a grid that has these nodes on every axis."""
+    return torch.stack(torch.meshgrid(*[nodes] * num_dimensions, indexing="ij"), dim=-1).flatten(0, -2)

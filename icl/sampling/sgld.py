@@ -1,21 +1,23 @@
-"""The Markov kernels: SGLD, tempered and localised, and its RMSprop-preconditioned form, as pure functions.
+"""Markov kernels as pure functions: localised SGLD, and SGLD preconditioned by RMSprop.
 
-The target is exp(-U) with U(w) = nbeta L(w) + localization/2 |w - w0|^2, the posterior at inverse temperature beta on n
-samples under a Gaussian prior around the checkpoint w0 (the anchor). One move is
+The target density is exp(-U) with U(w) = nbeta L(w) + localization/2 |w - w0|^2. It is the posterior at inverse temperature
+beta on n samples, under a Gaussian prior around the checkpoint w0 (the anchor). One move is
 
     w' = w - (lr/2) G grad U(w) + sqrt(lr G) N(0, I)
 
-with G = 1 for `SGLD` (Welling and Teh 2011; localised: Lau, Furman et al. 2023). For `RMSPROP`, G is diagonal,
-G = 1 / (damping + sqrt(V)), V the bias-corrected running mean of squared minibatch gradients of L at decay 0.99 (Li, Chen,
-Carlson and Carin 2016, their alpha and lambda). G is adapted during burn-in only and then frozen, so it no longer depends
-on w: their Gamma term, sum_j dG_ij/dw_j, is exactly zero, not dropped. (They, and devinterp 1.3.2, go on adapting.) A move
-uses the V of the moves before it, never its own gradient's.
+- `SGLD` has G = 1 (Welling and Teh 2011; localised by Lau, Furman et al. 2023).
+- `RMSPROP` has the diagonal matrix G = 1 / (damping + sqrt(V)), where V is the bias-corrected running mean of squared
+  minibatch gradients of L (Li, Chen, Carlson and Carin 2016). Our decay is their alpha, our damping their lambda. A move
+  uses the V of the moves before it.
 
-On U = a w^2 / 2 the chain w' = (1 - lr G a/2) w + sqrt(lr G) xi has the stationary variance 1 / (a (1 - lr G a/4)):
-that is the exact answer the tests hold both kernels to; `known.quadratic_llc` has the LLC that follows.
+We differ from Li et al. and from devinterp 1.3.2: we adapt G only during burn-in and then keep it fixed. So G does not
+depend on w, and the term Gamma_i = sum_j dG_ij/dw_j is exactly zero. They go on adapting and drop the term.
 
-The published parametrisation (gradient_scale, localization_scale, noise_scale) is nbeta = 2 gradient/noise,
-localization = 2 localization/noise, lr = noise.
+Tests use the exact answer for U = a w^2 / 2: the chain w' = (1 - lr G a/2) w + sqrt(lr G) xi has the stationary variance
+1 / (a (1 - lr G a/4)). The LLC that follows is `known.quadratic_llc`.
+
+The published parameters (gradient_scale, localization_scale, noise_scale) translate to nbeta = 2 gradient_scale /
+noise_scale, localization = 2 localization_scale / noise_scale, lr = noise_scale.
 """
 
 from collections.abc import Callable
@@ -28,25 +30,25 @@ from torch import Tensor
 DECAY = 0.99
 """Decay of the running mean of squared gradients."""
 DAMPING = 0.1
-"""Added to the root of that mean; it limits the speed-up of a flat direction to 1 / DAMPING."""
+"""Number added to the root of that mean. It limits the preconditioner of a flat direction to 1 / DAMPING."""
 
 
 class SGLDState(NamedTuple):
-    """State of N chains between moves; every row holds the P moving parameters of a chain."""
+    """State of N chains between moves. A row holds the P moving parameters of a chain."""
 
     position: Float[Tensor, "N P"]
     anchor: Float[Tensor, "N P"]
-    """The checkpoint w0 that localization pulls back to."""
+    """The checkpoint w0, to which localization pulls back."""
     preconditioner: Float[Tensor, "N P"] | None
-    """The diagonal of G; None stands for 1 (plain SGLD)."""
+    """Diagonal of G; None means 1 (plain SGLD)."""
     mean_square: Float[Tensor, "N P"] | None
-    """Running mean of squared gradients, not corrected for bias; None for plain SGLD."""
+    """Running mean of squared gradients before the bias correction; None for plain SGLD."""
     num_squares: int
     """Number of gradients in the running mean."""
 
 
 class Kernel(NamedTuple):
-    """A way to move: how its state begins, and how it adapts to a gradient during burn-in."""
+    """Markov kernel: its name, its initial state, and its adaptation to a gradient during burn-in."""
 
     name: str
     init: Callable[[Tensor], SGLDState]
@@ -54,7 +56,7 @@ class Kernel(NamedTuple):
 
 
 def init(start: Float[Tensor, "N P"]) -> SGLDState:
-    """Start plain SGLD at its anchor."""
+    """Return the state of plain SGLD chains at their anchors."""
     return SGLDState(start, start, None, None, 0)
 
 
@@ -67,15 +69,15 @@ def step(
     nbeta: float,
     localization: float,
 ) -> SGLDState:
-    """Make one move of every chain; pure, so the noise is an argument.
+    """Make one move of every chain. The function is pure, so the noise is an argument.
 
     Args:
-        state: Where the chains are.
-        grad: The gradient of L (not of nbeta L) there.
+        state: State of the chains.
+        grad: Gradient of L (not of nbeta L) at their positions.
         noise: Standard normals.
-        lr: The step size epsilon.
-        nbeta: The effective inverse temperature n beta.
-        localization: The pull gamma back to the anchor.
+        lr: Step size epsilon.
+        nbeta: Effective inverse temperature n beta.
+        localization: Strength gamma of the pull back to the anchor.
     """
     position, g = state.position, state.preconditioner
     drift = potential_gradient(position, state.anchor, grad, nbeta=nbeta, localization=localization)
@@ -99,12 +101,12 @@ def potential_gradient(
 
 
 def init_rmsprop(start: Float[Tensor, "N P"]) -> SGLDState:
-    """Start a preconditioned chain at its anchor, with G = 1 until it has seen a gradient."""
+    """Return the state of preconditioned chains at their anchors, with G = 1 until the first gradient."""
     return SGLDState(start, start, torch.ones_like(start), torch.zeros_like(start), 0)
 
 
 def adapt_rmsprop(state: SGLDState, grad: Float[Tensor, "N P"]) -> SGLDState:
-    """Renew G with one more gradient."""
+    """Update G with one more gradient."""
     assert state.mean_square is not None
     num = state.num_squares + 1
     mean_square = state.mean_square * DECAY + grad.square() * (1 - DECAY)
@@ -122,22 +124,23 @@ def log_mala_acceptance(
     nbeta: float,
     localization: float,
 ) -> Float[Tensor, " N"]:
-    """Log of the probability that MALA would accept a move (Roberts and Tweedie 1996), in float64 on the CPU.
+    """Return the log-probability that MALA would accept a move (Roberts and Tweedie 1996), in float64 on the CPU.
 
-    log alpha = U(w) - U(w') + log q(w | w') - log q(w' | w), where q is the density of the move with G held fixed. `grads` and
-    `losses` are those of L at w and at w'; the answer is exact if both are of the same minibatch.
+    It is the minimum of 0 and U(w) - U(w') + log q(w | w') - log q(w' | w), where q is the density of a move with G fixed.
+    `grads` and `losses` are those of L at w and at w'. The result is exact if both come from the same minibatch.
     """
     before, after, anchor = state.position, proposal.position, state.anchor
     g = torch.ones_like(before) if state.preconditioner is None else state.preconditioner
-    drift, back = (
+    drift, drift_back = (
         potential_gradient(w, anchor, grad, nbeta=nbeta, localization=localization)
         for w, grad in ((before, grads[0]), (after, grads[1]))
     )
+    # -log q of the move and of the move back, both times 2 lr. Their normalisation cancels, as G is the same.
     forth = (after - before + lr / 2 * g * drift).square() / g
-    reverse = (before - after + lr / 2 * g * back).square() / g
+    back = (before - after + lr / 2 * g * drift_back).square() / g
     prior = localization / 2 * ((before - anchor).square() - (after - anchor).square())
-    of_moves = (prior + (forth - reverse) / (2 * lr)).cpu().double().sum(1)
-    return (nbeta * (losses[0] - losses[1]).cpu().double() + of_moves).clamp(max=0.0)
+    prior_and_moves = (prior + (forth - back) / (2 * lr)).cpu().double().sum(1)  # N
+    return (nbeta * (losses[0] - losses[1]).cpu().double() + prior_and_moves).clamp(max=0.0)
 
 
 SGLD = Kernel("sgld", init, lambda state, _: state)

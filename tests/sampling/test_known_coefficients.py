@@ -59,7 +59,6 @@ def test_normal_crossings():
 
 def test_separable_and_radial_powers():
     assert known.separable([1, 2, 0]) == 0.75
-    assert known.norm_power(8, 2) == 2
 
 
 def test_quadratics_at_finite_nbeta():
