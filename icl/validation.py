@@ -1,4 +1,4 @@
-"""Checks of settings at the door: what cannot be used is one sentence that says what, why, and what to write instead."""
+"""Validation of settings and arguments. An error names the setting and its value, and says what to write instead."""
 
 import dataclasses
 import math
@@ -10,42 +10,44 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard, get_args, get_origin
 
 STORE_SCHEMES = ("file", "s3")
-"""What may stand before :// in the place of a store; a place without :// is a folder."""
-
+"""Accepted URL schemes for stores. A store without a scheme is a folder."""
 
 MAX_NUMBER = 1e30
-"""Largest setting: with larger ones the products of float32 numbers overflow."""
+"""Largest number in settings. With larger ones, products of float32 numbers overflow."""
 
 _MAX_NAME, _MAX_PATH = 200, 1000
-"""Bytes of a run's name; file systems take about 255 in each folder's name."""
+"""Largest number of bytes in each part of a run's name, and in all of it. File systems allow about 255 for a folder."""
 
 _STEPS = "all, last, a list such as 1,2,3, or a range such as 0:1000:100"
 
 Bound: TypeAlias = Literal["positive", "zero or positive", "a number"]
-"""Which numbers will do."""
+"""Numbers that a setting may have."""
 
 
 class UserError(Exception):
-    """Something that one sentence explains and the user can mend; the command line prints it without a traceback."""
+    """Error that the user can fix. The command line prints its message without a traceback."""
 
     exit_status = 1
-    """Of the command that ends with it."""
+    """Exit status of a command that ends with this error."""
 
 
 class ConfigError(UserError, ValueError):
-    """A setting that cannot be used; the message says which, why, and what to write instead."""
+    """Setting or argument that cannot be used. The message says which and why."""
 
     exit_status = 2
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise a `ConfigError` with this message unless the condition holds."""
+    """Raise a `ConfigError` with this message if the condition is false."""
     if not condition:
         raise ConfigError(message)
 
 
 def plain_number(value: Any) -> Any:
-    """Return the int, float, bool or text that a NumPy scalar, or an array or tensor without axes, holds; else `value` itself."""
+    """Convert a NumPy scalar, or an array or tensor without axes, to Python's int, float, bool or str.
+
+    Anything else is returned as it is.
+    """
     if type(value) in (bool, int, float, str) or hasattr(value, "mask"):  # numpy.ma.masked holds nothing
         return value
     if isinstance(value, numbers.Integral):
@@ -56,7 +58,7 @@ def plain_number(value: Any) -> Any:
 
 
 def take_plain_numbers(settings: Any) -> None:
-    """Replace the numbers of NumPy and torch in a frozen dataclass by Python's, which can be saved and compared."""
+    """Replace numbers of NumPy and torch in a frozen dataclass by Python's, which can be saved and compared."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         plain = plain_number(value)
@@ -65,10 +67,10 @@ def take_plain_numbers(settings: Any) -> None:
 
 
 def whole(name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> int:
-    """Return a whole number from `minimum` to `maximum` as an int, be it NumPy's, or in a tensor or array without axes.
+    """Convert a whole number from `minimum` to `maximum` to an int. It may be NumPy's, or a tensor or array without axes.
 
     Raises:
-        ConfigError: If it is anything else; truth values and floats such as 4.0 are no counts.
+        ConfigError: If the value is anything else. Truth values, and floats such as 4.0, are refused too.
     """
     number = plain_number(value)
     require_count(name, number, minimum)
@@ -77,10 +79,10 @@ def whole(name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> int:
 
 
 def real(name: str, value: Any, bound: Bound, *, repair: str = "") -> float:
-    """Return a finite number within its bound as a float, be it NumPy's, or in a tensor or array without axes.
+    """Convert a finite number to a float. It may be NumPy's, or a tensor or array without axes.
 
     Raises:
-        ConfigError: If it is anything else; `repair` ends the sentence.
+        ConfigError: If the value is anything else, or not within `bound`. `repair` is added to the message.
     """
     number = plain_number(value)
     require_number(name, number, bound, repair=repair)
@@ -88,26 +90,26 @@ def real(name: str, value: Any, bound: Bound, *, repair: str = "") -> float:
 
 
 def require_count(name: str, value: Any, minimum: int) -> None:
-    """Refuse what is no whole number of at least `minimum`, or too large for a 64-bit integer."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    require(whole and value >= minimum, f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
+    """Refuse a value that is not a whole number of at least `minimum`, or does not fit a 64-bit integer."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    require(is_whole and value >= minimum, f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
     require(value < 2**63, f"`{name}` must be below 2^63, got {value!r}.")
 
 
 def require_number(name: str, value: Any, bound: Bound, *, repair: str = "") -> None:
-    """Refuse what is no finite number, or outside its bound; `repair` ends the sentence."""
-    if isinstance(value, int) and abs(value) > MAX_NUMBER:  # which may be too large for a float
+    """Refuse a value that is not a finite number or not within `bound`. `repair` is added to the message."""
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:  # it may be too large to convert to a float
         raise ConfigError(f"`{name}` must be at most {MAX_NUMBER:g}, got a whole number of {value.bit_length()} bits.")
-    real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     require(
-        real and {"positive": value > 0, "zero or positive": value >= 0, "a number": True}[bound],
+        is_real and {"positive": value > 0, "zero or positive": value >= 0, "a number": True}[bound],
         f"`{name}` must be {bound} and finite, got {value!r}{repair}.",
     )
     require(abs(value) <= MAX_NUMBER, f"`{name}` must be at most {MAX_NUMBER:g}, got {value!r}.")
 
 
 def require_words(section: str, settings: Any) -> None:
-    """Refuse choices, texts and truth values of the wrong kind, so that no typing error picks a behaviour silently."""
+    """Validate all fields of a dataclass that are choices, texts or truth values, so that no typing error goes unnoticed."""
     for field in dataclasses.fields(settings):
         name, value = f"{section}.{field.name}", getattr(settings, field.name)
         if get_origin(field.type) is Literal:
@@ -120,52 +122,52 @@ def require_words(section: str, settings: Any) -> None:
 
 
 def user_path(text: str | Path) -> Path:
-    """Path with a leading `~` or `~name` replaced by that user's home folder.
+    """Return a path in which a leading `~` or `~name` is replaced by that user's home folder.
 
     Raises:
-        ConfigError: If no such home folder is known.
+        ConfigError: If this home folder is unknown.
     """
     try:
         return Path(text).expanduser()
     except RuntimeError:
         raise ConfigError(
-            f"The home folder in {str(text)!r} is not known; write the whole path, set HOME, or write ./ before a plain ~."
+            f"The home folder in {str(text)!r} is not known. Write the whole path, set HOME, or write ./ if ~ is part of a name."
         ) from None
 
 
 class StepRange(NamedTuple):
-    """A step, or several from the first to the last at equal distances."""
+    """One step, or equally spaced steps from the first to the last."""
 
     word: str
-    """As it was written."""
+    """The text that the user wrote."""
     first: int
     last: int | None
-    """None: to the end."""
+    """Last step; None means the end of training."""
     stride: int
 
     def holds(self, step: int) -> bool:
-        """Return whether a step is one of them."""
+        """Return whether a step is in the range."""
         return (
             self.first <= step <= (step if self.last is None else self.last) and (step - self.first) % self.stride == 0
         )
 
 
 def parse_steps(text: str) -> Literal["all", "last"] | list[StepRange]:
-    """Return what a choice of saved steps means: `all`, `last`, or a list of steps and ranges such as 1,2,3 or 0:1000:100.
+    """Parse a choice of saved steps: `all`, `last`, or a list of steps and ranges such as 1,2,3 or 0:1000:100.
 
     Raises:
-        ConfigError: If it is none of these, or a range is reversed.
+        ConfigError: If the text is none of these, or a range is reversed.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
     if words == ["all"] or words == ["last"]:
         return "all" if words == ["all"] else "last"
     if not words:
-        raise ConfigError(f"`sampler.steps` names no step; write {_STEPS}.")
+        raise ConfigError(f"`sampler.steps` names no step. Write {_STEPS}.")
     return [_step_range(word, text) for word in words]
 
 
 def require_steps(text: Any) -> None:
-    """Refuse what is no choice of saved steps."""
+    """Refuse a value that is not a choice of saved steps."""
     require(isinstance(text, str), f"`sampler.steps` must be {_STEPS}, got {text!r}.")
     parse_steps(text)
 
@@ -176,29 +178,30 @@ def _step_range(word: str, text: str) -> StepRange:
         raise ConfigError(f"`sampler.steps` must be {_STEPS}, got {text!r}.")
     first, last = int(match[1] or match[2] or 0), match[1] or match[3]
     if last and first > int(last):
-        raise ConfigError(f"The range {word} of `sampler.steps` is reversed; write {last}:{first}.")
+        raise ConfigError(f"The range {word} of `sampler.steps` is reversed. Write {last}:{first}.")
     return StepRange(word, first, int(last) if last else None, int(match[4] or 1))
 
 
 def require_run_name(name: str) -> None:
-    """Refuse a run's name that is no folder below $LOCAL_ROOT."""
+    """Refuse a run's name that cannot be a folder below $LOCAL_ROOT."""
     require(
         all(re.fullmatch(r"[\w.,=+-]+", part) and set(part) != {"."} for part in name.split("/")),
-        f"`run_name` may hold letters, digits and . , = + - _ / only and stays below $LOCAL_ROOT, got {name!r}.",
+        f"`run_name` must be a folder below $LOCAL_ROOT, of letters, digits and . , = + - _ / only, got {name!r}.",
     )
     require(
         not any(part.startswith("-") for part in name.split("/")),
-        f"`run_name` must not begin with -, which marks an option, got {name!r}.",
+        f"No part of `run_name` may begin with -, which marks an option, got {name!r}.",
     )
     longest = max(len(os.fsencode(part)) for part in name.split("/"))
     require(
         longest <= _MAX_NAME and len(os.fsencode(name)) <= _MAX_PATH,
-        f"`run_name` is too long: a folder's name may have {_MAX_NAME} bytes and all of it {_MAX_PATH}, got {longest} and {len(name)}.",
+        f"`run_name` must have at most {_MAX_PATH} bytes, and at most {_MAX_NAME} between two /, got {len(os.fsencode(name))} and "
+        f"{longest}.",
     )
 
 
 def has_type(value: Any, kind: Any) -> bool:
-    """Return whether a plain value is of the declared type of a field; a whole number is a float, a truth value no number."""
+    """Return whether a plain value has the declared type of a field. An int is also a float; a bool is not a number."""
     if isinstance(kind, types.UnionType):
         return any(has_type(value, part) for part in get_args(kind))
     if get_origin(kind) is Literal:
@@ -209,32 +212,35 @@ def has_type(value: Any, kind: Any) -> bool:
 
 
 def is_count(value: Any) -> TypeGuard[int]:
-    """Return whether a plain value is a whole number of at least zero that fits 64 bits."""
+    """Return whether a plain value is a whole number of at least 0 that fits a 64-bit integer."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def require_store(url: Any, name: str = "checkpoints.store") -> None:
-    """Refuse what is no place of a store; a URL that carries a user or a password would be saved with the run."""
+    """Refuse a value that is not the URL or folder of a store, or has credentials, which would be saved with the run."""
     text = url if isinstance(url, str) else ""
-    scheme, _, place = text.partition("://") if "://" in text else ("file", "", text)
-    require("@" not in place, f"`{name}` must not carry credentials; set AWS_ACCESS_KEY_ID and its kin instead.")
+    scheme, _, path = text.partition("://") if "://" in text else ("file", "", text)
     require(
-        bool(place.strip("/")) and scheme.lower() in STORE_SCHEMES,
+        "@" not in path,
+        f"`{name}` must not contain credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead.",
+    )
+    require(
+        bool(path.strip("/")) and scheme.lower() in STORE_SCHEMES,
         f"`{name}` must be a folder, file:///folder or s3://bucket/prefix, got {url!r}.",
     )
     if "://" in text:
-        is_whole = place.startswith(("/", "~")) == (scheme.lower() == "file")
-        require(is_whole, f"`{name}` must be file:///folder or s3://bucket/prefix, got {url!r}.")
+        is_absolute = path.startswith(("/", "~")) == (scheme.lower() == "file")
+        require(is_absolute, f"`{name}` must be file:///folder or s3://bucket/prefix, got {url!r}.")
 
 
 def parse_num_tasks(value: Any) -> int | float:
-    """The task diversity M as an int, or `math.inf` for the Gaussian prior.
+    """Convert the task diversity M to an int, or to `math.inf` for the Gaussian prior.
 
     Args:
-        value: A positive whole number, `"inf"` or `math.inf`.
+        value: A positive whole number, also as a float or text, `"inf"` or `math.inf`.
 
     Raises:
-        ConfigError: For anything else: zero, fractions, None, other words.
+        ConfigError: If the value is anything else, such as zero, a fraction, None or another word.
     """
     number = plain_number(value)
     if isinstance(value, str):

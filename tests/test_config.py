@@ -203,7 +203,7 @@ def test_run_name_below_the_root_is_accepted(name):
     "name", ["", ".", "..", "../x", "/abs", "a//b", "a/", "a b", "a\nb", "a\n", "x;rm", "$HOME", "a/./b"]
 )
 def test_run_name_that_leaves_the_root_or_needs_quoting_is_refused(name):
-    with pytest.raises(ConfigError, match="`run_name` may hold"):
+    with pytest.raises(ConfigError, match="`run_name` must be a folder below"):
         RunConfig(run_name=name)
 
 

@@ -237,7 +237,7 @@ def test_value_in_place_of_a_section_says_how_to_write_it(value):
             "foo",
             "`sampler.steps` must be all, last, a list such as 1,2,3, or a range such as 0:1000:100",
         ),
-        ("sampler.steps", "5:1", "The range 5:1 of `sampler.steps` is reversed; write 1:5."),
+        ("sampler.steps", "5:1", "The range 5:1 of `sampler.steps` is reversed. Write 1:5."),
         ("sampler.steps", [0, "x"], "`sampler.steps` must be all, last, a list"),
         ("sampler.steps", None, "`sampler.steps` must be all, last, a list"),
         ("optim.lr", [1, 2], "`optim.lr` must be a number, got [1, 2]."),

@@ -216,7 +216,7 @@ def test_steps_are_chosen(tmp_path, steps, expected):
         ("first", "must be all, last"),
         ("1:2:0", "must be all"),
         ("", "names no step"),
-        ("15:5", "is reversed; write 5:15"),
+        ("15:5", "is reversed. Write 5:15"),
     ],
 )
 def test_steps_that_are_not_there_are_refused(tmp_path, steps, words):
