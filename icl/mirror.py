@@ -8,7 +8,6 @@ The copy lies at `<store>/<run name>/` and is laid out as the run's folder is. T
 - *What is newer.* Nothing is copied over a run that is further on, unless forced.
 """
 
-import io
 import os
 import re
 import sys
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from icl.checkpoints import CheckpointError, parse_checkpoint
 from icl.claims import claim
 from icl.config import RunConfig
+from icl.progress import progress_bar
 from icl.resume_file import ResumeFileError, parse_resume
 from icl.runs import RunError, RunFolder, parse_config, parse_status, require_same_config
 from icl.storage import (
@@ -242,23 +242,6 @@ def is_checkpoint(name: str) -> bool:
     return folder in CHECKPOINT_FOLDERS and file.startswith("step-")
 
 
-def progress(label: str, total: int) -> tqdm:
-    """A bar of files on a terminal; elsewhere a line every ten seconds."""
-    if sys.stderr.isatty():
-        return tqdm(total=total, desc=label, unit="file", dynamic_ncols=True, mininterval=0.2)
-    return tqdm(total=total, desc=label, bar_format="{desc} {n_fmt}/{total_fmt} files", mininterval=10, file=_Lines())
-
-
-class _Lines(io.StringIO):
-    """Takes what a bar writes, and prints plain lines."""
-
-    def write(self, text: str) -> int:
-        """A line for every state of the bar; none for the spaces that wipe it out."""
-        if text.strip():
-            print(text.strip(), file=sys.stderr, flush=True)
-        return len(text)
-
-
 def _is_copied(name: str) -> bool:
     return name in FILES or name.partition("/")[0] in FOLDERS
 
@@ -338,7 +321,7 @@ def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[li
         target.write(name, data)
         return name
 
-    with progress(label, len(names)) as bar:
+    with progress_bar(label, len(names), "file") as bar:
         copied = in_parallel(copy, [name for name in names if name not in _LAST], bar)
         copied += _in_turn(copy, [name for name in names if name in _LAST], bar)
     return [name for name in copied if name], sorted(damaged)

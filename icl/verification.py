@@ -26,7 +26,8 @@ from icl.config import RunConfig
 from icl.contents import expected_steps, name_checkpoints
 from icl.measure import parse_entry
 from icl.metrics_file import are_rows_altered, logged_steps, metric_columns
-from icl.mirror import CHECKPOINT_FOLDERS, Mirror, copied_names, in_parallel, is_checkpoint, progress
+from icl.mirror import CHECKPOINT_FOLDERS, Mirror, copied_names, in_parallel, is_checkpoint
+from icl.progress import progress_bar
 from icl.reading import parse_json
 from icl.resume_file import Resume, parse_resume
 from icl.runs import DONE, RunFolder, Status, config_differences, parse_config, parse_status
@@ -60,7 +61,7 @@ def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
         copies.append(_read_copy(mirror.there, mine))
     jobs = [(copy, name) for copy in copies for name in copy.names]
     jobs += [(copies[0], "previous.ckpt")] if run.previous_file.is_file() else []
-    with progress("verifying", len(jobs)) as bar:
+    with progress_bar("verifying", len(jobs), "file") as bar:
         found = [problem for problem in in_parallel(_problem, jobs, bar) if problem]
     for copy in copies[:1]:  # what the store lacks beyond that is told by name
         found += _what_is_missing(copy)

@@ -33,7 +33,7 @@ LAYERS = (
         "presets",
         "resolve",
     ),
-    ("arrays", "memory", "rng", "schedules"),
+    ("arrays", "memory", "rng", "schedules", "signals", "progress"),
     ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
     ("baselines", "metrics"),
     ("compile_cache", "compiling", "threads", "transformer", "tiny_attention", "stacked", "flat", "linalg", "step"),

@@ -123,6 +123,7 @@ def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> in
     import pandas as pd
     from tqdm import tqdm
 
+    from icl.progress import progress_bar
     from icl.run_evaluation import RunEvaluator, headline_table, write_numbers
     from icl.runs import require_place
 
@@ -130,7 +131,7 @@ def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> in
     problems: dict[str, UserError] = {}
     files = [_checkpoints(path) for path in subjects.values()]
     _tell_work(files, options)
-    with tqdm(total=sum(map(len, files)), desc="evaluation", unit="checkpoint") as bar:
+    with progress_bar("evaluation", sum(map(len, files)), "checkpoint") as bar:
         evaluate = RunEvaluator(num_prompts=options.num_prompts, num_ood_prompts=options.num_ood_prompts, bar=bar)
         for name, path in subjects.items():
             bar.set_postfix_str(name)

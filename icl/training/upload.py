@@ -29,7 +29,6 @@ from icl.mirror import (
     copied_names,
     is_checkpoint,
     open_mirror,
-    progress,
     read_config,
     require_whole,
     same_file,
@@ -38,8 +37,10 @@ from icl.mirror import (
     take_up,
 )
 from icl.presets import run_name
+from icl.progress import progress_bar
 from icl.runs import DONE, RunFolder
 from icl.schedules import checkpoint_steps
+from icl.signals import handling
 from icl.storage import LocalStore, MissingKeyError, StorageError, sha256
 from icl.validation import UserError
 
@@ -176,7 +177,7 @@ class Uploader:
         self._thread.join()
         names = self._changed()
         if names:
-            with waiting.silence(), progress(f"uploading to {self.mirror.there}", len(names)) as bar:
+            with waiting.silence(), progress_bar(f"uploading to {self.mirror.there}", len(names), "file") as bar:
                 self._send_all(bar)
 
     def _send_all(self, bar: tqdm) -> None:
@@ -303,21 +304,14 @@ def _finish(uploader: Uploader) -> None:
 
 @contextlib.contextmanager
 def _listening() -> Iterator[list[signal.Signals]]:
-    """Collect the signals that ask the program to end; only the main thread may listen."""
+    """Collect the signals that ask the program to end."""
     received: list[signal.Signals] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
 
     def receive(number: int, frame: object) -> None:
         received.append(signal.Signals(number))
 
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handling({signal.SIGINT: receive, signal.SIGTERM: receive}):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _finish_failed(uploader: Uploader, error: BaseException) -> None:

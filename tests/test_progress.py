@@ -1,0 +1,45 @@
+"""Progress is a live bar on a terminal, and plain lines elsewhere."""
+
+import io
+import sys
+
+from icl import progress
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        """It is."""
+        return True
+
+
+def drawn(monkeypatch, stream, seconds=0.0, disable=False):
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", seconds)
+    with progress.progress_bar("evaluation", 3, "checkpoint", disable=disable) as bar:
+        for _ in range(3):
+            bar.update()
+    return stream.getvalue()
+
+
+def test_a_log_file_gets_plain_lines(monkeypatch):
+    lines = drawn(monkeypatch, io.StringIO()).splitlines()
+    assert lines[0] == "evaluation 0/3 checkpoints"
+    assert lines[-1] == "evaluation 3/3 checkpoints"
+    assert not any("\r" in line or "%" in line for line in lines)
+
+
+def test_a_short_work_is_two_lines_in_a_log_file(monkeypatch):
+    lines = drawn(monkeypatch, io.StringIO(), seconds=10.0).splitlines()
+    assert lines == ["evaluation 0/3 checkpoints", "evaluation 3/3 checkpoints"]
+
+
+def test_a_terminal_gets_a_live_bar(monkeypatch):
+    text = drawn(monkeypatch, Terminal())
+    assert "\r" in text
+    assert "100%" in text
+
+
+def test_nothing_is_shown_of_a_single_unit(monkeypatch):
+    assert drawn(monkeypatch, io.StringIO(), disable=True) == ""
