@@ -238,7 +238,8 @@ def _dmmse_dtype(xs: Tensor, ys: Tensor, tasks: Tensor, noise_variance: float) -
         return torch.float64
     task_square = tasks.float().square().sum(-1).mean()
     squares = (ys.float().square() + xs.float().square().sum(-1) * task_square.to(xs.device)).sum(-1)  # B
-    error = torch.finfo(torch.float32).eps * squares.amax().item() / 2
+    largest = squares.amax().item() if len(squares) else 0.0
+    error = torch.finfo(torch.float32).eps * largest / 2
     return torch.float32 if error < _LOG_WEIGHT_ERROR * noise_variance else torch.float64
 
 
@@ -253,8 +254,8 @@ def _widen(tensor: Tensor) -> Tensor:
 
 def _prompts(xs: Any, ys: Any) -> tuple[Tensor, Tensor]:
     """Return inputs and targets as tensors of floats on one device, or refuse them."""
-    xs = real_tensor(xs, "xs")
-    ys = real_tensor(ys, "ys", device=xs.device)
+    xs = _bounded(real_tensor(xs, "xs"), "xs")
+    ys = _bounded(real_tensor(ys, "ys", device=xs.device), "ys")
     if xs.ndim < 3 or ys.shape != xs.shape[:-1]:
         raise ConfigError(
             f"`xs` must have shape (..., B, K, D) and `ys` (..., B, K), got {tuple(xs.shape)} and {tuple(ys.shape)}."
@@ -268,9 +269,17 @@ def _prompts(xs: Any, ys: Any) -> tuple[Tensor, Tensor]:
 
 def _tasks(tasks: Any, xs: Tensor) -> Tensor:
     """Return the tasks as a tensor of floats beside the prompts, or refuse them."""
-    tasks = real_tensor(tasks, "tasks", device=_computing_device(xs))
+    tasks = _bounded(real_tensor(tasks, "tasks", device=_computing_device(xs)), "tasks")
     if tasks.ndim != 2 or len(tasks) == 0 or tasks.shape[1] != xs.shape[-1]:
         raise ConfigError(
             f"`tasks` must have shape (M, D) with M >= 1 and D = {xs.shape[-1]}, as the inputs have, got {tuple(tasks.shape)}."
         )
     return tasks
+
+
+def _bounded(tensor: Tensor, name: str) -> Tensor:
+    """Return a tensor whose numbers float32 could hold, or refuse it: squares of products of larger ones are infinite."""
+    is_wide = tensor.dtype == torch.float64 and tensor.numel() > 0
+    if is_wide and tensor.abs().amax().item() > torch.finfo(torch.float32).max:
+        raise ConfigError(f"`{name}` holds a number that is too large for float32; rescale the prompts.")
+    return tensor

@@ -17,7 +17,10 @@ from icl.env_file import load_env_file
 from icl.environment import COMMANDS
 from icl.older import modern_command, modern_setting
 from icl.redaction import redact
-from icl.validation import UserError, user_path
+from icl.validation import ConfigError, UserError, user_path
+
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+"""Variables by which torchrun, srun and jsrun number the processes that they start."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,6 +66,7 @@ def _run(command: str, words: list[str]) -> int:
         )
     try:
         load_env_file()
+        _require_ranks()
         _share_the_machine()
         return importlib.import_module(f"icl.commands.{command}").run([_with_home(word) for word in words])
     except UserError as error:
@@ -103,6 +107,20 @@ def _with_home(word: str) -> str:
     """
     option, tilde, rest = re.fullmatch(r"(--[\w.-]+=)?(~/)?(.*)", word, re.S).groups()  # type: ignore[union-attr]
     return f"{option or ''}{user_path('~')}/{rest}" if tilde else word
+
+
+def _require_ranks() -> None:
+    """Refuse ranks that are no numbers; Lightning reads them while it is imported, and fails.
+
+    Raises:
+        ConfigError: Naming the variable.
+    """
+    for name in _RANKS:
+        text = os.environ.get(name)
+        if text is not None and not text.strip():
+            del os.environ[name]
+        elif text is not None and not re.fullmatch(r"[0-9]{1,9}", text.strip()):
+            raise ConfigError(f"{name} must be the number of a process, got {text!r}; correct or unset the variable.")
 
 
 def _share_the_machine() -> None:

@@ -19,6 +19,7 @@ _NAMES = frozenset(
         *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
     )
 )
+_MAX_BYTES = 2**20
 _WANDB = re.compile(r"WANDB_[A-Z0-9][A-Z0-9_]*")
 _NOT_OF_WANDB = re.compile(
     r"WANDB_(X_.*|.*(CONFIG|SETTINGS|LAUNCH|DOCKER|SERVICE|PROXY|PROXIES|SSL|HEADERS|JUPYTER|NOTEBOOK|SWEEP).*"
@@ -31,10 +32,14 @@ def load_env_file(path: Path = Path(".env")) -> None:
     """Set the variables of a `.env` file that may be set there; what the environment has already stays.
 
     Raises:
-        ConfigError: If the file is not text in UTF-8, or a value cannot be a variable's.
+        ConfigError: If the file is too large or not text in UTF-8, or a value cannot be a variable's.
     """
     if not path.is_file():
         return
+    if path.stat().st_size > _MAX_BYTES:
+        raise ConfigError(
+            f"{path.absolute()} has {path.stat().st_size:,} bytes, and at most {_MAX_BYTES:,} are read; remove or shorten it."
+        )
     from dotenv.main import DotEnv
 
     try:
@@ -49,7 +54,7 @@ def load_env_file(path: Path = Path(".env")) -> None:
             continue
         if "\0" in value:
             raise ConfigError(f"{path.absolute()} sets {name} to a text with a null character; write the value again.")
-        os.environ[name] = value
+        os.environ[name] = re.sub(r"^\$HOME(?=/|$)", "~", value) if name == "LOCAL_ROOT" else value
     ignored = [name for name, value in found.items() if value is not None and not may_be_set(name)]
     if ignored:
         names = ", ".join(map(_shown, ignored[:8])) + (f" and {len(ignored) - 8} more" if len(ignored) > 8 else "")

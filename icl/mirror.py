@@ -14,10 +14,12 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TypeVar
 
 from tqdm import tqdm
 
+from icl import waiting
 from icl.checkpoints import CheckpointError, parse_checkpoint
 from icl.claims import claim
 from icl.config import RunConfig
@@ -30,6 +32,7 @@ from icl.storage import (
     MissingKeyError,
     StorageError,
     Store,
+    is_temporary,
     open_store,
     read_or_none,
     require_key,
@@ -207,6 +210,7 @@ def copied_names(store: Store) -> list[str]:
     names = [name for name in found if _is_copied(name)]
     for name in names:
         require_key(name, store)
+    _require_one_kind(names, store)
     return sorted(names, key=lambda name: (_LAST.index(name) + 1 if name in _LAST else 0, name))
 
 
@@ -243,7 +247,7 @@ def is_checkpoint(name: str) -> bool:
 
 
 def _is_copied(name: str) -> bool:
-    return name in FILES or name.partition("/")[0] in FOLDERS
+    return (name in FILES or name.partition("/")[0] in FOLDERS) and not is_temporary(PurePosixPath(name))
 
 
 def _require_no_links_out(*stores: Store) -> None:
@@ -259,6 +263,21 @@ def _require_no_links_out(*stores: Store) -> None:
                 f"{store}/{links[0]} is a symbolic link out of the run's folder, so nothing was copied; "
                 "put what it leads to in its place, or remove it."
             )
+
+
+def _require_one_kind(names: Sequence[str], store: Store) -> None:
+    """Refuse a name that is a file's and a folder's at once: a bucket may have both, a folder cannot.
+
+    Raises:
+        StorageError: Naming it.
+    """
+    folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
+    both = next((name for name in names if name in folders), None)
+    if both is not None:
+        raise StorageError(
+            f"{store} has a file by the name {both!r} and files below {both + '/'!r}, which no folder can hold, so nothing "
+            "is done with it; remove one of them there."
+        )
 
 
 def _require_not_behind(source: Store, target: Store, verb: str, force: bool) -> None:
@@ -332,6 +351,10 @@ def in_parallel(act: Callable[[Item], Result], items: Sequence[Item], bar: tqdm)
     with ThreadPoolExecutor(_NUM_WORKERS) as pool:
         try:
             return _in_turn(lambda future: future.result(), [pool.submit(act, item) for item in items], bar)
+        except KeyboardInterrupt:
+            with waiting.giving_up():  # a store that hangs would hold the others for a minute
+                pool.shutdown(cancel_futures=True)
+            raise
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -45,8 +45,8 @@ class ContentError(UserError, ValueError):
     """Content that cannot be used; the message says why, in a few words without the file's name."""
 
 
-def read_bytes(path: Path, *, limit: int = MAX_SMALL_FILE) -> bytes:
-    """Return the bytes of a regular file of at most `limit` bytes.
+def read_bytes(path: Path, *, limit: int | None = MAX_SMALL_FILE) -> bytes:
+    """Return the bytes of a regular file of at most `limit` bytes, or of any size.
 
     Raises:
         ContentError: If it is larger, or no regular file; a pipe would never end.
@@ -56,7 +56,7 @@ def read_bytes(path: Path, *, limit: int = MAX_SMALL_FILE) -> bytes:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
             raise ContentError("it is not a regular file")
-        if about.st_size > limit:
+        if limit is not None and about.st_size > limit:
             raise ContentError(f"it has {about.st_size:,} bytes, and at most {limit:,} are read")
         return file.read(limit)
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from icl.config import RunConfig
+from icl.reading import ContentError, read_bytes
 from icl.runs import RunError, RunFolder
 
 _SEAL = b"icl-sha256:"
@@ -115,7 +116,9 @@ def read_resume(run: RunFolder) -> tuple[Resume | None, str | None]:
 def _read(file: Path) -> Resume | str:
     """A resume file, or what is wrong with it."""
     try:
-        return parse_resume(file.read_bytes(), str(file))
+        return parse_resume(read_bytes(file, limit=None), str(file))
+    except ContentError as error:
+        return f"{file} cannot be read: {error}."
     except FileNotFoundError:
         return f"There is no {file}."
     except OSError as error:

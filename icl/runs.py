@@ -28,6 +28,14 @@ State = Literal["waiting", "running", "finished", "stopped_early", "preempted", 
 DONE: tuple[State, ...] = ("finished", "stopped_early")
 RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "RANK")
 """Environment variables by which Lightning and torchrun number the processes of a run."""
+_OWN_NAMES = frozenset(
+    (
+        *("run-id", "wandb-id", "metrics.csv", "run.log", "report.html", "last.ckpt", "previous.ckpt", "status.json"),
+        *("config.yaml", "point.json", "sweep.log", "attempts", ".delivered", ".lock", ".llc-lock"),
+        *("checkpoints", "results", "figures"),
+    )
+)
+"""Names of files and folders that icl reads or writes in a run's folder; W&B's folder `wandb` holds links of its own."""
 _LAST_TIME = 253_402_300_799
 """The end of the year 9999, after which Python has no dates."""
 FAILS_AGAIN = "the same settings would fail again"
@@ -158,8 +166,31 @@ class RunFolder:
         except (OSError, ContentError):
             return None
 
+    def require_own_files(self) -> None:
+        """Refuse a folder in which one of our names leads elsewhere; whoever made it decides what would be written there.
+
+        Raises:
+            StorageError: Naming a link out of the folder, or a pipe or device in the place of a file.
+        """
+        store = LocalStore(self.path)
+        for kind, names in (
+            ("a symbolic link out of the run's folder", store.links_out()),
+            ("neither a file nor a folder", store.pipes()),
+        ):
+            own = next((name for name in names if name.partition("/")[0] in _OWN_NAMES), None)
+            if own is not None:
+                raise StorageError(
+                    f"{self.path / own} is {kind}, so nothing is written to this run; "
+                    "put a plain file or folder in its place, or remove it."
+                )
+
     def write_result(self, name: str, text: str) -> Path:
-        """Replace a file of `results/`."""
+        """Replace a file of `results/`.
+
+        Raises:
+            StorageError: If it cannot be written, or would lie outside of the run's folder.
+        """
+        self.require_own_files()
         write_atomically(self.results / name, text.encode())
         return self.results / name
 
@@ -183,8 +214,9 @@ class RunFolder:
 
         Raises:
             RunError: If another process is training the run.
-            StorageError: If the folder cannot be written.
+            StorageError: If the folder cannot be written, or a name in it leads elsewhere.
         """
+        self.require_own_files()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("a+")
@@ -368,9 +400,12 @@ def describe_runs(root: Path) -> list[str]:
 
 
 def _line(name: str, status: Status | None) -> str:
+    name = "".join(
+        c if c.isprintable() else "?" for c in name
+    )  # a folder that came along may be named to move the cursor
     if status is None:
         return f"{name:40s} {'unreadable':13s} its status.json is damaged; the same `icl train` command writes it anew"
-    loss = "-" if status.loss is None else f"{status.loss:.4f}"
+    loss = "-" if status.loss is None else f"{status.loss:.4f}" if abs(status.loss) < 1e6 else f"{status.loss:.3g}"
     progress = f"{status.step:,}/{status.max_steps:,}"
     age = _age(time.time() - status.updated)
     return f"{name:40s} {status.state:13s} step {progress:>17s}  loss {loss:>8s}  {age} ago"

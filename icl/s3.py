@@ -142,7 +142,8 @@ class S3Store:
         Raises:
             StorageError: If it has something else.
         """
-        kept = self._requests.about(self._full(key))
+        with self._having_just_written(key):
+            kept = self._requests.about(self._full(key))
         is_kept = kept.length == len(data) and kept.digest in (None, sha256(data))
         if is_kept and kept.digest is None:
             is_kept = self._get(key)[0] == data
@@ -153,7 +154,7 @@ class S3Store:
             if is_kept:
                 self._requests.note_lack("MD5 tags")
         if not is_kept:
-            raise StorageError(f"{self}/{key} is not what was just written there: the server took it and lost it.")
+            raise self._lost(key)
 
     def _create(self, key: str, data: bytes) -> bool:
         full = self._full(key)
@@ -161,9 +162,24 @@ class S3Store:
             return False
         if self._requests.put_new(full, data) and not self._requests.knows_conditions(full, data):
             time.sleep(SETTLE_SECONDS)
-        return (
-            self._read(key) == data
-        )  # also if it was there: a request that was tried again meets what it wrote itself
+        with self._having_just_written(key):
+            return self._read(key) == data  # also if it was there: a repeated request meets what it wrote itself
+        raise AssertionError
+
+    @contextlib.contextmanager
+    def _having_just_written(self, key: str) -> Iterator[None]:
+        """An object that is absent now was lost by the server."""
+        from botocore.exceptions import ClientError
+
+        try:
+            yield
+        except ClientError as error:
+            if is_absent(error):
+                raise self._lost(key) from None
+            raise
+
+    def _lost(self, key: str) -> StorageError:
+        return StorageError(f"{self}/{key} is not what was just written there: the server took it and lost it.")
 
     def _has(self, key: str) -> bool:
         from botocore.exceptions import ClientError

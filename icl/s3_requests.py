@@ -23,6 +23,8 @@ NUM_ATTEMPTS = 8
 """Tries of one request; `AWS_MAX_ATTEMPTS` overrides it."""
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 25.0
 """Seconds without an answer after which one try is given up."""
+MAX_PAGES = 10_000
+"""Maximum pages of a listing, of a thousand keys each."""
 _DIGEST = "icl-sha256"
 _CHUNK = 2**16
 _LACKS = {
@@ -159,11 +161,11 @@ class Requests:
         """
         client = self._make_client(num_attempts=4, connect_seconds=5.0, answer_seconds=10.0)
         try:
-            client.list_objects_v2(Bucket=self.bucket, Prefix=folder, MaxKeys=1)
+            _require_listing(client.list_objects_v2(Bucket=self.bucket, Prefix=folder, MaxKeys=1))
         except client.exceptions.ClientError as error:
             if not is_refused_feature(error):
                 raise
-            client.list_objects(Bucket=self.bucket, Prefix=folder, MaxKeys=1)
+            _require_listing(client.list_objects(Bucket=self.bucket, Prefix=folder, MaxKeys=1))
             self.note_lack("ListObjectsV2")
 
     def lacks(self, feature: str) -> bool:
@@ -181,7 +183,15 @@ class Requests:
         return f"{server_name()}/{self.bucket}"
 
     def _pages(self, operation: str, folder: str) -> Iterator[dict[str, Any]]:
-        for page in self._client().get_paginator(operation).paginate(Bucket=self.bucket, Prefix=folder):
+        """Every page of a listing, which ends: a server that repeats itself would hold us for ever."""
+        seen: set[str] = set()
+        pages = self._client().get_paginator(operation).paginate(Bucket=self.bucket, Prefix=folder)
+        for number, page in enumerate(pages, 1):
+            _require_listing(page)
+            keys = {entry["Key"] for entry in page.get("Contents", [])}
+            if number > MAX_PAGES or (keys and keys <= seen):
+                raise _not_s3("the listing does not end")
+            seen |= keys
             waiting.moved()
             yield page
 
@@ -306,6 +316,22 @@ def _count_what_is_sent(request: Any, **_: Any) -> None:
     is_first = "attempt=1" in str(request.headers.get("amz-sdk-request", "attempt=1"))
     if is_first and isinstance(request.body, bytes) and len(request.body) > _CHUNK:
         request.body = _Counted(request.body)
+
+
+def _require_listing(answer: dict[str, Any]) -> None:
+    """Refuse the page of a login or of another service, which botocore takes for an empty listing.
+
+    Raises:
+        ResponseParserError: If no part of a listing is in it.
+    """
+    if not {"IsTruncated", "Name", "KeyCount", "Contents"} & set(answer):
+        raise _not_s3("no listing")
+
+
+def _not_s3(reason: str) -> Exception:
+    from botocore.parsers import ResponseParserError
+
+    return ResponseParserError(reason)
 
 
 def _digest_in(answer: dict[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ imported when one is opened, so local work never meets it.
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib
 import math
@@ -16,10 +17,11 @@ import re
 import secrets
 import stat
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from icl.file_system import link_or_create, sync_file, sync_folder
+from icl.reading import ContentError, read_bytes
 from icl.redaction import redact
 from icl.validation import STORE_SCHEMES, UserError, user_path
 
@@ -87,7 +89,9 @@ class LocalStore:
         path = self._place(key)
         self._require_inside(path)
         try:
-            return path.read_bytes()
+            return read_bytes(path, limit=None)
+        except ContentError as error:
+            raise StorageError(f"Cannot read {self.root / key}: {error}.") from None
         except FileNotFoundError:
             raise MissingKeyError(f"There is no file {self.root / key}.") from None
         except OSError as error:
@@ -141,6 +145,11 @@ class LocalStore:
         """Every symbolic link below the folder that leads out of it, as a key, sorted."""
         links = (path for path in self.root.rglob("*") if not self._holds(path))
         return sorted(path.relative_to(self.root).as_posix() for path in links)
+
+    def pipes(self) -> list[str]:
+        """Every entry below the folder that is neither a file nor a folder, such as a pipe, as a key, sorted."""
+        found = (path for path in self.root.rglob("*") if not (path.is_file() or path.is_dir() or path.is_symlink()))
+        return sorted(path.relative_to(self.root).as_posix() for path in found)
 
     def delete(self, key: str) -> None:
         """Remove a key; nothing happens if there is none."""
@@ -266,9 +275,22 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
         with contextlib.suppress(OSError):  # such as a name that is too long
             temporary.unlink(missing_ok=True)
         raise StorageError(
-            f"Cannot write {path}: {error.strerror}. What was saved before is intact; "
-            "free space or choose another folder with LOCAL_ROOT, then run the same command again."
+            f"Cannot write {path}: {error.strerror}. What was saved before is intact; {_repair(error)}, "
+            "then run the same command again."
         ) from None
+
+
+def _repair(error: OSError) -> str:
+    """Return what helps against a write that failed, in a few words."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free space or choose another folder with LOCAL_ROOT"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return "a file and a folder cannot have one name, so rename or remove what is in the way"
+    if error.errno == errno.ENAMETOOLONG:
+        return "choose shorter names"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "give yourself the right to write there or choose another folder with LOCAL_ROOT"
+    return "look at the disk or choose another folder with LOCAL_ROOT"
 
 
 def sha256(data: bytes) -> str:
@@ -336,7 +358,7 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
 
 
-def is_temporary(path: Path) -> bool:
+def is_temporary(path: PurePath) -> bool:
     """Return whether a file is the temporary file of an unfinished write."""
     return path.name.startswith(_TEMPORARY)
 

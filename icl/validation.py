@@ -224,8 +224,10 @@ def require_store(url: Any, name: str = "checkpoints.store") -> None:
         "@" not in path,
         f"`{name}` must not contain credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead.",
     )
+    # `s3:bucket` would otherwise be a folder named `s3:bucket`.
+    is_slip = re.match(r"(file|s3|https?|gs|hf):(?!//)", text, re.IGNORECASE) is not None
     require(
-        bool(path.strip("/")) and scheme.lower() in STORE_SCHEMES,
+        bool(path.strip("/")) and not is_slip and scheme.lower() in STORE_SCHEMES,
         f"`{name}` must be a folder, file:///folder or s3://bucket/prefix, got {url!r}.",
     )
     if "://" in text:

@@ -1,6 +1,7 @@
 """Verification of a run's files, here and in its store: the checks of `icl checkpoints RUN verify`.
 
-- Checkpoints and Adam's moments: each against its own digest; and that every step of the schedule is there.
+- Checkpoints and Adam's moments: each against its own digest, its name and the run's settings; and that every step of the
+  schedule is there.
 - `last.ckpt` and `previous.ckpt`: against their digests.
 - `metrics.csv`: a row of numbers for every logged step; up to the last save also against the digest that `last.ckpt` holds.
 - `config.yaml` and `status.json`: that they can be read, and agree with `last.ckpt`.
@@ -21,7 +22,8 @@ import numpy as np
 from PIL import Image
 
 from icl.array_files import array_digest
-from icl.checkpoints import checkpoint_name, parse_checkpoint
+from icl.checkpoint_header import MOMENTS
+from icl.checkpoints import Checkpoint, checkpoint_name, parse_checkpoint
 from icl.config import RunConfig
 from icl.contents import expected_steps, name_checkpoints
 from icl.measure import parse_entry
@@ -85,7 +87,14 @@ def _what_is_missing(copy: _Copy) -> Iterator[str]:
     """Yield a sentence for everything that is missing from a copy."""
     end = copy.status if copy.status is not None and copy.status.state in DONE else None
     step = end.step if end is not None else copy.resume.step if copy.resume is not None else 0
-    for name in ("config.yaml", "status.json", *(["metrics.csv"] if step > 0 else [])):
+    is_begun = end is None and copy.status is not None and copy.status.step > 0
+    needed = [
+        "config.yaml",
+        "status.json",
+        *(["metrics.csv"] if step > 0 else []),
+        *(["last.ckpt"] if is_begun else []),
+    ]
+    for name in needed:
         if name not in copy.names:
             yield f"There is no {copy.store}/{name}."
     if copy.config is None or step == 0:
@@ -120,8 +129,7 @@ def _problem(job: tuple[_Copy, str]) -> str | None:
 def _check(copy: _Copy, name: str, data: bytes, where: str) -> str | None:
     """Return why a file's bytes are not what they should be, or None. Readers raise errors of their own."""
     if is_checkpoint(name):
-        step = parse_checkpoint(data, where).step
-        return None if name.rpartition("/")[2] == checkpoint_name(step) else f"it holds step {step:,}"
+        return _check_checkpoint(copy, name, parse_checkpoint(data, where))
     whole_files: dict[str, Callable[[_Copy, bytes, str], str | None]] = {
         "last.ckpt": _check_resume,
         "previous.ckpt": _check_resume,
@@ -141,6 +149,17 @@ def _check(copy: _Copy, name: str, data: bytes, where: str) -> str | None:
     }
     check = kinds.get(name.rpartition(".")[2])
     return check(data) if check is not None else None
+
+
+def _check_checkpoint(copy: _Copy, name: str, found: Checkpoint) -> str | None:
+    """Whether a whole checkpoint is the one that its name and the run's settings promise."""
+    folder, _, file = name.rpartition("/")
+    if file != checkpoint_name(found.step):
+        return f"it holds step {found.step:,}"
+    if any(key.startswith(MOMENTS) for key in found.params) != (folder == CHECKPOINT_FOLDERS[1]):
+        return "it holds weights where Adam's moments should be, or moments where weights should be"
+    differences = config_differences(copy.config, found.config) if copy.config is not None else []
+    return f"it is of another run than config.yaml: {'; '.join(differences)}" if differences else None
 
 
 def _check_resume(copy: _Copy, data: bytes, where: str) -> str | None:

@@ -38,6 +38,7 @@ class _Progress:
 
 _progress = _Progress()
 _thread = threading.local()
+_is_given_up = threading.Event()
 
 
 def moved(num_bytes: int = _ENOUGH_BYTES) -> None:
@@ -46,6 +47,16 @@ def moved(num_bytes: int = _ENOUGH_BYTES) -> None:
         _progress.num_bytes += num_bytes
         if _progress.num_bytes >= _ENOUGH_BYTES:
             _progress.at, _progress.num_bytes, _progress.was_told = time.monotonic(), 0, False
+
+
+@contextlib.contextmanager
+def giving_up() -> Iterator[None]:
+    """Let everything that this process waits for be given up at once: the user has interrupted it."""
+    _is_given_up.set()
+    try:
+        yield
+    finally:
+        _is_given_up.clear()
 
 
 @contextlib.contextmanager
@@ -92,7 +103,7 @@ def await_result(
     threading.Thread(target=work, name="icl-waiting", daemon=True).start()
     while not is_done.wait(_POLL_SECONDS):
         idle = time.monotonic() - max(began, _progress.at)
-        if is_stopped() or idle >= seconds:
+        if is_stopped() or _is_given_up.is_set() or idle >= seconds:
             raise StalledError
         if awaited and idle >= NOTICE_SECONDS and not _progress.was_told and not getattr(_thread, "is_silent", False):
             _progress.was_told = True

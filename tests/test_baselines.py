@@ -412,6 +412,20 @@ def test_one_example_of_one_dimension_will_do(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_no_prompts_have_no_predictions(name):
+    assert call(name, torch.zeros(0, 3, 2), torch.zeros(0, 3), tasks=torch.ones(4, 2)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_whose_squares_are_infinite_are_refused(as_users_run, name):
+    xs, ys = torch.ones(2, 3, 2, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64)
+    for wide in ((xs * 1e200, ys), (xs, ys * 1e200)):
+        with pytest.raises(ValueError, match="too large for float32"):
+            call(name, *wide, tasks=torch.ones(4, 2))
+    assert call(name, xs * 1e15, ys * 1e15, tasks=torch.ones(4, 2)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_shapes_that_disagree_are_refused(as_users_run, name):
     xs, ys, _ = make_prompts()
     for wrong_xs, wrong_ys in ((xs, ys[:, :-1]), (xs[:-1], ys), (xs[0], ys[0]), (xs, ys[..., None])):

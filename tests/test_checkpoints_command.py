@@ -1,5 +1,6 @@
 """`icl checkpoints`: steps here and in the store, copies that can break off, and damage found wherever it is."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_runs import TINY, as_arguments, change
 
-from icl.checkpoints import checkpoint_name
+from icl.checkpoints import checkpoint_name, load_checkpoint_file, save_checkpoint
 from icl.cli import main
 from icl.mirror import copied_names, open_mirror, push
 from icl.runs import RunFolder, local_root
@@ -316,6 +317,46 @@ def test_one_other_digit_in_the_rows_is_found(there_too, capsys):
         assert main(["checkpoints", "tiny", "verify"]) == 1
         assert f"{run.metrics_file} is damaged: its rows are not those that were saved." in capsys.readouterr().out
         run.metrics_file.write_bytes(whole)
+
+
+def test_verify_finds_a_whole_checkpoint_in_a_place_that_is_not_its_own(there_too, capsys):
+    weights, moments = (there_too.path / name for name in FILES[:2])
+    other = load_checkpoint_file(weights)
+    for file, reason, act in (
+        (weights, "it holds weights where Adam's moments", lambda: shutil.copy(moments, weights)),
+        (moments, "it holds weights where Adam's moments", lambda: shutil.copy(weights, moments)),
+        (
+            weights,
+            "it is of another run than config.yaml: `seeds.model` was 0 and is now 7",
+            lambda: save_checkpoint(
+                there_too.checkpoints, 10, change(other.config, seeds={"model": 7}), dict(other.params)
+            ),
+        ),
+    ):
+        whole = file.read_bytes()
+        act()
+        assert main(["checkpoints", "tiny", "verify"]) == 1
+        assert f"{file} is damaged: {reason}" in capsys.readouterr().out
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_verify_names_a_resume_file_that_an_unfinished_run_has_lost(there_too, is_folder, capsys):
+    status = there_too.read_status()
+    there_too.write_status(dataclasses.replace(status, state="running"))
+    assert main(["checkpoints", "tiny", "push", "--force"]) == 0
+    there_too.resume_file.unlink()
+    if is_folder:
+        there_too.resume_file.mkdir()
+    assert main(["checkpoints", "tiny", "verify"]) == 1
+    assert f"There is no {there_too.resume_file}." in capsys.readouterr().out
+
+
+def test_verify_of_a_run_that_lost_its_settings_names_them(there_too, monkeypatch, capsys):
+    monkeypatch.delenv("AWS_BUCKET_NAME", raising=False)
+    there_too.config_file.unlink()
+    assert main(["checkpoints", "tiny", "verify"]) == 1
+    assert f"There is no {there_too.config_file}." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [STEP, "last.ckpt", "results/losses.csv"])

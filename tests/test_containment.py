@@ -1,6 +1,8 @@
 """Names that a store, a folder or a config brings along stay inside the run's folder, and links out of it are not followed."""
 
+import errno
 import itertools
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,8 @@ from tiny_runs import TINY, as_arguments, change
 
 from icl.cli import main
 from icl.config import RunConfig
-from icl.mirror import copied_names, open_mirror, push
+from icl.mirror import copied_names, open_mirror, pull, push
+from icl.report.facts import read_run
 from icl.runs import RunFolder, local_root
 from icl.s3 import S3Store
 from icl.storage import LocalStore, StorageError
@@ -181,6 +184,92 @@ def test_links_to_the_run_and_within_it_are_the_users_own(run, tmp_path, monkeyp
     (run.results / "same.yaml").symlink_to("../config.yaml")
     assert main(["checkpoints", "tiny", "push", "--store", str(tmp_path / "store")]) == 0
     assert "results/same.yaml" in copied_names(LocalStore(tmp_path / "store" / "tiny"))
+
+
+@pytest.mark.parametrize("link", ["results", "figures", "results/llc", "run.log"])
+def test_no_command_writes_through_a_link_out_of_a_run(link, run, tmp_path, capsys):
+    outside, place = tmp_path / "outside", run.path / link
+    outside.mkdir()
+    (outside / "kept").write_text("kept")
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(outside / "kept" if "." in link else outside)
+    small = ["--steps", "last", "--sampler.num_draws", "2", "--sampler.num_chains", "2"]
+    for words in (
+        ["evaluate", "tiny"],
+        ["analyse", "tiny", "--what", "hessian"],
+        ["llc", "tiny", *small],
+        ["llc", "tiny", "--calibrate"],
+        ["train", *as_arguments(SHORT)],
+    ):
+        assert main(words) == 1
+        assert f"{link} is a symbolic link out of the run's folder, so nothing is written" in capsys.readouterr().err
+    assert everything(outside) == {"kept"}
+    assert (outside / "kept").read_text() == "kept"
+
+
+def test_a_report_shows_nothing_from_behind_a_link(run, tmp_path):
+    (tmp_path / "secret.csv").write_text("step,value\n1,123456789\n")
+    run.results.mkdir(exist_ok=True)
+    (run.results / "secret.csv").symlink_to(tmp_path / "secret.csv")
+    facts = read_run("tiny", run)
+    assert "secret" not in facts.tables
+    assert any("results/secret.csv" in problem for problem in facts.problems)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "status.json", "last.ckpt", "metrics.csv", "run.log"])
+def test_a_pipe_in_the_place_of_a_file_holds_no_command(name, run, tmp_path, capsys):
+    push(open_mirror(run, str(tmp_path / "store"), "tiny"))
+    capsys.readouterr()
+    for folder in (run.path, tmp_path / "store" / "tiny"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+    assert main(["train", *as_arguments(SHORT)]) in (1, 2)
+    assert ("not a regular file" if name == "config.yaml" else "neither a file nor a folder") in refusal(capsys)
+    for action in ("push", "pull", "verify"):
+        main(["checkpoints", "tiny", action, "--store", str(tmp_path / "store"), *(["--force"][: action != "verify"])])
+    assert not run.path.joinpath(name).is_file()
+
+
+@pytest.mark.parametrize("name", ["results", "results/a.csv/b", "checkpoints/step-000000002.safetensors/x"])
+def test_a_name_that_is_a_file_and_a_folder_at_once_is_refused(name, s3, run, tmp_path, monkeypatch, capsys):
+    LocalStore(run.path).write("results/a.csv", b"step\n1\n")
+    push(open_mirror(run, s3.url, "tiny"))
+    capsys.readouterr()
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path / "there"))
+    monkeypatch.setenv("AWS_BUCKET_NAME", s3.bucket)
+    s3.client.put_object(Bucket=s3.bucket, Key=f"tiny/{name}", Body=b"x")
+    assert main(["checkpoints", "tiny", "pull"]) == 1
+    assert "remove one of them there" in refusal(capsys)
+
+
+def test_what_an_interrupted_write_left_in_a_store_is_not_fetched(s3, run, tmp_path):
+    push(open_mirror(run, s3.url, "tiny"))
+    s3.client.put_object(Bucket=s3.bucket, Key="tiny/results/.tmp-12345678-a.csv", Body=b"x")
+    other = RunFolder(tmp_path / "there" / "tiny")
+    pull(open_mirror(other, s3.url, "tiny"))
+    assert not list(other.results.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize(
+    ("number", "repair"),
+    [
+        (errno.ENOSPC, "free space"),
+        (errno.EACCES, "the right to write there"),
+        (errno.ENAMETOOLONG, "shorter names"),
+        (errno.EIO, "look at the disk"),
+    ],
+)
+def test_a_write_that_fails_is_advised_by_its_reason(number, repair, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(StorageError, match=repair):
+        LocalStore(tmp_path).write("a", b"")
+    assert everything(tmp_path) == set()
 
 
 # Names

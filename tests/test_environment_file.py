@@ -235,3 +235,18 @@ def test_the_bucket_of_env_is_the_store(folder, s3, capsys):
     (folder / ".env").write_text(f"AWS_BUCKET_NAME={s3.bucket}\n")
     assert main(["train", *as_arguments(SHORT)]) == 0
     assert "tiny/status.json" in s3.names()
+
+
+def test_the_home_folder_may_be_written_as_a_variable(clean, monkeypatch, capsys):
+    monkeypatch.delenv("LOCAL_ROOT", raising=False)
+    monkeypatch.setenv("HOME", str(clean / "home"))
+    (clean / ".env").write_text("LOCAL_ROOT=$HOME/kept\n")
+    assert main(["runs"]) == 0
+    assert f"There are no runs in {clean / 'home' / 'kept'}" in capsys.readouterr().out
+
+
+def test_a_file_of_gigabytes_is_not_read(clean, capsys):
+    with (clean / ".env").open("wb") as file:
+        file.truncate(2**33)
+    assert main(["runs"]) == 2
+    assert "at most 1,048,576 are read" in capsys.readouterr().err

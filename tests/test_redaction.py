@@ -26,9 +26,13 @@ PASSWORD = "pass/w@rd:of-mine"
         ("https://token@host", "https://host"),
         ("https://host/a, me@example.org", "https://host/a, me@example.org"),
         ("a folder me@uni/runs", "a folder me@uni/runs"),
+        ("/usr/bin/env WANDB_API_KEY=0123abcd icl train", "/usr/bin/env WANDB_API_KEY=*** icl train"),
+        ('{"command": "aws_secret_access_key=a/b+c", "x": 1}', '{"command": "aws_secret_access_key=***", "x": 1}'),
+        ("https://host/a?token=abc&part=1", "https://host/a?token=***&part=1"),
+        ("num_tokens=5 --optim.lr=1", "num_tokens=5 --optim.lr=1"),
     ],
 )
-def test_credentials_in_addresses_are_left_out(text, left):
+def test_credentials_in_addresses_and_commands_are_left_out(text, left):
     assert redact(text, {}) == left
 
 

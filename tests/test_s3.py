@@ -6,6 +6,7 @@ import re
 import pytest
 from s3_server import SECRET, use_server
 
+from icl import s3_requests
 from icl.checkpoints import checkpoint_name, list_steps
 from icl.s3 import S3Store
 from icl.storage import StorageError
@@ -80,6 +81,42 @@ def test_a_server_that_talks_nonsense_is_one_sentence(store, proxy):
     proxy.answer = lambda method, path: f"<html>{SECRET}".encode()
     assert "cannot be used" in refusal(store.keys)
     assert "cannot be used" in refusal(store.check)
+
+
+@pytest.mark.parametrize(
+    "page", [b"<html><body>Log in</body></html>", b"<!DOCTYPE html><html></html>", b"<a/>", 200], ids=repr
+)
+def test_a_page_of_another_service_is_no_empty_bucket(store, proxy, page):
+    proxy.answer = lambda method, path: page
+    for act in (store.check, store.keys):
+        with pytest.raises(StorageError, match="the address of its S3 service"):
+            act()
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_listing_without_an_end_is_given_up(store, proxy, is_new, monkeypatch):
+    monkeypatch.setattr(s3_requests, "MAX_PAGES", 20)
+    numbers = itertools.count()
+
+    def page(method, path):
+        number = next(numbers)
+        key = f"runs/a/{number if is_new else 0}"
+        return (
+            "<?xml version='1.0'?><ListBucketResult><IsTruncated>true</IsTruncated>"
+            f"<NextContinuationToken>{number}</NextContinuationToken><Contents><Key>{key}</Key></Contents></ListBucketResult>"
+        ).encode()
+
+    proxy.answer = page
+    with pytest.raises(StorageError, match="the address of its S3 service"):
+        store.keys()
+    assert next(numbers) < 50
+
+
+def test_a_server_that_keeps_nothing_of_what_it_takes_is_told_as_such(store, proxy):
+    proxy.refuse = lambda request: (404, "NoSuchKey") if request.method in ("GET", "HEAD") else None
+    for act in (store.write, store.create):
+        with pytest.raises(StorageError, match="the server took it and lost it"):
+            act("key", b"data")
 
 
 def test_a_bucket_that_does_not_exist_is_named(s3):

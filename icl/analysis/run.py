@@ -115,6 +115,8 @@ def over_checkpoints(
         StorageError: If an entry cannot be written.
     """
     files = files or checkpoint_files(path)
+    if path.is_dir():
+        run_of(path).require_own_files()
     first = load_checkpoint_file(files[0])
     require_one_run(files)
     cache = None if path.is_file() else Cache(run_of(path).results / name)

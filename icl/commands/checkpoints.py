@@ -59,11 +59,12 @@ def _find(word: str, store: str | None, action: str) -> "tuple[RunFolder, Mirror
     folder = RunFolder(word if is_folder else local_root() / name_of(word))
     config = folder.read_config() if folder.config_file.exists() else None
     url = store or store_url(config or RunConfig())
-    if url is None and config is None:
+    is_lost = action == "verify" and folder.status_file.is_file()  # its settings alone are gone, which `verify` says
+    if url is None and config is None and not is_lost:
         raise ConfigError(f"There is no run {folder.path}, and no store to look for it; `icl runs` lists those here.")
     name = run_name(config) if config else name_of(word)
     mirror = open_mirror(folder, url, name, make=action == "push") if url else None
-    if config is None and mirror is not None and read_config(mirror.there) is None:
+    if config is None and not is_lost and mirror is not None and read_config(mirror.there) is None:
         raise RunError(f"There is no run {folder.path}, nor one at {mirror.there}; `icl runs` lists those here.")
     return folder, mirror
 

@@ -267,6 +267,7 @@ def _calibrate(job: _Job) -> int:
     from icl.sampling.progress import say
 
     folder = run_of(job.path)
+    folder.require_own_files()
     result = calibrate(job.path, job.config.sampler, say=say)
     print(f"\n{result.summary}")
     print(f"Table   {folder.write_result('llc-calibration.csv', result.table.to_csv(index=False))}")

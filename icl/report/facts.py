@@ -13,6 +13,7 @@ from icl.environment import environments_of
 from icl.reading import ContentError
 from icl.report.pictures import Picture, PictureError, embed
 from icl.runs import RunFolder, Status
+from icl.storage import LocalStore
 from icl.table_files import read_table
 from icl.validation import ConfigError
 
@@ -99,8 +100,11 @@ def read_run(name: str, folder: RunFolder) -> RunFacts:
     status = folder.read_status()
     if status is None:
         problems.append("status.json is missing or damaged, so the state of the run is unknown.")
-    tables = {file.stem: _read_table(file, problems) for file in _files(folder.results, "csv")}
-    pictures = {file.stem: _read_picture(file, name, problems) for file in _files(folder.figures, "png")}
+    links = LocalStore(folder.path).links_out()
+    if links:
+        problems.append(f"Symbolic links out of the run's folder are left out: {', '.join(links)}.")
+    tables = {file.stem: _read_table(file, problems) for file in _files(folder.results, "csv", folder.path)}
+    pictures = {file.stem: _read_picture(file, name, problems) for file in _files(folder.figures, "png", folder.path)}
     others = [
         file.name for file in folder.figures.glob("*") if file.suffix in (".pdf", ".svg") and file.stem not in pictures
     ]
@@ -175,8 +179,10 @@ def _read_log(folder: RunFolder) -> str:
         return ""
 
 
-def _files(folder: Path, suffix: str) -> list[Path]:
-    return sorted(file for file in folder.glob(f"*.{suffix}") if file.is_file() and not file.name.startswith("."))
+def _files(folder: Path, suffix: str, run: Path) -> list[Path]:
+    """Files to be shown; what lies behind a link out of the run's folder is not part of it, and the page may be given away."""
+    found = (file for file in folder.glob(f"*.{suffix}") if file.is_file() and not file.name.startswith("."))
+    return sorted(file for file in found if file.resolve().is_relative_to(run.resolve()))
 
 
 def _cause(error: Exception) -> str:

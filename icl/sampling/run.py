@@ -84,6 +84,8 @@ def estimate_run(
         files = chosen_files(files, sampler.steps)
     target = prompt_target(config, sampler, device=device, num_moves=len(files) * num_moves(sampler))
     run = None if Path(path).is_file() else run_of(path)
+    if run is not None:
+        run.require_own_files()
     records: list[Record] = []
     with MoveBar("llc", len(files) * num_moves(sampler)) as bar:
 

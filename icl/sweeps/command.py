@@ -116,12 +116,24 @@ def require_packable(command: Sequence[str]) -> None:
 
 
 def with_own_icl(words: Sequence[str]) -> list[str]:
-    """Return the command with `icl`, or this Python's `-m icl`, as the one of this environment, activated or not."""
+    """Return the command with `icl`, or this Python's `-m icl`, as the one of this environment, activated or not.
+
+    `python -m icl` would import from the working folder, where `icl` or `yaml` may be a file of somebody else.
+    """
     place = 1 if words[:1] == [_ENV] else 0
-    for own in (["icl"], [sys.executable, "-m", "icl"]):
-        if list(words[place : place + len(own)]) == own:
-            return [*words[:place], *OWN_PROGRAM, *words[place + len(own) :]]
+    before, own = list(words[:place]), list(words[place:])
+    if own[:1] == ["icl"]:
+        return [*before, *OWN_PROGRAM, *own[1:]]
+    options = list(itertools.takewhile(lambda word: re.fullmatch(r"-[bBEIOPqsuv]+", word), own[1:]))
+    rest = own[1 + len(options) :]
+    if rest[:2] == ["-m", "icl"] and _is_this_python(own[0]):
+        return [*before, OWN_PROGRAM[0], *options, *OWN_PROGRAM[1:], *rest[2:]]
     return list(words)
+
+
+def _is_this_python(word: str) -> bool:
+    found = shutil.which(word, path=_search_path())
+    return word == sys.executable or (found is not None and Path(found).resolve() == Path(sys.executable).resolve())
 
 
 def refuse_missing_program(command: Sequence[str], program: str | None, settings: Mapping[str, Any]) -> None:

@@ -235,3 +235,11 @@ def test_a_bad_status_is_told_and_the_other_runs_are_listed(tmp_path, monkeypatc
 def test_a_pipe_in_the_place_of_a_status_does_not_hold_the_program(tmp_path):
     os.mkfifo(tmp_path / "status.json")
     assert RunFolder(tmp_path).read_status() is None
+
+
+def test_icl_runs_prints_no_name_that_moves_the_cursor_and_no_endless_number(tmp_path):
+    for name in ("red\x1b[31m", "two\nlines", "plain"):
+        RunFolder(tmp_path / name).write_status(Status(state="running", loss=1e300))
+    lines = describe_runs(tmp_path)
+    assert len(lines) == 3
+    assert all(line.isprintable() and len(line) < 150 and "1e+300" in line for line in lines)

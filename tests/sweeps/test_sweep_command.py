@@ -141,6 +141,11 @@ def test_icl_is_the_one_of_this_environment():
     assert with_own_icl(["icl", "train"]) == own
     assert with_own_icl(["/usr/bin/env", "icl", "train"]) == ["/usr/bin/env", *own]
     assert with_own_icl(["/usr/bin/env", sys.executable, "-m", "icl", "train"]) == ["/usr/bin/env", *own]
+    for python in ("python", "python3", sys.executable):  # as people write it, the working folder would be searched
+        assert with_own_icl(["/usr/bin/env", python, "-m", "icl", "train"]) == ["/usr/bin/env", *own]
+        assert with_own_icl([python, "-u", "-m", "icl", "train"]) == [own[0], "-u", *own[1:]]
+    for other in (["/usr/bin/python-of-another", "-m", "icl"], ["python", "-m", "icl.other"], ["python", "icl"]):
+        assert with_own_icl(other) == other
     assert with_own_icl(["echo", "icl"]) == ["echo", "icl"]
     assert with_own_icl([]) == []
 

@@ -149,3 +149,15 @@ def test_an_answer_that_trickles_is_given_up(s3, proxy, monkeypatch):
     with pytest.raises(StorageError, match="no progress"):
         store.read("a")
     assert time.monotonic() - began < 20
+
+
+def test_ctrl_c_ends_a_push_to_a_store_that_hangs(s3, hang, monkeypatch, capsys):
+    monkeypatch.setattr(waiting, "SECONDS", 60.0)
+    run = train(SHORT).folder
+    hang(lambda method, path: method == "PUT" and "step-" in path)
+    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT))
+    began = time.monotonic()
+    timer.start()
+    assert main(["checkpoints", str(run.path), "push", "--store", s3.url]) == 130
+    assert time.monotonic() - began < 15
+    assert "interrupted" in capsys.readouterr().err

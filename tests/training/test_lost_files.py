@@ -278,6 +278,35 @@ def test_a_full_disk_is_one_sentence_a_failed_run_and_no_temporary_file(
     assert_same(folder, whole)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["evaluate", "tiny"], "results/evaluation/step-000000010.npz"),
+        slow(["evaluate", "tiny"], "results/evaluation.csv"),
+        (["evaluate", "tiny"], "figures/evaluation.png"),
+        slow(["analyse", "tiny", "--what", "embeddings"], "results/embeddings.csv"),
+        (["report", "tiny"], "report.html"),
+    ],
+    ids=["part", "table", "figure", "analysis", "report"],
+)
+def test_a_full_disk_while_results_are_written_keeps_what_there_is(monkeypatch, folder, whole, capsys, words, name):
+    shutil.copytree(whole.path, folder.path)
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patched:
+        disk = FullDisk(patched, Path(name).name, 1)
+        assert main(words) == 1
+        assert disk.is_full
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"Cannot write {folder.path / name}: No space left on device" in said
+    assert "free space" in said
+    assert not (folder.path / name).exists()
+    assert not list(folder.path.rglob(".tmp-*"))
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert main(words) == 0
+    assert (folder.path / name).stat().st_size > 0
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A real file system of 256 kB."""

@@ -169,6 +169,15 @@ def test_a_rank_that_was_left_in_the_environment_is_named(started, name, capsys)
     assert f"{name}=1 says that this is one of several processes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"])
+@pytest.mark.parametrize("value", ["banana", "-1", "1.0", "", " "])
+def test_a_rank_that_is_no_number_is_one_sentence_before_lightning_meets_it(name, value, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
+    assert main(["runs"]) == (2 if value.strip() else 0)
+    assert (f"{name} must be the number of a process" in capsys.readouterr().err) == bool(value.strip())
+    assert (name in os.environ) == bool(value.strip())
+
+
 @pytest.mark.slow
 def test_two_processes_of_torchrun_train_one_run(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_ROOT", str(tmp_path))
