@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from icl.validation import (
+    Bound,
     ConfigError,
     parse_num_tasks,
     plain_number,
@@ -20,8 +21,7 @@ from icl.validation import (
     require_run_name,
     require_steps,
     require_store,
-    require_words,
-    take_plain_numbers,
+    validate,
 )
 
 LayerNormPlacement = Literal["pre", "post", "none"]
@@ -70,11 +70,9 @@ class TaskConfig:
     """Noise variance sigma^2 of the targets (a variance, not a deviation)."""
 
     def __post_init__(self) -> None:
-        take_plain_numbers(self)
+        counts = {"task_size": 1, "max_examples": 1}
+        validate("task", self, counts=counts, numbers={"noise_variance": "zero or positive"})
         object.__setattr__(self, "num_tasks", parse_num_tasks(self.num_tasks))
-        require_count("task.task_size", self.task_size, 1)
-        require_count("task.max_examples", self.max_examples, 1)
-        require_number("task.noise_variance", self.noise_variance, "zero or positive")
 
     @property
     def is_gaussian(self) -> bool:
@@ -116,10 +114,7 @@ class ModelConfig:
     """Whether each block's input is added twice, as in the code of Hoogland et al.; for matching published numbers."""
 
     def __post_init__(self) -> None:
-        take_plain_numbers(self)
-        require_words("model", self)
-        for name in ("num_layers", "num_heads", "embed_size", "mlp_size"):
-            require_count(f"model.{name}", getattr(self, name), 1)
+        validate("model", self, counts={"num_layers": 1, "num_heads": 1, "embed_size": 1, "mlp_size": 1}, numbers={})
         require(
             self.embed_size % self.num_heads == 0,
             f"`model.num_heads` must divide `model.embed_size`, got {self.num_heads} heads and width {self.embed_size}.",
@@ -149,18 +144,11 @@ class OptimConfig:
     """Epsilon in the denominator of Adam."""
 
     def __post_init__(self) -> None:
-        take_plain_numbers(self)
-        require_words("optim", self)
-        require_number("optim.lr", self.lr, "positive")
-        require_number("optim.eps", self.eps, "positive")
-        for name in ("warmup_steps", "schedule_steps"):
-            if getattr(self, name) is not None:
-                require_count(f"optim.{name}", getattr(self, name), 1)
-        if self.grad_clip is not None:
-            require_number("optim.grad_clip", self.grad_clip, "positive")
-        for name in ("beta1", "beta2"):
+        betas: dict[str, Bound] = {"beta1": "zero or positive", "beta2": "zero or positive"}
+        numbers: dict[str, Bound] = {"lr": "positive", "grad_clip": "positive", "eps": "positive", **betas}
+        validate("optim", self, counts={"warmup_steps": 1, "schedule_steps": 1}, numbers=numbers)
+        for name in betas:
             value = getattr(self, name)
-            require_number(f"optim.{name}", value, "zero or positive")
             require(value < 1, f"`optim.{name}` must be in [0, 1), got {value!r}.")
         require(
             self.schedule != "constant" or self.warmup_steps is None,
@@ -200,10 +188,8 @@ class TrainerConfig:
     """Whether to compile the step with `torch.compile`, which takes 10 to 30 s; `auto` compiles if a run is long enough."""
 
     def __post_init__(self) -> None:
-        take_plain_numbers(self)
-        require_words("trainer", self)
-        for name in ("max_steps", "batch_size", "log_every", "devices", "num_nodes"):
-            require_count(f"trainer.{name}", getattr(self, name), 1)
+        names = ("max_steps", "batch_size", "log_every", "devices", "num_nodes")
+        validate("trainer", self, counts=dict.fromkeys(names, 1), numbers={})
         num_processes = self.devices * self.num_nodes
         require(
             self.batch_size % num_processes == 0,
@@ -222,10 +208,7 @@ class EvaluationConfig:
     """Prompts in each evaluation set (`pretrain` and `true`)."""
 
     def __post_init__(self) -> None:
-        take_plain_numbers(self)
-        if self.every is not None:
-            require_count("evaluation.every", self.every, 1)
-        require_count("evaluation.num_prompts", self.num_prompts, 2)
+        validate("evaluation", self, counts={"every": 1, "num_prompts": 2}, numbers={})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,11 +223,7 @@ class EarlyStoppingConfig:
     """Smallest decrease that counts as improvement."""
 
     def __post_init__(self) -> None:
-        take_plain_numbers(self)
-        require_words("early_stopping", self)
-        if self.patience is not None:
-            require_count("early_stopping.patience", self.patience, 1)
-        require_number("early_stopping.min_delta", self.min_delta, "zero or positive")
+        validate("early_stopping", self, counts={"patience": 1}, numbers={"min_delta": "zero or positive"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,13 +245,8 @@ class CheckpointsConfig:
     that is set, else none."""
 
     def __post_init__(self) -> None:
-        take_plain_numbers(self)
-        require_words("checkpoints", self)
-        if self.every is not None:
-            require_count("checkpoints.every", self.every, 1)
-        require_number("checkpoints.resume_seconds", self.resume_seconds, "zero or positive")
-        require_count("checkpoints.num_log", self.num_log, 0)
-        require_count("checkpoints.num_linear", self.num_linear, 0)
+        counts = {"every": 1, "num_log": 0, "num_linear": 0}
+        validate("checkpoints", self, counts=counts, numbers={"resume_seconds": "zero or positive"})
         if self.store is not None:
             require_store(self.store)
 
@@ -315,19 +289,18 @@ class SamplerConfig:
     """GiB of memory for the chains that run at the same time. By default 2, or on CUDA half of the free memory."""
 
     def __post_init__(self) -> None:
-        take_plain_numbers(self)
-        require_words("sampler", self)
+        sizes = {"num_samples": 2, "batch_size": 1, "num_chains": 1, "num_draws": 2, "num_burnin_steps": 0}
+        counts = {**sizes, "seed": 0, "thinning": 1, "num_init_batches": 1}
+        validate(
+            "sampler",
+            self,
+            counts=counts,
+            numbers={"lr": "positive", "localization": "zero or positive", "memory": "positive"},
+        )
         require_steps(self.steps)
-        require_number("sampler.lr", self.lr, "positive")
         if self.nbeta is not None:
             repair = ". Write none for n / ln n with n = `sampler.num_samples`"
             require_number("sampler.nbeta", self.nbeta, "positive", repair=repair)
-        require_number("sampler.localization", self.localization, "zero or positive")
-        if self.memory is not None:
-            require_number("sampler.memory", self.memory, "positive")
-        minima = {"num_samples": 2, "batch_size": 1, "num_chains": 1, "num_draws": 2, "num_burnin_steps": 0}
-        for name, minimum in {**minima, "seed": 0, "thinning": 1, "num_init_batches": 1}.items():
-            require_count(f"sampler.{name}", getattr(self, name), minimum)
         require(
             self.minibatches == "fresh" or self.num_samples % self.batch_size == 0,
             f"`sampler.num_samples` must be a multiple of `sampler.batch_size` for `fixed` minibatches, got "
@@ -355,9 +328,7 @@ class SeedsConfig:
     """Seed for all evaluation sets."""
 
     def __post_init__(self) -> None:
-        take_plain_numbers(self)
-        for field in dataclasses.fields(self):
-            require_count(f"seeds.{field.name}", getattr(self, field.name), 0)
+        validate("seeds", self, counts={field.name: 0 for field in dataclasses.fields(self)}, numbers={})
 
 
 @dataclass(frozen=True, kw_only=True)

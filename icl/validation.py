@@ -6,6 +6,7 @@ import numbers
 import os
 import re
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard, get_args, get_origin
 
@@ -57,15 +58,6 @@ def plain_number(value: Any) -> Any:
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
-def take_plain_numbers(settings: Any) -> None:
-    """Replace numbers of NumPy and torch in a frozen dataclass by Python's, which can be saved and compared."""
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        plain = plain_number(value)
-        if plain is not value:
-            object.__setattr__(settings, field.name, plain)
-
-
 def whole(name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> int:
     """Convert a whole number from `minimum` to `maximum` to an int. It may be NumPy's, or a tensor or array without axes.
 
@@ -108,10 +100,26 @@ def require_number(name: str, value: Any, bound: Bound, *, repair: str = "") -> 
     require(abs(value) <= MAX_NUMBER, f"`{name}` must be at most {MAX_NUMBER:g}, got {value!r}.")
 
 
-def require_words(section: str, settings: Any) -> None:
-    """Validate all fields of a dataclass that are choices, texts or truth values, so that no typing error goes unnoticed."""
+def validate(section: str, settings: Any, *, counts: Mapping[str, int], numbers: Mapping[str, Bound]) -> None:
+    """Validate the fields of a frozen dataclass of settings by their types and bounds.
+
+    Numbers of NumPy and torch are first replaced by Python's, which can be saved and compared. A field whose type allows
+    None may be None.
+
+    Args:
+        section: Name of the section, for error messages.
+        settings: The dataclass.
+        counts: Smallest value of each field that is a whole number.
+        numbers: Bound of each field that is a real number.
+
+    Raises:
+        ConfigError: If a value cannot be used.
+    """
     for field in dataclasses.fields(settings):
-        name, value = f"{section}.{field.name}", getattr(settings, field.name)
+        name, value = f"{section}.{field.name}", plain_number(getattr(settings, field.name))
+        object.__setattr__(settings, field.name, value)
+        if value is None and type(None) in get_args(field.type):
+            continue
         if get_origin(field.type) is Literal:
             choices = get_args(field.type)
             require(value in choices, f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
@@ -119,6 +127,10 @@ def require_words(section: str, settings: Any) -> None:
             require(isinstance(value, bool), f"`{name}` must be true or false, got {value!r}.")
         elif field.type is str:
             require(isinstance(value, str), f"`{name}` must be text, got {value!r}.")
+        elif field.name in counts:
+            require_count(name, value, counts[field.name])
+        elif field.name in numbers:
+            require_number(name, value, numbers[field.name])
 
 
 def user_path(text: str | Path) -> Path:
