@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from icl.config import RunConfig
 from icl.diversity.metadata import REFRESH_SECONDS, Metadata
 from icl.diversity.runs import ExperimentRun, experiment_runs, lock_experiment, require_same_settings
 from icl.runs import DONE, fails_again
+from icl.signals import handling
 from icl.storage import remove_temporaries
 from icl.training.run import train
 from icl.validation import UserError
@@ -158,8 +158,7 @@ def _train_run(run: ExperimentRun, last_signal: Callable[[], signal.Signals]) ->
 def _handling_signals(log: Path) -> Iterator[Callable[[], signal.Signals]]:
     """Let SIGTERM interrupt the program as Ctrl-C does, and a lost terminal (SIGHUP) redirect its output to `log`.
 
-    While a run trains, its own handlers of SIGINT and SIGTERM replace these. A SIGHUP that the user ignores (`nohup`) stays ignored.
-    Python handles signals in the main thread only; in another thread nothing changes.
+    While a run trains, its own handlers of SIGINT and SIGTERM replace these.
 
     Yields:
         A function that returns the last signal; SIGINT if none arrived.
@@ -177,14 +176,6 @@ def _handling_signals(log: Path) -> Iterator[Callable[[], signal.Signals]]:
         os.close(descriptor)
 
     handlers = {signal.SIGINT: interrupt, signal.SIGTERM: interrupt, signal.SIGHUP: redirect_output}
-    is_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in handlers if is_main}
-    for number, old in before.items():
-        if old is not signal.SIG_IGN:
-            signal.signal(number, handlers[number])
-    try:
+    with handling(handlers):
         yield lambda: received[-1] if received else signal.SIGINT
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-        sys.stdout.flush()
+    sys.stdout.flush()

@@ -1,1 +1,1 @@
-"""Sweeps without an account: W&B's sweep files, their points, and an engine that runs them on any number of machines."""
+"""W&B sweep files without an account: reading them, listing their points, and running the points on any number of machines."""

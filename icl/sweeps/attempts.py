@@ -1,11 +1,12 @@
-"""Who works on a point: numbered attempts in its run's folder, one file each, of which the highest counts.
+"""Attempts at a point: numbered files in its run's folder that show who works on the point. The highest number counts.
 
-An attempt is begun by creating the next number's file exclusively, which one process in the world can do, and only once
-the attempt before it is over: ended, or dead. Files are never deleted, so a number is never held twice, and a worker that
-was only slow sees from the higher number that its point was taken over. Whether an attempt lives is asked in two ways:
+A worker begins an attempt by creating the file of the next number exclusively, which only one process can do. It does so only after the previous
+attempt has ended or its worker has died. Files are never deleted, so no number is used twice. A worker that was taken for dead finds
+a higher number, and so learns that another worker has taken its point over. There are two ways to check whether an attempt is alive:
 
-- on the machine it runs on, by a lock that the worker and the program it started hold until both are gone;
-- elsewhere, by the file's time, which the worker refreshes (both times are the file server's, so clocks need not agree).
+- On the machine where it runs, by a lock that the worker and its program hold until both have ended.
+- On other machines, by the modification time of the file, which the worker refreshes. All times come from the file server, so the
+  clocks of the machines need not agree.
 """
 
 import contextlib
@@ -28,74 +29,68 @@ from icl.validation import has_type
 Outcome = Literal["running", "done", "failed", "preempted"]
 
 BEAT_SECONDS = 5.0
-"""Between two refreshings of a live attempt's file."""
+"""Interval at which a worker refreshes the file of its attempt."""
 STALE_SECONDS = 60.0
-"""After which an attempt on another machine counts as dead."""
+"""Age of the file after which an attempt on another machine counts as dead."""
 _PAUSE_SECONDS = 5.0
-"""Longest time between two attempts of one session: engines need milliseconds, and clocks differ by seconds."""
+"""Longest pause between two attempts of one session. Engines need milliseconds; clocks of machines differ by seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One try at a point, as its file tells it."""
+    """One attempt at a point, as its file records it."""
 
     number: int
     job: str
-    """What was tried: `Point.job`."""
+    """The job that was tried, see `Point.job`."""
     outcome: Outcome = "running"
     reason: str | None = None
     exit_status: int | None = None
     host: str = ""
     kernel: str = ""
-    """The running system of a machine, within which locks are seen."""
+    """Identifier of a machine between two boots, within which processes see each other's locks."""
     locked: bool = False
-    """Whether the file system could lock the file."""
+    """Whether the file system supports locks."""
     pid: int = 0
     started: float = 0.0
     ended: float | None = None
 
 
 class Claim:
-    """This process's own attempt at a point; keep it alive by `beat` and end it by `finish`."""
+    """An attempt of this process at a point; call `beat` at intervals to keep it alive, and `finish` to end it."""
 
     def __init__(self, path: Path, descriptor: int, attempt: Attempt) -> None:
         self.path, self.descriptor, self.attempt = path, descriptor, attempt
-        self.folder = path.parents[1]
-        """The run's."""
+        self.folder = path.parents[1]  # the run's
 
     def beat(self) -> bool:
-        """Say that the attempt lives.
-
-        Returns:
-            Whether it still counts; not if another worker took it for dead and took the point over.
-        """
-        with contextlib.suppress(OSError):  # a file server may be away for a while
+        """Refresh the file of the attempt; return False if another worker has taken the point over."""
+        with contextlib.suppress(OSError):  # a file server may be unreachable for a while
             os.utime(self.descriptor)
         return not next_file(self.path).exists()
 
     def finish(self, outcome: Outcome, *, exit_status: int | None = None, reason: str | None = None) -> None:
-        """Write how the attempt ended, and let go of the point.
+        """Record how the attempt ended, and release the point.
 
         Raises:
-            StorageError: If it cannot be written.
+            StorageError: If the file cannot be written.
         """
-        ended = replace(
-            self.attempt, outcome=outcome, exit_status=exit_status, reason=reason, ended=round(time.time(), 3)
-        )
+        now = round(time.time(), 3)
+        attempt = replace(self.attempt, outcome=outcome, exit_status=exit_status, reason=reason, ended=now)
         try:
-            write_atomically(self.path, _encode(ended))
+            write_atomically(self.path, _encode(attempt))
         finally:
             os.close(self.descriptor)
 
 
 def claim(folder: Path, job: str, *, number: int) -> Claim | None:
-    """Begin an attempt at the point of a run's folder, or None if somebody has begun it before.
+    """Begin an attempt at a point; return None if another process has begun the attempt of this number.
 
     Args:
-        folder: Of the run.
-        job: What is tried.
-        number: One more than that of the last attempt, which the caller has seen to be over. So what the caller knew
-            of the point still holds if this succeeds.
+        folder: Folder of the run.
+        job: The job that is tried, see `Point.job`.
+        number: One more than the number of the last attempt, which must be over. If the claim succeeds, nobody has worked on
+            the point since the caller looked at it.
 
     Raises:
         OSError: If the folder cannot be written.
@@ -115,23 +110,23 @@ def claim(folder: Path, job: str, *, number: int) -> Claim | None:
         pid=os.getpid(),
         started=round(time.time(), 3),
     )
-    os.write(descriptor, _encode(attempt))  # after the lock: whoever can read it can trust the lock
+    os.write(descriptor, _encode(attempt))  # after locking, so that whoever reads the file can rely on the lock
     return Claim(path, descriptor, attempt)
 
 
 def last_attempt(folder: Path, job: str | None = None) -> Attempt | None:
-    """The latest attempt at the point of a run's folder, of one job or of any."""
+    """Return the last attempt at the point in a run's folder, at one job or at any; None if there is none."""
     files = sorted((file for file in (folder / "attempts").glob("*.json") if file.stem.isdecimal()), reverse=True)
     attempts = (_read(file) for file in files)
     return next((attempt for attempt in attempts if job is None or attempt.job == job), None)
 
 
 def is_alive(folder: Path, attempt: Attempt, *, stale_after: float = STALE_SECONDS) -> bool:
-    """Whether somebody is still working on an attempt."""
+    """Return whether the worker of an attempt is still at work."""
     if attempt.outcome != "running":
         return False
     path = _file(folder, attempt.number)
-    with path.open() as file:  # opening makes a network file system ask its server
+    with path.open() as file:  # opening the file makes a network file system ask its server for the time
         if attempt.locked and attempt.kernel == _kernel():
             try:
                 if lock_file(file.fileno(), path.parent, shared=True):
@@ -141,15 +136,15 @@ def is_alive(folder: Path, attempt: Attempt, *, stale_after: float = STALE_SECON
         return _server_time(path.parent) - os.fstat(file.fileno()).st_mtime < stale_after
 
 
-def session_start(live: Iterable[Attempt], over: Iterable[Attempt]) -> float:
-    """Return when the work that is going on began: the start of the chain of attempts, without a pause, that reaches to now.
+def session_start(live: Iterable[Attempt], ended: Iterable[Attempt]) -> float:
+    """Return when the present session began: the start of the chain of attempts, without a pause, that reaches to now.
 
     Args:
-        live: Attempts that somebody works on; without any, no work is going on, and it began at infinity.
-        over: Attempts that have ended.
+        live: Attempts whose workers are at work. If there are none, there is no session, and the result is infinity.
+        ended: Attempts that have ended.
     """
     start = min((attempt.started for attempt in live if attempt.started), default=math.inf)
-    for attempt in sorted(over, key=lambda attempt: attempt.ended or 0.0, reverse=True):
+    for attempt in sorted(ended, key=lambda attempt: attempt.ended or 0.0, reverse=True):
         if (attempt.ended or 0.0) < start - _PAUSE_SECONDS:
             break
         start = min(start, attempt.started)
@@ -157,7 +152,7 @@ def session_start(live: Iterable[Attempt], over: Iterable[Attempt]) -> float:
 
 
 def next_file(path: Path) -> Path:
-    """The file of the attempt after this one."""
+    """Return the file of the attempt after this one."""
     return path.with_name(f"{int(path.stem) + 1:06d}.json")
 
 
@@ -166,7 +161,7 @@ def _file(folder: Path, number: int) -> Path:
 
 
 def _read(path: Path) -> Attempt:
-    """Return the attempt that a file tells of; one that is just being written, or is damaged, is running and says no more."""
+    """Read an attempt. If the file is damaged or not complete yet, return an attempt that runs and of which only the number is known."""
     number = int(path.stem)
     try:
         attempt = Attempt(**parse_json(read_bytes(path)))
@@ -181,7 +176,7 @@ def _encode(attempt: Attempt) -> bytes:
 
 
 def _kernel() -> str:
-    """One name for everything that shares this machine's running system."""
+    """Return an identifier of this machine since its last boot."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -190,12 +185,12 @@ def _kernel() -> str:
 
 
 def _server_time(folder: Path) -> float:
-    """The present time by the clock of the machine that holds the files."""
+    """Return the present time by the clock of the machine that holds the files, from the time of a new file."""
     probe = folder / f".clock-{secrets.token_hex(4)}"
     try:
         probe.touch()
         return probe.stat().st_mtime
-    except OSError:  # only to be looked at
+    except OSError:  # the folder cannot be written, as for a reader of somebody else's sweep
         return time.time()
     finally:
         with contextlib.suppress(OSError):

@@ -1,9 +1,9 @@
-"""A sweep's command: W&B's macros filled in for a point, and the environment that its program gets.
+"""The command of a sweep: W&B's macros replaced by a point's values, and the environment of the point's program.
 
-Macros, as W&B documents them: `${env}`, `${interpreter}`, `${program}`, `${args}` and its variants, `${args_json}`,
-`${args_json_file}`, `${envvar:NAME}`. As W&B does, we fill in `${envvar:NAME}` anywhere, and the others where they are a word
-of their own. Where we differ: what W&B would pass on unfilled, or drop, is refused; `${interpreter}` is the Python that runs
-`icl sweep`, not whatever `python` is on the PATH, and `icl` is the one beside it.
+The macros are those of W&B: `${env}`, `${interpreter}`, `${program}`, `${args}` and its variants, `${args_json}`, `${args_json_file}` and
+`${envvar:NAME}`. Like W&B, we replace `${envvar:NAME}` anywhere, and other macros only if they are a word of their own. We differ from W&B
+in two ways. A macro that W&B would drop or pass on unchanged is an error. And `${interpreter}` is the Python that runs `icl sweep`,
+not the `python` on the PATH; `icl` is the one of the same environment.
 """
 
 import difflib
@@ -22,7 +22,7 @@ from icl.resolve import OPTIONS, POINT_VARIABLE
 from icl.validation import ConfigError
 
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
-"""What W&B runs for a file that has a `program` and no `command`."""
+"""The command that W&B runs for a file with a `program` and no `command`."""
 
 JSON_FILE_MACRO = "${args_json_file}"
 _OWN_COMMAND = '`command: ["${env}", icl, train]`'
@@ -36,10 +36,10 @@ _SWEEP_VARIABLES = ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID")
 
 
 def refuse_unused_macros(command: Sequence[str]) -> None:
-    """Refuse a macro that W&B would not fill in: it drops a word that it takes for an unknown macro, and passes on the rest.
+    """Check that every macro will be replaced. W&B drops a word that looks like an unknown macro, and passes on any other macro unchanged.
 
     Raises:
-        ConfigError: Saying what to write instead.
+        ConfigError: If a macro would not be replaced; the message says what to write instead.
     """
     for word in command:
         if word in {f"${{{name}}}" for name in _MACROS}:
@@ -53,17 +53,17 @@ def refuse_unused_macros(command: Sequence[str]) -> None:
                 )
             if name in _MACROS:
                 raise ConfigError(
-                    f"`{word}` in the command holds `${{{name}}}`, which is filled in only where it is a word of its own; "
-                    f"write {_apart(word, name)}."
+                    f"`{word}` in the command holds `${{{name}}}`, which is replaced only if it is a word of its own. "
+                    f"Write {_separate_words(word, name)}."
                 )
         if rest.startswith("${") and rest.endswith("}"):
             nearest = difflib.get_close_matches(names[0] if names else rest, _MACROS, n=1, cutoff=0.5)
             hint = f"Did you mean `${{{nearest[0]}}}`?" if nearest else "A variable is written `${envvar:NAME}`."
-            raise ConfigError(f"A command has no macro `{word}`. {hint}")
+            raise ConfigError(f"There is no macro `{word}` for commands. {hint}")
 
 
-def _apart(word: str, name: str) -> str:
-    """How to write a word that holds a macro, as words of the command's list."""
+def _separate_words(word: str, name: str) -> str:
+    """Return how to write a word that holds a macro as separate words."""
     macro = f"${{{name}}}"
     before, _, after = word.partition(macro)
     if before.endswith("=") and before.startswith("-") and not after and name == "args_json_file":
@@ -74,15 +74,15 @@ def _apart(word: str, name: str) -> str:
 def fill_macros(
     command: Sequence[str], settings: Mapping[str, Any], *, program: str | None, json_file: str | Path
 ) -> list[str]:
-    """The words that start a point's program.
+    """Return the words that start the program of a point.
 
     Args:
-        command: The words with macros.
-        settings: The point, by the outermost names of the sweep file.
-        program: What stands for `${program}`.
-        json_file: Where the point lies as JSON.
+        command: Words of the command, with macros.
+        settings: Settings of the point, with nested groups as in the sweep file.
+        program: Value of `${program}`.
+        json_file: Value of `${args_json_file}`: the file that holds the settings as JSON.
     """
-    filled = _arguments(settings) | {
+    values = _arguments(settings) | {
         "env": [_ENV],
         "interpreter": [sys.executable],
         "program": [program or ""],
@@ -91,23 +91,23 @@ def fill_macros(
     words: list[str] = []
     for word in command:
         word = _VARIABLE.sub(lambda match: os.environ.get(match[1], match[1]), word)
-        words += filled[word[2:-1]] if word.startswith("${") and word[2:-1] in filled else [word]
+        words += values[word[2:-1]] if word.startswith("${") and word[2:-1] in values else [word]
     return words
 
 
 def own_words(words: Sequence[str]) -> tuple[str, list[str]] | None:
-    """`train` or `llc` and what follows it, if the command is `icl train` or `icl llc`, whose settings are a run's."""
-    for place, (word, following) in enumerate(itertools.pairwise(words)):
+    """Return `train` or `llc` and its arguments if the command is `icl train` or `icl llc`; None for any other program."""
+    for index, (word, following) in enumerate(itertools.pairwise(words)):
         if Path(word).name == "icl" and following in OPTIONS:
-            return following, list(words[place + 2 :])
+            return following, list(words[index + 2 :])
     return None
 
 
 def require_packable(command: Sequence[str]) -> None:
-    """Refuse to pack points into a program that would not read them all: they reach `icl train` by a file only.
+    """Check that the program of a sweep can train several points: only `icl train` can, if it reads them from the file of points.
 
     Raises:
-        ConfigError: If the command is another one, or takes its point from its words.
+        ConfigError: If the command is another one, or passes the settings as arguments.
     """
     takes_words = any(re.fullmatch(r"\$\{args.*\}", word) for word in command)
     own = own_words(command)
@@ -116,45 +116,46 @@ def require_packable(command: Sequence[str]) -> None:
 
 
 def with_own_icl(words: Sequence[str]) -> list[str]:
-    """Return the command with `icl`, or this Python's `-m icl`, as the one of this environment, activated or not.
+    """Return a command in which `icl` is the program of this environment, even if the environment is not activated.
 
-    `python -m icl` would import from the working folder, where `icl` or `yaml` may be a file of somebody else.
+    `python -m icl` is replaced too: it would import from the working folder, where `icl` or `yaml` may be another file.
     """
-    place = 1 if words[:1] == [_ENV] else 0
-    before, own = list(words[:place]), list(words[place:])
-    if own[:1] == ["icl"]:
-        return [*before, *OWN_PROGRAM, *own[1:]]
-    options = list(itertools.takewhile(lambda word: re.fullmatch(r"-[bBEIOPqsuv]+", word), own[1:]))
-    rest = own[1 + len(options) :]
-    if rest[:2] == ["-m", "icl"] and _is_this_python(own[0]):
-        return [*before, OWN_PROGRAM[0], *options, *OWN_PROGRAM[1:], *rest[2:]]
+    start = 1 if words[:1] == [_ENV] else 0
+    before, program = list(words[:start]), list(words[start:])
+    if program[:1] == ["icl"]:
+        return [*before, *OWN_PROGRAM, *program[1:]]
+    options = list(itertools.takewhile(lambda word: re.fullmatch(r"-[bBEIOPqsuv]+", word), program[1:]))
+    arguments = program[1 + len(options) :]
+    if arguments[:2] == ["-m", "icl"] and _is_this_python(program[0]):
+        return [*before, OWN_PROGRAM[0], *options, *OWN_PROGRAM[1:], *arguments[2:]]
     return list(words)
 
 
 def _is_this_python(word: str) -> bool:
-    found = shutil.which(word, path=_search_path())
-    return word == sys.executable or (found is not None and Path(found).resolve() == Path(sys.executable).resolve())
+    """Return whether a word of the command starts the Python that runs this program."""
+    path = shutil.which(word, path=_search_path())
+    return word == sys.executable or (path is not None and Path(path).resolve() == Path(sys.executable).resolve())
 
 
 def refuse_missing_program(command: Sequence[str], program: str | None, settings: Mapping[str, Any]) -> None:
-    """Refuse a command whose program is not here, before a dry run promises to run it.
+    """Check that the program of a sweep exists, so that a dry run does not promise to start a program that is missing.
 
     Args:
-        command: The sweep's, macros and all.
-        program: The sweep's.
-        settings: Those of any point.
+        command: Words of the sweep's command, with macros.
+        program: The sweep's `program`.
+        settings: Settings of any point.
 
     Raises:
-        ConfigError: Saying what would be started, and what to write instead.
+        ConfigError: If there is no such program; the message says what to write instead.
     """
     filled = fill_macros(command, settings, program=program, json_file=JSON_FILE_MACRO)
     typed = filled[1:] if filled[:1] == [_ENV] else filled
     words = with_own_icl(typed)
     if typed[:1] == ["icl"] and (len(typed) == 1 or typed[1].startswith("-")):
-        raise ConfigError(f"`icl` in the command wants a command of its own; write {_OWN_COMMAND}.")
+        raise ConfigError(f"`icl` in the command needs a subcommand; write {_OWN_COMMAND}.")
     if typed[:1] == ["icl"] and typed[1] not in COMMANDS:
         raise ConfigError(f"`icl` has no command `{typed[1]}`; write {_OWN_COMMAND}.")
-    if not words or words[0].startswith("-") or "=" in words[0]:  # options and settings of `env`
+    if not words or words[0].startswith("-") or "=" in words[0]:  # options and variables for `env`, not parsed here
         return
     if shutil.which(words[0], path=_search_path()) is None:
         raise ConfigError(f"The command cannot be started: there is no program `{words[0]}` here.")
@@ -162,27 +163,27 @@ def refuse_missing_program(command: Sequence[str], program: str | None, settings
     script = _script(words[1:]) if is_python else None
     is_ours = script is not None and Path(script).name == "icl"
     if script is not None and (is_ours or not (Path(script).is_file() or (Path(script) / "__main__.py").is_file())):
-        default = " (W&B's command for a file that has none)" if tuple(command) == DEFAULT_COMMAND else ""
+        default = " (W&B's command for a file without `command`)" if tuple(command) == DEFAULT_COMMAND else ""
         hint = f" For `icl` write {_OWN_COMMAND}." if is_ours else ""
         raise ConfigError(
-            f"The command cannot be started: `python {script}`{default} wants a script, and there is none of that name here.{hint}"
+            f"The command cannot be started: `python {script}`{default} needs a script, and there is no file of that name here.{hint}"
         )
 
 
 def _script(words: Sequence[str]) -> str | None:
-    """The script among the words after `python`; None if it is told to run something else."""
-    left = list(words)
-    while left and left[0].startswith("-"):
-        option = left.pop(0)
+    """Return the script among the arguments of `python`; None if Python runs a module, a text or its standard input."""
+    remaining = list(words)
+    while remaining and remaining[0].startswith("-"):
+        option = remaining.pop(0)
         if option in ("-m", "-c", "-"):
             return None
-        if option in ("-W", "-X"):
-            del left[:1]
-    return left[0] if left else None
+        if option in ("-W", "-X"):  # these take a value
+            del remaining[:1]
+    return remaining[0] if remaining else None
 
 
 def child_environment(point_file: Path, root: Path, *, num_workers: int) -> dict[str, str]:
-    """The environment of a point's program: where its point lies, its share of the cores, and no W&B sweep to join."""
+    """Return the environment of a point's program: the file of the point, a share of the cores, and no W&B sweep to join."""
     environment = {key: value for key, value in os.environ.items() if key not in _SWEEP_VARIABLES}
     environment[POINT_VARIABLE] = str(point_file.resolve())
     environment["LOCAL_ROOT"] = str(root.resolve())
@@ -193,12 +194,12 @@ def child_environment(point_file: Path, root: Path, *, num_workers: int) -> dict
 
 
 def _search_path() -> str:
-    """Where a point's program is looked for: beside this Python first."""
+    """Return the PATH of a point's program, with the folder of this Python first."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def _arguments(settings: Mapping[str, Any]) -> dict[str, list[str]]:
-    """W&B's spellings of a point as arguments: a word for each outermost name, in name order."""
+    """Return the settings of a point as arguments, in each of W&B's forms: a word for each outermost name, in alphabetical order."""
     pairs = sorted(settings.items())
     return {
         "args": [f"--{key}={value}" for key, value in pairs],

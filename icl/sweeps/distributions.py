@@ -1,8 +1,8 @@
-"""How one parameter of a sweep takes its values: W&B's distributions, by their quantiles.
+"""The distributions of a sweep's parameters: those of W&B, defined by their quantile functions.
 
-Value i of a parameter is quantile(u) with u uniform on (0, 1), a hash of (seed, name, i): so it is the same after every
-restart and on every machine, and another parameter in the file changes none. Names, meanings and defaults are W&B's
-("Sweep configuration options"): `log_uniform` takes exponents of e, `log_uniform_values` the values themselves.
+Draw i of a parameter is quantile(u), where u is a hash of (seed, name, i), uniform on (0, 1). So a draw is the same after every restart and on every
+machine, and does not depend on the other parameters of the file. Names, meanings and defaults are those of W&B ("Sweep configuration
+options"): `log_uniform` takes exponents of e, `log_uniform_values` takes the values themselves.
 """
 
 import hashlib
@@ -16,58 +16,58 @@ Options = Mapping[str, Any]
 
 
 class Distribution(NamedTuple):
-    """One of W&B's distributions."""
+    """A distribution of W&B."""
 
     required: tuple[str, ...]
     defaults: dict[str, float]
-    """Options that may be left out."""
+    """Optional options with their defaults."""
     quantile: Callable[[float, Options], Any]
-    """The value below which a share u of the draws lies."""
+    """Function of a share u in (0, 1) and the options that returns the value below which a share u of the draws lies."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """One swept key: where it stands in the file, and its checked distribution."""
+    """A parameter of a sweep: its name, and its distribution with valid options."""
 
     path: tuple[str, ...]
-    """Its names from the outside in: `("optim.lr",)`, or `("optim", "lr")` in nested `parameters:`."""
+    """Names from the outermost group to the parameter: `("optim.lr",)`, or `("optim", "lr")` in nested `parameters:`."""
     distribution: str
     options: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """The dotted key."""
+        """The names joined by dots."""
         return ".".join(self.path)
 
 
 EXPONENTS = {name: f"{name}_values" for name in ("log_uniform", "q_log_uniform", "inv_log_uniform")}
-"""Distributions whose `min` and `max` are exponents of e, and those that take the values themselves."""
+"""Distributions whose `min` and `max` are exponents of e, with the distributions that take the values themselves."""
 
 
 def draw(parameter: Parameter, *, seed: int, index: int) -> Any:
-    """The value of a parameter at a point of a random sweep; a pure function of its arguments."""
+    """Return the value of a parameter at a point of a random sweep: a pure function of the arguments."""
     digest = hashlib.blake2b(f"{seed}:{index}:{parameter.name}".encode(), digest_size=8).digest()
     share = ((int.from_bytes(digest, "little") >> 12) + 0.5) * 2**-52  # strictly inside (0, 1)
     return DISTRIBUTIONS[parameter.distribution].quantile(share, parameter.options)
 
 
 def extremes(parameter: Parameter) -> tuple[Any, Any]:
-    """The smallest and the largest value of a parameter that can be drawn, or nearly.
+    """Return approximately the smallest and the largest value that can be drawn.
 
     Raises:
-        OverflowError: If one of them is too large for a number.
+        OverflowError: If a value exceeds the range of floating-point numbers.
     """
     quantile, options = DISTRIBUTIONS[parameter.distribution].quantile, parameter.options
-    ends = quantile(2**-53, options), quantile(1 - 2**-53, options)
-    if any(isinstance(value, float) and not math.isfinite(value) for value in ends) and "values" not in options:
+    low, high = quantile(2**-53, options), quantile(1 - 2**-53, options)
+    if any(isinstance(value, float) and not math.isfinite(value) for value in (low, high)) and "values" not in options:
         raise OverflowError
-    return ends
+    return low, high
 
 
 def grid_values(parameter: Parameter) -> list[Any] | None:
-    """Every value of a parameter in a grid, or None if it has no list of them.
+    """Return all values of a parameter in a grid; None if its distribution has no list of values.
 
-    As in W&B, `q_uniform` goes from `min` in steps of `q` and leaves out `max`.
+    As in W&B, `q_uniform` goes from `min` in steps of `q` and excludes `max`.
     """
     options = parameter.options
     if parameter.distribution == "constant":
@@ -83,7 +83,7 @@ def grid_values(parameter: Parameter) -> list[Any] | None:
 
 
 def has_too_long_grid(parameter: Parameter, most: int) -> bool:
-    """Return whether a grid has more values of a parameter than `most`; the values are not made."""
+    """Return whether a parameter has more than `most` values in a grid, without making a list of them."""
     options = parameter.options
     if parameter.distribution == "int_uniform":
         return options["max"] - options["min"] >= most
@@ -92,7 +92,7 @@ def has_too_long_grid(parameter: Parameter, most: int) -> bool:
 
 def _num_steps(options: Options) -> int:
     ratio = (options["max"] - options["min"]) / options["q"]
-    return math.ceil(min(ratio, 2.0**60))  # more make no list
+    return math.ceil(min(ratio, 2.0**60))  # no list can be longer
 
 
 def _uniform(share: float, options: Options) -> float:
@@ -113,7 +113,7 @@ def _inv_log_uniform(share: float, options: Options) -> float:
 
 def _log_uniform_values(share: float, options: Options) -> float:
     value = math.exp(_uniform(share, {key: math.log(options[key]) for key in ("min", "max")}))
-    return min(max(value, options["min"]), options["max"])  # not past its bounds by a rounding
+    return min(max(value, options["min"]), options["max"])  # rounding may exceed the bounds
 
 
 def _normal(share: float, options: Options) -> float:
@@ -144,7 +144,7 @@ def _categorical_w_probabilities(share: float, options: Options) -> Any:
 
 
 def _quantised(quantile: Callable[[float, Options], float]) -> Callable[[float, Options], int | float]:
-    """The same, rounded to the nearest multiple of `q`; whole if `q` was written whole."""
+    """Return a quantile function rounded to the nearest multiple of `q`; its values are integers if `q` is one."""
     return lambda share, options: round(quantile(share, options) / options["q"]) * options["q"]
 
 
@@ -163,7 +163,7 @@ DISTRIBUTIONS: dict[str, Distribution] = {
     "q_log_uniform": Distribution(_BOUNDS, _STEP, _quantised(_log_uniform)),
     "q_log_uniform_values": Distribution(_BOUNDS, _STEP, _quantised(_log_uniform_values)),
     "inv_log_uniform": Distribution(_BOUNDS, {}, _inv_log_uniform),
-    "inv_log_uniform_values": Distribution(_BOUNDS, {}, _log_uniform_values),  # log(1/X) uniform is log X uniform
+    "inv_log_uniform_values": Distribution(_BOUNDS, {}, _log_uniform_values),  # log X is uniform if log(1/X) is
     "normal": Distribution((), _MOMENTS, _normal),
     "q_normal": Distribution((), _MOMENTS | _STEP, _quantised(_normal)),
     "log_normal": Distribution((), _MOMENTS, _log_normal),

@@ -1,19 +1,22 @@
-"""The engine of `icl sweep`: runs what is missing of a sweep, a few points at a time, each in a program of its own.
+"""The engine of `icl sweep`: it runs the missing points of a sweep, a few at a time, each in a program of its own.
 
-It keeps no state but the runs' folders. So the same command after any interruption does only what is missing, and any
-number of engines, on any machines that share the folder, work on one sweep without doing a point twice. A point that
-fails fails alone, and is tried again by the next command, unless the same settings would fail again. An engine that
-joins others at work belongs to their session, and does not repeat what has failed in it. A signal is passed on; the
-programs save and exit.
+The engine has no state besides the runs' folders. So the same command continues a sweep after any interruption. Any number of engines, on any
+machines that share the folder, can work on one sweep without doing a point twice.
+
+A point that fails does not stop the others. The next command tries it again, unless the same settings would fail again. An engine that starts while
+others work on the sweep belongs to their session: it does not repeat what has failed since that session began. The engine passes a signal on
+to its programs, which save and exit.
 """
 
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from icl.signals import handling
 from icl.storage import StorageError
 from icl.sweeps.attempts import BEAT_SECONDS, STALE_SECONDS, Claim, claim, last_attempt, session_start
 from icl.sweeps.points import Point
@@ -22,17 +25,17 @@ from icl.sweeps.schema import SweepFile
 from icl.sweeps.state import PointState, point_state
 
 _TICK_SECONDS = 0.1
-_TELL_SECONDS = 60.0
-"""Between two lines on how far a running point is."""
+_PROGRESS_SECONDS = 60.0
+"""Interval between two lines about the progress of a running point."""
 
 
 class SweepResult(NamedTuple):
-    """How a call of the engine ended."""
+    """The state of a sweep when `run_sweep` returns."""
 
     states: dict[int, PointState]
-    """Where each point stood at the end, by its number."""
+    """The state of each point, by its number."""
     received: signal.Signals | None = None
-    """What stopped it before the end, if anything did."""
+    """The signal that stopped the engine, if one did."""
 
     @property
     def is_done(self) -> bool:
@@ -51,213 +54,200 @@ def run_sweep(
     stale_after: float = STALE_SECONDS,
     say: Callable[[str], None] = print,
 ) -> SweepResult:
-    """Run every point that is not done, until all are done or have failed, or a signal comes.
+    """Run every point that is not done, until all are done or have failed, or a signal arrives.
 
     Args:
-        sweep: The file, for its command.
-        points: Its points.
-        root: The folder of all runs.
-        num_workers: Programs at a time.
-        pack: At most so many points per program, trained as one population if their settings let them.
-        retry: Whether to try every failed point again, also one that would fail again or has failed in this session.
-        stale_after: Seconds without a sign of life after which another machine's worker counts as dead.
-        say: Takes a line for every event.
+        sweep: The sweep file, which holds the command.
+        points: The points of the sweep.
+        root: Folder of all runs.
+        num_workers: Number of programs that run at a time.
+        pack: Largest number of points in one program, which trains them as one population if their settings allow it.
+        retry: Whether to try every failed point again, even if it would fail again or has failed in this session.
+        stale_after: Age in seconds of the last sign of life after which a worker on another machine counts as dead.
+        say: Function that receives a line for each event.
     """
-    engine = _Engine(sweep, points, root, num_workers, pack, retry, stale_after, say)
-    with engine.listening():
+    engine = _Engine(
+        sweep, points, root, num_workers=num_workers, pack=pack, retry=retry, stale_after=stale_after, say=say
+    )
+    with handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), engine.receive)):
         engine.run()
     return SweepResult({point.number: engine.state(point) for point in points}, engine.received)
 
 
+@dataclass
 class _Engine:
-    """The loop's own variables."""
+    """The state of the loop that starts, watches and ends the programs of a sweep; the fields are those of `run_sweep`."""
 
-    def __init__(
-        self,
-        sweep: SweepFile,
-        points: Sequence[Point],
-        root: Path,
-        num_workers: int,
-        pack: int,
-        retry: bool,
-        stale_after: float,
-        say: Callable[[str], None],
-    ) -> None:
-        self.sweep, self.root, self.num_workers, self.pack = sweep, root, num_workers, pack
-        self.retry, self.stale_after = retry, stale_after
-        self.num_points = len(points)
-        self.pending = list(points)
-        self.programs: list[Program] = []
-        self.received: signal.Signals | None = None
-        self._say = say
-        self._told: signal.Signals | None = None
-        self._beat_at = self._look_at = 0.0
-        self._tell_at = time.monotonic() + _TELL_SECONDS
-        self._said_waiting = False
-        self._resumes: dict[int, str] = {}
-        self._attempts = self._past_attempts(points)
+    sweep: SweepFile
+    points: Sequence[Point]
+    root: Path
+    _: KW_ONLY
+    num_workers: int
+    pack: int
+    retry: bool
+    stale_after: float
+    say: Callable[[str], None]
+    received: signal.Signals | None = None
+    programs: list[Program] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.pending = list(self.points)
+        self._num_over = 0
+        self._is_stopping = False
+        self._next_beat = self._next_search = 0.0
+        self._next_progress = time.monotonic() + _PROGRESS_SECONDS
+        self._has_said_waiting = False
+        self._earlier_attempts = self._count_earlier_attempts()
 
     def state(self, point: Point) -> PointState:
-        """Where a point stands."""
+        """Return the state of a point."""
         return point_state(point, self.root, stale_after=self.stale_after)
 
-    def _past_attempts(self, points: Sequence[Point]) -> dict[int, int]:
-        """The number of each point's last attempt before the session of this engine; a failure after it is not repeated.
-
-        If other engines are at work, their session is this one's, so what has failed in it counts as failed.
-        """
-        states = {point.number: self.state(point) for point in points}
-        last = {point.number: last_attempt(self.root / point.name) for point in points}
-        attempts = {number: attempt for number, attempt in last.items() if attempt is not None}
-        live = {number for number, attempt in attempts.items() if states[number].state == attempt.outcome == "running"}
-        over = {number for number, attempt in attempts.items() if attempt.ended is not None}
-        start = session_start([attempts[number] for number in live], [attempts[number] for number in over])
-        recent = {number for number in over if (attempts[number].ended or 0.0) >= start and not self.retry}
-        return {number: state.attempt - (number in live | recent) for number, state in states.items()}
-
-    def run(self) -> None:
-        """Until nothing is left to do; whatever ends it early, no program is left behind."""
-        try:
-            while self.programs or (self.pending and self.received is None):
-                self._turn()
-        finally:
-            for program in self.programs:
-                program.stop()
-
-    def _turn(self) -> None:
-        if self.received is not self._told:
-            self._stop()
-        self._end_programs()
-        self._beat()
-        if self.received is None:
-            self._start_programs()
-        self._tell_progress()
-        if self.programs or self.pending:
-            time.sleep(_TICK_SECONDS)
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take signals to stop, except those that the user has told us to ignore (`nohup`)."""
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-        before = {number: signal.getsignal(number) for number in numbers}
-        for number in numbers:
-            if before[number] is not signal.SIG_IGN:
-                signal.signal(number, self._receive)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: object) -> None:
+    def receive(self, number: int, frame: object) -> None:
+        """Note a signal; a second one kills the programs."""
         if self.received is not None:
             for program in self.programs:
                 program.kill()
         self.received = self.received or signal.Signals(number)
 
+    def run(self) -> None:
+        """Work until nothing is left to do. No program is left running, whatever ends the loop."""
+        try:
+            while self.programs or (self.pending and self.received is None):
+                self._tick()
+        finally:
+            for program in self.programs:
+                program.stop()
+
+    def _tick(self) -> None:
+        if self.received is not None and not self._is_stopping:
+            self._stop()
+        self._finish_programs()
+        self._refresh_claims()
+        if self.received is None:
+            self._start_programs()
+        self._report_progress()
+        if self.programs or self.pending:
+            time.sleep(_TICK_SECONDS)
+
+    def _count_earlier_attempts(self) -> dict[int, int]:
+        """Return the number of each point's last attempt before this session began; a later failure is not repeated.
+
+        If other engines are at work, this engine joins their session, so a failure since that session began is final too.
+        """
+        states = {point.number: self.state(point) for point in self.points}
+        last = {point.number: last_attempt(self.root / point.name) for point in self.points}
+        attempts = {number: attempt for number, attempt in last.items() if attempt is not None}
+        live = {number for number, attempt in attempts.items() if states[number].state == attempt.outcome == "running"}
+        ended = {number for number, attempt in attempts.items() if attempt.ended is not None}
+        start = session_start([attempts[number] for number in live], [attempts[number] for number in ended])
+        recent = {number for number in ended if (attempts[number].ended or 0.0) >= start and not self.retry}
+        return {number: state.attempt - (number in live | recent) for number, state in states.items()}
+
     def _stop(self) -> None:
-        """Pass a signal on, once, as SIGTERM: it is what programs know to save on."""
-        self._told = self.received
+        """Pass the first signal on as SIGTERM, on which programs save and exit."""
+        self._is_stopping = True
         if self.received is not None and self.programs:
-            self._say(
-                f"{self.received.name}: stopping, as soon as what runs ({len(self.programs)}) has saved; send it again to kill."
+            self.say(
+                f"{self.received.name}: stopping when the running programs ({len(self.programs)}) have saved. "
+                "Send the signal again to kill them."
             )
         for program in self.programs:
             program.stop()
 
     def _start_programs(self) -> None:
-        """Fill the free places with the first points that nobody works on."""
-        if len(self.programs) >= self.num_workers or time.monotonic() < self._look_at:
+        """Start programs for the first points that nobody works on, up to the number of workers."""
+        if len(self.programs) >= self.num_workers or time.monotonic() < self._next_search:
             return
         for point in list(self.pending):
             if len(self.programs) >= self.num_workers or self.received is not None:
                 return
             if point in self.pending:
-                self._start(self._claim_together(point))
-        self._look_at = time.monotonic() + min(1.0, self.stale_after / 4)  # what is left is in other hands
-        if self.pending and not self.programs and not self._said_waiting:
-            self._said_waiting = True
-            self._say(f"Waiting for {len(self.pending)} points that other workers hold.")
+                work = self._claim_together(point)
+                if work:
+                    program = start_program(self.sweep, work, root=self.root, num_workers=self.num_workers)
+                    self.programs.append(program)
+        # Other workers hold the points that are left, so search again later.
+        self._next_search = time.monotonic() + min(1.0, self.stale_after / 4)
+        if self.pending and not self.programs and not self._has_said_waiting:
+            self._has_said_waiting = True
+            self.say(f"Waiting for {len(self.pending)} points that other workers hold.")
 
     def _claim_together(self, first: Point) -> list[tuple[Point, Claim]]:
-        """Claim a point, and with it the points that can be packed into its program."""
-        claimed: list[tuple[Point, Claim]] = []
+        """Claim a point, and with it the points that can be packed into its program; return them with their claims."""
+        work: list[tuple[Point, Claim]] = []
         shared = first.config.shared_settings() if self.pack > 1 else {}
         for point in [first, *(point for point in self.pending if point is not first)]:
-            if len(claimed) == self.pack or (point is not first and not claimed):
+            if len(work) == self.pack or (point is not first and not work):
                 break
             if point is first or point.config.shared_settings() == shared:
-                own = self._claim(point)
-                claimed += [(point, own)] if own is not None else []
-        return claimed
+                own_claim = self._claim(point)
+                work += [(point, own_claim)] if own_claim is not None else []
+        return work
 
     def _claim(self, point: Point) -> Claim | None:
-        """Settle a point that is done or that somebody else has just failed, or claim it."""
+        """Claim a point; None if somebody works on it, or if it is over, which is then reported."""
         state = self.state(point)
-        if state.state == "running" or self._is_settled(point, state):
+        if state.state == "running":
             return None
-        self._resumes[point.number] = f" ({state.reason})" if state.attempt or state.state == "failed" else ""
+        has_failed_now = state.attempt > self._earlier_attempts[point.number] or (state.is_final and not self.retry)
+        if state.state == "done" or (state.state == "failed" and has_failed_now):
+            self._close(point, f"{state.state:8s} {point.name}: {state.reason}")
+            return None
         try:
-            return claim(self.root / point.name, point.job, number=state.attempt + 1)
+            own_claim = claim(self.root / point.name, point.job, number=state.attempt + 1)
         except OSError as error:
-            self._settle(point, f"failed   {point.name}: cannot write its folder ({error.strerror})")
+            self._close(point, f"failed   {point.name}: cannot write its folder ({error.strerror})")
             return None
-
-    def _start(self, work: list[tuple[Point, Claim]]) -> None:
-        for point, _ in work:
+        if own_claim is not None:
+            earlier = f" ({state.reason})" if state.attempt or state.state == "failed" else ""
             self.pending.remove(point)
-            self._tell(f"started  {point.name}{self._resumes[point.number]}")
-        if work:
-            self.programs.append(start_program(self.sweep, work, root=self.root, num_workers=self.num_workers))
+            self._report(f"started  {point.name}{earlier}")
+        return own_claim
 
-    def _is_settled(self, point: Point, state: PointState) -> bool:
-        if state.state == "done":
-            self._settle(point, f"done     {point.name}: {state.reason}")
-        elif state.state == "failed" and (
-            state.attempt > self._attempts[point.number] or (state.is_final and not self.retry)
-        ):
-            self._settle(point, f"failed   {point.name}: {state.reason}")
-        return point not in self.pending
-
-    def _end_programs(self) -> None:
+    def _finish_programs(self) -> None:
         for program in [program for program in self.programs if not program.is_running()]:
             self.programs.remove(program)
-            self._look_at = 0.0
+            self._next_search = 0.0
             with contextlib.suppress(StorageError):  # the next command will find the point unfinished
                 program.record(stopping=self.received)
             for point in program.points:
-                self._tell_end(program, point)
+                self._report_end(program, point)
 
-    def _tell_end(self, program: Program, point: Point) -> None:
+    def _report_end(self, program: Program, point: Point) -> None:
         state = self.state(point)
         word = "lost" if program.is_lost else {"waiting": "stopped"}.get(state.state, state.state)
         log = f"; see {program.log}" if state.state == "failed" else ""
         if program.is_lost:
             self.pending.append(point)
-        self._tell(f"{word:8s} {point.name}: {state.reason}, {program.seconds:.0f} s{log}")
+        else:
+            self._num_over += 1
+        self._report(f"{word:8s} {point.name}: {state.reason}, {program.seconds:.0f} s{log}")
 
-    def _beat(self) -> None:
-        if time.monotonic() < self._beat_at:
+    def _refresh_claims(self) -> None:
+        """Show other engines that the programs are alive; stop a program if another worker has taken a point of it over."""
+        if time.monotonic() < self._next_beat:
             return
-        self._beat_at = time.monotonic() + min(BEAT_SECONDS, self.stale_after / 4)
+        self._next_beat = time.monotonic() + min(BEAT_SECONDS, self.stale_after / 4)
         for program in self.programs:
             if not program.beat() and not program.is_lost:
                 program.is_lost = True
                 program.stop()
 
-    def _tell_progress(self) -> None:
-        """Now and then, a line for each point that runs."""
-        if time.monotonic() >= self._tell_at:
-            self._tell_at = time.monotonic() + _TELL_SECONDS
+    def _report_progress(self) -> None:
+        """Print a line for each running point once a minute."""
+        if time.monotonic() >= self._next_progress:
+            self._next_progress = time.monotonic() + _PROGRESS_SECONDS
             for program in self.programs:
                 for point in program.points:
-                    self._tell(f"running  {point.name}: {self.state(point).reason}")
+                    self._report(f"running  {point.name}: {self.state(point).reason}")
 
-    def _settle(self, point: Point, line: str) -> None:
+    def _close(self, point: Point, line: str) -> None:
+        """Report a point that needs no program."""
         self.pending.remove(point)
-        self._tell(line)
+        self._num_over += 1
+        self._report(line)
 
-    def _tell(self, line: str) -> None:
-        """A line for an event, with how many points are over of how many."""
-        num_over = self.num_points - len(self.pending) - sum(len(program.points) for program in self.programs)
-        self._say(f"[{num_over}/{self.num_points}] {line}")
+    def _report(self, line: str) -> None:
+        """Print a line for an event, after the number of points that are over and the number of all points."""
+        self.say(f"[{self._num_over}/{len(self.points)}] {line}")

@@ -1,9 +1,9 @@
-"""The points of a sweep, each resolved before anything runs: its settings, its configuration, its run's name.
+"""The points of a sweep: the settings of each, the configuration they lead to, and the name of its run.
 
-A point with settings that no run can have fails alone, as under `wandb agent`, and the others run.
+All points are resolved before any of them runs. A point with invalid settings fails alone, as it would under `wandb agent`; the others run.
 
-A grid is the product of its values in W&B's order, the last name fastest. Point i of a random sweep is a pure function
-of (seed, i). A point's name is that of its resolved configuration, so it is the same run under every engine.
+A grid is the product of the values in W&B's order, where the last parameter changes fastest. Point i of a random sweep is a pure function of
+(seed, i). The name of a point depends only on its configuration, so it is the same run under every engine.
 """
 
 import hashlib
@@ -33,58 +33,58 @@ class Point:
     """One run of a sweep."""
 
     number: int
-    """From 1, in the sweep's order."""
+    """Number in the sweep's order, from 1."""
     settings: Settings
-    """What the sweep sets, by the outermost names of its file."""
+    """Settings that the sweep chooses, with nested groups as in its file."""
     config: RunConfig
     name: str
-    """Of the run, and so of its folder below $LOCAL_ROOT."""
+    """Name of the run, which is also its folder below $LOCAL_ROOT."""
     job: str
-    """A hash of what is run and with which settings; an attempt at another job does not count."""
+    """Hash of the command and the settings that affect the result; an attempt at another job does not count."""
     trains: bool
-    """Whether the program is `icl train`, whose own status says if it is done."""
+    """Whether the program is `icl train`, whose run records whether it is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InvalidPoint:
-    """A point with settings that no run can have."""
+    """A point whose settings are invalid."""
 
     number: int
-    """From 1, in the sweep's order."""
+    """Number in the sweep's order, from 1."""
     name: str
-    """Its number and the values that the sweep changes."""
+    """The number and the values that change from point to point."""
     reason: str
-    """Why it cannot be run, in a sentence."""
+    """A sentence that says why the point cannot run."""
 
 
 def sweep_points(
     sweep: SweepFile, *, count: int | None = None, seed: int = 0, invalid: list[InvalidPoint] | None = None
 ) -> list[Point]:
-    """Every point of a sweep, checked; draws that repeat an earlier one of a random sweep are left out.
+    """Return the valid points of a sweep. A draw of a random sweep that repeats an earlier one is left out.
 
     Args:
-        sweep: The file.
-        count: At most so many points, the first ones.
-        seed: Of a random sweep.
-        invalid: Takes the points that cannot be run; left out, the first of them is an error.
+        sweep: The sweep file.
+        count: Largest number of points; the first ones are taken.
+        seed: Seed of a random sweep.
+        invalid: List to which invalid points are added. Without it, the first invalid point is an error.
 
     Raises:
-        SweepFileError: If no point can be run, two points of a grid are one run, or a random sweep has no end.
+        SweepFileError: If no point is valid, two points of a grid are the same run, or a random sweep has no end.
     """
     caps = [cap for cap in (count, sweep.run_cap) if cap is not None]
     if sweep.method == "random" and not caps:
-        raise SweepFileError(f"{sweep.path}: a random sweep has no end; give it a `run_cap`, or say --count N.")
-    drawn = _grid(sweep) if sweep.method == "grid" else _random(sweep, seed)
+        raise SweepFileError(f"{sweep.path}: a random sweep has no end. Add a `run_cap`, or use --count N.")
+    chosen = _grid(sweep) if sweep.method == "grid" else _random(sweep, seed)
     if sweep.method == "grid":
         caps.append(math.prod(len(grid_values(parameter) or []) for parameter in sweep.parameters))
     if min(caps) > MAX_POINTS:
         raise SweepFileError(
-            f"{sweep.path}: the sweep has {min(caps):,} points, and at most {MAX_POINTS:,} can be run; leave some out, or say "
-            "--count N for the first N."
+            f"{sweep.path}: the sweep has {min(caps):,} points, but at most {MAX_POINTS:,} can be run. Remove some, or use "
+            "--count N to take the first N."
         )
     points: dict[str, Point] = {}
     refused: list[InvalidPoint] = []
-    for number, settings in enumerate(itertools.islice(drawn, min(caps)), start=1):
+    for number, settings in enumerate(itertools.islice(chosen, min(caps)), start=1):
         try:
             point = _resolve_point(sweep, number, settings)
         except ConfigError as error:
@@ -93,8 +93,8 @@ def sweep_points(
         twin = points.setdefault(point.name, point)
         if twin is not point and (sweep.method == "grid" or twin.job != point.job):
             raise SweepFileError(
-                f"{sweep.path}: points {twin.number} and {number} would both be the run `{point.name}`; "
-                "remove the repeated value, or the `run_name` that they share."
+                f"{sweep.path}: points {twin.number} and {number} would both be the run `{point.name}`. "
+                "Remove the repeated value, or the `run_name` that they share."
             )
     _refuse_nested(sweep, points)
     if refused and (invalid is None or not points):
@@ -105,13 +105,13 @@ def sweep_points(
 
 
 def _refuse_nested(sweep: SweepFile, points: Mapping[str, Point]) -> None:
-    """Refuse a point whose run would lie inside another's folder."""
+    """Check that no run would lie inside the folder of another run."""
     for name, point in points.items():
         outer = next((points[str(path)] for path in PurePosixPath(name).parents if str(path) in points), None)
         if outer is not None and outer.trains and point.trains:
             raise SweepFileError(
                 f"{sweep.path}: the run `{name}` of point {point.number} would lie inside the run `{outer.name}` of point "
-                f"{outer.number}; give one of them another `run_name`."
+                f"{outer.number}. Give one of them another `run_name`."
             )
 
 
@@ -127,14 +127,14 @@ def _random(sweep: SweepFile, seed: int) -> Iterator[Settings]:
 
 
 def _settings(chosen: Iterable[tuple[Parameter, Any]]) -> Settings:
-    """A point as W&B hands it over: dotted names as they are, nested groups as tables."""
-    tree: Settings = {}
+    """Return the settings of a point in the form that W&B passes on: dotted names as they are, nested groups as dicts."""
+    settings: Settings = {}
     for parameter, value in chosen:
-        table = tree
-        for group in parameter.path[:-1]:
-            table = table.setdefault(group, {})
-        table[parameter.path[-1]] = value
-    return tree
+        group = settings
+        for name in parameter.path[:-1]:
+            group = group.setdefault(name, {})
+        group[parameter.path[-1]] = value
+    return settings
 
 
 def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
@@ -146,7 +146,7 @@ def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
         require_learning(config)
         require_monitor(config)
     if config.population:
-        raise ConfigError("A point is one run; take `population` out, and let `--pack` train points together.")
+        raise ConfigError("A point is one run. Remove `population`; `--pack` trains several points together.")
     return Point(
         number=number,
         settings=settings,
@@ -158,7 +158,7 @@ def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
 
 
 def _is_done(config: RunConfig) -> bool:
-    """Whether the run has ended before, maybe under a version that did not refuse its settings."""
+    """Return whether the run is done, perhaps by a version that did not check its settings as strictly."""
     run = RunFolder(local_root() / run_name(config))
     status = run.read_status()
     try:
@@ -168,30 +168,30 @@ def _is_done(config: RunConfig) -> bool:
 
 
 def _name(sweep: SweepFile, number: int, settings: Settings) -> str:
-    """A point in words: its number, and the values that change from point to point."""
+    """Return the number of a point with the values that change from point to point."""
     changing = {parameter.name for parameter in sweep.parameters if parameter.distribution != "constant"}
     values = ", ".join(f"{key}={value}" for key, value in flatten(settings).items() if key in changing)
     return f"point {number}{f' ({values})' if values else ''}"
 
 
 def _own_config(command: str, arguments: list[str], settings: Mapping[str, Any]) -> RunConfig:
-    """The configuration that our own command will come to, from its words and the point."""
+    """Return the configuration of `icl train` or `icl llc`, from the arguments of the command and the point."""
     given = read_words(command, arguments).settings
     files = given.get("config", [])
     if "steps" in given:
         given["sampler.steps"] = given["steps"]
     given = {key: value for key, value in given.items() if key not in OPTIONS[command]}
-    filed = [settings if file == JSON_FILE_MACRO else read_config_file(file) for file in files]
-    config = resolve(*filed, settings, given)
+    layers = [settings if file == JSON_FILE_MACRO else read_config_file(file) for file in files]
+    config = resolve(*layers, settings, given)
     refuse_conflicts(settings, given)
     return config
 
 
 def _job(sweep: SweepFile, config: RunConfig, *, samples: bool) -> str:
-    computed = {
+    relevant = {
         key: value
         for key, value in flatten(config.to_dict()).items()
         if key != "run_name" and (not is_free_on_resume(key) or (samples and key.startswith("sampler.")))
     }
-    text = json.dumps([sweep.command, sweep.program, computed], sort_keys=True)
+    text = json.dumps([sweep.command, sweep.program, relevant], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""A program while it runs, of one point or of several packed into one: its process, its log, and what its end means."""
+"""The program of one point, or of several points packed together: its process, its log, and the outcome of each point."""
 
 import ctypes
 import json
@@ -18,55 +18,60 @@ from icl.sweeps.command import child_environment, fill_macros, with_own_icl
 from icl.sweeps.points import Point
 from icl.sweeps.schema import SweepFile
 
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
+_PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 _TAIL_BYTES = 2**16
+"""Largest part of the log that is searched for the reason of a failure."""
 
 
 class Program:
-    """The process of a point, or of several packed into one, or the reason why it could not be started."""
+    """A program that works on one or several points.
+
+    Args:
+        work: The points, each with its claim.
+        log: File that receives the output.
+        process: The process, or the reason why it could not be started.
+    """
 
     def __init__(self, work: Sequence[tuple[Point, Claim]], log: Path, process: subprocess.Popen | str) -> None:
         self.work, self.log, self.process = work, log, process
-        self.is_lost = False
-        """Whether another worker took a point over."""
+        self.is_lost = False  # whether another worker has taken a point over
         self._started = time.monotonic()
-        self._begun_at = log.stat().st_size if log.exists() else 0
+        self._log_start = log.stat().st_size if log.exists() else 0
 
     @property
     def points(self) -> list[Point]:
-        """What it works on."""
+        """The points that the program works on."""
         return [point for point, _ in self.work]
 
     @property
     def seconds(self) -> float:
-        """Since it was started."""
+        """Seconds since the program was started."""
         return time.monotonic() - self._started
 
     def is_running(self) -> bool:
-        """Whether the process has not ended yet."""
+        """Return whether the process has not ended yet."""
         return not isinstance(self.process, str) and self.process.poll() is None
 
     def beat(self) -> bool:
-        """Say that its attempts live; whether all of them still count."""
-        still_count = [claim.beat() for _, claim in self.work]  # every one is to beat
-        return all(still_count)
+        """Refresh all claims; return False if another worker has taken a point over."""
+        return all([claim.beat() for _, claim in self.work])  # noqa: C419 (a list, so that every claim is refreshed)
 
     def stop(self) -> None:
-        """Ask it to save and end."""
+        """Ask the program to save and exit."""
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the program."""
         self._signal(signal.SIGKILL)
 
     def record(self, *, stopping: signal.Signals | None) -> None:
-        """Write how each point ended, and let go of it.
+        """Record the outcome of each point, and release the point.
 
         Args:
-            stopping: The signal by which the engine was told to stop, if it was.
+            stopping: The signal that stopped the engine, if one did.
 
         Raises:
-            StorageError: If it cannot be written.
+            StorageError: If the outcome cannot be written.
         """
         for point, claim in self.work:
             self._record(point, claim, stopping)
@@ -75,37 +80,38 @@ class Program:
         if isinstance(self.process, str):
             claim.finish("failed", reason=self.process)
             return
-        status = self.process.returncode
-        run = self._status(point, claim)
-        is_done = status == 0 or (len(self.work) > 1 and run is not None and run.state in DONE)
-        outcome: Outcome = "done" if is_done else "preempted" if stopping else "failed"
-        reasons = {"preempted": f"stopped by {stopping.name}" if stopping else "", "failed": self._reason(claim, run)}
-        claim.finish(outcome, exit_status=status, reason=reasons.get(outcome))
-
-    def _status(self, point: Point, claim: Claim) -> Status | None:
-        """What the run says, if it was this program that said it."""
+        code = self.process.returncode
         status = RunFolder(claim.folder).read_status() if point.trains else None
-        return status if status is not None and status.updated >= claim.attempt.started else None
+        if status is not None and status.updated < claim.attempt.started:
+            status = None  # an earlier program wrote it
+        outcome: Outcome = "failed"
+        reason: str | None = None
+        # A packed program also fails if only one of its runs does, so ask each run.
+        if code == 0 or (len(self.work) > 1 and status is not None and status.state in DONE):
+            outcome = "done"
+        elif stopping:
+            outcome, reason = "preempted", f"stopped by {stopping.name}"
+        else:
+            reason = self._reason_of_failure(claim, status, code)
+        claim.finish(outcome, exit_status=code, reason=reason)
 
-    def _reason(self, claim: Claim, status: Status | None) -> str:
-        """Why it failed: what its run's status says, or what the program wrote last, of this run if of several."""
-        assert isinstance(self.process, subprocess.Popen)
+    def _reason_of_failure(self, claim: Claim, status: Status | None, code: int) -> str:
+        """Return the reason in the status of the run, or the exit status and the last line of the log."""
         if status is not None and status.state == "failed":
             return status.reason or "failed"
-        code = self.process.returncode
         end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         line = self._last_line(f"icl: {claim.folder.resolve()} failed: ")
         return redact(f"{end}: {line}" if line else end)
 
-    def _last_line(self, own: str) -> str:
-        """The rest of the last line that begins with `own`, or if there is none the last line."""
+    def _last_line(self, prefix: str) -> str:
+        """Return the rest of the last line that begins with a prefix; if there is none, the last line that is not empty."""
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(self._begun_at, size - _TAIL_BYTES))
+            file.seek(max(self._log_start, size - _TAIL_BYTES))
             lines = file.read().decode(errors="replace").split("\n")
-        named = [line.removeprefix(own) for line in lines if line.startswith(own)]
-        told = [line.strip()[-300:] for line in lines if line.strip()]
-        return next(reversed(named or told), "")
+        prefixed = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
+        others = [line.strip()[-300:] for line in lines if line.strip()]
+        return next(reversed(prefixed or others), "")
 
     def _signal(self, number: signal.Signals) -> None:
         if isinstance(self.process, subprocess.Popen) and self.process.poll() is None:
@@ -113,9 +119,10 @@ class Program:
 
 
 def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root: Path, num_workers: int) -> Program:
-    """Start the program of a point, or of several packed into one: the points as JSON, the output in `sweep.log`.
+    """Start the program of one or several points.
 
-    Both lie in the first one's folder; the others' logs say so.
+    The folder of the first point holds `point.json`, with the settings of all points, and `sweep.log`, with the output. The logs
+    of the other points refer to it.
     """
     point, claim = work[0]
     point_file, log = claim.folder / "point.json", claim.folder / "sweep.log"
@@ -123,7 +130,7 @@ def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root
         fill_macros(sweep.command, point.settings, program=sweep.program, json_file=point_file.resolve())
     )
     content = [point.settings for point, _ in work] if len(work) > 1 else point.settings
-    begun = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    heading = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}"
     program = Program(work, log, "not started")
     try:
         for _, one in work:
@@ -131,9 +138,9 @@ def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root
         write_atomically(point_file, (json.dumps(content, indent=1) + "\n").encode())
         for _, other in work[1:]:
             with (other.folder / "sweep.log").open("a") as output:
-                output.write(f"{begun} trained together with others; see {log.resolve()}\n")
+                output.write(f"{heading} trained together with others; see {log.resolve()}\n")
         with log.open("ab") as output:
-            output.write(f"{begun} {redact(' '.join(words))}\n".encode())
+            output.write(f"{heading} {redact(' '.join(words))}\n".encode())
             output.flush()
             program.process = subprocess.Popen(
                 words,
@@ -141,8 +148,8 @@ def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=child_environment(point_file, root, num_workers=num_workers),
-                start_new_session=True,  # a Ctrl-C reaches the engine alone, which passes it on once
-                pass_fds=[claim.descriptor for _, claim in work],  # an attempt lives as long as the program does
+                start_new_session=True,  # Ctrl-C reaches only the engine, which passes it on once
+                pass_fds=[claim.descriptor for _, claim in work],  # the claim stays locked as long as the program runs
                 preexec_fn=_end_with_engine if sys.platform == "linux" else None,  # noqa: PLW1509 (one thread only)
             )
     except OSError as error:
@@ -151,5 +158,5 @@ def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root
 
 
 def _end_with_engine() -> None:
-    """In the new process: ask Linux for a SIGTERM when the engine dies, so that a killed one leaves no orphans."""
-    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
+    """Ask Linux, in the new process, for a SIGTERM when the engine dies, so that no program outlives a killed engine."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,13 +1,13 @@
-"""W&B's sweep files, read strictly: what W&B would ignore or guess is an error that says what to write.
+"""Read W&B sweep files strictly: where W&B would ignore or guess something, there is an error that says what to write.
 
-The schema is W&B's own: `method`, `parameters` (dotted names, nested `parameters:`, `value`, `values`, `min` and `max`, a
-`distribution`), `command` or `program`, `run_cap`; keys that only W&B's server uses are accepted and left alone.
+The schema is that of W&B: `method`, `parameters` (dotted names, nested `parameters:`, `value`, `values`, `min` and `max`, a
+`distribution`), `command` or `program`, and `run_cap`. Keys that only W&B's server uses are accepted and ignored.
 """
 
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,11 +26,11 @@ _PARAMETER_KEYS = ("distribution", "parameters", "value", "values", "probabiliti
 
 
 MAX_POINTS = 100_000
-"""Points of a sweep, all of which are checked before the first one runs."""
+"""Largest number of points of a sweep, since all points are checked before the first one runs."""
 
 
 class SweepFileError(ConfigError):
-    """A sweep file that cannot be run; the message says which part, and what to write instead."""
+    """A sweep file that cannot be run; the message names the faulty part and says what to write instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,23 +40,23 @@ class SweepFile:
     path: Path
     method: Literal["grid", "random"]
     parameters: tuple[Parameter, ...]
-    """In W&B's order: by name, a nested group in the place of its outer name."""
+    """Parameters in W&B's order: by name; the parameters of a nested group stand at the group's name."""
     command: tuple[str, ...]
-    """The words that start a run, macros and all."""
+    """Words of the command that starts a run, with macros."""
     program: str | None = None
     run_cap: int | None = None
-    """At most so many points."""
+    """Largest number of points."""
     stops_early: bool = False
-    """Whether W&B would end hopeless runs by `early_terminate`; `icl sweep` does not."""
+    """Whether the file has `early_terminate`, by which W&B stops bad runs; `icl sweep` does not."""
     warnings: tuple[str, ...] = ()
-    """What W&B, too, takes but warns of."""
+    """Sentences about valid settings that are probably mistakes; W&B warns of them too."""
 
 
 def read_sweep_file(path: str | Path) -> SweepFile:
     """Read and check a sweep file.
 
     Raises:
-        SweepFileError: If it cannot be read, or W&B's schema or `icl sweep` has no place for what it says.
+        SweepFileError: If the file cannot be read, violates W&B's schema, or uses a part of it that `icl sweep` does not support.
     """
     tree = _read_yaml(Path(path))
     try:
@@ -73,12 +73,12 @@ def _read_yaml(path: Path) -> Mapping[Any, Any]:
     except ContentError as error:
         raise SweepFileError(f"The sweep file {path} cannot be used: {error}.") from None
     if not isinstance(tree, dict):
-        raise SweepFileError(f"{path} is not a sweep file; it needs `method:` and `parameters:`.")
+        raise SweepFileError(f"{path} is not a sweep file: `method:` and `parameters:` are needed.")
     return tree
 
 
 def _read_tree(path: Path, tree: Mapping[Any, Any]) -> SweepFile:
-    _refuse_unknown(tree, (*_OWN_KEYS, *_SERVER_KEYS), "a sweep file has no key")
+    _refuse_unknown(tree, (*_OWN_KEYS, *_SERVER_KEYS), "A sweep file has no key")
     method = _read_method(tree.get("method"))
     command, program = _read_command(tree.get("command"), tree.get("program"))
     parameters = tuple(_read_parameters(tree.get("parameters"), ()))
@@ -86,7 +86,7 @@ def _read_tree(path: Path, tree: Mapping[Any, Any]) -> SweepFile:
         if method == "grid":
             _require_grid(parameter)
     run_cap = tree.get("run_cap")
-    if run_cap is not None and not (_is_whole(run_cap) and 0 < run_cap < 2**63):
+    if run_cap is not None and not (_is_integer(run_cap) and 0 < run_cap < 2**63):
         raise SweepFileError(f"`run_cap` must be a whole number from 1 to 2^63 - 1, got {run_cap!r}.")
     return SweepFile(
         path=path,
@@ -103,19 +103,19 @@ def _read_tree(path: Path, tree: Mapping[Any, Any]) -> SweepFile:
 
 
 def _require_grid(parameter: Parameter) -> None:
-    """Refuse a parameter that has no list of values, or one that is too long."""
+    """Check that a parameter has a list of values, and that it is not too long."""
     if has_too_long_grid(parameter, MAX_POINTS):
         raise SweepFileError(
-            f"`{parameter.name}` has more than {MAX_POINTS:,} values in a grid; list fewer `values`, or use `method: random`."
+            f"`{parameter.name}` has more than {MAX_POINTS:,} values in a grid. List fewer `values`, or use `method: random`."
         )
     if grid_values(parameter) is None:
         raise SweepFileError(
-            f"`{parameter.name}` is {parameter.distribution}, which has no grid; list its `values`, or use `method: random`."
+            f"`{parameter.name}` is {parameter.distribution}, which has no grid. List its `values`, or use `method: random`."
         )
 
 
 def _warn_of_exponents(parameter: Parameter) -> str:
-    """W&B's own warning, and the values that the exponents mean."""
+    """Return W&B's own warning, with the values that the exponents stand for."""
     low, high = extremes(parameter)
     return (
         f"`{parameter.name}` uses {parameter.distribution}, where min/max specify base-e exponents. Use "
@@ -128,8 +128,8 @@ def _read_method(method: Any) -> Literal["grid", "random"]:
         return method
     if method in ("bayes", "custom"):
         raise SweepFileError(
-            f"`method: {method}` chooses each point from the results so far, which needs W&B's server; "
-            "run it with `wandb sweep` and `wandb agent`, or use `method: random` here."
+            f"`method: {method}` chooses each point from earlier results, which needs W&B's server. "
+            "Run the sweep with `wandb sweep` and `wandb agent`, or use `method: random`."
         )
     raise SweepFileError(f"`method` must be grid or random (or bayes, under `wandb agent`), got {method!r}.")
 
@@ -137,7 +137,7 @@ def _read_method(method: Any) -> Literal["grid", "random"]:
 def _read_command(command: Any, program: Any) -> tuple[tuple[str, ...], str | None]:
     if isinstance(command, str):
         raise SweepFileError(
-            "`command` is text, which W&B silently ignores; write a list of words, such as "
+            "`command` is a text, which W&B silently ignores. Write a list of words, such as "
             '`command: ["${env}", icl, train]`.'
         )
     if command is not None and not isinstance(command, list):
@@ -150,22 +150,24 @@ def _read_command(command: Any, program: Any) -> tuple[tuple[str, ...], str | No
     words = tuple(str(word) for word in command or DEFAULT_COMMAND)
     refuse_unused_macros(words)
     if program is None and "${program}" in words:
-        raise SweepFileError('A `program` is wanted, or a command without it: `command: ["${env}", icl, train]`.')
+        raise SweepFileError(
+            'A `program` is missing. Add one, or a command without it: `command: ["${env}", icl, train]`.'
+        )
     return words, program
 
 
 def _read_parameters(tree: Any, outer: tuple[str, ...]) -> Iterable[Parameter]:
-    """The parameters of one level in name order, nested ones in the place of their group."""
+    """Yield the parameters of a group in the order of their names; those of a nested group come at the group's name."""
     if not isinstance(tree, dict) or not tree:
         where = f"`{'.'.join(outer)}.parameters`" if outer else "`parameters`"
         raise SweepFileError(f"{where} must be a table of at least one `key: {{values: [...]}}`, got {tree!r}.")
     for name in tree:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
-            raise SweepFileError(f"`{name}` is no name of a parameter; write a key such as `task.num_tasks`.")
+            raise SweepFileError(f"`{name}` is not a valid name for a parameter. Write a key such as `task.num_tasks`.")
     for name, entry in sorted(tree.items()):
         path = (*outer, name)
         if isinstance(entry, dict) and "parameters" in entry:
-            _refuse_unknown(entry, ("parameters",), f"beside the `parameters` of `{'.'.join(path)}` there is no key")
+            _refuse_unknown(entry, ("parameters",), f"Beside the `parameters` of `{'.'.join(path)}` there is no key")
             yield from _read_parameters(entry["parameters"], path)
         else:
             yield _read_parameter(path, entry)
@@ -174,9 +176,7 @@ def _read_parameters(tree: Any, outer: tuple[str, ...]) -> Iterable[Parameter]:
 def _read_parameter(path: tuple[str, ...], entry: Any) -> Parameter:
     name = ".".join(path)
     if not isinstance(entry, dict):
-        raise SweepFileError(
-            f"`{name}` must say how it is swept, such as `{{value: 3}}` or `{{values: [1, 2]}}`, got {entry!r}."
-        )
+        raise SweepFileError(f"`{name}` must be a table such as `{{value: 3}}` or `{{values: [1, 2]}}`, got {entry!r}.")
     kind = entry["distribution"] if "distribution" in entry else _infer_distribution(name, entry)
     if not isinstance(kind, str) or kind not in DISTRIBUTIONS:
         raise SweepFileError(f"`{name}` has no distribution {kind!r}.{_hint(kind, DISTRIBUTIONS)}")
@@ -193,13 +193,13 @@ def _read_parameter(path: tuple[str, ...], entry: Any) -> Parameter:
         if kind != "constant":
             extremes(parameter)
     except OverflowError:
-        exponents = f" Its bounds are exponents of e; {EXPONENTS[kind]} takes the values." if kind in EXPONENTS else ""
-        raise SweepFileError(f"`{name}` ({kind}) has values that are too large for a number.{exponents}") from None
+        hint = f" Its bounds are exponents of e; {EXPONENTS[kind]} takes the values." if kind in EXPONENTS else ""
+        raise SweepFileError(f"`{name}` ({kind}) has values that are too large for a number.{hint}") from None
     return parameter
 
 
 def _infer_distribution(name: str, entry: Mapping[str, Any]) -> str:
-    """What W&B takes a parameter for if it does not say."""
+    """Return the distribution that W&B assumes if a parameter names none."""
     _refuse_unknown(entry, _PARAMETER_KEYS, f"`{name}` has no key")
     if "value" in entry:
         return "constant"
@@ -210,7 +210,7 @@ def _infer_distribution(name: str, entry: Mapping[str, Any]) -> str:
         _require_numbers(name, {"min": low, "max": high})
         if isinstance(low, int) is not isinstance(high, int):
             raise SweepFileError(
-                f"`{name}` goes from {low!r} to {high!r}, one whole and one not; add `distribution: uniform` or `int_uniform`."
+                f"`{name}` goes from {low!r} to {high!r}, one an integer and one not. Add `distribution: uniform` or `int_uniform`."
             )
         return "int_uniform" if isinstance(low, int) else "uniform"
     raise SweepFileError(f"`{name}` needs `value`, `values`, `min` and `max`, or a `distribution`.")
@@ -237,15 +237,15 @@ def _check_bounds(name: str, kind: str, low: int | float, high: int | float) -> 
         raise SweepFileError(f"`{name}.min` must be below its `max`, got {low!r} and {high!r}.")
     if kind.endswith("_values") and low <= 0:
         raise SweepFileError(f"`{name}.min` must be positive for {kind}, got {low!r}.")
-    if kind == "int_uniform" and not (_is_whole(low) and _is_whole(high)):
+    if kind == "int_uniform" and not (_is_integer(low) and _is_integer(high)):
         raise SweepFileError(
             f"`{name}` is int_uniform, so `min` and `max` must be whole numbers, got {low!r} and {high!r}."
         )
 
 
 def _check_probabilities(name: str, probabilities: Any, num_values: int) -> None:
-    numbers = isinstance(probabilities, list) and all(_is_number(share) and share >= 0 for share in probabilities)
-    if not numbers or len(probabilities) != num_values or not math.isclose(sum(probabilities), 1, abs_tol=1e-6):
+    are_numbers = isinstance(probabilities, list) and all(_is_number(share) and share >= 0 for share in probabilities)
+    if not are_numbers or len(probabilities) != num_values or not math.isclose(sum(probabilities), 1, abs_tol=1e-6):
         raise SweepFileError(
             f"`{name}.probabilities` must be {num_values} numbers, one for each of `values`, that sum to 1, got {probabilities!r}."
         )
@@ -258,7 +258,7 @@ def _require_numbers(name: str, options: Mapping[str, Any]) -> None:
             raise SweepFileError(f"`{name}.{key}` must be a finite number, got {value!r}.{hint}")
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -266,13 +266,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _refuse_unknown(given: Iterable[Any], known: Iterable[str], what: str) -> None:
-    known = list(known)
-    for key in given:
+def _refuse_unknown(keys: Iterable[Any], known: Sequence[str], message: str) -> None:
+    for key in keys:
         if key not in known:
-            raise SweepFileError(f"{what[0].upper()}{what[1:]} `{key}`.{_hint(key, known)}")
+            raise SweepFileError(f"{message} `{key}`.{_hint(key, known)}")
 
 
 def _hint(word: Any, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f" Did you mean `{nearest[0]}`?" if nearest else f" It may be {', '.join(known)}."
+    return f" Did you mean `{nearest[0]}`?" if nearest else f" Choose one of {', '.join(known)}."

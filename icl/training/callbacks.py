@@ -21,7 +21,7 @@ from icl.metrics_file import MetricsFile, logged_steps, metric_columns
 from icl.runs import FAILS_AGAIN
 from icl.training.members import Member
 from icl.training.module import PopulationModule
-from icl.training.wandb_agent import STARTED_BY, in_sweep
+from icl.training.wandb_agent import PARENT_PROCESS, in_sweep
 
 Metrics = dict[str, float | int]
 
@@ -141,7 +141,7 @@ class StopSignals(pl.Callback):
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._received_at = 0.0
-        self._agent = STARTED_BY if in_sweep() else None
+        self._agent = PARENT_PROCESS if in_sweep() else None
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:

@@ -1,8 +1,9 @@
-"""Weights & Biases, where the user has it set up; training never depends on it.
+"""Log a run to Weights & Biases if the user has set it up; training never depends on it.
 
-It is used with `WANDB_MODE=online|offline`, an API key in the environment, or a login in `.netrc`; `WANDB_MODE=disabled` wins over
-all. A start that fails falls back to offline in one sentence; a network that fails later costs at most a minute at the end.
-One run has one id, kept in its folder, so that a resumed run goes on in the same W&B run. The only step axis is `step`.
+W&B is used with `WANDB_MODE=online|offline`, with an API key in the environment, or with a login in `.netrc`. `WANDB_MODE=disabled` overrides
+all of these. If W&B cannot be reached at the start, a sentence says so and the run is logged offline. If the network fails later, the end of
+the program is delayed by at most a minute. The W&B id of a run is kept in its folder, so that a resumed run continues the same W&B run.
+The only step axis is `step`.
 """
 
 import netrc
@@ -27,20 +28,20 @@ Mode = Literal["online", "offline"]
 
 _START_SECONDS = 10
 _FINISH_SECONDS = 60
-
 _MODES = ("", "online", "offline", "disabled", "dryrun", "run", "shared")
+"""Values of $WANDB_MODE that W&B accepts."""
 
 _has_unsent_rows = False
-_is_out_of_reach = False
-_ended: weakref.WeakSet = weakref.WeakSet()
-"""The W&B runs of this process that are over."""
+_is_unreachable = False
+_ended_runs: weakref.WeakSet = weakref.WeakSet()
+"""W&B runs of this process that have ended."""
 
 
 def wandb_mode() -> Mode | None:
-    """Return how the user wants W&B, or None for not at all.
+    """Return the mode that the user has chosen for W&B; None if W&B is not set up or is disabled.
 
     Raises:
-        ConfigError: If $WANDB_MODE is no mode of W&B.
+        ConfigError: If $WANDB_MODE is not a mode of W&B.
     """
     mode = os.environ.get("WANDB_MODE", "").strip().lower()
     if mode not in _MODES:
@@ -53,13 +54,11 @@ def wandb_mode() -> Mode | None:
 
 
 class WandbLog:
-    """One W&B run: takes the rows of `metrics.csv`, except those that it has.
-
-    A run that died is resumed from its last checkpoint, and comes again through steps whose rows W&B took before.
+    """A W&B run that receives the rows of `metrics.csv`.
 
     Args:
-        run: The run.
-        is_lent: Whether whoever began it will end it.
+        run: The W&B run.
+        is_lent: Whether the code that began the W&B run also ends it.
     """
 
     def __init__(self, run: Any, *, is_lent: bool = False) -> None:
@@ -67,38 +66,39 @@ class WandbLog:
         self.sent = sent_step(run)
 
     def log(self, row: Mapping[str, int | float]) -> None:
-        """One row."""
+        """Send one row, unless W&B has it: a run that resumes from a checkpoint repeats some steps."""
         if row["step"] > self.sent:
             self.run.log(row)
 
     def finish(self, exit_code: int) -> None:
-        """End the W&B run with the program's exit code, unless it is only lent."""
+        """End the W&B run with the program's exit code, unless it is lent."""
         if not self.is_lent:
             end_run(self.run, exit_code)
 
 
 def sent_step(run: Any) -> int:
-    """The step of the last row that W&B has of a run; -1 if it has none."""
+    """Return the step of the last row that W&B has of a run; -1 if it has none."""
     step = run.summary.get("step")
     return -1 if step is None else int(step)
 
 
 def use_steps(run: Any) -> None:
-    """Make `step` the only axis of a W&B run."""
+    """Make `step` the x axis of all metrics of a W&B run."""
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
 
 
 def end_run(run: Any, exit_code: int) -> None:
-    """End a W&B run, unless it is over, with the program's exit code: above 128 was pre-empted, and may be handed out again.
+    """End a W&B run with the program's exit code, unless the run has ended.
 
-    What is not sent within a minute is left behind, and a sentence says where. W&B would go on trying for days
-    when the program ends, so `icl.cli` then leaves without its leave (`has_unsent_rows`).
+    An exit code above 128 means that a signal stopped the run; W&B is told that it was pre-empted, so that a sweep can hand it out again. Rows
+    that are not sent within a minute stay on disk, and a sentence names the folder. W&B would delay the end of the program for days to
+    send them, so `icl.cli` then ends without W&B's exit handlers (`has_unsent_rows`).
     """
     global _has_unsent_rows
-    if run in _ended:
+    if run in _ended_runs:
         return
-    _ended.add(run)
+    _ended_runs.add(run)
     if exit_code > 128:
         run.mark_preempting()
     thread = threading.Thread(target=run.finish, kwargs={"exit_code": exit_code}, daemon=True)
@@ -107,42 +107,42 @@ def end_run(run: Any, exit_code: int) -> None:
     if thread.is_alive():
         _has_unsent_rows = True
         folder = Path(run.dir).parent
-        _say(f"W&B did not take everything within {_FINISH_SECONDS} s; `wandb sync {folder}` sends the rest.")
+        _say(f"W&B did not receive everything within {_FINISH_SECONDS} s. To send the rest, run `wandb sync {folder}`.")
 
 
 def exit_code_of(error: BaseException) -> int:
-    """The status with which `icl.cli` ends on an error."""
+    """Return the exit status of `icl.cli` for an error."""
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return 130
     return error.exit_status if isinstance(error, UserError) else 1
 
 
 def has_unsent_rows() -> bool:
-    """Whether a W&B run of this process ended with rows that were not sent."""
+    """Return whether a W&B run of this process has ended with rows that were not sent."""
     return _has_unsent_rows
 
 
 def start_wandb(config: RunConfig, folder: RunFolder) -> WandbLog | None:
-    """Begin or take up the W&B run of a run, or None if the user has no W&B."""
-    global _is_out_of_reach
+    """Begin or continue the W&B run of a run; return None if W&B is not set up or cannot log even offline."""
+    global _is_unreachable
     mode = wandb_mode()
     if mode is None:
         return None
     if os.path.expanduser("~") == "~":  # noqa: PTH111 (`Path` fails here)
-        _say("W&B is left out, because it needs a home folder and none is known; set HOME to have it.")
+        _say("W&B is not used, because it needs a home folder and none is known. Set HOME to use it.")
         return None
     try:
-        return WandbLog(_init(config, folder, "offline" if _is_out_of_reach else mode))
-    except Exception as error:  # wandb raises many kinds; none may stop a run
-        _say(f"W&B could not start online ({_first_line(error)}); logging offline to {folder.path}/wandb.")
+        return WandbLog(_init(config, folder, "offline" if _is_unreachable else mode))
+    except Exception as error:  # wandb raises many types of errors; none may stop a run
+        _say(f"W&B could not start online ({first_line(error)}); logging offline to {folder.path}/wandb.")
     import wandb
 
-    _is_out_of_reach = True  # the other members of a population need not wait for it
+    _is_unreachable = True  # the other members of a population start offline at once
     try:
-        wandb.teardown()  # forget the failed start, which still holds the run's id
+        wandb.teardown()  # the failed start still holds the id of the run
         return WandbLog(_init(config, folder, "offline"))
     except Exception as error:
-        _say(f"W&B could not start offline either ({_first_line(error)}), so {folder.path} is not logged there.")
+        _say(f"W&B could not start offline either ({first_line(error)}), so {folder.path} is not logged to W&B.")
         return None
 
 
@@ -165,7 +165,7 @@ def _init(config: RunConfig, folder: RunFolder, mode: Mode) -> Any:
 
 
 def init_settings() -> dict[str, Any]:
-    """What `wandb.Settings` gets: fail soon, leave the terminal alone, send no code."""
+    """Return options of `wandb.Settings`: short timeouts, no output to the terminal, no upload of code."""
     return {
         "init_timeout": _START_SECONDS,
         "login_timeout": 5,
@@ -177,22 +177,24 @@ def init_settings() -> dict[str, Any]:
 
 
 def _run_id(folder: RunFolder) -> str:
-    """Return the run's id, made once; one that came with a copied run and is no plain word is replaced."""
+    """Return the W&B id in the run's folder; make a new one if there is none, or none that is safe as a part of a path."""
     path = folder.path / "wandb-id"
-    known = path.read_bytes().strip().decode(errors="replace") if path.is_file() else ""
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", known):  # it becomes part of a path
-        known = os.urandom(6).hex()
-        write_atomically(path, known.encode())
-    return known
+    run_id = path.read_bytes().strip().decode(errors="replace") if path.is_file() else ""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id):
+        run_id = os.urandom(6).hex()
+        write_atomically(path, run_id.encode())
+    return run_id
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the name of its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _has_login() -> bool:
+    """Return whether `.netrc` has a login for W&B's host."""
     host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
-    file = os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")  # noqa: PTH111 (`Path` fails where there is no home)
+    file = os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")  # noqa: PTH111 (`Path` fails without a home)
     try:
         return netrc.netrc(file).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):

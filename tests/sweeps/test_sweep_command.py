@@ -58,8 +58,8 @@ def test_the_json_file_and_plain_words():
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("--config=${args_json_file}", "write `--config` and `${args_json_file}` as two words"),
-        ("--x=${args}", "write `${args}` as a word alone"),
+        ("--config=${args_json_file}", "Write `--config` and `${args_json_file}` as two words"),
+        ("--x=${args}", "Write `${args}` as a word alone"),
         ("icl train ${args_no_hyphens}", "holds `${args_no_hyphens}`"),
         ("${env}/${program}", "holds `${env}`"),
         ("${env}${args}", "holds `${env}`"),

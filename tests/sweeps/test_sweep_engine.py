@@ -146,13 +146,16 @@ def test_a_program_that_cannot_be_started_is_a_failure_with_its_reason(tmp_path)
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"program": "icl", "command": None}, "`python icl` (W&B's command for a file that has none) wants a script"),
+        (
+            {"program": "icl", "command": None},
+            "`python icl` (W&B's command for a file without `command`) needs a script",
+        ),
         ({"program": "absent.py", "command": None}, "`python absent.py` (W&B"),
-        ({"program": "icl", "command": ["${interpreter}", "-u", "${program}", "train"]}, "`python icl` wants a script"),
+        ({"program": "icl", "command": ["${interpreter}", "-u", "${program}", "train"]}, "`python icl` needs a script"),
         ({"command": ["/no/such/program", "${args}"]}, "no program `/no/such/program` here"),
         ({"command": ["${env}", "no-such-program"]}, "no program `no-such-program` here"),
-        ({"program": "icl", "command": ["${env}", "${program}"]}, "`icl` in the command wants a command of its own"),
-        ({"command": ["${env}", "icl", "--preset", "L2H4"]}, "`icl` in the command wants a command of its own"),
+        ({"program": "icl", "command": ["${env}", "${program}"]}, "`icl` in the command needs a subcommand"),
+        ({"command": ["${env}", "icl", "--preset", "L2H4"]}, "`icl` in the command needs a subcommand"),
     ],
 )
 def test_what_cannot_be_started_is_refused_by_a_dry_run_and_by_the_run_alike(tmp_path, capsys, keys, said, words):
@@ -223,7 +226,7 @@ def test_a_second_signal_ends_programs_that_do_not_listen(tmp_path, ledger, beha
     engine = start_engine(write(tmp_path, [1]))
     ledger.wait_for("started", 1)
     engine.send_signal(signal.SIGTERM)
-    assert "send it again to kill" in "".join(engine.stdout.readline() for _ in range(3))
+    assert "Send the signal again to kill" in "".join(engine.stdout.readline() for _ in range(3))
     engine.send_signal(signal.SIGTERM)
     engine.communicate(timeout=30)
     assert engine.returncode == 143
@@ -481,7 +484,7 @@ def test_a_failure_that_would_repeat_is_not_tried_again_by_the_same_versions(tmp
     said = capsys.readouterr().out
     assert said.count("failed   quickstart") == 2
     assert "the same settings would fail again" in said
-    assert "It is not tried again, except by --retry." in said
+    assert "It is not tried again; use --retry to do so." in said
     assert "The same command" not in said
     assert not list(local_root().glob("*/attempts"))
     for words, told in ((["--status"], "failed"), (["--dry-run"], "failed"), (["--dry-run", "--retry"], "would run")):

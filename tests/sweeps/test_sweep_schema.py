@@ -144,7 +144,7 @@ def test_a_command_that_is_text_is_refused_because_wandb_ignores_it(tmp_path):
         ({"method": ["grid"]}, ["`method` must be grid or random"]),
         ({"parameters": {}}, ["`parameters` must be a table"]),
         ({"parameters": [1]}, ["`parameters` must be a table"]),
-        ({"parameters": {3: {"value": 1}}}, ["`3` is no name"]),
+        ({"parameters": {3: {"value": 1}}}, ["`3` is not a valid name"]),
         ({"run_cap": 0}, ["`run_cap` must be a whole number"]),
         ({"run_cap": True}, ["`run_cap` must be a whole number"]),
         ({"run_cap": 10**20}, ["`run_cap` must be a whole number from 1 to 2^63 - 1"]),
@@ -153,7 +153,7 @@ def test_a_command_that_is_text_is_refused_because_wandb_ignores_it(tmp_path):
         ({"program": " "}, ["`program` must be a file name"]),
         ({"command": {"a": 1}}, ["`command` must be a list"]),
         ({"command": ["${env}", "${arg}"]}, ["no macro `${arg}`", "`${args}`"]),
-        ({"command": None}, ["`program` is wanted"]),
+        ({"command": None}, ["`program` is missing"]),
         ({"program": 3}, ["`program` must be a file name"]),
     ],
 )
@@ -166,15 +166,15 @@ def test_mistakes_at_the_top(tmp_path, keys, words):
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        (3, ["must say how it is swept", "got 3"]),
-        ([1, 2], ["must say how it is swept"]),
+        (3, ["must be a table such as", "got 3"]),
+        ([1, 2], ["must be a table such as"]),
         ({}, ["needs `value`, `values`"]),
         ({"valeus": [1]}, ["no key `valeus`", "`values`"]),
         ({"values": 3}, ["`key.values` must be a list"]),
         ({"values": []}, ["`key.values` must be a list"]),
         ({"value": 1, "values": [1]}, ["(constant) has no key `values`"]),
         ({"min": 1}, ["needs `value`, `values`, `min` and `max`"]),
-        ({"min": 1, "max": 2.5}, ["one whole and one not", "`distribution: uniform`"]),
+        ({"min": 1, "max": 2.5}, ["one an integer and one not", "`distribution: uniform`"]),
         ({"min": "1e-5", "max": 1.0}, ["`key.min` must be a finite number, got '1e-5'", "write 1.0e-5"]),
         ({"min": float("nan"), "max": 1.0}, ["`key.min` must be a finite number"]),
         ({"min": 2, "max": 2}, ["`key.min` must be below"]),
@@ -191,7 +191,7 @@ def test_mistakes_at_the_top(tmp_path, keys, words):
         ({"values": [1, 2], "probabilities": [1.0]}, ["sum to 1"]),
         ({"parameters": {"x": {"value": 1}}, "value": 2}, ["beside the `parameters` of `key`"]),
         ({"parameters": {}}, ["`key.parameters` must be a table"]),
-        ({"parameters": {"x": 3}}, ["`key.x` must say how"]),
+        ({"parameters": {"x": 3}}, ["`key.x` must be a table such as"]),
     ],
 )
 def test_mistakes_in_a_parameter(tmp_path, entry, words):

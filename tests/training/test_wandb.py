@@ -59,7 +59,7 @@ def test_without_a_home_folder_wandb_is_left_out_in_a_sentence(nowhere, monkeypa
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert start_wandb(CONFIG, RunFolder(nowhere.parent)) is None
     told = capsys.readouterr().err
-    assert told == "W&B is left out, because it needs a home folder and none is known; set HOME to have it.\n"
+    assert told == "W&B is not used, because it needs a home folder and none is known. Set HOME to use it.\n"
 
 
 def test_a_client_that_fails_in_every_way_stops_no_run(nowhere, monkeypatch, capsys):
@@ -68,7 +68,7 @@ def test_a_client_that_fails_in_every_way_stops_no_run(nowhere, monkeypatch, cap
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(wandb_log, "_init", fail)
-    monkeypatch.setattr(wandb_log, "_is_out_of_reach", False)
+    monkeypatch.setattr(wandb_log, "_is_unreachable", False)
     assert start_wandb(CONFIG, RunFolder(nowhere.parent)) is None
     told = capsys.readouterr().err
     assert told.count("no such luck") == told.count("\n") == 2

@@ -272,7 +272,7 @@ def test_a_network_that_fails_in_mid_run_does_not_stop_training(wandb_server, st
     assert state_of(the_run()) == "finished"
     said = (tmp_path / "said").read_text()
     (folder,) = the_run().path.glob("wandb/run-*")
-    assert f"W&B did not take everything within 2 s; `wandb sync {folder}` sends the rest." in said
+    assert f"W&B did not receive everything within 2 s. To send the rest, run `wandb sync {folder}`." in said
     assert "Traceback" not in said
 
 
@@ -291,6 +291,6 @@ def test_a_backend_that_refuses_at_the_start_of_a_point_ends_it(wandb_server, st
     wandb_server.answer = lambda path: 401
     assert end_of(start([*ICL, "train", *arguments(SHORT)], **as_point(wandb_server, tmp_path))) == 1
     said = (tmp_path / "said").read_text()
-    assert said.count("icl: W&B did not hand over this sweep's point") == 1
+    assert said.count("icl: W&B did not return the point of this sweep") == 1
     assert "Traceback" not in said
     assert not list(local_root().iterdir())
