@@ -1,8 +1,8 @@
-"""Run notebooks from top to bottom, each in a clean kernel, and make the page that shows their figures: `make figures`.
+"""Run notebooks from top to bottom, each in a new kernel, and write the page that shows their figures (`make figures`).
 
     python notebooks/execute.py [NAME ...] [--figures FOLDER]
 
-Without names all are run. Outputs stay out of the files. Figures go to `figures/`, or to FOLDER.
+Without names, all notebooks run. The notebook files stay as they are. Figures go to `figures/`, or to FOLDER.
 """
 
 import argparse
@@ -21,15 +21,15 @@ _CELL_SECONDS = 300
 
 
 def notebooks(names: Sequence[str] = ()) -> list[Path]:
-    """The notebooks of these names, or all."""
+    """Return the files of the named notebooks; without names, of all notebooks."""
     return [FOLDER / f"{name}.ipynb" for name in names] or sorted(FOLDER.glob("*.ipynb"))
 
 
 def execute(file: Path, figures: Path) -> nbformat.NotebookNode:
-    """Run a notebook in a new kernel that starts in its folder; the file stays as it is.
+    """Run a notebook in a new kernel that starts in the notebook's folder, and return it with its outputs; the file stays as it is.
 
     Raises:
-        nbclient.exceptions.CellExecutionError: With the traceback, if a cell fails.
+        nbclient.exceptions.CellExecutionError: If a cell fails; the error holds the traceback.
     """
     os.environ[FOLDER_VARIABLE] = str(figures.resolve())  # the kernel inherits it
     notebook = nbformat.read(file, as_version=4)
@@ -44,7 +44,7 @@ def execute(file: Path, figures: Path) -> nbformat.NotebookNode:
 
 
 def main() -> None:
-    """Run them, saying how long each took, then write the page."""
+    """Run the notebooks, print how long each took, then write the page."""
     parser = argparse.ArgumentParser(prog="python notebooks/execute.py", description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="notebooks without .ipynb (default: all)")
     parser.add_argument(
