@@ -18,6 +18,12 @@ _LINES = {"pretrain": "-", "true": ":"}
 _SETS = {"pretrain": "training tasks", "true": "new tasks"}
 _MIN_SCALE = 0.2
 """Smallest multiplier whose loss sets the limits: below it loss / g² is mostly noise variance / g²."""
+_SCALED_PANELS = (
+    ("input_scale", "loss_over_g2", "Inputs scaled by g", "mean squared error / g²"),
+    ("task_scale", "loss_over_g2", "Tasks scaled by g", "mean squared error / g²"),
+    ("input_scale", "size_ratio", "Size of predictions, inputs scaled by g", "|predictions| / |targets|"),
+)
+"""Family of distributions, quantity, title and label of each panel against the multiplier."""
 _PAIR_COLOURS = (ORANGE, PURPLE, BLUE)
 
 
@@ -110,31 +116,17 @@ def _draw_scaled(figure: Figure, panels: tuple[Axes, ...], model: pd.DataFrame, 
             write_in_middle(axes, "left out (num_scales is 0)")
         return
     colours = ScalarMappable(LogNorm(1, max(2, steps[-1] + 1)), ORDERED)
-    for axes, (family, quantity, title, label, names) in zip(
-        panels,
-        (
-            ("input_scale", "loss_over_g2", "Inputs scaled by g", "mean squared error / g²", ("ridge", "zero")),
-            ("task_scale", "loss_over_g2", "Tasks scaled by g", "mean squared error / g²", ("ridge", "zero")),
-            (
-                "input_scale",
-                "size_ratio",
-                "Size of predictions, inputs scaled by g",
-                "|predictions| / |targets|",
-                ("ridge",),
-            ),
-        ),
-        strict=True,
-    ):
+    for axes, (family, quantity, title, label) in zip(panels, _SCALED_PANELS, strict=True):
         rows = select(model, distribution=family, quantity=quantity)
+        levels = select(baselines, distribution=family, quantity=quantity)
         for step in steps:
             curve, colour = select(rows, step=step), colours.to_rgba(step + 1)
             axes.plot(curve["scale"], curve["value"], color=colour, linewidth=1.3)
-        draw_band(
-            axes, curve["scale"], curve["value"], curve["stderr"], alpha=0.15, color=colour, linewidth=1.3
-        )  # the last step's
-        for name in names:
-            levels = select(baselines, predictor=name, distribution=family, quantity=quantity)
-            axes.plot(levels["scale"], levels["value"], **PREDICTORS[name])
+        # A band for the last step only: many would hide each other.
+        draw_band(axes, curve["scale"], curve["value"], curve["stderr"], alpha=0.15, color=colour, linewidth=1.3)
+        for name in ("ridge", "zero") if quantity == "loss_over_g2" else ("ridge",):
+            level = select(levels, predictor=name)
+            axes.plot(level["scale"], level["value"], **PREDICTORS[name])
         axes.axvline(1, color=BLACK, linewidth=0.6)
         axes.set(xscale="log", yscale="log", xlabel="multiplier g (1: as in training)", ylabel=label)
         if quantity == "loss_over_g2":

@@ -5,6 +5,7 @@ step + 1 on a logarithmic scale, so that the initial model at step 0 is visible.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -66,9 +67,8 @@ def plot_loss_and_llc(
         _draw_seeds(top, loss)
         for predictor in ("zero", "ridge"):
             top.axhline(levels[predictor], **PREDICTORS[predictor] | {"linewidth": 1.2})
-        top.plot(
-            rows["step"] + 1, rows["mean_loss"], color=GREEN, marker="s", markersize=3, label="E[L] over the chains"
-        )
+        style: dict[str, Any] = {"color": GREEN, "marker": "s", "markersize": 3, "label": "E[L] over the chains"}
+        top.plot(rows["step"] + 1, rows["mean_loss"], **style)
         draw_estimates(bottom, rows)
         if is_published:
             _draw_published(top, select(published, quantity="loss"))

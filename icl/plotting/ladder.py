@@ -119,24 +119,13 @@ def plot_joint_trajectories(dynamics: pd.DataFrame, *, title: str) -> Figure:
     shares = select(dynamics, quantity="explained_share").set_index("item")["value"]
     num_tasks = {member: str(member).partition("=")[2] for member in scores["member"].unique()}
     colours = _colours(pd.DataFrame({"num_tasks": list(num_tasks.values())}))
-    for axes, components in zip(panels, (["PC1", "PC2"], ["PC1", "PC3"]), strict=True):
-        for member, m in sorted(num_tasks.items(), key=lambda pair: float(pair[1])):
-            path = select(scores, member=member).pivot(index="step", columns="item", values="value").sort_index()
-            x, y = (path[component] for component in components)
-            line: dict[str, Any] = {
-                "linestyle": "--" if m == "inf" else "-",
-                "linewidth": 1.2,
-                "marker": ".",
-                "markersize": 3,
-            }
-            axes.plot(x, y, color=colours[m], label="∞" if m == "inf" else m, **line)
-            axes.plot(x.iloc[-1:], y.iloc[-1:], "o", color=colours[m], markersize=7)
-            name, marker, size = ("ridge", "*", 13) if m == "inf" else (f"dMMSE M={m}", "D", 7)
-            if name in references.index:
-                style: dict[str, Any] = {"markersize": size, "markerfacecolor": "white", "markeredgewidth": 1.6}
-                axes.plot(*references.loc[name, components], marker, color=colours[m], **style)
-        first, second = components
-        axes.set(xlabel=f"{first} ({shares[first]:.0%} of the variance)", ylabel=f"{second} ({shares[second]:.0%})")
+    for member, m in sorted(num_tasks.items(), key=lambda pair: float(pair[1])):
+        path = select(scores, member=member).pivot(index="step", columns="item", values="value").sort_index()
+        reference = references.loc[references.index == ("ridge" if m == "inf" else f"dMMSE M={m}")]
+        for axes, second in zip(panels, ("PC2", "PC3"), strict=True):
+            _draw_trajectory(axes, path[["PC1", second]], reference[["PC1", second]], m, colours[m])
+    for axes, second in zip(panels, ("PC2", "PC3"), strict=True):
+        axes.set(xlabel=f"PC1 ({shares['PC1']:.0%} of the variance)", ylabel=f"{second} ({shares[second]:.0%})")
     panels[1].legend(fontsize=7.5, ncols=2, title="M", title_fontsize=8)
     keys = [
         panels[0].plot([], [], marker, color=BLACK, markerfacecolor=face, markersize=size, label=label, gid=KEY)[0]
@@ -148,6 +137,16 @@ def plot_joint_trajectories(dynamics: pd.DataFrame, *, title: str) -> Figure:
     ]
     panels[0].legend(handles=keys, fontsize=8)
     return figure
+
+
+def _draw_trajectory(axes: Axes, path: pd.DataFrame, reference: pd.DataFrame, m: str, colour: Any) -> None:
+    """Draw the path of a run with a dot at its last step, and the Bayes predictor of its tasks, if there is one."""
+    label, line, marker, size = ("∞", "--", "*", 13) if m == "inf" else (m, "-", "D", 7)
+    axes.plot(*path.to_numpy().T, color=colour, linestyle=line, linewidth=1.2, marker=".", markersize=3, label=label)
+    axes.plot(*path.to_numpy()[-1:].T, "o", color=colour, markersize=7)
+    axes.plot(
+        *reference.to_numpy().T, marker, color=colour, markersize=size, markerfacecolor="white", markeredgewidth=1.6
+    )
 
 
 def _with_num_tasks(evaluation: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 from icl.plotting.rows import select, spread_indices
-from icl.plotting.style import new_figure, scale_steps
+from icl.plotting.style import new_figure, scale_steps, set_limits
 from icl.plotting.tidying import KEY
 from icl.reading import ContentError
 from icl.runs import RunFolder
@@ -27,7 +27,7 @@ VERDICTS: dict[str, dict[str, Any]] = {
 }
 CHAIN_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, BLACK)
 _MAX_TRACES = 6
-_ESCAPE_LABEL = "(E[L] − L(w0)) / (zero's loss − L(w0))"
+ESCAPE_LABEL = "(E[L] − L(w0)) / (zero's loss − L(w0))"
 
 
 def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Sequence[float] = ()) -> Figure:
@@ -167,15 +167,6 @@ def escaped_share(rows: pd.DataFrame) -> pd.Series:
     return (rows["mean_loss"] - rows["init_loss"]) / (rows["trivial_loss"] - rows["init_loss"])
 
 
-def set_limits(axes: Axes, values: pd.Series) -> None:
-    """Set the limits of the y axis to hold the finite ones of these values, with some room, whatever else is drawn."""
-    finite = values[np.isfinite(values.astype(float))].astype(float)
-    if len(finite):
-        low, high = finite.min(), finite.max()
-        room = 0.07 * (high - low) or 0.1 * abs(high) or 1.0
-        axes.set_ylim(low - room, high + room)
-
-
 def title_estimate(axes: Axes, row: Mapping[str, Any], prefix: str = "", *, fontsize: int) -> None:
     """Write an estimate with its standard error and verdict above the axes, in the colour of the verdict."""
     text = f"{prefix}LLC {row['llc']:.3g} ± {row['stderr']:.2g}, {row['verdict']}"
@@ -276,7 +267,7 @@ def _draw_escape(axes: Axes, survey: pd.DataFrame) -> None:
     for level, word in ((0.5, "escaped"), (0.1, "escaping")):
         axes.axhline(level, color=BLACK, linestyle=":", linewidth=1)
         axes.annotate(word, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-    axes.set(xlabel="nβ", ylabel=_ESCAPE_LABEL, title="Escape from the basin")
+    axes.set(xlabel="nβ", ylabel=ESCAPE_LABEL, title="Escape from the basin")
     axes.set_ylim(bottom=0, top=max(0.6, 1.05 * float(np.nanmax(share.clip(upper=1.5).fillna(0)))))
     _tick_each(axes, survey["nbeta"])
 

@@ -7,8 +7,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from icl.plotting.colours import BLACK, BLUE
-from icl.plotting.llc import CHAIN_COLOURS, describe_settings, set_limits, step_prefix, title_estimate
-from icl.plotting.style import new_figure
+from icl.plotting.llc import CHAIN_COLOURS, describe_settings, step_prefix, title_estimate
+from icl.plotting.style import new_figure, set_limits
 from icl.plotting.tidying import KEY
 from icl.sampling.records import Record
 

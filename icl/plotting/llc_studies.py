@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, VERMILION, ordered_colours
-from icl.plotting.llc import VERDICTS, draw_loss_levels, escaped_share, plot_llc, title_estimate
+from icl.plotting.llc import ESCAPE_LABEL, VERDICTS, draw_loss_levels, escaped_share, plot_llc, title_estimate
 from icl.plotting.rows import select
 from icl.plotting.style import new_figure
 
@@ -67,7 +67,7 @@ def plot_what_is_measured(llc: pd.DataFrame, *, title: str) -> Figure:
         xlabel="loss of the checkpoint (training goes to the right)", ylabel="LLC estimate (bars: 2 standard errors)"
     )
     sampled.set(xscale="log", xlabel="step + 1 (updates)", ylabel="loss (squared error per target)")
-    escape.set(xscale="log", xlabel="step + 1 (updates)", ylabel="(E[L] − L(w0)) / (zero's loss − L(w0))")
+    escape.set(xscale="log", xlabel="step + 1 (updates)", ylabel=ESCAPE_LABEL)
     for axes, name in (
         (against, "LLC against the loss of the checkpoint"),
         (sampled, "Loss along the chains"),

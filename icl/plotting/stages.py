@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from icl.plotting.colours import BLACK, ORANGE, SKY, VERMILION
 from icl.plotting.llc import VERDICTS
 from icl.plotting.rows import select
-from icl.plotting.style import new_figure, scale_steps
+from icl.plotting.style import new_figure, scale_steps, set_limits
 
 _LABELS = {
     "loss": "loss\n(squared error per target)",
@@ -46,7 +46,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
         _draw_curve(slopes, slope)
         # At the ends the slope is known from one side only; its large error there must not set the limits.
         error = slope["stderr"].astype(float)
-        slopes.set_ylim(*_limits(slope.loc[error < 4 * error.median(), "value"]))
+        set_limits(slopes, slope.loc[error < 4 * error.median(), "value"], margin=0.15)
         slopes.axhline(0, color=BLACK, linewidth=0.8)
         values.set_ylabel(_LABELS[signal])
         slopes.set_ylabel("slope per unit of\nln(step + 1)")
@@ -110,11 +110,3 @@ def _describe_boundaries(table: pd.DataFrame) -> str:
     if not shown:
         return "no boundaries between stages"
     return f"boundaries between stages: {', '.join(shown)} (dashed: suspect; bands: 2 standard errors)\n{_TYPE_KEY}"
-
-
-def _limits(values: pd.Series) -> tuple[float, float]:
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite((low, high)).all():
-        return -1.0, 1.0
-    room = 0.15 * (high - low) or 1.0
-    return low - room, high + room

@@ -117,6 +117,15 @@ def draw_band(
     axes.fill_between(x, low, high, color=style["color"], alpha=alpha, linewidth=0)
 
 
+def set_limits(axes: Axes, values: pd.Series, *, margin: float = 0.07) -> None:
+    """Set the limits of the y axis to the range of the finite values, widened by a fraction `margin`, whatever else is drawn."""
+    finite = values[np.isfinite(values.astype(float))].astype(float)
+    if len(finite):
+        low, high = finite.min(), finite.max()
+        room = margin * (high - low) or 0.1 * abs(high) or 1.0
+        axes.set_ylim(low - room, high + room)
+
+
 def write_in_middle(axes: Axes, text: str) -> None:
     """Write in the middle of empty axes why they are empty."""
     axes.text(0.5, 0.5, text, ha="center", transform=axes.transAxes)
