@@ -1,7 +1,8 @@
 """The file `experiment_metadata.json`: the settings of an experiment and the state of each of its runs.
 
-The file exists before the first step. It is replaced atomically at every event, and every few seconds while a run trains. It is for readers
-only: the runs' own folders decide which runs are done. So nothing is lost if the file is lost or out of date.
+The file exists before the first step. It is replaced atomically at every event, and every few seconds while a run
+trains. It only informs: the runs' own folders decide which runs are done. So nothing is lost if the file is lost or
+out of date.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """The runs of a task-diversity experiment: one for each M, each in its own folder below the experiment's.
 
-The run with M = 8 has the folder `<base>/checkpoints_M8/`. The runs differ only in M: the tasks of a smaller M are the first tasks of a larger
-one, and prompts, initial weights and new tasks come from the same random streams. So differences between runs are due to M.
+The run with M = 8 has the folder `<base>/checkpoints_M8/`. The runs differ only in M: the tasks of a smaller M are the
+first tasks of a larger one, and prompts, initial weights and new tasks come from the same random streams. So
+differences between runs are due to M.
 """
 
 import contextlib

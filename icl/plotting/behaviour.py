@@ -1,4 +1,4 @@
-"""The figure of the behaviour: losses, scores and gaps over training in the upper row; scaled inputs and tasks, and task vectors, in the lower."""
+"""The figure of the behaviour: losses, scores and gaps over training; scaled inputs and tasks; task vectors."""
 
 import math
 from typing import Any

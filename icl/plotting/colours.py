@@ -1,7 +1,7 @@
 """The colours of all figures.
 
-The palette is that of Okabe and Ito (2008), which colour-blind readers can tell apart. A predictor has the same colour and line style
-in every figure.
+The palette is that of Okabe and Ito (2008), which colour-blind readers can tell apart. A predictor has the same colour
+and line style in every figure.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """The figure of one or several runs during or after training: their losses against the step, a line for each run.
 
-The names of a few runs stand at the ends of their lines, those of more runs in a legend. Step 0 lies far left of the next step, so it is
-a separate dot.
+The names of a few runs stand at the ends of their lines, those of more runs in a legend. Step 0 lies far left of the
+next step, so it is a separate dot.
 """
 
 import math

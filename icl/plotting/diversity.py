@@ -1,8 +1,8 @@
 """The figure of a task-diversity experiment: the gaps of the trained models to ridge and to dMMSE, against the number of tasks M.
 
-A model that has learned the Gaussian prior has a gap to ridge of zero; one that has learned its M tasks has a gap to dMMSE of zero (Raventos
-et al. 2023, arXiv 2306.15063, figure 2; they divide the gaps by D, we do not). The M at which one replaces the other depends on the
-architecture and the training. No threshold is drawn, because none is estimated.
+A model that has learned the Gaussian prior has a gap to ridge of zero; one that has learned its M tasks has a gap to
+dMMSE of zero (Raventos et al. 2023, arXiv 2306.15063, figure 2; they divide the gaps by D, we do not). The M at which
+one replaces the other depends on the architecture and the training. No threshold is drawn, because none is estimated.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The figure of a regression of the OOD loss: the loss against task diversity, predicted against measured, and the coefficients."""
+"""The figure of a regression of the OOD loss: measured and predicted loss, and the coefficients."""
 
 import pandas as pd
 from matplotlib.axes import Axes

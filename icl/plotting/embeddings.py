@@ -1,4 +1,4 @@
-"""The figure of the embeddings: spectra and overlaps in the upper row; layer norms, dead weights and the unembedding in the lower."""
+"""The figure of the embeddings: spectra and overlaps, layer norms, dead weights and the unembedding."""
 
 from typing import Any
 

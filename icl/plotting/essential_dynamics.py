@@ -1,6 +1,7 @@
-"""The figure of essential dynamics: the path in planes of principal components, the components over time, and their shares of the variance.
+"""The figure of essential dynamics: principal components of a trajectory, over time and by their share of the variance.
 
-The path is drawn with its evolute, the curve of the centres of its osculating circles. The shares are drawn beside those of random walks.
+The path is drawn with its evolute, the curve of the centres of its osculating circles. The shares are drawn beside
+those of random walks.
 """
 
 from typing import Any
@@ -37,8 +38,8 @@ _MAX_NAMED = 6
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
     """Draw four panels from the table of `icl.analysis.essential_dynamics`.
 
-    Circles are checkpoints; lines are the smoothed path. The evolute is drawn if there is one run. Shapes whose verdict is not ok
-    are open.
+    Circles are checkpoints; lines are the smoothed path. The evolute is drawn if there is one run. Shapes whose verdict
+    is not ok are open.
 
     Args:
         table: The run's `results/essential-dynamics.csv`.

@@ -1,7 +1,7 @@
 """Figures of a run's development that combine several tables: loss and LLC, in-context learning, learning curves.
 
-Each of several seeds is a thin line with a band of two standard errors over prompts. Vertical lines mark where stages end. The axis shows
-step + 1 on a logarithmic scale, so that the initial model at step 0 is visible.
+Each of several seeds is a thin line with a band of two standard errors over prompts. Vertical lines mark where stages
+end. The axis shows step + 1 on a logarithmic scale, so that the initial model at step 0 is visible.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ Stages = Mapping[str, float]
 """The step at which each stage ends, by the name of the stage."""
 
 PUBLISHED_STAGES: Stages = {"LR1": 1465, "LR2": 40292}
-"""The first two stages of L2H4 in Hoogland et al. 2024, table 2. The table prints 1k and 40k; its numbers are those of these steps."""
+"""The first two stages of L2H4 (Hoogland et al. 2024, table 2, which rounds these steps to 1k and 40k)."""
 _SEED_COLOURS = (BLUE, ORANGE, GREEN, VERMILION, SKY)
 _SEED_LINES = ("-", "--", "-.", ":", (0, (1, 1)))
 _LOSS_LABEL = "loss (squared error per target)"
@@ -127,8 +127,8 @@ def mark_stages(axes: Axes, stages: Stages, *, named: bool = True) -> None:
     for name, step in stages.items():
         axes.axvline(step + 1, color=BLACK, linewidth=0.8, alpha=0.5)
         if named:
-            place, frame = (step + 1, 0.985), ("data", "axes fraction")
-            axes.annotate(f"{name} ", place, xycoords=frame, ha="right", va="top", fontsize=8, color="0.35")
+            position, frame = (step + 1, 0.985), ("data", "axes fraction")
+            axes.annotate(f"{name} ", position, xycoords=frame, ha="right", va="top", fontsize=8, color="0.35")
 
 
 def draw_estimates(axes: Axes, rows: pd.DataFrame) -> None:

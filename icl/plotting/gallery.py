@@ -1,4 +1,4 @@
-"""The gallery of figures drawn from the shipped tables: each is saved as PNG and PDF beside its caption, and one page shows them all.
+"""The gallery of figures drawn from the shipped tables, saved as PNG and PDF with captions and shown on one page.
 
 A notebook opens a gallery, takes tables from it, and saves figures to it:
 
@@ -6,8 +6,8 @@ A notebook opens a gallery, takes tables from it, and saves figures to it:
     table = gallery.table("known-answers")
     gallery.save(llc_studies.plot_known_answers(table, title="Known answers"), "known-answers", "Estimates beside the truth.")
 
-Every figure names the source of its data in a line above it; its caption adds date, versions, hardware and commands. The same tables
-give the same bytes.
+Every figure names the source of its data in a line above it; its caption adds date, versions, hardware and commands.
+The same tables give the same bytes.
 """
 
 import json

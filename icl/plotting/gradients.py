@@ -1,4 +1,4 @@
-"""The figure of the gradients: weight gradients in the upper row, gradients in the data distribution and PCAs in the lower."""
+"""The figure of the gradients: in the weights, in the data distribution, and the PCA of both over training."""
 
 from typing import Any
 
@@ -35,7 +35,8 @@ _DATA_PARAMETERS = (
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
     """Draw six panels from the table of `icl.analysis.gradients`; bands are two standard errors.
 
-    Where a squared norm is within its noise, triangles show an upper limit of the norm and a lower limit of the noise scale.
+    Where a squared norm is within its noise, triangles show an upper limit of the norm and a lower limit of the noise
+    scale.
 
     Args:
         table: The run's `results/gradients.csv`.

@@ -55,8 +55,8 @@ def _draw_curve(axes: Axes, curve: pd.DataFrame, colour: str, label: str) -> Non
 def _draw_spectra(axes: Axes, table: pd.DataFrame) -> None:
     """Draw, for a few steps, how many eigenvalues lie above λ and how many below −λ.
 
-    Nodes of the spectral density stand for many eigenvalues, but for one at least. Nodes with a large share of all eigenvalues are left out:
-    they are the bulk near zero, which Lanczos does not resolve.
+    A node of the spectral density stands for its share of all eigenvalues, but for one at least. Nodes with a large share
+    are left out: they are the bulk near zero, which Lanczos does not resolve.
     """
     steps = np.unique(select(table, quantity="spectral_node")["step"].to_numpy(int))
     chosen = steps[spread_indices(len(steps), _NUM_SPECTRA)]

@@ -1,7 +1,7 @@
-"""Figures of a ladder of task diversities: the prior that a run learns first, its gaps to dMMSE and ridge, and whether ridge is transient.
+"""Figures of a ladder of task diversities: the prior learned first, gaps to dMMSE and ridge, transience of ridge.
 
-A ladder is a set of runs that differ only in M; all start from the same weights. The colour of a run shows its M: dark for few tasks,
-light for many, black for M = inf.
+A ladder is a set of runs that differ only in M; all start from the same weights. The colour of a run shows its M: dark
+for few tasks, light for many, black for M = inf.
 """
 
 from collections.abc import Mapping

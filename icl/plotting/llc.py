@@ -163,7 +163,7 @@ def draw_loss_levels(axes: Axes, row: Mapping[str, Any] | pd.Series) -> None:
 
 
 def escaped_share(rows: pd.DataFrame) -> pd.Series:
-    """Return (E[L] - L(w0)) / (loss of predicting zero - L(w0)): 0 if chains stay at the checkpoint's loss, 1 if they forget all."""
+    """Return (E[L] - L(w0)) / (L(predicting zero) - L(w0)): 0 at the checkpoint's loss, 1 at that of predicting zero."""
     return (rows["mean_loss"] - rows["init_loss"]) / (rows["trivial_loss"] - rows["init_loss"])
 
 

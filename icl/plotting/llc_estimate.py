@@ -16,7 +16,8 @@ from icl.sampling.records import Record
 def plot_estimate(record: Record, trivial_loss: float, *, title: str) -> Figure:
     """Plot the excess loss of every chain in nats, its running mean, and the LLC with two standard errors.
 
-    The LLC has less noise than the traces: it compares each minibatch loss with the checkpoint's loss on the same minibatch.
+    The LLC has less noise than the traces: it compares each minibatch loss with the checkpoint's loss on the same
+    minibatch.
 
     Args:
         record: The estimate.

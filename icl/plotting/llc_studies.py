@@ -96,7 +96,7 @@ def _draw_sampler(panels: tuple[Axes, Axes, Axes], rows: pd.DataFrame, name: str
 
 
 def plot_positions(positions: pd.DataFrame, llc: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the LLC of the loss at each position of the prompt, with a line for each step and a panel for each sampler settings."""
+    """Plot the LLC of the loss at each position of the prompt: a panel for each sampler settings, a line for each step."""
     hashes = list(llc.sort_values("nbeta")["settings"].unique())
     figure, panels = new_figure(len(hashes), width=5.0, height=3.9, title=title)
     for axes, settings in zip(panels, hashes, strict=True):

@@ -1,6 +1,7 @@
 """Final corrections before a figure is saved: legends clear of the data, no empty legend entries, no overlapping tick labels.
 
-What overlaps depends on the data, so it is measured after the layout is known. A figure that needs no correction stays as it is.
+What overlaps depends on the data, so it is measured after the layout is known. A figure that needs no correction stays
+as it is.
 """
 
 import itertools
@@ -190,7 +191,10 @@ def _legend_box(location: str, frame: BboxBase, width: float, height: float) -> 
 
 
 def _visible_points(axes: Axes) -> Iterator[np.ndarray]:
-    """Yield the points, in pixels, of each curve, group of marks and text inside these axes or inside axes that share their place."""
+    """Yield the points inside these axes of each curve, group of marks and text, in pixels.
+
+    Axes that overlap these, such as twins, count too.
+    """
     frame = axes.get_window_extent()
     for other in axes.figure.axes:
         if not other.get_visible() or not other.get_window_extent().overlaps(frame):

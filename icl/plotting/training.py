@@ -25,7 +25,7 @@ from icl.table_files import read_table
 
 _TABLE, _FIGURE = "losses.csv", "training.png"
 _MAX_LINEAR_RATIO = 60.0
-"""Largest ratio of the highest to the lowest loss on a linear axis. Beyond it the axis is logarithmic, to keep the lowest readable."""
+"""Ratio of the highest to the lowest loss above which the axis is logarithmic, so that the lowest stays readable."""
 _LOSS_LABEL = "loss (squared error per target)"
 _SetsKey: TypeAlias = tuple[TaskConfig, int, int, int]
 

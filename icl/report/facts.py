@@ -126,13 +126,13 @@ def read_run(name: str, folder: RunFolder) -> RunFacts:
 
 def subject_of(name: str) -> Subject:
     """Return the topic of a table or figure by the beginning of its name; an unknown name is a topic of its own."""
-    known = [
+    subjects = [
         subject
         for subject in SUBJECTS
         if name == subject.name or name.startswith(f"{subject.name}-") or name in subject.tables
     ]
-    if known:
-        return max(known, key=lambda subject: len(subject.name))
+    if subjects:
+        return max(subjects, key=lambda subject: len(subject.name))
     return Subject(name=name, title=name.replace("-", " ").replace("_", " ").capitalize(), help=name, command="")
 
 

@@ -69,7 +69,8 @@ def training_loss(facts: RunFacts) -> float | None:
 def loss_ratios(losses: Mapping[str, float], distribution: str) -> dict[str, float]:
     """Return the transformer's loss relative to that of each optimal predictor, by a name such as "ridge's".
 
-    The predictors are ridge and dMMSE, if their losses are known; on new tasks only ridge, because dMMSE is not optimal there.
+    The predictors are ridge and dMMSE, if their losses are known; on new tasks only ridge, because dMMSE is not optimal
+    there.
     """
     names = ("ridge", "dmmse") if distribution == "pretrain" else ("ridge",)
     return {

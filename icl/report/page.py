@@ -1,7 +1,7 @@
 """Write the report of some runs as one HTML file.
 
-The page loads nothing from outside: images are data URIs, the style is part of the page, and there is no script. A content security policy
-tells the browser to enforce this.
+The page loads nothing from outside: images are data URIs, the style is part of the page, and there is no script. A
+content security policy tells the browser to enforce this.
 """
 
 import platform

@@ -1,8 +1,8 @@
 """Tables of a page: short summaries, long tables that a reader can unfold, verdicts in colour and in words.
 
-In a tidy result table each row names a step, a quantity and its settings, and holds a value, its standard error and its verdict. The summary
-of a tidy table has a row for each quantity and a column for each of a few steps. The summary of any other table is a selection of its
-rows, spread evenly.
+In a tidy result table each row names a step, a quantity and its settings, and holds a value, its standard error and its
+verdict. The summary of a tidy table has a row for each quantity and a column for each of a few steps. The summary of
+any other table is a selection of its rows, spread evenly.
 """
 
 import math

@@ -1,8 +1,9 @@
 """Attempts at a point: numbered files in its run's folder that show who works on the point. The highest number counts.
 
-A worker begins an attempt by creating the file of the next number exclusively, which only one process can do. It does so only after the previous
-attempt has ended or its worker has died. Files are never deleted, so no number is used twice. A worker that was taken for dead finds
-a higher number, and so learns that another worker has taken its point over. There are two ways to check whether an attempt is alive:
+A worker begins an attempt by creating the file of the next number exclusively, which only one process can do. It does
+so only after the previous attempt has ended or its worker has died. Files are never deleted, so no number is used
+twice. A worker that was taken for dead finds a higher number, and so learns that another worker has taken its point
+over. There are two ways to check whether an attempt is alive:
 
 - On the machine where it runs, by a lock that the worker and its program hold until both have ended.
 - On other machines, by the modification time of the file, which the worker refreshes. All times come from the file server, so the
@@ -161,7 +162,10 @@ def _file(folder: Path, number: int) -> Path:
 
 
 def _read(path: Path) -> Attempt:
-    """Read an attempt. If the file is damaged or not complete yet, return an attempt that runs and of which only the number is known."""
+    """Read an attempt.
+
+    If the file is damaged or not complete yet, only the number is known, and the attempt counts as running.
+    """
     number = int(path.stem)
     try:
         attempt = Attempt(**parse_json(read_bytes(path)))

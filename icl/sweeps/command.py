@@ -1,9 +1,10 @@
 """The command of a sweep: W&B's macros replaced by a point's values, and the environment of the point's program.
 
-The macros are those of W&B: `${env}`, `${interpreter}`, `${program}`, `${args}` and its variants, `${args_json}`, `${args_json_file}` and
-`${envvar:NAME}`. Like W&B, we replace `${envvar:NAME}` anywhere, and other macros only if they are a word of their own. We differ from W&B
-in two ways. A macro that W&B would drop or pass on unchanged is an error. And `${interpreter}` is the Python that runs `icl sweep`,
-not the `python` on the PATH; `icl` is the one of the same environment.
+The macros are those of W&B: `${env}`, `${interpreter}`, `${program}`, `${args}` and its variants, `${args_json}`,
+`${args_json_file}` and `${envvar:NAME}`. Like W&B, we replace `${envvar:NAME}` anywhere, and other macros only if they
+are a word of their own. We differ from W&B in two ways. A macro that W&B would drop or pass on unchanged is an error.
+And `${interpreter}` is the Python that runs `icl sweep`, not the `python` on the PATH; `icl` is the one of the same
+environment.
 """
 
 import difflib
@@ -36,7 +37,9 @@ _SWEEP_VARIABLES = ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID")
 
 
 def refuse_unused_macros(command: Sequence[str]) -> None:
-    """Check that every macro will be replaced. W&B drops a word that looks like an unknown macro, and passes on any other macro unchanged.
+    """Check that every macro of a command will be replaced.
+
+    W&B drops a word that looks like an unknown macro, and passes on any other macro unchanged.
 
     Raises:
         ConfigError: If a macro would not be replaced; the message says what to write instead.
@@ -44,8 +47,8 @@ def refuse_unused_macros(command: Sequence[str]) -> None:
     for word in command:
         if word in {f"${{{name}}}" for name in _MACROS}:
             continue
-        rest = _VARIABLE.sub("", word)
-        names = re.findall(r"\$\{([^{}]*)\}", rest)
+        remainder = _VARIABLE.sub("", word)
+        names = re.findall(r"\$\{([^{}]*)\}", remainder)
         for name in names:
             if name.startswith("envvar:"):
                 raise ConfigError(
@@ -56,8 +59,8 @@ def refuse_unused_macros(command: Sequence[str]) -> None:
                     f"`{word}` in the command holds `${{{name}}}`, which is replaced only if it is a word of its own. "
                     f"Write {_separate_words(word, name)}."
                 )
-        if rest.startswith("${") and rest.endswith("}"):
-            nearest = difflib.get_close_matches(names[0] if names else rest, _MACROS, n=1, cutoff=0.5)
+        if remainder.startswith("${") and remainder.endswith("}"):
+            nearest = difflib.get_close_matches(names[0] if names else remainder, _MACROS, n=1, cutoff=0.5)
             hint = f"Did you mean `${{{nearest[0]}}}`?" if nearest else "A variable is written `${envvar:NAME}`."
             raise ConfigError(f"There is no macro `{word}` for commands. {hint}")
 
@@ -95,7 +98,7 @@ def fill_macros(
     return words
 
 
-def own_words(words: Sequence[str]) -> tuple[str, list[str]] | None:
+def own_command(words: Sequence[str]) -> tuple[str, list[str]] | None:
     """Return `train` or `llc` and its arguments if the command is `icl train` or `icl llc`; None for any other program."""
     for index, (word, following) in enumerate(itertools.pairwise(words)):
         if Path(word).name == "icl" and following in OPTIONS:
@@ -110,8 +113,8 @@ def require_packable(command: Sequence[str]) -> None:
         ConfigError: If the command is another one, or passes the settings as arguments.
     """
     takes_words = any(re.fullmatch(r"\$\{args.*\}", word) for word in command)
-    own = own_words(command)
-    if own is None or own[0] != "train" or takes_words:
+    parsed = own_command(command)
+    if parsed is None or parsed[0] != "train" or takes_words:
         raise ConfigError(f"`--pack` needs {_OWN_COMMAND}, which reads its points from a file.")
 
 
@@ -199,7 +202,7 @@ def _search_path() -> str:
 
 
 def _arguments(settings: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the settings of a point as arguments, in each of W&B's forms: a word for each outermost name, in alphabetical order."""
+    """Return the settings of a point as arguments in each form of W&B, in alphabetical order of the outermost names."""
     pairs = sorted(settings.items())
     return {
         "args": [f"--{key}={value}" for key, value in pairs],

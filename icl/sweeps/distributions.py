@@ -1,8 +1,9 @@
 """The distributions of a sweep's parameters: those of W&B, defined by their quantile functions.
 
-Draw i of a parameter is quantile(u), where u is a hash of (seed, name, i), uniform on (0, 1). So a draw is the same after every restart and on every
-machine, and does not depend on the other parameters of the file. Names, meanings and defaults are those of W&B ("Sweep configuration
-options"): `log_uniform` takes exponents of e, `log_uniform_values` takes the values themselves.
+Draw i of a parameter is quantile(u), where u is a hash of (seed, name, i), uniform on (0, 1). So a draw is the same
+after every restart and on every machine, and does not depend on the other parameters of the file. Names, meanings and
+defaults are those of W&B ("Sweep configuration options"): `log_uniform` takes exponents of e, `log_uniform_values`
+takes the values themselves.
 """
 
 import hashlib

@@ -1,9 +1,11 @@
 """The points of a sweep: the settings of each, the configuration they lead to, and the name of its run.
 
-All points are resolved before any of them runs. A point with invalid settings fails alone, as it would under `wandb agent`; the others run.
+All points are resolved before any of them runs. A point with invalid settings fails alone, as it would under `wandb
+agent`; the others run.
 
-A grid is the product of the values in W&B's order, where the last parameter changes fastest. Point i of a random sweep is a pure function of
-(seed, i). The name of a point depends only on its configuration, so it is the same run under every engine.
+A grid is the product of the values in W&B's order, where the last parameter changes fastest. Point i of a random sweep
+is a pure function of (seed, i). The name of a point depends only on its configuration, so it is the same run under
+every engine.
 """
 
 import hashlib
@@ -19,7 +21,7 @@ from icl.config import RunConfig, flatten, is_free_on_resume
 from icl.presets import run_name, sampler_name
 from icl.resolve import OPTIONS, read_config_file, read_words, refuse_conflicts, refuse_twice_set, resolve
 from icl.runs import DONE, RunFolder, config_differences, local_root
-from icl.sweeps.command import JSON_FILE_MACRO, fill_macros, own_words
+from icl.sweeps.command import JSON_FILE_MACRO, fill_macros, own_command
 from icl.sweeps.distributions import Parameter, draw, grid_values
 from icl.sweeps.schema import MAX_POINTS, SweepFile, SweepFileError
 from icl.training.refusals import require_learning, require_monitor
@@ -139,7 +141,7 @@ def _settings(chosen: Iterable[tuple[Parameter, Any]]) -> Settings:
 
 def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
     words = fill_macros(sweep.command, settings, program=sweep.program, json_file=JSON_FILE_MACRO)
-    command, arguments = own_words(words) or (None, [])
+    command, arguments = own_command(words) or (None, [])
     refuse_twice_set(settings)
     config = resolve(settings) if command is None else _own_config(command, arguments, settings)
     if command == "train" and not _is_done(config):

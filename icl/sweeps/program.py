@@ -121,8 +121,8 @@ class Program:
 def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root: Path, num_workers: int) -> Program:
     """Start the program of one or several points.
 
-    The folder of the first point holds `point.json`, with the settings of all points, and `sweep.log`, with the output. The logs
-    of the other points refer to it.
+    The folder of the first point holds `point.json`, with the settings of all points, and `sweep.log`, with the output.
+    The logs of the other points refer to it.
     """
     point, claim = work[0]
     point_file, log = claim.folder / "point.json", claim.folder / "sweep.log"

@@ -1,7 +1,8 @@
 """Read W&B sweep files strictly: where W&B would ignore or guess something, there is an error that says what to write.
 
-The schema is that of W&B: `method`, `parameters` (dotted names, nested `parameters:`, `value`, `values`, `min` and `max`, a
-`distribution`), `command` or `program`, and `run_cap`. Keys that only W&B's server uses are accepted and ignored.
+The schema is that of W&B: `method`, `parameters` (dotted names, nested `parameters:`, `value`, `values`, `min` and
+`max`, a `distribution`), `command` or `program`, and `run_cap`. Keys that only W&B's server uses are accepted and
+ignored.
 """
 
 import difflib

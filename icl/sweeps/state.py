@@ -1,8 +1,8 @@
 """The state of a sweep's point, read from its run's folder: done, running, failed or waiting, with the reason.
 
-A point of `icl train` is done when its run is done under the same settings, whoever trained it. A point of any other program is done when the
-last attempt at it exited with 0. A failure is final if the same settings would fail again, such as a loss of NaN: only `--retry`
-or other versions of the software try it again.
+A point of `icl train` is done when its run is done under the same settings, whoever trained it. A point of any other
+program is done when the last attempt at it exited with 0. A failure is final if the same settings would fail again,
+such as a loss of NaN: only `--retry` or other versions of the software try it again.
 """
 
 import time

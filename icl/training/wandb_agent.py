@@ -1,9 +1,10 @@
 """Train a run as a point of a W&B sweep: `wandb agent` starts the program, and `wandb.config` holds the settings of the point.
 
-First the settings without the point are resolved and passed to `wandb.init`. Then `wandb.config` holds the settings of the point too, under names such
-as `optim.lr`, or `lr` in a section `optim`. They are resolved again with the others: they override the file, and the command line overrides
-them. The name of the run depends on its whole configuration, so a point that is handed out again continues from its checkpoint. The rows
-that it has logged before are then sent to the new W&B run first.
+First the settings without the point are resolved and passed to `wandb.init`. Then `wandb.config` holds the settings of
+the point too, under names such as `optim.lr`, or `lr` in a section `optim`. They are resolved again with the others:
+they override the file, and the command line overrides them. The name of the run depends on its whole configuration, so
+a point that is handed out again continues from its checkpoint. The rows that it has logged before are then sent to the
+new W&B run first.
 """
 
 import os
@@ -61,8 +62,8 @@ def join_sweep(base: Mapping[str, Any]) -> Any:
 def swept_settings(run: Any, base: RunConfig) -> dict[str, Any]:
     """Return the settings of the point, by dotted key.
 
-    The agent writes the swept keys to a file. Without that file, the settings of the point are those in `wandb.config` that differ from
-    the base settings.
+    The agent writes the swept keys to a file. Without that file, the settings of the point are those in `wandb.config`
+    that differ from the base settings.
     """
     config = {key: value for key, value in dict(run.config).items() if key not in _OWN_KEYS}
     dotted = {key: value for key, value in config.items() if "." in key}

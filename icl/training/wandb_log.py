@@ -1,9 +1,9 @@
 """Log a run to Weights & Biases if the user has set it up; training never depends on it.
 
-W&B is used with `WANDB_MODE=online|offline`, with an API key in the environment, or with a login in `.netrc`. `WANDB_MODE=disabled` overrides
-all of these. If W&B cannot be reached at the start, a sentence says so and the run is logged offline. If the network fails later, the end of
-the program is delayed by at most a minute. The W&B id of a run is kept in its folder, so that a resumed run continues the same W&B run.
-The only step axis is `step`.
+W&B is used with `WANDB_MODE=online|offline`, with an API key in the environment, or with a login in `.netrc`.
+`WANDB_MODE=disabled` overrides all of these. If W&B cannot be reached at the start, a sentence says so and the run is
+logged offline. If the network fails later, the end of the program is delayed by at most a minute. The W&B id of a run
+is kept in its folder, so that a resumed run continues the same W&B run. The only step axis is `step`.
 """
 
 import netrc
@@ -91,9 +91,10 @@ def use_steps(run: Any) -> None:
 def end_run(run: Any, exit_code: int) -> None:
     """End a W&B run with the program's exit code, unless the run has ended.
 
-    An exit code above 128 means that a signal stopped the run; W&B is told that it was pre-empted, so that a sweep can hand it out again. Rows
-    that are not sent within a minute stay on disk, and a sentence names the folder. W&B would delay the end of the program for days to
-    send them, so `icl.cli` then ends without W&B's exit handlers (`has_unsent_rows`).
+    An exit code above 128 means that a signal stopped the run; W&B is told that it was pre-empted, so that a sweep can
+    hand it out again. Rows that are not sent within a minute stay on disk, and a sentence names the folder. W&B would
+    delay the end of the program for days to send them, so `icl.cli` then ends without W&B's exit handlers
+    (`has_unsent_rows`).
     """
     global _has_unsent_rows
     if run in _ended_runs:

@@ -10,7 +10,7 @@ from icl.environment import OWN_PROGRAM
 from icl.sweeps.command import (
     child_environment,
     fill_macros,
-    own_words,
+    own_command,
     refuse_missing_program,
     refuse_unused_macros,
     with_own_icl,
@@ -133,7 +133,7 @@ def test_environment_variables(monkeypatch):
     ],
 )
 def test_our_own_training_is_recognised(words, expected):
-    assert own_words(words) == (None if expected is None else ("train", expected))
+    assert own_command(words) == (None if expected is None else ("train", expected))
 
 
 def test_icl_is_the_one_of_this_environment():
