@@ -157,7 +157,7 @@ def test_the_number_of_points_is_capped_by_the_file_and_by_the_command_line(tmp_
     assert len(points(tmp_path, RATES, method="random", run_cap=4, count=2)) == 2
     assert len(points(tmp_path, {"task.num_tasks": {"min": 1, "max": 9}}, run_cap=4)) == 4
     assert "has no end" in refusal(tmp_path, RATES, method="random")
-    assert "1,000,000,000 points, and at most 100,000" in refusal(tmp_path, RATES, method="random", run_cap=10**9)
+    assert "1,000,000,000 points, but at most 100,000" in refusal(tmp_path, RATES, method="random", run_cap=10**9)
     many = {f"seeds.{name}": {"min": 1, "max": 1000} for name in ("model", "data")}
     assert "1,000,000 points" in refusal(tmp_path, many)
     assert len(points(tmp_path, many, count=3)) == 3
