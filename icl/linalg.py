@@ -1,21 +1,23 @@
-"""Eigenvalues, trace and spectral density of a symmetric matrix from products with vectors alone.
+"""Eigenvalues, trace and spectral density of a symmetric matrix, from matrix-vector products alone.
 
-The matrix is A = mean of A_1 .. A_J, one for each batch of data, and `products` gives A_1 v .. A_J v. Lanczos with full
-reorthogonalisation makes an orthonormal basis Q (m, P) of the Krylov space of a random start; everything comes from
-Q and the projections Q A_j Q' (m, m), which cost nothing more:
+The matrix is A = mean of A_1 .. A_J, one for each batch of data. The function `products` returns A_1 v .. A_J v.
+Lanczos with full reorthogonalisation builds an orthonormal basis Q (m, P) of the Krylov space of a random start. All results
+come from Q and the projections Q A_j Q' (m, m), which cost no further products:
 
-- eigenvalues: those of Q A Q' (Ritz values), best at both ends of the spectrum. One with residual r lies within r of an
-  eigenvalue of A, and within r^2 / gap if no other is nearer than the gap (Parlett 1998, "The symmetric eigenvalue problem",
-  section 11.7); the gap is taken from the other Ritz values, so the stated error misses an eigenvalue that Q has not
-  seen yet. Exactly multiple eigenvalues are found once, until the Krylov space is exhausted.
-- trace: tr(Q A Q') + mean over probes v of v' P A P v with P = I - Q'Q and random signs v: Hutch++ with a Krylov space as
-  sketch (Meyer, Musco, Musco, Woodruff 2021, "Hutch++: optimal stochastic trace estimation", algorithm 1; Chen and Hallman
-  2023, "Krylov-aware stochastic trace estimation"). Unbiased, and what is large lies in Q, where nothing is random.
-- density: Ritz values as nodes, squared first components of their vectors as weights: stochastic Lanczos quadrature from
-  one start (Ubaru, Chen, Saad 2017, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature"). The share of P
-  eigenvalues in an interval has a standard error of about sqrt(2 share (1 - share) / P).
+- Eigenvalues: the eigenvalues of Q A Q' (Ritz values), which are most accurate at both ends of the spectrum. A Ritz value
+  with residual r lies within r of an eigenvalue of A, and within r^2 / gap if the next eigenvalue is farther than the gap
+  (Parlett 1998, "The symmetric eigenvalue problem", section 11.7). We take the gap from the other Ritz values, so the stated
+  error ignores eigenvalues that Lanczos has not found yet. A multiple eigenvalue is found once, until the Krylov space is
+  exhausted.
+- Trace: tr(Q A Q') plus the mean of v' R A R v over probes v of random signs, with R = I - Q'Q. This is Hutch++ with a
+  Krylov space as its sketch (Meyer, Musco, Musco, Woodruff 2021, "Hutch++: optimal stochastic trace estimation",
+  algorithm 1; Chen and Hallman 2023, "Krylov-aware stochastic trace estimation"). It is unbiased. Only the part outside Q is
+  random, and that part is small.
+- Density: Ritz values as nodes; the squared first components of their vectors as weights. This is stochastic Lanczos
+  quadrature from one start (Ubaru, Chen, Saad 2017, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature"). The
+  estimated share of the P eigenvalues in an interval has a standard error of about sqrt(2 share (1 - share) / P).
 
-Everything has a leading axis N: members of a population, each with a matrix of its own.
+All tensors have a leading axis N for the members of a population, each with its own matrix.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,104 +30,110 @@ from torch import Tensor
 from icl.metrics import Estimate
 
 Products: TypeAlias = Callable[[Tensor], Tensor]
-"""Vectors (N, P) to their images under each batch's matrix, (N, J, P)."""
+"""Map vectors (N, P) to their products with each batch's matrix, (N, J, P)."""
 
 _BREAKDOWN = 100
-"""In units of rounding: a residual this small beside the images is noise."""
+"""Residual, in units of rounding of the largest image, below which the Krylov space counts as exhausted."""
 
 
 class Krylov(NamedTuple):
-    """An orthonormal basis, and the matrices seen from it."""
+    """An orthonormal basis of a Krylov space, and the matrices projected on it."""
 
     basis: Float[Tensor, "N m P"]
     projected: Float[Tensor, "N J m m"]
-    """In float64 on the CPU."""
+    """Q A_j Q' for every batch j, in float64 on the CPU."""
     remainder: Float[Tensor, " N"]
-    """The norm of what A adds to the space from the last vector."""
+    """Norm of the residual of the last step: the part of A times the last basis vector that lies outside the space."""
 
 
 class Ritz(NamedTuple):
-    """Eigenvalues of the projected matrix, from the smallest."""
+    """Eigenvalues of the projected matrix, in ascending order."""
 
     values: Float[Tensor, "N m"]
     stderr: Float[Tensor, "N m"]
-    """Of each, for another draw of the J batches, to first order; NaN for one batch."""
+    """Standard error over draws of the J batches, to first order; NaN for one batch."""
     errors: Float[Tensor, "N m"]
-    """Estimated distance to an eigenvalue of A."""
+    """Estimated distance to the nearest eigenvalue of A."""
     weights: Float[Tensor, "N m"]
-    """Of each as a node of the spectral density; they sum to 1."""
+    """Weight of each value as a node of the spectral density; the weights sum to 1."""
 
 
 class Trace(NamedTuple):
-    """The trace with its standard errors."""
+    """The estimated trace and its standard errors."""
 
     whole: Estimate
-    """Its error counts the probes and another draw of the J batches."""
+    """Estimate whose standard error counts both the probes and the draw of the J batches."""
     probe_stderr: Float[Tensor, " N"]
-    """Against the trace of this very A."""
+    """Standard error due to the probes alone, relative to the trace of this A."""
 
 
 def lanczos(products: Products, start: Float[Tensor, "N P"], num_steps: int) -> Krylov:
-    """The Krylov space of A and a start, of `num_steps` dimensions or, if that is less, P.
+    """Build the Krylov space of A and a start vector, of min(`num_steps`, P) dimensions.
 
-    A space that A maps into itself is left for a new direction, so that its end is no end of the search.
+    If A maps the space into itself, the search continues from a new direction outside the space.
+
+    Raises:
+        ValueError: If the matrix has no rows, or `num_steps` is below 1.
     """
+    if start.shape[-1] < 1 or num_steps < 1:
+        raise ValueError(f"Lanczos needs at least one row and one step, got {start.shape[-1]} and {num_steps}.")
     count, size = start.shape
     num_steps = min(num_steps, size)
     basis = start.new_zeros(count, num_steps, size)
-    projected: Tensor | None = None
+    columns = []
     scale = remainder = start.new_zeros(count)
     vector = start / start.norm(dim=-1, keepdim=True)
     for step in range(num_steps):
         basis[:, step] = vector
-        seen = basis[:, : step + 1]
+        built = basis[:, : step + 1]
         images = products(vector)  # N J P
-        if projected is None:
-            projected = torch.zeros(count, images.shape[1], num_steps, num_steps, dtype=torch.float64)
-        column = (images @ seen.mT).cpu().double()  # N J step+1
-        projected[:, :, : step + 1, step] = projected[:, :, step, : step + 1] = column
+        column = (images @ built.mT).cpu().double()  # N J step+1
+        columns.append(torch.nn.functional.pad(column, (0, num_steps - step - 1)))
         image = images.mean(1)
         scale = torch.maximum(scale, image.norm(dim=-1))
-        residual = _outside(image, seen)
+        residual = _outside(image, built)
         remainder = residual.norm(dim=-1)
-        is_over = remainder <= _BREAKDOWN * torch.finfo(start.dtype).eps * scale
-        remainder = remainder.masked_fill(is_over, 0)
-        if is_over.any() and step + 1 < num_steps:
-            fresh = _outside(start.roll(step + 1, dims=-1), seen)  # as good as a new random start
-            residual = torch.where(is_over.unsqueeze(-1), fresh, residual)
+        is_exhausted = remainder <= _BREAKDOWN * torch.finfo(start.dtype).eps * scale
+        remainder = remainder.masked_fill(is_exhausted, 0)
+        if is_exhausted.any() and step + 1 < num_steps:
+            # Rolling the random start gives a vector as good as a new random one.
+            new_direction = _outside(start.roll(step + 1, dims=-1), built)
+            residual = torch.where(is_exhausted.unsqueeze(-1), new_direction, residual)
         vector = residual / residual.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(start.dtype).tiny)
-    if projected is None:
-        raise ValueError("Lanczos needs a matrix of at least one row and at least one step.")
-    return Krylov(basis, projected, remainder.cpu().double())
+    lower = torch.stack(
+        columns, dim=-2
+    )  # N J m m; row s holds the products of basis vectors 0 .. s with A_j times vector s
+    return Krylov(basis, lower + lower.tril(-1).mT, remainder.cpu().double())
 
 
 def ritz(krylov: Krylov) -> Ritz:
-    """The eigenvalues of the mean projected matrix, with their errors and weights."""
+    """Return the eigenvalues of the mean projected matrix, with their errors and weights."""
     values, vectors = torch.linalg.eigh(krylov.projected.mean(1))  # N m, N m m
     by_batch = torch.einsum("nam,njab,nbm->njm", vectors, krylov.projected, vectors)
     residuals = krylov.remainder.unsqueeze(-1) * vectors[:, -1].abs()  # N m
-    apart, far = values.diff(dim=-1), torch.full_like(values[:, :1], torch.inf)
-    below = torch.cat((far, apart - residuals[:, :-1]), dim=-1)  # how far the next eigenvalue is at the least
-    above = torch.cat((apart - residuals[:, 1:], far), dim=-1)
+    distances, infinity = values.diff(dim=-1), torch.full_like(values[:, :1], torch.inf)
+    # The least distance to the next eigenvalue: a neighbouring Ritz value may be off by its own residual.
+    below = torch.cat((infinity, distances - residuals[:, :-1]), dim=-1)
+    above = torch.cat((distances - residuals[:, 1:], infinity), dim=-1)
     gaps = torch.minimum(below, above).clamp(min=torch.finfo(torch.float64).tiny)
     errors = torch.minimum(residuals, residuals.square() / gaps)
     return Ritz(values, _spread(by_batch, dim=1), errors, vectors[:, 0].square())
 
 
 def trace(products: Products, krylov: Krylov, probes: Iterable[Float[Tensor, "N P"]]) -> Trace:
-    """The trace: exact within the Krylov space, estimated by random signs outside of it.
+    """Estimate the trace: exact within the Krylov space, by random signs outside it.
 
     Args:
-        products: Of A.
-        krylov: Of A, from a start that is independent of the probes.
+        products: Products with A.
+        krylov: Krylov space of A, from a start that is independent of the probes.
         probes: At least two vectors of random signs.
     """
     inside = krylov.projected.diagonal(dim1=-2, dim2=-1).sum(-1)  # N J
-    found = []
+    quadratic_forms = []
     for probe in probes:
-        rest = _outside(probe, krylov.basis)
-        found.append((products(rest) * rest.unsqueeze(1)).sum(-1).cpu().double())  # N J
-    outside = torch.stack(found)  # R N J
+        vector = _outside(probe, krylov.basis)
+        quadratic_forms.append((products(vector) * vector.unsqueeze(1)).sum(-1).cpu().double())  # N J
+    outside = torch.stack(quadratic_forms)  # R N J
     by_batch = inside + outside.mean(0)  # N J
     probe_stderr = _spread(outside.mean(-1), dim=0)
     batch_stderr = _spread(by_batch, dim=-1).nan_to_num(0.0)
@@ -133,14 +141,14 @@ def trace(products: Products, krylov: Krylov, probes: Iterable[Float[Tensor, "N 
 
 
 def _outside(vectors: Float[Tensor, "N P"], basis: Float[Tensor, "N m P"]) -> Float[Tensor, "N P"]:
-    """What is orthogonal to the basis; done twice, as rounding leaves a part the first time."""
-    for _ in range(2):
+    """Return the part of the vectors that is orthogonal to the basis."""
+    for _ in range(2):  # twice, because rounding leaves a part in the space the first time
         vectors = vectors - ((vectors.unsqueeze(1) @ basis.mT) @ basis).squeeze(1)
     return vectors
 
 
 def _spread(values: Tensor, dim: int) -> Tensor:
-    """The standard error of the mean along an axis; NaN for one value."""
+    """Return the standard error of the mean along an axis; NaN for one value."""
     count = values.shape[dim]
     deviations = values - values.mean(dim, keepdim=True)
     return (deviations.square().sum(dim) / (count - 1) / count).sqrt() if count > 1 else deviations.sum(dim) * torch.nan

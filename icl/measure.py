@@ -1,15 +1,15 @@
-"""Measurements at every saved step of a run, kept so that none is made twice.
+"""Measure every saved step of a run once, and cache the results in the run's folder.
 
-`measure_checkpoints` reads a run's checkpoints in the order of their steps and hands those that were not yet measured to a
-function, several at once. What comes back is kept in the run's folder as one entry for each step, below `results/<name>/`:
+`measure_checkpoints` reads a run's checkpoints in the order of their steps. It passes those without a cached result to a
+function, several at a time. The results are stored as one entry for each step, below `results/<name>/`:
 
-- `step-000001465.json`: rows of the table to come; a key, which is the hash of the checkpoint, that of its predecessor if it
-  counts, the settings and the version of the method; and names, shapes and places of the arrays;
-- `step-000001465.npy`: the numbers of all arrays, one after the other. The whole run needs arrays later, for a principal
-  component analysis say. They can be read a part at a time, so those of all checkpoints need not fit in memory.
+- `step-000001465.json`: the rows for the table; the key; and the name, shape and position of each array. The key holds the
+  hash of the checkpoint, the hash of its predecessor if the measurement uses it, the settings, and the version of the method.
+- `step-000001465.npy`: the numbers of all arrays, one after the other. Analyses of the whole run need these arrays, for
+  example a principal component analysis. Parts can be read alone, so the arrays of all checkpoints need not fit in memory.
 
-An entry with another key, or a damaged one, is measured again. Nothing is ever unpickled. Killed anywhere, the same call goes
-on from the last entry.
+An entry with another key, or a damaged one, is measured again. Nothing is ever unpickled. If the process is killed at any
+point, the same call continues after the last entry.
 """
 
 import contextlib
@@ -34,13 +34,13 @@ class Measurement(NamedTuple):
     """The result of measuring one checkpoint."""
 
     rows: list[dict[str, Any]]
-    """Rows of the table, without step, hash and settings; values that JSON can hold, NaN included."""
+    """Rows of the table, without step, hash and settings. Values must be storable as JSON; NaN is allowed."""
     arrays: Mapping[str, np.ndarray] = MappingProxyType({})
-    """Arrays that the whole run needs later, by name; of one type of numbers."""
+    """Arrays for later analyses of the whole run, by name; all of one dtype."""
 
 
 class Entry(NamedTuple):
-    """A measurement that is kept, with the checkpoint it belongs to."""
+    """A cached measurement, with the checkpoint it belongs to."""
 
     step: int
     checkpoint_hash: str
@@ -49,29 +49,29 @@ class Entry(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Entries of neighbouring steps that became available together."""
+    """Entries of consecutive steps that became available together."""
 
     entries: list[Entry]
     is_new: bool
-    """Whether they were measured now, rather than kept from before."""
+    """Whether the entries were measured in this call. False if they came from the cache."""
 
 
 Measure: TypeAlias = Callable[[list[Checkpoint], int], Sequence[Measurement]]
-"""Measure checkpoints; the first `lead` (0 or 1) of them is there only as the predecessor of the next."""
+"""Measure checkpoints. The second argument, 0 or 1, counts leading checkpoints that serve only as predecessors."""
 
 
 class Cache:
-    """The entries below one folder of a run."""
+    """Entries stored in one folder of a run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def read(self, step: int, key: Mapping[str, Any] | None = None) -> Entry | None:
-        """Return the entry of a step, or None if there is none, it is damaged, or it has another key.
+        """Return the entry of a step, or None if it is missing, is damaged, or has another key.
 
         Args:
-            step: The checkpoint's.
-            key: The key to ask for; left out, any will do.
+            step: Step of the checkpoint.
+            key: Required key; None accepts any key.
         """
         try:
             content = self._content(step)
@@ -87,7 +87,7 @@ class Cache:
             return None
 
     def write(self, entry: Entry, key: Mapping[str, Any]) -> None:
-        """Keep an entry under its key. A kill leaves the old entry, the new one, or none.
+        """Store an entry under its key. A kill while it is written leaves the old entry, the new one, or none.
 
         Raises:
             StorageError: If it cannot be written.
@@ -102,14 +102,14 @@ class Cache:
         content = {"key": dict(key), "rows": entry.rows, "places": places, "array_digest": array_digest(numbers)}
         text = json.dumps({"digest": _digest(content), **content})
         write_atomically(self._file(entry.step), text.encode())
-        self._file(entry.step).with_suffix(".npz").unlink(missing_ok=True)  # the same entry as 0.1.0 kept it
+        self._file(entry.step).with_suffix(".npz").unlink(missing_ok=True)  # the same entry as version 0.1.0 stored it
 
     def stored_array(self, step: int, name: str) -> StoredArray:
-        """Return an array of an entry flattened, left in its file.
+        """Return a reference to an array of an entry, flattened. The numbers stay in the file until they are read.
 
         Raises:
             ContentError: If the entry is missing or damaged.
-            KeyError: If it has no array of that name.
+            KeyError: If the entry has no array of that name.
         """
         start, stop, _ = self._content(step)["places"][name]
         numbers = locate_array(self._array_file(step))
@@ -117,15 +117,14 @@ class Cache:
         return dataclasses.replace(numbers, offset=offset, size=stop - start)
 
     def steps(self, settings: Mapping[str, Any], version: int) -> set[int]:
-        """Return the steps that have an entry with these settings and this version, whatever the checkpoint's hash."""
+        """Return the steps that have an entry with these settings and this version, for any checkpoint hash."""
         wanted = (json.loads(json.dumps(settings)), version)
         steps = set()
         for file in self.folder.glob("step-*.json"):
             with contextlib.suppress(ContentError, OSError, LookupError, TypeError, ValueError):
                 key = parse_entry(read_bytes(file, limit=MAX_TABLE))["key"]
-                steps |= (
-                    {int(file.stem.removeprefix("step-"))} if (key["settings"], key["version"]) == wanted else set()
-                )
+                if (key["settings"], key["version"]) == wanted:
+                    steps.add(int(file.stem.removeprefix("step-")))
         return steps
 
     def _content(self, step: int) -> dict[str, Any]:
@@ -149,23 +148,23 @@ def measure_checkpoints(
     max_members: int,
     uses_predecessor: bool = False,
 ) -> Iterator[Batch]:
-    """Yield the entries of checkpoints in the order of their steps; those that are kept are not measured again.
+    """Yield the entries of checkpoints in the order of their steps. Cached checkpoints are not measured again.
 
     Args:
-        files: Checkpoint files of one run, by step.
+        files: Checkpoint files of one run, sorted by step.
         config: The run's configuration.
-        measure: Measures some neighbouring checkpoints.
-        cache: Where entries are kept; None keeps nothing.
-        settings: What the numbers depend on beside the checkpoint. With other settings everything is measured again.
-        version: Version of the method. A new one means that old entries are measured again.
+        measure: Function that measures some consecutive checkpoints.
+        cache: Cache that stores the entries; None stores nothing.
+        settings: Settings on which the numbers depend. With other settings every checkpoint is measured again.
+        version: Version of the method. Entries of another version are measured again.
         max_members: Largest number of checkpoints to measure at once.
-        uses_predecessor: Whether a measurement looks at the checkpoint before it, too.
+        uses_predecessor: Whether a measurement also uses the checkpoint before it.
 
     Raises:
-        CheckpointError: If a checkpoint cannot be used, or is of another run.
+        CheckpointError: If a checkpoint cannot be used, or belongs to another run.
         StorageError: If an entry cannot be written.
     """
-    before: Checkpoint | None = None
+    previous: Checkpoint | None = None
     lead: Checkpoint | None = None  # predecessor of the first pending checkpoint
     pending: list[Checkpoint] = []
     keys: list[dict[str, Any]] = []
@@ -186,7 +185,7 @@ def measure_checkpoints(
 
     for file in files:
         checkpoint = load_same_run(file, config)
-        predecessor = before if uses_predecessor else None
+        predecessor = previous if uses_predecessor else None
         key = {
             "checkpoint_hash": checkpoint.digest,
             "predecessor_hash": predecessor.digest if predecessor else None,
@@ -203,22 +202,22 @@ def measure_checkpoints(
             lead = lead if pending else predecessor
             pending.append(checkpoint)
             keys.append(key)
-        before = checkpoint
+        previous = checkpoint
     if pending:
         yield measure_pending()
 
 
 def parse_entry(data: bytes) -> dict[str, Any]:
-    """Return what the JSON file of an entry says: `key`, `rows`, `places` of the arrays, and `array_digest`.
+    """Parse the JSON file of an entry: `key`, `rows`, `places` (start, stop and shape of each array), `array_digest`.
 
     Raises:
-        ContentError: If it is damaged.
+        ContentError: If the file is damaged.
     """
     content = parse_json(data)
     if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
-        raise ContentError("its content does not match its digest")
+        raise ContentError("the content does not match its digest")
     if not is_table(content.get("rows")):
-        raise ContentError("it holds no rows")
+        raise ContentError("there are no rows")
     return content
 
 

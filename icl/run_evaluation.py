@@ -1,8 +1,9 @@
-"""Whole runs evaluated: every saved step of one run or of many, in and out of distribution, and the tables they become.
+"""Evaluate every saved step of one or many runs, in and out of distribution, and write the tables.
 
-What a checkpoint gave is kept in the run's `results/evaluation/`, so nothing is computed twice. Prompts and their
-baselines are made once for all runs that share them: of the same sizes, noise, tasks and evaluation seed, and of a shift
-whatever M is. On a CPU dMMSE at large M costs more than all the models.
+The results of each checkpoint are cached in the run's `results/evaluation/`, so nothing is computed twice. Runs with equal
+sizes, noise, tasks and evaluation seed share their prompts and the baselines' predictions. Sets of out-of-distribution
+prompts do not depend on M, so runs with different M share them too. Sharing matters: on a CPU, dMMSE at large M costs more
+than evaluating all the models.
 """
 
 import dataclasses
@@ -30,11 +31,11 @@ from icl.tasks.shifts import SHIFTS, available_shifts, require_shift
 from icl.validation import ConfigError, whole
 
 _SETS_KEPT = 64
-"""Those of about three runs: runs that share theirs usually follow each other."""
+"""Evaluation sets kept in memory: those of about three runs. Runs that share sets usually follow each other."""
 
 
 class RunEvaluator:
-    """Evaluates one run after another; sets of prompts and baselines that they share are made once.
+    """Evaluate several runs, and compute the prompts and baselines that they share once.
 
     Example:
         evaluate = RunEvaluator(num_prompts=4096)
@@ -49,23 +50,23 @@ class RunEvaluator:
         shifts: Sequence[str] | None = None,
         bar: Any = None,
     ) -> None:
-        """What to ask of every run.
+        """Choose the evaluation that every run gets.
 
         Args:
-            num_prompts: Prompts per set; left out, each run's `evaluation.num_prompts`.
-            num_ood_prompts: Prompts of every set but the training tasks' (`pretrain`); left out, `num_prompts`.
-            shifts: Names from `icl.tasks.shifts.SHIFTS`; left out, all that fit the run's D and K.
-            bar: A progress bar over the checkpoints of all runs; left out, each run has its own.
+            num_prompts: Prompts per set; None uses each run's `evaluation.num_prompts`.
+            num_ood_prompts: Prompts of every set except the training tasks' (`pretrain`); None uses `num_prompts`.
+            shifts: Names from `icl.tasks.shifts.SHIFTS`; None uses all that are possible for the run's D and K.
+            bar: Progress bar over the checkpoints of all runs; None gives each run its own.
 
         Raises:
-            ConfigError: If a number of prompts is too small.
+            ConfigError: If a number of prompts is below 2, or a shift is unknown.
         """
         if num_prompts is not None:
             num_prompts = whole("num_prompts", num_prompts, 2)
         if num_ood_prompts is not None:
             num_ood_prompts = whole("num_ood_prompts", num_ood_prompts, 2)
         if isinstance(shifts, str):
-            raise ConfigError(f"`shifts` must be a list of names, got {shifts!r}.")
+            raise ConfigError(f"`shifts` must be a list of names, got the string {shifts!r}.")
         for name in shifts or ():
             require_shift(name)
         keep_freed_memory()
@@ -73,31 +74,29 @@ class RunEvaluator:
         self._set = lru_cache(maxsize=_SETS_KEPT)(partial(_make_set, torch_device()))
 
     def __call__(self, path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """What `evaluate_run` returns."""
+        """Evaluate one run or checkpoint; the result is the same as from `evaluate_run`."""
         config = load_checkpoint_file(checkpoint_files(path)[0]).config
-        asked = self._asked(config)
-        sets = [self._set_of(config, "pretrain", asked.num_prompts)]
-        sets += [self._set_of(config, name, asked.num_ood_prompts) for name in asked.distributions]
+        num_prompts = config.evaluation.num_prompts if self.num_prompts is None else self.num_prompts
+        settings = _EvaluationSettings(
+            num_prompts=num_prompts,
+            num_ood_prompts=num_prompts if self.num_ood_prompts is None else self.num_ood_prompts,
+            distributions=("true", *(available_shifts(config) if self.shifts is None else self.shifts)),
+        )
+        sets = [self._shared_set(config, "pretrain", settings.num_prompts)]
+        sets += [self._shared_set(config, name, settings.num_ood_prompts) for name in settings.distributions]
 
         def measure(members: Members) -> list[Measurement]:
             predict = partial(apply, members.config.model)
             return [Measurement(rows) for rows in evaluate(predict, members.params, sets)]
 
-        entries, _ = over_checkpoints("evaluation", Path(path), asked, measure, version=VERSION, bar=self.bar)
+        entries, _ = over_checkpoints("evaluation", Path(path), settings, measure, version=VERSION, bar=self.bar)
         return pd.DataFrame(entry_rows(entries)), pd.DataFrame(evaluate_baselines(sets))
 
-    def _asked(self, config: RunConfig) -> "_Asked":
-        num_prompts = config.evaluation.num_prompts if self.num_prompts is None else self.num_prompts
-        return _Asked(
-            num_prompts=num_prompts,
-            num_ood_prompts=num_prompts if self.num_ood_prompts is None else self.num_ood_prompts,
-            distributions=("true", *(available_shifts(config) if self.shifts is None else self.shifts)),
-        )
-
-    def _set_of(self, config: RunConfig, name: str, num_prompts: int) -> EvaluationSet:
-        """By what a set depends on alone, so that runs which differ in something else share it."""
+    def _shared_set(self, config: RunConfig, name: str, num_prompts: int) -> EvaluationSet:
+        """Return an evaluation set, from memory if another run with the same settings has used it."""
+        # Only settings that change the set are passed on, so that runs which differ in others share it.
         task, seeds = config.task, SeedsConfig(tasks=config.seeds.tasks, evaluation=config.seeds.evaluation)
-        if name in SHIFTS:  # of new tasks, and without dMMSE
+        if name in SHIFTS:  # a shift uses new tasks and no dMMSE, so neither M nor the task seed matters
             task, seeds = dataclasses.replace(task, num_tasks=math.inf), dataclasses.replace(seeds, tasks=0)
         return self._set(task, seeds, name, num_prompts)
 
@@ -111,23 +110,23 @@ def evaluate_run(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Evaluate every saved step of a run, or one checkpoint, in and out of distribution.
 
-    Checkpoints are evaluated many at a time, as a population. A run's are kept in `results/evaluation/` as they are done:
-    interrupted, the same call goes on, and of a run that was trained further only the new steps are evaluated. Many runs
-    are faster one after another by one `RunEvaluator`, which shares their prompts and baselines.
+    Many checkpoints are evaluated at a time, as a population. The results for a run are cached in its `results/evaluation/`.
+    After an interruption the same call continues, and after further training it evaluates only the new steps. For several
+    runs, use one `RunEvaluator`, which is faster because it shares prompts and baselines.
 
     Args:
         path: A run's folder or a checkpoint file.
-        num_prompts: Prompts per set; left out, the run's `evaluation.num_prompts`.
-        num_ood_prompts: Prompts of every set but the training tasks' (`pretrain`); left out, `num_prompts`.
-        shifts: Names from `icl.tasks.shifts.SHIFTS`; left out, all that fit the run's D and K.
+        num_prompts: Prompts per set; None uses the run's `evaluation.num_prompts`.
+        num_ood_prompts: Prompts of every set except the training tasks' (`pretrain`); None uses `num_prompts`.
+        shifts: Names from `icl.tasks.shifts.SHIFTS`; None uses all that are possible for the run's D and K.
 
     Returns:
-        A row per number (step, checkpoint_hash, distribution, quantity, position, value, stderr), and the same without
-        step for the baselines' losses.
+        A table with one row per number (step, checkpoint_hash, distribution, quantity, position, value, stderr), and a
+        table with the losses of the baselines in the same columns without `step` and `checkpoint_hash`.
 
     Raises:
-        CheckpointError: If there is no usable checkpoint, or the checkpoints are of different models.
-        ConfigError: If a number of prompts is too small.
+        CheckpointError: If there is no usable checkpoint, or the checkpoints belong to different models.
+        ConfigError: If a number of prompts is below 2, or a shift is unknown.
     """
     return RunEvaluator(num_prompts=num_prompts, num_ood_prompts=num_ood_prompts, shifts=shifts)(path)
 
@@ -135,19 +134,19 @@ def evaluate_run(
 def save_evaluation(
     path: str | Path, numbers: pd.DataFrame, baselines: pd.DataFrame, *, out: Path | None = None
 ) -> list[tuple[str, Path]]:
-    """Write what `evaluate_run` returned, and its figure.
+    """Write the tables from `evaluate_run`, and a figure.
 
-    A run's numbers go to `results/evaluation.csv` and `results/baselines.csv`, its figure to `figures/evaluation.png`;
-    those of one checkpoint only to `out`.
+    For a run, the tables go to `results/evaluation.csv` and `results/baselines.csv`, and the figure goes to
+    `figures/evaluation.png`. For a single checkpoint only `out` is written.
 
     Args:
-        path: What was evaluated.
-        numbers: The first table.
-        baselines: The second table.
-        out: Also a file of one's own, as of `write_numbers`.
+        path: The run or checkpoint that was evaluated.
+        numbers: The first table from `evaluate_run`.
+        baselines: The second table from `evaluate_run`.
+        out: Additional file to write with `write_numbers`; None writes none.
 
     Returns:
-        A label and the path of every file written.
+        The label and the path of every file written.
 
     Raises:
         StorageError: If `out` has another suffix, or a file cannot be written.
@@ -166,7 +165,7 @@ def save_evaluation(
 
 
 def write_numbers(out: Path, numbers: pd.DataFrame, baselines: pd.DataFrame) -> Path:
-    """Write the first table of `evaluate_run` as .csv, or both as .json.
+    """Write the first table from `evaluate_run` as .csv, or both tables as .json.
 
     Raises:
         StorageError: If `out` has another suffix, or cannot be written.
@@ -181,26 +180,26 @@ def write_numbers(out: Path, numbers: pd.DataFrame, baselines: pd.DataFrame) -> 
 
 
 def headline_table(table: pd.DataFrame, *, by: str) -> pd.DataFrame:
-    """Loss and gaps of the last step of every run, on the training tasks and on new ones: a row per run.
+    """Return one row per run: loss and gaps at its last step, on the training tasks and on new tasks.
 
     Args:
         table: Numbers of several runs.
-        by: The column that tells them apart.
+        by: Column that identifies the run.
     """
     last = table[table["step"] == table.groupby(by)["step"].transform("max")]
-    wanted = last[
+    headline = last[
         (last["position"] == "mean")
         & last["distribution"].isin(["pretrain", "true"])
         & last["quantity"].isin(["loss", "delta_dmmse", "delta_ridge"])
     ]
-    means = wanted.pivot(index=[by, "step"], columns=["distribution", "quantity"], values="value")
-    in_order = pd.MultiIndex.from_frame(wanted[[by, "step"]].drop_duplicates())
-    return means.sort_index(axis=1).reindex(in_order)
+    means = headline.pivot(index=[by, "step"], columns=["distribution", "quantity"], values="value")
+    order_of_table = pd.MultiIndex.from_frame(headline[[by, "step"]].drop_duplicates())  # `pivot` sorts its rows
+    return means.sort_index(axis=1).reindex(order_of_table)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """What numbers of a checkpoint depend on, beside the run."""
+class _EvaluationSettings:
+    """Settings on which the numbers of a checkpoint depend, apart from the run's own."""
 
     num_prompts: int
     num_ood_prompts: int

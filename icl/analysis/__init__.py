@@ -1,43 +1,52 @@
-"""How models develop: each analysis turns a run's checkpoints, or a table, into one tidy table with verdicts.
+"""Analyses of how models develop: each turns a run's checkpoints, or a table, into one tidy table with verdicts.
 
-An analysis is a module here (`essential-dynamics` is `essential_dynamics.py`, unless its line says otherwise) that has `Settings`, a frozen dataclass
-whose fields become options of `icl analyse`, and `analyse(path, settings) -> Result`; its figure is `plot(table, *,
-title)` in the module of the same name in `icl.plotting`; and it has one line in `ANALYSES`. Work over checkpoints goes
-through `icl.analysis.run.over_checkpoints`, which does it as a population and never does a checkpoint twice.
+An analysis is a module or a folder here. `essential-dynamics`, for example, is in `essential_dynamics/`. It defines:
+
+- `Settings`, a frozen dataclass. Its fields become options of `icl analyse`.
+- `analyse(path, settings) -> Result`.
+- `plot(table, *, title)`, in the module of the same name in `icl.plotting`.
+- One line in `ANALYSES` below.
+
+Work over checkpoints goes through `icl.analysis.run.over_checkpoints`. It measures many checkpoints at once, as a
+population, and never measures a checkpoint twice.
 """
 
 from typing import Literal, NamedTuple
 
 
 class About(NamedTuple):
-    """What the registry says of an analysis."""
+    """Description of an analysis in the registry."""
 
     of: Literal["run", "table"]
-    """What it is given: a run's folder (or one checkpoint), or a file with a table."""
+    """Input of the analysis: a run's folder (or one checkpoint), or a file with a table."""
     help: str
     module: str | None = None
-    """Of its name in this package and in `icl.plotting`; left out, the analysis's own."""
+    """Name of its module in this package and in `icl.plotting`; None derives it from the name of the analysis."""
 
 
 ANALYSES: dict[str, About] = {
     "gradients": About("run", "gradients in the weights (norm, noise scale, alignment) and in the data distribution"),
-    "hessian": About("run", "curvature: the Hessian's largest and smallest eigenvalues, its trace and its spectrum"),
-    "essential-dynamics": About("run", "PCA of the trajectory, beside a random walk's; evolutes, cusps, forms"),
-    "embeddings": About("run", "spectra and overlap of the embeddings, layer-norm and unembedding collapse"),
+    "hessian": About(
+        "run", "curvature of the loss: largest and smallest eigenvalues, trace and spectrum of the Hessian"
+    ),
+    "essential-dynamics": About("run", "PCA of the trajectory, compared with random walks; evolutes, cusps, forms"),
+    "embeddings": About("run", "spectra and overlap of the embeddings; collapse of layer norms and the unembedding"),
     "attention": About(
-        "run", "what each head attends to: patterns, entropy, variability, self, previous, x- and y-tokens"
+        "run", "attention of each head: patterns, entropy, variability; weight on self, previous, x- and y-tokens"
     ),
     "behaviour": About(
-        "run", "losses and scores, distances to ridge and dMMSE, transience, inputs and tasks of any size, task vectors"
+        "run", "losses and scores, gaps to ridge and dMMSE, transience, scaled inputs and tasks, task vectors"
     ),
-    "stages": About("run", "boundaries between stages by loss, scores and LLC, and what changes in each stage"),
+    "stages": About("run", "boundaries between stages from loss, scores and LLC, and the changes within each stage"),
     "diversity": About(
-        "table", "OOD error against task diversity and other features: linear, ridge or lasso", "diversity_fit"
+        "table",
+        "linear, ridge or lasso fit of the OOD error to task diversity and other features",
+        "diversity_fit",
     ),
 }
-"""Every analysis by the name that `--what` takes."""
+"""Every analysis, by the name that `--what` takes."""
 
 
 def module_name(name: str) -> str:
-    """The module of an analysis, here and in `icl.plotting`."""
+    """Return the name of an analysis's module, in this package and in `icl.plotting`."""
     return ANALYSES[name].module or name.replace("-", "_")

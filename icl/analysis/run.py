@@ -1,6 +1,6 @@
-"""The frame of every analysis: find it by name, and give it a run's checkpoints as populations on the device.
+"""Run an analysis by name, and measure a run's checkpoints as populations on the device.
 
-`over_checkpoints` measures the saved steps that were not yet measured (`icl.measure`), as many at a time as memory allows.
+`over_checkpoints` measures the saved steps that have no cached result (`icl.measure`), as many at a time as memory allows.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from icl.validation import ConfigError
 MEMBERS_AT_ONCE = 16
 """Largest number of checkpoints in one population."""
 MAX_PARAMETERS_AT_ONCE = 2_000_000
-"""Largest number of parameters in one population; one checkpoint may have more."""
+"""Largest number of parameters in one population. A single checkpoint may have more."""
 
 
 class Result(NamedTuple):
-    """The outcome of an analysis."""
+    """Result of an analysis."""
 
     table: pd.DataFrame
-    """Tidy: each row says which checkpoint and which settings it belongs to, if it belongs to one."""
+    """Tidy table. Each row names its settings and, if it belongs to one, its checkpoint."""
     summary: list[str]
     """Lines to print, verdicts first."""
 
@@ -43,20 +43,20 @@ class Members(NamedTuple):
     config: RunConfig
     checkpoints: list[Checkpoint]
     params: Params
-    """Their weights on the device, with a leading axis."""
+    """Weights on the device, with a leading axis N."""
     lead: int
-    """1 if the first checkpoint is here only as the predecessor of the second, else 0."""
+    """1 if the first checkpoint serves only as the predecessor of the second, else 0."""
 
 
 Measure = Callable[[Members], list[Measurement]]
-"""One measurement for each member after the lead."""
+"""Return one measurement for each member after the first `lead` members."""
 
 
 def find(name: str) -> Any:
-    """Return the module of an analysis, with `Settings` and `analyse`.
+    """Import the module of an analysis, which defines `Settings` and `analyse`.
 
     Raises:
-        ConfigError: If there is none of that name.
+        ConfigError: If there is no analysis of that name.
     """
     if name not in ANALYSES:
         raise ConfigError(f"There is no analysis `{name}`; there are {', '.join(ANALYSES)}.")
@@ -64,11 +64,11 @@ def find(name: str) -> Any:
 
 
 def analyse(name: str, path: str | Path, **settings: Any) -> Result:
-    """Run one analysis by name, as `icl analyse PATH --what NAME` does; its settings are keywords.
+    """Run one analysis by name, as `icl analyse PATH --what NAME` does. Settings are given as keywords.
 
     Raises:
         ConfigError: If there is no such analysis or setting.
-        CheckpointError: If it needs checkpoints and there are none that can be used.
+        CheckpointError: If the analysis needs checkpoints and there is no usable one.
     """
     module = find(name)
     known = [field.name for field in dataclasses.fields(module.Settings)]
@@ -92,26 +92,26 @@ def over_checkpoints(
     files: Sequence[Path] | None = None,
     bar: tqdm | None = None,
 ) -> tuple[list[Entry], RunConfig]:
-    """Measure every saved step of a run, or one checkpoint; steps measured before are taken from the run's folder.
+    """Measure every saved step of a run, or one checkpoint. Steps with a cached result are not measured again.
 
     Args:
-        name: Name of the analysis; its entries go to `results/<name>/` of the run.
-        path: A run's folder, its folder of checkpoints, or one checkpoint file (of which nothing is kept).
-        settings: A dataclass of plain values. With other settings everything is measured again.
-        measure: Measures a population.
-        version: Version of the method. A new one means that old entries are measured again.
-        uses_predecessor: Whether a measurement looks at the checkpoint before it, too.
-        keep_arrays: Whether to return the entries with their arrays. Where all together do not fit in memory, leave
-            them on disk and read them by `Cache.stored_array`.
-        max_members: Largest number of checkpoints in one population, fewer where a measurement takes long.
-        files: Those of `checkpoint_files(path)` to measure; left out, all.
-        bar: A progress bar over several runs, to be moved on by this run's checkpoints; left out, the run has its own.
+        name: Name of the analysis. Its entries are cached in `results/<name>/` of the run.
+        path: A run's folder, its folder of checkpoints, or one checkpoint file (for which nothing is cached).
+        settings: A dataclass of plain values. With other settings every step is measured again.
+        measure: Function that measures a population.
+        version: Version of the method. Entries of another version are measured again.
+        uses_predecessor: Whether a measurement also uses the checkpoint before it.
+        keep_arrays: Whether the returned entries contain their arrays. If all arrays together do not fit in memory,
+            pass False and read them with `Cache.stored_array`.
+        max_members: Largest number of checkpoints in one population. Choose few if a measurement takes long.
+        files: Subset of `checkpoint_files(path)` to measure; None measures all.
+        bar: Progress bar shared by several runs; None gives this run its own.
 
     Returns:
         An entry for every step, in order, and the run's configuration.
 
     Raises:
-        CheckpointError: If there is no usable checkpoint, or the checkpoints are of different runs.
+        CheckpointError: If there is no usable checkpoint, or the checkpoints belong to different runs.
         StorageError: If an entry cannot be written.
     """
     files = files or checkpoint_files(path)
@@ -140,12 +140,12 @@ def over_checkpoints(
 
 
 def as_table(entries: Sequence[Entry], settings: Any, *, whole_run: Sequence[Mapping[str, Any]] = ()) -> pd.DataFrame:
-    """Return one tidy table: step, checkpoint_hash, the rows' own columns, then a column for every setting.
+    """Return one tidy table: step, checkpoint_hash, the columns of the rows, then a column for every setting.
 
     Args:
-        entries: Those of `over_checkpoints`.
+        entries: Entries from `over_checkpoints`.
         settings: Settings of the analysis.
-        whole_run: Further rows: of no single checkpoint, or with `step` and `checkpoint_hash` of their own.
+        whole_run: Further rows that belong to no checkpoint, or that contain their `step` and `checkpoint_hash`.
 
     Raises:
         ValueError: If a setting and a column have the same name.
@@ -153,7 +153,7 @@ def as_table(entries: Sequence[Entry], settings: Any, *, whole_run: Sequence[Map
     table = pd.DataFrame([*entry_rows(entries), *whole_run])
     for key, value in dataclasses.asdict(settings).items():
         if key in table:
-            raise ValueError(f"`{key}` is a setting and a column at once.")
+            raise ValueError(f"`{key}` is both a setting and a column.")
         table[key] = value
     table["step"] = table["step"].astype("Int64")
     return table
@@ -169,6 +169,6 @@ def _members(checkpoints: list[Checkpoint], lead: int) -> Members:
 
 
 def torch_device() -> torch.device:
-    """Return the device for short computations, which is never a TPU: it would compile for every shape."""
+    """Return the device for short computations. It is never a TPU, which would compile again for every shape."""
     kind = choose_device()
     return torch.device("cpu" if kind == "tpu" else kind)
