@@ -1,24 +1,30 @@
-"""What every head attends to at every saved step: its patterns on fixed prompts, and scores of them.
+"""Attention of every head at every saved step: mean patterns on fixed prompts, and scores of the patterns.
 
-Token k = 0 .. T - 1 of the T = 2K - 1 (x1, y1, ..., xK) gives the tokens j <= k weights p_kj that sum to 1. Scores of a query k are
-those of Hoogland et al. 2024 (figures on attention), each averaged over prompts, with standard errors over prompts:
+A prompt has T = 2K - 1 tokens x1, y1, ..., xK, numbered k = 0 .. T - 1. Query token k attends to the tokens j <= k with
+weights p_kj, which sum to 1. The scores of a query k are those of Hoogland et al. 2024 (figures on attention). Each is
+averaged over prompts; its standard error is over prompts.
 
-- `entropy`: -sum_j p_kj log p_kj / log(k + 1); 1 is uniform, 0 a single token.
-- `variability`: half of sum_j |p_kj - mean over prompts of p_kj|, the total variation distance to the mean pattern; 0 is a
-  pattern fixed by position alone.
-- `self`: p_kk. `previous`: p_k,k-1. `x_tokens`, `y_tokens`: the sums of p_kj over even and over odd j.
-- `lag`: sum_j p_kj (k - j) / k; 0 is the token itself, 1 the first one, 1/2 uniform.
+- `entropy`: -sum_j p_kj log p_kj / log(k + 1). It is 1 for uniform attention and 0 for attention to a single token.
+- `variability`: half of sum_j |p_kj - m_kj|, where m is the mean pattern over prompts (a total variation distance). It is 0 if
+  the pattern depends on the position alone.
+- `self`: p_kk. `previous`: p_k,k-1. `x_tokens`, `y_tokens`: the sums of p_kj over even j and over odd j.
+- `lag`: sum_j p_kj (k - j) / k. It is 0 for the token itself, 1 for the first token, and 1/2 for uniform attention.
 - `hardness`: the share of the k + 1 visible tokens with p_kj <= 0.001.
 
-What was wrong in the published code and is not here: its hardness counted the masked tokens j > k as well but divided by k + 1;
-its distance was the mean position sum_j p_kj j / (k + 1) and no lag; averages over x- and y-tokens of a whole block
-took every second head instead of every second token; an entropy in bits was divided by natural logarithms in one place; and at
-k = 0, where the pattern is 1 whatever the head does, entropy was 0 / 0 and the previous token's score 0. We leave k = 0
-out of every average. Averages over queries come three times: `all`, those at `x` and those at `y` (a head named "y to x-tokens"
-is high in `x_tokens` of query `y`).
+The published code has errors that we do not repeat:
 
-Head h of block b is `b1h1`, counted from 1; `uniform` is a head that weighs all visible tokens alike, which a score must be held
-against. Rows `pattern` are the mean weights of the last saved step, token by token; those of all steps are kept in the entries.
+- Its hardness counted the masked tokens j > k as well, but divided by k + 1.
+- Its distance was the mean position sum_j p_kj j / (k + 1), which is not a lag.
+- Its averages over the x- and y-tokens of a whole block took every second head instead of every second token.
+- In one place an entropy in bits was divided by natural logarithms.
+- At k = 0 the pattern is always 1, so the entropy was 0 / 0 and the previous token's score 0. We leave k = 0 out of every average.
+
+Every score is averaged over three sets of queries: `all`, the x-tokens (`x`) and the y-tokens (`y`). For example, a head called
+"y to x-tokens" has a high score `x_tokens` for the queries `y`.
+
+Head h of block b is named `b1h1`, counted from 1. The part `uniform` holds the scores of uniform attention over all visible
+tokens, for comparison. Rows `pattern` hold the mean weights at the last saved step, token by token. The cached entries hold
+the mean patterns of all steps.
 """
 
 import math
@@ -47,7 +53,7 @@ from icl.transformer import Attention, Transformer
 from icl.validation import ConfigError
 
 HARD = 1e-3
-"""A weight that counts as none."""
+"""Attention weights up to this count as zero in `hardness`."""
 QUERIES: tuple[Literal["all", "x", "y"], ...] = ("all", "x", "y")
 VERSION = 1
 
@@ -56,12 +62,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What `icl analyse RUN --what attention` can be told."""
+    """Options of `icl analyse RUN --what attention`."""
 
     distribution: Literal["pretrain", "true"] = field(
-        default="pretrain", metadata={"help": "tasks of the prompts: the run's M, or new ones"}
+        default="pretrain", metadata={"help": "tasks of the prompts: the run's M training tasks, or new tasks"}
     )
-    num_prompts: int = field(default=512, metadata={"help": "prompts"})
+    num_prompts: int = field(default=512, metadata={"help": "number of prompts"})
 
     def __post_init__(self) -> None:
         if self.num_prompts < 2:
@@ -69,7 +75,7 @@ class Settings:
 
 
 def analyse(path: Path, settings: Settings) -> Result:
-    """The scores of every head at every saved step, and the mean patterns of the last.
+    """Score every head at every saved step, and return the mean patterns of the last step.
 
     Raises:
         CheckpointError: If there is no usable checkpoint.
@@ -85,98 +91,97 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
-    """The rows of every member, and its mean patterns (L, H, T, T)."""
+    """Measure every member: the scores of its heads, and its mean patterns (L, H, T, T)."""
     prompts = fixed_prompts(
         members, stream="attention/prompts", distribution=settings.distribution, count=settings.num_prompts
     )
     at_once = prompts_at_once(members)
     model = build_architecture(members.config).to(prompts.xs.device)
-    found = []
+    measurements = []
     for params in unstack(members.params):
-        seen = patterns(model, params, prompts, prompts_at_once=at_once)  # L B H T T
+        layers = patterns(model, params, prompts, prompts_at_once=at_once)  # L B H T T
         rows: list[Row] = []
-        for block, layer in enumerate(seen, start=1):
+        for block, layer in enumerate(layers, start=1):
             for head, pattern in enumerate(layer.unbind(1), start=1):
                 rows += _score_rows(f"b{block}h{head}", scores(pattern))
-        mean = torch.stack([layer.mean(0) for layer in seen]).cpu().numpy()
-        found.append(Measurement(rows, {"patterns": mean}))
-    return found
+        mean = torch.stack([layer.mean(0) for layer in layers]).cpu().numpy()
+        measurements.append(Measurement(rows, {"patterns": mean}))
+    return measurements
 
 
 @torch.no_grad()
 def patterns(
     model: Transformer, params: Params, prompts: Prompts, *, prompts_at_once: int
 ) -> list[Float[Tensor, "B H T T"]]:
-    """The attention weights of every block, in a forward pass of one parameter set: rows are queries, columns keys."""
+    """Return the attention weights of every block for one parameter set. Rows are queries, columns are keys."""
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
-    found: list[list[Tensor]] = [[] for _ in attentions]
+    recorded: list[list[Tensor]] = [[] for _ in attentions]
     with ExitStack() as stack:
-        for attention, kept in zip(attentions, found, strict=True):
-            stack.callback(attention.qkv.register_forward_hook(partial(_keep, attention, kept)).remove)
+        for attention, parts in zip(attentions, recorded, strict=True):
+            stack.callback(attention.qkv.register_forward_hook(partial(_record, attention, parts)).remove)
         for xs, ys in zip(prompts.xs.split(prompts_at_once), prompts.ys.split(prompts_at_once), strict=True):
             functional_call(model, params, (xs, ys))
-    return [torch.cat(kept) for kept in found]
+    return [torch.cat(parts) for parts in recorded]
 
 
 def uniform_pattern(num_tokens: int) -> Float[Tensor, "1 T T"]:
-    """The pattern of a head that weighs all visible tokens alike."""
+    """Return the pattern of uniform attention over all visible tokens."""
     visible = torch.ones(1, num_tokens, num_tokens, dtype=torch.float64).tril()
     return visible / visible.sum(-1, keepdim=True)
 
 
 def scores(pattern: Float[Tensor, "B T T"]) -> dict[str, Float[Tensor, "B Q"]]:
-    """The scores of one head for every prompt and each of the Q = T - 1 queries k = 1 .. T - 1."""
+    """Return the scores of one head for every prompt and each of the Q = T - 1 queries k = 1 .. T - 1."""
     pattern = pattern.cpu().double()
-    lengths = torch.arange(pattern.shape[-1], dtype=torch.float64)  # k, also the position of a key
+    positions = torch.arange(pattern.shape[-1], dtype=torch.float64)  # of queries (k) and of keys (j)
     visible = torch.ones(pattern.shape[-2:], dtype=torch.bool).tril()
-    lag = (lengths.unsqueeze(-1) - lengths) / lengths.unsqueeze(-1)  # T T; row 0 is NaN and is left out below
-    mean = pattern.mean(0)
+    lag = (positions.unsqueeze(-1) - positions) / positions.unsqueeze(-1)  # T T; row 0 is NaN and is left out below
     previous = torch.nn.functional.pad(pattern.diagonal(-1, dim1=-2, dim2=-1), (1, 0))  # B T
-    found = {
-        "entropy": -torch.special.xlogy(pattern, pattern).sum(-1) / (lengths + 1).log(),
-        "variability": (pattern - mean).abs().sum(-1) / 2,
+    by_query = {
+        "entropy": -torch.special.xlogy(pattern, pattern).sum(-1) / (positions + 1).log(),
+        "variability": (pattern - pattern.mean(0)).abs().sum(-1) / 2,
         "self": pattern.diagonal(dim1=-2, dim2=-1),
         "previous": previous,
         "x_tokens": pattern[..., ::2].sum(-1),
         "y_tokens": pattern[..., 1::2].sum(-1),
         "lag": (pattern * lag).sum(-1),
-        "hardness": ((pattern <= HARD) & visible).sum(-1) / (lengths + 1),
+        "hardness": ((pattern <= HARD) & visible).sum(-1) / (positions + 1),
     }
-    return {name: values[:, 1:] for name, values in found.items()}
+    return {name: values[:, 1:] for name, values in by_query.items()}
 
 
 def over_queries(values: Float[Tensor, "B Q"], queries: Literal["all", "x", "y"]) -> Estimate:
-    """The mean over queries of a kind, k = 0 left out, and over prompts; NaN if there is no such query."""
-    chosen = {"all": values, "x": values[:, 1::2], "y": values[:, ::2]}[queries]  # the first column is k = 1, a y-token
-    return metrics.overall_mean(chosen)
+    """Return the mean over a set of queries (without k = 0) and over prompts; NaN if the set is empty."""
+    # The first column is k = 1, a y-token.
+    return metrics.overall_mean({"all": values, "x": values[:, 1::2], "y": values[:, ::2]}[queries])
 
 
-def _keep(
-    attention: Attention, kept: list[Tensor], module: nn.Module, inputs: Any, qkv: Float[Tensor, "B T E"]
+def _record(
+    attention: Attention, parts: list[Tensor], module: nn.Module, inputs: Any, qkv: Float[Tensor, "B T E"]
 ) -> None:
-    """The weights that the attention is about to use, from its own queries and keys; as `Attention.forward`."""
+    """Append the attention weights that `Attention.forward` computes from these queries and keys."""
     heads = qkv.unflatten(-1, (attention.num_heads, 3, attention.head_size))  # B T H 3 c
     q, k = heads[..., 0, :].transpose(1, 2), heads[..., 1, :].transpose(1, 2)  # B H T c
     future = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
     logits = q @ k.mT / math.sqrt(attention.head_size)  # B H T T
-    kept.append(logits.masked_fill(future, -math.inf).softmax(dim=-1))
+    parts.append(logits.masked_fill(future, -math.inf).softmax(dim=-1))
 
 
-def _score_rows(head: str, found: dict[str, Tensor]) -> Iterator[Row]:
-    for quantity, values in found.items():
+def _score_rows(head: str, by_query: dict[str, Tensor]) -> Iterator[Row]:
+    for quantity, values in by_query.items():
         for queries in QUERIES:
             value, stderr = (number.item() for number in over_queries(values, queries))
             yield _row(quantity, head, queries, value, stderr)
 
 
 def _pattern_rows(entry: Entry) -> Iterator[Row]:
-    """The mean weights of one step, visible tokens only."""
+    """Yield the mean weights of one step, for visible tokens only."""
     mean = entry.arrays["patterns"]
-    at = {"step": entry.step, "checkpoint_hash": entry.checkpoint_hash}
+    checkpoint = {"step": entry.step, "checkpoint_hash": entry.checkpoint_hash}
     for block, head, query, key in zip(*np.nonzero(np.tril(np.ones_like(mean))), strict=True):
         weight = float(mean[block, head, query, key])
         row = _row("pattern", f"b{block + 1}h{head + 1}", "", weight, math.nan)
-        yield at | row | {"query_token": int(query), "key_token": int(key)}
+        yield checkpoint | row | {"query_token": int(query), "key_token": int(key)}
 
 
 def _row(quantity: str, head: str, queries: str, value: float, stderr: float) -> Row:
@@ -184,13 +189,16 @@ def _row(quantity: str, head: str, queries: str, value: float, stderr: float) ->
 
 
 def _summary(entries: list[Entry], uniform: list[Row]) -> list[str]:
-    """Of the last step, for each score, the head that is farthest above what is uniform."""
-    lines = [f"Step {entries[-1].step:,}, the last of {len(entries)}; the head with most of each score:"]
+    """Name the head with the highest value of each score at the last step."""
+    lines = [
+        f"At step {entries[-1].step:,}, the last of {len(entries)}, the head with the highest value of each score:"
+    ]
     for quantity in ("entropy", "variability", "self", "previous", "x_tokens", "y_tokens"):
-        own = [row for row in entries[-1].rows if row["quantity"] == quantity and row["queries"] == "all"]
-        most = max(own, key=lambda row: row["value"])
-        chance = next(row["value"] for row in uniform if row["quantity"] == quantity and row["queries"] == "all")
-        lines.append(
-            f"  {quantity:12s} {most['part']:8s} {most['value']:.3f} ± {most['stderr']:.2g}   (uniform attention {chance:.3f})"
+        heads, (reference,) = (
+            [row for row in rows if row["quantity"] == quantity and row["queries"] == "all"]
+            for rows in (entries[-1].rows, uniform)
         )
+        top = max(heads, key=lambda row: row["value"])
+        value = f"{top['value']:.3f} ± {top['stderr']:.2g}"
+        lines.append(f"  {quantity:12s} {top['part']:8s} {value}   (uniform attention: {reference['value']:.3f})")
     return lines

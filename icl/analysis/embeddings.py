@@ -1,21 +1,25 @@
-"""What training does to the embeddings, the layer norms and the unembedding: spectra, overlaps, collapse.
+"""Embeddings, layer norms and unembedding over training: spectra, overlaps and collapse.
 
-All numbers are exact functions of the weights, so they have no standard errors. W_E (C, D + 1) embeds tokens, W_P (C, 2K)
-positions, W_U reads out; its row 0 alone gives predictions, the others and the last position are never trained.
+All numbers are exact functions of the weights, so they have no standard errors. W_E (C, D + 1) embeds tokens and W_P (C, 2K)
+positions. W_U maps to the outputs. Only its row 0 gives predictions; its other rows, and the last position of W_P, are never
+trained. Rows of the table, by `quantity`:
 
-- `spectrum_share`, part `token_embedding`, `position_embedding` or `unembedding`: s_i^2 / sum s^2 of its singular values, largest
-  first in `component` (embedding collapse, Hoogland et al. 2024); `norm` is sqrt(sum s^2), `effective_rank` (sum s^2)^2 / sum s^4.
-- `overlap`, part `A on B`: the mean squared cosine of the principal angles (Bjorck and Golub 1973) between the subspaces spanned by
-  the directions of A and B that carry all but 1 - `spectrum_kept` of sum s^2; `cosine` has each angle's, largest first, and
-  `overlap_chance` is what a random subspace of A's size has on average, dim B / C with B the larger. The third subspace is the
-  direction that is read out, the effective unembedding below. The authors' figure instead multiplied by the full C x C factor U of a
-  singular value decomposition: a rotation, which changes no norm and so says nothing of a subspace.
-- Layer-norm collapse, part `<norm>.weight` (gamma) or `.bias` (beta): `mean`, `std`, `min`, `max`, `norm` and `share_small`, the share
-  of entries smaller than `threshold` in absolute value. The threshold is absolute, so the share of a growing vector falls.
-- Unembedding collapse: `weight` in part `effective_unembedding`, W_U[0] * gamma_f, one for each channel in `component`, with the
-  same statistics; `bias` is W_U[0] . beta_f + b_U[0]. The final norm centres its input, so a constant may be added to all weights
-  and nothing changes; nothing is subtracted here, as nothing was in the published figures.
-- `share_small` of every other weight tensor, and in part `all` of all parameters: the share of dead weights.
+- `spectrum_share`: s_i^2 / sum s^2 for the singular values s_i of part `token_embedding`, `position_embedding` or `unembedding`,
+  largest first in `component`. It shows embedding collapse (Hoogland et al. 2024). `norm` is sqrt(sum s^2), and
+  `effective_rank` is (sum s^2)^2 / sum s^4.
+- `overlap`, part `A on B`: the mean squared cosine of the principal angles (Bjorck and Golub 1973) between two subspaces. The
+  subspace of a matrix is spanned by its leading left singular directions that together have a share `spectrum_kept` of sum s^2.
+  The third subspace, `readout`, is the direction of the effective unembedding (below). `cosine` holds the cosine of each
+  angle, largest first. `overlap_chance` is the mean overlap with a random subspace of A's dimension: dim B / C, with B the larger
+  of the two. The authors' figure instead multiplied by the full C x C factor U of a singular value decomposition. That is a
+  rotation: it changes no norm, and says nothing about a subspace.
+- Layer-norm collapse, part `<norm>.weight` (gamma) or `<norm>.bias` (beta): `mean`, `std`, `min`, `max`, `norm`, and `share_small`,
+  the share of entries whose absolute value is below `threshold`. The threshold is absolute, so the share falls when a vector
+  grows.
+- Unembedding collapse, part `effective_unembedding`: `weight` is W_U[0] * gamma_f, one row for each channel in `component`, with
+  the same statistics; `bias` is W_U[0] . beta_f + b_U[0]. The final norm centres its input, so adding a constant to all weights
+  changes nothing. We subtract no constant, and neither did the published figures.
+- `share_small` of every other weight tensor, and of all parameters in part `all`: the share of dead weights.
 """
 
 from collections.abc import Iterator
@@ -30,7 +34,7 @@ from torch import Tensor
 
 from icl.analysis.run import Members, Result, as_table, over_checkpoints
 from icl.measure import Entry, Measurement
-from icl.stacked import Params
+from icl.stacked import Params, unstack
 from icl.validation import ConfigError
 
 VERSION = 1
@@ -40,11 +44,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What `icl analyse RUN --what embeddings` can be told."""
+    """Options of `icl analyse RUN --what embeddings`."""
 
-    threshold: float = field(default=0.1, metadata={"help": "a weight below this in absolute value counts as dead"})
+    threshold: float = field(default=0.1, metadata={"help": "weights below this absolute value count as dead"})
     spectrum_kept: float = field(
-        default=0.99, metadata={"help": "share of a matrix's squared singular values that its subspace must carry"}
+        default=0.99, metadata={"help": "share of a matrix's squared singular values that its subspace must hold"}
     )
 
     def __post_init__(self) -> None:
@@ -55,14 +59,14 @@ class Settings:
 
 
 class Readout(NamedTuple):
-    """What the last layer norm and the unembedding do together to the normalised stream."""
+    """The linear map from the normalised residual stream to the prediction: final layer norm and unembedding combined."""
 
     weight: Float[Tensor, " C"]
     bias: Float[Tensor, ""]
 
 
 def analyse(path: Path, settings: Settings) -> Result:
-    """Every saved step's weights.
+    """Analyse the weights at every saved step.
 
     Raises:
         CheckpointError: If there is no usable checkpoint.
@@ -76,16 +80,13 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
-    """The rows of every member."""
-    weights = [
-        {name: tensor[n].cpu().double() for name, tensor in members.params.items()}
-        for n in range(len(members.checkpoints))
-    ]
-    return [Measurement([*_matrix_rows(one, settings), *_weight_rows(one, settings)]) for one in weights]
+    """Measure every member, in float64."""
+    params = {name: tensor.cpu().double() for name, tensor in members.params.items()}
+    return [Measurement([*_matrix_rows(each, settings), *_weight_rows(each, settings)]) for each in unstack(params)]
 
 
 def effective_unembedding(params: Params) -> Readout:
-    """W_U[0] * gamma_f and W_U[0] . beta_f + b_U[0]; without a layer norm, or without a bias, what there is."""
+    """Return W_U[0] * gamma_f and W_U[0] . beta_f + b_U[0]. A model without final norm or bias lacks those terms."""
     row = params["unembedding.weight"][0]
     weight = row * params.get("final_norm.weight", torch.ones_like(row))
     bias = row @ params.get("final_norm.bias", torch.zeros_like(row))
@@ -93,25 +94,25 @@ def effective_unembedding(params: Params) -> Readout:
 
 
 def spectrum_shares(matrix: Float[Tensor, "C R"]) -> Float[Tensor, " r"]:
-    """s_i^2 / sum s^2, largest first; NaN for a matrix of zeros."""
+    """Return s_i^2 / sum s^2 for the singular values s_i, largest first; NaN for a matrix of zeros."""
     squares = torch.linalg.svdvals(matrix).square()
     return squares / squares.sum()
 
 
 def subspace(matrix: Float[Tensor, "C R"], kept: float) -> Float[Tensor, "C r"]:
-    """An orthonormal basis of the fewest left singular directions that carry a share `kept` of sum s^2.
+    """Return the fewest left singular directions that hold a share `kept` of sum s^2, as an orthonormal basis.
 
-    With kept = 1 this is the column space, without the directions that are zero to rounding.
+    With kept = 1 this is the column space. Directions whose singular value is zero up to rounding are left out.
     """
     directions, values, _ = torch.linalg.svd(matrix, full_matrices=False)
-    carried = values.square().cumsum(0) / values.square().sum()
+    shares = values.square().cumsum(0) / values.square().sum()
     rounding = values[0] * max(matrix.shape) * torch.finfo(matrix.dtype).eps
-    count = min(int((carried < kept).sum()) + 1, int((values > rounding).sum()))
+    count = min(int((shares < kept).sum()) + 1, int((values > rounding).sum()))
     return directions[:, :count]
 
 
 def principal_cosines(first: Float[Tensor, "C r"], second: Float[Tensor, "C s"]) -> Float[Tensor, " c"]:
-    """The cosines of the principal angles between two subspaces, given by orthonormal bases; largest first."""
+    """Return the cosines of the principal angles between two subspaces, largest first. Bases must be orthonormal."""
     return torch.linalg.svdvals(first.mT @ second).clamp(max=1)
 
 
@@ -126,36 +127,34 @@ def _matrix_rows(params: Params, settings: Settings) -> Iterator[Row]:
         yield from _component_rows("spectrum_share", part, shares)
         yield _row("norm", part, matrix.norm().item())
         yield _row("effective_rank", part, (1 / shares.square().sum()).item())
-    bases = {
-        name: subspace(matrices[name], settings.spectrum_kept) for name in ("token_embedding", "position_embedding")
-    }
-    bases["readout"] = subspace(effective_unembedding(params).weight.unsqueeze(-1), 1.0)
-    pairs = (
-        ("token_embedding", "position_embedding"),
-        ("readout", "token_embedding"),
-        ("readout", "position_embedding"),
-    )
-    for name, other in pairs:
-        part, cosines = f"{name} on {other}", principal_cosines(bases[name], bases[other])
+    tokens = subspace(matrices["token_embedding"], settings.spectrum_kept)
+    positions = subspace(matrices["position_embedding"], settings.spectrum_kept)
+    readout = subspace(effective_unembedding(params).weight.unsqueeze(-1), 1.0)
+    for part, first, second in (
+        ("token_embedding on position_embedding", tokens, positions),
+        ("readout on token_embedding", readout, tokens),
+        ("readout on position_embedding", readout, positions),
+    ):
+        cosines = principal_cosines(first, second)
         yield from _component_rows("cosine", part, cosines)
         yield _row("overlap", part, cosines.square().mean().item())
-        larger = max(bases[name].shape[1], bases[other].shape[1])
-        yield _row("overlap_chance", part, larger / len(bases[name]))
+        yield _row("overlap_chance", part, max(first.shape[1], second.shape[1]) / len(first))
 
 
 def _weight_rows(params: Params, settings: Settings) -> Iterator[Row]:
     readout = effective_unembedding(params)
     yield from _component_rows("weight", "effective_unembedding", readout.weight)
     yield _row("bias", "effective_unembedding", readout.bias.item())
-    norms = {name: tensor for name, tensor in params.items() if "norm" in name}
-    for part, values in {**norms, "effective_unembedding": readout.weight}.items():
+    vectors = {**params, "effective_unembedding": readout.weight}
+    for part in [*(name for name in params if "norm" in name), "effective_unembedding"]:
+        values = vectors[part]
         yield _row("mean", part, values.mean().item())
         yield _row("std", part, values.std(correction=0).item())
         yield _row("min", part, values.min().item())
         yield _row("max", part, values.max().item())
         yield _row("norm", part, values.norm().item())
-    everything = torch.cat([tensor.flatten() for tensor in params.values()])
-    for part, values in {**params, "effective_unembedding": readout.weight, "all": everything}.items():
+    all_parameters = torch.cat([tensor.flatten() for tensor in params.values()])
+    for part, values in {**vectors, "all": all_parameters}.items():
         yield _row("share_small", part, (values.abs() < settings.threshold).double().mean().item())
 
 
@@ -173,14 +172,13 @@ def _summary(entries: list[Entry], settings: Settings) -> list[str]:
         {(row["quantity"], row["part"]): row["value"] for row in entry.rows if row["component"] in (None, 1)}
         for entry in (entries[0], entries[-1])
     )
-    before = f"step {entries[0].step:,} -> " if len(entries) > 1 else ""
-    lines = [f"{before}step {entries[-1].step:,}, the last of {len(entries)}:".capitalize()]
+    first_step = f"step {entries[0].step:,} -> " if len(entries) > 1 else ""
+    lines = [f"{first_step}step {entries[-1].step:,}, the last of {len(entries)}:".capitalize()]
     for (quantity, part), value in last.items():
-        if quantity in ("effective_rank", "overlap") or (
-            quantity == "share_small" and part in ("effective_unembedding", "all")
-        ):
-            chance = f"   (by chance {last['overlap_chance', part]:.3f})" if quantity == "overlap" else ""
+        is_share = quantity == "share_small" and part in ("effective_unembedding", "all")
+        if is_share or quantity in ("effective_rank", "overlap"):
+            chance = f"   (by chance: {last['overlap_chance', part]:.3f})" if quantity == "overlap" else ""
             change = f"{first[quantity, part]:.3f} -> " if len(entries) > 1 else ""
-            name = f"share below {settings.threshold:g}" if quantity == "share_small" else quantity.replace("_", " ")
+            name = f"share below {settings.threshold:g}" if is_share else quantity.replace("_", " ")
             lines.append(f"  {name:17s} {part:38s} {change}{value:.3f}{chance}")
     return lines

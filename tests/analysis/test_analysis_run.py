@@ -226,9 +226,9 @@ def test_a_gradient_that_noise_drowns_is_told_by_its_limit(tmp_path, capsys):
     }
     told = {name: _limit(last, name) for name, _, _ in last if name not in ("squared_norm", "noise_trace")}
     assert told == {
-        "norm": "at most 2, at two standard errors: noise drowns the gradient",
-        "noise_scale": "at least 10, at two standard errors: noise drowns the gradient",
-        "alignment_previous": "not known: why",
+        "norm": "at most 2 (two standard errors): noise dominates the gradient",
+        "noise_scale": "at least 10 (two standard errors): noise dominates the gradient",
+        "alignment_previous": "unknown: why",
         "alignment_tasks": "",
     }
 
