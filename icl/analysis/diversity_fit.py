@@ -1,19 +1,21 @@
-"""OOD error as a linear function of task diversity and other features of trained models, with an honest verdict.
+"""Fit of the OOD error to task diversity and other features of trained models, cross-validated, with a verdict.
 
-A point is a model: one M at one saved step of the table that `icl evaluate --checkpoint_base_dir` writes. The target is its
-loss on new tasks (`true`) or on a shift. Features are log2(M), and on the M training tasks its loss, ICL score (first to
-last position) and gaps to ridge and dMMSE; each is standardised, so coefficients are losses per standard deviation.
-M = inf has no logarithm: its models are left out of the fit (and drawn beside it), or, with `infinite=next`, put one octave
-after the largest finite M, which is a convention and not a measurement.
+Each point is a model: one M at one saved step in the table that `icl evaluate --checkpoint_base_dir` writes. The target is the
+model's loss on new tasks (`true`) or on a shift. The features are log2(M) and, on the M training tasks, the loss, the ICL score
+(from the first to the last position) and the gaps to ridge and dMMSE. Each feature is standardised, so a coefficient is the
+change of the loss per standard deviation. M = inf has no logarithm. Models with M = inf are left out of the fit but drawn
+beside it. With `infinite=next` they are placed one octave above the largest finite M, which is a convention.
 
-Models are linear, ridge or lasso (scikit-learn); the penalty is chosen by cross-validation inside every fit. Validation
-leaves out one M at a time, all its steps together:
+The fit is linear, ridge or lasso (scikit-learn). Every fit chooses its penalty by cross-validation. The validation leaves out
+one M at a time, with all its steps:
 
     R2_cv = 1 - sum_i (y_i - prediction without i's M)^2 / sum_i (y_i - mean without i's M)^2 ,
 
-with a bootstrap standard error over M. Coefficients have delete-one-M jackknife standard errors, for the lasso a rough guide.
-Verdict: `invalid` if R2_cv <= 0 (the mean predicts as well); `suspect` if R2_cv is within two standard errors of 0 or there
-are few M for so many features; else `ok`. Fewer than four M are refused.
+with a bootstrap standard error over M. The standard errors of coefficients are from the delete-one-M jackknife; for the lasso
+they are a rough guide.
+
+The verdict is `invalid` if R2_cv <= 0, since then the mean predicts as well. It is `suspect` if R2_cv is within two standard
+errors of 0, or there are few M for the number of features. Otherwise it is `ok`. Fewer than four M raise an error.
 """
 
 import warnings
@@ -39,9 +41,9 @@ MIN_GROUPS = 4
 FEW_GROUPS = 10
 GROUPS_PER_COEFFICIENT = 3
 FEATURES = ("log2_num_tasks", "loss", "icl_score", "delta_ridge", "delta_dmmse")
-"""In the order in which they are taken while there are enough points; see `Settings.features`."""
+"""All features, in the order in which `Settings.features = "auto"` takes them."""
 _MODEL = ["num_tasks", "step", "checkpoint_hash"]
-"""What tells one trained model from another."""
+"""Columns that identify a trained model."""
 _COLUMNS = (*_MODEL, "distribution", "quantity", "position", "value", "stderr")
 _RIDGE_GRID = np.logspace(-4, 3, 29)
 _LASSO_GRID = np.logspace(0, -3, 19)
@@ -51,60 +53,62 @@ _MUCH_NOISE = 0.1
 
 
 class FitError(UserError, ValueError):
-    """A table that no model can be fitted to; the message says why."""
+    """Raised if no model can be fitted to a table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What `icl analyse --what diversity` can be told."""
+    """Options of `icl analyse --what diversity`."""
 
-    model_type: Literal["linear", "ridge", "lasso"] = field(default="linear", metadata={"help": "the model"})
-    target: str = field(default="true", metadata={"help": "distribution whose loss is explained: true, or a shift"})
+    model_type: Literal["linear", "ridge", "lasso"] = field(default="linear", metadata={"help": "kind of regression"})
+    target: str = field(
+        default="true", metadata={"help": "distribution whose loss is predicted: true (new tasks), or a shift"}
+    )
     features: str = field(
         default="auto",
         metadata={
-            "help": f"comma list from {', '.join(FEATURES)}; auto: the first of these, as many as there are values of M for"
+            "help": f"comma-separated list from {', '.join(FEATURES)}; auto: the first of these, as many as the number of M allows"
         },
     )
-    steps: Literal["last", "all"] = field(default="last", metadata={"help": "of each M its last step, or every one"})
+    steps: Literal["last", "all"] = field(default="last", metadata={"help": "the last step of each M, or all steps"})
     infinite: Literal["leave_out", "next"] = field(
-        default="leave_out", metadata={"help": "M = inf: outside the fit, or an octave after the largest M"}
+        default="leave_out", metadata={"help": "models with M = inf: outside the fit, or an octave above the largest M"}
     )
 
     def __post_init__(self) -> None:
         names = self.features.split(",")
         if len(set(names)) < len(names):
-            raise ConfigError(f"`features` names one twice, got {self.features!r}.")
-        unknown = [name for name in self.features.split(",") if name not in (*FEATURES, "auto")]
-        if unknown or ("auto" in self.features and self.features != "auto"):
+            raise ConfigError(f"`features` must not name a feature twice, got {self.features!r}.")
+        if self.features != "auto" and not set(names) <= set(FEATURES):
             raise ConfigError(
-                f"`features` must be `auto` or a comma list from {', '.join(FEATURES)}, got {self.features!r}."
+                f"`features` must be `auto` or a comma-separated list from {', '.join(FEATURES)}, got {self.features!r}."
             )
 
 
-class Fit(NamedTuple):
-    """A fitted model, its validation and its verdict."""
+class ValidatedFit(NamedTuple):
+    """A fitted model, its cross-validation and its verdict."""
 
     intercept: float
     coefficients: Float[np.ndarray, " F"]
     stderr: Float[np.ndarray, " F"]
+    """Jackknife standard errors of the coefficients."""
     fitted: Float[np.ndarray, " B"]
     held_out: Float[np.ndarray, " B"]
-    """The prediction for each point by the fit without its group."""
+    """Prediction for each point by the fit without its group."""
     r2: float
     r2_cv: float
     r2_cv_stderr: float
     penalty: float
-    """Of the fit to all points; 0 for `linear`."""
+    """Penalty of the fit to all points; 0 for `linear`."""
     verdict: str
     reasons: list[str]
 
 
 def analyse(path: Path, settings: Settings) -> Result:
-    """Fit the table in a file.
+    """Fit the models in a table.
 
     Raises:
-        FitError: If the file is no such table, or has too few points.
+        FitError: If the file is not a table from `icl evaluate`, or has too few values of M.
     """
     points = read_points(path, settings)
     is_inside = points["is_inside"].to_numpy()
@@ -125,34 +129,33 @@ def fit(
     groups: np.ndarray,
     *,
     model_type: Literal["linear", "ridge", "lasso"],
-) -> Fit:
-    """Fit all points, then without each group; pure.
+) -> ValidatedFit:
+    """Fit all points, then fit again without each group for the validation and the jackknife.
 
     Raises:
-        FitError: If there are too few groups, or fewer than the features need.
+        FitError: If there are too few groups for this number of features.
     """
     labels = np.unique(groups)
     count, num_features = len(labels), features.shape[1]
     least = max(MIN_GROUPS, num_features + 3 if model_type == "linear" else 0)
     if count < least:
         raise FitError(
-            f"Cross-validation of {num_features} feature(s) needs at least {least} finite values of M, got {count}; "
-            "train more with `icl diversity --max_power`, or name fewer --features."
+            f"Cross-validation of {num_features} feature(s) needs at least {least} finite values of M, got {count}. "
+            "Train more with `icl diversity --max_power`, or name fewer --features."
         )
-    whole = _fitted(features, targets, model_type)
-    held_out, means, deleted = np.empty(len(targets)), np.empty(len(targets)), []
-    for label in labels:
-        out = groups == label
-        without = _fitted(features[~out], targets[~out], model_type)
-        held_out[out], means[out] = without.predict(features[out]), targets[~out].mean()
-        deleted.append(_slopes(without) * features.std(0))
+    whole = _fit_pipeline(features, targets, model_type)
+    held_out, means, deleted = np.empty(len(targets)), np.empty(len(targets)), np.empty((count, num_features))
+    for index, label in enumerate(labels):
+        is_out = groups == label
+        without = _fit_pipeline(features[~is_out], targets[~is_out], model_type)
+        held_out[is_out], means[is_out] = without.predict(features[is_out]), targets[~is_out].mean()
+        deleted[index] = _slopes(without) * features.std(0)
     r2_cv, r2_cv_stderr = _validated(targets, held_out, means, groups)
-    spread = np.stack(deleted)
     verdict, reasons = _judge(r2_cv, r2_cv_stderr, count, num_features)
-    return Fit(
+    return ValidatedFit(
         intercept=float(targets.mean()),
         coefficients=_slopes(whole) * features.std(0),
-        stderr=np.sqrt((count - 1) / count * ((spread - spread.mean(0)) ** 2).sum(0)),
+        stderr=np.sqrt((count - 1) / count * ((deleted - deleted.mean(0)) ** 2).sum(0)),
         fitted=whole.predict(features),
         held_out=held_out,
         r2=float(whole.score(features, targets)),
@@ -165,7 +168,10 @@ def fit(
 
 
 def read_points(path: Path, settings: Settings) -> pd.DataFrame:
-    """A row per model: what tells it apart, is_inside (the fit), target, target_stderr and the features that the table has.
+    """Read a table and return one row per model.
+
+    Columns: those that identify the model, `is_inside` (whether it is part of the fit), `target`, `target_stderr`, and the
+    features that the table has.
 
     Raises:
         FitError: If the file cannot be read, lacks columns, or has no loss on the target.
@@ -194,8 +200,8 @@ def read_points(path: Path, settings: Settings) -> pd.DataFrame:
 def _read(path: Path) -> pd.DataFrame:
     try:
         if path.suffix.lower() == ".json":
-            held = parse_json(read_bytes(path, limit=MAX_TABLE))
-            lists = [held] if isinstance(held, list) else [rows for rows in held.values() if isinstance(rows, list)]
+            content = parse_json(read_bytes(path, limit=MAX_TABLE))
+            lists = [content] if isinstance(content, list) else [v for v in content.values() if isinstance(v, list)]
             table = pd.DataFrame([row for rows in lists for row in rows if isinstance(row, dict)])
         else:
             table = read_table(path)
@@ -205,29 +211,29 @@ def _read(path: Path) -> pd.DataFrame:
     except (ContentError, AttributeError, ValueError) as error:
         why = f" ({error})" if isinstance(error, ContentError) else ""
         raise FitError(
-            f"{path} is not a table in CSV or JSON{why}; `icl evaluate --checkpoint_base_dir` writes one."
+            f"{path} is not a table in CSV or JSON{why}. Make one with `icl evaluate --checkpoint_base_dir`."
         ) from None
     missing = [name for name in _COLUMNS if name not in table]
     if missing:
         raise FitError(
-            f"{path} has no column {', '.join(missing)}; expected the table of `icl evaluate --checkpoint_base_dir`."
+            f"{path} has no column {', '.join(missing)}. Expected a table from `icl evaluate --checkpoint_base_dir`."
         )
     table["position"] = table["position"].astype(str)
     return table
 
 
 def _headline(table: pd.DataFrame, distribution: str, quantity: str, path: Path) -> pd.DataFrame:
-    """A quantity of every model: its mean over positions, or the query's where the set is about the query."""
+    """Return a quantity of every model: its mean over positions, or its only position for shifts of the query."""
     rows = table[(table["distribution"] == distribution) & (table["quantity"] == quantity)]
     if rows.empty:
-        there = ", ".join(sorted(map(str, table["distribution"].unique())))
-        raise FitError(f"{path} has no {quantity} on `{distribution}`; its distributions are {there}.")
+        available = ", ".join(sorted(map(str, table["distribution"].unique())))
+        raise FitError(f"{path} has no {quantity} on `{distribution}`; its distributions are {available}.")
     means = rows[rows["position"] == "mean"]
     return (rows if means.empty else means).groupby(_MODEL)[["value", "stderr"]].last()
 
 
 def _full_span(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """The rows of the mean over positions; of the ICL score those from position 1 to the furthest."""
+    """Return the rows for the mean over positions; for the ICL score, the rows from position 1 to the last."""
     if quantity != "icl_score":
         return rows[rows["position"] == "mean"]
     ends = rows["position"].str.extract(r"^1:(\d+)$")[0].astype(float)
@@ -235,107 +241,108 @@ def _full_span(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
 
 
 def _features(settings: Settings, inside: pd.DataFrame) -> list[str]:
-    """The features asked for, or as many as the values of M allow; without those that are absent or constant."""
+    """Return the features in `settings`, or for `auto` as many usable ones as the number of M allows."""
     usable = [name for name in FEATURES if inside[name].notna().all() and inside[name].nunique() > 1]
     if settings.features == "auto":
         return usable[: max(1, inside["num_tasks"].nunique() // GROUPS_PER_COEFFICIENT - 1)] or [FEATURES[0]]
     wanted = settings.features.split(",")
     unusable = [name for name in wanted if name not in usable]
     if unusable and len(inside) > 1:
-        raise FitError(
-            f"The feature `{unusable[0]}` is missing from the table or the same at every point; leave it out."
-        )
+        raise FitError(f"The feature `{unusable[0]}` is missing, or the same at every point; leave it out.")
     return wanted
 
 
-def _fitted(features: np.ndarray, targets: np.ndarray, model_type: str) -> Pipeline:
+def _fit_pipeline(features: np.ndarray, targets: np.ndarray, model_type: str) -> Pipeline:
     estimator: Any = LinearRegression()
     if model_type == "ridge":
         estimator = RidgeCV(alphas=_RIDGE_GRID)
     elif model_type == "lasso":
         folds = KFold(min(len(targets), 10), shuffle=True, random_state=0)
-        largest = max(float(targets.std()), 1e-12)  # of standardised features; beyond it every coefficient is 0
+        largest = max(
+            float(targets.std()), 1e-12
+        )  # for standardised features, larger penalties set all coefficients to 0
         estimator = LassoCV(alphas=largest * _LASSO_GRID, cv=folds, max_iter=2000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # at the smallest penalties, which are then not chosen
+        warnings.simplefilter(
+            "ignore", ConvergenceWarning
+        )  # occurs at the smallest penalties, which are not chosen then
         return make_pipeline(StandardScaler(), estimator).fit(features, targets)
 
 
 def _slopes(model: Pipeline) -> np.ndarray:
-    """Coefficients per unit of each feature, so that fits with other standardisations compare."""
+    """Return coefficients per unit of each feature, so that fits with different standardisations can be compared."""
     slopes: np.ndarray = model[-1].coef_ / model[0].scale_
     return slopes
 
 
 def _validated(targets: np.ndarray, held_out: np.ndarray, means: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
-    """R2_cv and its standard error by resampling groups."""
-    labels, places = np.unique(groups, return_inverse=True)
-    missed, total = (np.bincount(places, weights=(targets - guess) ** 2) for guess in (held_out, means))
+    """Return R2_cv, and its standard error from resampling groups."""
+    labels, group_indices = np.unique(groups, return_inverse=True)
+    residual, total = (np.bincount(group_indices, weights=(targets - guess) ** 2) for guess in (held_out, means))
     if not total.sum() > 0:
         return float("nan"), float("nan")
-    chosen = np.random.default_rng(0).integers(len(labels), size=(_NUM_RESAMPLES, len(labels)))
-    totals = total[chosen].sum(1)
-    ratios = missed[chosen].sum(1)[totals > 0] / totals[totals > 0]
-    return float(1 - missed.sum() / total.sum()), float(ratios.std(ddof=1))
+    resampled = np.random.default_rng(0).integers(len(labels), size=(_NUM_RESAMPLES, len(labels)))
+    totals = total[resampled].sum(1)
+    ratios = residual[resampled].sum(1)[totals > 0] / totals[totals > 0]
+    return float(1 - residual.sum() / total.sum()), float(ratios.std(ddof=1))
 
 
 def _judge(r2_cv: float, stderr: float, count: int, num_features: int) -> tuple[str, list[str]]:
     reasons = []
     if count < FEW_GROUPS:
-        reasons.append(f"only {count} values of M")
+        reasons.append(f"there are only {count} values of M")
     if count < GROUPS_PER_COEFFICIENT * (num_features + 1):
-        reasons.append(f"fewer than {GROUPS_PER_COEFFICIENT} values of M for each of {num_features + 1} numbers fitted")
+        reasons.append(
+            f"there are fewer than {GROUPS_PER_COEFFICIENT} M for each of the {num_features + 1} coefficients"
+        )
     if not r2_cv > 0:
-        return "invalid", ["held-out M are predicted no better than by the mean", *reasons]
+        return "invalid", ["the fit predicts held-out M no better than the mean does", *reasons]
     if r2_cv < 2 * stderr:
         reasons.insert(0, "the cross-validated R² is within two standard errors of zero")
     return ("suspect" if reasons else "ok"), reasons
 
 
-def _table(points: pd.DataFrame, names: list[str], fitted: Fit, settings: Settings) -> pd.DataFrame:
-    """Numbers of the fit, then of every point; the settings in columns of their own."""
-    nan = float("nan")
+def _table(points: pd.DataFrame, names: list[str], fitted: ValidatedFit, settings: Settings) -> pd.DataFrame:
+    """Return a table of the numbers of the fit, then of every point, with the settings in columns of their own."""
     coefficients = zip(names, fitted.coefficients, fitted.stderr, strict=True)
     rows: list[dict[str, Any]] = [
-        {"quantity": "r2", "value": fitted.r2, "stderr": nan},
+        {"quantity": "r2", "value": fitted.r2},
         {"quantity": "r2_cv", "value": fitted.r2_cv, "stderr": fitted.r2_cv_stderr},
-        {"quantity": "intercept", "value": fitted.intercept, "stderr": nan},
-        {"quantity": "penalty", "value": fitted.penalty, "stderr": nan},
+        {"quantity": "intercept", "value": fitted.intercept},
+        {"quantity": "penalty", "value": fitted.penalty},
         *({"quantity": "coefficient", "item": name, "value": v, "stderr": e} for name, v, e in coefficients),
     ]
     for row in rows:
         row |= {"verdict": fitted.verdict, "reasons": "; ".join(fitted.reasons)}
-    for point in points.to_dict("records"):
-        of = {key: point[key] for key in _MODEL}
-        rows.append(of | {"quantity": "measured", "value": point["target"], "stderr": point["target_stderr"]})
-    inside = points[points["is_inside"]]
-    for quantity, values in (("fitted", fitted.fitted), ("held_out", fitted.held_out)):
-        pairs = zip(inside.to_dict("records"), values, strict=True)
-        rows += [{key: point[key] for key in _MODEL} | {"quantity": quantity, "value": v} for point, v in pairs]
-    table = pd.DataFrame(rows).assign(
-        model_type=settings.model_type, target=settings.target, infinite=settings.infinite
-    )
+    models, is_inside = points[_MODEL], points["is_inside"]
+    measured = models.assign(quantity="measured", value=points["target"], stderr=points["target_stderr"])
+    predictions = [
+        models[is_inside].assign(quantity=quantity, value=values)
+        for quantity, values in (("fitted", fitted.fitted), ("held_out", fitted.held_out))
+    ]
+    table = pd.DataFrame([*rows, *(row for part in (measured, *predictions) for row in part.to_dict("records"))])
+    table = table.assign(model_type=settings.model_type, target=settings.target, infinite=settings.infinite)
     columns = ["quantity", "item", *_MODEL, "value", "stderr", "verdict", "reasons", "model_type", "target", "infinite"]
     return table.reindex(columns=columns).astype({"step": "Int64"})
 
 
-def _summary(points: pd.DataFrame, names: list[str], fitted: Fit, settings: Settings) -> list[str]:
+def _summary(points: pd.DataFrame, names: list[str], fitted: ValidatedFit, settings: Settings) -> list[str]:
     inside = points[points["is_inside"]]
-    left = len(points) - len(inside)
+    num_outside = len(points) - len(inside)
     why = "; ".join(fitted.reasons)
-    spare = f"; {left} outside the fit (M = inf, or a loss that is not finite)" if left else ""
+    outside = f"; {num_outside} outside the fit (M = inf, or a loss that is not finite)" if num_outside else ""
     lines = [
         f"Verdict: {fitted.verdict}{f' ({why})' if why else ''}.",
-        f"{settings.model_type} fit of the loss on `{settings.target}`: {len(inside)} models of "
-        f"{inside['num_tasks'].nunique()} values of M{spare}.",
-        f"R² {fitted.r2:.3f} in sample, {fitted.r2_cv:.3f} ± {fitted.r2_cv_stderr:.3f} leaving out one M at a time.",
+        f"Fit ({settings.model_type}) of the loss on `{settings.target}`: {len(inside)} models of "
+        f"{inside['num_tasks'].nunique()} values of M{outside}.",
+        f"R² {fitted.r2:.3f} in sample; {fitted.r2_cv:.3f} ± {fitted.r2_cv_stderr:.3f} when leaving out one M at a time.",
         "Change of the loss per standard deviation of a feature (± jackknife standard error):",
     ]
     values = zip(names, fitted.coefficients, fitted.stderr, strict=True)
     lines += [f"  {name:16s}{value:>10.4g} ± {stderr:.2g}" for name, value, stderr in values]
     correlations = np.abs(np.corrcoef(inside[names].to_numpy(float), rowvar=False))
     if len(names) > 1 and np.triu(correlations, 1).max() > _STRONG_CORRELATION:
-        lines.append("Some features are almost copies of each other, so their coefficients trade; read them together.")
+        lines.append("Some features are strongly correlated, so only their joint effect is determined, not each alone.")
     noise = float((inside["target_stderr"] ** 2).mean() / max(inside["target"].var(ddof=0), 1e-300))
     if noise > _MUCH_NOISE:
         lines.append(f"Measurement errors are {noise:.0%} of the variance of the loss; evaluate with more prompts.")

@@ -118,7 +118,7 @@ def test_few_points_are_suspect_and_get_few_features(tmp_path):
     path = save(table(range(1, 7), lambda octave, loss, score: 2 - 0.1 * octave), tmp_path / "t.csv")
     found = analyse(path, Settings())
     assert list(found.table["item"].dropna()) == ["log2_num_tasks"]
-    assert "suspect (only 6 values of M" in found.summary[0]
+    assert "suspect (there are only 6 values of M" in found.summary[0]
     with pytest.raises(FitError, match="at least 6 finite values"):
         analyse(save(table(range(1, 6), law), path), Settings(features="log2_num_tasks,loss,icl_score"))
 

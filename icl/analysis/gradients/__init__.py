@@ -257,8 +257,10 @@ def _summary(entries: list[Entry], config: RunConfig) -> list[str]:
         if row is not None:
             limit = _limit(last, quantity) if row["verdict"] != "ok" else ""
             lines.append(f"  {quantity:20s} {limit or _value_text(row)}")
-    for name in data_gradients.PARAMETERS:
-        lines.append(f"  dE[loss]/d {name:12s}{_value_text(last['gradient', name, 'pathwise'])}")
+    lines += [
+        f"  dE[loss]/d {name:12s}{_value_text(last['gradient', name, 'pathwise'])}"
+        for name in data_gradients.PARAMETERS
+    ]
     lines.append(f"  (± standard error; training batch size {config.trainer.batch_size:,})")
     pathwise = [row["verdict"] for row in rows if row["estimator"] == "pathwise"]
     lines.append(f"Pathwise gradients that disagree with a check: {_num_doubtful(pathwise)} of {len(pathwise)}.")
