@@ -219,7 +219,7 @@ def test_other_runs_have_a_table_and_a_figure(tmp_path, changes, num_scales):
     folder = saved_run(tmp_path / "r", change(CONFIG, task=changes), steps=(0, 5))
     settings = Settings(num_prompts=8, num_probe_prompts=4, num_scales=num_scales, num_ood_prompts=4)
     table, said = analyse(folder.path, settings)
-    assert said[0] == "Transient ridge: unresolved; invalid: it needs three saved steps with finite losses."
+    assert said[0] == "Transient ridge: unresolved; invalid: at least three saved steps with finite losses are needed."
     assert len(plot(table, title="t").axes) == (9 if num_scales else 8)
 
 
@@ -228,7 +228,7 @@ def test_a_run_that_diverged_is_told(tmp_path):
     broken = {name: torch.full_like(t, math.nan) for name, t in build_model(CONFIG).state_dict().items()}
     save_checkpoint(folder.checkpoints, 99, CONFIG, broken)
     table, said = analyse(folder.path, Settings(num_prompts=8, num_probe_prompts=4, num_scales=3, num_ood_prompts=4))
-    assert "1 saved steps are not finite" in said[0]
+    assert "the values of 1 saved step(s) are not finite" in said[0]
     plot(table, title="t")
 
 

@@ -14,7 +14,7 @@ def noisy(curve, noise, seed):
 
 
 def test_without_noise_value_and_slope_are_the_curves():
-    curve = fit(TIMES, np.sin(TIMES), np.zeros(60), **LENGTHS).middle
+    curve = fit(TIMES, np.sin(TIMES), np.zeros(60), **LENGTHS).curve
     inside = (curve.times > 0.5) & (curve.times < 7.5)
     assert np.abs(curve.values - np.sin(curve.times))[inside].max() < 1e-3
     assert np.abs(curve.slopes()[0] - np.cos(curve.times))[inside].max() < 0.02
@@ -25,7 +25,7 @@ def test_errors_cover_value_and_slope_whether_the_noise_is_given_or_found(given)
     off = []
     for seed in range(12):
         found = fit(TIMES, noisy(np.sin(TIMES), 0.1, seed), np.full(60, 0.1 if given else 0.0), **LENGTHS)
-        curve, places = found.middle, np.searchsorted(found.middle.times, [2.0, 4.0, 6.0])
+        curve, places = found.curve, np.searchsorted(found.curve.times, [2.0, 4.0, 6.0])
         slopes, covariance = curve.slopes()
         off.append(((curve.values - np.sin(curve.times)) / curve.stderr)[places])
         off.append(((slopes - np.cos(curve.times)) / np.sqrt(np.diag(covariance)))[places])
@@ -36,7 +36,7 @@ def test_errors_cover_value_and_slope_whether_the_noise_is_given_or_found(given)
 
 
 def test_pure_noise_is_flat_within_errors():
-    curve = fit(TIMES, noisy(np.zeros(60), 1.0, 3), np.ones(60), **LENGTHS).middle
+    curve = fit(TIMES, noisy(np.zeros(60), 1.0, 3), np.ones(60), **LENGTHS).curve
     slopes, covariance = curve.slopes()
     assert np.abs(slopes / np.sqrt(np.diag(covariance))).max() < 3.5
     assert curve.stderr.max() < 1.0
@@ -53,7 +53,7 @@ def test_given_errors_are_never_undercut():
 
 
 def test_a_constant_stays_one():
-    curve = fit(TIMES, np.full(60, 5.0), np.zeros(60), **LENGTHS).middle
+    curve = fit(TIMES, np.full(60, 5.0), np.zeros(60), **LENGTHS).curve
     assert curve.values == pytest.approx(np.full(len(curve.times), 5.0))
 
 
@@ -66,7 +66,7 @@ def test_many_points_are_averaged_in_bins():
 
 
 def test_samples_have_the_curves_mean_and_covariance():
-    curve = fit(TIMES, noisy(np.sin(TIMES), 0.1, 0), np.full(60, 0.1), **LENGTHS).middle
+    curve = fit(TIMES, noisy(np.sin(TIMES), 0.1, 0), np.full(60, 0.1), **LENGTHS).curve
     drawn = curve.sample(4000, np.random.default_rng(0))
     assert drawn.mean(0) == pytest.approx(curve.values, abs=5 * curve.stderr.max() / 4000**0.5)
     assert drawn.std(0) == pytest.approx(curve.stderr, rel=0.08)

@@ -9,7 +9,7 @@ from tiny_runs import TINY, change
 
 from icl.analysis import stages
 from icl.analysis.run import analyse
-from icl.analysis.stages.agreement import Agreed, agree
+from icl.analysis.stages.agreement import RunBoundary, agree
 from icl.analysis.stages.signals import Signal, mirrors_loss, read_signals
 from icl.build import build_model
 from icl.checkpoints import CheckpointError, save_checkpoint
@@ -339,4 +339,4 @@ def test_settings_that_cannot_be_are_refused(settings, said):
 
 
 def test_verdicts_are_in_the_words_of_the_llc():
-    assert set(Agreed.__annotations__["verdict"].__args__) == {"ok", "suspect", "invalid"}
+    assert set(RunBoundary.__annotations__["verdict"].__args__) == {"ok", "suspect", "invalid"}

@@ -43,7 +43,7 @@ def test_without_noise_the_neighbours_enclose_it():
     [
         (-LOGS, "lowest at the last"),
         (LOGS, "lowest at the first"),
-        (1e-4 * (LOGS - 5) ** 2, "not told apart from an end|lowest at the"),
+        (1e-4 * (LOGS - 5) ** 2, "not significantly lower than an end|lowest at the"),
     ],
 )
 def test_a_minimum_at_an_end_is_in_doubt(curve, reason):
@@ -58,9 +58,9 @@ def test_a_crossing_of_a_line_is_off_by_its_standard_error():
     for seed in range(300):
         (found,) = crossings(STEPS, around(0.5 * (LOGS - crossing_log), noise=0.2, shared=0.2, seed=seed))
         assert found.is_upward
-        assert found.place.lower <= found.place.step <= found.place.upper
-        assert found.place.verdict == "ok"
-        scores.append((math.log1p(found.place.step) - crossing_log) * (found.place.step + 1) / found.place.stderr)
+        assert found.point.lower <= found.point.step <= found.point.upper
+        assert found.point.verdict == "ok"
+        scores.append((math.log1p(found.point.step) - crossing_log) * (found.point.step + 1) / found.point.stderr)
     scores = torch.tensor(scores)
     assert abs(scores.mean()) < 4 / 300**0.5
     assert abs(scores.std() - 1) < 4 / 600**0.5
@@ -71,15 +71,15 @@ def test_crossings_there_and_back():
     assert [one.is_upward for one in found] == [False, True, False]
     for number, one in enumerate(found, start=1):
         log = (number * math.pi - 0.5) / (3 * math.pi) * LOGS[-1]
-        assert one.place.lower < step_at(log) < one.place.upper
+        assert one.point.lower < step_at(log) < one.point.upper
 
 
 def test_one_step_on_the_other_side_is_in_doubt():
     curve = torch.ones(len(STEPS))
     curve[20] = -1
     found = crossings(STEPS, around(curve, shared=0.1))
-    assert [one.place.verdict for one in found] == ["suspect", "suspect"]
-    assert "only one saved step" in found[0].place.reasons[0]
+    assert [one.point.verdict for one in found] == ["suspect", "suspect"]
+    assert "only one saved step" in found[0].point.reasons[0]
 
 
 def test_without_a_clear_change_there_is_no_crossing():
@@ -89,7 +89,7 @@ def test_without_a_clear_change_there_is_no_crossing():
     for seed in range(10):
         noise = around(torch.zeros(len(STEPS)), noise=1.0, shared=0.0, seed=seed)
         assert crossings(STEPS, noise) == []
-        assert "neither side" in unresolved_signs(STEPS, noise)[0]
+        assert "standard errors of zero" in unresolved_signs(STEPS, noise)[0]
 
 
 def test_steps_that_are_not_finite_are_left_out():
@@ -97,7 +97,7 @@ def test_steps_that_are_not_finite_are_left_out():
     samples[-1, 0] = math.nan
     place = minimum(STEPS, samples)
     assert place.upper < STEPS[-1]
-    assert place.reasons == ("1 saved steps are not finite",)
+    assert place.reasons == ("the values of 1 saved step(s) are not finite",)
     assert minimum(STEPS, samples * math.nan).verdict == "invalid"
     assert transience(STEPS, samples * math.nan, zero=ZERO, ridge=RIDGE).verdict == "invalid"
 

@@ -1,24 +1,27 @@
-"""Where curves over saved steps turn: their minimum, where they cross zero, and whether they rise again.
+"""Turning points of curves over saved steps: minima, crossings of zero, and renewed rises.
 
-A curve is a mean over prompts at every saved step; all steps see the same B prompts, so that what is compared is the difference
-prompt by prompt, whose standard error is far below that of either mean. Input are therefore the prompts' own numbers (S, B).
-Places lie between saved steps: `lower` and `upper` are the saved steps that enclose all that is not told apart.
+A curve is a mean over prompts at every saved step. All steps see the same B prompts, so we compare steps by the differences
+of each prompt's numbers; their standard error is far below that of either mean. The functions therefore take the numbers of
+single prompts (S, B). A turning point lies between saved steps: `lower` and `upper` are the saved steps that enclose every step
+that is not significantly different.
 
-- Minimum: the saved step of the least mean. Not told apart from it is a step that is higher by less than `MINIMUM_ERRORS`
-  standard errors. `suspect` at the first or last saved step, where there may be none.
-- Crossing: two neighbouring saved steps on opposite sides of zero by `SIGN_ERRORS` standard errors; in between the curve
-  is a line in log(t + 1), and the step's standard error is to first order. `suspect` if a side has a single saved step.
-- Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the minimum of the loss on fixed prompts of new tasks;
-  the run is transient if the loss at the last saved step is higher by `RISE_ERRORS` errors (from `DOUBTFUL_RISE_ERRORS` on,
-  `unresolved`). An error is that of the prompts and, as training itself shakes, the curve's roughness at both ends: the scaled
-  median distance of a saved step from the line between its neighbours, from t_crit on. So many errors are asked for because the
-  lowest of hundreds of steps is low by chance; of curves that fall, or are flat, and shake, fewer than one in 200 is called
-  transient. What passes within the run and is gone at its end is no rise.
-- A rise is of ridge only if the model was near it: the dip is (zero's loss - loss) / (zero's loss - ridge's loss) at t_crit. From
-  `TRANSIENT_DIP` on it is `transient ridge`; less, but more than nothing, `partial dip`; else `rise without a dip`. The
-  paper shows these kinds (M = 16 to 128, and 6 and 8, at D = 8) and states no rule; the limits are ours.
+- Minimum: the saved step with the lowest mean. A step is significantly higher if it exceeds the minimum by more than
+  `MINIMUM_ERRORS` standard errors. A minimum at the first or last saved step is `suspect`, because there may be none.
+- Crossing: two consecutive clear saved steps on opposite sides of zero. A step is clear if its mean differs from zero by more
+  than `SIGN_ERRORS` standard errors. Between them the curve is taken as a line in log(t + 1). The standard error of the step
+  is to first order. A crossing is `suspect` if only one saved step is on one of its sides.
+- Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the minimum of the loss on fixed prompts of new tasks. The
+  run is transient if the loss at the last saved step is higher by more than `RISE_ERRORS` errors; above
+  `DOUBTFUL_RISE_ERRORS` it is `unresolved`. The error counts the prompts and, because training fluctuates, the roughness of the
+  curve at both ends. The roughness is the scaled median distance of a saved step from the line between its neighbours. We ask
+  for many errors, because the lowest of hundreds of steps is low by chance. Fewer than one in 200 curves that fall, or are
+  flat, and fluctuate are called transient. A rise that is gone again at the end of the run does not count.
+- A rise is a transience of ridge only if the model came close to ridge. The dip is (zero's loss - loss) / (zero's loss - ridge's
+  loss) at t_crit. From `TRANSIENT_DIP` on the finding is `transient ridge`; for a smaller but significant dip it is `partial dip`;
+  otherwise it is `rise without a dip`. The paper shows these kinds (at D = 8, M = 16 to 128, and M = 6 and 8) and states no
+  rule; the limits are ours.
 
-A step with a number that is not finite is left out.
+A saved step with a value that is not finite is left out.
 """
 
 import math
@@ -38,15 +41,17 @@ RISE_ERRORS = 5.0
 DOUBTFUL_RISE_ERRORS = 3.0
 TRANSIENT_DIP = 0.5
 _ENOUGH_STEPS = 12
+"""Saved steps after t_crit from which the roughness is estimated there alone."""
 _NORMAL_MAD = 1.4826
+"""Standard deviation over median absolute deviation of a normal variable."""
 
 
-class Place(NamedTuple):
-    """A step, how well it is known, and what speaks against it."""
+class TurningPoint(NamedTuple):
+    """A step, its error or bounds, and a verdict."""
 
     step: float
     stderr: float
-    """Of what is interpolated; NaN where a saved step is chosen."""
+    """Standard error of an interpolated step; NaN if the step is a saved step."""
     lower: float
     upper: float
     verdict: str
@@ -54,9 +59,9 @@ class Place(NamedTuple):
 
 
 class Crossing(NamedTuple):
-    """Where a curve changes its sign."""
+    """A change of sign of a curve."""
 
-    place: Place
+    point: TurningPoint
     is_upward: bool
 
 
@@ -65,113 +70,104 @@ class Transience(NamedTuple):
 
     finding: str
     """`none`, `unresolved`, `transient ridge`, `partial dip` or `rise without a dip`."""
-    critical: Place
+    critical: TurningPoint
     rise: Estimate
-    """From t_crit to the last saved step; the error includes the roughness."""
+    """Rise from t_crit to the last saved step; the error includes the roughness."""
     dip: Estimate
-    """How far from zero's loss to ridge's the loss came."""
+    """Share of the way from zero's loss to ridge's loss that the loss has gone at t_crit."""
     verdict: str
     reasons: tuple[str, ...]
 
 
-def minimum(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> Place:
-    """The step of the least mean, enclosed by the saved steps that are clearly higher."""
+def minimum(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> TurningPoint:
+    """Find the step with the lowest mean, and the saved steps around it that are significantly higher."""
     steps, samples, reasons = _finite(steps, samples)
     if not len(steps):
-        return _nowhere(reasons)
+        return TurningPoint(math.nan, math.nan, math.nan, math.nan, "invalid", tuple(reasons))
     best = int(samples.mean(1).argmin())
     excess = _means(samples - samples[best])
-    alike = (excess.value <= MINIMUM_ERRORS * excess.stderr.nan_to_num()).nonzero()[:, 0].tolist()
+    equal = (excess.value <= MINIMUM_ERRORS * excess.stderr.nan_to_num()).nonzero()[:, 0].tolist()
     last = len(steps) - 1
     if best == 0:
-        reasons.append("it is lowest at the first saved step")
+        reasons.append("the curve is lowest at the first saved step")
     elif best == last:
-        reasons.append("it is lowest at the last saved step")
-    elif alike[0] == 0 or alike[-1] == last:
-        reasons.append("the minimum is not told apart from an end of the run")
-    lower, upper = float(steps[max(alike[0] - 1, 0)]), float(steps[min(alike[-1] + 1, last)])
-    return Place(float(steps[best]), math.nan, lower, upper, "suspect" if reasons else "ok", tuple(reasons))
+        reasons.append("the curve is lowest at the last saved step")
+    elif equal[0] == 0 or equal[-1] == last:
+        reasons.append("the minimum is not significantly lower than an end of the run")
+    lower, upper = float(steps[max(equal[0] - 1, 0)]), float(steps[min(equal[-1] + 1, last)])
+    return TurningPoint(float(steps[best]), math.nan, lower, upper, _verdict(reasons), tuple(reasons))
 
 
 def crossings(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> list[Crossing]:
-    """Every change from clearly below zero to clearly above, or back, in order."""
+    """Find every change from significantly below zero to significantly above, or back, in order."""
     steps, samples, _ = _finite(steps, samples)
-    side = _sides(samples)
-    clear = side.nonzero()[:, 0].tolist()
+    sides = _sides(samples)
+    clear = sides.nonzero()[:, 0].tolist()
     logs = steps.double().log1p()
     found = []
-    for here, there in pairwise(clear):
-        if side[here] == side[there]:
+    for number, (before, after) in enumerate(pairwise(clear)):
+        if sides[before] == sides[after]:
             continue
-        share = _root(samples[here], samples[there])
-        width = (logs[there] - logs[here]).item()
-        at = math.exp(logs[here].item() + width * share.value.item())
-        reasons = []
-        if min(_run_length(side, here, -1), _run_length(side, there, 1)) < 2:
-            reasons.append("only one saved step is clearly on one side")
-        place = Place(
-            at - 1,
-            at * width * share.stderr.item(),
-            float(steps[here]),
-            float(steps[there]),
-            "suspect" if reasons else "ok",
-            tuple(reasons),
-        )
-        found.append(Crossing(place, bool(side[there] > 0)))
+        # The line through both means is zero at the share u / (u - v) of the way.
+        share = metrics.ratio_of_means(samples[before], samples[before] - samples[after])
+        width = (logs[after] - logs[before]).item()
+        shifted_step = math.exp(logs[before].item() + width * share.value.item())  # t + 1
+        is_single_before = number == 0 or sides[clear[number - 1]] == sides[after]
+        is_single_after = number + 2 == len(clear) or sides[clear[number + 2]] == sides[before]
+        reasons = ["only one saved step is clearly on one side"] if is_single_before or is_single_after else []
+        stderr, bounds = shifted_step * width * share.stderr.item(), (float(steps[before]), float(steps[after]))
+        point = TurningPoint(shifted_step - 1, stderr, *bounds, _verdict(reasons), tuple(reasons))
+        found.append(Crossing(point, bool(sides[after] > 0)))
     return found
 
 
 def unresolved_signs(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> tuple[str, ...]:
-    """Why a curve without crossings may have one after all; nothing where all means lie on one side."""
+    """Return why a curve without crossings may still have one. The result is empty if all means have the same sign."""
     steps, samples, reasons = _finite(steps, samples)
     signs = samples.mean(1).sign()
     if len(steps) and signs.min() * signs.max() < 0:
         unclear = int((_sides(samples) == 0).sum())
-        reasons.append(f"{unclear} of {len(steps)} saved steps are on neither side by {SIGN_ERRORS:g} standard errors")
+        reasons.append(f"{unclear} of {len(steps)} saved steps are within {SIGN_ERRORS:g} standard errors of zero")
     return tuple(reasons)
 
 
 def transience(
     steps: Int64[Tensor, " S"], losses: Float[Tensor, "S B"], *, zero: Float[Tensor, " B"], ridge: Float[Tensor, " B"]
 ) -> Transience:
-    """Whether the loss on new tasks rises again after its minimum, and how near ridge it was there.
+    """Find whether the loss on new tasks rises again after its minimum, and how close to ridge's loss it came.
 
     Args:
         steps: The saved steps.
-        losses: Of each prompt at each of them, the mean over positions.
-        zero: The losses of predicting 0 on the same prompts.
-        ridge: Those of ridge.
+        losses: Losses of each prompt at each saved step, averaged over positions.
+        zero: Losses of predicting 0 on the same prompts.
+        ridge: Losses of ridge on the same prompts.
     """
     critical = minimum(steps, losses)
     steps, losses, reasons = _finite(steps, losses)
-    nothing = Estimate(torch.tensor(math.nan), torch.tensor(math.nan))
     if len(steps) < 3:
-        return Transience(
-            "unresolved",
-            critical,
-            nothing,
-            nothing,
-            "invalid",
-            (*reasons, "it needs three saved steps with finite losses"),
-        )
+        unknown = Estimate(torch.tensor(math.nan), torch.tensor(math.nan))
+        reasons.append("at least three saved steps with finite losses are needed")
+        return Transience("unresolved", critical, unknown, unknown, "invalid", tuple(reasons))
     best = int((steps == critical.step).nonzero())
     dip = metrics.ratio_of_means(zero - losses[best], zero - ridge)
-    prompts = _means((losses[-1] - losses[best]).unsqueeze(0))
-    shaking = roughness(steps, losses.mean(1), start=best)
-    rise = Estimate(prompts.value[0], (prompts.stderr[0].square() + 2 * shaking**2).sqrt())
+    over_prompts = _means((losses[-1] - losses[best]).unsqueeze(0))
+    scatter = roughness(steps, losses.mean(1), start=best)
+    rise = Estimate(over_prompts.value[0], (over_prompts.stderr[0].square() + 2 * scatter**2).sqrt())
+    finding = "none"
     if rise.value > RISE_ERRORS * rise.stderr:
-        return Transience(_kind(dip), critical, rise, dip, "suspect" if reasons else "ok", tuple(reasons))
-    if rise.value > DOUBTFUL_RISE_ERRORS * rise.stderr:
+        finding = _kind(dip)
+    elif rise.value > DOUBTFUL_RISE_ERRORS * rise.stderr:
+        finding = "unresolved"
         reasons.append(f"the rise is between {DOUBTFUL_RISE_ERRORS:g} and {RISE_ERRORS:g} errors")
-        return Transience("unresolved", critical, rise, dip, "suspect", tuple(reasons))
-    return Transience("none", critical, rise, dip, "suspect" if reasons else "ok", tuple(reasons))
+    return Transience(finding, critical, rise, dip, _verdict(reasons), tuple(reasons))
 
 
 def roughness(steps: Int64[Tensor, " S"], values: Float[Tensor, " S"], *, start: int = 0) -> float:
-    """The deviation with which saved steps scatter about a smooth curve, from `start` on if a dozen are there, else all along.
+    """Return the standard deviation with which saved steps scatter about a smooth curve.
 
-    Each inner step's distance from the line in log(t + 1) through its neighbours, scaled to the variance of one value;
-    the median, so that a bend or two do not count. A curve that bends everywhere looks rougher than it is.
+    It is the median over inner steps of the distance to the line in log(t + 1) through both neighbours, scaled to the
+    deviation of one value. The median ignores a few bends. A curve that bends everywhere looks rougher than it is. Only the
+    steps from index `start` on count, if there are at least `_ENOUGH_STEPS` of them.
     """
     begin = start if len(values) - start >= _ENOUGH_STEPS else 0
     logs, values = steps[begin:].double().log1p(), values[begin:].double()
@@ -187,25 +183,10 @@ def _kind(dip: Estimate) -> str:
     return "partial dip" if dip.value > SIGN_ERRORS * dip.stderr else "rise without a dip"
 
 
-def _root(before: Float[Tensor, " B"], after: Float[Tensor, " B"]) -> Estimate:
-    """Where between 0 and 1 the line through two means is zero: u / (u - v)."""
-    return metrics.ratio_of_means(before, before - after)
-
-
 def _sides(samples: Float[Tensor, "S B"]) -> Float[Tensor, " S"]:
-    """1 or -1 where the mean is clearly above or below zero, else 0."""
+    """Return 1 or -1 where the mean is significantly above or below zero, else 0."""
     mean = _means(samples)
     return mean.value.sign() * (mean.value.abs() > SIGN_ERRORS * mean.stderr.nan_to_num())
-
-
-def _run_length(side: Float[Tensor, " S"], place: int, direction: int) -> int:
-    """How many clear steps, from one on in a direction, are on its side before one is on the other."""
-    clear: list[float] = (
-        [one for one in side[place::direction].tolist() if one]
-        if direction > 0
-        else [one for one in side[: place + 1].flip(0).tolist() if one]
-    )
-    return next((number for number, one in enumerate(clear) if one != clear[0]), len(clear))
 
 
 def _means(samples: Float[Tensor, "S B"]) -> Estimate:
@@ -213,11 +194,12 @@ def _means(samples: Float[Tensor, "S B"]) -> Estimate:
 
 
 def _finite(steps: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-    """The steps whose numbers are all finite, in float64, and a reason if there are others."""
+    """Return the steps whose values are all finite, in float64, and a reason if others are left out."""
     keep: Bool[Tensor, " S"] = samples.isfinite().all(1)
-    left_out = int((~keep).sum())
-    return steps[keep], samples[keep].double(), [f"{left_out} saved steps are not finite"] if left_out else []
+    num_left_out = int((~keep).sum())
+    reasons = [f"the values of {num_left_out} saved step(s) are not finite"] if num_left_out else []
+    return steps[keep], samples[keep].double(), reasons
 
 
-def _nowhere(reasons: list[str]) -> Place:
-    return Place(math.nan, math.nan, math.nan, math.nan, "invalid", tuple(reasons))
+def _verdict(reasons: list[str]) -> str:
+    return "suspect" if reasons else "ok"

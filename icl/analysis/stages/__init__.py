@@ -1,21 +1,29 @@
-"""Stages of training: boundaries on which several signals agree, each with an error and a verdict, and what happens between them.
+"""Stages of training: boundaries on which several signals agree, and the changes of every signal between them.
 
-Every signal (`icl.analysis.stages.signals`: loss, scores, LLC, whatever there is) is smoothed in u = ln(step + 1)
-(`icl.analysis.stages.smoothing`); its turns and plateaus are candidates (`icl.analysis.stages.boundaries` has the rule); those on which signals
-agree are boundaries, with a verdict (`icl.analysis.stages.agreement`). A curve without stages shows one that is not `invalid` in at
-most one case of twenty, and the published stages of L2H4 are found within their errors (tests/analysis/test_stages.py). That
-holds for scatter that is independent from one saved step to the next. Scatter that is not, such as a loss that wanders for several
-saved steps, cannot be told from stages by a curve alone: with a correlation of 0.8, and 3 % of the range, two signals each, 12 of 20
-straight lines showed a false `ok`. So look at what a boundary separates, and raise `least_change` above what a run wanders.
+The steps of the method:
 
-Types, as Hoogland et al. (2024, table 2): A, the loss falls and the LLC rises; B, both fall; `?` where either changes by less than
-two standard errors, is not known, or the loss rises. Changes are of the smoothed curves, with the error of the curves
-and of the boundaries. No boundaries, no stages.
+1. Every available signal (loss, scores, LLC; `icl.analysis.stages.signals`) is smoothed in log time u = ln(step + 1)
+   (`icl.analysis.stages.smoothing`).
+2. Turns and plateaus of a smoothed signal are candidates (`icl.analysis.stages.boundaries` has the rule).
+3. Candidates on which signals agree are boundaries, each with a verdict (`icl.analysis.stages.agreement`).
 
-Rows of the table, by `quantity`; `at` is a step, and `log_stderr` an error in u, which is relative in the step:
-`measured`, `smooth` and `slope` (per unit of u) of each signal; `candidate`, in one signal, with its `strength` in standard errors;
-`boundary`, `low` and `high` two standard errors away; `stage`, from `start` to `end`; `change`, of a signal over a stage. Only stages have
-an `end`, and the last one's is the run's last step.
+For a curve without stages, at most one case in twenty gives a boundary that is not `invalid`. The published stages of L2H4
+are found within their errors (tests/analysis/test_stages.py). Both hold only if the scatter is independent between saved
+steps. A curve alone cannot distinguish stages from correlated scatter, such as a loss that wanders over several saved steps.
+With two signals, a correlation of 0.8 and scatter of 3 % of the range, 12 of 20 straight lines gave a false `ok`. So look at
+the changes across a boundary, and set `least_change` above the size of such wandering.
+
+Types of stages, as in Hoogland et al. (2024, table 2): in A the loss falls and the LLC rises; in B both fall. The type is `?` if
+either changes by less than two standard errors or is unknown, or if the loss rises. Changes are those of the smoothed curves;
+their errors count the curves and the positions of the boundaries. Without boundaries there are no stages.
+
+Rows of the table, by `quantity`. `at` is a step. `log_stderr` is an error in u, which is a relative error of the step.
+
+- `measured`, `smooth`, `slope` (per unit of u): points and curve of each signal.
+- `candidate`: a candidate in one signal, with its `strength` in standard errors.
+- `boundary`: `low` and `high` are two standard errors away.
+- `stage`: from `start` to `end`. Only stages have an `end`; that of the last stage is the last step of the run.
+- `change`: change of a signal over a stage.
 """
 
 import math
@@ -28,33 +36,36 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from icl.analysis.run import Result, as_table
-from icl.analysis.stages.agreement import Agreed, agree, and_words, step_words
+from icl.analysis.stages.agreement import RunBoundary, agree, step_text
 from icl.analysis.stages.signals import Signal, SignalSettings, Verdict, mirrors_loss, read_signals
-from icl.analysis.stages.smoothing import Fit, fit
+from icl.analysis.stages.smoothing import Curve, SmoothedSignal, fit
 from icl.validation import ConfigError
 
 _NUM_SAMPLES = 200
-_MOST_SMOOTH = 200
-"""Rows of each smoothed curve in the table."""
-_NO_LLC = "no type: the LLC is not known"
+"""Curves sampled for the error of a change."""
+_MAX_CURVE_ROWS = 200
+"""Largest number of rows of each smoothed curve in the table."""
+_NO_LLC = "no type: the LLC is unknown"
 TableRow = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(SignalSettings):
-    """What `icl analyse RUN --what stages` can be told."""
+    """Options of `icl analyse RUN --what stages`."""
 
     llc_settings: str | None = field(
         default=None,
-        metadata={"help": "which estimates of llc.csv, by its column settings or mode; else the most numerous"},
+        metadata={"help": "estimates of llc.csv to use, by its column settings or mode; default: the most numerous"},
     )
-    worst_llc: Verdict = field(default="suspect", metadata={"help": "the worst verdict of an LLC that is used"})
-    tolerance: float = field(default=0.25, metadata={"help": "signals agree within this, in ln(step + 1)"})
+    worst_llc: Verdict = field(default="suspect", metadata={"help": "worst verdict of LLC estimates that are used"})
+    tolerance: float = field(
+        default=0.25, metadata={"help": "largest distance in ln(step + 1) between signals' boundaries that agree"}
+    )
     least_change: float = field(
-        default=0.01, metadata={"help": "least move of a stage, as a share of the signal's range"}
+        default=0.01, metadata={"help": "least change of a signal within a stage, as a share of its range"}
     )
-    shortest: float = field(default=0.25, metadata={"help": "least length of the smoothing kernel in ln(step + 1)"})
-    longest: float = field(default=1.0, metadata={"help": "greatest length of it"})
+    shortest: float = field(default=0.25, metadata={"help": "least length of the smoothing kernel, in ln(step + 1)"})
+    longest: float = field(default=1.0, metadata={"help": "greatest length of the smoothing kernel, in ln(step + 1)"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,190 +77,180 @@ class Settings(SignalSettings):
 
 
 class Change(NamedTuple):
-    """What a signal does over a stage."""
+    """Change of a signal over a stage."""
 
     value: float
     stderr: float
 
     @property
     def sign(self) -> int:
-        """0 where it is within two standard errors of nothing, or not known."""
+        """Sign of the change; 0 if it is within two standard errors of zero, or unknown."""
         return int(np.sign(self.value)) if abs(self.value) > 2 * self.stderr else 0
 
 
 class Stage(NamedTuple):
-    """A stretch between two boundaries, or a boundary and an end of the run."""
+    """The interval between two boundaries, or between a boundary and an end of the run."""
 
     start: float
-    """u, as `end`."""
+    """Log time u of the start."""
     end: float
+    """Log time u of the end."""
     type: str
     changes: Mapping[str, Change]
-    """By signal."""
+    """Changes by the name of the signal."""
     verdict: Verdict
     reasons: tuple[str, ...]
 
 
 def analyse(path: Path, settings: Settings) -> Result:
-    """The stages of a run, from whatever signals it has.
+    """Find the stages of a run, from all signals that it has.
 
     Raises:
-        RunError: If there are none.
-        ConfigError: If there are no LLC estimates of the settings asked for.
+        RunError: If the run has no signal.
+        ConfigError: If the run has no LLC estimates under `settings.llc_settings`.
     """
     signals, missing = read_signals(
         path, num_prompts=settings.num_prompts, llc_settings=settings.llc_settings, worst_llc=settings.worst_llc
     )
-    fits = {one.name: smooth_signal(one, settings) for one in signals}
+    fits = {signal.name: smooth_signal(signal, settings) for signal in signals}
     boundaries = agree(signals, fits, tolerance=settings.tolerance, least_change=settings.least_change)
     stages = divide(signals, fits, boundaries)
-    rows = [row for one in signals for row in _curve_rows(one, fits[one.name])]
-    rows += [row for one in boundaries for row in _boundary_rows(one)]
-    rows += [row for number, one in enumerate(stages, 1) for row in _stage_rows(number, one)]
-    return Result(as_table([], settings, whole_run=rows), _summary(signals, missing, boundaries, stages))
+    rows = [row for signal in signals for row in _curve_rows(signal, fits[signal.name].curve)]
+    rows += [row for boundary in boundaries for row in _boundary_rows(boundary)]
+    rows += [row for number, stage in enumerate(stages, 1) for row in _stage_rows(number, stage)]
+    lines = _boundary_lines(boundaries) + _stage_lines(signals, stages)
+    lines += [f"Signal {signal.name}: {len(signal.points)} steps from {signal.source}." for signal in signals]
+    return Result(as_table([], settings, whole_run=rows), lines + missing)
 
 
-def smooth_signal(signal: Signal, settings: Settings) -> Fit:
-    """The signal's curve; the standard errors of an LLC are of each point, those of the others of all together."""
+def smooth_signal(signal: Signal, settings: Settings) -> SmoothedSignal:
+    """Smooth a signal. Only the LLC's standard errors count; those of other signals are a common offset."""
     points = signal.points
     errors = points["stderr"].fillna(0.0).to_numpy(float) if signal.name == "llc" else np.zeros(len(points))
     times, values = np.log1p(points["step"].to_numpy(float)), points["value"].to_numpy(float)
     return fit(times, values, errors, shortest=settings.shortest, longest=settings.longest)
 
 
-def divide(signals: Sequence[Signal], fits: Mapping[str, Fit], boundaries: Sequence[Agreed]) -> list[Stage]:
-    """The stages between the boundaries that are not `invalid`; none if there is none."""
-    usable = [one for one in boundaries if one.verdict != "invalid"]
+def divide(
+    signals: Sequence[Signal], fits: Mapping[str, SmoothedSignal], boundaries: Sequence[RunBoundary]
+) -> list[Stage]:
+    """Return the stages between boundaries that are not `invalid`. Without such boundaries there are none."""
+    usable = [boundary for boundary in boundaries if boundary.verdict != "invalid"]
     if not usable:
         return []
-    first = min(float(one.points.times[0]) for one in fits.values())
-    last = max(float(one.points.times[-1]) for one in fits.values())
-    edges = [(first, 0.0), *((one.time, one.stderr) for one in usable), (last, 0.0)]
-    verdicts = ["ok", *(one.verdict for one in usable), "ok"]
+    first = min(float(smoothed.points.times[0]) for smoothed in fits.values())
+    last = max(float(smoothed.points.times[-1]) for smoothed in fits.values())
+    edges = [(first, 0.0, "ok"), *((each.time, each.stderr, each.verdict) for each in usable), (last, 0.0, "ok")]
     stages = []
-    for place, (start, end) in enumerate(pairwise(edges)):
-        changes = {one.name: _change(fits[one.name], start, end) for one in signals}
-        mirrored = any(mirrors_loss(one, start[0], end[0]) for one in signals)
-        kind, reasons = _type(changes, mirrored)
-        if "suspect" in verdicts[place : place + 2]:
-            reasons = (*reasons, "a boundary of it is suspect")
-        stages.append(Stage(start[0], end[0], kind, changes, "suspect" if reasons else "ok", reasons))
+    for (start, start_error, start_verdict), (end, end_error, end_verdict) in pairwise(edges):
+        changes = {
+            signal.name: _change(fits[signal.name].curve, (start, start_error), (end, end_error)) for signal in signals
+        }
+        is_mirrored = any(mirrors_loss(signal, start, end) for signal in signals)
+        stage_type, reasons = _type(changes, is_mirrored)
+        if "suspect" in (start_verdict, end_verdict):
+            reasons = (*reasons, "one of its boundaries is suspect")
+        stages.append(Stage(start, end, stage_type, changes, "suspect" if reasons else "ok", reasons))
     return stages
 
 
-def _change(one: Fit, start: tuple[float, float], end: tuple[float, float]) -> Change:
-    """How far the curve moves between two places, each with an error; NaN where it does not reach."""
-    times = one.middle.times
+def _change(curve: Curve, start: tuple[float, float], end: tuple[float, float]) -> Change:
+    """Return the change of a curve between two times, each with an error; NaN if the curve does not cover them."""
+    times = curve.times
     slack = 0.1 * (end[0] - start[0])
     if start[0] < times[0] - slack or end[0] > times[-1] + slack:
         return Change(math.nan, math.nan)
     rng = np.random.default_rng(0)
-    curves = one.middle.sample(_NUM_SAMPLES, rng)
-    ends = [place + error * rng.standard_normal(_NUM_SAMPLES) for place, error in (start, end)]
+    samples = curve.sample(_NUM_SAMPLES, rng)
+    starts, ends = (time + error * rng.standard_normal(_NUM_SAMPLES) for time, error in (start, end))
     moves = [
-        np.interp(last, times, curve) - np.interp(first, times, curve)
-        for curve, first, last in zip(curves, *ends, strict=True)
+        np.interp(stop, times, values) - np.interp(begin, times, values)
+        for values, begin, stop in zip(samples, starts, ends, strict=True)
     ]
-    value = np.interp(end[0], times, one.middle.values) - np.interp(start[0], times, one.middle.values)
+    value = np.interp(end[0], times, curve.values) - np.interp(start[0], times, curve.values)
     return Change(float(value), float(np.std(moves, ddof=1)))
 
 
-def _type(changes: Mapping[str, Change], mirrored: bool) -> tuple[str, tuple[str, ...]]:
-    """A, B or ?, and what speaks against it."""
-    nothing = Change(math.nan, math.nan)
-    loss, llc = changes.get("loss", nothing), changes.get("llc", nothing)
+def _type(changes: Mapping[str, Change], is_mirrored: bool) -> tuple[str, tuple[str, ...]]:
+    """Return the type of a stage (A, B or ?), and reasons to doubt it."""
+    unknown = Change(math.nan, math.nan)
+    loss, llc = changes.get("loss", unknown), changes.get("llc", unknown)
     if math.isnan(loss.value):
-        return "?", ("no type: the loss is not known",)
+        return "?", ("no type: the loss is unknown",)
     if math.isnan(llc.value):
         return "?", (_NO_LLC,)
     if loss.sign >= 0:
         return "?", ("no type: the loss does not fall by two standard errors",)
     if llc.sign == 0:
         return "?", ("no type: the LLC changes by less than two standard errors",)
-    doubt = ("the LLC mirrors the loss (E[L] hardly moves), so the type says nothing of its own",) if mirrored else ()
-    return ("A" if llc.sign > 0 else "B"), doubt
+    reason = "the LLC mirrors the loss (E[L] hardly moves), so the type adds nothing to the loss"
+    return ("A" if llc.sign > 0 else "B"), ((reason,) if is_mirrored else ())
 
 
-def _curve_rows(signal: Signal, one: Fit) -> list[TableRow]:
+def _curve_rows(signal: Signal, curve: Curve) -> list[TableRow]:
     rows: list[TableRow] = []
     for point in signal.points.to_dict("records"):
-        about: TableRow = {"quantity": "measured", "signal": signal.name, "at": float(point["step"])}
-        own = {key: point[key] for key in ("step", "checkpoint_hash", "value", "stderr")}
-        rows.append(about | own | {"verdict": point["verdict"] if signal.name == "llc" else "ok"})
-    curve = one.middle
+        labels: TableRow = {"quantity": "measured", "signal": signal.name, "at": float(point["step"])}
+        numbers = {key: point[key] for key in ("step", "checkpoint_hash", "value", "stderr")}
+        rows.append(labels | numbers | {"verdict": point["verdict"] if signal.name == "llc" else "ok"})
     slopes, covariance = curve.slopes()
     errors = np.sqrt(np.maximum(np.diag(covariance), 0))
-    chosen = np.unique(np.linspace(0, len(curve.times) - 1, _MOST_SMOOTH).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(curve.times) - 1, _MAX_CURVE_ROWS).round().astype(int))
     for quantity, values, stderr in (("smooth", curve.values, curve.stderr), ("slope", slopes, errors)):
-        for place in chosen.tolist():
-            where: TableRow = {"quantity": quantity, "signal": signal.name, "at": math.expm1(curve.times[place])}
-            rows.append(where | {"value": float(values[place]), "stderr": float(stderr[place])})
+        for index in chosen.tolist():
+            labels = {"quantity": quantity, "signal": signal.name, "at": math.expm1(curve.times[index])}
+            rows.append(labels | {"value": float(values[index]), "stderr": float(stderr[index])})
     return rows
 
 
-def _boundary_rows(one: Agreed) -> list[TableRow]:
-    names = ", ".join(candidate.signal.name for candidate in one.candidates)
-    about: TableRow = {
-        "quantity": "boundary",
-        "signal": names,
-        "verdict": one.verdict,
-        "reasons": "; ".join(one.reasons),
-    }
-    rows = [about | _place(one.time, one.stderr)]
-    for candidate in one.candidates:
-        found = candidate.boundary
-        about = {
-            "quantity": "candidate",
-            "signal": candidate.signal.name,
-            "kind": found.kind,
-            "strength": found.strength,
-        }
-        rows.append(about | {"verdict": one.verdict} | _place(found.time, found.stderr))
+def _boundary_rows(boundary: RunBoundary) -> list[TableRow]:
+    names = ", ".join(candidate.signal.name for candidate in boundary.candidates)
+    labels: TableRow = {"quantity": "boundary", "signal": names, "verdict": boundary.verdict}
+    rows = [labels | {"reasons": "; ".join(boundary.reasons)} | _time_columns(boundary.time, boundary.stderr)]
+    for signal, candidate, _ in boundary.candidates:
+        labels = {"quantity": "candidate", "signal": signal.name, "kind": candidate.kind, "strength": candidate.strength}
+        rows.append(labels | {"verdict": boundary.verdict} | _time_columns(candidate.time, candidate.stderr))
     return rows
 
 
-def _place(time: float, stderr: float) -> TableRow:
-    edges = {"low": math.expm1(max(time - 2 * stderr, 0.0)), "high": math.expm1(time + 2 * stderr)}
+def _time_columns(time: float, stderr: float) -> TableRow:
+    bounds = {"low": math.expm1(max(time - 2 * stderr, 0.0)), "high": math.expm1(time + 2 * stderr)}
     step = math.expm1(time)
-    return {"at": step, "value": step, "stderr": math.exp(time) * stderr, "log_stderr": stderr, **edges}
+    return {"at": step, "value": step, "stderr": math.exp(time) * stderr, "log_stderr": stderr, **bounds}
 
 
-def _stage_rows(number: int, one: Stage) -> list[TableRow]:
-    about: TableRow = {"stage": number, "type": one.type, "verdict": one.verdict, "reasons": "; ".join(one.reasons)}
-    ends = {"start": math.expm1(one.start), "end": math.expm1(one.end)}
-    rows = [about | {"quantity": "stage"} | ends]
+def _stage_rows(number: int, stage: Stage) -> list[TableRow]:
+    labels: TableRow = {"stage": number, "type": stage.type, "verdict": stage.verdict}
+    labels["reasons"] = "; ".join(stage.reasons)
+    rows = [labels | {"quantity": "stage", "start": math.expm1(stage.start), "end": math.expm1(stage.end)}]
     return rows + [
-        about | {"quantity": "change", "signal": name, "value": change.value, "stderr": change.stderr}
-        for name, change in one.changes.items()
+        labels | {"quantity": "change", "signal": name, "value": change.value, "stderr": change.stderr}
+        for name, change in stage.changes.items()
     ]
 
 
-def _summary(
-    signals: Sequence[Signal], missing: Sequence[str], boundaries: Sequence[Agreed], stages: Sequence[Stage]
-) -> list[str]:
-    usable = [one for one in boundaries if one.verdict != "invalid"]
-    plural = "boundary" if len(usable) == 1 else "boundaries"
-    lines = [f"{len(usable)} {plural} between stages." if usable else "No boundaries, so no stages, were found."]
-    for one in boundaries:
-        why = f": {'; '.join(one.reasons)}" if one.reasons else ""
-        names = and_words([candidate.signal.name for candidate in one.candidates])
-        lines.append(
-            f"  step {step_words(one.time)} ± {_error_words(math.exp(one.time) * one.stderr)}  {one.verdict}, in {names}{why}"
-        )
-    spans = [f"{one.points['step'].min():,} to {one.points['step'].max():,}" for one in signals if one.name == "llc"]
-    usable_llc = f" over all of it (usable estimates lie at steps {spans[0]})" if spans else ""
+def _boundary_lines(boundaries: Sequence[RunBoundary]) -> list[str]:
+    num_usable = sum(boundary.verdict != "invalid" for boundary in boundaries)
+    plural = "boundary" if num_usable == 1 else "boundaries"
+    lines = [f"{num_usable} {plural} between stages." if num_usable else "No boundaries, so no stages, were found."]
+    for boundary in boundaries:
+        error = math.exp(boundary.time) * boundary.stderr
+        error_text = f"{error:,.0f}" if error >= 1 else f"{error:.1g}"
+        names = " and ".join(candidate.signal.name for candidate in boundary.candidates)
+        reasons = f": {'; '.join(boundary.reasons)}" if boundary.reasons else ""
+        lines.append(f"  step {step_text(boundary.time)} ± {error_text}  {boundary.verdict}, in {names}{reasons}")
+    return lines
+
+
+def _stage_lines(signals: Sequence[Signal], stages: Sequence[Stage]) -> list[str]:
+    llc_steps = next((signal.points["step"] for signal in signals if signal.name == "llc"), None)
+    partly = "" if llc_steps is None else f" for part of it (usable steps: {llc_steps.min():,} to {llc_steps.max():,})"
+    lines = []
     for number, stage in enumerate(stages, 1):
-        known = {name: one for name, one in stage.changes.items() if math.isfinite(one.value)}
-        told = ", ".join(f"{name} {one.value:+.3g} ± {one.stderr:.2g}" for name, one in known.items())
-        reasons = [f"{reason}{usable_llc}" if reason == _NO_LLC else reason for reason in stage.reasons]
+        known = {name: change for name, change in stage.changes.items() if math.isfinite(change.value)}
+        changes = ", ".join(f"{name} {change.value:+.3g} ± {change.stderr:.2g}" for name, change in known.items())
+        reasons = [f"{reason}{partly}" if reason == _NO_LLC else reason for reason in stage.reasons]
         doubt = f"   {stage.verdict}: {'; '.join(reasons)}" if reasons else ""
-        lines.append(
-            f"Stage {number}, {step_words(stage.start)} to {step_words(stage.end)}, type {stage.type}: {told}{doubt}"
-        )
-    lines += [f"Signal {one.name}: {len(one.points)} steps of {one.source}." for one in signals]
-    return lines + list(missing)
-
-
-def _error_words(error: float) -> str:
-    """An error in steps, of at least one digit."""
-    return f"{error:,.0f}" if error >= 1 else f"{error:.1g}"
+        span = f"{step_text(stage.start)} to {step_text(stage.end)}"
+        lines.append(f"Stage {number}, step {span}, type {stage.type}: {changes}{doubt}")
+    return lines

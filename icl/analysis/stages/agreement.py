@@ -1,13 +1,16 @@
-"""Which candidates of several signals are one boundary, where it lies, and how far it is to be trusted.
+"""Agreement between signals: which candidates are one boundary, where it lies, and its verdict.
 
-Candidates of several signals are one boundary if they lie within `tolerance` of the strongest in u = ln(step + 1), or within two
-standard errors of the difference and twice `tolerance`. Its place is their mean by inverse variance, one candidate for each
-group of signals, with an error widened by the Birge ratio (Birge 1932) where they scatter more than their errors say. Verdicts:
+Candidates of several signals form one boundary if they are close to the strongest in u = ln(step + 1). Close means within
+`tolerance`, or within two standard errors of the difference and twice `tolerance`. The time of the boundary is the mean of the
+candidates, weighted by inverse variance, with one candidate for each group of dependent signals. If the candidates scatter
+more than their errors allow, the error is multiplied by the Birge ratio (Birge 1932). Verdicts:
 
-- `ok`: signals of two independent groups show it, and at least one also with a shorter and a longer kernel;
-- `suspect`: one group shows it, by `STRONG` standard errors, or no signal under all kernels. Loss and ICL score are one
-  group, and so are loss and an LLC that mirrors it around the boundary (`stage_signals.mirrors_loss`);
-- `invalid`: one group shows it by fewer, or two standard errors reach an end of the curves, or a stronger boundary.
+- `ok`: signals of at least two independent groups show the boundary, and at least one shows it also with a shorter and a
+  longer kernel.
+- `suspect`: only one group shows it, by at least `STRONG` standard errors; or no signal shows it with all kernels. Loss and
+  ICL score are one group. Loss and an LLC that mirrors it near the boundary (`signals.mirrors_loss`) are one group too.
+- `invalid`: only one group shows it, by fewer standard errors; or two standard errors reach an end of the curves, or a
+  stronger boundary.
 """
 
 import math
@@ -18,12 +21,12 @@ import numpy as np
 
 from icl.analysis.stages.boundaries import Boundary, find_boundaries
 from icl.analysis.stages.signals import Signal, Verdict, mirrors_loss
-from icl.analysis.stages.smoothing import Fit
+from icl.analysis.stages.smoothing import SmoothedSignal
 
 STRONG = 5.0
-"""Standard errors that one signal alone must have (ours; `boundaries.SIGNIFICANCE` suffices where two agree)."""
+"""Standard errors that a boundary needs in one signal alone (our choice). Two signals need `boundaries.SIGNIFICANCE`."""
 AROUND = 1.0
-"""Units of log time around a boundary over which an LLC may mirror the loss."""
+"""Units of log time on each side of a boundary in which we ask whether an LLC mirrors the loss."""
 
 
 class Candidate(NamedTuple):
@@ -32,11 +35,11 @@ class Candidate(NamedTuple):
     signal: Signal
     boundary: Boundary
     group: str
-    """Of the signal; the loss's where an LLC mirrors it."""
+    """Group of the signal, or `loss` for an LLC that mirrors the loss here."""
 
 
-class Agreed(NamedTuple):
-    """A boundary of the run."""
+class RunBoundary(NamedTuple):
+    """A boundary of the run, from all signals that show it."""
 
     time: float
     stderr: float
@@ -46,113 +49,110 @@ class Agreed(NamedTuple):
 
     @property
     def strength(self) -> float:
-        """Of the signal that shows it best, in standard errors."""
-        return max(one.boundary.strength for one in self.candidates)
+        """Strength in the signal that shows the boundary best, in standard errors."""
+        return max(candidate.boundary.strength for candidate in self.candidates)
 
 
-def agree(signals: Sequence[Signal], fits: Mapping[str, Fit], *, tolerance: float, least_change: float) -> list[Agreed]:
-    """The boundaries that the signals show, in order of time.
+def agree(signals: Sequence[Signal], fits: Mapping[str, SmoothedSignal], *, tolerance: float, least_change: float) -> list[RunBoundary]:
+    """Find the boundaries that the signals show, in order of time.
 
     Args:
-        signals: All that there are.
-        fits: Their curves, by name.
-        tolerance: Signals agree within this, in ln(step + 1).
-        least_change: As `boundaries.find_boundaries` takes it.
+        signals: All signals of the run.
+        fits: Smoothed signals, by name.
+        tolerance: Largest distance between candidates that are one boundary, in ln(step + 1).
+        least_change: Least move of a stage, as a share of the signal's range.
     """
-    waiting = [
-        Candidate(one, boundary, _group(one, boundary.time))
-        for one in signals
-        for boundary in find_boundaries(fits[one.name], least_change=least_change)
+    remaining = [
+        Candidate(signal, boundary, _group(signal, boundary.time))
+        for signal in signals
+        for boundary in find_boundaries(fits[signal.name], least_change=least_change)
     ]
     groups: list[list[Candidate]] = []
-    while waiting:
-        first = max(waiting, key=lambda one: one.boundary.strength)
-        together = [first]
+    while remaining:
+        strongest = max(remaining, key=lambda candidate: candidate.boundary.strength)
+        group = [strongest]
         for signal in signals:
-            near = [one for one in waiting if one.signal is signal and _agree(first, one, tolerance)]
-            if near and signal is not first.signal:
-                together.append(min(near, key=lambda one: abs(one.boundary.time - first.boundary.time)))
-        groups.append(together)
-        waiting = [one for one in waiting if not any(one is taken for taken in together)]
-    ends = [float(one.points.times[place]) for one in fits.values() for place in (0, -1)]
+            close = [each for each in remaining if each.signal is signal and _is_close(strongest, each, tolerance)]
+            if close and signal is not strongest.signal:
+                group.append(min(close, key=lambda each: abs(each.boundary.time - strongest.boundary.time)))
+        groups.append(group)
+        remaining = [each for each in remaining if not any(each is taken for taken in group)]
+    ends = [float(smoothed.points.times[index]) for smoothed in fits.values() for index in (0, -1)]
     span = (min(ends, default=0.0), max(ends, default=0.0))
-    return _told_apart(sorted((_judge(one, signals, span) for one in groups), key=lambda one: one.time))
+    boundaries = [_judge(group, signals, span) for group in groups]
+    return _reject_overlapping(sorted(boundaries, key=lambda boundary: boundary.time))
 
 
 def _group(signal: Signal, time: float) -> str:
     return "loss" if mirrors_loss(signal, time - AROUND, time + AROUND) else signal.group
 
 
-def _agree(first: Candidate, second: Candidate, tolerance: float) -> bool:
-    apart = abs(first.boundary.time - second.boundary.time)
+def _is_close(first: Candidate, second: Candidate, tolerance: float) -> bool:
+    distance = abs(first.boundary.time - second.boundary.time)
     error = math.hypot(first.boundary.stderr, second.boundary.stderr)
-    return apart <= max(tolerance, min(2 * error, 2 * tolerance))
+    return distance <= max(tolerance, min(2 * error, 2 * tolerance))
 
 
-def _judge(together: Sequence[Candidate], signals: Sequence[Signal], span: tuple[float, float]) -> Agreed:
-    """The place and the verdict of candidates that are one boundary."""
-    groups = sorted({one.group for one in together})
-    most_certain = [
-        min((one.boundary for one in together if one.group == group), key=lambda one: one.stderr) for group in groups
-    ]
-    weights = np.array([one.stderr**-2 for one in most_certain])
-    places = np.array([one.time for one in most_certain])
-    time = float(weights @ places / weights.sum())
-    scatter = float(weights @ (places - time) ** 2) / max(len(places) - 1, 1)
-    stderr = math.sqrt(max(1.0, scatter) / weights.sum())
-    names = [one.signal.name for one in together]
+def _judge(candidates: Sequence[Candidate], signals: Sequence[Signal], span: tuple[float, float]) -> RunBoundary:
+    """Combine candidates into one boundary, with its time and verdict."""
+    groups = sorted({candidate.group for candidate in candidates})
+    time, stderr = _mean_time(candidates, groups)
+    is_robust = any(candidate.boundary.is_robust for candidate in candidates)
     reasons = []
-    if any(one.signal.name == "llc" and one.group == "loss" for one in together):
-        reasons.append("the LLC mirrors the loss here (E[L] hardly moves), so it is no signal of its own")
+    if any(candidate.signal.name == "llc" and candidate.group == "loss" for candidate in candidates):
+        reasons.append("the LLC mirrors the loss here (E[L] hardly moves), so it is not an independent signal")
     if len(groups) == 1:
-        others = [one.name for one in signals if one.name not in names]
-        reasons.append(
-            f"only {and_words(names)} {_verb(names)} it, not {', '.join(others)}"
-            if others
-            else "there is no other signal"
-        )
-    if not any(one.boundary.is_robust for one in together):
-        reasons.append("shorter or longer smoothing does not show it")
-    strength = max(one.boundary.strength for one in together)
-    against = []
+        reasons.append(_only_these(candidates, signals))
+    if not is_robust:
+        reasons.append("it disappears with shorter or longer smoothing")
+    strength = max(candidate.boundary.strength for candidate in candidates)
+    fatal = []
     if len(groups) == 1 and strength < STRONG:
-        against.append(
-            f"it stands out by {strength:.1f} standard errors, and {STRONG:g} are needed in one signal alone"
-        )
+        fatal.append(f"its strength is {strength:.1f} standard errors; a single signal needs {STRONG:g}")
     if time - 2 * stderr < span[0] or time + 2 * stderr > span[1]:
-        against.append("its place is not known: two standard errors reach an end of the run")
-    if against:
-        return Agreed(time, stderr, tuple(together), "invalid", (*against, *reasons))
-    is_ok = len(groups) > 1 and any(one.boundary.is_robust for one in together)
-    return Agreed(time, stderr, tuple(together), "ok" if is_ok else "suspect", tuple(reasons))
+        fatal.append("its step is unknown: two standard errors reach an end of the run")
+    verdict: Verdict = "invalid" if fatal else "ok" if is_robust and len(groups) > 1 else "suspect"
+    return RunBoundary(time, stderr, tuple(candidates), verdict, (*fatal, *reasons))
 
 
-def _told_apart(boundaries: Sequence[Agreed]) -> list[Agreed]:
-    """With the weaker of two neighbours `invalid` that lie within two standard errors of each other."""
-    told: list[Agreed] = []
-    for one in boundaries:
-        before = next((other for other in reversed(told) if other.verdict != "invalid"), None)
-        told.append(one)
-        if before is None or one.verdict == "invalid":
+def _mean_time(candidates: Sequence[Candidate], groups: Sequence[str]) -> tuple[float, float]:
+    """Return the weighted mean time and its error, from the most certain candidate of each group."""
+    most_certain = [
+        min((each.boundary for each in candidates if each.group == group), key=lambda boundary: boundary.stderr)
+        for group in groups
+    ]
+    weights = np.array([boundary.stderr**-2 for boundary in most_certain])
+    times = np.array([boundary.time for boundary in most_certain])
+    mean = float(weights @ times / weights.sum())
+    birge_ratio = float(weights @ (times - mean) ** 2) / max(len(times) - 1, 1)  # squared
+    return mean, math.sqrt(max(1.0, birge_ratio) / weights.sum())
+
+
+def _only_these(candidates: Sequence[Candidate], signals: Sequence[Signal]) -> str:
+    names = [candidate.signal.name for candidate in candidates]
+    others = [signal.name for signal in signals if signal.name not in names]
+    verb = "shows" if len(names) == 1 else "show"
+    return f"only {' and '.join(names)} {verb} it, not {', '.join(others)}" if others else "there is no other signal"
+
+
+def _reject_overlapping(boundaries: Sequence[RunBoundary]) -> list[RunBoundary]:
+    """Mark the weaker of two boundaries as `invalid` if they lie within two standard errors of each other."""
+    checked: list[RunBoundary] = []
+    for boundary in boundaries:
+        checked.append(boundary)
+        usable = [index for index, each in enumerate(checked) if each.verdict != "invalid"]
+        if boundary.verdict == "invalid" or len(usable) < 2:
             continue
-        if one.time - before.time < 2 * math.hypot(one.stderr, before.stderr):
-            weaker = min(before, one, key=lambda it: (it.verdict == "ok", it.strength))
-            other = one if weaker is before else before
-            reason = f"it cannot be told from the boundary at step {step_words(other.time)}"
-            place = next(place for place, it in enumerate(told) if it is weaker)
-            told[place] = weaker._replace(verdict="invalid", reasons=(reason, *weaker.reasons))
-    return told
+        previous = checked[usable[-2]]
+        if boundary.time - previous.time < 2 * math.hypot(boundary.stderr, previous.stderr):
+            # On a tie the earlier boundary counts as weaker, as `min` takes the first of its arguments.
+            index = min(usable[-2:], key=lambda index: (checked[index].verdict == "ok", checked[index].strength))
+            weaker, other = checked[index], boundary if index == usable[-2] else previous
+            reason = f"it is not significantly separate from the boundary at step {step_text(other.time)}"
+            checked[index] = weaker._replace(verdict="invalid", reasons=(reason, *weaker.reasons))
+    return checked
 
 
-def step_words(time: float) -> str:
-    """A log time as a step, for people."""
+def step_text(time: float) -> str:
+    """Return the step of a log time as printed text."""
     return f"{math.expm1(time):,.0f}"
-
-
-def and_words(names: Sequence[str]) -> str:
-    """Names in a sentence."""
-    return " and ".join(names)
-
-
-def _verb(names: Sequence[str]) -> str:
-    return "shows" if len(names) == 1 else "show"
