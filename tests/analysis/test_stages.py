@@ -312,15 +312,15 @@ def test_too_few_steps_are_told_where_there_are_any(tmp_path):
 def test_an_llc_that_begins_late_says_from_which_steps_it_is_known():
     signals = published(0, FEWER)
     late = signals[1]._replace(points=signals[1].points[signals[1].points["step"] >= 10_000].reset_index(drop=True))
-    boundaries, parts = found([signals[0], late])
-    assert parts[0].reasons[0] == "no type: the LLC is not known"
-    told = stages._summary([signals[0], late], [], boundaries, parts)
+    _, parts = found([signals[0], late])
+    assert parts[0].reasons[0] == "no type: the LLC is unknown"
+    told = stages._stage_lines([signals[0], late], parts)
     span = f"{FEWER[FEWER >= 10_000][0]:,} to 499,999"
-    assert any(f"not known over all of it (usable estimates lie at steps {span})" in line for line in told)
+    assert any(f"the LLC is unknown for part of it (usable steps: {span})" in line for line in told)
 
 
 def test_an_error_below_one_step_keeps_a_digit():
-    assert [stages._error_words(error) for error in (0.0, 0.036, 0.36, 0.97, 1.2, 1234.5)] == [
+    assert [stages._error_text(error) for error in (0.0, 0.036, 0.36, 0.97, 1.2, 1234.5)] == [
         "0", "0.04", "0.4", "1", "1", "1,234"
     ]  # fmt: skip
 

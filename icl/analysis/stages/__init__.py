@@ -208,7 +208,12 @@ def _boundary_rows(boundary: RunBoundary) -> list[TableRow]:
     labels: TableRow = {"quantity": "boundary", "signal": names, "verdict": boundary.verdict}
     rows = [labels | {"reasons": "; ".join(boundary.reasons)} | _time_columns(boundary.time, boundary.stderr)]
     for signal, candidate, _ in boundary.candidates:
-        labels = {"quantity": "candidate", "signal": signal.name, "kind": candidate.kind, "strength": candidate.strength}
+        labels = {
+            "quantity": "candidate",
+            "signal": signal.name,
+            "kind": candidate.kind,
+            "strength": candidate.strength,
+        }
         rows.append(labels | {"verdict": boundary.verdict} | _time_columns(candidate.time, candidate.stderr))
     return rows
 
@@ -234,12 +239,16 @@ def _boundary_lines(boundaries: Sequence[RunBoundary]) -> list[str]:
     plural = "boundary" if num_usable == 1 else "boundaries"
     lines = [f"{num_usable} {plural} between stages." if num_usable else "No boundaries, so no stages, were found."]
     for boundary in boundaries:
-        error = math.exp(boundary.time) * boundary.stderr
-        error_text = f"{error:,.0f}" if error >= 1 else f"{error:.1g}"
+        error = _error_text(math.exp(boundary.time) * boundary.stderr)
         names = " and ".join(candidate.signal.name for candidate in boundary.candidates)
         reasons = f": {'; '.join(boundary.reasons)}" if boundary.reasons else ""
-        lines.append(f"  step {step_text(boundary.time)} ± {error_text}  {boundary.verdict}, in {names}{reasons}")
+        lines.append(f"  step {step_text(boundary.time)} ± {error}  {boundary.verdict}, in {names}{reasons}")
     return lines
+
+
+def _error_text(error: float) -> str:
+    """Return an error in steps as printed text, with at least one significant digit."""
+    return f"{error:,.0f}" if error >= 1 else f"{error:.1g}"
 
 
 def _stage_lines(signals: Sequence[Signal], stages: Sequence[Stage]) -> list[str]:

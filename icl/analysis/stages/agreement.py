@@ -53,7 +53,9 @@ class RunBoundary(NamedTuple):
         return max(candidate.boundary.strength for candidate in self.candidates)
 
 
-def agree(signals: Sequence[Signal], fits: Mapping[str, SmoothedSignal], *, tolerance: float, least_change: float) -> list[RunBoundary]:
+def agree(
+    signals: Sequence[Signal], fits: Mapping[str, SmoothedSignal], *, tolerance: float, least_change: float
+) -> list[RunBoundary]:
     """Find the boundaries that the signals show, in order of time.
 
     Args:

@@ -265,7 +265,9 @@ def _plateau(intervals: _Intervals, low: int, high: int, at: int | None) -> _Kno
     return best
 
 
-def _knot_boundary(kind: Kind, knot: int, strength: float, intervals: _Intervals, chosen: Sequence[int]) -> _KnotBoundary:
+def _knot_boundary(
+    kind: Kind, knot: int, strength: float, intervals: _Intervals, chosen: Sequence[int]
+) -> _KnotBoundary:
     """Build a boundary whose exact time lies between the middles of its two motions."""
     stretches = tuple((int(intervals.first[index]), int(intervals.last[index])) for index in chosen)
     low, high = (sum(ends) // 2 for ends in stretches[:2])
