@@ -50,7 +50,7 @@ from icl.metrics import Estimate
 from icl.stacked import Params, unstack
 from icl.tasks.prompts import Prompts
 from icl.transformer import Attention, Transformer
-from icl.validation import ConfigError
+from icl.validation import require_count
 
 HARD = 1e-3
 """Attention weights up to this count as zero in `hardness`."""
@@ -70,8 +70,7 @@ class Settings:
     num_prompts: int = field(default=512, metadata={"help": "number of prompts"})
 
     def __post_init__(self) -> None:
-        if self.num_prompts < 2:
-            raise ConfigError(f"`num_prompts` must be at least 2, got {self.num_prompts}.")
+        require_count("num_prompts", self.num_prompts, 2)
 
 
 def analyse(path: Path, settings: Settings) -> Result:

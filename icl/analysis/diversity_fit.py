@@ -35,7 +35,7 @@ from sklearn.preprocessing import StandardScaler
 from icl.analysis.run import Result
 from icl.reading import MAX_TABLE, ContentError, parse_json, read_bytes
 from icl.table_files import read_table, require_numbers
-from icl.validation import ConfigError, UserError, parse_num_tasks
+from icl.validation import ConfigError, UserError, parse_num_tasks, require
 
 MIN_GROUPS = 4
 FEW_GROUPS = 10
@@ -77,12 +77,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         names = self.features.split(",")
-        if len(set(names)) < len(names):
-            raise ConfigError(f"`features` must not name a feature twice, got {self.features!r}.")
-        if self.features != "auto" and not set(names) <= set(FEATURES):
-            raise ConfigError(
-                f"`features` must be `auto` or a comma-separated list from {', '.join(FEATURES)}, got {self.features!r}."
-            )
+        is_unique, is_known = len(set(names)) == len(names), self.features == "auto" or set(names) <= set(FEATURES)
+        require(is_unique, f"`features` must not name a feature twice, got {self.features!r}.")
+        choices = f"`auto` or a comma-separated list from {', '.join(FEATURES)}"
+        require(is_known, f"`features` must be {choices}, got {self.features!r}.")
 
 
 class ValidatedFit(NamedTuple):

@@ -35,7 +35,7 @@ from torch import Tensor
 from icl.analysis.run import Members, Result, as_table, over_checkpoints
 from icl.measure import Entry, Measurement
 from icl.stacked import Params, unstack
-from icl.validation import ConfigError
+from icl.validation import require, require_number
 
 VERSION = 1
 
@@ -52,10 +52,9 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        if not self.threshold > 0:
-            raise ConfigError(f"`threshold` must be positive, got {self.threshold}.")
-        if not 0 < self.spectrum_kept <= 1:
-            raise ConfigError(f"`spectrum_kept` must be above 0 and at most 1, got {self.spectrum_kept}.")
+        require_number("threshold", self.threshold, "positive")
+        is_share = 0 < self.spectrum_kept <= 1
+        require(is_share, f"`spectrum_kept` must be above 0 and at most 1, got {self.spectrum_kept}.")
 
 
 class Readout(NamedTuple):

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from icl import metrics, rng
-from icl.analysis.prompts import fixed_prompts, prompts_at_once
+from icl.analysis.prompts import fixed_prompts, prompts_at_once, require_multiple
 from icl.analysis.run import Members, Result, as_table, over_checkpoints
 from icl.config import ModelConfig
 from icl.flat import layout_of
@@ -42,7 +42,7 @@ from icl.linalg import Products, Ritz, Trace, lanczos, ritz, trace
 from icl.measure import Entry, Measurement
 from icl.stacked import Params, apply
 from icl.tasks.prompts import Prompts
-from icl.validation import ConfigError
+from icl.validation import require_count
 
 NUM_BATCHES = 8
 """Number of batches of prompts. Their scatter gives the standard error over draws of the prompts."""
@@ -72,13 +72,10 @@ class Settings:
     num_eigenvalues: int = field(default=3, metadata={"help": "eigenvalues reported at each end of the spectrum"})
 
     def __post_init__(self) -> None:
-        if self.num_prompts < NUM_BATCHES or self.num_prompts % NUM_BATCHES:
-            raise ConfigError(
-                f"`num_prompts` must be a multiple of {NUM_BATCHES} (the number of batches), got {self.num_prompts}."
-            )
-        for name, least in (("num_eigenvalues", 1), ("num_steps", 2 * self.num_eigenvalues), ("num_probes", 2)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        require_multiple("num_prompts", self.num_prompts, NUM_BATCHES)
+        require_count("num_eigenvalues", self.num_eigenvalues, 1)
+        require_count("num_steps", self.num_steps, 2 * self.num_eigenvalues)
+        require_count("num_probes", self.num_probes, 2)
 
 
 def analyse(path: Path, settings: Settings) -> Result:

@@ -4,9 +4,20 @@ import torch
 
 from icl.analysis.run import Members
 from icl.tasks.prompts import Distribution, Prompts, prompt_source
+from icl.validation import require
 
 _NUMBERS_AT_ONCE = 1e8
 """Largest number of activations in one pass. In float32 they take 4 bytes each; a second derivative keeps several copies."""
+
+
+def require_multiple(name: str, num_prompts: int, num_batches: int) -> None:
+    """Check that a number of prompts can be split into equal batches.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    is_multiple = num_prompts >= num_batches and num_prompts % num_batches == 0
+    require(is_multiple, f"`{name}` must be a multiple of {num_batches} (the number of batches), got {num_prompts}.")
 
 
 def fixed_prompts(members: Members, *, stream: str, distribution: Distribution, count: int) -> Prompts:

@@ -177,10 +177,10 @@ def test_what_cannot_be_done_is_a_sentence(tmp_path):
     folder = saved_run(tmp_path / "r", steps=(0, 1))
     for settings, error, said in (
         ({"num_prompts": 4}, CheckpointError, "at least three saved steps, got 2"),
-        ({"jointly_with": str(folder.path)}, ConfigError, "names a run twice"),
+        ({"jointly_with": str(folder.path)}, ConfigError, "must not name a run twice"),
         ({"bandwidth": 0.0}, ConfigError, "`bandwidth` must be positive"),
-        ({"num_components": 0}, ConfigError, "`num_components` must be at least 1"),
-        ({"num_prompts": 0}, ConfigError, "`num_prompts` must be at least 1"),
+        ({"num_components": 0}, ConfigError, "`num_components` must be a whole number of at least 1"),
+        ({"num_prompts": 0}, ConfigError, "`num_prompts` must be a whole number of at least 1"),
     ):
         with pytest.raises(error, match=said):
             analyse("essential-dynamics", folder.path, **settings)

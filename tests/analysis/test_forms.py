@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from icl.analysis.essential_dynamics.forms import Judged, find_forms, judged_candidates, planes, smooth_by_all
+from icl.analysis.essential_dynamics.forms import JudgedCandidate, find_forms, judged_candidates, planes, smooth_by_all
 from icl.analysis.essential_dynamics.plane_curves import smooth
 
 TIMES = np.linspace(0, 6, 300)
@@ -17,7 +17,7 @@ def judged(points, *, bandwidth=0.2, noise=0.0):
 
 
 def at(kind, plane, time, point, radius=0.0, reasons=""):
-    return Judged(kind, plane, time, 0.01, point, radius, 0.2, reasons)
+    return JudgedCandidate(kind, plane, time, 0.01, point, radius, 0.2, reasons)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01])

@@ -162,9 +162,9 @@ def test_a_figure_of_one_step():
     ("wrong", "said"),
     [
         ({"num_prompts": 12}, "multiple of 8"),
-        ({"num_steps": 5}, "`num_steps` must be at least 6"),
-        ({"num_probes": 1}, "`num_probes` must be at least 2"),
-        ({"num_eigenvalues": 0}, "`num_eigenvalues` must be at least 1"),
+        ({"num_steps": 5}, "`num_steps` must be a whole number of at least 6"),
+        ({"num_probes": 1}, "`num_probes` must be a whole number of at least 2"),
+        ({"num_eigenvalues": 0}, "`num_eigenvalues` must be a whole number of at least 1"),
     ],
 )
 def test_settings_that_cannot_be_are_sentences(wrong, said):

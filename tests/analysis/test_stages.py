@@ -248,7 +248,7 @@ def test_llc_estimates_are_of_one_kind_and_good_enough(tmp_path):
 
     (llc,), missing = read()
     assert len(llc.points) == 12
-    assert "settings b, 12 of 15 estimates, 12 of them suspect" in llc.source
+    assert "settings b; 12 of 15 estimates, 12 suspect" in llc.source
     assert any("no loss" in one for one in missing)
     assert len(read(worst_llc="invalid")[0][0].points) == 15
     assert len(read(worst_llc="ok")[0][0].points) == 10

@@ -50,7 +50,7 @@ from icl.metrics import Estimate
 from icl.stacked import Params, apply
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts
-from icl.validation import ConfigError
+from icl.validation import require, require_count
 
 VERSION = 1
 SETS = ("pretrain", "true")
@@ -69,10 +69,9 @@ class StepSettings:
     num_probe_prompts: int = field(default=64, metadata={"help": "how many of these prompts the task vectors use"})
 
     def __post_init__(self) -> None:
-        if not 2 <= self.num_probe_prompts <= self.num_prompts:
-            raise ConfigError(
-                f"`num_probe_prompts` must be from 2 to `num_prompts` = {self.num_prompts}, got {self.num_probe_prompts}."
-            )
+        limits = f"from 2 to `num_prompts` = {self.num_prompts}"
+        is_inside = 2 <= self.num_probe_prompts <= self.num_prompts
+        require(is_inside, f"`num_probe_prompts` must be {limits}, got {self.num_probe_prompts}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +85,7 @@ class Settings(StepSettings, CurveSettings):
     def __post_init__(self) -> None:
         StepSettings.__post_init__(self)
         CurveSettings.__post_init__(self)
-        if self.num_ood_steps < 1:
-            raise ConfigError(f"`num_ood_steps` must be at least 1, got {self.num_ood_steps}.")
+        require_count("num_ood_steps", self.num_ood_steps, 1)
 
 
 def analyse(path: Path, settings: Settings) -> Result:

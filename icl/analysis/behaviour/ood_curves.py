@@ -29,7 +29,7 @@ from icl.evaluation import Predict, predict_prompts
 from icl.metrics import Estimate
 from icl.stacked import Params
 from icl.tasks.prompts import Prompts
-from icl.validation import ConfigError
+from icl.validation import require, require_count
 
 LOWEST, HIGHEST = -2.5, 4.5
 """log10 of the first and last multiplier."""
@@ -49,10 +49,9 @@ class CurveSettings:
     num_ood_prompts: int = field(default=64, metadata={"help": "number of prompts at each multiplier"})
 
     def __post_init__(self) -> None:
-        if self.num_scales < 0 or self.num_scales == 1:
-            raise ConfigError(f"`num_scales` must be 0 or at least 2, got {self.num_scales}.")
-        if self.num_ood_prompts < 2:
-            raise ConfigError(f"`num_ood_prompts` must be at least 2, got {self.num_ood_prompts}.")
+        is_valid = self.num_scales == 0 or self.num_scales >= 2
+        require(is_valid, f"`num_scales` must be 0 or at least 2, got {self.num_scales}.")
+        require_count("num_ood_prompts", self.num_ood_prompts, 2)
 
 
 class Curve(NamedTuple):

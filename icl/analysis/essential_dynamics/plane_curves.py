@@ -1,21 +1,23 @@
-"""Smooth curves in log time, and the geometry of their projections on planes: circles of curvature, cusps, vertices.
+"""Smooth curves in log time, and the geometry of their projections on planes: osculating circles, cusps, vertices.
 
-Smoothing: local cubic regression with Gaussian weights (Fan and Gijbels 1996, chapter 3) in u = ln(step + 1). Around every
-u0 the cubic sum_p b_p (u - u0)^p is fitted with weights exp(-(u - u0)^2 / 2 h^2), and r^(p)(u0) is p! b_p: derivatives come
-from the fit, are exact for cubics whatever the spacing, and have standard errors, since they are linear in the data. The
-kernel's width is h = max(`bandwidth`, half the distance to the sixth nearest checkpoint), so the few early checkpoints are
-not interpolated. The original smooths over the checkpoint's index, by a width that grows with it (0.06 per checkpoint,
-which is about h = 0.06 here), and its Gaussian derivative kernels are wrong; we differentiate the fit instead. Noise is the
-local mean square of the residuals; neighbouring ones count as independent, which flatters the errors of a dense tail.
+Smoothing is local cubic regression with Gaussian weights (Fan and Gijbels 1996, chapter 3) in u = ln(step + 1). At every u0 we
+fit the cubic sum_p b_p (u - u0)^p with weights exp(-(u - u0)^2 / 2 h^2); then r^(p)(u0) = p! b_p. These derivatives are exact
+for cubics at any spacing. They are linear in the data, so they have standard errors. The kernel width is h = max(`bandwidth`,
+half the distance to the sixth nearest checkpoint), so the few early checkpoints are not interpolated. The noise is the local
+mean square of the residuals. We treat neighbouring residuals as independent, which makes errors too small where checkpoints are
+dense. The original smooths over the index of the checkpoint, with a width proportional to it (0.06 per checkpoint, about h = 0.06
+here). Its Gaussian derivative kernels are wrong, so we differentiate the fit instead.
 
-Geometry of a plane curve r(u), which does not depend on the parametrisation: with v = |r'| and c = x'y'' - y'x'', signed
-curvature c / v^3, centre of the osculating circle r + v^2 / c (-y', x'); the centres are the evolute.
-- A cusp: r' = 0 and r'' is not, so that the motion turns back (Hoogland et al. 2024 ask for r'' = 0 too, which an ordinary
-  cusp (t^2, t^3) does not have). A candidate is a minimum of v where |r''| h, the change of r' within a width, is four
-  standard errors above zero, v is less than a tenth of it plus two standard errors, and a width before and after the curve
-  lies off to the side of r'', by a tenth of h^2 |r''| / 2 at least (training sets out slowly, but from nowhere).
-- A vertex: the circle has four-point contact; curvature' = 0; the evolute has a cusp. A candidate is an extremum of
-  curvature that stands out by a tenth, and by three standard errors, from one and a half widths before and after.
+The geometry of a plane curve r(u) does not depend on the parametrisation. With v = |r'| and c = x'y'' - y'x'', the signed
+curvature is c / v^3, and the centre of the osculating circle is r + v^2 / c (-y', x'). The centres form the evolute.
+
+- Cusp: r' = 0 and r'' is not zero, so the motion turns back. (Hoogland et al. 2024 also require r'' = 0, but the ordinary cusp
+  (t^2, t^3) does not have it.) A candidate is a minimum of v that meets three conditions. |r''| h, the change of r' within one
+  width, is four standard errors above zero. v is below a tenth of it plus two standard errors. One width before and after, the
+  curve lies on the side of r'', by at least a tenth of h^2 |r''| / 2. (The last condition excludes the start of training, which is
+  slow but does not turn back.)
+- Vertex: the circle has four-point contact, so curvature' = 0 and the evolute has a cusp. A candidate is an extremum of the
+  curvature that differs by a tenth, and by three standard errors, from one and a half widths before and after.
 """
 
 import math
@@ -26,51 +28,53 @@ import numpy as np
 from jaxtyping import Float, Int
 
 NEIGHBOURS = 6
+"""The kernel width is at least half the distance to this nearest checkpoint."""
 MIN_POINTS = 8
-"""Checkpoints below which nothing is smoothed."""
+"""Least number of checkpoints for smoothing."""
 _NUMBERS_AT_ONCE = 4_000_000
+"""Largest number of weights in memory at a time."""
 
 Kind = Literal["cusp", "vertex"]
 
 
 class Smooth(NamedTuple):
-    """A smoothed curve, at some points of log time."""
+    """A smoothed curve on a grid of log times."""
 
     times: Float[np.ndarray, " G"]
     """u = ln(step + 1)."""
     widths: Float[np.ndarray, " G"]
-    """Of the kernel."""
+    """Width of the kernel at every time."""
     derivatives: Float[np.ndarray, "G 3 C"]
     """r, r' and r'' in u."""
     noise: Float[np.ndarray, "G C"]
     """Standard deviation of the observations about the curve."""
     gains: Float[np.ndarray, "G 3 3"]
-    """Covariances of r, r' and r'' for noise of variance one, the same for every component."""
+    """Covariances of r, r' and r'' for noise of variance one. They are the same for every component."""
 
 
 class Circles(NamedTuple):
     """The osculating circles of a plane curve."""
 
     curvature: Float[np.ndarray, " G"]
-    """Signed, positive to the left of the motion."""
+    """Signed curvature; positive if the curve turns left."""
     stderr: Float[np.ndarray, " G"]
-    """Of the curvature."""
+    """Standard error of the curvature."""
     centre: Float[np.ndarray, "G 2"]
 
 
 class Candidate(NamedTuple):
-    """A place that may be a cusp or a vertex."""
+    """A point of the curve that may be a cusp or a vertex."""
 
     kind: Kind
     time: float
     point: tuple[float, float]
-    """The cusp, or the centre of the vertex's circle."""
+    """Position of the cusp, or centre of the vertex's circle."""
     radius: float
-    """Of the circle; 0 at a cusp."""
+    """Radius of the circle; 0 at a cusp."""
 
 
 def log_time(steps: Int[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
-    """The time u = ln(step + 1)."""
+    """Return the log time u = ln(step + 1)."""
     return np.log1p(steps.astype(np.float64))
 
 
@@ -82,14 +86,14 @@ def smooth(
     bandwidth: float,
     factor: float = 1.0,
 ) -> Smooth:
-    """The local cubic fit at the points `at`.
+    """Fit local cubics at the times `at`.
 
     Args:
-        times: Of the observations, rising.
+        times: Log times of the observations, in ascending order.
         values: The observations.
-        at: Where to evaluate.
-        bandwidth: The kernel's least width, in units of log time.
-        factor: On every width, to see what depends on it.
+        at: Log times at which to evaluate the curve.
+        bandwidth: Least width of the kernel, in log time.
+        factor: Factor for every width, to test how results depend on it.
 
     Raises:
         ValueError: If there are fewer than `MIN_POINTS` observations.
@@ -99,8 +103,10 @@ def smooth(
     residuals, leverage = np.empty_like(values), np.empty(len(times))
     for part, weights in _weights(times, times, factor * kernel_widths(times, times, bandwidth)):
         residuals[part] = values[part] - weights[:, 0] @ values
-        own = weights[np.arange(part.stop - part.start), 0, np.arange(part.start, part.stop)]
-        leverage[part] = 1 - 2 * own + (weights[:, 0] ** 2).sum(1)  # the residual's variance for noise of variance one
+        own_weight = weights[np.arange(part.stop - part.start), 0, np.arange(part.start, part.stop)]
+        leverage[part] = (
+            1 - 2 * own_weight + (weights[:, 0] ** 2).sum(1)
+        )  # residual's variance for noise of variance one
     widths = factor * kernel_widths(times, at, bandwidth)
     derivatives, gains = np.empty((len(at), 3, values.shape[1])), np.empty((len(at), 3, 3))
     noise = np.empty((len(at), values.shape[1]))
@@ -115,14 +121,14 @@ def smooth(
 def kernel_widths(
     times: Float[np.ndarray, " S"], at: Float[np.ndarray, " G"], bandwidth: float
 ) -> Float[np.ndarray, " G"]:
-    """The kernel's h at every point: `bandwidth`, or more where checkpoints are sparse."""
-    place = min(NEIGHBOURS, len(times)) - 1
-    distances = [np.partition(np.abs(times - point), place)[place] for point in at]
+    """Return the kernel width h at every time: `bandwidth`, or more where checkpoints are sparse."""
+    rank = min(NEIGHBOURS, len(times)) - 1
+    distances = [np.partition(np.abs(times - time), rank)[rank] for time in at]
     return np.maximum(bandwidth, np.array(distances) / 2)
 
 
 def fine_grid(times: Float[np.ndarray, " S"], *, bandwidth: float) -> Float[np.ndarray, " G"]:
-    """Return the observations' times and points between them, ten to a bandwidth."""
+    """Return the times of the observations, and evenly spaced times between them, ten per bandwidth."""
     count = max(2, math.ceil((times[-1] - times[0]) / bandwidth * 10) + 1)
     between = np.linspace(times[0], times[-1], count)
     right = np.searchsorted(times, between).clip(1, len(times) - 1)
@@ -132,32 +138,36 @@ def fine_grid(times: Float[np.ndarray, " S"], *, bandwidth: float) -> Float[np.n
 
 
 def arc_length(points: Float[np.ndarray, "G C"]) -> Float[np.ndarray, " G"]:
-    """The length of the curve up to every point, along chords."""
+    """Return the length of the curve up to every point, as a sum of chords."""
     return np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))])
 
 
 def osculating_circles(curve: Smooth, plane: tuple[int, int]) -> Circles:
-    """The circles of the projection on two components; centres are infinite where the curve is straight."""
+    """Return the circles of the projection on two components. Centres are infinite where the curve is straight."""
     position, first, second = np.moveaxis(curve.derivatives[:, :, list(plane)], 1, 0)
     speed, cross = np.linalg.norm(first, axis=1), first[:, 0] * second[:, 1] - first[:, 1] * second[:, 0]
     normal = np.stack([-first[:, 1], first[:, 0]], axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         curvature = cross / speed**3
         centre = position + (speed**2 / cross)[:, None] * normal
-        in_first = np.stack([second[:, 1], -second[:, 0]], 1) / speed[:, None] ** 3
-        in_first -= 3 * (cross / speed**5)[:, None] * first
-        in_second = normal / speed[:, None] ** 3
-    parts = (
-        in_first**2 * curve.gains[:, 1, 1, None]
-        + 2 * in_first * in_second * curve.gains[:, 1, 2, None]
-        + in_second**2 * curve.gains[:, 2, 2, None]
+        # Derivatives of the curvature in r' and r'', for its error to first order.
+        by_first = np.stack([second[:, 1], -second[:, 0]], 1) / speed[:, None] ** 3
+        by_first -= 3 * (cross / speed**5)[:, None] * first
+        by_second = normal / speed[:, None] ** 3
+    terms = (
+        by_first**2 * curve.gains[:, 1, 1, None]
+        + 2 * by_first * by_second * curve.gains[:, 1, 2, None]
+        + by_second**2 * curve.gains[:, 2, 2, None]
     )
-    variance = (parts * curve.noise[:, list(plane)] ** 2).sum(1)
+    variance = (terms * curve.noise[:, list(plane)] ** 2).sum(1)
     return Circles(curvature, np.sqrt(np.maximum(variance, 0)), centre)
 
 
 def candidates(curve: Smooth, plane: tuple[int, int]) -> list[Candidate]:
-    """Cusps and vertices of a projection, in order of time; none within a width of the ends, or at a cusp twice."""
+    """Find cusps and vertices of a projection, in order of time.
+
+    None lies within one width of the ends. A vertex within one width of a cusp is left out.
+    """
     circles = osculating_circles(curve, plane)
     cusps = list(_cusps(curve, plane))
     vertices = [
@@ -165,66 +175,65 @@ def candidates(curve: Smooth, plane: tuple[int, int]) -> list[Candidate]:
         for vertex, width in _vertices(curve, circles)
         if all(abs(vertex.time - cusp.time) > width for cusp in cusps)
     ]
-    return sorted([*cusps, *vertices], key=lambda one: one.time)
+    return sorted([*cusps, *vertices], key=lambda candidate: candidate.time)
 
 
 def _cusps(curve: Smooth, plane: tuple[int, int]) -> Iterator[Candidate]:
     position, first, second = np.moveaxis(curve.derivatives[:, :, list(plane)], 1, 0)
     speed, change = np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1) * curve.widths
-    noise = curve.noise[:, list(plane)].max(1)  # in the noisier direction
-    speed_error, change_error = (
-        noise * np.sqrt(curve.gains[:, 1, 1]),
-        noise * np.sqrt(curve.gains[:, 2, 2]) * curve.widths,
-    )
-    for place in (np.flatnonzero((speed[1:-1] < speed[:-2]) & (speed[1:-1] <= speed[2:])) + 1).tolist():
-        is_turning = change[place] > 4 * change_error[place]
-        is_still = speed[place] < 0.1 * change[place] + 2 * speed_error[place]
-        if not (is_turning and is_still and _is_inside(curve, place)):
+    noise = curve.noise[:, list(plane)].max(1)  # that of the noisier component
+    speed_error = noise * np.sqrt(curve.gains[:, 1, 1])
+    change_error = noise * np.sqrt(curve.gains[:, 2, 2]) * curve.widths
+    for index in (np.flatnonzero((speed[1:-1] < speed[:-2]) & (speed[1:-1] <= speed[2:])) + 1).tolist():
+        is_turning = change[index] > 4 * change_error[index]
+        is_slow = speed[index] < 0.1 * change[index] + 2 * speed_error[index]
+        if not (is_turning and is_slow and _is_inside(curve, index)):
             continue
-        turn = second[place] / np.linalg.norm(second[place])
-        away = [(position[side] - position[place]) @ turn for side in _sides(curve, place, 1.0)]
-        if min(away) > 0.05 * change[place] * curve.widths[place]:  # a tenth of what r'' promises
-            yield Candidate("cusp", float(curve.times[place]), tuple(position[place].tolist()), 0.0)
+        direction = second[index] / np.linalg.norm(second[index])
+        distances = [(position[side] - position[index]) @ direction for side in _sides(curve, index, 1.0)]
+        if min(distances) > 0.05 * change[index] * curve.widths[index]:  # a tenth of h^2 |r''| / 2
+            yield Candidate("cusp", float(curve.times[index]), tuple(position[index].tolist()), 0.0)
 
 
 def _vertices(curve: Smooth, circles: Circles) -> Iterator[tuple[Candidate, float]]:
-    bend, stderr = np.abs(circles.curvature), circles.stderr
-    slopes = np.diff(circles.curvature)
-    for place in (np.flatnonzero(slopes[:-1] * slopes[1:] <= 0) + 1).tolist():
-        if not _is_inside(curve, place) or not bend[place] > 3 * stderr[place]:
+    """Yield every vertex with the kernel width there."""
+    curvature, stderr = circles.curvature, circles.stderr
+    slopes = np.diff(curvature)
+    for index in (np.flatnonzero(slopes[:-1] * slopes[1:] <= 0) + 1).tolist():
+        size = abs(curvature[index])
+        if not _is_inside(curve, index) or not size > 3 * stderr[index]:
             continue
-        sides = _sides(curve, place, 1.5)
-        rises = [circles.curvature[place] - circles.curvature[side] for side in sides]
-        if rises[0] * rises[1] <= 0:
-            continue
-        scales = [max(0.1 * bend[place], 3 * math.hypot(stderr[place], stderr[side])) for side in sides]
-        if all(abs(rise) > scale for rise, scale in zip(rises, scales, strict=True)):
-            point = tuple(circles.centre[place].tolist())
-            yield Candidate("vertex", float(curve.times[place]), point, float(1 / bend[place])), curve.widths[place]
+        sides = _sides(curve, index, 1.5)
+        rises = [curvature[index] - curvature[side] for side in sides]
+        least = [max(0.1 * size, 3 * math.hypot(stderr[index], stderr[side])) for side in sides]
+        is_extremum = rises[0] * rises[1] > 0
+        if is_extremum and all(abs(rise) > limit for rise, limit in zip(rises, least, strict=True)):
+            centre = tuple(circles.centre[index].tolist())
+            yield Candidate("vertex", float(curve.times[index]), centre, float(1 / size)), curve.widths[index]
 
 
-def _is_inside(curve: Smooth, place: int) -> bool:
-    """Whether a width fits in before the ends."""
-    time, width = curve.times[place], curve.widths[place]
+def _is_inside(curve: Smooth, index: int) -> bool:
+    """Return whether a point is at least one width away from both ends."""
+    time, width = curve.times[index], curve.widths[index]
     return bool(curve.times[0] + width <= time <= curve.times[-1] - width)
 
 
-def _sides(curve: Smooth, place: int, num_widths: float) -> list[int]:
-    """The points some widths before and after."""
-    around = curve.times[place] + num_widths * curve.widths[place] * np.array([-1, 1])
-    return [int(np.abs(curve.times - time).argmin()) for time in around]
+def _sides(curve: Smooth, index: int, num_widths: float) -> list[int]:
+    """Return the indices of the points that are some widths before and after a point."""
+    times = curve.times[index] + num_widths * curve.widths[index] * np.array([-1, 1])
+    return [int(np.abs(curve.times - time).argmin()) for time in times]
 
 
 def _weights(
     times: Float[np.ndarray, " S"], at: Float[np.ndarray, " G"], widths: Float[np.ndarray, " G"]
 ) -> Iterator[tuple[slice, Float[np.ndarray, "g 4 S"]]]:
-    """What each observation counts in r, r', r'' and r''' at some of the points, a stretch of points at a time."""
-    many = max(1, _NUMBERS_AT_ONCE // (4 * len(times)))
+    """Yield the weights of every observation in r, r', r'' and r''', for some of the times `at` after the other."""
+    num_together = max(1, _NUMBERS_AT_ONCE // (4 * len(times)))
     powers, factorials = np.arange(4), np.array([1.0, 1.0, 2.0, 6.0])
-    for start in range(0, len(at), many):
-        part = slice(start, min(start + many, len(at)))
+    for start in range(0, len(at), num_together):
+        part = slice(start, min(start + num_together, len(at)))
         distance = (times - at[part, None]) / widths[part, None]  # g S
         basis = np.stack([np.ones_like(distance), distance, distance**2, distance**3], axis=1)  # g 4 S
-        weighed = basis * np.exp(-0.5 * distance**2)[:, None]
+        weighted = basis * np.exp(-0.5 * distance**2)[:, None]
         scale = factorials / widths[part, None] ** powers  # g 4
-        yield part, scale[:, :, None] * (np.linalg.inv(weighed @ basis.mT) @ weighed)
+        yield part, scale[:, :, None] * (np.linalg.inv(weighted @ basis.mT) @ weighted)

@@ -1,25 +1,25 @@
-"""Principal components of a trajectory, and the random walks that their shares of variance are held against.
+"""Principal components of a trajectory, and random walks with which their shares of variance are compared.
 
-Components: eigenvectors of the covariance of the rows, each checkpoint counting once. Where features outnumber
-checkpoints they come from the centred inner products G (scikit-learn's KernelPCA of the linear kernel), else from the rows
-(scikit-learn's PCA); both give the same. Each component's sign is such that the runs begin on its negative side (where a
-cosine of a random walk has its largest value), so that it does not depend on the solver; order is by variance.
+Components are eigenvectors of the covariance of the rows; each checkpoint counts once. If there are more features than
+checkpoints, they are computed from the centred inner products G (scikit-learn's KernelPCA with a linear kernel), otherwise from
+the rows (scikit-learn's PCA). Both give the same result. Components are sorted by variance. The sign of a component is chosen so
+that the runs begin on its negative side, so it does not depend on the solver.
 
-Null models. A walk of many equal steps in very many dimensions has shares 6 / (pi k)^2 (S states: proportional to
-1 / sin^2(pi k / 2S)) and components that are cosines (Antognini and Sohl-Dickstein 2018): a smooth curve with a large first
-component is nothing remarkable. Checkpoints are not evenly spaced and training slows down, so the walks to compare with
-take the run's own steps d_i, the differences between saved states:
+Null models. A walk of many equal steps in very many dimensions has shares 6 / (pi k)^2 (for S states: proportional to
+1 / sin^2(pi k / 2S)), and its components are cosines (Antognini and Sohl-Dickstein 2018). So a smooth curve with a large first
+component is not evidence of structure. Checkpoints are not evenly spaced and training slows down. So we compare with walks made
+from the run's own steps d_i, the differences between consecutive states:
 
-- `walk_shares`: the expected G of a walk whose steps have the lengths |d_i| and independent directions, so Brownian motion
-  at the times tau_i = sum_{j<=i} |d_j|^2; for equal `durations` it is the closed form, with the
-  numbers of updates as durations Brownian motion of one rate, seen at the saved steps. Runs keep their starting points.
-- `flipped_walks`: the steps as they are, each with a random sign: a walk in the run's own directions, of which there may
-  be few. Its mean G is that of `walk_shares`; its spread says what shares chance can give.
+- `walk_shares`: the expected G of a walk whose steps have the lengths |d_i| and independent directions. This is Brownian motion
+  at the times tau_i = sum_{j<=i} |d_j|^2. With equal `durations` it is the closed form above. With the numbers of updates as
+  durations it is Brownian motion of constant rate, observed at the saved steps. Runs keep their starting points.
+- `flipped_walks`: the steps d_i with random signs. This is a walk in the run's own directions, of which there may be few. Its mean G
+  is that of `walk_shares`; its spread shows which shares can occur by chance.
 
-The first shares that Hoogland et al. 2024 give for L2H4, 0.65, 0.08 and 0.05, have such walks beside them: Brownian motion
-seen at 190 checkpoints on a log and a linear grid of 500,000 steps has 0.68, 0.14 and 0.05, on a linear one 0.61, 0.15, 0.07.
+For comparison: the first shares that Hoogland et al. 2024 give for L2H4 are 0.65, 0.08 and 0.05. Brownian motion observed at 190
+checkpoints on a log and a linear grid of 500,000 steps has 0.68, 0.14 and 0.05; on a linear grid it has 0.61, 0.15 and 0.07.
 
-The displacement ratio |sum d_i|^2 / sum |d_i|^2 is 1 on average for any of these, and the number of steps for a line.
+The displacement ratio |sum d_i|^2 / sum |d_i|^2 is 1 on average for all these walks, and the number of steps for a line.
 """
 
 from collections.abc import Sequence
@@ -34,10 +34,11 @@ from sklearn.decomposition import PCA, KernelPCA
 from icl.analysis.essential_dynamics.trajectories import Products, Row, feature_blocks
 
 _DENSE = 60
-"""Up to this size all eigenvalues cost less than iterating for the first."""
+"""Largest matrix for which a dense solver is faster than an iterative one."""
 _MANY = 2500
-"""From this many checkpoints on, fewer walks are drawn."""
+"""Number of checkpoints above which fewer walks are drawn."""
 SCORED_WALKS = 19
+"""Number of walks whose components are kept."""
 
 
 class Components(NamedTuple):
@@ -45,30 +46,30 @@ class Components(NamedTuple):
 
     scores: Float[np.ndarray, "S C"]
     shares: Float[np.ndarray, " C"]
-    """Of the variance, largest first."""
+    """Shares of the variance, largest first."""
     projected: Float[np.ndarray, "R C"]
-    """The references' scores; they had no part in the fit."""
+    """Scores of the references, which did not enter the fit."""
     captured: Float[np.ndarray, " R"]
-    """The share of each reference's squared distance to the mean that lies within these components."""
+    """Share of each reference's squared distance to the mean that lies within these components."""
 
 
 class Walks(NamedTuple):
-    """What random signs of the steps give."""
+    """Random walks made from the run's steps with random signs."""
 
     shares: Float[np.ndarray, "W C"]
     displacement: Float[np.ndarray, "W r"]
-    """The displacement ratio of every run."""
+    """Displacement ratio of every run in every walk."""
     scores: Float[np.ndarray, "w S C"]
-    """Of the first few walks, their components; signs are of no meaning."""
+    """Components of the first few walks; their signs have no meaning."""
 
 
 def from_products(products: Products, begins: Bool[np.ndarray, " S"], *, num_components: int) -> Components:
-    """Components by way of the inner products, for more features than checkpoints.
+    """Compute components from inner products, for more features than checkpoints.
 
     Args:
-        products: Of `trajectories.centred_products`.
+        products: Products from `trajectories.centred_products`.
         begins: Which rows are the first of a run.
-        num_components: How many, at most one less than there are rows.
+        num_components: Number of components, below the number of rows.
     """
     model = KernelPCA(n_components=num_components, kernel="precomputed", eigen_solver="dense")
     scores = model.fit_transform(products.rows)
@@ -81,7 +82,7 @@ def from_products(products: Products, begins: Bool[np.ndarray, " S"], *, num_com
 def from_rows(
     rows: Sequence[Row], points: Float[np.ndarray, "R F"], begins: Bool[np.ndarray, " S"], *, num_components: int
 ) -> Components:
-    """Components of the matrix itself, which is read whole, for no more features than checkpoints."""
+    """Compute components from the matrix, which is read into memory, for at most as many features as checkpoints."""
     matrix = np.concatenate(list(feature_blocks(rows)), axis=1)
     model = PCA(n_components=num_components, svd_solver="full").fit(matrix)
     scores = model.transform(matrix)
@@ -97,14 +98,14 @@ def walk_shares(
     num_components: int,
     durations: Float[np.ndarray, " S"] | None = None,
 ) -> Float[np.ndarray, " C"]:
-    """The expected shares of a walk with each step in a direction of its own.
+    """Return the expected shares of a walk whose steps have independent directions.
 
     Args:
         gram: Centred inner products of the states.
-        begins: Which are the first of a run; where runs begin is kept.
-        num_components: How many.
-        durations: Squared lengths of the step to each state, up to a factor (any number for a first state); left out,
-            those it had.
+        begins: Which states are the first of a run. Runs keep their starting points.
+        num_components: Number of components.
+        durations: Squared length of the step to each state, up to a factor (ignored for first states); None uses the
+            squared lengths of the run's own steps.
     """
     steps = _steps(gram, begins)
     squares = np.diag(steps).copy()
@@ -118,7 +119,7 @@ def walk_shares(
 def flipped_walks(
     gram: Float[np.ndarray, "S S"], begins: Bool[np.ndarray, " S"], *, num_components: int, seed: int = 0
 ) -> Walks:
-    """Walks of the steps as they are with random signs: 99 of them, 19 where checkpoints are many."""
+    """Draw walks of the run's steps with random signs: 99 walks, or 19 if there are many checkpoints."""
     steps, generator = _steps(gram, begins), np.random.default_rng(seed)
     shares, ratios, scores = [], [], []
     for _ in range(99 if len(steps) <= _MANY else SCORED_WALKS):
@@ -132,7 +133,7 @@ def flipped_walks(
 
 
 def displacement_ratios(gram: Float[np.ndarray, "S S"], begins: Bool[np.ndarray, " S"]) -> Float[np.ndarray, " r"]:
-    """|sum of steps|^2 / sum of |step|^2 of every run; NaN for one that does not move."""
+    """Return |sum of steps|^2 / sum of |step|^2 of every run; NaN for a run that does not move."""
     return _displacement(_steps(gram, begins), begins)
 
 
@@ -143,8 +144,10 @@ def _signed(
     squares: Float[np.ndarray, " R"],
     begins: Bool[np.ndarray, " S"],
 ) -> Components:
+    """Build components whose signs make the runs begin on the negative side."""
     starts, largest = scores[begins].mean(0), np.abs(scores).max(0, initial=0)
     peaks = np.take_along_axis(scores, np.abs(scores).argmax(0)[None], axis=0)[0]
+    # A start of zero has no side; then the largest score is made positive.
     decisive = np.where(np.abs(starts) > 1e-6 * largest, -starts, peaks)
     signs = np.where(decisive < 0, -1.0, 1.0)
     captured = (projected**2).sum(1) / np.where(squares > 0, squares, np.nan)
@@ -152,30 +155,31 @@ def _signed(
 
 
 def _steps(gram: Float[np.ndarray, "S S"], begins: Bool[np.ndarray, " S"]) -> Float[np.ndarray, "S S"]:
-    """Inner products of the first states of runs and of the steps after them."""
-    keep = (~begins).astype(float)
-    partly = gram - keep[:, None] * np.roll(gram, 1, axis=0)
-    return partly - keep * np.roll(partly, 1, axis=1)
+    """Return the inner products of the first states of runs and of the steps after them."""
+    is_step = (~begins).astype(float)
+    by_row = gram - is_step[:, None] * np.roll(gram, 1, axis=0)
+    return by_row - is_step * np.roll(by_row, 1, axis=1)
 
 
 def _walk(steps: Float[np.ndarray, "S S"], begins: Bool[np.ndarray, " S"]) -> Float[np.ndarray, "S S"]:
-    """Inner products of the places that steps lead to: the inverse of `_steps`."""
+    """Return the inner products of the states to which steps lead: the inverse of `_steps`."""
     starts = np.flatnonzero(begins)[1:]
     for axis in (0, 1):
-        steps = np.concatenate([np.cumsum(own, axis=axis) for own in np.split(steps, starts, axis=axis)], axis=axis)
+        steps = np.concatenate([np.cumsum(run, axis=axis) for run in np.split(steps, starts, axis=axis)], axis=axis)
     return steps
 
 
 def _displacement(steps: Float[np.ndarray, "S S"], begins: Bool[np.ndarray, " S"]) -> Float[np.ndarray, " r"]:
-    places = np.split(np.arange(len(steps)), np.flatnonzero(begins)[1:])
-    sums = [(steps[np.ix_(own[1:], own[1:])].sum(), np.diag(steps)[own[1:]].sum()) for own in places]
-    return np.array([whole / total if total > 0 else np.nan for whole, total in sums])
+    indices = np.split(np.arange(len(steps)), np.flatnonzero(begins)[1:])
+    squared = np.array([steps[np.ix_(run[1:], run[1:])].sum() for run in indices])  # of the whole displacement
+    total = np.array([np.diag(steps)[run[1:]].sum() for run in indices])  # of the squared steps
+    return np.divide(squared, total, out=np.full(len(total), np.nan), where=total > 0)
 
 
 def _leading(
     gram: Float[np.ndarray, "S S"], num_components: int
 ) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, "S C"]]:
-    """The largest eigenvalues of the centred products over their sum, and the eigenvectors."""
+    """Return the largest eigenvalues of the centred products as shares of the trace, and their eigenvectors."""
     centred = gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean()
     size = len(centred)
     if size <= _DENSE:

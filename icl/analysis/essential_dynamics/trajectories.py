@@ -1,18 +1,21 @@
-"""Trajectories: what a run is at every saved step, the rows of a matrix (checkpoints x features) that stays on disk.
+"""Trajectories: the states of a run at all saved steps, as a matrix (checkpoints x features) that stays on disk.
 
 A state is one of these, flattened:
 
-- `outputs`: the predictions for fixed prompts (B K features), as Carroll et al. 2025, section 4.2, and the "y-only" variant of
-  Hoogland et al. 2024, section 3.2. The former's prompts, all of one task that every run knows, are `first_task`.
-- `tokens`: the whole outputs at all 2K tokens (2 B K (D + 1) features), as Hoogland et al. use them; most are never trained.
-- `weights`; `gradients`: of the mean loss on the fixed prompts, in the weights. B prompts give them with noise, whose expected
-  square is kept beside them (`Trajectory.noise`); it is the same prompts' at every step, so some of it cancels in differences.
-- `first_moment`, `second_moment`: Adam's running means of the training gradient and its square, before bias correction, for
-  runs trained with `checkpoints.moments`; they cannot be found out from weights afterwards.
+- `outputs`: the predictions for fixed prompts (B K features), as in Carroll et al. 2025, section 4.2, and in the "y-only" variant
+  of Hoogland et al. 2024, section 3.2. All prompts of the former have one task that every run knows; this is the distribution
+  `first_task`.
+- `tokens`: the whole outputs at all 2K tokens (2 B K (D + 1) features), as in Hoogland et al. Most of them are never trained.
+- `weights`.
+- `gradients`: the gradient in the weights of the mean loss on the fixed prompts. It is estimated from B prompts, so it has noise;
+  we keep the expected square of that noise (`Trajectory.noise`). All steps use the same prompts, so some noise cancels in
+  differences.
+- `first_moment`, `second_moment`: Adam's running means of the training gradient and its square, before bias correction. They
+  exist for runs trained with `checkpoints.moments`, and cannot be computed from weights later.
 
-Rows are read a stretch of features at a time: inner products add up over stretches, and each is centred before it is
-multiplied, so nothing cancels, and 10,000 checkpoints of 163,840 features (6.6 GB) never are in memory together; their
-products (0.8 GB) are, in a few copies.
+Rows are read some features at a time. Inner products are sums over such blocks. Each block is centred before it is multiplied,
+so no precision is lost by cancellation. So 10,000 checkpoints of 163,840 features (6.6 GB) are never in memory together; only
+a few copies of their inner products are (0.8 GB each).
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,18 +46,17 @@ from icl.evaluation import predict_prompts
 from icl.measure import Cache, Measurement
 from icl.runs import RunFolder, run_of
 from icl.stacked import Params, apply, token_outputs
-from icl.storage import LocalStore
 from icl.tasks.priors import task_pool
-from icl.tasks.prompts import Prompts, sample_prompts
-from icl.validation import ConfigError
+from icl.tasks.prompts import Distribution, Prompts, sample_prompts
+from icl.validation import ConfigError, require, require_count
 
 VERSION = 2
 STREAM = "essential-dynamics"
 BLOCK_BYTES = 2**27
-"""Of the stretch of all rows that is in memory at a time, in float64."""
+"""Size of the block of features that is in memory at a time, for all rows, in float64."""
 
 _GRADIENT_PROMPTS = 32
-"""Prompts of one backward pass, at most; their gradients' scatter gives the noise of the mean."""
+"""Largest number of prompts in one backward pass. The scatter between passes gives the noise of the mean gradient."""
 
 Row: TypeAlias = StoredArray | np.ndarray
 State: TypeAlias = Literal["outputs", "tokens", "weights", "gradients", "first_moment", "second_moment"]
@@ -66,93 +68,94 @@ HAS_WEIGHTS_SHAPE: tuple[State, ...] = ("weights", "gradients", "first_moment", 
 
 @dataclass(frozen=True, kw_only=True)
 class StateSettings:
-    """What a state is; with others, states are computed anew."""
+    """Definition of a state. With other settings, states are computed again."""
 
     state: State = field(
         default="outputs",
         metadata={
-            "help": "what develops: predictions for fixed prompts, whole outputs at all tokens, weights, the loss's "
-            "gradient on the prompts, or a moment of Adam (needs checkpoints.moments in training)"
+            "help": "state of the model: predictions for fixed prompts, whole outputs at all tokens, weights, gradient of "
+            "the loss on the prompts, or a moment of Adam (needs checkpoints.moments in training)"
         },
     )
     distribution: Literal["true", "pretrain", "first_task"] = field(
         default="true",
-        metadata={"help": "tasks of the prompts: new ones, the run's M, or the first that every pool holds"},
+        metadata={
+            "help": "tasks of the prompts: new tasks, the run's M training tasks, or the first task of every pool"
+        },
     )
-    num_prompts: int = field(default=512, metadata={"help": "fixed prompts; results settle from about 16 on"})
+    num_prompts: int = field(
+        default=512, metadata={"help": "number of fixed prompts; from about 16 on, more hardly change the results"}
+    )
 
     def __post_init__(self) -> None:
-        if self.num_prompts < 1:
-            raise ConfigError(f"`num_prompts` must be at least 1, got {self.num_prompts}.")
-        if self.state == "gradients" and self.num_prompts < 2:
-            raise ConfigError(
-                f"`num_prompts` must be at least 2 for gradients, whose noise it gives, got {self.num_prompts}."
-            )
+        require_count("num_prompts", self.num_prompts, 1)
+        is_enough = self.num_prompts > 1 or self.state != "gradients"
+        require(is_enough, "`num_prompts` must be at least 2 for gradients, to estimate their noise, got 1.")
 
 
 class Trajectory(NamedTuple):
-    """One run's states in the order of their steps."""
+    """The states of one run, in the order of their steps."""
 
     run: str
     config: RunConfig
     steps: list[int]
     digests: list[str]
     rows: Sequence[Row]
-    """Of one length each."""
+    """Flattened states, all of the same length."""
     noise: list[float]
-    """The expected squared distance of each state to what it estimates; zeros for what is exact."""
+    """Expected squared error of each state; 0 for states that are exact."""
 
 
 class Products(NamedTuple):
-    """Inner products of rows and references, each less the mean of the rows."""
+    """Inner products of rows and references, after subtracting the mean of the rows."""
 
     rows: Float[np.ndarray, "S S"]
     references: Float[np.ndarray, "R S"]
-    """Of each reference with each row."""
+    """Products of each reference with each row."""
     squares: Float[np.ndarray, " R"]
-    """Of each reference with itself."""
+    """Products of each reference with itself."""
 
 
 def read_trajectory(path: Path, settings: StateSettings, *, run: str) -> Trajectory:
-    """The states of a run; those that are not yet kept are computed, many checkpoints at once.
+    """Return the states of a run. States that are not cached are computed, many checkpoints at once.
 
     Raises:
-        CheckpointError: If there is no usable checkpoint, only one of a file, or moments were not saved or are damaged.
+        CheckpointError: If there is no usable checkpoint, the path is a single file, or moments are missing or damaged.
     """
     if path.is_file():
-        raise CheckpointError(f"{path} is one checkpoint; a trajectory needs the folder of a run.")
+        raise CheckpointError(f"{path} is a single checkpoint, but a trajectory needs the folder of a run.")
     name, folder = f"trajectory-{settings.state}", run_of(path)
     cache = Cache(folder.results / name)
     if settings.state in MOMENT_OF:
         _require_moments(folder)
     measure = partial(_measure, settings=settings)
     entries, config = over_checkpoints(name, path, settings, measure, version=VERSION, keep_arrays=False)
+    steps = [entry.step for entry in entries]
     if settings.state == "weights":
-        rows = [_stored_numbers(folder.checkpoints, entry.step, "") for entry in entries]
+        rows = [stored_tensors(folder.checkpoints.root / checkpoint_name(step), "") for step in steps]
     elif settings.state in MOMENT_OF:
-        for entry in entries:
-            load_same_run(folder.moments.root / checkpoint_name(entry.step), config)  # whole, and this run's
-        rows = [_stored_numbers(folder.moments, entry.step, f"{MOMENT_OF[settings.state]}/") for entry in entries]
+        files = [folder.moments.root / checkpoint_name(step) for step in steps]
+        for file in files:
+            load_same_run(file, config)  # raises an error if the file is damaged or belongs to another run
+        rows = [stored_tensors(file, f"{MOMENT_OF[settings.state]}/") for file in files]
     else:
-        rows = [cache.stored_array(entry.step, "state") for entry in entries]
+        rows = [cache.stored_array(step, "state") for step in steps]
     noise = [float(sum(row["squared_noise"] for row in entry.rows)) for entry in entries]
-    return Trajectory(
-        run, config, [entry.step for entry in entries], [entry.checkpoint_hash for entry in entries], rows, noise
-    )
+    return Trajectory(run, config, steps, [entry.checkpoint_hash for entry in entries], rows, noise)
 
 
 def require_comparable(trajectories: Sequence[Trajectory], settings: StateSettings) -> None:
-    """Refuse runs whose states are not of the same things.
+    """Check that the states of the runs can be compared.
 
     Raises:
-        ConfigError: If their prompts or, unless states are predictions, their architectures differ.
+        ConfigError: If their prompts differ or, unless states are predictions, their architectures differ.
     """
     first = trajectories[0]
     for other in trajectories[1:]:
         is_other_model = settings.state in HAS_WEIGHTS_SHAPE and other.config.model != first.config.model
         if settings.state in SEES_PROMPTS and not _same_prompts(first.config, other.config, settings):
             raise ConfigError(
-                f"{other.run} and {first.run} have different prompts: for one PCA of both they need the same "
+                f"{other.run} and {first.run} have different prompts. For one PCA of both they need the same "
                 "`task.task_size`, `task.max_examples`, `task.noise_variance` and `seeds.evaluation`, "
                 "and for --distribution pretrain or first_task the same tasks."
             )
@@ -161,28 +164,26 @@ def require_comparable(trajectories: Sequence[Trajectory], settings: StateSettin
 
 
 def references(configs: Sequence[RunConfig], settings: StateSettings) -> dict[str, Float[np.ndarray, " F"]]:
-    """The states of the Bayes predictors: ridge, and dMMSE for every finite M; they have outputs only."""
+    """Return the outputs of ridge, and of dMMSE for every finite M. Other states do not exist for these predictors."""
     if settings.state != "outputs":
         return {}
-    prompts, task = fixed_prompts(configs[0], settings), configs[0].task
+    (xs, ys, _), task = fixed_prompts(configs[0], settings), configs[0].task
     if task.noise_variance > 0:
-        found = {"ridge": baselines.ridge(prompts.xs, prompts.ys, noise_variance=task.noise_variance)}
+        predictions = {"ridge": baselines.ridge(xs, ys, noise_variance=task.noise_variance)}
     else:
-        found = {"ridge": baselines.ols(prompts.xs, prompts.ys)}  # its limit
-    pools = {(int(own.task.num_tasks), own.seeds.tasks) for own in configs if not own.task.is_gaussian}
+        predictions = {"ridge": baselines.ols(xs, ys)}  # the limit of ridge for zero noise
+    pools = {(int(config.task.num_tasks), config.seeds.tasks) for config in configs if not config.task.is_gaussian}
     for num_tasks, seed in sorted(pools):
         tasks = task_pool(num_tasks, task.task_size, seed)
         name = f"dMMSE M={num_tasks}" + ("" if len({seed for _, seed in pools}) == 1 else f" tasks={seed}")
-        found[name] = baselines.dmmse(prompts.xs, prompts.ys, tasks=tasks, noise_variance=task.noise_variance)
-    return {name: predictions.flatten().numpy() for name, predictions in found.items()}
+        predictions[name] = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=task.noise_variance)
+    return {name: values.flatten().numpy() for name, values in predictions.items()}
 
 
 def fixed_prompts(config: RunConfig, settings: StateSettings) -> Prompts:
-    """The prompts of the outputs, on the CPU; the same for all runs that share sizes, noise and evaluation seed."""
-    is_pool = settings.distribution == "pretrain"
-    prompts = sample_prompts(
-        config, stream=STREAM, step=0, batch_size=settings.num_prompts, distribution="pretrain" if is_pool else "true"
-    )
+    """Return the prompts of a state, on the CPU. Runs that share sizes, noise and evaluation seed share them."""
+    distribution: Distribution = "pretrain" if settings.distribution == "pretrain" else "true"
+    prompts = sample_prompts(config, stream=STREAM, step=0, batch_size=settings.num_prompts, distribution=distribution)
     if settings.distribution != "first_task":
         return prompts
     noise = prompts.ys - (prompts.xs * prompts.ws.unsqueeze(-2)).sum(-1)
@@ -191,7 +192,7 @@ def fixed_prompts(config: RunConfig, settings: StateSettings) -> Prompts:
 
 
 def feature_blocks(rows: Sequence[Row], *, block_bytes: int = BLOCK_BYTES) -> Iterator[Float[np.ndarray, "S f"]]:
-    """The matrix from left to right, as many features at a time as `block_bytes` hold, in float64."""
+    """Yield the matrix from left to right in float64, as many features at a time as fit in `block_bytes`."""
     width = max(1, block_bytes // (8 * len(rows)))
     for start in range(0, len(rows[0]), width):
         yield np.stack([row[start : start + width] for row in rows]).astype(np.float64)
@@ -200,40 +201,39 @@ def feature_blocks(rows: Sequence[Row], *, block_bytes: int = BLOCK_BYTES) -> It
 def centred_products(
     rows: Sequence[Row], points: Float[np.ndarray, "R F"], *, block_bytes: int = BLOCK_BYTES
 ) -> Products:
-    """Every inner product about the mean of the rows, added up over stretches of features.
+    """Compute all inner products after subtracting the mean of the rows, one block of features at a time.
 
     Args:
-        rows: The states, which make the mean.
-        points: References, which do not.
-        block_bytes: See `feature_blocks`.
+        rows: The states. Their mean is subtracted.
+        points: The references, which do not enter the mean.
+        block_bytes: Size of a block; see `feature_blocks`.
     """
-    found = Products(np.zeros((len(rows),) * 2), np.zeros((len(points), len(rows))), np.zeros(len(points)))
+    products = Products(np.zeros((len(rows),) * 2), np.zeros((len(points), len(rows))), np.zeros(len(points)))
     start = 0
     for block in feature_blocks(rows, block_bytes=block_bytes):
         mean = block.mean(0)
-        others = points[:, start : start + len(mean)] - mean
+        reference_block = points[:, start : start + len(mean)] - mean
         block -= mean
-        found.rows[:] += block @ block.T
-        found.references[:] += others @ block.T
-        found.squares[:] += (others**2).sum(1)
+        products.rows[:] += block @ block.T
+        products.references[:] += reference_block @ block.T
+        products.squares[:] += (reference_block**2).sum(1)
         start += len(mean)
-    return found
+    return products
 
 
 def _measure(members: Members, *, settings: StateSettings) -> list[Measurement]:
-    """The states of every member; weights and moments are read from the checkpoints themselves."""
+    """Measure the state of every member. Weights and moments are read from the checkpoints instead."""
     if settings.state not in SEES_PROMPTS:
         return [Measurement([]) for _ in members.checkpoints]
     device = next(iter(members.params.values())).device
-    prompts = Prompts(*(part.to(device) for part in fixed_prompts(members.config, settings)))
+    prompts = Prompts(*(tensor.to(device) for tensor in fixed_prompts(members.config, settings)))
+    model, params = members.config.model, members.params
     if settings.state == "gradients":
-        gradients, noise = mean_gradient(
-            members.config.model, members.params, prompts, _num_batches(settings.num_prompts)
-        )
+        gradients, noise = mean_gradient(model, params, prompts, _num_batches(settings.num_prompts))
         pairs = zip(gradients.float().numpy(), noise.tolist(), strict=True)
         return [Measurement([{"squared_noise": square}], {"state": state}) for state, square in pairs]
     outputs = apply if settings.state == "outputs" else _flat_token_outputs
-    states = predict_prompts(partial(outputs, members.config.model), members.params, prompts)
+    states = predict_prompts(partial(outputs, model), params, prompts)
     return [Measurement([], {"state": state}) for state in states.flatten(1).cpu().numpy()]
 
 
@@ -242,25 +242,20 @@ def _flat_token_outputs(model: ModelConfig, params: Params, xs: Tensor, ys: Tens
 
 
 def _num_batches(num_prompts: int) -> int:
-    """The fewest equal batches, eight at least where there are so many prompts, that are small enough."""
+    """Return the least number of equal batches that are small enough; at least eight, if there are so many prompts."""
     counts = range(min(8, num_prompts), num_prompts + 1)
     return next(n for n in counts if num_prompts % n == 0 and num_prompts // n <= _GRADIENT_PROMPTS)
 
 
 def _same_prompts(first: RunConfig, second: RunConfig, settings: StateSettings) -> bool:
     pairs = zip(fixed_prompts(first, settings), fixed_prompts(second, settings), strict=True)
-    return first.task.noise_variance == second.task.noise_variance and all(torch.equal(one, two) for one, two in pairs)
+    return first.task.noise_variance == second.task.noise_variance and all(torch.equal(a, b) for a, b in pairs)
 
 
 def _require_moments(folder: RunFolder) -> None:
     missing = sorted(set(list_steps(folder.checkpoints)) - set(list_steps(folder.moments)))
     if missing:
         raise CheckpointError(
-            f"{folder.path} has no Adam moments at step {missing[0]:,}; they are saved when a run is trained with "
-            "--checkpoints.moments true, and cannot be found out afterwards."
+            f"{folder.path} has no Adam moments at step {missing[0]:,}; they are saved only if a run is trained with "
+            "--checkpoints.moments true, and cannot be computed later."
         )
-
-
-def _stored_numbers(store: LocalStore, step: int, prefix: str) -> StoredArray:
-    """Return all tensors of a checkpoint whose name begins so, one after the other, left in the file."""
-    return stored_tensors(store.root / checkpoint_name(step), prefix)

@@ -28,7 +28,7 @@ from torch import Tensor
 from icl import metrics, rng
 from icl.analysis.gradients import data as data_gradients
 from icl.analysis.gradients import weights as weight_gradients
-from icl.analysis.prompts import fixed_prompts, prompts_at_once
+from icl.analysis.prompts import fixed_prompts, prompts_at_once, require_multiple
 from icl.analysis.run import Members, Result, as_table, over_checkpoints
 from icl.config import RunConfig
 from icl.measure import Entry, Measurement
@@ -36,7 +36,7 @@ from icl.metrics import Estimate
 from icl.stacked import apply
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import prompt_source
-from icl.validation import ConfigError
+from icl.validation import require_count
 
 NUM_COMPONENTS = 3
 TASK_BATCHES = 8
@@ -65,13 +65,11 @@ class Settings:
     num_data_prompts: int = field(default=2048, metadata={"help": "number of prompts for the gradients in the data"})
 
     def __post_init__(self) -> None:
-        for name, least in (("num_batches", 3), ("num_compared_tasks", 0), ("num_data_prompts", 16)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
-        for name, count in (("num_prompts", self.num_batches), ("num_task_prompts", TASK_BATCHES)):
-            value = getattr(self, name)
-            if value < count or value % count:
-                raise ConfigError(f"`{name}` must be a multiple of {count} (the number of batches), got {value}.")
+        require_count("num_batches", self.num_batches, 3)
+        require_count("num_compared_tasks", self.num_compared_tasks, 0)
+        require_count("num_data_prompts", self.num_data_prompts, 16)
+        require_multiple("num_prompts", self.num_prompts, self.num_batches)
+        require_multiple("num_task_prompts", self.num_task_prompts, TASK_BATCHES)
 
 
 def analyse(path: Path, settings: Settings) -> Result:

@@ -39,7 +39,7 @@ from icl.analysis.run import Result, as_table
 from icl.analysis.stages.agreement import RunBoundary, agree, step_text
 from icl.analysis.stages.signals import Signal, SignalSettings, Verdict, mirrors_loss, read_signals
 from icl.analysis.stages.smoothing import Curve, SmoothedSignal, fit
-from icl.validation import ConfigError
+from icl.validation import require, require_number
 
 _NUM_SAMPLES = 200
 """Curves sampled for the error of a change."""
@@ -69,11 +69,10 @@ class Settings(SignalSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("tolerance", "least_change", "shortest"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        if not self.shortest <= self.longest < math.inf:
-            raise ConfigError(f"`longest` must be at least `shortest` = {self.shortest}, got {self.longest}.")
+        for name in ("tolerance", "least_change", "shortest", "longest"):
+            require_number(name, getattr(self, name), "positive")
+        is_range = self.shortest <= self.longest
+        require(is_range, f"`longest` must be at least `shortest` = {self.shortest}, got {self.longest}.")
 
 
 class Change(NamedTuple):

@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from icl.analysis.stages.smoothing import Curve, SmoothedSignal, Points
+from icl.analysis.stages.smoothing import Curve, Points, SmoothedSignal
 
 SIGNIFICANCE = 3.0
 """Standard errors that a boundary needs (our choice). Because we search over intervals, one curve in ten or twenty without

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+
 from icl.analysis.run import Members, over_checkpoints
 from icl.checkpoints import CheckpointError, checkpoint_files
 from icl.evaluation import evaluate, evaluation_set
@@ -29,7 +30,7 @@ from icl.reading import ContentError
 from icl.runs import RunError, RunFolder, run_of
 from icl.stacked import apply
 from icl.table_files import read_table
-from icl.validation import ConfigError
+from icl.validation import require, require_count
 
 MIN_POINTS = 8
 MIRROR = 0.2
@@ -67,8 +68,7 @@ class SignalSettings:
     )
 
     def __post_init__(self) -> None:
-        if self.num_prompts < 2:
-            raise ConfigError(f"`num_prompts` must be at least 2, got {self.num_prompts}.")
+        require_count("num_prompts", self.num_prompts, 2)
 
 
 def read_signals(
@@ -188,10 +188,10 @@ def _llc(folder: RunFolder, settings: str | None, worst: Verdict) -> Signal | st
         chosen = _column(table, "rescale", 1.0) == 1
     else:
         chosen = (kinds == settings) | (_column(table, "mode", "").astype(str) == settings)
-        if not chosen.any():
-            raise ConfigError(
-                f"results/llc.csv has no estimates under `{settings}`; its settings are {', '.join(sorted(set(kinds)))}."
-            )
+        available = ", ".join(sorted(set(kinds)))
+        require(
+            bool(chosen.any()), f"results/llc.csv has no estimates under `{settings}`; its settings are {available}."
+        )
     is_good = table["verdict"].isin(VERDICTS[: VERDICTS.index(worst) + 1])
     usable = chosen & is_good & np.isfinite(table["llc"].astype(float))
     kind = next(iter(kinds[usable].value_counts().index), "")

@@ -107,7 +107,7 @@ def fit(
         ValueError: If there are fewer than four points, or a number is not finite.
     """
     if len(times) < 4 or not all(np.isfinite(array).all() for array in (times, values, stderr)):
-        raise ValueError(f"Smoothing needs at least four points, all finite, got {len(times)}.")
+        raise ValueError(f"Smoothing needs at least four finite points, got {len(times)}.")
     times, values, stderr = in_bins(times, values, stderr)
     centre, unit = values.mean(), max(float(values.std()), 1e-12 * max(1.0, float(np.abs(values).max())))
     scaled = (values - centre) / unit
