@@ -180,9 +180,12 @@ def _read_log(folder: RunFolder) -> str:
 
 
 def _files(folder: Path, suffix: str, run: Path) -> list[Path]:
-    """Files to be shown; what lies behind a link out of the run's folder is not part of it, and the page may be given away."""
-    found = (file for file in folder.glob(f"*.{suffix}") if file.is_file() and not file.name.startswith("."))
-    return sorted(file for file in found if file.resolve().is_relative_to(run.resolve()))
+    """Return the files with a suffix in one folder of a run.
+
+    Files behind links out of the run's folder are left out: they are not part of the run, and the page may be published.
+    """
+    files = (file for file in folder.glob(f"*.{suffix}") if file.is_file() and not file.name.startswith("."))
+    return sorted(file for file in files if file.resolve().is_relative_to(run.resolve()))
 
 
 def _cause(error: Exception) -> str:

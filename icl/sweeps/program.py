@@ -133,8 +133,8 @@ def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root
     heading = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}"
     program = Program(work, log, "not started")
     try:
-        for _, one in work:
-            RunFolder(one.folder).require_own_files()
+        for _, packed_claim in work:
+            RunFolder(packed_claim.folder).require_own_files()
         write_atomically(point_file, (json.dumps(content, indent=1) + "\n").encode())
         for _, other in work[1:]:
             with (other.folder / "sweep.log").open("a") as output:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from icl.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
 from icl.sweeps.command import DEFAULT_COMMAND, refuse_unused_macros
 from icl.sweeps.distributions import DISTRIBUTIONS, EXPONENTS, Parameter, extremes, grid_values, has_too_long_grid
-from icl.validation import ConfigError
+from icl.validation import ConfigError, is_count, require
 
 _OWN_KEYS = ("method", "parameters", "command", "program", "run_cap")
 _SERVER_KEYS = (
@@ -83,12 +83,13 @@ def _read_tree(path: Path, tree: Mapping[Any, Any]) -> SweepFile:
     method = _read_method(tree.get("method"))
     command, program = _read_command(tree.get("command"), tree.get("program"))
     parameters = tuple(_read_parameters(tree.get("parameters"), ()))
-    for parameter in parameters:
-        if method == "grid":
-            _require_grid(parameter)
+    for parameter in parameters if method == "grid" else ():
+        _require_grid(parameter)
     run_cap = tree.get("run_cap")
-    if run_cap is not None and not (_is_integer(run_cap) and 0 < run_cap < 2**63):
-        raise SweepFileError(f"`run_cap` must be a whole number from 1 to 2^63 - 1, got {run_cap!r}.")
+    require(
+        run_cap is None or (is_count(run_cap) and run_cap > 0),
+        f"`run_cap` must be a whole number from 1 to 2^63 - 1, got {run_cap!r}.",
+    )
     return SweepFile(
         path=path,
         method=method,
@@ -224,32 +225,29 @@ def _check_options(name: str, kind: str, options: Mapping[str, Any]) -> None:
     _require_numbers(name, {key: options[key] for key in options if key not in ("value", "values", "probabilities")})
     if "min" in options:
         _check_bounds(name, kind, options["min"], options["max"])
-    for key in ("q", "a", "b"):
-        if options.get(key, 1) <= 0:
-            raise SweepFileError(f"`{name}.{key}` must be positive, got {options[key]!r}.")
-    if options.get("sigma", 0) < 0:
-        raise SweepFileError(f"`{name}.sigma` must be zero or positive, got {options['sigma']!r}.")
+    for key in options.keys() & {"q", "a", "b"}:
+        require(options[key] > 0, f"`{name}.{key}` must be positive, got {options[key]!r}.")
+    sigma = options.get("sigma", 0)
+    require(sigma >= 0, f"`{name}.sigma` must be zero or positive, got {sigma!r}.")
     if "probabilities" in options:
         _check_probabilities(name, options["probabilities"], len(values))
 
 
 def _check_bounds(name: str, kind: str, low: int | float, high: int | float) -> None:
-    if low >= high:
-        raise SweepFileError(f"`{name}.min` must be below its `max`, got {low!r} and {high!r}.")
-    if kind.endswith("_values") and low <= 0:
-        raise SweepFileError(f"`{name}.min` must be positive for {kind}, got {low!r}.")
-    if kind == "int_uniform" and not (_is_integer(low) and _is_integer(high)):
-        raise SweepFileError(
-            f"`{name}` is int_uniform, so `min` and `max` must be whole numbers, got {low!r} and {high!r}."
-        )
+    require(low < high, f"`{name}.min` must be below its `max`, got {low!r} and {high!r}.")
+    require(low > 0 or not kind.endswith("_values"), f"`{name}.min` must be positive for {kind}, got {low!r}.")
+    require(
+        kind != "int_uniform" or (isinstance(low, int) and isinstance(high, int)),
+        f"`{name}` is int_uniform, so `min` and `max` must be whole numbers, got {low!r} and {high!r}.",
+    )
 
 
 def _check_probabilities(name: str, probabilities: Any, num_values: int) -> None:
     are_numbers = isinstance(probabilities, list) and all(_is_number(share) and share >= 0 for share in probabilities)
-    if not are_numbers or len(probabilities) != num_values or not math.isclose(sum(probabilities), 1, abs_tol=1e-6):
-        raise SweepFileError(
-            f"`{name}.probabilities` must be {num_values} numbers, one for each of `values`, that sum to 1, got {probabilities!r}."
-        )
+    require(
+        are_numbers and len(probabilities) == num_values and math.isclose(sum(probabilities), 1, abs_tol=1e-6),
+        f"`{name}.probabilities` must be {num_values} numbers, one for each of `values`, that sum to 1, got {probabilities!r}.",
+    )
 
 
 def _require_numbers(name: str, options: Mapping[str, Any]) -> None:
@@ -257,10 +255,6 @@ def _require_numbers(name: str, options: Mapping[str, Any]) -> None:
         if not _is_number(value):
             hint = " YAML reads 1e-5 as text; write 1.0e-5." if isinstance(value, str) else ""
             raise SweepFileError(f"`{name}.{key}` must be a finite number, got {value!r}.{hint}")
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
