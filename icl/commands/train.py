@@ -167,15 +167,15 @@ def _show_run(folder: RunFolder) -> None:
 
 
 def _headline(means: "pd.Series", drawn: "DrawnRun") -> str:
-    """The mean loss beside that of both Bayes predictors, and the excess over the one that is optimal for these tasks."""
+    """Return two sentences: the mean loss as a multiple of the Bayes predictors', and its excess over the optimal one's."""
     ratios = " and ".join(
         f"{means['model'] / means[name]:.3f} times {label}"
         for name, label in (("ridge", "ridge's"), ("dmmse", "dMMSE's"))
         if name in means and means[name] > 0
     )
-    optimum = "ridge, the optimum for M = ∞" if drawn.optimum == "ridge" else "dMMSE, the optimum for these M tasks"
-    excess = f"{drawn.excess:.4f} ± {drawn.excess_stderr:.4f} above that of {optimum}"
-    return f"The model's mean loss is {ratios + ': ' if ratios else ''}{excess} (same prompts, ± standard error)."
+    optimum = "ridge's, the optimum for M = ∞" if drawn.optimum == "ridge" else "dMMSE's, the optimum for these M tasks"
+    first = f"The model's mean loss is {ratios}.\nIt is" if ratios else "The model's mean loss is"
+    return f"{first} {drawn.excess:.4f} ± {drawn.excess_stderr:.4f} (standard error) above {optimum}."
 
 
 def _show_members(results: Sequence["TrainResult"]) -> list[str]:
