@@ -11,8 +11,8 @@ x_k, never y_k or anything later. All but `ols` compute the predictions for ever
 Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` also in float32) and return the dtype and
 device of the prompts. Devices other than CPU and CUDA have no float64, so there the CPU computes.
 
-To add a baseline, write a function of the same form, enter it in `BASELINES`, over which the contract tests run, and test it
-against an independent implementation.
+To add a baseline, write a function of the same form and enter it in `BASELINES`. The contract tests run over this table. Also
+test the function against an independent implementation.
 """
 
 import math

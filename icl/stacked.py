@@ -1,15 +1,15 @@
 """Populations: many parameter sets of one architecture, stacked on a leading axis N and applied at once.
 
 The seeds of a sweep, the values of M in a ladder, the chains of an LLC estimate and the checkpoints of a run are all
-populations, and a single run is a population of one. Only this module stacks, unstacks and applies them. Parameters are
+populations. A single run is a population of one. Only this module stacks, unstacks and applies them. Parameters are
 a dict of tensors with the names of the module's state dict.
 
 `icl.transformer` defines the model. `apply` computes the same function, and tests compare the two, gradients included. It
 is faster for six reasons:
 
 - A linear map of all members is one batched matrix product. A single member uses PyTorch's fused operations.
-- When compiled, the first queries, keys and values are computed from the D + 1 coordinates of the tokens, not from the C
-  channels of their embeddings (`_heads_of_tokens`).
+- When compiled, the queries, keys and values of the first block are computed from the tokens' D + 1 coordinates. Their
+  embeddings have C channels, which is more (`_heads_of_tokens`).
 - After the last attention only x-tokens are computed, because only they predict.
 - Attention has its own kernel on CPUs (`icl.tiny_attention`).
 - Without that kernel we pad prompts to the even length T = 2K: PyTorch's small products then take a quarter less time.
@@ -169,8 +169,8 @@ def _heads_of_tokens(
 
         W LN(x) = s (W' A') token + s W' p' + W b
 
-    W' is W times the gains; A' and p' are A and p less their means over channels. The product W' A' is made once and has
-    D + 1 columns, so the product with the tokens is over D + 1 channels instead of C.
+    W' is W times the gains; A' and p' are A and p less their means over channels. The product W' A' is computed once. It
+    has D + 1 columns, so tokens are multiplied by D + 1 channels instead of C.
     """
     weight, bias = params[f"{path}.attention.qkv.weight"], params.get(f"{path}.attention.qkv.bias")
     gains, shifts = params[f"{path}.attention_norm.weight"], params[f"{path}.attention_norm.bias"]  # N C

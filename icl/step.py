@@ -1,7 +1,7 @@
 """One optimiser step of a population, written as one function of tensors so that it compiles to one graph.
 
-A step computes each member's loss (mean squared error per target) and gradient, clips the gradient by its norm, and moves
-the member by Adam (Kingma and Ba 2015, algorithm 1, as in `torch.optim.Adam`). The update is in place:
+A step computes each member's loss (mean squared error per target) and its gradient, and clips the gradient by its norm.
+Then it moves the member by Adam (Kingma and Ba 2015, algorithm 1, as in `torch.optim.Adam`), in place:
 
     m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   p <- p - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 

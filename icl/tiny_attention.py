@@ -202,7 +202,7 @@ def _empty_gradients(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, num_head
 
 
 def _run(function: Any, outputs: Sequence[Tensor], inputs: Sequence[Tensor], num_heads: int, stride: int) -> None:
-    """Call a function of the kernel, which reads raw memory, after a check that the memory holds what it will read."""
+    """Call a function of the kernel. It reads raw memory, so first make sure that the tensors have the shapes it expects."""
     *others, q, k, v = inputs  # the gradient, if any, has the shape of q
     (num_prompts, num_queries, width), num_tokens = q.shape, k.shape[1]
     if not (
@@ -216,8 +216,8 @@ def _run(function: Any, outputs: Sequence[Tensor], inputs: Sequence[Tensor], num
     ):
         given = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in inputs)
         raise ValueError(
-            f"The attention kernel takes float32 queries (B, Q, C), keys and values (B, T, C), where the heads divide C and "
-            f"query i is at token i * stride below T; got {num_heads} heads, stride {stride} and {given}."
+            f"The attention kernel takes float32 queries (B, Q, C), keys and values (B, T, C). The heads must divide C. "
+            f"Query i is at token i * stride, which must be below T; got {num_heads} heads, stride {stride} and {given}."
         )
     contiguous = [tensor.contiguous() for tensor in inputs]  # keep the copies alive until the kernel has returned
     # In a new thread, PyTorch passes its number of threads on to OpenMP only when it is asked for it.
@@ -233,4 +233,4 @@ _LANES = 0 if _KERNEL is None else _KERNEL.attention_lanes()
 """Numbers in the longest vector register of this processor: 16, 8 or 4."""
 _OPERATIONS = None if _KERNEL is None else _register(_KERNEL)  # the operations exist as long as this object does
 ON_CPUS = f"kernel, {_LANES} lanes" if HAS_KERNEL else "PyTorch's operations"
-"""What computes attention on CPUs here, in words. Numbers of two ways differ by rounding."""
+"""Description of how attention is computed on CPUs here. Another way gives numbers that differ by rounding."""

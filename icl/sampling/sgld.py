@@ -6,9 +6,9 @@ beta on n samples, under a Gaussian prior around the checkpoint w0 (the anchor).
     w' = w - (lr/2) G grad U(w) + sqrt(lr G) N(0, I)
 
 - `SGLD` has G = 1 (Welling and Teh 2011; localised by Lau, Furman et al. 2023).
-- `RMSPROP` has the diagonal matrix G = 1 / (damping + sqrt(V)), where V is the bias-corrected running mean of squared
-  minibatch gradients of L (Li, Chen, Carlson and Carin 2016). Our decay is their alpha, our damping their lambda. A move
-  uses the V of the moves before it.
+- `RMSPROP` has the diagonal matrix G = 1 / (damping + sqrt(V)) (Li, Chen, Carlson and Carin 2016). V is the bias-corrected
+  running mean of squared minibatch gradients of L. Our decay is their alpha, our damping their lambda. A move uses the V
+  of the moves before it.
 
 We differ from Li et al. and from devinterp 1.3.2: we adapt G only during burn-in and then keep it fixed. So G does not
 depend on w, and the term Gamma_i = sum_j dG_ij/dw_j is exactly zero. They go on adapting and drop the term.

@@ -1,1 +1,1 @@
-"""What the model is asked: task vectors, prompts, and prompts unlike those it was trained on."""
+"""Tasks: priors of task vectors, prompts, and out-of-distribution shifts of prompts."""

@@ -1,7 +1,7 @@
 """Prompts x1, y1, ..., xK, yK with y = w . x + noise, and their layout as tokens.
 
-Within a prompt, w is drawn from a prior (`icl.tasks.priors`), every x from N(0, I_D) and the noise from N(0, sigma^2), as in
-Raventos et al. (2023), section 2.
+In each prompt w is drawn from a prior (`icl.tasks.priors`), every x from N(0, I_D), and the noise from N(0, sigma^2). This is
+the task of Raventos et al. (2023), section 2.
 
 A prompt is a pure function of (seed, stream, step, index). Stream `train` uses `seeds.data` and `seeds.noise`; every other
 stream uses `seeds.evaluation`. The index is the row of a batch, so the share of one process is a slice of the whole batch.
