@@ -1,36 +1,77 @@
 """Count the modules of `icl` whose functions run on two walks through the program.
 
-- `llc`: from a saved checkpoint to the row of its LLC (`icl.sampling.estimate_run` on one checkpoint file).
-- `loss`: from a random stream to the loss of a model on a batch of prompts.
+- `llc`: from a saved checkpoint to the row of its LLC (`icl.sampling.run.estimate_run` on one checkpoint file).
+- `loss`: from a random stream to the loss of a model on a batch of prompts (`sample_prompts` and `apply`).
 
-A walk that passes through many modules is hard to follow. Run it with `python -m tools.count_modules`; it prints each walk's
-modules in the order in which they are first entered.
+A walk through many modules is hard to follow. `python -m tools.count_modules` prints each walk's modules in the order in which
+they are first entered.
 """
 
+import importlib
+import pkgutil
 import sys
 import types
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from icl.config import SamplerConfig
+import icl
+from icl.build import build_model
+from icl.checkpoints import checkpoint_name, save_checkpoint
+from icl.config import RunConfig, SamplerConfig
+from icl.presets import preset
+from icl.sampling.run import estimate_run
+from icl.stacked import Params, apply, stack
+from icl.storage import LocalStore
+from icl.tasks.prompts import sample_prompts
 
 _SAMPLER = SamplerConfig(
-    num_chains=2, num_draws=4, num_burnin_steps=2, num_samples=64, batch_size=16, nbeta=5.0, minibatches="fixed"
+    num_chains=2, num_draws=4, num_burnin_steps=2, num_samples=64, batch_size=16, nbeta=5.0, num_init_batches=2
 )
 
 
-def modules_of(walk: Callable[[], Any]) -> list[str]:
+def modules_of(walk: Callable[[], object]) -> list[str]:
     """Return the modules of `icl` whose functions run in a call, in the order in which they are first entered."""
     names: dict[str, None] = {}
 
-    def note(frame: types.FrameType, event: str, arg: Any) -> None:
+    def note(frame: types.FrameType, event: str, arg: object) -> None:
         name = frame.f_globals.get("__name__", "")
-        if event == "call" and name.startswith("icl.") and frame.f_code.co_name != "<module>":
+        if event == "call" and name.startswith("icl."):
             names.setdefault(name)
 
+    # Importing a module runs its class bodies and decorators, which are not part of a walk.
+    for module in pkgutil.walk_packages(icl.__path__, "icl."):
+        if not module.name.rpartition(".")[2].startswith("_"):  # not `__main__`, and not the compiled kernel
+            importlib.import_module(module.name)
     sys.setprofile(note)
     try:
         walk()
     finally:
         sys.setprofile(None)
     return list(names)
+
+
+def walks() -> dict[str, list[str]]:
+    """Return the modules of each walk."""
+    config = preset("quickstart")
+    params = {name: tensor.detach() for name, tensor in build_model(config).named_parameters()}
+    with TemporaryDirectory() as folder:
+        save_checkpoint(LocalStore(folder), 0, config, params)
+        file = Path(folder) / checkpoint_name(0)
+        llc = modules_of(lambda: estimate_run(file, _SAMPLER).table.to_csv(index=False))
+    return {"llc": llc, "loss": modules_of(lambda: _loss(config, stack([params])))}
+
+
+def _loss(config: RunConfig, params: Params) -> float:
+    xs, ys, _ = sample_prompts(config, stream="true", step=0, batch_size=8)
+    return float((apply(config.model, params, xs, ys) - ys).square().mean())
+
+
+def main() -> None:
+    """Print every walk."""
+    for name, modules in walks().items():
+        print(f"{name}: {len(modules)} modules\n  " + "\n  ".join(modules))
+
+
+if __name__ == "__main__":
+    main()

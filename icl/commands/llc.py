@@ -1,4 +1,4 @@
-"""`icl llc`: local learning coefficients of a run's saved steps; their calibration; the sampler's test on known answers."""
+"""`icl llc`: estimate local learning coefficients, choose the sampler's settings, or test it on known answers."""
 
 import dataclasses
 import os
@@ -6,29 +6,32 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from icl.commands.llc_ahead import require_rescalable, require_step, work_ahead
-from icl.commands.llc_rows import log_rows, shown, verdicts, write_rows
-from icl.commands.outputs import require_output_table
-from icl.config import RunConfig, SamplerConfig, flatten
+from icl.commands.llc_output import (
+    compare_rescaled,
+    describe_rise,
+    describe_verdicts,
+    describe_work,
+    draw_figures,
+    format_rows,
+    log_rows,
+    write_rows,
+)
+from icl.commands.llc_settings import Job, output_file, read_job, require_rescalable, saved_config
 from icl.presets import run_name, sampler_name
-from icl.reading import is_beyond_floats
 from icl.resolve import (
     OPTIONS,
     POINT_VARIABLE,
-    read_config_files,
     read_points,
     read_words,
-    refuse_conflicts,
-    resolve,
     settings_parser,
 )
-from icl.runs import RunFolder, local_root, require_place, run_of
-from icl.validation import ConfigError, UserError, require_number
+from icl.runs import run_of
+from icl.validation import ConfigError, UserError
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from icl.sampling.run import Estimates
 
 HELP = "local learning coefficients with verdicts; --calibrate, --self-test"
 
@@ -38,18 +41,18 @@ usage: icl llc [RUN|CHECKPOINT] [--steps STEPS] [--sampler.key VALUE ...] [--con
        icl llc --self-test [--out FILE]
 
 Estimate the local learning coefficient (LLC) at saved steps of a run, each with standard error, diagnostics and verdict.
-What is done is kept: the same command goes on after an interruption. RUN is a folder or a run's name; without it, the
-run is the one that `icl train` makes of the same settings. Exits non-zero if every estimate is invalid, except as a point
-of a sweep, where that is a result.
+Finished steps are stored: after an interruption, the same command continues. RUN is a folder or a run's name; without it,
+the command uses the run that `icl train` makes from the same settings. The exit status is not zero if every estimate is
+invalid, except in a sweep, where this is a result.
 
   --steps STEPS    all, last, a list 1,2,3 or 1 2 3, a range 0:1000:100 (default: the run's `sampler.steps`)
-  --config FILE    settings from a file, such as that of --calibrate; of several files the later wins
+  --config FILE    read settings from a file, such as that of --calibrate; a later file overrides an earlier one
   --out FILE       also write the rows to FILE (.csv or .json)
-  --published      the sampler settings of Hoogland et al. 2024, and what they measure
-  --calibrate      choose lr, nbeta, localization and burn-in by a search over a few checkpoints (or over --steps): some
-                   minutes on a CPU, told beforehand; interrupted, it starts over
-  --rescale C      a control: also estimate with weights rescaled by C, the function unchanged
-  --self-test      run the sampler on losses whose learning coefficient is known, in about a minute; no run needed
+  --published      use the sampler settings of Hoogland et al. 2024, and say what they measure
+  --calibrate      choose lr, nbeta, localization and burn-in by a search over a few checkpoints (or over --steps); it takes
+                   some minutes on a CPU, says first how many, and starts over after an interruption
+  --rescale C      a control: also estimate with weights rescaled by C, which leaves the function unchanged
+  --self-test      run the sampler on losses whose learning coefficient is known; takes about a minute and needs no run
 
 examples:
   icl llc runs/quickstart
@@ -62,35 +65,26 @@ settings (later wins: the run's own < --config files in their order < command li
 """
 
 
-class _Job(NamedTuple):
-    """What is to be estimated."""
-
-    path: Path
-    config: RunConfig
-    """With the sampler's settings."""
-    mode: str
-    rescale: float | None
-    out: Path | None
-
-
 def run(words: list[str]) -> int:
-    """Estimate, or calibrate, or test; 1 if nothing usable came out."""
+    """Estimate, calibrate or test; return 1 if there is no usable result."""
     if "-h" in words or "--help" in words:
         settings = settings_parser("sampler", prog="icl llc").format_help().partition("\n\n")[2]
         print(_USAGE + re.sub(r"  --\w+ CONFIG +Path to a configuration file\.\n", "", settings))
         return 0
     path, flags, given = read_words("llc", words)
     if len(flags) > 1:
-        raise ConfigError(f"One of {' and '.join(f'--{flag}' for flag in sorted(flags))} at a time.")
+        raise ConfigError(
+            f"{' and '.join(f'--{flag}' for flag in sorted(flags))} cannot be combined; give one at a time."
+        )
     if "self-test" in flags:
         if path is not None or set(given) - {"out"}:
-            raise ConfigError("`--self-test` takes no run and no settings; only --out can be given with it.")
-        return _self_test(_table_file(given))
+            raise ConfigError("`--self-test` takes no run and no settings, only --out.")
+        return _self_test(output_file(given))
     options = {name: given.pop(name) for name in OPTIONS["llc"] if name in given}
     if "steps" in options:
         if given.get("sampler.steps", options["steps"]) != options["steps"]:
             raise ConfigError(
-                "`--steps` and `--sampler.steps` are the same setting and differ here; give one of the two."
+                "`--steps` and `--sampler.steps` are the same setting but have different values; give only one of them."
             )
         given["sampler.steps"] = options["steps"]
     if os.environ.get("WANDB_SWEEP_ID"):
@@ -101,23 +95,23 @@ def run(words: list[str]) -> int:
     (swept, *more) = read_points()
     if more:
         raise ConfigError("`icl llc` takes one point of a sweep at a time; leave out --pack.")
-    return _work(_job(path, flags, options, swept, given), flags)
+    return _work(read_job(path, flags, options, swept, given), flags)
 
 
 def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str, Any], given: dict[str, str]) -> int:
-    """Work on the point that `wandb agent` handed over; however it ends, W&B learns the exit status."""
+    """Estimate at the point of a sweep that `wandb agent` assigned; always report the exit status to W&B."""
     from icl.training.wandb_agent import describe_run, join_sweep, swept_settings
     from icl.training.wandb_log import end_run, exit_code_of
 
     try:
-        base = _job(path, flags, options, {}, given).config  # whether its run exists is the point's affair
-    except UserError as error:  # such as a point's values that came by `${args}`
+        base = read_job(path, flags, options, {}, given).config  # the run need not exist without the point's settings
+    except UserError as error:  # for example a bad value that the agent passed by `${args}`
         end_run(join_sweep({}), exit_code_of(error))
         raise
     wandb_run = join_sweep(base.to_dict())
     try:
         swept = swept_settings(wandb_run, base)
-        job = _job(path, flags, options, swept, given)
+        job = read_job(path, flags, options, swept, given)
         describe_run(wandb_run, job.config)
         wandb_run.name = f"{run_name(job.config)}/llc/{sampler_name(job.config)}"
         status = _work(job, flags, wandb_run)
@@ -128,200 +122,110 @@ def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str,
     return status
 
 
-def _job(
-    path: str | None,
-    flags: frozenset[str],
-    options: Mapping[str, Any],
-    swept: Mapping[str, Any],
-    given: Mapping[str, Any],
-) -> _Job:
-    """The run and its sampler's settings, from all their sources."""
-    filed = read_config_files(options)
-    published = _published() if "published" in flags else {}
-    refuse_conflicts(swept, given)
-    out = _table_file(options, path, *options.get("config", ()))
-    if path is None:
-        config = resolve(*filed, published, swept, given)
-        place = local_root() / run_name(config)
-    else:
-        for key in [key for layer in (*filed, dict(swept), dict(given)) for key in flatten(layer)]:
-            if not key.startswith("sampler."):
-                raise ConfigError(
-                    f"`{key}` belongs to {path}, which is trained already; only `sampler` settings can be given."
-                )
-        place = require_place(path)
-        config = resolve(_saved_config(place).to_dict(), published, *filed, swept, given)
-        if place.is_file() and "sampler.steps" in given:  # the run's own choice is not meant for one file
-            require_step(place, config.sampler.steps)
-    mode = "" if not published else _published_mode(config.sampler)
-    rescale = _number("rescale", options["rescale"]) if "rescale" in options else None
-    return _Job(place, config, mode, rescale, out)
-
-
-def _table_file(options: Mapping[str, Any], *inputs: str | None) -> Path | None:
-    """Return the file of --out, which can be written and is none of the files that are read."""
-    if "out" not in options:
-        return None
-    if not options["out"].strip():
-        raise ConfigError("`--out` must name a file, got nothing.")
-    out = Path(options["out"])
-    require_output_table(out, *inputs)
-    return out
-
-
-def _saved_config(place: Path) -> RunConfig:
-    """That of the run's folder, or else of its first checkpoint."""
-    from icl.sampling.run import run_files
-
-    folder = run_of(place)
-    return folder.read_config() if folder.config_file.is_file() else run_files(place)[1]
-
-
-def _published() -> dict[str, Any]:
-    from icl.sampling.settings import PUBLISHED
-
-    own = dataclasses.asdict(PUBLISHED)
-    return {f"sampler.{name}": own[name] for name in own if name not in ("steps", "memory", "num_init_batches")}
-
-
-def _published_mode(sampler: SamplerConfig) -> str:
-    """The label of the rows, with what was changed."""
-    told = flatten({"sampler": dataclasses.asdict(sampler)})
-    changes = [f"{key.partition('.')[2]}={told[key]}" for key, value in _published().items() if told[key] != value]
-    return ", ".join(["published", *changes])
-
-
-def _work(job: _Job, flags: frozenset[str], wandb_run: Any = None) -> int:
+def _work(job: Job, flags: frozenset[str], wandb_run: Any = None) -> int:
     if not job.path.exists():
         raise ConfigError(
             f"There is no run {job.path}; train it by `icl train` with the same settings, or name another: `icl llc RUN`."
         )
-    if "calibrate" in flags:
-        if job.rescale is not None or job.path.is_file():
-            raise ConfigError("`--calibrate` wants a run's folder, and no --rescale.")
-        try:
-            return _calibrate(job)
-        except KeyboardInterrupt:
-            print("icl: interrupted; a calibration keeps nothing, so the same command starts over.", file=sys.stderr)
-            return 130
-    return _estimate(job, wandb_run)
+    if "calibrate" not in flags:
+        return _estimate(job, wandb_run)
+    if job.rescale is not None or job.path.is_file():
+        raise ConfigError("`--calibrate` needs a run's folder, and cannot be combined with --rescale.")
+    try:
+        return _calibrate(job)
+    except KeyboardInterrupt:
+        print("icl: interrupted; a calibration stores nothing, so the same command starts over.", file=sys.stderr)
+        return 130
 
 
-def _estimate(job: _Job, wandb_run: Any) -> int:
-    """Estimate, print, draw; 1 if every estimate is invalid."""
-    from icl.delivery import send_results
-    from icl.sampling.run import estimate_run, measured
+def _estimate(job: Job, wandb_run: Any) -> int:
+    """Estimate, print and draw; return 1 if every estimate is invalid."""
+    import pandas as pd
 
-    sampler = job.config.sampler
+    from icl.sampling.rescaling import describe_pair
+
     if job.rescale is not None:
         require_rescalable(job.path, job.rescale)
-    print(work_ahead(job.path, sampler, mode=job.mode), file=sys.stderr, flush=True)
-    found = estimate_run(job.path, sampler, mode=job.mode)
-    print(shown(found.table))
-    print(f"\n{verdicts(found.table)}")
-    print(f"{'Published settings. ' if job.mode else ''}{measured(found.table, found.trivial_loss)}")
-    table = found.table
+    estimates = _run_sampler(job)
+    table = estimates.table
+    print(f"{format_rows(table)}\n\n{describe_verdicts(table)}")
+    print(f"{'Published settings. ' if job.mode else ''}{describe_rise(table, estimates.trivial_loss)}")
     if job.rescale is not None:
-        table = _control(job, table)
+        control = _run_sampler(job, job.rescale).table
+        print(f"\nControl: {describe_pair(job.config.model)} rescaled by {job.rescale:g}, the function unchanged.\n")
+        print(f"{format_rows(control)}\n\n" + "\n".join(compare_rescaled(table, control)))
+        table = pd.concat([table, control], ignore_index=True)
     if job.out is not None:
         print(f"Output  {write_rows(job.out, table)}")
     if wandb_run is not None:
         log_rows(wandb_run, table)
     if not job.path.is_file():
-        folder = run_of(job.path)
-        print(f"Table   {folder.results / 'llc.csv'} (all settings; these are `{table['settings'].iloc[0]}`)")
-        for file in _draw(folder, table["settings"].iloc[0], job, found.trivial_loss):
-            print(f"Figure  {file}")
-        if folder.config_file.is_file():
-            send_results(folder)
-    if not found.is_usable:
-        print("icl: every estimate is invalid; `--calibrate` looks for settings that are not.", file=sys.stderr)
+        _draw(job, table["settings"].iloc[0], estimates.trivial_loss)
+    if not estimates.is_usable:
+        print("icl: every estimate is invalid; search for better settings by `--calibrate`.", file=sys.stderr)
         in_sweep = wandb_run is not None or POINT_VARIABLE in os.environ
-        return 0 if in_sweep else 1  # W&B's agent gives up after a few failures, and a sweep is there to find them
+        # W&B's agent stops after a few failures, and a sweep over settings is meant to find them.
+        return 0 if in_sweep else 1
     return 0
 
 
-def _control(job: _Job, table: "pd.DataFrame") -> "pd.DataFrame":
-    """The same with rescaled weights, compared in words."""
-    import pandas as pd
-
-    from icl.sampling.rescaling import compare, describe_pair
+def _run_sampler(job: Job, rescale: float = 1.0) -> "Estimates":
     from icl.sampling.run import estimate_run
 
-    assert job.rescale is not None
     sampler = job.config.sampler
-    print(work_ahead(job.path, sampler, mode=job.mode, rescale=job.rescale), file=sys.stderr, flush=True)
-    control = estimate_run(job.path, sampler, mode=job.mode, rescale=job.rescale).table
-    print(f"\nControl: {describe_pair(job.config.model)} rescaled by {job.rescale:g}, the function unchanged.\n")
-    print(shown(control))
-    print("\n" + "\n".join(compare(table, control)))
-    return pd.concat([table, control], ignore_index=True)
+    print(describe_work(job.path, sampler, mode=job.mode, rescale=rescale), file=sys.stderr, flush=True)
+    return estimate_run(job.path, sampler, mode=job.mode, rescale=rescale)
 
 
-def _calibrate(job: _Job) -> int:
-    """Search, print the table and the choice; 1 if no setting is healthy."""
+def _draw(job: Job, settings: str, trivial_loss: float) -> None:
+    """Draw and deliver the results of a run; figures of neither its own nor the published settings end in their hash."""
+    from icl.delivery import send_results
+
+    run = run_of(job.path)
+    print(f"Table   {run.results / 'llc.csv'} (all settings; these are `{settings}`)")
+    is_default = saved_config(job.path).sampler == dataclasses.replace(job.config.sampler, steps="all")
+    label = "published" if job.mode == "published" else "" if is_default else settings
+    title = f"{run.path.name}{f'   ({job.mode})' if job.mode else ''}"
+    for file in draw_figures(run, settings, label=label, title=title, trivial_loss=trivial_loss):
+        print(f"Figure  {file}")
+    if run.config_file.is_file():
+        send_results(run)
+
+
+def _calibrate(job: Job) -> int:
+    """Search, print the table and the choice; return 1 if no settings are healthy."""
     from icl.delivery import send_results
     from icl.plotting.llc import plot_calibration
     from icl.plotting.style import save_figure
     from icl.sampling.calibration import calibrate
-    from icl.sampling.progress import say
 
-    folder = run_of(job.path)
-    folder.require_own_files()
-    result = calibrate(job.path, job.config.sampler, say=say)
+    run = run_of(job.path)
+    run.require_own_files()
+    result = calibrate(job.path, job.config.sampler, say=_say)
     print(f"\n{result.summary}")
-    print(f"Table   {folder.write_result('llc-calibration.csv', result.table.to_csv(index=False))}")
-    figure = plot_calibration(result.table, result.traces, title=f"{folder.path.name}: calibration of the sampler")
-    print(f"Figure  {save_figure(figure, folder.figures / 'llc-calibration.png')}")
+    print(f"Table   {run.write_result('llc-calibration.csv', result.table.to_csv(index=False))}")
+    figure = plot_calibration(result.table, result.traces, title=f"{run.path.name}: calibration of the sampler")
+    print(f"Figure  {save_figure(figure, run.figures / 'llc-calibration.png')}")
     if job.out is not None:
         print(f"Output  {write_rows(job.out, result.table)}")
     if result.chosen is not None:
-        place = folder.write_result("llc-calibration.yaml", result.as_yaml())
-        print(f"Chosen  {place}\n\n  icl llc {job.path} --config {place}")
-    if folder.config_file.is_file():
-        send_results(folder)
+        file = run.write_result("llc-calibration.yaml", result.as_yaml())
+        print(f"Chosen  {file}\n\n  icl llc {job.path} --config {file}")
+    if run.config_file.is_file():
+        send_results(run)
     return 0 if result.chosen is not None else 1
 
 
-def _draw(folder: RunFolder, settings: str, job: _Job, trivial_loss: float) -> list[Path]:
-    """The curve of all that is kept under these settings, and the traces of a few steps.
+def _say(line: str) -> None:
+    """Print a line above the progress bar, at once even if the output goes to a pipe."""
+    from tqdm import tqdm
 
-    The run's own settings and the published ones have a name of their own; figures of others end in their hash.
-    """
-    from icl.plotting.llc import plot_llc, plot_traces, read_stages
-    from icl.plotting.llc_estimate import plot_estimate
-    from icl.plotting.style import save_figure
-    from icl.sampling.records import as_table, read_all
-
-    records = [record for record in read_all(folder) if record.row["settings"] == settings]
-    table = as_table(records)
-    own = _saved_config(job.path).sampler == dataclasses.replace(job.config.sampler, steps="all")
-    label = "published" if job.mode == "published" else "" if own else settings
-    suffix = f"-{label}" if label else ""
-    title = f"{folder.path.name}{f'   ({job.mode})' if job.mode else ''}"
-    if len(records) == 1:
-        curve = plot_estimate(records[0], trivial_loss, title=title)
-    else:
-        curve = plot_llc(table, trivial_loss, title=title, stages=read_stages(folder))
-    return [
-        save_figure(curve, folder.figures / f"llc{suffix}.png"),
-        save_figure(plot_traces(records, title=title), folder.figures / f"llc-traces{suffix}.png"),
-    ]
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        raise ConfigError(f"`--{name}` must be a number, got {text!r}.") from None
-    if is_beyond_floats(text, number):
-        raise ConfigError(f"`--{name}` is too large or too small for a floating-point number, got {text}.")
-    require_number(f"--{name}", number, "positive")
-    return number
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def _self_test(out: Path | None) -> int:
-    """1 if an estimate disagrees with the truth."""
+    """Test the sampler on known answers; return 1 if an estimate disagrees."""
     import pandas as pd
 
     from icl.sampling.self_test import problems, self_test, truth_table
@@ -331,6 +235,6 @@ def _self_test(out: Path | None) -> int:
     print(truth_table(rows))
     if out is not None:
         print(f"Output  {write_rows(out, pd.DataFrame([dataclasses.asdict(row) for row in rows]))}")
-    wrong = sum(not row.agrees for row in rows)
-    print(f"{len(rows) - wrong} of {len(rows)} estimates agree with the truth.")
-    return 1 if wrong else 0
+    num_wrong = sum(not row.agrees for row in rows)
+    print(f"{len(rows) - num_wrong} of {len(rows)} estimates agree with the truth.")
+    return 1 if num_wrong else 0

@@ -34,7 +34,7 @@ def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Se
     """Plot loss (top) and LLC (bottom) against the step, on a logarithmic (left) and a linear axis (right).
 
     A table of one step has no right column. Where the loss at the mean of the draws lies below the checkpoint's
-    (`icl.sampling.drop_at_mean`), the LLC is underestimated by about that drop; diamonds show the sum of both.
+    (`icl.sampling.minimum`), the LLC is underestimated by about that drop; diamonds show the sum of both.
 
     Args:
         table: Rows of `llc.csv` that share their sampler settings.

@@ -1,7 +1,7 @@
-"""Sampling: the local learning coefficient with a verdict. `estimate_llc` serves any PyTorch loss."""
+"""Estimates of the local learning coefficient (LLC), each with a verdict. `estimate_llc` takes any PyTorch loss."""
 
-from icl.sampling.gradients import module_loss
 from icl.sampling.llc import EstimateOptions, estimate_llc, estimate_llcs
 from icl.sampling.result import CheckpointId, LLCResult
+from icl.sampling.target import module_loss
 
 __all__ = ["CheckpointId", "EstimateOptions", "LLCResult", "estimate_llc", "estimate_llcs", "module_loss"]

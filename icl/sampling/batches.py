@@ -1,12 +1,16 @@
-"""Minibatches for chains: a pure function of (chain, draw), or an iterable dealt out in turn.
+"""Minibatches of the chains: a function of (chain, draw), or an iterable that is dealt to the chains in turn.
 
-Draws count every move, burn-in included, from 0. Checkpoints of one population see the same minibatches (chain k's at move
-t is the same at every checkpoint), which makes their differences less noisy; chains of one checkpoint see different ones.
-An iterable gives chain k at move t its batch number t * num_chains + k and starts over when it ends, so the batches do
-not depend on how many chains run at once. One that draws from torch's global generator when it starts, as a shuffling
-DataLoader does, starts its pass e from a state derived from (seed, e), and the caller's state is put back. Where the numbers
-of chains and of batches have a common factor, a chain would meet the same few batches for ever and sample the posterior of
-those; so one batch is passed over each time the dealing would begin to repeat itself.
+Here a draw counts every move, burn-in included, from 0. All checkpoints of a population see the same minibatches: chain k at move
+t sees the same one at every checkpoint. This makes differences between checkpoints less noisy. Chains of one checkpoint see
+different minibatches.
+
+From an iterable, chain k at move t gets batch number t * num_chains + k. A finite iterable starts over when it ends. So the batches
+do not depend on how many chains run at once.
+
+- A shuffling DataLoader draws from torch's global generator when a pass begins. We start pass e from a state that depends on
+  (seed, e) only, and then restore the caller's state.
+- If the numbers of chains and of batches have a common factor, each chain would see the same few batches again and again, and
+  would sample their posterior instead. So we skip one batch each time that the assignment would repeat.
 """
 
 import hashlib
@@ -25,15 +29,15 @@ from icl.validation import ConfigError
 
 Batch: TypeAlias = Any
 """A tree (tuples, lists, dicts) of tensors and other values."""
-_ARRAYS = (Tensor, np.ndarray)
 Batches: TypeAlias = Callable[[int, int], Batch] | Iterable[Batch]
+_ARRAYS = (Tensor, np.ndarray)
 
 
 def batch_function(batches: Batches, *, num_chains: int, seed: int) -> Callable[[int, int], Batch]:
-    """`batches` as a function of (chain, draw).
+    """Return `batches` as a function of (chain, draw).
 
     Raises:
-        ConfigError: If it is neither a function nor an iterable, or an iterable without a batch.
+        ConfigError: If `batches` is neither a function nor an iterable, or is an iterable without a batch.
     """
     if callable(batches):
         return batches
@@ -43,33 +47,34 @@ def batch_function(batches: Batches, *, num_chains: int, seed: int) -> Callable[
         )
     if isinstance(batches, (*_ARRAYS, Mapping)):
         raise ConfigError(
-            f"`batches` is one {type(batches).__name__}, not several batches; for full-batch chains give a list that holds it."
+            f"`batches` is a single {type(batches).__name__}, not several batches. For full-batch chains, pass a list that "
+            "contains it."
         )
     if isinstance(batches, Sequence):
-        numbered = _indexed(batches, num_chains)
+        by_number = _from_sequence(batches, num_chains)
     elif isinstance(batches, Iterator):
-        numbered = _Kept(batches, num_chains)
+        by_number = _FromIterator(batches, num_chains)
     else:
-        numbered = _Dealer(batches, num_chains, seed)
-    return lambda chain, draw: numbered(draw * num_chains + chain)
+        by_number = _FromIterable(batches, num_chains, seed)
+    return lambda chain, draw: by_number(draw * num_chains + chain)
 
 
-def _passing_over(number: int, *, length: int, num_chains: int) -> int:
-    """The place of batch `number` in the endless row of passes of `length` batches."""
+def _position(number: int, *, length: int, num_chains: int) -> int:
+    """Return where batch `number` lies in the endless repetition of `length` batches, skipped batches counted."""
     if math.gcd(length, num_chains) == 1 or length == 1:
         return number
     return number + number // math.lcm(length, num_chains)
 
 
-def _indexed(batches: Sequence[Batch], num_chains: int) -> Callable[[int], Batch]:
+def _from_sequence(batches: Sequence[Batch], num_chains: int) -> Callable[[int], Batch]:
     length = len(batches)
     if not length:
-        raise _is_empty()
-    return lambda number: batches[_passing_over(number, length=length, num_chains=num_chains) % length]
+        raise _empty_error()
+    return lambda number: batches[_position(number, length=length, num_chains=num_chains) % length]
 
 
-class _Kept:
-    """Batch number i of what can be read once only; kept as it comes."""
+class _FromIterator:
+    """Batches by number from an iterator, which can be read only once. So all batches are kept."""
 
     def __init__(self, batches: Iterator[Batch], num_chains: int) -> None:
         self.batches, self.num_chains = batches, num_chains
@@ -77,49 +82,49 @@ class _Kept:
 
     def __call__(self, number: int) -> Batch:
         self.kept += itertools.islice(self.batches, max(0, number + 1 - len(self.kept)))
-        return self.kept[number] if number < len(self.kept) else _indexed(self.kept, self.num_chains)(number)
+        return self.kept[number] if number < len(self.kept) else _from_sequence(self.kept, self.num_chains)(number)
 
 
-class _Dealer:
-    """Batch number i of an iterable that can be read again and again, each time perhaps in another order."""
+class _FromIterable:
+    """Batches by number from an iterable that can be read repeatedly, perhaps in another order each time."""
 
     def __init__(self, batches: Iterable[Batch], num_chains: int, seed: int) -> None:
         self.batches, self.num_chains, self.seed = batches, num_chains, seed
-        self.length: int | None = None
+        self.length: int | None = None  # unknown until the first pass has ended
         self.last: Batch = None
-        self._begin(0)
+        self._start_pass(0)
 
     def __call__(self, number: int) -> Batch:
-        place = number
+        position = number
         if self.length is not None:
-            place = _passing_over(number, length=self.length, num_chains=self.num_chains)
-        if place == self.position - 1:
+            position = _position(number, length=self.length, num_chains=self.num_chains)
+        if position == self.next_position - 1:
             return self.last
-        if place < self.position:
-            self._begin(0 if self.length is None else place // self.length)
-        while self.position <= place:
+        if position < self.next_position:  # an earlier batch is asked for: read its pass again
+            self._start_pass(0 if self.length is None else position // self.length)
+        while self.next_position <= position:
             try:
-                self.last = self._next()
+                self.last = self._read()
             except StopIteration:
-                if self.position == self.epoch * (self.length or 0):
-                    raise _is_empty() from None
-                is_first, self.length = self.length is None, self.length or self.position
-                self._begin(self.epoch + 1)
-                if is_first:
+                if self.next_position == self.epoch * (self.length or 0):
+                    raise _empty_error() from None
+                is_first, self.length = self.length is None, self.length or self.next_position
+                self._start_pass(self.epoch + 1)
+                if is_first:  # only now is the length known, which decides the position
                     return self(number)
                 continue
-            self.position += 1
+            self.next_position += 1
         return self.last
 
-    def _begin(self, epoch: int) -> None:
-        """Start a pass; the CPU's generator alone is set."""
-        self.epoch, self.position = epoch, epoch * (self.length or 0)
+    def _start_pass(self, epoch: int) -> None:
+        """Start a pass from its own state of the CPU's generator."""
+        self.epoch, self.next_position = epoch, epoch * (self.length or 0)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(stream(self.seed, f"llc/batches/{epoch}").low))
             self.state = torch.get_rng_state()
             self.iterator = iter(self.batches)
 
-    def _next(self) -> Batch:
+    def _read(self) -> Batch:
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self.state)
             batch = next(self.iterator)
@@ -127,17 +132,17 @@ class _Dealer:
             return batch
 
 
-def _is_empty() -> ConfigError:
-    return ConfigError("`batches` is empty; a chain needs at least one batch.")
+def _empty_error() -> ConfigError:
+    return ConfigError("`batches` is empty. A chain needs at least one batch.")
 
 
 def stack_batches(batches: Sequence[Batch], device: torch.device) -> Batch:
-    """Batches of equal structure as one, their tensors, arrays and numbers stacked on a leading axis N.
+    """Stack the tensors, arrays and numbers of batches on a new leading axis N.
 
-    A batch that all share is expanded, not copied. What is the same in all and no tensor is left as it is.
+    If all batches are one object, it is expanded and not copied. Other values stay as they are if all batches agree on them.
 
     Raises:
-        ConfigError: If they differ in structure or shape.
+        ConfigError: If the batches differ in structure or shape.
     """
     first, spec = pytree.tree_flatten(batches[0])
     if all(batch is batches[0] for batch in batches):
@@ -146,23 +151,23 @@ def stack_batches(batches: Sequence[Batch], device: torch.device) -> Batch:
         return pytree.tree_unflatten(leaves, spec)
     rows = [pytree.tree_leaves(batch) for batch in batches]
     try:
-        leaves = [_stack(column, device) for column in zip(*rows, strict=True)]
+        leaves = [_stack_leaves(column, device) for column in zip(*rows, strict=True)]
     except (RuntimeError, TypeError, ValueError):
         raise ConfigError(
-            "Chains that run together need minibatches of one structure and shape; drop a short last batch, or set "
+            "Chains that run together need minibatches of equal structure and shape. Drop a short last batch, or set "
             "`vectorize=False`."
         ) from None
     return pytree.tree_unflatten(leaves, spec)
 
 
-def _stack(column: Sequence[Any], device: torch.device) -> Any:
+def _stack_leaves(column: Sequence[Any], device: torch.device) -> Any:
     if not isinstance(column[0], _ARRAYS) and all(x == column[0] for x in column):
         return column[0]
     return torch.stack([torch.as_tensor(x) for x in column]).to(device)
 
 
 def fingerprint(batch: Batch) -> bytes:
-    """A digest of what a batch holds, equal for equal batches."""
+    """Return a digest of a batch's content, equal for equal batches."""
     digest = hashlib.blake2b(digest_size=16)
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, _ARRAYS):

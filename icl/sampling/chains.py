@@ -16,9 +16,10 @@ of equal settings, gradients for all members at once.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -27,11 +28,11 @@ from torch import Tensor
 from icl import rng
 from icl.flat import Layout
 from icl.sampling.batches import Batch, Batches, batch_function, fingerprint, stack_batches
-from icl.sampling.drop_at_mean import BatchLosses, DropsAtMean
-from icl.sampling.gradients import Gradient
+from icl.sampling.minimum import BatchLosses, DropsAtMean
 from icl.sampling.recording import Draw, Recorder, Traces, mean_over_components, split_by_checkpoint
 from icl.sampling.settings import SamplerSettings
 from icl.sampling.sgld import KERNELS, SGLDState, log_mala_acceptance, step
+from icl.sampling.target import Gradient, StackedLosses
 from icl.stacked import Params, size
 from icl.validation import ConfigError
 
@@ -40,13 +41,13 @@ NUM_MALA = 16
 NUM_COMPARED = 4
 """Number of first moves at which the chains' minibatches are compared; so are twice as many later ones."""
 
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with the number of member-moves done and their total."""
+Advance: TypeAlias = Callable[[int], None]
+"""Called after moves with their number: one chain's move counts as one."""
 
 
 def run_chains(
     gradient: Gradient,
-    values: Callable[[Params, Batch], Tensor],
+    losses: StackedLosses,
     checkpoints: Params,
     batches: Batches,
     settings: SamplerSettings | Sequence[SamplerSettings],
@@ -56,13 +57,13 @@ def run_chains(
     chunk_size: int,
     sample_losses: Callable[[Params], Float[Tensor, "n Q"]] | None = None,
     losses_at_mean: BatchLosses | None = None,
-    progress: Progress | None = None,
+    advance: Advance = lambda moves: None,
 ) -> list[Traces]:
     """Run every chain of every checkpoint; return the traces of each checkpoint.
 
     Args:
         gradient: The gradient and the loss of stacked parameters.
-        values: The loss alone, of stacked parameters each on its own batch.
+        losses: The loss alone, of stacked parameters each on its own batch.
         checkpoints: Stacked on a leading axis C.
         batches: Minibatches by (chain, draw), or an iterable.
         settings: The same for all checkpoints, or one for each.
@@ -71,16 +72,15 @@ def run_chains(
         chunk_size: Number of members that may run at once.
         sample_losses: Function from stacked parameters to the losses of Q fixed samples; their variance over draws is recorded.
         losses_at_mean: How to measure the loss at the mean of the draws.
-        progress: Called after every move.
+        advance: Called after every move.
 
     Raises:
         ConfigError: If settings differ in more than lr, nbeta and localization.
     """
     each = [settings] * size(checkpoints) if isinstance(settings, SamplerSettings) else list(settings)
-    common = _common_settings(each)
+    common = _require_common(each)
     source = _Source(batch_function(batches, num_chains=common.num_chains, seed=common.seed), common.num_moves)
     num_members = size(checkpoints) * common.num_chains
-    total = num_members * common.num_moves
     chunk_size = even_chunks(num_members, chunk_size)
     parts: list[Traces] = []
     with torch.no_grad():
@@ -88,22 +88,31 @@ def run_chains(
         drops = None
         if losses_at_mean is not None:
             drops = DropsAtMean(losses_at_mean, layout, rows, fixed, common.num_chains)
+        population = _Population(
+            gradient=gradient,
+            losses=losses,
+            source=source,
+            settings=each,
+            layout=layout,
+            checkpoints=rows,
+            fixed=fixed,
+            keys=keys,
+            sample_losses=sample_losses,
+        )
         for first in range(0, num_members, chunk_size):
-            members = torch.arange(first, min(first + chunk_size, num_members))
-            runner = _Runner(gradient, values, source, each, layout, keys, members)
-            ticks = _Ticks(progress, first * common.num_moves, total)
-            for traces in runner.run(rows, fixed, sample_losses, ticks):
+            for traces in population.run(range(first, min(first + chunk_size, num_members)), advance):
                 if drops is not None:
                     assert traces.mean_position is not None
                     drops.add(traces.mean_position, traces.alive)
+                # The positions are the largest part of the traces, so they are released at once.
                 parts.append(traces._replace(mean_position=None))
-    found = [
+    by_checkpoint = [
         traces._replace(share_batches=source.is_shared(), one_batch=source.is_one())
         for traces in split_by_checkpoint(parts, common.num_chains)
     ]
     if drops is None:
-        return found
-    return [traces._replace(drop_at_mean=drop) for traces, drop in zip(found, drops.drops, strict=True)]
+        return by_checkpoint
+    return [traces._replace(drop_at_mean=drop) for traces, drop in zip(by_checkpoint, drops.drops, strict=True)]
 
 
 def even_chunks(num: int, most: int) -> int:
@@ -116,8 +125,8 @@ def even_chunks(num: int, most: int) -> int:
     return next(equal, -(-num // num_chunks))
 
 
-def _common_settings(settings: Sequence[SamplerSettings]) -> SamplerSettings:
-    """The first of the settings; all share its lengths, chains, seed and kernel."""
+def _require_common(settings: Sequence[SamplerSettings]) -> SamplerSettings:
+    """Return the first of the settings; all must have its lengths, chains, seed and kernel."""
     first = settings[0]
     for other in settings:
         if dataclasses.replace(other, lr=first.lr, nbeta=first.nbeta, localization=first.localization) != first:
@@ -127,20 +136,8 @@ def _common_settings(settings: Sequence[SamplerSettings]) -> SamplerSettings:
     return first
 
 
-class _Ticks(NamedTuple):
-    """Progress of a chunk as progress of the whole."""
-
-    progress: Progress | None
-    before: int
-    total: int
-
-    def __call__(self, done: int) -> None:
-        if self.progress is not None:
-            self.progress(self.before + done, self.total)
-
-
 class _Source:
-    """The minibatches, with a memory of which chains saw the same."""
+    """Minibatches of the chains; it records which chains saw the same ones."""
 
     def __init__(self, batches: Callable[[int, int], Batch], num_moves: int) -> None:
         self.batches = batches
@@ -149,73 +146,63 @@ class _Source:
         self.digests: dict[tuple[int, int], bytes] = {}
 
     def stacked(self, chains: Sequence[int], draw: int, device: torch.device) -> Batch:
-        """One move's batches, a row for each of `chains`; equal chains get the same object."""
-        found = {chain: self.batches(chain, draw) for chain in dict.fromkeys(chains)}
+        """Return one move's batches, a row for each of `chains`; equal chains get the same object."""
+        batches = {chain: self.batches(chain, draw) for chain in dict.fromkeys(chains)}
         if any(draw in draws for draws in self.compared):
-            self.digests |= {(chain, draw): fingerprint(batch) for chain, batch in found.items()}
-        return stack_batches([found[chain] for chain in chains], device)
+            self.digests |= {(chain, draw): fingerprint(batch) for chain, batch in batches.items()}
+        return stack_batches([batches[chain] for chain in chains], device)
 
     def is_one(self) -> bool:
-        """Whether all chains saw one and the same batch at every compared move: the whole data."""
+        """Return whether all chains saw the same single batch at every compared move: the whole data."""
         return len(set(self.digests.values())) <= 1
 
     def is_shared(self) -> bool:
-        """Whether two chains saw the same at every first or later move, though there were different ones."""
+        """Return whether two chains saw the same batches at all first or all later moves, although there were different ones."""
         if self.is_one():
             return False
         chains = {chain for chain, _ in self.digests}
-        for wanted in self.compared:
-            draws = sorted({draw for _, draw in self.digests} & wanted)
+        for compared in self.compared:
+            draws = sorted({draw for _, draw in self.digests} & compared)
             rows = {tuple(self.digests[chain, draw] for draw in draws) for chain in chains}
             if draws and len(rows) < len(chains):
                 return True
         return False
 
 
-class _Runner:
-    """Some members of the population, run together."""
+@dataclass(frozen=True, kw_only=True)
+class _Population:
+    """All members, of which some run at a time."""
 
-    def __init__(
-        self,
-        gradient: Gradient,
-        values: Callable[[Params, Batch], Tensor],
-        source: _Source,
-        settings: Sequence[SamplerSettings],
-        layout: Layout,
-        keys: Sequence[str],
-        members: Tensor,
-    ) -> None:
-        self.gradient, self.values, self.source, self.layout = gradient, values, source, layout
-        self.common = settings[0]
-        self.checkpoint_of = members // self.common.num_chains
-        self.chains = (members % self.common.num_chains).tolist()
-        self.settings = [settings[i] for i in self.checkpoint_of.tolist()]
-        self.seeds = [
-            int(rng.stream(self.common.seed, f"llc/noise/{keys[checkpoint]}/{chain}").low)
-            for checkpoint, chain in zip(self.checkpoint_of.tolist(), self.chains, strict=True)
-        ]
+    gradient: Gradient
+    losses: StackedLosses
+    source: _Source
+    settings: Sequence[SamplerSettings]
+    """The settings of each checkpoint."""
+    layout: Layout
+    checkpoints: Float[Tensor, "C P"]
+    """The moving parameters of each checkpoint."""
+    fixed: Params
+    keys: Sequence[str]
+    """A text for each checkpoint, from which the noise of its chains is seeded."""
+    sample_losses: Callable[[Params], Tensor] | None
 
-    def run(
-        self,
-        checkpoints: Float[Tensor, "C P"],
-        fixed: Params,
-        sample_losses: Callable[[Params], Tensor] | None,
-        ticks: _Ticks,
-    ) -> list[Traces]:
-        """Make all moves of these members; return the traces of each group of equal settings."""
-        common, device = self.common, checkpoints.device
-        index = self.checkpoint_of.to(device)
-        fixed = {name: t.expand(len(index), *t.shape[1:]) if len(t) == 1 else t[index] for name, t in fixed.items()}
-        start = checkpoints[index]
-        groups = self._groups(start, fixed, sample_losses)
+    def run(self, members: range, advance: Advance) -> list[Traces]:
+        """Make all moves of some members; return the traces of each group of equal settings."""
+        common, device = self.settings[0], self.checkpoints.device
+        checkpoints, chains = [m // common.num_chains for m in members], [m % common.num_chains for m in members]
+        index = torch.tensor(checkpoints, device=device)
+        # What all checkpoints share (length 1) is expanded, not copied.
+        fixed = {n: t.expand(len(index), *t.shape[1:]) if len(t) == 1 else t[index] for n, t in self.fixed.items()}
+        start = self.checkpoints[index]
+        groups = self._groups(checkpoints, chains, start, fixed)
         anchors, sizes = self.layout.to_params(start, fixed), [group.size for group in groups]
         for move in range(common.num_moves):
-            batch = self.source.stacked(self.chains, move, device)
+            batch = self.source.stacked(chains, move, device)
             here = self._gradients([group.state for group in groups], fixed, batch)
-            draw, rest = divmod(move - common.num_burnin_steps, common.thinning)
-            is_draw = draw >= 0 and rest == 0
+            draw, remainder = divmod(move - common.num_burnin_steps, common.thinning)
+            is_draw = draw >= 0 and remainder == 0
             if is_draw:
-                anchor_losses = self.values(anchors, batch).split(sizes)
+                anchor_losses = self.losses(anchors, batch).split(sizes)
                 for group, (grad, losses), anchor_loss in zip(groups, here, anchor_losses, strict=True):
                     group.record_draw(grad, losses - anchor_loss)
             proposals = [group.propose(grad, losses) for group, (grad, losses) in zip(groups, here, strict=True)]
@@ -225,24 +212,27 @@ class _Runner:
                     group.record_acceptance(proposal, *ends)
             for group, (grad, _), proposal in zip(groups, here, proposals, strict=True):
                 group.move(proposal, grad, adapting=move < common.num_burnin_steps)
-            ticks((move + 1) * len(index))
+            advance(len(members))
         return [group.recorder.traces() for group in groups]
 
     def _groups(
-        self, start: Float[Tensor, "N P"], fixed: Params, sample_losses: Callable[[Params], Tensor] | None
+        self, checkpoints: Sequence[int], chains: Sequence[int], start: Float[Tensor, "N P"], fixed: Params
     ) -> list["_Group"]:
+        streams = [f"llc/noise/{self.keys[i]}/{chain}" for i, chain in zip(checkpoints, chains, strict=True)]
+        seeds = [int(rng.stream(self.settings[0].seed, stream).low) for stream in streams]
         groups, first = [], 0
-        for settings, members in groupby(self.settings):
+        for settings, members in groupby(self.settings[i] for i in checkpoints):
             rows = slice(first, first + len(list(members)))
             params = partial(self.layout.to_params, fixed={name: tensor[rows] for name, tensor in fixed.items()})
-            recorder = Recorder(settings, self.layout.size, sample_losses)
-            groups.append(_Group(settings, start[rows], self.seeds[rows], params, recorder))
+            recorder = Recorder(settings, self.layout.size, self.sample_losses)
+            groups.append(_Group(settings, start[rows], seeds[rows], params, recorder))
             first = rows.stop
         return groups
 
     def _gradients(self, states: Sequence[SGLDState], fixed: Params, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """The gradients and the losses of all members, split by group."""
+        """Return the gradients and the losses of all members, split by group."""
         positions = [state.position for state in states]
+        # A single group, the usual case, needs no copy.
         rows = positions[0] if len(positions) == 1 else torch.cat(positions)
         grads, values = self.gradient(self.layout, rows, fixed, batch)
         sizes = [len(position) for position in positions]
@@ -250,7 +240,7 @@ class _Runner:
 
 
 class _Group:
-    """Neighbouring members with equal settings: where they are, and how they move."""
+    """Neighbouring members with equal settings: their states and how they move."""
 
     def __init__(
         self,
@@ -286,7 +276,7 @@ class _Group:
         self.state = self.kernel.adapt(proposal, grad) if adapting else proposal
 
     def _noise(self, seeds: Sequence[int]) -> Iterator[Tensor]:
-        """Standard normals: one buffer that is filled again for each move, each row from its member's own generator."""
+        """Yield standard normals for each move, each row from its member's own generator, in one buffer that is reused."""
         buffer = torch.zeros_like(self.state.position)
         rows = buffer[:, : self.recorder.num_params].unbind()  # the padding stays zero, so chains do not move there
         generators = [torch.Generator(buffer.device).manual_seed(seed) for seed in seeds]

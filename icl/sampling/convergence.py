@@ -1,12 +1,12 @@
-"""How well chains have mixed: R-hat, effective sample size, standard error of a mean, drift. All in float64.
+"""Convergence of chains: R-hat, effective sample size, standard error of a mean, drift. All in float64.
 
-R-hat is the larger of the rank-normalised split R-hat of the draws and of their folded values; the effective sample size
-(ESS) is that of the mean, over split chains, with Geyer's initial monotone sequence: Vehtari, Gelman, Simpson, Carpenter,
+R-hat is the larger of the rank-normalised split R-hat of the draws and of their folded values. The effective sample size
+(ESS) is that of the mean, over split chains, with Geyer's initial monotone sequence. Source: Vehtari, Gelman, Simpson, Carpenter,
 Buerkner 2021, "Rank-normalization, folding, and localization", sections 3 and 4.
 
-The standard error of a mean over chains is the larger of two: sd / sqrt(ESS), which sees autocorrelation and, through the
-between-chain part of the variance, chains that disagree; and the spread of the chains' own means, sd / sqrt(chains),
-which assumes nothing within a chain.
+The standard error of a mean over chains is the larger of two. The first, sd / sqrt(ESS), accounts for autocorrelation, and through
+the variance between chains also for chains that disagree. The second, sd / sqrt(chains) of the chains' own means, assumes nothing
+about the draws within a chain.
 """
 
 import math
@@ -18,7 +18,7 @@ from scipy import fft, stats
 
 
 def rhat(draws: Float[ndarray, "K S"]) -> float:
-    """Rank-normalised split R-hat; NaN for a single chain or fewer than four draws."""
+    """Return the rank-normalised split R-hat; NaN for a single chain or fewer than four draws."""
     if len(draws) < 2 or draws.shape[1] < 4:
         return math.nan
     folded = np.abs(draws - np.median(draws))
@@ -26,7 +26,7 @@ def rhat(draws: Float[ndarray, "K S"]) -> float:
 
 
 def ess(draws: Float[ndarray, "K S"]) -> float:
-    """The number of independent draws whose mean would be as certain; NaN for fewer than four draws."""
+    """Return the number of independent draws whose mean has the same variance; NaN for fewer than four draws."""
     if draws.shape[1] < 4:
         return math.nan
     split = _split(draws)
@@ -39,7 +39,9 @@ def ess(draws: Float[ndarray, "K S"]) -> float:
     variance = covariance[0] + split.mean(1).var(ddof=1)
     correlation = 1 - (within - covariance) / variance
     correlation[0] = 1.0
-    pairs = correlation[: num_draws // 2 * 2].reshape(-1, 2).sum(1)  # each positive for a reversible chain
+    pairs = (
+        correlation[: num_draws // 2 * 2].reshape(-1, 2).sum(1)
+    )  # sums of neighbouring lags are positive for a reversible chain
     end = int(np.argmax(np.append(pairs, -1.0) < 0))
     tail = max(correlation[2 * end], 0.0) if end < len(pairs) else 0.0
     time = max(2 * np.minimum.accumulate(pairs[:end]).sum() - 1 + tail, 1 / math.log10(total))
@@ -47,7 +49,7 @@ def ess(draws: Float[ndarray, "K S"]) -> float:
 
 
 def standard_error(draws: Float[ndarray, "K S"]) -> float:
-    """Of the mean over all draws of all chains; NaN for fewer than four draws of one chain."""
+    """Return the standard error of the mean over all draws of all chains; NaN for fewer than four draws of one chain."""
     if not len(draws):
         return math.nan
     within = math.sqrt(draws.var(ddof=1) / ess(draws)) if draws.shape[1] >= 4 else math.nan
@@ -56,7 +58,7 @@ def standard_error(draws: Float[ndarray, "K S"]) -> float:
 
 
 def drift(draws: Float[ndarray, "K S"]) -> tuple[float, float]:
-    """The mean of the second half of the draws less that of the first, and its standard error (after Geweke 1992)."""
+    """Return the mean of the second half of the draws minus that of the first, and its standard error (after Geweke 1992)."""
     half = draws.shape[1] // 2
     if not len(draws) or half < 4:
         return math.nan, math.nan
@@ -65,11 +67,12 @@ def drift(draws: Float[ndarray, "K S"]) -> tuple[float, float]:
 
 
 def sensitivity(excess: Float[ndarray, "K S"], pull: Float[ndarray, "K S"]) -> tuple[float, float]:
-    """By how much the mean excess falls as localization grows e-fold, (E[pull] - Cov(excess, pull)) / 2, and its standard error.
+    """Return how much the mean excess falls if localization grows e-fold, (E[pull] - Cov(excess, pull)) / 2, and its standard error.
 
-    A minibatch adds nearly the same noise to both, which would count as covariance. It is not in their difference D, nor then
-    in Cov(excess, D), and Var(excess) without it is at least Cov(excess, D)^2 / Var(D): equal for a homogeneous loss
-    about w0, of any degree but one. So Cov(excess, pull) = Cov(excess, D) + Var(excess) is found from D alone, and is never too high.
+    A minibatch adds nearly the same noise to excess and pull, which would count as covariance. Their difference D does not contain this
+    noise, so neither does Cov(excess, D). Without the noise, Var(excess) is at least Cov(excess, D)^2 / Var(D), with equality for a
+    homogeneous loss about w0 of any degree but one. So we estimate Cov(excess, pull) = Cov(excess, D) + Var(excess) from D alone, and
+    the estimate is never too high.
 
     Args:
         excess: nbeta (L(w) - L(w0)) at every draw.
@@ -79,7 +82,7 @@ def sensitivity(excess: Float[ndarray, "K S"], pull: Float[ndarray, "K S"]) -> t
         return math.nan, math.nan
     f, d = excess - excess.mean(), pull - excess - (pull - excess).mean()
     ratio = (f * d).mean() / max((d * d).mean(), np.finfo(float).tiny)
-    # Of the mean Cov(f, D) + Cov(f, D)^2 / Var(D), and of the variance of that (delta method).
+    # Terms whose mean is Cov(f, D) + Cov(f, D)^2 / Var(D), and whose variance is that of this estimate (delta method).
     common = (1 + 2 * ratio) * f * d - ratio**2 * d * d
     return float((pull - common).mean()) / 2, standard_error(pull - common) / 2
 
@@ -103,7 +106,7 @@ def _plain_rhat(draws: Float[ndarray, "K S"]) -> float:
 
 
 def _autocovariance(draws: Float[ndarray, "K S"]) -> Float[ndarray, "K S"]:
-    """At lags 0 .. S - 1, each sum divided by S."""
+    """Return the autocovariance at lags 0 .. S - 1, each sum divided by S, by the fast Fourier transform."""
     num_draws = draws.shape[1]
     centred = draws - draws.mean(1, keepdims=True)
     spectrum = np.abs(fft.rfft(centred, fft.next_fast_len(2 * num_draws))) ** 2

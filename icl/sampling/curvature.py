@@ -1,9 +1,9 @@
-"""The largest curvature of the loss at a checkpoint: the largest eigenvalue of its Hessian H in magnitude, by Lanczos.
+"""The largest curvature of the loss at a checkpoint: the largest magnitude of an eigenvalue of its Hessian H, by Lanczos.
 
     H v is approximately (grad L(w + c v) - grad L(w)) / c,   |v| = 1, c = 0.01
 
-Differences of gradients need no second derivative, which a loss may not have. The eigenvalue limits SGLD's step:
-lr (nbeta h_max + localization) must stay below 4.
+Differences of gradients need no second derivative, which some losses do not have. The eigenvalue limits SGLD's step size:
+lr (nbeta h_max + localization) must be below 4.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from icl.flat import make_layout
 from icl.linalg import lanczos, ritz
 from icl.sampling.batches import Batch, stack_batches
-from icl.sampling.gradients import Gradient
+from icl.sampling.target import Gradient
 from icl.stacked import Params, stack
 
 _NUM_STEPS = 10

@@ -1,28 +1,26 @@
-"""Estimates of checkpoints x settings x chains as one population, from the losses to the verdicts.
+"""Estimate the LLCs of checkpoints x settings x chains as one population, from the losses to the verdicts.
 
-What depends on a checkpoint alone (its loss on many batches, and the way down from it) is computed once, whatever the number
-of settings that its chains are run under.
+Numbers that depend on a checkpoint alone (its loss on many batches, the step down its gradient) are computed once,
+whatever the number of settings that its chains run under.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from icl.flat import Layout
-from icl.sampling import drop_at_mean
+from icl.flat import Layout, make_layout
 from icl.sampling.batches import Batch, batch_function, fingerprint, stack_batches
-from icl.sampling.chains import Progress, run_chains
-from icl.sampling.gradients import allocated_bytes, stacked_loss, vmapped_gradient
-from icl.sampling.minimum import drop, gain, slope
-from icl.sampling.restriction import Restriction, restricted_layout
+from icl.sampling.chains import Advance, run_chains
+from icl.sampling.minimum import BatchLosses, GradientStep, num_drop_batches
 from icl.sampling.result import CheckpointId, LLCResult, make_result
 from icl.sampling.settings import SamplerSettings
-from icl.sampling.target import Target
+from icl.sampling.target import StackedLosses, Target, stacked_losses, vmapped_gradient
 from icl.sampling.verdict import AtCheckpoint
 from icl.stacked import Params, size, stack
 
@@ -38,12 +36,12 @@ def estimate(
     settings_grid: Sequence[SamplerSettings],
     *,
     identities: Sequence[CheckpointId],
-    restrict: Restriction = None,
+    layout: Layout | None = None,
     num_samples: int | None = None,
     num_init_batches: int = 32,
     sample_losses: Callable[[Params], Float[Tensor, " Q"]] | None = None,
     memory: float | None = None,
-    progress: Progress | None = None,
+    advance: Advance = lambda moves: None,
 ) -> list[list[LLCResult]]:
     """Estimate the LLC of each checkpoint under each of some settings, as one population.
 
@@ -52,26 +50,26 @@ def estimate(
         checkpoints: Parameters by name, all of one architecture.
         settings_grid: Settings that differ in lr, nbeta and localization only; chains see the same minibatches and noise under each.
         identities: Step and hash of each checkpoint.
-        restrict: Which parameters may move.
+        layout: Which parameters may move; None for all.
         num_samples: The sample size n.
         num_init_batches: Number of distinct batches for the checkpoint's own loss.
         sample_losses: Function from parameters to the losses of fixed samples, for the singular fluctuation.
         memory: Bytes that the chains running at once may need.
-        progress: Called with the moves done and their total, over all chains.
+        advance: Called after every move of the chains that run together, with their number.
 
     Returns:
         A list for each settings, with a result for each checkpoint.
     """
     common = settings_grid[0]
-    params = {name: tensor.detach() for name, tensor in stack([_detached(one) for one in checkpoints]).items()}
-    layout = restricted_layout(checkpoints[0], restrict)
+    params = stack([{name: tensor.detach() for name, tensor in member.items()} for member in checkpoints])
+    layout = make_layout(checkpoints[0]) if layout is None else layout
     source = batch_function(target.batches, num_chains=common.num_chains, seed=common.seed)
     device = next(iter(params.values())).device
-    distinct = _distinct_batches(source, common, num_init_batches)
-    batches = [_on(batch, device) for batch in distinct.batches]
-    members = _chunk_size(target, params, batches[0], layout, memory)
-    at_checkpoints = _at_checkpoints(target, params, batches, settings_grid, layout, members)
-    drop_batches = batches[: drop_at_mean.num_batches(common.num_moves, common.num_chains)]
+    distinct, are_all = _distinct_batches(source, common, num_init_batches)
+    batches = [_to_device(batch, device) for batch in distinct]
+    chunk_size = _chunk_size(target, params, batches[0], layout, memory)
+    at_checkpoints = _at_checkpoints(target, params, batches, settings_grid, layout, chunk_size)
+    drop_batches = batches[: num_drop_batches(common.num_moves, common.num_chains)]
     traces = run_chains(
         target.chain_gradient,
         target.losses_on_own_batches,
@@ -80,18 +78,18 @@ def estimate(
         [settings for settings in settings_grid for _ in checkpoints],
         layout=layout,
         keys=[identity.checkpoint_hash or str(i) for i, identity in enumerate(identities)] * len(settings_grid),
-        chunk_size=members,
-        sample_losses=_mapped(sample_losses, vectorize=target.vectorize),
-        losses_at_mean=drop_at_mean.BatchLosses(
-            partial(_losses_on, target.losses_on_shared_batch, drop_batches, members),
-            distinct.are_all and len(drop_batches) == len(batches),
+        chunk_size=chunk_size,
+        sample_losses=_stacked_sample_losses(sample_losses, vectorize=target.vectorize),
+        losses_at_mean=BatchLosses(
+            partial(_mean_losses, target.losses_on_shared_batch, drop_batches, chunk_size),
+            are_all and len(drop_batches) == len(batches),
         ),
-        progress=progress,
+        advance=advance,
     )
     finish = partial(make_result, num_samples=num_samples, loss_name=target.name)
-    rows = iter(traces)
+    remaining = iter(traces)
     return [
-        [finish(next(rows), known, settings, identity) for known, identity in zip(row, identities, strict=True)]
+        [finish(next(remaining), known, settings, identity) for known, identity in zip(row, identities, strict=True)]
         for row, settings in zip(at_checkpoints, settings_grid, strict=True)
     ]
 
@@ -102,104 +100,107 @@ def _at_checkpoints(
     batches: Sequence[Batch],
     settings_grid: Sequence[SamplerSettings],
     layout: Layout,
-    members: int,
+    chunk_size: int,
 ) -> list[list[AtCheckpoint]]:
-    """The checkpoints' own losses, and what a step down gains under each settings."""
+    """Return what is known of each checkpoint without its chains, for each settings."""
     losses, gradient = target.losses_on_shared_batch, target.default_gradient
     if next(iter(params.values())).device.type == "cpu":
-        gradient = (
-            target.chain_gradient
-        )  # elsewhere it may be one graph, and would be compiled again for so few members
+        # On a GPU the chains' gradient may be a compiled graph, which would be compiled again for so few members.
+        gradient = target.chain_gradient
+    # Rounded, because the same ratio of settings that were themselves rounded may differ in the last digits.
     ratios = [float(f"{settings.localization / settings.nbeta:.6g}") for settings in settings_grid]
-    init: list[Tensor] = []
-    drops: dict[float, list[Tensor]] = {ratio: [] for ratio in ratios}
-    with torch.no_grad():
-        for part in _in_chunks(params, members):
-            init.append(_losses_by_batch(losses, part, batches))
-            finite = init[-1].isfinite().all(2).all(0).tolist()
+    table: list[list[AtCheckpoint]] = [[] for _ in settings_grid]
+    for chunk in _chunks(params, chunk_size):
+        with torch.no_grad():
+            init_losses = _losses_by_batch(losses, chunk, batches)
+            finite = init_losses.isfinite().all(2).all(0).tolist()
             usable = [batch for batch, is_usable in zip(batches, finite, strict=True) if is_usable] or batches
-            down = slope(gradient, losses, part, usable, layout=layout)
-            for ratio, found in drops.items():
-                found.append(drop(down, ratio))
-    whole, table = torch.cat(init), []
-    for ratio, settings in zip(ratios, settings_grid, strict=True):
-        gains = [gain(part, settings.nbeta) for part in drops[ratio]]  # each part has its own batches
-        means, errors = (torch.cat(parts).tolist() for parts in zip(*gains, strict=True))
-        table.append(
-            [
-                AtCheckpoint(own, descent, stderr, target.trivial_loss, layout.size)
-                for own, descent, stderr in zip(whole, means, errors, strict=True)
+            step = GradientStep(gradient, losses, chunk, usable, layout=layout)
+            decreases = {ratio: step.decrease(ratio) for ratio in dict.fromkeys(ratios)}
+        for row, ratio, settings in zip(table, ratios, settings_grid, strict=True):
+            nats = settings.nbeta * decreases[ratio]  # I C
+            stderr = nats.std(0) / len(nats) ** 0.5 if len(nats) > 1 else torch.zeros_like(nats[0])
+            row += [
+                AtCheckpoint(*values, target.trivial_loss, layout.size)
+                for values in zip(init_losses, nats.mean(0).tolist(), stderr.tolist(), strict=True)
             ]
-        )
     return table
 
 
-def _detached(params: Mapping[str, Tensor]) -> Params:
-    return {name: tensor.detach() for name, tensor in params.items()}
-
-
-class _Distinct(NamedTuple):
-    """Different batches that the chains are dealt."""
-
-    batches: list[Batch]
-    are_all: bool
-    """Whether others were looked for in vain."""
-
-
-def _distinct_batches(source: Callable[[int, int], Batch], settings: SamplerSettings, wanted: int) -> _Distinct:
-    """The first `wanted` different batches that the chains are dealt, or all there are."""
-    found: dict[bytes, Batch] = {}
-    repeats, patience = 0, 2 * settings.num_chains
+def _distinct_batches(
+    source: Callable[[int, int], Batch], settings: SamplerSettings, num_wanted: int
+) -> tuple[list[Batch], bool]:
+    """Return the first distinct batches that the chains get, and whether a search for more was in vain."""
+    batches: dict[bytes, Batch] = {}
+    num_repeats, patience = 0, 2 * settings.num_chains
     for number in range(settings.num_moves * settings.num_chains):
         draw, chain = divmod(number, settings.num_chains)
         batch = source(chain, draw)
-        repeats = repeats + 1 if found.setdefault(fingerprint(batch), batch) is not batch else 0
-        if len(found) == wanted or repeats > patience + len(found):
+        num_repeats = num_repeats + 1 if batches.setdefault(fingerprint(batch), batch) is not batch else 0
+        if len(batches) == num_wanted or num_repeats > patience + len(batches):
             break
-    return _Distinct(list(found.values()), repeats > patience + len(found))
+    return list(batches.values()), num_repeats > patience + len(batches)
 
 
-def _losses_by_batch(losses: Callable[[Params, Batch], Tensor], params: Params, batches: Sequence[Batch]) -> Tensor:
-    """Of every checkpoint on every batch, (C, batches, T), in float64 on the CPU; T = 1 for a number."""
+def _losses_by_batch(losses: StackedLosses, params: Params, batches: Sequence[Batch]) -> Float[Tensor, "N I T"]:
+    """Return the losses of every member on every batch, in float64 on the CPU; T = 1 if the loss is a number."""
     values = [losses(params, batch) for batch in batches]
     return torch.stack([v if v.ndim > 1 else v[:, None] for v in values], dim=1).double().cpu()
 
 
-def _losses_on(
-    losses: Callable[[Params, Batch], Tensor], batches: Sequence[Batch], members: int, params: Params
+def _mean_losses(
+    losses: StackedLosses, batches: Sequence[Batch], chunk_size: int, params: Params
 ) -> Float[Tensor, "N I"]:
-    """Of stacked parameters on each batch, so many members at once."""
-    return torch.cat([_losses_by_batch(losses, part, batches).mean(2) for part in _in_chunks(params, members)])
+    """Return the losses of stacked parameters on each batch, averaged over components."""
+    return torch.cat([_losses_by_batch(losses, chunk, batches).mean(2) for chunk in _chunks(params, chunk_size)])
 
 
-def _on(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device, as the stacked ones are."""
+def _stacked_sample_losses(
+    sample_losses: Callable[[Params], Tensor] | None, *, vectorize: bool
+) -> Callable[[Params], Tensor] | None:
+    if sample_losses is None:
+        return None
+    losses = stacked_losses(lambda params, _: sample_losses(params), own_batches=False, vectorize=vectorize)
+    return lambda params: losses(params, None)
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch to a device, with its arrays as tensors."""
     return pytree.tree_map(lambda x: x[0] if isinstance(x, Tensor) else x, stack_batches([batch], device))
 
 
+def _chunks(params: Params, chunk_size: int) -> list[Params]:
+    starts = range(0, size(params), chunk_size)
+    return [{name: tensor[i : i + chunk_size] for name, tensor in params.items()} for i in starts]
+
+
 def _chunk_size(target: Target, params: Params, batch: Batch, layout: Layout, memory: float | None) -> int:
-    """Members that fit the memory together, at least one; one where they are not mapped."""
+    """Return the number of members that fit the memory together: at least one, and one if they are not mapped."""
     if not target.vectorize:
         return 1
-    one = {name: tensor[:1] for name, tensor in params.items()}
-    device = next(iter(one.values())).device
+    member = {name: tensor[:1] for name, tensor in params.items()}
+    device = next(iter(member.values())).device
     if memory is None:
         memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else MEMORY
-    gradient = partial(vmapped_gradient(target.loss), layout, layout.to_rows(one), layout.fixed(one))
-    with torch.no_grad():
-        need = allocated_bytes(gradient, stack_batches([batch], device))
-    need += _COPIES * sum(tensor.nbytes for tensor in one.values())
-    return max(1, int(memory // need))
+    gradient, rows, fixed = vmapped_gradient(target.loss), layout.to_rows(member), layout.fixed(member)
+    stacked_batch = stack_batches([batch], device)
+    with torch.no_grad(), _Allocations() as allocations:
+        gradient(layout, rows, fixed, stacked_batch)
+    needed = sum(allocations.sizes.values()) + _COPIES * sum(tensor.nbytes for tensor in member.values())
+    return max(1, int(memory // needed))
 
 
-def _in_chunks(params: Params, members: int) -> list[Params]:
-    starts = range(0, size(params), members)
-    return [{name: tensor[i : i + members] for name, tensor in params.items()} for i in starts]
+class _Allocations(TorchDispatchMode):
+    """Records the size of every tensor that a block makes; views of one storage count once."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
 
-def _mapped(sample_losses: Callable[[Params], Tensor] | None, *, vectorize: bool) -> Callable[[Params], Tensor] | None:
-    """The losses of the fixed samples, of stacked parameters."""
-    if sample_losses is None:
-        return None
-    losses = stacked_loss(lambda params, _: sample_losses(params), vectorize=vectorize)
-    return lambda params: losses(params, None)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self.sizes[storage.data_ptr()] = max(self.sizes.get(storage.data_ptr(), 0), storage.nbytes())
+        return result

@@ -3,29 +3,37 @@
     LLC = nbeta (mean over draws of L(w) - L(w0)),   w ~ exp(-nbeta L(w) - localization/2 |w - w0|^2)
 
 Lau, Furman, Wang, Murfet and Wei 2023, after Watanabe 2013 (WBIC). nbeta is n / ln n unless it is given, for a stated n. L is
-the loss averaged over a minibatch; burn-in is in no average; L(w0) is the mean over many batches, and its error is part of
-the standard error. `icl.sampling.chains` defines a draw; `icl.sampling.verdict` says when an estimate is not to be trusted.
+the loss averaged over a minibatch. Burn-in is in no average. L(w0) is the mean over many batches, and its error is part of
+the standard error. `icl.sampling.chains` defines a draw; `icl.sampling.verdict` says when an estimate should not be trusted.
+
+`restrict` selects the parameters that chains move: None (all), names or globs such as `blocks.0.*`, or a dict from names to Boolean
+masks of their elements.
 """
 
+import fnmatch
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from icl.flat import Layout, make_layout
 from icl.sampling.batches import Batches
-from icl.sampling.chains import Progress
+from icl.sampling.chains import Advance
 from icl.sampling.estimation import estimate
-from icl.sampling.gradients import Gradient, Loss
-from icl.sampling.restriction import Restriction
 from icl.sampling.result import CheckpointId, LLCResult
-from icl.sampling.settings import SamplerSettings
-from icl.sampling.target import Target
+from icl.sampling.settings import SamplerSettings, inverse_temperature
+from icl.sampling.target import Gradient, Loss, Target
 from icl.stacked import Params
 from icl.validation import ConfigError, real, whole
+
+Restriction: TypeAlias = Iterable[str] | Mapping[str, Tensor] | None
+"""The parameters, or parts of them, that may move."""
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with the number of moves done and their total, over all chains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +49,7 @@ class EstimateOptions:
     memory: float | None = None
     """Bytes that the chains running at once may need."""
     progress: Progress | None = None
-    """Called with the moves done and their total, over all chains."""
+    """Called after moves with the number done and their total, over all chains."""
     loss_name: str = "loss"
     """The loss's name in result rows."""
     identities: Sequence[CheckpointId] | None = None
@@ -72,10 +80,10 @@ def estimate_llcs(
 
     Args:
         loss: `loss(params, batch)` gives a number, or a vector of components (per position, say) whose mean is L.
-        checkpoints: Parameters by name; neither they nor the model they come from are changed.
-        batches: `(chain, draw) -> batch`, or an iterable that is dealt to the chains in turn and starts over when it ends. Draws
-            count every move, burn-in included. Chains see different batches unless the function ignores `chain`.
-            Neither it nor the loss may draw from torch's global generator.
+        checkpoints: Parameters by name; they are not changed.
+        batches: `(chain, draw) -> batch`, or an iterable that is dealt to the chains in turn and starts over when it ends.
+            Draws count every move, burn-in included. Chains see different batches unless the function ignores `chain`.
+            Neither `batches` nor the loss may draw from torch's global generator.
         lr: Step size epsilon.
         nbeta: Effective inverse temperature; None is n / ln n of `num_samples`.
         localization: Pull gamma back to the checkpoint.
@@ -86,7 +94,7 @@ def estimate_llcs(
         restrict: Which parameters may move: names, globs, or a dict of Boolean masks; None for all.
         kernel: `sgld` or `rmsprop`.
         num_samples: The sample size n.
-        num_init_batches: Number of distinct batches for L(w0), the first that the chains are dealt; fewer if there are fewer.
+        num_init_batches: Number of distinct batches for L(w0), the first that the chains get; fewer if there are fewer.
         trivial_loss: Loss of a predictor that knows nothing; without it, escape from the basin is not checked.
         vectorize: False runs one chain after another by plain autograd, for losses that `vmap` cannot map.
         options: Less common options.
@@ -94,8 +102,8 @@ def estimate_llcs(
     Raises:
         ConfigError: If a setting cannot be used.
     """
-    _check_loss(loss)
-    checkpoints = _checked(checkpoints)
+    _require_loss_function(loss)
+    checkpoints = _require_checkpoints(checkpoints)
     identities = [CheckpointId() for _ in checkpoints] if options.identities is None else options.identities
     if len(identities) != len(checkpoints):
         raise ConfigError(
@@ -130,12 +138,12 @@ def estimate_llcs(
         checkpoints,
         [settings],
         identities=identities,
-        restrict=restrict,
+        layout=restricted_layout(checkpoints[0], restrict),
         num_samples=None if num_samples is None else whole("num_samples", num_samples, 2),
         num_init_batches=whole("num_init_batches", num_init_batches, 1),
         sample_losses=options.sample_losses,
         memory=memory,
-        progress=options.progress,
+        advance=_advance(options.progress, len(checkpoints) * settings.num_chains * settings.num_moves),
     )[0]
 
 
@@ -188,55 +196,96 @@ def estimate_llc(
     )[0]
 
 
-def inverse_temperature(nbeta: float | None, num_samples: int | None) -> float:
-    """The one place where nbeta is set."""
-    if num_samples is not None:
-        num_samples = whole("num_samples", num_samples, 2)
-    if nbeta is not None:
-        return real("nbeta", nbeta, "positive", repair="; None stands for n / ln n with n = `num_samples`")
-    if num_samples is None:
-        raise ConfigError("`nbeta` is None, which stands for n / ln n, but `num_samples` (n) is not given; give one.")
-    return num_samples / math.log(num_samples)
+def restricted_layout(params: Mapping[str, Tensor], restrict: Restriction = None) -> Layout:
+    """Return the layout of the parameters of one member (no leading axis) that `restrict` lets move.
+
+    Raises:
+        ConfigError: If `restrict` names no parameter, a mask does not fit, or no parameter is left to move.
+    """
+    layout = make_layout(params, None if restrict is None else _masks(params, restrict))
+    if not layout.slots:
+        raise ConfigError("`restrict` leaves no parameter free to move; give names, globs or masks that select some.")
+    return layout
 
 
-def _check_loss(loss: Any) -> None:
-    """Refuse what cannot be called with parameters and a batch."""
+def _masks(params: Mapping[str, Tensor], restrict: Any) -> dict[str, Tensor]:
+    """Return a mask of the moving elements for each parameter that `restrict` names."""
+    if isinstance(restrict, Mapping):
+        for name, mask in restrict.items():
+            if name not in params:
+                raise ConfigError(f"`restrict` has a mask for `{name}`, but the parameters are {_listing(params)}.")
+            if not isinstance(mask, Tensor) or mask.shape != params[name].shape or mask.dtype != torch.bool:
+                got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+                raise ConfigError(
+                    f"The mask of `{name}` must be a Boolean tensor of shape {tuple(params[name].shape)}, got {got}."
+                )
+        return {name: mask.detach().cpu() for name, mask in restrict.items()}
+    patterns = list(restrict) if isinstance(restrict, Iterable) and not isinstance(restrict, str) else [restrict]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(
+            "`restrict` must be names or globs of parameters, or a dict from names to masks, got "
+            f"{type(restrict).__name__}; leave it out to sample all of them."
+        )
+    matches = {pattern: [name for name in params if fnmatch.fnmatchcase(name, pattern)] for pattern in patterns}
+    for pattern, names in matches.items():
+        if not names:
+            raise ConfigError(f"`restrict` has `{pattern}`, which fits none of the parameters {_listing(params)}.")
+    return {name: torch.ones(params[name].shape, dtype=torch.bool) for names in matches.values() for name in names}
+
+
+def _listing(params: Mapping[str, Tensor]) -> str:
+    names = list(params)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _advance(progress: Progress | None, total: int) -> Advance:
+    """Return a function that adds up moves and passes their sum on."""
+    num_done = 0
+
+    def advance(num_moves: int) -> None:
+        nonlocal num_done
+        num_done += num_moves
+        if progress is not None:
+            progress(num_done, total)
+
+    return advance
+
+
+def _require_loss_function(loss: Any) -> None:
+    """Refuse a loss that cannot be called with parameters and a batch."""
     try:
         inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).bind("params", "batch")
-    except ValueError:  # built in, and without a signature to judge by
+    except ValueError:  # a built-in function without a signature to check
         return
     except TypeError:
         raise ConfigError(
-            f"`loss` must be a function of (params, batch), got {_described(loss)}; `module_loss(model, criterion)` makes one."
+            f"`loss` must be a function of (params, batch), got {_describe(loss)}; `module_loss(model, criterion)` makes one."
         ) from None
 
 
-def _checked(checkpoints: Any) -> list[Mapping[str, Tensor]]:
-    """The checkpoints, if they are parameters by name."""
+def _require_checkpoints(checkpoints: Any) -> list[Mapping[str, Tensor]]:
+    """Return the checkpoints as a list; refuse what is not a list of parameters by name in float32 or float64."""
     if isinstance(checkpoints, (Mapping, nn.Module)) or not isinstance(checkpoints, Iterable):
-        raise ConfigError(f"`checkpoints` must be a list of dicts of tensors, got {_described(checkpoints)}.")
+        raise ConfigError(f"`checkpoints` must be a list of dicts of tensors, got {_describe(checkpoints)}.")
     checkpoints = list(checkpoints)
     for params in checkpoints:
         if not isinstance(params, Mapping) or not all(isinstance(tensor, Tensor) for tensor in params.values()):
             raise ConfigError(
-                f"Parameters must be a dict from names to tensors, got {_described(params)}; "
+                f"Parameters must be a dict from names to tensors, got {_describe(params)}; "
                 "`loss, params = module_loss(model, criterion)` gives those of a module."
             )
         for name, tensor in params.items():
-            if not tensor.is_floating_point():
+            # In 16 bits a chain's moves are smaller than the steps between numbers.
+            if not tensor.is_floating_point() or tensor.itemsize < 4:
                 raise ConfigError(
-                    f"Parameters must be float32 or float64, got {tensor.dtype} in `{name}`; leave out what is no real number."
-                )
-            if tensor.itemsize < 4:
-                raise ConfigError(
-                    f"Parameters must be float32 or float64, got {tensor.dtype} in `{name}`: a chain's moves are smaller than the steps "
-                    "between its numbers; convert the model by `.float()`."
+                    f"Parameters must be float32 or float64, got {tensor.dtype} in `{name}`; convert the model by `.float()`, "
+                    "and leave out what is not a real number."
                 )
     if not checkpoints or not all(checkpoints):
         raise ConfigError("There are no parameters to sample; give a dict from names to tensors that is not empty.")
     return checkpoints
 
 
-def _described(value: Any) -> str:
-    kinds = sorted({type(one).__name__ for one in value.values()}) if isinstance(value, Mapping) else []
-    return type(value).__name__ + (f" of {', '.join(kinds)}" if kinds else "")
+def _describe(value: Any) -> str:
+    values = sorted({type(item).__name__ for item in value.values()}) if isinstance(value, Mapping) else []
+    return type(value).__name__ + (f" of {', '.join(values)}" if values else "")

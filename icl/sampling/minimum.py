@@ -1,86 +1,203 @@
-"""Is a checkpoint at a minimum? What one step down its gradient would gain, in nats, on batches not used to find it.
+"""Is a checkpoint at a minimum? Two measurements; at a minimum both are zero or less.
 
-The mean gradient g and its curvature along g (a finite difference of gradients) come from one half of some batches; so
-does the best of four steps around the localised Newton step nbeta / (nbeta curvature + localization). The gain is then
-measured, with its standard error, on the other half. At a minimum it is zero or less; it is a lower bound on how far
-the checkpoint's loss, and with it the LLC, is off.
+**One step down the gradient** (`GradientStep`). From one half of some batches come the mean gradient g, the curvature along g (a finite
+difference of gradients), and the best of four steps around the localised Newton step nbeta / (nbeta curvature + localization).
+On the other half we measure how much the step lowers the loss, with its standard error. This is a lower bound on the error of the
+checkpoint's loss, and with it on that of the LLC.
+
+**The loss at the mean of the draws** (`drop_at_mean`). If a checkpoint lies beside its minimum, its LLC is too small by nbeta times
+the height of its loss above the minimum. Chains find the minimum also along soft directions, where a step down the gradient leads
+nowhere. For a quadratic loss of curvature h with its minimum at w*, the mean of localised chains is w* + r (w0 - w*), with
+r = localization / (nbeta h + localization); so the loss there is lower by (1 - r^2) h (w0 - w*)^2 / 2.
+
+- The mean of finitely many draws has an error, which raises the loss. The jackknife over chains removes this bias to first order,
+  and exactly for quadratics. It also gives the standard error (Efron and Stein 1981). With few chains the standard error is
+  itself uncertain, so the rules of the verdict use Student's t.
+- At a saddle, chains go down on both sides, and their mean does not. So we also take the mean of the drops at each chain's own mean,
+  and report the larger of the two. For a convex loss the second is never larger.
+- The loss is that of the batches given. The minimum of a finite set of batches lies elsewhere than that of all data, and is a little
+  lower.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 from icl.flat import Layout
 from icl.sampling.batches import Batch, stack_batches
-from icl.sampling.gradients import Gradient
+from icl.sampling.target import Gradient, StackedLosses
 from icl.stacked import Params
 
 STEPS = (1 / 16, 1 / 4, 1.0, 4.0)
 """Multiples of the Newton step that are tried."""
-NUM_BATCHES = 32
-"""At most so many batches are used, half to find the step and half to measure what it gains."""
-_NUDGE = 1e-3  # length of the finite difference, relative to the parameters
+NUM_STEP_BATCHES = 32
+"""Largest number of batches for the step down the gradient: half to find it, half to measure its effect."""
+_MIN_DROP_BATCHES = 32
+"""Minimum number of batches for the drop at the mean."""
+_NUDGE = 1e-3
+"""Length of the finite difference, relative to the parameters."""
 
 
-class Slope(NamedTuple):
-    """The way down from C stacked checkpoints, whatever their chains are told."""
+class GradientStep:
+    """A step down the gradient from C stacked checkpoints, without the settings of their chains.
 
-    start: Float[Tensor, "C P"]
-    gradient: Float[Tensor, "C P"]
-    """Mean over the batches that find."""
-    curvature: Float[Tensor, "C 1"]
-    """Along the gradient."""
-    losses: Callable[[Tensor, Sequence[Batch]], Float[Tensor, "I C"]]
-    """Function from rows to their losses on each of I batches."""
-    finding: Sequence[Batch]
-    measuring: Sequence[Batch]
-    here: Float[Tensor, "I C"]
-    """Losses of the checkpoints on the batches that measure."""
+    Args:
+        gradient: The gradient of stacked parameters.
+        losses: The losses of stacked parameters, all on the same batch.
+        checkpoints: Stacked on a leading axis C.
+        batches: One half finds the step and the other measures it; a single batch serves as both halves.
+        layout: How the parameters that move lie in rows.
+    """
 
+    def __init__(
+        self,
+        gradient: Gradient,
+        losses: StackedLosses,
+        checkpoints: Params,
+        batches: Sequence[Batch],
+        *,
+        layout: Layout,
+    ) -> None:
+        batches = batches[:NUM_STEP_BATCHES]
+        self.finding, self.measuring = (batches, batches) if len(batches) == 1 else (batches[::2], batches[1::2])
+        self.losses, self.layout, self.fixed = losses, layout, layout.fixed(checkpoints)
+        self.start = layout.to_rows(checkpoints)
 
-def slope(
-    gradient: Gradient,
-    losses: Callable[[Params, Batch], Tensor],
-    checkpoints: Params,
-    batches: Sequence[Batch],
-    *,
-    layout: Layout,
-) -> Slope:
-    """The mean gradient of each stacked checkpoint and the curvature along it; one batch alone serves as both halves."""
-    batches = batches[:NUM_BATCHES]
-    fixed, start = layout.fixed(checkpoints), layout.to_rows(checkpoints)
-    finding, measuring = (batches, batches) if len(batches) == 1 else (batches[::2], batches[1::2])
+        def mean_gradient(rows: Tensor) -> Tensor:
+            stacked = (stack_batches([batch] * len(rows), rows.device) for batch in self.finding)
+            return torch.stack([gradient(layout, rows, self.fixed, batch)[0] for batch in stacked]).mean(0)
 
-    def mean_gradient(rows: Tensor) -> Tensor:
-        batches = (stack_batches([batch] * len(rows), rows.device) for batch in finding)
-        return torch.stack([gradient(layout, rows, fixed, batch)[0] for batch in batches]).mean(0)
+        self.gradient = g = mean_gradient(self.start)  # C P
+        direction = g / torch.linalg.vector_norm(g, dim=1, keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
+        nudge = _NUDGE * (1 + torch.linalg.vector_norm(self.start, dim=1, keepdim=True)) / layout.size**0.5
+        change = mean_gradient(self.start + nudge * direction) - g
+        self.curvature = (change * direction).sum(1, keepdim=True) / nudge  # C 1
+        self.losses_at_start = self._losses(self.start, self.measuring)
 
-    def batch_losses(rows: Tensor, some: Sequence[Batch]) -> Tensor:
-        params = layout.to_params(rows, fixed)
-        values = [losses(params, batch) for batch in some]
+    def decrease(self, ratio: float) -> Float[Tensor, "I C"]:
+        """Return how much the best step lowers each checkpoint's loss on each batch, at localization / nbeta = `ratio`."""
+        start, g = self.start, self.gradient
+        newton = 1 / (self.curvature.abs() + ratio).clamp(min=torch.finfo(g.dtype).tiny)
+        losses = [self._losses(start - factor * newton * g, self.finding).mean(0) for factor in STEPS]
+        best = torch.stack(losses).nan_to_num(nan=torch.inf).argmin(0).to(g.device)
+        factors = torch.tensor(STEPS, dtype=g.dtype, device=g.device)[best]
+        return self.losses_at_start - self._losses(start - factors[:, None] * newton * g, self.measuring)
+
+    def _losses(self, rows: Float[Tensor, "C P"], batches: Sequence[Batch]) -> Float[Tensor, "I C"]:
+        params = self.layout.to_params(rows, self.fixed)
+        values = [self.losses(params, batch) for batch in batches]
         return torch.stack([v.flatten(1).mean(1) if v.ndim > 1 else v for v in values]).cpu().double()
 
-    g = mean_gradient(start)
-    direction = g / torch.linalg.vector_norm(g, dim=1, keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
-    nudge = _NUDGE * (1 + torch.linalg.vector_norm(start, dim=1, keepdim=True)) / layout.size**0.5
-    curvature = ((mean_gradient(start + nudge * direction) - g) * direction).sum(1, keepdim=True) / nudge
-    return Slope(start, g, curvature, batch_losses, finding, measuring, batch_losses(start, measuring))
+
+class Drop(NamedTuple):
+    """How far the loss at the mean of the draws lies below the checkpoint's; NaN if it was not measured."""
+
+    value: float = math.nan
+    stderr: float = math.nan
+    degrees_of_freedom: float = math.nan
+    """Degrees of freedom of the standard error (Satterthwaite 1946)."""
 
 
-def drop(down: Slope, ratio: float) -> Float[Tensor, "I C"]:
-    """How much lower each checkpoint's loss is on each batch after the best step, at localization / nbeta = `ratio`."""
-    start, g = down.start, down.gradient
-    newton = 1 / (down.curvature.abs() + ratio).clamp(min=torch.finfo(g.dtype).tiny)
-    tried = torch.stack([down.losses(start - s * newton * g, down.finding).mean(0) for s in STEPS])  # steps C
-    best = torch.tensor(STEPS, dtype=g.dtype, device=g.device)[tried.nan_to_num(nan=torch.inf).argmin(0).to(g.device)]
-    return down.here - down.losses(start - best[:, None] * newton * g, down.measuring)
+class BatchLosses(NamedTuple):
+    """A way to measure losses on some fixed batches."""
+
+    measure: Callable[[Params], Float[Tensor, "N I"]]
+    """Function from stacked parameters to their losses on I batches, in float64 on the CPU."""
+    are_all: bool
+    """Whether these batches are all the data, so that their mean has no error."""
 
 
-def gain(drops: Float[Tensor, "I C"], nbeta: float) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
-    """In nats, nbeta times the mean drop of each checkpoint, and its standard error; of one batch it has none."""
-    gains = nbeta * drops
-    stderr = gains.std(0) / len(gains) ** 0.5 if len(gains) > 1 else torch.zeros_like(gains[0])
-    return gains.mean(0).cpu(), stderr.cpu()
+def num_drop_batches(num_moves: int, num_chains: int) -> int:
+    """Return how many batches cost at most a quarter of the chains' gradients.
+
+    On each batch we make 2 K + 2 forward passes, each of which costs a third of a gradient.
+    """
+    return max(_MIN_DROP_BATCHES, 3 * num_moves * num_chains // (8 * (num_chains + 1)))
+
+
+class DropsAtMean:
+    """Collects the mean positions of members in their order, and measures each checkpoint's drop once its chains are complete."""
+
+    def __init__(
+        self, losses: BatchLosses, layout: Layout, start: Float[Tensor, "C P"], fixed: Params, num_chains: int
+    ) -> None:
+        self.losses, self.layout, self.start, self.fixed, self.num_chains = losses, layout, start, fixed, num_chains
+        self.means, self.alive = start[:0], torch.zeros(0, dtype=torch.bool)
+        self.drops: list[Drop] = []
+
+    def add(self, means: Float[Tensor, "N P"], alive: Bool[Tensor, " N"]) -> None:
+        """Add the next N members; the means of a complete checkpoint are released."""
+        self.means, self.alive = torch.cat([self.means, means]), torch.cat([self.alive, alive])
+        num = self.num_chains
+        while len(self.alive) >= num:
+            used = self.means[:num][self.alive[:num].to(self.means.device)]
+            self.drops.append(self._drop(len(self.drops), used))
+            self.means, self.alive = self.means[num:], self.alive[num:]
+
+    def _drop(self, i: int, means: Float[Tensor, "K P"]) -> Drop:
+        """Return the drop of checkpoint i, from its K chains that are alive."""
+        num = len(means)
+        if not num:
+            return Drop()
+        leave_one_out = (means.sum(0) - means) / max(1, num - 1)
+        points = torch.cat([self.start[i : i + 1], means, leave_one_out, means.mean(0, keepdim=True)])
+        fixed = {
+            name: (tensor if len(tensor) == 1 else tensor[i : i + 1]).expand(len(points), *tensor.shape[1:])
+            for name, tensor in self.fixed.items()
+        }
+        losses = self.losses.measure(self.layout.to_params(points, fixed))
+        start, per_chain, without, pooled = losses[:, losses.isfinite().all(0)].split([1, num, num, 1])
+        rounding = num * torch.finfo(means.dtype).eps * float(start.abs().mean()) if start.numel() else 0.0
+        return drop_at_mean(
+            start - per_chain, start - without, start - pooled, are_all=self.losses.are_all, rounding=rounding
+        )
+
+
+def drop_at_mean(
+    per_chain: Float[Tensor, "K I"],
+    without: Float[Tensor, "K I"],
+    pooled: Float[Tensor, "1 I"],
+    *,
+    are_all: bool = False,
+    rounding: float = 0.0,
+) -> Drop:
+    """Estimate the drop of the loss at the mean of K chains: the jackknife's, or the mean over the chains if that is larger.
+
+    Args:
+        per_chain: Drop of the loss on each of I batches from the checkpoint to each chain's mean.
+        without: Drop to the mean of all chains but one.
+        pooled: Drop to the mean of all chains.
+        are_all: Whether the batches are all the data.
+        rounding: Error of a drop that is due to the losses' precision.
+    """
+    num = len(per_chain)
+    if not per_chain.numel():
+        return Drop()
+    drops = [_with_error(per_chain.mean(0), per_chain.mean(1), 1 / num, are_all, rounding)]
+    if num > 1:
+        jackknife = num * pooled[0] - (num - 1) * without.mean(0)
+        drops.append(_with_error(jackknife, without.mean(1), (num - 1) ** 2 / num, are_all, rounding))
+    return max(drops, key=lambda drop: drop.value)
+
+
+def significance_threshold(degrees_of_freedom: float) -> float:
+    """Return the number of standard errors that is as rare under Student's t as three are under a normal distribution."""
+    return float(stdtrit(degrees_of_freedom, ndtr(3.0)))
+
+
+def _with_error(
+    by_batch: Float[Tensor, " I"], by_chain: Float[Tensor, " K"], factor: float, are_all: bool, rounding: float
+) -> Drop:
+    """Return the mean over batches with its error; the chains contribute `factor` times their variance."""
+    num_chains, num_batches = len(by_chain), len(by_batch)
+    chain_variance = factor * float(by_chain.var()) if num_chains > 1 else 0.0
+    batch_variance = float(by_batch.var()) / num_batches if num_batches > 1 and not are_all else 0.0
+    total = chain_variance + batch_variance
+    uncertain = chain_variance**2 / max(1, num_chains - 1) + batch_variance**2 / max(1, num_batches - 1)
+    degrees_of_freedom = total**2 / uncertain if uncertain else math.inf
+    return Drop(float(by_batch.mean()), (total + rounding**2) ** 0.5, degrees_of_freedom)

@@ -1,18 +1,18 @@
-"""A run's own training loss, as the sampler takes it: per position, with a fast gradient and named minibatches.
+"""The training loss of a run as the sampler's target: per position, with a fast gradient and reproducible minibatches.
 
-The loss is the mean squared error per target, not divided by D, as a vector over the K positions whose mean it is. Of the
-`subsequence` loss (Hoogland et al. 2024, calibration), the mean error of the first K' targets with K' uniform on 1..K, we
-take the expectation over K', which weights position k by sum over K' >= k of 1 / (K K'); their code draws one K' for each
+The loss is the mean squared error per target, not divided by D. It is a vector over the K positions, whose mean is the loss.
+The `subsequence` loss (Hoogland et al. 2024, calibration) is the mean error of the first K' targets with K' uniform on 1..K. We
+take its expectation over K', which weights position k by the sum over K' >= k of 1 / (K K'). Their code draws one K' for each
 prompt, which adds noise and no information.
 
 Prompts follow the run's training distribution. `fixed` minibatches are blocks of one set of n prompts, the first n of the
-stream `llc` (so a larger set holds a smaller one), a block drawn uniformly for each (seed, chain, draw); `fresh` ones are
-new prompts for each (seed, chain, draw), and n is then a number for n / ln n alone.
+stream `llc`; so a larger set contains a smaller one. A block is drawn uniformly for each (seed, chain, draw). `fresh` minibatches are
+new prompts for each (seed, chain, draw), and n is then used in n / ln n only.
 """
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,21 +25,18 @@ from icl.compiling import Function, compiling_pays, grad_and_aux, keep_freed_mem
 from icl.config import ModelConfig, RunConfig, SamplerConfig
 from icl.flat import Layout
 from icl.sampling.batches import Batch
-from icl.sampling.gradients import Gradient, Loss
-from icl.sampling.target import Target
+from icl.sampling.target import Gradient, Loss, StackedLosses, Target
 from icl.stacked import Params, apply, size
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import prompt_source
 from icl.threads import RELEASE_GIL, Result, in_parallel
 
-_OfRows: TypeAlias = Callable[[Tensor, Params, Batch], tuple[Tensor, Tensor]]
-"""`(rows, fixed, batch)` to the rows of the gradient and the losses."""
 _MAX_COUNTED_TASKS = 2**16
-"""Up to so many tasks the mean |w|^2 of the pool is computed; beyond, it is D to half a percent."""
+"""Largest pool whose mean |w|^2 is computed; that of a larger one is D to half a percent."""
 _PROMPTS_AHEAD = 2**15
-"""Prompts of all chains that are made before they are needed."""
+"""Number of prompts, of all chains together, that are made in one go."""
 _CUDA_NORMALS_AHEAD = 2**24
-"""The same in random numbers on a GPU, whose kernels cost as much for few as for many."""
+"""Number of random numbers that are made in one go on a GPU, where a few cost as much as many."""
 
 
 def prompt_target(
@@ -51,7 +48,7 @@ def prompt_target(
         config: The run.
         sampler: Its batch size, minibatches and loss.
         device: Where the parameters will be.
-        num_moves: Moves of all chains together; if they take minutes, the gradient is compiled.
+        num_moves: Number of moves of all chains together; if they take minutes, the gradient is compiled.
     """
     device = torch.device(device)
     weights = _position_weights(sampler.loss, config.task.max_examples).to(device)
@@ -68,7 +65,7 @@ def prompt_target(
 
 
 def trivial_loss(config: RunConfig) -> float:
-    """The loss per target of predicting zero, E|w|^2 + sigma^2, on the run's training distribution."""
+    """Return the loss per target of predicting zero, E|w|^2 + sigma^2, on the run's training distribution."""
     task = config.task
     square = float(task.task_size)
     if task.num_tasks <= _MAX_COUNTED_TASKS:
@@ -77,7 +74,7 @@ def trivial_loss(config: RunConfig) -> float:
 
 
 def _position_weights(loss: str, max_examples: int) -> Float[Tensor, " K"]:
-    """What each position's error counts in the mean over positions; their own mean is 1."""
+    """Return the weight of each position's error in the mean over positions; the weights have mean 1."""
     if loss == "mse":
         return torch.ones(max_examples)
     lengths = torch.arange(1, max_examples + 1, dtype=torch.float64)
@@ -98,34 +95,32 @@ def _loss(model: ModelConfig, weights: Tensor) -> Loss:
     return loss
 
 
-def _losses(
-    model: ModelConfig, weights: Tensor, *, own_batches: bool = False, compiled: bool = False
-) -> Callable[[Params, Batch], Tensor]:
-    """Without gradients; on a CPU member by member, several times as fast as mapping."""
+def _losses(model: ModelConfig, weights: Tensor, *, own_batches: bool = False, compiled: bool = False) -> StackedLosses:
+    """Return the losses of stacked parameters, without gradients; on a CPU member by member, several times as fast as vmap."""
 
     def losses(params: Params, xs: Tensor, ys: Tensor) -> Tensor:
         return _components(model, weights, params, xs, ys)
 
-    of_each = _by_cores(_graph(losses) if compiled else losses, compiled=compiled)
+    each = _member_by_member(_graph(losses) if compiled else losses, compiled=compiled)
 
     def call(params: Params, batch: Batch) -> Tensor:
         if next(iter(params.values())).device.type != "cpu":
             with torch.no_grad():
                 return losses(params, *batch)
         members = range(size(params))
-        return torch.cat(of_each([(_rows(params, i), *(_rows(batch, i) if own_batches else batch)) for i in members]))
+        return torch.cat(each([(_rows(params, i), *(_rows(batch, i) if own_batches else batch)) for i in members]))
 
     return call
 
 
 def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradient:
-    """The gradient by plain autograd on stacked parameters, which is a tenth faster than vmap, or as one compiled graph.
+    """Return the gradient by plain autograd on stacked parameters, which is a tenth faster than vmap, or as a compiled graph.
 
     On a CPU it is computed chain by chain. A compiled graph checks each of its inputs, so one row per chain is cheap.
     """
 
     @cache
-    def of_rows(layout: Layout) -> tuple[_OfRows, Callable[..., list[tuple[Tensor, Tensor]]]]:
+    def of_rows(layout: Layout) -> tuple[Callable[..., Any], Callable[..., list[tuple[Tensor, Tensor]]]]:
         def gradient(rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
             def total(rows: Tensor) -> tuple[Tensor, Tensor]:
                 # A copy, if there are several chains: a GPU's products are slow on views at odd addresses.
@@ -135,14 +130,14 @@ def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradien
 
             return grad_and_aux(total, rows)
 
-        one = _graph(gradient) if compiled else gradient
-        return one, _by_cores(one, compiled=compiled)
+        together = _graph(gradient) if compiled else gradient
+        return together, _member_by_member(together, compiled=compiled)
 
     def call(layout: Layout, rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
-        together, of_each = of_rows(layout)
+        together, each = of_rows(layout)
         if rows.device.type != "cpu":
             return together(rows, fixed, batch)
-        results = of_each([tuple(_rows(tree, i) for tree in (rows, fixed, batch)) for i in range(len(rows))])
+        results = each([tuple(_rows(tree, i) for tree in (rows, fixed, batch)) for i in range(len(rows))])
         grads, values = (torch.cat(parts) for parts in zip(*results, strict=True))
         return grads, values
 
@@ -154,15 +149,15 @@ def _graph(function: Function) -> Function:
     return one_graph(function, work="Sampling", options=RELEASE_GIL)
 
 
-def _by_cores(
+def _member_by_member(
     function: Callable[..., Result], *, compiled: bool
 ) -> Callable[[Sequence[tuple[Any, ...]]], list[Result]]:
-    """Chain by chain, as one fills a core's caches; up to rounding what they would be together."""
+    """Return a function that treats members one by one, on several cores: one member fills a core's caches."""
     return in_parallel(function, threads_each=1 if compiled else None)  # another number would be another graph
 
 
 def _rows(tree: Any, i: int) -> Any:
-    """Member i of stacked tensors, with its axis kept."""
+    """Return member i of stacked tensors, with its axis kept."""
     return pytree.tree_map(lambda leaf: leaf[i : i + 1] if isinstance(leaf, Tensor) else leaf, tree)
 
 
@@ -176,42 +171,39 @@ def _is_compiled(config: RunConfig, sampler: SamplerConfig, num_moves: int, devi
 
 def _batches(config: RunConfig, sampler: SamplerConfig, device: torch.device) -> "_Ahead":
     size, task = sampler.batch_size, config.task
-    num_ahead = _PROMPTS_AHEAD
+    num_prompts = _PROMPTS_AHEAD
     if device.type == "cuda":
-        num_ahead = _CUDA_NORMALS_AHEAD // (task.max_examples * (task.task_size + 1))
-    if sampler.minibatches == "fixed":
-        source = prompt_source(config, stream="llc")
-        key, num_blocks = rng.stream(sampler.seed, "llc/minibatches"), sampler.num_samples // size
+        num_prompts = _CUDA_NORMALS_AHEAD // (task.max_examples * (task.task_size + 1))
+    is_fixed = sampler.minibatches == "fixed"
+    source = prompt_source(config, stream="llc" if is_fixed else f"llc/fresh/{sampler.seed}")
+    key, num_blocks = rng.stream(sampler.seed, "llc/minibatches"), sampler.num_samples // size
 
-        def fixed(chain: int, draws: range) -> Batch:
-            blocks = rng.integers(key, torch.tensor(draws), torch.tensor([chain]), num_blocks)  # S 1
-            indices = (blocks * size + torch.arange(size)).flatten().to(device)
-            xs, ys, _ = source.sample(range(1), indices, device=device)
-            return xs[0].unflatten(0, (len(draws), size)), ys[0].unflatten(0, (len(draws), size))
-
-        return _Ahead(fixed, sampler, num_ahead)
-    fresh_source = prompt_source(config, stream=f"llc/fresh/{sampler.seed}")
+    def fixed(chain: int, draws: range) -> Batch:
+        blocks = rng.integers(key, torch.tensor(draws), torch.tensor([chain]), num_blocks)  # S 1
+        indices = (blocks * size + torch.arange(size)).flatten().to(device)
+        xs, ys, _ = source.sample(range(1), indices, device=device)
+        return xs[0].unflatten(0, (len(draws), size)), ys[0].unflatten(0, (len(draws), size))
 
     def fresh(chain: int, draws: range) -> Batch:
-        xs, ys, _ = fresh_source.sample(draws, range(chain * size, (chain + 1) * size), device=device)
+        xs, ys, _ = source.sample(draws, range(chain * size, (chain + 1) * size), device=device)
         return xs, ys
 
-    return _Ahead(fresh, sampler, num_ahead)
+    return _Ahead(fixed if is_fixed else fresh, sampler, num_prompts)
 
 
 class _Ahead:
-    """Minibatches by (chain, draw), made some draws ahead: as pure a function as `make`, and many times faster."""
+    """Minibatches by (chain, draw), made for some draws in one go: the same minibatches, many times faster."""
 
     def __init__(self, make: Callable[[int, range], Batch], sampler: SamplerConfig, num_prompts: int) -> None:
         self.make = make
         self.num_draws = max(1, num_prompts // (sampler.batch_size * sampler.num_chains))
-        self.kept: dict[int, tuple[int, Batch]] = {}
+        self.blocks: dict[int, tuple[int, Batch]] = {}  # of each chain the latest block of draws
 
     def __call__(self, chain: int, draw: int) -> Batch:
-        block, place = divmod(draw, self.num_draws)
-        number, batches = self.kept.get(chain, (-1, None))
+        block, index = divmod(draw, self.num_draws)
+        number, batches = self.blocks.get(chain, (-1, None))
         if number != block:
             batches = self.make(chain, range(block * self.num_draws, (block + 1) * self.num_draws))
-            self.kept[chain] = (block, batches)
+            self.blocks[chain] = (block, batches)
         xs, ys = batches
-        return xs[place], ys[place]
+        return xs[index], ys[index]

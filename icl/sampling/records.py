@@ -1,9 +1,9 @@
-"""LLC estimates of a run, kept under the settings that made them, and the tables made of all of them.
+"""LLC estimates of a run, stored by the settings that made them, and the tables made from all of them.
 
 An estimate is an entry (`icl.measure`) of `results/llc/<settings>/` in the run's folder. It has the row of `llc.csv`, the
-rows per position, and the traces. `<settings>` is a hash of everything that decides the chains; the entry's key also names
-the rules that judged them. So estimates under several settings stand in the tables as rows of their own, and several programs
-may estimate the same run at once. Estimates that 0.1.0 kept as `.npz` stay in the tables; asked for, they are made again.
+rows per position, and the traces. `<settings>` is a hash of everything that determines the chains. The entry's key also contains
+the version of the verdict's rules. So the tables have separate rows for different settings, and several programs may estimate the
+same run at once. Estimates that version 0.1.0 stored as `.npz` stay in the tables; a new estimate replaces them.
 """
 
 import contextlib
@@ -35,20 +35,20 @@ COLUMNS = (
 )
 """The first columns of `llc.csv`."""
 RENAMED_COLUMNS = {"heat": "bias_bound", "settled": "drop_at_mean", "settled_stderr": "drop_at_mean_stderr"}
-"""Names of columns in version 0.1.0, and what they are now; readers accept both."""
+"""Names of columns in version 0.1.0, and their present names; readers accept both."""
 _TEXTS = ("checkpoint_hash", "loss_name", "kernel", "minibatches", "mode", "settings", "verdict", "reasons")
-"""The columns of a row that are text; all others are numbers."""
+"""Columns of a row that are text; all others are numbers."""
 _POSITION_NUMBERS = ("step", "position", "llc", "stderr")
 MAX_TRACE = 1000
-"""Largest number of points kept of each chain's trace."""
+"""Largest number of stored points of each chain's trace."""
 VERSION = 3
-"""Version of the method; estimates of another one are made again."""
+"""Version of the method; estimates of another version are made again."""
 _NOT_SAMPLED = ("steps", "memory")
 """Settings that do not change any chain."""
 
 
 class Record(NamedTuple):
-    """One estimate that is kept."""
+    """One stored estimate."""
 
     row: dict[str, Any]
     positions: list[dict[str, Any]]
@@ -59,69 +59,71 @@ class Record(NamedTuple):
 
     @property
     def measurement(self) -> Measurement:
-        """The record as an entry keeps it: the estimate's row first, then the positions."""
+        """The record as the content of an entry: the estimate's row first, then the positions."""
         return Measurement([self.row | {"stride": self.stride}, *self.positions], {"traces": self.traces})
 
 
-class Kind(NamedTuple):
-    """Everything that decides an estimate beside the checkpoint."""
+class EstimateSettings(NamedTuple):
+    """Everything that determines an estimate, except for the checkpoint."""
 
     sampler: SamplerConfig
-    """With `nbeta` resolved."""
+    """The sampler's settings, with `nbeta` resolved."""
     mode: str = ""
     """A label for the rows, such as `published`."""
     rescale: float = 1.0
-    """The factor of `icl.sampling.rescaling`; 1 is the checkpoint as it is."""
+    """The factor of `icl.sampling.rescaling`; 1 leaves the checkpoint unchanged."""
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The values by name."""
+    def values(self) -> dict[str, Any]:
+        """The settings by name."""
         fields = dataclasses.asdict(self.sampler)
         sampled = {name: value for name, value in fields.items() if name not in _NOT_SAMPLED}
         return sampled | {"mode": self.mode, "rescale": self.rescale, "version": VERSION}
 
     @property
-    def name(self) -> str:
+    def digest(self) -> str:
         """A short hash of the settings."""
-        return hashlib.blake2b(json.dumps(self.settings, sort_keys=True).encode(), digest_size=4).hexdigest()
+        return hashlib.blake2b(json.dumps(self.values, sort_keys=True).encode(), digest_size=4).hexdigest()
 
     @property
     def key(self) -> dict[str, Any]:
-        """What an entry of this kind depends on beside the checkpoint."""
-        return self.settings | {"rules": verdict.VERSION}
+        """The part of an entry's key that does not depend on the checkpoint."""
+        return self.values | {"rules": verdict.VERSION}
 
     def cache(self, run: RunFolder) -> Cache:
-        """Return the place of a run's estimates of this kind."""
-        return Cache(run.results / "llc" / self.name)
+        """Return the cache of a run's estimates under these settings."""
+        return Cache(run.results / "llc" / self.digest)
 
 
-def make_record(result: LLCResult, kind: Kind) -> Record:
-    """Return what is kept of an estimate."""
-    sampler = kind.sampler
+def make_record(result: LLCResult, settings: EstimateSettings) -> Record:
+    """Return the parts of an estimate that are stored."""
+    sampler = settings.sampler
     row = result.row() | {
         "batch_size": sampler.batch_size,
         "minibatches": sampler.minibatches,
-        "mode": kind.mode,
-        "rescale": kind.rescale,
-        "settings": kind.name,
+        "mode": settings.mode,
+        "rescale": settings.rescale,
+        "settings": settings.digest,
     }
     row = {name: row[name] for name in COLUMNS} | row
     origin = {name: row[name] for name in ("step", "checkpoint_hash", "settings")}
-    components = [] if result.llc_per_component is None else result.to_dataframe("component").to_dict("records")
-    positions = [
-        {**origin, "position": component["component"] + 1, "llc": component["llc"], "stderr": component["stderr"]}
-        for component in components
-    ]
+    positions = []
+    if result.llc_per_component is not None and result.stderr_per_component is not None:
+        pairs = zip(result.llc_per_component.tolist(), result.stderr_per_component.tolist(), strict=True)
+        positions = [
+            {**origin, "position": position, "llc": llc, "stderr": stderr}
+            for position, (llc, stderr) in enumerate(pairs, start=1)
+        ]
     traces = torch.cat([result.burnin_trace[:, :: sampler.thinning], result.loss_trace], dim=1)
     stride = -(-traces.shape[1] // MAX_TRACE)
     return Record(row, positions, traces[:, ::stride].float().numpy(), stride * sampler.thinning)
 
 
 def as_record(entry: Entry) -> Record:
-    """Return the record that an entry keeps.
+    """Return the record of an entry.
 
     Raises:
-        ContentError: If its rows or traces are not those of a record.
+        ContentError: If the rows or traces are not those of a record.
     """
     row, *positions = entry.rows or [{}]
     stride = row.get("stride")
@@ -131,13 +133,13 @@ def as_record(entry: Entry) -> Record:
         entry.arrays.get("traces", np.zeros(0)),
         stride if is_count(stride) else 0,
     )
-    if not _is_whole(record):
-        raise ContentError("it is no estimate")
+    if not _is_complete(record):
+        raise ContentError("it is not an estimate")
     return record
 
 
 def write_tables(run: RunFolder) -> None:
-    """Write the run's tables, made of every estimate that is kept.
+    """Write the run's tables, made from all stored estimates.
 
     Raises:
         StorageError: If they cannot be written.
@@ -155,22 +157,20 @@ def as_table(records: list[Record]) -> pd.DataFrame:
 
 
 def read_all(run: RunFolder) -> list[Record]:
-    """Return every estimate of a run that is kept and can be read, by settings and step."""
+    """Return every stored estimate of a run that can be read, by settings and step."""
     records: list[Record] = []
     for file in sorted((run.results / "llc").glob("*/step-*.*")):
         with contextlib.suppress(ContentError, LookupError, TypeError, ValueError, AttributeError):
             entry = _read_entry(file)
             record = None if entry is None else as_record(entry)
-            if record is not None and (record.row["settings"], record.row["step"]) == (
-                file.parent.name,
-                _step_of(file),
-            ):
+            origin = (file.parent.name, _step_of(file))
+            if record is not None and (record.row["settings"], record.row["step"]) == origin:
                 records.append(record)
     return records
 
 
 def _read_entry(file: Path) -> Entry | None:
-    if file.suffix == ".npz":
+    if file.suffix == ".npz":  # as version 0.1.0 stored it
         about, arrays = read_archive(file)
         rows = [about["row"] | {"stride": about["stride"]}, *about["positions"]]
         return Entry(_step_of(file), about["row"]["checkpoint_hash"], rows, arrays)
@@ -181,7 +181,7 @@ def _step_of(file: Path) -> int:
     return int(file.stem.removeprefix("step-"))
 
 
-def _is_whole(record: Record) -> bool:
+def _is_complete(record: Record) -> bool:
     """Return whether a record has the columns, the kinds of values and the shapes that `make_record` gives it."""
     row, positions, traces = record.row, record.positions, record.traces
     if not is_table([row, *positions]) or not {*COLUMNS, "settings"} <= set(row):
@@ -201,7 +201,7 @@ def _is_whole(record: Record) -> bool:
 
 @contextlib.contextmanager
 def _lock(run: RunFolder) -> Iterator[None]:
-    """Let one program at a time make the tables, so that none leaves out what another has just kept."""
+    """Let one program at a time make the tables, so that none leaves out what another has just stored."""
     with (run.path / ".llc-lock").open("a+") as file:
         lock_file(file.fileno(), run.path, wait=True)
         yield

@@ -1,4 +1,4 @@
-"""The result of an LLC estimate: numbers, errors, traces, the settings that made them, and the verdict."""
+"""The result of an LLC estimate: numbers, standard errors, traces, settings and the verdict."""
 
 import dataclasses
 import math
@@ -17,9 +17,14 @@ from icl.sampling.verdict import AtCheckpoint, Evidence, Judgement, Verdict, evi
 if TYPE_CHECKING:
     import pandas as pd
 
+_ESTIMATE_COLUMNS = ("step", "checkpoint_hash", "llc", "stderr", "init_loss", "init_loss_stderr", "mean_loss")
+"""The first columns of a row."""
+_FROM_EVIDENCE = ("llc", "stderr", "init_loss", "init_loss_stderr", "mean_loss", "rhat", "ess", "num_chains_used")
+"""Numbers of a result that are also part of the evidence."""
+
 
 class CheckpointId(NamedTuple):
-    """The checkpoint that an estimate is of; the noise of its chains is a function of the seed and of this."""
+    """Step and hash of an estimate's checkpoint; the noise of its chains is a function of the seed and the hash."""
 
     step: int | None = None
     checkpoint_hash: str | None = None
@@ -27,24 +32,24 @@ class CheckpointId(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Fluctuation:
-    """Fluctuations of the posterior at nbeta, over fixed samples with losses l_i (Watanabe 2009, sections 1.4 and 6.3)."""
+    """Fluctuation of the losses l_i of fixed samples under the posterior at nbeta (Watanabe 2009, sections 1.4 and 6.3)."""
 
     functional_variance: float | None
-    """V = sum over n samples of Var_w[l_i]; None without `num_samples`."""
+    """V, the sum over n samples of Var_w[l_i]; None without `num_samples`."""
     singular_fluctuation: float
-    """nu = nbeta/2 times the mean over samples of Var_w[l_i]; d/2 for a regular model that contains the truth."""
+    """nu, nbeta/2 times the mean over samples of Var_w[l_i]; d/2 for a regular model that contains the truth."""
     stderr: float
     """Standard error of the singular fluctuation, from the spread between chains; NaN for one chain."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LLCResult:
-    """An LLC estimate of one checkpoint. Masked chains are NaN in `llc_per_chain` and in no average."""
+    """An LLC estimate of one checkpoint. Masked chains are NaN in `llc_per_chain`, and in no average."""
 
     llc: float
-    """nbeta times the mean over draws of the loss minus the checkpoint's own on the same minibatch."""
+    """Mean over draws of nbeta times the loss minus the checkpoint's loss on the same minibatch."""
     stderr: float
-    """Standard error from chains and autocorrelation; see `icl.sampling.convergence`."""
+    """Standard error of `llc` from the chains and their autocorrelation (`icl.sampling.convergence`)."""
     llc_per_chain: Float[Tensor, " K"]
     loss_trace: Float[Tensor, "K S"]
     """Minibatch losses at the draws, without burn-in."""
@@ -53,23 +58,23 @@ class LLCResult:
     init_loss: float
     init_loss_stderr: float
     mean_loss: float
-    """init_loss + llc / nbeta: the mean sampled loss, on the minibatches that `init_loss` is the mean of."""
+    """Mean sampled loss on the minibatches of `init_loss`: init_loss + llc / nbeta."""
     llc_per_component: Float[Tensor, " T"] | None
-    """The LLC of each component if the loss is a vector (per position, say); their mean is `llc`."""
+    """LLC of each component if the loss is a vector (per position, say); their mean is `llc`."""
     stderr_per_component: Float[Tensor, " T"] | None
     wbic: float | None
-    """num_samples times the mean sampled loss; a WBIC (Watanabe 2013) if nbeta = n / ln n. None without `num_samples`."""
+    """The product of num_samples and mean_loss, a WBIC (Watanabe 2013) if nbeta = n / ln n; None without `num_samples`."""
     fluctuation: Fluctuation | None
     rhat: float
     ess: float
     verdict: Verdict
     reasons: tuple[str, ...]
     evidence: Evidence
-    """Every number that the verdict rests on."""
+    """The numbers on which the verdict is based."""
     settings: SamplerSettings
     num_samples: int | None
     num_init_batches: int
-    """Number of distinct batches that `init_loss` is the mean of."""
+    """Number of distinct batches over which `init_loss` is averaged."""
     num_chains_used: int
     loss_name: str
     step: int | None
@@ -77,14 +82,14 @@ class LLCResult:
 
     @property
     def judgement(self) -> Judgement:
-        """The verdict with the names of the broken rules."""
+        """Verdict, reasons and the names of the broken rules."""
         return judge(self.evidence)
 
     def to_dataframe(self, by: Literal["checkpoint", "chain", "component"] = "checkpoint") -> "pd.DataFrame":
         """Return one row for the checkpoint, or one for each chain or component; all include the settings.
 
         Raises:
-            ValueError: If components are asked for and the loss had none.
+            ValueError: If `by` is `component` and the loss was a single number.
         """
         import pandas as pd
 
@@ -93,26 +98,17 @@ class LLCResult:
         if by == "chain":
             values = {"llc": self.llc_per_chain, "mean_loss": self.init_loss + self.llc_per_chain / self.settings.nbeta}
         elif self.llc_per_component is None or self.stderr_per_component is None:
-            raise ValueError("The loss was one number; return a vector from it for an LLC per component.")
+            raise ValueError("The loss was a single number; return a vector from it to get an LLC per component.")
         else:
             values = {"llc": self.llc_per_component, "stderr": self.stderr_per_component}
-        rest = {name: value for name, value in self.row().items() if name not in ("llc", "stderr", "mean_loss")}
-        rows = [
-            {by: i, **{name: float(value[i]) for name, value in values.items()}, **rest}
-            for i in range(len(values["llc"]))
-        ]
-        return pd.DataFrame(rows)
+        common = {name: value for name, value in self.row().items() if name not in ("llc", "stderr", "mean_loss")}
+        table = pd.DataFrame({name: value.tolist() for name, value in values.items()} | common)
+        return table.rename_axis(by).reset_index()
 
     def row(self) -> dict[str, Any]:
-        """The scalar numbers, as a row of `llc.csv`."""
+        """Return the single numbers as a row of `llc.csv`."""
         return {
-            "step": self.step,
-            "checkpoint_hash": self.checkpoint_hash,
-            "llc": self.llc,
-            "stderr": self.stderr,
-            "init_loss": self.init_loss,
-            "init_loss_stderr": self.init_loss_stderr,
-            "mean_loss": self.mean_loss,
+            **{name: getattr(self, name) for name in _ESTIMATE_COLUMNS},
             "trivial_loss": self.evidence.trivial_loss,
             "loss_name": self.loss_name,
             "num_samples": self.num_samples,
@@ -143,27 +139,20 @@ def make_result(
     judgement = judge(evidence)
     llc_per_component, stderr_per_component = _per_component(settings.nbeta * traces.excess[used])
     return LLCResult(
-        llc=evidence.llc,
-        stderr=evidence.stderr,
+        **{name: getattr(evidence, name) for name in _FROM_EVIDENCE},
         llc_per_chain=(settings.nbeta * traces.mean_excess).mean(1).where(used, torch.nan),
         loss_trace=traces.losses,
         burnin_trace=traces.burnin,
-        init_loss=evidence.init_loss,
-        init_loss_stderr=evidence.init_loss_stderr,
-        mean_loss=evidence.mean_loss,
         llc_per_component=llc_per_component,
         stderr_per_component=stderr_per_component,
         wbic=None if num_samples is None else num_samples * evidence.mean_loss,
         fluctuation=_fluctuation(traces, used, settings.nbeta, num_samples),
-        rhat=evidence.rhat,
-        ess=evidence.ess,
         verdict=judgement.verdict,
         reasons=judgement.reasons,
         evidence=evidence,
         settings=settings,
         num_samples=num_samples,
         num_init_batches=len(checkpoint.losses),
-        num_chains_used=evidence.num_chains_used,
         loss_name=loss_name,
         step=identity.step,
         checkpoint_hash=identity.checkpoint_hash,

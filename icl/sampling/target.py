@@ -1,21 +1,51 @@
-"""What chains sample: a loss with its minibatches, and faster ways to compute it where there are some."""
+"""What chains sample: a loss with its minibatches, and its gradients and values for many members at once.
 
-from collections.abc import Callable
+A loss is any `loss(params, batch) -> Tensor`. It returns a number, or a vector of components (per position, say) whose mean is the
+loss. A `Gradient` takes the moving parameters as rows, the other parameters stacked, and a stacked batch. It returns the gradients
+as rows, and the losses. A faster gradient of a known architecture can replace the default one.
+
+A loss must not draw from torch's global generators, because then `seed` would not determine the estimate. We detect this, restore
+the generators and raise an error.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeAlias
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+from torch.utils import _pytree as pytree
 
+from icl.flat import Layout
 from icl.sampling.batches import Batch, Batches
-from icl.sampling.gradients import Gradient, Loss, looped_gradient, own_losses, stacked_loss, vmapped_gradient
-from icl.stacked import Params
+from icl.stacked import Params, unstack
+from icl.validation import ConfigError
+
+Loss: TypeAlias = Callable[[Params, Batch], Tensor]
+"""Function from one member's parameters and one batch to a number, or to components whose mean is the loss."""
+StackedLosses: TypeAlias = Callable[[Params, Batch], Tensor]
+"""Function from stacked parameters and a batch to the losses (N,) or (N, T)."""
+Gradient: TypeAlias = Callable[[Layout, Tensor, Params, Batch], tuple[Tensor, Tensor]]
+"""`gradient(layout, rows, fixed, batch)` returns the gradient of each row (N, P), and the losses (N,) or (N, T).
+
+The layout says which parameters lie in the rows. `fixed` and `batch` are stacked on N.
+"""
+_RANDOM_LOSS = (
+    "The loss draws random numbers, as dropout in training mode does, so `seed` would not determine the estimate. Put its modules "
+    "into evaluation mode, as `module_loss` does, or take the random numbers from the batch."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A loss with its minibatches."""
+    """A loss with its minibatches, and faster ways to compute it if there are any."""
 
     loss: Loss
-    """`loss(params, batch)` of one member: a number, or a vector of components whose mean is the loss."""
+    """Function from one member's parameters and a batch to a number, or to components whose mean is the loss."""
     batches: Batches
     """Minibatches by (chain, draw), or an iterable."""
     trivial_loss: float | None = None
@@ -25,9 +55,9 @@ class Target:
     """False runs one chain after another by plain autograd, for losses that `vmap` cannot map."""
     gradient: Gradient | None = None
     """A faster gradient of the same loss for the chains' moves."""
-    shared_losses: Callable[[Params, Batch], Tensor] | None = None
-    """A faster loss of stacked parameters on one batch for all."""
-    own_losses: Callable[[Params, Batch], Tensor] | None = None
+    shared_losses: StackedLosses | None = None
+    """A faster loss of stacked parameters, all on the same batch."""
+    own_losses: StackedLosses | None = None
     """A faster loss of stacked parameters, each on its own batch."""
 
     @property
@@ -41,11 +71,168 @@ class Target:
         return self.gradient or self.default_gradient
 
     @property
-    def losses_on_shared_batch(self) -> Callable[[Params, Batch], Tensor]:
-        """The losses (N,) or (N, T) of stacked parameters, all on the same batch."""
-        return self.shared_losses or stacked_loss(self.loss, vectorize=self.vectorize)
+    def losses_on_shared_batch(self) -> StackedLosses:
+        """The losses of stacked parameters, all on the same batch."""
+        return self.shared_losses or stacked_losses(self.loss, own_batches=False, vectorize=self.vectorize)
 
     @property
-    def losses_on_own_batches(self) -> Callable[[Params, Batch], Tensor]:
-        """The losses (N,) or (N, T) of stacked parameters, each on its own batch."""
-        return self.own_losses or own_losses(self.loss, vectorize=self.vectorize)
+    def losses_on_own_batches(self) -> StackedLosses:
+        """The losses of stacked parameters, each on its own batch."""
+        return self.own_losses or stacked_losses(self.loss, own_batches=True, vectorize=self.vectorize)
+
+
+def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) -> tuple[Loss, Params]:
+    """Return a loss and its parameters, made from a module.
+
+    Batches are pairs (inputs, targets); a tuple of inputs stands for several arguments. The loss is
+    `criterion(model(*inputs), targets)` in evaluation mode, on a copy, so the caller's model is never called.
+    Parameters with `requires_grad=False` are not sampled; the loss keeps their present values.
+
+    Example:
+        loss, params = module_loss(model, torch.nn.functional.mse_loss)
+
+    Raises:
+        ConfigError: If these are not a module and a function, or the module has no parameter to sample. The loss raises it
+            if a batch is not a pair.
+    """
+    if not isinstance(model, nn.Module) or not callable(criterion):
+        raise ConfigError(
+            f"`module_loss` takes a module and a function of (outputs, targets), got {_describe(model)} and "
+            f"{_describe(criterion)}. For anything else write `loss(params, batch)` yourself."
+        )
+    params = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    if not params:
+        raise ConfigError(
+            "The module has no parameter with `requires_grad=True`, so there is nothing to sample. Call "
+            "`model.requires_grad_()`, or set it for the parameters that chains should move."
+        )
+    private = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def loss(params: Params, batch: Batch) -> Tensor:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            got = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+            raise ConfigError(
+                f"The loss of a module takes batches (inputs, targets), got {got}. Pass pairs: ((x1, x2), targets) for "
+                "several inputs, (inputs, None) without targets. Or write `loss(params, batch)` yourself."
+            )
+        inputs, targets = batch
+        inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        return criterion(functional_call(private, params, inputs), targets)
+
+    return loss, params
+
+
+def vmapped_gradient(loss: Loss) -> Gradient:
+    """Return the gradient that computes all members at once, by `torch.func.vmap`."""
+
+    @cache
+    def member_gradient(layout: Layout) -> Callable[..., Any]:
+        def value(row: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+            components = _require_loss(loss(layout.to_params(row, fixed), batch))
+            return components.mean(), components
+
+        return grad_and_value(value, has_aux=True)
+
+    def gradient(layout: Layout, rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+        with _explain_vmap_errors():
+            mapped = torch.vmap(member_gradient(layout), in_dims=(0, 0, _batch_axes(batch)))
+            grads, (_, components) = mapped(rows, fixed, batch)
+        return grads, components
+
+    return gradient
+
+
+def looped_gradient(loss: Loss) -> Gradient:
+    """Return the gradient that computes one member after another by plain autograd, for losses that `vmap` cannot map."""
+
+    def gradient(layout: Layout, rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+        grads, components = [], []
+        for i, row in enumerate(rows):
+            leaf = row.detach().clone().requires_grad_()
+            with torch.enable_grad(), _refuse_random_loss(leaf.device):
+                params = layout.to_params(leaf, {name: tensor[i] for name, tensor in fixed.items()})
+                values = _require_loss(loss(params, _batch_of(i, batch)))
+                (grad,) = torch.autograd.grad(values.mean(), [leaf], allow_unused=True)
+            grads.append(torch.zeros_like(row) if grad is None else grad)
+            components.append(values.detach())
+        return torch.stack(grads), torch.stack(components)
+
+    return gradient
+
+
+def stacked_losses(loss: Loss, *, own_batches: bool, vectorize: bool) -> StackedLosses:
+    """Return the losses of stacked parameters, either each on its own batch of a stack or all on the same batch."""
+
+    def losses(params: Params, batch: Batch) -> Tensor:
+        if vectorize:
+            axes = _batch_axes(batch) if own_batches else None
+            with _explain_vmap_errors():
+                mapped = torch.vmap(lambda member, its: _require_loss(loss(member, its)), in_dims=(0, axes))
+                return mapped(params, batch)
+        with _refuse_random_loss(next(iter(params.values())).device):
+            values = [
+                loss(member, _batch_of(i, batch) if own_batches else batch) for i, member in enumerate(unstack(params))
+            ]
+        return torch.stack([_require_loss(value) for value in values])
+
+    return losses
+
+
+def _batch_axes(batch: Batch) -> Any:
+    """Return `in_dims` of a stacked batch: tensors have the leading axis, other values have none."""
+    return pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
+
+
+def _batch_of(i: int, batch: Batch) -> Batch:
+    """Return the batch of member i from a stacked batch."""
+    return pytree.tree_map(lambda leaf: leaf[i] if isinstance(leaf, Tensor) else leaf, batch)
+
+
+@contextmanager
+def _refuse_random_loss(device: torch.device) -> Iterator[None]:
+    """Raise an error if the block draws from a global generator, of the CPU or of a CUDA device; restore the generator."""
+    before = _generator_states(device)
+    try:
+        yield
+    finally:
+        is_random = not all(map(torch.equal, before, _generator_states(device)))
+        if is_random:
+            torch.set_rng_state(before[0])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(before[1], device)
+    if is_random:
+        raise ConfigError(_RANDOM_LOSS)
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_device]
+
+
+@contextmanager
+def _explain_vmap_errors() -> Iterator[None]:
+    """Turn the errors of a loss that `vmap` cannot map into advice; `vmap` itself refuses random numbers."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "random operation" in str(error):
+            raise ConfigError(_RANDOM_LOSS) from error
+        if not str(error).startswith(("vmap:", "Batching rule not implemented")):
+            raise
+        raise ConfigError(
+            "`vmap` cannot run this loss for many chains at once: it calls `.item()`, branches on a tensor's value or uses "
+            "an operation that cannot be mapped. Set `vectorize=False` to run one chain after another."
+        ) from error
+
+
+def _require_loss(components: Tensor) -> Tensor:
+    if not isinstance(components, Tensor) or components.ndim > 1 or not components.is_floating_point():
+        raise TypeError(
+            "A loss must return a real tensor: a number, or a vector of components whose mean is the loss. "
+            f"Got {_describe(components)}."
+        )
+    return components
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

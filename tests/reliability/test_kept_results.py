@@ -12,8 +12,9 @@ import pytest
 from sampling.llc_runs import QUICK, make_run, write_older_estimate
 
 from icl.measure import Entry
-from icl.sampling.records import VERSION, Kind, read_all
-from icl.sampling.run import estimate_run, with_nbeta
+from icl.sampling.records import VERSION, EstimateSettings, read_all
+from icl.sampling.run import estimate_run
+from icl.sampling.settings import with_nbeta
 from tests.reliability.mutations import claim_size, flip_bits
 
 SAMPLER = dataclasses.replace(QUICK, num_draws=2, num_burnin_steps=1, num_init_batches=2, steps="60")
@@ -144,8 +145,8 @@ def test_a_damaged_estimate_of_0_1_0_counts_as_none(sampled):
 )
 def test_a_strangers_estimate_with_a_right_digest_counts_as_none(sampled, change):
     folder, _, _, record = sampled
-    kind = Kind(with_nbeta(SAMPLER))
-    cache, key = kind.cache(folder), {"checkpoint_hash": "abc", "settings": kind.key, "version": VERSION}
+    settings = EstimateSettings(with_nbeta(SAMPLER))
+    cache, key = settings.cache(folder), {"checkpoint_hash": "abc", "settings": settings.key, "version": VERSION}
     row, *positions = record.measurement.rows
     for rows in ([row | change, *positions], [], [row, {"position": "x"}]):
         cache.write(Entry(60, "abc", rows, record.measurement.arrays), key)
@@ -159,9 +160,9 @@ def test_a_strangers_estimate_with_a_right_digest_counts_as_none(sampled, change
 def test_a_damaged_estimate_is_made_again(sampled):
     folder, _, _, record = sampled
     estimate_run(folder.path, SAMPLER)
-    kind = Kind(with_nbeta(SAMPLER))
+    settings = EstimateSettings(with_nbeta(SAMPLER))
     for suffix in ("json", "npy"):
-        file = kind.cache(folder).folder / f"step-000000060.{suffix}"
+        file = settings.cache(folder).folder / f"step-000000060.{suffix}"
         data = file.read_bytes()
         file.write_bytes(flip_bits(data, random.Random(0)))
         (again,) = estimate_run(folder.path, SAMPLER).records

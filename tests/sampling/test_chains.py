@@ -86,7 +86,7 @@ def test_chains_and_checkpoints_have_noise_of_their_own(model):
 
 
 def test_an_injected_gradient_takes_the_place_of_the_default(model):
-    from icl.sampling.gradients import looped_gradient
+    from icl.sampling.target import looped_gradient
 
     loss, _ = module_loss(model, nn.functional.mse_loss)
     assert same(estimate(model), estimate(model, gradient=looped_gradient(loss)))

@@ -11,7 +11,7 @@ from llc_runs import CONFIG, QUICK, make_run
 from icl.checkpoints import checkpoint_files
 from icl.cli import main
 from icl.commands import llc
-from icl.commands.llc_ahead import work_ahead
+from icl.commands.llc_output import describe_work
 from icl.config import RunConfig
 from icl.plotting.llc import plot_llc, read_stages
 from icl.presets import preset, run_name, sampler_name
@@ -59,7 +59,7 @@ def test_a_run_is_estimated_told_and_drawn(folder, capsys):
     row = pd.read_csv(folder.results / "llc.csv").iloc[0]
     assert f"Verdicts: 1 {row['verdict']}" in told
     assert str(folder.results / "llc.csv") in told
-    assert "predicting zero costs" in told
+    assert "the loss of predicting zero is" in told
     for name in ("llc.png", "llc-traces.png"):
         assert (folder.figures / name).stat().st_size > 10_000
 
@@ -221,7 +221,7 @@ def test_the_control_adds_rows_of_rescaled_weights(folder, tmp_path, capsys):
     ],
 )
 def test_mistakes_are_sentences_before_any_work(folder, monkeypatch, capsys, words, sentence):
-    monkeypatch.setattr(runs, "estimate_checkpoints", None)
+    monkeypatch.setattr(runs, "estimate_grid", None)
     assert main(["llc", str(folder.path), *words]) != 0
     told = capsys.readouterr().err.strip()
     assert sentence in told
@@ -237,15 +237,15 @@ def test_a_files_own_step_counts_whatever_its_name(folder, tmp_path, sampler_of,
 
 def test_what_lies_ahead_is_told_before_the_bar(folder, capsys):
     def ahead():
-        return work_ahead(folder.path, QUICK, mode="").partition(": ")[2]
+        return describe_work(folder.path, QUICK, mode="").partition(": ")[2]
 
-    assert ahead() == "2 steps, 2 chains x (4 + 6) moves; finished steps are kept."
+    assert ahead() == "2 steps, 2 chains x (4 + 6) moves; finished steps are stored."
     assert main(["llc", str(folder.path), "--steps", "last"]) in (0, 1)
     told = capsys.readouterr().err
-    assert told.startswith(f"LLC of {folder.path}: 1 step, 2 chains x (4 + 6) moves; finished steps are kept.\n")
-    assert ahead() == "1 of 2 steps to do, 2 chains x (4 + 6) moves; finished steps are kept."
+    assert told.startswith(f"LLC of {folder.path}: 1 step, 2 chains x (4 + 6) moves; finished steps are stored.\n")
+    assert ahead() == "1 of 2 steps to do, 2 chains x (4 + 6) moves; finished steps are stored."
     main(["llc", str(folder.path)])
-    assert ahead() == "all is kept, 2 steps."
+    assert ahead() == "all is done, 2 steps."
 
 
 def test_an_interrupted_calibration_says_that_it_starts_over(folder, monkeypatch, capsys):

@@ -282,7 +282,7 @@ def test_escaped_chains_are_invalid_and_seen_without_a_trivial_loss():
     assert told.reasons[0].startswith("escaped")
     untold = estimate(plateau, start, trivial_loss=None, **run)
     assert untold.verdict == "suspect"
-    assert "beyond the rim" in broken(untold)
+    assert "rise exceeds pull" in broken(untold)
     assert any("escape from the basin was not checked" in reason for reason in untold.reasons)
 
 
@@ -335,7 +335,7 @@ def test_heat_is_found_where_nothing_holds_the_flat_directions():
     result = estimate(flat, {"w": torch.zeros(20)}, **settings)
     truth = known.quadratic_llc(curvatures[:5], nbeta=100.0, localization=0.0, lr=8e-3)
     assert result.evidence.bias_bound == pytest.approx(truth - 2.5, abs=4 * result.evidence.bias_bound_stderr)
-    assert "too hot" in broken(result)
+    assert "step size bias" in broken(result)
 
 
 def test_chains_held_by_the_prior_alone_are_suspect():
@@ -457,21 +457,21 @@ def test_every_rule_can_be_the_only_reason_and_names_its_source():
         "lower loss found": {"lowest": -0.5},
         "diverged down": {"num_diverged_down": 1},
         "not significant": {"llc": 0.5, "stderr": 0.3, "pull": 5.0},
-        "warm": {"bias_bound": 0.1 * healthy.llc},
+        "slight step size bias": {"bias_bound": 0.1 * healthy.llc},
         "most chains masked": {"num_chains_used": 3},
         "some chains masked": {"num_chains_used": 7},
         "negative": {"llc": -1.0},
         "escaped": {"mean_loss": 6.0},
         "escaping": {"mean_loss": 2.0},
-        "beyond the rim": {"llc": healthy.llc, "pull": 0.1},
+        "rise exceeds pull": {"llc": healthy.llc, "pull": 0.1},
         "not at a minimum": {"descent": 1.0},
         "lower loss at mean": {"drop_at_mean": 1.0, "drop_at_mean_stderr": 0.01},
         "too few chains for the drop": {"num_chains": 3, "num_chains_used": 3},
         "slightly lower loss at mean": {"drop_at_mean": 0.1 * healthy.llc, "drop_at_mean_stderr": 1e-3},
         "below zero": {"llc": -0.01, "stderr": 0.1},
         "above half of d": {"llc": 2.5, "pull": 5.0},
-        "too hot": {"bias_bound": 1.0},
-        "mala acceptance": {"acceptance": 0.4},
+        "step size bias": {"bias_bound": 1.0},
+        "mala acceptance": {"mala_acceptance": 0.4},
         "one chain": {"num_chains": 1, "num_chains_used": 1, "rhat": math.nan},
         "shared minibatches": {"share_batches": True},
         "r hat": {"rhat": 1.06},

@@ -10,10 +10,11 @@ import torch
 from llc_runs import CONFIG, QUICK, STEPS, make_run
 
 from icl.checkpoints import CheckpointError, checkpoint_files, save_checkpoint
+from icl.commands.llc_output import describe_rise
 from icl.sampling import run as runs
-from icl.sampling.records import COLUMNS, Kind, read_all
-from icl.sampling.run import chosen_files, estimate_run, measured, with_nbeta
-from icl.sampling.settings import PUBLISHED, from_scales
+from icl.sampling.records import COLUMNS, EstimateSettings, read_all
+from icl.sampling.run import chosen_files, estimate_run
+from icl.sampling.settings import PUBLISHED, from_scales, with_nbeta
 from icl.validation import ConfigError
 
 
@@ -26,13 +27,13 @@ def folder(tmp_path):
 def count(monkeypatch):
     """How often each step is estimated."""
     seen = []
-    true = runs.estimate_checkpoints
+    true = runs.estimate_grid
 
     def counted(checkpoints, *arguments, **keywords):
         seen.extend(checkpoint.step for checkpoint in checkpoints)
         return true(checkpoints, *arguments, **keywords)
 
-    monkeypatch.setattr(runs, "estimate_checkpoints", counted)
+    monkeypatch.setattr(runs, "estimate_grid", counted)
     return seen
 
 
@@ -261,23 +262,23 @@ def test_scales_that_are_no_sampler_are_refused(scales):
 def test_a_curve_that_is_the_loss_upside_down_is_told():
     init = pd.Series([4.1, 3.0, 2.0])
     table = pd.DataFrame({"init_loss": init, "mean_loss": 4.43, "llc": 66.67 * (4.43 - init), "stderr": 1.0})
-    sentence = measured(table, 4.125)
-    assert "at 3 of 3 checkpoints" in sentence
-    assert "correlation of lambda-hat with -L0: 1.0000" in sentence
-    assert "no learning coefficient" in sentence
-    stayed = measured(table.assign(mean_loss=init + 0.01, llc=0.667), 4.5)
+    sentence = describe_rise(table, 4.125)
+    assert "At 3 of 3 checkpoints" in sentence
+    assert "Correlation of the LLC with -L(w0): 1.0000" in sentence
+    assert "not a learning coefficient" in sentence
+    stayed = describe_rise(table.assign(mean_loss=init + 0.01, llc=0.667), 4.5)
     assert "no chain left its checkpoint's basin" in stayed
-    assert "at 3 of 3 checkpoints the chains found lower loss" in measured(
+    assert "At 3 of 3 checkpoints the chains found lower loss" in describe_rise(
         table.assign(llc=-10.0, mean_loss=init - 0.1), 4.5
     )
-    assert "nothing was measured" in measured(table.assign(mean_loss=math.nan), 4.5)
+    assert "nothing was measured" in describe_rise(table.assign(mean_loss=math.nan), 4.5)
 
 
-def test_a_kind_survives_json():
-    kind = Kind(QUICK, "published", 2.0)
-    assert json.loads(json.dumps(kind.settings)) == kind.settings
-    assert kind.name == Kind(dataclasses.replace(QUICK, steps="last"), "published", 2.0).name
-    assert kind.name != Kind(QUICK, "", 2.0).name
+def test_the_settings_of_an_estimate_survive_json():
+    settings = EstimateSettings(QUICK, "published", 2.0)
+    assert json.loads(json.dumps(settings.values)) == settings.values
+    assert settings.digest == EstimateSettings(dataclasses.replace(QUICK, steps="last"), "published", 2.0).digest
+    assert settings.digest != EstimateSettings(QUICK, "", 2.0).digest
 
 
 # Devices

@@ -14,9 +14,9 @@ from tiny_runs import change
 from icl import compiling
 from icl.build import build_model
 from icl.flat import layout_of
-from icl.sampling.gradients import vmapped_gradient
+from icl.sampling.llc import restricted_layout
 from icl.sampling.prompt_loss import prompt_target, trivial_loss
-from icl.sampling.restriction import restricted_layout
+from icl.sampling.target import vmapped_gradient
 from icl.stacked import stack
 from icl.tasks.prompts import sample_prompts
 

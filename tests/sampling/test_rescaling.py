@@ -8,7 +8,8 @@ import torch
 from tiny_runs import TINY, change
 
 from icl.build import build_model
-from icl.sampling.rescaling import compare, describe_pair, rescaled
+from icl.commands.llc_output import compare_rescaled
+from icl.sampling.rescaling import describe_pair, rescaled
 from icl.stacked import apply, stack
 from icl.tasks.prompts import sample_prompts
 from icl.validation import ConfigError
@@ -57,7 +58,7 @@ def test_an_architecture_without_a_pair_is_refused():
 def test_estimates_are_compared_in_their_joint_error():
     plain = pd.DataFrame({"step": [1, 2, 3], "checkpoint_hash": list("abc"), "llc": [10.0, 10.0, 10.0], "stderr": 1.0})
     control = plain.assign(llc=[11.0, 20.0, float("nan")])
-    lines = compare(plain, control)
+    lines = compare_rescaled(plain, control)
     assert ["agrees" in lines[0], "differs" in lines[1], "cannot be compared" in lines[2]] == [True] * 3
     assert "+7.1 standard errors" in lines[1]
     assert "1 of 3 differ" in lines[3]

@@ -9,23 +9,22 @@ import torch
 from icl.config import SamplerConfig
 from icl.sampling import CheckpointId, estimation, known
 from icl.sampling.curvature import largest_curvature
-from icl.sampling.gradients import vmapped_gradient
-from icl.sampling.run import chain_settings
 from icl.sampling.search import (
+    LENGTH_RULES,
+    LR_RULES,
     NBETAS,
-    OF_LENGTH,
-    OF_LR,
     RATES,
     RATIOS,
     SURVEY,
-    Search,
+    SearchResult,
     agree,
     burnin,
     is_healthy,
     num_draws,
     search,
 )
-from icl.sampling.target import Target
+from icl.sampling.settings import chain_settings
+from icl.sampling.target import Target, vmapped_gradient
 
 H = torch.logspace(-1, 1, 12)
 BASE = SamplerConfig(num_chains=6, num_draws=60, num_burnin_steps=60)
@@ -36,10 +35,10 @@ def quadratic(params, batch):
     return (H * params["w"].square()).sum() / 2
 
 
-def estimate(corners, *, loss=quadratic, start=START):
-    """All corners of one call as one population, as `icl llc RUN --calibrate` does it."""
+def estimate(points, *, loss=quadratic, start=START):
+    """All settings of one call as one population, as `icl llc RUN --calibrate` does it."""
     target = Target(loss=loss, batches=(None,), trivial_loss=5.0)
-    settings = [chain_settings(corner.sampler(BASE)) for corner in corners]
+    settings = [chain_settings(point.sampler(BASE)) for point in points]
     return estimation.estimate(target, [start], settings, identities=[CheckpointId()])
 
 
@@ -59,30 +58,30 @@ def asked() -> list:
 
 
 @pytest.fixture(scope="module")
-def found(asked) -> Search:
-    def noting(corners):
-        asked.append(list(corners))
-        return estimate(corners)
+def found(asked) -> SearchResult:
+    def noting(points):
+        asked.append(list(points))
+        return estimate(points)
 
     return search(noting, height=5.0, curvature=10.0)
 
 
-def test_all_corners_of_a_ratio_are_asked_for_in_one_go_and_their_chains_are_equally_long(found, asked):
+def test_all_settings_of_a_ratio_are_asked_for_in_one_go_and_their_chains_are_equally_long(found, asked):
     surveyed, rates = asked[: len(RATIOS)], asked[len(RATIOS) :]
-    for corners in surveyed:
-        assert [corner.stage for corner in corners] == [SURVEY] * len(NBETAS)
-        assert len({corner.ratio for corner in corners}) == 1
-        samplers = [corner.sampler(BASE) for corner in corners]
+    for points in surveyed:
+        assert [point.stage for point in points] == [SURVEY] * len(NBETAS)
+        assert len({point.ratio for point in points}) == 1
+        samplers = [point.sampler(BASE) for point in points]
         assert len({(sampler.num_draws, sampler.num_burnin_steps) for sampler in samplers}) == 1
-    assert {corner.stage for corners in rates for corner in corners} == {RATES}
+    assert {point.stage for points in rates for point in points} == {RATES}
 
 
 def test_chains_are_long_enough_for_the_localisation_to_fill_flat_directions(found):
     """Their variance has come to 1 - exp(-lr localization t) of its level: to 86% at the first draw, of the choice to 95%."""
-    for one in found.tried[: len(NBETAS) * len(RATIOS)]:
-        sampler = one.corner.sampler(BASE)
+    for one in found.trials[: len(NBETAS) * len(RATIOS)]:
+        sampler = one.point.sampler(BASE)
         assert 1 - math.exp(-sampler.lr * sampler.localization * sampler.num_burnin_steps) > 0.85
-    chosen = found.chosen.corner
+    chosen = found.chosen.point
     assert 1 - math.exp(-chosen.lr * chosen.localization * found.num_burnin_steps) > 0.94
 
 
@@ -94,25 +93,25 @@ def test_chains_that_have_not_filled_flat_directions_are_not_healthy(found):
     assert not is_healthy(dataclasses.replace(result, evidence=evidence))
 
 
-def test_the_chosen_corner_of_a_quadratic_has_the_known_answer(found):
+def test_the_chosen_settings_of_a_quadratic_has_the_known_answer(found):
     assert found.chosen is not None
-    corner, result = found.chosen.corner, found.chosen.last
-    truth = known.quadratic_llc(H, nbeta=corner.nbeta, localization=corner.localization, lr=corner.lr)
+    point, result = found.chosen.point, found.chosen.last
+    truth = known.quadratic_llc(H, nbeta=point.nbeta, localization=point.localization, lr=point.lr)
     assert is_healthy(result)
     assert result.llc == pytest.approx(truth, abs=4 * result.stderr)
-    assert corner.ratio == min(
-        one.corner.ratio for one in found.tried if is_healthy(one.last, but=(*OF_LENGTH, *OF_LR))
+    assert point.ratio == min(
+        one.point.ratio for one in found.trials if is_healthy(one.last, but=(*LENGTH_RULES, *LR_RULES))
     )
 
 
-def test_the_search_shows_a_failed_corner_and_an_lr_plateau(found):
-    rates = [one for one in found.tried if one.corner.stage == RATES]
-    surveyed = [one.corner for one in found.tried if one.corner.stage == SURVEY]
-    (first,) = [one for one in surveyed if one[1:3] == found.chosen.corner[1:3]]
-    assert rates[0].corner.lr == pytest.approx(10 * first.lr, rel=0.1)
+def test_the_search_shows_failed_settings_and_an_lr_plateau(found):
+    rates = [one for one in found.trials if one.point.stage == RATES]
+    surveyed = [one.point for one in found.trials if one.point.stage == SURVEY]
+    (first,) = [one for one in surveyed if one[1:3] == found.chosen.point[1:3]]
+    assert rates[0].point.lr == pytest.approx(10 * first.lr, rel=0.1)
     assert not is_healthy(rates[0].last)
     assert agree(found.chosen.last, rates[-1].last)
-    assert rates[-1].corner.lr < found.chosen.corner.lr
+    assert rates[-1].point.lr < found.chosen.point.lr
     assert rates[-1].last.settings.num_burnin_steps == 3 * found.chosen.last.settings.num_burnin_steps
     assert rates[-1].last.settings.num_draws == 3 * found.chosen.last.settings.num_draws
     assert "Chosen" in found.reason
@@ -125,7 +124,7 @@ def test_nothing_is_chosen_where_nothing_is_healthy():
     def saddle(params, batch):
         return -(H * params["w"].square()).sum() / 2
 
-    nothing = search(lambda corners: estimate(corners, loss=saddle), height=5.0, curvature=10.0)
+    nothing = search(lambda points: estimate(points, loss=saddle), height=5.0, curvature=10.0)
     assert nothing.chosen is None
     assert "No choice" in nothing.reason
 
@@ -135,9 +134,9 @@ def test_a_checkpoint_beside_its_minimum_is_named_as_the_reason():
     def beside(params, batch):
         return (H * (params["w"] - 1).square()).sum() / 2
 
-    nothing = search(lambda corners: estimate(corners, loss=beside), height=5.0, curvature=10.0)
+    nothing = search(lambda points: estimate(points, loss=beside), height=5.0, curvature=10.0)
     assert nothing.chosen is None
-    assert "the checkpoint is not at a minimum, which settings do not mend" in nothing.reason
+    assert "the checkpoint is not at a minimum, which no settings can change" in nothing.reason
 
 
 def test_burn_in_is_longer_where_chains_start_far_away(found):
@@ -150,6 +149,6 @@ def test_burn_in_is_longer_where_chains_start_far_away(found):
 
 
 def test_draws_are_no_fewer_than_asked_for_and_enough_for_the_effective_sample_size(found):
-    result = dataclasses.replace(found.tried[0].last, ess=50.0)  # of 60 draws of each chain; 200 takes 240
+    result = dataclasses.replace(found.trials[0].last, ess=50.0)  # of 60 draws of each chain; 200 takes 240
     assert num_draws(result, 100) == 250
     assert num_draws(result, 300) == 300

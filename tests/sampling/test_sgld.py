@@ -8,8 +8,8 @@ import torch
 from icl.flat import make_layout
 from icl.sampling import sgld
 from icl.sampling.chains import run_chains
-from icl.sampling.gradients import own_losses, vmapped_gradient
 from icl.sampling.settings import SamplerSettings
+from icl.sampling.target import stacked_losses, vmapped_gradient
 
 H = torch.tensor([0.01, 0.1, 1.0, 10.0], dtype=torch.float64)
 NBETA, LOCALIZATION = 66.7, 6.67
@@ -68,7 +68,7 @@ def sampled_components(kernel, lr, thinning):
     return (
         run_chains(
             vmapped_gradient(_components),
-            own_losses(_components, vectorize=True),
+            stacked_losses(_components, own_batches=True, vectorize=True),
             {"w": start["w"][None]},
             [None],
             settings,

@@ -1,14 +1,13 @@
 """The verdict on an LLC estimate: `ok`, `suspect` or `invalid`, with reasons in plain words.
 
-Each rule is a named function of the evidence, in the module of its theme. The worst level among the broken rules is the verdict;
-all broken rules give reasons, worst first. A note gives a reason without lowering the verdict.
+Each rule is a named function of the evidence, in the module of its theme. The worst level among the broken rules is the verdict.
+All broken rules give reasons, worst first. A note gives a reason without changing the verdict.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from icl.sampling.verdict import basin, chains, checkpoint, localization, step_size
-from icl.sampling.verdict.evidence import AtCheckpoint, Evidence, evidence_of
-from icl.sampling.verdict.rule import Level, Rule, Verdict
+from icl.sampling.verdict import chains, checkpoint, localization
+from icl.sampling.verdict.evidence import AtCheckpoint, Evidence, Level, Rule, Verdict, evidence_of
 
 __all__ = ["RULES", "VERSION", "AtCheckpoint", "Evidence", "Judgement", "Verdict", "evidence_of", "judge"]
 
@@ -17,9 +16,9 @@ RULES: tuple[Rule, ...] = (
     chains.most_chains_masked,
     chains.some_chains_masked,
     checkpoint.negative,
-    basin.escaped,
-    basin.escaping,
-    basin.beyond_the_rim,
+    checkpoint.escaped,
+    checkpoint.escaping,
+    checkpoint.rise_exceeds_pull,
     checkpoint.not_at_a_minimum,
     checkpoint.lower_loss_at_mean,
     checkpoint.diverged_down,
@@ -27,9 +26,9 @@ RULES: tuple[Rule, ...] = (
     checkpoint.below_zero,
     chains.not_significant,
     chains.bad_minibatches,
-    step_size.above_half_of_d,
-    step_size.too_hot,
-    step_size.mala_acceptance,
+    chains.above_half_of_d,
+    chains.step_size_bias,
+    chains.mala_acceptance,
     chains.one_chain,
     chains.shared_minibatches,
     chains.r_hat,
@@ -39,17 +38,17 @@ RULES: tuple[Rule, ...] = (
     localization.prior_dominated,
     localization.localization_outweighs,
     localization.mostly_flat,
-    step_size.warm,
+    chains.slight_step_size_bias,
     checkpoint.slightly_lower_loss_at_mean,
     checkpoint.too_few_chains_for_the_drop,
     checkpoint.drop_not_measurable,
     localization.hardly_spread_out,
-    basin.escape_not_checked,
+    checkpoint.escape_not_checked,
 )
-"""All rules. A broken rule that stands earlier gives its reason earlier among those of its level."""
+"""All rules. Among broken rules of one level, the order here is the order of the reasons."""
 VERSION = 2
 """Version of the rules; estimates that were judged by older rules are made again."""
-_ORDER: tuple[Level, ...] = ("invalid", "suspect", "note")
+_WORST_FIRST: tuple[Level, ...] = get_args(Level)
 
 
 class Judgement(NamedTuple):
@@ -64,9 +63,8 @@ class Judgement(NamedTuple):
 
 def judge(evidence: Evidence) -> Judgement:
     """Apply all rules to the evidence."""
-    found = [(rule, reason) for rule in RULES if (reason := rule.reason(evidence)) is not None]
-    found.sort(key=lambda pair: _ORDER.index(pair[0].level))
-    levels = [rule.level for rule, _ in found]
-    verdict: Verdict = "invalid" if "invalid" in levels else "suspect" if "suspect" in levels else "ok"
-    broken = tuple(rule.name for rule, _ in found if rule.level != "note")
-    return Judgement(verdict, tuple(reason for _, reason in found), broken)
+    broken = [(rule, reason) for rule in RULES if (reason := rule.reason(evidence)) is not None]
+    broken.sort(key=lambda pair: _WORST_FIRST.index(pair[0].level))
+    worst = broken[0][0].level if broken else "note"
+    names = tuple(rule.name for rule, _ in broken if rule.level != "note")
+    return Judgement("ok" if worst == "note" else worst, tuple(reason for _, reason in broken), names)

@@ -1,10 +1,22 @@
-"""Rules about the chains themselves: did they survive, do they agree, are they long enough?"""
+"""Rules about the chains: did they survive, do they agree, are they long enough, are their steps small enough?
+
+**The bias of the step size.** In d dimensions the sampled density exp(-U) has E[(w - w0) . grad U] = d (integration by parts; the
+equipartition theorem, and the Langevin-Stein operator of Gorham and Mackey 2015 applied to w - w0). The left side is
+pull + spread. Too large a step, or too noisy a gradient, makes it larger: stationarity of |w - w0|^2 under moves of size lr gives
+d + (lr / 4) E|grad U|^2, with the minibatch's gradient (and, for a preconditioner G, in its metric). One part of this comes from the
+localization alone, lr / 4 localization^2 |w - w0|^2. It is also there in flat directions and is harmless. Half of the rest is
+`bias_bound`. It needs no direction to be in equilibrium, and it has little noise.
+
+For quadratics, the bound is one to two times what the step adds to the LLC: with a_i = nbeta h_i + localization the ratio is
+1 + localization / a_i (`known.quadratic_llc`). It is a_i / (nbeta h_i) times what the minibatch noise adds.
+"""
 
 import math
 
 from icl.sampling.recording import DIVERGED
-from icl.sampling.verdict.evidence import Evidence
-from icl.sampling.verdict.rule import rule
+from icl.sampling.verdict.evidence import Evidence, rule
+
+_SMALLER_STEPS = "lower lr, or use larger batches"
 
 
 @rule("invalid", source="fixed outcome")
@@ -12,25 +24,25 @@ def most_chains_masked(e: Evidence) -> str | None:
     """Half of the chains must be left, and at least one."""
     if e.num_chains_used >= 0.5 * e.num_chains and e.num_chains_used > 0:
         return None
-    causes = {
-        "diverged or became non-finite (lower lr)": e.num_diverged,
-        f"fell more than {DIVERGED * e.num_params:g} nats below the checkpoint's loss": e.num_diverged_down,
+    counts = {
+        "diverged or became non-finite": e.num_diverged,
+        f"went more than {DIVERGED * e.num_params:g} nats below the checkpoint's loss": e.num_diverged_down,
     }
-    told = " and ".join(f"{num} {cause}" for cause, num in causes.items() if num)
-    return f"{e.num_masked} of {e.num_chains} chains are masked: {told}"
+    causes = " and ".join(f"{num} {cause}" for cause, num in counts.items() if num)
+    return f"{e.num_masked} of {e.num_chains} chains are masked ({causes}): lower lr"
 
 
 @rule("suspect", source="fixed outcome")
 def some_chains_masked(e: Evidence) -> str | None:
-    """A chain that dies at a healthy step size is a warning about the others."""
+    """A chain that diverges is a warning about the others, which have the same step size."""
     if not (e.num_diverged > 0 and e.num_masked <= e.num_chains / 2):
         return None
-    return f"{e.num_diverged} of {e.num_chains} chains diverged or became non-finite and are masked: lower lr"
+    return f"{e.num_diverged} of {e.num_chains} chains are masked, because they diverged or became non-finite: lower lr"
 
 
-@rule("suspect", source="fixed outcome: the rest is averaged")
+@rule("suspect", source="fixed outcome: the other batches are averaged")
 def bad_minibatches(e: Evidence) -> str | None:
-    """A minibatch on which the checkpoint's own loss is not finite points at the data."""
+    """The checkpoint's own loss must be finite on all minibatches; otherwise the data may be wrong."""
     if not e.num_bad_batches or math.isnan(e.init_loss):
         return None
     return f"the checkpoint's own loss is not finite on {e.num_bad_batches} minibatches: check the data"
@@ -38,20 +50,18 @@ def bad_minibatches(e: Evidence) -> str | None:
 
 @rule("suspect", source="fixed outcome: R-hat needs two")
 def one_chain(e: Evidence) -> str | None:
-    """A single chain has nothing to be compared with."""
-    return (
-        "only one chain is left, so nothing shows whether it has converged: use four or more"
-        if e.num_chains_used == 1
-        else None
-    )
+    """A single chain cannot be compared with another."""
+    if e.num_chains_used != 1:
+        return None
+    return "only one chain is left, so its convergence cannot be checked: use four or more"
 
 
 @rule("suspect", source="fixed outcome")
 def shared_minibatches(e: Evidence) -> str | None:
     """Noise that chains share is missing from the standard error."""
-    return (
-        "chains share their minibatches, so the standard error misses their common noise" if e.share_batches else None
-    )
+    if not e.share_batches:
+        return None
+    return "chains share their minibatches, so the standard error misses their common noise: give each chain its own"
 
 
 @rule("suspect", source="Vehtari et al. 2021 ask for 1.01 at an ESS of 400; 1.05 suits an ESS of 100")
@@ -59,12 +69,12 @@ def r_hat(e: Evidence) -> str | None:
     """Chains must agree with each other."""
     if e.num_chains_used <= 1 or e.rhat <= 1.05:
         return None
-    return f"R-hat is {e.rhat:.3f}, above 1.05: the chains disagree; run them longer"
+    return f"the chains disagree (R-hat {e.rhat:.3f}, above 1.05): run them longer"
 
 
 @rule("suspect", source="Vehtari et al. 2021: 50 per split chain for a usable standard error")
 def effective_sample_size(e: Evidence) -> str | None:
-    """The draws must be worth at least 100 independent ones."""
+    """The draws must have the information of at least 100 independent ones."""
     if not e.num_chains_used or e.ess >= 100:
         return None
     return f"the effective sample size is {e.ess:.0f}, below 100: take more draws or chains"
@@ -80,10 +90,45 @@ def drift(e: Evidence) -> str | None:
 
 @rule("suspect", source="standard errors")
 def not_significant(e: Evidence) -> str | None:
-    """An LLC within two standard errors of zero says nothing."""
+    """The LLC must be at least two standard errors above zero."""
     if not 0 <= e.llc < 2 * e.error:
         return None
     return (
         f"the LLC ({e.llc:.3g} ± {e.stderr:.2g}) is not significantly different from zero: "
         "take more draws or larger batches"
+    )
+
+
+@rule("suspect", source="an LLC at a minimum is at most d/2 (Watanabe 2009); the tenth is ours")
+def above_half_of_d(e: Evidence) -> str | None:
+    """No minimum has an LLC above d/2."""
+    if not e.llc - 3 * e.stderr > 1.1 * e.num_params / 2:
+        return None
+    return f"the LLC is above d/2 = {e.num_params / 2:g}, the largest possible at a minimum: {_SMALLER_STEPS}"
+
+
+@rule("suspect", source="stationarity (this module); the share of the LLC is ours")
+def step_size_bias(e: Evidence) -> str | None:
+    """The bias from the step size must be small beside the LLC or beside its standard error."""
+    if not (e.bias_bound > 3 * e.bias_bound_stderr and e.bias_bound > max(0.1 * abs(e.llc), 2 * e.error)):
+        return None
+    return f"step size and minibatch noise may raise the LLC by up to {e.bias_bound:.3g}: {_SMALLER_STEPS}"
+
+
+@rule("suspect", source="Roberts and Rosenthal 1998: 0.574 is best for MALA; SGLD, which accepts all, should do better")
+def mala_acceptance(e: Evidence) -> str | None:
+    """An exact sampler would accept at least half of the moves."""
+    if not e.mala_acceptance < 0.5:
+        return None
+    return f"MALA would accept only {e.mala_acceptance:.0%} of the moves: lower lr"
+
+
+@rule("note", source="as `step_size_bias`; standard errors")
+def slight_step_size_bias(e: Evidence) -> str | None:
+    """A bias that is small beside the LLC, but larger than the standard error shows."""
+    if not (e.bias_bound > 3 * e.bias_bound_stderr and 2 * e.error < e.bias_bound <= 0.1 * abs(e.llc)):
+        return None
+    return (
+        f"note: step size and minibatch noise may raise the LLC by up to {e.bias_bound:.3g}, which its standard error does "
+        "not include"
     )

@@ -1,28 +1,38 @@
-"""Evidence: every number that the verdict on an LLC estimate looks at, computed from the traces of its chains.
+"""Evidence: the numbers on which the verdict is based, computed from the traces of the chains; and what a rule is.
 
 All amounts are in nats, as the LLC itself: differences of loss times nbeta. Means are over the chains used.
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
 from icl.sampling import convergence
-from icl.sampling.drop_at_mean import Drop, significance_threshold
+from icl.sampling.minimum import Drop, significance_threshold
 from icl.sampling.recording import Traces
 from icl.sampling.settings import SamplerSettings
 
+Verdict: TypeAlias = Literal["ok", "suspect", "invalid"]
+Level: TypeAlias = Literal["invalid", "suspect", "note"]
+_COLUMNS = (
+    *("rhat", "ess", "drift", "mala_acceptance", "pull", "spread", "bias_bound", "sensitivity", "sensitivity_stderr"),
+    *("descent", "drop_at_mean", "drop_at_mean_stderr"),
+)
+"""The diagnostics among the evidence that are columns of `llc.csv`."""
+
 
 class AtCheckpoint(NamedTuple):
-    """What is known of a checkpoint without its chains."""
+    """Numbers of a checkpoint that do not depend on its chains."""
 
     losses: Float[Tensor, "I T"]
-    """Its losses on I batches, for each of T components."""
+    """Losses on I batches, for each of T components."""
     descent: float
-    """Decrease of nbeta times the loss after one step along the gradient (`icl.sampling.minimum`)."""
+    """Decrease of nbeta times the loss after one step down the gradient (`icl.sampling.minimum`)."""
     descent_stderr: float
     trivial_loss: float | None
     """Loss of a predictor that knows nothing."""
@@ -31,7 +41,7 @@ class AtCheckpoint(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """The numbers that the rules of `icl.sampling.verdict` look at."""
+    """The numbers from which the rules decide."""
 
     llc: float
     stderr: float
@@ -40,19 +50,19 @@ class Evidence(NamedTuple):
     num_chains: int
     num_chains_used: int
     num_diverged_down: int
-    """Chains that are masked because they found far lower loss."""
+    """Number of chains that are masked because they found far lower loss."""
     init_loss: float
     init_loss_stderr: float
     mean_loss: float
     num_bad_batches: int
-    """Batches on which the loss of the checkpoint itself is not finite; `init_loss` is the mean over the others."""
+    """Number of batches on which the checkpoint's own loss is not finite; `init_loss` is the mean over the others."""
     trivial_loss: float | None
     rhat: float
     ess: float
     drift: float
     """Mean of the second half of the draws minus that of the first."""
     drift_stderr: float
-    acceptance: float
+    mala_acceptance: float
     """Mean probability that MALA would accept a move."""
     pull: float
     pull_stderr: float
@@ -63,10 +73,10 @@ class Evidence(NamedTuple):
     """Upper bound on the bias from step size and minibatch noise."""
     bias_bound_stderr: float
     descent: float
-    """Decrease of nbeta times the loss after one step along the checkpoint's gradient."""
+    """Decrease of nbeta times the loss after one step down the checkpoint's gradient."""
     descent_stderr: float
     drop_at_mean: float
-    """How far the loss at the mean of the draws lies below the checkpoint's (`icl.sampling.drop_at_mean`)."""
+    """How far the loss at the mean of the draws lies below the checkpoint's (`icl.sampling.minimum`)."""
     drop_at_mean_stderr: float
     drop_at_mean_freedom: float
     """Degrees of freedom of that standard error."""
@@ -90,12 +100,12 @@ class Evidence(NamedTuple):
 
     @property
     def filled(self) -> float:
-        """Share of equipartition that the chains have reached: 1 in equilibrium, more if the step heats them."""
+        """The ratio of pull + spread to d: 1 in equilibrium, larger if the step size is too large."""
         return max(self.pull + self.spread, 0.0) / self.num_params
 
     @property
     def error(self) -> float:
-        """The standard error, or 0 if there is none."""
+        """Standard error, or 0 if there is none."""
         return 0.0 if math.isnan(self.stderr) else self.stderr
 
     @property
@@ -120,26 +130,35 @@ class Evidence(NamedTuple):
 
     @property
     def drop_share(self) -> float:
-        """The drop at the mean as a share of the LLC around that mean."""
+        """Drop at the mean as a share of the LLC around that mean."""
         llc = 0.0 if math.isnan(self.llc) else self.llc
         return self.drop_at_mean / max(llc + self.drop_at_mean, 1e-300)
 
     def columns(self) -> dict[str, Any]:
-        """The diagnostics among these numbers, as columns of `llc.csv`."""
-        return {
-            "rhat": self.rhat,
-            "ess": self.ess,
-            "drift": self.drift,
-            "mala_acceptance": self.acceptance,
-            "pull": self.pull,
-            "spread": self.spread,
-            "bias_bound": self.bias_bound,
-            "sensitivity": self.sensitivity,
-            "sensitivity_stderr": self.sensitivity_stderr,
-            "descent": self.descent,
-            "drop_at_mean": self.drop_at_mean,
-            "drop_at_mean_stderr": self.drop_at_mean_stderr,
-        }
+        """Return the diagnostics among these numbers, as columns of `llc.csv`."""
+        return {name: getattr(self, name) for name in _COLUMNS}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule of the verdict: a function of the evidence with its consequence."""
+
+    name: str
+    level: Level
+    """Verdict if the rule is broken; a note does not change it."""
+    source: str
+    """Where the rule and its threshold come from."""
+    reason: Callable[[Evidence], str | None]
+    """Function that returns a sentence for the user if the evidence breaks the rule, else None."""
+
+
+def rule(level: Level, *, source: str) -> Callable[[Callable[[Evidence], str | None]], Rule]:
+    """Turn a function into a rule; its name is the function's, with spaces."""
+
+    def decorate(function: Callable[[Evidence], str | None]) -> Rule:
+        return Rule(function.__name__.replace("_", " "), level, source, function)
+
+    return decorate
 
 
 def evidence_of(traces: Traces, checkpoint: AtCheckpoint, settings: SamplerSettings) -> Evidence:
@@ -170,7 +189,7 @@ def evidence_of(traces: Traces, checkpoint: AtCheckpoint, settings: SamplerSetti
         ess=convergence.ess(excess) if len(excess) else math.nan,
         drift=drift,
         drift_stderr=drift_stderr,
-        acceptance=float(traces.acceptance[used].mean()),
+        mala_acceptance=float(traces.acceptance[used].mean()),
         pull=_mean(pull),
         pull_stderr=convergence.standard_error(pull),
         spread=_mean(spread),
@@ -195,7 +214,7 @@ def _mean(draws: np.ndarray) -> float:
 
 
 def _standard_error_over_batches(losses: Float[Tensor, " I"]) -> float:
-    """Standard error of a mean over batches; a single batch is the whole data, which has none."""
+    """Return the standard error of a mean over batches; a single batch is all the data, so its error is 0."""
     if not len(losses):
         return math.nan
     return float(losses.std()) / len(losses) ** 0.5 if len(losses) > 1 else 0.0

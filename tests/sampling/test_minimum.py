@@ -7,7 +7,7 @@ import torch
 from options import keywords
 
 from icl.sampling import estimate_llc, estimate_llcs, known
-from icl.sampling.drop_at_mean import drop_at_mean, significance_threshold
+from icl.sampling.minimum import drop_at_mean, significance_threshold
 
 H = torch.tensor([0.3, 1.0, 3.0])
 """Curvatures."""
