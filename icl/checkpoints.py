@@ -1,8 +1,8 @@
 """Checkpoints for analysis: the weights of one step as safetensors that carry their step and whole configuration.
 
 They are small, fast and safe to load from strangers: nothing is ever unpickled, and nothing is built before the shapes of the
-file are seen to be those of its configuration, so loading costs little more than reading. Each holds a digest of its weights, so
-a file that was cut short, altered or made by another program is refused in one sentence.
+file are seen to be those of its configuration, so loading costs little more than reading. Each holds a digest of its weights and one
+of its step and configuration, so a file that was cut short, altered or made by another program is refused in one sentence.
 
 With `checkpoints.moments` Adam's moments lie in a file of the same name and kind in `moments/` beside them, so that whoever wants
 weights reads no more than before. Their tensors are named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
@@ -31,6 +31,8 @@ from icl.validation import UserError, is_count
 
 _FORMAT = "icl-checkpoint-1"
 _ENTRY = "icl"
+_SEAL = "about_digest"
+"""The key of a digest of all that a file says of itself; files of 0.1.0 have none."""
 _NAME = re.compile(r"step-(\d{9,})\.safetensors")
 
 
@@ -63,6 +65,7 @@ def save_checkpoint(store: Store, step: int, config: RunConfig, params: Mapping[
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in params.items()}
     about = {"format": _FORMAT, "step": step, "config": config.to_dict(), "digest": _digest(tensors)}
+    about[_SEAL] = _seal(about)
     data = safetensors.torch.save(tensors, {_ENTRY: json.dumps(about)})  # one entry, as their order is random
     store.write(checkpoint_name(step), data)
 
@@ -208,6 +211,8 @@ def _read_about(file: io.BufferedIOBase, name: str) -> _About:
             raise ContentError("it holds no configuration")
         config = RunConfig.from_dict(tree)
         require_shapes(header, config)
+        if _SEAL in metadata and metadata[_SEAL] != _seal(metadata):
+            raise ContentError("its step and settings do not match their digest")
     except ValueError as error:
         raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({_first_line(error)}).") from None
     return _About(step, config, metadata.get("digest"))
@@ -230,6 +235,12 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         hasher.update(key.encode())
         hasher.update(tensors[key].contiguous().numpy().tobytes())
     return hasher.hexdigest()
+
+
+def _seal(about: Mapping[str, Any]) -> str:
+    """Return the digest of what a checkpoint says of itself, as JSON with its keys in order."""
+    text = json.dumps({key: value for key, value in about.items() if key != _SEAL}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _first_line(error: Exception) -> str:

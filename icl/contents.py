@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 from icl.checkpoints import list_steps
 from icl.config import RunConfig
-from icl.resume_file import NAMES
+from icl.metrics_file import are_rows_altered
+from icl.resume_file import NAMES, read_resume
 from icl.runs import DONE, RunFolder, Status
 from icl.schedules import checkpoint_steps
+from icl.validation import UserError
 
 _MAX_STEPS = 8
 """Steps that a sentence names; it counts the others."""
@@ -37,6 +39,23 @@ def missing_steps(run: RunFolder, config: RunConfig, step: int, status: Status |
     if config.checkpoints.moments:
         there &= set(list_steps(run.moments))
     return [one for one in expected_steps(config, step, status) if one not in there]
+
+
+def describe_altered_rows(run: RunFolder) -> str | None:
+    """Return a sentence if `metrics.csv` is not what it was at the last save of a run that has ended; None if it is, or nobody knows."""
+    status = run.read_status()
+    if status is None or status.state not in DONE:
+        return None
+    try:
+        resume, _ = read_resume(run)
+        data = run.metrics_file.read_bytes()
+    except (UserError, OSError):  # told by those that need these files
+        return None
+    saved = resume.member.get("rows") if resume is not None else None
+    is_altered = are_rows_altered(data, saved) or (isinstance(saved, dict) and saved.get("size") != len(data))
+    if resume is None or resume.step != status.step or not is_altered:
+        return None
+    return f"{run.metrics_file} was altered since step {resume.step:,} was saved; its rows are shown as they are."
 
 
 def describe_missing(run: RunFolder, steps: Sequence[int]) -> str:

@@ -198,7 +198,11 @@ def _check_metrics(copy: _Copy, data: bytes, where: str) -> str | None:
         return f"it has lost the row of step {lost[0]:,}"
     if steps != sorted(set(steps)):
         return "its rows are not in the order of steps"
-    is_altered = copy.resume is not None and are_rows_altered(data, copy.resume.member.get("rows"))
+    saved = copy.resume.member.get("rows") if copy.resume is not None else None
+    has_ended = copy.status is not None and copy.status.state in DONE and copy.status.step == reached
+    is_altered = are_rows_altered(data, saved) or (
+        has_ended and isinstance(saved, dict) and saved.get("size") != len(data)
+    )
     return "its rows are not those that were saved" if is_altered else None
 
 

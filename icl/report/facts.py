@@ -9,6 +9,7 @@ import pandas as pd
 from icl.analysis import ANALYSES
 from icl.checkpoints import list_steps
 from icl.config import RunConfig
+from icl.contents import describe_altered_rows
 from icl.environment import environments_of
 from icl.reading import ContentError
 from icl.report.pictures import Picture, PictureError, embed
@@ -100,6 +101,8 @@ def read_run(name: str, folder: RunFolder) -> RunFacts:
     status = folder.read_status()
     if status is None:
         problems.append("status.json is missing or damaged, so the state of the run is unknown.")
+    if altered := describe_altered_rows(folder):
+        problems.append(altered)
     links = LocalStore(folder.path).links_out()
     if links:
         problems.append(f"Symbolic links out of the run's folder are left out: {', '.join(links)}.")

@@ -21,7 +21,7 @@ import torch
 from icl import tiny_attention
 from icl.build import build_model, choose_device
 from icl.config import MEMBER_SETTINGS, RunConfig
-from icl.contents import describe_missing, missing_steps
+from icl.contents import describe_altered_rows, describe_missing, missing_steps
 from icl.environment import environment_line
 from icl.evaluation import EvaluationSet
 from icl.metrics_file import MetricsFile, are_rows_altered, logged_steps, lost_rows, metric_columns
@@ -69,7 +69,8 @@ class TrainResult(NamedTuple):
     incomplete: str | None = None
     """What a run that had ended before lacks so that it is no success: rows, or its last checkpoint; a sentence."""
     lacking: str | None = None
-    """Which other checkpoints a run that had ended before lacks, a sentence; `icl checkpoints RUN verify` calls that damage."""
+    """Which other checkpoints a run that had ended before lacks, and whether its rows were altered, in sentences; `icl checkpoints RUN
+    verify` calls either damage."""
 
 
 class NonFiniteLossError(RunError):
@@ -200,7 +201,8 @@ def _note_missing(member: Member, step: int | None) -> None:
     sentence = describe_missing(run, missing) if missing else None
     if end is not None:
         member.incomplete = sentence if reached in missing else lost_rows(run, config, reached)
-        member.told_lacking = None if reached in missing else sentence
+        told = (None if reached in missing else sentence, describe_altered_rows(run))
+        member.told_lacking = " ".join(filter(None, told)) or None
     elif (
         missing and member.is_running and (reached < config.trainer.max_steps or last is None or last.state != "failed")
     ):

@@ -1,1 +1,6 @@
-"""Programs that try what breaks under real use and print how many times each was tried; `docs/reliability.md` has their numbers."""
+"""What `icl` makes of damaged files, bad inputs and servers that refuse: programs that count, and tests that try a sample of each."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # the tests' helpers, which pytest finds by its `pythonpath`

@@ -5,13 +5,18 @@
 A tiny run is trained, evaluated, sampled, analysed and copied to a store. Then, for each mutation, one of its files is damaged
 (`tests/reliability/mutations.py`) and one of the commands that read it is run in this process. It must do its work, or refuse in
 one sentence. Anything else is uncaught: another exception, a traceback in the output, more than ten seconds of computing, or more than 3 GiB.
+
+A file with a digest must not be read as if it were whole: unless the damage made the digest right again, what is read of it is compared with
+what is read of the undamaged file. If it differs, the damage went unnoticed, which counts as a fault as well.
 """
 
 import argparse
 import contextlib
 import io
+import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -21,6 +26,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -36,7 +42,12 @@ SECONDS = 10
 """Of computing, not of waiting: other programs may keep the processor busy."""
 MEMORY = 3 * 2**30
 MAX_SENTENCE = 2000
-OUTCOMES = ("refused", "accepted", "uncaught")
+_TOLD = "damaged|unreadable|altered|left out|cannot be (read|used)|not known|unknown"
+"""Words by which a command says that it does without a file."""
+OUTCOMES = ("refused", "mended", "whole", "unnoticed", "uncaught")
+"""Refused in a sentence; done, after saying what is damaged or making it again; done with the file as it is; with other content than the
+undamaged file although a digest guards it; anything else."""
+FAULTS = ("unnoticed", "uncaught")
 
 
 class Trial(NamedTuple):
@@ -58,8 +69,9 @@ def fuzz(
     *,
     seed: int = 0,
     only: str = "",
-    rendered: float = 0.2,
+    rendered: float = 0.05,
     tell: Callable[[Trial], None] = lambda _: None,
+    share: tuple[int, int] = (0, 1),
 ) -> list[Trial]:
     """Try `count` mutations, spread evenly over the readers.
 
@@ -71,36 +83,103 @@ def fuzz(
         rendered: Share of the mutations after which figures are rendered; after the others they are built only, which takes a
             tenth of the time.
         tell: Takes every trial as it is done.
+        share: Of several processes, which this one is, and how many there are.
     """
-    pristine, work = folder / "pristine", folder / "work"
-    os.environ |= {"LOCAL_ROOT": str(work / "runs"), "DEVICE": "cpu", "WANDB_MODE": "disabled"}
-    with _quiet(), unrendered():
-        readers.make_files(pristine)
+    bench = Bench(folder)
     chosen = [reader for reader in readers.READERS if only in reader.name]
     trials = []
-    for number in range(count):
+    for number in range(share[0], count, share[1]):
         reader = chosen[number % len(chosen)]
-        trials.append(try_one(pristine, work, reader, seed * 1_000_003 + number, rendered))
+        trials.append(try_one(bench, reader, seed * 1_000_003 + number, rendered))
         tell(trials[-1])
     return trials
 
 
-def try_one(pristine: Path, work: Path, reader: readers.Reader, seed: int, rendered: float) -> Trial:
+class Bench:
+    """Undamaged files, and a copy of them to work in that is made whole again before each trial."""
+
+    def __init__(self, folder: Path) -> None:
+        self.pristine, self.work = folder / "pristine", folder / "work"
+        os.environ |= {"LOCAL_ROOT": str(self.work / "runs"), "DEVICE": "cpu", "WANDB_MODE": "disabled"}
+        with _quiet(), unrendered():
+            readers.make_files(self.pristine)
+        absent = [reader.name for reader in readers.READERS if not any(self.pristine.glob(reader.file))]
+        if absent:
+            raise RuntimeError(f"There are no files of the kinds {', '.join(absent)}.")
+        shutil.copytree(self.pristine, self.work, symlinks=True)
+        self._known = _stats(self.work)
+        self._contents: dict[tuple[str, str], str | None] = {}
+
+    def restore(self) -> None:
+        """Put back what was changed or removed, and remove what was added."""
+        now = _stats(self.work)
+        for name in sorted(now.keys() - self._known.keys()):
+            path = self.work / name
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        for name in sorted(self._known):
+            if now.get(name) == self._known[name]:
+                continue
+            source, target = self.pristine / name, self.work / name
+            if source.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                shutil.rmtree(target, ignore_errors=True)
+                shutil.copy2(source, target)
+                self._known[name] = _stat(target)
+
+    def content(self, reader: readers.Reader, file: Path) -> str | None:
+        """Return what is read of an undamaged file."""
+        assert reader.content is not None
+        key = (reader.name, str(file.relative_to(self.work)))
+        if key not in self._contents:
+            self._contents[key] = reader.content(self.pristine, self.pristine / key[1])
+        return self._contents[key]
+
+
+def _stats(folder: Path) -> dict[str, tuple[int, ...]]:
+    return {str(path.relative_to(folder)): _stat(path) for path in folder.rglob("*")}
+
+
+def _stat(path: Path) -> tuple[int, ...]:
+    about = path.lstat()
+    return () if path.is_dir() else (about.st_size, about.st_mtime_ns, about.st_ino)
+
+
+def try_one(bench: Bench, reader: readers.Reader, seed: int, rendered: float) -> Trial:
     """Damage one file of a fresh copy, and let a reader of it have it."""
     draw = random.Random(seed)
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(pristine, work, symlinks=True)
-    file = draw.choice(sorted(work.glob(reader.file)))
-    file.write_bytes(damaged(reader.kind, file.read_bytes(), draw))
+    bench.restore()
+    file = draw.choice(sorted(bench.work.glob(reader.file)))
+    undamaged = file.read_bytes()
+    damage = damaged(reader.kind, undamaged, draw)
+    file.write_bytes(damage.data)
     use = draw.choice(reader.uses)
     with contextlib.nullcontext() if draw.random() < rendered else unrendered():
-        outcome, detail = outcome_of(lambda: use(work, file))
+        outcome, detail = outcome_of(lambda: use(bench.work, file), damaged_file=file)
+    if outcome in ("mended", "whole") and not damage.is_forged and damage.data != undamaged:
+        if use in reader.told_by and outcome == "whole":
+            outcome, detail = "unnoticed", "nothing was said of it"
+        elif reader.content is not None:
+            read = _read(reader.content, bench.work, file, damage.data)
+            if read not in (None, bench.content(reader, file)):
+                outcome, detail = "unnoticed", str(read)[:200]
     return Trial(reader.name, seed, outcome, detail)
 
 
-def outcome_of(act: Callable[[], Any]) -> tuple[str, str]:
+def _read(content: readers.Content, base: Path, file: Path, data: bytes) -> str | None:
+    """Return what is read of damaged bytes, or None if they are refused."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(data)
+    try:
+        return content(base, file)
+    except (UserError, OSError):
+        return None
+
+
+def outcome_of(act: Callable[[], Any], damaged_file: Path | None = None) -> tuple[str, str]:
     """Return what came of a use: an outcome, and the sentence or the error."""
     started = time.process_time()
+    before = damaged_file.read_bytes() if damaged_file is not None else b""
     try:
         with _quiet() as said, _bounded():
             status = act()
@@ -114,7 +193,9 @@ def outcome_of(act: Callable[[], Any]) -> tuple[str, str]:
         return "uncaught", _where(error)
     else:
         sentences = [line for line in said.getvalue().splitlines() if line.startswith("icl: ")]
-        outcome = "refused" if isinstance(status, int) and status else "accepted"
+        is_rewritten = damaged_file is not None and not (damaged_file.is_file() and damaged_file.read_bytes() == before)
+        is_told = bool(sentences) or re.search(_TOLD, said.getvalue()) is not None
+        outcome = "refused" if isinstance(status, int) and status else "mended" if is_rewritten or is_told else "whole"
         detail = "; ".join(sentences)
         if "Traceback" in said.getvalue() or any(len(line) > MAX_SENTENCE for line in sentences):
             return "uncaught", said.getvalue()[-2000:]
@@ -175,32 +256,51 @@ def _bounded() -> Iterator[None]:
 
 
 def table(trials: list[Trial]) -> str:
-    """Return a row for each reader: mutations, refused, accepted, uncaught."""
+    """Return a row for each kind of file: mutations, and how many ended in each way."""
     counts = Counter((trial.reader, trial.outcome) for trial in trials)
-    names = list(dict.fromkeys(trial.reader for trial in trials))
+    names = [reader.name for reader in readers.READERS if any(trial.reader == reader.name for trial in trials)]
     rows = [[name, *(counts[name, outcome] for outcome in OUTCOMES)] for name in names]
-    rows.append(["all", *(sum(counts[name, outcome] for name in names) for outcome in OUTCOMES)])
-    lines = [f"| {'Reader':34s} | Mutations | Refused | Accepted | Uncaught |", "|---|---|---|---|---|"]
-    lines += [f"| {name:34s} | {sum(own):9,} | {own[0]:7,} | {own[1]:8,} | {own[2]:8,} |" for name, *own in rows]
+    rows.append(["**all**", *(sum(counts[name, outcome] for name in names) for outcome in OUTCOMES)])
+    titles = "Refused in a sentence | Made again, or told | Read as it is | Altered unnoticed | Uncaught"
+    lines = [f"| Kind of file | Mutations | {titles} |", "|---|---|---|---|---|---|---|"]
+    lines += [f"| {name} | {sum(own):,} | {' | '.join(f'{number:,}' for number in own)} |" for name, *own in rows]
     return "\n".join(lines)
 
 
+def _share(job: tuple[int, int, int, int, str]) -> list[Trial]:
+    """Do one process's share of the trials."""
+    index, jobs, count, seed, only = job
+    done = 0
+
+    def tell(trial: Trial) -> None:
+        nonlocal done
+        done += 1
+        if trial.outcome in FAULTS:
+            print(f"{trial.reader}, seed {trial.seed}, {trial.outcome}: {trial.detail}", file=sys.stderr, flush=True)
+        if done % 100 == 0:
+            print(f"process {index + 1}: {done} mutations", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        return fuzz(Path(folder), count, seed=seed, only=only, tell=tell, share=(index, jobs))
+
+
 def main() -> int:
-    """Try, print the table and every uncaught error; 1 if there is one."""
+    """Try, print the table and every fault; 1 if there is one."""
     parser = argparse.ArgumentParser(description="Damage every file that icl reads back, and count what comes of it.")
     parser.add_argument("--mutations", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="readers with this in their name")
+    parser.add_argument("--jobs", type=int, default=1, help="processes; the mutations are the same for any number")
     options = parser.parse_args()
-
-    def tell(trial: Trial) -> None:
-        if trial.outcome == "uncaught":
-            print(f"{trial.reader}, seed {trial.seed}: {trial.detail}", file=sys.stderr, flush=True)
-
-    with tempfile.TemporaryDirectory() as folder:
-        trials = fuzz(Path(folder), options.mutations, seed=options.seed, only=options.only, tell=tell)
+    jobs = [(index, options.jobs, options.mutations, options.seed, options.only) for index in range(options.jobs)]
+    if options.jobs == 1:
+        shares = [_share(jobs[0])]
+    else:
+        with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            shares = list(pool.map(_share, jobs))
+    trials = [trial for share in shares for trial in share]
     print(table(trials))
-    return int(any(trial.outcome == "uncaught" for trial in trials))
+    return int(any(trial.outcome in FAULTS for trial in trials))
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ import json
 import random
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
 import torch
 import yaml
 
-from icl.checkpoints import _digest
+from icl.checkpoints import _SEAL, _digest, _seal
 
 EXTREMES = (
     *(-1, 0, 1, 2**31, 2**63, 10**30, 10**400, -(10**18), 1e308, -1e308, 5e-324, 0.5, -0.0),
@@ -47,9 +47,18 @@ DEPTHS = (60, 900, 100_000)
 Mutation = Callable[[bytes, random.Random], bytes]
 
 
-def damaged(kind: str, data: bytes, draw: random.Random) -> bytes:
+class Damage(NamedTuple):
+    """A damaged file."""
+
+    data: bytes
+    is_forged: bool
+    """Whether the digests in it were made right again, as only somebody who means to deceive would do."""
+
+
+def damaged(kind: str, data: bytes, draw: random.Random) -> Damage:
     """Return a damaged form of a file of this kind: bytes, text, json, yaml, csv, npy, npz or safetensors."""
-    return draw.choice(MUTATIONS[kind])(data, draw)
+    mutation = draw.choice(MUTATIONS[kind])
+    return Damage(mutation(data, draw), mutation in _FORGERIES)
 
 
 def flip_bits(data: bytes, draw: random.Random) -> bytes:
@@ -224,6 +233,17 @@ def change_about(data: bytes, draw: random.Random) -> bytes:
     return _with_header(json.dumps(header).encode(), data[8 + length :])
 
 
+def forge_about(data: bytes, draw: random.Random) -> bytes:
+    """Change what a checkpoint says of itself, with a right digest of it."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    about = change_tree(json.loads(header["__metadata__"]["icl"]), draw)
+    if isinstance(about, dict):
+        about[_SEAL] = _seal(about)
+    header["__metadata__"]["icl"] = json.dumps(about)
+    return _with_header(json.dumps(header).encode(), data[8 + length :])
+
+
 def change_tensors(data: bytes, draw: random.Random) -> bytes:
     """Change tensors of a checkpoint, with a right digest: types, shapes, names, NaN, too few, too many."""
     length = int.from_bytes(data[:8], "little")
@@ -244,6 +264,7 @@ def change_tensors(data: bytes, draw: random.Random) -> bytes:
     else:
         tensors |= {f"blocks.{i}.mlp.hidden.bias": torch.zeros(1) for i in range(draw.choice((3, 10_000)))}
     about["digest"] = _digest(tensors)
+    about[_SEAL] = _seal(about)
     return safetensors.torch.save(tensors, {"icl": json.dumps(about)})
 
 
@@ -296,6 +317,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
     "csv": (*_TEXT, *[change_csv] * 8),
     "npy": (*_BYTES, *[claim_array_size] * 4),
     "npz": (*_BYTES, claim_size, *[change_npz] * 8),
-    "safetensors": (*_BYTES, *[change_header] * 4, *[change_about] * 6, *[change_tensors] * 4),
+    "safetensors": (*_BYTES, *[change_header] * 4, *[change_about] * 3, *[forge_about] * 3, *[change_tensors] * 4),
 }
 """The ways to damage a file of each kind, each as often as it is drawn."""
+_FORGERIES = (forge_about, change_tensors, change_npz, claim_size)

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
+from unittest import mock
 
 from sampling.llc_runs import write_older_estimate
 
-from icl import run_evaluation
+from icl import compile_cache, run_evaluation
 from icl.analysis.run import analyse
 from icl.api import load_model
 from icl.checkpoints import load_checkpoint_file, stored_tensors
@@ -19,23 +21,28 @@ from icl.delivery import is_delivered, note_delivered
 from icl.diversity.metadata import Metadata
 from icl.diversity.runs import experiment_runs, find_runs
 from icl.diversity.tables import evaluate_experiment, save_tables
+from icl.env_file import load_env_file
+from icl.measure import Cache
 from icl.metrics_file import MetricsFile, metric_columns
 from icl.mirror import copied_names, open_mirror, push, take_up
 from icl.plotting.training import draw_run, drawn_losses
 from icl.resolve import read_config_file, read_points, resolve
-from icl.runs import RunFolder
+from icl.resume_file import parse_resume
+from icl.runs import FAILS_AGAIN, RunFolder, Status, fails_again
 from icl.sampling.run import estimate_run
-from icl.storage import LocalStore
+from icl.storage import LocalStore, sha256
 from icl.sweeps.attempts import claim
 from icl.sweeps.points import sweep_points
+from icl.sweeps.program import Program
 from icl.sweeps.schema import read_sweep_file
 from icl.training.members import Member
 from icl.training.run import train
 from icl.training.saving import read_resume_file
-from icl.training.wandb_agent import replay
+from icl.training.wandb_agent import _announced_names, replay
 from icl.training.wandb_log import _run_id
 from tests.tiny_runs import TINY, change
 
+Content = Callable[[Path, Path], str | None]
 Use = Callable[[Path, Path], Any]
 """What reads the damaged file: given the folder of everything and the file; an exit status, or nothing."""
 
@@ -55,7 +62,7 @@ CONFIG = change(
     dataclasses.replace(TINY, sampler=_SAMPLER),
     trainer={"max_steps": 8, "log_every": 2},
     evaluation={"every": 4, "num_prompts": 8},
-    checkpoints={"every": 1, "num_log": 0, "moments": True, "resume_seconds": 0.0},
+    checkpoints={"every": 2, "num_log": 0, "moments": True, "resume_seconds": 0.0},
 )
 SWEEP = """\
 method: grid
@@ -66,6 +73,7 @@ parameters:
 command: ["${env}", icl, train, "${args}"]
 """
 STAGES = "quantity,start,end,value,verdict,reasons\nloss,0,4,0.5,ok,\nloss,4,8,0.4,suspect,few points\n"
+ENVIRONMENT = "# ours\nLOCAL_ROOT=runs\nAWS_REGION='eu-west-1'\nexport WANDB_MODE=disabled\nHF_TOKEN=${WANDB_MODE}\n"
 PROMPT = {"x_context": [[0.1, 0.2], [0.3, -0.4]], "y_context": [0.3, -0.1], "x_query": [[1.0, 2.0]]}
 
 
@@ -78,6 +86,10 @@ class Reader(NamedTuple):
     kind: str
     """How it can be damaged: a key of `MUTATIONS`."""
     uses: tuple[Use, ...]
+    content: Content | None = None
+    """What is read of a file that has a digest, as text; None or an error if it is refused. Left out of files without one."""
+    told_by: tuple[Use, ...] = ()
+    """Uses that must say that the file is not as it was saved."""
 
 
 def make_files(base: Path) -> None:
@@ -90,6 +102,7 @@ def make_files(base: Path) -> None:
     write_older_estimate(RunFolder(run), record)
     RunFolder(run).write_result("embeddings.csv", analyse("embeddings", run).table.to_csv(index=False))
     RunFolder(run).write_result("stages.csv", STAGES)
+    analyse("essential-dynamics", run)
     (run / "wandb-id").write_text("0123456789ab")
     mirror = open_mirror(RunFolder(run), str(base / "store"), "tiny")
     push(mirror)
@@ -99,6 +112,16 @@ def make_files(base: Path) -> None:
     attempt = claim(base / "runs" / point.name, point.job, number=1)
     assert attempt is not None
     attempt.finish("failed", exit_status=1, reason="out of luck")
+    (base / ".env").write_text(ENVIRONMENT)
+    (base / "params.yaml").write_text("wandb_version: 1\noptim.lr: {value: 0.01}\nseeds: {value: {model: 1}}\n")
+    (base / "sampler.yaml").write_text("sampler: {lr: 1.0e-05, nbeta: 100.0, num_draws: 2}\n")
+    (base / "runs" / "tiny" / "sweep.log").write_text(
+        "--- 2026-01-01 icl train\nTraining.\nicl: runs/tiny failed: out of luck\n"
+    )
+    cache = base / "cache"
+    cache.mkdir(mode=0o700)
+    (cache / "program.so").write_bytes(bytes(range(256)))
+    compile_cache._write_digests(cache, {"program.so": compile_cache._digest(cache / "program.so")})
     (base / "point.json").write_text(json.dumps(point.settings))
     (base / "settings.yaml").write_text((run / "config.yaml").read_text())
     (base / "prompt.json").write_text(json.dumps(PROMPT))
@@ -139,6 +162,60 @@ def _command(*words: str) -> Use:
 
 def _member(base: Path) -> Member:
     return Member(CONFIG, RunFolder(_run(base)), is_packed=False)
+
+
+def _environment(base: Path, file: Path) -> None:
+    """Read a `.env`, and leave this process's variables as they were."""
+    with mock.patch.dict(os.environ):
+        load_env_file(file)
+
+
+def _swept_names(base: Path, file: Path) -> None:
+    """Read the file in which W&B's agent names the swept keys."""
+    with mock.patch.dict(os.environ, {"WANDB_SWEEP_PARAM_PATH": str(file)}):
+        _announced_names()
+
+
+def _last_line(base: Path, file: Path) -> None:
+    """Look in a program's output for the reason of its failure."""
+    program = Program([], file, "not started")
+    program._begun_at = 0
+    program._last_line("icl: runs/tiny failed: ")
+
+
+def _failed_before(base: Path, file: Path) -> None:
+    """Look in a run's log whether the versions are those that failed."""
+    fails_again(RunFolder(_run(base)), Status(state="failed", reason=FAILS_AGAIN))
+
+
+def _clean_cache(base: Path, file: Path) -> None:
+    """Remove what is damaged in the compiler's cache."""
+    compile_cache._remove_damaged(base / "cache")
+
+
+def _cached_program(base: Path, file: Path) -> str | None:
+    """Return what the compiler would run."""
+    return None if compile_cache.damaged(base / "cache") else (base / "cache" / "program.so").read_bytes().hex()
+
+
+def _checkpoint(base: Path, file: Path) -> str:
+    """Return the step, the settings and the hash of the weights."""
+    checkpoint = load_checkpoint_file(file)
+    return json.dumps([checkpoint.step, checkpoint.config.to_dict(), checkpoint.digest, sorted(checkpoint.params)])
+
+
+def _resume(base: Path, file: Path) -> str:
+    """Return the digest of what a resume file holds."""
+    return sha256(parse_resume(file.read_bytes(), file.name).data)
+
+
+def _entry(base: Path, file: Path) -> str | None:
+    """Return the rows and the arrays that are kept of a step."""
+    entry = Cache(file.parent).read(int(file.stem.removeprefix("step-")))
+    if entry is None:
+        return None
+    arrays = {name: array.tobytes().hex() for name, array in entry.arrays.items()}
+    return json.dumps([entry.step, entry.checkpoint_hash, entry.rows, arrays])
 
 
 class _WandbRun:
@@ -201,23 +278,31 @@ READERS = (
         (
             REPORT,
             VERIFY,
+            TRAIN,
             lambda b, f: (draw_run(RunFolder(_run(b))), drawn_losses(RunFolder(_run(b)))),
             lambda b, f: MetricsFile(f, metric_columns(CONFIG)).begin([2, 4]),
             lambda b, f: replay(_WandbRun(), f, 8),
         ),
+        told_by=(REPORT, VERIFY, TRAIN),
     ),
     Reader("run-id", "*/tiny/run-id", "bytes", (PULL, PUSH, VERIFY, TAKE_UP)),
     Reader("wandb-id", "runs/tiny/wandb-id", "text", (lambda b, f: _run_id(RunFolder(_run(b))),)),
-    Reader("run.log", "runs/tiny/run.log", "text", (REPORT,)),
+    Reader("run.log", "runs/tiny/run.log", "text", (REPORT, _failed_before, _failed_before)),
     Reader(
         ".delivered",
         "runs/tiny/.delivered",
         "json",
         (lambda b, f: is_delivered(RunFolder(_run(b)), _stored(b)),),
     ),
-    Reader("last.ckpt", "runs/tiny/last.ckpt", "bytes", (lambda b, f: (read_resume_file(_member(b)),), VERIFY, TRAIN)),
-    Reader("previous.ckpt", "runs/tiny/previous.ckpt", "bytes", (_resume_previous, VERIFY)),
-    Reader("last.ckpt in a store", "store/tiny/last.ckpt", "bytes", (PULL, VERIFY)),
+    Reader(
+        "last.ckpt",
+        "runs/tiny/last.ckpt",
+        "bytes",
+        (lambda b, f: (read_resume_file(_member(b)),), VERIFY, TRAIN),
+        content=_resume,
+    ),
+    Reader("previous.ckpt", "runs/tiny/previous.ckpt", "bytes", (_resume_previous, VERIFY), content=_resume),
+    Reader("last.ckpt in a store", "store/tiny/last.ckpt", "bytes", (PULL, VERIFY), content=_resume),
     Reader("figures", "runs/tiny/figures/*.png", "bytes", (REPORT, VERIFY)),
     Reader(
         "checkpoints",
@@ -232,19 +317,24 @@ READERS = (
             VERIFY,
             REPORT,
         ),
+        content=_checkpoint,
     ),
     Reader(
         "checkpoints in a run",
         "runs/tiny/checkpoints/step-*",
         "safetensors",
         (EVALUATE, LLC, _command("analyse", "RUN", "--what", "embeddings")),
+        content=_checkpoint,
     ),
-    Reader("checkpoints in a store", "store/tiny/checkpoints/step-*", "safetensors", (PULL, VERIFY)),
+    Reader(
+        "checkpoints in a store", "store/tiny/checkpoints/step-*", "safetensors", (PULL, VERIFY), content=_checkpoint
+    ),
     Reader(
         "checkpoints/moments",
         "runs/tiny/checkpoints/moments/step-*",
         "safetensors",
         (VERIFY, lambda b, f: stored_tensors(f, "exp_avg/"), lambda b, f: load_checkpoint_file(f)),
+        content=_checkpoint,
     ),
     Reader(
         "results/*.csv",
@@ -252,15 +342,24 @@ READERS = (
         "csv",
         (REPORT, _command("analyse", "RUN", "--what", "stages"), LLC, EVALUATE, VERIFY),
     ),
-    Reader("results/llc/", "runs/tiny/results/llc/*/step-*.json", "json", (_ESTIMATE, _ESTIMATE, LLC, VERIFY)),
-    Reader("parts of the evaluation", "runs/tiny/results/evaluation/step-*.json", "json", (EVALUATE,)),
+    Reader(
+        "results/llc/",
+        "runs/tiny/results/llc/*/step-*.json",
+        "json",
+        (_ESTIMATE, _ESTIMATE, LLC, VERIFY),
+        content=_entry,
+    ),
+    Reader("parts of the evaluation", "runs/tiny/results/evaluation/step-*.json", "json", (EVALUATE,), content=_entry),
     Reader(
         "parts of an analysis",
         "runs/tiny/results/embeddings/step-*.json",
         "json",
         (_command("analyse", "RUN", "--what", "embeddings"),),
+        content=_entry,
     ),
-    Reader("traces of estimates", "runs/tiny/results/llc/*/step-*.npy", "npy", (_ESTIMATE, LLC, VERIFY)),
+    Reader(
+        "traces of estimates", "runs/tiny/results/llc/*/step-*.npy", "npy", (_ESTIMATE, LLC, VERIFY), content=_entry
+    ),
     Reader("estimates of 0.1.0", "runs/tiny/results/llc/*/step-*.npz", "npz", (LLC, VERIFY)),
     Reader(
         "experiment_metadata.json",
@@ -302,6 +401,29 @@ READERS = (
             lambda b, f: resolve({"sampler": read_config_file(f).get("sampler", {})}),
         ),
     ),
+    Reader("metrics.csv in a store", "store/tiny/metrics.csv", "csv", (PULL, VERIFY)),
+    Reader("results in a store", "store/tiny/results/*.csv", "csv", (PULL, VERIFY)),
+    Reader("kept steps in a store", "store/tiny/results/*/step-*.json", "json", (PULL, VERIFY), content=_entry),
+    Reader(
+        "moments in a store",
+        "store/tiny/checkpoints/moments/step-*",
+        "safetensors",
+        (PULL, VERIFY),
+        content=_checkpoint,
+    ),
+    Reader(
+        "arrays of an analysis",
+        "runs/tiny/results/trajectory-*/step-*.npy",
+        "npy",
+        (_command("analyse", "RUN", "--what", "essential-dynamics"), _entry),
+        content=_entry,
+    ),
+    Reader("sampler settings of a calibration", "sampler.yaml", "yaml", (_command("llc", "RUN", "--config", "FILE"),)),
+    Reader(".env", ".env", "text", (_environment,)),
+    Reader("W&B's names of swept keys", "params.yaml", "yaml", (_swept_names,)),
+    Reader("sweep.log", "runs/tiny/sweep.log", "text", (_last_line,)),
+    Reader("digests of the compiler's cache", "cache/digests.json", "json", (_clean_cache, _clean_cache)),
+    Reader("programs of the compiler's cache", "cache/program.so", "bytes", (_clean_cache,), content=_cached_program),
     Reader("prompt, JSON", "prompt.json", "json", (PREDICT,)),
     Reader("prompt, CSV", "prompt.csv", "csv", (PREDICT,)),
 )
