@@ -124,6 +124,41 @@ def test_a_config_of_a_later_version_is_refused_in_a_sentence(store):
         load_checkpoint_file(path)
 
 
+def with_about(path, change):
+    """Write a checkpoint's file again with another description of itself."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    about = json.loads(header["__metadata__"]["icl"])
+    change(about)
+    header["__metadata__"]["icl"] = json.dumps(about)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda about: about.update(step=61),
+        lambda about: about["config"]["task"].update(noise_variance=0.35),
+        lambda about: about["config"]["seeds"].update(tasks=7),
+        lambda about: about["config"].pop("optim"),
+    ],
+)
+def test_a_step_or_a_setting_that_was_altered_is_refused(store, change):
+    path = file_of(store)
+    with_about(path, change)
+    with pytest.raises(CheckpointError, match="its step and settings do not match their digest"):
+        load_checkpoint_file(path)
+
+
+def test_a_checkpoint_of_0_1_0_has_no_digest_of_its_settings_and_loads(store):
+    path = file_of(store)
+    whole = load_checkpoint_file(path)
+    with_about(path, lambda about: about.pop("about_digest"))
+    assert load_checkpoint_file(path).config == whole.config
+
+
 def test_missing_checkpoints_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="There is no checkpoint"):
         load_checkpoint_file(tmp_path / "nothing.safetensors")

@@ -34,6 +34,7 @@ from unittest import mock
 from matplotlib.figure import Figure
 from PIL import Image
 
+from icl.plotting import style
 from icl.validation import UserError
 from tests.reliability import readers
 from tests.reliability.mutations import damaged
@@ -224,15 +225,17 @@ def _quiet() -> Iterator[io.StringIO]:
         yield said
 
 
-def unrendered() -> Any:
-    """Let every figure that is saved be one pixel."""
+@contextlib.contextmanager
+def unrendered() -> Iterator[None]:
+    """Let every figure that is saved be one pixel, without a layout."""
     pixel = io.BytesIO()
     Image.new("L", (1, 1)).save(pixel, "png")
 
     def save(figure: Figure, target: io.BytesIO, **_: Any) -> None:
         target.write(pixel.getvalue())
 
-    return mock.patch.object(Figure, "savefig", save)
+    with mock.patch.object(Figure, "savefig", save), mock.patch.object(style, "tidy", return_value=None):
+        yield
 
 
 @contextlib.contextmanager

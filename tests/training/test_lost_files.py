@@ -187,6 +187,19 @@ def test_a_finished_run_that_lost_a_scheduled_checkpoint_says_so_and_is_no_failu
     assert main(["checkpoints", "tiny", "verify"]) == 1
 
 
+def test_altered_rows_of_a_finished_run_are_told_by_training_reports_and_verify(folder, whole, capsys, no_figures):
+    shutil.copytree(whole.path, folder.path)
+    text = folder.metrics_file.read_text()
+    digit = text.index(".", text.index("\n")) + 1
+    folder.metrics_file.write_text(f"{text[:digit]}{(int(text[digit]) + 1) % 10}{text[digit + 1 :]}")
+    told = f"{folder.metrics_file} was altered since step 40 was saved; its rows are shown as they are."
+    assert main(COMMAND) == 0
+    assert told in capsys.readouterr().err
+    assert main(["report", "tiny"]) == 0
+    assert told in capsys.readouterr().out
+    assert main(["checkpoints", "tiny", "verify"]) == 1
+
+
 def test_a_run_killed_between_its_last_save_and_its_end_goes_on_without_what_it_lacks(
     folder, whole, capsys, no_figures
 ):
