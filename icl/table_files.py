@@ -74,6 +74,8 @@ def read_table(path: Path, *, columns: Sequence[str] = ()) -> pd.DataFrame:
     if missing:
         raise ContentError(f"it has no column `{missing[0]}`")
     require_numbers(table)
+    if "quantity" in table and table["quantity"].isna().any():
+        raise ContentError("a row of it has no `quantity`")
     return table
 
 
