@@ -17,7 +17,6 @@ def require_multiple(name: str, num_prompts: int, num_batches: int) -> None:
         ConfigError: If it cannot.
     """
     is_multiple = num_prompts >= num_batches and num_prompts % num_batches == 0
-    require(num_prompts < 2**63, f"`{name}` must be below 2^63, got {num_prompts}.")
     require(is_multiple, f"`{name}` must be a multiple of {num_batches} (the number of batches), got {num_prompts}.")
 
 

@@ -67,7 +67,9 @@ def sample_together(
     Each source gives the prompts that it would give alone.
     """
     num_examples, task_size, noise_variance = sources[0].max_examples, sources[0].task_size, sources[0].noise_variance
-    require_prompt_memory(len(sources) * len(steps) * len(indices), num_examples, task_size, device)
+    # Not `len` of a range, which fails beyond 2^63: the check is to say how many prompts do not fit.
+    batch_size = indices.stop - indices.start if isinstance(indices, range) else len(indices)
+    require_prompt_memory(len(sources) * len(steps) * batch_size, num_examples, task_size, device)
     # Not `torch.arange(start, stop)`: XLA compiles the bounds into its graph, and would compile anew for every step.
     step = steps.start + torch.arange(len(steps), device=device)
     index = torch.arange(indices.start, indices.stop, device=device) if isinstance(indices, range) else indices
