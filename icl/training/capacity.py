@@ -1,13 +1,13 @@
-"""How many members fit on a device at once.
+"""Estimate how many members of a population fit on a device at once, and refuse runs that are too large for it.
 
-Elsewhere than on a CPU all members move together. There each needs its parameters, their gradient, Adam's two moments and
-three temporaries of that size, and the activations that its backward pass needs: those are counted by running forward
-passes of a few prompts and looking at what autograd keeps.
+On a GPU all members are updated together. Each member needs memory for seven arrays of the size of its parameters: the
+parameters, their gradient, Adam's two moments and three temporaries. It also needs the activations for its backward pass. We count
+those by running forward passes of a few prompts and looking at the tensors that autograd keeps.
 
-On a CPU at most one member moves on each core, so activations count at most once for each. A member then needs parameters
-and moments (three times that when it is resumed, as they are read and put together), the prompts of a step while they are
-drawn or what its evaluation takes, and its evaluation prompts with their baselines, which members that differ in their
-training seeds alone share.
+On a CPU at most one member per core is updated at a time, so activations count once per core. A member needs its parameters and
+moments (three times as much while it is resumed, because they are read and joined). It needs the prompts of a step while they
+are drawn, or the arrays of its evaluation, whichever is larger. It needs its evaluation prompts with their baselines; members
+that differ only in their training seeds share them.
 """
 
 from collections.abc import Sequence
@@ -21,93 +21,96 @@ from icl.memory import device_bytes, require_memory
 from icl.stacked import Params, apply, size, stack
 
 _ROWS = 7
-"""Parameters, gradient, two moments; the new values of parameters and moments before they replace the old."""
+"""Arrays per member on a GPU: parameters, gradient, two moments, and the new parameters and moments."""
 _CPU_ROWS = 3
-"""Parameters and two moments."""
+"""Arrays per member on a CPU: parameters and two moments."""
 _RESUMED_ROWS = 9
-"""These; what the members' files hold of them; and the same put together."""
+"""Arrays per member that is resumed on a CPU: the three above, the same in the members' files, and the same joined."""
 _DRAWN_BYTES = 128
-"""For every number of a batch of prompts while it is drawn from counters, as measured."""
+"""Bytes for every number of a batch of prompts while it is drawn from counters (measured)."""
 _EVALUATED_ARRAYS = 48
-"""Arrays of one float32 a target by which an evaluation of many members grows for each of them, as measured."""
+"""Arrays with one float32 per target that each further member adds to an evaluation (measured)."""
 _NUM_BASELINES = 5
 _SHARE = 0.85
-"""Of the memory that is there, what a population may take; the rest is for fragments."""
+"""Share of the memory that a population may use; the rest is for fragmentation."""
 
 
 def num_fitting(configs: Sequence[RunConfig], device: torch.device | str) -> int:
-    """About how many members of this kind fit on a device at once, at least one."""
+    """Estimate how many members of this kind fit on a device at once; at least one."""
     config = configs[0]
     is_cpu = torch.device(device).type == "cpu"
     member = dict(build_model(config).named_parameters())
-    row = sum(tensor.nbytes for tensor in member.values())
+    row_bytes = sum(tensor.nbytes for tensor in member.values())
     members = stack([member] if is_cpu else [member] * 2)
-    if not is_cpu:  # where attention has no kernel, and keeps more
+    if not is_cpu:  # without the CPU's attention kernel, autograd keeps more
         members = {name: tensor.to("meta") for name, tensor in members.items()}
     activations = activation_bytes(config, members) * config.trainer.batch_size
-    room = _SHARE * device_bytes(device)
+    available = _SHARE * device_bytes(device)
     if is_cpu:
-        return max(1, int((room - torch.get_num_threads() * activations) // _cpu_bytes(configs, row)))
-    return max(1, int(room // (_ROWS * row + activations)))
+        return max(1, int((available - torch.get_num_threads() * activations) // _cpu_bytes(configs, row_bytes)))
+    return max(1, int(available // (_ROWS * row_bytes + activations)))
 
 
 def require_room(config: RunConfig, device: torch.device | str) -> None:
     """Refuse a run that cannot fit on the device, before anything is built or written.
 
-    What is counted is less than what training takes, so nothing that fits is refused.
+    The estimate is below the memory that training needs, so no run that fits is refused.
 
     Raises:
-        ConfigError: Naming the setting that needs most.
+        ConfigError: If the run cannot fit; the message names the settings that need most.
     """
     task, model, trainer, num_prompts = config.task, config.model, config.trainer, config.evaluation.num_prompts
     batch = trainer.batch_size // (trainer.devices * trainer.num_nodes)
     width = model.embed_size
     block = 3 * width**2 + 2 * width * model.mlp_size
     drawn = batch * task.max_examples * (task.task_size + 1)
-    kept = batch * (2 * task.max_examples - 1) * model.num_layers * width
+    activations = batch * (2 * task.max_examples - 1) * model.num_layers * width
     ridge = num_prompts * task.max_examples * (task.task_size + (task.max_examples if task.noise_variance else 0))
     sizes = {
         f"a model of {model.num_layers:,} layers (`model.num_layers`) of width {width:,} (`model.embed_size`) and "
         f"{model.mlp_size:,} (`model.mlp_size`)": 16 * (model.num_layers * block + width * (task.task_size + 1)),
         f"a batch of {batch:,} prompts (`trainer.batch_size`) of {task.max_examples:,} examples (`task.max_examples`) in "
-        f"{task.task_size:,} dimensions (`task.task_size`)": 4 * (drawn + kept),
+        f"{task.task_size:,} dimensions (`task.task_size`)": 4 * (drawn + activations),
         f"evaluating {num_prompts:,} prompts (`evaluation.num_prompts`) of {task.max_examples:,} examples "
         f"(`task.max_examples`) in {task.task_size:,} dimensions (`task.task_size`)": 8 * ridge,
     }
     require_memory(sizes, device)
 
 
-def _cpu_bytes(configs: Sequence[RunConfig], row: int) -> float:
-    """What a member needs on a CPU beside the activations, of which so many bytes are its parameters'."""
+def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
+    """Return the bytes per member on a CPU without activations, for parameters of `row_bytes`."""
     task, trainer, evaluation = configs[0].task, configs[0].trainer, configs[0].evaluation
     drawn = _DRAWN_BYTES * trainer.batch_size * task.max_examples * (task.task_size + 1)
     num_sets = len({(config.task, config.seeds.tasks, config.seeds.evaluation) for config in configs})
     targets = 4 * evaluation.num_prompts * task.max_examples if evaluation.every is not None else 0
-    one_set = targets * (task.task_size + 1 + _NUM_BASELINES)
-    evaluated = _EVALUATED_ARRAYS * targets + (one_set if num_sets > 1 else 0)  # as sets that differ are stacked
-    kept = 2 * one_set * num_sets / len(configs)  # `pretrain` and `true`
-    return max(_RESUMED_ROWS * row, _CPU_ROWS * row + max(drawn, evaluated)) + kept
+    set_bytes = targets * (task.task_size + 1 + _NUM_BASELINES)
+    evaluated = _EVALUATED_ARRAYS * targets + (set_bytes if num_sets > 1 else 0)  # different sets are stacked
+    stored = 2 * set_bytes * num_sets / len(configs)  # the sets `pretrain` and `true`
+    return max(_RESUMED_ROWS * row_bytes, _CPU_ROWS * row_bytes + max(drawn, evaluated)) + stored
 
 
 def activation_bytes(config: RunConfig, params: Params) -> int:
-    """What the backward pass keeps for each prompt of a member, in bytes; alone it keeps less than as one of several."""
-    return (_kept_bytes(config, params, 4) - _kept_bytes(config, params, 2)) // (2 * size(params))
+    """Return the bytes that the backward pass keeps for each prompt of a member.
+
+    A single member keeps less than each of several members.
+    """
+    return (_saved_bytes(config, params, 4) - _saved_bytes(config, params, 2)) // (2 * size(params))
 
 
-def _kept_bytes(config: RunConfig, params: Params, num_prompts: int) -> int:
-    """What autograd keeps of a forward pass, beside the parameters."""
-    kept: dict[int, int] = {}
+def _saved_bytes(config: RunConfig, params: Params, num_prompts: int) -> int:
+    """Return the bytes that autograd saves in a forward pass, without the parameters."""
+    saved: dict[int, int] = {}  # bytes by storage, because several tensors can share one
 
-    def keep(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
+        saved[storage._cdata] = storage.nbytes()
         return tensor
 
     weights = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
     device = next(iter(weights.values())).device
     xs = torch.zeros(num_prompts, config.task.max_examples, config.task.task_size, device=device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         predictions = apply(config.model, weights, xs, xs[..., 0])
-    own = {tensor.untyped_storage()._cdata for tensor in weights.values()}
-    del predictions  # until here every kept tensor is alive, so no two storages are the same
-    return sum(nbytes for storage, nbytes in kept.items() if storage not in own)
+    of_weights = {tensor.untyped_storage()._cdata for tensor in weights.values()}
+    del predictions  # it keeps every saved tensor alive until here, so no address of a storage is used twice
+    return sum(nbytes for storage, nbytes in saved.items() if storage not in of_weights)

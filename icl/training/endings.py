@@ -1,7 +1,7 @@
-"""How a member's training ends, written down where it is looked for: its status, its log and its W&B run.
+"""Record how a member's training ends, in its status, its log and its W&B run.
 
-What goes wrong with one member of several is that member's: `isolate_failure` ends it with its reason, and the others go on. What
-goes wrong with a lone run is raised, and so is what goes wrong between processes, which could not agree on who is left.
+If one member of several fails, `isolate_failure` ends that member with the reason, and the others continue. The failure of a
+single run is raised. With several processes a failure is raised too, because they could not agree on the remaining members.
 """
 
 import contextlib
@@ -18,29 +18,29 @@ from icl.validation import UserError
 
 
 def record_outcome(member: Member, step: int, received: signal.Signals | None) -> None:
-    """Say how a member has ended, once it has."""
+    """Record the outcome of a member that has ended; do nothing for one that is still running or already recorded."""
     if member.is_running and step == member.config.trainer.max_steps:
         member.end("finished", step)
     elif member.is_running and received is not None:
         member.end("preempted", step, f"{received.name} at step {step}")
-    if member.is_running or member.is_settled or is_child_rank():
+    if member.is_running or member.is_recorded or is_child_rank():
         return
-    if member.folder.path.is_dir():  # else it was removed, and is not made anew
+    if member.folder.path.is_dir():  # otherwise a person removed it, and it must not be created again
         _require_checkpoints(member)
         _write_end(member, step)
-    member.is_settled = True
+    member.is_recorded = True
     if member.wandb is not None:
         code = 128 + received if member.state == "preempted" and received else int(member.state == "failed")
         member.wandb.finish(code)
 
 
 def _require_checkpoints(member: Member) -> None:
-    """Let a member fail whose checkpoints have been removed while it was trained."""
-    end = member_status(member, member.state, member.end_step or 0)
-    if end.state in DONE:
-        lost = missing_steps(member.folder, member.config, end.step, end)
+    """Mark a member as failed if checkpoints of it were removed while it was trained."""
+    status = member_status(member, member.state, member.end_step or 0)
+    if status.state in DONE:
+        lost = missing_steps(member.folder, member.config, status.step, status)
         if not member.lacking.issuperset(lost):
-            member.end("failed", end.step, describe_missing(member.folder, lost))
+            member.end("failed", status.step, describe_missing(member.folder, lost))
 
 
 def _write_end(member: Member, step: int) -> None:
@@ -53,9 +53,10 @@ def _write_end(member: Member, step: int) -> None:
 
 @contextlib.contextmanager
 def isolate_failure(member: Member, *, is_alone: bool) -> Iterator[None]:
-    """Let a refusal in the body end this member and nobody else; of one that is alone, raise it.
+    """End only this member if the body raises a `UserError`. If the member is alone, raise the error.
 
-    Its folder is told only if it is known to be this run's (`Member.is_own`): it may be another's, or in other hands.
+    The failure is written to the folder only if the folder is known to be this run's (`Member.is_own`). Otherwise it may
+    belong to another run, or another process may be training in it.
     """
     try:
         yield
@@ -65,22 +66,22 @@ def isolate_failure(member: Member, *, is_alone: bool) -> Iterator[None]:
         if member.is_own:
             _record_failure([member], error)
         member.end("failed", member.end_step or 0, str(error))
-        member.is_settled = member.is_refused = True
+        member.is_recorded = member.is_refused = True
 
 
 @contextlib.contextmanager
 def recording_failure(members: Sequence[Member]) -> Iterator[None]:
-    """Say in every unfinished member's status and W&B run that it failed, where the disk still allows it."""
+    """Record an exception of the body in the status and the W&B run of every unfinished member, as far as the disk allows."""
     try:
         yield
-    except SystemExit as stop:  # Lightning's answer to a second Ctrl-C
+    except SystemExit as stop:  # Lightning raises it after a second Ctrl-C
         _record_failure(members, KeyboardInterrupt())
         raise KeyboardInterrupt from stop
     except BaseException as error:
         _record_failure(members, error)
         if isinstance(error, RuntimeError) and "memory" in str(error).lower():
             sizes = "`population`, `model`, `trainer.batch_size` or `evaluation.num_prompts`"
-            raise RunError(f"The device has not enough memory for this; make {sizes} smaller.") from None
+            raise RunError(f"The device does not have enough memory; make {sizes} smaller.") from None
         raise
 
 
@@ -89,7 +90,7 @@ def _record_failure(members: Sequence[Member], error: BaseException) -> None:
     state: State = "preempted" if was_interrupted else "failed"
     reason = "interrupted" if was_interrupted else (str(error) or type(error).__name__).splitlines()[0]
     for member in members:
-        if member.is_settled:
+        if member.is_recorded:
             continue
         last = member.folder.read_status() or member_status(member, state, 0)
         if member.folder.path.is_dir():
@@ -99,7 +100,7 @@ def _record_failure(members: Sequence[Member], error: BaseException) -> None:
 
 
 def _write_failure(member: Member, status: Status) -> None:
-    """Replace the status, or write over it where there is no room for a second file; and log it, if that can be done."""
+    """Replace the status and log it. On a full disk, overwrite the status in place, and skip the log if it fails."""
     try:
         member.folder.write_status(status)
     except OSError:

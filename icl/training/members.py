@@ -1,8 +1,8 @@
-"""The runs of a population while they train: what belongs to one of them and not to the step they share.
+"""State of each run of a population while it trains, apart from the step that all of them share.
 
-A member takes part until it has ended: stopped early, or failed because its loss was no longer finite. What it has saved
-then is final. Its slice of the stacked parameters is computed on until the population is next put together, for nothing,
-and nothing of it is recorded; members never see each other, so the others' numbers do not change.
+A member trains until it ends, for example because it stops early or its loss is no longer finite. Its saved files are then
+final. Its slice of the stacked parameters is still computed until the population is next rebuilt, but nothing of it is
+recorded. Members do not interact, so this does not change the numbers of the others.
 """
 
 import math
@@ -19,71 +19,71 @@ _SAVED = ("loss", "best", "best_step", "num_checks", "extra_step", "state", "end
 
 @dataclass(eq=False)
 class Member:
-    """One run: its settings, its folder, and how it stands."""
+    """One run of a population: its settings, its folder and its state."""
 
     config: RunConfig
     folder: RunFolder
     loss: float | None = None
-    """Mean training loss of the last row of `metrics.csv`."""
+    """Mean training loss in the last row of `metrics.csv`."""
     best: float = math.inf
-    """The monitored metric at its best."""
+    """Best value of the monitored metric."""
     best_step: int | None = None
     num_checks: int = 0
-    """Evaluations since the best."""
+    """Evaluations since the best value."""
     extra_step: int | None = None
-    """The best checkpoint, if it is not on the schedule."""
+    """Step of the best checkpoint, if it is not on the schedule."""
     state: State = "running"
     end_step: int | None = None
     reason: str | None = None
-    is_settled: bool = False
-    """Whether its end has been written down."""
+    is_recorded: bool = False
+    """Whether its outcome has been recorded."""
     is_own: bool = False
-    """Whether its folder is known to be this run's, and nobody else trains it; only then is it told of a refusal."""
+    """Whether the folder is known to be this run's, with no other process training in it. Else no failure is written there."""
     is_refused: bool = False
-    """Whether it could not be taken up, so that the others train without it."""
+    """Whether it could not be started or resumed, so that the others train without it."""
     is_packed: bool = False
-    """Whether it began as one of several, which decides how a CPU steps it; it stays so if it is resumed as the last one."""
+    """Whether it started as one of several, which selects the CPU kernel. It keeps the value if it is resumed alone."""
     rows: dict[str, Any] | None = None
-    """How long `metrics.csv` was at the last save, and its digest."""
+    """Length and digest of `metrics.csv` at the last save."""
     lacking: frozenset[int] = frozenset()
-    """Steps whose checkpoints were missing when it was taken up; training goes on without them."""
+    """Steps whose checkpoints were missing when the run was resumed; training continues without them."""
     incomplete: str | None = None
-    """What a run that had ended before lacks so that it is no success, in a sentence."""
+    """Sentence on missing files because of which a run that had already ended does not count as a success."""
     told_lacking: str | None = None
-    """Which other checkpoints it lacks, in a sentence."""
+    """Sentence on other checkpoints that such a run lacks."""
     notes: list[str] = field(default_factory=list)
-    """What a person must be told when it is taken up, a sentence each."""
+    """Sentences to print and log when training starts or resumes."""
     wandb: WandbLog | None = None
-    """Its W&B run, which takes the rows of `metrics.csv`."""
+    """W&B run that gets the rows of `metrics.csv`."""
     _started: float = field(default_factory=time.monotonic)
 
     @property
     def is_running(self) -> bool:
-        """Whether the next step counts for it."""
+        """Whether it is still training."""
         return self.state == "running"
 
     def records(self, step: int) -> bool:
-        """Whether what it is at this step is to be kept: until it ends, and where it stops, but nothing non-finite."""
+        """Return whether results at this step are saved: yes until it ends, and at the step at which it stops early."""
         return self.is_running or (self.state == "stopped_early" and self.end_step == step)
 
     def is_last(self, step: int) -> bool:
-        """Whether its training ends with this step."""
+        """Return whether its training ends with this step."""
         return step == self.config.trainer.max_steps or self.end_step == step
 
     @property
     def seconds(self) -> float:
-        """Since this process took it up."""
+        """Seconds since this process started or resumed it."""
         return time.monotonic() - self._started
 
     def end(self, state: State, step: int, reason: str | None = None) -> None:
-        """Take part no more."""
+        """Stop training this member."""
         self.state, self.end_step, self.reason = state, step, reason
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed member goes on with, as plain values."""
+        """Return the state that a resumed member continues from, as plain values."""
         return {name: getattr(self, name) for name in _SAVED}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take it up again."""
+        """Restore the state of a saved member."""
         for name in _SAVED:
             setattr(self, name, saved.get(name, getattr(self, name)))  # older files have no `is_packed`
