@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from icl import metrics
-from icl.analysis.prompts import fixed_prompts, prompts_at_once
+from icl.analysis.prompts import PromptSettings, fixed_prompts, prompts_at_once
 from icl.analysis.run import Members, Result, as_table, over_checkpoints
 from icl.build import build_architecture
 from icl.measure import Entry, Measurement
@@ -61,12 +61,9 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(PromptSettings):
     """Options of `icl analyse RUN --what attention`."""
 
-    distribution: Literal["pretrain", "true"] = field(
-        default="pretrain", metadata={"help": "tasks of the prompts: the run's M training tasks, or new tasks"}
-    )
     num_prompts: int = field(default=512, metadata={"help": "number of prompts"})
 
     def __post_init__(self) -> None:
@@ -91,9 +88,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
     """Measure every member: the scores of its heads, and its mean patterns (L, H, T, T)."""
-    prompts = fixed_prompts(
-        members, stream="attention/prompts", distribution=settings.distribution, count=settings.num_prompts
-    )
+    prompts = fixed_prompts(members, "attention/prompts", settings.distribution, settings.num_prompts)
     at_once = prompts_at_once(members)
     model = build_architecture(members.config).to(prompts.xs.device)
     measurements = []

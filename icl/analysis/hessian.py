@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from icl import metrics, rng
-from icl.analysis.prompts import fixed_prompts, prompts_at_once, require_multiple
+from icl.analysis.prompts import PromptSettings, fixed_prompts, prompts_at_once, require_multiple
 from icl.analysis.run import Members, Result, as_table, over_checkpoints
 from icl.config import ModelConfig
 from icl.flat import layout_of
@@ -56,12 +56,9 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(PromptSettings):
     """Options of `icl analyse RUN --what hessian`."""
 
-    distribution: Literal["pretrain", "true"] = field(
-        default="pretrain", metadata={"help": "tasks of the prompts: the run's M training tasks, or new tasks"}
-    )
     num_prompts: int = field(
         default=256, metadata={"help": f"number of prompts, in {NUM_BATCHES} batches; 1024 in Hoogland et al. 2024"}
     )
@@ -91,9 +88,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
     """Measure every member, as many members at a time as memory allows."""
-    prompts = fixed_prompts(
-        members, stream="hessian/prompts", distribution=settings.distribution, count=settings.num_prompts
-    )
+    prompts = fixed_prompts(members, "hessian/prompts", settings.distribution, settings.num_prompts)
     at_once = prompts_at_once(members)
     group = max(1, at_once // settings.num_prompts)
     steps = torch.tensor([checkpoint.step for checkpoint in members.checkpoints])

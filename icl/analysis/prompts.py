@@ -1,5 +1,8 @@
 """Fixed prompts for analyses: the same at every saved step, and processed in parts that fit in memory."""
 
+from dataclasses import dataclass, field
+from typing import Literal
+
 import torch
 
 from icl.analysis.run import Members
@@ -8,6 +11,15 @@ from icl.validation import require
 
 _NUMBERS_AT_ONCE = 1e8
 """Largest number of activations in one pass. In float32 they take 4 bytes each; a second derivative keeps several copies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSettings:
+    """Settings that several analyses share."""
+
+    distribution: Literal["pretrain", "true"] = field(
+        default="pretrain", metadata={"help": "tasks of the prompts: the run's M training tasks, or new tasks"}
+    )
 
 
 def require_multiple(name: str, num_prompts: int, num_batches: int) -> None:
@@ -20,7 +32,7 @@ def require_multiple(name: str, num_prompts: int, num_batches: int) -> None:
     require(is_multiple, f"`{name}` must be a multiple of {num_batches} (the number of batches), got {num_prompts}.")
 
 
-def fixed_prompts(members: Members, *, stream: str, distribution: Distribution, count: int) -> Prompts:
+def fixed_prompts(members: Members, stream: str, distribution: Distribution, count: int) -> Prompts:
     """Return the first `count` prompts (B, K, D) of a stream of the run's `seeds.evaluation`, on the members' device."""
     source = prompt_source(members.config, stream=stream, distribution=distribution)
     device: torch.device = next(iter(members.params.values())).device

@@ -1,7 +1,7 @@
-"""Small callbacks: each decides when, and calls a function that decides what.
+"""Callbacks of training: each decides when something happens, and calls a function that does it.
 
-They run in the order of `run.make_callbacks`: what a step's row or checkpoint needs is ready before it is written, and
-the resume file follows, so it never knows of a step that the other files do not have.
+They run in the order of `trainer.make_callbacks`. Everything that a row or checkpoint of a step needs is computed before it is
+written. The resume file is written last, so it never contains a step that the other files lack.
 """
 
 import os
@@ -26,29 +26,29 @@ from icl.training.wandb_agent import PARENT_PROCESS, in_sweep
 Metrics = dict[str, float | int]
 
 _ECHO_SECONDS = 1.0
-"""A Ctrl-C reaches a program twice when its agent passes on what the terminal has sent to both."""
+"""Two signals within this time count as one: a W&B agent passes on the Ctrl-C that the terminal sends to both."""
 
 
 class NonFiniteGuard(pl.Callback):
-    """Ends a member whose loss is no longer finite, and nobody else; the step itself never waits for the answer."""
+    """End a member whose loss is no longer finite; the others continue. The step itself does not wait for the check."""
 
     def __init__(self, members: Sequence[Member], every: int) -> None:
         self.members, self.every = members, every
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Look at the device's record every `every` steps."""
+        """Check every `every` steps."""
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             self.check(module)
 
     def check(self, module: PopulationModule) -> None:
-        """Look now; whoever saves something calls this first."""
+        """Check now. Every callback that saves something calls this first."""
         for member, step in zip(self.members, module.first_bad_step.tolist(), strict=True):
             if step >= 0 and member.is_running:
                 member.end("failed", step, _describe_bad_step(step))
 
 
 class Evaluation(pl.Callback):
-    """Evaluates on fixed prompts at step 0, every `every` steps and the last step."""
+    """Evaluate on fixed prompts at step 0, every `every` steps, and at the last step."""
 
     def __init__(self, sets: Sequence[Sequence[EvaluationSet]], every: int | None, max_steps: int) -> None:
         self.sets, self.every, self.max_steps = sets, every, max_steps
@@ -56,18 +56,18 @@ class Evaluation(pl.Callback):
         self.metrics: list[Metrics] = []
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """The initial model."""
+        """Evaluate the initial model."""
         if trainer.global_step == 0 and self.every is not None:
             self._evaluate(trainer, module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Every so many steps, and at the end."""
+        """Evaluate every `every` steps, and at the end."""
         step = trainer.global_step
         if self.every is not None and (step % self.every == 0 or step == self.max_steps):
             self._evaluate(trainer, module)
 
     def latest(self, step: int) -> list[Metrics] | None:
-        """Each member's metrics if this step was evaluated."""
+        """Return the metrics of every member, or None if this step was not evaluated."""
         return self.metrics if self.step == step else None
 
     def _evaluate(self, trainer: pl.Trainer, module: PopulationModule) -> None:
@@ -80,17 +80,17 @@ class Evaluation(pl.Callback):
 
 
 class EarlyStopping(pl.Callback):
-    """Notes each member's best evaluation of the monitored metric, and ends a member when it no longer falls."""
+    """Record each member's best value of the monitored metric, and end a member whose metric no longer falls."""
 
     def __init__(self, members: Sequence[Member], settings: EarlyStoppingConfig, evaluation: Evaluation) -> None:
         self.members, self.settings, self.evaluation = members, settings, evaluation
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Count the initial model as the first check."""
+        """Check the initial model."""
         self._check(trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Check where there is a new evaluation."""
+        """Check if there is a new evaluation."""
         self._check(trainer.global_step)
 
     def _check(self, step: int) -> None:
@@ -107,23 +107,26 @@ class EarlyStopping(pl.Callback):
         if self.settings.patience is not None and member.num_checks >= self.settings.patience:
             reason = (
                 f"{self.settings.monitor} has not fallen by more than {self.settings.min_delta:g} in "
-                f"{member.num_checks} evaluations; best {member.best:.4g} at step {member.best_step}"
+                f"{member.num_checks} evaluations; its best value is {member.best:.4g} at step {member.best_step}"
             )
             member.end("stopped_early", step, reason)
 
 
 class Ending(pl.Callback):
-    """Ends the fit when a member has ended, so that the rest goes on without it; between ranks, when all have."""
+    """End Lightning's fit when a member has ended, so that training can continue without it.
+
+    With several processes the fit ends when all members have ended.
+    """
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Early stopping may come at the very start."""
+        """Check the members: early stopping is possible at the start."""
         self._check(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """After every step."""
+        """Check the members after every step."""
         self._check(trainer)
 
     def _check(self, trainer: pl.Trainer) -> None:
@@ -133,9 +136,9 @@ class Ending(pl.Callback):
 
 
 class StopSignals(pl.Callback):
-    """SIGINT and SIGTERM end training after the step in hand, with everything saved; a second one ends it at once.
+    """End training after the current step on SIGINT or SIGTERM, with everything saved. A second signal ends it at once.
 
-    So does the death of the W&B agent that started the program: nobody else would end an orphan.
+    Training also ends after the current step if the W&B agent that started the program has died. Nobody else would end it.
     """
 
     def __init__(self) -> None:
@@ -145,14 +148,14 @@ class StopSignals(pl.Callback):
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Listen, in place of Lightning's own handlers; only the main thread may."""
+        """Install signal handlers instead of Lightning's. Only the main thread may do so."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._receive)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Stop all ranks if any was told to."""
+        """Stop all ranks if one of them got a signal."""
         if self._agent is not None and os.getppid() != self._agent and self.received is None:
             print("\nThe W&B agent is gone: saving after this step.", file=sys.stderr)
             self.received = signal.SIGTERM
@@ -161,11 +164,11 @@ class StopSignals(pl.Callback):
             self.received = self.received or signal.SIGTERM
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         self._restore()
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         self._restore()
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -183,7 +186,7 @@ class StopSignals(pl.Callback):
 
 
 class MetricsLog(pl.Callback):
-    """Writes a row of each member's `metrics.csv` at every logged or evaluated step."""
+    """Write a row of each member's `metrics.csv` at every logged or evaluated step."""
 
     def __init__(self, members: Sequence[Member], evaluation: Evaluation, every: int) -> None:
         self.members, self.evaluation, self.every = members, evaluation, every
@@ -191,25 +194,26 @@ class MetricsLog(pl.Callback):
 
     @property
     def loss(self) -> float | None:
-        """The mean over the members of their last rows' training losses."""
+        """Mean over the members of the training loss in their last rows."""
         losses = [member.loss for member in self.members if member.is_running and member.loss is not None]
         return sum(losses) / len(losses) if losses else None
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Begin the files, or cut them back to the step that training resumes from."""
+        """Create the files, or remove the rows after the step from which training resumes."""
         if trainer.is_global_zero:
             for member in self.members:
                 self.files.append(MetricsFile(member.folder.metrics_file, metric_columns(member.config)))
-                kept = logged_steps(member.config, trainer.global_step)
-                self.files[-1].begin(kept, known={"lr": partial(_rate, module)})
+                steps = logged_steps(member.config, trainer.global_step)
+                self.files[-1].begin(steps, known={"lr": partial(_rate, module)})
         if trainer.global_step == 0:
             self._write(trainer, module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """A row where there is something to say."""
+        """Write a row if the step is logged or evaluated."""
         self._write(trainer, module)
 
     def _write(self, trainer: pl.Trainer, module: PopulationModule) -> None:
+        """Write rows. Only steps that are logged wait for the device, to take the mean losses."""
         step = trainer.global_step
         evaluated = self.evaluation.latest(step)
         is_logged = step > 0 and step % self.every == 0
@@ -236,17 +240,17 @@ class MetricsLog(pl.Callback):
 
 
 def any_rank(trainer: pl.Trainer, flag: bool) -> bool:
-    """Whether the flag is set on any rank; every rank must ask."""
+    """Return whether the flag is set on any rank. Every rank must call this."""
     return flag if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(flag, all=False)
 
 
 def _rate(module: PopulationModule, step: int) -> float | None:
-    """Return the learning rate of the update that led to this step; none has led to step 0."""
+    """Return the learning rate of the update that led to this step, or None for step 0."""
     return module.rate(step) if step > 0 else None
 
 
 def _describe_bad_step(step: int) -> str:
     return (
-        f"The loss became NaN or infinite at step {step}. What was saved before is good; {FAILS_AGAIN}, so "
+        f"The loss became NaN or infinite at step {step}. What was saved before is intact; {FAILS_AGAIN}, so "
         "try a lower `optim.lr`, `optim.grad_clip 1`, or precision 32-true, under a new run_name."
     )

@@ -1,8 +1,8 @@
-"""Training prompts as an endless stream that knows which step it is at.
+"""Training prompts as an endless stream that can start at any step.
 
-The prompts of step s are a pure function of (seeds, s), so a resumed run asks for step s and has them; nothing of the
-stream is saved. Several steps are made at once, because that costs little more than one; blocks begin at multiples
-of their length, so that resuming in the middle of one gives bit-identical numbers.
+The prompts of step s are a pure function of (seeds, s), so a resumed run computes those of its step, and nothing of the stream is
+saved. Prompts of several steps are drawn as one block, because that costs little more than drawing those of one step. Blocks begin
+at multiples of their length, so resuming in the middle of a block gives bit-identical numbers.
 """
 
 import itertools
@@ -13,26 +13,27 @@ import lightning.pytorch as pl
 import torch
 
 from icl.config import RunConfig
-from icl.schedules import checkpoint_steps, next_stop
+from icl.contents import expected_steps
+from icl.schedules import next_stop
 from icl.tasks.prompts import Prompts, prompt_source, sample_together
 
 _BLOCK_NORMALS = 2**19
-_CUDA_BLOCK_NORMALS = 2**24  # its kernels cost as much for few numbers as for many
+_CUDA_BLOCK_NORMALS = 2**24  # on a GPU, kernels for few numbers take as long as for many
 _MAX_BLOCK = 64
 
 LONGEST_STRETCH = {"cuda": 32, "cpu": 4}
-"""Steps that a device kind is given at once, if a block of prompts has as many: so a large model is stopped soon."""
+"""Largest number of steps in one batch, by device kind. It is limited so that training can be stopped soon."""
 
 
 class PromptStream:
-    """One batch per step for every member: xs (N, B, K, D), ys (N, B, K), B the rank's share of the batch.
+    """One batch per step for every member: xs (N, B, K, D), ys (N, B, K), with B the rank's share of the batch.
 
     Args:
-        configs: The members.
-        first_step: The step to begin at, asked when iteration begins.
-        rank: Which slice of every batch is this process's.
-        num_ranks: How many slices there are.
-        device: Where the prompts are made.
+        configs: Settings of the members.
+        first_step: Function that returns the first step; called when iteration begins.
+        rank: Index of this process's slice of every batch.
+        num_ranks: Number of slices.
+        device: Device on which prompts are drawn.
     """
 
     def __init__(
@@ -49,37 +50,37 @@ class PromptStream:
         share = configs[0].trainer.batch_size // num_ranks
         self.indices = range(rank * share, (rank + 1) * share)
         normals = len(configs) * share * configs[0].task.max_examples * (configs[0].task.task_size + 1)
-        room = _CUDA_BLOCK_NORMALS if torch.device(device).type == "cuda" else _BLOCK_NORMALS
-        self.block = max(1, min(_MAX_BLOCK, room // normals))
+        max_normals = _CUDA_BLOCK_NORMALS if torch.device(device).type == "cuda" else _BLOCK_NORMALS
+        self.block = max(1, min(_MAX_BLOCK, max_normals // normals))
 
     def __iter__(self) -> Iterator[Prompts]:
         step = self.first_step()
         while True:
             start = step - step % self.block
             prompts = self._sample(range(start, start + self.block))
-            # Taken apart at once: XLA compiles an index into its graph.
+            # Unbind all steps at once: XLA would compile each index into a graph of its own.
             for parts in list(zip(*(part.unbind() for part in prompts), strict=True))[step - start :]:
                 yield Prompts(*parts)
             step = start + self.block
 
     def _sample(self, steps: range) -> Prompts:
-        """All members' prompts of several steps: xs (S, N, B, K, D)."""
+        """Draw the prompts of all members for several steps: xs (S, N, B, K, D)."""
         return Prompts(
             *(part.transpose(0, 1) for part in sample_together(self.sources, steps, self.indices, device=self.device))
         )
 
 
 class Stretches:
-    """The prompts of several steps at once, up to the next step at which something is due.
+    """Batches that hold the prompts of several steps, up to the next step at which a callback has work to do.
 
-    The framework is asked once per stretch, so its own overhead (about 2 ms on a slow core, as long as a step on a GPU)
-    nearly vanishes.
+    Lightning runs once per such stretch instead of once per step. Its overhead is about 2 ms per call on a slow core, as long
+    as a step on a GPU, and becomes negligible.
 
     Args:
-        stream: The prompts, step by step.
-        first_step: The step to begin at, asked when iteration begins.
-        stop: The first step after a given one at which the callbacks must see the model.
-        longest: Steps at most.
+        stream: Prompts, step by step.
+        first_step: Function that returns the first step; called when iteration begins.
+        stop: Function that returns the next step, after a given one, at which callbacks must see the model.
+        longest: Largest number of steps in a stretch.
     """
 
     def __init__(
@@ -96,14 +97,14 @@ class Stretches:
 
 
 class PromptDataModule(pl.LightningDataModule):
-    """Streams the training prompts of a population, on the device that trains."""
+    """Stream the training prompts of a population, on the device that trains."""
 
     def __init__(self, configs: Sequence[RunConfig]) -> None:
         super().__init__()
         self.configs = configs
 
     def train_dataloader(self) -> Stretches:
-        """The stream; it has no length and no workers, and draws nothing from the global generator."""
+        """Return the stream. It has no length and no workers, and does not use the global generator."""
         trainer, config = self.trainer, self.configs[0]
         assert trainer is not None
         device = trainer.strategy.root_device
@@ -114,11 +115,7 @@ class PromptDataModule(pl.LightningDataModule):
         stream = PromptStream(
             self.configs, first_step, rank=trainer.global_rank, num_ranks=trainer.world_size, device=device
         )
-        grid, limit = config.checkpoints, config.trainer.max_steps
-        saved = checkpoint_steps(limit, every=grid.every, num_log=grid.num_log, num_linear=grid.num_linear)
-        stop = partial(
-            next_stop,
-            every=[config.trainer.log_every, config.evaluation.every],
-            steps=sorted({*saved, trainer.max_steps}),
-        )
+        saved = expected_steps(config, config.trainer.max_steps)
+        intervals = [config.trainer.log_every, config.evaluation.every]
+        stop = partial(next_stop, every=intervals, steps=sorted({*saved, trainer.max_steps}))
         return Stretches(stream, first_step, stop, longest=min(stream.block, LONGEST_STRETCH.get(device.type, 1)))

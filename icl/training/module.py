@@ -1,8 +1,8 @@
-"""The LightningModule: a population under `icl.step`, a few optimiser steps a batch. A run is a population of one.
+"""The LightningModule of a population: each batch holds the prompts of a few optimiser steps (`icl.step`).
 
-It holds the parameters and Adam's moments of N members as rows, and keeps what a step learns about itself (loss since
-the last row, clipped steps, first non-finite step) as tensors on the device, one entry per member, so that a step never
-waits for the host.
+A single run is a population of one. The module holds the parameters and Adam's moments of N members as rows of matrices. It also
+records the mean loss, the number of clipped steps and the first non-finite step of every member. These records are tensors on
+the device, so that a step never waits for the host.
 """
 
 import sys
@@ -26,7 +26,7 @@ from icl.training.rounding import describe_changes, rounding_conditions
 
 
 class PopulationModule(pl.LightningModule):
-    """N members of one architecture; they differ in their seeds and their tasks only."""
+    """N members of one architecture. They differ only in their seeds and tasks."""
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -44,7 +44,7 @@ class PopulationModule(pl.LightningModule):
         self.layout = layout_of(params)
         self.predict = partial(apply, self.config.model)
         self.conditions: dict[str, str] = {}
-        self._before: dict[Member, dict[str, str]] = {}
+        self._saved_conditions: dict[Member, dict[str, str]] = {}
         self._factor = rate_factor(
             optim.schedule, warmup_steps=optim.warmup_steps, schedule_steps=self.config.schedule_steps
         )
@@ -58,11 +58,11 @@ class PopulationModule(pl.LightningModule):
 
     @property
     def params(self) -> Params:
-        """The stacked parameters under the model's own names, as views without gradient."""
+        """Stacked parameters under the model's own names, as views without gradient."""
         return self.layout.to_params(self.rows.detach())
 
     def rate(self, update: int) -> float:
-        """Return the learning rate of an update, counted from 1; update s leads from step s - 1 to step s."""
+        """Return the learning rate of an update. Update s, counted from 1, leads from step s - 1 to step s."""
         return self.config.optim.lr * self._factor(update - 1)
 
     def configure_optimizers(self) -> PopulationAdam:
@@ -79,15 +79,15 @@ class PopulationModule(pl.LightningModule):
         return PopulationAdam(self.rows, adam, step, self.config.optim)
 
     def on_fit_start(self) -> None:
-        """Note what decides the rounding; say what differs from before, if the run is resumed."""
+        """Note the conditions that affect rounding. If the run is resumed, report those that have changed."""
         self.conditions = rounding_conditions(
             self.config.trainer, device=self.device.type, is_compiled=self._is_compiled()
         )
         if self.trainer.is_global_zero:
-            self._tell_changes()
+            self._report_changes()
 
     def on_train_start(self) -> None:
-        """Set the rate of the first update from here."""
+        """Set the learning rate of the first update."""
         self._set_rate()
 
     def training_step(self, batch: Sequence[Prompts], batch_idx: int) -> None:
@@ -98,7 +98,10 @@ class PopulationModule(pl.LightningModule):
             self._set_rate()
 
     def take_means(self, indices: Sequence[int]) -> tuple[list[float], list[float]]:
-        """Mean loss and share of clipped steps of some members since their last call; waits for the device."""
+        """Return the mean loss and the share of clipped steps of some members since their last call.
+
+        This waits for the device.
+        """
         chosen = torch.tensor(indices, device=self.loss_sum.device)
         count = self.num_summed[chosen].clamp(min=1)
         means = (self.loss_sum[chosen] / count).tolist(), (self.num_clipped[chosen] / count).tolist()
@@ -107,19 +110,19 @@ class PopulationModule(pl.LightningModule):
         return means
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add each member's settings and standing, as plain values."""
+        """Add the settings and the state of every member, as plain values."""
         checkpoint["configs"] = [member.config.to_dict() for member in self.members]
         conditions = {"conditions": self.conditions}
         checkpoint["members"] = [member.state_dict() | conditions for member in self.members]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up each member's standing."""
+        """Restore the state of every member."""
         for member, saved in zip(self.members, checkpoint["members"], strict=True):
             member.load_state_dict(saved)
-            self._before[member] = saved.get("conditions", {})  # 0.1.0 saved none
+            self._saved_conditions[member] = saved.get("conditions", {})  # version 0.1.0 saved none
 
     def _is_compiled(self) -> bool:
-        """By the settings alone, so that a resumed run does as it did before."""
+        """Return whether the step is compiled. It depends only on the settings, so a resumed run does as before."""
         settings, task = self.config.trainer, self.config.task
         if settings.compile != "auto":
             return settings.compile == "true"
@@ -129,25 +132,29 @@ class PopulationModule(pl.LightningModule):
             num_steps=settings.max_steps,
         )
 
-    def _tell_changes(self) -> None:
-        """Print and log what rounds otherwise than it did before; a sentence that several members share is printed once."""
-        told = {member: describe_changes(before, self.conditions) for member, before in self._before.items()}
-        for member, sentence in told.items():
-            if sentence is not None:
-                member.folder.log(sentence)
-        for sentence in dict.fromkeys(filter(None, told.values())):
-            print(f"icl: {sentence}", file=sys.stderr)
+    def _report_changes(self) -> None:
+        """Print and log changed conditions. A sentence that several members share is printed once."""
+        printed = set()
+        for member, saved in self._saved_conditions.items():
+            sentence = describe_changes(saved, self.conditions)
+            if sentence is None:
+                continue
+            member.folder.log(sentence)
+            if sentence not in printed:
+                print(f"icl: {sentence}", file=sys.stderr)
+                printed.add(sentence)
 
     def _average(self, tensor: Tensor) -> None:
-        """Replace a tensor by its mean over the processes."""
+        """Replace a tensor by its mean over the processes, in place."""
         tensor.copy_(self.trainer.strategy.reduce(tensor, reduce_op="mean"))
 
     def _set_rate(self) -> None:
-        """Let the parameter group hold the rate of the next update, as a scheduler would."""
+        """Set the rate of the next update in the parameter group, as a scheduler would."""
         optimiser: Any = self.optimizers()
         optimiser.param_groups[0]["lr"] = self.rate(self.global_step + 1)
 
     def _record(self, info: StepInfo) -> None:
+        """Add the results of a step to the records, without waiting for the device."""
         bad = ~torch.isfinite(info.losses) & (self.first_bad_step < 0)
         self.first_bad_step = torch.where(bad, self.global_step, self.first_bad_step)
         self.loss_sum += info.losses

@@ -1,8 +1,8 @@
-"""How many processes train a run together, and who started them: Lightning, torchrun or Slurm's srun.
+"""Find out how many processes train a run together, and which program started them: Lightning, torchrun or Slurm's srun.
 
-Lightning starts the processes of one machine itself. torchrun and srun start all of them. Slurm also sets its variables in every
-shell and every single process of a job, so they count only if srun started several tasks and the run is meant to have several
-processes. Lightning's own reading of Slurm's variables, which refuses or requeues other runs, is never used.
+Lightning starts the processes on one machine itself; torchrun and srun start all of them. Slurm also sets its variables in every
+shell and every single process of a job. So they count only if srun started several tasks and the settings ask for several
+processes. We do not use Lightning's own detection of Slurm, because it refuses or requeues other runs.
 """
 
 import dataclasses
@@ -25,17 +25,22 @@ _ONE_PER_PROCESS = "`trainer.devices` times `trainer.num_nodes`"
 
 
 def cluster_environment(settings: TrainerConfig) -> ClusterEnvironment:
-    """What tells Lightning the rank of this process: torchrun's variables if it started several, else the plain ones."""
+    """Return the object from which Lightning reads the rank of this process.
+
+    It reads torchrun's variables if torchrun started several processes, otherwise Lightning's own.
+    """
     if settings.devices * settings.num_nodes > 1 and TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
     return LightningEnvironment()
 
 
 def join_processes(config: RunConfig) -> RunConfig:
-    """The settings of a run with the number of processes that torchrun started; srun's ranks are put into Lightning's variables.
+    """Return the settings of a run with the number of processes that torchrun started.
+
+    If srun started the processes, copy their ranks to the variables that Lightning reads.
 
     Raises:
-        ConfigError: If the processes that were started are not as many as the settings ask for.
+        ConfigError: If the number of processes started differs from the settings.
     """
     settings = config.trainer
     num_processes = settings.devices * settings.num_nodes
@@ -53,18 +58,16 @@ def join_processes(config: RunConfig) -> RunConfig:
     elif num_processes > 1 and _num_tasks() > 1 and not _is_point():
         _join_srun(num_processes)
     elif num_processes == 1 and is_child_rank():
-        set_here = ", ".join(
-            f"{name}={os.environ[name]}" for name in RANK_VARIABLES if os.environ.get(name, "0") != "0"
-        )
+        ranks = ", ".join(f"{name}={os.environ[name]}" for name in RANK_VARIABLES if os.environ.get(name, "0") != "0")
         raise ConfigError(
-            f"{set_here} says that this is one of several processes of a run, but {_ONE_PER_PROCESS} is 1; set them to the "
+            f"{ranks} says that this is one of several processes of a run, but {_ONE_PER_PROCESS} is 1; set them to the "
             "number of processes, or unset the variable."
         )
     return config
 
 
 def _join_srun(num_processes: int) -> None:
-    """Put what srun says of this task into the variables that Lightning reads without Slurm."""
+    """Copy srun's variables for this task to those that Lightning reads without Slurm."""
     if _num_tasks() != num_processes:
         raise ConfigError(
             f"srun started {_num_tasks()} tasks, but {_ONE_PER_PROCESS} is {num_processes}; make them equal, or start the "
@@ -79,13 +82,13 @@ def _join_srun(num_processes: int) -> None:
 
 
 def _num_tasks() -> int:
-    """Processes that srun started together with this one; 1 in the shell of a job, whatever the job asked for."""
+    """Return the number of processes that srun started together with this one; 1 in the shell of a job."""
     is_step = "SLURM_STEP_ID" in os.environ or "SLURM_STEPID" in os.environ
     return _number("SLURM_STEP_NUM_TASKS", _number("SLURM_NTASKS", 1) if is_step else 1)
 
 
 def _is_point() -> bool:
-    """Whether this is a point of a sweep, whose workers srun may have started; a point runs on one machine, by itself."""
+    """Return whether this process trains a point of a sweep. Even if srun started its workers, a point trains alone."""
     return in_sweep() or POINT_VARIABLE in os.environ
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a progress bar, and `status.json` for `icl runs`."""
+"""Progress of training: a progress bar, and `status.json` for `icl runs`."""
 
 import io
 import sys
@@ -18,24 +18,25 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class StatusFile(pl.Callback):
-    """Keeps the `status.json` of every member that takes part up to date; its end is written when it is settled."""
+    """Keep the `status.json` of every member up to date while it trains. `endings` writes the final status."""
 
     def __init__(self, members: Sequence[Member], metrics_log: MetricsLog) -> None:
         self.members, self.metrics_log = members, metrics_log
         self.steps_per_second: float | None = None
-        self._mark = (0, 0.0)
+        self._last = (0, 0.0)
+        """Step and time of the last measurement of the speed."""
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Say that they run."""
-        self._mark = (trainer.global_step, time.monotonic())
+        """Write that the members are running."""
+        self._last = (trainer.global_step, time.monotonic())
         self._write(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """At every logged step."""
+        """Measure the speed and write the status at every logged step."""
         if trainer.global_step % self.metrics_log.every == 0:
-            step, then = self._mark
-            self._mark = (trainer.global_step, time.monotonic())
-            self.steps_per_second = (trainer.global_step - step) / max(1e-9, self._mark[1] - then)
+            last_step, last_time = self._last
+            self._last = (trainer.global_step, time.monotonic())
+            self.steps_per_second = (trainer.global_step - last_step) / max(1e-9, self._last[1] - last_time)
             self._write(trainer)
 
     def _write(self, trainer: pl.Trainer) -> None:
@@ -47,7 +48,7 @@ class StatusFile(pl.Callback):
 
 
 def member_status(member: Member, state: State, step: int) -> Status:
-    """What `status.json` says of a member at a step."""
+    """Return the content of `status.json` for a member at a step."""
     return Status(
         state=state,
         step=step,
@@ -59,7 +60,7 @@ def member_status(member: Member, state: State, step: int) -> Status:
 
 
 class ProgressBar(pl.Callback):
-    """Loss, steps per second and time left: a live bar on a terminal, a line every ten seconds elsewhere."""
+    """Show loss, steps per second and time left: as a live bar on a terminal, otherwise as a line every ten seconds."""
 
     def __init__(self, metrics_log: MetricsLog, max_steps: int) -> None:
         self.metrics_log, self.max_steps = metrics_log, max_steps
@@ -68,7 +69,7 @@ class ProgressBar(pl.Callback):
         self._printed_at = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Begin at the step that training begins at."""
+        """Create the bar at the step at which training starts."""
         if trainer.is_global_zero:
             self._is_live = sys.stderr.isatty()
             self._printed_at = time.monotonic()
@@ -83,7 +84,7 @@ class ProgressBar(pl.Callback):
             )
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """One step on."""
+        """Advance the bar, and print a line if it is due."""
         if self.bar is not None:
             if self.metrics_log.loss is not None and trainer.global_step % self.metrics_log.every == 0:
                 self.bar.set_postfix_str(f"loss={self.metrics_log.loss:.4f}", refresh=False)
@@ -93,11 +94,11 @@ class ProgressBar(pl.Callback):
                 self._print_line(self.bar.format_dict)
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
-        """Leave the finished bar on the terminal."""
+        """Close the bar and leave it on the terminal."""
         self._close()
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
-        """Leave the bar where it stopped."""
+        """Close the bar where it stopped."""
         self._close()
 
     def _print_line(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""Settings that training would accept and could do nothing with; `icl train` refuses them, and `icl sweep` before it starts anything."""
+"""Refuse settings that are valid, but with which training would do nothing.
+
+`icl train` checks them before it writes anything, and `icl sweep` before it starts any run.
+"""
 
 import numpy as np
 
@@ -9,10 +12,10 @@ from icl.validation import ConfigError
 
 
 def require_monitor(config: RunConfig) -> None:
-    """Refuse a patience for a metric that the run does not log.
+    """Refuse early stopping by a metric that the run does not log.
 
     Raises:
-        ConfigError: Naming the metrics that it does.
+        ConfigError: If the metric does not exist; the message lists those that do.
     """
     metrics = [column for column in metric_columns(config) if column.startswith("eval/")]
     monitor = config.early_stopping.monitor
@@ -21,21 +24,21 @@ def require_monitor(config: RunConfig) -> None:
 
 
 def require_learning(config: RunConfig) -> None:
-    """Refuse settings under which every update has the learning rate zero, as float32 holds it.
+    """Refuse settings with which the learning rate of every update is zero in float32.
 
     Raises:
-        ConfigError: Saying what to set instead.
+        ConfigError: If no update has a positive rate.
     """
     optim, max_steps = config.optim, config.trainer.max_steps
     factor = rate_factor(optim.schedule, warmup_steps=optim.warmup_steps, schedule_steps=config.schedule_steps)
-    rise = optim.warmup_steps or config.schedule_steps // 2 or 1  # no schedule rises again after this update
+    highest = optim.warmup_steps or config.schedule_steps // 2 or 1  # no schedule rises after this update
     if optim.schedule == "triangle" and config.schedule_steps == 1:
         raise ConfigError(
-            "The last update of the schedule `triangle` has the learning rate zero, so a triangle of 1 step trains nothing; "
-            "set `optim.schedule constant`, or a `trainer.max_steps` or `optim.schedule_steps` of at least 2."
+            "The last update of the schedule `triangle` has the learning rate zero, so a triangle of 1 step trains nothing. "
+            "Set `optim.schedule constant`, or a `trainer.max_steps` or `optim.schedule_steps` of at least 2."
         )
-    if not np.float32(optim.lr * factor(min(rise, max_steps) - 1)) > 0:
+    if not np.float32(optim.lr * factor(min(highest, max_steps) - 1)) > 0:
         raise ConfigError(
-            f"`optim.lr` ({optim.lr:g}) is so small that every update's learning rate is zero in float32, so nothing would "
-            "be trained; raise it, or lower `optim.warmup_steps`."
+            f"`optim.lr` ({optim.lr:g}) is so small that the learning rate of every update is zero in float32, so nothing "
+            "would be trained. Raise it, or lower `optim.warmup_steps`."
         )

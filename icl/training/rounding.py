@@ -1,7 +1,7 @@
-"""What decides how a training's numbers are rounded, so that a run that is resumed under other conditions can say so.
+"""Conditions that affect the rounding of training, so that a run that resumes under other conditions can report it.
 
-The prompts and the settings decide what is computed; the threads, the device and the libraries decide in which order its
-sums are taken. Under the same conditions a resumed run is bit for bit one that was never interrupted.
+The settings decide what is computed. The device, the number of threads and the libraries decide in which order sums are taken.
+Under the same conditions a resumed run is bit-identical to an uninterrupted one.
 """
 
 import platform
@@ -16,14 +16,14 @@ from icl.environment import versions
 
 
 def rounding_conditions(settings: TrainerConfig, *, device: str, is_compiled: bool) -> dict[str, str]:
-    """Return the present conditions by name.
+    """Return the current conditions by name.
 
     Args:
-        settings: How many processes there are.
-        device: Its kind, as torch calls it.
+        settings: Settings with the number of processes.
+        device: Kind of the device, as torch calls it.
         is_compiled: Whether the step is compiled.
     """
-    found = {
+    conditions = {
         "device": device,
         "processes": str(settings.devices * settings.num_nodes),
         "compiled step": "yes" if is_compiled else "no",
@@ -31,30 +31,30 @@ def rounding_conditions(settings: TrainerConfig, *, device: str, is_compiled: bo
         "icl": versions()["icl"],
     }
     if device == "cpu":
-        return found | {
+        return conditions | {
             "threads": str(torch.get_num_threads()),
             "attention": tiny_attention.ON_CPUS,
             "vectors": torch.backends.cpu.get_cpu_capability(),
             "processor": _processor(),
         }
-    return found | {"device": torch.cuda.get_device_name() if device == "cuda" else device}
+    return conditions | {"device": torch.cuda.get_device_name() if device == "cuda" else device}
 
 
 def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """Return the sentence for a run that is resumed under other conditions, or None under the same ones.
+    """Return a sentence on the conditions that have changed, or None if there are none.
 
-    Conditions that only one of the two knows are left out: a GPU's threads, say.
+    Conditions that only one of the two has are ignored, such as the number of threads on a GPU.
     """
     changed = [
         f"{name} {now[name]} (before: {before[name]})" for name in now if name in before and before[name] != now[name]
     ]
     if not changed:
         return None
-    return f"This start differs in {', '.join(changed)}: the results may differ by rounding from those of a run that was never interrupted."
+    return f"Conditions have changed: {', '.join(changed)}. Results may differ by rounding from those of an uninterrupted run."
 
 
 def _processor() -> str:
-    """The processor's model where the system tells it, else its kind."""
+    """Return the model of the processor if the system tells it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,11 +1,11 @@
-"""Train runs from their configurations to their folders, or take up where they stopped.
+"""Train runs from their settings, or resume them.
 
-The same call does all of it: a new run begins, an unfinished one resumes bit-identically, a finished one says so.
-Every way of ending (finished, stopped early, pre-empted by a signal, failed) is in `status.json` with its reason.
+The same call starts a new run, resumes an unfinished run bit-identically, or reports that a run is finished. Every outcome
+(finished, stopped early, pre-empted by a signal, failed) is written to `status.json` with its reason.
 
-Several runs that differ in their seeds and tasks alone are trained together, as one population; one run is a population
-of one, and there is no other way. Members that stand at different steps are put together as the first ones catch up;
-a member that ends before the others leaves, and the rest goes on without it from the files it would resume from.
+Runs that differ only in their seeds and tasks are trained together, as one population. A single run is a population of one. If
+members are at different steps, those furthest behind are trained first, until they reach the next; then they are joined. If a
+member ends before the others, the population is rebuilt without it from the resume files of the others.
 """
 
 import contextlib
@@ -58,27 +58,27 @@ from icl.validation import ConfigError
 
 
 class TrainResult(NamedTuple):
-    """How a run ended."""
+    """Outcome of training a run."""
 
     folder: RunFolder
     status: Status
     received: signal.Signals | None = None
-    """What pre-empted it, if anything did."""
+    """Signal that pre-empted it, if any."""
     was_done: bool = False
-    """Whether there was nothing left to do."""
+    """Whether the run was already finished."""
     incomplete: str | None = None
-    """What a run that had ended before lacks so that it is no success: rows, or its last checkpoint; a sentence."""
+    """Sentence on missing rows, or a missing last checkpoint, because of which an ended run does not count as a success."""
     lacking: str | None = None
-    """Which other checkpoints a run that had ended before lacks, and whether its rows were altered, in sentences; `icl checkpoints RUN
-    verify` calls either damage."""
+    """Sentences on other missing checkpoints, and on altered rows, of an ended run. `icl checkpoints RUN verify` reports
+    both as damage."""
 
 
 class NonFiniteLossError(RunError):
-    """The loss of a run became NaN or infinite."""
+    """Raised if the loss of a run became NaN or infinite."""
 
 
 def failure_of(status: Status) -> RunError:
-    """Return the error for a run whose status says that it failed."""
+    """Return the error to raise for a run that has failed, from its status."""
     reason = status.reason or "The run failed."
     return NonFiniteLossError(reason) if FAILS_AGAIN in reason else RunError(reason)
 
@@ -87,54 +87,54 @@ def train(config: RunConfig, *, folder: str | Path | None = None, wandb_run: Any
     """Train a run to its end, or resume it.
 
     Args:
-        config: The run.
-        folder: Its folder; left out, `$LOCAL_ROOT/<run name>`.
-        wandb_run: The W&B run of a sweep's point (`icl.training.wandb_agent`), which the caller ends; left out,
-            one of its own if W&B is set up.
+        config: Settings of the run.
+        folder: Folder of the run; None uses `$LOCAL_ROOT/<run name>`.
+        wandb_run: W&B run of a sweep's point (`icl.training.wandb_agent`), which the caller ends; None starts a W&B run
+            if W&B is set up.
 
     Raises:
-        ConfigError: If the folder holds a run with other settings, or the device is absent.
+        ConfigError: If the folder holds a run with other settings, or the device does not exist.
         NonFiniteLossError: If the loss became NaN or infinite.
-        RunError: If another process trains it, its resume file is unusable, or its place in the store is another run's.
-        StorageError: If it cannot be written, or its store cannot be used; what was saved before is intact.
-        UploadError: If it has ended, and files of it did not reach its store.
+        RunError: If another process trains the run, its resume file is unusable, or another run uses its name in the store.
+        StorageError: If the run cannot be written, or its store cannot be used. Earlier saves are intact.
+        UploadError: If the run has ended, but some files did not reach its store.
     """
     result = train_population([config], folders=None if folder is None else [folder], wandb_run=wandb_run)[0]
     if result.status.state == "failed":
         raise failure_of(result.status)
-    for told in filter(None, (result.lacking, result.incomplete)):
-        print(f"icl: {told}", file=sys.stderr)
+    for sentence in filter(None, (result.lacking, result.incomplete)):
+        print(f"icl: {sentence}", file=sys.stderr)
     return result
 
 
 def train_population(
     configs: Sequence[RunConfig], *, folders: Sequence[str | Path] | None = None, wandb_run: Any = None
 ) -> list[TrainResult]:
-    """Train several runs at once, each as if alone, to their ends; resume those that had begun, leave those that are done.
+    """Train several runs together, each to its end and with the same results as alone.
 
-    A member whose loss becomes non-finite fails alone: its status says so, and the others go on. So does one that is
-    refused (its folder, settings, resume file or store cannot be used, or another process trains it), unless several
-    processes train together.
+    Unfinished runs are resumed, and finished runs are left as they are. If one member fails, because its loss becomes
+    non-finite, or its folder, settings, resume file or store cannot be used, or another process trains it, the others
+    continue. With several processes, such an error is raised instead.
 
     Args:
-        configs: The runs, which differ in `MEMBER_SETTINGS` only.
-        folders: Theirs; left out, `$LOCAL_ROOT/<run name>` each.
-        wandb_run: As in `train`; for one run only.
+        configs: Settings of the runs, which differ only in `MEMBER_SETTINGS`.
+        folders: Folders of the runs; None uses `$LOCAL_ROOT/<run name>` for each.
+        wandb_run: As in `train`, for a single run only.
 
     Raises:
-        ConfigError: If the runs cannot share a population, or the device is absent.
-        StorageError, UploadError: As `train`.
-        UserError: Whatever `train` raises, if there is one run only or several processes train together.
+        ConfigError: If the runs cannot share a population, or the device does not exist.
+        StorageError, UploadError: As in `train`.
+        UserError: Any error of `train`, if there is a single run or several processes train together.
     """
     require_alike(configs)
-    wandb_mode()
+    wandb_mode()  # raises an error for a wrong WANDB_MODE
     configs = [join_processes(config) for config in configs]
-    places = folders if folders is not None else [local_root() / run_name(config) for config in configs]
-    if len(set(map(str, places))) < len(places):
-        raise ConfigError(f"Of the members of the population, two members are the run {max(places, key=places.count)}.")
+    paths = folders if folders is not None else [local_root() / run_name(config) for config in configs]
+    if len(set(map(str, paths))) < len(paths):
+        raise ConfigError(f"Of the members of the population, two members are the run {max(paths, key=paths.count)}.")
     is_packed = len(configs) > 1
-    members = [Member(c, RunFolder(place), is_packed=is_packed) for c, place in zip(configs, places, strict=True)]
-    make_trainer(configs[0])  # refuses what it must before anything is written
+    members = [Member(c, RunFolder(path), is_packed=is_packed) for c, path in zip(configs, paths, strict=True)]
+    make_trainer(configs[0])  # raises an error for impossible settings before anything is written
     is_alone = not is_packed or configs[0].trainer.devices * configs[0].trainer.num_nodes > 1
     for member in members:
         with isolate_failure(member, is_alone=is_alone):
@@ -147,20 +147,20 @@ def train_population(
         unfinished = [member for member in members if not _is_done(member)]
         received = _train_groups(unfinished, {member: read_resume_file(member) for member in unfinished})
         return [_result(member, received) for member in members]
-    with contextlib.ExitStack() as held:
-        taken: dict[Member, int | None] = {}
+    with contextlib.ExitStack() as resources:
+        first_steps: dict[Member, int | None] = {}
         for member in members:
             with isolate_failure(member, is_alone=is_alone):
                 if not member.is_refused:
-                    taken[member] = _take_up(member, held)
-        return _train(members, taken, wandb_run, is_alone=is_alone)
+                    first_steps[member] = _open_run(member, resources)
+        return _train(members, first_steps, wandb_run, is_alone=is_alone)
 
 
 def require_alike(configs: Sequence[RunConfig]) -> None:
-    """Refuse runs that cannot be trained as one population.
+    """Check that runs can be trained as one population.
 
     Raises:
-        ConfigError: Naming the first setting in which they may not differ, or the name that two of them share.
+        ConfigError: If they differ in a setting that they must share; the message names it.
     """
     first = configs[0].shared_settings()
     for config in configs[1:]:
@@ -172,8 +172,12 @@ def require_alike(configs: Sequence[RunConfig]) -> None:
                 )
 
 
-def _take_up(member: Member, held: contextlib.ExitStack) -> int | None:
-    """Hold a run's folder and its copy; returns the step that it goes on from, or None if it has ended before."""
+def _open_run(member: Member, resources: contextlib.ExitStack) -> int | None:
+    """Lock a run's folder and start its upload; both are released with `resources`.
+
+    Returns:
+        The step from which the run continues, or None if it has already ended.
+    """
     with contextlib.ExitStack() as own:
         own.enter_context(leaving_nothing(member.folder))
         own.enter_context(upload_behind(member.config, member.folder))
@@ -181,15 +185,15 @@ def _take_up(member: Member, held: contextlib.ExitStack) -> int | None:
         member.is_own = member.folder.config_file.exists()
         step = None if is_done else read_resume_file(member)
         _note_missing(member, step)
-        held.push(own.pop_all())
+        resources.push(own.pop_all())  # only now: after an error above, `own` releases both at once
     return step
 
 
 def _note_missing(member: Member, step: int | None) -> None:
-    """Note which checkpoints a run has lost that goes on from a step, and what it lacks if it has ended (None).
+    """Note missing files of a run that continues from `step`, or that has already ended (None).
 
-    A run is no failure for scheduled checkpoints that were removed, whether it goes on or has ended; without its last
-    one, or with rows missing, a run that has ended is.
+    Missing scheduled checkpoints are no failure. A run that has ended without its last checkpoint, or whose table of
+    metrics lacks rows, is incomplete.
     """
     run, config = member.folder, member.config
     last = run.read_status()
@@ -211,10 +215,11 @@ def _note_missing(member: Member, step: int | None) -> None:
 
 
 def _train(
-    members: Sequence[Member], taken: Mapping[Member, int | None], wandb_run: Any, *, is_alone: bool
+    members: Sequence[Member], first_steps: Mapping[Member, int | None], wandb_run: Any, *, is_alone: bool
 ) -> list[TrainResult]:
-    done = [member for member, step in taken.items() if step is None]
-    steps = {member: step for member, step in taken.items() if step is not None}
+    """Train the members that have not ended, from the steps from which they continue."""
+    done = [member for member, step in first_steps.items() if step is None]
+    steps = {member: step for member, step in first_steps.items() if step is not None}
     received = None
     if done and wandb_run is not None:
         wandb_agent.replay(wandb_run, done[0].folder.metrics_file, done[0].config.trainer.max_steps)
@@ -222,18 +227,18 @@ def _train(
         for member, step in steps.items():
             with isolate_failure(member, is_alone=is_alone):
                 _begin(member, step)
-        left = [member for member in steps if not member.is_refused]
-        if left:
-            _announce(left, [member for member in members if member.is_refused], steps)
-            for member in left:
+        unfinished = [member for member in steps if not member.is_refused]
+        if unfinished:
+            _announce(unfinished, [member for member in members if member.is_refused], steps)
+            for member in unfinished:
                 member.wandb = _wandb_log(member, steps[member], wandb_run)
-                record_outcome(member, steps[member], None)  # one that was killed between its end and its last words
-            received = _train_groups(left, steps)
+                record_outcome(member, steps[member], None)  # for a run that was killed after its last step
+            received = _train_groups(unfinished, steps)
     return [_result(member, received, was_done=member in done) for member in members]
 
 
 def _train_groups(members: Sequence[Member], steps: Mapping[Member, int]) -> signal.Signals | None:
-    """Train as many members at a time as fit on the device; returns the signal that stopped it, if one did."""
+    """Train as many members at a time as fit on the device. Return the signal that stopped training, if any."""
     if len(members) <= 1:
         return _train_stages(members, steps)
     kind = choose_device(members[0].config.trainer.accelerator)
@@ -251,10 +256,10 @@ def _train_groups(members: Sequence[Member], steps: Mapping[Member, int]) -> sig
 
 
 def _train_stages(members: Sequence[Member], steps: Mapping[Member, int]) -> signal.Signals | None:
-    """Train those that are furthest behind until they reach the next, then these together, and so on to the end.
+    """Train the members furthest behind until they reach the next ones, then all of these together, and so on to the end.
 
     Returns:
-        The signal that stopped it, if one did.
+        The signal that stopped training, if any.
     """
     sets = evaluation_sets([member.config for member in members])
     active: list[Member] = []
@@ -276,7 +281,7 @@ def _train_stages(members: Sequence[Member], steps: Mapping[Member, int]) -> sig
 def _fit(
     members: Sequence[Member], step: int, until: int, sets: Sequence[Sequence[EvaluationSet]]
 ) -> tuple[int, signal.Signals | None]:
-    """Train members that stand at one step until another, or until one of them ends, or a signal comes.
+    """Train members from `step` to `until`, or until one of them ends, or a signal arrives.
 
     Returns:
         The step reached, and the signal.
@@ -296,14 +301,14 @@ def _fit(
 
 
 def _initial_params(configs: Sequence[RunConfig]) -> Params:
-    """The parameters before training; in the precision of training, or a resumed run would be rounded as it is loaded."""
+    """Return the parameters before training, in the precision of training. In another, loading a resume file would round."""
     is_double = configs[0].trainer.precision == "64-true"
     models = [build_model(config).to(torch.float64 if is_double else torch.float32) for config in configs]
     return stack([dict(model.named_parameters()) for model in models])
 
 
 def _is_done(member: Member) -> bool:
-    """Whether the run has ended before; a folder that holds another run is refused."""
+    """Return whether the run has already ended. Raise an error if its folder holds a run with other settings."""
     if not member.folder.config_file.exists():
         return False
     require_same_config(member.folder.read_config(), member.config, member.folder)
@@ -312,6 +317,7 @@ def _is_done(member: Member) -> bool:
 
 
 def _begin(member: Member, step: int) -> None:
+    """Check and prepare the folder of a member that starts or resumes at `step`."""
     run = member.folder
     member.is_own = True
     MetricsFile(run.metrics_file, metric_columns(member.config)).require_rows(logged_steps(member.config, step))
@@ -336,14 +342,14 @@ def _announce(members: Sequence[Member], refused: Sequence[Member], steps: Mappi
     if len(members) > 1:
         print(f"Training {len(members)} runs as one population:")
     for member in members:
-        place = member.folder.path
-        print(f"Resuming {place} from step {steps[member]:,}." if steps[member] else f"Training {place}.")
+        path = member.folder.path
+        print(f"Resuming {path} from step {steps[member]:,}." if steps[member] else f"Training {path}.")
         for note in member.notes:
             print(f"icl: {note}", file=sys.stderr)
 
 
 def _wandb_log(member: Member, step: int, wandb_run: Any) -> WandbLog | None:
-    """The member's W&B run: the sweep's, or one of its own."""
+    """Return the W&B run of a member: that of the sweep's point, or a new one."""
     if wandb_run is None:
         return start_wandb(member.config, member.folder)
     wandb_agent.replay(wandb_run, member.folder.metrics_file, step)

@@ -1,7 +1,8 @@
-"""What a run leaves on disk as it goes: checkpoints for analysis, and the file it resumes from.
+"""Save checkpoints for analysis, and the files from which runs resume.
 
-Each member's `last.ckpt` (`icl.resume_file`) is a Lightning checkpoint of that member alone: its slice of the stacked parameters and of
-Adam's moments. So a member of a population can be resumed alone, and runs that stand at one step can be put together.
+Each member's `last.ckpt` (`icl.resume_file`) is a Lightning checkpoint of that member alone. It holds the member's slice of the
+stacked parameters and of Adam's moments. So a member of a population can be resumed alone, and runs at the same step can be
+joined to a population.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from icl.training.presence import FilesGuard
 
 
 class ScheduledCheckpoints(pl.Callback):
-    """Saves the weights at the steps of the schedule, and at the step where a member's training ends."""
+    """Save the weights at the steps of the schedule, at a member's last step and, with early stopping, at its best step."""
 
     def __init__(
         self,
@@ -42,12 +43,12 @@ class ScheduledCheckpoints(pl.Callback):
         self.members, self.steps, self.guard, self.stopping = members, frozenset(steps), guard, stopping
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """The initial model."""
+        """Save the initial model."""
         if trainer.global_step == 0:
             self._save(trainer, module, self.members)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Save if the step is on the schedule, a member's training ends here, or it is its best so far."""
+        """Save if the step is on the schedule, or is a member's last or best step."""
         step = trainer.global_step
         due = [member for member in self.members if step in self.steps or member.is_last(step)]
         best = [
@@ -71,13 +72,13 @@ class ScheduledCheckpoints(pl.Callback):
         moments = unstack(_moments(module)) if module.config.checkpoints.moments else None
         for index, member in enumerate(self.members):
             if member in members and member.records(step):
-                if moments is not None:  # first, so that no weights are without theirs
+                if moments is not None:  # saved first, so that no weights exist without their moments
                     save_checkpoint(member.folder.moments, step, member.config, moments[index])
                 save_checkpoint(member.folder.checkpoints, step, member.config, weights[index])
 
 
 class ResumeFiles(pl.Callback):
-    """Keeps each member's `last.ckpt` at most `seconds` old, and exact where its training ends."""
+    """Save every member's `last.ckpt` at least every `seconds`, and at the member's last step."""
 
     def __init__(
         self,
@@ -88,17 +89,12 @@ class ResumeFiles(pl.Callback):
         *,
         seconds: float = 20.0,
     ) -> None:
-        self.members, self.metrics_log, self.guard, self.files, self.seconds = (
-            members,
-            metrics_log,
-            guard,
-            files,
-            seconds,
-        )
+        self.members, self.metrics_log, self.seconds = members, metrics_log, seconds
+        self.guard, self.files = guard, files
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Save when it is time, when training stops here, and when a member's does."""
+        """Save when it is due, and when training stops for one or all members."""
         step = trainer.global_step
         is_last = trainer.should_stop or step == trainer.max_steps or any(m.end_step == step for m in self.members)
         if is_last or any_rank(trainer, time.monotonic() - self._saved_at > self.seconds):
@@ -109,59 +105,59 @@ class ResumeFiles(pl.Callback):
                     if member.records(step):
                         file.sync()
                         member.rows = file.digest()
-            trainer.save_checkpoint("last.ckpt")  # in each member's folder: `MemberFiles`
+            trainer.save_checkpoint("last.ckpt")  # `MemberFiles` writes one in each member's folder
             self._saved_at = time.monotonic()
 
 
 class MemberFiles(CheckpointIO):
-    """Writes Lightning's checkpoint of a population as one file per member, and puts such files together again."""
+    """Write Lightning's checkpoint of a population as one file per member, and join such files again."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write the files of the members that are not yet past their end.
+        """Write the files of the members that are still training.
 
         Raises:
-            StorageError: If one cannot be written.
+            StorageError: If a file cannot be written.
         """
-        whole = move_data_to_device(checkpoint, torch.device("cpu"))
-        indices = [index for index, member in enumerate(self.members) if member.records(whole["global_step"])]
+        population = move_data_to_device(checkpoint, torch.device("cpu"))
+        indices = [index for index, member in enumerate(self.members) if member.records(population["global_step"])]
         runs = [self.members[index].folder for index in indices]
-        _replace_all(runs, (_member_of(whole, index) for index in indices))
+        _replace_all(runs, (_select_member(population, index) for index in indices))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """The checkpoint of the population, from the members' files, which are of one step."""
+        """Return the checkpoint of the population, joined from the members' files, which must be of the same step."""
         files = [member.folder.resume_file for member in self.members]
-        return _joined([unpack(file.read_bytes(), str(file)) for file in files])
+        return _join([unpack(file.read_bytes(), str(file)) for file in files])
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Nothing of Lightning's own is left to remove."""
+        """Do nothing: Lightning has written no file of its own."""
 
 
 def read_resume_file(member: Member) -> int:
-    """Take up a member's standing from its resume file; the step that it continues from, or 0 without a file.
+    """Restore a member's state from its resume file. Return the step from which it continues, or 0 without a file.
 
-    Where `last.ckpt` is damaged or gone, the save before it takes its place; the member's `notes` then say so.
+    If `last.ckpt` is damaged or missing, the save before it is used, and a sentence about it is added to `member.notes`.
 
     Raises:
-        ConfigError: If the file is of a run with other settings.
-        ResumeFileError: If no resume file is whole.
+        ConfigError: If the file belongs to a run with other settings.
+        ResumeFileError: If no resume file is intact.
     """
     run = member.folder
-    resume, told = read_resume(run)
+    resume, note = read_resume(run)
     if resume is None:
         return 0
     require_same_config(resume.config, member.config, run)
     member.load_state_dict(resume.member)
-    if told is not None and not is_child_rank():
-        member.notes.append(told)
+    if note is not None and not is_child_rank():
+        member.notes.append(note)
         write_atomically(run.resume_file, resume.data)
     return resume.step
 
 
 def _moments(module: PopulationModule) -> Params:
-    """Adam's moments under the names of their parameters, each behind that of the moment."""
+    """Return Adam's moments, named as in `exp_avg/blocks.0.attention.qkv.weight`."""
     return {
         f"{kind}/{name}": tensor
         for kind in MOMENTS
@@ -169,35 +165,38 @@ def _moments(module: PopulationModule) -> Params:
     }
 
 
-def _member_of(checkpoint: dict[str, Any], index: int) -> dict[str, Any]:
-    """One member's part of a population's checkpoint."""
+def _select_member(checkpoint: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return one member's part of a population's checkpoint."""
     part = _map_stacked(lambda tensors: tensors[0][index : index + 1].clone(), [checkpoint])
     return part | {name: [checkpoint[name][index]] for name in ("configs", "members")}
 
 
-def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The checkpoint of a population of these members, which stand at one step."""
+def _join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the checkpoint of a population from those of its members, which must be at the same step."""
     return _map_stacked(lambda tensors: torch.cat(list(tensors)), parts) | {
         name: [part[name][0] for part in parts] for name in ("configs", "members")
     }
 
 
-def _map_stacked(act: Callable[[Sequence[Tensor]], Tensor], trees: Sequence[Any]) -> Any:
-    """The first tree with `act` on its stacked tensors, the parameters and Adam's moments, and their like in the others."""
+def _map_stacked(function: Callable[[Sequence[Tensor]], Tensor], trees: Sequence[Any]) -> Any:
+    """Combine trees of the same shape: apply `function` to the stacked tensors, and keep the first of all other values.
+
+    Stacked tensors are those with at least one axis: the parameters and Adam's moments.
+    """
     if isinstance(trees[0], dict):
-        return {key: _map_stacked(act, [tree[key] for tree in trees]) for key in trees[0]}
+        return {key: _map_stacked(function, [tree[key] for tree in trees]) for key in trees[0]}
     if isinstance(trees[0], list):
-        return [_map_stacked(act, parts) for parts in zip(*trees, strict=True)]
-    return act(trees) if isinstance(trees[0], Tensor) and trees[0].ndim > 0 else trees[0]
+        return [_map_stacked(function, parts) for parts in zip(*trees, strict=True)]
+    return function(trees) if isinstance(trees[0], Tensor) and trees[0].ndim > 0 else trees[0]
 
 
 def _replace_all(runs: Sequence[RunFolder], contents: Iterable[dict[str, Any]]) -> None:
-    """Write every run's `last.ckpt`, and keep the old one as `previous.ckpt`; contents are made one at a time.
+    """Write every run's `last.ckpt`, and keep the old one as `previous.ckpt`. Contents are built one at a time.
 
-    All new files are on the disk before the first takes its place. A kill at any moment leaves one of the two whole.
+    All new files are on the disk before the first old one is replaced. A kill at any moment leaves an intact file.
 
     Raises:
-        StorageError: If one cannot be written.
+        StorageError: If a file cannot be written.
     """
     written = {run: temporary_path(run.resume_file) for run in runs}
     try:

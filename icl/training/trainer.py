@@ -1,4 +1,4 @@
-"""What trains a population: Lightning's Trainer, the callbacks in their order, and the prompts to evaluate on."""
+"""Build the parts that train a population: Lightning's Trainer, the callbacks in order, and the evaluation sets."""
 
 import logging
 import warnings
@@ -10,9 +10,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from icl.build import build_evaluation_sets, choose_device
 from icl.config import RunConfig
+from icl.contents import expected_steps
 from icl.evaluation import EvaluationSet
 from icl.runs import is_child_rank
-from icl.schedules import checkpoint_steps
 from icl.training.callbacks import (
     EarlyStopping,
     Ending,
@@ -30,16 +30,16 @@ from icl.training.xla import xla_options
 from icl.validation import ConfigError
 
 _MANY_TASKS = 2**16
-"""Where dMMSE on the evaluation prompts takes seconds, and a person would wonder."""
+"""Number of tasks above which dMMSE on the evaluation prompts takes seconds, so that we print a message."""
 
 
 def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps: int | None = None) -> pl.Trainer:
-    """Lightning's Trainer without callbacks of its own; it saves to and loads from the members' own files.
+    """Build Lightning's Trainer, without Lightning's callbacks. It saves to and loads from the members' own files.
 
     Args:
-        config: The settings that the members share.
-        members: The runs to be trained.
-        max_steps: Where to stop, if before the runs' end.
+        config: Settings that the members share.
+        members: Runs to train.
+        max_steps: Step at which to stop, if before the end of the runs.
 
     Raises:
         ConfigError: If Lightning refuses the devices, the strategy or the precision.
@@ -53,7 +53,7 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
         raise ConfigError(f"`trainer.strategy` must be ddp for several processes, got {strategy}.")
     if settings.precision.startswith("16") or settings.precision == "bf16-true":
         raise ConfigError(
-            f"`trainer.precision` cannot be {settings.precision}: weights and Adam's moments need float32; use bf16-mixed."
+            f"`trainer.precision` cannot be {settings.precision}: weights and Adam's moments need float32. Use bf16-mixed."
         )
     kind = choose_device(settings.accelerator)
     options = {
@@ -81,17 +81,16 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
 
 
 class PopulationDDP(DDPStrategy):
-    """Processes that share every batch; the step itself takes the mean of their gradients, and the module stays bare."""
+    """Strategy for processes that share every batch. The step itself averages the gradients (`PopulationModule._average`)."""
 
     def configure_ddp(self) -> None:
-        """Nothing to wrap."""
+        """Do not wrap the module in `DistributedDataParallel`."""
 
 
 def make_callbacks(members: Sequence[Member], sets: Sequence[Sequence[EvaluationSet]]) -> list[pl.Callback]:
-    """The callbacks in the order in which they must see a step."""
+    """Return the callbacks in the order in which they must see a step."""
     config = members[0].config
-    grid, max_steps = config.checkpoints, config.trainer.max_steps
-    steps = checkpoint_steps(max_steps, every=grid.every, num_log=grid.num_log, num_linear=grid.num_linear)
+    max_steps = config.trainer.max_steps
     guard = NonFiniteGuard(members, config.trainer.log_every)
     evaluation = Evaluation(sets, config.evaluation.every, max_steps)
     log = MetricsLog(members, evaluation, config.trainer.log_every)
@@ -104,8 +103,8 @@ def make_callbacks(members: Sequence[Member], sets: Sequence[Sequence[Evaluation
         Ending(members),
         StopSignals(),
         log,
-        ScheduledCheckpoints(members, steps, guard, config.early_stopping),
-        ResumeFiles(members, log, guard, files, seconds=grid.resume_seconds),
+        ScheduledCheckpoints(members, expected_steps(config, max_steps), guard, config.early_stopping),
+        ResumeFiles(members, log, guard, files, seconds=config.checkpoints.resume_seconds),
         StatusFile(members, log),
         ProgressBar(log, max_steps),
     ]
@@ -122,14 +121,14 @@ _USES: dict[type[pl.Callback], tuple[type[pl.Callback], ...]] = {
     StatusFile: (MetricsLog,),
     ProgressBar: (MetricsLog,),
 }
-"""The callbacks whose work at a step another one uses at the same step; so they must come before it."""
+"""Callbacks by the callbacks whose results they use at the same step, and after which they must therefore run."""
 
 
 def require_order(callbacks: Sequence[pl.Callback]) -> None:
-    """Check that every callback comes after those whose work it uses.
+    """Check that every callback comes after those whose results it uses.
 
     Raises:
-        RuntimeError: Naming the first two in the wrong order.
+        RuntimeError: If two callbacks are in the wrong order; the message names them.
     """
     kinds = [type(callback) for callback in callbacks]
     for kind, used in _USES.items():
@@ -139,28 +138,30 @@ def require_order(callbacks: Sequence[pl.Callback]) -> None:
 
 
 def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
-    """Each member's fixed prompts with their baselines; members that differ in their training seeds alone share them.
+    """Return the fixed prompts of every member, with their baselines. Members that differ only in training seeds share them.
 
-    On rank 0 only, which alone evaluates: another rank's device is not yet chosen, and would be rank 0's.
+    Only rank 0 evaluates, so other ranks get empty lists. Their devices are not chosen yet, and would be that of rank 0.
     """
     settings = configs[0].evaluation
     if settings.every is None or is_child_rank():
         return [[] for _ in configs]
     kind = choose_device(configs[0].trainer.accelerator)
-    device = "cpu" if kind == "tpu" else kind  # evaluation is small; an XLA device would compile it for every shape
-    made: dict[tuple[int | float, int, int], list[EvaluationSet]] = {}
+    device = "cpu" if kind == "tpu" else kind  # evaluation is small, and an XLA device would compile it for every shape
+    by_key: dict[tuple[int | float, int, int], list[EvaluationSet]] = {}
+    by_member = []
     for config in configs:
         key = (config.task.num_tasks, config.seeds.tasks, config.seeds.evaluation)
-        if key not in made:
+        if key not in by_key:
             if not config.task.is_gaussian and config.task.num_tasks > _MANY_TASKS:
                 prompts = f"{2 * settings.num_prompts:,} evaluation prompts"
                 print(f"Computing dMMSE over {config.task.num_tasks:,} tasks for {prompts}, once ...")
-            made[key] = build_evaluation_sets(config, num_prompts=settings.num_prompts, device=device)
-    return [made[config.task.num_tasks, config.seeds.tasks, config.seeds.evaluation] for config in configs]
+            by_key[key] = build_evaluation_sets(config, num_prompts=settings.num_prompts, device=device)
+        by_member.append(by_key[key])
+    return by_member
 
 
 def _quieten_lightning() -> None:
-    """Leave the terminal to our own progress bar."""
+    """Silence Lightning's messages, which would disturb our progress bar."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*`isinstance.treespec, LeafSpec.`.*")

@@ -1,10 +1,12 @@
-"""The copy of a run in a second store, made behind training: the step never waits for the network.
+"""Copy a run to a second store in the background, so that training never waits for the network.
 
-One thread looks at the run's folder every few seconds and sends what is new: checkpoints at once, `last.ckpt` with the
-files beside it whenever there is a newer one (only the newest matters). `last.ckpt` and `status.json` vouch for the
-other files: they are read first and sent last, and only if all the others arrived, so the copy can always be resumed.
-A file that cannot be sent is tried again in every round. What is left in the end is sent then, as long as something moves.
-What cannot be sent is an error; training has then ended as it would have without a store, and everything is in the folder.
+A thread checks the run's folder every few seconds and sends new files. Checkpoints are sent at once. `last.ckpt` and the files
+beside it are sent when there is a newer `last.ckpt`; only the newest matters. `last.ckpt` and `status.json` vouch for the other
+files: they are read first, and sent last if all others have arrived. So the copy can always be resumed.
+
+A file that cannot be sent is tried again in every round. At the end of training the remaining files are sent, as long as there is
+progress. Files that cannot be sent are an error. Training has then ended as it would have without a store, and all files are in
+the folder.
 """
 
 import contextlib
@@ -13,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -21,6 +23,7 @@ from tqdm import tqdm
 from icl import waiting
 from icl.checkpoints import checkpoint_name
 from icl.config import RunConfig
+from icl.contents import expected_steps
 from icl.delivery import UploadError, describe_left, is_delivered, note_delivered
 from icl.mirror import (
     CHECKPOINT_FOLDERS,
@@ -39,25 +42,24 @@ from icl.mirror import (
 from icl.presets import run_name
 from icl.progress import progress_bar
 from icl.runs import DONE, RunFolder
-from icl.schedules import checkpoint_steps
 from icl.signals import handling
 from icl.storage import LocalStore, MissingKeyError, StorageError, sha256
 from icl.validation import UserError
 
 SECONDS = 2.0
-"""Between two looks at the folder."""
+"""Seconds between two checks of the folder."""
 MAX_FAILURES = 2
-"""Files in a row that cannot be sent until a round is given up: the store is gone, for now."""
+"""Number of consecutive files that cannot be sent after which a round ends; the store cannot be reached at present."""
 PATIENCE = 30.0
-"""Seconds without a file sent after which, in the end, the rest is given up if the store answers with errors."""
+"""Seconds without a sent file after which, at the end of training, we give up if the store answers with errors."""
 STOPPED_SECONDS = 20.0
-"""From the end of a training that a signal stopped; whoever sent it will not wait for longer."""
+"""Seconds for the upload after a signal stopped training. Programs that send such signals do not wait longer."""
 
 Signature = tuple[int, int, int]
 
 
 class _File(NamedTuple):
-    """A file of the run's folder at one moment."""
+    """Content of a file of the run's folder at one moment."""
 
     name: str
     signature: Signature | None
@@ -70,8 +72,8 @@ def upload_behind(config: RunConfig, run: RunFolder) -> Iterator[None]:
 
     Raises:
         StorageError: Before the body, if the store cannot be used.
-        RunError: Before the body, if another run has this one's place in the store.
-        UploadError: After the body, if a file could not be sent. An error of the body itself goes first.
+        RunError: Before the body, if another run uses this run's name in the store.
+        UploadError: After the body, if a file could not be sent. An error of the body takes precedence.
     """
     url = store_url(config)
     if url is None or is_delivered(run, config):
@@ -95,23 +97,17 @@ def upload_behind(config: RunConfig, run: RunFolder) -> Iterator[None]:
 
 
 class Uploader:
-    """Sends a run's files to its store from a thread of its own.
+    """Send a run's files to its store from a thread of its own.
 
     Args:
-        mirror: The run and its place in the store.
-        config: The run's settings.
-        seconds: Between two looks at the folder.
+        mirror: The run and its copy in the store.
+        config: Settings of the run.
+        seconds: Seconds between two checks of the folder.
     """
 
     def __init__(self, mirror: Mirror, config: RunConfig, *, seconds: float = SECONDS) -> None:
         self.mirror, self.config, self.seconds = mirror, config, seconds
-        grid = config.checkpoints
-        steps = checkpoint_steps(
-            config.trainer.max_steps, every=grid.every, num_log=grid.num_log, num_linear=grid.num_linear
-        )
-        self.scheduled = frozenset(
-            f"{folder}/{checkpoint_name(step)}" for folder in CHECKPOINT_FOLDERS for step in steps
-        )
+        self.scheduled = _checkpoint_files(expected_steps(config, config.trainer.max_steps))
         self.reason = ""
         self._here = LocalStore(mirror.run.path)
         self._there: set[str] | None = None
@@ -121,23 +117,23 @@ class Uploader:
         self._thread = threading.Thread(target=self._work, name="icl-upload", daemon=True)
 
     def start(self) -> None:
-        """Begin to look and send."""
+        """Start the thread."""
         self._thread.start()
 
     def abandon(self) -> None:
-        """Send nothing more, and do not wait for what is on its way; this process may live on and train again."""
+        """Send nothing more, and do not wait for the current file. The process may live on and train again."""
         self._is_given_up.set()
         self._stop.set()
 
     def finish(self, *, idle_seconds: float | None = None, seconds: float = math.inf) -> None:
-        """Send all that is left, with progress, until a signal comes or it takes too long.
+        """Send all remaining files, with a progress bar, until a signal arrives or it takes too long.
 
         Args:
-            idle_seconds: Without progress after which the rest is given up; left out, `waiting.SECONDS`.
-            seconds: After which it is given up in any case.
+            idle_seconds: Seconds without progress after which to give up; None uses `waiting.SECONDS`.
+            seconds: Seconds after which to give up in any case.
 
         Raises:
-            UploadError: If something could not be sent.
+            UploadError: If a file could not be sent.
         """
         self._stop.set()
         if not self.mirror.run.config_file.exists():
@@ -173,7 +169,7 @@ class Uploader:
                 pause = self.seconds if self._round() else 10 * self.seconds
 
     def _send_rest(self) -> None:
-        """Wait for the file in hand, and send the others."""
+        """Wait for the file that is being sent, and send the others."""
         self._thread.join()
         names = self._changed()
         if names:
@@ -181,7 +177,7 @@ class Uploader:
                 self._send_all(bar)
 
     def _send_all(self, bar: tqdm) -> None:
-        """Try until all is sent, or nothing could be for a while."""
+        """Try until all files are sent, or no file could be sent for `PATIENCE` seconds."""
         pause, give_up_at = 0.5, time.monotonic() + PATIENCE
         num_sent = bar.n
         while not self._round(bar) and time.monotonic() + pause < give_up_at:
@@ -194,36 +190,38 @@ class Uploader:
                 num_sent, pause, give_up_at = bar.n, 0.5, time.monotonic() + PATIENCE
 
     def _round(self, bar: tqdm | None = None) -> bool:
-        """Send what is new; whether all of it was sent.
+        """Send new files. Return whether all of them were sent.
 
-        The vouchers are sent as they were before the others were looked at. With a bar, every last file is sent.
+        Vouchers are read before the other files, and sent after them. With a bar, this is the end of training: every remaining
+        file is sent.
         """
         if not self.mirror.run.config_file.exists():
-            return True  # the folder was removed; what the store has stays there
+            return True  # the folder was removed; its copy in the store remains
         is_whole = bar is not None or "last.ckpt" in self._changed()
-        vouchers = [self._take(name) for name in VOUCHERS if is_whole and name in self._changed()]
+        vouchers = [self._read(name) for name in VOUCHERS if is_whole and name in self._changed()]
         others = [name for name in self._changed() if is_checkpoint(name) or (is_whole and name not in VOUCHERS)]
         num_failures = num_in_a_row = 0
-        if not self._reach():
+        if not self._tidy_store():
             return False
         for name in others:
-            if num_in_a_row == MAX_FAILURES or self._is_over(bar):
-                return False  # the store is gone for now, or `finish` sends the rest
-            num_in_a_row = 0 if self._send(self._take(name), bar) else num_in_a_row + 1
+            is_over = self._is_given_up.is_set() or (self._stop.is_set() and bar is None)
+            if is_over or num_in_a_row == MAX_FAILURES:
+                return False  # `finish` sends the remaining files or has given up, or the store cannot be reached
+            num_in_a_row = 0 if self._send(self._read(name), bar) else num_in_a_row + 1
             num_failures += num_in_a_row > 0
         return num_failures == 0 and all(self._send(voucher, bar) for voucher in vouchers)
 
-    def _is_over(self, bar: tqdm | None) -> bool:
-        """Whether to leave the other files: `finish` sends them, or has given them up."""
-        return self._is_given_up.is_set() or (self._stop.is_set() and bar is None)
-
-    def _reach(self) -> bool:
-        """Learn what the store has, and remove the best checkpoints that better ones replaced; False if it is gone."""
+    def _tidy_store(self) -> bool:
+        """List the store's files and delete best checkpoints that were replaced. Return False if it cannot be reached."""
         try:
             if self._there is None:
                 self._there = set(self.mirror.there.keys())
-            mine = {*self.scheduled, *self._here.keys("checkpoints"), *self._best()}
-            for name in [name for name in self._there if is_checkpoint(name) and name not in mine]:
+            status = self.mirror.run.read_status()
+            best_step = None if status is None else status.best_step
+            # The best checkpoint stays in the store even if it is lost here.
+            best = _checkpoint_files([] if best_step is None else [best_step])
+            wanted = {*self.scheduled, *self._here.keys("checkpoints"), *best}
+            for name in [name for name in self._there if is_checkpoint(name) and name not in wanted]:
                 self.mirror.there.delete(name)
                 self._there.remove(name)
         except StorageError as error:
@@ -231,22 +229,19 @@ class Uploader:
             return False
         return True
 
-    def _best(self) -> list[str]:
-        """The names of the best checkpoint, which stays in the store if it is lost here."""
-        status = self.mirror.run.read_status()
-        step = status.best_step if status is not None else None
-        return [] if step is None else [f"{folder}/{checkpoint_name(step)}" for folder in CHECKPOINT_FOLDERS]
-
-    def _take(self, name: str) -> _File | None:
-        """A file as it is now, or None if it is gone."""
-        signature = self._signature(name)  # first: what is written after it differs from it
+    def _read(self, name: str) -> _File | None:
+        """Read a file as it is now; None if it does not exist."""
+        signature = self._signature(name)  # taken first, so that a later write is noticed as a change
         try:
             return _File(name, signature, self._here.read(name))
         except MissingKeyError:
             return None
 
     def _send(self, file: _File | None, bar: tqdm | None) -> bool:
-        """Whether the store now has this file, or must not have it: one that is damaged here never replaces a good copy."""
+        """Send a file unless the store has it. Return False if the store failed.
+
+        A file that is damaged here is not sent, so that it never replaces an intact copy.
+        """
         if file is None or self._there is None:
             return True
         try:
@@ -269,27 +264,35 @@ class Uploader:
         return True
 
     def _changed(self) -> list[str]:
-        """The files that are not in the store as they are here."""
+        """Return the names of files that have changed since they were sent."""
         return [name for name in copied_names(self._here) if self._sent.get(name) != self._signature(name)]
 
     def _signature(self, name: str) -> Signature | None:
-        """What differs when a file has been written again."""
+        """Return modification time, size and inode of a file, which change when it is written again."""
         try:
-            about = (self.mirror.run.path / name).stat()
+            stat = (self.mirror.run.path / name).stat()
         except FileNotFoundError:
             return None
-        return about.st_mtime_ns, about.st_size, about.st_ino
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def _checkpoint_files(steps: Sequence[int]) -> list[str]:
+    """Return the names of checkpoints and moments at these steps."""
+    return [f"{folder}/{checkpoint_name(step)}" for folder in CHECKPOINT_FOLDERS for step in steps]
 
 
 def _is_complete(mirror: Mirror) -> bool:
-    """Whether the run has ended and the store has all of it: the status goes last, or `config.yaml` with `push`."""
+    """Return whether the run has ended and the store has all its files.
+
+    The last file to be sent is the status, or `config.yaml` with `push`, so it is enough to check these two.
+    """
     status = mirror.run.read_status()
     is_done = status is not None and status.state in DONE and same_file(mirror.here, mirror.there, "status.json")
     return is_done and read_config(mirror.there) is not None
 
 
 def _finish(uploader: Uploader) -> None:
-    """After a training that ended, send what is left; one that a signal stopped has little time for it."""
+    """Send the remaining files after training has ended. After a signal there is little time for it."""
     status = uploader.mirror.run.read_status()
     if status is None or status.state != "preempted":
         uploader.finish()
@@ -297,8 +300,8 @@ def _finish(uploader: Uploader) -> None:
     try:
         uploader.finish(seconds=max(2.0, status.updated + STOPPED_SECONDS - time.time()))
     except UploadError as error:
-        word = (status.reason or "").partition(" ")[0]
-        error.exit_status = 128 + signal.Signals[word] if word in signal.Signals.__members__ else error.exit_status
+        name = (status.reason or "").partition(" ")[0]  # "SIGTERM at step 40"
+        error.exit_status = 128 + signal.Signals[name] if name in signal.Signals.__members__ else error.exit_status
         raise
 
 
@@ -315,12 +318,12 @@ def _listening() -> Iterator[list[signal.Signals]]:
 
 
 def _finish_failed(uploader: Uploader, error: BaseException) -> None:
-    """After a training that failed, send what there is; one that was interrupted twice does not wait for it."""
+    """Send the remaining files after training has failed. After a second interrupt, send nothing more."""
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         uploader.abandon()
         return
-    is_gone = isinstance(error, UploadError)  # another run of this training has just waited for its store in vain
+    # After an UploadError, another run of the population has just waited for its store in vain.
     try:
-        uploader.finish(idle_seconds=2.0 if is_gone else None)
+        uploader.finish(idle_seconds=2.0 if isinstance(error, UploadError) else None)
     except UploadError as problem:
         print(f"icl: {problem}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""XLA devices: one core of a TPU, or XLA's own CPU backend in its place (`PJRT_DEVICE=CPU`).
+"""Training on XLA devices: one core of a TPU, or XLA's CPU backend instead (`PJRT_DEVICE=CPU`).
 
-XLA traces a step into a graph and compiles it; the graph is the same whatever the backend. So the CPU backend shows without
-a TPU that a step is compiled once and never waits for the host (`tests/xla/train_on_xla_cpu.py`).
+XLA traces a step into a graph and compiles it. The graph is the same for all backends. So the CPU backend can show, without a TPU,
+that a step is compiled once and never waits for the host (`tests/xla/train_on_xla_cpu.py`).
 """
 
 import os
@@ -19,33 +19,36 @@ from icl.validation import ConfigError
 
 
 class HostXLAAccelerator(XLAAccelerator):
-    """XLA's CPU backend: one device. Lightning's accelerator counts TPU chips, and asks a cloud's server about them."""
+    """Accelerator for XLA's CPU backend, with one device.
+
+    Lightning's own accelerator counts TPU chips, and asks the server of a cloud for them.
+    """
 
     @staticmethod
     def is_available() -> bool:  # type: ignore[override]
-        """Always."""
+        """Return True: the CPU always exists."""
         return True
 
     @staticmethod
     def parse_devices(devices: Any) -> Any:
-        """What was asked for, which is one."""
+        """Return the number of devices unchanged; `xla_options` has checked that it is 1."""
         return devices
 
     @staticmethod
     def get_parallel_devices(devices: Any) -> list[torch.device]:
-        """The device."""
+        """Return the one device."""
         return [torch.device("xla", 0)]
 
 
 class XLAMemberFiles(MemberFiles, XLACheckpointIO):
-    """The members' files, of the type that Lightning's XLA strategy insists on."""
+    """`MemberFiles` of the type that Lightning's XLA strategy requires."""
 
 
 def xla_options(settings: TrainerConfig, members: Sequence[Member]) -> dict[str, Any]:
-    """What Lightning's Trainer needs for an XLA device.
+    """Return the arguments of Lightning's Trainer for an XLA device.
 
     Raises:
-        ConfigError: If there is none, or other than one device in float32 is asked for.
+        ConfigError: If there is no such device, or the settings ask for several devices or for another precision.
     """
     if settings.devices * settings.num_nodes > 1:
         raise ConfigError(
@@ -53,7 +56,7 @@ def xla_options(settings: TrainerConfig, members: Sequence[Member]) -> dict[str,
             "and train several runs there as one population (`--population.seeds`)."
         )
     if settings.precision != "32-true":
-        # XLA's half precision is the whole process's: the prompts would be rounded with the weights.
+        # XLA's half precision applies to the whole process, so it would also round the prompts.
         raise ConfigError(f"`trainer.precision` must be 32-true on a TPU, got {settings.precision}.")
     on_host = os.environ.get("PJRT_DEVICE") == "CPU"
     if not on_host and not XLAAccelerator.is_available():

@@ -199,12 +199,11 @@ def test_another_number_of_threads_is_one_sentence_and_in_the_log(place, capsys)
     folders = [RunFolder(place / name) for name in "ab"]
     train_population(MEMBERS, folders=[folder.path for folder in folders])
     assert warnings_in(capsys.readouterr().err) == [
-        "This start differs in threads 1 (before: 2): the results may differ by rounding "
-        "from those of a run that was never interrupted."
+        "Conditions have changed: threads 1 (before: 2). Results may differ by rounding from those of an uninterrupted run."
     ]
     for folder in folders:
         log = folder.log_file.read_text()
-        assert "differs in threads 1 (before: 2)" in log
+        assert "Conditions have changed: threads 1 (before: 2)" in log
         assert [about["threads"] for _, about in environments_of(log)] == ["2", "1"]
 
 
@@ -229,5 +228,5 @@ def test_the_same_conditions_are_not_worth_a_word(place, capsys):
 def test_conditions_that_one_device_does_not_have_are_not_compared():
     before = {"device": "cpu", "threads": "2", "torch": "2.6"}
     told = describe_changes(before, {"device": "NVIDIA H200", "torch": "2.6"})
-    assert str(told).startswith("This start differs in device NVIDIA H200 (before: cpu): ")
+    assert str(told).startswith("Conditions have changed: device NVIDIA H200 (before: cpu). ")
     assert describe_changes({}, before) is None

@@ -128,7 +128,7 @@ def measure_members(members: Members, *, settings: StepSettings) -> list[Measure
 
 def measure_curves(members: Members, *, settings: CurveSettings) -> list[Measurement]:
     """Measure the curves over multipliers of every member."""
-    prompts = fixed_prompts(members, stream="true", distribution="true", count=settings.num_ood_prompts)
+    prompts = fixed_prompts(members, "true", "true", settings.num_ood_prompts)
     predict = partial(apply, members.config.model)
     by_member = ood_curves.curve_rows(predict, members.params, prompts, ood_curves.scales(settings.num_scales))
     return [Measurement([{"predictor": "model"} | row for row in rows]) for rows in by_member]

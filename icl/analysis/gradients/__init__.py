@@ -28,7 +28,7 @@ from torch import Tensor
 from icl import metrics, rng
 from icl.analysis.gradients import data as data_gradients
 from icl.analysis.gradients import weights as weight_gradients
-from icl.analysis.prompts import fixed_prompts, prompts_at_once, require_multiple
+from icl.analysis.prompts import PromptSettings, fixed_prompts, prompts_at_once, require_multiple
 from icl.analysis.run import Members, Result, as_table, over_checkpoints
 from icl.config import RunConfig
 from icl.measure import Entry, Measurement
@@ -50,12 +50,9 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(PromptSettings):
     """Options of `icl analyse RUN --what gradients`."""
 
-    distribution: Literal["pretrain", "true"] = field(
-        default="pretrain", metadata={"help": "tasks of the prompts: the run's M training tasks, or new tasks"}
-    )
     num_prompts: int = field(default=1024, metadata={"help": "number of prompts for the gradients in the weights"})
     num_batches: int = field(default=32, metadata={"help": "number of batches into which these prompts are split"})
     num_compared_tasks: int = field(default=8, metadata={"help": "tasks whose gradients are compared; 0 for none"})
@@ -104,9 +101,7 @@ def principal_components(vectors: Float[np.ndarray, "S P"]) -> tuple[Float[np.nd
 
 
 def _measure_weights(members: Members, settings: Settings) -> tuple[list[list[Row]], list[np.ndarray]]:
-    prompts = fixed_prompts(
-        members, stream="gradients/weights", distribution=settings.distribution, count=settings.num_prompts
-    )
+    prompts = fixed_prompts(members, "gradients/weights", settings.distribution, settings.num_prompts)
     gradients = weight_gradients.batch_gradients(members.config.model, members.params, prompts, settings.num_batches)
     grams = weight_gradients.grams(gradients, gradients)
     batch_size = settings.num_prompts // settings.num_batches
@@ -137,9 +132,7 @@ def _measure_tasks(members: Members, settings: Settings) -> list[list[Row]]:
     count = int(min(settings.num_compared_tasks, limit))
     if count < 2:
         return rows
-    prompts = fixed_prompts(
-        members, stream="gradients/tasks", distribution=settings.distribution, count=settings.num_task_prompts
-    )
+    prompts = fixed_prompts(members, "gradients/tasks", settings.distribution, settings.num_task_prompts)
     noise = prompts.ys - (prompts.xs * prompts.ws.unsqueeze(-2)).sum(-1)
     by_task = []
     for vector in task_pool(count, task.task_size, seed, device=prompts.xs.device):
