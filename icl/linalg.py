@@ -5,7 +5,7 @@ Lanczos with full reorthogonalisation builds an orthonormal basis Q (m, P) of th
 come from Q and the projections Q A_j Q' (m, m), which cost no further products:
 
 - Eigenvalues: the eigenvalues of Q A Q' (Ritz values), which are most accurate at both ends of the spectrum. A Ritz value
-  with residual r lies within r of an eigenvalue of A, and within r^2 / gap if the next eigenvalue is farther than the gap
+  with residual r lies within r of an eigenvalue of A. If the next eigenvalue is farther than a gap, it lies within r^2 / gap
   (Parlett 1998, "The symmetric eigenvalue problem", section 11.7). We take the gap from the other Ritz values, so the stated
   error ignores eigenvalues that Lanczos has not found yet. A multiple eigenvalue is found once, until the Krylov space is
   exhausted.

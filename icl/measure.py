@@ -166,23 +166,7 @@ def measure_checkpoints(
     """
     previous: Checkpoint | None = None
     lead: Checkpoint | None = None  # predecessor of the first pending checkpoint
-    pending: list[Checkpoint] = []
-    keys: list[dict[str, Any]] = []
-
-    def measure_pending() -> Batch:
-        leads = [] if lead is None else [lead]
-        measurements = measure([*leads, *pending], len(leads))
-        entries = [
-            Entry(checkpoint.step, checkpoint.digest, measurement.rows, dict(measurement.arrays))
-            for checkpoint, measurement in zip(pending, measurements, strict=True)
-        ]
-        for entry, key in zip(entries, keys, strict=True):
-            if cache is not None:
-                cache.write(entry, key)
-        pending.clear()
-        keys.clear()
-        return Batch(entries, is_new=True)
-
+    pending: list[tuple[Checkpoint, dict[str, Any]]] = []  # with their keys
     for file in files:
         checkpoint = load_same_run(file, config)
         predecessor = previous if uses_predecessor else None
@@ -195,16 +179,33 @@ def measure_checkpoints(
         }
         entry = None if cache is None else cache.read(checkpoint.step, key)
         if pending and (entry is not None or len(pending) == max_members):
-            yield measure_pending()
+            yield Batch(_measure_pending(pending, lead, measure, cache), is_new=True)
+            pending = []
         if entry is not None:
             yield Batch([entry], is_new=False)
         else:
             lead = lead if pending else predecessor
-            pending.append(checkpoint)
-            keys.append(key)
+            pending.append((checkpoint, key))
         previous = checkpoint
     if pending:
-        yield measure_pending()
+        yield Batch(_measure_pending(pending, lead, measure, cache), is_new=True)
+
+
+def _measure_pending(
+    pending: Sequence[tuple[Checkpoint, Mapping[str, Any]]],
+    lead: Checkpoint | None,
+    measure: Measure,
+    cache: Cache | None,
+) -> list[Entry]:
+    """Measure checkpoints, and store the results under their keys."""
+    leads = [] if lead is None else [lead]
+    measurements = measure([*leads, *(checkpoint for checkpoint, _ in pending)], len(leads))
+    entries = []
+    for (checkpoint, key), (rows, arrays) in zip(pending, measurements, strict=True):
+        entries.append(Entry(checkpoint.step, checkpoint.digest, rows, dict(arrays)))
+        if cache is not None:
+            cache.write(entries[-1], key)
+    return entries
 
 
 def parse_entry(data: bytes) -> dict[str, Any]:

@@ -19,8 +19,8 @@ Rows of the table, by `quantity`:
   all steps see the same prompts.
 - `explained_share`, and for comparison `null_walk`, `null_flips` (mean, with the standard deviation as error), `null_brownian` and
   `null_equal`. `null_flips_95` is the 95 % quantile for the first k components together. A share is `suspect` if one in twenty
-  walks with the run's own steps explains as much with its first k components, or if noise may be more than half of the
-  variance.
+  walks with the run's own steps explains as much with its first k components. It is also `suspect` if noise may be more than
+  half of the variance.
 - `displacement_ratio`, and for comparison `null_displacement_95`.
 """
 

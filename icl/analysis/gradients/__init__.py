@@ -1,7 +1,7 @@
 """Gradients at every saved step, of two kinds: in the weights, and in the parameters of the data distribution.
 
-- Kind `weights` (`icl.analysis.gradients.weights`): norm, noise trace and simple noise scale, for all weights and for each group
-  of parameters; the alignment with the gradient at the previous saved step, and between the gradients of single tasks.
+- Kind `weights` (`icl.analysis.gradients.weights`): norm, noise trace and simple noise scale; the alignment with the gradient at
+  the previous saved step, and between the gradients of single tasks. Each is given for all weights and for groups of parameters.
 - Kind `data` (`icl.analysis.gradients.data`): the gradient of the expected loss in the means and scales of x, w and the
   noise, by the pathwise estimator. The score function and finite differences check it.
 

@@ -4,8 +4,8 @@ The curve f(u), u = ln(step + 1), has the prior a^2 Matern(5/2, l) about its mea
 both are known with a joint covariance (Rasmussen and Williams 2006, sections 2.2 and 4.2.1, equation 9.4). Observation i has
 the variance v_i = max(stderr_i^2, scatter_i^2): the larger of its own standard error and the scatter of the points about the
 curve around it. We choose (a, l) and the scatter by the largest posterior density. The prior of ln l is normal about 0 with
-deviation 1, because a factor e in the step is the natural unit of log time, and l is limited to `shortest` .. `longest`. The local
-scatter then follows the squared residuals r_i^2, averaged with a Gaussian kernel of one unit of log time.
+deviation 1, because a factor e in the step is the natural unit of log time. Values of l are limited to `shortest` .. `longest`.
+The local scatter then follows the squared residuals r_i^2, averaged with a Gaussian kernel of one unit of log time.
 
 The original (Hoogland et al. 2024) fits a squared-exponential process without a noise term. It interpolates the points, so its
 slopes are those of the noise. Our other smoother, `icl.analysis.essential_dynamics.plane_curves`, has a kernel of fixed width;
@@ -50,8 +50,6 @@ class Curve(NamedTuple):
     values: Float[np.ndarray, " G"]
     covariance: Float[np.ndarray, "G G"]
     """Covariance of the values."""
-    length: float
-    """Length l of the kernel."""
 
     @property
     def stderr(self) -> Float[np.ndarray, " G"]:
@@ -121,7 +119,7 @@ def fit(
     for factor in (1.0, 2 / 3, 3 / 2):
         process = GaussianProcessRegressor(_kernel(amplitude, factor * length), alpha=variances, optimizer=None)
         mean, covariance = process.fit(times[:, None], scaled).predict(grid[:, None], return_cov=True)
-        curves.append(Curve(grid, centre + unit * mean, unit**2 * covariance, factor * length))
+        curves.append(Curve(grid, centre + unit * mean, unit**2 * covariance))
     return SmoothedSignal(curves[0], tuple(curves[1:]), Points(times, values, unit * np.sqrt(variances)))
 
 
