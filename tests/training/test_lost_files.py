@@ -295,7 +295,7 @@ def test_a_full_disk_is_one_sentence_a_failed_run_and_no_temporary_file(
 @pytest.mark.parametrize(
     ("words", "name"),
     [
-        (["evaluate", "tiny"], "results/evaluation/step-000000010.npz"),
+        (["evaluate", "tiny"], "results/evaluation/step-000000010.json"),
         slow(["evaluate", "tiny"], "results/evaluation.csv"),
         (["evaluate", "tiny"], "figures/evaluation.png"),
         slow(["analyse", "tiny", "--what", "embeddings"], "results/embeddings.csv"),

@@ -101,7 +101,7 @@ def test_a_triangle_is_zero_at_its_last_update_only():
         (
             {"schedule": "triangle"},
             {"max_steps": 1},
-            "triangle of 1 step trains nothing; set `optim.schedule constant`",
+            "triangle of 1 step trains nothing. Set `optim.schedule constant`",
         ),
         ({"schedule": "triangle", "schedule_steps": 1}, {"max_steps": 1}, "triangle of 1 step"),
         ({"schedule": "constant", "lr": 1e-50}, {"max_steps": 3}, "1e-50.*zero in float32"),
