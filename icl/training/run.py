@@ -205,8 +205,8 @@ def _note_missing(member: Member, step: int | None) -> None:
     sentence = describe_missing(run, missing) if missing else None
     if end is not None:
         member.incomplete = sentence if reached in missing else lost_rows(run, config, reached)
-        told = (None if reached in missing else sentence, describe_altered_rows(run))
-        member.told_lacking = " ".join(filter(None, told)) or None
+        sentences = (None if reached in missing else sentence, describe_altered_rows(run))
+        member.told_lacking = " ".join(filter(None, sentences)) or None
     elif (
         missing and member.is_running and (reached < config.trainer.max_steps or last is None or last.state != "failed")
     ):
