@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -210,8 +210,16 @@ def _finish(
             reason += f" Not accepted: {'; '.join(last.reasons)}."
             chosen = None
     chosen_number = len(trials) - 1 if chosen is not None else None
+    table = pd.DataFrame(_rows(trials, result, chosen_number, sampler))
+    return Calibration(table=table, traces=_traces(trials, chosen_number, sampler), chosen=chosen, summary=reason)
+
+
+def _rows(
+    trials: Sequence[Trial], result: SearchResult, chosen_number: int | None, sampler: SamplerConfig
+) -> list[dict[str, Any]]:
+    """Return a row for each trial and checkpoint."""
     rates = {(trial.point.nbeta, trial.point.ratio) for trial in result.trials if trial.point.stage == RATES}
-    rows = [
+    return [
         {
             "corner": number,
             "stage": trial.point.stage,
@@ -227,8 +235,6 @@ def _finish(
         for number, trial in enumerate(trials)
         for estimate in trial.results
     ]
-    traces = _traces(trials, chosen_number, sampler)
-    return Calibration(table=pd.DataFrame(rows), traces=traces, chosen=chosen, summary=reason)
 
 
 def _traces(trials: Sequence[Trial], chosen_number: int | None, sampler: SamplerConfig) -> dict[int, Record]:
