@@ -39,7 +39,8 @@ from icl.sweeps.schema import read_sweep_file
 from icl.training.members import Member
 from icl.training.run import train
 from icl.training.saving import read_resume_file
-from icl.training.wandb_agent import _swept_names, replay
+from icl.training.wandb_agent import _swept_names as read_swept_names
+from icl.training.wandb_agent import replay
 from icl.training.wandb_log import _run_id
 from tests.tiny_runs import TINY, change
 
@@ -176,7 +177,7 @@ def _environment(base: Path, file: Path) -> None:
 def _swept_names(base: Path, file: Path) -> None:
     """Read the file in which W&B's agent names the swept keys."""
     with mock.patch.dict(os.environ, {"WANDB_SWEEP_PARAM_PATH": str(file)}):
-        _swept_names()
+        read_swept_names()
 
 
 def _last_line(base: Path, file: Path) -> None:
