@@ -5,14 +5,14 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
-_KERNEL = "icl/tiny_attention.cpp"
+_KERNEL = "icl/model/attention.cpp"
 _DIGEST = sha256(Path(_KERNEL).read_bytes()).hexdigest()
 _FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fno-exceptions", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
 # Attention on CPUs. Without a compiler `icl` installs all the same, and PyTorch's operations do the work. It needs no
 # headers of Python or PyTorch; OpenMP's functions are those of the runtime that PyTorch loads, so none is linked.
 tiny_attention = Extension(
-    "icl._tiny_attention",
+    "icl.model._attention",
     sources=[_KERNEL],
     language="c++",
     define_macros=[("SOURCE", f'"{_DIGEST}"')],

@@ -15,8 +15,8 @@ import lightning.pytorch as pl
 from benchmarks.turns import MIN_TURNS, Side, Turn, timed, wait_for
 from icl.build import build_model
 from icl.config import RunConfig
-from icl.runs import RunError, RunFolder
-from icl.stacked import stack
+from icl.model.stacked import stack
+from icl.runs.folder import RunError, RunFolder
 from icl.training.data import PromptDataModule
 from icl.training.members import Member
 from icl.training.module import PopulationModule

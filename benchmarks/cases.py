@@ -12,11 +12,11 @@ from benchmarks.sampling import devinterp_chains, has_devinterp, our_chains
 from benchmarks.turns import Side, Turn, take_turns
 from icl.baselines import dmmse
 from icl.build import build_model
-from icl.evaluation import evaluate, evaluate_predictions, evaluation_set
-from icl.flat import layout_of
+from icl.compute.step import adam_state, make_step
+from icl.evaluation.sets import evaluate, evaluate_predictions, evaluation_set
+from icl.model.flat import layout_of
+from icl.model.stacked import apply, stack
 from icl.presets import preset
-from icl.stacked import apply, stack
-from icl.step import adam_state, make_step
 from icl.tasks.priors import task_pool
 from icl.training.data import PromptStream
 

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.peers import PlainTransformer
 from icl.build import build_model
 from icl.config import RunConfig, SamplerConfig
-from icl.flat import make_layout
+from icl.model.flat import make_layout
+from icl.model.stacked import stack
 from icl.sampling.chains import run_chains
 from icl.sampling.prompt_loss import prompt_target
 from icl.sampling.settings import SamplerSettings
-from icl.stacked import stack
 from icl.tasks.prompts import sample_prompts
 
 NUM_CHAINS, BATCH_SIZE = 8, 256

@@ -18,8 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from icl.runs import local_root
-from icl.storage import write_atomically
+from icl.files.writing import write_atomically
+from icl.runs.folder import local_root
 
 FOLDER = Path(__file__).resolve().parent
 SIZES = ("small", "full")

@@ -12,7 +12,7 @@ import pandas as pd
 
 from data.reproduction import BLOCKS
 from data.schema import TABLES, Column
-from icl.storage import write_atomically
+from icl.files.writing import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 _HEAD = """\

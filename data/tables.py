@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 
 from data.schema import TABLES, Kind, Table
-from icl.checkpoints import checkpoint_files, load_checkpoint_file
-from icl.evaluation import headlines
-from icl.runs import RunFolder
-from icl.storage import write_atomically
+from icl.evaluation.sets import headlines
+from icl.files.writing import write_atomically
+from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
+from icl.runs.folder import RunFolder
 
 FOLDER = Path(__file__).resolve().parent
 DIGITS = 5

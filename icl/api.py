@@ -18,16 +18,16 @@ import torch
 
 from icl import metrics
 from icl.build import build_checkpoint_model
-from icl.checkpoints import CheckpointError, checkpoint_files, checkpoint_name, load_checkpoint_file
 from icl.config import CheckpointsConfig, EarlyStoppingConfig, EvaluationConfig, RunConfig, TaskConfig
-from icl.prediction import parameter_of, predict_from_prompt
+from icl.config.validation import ConfigError, parse_num_tasks, plain_number, require, whole
+from icl.evaluation.prediction import parameter_of, predict_from_prompt
+from icl.model.transformer import Transformer
 from icl.presets import preset
-from icl.run_evaluation import RunEvaluator, evaluate_run
-from icl.runs import DONE, RunError
+from icl.runs.checkpoints import CheckpointError, checkpoint_files, checkpoint_name, load_checkpoint_file
+from icl.runs.folder import DONE, RunError
 from icl.sampling.run import estimate_run
 from icl.tasks.prompts import prompt_source
-from icl.transformer import Transformer
-from icl.validation import ConfigError, parse_num_tasks, plain_number, require, whole
+from icl.whole_runs import RunEvaluator, evaluate_run
 
 __all__ = [
     "ICRegConfig",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icl.validation import ConfigError, UserError
+from icl.config.validation import ConfigError, UserError
 
 
 def real_tensor(

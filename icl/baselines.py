@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from icl.arrays import real_tensor
-from icl.validation import ConfigError, real, whole
+from icl.config.validation import ConfigError, real, whole
 
 _SLAB = {"cpu": 2**19, "cuda": 2**25}
 """Weights, one for each prompt and task, that `dmmse` holds at a time.

@@ -5,11 +5,11 @@ from importlib.util import find_spec
 
 import torch
 
-from icl.checkpoints import Checkpoint, CheckpointError
 from icl.config import RunConfig
-from icl.evaluation import EvaluationSet, evaluation_set
-from icl.transformer import Transformer, initialise
-from icl.validation import ConfigError
+from icl.config.validation import ConfigError
+from icl.evaluation.sets import EvaluationSet, evaluation_set
+from icl.model.transformer import Transformer, initialise
+from icl.runs.checkpoints import Checkpoint, CheckpointError
 
 _KINDS = ("cpu", "cuda", "tpu", "mps")
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl.validation import whole
+from icl.config.validation import whole
 
 
 class Estimate(NamedTuple):

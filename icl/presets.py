@@ -35,7 +35,7 @@ from icl.config import (
     flatten,
     is_free_on_resume,
 )
-from icl.validation import ConfigError
+from icl.config.validation import ConfigError
 
 MEMBER_SEEDS = ("seeds.model", "seeds.data", "seeds.noise")
 """Settings that a seed of a population sets."""

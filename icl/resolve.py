@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from icl.config import RunConfig, flatten
-from icl.literals import read_table
-from icl.older import modern_setting
+from icl.config.literals import read_table
+from icl.config.older import modern_setting
+from icl.config.validation import ConfigError, parse_num_tasks, require_run_name, require_steps
+from icl.files.reading import MAX_BITS, MAX_YAML, ContentError, is_beyond_floats, is_number, parse_yaml, read_bytes
 from icl.presets import preset
-from icl.reading import MAX_BITS, MAX_YAML, ContentError, is_beyond_floats, is_number, parse_yaml, read_bytes
-from icl.validation import ConfigError, parse_num_tasks, require_run_name, require_steps
 
 if TYPE_CHECKING:
     import jsonargparse

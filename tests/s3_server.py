@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import boto3
 import pytest
 
-import icl.commands.train
+import icl.cli.train
 
 SECRET = "wJalrXUtnFEMI-never-to-be-seen"
 _numbers = count()
@@ -207,7 +207,7 @@ def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """`icl train` ends without its table and figure, which are half of a tiny run's time."""
-    monkeypatch.setattr(icl.commands.train, "_show_run", lambda folder: None)
+    monkeypatch.setattr(icl.cli.train, "_show_run", lambda folder: None)
 
 
 def use_server(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:

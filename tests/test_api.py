@@ -7,10 +7,10 @@ import torch
 
 from icl import ICRegConfig, evaluate_ood_score, load_checkpoint, load_model, train_ic_regression
 from icl.build import build_model
-from icl.checkpoints import CheckpointError
+from icl.config.validation import ConfigError
 from icl.presets import preset
+from icl.runs.checkpoints import CheckpointError
 from icl.tasks.prompts import sample_prompts
-from icl.validation import ConfigError
 
 SMALL = ICRegConfig(D=2, K=4, d_model=8, d_mlp=8, n_heads=2, n_layers=1)
 FEW = {"num_steps": 20, "batch_size": 8, "learning_rate": 1e-2}

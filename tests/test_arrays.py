@@ -14,12 +14,12 @@ from icl.api import RunEvaluator, estimate_run
 from icl.arrays import real_tensor
 from icl.build import build_model
 from icl.config import OptimConfig, PopulationConfig, TaskConfig, TrainerConfig
+from icl.config.validation import ConfigError, UserError, real, whole
 from icl.metrics import icl_score
 from icl.sampling import estimate_llc
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import sample_prompts
 from icl.tasks.shifts import sample_shifted_prompts
-from icl.validation import ConfigError, UserError, real, whole
 
 pytestmark = pytest.mark.usefixtures("as_users_run")
 

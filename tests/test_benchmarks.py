@@ -14,9 +14,9 @@ from tiny_runs import TINY, change
 
 from icl.baselines import dmmse
 from icl.build import build_architecture
-from icl.metrics_file import MetricsFile
 from icl.presets import preset
-from icl.runs import RunError
+from icl.runs.folder import RunError
+from icl.runs.metrics_file import MetricsFile
 from icl.training.data import PromptStream
 from icl.training.optimiser import PopulationAdam
 

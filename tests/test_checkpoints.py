@@ -9,7 +9,7 @@ import torch
 from tiny_runs import TINY, change
 
 from icl.build import build_checkpoint_model, build_model
-from icl.checkpoints import (
+from icl.runs.checkpoints import (
     CheckpointError,
     checkpoint_files,
     checkpoint_name,
@@ -18,7 +18,7 @@ from icl.checkpoints import (
     load_step,
     save_checkpoint,
 )
-from icl.storage import LocalStore
+from icl.store.base import LocalStore
 
 
 @pytest.fixture

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from tiny_runs import TINY, as_arguments, change
 
-from icl.checkpoints import checkpoint_name, load_checkpoint_file, save_checkpoint
 from icl.cli import main
-from icl.mirror import copied_names, open_mirror, push
-from icl.runs import RunFolder, local_root
-from icl.storage import LocalStore, StorageError, open_store
+from icl.files.writing import StorageError
+from icl.runs.checkpoints import checkpoint_name, load_checkpoint_file, save_checkpoint
+from icl.runs.folder import RunFolder, local_root
+from icl.runs.mirror import copied_names, open_mirror, push
+from icl.store.base import LocalStore
+from icl.store.opening import open_store
 from icl.training.run import train
 
 SHORT = change(TINY, trainer={"max_steps": 20}, evaluation={"every": None}, checkpoints={"every": 5, "num_log": 0})

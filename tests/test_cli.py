@@ -10,7 +10,7 @@ import pytest
 from tiny_runs import TINY, as_arguments, change
 
 from icl.cli import main
-from icl.runs import RunFolder, local_root
+from icl.runs.folder import RunFolder, local_root
 
 QUICK = change(TINY, trainer={"max_steps": 20}, checkpoints={"every": None, "num_log": 3})
 TRAIN = ["train", *as_arguments(QUICK)]

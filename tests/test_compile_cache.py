@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from icl import compile_cache
-from icl.compile_cache import UnusableError, cache_folder, damaged, require_private, take
+from icl.compute import compile_cache
+from icl.compute.compile_cache import UnusableError, cache_folder, damaged, require_private, take
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_what_another_process_is_making_stays_and_what_it_uses_is_not_removed(fo
 PROGRAM = """
 import os, sys, torch
 from pathlib import Path
-from icl.compiling import one_graph
+from icl.compute.compiling import one_graph
 torch.set_num_threads(1)
 function = lambda x: (torch.sin(x) * x).exp().sum() / 7
 x = torch.linspace(-1, 1, 1001)

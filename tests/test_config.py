@@ -20,8 +20,8 @@ from icl.config import (
     TrainerConfig,
     flatten,
 )
+from icl.config.validation import ConfigError, parse_num_tasks
 from icl.presets import PRESETS, preset
-from icl.validation import ConfigError, parse_num_tasks
 
 NAMES = ("quickstart", "L2H4", "raventos-base", "raventos-small", "carroll", "icr")
 

@@ -8,13 +8,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icl.cli import main
-from icl.commands import diversity, llc, train
-from icl.literals import read_table
+from icl.cli import diversity, llc, main, train
+from icl.config.literals import read_table
+from icl.config.validation import ConfigError
 from icl.resolve import read_arguments, read_config_files, read_words, resolve
 from icl.sweeps.points import sweep_points
 from icl.sweeps.schema import read_sweep_file
-from icl.validation import ConfigError
 
 FIRST = {"preset": "L2H4", "optim": {"lr": 0.5, "grad_clip": 2.0}, "task.task_size": 3, "trainer": {"max_steps": 7}}
 SECOND = {"optim.lr": 0.25, "task": {"task_size": 5}, "evaluation": {"every": 1}}

@@ -12,14 +12,15 @@ from tiny_runs import TINY, as_arguments, change
 
 from icl.cli import main
 from icl.config import RunConfig
-from icl.mirror import copied_names, open_mirror, pull, push
+from icl.config.validation import ConfigError
+from icl.files.writing import StorageError
 from icl.report.facts import read_run
-from icl.runs import RunFolder, local_root
-from icl.s3 import S3Store
-from icl.storage import LocalStore, StorageError
+from icl.runs.folder import RunFolder, local_root
+from icl.runs.mirror import copied_names, open_mirror, pull, push
+from icl.store.base import LocalStore
+from icl.store.s3 import S3Store
 from icl.training.run import train
-from icl.training.wandb_log import _run_id
-from icl.validation import ConfigError
+from icl.training.wandb.log import _run_id
 
 SHORT = change(TINY, trainer={"max_steps": 2}, evaluation={"every": None}, checkpoints={"every": None, "num_log": 0})
 HOSTILE = [

@@ -101,7 +101,7 @@ def test_the_data_are_small():
 
 
 def test_shipped_models_are_of_shipped_runs():
-    from icl.checkpoints import load_checkpoint_file
+    from icl.runs.checkpoints import load_checkpoint_file
 
     saved = read(DATA / "small" / "checkpoints.csv").set_index("checkpoint_hash")
     for file in (DATA / "small" / "models").glob("*/*.safetensors"):

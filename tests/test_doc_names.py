@@ -231,7 +231,7 @@ def test_every_name_in_backticks_exists(page):
             "gap_to_ridge",
             "populations(files)",
             "sample_prompts(wrong=3)",
-            "icl.transformer.Missing",
+            "icl.model.transformer.Missing",
             "measure.missing",
         ),
         *(
@@ -252,7 +252,12 @@ def test_a_name_of_nothing_would_be_found(span):
 @pytest.mark.parametrize(
     "span",
     [
-        *("delta_ridge", "sample_prompts(config, stream=...)", "icl.transformer.Transformer", "Cache.stored_array"),
+        *(
+            "delta_ridge",
+            "sample_prompts(config, stream=...)",
+            "icl.model.transformer.Transformer",
+            "Cache.stored_array",
+        ),
         *(
             "task.num_tasks",
             "task.*",

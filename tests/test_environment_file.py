@@ -11,7 +11,7 @@ from dotenv import dotenv_values
 from tiny_runs import TINY, as_arguments, change
 
 from icl.cli import main
-from icl.env_file import load_env_file
+from icl.cli.env_file import load_env_file
 
 TEMPLATE = (Path(__file__).parents[1] / ".env-template").read_text(encoding="utf-8")
 NAMES = (

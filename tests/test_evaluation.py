@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from icl import baselines
 from icl.build import build_evaluation_sets, build_model, choose_device
-from icl.evaluation import (
+from icl.config.validation import ConfigError
+from icl.evaluation.sets import (
     evaluate,
     evaluate_baselines,
     evaluation_set,
@@ -20,10 +21,9 @@ from icl.evaluation import (
     summarise,
     tabulate_losses,
 )
-from icl.stacked import Params, apply, stack
+from icl.model.stacked import Params, apply, stack
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts
-from icl.validation import ConfigError
 
 PREDICT = partial(apply, TINY.model)
 

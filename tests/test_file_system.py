@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from tiny_runs import TINY, as_arguments, change
 
-from icl import file_system
 from icl.cli import main
-from icl.file_system import LockedError, lock_file
-from icl.runs import RunError, RunFolder, local_root
-from icl.storage import LocalStore, StorageError, write_atomically
+from icl.files import system as file_system
+from icl.files.system import LockedError, lock_file
+from icl.files.writing import StorageError, write_atomically
+from icl.runs.folder import RunError, RunFolder, local_root
+from icl.store.base import LocalStore
 from icl.sweeps.attempts import claim, is_alive, last_attempt
 
 NO_LOCKS = [errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EIO, errno.EPERM]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from icl.linalg import lanczos, ritz, trace
+from icl.compute.linalg import lanczos, ritz, trace
 
 P = 300
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from icl.cli import main
-from icl.environment import OWN_PROGRAM
-from icl.runs import local_root
+from icl.runs.environment import OWN_PROGRAM
+from icl.runs.folder import local_root
 
 PLANTED = (
     "random",

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from icl.array_files import write_array
-from icl.measure import Cache, Entry
-from icl.reading import ContentError
+from icl.files.arrays import write_array
+from icl.files.reading import ContentError
+from icl.runs.measure import Cache, Entry
 
 KEY = {"checkpoint_hash": "abc", "settings": {"n": 3}, "version": 1}
 ROWS = [{"quantity": "loss", "value": 0.5}, {"quantity": "gap", "value": float("nan")}]
@@ -104,7 +104,7 @@ def test_a_damaged_entry_counts_as_none(cache):
 
 def forged(cache: Cache, **changes) -> None:
     """Write the first file with other content and the digest that fits it, as a stranger could."""
-    from icl.measure import _digest
+    from icl.runs.measure import _digest
 
     content = json.loads((cache.folder / "step-000000060.json").read_text()) | changes
     del content["digest"]

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from icl.cli import COMMANDS, main
-from icl.commands.diversity import _OPTIONS, _SETTINGS
-from icl.older import OLDER_COMMANDS, OLDER_SETTINGS
+from icl.cli.diversity import _OPTIONS, _SETTINGS
+from icl.config.older import OLDER_COMMANDS, OLDER_SETTINGS
+from icl.config.validation import ConfigError
 from icl.resolve import known_keys, read_arguments, resolve
-from icl.validation import ConfigError
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "older-commands.md").read_text(encoding="utf-8")

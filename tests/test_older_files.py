@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from icl.api import load_model
-from icl.checkpoints import list_steps, load_checkpoint_file, load_step
 from icl.cli import main
-from icl.runs import RunFolder, local_root
-from icl.storage import LocalStore
+from icl.runs.checkpoints import list_steps, load_checkpoint_file, load_step
+from icl.runs.folder import RunFolder, local_root
+from icl.store.base import LocalStore
 from icl.training.run import train, train_population
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "0.1.0" / "runs.tar.xz"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from icl.config import ModelConfig
-from icl.stacked import apply, size, stack, unstack
-from icl.transformer import Transformer, initialise
+from icl.model.stacked import apply, size, stack, unstack
+from icl.model.transformer import Transformer, initialise
 
 D, K, B = 3, 4, 5
 OPTIONS = {

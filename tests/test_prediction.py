@@ -9,7 +9,7 @@ from tiny_runs import TINY
 
 from icl import api
 from icl.build import build_model
-from icl.prediction import PromptError, predict_from_prompt, read_prompt_file, write_predictions
+from icl.evaluation.prediction import PromptError, predict_from_prompt, read_prompt_file, write_predictions
 
 MODEL = build_model(TINY)  # D = 2, K = 4
 

@@ -8,10 +8,11 @@ from tiny_runs import TINY, as_arguments, change
 
 import icl.cli
 from icl.cli import main
-from icl.environment import environment_line
-from icl.redaction import redact
-from icl.runs import RunFolder, Status, local_root
-from icl.storage import StorageError, open_store
+from icl.files.redaction import redact
+from icl.files.writing import StorageError
+from icl.runs.environment import environment_line
+from icl.runs.folder import RunFolder, Status, local_root
+from icl.store.opening import open_store
 
 SHORT = change(TINY, trainer={"max_steps": 2}, evaluation={"every": None}, checkpoints={"every": None, "num_log": 0})
 PASSWORD = "pass/w@rd:of-mine"

@@ -19,16 +19,16 @@ from matplotlib.text import Text
 from PIL import Image
 from tiny_runs import TINY, change
 
-from icl import tiny_attention
 from icl.cli import main
-from icl.environment import describe_environment, environment_line, environments_of
+from icl.files.writing import StorageError
+from icl.model import attention as tiny_attention
 from icl.plotting.curves import plot_curves
 from icl.report import page
 from icl.report.page import write_report
 from icl.report.pictures import PictureError, embed
 from icl.report.tables import MAX_WHOLE, show, summarise, whole, with_error
-from icl.runs import RunFolder, Status, local_root
-from icl.storage import StorageError
+from icl.runs.environment import describe_environment, environment_line, environments_of
+from icl.runs.folder import RunFolder, Status, local_root
 from icl.training.run import train
 
 TAGS = {
@@ -495,7 +495,7 @@ def test_many_runs_show_fewer_rows_of_each_table(sweep):
 
 
 def test_a_runs_own_page_goes_to_its_store_and_another_does_not(tmp_path, capsys):
-    from icl.mirror import open_mirror, push
+    from icl.runs.mirror import open_mirror, push
 
     store = tmp_path / "store"
     run = make_run(local_root() / "tiny", config=change(TINY, checkpoints={"store": str(store)}))

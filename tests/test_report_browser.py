@@ -11,7 +11,7 @@ import pytest
 from tiny_runs import TINY, as_arguments, change
 
 from icl.cli import main
-from icl.runs import RunFolder
+from icl.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 

@@ -10,6 +10,7 @@ from tiny_runs import TINY, change
 
 from icl.cli import main
 from icl.config import EarlyStoppingConfig, OptimConfig, RunConfig, SeedsConfig, TaskConfig, TrainerConfig, flatten
+from icl.config.validation import ConfigError
 from icl.presets import MAX_SLUG, PRESETS, preset, run_name, varying_names
 from icl.resolve import (
     POINT_VARIABLE,
@@ -22,7 +23,6 @@ from icl.resolve import (
     refuse_overridden,
     resolve,
 )
-from icl.validation import ConfigError
 
 
 def value_of(config, key):

@@ -10,16 +10,16 @@ import pandas as pd
 import pytest
 from tiny_runs import TINY, change
 
-from icl import run_evaluation
+from icl import whole_runs as run_evaluation
 from icl.analysis.run import torch_device
 from icl.build import build_architecture, build_evaluation_sets
-from icl.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.cli import main
-from icl.evaluation import evaluate, evaluate_baselines
-from icl.run_evaluation import RunEvaluator, evaluate_run
-from icl.runs import RunFolder
-from icl.stacked import apply, stack
+from icl.evaluation.sets import evaluate, evaluate_baselines
+from icl.model.stacked import apply, stack
+from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
+from icl.runs.folder import RunFolder
 from icl.training.run import train
+from icl.whole_runs import RunEvaluator, evaluate_run
 
 QUICK = change(TINY, trainer={"max_steps": 20, "log_every": 10}, checkpoints={"every": 10, "num_log": 0})
 OTHERS = {

@@ -6,10 +6,10 @@ import re
 import pytest
 from s3_server import SECRET, use_server
 
-from icl import s3_requests
-from icl.checkpoints import checkpoint_name, list_steps
-from icl.s3 import S3Store
-from icl.storage import StorageError
+from icl.files.writing import StorageError
+from icl.runs.checkpoints import checkpoint_name, list_steps
+from icl.store import s3_requests
+from icl.store.s3 import S3Store
 
 
 @pytest.fixture

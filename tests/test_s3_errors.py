@@ -5,9 +5,9 @@ import pytest
 from botocore.exceptions import ClientError
 from s3_server import SECRET, use_server
 
-from icl.s3 import S3Store
-from icl.s3_errors import describe_failure, describe_refusal
-from icl.storage import StorageError
+from icl.files.writing import StorageError
+from icl.store.s3 import S3Store
+from icl.store.s3_errors import describe_failure, describe_refusal
 
 
 def refusal(code: str, status: int) -> str:

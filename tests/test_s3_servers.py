@@ -5,9 +5,10 @@ import os
 import pytest
 from s3_server import SECRET, use_server
 
-from icl import s3, s3_requests, waiting
-from icl.s3 import S3Store
-from icl.storage import MissingKeyError, StorageError
+from icl.files.writing import StorageError
+from icl.store import s3, s3_requests, waiting
+from icl.store.base import MissingKeyError
+from icl.store.s3 import S3Store
 from tests.reliability.stand_ins import stand_ins, start
 
 NAMES = [stand_in.name for stand_in in stand_ins()]
@@ -150,7 +151,7 @@ def test_parts_of_an_upload_that_fails_are_removed(s3, proxy):
 
 @pytest.mark.parametrize("server", ["If-None-Match ignored"], indirect=True)
 def test_where_conditions_are_ignored_a_place_goes_to_whoever_wrote_last(s3, server, monkeypatch):
-    from icl.s3_requests import Requests
+    from icl.store.s3_requests import Requests
 
     store, other = S3Store(s3.bucket), S3Store(s3.bucket)
     plain = Requests.knows_conditions

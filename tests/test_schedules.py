@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icl.config.schedules import checkpoint_steps, linear_steps, log_steps, rate_factor
 from icl.presets import preset
-from icl.schedules import checkpoint_steps, linear_steps, log_steps, rate_factor
 
 LAST = 500_000
 

@@ -1,11 +1,11 @@
-"""The stacked model computes what the definition in `icl.transformer` computes, gradients included."""
+"""The stacked model computes what the definition in `icl.model.transformer` computes, gradients included."""
 
 import pytest
 import torch
 
-from icl import stacked
 from icl.config import ModelConfig
-from icl.transformer import Transformer, initialise
+from icl.model import stacked
+from icl.model.transformer import Transformer, initialise
 
 D, K, B, N = 3, 4, 5, 3
 OPTIONS = {

@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from icl.build import build_architecture
-from icl.compiling import compiling_pays
-from icl.config import ModelConfig, OptimConfig
-from icl.flat import layout_of
-from icl.presets import preset
-from icl.stacked import stack
-from icl.step import (
+from icl.compute.compiling import compiling_pays
+from icl.compute.step import (
     AdamState,
     adam_state,
     losses_and_grads,
     make_step,
 )
-from icl.transformer import Transformer, initialise
+from icl.config import ModelConfig, OptimConfig
+from icl.model.flat import layout_of
+from icl.model.stacked import stack
+from icl.model.transformer import Transformer, initialise
+from icl.presets import preset
 
 D, K, B, N = 3, 4, 5, 3
 CONFIG = ModelConfig(num_heads=2, embed_size=8, mlp_size=5)
@@ -271,8 +271,8 @@ for packed in (False, True):
 TRACED = """
 import torch
 import test_step as t
-from icl.flat import layout_of
-from icl.step import losses_and_grads
+from icl.model.flat import layout_of
+from icl.compute.step import losses_and_grads
 
 params = t.make_params()
 rows = layout_of(params).to_rows(params)

@@ -6,18 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from icl.s3 import S3Store
-from icl.storage import (
-    LocalStore,
-    MissingKeyError,
-    StorageError,
-    Store,
-    open_store,
-    remove_temporaries,
-    sha256,
-    table_format,
-    write_atomically,
-)
+from icl.files.writing import StorageError, remove_temporaries, table_format, write_atomically
+from icl.store.base import LocalStore, MissingKeyError, Store, sha256
+from icl.store.opening import open_store
+from icl.store.s3 import S3Store
 
 # The contract
 

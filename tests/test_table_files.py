@@ -2,8 +2,8 @@
 
 import pytest
 
-from icl.reading import ContentError
-from icl.table_files import read_table
+from icl.files.reading import ContentError
+from icl.files.tables import read_table
 
 WHOLE = "step,quantity,value,stderr\n0,loss,1.5,0.1\n10,loss,1.25,\n"
 

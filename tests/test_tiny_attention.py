@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.autograd import grad
 
-from icl import tiny_attention
-from icl.tiny_attention import HAS_KERNEL, attention, attention_by_formula
+from icl.model import attention as tiny_attention
+from icl.model.attention import HAS_KERNEL, attention, attention_by_formula
 
 needs_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="no compiler when icl was installed")
 
@@ -42,7 +42,7 @@ def relative_error(found, expected):
 
 
 def test_a_kernel_that_was_compiled_is_used():
-    was_compiled = find_spec("icl._tiny_attention") is not None
+    was_compiled = find_spec("icl.model._attention") is not None
     assert was_compiled == HAS_KERNEL
 
 
@@ -180,7 +180,7 @@ def test_a_kernel_that_cannot_be_loaded_is_no_kernel(monkeypatch, tmp_path):
 
 @needs_kernel
 def test_a_kernel_of_another_version_is_told_and_not_used(monkeypatch, tmp_path):
-    source = tmp_path / "tiny_attention.cpp"
+    source = tmp_path / "attention.cpp"
     source.write_bytes(tiny_attention._SOURCE.read_bytes() + b"// changed")
     monkeypatch.setattr(tiny_attention, "_SOURCE", source)
     with pytest.warns(UserWarning, match="pip install -e"):

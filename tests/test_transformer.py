@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from icl.build import build_model
 from icl.config import ModelConfig, RunConfig, SeedsConfig, TaskConfig
+from icl.model.transformer import Attention, Transformer, initialise
 from icl.presets import preset
-from icl.transformer import Attention, Transformer, initialise
 
 SMALL = {"num_layers": 2, "num_heads": 2, "embed_size": 6, "mlp_size": 5}
 D, K, B = 3, 4, 2

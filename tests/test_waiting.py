@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from icl import waiting
-from icl.waiting import StalledError, await_result, moved, silence
+from icl.store import waiting
+from icl.store.waiting import StalledError, await_result, moved, silence
 
 
 @pytest.fixture

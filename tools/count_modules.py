@@ -17,12 +17,12 @@ from tempfile import TemporaryDirectory
 
 import icl
 from icl.build import build_model
-from icl.checkpoints import checkpoint_name, save_checkpoint
 from icl.config import RunConfig, SamplerConfig
+from icl.model.stacked import Params, apply, stack
 from icl.presets import preset
+from icl.runs.checkpoints import checkpoint_name, save_checkpoint
 from icl.sampling.run import estimate_run
-from icl.stacked import Params, apply, stack
-from icl.storage import LocalStore
+from icl.store.base import LocalStore
 from icl.tasks.prompts import sample_prompts
 
 _SAMPLER = SamplerConfig(

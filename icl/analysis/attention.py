@@ -45,12 +45,12 @@ from icl import metrics
 from icl.analysis.prompts import PromptSettings, fixed_prompts, prompts_at_once
 from icl.analysis.run import Members, Result, as_table, over_checkpoints
 from icl.build import build_architecture
-from icl.measure import Entry, Measurement
+from icl.config.validation import require_count
 from icl.metrics import Estimate
-from icl.stacked import Params, unstack
+from icl.model.stacked import Params, unstack
+from icl.model.transformer import Attention, Transformer
+from icl.runs.measure import Entry, Measurement
 from icl.tasks.prompts import Prompts
-from icl.transformer import Attention, Transformer
-from icl.validation import require_count
 
 HARD = 1e-3
 """Attention weights up to this count as zero in `hardness`."""

@@ -33,9 +33,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from icl.analysis.run import Result
-from icl.reading import MAX_TABLE, ContentError, parse_json, read_bytes
-from icl.table_files import read_table, require_numbers
-from icl.validation import ConfigError, UserError, parse_num_tasks, require
+from icl.config.validation import ConfigError, UserError, parse_num_tasks, require
+from icl.files.reading import MAX_TABLE, ContentError, parse_json, read_bytes
+from icl.files.tables import read_table, require_numbers
 
 MIN_GROUPS = 4
 FEW_GROUPS = 10

@@ -33,9 +33,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl.analysis.run import Members, Result, as_table, over_checkpoints
-from icl.measure import Entry, Measurement
-from icl.stacked import Params, unstack
-from icl.validation import require, require_number
+from icl.config.validation import require, require_number
+from icl.model.stacked import Params, unstack
+from icl.runs.measure import Entry, Measurement
 
 VERSION = 1
 

@@ -3,7 +3,7 @@
 The loss is the squared error per target, averaged over positions and over fixed prompts, which are the same at all steps.
 The Hessian covers all P parameters. Parameters that do not change any prediction (the unused rows of the unembedding) give
 rows of zeros. A Hessian-vector product is the vector-Jacobian product of the gradient (torch.func), computed for a whole
-population at once; `icl.linalg` estimates the numbers from these products. Each step draws its own start vector and
+population at once; `icl.compute.linalg` estimates the numbers from these products. Each step draws its own start vector and
 probes, so their errors are independent between steps.
 
 For comparison: the data released with Hoogland et al. 2024 contain the trace and the three largest eigenvalues for the mean
@@ -36,13 +36,13 @@ from torch.func import grad, vjp
 from icl import metrics, rng
 from icl.analysis.prompts import PromptSettings, fixed_prompts, prompts_at_once, require_multiple
 from icl.analysis.run import Members, Result, as_table, over_checkpoints
+from icl.compute.linalg import Products, Ritz, Trace, lanczos, ritz, trace
 from icl.config import ModelConfig
-from icl.flat import layout_of
-from icl.linalg import Products, Ritz, Trace, lanczos, ritz, trace
-from icl.measure import Entry, Measurement
-from icl.stacked import Params, apply
+from icl.config.validation import require_count
+from icl.model.flat import layout_of
+from icl.model.stacked import Params, apply
+from icl.runs.measure import Entry, Measurement
 from icl.tasks.prompts import Prompts
-from icl.validation import require_count
 
 NUM_BATCHES = 8
 """Number of batches of prompts. Their scatter gives the standard error over draws of the prompts."""

@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 
 from icl.analysis.run import Members
+from icl.config.validation import require
 from icl.tasks.prompts import Distribution, Prompts, prompt_source
-from icl.validation import require
 
 _NUMBERS_AT_ONCE = 1e8
 """Largest number of activations in one pass. In float32 they take 4 bytes each; a second derivative keeps several copies."""

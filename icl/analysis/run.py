@@ -1,6 +1,6 @@
 """Run an analysis by name, and measure a run's checkpoints as populations on the device.
 
-`over_checkpoints` measures the saved steps that have no cached result (`icl.measure`), as many at a time as memory allows.
+`over_checkpoints` measures the saved steps that have no cached result (`icl.runs.measure`), as many at a time as memory allows.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from icl.analysis import ANALYSES, module_name
 from icl.build import build_checkpoint_model, choose_device
-from icl.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, require_one_run
 from icl.config import RunConfig
-from icl.measure import Cache, Entry, Measurement, entry_rows, measure_checkpoints
-from icl.runs import run_of
-from icl.stacked import Params, stack
-from icl.validation import ConfigError
+from icl.config.validation import ConfigError
+from icl.model.stacked import Params, stack
+from icl.runs.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, require_one_run
+from icl.runs.folder import run_of
+from icl.runs.measure import Cache, Entry, Measurement, entry_rows, measure_checkpoints
 
 MEMBERS_AT_ONCE = 16
 """Largest number of checkpoints in one population."""

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from icl.config import RunConfig
+from icl.config.validation import UserError
 from icl.diversity.metadata import REFRESH_SECONDS, Metadata
 from icl.diversity.runs import ExperimentRun, experiment_runs, lock_experiment, require_same_settings
-from icl.runs import DONE, fails_again
+from icl.files.writing import remove_temporaries
+from icl.runs.folder import DONE, fails_again
 from icl.signals import handling
-from icl.storage import remove_temporaries
 from icl.training.run import train
-from icl.validation import UserError
 
 LOG = "experiment.log"
 

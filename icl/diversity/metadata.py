@@ -17,13 +17,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from icl.config.validation import has_type, is_count
 from icl.diversity.runs import METADATA, ExperimentRun
-from icl.environment import versions
-from icl.reading import ContentError, parse_json, read_bytes
-from icl.redaction import redact
-from icl.runs import DONE, RunFolder
-from icl.storage import StorageError, write_atomically
-from icl.validation import has_type, is_count
+from icl.files.reading import ContentError, parse_json, read_bytes
+from icl.files.redaction import redact
+from icl.files.writing import StorageError, write_atomically
+from icl.runs.environment import versions
+from icl.runs.folder import DONE, RunFolder
 
 REFRESH_SECONDS = 5.0
 """Interval between updates of the run that trains."""

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from icl.config import RunConfig
-from icl.runs import RunError, RunFolder, config_differences
-from icl.validation import ConfigError, parse_num_tasks
+from icl.config.validation import ConfigError, parse_num_tasks
+from icl.runs.folder import RunError, RunFolder, config_differences
 
 DEFAULT_BASE = "checkpoints"
 METADATA = "experiment_metadata.json"

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import pandas as pd
 from tqdm import tqdm
 
-from icl.checkpoints import CheckpointError, checkpoint_files
+from icl.files.writing import plain_rows, write_atomically
 from icl.plotting.diversity import plot_diversity
 from icl.plotting.style import save_figure
-from icl.run_evaluation import RunEvaluator
-from icl.runs import RunFolder
-from icl.storage import plain_rows, write_atomically
+from icl.runs.checkpoints import CheckpointError, checkpoint_files
+from icl.runs.folder import RunFolder
+from icl.whole_runs import RunEvaluator
 
 COLUMNS = ("num_tasks", "step", "checkpoint_hash", "distribution", "quantity", "position", "value", "stderr")
 

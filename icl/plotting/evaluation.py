@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from icl.evaluation import headlines
+from icl.evaluation.sets import headlines
 from icl.plotting.colours import BLACK, BLUE, GREEN, VERMILION
 from icl.plotting.rows import select
 from icl.plotting.style import finish_step_axes, new_figure, write_in_middle

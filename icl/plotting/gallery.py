@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
+from icl.config.validation import ConfigError
+from icl.files.writing import write_atomically
 from icl.plotting.style import render_figure
-from icl.storage import write_atomically
-from icl.validation import ConfigError
 
 FOLDER_VARIABLE = "ICL_FIGURES"
 """Environment variable that names another folder for the figures."""

@@ -11,14 +11,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from icl.files.reading import ContentError
+from icl.files.tables import read_table
 from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 from icl.plotting.rows import select, spread_indices
 from icl.plotting.style import new_figure, scale_steps, set_limits
 from icl.plotting.tidying import KEY
-from icl.reading import ContentError
-from icl.runs import RunFolder
+from icl.runs.folder import RunFolder
 from icl.sampling.records import RENAMED_COLUMNS, Record
-from icl.table_files import read_table
 
 VERDICTS: dict[str, dict[str, Any]] = {
     "ok": {"color": BLUE, "marker": "o"},

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import Bbox
 
+from icl.files.writing import write_atomically
 from icl.plotting.tidying import tidy
-from icl.storage import write_atomically
 
 _RC_SETTINGS: dict[Any, Any] = {
     "figure.dpi": 110,

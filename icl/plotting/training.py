@@ -12,16 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from icl.build import build_evaluation_sets
-from icl.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.config import RunConfig, TaskConfig
-from icl.evaluation import EvaluationSet, excess_over_optimum, predict_prompts, tabulate_losses
+from icl.evaluation.sets import EvaluationSet, excess_over_optimum, predict_prompts, tabulate_losses
+from icl.files.reading import ContentError
+from icl.files.tables import read_table
+from icl.model.stacked import apply, stack
 from icl.plotting.colours import BLUE, PREDICTORS, SKY
 from icl.plotting.style import label_plainly, new_figure, save_figure, scale_steps
 from icl.plotting.tidying import name_outside
-from icl.reading import ContentError
-from icl.runs import RunError, RunFolder
-from icl.stacked import apply, stack
-from icl.table_files import read_table
+from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
+from icl.runs.folder import RunError, RunFolder
 
 _TABLE, _FIGURE = "losses.csv", "training.png"
 _MAX_LINEAR_RATIO = 60.0

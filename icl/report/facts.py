@@ -7,16 +7,16 @@ from pathlib import Path
 import pandas as pd
 
 from icl.analysis import ANALYSES
-from icl.checkpoints import list_steps
 from icl.config import RunConfig
-from icl.contents import describe_altered_rows
-from icl.environment import environments_of
-from icl.reading import ContentError
+from icl.config.validation import ConfigError
+from icl.files.reading import ContentError
+from icl.files.tables import read_table
 from icl.report.pictures import Picture, PictureError, embed
-from icl.runs import RunFolder, Status
-from icl.storage import LocalStore
-from icl.table_files import read_table
-from icl.validation import ConfigError
+from icl.runs.checkpoints import list_steps
+from icl.runs.contents import describe_altered_rows
+from icl.runs.environment import environments_of
+from icl.runs.folder import RunFolder, Status
+from icl.store.base import LocalStore
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import pandas as pd
 
 from icl.config import flatten
+from icl.config.validation import ConfigError
 from icl.plotting.rows import select
 from icl.presets import preset
 from icl.report.facts import RunFacts
 from icl.report.tables import Cell, count_verdicts, with_error
-from icl.validation import ConfigError
 
 STALE_SECONDS = 600.0
 """Age of the last status after which a run that is marked as running may have been killed."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import jinja2
 from tqdm import tqdm
 
+from icl.files.writing import StorageError, require_writable, write_atomically
 from icl.report.comparison import comparison_picture, comparison_table, with_varying_names
 from icl.report.facts import RunFacts, read_run
 from icl.report.findings import (
@@ -30,8 +31,7 @@ from icl.report.findings import (
 )
 from icl.report.sections import Section, run_sections
 from icl.report.tables import MAX_WHOLE, Cell, cell, look_of
-from icl.runs import RunFolder, named_runs
-from icl.storage import StorageError, require_writable, write_atomically
+from icl.runs.folder import RunFolder, named_runs
 
 NAME = "report.html"
 _MIN_ROWS = 20

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 from PIL import Image
 
+from icl.config.validation import UserError
 from icl.plotting.style import render_figure
-from icl.validation import UserError
 
 MAX_PIXELS = 50_000_000
 """Largest number of pixels of a figure that is shown; our own figures have at most five million."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from icl.config import flatten
-from icl.evaluation import headlines
+from icl.evaluation.sets import headlines
 from icl.plotting.curves import plot_curves
 from icl.plotting.rows import select
 from icl.report.facts import SUBJECTS, RunFacts, Subject, subject_of

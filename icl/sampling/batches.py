@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from icl.config.validation import ConfigError
 from icl.rng import stream
-from icl.validation import ConfigError
 
 Batch: TypeAlias = Any
 """A tree (tuples, lists, dicts) of tensors and other values."""

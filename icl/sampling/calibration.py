@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 import yaml
 
-from icl.checkpoints import Checkpoint, load_same_run
 from icl.config import SamplerConfig
+from icl.runs.checkpoints import Checkpoint, load_same_run
 from icl.sampling.batches import batch_function
 from icl.sampling.curvature import largest_curvature
 from icl.sampling.prompt_loss import prompt_target, trivial_loss

@@ -26,15 +26,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl import rng
-from icl.flat import Layout
+from icl.config.validation import ConfigError
+from icl.model.flat import Layout
+from icl.model.stacked import Params, size
 from icl.sampling.batches import Batch, Batches, batch_function, fingerprint, stack_batches
 from icl.sampling.minimum import BatchLosses, DropsAtMean
 from icl.sampling.recording import Draw, Recorder, Traces, mean_over_components, split_by_checkpoint
 from icl.sampling.settings import SamplerSettings
 from icl.sampling.sgld import KERNELS, SGLDState, log_mala_acceptance, step
 from icl.sampling.target import Gradient, StackedLosses
-from icl.stacked import Params, size
-from icl.validation import ConfigError
 
 NUM_MALA = 16
 """Number of moves of each chain whose MALA acceptance is computed; each costs one more gradient."""

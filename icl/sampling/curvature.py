@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from icl.flat import make_layout
-from icl.linalg import lanczos, ritz
+from icl.compute.linalg import lanczos, ritz
+from icl.model.flat import make_layout
+from icl.model.stacked import Params, stack
 from icl.sampling.batches import Batch, stack_batches
 from icl.sampling.target import Gradient
-from icl.stacked import Params, stack
 
 _NUM_STEPS = 10
 _NUDGE = 1e-2

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from icl.flat import Layout, make_layout
+from icl.model.flat import Layout, make_layout
+from icl.model.stacked import Params, size, stack
 from icl.sampling.batches import Batch, batch_function, fingerprint, stack_batches
 from icl.sampling.chains import Advance, run_chains
 from icl.sampling.minimum import BatchLosses, GradientStep, num_drop_batches
@@ -22,7 +23,6 @@ from icl.sampling.result import CheckpointId, LLCResult, make_result
 from icl.sampling.settings import SamplerSettings
 from icl.sampling.target import StackedLosses, Target, stacked_losses, vmapped_gradient
 from icl.sampling.verdict import AtCheckpoint
-from icl.stacked import Params, size, stack
 
 MEMORY = 2.0 * 2**30
 """Default bytes that chains running at once may need; on CUDA it is half of the free memory."""

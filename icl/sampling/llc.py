@@ -20,15 +20,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from icl.flat import Layout, make_layout
+from icl.config.validation import ConfigError, real, whole
+from icl.model.flat import Layout, make_layout
+from icl.model.stacked import Params
 from icl.sampling.batches import Batches
 from icl.sampling.chains import Advance
 from icl.sampling.estimation import estimate
 from icl.sampling.result import CheckpointId, LLCResult
 from icl.sampling.settings import SamplerSettings, inverse_temperature
 from icl.sampling.target import Gradient, Loss, Target
-from icl.stacked import Params
-from icl.validation import ConfigError, real, whole
 
 Restriction: TypeAlias = Iterable[str] | Mapping[str, Tensor] | None
 """The parameters, or parts of them, that may move."""

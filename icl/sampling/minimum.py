@@ -28,10 +28,10 @@ from jaxtyping import Bool, Float
 from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
-from icl.flat import Layout
+from icl.model.flat import Layout
+from icl.model.stacked import Params
 from icl.sampling.batches import Batch, stack_batches
 from icl.sampling.target import Gradient, StackedLosses
-from icl.stacked import Params
 
 STEPS = (1 / 16, 1 / 4, 1.0, 4.0)
 """Multiples of the Newton step that are tried."""

@@ -21,15 +21,15 @@ from torch.utils import _pytree as pytree
 
 from icl import rng
 from icl.build import build_architecture
-from icl.compiling import Function, compiling_pays, grad_and_aux, keep_freed_memory, one_graph
+from icl.compute.compiling import Function, compiling_pays, grad_and_aux, keep_freed_memory, one_graph
+from icl.compute.threads import RELEASE_GIL, Result, in_parallel
 from icl.config import ModelConfig, RunConfig, SamplerConfig
-from icl.flat import Layout
+from icl.model.flat import Layout
+from icl.model.stacked import Params, apply, size
 from icl.sampling.batches import Batch
 from icl.sampling.target import Gradient, Loss, StackedLosses, Target
-from icl.stacked import Params, apply, size
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import prompt_source
-from icl.threads import RELEASE_GIL, Result, in_parallel
 
 _MAX_COUNTED_TASKS = 2**16
 """Largest pool whose mean |w|^2 is computed; that of a larger one is D to half a percent."""

@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from icl.model.stacked import Params
 from icl.sampling.minimum import Drop
 from icl.sampling.settings import SamplerSettings
 from icl.sampling.sgld import SGLDState
-from icl.stacked import Params
 
 DIVERGED = 10.0
 """A chain has diverged, and is masked, if its mean excess exceeds this many nats per sampled dimension.

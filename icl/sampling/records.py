@@ -1,6 +1,6 @@
 """LLC estimates of a run, stored by the settings that made them, and the tables made from all of them.
 
-An estimate is an entry (`icl.measure`) of `results/llc/<settings>/` in the run's folder. It has the row of `llc.csv`, the
+An estimate is an entry (`icl.runs.measure`) of `results/llc/<settings>/` in the run's folder. It has the row of `llc.csv`, the
 rows per position, and the traces. `<settings>` is a hash of everything that determines the chains. The entry's key also contains
 the version of the verdict's rules. So the tables have separate rows for different settings, and several programs may estimate the
 same run at once. Estimates that version 0.1.0 stored as `.npz` stay in the tables; a new estimate replaces them.
@@ -18,15 +18,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from icl.array_files import read_archive
 from icl.config import SamplerConfig
-from icl.file_system import lock_file
-from icl.measure import Cache, Entry, Measurement
-from icl.reading import ContentError, is_table
-from icl.runs import RunFolder
+from icl.config.validation import has_type, is_count
+from icl.files.arrays import read_archive
+from icl.files.reading import ContentError, is_table
+from icl.files.system import lock_file
+from icl.runs.folder import RunFolder
+from icl.runs.measure import Cache, Entry, Measurement
 from icl.sampling import verdict
 from icl.sampling.result import LLCResult
-from icl.validation import has_type, is_count
 
 COLUMNS = (
     *("step", "checkpoint_hash", "llc", "stderr", "init_loss", "mean_loss"),

@@ -12,8 +12,8 @@ weights are then another explanation of a falling estimate.
 """
 
 from icl.config import ModelConfig
-from icl.stacked import Params
-from icl.validation import ConfigError
+from icl.config.validation import ConfigError
+from icl.model.stacked import Params
 
 
 def rescaled(model: ModelConfig, params: Params, factor: float) -> Params:

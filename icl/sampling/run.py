@@ -13,11 +13,12 @@ import torch
 from tqdm import tqdm
 
 from icl.build import build_checkpoint_model, choose_device
-from icl.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, require_one_run
+from icl.compute.memory import require_memory
 from icl.config import RunConfig, SamplerConfig
-from icl.measure import Measurement, measure_checkpoints
-from icl.memory import require_memory
-from icl.runs import run_of
+from icl.config.validation import ConfigError, parse_steps, real
+from icl.runs.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, require_one_run
+from icl.runs.folder import run_of
+from icl.runs.measure import Measurement, measure_checkpoints
 from icl.sampling.chains import Advance
 from icl.sampling.estimation import estimate
 from icl.sampling.prompt_loss import prompt_target, trivial_loss
@@ -26,7 +27,6 @@ from icl.sampling.rescaling import rescaled
 from icl.sampling.result import CheckpointId, LLCResult
 from icl.sampling.settings import chain_settings, num_moves, with_nbeta
 from icl.sampling.target import Target
-from icl.validation import ConfigError, parse_steps, real
 
 CHECKPOINTS_AT_ONCE = 16
 """Number of checkpoints that run together on a device other than the CPU."""

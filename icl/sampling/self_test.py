@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from icl import rng
+from icl.model.stacked import Params
 from icl.sampling import known
 from icl.sampling.batches import Batch, Batches
 from icl.sampling.llc import estimate_llcs
 from icl.sampling.result import LLCResult
 from icl.sampling.target import Loss
-from icl.stacked import Params
 
 NUM_STDERRS = 3.5
 """Number of standard errors that an estimate may differ from the truth."""

@@ -5,8 +5,8 @@ import math
 from dataclasses import dataclass
 
 from icl.config import SamplerConfig
+from icl.config.validation import Bound, ConfigError, real, whole
 from icl.sampling.sgld import KERNELS
-from icl.validation import Bound, ConfigError, real, whole
 
 _MINIMA = {"num_chains": 1, "num_draws": 2, "num_burnin_steps": 0, "seed": 0, "thinning": 1}
 _BOUNDS: dict[str, Bound] = {"lr": "positive", "nbeta": "positive", "localization": "zero or positive"}

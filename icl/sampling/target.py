@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.utils import _pytree as pytree
 
-from icl.flat import Layout
+from icl.config.validation import ConfigError
+from icl.model.flat import Layout
+from icl.model.stacked import Params, unstack
 from icl.sampling.batches import Batch, Batches
-from icl.stacked import Params, unstack
-from icl.validation import ConfigError
 
 Loss: TypeAlias = Callable[[Params, Batch], Tensor]
 """Function from one member's parameters and one batch to a number, or to components whose mean is the loss."""

@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from icl.file_system import LockedError, lock_file
-from icl.reading import ContentError, parse_json, read_bytes
-from icl.storage import write_atomically
-from icl.validation import has_type
+from icl.config.validation import has_type
+from icl.files.reading import ContentError, parse_json, read_bytes
+from icl.files.system import LockedError, lock_file
+from icl.files.writing import write_atomically
 
 Outcome = Literal["running", "done", "failed", "preempted"]
 

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from icl.environment import COMMANDS, OWN_PROGRAM
+from icl.config.validation import ConfigError
 from icl.resolve import OPTIONS, POINT_VARIABLE
-from icl.validation import ConfigError
+from icl.runs.environment import COMMANDS, OWN_PROGRAM
 
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 """The command that W&B runs for a file with a `program` and no `command`."""

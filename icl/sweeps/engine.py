@@ -16,8 +16,8 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from icl.files.writing import StorageError
 from icl.signals import handling
-from icl.storage import StorageError
 from icl.sweeps.attempts import BEAT_SECONDS, STALE_SECONDS, Claim, claim, last_attempt, session_start
 from icl.sweeps.points import Point
 from icl.sweeps.program import Program, start_program

@@ -18,14 +18,14 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from icl.config import RunConfig, flatten, is_free_on_resume
+from icl.config.validation import ConfigError
 from icl.presets import run_name, sampler_name
 from icl.resolve import OPTIONS, read_config_file, read_words, refuse_conflicts, refuse_twice_set, resolve
-from icl.runs import DONE, RunFolder, config_differences, local_root
+from icl.runs.folder import DONE, RunFolder, config_differences, local_root
 from icl.sweeps.command import JSON_FILE_MACRO, fill_macros, own_command
 from icl.sweeps.distributions import Parameter, draw, grid_values
 from icl.sweeps.schema import MAX_POINTS, SweepFile, SweepFileError
 from icl.training.refusals import require_learning, require_monitor
-from icl.validation import ConfigError
 
 Settings = dict[str, Any]
 

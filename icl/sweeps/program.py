@@ -10,9 +10,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from icl.redaction import redact
-from icl.runs import DONE, RunFolder, Status
-from icl.storage import write_atomically
+from icl.files.redaction import redact
+from icl.files.writing import write_atomically
+from icl.runs.folder import DONE, RunFolder, Status
 from icl.sweeps.attempts import Claim, Outcome
 from icl.sweeps.command import child_environment, fill_macros, with_own_icl
 from icl.sweeps.points import Point

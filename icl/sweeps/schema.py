@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from icl.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
+from icl.config.validation import ConfigError, is_count, require
+from icl.files.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
 from icl.sweeps.command import DEFAULT_COMMAND, refuse_unused_macros
 from icl.sweeps.distributions import DISTRIBUTIONS, EXPONENTS, Parameter, extremes, grid_values, has_too_long_grid
-from icl.validation import ConfigError, is_count, require
 
 _OWN_KEYS = ("method", "parameters", "command", "program", "run_cap")
 _SERVER_KEYS = (

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from icl.runs import DONE, RunFolder, Status, fails_again, require_same_config
+from icl.config.validation import ConfigError
+from icl.runs.folder import DONE, RunFolder, Status, fails_again, require_same_config
 from icl.sweeps.attempts import STALE_SECONDS, Attempt, is_alive, last_attempt
 from icl.sweeps.points import Point
-from icl.validation import ConfigError
 
 
 class PointState(NamedTuple):

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from icl import rng
-from icl.memory import require_memory
-from icl.validation import ConfigError, parse_num_tasks, whole
+from icl.compute.memory import require_memory
+from icl.config.validation import ConfigError, parse_num_tasks, whole
 
 _POOL = "tasks"
 

@@ -18,10 +18,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from icl import rng
+from icl.compute.memory import require_memory
 from icl.config import RunConfig
-from icl.memory import require_memory
+from icl.config.validation import ConfigError, whole
 from icl.tasks.priors import Discrete, Gaussian, sample_tasks, task_prior
-from icl.validation import ConfigError, whole
 
 Distribution = Literal["pretrain", "true"]
 MAX_STEP = 2**62

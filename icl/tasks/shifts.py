@@ -38,8 +38,8 @@ from torch import Tensor
 
 from icl import rng
 from icl.config import RunConfig
+from icl.config.validation import ConfigError, whole
 from icl.tasks.prompts import MAX_PROMPTS, MAX_STEP, Prompts, prompt_source
-from icl.validation import ConfigError, whole
 
 BASE_STREAM = "true"
 """The stream whose prompts are shifted."""

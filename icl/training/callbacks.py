@@ -16,12 +16,12 @@ from typing import Any
 import lightning.pytorch as pl
 
 from icl.config import EarlyStoppingConfig
-from icl.evaluation import EvaluationSet, summarise
-from icl.metrics_file import MetricsFile, logged_steps, metric_columns
-from icl.runs import FAILS_AGAIN
+from icl.evaluation.sets import EvaluationSet, summarise
+from icl.runs.folder import FAILS_AGAIN
+from icl.runs.metrics_file import MetricsFile, logged_steps, metric_columns
 from icl.training.members import Member
 from icl.training.module import PopulationModule
-from icl.training.wandb_agent import PARENT_PROCESS, in_sweep
+from icl.training.wandb.agent import PARENT_PROCESS, in_sweep
 
 Metrics = dict[str, float | int]
 

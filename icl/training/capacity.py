@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from icl.build import build_model
+from icl.compute.memory import device_bytes, require_memory
 from icl.config import RunConfig
-from icl.memory import device_bytes, require_memory
-from icl.stacked import Params, apply, size, stack
+from icl.model.stacked import Params, apply, size, stack
 
 _ROWS = 7
 """Arrays per member on a GPU: parameters, gradient, two moments, and the new parameters and moments."""

@@ -13,8 +13,8 @@ import lightning.pytorch as pl
 import torch
 
 from icl.config import RunConfig
-from icl.contents import expected_steps
-from icl.schedules import next_stop
+from icl.config.schedules import next_stop
+from icl.runs.contents import expected_steps
 from icl.tasks.prompts import Prompts, prompt_source, sample_together
 
 _BLOCK_NORMALS = 2**19

@@ -9,12 +9,12 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from icl.contents import describe_missing, missing_steps
-from icl.runs import DONE, RunError, State, Status, is_child_rank
+from icl.config.validation import UserError
+from icl.runs.contents import describe_missing, missing_steps
+from icl.runs.folder import DONE, RunError, State, Status, is_child_rank
 from icl.training.members import Member
 from icl.training.progress import member_status
-from icl.training.wandb_log import exit_code_of
-from icl.validation import UserError
+from icl.training.wandb.log import exit_code_of
 
 
 def record_outcome(member: Member, step: int, received: signal.Signals | None) -> None:

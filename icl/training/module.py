@@ -1,4 +1,4 @@
-"""The LightningModule of a population: each batch holds the prompts of a few optimiser steps (`icl.step`).
+"""The LightningModule of a population: each batch holds the prompts of a few optimiser steps (`icl.compute.step`).
 
 A single run is a population of one. The module holds the parameters and Adam's moments of N members as rows of matrices. It also
 records the mean loss, the number of clipped steps and the first non-finite step of every member. These records are tensors on
@@ -14,11 +14,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from icl.compiling import compiling_pays
-from icl.flat import layout_of
-from icl.schedules import rate_factor
-from icl.stacked import Params, apply
-from icl.step import AdamState, StepInfo, adam_state, make_step
+from icl.compute.compiling import compiling_pays
+from icl.compute.step import AdamState, StepInfo, adam_state, make_step
+from icl.config.schedules import rate_factor
+from icl.model.flat import layout_of
+from icl.model.stacked import Params, apply
 from icl.tasks.prompts import Prompts
 from icl.training.members import Member
 from icl.training.optimiser import PopulationAdam

@@ -1,6 +1,6 @@
 """Adam for a population, with the interface of a PyTorch optimiser.
 
-Loss, gradient, clipping and update are one function of tensors (`icl.step`), so that a step can be compiled as one graph. So
+Loss, gradient, clipping and update are one function of tensors (`icl.compute.step`), so that a step can be compiled as one graph. So
 `step` takes prompts instead of gradients. Everything else is as in `torch.optim.Adam`: the parameter group holds the rate of
 the next update, and the state holds the moments and the number of updates.
 """
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icl.compute.step import AdamState, Step, StepInfo
 from icl.config import OptimConfig
-from icl.step import AdamState, Step, StepInfo
 from icl.tasks.prompts import Prompts
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from icl.contents import describe_missing, missing_steps
+from icl.runs.contents import describe_missing, missing_steps
 from icl.training.members import Member
 
 _SECONDS = 20.0

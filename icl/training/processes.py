@@ -16,10 +16,10 @@ from lightning.fabric.plugins.environments import (
 )
 
 from icl.config import RunConfig, TrainerConfig
+from icl.config.validation import ConfigError
 from icl.resolve import POINT_VARIABLE
-from icl.runs import RANK_VARIABLES, is_child_rank
-from icl.training.wandb_agent import in_sweep
-from icl.validation import ConfigError
+from icl.runs.folder import RANK_VARIABLES, is_child_rank
+from icl.training.wandb.agent import in_sweep
 
 _ONE_PER_PROCESS = "`trainer.devices` times `trainer.num_nodes`"
 

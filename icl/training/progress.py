@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from tqdm import tqdm
 
-from icl.runs import State, Status
+from icl.runs.folder import State, Status
 from icl.training.callbacks import MetricsLog
 from icl.training.members import Member
 

@@ -6,9 +6,9 @@
 import numpy as np
 
 from icl.config import RunConfig
-from icl.metrics_file import metric_columns
-from icl.schedules import rate_factor
-from icl.validation import ConfigError
+from icl.config.schedules import rate_factor
+from icl.config.validation import ConfigError
+from icl.runs.metrics_file import metric_columns
 
 
 def require_monitor(config: RunConfig) -> None:

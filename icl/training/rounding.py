@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from icl import tiny_attention
 from icl.config import TrainerConfig
-from icl.environment import versions
+from icl.model import attention as tiny_attention
+from icl.runs.environment import versions
 
 
 def rounding_conditions(settings: TrainerConfig, *, device: str, is_compiled: bool) -> dict[str, str]:

@@ -18,15 +18,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from icl import tiny_attention
 from icl.build import build_model, choose_device
 from icl.config import MEMBER_SETTINGS, RunConfig
-from icl.contents import describe_altered_rows, describe_missing, missing_steps
-from icl.environment import environment_line
-from icl.evaluation import EvaluationSet
-from icl.metrics_file import MetricsFile, are_rows_altered, logged_steps, lost_rows, metric_columns
+from icl.config.validation import ConfigError
+from icl.evaluation.sets import EvaluationSet
+from icl.files.writing import remove_temporaries
+from icl.model import attention as tiny_attention
+from icl.model.stacked import Params, stack
 from icl.presets import run_name
-from icl.runs import (
+from icl.runs.contents import describe_altered_rows, describe_missing, missing_steps
+from icl.runs.environment import environment_line
+from icl.runs.folder import (
     DONE,
     FAILS_AGAIN,
     RunError,
@@ -38,9 +40,7 @@ from icl.runs import (
     require_own_place,
     require_same_config,
 )
-from icl.stacked import Params, stack
-from icl.storage import remove_temporaries
-from icl.training import wandb_agent
+from icl.runs.metrics_file import MetricsFile, are_rows_altered, logged_steps, lost_rows, metric_columns
 from icl.training.callbacks import StopSignals
 from icl.training.capacity import num_fitting, require_room
 from icl.training.data import PromptDataModule
@@ -53,8 +53,8 @@ from icl.training.refusals import require_learning, require_monitor
 from icl.training.saving import read_resume_file
 from icl.training.trainer import evaluation_sets, make_callbacks, make_trainer
 from icl.training.upload import upload_behind
-from icl.training.wandb_log import WandbLog, start_wandb, wandb_mode
-from icl.validation import ConfigError
+from icl.training.wandb import agent as wandb_agent
+from icl.training.wandb.log import WandbLog, start_wandb, wandb_mode
 
 
 class TrainResult(NamedTuple):
@@ -89,7 +89,7 @@ def train(config: RunConfig, *, folder: str | Path | None = None, wandb_run: Any
     Args:
         config: Settings of the run.
         folder: Folder of the run; None uses `$LOCAL_ROOT/<run name>`.
-        wandb_run: W&B run of a sweep's point (`icl.training.wandb_agent`), which the caller ends; None starts a W&B run
+        wandb_run: W&B run of a sweep's point (`icl.training.wandb.agent`), which the caller ends; None starts a W&B run
             if W&B is set up.
 
     Raises:

@@ -1,6 +1,6 @@
 """Save checkpoints for analysis, and the files from which runs resume.
 
-Each member's `last.ckpt` (`icl.resume_file`) is a Lightning checkpoint of that member alone. It holds the member's slice of the
+Each member's `last.ckpt` (`icl.runs.resume_file`) is a Lightning checkpoint of that member alone. It holds the member's slice of the
 stacked parameters and of Adam's moments. So a member of a population can be resumed alone, and runs at the same step can be
 joined to a population.
 """
@@ -16,14 +16,14 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from icl.checkpoint_header import MOMENTS
-from icl.checkpoints import checkpoint_name, save_checkpoint
 from icl.config import EarlyStoppingConfig
-from icl.file_system import sync_file, sync_folder
-from icl.resume_file import pack, read_resume, unpack
-from icl.runs import RunFolder, is_child_rank, require_same_config
-from icl.stacked import Params, unstack
-from icl.storage import StorageError, temporary_path, write_atomically
+from icl.files.system import sync_file, sync_folder
+from icl.files.writing import StorageError, temporary_path, write_atomically
+from icl.model.stacked import Params, unstack
+from icl.runs.checkpoint_header import MOMENTS
+from icl.runs.checkpoints import checkpoint_name, save_checkpoint
+from icl.runs.folder import RunFolder, is_child_rank, require_same_config
+from icl.runs.resume_file import pack, read_resume, unpack
 from icl.training.callbacks import MetricsLog, NonFiniteGuard, any_rank
 from icl.training.members import Member
 from icl.training.module import PopulationModule

@@ -10,9 +10,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from icl.build import build_evaluation_sets, choose_device
 from icl.config import RunConfig
-from icl.contents import expected_steps
-from icl.evaluation import EvaluationSet
-from icl.runs import is_child_rank
+from icl.config.validation import ConfigError
+from icl.evaluation.sets import EvaluationSet
+from icl.runs.contents import expected_steps
+from icl.runs.folder import is_child_rank
 from icl.training.callbacks import (
     EarlyStopping,
     Ending,
@@ -27,7 +28,6 @@ from icl.training.processes import cluster_environment
 from icl.training.progress import ProgressBar, StatusFile
 from icl.training.saving import MemberFiles, ResumeFiles, ScheduledCheckpoints
 from icl.training.xla import xla_options
-from icl.validation import ConfigError
 
 _MANY_TASKS = 2**16
 """Number of tasks above which dMMSE on the evaluation prompts takes seconds, so that we print a message."""

@@ -20,12 +20,16 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from icl import waiting
-from icl.checkpoints import checkpoint_name
 from icl.config import RunConfig
-from icl.contents import expected_steps
-from icl.delivery import UploadError, describe_left, is_delivered, note_delivered
-from icl.mirror import (
+from icl.config.validation import UserError
+from icl.files.writing import StorageError
+from icl.presets import run_name
+from icl.progress import progress_bar
+from icl.runs.checkpoints import checkpoint_name
+from icl.runs.contents import expected_steps
+from icl.runs.delivery import UploadError, describe_left, is_delivered, note_delivered
+from icl.runs.folder import DONE, RunFolder
+from icl.runs.mirror import (
     CHECKPOINT_FOLDERS,
     VOUCHERS,
     Mirror,
@@ -39,12 +43,9 @@ from icl.mirror import (
     store_url,
     take_up,
 )
-from icl.presets import run_name
-from icl.progress import progress_bar
-from icl.runs import DONE, RunFolder
 from icl.signals import handling
-from icl.storage import LocalStore, MissingKeyError, StorageError, sha256
-from icl.validation import UserError
+from icl.store import waiting
+from icl.store.base import LocalStore, MissingKeyError, sha256
 
 SECONDS = 2.0
 """Seconds between two checks of the folder."""

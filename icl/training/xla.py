@@ -13,9 +13,9 @@ from lightning.fabric.plugins import XLACheckpointIO
 from lightning.pytorch.accelerators import XLAAccelerator
 
 from icl.config import TrainerConfig
+from icl.config.validation import ConfigError
 from icl.training.members import Member
 from icl.training.saving import MemberFiles
-from icl.validation import ConfigError
 
 
 class HostXLAAccelerator(XLAAccelerator):

@@ -12,11 +12,11 @@ from tiny_runs import TINY, change
 from icl.analysis import ANALYSES, module_name, run
 from icl.analysis.run import analyse, as_table, find, over_checkpoints
 from icl.build import build_model
-from icl.checkpoints import CheckpointError, save_checkpoint
 from icl.cli import main
-from icl.measure import Measurement
-from icl.runs import RunFolder
-from icl.validation import ConfigError
+from icl.config.validation import ConfigError
+from icl.runs.checkpoints import CheckpointError, save_checkpoint
+from icl.runs.folder import RunFolder
+from icl.runs.measure import Measurement
 
 QUICK = ["--num_prompts", "24", "--num_batches", "4", "--num_task_prompts", "8", "--num_data_prompts", "32"]
 STEPS = (0, 1, 4, 20)
@@ -175,7 +175,7 @@ def test_explained_shares_of_a_line_are_one_and_zero():
 
 
 def test_all_analyses_of_a_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("icl.commands.analyse.ANALYSES", {"gradients": ANALYSES["gradients"]})
+    monkeypatch.setattr("icl.cli.analyse.ANALYSES", {"gradients": ANALYSES["gradients"]})
     folder = saved_run(tmp_path / "r", steps=(3,))
     assert main(["analyse", str(folder.path), "--what", "all"]) == 0
     assert (folder.results / "gradients.csv").is_file()
@@ -189,7 +189,7 @@ def test_all_goes_on_after_a_refusal_says_which_and_fails(tmp_path, monkeypatch,
             raise CheckpointError("There is no table; run `icl llc`.")
         done.append(name)
 
-    monkeypatch.setattr("icl.commands.analyse._analyse", made_up)
+    monkeypatch.setattr("icl.cli.analyse._analyse", made_up)
     assert main(["analyse", str(tmp_path), "--what", "all"]) == 1
     every = [name for name, about in ANALYSES.items() if about.of == "run"]
     assert done == [name for name in every if name not in ("hessian", "embeddings")]

@@ -10,13 +10,13 @@ from tiny_runs import TINY, change
 from icl.analysis.attention import Settings, measure_members, over_queries, patterns, scores, uniform_pattern
 from icl.analysis.run import Members
 from icl.build import build_model
-from icl.checkpoints import Checkpoint, save_checkpoint
 from icl.cli import main
+from icl.config.validation import ConfigError
+from icl.model.stacked import stack
 from icl.plotting.attention import plot
-from icl.runs import RunFolder
-from icl.stacked import stack
+from icl.runs.checkpoints import Checkpoint, save_checkpoint
+from icl.runs.folder import RunFolder
 from icl.tasks.prompts import sample_prompts
-from icl.validation import ConfigError
 
 DEEP = change(TINY, model={"num_layers": 2})
 

@@ -21,14 +21,14 @@ from icl.analysis.behaviour import (
 from icl.analysis.behaviour.findings import findings, summary
 from icl.analysis.run import Members
 from icl.build import build_model
-from icl.checkpoints import Checkpoint, save_checkpoint
 from icl.cli import main
-from icl.evaluation import evaluate
-from icl.measure import Entry
+from icl.config.validation import ConfigError
+from icl.evaluation.sets import evaluate
+from icl.model.stacked import apply, stack
 from icl.plotting.behaviour import plot
-from icl.runs import RunFolder
-from icl.stacked import apply, stack
-from icl.validation import ConfigError
+from icl.runs.checkpoints import Checkpoint, save_checkpoint
+from icl.runs.folder import RunFolder
+from icl.runs.measure import Entry
 
 CONFIG = change(TINY, task={"num_tasks": 4, "max_examples": 8})
 GAUSSIAN = change(CONFIG, task={"num_tasks": math.inf})

@@ -9,7 +9,7 @@ from tiny_runs import TINY
 from icl import metrics
 from icl.analysis.gradients import data as dg
 from icl.build import build_model
-from icl.stacked import apply, stack
+from icl.model.stacked import apply, stack
 from icl.tasks.priors import task_pool
 
 D, K = 3, 4

@@ -8,7 +8,7 @@ import pytest
 
 from icl.analysis.diversity_fit import FitError, Settings, analyse, fit, read_points
 from icl.cli import main
-from icl.validation import ConfigError
+from icl.config.validation import ConfigError
 
 MODELS = ("linear", "ridge", "lasso")
 

@@ -17,11 +17,11 @@ from icl.analysis.embeddings import (
 )
 from icl.analysis.run import Members
 from icl.build import build_model
-from icl.checkpoints import Checkpoint, save_checkpoint
 from icl.cli import main
-from icl.runs import RunFolder
-from icl.stacked import stack
-from icl.validation import ConfigError
+from icl.config.validation import ConfigError
+from icl.model.stacked import stack
+from icl.runs.checkpoints import Checkpoint, save_checkpoint
+from icl.runs.folder import RunFolder
 
 
 def weights(config=TINY, *, seed=0):

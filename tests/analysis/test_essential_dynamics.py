@@ -13,11 +13,11 @@ from icl.analysis.essential_dynamics.forms import find_shapes
 from icl.analysis.essential_dynamics.trajectories import StateSettings, Trajectory, read_trajectory, references
 from icl.analysis.run import analyse
 from icl.build import build_model
-from icl.checkpoints import CheckpointError, save_checkpoint
 from icl.cli import main
+from icl.config.validation import ConfigError
 from icl.plotting.essential_dynamics import plot
-from icl.runs import RunFolder
-from icl.validation import ConfigError
+from icl.runs.checkpoints import CheckpointError, save_checkpoint
+from icl.runs.folder import RunFolder
 
 STEPS = (0, 1, 2, 4, 7, 12, 20, 33, 54, 60)
 

@@ -10,14 +10,14 @@ from tiny_runs import TINY, change
 from icl.analysis.hessian import NUM_BATCHES, Settings, analyse, hessian_products, measure_members
 from icl.analysis.run import Measurement, Members
 from icl.build import build_model
-from icl.checkpoints import Checkpoint, CheckpointError, save_checkpoint
 from icl.cli import main
-from icl.linalg import lanczos, ritz, trace
+from icl.compute.linalg import lanczos, ritz, trace
+from icl.config.validation import ConfigError
+from icl.model.stacked import stack
 from icl.plotting.hessian import plot
-from icl.runs import RunFolder
-from icl.stacked import stack
+from icl.runs.checkpoints import Checkpoint, CheckpointError, save_checkpoint
+from icl.runs.folder import RunFolder
 from icl.tasks.prompts import Prompts, sample_prompts
-from icl.validation import ConfigError
 
 SMALL = change(TINY, model={"embed_size": 4, "mlp_size": 4})
 QUICK = ["--num_prompts", "16", "--num_steps", "8", "--num_probes", "2", "--num_eigenvalues", "2"]

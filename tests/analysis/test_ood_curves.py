@@ -8,9 +8,9 @@ from tiny_runs import TINY, change
 
 from icl import baselines
 from icl.analysis.behaviour.ood_curves import FAMILIES, CurveSettings, curve, curve_rows, scaled_prompts, scales
+from icl.config.validation import ConfigError
 from icl.tasks.prompts import Prompts, sample_prompts
 from icl.tasks.shifts import sample_shifted_prompts
-from icl.validation import ConfigError
 
 CONFIG = change(TINY, task={"task_size": 3, "max_examples": 5, "noise_variance": 0.09})
 FACTORS = scales(15)

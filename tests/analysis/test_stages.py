@@ -12,12 +12,12 @@ from icl.analysis.run import analyse
 from icl.analysis.stages.agreement import RunBoundary, agree
 from icl.analysis.stages.signals import Signal, mirrors_loss, read_signals
 from icl.build import build_model
-from icl.checkpoints import CheckpointError, save_checkpoint
 from icl.cli import main
+from icl.config.validation import ConfigError
 from icl.plotting.llc import read_stages
 from icl.plotting.stages import plot
-from icl.runs import RunError, RunFolder
-from icl.validation import ConfigError
+from icl.runs.checkpoints import CheckpointError, save_checkpoint
+from icl.runs.folder import RunError, RunFolder
 
 NBETA = 66.67
 SAVED = np.unique(np.r_[500_000 ** np.linspace(0, 1, 100), np.linspace(0, 499_999, 100)].astype(int)).clip(max=499_999)

@@ -9,7 +9,7 @@ from tiny_runs import TINY, change
 from icl import baselines
 from icl.analysis.behaviour.task_vectors import compare, effective_weights, estimates
 from icl.build import build_model
-from icl.stacked import apply, stack
+from icl.model.stacked import apply, stack
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts
 

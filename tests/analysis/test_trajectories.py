@@ -16,10 +16,10 @@ from icl.analysis.essential_dynamics.trajectories import (
     require_comparable,
 )
 from icl.build import build_checkpoint_model, build_model
-from icl.checkpoints import CheckpointError, checkpoint_files, load_checkpoint_file, save_checkpoint
-from icl.runs import RunFolder
+from icl.config.validation import ConfigError
+from icl.runs.checkpoints import CheckpointError, checkpoint_files, load_checkpoint_file, save_checkpoint
+from icl.runs.folder import RunFolder
 from icl.tasks.priors import task_pool
-from icl.validation import ConfigError
 
 FEW = StateSettings(num_prompts=6)
 

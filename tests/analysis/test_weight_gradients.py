@@ -6,7 +6,7 @@ from tiny_runs import TINY, change
 
 from icl.analysis.gradients import weights as wg
 from icl.build import build_model
-from icl.stacked import apply, stack
+from icl.model.stacked import apply, stack
 from icl.tasks.prompts import sample_prompts
 
 B, P = 8, 50

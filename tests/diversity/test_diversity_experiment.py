@@ -19,18 +19,18 @@ from pathlib import Path
 import pytest
 from tiny_runs import TINY, change
 
-from icl.checkpoints import list_steps, load_step
 from icl.cli import main
-from icl.commands.diversity import _parse
+from icl.cli.diversity import _parse
 from icl.config import RunConfig, flatten
+from icl.config.validation import ConfigError
 from icl.diversity.experiment import run_experiment
 from icl.diversity.metadata import read_metadata
 from icl.diversity.runs import experiment_runs, find_runs
-from icl.runs import RunFolder
+from icl.runs.checkpoints import list_steps, load_step
+from icl.runs.folder import RunFolder
 from icl.sweeps.points import sweep_points
 from icl.sweeps.schema import read_sweep_file
 from icl.training.run import train
-from icl.validation import ConfigError
 
 QUICK = change(TINY, trainer={"max_steps": 20, "log_every": 5}, checkpoints={"every": 10, "num_log": 0})
 SLOW = change(TINY, trainer={"max_steps": 120, "log_every": 5}, evaluation={"every": 10}, checkpoints={"every": 60})

@@ -9,13 +9,13 @@ import pandas as pd
 import pytest
 from tiny_runs import TINY, change
 
-from icl.checkpoints import checkpoint_files
 from icl.cli import main
 from icl.diversity.experiment import run_experiment
 from icl.diversity.runs import find_runs
 from icl.diversity.tables import COLUMNS, evaluate_experiment
 from icl.plotting.diversity import plot_diversity
-from icl.run_evaluation import evaluate_run
+from icl.runs.checkpoints import checkpoint_files
+from icl.whole_runs import evaluate_run
 
 QUICK = change(TINY, trainer={"max_steps": 10, "log_every": 5}, checkpoints={"every": 5, "num_log": 0})
 

@@ -13,7 +13,7 @@ import pytest
 from figure_faults import faults
 from tiny_runs import TINY, change
 
-from icl.evaluation import evaluation_set, tabulate_losses
+from icl.evaluation.sets import evaluation_set, tabulate_losses
 from icl.plotting import gallery
 from icl.plotting.curves import plot_curves
 from icl.plotting.evaluation import plot_evaluation

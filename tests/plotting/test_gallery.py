@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from icl.config.validation import ConfigError
 from icl.plotting.gallery import FOLDER_VARIABLE, Gallery, write_index
 from icl.plotting.style import label_plainly, new_figure, render_figure
-from icl.validation import ConfigError
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from icl.validation import UserError
+from icl.config.validation import UserError
 from tests.reliability.bench import make_bench
 from tests.reliability.case import Case, command_case, nowhere_case
 

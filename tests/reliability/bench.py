@@ -9,10 +9,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from icl.checkpoints import checkpoint_files, save_checkpoint
 from icl.cli import main
 from icl.config import RunConfig
-from icl.runs import RunFolder, Status
+from icl.runs.checkpoints import checkpoint_files, save_checkpoint
+from icl.runs.folder import RunFolder, Status
 
 SETTINGS = """\
 run_name: tiny

@@ -34,8 +34,8 @@ from unittest import mock
 from matplotlib.figure import Figure
 from PIL import Image
 
+from icl.config.validation import UserError
 from icl.plotting import style
-from icl.validation import UserError
 from tests.reliability import readers
 from tests.reliability.mutations import damaged
 

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from icl.checkpoints import _SEAL, _digest, _seal
+from icl.runs.checkpoints import _SEAL, _digest, _seal
 
 EXTREMES = (
     *(-1, 0, 1, 2**31, 2**63, 10**30, 10**400, -(10**18), 1e308, -1e308, 5e-324, 0.5, -0.0),

@@ -12,26 +12,27 @@ from unittest import mock
 import pandas as pd
 from sampling.llc_runs import write_older_estimate
 
-from icl import compile_cache, run_evaluation
+from icl import whole_runs as run_evaluation
 from icl.analysis.run import analyse
 from icl.api import load_model
-from icl.checkpoints import load_checkpoint_file, stored_tensors
 from icl.cli import main
+from icl.cli.env_file import load_env_file
+from icl.compute import compile_cache
 from icl.config import RunConfig, SamplerConfig
-from icl.delivery import is_delivered, note_delivered
 from icl.diversity.metadata import Metadata
 from icl.diversity.runs import experiment_runs, find_runs
 from icl.diversity.tables import evaluate_experiment, save_tables
-from icl.env_file import load_env_file
-from icl.measure import Cache
-from icl.metrics_file import MetricsFile, metric_columns
-from icl.mirror import copied_names, open_mirror, push, take_up
 from icl.plotting.training import draw_run, drawn_losses
 from icl.resolve import read_config_file, read_points, resolve
-from icl.resume_file import parse_resume
-from icl.runs import FAILS_AGAIN, RunFolder, Status, fails_again
+from icl.runs.checkpoints import load_checkpoint_file, stored_tensors
+from icl.runs.delivery import is_delivered, note_delivered
+from icl.runs.folder import FAILS_AGAIN, RunFolder, Status, fails_again
+from icl.runs.measure import Cache
+from icl.runs.metrics_file import MetricsFile, metric_columns
+from icl.runs.mirror import copied_names, open_mirror, push, take_up
+from icl.runs.resume_file import parse_resume
 from icl.sampling.run import estimate_run
-from icl.storage import LocalStore, sha256
+from icl.store.base import LocalStore, sha256
 from icl.sweeps.attempts import claim
 from icl.sweeps.points import sweep_points
 from icl.sweeps.program import Program
@@ -39,9 +40,9 @@ from icl.sweeps.schema import read_sweep_file
 from icl.training.members import Member
 from icl.training.run import train
 from icl.training.saving import read_resume_file
-from icl.training.wandb_agent import _swept_names as read_swept_names
-from icl.training.wandb_agent import replay
-from icl.training.wandb_log import _run_id
+from icl.training.wandb.agent import _swept_names as read_swept_names
+from icl.training.wandb.agent import replay
+from icl.training.wandb.log import _run_id
 from tests.tiny_runs import TINY, change
 
 Content = Callable[[Path, Path], str | None]

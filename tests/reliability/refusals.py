@@ -17,9 +17,9 @@ from pathlib import Path
 
 from moto.server import ThreadedMotoServer
 
-from icl import waiting
 from icl.cli import main as icl
-from icl.storage import LocalStore
+from icl.store import waiting
+from icl.store.base import LocalStore
 from icl.training.run import train
 from tests.reliability.stand_ins import StandIn, stand_ins, start
 from tests.s3_server import SECRET, S3Server

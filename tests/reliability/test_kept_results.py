@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sampling.llc_runs import QUICK, make_run, write_older_estimate
 
-from icl.measure import Entry
+from icl.runs.measure import Entry
 from icl.sampling.records import VERSION, EstimateSettings, read_all
 from icl.sampling.run import estimate_run
 from icl.sampling.settings import with_nbeta

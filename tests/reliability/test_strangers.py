@@ -12,10 +12,10 @@ from tiny_runs import TINY
 
 from icl.api import load_checkpoint, load_model
 from icl.build import build_model
-from icl.checkpoints import CheckpointError, checkpoint_name, save_checkpoint
 from icl.cli import main
-from icl.runs import RunFolder, Status, describe_runs
-from icl.storage import LocalStore
+from icl.runs.checkpoints import CheckpointError, checkpoint_name, save_checkpoint
+from icl.runs.folder import RunFolder, Status, describe_runs
+from icl.store.base import LocalStore
 
 MEBIBYTE = 2**20
 DEEP = "[" * 100_000 + "]" * 100_000

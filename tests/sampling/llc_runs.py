@@ -9,9 +9,9 @@ import torch
 from tiny_runs import TINY
 
 from icl.build import build_model
-from icl.checkpoints import save_checkpoint
 from icl.config import SamplerConfig
-from icl.runs import RunFolder
+from icl.runs.checkpoints import save_checkpoint
+from icl.runs.folder import RunFolder
 from icl.sampling.records import Record
 
 QUICK = SamplerConfig(

@@ -9,11 +9,11 @@ import torch
 from options import keywords
 from torch import nn
 
+from icl.config.validation import ConfigError
 from icl.sampling import CheckpointId, estimate_llc, estimate_llcs, estimation, module_loss
 from icl.sampling.batches import batch_function
 from icl.sampling.settings import SamplerSettings
 from icl.sampling.target import Target
-from icl.validation import ConfigError
 
 SETTINGS = {
     "lr": 1e-3,

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from icl import rng
 from icl.build import build_model
-from icl.flat import layout_of
+from icl.compute.step import adam_state, make_step
+from icl.model.flat import layout_of
+from icl.model.stacked import stack
 from icl.sampling import estimate_llc
 from icl.sampling.prompt_loss import trivial_loss
-from icl.stacked import stack
-from icl.step import adam_state, make_step
 from icl.tasks.prompts import sample_prompts
 
 pytest.importorskip("devinterp", reason='needs devinterp 1.3.2: pip install -e ".[bench]"')

@@ -8,14 +8,13 @@ import pytest
 import yaml
 from llc_runs import CONFIG, QUICK, make_run
 
-from icl.checkpoints import checkpoint_files
-from icl.cli import main
-from icl.commands import llc
-from icl.commands.llc_output import describe_work
+from icl.cli import llc, main
+from icl.cli.llc_output import describe_work
 from icl.config import RunConfig
 from icl.plotting.llc import plot_llc, read_stages
 from icl.presets import preset, run_name, sampler_name
 from icl.resolve import read_words
+from icl.runs.checkpoints import checkpoint_files
 from icl.sampling import run as runs
 from icl.sampling.settings import PUBLISHED
 
@@ -284,7 +283,7 @@ def test_the_sampler_is_in_no_runs_name_and_has_a_name_of_its_own():
 
 
 def test_a_run_resumes_under_another_sampler(folder):
-    from icl.runs import config_differences, require_same_config
+    from icl.runs.folder import config_differences, require_same_config
 
     other = dataclasses.replace(CONFIG, sampler=dataclasses.replace(QUICK, lr=0.5))
     assert config_differences(CONFIG, other) == []

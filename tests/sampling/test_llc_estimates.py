@@ -10,10 +10,10 @@ from options import keywords
 from tiny_runs import TINY
 
 from icl.build import build_model
+from icl.config.validation import ConfigError
 from icl.sampling import estimate_llc, estimate_llcs, known, module_loss
 from icl.sampling.verdict import RULES, judge
 from icl.tasks.prompts import sample_prompts
-from icl.validation import ConfigError
 
 H = torch.tensor([0.3, 1.0, 3.0])
 GOOD = {

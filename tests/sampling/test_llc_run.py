@@ -9,13 +9,13 @@ import pytest
 import torch
 from llc_runs import CONFIG, QUICK, STEPS, make_run
 
-from icl.checkpoints import CheckpointError, checkpoint_files, save_checkpoint
-from icl.commands.llc_output import describe_rise
+from icl.cli.llc_output import describe_rise
+from icl.config.validation import ConfigError
+from icl.runs.checkpoints import CheckpointError, checkpoint_files, save_checkpoint
 from icl.sampling import run as runs
 from icl.sampling.records import COLUMNS, EstimateSettings, read_all
 from icl.sampling.run import chosen_files, estimate_run
 from icl.sampling.settings import PUBLISHED, from_scales, with_nbeta
-from icl.validation import ConfigError
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from icl.config.validation import ConfigError
 from icl.sampling import estimate_llc, module_loss
-from icl.validation import ConfigError
 
 SETTINGS = {"lr": 1e-3, "nbeta": 50.0, "localization": 5.0, "num_chains": 3, "num_draws": 4, "num_burnin_steps": 3}
 GENERATOR = torch.Generator().manual_seed(0)

@@ -11,13 +11,13 @@ import torch
 from llc_runs import CONFIG, QUICK
 from tiny_runs import change
 
-from icl import compiling
 from icl.build import build_model
-from icl.flat import layout_of
+from icl.compute import compiling
+from icl.model.flat import layout_of
+from icl.model.stacked import stack
 from icl.sampling.llc import restricted_layout
 from icl.sampling.prompt_loss import prompt_target, trivial_loss
 from icl.sampling.target import vmapped_gradient
-from icl.stacked import stack
 from icl.tasks.prompts import sample_prompts
 
 MODEL = build_model(CONFIG)

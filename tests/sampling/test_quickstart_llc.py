@@ -4,7 +4,7 @@ import pytest
 
 from icl.cli import main
 from icl.presets import preset
-from icl.runs import RunFolder, local_root
+from icl.runs.folder import RunFolder, local_root
 from icl.sampling.run import estimate_run
 
 pytestmark = pytest.mark.slow

@@ -8,11 +8,11 @@ import torch
 from tiny_runs import TINY, change
 
 from icl.build import build_model
-from icl.commands.llc_output import compare_rescaled
+from icl.cli.llc_output import compare_rescaled
+from icl.config.validation import ConfigError
+from icl.model.stacked import apply, stack
 from icl.sampling.rescaling import describe_pair, rescaled
-from icl.stacked import apply, stack
 from icl.tasks.prompts import sample_prompts
-from icl.validation import ConfigError
 
 
 @pytest.mark.parametrize(

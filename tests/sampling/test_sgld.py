@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from icl.flat import make_layout
+from icl.model.flat import make_layout
 from icl.sampling import sgld
 from icl.sampling.chains import run_chains
 from icl.sampling.settings import SamplerSettings

@@ -12,11 +12,11 @@ import yaml
 from tiny_runs import TINY
 
 from icl.build import build_model
-from icl.checkpoints import save_checkpoint
 from icl.cli import main
 from icl.presets import preset, run_name
 from icl.resolve import resolve
-from icl.runs import RunFolder
+from icl.runs.checkpoints import save_checkpoint
+from icl.runs.folder import RunFolder
 from icl.sampling.settings import PUBLISHED
 from icl.sweeps.points import sweep_points
 from icl.sweeps.schema import SweepFileError, read_sweep_file

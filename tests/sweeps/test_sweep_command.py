@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from icl.environment import OWN_PROGRAM
+from icl.config.validation import ConfigError
+from icl.runs.environment import OWN_PROGRAM
 from icl.sweeps.command import (
     child_environment,
     fill_macros,
@@ -15,7 +16,6 @@ from icl.sweeps.command import (
     refuse_unused_macros,
     with_own_icl,
 )
-from icl.validation import ConfigError
 
 SETTINGS = {"optim.lr": 1e-05, "flag": True, "off": False, "none": None, "model": {"act": "relu", "hidden": 8}}
 

@@ -17,9 +17,9 @@ from tiny_runs import TINY, change
 
 from icl.cli import main
 from icl.config import flatten
-from icl.environment import environment_line
-from icl.runs import RunFolder, Status, fails_again, local_root
-from icl.storage import write_atomically
+from icl.files.writing import write_atomically
+from icl.runs.environment import environment_line
+from icl.runs.folder import RunFolder, Status, fails_again, local_root
 from icl.sweeps.attempts import Attempt, last_attempt
 from icl.sweeps.engine import run_sweep
 from icl.sweeps.points import sweep_points

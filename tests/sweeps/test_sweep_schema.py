@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from icl.cli import main
+from icl.config.validation import ConfigError
 from icl.sweeps.distributions import DISTRIBUTIONS
 from icl.sweeps.schema import SweepFileError, read_sweep_file
-from icl.validation import ConfigError
 
 COMMAND = ["${env}", "icl", "train"]
 

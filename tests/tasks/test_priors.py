@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from icl import rng
+from icl.config.validation import ConfigError
 from icl.tasks.priors import Discrete, Gaussian, sample_tasks, task_pool, task_prior
-from icl.validation import ConfigError
 
 KEY = rng.stream(0, "test/tasks")
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 from tiny_runs import TINY, change
 
-from icl import memory, tiny_attention
 from icl.build import build_model
-from icl.memory import device_bytes
+from icl.compute import memory
+from icl.compute.memory import device_bytes
+from icl.model import attention as tiny_attention
+from icl.model.stacked import stack
 from icl.presets import preset
-from icl.runs import local_root
-from icl.stacked import stack
+from icl.runs.folder import local_root
 from icl.training import capacity, run
 from icl.training.capacity import activation_bytes, num_fitting
 from icl.training.run import train, train_population
@@ -134,8 +135,8 @@ def test_a_population_that_does_not_fit_is_trained_in_groups_with_the_same_resul
 
 @pytest.mark.gpu
 def test_the_estimate_bounds_what_a_gpu_needs():
-    from icl.flat import layout_of
-    from icl.step import adam_state, make_step
+    from icl.compute.step import adam_state, make_step
+    from icl.model.flat import layout_of
     from icl.tasks.prompts import sample_prompts
 
     config, num = preset("L2H4"), 8

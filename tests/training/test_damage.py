@@ -9,15 +9,15 @@ import torch
 from tiny_runs import TINY, as_arguments, change
 
 from icl.api import load_model
-from icl.checkpoints import CheckpointError, checkpoint_files, list_steps
 from icl.cli import main
-from icl.metrics_file import MetricsFile
-from icl.prediction import PromptError, predict_from_prompt
-from icl.run_evaluation import evaluate_run, save_evaluation
-from icl.runs import RunFolder, local_root
+from icl.config.validation import ConfigError, UserError
+from icl.evaluation.prediction import PromptError, predict_from_prompt
+from icl.runs.checkpoints import CheckpointError, checkpoint_files, list_steps
+from icl.runs.folder import RunFolder, local_root
+from icl.runs.metrics_file import MetricsFile
 from icl.tasks.prompts import sample_prompts
 from icl.training.run import train
-from icl.validation import ConfigError, UserError
+from icl.whole_runs import evaluate_run, save_evaluation
 
 QUICK = change(TINY, trainer={"max_steps": 20})
 COMMAND = ["train", *as_arguments(QUICK)]

@@ -7,8 +7,8 @@ import pandas as pd
 import torch
 from tiny_runs import TINY, as_arguments, change
 
-from icl.checkpoints import list_steps, load_step
-from icl.runs import RunFolder
+from icl.runs.checkpoints import list_steps, load_step
+from icl.runs.folder import RunFolder
 from icl.tasks.prompts import prompt_source
 from icl.training.data import PromptStream
 from icl.training.run import train

@@ -10,12 +10,12 @@ import pytest
 from s3_server import SECRET
 from tiny_runs import TINY, as_arguments, change
 
-import icl.s3
-from icl import waiting
+import icl.store.s3
 from icl.cli import main
-from icl.runs import RunFolder, local_root
-from icl.s3 import S3Store
-from icl.storage import StorageError
+from icl.files.writing import StorageError
+from icl.runs.folder import RunFolder, local_root
+from icl.store import waiting
+from icl.store.s3 import S3Store
 from icl.training import upload
 from icl.training.run import train
 
@@ -26,7 +26,7 @@ SHORT = change(TINY, trainer={"max_steps": 6}, evaluation={"every": None}, check
 def _impatient(monkeypatch, no_figures):
     monkeypatch.setattr(waiting, "SECONDS", 1.0)
     monkeypatch.setattr(waiting, "NOTICE_SECONDS", 0.2)
-    monkeypatch.setattr(icl.s3, "CHECK_SECONDS", 1.0)
+    monkeypatch.setattr(icl.store.s3, "CHECK_SECONDS", 1.0)
     monkeypatch.setattr(upload, "SECONDS", 0.05)
     waiting.moved()  # whatever another test waited for
 

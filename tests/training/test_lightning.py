@@ -10,9 +10,9 @@ from tiny_runs import TINY, change
 
 from icl.build import build_model
 from icl.config import EarlyStoppingConfig
-from icl.runs import RunFolder
-from icl.schedules import rate_factor
-from icl.stacked import stack
+from icl.config.schedules import rate_factor
+from icl.model.stacked import stack
+from icl.runs.folder import RunFolder
 from icl.training.callbacks import EarlyStopping, Ending, Evaluation, MetricsLog
 from icl.training.data import PromptDataModule
 from icl.training.members import Member

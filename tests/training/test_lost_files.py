@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from tiny_runs import TINY, as_arguments, change
 
-from icl.checkpoints import checkpoint_name, list_steps, load_step
 from icl.cli import main
-from icl.metrics_file import MetricsFile
-from icl.runs import RunError, RunFolder, local_root
-from icl.storage import StorageError
+from icl.files.writing import StorageError
+from icl.runs.checkpoints import checkpoint_name, list_steps, load_step
+from icl.runs.folder import RunError, RunFolder, local_root
+from icl.runs.metrics_file import MetricsFile
 from icl.training import saving
 from icl.training.run import train, train_population
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from tiny_runs import TINY, as_arguments, change
 
-from icl.checkpoints import checkpoint_name, list_steps, load_step
-from icl.claims import claim
 from icl.cli import main
 from icl.config import RunConfig
-from icl.mirror import copied_names, open_mirror, push
-from icl.runs import RunError, RunFolder, Status, local_root
-from icl.storage import LocalStore, open_store
+from icl.runs.checkpoints import checkpoint_name, list_steps, load_step
+from icl.runs.claims import claim
+from icl.runs.folder import RunError, RunFolder, Status, local_root
+from icl.runs.mirror import copied_names, open_mirror, push
+from icl.store.base import LocalStore
+from icl.store.opening import open_store
 from icl.training import saving, upload
 from icl.training.run import train
 

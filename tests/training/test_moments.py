@@ -5,10 +5,10 @@ import torch
 from tiny_runs import TINY, change
 
 from icl.build import build_model
-from icl.checkpoints import list_steps, load_step
 from icl.cli import main
-from icl.flat import make_layout
-from icl.runs import RunFolder, local_root
+from icl.model.flat import make_layout
+from icl.runs.checkpoints import list_steps, load_step
+from icl.runs.folder import RunFolder, local_root
 from icl.tasks.prompts import sample_prompts
 from icl.training import saving
 from icl.training.run import train, train_population

@@ -14,13 +14,13 @@ import pytest
 import torch
 from tiny_runs import TINY, as_population, change
 
-from icl.checkpoints import list_steps, load_step
 from icl.cli import main
 from icl.config import PopulationConfig, RunConfig
+from icl.config.validation import ConfigError
 from icl.presets import run_name
-from icl.runs import RunFolder, local_root
+from icl.runs.checkpoints import list_steps, load_step
+from icl.runs.folder import RunFolder, local_root
 from icl.training.run import train, train_population
-from icl.validation import ConfigError
 
 SHORT = change(TINY, trainer={"max_steps": 40}, checkpoints={"every": 20, "num_log": 0})
 CONFIGS = [

@@ -10,10 +10,10 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from tiny_runs import TINY, as_arguments, change
 
 from icl.cli import main
-from icl.runs import RunFolder, is_child_rank, local_root
+from icl.config.validation import ConfigError
+from icl.runs.folder import RunFolder, is_child_rank, local_root
 from icl.training.processes import cluster_environment, join_processes
 from icl.training.trainer import make_trainer
-from icl.validation import ConfigError
 
 SHORT = change(TINY, trainer={"max_steps": 4}, evaluation={"every": None}, checkpoints={"every": 2, "num_log": 0})
 SHELL = {

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny_runs import TINY, as_population, change
 
-import icl.commands.train
+import icl.cli.train
 import icl.plotting.training
 from icl.build import build_evaluation_sets
 from icl.cli import main
 from icl.plotting.training import draw_run, drawn_losses
-from icl.runs import RunFolder, Status, local_root
+from icl.runs.folder import RunFolder, Status, local_root
 from icl.training import run
 from icl.training.run import TrainResult, train, train_population
 
@@ -153,11 +153,11 @@ def test_members_share_the_prompts_they_are_shown_on_and_what_is_drawn_is_not_dr
     monkeypatch.setattr(icl.plotting.training, "build_evaluation_sets", build)
     monkeypatch.setattr(icl.plotting.training, "draw_run", draw)
     configs = [*CONFIGS[:2], change(CONFIGS[2], task={"num_tasks": float("inf")})]
-    assert icl.commands.train._show_members(train_population(configs, folders=places)) == []
+    assert icl.cli.train._show_members(train_population(configs, folders=places)) == []
     assert (len(built), len(drawn)) == (2, 3)
     table = told_table(capsys)
     (RunFolder(places[2]).figures / "training.png").unlink()
-    assert icl.commands.train._show_members(train_population(configs, folders=places)) == []
+    assert icl.cli.train._show_members(train_population(configs, folders=places)) == []
     assert [str(path) for path in drawn[3:]] == places[2:]
     assert told_table(capsys) == table
 
@@ -169,7 +169,7 @@ def told_table(capsys):
 def test_a_member_that_cannot_be_drawn_is_named_and_the_others_are_shown(places, capsys):
     results = train_population(CONFIGS, folders=places)
     shutil.rmtree(results[0].folder.checkpoints.root)
-    reasons = icl.commands.train._show_members(results)
+    reasons = icl.cli.train._show_members(results)
     assert len(reasons) == 1
     assert "There are no checkpoints" in reasons[0]
     assert places[1] in capsys.readouterr().out
@@ -193,7 +193,7 @@ def test_the_table_is_read_back_as_it_was_drawn(places):
 )  # fmt: skip
 def test_the_headline_compares_with_both_and_with_the_optimum(num_tasks, said, places, capsys):
     folder = train(change(QUICK, task={"num_tasks": num_tasks}), folder=places[0]).folder
-    icl.commands.train._show_run(folder)
+    icl.cli.train._show_run(folder)
     lines = capsys.readouterr().out.splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("The model's mean loss is"))
     line = " ".join(lines[first : first + 2])

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tiny_runs import TINY, as_arguments, change
 
-from icl.checkpoints import list_steps, load_step
 from icl.cli import main
-from icl.runs import RunFolder
+from icl.runs.checkpoints import list_steps, load_step
+from icl.runs.folder import RunFolder
 from icl.training.run import train
 
 # Slow enough to be caught in the act, saving its resume file at every step.
@@ -116,8 +116,8 @@ def test_sigterm_saves_exits_with_its_number_and_resumes_bit_identically(root, u
 @pytest.mark.parametrize(
     ("module", "pattern", "calls"),
     [
-        pytest.param("icl.file_system", "last.ckpt", 50, id="resume file", marks=pytest.mark.slow),
-        pytest.param("icl.file_system", "step-000000075", 1, id="checkpoint", marks=pytest.mark.slow),
+        pytest.param("icl.files.system", "last.ckpt", 50, id="resume file", marks=pytest.mark.slow),
+        pytest.param("icl.files.system", "step-000000075", 1, id="checkpoint", marks=pytest.mark.slow),
     ],
 )
 def test_a_kill_inside_a_save_loses_nothing(root, undisturbed, module, pattern, calls):

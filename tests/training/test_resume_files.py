@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_runs import TINY, change
 
-from icl.checkpoints import list_steps, load_step
-from icl.environment import environments_of
-from icl.resume_file import ResumeFileError, pack, parse_resume
-from icl.runs import RunFolder, local_root
+from icl.runs.checkpoints import list_steps, load_step
+from icl.runs.environment import environments_of
+from icl.runs.folder import RunFolder, local_root
+from icl.runs.resume_file import ResumeFileError, pack, parse_resume
 from icl.training import saving
 from icl.training.members import Member
 from icl.training.rounding import describe_changes

@@ -10,12 +10,13 @@ import torch
 from tiny_runs import TINY, change
 
 from icl.build import build_model
-from icl.checkpoints import list_steps, load_step
 from icl.config import RunConfig
-from icl.metrics_file import MetricsFile
-from icl.runs import RunError, RunFolder, local_root
-from icl.schedules import rate_factor
-from icl.stacked import Params, stack, unstack
+from icl.config.schedules import rate_factor
+from icl.config.validation import ConfigError
+from icl.model.stacked import Params, stack, unstack
+from icl.runs.checkpoints import list_steps, load_step
+from icl.runs.folder import RunError, RunFolder, local_root
+from icl.runs.metrics_file import MetricsFile
 from icl.tasks.prompts import sample_prompts
 from icl.training.data import PromptDataModule
 from icl.training.members import Member
@@ -23,7 +24,6 @@ from icl.training.module import PopulationModule
 from icl.training.optimiser import PopulationAdam
 from icl.training.run import NonFiniteLossError, train
 from icl.training.trainer import make_trainer
-from icl.validation import ConfigError
 
 
 def plain_loop(config: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]:

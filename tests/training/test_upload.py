@@ -13,23 +13,25 @@ import pytest
 from s3_server import SECRET
 from tiny_runs import TINY, as_arguments, change
 
-import icl.commands.train
+import icl.cli.train
 import icl.plotting.training
-from icl.checkpoints import list_steps, load_step
 from icl.cli import main
 from icl.config import RunConfig
-from icl.delivery import send_results
-from icl.mirror import copied_names, open_mirror
+from icl.config.validation import ConfigError
+from icl.files.writing import StorageError
 from icl.plotting.training import DrawnRun
-from icl.runs import RunError, RunFolder, local_root
-from icl.storage import LocalStore, StorageError, open_store
+from icl.runs.checkpoints import list_steps, load_step
+from icl.runs.delivery import send_results
+from icl.runs.folder import RunError, RunFolder, local_root
+from icl.runs.mirror import copied_names, open_mirror
+from icl.store.base import LocalStore
+from icl.store.opening import open_store
 from icl.training import upload
 from icl.training.run import train
 from icl.training.upload import Uploader, UploadError
-from icl.validation import ConfigError
 
 SHORT = change(TINY, trainer={"max_steps": 20}, evaluation={"every": None}, checkpoints={"every": 5, "num_log": 0})
-SHOW_RUN = icl.commands.train._show_run
+SHOW_RUN = icl.cli.train._show_run
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +123,7 @@ def _drawn(monkeypatch):
         losses = pd.DataFrame({"model": [1.0], "ridge": [1.0]}, index=["mean"])
         return DrawnRun(losses, folder.figures / "training.png", "ridge", 0.0, 0.0)
 
-    monkeypatch.setattr(icl.commands.train, "_show_run", SHOW_RUN)
+    monkeypatch.setattr(icl.cli.train, "_show_run", SHOW_RUN)
     monkeypatch.setattr(icl.plotting.training, "draw_run", draw)
 
 
@@ -404,11 +406,11 @@ def test_without_a_store_no_aws_code_is_imported_and_no_thread_is_started(tmp_pa
     code = f"""
 import sys, threading
 from icl.cli import main
-import icl.commands.train as command
+import icl.cli.train as command
 command._show_run = lambda folder: None
 assert main({["train", *as_arguments(SHORT)]!r}) == 0
 assert main(["checkpoints", "tiny", "ls"]) == 0
-print([name for name in ("boto3", "botocore", "s3transfer", "icl.s3") if name in sys.modules],
+print([name for name in ("boto3", "botocore", "s3transfer", "icl.store.s3") if name in sys.modules],
       [thread.name for thread in threading.enumerate() if thread.name == "icl-upload"])
 """
     environment = {**os.environ, "LOCAL_ROOT": str(tmp_path)}

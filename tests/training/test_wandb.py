@@ -8,10 +8,10 @@ from typing import ClassVar
 import pytest
 from tiny_runs import TINY, as_arguments, change
 
-from icl.runs import RunFolder, local_root
-from icl.training import wandb_log
+from icl.runs.folder import RunFolder, local_root
 from icl.training.run import train
-from icl.training.wandb_log import WandbLog, start_wandb, wandb_mode
+from icl.training.wandb import log as wandb_log
+from icl.training.wandb.log import WandbLog, start_wandb, wandb_mode
 
 CONFIG = change(TINY, trainer={"max_steps": 20})
 

@@ -12,8 +12,8 @@ from tiny_runs import TINY, as_arguments, change
 
 from icl.presets import run_name
 from icl.resolve import resolve
-from icl.runs import RunFolder, local_root
-from icl.training.wandb_agent import in_sweep, swept_settings
+from icl.runs.folder import RunFolder, local_root
+from icl.training.wandb.agent import in_sweep, swept_settings
 
 FIXED = change(TINY, trainer={"max_steps": 20})
 

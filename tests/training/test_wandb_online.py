@@ -18,7 +18,7 @@ from icl.cli import main
 from icl.config import RunConfig, flatten
 from icl.presets import run_name
 from icl.resolve import resolve
-from icl.runs import RunFolder, local_root
+from icl.runs.folder import RunFolder, local_root
 
 WANDB = [sys.executable, "-m", "wandb"]
 ICL = [sys.executable, "-m", "icl"]
@@ -251,7 +251,7 @@ def test_a_program_whose_agent_died_saves_and_hands_its_point_back(wandb_server,
 
 IMPATIENT = """
 import sys
-from icl.training import wandb_log
+from icl.training.wandb import log as wandb_log
 wandb_log._FINISH_SECONDS = 2
 from icl.cli import main
 sys.exit(main())

@@ -4,9 +4,9 @@ import pytest
 from lightning.fabric.plugins import XLACheckpointIO
 
 from icl.config import TrainerConfig
+from icl.config.validation import ConfigError
 from icl.training.saving import MemberFiles
 from icl.training.xla import XLAMemberFiles, xla_options
-from icl.validation import ConfigError
 
 
 @pytest.mark.parametrize("settings", [{"devices": 8, "batch_size": 8}, {"num_nodes": 2}, {"precision": "bf16-true"}])

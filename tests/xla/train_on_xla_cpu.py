@@ -36,7 +36,7 @@ from torch_xla.core import xla_model
 from torch_xla.debug import metrics
 
 from icl import rng
-from icl.checkpoints import checkpoint_files, load_checkpoint_file
+from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.tasks.prompts import prompt_source
 from icl.training import run as training
 from icl.training.data import PromptStream

@@ -42,15 +42,15 @@ from icl.analysis.behaviour.findings import findings, summary
 from icl.analysis.behaviour.ood_curves import CurveSettings
 from icl.analysis.prompts import fixed_prompts
 from icl.analysis.run import Members, Result, as_table, over_checkpoints
-from icl.checkpoints import checkpoint_files
 from icl.config import RunConfig
-from icl.evaluation import EvaluationSet, evaluate_predictions, evaluation_set, predict_prompts
-from icl.measure import Entry, Measurement
+from icl.config.validation import require, require_count
+from icl.evaluation.sets import EvaluationSet, evaluate_predictions, evaluation_set, predict_prompts
 from icl.metrics import Estimate
-from icl.stacked import Params, apply
+from icl.model.stacked import Params, apply
+from icl.runs.checkpoints import checkpoint_files
+from icl.runs.measure import Entry, Measurement
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts
-from icl.validation import require, require_count
 
 VERSION = 1
 SETS = ("pretrain", "true")

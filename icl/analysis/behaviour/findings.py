@@ -22,8 +22,8 @@ from icl.analysis.behaviour.turning_points import (
     transience,
     unresolved_signs,
 )
-from icl.evaluation import EvaluationSet
-from icl.measure import Entry
+from icl.evaluation.sets import EvaluationSet
+from icl.runs.measure import Entry
 
 Row = dict[str, Any]
 _HEADLINES = ("loss", "delta_ridge", "delta_dmmse", "cosine")

@@ -25,11 +25,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl import metrics
-from icl.evaluation import Predict, predict_prompts
+from icl.config.validation import require, require_count
+from icl.evaluation.sets import Predict, predict_prompts
 from icl.metrics import Estimate
-from icl.stacked import Params
+from icl.model.stacked import Params
 from icl.tasks.prompts import Prompts
-from icl.validation import require, require_count
 
 LOWEST, HIGHEST = -2.5, 4.5
 """log10 of the first and last multiplier."""

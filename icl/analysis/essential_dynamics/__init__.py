@@ -47,9 +47,9 @@ from icl.analysis.essential_dynamics.trajectories import (
     require_comparable,
 )
 from icl.analysis.run import Result, as_table
-from icl.checkpoints import CheckpointError, checkpoint_files
-from icl.runs import run_of
-from icl.validation import require, require_count, require_number
+from icl.config.validation import require, require_count, require_number
+from icl.runs.checkpoints import CheckpointError, checkpoint_files
+from icl.runs.folder import run_of
 
 _LEAST_SHARE = 1e-10
 """Components with a smaller share of the variance are rounding errors."""

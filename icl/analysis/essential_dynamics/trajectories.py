@@ -32,23 +32,23 @@ from torch import Tensor
 from icl import baselines
 from icl.analysis.gradients.weights import mean_gradient
 from icl.analysis.run import Members, over_checkpoints
-from icl.array_files import StoredArray
-from icl.checkpoint_header import MOMENTS
-from icl.checkpoints import (
+from icl.config import ModelConfig, RunConfig
+from icl.config.validation import ConfigError, require, require_count
+from icl.evaluation.sets import predict_prompts
+from icl.files.arrays import StoredArray
+from icl.model.stacked import Params, apply, token_outputs
+from icl.runs.checkpoint_header import MOMENTS
+from icl.runs.checkpoints import (
     CheckpointError,
     checkpoint_name,
     list_steps,
     load_same_run,
     stored_tensors,
 )
-from icl.config import ModelConfig, RunConfig
-from icl.evaluation import predict_prompts
-from icl.measure import Cache, Measurement
-from icl.runs import RunFolder, run_of
-from icl.stacked import Params, apply, token_outputs
+from icl.runs.folder import RunFolder, run_of
+from icl.runs.measure import Cache, Measurement
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Distribution, Prompts, sample_prompts
-from icl.validation import ConfigError, require, require_count
 
 VERSION = 2
 STREAM = "essential-dynamics"

@@ -31,12 +31,12 @@ from icl.analysis.gradients import weights as weight_gradients
 from icl.analysis.prompts import PromptSettings, fixed_prompts, prompts_at_once, require_multiple
 from icl.analysis.run import Members, Result, as_table, over_checkpoints
 from icl.config import RunConfig
-from icl.measure import Entry, Measurement
+from icl.config.validation import require_count
 from icl.metrics import Estimate
-from icl.stacked import apply
+from icl.model.stacked import apply
+from icl.runs.measure import Entry, Measurement
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import prompt_source
-from icl.validation import require_count
 
 NUM_COMPONENTS = 3
 TASK_BATCHES = 8

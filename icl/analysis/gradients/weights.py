@@ -31,7 +31,7 @@ from torch.func import grad
 from icl import metrics
 from icl.config import ModelConfig
 from icl.metrics import Estimate
-from icl.stacked import Params, apply
+from icl.model.stacked import Params, apply
 from icl.tasks.prompts import Prompts
 
 Gradients = dict[str, Tensor]

@@ -39,7 +39,7 @@ from icl.analysis.run import Result, as_table
 from icl.analysis.stages.agreement import RunBoundary, agree, step_text
 from icl.analysis.stages.signals import Signal, SignalSettings, Verdict, mirrors_loss, read_signals
 from icl.analysis.stages.smoothing import Curve, SmoothedSignal, fit
-from icl.validation import require, require_number
+from icl.config.validation import require, require_number
 
 _NUM_SAMPLES = 200
 """Curves sampled for the error of a change."""

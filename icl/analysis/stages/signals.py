@@ -23,14 +23,14 @@ import numpy as np
 import pandas as pd
 
 from icl.analysis.run import Members, over_checkpoints
-from icl.checkpoints import CheckpointError, checkpoint_files
-from icl.evaluation import evaluate, evaluation_set
-from icl.measure import Measurement, entry_rows
-from icl.reading import ContentError
-from icl.runs import RunError, RunFolder, run_of
-from icl.stacked import apply
-from icl.table_files import read_table
-from icl.validation import require, require_count
+from icl.config.validation import require, require_count
+from icl.evaluation.sets import evaluate, evaluation_set
+from icl.files.reading import ContentError
+from icl.files.tables import read_table
+from icl.model.stacked import apply
+from icl.runs.checkpoints import CheckpointError, checkpoint_files
+from icl.runs.folder import RunError, RunFolder, run_of
+from icl.runs.measure import Measurement, entry_rows
 
 MIN_POINTS = 8
 MIRROR = 0.2

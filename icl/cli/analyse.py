@@ -1,0 +1,180 @@
+"""`icl analyse`: one analysis of a run's saved steps, or of a table, with its table and its figure."""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+from icl.analysis import ANALYSES, module_name
+from icl.cli.outputs import require_output, require_output_table
+from icl.cli.parser import command_parser, nearest
+from icl.config.validation import ConfigError, UserError
+from icl.files.writing import StorageError, plain_rows, table_format, write_atomically
+from icl.runs.folder import require_place, run_of
+
+if TYPE_CHECKING:
+    from icl.analysis.run import Result
+
+HELP = "how a run develops: " + ", ".join(ANALYSES)
+
+_DESCRIPTION = """\
+One analysis of every saved step of a run, or of a table. What is done is never done twice: the same command goes on
+where it was stopped, and takes up steps that were saved since.
+
+analyses (each has options of its own: icl analyse --what NAME --help):
+"""
+
+
+def run(words: list[str]) -> int:
+    """Analyse, say what was found, write the table and the figure."""
+    chosen = _what(words)
+    options = _parser(chosen).parse_args(words)
+    path = _one_of("RUN", options.path, options.checkpoint_dir, options.input_file)
+    if path is None:
+        raise ConfigError("Say what to analyse: `icl analyse RUN --what NAME`.")
+    out = _one_of("--out", options.out, options.output_file)
+    if out is not None:
+        require_output_table(out, path)
+    if options.output_plot is not None:
+        if options.output_plot.suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise StorageError(f"Figures are written as .png, .pdf or .svg, got {options.output_plot}.")
+        require_output(options.output_plot, path)
+    path = require_place(path)
+    if len(chosen) > 1:
+        return _analyse_all(chosen, path, options)
+    _analyse(chosen[0], path, options, out)
+    return 0
+
+
+def _what(words: list[str]) -> list[str]:
+    """The analyses named by `--what`; none if only help is wanted."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--what", nargs="?")
+    name = early.parse_known_args(words)[0].what
+    if name is None and {"-h", "--help"} & set(words):
+        return []
+    runs = [known for known, about in ANALYSES.items() if about.of == "run"]
+    if name not in (*ANALYSES, "all"):
+        got = "nothing" if name is None else f"`{name}`"
+        hint = "" if name is None else nearest(name, [*ANALYSES, "all"])
+        raise ConfigError(f"`--what` must be one of {', '.join(ANALYSES)} or all, got {got}.{hint}")
+    if name == "all" and {word.partition("=")[0] for word in words} & {"--out", "--output_file", "--output_plot"}:
+        raise ConfigError("`--what all` writes each analysis to the run's results/ and figures/; leave out --out.")
+    return runs if name == "all" else [name]
+
+
+def _parser(chosen: list[str]) -> argparse.ArgumentParser:
+    names = "\n".join(f"  {name:20s} {about.help}" for name, about in ANALYSES.items())
+    parser = command_parser(
+        "analyse",
+        _DESCRIPTION + names + f"\n  {'all':20s} every analysis of a run, also after one that refuses",
+        "icl analyse runs/quickstart --what gradients\n"
+        "  icl analyse runs/quickstart --what gradients --out gradient_results.json\n"
+        "  icl analyse --what diversity --input_file results.csv --output_plot diversity.png --model_type ridge",
+    )
+    parser.add_argument(
+        "path", metavar="RUN|FILE", nargs="?", type=Path, help="a run's folder or name, a checkpoint, or a table"
+    )
+    parser.add_argument("--checkpoint_dir", metavar="DIR", type=Path, help="older name of RUN")
+    parser.add_argument("--input_file", metavar="FILE", type=Path, help="the table, for analyses of one")
+    parser.add_argument("--what", metavar="NAME", required=True, help="the analysis")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="also write the numbers to FILE (.csv or .json)")
+    parser.add_argument("--output_file", metavar="FILE", type=Path, help="older name of --out")
+    parser.add_argument("--output_plot", metavar="FILE", type=Path, help="also draw to FILE (.png, .pdf or .svg)")
+    if len(chosen) == 1:
+        _add_settings(parser, chosen[0])
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, name: str) -> None:
+    """An option for every field of the analysis's settings."""
+    from icl.analysis.run import find
+
+    group = parser.add_argument_group(f"settings of {name}")
+    for field in dataclasses.fields(find(name).Settings):
+        choices = get_args(field.type) if get_origin(field.type) is Literal else None
+        if field.default is not None:
+            text = f"{field.metadata['help']} (default: {field.default})"
+        else:
+            text = field.metadata["help"]
+        kind: Any = int if field.type is int else float if field.type is float else str
+        metavar = "|".join(choices) if choices else "N" if kind is int else "VALUE"
+        group.add_argument(f"--{field.name}", metavar=metavar, type=kind, choices=choices, help=text)
+
+
+def _analyse_all(names: list[str], path: Path, options: argparse.Namespace) -> int:
+    """Every analysis, also after one that refuses; 1 if any did, each in one sentence."""
+    refused: dict[str, str] = {}
+    for name in names:
+        reason = _refusal(name, path, options)
+        if reason and reason not in refused.values():
+            print(f"icl: {name} is refused: {reason}", file=sys.stderr)
+        if reason:
+            refused[name] = reason
+    if not refused:
+        return 0
+    done = len(names) - len(refused)
+    print(f"icl: {done} of {len(names)} analyses are done; refused: {', '.join(refused)}.", file=sys.stderr)
+    return 1
+
+
+def _refusal(name: str, path: Path, options: argparse.Namespace) -> str:
+    """The reason why the analysis cannot be done; empty if it can."""
+    try:
+        _analyse(name, path, options, None)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _analyse(name: str, path: Path, options: argparse.Namespace, out: Path | None) -> None:
+    from icl.analysis.run import analyse, find
+    from icl.plotting.style import save_figure
+    from icl.runs.delivery import send_results
+
+    if path.is_file() and out is None and options.output_plot is None:
+        raise ConfigError(
+            f"{path} is a file, so say where the results go: --out FILE (.csv or .json), --output_plot FILE."
+        )
+    fields = [field.name for field in dataclasses.fields(find(name).Settings)]
+    settings = {key: getattr(options, key) for key in fields if getattr(options, key, None) is not None}
+    result = analyse(name, path, **settings)
+    heading = ["", name] if options.what == "all" else []
+    print("\n".join([*heading, *result.summary]))
+    plot = importlib.import_module(f"icl.plotting.{module_name(name)}").plot
+    folder = None if path.is_file() else run_of(path)
+    for label, file in _save(name, result, out):
+        print(f"{label:7s} {file}")
+    if folder is not None:
+        print(f"Table   {folder.write_result(f'{name}.csv', result.table.to_csv(index=False))}")
+    figures = [options.output_plot] if options.output_plot else []
+    figures += [folder.figures / f"{name}.png"] if folder else []
+    for file in figures:
+        title = path.stem if folder is None else folder.path.name
+        print(f"Figure  {save_figure(plot(result.table, title=title), file)}")
+    if folder is not None and folder.config_file.is_file():
+        send_results(folder)
+
+
+def _save(name: str, result: "Result", out: Path | None) -> list[tuple[str, Path]]:
+    """The numbers in a file of the user's own."""
+    if out is None:
+        return []
+    if table_format(out) == "csv":
+        text = result.table.to_csv(index=False)
+    else:
+        rows = plain_rows(result.table.astype(object).where(result.table.notna(), None))
+        text = json.dumps({"analysis": name, "summary": result.summary, "rows": rows}, indent=1, allow_nan=False) + "\n"
+    write_atomically(out, text.encode())
+    return [("Output", out)]
+
+
+def _one_of(name: str, *given: Path | None) -> Path | None:
+    """The one that is given of an option and its older names."""
+    values = [value for value in given if value is not None]
+    if len(values) > 1:
+        raise ConfigError(f"{name} is given twice: {' and '.join(map(str, values))}.")
+    return values[0] if values else None

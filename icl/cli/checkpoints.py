@@ -1,0 +1,133 @@
+"""`icl checkpoints`: a run's saved steps here and in its store; fetch, send and verify them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icl.cli.parser import command_parser
+from icl.config import RunConfig
+from icl.config.validation import ConfigError, require_run_name, require_store
+from icl.files.writing import StorageError
+from icl.presets import run_name
+from icl.runs.folder import RunError, RunFolder, local_root, name_of
+
+if TYPE_CHECKING:
+    from icl.runs.mirror import Mirror
+
+HELP = "a run's saved steps here and in its store: list, fetch, send, verify"
+
+
+def run(words: list[str]) -> int:
+    """Do one of the four jobs; 1 if `verify` finds damage."""
+    parser = command_parser(
+        "checkpoints",
+        "ls: the saved steps, here and in the store. pull, push: copy what is missing or different, in either direction; "
+        "what breaks off goes on with the same command. verify: whether all files are whole, here and in the store: checkpoints, "
+        "moments, last.ckpt and previous.ckpt against their digests; that no step of the schedule and no row of metrics.csv is "
+        "missing; that config.yaml and status.json agree with them; that results and figures can be read.",
+        "icl checkpoints runs/quickstart verify",
+    )
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or its name")
+    parser.add_argument("action", choices=("ls", "pull", "push", "verify"))
+    parser.add_argument(
+        "--store",
+        metavar="URL",
+        help="a folder or s3://bucket/prefix (default: the run's own, or s3://$AWS_BUCKET_NAME)",
+    )
+    parser.add_argument("--force", action="store_true", help="pull, push: every file, and over a later step")
+    options = parser.parse_args(words)
+    if options.force and options.action not in ("pull", "push"):
+        raise ConfigError(f"`--force` has no meaning for {options.action}; it belongs to pull and push.")
+    folder, mirror = _find(options.run, options.store, options.action)
+    if options.action == "ls":
+        return _list(folder, mirror)
+    if options.action == "verify":
+        return _verify(folder, mirror)
+    if mirror is None:
+        raise ConfigError("The run has no store; name one with --store URL, checkpoints.store or AWS_BUCKET_NAME.")
+    return _pull(mirror, options.force) if options.action == "pull" else _push(mirror, options.force)
+
+
+def _find(word: str, store: str | None, action: str) -> "tuple[RunFolder, Mirror | None]":
+    """The run's folder, which need not exist yet, and its place in the store, if it has a store."""
+    from icl.runs.mirror import open_mirror, read_config, store_url
+
+    if store is not None:
+        require_store(store, "--store")
+    is_folder = (Path(word) / "config.yaml").is_file()
+    if not is_folder:
+        _require_name(word)
+    folder = RunFolder(word if is_folder else local_root() / name_of(word))
+    config = folder.read_config() if folder.config_file.exists() else None
+    url = store or store_url(config or RunConfig())
+    is_lost = action == "verify" and folder.status_file.is_file()  # its settings alone are gone, which `verify` says
+    if url is None and config is None and not is_lost:
+        raise ConfigError(f"There is no run {folder.path}, and no store to look for it; `icl runs` lists those here.")
+    name = run_name(config) if config else name_of(word)
+    mirror = open_mirror(folder, url, name, make=action == "push") if url else None
+    if config is None and not is_lost and mirror is not None and read_config(mirror.there) is None:
+        raise RunError(f"There is no run {folder.path}, nor one at {mirror.there}; `icl runs` lists those here.")
+    return folder, mirror
+
+
+def _require_name(word: str) -> None:
+    """Refuse a word that is neither a run's folder nor a name that a run can have.
+
+    Raises:
+        RunError: Saying so.
+    """
+    try:
+        require_run_name(name_of(word))
+    except ConfigError:
+        raise RunError(
+            f"There is no run {word}, and no run below {local_root()} can have that name; `icl runs` lists those here."
+        ) from None
+
+
+def _list(folder: RunFolder, mirror: "Mirror | None") -> int:
+    """A line for every step."""
+    from icl.runs.checkpoints import list_steps
+
+    here = set(list_steps(folder.checkpoints))
+    there = set(list_steps(mirror.checkpoints)) if mirror else set()
+    print(f"here   {folder.path}\nstore  {mirror.there if mirror else 'none'}\n")
+    for step in sorted(here | there):
+        print(f"step {step:>12,}  {'here' if step in here else '-':5s} {'store' if step in there else '-'}".rstrip())
+    print(f"{len(here | there):,} steps: {len(here):,} here, {len(there):,} in the store.")
+    return 0
+
+
+def _verify(folder: RunFolder, mirror: "Mirror | None") -> int:
+    from icl.runs.resume_file import NAMES
+    from icl.runs.verification import find_damage
+
+    damage = find_damage(folder, mirror)
+    places = f"{folder.path} and {mirror.there}" if mirror else f"{folder.path}; it has no store"
+    if damage:
+        print("\n".join(damage))
+        count = f"{len(damage)} faults" if len(damage) > 1 else "1 fault"
+        if mirror is None:
+            again = f"to make all of it again from step 0, delete {', '.join(NAMES)} and status.json there and run the same command"
+            raise StorageError(
+                f"{count} in {folder.path}, which has no store to fetch from; what is whole can be used, and {again}."
+            )
+        repair = "`push --force` sends the good files here, `pull --force` fetches the good ones there"
+        raise StorageError(f"{count} in {places}; {repair}.")
+    print(f"All is well in {places}.")
+    return 0
+
+
+def _pull(mirror: "Mirror", force: bool) -> int:
+    from icl.runs.mirror import pull
+
+    with mirror.run.lock():
+        names = pull(mirror, force=force)
+    print(f"Fetched {len(names):,} files from {mirror.there}.\nRun     {mirror.run.path}")
+    return 0
+
+
+def _push(mirror: "Mirror", force: bool) -> int:
+    from icl.runs.mirror import push
+
+    names = push(mirror, force=force)
+    print(f"Sent {len(names):,} files of {mirror.run.path}.\nStore   {mirror.there}")
+    return 0

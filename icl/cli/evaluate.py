@@ -1,0 +1,220 @@
+"""`icl evaluate`: runs, or a task-diversity experiment, against the Bayes-optimal predictors, in and out of distribution."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icl.cli.evaluate_ahead import work_ahead
+from icl.cli.outputs import require_output_table
+from icl.cli.parser import command_parser
+from icl.config.validation import ConfigError, UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HELP = "losses against the Bayes-optimal predictors, in and out of distribution"
+
+
+def run(words: list[str]) -> int:
+    """Evaluate, print the headlines, write the tables and the figures."""
+    options = _parse(words)
+    if options.checkpoint_base_dir is not None:
+        return _evaluate_experiment(options)
+    subjects = _subjects(options.paths)
+    if len(subjects) > 1:
+        return _evaluate_runs(subjects, options)
+    (only,) = subjects.values()
+    return _evaluate_run(only, options)
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = command_parser(
+        "evaluate",
+        "Loss per position, gaps to ridge and dMMSE, ICL and prior-task scores of every saved step, on the training tasks, "
+        "on new tasks and on every shift, each with its standard error. Steps that are done are kept: the same command goes on "
+        "after an interruption, and evaluates what was trained since. Several runs, or a folder of runs, share prompts and "
+        "baselines; each gets its own tables and figure. Of a task-diversity experiment (--checkpoint_base_dir), the last "
+        "step of every run, in one table as JSON and as CSV.",
+        "icl evaluate runs/quickstart\n"
+        "  icl evaluate runs/a runs/b --out both.csv\n"
+        "  icl evaluate runs\n"
+        "  icl evaluate --checkpoint_base_dir checkpoints --output_file diversity.json --n_prompts 4096 --n_ood_samples 4096",
+    )
+    parser.add_argument(
+        "paths",
+        metavar="RUN|CHECKPOINT",
+        nargs="*",
+        type=Path,
+        help="a run's folder or name, a folder with runs below it, or one checkpoint file",
+    )
+    parser.add_argument(
+        "--checkpoint_base_dir", metavar="DIR", type=Path, help="the folder of `icl diversity`, all of it"
+    )
+    parser.add_argument(
+        "--out",
+        "--output_file",
+        metavar="FILE",
+        type=Path,
+        help="also write the numbers to FILE (.csv or .json), of several runs in one table with a column `run`; "
+        "of an experiment both are written (default: DIR/evaluation.json)",
+    )
+    parser.add_argument(
+        "--num_prompts",
+        "--n_prompts",
+        metavar="N",
+        type=int,
+        help="prompts per set (default: the run's own), or on the training tasks alone if --n_ood_samples is given",
+    )
+    parser.add_argument(
+        "--num_ood_prompts", "--n_ood_samples", metavar="N", type=int, help="prompts per set on new tasks and on shifts"
+    )
+    parser.add_argument("--all_steps", action="store_true", help="of an experiment, every saved step of every run")
+    options = parser.parse_args(words)
+    if bool(options.paths) == (options.checkpoint_base_dir is not None):
+        raise ConfigError("Give what to evaluate: runs or checkpoints, or else --checkpoint_base_dir DIR.")
+    if options.all_steps and options.checkpoint_base_dir is None:
+        raise ConfigError(
+            "`--all_steps` belongs to --checkpoint_base_dir; of a run, every saved step is evaluated anyway."
+        )
+    for name in ("num_prompts", "num_ood_prompts"):
+        number = getattr(options, name)
+        if number is not None and number < 2:
+            raise ConfigError(f"`--{name}` must be at least 2, got {number}.")
+    if options.out is not None:
+        both = (".json", ".csv") if options.checkpoint_base_dir is not None else ()
+        require_output_table(options.out, *options.paths, suffixes=both)
+    return options
+
+
+def _subjects(paths: Sequence[Path]) -> dict[str, Path]:
+    """Return what to evaluate, by name: the runs that paths name, then all else, such as a checkpoint file."""
+    from icl.runs.folder import named_runs, place_of, run_folders
+
+    paths = [place_of(path) for path in paths]
+    folders = [path for path in paths if path.is_dir() and run_folders(path)]
+    runs = {name: run.path for name, run in named_runs(folders).items()}
+    return runs | {str(path): path for path in paths if path not in folders}
+
+
+def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
+    from icl.evaluation.sets import headlines
+    from icl.runs.folder import require_place
+    from icl.whole_runs import evaluate_run
+
+    numbers, baselines = evaluate_run(
+        require_place(path), num_prompts=options.num_prompts, num_ood_prompts=options.num_ood_prompts
+    )
+    last = headlines(numbers[numbers["step"] == numbers["step"].max()])
+    means = last.pivot(index="distribution", columns="quantity", values="value")
+    print(
+        f"Step {last['step'].iloc[0]:,}, the last of {numbers['step'].nunique()}: means over positions, or the query alone"
+    )
+    print("where the shift is about the query. Losses and squared distances are per target.\n")
+    print(means.reindex(last["distribution"].unique()).to_string(float_format="{:.4g}".format, na_rep="-"))
+    for label, written in _deliver(path, numbers, baselines, options.out):
+        print(f"{label:9s} {written}")
+    return 0
+
+
+def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> int:
+    """1 if something could not be evaluated or written; the others' numbers are written all the same."""
+    import pandas as pd
+    from tqdm import tqdm
+
+    from icl.progress import progress_bar
+    from icl.runs.folder import require_place
+    from icl.whole_runs import RunEvaluator, headline_table, write_numbers
+
+    kept: dict[str, tuple[pd.DataFrame, pd.DataFrame]] = {}
+    problems: dict[str, UserError] = {}
+    files = [_checkpoints(path) for path in subjects.values()]
+    _tell_work(files, options)
+    with progress_bar("evaluation", sum(map(len, files)), "checkpoint") as bar:
+        evaluate = RunEvaluator(num_prompts=options.num_prompts, num_ood_prompts=options.num_ood_prompts, bar=bar)
+        for name, path in subjects.items():
+            bar.set_postfix_str(name)
+            try:
+                numbers, baselines = evaluate(require_place(path))
+                is_wanted = (options.out is not None) | (numbers["step"] == numbers["step"].max())
+                kept[name] = numbers[is_wanted], baselines
+                with tqdm.external_write_mode():
+                    _deliver(path, numbers, baselines)
+            except UserError as error:
+                problems[name] = error
+    for name, problem in problems.items():
+        print(f"icl: {name}: {problem}", file=sys.stderr)
+    if not kept:
+        return 1
+    numbers, baselines = (
+        pd.concat(dict(zip(kept, tables, strict=True)), names=["run"]).reset_index("run")
+        for tables in zip(*kept.values(), strict=True)
+    )
+    print("The last step of each run, means over positions; losses and squared distances are per target.\n")
+    print(headline_table(numbers, by="run").to_string(float_format="{:.4g}".format, na_rep="-"))
+    print("\nNumbers   results/evaluation.csv, results/baselines.csv and figures/evaluation.png of each run")
+    if options.out is not None:
+        print(f"Output    {write_numbers(options.out, numbers, baselines)}")
+    return 1 if problems else 0
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    from icl.runs.checkpoints import CheckpointError, checkpoint_files
+
+    try:
+        return checkpoint_files(path)
+    except CheckpointError:  # which evaluating it says again
+        return []
+
+
+def _tell_work(files: Sequence[Sequence[Path]], options: argparse.Namespace) -> None:
+    ahead = work_ahead(files, num_prompts=options.num_prompts, num_ood_prompts=options.num_ood_prompts)
+    print(ahead, file=sys.stderr, flush=True)
+
+
+def _deliver(
+    path: Path, numbers: "pd.DataFrame", baselines: "pd.DataFrame", out: Path | None = None
+) -> list[tuple[str, Path]]:
+    """Write the tables and the figure, also to the run's store; a label and the path of each."""
+    from icl.runs.delivery import send_results
+    from icl.runs.folder import RunFolder
+    from icl.whole_runs import save_evaluation
+
+    written = save_evaluation(path, numbers, baselines, out=out)
+    if (path / "config.yaml").is_file():
+        send_results(RunFolder(path))
+    return written
+
+
+def _evaluate_experiment(options: argparse.Namespace) -> int:
+    """1 if a run could not be evaluated; the others' numbers are written all the same."""
+    from icl.diversity.runs import find_runs
+    from icl.diversity.tables import evaluate_experiment, save_tables
+    from icl.runs.folder import DONE
+    from icl.whole_runs import headline_table
+
+    base = options.checkpoint_base_dir
+    runs = find_runs(base)
+    files = [_checkpoints(run.path) for run in runs.values()]
+    _tell_work(files if options.all_steps else [some[-1:] for some in files], options)
+    table, problems = evaluate_experiment(
+        runs,
+        num_prompts=options.num_prompts,
+        num_ood_prompts=options.num_ood_prompts,
+        all_steps=options.all_steps,
+    )
+    for label, problem in problems.items():
+        print(f"icl: M = {label} is left out: {problem}", file=sys.stderr)
+    for label, folder in runs.items():
+        status = folder.read_status()
+        if label not in problems and (status is None or status.state not in DONE):
+            state = "unfinished" if status is None else status.state
+            print(f"icl: M = {label} is {state}; its last checkpoint was evaluated as it is.", file=sys.stderr)
+    if table.empty:
+        return 1
+    print("The last step of each M, means over positions; losses and squared distances are per target.\n")
+    print(headline_table(table, by="num_tasks").to_string(float_format="{:.4g}".format, na_rep="-"))
+    for path in save_tables(table, options.out or base / "evaluation.json"):
+        print(f"Numbers   {path}")
+    return 1 if problems else 0

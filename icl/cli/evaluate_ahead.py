@@ -1,0 +1,95 @@
+"""The announcement of `icl evaluate` for several runs: how much there is to do, and about how long it takes."""
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from icl.config import RunConfig
+
+_SHARE, _MOST = 16, 256
+"""A trial takes one in so many prompts, and at most so many."""
+
+
+class _Group(NamedTuple):
+    """Runs of one model and task; evaluating a checkpoint takes equally long for all of them."""
+
+    config: "RunConfig"
+    file: Path
+    """A checkpoint of them."""
+    num_checkpoints: list[int]
+    """Number of checkpoints of each run."""
+
+
+def work_ahead(checkpoints: Iterable[Sequence[Path]], *, num_prompts: int | None, num_ood_prompts: int | None) -> str:
+    """Return how many runs and checkpoints there are, and about how long they take.
+
+    Some checkpoints are tried with few prompts. What is kept from before is not looked for, so the time is the most that it takes.
+
+    Args:
+        checkpoints: The files to evaluate of every run; a run whose first file cannot be read counts no time.
+        num_prompts: As `RunEvaluator` takes it.
+        num_ood_prompts: As `RunEvaluator` takes it.
+    """
+    runs = list(checkpoints)
+    seconds = sum((_seconds(group, num_prompts, num_ood_prompts) for group in _groups(runs)), start=0.0)
+    told = f"{len(runs):,} runs, {sum(map(len, runs)):,} checkpoints: about {_told(seconds)} if none is done yet"
+    return f"{told}; finished checkpoints are kept."
+
+
+def _groups(runs: Sequence[Sequence[Path]]) -> list[_Group]:
+    from icl.runs.checkpoints import CheckpointError, load_checkpoint_file
+
+    groups: dict[object, _Group] = {}
+    for files in runs:
+        try:
+            config = load_checkpoint_file(files[0]).config if files else None
+        except CheckpointError:  # which evaluating it says again
+            config = None
+        if config is not None:
+            group = groups.setdefault((config.model, config.task), _Group(config, files[0], []))
+            group.num_checkpoints.append(len(files))
+    return list(groups.values())
+
+
+def _seconds(group: _Group, num_prompts: int | None, num_ood_prompts: int | None) -> float:
+    """Return the time of a group: its sets of prompts once, and every checkpoint, each a constant and a part for every prompt."""
+    import torch
+
+    from icl.analysis.run import torch_device
+    from icl.runs.checkpoints import CheckpointError
+
+    wanted = num_prompts or group.config.evaluation.num_prompts
+    least = [2 / wanted, max(2, min(wanted // _SHARE, _MOST)) / wanted]
+    try:
+        (_, constant), (first, again) = (
+            _trial(group.file, share, wanted, num_ood_prompts or wanted) for share in least
+        )
+    except CheckpointError:  # which evaluating it says again
+        return 0.0
+    side_by_side = torch.get_num_threads() if torch_device().type == "cpu" else 1
+    scale = 1 / least[1]
+    sets = scale * max(0.0, first - again)
+    checkpoint = constant + scale * max(0.0, again - constant) / side_by_side
+    return sets + sum(group.num_checkpoints) * checkpoint
+
+
+def _trial(file: Path, share: float, num_prompts: int, num_ood_prompts: int) -> tuple[float, float]:
+    """Return the seconds of a checkpoint with a share of the prompts, with making the prompts and without."""
+    from icl.whole_runs import RunEvaluator
+
+    few = [max(2, round(share * number)) for number in (num_prompts, num_ood_prompts)]
+    evaluate = RunEvaluator(num_prompts=few[0], num_ood_prompts=few[1])
+    times = [time.perf_counter()]
+    for _ in range(2):
+        evaluate(file)
+        times.append(time.perf_counter())
+    return times[1] - times[0], times[2] - times[1]
+
+
+def _told(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(1, seconds):.0f} s"

@@ -1,0 +1,240 @@
+"""`icl llc`: estimate local learning coefficients, choose the sampler's settings, or test it on known answers."""
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from icl.cli.llc_output import (
+    compare_rescaled,
+    describe_rise,
+    describe_verdicts,
+    describe_work,
+    draw_figures,
+    format_rows,
+    log_rows,
+    write_rows,
+)
+from icl.cli.llc_settings import Job, output_file, read_job, require_rescalable, saved_config
+from icl.config.validation import ConfigError, UserError
+from icl.presets import run_name, sampler_name
+from icl.resolve import (
+    OPTIONS,
+    POINT_VARIABLE,
+    read_points,
+    read_words,
+    settings_parser,
+)
+from icl.runs.folder import run_of
+
+if TYPE_CHECKING:
+    from icl.sampling.run import Estimates
+
+HELP = "local learning coefficients with verdicts; --calibrate, --self-test"
+
+_USAGE = """\
+usage: icl llc [RUN|CHECKPOINT] [--steps STEPS] [--sampler.key VALUE ...] [--config FILE] [--out FILE]
+       icl llc [RUN] --published | --calibrate | --rescale C
+       icl llc --self-test [--out FILE]
+
+Estimate the local learning coefficient (LLC) at saved steps of a run, each with standard error, diagnostics and verdict.
+Finished steps are stored: after an interruption, the same command continues. RUN is a folder or a run's name; without it,
+the command uses the run that `icl train` makes from the same settings. The exit status is not zero if every estimate is
+invalid, except in a sweep, where this is a result.
+
+  --steps STEPS    all, last, a list 1,2,3 or 1 2 3, a range 0:1000:100 (default: the run's `sampler.steps`)
+  --config FILE    read settings from a file, such as that of --calibrate; a later file overrides an earlier one
+  --out FILE       also write the rows to FILE (.csv or .json)
+  --published      use the sampler settings of Hoogland et al. 2024, and say what they measure
+  --calibrate      choose lr, nbeta, localization and burn-in by a search over a few checkpoints (or over --steps); it takes
+                   some minutes on a CPU, says first how many, and starts over after an interruption
+  --rescale C      a control: also estimate with weights rescaled by C, which leaves the function unchanged
+  --self-test      run the sampler on losses whose learning coefficient is known; takes about a minute and needs no run
+
+examples:
+  icl llc runs/quickstart
+  icl llc runs/quickstart --steps last --sampler.num_draws 1000
+  icl llc runs/quickstart --calibrate
+  icl llc runs/quickstart --config runs/quickstart/results/llc-calibration.yaml
+  icl llc --self-test
+
+settings (later wins: the run's own < --config files in their order < command line):
+"""
+
+
+def run(words: list[str]) -> int:
+    """Estimate, calibrate or test; return 1 if there is no usable result."""
+    if "-h" in words or "--help" in words:
+        settings = settings_parser("sampler", prog="icl llc").format_help().partition("\n\n")[2]
+        print(_USAGE + re.sub(r"  --\w+ CONFIG +Path to a configuration file\.\n", "", settings))
+        return 0
+    path, flags, given = read_words("llc", words)
+    if len(flags) > 1:
+        raise ConfigError(
+            f"{' and '.join(f'--{flag}' for flag in sorted(flags))} cannot be combined; give one at a time."
+        )
+    if "self-test" in flags:
+        if path is not None or set(given) - {"out"}:
+            raise ConfigError("`--self-test` takes no run and no settings, only --out.")
+        return _self_test(output_file(given))
+    options = {name: given.pop(name) for name in OPTIONS["llc"] if name in given}
+    if "steps" in options:
+        if given.get("sampler.steps", options["steps"]) != options["steps"]:
+            raise ConfigError(
+                "`--steps` and `--sampler.steps` are the same setting but have different values; give only one of them."
+            )
+        given["sampler.steps"] = options["steps"]
+    if os.environ.get("WANDB_SWEEP_ID"):
+        from icl.training.wandb.agent import in_sweep
+
+        if in_sweep():
+            return _sample_point(path, flags, options, given)
+    (swept, *more) = read_points()
+    if more:
+        raise ConfigError("`icl llc` takes one point of a sweep at a time; leave out --pack.")
+    return _work(read_job(path, flags, options, swept, given), flags)
+
+
+def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str, Any], given: dict[str, str]) -> int:
+    """Estimate at the point of a sweep that `wandb agent` assigned; always report the exit status to W&B."""
+    from icl.training.wandb.agent import describe_run, join_sweep, swept_settings
+    from icl.training.wandb.log import end_run, exit_code_of
+
+    try:
+        base = read_job(path, flags, options, {}, given).config  # the run need not exist without the point's settings
+    except UserError as error:  # for example a bad value that the agent passed by `${args}`
+        end_run(join_sweep({}), exit_code_of(error))
+        raise
+    wandb_run = join_sweep(base.to_dict())
+    try:
+        swept = swept_settings(wandb_run, base)
+        job = read_job(path, flags, options, swept, given)
+        describe_run(wandb_run, job.config)
+        wandb_run.name = f"{run_name(job.config)}/llc/{sampler_name(job.config)}"
+        status = _work(job, flags, wandb_run)
+    except BaseException as error:
+        end_run(wandb_run, exit_code_of(error))
+        raise
+    end_run(wandb_run, status)
+    return status
+
+
+def _work(job: Job, flags: frozenset[str], wandb_run: Any = None) -> int:
+    if not job.path.exists():
+        raise ConfigError(
+            f"There is no run {job.path}; train it by `icl train` with the same settings, or name another: `icl llc RUN`."
+        )
+    if "calibrate" not in flags:
+        return _estimate(job, wandb_run)
+    if job.rescale is not None or job.path.is_file():
+        raise ConfigError("`--calibrate` needs a run's folder, and cannot be combined with --rescale.")
+    try:
+        return _calibrate(job)
+    except KeyboardInterrupt:
+        print("icl: interrupted; a calibration stores nothing, so the same command starts over.", file=sys.stderr)
+        return 130
+
+
+def _estimate(job: Job, wandb_run: Any) -> int:
+    """Estimate, print and draw; return 1 if every estimate is invalid."""
+    import pandas as pd
+
+    from icl.sampling.rescaling import describe_pair
+
+    if job.rescale is not None:
+        require_rescalable(job.path, job.rescale)
+    estimates = _run_sampler(job)
+    table = estimates.table
+    print(f"{format_rows(table)}\n\n{describe_verdicts(table)}")
+    print(f"{'Published settings. ' if job.mode else ''}{describe_rise(table, estimates.trivial_loss)}")
+    if job.rescale is not None:
+        control = _run_sampler(job, job.rescale).table
+        print(f"\nControl: {describe_pair(job.config.model)} rescaled by {job.rescale:g}, the function unchanged.\n")
+        print(f"{format_rows(control)}\n\n" + "\n".join(compare_rescaled(table, control)))
+        table = pd.concat([table, control], ignore_index=True)
+    if job.out is not None:
+        print(f"Output  {write_rows(job.out, table)}")
+    if wandb_run is not None:
+        log_rows(wandb_run, table)
+    if not job.path.is_file():
+        _draw(job, table["settings"].iloc[0], estimates.trivial_loss)
+    if not estimates.is_usable:
+        print("icl: every estimate is invalid; search for better settings by `--calibrate`.", file=sys.stderr)
+        in_sweep = wandb_run is not None or POINT_VARIABLE in os.environ
+        # W&B's agent stops after a few failures, and a sweep over settings is meant to find them.
+        return 0 if in_sweep else 1
+    return 0
+
+
+def _run_sampler(job: Job, rescale: float = 1.0) -> "Estimates":
+    from icl.sampling.run import estimate_run
+
+    sampler = job.config.sampler
+    print(describe_work(job.path, sampler, mode=job.mode, rescale=rescale), file=sys.stderr, flush=True)
+    return estimate_run(job.path, sampler, mode=job.mode, rescale=rescale)
+
+
+def _draw(job: Job, settings: str, trivial_loss: float) -> None:
+    """Draw and deliver the results of a run; figures of neither its own nor the published settings end in their hash."""
+    from icl.runs.delivery import send_results
+
+    run = run_of(job.path)
+    print(f"Table   {run.results / 'llc.csv'} (all settings; these are `{settings}`)")
+    is_default = saved_config(job.path).sampler == dataclasses.replace(job.config.sampler, steps="all")
+    label = "published" if job.mode == "published" else "" if is_default else settings
+    title = f"{run.path.name}{f'   ({job.mode})' if job.mode else ''}"
+    for file in draw_figures(run, settings, label=label, title=title, trivial_loss=trivial_loss):
+        print(f"Figure  {file}")
+    if run.config_file.is_file():
+        send_results(run)
+
+
+def _calibrate(job: Job) -> int:
+    """Search, print the table and the choice; return 1 if no settings are healthy."""
+    from icl.plotting.llc import plot_calibration
+    from icl.plotting.style import save_figure
+    from icl.runs.delivery import send_results
+    from icl.sampling.calibration import calibrate
+
+    run = run_of(job.path)
+    run.require_own_files()
+    result = calibrate(job.path, job.config.sampler, say=_say)
+    print(f"\n{result.summary}")
+    print(f"Table   {run.write_result('llc-calibration.csv', result.table.to_csv(index=False))}")
+    figure = plot_calibration(result.table, result.traces, title=f"{run.path.name}: calibration of the sampler")
+    print(f"Figure  {save_figure(figure, run.figures / 'llc-calibration.png')}")
+    if job.out is not None:
+        print(f"Output  {write_rows(job.out, result.table)}")
+    if result.chosen is not None:
+        file = run.write_result("llc-calibration.yaml", result.as_yaml())
+        print(f"Chosen  {file}\n\n  icl llc {job.path} --config {file}")
+    if run.config_file.is_file():
+        send_results(run)
+    return 0 if result.chosen is not None else 1
+
+
+def _say(line: str) -> None:
+    """Print a line above the progress bar, at once even if the output goes to a pipe."""
+    from tqdm import tqdm
+
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def _self_test(out: Path | None) -> int:
+    """Test the sampler on known answers; return 1 if an estimate disagrees."""
+    import pandas as pd
+
+    from icl.sampling.self_test import problems, self_test, truth_table
+
+    total = len(problems())
+    rows = self_test(lambda number, name: print(f"{number}/{total} {name}", file=sys.stderr, flush=True))
+    print(truth_table(rows))
+    if out is not None:
+        print(f"Output  {write_rows(out, pd.DataFrame([dataclasses.asdict(row) for row in rows]))}")
+    num_wrong = sum(not row.agrees for row in rows)
+    print(f"{len(rows) - num_wrong} of {len(rows)} estimates agree with the truth.")
+    return 1 if num_wrong else 0

@@ -1,0 +1,171 @@
+"""The output of `icl llc`: lines for people, figures, files and W&B rows."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from icl.config import SamplerConfig
+from icl.files.writing import plain_rows, table_format, write_atomically
+from icl.runs.folder import RunFolder, run_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SHOWN_COLUMNS = (
+    *("step", "llc", "stderr", "bias_bound", "drop_at_mean", "init_loss", "mean_loss", "trivial_loss", "rhat", "ess"),
+    *("num_chains_used", "verdict"),
+)
+_LOGGED_COLUMNS = (
+    *("llc", "stderr", "bias_bound", "drop_at_mean", "init_loss", "mean_loss", "rhat", "ess", "num_chains_used"),
+    "verdict",
+)
+
+
+def describe_work(path: Path, sampler: SamplerConfig, *, mode: str, rescale: float = 1.0) -> str:
+    """Say how many steps are still to be estimated, and with which chains.
+
+    Raises:
+        ConfigError: If a step is asked for that is not saved.
+    """
+    from icl.runs.checkpoints import checkpoint_files, checkpoint_name
+    from icl.sampling.records import VERSION, EstimateSettings
+    from icl.sampling.run import chosen_files
+    from icl.sampling.settings import chain_settings, with_nbeta
+
+    files, finished = checkpoint_files(path), set()
+    if not path.is_file():
+        files = chosen_files(files, sampler.steps)
+        settings = EstimateSettings(with_nbeta(sampler), mode, rescale)
+        finished = settings.cache(run_of(path)).steps(settings.key, VERSION)
+    num_left = sum(file.name not in map(checkpoint_name, finished) for file in files)
+    steps = f"{len(files)} step{'s' if len(files) != 1 else ''}"
+    subject = f"LLC of {path}{'' if rescale == 1 else f', weights rescaled by {rescale:g}'}"
+    if not num_left:
+        return f"{subject}: all is done, {steps}."
+    work = steps if num_left == len(files) else f"{num_left} of {steps} to do"
+    num_later = chain_settings(sampler).num_moves - sampler.num_burnin_steps
+    chains = f"{sampler.num_chains} chains x ({sampler.num_burnin_steps} + {num_later}) moves"
+    return f"{subject}: {work}, {chains}{'.' if path.is_file() else '; finished steps are stored.'}"
+
+
+def format_rows(table: "pd.DataFrame") -> str:
+    """Return the most important columns as text, with at most 40 rows."""
+    names = {"init_loss": "L(w0)", "mean_loss": "E[L]", "trivial_loss": "zero's loss"}
+    rows = table[list(_SHOWN_COLUMNS)].rename(columns=names)
+    return rows.to_string(index=False, float_format="{:.4g}".format, max_rows=40, na_rep="-")
+
+
+def describe_verdicts(table: "pd.DataFrame") -> str:
+    """Count the verdicts, and give the reasons of the last suspect and of the last invalid estimate."""
+    counts = table["verdict"].value_counts()
+    numbers = ", ".join(f"{counts[name]} {name}" for name in ("ok", "suspect", "invalid") if name in counts)
+    lines = [f"Verdicts: {numbers}."]
+    for verdict in ("suspect", "invalid"):
+        rows = table.loc[table["verdict"] == verdict]
+        if len(rows):
+            step, reasons = rows["step"].iloc[-1], rows["reasons"].iloc[-1]
+            where = "" if step is None or len(table) == 1 else f" at step {step:,}"
+            lines += [f"  {verdict}{where}:", *(f"  - {reason}" for reason in reasons.split("; "))]
+    return "\n".join(lines)
+
+
+def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
+    """Say what a curve of estimates measures: the geometry of a basin, or just the checkpoint's loss upside down."""
+    import numpy as np
+
+    rows = table[np.isfinite(table["mean_loss"].astype(float))]
+    if rows.empty:
+        return "No chain stayed finite, so nothing was measured."
+    low, high = rows["mean_loss"].min(), rows["mean_loss"].max()
+    level = (
+        f"E[L] is {low:.4g}" if math.isclose(low, high, rel_tol=1e-3) else f"E[L] is between {low:.4g} and {high:.4g}"
+    )
+    facts = f"{level}; the loss of predicting zero is {trivial_loss:.4g}."
+    num_lower = int((rows["llc"] + 2 * rows["stderr"] < 0).sum())
+    if num_lower:
+        facts += f" At {num_lower} of {len(rows)} checkpoints the chains found lower loss, so those are not minima."
+    share = (rows["mean_loss"] - rows["init_loss"]) / (trivial_loss - rows["init_loss"]).clip(lower=1e-12)
+    num_escaped = int((share > 0.5).sum())
+    if not num_escaped:
+        return f"{facts} The loss rose by at most {max(share.max(), 0):.0%} of the way there, so no chain left its checkpoint's basin."
+    where = f"At {num_escaped} of {len(rows)} checkpoints" if len(rows) > 1 else "Here"
+    facts += (
+        f" {where} the chains left the checkpoint's basin. There the estimate nbeta (E[L] - L(w0)) mirrors the loss L(w0) and is not "
+        "a learning coefficient."
+    )
+    if len(rows) > 2 and rows["init_loss"].std() > 0:
+        facts += f" (Correlation of the LLC with -L(w0): {np.corrcoef(rows['llc'], -rows['init_loss'])[0, 1]:.4f}.)"
+    return facts
+
+
+def compare_rescaled(table: "pd.DataFrame", control: "pd.DataFrame") -> list[str]:
+    """Compare estimates with those of rescaled weights: a line for each step, and a conclusion."""
+    both = table.merge(control, on=["step", "checkpoint_hash"], suffixes=("", "_control"))
+    lines, num_different, num_unknown = [], 0, 0
+    for row in both.to_dict("records"):
+        difference = (row["llc_control"] - row["llc"]) / math.hypot(row["stderr"], row["stderr_control"])
+        result = "differs" if abs(difference) > 3 else "agrees" if abs(difference) <= 3 else "cannot be compared"
+        num_different += result == "differs"
+        num_unknown += math.isnan(difference)
+        lines.append(
+            f"step {row['step']}: {row['llc']:.4g} ± {row['stderr']:.2g}, rescaled {row['llc_control']:.4g} ± "
+            f"{row['stderr_control']:.2g}: {result} ({difference:+.1f} standard errors)"
+        )
+    conclusion = "no sign that the estimate measures the size of the weights."
+    if num_different:
+        conclusion = "the estimate depends on the size of the weights, not on the function's geometry alone."
+    elif num_unknown:
+        conclusion = f"{num_unknown} cannot be compared."
+    return [*lines, f"{num_different} of {len(both)} differ: {conclusion}"]
+
+
+def write_rows(out: Path, table: "pd.DataFrame") -> Path:
+    """Write a table as CSV or JSON, by the ending of the file's name.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
+    if table_format(out) == "csv":
+        text = table.to_csv(index=False)
+    else:
+        text = json.dumps(plain_rows(table), indent=1, allow_nan=False) + "\n"
+    write_atomically(out, text.encode())
+    return out
+
+
+def log_rows(wandb_run: Any, table: "pd.DataFrame") -> None:
+    """Log a row to W&B for each step after the last one that it has."""
+    from icl.training.wandb.log import sent_step
+
+    sent = sent_step(wandb_run)
+    for row in table.to_dict("records"):
+        if row["step"] > sent:
+            wandb_run.log({"step": row["step"], **{f"llc/{name}": row[name] for name in _LOGGED_COLUMNS}})
+
+
+def draw_figures(run: RunFolder, settings: str, *, label: str, title: str, trivial_loss: float) -> list[Path]:
+    """Draw the curve of all stored estimates under these settings, and the traces of some steps.
+
+    Args:
+        run: The run's folder.
+        settings: The hash of the settings.
+        label: The end of the files' names, if it is not empty.
+        title: The title of the figures.
+        trivial_loss: The loss of predicting zero.
+    """
+    from icl.plotting.llc import plot_llc, plot_traces, read_stages
+    from icl.plotting.llc_estimate import plot_estimate
+    from icl.plotting.style import save_figure
+    from icl.sampling.records import as_table, read_all
+
+    records = [record for record in read_all(run) if record.row["settings"] == settings]
+    suffix = f"-{label}" if label else ""
+    if len(records) == 1:
+        curve = plot_estimate(records[0], trivial_loss, title=title)
+    else:
+        curve = plot_llc(as_table(records), trivial_loss, title=title, stages=read_stages(run))
+    return [
+        save_figure(curve, run.figures / f"llc{suffix}.png"),
+        save_figure(plot_traces(records, title=title), run.figures / f"llc-traces{suffix}.png"),
+    ]

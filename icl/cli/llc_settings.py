@@ -1,0 +1,118 @@
+"""The settings of an `icl llc` command, from all their sources."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from icl.cli.outputs import require_output_table
+from icl.config import RunConfig, SamplerConfig, flatten
+from icl.config.validation import ConfigError, require_number
+from icl.files.reading import is_beyond_floats
+from icl.presets import run_name
+from icl.resolve import read_config_files, refuse_conflicts, resolve
+from icl.runs.folder import local_root, require_place, run_of
+
+
+class Job(NamedTuple):
+    """A command of the user: what to estimate, and where to write the rows."""
+
+    path: Path
+    config: RunConfig
+    """The run's configuration, with the sampler's settings."""
+    mode: str
+    """A label for the rows."""
+    rescale: float | None
+    """The factor of --rescale."""
+    out: Path | None
+
+
+def read_job(
+    path: str | None,
+    flags: frozenset[str],
+    options: Mapping[str, Any],
+    swept: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> Job:
+    """Return the run and its sampler's settings, from all their sources."""
+    from_files = read_config_files(options)
+    published = _published() if "published" in flags else {}
+    refuse_conflicts(swept, given)
+    out = output_file(options, path, *options.get("config", ()))
+    if path is None:
+        config = resolve(*from_files, published, swept, given)
+        folder = local_root() / run_name(config)
+    else:
+        for key in [key for layer in (*from_files, dict(swept), dict(given)) for key in flatten(layer)]:
+            if not key.startswith("sampler."):
+                raise ConfigError(
+                    f"`{key}` cannot be changed, because {path} is trained already; only `sampler` settings can be given."
+                )
+        folder = require_place(path)
+        config = resolve(saved_config(folder).to_dict(), published, *from_files, swept, given)
+        if folder.is_file() and "sampler.steps" in given:  # a default choice of steps does not apply to a single file
+            _require_step(folder, config.sampler.steps)
+    mode = "" if not published else _published_mode(config.sampler)
+    rescale = _positive_number("--rescale", options["rescale"]) if "rescale" in options else None
+    return Job(folder, config, mode, rescale, out)
+
+
+def output_file(options: Mapping[str, Any], *inputs: str | None) -> Path | None:
+    """Return the file of --out, which can be written and is none of the files that are read."""
+    if "out" not in options:
+        return None
+    if not options["out"].strip():
+        raise ConfigError("`--out` must name a file, got nothing.")
+    out = Path(options["out"])
+    require_output_table(out, *inputs)
+    return out
+
+
+def saved_config(path: Path) -> RunConfig:
+    """Return the configuration in the run's folder, or else that of its first checkpoint."""
+    from icl.sampling.run import run_files
+
+    run = run_of(path)
+    return run.read_config() if run.config_file.is_file() else run_files(path)[1]
+
+
+def _require_step(file: Path, steps: str) -> None:
+    """Refuse a single checkpoint file if `steps` does not select its step."""
+    from icl.runs.checkpoints import checkpoint_name, load_checkpoint_file
+    from icl.sampling.run import chosen_files
+
+    chosen_files([Path(checkpoint_name(load_checkpoint_file(file).step))], steps)
+
+
+def require_rescalable(path: Path, factor: float) -> None:
+    """Refuse a bad factor or architecture before the whole curve is estimated without the factor."""
+    from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
+    from icl.sampling.rescaling import rescaled
+
+    first = load_checkpoint_file(checkpoint_files(path)[0])
+    rescaled(first.config.model, first.params, factor)
+
+
+def _published() -> dict[str, Any]:
+    from icl.sampling.settings import PUBLISHED
+
+    values = dataclasses.asdict(PUBLISHED)
+    return {f"sampler.{name}": values[name] for name in values if name not in ("steps", "memory", "num_init_batches")}
+
+
+def _published_mode(sampler: SamplerConfig) -> str:
+    """Return the label of the rows, which lists the settings that differ from the published ones."""
+    values = flatten({"sampler": dataclasses.asdict(sampler)})
+    changes = [f"{key.partition('.')[2]}={values[key]}" for key, value in _published().items() if values[key] != value]
+    return ", ".join(["published", *changes])
+
+
+def _positive_number(option: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise ConfigError(f"`{option}` must be a number, got {text!r}.") from None
+    if is_beyond_floats(text, number):
+        raise ConfigError(f"`{option}` is too large or too small for a floating-point number, got {text}.")
+    require_number(option, number, "positive")
+    return number

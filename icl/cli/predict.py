@@ -1,0 +1,39 @@
+"""`icl predict`: a trained model's predictions for the prompts in a file."""
+
+from pathlib import Path
+
+from icl.cli.outputs import require_output_table
+from icl.cli.parser import command_parser
+
+HELP = "predictions for prompts in a file"
+
+
+def run(words: list[str]) -> int:
+    """Predict, print, and write if asked."""
+    parser = command_parser(
+        "predict",
+        "Predict y for queries after a context. FILE is JSON with x_context, y_context and x_query, or CSV with columns "
+        "x1..xD,y in which an empty y marks a query.",
+        "icl predict runs/quickstart --prompt prompt.json",
+    )
+    parser.add_argument(
+        "path", metavar="CHECKPOINT", type=Path, help="a checkpoint file, or a run's folder or name for its last step"
+    )
+    parser.add_argument("--prompt", metavar="FILE", type=Path, required=True, help="the prompts")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the predictions to FILE (.csv or .json)")
+    options = parser.parse_args(words)
+    from icl.api import load_checkpoint
+    from icl.evaluation.prediction import predict_from_prompt, read_prompt_file, write_predictions
+    from icl.runs.folder import require_place
+
+    if options.out is not None:
+        require_output_table(options.out, options.prompt, options.path)
+    prompt = read_prompt_file(options.prompt)
+    model, info = load_checkpoint(require_place(options.path))
+    predictions = predict_from_prompt(model, *prompt)
+    print(f"{info['path']} (step {info['step']:,}), {len(prompt.x_context)} context examples")
+    for query, prediction in zip(prompt.x_query.tolist(), predictions.tolist(), strict=True):
+        print(f"  x = ({', '.join(f'{x:g}' for x in query)})  ->  y = {prediction:.6g}")
+    if options.out is not None:
+        print(f"Predictions  {write_predictions(options.out, prompt, predictions)}")
+    return 0

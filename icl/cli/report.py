@@ -1,0 +1,43 @@
+"""`icl report`: one self-contained HTML page of a run, or of several beside each other."""
+
+from pathlib import Path
+
+from icl.cli.outputs import require_output
+from icl.cli.parser import command_parser
+
+HELP = "one self-contained HTML page of a run or a sweep: curves, tables with verdicts, figures, settings"
+
+
+def run(words: list[str]) -> int:
+    """Write the page; a run's own page also goes to the run's store, if it has one."""
+    parser = command_parser(
+        "report",
+        "Everything there is for a run on one page that needs no network: state, settings, environment, curves, tables with "
+        "their verdicts, figures, and the commands for what is missing. Of several runs, or a folder of runs, a comparison first.",
+        "icl report runs/quickstart\n  icl report runs/a runs/b --out both.html\n  icl report runs",
+    )
+    parser.add_argument(
+        "paths", metavar="RUN", nargs="+", type=Path, help="a run's folder or name, or a folder with runs below it"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="the page (default: report.html in the folder; of several RUNs, in the working directory)",
+    )
+    options = parser.parse_args(words)
+    from icl.report.page import write_report
+    from icl.runs.delivery import send_results
+    from icl.runs.folder import require_place
+
+    if options.out is not None and options.out.suffix.lower() in (".html", ".htm"):
+        require_output(options.out)
+    report = write_report([require_place(path) for path in options.paths], out=options.out)
+    for facts in report.runs:
+        for problem in facts.problems:
+            print(f"{facts.name}: {problem}")
+    runs = f"{len(report.runs)} runs, " if len(report.runs) > 1 else ""
+    print(f"Report  {report.path} ({runs}{report.size / 1e6:.1f} MB)")
+    if report.folder is not None and report.runs[0].config is not None:
+        send_results(report.folder)
+    return 0

@@ -1,0 +1,55 @@
+"""`icl runs`: what there is, and how far it is."""
+
+from pathlib import Path
+from typing import Any
+
+from icl.cli.parser import command_parser
+
+HELP = "what there is, and how far it is"
+
+
+def run(words: list[str]) -> int:
+    """Print a line for every run, experiments with a line of their own above."""
+    parser = command_parser(
+        "runs",
+        "Every run below $LOCAL_ROOT (default: runs/): state, step, loss and age; then those of the task-diversity "
+        "experiments in the working directory.",
+        "icl runs\n  icl runs checkpoints",
+    )
+    parser.add_argument("root", metavar="FOLDER", nargs="?", type=Path, help="another folder of runs, and no other")
+    options = parser.parse_args(words)
+    from icl.diversity.runs import METADATA
+    from icl.runs.folder import describe_runs, local_root, require_place
+
+    root = require_place(options.root) if options.root else local_root()
+    experiments = [] if options.root else sorted(file.parent for file in Path().glob(f"*/{METADATA}"))
+    lines = _experiment_lines(root) + describe_runs(root)
+    for folder in experiments:
+        if folder.resolve() != root.resolve():
+            lines += ["", *_experiment_lines(folder), *describe_runs(folder)]
+    print("\n".join(lines).lstrip("\n") if lines else f"There are no runs in {root}; `icl train` makes one.")
+    return 0
+
+
+def _experiment_lines(folder: Path) -> list[str]:
+    """Return lines on the progress of an experiment; none for a folder that is no experiment."""
+    from icl.diversity.metadata import is_alive, read_metadata
+
+    metadata = read_metadata(folder)
+    if not metadata:
+        return []
+    entries: list[dict[str, Any]] = metadata.get("runs", [])
+    counts: dict[str, int] = {}
+    for entry in entries:
+        counts[entry["state"]] = counts.get(entry["state"], 0) + 1
+    told = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in counts.items())
+    failures = [
+        f"  M = {entry['num_tasks']} failed: {entry.get('reason')}" for entry in entries if entry["state"] == "failed"
+    ]
+    state, place = metadata.get("state"), f"process {metadata.get('pid')} on {metadata.get('host')}, "
+    if state != "running":
+        place = ""
+    elif not is_alive(metadata):
+        state, place = "killed; the same command continues", ""
+    head = f"{folder}: task diversity, {state} ({place}updated {metadata.get('updated')})"
+    return [f"{head}; {len(entries)} runs: {told}", *failures]

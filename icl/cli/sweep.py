@@ -1,0 +1,155 @@
+"""`icl sweep`: run a W&B sweep file here, without W&B."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icl.cli.parser import command_parser
+
+if TYPE_CHECKING:
+    from icl.sweeps.points import InvalidPoint, Point
+    from icl.sweeps.schema import SweepFile
+    from icl.sweeps.state import PointState
+
+HELP = "run a sweep file, or what is missing of it"
+
+_MAX_WORKERS = 1000
+
+
+def run(words: list[str]) -> int:
+    """Run, or list, or tell how far it is; 0 only if every point is done (or listed)."""
+    options = _parse(words)
+    from icl.config.validation import ConfigError
+    from icl.sweeps.command import refuse_missing_program, require_packable
+    from icl.sweeps.points import InvalidPoint, sweep_points
+    from icl.sweeps.schema import read_sweep_file
+
+    sweep = read_sweep_file(options.file)
+    if options.pack > 1:
+        require_packable(sweep.command)
+    if options.seed is not None and sweep.method == "grid":
+        raise ConfigError("`--seed` has no meaning for a grid; only `method: random` draws its points.")
+    for warning in sweep.warnings:
+        print(f"icl: {options.file}: {warning}", file=sys.stderr)
+    invalid: list[InvalidPoint] = []
+    points = sweep_points(sweep, count=options.count, seed=options.seed or 0, invalid=invalid)
+    if not options.status:
+        refuse_missing_program(sweep.command, sweep.program, points[0].settings)
+    if options.status or options.dry_run:
+        return _list(points, invalid, options)
+    return _run(sweep, points, invalid, options)
+
+
+def _run(
+    sweep: "SweepFile", points: "Sequence[Point]", invalid: "Sequence[InvalidPoint]", options: argparse.Namespace
+) -> int:
+    """Run what is missing; 1 if a point has failed, 128 + the signal that stopped it."""
+    from icl.runs.folder import local_root
+    from icl.sweeps.engine import run_sweep
+
+    root, num_points = local_root(), len(points) + len(invalid)
+    print(f"{options.file}: {num_points} points, {options.workers} at a time, runs in {root}.", flush=True)
+    for point in invalid:
+        print(f"failed   {point.name}: {point.reason}", flush=True)
+    if sweep.stops_early:
+        print("`early_terminate` is W&B's own; here every point runs to its end.")
+    result = run_sweep(
+        sweep,
+        points,
+        root,
+        num_workers=options.workers,
+        pack=options.pack,
+        retry=options.retry,
+        say=lambda line: print(line, flush=True),
+    )
+    print(_summary([state.state for state in result.states.values()] + ["failed"] * len(invalid)))
+    if result.is_done and not invalid:
+        return 0
+    if invalid:
+        print(f"Invalid settings ({len(invalid)} of {num_points} points) are mended in {options.file}.")
+    if any(state.state != "done" and not state.is_final for state in result.states.values()):
+        print("The same command does what is missing.")
+    return 1 if result.received is None else 128 + result.received
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = command_parser(
+        "sweep",
+        "Run a W&B sweep file (grid or random) with no account and no network. The same command goes on after an "
+        "interruption and tries failed points again, except those whose loss became NaN; on several machines that share "
+        "$LOCAL_ROOT it shares the work. Each run's output is in its sweep.log.",
+        "icl sweep sweeps/training-runs/quickstart.yaml --workers 2",
+    )
+    parser.add_argument("file", metavar="FILE", type=Path, help="the sweep file")
+    parser.add_argument("--workers", metavar="N", type=_workers, default=1, help="programs at a time (default: 1)")
+    parser.add_argument(
+        "--pack",
+        metavar="N",
+        type=_count,
+        nargs="?",
+        const=sys.maxsize,
+        default=1,
+        help="train up to N points (or all) that differ only in seeds and number of tasks in one program",
+    )
+    parser.add_argument("--count", metavar="N", type=_count, help="only the first N points")
+    parser.add_argument("--seed", metavar="S", type=_seed, help="of a random sweep's draws (default: 0)")
+    parser.add_argument(
+        "--retry",
+        action="store_true",
+        help="try every failed point again, also one that would fail again or has just failed on another machine",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="list the runs, and which would be run; start nothing")
+    what.add_argument("--status", action="store_true", help="list what is done, running, failed and waiting, and why")
+    return parser.parse_args(words)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 999,999,999, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or len(text) > 20 or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, got {text!r}")
+    return int(text)
+
+
+def _workers(text: str) -> int:
+    count = _count(text)
+    if count > _MAX_WORKERS:
+        raise argparse.ArgumentTypeError(f"must be at most {_MAX_WORKERS:,}, got {text!r}")
+    return count
+
+
+def _list(points: "Sequence[Point]", invalid: "Sequence[InvalidPoint]", options: argparse.Namespace) -> int:
+    """Print where every point stands, or what would be done with it; 1 if it was asked whether all are done, and they are not."""
+    from icl.runs.folder import local_root
+    from icl.sweeps.state import point_state
+
+    states = {point.number: point_state(point, local_root()) for point in points}
+    lines = {
+        point.number: f"{_word(states[point.number], options):9s} {point.name}: {states[point.number].reason}"
+        for point in points
+    }
+    for point in invalid:
+        lines[point.number] = f"{'would fail' if options.dry_run else 'failed':9s} {point.name}: {point.reason}"
+    print("\n".join(lines[number] for number in sorted(lines)))
+    told = [state.state for state in states.values()] + ["failed"] * len(invalid)
+    print(_summary(told))
+    return 0 if options.dry_run or set(told) == {"done"} else 1
+
+
+def _word(state: "PointState", options: argparse.Namespace) -> str:
+    """A point's state, or that a dry run's command would run it."""
+    is_next = state.state == "waiting" or (state.state == "failed" and (options.retry or not state.is_final))
+    return "would run" if options.dry_run and is_next else state.state
+
+
+def _summary(states: Sequence[str]) -> str:
+    counts = {word: states.count(word) for word in ("done", "running", "failed", "waiting")}
+    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    return f"{len(states)} points: {told}."

@@ -1,0 +1,220 @@
+"""`icl train`: train a run from its settings, or several at once, or resume them; then the table and the figures."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from icl.config import RunConfig
+from icl.config.validation import ConfigError, UserError
+from icl.files.writing import write_atomically
+from icl.presets import run_name, varying_names
+from icl.resolve import (
+    POINT_VARIABLE,
+    read_arguments,
+    read_config_files,
+    read_points,
+    refuse_conflicts,
+    refuse_overridden,
+    resolve,
+    settings_parser,
+)
+from icl.runs.folder import DONE, RunError, RunFolder, is_child_rank, local_root
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from icl.plotting.training import DrawnRun
+    from icl.training.run import TrainResult
+
+HELP = "train a run, or resume it"
+
+_USAGE = """\
+usage: icl train [--preset NAME] [--config FILE ...] [--section.key VALUE ...]
+
+Train a run; the same command resumes an unfinished one, or says that it is finished.
+Without arguments: the preset `quickstart`, about two minutes on two CPU cores.
+
+examples:
+  icl train
+  icl train --task.num_tasks 8 --run_name eight-tasks
+  icl train --preset L2H4 --model.double_residual --trainer.max_steps 20000 --optim.schedule_steps 500000
+  icl train --config my-run.yaml --seeds.model 1
+  icl train --population.seeds 0,1,2,3,4 --population.num_tasks 8,64,inf
+
+settings (later wins: defaults < preset < --config files in their order < command line):
+"""
+
+
+def run(words: list[str]) -> int:
+    """Train to the end; 128 + the signal if one stopped it."""
+    if "-h" in words or "--help" in words:
+        settings = settings_parser(prog="icl train").format_help().partition("\n\n")[2]
+        print(_USAGE + re.sub(r"  --\w+ CONFIG +Path to a configuration file\.\n", "", settings))
+        return 0
+    given = read_arguments(words, extra=("config",))
+    filed = read_config_files(given)
+    given.pop("config", None)
+    if os.environ.get("WANDB_SWEEP_ID") and not is_child_rank():
+        from icl.training.wandb.agent import in_sweep
+
+        if in_sweep():
+            return _train_point(filed, given)
+    configs = []
+    for swept in read_points():
+        configs += resolve(*filed, swept, given).members()
+        refuse_conflicts(swept, given)
+        refuse_overridden(*filed, swept, given)
+    return _train(configs)
+
+
+def _train_point(filed: Sequence[dict[str, Any]], given: dict[str, Any]) -> int:
+    """Train the point that `wandb agent` handed over; however it ends, W&B learns the exit status."""
+    from icl.training.wandb.agent import describe_run, join_sweep, swept_settings
+    from icl.training.wandb.log import end_run, exit_code_of
+
+    try:
+        base = resolve(*filed, given)
+    except ConfigError as error:  # such as a point's values that came by `${args}`
+        end_run(join_sweep({}), exit_code_of(error))
+        raise
+    wandb_run = join_sweep(base.to_dict())
+    try:
+        swept = swept_settings(wandb_run, base)
+        config = resolve(*filed, swept, given)
+        refuse_conflicts(swept, given)
+        if config.population:
+            raise ConfigError(
+                "A point under `wandb agent` is one run; take `population` out of it, or run the file by `icl sweep --pack`."
+            )
+        describe_run(wandb_run, config)
+        point = local_root() / run_name(config) / "point.json"
+        write_atomically(point, json.dumps(swept, indent=1).encode())
+        os.environ[POINT_VARIABLE] = str(point)  # further ranks of this run read it
+        status = _train([config], wandb_run)
+    except BaseException as error:
+        end_run(wandb_run, exit_code_of(error))
+        raise
+    end_run(wandb_run, status)  # last: W&B may hand a pre-empted point to the next agent at once
+    return status
+
+
+def _train(configs: Sequence[RunConfig], wandb_run: Any = None) -> int:
+    from icl.training.run import failure_of, train_population
+
+    results = train_population(configs, wandb_run=wandb_run)
+    if is_child_rank():
+        return 0
+    ended = [result for result in results if result.status.state in DONE]
+    failed = [result for result in results if result.status.state == "failed"]
+    stopped = [result for result in results if result.received is not None]
+    if failed and len(results) == 1:
+        raise failure_of(failed[0].status)
+    for result in ended:
+        _tell_end(result)
+    for told in (result.lacking for result in results if result.lacking is not None):
+        print(f"icl: {told}", file=sys.stderr)
+    incomplete = [result.incomplete for result in results if result.incomplete is not None]
+    if incomplete and len(results) == 1:
+        raise RunError(incomplete[0])
+    undrawn: list[str] = []
+    if ended and not stopped:
+        if len(results) == 1:
+            _show_run(ended[0].folder)
+        else:
+            undrawn = _show_members(ended)
+    for result in failed:  # last, where a person and `icl sweep` look for it
+        print(f"icl: {result.folder.path} failed: {result.status.reason}", file=sys.stderr)
+    for told in [*(f"not shown: {reason}" for reason in undrawn), *incomplete]:
+        print(f"icl: {told}", file=sys.stderr)
+    if stopped:
+        return _tell_stop(stopped)
+    return 0 if len(ended) == len(results) and not undrawn and not incomplete else 1
+
+
+def _tell_stop(stopped: Sequence["TrainResult"]) -> int:
+    """Say which signal stopped runs and where; 128 + the signal."""
+    steps = sorted({result.status.step for result in stopped})
+    where = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
+    received = next(result.received for result in stopped if result.received is not None)
+    print(f"icl: stopped by {received.name} at {where}; the same command resumes it.", file=sys.stderr)
+    return 128 + received
+
+
+def _tell_end(result: "TrainResult") -> None:
+    """A line for a run that ended otherwise than at its last step just now."""
+    status, place = result.status, result.folder.path
+    if result.was_done:
+        print(f"{place} is finished: {status.step:,} steps{f' ({status.reason})' if status.reason else ''}.")
+    elif status.state == "stopped_early":
+        print(f"{place} stopped early at step {status.step:,}: {status.reason}.")
+
+
+def _show_run(folder: RunFolder) -> None:
+    """The table per position, and the figure beside it."""
+    from icl.plotting.training import draw_run
+    from icl.runs.delivery import send_results
+
+    drawn = draw_run(folder)
+    table = drawn.losses
+    print("\nLoss per position (squared error per target) on fixed prompts of the training tasks:\n")
+    print(table.to_string(float_format="{:.4f}".format))
+    print(f"\n{_headline(table.loc['mean'], drawn)}")
+    print(f"Figure  {drawn.figure}\nRun     {folder.path}")
+    send_results(folder)
+
+
+def _headline(means: "pd.Series", drawn: "DrawnRun") -> str:
+    """Return two sentences: the mean loss as a multiple of the Bayes predictors', and its excess over the optimal one's."""
+    ratios = " and ".join(
+        f"{means['model'] / means[name]:.3f} times {label}"
+        for name, label in (("ridge", "ridge's"), ("dmmse", "dMMSE's"))
+        if name in means and means[name] > 0
+    )
+    optimum = "ridge's, the optimum for M = ∞" if drawn.optimum == "ridge" else "dMMSE's, the optimum for these M tasks"
+    first = f"The model's mean loss is {ratios}.\nIt is" if ratios else "The model's mean loss is"
+    return f"{first} {drawn.excess:.4f} ± {drawn.excess_stderr:.4f} (standard error) above {optimum}."
+
+
+def _show_members(results: Sequence["TrainResult"]) -> list[str]:
+    """A row for each run of a population, and the figure in its folder, which one that was done has already.
+
+    Returns:
+        Why some could not be drawn.
+    """
+    import pandas as pd
+    from tqdm import tqdm
+
+    from icl.plotting.training import draw_run, drawn_losses
+    from icl.runs.delivery import send_results
+
+    rows: dict[str, pd.Series] = {}
+    shown: list[RunFolder] = []
+    undrawn: list[str] = []
+    sets: dict[Any, Any] = {}
+    for result in tqdm(results, desc="drawing", unit="run"):
+        drawn = drawn_losses(result.folder) if result.was_done else None
+        try:
+            table = draw_run(result.folder, sets)[0] if drawn is None else drawn
+            rows[result.folder.path.as_posix()] = table.loc["mean"]
+            shown.append(result.folder)
+        except UserError as error:
+            undrawn.append(str(error))
+    if not rows:
+        return undrawn
+    table = pd.DataFrame(rows).T
+    table = table[[name for name in ("model", "ridge", "dmmse", "ols", "zero") if name in table]]
+    table["model / ridge"] = table["model"] / table["ridge"]
+    if "dmmse" in table:
+        table["model / dmmse"] = table["model"] / table["dmmse"]
+    names = varying_names([folder.read_config() for folder in shown])
+    if len(set(names)) == len(names) and all(names):
+        table = table.assign(folder=table.index).set_axis(names, axis="index")
+    print("\nMean loss (squared error per target) on fixed prompts of each run's training tasks:\n")
+    print(table.to_string(float_format="{:.4f}".format, na_rep="-"))
+    print("\nEach run's folder has its figure, figures/training.png.")
+    for result in results:
+        send_results(result.folder)
+    return undrawn

@@ -1,0 +1,1 @@
+"""How tensors are computed: one optimiser step, compiling, threads, memory, linear algebra."""

@@ -1,0 +1,235 @@
+"""Private cache of `torch.compile`: a folder that only the user can write to, with a digest of every file.
+
+By default torch caches libraries and pickles in a folder of predictable name below the system's temporary folder. It executes
+what it finds there, whoever wrote it. Our folder is `icl/torch-<version>` in the user's cache ($XDG_CACHE_HOME or `~/.cache`),
+or in $TORCHINDUCTOR_CACHE_DIR if the user has set that. Only the user may write to it.
+
+`digests.json` holds the SHA-256 of every file. The first process that uses the folder removes files that are damaged, or that
+have no digest because the process that wrote them died. They are compiled again. If no such folder can be made, this process
+uses a temporary one.
+"""
+
+import atexit
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import stat
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icl.files.system import LockedError, lock_file
+
+_DIGESTS = "digests.json"
+_LOCK = ".lock"
+_IN_USE = threading.RLock()
+_CHUNK = 2**20
+
+_folder: Path | None = None
+"""Folder that this process uses."""
+_held: Any = None
+"""Open lock file. Its shared lock tells other processes that the folder is in use."""
+
+
+class UnusableError(Exception):
+    """A folder that cannot be used as the cache. The message says why."""
+
+
+def use_private_cache() -> Path:
+    """Make torch's compiler use a folder that nobody else can write to, and return the folder. Later calls change nothing."""
+    global _folder, _held
+    with _IN_USE:
+        if _folder is None:
+            wanted = cache_folder()
+            try:
+                _held = take(wanted)
+                _folder = wanted
+            except (UnusableError, OSError) as error:
+                reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+                print(
+                    f"icl: results of torch.compile are not kept for the next start: {wanted}: {reason}.",
+                    file=sys.stderr,
+                )
+                _folder = _temporary_folder()
+            _make_torch_use(_folder)
+            atexit.register(note_compiled)
+        return _folder
+
+
+def start_afresh() -> bool:
+    """Switch to an empty temporary folder. Return False, and change nothing, if this process already uses one."""
+    global _folder, _held
+    from torch._inductor.utils import clear_caches
+
+    with _IN_USE:
+        if _folder is None or _held is None:
+            return False
+        _held.close()
+        _held, _folder = None, _temporary_folder()
+        _make_torch_use(_folder)
+        clear_caches()  # caches in memory, which refer to files of the previous folder
+        return True
+
+
+def note_compiled() -> None:
+    """Add the digests of new files to `digests.json`, so that the next process trusts them."""
+    with _IN_USE, contextlib.suppress(OSError):
+        if _folder is None or _held is None:
+            return
+        with (_folder / ".noting").open("a") as file:
+            lock_file(file.fileno(), _folder, wait=True)
+            noted = _read_digests(_folder)
+            names = _files(_folder)
+            added = {name: _digest(_folder / name) for name in names if name not in noted}
+            kept = {name: digest for name, digest in noted.items() if name in names}
+            if added or len(kept) < len(noted):
+                _write_digests(_folder, kept | added)
+
+
+def cache_folder() -> Path:
+    """Return the folder for this version of torch, in the cache named by the environment, or else in the user's cache."""
+    name = f"torch-{torch.__version__}-python-{platform.python_version()}"
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if given and Path(given).absolute() != _torch_default():
+        path = Path(os.path.expanduser(given)).absolute()  # noqa: PTH111 (`Path` fails where there is no home)
+        return path if path.name == name else path / name
+    base = os.environ.get("XDG_CACHE_HOME") or ""
+    if not Path(base).is_absolute():
+        base = os.path.expanduser("~/.cache")  # noqa: PTH111
+    return Path(base) / "icl" / name
+
+
+def take(folder: Path) -> Any:
+    """Make the folder if it does not exist, validate it, and mark it as in use by a lock.
+
+    Returns:
+        An open file, which holds a shared lock until it is closed.
+
+    Raises:
+        UnusableError: If others can write to the folder, it cannot be locked, or it is damaged while another process uses it.
+        OSError: If the folder cannot be made or read.
+    """
+    if not folder.is_absolute():
+        raise UnusableError("there is no home folder, and XDG_CACHE_HOME is not set")
+    # One by one, because `parents=True` would ignore the mode for all but the last.
+    for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+        path.mkdir(mode=0o700, exist_ok=True)
+    require_private(folder)
+    file = (folder / _LOCK).open("a")
+    try:
+        try:
+            if not lock_file(file.fileno(), folder):
+                raise UnusableError("its file system has no locks")
+            _remove_damaged(folder)
+            lock_file(file.fileno(), folder, shared=True, wait=True)
+        except LockedError:
+            lock_file(file.fileno(), folder, shared=True, wait=True)
+            if damaged(folder):
+                raise UnusableError("files in it are damaged, and another process is using it") from None
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def require_private(folder: Path) -> None:
+    """Refuse a folder that another user owns, may write to, or could replace.
+
+    Raises:
+        UnusableError: If the folder is not private. The message names the folder and the reason.
+    """
+    user, resolved = os.getuid(), folder.resolve()
+    for path in (resolved, *resolved.parents):
+        status = path.stat()
+        mode = status.st_mode
+        if status.st_uid != user and (path == resolved or status.st_uid != 0):
+            raise UnusableError(
+                f"{path} belongs to another user; remove it, or set XDG_CACHE_HOME to a folder of your own"
+            )
+        is_sticky = bool(mode & stat.S_ISVTX) and path != resolved  # others may write to it, but not replace our folder
+        is_group_open = bool(mode & stat.S_IWGRP) and (path == resolved or status.st_gid not in (0, os.getgid()))
+        if not is_sticky and (mode & stat.S_IWOTH or is_group_open):
+            raise UnusableError(
+                f"other users may write in {path}; remove it, or empty it and remove their permission to write"
+            )
+
+
+def damaged(folder: Path) -> list[str]:
+    """List the files that differ from their digests. A file without a digest may still be in the making."""
+    noted = _read_digests(folder)
+    return [name for name in _files(folder) if name in noted and _digest(folder / name) != noted[name]]
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Remove every file that has no digest or differs from it. Call it only while no other process uses the folder."""
+    noted = _read_digests(folder)
+    for name in _files(folder):
+        if noted.get(name) != _digest(folder / name):
+            (folder / name).unlink()
+
+
+def _files(folder: Path) -> list[str]:
+    """List the files that torch has written to the folder, without its locks."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return [name for name in names if not (name.startswith(".") or name == _DIGESTS or name.endswith(".lock"))]
+
+
+def _digest(path: Path) -> str:
+    hasher = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while data := file.read(_CHUNK):
+                hasher.update(data)
+    except FileNotFoundError:
+        return "gone"
+    return hasher.hexdigest()
+
+
+def _read_digests(folder: Path) -> dict[str, str]:
+    """Read the digests. If their file is damaged there are none, and everything is compiled again."""
+    try:
+        noted = json.loads((folder / _DIGESTS).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {str(name): str(digest) for name, digest in noted.items()} if isinstance(noted, dict) else {}
+
+
+def _write_digests(folder: Path, digests: dict[str, str]) -> None:
+    temporary = folder / f".{_DIGESTS}-{os.getpid()}"
+    temporary.write_text(json.dumps(digests, indent=0), encoding="utf-8")
+    temporary.replace(folder / _DIGESTS)
+
+
+def _temporary_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="icl-torch-"))  # with mode 0700
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _make_torch_use(folder: Path) -> None:
+    """Make torch and Triton use the folder for everything, even if they have been imported before."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    from torch._inductor import codecache
+    from torch._inductor.runtime import runtime_utils
+
+    # Some paths are fixed when torch is imported, or do not depend on the environment, such as those of precompiled headers.
+    headers = folder / "precompiled_headers"
+    vars(codecache).update(_HEADER_DIR=str(headers), _HEADER_LOCK_DIR=str(headers / "locks"))
+    for module in (codecache, runtime_utils, sys.modules.get("torch._inductor.runtime.cache_dir_utils")):
+        if module is not None:
+            vars(module).update(default_cache_dir=lambda: str(folder))
+
+
+def _torch_default() -> Path:
+    """Return the folder that torch would choose. When torch is imported, it sets its environment variable to it."""
+    from torch._inductor.runtime.runtime_utils import default_cache_dir
+
+    return Path(default_cache_dir()).absolute()

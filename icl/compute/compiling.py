@@ -1,0 +1,142 @@
+"""Fast repeated calls of a function of tensors: its gradient, its compilation to one graph, and its memory.
+
+`torch.compile` compiles a function to one graph at its first call, which takes 10 to 30 seconds. Results of the eager and the
+compiled function differ by rounding. Whether to compile depends only on the amount of work ahead.
+"""
+
+import ctypes
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from icl.compute.compile_cache import note_compiled, start_afresh, use_private_cache
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Leaves = TypeVar("Leaves", Tensor, dict[str, Tensor])
+
+_COMPILING_PAYS = 1e13
+"""Compile only above this many floating-point operations: some minutes on a CPU, a third of which compiling saves."""
+
+
+def compiling_pays(*, num_params: int, num_tokens: int, num_steps: int) -> bool:
+    """Return whether training or sampling is long enough to compile it.
+
+    The answer depends only on the settings, so a resumed run does as before.
+
+    Args:
+        num_params: Parameters of one member, so that a member does the same in a population as alone.
+        num_tokens: Tokens in a member's batch, 2 K B.
+        num_steps: Total number of gradients of such a batch.
+    """
+    # Each weight takes 2 operations per token in the forward pass and 4 in the backward pass.
+    return 6.0 * num_params * num_tokens * num_steps >= _COMPILING_PAYS
+
+
+def grad_and_aux(total: Callable[[Leaves], tuple[Tensor, Tensor]], leaves: Leaves) -> tuple[Leaves, Tensor]:
+    """Return the gradient of the number that `total` returns first, and the detached tensor that it returns second."""
+    if torch.compiler.is_compiling():  # the compiler cannot trace autograd; in eager mode, autograd is a tenth faster
+        grads, (_, aux) = torch.func.grad_and_value(total, has_aux=True)(leaves)
+        return grads, aux
+    # No threads of autograd: one may still hold a tensor when the step ends, and XLA compiles all tensors that are alive.
+    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+        tensors, spec = pytree.tree_flatten(leaves)
+        # `data`, not `detach`: detached rows of one tensor share its version counter, which updates in other threads raise.
+        # Autograd would then take these rows for modified.
+        tensors = [tensor.data.requires_grad_() for tensor in tensors]
+        value, aux = total(pytree.tree_unflatten(tensors, spec))
+        gradients = torch.autograd.grad(value, tensors, materialize_grads=True)
+    return pytree.tree_unflatten(list(gradients), spec), aux.detach()
+
+
+def one_graph(
+    function: Function,
+    *,
+    work: str,
+    changed: Callable[..., Sequence[Tensor]] = lambda *inputs: (),
+    options: dict[str, Any] | None = None,
+) -> Function:
+    """Return the function compiled to one graph, on CUDA to a CUDA graph.
+
+    Where compiling fails, a warning says so and calls go to the function itself. Results of the compiler are cached in a
+    private folder of the user (`icl.compute.compile_cache`). If compiling fails with this cache, it is tried once more without it.
+
+    Args:
+        function: Function of tensors, or trees of tensors, that returns tensors.
+        work: Name of the work, for the warning.
+        changed: Function of the same inputs that returns those which `function` changes in place.
+        options: Options of the compiler on a CPU.
+    """
+    use_private_cache()  # before torch chooses a folder itself
+    # Imported here because it is slow and not needed elsewhere.
+    from torch._dynamo import config, error_on_graph_break, exc, mark_static_address
+
+    # Not `fullgraph`: up to torch 2.13 it counts graphs in a variable that all threads share, so it fails at random.
+    graph = torch.compile(error_on_graph_break(True)(function), dynamic=False, options=options)
+    replayed = torch.compile(function, fullgraph=True, dynamic=False, options=_cuda_options())
+    # This warning advises to round products to ten bits, but we want float32.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+    has_failed = is_noted = False
+
+    def run(*inputs: Any) -> Any:
+        if _device(inputs).type != "cuda":
+            return graph(*inputs)
+        for tensor in changed(*inputs):
+            mark_static_address(tensor)  # the graph changes this tensor in place, so CUDA graphs must not copy it
+        return pytree.tree_map(torch.clone, replayed(*inputs))
+
+    def call(*inputs: Any) -> Any:
+        nonlocal has_failed, is_noted
+        if has_failed:
+            return function(*inputs)
+        # The limits are per thread. We raise them because one process may train many runs.
+        config.recompile_limit = max(config.recompile_limit, 2**10)
+        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 2**12)
+        try:
+            try:
+                outputs = run(*inputs)
+            except exc.BackendCompilerFailed:
+                if not start_afresh():
+                    raise
+                outputs = run(*inputs)
+        except exc.TorchDynamoException as error:  # raised before the graph has run, so no tensor has changed
+            has_failed = True
+            reason = " ".join(str(error).split("\n")[:2])
+            warnings.warn(f"{work} goes on without torch.compile, which is slower: {reason}", stacklevel=2)
+            return function(*inputs)
+        if not is_noted:
+            is_noted = True
+            note_compiled()
+        return outputs
+
+    return call  # type: ignore[return-value]
+
+
+def _cuda_options() -> dict[str, Any]:
+    """Return options for a CUDA graph whose kernels are not chosen by timing, so that every start rounds alike."""
+    from torch._inductor import config
+
+    options: dict[str, Any] = {"triton.cudagraphs": True, "triton.autotune_pointwise": False, "shape_padding": False}
+    if hasattr(config, "deterministic"):  # only in later versions
+        options["deterministic"] = True
+    return options
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that a step frees for the next step.
+
+    By default glibc returns it to the system and gets it again page by page. We measured that this takes up to half of a
+    step's time. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks below 32 MiB (glibc allows no more) come from the heap
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: up to 1 GiB of the heap may be free
+
+
+def _device(inputs: Any) -> torch.device:
+    return next(leaf.device for leaf in pytree.tree_iter(inputs) if isinstance(leaf, Tensor))

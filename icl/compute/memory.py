@@ -1,0 +1,94 @@
+"""Memory of a device, and refusal of work that cannot fit into it."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from icl.config.validation import ConfigError
+
+_MEMORY, _PROCESS_GROUPS, _CGROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_ALWAYS_FREE = 2**26
+"""Requests below this number of bytes are not checked, because a check takes as long as drawing a small batch."""
+
+
+def require_memory(sizes: Mapping[str, int], device: torch.device | str = "cpu") -> None:
+    """Refuse work that needs more memory than is free. Otherwise the system could kill the process without a message.
+
+    Args:
+        sizes: Least number of bytes for each part, by its name in the message.
+        device: Device that is to hold the parts. Only CPUs and CUDA devices are checked.
+
+    Raises:
+        ConfigError: If memory is too small. The message names the largest part.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ConfigError(f"`device` must be one that PyTorch knows, such as cpu or cuda, got {device!r}.") from None
+    if kind not in ("cpu", "cuda"):
+        return
+    total = sum(sizes.values())
+    if total > _ALWAYS_FREE and total > (free := device_bytes(device)):
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise ConfigError(
+            f"There is not enough memory for {largest}: at least {_in_units(total)} are needed, and {_in_units(free)} are free. "
+            "Make it smaller."
+        )
+
+
+def device_bytes(device: torch.device | str) -> int:
+    """Return the memory of a GPU in bytes, or the memory of the machine that this process can still get."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return min([_available_bytes(), *_group_bytes()])
+
+
+def _available_bytes() -> int:
+    """Return the bytes that are available without swapping, or all memory if the system does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in _MEMORY.read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _group_bytes() -> list[int]:
+    """Return the bytes left under each limit of this process's control groups, such as a container's or a Slurm job's."""
+    free = []
+    try:
+        groups = [line.split(":", 2) for line in _PROCESS_GROUPS.read_text().splitlines()]
+    except OSError:
+        return []
+    for _, controllers, group in groups:
+        if controllers == "memory":  # version 1 of control groups; version 2 names no controller
+            root, limit, used = _CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        elif not controllers:
+            root, limit, used = _CGROUPS, "memory.max", "memory.current"
+        else:
+            continue
+        innermost = root / group.lstrip("/")
+        for folder in (innermost, *innermost.parents):  # the limits of all enclosing groups count too
+            if folder.is_relative_to(root):
+                free += _free_group_bytes(folder, limit, used)
+    return free
+
+
+def _free_group_bytes(folder: Path, limit: str, used: str) -> list[int]:
+    """Return the bytes left in a control group, as a list that is empty if the group has no limit."""
+    try:
+        limit_bytes, used_bytes = int((folder / limit).read_text()), int((folder / used).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # a group without a limit says `max`
+        return []
+    cached_bytes = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))  # the system can drop these
+    return [max(0, limit_bytes - used_bytes + cached_bytes)]
+
+
+def _in_units(size: int) -> str:
+    """Format a number of bytes in the largest unit of which there is at least one."""
+    for unit, power in (("EiB", 60), ("TiB", 40), ("GiB", 30)):
+        if size >= 2**power:
+            return f"{size >> power:,} {unit}" if size >= 10 * 2**power else f"{size / 2**power:.1f} {unit}"
+    return f"{size >> 20:,} MiB"

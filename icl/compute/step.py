@@ -1,0 +1,163 @@
+"""One optimiser step of a population, written as one function of tensors so that it compiles to one graph.
+
+A step computes each member's loss (mean squared error per target) and its gradient, and clips the gradient by its norm.
+Then it moves the member by Adam (Kingma and Ba 2015, algorithm 1, as in `torch.optim.Adam`), in place:
+
+    m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   p <- p - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+All parameters of a member are one row of a matrix (`icl.model.flat`), so clipping and Adam are a dozen operations for any model.
+Learning rates and step counts are tensors. So a step never waits for the host, has no shapes that depend on data, and is
+compiled once. Results of the eager and the compiled step differ by rounding.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from icl.compute.compiling import grad_and_aux, keep_freed_memory, one_graph
+from icl.compute.threads import RELEASE_GIL, in_parallel
+from icl.config import ModelConfig, OptimConfig
+from icl.model.flat import Layout, layout_of
+from icl.model.stacked import apply
+
+_CLIP_EPS = 1e-6  # added to the norm that a gradient is divided by, as in torch.nn.utils.clip_grad_norm_
+
+
+class AdamState(NamedTuple):
+    """Parameters and Adam's moments of a population, one row per member. A step changes them in place."""
+
+    rows: Float[Tensor, "N P"]
+    exp_avg: Float[Tensor, "N P"]
+    exp_avg_sq: Float[Tensor, "N P"]
+    count: Int64[Tensor, " N"]  # type: ignore[assignment]  # Adam's t; the name hides a method of tuple
+
+    def members(self, chosen: slice) -> "AdamState":
+        """Return some of the members, as views."""
+        return AdamState(*(tensor[chosen] for tensor in self))
+
+
+class StepInfo(NamedTuple):
+    """Report of a step: losses before the update, and gradient norms before clipping."""
+
+    losses: Float[Tensor, " N"]
+    norms: Float[Tensor, " N"]
+
+
+Step: TypeAlias = Callable[[AdamState, Tensor, Tensor, Tensor], StepInfo]
+"""Function `step(state, xs, ys, rates)` that updates `state` in place.
+
+xs (N, B, K, D) and ys (N, B, K) are the members' prompts, rates (N,) their learning rates.
+"""
+
+
+def adam_state(params: Mapping[str, Tensor]) -> AdamState:
+    """Return the state before the first step, with a copy of the parameters."""
+    rows = layout_of(params).to_rows(params)
+    count = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    return AdamState(rows, torch.zeros_like(rows), torch.zeros_like(rows), count)
+
+
+def make_step(
+    model: ModelConfig,
+    optim: OptimConfig,
+    layout: Layout,
+    *,
+    compiled: bool = False,
+    packed: bool = False,
+    reduce: Callable[[Tensor], None] | None = None,
+) -> Step:
+    """Make the step of a population of one architecture.
+
+    On a GPU all members move together. On a CPU the data of one member already fill a core's caches, so members move one by
+    one. Eager members take turns and each uses all cores; their numbers are then bit for bit those of a population of one.
+    Compiled members of a packed population move in parallel, each on one core. This is faster, and a few sums round
+    otherwise. (Only biases of keys then drift apart. No prediction depends on them, so their gradients are nothing but
+    rounding errors, which Adam scales up to steps of ordinary size.)
+
+    Args:
+        model: The architecture.
+        optim: Adam's decays and epsilon, and the largest gradient norm. Its learning rate is not used.
+        layout: The order of a member's parameters in its row.
+        compiled: Whether to compile the step at its first call, which takes 10 to 30 seconds. Where that fails, a warning
+            says so and the step stays eager.
+        packed: Whether the population began with several members. It must not change when only one of them is left,
+            because numbers depend on it.
+        reduce: Function that replaces a tensor by its mean over the processes that share a batch. With it the step
+            stays eager.
+    """
+
+    def together(state: AdamState, xs: Tensor, ys: Tensor, rates: Tensor) -> StepInfo:
+        losses, grads = losses_and_grads(model, layout, state.rows, xs, ys)
+        if reduce is not None:
+            reduce(losses)
+            reduce(grads)
+        return StepInfo(losses, update(state, grads, rates, optim))
+
+    keep_freed_memory()
+    move, move_each = together, None
+    if compiled and reduce is None:
+        options = RELEASE_GIL if packed else None
+        move = one_graph(together, work="Training", changed=lambda state, *prompts: state, options=options)
+        move_each = in_parallel(move, threads_each=1) if packed else None
+
+    def step(state: AdamState, xs: Tensor, ys: Tensor, rates: Tensor) -> StepInfo:
+        if state.rows.device.type != "cpu":
+            return move(state, xs, ys, rates)
+        slices = [slice(i, i + 1) for i in range(len(rates))]
+        members = [(state.members(chosen), xs[chosen], ys[chosen], rates[chosen]) for chosen in slices]
+        infos = move_each(members) if move_each else [move(*member) for member in members]
+        return StepInfo(*(torch.cat(parts) for parts in zip(*infos, strict=True)))
+
+    return step
+
+
+def losses_and_grads(
+    model: ModelConfig,
+    layout: Layout,
+    rows: Float[Tensor, "N P"],
+    xs: Float[Tensor, "*N B K D"],
+    ys: Float[Tensor, "*N B K"],
+) -> tuple[Float[Tensor, " N"], Float[Tensor, "N P"]]:
+    """Return each member's mean squared error per target, and its gradient."""
+
+    def total(rows: Tensor) -> tuple[Tensor, Tensor]:
+        losses = (apply(model, layout.to_params(rows), xs, ys) - ys).square().mean(dim=(1, 2))  # N
+        return losses.sum(), losses  # each row occurs in one loss only, so the sum's gradient is that of its own loss
+
+    grads, losses = grad_and_aux(total, rows)
+    return losses, grads
+
+
+@torch.no_grad()
+def update(
+    state: AdamState,
+    grads: Float[Tensor, "N P"],
+    rates: Float[Tensor, " N"],
+    optim: OptimConfig,
+) -> Float[Tensor, " N"]:
+    """Clip each member's gradient by its own norm and move the member by Adam, in place.
+
+    Returns:
+        The norms before clipping.
+    """
+    # Keep the order of operations below: another order rounds otherwise and changes the golden losses and resumed runs.
+    norms = torch.linalg.vector_norm(grads, dim=1)  # N
+    if optim.grad_clip is not None:
+        grads = grads * (optim.grad_clip / (norms + _CLIP_EPS)).clamp(max=1).unsqueeze(1)
+    count = state.count + 1
+    exp_avg = torch.lerp(state.exp_avg, grads, 1 - optim.beta1)
+    exp_avg_sq = torch.lerp(state.exp_avg_sq, grads.square(), 1 - optim.beta2)
+    first, second = (_bias_correction(beta, count.to(rates.dtype)).unsqueeze(1) for beta in (optim.beta1, optim.beta2))
+    rows = state.rows - rates.unsqueeze(1) / first * exp_avg / ((exp_avg_sq / second).sqrt() + optim.eps)
+    for old, new in zip(state, (rows, exp_avg, exp_avg_sq, count), strict=True):
+        old.copy_(new)
+    return norms
+
+
+def _bias_correction(beta: float, count: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Return 1 - beta^count, without cancellation where beta^count is close to one."""
+    return -torch.expm1(count * (math.log(beta) if beta else -math.inf))

@@ -1,0 +1,1 @@
+"""Losses, gaps and scores on fixed sets of prompts; predictions for prompts of your own."""

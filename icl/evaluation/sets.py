@@ -1,0 +1,269 @@
+"""Evaluation of a population on fixed prompts: losses, gaps to baselines and scores, each with a standard error over prompts.
+
+Evaluation is an ordinary function of parameters and prompts. Training calls it at intervals, `icl evaluate` for many
+checkpoints at once. Baselines are computed once for each set of prompts.
+
+The sets are `pretrain` (the run's M tasks), `true` (tasks from N(0, I)) and the shifts of `icl.tasks.shifts`. The numbers are
+those of `icl.metrics`:
+
+- `loss`: the mean squared error per target, not divided by D.
+- `delta_ridge`, `delta_dmmse`: the gap to a baseline, the mean squared difference of predictions (Raventos et al. 2023,
+  section 2, who divide by D).
+- `icl_score`: loss(k2) - loss(k1), so negative is good.
+- `prior_zero`, `prior_task_mean`: prior-task scores, the gaps to predicting with w = 0 and with the mean task (Hoogland et
+  al. 2024).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icl import baselines, metrics
+from icl.compute.threads import in_parallel
+from icl.config import RunConfig
+from icl.model.stacked import Params, size
+from icl.tasks.priors import task_pool
+from icl.tasks.prompts import Prompts, require_prompt_memory, sample_prompts
+from icl.tasks.shifts import SHIFTS, sample_shifted_prompts
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Predict: TypeAlias = Callable[[Params, Tensor, Tensor], Tensor]
+"""Function of stacked parameters, xs and ys that returns predictions (N, B, K), such as `partial(stacked.apply, model)`."""
+
+VERSION = 1
+"""Version of the numbers' definitions. Saved numbers of an older version are computed again."""
+COLUMNS = ("distribution", "quantity", "position", "value", "stderr")
+_PROMPTS_ON_CPU = 256  # prompts of one member whose activations fit a CPU's caches
+_PROMPTS_ON_GPU = 2**14  # prompts of all members together
+
+
+class EvaluationSet(NamedTuple):
+    """Fixed prompts, and the predictions (B, K) of each baseline for them."""
+
+    name: str
+    prompts: Prompts
+    baselines: dict[str, Tensor]
+    is_about_query: bool
+    """Whether only the last position is shifted as the name says. Then only numbers of this position are given."""
+
+
+Row: TypeAlias = dict[str, Any]
+"""One number as a row: distribution, quantity, position (1..K, `mean`, or `k1:k2`), value, stderr."""
+
+
+def evaluation_set(
+    config: RunConfig, name: str, *, num_prompts: int, device: torch.device | str = "cpu"
+) -> EvaluationSet:
+    """Make the fixed prompts called `name` (`pretrain`, `true`, or a shift), with their baselines.
+
+    All sets have ridge, OLS and zero. `pretrain` and `true` of a run with finitely many tasks also have dMMSE and the mean
+    task. Without noise, ridge is its limit, OLS.
+    """
+    shift, task = SHIFTS.get(name), config.task
+    has_noise = task.noise_variance > 0
+    require_prompt_memory(num_prompts, task.max_examples, task.task_size, device, for_ridge=has_noise)
+    if shift is not None:
+        prompts = sample_shifted_prompts(config, name, batch_size=num_prompts, device=device)
+    else:
+        prompts = sample_prompts(config, stream=name, step=0, batch_size=num_prompts, device=device)
+    is_about_query = shift is not None and shift.is_about_query
+    return EvaluationSet(name, prompts, _baseline_predictions(config, name, prompts), is_about_query)
+
+
+def predict_prompts(predict: Predict, params: Params, prompts: Prompts) -> Float[Tensor, "N B K"]:
+    """Predict in batches, for prompts (B, K, D) that members share or for each member's own (N, B, K, D).
+
+    On a CPU a batch has one member and runs on one core, because the activations of all members would overflow its caches.
+    So a member's numbers do not depend on the other members or on the number of cores.
+    """
+    num_members = size(params) if params else 1
+    if prompts.xs.device.type != "cpu":
+        batch_size = max(32, _PROMPTS_ON_GPU // num_members)
+        with torch.no_grad():
+            return torch.cat([_predict(predict, params, *batch) for batch in _batches(prompts, batch_size)], dim=1)
+    calls = [
+        (predict, {name: tensor[i : i + 1] for name, tensor in params.items()}, *batch)
+        for i in range(num_members)
+        for batch in _batches(prompts if prompts.xs.ndim == 3 else _select(prompts, i), _PROMPTS_ON_CPU)
+    ]
+    results = _predict_in_parallel(calls)
+    num_batches = len(results) // num_members
+    starts = range(0, len(results), num_batches)
+    return torch.cat([torch.cat(results[start : start + num_batches], dim=1) for start in starts])
+
+
+def evaluate(predict: Predict, params: Params, sets: Sequence[EvaluationSet]) -> list[list[Row]]:
+    """Return all numbers of every member on all sets, as one list of rows for each member."""
+    parts = [evaluate_predictions(each, predict_prompts(predict, params, each.prompts)) for each in sets]
+    return [[row for rows in member_rows for row in rows] for member_rows in zip(*parts, strict=True)]
+
+
+def evaluate_predictions(prompt_set: EvaluationSet, predictions: Float[Tensor, "N B K"]) -> list[list[Row]]:
+    """Return loss, gaps, prior-task scores and ICL scores on one set, as one list of rows for each of N predictors."""
+    errors = metrics.squared_error(predictions, prompt_set.prompts.ys)  # N B K
+    numbers = _position_numbers(prompt_set, "loss", errors)
+    for quantity in ("delta_ridge", "delta_dmmse", "prior_zero", "prior_task_mean"):
+        reference = prompt_set.baselines.get(quantity.partition("_")[2])
+        if reference is not None:
+            numbers += _position_numbers(prompt_set, quantity, metrics.squared_error(predictions, reference))
+    for first, second in () if prompt_set.is_about_query else _score_pairs(errors.shape[-1]):
+        numbers.append(_Numbers("icl_score", [f"{first}:{second}"], metrics.icl_score(errors, first, second)))
+    return _rows(prompt_set.name, numbers)
+
+
+def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
+    """Return the loss of every baseline on every set. The quantity is the baseline's name."""
+    rows = []
+    for each in sets:
+        for name, predictions in each.baselines.items():
+            errors = metrics.squared_error(predictions, each.prompts.ys).unsqueeze(0)
+            rows += _rows(each.name, _position_numbers(each, name, errors))[0]
+    return rows
+
+
+def headlines(numbers: "pd.DataFrame") -> "pd.DataFrame":
+    """Return the rows of a table of `evaluate` that sum it up: means over positions, or the query if only it is shifted."""
+    has_mean = numbers["distribution"].isin(numbers.loc[numbers["position"] == "mean", "distribution"])
+    return numbers[(numbers["position"] == "mean") | ~has_mean]
+
+
+def excess_over_optimum(
+    predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet, *, is_gaussian: bool
+) -> tuple[str, metrics.Estimate]:
+    """Return the name of the Bayes predictor of the training tasks, and the model's mean loss minus that of this predictor.
+
+    The difference is taken within each prompt, so noise that both share does not count in its standard error.
+
+    Args:
+        predictions: The model's predictions.
+        prompt_set: The prompts of the training tasks, `pretrain`.
+        is_gaussian: Whether the training tasks come from N(0, I). Then ridge is the Bayes predictor, else dMMSE.
+    """
+    name = "ridge" if is_gaussian else "dmmse"
+    errors = metrics.squared_error(predictions, prompt_set.prompts.ys)
+    least_errors = metrics.squared_error(prompt_set.baselines[name], prompt_set.prompts.ys)
+    return name, metrics.overall_mean(errors - least_errors)
+
+
+def tabulate_losses(predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet) -> "pd.DataFrame":
+    """Return the losses of one model and of the baselines by position.
+
+    Returns:
+        A row for each position 1..K and one for their mean; columns `model`, `ridge`, `dmmse` (finite M), `ols`, `zero`.
+    """
+    import pandas as pd
+
+    targets, predicted = prompt_set.prompts.ys, {"model": predictions} | prompt_set.baselines
+    names = [name for name in ("model", "ridge", "dmmse", "ols", "zero") if name in predicted]
+    losses = {name: metrics.squared_error(predicted[name], targets).mean(dim=0).tolist() for name in names}
+    table = pd.DataFrame(losses, index=[str(k + 1) for k in range(targets.shape[1])])
+    table.loc["mean"] = table.mean()
+    table.index.name = "position"
+    return table
+
+
+def summarise(predict: Predict, params: Params, sets: Sequence[Sequence[EvaluationSet]]) -> list[dict[str, float]]:
+    """Return the few numbers that are logged during training, for each member on its own sets.
+
+    Returns:
+        For each member `eval/<set>/{loss,delta_ridge,delta_dmmse,icl_score}`; dMMSE only for finite M.
+    """
+    results: list[dict[str, float]] = [{} for _ in sets]
+    for member_sets in zip(*sets, strict=True):  # sets of one name, one for each member
+        joined = _join(member_sets)
+        predictions = predict_prompts(predict, params, joined.prompts)
+        positions = ("mean", f"1:{predictions.shape[-1]}")
+        for result, own_set, rows in zip(results, member_sets, evaluate_predictions(joined, predictions), strict=True):
+            wanted = {
+                "loss",
+                "icl_score",
+                *(f"delta_{name}" for name in ("ridge", "dmmse") if name in own_set.baselines),
+            }
+            result |= {
+                f"eval/{row['distribution']}/{row['quantity']}": row["value"]
+                for row in rows
+                if row["position"] in positions and row["quantity"] in wanted
+            }
+    return results
+
+
+def _predict(predict: Predict, params: Params, xs: Tensor, ys: Tensor) -> Tensor:
+    return predict(params, xs, ys).float()
+
+
+_predict_in_parallel = in_parallel(_predict, threads_each=1)
+
+
+def _select(prompts: Prompts, member: int) -> Prompts:
+    return Prompts(*(part[member] for part in prompts))
+
+
+def _batches(prompts: Prompts, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(prompts.xs.split(size, dim=-3), prompts.ys.split(size, dim=-2), strict=True)
+
+
+def _join(sets: Sequence[EvaluationSet]) -> EvaluationSet:
+    """Join the sets of several members: stack them, with NaN for a baseline that some lack, unless all are the same set."""
+    if all(each is sets[0] for each in sets):
+        return sets[0]
+    prompts = Prompts(*(torch.stack(parts) for parts in zip(*(each.prompts for each in sets), strict=True)))
+    missing = torch.full_like(sets[0].prompts.ys, torch.nan)
+    names = dict.fromkeys(name for each in sets for name in each.baselines)
+    stacked = {name: torch.stack([each.baselines.get(name, missing) for each in sets]) for name in names}
+    return sets[0]._replace(prompts=prompts, baselines=stacked)
+
+
+def _baseline_predictions(config: RunConfig, name: str, prompts: Prompts) -> dict[str, Tensor]:
+    task, (xs, ys, _) = config.task, prompts
+    ols = baselines.ols(xs, ys)
+    ridge = baselines.ridge(xs, ys, noise_variance=task.noise_variance) if task.noise_variance > 0 else ols
+    predictions = {"ridge": ridge, "ols": ols, "zero": baselines.zero(xs, ys)}
+    if not task.is_gaussian and name in ("pretrain", "true"):
+        tasks = task_pool(int(task.num_tasks), task.task_size, config.seeds.tasks, device=xs.device)
+        predictions["dmmse"] = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=task.noise_variance)
+        predictions["task_mean"] = baselines.task_mean(xs, ys, tasks=tasks)
+    return predictions
+
+
+class _Numbers(NamedTuple):
+    """One quantity at P positions, for N predictors."""
+
+    quantity: str
+    positions: list[str]
+    estimate: metrics.Estimate
+    """(N, P), or (N,) for a single position."""
+
+
+def _position_numbers(prompt_set: EvaluationSet, quantity: str, values: Float[Tensor, "N B K"]) -> list[_Numbers]:
+    """Return a quantity at every position and its mean over positions, or only at the query if only that is shifted."""
+    names = [str(k + 1) for k in range(values.shape[-1])]
+    if prompt_set.is_about_query:
+        return [_Numbers(quantity, names[-1:], metrics.position_mean(values[..., -1:]))]
+    return [
+        _Numbers(quantity, names, metrics.position_mean(values)),
+        _Numbers(quantity, ["mean"], metrics.overall_mean(values)),
+    ]
+
+
+def _rows(distribution: str, numbers: Sequence[_Numbers]) -> list[list[Row]]:
+    """Return a row for each number, as one list for each predictor."""
+    keys = [(distribution, part.quantity, position) for part in numbers for position in part.positions]
+    columns = zip(*(part.estimate for part in numbers), strict=True)  # values, standard errors
+    values, stderrs = (torch.cat([part.reshape(len(part), -1) for part in column], dim=1) for column in columns)
+    # One `tolist` for all numbers: each would wait for the GPU.
+    return [
+        [dict(zip(COLUMNS, (*key, *pair), strict=True)) for key, pair in zip(keys, pairs, strict=True)]
+        for pairs in torch.stack((values, stderrs), dim=-1).tolist()
+    ]
+
+
+def _score_pairs(num_examples: int) -> Iterator[tuple[int, int]]:
+    """Yield first to middle, middle to last and first to last position (1:4, 4:8 and 1:8 in Hoogland et al., K = 8)."""
+    middle = max(1, num_examples // 2)
+    pairs = [(1, middle), (middle, num_examples), (1, num_examples)]
+    yield from dict.fromkeys(pair for pair in pairs if pair[0] < pair[1])

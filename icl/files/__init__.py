@@ -1,0 +1,1 @@
+"""Files as bytes, text, arrays and tables: read within bounds, written safely."""

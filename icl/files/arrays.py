@@ -1,0 +1,116 @@
+"""Arrays in files: numpy's own format, read within the bounds of the file and never unpickled.
+
+A header can claim a terabyte, so every claim is compared with the bytes that are there before memory is used for it.
+Whoever finds a file damaged computes its content again.
+"""
+
+import hashlib
+import io
+import math
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icl.files.reading import ContentError, parse_json
+from icl.files.writing import write_atomically
+
+_MAX_GROWTH = 2**26
+"""Bytes that the arrays of an archive may unfold to, beyond four times its size. Ours have about a million."""
+_MAX_ARRAYS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredArray:
+    """A one-dimensional array that stays in its file and is read when sliced.
+
+    No file stays open, because there may be thousands: a `numpy.memmap` keeps one descriptor each.
+    """
+
+    file: Path
+    offset: int
+    """Place of the first number, in bytes."""
+    size: int
+    dtype: np.dtype
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(self.size)
+        return np.fromfile(self.file, self.dtype, stop - start, offset=self.offset + start * self.dtype.itemsize)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an array as `.npy`, atomically.
+
+    Raises:
+        StorageError: If the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Return the array of a `.npy` file.
+
+    Raises:
+        ContentError: If the file is missing, damaged, or smaller than its header claims.
+    """
+    try:
+        return np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # mapping compares the claim with the file
+    except Exception as error:  # numpy raises a dozen kinds for a damaged file
+        raise ContentError(f"it is damaged ({type(error).__name__})") from None
+
+
+def locate_array(path: Path) -> StoredArray:
+    """Return the array of a `.npy` file flattened, without reading its numbers.
+
+    Raises:
+        ContentError: If the file is missing or damaged.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:
+        raise ContentError(f"it is damaged ({type(error).__name__})") from None
+    return StoredArray(file=path, offset=array.offset, size=array.size, dtype=array.dtype)
+
+
+def array_digest(array: np.ndarray) -> str:
+    """Return a hash of an array's type, shape and numbers."""
+    hasher = hashlib.blake2b(f"{array.dtype.str} {array.shape}".encode(), digest_size=16)
+    hasher.update(np.ascontiguousarray(array).tobytes())
+    return hasher.hexdigest()
+
+
+def read_archive(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
+    """Return the description (`about`, in JSON) and the arrays of an `.npz` file, which 0.1.0 wrote.
+
+    Raises:
+        ContentError: If the file is missing, damaged, or claims more than it holds.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _require_bounded(archive, path.stat().st_size)
+        with np.load(path, allow_pickle=False) as saved:
+            arrays = {name: saved[name] for name in saved.files}
+        return parse_json(str(arrays.pop("about"))), arrays
+    except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds for a damaged file
+        raise ContentError(f"it is damaged ({type(error).__name__})") from None
+
+
+def _require_bounded(archive: zipfile.ZipFile, size: int) -> None:
+    """Refuse an archive whose arrays are larger than what it holds."""
+    members = archive.infolist()
+    if len(members) > _MAX_ARRAYS or sum(member.file_size for member in members) > _MAX_GROWTH + 4 * size:
+        raise ContentError("it unfolds to too much")
+    for member in members:
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+            if dtype.hasobject or math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
+                raise ContentError("an array is of another size than its header says")

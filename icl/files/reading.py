@@ -1,0 +1,264 @@
+"""Reading files that somebody else may have made: JSON and YAML within bounds on size, depth, numbers and time.
+
+Python's parsers raise a dozen kinds of errors for damaged or hostile text, accept a key twice, and hand on values that break
+whoever uses them later: nesting that exhausts the stack, aliases that unfold to gigabytes, numbers too large for a float,
+which become infinite, dates, and YAML's clock times, by which 1:30 is 90. Here all of that is one error, `ContentError`, whose message ends a sentence such as "status.json cannot be used: ...".
+"""
+
+import datetime
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from icl.config.validation import UserError
+
+MAX_DEPTH = 50
+"""Levels of nesting; our own files have at most six."""
+MAX_BITS = 1000
+"""Size of a whole number; larger ones do not fit into a float."""
+MAX_SMALL_FILE = 2**20
+"""Bytes of a file that describes a run or a point; ours have a few thousand."""
+MAX_YAML = 2**18
+"""Bytes of a YAML file; PyYAML takes a few seconds for this many."""
+MAX_TABLE = 2**29
+"""Bytes of a table; that of 190 checkpoints has about 30 million."""
+_MAX_YAML_VALUES = 2**18
+_MAX_DIGITS = 300
+_TYPES: dict[type, str] = {
+    datetime.date: "date",
+    datetime.datetime: "date",
+    bytes: "YAML's type `!!binary`",
+    set: "YAML's type `!!set`",
+    tuple: "YAML's type `!!omap` or `!!pairs`",
+}
+"""Types that YAML has beyond JSON. Our files never hold them."""
+
+
+class ContentError(UserError, ValueError):
+    """Content that cannot be used; the message says why, in a few words without the file's name."""
+
+
+def read_bytes(path: Path, *, limit: int | None = MAX_SMALL_FILE) -> bytes:
+    """Return the bytes of a regular file of at most `limit` bytes, or of any size.
+
+    Raises:
+        ContentError: If it is larger, or no regular file; a pipe would never end.
+        OSError: If there is no such file, or it cannot be read.
+    """
+    with open(path, "rb", opener=_open_without_waiting) as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise ContentError("it is not a regular file")
+        if limit is not None and about.st_size > limit:
+            raise ContentError(f"it has {about.st_size:,} bytes, and at most {limit:,} are read")
+        return file.read(limit)
+
+
+def parse_json(data: bytes | str, *, limit: int | None = None) -> Any:
+    """Return the content of a JSON text.
+
+    Args:
+        data: The text, in UTF-8 if it is bytes.
+        limit: Largest number of values; left out, as many as the text has.
+
+    Raises:
+        ContentError: If it is no JSON, names a key twice, is nested too deep, or holds a number that is too large.
+    """
+    try:
+        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+        tree = json.loads(text, object_pairs_hook=_table, parse_int=_whole_number, parse_float=_real_number)
+    except ContentError:
+        raise
+    except RecursionError:
+        raise ContentError(f"it is nested more than {MAX_DEPTH} levels deep") from None
+    except ValueError as error:
+        raise ContentError(f"it is not valid JSON ({_first_line(error)})") from None
+    _require_bounded(tree, limit)
+    return tree
+
+
+def parse_yaml(data: bytes | str) -> Any:
+    """Return the content of a YAML text; of its types only the plain ones are made.
+
+    Raises:
+        ContentError: If it is no YAML, names a key twice, is too long or nested too deep, or its aliases unfold to too much.
+    """
+    if len(data) > MAX_YAML:
+        raise ContentError(f"it has {len(data):,} bytes, and at most {MAX_YAML:,} are read")
+    try:
+        tree = yaml.load(data, _Loader)  # a SafeLoader
+    except ContentError:
+        raise
+    except RecursionError:
+        raise ContentError(f"it is nested more than {MAX_DEPTH} levels deep") from None
+    except Exception as error:  # odd scalars, such as a month 13, make PyYAML raise many kinds
+        raise ContentError(f"it is not valid YAML ({_first_line(error)})") from None
+    _require_bounded(tree, _MAX_YAML_VALUES)
+    return tree
+
+
+def is_table(rows: Any) -> bool:
+    """Return whether a value is rows of a table as JSON has them: a list of tables of texts, numbers, truth values and nulls."""
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and all(value is None or isinstance(value, (str, int, float)) for value in row.values())
+        for row in rows
+    )
+
+
+def is_beyond_floats(text: str, number: float) -> bool:
+    """Return whether a number's text, such as 1e400 or 1e-400, was read as an infinity or a zero that it does not say."""
+    mantissa = re.split("[eE]", text)[0]
+    return bool(re.search(r"[1-9]", mantissa)) and (math.isinf(number) or number == 0)
+
+
+def is_number(text: str) -> bool:
+    """Return whether a text is a number as people and Python write it, however large."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _without_clock(tag: str, pattern: re.Pattern[str]) -> re.Pattern[str]:
+    """Return YAML's pattern of a number without the alternatives for clock times."""
+    if not tag.endswith((":int", ":float")):
+        return pattern
+    return re.compile(rf"(?!.*:){pattern.pattern}", pattern.flags)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, but for keys that stand twice, numbers that a float cannot hold, and clock times.
+
+    The first two are refused, where PyYAML drops the first key and takes an infinity; 1:30 is text, where PyYAML takes 90.
+    """
+
+    def construct_yaml_float(self, node: Any) -> float:
+        """Return a number."""
+        number: float = super().construct_yaml_float(node)
+        if is_beyond_floats(node.value, number):
+            raise ContentError(
+                f"it holds {node.value[:50]}, which is too large or too small for a floating-point number"
+            )
+        return number
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return the node of a table."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        _refuse_repeated(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        return node
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, _without_clock(tag, pattern)) for tag, pattern in resolvers]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        _refuse_repeated(name for name, _ in pairs)
+    return table
+
+
+def _refuse_repeated(names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ContentError(f"the key {name[:50]!r} stands twice")
+        seen.add(name)
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ContentError(f"it holds a whole number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _real_number(digits: str) -> float:
+    number = float(digits)
+    if is_beyond_floats(digits, number):
+        raise ContentError(f"it holds {digits[:50]}, which is too large or too small for a floating-point number")
+    return number
+
+
+def _require_bounded(tree: Any, limit: int | None) -> None:
+    """Refuse nesting, numbers, texts and a number of values that would break whoever uses them.
+
+    The walk keeps its own stack of iterators, and counts a value as often as an alias names it.
+    """
+    stack: list[Iterator[Any]] = [iter((tree,))]
+    count = 0
+    while stack:
+        value = next(stack[-1], _END)
+        if value is _END:
+            stack.pop()
+            continue
+        count += 1
+        if limit is not None and count > limit:
+            raise ContentError(f"it holds more than {limit:,} values")
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise ContentError("it holds a whole number that is too large")
+        if isinstance(value, tuple(_TYPES)):
+            what = f"the {_TYPES[type(value)]} {value}" if isinstance(value, datetime.date) else _TYPES[type(value)]
+            raise ContentError(f"it holds {what}{_where(tree, value)}; write a number, or text in quotes")
+        if isinstance(value, str) and not value.isascii() and not _is_unicode(value):
+            raise ContentError("it holds text that is not Unicode")
+        if isinstance(value, (dict, list)):
+            if len(stack) > MAX_DEPTH:
+                raise ContentError(f"it is nested more than {MAX_DEPTH} levels deep")
+            stack.append(iter(_values(value)))
+
+
+_END = object()
+
+
+def _where(tree: Any, target: Any) -> str:
+    """Return the dotted key under which a value stands, as the end of a phrase; nothing if it stands under none."""
+    stack: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    for _ in range(_MAX_YAML_VALUES):
+        if not stack:
+            break
+        path, node = stack.pop()
+        if node is target:
+            return f" in `{'.'.join(path)[:100]}`" if path else ""
+        if len(path) <= MAX_DEPTH:
+            items = (
+                node.items()
+                if isinstance(node, dict)
+                else ((None, one) for one in node)
+                if isinstance(node, list)
+                else ()
+            )
+            stack += [(path if key is None else (*path, str(key)), one) for key, one in items]
+    return ""
+
+
+def _values(value: dict[Any, Any] | list[Any]) -> Iterable[Any]:
+    return (part for pair in value.items() for part in pair) if isinstance(value, dict) else value
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a file; one that is a pipe nobody writes to would otherwise hold the program for ever."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,96 @@
+"""Tables that `icl` wrote and reads again (`metrics.csv`, `results/*.csv`), checked column by column.
+
+pandas reads a column with one damaged cell as text, and whoever computes with it fails far from the cause. Here such a table is
+refused as a whole, in a few words.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from icl.files.reading import MAX_TABLE, ContentError, read_bytes
+
+TEXTS = (
+    "distribution",
+    "quantity",
+    "position",
+    "verdict",
+    "reasons",
+    "settings",
+    "mode",
+    "checkpoint_hash",
+    "num_tasks",
+)
+"""Columns that are text, though a run's may look like numbers."""
+_NUMBERS = frozenset(
+    (
+        "step",
+        "value",
+        "stderr",
+        "llc",
+        "init_loss",
+        "mean_loss",
+        "nbeta",
+        "localization",
+        "lr",
+        "rhat",
+        "ess",
+        "rescale",
+        "settled",
+        "settled_stderr",
+        "drop_at_mean",
+        "heat",
+        "bias_bound",
+        "model",
+        "ridge",
+        "dmmse",
+        "ols",
+        "zero",
+        "start",
+        "end",
+    )
+)
+_NUMBER_ENDS = ("_stderr", "/loss", "/delta_ridge", "/delta_dmmse", "/icl_score")
+_LARGEST = 1e100
+"""Magnitude of a number; sums of squares of larger ones are infinite, and no axis holds them."""
+
+
+def read_table(path: Path, *, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """Return the table of a CSV file, which has these columns at least.
+
+    Raises:
+        ContentError: If it cannot be parsed, lacks a column, or a column of numbers or steps holds something else.
+        OSError: If there is no such file, or it cannot be read.
+    """
+    data = read_bytes(path, limit=MAX_TABLE)
+    try:
+        table = pd.read_csv(io.BytesIO(data), dtype=dict.fromkeys(TEXTS, str), low_memory=False)
+    except Exception as error:  # pandas raises many kinds for damaged text
+        raise ContentError(f"it is not a table in CSV ({(str(error).splitlines() or [''])[0]})") from None
+    missing = [name for name in columns if name not in table]
+    if missing:
+        raise ContentError(f"it has no column `{missing[0]}`")
+    require_numbers(table)
+    if "quantity" in table and table["quantity"].isna().any():
+        raise ContentError("a row of it has no `quantity`")
+    return table
+
+
+def require_numbers(table: pd.DataFrame) -> None:
+    """Refuse a table in which a column of numbers holds text, a step is no whole number, or a number is beyond all bounds.
+
+    Raises:
+        ContentError: Naming the column.
+    """
+    for name, column in table.items():
+        is_number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+        if not is_number and (name in _NUMBERS or str(name).endswith(_NUMBER_ENDS)) and column.notna().any():
+            raise ContentError(f"its column `{name}` holds something else than numbers")
+        if is_number and (np.abs(column[np.isfinite(column)].astype(float)) > _LARGEST).any():
+            raise ContentError(f"its column `{name}` holds a number above {_LARGEST:g}")
+    steps = table["step"].dropna().astype(float) if "step" in table else pd.Series(dtype=float)
+    if not ((steps >= 0) & (steps < 2**63) & (steps % 1 == 0)).all():
+        raise ContentError("its column `step` holds something else than steps")

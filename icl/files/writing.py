@@ -1,0 +1,139 @@
+"""Files written as a whole or not at all; tables written as CSV or JSON."""
+
+import contextlib
+import errno
+import math
+import os
+import secrets
+import stat
+import tempfile
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from icl.config.validation import UserError
+from icl.files.system import sync_file, sync_folder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+_TEMPORARY = ".tmp-"
+
+
+class StorageError(UserError, OSError):
+    """Bytes that could not be written or read; the message names the place and what to do."""
+
+
+def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Put `data` at `path` so that a reader sees the old bytes or all the new ones, even after a power cut.
+
+    Args:
+        path: The file; its folder is made if need be.
+        data: All of its bytes.
+        durable: Whether to wait until the disk has it; without, a power cut may bring the old bytes back.
+
+    Raises:
+        StorageError: If it cannot be done; the message says why, and the old file is untouched.
+    """
+    temporary = temporary_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            if durable:
+                sync_file(file.fileno(), path.parent)
+        temporary.replace(path)
+        if durable:
+            sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # such as a name that is too long
+            temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"Cannot write {path}: {error.strerror}. What was saved before is intact; {_repair(error)}, "
+            "then run the same command again."
+        ) from None
+
+
+def _repair(error: OSError) -> str:
+    """Return what helps against a write that failed, in a few words."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free space or choose another folder with LOCAL_ROOT"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return "a file and a folder cannot have one name, so rename or remove what is in the way"
+    if error.errno == errno.ENAMETOOLONG:
+        return "choose shorter names"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "give yourself the right to write there or choose another folder with LOCAL_ROOT"
+    return "look at the disk or choose another folder with LOCAL_ROOT"
+
+
+def table_format(path: Path) -> str:
+    """`csv` or `json`, by a file's suffix.
+
+    Raises:
+        StorageError: For another suffix.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".csv", ".json"):
+        raise StorageError(f"Tables are written as .csv or .json, got {path}.")
+    return suffix[1:]
+
+
+def require_table_file(path: Path) -> None:
+    """Refuse a file for a table that cannot be written, before the work whose result it is to hold.
+
+    Raises:
+        StorageError: If it is neither .csv nor .json, or cannot be written.
+    """
+    table_format(path)
+    require_writable(path)
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a file that cannot be written; folders that are missing are made with the file.
+
+    Raises:
+        StorageError: If it is a folder, or its folder can neither be written nor made.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(path.stat().st_mode):
+                raise StorageError(f"{path} is a folder; name a file in it.")
+        folder = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror}. Name a file in a folder of your own."
+        ) from None
+
+
+def plain_rows(table: "pd.DataFrame") -> list[dict[str, Any]]:
+    """A table as JSON has it: a number that is not finite is null."""
+    rows = table.to_dict("records")
+    return [
+        {
+            str(key): None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        for row in rows
+    ]
+
+
+def temporary_path(path: Path) -> Path:
+    """A new name beside `path` that no listing shows, to write to before renaming."""
+    return path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
+
+
+def is_temporary(path: PurePath) -> bool:
+    """Return whether a file is the temporary file of an unfinished write."""
+    return path.name.startswith(_TEMPORARY)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what interrupted writes left in a folder; those below it are others' affair."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        path.unlink(missing_ok=True)

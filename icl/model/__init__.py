@@ -1,0 +1,1 @@
+"""The transformer: its definition, the fast form for many members, parameters as rows, attention on CPUs."""

@@ -1,0 +1,124 @@
+"""Flat parameters: all moving parameters of a member as one row of a matrix.
+
+Adam and SGLD treat every parameter alike. So we lay the moving entries of each member out as one row. An update is then a
+dozen operations on an (N, P) matrix, whatever the number of layers. Gradients are rows of the same layout. Entries that do
+not move ("fixed" ones) are not in the matrix, so no update can change them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icl.model.stacked import Params
+
+_ALIGNMENT = 16
+"""Row width is a multiple of this many numbers, 64 bytes in float32.
+
+Every row then starts at a full cache line. Where data start can decide how PyTorch sums, so without this a member's
+results would depend on its row, by rounding.
+"""
+
+
+class Slot(NamedTuple):
+    """The columns of a row that hold one parameter."""
+
+    name: str
+    shape: torch.Size
+    size: int
+    """Number of columns."""
+    elements: Tensor | None
+    """Indices of the moving elements in the flattened parameter, or None if all move."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Order of a member's moving entries in its row.
+
+    It is hashable, so a compiled function can be cached for each layout.
+    """
+
+    slots: tuple[Slot, ...]
+    width: int
+    """Number of columns, including the zeros at the end."""
+
+    @property
+    def size(self) -> int:
+        """Number of moving entries."""
+        return sum(slot.size for slot in self.slots)
+
+    @cached_property
+    def _key(self) -> tuple[Any, ...]:
+        elements = (None if slot.elements is None else slot.elements.numpy().tobytes() for slot in self.slots)
+        return self.width, *((slot.name, slot.shape, moving) for slot, moving in zip(self.slots, elements, strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Layout) and self._key == other._key)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def to_rows(self, params: Mapping[str, Tensor]) -> Float[Tensor, "N width"]:
+        """Copy the moving entries of stacked parameters into rows."""
+        parts = []
+        for slot in self.slots:
+            stacked = params[slot.name].detach()
+            flat = stacked.reshape(len(stacked), -1)  # N size, also where the parameter is a single number
+            parts.append(flat if slot.elements is None else flat[:, slot.elements.to(flat.device)])
+        padding = parts[0].new_zeros(len(parts[0]), self.width - self.size)
+        return torch.cat([*parts, padding], dim=1)
+
+    def to_params(self, rows: Float[Tensor, "*N width"], fixed: Mapping[str, Tensor] | None = None) -> Params:
+        """Return parameters from rows. A parameter that moves as a whole is a view of the rows.
+
+        Args:
+            rows: The moving entries, of several members (N, width) or of one (width,).
+            fixed: The other entries, as the method `fixed` returns them, with the same leading axis.
+        """
+        params = dict(fixed or {})
+        # Compiled graphs trace this method. They cannot trace `cached_property`, which holds a lock up to Python 3.11.
+        parts = rows.split([*(slot.size for slot in self.slots), self.width - self.size], dim=-1)
+        for slot, part in zip(self.slots, parts, strict=False):  # the last part is padding
+            if slot.elements is not None:
+                whole = params[slot.name].reshape(*part.shape[:-1], -1)
+                # Out of place, because torch.func.grad forbids writing to a tensor that the function did not make.
+                part = whole.scatter(-1, slot.elements.to(whole.device).expand_as(part), part)
+            params[slot.name] = part.unflatten(-1, slot.shape) if slot.shape else part.squeeze(-1)
+        return params
+
+    def fixed(self, params: Mapping[str, Tensor]) -> Params:
+        """Return the parameters that do not move, or move only in part."""
+        whole = {slot.name for slot in self.slots if slot.elements is None}
+        return {name: tensor for name, tensor in params.items() if name not in whole}
+
+
+def make_layout(
+    member: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None, *, alignment: int = _ALIGNMENT
+) -> Layout:
+    """Lay out the parameters of one member in their own order.
+
+    Args:
+        member: Parameters without a leading axis.
+        masks: Boolean tensors that are True where an element moves. A parameter without a mask does not move. With
+            None, all parameters move.
+        alignment: The row width is a multiple of this.
+    """
+    slots = []
+    for name, tensor in member.items():
+        mask = None if masks is None else masks.get(name, torch.zeros(()))
+        if mask is not None and not mask.any():
+            continue
+        elements = None if mask is None or mask.all() else mask.flatten().nonzero().squeeze(1)
+        size = tensor.numel() if elements is None else len(elements)
+        slots.append(Slot(name, tensor.shape, size, None if elements is None else elements.cpu()))
+    size = sum(slot.size for slot in slots)
+    return Layout(tuple(slots), size + -size % alignment)
+
+
+def layout_of(params: Mapping[str, Tensor], *, alignment: int = _ALIGNMENT) -> Layout:
+    """Return the layout of stacked parameters that all move."""
+    return make_layout({name: tensor[0] for name, tensor in params.items()}, alignment=alignment)

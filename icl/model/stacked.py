@@ -1,0 +1,229 @@
+"""Populations: many parameter sets of one architecture, stacked on a leading axis N and applied at once.
+
+The seeds of a sweep, the values of M in a ladder, the chains of an LLC estimate and the checkpoints of a run are all
+populations. A single run is a population of one. Only this module stacks, unstacks and applies them. Parameters are
+a dict of tensors with the names of the module's state dict.
+
+`icl.model.transformer` defines the model. `apply` computes the same function, and tests compare the two, gradients included. It
+is faster for six reasons:
+
+- A linear map of all members is one batched matrix product. A single member uses PyTorch's fused operations.
+- When compiled, the queries, keys and values of the first block are computed from the tokens' D + 1 coordinates. Their
+  embeddings have C channels, which is more (`_heads_of_tokens`).
+- After the last attention only x-tokens are computed, because only they predict.
+- Attention has its own kernel on CPUs (`icl.model.attention`).
+- Without that kernel we pad prompts to the even length T = 2K: PyTorch's small products then take a quarter less time.
+- There is no `torch.func.vmap` and no Python state, so `torch.compile` sees one plain function.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from icl.config import ModelConfig
+from icl.model.attention import attention, has_kernel_for
+from icl.model.transformer import ACTIVATIONS
+from icl.tasks.prompts import to_tokens
+
+Params: TypeAlias = dict[str, Tensor]
+"""Parameters by name. Stacked parameters have a leading axis N."""
+
+_NORM_EPS = 1e-5
+"""Epsilon of layer norms; PyTorch's default."""
+_MIN_FUSED_WIDTH = 16
+"""Minimum input width at which a single member uses F.linear; below it, the weight gradient is 6x slower on CPU."""
+
+
+def stack(members: Sequence[Mapping[str, Tensor]]) -> Params:
+    """Stack parameter sets on a new leading axis.
+
+    Raises:
+        ValueError: If there are none, or their names or shapes differ.
+    """
+    if not members:
+        raise ValueError("A population needs at least one member.")
+    shapes = [{name: tensor.shape for name, tensor in member.items()} for member in members]
+    for number, member_shapes in enumerate(shapes):
+        if member_shapes != shapes[0]:
+            raise ValueError(
+                f"All members of a population must have one architecture, but member {number} differs from member 0."
+            )
+    return {name: torch.stack([member[name] for member in members]) for name in members[0]}
+
+
+def unstack(params: Mapping[str, Tensor]) -> list[Params]:
+    """Return the members of a population as views."""
+    return [{name: tensor[i] for name, tensor in params.items()} for i in range(size(params))]
+
+
+def size(params: Mapping[str, Tensor]) -> int:
+    """Return the number of members N."""
+    return len(next(iter(params.values())))
+
+
+def apply(
+    config: ModelConfig, params: Params, xs: Float[Tensor, "*N B K D"], ys: Float[Tensor, "*N B K"]
+) -> Float[Tensor, "N B K"]:
+    """Predict every target of every member's prompts.
+
+    Args:
+        config: The architecture.
+        params: Stacked parameters by the names of `icl.model.transformer`. Predictions have their dtype.
+        xs: Inputs (N, B, K, D), or (B, K, D) shared by all members.
+        ys: Targets (N, B, K), or (B, K) shared by all members.
+    """
+    tokens = to_tokens(xs, ys)  # N B 2K-1 D+1
+    if not has_kernel_for(params["position_embedding"]):
+        tokens = F.pad(tokens, (0, 0, 0, 1))  # one token of zeros; it comes last, so no prediction depends on it
+    return _outputs(config, params, tokens, last_stride=2)[..., 0]  # N B K
+
+
+def token_outputs(
+    config: ModelConfig, params: Params, xs: Float[Tensor, "*N B K D"], ys: Float[Tensor, "*N B K"]
+) -> Float[Tensor, "N B T O"]:
+    """Return all coordinates of the output at all 2K tokens x1, y1, ..., xK, yK.
+
+    Training uses only coordinate 0 at the x-tokens, which `apply` returns.
+
+    Args:
+        config: The architecture. The output has D + 1 coordinates, or one if `config.output` is `scalar`.
+        params: Stacked parameters by the names of `icl.model.transformer`.
+        xs: Inputs (N, B, K, D), or (B, K, D) shared by all members.
+        ys: Targets (N, B, K), or (B, K) shared by all members.
+    """
+    last_token = F.pad(ys[..., -1:, None], (0, xs.shape[-1]))  # N B 1 D+1
+    return _outputs(config, params, torch.cat([to_tokens(xs, ys), last_token], dim=-2), last_stride=1)
+
+
+def _outputs(
+    config: ModelConfig, params: Params, tokens: Float[Tensor, "*N B T E"], *, last_stride: int
+) -> Float[Tensor, "N B Q O"]:
+    """Return the outputs at every `last_stride`-th token; the last block skips all others."""
+    positions = params["position_embedding"]  # N 2K C
+    tokens = tokens.to(positions.dtype).expand(len(positions), *tokens.shape[-3:])  # N B T E
+    x = _linear(params, "token_embedding", tokens) + positions[:, None, : tokens.shape[2]]  # N B T C
+    for layer in range(config.num_layers):
+        stride = last_stride if layer == config.num_layers - 1 else 1
+        x = _block(config, params, layer, x, tokens, stride)
+    return _linear(params, "unembedding", _norm(params, "final_norm", x))
+
+
+def _block(
+    config: ModelConfig,
+    params: Params,
+    layer: int,
+    x: Float[Tensor, "N B T C"],
+    tokens: Float[Tensor, "N B T E"],
+    stride: int,
+) -> Float[Tensor, "N B Q C"]:
+    """Return the residual stream after a block, at every `stride`-th token."""
+    path, residual = f"blocks.{layer}", x[:, :, ::stride]  # N B Q C
+    if config.layer_norm != "pre":
+        queries, keys, values = _heads(config, params, path, x, stride)
+    elif layer == 0 and torch.compiler.is_compiling():
+        # Only when compiled: run eagerly, its extra passes over memory cost as much time as the smaller products save.
+        queries, keys, values = _heads_of_tokens(config, params, path, x, tokens, stride)
+    else:
+        queries, keys, values = _heads(config, params, path, _norm(params, f"{path}.attention_norm", x), stride)
+    gathered = attention(queries, keys, values, num_heads=config.num_heads, stride=stride)  # N B Q C
+    if config.attention_output:
+        gathered = _linear(params, f"{path}.attention.output", gathered)
+    if config.layer_norm == "post":
+        hidden = _norm(params, f"{path}.attention_norm", residual + gathered)
+        hidden = _norm(params, f"{path}.mlp_norm", hidden + _mlp(config, params, path, hidden))
+    else:
+        hidden = residual + gathered
+        hidden = hidden + _mlp(config, params, path, _norm(params, f"{path}.mlp_norm", hidden))
+    return residual + hidden if config.double_residual else hidden
+
+
+def _heads(
+    config: ModelConfig, params: Params, path: str, x: Float[Tensor, "N B T C"], stride: int
+) -> list[Float[Tensor, "N B _ C"]]:
+    """Return the queries of every `stride`-th token and the keys and values of all; C channels hold the heads in turn."""
+    weight, bias = params[f"{path}.attention.qkv.weight"], params.get(f"{path}.attention.qkv.bias")
+    # Three products, not one for all three parts: queries are needed at every `stride`-th token only, and the kernel of
+    # attention reads contiguous tensors, which slices of one product are not.
+    weights = _by_part(config, weight).unbind(1)  # each N C C
+    biases = [None] * 3 if bias is None else _by_part(config, bias).unbind(1)  # each N C
+    return [_affine(*part) for part in zip((x[:, :, ::stride], x, x), weights, biases, strict=True)]
+
+
+def _heads_of_tokens(
+    config: ModelConfig,
+    params: Params,
+    path: str,
+    x: Float[Tensor, "N B T C"],
+    tokens: Float[Tensor, "N B T E"],
+    stride: int,
+) -> list[Float[Tensor, "N B _ C"]]:
+    """Return the queries, keys and values of the first block, as `_heads` does, but from the tokens themselves.
+
+    The input of the first block is x = A token + p, where A is the embedding and p the position. Layer norm subtracts the
+    mean over channels, multiplies by s = 1 / deviation of x, then by the gains, and adds the shifts b. Only s is not linear
+    in the token, so with W the weights of q, k and v:
+
+        W LN(x) = s (W' A') token + s W' p' + W b
+
+    W' is W times the gains; A' and p' are A and p less their means over channels. The product W' A' is computed once. It
+    has D + 1 columns, so tokens are multiplied by D + 1 channels instead of C.
+    """
+    weight, bias = params[f"{path}.attention.qkv.weight"], params.get(f"{path}.attention.qkv.bias")
+    gains, shifts = params[f"{path}.attention_norm.weight"], params[f"{path}.attention_norm.bias"]  # N C
+    embedding, positions = params["token_embedding.weight"], params["position_embedding"][:, : x.shape[2]]
+    if "token_embedding.bias" in params:
+        positions = positions + params["token_embedding.bias"].unsqueeze(1)  # N T C
+    weight = _by_part(config, weight).flatten(1, 2)  # N 3C C
+    offset = (weight @ shifts.unsqueeze(2)).squeeze(2)  # N 3C
+    if bias is not None:
+        offset = offset + _by_part(config, bias).flatten(1)
+    weight = weight * gains.unsqueeze(1)
+    of_tokens = weight @ (embedding - embedding.mean(1, keepdim=True))  # W' A': N 3C E
+    of_positions = (positions - positions.mean(2, keepdim=True)) @ weight.mT  # W' p': N T 3C
+    scale = torch.rsqrt(x.var(-1, correction=0, keepdim=True) + _NORM_EPS)  # N B T 1
+    parts = zip(of_tokens.chunk(3, dim=1), of_positions.chunk(3, dim=2), offset.chunk(3, dim=1), strict=True)
+    queries, keys, values = (
+        torch.addcmul(b[:, None, None], _affine(tokens, of_token, None) + of_position.unsqueeze(1), scale)
+        for of_token, of_position, b in parts
+    )
+    return [queries[:, :, ::stride], keys, values]
+
+
+def _by_part(config: ModelConfig, qkv: Float[Tensor, "N O *I"]) -> Float[Tensor, "N 3 C *I"]:
+    """Sort the 3C outputs of `qkv`, stored in the order (H, 3, c), into those of queries, keys and values, (3, C)."""
+    return qkv.unflatten(1, (config.num_heads, 3, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _mlp(config: ModelConfig, params: Params, path: str, x: Float[Tensor, "N B T C"]) -> Float[Tensor, "N B T C"]:
+    hidden = ACTIVATIONS[config.activation](_linear(params, f"{path}.mlp.hidden", x))
+    return _linear(params, f"{path}.mlp.output", hidden)
+
+
+def _norm(params: Params, name: str, x: Float[Tensor, "N B T C"]) -> Float[Tensor, "N B T C"]:
+    """Apply the layer norm over channels, or nothing if the model has no such norm."""
+    if f"{name}.weight" not in params:
+        return x
+    weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]  # N C
+    if len(weight) == 1:
+        return F.layer_norm(x, x.shape[-1:], weight[0], bias[0], _NORM_EPS)
+    normed = F.layer_norm(x, x.shape[-1:], eps=_NORM_EPS)  # its own gains are per channel, not per member
+    return torch.addcmul(bias[:, None, None], normed, weight[:, None, None])  # N B T C
+
+
+def _linear(params: Params, name: str, x: Float[Tensor, "N B T I"]) -> Float[Tensor, "N B T O"]:
+    return _affine(x, params[f"{name}.weight"], params.get(f"{name}.bias"))
+
+
+def _affine(
+    x: Float[Tensor, "N B T I"], weight: Float[Tensor, "N O I"], bias: Float[Tensor, "N O"] | None
+) -> Float[Tensor, "N B T O"]:
+    """Apply each member's linear map to all its tokens, as one batched matrix product over the members."""
+    if len(weight) == 1 and weight.shape[2] >= _MIN_FUSED_WIDTH:
+        return F.linear(x, weight[0], None if bias is None else bias[0])
+    rows = x.flatten(1, 2)  # N BT I
+    product = rows @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)  # N BT O
+    return product.unflatten(1, x.shape[1:3])

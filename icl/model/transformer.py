@@ -1,0 +1,208 @@
+"""The model: a decoder-only transformer that predicts each target of a prompt from the examples before it.
+
+The tokens x1, y1, ..., xK are embedded, pass through L causal blocks, and are read out at the x-tokens. The prediction of
+y_k is coordinate 0 of the output at x_k, which depends on x1, y1, ..., x_k and on nothing later.
+
+By plain options this is the model of Raventos et al. (2023), Hoogland et al. (2024) and Carroll et al. (2025);
+`icl.presets` has their settings. Two things differ from Hoogland et al. We drop the last y-token, because no prediction
+depends on it; the table of positions keeps its 2K rows. `double_residual` is off by default.
+
+This module is the definition, so attention is written as in its formula. `icl.model.stacked` computes the same function, faster,
+for many parameter sets at once. Tests compare the two.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from icl.config import ModelConfig
+from icl.tasks.prompts import to_tokens
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+_FIRST_BLOCK = "blocks.0."
+
+
+class ParameterShapes(NamedTuple):
+    """The shapes of a model's parameters by name."""
+
+    outside: dict[str, tuple[int, ...]]
+    """Parameters outside the blocks."""
+    block: dict[str, tuple[int, ...]]
+    """Parameters of one block, by their names within it; all blocks are alike."""
+    num_layers: int
+
+    @property
+    def num_tensors(self) -> int:
+        """Number of parameter tensors."""
+        return len(self.outside) + self.num_layers * len(self.block)
+
+    def by_name(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all parameters. Check `num_tensors` first: there may be millions."""
+        blocks = {
+            f"blocks.{layer}.{name}": shape for layer in range(self.num_layers) for name, shape in self.block.items()
+        }
+        return self.outside | blocks
+
+
+class Transformer(nn.Module):
+    """Transformer that predicts every target of a prompt from the examples before it."""
+
+    def __init__(self, config: ModelConfig, *, task_size: int, max_examples: int) -> None:
+        super().__init__()
+        self.config, self.task_size, self.max_examples = config, task_size, max_examples
+        token_size = task_size + 1
+        self.token_embedding = Linear(token_size, config.embed_size, bias=config.embedding_bias)
+        self.position_embedding = nn.Parameter(torch.empty(2 * max_examples, config.embed_size))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = _norm(config)
+        output_size = 1 if config.output == "scalar" else token_size
+        self.unembedding = Linear(config.embed_size, output_size, bias=config.unembedding_bias)
+
+    def forward(self, xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+        """Predict every y_k from x1, y1, ..., x_k, for prompts of 1 to `max_examples` examples.
+
+        Raises:
+            ValueError: If the prompts do not fit the model.
+        """
+        self._require_prompts_that_fit(xs, ys)
+        tokens = to_tokens(xs, ys)  # B T D+1
+        num_tokens = tokens.shape[1]
+        x = self.token_embedding(tokens) + self.position_embedding[:num_tokens]  # B T C
+        future = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=xs.device).triu(
+            1
+        )  # T T: row t hides s > t
+        for block in self.blocks:
+            x = block(x, future)  # B T C
+        return self.unembedding(self.final_norm(x[:, ::2]))[..., 0]  # B K; x-tokens stand at even places
+
+    def _require_prompts_that_fit(self, xs: Tensor, ys: Tensor) -> None:
+        if xs.ndim != 3 or ys.shape != xs.shape[:2]:
+            raise ValueError(f"Expected xs (B, K, D) and ys (B, K), got {tuple(xs.shape)} and {tuple(ys.shape)}.")
+        if xs.shape[2] != self.task_size:
+            raise ValueError(f"The model takes inputs of size D = {self.task_size}, got {xs.shape[2]}.")
+        if not 1 <= xs.shape[1] <= self.max_examples:
+            raise ValueError(f"The model takes 1 to K = {self.max_examples} examples per prompt, got {xs.shape[1]}.")
+
+
+class Block(nn.Module):
+    """Block of attention, then an MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layer_norm, self.double_residual = config.layer_norm, config.double_residual
+        self.attention_norm = _norm(config)
+        self.attention = Attention(config)
+        self.mlp_norm = _norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Float[Tensor, "B T C"], future: Bool[Tensor, "T T"]) -> Float[Tensor, "B T C"]:
+        """Return the residual stream after this block; `future` marks the tokens that each token must not see."""
+        if self.layer_norm == "post":
+            hidden = self.attention_norm(x + self.attention(x, future))
+            hidden = self.mlp_norm(hidden + self.mlp(hidden))
+        else:
+            hidden = x + self.attention(self.attention_norm(x), future)
+            hidden = hidden + self.mlp(self.mlp_norm(hidden))
+        return x + hidden if self.double_residual else hidden  # Hoogland et al. add the block's input once more
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2), with c = C / H channels in each head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_size = config.num_heads, config.embed_size // config.num_heads
+        self.qkv = Linear(config.embed_size, 3 * config.embed_size, bias=config.attention_bias)
+        self.output: nn.Module = nn.Identity()
+        if config.attention_output:
+            self.output = Linear(config.embed_size, config.embed_size, bias=config.attention_bias)
+
+    def forward(self, x: Float[Tensor, "B T C"], future: Bool[Tensor, "T T"]) -> Float[Tensor, "B T C"]:
+        """Return each token's weighted mean of the values of itself and the tokens before it."""
+        # The 3C outputs of `qkv` hold q, k and v of head 1, then those of head 2, and so on. Checkpoints rely on this order.
+        heads = self.qkv(x).unflatten(-1, (self.num_heads, 3, self.head_size))  # B T H 3 c
+        q, k, v = heads.permute(3, 0, 2, 1, 4)  # each B H T c
+        scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_size)  # B H T T
+        pattern = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # B H T T
+        return self.output((pattern @ v).transpose(1, 2).flatten(2))  # B T C
+
+
+class MLP(nn.Module):
+    """Perceptron with one hidden layer, applied to each token alone."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.hidden = Linear(config.embed_size, config.mlp_size, bias=config.mlp_bias)
+        self.output = Linear(config.mlp_size, config.embed_size, bias=config.mlp_bias)
+
+    def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        """Return what the MLP adds to the residual stream."""
+        return self.output(self.activation(self.hidden(x)))
+
+
+class Linear(nn.Linear):
+    """Linear map whose initial weights are not drawn here: `initialise` sets them, from a generator of its own."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weights undefined; PyTorch's own method draws them from the global generator."""
+
+
+def _norm(config: ModelConfig) -> nn.Module:
+    return nn.Identity() if config.layer_norm == "none" else nn.LayerNorm(config.embed_size)
+
+
+@functools.lru_cache(maxsize=16)
+def parameter_shapes(config: ModelConfig, *, task_size: int, max_examples: int) -> ParameterShapes:
+    """Return the shapes of a model's parameters without allocating the model, which may be too large for memory.
+
+    Raises:
+        ValueError: If a tensor would be larger than PyTorch allows.
+    """
+    one_layer = dataclasses.replace(config, num_layers=1)
+    try:
+        with torch.device("meta"):  # its tensors have a shape but no memory
+            model = Transformer(one_layer, task_size=task_size, max_examples=max_examples)
+    except (RuntimeError, TypeError, OverflowError):
+        raise ValueError("the configuration describes a model that is too large") from None
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    block = {name.removeprefix(_FIRST_BLOCK): shape for name, shape in shapes.items() if name.startswith(_FIRST_BLOCK)}
+    outside = {name: shape for name, shape in shapes.items() if not name.startswith(_FIRST_BLOCK)}
+    return ParameterShapes(outside, block, config.num_layers)
+
+
+def initialise(model: Transformer, config: ModelConfig, generator: torch.Generator) -> None:
+    """Draw every parameter in place, in the order of `named_parameters`, from `generator` alone.
+
+    `pytorch` draws as nn.Linear does by default: uniformly between -1/sqrt(fan-in) and 1/sqrt(fan-in). Positions count as a
+    linear map from 2K one-hot inputs (Hoogland et al. 2024). `gpt2` draws weights from N(0, 0.02^2), with the deviation
+    divided by sqrt(2L) where a linear map writes to the residual stream; its biases are zero (Radford et al. 2019).
+    """
+    residual_scale = 1 / math.sqrt(2 * config.num_layers)
+    fan_in = {"position_embedding": 2 * model.max_examples}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            fan_in |= {f"{path}.weight": module.in_features, f"{path}.bias": module.in_features}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            elif config.init == "gpt2":
+                scale = residual_scale if name.endswith("output.weight") else 1.0
+                parameter.zero_() if name.endswith("bias") else parameter.normal_(0, 0.02 * scale, generator=generator)
+            else:
+                bound = 1 / math.sqrt(fan_in[name])
+                parameter.uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,247 @@
+"""Checkpoints for analysis: the weights of one step as safetensors that carry their step and whole configuration.
+
+They are small, fast and safe to load from strangers: nothing is ever unpickled, and nothing is built before the shapes of the
+file are seen to be those of its configuration, so loading costs little more than reading. Each holds a digest of its weights and one
+of its step and configuration, so a file that was cut short, altered or made by another program is refused in one sentence.
+
+With `checkpoints.moments` Adam's moments lie in a file of the same name and kind in `moments/` beside them, so that whoever wants
+weights reads no more than before. Their tensors are named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
+"""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from icl.files.arrays import StoredArray
+from icl.runs.checkpoint_header import CutShortError, read_header, require_shapes, stored_numbers
+from icl.config import RunConfig
+from icl.files.reading import ContentError, parse_json
+from icl.runs.folder import config_differences
+from icl.model.stacked import Params
+from icl.store.base import LocalStore, Store
+from icl.config.validation import UserError, is_count
+
+_FORMAT = "icl-checkpoint-1"
+_ENTRY = "icl"
+_SEAL = "about_digest"
+"""The key of a digest of all that a file says of itself; files of 0.1.0 have none."""
+_NAME = re.compile(r"step-(\d{9,})\.safetensors")
+
+
+class CheckpointError(UserError, ValueError):
+    """A file that is no usable checkpoint; the message says what was expected."""
+
+
+class Checkpoint(NamedTuple):
+    """One saved step of a run."""
+
+    step: int
+    """After how many updates; 0 is the initial model."""
+    config: RunConfig
+    params: Params
+    """Weights by parameter name, on the CPU."""
+    digest: str
+    """A hash of the weights: equal for equal weights."""
+
+
+def checkpoint_name(step: int) -> str:
+    """The file name of a step, such as `step-000001465.safetensors`; names sort as steps do."""
+    return f"step-{step:09d}.safetensors"
+
+
+def save_checkpoint(store: Store, step: int, config: RunConfig, params: Mapping[str, Tensor]) -> None:
+    """Write one step to a store, atomically.
+
+    Raises:
+        StorageError: If the store cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in params.items()}
+    about = {"format": _FORMAT, "step": step, "config": config.to_dict(), "digest": _digest(tensors)}
+    about[_SEAL] = _seal(about)
+    data = safetensors.torch.save(tensors, {_ENTRY: json.dumps(about)})  # one entry, as their order is random
+    store.write(checkpoint_name(step), data)
+
+
+def list_steps(store: Store) -> list[int]:
+    """The saved steps of a store, in order."""
+    return sorted(int(match[1]) for match in map(_NAME.fullmatch, store.keys()) if match)
+
+
+def load_checkpoint_file(path: str | Path) -> Checkpoint:
+    """A checkpoint from its file.
+
+    Raises:
+        CheckpointError: If the file is missing, truncated, altered, or not a checkpoint of this program.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint {path}; expected a file like {checkpoint_name(1465)}.")
+    try:
+        with path.open("rb") as file:
+            about = _read_about(file, str(path))
+            file.seek(0)
+            return _checkpoint(about, file.read(), str(path))
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint {path} cannot be read: {error.strerror}.") from None
+    except CheckpointError as error:
+        run = path.parent.parent
+        hint = f" `icl checkpoints {run} verify` names all such files." if (run / "config.yaml").is_file() else ""
+        raise CheckpointError(f"{error}{hint}") from None
+
+
+def load_same_run(path: Path, config: RunConfig) -> Checkpoint:
+    """A checkpoint from its file, refused if it is of another run than `config`'s.
+
+    Raises:
+        CheckpointError: If it is no usable checkpoint, or of another run.
+    """
+    checkpoint = load_checkpoint_file(path)
+    differences = config_differences(config, checkpoint.config)
+    if differences:
+        raise CheckpointError(f"{path} is of another run than the checkpoints before it: {'; '.join(differences)}.")
+    return checkpoint
+
+
+def require_one_run(files: Sequence[Path]) -> None:
+    """Refuse checkpoints of different runs before work on the first of them; their weights are not read.
+
+    Raises:
+        CheckpointError: If one is no checkpoint, or of another run than the first.
+    """
+    first: RunConfig | None = None
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                config = _read_about(file, str(path)).config
+        except (OSError, CheckpointError):  # said where its weights are wanted, after the others' work
+            continue
+        first = first or config
+        if differences := config_differences(first, config):
+            raise CheckpointError(f"{path} is of another run than {files[0].name}: {'; '.join(differences)}.")
+
+
+def load_step(store: Store, step: int) -> Checkpoint:
+    """The checkpoint of one step of a store.
+
+    Raises:
+        CheckpointError: If it is damaged.
+        StorageError: If there is none.
+    """
+    return parse_checkpoint(store.read(checkpoint_name(step)), checkpoint_name(step))
+
+
+def parse_checkpoint(data: bytes, name: str) -> Checkpoint:
+    """The checkpoint that the bytes of a file hold.
+
+    Args:
+        data: The whole file.
+        name: What an error calls it.
+
+    Raises:
+        CheckpointError: If they are truncated, altered, or not a checkpoint of this program.
+    """
+    return _checkpoint(_read_about(io.BytesIO(data), name), data, name)
+
+
+def stored_tensors(file: Path, prefix: str) -> StoredArray:
+    """Return what `icl.runs.checkpoint_header.stored_numbers` does.
+
+    Raises:
+        CheckpointError: If there are no such tensors, or they are of several types.
+    """
+    try:
+        return stored_numbers(file, prefix)
+    except ContentError as error:
+        raise CheckpointError(f"The checkpoint {file} cannot be used: {error}.") from None
+
+
+def checkpoint_files(path: str | Path) -> list[Path]:
+    """The checkpoint files that a path names: one file, a run's folder, or its folder of checkpoints; by step.
+
+    Raises:
+        CheckpointError: If there are none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    files = [folder / checkpoint_name(step) for step in list_steps(LocalStore(folder))] if folder.is_dir() else []
+    if not files:
+        raise CheckpointError(
+            f"There are no checkpoints at {path}; expected a run's folder, or a file like {checkpoint_name(1465)}."
+        )
+    return files
+
+
+class _About(NamedTuple):
+    """The metadata of a checkpoint file, checked."""
+
+    step: int
+    config: RunConfig
+    digest: Any
+
+
+def _read_about(file: io.BufferedIOBase, name: str) -> _About:
+    """Return what a file says of itself; its tensors are seen to be those that it describes, and are not read."""
+    try:
+        header = read_header(file)
+        metadata = parse_json(header.metadata.get(_ENTRY, "null"))
+        if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
+            raise ContentError(f"it has no metadata of format {_FORMAT}")
+    except CutShortError as error:
+        raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({error}).") from None
+    except (ContentError, TypeError) as error:
+        raise CheckpointError(
+            f"{name} is damaged, or is not a checkpoint of icl: expected safetensors with metadata format {_FORMAT}, as in a "
+            f"run's checkpoints/ ({_first_line(error)})."
+        ) from None
+    try:
+        step, tree = metadata.get("step"), metadata.get("config")
+        if not is_count(step):
+            raise ContentError(f"its step is {step!r}")
+        if not isinstance(tree, dict):
+            raise ContentError("it holds no configuration")
+        config = RunConfig.from_dict(tree)
+        require_shapes(header, config)
+        if _SEAL in metadata and metadata[_SEAL] != _seal(metadata):
+            raise ContentError("its step and settings do not match their digest")
+    except ValueError as error:
+        raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({_first_line(error)}).") from None
+    return _About(step, config, metadata.get("digest"))
+
+
+def _checkpoint(about: _About, data: bytes, name: str) -> Checkpoint:
+    """Return the checkpoint of a file that says this of itself."""
+    try:
+        params = dict(sorted(safetensors.torch.load(data).items()))  # it gives them in another order each time
+    except SafetensorError as error:
+        raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({_first_line(error)}).") from None
+    if _digest(params) != about.digest:
+        raise CheckpointError(f"The checkpoint {name} is damaged: its weights do not match their digest.")
+    return Checkpoint(about.step, about.config, params, about.digest)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    hasher = hashlib.blake2b(digest_size=8)
+    for key in sorted(tensors):
+        hasher.update(key.encode())
+        hasher.update(tensors[key].contiguous().numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def _seal(about: Mapping[str, Any]) -> str:
+    """Return the digest of what a checkpoint says of itself, as JSON with its keys in order."""
+    text = json.dumps({key: value for key, value in about.items() if key != _SEAL}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

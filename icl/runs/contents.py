@@ -1,0 +1,73 @@
+"""The checkpoints that a run's folder must hold, given the run's settings and its latest step."""
+
+from collections.abc import Sequence
+
+from icl.runs.checkpoints import list_steps
+from icl.config import RunConfig
+from icl.runs.metrics_file import are_rows_altered
+from icl.runs.resume_file import NAMES, read_resume
+from icl.runs.folder import DONE, RunFolder, Status
+from icl.config.schedules import checkpoint_steps
+from icl.config.validation import UserError
+
+_MAX_STEPS = 8
+"""Steps that a sentence names; it counts the others."""
+
+
+def expected_steps(config: RunConfig, step: int, status: Status | None = None) -> list[int]:
+    """Return the steps whose checkpoints there must be.
+
+    Args:
+        config: The run's settings.
+        step: How far the run has come.
+        status: How it has ended, if it has: the last step is then there, and the best one where early stopping keeps it.
+    """
+    grid = config.checkpoints
+    scheduled = checkpoint_steps(
+        config.trainer.max_steps, every=grid.every, num_log=grid.num_log, num_linear=grid.num_linear
+    )
+    steps = {one for one in scheduled if one <= step}
+    if status is not None and status.state in DONE:
+        has_best = config.early_stopping.patience is not None and status.best_step is not None
+        steps |= {step, status.best_step or 0} if has_best else {step}
+    return sorted(steps)
+
+
+def missing_steps(run: RunFolder, config: RunConfig, step: int, status: Status | None = None) -> list[int]:
+    """Return the steps whose checkpoint, or Adam's moments where they are saved, is not in the run's folder."""
+    there = set(list_steps(run.checkpoints))
+    if config.checkpoints.moments:
+        there &= set(list_steps(run.moments))
+    return [one for one in expected_steps(config, step, status) if one not in there]
+
+
+def describe_altered_rows(run: RunFolder) -> str | None:
+    """Return a sentence if `metrics.csv` is not what it was at the last save of a run that has ended; None if it is, or nobody knows."""
+    status = run.read_status()
+    if status is None or status.state not in DONE:
+        return None
+    try:
+        resume, _ = read_resume(run)
+        data = run.metrics_file.read_bytes()
+    except (UserError, OSError):  # told by those that need these files
+        return None
+    saved = resume.member.get("rows") if resume is not None else None
+    is_altered = are_rows_altered(data, saved) or (isinstance(saved, dict) and saved.get("size") != len(data))
+    if resume is None or resume.step != status.step or not is_altered:
+        return None
+    return f"{run.metrics_file} was altered since step {resume.step:,} was saved; its rows are shown as they are."
+
+
+def describe_missing(run: RunFolder, steps: Sequence[int]) -> str:
+    """Return the sentences for missing checkpoints: which, and how to get them back."""
+    return (
+        f"{run.path} lacks the {name_checkpoints(steps)}. `icl checkpoints {run.path} pull` fetches what its store has; to make them again from "
+        f"step 0, delete {', '.join(NAMES)} and status.json there and run the same command."
+    )
+
+
+def name_checkpoints(steps: Sequence[int]) -> str:
+    """Return words such as "checkpoints of steps 5, 10"; of many steps the first ones are named."""
+    named = ", ".join(f"{step:,}" for step in steps[:_MAX_STEPS])
+    more = f" and {len(steps) - _MAX_STEPS:,} more" if len(steps) > _MAX_STEPS else ""
+    return f"checkpoints of steps {named}{more}" if len(steps) > 1 else f"checkpoint of step {named}"

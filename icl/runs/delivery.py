@@ -1,0 +1,119 @@
+"""Delivery of a run's files to its store: a note of what arrived, and uploads of what is made after training.
+
+`.delivered` in the run's folder says where the copy is and holds the digests of what is known to be there. So a run that
+has ended and is whole in its store needs it no more, and results and figures are sent once.
+"""
+
+import json
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+
+from icl.config import RunConfig
+from icl.runs.mirror import Mirror, copied_names, open_mirror, same_file, store_url
+from icl.presets import run_name
+from icl.files.reading import ContentError, parse_json, read_bytes
+from icl.files.redaction import redact
+from icl.runs.folder import DONE, RunFolder
+from icl.store.base import LocalStore, sha256
+from icl.files.writing import StorageError, write_atomically
+from icl.config.validation import user_path
+
+_NOTE = ".delivered"
+_MADE_LATER = ("results/", "figures/", "report.html")
+_MAX_NAMES = 8
+_MAX_NOTE = 2**26
+"""Bytes of the note; a file of the run takes about a hundred."""
+
+
+class UploadError(StorageError):
+    """Files that never reached the store; the message names them and the command that sends them."""
+
+
+def is_delivered(run: RunFolder, config: RunConfig) -> bool:
+    """Return whether a run has ended and all of it has arrived. Its status is sent last, so it is the one that is compared."""
+    status = run.read_status()
+    arrived = _read_note(run, config)
+    is_done = status is not None and status.state in DONE
+    return is_done and arrived.get("status.json") == sha256(run.status_file.read_bytes())
+
+
+def note_delivered(run: RunFolder, config: RunConfig, names: Iterable[str]) -> None:
+    """Remember that files are in the run's store as they are here."""
+    arrived = _read_note(run, config) | _digests(run, names)
+    note = {"place": _place(config), "files": arrived}
+    write_atomically(run.path / _NOTE, (json.dumps(note, indent=1) + "\n").encode())
+
+
+def send_results(run: RunFolder) -> list[str]:
+    """Send what was made of a run after its training and is not in its store yet; the names of what was sent.
+
+    Nothing happens for a run that never had a copy.
+
+    Raises:
+        UploadError: If the store cannot be used, or holds no copy of this run.
+    """
+    config = run.read_config()
+    url = store_url(config)
+    if url is None or not (run.path / "run-id").is_file():
+        return []
+    arrived = _read_note(run, config)
+    made = _digests(run, [name for name in copied_names(LocalStore(run.path)) if name.startswith(_MADE_LATER)])
+    left = [name for name, digest in made.items() if arrived.get(name) != digest]
+    if left:
+        try:
+            mirror = open_mirror(run, url, run_name(config))
+            sent = _send(mirror, left)
+        except StorageError as error:
+            raise UploadError(describe_left(run, url, left, str(error))) from None
+        note_delivered(run, config, left)
+        if sent:
+            print(f"Uploaded {', '.join(sent)} to {mirror.there}.")
+        return sent
+    return []
+
+
+def describe_left(run: RunFolder, url: str, left: Sequence[str], reason: str) -> str:
+    """The sentence of an `UploadError`."""
+    shown = ", ".join(left[:_MAX_NAMES]) + (f" and {len(left) - _MAX_NAMES} more" if len(left) > _MAX_NAMES else "")
+    config = run.read_config()
+    command = f"icl checkpoints {shlex.quote(str(run.path))} push"
+    if store_url(config) != url:
+        command += f" --store {shlex.quote(url)}"
+    files = f"{len(left)} files" if len(left) > 1 else "1 file"
+    return (
+        f"{files} of {run.path} did not reach {url.rstrip('/')}/{run_name(config)}: {shown} ({reason.rstrip('.')}); "
+        f"what is missing there is safe here, and `{command}` sends it."
+    )
+
+
+def _send(mirror: Mirror, names: Sequence[str]) -> list[str]:
+    """Write what differs; its names."""
+    if not same_file(mirror.here, mirror.there, "run-id"):
+        raise StorageError("that place holds no copy of this run")
+    different = [name for name in names if not same_file(mirror.here, mirror.there, name)]
+    for name in different:
+        mirror.there.write(name, mirror.here.read(name))
+    return different
+
+
+def _digests(run: RunFolder, names: Iterable[str]) -> dict[str, str]:
+    here = LocalStore(run.path)
+    return {name: here.digest(name) for name in names}
+
+
+def _read_note(run: RunFolder, config: RunConfig) -> dict[str, str]:
+    """The digests of what is known to be in the run's store; none if the note is of another place."""
+    try:
+        note = parse_json(read_bytes(run.path / _NOTE, limit=_MAX_NOTE))
+        return dict(note["files"]) if note["place"] == _place(config) else {}
+    except (OSError, ContentError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def _place(config: RunConfig) -> str:
+    """Name of the run's place in its store, on its server; without credentials, as it is saved."""
+    url = store_url(config) or ""
+    root = url.rstrip("/") if "://" in url else str(user_path(url).resolve())
+    server = redact(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
+    return f"{root}/{run_name(config)} {server}".rstrip()

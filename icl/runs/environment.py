@@ -1,0 +1,64 @@
+"""The environment of a training: versions, machine and command, one line of `run.log` for every start.
+
+A folder that is read years later, or by somebody else, so says what made it; `icl report` reads the lines back.
+"""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from icl.files.reading import ContentError, parse_json
+from icl.files.redaction import redact
+
+PACKAGES = ("icl", "torch", "lightning", "numpy")
+OWN_PROGRAM = (sys.executable, str(Path(__file__).parents[1] / "__main__.py"))
+"""Words that start this same `icl` in another process, which imports nothing from the working folder, as `-m icl` would."""
+COMMANDS = ("train", "sweep", "diversity", "evaluate", "llc", "analyse", "report", "predict", "runs", "checkpoints")
+"""Variables of `icl`, in the order in which its overview lists them."""
+_MARK = " environment "
+
+
+def describe_environment() -> dict[str, str]:
+    """Versions, machine and command of this process, by a word for each."""
+    program, *words = sys.argv or [""]
+    return {
+        "command": redact(shlex.join([Path(program).name, *words])),
+        "machine": f"{platform.node()}, {os.cpu_count()} processors",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        **versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide what a training computes."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def environment_line(more: dict[str, str] | None = None) -> str:
+    """Return this process's environment, and `more` of that kind, as `environments_of` reads it from a log."""
+    return f"{_MARK.strip()} {json.dumps(describe_environment() | (more or {}))}"
+
+
+def environments_of(log: str) -> list[tuple[str, dict[str, str]]]:
+    """The time and the environment of every start that a `run.log` tells of; lines that cannot be read are left out."""
+    found = []
+    for line in log.splitlines():
+        time, mark, text = line.partition(_MARK)
+        try:
+            about = parse_json(text) if mark else None
+        except ContentError:
+            about = None
+        if isinstance(about, dict):
+            found.append((time, {str(key): str(value) for key, value in about.items()}))
+    return found
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,233 @@
+"""Measure every saved step of a run once, and cache the results in the run's folder.
+
+`measure_checkpoints` reads a run's checkpoints in the order of their steps. It passes those without a cached result to a
+function, several at a time. The results are stored as one entry for each step, below `results/<name>/`:
+
+- `step-000001465.json`: the rows for the table; the key; and the name, shape and position of each array. The key holds the
+  hash of the checkpoint, the hash of its predecessor if the measurement uses it, the settings, and the version of the method.
+- `step-000001465.npy`: the numbers of all arrays, one after the other. Analyses of the whole run need these arrays, for
+  example a principal component analysis. Parts can be read alone, so the arrays of all checkpoints need not fit in memory.
+
+An entry with another key, or a damaged one, is measured again. Nothing is ever unpickled. If the process is killed at any
+point, the same call continues after the last entry.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from icl.files.arrays import StoredArray, array_digest, locate_array, read_array, write_array
+from icl.runs.checkpoints import Checkpoint, load_same_run
+from icl.config import RunConfig
+from icl.files.reading import MAX_TABLE, ContentError, is_table, parse_json, read_bytes
+from icl.files.writing import write_atomically
+
+
+class Measurement(NamedTuple):
+    """The result of measuring one checkpoint."""
+
+    rows: list[dict[str, Any]]
+    """Rows of the table, without step, hash and settings. Values must be storable as JSON; NaN is allowed."""
+    arrays: Mapping[str, np.ndarray] = MappingProxyType({})
+    """Arrays for later analyses of the whole run, by name; all of one dtype."""
+
+
+class Entry(NamedTuple):
+    """A cached measurement, with the checkpoint it belongs to."""
+
+    step: int
+    checkpoint_hash: str
+    rows: list[dict[str, Any]]
+    arrays: Mapping[str, np.ndarray] = MappingProxyType({})
+
+
+class Batch(NamedTuple):
+    """Entries of consecutive steps that became available together."""
+
+    entries: list[Entry]
+    is_new: bool
+    """Whether the entries were measured in this call. False if they came from the cache."""
+
+
+Measure: TypeAlias = Callable[[list[Checkpoint], int], Sequence[Measurement]]
+"""Measure checkpoints. The second argument, 0 or 1, counts leading checkpoints that serve only as predecessors."""
+
+
+class Cache:
+    """Entries stored in one folder of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, step: int, key: Mapping[str, Any] | None = None) -> Entry | None:
+        """Return the entry of a step, or None if it is missing, is damaged, or has another key.
+
+        Args:
+            step: Step of the checkpoint.
+            key: Required key; None accepts any key.
+        """
+        try:
+            content = self._content(step)
+            if key is not None and content["key"] != json.loads(json.dumps(key)):
+                return None
+            places = content["places"]
+            numbers = read_array(self._array_file(step)) if places else np.zeros(0)
+            if array_digest(numbers) != content["array_digest"]:
+                return None
+            arrays = {name: numbers[start:stop].reshape(shape) for name, (start, stop, shape) in places.items()}
+            return Entry(step, content["key"]["checkpoint_hash"], content["rows"], arrays)
+        except (ContentError, OSError, LookupError, TypeError, ValueError, AttributeError):
+            return None
+
+    def write(self, entry: Entry, key: Mapping[str, Any]) -> None:
+        """Store an entry under its key. A kill while it is written leaves the old entry, the new one, or none.
+
+        Raises:
+            StorageError: If it cannot be written.
+        """
+        places, stop = {}, 0
+        for name, array in entry.arrays.items():
+            places[name] = (stop, stop + array.size, array.shape)
+            stop += array.size
+        numbers = np.concatenate([array.ravel() for array in entry.arrays.values()]) if places else np.zeros(0)
+        if places:
+            write_array(self._array_file(entry.step), numbers)
+        content = {"key": dict(key), "rows": entry.rows, "places": places, "array_digest": array_digest(numbers)}
+        text = json.dumps({"digest": _digest(content), **content})
+        write_atomically(self._file(entry.step), text.encode())
+        self._file(entry.step).with_suffix(".npz").unlink(missing_ok=True)  # the same entry as version 0.1.0 stored it
+
+    def stored_array(self, step: int, name: str) -> StoredArray:
+        """Return a reference to an array of an entry, flattened. The numbers stay in the file until they are read.
+
+        Raises:
+            ContentError: If the entry is missing or damaged.
+            KeyError: If the entry has no array of that name.
+        """
+        start, stop, _ = self._content(step)["places"][name]
+        numbers = locate_array(self._array_file(step))
+        offset = numbers.offset + start * numbers.dtype.itemsize
+        return dataclasses.replace(numbers, offset=offset, size=stop - start)
+
+    def steps(self, settings: Mapping[str, Any], version: int) -> set[int]:
+        """Return the steps that have an entry with these settings and this version, for any checkpoint hash."""
+        wanted = (json.loads(json.dumps(settings)), version)
+        steps = set()
+        for file in self.folder.glob("step-*.json"):
+            with contextlib.suppress(ContentError, OSError, LookupError, TypeError, ValueError):
+                key = parse_entry(read_bytes(file, limit=MAX_TABLE))["key"]
+                if (key["settings"], key["version"]) == wanted:
+                    steps.add(int(file.stem.removeprefix("step-")))
+        return steps
+
+    def _content(self, step: int) -> dict[str, Any]:
+        return parse_entry(read_bytes(self._file(step), limit=MAX_TABLE))
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"step-{step:09d}.json"
+
+    def _array_file(self, step: int) -> Path:
+        return self.folder / f"step-{step:09d}.npy"
+
+
+def measure_checkpoints(
+    files: Sequence[Path],
+    config: RunConfig,
+    measure: Measure,
+    *,
+    cache: Cache | None,
+    settings: Mapping[str, Any],
+    version: int,
+    max_members: int,
+    uses_predecessor: bool = False,
+) -> Iterator[Batch]:
+    """Yield the entries of checkpoints in the order of their steps. Cached checkpoints are not measured again.
+
+    Args:
+        files: Checkpoint files of one run, sorted by step.
+        config: The run's configuration.
+        measure: Function that measures some consecutive checkpoints.
+        cache: Cache that stores the entries; None stores nothing.
+        settings: Settings on which the numbers depend. With other settings every checkpoint is measured again.
+        version: Version of the method. Entries of another version are measured again.
+        max_members: Largest number of checkpoints to measure at once.
+        uses_predecessor: Whether a measurement also uses the checkpoint before it.
+
+    Raises:
+        CheckpointError: If a checkpoint cannot be used, or belongs to another run.
+        StorageError: If an entry cannot be written.
+    """
+    previous: Checkpoint | None = None
+    lead: Checkpoint | None = None  # predecessor of the first pending checkpoint
+    pending: list[tuple[Checkpoint, dict[str, Any]]] = []  # with their keys
+    for file in files:
+        checkpoint = load_same_run(file, config)
+        predecessor = previous if uses_predecessor else None
+        key = {
+            "checkpoint_hash": checkpoint.digest,
+            "predecessor_hash": predecessor.digest if predecessor else None,
+            "predecessor_step": predecessor.step if predecessor else None,
+            "settings": dict(settings),
+            "version": version,
+        }
+        entry = None if cache is None else cache.read(checkpoint.step, key)
+        if pending and (entry is not None or len(pending) == max_members):
+            yield Batch(_measure_pending(pending, lead, measure, cache), is_new=True)
+            pending = []
+        if entry is not None:
+            yield Batch([entry], is_new=False)
+        else:
+            lead = lead if pending else predecessor
+            pending.append((checkpoint, key))
+        previous = checkpoint
+    if pending:
+        yield Batch(_measure_pending(pending, lead, measure, cache), is_new=True)
+
+
+def _measure_pending(
+    pending: Sequence[tuple[Checkpoint, Mapping[str, Any]]],
+    lead: Checkpoint | None,
+    measure: Measure,
+    cache: Cache | None,
+) -> list[Entry]:
+    """Measure checkpoints, and store the results under their keys."""
+    leads = [] if lead is None else [lead]
+    measurements = measure([*leads, *(checkpoint for checkpoint, _ in pending)], len(leads))
+    entries = []
+    for (checkpoint, key), (rows, arrays) in zip(pending, measurements, strict=True):
+        entries.append(Entry(checkpoint.step, checkpoint.digest, rows, dict(arrays)))
+        if cache is not None:
+            cache.write(entries[-1], key)
+    return entries
+
+
+def parse_entry(data: bytes) -> dict[str, Any]:
+    """Parse the JSON file of an entry: `key`, `rows`, `places` (start, stop and shape of each array), `array_digest`.
+
+    Raises:
+        ContentError: If the file is damaged.
+    """
+    content = parse_json(data)
+    if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
+        raise ContentError("the content does not match its digest")
+    if not is_table(content.get("rows")):
+        raise ContentError("there are no rows")
+    return content
+
+
+def entry_rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Return the rows of entries for one table, each with its `step` and `checkpoint_hash`."""
+    return [
+        {"step": entry.step, "checkpoint_hash": entry.checkpoint_hash, **row} for entry in entries for row in entry.rows
+    ]
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(content).encode(errors="surrogatepass"), digest_size=16).hexdigest()

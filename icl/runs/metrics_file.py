@@ -1,0 +1,207 @@
+"""`metrics.csv`: one row per logged step, the same bytes whether or not the run was interrupted.
+
+It holds nothing that depends on the wall clock. On resume the rows past the resume point, and a row that was cut short,
+are removed; training then writes them again. Floats have nine significant digits, which give float32 back exactly.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from icl.config import RunConfig
+from icl.files.system import sync_file
+from icl.runs.folder import RunError, RunFolder
+from icl.store.base import sha256
+from icl.files.writing import StorageError, write_atomically
+
+
+def logged_steps(config: RunConfig, step: int) -> set[int]:
+    """The steps up to this one that have a row of `metrics.csv`; none for a run that begins."""
+    if step == 0:
+        return set()
+    evaluations = range(0, step + 1, config.evaluation.every) if config.evaluation.every is not None else ()
+    last = {step} if step == config.trainer.max_steps else set()
+    return {*range(config.trainer.log_every, step + 1, config.trainer.log_every), *evaluations, *last}
+
+
+def metric_columns(config: RunConfig) -> list[str]:
+    """The columns of `metrics.csv`, fixed by the settings."""
+    columns = ["step", "train/loss", "lr"]
+    if config.optim.grad_clip is not None:
+        columns.append("clipped_fraction")
+    if config.evaluation.every is not None:
+        gaps = ["delta_ridge"] if config.task.is_gaussian else ["delta_ridge", "delta_dmmse"]
+        for name in ("pretrain", "true"):
+            columns += [f"eval/{name}/{quantity}" for quantity in ("loss", *gaps, "icl_score")]
+    return columns
+
+
+class MetricsFile:
+    """Appends rows of fixed columns."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, list(columns)
+        self._lines: list[str] = []
+        self._num_bytes = 0
+
+    def begin(
+        self, logged_steps: Iterable[int] = (), *, known: Mapping[str, Callable[[int], float | None]] | None = None
+    ) -> None:
+        """Start the file, or cut it back to the steps that were logged before the one that training resumes from.
+
+        Args:
+            logged_steps: The steps whose rows are kept.
+            known: Columns that are functions of the step, written anew in the kept rows. Version 0.1.0 wrote another
+                learning rate, that of the next update.
+
+        Raises:
+            RunError: If one of their rows is missing.
+            StorageError: If it cannot be written.
+        """
+        rows = self.require_rows(logged_steps)
+        for name, value_at in (known or {}).items():
+            place = self.columns.index(name)
+            rows = [[*row[:place], _text(value_at(int(row[0]))), *row[place + 1 :]] for row in rows]
+        self._lines = list(map(_line, [self.columns, *rows]))
+        self._write_all()
+
+    def require_rows(self, logged_steps: Iterable[int]) -> list[list[str]]:
+        """The rows of these steps in their order.
+
+        Raises:
+            RunError: If one of them is missing.
+        """
+        found = self._rows()
+        steps = sorted(logged_steps)
+        missing = [step for step in steps if step not in found]
+        if missing:
+            raise RunError(
+                f"{self.path} has lost the row of step {missing[0]}; put it back, or delete "
+                "last.ckpt, previous.ckpt and status.json beside it to train from step 0."
+            )
+        return [found[step] for step in steps]
+
+    def append(self, row: Mapping[str, float | int | None]) -> None:
+        """Write one row; a column without a value stays empty. A file that was removed or altered meanwhile is written anew.
+
+        Raises:
+            StorageError: If it cannot be written, or its folder is gone.
+        """
+        line = _line([_text(row.get(column)) for column in self.columns])
+        self._lines.append(line)
+        if not self._is_whole():
+            self._write_all()
+            return
+        try:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                file.write(line)
+        except OSError as error:
+            raise StorageError(
+                f"Cannot write {self.path}: {error.strerror}. What was saved before is intact."
+            ) from None
+        self._num_bytes += len(line.encode())
+
+    def sync(self) -> None:
+        """Wait until the disk has every row.
+
+        Raises:
+            StorageError: If the disk failed, or the file's folder is gone.
+        """
+        if not self._is_whole():
+            self._write_all()
+        try:
+            with self.path.open("rb") as file:
+                sync_file(file.fileno(), self.path.parent)
+        except OSError as error:
+            raise StorageError(f"Cannot write {self.path}: {error.strerror}.") from None
+
+    def digest(self) -> dict[str, Any]:
+        """Return the size and the SHA-256 of the rows so far."""
+        data = "".join(self._lines).encode()
+        return {"size": len(data), "sha256": sha256(data)}
+
+    def _is_whole(self) -> bool:
+        """Return whether the file is as long as this process left it."""
+        try:
+            return self.path.stat().st_size == self._num_bytes
+        except OSError:
+            return False
+
+    def _write_all(self) -> None:
+        if not self.path.parent.is_dir():
+            raise StorageError(f"Cannot write {self.path}: its folder was moved or removed.")
+        data = "".join(self._lines).encode()
+        write_atomically(self.path, data)
+        self._num_bytes = len(data)
+
+    def _rows(self) -> dict[int, list[str]]:
+        """Return the whole rows of the file by their step."""
+        _, rows = _read(self.path)
+        return {int(row[0]): row for row in rows if len(row) == len(self.columns)}
+
+
+def lost_rows(run: RunFolder, config: RunConfig, step: int) -> str | None:
+    """Return what is wrong with the rows up to a step in a sentence, or None if all are there."""
+    try:
+        MetricsFile(run.metrics_file, metric_columns(config)).require_rows(logged_steps(config, step))
+    except RunError as error:
+        return str(error)
+    return None
+
+
+def are_rows_altered(data: bytes, saved: Any) -> bool:
+    """Return whether the rows up to a save are others than those that were there then.
+
+    Args:
+        data: The whole file.
+        saved: What `MetricsFile.digest` gave then; None of a run whose last save was made by 0.1.0.
+    """
+    if not isinstance(saved, dict) or not isinstance(saved.get("size"), int):
+        return False
+    return sha256(data[: saved["size"]]) != saved.get("sha256")
+
+
+def whole_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a `metrics.csv` by column, without those that are damaged or were cut short."""
+    columns, rows = _read(path)
+    return [dict(zip(columns, row, strict=True)) for row in rows if len(row) == len(columns) and columns[0] == "step"]
+
+
+def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Return the header of a file, and its whole rows: a step and numbers."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    header, *lines = text.splitlines(keepends=True) or [""]
+    whole = (_cells(line) for line in lines if line.endswith("\n"))
+    return _cells(header), [row for row in whole if row and _is_row(row)]
+
+
+def _cells(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return []
+
+
+def _is_row(cells: Sequence[str]) -> bool:
+    """Return whether cells are a step and numbers, as we write them; an empty cell is a number that was not logged."""
+    return bool(re.fullmatch(r"[0-9]{1,18}", cells[0])) and all(map(_is_number, cells[1:]))
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return not cell or isinstance(float(cell), float)
+    except ValueError:
+        return False
+
+
+def _line(values: Sequence[str]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(values)
+    return buffer.getvalue()
+
+
+def _text(value: float | int | None) -> str:
+    return "" if value is None else f"{value:.9g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,360 @@
+"""A run's copy in a store: whose it is, what of it is missing, and how it comes and goes.
+
+The copy lies at `<store>/<run name>/` and is laid out as the run's folder is. Three rules keep it whole:
+
+- *Whose.* A copy belongs to the folder with the same `run-id` (`icl.runs.claims`).
+- *In which order.* `last.ckpt` and `status.json` vouch for the files beside them and so are copied after them;
+  `config.yaml`, which makes a folder a run, comes last of all. A copy that breaks off is taken up by the same command.
+- *What is newer.* Nothing is copied over a run that is further on, unless forced.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from icl.store import waiting
+from icl.runs.checkpoints import CheckpointError, parse_checkpoint
+from icl.runs.claims import claim
+from icl.config import RunConfig
+from icl.progress import progress_bar
+from icl.runs.resume_file import ResumeFileError, parse_resume
+from icl.runs.folder import RunError, RunFolder, parse_config, parse_status, require_same_config
+from icl.store.base import DamagedError, LocalStore, MissingKeyError, Store, read_or_none, require_key
+from icl.store.opening import open_store
+from icl.files.writing import StorageError, is_temporary
+from icl.config.validation import ConfigError
+
+FILES = ("run-id", "wandb-id", "metrics.csv", "run.log", "report.html", "last.ckpt", "status.json", "config.yaml")
+FOLDERS = ("checkpoints", "results", "figures")
+"""Folders of a run that are copied, beside `FILES`."""
+CHECKPOINT_FOLDERS = ("checkpoints", "checkpoints/moments")
+"""Folders of the weights, and of Adam's moments where they are saved."""
+VOUCHERS = ("last.ckpt", "status.json")
+"""Files that describe the others. They are copied after those, the status last."""
+_LAST = (*VOUCHERS, "config.yaml")
+_NEEDED = ("run-id", "metrics.csv", *_LAST)
+"""Files without which a run cannot be resumed."""
+_NUM_WORKERS = 8
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A run's folder (`here`) and its copy in a store (`there`)."""
+
+    run: RunFolder
+    there: Store
+    url: str
+    """The store itself, as it was asked for."""
+
+    @property
+    def here(self) -> Store:
+        """The folder as a store."""
+        return LocalStore(self.run.path)
+
+    @property
+    def checkpoints(self) -> Store:
+        """The copy's checkpoints, for the functions of `icl.runs.checkpoints`."""
+        return open_store(f"{self.there}/checkpoints")
+
+
+def store_url(config: RunConfig) -> str | None:
+    """Return the store that a copy of the run goes to: `checkpoints.store`, or the bucket $AWS_BUCKET_NAME, or none.
+
+    Raises:
+        ConfigError: If $AWS_BUCKET_NAME is no name of a bucket.
+    """
+    bucket = os.environ.get("AWS_BUCKET_NAME")
+    if bucket and not re.fullmatch(r"[\w.-]+(/[\w./-]*)?", bucket):
+        raise ConfigError(f"`AWS_BUCKET_NAME` must be the name of a bucket, without s3://, got {bucket!r}.")
+    return config.checkpoints.store or (f"s3://{bucket}" if bucket else None)
+
+
+def open_mirror(run: RunFolder, url: str, name: str, *, make: bool = True) -> Mirror:
+    """Return a run and its place in a store, `<url>/<name>`.
+
+    Args:
+        run: The run.
+        url: The store.
+        name: The run's name there.
+        make: Whether to make a store that is a folder and is not there yet; one that is only looked at is not made.
+
+    Raises:
+        ConfigError: If that is the run's own folder, or within it.
+        StorageError: If the store cannot be used: no credentials, no bucket, no answer.
+    """
+    there = open_store(f"{url.rstrip('/')}/{name}")
+    if isinstance(there, LocalStore):
+        if there.root.resolve().is_relative_to(run.path.resolve()):
+            raise ConfigError(f"The store {url} is where the run itself lies; choose another folder for its copy.")
+        if not make and not (isinstance(store := open_store(url), LocalStore) and store.root.is_dir()):
+            raise StorageError(f"There is no store {url}; `icl checkpoints RUN push --store {url}` makes it.")
+    if make or not isinstance(there, LocalStore):
+        there.check()
+    return Mirror(run, there, url)
+
+
+def take_up(mirror: Mirror, config: RunConfig) -> bool:
+    """Before training: claim the run's place in the store, and fetch from there what is further on than the folder.
+
+    Returns:
+        Whether something was fetched.
+
+    Raises:
+        RunError: If the place belongs to another run.
+        ConfigError: If the run in the store was begun with other settings.
+        StorageError: If the store or the folder cannot be used.
+    """
+    _require_no_links_out(mirror.here, mirror.there)
+    theirs = read_config(mirror.there)
+    is_new = not mirror.run.config_file.exists()
+    if theirs is not None:
+        require_same_config(theirs, config, str(mirror.there))
+    if not (is_new and theirs is not None):
+        claim(mirror.here, mirror.there, config)
+    is_behind = saved_step(mirror.there) > saved_step(mirror.here)
+    if not is_behind and (theirs is None or not is_new):
+        return False
+    try:
+        copied, damaged = _transfer(mirror.there, mirror.here, "pulling", force=False)
+    except (DamagedError, ResumeFileError) as error:
+        if is_new:
+            raise DamagedError(_describe_unusable(mirror, error)) from None
+        print(f"icl: {error} The run goes on from what is in {mirror.run.path}.", file=sys.stderr)
+        return False
+    claim(mirror.here, mirror.there, config)
+    if damaged:
+        print(f"icl: {describe_damaged(mirror, damaged)} The run goes on without them.", file=sys.stderr)
+    return bool(copied)
+
+
+def _describe_unusable(mirror: Mirror, error: Exception) -> str:
+    """The sentences for a copy that cannot be resumed from."""
+    return (
+        f"{_bare(str(error))}, so the run cannot be resumed from there. `icl checkpoints RUN push --force` from a folder that has it "
+        f"whole mends the store; else delete last.ckpt, metrics.csv and status.json at {mirror.there} to train again from step 0."
+    )
+
+
+def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
+    """Fetch what the folder lacks or has otherwise; the names of what was fetched.
+
+    Args:
+        mirror: The run.
+        force: Fetch every file, and over a run that is further on.
+
+    Raises:
+        RunError: If the store has no such run, or the folder is another run or further on.
+        DamagedError: If files in the store are damaged; all others were fetched, and the folder keeps its own of these.
+        StorageError: If the store or the folder cannot be used.
+    """
+    _require_no_links_out(mirror.here, mirror.there)
+    if read_config(mirror.there) is None:
+        raise RunError(f"There is no run at {mirror.there}; `icl checkpoints RUN push` puts one there.")
+    own = read_or_none(mirror.here, "run-id")
+    if mirror.run.config_file.exists() and own != read_or_none(mirror.there, "run-id"):
+        raise RunError(f"{mirror.there} holds another run than {mirror.run.path}; move that folder away to fetch it.")
+    _require_not_behind(mirror.there, mirror.here, "pull", force)
+    copied, damaged = _transfer(mirror.there, mirror.here, "pulling", force)
+    if damaged:
+        raise DamagedError(f"{describe_damaged(mirror, damaged)} {len(copied):,} others were fetched.")
+    return copied
+
+
+def push(mirror: Mirror, *, force: bool = False) -> list[str]:
+    """Send what the store lacks or has otherwise; the names of what was sent.
+
+    Args:
+        mirror: The run.
+        force: Send every file, and over a copy that is further on.
+
+    Raises:
+        RunError: If the place in the store belongs to another run, or the copy is further on.
+        DamagedError: If files in the folder are damaged; all others were sent, and the store keeps its own of these.
+        StorageError: If the store or the folder cannot be used.
+    """
+    _require_no_links_out(mirror.here, mirror.there)
+    config = mirror.run.read_config()
+    _require_not_behind(mirror.here, mirror.there, "push", force)
+    claim(mirror.here, mirror.there, config)
+    copied, damaged = _transfer(mirror.here, mirror.there, "pushing", force)
+    if damaged:
+        raise DamagedError(f"{'; '.join(map(_bare, damaged))}; {len(copied):,} other files were sent.")
+    return copied
+
+
+def copied_names(store: Store) -> list[str]:
+    """List the names in a run's folder, or in its copy, that belong to a copy; vouchers and `config.yaml` last.
+
+    Raises:
+        StorageError: If one of them could lead out of the run's folder, or the store cannot be used.
+    """
+    found = store.keys()
+    names = [name for name in found if _is_copied(name)]
+    for name in names:
+        require_key(name, store)
+    _require_one_kind(names, store)
+    return sorted(names, key=lambda name: (_LAST.index(name) + 1 if name in _LAST else 0, name))
+
+
+def read_config(store: Store) -> RunConfig | None:
+    """The settings of the run that lies in a store, or None if none does.
+
+    Raises:
+        ConfigError: If they cannot be read.
+        StorageError: If the store cannot be used.
+    """
+    data = read_or_none(store, "config.yaml")
+    return None if data is None else parse_config(data, str(store))
+
+
+def saved_step(store: Store) -> int:
+    """The step that the status in a run's folder, or in its copy, tells of; -1 without one."""
+    data = read_or_none(store, "status.json")
+    status = parse_status(data) if data else None
+    return status.step if status else -1
+
+
+def same_file(source: Store, target: Store, name: str) -> bool:
+    """Return whether two stores have the same bytes under a name."""
+    try:
+        return source.digest(name) == target.digest(name)
+    except MissingKeyError:
+        return False
+
+
+def is_checkpoint(name: str) -> bool:
+    """Return whether a name in a run's folder is that of a checkpoint, of weights or of moments."""
+    folder, _, file = name.rpartition("/")
+    return folder in CHECKPOINT_FOLDERS and file.startswith("step-")
+
+
+def _is_copied(name: str) -> bool:
+    return (name in FILES or name.partition("/")[0] in FOLDERS) and not is_temporary(PurePosixPath(name))
+
+
+def _require_no_links_out(*stores: Store) -> None:
+    """Refuse to copy from or to a folder that holds a link out of it: what lies behind is not the run's.
+
+    Raises:
+        StorageError: Naming the first such link.
+    """
+    for store in stores:
+        links = [name for name in store.links_out() if _is_copied(name)] if isinstance(store, LocalStore) else []
+        if links:
+            raise StorageError(
+                f"{store}/{links[0]} is a symbolic link out of the run's folder, so nothing was copied; "
+                "put what it leads to in its place, or remove it."
+            )
+
+
+def _require_one_kind(names: Sequence[str], store: Store) -> None:
+    """Refuse a name that is a file's and a folder's at once: a bucket may have both, a folder cannot.
+
+    Raises:
+        StorageError: Naming it.
+    """
+    folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
+    both = next((name for name in names if name in folders), None)
+    if both is not None:
+        raise StorageError(
+            f"{store} has a file by the name {both!r} and files below {both + '/'!r}, which no folder can hold, so nothing "
+            "is done with it; remove one of them there."
+        )
+
+
+def _require_not_behind(source: Store, target: Store, verb: str, force: bool) -> None:
+    ours, theirs = saved_step(source), saved_step(target)
+    if theirs > ours and not force:
+        other = "pull" if verb == "push" else "push"
+        behind = f"at step {ours:,} only" if ours >= 0 else "without a status"
+        raise RunError(
+            f"{target} is at step {theirs:,} and {source} {behind}; {other} instead, or {verb} with --force."
+        )
+
+
+def require_whole(name: str, data: bytes, where: str) -> None:
+    """Refuse a damaged checkpoint or resume file, which carry digests of their own.
+
+    Raises:
+        CheckpointError, ResumeFileError: Saying what is wrong.
+    """
+    if is_checkpoint(name):
+        parse_checkpoint(data, where)
+    elif name == "last.ckpt":
+        parse_resume(data, where)
+
+
+def describe_damaged(mirror: Mirror, damaged: Sequence[str]) -> str:
+    """Return the sentences for files in the store that are damaged: which, and what may mend them."""
+    return (
+        f"Not fetched from {mirror.there}: {'; '.join(map(_bare, damaged))}. `icl checkpoints {mirror.run.path} push --force` "
+        "from a folder that has them whole mends the store."
+    )
+
+
+def _bare(sentence: str) -> str:
+    return sentence.rstrip(".")
+
+
+def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[list[str], list[str]]:
+    """Copy what differs, several files at once; what vouches for others after them.
+
+    Returns:
+        The names of what was copied, and a sentence for each file that is damaged in the source and can be done without.
+
+    Raises:
+        StorageError, ResumeFileError: If one cannot be copied that the run needs.
+    """
+    names = copied_names(source)
+    damaged: list[str] = []
+
+    def copy(name: str) -> str | None:
+        if not force and same_file(source, target, name):
+            return None
+        try:
+            data = source.read(name)
+            require_whole(name, data, f"{source}/{name}")
+        except (DamagedError, CheckpointError) as error:
+            if name in _NEEDED:
+                raise
+            damaged.append(str(error))
+            return None
+        target.write(name, data)
+        return name
+
+    with progress_bar(label, len(names), "file") as bar:
+        copied = in_parallel(copy, [name for name in names if name not in _LAST], bar)
+        copied += _in_turn(copy, [name for name in names if name in _LAST], bar)
+    return [name for name in copied if name], sorted(damaged)
+
+
+def in_parallel(act: Callable[[Item], Result], items: Sequence[Item], bar: tqdm) -> list[Result]:
+    """`act` on every item, several at once; the first error ends it."""
+    with ThreadPoolExecutor(_NUM_WORKERS) as pool:
+        try:
+            return _in_turn(lambda future: future.result(), [pool.submit(act, item) for item in items], bar)
+        except KeyboardInterrupt:
+            with waiting.giving_up():  # a store that hangs would hold the others for a minute
+                pool.shutdown(cancel_futures=True)
+            raise
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _in_turn(act: Callable[[Item], Result], items: Sequence[Item], bar: tqdm) -> list[Result]:
+    results = []
+    for item in items:
+        results.append(act(item))
+        bar.update()
+    return results

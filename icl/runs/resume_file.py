@@ -1,0 +1,142 @@
+"""The files that a run resumes from: `last.ckpt`, and `previous.ckpt`, which was `last.ckpt` one save before.
+
+Each is a zip file of torch that ends with a SHA-256 of all its other bytes, in the comment that zip files may have. So torch
+and older versions read it as before, and one altered byte is found. Files of 0.1.0 have no such comment; of those the
+checksums are compared that zip files keep of their parts.
+"""
+
+import hashlib
+import io
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from icl.config import RunConfig
+from icl.files.reading import ContentError, read_bytes
+from icl.runs.folder import RunError, RunFolder
+
+_SEAL = b"icl-sha256:"
+_END, _NUM_END_BYTES = b"PK\x05\x06", 22
+_NUM_SEAL_BYTES = len(_SEAL) + 64
+NAMES = ("last.ckpt", "previous.ckpt")
+
+
+class ResumeFileError(RunError):
+    """A resume file that cannot be used; the message says why."""
+
+
+class Resume(NamedTuple):
+    """The content of a whole resume file."""
+
+    step: int
+    config: RunConfig
+    member: dict[str, Any]
+    """The standing of the run, as `Member.state_dict` gave it."""
+    data: bytes
+    """The whole file."""
+
+
+def pack(content: dict[str, Any]) -> bytes:
+    """Return the bytes of a resume file."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = buffer.getvalue()
+    if data[-_NUM_END_BYTES:][:4] != _END or data[-2:] != b"\0\0":
+        raise RuntimeError("torch.save has not written a zip file without a comment.")
+    sealed = data[:-2] + _NUM_SEAL_BYTES.to_bytes(2, "little") + _SEAL
+    return sealed + hashlib.sha256(sealed).hexdigest().encode()
+
+
+def unpack(data: bytes, name: str) -> dict[str, Any]:
+    """Return the content of a resume file.
+
+    Args:
+        data: The whole file.
+        name: What an error calls it.
+
+    Raises:
+        ResumeFileError: If it is damaged.
+    """
+    _require_sealed(data, name)
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise ResumeFileError(f"{name} is damaged: it cannot be read ({type(error).__name__}).") from None
+    if not isinstance(content, dict):
+        raise ResumeFileError(f"{name} is damaged: it holds no training state.")
+    return content
+
+
+def parse_resume(data: bytes, name: str) -> Resume:
+    """Return what a resume file says of its run.
+
+    Raises:
+        ResumeFileError: If it is damaged, or no resume file.
+    """
+    content = unpack(data, name)
+    try:
+        step, config, member = int(content["global_step"]), content["configs"][0], dict(content["members"][0])
+        if not isinstance(content["state_dict"], dict):
+            raise TypeError("state_dict")
+        return Resume(step, RunConfig.from_dict(config), member, data)
+    except Exception as error:  # whatever a file may hold in place of these
+        reason = (str(error).splitlines() or [""])[0]
+        raise ResumeFileError(f"{name} is damaged: {type(error).__name__}, {reason}.") from None
+
+
+def read_resume(run: RunFolder) -> tuple[Resume | None, str | None]:
+    """Find what a run goes on from.
+
+    Returns:
+        What its newest whole resume file holds, or None for a run that has none; and a sentence if that is not `last.ckpt`.
+
+    Raises:
+        ResumeFileError: If there are resume files and none is whole.
+    """
+    problems: list[str] = []
+    for file in (run.resume_file, run.previous_file):
+        found = _read(file)
+        if isinstance(found, Resume):
+            told = [
+                f"{one.rstrip('.')}; the run goes on from the save before it, of step {found.step:,}."
+                for one in problems
+            ]
+            return found, told[0] if told else None
+        problems.append(found)
+    if not any(file.exists() for file in (run.resume_file, run.previous_file)):
+        return None, None
+    raise ResumeFileError(
+        f"{' '.join(problems)} So the run cannot be resumed. Fetch a copy with `icl checkpoints {run.path} pull --force` if it has "
+        f"a store, or delete {' and '.join(NAMES)} there to train again from step 0; the saved checkpoints stay."
+    )
+
+
+def _read(file: Path) -> Resume | str:
+    """A resume file, or what is wrong with it."""
+    try:
+        return parse_resume(read_bytes(file, limit=None), str(file))
+    except ContentError as error:
+        return f"{file} cannot be read: {error}."
+    except FileNotFoundError:
+        return f"There is no {file}."
+    except OSError as error:
+        return f"{file} cannot be read: {error.strerror}."
+    except ResumeFileError as error:
+        return str(error)
+
+
+def _require_sealed(data: bytes, name: str) -> None:
+    body, digest = data[:-64], data[-64:]
+    if body.endswith(_SEAL):
+        if hashlib.sha256(body).hexdigest().encode() != digest:
+            raise ResumeFileError(f"{name} is damaged: its bytes do not match their digest.")
+        return
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as parts:
+            is_whole = parts.testzip() is None and parts.comment == b""
+    except Exception:  # zipfile raises many kinds for a damaged file
+        is_whole = False
+    if not is_whole:
+        raise ResumeFileError(f"{name} is damaged or was cut short.")

@@ -1,0 +1,257 @@
+"""Verification of a run's files, here and in its store: the checks of `icl checkpoints RUN verify`.
+
+- Checkpoints and Adam's moments: each against its own digest, its name and the run's settings; and that every step of the
+  schedule is there.
+- `last.ckpt` and `previous.ckpt`: against their digests.
+- `metrics.csv`: a row of numbers for every logged step; up to the last save also against the digest that `last.ckpt` holds.
+- `config.yaml` and `status.json`: that they can be read, and agree with `last.ckpt`.
+- Results and figures: records and pictures against their checksums. Tables have none: that all rows have the same number of
+  columns, and columns of numbers only numbers.
+- In the store: all of these, every object against the digest it was sent with, and that nothing is missing that is here.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from icl.files.arrays import array_digest
+from icl.runs.checkpoint_header import MOMENTS
+from icl.runs.checkpoints import Checkpoint, checkpoint_name, parse_checkpoint
+from icl.config import RunConfig
+from icl.runs.contents import expected_steps, name_checkpoints
+from icl.runs.measure import parse_entry
+from icl.runs.metrics_file import are_rows_altered, logged_steps, metric_columns
+from icl.runs.mirror import CHECKPOINT_FOLDERS, Mirror, copied_names, in_parallel, is_checkpoint
+from icl.progress import progress_bar
+from icl.files.reading import parse_json
+from icl.runs.resume_file import Resume, parse_resume
+from icl.runs.folder import DONE, RunFolder, Status, config_differences, parse_config, parse_status
+from icl.store.base import LocalStore, MissingKeyError, Store
+from icl.config.validation import UserError
+
+_NUMBERS = ("step", "value", "stderr", "llc", "init_loss", "mean_loss")
+"""Columns of tables of results that hold nothing but numbers."""
+
+
+class _Copy(NamedTuple):
+    """A run's folder, or its copy in a store."""
+
+    store: Store
+    names: list[str]
+    """Files that are there, or should be."""
+    config: RunConfig | None
+    resume: Resume | None
+    status: Status | None
+
+
+def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
+    """Return a sentence for everything that is damaged or missing, here and in the store.
+
+    Raises:
+        StorageError: If the store cannot be listed.
+    """
+    copies = [_read_copy(LocalStore(run.path))] if run.path.is_dir() else []
+    mine = copies[0].names if copies else []
+    if mirror is not None:
+        copies.append(_read_copy(mirror.there, mine))
+    jobs = [(copy, name) for copy in copies for name in copy.names]
+    jobs += [(copies[0], "previous.ckpt")] if run.previous_file.is_file() else []
+    with progress_bar("verifying", len(jobs), "file") as bar:
+        found = [problem for problem in in_parallel(_problem, jobs, bar) if problem]
+    for copy in copies[:1]:  # what the store lacks beyond that is told by name
+        found += _what_is_missing(copy)
+    return found
+
+
+def _read_copy(store: Store, others: Sequence[str] = ()) -> _Copy:
+    """A copy with what can be read of its settings, its resume file and its status; damage of these is told with the rest."""
+    config = resume = status = None
+    with contextlib.suppress(UserError):
+        config = parse_config(store.read("config.yaml"), str(store))
+    with contextlib.suppress(UserError):
+        resume = parse_resume(store.read("last.ckpt"), str(store))
+    with contextlib.suppress(UserError):
+        status = parse_status(store.read("status.json"))
+    names = sorted({*copied_names(store), *others})
+    return _Copy(store, names, config or (resume.config if resume else None), resume, status)
+
+
+def _what_is_missing(copy: _Copy) -> Iterator[str]:
+    """Yield a sentence for everything that is missing from a copy."""
+    end = copy.status if copy.status is not None and copy.status.state in DONE else None
+    step = end.step if end is not None else copy.resume.step if copy.resume is not None else 0
+    is_begun = end is None and copy.status is not None and copy.status.step > 0
+    needed = [
+        "config.yaml",
+        "status.json",
+        *(["metrics.csv"] if step > 0 else []),
+        *(["last.ckpt"] if is_begun else []),
+    ]
+    for name in needed:
+        if name not in copy.names:
+            yield f"There is no {copy.store}/{name}."
+    if copy.config is None or step == 0:
+        return
+    folders = CHECKPOINT_FOLDERS if copy.config.checkpoints.moments else CHECKPOINT_FOLDERS[:1]
+    missing = [
+        one
+        for one in expected_steps(copy.config, step, end)
+        if not all(f"{folder}/{checkpoint_name(one)}" in copy.names for folder in folders)
+    ]
+    if missing:
+        yield f"{copy.store} lacks the {name_checkpoints(missing)}."
+
+
+def _problem(job: tuple[_Copy, str]) -> str | None:
+    """Return a sentence that says what is wrong with a file, or None."""
+    copy, name = job
+    where = f"{copy.store}/{name}"
+    try:
+        data = copy.store.read(name)
+        reason = _check(copy, name, data, where)
+    except MissingKeyError as error:
+        return str(error)
+    except UserError as error:
+        text = str(error)
+        return text if where in text else f"{where} is damaged: {text.rstrip('.')}."
+    except Exception as error:  # zipfile, PIL and csv raise a dozen kinds for a damaged file
+        reason = f"it cannot be read ({type(error).__name__})"
+    return f"{where} is damaged: {reason}." if reason else None
+
+
+def _check(copy: _Copy, name: str, data: bytes, where: str) -> str | None:
+    """Return why a file's bytes are not what they should be, or None. Readers raise errors of their own."""
+    if is_checkpoint(name):
+        return _check_checkpoint(copy, name, parse_checkpoint(data, where))
+    whole_files: dict[str, Callable[[_Copy, bytes, str], str | None]] = {
+        "last.ckpt": _check_resume,
+        "previous.ckpt": _check_resume,
+        "config.yaml": _check_config,
+        "status.json": _check_status,
+        "metrics.csv": _check_metrics,
+    }
+    if name in whole_files:
+        return whole_files[name](copy, data, where)
+    if name.endswith(".npy"):
+        return _check_arrays(copy, name, data)
+    kinds: dict[str, Callable[[bytes], str | None]] = {
+        "npz": _check_archive,
+        "csv": _check_table,
+        "json": _check_json,
+        "png": _check_picture,
+    }
+    check = kinds.get(name.rpartition(".")[2])
+    return check(data) if check is not None else None
+
+
+def _check_checkpoint(copy: _Copy, name: str, found: Checkpoint) -> str | None:
+    """Whether a whole checkpoint is the one that its name and the run's settings promise."""
+    folder, _, file = name.rpartition("/")
+    if file != checkpoint_name(found.step):
+        return f"it holds step {found.step:,}"
+    if any(key.startswith(MOMENTS) for key in found.params) != (folder == CHECKPOINT_FOLDERS[1]):
+        return "it holds weights where Adam's moments should be, or moments where weights should be"
+    differences = config_differences(copy.config, found.config) if copy.config is not None else []
+    return f"it is of another run than config.yaml: {'; '.join(differences)}" if differences else None
+
+
+def _check_resume(copy: _Copy, data: bytes, where: str) -> str | None:
+    config = parse_resume(data, where).config
+    differences = config_differences(copy.config, config) if copy.config is not None else []
+    return f"it is of another run than config.yaml: {'; '.join(differences)}" if differences else None
+
+
+def _check_config(copy: _Copy, data: bytes, where: str) -> str | None:
+    config = parse_config(data, where)
+    differences = config_differences(copy.resume.config, config) if copy.resume is not None else []
+    return f"it is of another run than last.ckpt: {'; '.join(differences)}" if differences else None
+
+
+def _check_status(copy: _Copy, data: bytes, where: str) -> str | None:
+    status = parse_status(data)
+    if status is None:
+        return "it cannot be read"
+    if status.state in DONE and copy.resume is not None and status.step != copy.resume.step:
+        return f"it says that the run ended at step {status.step:,}, and last.ckpt is of step {copy.resume.step:,}"
+    return None
+
+
+def _check_metrics(copy: _Copy, data: bytes, where: str) -> str | None:
+    columns = metric_columns(copy.config) if copy.config is not None else ["step"]
+    reason = _check_table(data, columns)
+    if reason or copy.config is None:
+        return reason
+    rows = list(csv.reader(io.StringIO(data.decode())))
+    if rows[0] != columns:
+        return "its columns are not those of the run's settings"
+    steps = [int(float(row[0] or "nan")) for row in rows[1:]]
+    reached = copy.resume.step if copy.resume is not None else 0
+    lost = sorted(logged_steps(copy.config, reached) - set(steps))
+    if lost:
+        return f"it has lost the row of step {lost[0]:,}"
+    if steps != sorted(set(steps)):
+        return "its rows are not in the order of steps"
+    saved = copy.resume.member.get("rows") if copy.resume is not None else None
+    has_ended = copy.status is not None and copy.status.state in DONE and copy.status.step == reached
+    is_altered = are_rows_altered(data, saved) or (
+        has_ended and isinstance(saved, dict) and saved.get("size") != len(data)
+    )
+    return "its rows are not those that were saved" if is_altered else None
+
+
+def _check_archive(data: bytes) -> str | None:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        bad = archive.testzip()
+    return f"its part {bad} does not match its checksum" if bad else None
+
+
+def _check_json(data: bytes) -> str | None:
+    tree = parse_json(data)
+    if isinstance(tree, dict) and {"digest", "key", "rows"} <= set(tree):
+        parse_entry(data)
+    return None
+
+
+def _check_arrays(copy: _Copy, name: str, data: bytes) -> str | None:
+    """Compare the arrays of an entry (`icl.runs.measure`) with the digest in its other file."""
+    entry = parse_entry(copy.store.read(name.removesuffix(".npy") + ".json"))
+    numbers = np.load(io.BytesIO(data), allow_pickle=False)
+    return None if array_digest(numbers) == entry["array_digest"] else "its numbers do not match their digest"
+
+
+def _check_picture(data: bytes) -> str | None:
+    with Image.open(io.BytesIO(data)) as image:
+        image.verify()
+    return None
+
+
+def _check_table(data: bytes, numbers: Sequence[str] = _NUMBERS) -> str | None:
+    """Return what is wrong with a table: its form, or text in a column of numbers."""
+    text = data.decode("utf-8")
+    if any(not character.isprintable() and character not in "\r\n\t" for character in text):
+        return "it holds characters that no table has"
+    rows = list(csv.reader(io.StringIO(text), strict=True))
+    if not rows or not text.endswith("\n"):
+        return "it was cut short"
+    if len({len(row) for row in rows}) > 1:
+        return "its rows are of different lengths"
+    for name, *column in zip(*rows, strict=True):
+        wrong = next((value for value in column if name in numbers and value and not _is_number(value)), None)
+        if wrong is not None:
+            return f"its column {name} of numbers holds {json.dumps(wrong[:30])}"
+    return None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,225 @@
+"""Keyed bytes in a bucket of S3, or of a server that speaks its language.
+
+boto3 finds the credentials (environment, profile, role) and the server (`AWS_ENDPOINT_URL`), and tries again what may
+succeed (adaptive mode; `AWS_MAX_ATTEMPTS`). Every object carries the SHA-256 of the bytes it was made from, so bytes
+that were lost, cut short or altered on the way or in the store are found when they are read. A server that hangs is given up after
+a minute without progress. boto3 is imported when a store is first used.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from icl.files.writing import StorageError
+from icl.store import waiting
+from icl.store.base import DamagedError, MissingKeyError, require_key, sha256
+from icl.store.s3_errors import describe_failure, describe_refusal, is_absent, server_name
+from icl.store.s3_requests import Requests
+
+PART_SIZE = 16 * 2**20
+"""Bytes: what is larger goes up in parts of this size."""
+CHECK_SECONDS = 20.0
+"""Seconds without an answer after which `check` gives up."""
+SETTLE_SECONDS = 2.0
+"""Waited before a key counts as ours where a server knows no conditions, so that others who try at once are seen."""
+_NUM_READS = 3
+
+Result = TypeVar("Result")
+
+
+class S3Store:
+    """The objects of a bucket whose keys begin with a prefix.
+
+    Args:
+        bucket: The bucket; it must exist.
+        prefix: Folder within it; empty for all of it.
+        part_size: Bytes above which a value goes up in parts.
+    """
+
+    def __init__(self, bucket: str, prefix: str = "", *, part_size: int = PART_SIZE) -> None:
+        self.bucket, self.prefix = bucket, prefix.strip("/")
+        self._requests = Requests(bucket, part_size=part_size)
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    def read(self, key: str) -> bytes:
+        """The value of a key, checked against the digest it was saved with.
+
+        Raises:
+            MissingKeyError: If there is none.
+            StorageError: If it is damaged, or the store cannot be used.
+        """
+        return self._ask(key, lambda: self._read(key))
+
+    def digest(self, key: str) -> str:
+        """SHA-256 of the value that was written; of the value there is, if its server or its writer kept none.
+
+        Raises:
+            MissingKeyError: If there is none.
+            StorageError: If the store cannot be used.
+        """
+        return self._ask(key, lambda: self._requests.about(self._full(key)).digest or sha256(self._get(key)[0]))
+
+    def write(self, key: str, data: bytes) -> None:
+        """Set the value of a key, and look that the store has it.
+
+        Raises:
+            StorageError: If the store did not take it.
+        """
+        self._ask(key, lambda: self._write(key, data))
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Set the value of a key that has none; of several who try at once, one succeeds if the server knows conditions.
+
+        Raises:
+            StorageError: If the store did not take it.
+        """
+        return self._ask(key, lambda: self._create(key, data))
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Every key below the folder `prefix`, sorted.
+
+        Raises:
+            StorageError: If the store cannot be used.
+        """
+        root = f"{self.prefix}/" if self.prefix else ""
+        folder = f"{root}{prefix.strip('/')}/" if prefix else root
+        found = self._ask(prefix, lambda: list(self._requests.keys(folder)))
+        return sorted(key[len(root) :] for key in found if key.startswith(root) and not key.endswith("/"))
+
+    def delete(self, key: str) -> None:
+        """Remove a key; nothing happens if there is none.
+
+        Raises:
+            StorageError: If the store cannot be used.
+        """
+        self._ask(key, lambda: self._requests.delete(self._full(key)))
+
+    def check(self) -> None:
+        """Ask the bucket for one key, so that wrong credentials, bucket or server are known at once.
+
+        Raises:
+            StorageError: Saying which of them is wrong.
+        """
+        self._ask("", lambda: self._requests.check(self.prefix), seconds=CHECK_SECONDS)
+
+    def _full(self, key: str) -> str:
+        require_key(key, self)
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+    def _read(self, key: str) -> bytes:
+        for _ in range(2):
+            data, digest = self._get(key)
+            if not digest or sha256(data) == digest:
+                return data  # otherwise damaged on the way, perhaps
+        raise DamagedError(f"{self}/{key} is damaged: its {len(data):,} bytes are not those that were saved.")
+
+    def _get(self, key: str) -> tuple[bytes, str | None]:
+        """The bytes there are and the digest they should have; what breaks off on the way is asked for again."""
+        from botocore.exceptions import BotoCoreError
+
+        for attempt in range(_NUM_READS):
+            try:
+                data, digest = self._requests.get(self._full(key))
+            except BotoCoreError:
+                if attempt == _NUM_READS - 1:
+                    raise
+                continue
+            if digest or not _is_error_page(data):
+                return data, digest
+        raise StorageError(
+            f"{self}/{key} cannot be used: the server answers with an error in place of the file; try later."
+        )
+
+    def _write(self, key: str, data: bytes) -> None:
+        tag = self._requests.put(self._full(key), data)
+        self._require_kept(key, data, tag)
+
+    def _require_kept(self, key: str, data: bytes, tag: str) -> None:
+        """Look that the server has what was just written: by length, digest and tag, or by reading it back.
+
+        Raises:
+            StorageError: If it has something else.
+        """
+        with self._having_just_written(key):
+            kept = self._requests.about(self._full(key))
+        is_kept = kept.length == len(data) and kept.digest in (None, sha256(data))
+        if is_kept and kept.digest is None:
+            is_kept = self._get(key)[0] == data
+            if is_kept:
+                self._requests.note_lack("metadata")
+        elif is_kept and kept.tag not in (tag, "") and not self._requests.lacks("MD5 tags"):
+            is_kept = self._get(key)[0] == data
+            if is_kept:
+                self._requests.note_lack("MD5 tags")
+        if not is_kept:
+            raise self._lost(key)
+
+    def _create(self, key: str, data: bytes) -> bool:
+        full = self._full(key)
+        if self._has(key):
+            return False
+        if self._requests.put_new(full, data) and not self._requests.knows_conditions(full, data):
+            time.sleep(SETTLE_SECONDS)
+        with self._having_just_written(key):
+            return self._read(key) == data  # also if it was there: a repeated request meets what it wrote itself
+        raise AssertionError
+
+    @contextlib.contextmanager
+    def _having_just_written(self, key: str) -> Iterator[None]:
+        """An object that is absent now was lost by the server."""
+        from botocore.exceptions import ClientError
+
+        try:
+            yield
+        except ClientError as error:
+            if is_absent(error):
+                raise self._lost(key) from None
+            raise
+
+    def _lost(self, key: str) -> StorageError:
+        return StorageError(f"{self}/{key} is not what was just written there: the server took it and lost it.")
+
+    def _has(self, key: str) -> bool:
+        from botocore.exceptions import ClientError
+
+        try:
+            self._requests.about(self._full(key))
+        except ClientError as error:
+            if is_absent(error):
+                return False
+            raise
+        return True
+
+    def _ask(self, key: str, act: Callable[[], Result], *, seconds: float | None = None) -> Result:
+        """Return the server's answer; wait as long as something moves."""
+        with self._errors(key):
+            return waiting.await_result(act, seconds=seconds, awaited=f"an answer from {server_name()}")
+        raise AssertionError
+
+    @contextlib.contextmanager
+    def _errors(self, key: str = "") -> Iterator[None]:
+        """Translate boto3's errors into one sentence."""
+        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
+
+        place = f"{self}/{key}" if key else str(self)
+        try:
+            yield
+        except ClientError as error:
+            if key and is_absent(error):
+                raise MissingKeyError(f"There is no {place}.") from None
+            raise StorageError(f"{place} cannot be used: {describe_refusal(error)}.") from None
+        except waiting.StalledError:
+            reason = f"no progress with {server_name()} for too long; check the network and AWS_ENDPOINT_URL"
+            raise StorageError(f"{place} cannot be used: {reason}.") from None
+        except (BotoCoreError, ResponseParserError, ValueError, RecursionError) as error:
+            raise StorageError(f"{place} cannot be used: {describe_failure(error)}.") from None
+
+
+def _is_error_page(data: bytes) -> bool:
+    """Return whether the bytes of an object without a digest are an error message that came with the status of success."""
+    start = data[:200].lstrip()
+    return start.startswith((b"<?xml", b"<Error")) and b"<Error>" in start

@@ -1,0 +1,164 @@
+"""Errors of S3 servers in one sentence that says what to do.
+
+No sentence holds anything that the server or boto3 said beyond an error's code: it could be secret. A code that is not in the
+table is judged by its HTTP status.
+"""
+
+import os
+import re
+from typing import Any
+
+from icl.files.redaction import redact
+
+_BUCKET = "the bucket does not exist; make it, or correct AWS_BUCKET_NAME or checkpoints.store"
+_NAME = "the server takes no bucket of that name (3 to 63 small letters, digits, dots and hyphens); correct it"
+_RIGHTS = "these credentials may not do this; allow them to list, read, write and delete below the prefix"
+_KEYS = "the server does not take these credentials; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and this machine's clock"
+_EXPIRED = "the credentials have expired or are not valid here; renew them (AWS_SESSION_TOKEN, or `aws sso login`)"
+_ACCOUNT = "the account is not active or may not use the server; ask whoever runs it"
+_CLOCK = "this machine's clock differs too much from the server's; set the clock (for instance by NTP)"
+_REGION = "the bucket is in another region; set AWS_DEFAULT_REGION to that of the bucket"
+_LATER = "the server is busy or out of order; the same command goes on later"
+_ALTERED = "the bytes that arrived are not those that were sent; if it happens again, look for a proxy that alters them"
+_FULL = "the store is full, or its quota is used up; make room there"
+_LARGE = "a file is larger than the server takes; raise its limit, or choose another store"
+_LONG = "the name is too long for the server; choose a shorter --run_name or prefix"
+_ARCHIVED = "the object is in an archive; restore it, or change the bucket's lifecycle rule"
+_LOCKED = "the bucket keeps objects from being replaced or removed; choose one without object lock"
+_ENCRYPTION = "the bucket's encryption key cannot be used; check its KMS key and the right to use it"
+_NOT_S3 = "the server does not understand a request that icl needs; check that AWS_ENDPOINT_URL is the address of its S3 service"
+_SIGNATURE = "the secret key does not fit the access key; check AWS_SECRET_ACCESS_KEY"
+_UNKNOWN_KEY = "the server does not know this access key; check AWS_ACCESS_KEY_ID"
+
+_ADVICE = {
+    _BUCKET: "NoSuchBucket NoSuchWebsiteConfiguration",
+    _NAME: "InvalidBucketName InvalidBucketOwnerAWSAccountID InvalidDNSName",
+    _RIGHTS: "AccessDenied AccessDeniedException AllAccessDisabled AccessForbidden UnauthorizedAccess InvalidPayer "
+    "RequestNotAllowed NotAuthorized OperationNotPermitted UnauthorizedOperation",
+    _KEYS: "401 403 Forbidden Unauthorized AuthFailure InvalidSecurity InvalidCredentials CredentialsNotSupported "
+    "MissingSecurityHeader MissingSecurityElement MissingAuthenticationToken AuthorizationQueryParametersError "
+    "InvalidClientTokenId UnrecognizedClientException UnauthorizedAccessError AccessKeyDisabled IncompleteSignature",
+    _UNKNOWN_KEY: "InvalidAccessKeyId NoSuchAccessKey InvalidAccessKey",
+    _SIGNATURE: "SignatureDoesNotMatch InvalidSignature",
+    _EXPIRED: "ExpiredToken ExpiredTokenException InvalidToken TokenRefreshRequired RequestExpired TokenCodeInvalidError "
+    "TokenExpired InvalidIdentityToken",
+    _ACCOUNT: "AccountProblem NotSignedUp OptInRequired SubscriptionRequired AccountSuspended UserSuspended Suspended",
+    _CLOCK: "RequestTimeTooSkewed RequestInTheFuture RequestNotYetValid",
+    _REGION: "PermanentRedirect TemporaryRedirect Redirect AuthorizationHeaderMalformed IllegalLocationConstraintException "
+    "InvalidRegion 301 302 307 308",
+    _LATER: "SlowDown SlowDownRead SlowDownWrite ServiceUnavailable InternalError InternalFailure InternalServerError "
+    "ServerBusy Busy OperationAborted RequestTimeout RequestTimeoutException PriorRequestNotComplete "
+    "Throttling ThrottlingException ThrottledException RequestThrottled RequestThrottledException TooManyRequests "
+    "TooManyRequestsException RequestLimitExceeded LimitExceededException BandwidthLimitExceeded EC2ThrottledException "
+    "ProvisionedThroughputExceededException TransactionInProgressException NoSuchUpload InvalidPart InvalidPartOrder "
+    "XMinioServerNotInitialized XMinioReadQuorum XMinioWriteQuorum ConditionalRequestConflict 408 409 429 500 502 503 504 "
+    "520 521 522 523 524",
+    _ALTERED: "BadDigest InvalidDigest IncompleteBody XAmzContentSHA256Mismatch XAmzContentChecksumMismatch "
+    "ContentSHA256Mismatch ChecksumMismatch",
+    _FULL: "QuotaExceeded XMinioStorageFull XMinioAdminBucketQuotaExceeded StorageFull InsufficientStorage "
+    "InsufficientStorageSpace StorageLimitExceeded StorageCapExceeded StorageQuotaExceeded TotalStorageExceeded "
+    "BucketQuotaExceeded NoSpaceLeft TooManyObjects 507",
+    _LARGE: "EntityTooLarge MaxMessageLengthExceeded RequestEntityTooLarge 413",
+    _LONG: "KeyTooLongError KeyTooLong InvalidObjectName XMinioInvalidObjectName 414",
+    _ARCHIVED: "InvalidObjectState ObjectNotInActiveTierError RestoreInProgress",
+    _LOCKED: "ObjectLocked InvalidRetentionPeriod ObjectUnderRetention FileLocked ObjectAlreadyExists FileAlreadyExists "
+    "FileImmutable ObjectImmutable InvalidBucketState",
+    _ENCRYPTION: "KMS.DisabledException KMS.NotFoundException KMS.KMSInvalidStateException KMS.InvalidKeyUsageException "
+    "KMS.ThrottlingException KMSKeyNotFound InvalidKMSKey XMinioKMSNotConfigured KMSNotConfigured",
+}
+_BY_CODE = {code: advice for advice, codes in _ADVICE.items() for code in codes.split()}
+_BY_STATUS = {401: _KEYS, 403: _RIGHTS, 404: _BUCKET, 408: _LATER, 413: _LARGE, 414: _LONG, 429: _LATER, 507: _FULL}
+
+_NO_CREDENTIALS = (
+    "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in `.env` for instance, or AWS_PROFILE"
+)
+_LOGIN = "the login that AWS_PROFILE names cannot be used; renew it (`aws sso login`)"
+_PROFILE = "boto3's settings cannot be read; check AWS_PROFILE, AWS_CONFIG_FILE and the files in ~/.aws"
+_SETTING = (
+    "a setting of boto3 is not valid; check the AWS_... variables, AWS_MAX_ATTEMPTS among them, and the files in ~/.aws"
+)
+_BY_FAILURE = {
+    _NO_CREDENTIALS: "NoCredentialsError PartialCredentialsError CredentialRetrievalError MetadataRetrievalError "
+    "NoAuthTokenError",
+    _LOGIN: "TokenRetrievalError SSOError SSOTokenLoadError UnauthorizedSSOTokenError LoginError LoginRefreshRequired "
+    "LoginInsufficientPermissions LoginTokenLoadError LoginAuthorizationCodeError UnknownTokenProviderError "
+    "RefreshWithMFAUnsupportedError MissingDependencyException",
+    _PROFILE: "ProfileNotFound ConfigNotFound ConfigParseError InvalidConfigError InfiniteLoopConfigError "
+    "UnknownCredentialError",
+    _NAME: "ParamValidationError InvalidDNSNameError InvalidHostLabelError UnsupportedS3ArnError "
+    "UnsupportedS3AccesspointConfigurationError UnsupportedOutpostResourceError",
+    _REGION: "RecursionError",  # botocore follows redirections that name no region without end
+    "AWS_DEFAULT_REGION is not the name of a region; correct it": "InvalidRegionError UnknownRegionError NoRegionError "
+    "UnknownEndpointError",
+    "AWS_ENDPOINT_URL is not the address of a server, such as https://host:9000; correct it": "ValueError UnicodeError "
+    "InvalidURL LocationParseError LocationValueError InvalidEndpointConfigurationError EndpointResolutionError "
+    "EndpointProviderError",
+    "its certificate is not trusted; set AWS_CA_BUNDLE to the authority's, or correct AWS_ENDPOINT_URL": "SSLError",
+    "the proxy does not answer; check HTTPS_PROXY, HTTP_PROXY and NO_PROXY": "ProxyConnectionError "
+    "InvalidProxiesConfigError",
+    "the answer is not that of an S3 server; check that AWS_ENDPOINT_URL is the address of its S3 service": "ResponseParserError "
+    "PaginationError",
+    _ALTERED: "FlexibleChecksumError ChecksumError AwsChunkedWrapperError",
+    _SETTING: "InvalidRetryConfigurationError InvalidMaxRetryAttemptsError InvalidRetryModeError InvalidDefaultsMode "
+    "InvalidS3AddressingStyleError InvalidChecksumConfigError InvalidS3UsEast1RegionalEndpointConfigError "
+    "InvalidSTSRegionalEndpointsConfigError InvalidIMDSEndpointError InvalidIMDSEndpointModeError "
+    "UnsupportedS3ConfigurationError UnsupportedSignatureVersionError UnknownSignatureVersionError EndpointVariantError "
+    "UnknownFIPSEndpointError",
+}
+_BY_NAME = {name: advice for advice, names in _BY_FAILURE.items() for name in names.split()}
+
+
+def error_code(error: Any) -> str:
+    """The code of a server's error; `unknown` if it is no plain word."""
+    code = str(error.response.get("Error", {}).get("Code") or error_status(error) or "")
+    return code if re.fullmatch(r"[A-Za-z0-9._-]{1,60}", code) else "unknown"
+
+
+def error_status(error: Any) -> int:
+    """The HTTP status of a server's error, 0 if there is none."""
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status if isinstance(status, int) else 0
+
+
+def is_absent(error: Any) -> bool:
+    """Return whether a server's error means that there is no such object; servers have several codes for it."""
+    code = error_code(error)
+    return code in ("404", "NoSuchKey", "NotFound") or (error_status(error) == 404 and code not in _BY_CODE)
+
+
+def is_taken(error: Any) -> bool:
+    """Return whether a server's error means that the object, which should be new, is there or is just being written."""
+    return error_status(error) in (409, 412) or error_code(error) in (
+        "PreconditionFailed",
+        "ConditionalRequestConflict",
+    )
+
+
+def is_refused_feature(error: Any) -> bool:
+    """Return whether a server's error may mean that it does not know a part of the request, which can then be left out."""
+    is_explained = error_code(error) in _BY_CODE and error_code(error) not in ("400", "405", "501")
+    return error_status(error) in (400, 405, 411, 415, 417, 422, 501) and not is_explained
+
+
+def describe_refusal(error: Any) -> str:
+    """Return what a server's error means and what to do."""
+    code, status = error_code(error), error_status(error)
+    advice = _BY_CODE.get(code) or _BY_STATUS.get(status)
+    if advice is None:
+        advice = _REGION if 300 <= status < 400 else _LATER if status >= 500 and status != 501 else _NOT_S3
+    return f"the server answered {code}: {advice}"
+
+
+def describe_failure(error: Exception) -> str:
+    """Return what a failure of boto3 itself means and what to do."""
+    names = [kind.__name__ for kind in type(error).__mro__]
+    if type(error).__name__ == "ParamValidationError" and "bucket" not in str(error).lower():
+        return _LONG
+    advice = next((_BY_NAME[name] for name in names if name in _BY_NAME), None)
+    return advice or f"no answer from {server_name()} ({names[0]}); check the network and AWS_ENDPOINT_URL"
+
+
+def server_name() -> str:
+    """The server that boto3 speaks to, without what else its address may carry."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return (re.split("[/?#]", redact(endpoint).partition("://")[2])[0] or "the server") if endpoint else "AWS"

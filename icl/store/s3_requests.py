@@ -1,0 +1,350 @@
+"""Requests to a bucket, and what takes their place where a server refuses them.
+
+A request holds nothing that older servers refuse, as far as that is possible: no checksum headers and no trailers. Every request is
+signed with the SHA-256 of its body instead, also over TLS, which every server of S3's present signature must check. What is
+still refused at times (conditions, metadata, uploads in parts, the newer listing, HEAD) is left out from then on, and said once.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+from icl.store import waiting
+from icl.store.base import sha256
+from icl.store.s3_errors import is_refused_feature, is_taken, server_name
+
+NUM_ATTEMPTS = 8
+"""Tries of one request; `AWS_MAX_ATTEMPTS` overrides it."""
+CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 25.0
+"""Seconds without an answer after which one try is given up."""
+MAX_PAGES = 10_000
+"""Maximum pages of a listing, of a thousand keys each."""
+_DIGEST = "icl-sha256"
+_CHUNK = 2**16
+_LACKS = {
+    "conditions": "does not know conditional writes (If-None-Match); do not start one run on two machines at the same moment",
+    "metadata": "keeps no metadata of objects; every file is read back after it is written, and its digest is not kept there",
+    "parts": "takes no uploads in parts; large files go up in one request",
+    "ListObjectsV2": "does not know ListObjectsV2; the older listing is used",
+    "HEAD": "does not answer HEAD; files are read whole to compare them",
+    "MD5 tags": "",
+}
+_lacking: dict[str, set[str]] = {}
+"""The features that each server lacks, as seen by this process."""
+
+
+class About(NamedTuple):
+    """A server's description of an object."""
+
+    length: int
+    digest: str | None
+    tag: str
+
+
+class Requests:
+    """The requests of one bucket.
+
+    Args:
+        bucket: Its name.
+        part_size: Bytes above which a value goes up in parts.
+    """
+
+    def __init__(self, bucket: str, *, part_size: int) -> None:
+        self.bucket, self.part_size = bucket, part_size
+        self._session: Any = None
+        self._made: Any = None
+        self._making = threading.Lock()
+
+    def get(self, key: str) -> tuple[bytes, str | None]:
+        """The bytes of an object and the digest they should have, if it is known.
+
+        Raises:
+            ClientError, BotoCoreError: If there is none, or the connection breaks off.
+        """
+        answer = self._client().get_object(Bucket=self.bucket, Key=key)
+        chunks = []
+        for chunk in answer["Body"].iter_chunks(_CHUNK):
+            chunks.append(chunk)
+            waiting.moved(len(chunk))
+        return b"".join(chunks), _digest_in(answer)
+
+    def about(self, key: str) -> About:
+        """Return the server's description of an object.
+
+        Raises:
+            ClientError, BotoCoreError: If there is none, or the server cannot be asked.
+        """
+        client = self._client()
+        if not self.lacks("HEAD"):
+            try:
+                answer = client.head_object(Bucket=self.bucket, Key=key)
+                return About(answer.get("ContentLength", -1), _digest_in(answer), answer.get("ETag", ""))
+            except client.exceptions.ClientError as error:
+                if not is_refused_feature(error):
+                    raise
+        data, digest = self.get(key)
+        self.note_lack("HEAD")
+        return About(len(data), digest or sha256(data), "")
+
+    def put(self, key: str, data: bytes) -> str:
+        """Write an object; the tag that the server should give it, if its tags are MD5.
+
+        Raises:
+            ClientError, BotoCoreError: If the server did not take it.
+        """
+        if len(data) > self.part_size and not self.lacks("parts"):
+            tag = self._put_in_parts(key, data)
+            if tag is not None:
+                return tag
+        self._put(key, data)
+        return f'"{_md5(data).hex()}"'
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Write an object that is not there yet; False if the server said that it is.
+
+        Raises:
+            ClientError, BotoCoreError: If the server did not take it.
+        """
+        client = self._client()
+        try:
+            self._put(key, data, if_new=not self.lacks("conditions"))
+        except client.exceptions.ClientError as error:
+            if not is_taken(error):
+                raise
+            return False
+        return True
+
+    def knows_conditions(self, key: str, data: bytes) -> bool:
+        """Return whether the server refuses, if asked to, to write an object that exists. Some servers ignore the condition."""
+        if not self.lacks("conditions") and self.put_new(key, data):
+            self.note_lack("conditions")
+        return not self.lacks("conditions")
+
+    def keys(self, folder: str) -> Iterator[str]:
+        """Every key that begins with `folder`.
+
+        Raises:
+            ClientError, BotoCoreError: If the server cannot be asked.
+        """
+        client = self._client()
+        if not self.lacks("ListObjectsV2"):
+            try:
+                pages = list(self._pages("list_objects_v2", folder))
+                if all(page.get("NextContinuationToken") or not page.get("IsTruncated") for page in pages):
+                    return (entry["Key"] for page in pages for entry in page.get("Contents", []))
+            except client.exceptions.ClientError as error:
+                if not is_refused_feature(error):
+                    raise
+        pages = list(self._pages("list_objects", folder))
+        self.note_lack("ListObjectsV2")
+        return (entry["Key"] for page in pages for entry in page.get("Contents", []))
+
+    def delete(self, key: str) -> None:
+        """Remove an object, if there is one.
+
+        Raises:
+            ClientError, BotoCoreError: If the server cannot be asked.
+        """
+        self._client().delete_object(Bucket=self.bucket, Key=key)
+
+    def check(self, folder: str) -> None:
+        """Ask for one key of the bucket, with little patience.
+
+        Raises:
+            ClientError, BotoCoreError: If the server cannot be asked.
+        """
+        client = self._make_client(num_attempts=4, connect_seconds=5.0, answer_seconds=10.0)
+        try:
+            _require_listing(client.list_objects_v2(Bucket=self.bucket, Prefix=folder, MaxKeys=1))
+        except client.exceptions.ClientError as error:
+            if not is_refused_feature(error):
+                raise
+            _require_listing(client.list_objects(Bucket=self.bucket, Prefix=folder, MaxKeys=1))
+            self.note_lack("ListObjectsV2")
+
+    def lacks(self, feature: str) -> bool:
+        """Return whether the server lacks a feature."""
+        return feature in _lacking.get(self._place(), ())
+
+    def note_lack(self, feature: str) -> None:
+        """Remember what the server lacks, and say so once."""
+        known = _lacking.setdefault(self._place(), set())
+        if feature not in known and _LACKS[feature]:
+            print(f"icl: the store's server {server_name()} {_LACKS[feature]}.", file=sys.stderr)
+        known.add(feature)
+
+    def _place(self) -> str:
+        return f"{server_name()}/{self.bucket}"
+
+    def _pages(self, operation: str, folder: str) -> Iterator[dict[str, Any]]:
+        """Every page of a listing, which ends: a server that repeats itself would hold us for ever."""
+        seen: set[str] = set()
+        pages = self._client().get_paginator(operation).paginate(Bucket=self.bucket, Prefix=folder)
+        for number, page in enumerate(pages, 1):
+            _require_listing(page)
+            keys = {entry["Key"] for entry in page.get("Contents", [])}
+            if number > MAX_PAGES or (keys and keys <= seen):
+                raise _not_s3("the listing does not end")
+            seen |= keys
+            waiting.moved()
+            yield page
+
+    def _put(self, key: str, data: bytes, *, if_new: bool = False, has_metadata: bool = True) -> None:
+        """Write an object in one request; without the condition, and then without metadata, if the server refuses them."""
+        client = self._client()
+        has_metadata = has_metadata and not self.lacks("metadata")
+        condition = {"IfNoneMatch": "*"} if if_new else {}
+        try:
+            client.put_object(Bucket=self.bucket, Key=key, Body=data, **condition, **_metadata(data, has_metadata))
+        except client.exceptions.ClientError as error:
+            if not (if_new or has_metadata) or not is_refused_feature(error):
+                raise
+            self._put(key, data, has_metadata=has_metadata and if_new)
+            if not (if_new and self.lacks("metadata")):  # which of the two it refused is known then
+                self.note_lack("conditions" if if_new else "metadata")
+
+    def _put_in_parts(self, key: str, data: bytes, *, has_metadata: bool = True) -> str | None:
+        """Write an object in parts, one after the other; None if the server takes none."""
+        client = self._client()
+        about = {"Bucket": self.bucket, "Key": key}
+        has_metadata = has_metadata and not self.lacks("metadata")
+        try:
+            about["UploadId"] = client.create_multipart_upload(**about, **_metadata(data, has_metadata))["UploadId"]
+        except client.exceptions.ClientError as error:
+            if not is_refused_feature(error):
+                raise
+            tag = self._put_in_parts(key, data, has_metadata=False) if has_metadata else None
+            self.note_lack("parts" if tag is None else "metadata")
+            return tag
+        try:
+            pieces = [data[start : start + self.part_size] for start in range(0, len(data), self.part_size)]
+            parts = []
+            for number, piece in enumerate(pieces, 1):
+                answer = client.upload_part(**about, PartNumber=number, Body=piece)
+                parts.append({"PartNumber": number, "ETag": answer.get("ETag", "")})
+                waiting.moved()
+            client.complete_multipart_upload(**about, MultipartUpload={"Parts": parts})
+        except Exception as error:
+            self._abort(about)
+            if not isinstance(error, client.exceptions.ClientError) or not is_refused_feature(error):
+                raise
+            self.note_lack("parts")
+            return None
+        return f'"{hashlib.md5(b"".join(map(_md5, pieces)), usedforsecurity=False).hexdigest()}-{len(pieces)}"'
+
+    def _abort(self, about: dict[str, str]) -> None:
+        """Let the server forget the parts of an upload that failed, if it still answers."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        with contextlib.suppress(BotoCoreError, ClientError):
+            self._client().abort_multipart_upload(**about)
+
+    def _client(self) -> Any:
+        """One client for all threads, made on first use."""
+        with self._making:
+            self._made = self._made or self._make_client()
+        return self._made
+
+    def _make_client(
+        self,
+        num_attempts: int = NUM_ATTEMPTS,
+        *,
+        connect_seconds: float = CONNECT_SECONDS,
+        answer_seconds: float = ANSWER_SECONDS,
+    ) -> Any:
+        import botocore.session
+        from botocore.config import Config
+
+        retries: dict[str, Any] = {"mode": "adaptive"}
+        if "AWS_MAX_ATTEMPTS" not in os.environ:
+            retries["total_max_attempts"] = num_attempts
+        settings = Config(
+            retries=retries,
+            connect_timeout=connect_seconds,
+            read_timeout=answer_seconds,
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            s3={"payload_signing_enabled": True},
+        )
+        if self._session is None:
+            self._session = botocore.session.get_session()
+            self._session.register_component("data_loader", _loader())
+        client = self._session.create_client("s3", config=settings)
+        client.meta.events.register_last("before-call.s3", _send_at_once)
+        client.meta.events.register_last("before-send.s3", _count_what_is_sent)
+        return client
+
+
+@cache
+def _loader() -> Any:
+    """Return the loader of botocore's description of S3. It takes a third of a second the first time."""
+    import botocore.loaders
+
+    return botocore.loaders.create_loader()
+
+
+class _Counted(io.BytesIO):
+    """A request's body whose bytes count as progress when they are sent for the first time."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.size = len(data)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self, size: int | None = -1) -> bytes:
+        """The next bytes."""
+        data = super().read(size)
+        waiting.moved(len(data))
+        return data
+
+
+def _send_at_once(params: dict[str, Any], **_: Any) -> None:
+    """Do not ask before each upload whether it is welcome: servers that never answer would cost a second each time."""
+    params["headers"].pop("Expect", None)
+
+
+def _count_what_is_sent(request: Any, **_: Any) -> None:
+    """Let a large body count as progress while it goes out; of a request that is tried again it counts no more."""
+    is_first = "attempt=1" in str(request.headers.get("amz-sdk-request", "attempt=1"))
+    if is_first and isinstance(request.body, bytes) and len(request.body) > _CHUNK:
+        request.body = _Counted(request.body)
+
+
+def _require_listing(answer: dict[str, Any]) -> None:
+    """Refuse the page of a login or of another service, which botocore takes for an empty listing.
+
+    Raises:
+        ResponseParserError: If no part of a listing is in it.
+    """
+    if not {"IsTruncated", "Name", "KeyCount", "Contents"} & set(answer):
+        raise _not_s3("no listing")
+
+
+def _not_s3(reason: str) -> Exception:
+    from botocore.parsers import ResponseParserError
+
+    return ResponseParserError(reason)
+
+
+def _digest_in(answer: dict[str, Any]) -> str | None:
+    """Our digest in the metadata of an object; servers write the names of metadata in their own way."""
+    for name, value in answer.get("Metadata", {}).items():
+        if name.lower().replace("_", "-") == _DIGEST:
+            return str(value).strip().lower() or None
+    return None
+
+
+def _metadata(data: bytes, is_wanted: bool) -> dict[str, dict[str, str]]:
+    return {"Metadata": {_DIGEST: sha256(data)}} if is_wanted else {}
+
+
+def _md5(data: bytes) -> bytes:
+    return hashlib.md5(data, usedforsecurity=False).digest()

@@ -1,0 +1,109 @@
+"""Train a run as a point of a W&B sweep: `wandb agent` starts the program, and `wandb.config` holds the settings of the point.
+
+First the settings without the point are resolved and passed to `wandb.init`. Then `wandb.config` holds the settings of
+the point too, under names such as `optim.lr`, or `lr` in a section `optim`. They are resolved again with the others:
+they override the file, and the command line overrides them. The name of the run depends on its whole configuration, so
+a point that is handed out again continues from its checkpoint. The rows that it has logged before are then sent to the
+new W&B run first.
+"""
+
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from icl.config import RunConfig, flatten
+from icl.runs.metrics_file import whole_rows
+from icl.presets import run_name
+from icl.files.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
+from icl.training.wandb.log import first_line, init_settings, sent_step, use_steps
+from icl.config.validation import UserError
+
+PARENT_PROCESS = os.getppid()
+"""Process id of the agent, read before slow imports, since the agent may die while torch is imported."""
+_SWEEP_VARIABLE = "WANDB_SWEEP_ID"
+_POINT_VARIABLE = "WANDB_SWEEP_PARAM_PATH"
+_OWN_KEYS = ("_wandb", "wandb_version")
+
+
+class SweepError(UserError):
+    """A W&B sweep that this run cannot join; the message says why."""
+
+
+def in_sweep(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether `wandb agent` started this program and W&B is not disabled."""
+    return bool(environment.get(_SWEEP_VARIABLE)) and environment.get("WANDB_MODE", "").lower() != "disabled"
+
+
+def join_sweep(base: Mapping[str, Any]) -> Any:
+    """Begin the W&B run of this point, and return it.
+
+    Args:
+        base: The settings without the point.
+
+    Raises:
+        SweepError: If W&B cannot be reached or refuses the run. Only W&B knows the point, so the run cannot continue.
+    """
+    import wandb
+
+    # Until training installs its own handler, SIGTERM interrupts the program, so that W&B is told of the end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run = wandb.init(config=dict(base), resume="allow", settings=wandb.Settings(**init_settings()))
+    except Exception as error:  # wandb raises many types of errors
+        raise SweepError(
+            f"W&B did not return the point of this sweep ({first_line(error)}). Check WANDB_BASE_URL and the login."
+        ) from None
+    use_steps(run)
+    return run
+
+
+def swept_settings(run: Any, base: RunConfig) -> dict[str, Any]:
+    """Return the settings of the point, by dotted key.
+
+    The agent writes the swept keys to a file. Without that file, the settings of the point are those in `wandb.config`
+    that differ from the base settings.
+    """
+    config = {key: value for key, value in dict(run.config).items() if key not in _OWN_KEYS}
+    dotted = {key: value for key, value in config.items() if "." in key}
+    values = flatten({key: value for key, value in config.items() if key not in dotted}) | dotted
+    names = _swept_names()
+    if names is None:
+        base_values = flatten(base.to_dict())
+        names = {key for key, value in values.items() if key in dotted or base_values.get(key) != value}
+    return {key: values[key] for key in values if key in names}
+
+
+def describe_run(run: Any, config: RunConfig) -> None:
+    """Give the W&B run its name and the whole resolved configuration. W&B locks the swept keys, so these are left out."""
+    run.name = run_name(config)
+    names = _swept_names() or set()
+    locked = names | {name.partition(".")[0] for name in names if name not in dict(run.config)}
+    settings = {key: value for key, value in config.to_dict().items() if key not in locked}
+    run.config.update(settings, allow_val_change=True)
+
+
+def replay(run: Any, metrics_file: Path, until: int) -> None:
+    """Send the rows of earlier W&B runs of this point up to the step `until`, except those that this W&B run has."""
+    sent = sent_step(run)
+    for row in whole_rows(metrics_file):
+        if sent < int(row["step"]) <= until:
+            run.log({key: int(value) if key == "step" else float(value) for key, value in row.items() if value})
+
+
+def _swept_names() -> set[str] | None:
+    """Return the swept keys from the agent's file; None if there is no such file, or none that can be read."""
+    path = os.environ.get(_POINT_VARIABLE)
+    try:
+        content = parse_yaml(read_bytes(Path(path), limit=MAX_YAML)) if path else None
+    except (OSError, ContentError):
+        return None
+    if not isinstance(content, dict):
+        return None
+    tree = {
+        key: value["value"] if isinstance(value, dict) and "value" in value else value
+        for key, value in content.items()
+        if key not in _OWN_KEYS
+    }
+    return set(flatten(tree))

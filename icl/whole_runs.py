@@ -1,0 +1,210 @@
+"""Evaluate every saved step of one or many runs, in and out of distribution, and write the tables.
+
+The results of each checkpoint are cached in the run's `results/evaluation/`, so nothing is computed twice. Runs with equal
+sizes, noise, tasks and evaluation seed share their prompts and the baselines' predictions. Sets of out-of-distribution
+prompts do not depend on M, so runs with different M share them too. Sharing matters: on a CPU, dMMSE at large M costs more
+than evaluating all the models.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from icl.analysis.run import Members, over_checkpoints, torch_device
+from icl.compute.compiling import keep_freed_memory
+from icl.config import RunConfig, SeedsConfig, TaskConfig
+from icl.config.validation import ConfigError, whole
+from icl.evaluation.sets import VERSION, EvaluationSet, evaluate, evaluate_baselines, evaluation_set
+from icl.files.writing import plain_rows, table_format, write_atomically
+from icl.model.stacked import apply
+from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
+from icl.runs.folder import run_of
+from icl.runs.measure import Measurement, entry_rows
+from icl.tasks.shifts import SHIFTS, available_shifts, require_shift
+
+_SETS_KEPT = 64
+"""Evaluation sets kept in memory: those of about three runs. Runs that share sets usually follow each other."""
+
+
+class RunEvaluator:
+    """Evaluate several runs, and compute the prompts and baselines that they share once.
+
+    Example:
+        evaluate = RunEvaluator(num_prompts=4096)
+        tables = {run: evaluate(run) for run in ("runs/a", "runs/b")}
+    """
+
+    def __init__(
+        self,
+        *,
+        num_prompts: int | None = None,
+        num_ood_prompts: int | None = None,
+        shifts: Sequence[str] | None = None,
+        bar: Any = None,
+    ) -> None:
+        """Choose the evaluation that every run gets.
+
+        Args:
+            num_prompts: Prompts per set; None uses each run's `evaluation.num_prompts`.
+            num_ood_prompts: Prompts of every set except the training tasks' (`pretrain`); None uses `num_prompts`.
+            shifts: Names from `icl.tasks.shifts.SHIFTS`; None uses all that are possible for the run's D and K.
+            bar: Progress bar over the checkpoints of all runs; None gives each run its own.
+
+        Raises:
+            ConfigError: If a number of prompts is below 2, or a shift is unknown.
+        """
+        if num_prompts is not None:
+            num_prompts = whole("num_prompts", num_prompts, 2)
+        if num_ood_prompts is not None:
+            num_ood_prompts = whole("num_ood_prompts", num_ood_prompts, 2)
+        if isinstance(shifts, str):
+            raise ConfigError(f"`shifts` must be a list of names, got the string {shifts!r}.")
+        for name in shifts or ():
+            require_shift(name)
+        keep_freed_memory()
+        self.num_prompts, self.num_ood_prompts, self.shifts, self.bar = num_prompts, num_ood_prompts, shifts, bar
+        self._set = lru_cache(maxsize=_SETS_KEPT)(partial(_make_set, torch_device()))
+
+    def __call__(self, path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Evaluate one run or checkpoint; the result is the same as from `evaluate_run`."""
+        config = load_checkpoint_file(checkpoint_files(path)[0]).config
+        num_prompts = config.evaluation.num_prompts if self.num_prompts is None else self.num_prompts
+        settings = _EvaluationSettings(
+            num_prompts=num_prompts,
+            num_ood_prompts=num_prompts if self.num_ood_prompts is None else self.num_ood_prompts,
+            distributions=("true", *(available_shifts(config) if self.shifts is None else self.shifts)),
+        )
+        sets = [self._shared_set(config, "pretrain", settings.num_prompts)]
+        sets += [self._shared_set(config, name, settings.num_ood_prompts) for name in settings.distributions]
+
+        def measure(members: Members) -> list[Measurement]:
+            predict = partial(apply, members.config.model)
+            return [Measurement(rows) for rows in evaluate(predict, members.params, sets)]
+
+        entries, _ = over_checkpoints("evaluation", Path(path), settings, measure, version=VERSION, bar=self.bar)
+        return pd.DataFrame(entry_rows(entries)), pd.DataFrame(evaluate_baselines(sets))
+
+    def _shared_set(self, config: RunConfig, name: str, num_prompts: int) -> EvaluationSet:
+        """Return an evaluation set, from memory if another run with the same settings has used it."""
+        # Only settings that change the set are passed on, so that runs which differ in others share it.
+        task, seeds = config.task, SeedsConfig(tasks=config.seeds.tasks, evaluation=config.seeds.evaluation)
+        if name in SHIFTS:  # a shift uses new tasks and no dMMSE, so neither M nor the task seed matters
+            task, seeds = dataclasses.replace(task, num_tasks=math.inf), dataclasses.replace(seeds, tasks=0)
+        return self._set(task, seeds, name, num_prompts)
+
+
+def evaluate_run(
+    path: str | Path,
+    *,
+    num_prompts: int | None = None,
+    num_ood_prompts: int | None = None,
+    shifts: Sequence[str] | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Evaluate every saved step of a run, or one checkpoint, in and out of distribution.
+
+    Many checkpoints are evaluated at a time, as a population. The results for a run are cached in its `results/evaluation/`.
+    After an interruption the same call continues, and after further training it evaluates only the new steps. For several
+    runs, use one `RunEvaluator`, which is faster because it shares prompts and baselines.
+
+    Args:
+        path: A run's folder or a checkpoint file.
+        num_prompts: Prompts per set; None uses the run's `evaluation.num_prompts`.
+        num_ood_prompts: Prompts of every set except the training tasks' (`pretrain`); None uses `num_prompts`.
+        shifts: Names from `icl.tasks.shifts.SHIFTS`; None uses all that are possible for the run's D and K.
+
+    Returns:
+        A table with one row per number (step, checkpoint_hash, distribution, quantity, position, value, stderr), and a
+        table with the losses of the baselines in the same columns without `step` and `checkpoint_hash`.
+
+    Raises:
+        CheckpointError: If there is no usable checkpoint, or the checkpoints belong to different models.
+        ConfigError: If a number of prompts is below 2, or a shift is unknown.
+    """
+    return RunEvaluator(num_prompts=num_prompts, num_ood_prompts=num_ood_prompts, shifts=shifts)(path)
+
+
+def save_evaluation(
+    path: str | Path, numbers: pd.DataFrame, baselines: pd.DataFrame, *, out: Path | None = None
+) -> list[tuple[str, Path]]:
+    """Write the tables from `evaluate_run`, and a figure.
+
+    For a run, the tables go to `results/evaluation.csv` and `results/baselines.csv`, and the figure goes to
+    `figures/evaluation.png`. For a single checkpoint only `out` is written.
+
+    Args:
+        path: The run or checkpoint that was evaluated.
+        numbers: The first table from `evaluate_run`.
+        baselines: The second table from `evaluate_run`.
+        out: Additional file to write with `write_numbers`; None writes none.
+
+    Returns:
+        The label and the path of every file written.
+
+    Raises:
+        StorageError: If `out` has another suffix, or a file cannot be written.
+    """
+    from icl.plotting.evaluation import plot_evaluation
+    from icl.plotting.style import save_figure
+
+    written = [] if out is None else [("Output", write_numbers(Path(out), numbers, baselines))]
+    if Path(path).is_dir():
+        run = run_of(path)
+        written.append(("Numbers", run.write_result("evaluation.csv", numbers.to_csv(index=False))))
+        written.append(("Baselines", run.write_result("baselines.csv", baselines.to_csv(index=False))))
+        figure = plot_evaluation(numbers, baselines, title=run.path.name)
+        written.append(("Figure", save_figure(figure, run.figures / "evaluation.png")))
+    return written
+
+
+def write_numbers(out: Path, numbers: pd.DataFrame, baselines: pd.DataFrame) -> Path:
+    """Write the first table from `evaluate_run` as .csv, or both tables as .json.
+
+    Raises:
+        StorageError: If `out` has another suffix, or cannot be written.
+    """
+    if table_format(out) == "csv":
+        text = numbers.to_csv(index=False)
+    else:
+        tables = {"evaluation": plain_rows(numbers), "baselines": plain_rows(baselines)}
+        text = json.dumps(tables, indent=1, allow_nan=False) + "\n"
+    write_atomically(out, text.encode())
+    return out
+
+
+def headline_table(table: pd.DataFrame, *, by: str) -> pd.DataFrame:
+    """Return one row per run: loss and gaps at its last step, on the training tasks and on new tasks.
+
+    Args:
+        table: Numbers of several runs.
+        by: Column that identifies the run.
+    """
+    last = table[table["step"] == table.groupby(by)["step"].transform("max")]
+    headline = last[
+        (last["position"] == "mean")
+        & last["distribution"].isin(["pretrain", "true"])
+        & last["quantity"].isin(["loss", "delta_dmmse", "delta_ridge"])
+    ]
+    means = headline.pivot(index=[by, "step"], columns=["distribution", "quantity"], values="value")
+    order_of_table = pd.MultiIndex.from_frame(headline[[by, "step"]].drop_duplicates())  # `pivot` sorts its rows
+    return means.sort_index(axis=1).reindex(order_of_table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EvaluationSettings:
+    """Settings on which the numbers of a checkpoint depend, apart from the run's own."""
+
+    num_prompts: int
+    num_ood_prompts: int
+    distributions: tuple[str, ...]
+
+
+def _make_set(device: torch.device, task: TaskConfig, seeds: SeedsConfig, name: str, num_prompts: int) -> EvaluationSet:
+    return evaluation_set(RunConfig(task=task, seeds=seeds), name, num_prompts=num_prompts, device=device)
