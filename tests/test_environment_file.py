@@ -228,7 +228,7 @@ def test_a_user_id_that_nobody_knows_trains_all_the_same(clean, monkeypatch, cap
         monkeypatch.setenv("WANDB_MODE", mode)
     assert main(["train", *as_arguments(SHORT)]) == 0
     assert (clean / "runs" / "tiny" / "last.ckpt").is_file()
-    assert ("W&B is left out" in capsys.readouterr().err) == bool(mode)
+    assert ("W&B is not used" in capsys.readouterr().err) == bool(mode)
 
 
 def test_the_bucket_of_env_is_the_store(folder, s3, capsys):

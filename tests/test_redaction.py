@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import TINY, as_arguments, change
 
-import icl.cli
 from icl.cli import main
+from icl.cli.entry import _complain
 from icl.files.redaction import redact
 from icl.files.writing import StorageError
 from icl.runs.environment import environment_line
@@ -96,7 +96,7 @@ def test_logs_statuses_and_messages_pass_through_the_same_function(tmp_path, mon
     run.log(f"failed at {secret}")
     run.log(environment_line())
     run.write_status(Status(state="failed", reason=f"no answer from {secret}"))
-    icl.cli._complain(f"no answer from {secret}", 1)
+    _complain(f"no answer from {secret}", 1)
     told = "".join(Path(file).read_text() for file in (run.log_file, run.status_file)) + capsys.readouterr().err
     assert told.count("https://host") == 4
     assert "hidden-word" not in told

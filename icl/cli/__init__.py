@@ -1,5 +1,5 @@
 """The door for people: one parser, and a module for each command."""
 
-from icl.cli.main import COMMANDS, main
+from icl.cli.entry import COMMANDS, main
 
 __all__ = ["COMMANDS", "main"]
