@@ -163,7 +163,7 @@ def test_compiled_members_are_alike_alone_and_resume_bit_identically():
     paths = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parent.parent))
     run = subprocess.run(
         [sys.executable, "-c", COMPILED],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         capture_output=True,
         text=True,
         timeout=900,

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import TINY, as_arguments, change
 
 from icl.cli import main
@@ -51,7 +52,7 @@ def undisturbed(tmp_path_factory) -> RunFolder:
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("LOCAL_ROOT", str(tmp_path))
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     return tmp_path
 
 

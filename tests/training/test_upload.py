@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from s3_server import SECRET
 from tiny_runs import TINY, as_arguments, change
 
@@ -348,7 +349,7 @@ sys.exit(main())
 
 @pytest.mark.slow
 def test_a_machine_that_dies_is_replaced_from_the_bucket_bit_identically(s3, monkeypatch, tmp_path_factory, capsys):
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # as here
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # as here
     config = change(TINY, trainer={"max_steps": 120}, early_stopping={"patience": 50})
     undisturbed = train(config, folder=tmp_path_factory.mktemp("whole") / "tiny")
     config = stored(config, s3.url)
