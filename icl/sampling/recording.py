@@ -1,4 +1,4 @@
-"""What chains record at each draw.
+"""The numbers that chains record at each draw.
 
 To trace another number, write a function of a `Draw` and add it to `QUANTITIES`. `Traces.quantities` then has its value at each
 draw under the function's name, and `icl.sampling.verdict.evidence` computes averages and standard errors of them.

@@ -1,4 +1,4 @@
-"""What chains sample: a loss with its minibatches, and its gradients and values for many members at once.
+"""The target of the chains: a loss with its minibatches, and its gradients and values for many members at once.
 
 A loss is any `loss(params, batch) -> Tensor`. It returns a number, or a vector of components (per position, say) whose mean is the
 loss. A `Gradient` takes the moving parameters as rows, the other parameters stacked, and a stacked batch. It returns the gradients

@@ -147,7 +147,7 @@ class Rule:
     level: Level
     """Verdict if the rule is broken; a note does not change it."""
     source: str
-    """Where the rule and its threshold come from."""
+    """Source of the rule and of its threshold."""
     reason: Callable[[Evidence], str | None]
     """Function that returns a sentence for the user if the evidence breaks the rule, else None."""
 
