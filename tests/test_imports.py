@@ -66,6 +66,16 @@ def module_name(path):
 MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
+def test_every_folder_is_a_package_that_is_installed_and_that_git_keeps():
+    """`.gitignore` once hid icl/runs: the linters passed over it, and its `__init__.py` was never committed."""
+    folders = {path.parent for path in MODULES.values()}
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
+    listing = ["git", "-C", str(ROOT.parent), "ls-files", "--others", "--cached", "--exclude-standard", "icl"]
+    if (ROOT.parent / ".git").exists():
+        ignored = subprocess.run([*listing, "--ignored"], capture_output=True, text=True, check=True).stdout
+        assert [name for name in ignored.split() if name.endswith((".py", ".cpp", ".html", ".css"))] == []
+
+
 @cache
 def imports(name):
     """Dotted names that a module imports anywhere, within functions too, as `package.module`."""

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from icl.files.arrays import StoredArray
 from icl.config import RunConfig
+from icl.config.validation import is_count
+from icl.files.arrays import StoredArray
 from icl.files.reading import ContentError, parse_json
 from icl.model.transformer import parameter_shapes
-from icl.config.validation import is_count
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's running means of the gradient and of its square, as torch calls them."""

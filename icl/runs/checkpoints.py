@@ -20,14 +20,14 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from icl.files.arrays import StoredArray
-from icl.runs.checkpoint_header import CutShortError, read_header, require_shapes, stored_numbers
 from icl.config import RunConfig
-from icl.files.reading import ContentError, parse_json
-from icl.runs.folder import config_differences
-from icl.model.stacked import Params
-from icl.store.base import LocalStore, Store
 from icl.config.validation import UserError, is_count
+from icl.files.arrays import StoredArray
+from icl.files.reading import ContentError, parse_json
+from icl.model.stacked import Params
+from icl.runs.checkpoint_header import CutShortError, read_header, require_shapes, stored_numbers
+from icl.runs.folder import config_differences
+from icl.store.base import LocalStore, Store
 
 _FORMAT = "icl-checkpoint-1"
 _ENTRY = "icl"

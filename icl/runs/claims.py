@@ -11,12 +11,12 @@ import secrets
 
 import yaml
 
-from icl.runs.checkpoints import list_steps, load_step
 from icl.config import RunConfig
+from icl.config.validation import UserError
+from icl.runs.checkpoints import list_steps, load_step
 from icl.runs.folder import RunError, config_differences, parse_config
 from icl.store.base import Store, read_or_none
 from icl.store.opening import open_store
-from icl.config.validation import UserError
 
 
 def claim(here: Store, there: Store, config: RunConfig) -> None:

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from icl.runs.checkpoints import list_steps
 from icl.config import RunConfig
-from icl.runs.metrics_file import are_rows_altered
-from icl.runs.resume_file import NAMES, read_resume
-from icl.runs.folder import DONE, RunFolder, Status
 from icl.config.schedules import checkpoint_steps
 from icl.config.validation import UserError
+from icl.runs.checkpoints import list_steps
+from icl.runs.folder import DONE, RunFolder, Status
+from icl.runs.metrics_file import are_rows_altered
+from icl.runs.resume_file import NAMES, read_resume
 
 _MAX_STEPS = 8
 """Steps that a sentence names; it counts the others."""

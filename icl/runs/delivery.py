@@ -10,14 +10,14 @@ import shlex
 from collections.abc import Iterable, Sequence
 
 from icl.config import RunConfig
-from icl.runs.mirror import Mirror, copied_names, open_mirror, same_file, store_url
-from icl.presets import run_name
+from icl.config.validation import user_path
 from icl.files.reading import ContentError, parse_json, read_bytes
 from icl.files.redaction import redact
-from icl.runs.folder import DONE, RunFolder
-from icl.store.base import LocalStore, sha256
 from icl.files.writing import StorageError, write_atomically
-from icl.config.validation import user_path
+from icl.presets import run_name
+from icl.runs.folder import DONE, RunFolder
+from icl.runs.mirror import Mirror, copied_names, open_mirror, same_file, store_url
+from icl.store.base import LocalStore, sha256
 
 _NOTE = ".delivered"
 _MADE_LATER = ("results/", "figures/", "report.html")

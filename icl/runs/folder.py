@@ -17,13 +17,13 @@ from typing import Literal
 import yaml
 
 from icl.config import RunConfig, flatten, is_free_on_resume
-from icl.runs.environment import environments_of, versions
-from icl.files.system import LockedError, lock_file
+from icl.config.validation import ConfigError, UserError, has_type, is_count, user_path
 from icl.files.reading import ContentError, parse_json, parse_yaml, read_bytes
 from icl.files.redaction import redact
-from icl.store.base import LocalStore
+from icl.files.system import LockedError, lock_file
 from icl.files.writing import StorageError, write_atomically
-from icl.config.validation import ConfigError, UserError, has_type, is_count, user_path
+from icl.runs.environment import environments_of, versions
+from icl.store.base import LocalStore
 
 State = Literal["waiting", "running", "finished", "stopped_early", "preempted", "failed"]
 DONE: tuple[State, ...] = ("finished", "stopped_early")

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from icl.files.arrays import StoredArray, array_digest, locate_array, read_array, write_array
-from icl.runs.checkpoints import Checkpoint, load_same_run
 from icl.config import RunConfig
+from icl.files.arrays import StoredArray, array_digest, locate_array, read_array, write_array
 from icl.files.reading import MAX_TABLE, ContentError, is_table, parse_json, read_bytes
 from icl.files.writing import write_atomically
+from icl.runs.checkpoints import Checkpoint, load_same_run
 
 
 class Measurement(NamedTuple):

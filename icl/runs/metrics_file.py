@@ -13,9 +13,9 @@ from typing import Any
 
 from icl.config import RunConfig
 from icl.files.system import sync_file
+from icl.files.writing import StorageError, write_atomically
 from icl.runs.folder import RunError, RunFolder
 from icl.store.base import sha256
-from icl.files.writing import StorageError, write_atomically
 
 
 def logged_steps(config: RunConfig, step: int) -> set[int]:

@@ -19,17 +19,17 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from icl.store import waiting
+from icl.config import RunConfig
+from icl.config.validation import ConfigError
+from icl.files.writing import StorageError, is_temporary
+from icl.progress import progress_bar
 from icl.runs.checkpoints import CheckpointError, parse_checkpoint
 from icl.runs.claims import claim
-from icl.config import RunConfig
-from icl.progress import progress_bar
-from icl.runs.resume_file import ResumeFileError, parse_resume
 from icl.runs.folder import RunError, RunFolder, parse_config, parse_status, require_same_config
+from icl.runs.resume_file import ResumeFileError, parse_resume
+from icl.store import waiting
 from icl.store.base import DamagedError, LocalStore, MissingKeyError, Store, read_or_none, require_key
 from icl.store.opening import open_store
-from icl.files.writing import StorageError, is_temporary
-from icl.config.validation import ConfigError
 
 FILES = ("run-id", "wandb-id", "metrics.csv", "run.log", "report.html", "last.ckpt", "status.json", "config.yaml")
 FOLDERS = ("checkpoints", "results", "figures")

@@ -21,20 +21,20 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from icl.config import RunConfig
+from icl.config.validation import UserError
 from icl.files.arrays import array_digest
+from icl.files.reading import parse_json
+from icl.progress import progress_bar
 from icl.runs.checkpoint_header import MOMENTS
 from icl.runs.checkpoints import Checkpoint, checkpoint_name, parse_checkpoint
-from icl.config import RunConfig
 from icl.runs.contents import expected_steps, name_checkpoints
+from icl.runs.folder import DONE, RunFolder, Status, config_differences, parse_config, parse_status
 from icl.runs.measure import parse_entry
 from icl.runs.metrics_file import are_rows_altered, logged_steps, metric_columns
 from icl.runs.mirror import CHECKPOINT_FOLDERS, Mirror, copied_names, in_parallel, is_checkpoint
-from icl.progress import progress_bar
-from icl.files.reading import parse_json
 from icl.runs.resume_file import Resume, parse_resume
-from icl.runs.folder import DONE, RunFolder, Status, config_differences, parse_config, parse_status
 from icl.store.base import LocalStore, MissingKeyError, Store
-from icl.config.validation import UserError
 
 _NUMBERS = ("step", "value", "stderr", "llc", "init_loss", "mean_loss")
 """Columns of tables of results that hold nothing but numbers."""

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from icl.config import RunConfig, flatten
-from icl.runs.metrics_file import whole_rows
-from icl.presets import run_name
-from icl.files.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
-from icl.training.wandb.log import first_line, init_settings, sent_step, use_steps
 from icl.config.validation import UserError
+from icl.files.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
+from icl.presets import run_name
+from icl.runs.metrics_file import whole_rows
+from icl.training.wandb.log import first_line, init_settings, sent_step, use_steps
 
 PARENT_PROCESS = os.getppid()
 """Process id of the agent, read before slow imports, since the agent may die while torch is imported."""

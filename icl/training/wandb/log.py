@@ -18,11 +18,11 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 from icl.config import RunConfig
-from icl.presets import run_name
-from icl.files.redaction import redact
-from icl.runs.folder import RunFolder
-from icl.files.writing import write_atomically
 from icl.config.validation import ConfigError, UserError
+from icl.files.redaction import redact
+from icl.files.writing import write_atomically
+from icl.presets import run_name
+from icl.runs.folder import RunFolder
 
 Mode = Literal["online", "offline"]
 
