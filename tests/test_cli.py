@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from tiny_runs import TINY, as_arguments, change
 
-from icl.cli import main
+from icl.cli import COMMANDS, main
+from icl.config.values import known_keys
 from icl.runs.folder import RunFolder, local_root
 
 QUICK = change(TINY, trainer={"max_steps": 20}, checkpoints={"every": None, "num_log": 3})
@@ -23,13 +24,13 @@ def run(capsys) -> RunFolder:
     return RunFolder(local_root() / "tiny")
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"], ["train", "-h"]])
+@pytest.mark.parametrize("words", [[], ["--help"]])
 def test_help_has_an_example_and_succeeds(words, capsys):
     assert main(words) == 0
     assert "icl train" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["evaluate", "predict", "runs"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -38,9 +39,8 @@ def test_every_command_has_help_with_an_example(command, capsys):
 
 
 def test_train_help_lists_every_setting_with_its_meaning(capsys):
-    from icl.resolve import known_keys
-
-    main(["train", "--help"])
+    with pytest.raises(SystemExit):
+        main(["train", "-h"])
     text = capsys.readouterr().out
     assert all(f"--{key}" in text for key in known_keys())
     assert "Task diversity M" in text

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icl.cli import diversity, llc, main, train
-from icl.config.literals import read_table
+from icl.command_line import llc_parser, train_parser
 from icl.config.validation import ConfigError
-from icl.resolve import read_arguments, read_config_files, read_words, resolve
+from icl.config.values import read_table
+from icl.resolve import read_config_file, resolve
 from icl.sweeps.points import sweep_points
 from icl.sweeps.schema import read_sweep_file
 
@@ -19,6 +20,10 @@ FIRST = {"preset": "L2H4", "optim": {"lr": 0.5, "grad_clip": 2.0}, "task.task_si
 SECOND = {"optim.lr": 0.25, "task": {"task_size": 5}, "evaluation": {"every": 1}}
 MERGED = {"preset": "L2H4", "optim.lr": 0.25, "optim.grad_clip": 2.0, "task.task_size": 5, "trainer.max_steps": 7}
 MERGED |= {"evaluation.every": 1}
+
+
+def read_arguments(words):
+    return train_parser().parse_args(words).settings
 
 
 @pytest.fixture
@@ -34,11 +39,9 @@ def files(tmp_path) -> list[str]:
 
 def test_files_are_merged_in_order(files):
     for words in (files, [files[0], files[1], "--optim.lr", "0.25", files[2]]):
-        given = read_arguments(words, extra=("config",))
-        layers = read_config_files(given)
-        assert resolve(*layers) == resolve(MERGED)
-    reverse = read_arguments([files[2], *files[:2]], extra=("config",))
-    assert resolve(*read_config_files(reverse)) == resolve(MERGED | {"optim.lr": 0.5, "task.task_size": 3})
+        assert resolve(*map(read_config_file, train_parser().parse_args(words).config)) == resolve(MERGED)
+    reverse = train_parser().parse_args([files[2], *files[:2]]).config
+    assert resolve(*map(read_config_file, reverse)) == resolve(MERGED | {"optim.lr": 0.5, "task.task_size": 3})
 
 
 def test_train_takes_several(files, monkeypatch):
@@ -59,17 +62,17 @@ def test_an_earlier_file_gives_way_to_the_population_of_a_later_one(tmp_path, mo
 
 
 def test_llc_takes_several(files, monkeypatch):
-    path, flags, given = read_words("llc", [*files, "--steps", "last"])
+    options = llc_parser().parse_args([*files, "--steps", "last"])
     monkeypatch.setattr(llc, "_work", lambda job, flags: jobs.append(job) or 0)
     jobs: list = []
-    assert (path, flags, given["config"]) == (None, frozenset(), [files[1], files[2].partition("=")[2]])
+    assert (options.path, options.flags, options.config) == (None, [], [files[1], files[2].partition("=")[2]])
     assert main(["llc", *files, "--steps", "last"]) == 0
     assert jobs[0].config == resolve(MERGED, {"sampler.steps": "last"})
 
 
 def test_diversity_takes_several(files):
-    config, _ = diversity._parse([*files, "--max_power", "2"])
-    assert config == resolve(MERGED)
+    options = diversity._parser().parse_args([*files, "--max_power", "2"])
+    assert diversity._read_config(options) == resolve(MERGED)
 
 
 def test_a_sweeps_command_takes_several(files, tmp_path):
@@ -101,10 +104,8 @@ def test_every_file_must_be_there(files, command, capsys):
 )
 def test_a_section_takes_a_table(words):
     assert resolve(read_arguments(words)) == resolve({"task.num_tasks": 2, "task.noise_variance": 0.5})
-    for command in ("train", "llc"):
-        assert resolve(read_words(command, words).settings) == resolve(
-            {"task.num_tasks": 2, "task.noise_variance": 0.5}
-        )
+    settings = llc_parser().parse_args(words).settings
+    assert resolve(settings) == resolve({"task.num_tasks": 2, "task.noise_variance": 0.5})
 
 
 def test_what_python_prints_has_names_for_infinity_none_and_truth():

@@ -144,15 +144,17 @@ def typed(tmp_path):
 @pytest.mark.parametrize("size", ["small", "full"])
 def test_every_command_is_one_that_icl_takes(typed, size):
     from icl.analysis import ANALYSES
-    from icl.resolve import read_words, resolve
+    from icl.command_line import llc_parser, train_parser
+    from icl.resolve import resolve
 
     calls = typed(size)
     trained = set()
     for command, *words in calls:
         if command == "train":
-            trained |= {one.run_name or "quickstart" for one in resolve(read_words("train", words).settings).members()}
+            members = resolve(train_parser().parse_args(words).settings).members()
+            trained |= {member.run_name or "quickstart" for member in members}
         elif command == "llc":
-            read_words("llc", words)
+            llc_parser().parse_args(words)
         elif command == "analyse":
             assert words[words.index("--what") + 1] in ANALYSES
         else:

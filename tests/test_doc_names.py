@@ -17,8 +17,8 @@ import pytest
 from icl.analysis import ANALYSES
 from icl.cli import COMMANDS, main
 from icl.config import RunConfig
+from icl.config.values import known_keys
 from icl.presets import PRESETS
-from icl.resolve import known_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKDOWN = [

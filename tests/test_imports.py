@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1] / "icl"
 LAYERS = (
     ("config.validation", "config"),
     ("files",),
-    ("config.literals", "config.older", "presets", "resolve"),
+    ("config.values", "config.older", "presets", "resolve", "command_line"),
     ("compute.memory", "arrays", "rng", "signals", "progress"),
     ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
     ("baselines", "metrics"),
@@ -174,8 +174,8 @@ def test_the_table_means_what_it_says(name, target, allowed):
 
 
 def test_imports_are_found_wherever_they_stand():
-    assert {"jsonargparse", "os", "icl.config.RunConfig", "icl.presets.preset"} <= imports("resolve")
-    assert {"config", "presets"} <= own_imports("resolve")
+    assert {"jsonargparse", "re", "icl.config.RunConfig", "icl.resolve.refuse_unknown"} <= imports("command_line")
+    assert {"config", "resolve"} <= own_imports("command_line")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from icl.cli import COMMANDS, main
-from icl.cli.diversity import _OPTIONS, _SETTINGS
+from icl.cli.diversity import _parser
+from icl.command_line import train_parser
 from icl.config.older import OLDER_COMMANDS, OLDER_SETTINGS
 from icl.config.validation import ConfigError
-from icl.resolve import known_keys, read_arguments, resolve
+from icl.config.values import known_keys
+from icl.resolve import resolve
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "older-commands.md").read_text(encoding="utf-8")
@@ -75,7 +77,7 @@ def test_the_page_has_the_settings():
 @pytest.mark.parametrize(("key", "here"), sorted(set(PAIRS)))
 def test_every_setting_of_the_page_has_its_modern_name(key, here):
     with pytest.raises(ConfigError) as error:
-        read_arguments([f"--{key}=1"])
+        train_parser().parse_args([f"--{key}=1"])
     modern = re.findall(r"`([^`]*)`", str(error.value))[1]
     assert modern in known_keys()
     section, _, leaf = modern.rpartition(".")
@@ -123,7 +125,7 @@ def test_examples(words, said, capsys):
 
 def test_the_experiments_command_takes_its_older_options():
     (line,) = re.findall(r"icl diversity (--max_power [^`]*)\.\.\.`", PAGE)
-    assert set(re.findall(r"--(\w+)", line)) <= {*_SETTINGS, *_OPTIONS}
+    assert set(re.findall(r"--(\w+)", line)) <= set(vars(_parser().parse_args([])))
 
 
 def test_pip_can_install_from_the_requirements_file():

@@ -9,8 +9,9 @@ import torch
 
 from icl.build import build_architecture
 from icl.cli import main
+from icl.command_line import train_parser
 from icl.presets import PRESETS
-from icl.resolve import read_arguments, resolve
+from icl.resolve import resolve
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,7 +40,7 @@ def test_the_first_screen_has_the_two_commands():
 
 @pytest.mark.parametrize("words", [words for words in icl_commands() if words[0] == "train"], ids=" ".join)
 def test_every_train_command_is_a_valid_configuration(words):
-    resolve(read_arguments(words[1:]))
+    resolve(train_parser().parse_args(words[1:]).settings)
 
 
 @pytest.mark.slow

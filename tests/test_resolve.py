@@ -9,20 +9,23 @@ from hypothesis import strategies as st
 from tiny_runs import TINY, change
 
 from icl.cli import main
+from icl.command_line import llc_parser, train_parser
 from icl.config import EarlyStoppingConfig, OptimConfig, RunConfig, SeedsConfig, TaskConfig, TrainerConfig, flatten
 from icl.config.validation import ConfigError
+from icl.config.values import known_keys, parse_scalar
 from icl.presets import MAX_SLUG, PRESETS, preset, run_name, varying_names
 from icl.resolve import (
     POINT_VARIABLE,
-    known_keys,
-    parse_scalar,
-    read_arguments,
     read_config_file,
     read_points,
     refuse_conflicts,
     refuse_overridden,
     resolve,
 )
+
+
+def read_arguments(words):
+    return train_parser().parse_args(words).settings
 
 
 def value_of(config, key):
@@ -170,8 +173,23 @@ def test_repeated_option_keeps_the_last():
     assert read_arguments(["--seeds.model", "1", "--seeds.model=2"]) == {"seeds.model": "2"}
 
 
-def test_option_of_the_command_itself_is_taken_when_it_is_announced():
-    assert read_arguments(["--out", "x", "--seeds.model=1"], extra=["out"]) == {"out": "x", "seeds.model": "1"}
+def test_an_option_of_the_command_itself_is_no_setting():
+    options = llc_parser().parse_args(["--out", "x", "--seeds.model=1"])
+    assert (options.out, options.settings) == ("x", {"seeds.model": "1"})
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--calibrat"], "There is no option `--calibrat`. Did you mean `--calibrate`?"),
+        (["--confg", "x"], "There is no option `--confg`. Did you mean `--config`?"),
+        (["--out"], "`--out` needs a value. `icl llc --help` has an example."),
+        (["--"], "There is no setting ``."),
+        (["run", "again"], "Expected `--section.key VALUE`, got `again`."),
+    ],
+)
+def test_a_mistake_beside_the_settings_is_one_sentence(words, said):
+    assert refusal(llc_parser().parse_args, words).startswith(said)
 
 
 def test_stray_word_is_refused():

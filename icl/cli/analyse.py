@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from icl.analysis import ANALYSES, module_name
 from icl.cli.outputs import require_output, require_output_table
-from icl.cli.parser import command_parser, nearest
+from icl.command_line import CommandParser, nearest
 from icl.config.validation import ConfigError, UserError
 from icl.files.writing import StorageError, plain_rows, table_format, write_atomically
 from icl.runs.folder import require_place, run_of
@@ -68,22 +68,20 @@ def _what(words: list[str]) -> list[str]:
 
 def _parser(chosen: list[str]) -> argparse.ArgumentParser:
     names = "\n".join(f"  {name:20s} {about.help}" for name, about in ANALYSES.items())
-    parser = command_parser(
+    parser = CommandParser(
         "analyse",
         _DESCRIPTION + names + f"\n  {'all':20s} every analysis of a run, also after one that refuses",
         "icl analyse runs/quickstart --what gradients\n"
         "  icl analyse runs/quickstart --what gradients --out gradient_results.json\n"
         "  icl analyse --what diversity --input_file results.csv --output_plot diversity.png --model_type ridge",
     )
-    parser.add_argument(
-        "path", metavar="RUN|FILE", nargs="?", type=Path, help="a run's folder or name, a checkpoint, or a table"
-    )
-    parser.add_argument("--checkpoint_dir", metavar="DIR", type=Path, help="older name of RUN")
-    parser.add_argument("--input_file", metavar="FILE", type=Path, help="the table, for analyses of one")
-    parser.add_argument("--what", metavar="NAME", required=True, help="the analysis")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="also write the numbers to FILE (.csv or .json)")
-    parser.add_argument("--output_file", metavar="FILE", type=Path, help="older name of --out")
-    parser.add_argument("--output_plot", metavar="FILE", type=Path, help="also draw to FILE (.png, .pdf or .svg)")
+    parser.add("path RUN|FILE", "a run's folder or name, a checkpoint, or a table", nargs="?", type=Path)
+    parser.add("--checkpoint_dir DIR", "older name of RUN", type=Path)
+    parser.add("--input_file FILE", "the table, for analyses of one", type=Path)
+    parser.add("--what NAME", "the analysis", required=True)
+    parser.add("--out FILE", "also write the numbers to FILE (.csv or .json)", type=Path)
+    parser.add("--output_file FILE", "older name of --out", type=Path)
+    parser.add("--output_plot FILE", "also draw to FILE (.png, .pdf or .svg)", type=Path)
     if len(chosen) == 1:
         _add_settings(parser, chosen[0])
     return parser

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icl.cli.parser import command_parser
+from icl.command_line import CommandParser
 from icl.config import RunConfig
 from icl.config.validation import ConfigError, require_run_name, require_store
 from icl.files.writing import StorageError
@@ -18,7 +18,7 @@ HELP = "a run's saved steps here and in its store: list, fetch, send, verify"
 
 def run(words: list[str]) -> int:
     """Do one of the four jobs; 1 if `verify` finds damage."""
-    parser = command_parser(
+    parser = CommandParser(
         "checkpoints",
         "ls: the saved steps, here and in the store. pull, push: copy what is missing or different, in either direction; "
         "what breaks off goes on with the same command. verify: whether all files are whole, here and in the store: checkpoints, "
@@ -26,14 +26,10 @@ def run(words: list[str]) -> int:
         "missing; that config.yaml and status.json agree with them; that results and figures can be read.",
         "icl checkpoints runs/quickstart verify",
     )
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or its name")
+    parser.add("run RUN", "a run's folder, or its name")
     parser.add_argument("action", choices=("ls", "pull", "push", "verify"))
-    parser.add_argument(
-        "--store",
-        metavar="URL",
-        help="a folder or s3://bucket/prefix (default: the run's own, or s3://$AWS_BUCKET_NAME)",
-    )
-    parser.add_argument("--force", action="store_true", help="pull, push: every file, and over a later step")
+    parser.add("--store URL", "a folder or s3://bucket/prefix (default: the run's own, or s3://$AWS_BUCKET_NAME)")
+    parser.add("--force", "pull, push: every file, and over a later step")
     options = parser.parse_args(words)
     if options.force and options.action not in ("pull", "push"):
         raise ConfigError(f"`--force` has no meaning for {options.action}; it belongs to pull and push.")

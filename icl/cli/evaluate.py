@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from icl.cli.evaluate_ahead import work_ahead
 from icl.cli.outputs import require_output_table
-from icl.cli.parser import command_parser
+from icl.command_line import CommandParser
 from icl.config.validation import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def run(words: list[str]) -> int:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    parser = command_parser(
+    parser = CommandParser(
         "evaluate",
         "Loss per position, gaps to ridge and dMMSE, ICL and prior-task scores of every saved step, on the training tasks, "
         "on new tasks and on every shift, each with its standard error. Steps that are done are kept: the same command goes on "
@@ -42,35 +42,19 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "  icl evaluate runs\n"
         "  icl evaluate --checkpoint_base_dir checkpoints --output_file diversity.json --n_prompts 4096 --n_ood_samples 4096",
     )
-    parser.add_argument(
-        "paths",
-        metavar="RUN|CHECKPOINT",
-        nargs="*",
-        type=Path,
-        help="a run's folder or name, a folder with runs below it, or one checkpoint file",
-    )
-    parser.add_argument(
-        "--checkpoint_base_dir", metavar="DIR", type=Path, help="the folder of `icl diversity`, all of it"
-    )
-    parser.add_argument(
-        "--out",
-        "--output_file",
-        metavar="FILE",
-        type=Path,
-        help="also write the numbers to FILE (.csv or .json), of several runs in one table with a column `run`; "
+    what = "a run's folder or name, a folder with runs below it, or one checkpoint file"
+    parser.add("paths RUN|CHECKPOINT", what, nargs="*", type=Path)
+    parser.add("--checkpoint_base_dir DIR", "the folder of `icl diversity`, all of it", type=Path)
+    parser.add(
+        "--out --output_file FILE",
+        "also write the numbers to FILE (.csv or .json), of several runs in one table with a column `run`; "
         "of an experiment both are written (default: DIR/evaluation.json)",
+        type=Path,
     )
-    parser.add_argument(
-        "--num_prompts",
-        "--n_prompts",
-        metavar="N",
-        type=int,
-        help="prompts per set (default: the run's own), or on the training tasks alone if --n_ood_samples is given",
-    )
-    parser.add_argument(
-        "--num_ood_prompts", "--n_ood_samples", metavar="N", type=int, help="prompts per set on new tasks and on shifts"
-    )
-    parser.add_argument("--all_steps", action="store_true", help="of an experiment, every saved step of every run")
+    number = "prompts per set (default: the run's own), or on the training tasks alone if --n_ood_samples is given"
+    parser.add("--num_prompts --n_prompts N", number, type=int)
+    parser.add("--num_ood_prompts --n_ood_samples N", "prompts per set on new tasks and on shifts", type=int)
+    parser.add("--all_steps", "of an experiment, every saved step of every run")
     options = parser.parse_args(words)
     if bool(options.paths) == (options.checkpoint_base_dir is not None):
         raise ConfigError("Give what to evaluate: runs or checkpoints, or else --checkpoint_base_dir DIR.")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,15 +18,10 @@ from icl.cli.llc_output import (
     write_rows,
 )
 from icl.cli.llc_settings import Job, output_file, read_job, require_rescalable, saved_config
+from icl.command_line import llc_parser
 from icl.config.validation import ConfigError, UserError
 from icl.presets import run_name, sampler_name
-from icl.resolve import (
-    OPTIONS,
-    POINT_VARIABLE,
-    read_points,
-    read_words,
-    settings_parser,
-)
+from icl.resolve import POINT_VARIABLE, read_points
 from icl.runs.folder import run_of
 
 if TYPE_CHECKING:
@@ -35,52 +29,21 @@ if TYPE_CHECKING:
 
 HELP = "local learning coefficients with verdicts; --calibrate, --self-test"
 
-_USAGE = """\
-usage: icl llc [RUN|CHECKPOINT] [--steps STEPS] [--sampler.key VALUE ...] [--config FILE] [--out FILE]
-       icl llc [RUN] --published | --calibrate | --rescale C
-       icl llc --self-test [--out FILE]
-
-Estimate the local learning coefficient (LLC) at saved steps of a run, each with standard error, diagnostics and verdict.
-Finished steps are stored: after an interruption, the same command continues. RUN is a folder or a run's name; without it,
-the command uses the run that `icl train` makes from the same settings. The exit status is not zero if every estimate is
-invalid, except in a sweep, where this is a result.
-
-  --steps STEPS    all, last, a list 1,2,3 or 1 2 3, a range 0:1000:100 (default: the run's `sampler.steps`)
-  --config FILE    read settings from a file, such as that of --calibrate; a later file overrides an earlier one
-  --out FILE       also write the rows to FILE (.csv or .json)
-  --published      use the sampler settings of Hoogland et al. 2024, and say what they measure
-  --calibrate      choose lr, nbeta, localization and burn-in by a search over a few checkpoints (or over --steps); it takes
-                   some minutes on a CPU, says first how many, and starts over after an interruption
-  --rescale C      a control: also estimate with weights rescaled by C, which leaves the function unchanged
-  --self-test      run the sampler on losses whose learning coefficient is known; takes about a minute and needs no run
-
-examples:
-  icl llc runs/quickstart
-  icl llc runs/quickstart --steps last --sampler.num_draws 1000
-  icl llc runs/quickstart --calibrate
-  icl llc runs/quickstart --config runs/quickstart/results/llc-calibration.yaml
-  icl llc --self-test
-
-settings (later wins: the run's own < --config files in their order < command line):
-"""
-
 
 def run(words: list[str]) -> int:
     """Estimate, calibrate or test; return 1 if there is no usable result."""
-    if "-h" in words or "--help" in words:
-        settings = settings_parser("sampler", prog="icl llc").format_help().partition("\n\n")[2]
-        print(_USAGE + re.sub(r"  --\w+ CONFIG +Path to a configuration file\.\n", "", settings))
-        return 0
-    path, flags, given = read_words("llc", words)
+    parsed = llc_parser().parse_args(words)
+    path, flags, given = parsed.path, frozenset(parsed.flags), parsed.settings
+    own = {name: getattr(parsed, name) for name in ("config", "out", "steps", "rescale")}
+    options = {name: value for name, value in own.items() if value not in (None, [])}
     if len(flags) > 1:
         raise ConfigError(
             f"{' and '.join(f'--{flag}' for flag in sorted(flags))} cannot be combined; give one at a time."
         )
     if "self-test" in flags:
-        if path is not None or set(given) - {"out"}:
+        if path is not None or given or set(options) - {"out"}:
             raise ConfigError("`--self-test` takes no run and no settings, only --out.")
-        return _self_test(output_file(given))
-    options = {name: given.pop(name) for name in OPTIONS["llc"] if name in given}
+        return _self_test(output_file(options))
     if "steps" in options:
         if given.get("sampler.steps", options["steps"]) != options["steps"]:
             raise ConfigError(

@@ -10,7 +10,7 @@ from icl.config import RunConfig, SamplerConfig, flatten
 from icl.config.validation import ConfigError, require_number
 from icl.files.reading import is_beyond_floats
 from icl.presets import run_name
-from icl.resolve import read_config_files, refuse_conflicts, resolve
+from icl.resolve import read_config_file, refuse_conflicts, resolve
 from icl.runs.folder import local_root, require_place, run_of
 
 
@@ -35,7 +35,7 @@ def read_job(
     given: Mapping[str, Any],
 ) -> Job:
     """Return the run and its sampler's settings, from all their sources."""
-    from_files = read_config_files(options)
+    from_files = [read_config_file(file) for file in options.get("config", ())]
     published = _published() if "published" in flags else {}
     refuse_conflicts(swept, given)
     out = output_file(options, path, *options.get("config", ()))

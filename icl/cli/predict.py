@@ -3,24 +3,22 @@
 from pathlib import Path
 
 from icl.cli.outputs import require_output_table
-from icl.cli.parser import command_parser
+from icl.command_line import CommandParser
 
 HELP = "predictions for prompts in a file"
 
 
 def run(words: list[str]) -> int:
     """Predict, print, and write if asked."""
-    parser = command_parser(
+    parser = CommandParser(
         "predict",
         "Predict y for queries after a context. FILE is JSON with x_context, y_context and x_query, or CSV with columns "
         "x1..xD,y in which an empty y marks a query.",
         "icl predict runs/quickstart --prompt prompt.json",
     )
-    parser.add_argument(
-        "path", metavar="CHECKPOINT", type=Path, help="a checkpoint file, or a run's folder or name for its last step"
-    )
-    parser.add_argument("--prompt", metavar="FILE", type=Path, required=True, help="the prompts")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="write the predictions to FILE (.csv or .json)")
+    parser.add("path CHECKPOINT", "a checkpoint file, or a run's folder or name for its last step", type=Path)
+    parser.add("--prompt FILE", "the prompts", type=Path, required=True)
+    parser.add("--out FILE", "write the predictions to FILE (.csv or .json)", type=Path)
     options = parser.parse_args(words)
     from icl.api import load_checkpoint
     from icl.evaluation.prediction import predict_from_prompt, read_prompt_file, write_predictions

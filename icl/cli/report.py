@@ -3,28 +3,22 @@
 from pathlib import Path
 
 from icl.cli.outputs import require_output
-from icl.cli.parser import command_parser
+from icl.command_line import CommandParser
 
 HELP = "one self-contained HTML page of a run or a sweep: curves, tables with verdicts, figures, settings"
 
 
 def run(words: list[str]) -> int:
     """Write the page; a run's own page also goes to the run's store, if it has one."""
-    parser = command_parser(
+    parser = CommandParser(
         "report",
         "Everything there is for a run on one page that needs no network: state, settings, environment, curves, tables with "
         "their verdicts, figures, and the commands for what is missing. Of several runs, or a folder of runs, a comparison first.",
         "icl report runs/quickstart\n  icl report runs/a runs/b --out both.html\n  icl report runs",
     )
-    parser.add_argument(
-        "paths", metavar="RUN", nargs="+", type=Path, help="a run's folder or name, or a folder with runs below it"
-    )
-    parser.add_argument(
-        "--out",
-        metavar="FILE",
-        type=Path,
-        help="the page (default: report.html in the folder; of several RUNs, in the working directory)",
-    )
+    parser.add("paths RUN", "a run's folder or name, or a folder with runs below it", nargs="+", type=Path)
+    text = "the page (default: report.html in the folder; of several RUNs, in the working directory)"
+    parser.add("--out FILE", text, type=Path)
     options = parser.parse_args(words)
     from icl.report.page import write_report
     from icl.runs.delivery import send_results

@@ -3,20 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-from icl.cli.parser import command_parser
+from icl.command_line import CommandParser
 
 HELP = "what there is, and how far it is"
 
 
 def run(words: list[str]) -> int:
     """Print a line for every run, experiments with a line of their own above."""
-    parser = command_parser(
+    parser = CommandParser(
         "runs",
         "Every run below $LOCAL_ROOT (default: runs/): state, step, loss and age; then those of the task-diversity "
         "experiments in the working directory.",
         "icl runs\n  icl runs checkpoints",
     )
-    parser.add_argument("root", metavar="FOLDER", nargs="?", type=Path, help="another folder of runs, and no other")
+    parser.add("root FOLDER", "another folder of runs, and no other", nargs="?", type=Path)
     options = parser.parse_args(words)
     from icl.diversity.runs import METADATA
     from icl.runs.folder import describe_runs, local_root, require_place

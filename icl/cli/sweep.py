@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icl.cli.parser import command_parser
+from icl.command_line import CommandParser
 
 if TYPE_CHECKING:
     from icl.sweeps.points import InvalidPoint, Point
@@ -75,31 +75,21 @@ def _run(
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    parser = command_parser(
+    parser = CommandParser(
         "sweep",
         "Run a W&B sweep file (grid or random) with no account and no network. The same command goes on after an "
         "interruption and tries failed points again, except those whose loss became NaN; on several machines that share "
         "$LOCAL_ROOT it shares the work. Each run's output is in its sweep.log.",
         "icl sweep sweeps/training-runs/quickstart.yaml --workers 2",
     )
-    parser.add_argument("file", metavar="FILE", type=Path, help="the sweep file")
-    parser.add_argument("--workers", metavar="N", type=_workers, default=1, help="programs at a time (default: 1)")
-    parser.add_argument(
-        "--pack",
-        metavar="N",
-        type=_count,
-        nargs="?",
-        const=sys.maxsize,
-        default=1,
-        help="train up to N points (or all) that differ only in seeds and number of tasks in one program",
-    )
-    parser.add_argument("--count", metavar="N", type=_count, help="only the first N points")
-    parser.add_argument("--seed", metavar="S", type=_seed, help="of a random sweep's draws (default: 0)")
-    parser.add_argument(
-        "--retry",
-        action="store_true",
-        help="try every failed point again, also one that would fail again or has just failed on another machine",
-    )
+    parser.add("file FILE", "the sweep file", type=Path)
+    parser.add("--workers N", "programs at a time (default: 1)", type=_workers, default=1)
+    text = "train up to N points (or all) that differ only in seeds and number of tasks in one program"
+    parser.add("--pack N", text, type=_count, nargs="?", const=sys.maxsize, default=1)
+    parser.add("--count N", "only the first N points", type=_count)
+    parser.add("--seed S", "of a random sweep's draws (default: 0)", type=_seed)
+    text = "try every failed point again, also one that would fail again or has just failed on another machine"
+    parser.add("--retry", text)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="list the runs, and which would be run; start nothing")
     what.add_argument("--status", action="store_true", help="list what is done, running, failed and waiting, and why")

@@ -2,25 +2,16 @@
 
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from icl.command_line import train_parser
 from icl.config import RunConfig
 from icl.config.validation import ConfigError, UserError
 from icl.files.writing import write_atomically
 from icl.presets import run_name, varying_names
-from icl.resolve import (
-    POINT_VARIABLE,
-    read_arguments,
-    read_config_files,
-    read_points,
-    refuse_conflicts,
-    refuse_overridden,
-    resolve,
-    settings_parser,
-)
+from icl.resolve import POINT_VARIABLE, read_config_file, read_points, refuse_conflicts, refuse_overridden, resolve
 from icl.runs.folder import DONE, RunError, RunFolder, is_child_rank, local_root
 
 if TYPE_CHECKING:
@@ -31,32 +22,11 @@ if TYPE_CHECKING:
 
 HELP = "train a run, or resume it"
 
-_USAGE = """\
-usage: icl train [--preset NAME] [--config FILE ...] [--section.key VALUE ...]
-
-Train a run; the same command resumes an unfinished one, or says that it is finished.
-Without arguments: the preset `quickstart`, about two minutes on two CPU cores.
-
-examples:
-  icl train
-  icl train --task.num_tasks 8 --run_name eight-tasks
-  icl train --preset L2H4 --model.double_residual --trainer.max_steps 20000 --optim.schedule_steps 500000
-  icl train --config my-run.yaml --seeds.model 1
-  icl train --population.seeds 0,1,2,3,4 --population.num_tasks 8,64,inf
-
-settings (later wins: defaults < preset < --config files in their order < command line):
-"""
-
 
 def run(words: list[str]) -> int:
     """Train to the end; 128 + the signal if one stopped it."""
-    if "-h" in words or "--help" in words:
-        settings = settings_parser(prog="icl train").format_help().partition("\n\n")[2]
-        print(_USAGE + re.sub(r"  --\w+ CONFIG +Path to a configuration file\.\n", "", settings))
-        return 0
-    given = read_arguments(words, extra=("config",))
-    filed = read_config_files(given)
-    given.pop("config", None)
+    options = train_parser().parse_args(words)
+    filed, given = [read_config_file(file) for file in options.config], options.settings
     if os.environ.get("WANDB_SWEEP_ID") and not is_child_rank():
         from icl.training.wandb.agent import in_sweep
 

@@ -17,7 +17,6 @@ from icl.config import RunConfig
 from icl.config.validation import ConfigError, parse_num_tasks
 from icl.runs.folder import RunError, RunFolder, config_differences
 
-DEFAULT_BASE = "checkpoints"
 METADATA = "experiment_metadata.json"
 MAX_POWER = 30
 """Largest power of two for M, since M must be below 2^31."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from icl.config.validation import ConfigError
-from icl.resolve import OPTIONS, POINT_VARIABLE
+from icl.resolve import POINT_VARIABLE
 from icl.runs.environment import COMMANDS, OWN_PROGRAM
 
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
@@ -101,7 +101,7 @@ def fill_macros(
 def own_command(words: Sequence[str]) -> tuple[str, list[str]] | None:
     """Return `train` or `llc` and its arguments if the command is `icl train` or `icl llc`; None for any other program."""
     for index, (word, following) in enumerate(itertools.pairwise(words)):
-        if Path(word).name == "icl" and following in OPTIONS:
+        if Path(word).name == "icl" and following in ("train", "llc"):
             return following, list(words[index + 2 :])
     return None
 

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from icl.command_line import llc_parser, train_parser
 from icl.config import RunConfig, flatten, is_free_on_resume
 from icl.config.validation import ConfigError
 from icl.presets import run_name, sampler_name
-from icl.resolve import OPTIONS, read_config_file, read_words, refuse_conflicts, refuse_twice_set, resolve
+from icl.resolve import read_config_file, refuse_conflicts, refuse_twice_set, resolve
 from icl.runs.folder import DONE, RunFolder, config_differences, local_root
 from icl.sweeps.command import JSON_FILE_MACRO, fill_macros, own_command
 from icl.sweeps.distributions import Parameter, draw, grid_values
@@ -178,12 +179,11 @@ def _name(sweep: SweepFile, number: int, settings: Settings) -> str:
 
 def _own_config(command: str, arguments: list[str], settings: Mapping[str, Any]) -> RunConfig:
     """Return the configuration of `icl train` or `icl llc`, from the arguments of the command and the point."""
-    given = read_words(command, arguments).settings
-    files = given.get("config", [])
-    if "steps" in given:
-        given["sampler.steps"] = given["steps"]
-    given = {key: value for key, value in given.items() if key not in OPTIONS[command]}
-    layers = [settings if file == JSON_FILE_MACRO else read_config_file(file) for file in files]
+    options = (train_parser() if command == "train" else llc_parser()).parse_args(arguments)
+    given = options.settings
+    if command == "llc" and options.steps is not None:
+        given["sampler.steps"] = options.steps
+    layers = [settings if file == JSON_FILE_MACRO else read_config_file(file) for file in options.config]
     config = resolve(*layers, settings, given)
     refuse_conflicts(settings, given)
     return config

@@ -3,7 +3,7 @@
 import shlex
 from typing import Literal, get_args, get_origin
 
-from icl.resolve import known_keys
+from icl.config.values import known_keys
 from tests.reliability.bench import STEPS
 from tests.reliability.case import Case, command_case
 

@@ -10,10 +10,10 @@ from llc_runs import CONFIG, QUICK, make_run
 
 from icl.cli import llc, main
 from icl.cli.llc_output import describe_work
+from icl.command_line import llc_parser
 from icl.config import RunConfig
 from icl.plotting.llc import plot_llc, read_stages
 from icl.presets import preset, run_name, sampler_name
-from icl.resolve import read_words
 from icl.runs.checkpoints import checkpoint_files
 from icl.sampling import run as runs
 from icl.sampling.settings import PUBLISHED
@@ -216,7 +216,7 @@ def test_the_control_adds_rows_of_rescaled_weights(folder, tmp_path, capsys):
         (["--rescale", "x"], "must be a number"),
         (["--rescale", "0"], "must be positive"),
         (["--calibrat"], "Did you mean `--calibrate`?"),
-        (["--setps", "1"], "Did you mean `steps`?"),
+        (["--setps", "1"], "Did you mean `--steps`?"),
     ],
 )
 def test_mistakes_are_sentences_before_any_work(folder, monkeypatch, capsys, words, sentence):
@@ -257,13 +257,14 @@ def test_an_interrupted_calibration_says_that_it_starts_over(folder, monkeypatch
 
 
 def test_words_may_come_in_any_order():
-    words = read_words("llc", ["--steps", "1", "2,3", "run", "--published", "--sampler.lr=1"])
-    assert (words.path, words.flags) == ("run", {"published"})
-    assert words.settings == {"steps": "1,2,3", "sampler.lr": "1"}
+    options = llc_parser().parse_args(["--steps", "1", "2,3", "run", "--published", "--sampler.lr=1"])
+    assert (options.path, options.flags, options.steps) == ("run", ["published"], "1,2,3")
+    assert options.settings == {"sampler.lr": "1"}
 
 
 def test_help_lists_the_settings(capsys):
-    assert main(["llc", "--help"]) == 0
+    with pytest.raises(SystemExit):
+        main(["llc", "--help"])
     told = capsys.readouterr().out
     assert "--sampler.localization" in told
     assert "--calibrate" in told

@@ -1,0 +1,303 @@
+"""One parser for all commands: options, and for some commands the settings of a run beside them.
+
+A setting is written `--section.key VALUE` or `--section.key=VALUE`. A section takes a table, as W&B writes nested parameters:
+`--task={'num_tasks': 2}`. Values of settings stay text here; `icl.resolve` reads them together with those from files.
+
+`icl train` and `icl llc` are described here and not beside their commands, because sweep files hold such command lines too.
+"""
+
+import argparse
+import difflib
+import math
+import re
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from icl.config import RunConfig, flatten
+from icl.config.older import modern_setting
+from icl.config.validation import ConfigError
+from icl.config.values import SECTIONS, describe_type, known_keys, read_table
+from icl.files.reading import is_beyond_floats
+from icl.resolve import refuse_unknown
+
+_SENTENCES = (
+    (r"argument (\S+): ((?:must|is) .+)", r"`\1` \2"),
+    (r"argument (\S+): expected (?:one|at least one) argument", r"`\1` needs a value"),
+    (r"argument (\S+): ignored explicit argument (.+)", r"`\1` takes no value, got \2"),
+    (r"argument (\S+): not allowed with argument (\S+)", r"`\1` and `\2` cannot be given together"),
+    (r"argument (\S+): invalid choice: (.+) \(choose from (.+)\)", r"`\1` must be one of \3, got \2"),
+    (r"the following arguments are required: (.+)", r"give \1"),
+)
+"""Messages of argparse, and the sentences that we make of them."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence: it names the nearest option, and says what a value must be.
+
+    Args:
+        command: The command, such as `train`.
+        description: What the command does.
+        examples: Command lines, one a line.
+        settings: Whether the command also takes the settings of a run.
+        help_of: The settings that its help describes: a section, or all.
+        options: Further arguments of argparse's parser.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        description: str,
+        examples: str,
+        *,
+        settings: bool = False,
+        help_of: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            prog=f"icl {command}",
+            description=description,
+            epilog="example:\n" + "\n".join(f"  {line.strip()}" for line in examples.splitlines()),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+        self.settings, self.help_of = settings, help_of
+        for kind, reader in ((int, _whole_number), (float, _number), (Path, _path)):
+            self.register("type", kind, reader)
+
+    def add(self, spelling: str, text: str, **options: Any) -> None:
+        """Add an option with its help, spelled as people write it.
+
+        Args:
+            spelling: `--out FILE`; `--num_prompts --n_prompts N` with an older name; `--force` for one without a value, which
+                is then true or false; `path RUN` for a word that is no option.
+            text: The help.
+            options: Further arguments of argparse's `add_argument`.
+        """
+        *names, last = spelling.split()
+        if last.startswith("--"):
+            self.add_argument(*names, last, help=text, **{"action": "store_true", **options})
+        else:
+            self.add_argument(*names, metavar=last, help=text, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the words.
+
+        Raises:
+            ConfigError: Always.
+        """
+        for pattern, sentence in _SENTENCES:
+            if match := re.fullmatch(pattern, message, re.DOTALL):
+                message = match.expand(sentence)
+                break
+        raise ConfigError(f"{message[0].upper()}{message[1:]}. `{self.prog} --help` has an example.")
+
+    def parse_args(  # type: ignore[override]  # of overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """Return the options; those of a command with settings have them, flat and as text, as `settings`.
+
+        Raises:
+            ConfigError: For a word that is no option and no setting, or for a value that an option cannot have.
+        """
+        words = list(args or ())
+        settings, words = split_settings(_join_steps(words)) if self.settings else ({}, words)
+        options, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            word = next((word for word in unknown if word.startswith("-")), unknown[0])
+            self._refuse(word.partition("=")[0])
+        options.settings = settings
+        return options
+
+    def format_help(self) -> str:
+        """Return the help of the options, followed by that of the settings."""
+        if self.help_of is None:
+            return super().format_help()
+        below = "defaults < preset" if self.help_of == "all" else "the run's own"
+        layers = f"later wins: {below} < --config files in their order < command line"
+        return f"{super().format_help()}\nsettings ({layers}):\n\n{_describe_settings(self.help_of)}"
+
+    def _refuse(self, word: str) -> NoReturn:
+        """Refuse a word that is no option, with the nearest one."""
+        known = [option for action in self._actions for option in action.option_strings]
+        if self.settings:
+            if not word.startswith("--"):
+                raise ConfigError(f"Expected `--section.key VALUE`, got `{word}`.")
+            near = difflib.get_close_matches(word[2:], [option.removeprefix("--") for option in known], n=1)
+            if near:
+                raise ConfigError(f"There is no option `{word}`. Did you mean `--{near[0]}`?")
+            refuse_unknown([word[2:]])
+        older = modern_setting(word.lstrip("-")) if word.startswith("--") else None
+        hint = nearest(word, known) or (f" {older}" if older else f" `{self.prog} --help` lists what it takes.")
+        raise ConfigError(f"`{self.prog}` takes no `{word}`.{hint}")
+
+
+def split_settings(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """Take the settings of a run out of a command line; the later of two values of a key wins.
+
+    A bare `--key` of a truth value means true.
+
+    Returns:
+        The settings, flat and as they are written (those in a table as it spells them), and all other words in their order.
+
+    Raises:
+        ConfigError: For a setting without a value, or a section that is given no table.
+    """
+    settings: dict[str, Any] = {}
+    others: list[str] = []
+    kinds = known_keys()
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, text = word[2:].partition("=")
+        if word == "--":  # argparse would drop it
+            refuse_unknown([key])
+        if not word.startswith("--") or not (key in kinds or key in SECTIONS):
+            others.append(word)
+            continue
+        if not equals and rest and not rest[0].startswith("--"):
+            equals, text = "=", rest.pop(0)
+        if key in SECTIONS:
+            settings |= _read_section(key, text)
+        elif not equals and kinds[key] is not bool:
+            raise ConfigError(f"The option `--{key}` needs a value, {describe_type(kinds[key])}.")
+        else:
+            settings[key] = text if equals else "true"
+    return settings, others
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a question whether the nearest known word was meant; nothing if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean `{near[0]}`?" if near else ""
+
+
+def _join_steps(words: Iterable[str]) -> list[str]:
+    """Return words in which several steps after `--steps` are one word: `--steps 1 2` becomes `--steps 1,2`."""
+    joined: list[str] = []
+    for word in words:
+        follows_steps = joined[-2:-1] == ["--steps"] and not joined[-1].startswith("--")
+        if follows_steps and re.fullmatch(r"[\d:,]+", word):
+            joined[-1] += f",{word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _read_section(section: str, text: str) -> dict[str, Any]:
+    """Return the settings in a section's table."""
+    table = read_table(text)
+    if table is None and text.lstrip().startswith("{"):
+        raise ConfigError(
+            f"`{section}` is a section, and {text!r} cannot be read as a table of settings; write `--{section}.key VALUE`."
+        )
+    if table is None:
+        refuse_unknown([section])
+    settings = flatten({section: table})
+    refuse_unknown(settings)
+    return settings
+
+
+def _describe_settings(section: str) -> str:
+    """Return the help of a section's settings, or of all: types, defaults and the line of documentation of each."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(add_help=False)
+    kind: Any = RunConfig if section == "all" else SECTIONS[section]
+    parser.add_class_arguments(kind, None if section == "all" else section)
+    text = parser.format_help().partition("\n\n")[2]
+    return re.sub(r"  --\w+ CONFIG\s+Path to a configuration file\.\n", "", text)
+
+
+def _whole_number(text: str) -> int:
+    if not re.fullmatch(r"\s*[+-]?\d[\d_]{0,29}\s*", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    if is_beyond_floats(text, number):
+        raise argparse.ArgumentTypeError(f"is too small for a floating-point number, got {text!r}")
+    return number
+
+
+def _path(text: str) -> Path:
+    """Return a path; pathlib takes the empty text for the working directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must name a file or folder, got nothing")
+    return Path(text)
+
+
+def add_config_option(parser: CommandParser) -> None:
+    """Add `--config FILE`, which may be given several times."""
+    text = "read settings from a file, such as that of `icl llc --calibrate`; a later file overrides an earlier one"
+    parser.add("--config FILE", text, action="append", default=[])
+
+
+@cache
+def train_parser() -> CommandParser:
+    """Return the parser of `icl train`."""
+    parser = CommandParser(
+        "train",
+        "Train a run; the same command resumes an unfinished one, or says that it is finished.\n"
+        "Without arguments: the preset `quickstart`, about two minutes on two CPU cores.",
+        """icl train
+        icl train --task.num_tasks 8 --run_name eight-tasks
+        icl train --preset L2H4 --model.double_residual --trainer.max_steps 20000 --optim.schedule_steps 500000
+        icl train --config my-run.yaml --seeds.model 1
+        icl train --population.seeds 0,1,2,3,4 --population.num_tasks 8,64,inf""",
+        settings=True,
+        help_of="all",
+        usage="icl train [--preset NAME] [--config FILE ...] [--section.key VALUE ...]",
+    )
+    add_config_option(parser)
+    return parser
+
+
+@cache
+def llc_parser() -> CommandParser:
+    """Return the parser of `icl llc`; `flags` of its options lists the ones of --published, --calibrate and --self-test."""
+    parser = CommandParser(
+        "llc",
+        """\
+Estimate the local learning coefficient (LLC) at saved steps of a run, each with standard error, diagnostics and verdict.
+Finished steps are stored: after an interruption, the same command continues. RUN is a folder or a run's name; without it,
+the command uses the run that `icl train` makes from the same settings. The exit status is not zero if every estimate is
+invalid, except in a sweep, where this is a result.""",
+        """icl llc runs/quickstart
+        icl llc runs/quickstart --steps last --sampler.num_draws 1000
+        icl llc runs/quickstart --calibrate
+        icl llc runs/quickstart --config runs/quickstart/results/llc-calibration.yaml
+        icl llc --self-test""",
+        settings=True,
+        help_of="sampler",
+        usage="icl llc [RUN|CHECKPOINT] [--steps STEPS] [--sampler.key VALUE ...] [--config FILE] [--out FILE]\n"
+        "       icl llc [RUN] --published | --calibrate | --rescale C\n       icl llc --self-test [--out FILE]",
+    )
+    parser.add("path RUN|CHECKPOINT", "a run's folder or name, or a checkpoint", nargs="?")
+    parser.add(
+        "--steps STEPS", "all, last, a list 1,2,3 or 1 2 3, a range 0:1000:100 (default: the run's `sampler.steps`)"
+    )
+    add_config_option(parser)
+    parser.add("--out FILE", "also write the rows to FILE (.csv or .json)")
+    parser.add(
+        "--rescale C", "a control: also estimate with weights rescaled by C, which leaves the function unchanged"
+    )
+    flags = {
+        "published": "use the sampler settings of Hoogland et al. 2024, and say what they measure",
+        "calibrate": "choose lr, nbeta, localization and burn-in by a search over a few checkpoints (or over --steps); it "
+        "takes some minutes on a CPU, says first how many, and starts over after an interruption",
+        "self-test": "run the sampler on losses whose learning coefficient is known; takes about a minute and needs no run",
+    }
+    for flag, text in flags.items():
+        parser.add(f"--{flag}", text, dest="flags", action="append_const", const=flag, default=[])
+    return parser
