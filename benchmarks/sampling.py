@@ -19,9 +19,9 @@ from icl.build import build_model
 from icl.config import RunConfig, SamplerConfig
 from icl.model.flat import make_layout
 from icl.model.stacked import stack
+from icl.sampling.batches import ChainBatches
 from icl.sampling.chains import run_chains
 from icl.sampling.prompt_loss import prompt_target
-from icl.sampling.settings import SamplerSettings
 from icl.tasks.prompts import sample_prompts
 
 NUM_CHAINS, BATCH_SIZE = 8, 256
@@ -78,15 +78,14 @@ def our_chains(
     """All chains of some checkpoints at each call."""
     sizes = {**_SIZES, "num_burnin_steps": num_moves - 2}
     sampler = SamplerConfig(batch_size=BATCH_SIZE, **_KERNEL, **sizes)
-    loss = prompt_target(config, sampler, device=device, num_moves=2**40 if compiled else 0)
+    target = prompt_target(config, sampler, device=device, num_moves=2**40 if compiled else 0)
     one = {name: parameter.detach().to(device) for name, parameter in build_model(config).named_parameters()}
-    checkpoints, settings = stack([one] * num_checkpoints), SamplerSettings(seed=0, **_KERNEL, **sizes)
+    checkpoints = stack([one] * num_checkpoints)
     return lambda: run_chains(
-        loss.gradient,
-        loss.own_losses,
+        target,
         checkpoints,
-        loss.batches,
-        settings,
+        ChainBatches(target.batches, sampler),
+        [sampler] * num_checkpoints,
         layout=make_layout(one),
         keys=[str(number) for number in range(num_checkpoints)],
         chunk_size=num_checkpoints * NUM_CHAINS,

@@ -5,7 +5,7 @@ the exact numbers of parameters: `L2H4` 51,717, `raventos-base` 1,591,808, `rave
 `icr` 4,761,097.
 
 The `sampler` of a preset is our choice, because estimates with the published one cannot be trusted
-(`icl.sampling.settings.PUBLISHED`). Three rules determine it:
+(`icl.sampling.published.PUBLISHED`). Three rules determine it:
 
 - The width of a flat direction, 1 / sqrt(localization), is small compared with the root mean square weight. So chains stay
   in the basin.

@@ -31,12 +31,11 @@ def describe_work(path: Path, sampler: SamplerConfig, *, mode: str, rescale: flo
     from icl.runs.checkpoints import checkpoint_files, checkpoint_name
     from icl.sampling.records import VERSION, EstimateSettings
     from icl.sampling.run import chosen_files
-    from icl.sampling.settings import chain_settings, with_nbeta
 
     files, finished = checkpoint_files(path), set()
     if not path.is_file():
         files = chosen_files(files, sampler.steps)
-        settings = EstimateSettings(with_nbeta(sampler), mode, rescale)
+        settings = EstimateSettings(sampler, mode, rescale)
         finished = settings.cache(run_of(path)).steps(settings.key, VERSION)
     num_left = sum(file.name not in map(checkpoint_name, finished) for file in files)
     steps = f"{len(files)} step{'s' if len(files) != 1 else ''}"
@@ -44,7 +43,7 @@ def describe_work(path: Path, sampler: SamplerConfig, *, mode: str, rescale: flo
     if not num_left:
         return f"{subject}: all is done, {steps}."
     work = steps if num_left == len(files) else f"{num_left} of {steps} to do"
-    num_later = chain_settings(sampler).num_moves - sampler.num_burnin_steps
+    num_later = sampler.num_moves - sampler.num_burnin_steps
     chains = f"{sampler.num_chains} chains x ({sampler.num_burnin_steps} + {num_later}) moves"
     return f"{subject}: {work}, {chains}{'.' if path.is_file() else '; finished steps are stored.'}"
 

@@ -94,7 +94,7 @@ def require_rescalable(path: Path, factor: float) -> None:
 
 
 def _published() -> dict[str, Any]:
-    from icl.sampling.settings import PUBLISHED
+    from icl.sampling.published import PUBLISHED
 
     values = dataclasses.asdict(PUBLISHED)
     return {f"sampler.{name}": values[name] for name in values if name not in ("steps", "memory", "num_init_batches")}

@@ -1,10 +1,14 @@
-"""Memory of a device, and refusal of work that cannot fit into it."""
+"""Memory of a device and of some work, and refusal of work that cannot fit."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from icl.config.validation import ConfigError
 
@@ -43,6 +47,29 @@ def device_bytes(device: torch.device | str) -> int:
     if torch.device(device).type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return min([_available_bytes(), *_group_bytes()])
+
+
+def bytes_made_by(work: Callable[[], object]) -> int:
+    """Do some work, and return the bytes of all tensors that it makes; views of one storage count once."""
+    with _Allocations() as allocations:
+        work()
+    return sum(allocations.sizes.values())
+
+
+class _Allocations(TorchDispatchMode):
+    """Records the size of every tensor that a block makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self.sizes[storage.data_ptr()] = max(self.sizes.get(storage.data_ptr(), 0), storage.nbytes())
+        return result
 
 
 def _available_bytes() -> int:

@@ -2,6 +2,7 @@
 
 from icl.config.tree import (
     MEMBER_SETTINGS,
+    ChainsConfig,
     CheckpointsConfig,
     EarlyStoppingConfig,
     EvaluationConfig,
@@ -19,6 +20,7 @@ from icl.config.tree import (
 
 __all__ = [
     "MEMBER_SETTINGS",
+    "ChainsConfig",
     "CheckpointsConfig",
     "EarlyStoppingConfig",
     "EvaluationConfig",

@@ -8,7 +8,7 @@ and in every checkpoint. Names are the usual terms; the descriptions add the pap
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from icl.config.validation import (
     Bound,
@@ -252,19 +252,19 @@ class CheckpointsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """Estimation of local learning coefficients by `icl llc`; it has no effect on training."""
+class ChainsConfig:
+    """Settings of the chains of an LLC estimate, for any loss."""
 
     lr: float = 2e-5
-    """Step size epsilon of SGLD."""
+    """Step size epsilon."""
     nbeta: float | None = 1000.0
     """Effective inverse temperature n beta, the factor of the loss; None means n / ln n with n = `num_samples`."""
     localization: float = 1000.0
     """Strength gamma of the pull back to the checkpoint."""
-    num_samples: int = 2**20
-    """Sample size n: the number of prompts in the `fixed` set, and the n of n / ln n."""
-    batch_size: int = 256
-    """Prompts in each chain's minibatch."""
+    num_samples: int | None = None
+    """Sample size n; None if it is not known."""
+    batch_size: int | None = None
+    """Size of a minibatch; None if whoever gives the minibatches decides it."""
     num_chains: int = 4
     """Independent chains for each checkpoint."""
     num_draws: int = 100
@@ -277,8 +277,61 @@ class SamplerConfig:
     """Markov kernel: `sgld`, or SGLD preconditioned by RMSprop (`rmsprop`)."""
     thinning: int = 1
     """Moves from one draw to the next."""
+    num_init_batches: int = 32
+    """Minibatches over which the checkpoint's own loss L(w0) is averaged."""
+
+    section: ClassVar[str] = ""
+    """Name of the section in error messages."""
+
+    @property
+    def inverse_temperature(self) -> float:
+        """The number `nbeta`, or n / ln n where it is None; no other place decides this."""
+        if self.nbeta is not None:
+            return self.nbeta
+        assert self.num_samples is not None
+        return self.num_samples / math.log(self.num_samples)
+
+    @property
+    def num_moves(self) -> int:
+        """Gradients that a chain takes, not counting the diagnostic ones."""
+        return self.num_burnin_steps + (self.num_draws - 1) * self.thinning + 1
+
+    def __post_init__(self) -> None:
+        sizes = {"num_samples": 2, "batch_size": 1, "num_chains": 1, "num_draws": 2, "num_burnin_steps": 0}
+        numbers: dict[str, Bound] = {"lr": "positive", "localization": "zero or positive", "memory": "positive"}
+        validate(
+            self.section,
+            self,
+            counts={**sizes, "seed": 0, "thinning": 1, "num_init_batches": 1},
+            numbers=numbers,
+        )
+        prefix = f"{self.section}." if self.section else ""
+        require(
+            self.nbeta is not None or self.num_samples is not None,
+            "`nbeta` is None, which means n / ln n, but `num_samples` (n) is missing; give one of them.",
+        )
+        if self.nbeta is not None:
+            repair = f". Write none for n / ln n with n = `{prefix}num_samples`"
+            require_number(f"{prefix}nbeta", self.nbeta, "positive", repair=repair)
+        for name in ("lr", "nbeta", "localization"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, float(value))
+        require(
+            self.kernel != "rmsprop" or self.num_burnin_steps > 0,
+            f"The kernel `rmsprop` adapts only during burn-in. Set `{prefix}num_burnin_steps` above 0.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig(ChainsConfig):
+    """Estimation of local learning coefficients by `icl llc`; it has no effect on training."""
+
+    num_samples: int = 2**20
+    """Sample size n: the number of prompts in the `fixed` set, and the n of n / ln n."""
     num_init_batches: int = 256
     """Minibatches over which the checkpoint's own loss L(w0) is averaged."""
+    batch_size: int = 256
+    """Prompts in each chain's minibatch."""
     minibatches: Minibatches = "fixed"
     """Minibatches of one set of `num_samples` prompts (`fixed`), or of new prompts every time (`fresh`)."""
     loss: SampledLoss = "mse"
@@ -288,27 +341,15 @@ class SamplerConfig:
     memory: float | None = None
     """GiB of memory for the chains that run at the same time. By default 2, or on CUDA half of the free memory."""
 
+    section: ClassVar[str] = "sampler"
+
     def __post_init__(self) -> None:
-        sizes = {"num_samples": 2, "batch_size": 1, "num_chains": 1, "num_draws": 2, "num_burnin_steps": 0}
-        counts = {**sizes, "seed": 0, "thinning": 1, "num_init_batches": 1}
-        validate(
-            "sampler",
-            self,
-            counts=counts,
-            numbers={"lr": "positive", "localization": "zero or positive", "memory": "positive"},
-        )
+        super().__post_init__()
         require_steps(self.steps)
-        if self.nbeta is not None:
-            repair = ". Write none for n / ln n with n = `sampler.num_samples`"
-            require_number("sampler.nbeta", self.nbeta, "positive", repair=repair)
         require(
             self.minibatches == "fresh" or self.num_samples % self.batch_size == 0,
             f"`sampler.num_samples` must be a multiple of `sampler.batch_size` for `fixed` minibatches, got "
             f"{self.num_samples} and {self.batch_size}.",
-        )
-        require(
-            self.kernel == "sgld" or self.num_burnin_steps > 0,
-            "The kernel `rmsprop` adapts only during burn-in. Set `sampler.num_burnin_steps` above 0.",
         )
 
 

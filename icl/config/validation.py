@@ -107,7 +107,7 @@ def validate(section: str, settings: Any, *, counts: Mapping[str, int], numbers:
     None may be None.
 
     Args:
-        section: Name of the section, for error messages.
+        section: Name of the section, for error messages; empty for settings outside the tree.
         settings: The dataclass.
         counts: Smallest value of each field that is a whole number.
         numbers: Bound of each field that is a real number.
@@ -116,7 +116,8 @@ def validate(section: str, settings: Any, *, counts: Mapping[str, int], numbers:
         ConfigError: If a value cannot be used.
     """
     for field in dataclasses.fields(settings):
-        name, value = f"{section}.{field.name}", plain_number(getattr(settings, field.name))
+        name = f"{section}.{field.name}".removeprefix(".")
+        value = plain_number(getattr(settings, field.name))
         object.__setattr__(settings, field.name, value)
         if value is None and type(None) in get_args(field.type):
             continue

@@ -24,13 +24,62 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from icl.config import ChainsConfig
 from icl.config.validation import ConfigError
 from icl.rng import stream
 
 Batch: TypeAlias = Any
 """A tree (tuples, lists, dicts) of tensors and other values."""
 Batches: TypeAlias = Callable[[int, int], Batch] | Iterable[Batch]
+NUM_COMPARED = 4
+"""Number of first moves at which the chains' minibatches are compared; so are twice as many later ones."""
 _ARRAYS = (Tensor, np.ndarray)
+
+
+class ChainBatches:
+    """The minibatches of some chains. It records which chains saw the same ones."""
+
+    def __init__(self, batches: Batches, settings: ChainsConfig) -> None:
+        self.get = batch_function(batches, num_chains=settings.num_chains, seed=settings.seed)
+        self.num_chains, self.num_moves = settings.num_chains, settings.num_moves
+        later = range(NUM_COMPARED, self.num_moves, max(1, (self.num_moves - NUM_COMPARED) // (2 * NUM_COMPARED)))
+        self.compared = frozenset(range(NUM_COMPARED)), frozenset(later[: 2 * NUM_COMPARED])
+        self.digests: dict[tuple[int, int], bytes] = {}
+
+    def first_distinct(self, num_wanted: int, device: torch.device) -> tuple[list[Batch], bool]:
+        """Return the first distinct batches that the chains get, and whether a search for more was in vain."""
+        batches: dict[bytes, Batch] = {}
+        num_repeats, patience = 0, 2 * self.num_chains
+        for number in range(self.num_moves * self.num_chains):
+            draw, chain = divmod(number, self.num_chains)
+            batch = self.get(chain, draw)
+            num_repeats = num_repeats + 1 if batches.setdefault(fingerprint(batch), batch) is not batch else 0
+            if len(batches) == num_wanted or num_repeats > patience + len(batches):
+                break
+        return [to_device(batch, device) for batch in batches.values()], num_repeats > patience + len(batches)
+
+    def stacked(self, chains: Sequence[int], draw: int, device: torch.device) -> Batch:
+        """Return one move's batches, a row for each of `chains`; equal chains get the same object."""
+        batches = {chain: self.get(chain, draw) for chain in dict.fromkeys(chains)}
+        if any(draw in draws for draws in self.compared):
+            self.digests |= {(chain, draw): fingerprint(batch) for chain, batch in batches.items()}
+        return stack_batches([batches[chain] for chain in chains], device)
+
+    def is_one(self) -> bool:
+        """Return whether all chains saw the same single batch at every compared move: the whole data."""
+        return len(set(self.digests.values())) <= 1
+
+    def is_shared(self) -> bool:
+        """Return whether two chains saw the same batches at all first or all later moves, although there were different ones."""
+        if self.is_one():
+            return False
+        chains = {chain for chain, _ in self.digests}
+        for compared in self.compared:
+            draws = sorted({draw for _, draw in self.digests} & compared)
+            rows = {tuple(self.digests[chain, draw] for draw in draws) for chain in chains}
+            if draws and len(rows) < len(chains):
+                return True
+        return False
 
 
 def batch_function(batches: Batches, *, num_chains: int, seed: int) -> Callable[[int, int], Batch]:
@@ -158,6 +207,11 @@ def stack_batches(batches: Sequence[Batch], device: torch.device) -> Batch:
             "`vectorize=False`."
         ) from None
     return pytree.tree_unflatten(leaves, spec)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch to a device, with its arrays as tensors."""
+    return pytree.tree_map(lambda x: x[0] if isinstance(x, Tensor) else x, stack_batches([batch], device))
 
 
 def _stack_leaves(column: Sequence[Any], device: torch.device) -> Any:

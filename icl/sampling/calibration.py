@@ -39,7 +39,6 @@ from icl.sampling.search import (
     slower_than,
     survey,
 )
-from icl.sampling.settings import num_moves
 from icl.sampling.target import Target
 
 PLACES = (0.2, 0.5, 1.0)
@@ -123,10 +122,10 @@ def _plan(sampler: SamplerConfig, num_checkpoints: int) -> _Plan:
     """Count the moves, as far as they are known before the search."""
     points = survey(height=1.0, curvature=1.0)
     slower = slower_than(points[0])  # of the smallest ratio, whose chains are the longest
-    rate, once, twice = (num_moves(point.sampler(sampler)) for point in (points[0], slower, slower_than(slower)))
+    rate, once, twice = (_num_moves(point.sampler(sampler)) for point in (points[0], slower, slower_than(slower)))
     full = dataclasses.replace(sampler, num_burnin_steps=3 * points[0].filling // 2)
-    confirmation = num_checkpoints * num_moves(full)
-    surveyed = num_checkpoints * sum(num_moves(point.sampler(sampler)) for point in points)
+    confirmation = num_checkpoints * _num_moves(full)
+    surveyed = num_checkpoints * sum(_num_moves(point.sampler(sampler)) for point in points)
     expected = surveyed + rate + once + confirmation
     return _Plan(expected, expected + twice, confirmation)
 
@@ -151,16 +150,21 @@ class _Work:
         stage, samplers = points[0].stage, [point.sampler(self.sampler) for point in points]
         self.bar.set_description(stage)
         if points[0].slowness > 1:  # then only the confirmation is left, unless lr falls once more
-            self.bar.set_remaining(num_moves(samplers[0]) + self.plan.confirmation)
+            self.bar.set_remaining(_num_moves(samplers[0]) + self.plan.confirmation)
         checkpoints = self.checkpoints if stage == SURVEY else self.checkpoints[-1:]
         return estimate_grid(checkpoints, samplers, self.target, device=self.device, advance=self.bar.update)
 
     def confirm(self, chosen: SamplerConfig, target: Target) -> list[LLCResult]:
         """Estimate under the chosen settings at all checkpoints, on minibatches and noise that the choice did not depend on."""
         self.bar.set_description(CONFIRMATION)
-        self.bar.set_remaining(len(self.checkpoints) * num_moves(chosen))
+        self.bar.set_remaining(len(self.checkpoints) * _num_moves(chosen))
         samplers = [_next_seed(chosen)]
         return estimate_grid(self.checkpoints, samplers, target, device=self.device, advance=self.bar.update)[0]
+
+
+def _num_moves(sampler: SamplerConfig) -> int:
+    """Return the number of moves of all chains of a checkpoint."""
+    return sampler.num_chains * sampler.num_moves
 
 
 def _next_seed(sampler: SamplerConfig) -> SamplerConfig:
@@ -175,7 +179,7 @@ def _seconds_per_move(
     times: list[float] = []
     estimate_grid(checkpoints, short, target, device=device, advance=lambda _: times.append(time.perf_counter()))
     seconds = time.perf_counter() - times[2]  # with MALA's gradient at both draws
-    return seconds / ((num_moves(short[0]) + (2 - 3) * short[0].num_chains) * len(short) * len(checkpoints))
+    return seconds / ((_num_moves(short[0]) + (2 - 3) * short[0].num_chains) * len(short) * len(checkpoints))
 
 
 def _expected_time(plan: _Plan, seconds_per_move: float) -> str:

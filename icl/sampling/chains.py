@@ -1,4 +1,4 @@
-"""Run chains x checkpoints as one population.
+"""Estimate the LLCs of checkpoints x settings x chains as one population, from the losses to the verdicts.
 
 Members are numbered checkpoint by checkpoint and processed in chunks that fit the memory. Each member has its own
 generator, seeded from (seed, checkpoint key, chain) and drawn outside `vmap`. So its noise is the same whatever runs
@@ -6,109 +6,166 @@ beside it. Draw j is the state after `num_burnin_steps + j * thinning` moves. It
 gives the next move its gradient, evaluated before the move. (So without burn-in, draw 0 is the checkpoint.)
 
 At each draw we also record the excess of the loss over the checkpoint's on the same minibatch, which costs one more forward pass.
-The difference has little of the noise of either loss. `icl.sampling.recording` has the other numbers. At up to `NUM_MALA` draws
+The difference has little of the noise of either loss. `icl.sampling.traces` has the other numbers. At up to `NUM_MALA` draws
 we compute the probability that MALA would accept the move, with L the loss of that draw's minibatch at both ends.
 
-Checkpoints may differ in their settings, but only in lr, nbeta and localization. A checkpoint under several settings
-is several rows of one population, whose chains see the same minibatches and noise. Moves and records are made for each group
-of equal settings, gradients for all members at once.
+Settings may differ in lr, nbeta and localization only. A checkpoint under several settings is several rows of one
+population, whose chains see the same minibatches and noise. Moves and records are made for each group of equal settings,
+gradients for all members at once. Numbers that depend on a checkpoint alone are computed once.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from icl import rng
+from icl.compute.memory import bytes_made_by
+from icl.config import ChainsConfig
 from icl.config.validation import ConfigError
-from icl.model.flat import Layout
-from icl.model.stacked import Params, size
-from icl.sampling.batches import Batch, Batches, batch_function, fingerprint, stack_batches
-from icl.sampling.minimum import BatchLosses, DropsAtMean
-from icl.sampling.recording import Draw, Recorder, Traces, mean_over_components, split_by_checkpoint
-from icl.sampling.settings import SamplerSettings
+from icl.model.flat import Layout, make_layout
+from icl.model.stacked import Params, size, stack
+from icl.sampling.batches import Batch, ChainBatches, stack_batches
+from icl.sampling.minimum import DropsAtMean, at_checkpoints, losses_by_batch, num_drop_batches
+from icl.sampling.result import CheckpointId, LLCResult, make_result
 from icl.sampling.sgld import KERNELS, SGLDState, log_mala_acceptance, step
-from icl.sampling.target import Gradient, StackedLosses
+from icl.sampling.target import Target, vmapped_gradient
+from icl.sampling.traces import Draw, Recorder, Traces, mean_over_components, split_by_checkpoint
 
 NUM_MALA = 16
 """Number of moves of each chain whose MALA acceptance is computed; each costs one more gradient."""
-NUM_COMPARED = 4
-"""Number of first moves at which the chains' minibatches are compared; so are twice as many later ones."""
+MEMORY = 2.0 * 2**30
+"""Default bytes that chains running at once may need; on CUDA it is half of the free memory."""
+_COPIES = 10
+"""Number of tensors of the size of the parameters that a member holds at once."""
 
 Advance: TypeAlias = Callable[[int], None]
 """Called after moves with their number: one chain's move counts as one."""
+SampleLosses: TypeAlias = Callable[[Params], Float[Tensor, " Q"]]
+"""Function from one member's parameters to the losses of Q fixed samples."""
+
+
+@torch.no_grad()
+def estimate(
+    target: Target,
+    checkpoints: Sequence[Mapping[str, Tensor]],
+    settings_grid: Sequence[ChainsConfig],
+    *,
+    identities: Sequence[CheckpointId],
+    layout: Layout | None = None,
+    sample_losses: SampleLosses | None = None,
+    memory: float | None = None,
+    advance: Advance = lambda moves: None,
+) -> list[list[LLCResult]]:
+    """Estimate the LLC of each checkpoint under each of some settings, as one population.
+
+    Args:
+        target: What is sampled.
+        checkpoints: Parameters by name, all of one architecture.
+        settings_grid: Settings that differ in lr, nbeta and localization only; chains see the same minibatches and noise under each.
+        identities: Step and hash of each checkpoint.
+        layout: Which parameters may move; None for all.
+        sample_losses: Function from parameters to the losses of fixed samples, for the singular fluctuation.
+        memory: Bytes that the chains running at once may need.
+        advance: Called after every move of the chains that run together, with their number.
+
+    Returns:
+        A list for each settings, with a result for each checkpoint.
+
+    Raises:
+        ConfigError: If settings differ in more than lr, nbeta and localization.
+    """
+    common = _require_common(settings_grid)
+    params = stack([{name: tensor.detach() for name, tensor in member.items()} for member in checkpoints])
+    layout = make_layout(checkpoints[0]) if layout is None else layout
+    device = next(iter(params.values())).device
+    source = ChainBatches(target.batches, common)
+    batches, are_all = source.first_distinct(common.num_init_batches, device)
+    chunk_size = _chunk_size(target, params, batches[0], layout, memory)
+    known = at_checkpoints(target, _chunks(params, chunk_size), batches, settings_grid, layout)
+    drop_batches = batches[: num_drop_batches(common.num_moves, common.num_chains)]
+
+    def losses_at_mean(params: Params) -> Float[Tensor, "N I"]:
+        chunks, losses = _chunks(params, chunk_size), target.losses_on_shared_batch
+        return torch.cat([losses_by_batch(losses, chunk, drop_batches).mean(2) for chunk in chunks])
+
+    traces = run_chains(
+        target,
+        {name: tensor.repeat(len(settings_grid), *[1] * (tensor.ndim - 1)) for name, tensor in params.items()},
+        source,
+        [settings for settings in settings_grid for _ in checkpoints],
+        layout=layout,
+        keys=[identity.checkpoint_hash or str(i) for i, identity in enumerate(identities)] * len(settings_grid),
+        chunk_size=chunk_size,
+        sample_losses=sample_losses,
+        losses_at_mean=losses_at_mean,
+        are_all_losses=are_all and len(drop_batches) == len(batches),
+        advance=advance,
+    )
+    remaining = iter(traces)
+    return [
+        [
+            make_result(next(remaining), at_checkpoint, settings, identity, target=target, num_params=layout.size)
+            for at_checkpoint, identity in zip(row, identities, strict=True)
+        ]
+        for row, settings in zip(known, settings_grid, strict=True)
+    ]
 
 
 def run_chains(
-    gradient: Gradient,
-    losses: StackedLosses,
+    target: Target,
     checkpoints: Params,
-    batches: Batches,
-    settings: SamplerSettings | Sequence[SamplerSettings],
+    source: ChainBatches,
+    settings: Sequence[ChainsConfig],
     *,
     layout: Layout,
     keys: Sequence[str],
     chunk_size: int,
-    sample_losses: Callable[[Params], Float[Tensor, "n Q"]] | None = None,
-    losses_at_mean: BatchLosses | None = None,
+    sample_losses: SampleLosses | None = None,
+    losses_at_mean: Callable[[Params], Float[Tensor, "N I"]] | None = None,
+    are_all_losses: bool = False,
     advance: Advance = lambda moves: None,
 ) -> list[Traces]:
     """Run every chain of every checkpoint; return the traces of each checkpoint.
 
     Args:
-        gradient: The gradient and the loss of stacked parameters.
-        losses: The loss alone, of stacked parameters each on its own batch.
+        target: What is sampled.
         checkpoints: Stacked on a leading axis C.
-        batches: Minibatches by (chain, draw), or an iterable.
-        settings: The same for all checkpoints, or one for each.
+        source: Minibatches of the chains.
+        settings: The settings of each checkpoint, which differ in lr, nbeta and localization only.
         layout: How the parameters that move lie in rows.
         keys: A text for each checkpoint, from which the noise of its chains is seeded.
         chunk_size: Number of members that may run at once.
-        sample_losses: Function from stacked parameters to the losses of Q fixed samples; their variance over draws is recorded.
-        losses_at_mean: How to measure the loss at the mean of the draws.
+        sample_losses: Function from parameters to the losses of fixed samples; their variance over draws is recorded.
+        losses_at_mean: Function from stacked parameters to their losses on I batches, for the loss at the mean of the draws.
+        are_all_losses: Whether these batches are all the data.
         advance: Called after every move.
-
-    Raises:
-        ConfigError: If settings differ in more than lr, nbeta and localization.
     """
-    each = [settings] * size(checkpoints) if isinstance(settings, SamplerSettings) else list(settings)
-    common = _require_common(each)
-    source = _Source(batch_function(batches, num_chains=common.num_chains, seed=common.seed), common.num_moves)
-    num_members = size(checkpoints) * common.num_chains
+    num_chains = settings[0].num_chains
+    num_members = size(checkpoints) * num_chains
     chunk_size = even_chunks(num_members, chunk_size)
+    rows, fixed = layout.to_rows(checkpoints), layout.fixed(checkpoints)
+    stacked_samples = None if sample_losses is None else target.map_members(sample_losses)
+    population = _Population(target, source, settings, layout, rows, fixed, keys, stacked_samples)
+    drops = None
+    if losses_at_mean is not None:
+        drops = DropsAtMean(losses_at_mean, are_all_losses, layout, rows, fixed, num_chains)
     parts: list[Traces] = []
-    with torch.no_grad():
-        rows, fixed = layout.to_rows(checkpoints), layout.fixed(checkpoints)
-        drops = None
-        if losses_at_mean is not None:
-            drops = DropsAtMean(losses_at_mean, layout, rows, fixed, common.num_chains)
-        population = _Population(
-            gradient=gradient,
-            losses=losses,
-            source=source,
-            settings=each,
-            layout=layout,
-            checkpoints=rows,
-            fixed=fixed,
-            keys=keys,
-            sample_losses=sample_losses,
-        )
-        for first in range(0, num_members, chunk_size):
-            for traces in population.run(range(first, min(first + chunk_size, num_members)), advance):
-                if drops is not None:
-                    assert traces.mean_position is not None
-                    drops.add(traces.mean_position, traces.alive)
-                # The positions are the largest part of the traces, so they are released at once.
-                parts.append(traces._replace(mean_position=None))
+    for first in range(0, num_members, chunk_size):
+        for traces in population.run(range(first, min(first + chunk_size, num_members)), advance):
+            if drops is not None:
+                assert traces.mean_position is not None
+                drops.add(traces.mean_position, traces.alive)
+            # The positions are the largest part of the traces, so they are released at once.
+            parts.append(traces._replace(mean_position=None))
     by_checkpoint = [
         traces._replace(share_batches=source.is_shared(), one_batch=source.is_one())
-        for traces in split_by_checkpoint(parts, common.num_chains)
+        for traces in split_by_checkpoint(parts, num_chains)
     ]
     if drops is None:
         return by_checkpoint
@@ -125,7 +182,7 @@ def even_chunks(num: int, most: int) -> int:
     return next(equal, -(-num // num_chunks))
 
 
-def _require_common(settings: Sequence[SamplerSettings]) -> SamplerSettings:
+def _require_common(settings: Sequence[ChainsConfig]) -> ChainsConfig:
     """Return the first of the settings; all must have its lengths, chains, seed and kernel."""
     first = settings[0]
     for other in settings:
@@ -136,47 +193,30 @@ def _require_common(settings: Sequence[SamplerSettings]) -> SamplerSettings:
     return first
 
 
-class _Source:
-    """Minibatches of the chains; it records which chains saw the same ones."""
-
-    def __init__(self, batches: Callable[[int, int], Batch], num_moves: int) -> None:
-        self.batches = batches
-        later = range(NUM_COMPARED, num_moves, max(1, (num_moves - NUM_COMPARED) // (2 * NUM_COMPARED)))
-        self.compared = frozenset(range(NUM_COMPARED)), frozenset(later[: 2 * NUM_COMPARED])
-        self.digests: dict[tuple[int, int], bytes] = {}
-
-    def stacked(self, chains: Sequence[int], draw: int, device: torch.device) -> Batch:
-        """Return one move's batches, a row for each of `chains`; equal chains get the same object."""
-        batches = {chain: self.batches(chain, draw) for chain in dict.fromkeys(chains)}
-        if any(draw in draws for draws in self.compared):
-            self.digests |= {(chain, draw): fingerprint(batch) for chain, batch in batches.items()}
-        return stack_batches([batches[chain] for chain in chains], device)
-
-    def is_one(self) -> bool:
-        """Return whether all chains saw the same single batch at every compared move: the whole data."""
-        return len(set(self.digests.values())) <= 1
-
-    def is_shared(self) -> bool:
-        """Return whether two chains saw the same batches at all first or all later moves, although there were different ones."""
-        if self.is_one():
-            return False
-        chains = {chain for chain, _ in self.digests}
-        for compared in self.compared:
-            draws = sorted({draw for _, draw in self.digests} & compared)
-            rows = {tuple(self.digests[chain, draw] for draw in draws) for chain in chains}
-            if draws and len(rows) < len(chains):
-                return True
-        return False
+def _chunks(params: Params, chunk_size: int) -> list[Params]:
+    starts = range(0, size(params), chunk_size)
+    return [{name: tensor[i : i + chunk_size] for name, tensor in params.items()} for i in starts]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Population:
+def _chunk_size(target: Target, params: Params, batch: Batch, layout: Layout, memory: float | None) -> int:
+    """Return the number of members that fit the memory together: at least one, and one if they are not mapped."""
+    if not target.vectorize:
+        return 1
+    member = {name: tensor[:1] for name, tensor in params.items()}
+    device = next(iter(member.values())).device
+    if memory is None:
+        memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else MEMORY
+    rows, fixed, stacked = layout.to_rows(member), layout.fixed(member), stack_batches([batch], device)
+    needed = bytes_made_by(lambda: vmapped_gradient(target.loss)(layout, rows, fixed, stacked))
+    return max(1, int(memory // (needed + _COPIES * sum(tensor.nbytes for tensor in member.values()))))
+
+
+class _Population(NamedTuple):
     """All members, of which some run at a time."""
 
-    gradient: Gradient
-    losses: StackedLosses
-    source: _Source
-    settings: Sequence[SamplerSettings]
+    target: Target
+    source: ChainBatches
+    settings: Sequence[ChainsConfig]
     """The settings of each checkpoint."""
     layout: Layout
     checkpoints: Float[Tensor, "C P"]
@@ -185,6 +225,7 @@ class _Population:
     keys: Sequence[str]
     """A text for each checkpoint, from which the noise of its chains is seeded."""
     sample_losses: Callable[[Params], Tensor] | None
+    """Function from stacked parameters to the losses of fixed samples."""
 
     def run(self, members: range, advance: Advance) -> list[Traces]:
         """Make all moves of some members; return the traces of each group of equal settings."""
@@ -202,7 +243,7 @@ class _Population:
             draw, remainder = divmod(move - common.num_burnin_steps, common.thinning)
             is_draw = draw >= 0 and remainder == 0
             if is_draw:
-                anchor_losses = self.losses(anchors, batch).split(sizes)
+                anchor_losses = self.target.losses_on_own_batches(anchors, batch).split(sizes)
                 for group, (grad, losses), anchor_loss in zip(groups, here, anchor_losses, strict=True):
                     group.record_draw(grad, losses - anchor_loss)
             proposals = [group.propose(grad, losses) for group, (grad, losses) in zip(groups, here, strict=True)]
@@ -234,7 +275,7 @@ class _Population:
         positions = [state.position for state in states]
         # A single group, the usual case, needs no copy.
         rows = positions[0] if len(positions) == 1 else torch.cat(positions)
-        grads, values = self.gradient(self.layout, rows, fixed, batch)
+        grads, values = self.target.chain_gradient(self.layout, rows, fixed, batch)
         sizes = [len(position) for position in positions]
         return list(zip(grads.split(sizes), values.split(sizes), strict=True))
 
@@ -244,7 +285,7 @@ class _Group:
 
     def __init__(
         self,
-        settings: SamplerSettings,
+        settings: ChainsConfig,
         start: Float[Tensor, "N P"],
         seeds: Sequence[int],
         params: Callable[[Tensor], Params],
@@ -253,7 +294,7 @@ class _Group:
         self.settings, self.kernel, self.params, self.recorder = settings, KERNELS[settings.kernel], params, recorder
         self.state, self.size = self.kernel.init(start), len(start)
         self.noise = self._noise(seeds)
-        self.target = {"lr": settings.lr, "nbeta": settings.nbeta, "localization": settings.localization}
+        self.target = {"lr": settings.lr, "nbeta": settings.inverse_temperature, "localization": settings.localization}
 
     def record_draw(self, grad: Float[Tensor, "N P"], excess: Float[Tensor, "N *T"]) -> None:
         """Record the present state as a draw."""

@@ -14,20 +14,20 @@ import fnmatch
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from icl.config.validation import ConfigError, real, whole
+from icl.config import ChainsConfig
+from icl.config.tree import Kernel
+from icl.config.validation import ConfigError, real
 from icl.model.flat import Layout, make_layout
 from icl.model.stacked import Params
 from icl.sampling.batches import Batches
-from icl.sampling.chains import Advance
-from icl.sampling.estimation import estimate
+from icl.sampling.chains import Advance, estimate
 from icl.sampling.result import CheckpointId, LLCResult
-from icl.sampling.settings import SamplerSettings, inverse_temperature
 from icl.sampling.target import Gradient, Loss, Target
 
 Restriction: TypeAlias = Iterable[str] | Mapping[str, Tensor] | None
@@ -60,18 +60,9 @@ def estimate_llcs(
     loss: Loss,
     checkpoints: Sequence[Mapping[str, Tensor]],
     batches: Batches,
+    settings: ChainsConfig,
     *,
-    lr: float,
-    nbeta: float | None,
-    localization: float,
-    num_chains: int,
-    num_draws: int,
-    num_burnin_steps: int,
-    seed: int,
     restrict: Restriction = None,
-    kernel: str = "sgld",
-    num_samples: int | None = None,
-    num_init_batches: int = 32,
     trivial_loss: float | None = None,
     vectorize: bool = True,
     options: EstimateOptions = EstimateOptions(),  # frozen
@@ -79,24 +70,13 @@ def estimate_llcs(
     """Estimate the LLCs of checkpoints of one architecture, chains x checkpoints together.
 
     Args:
-        loss: `loss(params, batch)` gives a number, or a vector of components (per position, say) whose mean is L.
+        loss: As for `estimate_llc`.
         checkpoints: Parameters by name; they are not changed.
-        batches: `(chain, draw) -> batch`, or an iterable that is dealt to the chains in turn and starts over when it ends.
-            Draws count every move, burn-in included. Chains see different batches unless the function ignores `chain`.
-            Neither `batches` nor the loss may draw from torch's global generator.
-        lr: Step size epsilon.
-        nbeta: Effective inverse temperature; None is n / ln n of `num_samples`.
-        localization: Pull gamma back to the checkpoint.
-        num_chains: Number of chains of each checkpoint.
-        num_draws: Number of draws kept of each chain.
-        num_burnin_steps: Number of moves before the first draw.
-        seed: Seed for the chains' noise.
-        restrict: Which parameters may move: names, globs, or a dict of Boolean masks; None for all.
-        kernel: `sgld` or `rmsprop`.
-        num_samples: The sample size n.
-        num_init_batches: Number of distinct batches for L(w0), the first that the chains get; fewer if there are fewer.
-        trivial_loss: Loss of a predictor that knows nothing; without it, escape from the basin is not checked.
-        vectorize: False runs one chain after another by plain autograd, for losses that `vmap` cannot map.
+        batches: As for `estimate_llc`.
+        settings: The settings of every checkpoint's chains.
+        restrict: As for `estimate_llc`.
+        trivial_loss: As for `estimate_llc`.
+        vectorize: As for `estimate_llc`.
         options: Less common options.
 
     Raises:
@@ -114,17 +94,6 @@ def estimate_llcs(
     memory = options.memory
     if memory is not None:
         memory = real("memory", memory, "positive", repair="; leave it out for what the device has")
-    settings = SamplerSettings(
-        lr=lr,
-        nbeta=inverse_temperature(nbeta, num_samples),
-        localization=localization,
-        num_chains=num_chains,
-        num_draws=num_draws,
-        num_burnin_steps=num_burnin_steps,
-        seed=seed,
-        thinning=options.thinning,
-        kernel=kernel,
-    )
     target = Target(
         loss=loss,
         batches=batches,
@@ -139,8 +108,6 @@ def estimate_llcs(
         [settings],
         identities=identities,
         layout=restricted_layout(checkpoints[0], restrict),
-        num_samples=None if num_samples is None else whole("num_samples", num_samples, 2),
-        num_init_batches=whole("num_init_batches", num_init_batches, 1),
         sample_losses=options.sample_losses,
         memory=memory,
         advance=_advance(options.progress, len(checkpoints) * settings.num_chains * settings.num_moves),
@@ -167,7 +134,31 @@ def estimate_llc(
     vectorize: bool = True,
     options: EstimateOptions = EstimateOptions(),  # frozen
 ) -> LLCResult:
-    """Estimate the LLC of one checkpoint; `estimate_llcs` explains the arguments.
+    """Estimate the LLC of one checkpoint.
+
+    Args:
+        loss: `loss(params, batch)` gives a number, or a vector of components (per position, say) whose mean is L.
+        params: Parameters by name; they are not changed.
+        batches: `(chain, draw) -> batch`, or an iterable that is dealt to the chains in turn and starts over when it ends.
+            Draws count every move, burn-in included. Chains see different batches unless the function ignores `chain`.
+            Neither `batches` nor the loss may draw from torch's global generator.
+        lr: Step size epsilon.
+        nbeta: Effective inverse temperature; None is n / ln n of `num_samples`.
+        localization: Pull gamma back to the checkpoint.
+        num_chains: Number of chains.
+        num_draws: Number of draws kept of each chain.
+        num_burnin_steps: Number of moves before the first draw.
+        seed: Seed for the chains' noise.
+        restrict: Which parameters may move: names, globs, or a dict of Boolean masks; None for all.
+        kernel: `sgld` or `rmsprop`.
+        num_samples: The sample size n.
+        num_init_batches: Number of distinct batches for L(w0), the first that the chains get; fewer if there are fewer.
+        trivial_loss: Loss of a predictor that knows nothing; without it, escape from the basin is not checked.
+        vectorize: False runs one chain after another by plain autograd, for losses that `vmap` cannot map.
+        options: Less common options.
+
+    Raises:
+        ConfigError: If a setting cannot be used.
 
     Example:
         loss, params = module_loss(model, torch.nn.functional.mse_loss)
@@ -175,25 +166,30 @@ def estimate_llc(
                               num_chains=8, num_draws=500, num_burnin_steps=500, seed=0, trivial_loss=1.0)
         print(result.llc, result.stderr, result.verdict, result.reasons)
     """
-    return estimate_llcs(
-        loss,
-        [params],
-        batches,
+    settings = ChainsConfig(
         lr=lr,
         nbeta=nbeta,
         localization=localization,
+        num_samples=num_samples,
         num_chains=num_chains,
         num_draws=num_draws,
         num_burnin_steps=num_burnin_steps,
         seed=seed,
-        restrict=restrict,
-        kernel=kernel,
-        num_samples=num_samples,
+        kernel=cast(Kernel, kernel),  # checked there
+        thinning=options.thinning,
         num_init_batches=num_init_batches,
+    )
+    (result,) = estimate_llcs(
+        loss,
+        [params],
+        batches,
+        settings,
+        restrict=restrict,
         trivial_loss=trivial_loss,
         vectorize=vectorize,
         options=options,
-    )[0]
+    )
+    return result
 
 
 def restricted_layout(params: Mapping[str, Tensor], restrict: Restriction = None) -> Layout:

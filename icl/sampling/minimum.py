@@ -28,10 +28,11 @@ from jaxtyping import Bool, Float
 from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
+from icl.config import ChainsConfig
 from icl.model.flat import Layout
 from icl.model.stacked import Params
 from icl.sampling.batches import Batch, stack_batches
-from icl.sampling.target import Gradient, StackedLosses
+from icl.sampling.target import Gradient, StackedLosses, Target
 
 STEPS = (1 / 16, 1 / 4, 1.0, 4.0)
 """Multiples of the Newton step that are tried."""
@@ -41,6 +42,58 @@ _MIN_DROP_BATCHES = 32
 """Minimum number of batches for the drop at the mean."""
 _NUDGE = 1e-3
 """Length of the finite difference, relative to the parameters."""
+
+
+class AtCheckpoint(NamedTuple):
+    """Numbers of a checkpoint that do not depend on its chains."""
+
+    losses: Float[Tensor, "I T"]
+    """Losses on I batches, for each of T components."""
+    descent: float
+    """Decrease of nbeta times the loss after one step down the gradient."""
+    descent_stderr: float
+
+
+def at_checkpoints(
+    target: Target,
+    chunks: Sequence[Params],
+    batches: Sequence[Batch],
+    settings_grid: Sequence[ChainsConfig],
+    layout: Layout,
+) -> list[list[AtCheckpoint]]:
+    """Return what is known of each checkpoint without its chains, for each settings.
+
+    Args:
+        target: What is sampled.
+        chunks: Stacked checkpoints that fit the memory together.
+        batches: Batches for the checkpoint's own loss.
+        settings_grid: Settings of the chains, of which only localization / nbeta matters here.
+        layout: How the parameters that move lie in rows.
+    """
+    losses, gradient = target.losses_on_shared_batch, target.default_gradient
+    if next(iter(chunks[0].values())).device.type == "cpu":
+        # On a GPU the chains' gradient may be a compiled graph, which would be compiled again for so few members.
+        gradient = target.chain_gradient
+    # Rounded, because the same ratio of settings that were themselves rounded may differ in the last digits.
+    ratios = [float(f"{settings.localization / settings.inverse_temperature:.6g}") for settings in settings_grid]
+    table: list[list[AtCheckpoint]] = [[] for _ in settings_grid]
+    for chunk in chunks:
+        init_losses = losses_by_batch(losses, chunk, batches)
+        finite = init_losses.isfinite().all(2).all(0).tolist()
+        usable = [batch for batch, is_usable in zip(batches, finite, strict=True) if is_usable] or batches
+        step = GradientStep(gradient, losses, chunk, usable, layout=layout)
+        decreases = {ratio: step.decrease(ratio) for ratio in dict.fromkeys(ratios)}
+        for row, ratio, settings in zip(table, ratios, settings_grid, strict=True):
+            nats = settings.inverse_temperature * decreases[ratio]  # I C
+            stderr = nats.std(0) / len(nats) ** 0.5 if len(nats) > 1 else torch.zeros_like(nats[0])
+            row += map(AtCheckpoint, init_losses, nats.mean(0).tolist(), stderr.tolist())
+    return table
+
+
+def losses_by_batch(losses: StackedLosses, params: Params, batches: Sequence[Batch]) -> Float[Tensor, "N I T"]:
+    """Return the losses of every member on every batch, in float64 on the CPU; T = 1 if the loss is a number."""
+    values = [losses(params, batch) for batch in batches]
+    return torch.stack([v if v.ndim > 1 else v[:, None] for v in values], dim=1).double().cpu()
 
 
 class GradientStep:
@@ -103,15 +156,6 @@ class Drop(NamedTuple):
     """Degrees of freedom of the standard error (Satterthwaite 1946)."""
 
 
-class BatchLosses(NamedTuple):
-    """A way to measure losses on some fixed batches."""
-
-    measure: Callable[[Params], Float[Tensor, "N I"]]
-    """Function from stacked parameters to their losses on I batches, in float64 on the CPU."""
-    are_all: bool
-    """Whether these batches are all the data, so that their mean has no error."""
-
-
 def num_drop_batches(num_moves: int, num_chains: int) -> int:
     """Return how many batches cost at most a quarter of the chains' gradients.
 
@@ -124,9 +168,17 @@ class DropsAtMean:
     """Collects the mean positions of members in their order, and measures each checkpoint's drop once its chains are complete."""
 
     def __init__(
-        self, losses: BatchLosses, layout: Layout, start: Float[Tensor, "C P"], fixed: Params, num_chains: int
+        self,
+        losses: Callable[[Params], Float[Tensor, "N I"]],
+        are_all: bool,
+        layout: Layout,
+        start: Float[Tensor, "C P"],
+        fixed: Params,
+        num_chains: int,
     ) -> None:
-        self.losses, self.layout, self.start, self.fixed, self.num_chains = losses, layout, start, fixed, num_chains
+        """Take the losses of stacked parameters on I batches in float64, and whether these batches are all the data."""
+        self.losses, self.are_all, self.layout = losses, are_all, layout
+        self.start, self.fixed, self.num_chains = start, fixed, num_chains
         self.means, self.alive = start[:0], torch.zeros(0, dtype=torch.bool)
         self.drops: list[Drop] = []
 
@@ -150,12 +202,10 @@ class DropsAtMean:
             name: (tensor if len(tensor) == 1 else tensor[i : i + 1]).expand(len(points), *tensor.shape[1:])
             for name, tensor in self.fixed.items()
         }
-        losses = self.losses.measure(self.layout.to_params(points, fixed))
+        losses = self.losses(self.layout.to_params(points, fixed))
         start, per_chain, without, pooled = losses[:, losses.isfinite().all(0)].split([1, num, num, 1])
         rounding = num * torch.finfo(means.dtype).eps * float(start.abs().mean()) if start.numel() else 0.0
-        return drop_at_mean(
-            start - per_chain, start - without, start - pooled, are_all=self.losses.are_all, rounding=rounding
-        )
+        return drop_at_mean(start - per_chain, start - without, start - pooled, are_all=self.are_all, rounding=rounding)
 
 
 def drop_at_mean(

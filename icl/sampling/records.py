@@ -67,7 +67,6 @@ class EstimateSettings(NamedTuple):
     """Everything that determines an estimate, except for the checkpoint."""
 
     sampler: SamplerConfig
-    """The sampler's settings, with `nbeta` resolved."""
     mode: str = ""
     """A label for the rows, such as `published`."""
     rescale: float = 1.0
@@ -78,6 +77,7 @@ class EstimateSettings(NamedTuple):
         """The settings by name."""
         fields = dataclasses.asdict(self.sampler)
         sampled = {name: value for name, value in fields.items() if name not in _NOT_SAMPLED}
+        sampled["nbeta"] = self.sampler.inverse_temperature  # so that equal chains have equal settings
         return sampled | {"mode": self.mode, "rescale": self.rescale, "version": VERSION}
 
     @property

@@ -3,24 +3,27 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from icl.config import ChainsConfig
 from icl.sampling import convergence
-from icl.sampling.recording import Traces
-from icl.sampling.settings import SamplerSettings
-from icl.sampling.verdict import AtCheckpoint, Evidence, Judgement, Verdict, evidence_of, judge
+from icl.sampling.minimum import AtCheckpoint
+from icl.sampling.target import Target
+from icl.sampling.traces import Traces
+from icl.sampling.verdict import Evidence, Judgement, Verdict, evidence_of, judge
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _ESTIMATE_COLUMNS = ("step", "checkpoint_hash", "llc", "stderr", "init_loss", "init_loss_stderr", "mean_loss")
 """The first columns of a row."""
-_FROM_EVIDENCE = ("llc", "stderr", "init_loss", "init_loss_stderr", "mean_loss", "rhat", "ess", "num_chains_used")
-"""Numbers of a result that are also part of the evidence."""
+_SETTINGS = ("lr", "nbeta", "localization", "num_chains", "num_draws", "num_burnin_steps", "seed", "thinning", "kernel")
+"""The settings that are columns of a row."""
 
 
 class CheckpointId(NamedTuple):
@@ -43,47 +46,45 @@ class Fluctuation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LLCResult:
-    """An LLC estimate of one checkpoint. Masked chains are NaN in `llc_per_chain`, and in no average."""
+class LLCResult(Evidence):
+    """An LLC estimate of one checkpoint: the evidence, the traces and the verdict.
 
-    llc: float
-    """Mean over draws of nbeta times the loss minus the checkpoint's loss on the same minibatch."""
-    stderr: float
-    """Standard error of `llc` from the chains and their autocorrelation (`icl.sampling.convergence`)."""
+    Masked chains are NaN in `llc_per_chain`, and in no average.
+    """
+
     llc_per_chain: Float[Tensor, " K"]
     loss_trace: Float[Tensor, "K S"]
     """Minibatch losses at the draws, without burn-in."""
     burnin_trace: Float[Tensor, "K burnin"]
     """Minibatch losses during burn-in."""
-    init_loss: float
-    init_loss_stderr: float
-    mean_loss: float
-    """Mean sampled loss on the minibatches of `init_loss`: init_loss + llc / nbeta."""
     llc_per_component: Float[Tensor, " T"] | None
     """LLC of each component if the loss is a vector (per position, say); their mean is `llc`."""
     stderr_per_component: Float[Tensor, " T"] | None
     wbic: float | None
     """The product of num_samples and mean_loss, a WBIC (Watanabe 2013) if nbeta = n / ln n; None without `num_samples`."""
     fluctuation: Fluctuation | None
-    rhat: float
-    ess: float
-    verdict: Verdict
-    reasons: tuple[str, ...]
-    evidence: Evidence
-    """The numbers on which the verdict is based."""
-    settings: SamplerSettings
-    num_samples: int | None
+    settings: ChainsConfig
+    """The settings of the chains, with `nbeta` resolved."""
     num_init_batches: int
     """Number of distinct batches over which `init_loss` is averaged."""
-    num_chains_used: int
     loss_name: str
     step: int | None
     checkpoint_hash: str | None
 
-    @property
+    @cached_property
     def judgement(self) -> Judgement:
         """Verdict, reasons and the names of the broken rules."""
-        return judge(self.evidence)
+        return judge(self)
+
+    @property
+    def verdict(self) -> Verdict:
+        """One word: `ok`, `suspect` or `invalid`."""
+        return self.judgement.verdict
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """A sentence for each broken rule, worst first."""
+        return self.judgement.reasons
 
     def to_dataframe(self, by: Literal["checkpoint", "chain", "component"] = "checkpoint") -> "pd.DataFrame":
         """Return one row for the checkpoint, or one for each chain or component; all include the settings.
@@ -96,7 +97,10 @@ class LLCResult:
         if by == "checkpoint":
             return pd.DataFrame([self.row()])
         if by == "chain":
-            values = {"llc": self.llc_per_chain, "mean_loss": self.init_loss + self.llc_per_chain / self.settings.nbeta}
+            values = {
+                "llc": self.llc_per_chain,
+                "mean_loss": self.init_loss + self.llc_per_chain / self.settings.inverse_temperature,
+            }
         elif self.llc_per_component is None or self.stderr_per_component is None:
             raise ValueError("The loss was a single number; return a vector from it to get an LLC per component.")
         else:
@@ -109,15 +113,15 @@ class LLCResult:
         """Return the single numbers as a row of `llc.csv`."""
         return {
             **{name: getattr(self, name) for name in _ESTIMATE_COLUMNS},
-            "trivial_loss": self.evidence.trivial_loss,
+            "trivial_loss": self.trivial_loss,
             "loss_name": self.loss_name,
-            "num_samples": self.num_samples,
-            **dataclasses.asdict(self.settings),
-            "num_params": self.evidence.num_params,
+            "num_samples": self.settings.num_samples,
+            **{name: getattr(self.settings, name) for name in _SETTINGS},
+            "num_params": self.num_params,
             "num_init_batches": self.num_init_batches,
             "num_chains_used": self.num_chains_used,
             "num_draws_used": self.num_chains_used * self.settings.num_draws,
-            **self.evidence.columns(),
+            **self.columns(),
             "wbic": self.wbic,
             "singular_fluctuation": None if self.fluctuation is None else self.fluctuation.singular_fluctuation,
             "verdict": self.verdict,
@@ -128,32 +132,28 @@ class LLCResult:
 def make_result(
     traces: Traces,
     checkpoint: AtCheckpoint,
-    settings: SamplerSettings,
+    settings: ChainsConfig,
     identity: CheckpointId,
     *,
-    num_samples: int | None,
-    loss_name: str,
+    target: Target,
+    num_params: int,
 ) -> LLCResult:
-    """Compute the estimate of one checkpoint from its K chains."""
-    evidence, used = evidence_of(traces, checkpoint, settings), traces.alive
-    judgement = judge(evidence)
-    llc_per_component, stderr_per_component = _per_component(settings.nbeta * traces.excess[used])
+    """Compute the estimate of one checkpoint from its K chains; `num_params` of its parameters move."""
+    evidence = evidence_of(traces, checkpoint, settings, trivial_loss=target.trivial_loss, num_params=num_params)
+    used, nbeta, num_samples = traces.alive, settings.inverse_temperature, settings.num_samples
+    llc_per_component, stderr_per_component = _per_component(nbeta * traces.excess[used])
     return LLCResult(
-        **{name: getattr(evidence, name) for name in _FROM_EVIDENCE},
-        llc_per_chain=(settings.nbeta * traces.mean_excess).mean(1).where(used, torch.nan),
+        **vars(evidence),
+        llc_per_chain=(nbeta * traces.mean_excess).mean(1).where(used, torch.nan),
         loss_trace=traces.losses,
         burnin_trace=traces.burnin,
         llc_per_component=llc_per_component,
         stderr_per_component=stderr_per_component,
         wbic=None if num_samples is None else num_samples * evidence.mean_loss,
-        fluctuation=_fluctuation(traces, used, settings.nbeta, num_samples),
-        verdict=judgement.verdict,
-        reasons=judgement.reasons,
-        evidence=evidence,
-        settings=settings,
-        num_samples=num_samples,
+        fluctuation=_fluctuation(traces, used, nbeta, num_samples),
+        settings=dataclasses.replace(settings, nbeta=nbeta),
         num_init_batches=len(checkpoint.losses),
-        loss_name=loss_name,
+        loss_name=target.name,
         step=identity.step,
         checkpoint_hash=identity.checkpoint_hash,
     )

@@ -19,13 +19,11 @@ from icl.config.validation import ConfigError, parse_steps, real
 from icl.runs.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, require_one_run
 from icl.runs.folder import run_of
 from icl.runs.measure import Measurement, measure_checkpoints
-from icl.sampling.chains import Advance
-from icl.sampling.estimation import estimate
+from icl.sampling.chains import Advance, estimate
 from icl.sampling.prompt_loss import prompt_target, trivial_loss
 from icl.sampling.records import VERSION, EstimateSettings, Record, as_record, as_table, make_record, write_tables
 from icl.sampling.rescaling import rescaled
 from icl.sampling.result import CheckpointId, LLCResult
-from icl.sampling.settings import chain_settings, num_moves, with_nbeta
 from icl.sampling.target import Target
 
 CHECKPOINTS_AT_ONCE = 16
@@ -85,7 +83,7 @@ def estimate_run(
     rescale = real("rescale", rescale, "positive")
     files, config = run_files(path)
     require_one_run(files)
-    sampler = with_nbeta(config.sampler if sampler is None else sampler)
+    sampler = config.sampler if sampler is None else sampler
     settings = EstimateSettings(sampler, mode, rescale)
     device = sampling_device()
     require_room(config, sampler, device)
@@ -93,7 +91,7 @@ def estimate_run(
     if run is not None:
         files = chosen_files(files, sampler.steps)
         run.require_own_files()
-    moves_each = num_moves(sampler)
+    moves_each = sampler.num_chains * sampler.num_moves
     target = prompt_target(config, sampler, device=device, num_moves=len(files) * moves_each)
     records: list[Record] = []
     with MoveBar("llc", len(files) * moves_each) as bar:
@@ -148,10 +146,8 @@ def estimate_grid(
     return estimate(
         target,
         params,
-        [chain_settings(sampler) for sampler in samplers],
+        samplers,
         identities=[CheckpointId(checkpoint.step, checkpoint.digest) for checkpoint in checkpoints],
-        num_samples=samplers[0].num_samples,
-        num_init_batches=samplers[0].num_init_batches,
         memory=None if memory is None else memory * 2**30,
         advance=advance,
     )

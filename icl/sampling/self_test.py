@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from icl import rng
+from icl.config import ChainsConfig
 from icl.model.stacked import Params
 from icl.sampling import known
 from icl.sampling.batches import Batch, Batches
@@ -30,7 +31,7 @@ NUM_STDERRS = 3.5
 """Number of standard errors that an estimate may differ from the truth."""
 STEP_BIAS = 0.02
 """Share of the truth that the step size may add to an estimate of a loss that is not quadratic."""
-_SAMPLER = {"num_chains": 32, "num_draws": 1500, "num_burnin_steps": 1500}
+_CHAINS = ChainsConfig(num_chains=32, num_draws=1500, num_burnin_steps=1500)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +103,9 @@ def run_problem(problem: Problem) -> list[Row]:
         return params["scale"] * problem.loss(params, batch)
 
     checkpoints = [{**problem.params, "scale": torch.tensor(nbeta / largest)} for nbeta in problem.nbetas]
-    sampler = {**_SAMPLER, **problem.sampler, "seed": rng.stream(0, problem.name).low}
-    results = estimate_llcs(
-        scaled, checkpoints, problem.batches, nbeta=largest, restrict=list(problem.params), **sampler
-    )
+    seed = int(rng.stream(0, problem.name).low)
+    settings = dataclasses.replace(_CHAINS, nbeta=largest, seed=seed, **problem.sampler)
+    results = estimate_llcs(scaled, checkpoints, problem.batches, settings, restrict=list(problem.params))
     rows = [_row(problem, nbeta, result) for nbeta, result in zip(problem.nbetas, results, strict=True)]
     rises = all(a.llc < b.llc for a, b in itertools.pairwise(rows))
     return rows if rises else [dataclasses.replace(row, agrees=False) for row in rows]

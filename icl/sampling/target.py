@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -60,25 +60,30 @@ class Target:
     own_losses: StackedLosses | None = None
     """A faster loss of stacked parameters, each on its own batch."""
 
-    @property
+    @cached_property
     def default_gradient(self) -> Gradient:
         """The gradient of the loss itself."""
         return vmapped_gradient(self.loss) if self.vectorize else looped_gradient(self.loss)
 
-    @property
+    @cached_property
     def chain_gradient(self) -> Gradient:
         """The gradient for the chains' moves."""
         return self.gradient or self.default_gradient
 
-    @property
+    @cached_property
     def losses_on_shared_batch(self) -> StackedLosses:
         """The losses of stacked parameters, all on the same batch."""
         return self.shared_losses or stacked_losses(self.loss, own_batches=False, vectorize=self.vectorize)
 
-    @property
+    @cached_property
     def losses_on_own_batches(self) -> StackedLosses:
         """The losses of stacked parameters, each on its own batch."""
         return self.own_losses or stacked_losses(self.loss, own_batches=True, vectorize=self.vectorize)
+
+    def map_members(self, function: Callable[[Params], Tensor]) -> Callable[[Params], Tensor]:
+        """Turn a function of one member's parameters into one of stacked parameters."""
+        mapped = stacked_losses(lambda params, _: function(params), own_batches=False, vectorize=self.vectorize)
+        return lambda params: mapped(params, None)
 
 
 def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) -> tuple[Loss, Params]:

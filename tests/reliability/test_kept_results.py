@@ -14,7 +14,6 @@ from sampling.llc_runs import QUICK, make_run, write_older_estimate
 from icl.runs.measure import Entry
 from icl.sampling.records import VERSION, EstimateSettings, read_all
 from icl.sampling.run import estimate_run
-from icl.sampling.settings import with_nbeta
 from tests.reliability.mutations import claim_size, flip_bits
 
 SAMPLER = dataclasses.replace(QUICK, num_draws=2, num_burnin_steps=1, num_init_batches=2, steps="60")
@@ -145,7 +144,7 @@ def test_a_damaged_estimate_of_0_1_0_counts_as_none(sampled):
 )
 def test_a_strangers_estimate_with_a_right_digest_counts_as_none(sampled, change):
     folder, _, _, record = sampled
-    settings = EstimateSettings(with_nbeta(SAMPLER))
+    settings = EstimateSettings(SAMPLER)
     cache, key = settings.cache(folder), {"checkpoint_hash": "abc", "settings": settings.key, "version": VERSION}
     row, *positions = record.measurement.rows
     for rows in ([row | change, *positions], [], [row, {"position": "x"}]):
@@ -160,7 +159,7 @@ def test_a_strangers_estimate_with_a_right_digest_counts_as_none(sampled, change
 def test_a_damaged_estimate_is_made_again(sampled):
     folder, _, _, record = sampled
     estimate_run(folder.path, SAMPLER)
-    settings = EstimateSettings(with_nbeta(SAMPLER))
+    settings = EstimateSettings(SAMPLER)
     for suffix in ("json", "npy"):
         file = settings.cache(folder).folder / f"step-000000060.{suffix}"
         data = file.read_bytes()

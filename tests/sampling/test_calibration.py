@@ -1,6 +1,7 @@
 """The calibration of a tiny run's sampler: what it samples, writes and says."""
 
 import dataclasses
+import itertools
 import re
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from icl.sampling import calibration, search
 from icl.sampling.calibration import calibrate
 from icl.sampling.run import MoveBar, estimate_run
 from icl.sampling.search import CONFIRMATION, RATES, RULE, SURVEY
+from icl.sampling.verdict import Judgement
 
 
 def few_settings(patch):
@@ -32,7 +34,10 @@ def always_ok(patch, seen):
     def ok(checkpoints, samplers, *arguments, **keywords):
         seen.append((samplers, [checkpoint.step for checkpoint in checkpoints]))
         found = true(checkpoints, samplers, *arguments, **keywords)
-        return [[dataclasses.replace(one, verdict="ok", stderr=1e6, ess=1e6) for one in row] for row in found]
+        changed = [[dataclasses.replace(one, stderr=1e6, ess=1e6) for one in row] for row in found]
+        for result in itertools.chain(*changed):
+            vars(result)["judgement"] = Judgement("ok", (), ())  # where the property keeps it
+        return changed
 
     patch.setattr(calibration, "estimate_grid", ok)
     for module in (calibration, search):

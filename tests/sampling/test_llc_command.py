@@ -16,7 +16,7 @@ from icl.plotting.llc import plot_llc, read_stages
 from icl.presets import preset, run_name, sampler_name
 from icl.runs.checkpoints import checkpoint_files
 from icl.sampling import run as runs
-from icl.sampling.settings import PUBLISHED
+from icl.sampling.published import PUBLISHED
 
 SIZES = {"num_chains": 2, "num_burnin_steps": 1, "num_draws": 2, "batch_size": 1, "num_samples": 2}
 TOLD = {"nbeta": 1.0, "localization": 1.0, "lr": 1.0, **SIZES}

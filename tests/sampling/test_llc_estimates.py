@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from options import keywords
+from options import estimate_many, keywords
 from tiny_runs import TINY
 
 from icl.build import build_model
+from icl.config import ChainsConfig
 from icl.config.validation import ConfigError
 from icl.sampling import estimate_llc, estimate_llcs, known, module_loss
 from icl.sampling.verdict import RULES, judge
@@ -47,12 +48,11 @@ def estimate(loss=quadratic, params=START, batches=(None,), **changes):
     return estimate_llc(loss, params, batches, **keywords(**{**GOOD, **changes}))
 
 
-def test_the_function_of_one_checkpoint_shows_and_takes_the_keywords_of_that_of_several():
-    def keyword_parameters(function):
-        return {name: p for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
-
-    assert keyword_parameters(estimate_llc) == keyword_parameters(estimate_llcs)
-    assert list(inspect.signature(estimate_llc).parameters)[:3] == ["loss", "params", "batches"]
+def test_the_keywords_of_the_function_of_one_checkpoint_are_the_settings_of_that_of_several():
+    of_one, of_several = (inspect.signature(function).parameters for function in (estimate_llc, estimate_llcs))
+    settings = {field.name for field in dataclasses.fields(ChainsConfig)} - {"thinning", "batch_size"}
+    assert set(of_one) - {"params"} == set(of_several) - {"checkpoints", "settings"} | settings
+    assert list(of_one)[:3] == ["loss", "params", "batches"]
     with pytest.raises(TypeError, match="temperature"):
         estimate(temperature=1.0)
 
@@ -102,7 +102,7 @@ def test_a_checkpoint_at_which_one_minibatch_is_not_finite_is_suspect_and_the_re
 
 def test_standard_errors_cover():
     """Of 100 estimates, two standard errors should hold 95 per cent; three deviations of that share are 6.5 per cent."""
-    results = estimate_llcs(quadratic, [START] * 100, [None], **{**GOOD, "num_chains": 4, "num_draws": 800})
+    results = estimate_many(quadratic, [START] * 100, [None], **{**GOOD, "num_chains": 4, "num_draws": 800})
     z = torch.tensor([(result.llc - TRUTH) / result.stderr for result in results])
     assert (z.abs() < 2).double().mean() > 0.95 - 0.065
     assert z.abs().median() > 0.4  # 0.67 for exact errors: they are not merely wide
@@ -176,7 +176,7 @@ SHORT = {"num_draws": 150, "num_burnin_steps": 100}
 
 
 def broken(result):
-    return {rule.name for rule in RULES if rule.reason(result.evidence) is not None}
+    return {rule.name for rule in RULES if rule.reason(result) is not None}
 
 
 @pytest.mark.parametrize("factor", [3, 10, 100])
@@ -334,7 +334,7 @@ def test_heat_is_found_where_nothing_holds_the_flat_directions():
     settings = {"nbeta": 100.0, "localization": 0.0, "num_draws": 600, "num_burnin_steps": 300, "lr": 8e-3}
     result = estimate(flat, {"w": torch.zeros(20)}, **settings)
     truth = known.quadratic_llc(curvatures[:5], nbeta=100.0, localization=0.0, lr=8e-3)
-    assert result.evidence.bias_bound == pytest.approx(truth - 2.5, abs=4 * result.evidence.bias_bound_stderr)
+    assert result.bias_bound == pytest.approx(truth - 2.5, abs=4 * result.bias_bound_stderr)
     assert "step size bias" in broken(result)
 
 
@@ -358,8 +358,8 @@ def test_how_the_llc_answers_to_the_localisation_is_that_of_a_quadratic(localiza
     result = estimate(flat, {"w": torch.zeros(6)}, localization=localization, **settings)
     shares = 60 * curvatures / (60 * curvatures + localization)
     truth = float((shares * (1 - shares)).sum()) / 2
-    assert result.evidence.sensitivity == pytest.approx(truth, abs=4 * result.evidence.sensitivity_stderr)
-    assert result.evidence.sensitivity_stderr < 0.15
+    assert result.sensitivity == pytest.approx(truth, abs=4 * result.sensitivity_stderr)
+    assert result.sensitivity_stderr < 0.15
     outweighs = localization == 600  # there 0.82 of the LLC go with an e-fold of it, at 60 0.42
     assert ("localization outweighs" in broken(result)) == outweighs
 
@@ -393,8 +393,8 @@ def test_a_localisation_that_outweighs_the_data_is_seen_through_the_noise_of_min
     lengths = {"num_chains": 8, "num_draws": 500, "thinning": 4, "num_burnin_steps": 300, "trivial_loss": 20.0}
     result = estimate(loss, params, batches, nbeta=nbeta, localization=10 * nbeta, lr=0.02 / (11 * nbeta), **lengths)
     truth = 5 * (1 / 11) * (10 / 11)
-    assert result.evidence.sensitivity == pytest.approx(truth, abs=4 * result.evidence.sensitivity_stderr)
-    assert result.evidence.sensitivity_stderr < 0.1 * truth
+    assert result.sensitivity == pytest.approx(truth, abs=4 * result.sensitivity_stderr)
+    assert result.sensitivity_stderr < 0.1 * truth
     assert "localization outweighs" in broken(result)
 
 
@@ -413,7 +413,7 @@ def test_a_checkpoint_a_little_beside_its_minimum_is_told_by_more_batches():
     few, many = (
         estimate(loss, params, batches, num_init_batches=num, trivial_loss=20.0, **settings) for num in (32, 200)
     )
-    assert many.evidence.drop_at_mean_stderr < 0.6 * few.evidence.drop_at_mean_stderr
+    assert many.drop_at_mean_stderr < 0.6 * few.drop_at_mean_stderr
     assert "drop not measurable" in broken(few)
     assert "lower loss at mean" in broken(many)
 
@@ -444,12 +444,12 @@ def test_chains_too_short_to_fill_flat_directions_are_suspect_and_find_too_littl
     assert "not spread out" in broken(short) - broken(long)
     assert "the chains fill 44% of what the localization allows" in " ".join(short.reasons)
     assert long.llc > 3 * short.llc
-    assert long.evidence.filled == pytest.approx(1, abs=0.02)
+    assert long.filled == pytest.approx(1, abs=0.02)
 
 
 def test_every_rule_can_be_the_only_reason_and_names_its_source():
     """Each line of the table is reached from a healthy estimate by changing what it looks at."""
-    healthy = estimate().evidence
+    healthy = estimate()
     assert judge(healthy) == ("ok", (), ())
     changes = {
         "checkpoint not finite": {"init_loss": math.nan},
@@ -487,7 +487,7 @@ def test_every_rule_can_be_the_only_reason_and_names_its_source():
     }
     assert set(changes) == {rule.name for rule in RULES}
     for rule in RULES:
-        evidence = healthy._replace(**changes[rule.name])
+        evidence = dataclasses.replace(healthy, **changes[rule.name])
         found = [other.name for other in RULES if other.reason(evidence) is not None]
         assert rule.name in found
         assert len(judge(evidence)[1]) == len(found)

@@ -13,9 +13,9 @@ from icl.cli.llc_output import describe_rise
 from icl.config.validation import ConfigError
 from icl.runs.checkpoints import CheckpointError, checkpoint_files, save_checkpoint
 from icl.sampling import run as runs
+from icl.sampling.published import PUBLISHED, from_scales
 from icl.sampling.records import COLUMNS, EstimateSettings, read_all
 from icl.sampling.run import chosen_files, estimate_run
-from icl.sampling.settings import PUBLISHED, from_scales, with_nbeta
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_one_checkpoint_file_leaves_nothing_behind(folder):
 def test_n_over_log_n_is_the_same_settings_as_its_value(folder, count):
     plain = dataclasses.replace(QUICK, nbeta=None, steps="last")
     value = 1024 / math.log(1024)
-    assert with_nbeta(plain).nbeta == pytest.approx(value)
+    assert plain.inverse_temperature == pytest.approx(value)
     estimate_run(folder.path, plain)
     estimate_run(folder.path, dataclasses.replace(plain, nbeta=value))
     assert count == [60]

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from options import keywords
+from options import estimate_many, keywords
 
-from icl.sampling import estimate_llc, estimate_llcs, known
+from icl.sampling import estimate_llc, known
 from icl.sampling.minimum import drop_at_mean, significance_threshold
 
 H = torch.tensor([0.3, 1.0, 3.0])
@@ -50,7 +50,7 @@ def test_the_drop_of_a_quadratic_is_the_closed_form_and_what_the_estimate_lacks(
 
     offset = torch.tensor([0.15, 0.1, 0.05])
     result = estimate(offset, batches if noise else (None,), noise=noise)
-    evidence = result.evidence
+    evidence = result
     assert evidence.drop_at_mean == pytest.approx(exact_drop(offset, 60.0, 10.0), abs=4 * evidence.drop_at_mean_stderr)
     assert evidence.drop_at_mean_stderr < 0.3 * evidence.drop_at_mean
     assert result.verdict == "suspect"
@@ -73,8 +73,8 @@ def test_soft_directions_that_a_step_down_the_gradient_misses_are_seen():
     settings = {"lr": 2e-4, "nbeta": 100.0, "localization": 20.0, **sizes}
     result = estimate_llc(loss, start, [None], trivial_loss=100.0, **keywords(**settings))
     off = 100 * 40 * 0.1**2 / 2
-    assert result.evidence.descent < off / 4
-    assert result.evidence.drop_at_mean == pytest.approx(off * (1 - (20 / 120) ** 2) + 1, rel=0.2)  # 1: the steep one's
+    assert result.descent < off / 4
+    assert result.drop_at_mean == pytest.approx(off * (1 - (20 / 120) ** 2) + 1, rel=0.2)  # 1: the steep one's
     assert "the chains settle" in broken(result)
 
 
@@ -85,7 +85,7 @@ def test_a_minimum_raises_no_alarm():
         return (H * params["w"].square()).sum() / 2
 
     settings = {**SETTINGS, "num_draws": 60, "num_chains": 4, "trivial_loss": 100.0}
-    found = [one.evidence for one in estimate_llcs(loss, [{"w": torch.zeros(3)}] * 200, [None], **settings)]
+    found = estimate_many(loss, [{"w": torch.zeros(3)}] * 200, [None], **settings)
     assert sum(one.has_significant_drop for one in found) <= 3  # of 200; 0.3 expected of a normal
     settled = torch.tensor([one.drop_at_mean for one in found])
     assert float(settled.mean()) == pytest.approx(0, abs=4 * float(settled.std()) / 200**0.5)
@@ -101,8 +101,8 @@ def test_a_saddle_is_seen_by_each_chain_though_not_by_their_mean():
 
     settings = {"lr": 5e-3, "nbeta": 12.0, "localization": 0.1, "num_draws": 400, "num_burnin_steps": 600, "seed": 0}
     result = estimate_llc(loss, {"w": torch.zeros(2)}, batches, num_chains=8, trivial_loss=1e3, **settings)
-    assert result.evidence.drop_at_mean > 6  # of 12 nats from the saddle to either well
-    assert result.evidence.has_significant_drop
+    assert result.drop_at_mean > 6  # of 12 nats from the saddle to either well
+    assert result.has_significant_drop
     assert "the chains settle" in broken(result)
     assert result.verdict != "ok"
 
@@ -158,7 +158,7 @@ def test_a_fixed_list_of_batches_is_the_whole_data():
     def loss(params, batch):
         return (H * params["w"].square()).sum() / 2 + batch @ params["w"]
 
-    found = estimate_llc(loss, start, pushes, **SETTINGS, trivial_loss=100.0).evidence
+    found = estimate_llc(loss, start, pushes, **SETTINGS, trivial_loss=100.0)
     assert found.drop_at_mean == pytest.approx(60 * 0.36 / 2 * (1 - (10 / 70) ** 2), abs=4 * found.drop_at_mean_stderr)
     assert found.has_significant_drop
 
@@ -172,7 +172,7 @@ def test_a_chain_that_is_masked_is_not_among_those_that_settle():
     def batches(chain, draw):
         return torch.tensor(-60.0 if chain == 3 and draw > 600 else 0.0)
 
-    found = estimate_llc(loss, {"w": torch.zeros(3)}, batches, **SETTINGS, trivial_loss=100.0).evidence
+    found = estimate_llc(loss, {"w": torch.zeros(3)}, batches, **SETTINGS, trivial_loss=100.0)
     assert found.num_chains_used == 7
     assert abs(found.drop_at_mean) < 3 * found.drop_at_mean_stderr + 0.1
     assert found.drop_at_mean_stderr < 1
@@ -189,7 +189,7 @@ def test_batches_and_chains_that_are_not_finite_are_left_out():
         return torch.tensor(math.nan if chain == 3 and draw > 400 else 0.0)
 
     settings = {**SETTINGS, "trivial_loss": 100.0}
-    dead = estimate_llc(loss, {"w": torch.zeros(3)}, batches, **settings).evidence
+    dead = estimate_llc(loss, {"w": torch.zeros(3)}, batches, **settings)
     assert dead.num_chains_used == 7
     assert dead.drop_at_mean == pytest.approx(exact_drop(offset, 60.0, 10.0), abs=4 * dead.drop_at_mean_stderr)
 
@@ -197,6 +197,6 @@ def test_batches_and_chains_that_are_not_finite_are_left_out():
 def test_chunks_and_loops_give_the_same_drop():
     offset = torch.tensor([0.4, 0.2, 0.1])
     few = {"num_draws": 40, "num_burnin_steps": 10}
-    whole = estimate(offset, **few).evidence
+    whole = estimate(offset, **few)
     for changes in ({"memory": 1.0}, {"vectorize": False}):
-        assert estimate(offset, **few, **changes).evidence.drop_at_mean == pytest.approx(whole.drop_at_mean, rel=1e-4)
+        assert estimate(offset, **few, **changes).drop_at_mean == pytest.approx(whole.drop_at_mean, rel=1e-4)

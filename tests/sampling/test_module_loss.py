@@ -42,7 +42,7 @@ def test_frozen_parameters_stay_in_the_loss_as_they_are(model, vectorize):
     loss, params = module_loss(model, functional.mse_loss)
     assert set(params) == {"2.weight", "2.bias"}
     frozen = run(loss, params, vectorize=vectorize)
-    assert frozen.evidence.num_params == 10
+    assert frozen.num_params == 10
     torch.testing.assert_close(frozen.loss_trace, restricted.loss_trace)
     assert frozen.init_loss == pytest.approx(functional.mse_loss(model(XS), YS).item())
     assert [parameter.requires_grad for parameter in model.parameters()] == [False, False, True, True]

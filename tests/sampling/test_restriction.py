@@ -66,7 +66,7 @@ def test_a_number_moves_as_a_vector_of_one_does(restrict, kernel, vectorize):
     number, vector = estimate(()), estimate((1,))
     assert torch.equal(number.loss_trace, vector.loss_trace)
     assert number.loss_trace.std() > 0
-    assert number.evidence.num_params == vector.evidence.num_params
+    assert number.num_params == vector.num_params
 
 
 def test_the_llc_of_one_number_is_the_exact_one():

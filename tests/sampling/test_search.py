@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from icl.config import SamplerConfig
-from icl.sampling import CheckpointId, estimation, known
+from icl.sampling import CheckpointId, chains, known
 from icl.sampling.curvature import largest_curvature
 from icl.sampling.search import (
     LENGTH_RULES,
@@ -23,7 +23,6 @@ from icl.sampling.search import (
     num_draws,
     search,
 )
-from icl.sampling.settings import chain_settings
 from icl.sampling.target import Target, vmapped_gradient
 
 H = torch.logspace(-1, 1, 12)
@@ -38,8 +37,8 @@ def quadratic(params, batch):
 def estimate(points, *, loss=quadratic, start=START):
     """All settings of one call as one population, as `icl llc RUN --calibrate` does it."""
     target = Target(loss=loss, batches=(None,), trivial_loss=5.0)
-    settings = [chain_settings(point.sampler(BASE)) for point in points]
-    return estimation.estimate(target, [start], settings, identities=[CheckpointId()])
+    settings = [point.sampler(BASE) for point in points]
+    return chains.estimate(target, [start], settings, identities=[CheckpointId()])
 
 
 def test_the_largest_curvature_is_that_of_the_hessian():
@@ -88,9 +87,8 @@ def test_chains_are_long_enough_for_the_localisation_to_fill_flat_directions(fou
 def test_chains_that_have_not_filled_flat_directions_are_not_healthy(found):
     """Whatever else is said of them."""
     result = found.chosen.last
-    evidence = result.evidence._replace(spread=0.0, pull=2.0, filled_stderr=0.1)
-    assert evidence.num_params == 12
-    assert not is_healthy(dataclasses.replace(result, evidence=evidence))
+    assert result.num_params == 12
+    assert not is_healthy(dataclasses.replace(result, spread=0.0, pull=2.0, filled_stderr=0.1))
 
 
 def test_the_chosen_settings_of_a_quadratic_has_the_known_answer(found):

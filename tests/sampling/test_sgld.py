@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
+from icl.config import ChainsConfig
 from icl.model.flat import make_layout
 from icl.sampling import sgld
+from icl.sampling.batches import ChainBatches
 from icl.sampling.chains import run_chains
-from icl.sampling.settings import SamplerSettings
-from icl.sampling.target import stacked_losses, vmapped_gradient
+from icl.sampling.target import Target
 
 H = torch.tensor([0.01, 0.1, 1.0, 10.0], dtype=torch.float64)
 NBETA, LOCALIZATION = 66.7, 6.67
@@ -54,7 +55,7 @@ def _components(params, batch):
 def sampled_components(kernel, lr, thinning):
     """Each draw's h w^2 / 2 of each direction, by chains that start at the minimum; L is their sum."""
     start = {"w": torch.zeros(4, dtype=torch.float64)}
-    settings = SamplerSettings(
+    settings = ChainsConfig(
         lr=lr,
         nbeta=NBETA,
         localization=LOCALIZATION,
@@ -65,13 +66,13 @@ def sampled_components(kernel, lr, thinning):
         thinning=thinning,
         kernel=kernel,
     )
+    target = Target(loss=_components, batches=[None])
     return (
         run_chains(
-            vmapped_gradient(_components),
-            stacked_losses(_components, own_batches=True, vectorize=True),
+            target,
             {"w": start["w"][None]},
-            [None],
-            settings,
+            ChainBatches(target.batches, settings),
+            [settings],
             layout=make_layout(start),
             keys=["0"],
             chunk_size=64,

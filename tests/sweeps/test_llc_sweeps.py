@@ -17,7 +17,7 @@ from icl.presets import preset, run_name
 from icl.resolve import resolve
 from icl.runs.checkpoints import save_checkpoint
 from icl.runs.folder import RunFolder
-from icl.sampling.settings import PUBLISHED
+from icl.sampling.published import PUBLISHED
 from icl.sweeps.points import sweep_points
 from icl.sweeps.schema import SweepFileError, read_sweep_file
 from icl.sweeps.state import point_state

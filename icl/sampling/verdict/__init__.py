@@ -6,24 +6,24 @@ All broken rules give reasons, worst first. A note gives a reason without changi
 
 from typing import NamedTuple, get_args
 
-from icl.sampling.verdict import chains, checkpoint, localization
-from icl.sampling.verdict.evidence import AtCheckpoint, Evidence, Level, Rule, Verdict, evidence_of
+from icl.sampling.verdict import basin, chains
+from icl.sampling.verdict.evidence import Evidence, Level, Rule, Verdict, evidence_of
 
-__all__ = ["RULES", "VERSION", "AtCheckpoint", "Evidence", "Judgement", "Verdict", "evidence_of", "judge"]
+__all__ = ["RULES", "VERSION", "Evidence", "Judgement", "Verdict", "evidence_of", "judge"]
 
 RULES: tuple[Rule, ...] = (
-    checkpoint.checkpoint_not_finite,
+    basin.checkpoint_not_finite,
     chains.most_chains_masked,
     chains.some_chains_masked,
-    checkpoint.negative,
-    checkpoint.escaped,
-    checkpoint.escaping,
-    checkpoint.rise_exceeds_pull,
-    checkpoint.not_at_a_minimum,
-    checkpoint.lower_loss_at_mean,
-    checkpoint.diverged_down,
-    checkpoint.lower_loss_found,
-    checkpoint.below_zero,
+    basin.negative,
+    basin.escaped,
+    basin.escaping,
+    basin.rise_exceeds_pull,
+    basin.not_at_a_minimum,
+    basin.lower_loss_at_mean,
+    basin.diverged_down,
+    basin.lower_loss_found,
+    basin.below_zero,
     chains.not_significant,
     chains.bad_minibatches,
     chains.above_half_of_d,
@@ -34,16 +34,16 @@ RULES: tuple[Rule, ...] = (
     chains.r_hat,
     chains.effective_sample_size,
     chains.drift,
-    localization.not_spread_out,
-    localization.prior_dominated,
-    localization.localization_outweighs,
-    localization.mostly_flat,
+    basin.not_spread_out,
+    basin.prior_dominated,
+    basin.localization_outweighs,
+    basin.mostly_flat,
     chains.slight_step_size_bias,
-    checkpoint.slightly_lower_loss_at_mean,
-    checkpoint.too_few_chains_for_the_drop,
-    checkpoint.drop_not_measurable,
-    localization.hardly_spread_out,
-    checkpoint.escape_not_checked,
+    basin.slightly_lower_loss_at_mean,
+    basin.too_few_chains_for_the_drop,
+    basin.drop_not_measurable,
+    basin.hardly_spread_out,
+    basin.escape_not_checked,
 )
 """All rules. Among broken rules of one level, the order here is the order of the reasons."""
 VERSION = 2

@@ -13,7 +13,7 @@ For quadratics, the bound is one to two times what the step adds to the LLC: wit
 
 import math
 
-from icl.sampling.recording import DIVERGED
+from icl.sampling.traces import DIVERGED
 from icl.sampling.verdict.evidence import Evidence, rule
 
 _SMALLER_STEPS = "lower lr, or use larger batches"

@@ -6,16 +6,16 @@ All amounts are in nats, as the LLC itself: differences of loss times nbeta. Mea
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from icl.config import ChainsConfig
 from icl.sampling import convergence
-from icl.sampling.minimum import Drop, significance_threshold
-from icl.sampling.recording import Traces
-from icl.sampling.settings import SamplerSettings
+from icl.sampling.minimum import AtCheckpoint, significance_threshold
+from icl.sampling.traces import Traces
 
 Verdict: TypeAlias = Literal["ok", "suspect", "invalid"]
 Level: TypeAlias = Literal["invalid", "suspect", "note"]
@@ -26,25 +26,14 @@ _COLUMNS = (
 """The diagnostics among the evidence that are columns of `llc.csv`."""
 
 
-class AtCheckpoint(NamedTuple):
-    """Numbers of a checkpoint that do not depend on its chains."""
-
-    losses: Float[Tensor, "I T"]
-    """Losses on I batches, for each of T components."""
-    descent: float
-    """Decrease of nbeta times the loss after one step down the gradient (`icl.sampling.minimum`)."""
-    descent_stderr: float
-    trivial_loss: float | None
-    """Loss of a predictor that knows nothing."""
-    num_params: int
-    """Sampled dimensions d."""
-
-
-class Evidence(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
     """The numbers from which the rules decide."""
 
     llc: float
+    """Mean over draws of nbeta times the loss minus the checkpoint's loss on the same minibatch."""
     stderr: float
+    """Standard error of `llc` from the chains and their autocorrelation (`icl.sampling.convergence`)."""
     num_params: int
     """Sampled dimensions d."""
     num_chains: int
@@ -54,6 +43,7 @@ class Evidence(NamedTuple):
     init_loss: float
     init_loss_stderr: float
     mean_loss: float
+    """Mean sampled loss on the minibatches of `init_loss`: init_loss + llc / nbeta."""
     num_bad_batches: int
     """Number of batches on which the checkpoint's own loss is not finite; `init_loss` is the mean over the others."""
     trivial_loss: float | None
@@ -161,9 +151,16 @@ def rule(level: Level, *, source: str) -> Callable[[Callable[[Evidence], str | N
     return decorate
 
 
-def evidence_of(traces: Traces, checkpoint: AtCheckpoint, settings: SamplerSettings) -> Evidence:
-    """Compute the evidence on one checkpoint from its K chains."""
-    used, nbeta = traces.alive, settings.nbeta
+def evidence_of(
+    traces: Traces,
+    checkpoint: AtCheckpoint,
+    settings: ChainsConfig,
+    *,
+    trivial_loss: float | None,
+    num_params: int,
+) -> Evidence:
+    """Compute the evidence on one checkpoint from its K chains; `num_params` of its parameters move."""
+    used, nbeta, drop = traces.alive, settings.inverse_temperature, traces.drop_at_mean
     finite = checkpoint.losses.isfinite().all(1)
     init_losses = checkpoint.losses[finite].mean(1)
     init_loss = float(init_losses.mean()) if len(init_losses) else math.nan
@@ -172,11 +169,10 @@ def evidence_of(traces: Traces, checkpoint: AtCheckpoint, settings: SamplerSetti
     llc = _mean(excess)
     drift, drift_stderr = convergence.drift(excess)
     sensitivity, sensitivity_stderr = convergence.sensitivity(excess, pull)
-    drop = Drop(nbeta * traces.drop_at_mean.value, nbeta * traces.drop_at_mean.stderr, traces.drop_at_mean[2])
     return Evidence(
         llc=llc,
         stderr=convergence.standard_error(excess),
-        num_params=checkpoint.num_params,
+        num_params=num_params,
         num_chains=settings.num_chains,
         num_chains_used=int(used.sum()),
         num_diverged_down=int(traces.diverged_down.sum()),
@@ -184,7 +180,7 @@ def evidence_of(traces: Traces, checkpoint: AtCheckpoint, settings: SamplerSetti
         init_loss_stderr=_standard_error_over_batches(init_losses),
         mean_loss=init_loss + llc / nbeta,
         num_bad_batches=int((~finite).sum()),
-        trivial_loss=checkpoint.trivial_loss,
+        trivial_loss=trivial_loss,
         rhat=convergence.rhat(excess) if settings.num_chains > 1 else math.nan,
         ess=convergence.ess(excess) if len(excess) else math.nan,
         drift=drift,
@@ -198,8 +194,8 @@ def evidence_of(traces: Traces, checkpoint: AtCheckpoint, settings: SamplerSetti
         bias_bound_stderr=convergence.standard_error(bias_bound),
         descent=checkpoint.descent,
         descent_stderr=checkpoint.descent_stderr,
-        drop_at_mean=drop.value,
-        drop_at_mean_stderr=drop.stderr,
+        drop_at_mean=nbeta * drop.value,
+        drop_at_mean_stderr=nbeta * drop.stderr,
         drop_at_mean_freedom=drop.degrees_of_freedom,
         lowest=float(excess.min()) if traces.one_batch and excess.size else math.nan,
         sensitivity=sensitivity,

@@ -1,15 +1,27 @@
-"""Rules about the checkpoint and its basin: is it at a minimum, and did the chains stay around it?
+"""Rules about the checkpoint, its basin and the localization.
 
-The LLC is defined at minima. A loss that is convex along rays from w0 has pull >= LLC. If this fails, a chain has left the
-convex part of its basin.
+Is the checkpoint at a minimum, did the chains stay around it, and how does the localization limit them?
+
+**The basin.** The LLC is defined at minima. A loss that is convex along rays from w0 has pull >= LLC. If this fails, a chain has
+left the convex part of its basin.
+
+**The localization.** pull + spread = d in equilibrium (`icl.sampling.verdict.chains`). The pull counts the directions that the data determine, the
+spread those that the localization determines.
+
+Integration by parts of f (w - w0), with f = nbeta (L - L0), shows how the LLC responds to the localization:
+-d LLC / d log localization = (pull - Cov(f, (w - w0) . nbeta grad L)) / 2, the `sensitivity` (`convergence.sensitivity`). For a
+quadratic, let s_i = nbeta h_i / a_i be the share of the data in direction i. Then the sensitivity is half the sum of
+s_i (1 - s_i), and the LLC half the sum of s_i. Flat directions count in neither. Their ratio is above 1/2 if the localization
+outweighs the data in most directions that count. (If curvatures fall off as a power, the ratio is that power, at any localization.)
 """
 
 import math
 
-from icl.sampling.recording import DIVERGED
+from icl.sampling.traces import DIVERGED
 from icl.sampling.verdict.evidence import Evidence, rule
 
 _STAY_CLOSER = "raise nbeta or localization"
+_MORE_DATA = "raise nbeta, or lower localization"
 
 
 @rule("invalid", source="fixed outcome")
@@ -145,3 +157,60 @@ def drop_not_measurable(e: Evidence) -> str | None:
         f"note: a drop of the loss below the checkpoint's is measurable only above {e.least_significant_drop:.2g} nats: "
         "raise num_init_batches, or use larger batches"
     )
+
+
+def _least_pull(e: Evidence) -> float:
+    """Return the pull below which the data determine practically no direction."""
+    return max(0.5, 1e-3 * e.num_params)
+
+
+@rule("suspect", source="equipartition; the share of d is ours")
+def not_spread_out(e: Evidence) -> str | None:
+    """The chains must fill at least four fifths of what the localization allows."""
+    if not (e.localization > 0 and e.pull + e.spread + 3 * e.filled_stderr < 0.8 * e.num_params):
+        return None
+    return (
+        f"the chains fill {e.filled:.0%} of what the localization allows, and the LLC changes as flat directions fill: lengthen "
+        "the burn-in (3 / (lr localization) moves fill 95%)"
+    )
+
+
+@rule(
+    "suspect", source="pull is the effective number of parameters (MacKay 1992); half of one, or a thousandth, is ours"
+)
+def prior_dominated(e: Evidence) -> str | None:
+    """The data must determine at least some directions."""
+    if not (e.spread > e.num_params / 2 and e.pull < _least_pull(e)):
+        return None
+    return f"prior-dominated: the data determine {e.pull:.3g} of {e.num_params} directions: {_MORE_DATA}"
+
+
+@rule("suspect", source="integration by parts; for a single curvature, two thirds is twice the data's weight")
+def localization_outweighs(e: Evidence) -> str | None:
+    """The data, not the localization, must decide the LLC."""
+    if not (e.localization > 0 and e.sensitivity - 3 * e.sensitivity_stderr > 2 / 3 * max(e.llc, 0.0)):
+        return None
+    return (
+        f"prior-dominated: localization, not the data, decides the LLC, which would fall by {e.sensitivity:.3g} if localization "
+        f"grew 2.7-fold: {_MORE_DATA}"
+    )
+
+
+@rule("note", source="as `prior_dominated`")
+def mostly_flat(e: Evidence) -> str | None:
+    """Most directions are flat, so the LLC depends on the localization."""
+    if not (e.spread > 0.5 * e.num_params and e.pull >= _least_pull(e)):
+        return None
+    return (
+        f"note: the data determine only {e.pull:.3g} of {e.num_params} directions, so the LLC falls by "
+        f"{e.sensitivity:.2g} ± {e.sensitivity_stderr:.1g} if localization grows 2.7-fold"
+    )
+
+
+@rule("note", source="as `not_spread_out`")
+def hardly_spread_out(e: Evidence) -> str | None:
+    """The chains fill less than 95 % of what the localization allows."""
+    full = e.pull + e.spread + 2 * e.filled_stderr >= e.num_params
+    if not (e.localization > 0 and e.filled < 0.95 and not full):
+        return None
+    return f"note: the chains fill {e.filled:.0%} of what the localization allows: a longer burn-in may change the LLC"

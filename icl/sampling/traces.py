@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from icl.config import ChainsConfig
 from icl.model.stacked import Params
 from icl.sampling.minimum import Drop
-from icl.sampling.settings import SamplerSettings
 from icl.sampling.sgld import SGLDState
 
 DIVERGED = 10.0
@@ -32,7 +32,7 @@ class Draw:
 
     state: SGLDState
     grad: Float[Tensor, "N P"]
-    settings: SamplerSettings
+    settings: ChainsConfig
 
     @cached_property
     def displacement(self) -> Float[Tensor, "N P"]:
@@ -42,7 +42,7 @@ class Draw:
     @cached_property
     def force(self) -> Float[Tensor, "N P"]:
         """Tempered gradient nbeta grad L."""
-        return self.settings.nbeta * self.grad
+        return self.settings.inverse_temperature * self.grad
 
 
 def pull(draw: Draw) -> Float[Tensor, " N"]:
@@ -105,7 +105,7 @@ class Recorder:
     """Collects the draws of N chains with equal settings."""
 
     def __init__(
-        self, settings: SamplerSettings, num_params: int, sample_losses: Callable[[Params], Tensor] | None
+        self, settings: ChainsConfig, num_params: int, sample_losses: Callable[[Params], Tensor] | None
     ) -> None:
         self.settings, self.num_params, self.sample_losses = settings, num_params, sample_losses
         self.losses: list[Tensor] = []
@@ -133,7 +133,7 @@ class Recorder:
         """Return everything recorded, on the CPU in float64, except for the mean position."""
         losses, excess = torch.stack(self.losses, dim=1), torch.stack(self.excess, dim=1)
         quantities = {name: torch.stack(draws, dim=1) for name, draws in self.quantities.items()}
-        nats, limit = self.settings.nbeta * excess.flatten(1).mean(1), DIVERGED * self.num_params
+        nats, limit = self.settings.inverse_temperature * excess.flatten(1).mean(1), DIVERGED * self.num_params
         finite = losses.isfinite().all(1) & excess.flatten(1).isfinite().all(1)
         finite &= quantities["spread"].isfinite().all(1)
         start = self.settings.num_burnin_steps

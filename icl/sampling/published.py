@@ -1,0 +1,43 @@
+"""The sampler settings of Hoogland et al. 2024, and the conversion of their parameters."""
+
+from icl.config import SamplerConfig
+from icl.config.validation import real
+
+
+def from_scales(*, gradient_scale: float, localization_scale: float, noise_scale: float) -> dict[str, float]:
+    """Return `lr`, `nbeta` and `localization` from the parameters of Hoogland et al.'s code.
+
+    Their move is w - gradient_scale grad L - localization_scale (w - w0) + N(0, noise_scale). Ours has lr / 2 in front of the
+    whole drift. So lr = noise, nbeta = 2 gradient / noise, localization = 2 localization / noise.
+
+    Raises:
+        ConfigError: If a scale is negative, or the noise or the gradient is zero.
+    """
+    real("gradient_scale", gradient_scale, "positive")
+    real("localization_scale", localization_scale, "zero or positive")
+    real("noise_scale", noise_scale, "positive")
+    return {
+        "lr": noise_scale,
+        "nbeta": 2 * gradient_scale / noise_scale,
+        "localization": 2 * localization_scale / noise_scale,
+    }
+
+
+_SCALES = from_scales(gradient_scale=0.01, localization_scale=0.001, noise_scale=3e-4)
+PUBLISHED = SamplerConfig(
+    lr=_SCALES["lr"],
+    nbeta=_SCALES["nbeta"],
+    localization=_SCALES["localization"],
+    num_samples=2**20,
+    batch_size=1024,
+    num_chains=10,
+    num_draws=5000,
+    num_burnin_steps=0,
+    seed=0,
+    minibatches="fixed",
+)
+"""The settings of Hoogland et al. 2024, from their sweep file of January 2024 (icl@a868647,
+sweeps/analysis/0-L2H4-llcs-over-time.yaml): nbeta = 66.67, localization = 6.67, no burn-in (their key `num_burn_in` was not read).
+
+We differ in two ways. Their chains used the same noise at every checkpoint, which makes a curve look smoother than it is; ours have
+noise of their own. And our L(w0) is the mean over `num_init_batches` minibatches."""
