@@ -106,8 +106,7 @@ class CommandParser(argparse.ArgumentParser):
         settings, words = split_settings(_join_steps(words)) if self.settings else ({}, words)
         options, unknown = self.parse_known_args(words, namespace)
         if unknown:
-            word = next((word for word in unknown if word.startswith("-")), unknown[0])
-            self._refuse(word.partition("=")[0])
+            self._refuse(next((word.partition("=")[0] for word in unknown if word.startswith("-")), unknown[0]))
         options.settings = settings
         return options
 

@@ -2,14 +2,19 @@
 
 import io
 import sys
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 _SECONDS_BETWEEN_LINES = 10.0
 
+Item = TypeVar("Item")
 
-def progress_bar(name: str, total: int, unit: str, *, disable: bool = False, **options: Any) -> tqdm:
+
+def progress_bar(
+    name: str, total: int, unit: str, *, disable: bool = False, shows_rate: bool = False, **options: Any
+) -> tqdm:
     """Return tqdm's bar for `total` units of work; it is moved on by its `update`.
 
     In a log file a live bar would be thousands of lines, so there the bar prints plain lines.
@@ -19,22 +24,29 @@ def progress_bar(name: str, total: int, unit: str, *, disable: bool = False, **o
         total: Number of units.
         unit: Name of a unit, such as `checkpoint`.
         disable: Whether to show nothing, for work of a single unit.
+        shows_rate: Whether the plain lines have units per second and the time left. The first then comes after ten seconds.
         options: Further options of tqdm.
     """
+    options |= {"total": total, "desc": name, "unit": unit, "disable": disable}
     if sys.stderr.isatty():
-        return tqdm(total=total, desc=name, unit=unit, disable=disable, dynamic_ncols=True, mininterval=0.2, **options)
-    form = f"{{desc}} {{n_fmt}}/{{total_fmt}} {unit}s{{postfix}}"
+        return tqdm(dynamic_ncols=True, mininterval=0.2, **options)
+    rate = ", {rate_fmt}, {remaining} left" if shows_rate else ""
     return tqdm(
-        total=total,
-        desc=name,
-        unit=unit,
-        disable=disable,
-        bar_format=form,
+        bar_format=f"{{desc}} {{n_fmt}}/{{total_fmt}} {unit}s{{postfix}}{rate}",
         mininterval=_SECONDS_BETWEEN_LINES,
         maxinterval=2 * _SECONDS_BETWEEN_LINES,
+        delay=_SECONDS_BETWEEN_LINES if shows_rate else 0,
         file=_Lines(),
         **options,
     )
+
+
+def with_progress(items: Sequence[Item], name: str, unit: str) -> Iterator[Item]:
+    """Yield items with a progress bar, which several items have and a single one does not."""
+    with progress_bar(name, len(items), unit, disable=len(items) == 1) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 class _Lines(io.StringIO):

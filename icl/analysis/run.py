@@ -18,6 +18,7 @@ from icl.build import build_checkpoint_model, choose_device
 from icl.config import RunConfig
 from icl.config.validation import ConfigError
 from icl.model.stacked import Params, stack
+from icl.progress import progress_bar
 from icl.runs.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, require_one_run
 from icl.runs.folder import run_of
 from icl.runs.measure import Cache, Entry, Measurement, entry_rows, measure_checkpoints
@@ -132,7 +133,7 @@ def over_checkpoints(
         uses_predecessor=uses_predecessor,
     )
     entries: list[Entry] = []
-    with tqdm(total=len(files), desc=name, unit="checkpoint", disable=len(files) == 1 or bar is not None) as run_bar:
+    with progress_bar(name, len(files), "checkpoint", disable=len(files) == 1 or bar is not None) as run_bar:
         for batch in batches:
             entries += batch.entries if keep_arrays else [entry._replace(arrays={}) for entry in batch.entries]
             (bar or run_bar).update(len(batch.entries))

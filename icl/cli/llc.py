@@ -19,7 +19,7 @@ from icl.cli.llc_output import (
 )
 from icl.cli.llc_settings import Job, output_file, read_job, require_rescalable, saved_config
 from icl.command_line import llc_parser
-from icl.config.validation import ConfigError, UserError
+from icl.config.validation import ConfigError
 from icl.presets import run_name, sampler_name
 from icl.resolve import POINT_VARIABLE, read_points
 from icl.runs.folder import run_of
@@ -62,27 +62,17 @@ def run(words: list[str]) -> int:
 
 
 def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str, Any], given: dict[str, str]) -> int:
-    """Estimate at the point of a sweep that `wandb agent` assigned; always report the exit status to W&B."""
-    from icl.training.wandb.agent import describe_run, join_sweep, swept_settings
-    from icl.training.wandb.log import end_run, exit_code_of
+    """Estimate at the point of a sweep that `wandb agent` assigned."""
+    from icl.training.wandb.agent import describe_run, work_at_point
 
-    try:
-        base = read_job(path, flags, options, {}, given).config  # the run need not exist without the point's settings
-    except UserError as error:  # for example a bad value that the agent passed by `${args}`
-        end_run(join_sweep({}), exit_code_of(error))
-        raise
-    wandb_run = join_sweep(base.to_dict())
-    try:
-        swept = swept_settings(wandb_run, base)
+    def work(wandb_run: Any, swept: dict[str, Any]) -> int:
         job = read_job(path, flags, options, swept, given)
         describe_run(wandb_run, job.config)
         wandb_run.name = f"{run_name(job.config)}/llc/{sampler_name(job.config)}"
-        status = _work(job, flags, wandb_run)
-    except BaseException as error:
-        end_run(wandb_run, exit_code_of(error))
-        raise
-    end_run(wandb_run, status)
-    return status
+        return _work(job, flags, wandb_run)
+
+    # The run need not exist without the point's settings.
+    return work_at_point(lambda: read_job(path, flags, options, {}, given).config, work)
 
 
 def _work(job: Job, flags: frozenset[str], wandb_run: Any = None) -> int:

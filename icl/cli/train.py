@@ -41,18 +41,10 @@ def run(words: list[str]) -> int:
 
 
 def _train_point(filed: Sequence[dict[str, Any]], given: dict[str, Any]) -> int:
-    """Train the point that `wandb agent` handed over; however it ends, W&B learns the exit status."""
-    from icl.training.wandb.agent import describe_run, join_sweep, swept_settings
-    from icl.training.wandb.log import end_run, exit_code_of
+    """Train the point that `wandb agent` handed over."""
+    from icl.training.wandb.agent import describe_run, work_at_point
 
-    try:
-        base = resolve(*filed, given)
-    except ConfigError as error:  # such as a point's values that came by `${args}`
-        end_run(join_sweep({}), exit_code_of(error))
-        raise
-    wandb_run = join_sweep(base.to_dict())
-    try:
-        swept = swept_settings(wandb_run, base)
+    def work(wandb_run: Any, swept: dict[str, Any]) -> int:
         config = resolve(*filed, swept, given)
         refuse_conflicts(swept, given)
         if config.population:
@@ -63,12 +55,9 @@ def _train_point(filed: Sequence[dict[str, Any]], given: dict[str, Any]) -> int:
         point = local_root() / run_name(config) / "point.json"
         write_atomically(point, json.dumps(swept, indent=1).encode())
         os.environ[POINT_VARIABLE] = str(point)  # further ranks of this run read it
-        status = _train([config], wandb_run)
-    except BaseException as error:
-        end_run(wandb_run, exit_code_of(error))
-        raise
-    end_run(wandb_run, status)  # last: W&B may hand a pre-empted point to the next agent at once
-    return status
+        return _train([config], wandb_run)
+
+    return work_at_point(lambda: resolve(*filed, given), work)
 
 
 def _train(configs: Sequence[RunConfig], wandb_run: Any = None) -> int:
@@ -155,16 +144,16 @@ def _show_members(results: Sequence["TrainResult"]) -> list[str]:
         Why some could not be drawn.
     """
     import pandas as pd
-    from tqdm import tqdm
 
     from icl.plotting.training import draw_run, drawn_losses
+    from icl.progress import with_progress
     from icl.runs.delivery import send_results
 
     rows: dict[str, pd.Series] = {}
     shown: list[RunFolder] = []
     undrawn: list[str] = []
     sets: dict[Any, Any] = {}
-    for result in tqdm(results, desc="drawing", unit="run"):
+    for result in with_progress(results, "drawing", "run"):
         drawn = drawn_losses(result.folder) if result.was_done else None
         try:
             table = draw_run(result.folder, sets)[0] if drawn is None else drawn

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from tqdm import tqdm
 
 from icl.files.writing import plain_rows, write_atomically
 from icl.plotting.diversity import plot_diversity
 from icl.plotting.style import save_figure
+from icl.progress import progress_bar
 from icl.runs.checkpoints import CheckpointError, checkpoint_files
 from icl.runs.folder import RunFolder
 from icl.whole_runs import RunEvaluator
@@ -55,9 +55,10 @@ def evaluate_experiment(
     evaluate = RunEvaluator(num_prompts=num_prompts, num_ood_prompts=num_ood_prompts, shifts=shifts)
     tables: list[pd.DataFrame] = []
     problems: dict[str, str] = {}
-    with tqdm(runs.items(), desc="evaluating", unit="run", disable=len(runs) == 1) as bar:
-        for label, folder in bar:
+    with progress_bar("evaluating", len(runs), "run", disable=len(runs) == 1) as bar:
+        for label, folder in runs.items():
             bar.set_postfix_str(f"M={label}", refresh=False)
+            bar.update()
             try:
                 numbers, baselines = evaluate(folder.path if all_steps else checkpoint_files(folder.path)[-1])
             except CheckpointError as error:

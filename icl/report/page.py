@@ -13,9 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jinja2
-from tqdm import tqdm
 
 from icl.files.writing import StorageError, require_writable, write_atomically
+from icl.progress import with_progress
 from icl.report.comparison import comparison_picture, comparison_table, with_varying_names
 from icl.report.facts import RunFacts, read_run
 from icl.report.findings import (
@@ -94,8 +94,7 @@ def write_report(paths: Sequence[str | Path], *, out: str | Path | None = None) 
         raise StorageError(f"The page is written as .html, got {file}. Choose a name that ends in .html.")
     named = named_runs(folders)
     require_writable(file)
-    progress = tqdm(named.items(), desc="reading", unit="run", disable=len(named) == 1)
-    facts = [read_run(name, folder) for name, folder in progress]
+    facts = [read_run(name, folder) for name, folder in with_progress(list(named.items()), "reading", "run")]
     is_one = len(folders) == 1 and folders[0].resolve() == facts[0].folder.path.resolve()
     title = facts[0].name if is_one else _title(folders, len(facts))
     data = render(facts, title=title, compare=not is_one).encode("utf-8", errors="replace")

@@ -4,10 +4,10 @@ They run in the order of `trainer.make_callbacks`. Everything that a row or chec
 written. The resume file is written last, so it never contains a step that the other files lack.
 """
 
+import contextlib
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,6 +19,7 @@ from icl.config import EarlyStoppingConfig
 from icl.evaluation.sets import EvaluationSet, summarise
 from icl.runs.folder import FAILS_AGAIN
 from icl.runs.metrics_file import MetricsFile, logged_steps, metric_columns
+from icl.signals import handling
 from icl.training.members import Member
 from icl.training.module import PopulationModule
 from icl.training.wandb.agent import PARENT_PROCESS, in_sweep
@@ -145,14 +146,11 @@ class StopSignals(pl.Callback):
         self.received: signal.Signals | None = None
         self._received_at = 0.0
         self._agent = PARENT_PROCESS if in_sweep() else None
-        self._previous: dict[signal.Signals, Any] = {}
+        self._handling = contextlib.ExitStack()
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Install signal handlers instead of Lightning's. Only the main thread may do so."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._receive)
+        """Handle the signals instead of Lightning."""
+        self._handling.enter_context(handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._receive)))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Stop all ranks if one of them got a signal."""
@@ -164,25 +162,20 @@ class StopSignals(pl.Callback):
             self.received = self.received or signal.SIGTERM
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
-        """Restore the previous signal handlers."""
-        self._restore()
+        """Hand the signals back."""
+        self._handling.close()
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
-        """Restore the previous signal handlers."""
-        self._restore()
+        """Hand the signals back."""
+        self._handling.close()
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.received is None:
             self.received, self._received_at = signal.Signals(number), time.monotonic()
             print(f"\n{self.received.name}: saving after this step; send it again to stop at once.", file=sys.stderr)
         elif time.monotonic() - self._received_at > _ECHO_SECONDS:
-            self._restore()
+            self._handling.close()
             signal.raise_signal(number)
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
 
 
 class MetricsLog(pl.Callback):

@@ -1,7 +1,5 @@
 """Progress of training: a progress bar, and `status.json` for `icl runs`."""
 
-import io
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,11 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 from tqdm import tqdm
 
+from icl.progress import progress_bar
 from icl.runs.folder import State, Status
 from icl.training.callbacks import MetricsLog
 from icl.training.members import Member
-
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 class StatusFile(pl.Callback):
@@ -65,33 +62,20 @@ class ProgressBar(pl.Callback):
     def __init__(self, metrics_log: MetricsLog, max_steps: int) -> None:
         self.metrics_log, self.max_steps = metrics_log, max_steps
         self.bar: tqdm | None = None
-        self._is_live = True
-        self._printed_at = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Create the bar at the step at which training starts."""
         if trainer.is_global_zero:
-            self._is_live = sys.stderr.isatty()
-            self._printed_at = time.monotonic()
-            self.bar = tqdm(
-                total=self.max_steps,
-                initial=trainer.global_step,
-                desc="training" if (number := len(self.metrics_log.members)) == 1 else f"training {number} members",
-                unit="step",
-                dynamic_ncols=True,
-                mininterval=0.2,
-                file=None if self._is_live else io.StringIO(),
-            )
+            num_members = len(self.metrics_log.members)
+            name = "training" if num_members == 1 else f"training {num_members} members"
+            self.bar = progress_bar(name, self.max_steps, "step", shows_rate=True, initial=trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Advance the bar, and print a line if it is due."""
+        """Advance the bar."""
         if self.bar is not None:
             if self.metrics_log.loss is not None and trainer.global_step % self.metrics_log.every == 0:
                 self.bar.set_postfix_str(f"loss={self.metrics_log.loss:.4f}", refresh=False)
             self.bar.update(trainer.global_step - self.bar.n)
-            if not self._is_live and time.monotonic() - self._printed_at > _SECONDS_BETWEEN_LINES:
-                self._printed_at = time.monotonic()
-                self._print_line(self.bar.format_dict)
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
         """Close the bar and leave it on the terminal."""
@@ -100,13 +84,6 @@ class ProgressBar(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         """Close the bar where it stopped."""
         self._close()
-
-    def _print_line(self, state: dict[str, Any]) -> None:
-        rate = state["rate"] or (state["n"] - state["initial"]) / max(1e-9, state["elapsed"])
-        left = tqdm.format_interval((state["total"] - state["n"]) / rate) if rate else "?"
-        loss = f"loss {self.metrics_log.loss:.4f}  " if self.metrics_log.loss is not None else ""
-        line = f"step {state['n']:,}/{state['total']:,}  {loss}{rate:.1f} steps/s  {left} left"
-        print(line, file=sys.stderr, flush=True)
 
     def _close(self) -> None:
         if self.bar is not None:

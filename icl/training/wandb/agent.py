@@ -9,7 +9,7 @@ new W&B run first.
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from icl.config.validation import UserError
 from icl.files.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
 from icl.presets import run_name
 from icl.runs.metrics_file import whole_rows
-from icl.training.wandb.log import first_line, init_settings, sent_step, use_steps
+from icl.signals import handling
+from icl.training.wandb.log import end_run, exit_code_of, first_line, init_settings, sent_step, use_steps
 
 PARENT_PROCESS = os.getppid()
 """Process id of the agent, read before slow imports, since the agent may die while torch is imported."""
@@ -36,6 +37,34 @@ def in_sweep(environment: Mapping[str, str] = os.environ) -> bool:
     return bool(environment.get(_SWEEP_VARIABLE)) and environment.get("WANDB_MODE", "").lower() != "disabled"
 
 
+def work_at_point(read_base: Callable[[], RunConfig], work: Callable[[Any, dict[str, Any]], int]) -> int:
+    """Work at the point of the sweep that the agent assigned. However the work ends, W&B learns the exit status.
+
+    Args:
+        read_base: Function that resolves the settings without the point.
+        work: Function of the W&B run and the settings of the point that returns the exit status.
+
+    Raises:
+        SweepError: As `join_sweep`.
+        UserError: Any error of the two functions.
+    """
+    # Until training handles SIGTERM itself, the signal interrupts the program, so that W&B is told of the end.
+    with handling({signal.SIGTERM: signal.default_int_handler}):
+        try:
+            base = read_base()
+        except UserError as error:  # such as a bad value of the point that came by `${args}`
+            end_run(join_sweep({}), exit_code_of(error))
+            raise
+        run = join_sweep(base.to_dict())
+        try:
+            status = work(run, swept_settings(run, base))
+        except BaseException as error:
+            end_run(run, exit_code_of(error))
+            raise
+        end_run(run, status)  # last: W&B may hand a pre-empted point to the next agent at once
+        return status
+
+
 def join_sweep(base: Mapping[str, Any]) -> Any:
     """Begin the W&B run of this point, and return it.
 
@@ -47,8 +76,6 @@ def join_sweep(base: Mapping[str, Any]) -> Any:
     """
     import wandb
 
-    # Until training installs its own handler, SIGTERM interrupts the program, so that W&B is told of the end.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run = wandb.init(config=dict(base), resume="allow", settings=wandb.Settings(**init_settings()))
     except Exception as error:  # wandb raises many types of errors
