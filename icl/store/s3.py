@@ -6,9 +6,8 @@ that were lost, cut short or altered on the way or in the store are found when t
 a minute without progress. boto3 is imported when a store is first used.
 """
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 from icl.files.writing import StorageError
@@ -134,26 +133,15 @@ class S3Store:
         )
 
     def _write(self, key: str, data: bytes) -> None:
+        """Write, and look that the server has it: by length, digest and tag, or by reading it back."""
         tag = self._requests.put(self._full(key), data)
-        self._require_kept(key, data, tag)
-
-    def _require_kept(self, key: str, data: bytes, tag: str) -> None:
-        """Look that the server has what was just written: by length, digest and tag, or by reading it back.
-
-        Raises:
-            StorageError: If it has something else.
-        """
-        with self._having_just_written(key):
-            kept = self._requests.about(self._full(key))
+        kept = self._after_writing(key, lambda: self._requests.about(self._full(key)))
+        lack = "metadata" if kept.digest is None else "MD5 tags" if kept.tag not in (tag, "") else None
         is_kept = kept.length == len(data) and kept.digest in (None, sha256(data))
-        if is_kept and kept.digest is None:
+        if is_kept and (lack == "metadata" or (lack and not self._requests.lacks(lack))):
             is_kept = self._get(key)[0] == data
             if is_kept:
-                self._requests.note_lack("metadata")
-        elif is_kept and kept.tag not in (tag, "") and not self._requests.lacks("MD5 tags"):
-            is_kept = self._get(key)[0] == data
-            if is_kept:
-                self._requests.note_lack("MD5 tags")
+                self._requests.note_lack(lack)
         if not is_kept:
             raise self._lost(key)
 
@@ -163,17 +151,15 @@ class S3Store:
             return False
         if self._requests.put_new(full, data) and not self._requests.knows_conditions(full, data):
             time.sleep(SETTLE_SECONDS)
-        with self._having_just_written(key):
-            return self._read(key) == data  # also if it was there: a repeated request meets what it wrote itself
-        raise AssertionError
+        # Also if the server said that it was there: a repeated request meets what it wrote itself.
+        return self._after_writing(key, lambda: self._read(key) == data)
 
-    @contextlib.contextmanager
-    def _having_just_written(self, key: str) -> Iterator[None]:
-        """An object that is absent now was lost by the server."""
+    def _after_writing(self, key: str, act: Callable[[], Result]) -> Result:
+        """Return an answer about an object that was just written; if it is absent now, the server has lost it."""
         from botocore.exceptions import ClientError
 
         try:
-            yield
+            return act()
         except ClientError as error:
             if is_absent(error):
                 raise self._lost(key) from None
@@ -194,29 +180,22 @@ class S3Store:
         return True
 
     def _ask(self, key: str, act: Callable[[], Result], *, seconds: float | None = None) -> Result:
-        """Return the server's answer; wait as long as something moves."""
-        with self._errors(key):
-            return waiting.await_result(act, seconds=seconds, awaited=f"an answer from {server_name()}")
-        raise AssertionError
-
-    @contextlib.contextmanager
-    def _errors(self, key: str = "") -> Iterator[None]:
-        """Translate boto3's errors into one sentence."""
+        """Return the server's answer, waiting as long as something moves; an error of boto3 becomes one sentence."""
         from botocore.exceptions import BotoCoreError, ClientError
         from botocore.parsers import ResponseParserError
 
         place = f"{self}/{key}" if key else str(self)
         try:
-            yield
+            return waiting.await_result(act, seconds=seconds, awaited=f"an answer from {server_name()}")
         except ClientError as error:
             if key and is_absent(error):
                 raise MissingKeyError(f"There is no {place}.") from None
-            raise StorageError(f"{place} cannot be used: {describe_refusal(error)}.") from None
+            reason = describe_refusal(error)
         except waiting.StalledError:
             reason = f"no progress with {server_name()} for too long; check the network and AWS_ENDPOINT_URL"
-            raise StorageError(f"{place} cannot be used: {reason}.") from None
         except (BotoCoreError, ResponseParserError, ValueError, RecursionError) as error:
-            raise StorageError(f"{place} cannot be used: {describe_failure(error)}.") from None
+            reason = describe_failure(error)
+        raise StorageError(f"{place} cannot be used: {reason}.")
 
 
 def _is_error_page(data: bytes) -> bool:

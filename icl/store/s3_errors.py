@@ -151,6 +151,9 @@ def describe_refusal(error: Any) -> str:
 
 def describe_failure(error: Exception) -> str:
     """Return what a failure of boto3 itself means and what to do."""
+    cause = getattr(error, "kwargs", {}).get("error")
+    if isinstance(cause, RecursionError):  # which botocore may have met while it was sending
+        error = cause
     names = [kind.__name__ for kind in type(error).__mro__]
     if type(error).__name__ == "ParamValidationError" and "bucket" not in str(error).lower():
         return _LONG

@@ -11,9 +11,9 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from functools import cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any, NamedTuple, TypeVar
 
 from icl.store import waiting
 from icl.store.base import sha256
@@ -38,6 +38,8 @@ _LACKS = {
 _lacking: dict[str, set[str]] = {}
 """The features that each server lacks, as seen by this process."""
 
+Result = TypeVar("Result")
+
 
 class About(NamedTuple):
     """A server's description of an object."""
@@ -45,6 +47,10 @@ class About(NamedTuple):
     length: int
     digest: str | None
     tag: str
+
+
+class _UnusableAnswerError(Exception):
+    """An answer that shows that the server did not understand the request."""
 
 
 class Requests:
@@ -80,41 +86,39 @@ class Requests:
         Raises:
             ClientError, BotoCoreError: If there is none, or the server cannot be asked.
         """
-        client = self._client()
-        if not self.lacks("HEAD"):
-            try:
-                answer = client.head_object(Bucket=self.bucket, Key=key)
-                return About(answer.get("ContentLength", -1), _digest_in(answer), answer.get("ETag", ""))
-            except client.exceptions.ClientError as error:
-                if not is_refused_feature(error):
-                    raise
-        data, digest = self.get(key)
-        self.note_lack("HEAD")
-        return About(len(data), digest or sha256(data), "")
+
+        def ask() -> About:
+            answer = self._client().head_object(Bucket=self.bucket, Key=key)
+            return About(answer.get("ContentLength", -1), _digest_in(answer), answer.get("ETag", ""))
+
+        def read() -> About:
+            data, digest = self.get(key)
+            return About(len(data), digest or sha256(data), "")
+
+        return self._with_or_without("HEAD", ask, read)
 
     def put(self, key: str, data: bytes) -> str:
-        """Write an object; the tag that the server should give it, if its tags are MD5.
+        """Write an object; return the tag that the server should give it, if its tags are MD5.
 
         Raises:
             ClientError, BotoCoreError: If the server did not take it.
         """
-        if len(data) > self.part_size and not self.lacks("parts"):
-            tag = self._put_in_parts(key, data)
-            if tag is not None:
-                return tag
-        self._put(key, data)
-        return f'"{_md5(data).hex()}"'
+        if len(data) <= self.part_size:
+            return self._put(key, data)
+        return self._with_or_without("parts", lambda: self._put_in_parts(key, data), lambda: self._put(key, data))
 
     def put_new(self, key: str, data: bytes) -> bool:
-        """Write an object that is not there yet; False if the server said that it is.
+        """Write an object that is not there yet; return False if the server said that it is.
 
         Raises:
             ClientError, BotoCoreError: If the server did not take it.
         """
-        client = self._client()
+        from botocore.exceptions import ClientError
+
         try:
-            self._put(key, data, if_new=not self.lacks("conditions"))
-        except client.exceptions.ClientError as error:
+            new_only = {"IfNoneMatch": "*"}
+            self._with_or_without("conditions", lambda: self._put(key, data, **new_only), lambda: self._put(key, data))
+        except ClientError as error:
             if not is_taken(error):
                 raise
             return False
@@ -127,22 +131,16 @@ class Requests:
         return not self.lacks("conditions")
 
     def keys(self, folder: str) -> Iterator[str]:
-        """Every key that begins with `folder`.
+        """Yield every key that begins with `folder`.
 
         Raises:
             ClientError, BotoCoreError: If the server cannot be asked.
         """
-        client = self._client()
-        if not self.lacks("ListObjectsV2"):
-            try:
-                pages = list(self._pages("list_objects_v2", folder))
-                if all(page.get("NextContinuationToken") or not page.get("IsTruncated") for page in pages):
-                    return (entry["Key"] for page in pages for entry in page.get("Contents", []))
-            except client.exceptions.ClientError as error:
-                if not is_refused_feature(error):
-                    raise
-        pages = list(self._pages("list_objects", folder))
-        self.note_lack("ListObjectsV2")
+        pages = self._with_or_without(
+            "ListObjectsV2",
+            lambda: list(self._pages("list_objects_v2", folder)),
+            lambda: list(self._pages("list_objects", folder)),
+        )
         return (entry["Key"] for page in pages for entry in page.get("Contents", []))
 
     def delete(self, key: str) -> None:
@@ -160,13 +158,11 @@ class Requests:
             ClientError, BotoCoreError: If the server cannot be asked.
         """
         client = self._make_client(num_attempts=4, connect_seconds=5.0, answer_seconds=10.0)
-        try:
-            _require_listing(client.list_objects_v2(Bucket=self.bucket, Prefix=folder, MaxKeys=1))
-        except client.exceptions.ClientError as error:
-            if not is_refused_feature(error):
-                raise
-            _require_listing(client.list_objects(Bucket=self.bucket, Prefix=folder, MaxKeys=1))
-            self.note_lack("ListObjectsV2")
+        one = {"Bucket": self.bucket, "Prefix": folder, "MaxKeys": 1}
+        answer = self._with_or_without(
+            "ListObjectsV2", lambda: client.list_objects_v2(**one), lambda: client.list_objects(**one)
+        )
+        _require_listing(answer)
 
     def lacks(self, feature: str) -> bool:
         """Return whether the server lacks a feature."""
@@ -182,12 +178,33 @@ class Requests:
     def _place(self) -> str:
         return f"{server_name()}/{self.bucket}"
 
+    def _with_or_without(self, feature: str, act: Callable[[], Result], instead: Callable[[], Result]) -> Result:
+        """Do something that needs a feature of the server, or something else in its place where the server lacks it.
+
+        A refusal may have another reason, so the feature counts as lacking only once the other request has succeeded.
+        """
+        from botocore.exceptions import ClientError
+
+        if not self.lacks(feature):
+            try:
+                return act()
+            except _UnusableAnswerError:
+                pass
+            except ClientError as error:
+                if not is_refused_feature(error):
+                    raise
+        result = instead()
+        self.note_lack(feature)
+        return result
+
     def _pages(self, operation: str, folder: str) -> Iterator[dict[str, Any]]:
-        """Every page of a listing, which ends: a server that repeats itself would hold us for ever."""
+        """Yield every page of a listing, which ends: a server that repeats itself would hold us for ever."""
         seen: set[str] = set()
         pages = self._client().get_paginator(operation).paginate(Bucket=self.bucket, Prefix=folder)
         for number, page in enumerate(pages, 1):
             _require_listing(page)
+            if operation == "list_objects_v2" and page.get("IsTruncated") and not page.get("NextContinuationToken"):
+                raise _UnusableAnswerError  # the server answers as to the older request, so botocore would end here
             keys = {entry["Key"] for entry in page.get("Contents", [])}
             if number > MAX_PAGES or (keys and keys <= seen):
                 raise _not_s3("the listing does not end")
@@ -195,55 +212,32 @@ class Requests:
             waiting.moved()
             yield page
 
-    def _put(self, key: str, data: bytes, *, if_new: bool = False, has_metadata: bool = True) -> None:
-        """Write an object in one request; without the condition, and then without metadata, if the server refuses them."""
-        client = self._client()
-        has_metadata = has_metadata and not self.lacks("metadata")
-        condition = {"IfNoneMatch": "*"} if if_new else {}
-        try:
-            client.put_object(Bucket=self.bucket, Key=key, Body=data, **condition, **_metadata(data, has_metadata))
-        except client.exceptions.ClientError as error:
-            if not (if_new or has_metadata) or not is_refused_feature(error):
-                raise
-            self._put(key, data, has_metadata=has_metadata and if_new)
-            if not (if_new and self.lacks("metadata")):  # which of the two it refused is known then
-                self.note_lack("conditions" if if_new else "metadata")
+    def _put(self, key: str, data: bytes, **condition: str) -> str:
+        """Write an object in one request; return its tag."""
+        put = partial(self._client().put_object, Bucket=self.bucket, Key=key, Body=data, **condition)
+        self._with_or_without("metadata", lambda: put(Metadata={_DIGEST: sha256(data)}), put)
+        return f'"{_md5(data).hex()}"'
 
-    def _put_in_parts(self, key: str, data: bytes, *, has_metadata: bool = True) -> str | None:
-        """Write an object in parts, one after the other; None if the server takes none."""
+    def _put_in_parts(self, key: str, data: bytes) -> str:
+        """Write an object in parts, one after the other; return its tag, the MD5 of the parts' MD5s."""
         client = self._client()
         about = {"Bucket": self.bucket, "Key": key}
-        has_metadata = has_metadata and not self.lacks("metadata")
+        create = partial(client.create_multipart_upload, **about)
+        upload = self._with_or_without("metadata", lambda: create(Metadata={_DIGEST: sha256(data)}), create)
+        about["UploadId"] = upload["UploadId"]
+        pieces = [data[start : start + self.part_size] for start in range(0, len(data), self.part_size)]
         try:
-            about["UploadId"] = client.create_multipart_upload(**about, **_metadata(data, has_metadata))["UploadId"]
-        except client.exceptions.ClientError as error:
-            if not is_refused_feature(error):
-                raise
-            tag = self._put_in_parts(key, data, has_metadata=False) if has_metadata else None
-            self.note_lack("parts" if tag is None else "metadata")
-            return tag
-        try:
-            pieces = [data[start : start + self.part_size] for start in range(0, len(data), self.part_size)]
             parts = []
             for number, piece in enumerate(pieces, 1):
                 answer = client.upload_part(**about, PartNumber=number, Body=piece)
                 parts.append({"PartNumber": number, "ETag": answer.get("ETag", "")})
                 waiting.moved()
             client.complete_multipart_upload(**about, MultipartUpload={"Parts": parts})
-        except Exception as error:
-            self._abort(about)
-            if not isinstance(error, client.exceptions.ClientError) or not is_refused_feature(error):
-                raise
-            self.note_lack("parts")
-            return None
-        return f'"{hashlib.md5(b"".join(map(_md5, pieces)), usedforsecurity=False).hexdigest()}-{len(pieces)}"'
-
-    def _abort(self, about: dict[str, str]) -> None:
-        """Let the server forget the parts of an upload that failed, if it still answers."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        with contextlib.suppress(BotoCoreError, ClientError):
-            self._client().abort_multipart_upload(**about)
+        except Exception:
+            with contextlib.suppress(Exception):  # let the server forget the parts, if it still answers
+                client.abort_multipart_upload(**about)
+            raise
+        return f'"{_md5(b"".join(map(_md5, pieces))).hex()}-{len(pieces)}"'
 
     def _client(self) -> Any:
         """One client for all threads, made on first use."""
@@ -340,10 +334,6 @@ def _digest_in(answer: dict[str, Any]) -> str | None:
         if name.lower().replace("_", "-") == _DIGEST:
             return str(value).strip().lower() or None
     return None
-
-
-def _metadata(data: bytes, is_wanted: bool) -> dict[str, dict[str, str]]:
-    return {"Metadata": {_DIGEST: sha256(data)}} if is_wanted else {}
 
 
 def _md5(data: bytes) -> bytes:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 SECONDS = 60.0
@@ -88,26 +89,22 @@ def await_result(
         StalledError: If it was given up. Its thread goes on, and does not keep the program from ending.
     """
     seconds = SECONDS if seconds is None else seconds
-    results: list[Result] = []
-    errors: list[BaseException] = []
-    is_done = threading.Event()
+    future: Future[Result] = Future()
 
     def work() -> None:
         try:
-            results.append(act())
+            future.set_result(act())
         except BaseException as error:
-            errors.append(error)
-        is_done.set()
+            future.set_exception(error)
 
     began = time.monotonic()
+    # A thread of a pool would keep the program from ending.
     threading.Thread(target=work, name="icl-waiting", daemon=True).start()
-    while not is_done.wait(_POLL_SECONDS):
+    while not wait([future], _POLL_SECONDS).done:
         idle = time.monotonic() - max(began, _progress.at)
         if is_stopped() or _is_given_up.is_set() or idle >= seconds:
             raise StalledError
         if awaited and idle >= NOTICE_SECONDS and not _progress.was_told and not getattr(_thread, "is_silent", False):
             _progress.was_told = True
             print(f"icl: waiting for {awaited}; giving up after {seconds:.0f} s without progress.", file=sys.stderr)
-    if errors:
-        raise errors[0]
-    return results[0]
+    return future.result()
