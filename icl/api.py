@@ -24,7 +24,7 @@ from icl.evaluation.prediction import parameter_of, predict_from_prompt
 from icl.model.transformer import Transformer
 from icl.presets import preset
 from icl.runs.checkpoints import CheckpointError, checkpoint_files, checkpoint_name, load_checkpoint_file
-from icl.runs.folder import DONE, RunError
+from icl.runs.folder import RunError
 from icl.sampling.run import estimate_run
 from icl.tasks.prompts import prompt_source
 from icl.whole_runs import RunEvaluator, evaluate_run
@@ -156,7 +156,7 @@ def train_ic_regression(
         checkpoints=CheckpointsConfig(every=checkpoint_every, num_log=0, num_linear=0),
     )
     result = train(config, folder=checkpoint_dir)
-    if result.status.state not in DONE:
+    if not result.status.is_done:
         raise RunError(f"Training stopped ({result.status.reason}). Call the function again to resume it.")
     return load_model(result.folder.checkpoints.root / checkpoint_name(result.status.step))
 

@@ -11,8 +11,9 @@ from tiny_runs import TINY, as_arguments, change
 from icl.cli import main
 from icl.files.writing import StorageError
 from icl.runs.checkpoints import checkpoint_name, load_checkpoint_file, save_checkpoint
+from icl.runs.copied_files import copied_names
 from icl.runs.folder import RunFolder, local_root
-from icl.runs.mirror import copied_names, open_mirror, push
+from icl.runs.mirror import open_mirror, push
 from icl.store.base import LocalStore
 from icl.store.opening import open_store
 from icl.training.run import train

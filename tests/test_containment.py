@@ -15,8 +15,9 @@ from icl.config import RunConfig
 from icl.config.validation import ConfigError
 from icl.files.writing import StorageError
 from icl.report.facts import read_run
+from icl.runs.copied_files import copied_names
 from icl.runs.folder import RunFolder, local_root
-from icl.runs.mirror import copied_names, open_mirror, pull, push
+from icl.runs.mirror import open_mirror, pull, push
 from icl.store.base import LocalStore
 from icl.store.s3 import S3Store
 from icl.training.run import train

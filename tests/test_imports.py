@@ -32,7 +32,9 @@ LAYERS = (
     ("store.base", "store.waiting", "store.s3_errors", "store.s3_requests", "store.s3", "store.opening", "store"),
     (
         "runs.environment",
+        "runs.status",
         "runs.folder",
+        "runs.listing",
         "runs.checkpoint_header",
         "runs.checkpoints",
         "runs.measure",
@@ -40,6 +42,7 @@ LAYERS = (
         "runs.resume_file",
         "runs.contents",
         "runs.claims",
+        "runs.copied_files",
         "runs.mirror",
         "runs.verification",
         "runs.delivery",

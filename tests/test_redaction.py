@@ -11,7 +11,8 @@ from icl.cli.entry import _complain
 from icl.files.redaction import redact
 from icl.files.writing import StorageError
 from icl.runs.environment import environment_line
-from icl.runs.folder import RunFolder, Status, local_root
+from icl.runs.folder import RunFolder, local_root
+from icl.runs.status import Status
 from icl.store.opening import open_store
 
 SHORT = change(TINY, trainer={"max_steps": 2}, evaluation={"every": None}, checkpoints={"every": None, "num_log": 0})

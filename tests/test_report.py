@@ -28,7 +28,8 @@ from icl.report.page import write_report
 from icl.report.pictures import PictureError, embed
 from icl.report.tables import MAX_WHOLE, show, summarise, whole, with_error
 from icl.runs.environment import describe_environment, environment_line, environments_of
-from icl.runs.folder import RunFolder, Status, local_root
+from icl.runs.folder import RunFolder, local_root
+from icl.runs.status import Status
 from icl.training.run import train
 
 TAGS = {

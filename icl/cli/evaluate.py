@@ -74,7 +74,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 def _subjects(paths: Sequence[Path]) -> dict[str, Path]:
     """Return what to evaluate, by name: the runs that paths name, then all else, such as a checkpoint file."""
-    from icl.runs.folder import named_runs, place_of, run_folders
+    from icl.runs.folder import place_of
+    from icl.runs.listing import named_runs, run_folders
 
     paths = [place_of(path) for path in paths]
     folders = [path for path in paths if path.is_dir() and run_folders(path)]
@@ -175,7 +176,6 @@ def _evaluate_experiment(options: argparse.Namespace) -> int:
     """1 if a run could not be evaluated; the others' numbers are written all the same."""
     from icl.diversity.runs import find_runs
     from icl.diversity.tables import evaluate_experiment, save_tables
-    from icl.runs.folder import DONE
     from icl.whole_runs import headline_table
 
     base = options.checkpoint_base_dir
@@ -192,7 +192,7 @@ def _evaluate_experiment(options: argparse.Namespace) -> int:
         print(f"icl: M = {label} is left out: {problem}", file=sys.stderr)
     for label, folder in runs.items():
         status = folder.read_status()
-        if label not in problems and (status is None or status.state not in DONE):
+        if label not in problems and (status is None or not status.is_done):
             state = "unfinished" if status is None else status.state
             print(f"icl: M = {label} is {state}; its last checkpoint was evaluated as it is.", file=sys.stderr)
     if table.empty:

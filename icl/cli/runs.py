@@ -19,7 +19,8 @@ def run(words: list[str]) -> int:
     parser.add("root FOLDER", "another folder of runs, and no other", nargs="?", type=Path)
     options = parser.parse_args(words)
     from icl.diversity.runs import METADATA
-    from icl.runs.folder import describe_runs, local_root, require_place
+    from icl.runs.folder import local_root, require_place
+    from icl.runs.listing import describe_runs
 
     root = require_place(options.root) if options.root else local_root()
     experiments = [] if options.root else sorted(file.parent for file in Path().glob(f"*/{METADATA}"))

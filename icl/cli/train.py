@@ -12,7 +12,7 @@ from icl.config.validation import ConfigError, UserError
 from icl.files.writing import write_atomically
 from icl.presets import run_name, varying_names
 from icl.resolve import POINT_VARIABLE, read_config_file, read_points, refuse_conflicts, refuse_overridden, resolve
-from icl.runs.folder import DONE, RunError, RunFolder, is_child_rank, local_root
+from icl.runs.folder import RunError, RunFolder, is_child_rank, local_root
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,7 +66,7 @@ def _train(configs: Sequence[RunConfig], wandb_run: Any = None) -> int:
     results = train_population(configs, wandb_run=wandb_run)
     if is_child_rank():
         return 0
-    ended = [result for result in results if result.status.state in DONE]
+    ended = [result for result in results if result.status.is_done]
     failed = [result for result in results if result.status.state == "failed"]
     stopped = [result for result in results if result.received is not None]
     if failed and len(results) == 1:

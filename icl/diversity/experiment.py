@@ -21,8 +21,10 @@ from icl.config import RunConfig
 from icl.config.validation import UserError
 from icl.diversity.metadata import REFRESH_SECONDS, Metadata
 from icl.diversity.runs import ExperimentRun, experiment_runs, lock_experiment, require_same_settings
+from icl.files.reading import first_line
 from icl.files.writing import remove_temporaries
-from icl.runs.folder import DONE, fails_again
+from icl.runs.folder import fails_again
+from icl.runs.status import DONE
 from icl.signals import handling
 from icl.training.run import train
 
@@ -143,7 +145,7 @@ def _train_run(run: ExperimentRun, last_signal: Callable[[], signal.Signals]) ->
     except Exception as error:
         if not isinstance(error, UserError):
             traceback.print_exc()  # a mistake in the program; the message of a UserError is enough
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         return _Outcome("failed", reason, f"failed: {reason}")
     status = result.status
     loss = "" if status.loss is None else f", loss {status.loss:.4f}"

@@ -23,7 +23,8 @@ from icl.files.reading import ContentError, parse_json, read_bytes
 from icl.files.redaction import redact
 from icl.files.writing import StorageError, write_atomically
 from icl.runs.environment import versions
-from icl.runs.folder import DONE, RunFolder
+from icl.runs.folder import RunFolder
+from icl.runs.status import DONE
 
 REFRESH_SECONDS = 5.0
 """Interval between updates of the run that trains."""

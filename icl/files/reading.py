@@ -79,7 +79,7 @@ def parse_json(data: bytes | str, *, limit: int | None = None) -> Any:
     except RecursionError:
         raise ContentError(f"it is nested more than {MAX_DEPTH} levels deep") from None
     except ValueError as error:
-        raise ContentError(f"it is not valid JSON ({_first_line(error)})") from None
+        raise ContentError(f"it is not valid JSON ({_in_one_line(error)})") from None
     _require_bounded(tree, limit)
     return tree
 
@@ -99,7 +99,7 @@ def parse_yaml(data: bytes | str) -> Any:
     except RecursionError:
         raise ContentError(f"it is nested more than {MAX_DEPTH} levels deep") from None
     except Exception as error:  # odd scalars, such as a month 13, make PyYAML raise many kinds
-        raise ContentError(f"it is not valid YAML ({_first_line(error)})") from None
+        raise ContentError(f"it is not valid YAML ({_in_one_line(error)})") from None
     _require_bounded(tree, _MAX_YAML_VALUES)
     return tree
 
@@ -116,6 +116,11 @@ def is_beyond_floats(text: str, number: float) -> bool:
     """Return whether a number's text, such as 1e400 or 1e-400, was read as an infinity or a zero that it does not say."""
     mantissa = re.split("[eE]", text)[0]
     return bool(re.search(r"[1-9]", mantissa)) and (math.isinf(number) or number == 0)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if there is no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def is_number(text: str) -> bool:
@@ -260,5 +265,5 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-def _first_line(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__

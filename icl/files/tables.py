@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from icl.files.reading import MAX_TABLE, ContentError, read_bytes
+from icl.files.reading import MAX_TABLE, ContentError, first_line, read_bytes
 
 TEXTS = (
     "distribution",
@@ -69,7 +69,7 @@ def read_table(path: Path, *, columns: Sequence[str] = ()) -> pd.DataFrame:
     try:
         table = pd.read_csv(io.BytesIO(data), dtype=dict.fromkeys(TEXTS, str), low_memory=False)
     except Exception as error:  # pandas raises many kinds for damaged text
-        raise ContentError(f"it is not a table in CSV ({(str(error).splitlines() or [''])[0]})") from None
+        raise ContentError(f"it is not a table in CSV ({first_line(error)})") from None
     missing = [name for name in columns if name not in table]
     if missing:
         raise ContentError(f"it has no column `{missing[0]}`")

@@ -15,7 +15,8 @@ from icl.report.pictures import Picture, PictureError, embed
 from icl.runs.checkpoints import list_steps
 from icl.runs.contents import describe_altered_rows
 from icl.runs.environment import environments_of
-from icl.runs.folder import RunFolder, Status
+from icl.runs.folder import RunFolder
+from icl.runs.status import Status
 from icl.store.base import LocalStore
 
 

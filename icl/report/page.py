@@ -31,7 +31,8 @@ from icl.report.findings import (
 )
 from icl.report.sections import Section, run_sections
 from icl.report.tables import MAX_WHOLE, Cell, cell, look_of
-from icl.runs.folder import RunFolder, named_runs
+from icl.runs.folder import RunFolder
+from icl.runs.listing import named_runs
 
 NAME = "report.html"
 _MIN_ROWS = 20

@@ -8,14 +8,12 @@ saved configuration implies, without making a tensor: the time and memory of a r
 import io
 import math
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from icl.config import RunConfig
 from icl.config.validation import is_count
-from icl.files.arrays import StoredArray
 from icl.files.reading import ContentError, parse_json
 from icl.model.transformer import parameter_shapes
 
@@ -94,22 +92,6 @@ def require_shapes(header: Header, config: RunConfig) -> None:
     types = sorted({tensor.dtype for tensor in header.tensors.values()})
     if len(types) > 1:
         raise ContentError(f"its tensors are of several types, {' and '.join(types)}")
-
-
-def stored_numbers(file: Path, prefix: str) -> StoredArray:
-    """Return the tensors whose name begins with `prefix`, one after the other by name, left in the checkpoint's file.
-
-    Raises:
-        ContentError: If there are none, or they are of several types.
-    """
-    with file.open("rb") as raw:
-        tensors = [entry for name, entry in read_header(raw).tensors.items() if name.startswith(prefix)]
-    types = {tensor.dtype for tensor in tensors}
-    if len(types) != 1:
-        raise ContentError(f"it holds no tensors {prefix}* of one type, but of {sorted(types) or 'none'}")
-    dtype = np.dtype(TYPES[types.pop()])
-    start, stop = min(tensor.start for tensor in tensors), max(tensor.stop for tensor in tensors)
-    return StoredArray(file=file, offset=start, size=(stop - start) // dtype.itemsize, dtype=dtype)
 
 
 def _entry(about: Any, before: int) -> TensorEntry:

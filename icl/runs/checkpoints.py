@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -23,9 +24,9 @@ from torch import Tensor
 from icl.config import RunConfig
 from icl.config.validation import UserError, is_count
 from icl.files.arrays import StoredArray
-from icl.files.reading import ContentError, parse_json
+from icl.files.reading import ContentError, first_line, parse_json
 from icl.model.stacked import Params
-from icl.runs.checkpoint_header import CutShortError, read_header, require_shapes, stored_numbers
+from icl.runs.checkpoint_header import TYPES, CutShortError, read_header, require_shapes
 from icl.runs.folder import config_differences
 from icl.store.base import LocalStore, Store
 
@@ -152,15 +153,22 @@ def parse_checkpoint(data: bytes, name: str) -> Checkpoint:
 
 
 def stored_tensors(file: Path, prefix: str) -> StoredArray:
-    """Return what `icl.runs.checkpoint_header.stored_numbers` does.
+    """Return the tensors whose name begins with `prefix`, one after the other by name, left in the checkpoint's file.
 
     Raises:
         CheckpointError: If there are no such tensors, or they are of several types.
     """
     try:
-        return stored_numbers(file, prefix)
+        with file.open("rb") as raw:
+            tensors = [entry for name, entry in read_header(raw).tensors.items() if name.startswith(prefix)]
+        types = {tensor.dtype for tensor in tensors}
+        if len(types) != 1:
+            raise ContentError(f"it holds no tensors {prefix}* of one type, but of {sorted(types) or 'none'}")
     except ContentError as error:
         raise CheckpointError(f"The checkpoint {file} cannot be used: {error}.") from None
+    dtype = np.dtype(TYPES[types.pop()])
+    start, stop = min(tensor.start for tensor in tensors), max(tensor.stop for tensor in tensors)
+    return StoredArray(file=file, offset=start, size=(stop - start) // dtype.itemsize, dtype=dtype)
 
 
 def checkpoint_files(path: str | Path) -> list[Path]:
@@ -201,7 +209,7 @@ def _read_about(file: io.BufferedIOBase, name: str) -> _About:
     except (ContentError, TypeError) as error:
         raise CheckpointError(
             f"{name} is damaged, or is not a checkpoint of icl: expected safetensors with metadata format {_FORMAT}, as in a "
-            f"run's checkpoints/ ({_first_line(error)})."
+            f"run's checkpoints/ ({first_line(error)})."
         ) from None
     try:
         step, tree = metadata.get("step"), metadata.get("config")
@@ -214,7 +222,7 @@ def _read_about(file: io.BufferedIOBase, name: str) -> _About:
         if _SEAL in metadata and metadata[_SEAL] != _seal(metadata):
             raise ContentError("its step and settings do not match their digest")
     except ValueError as error:
-        raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({_first_line(error)}).") from None
+        raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({first_line(error)}).") from None
     return _About(step, config, metadata.get("digest"))
 
 
@@ -223,7 +231,7 @@ def _checkpoint(about: _About, data: bytes, name: str) -> Checkpoint:
     try:
         params = dict(sorted(safetensors.torch.load(data).items()))  # it gives them in another order each time
     except SafetensorError as error:
-        raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({_first_line(error)}).") from None
+        raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({first_line(error)}).") from None
     if _digest(params) != about.digest:
         raise CheckpointError(f"The checkpoint {name} is damaged: its weights do not match their digest.")
     return Checkpoint(about.step, about.config, params, about.digest)
@@ -241,7 +249,3 @@ def _seal(about: Mapping[str, Any]) -> str:
     """Return the digest of what a checkpoint says of itself, as JSON with its keys in order."""
     text = json.dumps({key: value for key, value in about.items() if key != _SEAL}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -31,17 +31,17 @@ def claim(here: Store, there: Store, config: RunConfig) -> None:
         RunError: If it belongs to another run.
         StorageError: If the store or the folder cannot be used.
     """
-    own = read_or_none(here, "run-id")
-    offered = own or _new_id(config)
+    kept = read_or_none(here, "run-id")
+    offered = kept or _new_id(config)
     owner = read_or_none(there, "run-id")
     if owner is None and there.create("run-id", offered):
         owner = offered
     owner = owner or read_or_none(there, "run-id") or b""
     if owner != offered:
         is_begun = read_or_none(there, "config.yaml") is None  # and no more: its machine is just starting, or was lost
-        if not is_begun or own is not None or not _is_of(there, owner, config):
+        if not is_begun or kept is not None or not _is_of(there, owner, config):
             raise RunError(_describe_owner(there, is_begun))
-    if own is None:
+    if kept is None:
         here.write("run-id", owner)
 
 

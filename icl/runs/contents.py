@@ -6,9 +6,10 @@ from icl.config import RunConfig
 from icl.config.schedules import checkpoint_steps
 from icl.config.validation import UserError
 from icl.runs.checkpoints import list_steps
-from icl.runs.folder import DONE, RunFolder, Status
+from icl.runs.folder import RunFolder
 from icl.runs.metrics_file import are_rows_altered
 from icl.runs.resume_file import NAMES, read_resume
+from icl.runs.status import Status
 
 _MAX_STEPS = 8
 """Steps that a sentence names; it counts the others."""
@@ -26,8 +27,8 @@ def expected_steps(config: RunConfig, step: int, status: Status | None = None) -
     scheduled = checkpoint_steps(
         config.trainer.max_steps, every=grid.every, num_log=grid.num_log, num_linear=grid.num_linear
     )
-    steps = {one for one in scheduled if one <= step}
-    if status is not None and status.state in DONE:
+    steps = {saved_step for saved_step in scheduled if saved_step <= step}
+    if status is not None and status.is_done:
         has_best = config.early_stopping.patience is not None and status.best_step is not None
         steps |= {step, status.best_step or 0} if has_best else {step}
     return sorted(steps)
@@ -38,22 +39,22 @@ def missing_steps(run: RunFolder, config: RunConfig, step: int, status: Status |
     there = set(list_steps(run.checkpoints))
     if config.checkpoints.moments:
         there &= set(list_steps(run.moments))
-    return [one for one in expected_steps(config, step, status) if one not in there]
+    return [expected for expected in expected_steps(config, step, status) if expected not in there]
 
 
 def describe_altered_rows(run: RunFolder) -> str | None:
     """Return a sentence if `metrics.csv` is not what it was at the last save of a run that has ended; None if it is, or nobody knows."""
     status = run.read_status()
-    if status is None or status.state not in DONE:
+    if status is None or not status.is_done:
         return None
     try:
         resume, _ = read_resume(run)
         data = run.metrics_file.read_bytes()
     except (UserError, OSError):  # told by those that need these files
         return None
-    saved = resume.member.get("rows") if resume is not None else None
-    is_altered = are_rows_altered(data, saved) or (isinstance(saved, dict) and saved.get("size") != len(data))
-    if resume is None or resume.step != status.step or not is_altered:
+    if resume is None or resume.step != status.step:
+        return None
+    if not are_rows_altered(data, resume.member.get("rows"), has_ended=True):
         return None
     return f"{run.metrics_file} was altered since step {resume.step:,} was saved; its rows are shown as they are."
 

@@ -15,9 +15,10 @@ from icl.files.reading import ContentError, parse_json, read_bytes
 from icl.files.redaction import redact
 from icl.files.writing import StorageError, write_atomically
 from icl.presets import run_name
-from icl.runs.folder import DONE, RunFolder
-from icl.runs.mirror import Mirror, copied_names, open_mirror, same_file, store_url
-from icl.store.base import LocalStore, sha256
+from icl.runs.copied_files import copied_names
+from icl.runs.folder import RunFolder
+from icl.runs.mirror import open_mirror, same_file, store_url
+from icl.store.base import sha256
 
 _NOTE = ".delivered"
 _MADE_LATER = ("results/", "figures/", "report.html")
@@ -34,13 +35,13 @@ def is_delivered(run: RunFolder, config: RunConfig) -> bool:
     """Return whether a run has ended and all of it has arrived. Its status is sent last, so it is the one that is compared."""
     status = run.read_status()
     arrived = _read_note(run, config)
-    is_done = status is not None and status.state in DONE
+    is_done = status is not None and status.is_done
     return is_done and arrived.get("status.json") == sha256(run.status_file.read_bytes())
 
 
 def note_delivered(run: RunFolder, config: RunConfig, names: Iterable[str]) -> None:
     """Remember that files are in the run's store as they are here."""
-    arrived = _read_note(run, config) | _digests(run, names)
+    arrived = _read_note(run, config) | {name: run.store.digest(name) for name in names}
     note = {"place": _place(config), "files": arrived}
     write_atomically(run.path / _NOTE, (json.dumps(note, indent=1) + "\n").encode())
 
@@ -58,19 +59,23 @@ def send_results(run: RunFolder) -> list[str]:
     if url is None or not (run.path / "run-id").is_file():
         return []
     arrived = _read_note(run, config)
-    made = _digests(run, [name for name in copied_names(LocalStore(run.path)) if name.startswith(_MADE_LATER)])
-    left = [name for name, digest in made.items() if arrived.get(name) != digest]
-    if left:
-        try:
-            mirror = open_mirror(run, url, run_name(config))
-            sent = _send(mirror, left)
-        except StorageError as error:
-            raise UploadError(describe_left(run, url, left, str(error))) from None
-        note_delivered(run, config, left)
-        if sent:
-            print(f"Uploaded {', '.join(sent)} to {mirror.there}.")
-        return sent
-    return []
+    made = [name for name in copied_names(run.store) if name.startswith(_MADE_LATER)]
+    left = [name for name in made if arrived.get(name) != run.store.digest(name)]
+    if not left:
+        return []
+    try:
+        mirror = open_mirror(run, url, run_name(config))
+        if not same_file(mirror.here, mirror.there, "run-id"):
+            raise StorageError("that place holds no copy of this run")
+        sent = [name for name in left if not same_file(mirror.here, mirror.there, name)]
+        for name in sent:
+            mirror.there.write(name, mirror.here.read(name))
+    except StorageError as error:
+        raise UploadError(describe_left(run, url, left, str(error))) from None
+    note_delivered(run, config, left)
+    if sent:
+        print(f"Uploaded {', '.join(sent)} to {mirror.there}.")
+    return sent
 
 
 def describe_left(run: RunFolder, url: str, left: Sequence[str], reason: str) -> str:
@@ -85,21 +90,6 @@ def describe_left(run: RunFolder, url: str, left: Sequence[str], reason: str) ->
         f"{files} of {run.path} did not reach {url.rstrip('/')}/{run_name(config)}: {shown} ({reason.rstrip('.')}); "
         f"what is missing there is safe here, and `{command}` sends it."
     )
-
-
-def _send(mirror: Mirror, names: Sequence[str]) -> list[str]:
-    """Write what differs; its names."""
-    if not same_file(mirror.here, mirror.there, "run-id"):
-        raise StorageError("that place holds no copy of this run")
-    different = [name for name in names if not same_file(mirror.here, mirror.there, name)]
-    for name in different:
-        mirror.there.write(name, mirror.here.read(name))
-    return different
-
-
-def _digests(run: RunFolder, names: Iterable[str]) -> dict[str, str]:
-    here = LocalStore(run.path)
-    return {name: here.digest(name) for name in names}
 
 
 def _read_note(run: RunFolder, config: RunConfig) -> dict[str, str]:

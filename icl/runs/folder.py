@@ -5,28 +5,23 @@
 """
 
 import contextlib
-import json
 import os
-import re
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import yaml
 
 from icl.config import RunConfig, flatten, is_free_on_resume
-from icl.config.validation import ConfigError, UserError, has_type, is_count, user_path
-from icl.files.reading import ContentError, parse_json, parse_yaml, read_bytes
+from icl.config.validation import ConfigError, UserError, user_path
+from icl.files.reading import ContentError, parse_yaml, read_bytes
 from icl.files.redaction import redact
 from icl.files.system import LockedError, lock_file
 from icl.files.writing import StorageError, write_atomically
 from icl.runs.environment import environments_of, versions
+from icl.runs.status import FAILS_AGAIN, Status, parse_status, status_text
 from icl.store.base import LocalStore
 
-State = Literal["waiting", "running", "finished", "stopped_early", "preempted", "failed"]
-DONE: tuple[State, ...] = ("finished", "stopped_early")
 RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "RANK")
 """Environment variables by which Lightning and torchrun number the processes of a run."""
 _OWN_NAMES = frozenset(
@@ -37,33 +32,10 @@ _OWN_NAMES = frozenset(
     )
 )
 """Names of files and folders that icl reads or writes in a run's folder; W&B's folder `wandb` holds links of its own."""
-_LAST_TIME = 253_402_300_799
-"""The end of the year 9999, after which Python has no dates."""
-FAILS_AGAIN = "the same settings would fail again"
-"""Words in the reason of a failure that depends on the settings alone."""
 
 
 class RunError(UserError, RuntimeError):
     """A run that cannot go on; the message says why and what to do."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Status:
-    """The content of `status.json`."""
-
-    state: State
-    step: int = 0
-    """Updates done."""
-    max_steps: int = 0
-    loss: float | None = None
-    """Mean training loss of the last row of `metrics.csv`."""
-    best_step: int | None = None
-    """The evaluated step that early stopping counts as the best; its checkpoint is kept if patience is set."""
-    reason: str | None = None
-    """The reason why the run stopped, failed or was pre-empted."""
-    steps_per_second: float | None = None
-    updated: float = 0.0
-    """Unix time of this status."""
 
 
 def fails_again(run: "RunFolder", status: Status) -> bool:
@@ -100,11 +72,11 @@ def require_place(word: str | Path) -> Path:
     """
     if not str(word).strip():
         raise RunError("RUN must name a run or a folder, got nothing; `icl runs` lists the runs there are.")
-    place, named = place_of(word), local_root() / name_of(word)
-    if not place.exists():
-        other = "" if named == place else f", nor a run {named}"
-        raise RunError(f"There is nothing at {place}{other}; `icl runs` lists the runs there are.")
-    return place
+    path, named = place_of(word), local_root() / name_of(word)
+    if not path.exists():
+        other = "" if named == path else f", nor a run {named}"
+        raise RunError(f"There is nothing at {path}{other}; `icl runs` lists the runs there are.")
+    return path
 
 
 def name_of(word: str | Path) -> str:
@@ -126,6 +98,7 @@ class RunFolder:
         self.previous_file = self.path / "previous.ckpt"
         self.results = self.path / "results"
         self.figures = self.path / "figures"
+        self.store = LocalStore(self.path)
         self.checkpoints = LocalStore(self.path / "checkpoints")
         self.moments = LocalStore(self.path / "checkpoints" / "moments")
 
@@ -148,7 +121,7 @@ class RunFolder:
 
     def write_status(self, status: Status) -> None:
         """Replace `status.json`, with the present time."""
-        write_atomically(self.status_file, _status_text(status), durable=False)
+        write_atomically(self.status_file, status_text(status), durable=False)
 
     def overwrite_status(self, status: Status) -> None:
         """Write into `status.json` as it is: a full disk has no room for a second file.
@@ -157,7 +130,7 @@ class RunFolder:
             OSError: If even that cannot be done.
         """
         with self.status_file.open("r+b") as file:
-            file.write(_status_text(status))
+            file.write(status_text(status))
             file.truncate()
 
     def read_status(self) -> Status | None:
@@ -173,15 +146,12 @@ class RunFolder:
         Raises:
             StorageError: Naming a link out of the folder, or a pipe or device in the place of a file.
         """
-        store = LocalStore(self.path)
-        for kind, names in (
-            ("a symbolic link out of the run's folder", store.links_out()),
-            ("neither a file nor a folder", store.pipes()),
-        ):
-            own = next((name for name in names if name.partition("/")[0] in _OWN_NAMES), None)
-            if own is not None:
+        foreign = dict.fromkeys(self.store.pipes(), "neither a file nor a folder")
+        foreign |= dict.fromkeys(self.store.links_out(), "a symbolic link out of the run's folder")
+        for name, kind in foreign.items():
+            if name.partition("/")[0] in _OWN_NAMES:
                 raise StorageError(
-                    f"{self.path / own} is {kind}, so nothing is written to this run; "
+                    f"{self.path / name} is {kind}, so nothing is written to this run; "
                     "put a plain file or folder in its place, or remove it."
                 )
 
@@ -259,27 +229,6 @@ def parse_config(data: bytes, place: str) -> RunConfig:
         raise ConfigError(f"The config.yaml of {place} cannot be used: {error}") from None
 
 
-def _status_text(status: Status) -> bytes:
-    reason = None if status.reason is None else redact(status.reason)
-    content = asdict(status) | {"reason": reason, "updated": round(time.time(), 3)}
-    return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def parse_status(data: bytes) -> Status | None:
-    """Return the status that a run's `status.json` holds, or None if it cannot be read or a value is none we write."""
-    try:
-        status = Status(**parse_json(data, limit=100))
-    except (ContentError, TypeError):
-        return None
-    steps = (status.step, status.max_steps, status.best_step or 0)
-    is_usable = (
-        all(has_type(getattr(status, field.name), field.type) for field in fields(Status))
-        and all(is_count(step) for step in steps)
-        and 0 <= status.updated <= _LAST_TIME
-    )
-    return status if is_usable else None
-
-
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Return the settings that make two configurations compute differently, a phrase for each; names and machines do not count."""
     before, after = (flatten(config.to_dict()) for config in (old, new))
@@ -355,70 +304,3 @@ def _is_run(folder: Path) -> bool:
 def is_child_rank() -> bool:
     """Return whether this process is not rank 0. Rank 0 holds the lock and writes the files."""
     return any(os.environ.get(name, "0") != "0" for name in RANK_VARIABLES)
-
-
-def run_folders(root: Path) -> list[RunFolder]:
-    """Return every run below a folder, M = 8 before M = 16.
-
-    Raises:
-        RunError: If it is no folder.
-    """
-    if os.path.lexists(root) and not root.is_dir():
-        raise RunError(f"{root} is not a folder; name a folder of runs.")
-    names = sorted((file.parent.relative_to(root).as_posix() for file in root.glob("**/status.json")), key=_by_number)
-    return [RunFolder(root / name) for name in names]
-
-
-def named_runs(paths: Sequence[Path]) -> dict[str, RunFolder]:
-    """The runs that paths name, by a name for each: a run's folder, or a folder with runs below it.
-
-    Raises:
-        RunError: If a path is neither.
-    """
-    found: dict[Path, tuple[str, RunFolder]] = {}
-    for path in paths:
-        folder = RunFolder(path)
-        if folder.config_file.is_file() or folder.status_file.is_file():
-            found.setdefault(path.resolve(), (path.resolve().name, folder))
-            continue
-        below = run_folders(path)
-        if not below:
-            raise RunError(
-                f"{path} is not a run, and there are no runs below it: expected a folder with config.yaml; `icl runs` lists those here."
-            )
-        for one in below:
-            found.setdefault(one.path.resolve(), (one.path.relative_to(path).as_posix(), one))
-    names = [name for name, _ in found.values()]
-    return {name if names.count(name) == 1 else str(run.path): run for name, run in found.values()}
-
-
-def describe_runs(root: Path) -> list[str]:
-    """Return a line for every run below a folder: name, state, step, loss, age of the last status.
-
-    A run whose `status.json` cannot be read has a line that says so.
-    """
-    return [_line(run.path.relative_to(root).as_posix(), run.read_status()) for run in run_folders(root)]
-
-
-def _line(name: str, status: Status | None) -> str:
-    name = "".join(
-        c if c.isprintable() else "?" for c in name
-    )  # a folder that came along may be named to move the cursor
-    if status is None:
-        return f"{name:40s} {'unreadable':13s} its status.json is damaged; the same `icl train` command writes it anew"
-    loss = "-" if status.loss is None else f"{status.loss:.4f}" if abs(status.loss) < 1e6 else f"{status.loss:.3g}"
-    progress = f"{status.step:,}/{status.max_steps:,}"
-    age = _age(time.time() - status.updated)
-    return f"{name:40s} {status.state:13s} step {progress:>17s}  loss {loss:>8s}  {age} ago"
-
-
-def _by_number(name: str) -> list[tuple[str, int]]:
-    """A key that puts M=8 before M=16."""
-    return [(text, int(number or -1)) for text, number in re.findall(r"(\D*)(\d*)", name)]
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(0, seconds):.0f} s"

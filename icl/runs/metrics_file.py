@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from icl.config import RunConfig
+from icl.files.reading import is_number
 from icl.files.system import sync_file
 from icl.files.writing import StorageError, write_atomically
 from icl.runs.folder import RunError, RunFolder
@@ -63,8 +64,8 @@ class MetricsFile:
         """
         rows = self.require_rows(logged_steps)
         for name, value_at in (known or {}).items():
-            place = self.columns.index(name)
-            rows = [[*row[:place], _text(value_at(int(row[0]))), *row[place + 1 :]] for row in rows]
+            column = self.columns.index(name)
+            rows = [[*row[:column], _text(value_at(int(row[0]))), *row[column + 1 :]] for row in rows]
         self._lines = list(map(_line, [self.columns, *rows]))
         self._write_all()
 
@@ -74,15 +75,16 @@ class MetricsFile:
         Raises:
             RunError: If one of them is missing.
         """
-        found = self._rows()
+        _, lines = _read(self.path)
+        rows = {int(row[0]): row for row in lines if len(row) == len(self.columns)}
         steps = sorted(logged_steps)
-        missing = [step for step in steps if step not in found]
+        missing = [step for step in steps if step not in rows]
         if missing:
             raise RunError(
                 f"{self.path} has lost the row of step {missing[0]}; put it back, or delete "
                 "last.ckpt, previous.ckpt and status.json beside it to train from step 0."
             )
-        return [found[step] for step in steps]
+        return [rows[step] for step in steps]
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
         """Write one row; a column without a value stays empty. A file that was removed or altered meanwhile is written anew.
@@ -137,11 +139,6 @@ class MetricsFile:
         write_atomically(self.path, data)
         self._num_bytes = len(data)
 
-    def _rows(self) -> dict[int, list[str]]:
-        """Return the whole rows of the file by their step."""
-        _, rows = _read(self.path)
-        return {int(row[0]): row for row in rows if len(row) == len(self.columns)}
-
 
 def lost_rows(run: RunFolder, config: RunConfig, step: int) -> str | None:
     """Return what is wrong with the rows up to a step in a sentence, or None if all are there."""
@@ -152,16 +149,18 @@ def lost_rows(run: RunFolder, config: RunConfig, step: int) -> str | None:
     return None
 
 
-def are_rows_altered(data: bytes, saved: Any) -> bool:
+def are_rows_altered(data: bytes, saved: Any, *, has_ended: bool = False) -> bool:
     """Return whether the rows up to a save are others than those that were there then.
 
     Args:
         data: The whole file.
         saved: What `MetricsFile.digest` gave then; None of a run whose last save was made by 0.1.0.
+        has_ended: Whether that was the last save of the run, after which no row comes.
     """
     if not isinstance(saved, dict) or not isinstance(saved.get("size"), int):
         return False
-    return sha256(data[: saved["size"]]) != saved.get("sha256")
+    is_longer = has_ended and saved["size"] != len(data)
+    return is_longer or sha256(data[: saved["size"]]) != saved.get("sha256")
 
 
 def whole_rows(path: Path) -> list[dict[str, str]]:
@@ -187,14 +186,7 @@ def _cells(line: str) -> list[str]:
 
 def _is_row(cells: Sequence[str]) -> bool:
     """Return whether cells are a step and numbers, as we write them; an empty cell is a number that was not logged."""
-    return bool(re.fullmatch(r"[0-9]{1,18}", cells[0])) and all(map(_is_number, cells[1:]))
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        return not cell or isinstance(float(cell), float)
-    except ValueError:
-        return False
+    return bool(re.fullmatch(r"[0-9]{1,18}", cells[0])) and all(not cell or is_number(cell) for cell in cells[1:])
 
 
 def _line(values: Sequence[str]) -> str:

@@ -3,44 +3,35 @@
 The copy lies at `<store>/<run name>/` and is laid out as the run's folder is. Three rules keep it whole:
 
 - *Whose.* A copy belongs to the folder with the same `run-id` (`icl.runs.claims`).
-- *In which order.* `last.ckpt` and `status.json` vouch for the files beside them and so are copied after them;
-  `config.yaml`, which makes a folder a run, comes last of all. A copy that breaks off is taken up by the same command.
+- *In which order.* What vouches for other files is copied after them (`icl.runs.copied_files`). A copy that breaks off is taken
+  up by the same command.
 - *What is newer.* Nothing is copied over a run that is further on, unless forced.
 """
 
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import TypeVar
 
 from tqdm import tqdm
 
 from icl.config import RunConfig
 from icl.config.validation import ConfigError
-from icl.files.writing import StorageError, is_temporary
+from icl.files.writing import StorageError
 from icl.progress import progress_bar
-from icl.runs.checkpoints import CheckpointError, parse_checkpoint
+from icl.runs.checkpoints import CheckpointError
 from icl.runs.claims import claim
-from icl.runs.folder import RunError, RunFolder, parse_config, parse_status, require_same_config
-from icl.runs.resume_file import ResumeFileError, parse_resume
+from icl.runs.copied_files import LAST, NEEDED, copied_names, require_no_links_out, require_whole
+from icl.runs.folder import RunError, RunFolder, parse_config, require_same_config
+from icl.runs.resume_file import ResumeFileError
+from icl.runs.status import parse_status
 from icl.store import waiting
-from icl.store.base import DamagedError, LocalStore, MissingKeyError, Store, read_or_none, require_key
+from icl.store.base import DamagedError, LocalStore, MissingKeyError, Store, read_or_none
 from icl.store.opening import open_store
 
-FILES = ("run-id", "wandb-id", "metrics.csv", "run.log", "report.html", "last.ckpt", "status.json", "config.yaml")
-FOLDERS = ("checkpoints", "results", "figures")
-"""Folders of a run that are copied, beside `FILES`."""
-CHECKPOINT_FOLDERS = ("checkpoints", "checkpoints/moments")
-"""Folders of the weights, and of Adam's moments where they are saved."""
-VOUCHERS = ("last.ckpt", "status.json")
-"""Files that describe the others. They are copied after those, the status last."""
-_LAST = (*VOUCHERS, "config.yaml")
-_NEEDED = ("run-id", "metrics.csv", *_LAST)
-"""Files without which a run cannot be resumed."""
 _NUM_WORKERS = 8
 
 Item = TypeVar("Item")
@@ -59,7 +50,7 @@ class Mirror:
     @property
     def here(self) -> Store:
         """The folder as a store."""
-        return LocalStore(self.run.path)
+        return self.run.store
 
     @property
     def checkpoints(self) -> Store:
@@ -114,7 +105,7 @@ def take_up(mirror: Mirror, config: RunConfig) -> bool:
         ConfigError: If the run in the store was begun with other settings.
         StorageError: If the store or the folder cannot be used.
     """
-    _require_no_links_out(mirror.here, mirror.there)
+    require_no_links_out(mirror.here, mirror.there)
     theirs = read_config(mirror.there)
     is_new = not mirror.run.config_file.exists()
     if theirs is not None:
@@ -157,11 +148,11 @@ def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
         DamagedError: If files in the store are damaged; all others were fetched, and the folder keeps its own of these.
         StorageError: If the store or the folder cannot be used.
     """
-    _require_no_links_out(mirror.here, mirror.there)
+    require_no_links_out(mirror.here, mirror.there)
     if read_config(mirror.there) is None:
         raise RunError(f"There is no run at {mirror.there}; `icl checkpoints RUN push` puts one there.")
-    own = read_or_none(mirror.here, "run-id")
-    if mirror.run.config_file.exists() and own != read_or_none(mirror.there, "run-id"):
+    is_same_run = read_or_none(mirror.here, "run-id") == read_or_none(mirror.there, "run-id")
+    if mirror.run.config_file.exists() and not is_same_run:
         raise RunError(f"{mirror.there} holds another run than {mirror.run.path}; move that folder away to fetch it.")
     _require_not_behind(mirror.there, mirror.here, "pull", force)
     copied, damaged = _transfer(mirror.there, mirror.here, "pulling", force)
@@ -182,7 +173,7 @@ def push(mirror: Mirror, *, force: bool = False) -> list[str]:
         DamagedError: If files in the folder are damaged; all others were sent, and the store keeps its own of these.
         StorageError: If the store or the folder cannot be used.
     """
-    _require_no_links_out(mirror.here, mirror.there)
+    require_no_links_out(mirror.here, mirror.there)
     config = mirror.run.read_config()
     _require_not_behind(mirror.here, mirror.there, "push", force)
     claim(mirror.here, mirror.there, config)
@@ -190,20 +181,6 @@ def push(mirror: Mirror, *, force: bool = False) -> list[str]:
     if damaged:
         raise DamagedError(f"{'; '.join(map(_bare, damaged))}; {len(copied):,} other files were sent.")
     return copied
-
-
-def copied_names(store: Store) -> list[str]:
-    """List the names in a run's folder, or in its copy, that belong to a copy; vouchers and `config.yaml` last.
-
-    Raises:
-        StorageError: If one of them could lead out of the run's folder, or the store cannot be used.
-    """
-    found = store.keys()
-    names = [name for name in found if _is_copied(name)]
-    for name in names:
-        require_key(name, store)
-    _require_one_kind(names, store)
-    return sorted(names, key=lambda name: (_LAST.index(name) + 1 if name in _LAST else 0, name))
 
 
 def read_config(store: Store) -> RunConfig | None:
@@ -232,46 +209,6 @@ def same_file(source: Store, target: Store, name: str) -> bool:
         return False
 
 
-def is_checkpoint(name: str) -> bool:
-    """Return whether a name in a run's folder is that of a checkpoint, of weights or of moments."""
-    folder, _, file = name.rpartition("/")
-    return folder in CHECKPOINT_FOLDERS and file.startswith("step-")
-
-
-def _is_copied(name: str) -> bool:
-    return (name in FILES or name.partition("/")[0] in FOLDERS) and not is_temporary(PurePosixPath(name))
-
-
-def _require_no_links_out(*stores: Store) -> None:
-    """Refuse to copy from or to a folder that holds a link out of it: what lies behind is not the run's.
-
-    Raises:
-        StorageError: Naming the first such link.
-    """
-    for store in stores:
-        links = [name for name in store.links_out() if _is_copied(name)] if isinstance(store, LocalStore) else []
-        if links:
-            raise StorageError(
-                f"{store}/{links[0]} is a symbolic link out of the run's folder, so nothing was copied; "
-                "put what it leads to in its place, or remove it."
-            )
-
-
-def _require_one_kind(names: Sequence[str], store: Store) -> None:
-    """Refuse a name that is a file's and a folder's at once: a bucket may have both, a folder cannot.
-
-    Raises:
-        StorageError: Naming it.
-    """
-    folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
-    both = next((name for name in names if name in folders), None)
-    if both is not None:
-        raise StorageError(
-            f"{store} has a file by the name {both!r} and files below {both + '/'!r}, which no folder can hold, so nothing "
-            "is done with it; remove one of them there."
-        )
-
-
 def _require_not_behind(source: Store, target: Store, verb: str, force: bool) -> None:
     ours, theirs = saved_step(source), saved_step(target)
     if theirs > ours and not force:
@@ -280,18 +217,6 @@ def _require_not_behind(source: Store, target: Store, verb: str, force: bool) ->
         raise RunError(
             f"{target} is at step {theirs:,} and {source} {behind}; {other} instead, or {verb} with --force."
         )
-
-
-def require_whole(name: str, data: bytes, where: str) -> None:
-    """Refuse a damaged checkpoint or resume file, which carry digests of their own.
-
-    Raises:
-        CheckpointError, ResumeFileError: Saying what is wrong.
-    """
-    if is_checkpoint(name):
-        parse_checkpoint(data, where)
-    elif name == "last.ckpt":
-        parse_resume(data, where)
 
 
 def describe_damaged(mirror: Mirror, damaged: Sequence[str]) -> str:
@@ -325,7 +250,7 @@ def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[li
             data = source.read(name)
             require_whole(name, data, f"{source}/{name}")
         except (DamagedError, CheckpointError) as error:
-            if name in _NEEDED:
+            if name in NEEDED:
                 raise
             damaged.append(str(error))
             return None
@@ -333,28 +258,26 @@ def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[li
         return name
 
     with progress_bar(label, len(names), "file") as bar:
-        copied = in_parallel(copy, [name for name in names if name not in _LAST], bar)
-        copied += _in_turn(copy, [name for name in names if name in _LAST], bar)
+        copied = in_parallel(copy, [name for name in names if name not in LAST], bar)
+        copied += _counted(map(copy, (name for name in names if name in LAST)), bar)
     return [name for name in copied if name], sorted(damaged)
 
 
 def in_parallel(act: Callable[[Item], Result], items: Sequence[Item], bar: tqdm) -> list[Result]:
-    """`act` on every item, several at once; the first error ends it."""
+    """Return what a function gives for every item, working on several at once; the first error ends it."""
     with ThreadPoolExecutor(_NUM_WORKERS) as pool:
         try:
-            return _in_turn(lambda future: future.result(), [pool.submit(act, item) for item in items], bar)
+            return _counted(pool.map(act, items), bar)
         except KeyboardInterrupt:
             with waiting.giving_up():  # a store that hangs would hold the others for a minute
-                pool.shutdown(cancel_futures=True)
-            raise
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
+                pool.shutdown()
             raise
 
 
-def _in_turn(act: Callable[[Item], Result], items: Sequence[Item], bar: tqdm) -> list[Result]:
-    results = []
-    for item in items:
-        results.append(act(item))
+def _counted(results: Iterable[Result], bar: tqdm) -> list[Result]:
+    """Return results as a list, counting each on the bar when it is there."""
+    done = []
+    for result in results:
+        done.append(result)
         bar.update()
-    return results
+    return done

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from icl.config import RunConfig
-from icl.files.reading import ContentError, read_bytes
+from icl.files.reading import ContentError, first_line, read_bytes
 from icl.runs.folder import RunError, RunFolder
 
 _SEAL = b"icl-sha256:"
@@ -82,8 +82,7 @@ def parse_resume(data: bytes, name: str) -> Resume:
             raise TypeError("state_dict")
         return Resume(step, RunConfig.from_dict(config), member, data)
     except Exception as error:  # whatever a file may hold in place of these
-        reason = (str(error).splitlines() or [""])[0]
-        raise ResumeFileError(f"{name} is damaged: {type(error).__name__}, {reason}.") from None
+        raise ResumeFileError(f"{name} is damaged: {type(error).__name__}, {first_line(error)}.") from None
 
 
 def read_resume(run: RunFolder) -> tuple[Resume | None, str | None]:
@@ -96,16 +95,16 @@ def read_resume(run: RunFolder) -> tuple[Resume | None, str | None]:
         ResumeFileError: If there are resume files and none is whole.
     """
     problems: list[str] = []
-    for file in (run.resume_file, run.previous_file):
-        found = _read(file)
-        if isinstance(found, Resume):
-            told = [
-                f"{one.rstrip('.')}; the run goes on from the save before it, of step {found.step:,}."
-                for one in problems
-            ]
-            return found, told[0] if told else None
-        problems.append(found)
-    if not any(file.exists() for file in (run.resume_file, run.previous_file)):
+    files = (run.resume_file, run.previous_file)
+    for file in files:
+        resume = _read(file)
+        if isinstance(resume, Resume) and problems:
+            reason = problems[0].rstrip(".")
+            return resume, f"{reason}; the run goes on from the save before it, of step {resume.step:,}."
+        if isinstance(resume, Resume):
+            return resume, None
+        problems.append(resume)
+    if not any(file.exists() for file in files):
         return None, None
     raise ResumeFileError(
         f"{' '.join(problems)} So the run cannot be resumed. Fetch a copy with `icl checkpoints {run.path} pull --force` if it has "

@@ -24,17 +24,19 @@ from PIL import Image
 from icl.config import RunConfig
 from icl.config.validation import UserError
 from icl.files.arrays import array_digest
-from icl.files.reading import parse_json
+from icl.files.reading import is_number, parse_json
 from icl.progress import progress_bar
 from icl.runs.checkpoint_header import MOMENTS
 from icl.runs.checkpoints import Checkpoint, checkpoint_name, parse_checkpoint
 from icl.runs.contents import expected_steps, name_checkpoints
-from icl.runs.folder import DONE, RunFolder, Status, config_differences, parse_config, parse_status
+from icl.runs.copied_files import CHECKPOINT_FOLDERS, copied_names, is_checkpoint
+from icl.runs.folder import RunFolder, config_differences, parse_config
 from icl.runs.measure import parse_entry
 from icl.runs.metrics_file import are_rows_altered, logged_steps, metric_columns
-from icl.runs.mirror import CHECKPOINT_FOLDERS, Mirror, copied_names, in_parallel, is_checkpoint
+from icl.runs.mirror import Mirror, in_parallel
 from icl.runs.resume_file import Resume, parse_resume
-from icl.store.base import LocalStore, MissingKeyError, Store
+from icl.runs.status import Status, parse_status
+from icl.store.base import MissingKeyError, Store
 
 _NUMBERS = ("step", "value", "stderr", "llc", "init_loss", "mean_loss")
 """Columns of tables of results that hold nothing but numbers."""
@@ -57,17 +59,17 @@ def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
     Raises:
         StorageError: If the store cannot be listed.
     """
-    copies = [_read_copy(LocalStore(run.path))] if run.path.is_dir() else []
+    copies = [_read_copy(run.store)] if run.path.is_dir() else []
     mine = copies[0].names if copies else []
     if mirror is not None:
         copies.append(_read_copy(mirror.there, mine))
     jobs = [(copy, name) for copy in copies for name in copy.names]
     jobs += [(copies[0], "previous.ckpt")] if run.previous_file.is_file() else []
     with progress_bar("verifying", len(jobs), "file") as bar:
-        found = [problem for problem in in_parallel(_problem, jobs, bar) if problem]
+        problems = [problem for problem in in_parallel(_problem, jobs, bar) if problem]
     for copy in copies[:1]:  # what the store lacks beyond that is told by name
-        found += _what_is_missing(copy)
-    return found
+        problems += _what_is_missing(copy)
+    return problems
 
 
 def _read_copy(store: Store, others: Sequence[str] = ()) -> _Copy:
@@ -85,15 +87,12 @@ def _read_copy(store: Store, others: Sequence[str] = ()) -> _Copy:
 
 def _what_is_missing(copy: _Copy) -> Iterator[str]:
     """Yield a sentence for everything that is missing from a copy."""
-    end = copy.status if copy.status is not None and copy.status.state in DONE else None
+    end = copy.status if copy.status is not None and copy.status.is_done else None
     step = end.step if end is not None else copy.resume.step if copy.resume is not None else 0
     is_begun = end is None and copy.status is not None and copy.status.step > 0
-    needed = [
-        "config.yaml",
-        "status.json",
-        *(["metrics.csv"] if step > 0 else []),
-        *(["last.ckpt"] if is_begun else []),
-    ]
+    needed = ["config.yaml", "status.json"]
+    needed += ["metrics.csv"] if step > 0 else []
+    needed += ["last.ckpt"] if is_begun else []
     for name in needed:
         if name not in copy.names:
             yield f"There is no {copy.store}/{name}."
@@ -101,9 +100,9 @@ def _what_is_missing(copy: _Copy) -> Iterator[str]:
         return
     folders = CHECKPOINT_FOLDERS if copy.config.checkpoints.moments else CHECKPOINT_FOLDERS[:1]
     missing = [
-        one
-        for one in expected_steps(copy.config, step, end)
-        if not all(f"{folder}/{checkpoint_name(one)}" in copy.names for folder in folders)
+        expected
+        for expected in expected_steps(copy.config, step, end)
+        if not all(f"{folder}/{checkpoint_name(expected)}" in copy.names for folder in folders)
     ]
     if missing:
         yield f"{copy.store} lacks the {name_checkpoints(missing)}."
@@ -151,34 +150,35 @@ def _check(copy: _Copy, name: str, data: bytes, where: str) -> str | None:
     return check(data) if check is not None else None
 
 
-def _check_checkpoint(copy: _Copy, name: str, found: Checkpoint) -> str | None:
-    """Whether a whole checkpoint is the one that its name and the run's settings promise."""
+def _check_checkpoint(copy: _Copy, name: str, checkpoint: Checkpoint) -> str | None:
+    """Return why a whole checkpoint is not the one that its name and the run's settings promise, or None."""
     folder, _, file = name.rpartition("/")
-    if file != checkpoint_name(found.step):
-        return f"it holds step {found.step:,}"
-    if any(key.startswith(MOMENTS) for key in found.params) != (folder == CHECKPOINT_FOLDERS[1]):
+    if file != checkpoint_name(checkpoint.step):
+        return f"it holds step {checkpoint.step:,}"
+    if any(key.startswith(MOMENTS) for key in checkpoint.params) != (folder == CHECKPOINT_FOLDERS[1]):
         return "it holds weights where Adam's moments should be, or moments where weights should be"
-    differences = config_differences(copy.config, found.config) if copy.config is not None else []
-    return f"it is of another run than config.yaml: {'; '.join(differences)}" if differences else None
+    return _compare(copy.config, checkpoint.config, "config.yaml")
+
+
+def _compare(expected: RunConfig | None, config: RunConfig, name: str) -> str | None:
+    """Return the settings in which a file differs from those in another file, if these are known."""
+    differences = config_differences(expected, config) if expected is not None else []
+    return f"it is of another run than {name}: {'; '.join(differences)}" if differences else None
 
 
 def _check_resume(copy: _Copy, data: bytes, where: str) -> str | None:
-    config = parse_resume(data, where).config
-    differences = config_differences(copy.config, config) if copy.config is not None else []
-    return f"it is of another run than config.yaml: {'; '.join(differences)}" if differences else None
+    return _compare(copy.config, parse_resume(data, where).config, "config.yaml")
 
 
 def _check_config(copy: _Copy, data: bytes, where: str) -> str | None:
-    config = parse_config(data, where)
-    differences = config_differences(copy.resume.config, config) if copy.resume is not None else []
-    return f"it is of another run than last.ckpt: {'; '.join(differences)}" if differences else None
+    return _compare(copy.resume.config if copy.resume else None, parse_config(data, where), "last.ckpt")
 
 
 def _check_status(copy: _Copy, data: bytes, where: str) -> str | None:
     status = parse_status(data)
     if status is None:
         return "it cannot be read"
-    if status.state in DONE and copy.resume is not None and status.step != copy.resume.step:
+    if status.is_done and copy.resume is not None and status.step != copy.resume.step:
         return f"it says that the run ended at step {status.step:,}, and last.ckpt is of step {copy.resume.step:,}"
     return None
 
@@ -199,10 +199,8 @@ def _check_metrics(copy: _Copy, data: bytes, where: str) -> str | None:
     if steps != sorted(set(steps)):
         return "its rows are not in the order of steps"
     saved = copy.resume.member.get("rows") if copy.resume is not None else None
-    has_ended = copy.status is not None and copy.status.state in DONE and copy.status.step == reached
-    is_altered = are_rows_altered(data, saved) or (
-        has_ended and isinstance(saved, dict) and saved.get("size") != len(data)
-    )
+    has_ended = copy.status is not None and copy.status.is_done and copy.status.step == reached
+    is_altered = are_rows_altered(data, saved, has_ended=has_ended)
     return "its rows are not those that were saved" if is_altered else None
 
 
@@ -243,15 +241,7 @@ def _check_table(data: bytes, numbers: Sequence[str] = _NUMBERS) -> str | None:
     if len({len(row) for row in rows}) > 1:
         return "its rows are of different lengths"
     for name, *column in zip(*rows, strict=True):
-        wrong = next((value for value in column if name in numbers and value and not _is_number(value)), None)
+        wrong = next((value for value in column if name in numbers and value and not is_number(value)), None)
         if wrong is not None:
             return f"its column {name} of numbers holds {json.dumps(wrong[:30])}"
     return None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -1,7 +1,8 @@
 """Requests to a bucket, and what takes their place where a server refuses them.
 
 A request holds nothing that older servers refuse, as far as that is possible: no checksum headers and no trailers. Every request is
-signed with the SHA-256 of its body instead, also over TLS, which every server of S3's present signature must check. What is
+signed with the SHA-256 of its body instead, also over TLS, which every server of S3's present signature must check. boto3's own
+checksums would add nothing to that, and of an upload in parts they are no digest of the file that could be compared. What is
 still refused at times (conditions, metadata, uploads in parts, the newer listing, HEAD) is left out from then on, and said once.
 """
 

@@ -22,7 +22,7 @@ from icl.config import RunConfig, flatten, is_free_on_resume
 from icl.config.validation import ConfigError
 from icl.presets import run_name, sampler_name
 from icl.resolve import read_config_file, refuse_conflicts, refuse_twice_set, resolve
-from icl.runs.folder import DONE, RunFolder, config_differences, local_root
+from icl.runs.folder import RunFolder, config_differences, local_root
 from icl.sweeps.command import JSON_FILE_MACRO, fill_macros, own_command
 from icl.sweeps.distributions import Parameter, draw, grid_values
 from icl.sweeps.schema import MAX_POINTS, SweepFile, SweepFileError
@@ -165,7 +165,7 @@ def _is_done(config: RunConfig) -> bool:
     run = RunFolder(local_root() / run_name(config))
     status = run.read_status()
     try:
-        return status is not None and status.state in DONE and not config_differences(run.read_config(), config)
+        return status is not None and status.is_done and not config_differences(run.read_config(), config)
     except ConfigError:
         return False
 

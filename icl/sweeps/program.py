@@ -12,7 +12,8 @@ from pathlib import Path
 
 from icl.files.redaction import redact
 from icl.files.writing import write_atomically
-from icl.runs.folder import DONE, RunFolder, Status
+from icl.runs.folder import RunFolder
+from icl.runs.status import Status
 from icl.sweeps.attempts import Claim, Outcome
 from icl.sweeps.command import child_environment, fill_macros, with_own_icl
 from icl.sweeps.points import Point
@@ -87,7 +88,7 @@ class Program:
         outcome: Outcome = "failed"
         reason: str | None = None
         # A packed program also fails if only one of its runs does, so ask each run.
-        if code == 0 or (len(self.work) > 1 and status is not None and status.state in DONE):
+        if code == 0 or (len(self.work) > 1 and status is not None and status.is_done):
             outcome = "done"
         elif stopping:
             outcome, reason = "preempted", f"stopped by {stopping.name}"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from icl.config.validation import ConfigError
-from icl.runs.folder import DONE, RunFolder, Status, fails_again, require_same_config
+from icl.runs.folder import RunFolder, fails_again, require_same_config
+from icl.runs.status import Status
 from icl.sweeps.attempts import STALE_SECONDS, Attempt, is_alive, last_attempt
 from icl.sweeps.points import Point
 
@@ -66,7 +67,7 @@ def _state_of_run(point: Point, run: RunFolder, status: Status, attempt: Attempt
         return PointState("failed", str(error), number)
     if attempt is not None and attempt.ended is not None and attempt.ended < status.updated:
         attempt = None  # somebody has trained the run since then, outside of a sweep
-    if status.state in DONE and (attempt is None or attempt.outcome != "failed"):
+    if status.is_done and (attempt is None or attempt.outcome != "failed"):
         return PointState("done", f"{status.state.replace('_', ' ')} at step {status.step:,}", number)
     if attempt is not None and attempt.outcome != "done":
         return _state_of_attempt(attempt, status, number)

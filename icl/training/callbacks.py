@@ -17,8 +17,8 @@ import lightning.pytorch as pl
 
 from icl.config import EarlyStoppingConfig
 from icl.evaluation.sets import EvaluationSet, summarise
-from icl.runs.folder import FAILS_AGAIN
 from icl.runs.metrics_file import MetricsFile, logged_steps, metric_columns
+from icl.runs.status import FAILS_AGAIN
 from icl.signals import handling
 from icl.training.members import Member
 from icl.training.module import PopulationModule

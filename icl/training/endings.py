@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from icl.config.validation import UserError
+from icl.files.reading import first_line
 from icl.runs.contents import describe_missing, missing_steps
-from icl.runs.folder import DONE, RunError, State, Status, is_child_rank
+from icl.runs.folder import RunError, is_child_rank
+from icl.runs.status import State, Status
 from icl.training.members import Member
 from icl.training.progress import member_status
 from icl.training.wandb.log import exit_code_of
@@ -37,7 +39,7 @@ def record_outcome(member: Member, step: int, received: signal.Signals | None) -
 def _require_checkpoints(member: Member) -> None:
     """Mark a member as failed if checkpoints of it were removed while it was trained."""
     status = member_status(member, member.state, member.end_step or 0)
-    if status.state in DONE:
+    if status.is_done:
         lost = missing_steps(member.folder, member.config, status.step, status)
         if not member.lacking.issuperset(lost):
             member.end("failed", status.step, describe_missing(member.folder, lost))
@@ -88,7 +90,7 @@ def recording_failure(members: Sequence[Member]) -> Iterator[None]:
 def _record_failure(members: Sequence[Member], error: BaseException) -> None:
     was_interrupted = isinstance(error, KeyboardInterrupt)
     state: State = "preempted" if was_interrupted else "failed"
-    reason = "interrupted" if was_interrupted else (str(error) or type(error).__name__).splitlines()[0]
+    reason = "interrupted" if was_interrupted else first_line(error)
     for member in members:
         if member.is_recorded:
             continue

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from icl.config import RunConfig
-from icl.runs.folder import RunFolder, State
+from icl.runs.folder import RunFolder
+from icl.runs.status import State
 from icl.training.wandb.log import WandbLog
 
 _SAVED = ("loss", "best", "best_step", "num_checks", "extra_step", "state", "end_step", "reason", "is_packed", "rows")

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from tqdm import tqdm
 
 from icl.progress import progress_bar
-from icl.runs.folder import State, Status
+from icl.runs.status import State, Status
 from icl.training.callbacks import MetricsLog
 from icl.training.members import Member
 

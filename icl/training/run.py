@@ -29,11 +29,8 @@ from icl.presets import run_name
 from icl.runs.contents import describe_altered_rows, describe_missing, missing_steps
 from icl.runs.environment import environment_line
 from icl.runs.folder import (
-    DONE,
-    FAILS_AGAIN,
     RunError,
     RunFolder,
-    Status,
     is_child_rank,
     leaving_nothing,
     local_root,
@@ -41,6 +38,7 @@ from icl.runs.folder import (
     require_same_config,
 )
 from icl.runs.metrics_file import MetricsFile, are_rows_altered, logged_steps, lost_rows, metric_columns
+from icl.runs.status import FAILS_AGAIN, Status
 from icl.training.callbacks import StopSignals
 from icl.training.capacity import num_fitting, require_room
 from icl.training.data import PromptDataModule
@@ -313,7 +311,7 @@ def _is_done(member: Member) -> bool:
         return False
     require_same_config(member.folder.read_config(), member.config, member.folder)
     status = member.folder.read_status()
-    return status is not None and status.state in DONE
+    return status is not None and status.is_done
 
 
 def _begin(member: Member, step: int) -> None:

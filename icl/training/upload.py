@@ -27,25 +27,13 @@ from icl.presets import run_name
 from icl.progress import progress_bar
 from icl.runs.checkpoints import checkpoint_name
 from icl.runs.contents import expected_steps
+from icl.runs.copied_files import CHECKPOINT_FOLDERS, VOUCHERS, copied_names, is_checkpoint, require_whole
 from icl.runs.delivery import UploadError, describe_left, is_delivered, note_delivered
-from icl.runs.folder import DONE, RunFolder
-from icl.runs.mirror import (
-    CHECKPOINT_FOLDERS,
-    VOUCHERS,
-    Mirror,
-    copied_names,
-    is_checkpoint,
-    open_mirror,
-    read_config,
-    require_whole,
-    same_file,
-    saved_step,
-    store_url,
-    take_up,
-)
+from icl.runs.folder import RunFolder
+from icl.runs.mirror import Mirror, open_mirror, read_config, same_file, saved_step, store_url, take_up
 from icl.signals import handling
 from icl.store import waiting
-from icl.store.base import LocalStore, MissingKeyError, sha256
+from icl.store.base import MissingKeyError, sha256
 
 SECONDS = 2.0
 """Seconds between two checks of the folder."""
@@ -110,7 +98,6 @@ class Uploader:
         self.mirror, self.config, self.seconds = mirror, config, seconds
         self.scheduled = _checkpoint_files(expected_steps(config, config.trainer.max_steps))
         self.reason = ""
-        self._here = LocalStore(mirror.run.path)
         self._there: set[str] | None = None
         self._sent: dict[str, Signature | None] = {}
         self._stop = threading.Event()
@@ -159,7 +146,7 @@ class Uploader:
             error = UploadError(describe_left(self.mirror.run, self.mirror.url, left, self.reason))
             error.exit_status = 128 + received[0] if received else error.exit_status
             raise error
-        small = [name for name in copied_names(self._here) if not is_checkpoint(name) and name != "last.ckpt"]
+        small = [name for name in copied_names(self.mirror.here) if not is_checkpoint(name) and name != "last.ckpt"]
         note_delivered(self.mirror.run, self.config, small)
         print(f"Uploaded to {self.mirror.there}.")
 
@@ -221,7 +208,7 @@ class Uploader:
             best_step = None if status is None else status.best_step
             # The best checkpoint stays in the store even if it is lost here.
             best = _checkpoint_files([] if best_step is None else [best_step])
-            wanted = {*self.scheduled, *self._here.keys("checkpoints"), *best}
+            wanted = {*self.scheduled, *self.mirror.here.keys("checkpoints"), *best}
             for name in [name for name in self._there if is_checkpoint(name) and name not in wanted]:
                 self.mirror.there.delete(name)
                 self._there.remove(name)
@@ -234,7 +221,7 @@ class Uploader:
         """Read a file as it is now; None if it does not exist."""
         signature = self._signature(name)  # taken first, so that a later write is noticed as a change
         try:
-            return _File(name, signature, self._here.read(name))
+            return _File(name, signature, self.mirror.here.read(name))
         except MissingKeyError:
             return None
 
@@ -246,7 +233,7 @@ class Uploader:
         if file is None or self._there is None:
             return True
         try:
-            require_whole(file.name, file.data, f"{self._here}/{file.name}")
+            require_whole(file.name, file.data, f"{self.mirror.here}/{file.name}")
         except UserError as error:
             self.reason = str(error)
             return True
@@ -266,7 +253,7 @@ class Uploader:
 
     def _changed(self) -> list[str]:
         """Return the names of files that have changed since they were sent."""
-        return [name for name in copied_names(self._here) if self._sent.get(name) != self._signature(name)]
+        return [name for name in copied_names(self.mirror.here) if self._sent.get(name) != self._signature(name)]
 
     def _signature(self, name: str) -> Signature | None:
         """Return modification time, size and inode of a file, which change when it is written again."""
@@ -288,7 +275,7 @@ def _is_complete(mirror: Mirror) -> bool:
     The last file to be sent is the status, or `config.yaml` with `push`, so it is enough to check these two.
     """
     status = mirror.run.read_status()
-    is_done = status is not None and status.state in DONE and same_file(mirror.here, mirror.there, "status.json")
+    is_done = status is not None and status.is_done and same_file(mirror.here, mirror.there, "status.json")
     return is_done and read_config(mirror.there) is not None
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from icl.cli import main
 from icl.config import RunConfig
 from icl.runs.checkpoints import checkpoint_files, save_checkpoint
-from icl.runs.folder import RunFolder, Status
+from icl.runs.folder import RunFolder
+from icl.runs.status import Status
 
 SETTINGS = """\
 run_name: tiny

@@ -25,12 +25,14 @@ from icl.diversity.tables import evaluate_experiment, save_tables
 from icl.plotting.training import draw_run, drawn_losses
 from icl.resolve import read_config_file, read_points, resolve
 from icl.runs.checkpoints import load_checkpoint_file, stored_tensors
+from icl.runs.copied_files import copied_names
 from icl.runs.delivery import is_delivered, note_delivered
-from icl.runs.folder import FAILS_AGAIN, RunFolder, Status, fails_again
+from icl.runs.folder import RunFolder, fails_again
 from icl.runs.measure import Cache
 from icl.runs.metrics_file import MetricsFile, metric_columns
-from icl.runs.mirror import copied_names, open_mirror, push, take_up
+from icl.runs.mirror import open_mirror, push, take_up
 from icl.runs.resume_file import parse_resume
+from icl.runs.status import FAILS_AGAIN, Status
 from icl.sampling.run import estimate_run
 from icl.store.base import LocalStore, sha256
 from icl.sweeps.attempts import claim

@@ -14,7 +14,9 @@ from icl.api import load_checkpoint, load_model
 from icl.build import build_model
 from icl.cli import main
 from icl.runs.checkpoints import CheckpointError, checkpoint_name, save_checkpoint
-from icl.runs.folder import RunFolder, Status, describe_runs
+from icl.runs.folder import RunFolder
+from icl.runs.listing import describe_runs
+from icl.runs.status import Status
 from icl.store.base import LocalStore
 
 MEBIBYTE = 2**20

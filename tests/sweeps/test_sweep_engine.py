@@ -19,7 +19,8 @@ from icl.cli import main
 from icl.config import flatten
 from icl.files.writing import write_atomically
 from icl.runs.environment import environment_line
-from icl.runs.folder import RunFolder, Status, fails_again, local_root
+from icl.runs.folder import RunFolder, fails_again, local_root
+from icl.runs.status import Status
 from icl.sweeps.attempts import Attempt, last_attempt
 from icl.sweeps.engine import run_sweep
 from icl.sweeps.points import sweep_points

@@ -13,8 +13,10 @@ from icl.cli import main
 from icl.config import RunConfig
 from icl.runs.checkpoints import checkpoint_name, list_steps, load_step
 from icl.runs.claims import claim
-from icl.runs.folder import RunError, RunFolder, Status, local_root
-from icl.runs.mirror import copied_names, open_mirror, push
+from icl.runs.copied_files import copied_names
+from icl.runs.folder import RunError, RunFolder, local_root
+from icl.runs.mirror import open_mirror, push
+from icl.runs.status import Status
 from icl.store.base import LocalStore
 from icl.store.opening import open_store
 from icl.training import saving, upload

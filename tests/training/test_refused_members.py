@@ -14,7 +14,8 @@ import icl.plotting.training
 from icl.build import build_evaluation_sets
 from icl.cli import main
 from icl.plotting.training import draw_run, drawn_losses
-from icl.runs.folder import RunFolder, Status, local_root
+from icl.runs.folder import RunFolder, local_root
+from icl.runs.status import Status
 from icl.training import run
 from icl.training.run import TrainResult, train, train_population
 

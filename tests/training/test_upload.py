@@ -22,9 +22,10 @@ from icl.config.validation import ConfigError
 from icl.files.writing import StorageError
 from icl.plotting.training import DrawnRun
 from icl.runs.checkpoints import list_steps, load_step
+from icl.runs.copied_files import copied_names
 from icl.runs.delivery import send_results
 from icl.runs.folder import RunError, RunFolder, local_root
-from icl.runs.mirror import copied_names, open_mirror
+from icl.runs.mirror import open_mirror
 from icl.store.base import LocalStore
 from icl.store.opening import open_store
 from icl.training import upload

@@ -15,11 +15,11 @@ from typing import Any
 
 from icl.config import RunConfig, flatten
 from icl.config.validation import UserError
-from icl.files.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
+from icl.files.reading import MAX_YAML, ContentError, first_line, parse_yaml, read_bytes
 from icl.presets import run_name
 from icl.runs.metrics_file import whole_rows
 from icl.signals import handling
-from icl.training.wandb.log import end_run, exit_code_of, first_line, init_settings, sent_step, use_steps
+from icl.training.wandb.log import end_run, exit_code_of, init_settings, sent_step, use_steps
 
 PARENT_PROCESS = os.getppid()
 """Process id of the agent, read before slow imports, since the agent may die while torch is imported."""

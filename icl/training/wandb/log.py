@@ -19,6 +19,7 @@ from urllib.parse import urlparse
 
 from icl.config import RunConfig
 from icl.config.validation import ConfigError, UserError
+from icl.files.reading import first_line
 from icl.files.redaction import redact
 from icl.files.writing import write_atomically
 from icl.presets import run_name
@@ -185,11 +186,6 @@ def _run_id(folder: RunFolder) -> str:
         run_id = os.urandom(6).hex()
         write_atomically(path, run_id.encode())
     return run_id
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the name of its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _has_login() -> bool:

@@ -1,0 +1,64 @@
+"""`status.json`: how far a run is, how it ended and why."""
+
+import json
+import time
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+from icl.config.validation import has_type, is_count
+from icl.files.reading import ContentError, parse_json
+from icl.files.redaction import redact
+
+State = Literal["waiting", "running", "finished", "stopped_early", "preempted", "failed"]
+DONE: tuple[State, ...] = ("finished", "stopped_early")
+"""States of a run that has ended as it should."""
+FAILS_AGAIN = "the same settings would fail again"
+"""Words in the reason of a failure that depends on the settings alone."""
+_LAST_TIME = 253_402_300_799
+"""The end of the year 9999, after which Python has no dates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """The content of `status.json`."""
+
+    state: State
+    step: int = 0
+    """Updates done."""
+    max_steps: int = 0
+    loss: float | None = None
+    """Mean training loss of the last row of `metrics.csv`."""
+    best_step: int | None = None
+    """The evaluated step that early stopping counts as the best; its checkpoint is kept if patience is set."""
+    reason: str | None = None
+    """The reason why the run stopped, failed or was pre-empted."""
+    steps_per_second: float | None = None
+    updated: float = 0.0
+    """Unix time of this status."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has ended as it should."""
+        return self.state in DONE
+
+
+def status_text(status: Status) -> bytes:
+    """Return the content of `status.json` for a status, with the present time."""
+    reason = None if status.reason is None else redact(status.reason)
+    content = asdict(status) | {"reason": reason, "updated": round(time.time(), 3)}
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def parse_status(data: bytes) -> Status | None:
+    """Return the status that a run's `status.json` holds, or None if it cannot be read or a value is none we write."""
+    try:
+        status = Status(**parse_json(data, limit=100))
+    except (ContentError, TypeError):
+        return None
+    steps = (status.step, status.max_steps, status.best_step or 0)
+    is_usable = (
+        all(has_type(getattr(status, field.name), field.type) for field in fields(Status))
+        and all(is_count(step) for step in steps)
+        and 0 <= status.updated <= _LAST_TIME
+    )
+    return status if is_usable else None
