@@ -1,22 +1,18 @@
 """Typed settings of a run: the tree, its checks, and how people write values."""
 
-from icl.config.tree import (
-    MEMBER_SETTINGS,
-    ChainsConfig,
+from icl.config.sampler import ChainsConfig, SamplerConfig
+from icl.config.sections import (
     CheckpointsConfig,
     EarlyStoppingConfig,
     EvaluationConfig,
     ModelConfig,
     OptimConfig,
     PopulationConfig,
-    RunConfig,
-    SamplerConfig,
     SeedsConfig,
     TaskConfig,
     TrainerConfig,
-    flatten,
-    is_free_on_resume,
 )
+from icl.config.tree import MEMBER_SETTINGS, RunConfig, flatten, is_free_on_resume
 
 __all__ = [
     "MEMBER_SETTINGS",

@@ -1,0 +1,260 @@
+"""Sections of a run's settings, but for the sampler: what is trained, on which prompts, for how long, and what is saved.
+
+Names are the usual terms; the descriptions add the papers' symbols (M, D, K, sigma^2). Each section checks its own values.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from icl.config.validation import (
+    Bound,
+    parse_num_tasks,
+    plain_number,
+    require,
+    require_count,
+    require_store,
+    validate,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """In-context linear regression: y_k = w . x_k + noise, with w from a pool of M tasks or from N(0, I)."""
+
+    num_tasks: int | float = 64
+    """Task diversity M, the number of tasks in the pool; `inf` stands for the Gaussian prior N(0, I)."""
+    task_size: int = 2
+    """Input dimension D."""
+    max_examples: int = 8
+    """Examples per prompt K. The model reads 2K - 1 tokens x1, y1, ..., xK."""
+    noise_variance: float = 0.25
+    """Noise variance sigma^2 of the targets (a variance, not a deviation)."""
+
+    def __post_init__(self) -> None:
+        counts = {"task_size": 1, "max_examples": 1}
+        validate("task", self, counts=counts, numbers={"noise_variance": "zero or positive"})
+        object.__setattr__(self, "num_tasks", parse_num_tasks(self.num_tasks))
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether the training tasks come from the Gaussian prior (M = inf)."""
+        return self.num_tasks == math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Decoder-only transformer over vector tokens, defined in `icl/model/transformer.py`."""
+
+    num_layers: int = 2
+    """Number of blocks L, each with attention and MLP."""
+    num_heads: int = 4
+    """Attention heads H per block; H must divide `embed_size`."""
+    embed_size: int = 32
+    """Width C of the residual stream."""
+    mlp_size: int = 64
+    """Hidden width of the MLP."""
+    layer_norm: Literal["pre", "post", "none"] = "pre"
+    """Layer norm before each sublayer (`pre`), after each residual sum (`post`), or nowhere (`none`)."""
+    attention_output: bool = True
+    """Whether attention has an output projection W_O."""
+    activation: Literal["relu", "gelu", "gelu_tanh"] = "relu"
+    """MLP activation: ReLU, exact GELU, or GPT-2's tanh approximation of GELU."""
+    embedding_bias: bool = False
+    """Whether the token embedding has a bias."""
+    attention_bias: bool = False
+    """Whether query, key, value and output projections have biases."""
+    mlp_bias: bool = True
+    """Whether the MLP has biases."""
+    unembedding_bias: bool = True
+    """Whether the unembedding has a bias."""
+    output: Literal["scalar", "token"] = "token"
+    """Output of one number (`scalar`), or of D + 1 numbers (`token`), of which coordinate 0 is the prediction."""
+    init: Literal["pytorch", "gpt2"] = "pytorch"
+    """Initial weights: nn.Linear's uniform (`pytorch`), or N(0, 0.02^2) with scaled residual projections (`gpt2`)."""
+    double_residual: bool = False
+    """Whether each block's input is added twice, as in the code of Hoogland et al.; for matching published numbers."""
+
+    def __post_init__(self) -> None:
+        validate("model", self, counts={"num_layers": 1, "num_heads": 1, "embed_size": 1, "mlp_size": 1}, numbers={})
+        require(
+            self.embed_size % self.num_heads == 0,
+            f"`model.num_heads` must divide `model.embed_size`, got {self.num_heads} heads and width {self.embed_size}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Adam (Kingma and Ba 2015) and the schedule of its learning rate."""
+
+    lr: float = 3e-3
+    """Peak learning rate."""
+    schedule: Literal["constant", "warmup", "triangle"] = "triangle"
+    """Schedule of the rate: `constant`, `warmup` (linear rise, then constant) or `triangle` (linear rise, then linear fall). The
+    last update of a triangle has rate zero, so a run needs at least 2 steps of it."""
+    warmup_steps: int | None = None
+    """Steps of the linear rise. By default none for `constant`, and half of `schedule_steps` for `triangle`."""
+    schedule_steps: int | None = None
+    """Length of the schedule in steps. By default `trainer.max_steps`. Keep it if you only stop earlier."""
+    grad_clip: float | None = None
+    """Largest gradient norm of a member. By default gradients are not clipped."""
+    beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    beta2: float = 0.999
+    """Decay of Adam's second moment."""
+    eps: float = 1e-8
+    """Epsilon in the denominator of Adam."""
+
+    def __post_init__(self) -> None:
+        betas: dict[str, Bound] = {"beta1": "zero or positive", "beta2": "zero or positive"}
+        numbers: dict[str, Bound] = {"lr": "positive", "grad_clip": "positive", "eps": "positive", **betas}
+        validate("optim", self, counts={"warmup_steps": 1, "schedule_steps": 1}, numbers=numbers)
+        for name in betas:
+            value = getattr(self, name)
+            require(value < 1, f"`optim.{name}` must be in [0, 1), got {value!r}.")
+        require(
+            self.schedule != "constant" or self.warmup_steps is None,
+            "`optim.warmup_steps` has no effect on a constant rate. Set `optim.schedule` to `warmup` or `triangle`.",
+        )
+        require(
+            self.schedule == "triangle" or self.schedule_steps is None,
+            f"`optim.schedule_steps` has no effect on the schedule `{self.schedule}`; only `triangle` has an end.",
+        )
+        require(
+            self.schedule != "warmup" or self.warmup_steps is not None,
+            "`optim.schedule` is `warmup`, but `optim.warmup_steps` is not set. Set it to a number of steps.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Length of training, batch size, logging and devices."""
+
+    max_steps: int = 5000
+    """Number of optimiser steps. Step s means after s updates, so step 0 is the initial model."""
+    batch_size: int = 128
+    """Prompts per step, over all devices together."""
+    log_every: int = 100
+    """Steps between rows of `metrics.csv`. The `train/loss` of a row is the mean since the row before."""
+    accelerator: Literal["auto", "cpu", "cuda", "gpu", "tpu", "mps"] = "auto"
+    """Kind of device; `auto` uses $DEVICE, or else the best one of this machine."""
+    devices: int = 1
+    """Devices per machine."""
+    num_nodes: int = 1
+    """Machines that train this run together."""
+    strategy: str = "auto"
+    """Lightning's strategy, such as `ddp` for several processes."""
+    precision: str = "32-true"
+    """Lightning's precision, such as `32-true` or `bf16-mixed`."""
+    compile: Literal["auto", "true", "false"] = "auto"
+    """Whether to compile the step with `torch.compile`, which takes 10 to 30 s; `auto` compiles if a run is long enough."""
+
+    def __post_init__(self) -> None:
+        names = ("max_steps", "batch_size", "log_every", "devices", "num_nodes")
+        validate("trainer", self, counts=dict.fromkeys(names, 1), numbers={})
+        num_processes = self.devices * self.num_nodes
+        require(
+            self.batch_size % num_processes == 0,
+            "`trainer.batch_size` must be a multiple of the number of processes, got "
+            f"{self.batch_size} for {num_processes}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluation during training, on fixed prompts."""
+
+    every: int | None = 500
+    """Steps between evaluations; None means no evaluation during training."""
+    num_prompts: int = 2048
+    """Prompts in each evaluation set (`pretrain` and `true`)."""
+
+    def __post_init__(self) -> None:
+        validate("evaluation", self, counts={"every": 1, "num_prompts": 2}, numbers={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStoppingConfig:
+    """Early stopping of training once a metric stops falling."""
+
+    monitor: str = "eval/pretrain/loss"
+    """Metric that must fall, an `eval/...` column of `metrics.csv`."""
+    patience: int | None = None
+    """Evaluations (not steps) without improvement before training stops; None means never."""
+    min_delta: float = 0.0
+    """Smallest decrease that counts as improvement."""
+
+    def __post_init__(self) -> None:
+        validate("early_stopping", self, counts={"patience": 1}, numbers={"min_delta": "zero or positive"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointsConfig:
+    """Steps whose checkpoints are saved: step 0, the last step and three grids."""
+
+    every: int | None = None
+    """Distance of a grid of equally spaced steps. By default there is no such grid."""
+    num_log: int = 20
+    """Points of a log-spaced grid from 1 to `max_steps` (fewer after rounding)."""
+    num_linear: int = 10
+    """Points of a linear grid from 0 to `max_steps`."""
+    moments: bool = False
+    """Whether to save Adam's two moments at these steps too, in `checkpoints/moments/`; triples the space needed."""
+    resume_seconds: float = 20.0
+    """Seconds between saves of `last.ckpt`, the file from which an interrupted run resumes."""
+    store: str | None = None
+    """Second store for a copy of the run, a folder or a URL such as s3://bucket/prefix. By default s3://$AWS_BUCKET_NAME if
+    that is set, else none."""
+
+    def __post_init__(self) -> None:
+        counts = {"every": 1, "num_log": 0, "num_linear": 0}
+        validate("checkpoints", self, counts=counts, numbers={"resume_seconds": "zero or positive"})
+        if self.store is not None:
+            require_store(self.store)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedsConfig:
+    """Seeds, one for each source of randomness. Changing one leaves the draws of the others as they are."""
+
+    model: int = 0
+    """Seed for the initial weights."""
+    tasks: int = 0
+    """Seed for the sequence of tasks, whose first M are the pool."""
+    data: int = 0
+    """Seed for the training inputs and the choice of each prompt's task."""
+    noise: int = 0
+    """Seed for the noise in the targets of training prompts."""
+    evaluation: int = 0
+    """Seed for all evaluation sets."""
+
+    def __post_init__(self) -> None:
+        validate("seeds", self, counts={field.name: 0 for field in dataclasses.fields(self)}, numbers={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PopulationConfig:
+    """Several runs trained in one process as stacked parameters, one for each combination of the lists."""
+
+    seeds: tuple[int, ...] | None = None
+    """Seeds, such as 0,1,2. Each sets `seeds.model`, `seeds.data` and `seeds.noise` of a member; other seeds are shared."""
+    num_tasks: tuple[int | float, ...] | None = None
+    """Task diversities M, such as 1,8,64,inf."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "num_tasks"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            is_list = isinstance(values, (list, tuple, range)) or getattr(values, "ndim", None) == 1
+            require(is_list and len(values) > 0, f"`population.{name}` must be a list such as 0,1,2, got {values!r}.")
+            parse = parse_num_tasks if name == "num_tasks" else plain_number
+            parsed = tuple(parse(value) for value in values)
+            require(len(set(parsed)) == len(parsed), f"`population.{name}` has a value twice: {values!r}.")
+            object.__setattr__(self, name, parsed)
+        for seed in self.seeds or ():
+            require_count("population.seeds", seed, 0)
+
+    def __bool__(self) -> bool:
+        return self.seeds is not None or self.num_tasks is not None
