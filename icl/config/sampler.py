@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from icl.config.validation import Bound, require, require_number, require_steps, validate
 
-Kernel = Literal["sgld", "rmsprop"]
+Kernel = Literal["sgld", "rmsprop", "baoab"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,9 @@ class ChainsConfig:
     seed: int = 0
     """Seed for the chains' noise and minibatches."""
     kernel: Kernel = "sgld"
-    """Markov kernel: `sgld`, or SGLD preconditioned by RMSprop (`rmsprop`)."""
+    """Markov kernel: `sgld`, SGLD preconditioned by RMSprop (`rmsprop`), or underdamped Langevin dynamics (`baoab`)."""
+    friction: float = 0.5
+    """Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps. Other kernels ignore it."""
     thinning: int = 1
     """Moves from one draw to the next."""
     num_init_batches: int = 32
@@ -57,6 +59,7 @@ class ChainsConfig:
     def __post_init__(self) -> None:
         sizes = {"num_samples": 2, "batch_size": 1, "num_chains": 1, "num_draws": 2, "num_burnin_steps": 0}
         numbers: dict[str, Bound] = {"lr": "positive", "localization": "zero or positive", "memory": "positive"}
+        numbers["friction"] = "zero or positive"
         validate(
             self.section,
             self,
@@ -71,7 +74,8 @@ class ChainsConfig:
         if self.nbeta is not None:
             repair = f". Write none for n / ln n with n = `{prefix}num_samples`"
             require_number(f"{prefix}nbeta", self.nbeta, "positive", repair=repair)
-        for name in ("lr", "nbeta", "localization"):
+        require(self.friction < 1, f"`{prefix}friction` must be in [0, 1), got {self.friction!r}.")
+        for name in ("lr", "nbeta", "localization", "friction"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, float(value))
         require(

@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -36,12 +36,25 @@ NUM_COMPARED = 4
 _ARRAYS = (Tensor, np.ndarray)
 
 
+class Pool(NamedTuple):
+    """A fixed set of minibatches from which the chains' minibatches are taken."""
+
+    size: int
+    number_of: Callable[[int, int], int]
+    """Function from (chain, draw) to the number of the minibatch."""
+    get: Callable[[int], Batch]
+    """Function from a number below `size` to the minibatch."""
+    is_uniform: bool
+    """Whether the numbers are uniform and independent. Otherwise the pool is dealt in passes."""
+
+
 class ChainBatches:
     """The minibatches of some chains. It records which chains saw the same ones."""
 
     def __init__(self, batches: Batches, settings: ChainsConfig) -> None:
         self.get = batch_function(batches, num_chains=settings.num_chains, seed=settings.seed)
         self.num_chains, self.num_moves = settings.num_chains, settings.num_moves
+        self.pool = _pool(batches, self.num_chains)
         later = range(NUM_COMPARED, self.num_moves, max(1, (self.num_moves - NUM_COMPARED) // (2 * NUM_COMPARED)))
         self.compared = frozenset(range(NUM_COMPARED)), frozenset(later[: 2 * NUM_COMPARED])
         self.digests: dict[tuple[int, int], bytes] = {}
@@ -106,6 +119,18 @@ def batch_function(batches: Batches, *, num_chains: int, seed: int) -> Callable[
     else:
         by_number = _FromIterable(batches, num_chains, seed)
     return lambda chain, draw: by_number(draw * num_chains + chain)
+
+
+def _pool(batches: Batches, num_chains: int) -> Pool | None:
+    """Return the pool of `batches`: that which it names itself, or a list's batches; None if there is none."""
+    if not isinstance(batches, Sequence) or callable(batches):
+        return getattr(batches, "pool", None)
+    length = len(batches)
+
+    def number_of(chain: int, draw: int) -> int:
+        return _position(draw * num_chains + chain, length=length, num_chains=num_chains) % length
+
+    return Pool(length, number_of, batches.__getitem__, is_uniform=False)
 
 
 def _position(number: int, *, length: int, num_chains: int) -> int:

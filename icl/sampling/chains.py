@@ -6,8 +6,8 @@ beside it. Draw j is the state after `num_burnin_steps + j * thinning` moves. It
 gives the next move its gradient, evaluated before the move. (So without burn-in, draw 0 is the checkpoint.)
 
 At each draw we also record the excess of the loss over the checkpoint's on the same minibatch, which costs one more forward pass.
-The difference has little of the noise of either loss. `icl.sampling.traces` has the other numbers. At up to `NUM_MALA` draws
-we compute the probability that MALA would accept the move, with L the loss of that draw's minibatch at both ends.
+The difference has little of the noise of either loss. `icl.sampling.traces` has the other numbers. At some draws (`NUM_TESTS`)
+we compute the probability that a Metropolis test would accept the move, with L the loss of that draw's minibatch at both ends.
 
 Settings may differ in lr, nbeta and localization only. A checkpoint under several settings is several rows of one
 population, whose chains see the same minibatches and noise. Moves and records are made for each group of equal settings,
@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -30,15 +30,16 @@ from icl.config import ChainsConfig
 from icl.config.validation import ConfigError
 from icl.model.flat import Layout, make_layout
 from icl.model.stacked import Params, size, stack
+from icl.sampling import baoab, sgld
 from icl.sampling.batches import Batch, ChainBatches, stack_batches
 from icl.sampling.minimum import DropsAtMean, at_checkpoints, losses_by_batch, num_drop_batches
 from icl.sampling.result import CheckpointId, LLCResult, make_result
-from icl.sampling.sgld import KERNELS, SGLDState, log_mala_acceptance, step
 from icl.sampling.target import Target, vmapped_gradient
-from icl.sampling.traces import Draw, Recorder, Traces, mean_over_components, split_by_checkpoint
+from icl.sampling.traces import Draw, Recorder, State, Traces, mean_over_components, split_by_checkpoint
+from icl.sampling.variates import Variates, make_variates
 
-NUM_MALA = 16
-"""Number of moves of each chain whose MALA acceptance is computed; each costs one more gradient."""
+NUM_TESTS = {"sgld": 16, "rmsprop": 16, "baoab": 4}
+"""Number of moves of each chain whose acceptance is computed; each costs one more gradient, with `baoab` two."""
 MEMORY = 2.0 * 2**30
 """Default bytes that chains running at once may need; on CUDA it is half of the free memory."""
 _COPIES = 10
@@ -105,6 +106,9 @@ def estimate(
         sample_losses=sample_losses,
         losses_at_mean=losses_at_mean,
         are_all_losses=are_all and len(drop_batches) == len(batches),
+        variates=None
+        if common.kernel != "baoab"
+        else make_variates(target, params, source, common, layout, chunk_size=chunk_size),
         advance=advance,
     )
     remaining = iter(traces)
@@ -129,6 +133,7 @@ def run_chains(
     sample_losses: SampleLosses | None = None,
     losses_at_mean: Callable[[Params], Float[Tensor, "N I"]] | None = None,
     are_all_losses: bool = False,
+    variates: Variates | None = None,
     advance: Advance = lambda moves: None,
 ) -> list[Traces]:
     """Run every chain of every checkpoint; return the traces of each checkpoint.
@@ -144,6 +149,7 @@ def run_chains(
         sample_losses: Function from parameters to the losses of fixed samples; their variance over draws is recorded.
         losses_at_mean: Function from stacked parameters to their losses on I batches, for the loss at the mean of the draws.
         are_all_losses: Whether these batches are all the data.
+        variates: Control variates for the gradients and the excess.
         advance: Called after every move.
     """
     num_chains = settings[0].num_chains
@@ -151,7 +157,7 @@ def run_chains(
     chunk_size = even_chunks(num_members, chunk_size)
     rows, fixed = layout.to_rows(checkpoints), layout.fixed(checkpoints)
     stacked_samples = None if sample_losses is None else target.map_members(sample_losses)
-    population = _Population(target, source, settings, layout, rows, fixed, keys, stacked_samples)
+    population = _Population(target, source, settings, layout, rows, fixed, keys, stacked_samples, variates)
     drops = None
     if losses_at_mean is not None:
         drops = DropsAtMean(losses_at_mean, are_all_losses, layout, rows, fixed, num_chains)
@@ -211,6 +217,31 @@ def _chunk_size(target: Target, params: Params, batch: Batch, layout: Layout, me
     return max(1, int(memory // (needed + _COPIES * sum(tensor.nbytes for tensor in member.values()))))
 
 
+class Kernel(NamedTuple):
+    """Markov kernel under some settings."""
+
+    init: Callable[[Tensor], Any]
+    step: Callable[..., Any]
+    log_acceptance: Callable[..., Tensor]
+    adapt: Callable[[Any, Tensor], Any] = lambda state, grad: state
+    """Adaptation to a gradient during burn-in."""
+
+
+def _kernel(settings: ChainsConfig) -> Kernel:
+    density: dict[str, Any] = {
+        "lr": settings.lr,
+        "nbeta": settings.inverse_temperature,
+        "localization": settings.localization,
+    }
+    if settings.kernel == "baoab":
+        moving = density | {"friction": settings.friction}
+        return Kernel(baoab.init, partial(baoab.step, **moving), partial(baoab.log_acceptance, **moving))
+    move, test = partial(sgld.step, **density), partial(sgld.log_mala_acceptance, **density)
+    if settings.kernel == "rmsprop":
+        return Kernel(sgld.init_rmsprop, move, test, sgld.adapt_rmsprop)
+    return Kernel(sgld.init, move, test)
+
+
 class _Population(NamedTuple):
     """All members, of which some run at a time."""
 
@@ -226,6 +257,7 @@ class _Population(NamedTuple):
     """A text for each checkpoint, from which the noise of its chains is seeded."""
     sample_losses: Callable[[Params], Tensor] | None
     """Function from stacked parameters to the losses of fixed samples."""
+    variates: Variates | None
 
     def run(self, members: range, advance: Advance) -> list[Traces]:
         """Make all moves of some members; return the traces of each group of equal settings."""
@@ -238,21 +270,29 @@ class _Population(NamedTuple):
         groups = self._groups(checkpoints, chains, start, fixed)
         anchors, sizes = self.layout.to_params(start, fixed), [group.size for group in groups]
         for move in range(common.num_moves):
-            batch = self.source.stacked(chains, move, device)
-            here = self._gradients([group.state for group in groups], fixed, batch)
+            batch = self._minibatch(checkpoints, chains, move)
+            here = self._points(groups, fixed, batch)
             draw, remainder = divmod(move - common.num_burnin_steps, common.thinning)
             is_draw = draw >= 0 and remainder == 0
+            is_tested = is_draw and draw % -(-common.num_draws // NUM_TESTS[common.kernel]) == 0
+            if is_tested and common.kernel == "baoab" and not self.source.is_one():
+                # The same positions on other minibatches: those of a neighbouring move.
+                others = self._points(groups, fixed, self._minibatch(checkpoints, chains, move - 1 if move else 1))
+                for group, point, other in zip(groups, here, others, strict=True):
+                    group.gradient_variance = (point.grad - other.grad).square().sum(1) / 2
             if is_draw:
-                anchor_losses = self.target.losses_on_own_batches(anchors, batch).split(sizes)
-                for group, (grad, losses), anchor_loss in zip(groups, here, anchor_losses, strict=True):
-                    group.record_draw(grad, losses - anchor_loss)
-            proposals = [group.propose(grad, losses) for group, (grad, losses) in zip(groups, here, strict=True)]
-            if is_draw and draw % -(-common.num_draws // NUM_MALA) == 0:
-                there = self._gradients(proposals, fixed, batch)
+                losses = batch.anchor_losses
+                if losses is None:
+                    losses = self.target.losses_on_own_batches(anchors, batch.content)
+                for group, point, anchor_losses in zip(groups, here, losses.split(sizes), strict=True):
+                    group.record_draw(point, anchor_losses)
+            proposals = [group.propose(point) for group, point in zip(groups, here, strict=True)]
+            if is_tested:
+                there = self._points(groups, fixed, batch, proposals)
                 for group, proposal, *ends in zip(groups, proposals, here, there, strict=True):
                     group.record_acceptance(proposal, *ends)
-            for group, (grad, _), proposal in zip(groups, here, proposals, strict=True):
-                group.move(proposal, grad, adapting=move < common.num_burnin_steps)
+            for group, point, proposal in zip(groups, here, proposals, strict=True):
+                group.move(proposal, point.grad, adapting=move < common.num_burnin_steps)
             advance(len(members))
         return [group.recorder.traces() for group in groups]
 
@@ -266,18 +306,63 @@ class _Population(NamedTuple):
             rows = slice(first, first + len(list(members)))
             params = partial(self.layout.to_params, fixed={name: tensor[rows] for name, tensor in fixed.items()})
             recorder = Recorder(settings, self.layout.size, self.sample_losses)
-            groups.append(_Group(settings, start[rows], seeds[rows], params, recorder))
+            has_excess_variate = self.variates is not None and self.variates.is_uniform
+            groups.append(_Group(settings, start[rows], seeds[rows], params, recorder, has_excess_variate))
             first = rows.stop
         return groups
 
-    def _gradients(self, states: Sequence[SGLDState], fixed: Params, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """Return the gradients and the losses of all members, split by group."""
-        positions = [state.position for state in states]
+    def _minibatch(self, checkpoints: Sequence[int], chains: Sequence[int], move: int) -> "_Minibatch":
+        """Return the minibatches of all members at a move."""
+        content = self.source.stacked(chains, move, self.checkpoints.device)
+        if self.variates is None:
+            return _Minibatch(content)
+        return _Minibatch(content, *self.variates.of_members(checkpoints, chains, move))
+
+    def _points(
+        self,
+        groups: Sequence["_Group"],
+        fixed: Params,
+        batch: "_Minibatch",
+        states: Sequence[State] | None = None,
+    ) -> list["_Point"]:
+        """Return gradients and losses of all members, split by group, at some states or else at their own."""
+        states = [group.state for group in groups] if states is None else states
+        sizes = [group.size for group in groups]
         # A single group, the usual case, needs no copy.
-        rows = positions[0] if len(positions) == 1 else torch.cat(positions)
-        grads, values = self.target.chain_gradient(self.layout, rows, fixed, batch)
-        sizes = [len(position) for position in positions]
-        return list(zip(grads.split(sizes), values.split(sizes), strict=True))
+        rows = states[0].position if len(states) == 1 else torch.cat([state.position for state in states])
+        grads, losses = self.target.chain_gradient(self.layout, rows, fixed, batch.content)
+        if batch.deviation is None:
+            return [_Point(*parts) for parts in zip(grads.split(sizes), losses.split(sizes), strict=True)]
+        moved = torch.cat([state.position - state.anchor for state in states])
+        columns = grads - batch.deviation, losses, torch.linalg.vecdot(batch.deviation, moved)
+        return [_Point(*parts) for parts in zip(*(column.split(sizes) for column in columns), strict=True)]
+
+
+class _Minibatch(NamedTuple):
+    """The minibatches of N members at a move."""
+
+    content: Batch
+    """Stacked on a leading axis N."""
+    deviation: Float[Tensor, "N P"] | None = None
+    """The control variate of the gradients (`icl.sampling.variates`)."""
+    anchor_losses: Float[Tensor, "N *T"] | None = None
+    """The checkpoints' losses, if they are kept."""
+
+
+class _Point(NamedTuple):
+    """Gradients and losses of N members on their minibatches."""
+
+    grad: Float[Tensor, "N P"]
+    """Gradient of L, less its control variate."""
+    losses: Float[Tensor, "N *T"]
+    shift: Float[Tensor, " N"] | None = None
+    """Control variate of the losses."""
+
+    @property
+    def energy(self) -> Float[Tensor, " N"]:
+        """The loss whose gradient is `grad`."""
+        losses = mean_over_components(self.losses)
+        return losses if self.shift is None else losses - self.shift
 
 
 class _Group:
@@ -290,29 +375,34 @@ class _Group:
         seeds: Sequence[int],
         params: Callable[[Tensor], Params],
         recorder: Recorder,
+        has_excess_variate: bool,
     ) -> None:
-        self.settings, self.kernel, self.params, self.recorder = settings, KERNELS[settings.kernel], params, recorder
+        self.settings, self.kernel, self.params, self.recorder = settings, _kernel(settings), params, recorder
         self.state, self.size = self.kernel.init(start), len(start)
         self.noise = self._noise(seeds)
-        self.target = {"lr": settings.lr, "nbeta": settings.inverse_temperature, "localization": settings.localization}
+        self.has_excess_variate = has_excess_variate
+        self.gradient_variance: Tensor | float = 0.0
 
-    def record_draw(self, grad: Float[Tensor, "N P"], excess: Float[Tensor, "N *T"]) -> None:
+    def record_draw(self, point: _Point, anchor_losses: Float[Tensor, "N *T"]) -> None:
         """Record the present state as a draw."""
-        draw = Draw(self.state, grad, self.settings)
+        excess = point.losses - anchor_losses
+        shift: Tensor | float = 0.0 if point.shift is None else point.shift
+        if isinstance(shift, Tensor) and self.has_excess_variate:
+            excess, shift = excess - shift.view(-1, *[1] * (excess.ndim - 1)), 0.0
+        draw = Draw(self.state, point.grad, self.settings, shift, self.gradient_variance)
         self.recorder.add_draw(draw, excess, partial(self.params, self.state.position))
 
-    def propose(self, grad: Float[Tensor, "N P"], losses: Float[Tensor, "N *T"]) -> SGLDState:
+    def propose(self, point: _Point) -> State:
         """Record the losses here and return the next state."""
-        self.recorder.add_losses(losses)
-        return step(self.state, grad, next(self.noise), **self.target)
+        self.recorder.add_losses(point.losses)
+        return self.kernel.step(self.state, point.grad, next(self.noise))
 
-    def record_acceptance(self, proposal: SGLDState, here: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor]) -> None:
-        """Record whether MALA would accept the proposal, from the gradients and losses at both ends."""
-        grads, losses = (here[0], there[0]), (mean_over_components(here[1]), mean_over_components(there[1]))
-        acceptance = log_mala_acceptance(self.state, proposal, grads, losses, **self.target).exp()
-        self.recorder.acceptance.append(acceptance)
+    def record_acceptance(self, proposal: State, here: _Point, there: _Point) -> None:
+        """Record whether a Metropolis test would accept the proposal, from the gradients and losses at both ends."""
+        grads, losses = (here.grad, there.grad), (here.energy, there.energy)
+        self.recorder.acceptance.append(self.kernel.log_acceptance(self.state, proposal, grads, losses).exp())
 
-    def move(self, proposal: SGLDState, grad: Float[Tensor, "N P"], *, adapting: bool) -> None:
+    def move(self, proposal: State, grad: Float[Tensor, "N P"], *, adapting: bool) -> None:
         """Go to the proposal."""
         self.state = self.kernel.adapt(proposal, grad) if adapting else proposal
 

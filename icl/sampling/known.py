@@ -41,18 +41,23 @@ def quadratic_llc(
     localization: float,
     lr: float = 0.0,
     gradient_variance: float | Float[Tensor, " d"] = 0.0,
+    friction: float | None = None,
 ) -> float:
-    """Return the estimator's exact target for L = sum_i h_i w_i^2 / 2 and SGLD chains with step size `lr`.
+    """Return the estimator's exact target for L = sum_i h_i w_i^2 / 2 and chains with step size `lr`.
 
-    Let a_i = nbeta h_i + localization, and v_i the variance of the minibatch gradient. Then w_i has the stationary variance
+    Let a_i = nbeta h_i + localization, and v_i the variance of the minibatch gradient. Then SGLD gives w_i the stationary variance
     (1 + lr nbeta^2 v_i / 4) / (a_i (1 - lr a_i / 4)), which is infinite if lr a_i >= 4. With `lr` = 0 it is that of the
-    target density itself.
+    target density itself. With a `friction`, the chains are those of `icl.sampling.baoab`, which states their variance.
     """
     a = nbeta * eigenvalues + localization
     if bool((lr * a >= 4).any()):
         return math.inf
-    noise_factor = 1 + lr * nbeta**2 * torch.as_tensor(gradient_variance) / 4
-    return float((nbeta * eigenvalues / 2 * noise_factor / (a * (1 - lr * a / 4))).sum())
+    noise, stability = lr * nbeta**2 * torch.as_tensor(gradient_variance) / 4, 1 - lr * a / 4
+    if friction is None:
+        factor = (1 + noise) / stability
+    else:
+        factor = 1 + noise * (1 + friction) / (1 - friction) / stability
+    return float((nbeta * eigenvalues / 2 * factor / a).sum())
 
 
 def normal_crossing(powers: Sequence[int], prior_powers: Sequence[int] | None = None) -> LearningCoefficient:

@@ -128,6 +128,7 @@ def estimate_llc(
     seed: int,
     restrict: Restriction = None,
     kernel: str = "sgld",
+    friction: float | None = None,
     num_samples: int | None = None,
     num_init_batches: int = 32,
     trivial_loss: float | None = None,
@@ -150,7 +151,8 @@ def estimate_llc(
         num_burnin_steps: Number of moves before the first draw.
         seed: Seed for the chains' noise.
         restrict: Which parameters may move: names, globs, or a dict of Boolean masks; None for all.
-        kernel: `sgld` or `rmsprop`.
+        kernel: `sgld`, `rmsprop` or `baoab`.
+        friction: Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps; by default 0.5.
         num_samples: The sample size n.
         num_init_batches: Number of distinct batches for L(w0), the first that the chains get; fewer if there are fewer.
         trivial_loss: Loss of a predictor that knows nothing; without it, escape from the basin is not checked.
@@ -176,6 +178,7 @@ def estimate_llc(
         num_burnin_steps=num_burnin_steps,
         seed=seed,
         kernel=cast(Kernel, kernel),  # checked there
+        friction=ChainsConfig.friction if friction is None else friction,
         thinning=options.thinning,
         num_init_batches=num_init_batches,
     )

@@ -26,7 +26,7 @@ from icl.compute.threads import RELEASE_GIL, Result, in_parallel
 from icl.config import ModelConfig, RunConfig, SamplerConfig
 from icl.model.flat import Layout
 from icl.model.stacked import Params, apply, size
-from icl.sampling.batches import Batch
+from icl.sampling.batches import Batch, Pool
 from icl.sampling.target import Gradient, Loss, StackedLosses, Target
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import prompt_source
@@ -178,17 +178,33 @@ def _batches(config: RunConfig, sampler: SamplerConfig, device: torch.device) ->
     source = prompt_source(config, stream="llc" if is_fixed else f"llc/fresh/{sampler.seed}")
     key, num_blocks = rng.stream(sampler.seed, "llc/minibatches"), sampler.num_samples // size
 
-    def fixed(chain: int, draws: range) -> Batch:
-        blocks = rng.integers(key, torch.tensor(draws), torch.tensor([chain]), num_blocks)  # S 1
-        indices = (blocks * size + torch.arange(size)).flatten().to(device)
+    def block_numbers(chain: int, draws: range) -> Tensor:
+        return rng.integers(key, torch.tensor(draws), torch.tensor([chain]), num_blocks)  # S 1
+
+    def blocks(numbers: Tensor) -> Batch:
+        indices = (numbers * size + torch.arange(size)).flatten().to(device)
         xs, ys, _ = source.sample(range(1), indices, device=device)
-        return xs[0].unflatten(0, (len(draws), size)), ys[0].unflatten(0, (len(draws), size))
+        return xs[0].unflatten(0, (len(numbers), size)), ys[0].unflatten(0, (len(numbers), size))
+
+    def fixed(chain: int, draws: range) -> Batch:
+        return blocks(block_numbers(chain, draws))
+
+    @cache
+    def numbers_of_moves(chain: int) -> list[int]:
+        return block_numbers(chain, range(sampler.num_moves)).flatten().tolist()
+
+    def block(number: int) -> Batch:
+        xs, ys = blocks(torch.tensor([[number]]))
+        return xs[0], ys[0]
 
     def fresh(chain: int, draws: range) -> Batch:
         xs, ys, _ = source.sample(draws, range(chain * size, (chain + 1) * size), device=device)
         return xs, ys
 
-    return _Ahead(fixed if is_fixed else fresh, sampler, num_prompts)
+    ahead = _Ahead(fixed if is_fixed else fresh, sampler, num_prompts)
+    if is_fixed:
+        ahead.pool = Pool(num_blocks, lambda chain, draw: numbers_of_moves(chain)[draw], block, is_uniform=True)
+    return ahead
 
 
 class _Ahead:
@@ -197,6 +213,7 @@ class _Ahead:
     def __init__(self, make: Callable[[int, range], Batch], sampler: SamplerConfig, num_prompts: int) -> None:
         self.make = make
         self.num_draws = max(1, num_prompts // (sampler.batch_size * sampler.num_chains))
+        self.pool: Pool | None = None
         self.blocks: dict[int, tuple[int, Batch]] = {}  # of each chain the latest block of draws
 
     def __call__(self, chain: int, draw: int) -> Batch:

@@ -77,6 +77,8 @@ class EstimateSettings(NamedTuple):
         """The settings by name."""
         fields = dataclasses.asdict(self.sampler)
         sampled = {name: value for name, value in fields.items() if name not in _NOT_SAMPLED}
+        if self.sampler.kernel != "baoab":
+            del sampled["friction"]
         sampled["nbeta"] = self.sampler.inverse_temperature  # so that equal chains have equal settings
         return sampled | {"mode": self.mode, "rescale": self.rescale, "version": VERSION}
 

@@ -117,6 +117,7 @@ class LLCResult(Evidence):
             "loss_name": self.loss_name,
             "num_samples": self.settings.num_samples,
             **{name: getattr(self.settings, name) for name in _SETTINGS},
+            "friction": self.settings.friction if self.settings.kernel == "baoab" else None,
             "num_params": self.num_params,
             "num_init_batches": self.num_init_batches,
             "num_chains_used": self.num_chains_used,

@@ -1,6 +1,7 @@
-"""Test the sampler on problems with known answers, in under two minutes on one CPU thread.
+"""Test the sampler on problems with known answers, in about two minutes on one CPU thread.
 
-Every problem is a loss with its minimum, 0, at the checkpoint. If the estimator's target at finite nbeta under localisation is
+Every kernel runs: `rmsprop` on quadratics, at a smaller step as its preconditioner is above 1, and `baoab` on all problems, at three times
+SGLD's step and a third of its length. Every problem is a loss with its minimum, 0, at the checkpoint. If the estimator's target at finite nbeta under localisation is
 known (`icl.sampling.known`), the estimate must agree with it within `NUM_STDERRS` standard errors. If the loss is not quadratic, the
 bias of the step size is not known exactly, and the estimate may differ by a share `STEP_BIAS` more.
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from icl import rng
 from icl.config import ChainsConfig
+from icl.config.sampler import Kernel
 from icl.model.stacked import Params
 from icl.sampling import known
 from icl.sampling.batches import Batch, Batches
@@ -42,13 +44,13 @@ class Problem:
     loss: Loss
     params: Params
     asymptotic: float
-    finite: Callable[[float], float] | None
-    """Function from nbeta to the estimator's target, if it is known."""
+    finite: Callable[[float, float], float] | None
+    """Function from nbeta and lr to the target of SGLD, if it is known; without an effect of the step if lr is 0."""
     nbetas: Sequence[float]
     sampler: dict[str, Any]
     batches: Batches = (None,)
-    is_exact: bool = False
-    """Whether `finite` includes the effect of the step size."""
+    is_quadratic: bool = False
+    """Whether the loss is a quadratic without minibatches, so that the effect of the step is known exactly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class Row:
     """An estimate beside the true values."""
 
     problem: str
+    kernel: str
     nbeta: float
     asymptotic: float
     finite: float | None
@@ -72,7 +75,8 @@ def self_test(say: Callable[[int, str], None] = lambda number, name: None) -> li
     rows: list[Row] = []
     for number, problem in enumerate(problems(), start=1):
         say(number, problem.name)
-        rows += run_problem(problem)
+        for kernel in ("sgld", "baoab", "rmsprop") if problem.is_quadratic else ("sgld", "baoab"):
+            rows += run_problem(problem, kernel)
     return rows
 
 
@@ -83,6 +87,7 @@ def truth_table(rows: Sequence[Row]) -> str:
     table = pd.DataFrame(
         {
             "problem": [row.problem for row in rows],
+            "kernel": [row.kernel for row in rows],
             "nbeta": [f"{row.nbeta:g}" for row in rows],
             "truth, n → ∞": [f"{row.asymptotic:.4g}" for row in rows],
             "truth, this nbeta": ["-" if row.finite is None else f"{row.finite:.4g}" for row in rows],
@@ -95,8 +100,8 @@ def truth_table(rows: Sequence[Row]) -> str:
     return table.to_string(index=False)
 
 
-def run_problem(problem: Problem) -> list[Row]:
-    """Estimate at every nbeta as one population, whose checkpoints differ by a fixed factor of the loss."""
+def run_problem(problem: Problem, kernel: Kernel = "sgld") -> list[Row]:
+    """Estimate with a kernel at every nbeta as one population, whose checkpoints differ by a fixed factor of the loss."""
     largest = problem.nbetas[-1]
 
     def scaled(params: Params, batch: Batch) -> Tensor:
@@ -104,7 +109,12 @@ def run_problem(problem: Problem) -> list[Row]:
 
     checkpoints = [{**problem.params, "scale": torch.tensor(nbeta / largest)} for nbeta in problem.nbetas]
     seed = int(rng.stream(0, problem.name).low)
-    settings = dataclasses.replace(_CHAINS, nbeta=largest, seed=seed, **problem.sampler)
+    settings = dataclasses.replace(_CHAINS, nbeta=largest, seed=seed, kernel=kernel, **problem.sampler)
+    if kernel == "baoab":
+        lengths = {name: getattr(settings, name) // 3 for name in ("num_draws", "num_burnin_steps")}
+        settings = dataclasses.replace(settings, lr=3 * settings.lr, **lengths)
+    elif kernel == "rmsprop":
+        settings = dataclasses.replace(settings, lr=settings.lr / 8)
     results = estimate_llcs(scaled, checkpoints, problem.batches, settings, restrict=list(problem.params))
     rows = [_row(problem, nbeta, result) for nbeta, result in zip(problem.nbetas, results, strict=True)]
     rises = all(a.llc < b.llc for a, b in itertools.pairwise(rows))
@@ -112,12 +122,16 @@ def run_problem(problem: Problem) -> list[Row]:
 
 
 def _row(problem: Problem, nbeta: float, result: LLCResult) -> Row:
-    finite = None if problem.finite is None else problem.finite(nbeta)
+    settings = result.settings
+    step = settings.lr if settings.kernel == "sgld" else 0.0
+    finite = None if problem.finite is None else problem.finite(nbeta, step)
     target = problem.asymptotic if finite is None else finite
-    bias = 0.0 if problem.is_exact else STEP_BIAS * target if finite is not None else target / nbeta**0.5
+    is_exact = problem.is_quadratic and settings.kernel != "rmsprop"
+    bias = 0.0 if is_exact else STEP_BIAS * target if finite is not None else target / nbeta**0.5
     allowed = bias + NUM_STDERRS * result.stderr
     return Row(
         problem=problem.name,
+        kernel=settings.kernel,
         nbeta=nbeta,
         asymptotic=problem.asymptotic,
         finite=finite,
@@ -168,10 +182,10 @@ def _quadratic(name: str, h: Tensor, *, nbeta: float, localization: float, lr: f
         loss=lambda params, batch: (h * params["w"].square()).sum() / 2,
         params={"w": torch.zeros(len(h))},
         asymptotic=known.regular(int((h > 0).sum())),
-        finite=lambda nbeta: known.quadratic_llc(h, nbeta=nbeta, localization=localization, lr=lr),
+        finite=lambda nbeta, lr: known.quadratic_llc(h, nbeta=nbeta, localization=localization, lr=lr),
         nbetas=[nbeta],
         sampler={"lr": lr, "localization": localization},
-        is_exact=True,
+        is_quadratic=True,
     )
 
 
@@ -185,7 +199,7 @@ def _pointwise(
         loss=lambda params, batch: loss(params["w"][None])[0],
         params={"w": torch.zeros(num_params)},
         asymptotic=asymptotic,
-        finite=lambda nbeta: known.localized_llc(loss, num_params, nbeta=nbeta, localization=localization),
+        finite=lambda nbeta, lr: known.localized_llc(loss, num_params, nbeta=nbeta, localization=localization),
         nbetas=[200.0],
         sampler={"lr": lr, "localization": localization, "num_burnin_steps": 2000, "num_draws": 5000},
     )
@@ -206,7 +220,7 @@ def _regression() -> Problem:
         _quadratic(name, h, nbeta=100.0, localization=1.0, lr=1e-3),
         loss=lambda params, batch: (batch @ params["w"]).square().mean() / 2,
         batches=list(xs.split(128)),
-        is_exact=False,
+        is_quadratic=False,
     )
 
 
@@ -216,7 +230,9 @@ def _reduced_rank(inputs: int, hidden: int, outputs: int) -> Problem:
         loss=lambda params, batch: (params["b"] @ params["a"]).square().sum() / 2,
         params={"a": torch.zeros(hidden, inputs), "b": torch.zeros(outputs, hidden)},
         asymptotic=known.reduced_rank(inputs, hidden, outputs, 0),
-        finite=lambda nbeta: known.localized_reduced_rank_llc(inputs, hidden, outputs, nbeta=nbeta, localization=1.0),
+        finite=lambda nbeta, lr: known.localized_reduced_rank_llc(
+            inputs, hidden, outputs, nbeta=nbeta, localization=1.0
+        ),
         nbetas=[1.0, 3.0, 10.0],
         sampler={"lr": 4e-3, "localization": 1.0, "num_burnin_steps": 2000, "num_draws": 3000},
     )

@@ -5,8 +5,8 @@ beta on n samples, under a Gaussian prior around the checkpoint w0 (the anchor).
 
     w' = w - (lr/2) G grad U(w) + sqrt(lr G) N(0, I)
 
-- `SGLD` has G = 1 (Welling and Teh 2011; localised by Lau, Furman et al. 2023).
-- `RMSPROP` has the diagonal matrix G = 1 / (damping + sqrt(V)) (Li, Chen, Carlson and Carin 2016). V is the bias-corrected
+- `sgld` has G = 1 (Welling and Teh 2011; localised by Lau, Furman et al. 2023).
+- `rmsprop` has the diagonal matrix G = 1 / (damping + sqrt(V)) (Li, Chen, Carlson and Carin 2016). V is the bias-corrected
   running mean of squared minibatch gradients of L. Our decay is their alpha, our damping their lambda. A move uses the V
   of the moves before it.
 
@@ -20,7 +20,6 @@ The published parameters (gradient_scale, localization_scale, noise_scale) trans
 noise_scale, localization = 2 localization_scale / noise_scale, lr = noise_scale.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,14 +44,6 @@ class SGLDState(NamedTuple):
     """Running mean of squared gradients before the bias correction; None for plain SGLD."""
     num_squares: int
     """Number of gradients in the running mean."""
-
-
-class Kernel(NamedTuple):
-    """Markov kernel: its name, its initial state, and its adaptation to a gradient during burn-in."""
-
-    name: str
-    init: Callable[[Tensor], SGLDState]
-    adapt: Callable[[SGLDState, Tensor], SGLDState]
 
 
 def init(start: Float[Tensor, "N P"]) -> SGLDState:
@@ -141,8 +132,3 @@ def log_mala_acceptance(
     prior = localization / 2 * ((before - anchor).square() - (after - anchor).square())
     prior_and_moves = (prior + (forth - back) / (2 * lr)).cpu().double().sum(1)  # N
     return (nbeta * (losses[0] - losses[1]).cpu().double() + prior_and_moves).clamp(max=0.0)
-
-
-SGLD = Kernel("sgld", init, lambda state, _: state)
-RMSPROP = Kernel("rmsprop", init_rmsprop, adapt_rmsprop)
-KERNELS = {kernel.name: kernel for kernel in (SGLD, RMSPROP)}

@@ -7,7 +7,7 @@ draw under the function's name, and `icl.sampling.verdict.evidence` computes ave
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from icl.config import ChainsConfig
 from icl.model.stacked import Params
+from icl.sampling.baoab import BAOABState
 from icl.sampling.minimum import Drop
 from icl.sampling.sgld import SGLDState
 
@@ -26,13 +27,21 @@ Our choice: 20 times d/2, the LLC of a nondegenerate minimum, which is the large
 """
 
 
+State: TypeAlias = SGLDState | BAOABState
+
+
 @dataclass(frozen=True)
 class Draw:
     """The state of N chains at a draw, with the gradient of L on the draw's minibatch."""
 
-    state: SGLDState
+    state: State
     grad: Float[Tensor, "N P"]
+    """The gradient that moves the chains, less its control variate if there is one (`icl.sampling.variates`)."""
     settings: ChainsConfig
+    shift: Float[Tensor, " N"] | float = 0.0
+    """Control variate of the loss that is in `grad` but not in the excess."""
+    noise: Float[Tensor, " N"] | float = 0.0
+    """Variance of that gradient over minibatches, summed over the parameters; 0 if it was not measured."""
 
     @cached_property
     def displacement(self) -> Float[Tensor, "N P"]:
@@ -46,8 +55,8 @@ class Draw:
 
 
 def pull(draw: Draw) -> Float[Tensor, " N"]:
-    """Virial of the data, nbeta (w - w0) . grad L, in nats."""
-    return torch.linalg.vecdot(draw.displacement, draw.force)
+    """Virial of the data, nbeta (w - w0) . grad L, in nats; it has the same noise as the excess."""
+    return torch.linalg.vecdot(draw.displacement, draw.force) + draw.settings.inverse_temperature * draw.shift
 
 
 def spread(draw: Draw) -> Float[Tensor, " N"]:
@@ -58,6 +67,11 @@ def spread(draw: Draw) -> Float[Tensor, " N"]:
 
 def bias_bound(draw: Draw) -> Float[Tensor, " N"]:
     """Half of what step size and minibatch noise add to pull + spread, in nats (`icl.sampling.verdict.chains`)."""
+    settings = draw.settings
+    if isinstance(draw.state, BAOABState):
+        c = settings.friction
+        scale = settings.lr / 8 * (1 + c) / (1 - c) * settings.inverse_temperature**2
+        return torch.as_tensor(scale * draw.noise, device=draw.grad.device).expand(len(draw.grad))
     g, force = draw.state.preconditioner, draw.force
     scaled = force if g is None else g * force
     cross = 2 * draw.settings.localization * torch.linalg.vecdot(scaled, draw.displacement)

@@ -62,7 +62,7 @@ def numbers(result):
 # The same draws
 
 
-@pytest.mark.parametrize("kernel", ["sgld", "rmsprop"])
+@pytest.mark.parametrize("kernel", ["sgld", "rmsprop", "baoab"])
 def test_one_at_a_time_and_in_small_chunks_give_the_draws_of_all_at_once(model, kernel):
     """In float64 to rounding; memory for one byte runs members singly, through vmap all the same."""
     together = estimate(model, kernel=kernel)
@@ -315,6 +315,8 @@ def test_only_what_a_mask_selects_moves(model):
         ({"num_init_batches": 0}, "`num_init_batches`"),
         ({"kernel": "hmc"}, "`kernel` must be one of sgld, rmsprop"),
         ({"kernel": "rmsprop", "num_burnin_steps": 0}, "burn-in"),
+        ({"kernel": "baoab", "friction": 1.0}, "`friction` must be in [0, 1), got 1.0"),
+        ({"friction": -0.5}, "`friction` must be zero or positive"),
         ({"restrict": ["3.*"]}, "none of the parameters 0.weight"),
         ({"restrict": []}, "no parameter free"),
         ({"restrict": {"2.bias": torch.ones(3, dtype=torch.bool)}}, "shape"),

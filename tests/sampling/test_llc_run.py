@@ -244,11 +244,11 @@ def test_the_published_settings_are_those_of_the_papers_scales():
 
 def test_the_importer_gives_the_authors_own_move():
     """Their move in a quadratic, written out, is ours with the imported settings."""
-    from icl.sampling.sgld import SGLD, step
+    from icl.sampling.sgld import init, step
 
     w, h, noise = torch.tensor([[0.7]]), 2.0, torch.tensor([[0.3]])
     theirs = w - 0.01 * h * w - 0.001 * (w - 0.5) + 3e-4**0.5 * noise
-    state = SGLD.init(torch.tensor([[0.5]]))._replace(position=w)
+    state = init(torch.tensor([[0.5]]))._replace(position=w)
     settings = from_scales(gradient_scale=0.01, localization_scale=0.001, noise_scale=3e-4)
     torch.testing.assert_close(step(state, h * w, noise, **settings).position, theirs)
 

@@ -51,7 +51,7 @@ def loss(params, batch):
 
 
 @pytest.mark.parametrize("vectorize", [True, False])
-@pytest.mark.parametrize("kernel", ["sgld", "rmsprop"])
+@pytest.mark.parametrize("kernel", ["sgld", "rmsprop", "baoab"])
 @pytest.mark.parametrize("restrict", [None, ["a"], ["b"], {"a": True, "b": [True, False]}], ids=str)
 def test_a_number_moves_as_a_vector_of_one_does(restrict, kernel, vectorize):
     def estimate(shape):

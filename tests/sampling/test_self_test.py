@@ -25,7 +25,7 @@ def test_a_true_answer_agrees_and_a_false_one_does_not(problem):
     (row,) = self_test.run_problem(problem)
     assert row.agrees
     assert abs(row.llc - row.finite) < row.allowed
-    (row,) = self_test.run_problem(dataclasses.replace(problem, finite=lambda nbeta: 1.2 * row.finite))
+    (row,) = self_test.run_problem(dataclasses.replace(problem, finite=lambda nbeta, lr: 1.2 * row.finite))
     assert not row.agrees
 
 
@@ -42,9 +42,9 @@ def test_the_command_prints_the_table_and_fails_with_a_wrong_estimate(problem, m
     assert main(["llc", "--self-test"]) == 0
     said = capsys.readouterr()
     assert "regular quadratic" in said.out
-    assert "1 of 1 estimates agree" in said.out
+    assert "3 of 3 estimates agree" in said.out
     assert "1/1" in said.err
-    monkeypatch.setattr(self_test, "problems", lambda: [dataclasses.replace(problem, finite=lambda nbeta: 9.0)])
+    monkeypatch.setattr(self_test, "problems", lambda: [dataclasses.replace(problem, finite=lambda nbeta, lr: 9.0)])
     assert main(["llc", "--self-test"]) == 1
     assert "NO" in capsys.readouterr().out
 
@@ -72,5 +72,6 @@ def test_the_command_writes_the_table(problem, monkeypatch, tmp_path):
     monkeypatch.setattr(self_test, "problems", lambda: [problem])
     assert main(["llc", "--self-test", "--out", str(tmp_path / "known.csv")]) == 0
     table = pd.read_csv(tmp_path / "known.csv")
-    assert table["problem"].tolist() == [problem.name]
+    assert table["problem"].tolist() == 3 * [problem.name]
+    assert table["kernel"].tolist() == ["sgld", "baoab", "rmsprop"]
     assert table["agrees"].all()

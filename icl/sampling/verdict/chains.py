@@ -7,7 +7,12 @@ d + (lr / 4) E|grad U|^2, with the minibatch's gradient (and, for a precondition
 localization alone, lr / 4 localization^2 |w - w0|^2. It is also there in flat directions and is harmless. Half of the rest is
 `bias_bound`. It needs no direction to be in equilibrium, and it has little noise.
 
-For quadratics, the bound is one to two times what the step adds to the LLC: with a_i = nbeta h_i + localization the ratio is
+`baoab` has no such bias on quadratics except for the noise of minibatches. There `bias_bound` is half of what that noise adds to
+pull + spread in directions of small curvature, lr / 8 (1 + c) / (1 - c) times the variance of nbeta grad L over minibatches
+(`icl.sampling.baoab`; a direction of curvature a has 1 / (1 - lr a / 4) times as much). Gradients at the same position on two
+minibatches measure that variance.
+
+For quadratics and SGLD, the bound is one to two times what the step adds to the LLC: with a_i = nbeta h_i + localization the ratio is
 1 + localization / a_i (`known.quadratic_llc`). It is a_i / (nbeta h_i) times what the minibatch noise adds.
 """
 
@@ -120,7 +125,7 @@ def mala_acceptance(e: Evidence) -> str | None:
     """An exact sampler would accept at least half of the moves."""
     if not e.mala_acceptance < 0.5:
         return None
-    return f"MALA would accept only {e.mala_acceptance:.0%} of the moves: lower lr"
+    return f"a Metropolis test would accept only {e.mala_acceptance:.0%} of the moves: lower lr"
 
 
 @rule("note", source="as `step_size_bias`; standard errors")

@@ -1,0 +1,224 @@
+"""BAOAB: a move written out by hand, exact stationary moments, the shadow work's average, and control variates that change no mean."""
+
+import functools
+import math
+
+import pytest
+import torch
+from options import estimate_many, keywords
+
+from icl.config import ChainsConfig
+from icl.model.flat import make_layout
+from icl.sampling import CheckpointId, EstimateOptions, baoab, estimate_llc, known
+from icl.sampling.batches import ChainBatches, Pool
+from icl.sampling.target import Target
+from icl.sampling.variates import make_variates
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_move_is_two_half_drifts_around_the_noise():
+    w, w0, v, grad, noise = (numbers(3, 4, seed=seed) for seed in range(5))
+    moved = baoab.step(baoab.BAOABState(w, w0, v), grad, noise, lr=0.09, nbeta=7.0, localization=3.0, friction=0.6)
+    v1 = v - 0.3 * (7 * grad + 3 * (w - w0))
+    v2 = 0.6 * v1 + 0.8 * noise
+    assert torch.allclose(moved.velocity, v2, rtol=1e-14)
+    assert torch.allclose(moved.position, w + 0.15 * v1 + 0.15 * v2, rtol=1e-14)
+
+
+def test_a_chain_that_is_continued_from_its_state_is_one_that_was_never_stopped():
+    def run(state, noises):
+        for noise in noises:
+            state = baoab.step(state, state.position, noise, lr=0.1, nbeta=2.0, localization=1.0, friction=0.5)
+        return state
+
+    start, noises = baoab.init(numbers(2, 3)), numbers(10, 2, 3, seed=1)
+    whole, half = run(start, noises), run(start, noises[:5])
+    again = run(baoab.BAOABState(*(part.clone() for part in half)), noises[5:])
+    assert all(map(torch.equal, whole, again))
+
+
+def moments(friction, lr, *, gradient_deviation=0.0, num_chains=4000, num_moves=400):
+    """Mean square of positions on U = w^2 / 2 and its standard error, over independent chains from their stationary density."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normals():
+        return torch.randn(num_chains, 1, dtype=torch.float64, generator=generator)
+
+    state = baoab.BAOABState(normals(), torch.zeros(num_chains, 1, dtype=torch.float64), normals())
+    squares = torch.zeros(num_chains, 1, dtype=torch.float64)
+    for move in range(num_moves):
+        grad = state.position + gradient_deviation * normals()
+        state = baoab.step(state, grad, normals(), lr=lr, nbeta=1.0, localization=0.0, friction=friction)
+        squares += state.position.square() * (move >= num_moves // 2) / (num_moves - num_moves // 2)
+    return float(squares.mean()), float(squares.std()) / num_chains**0.5
+
+
+@pytest.mark.parametrize("friction", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("lr", [0.1, 1.0, 3.0])
+def test_the_stationary_variance_on_a_quadratic_is_exact_at_every_step(friction, lr):
+    """SGLD's would be 1 / (1 - lr / 4), four times too large at the last step."""
+    variance, stderr = moments(friction, lr)
+    assert variance == pytest.approx(1.0, abs=4 * stderr)
+    assert stderr < 0.03
+
+
+@pytest.mark.parametrize(("friction", "lr"), [(0.0, 0.3), (0.5, 0.3), (0.5, 2.0), (0.8, 1.0)])
+def test_gradient_noise_adds_what_the_formula_says(friction, lr):
+    variance, stderr = moments(friction, lr, gradient_deviation=0.8)
+    truth = 2 * known.quadratic_llc(
+        torch.ones(1), nbeta=1.0, localization=0.0, lr=lr, gradient_variance=0.64, friction=friction
+    )
+    assert truth > 1.04
+    assert variance == pytest.approx(truth, abs=4 * stderr)
+
+
+@pytest.mark.parametrize("friction", [0.0, 0.7])
+def test_the_exponential_of_the_shadow_work_averages_to_one(friction):
+    """From equilibrium, by the fluctuation theorem (Crooks 1999), for any U: here w^4 / 4 + w^2 / 2."""
+    num, lr = 200_000, 0.25
+    grid = torch.linspace(-5, 5, 20_001, dtype=torch.float64)
+    density = (-(grid**4) / 4 - grid**2 / 2).exp().cumsum(0)
+    uniforms = torch.rand(num, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    w = grid[torch.searchsorted(density / density[-1], uniforms).clamp(max=20_000)][:, None]
+    # The velocity between two kicks is normal; the state has it after half of the kick before.
+    v = numbers(num, 1, seed=4) + lr**0.5 / 2 * (w**3 + w)
+    settings = {"lr": lr, "nbeta": 1.0, "localization": 1.0, "friction": friction}
+    before = baoab.BAOABState(w, torch.zeros_like(w), v)
+    after = baoab.step(before, w**3, numbers(num, 1, seed=5), **settings)
+    grads, losses = (w**3, after.position**3), (w[:, 0] ** 4 / 4, after.position[:, 0] ** 4 / 4)
+    # The test's minimum is cut here: both signs of the work are wanted.
+    force, force_after = w**3 + w, after.position**3 + after.position
+    kicked = before.velocity - lr**0.5 * force
+    middle, middle_after = before.velocity - lr**0.5 / 2 * force, after.velocity - lr**0.5 / 2 * force_after
+    kinetic = (kicked.square() - middle.square() + middle_after.square() - after.velocity.square()).sum(1) / 2
+    potential = losses[1] - losses[0] + (after.position.square() - w.square()).sum(1) / 2
+    weights = (-potential - kinetic).exp()
+    assert float(weights.mean()) == pytest.approx(1.0, abs=4 * float(weights.std()) / num**0.5)
+    accepted = baoab.log_acceptance(before, after, grads, losses, **settings)
+    assert torch.allclose(accepted, (-potential - kinetic).clamp(max=0), atol=1e-10)
+
+
+# Control variates
+
+NUM_BATCHES = 24
+
+
+def regression(batch_size=8, p=5):
+    """Linear regression on a fixed pool of minibatches, away from its minimum; the loss is that of the whole pool."""
+    generator = torch.Generator().manual_seed(0)
+    xs = torch.randn(NUM_BATCHES, batch_size, p, generator=generator, dtype=torch.float64)
+    ys = xs @ torch.ones(p, dtype=torch.float64) + 0.5 * torch.randn(
+        NUM_BATCHES, batch_size, generator=generator, dtype=torch.float64
+    )
+
+    def loss(params, batch):
+        xs, ys = batch
+        return (xs @ params["w"] - ys).square().mean() / 2
+
+    best = torch.linalg.lstsq(xs.flatten(0, 1), ys.flatten()[:, None]).solution[:, 0]
+    h = xs.flatten(0, 1).T @ xs.flatten(0, 1) / xs.shape[:2].numel()
+    return loss, {"w": best}, list(zip(xs, ys, strict=True)), torch.linalg.eigvalsh(h)
+
+
+SETTINGS = {
+    "lr": 4e-3,
+    "nbeta": 100.0,
+    "localization": 5.0,
+    "num_chains": 16,
+    "num_draws": 800,
+    "num_burnin_steps": 200,
+    "seed": 0,
+    "kernel": "baoab",
+    "friction": 0.5,
+    "trivial_loss": 10.0,
+}
+
+
+def test_variates_are_the_checkpoints_gradients_less_their_mean():
+    loss, params, batches, _ = regression()
+    settings = ChainsConfig(num_chains=2, num_draws=50, kernel="baoab")
+    source = ChainBatches(batches, settings)
+    layout, stacked = make_layout(params), {"w": params["w"][None] + 0.1}
+    target = Target(loss=loss, batches=batches)
+    variates = make_variates(target, stacked, source, settings, layout, chunk_size=5)
+    grads = torch.stack([torch.func.grad(loss)({"w": stacked["w"][0]}, batch)["w"] for batch in batches])
+    assert torch.allclose(variates.deviations[0, :, :5], grads - grads.mean(0), atol=1e-12)
+    deviation, losses = variates.of_members([0, 0], [0, 1], 7)
+    assert torch.allclose(deviation[1, :5], (grads - grads.mean(0))[7 * 2 + 1], atol=1e-12)
+    assert float(losses[1]) == pytest.approx(float(loss({"w": stacked["w"][0]}, source.get(1, 7))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "batches"),
+    [
+        ({"num_draws": 2, "num_burnin_steps": 0}, None),
+        ({}, lambda chain, draw: torch.zeros(1)),
+        ({}, "one batch"),
+        ({}, "iterator"),
+    ],
+    ids=["few moves", "endless batches", "one batch", "an iterator"],
+)
+def test_there_are_no_variates_without_a_pool_that_pays(changes, batches):
+    loss, params, pool, _ = regression()
+    batches = {"one batch": pool[:1], "iterator": iter(pool), None: pool}.get(batches, batches)
+    settings = ChainsConfig(**{"num_chains": 4, "num_draws": 50, "kernel": "baoab", **changes})
+    source, layout = ChainBatches(batches, settings), make_layout(params)
+    target = Target(loss=loss, batches=batches)
+    assert make_variates(target, {"w": params["w"][None]}, source, settings, layout, chunk_size=5) is None
+
+
+def test_an_estimate_with_variates_agrees_with_the_truth_and_one_without_is_too_hot():
+    """The residual noise, of the minibatches' curvatures, is in the bound; a list that is dealt in passes has a little less."""
+    loss, params, batches, h = regression(batch_size=64)
+    truth = known.quadratic_llc(h, nbeta=100.0, localization=5.0)
+    order = torch.randint(NUM_BATCHES, (16, 1000), generator=torch.Generator().manual_seed(0))
+
+    def drawn(chain, draw):
+        return batches[order[chain, draw]]
+
+    drawn.pool = Pool(NUM_BATCHES, lambda chain, draw: int(order[chain, draw]), batches.__getitem__, is_uniform=True)
+    for pool in (batches, drawn):
+        result = estimate_llc(loss, params, pool, **SETTINGS)
+        assert truth - 4 * result.stderr < result.llc < truth + 2 * result.bias_bound + 4 * result.stderr
+        assert result.bias_bound < 0.05 * truth
+    without = estimate_llc(loss, params, functools.partial(drawn), **SETTINGS)
+    assert without.llc > truth + 0.1 * truth
+    assert result.bias_bound < 0.3 * without.bias_bound
+    assert result.stderr < without.stderr
+
+
+def test_noise_is_bounded_by_the_measured_bias():
+    """The gradient's noise is known here: w . (mean of 1 normal of variance 4), so the bound is too."""
+
+    def loss(params, batch):
+        return params["w"].square().sum() / 2 + (batch * params["w"]).sum()
+
+    def batches(chain, draw):
+        return 2 * torch.randn(3, generator=torch.Generator().manual_seed(10_000 * chain + draw))
+
+    settings = SETTINGS | {"lr": 1e-3, "nbeta": 20.0, "num_draws": 1500}
+    result = estimate_llc(loss, {"w": torch.zeros(3)}, batches, **keywords(**settings))
+    exact = known.quadratic_llc(
+        torch.ones(3), nbeta=20.0, localization=5.0, lr=1e-3, gradient_variance=4.0, friction=0.5
+    )
+    bound = 1e-3 / 8 * 3 * 20**2 * 4.0 * 3
+    assert result.bias_bound == pytest.approx(bound, rel=4 * (2 / (3 * 4 * 16)) ** 0.5)
+    assert result.llc == pytest.approx(exact, abs=4 * result.stderr)
+    assert exact - known.quadratic_llc(torch.ones(3), nbeta=20.0, localization=5.0) < bound
+    assert math.isfinite(result.mala_acceptance)
+
+
+def test_checkpoints_with_variates_are_together_as_they_are_alone_and_in_chunks():
+    loss, params, batches, _ = regression()
+    moved = {"w": params["w"] + 0.05}
+    settings = {**SETTINGS, "num_chains": 3, "num_draws": 12, "num_burnin_steps": 8}
+    alone = [estimate_llc(loss, member, batches, **settings) for member in (params, moved)]
+    for memory in (None, 1.0):
+        options = EstimateOptions(memory=memory, identities=[CheckpointId(0, "0"), CheckpointId(1, "0")])
+        together = estimate_many(loss, [params, moved], batches, **settings, options=options)
+        for result, other in zip(together, alone, strict=True):
+            assert torch.allclose(result.loss_trace, other.loss_trace, rtol=1e-12)
+            assert result.llc == pytest.approx(other.llc, rel=1e-9)
