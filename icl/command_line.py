@@ -10,7 +10,7 @@ import argparse
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -209,6 +209,17 @@ def _describe_settings(section: str) -> str:
     parser.add_class_arguments(kind, None if section == "all" else section)
     text = parser.format_help().partition("\n\n")[2]
     return re.sub(r"  --\w+ CONFIG\s+Path to a configuration file\.\n", "", text)
+
+
+def whole_number(minimum: int, maximum: int = 999_999_999) -> Callable[[str], int]:
+    """Return a reader of options that takes a whole number within bounds."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or len(text) > 20 or not minimum <= int(text) <= maximum:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {minimum} to {maximum:,}, got {text!r}")
+        return int(text)
+
+    return read
 
 
 def _whole_number(text: str) -> int:

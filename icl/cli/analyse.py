@@ -32,12 +32,14 @@ def run(words: list[str]) -> int:
     """Analyse, say what was found, write the table and the figure."""
     chosen = _what(words)
     options = _parser(chosen).parse_args(words)
-    path = _one_of("RUN", options.path, options.checkpoint_dir, options.input_file)
-    if path is None:
+    paths = [path for path in (options.path, options.checkpoint_dir, options.input_file) if path is not None]
+    if not paths:
         raise ConfigError("Say what to analyse: `icl analyse RUN --what NAME`.")
-    out = _one_of("--out", options.out, options.output_file)
-    if out is not None:
-        require_output_table(out, path)
+    if len(paths) > 1:
+        raise ConfigError(f"RUN is given twice: {' and '.join(map(str, paths))}.")
+    path = paths[0]
+    if options.out is not None:
+        require_output_table(options.out, path)
     if options.output_plot is not None:
         if options.output_plot.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise StorageError(f"Figures are written as .png, .pdf or .svg, got {options.output_plot}.")
@@ -45,7 +47,7 @@ def run(words: list[str]) -> int:
     path = require_place(path)
     if len(chosen) > 1:
         return _analyse_all(chosen, path, options)
-    _analyse(chosen[0], path, options, out)
+    _analyse(chosen[0], path, options)
     return 0
 
 
@@ -79,8 +81,7 @@ def _parser(chosen: list[str]) -> argparse.ArgumentParser:
     parser.add("--checkpoint_dir DIR", "older name of RUN", type=Path)
     parser.add("--input_file FILE", "the table, for analyses of one", type=Path)
     parser.add("--what NAME", "the analysis", required=True)
-    parser.add("--out FILE", "also write the numbers to FILE (.csv or .json)", type=Path)
-    parser.add("--output_file FILE", "older name of --out", type=Path)
+    parser.add("--out --output_file FILE", "also write the numbers to FILE (.csv or .json)", type=Path)
     parser.add("--output_plot FILE", "also draw to FILE (.png, .pdf or .svg)", type=Path)
     if len(chosen) == 1:
         _add_settings(parser, chosen[0])
@@ -94,24 +95,22 @@ def _add_settings(parser: argparse.ArgumentParser, name: str) -> None:
     group = parser.add_argument_group(f"settings of {name}")
     for field in dataclasses.fields(find(name).Settings):
         choices = get_args(field.type) if get_origin(field.type) is Literal else None
-        if field.default is not None:
-            text = f"{field.metadata['help']} (default: {field.default})"
-        else:
-            text = field.metadata["help"]
+        text = field.metadata["help"] + ("" if field.default is None else f" (default: {field.default})")
         kind: Any = int if field.type is int else float if field.type is float else str
         metavar = "|".join(choices) if choices else "N" if kind is int else "VALUE"
         group.add_argument(f"--{field.name}", metavar=metavar, type=kind, choices=choices, help=text)
 
 
 def _analyse_all(names: list[str], path: Path, options: argparse.Namespace) -> int:
-    """Every analysis, also after one that refuses; 1 if any did, each in one sentence."""
+    """Do every analysis, also after one that refuses; return 1 if any did, each in one sentence."""
     refused: dict[str, str] = {}
     for name in names:
-        reason = _refusal(name, path, options)
-        if reason and reason not in refused.values():
-            print(f"icl: {name} is refused: {reason}", file=sys.stderr)
-        if reason:
-            refused[name] = reason
+        try:
+            _analyse(name, path, options)
+        except UserError as error:  # noqa: PERF203 (an analysis takes seconds)
+            if str(error) not in refused.values():
+                print(f"icl: {name} is refused: {error}", file=sys.stderr)
+            refused[name] = str(error)
     if not refused:
         return 0
     done = len(names) - len(refused)
@@ -119,21 +118,12 @@ def _analyse_all(names: list[str], path: Path, options: argparse.Namespace) -> i
     return 1
 
 
-def _refusal(name: str, path: Path, options: argparse.Namespace) -> str:
-    """The reason why the analysis cannot be done; empty if it can."""
-    try:
-        _analyse(name, path, options, None)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def _analyse(name: str, path: Path, options: argparse.Namespace, out: Path | None) -> None:
+def _analyse(name: str, path: Path, options: argparse.Namespace) -> None:
     from icl.analysis.run import analyse, find
     from icl.plotting.style import save_figure
     from icl.runs.delivery import send_results
 
-    if path.is_file() and out is None and options.output_plot is None:
+    if path.is_file() and options.out is None and options.output_plot is None:
         raise ConfigError(
             f"{path} is a file, so say where the results go: --out FILE (.csv or .json), --output_plot FILE."
         )
@@ -144,8 +134,9 @@ def _analyse(name: str, path: Path, options: argparse.Namespace, out: Path | Non
     print("\n".join([*heading, *result.summary]))
     plot = importlib.import_module(f"icl.plotting.{module_name(name)}").plot
     folder = None if path.is_file() else run_of(path)
-    for label, file in _save(name, result, out):
-        print(f"{label:7s} {file}")
+    if options.out is not None:
+        _save(name, result, options.out)
+        print(f"Output  {options.out}")
     if folder is not None:
         print(f"Table   {folder.write_result(f'{name}.csv', result.table.to_csv(index=False))}")
     figures = [options.output_plot] if options.output_plot else []
@@ -157,22 +148,11 @@ def _analyse(name: str, path: Path, options: argparse.Namespace, out: Path | Non
         send_results(folder)
 
 
-def _save(name: str, result: "Result", out: Path | None) -> list[tuple[str, Path]]:
-    """The numbers in a file of the user's own."""
-    if out is None:
-        return []
+def _save(name: str, result: "Result", out: Path) -> None:
+    """Write the numbers to a file of the user's own."""
     if table_format(out) == "csv":
         text = result.table.to_csv(index=False)
     else:
         rows = plain_rows(result.table.astype(object).where(result.table.notna(), None))
         text = json.dumps({"analysis": name, "summary": result.summary, "rows": rows}, indent=1, allow_nan=False) + "\n"
     write_atomically(out, text.encode())
-    return [("Output", out)]
-
-
-def _one_of(name: str, *given: Path | None) -> Path | None:
-    """The one that is given of an option and its older names."""
-    values = [value for value in given if value is not None]
-    if len(values) > 1:
-        raise ConfigError(f"{name} is given twice: {' and '.join(map(str, values))}.")
-    return values[0] if values else None

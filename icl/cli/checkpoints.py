@@ -40,7 +40,16 @@ def run(words: list[str]) -> int:
         return _verify(folder, mirror)
     if mirror is None:
         raise ConfigError("The run has no store; name one with --store URL, checkpoints.store or AWS_BUCKET_NAME.")
-    return _pull(mirror, options.force) if options.action == "pull" else _push(mirror, options.force)
+    from icl.runs.mirror import pull, push
+
+    if options.action == "push":
+        names = push(mirror, force=options.force)
+        print(f"Sent {len(names):,} files of {mirror.run.path}.\nStore   {mirror.there}")
+        return 0
+    with mirror.run.lock():
+        names = pull(mirror, force=options.force)
+    print(f"Fetched {len(names):,} files from {mirror.there}.\nRun     {mirror.run.path}")
+    return 0
 
 
 def _find(word: str, store: str | None, action: str) -> "tuple[RunFolder, Mirror | None]":
@@ -109,21 +118,4 @@ def _verify(folder: RunFolder, mirror: "Mirror | None") -> int:
         repair = "`push --force` sends the good files here, `pull --force` fetches the good ones there"
         raise StorageError(f"{count} in {places}; {repair}.")
     print(f"All is well in {places}.")
-    return 0
-
-
-def _pull(mirror: "Mirror", force: bool) -> int:
-    from icl.runs.mirror import pull
-
-    with mirror.run.lock():
-        names = pull(mirror, force=force)
-    print(f"Fetched {len(names):,} files from {mirror.there}.\nRun     {mirror.run.path}")
-    return 0
-
-
-def _push(mirror: "Mirror", force: bool) -> int:
-    from icl.runs.mirror import push
-
-    names = push(mirror, force=force)
-    print(f"Sent {len(names):,} files of {mirror.run.path}.\nStore   {mirror.there}")
     return 0

@@ -19,6 +19,8 @@ from icl.config.validation import ConfigError, UserError, user_path
 from icl.files.redaction import redact
 from icl.runs.environment import COMMANDS
 
+_ABOUT = "Train small transformers on in-context linear regression and study how they develop."
+_MORE = "`icl COMMAND --help` has options and examples. Start with: icl train"
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 """Variables by which torchrun, srun and jsrun number the processes that they start."""
 
@@ -38,13 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _complain(f"There is no command `{words[0]}`; here it is `{older}`.", 2)
         if words[0].startswith("-"):
             option = words[0].partition("=")[0]
-            hint = modern_setting(option.strip("-"))
-            told = f" {hint}" if hint else ""
+            modern = modern_setting(option.strip("-"))
+            hint = f" {modern}" if modern else ""
             return _complain(
-                f"`{option}` follows a command, such as `icl train`.{told} `icl --help` lists the commands.", 2
+                f"`{option}` follows a command, such as `icl train`.{hint} `icl --help` lists the commands.", 2
             )
-        nearest = difflib.get_close_matches(words[0], COMMANDS, n=1)
-        hint = f" Did you mean `icl {nearest[0]}`?" if nearest else ""
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f" Did you mean `icl {near[0]}`?" if near else ""
         return _complain(f"There is no command `{words[0]}`.{hint} `icl --help` lists them.", 2)
     status = _run(words[0], words[1:])
     wandb_log = sys.modules.get("icl.training.wandb.log")
@@ -86,17 +88,7 @@ def _run(command: str, words: list[str]) -> int:
 
 def _overview() -> str:
     lines = [f"  icl {name:11s} {importlib.import_module(f'icl.cli.{name}').HELP}" for name in COMMANDS]
-    return "\n".join(
-        [
-            "usage: icl COMMAND [options]",
-            "",
-            "Train small transformers on in-context linear regression and study how they develop.",
-            "",
-            *lines,
-            "",
-            "`icl COMMAND --help` has options and examples. Start with: icl train",
-        ]
-    )
+    return "\n".join(["usage: icl COMMAND [options]", "", _ABOUT, "", *lines, "", _MORE])
 
 
 def _with_home(word: str) -> str:

@@ -44,18 +44,18 @@ def load_env_file(path: Path = Path(".env")) -> None:
 
     try:
         # Of the two values of a `${NAME}`, that of the environment counts, as it does for NAME itself.
-        found = DotEnv(path, encoding="utf-8-sig", override=False).dict()
+        variables = DotEnv(path, encoding="utf-8-sig", override=False).dict()
     except UnicodeDecodeError:
         raise ConfigError(
             f"{path.absolute()} is not text in UTF-8, so nothing of it was read; save it as UTF-8, or remove it."
         ) from None
-    for name, value in found.items():
+    for name, value in variables.items():
         if value is None or name in os.environ or not may_be_set(name):
             continue
         if "\0" in value:
             raise ConfigError(f"{path.absolute()} sets {name} to a text with a null character; write the value again.")
         os.environ[name] = re.sub(r"^\$HOME(?=/|$)", "~", value) if name == "LOCAL_ROOT" else value
-    ignored = [name for name, value in found.items() if value is not None and not may_be_set(name)]
+    ignored = [name for name, value in variables.items() if value is not None and not may_be_set(name)]
     if ignored:
         names = ", ".join(map(_shown, ignored[:8])) + (f" and {len(ignored) - 8} more" if len(ignored) > 8 else "")
         print(

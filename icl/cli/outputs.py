@@ -35,8 +35,8 @@ def require_output_table(path: Path, *inputs: Path | str | None, suffixes: Itera
         StorageError: If it is neither .csv nor .json, cannot be written, is an input, or belongs to a run or an experiment.
     """
     require_table_file(path)
-    for one in (path, *(path.with_suffix(suffix) for suffix in suffixes)):
-        require_output(one, *inputs)
+    for file in (path, *(path.with_suffix(suffix) for suffix in suffixes)):
+        require_output(file, *inputs)
 
 
 def require_output(path: Path, *inputs: Path | str | None) -> None:
@@ -46,7 +46,7 @@ def require_output(path: Path, *inputs: Path | str | None) -> None:
         StorageError: Saying which.
     """
     require_writable(path)
-    if any(_is_same(path, Path(one)) for one in inputs if one is not None):
+    if any(_is_same(path, Path(read)) for read in inputs if read is not None):
         raise StorageError(f"{path} is what is read, and would be lost; write to another file.")
     owner = _owner(path)
     if owner is not None:
@@ -55,16 +55,16 @@ def require_output(path: Path, *inputs: Path | str | None) -> None:
 
 def _owner(path: Path) -> str | None:
     """Return whose file a path is, in words; None if it is nobody's."""
-    place = _real(path)
-    for folder in place.parents:
-        name = place.relative_to(folder).parts
+    real = _real(path)
+    for folder in real.parents:
+        parts = real.relative_to(folder).parts
         if sum((folder / mark).is_file() for mark in _MARKS) > 1:
-            is_file = len(name) == 1 and any(name[0] == own or _is_same(path, folder / own) for own in _RUN_FILES)
-            is_result = len(name) == 2 and name[0] == "results" and name[1] in _RESULTS
-            if is_file or is_result or name[0] in _RUN_FOLDERS:
+            is_file = len(parts) == 1 and any(parts[0] == name or _is_same(path, folder / name) for name in _RUN_FILES)
+            is_result = len(parts) == 2 and parts[0] == "results" and parts[1] in _RESULTS
+            if is_file or is_result or parts[0] in _RUN_FOLDERS:
                 return f"the run {folder}"
-    if place.name == METADATA and place.is_file():
-        return f"the experiment {place.parent}"
+    if real.name == METADATA and real.is_file():
+        return f"the experiment {real.parent}"
     return None
 
 

@@ -1,5 +1,6 @@
 """`icl runs`: what there is, and how far it is."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,15 @@ def _experiment_lines(folder: Path) -> list[str]:
     if not metadata:
         return []
     entries: list[dict[str, Any]] = metadata.get("runs", [])
-    counts: dict[str, int] = {}
-    for entry in entries:
-        counts[entry["state"]] = counts.get(entry["state"], 0) + 1
-    told = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in counts.items())
+    counts = Counter(entry["state"] for entry in entries)
+    summary = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in counts.items())
     failures = [
         f"  M = {entry['num_tasks']} failed: {entry.get('reason')}" for entry in entries if entry["state"] == "failed"
     ]
-    state, place = metadata.get("state"), f"process {metadata.get('pid')} on {metadata.get('host')}, "
-    if state != "running":
-        place = ""
-    elif not is_alive(metadata):
-        state, place = "killed; the same command continues", ""
-    head = f"{folder}: task diversity, {state} ({place}updated {metadata.get('updated')})"
-    return [f"{head}; {len(entries)} runs: {told}", *failures]
+    state, process = metadata.get("state"), ""
+    if state == "running" and is_alive(metadata):
+        process = f"process {metadata.get('pid')} on {metadata.get('host')}, "
+    elif state == "running":
+        state = "killed; the same command continues"
+    head = f"{folder}: task diversity, {state} ({process}updated {metadata.get('updated')})"
+    return [f"{head}; {len(entries)} runs: {summary}", *failures]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icl.command_line import CommandParser
+from icl.command_line import CommandParser, whole_number
 
 if TYPE_CHECKING:
     from icl.sweeps.points import InvalidPoint, Point
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from icl.sweeps.state import PointState
 
 HELP = "run a sweep file, or what is missing of it"
-
-_MAX_WORKERS = 1000
 
 
 def run(words: list[str]) -> int:
@@ -83,36 +81,17 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "icl sweep sweeps/training-runs/quickstart.yaml --workers 2",
     )
     parser.add("file FILE", "the sweep file", type=Path)
-    parser.add("--workers N", "programs at a time (default: 1)", type=_workers, default=1)
+    parser.add("--workers N", "programs at a time (default: 1)", type=whole_number(1, 1000), default=1)
     text = "train up to N points (or all) that differ only in seeds and number of tasks in one program"
-    parser.add("--pack N", text, type=_count, nargs="?", const=sys.maxsize, default=1)
-    parser.add("--count N", "only the first N points", type=_count)
-    parser.add("--seed S", "of a random sweep's draws (default: 0)", type=_seed)
+    parser.add("--pack N", text, type=whole_number(1), nargs="?", const=sys.maxsize, default=1)
+    parser.add("--count N", "only the first N points", type=whole_number(1))
+    parser.add("--seed S", "of a random sweep's draws (default: 0)", type=whole_number(0, 2**63 - 1))
     text = "try every failed point again, also one that would fail again or has just failed on another machine"
     parser.add("--retry", text)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="list the runs, and which would be run; start nothing")
     what.add_argument("--status", action="store_true", help="list what is done, running, failed and waiting, and why")
     return parser.parse_args(words)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 999,999,999, got {text!r}")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or len(text) > 20 or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, got {text!r}")
-    return int(text)
-
-
-def _workers(text: str) -> int:
-    count = _count(text)
-    if count > _MAX_WORKERS:
-        raise argparse.ArgumentTypeError(f"must be at most {_MAX_WORKERS:,}, got {text!r}")
-    return count
 
 
 def _list(points: "Sequence[Point]", invalid: "Sequence[InvalidPoint]", options: argparse.Namespace) -> int:

@@ -73,8 +73,9 @@ def _train(configs: Sequence[RunConfig], wandb_run: Any = None) -> int:
         raise failure_of(failed[0].status)
     for result in ended:
         _tell_end(result)
-    for told in (result.lacking for result in results if result.lacking is not None):
-        print(f"icl: {told}", file=sys.stderr)
+    for result in results:
+        if result.lacking is not None:
+            print(f"icl: {result.lacking}", file=sys.stderr)
     incomplete = [result.incomplete for result in results if result.incomplete is not None]
     if incomplete and len(results) == 1:
         raise RunError(incomplete[0])
@@ -86,8 +87,8 @@ def _train(configs: Sequence[RunConfig], wandb_run: Any = None) -> int:
             undrawn = _show_members(ended)
     for result in failed:  # last, where a person and `icl sweep` look for it
         print(f"icl: {result.folder.path} failed: {result.status.reason}", file=sys.stderr)
-    for told in [*(f"not shown: {reason}" for reason in undrawn), *incomplete]:
-        print(f"icl: {told}", file=sys.stderr)
+    for sentence in [*(f"not shown: {reason}" for reason in undrawn), *incomplete]:
+        print(f"icl: {sentence}", file=sys.stderr)
     if stopped:
         return _tell_stop(stopped)
     return 0 if len(ended) == len(results) and not undrawn and not incomplete else 1
@@ -103,16 +104,16 @@ def _tell_stop(stopped: Sequence["TrainResult"]) -> int:
 
 
 def _tell_end(result: "TrainResult") -> None:
-    """A line for a run that ended otherwise than at its last step just now."""
-    status, place = result.status, result.folder.path
+    """Print a line for a run that ended otherwise than at its last step just now."""
+    status, path = result.status, result.folder.path
     if result.was_done:
-        print(f"{place} is finished: {status.step:,} steps{f' ({status.reason})' if status.reason else ''}.")
+        print(f"{path} is finished: {status.step:,} steps{f' ({status.reason})' if status.reason else ''}.")
     elif status.state == "stopped_early":
-        print(f"{place} stopped early at step {status.step:,}: {status.reason}.")
+        print(f"{path} stopped early at step {status.step:,}: {status.reason}.")
 
 
 def _show_run(folder: RunFolder) -> None:
-    """The table per position, and the figure beside it."""
+    """Print the table per position, and draw the figure beside it."""
     from icl.plotting.training import draw_run
     from icl.runs.delivery import send_results
 
@@ -138,7 +139,7 @@ def _headline(means: "pd.Series", drawn: "DrawnRun") -> str:
 
 
 def _show_members(results: Sequence["TrainResult"]) -> list[str]:
-    """A row for each run of a population, and the figure in its folder, which one that was done has already.
+    """Print a row for each run of a population, and draw its figure, which a run that was done has already.
 
     Returns:
         Why some could not be drawn.

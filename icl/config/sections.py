@@ -153,12 +153,16 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         names = ("max_steps", "batch_size", "log_every", "devices", "num_nodes")
         validate("trainer", self, counts=dict.fromkeys(names, 1), numbers={})
-        num_processes = self.devices * self.num_nodes
         require(
-            self.batch_size % num_processes == 0,
+            self.batch_size % self.num_processes == 0,
             "`trainer.batch_size` must be a multiple of the number of processes, got "
-            f"{self.batch_size} for {num_processes}.",
+            f"{self.batch_size} for {self.num_processes}.",
         )
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes that train a run together, one for each device."""
+        return self.devices * self.num_nodes
 
 
 @dataclass(frozen=True, kw_only=True)

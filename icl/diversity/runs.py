@@ -52,10 +52,10 @@ def experiment_runs(config: RunConfig, *, max_power: int, base: Path) -> list[Ex
     """
     if not 1 <= max_power <= MAX_POWER:
         raise ConfigError(f"`--max_power` must be a whole number from 1 to {MAX_POWER}, got {max_power}.")
-    if config.trainer.devices * config.trainer.num_nodes > 1:
+    if config.trainer.num_processes > 1:
         raise ConfigError(
             "The experiment trains its runs in one process on one device, but `trainer.devices` x `trainer.num_nodes` is "
-            f"{config.trainer.devices * config.trainer.num_nodes}. Leave both at 1, or train runs side by side with "
+            f"{config.trainer.num_processes}. Leave both at 1, or train runs side by side with "
             "`icl sweep sweeps/training-runs/icr-diversity.yaml --workers N`."
         )
     runs = []

@@ -161,13 +161,11 @@ class StopSignals(pl.Callback):
             trainer.should_stop = True
             self.received = self.received or signal.SIGTERM
 
-    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+    def on_train_end(self, *_: Any) -> None:
         """Hand the signals back."""
         self._handling.close()
 
-    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
-        """Hand the signals back."""
-        self._handling.close()
+    on_exception = on_train_end  # type: ignore[assignment]  # it gets the exception too
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.received is None:

@@ -60,7 +60,7 @@ def require_room(config: RunConfig, device: torch.device | str) -> None:
         ConfigError: If the run cannot fit; the message names the settings that need most.
     """
     task, model, trainer, num_prompts = config.task, config.model, config.trainer, config.evaluation.num_prompts
-    batch = trainer.batch_size // (trainer.devices * trainer.num_nodes)
+    batch = trainer.batch_size // trainer.num_processes
     width = model.embed_size
     block = 3 * width**2 + 2 * width * model.mlp_size
     drawn = batch * task.max_examples * (task.task_size + 1)

@@ -29,7 +29,7 @@ def cluster_environment(settings: TrainerConfig) -> ClusterEnvironment:
 
     It reads torchrun's variables if torchrun started several processes, otherwise Lightning's own.
     """
-    if settings.devices * settings.num_nodes > 1 and TorchElasticEnvironment.detect():
+    if settings.num_processes > 1 and TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
     return LightningEnvironment()
 
@@ -43,7 +43,7 @@ def join_processes(config: RunConfig) -> RunConfig:
         ConfigError: If the number of processes started differs from the settings.
     """
     settings = config.trainer
-    num_processes = settings.devices * settings.num_nodes
+    num_processes = settings.num_processes
     if TorchElasticEnvironment.detect():
         started, local = _number("WORLD_SIZE", 1), _number("LOCAL_WORLD_SIZE", 1)
         if num_processes == 1 and started > 1 and started % local == 0:

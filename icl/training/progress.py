@@ -77,14 +77,9 @@ class ProgressBar(pl.Callback):
                 self.bar.set_postfix_str(f"loss={self.metrics_log.loss:.4f}", refresh=False)
             self.bar.update(trainer.global_step - self.bar.n)
 
-    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+    def on_train_end(self, *_: Any) -> None:
         """Close the bar and leave it on the terminal."""
-        self._close()
-
-    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
-        """Close the bar where it stopped."""
-        self._close()
-
-    def _close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+    on_exception = on_train_end  # type: ignore[assignment]  # it gets the exception too

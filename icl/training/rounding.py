@@ -25,7 +25,7 @@ def rounding_conditions(settings: TrainerConfig, *, device: str, is_compiled: bo
     """
     conditions = {
         "device": device,
-        "processes": str(settings.devices * settings.num_nodes),
+        "processes": str(settings.num_processes),
         "compiled step": "yes" if is_compiled else "no",
         "torch": str(torch.__version__),
         "icl": versions()["icl"],

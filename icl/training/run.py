@@ -22,22 +22,15 @@ from icl.build import build_model, choose_device
 from icl.config import MEMBER_SETTINGS, RunConfig
 from icl.config.validation import ConfigError
 from icl.evaluation.sets import EvaluationSet
-from icl.files.writing import remove_temporaries
-from icl.model import attention as tiny_attention
 from icl.model.stacked import Params, stack
 from icl.presets import run_name
-from icl.runs.contents import describe_altered_rows, describe_missing, missing_steps
-from icl.runs.environment import environment_line
 from icl.runs.folder import (
     RunError,
     RunFolder,
     is_child_rank,
-    leaving_nothing,
     local_root,
     require_own_place,
-    require_same_config,
 )
-from icl.runs.metrics_file import MetricsFile, are_rows_altered, logged_steps, lost_rows, metric_columns
 from icl.runs.status import FAILS_AGAIN, Status
 from icl.training.callbacks import StopSignals
 from icl.training.capacity import num_fitting, require_room
@@ -45,12 +38,12 @@ from icl.training.data import PromptDataModule
 from icl.training.endings import isolate_failure, record_outcome, recording_failure
 from icl.training.members import Member
 from icl.training.module import PopulationModule
+from icl.training.opening import begin_run, has_ended, open_run
 from icl.training.processes import join_processes
 from icl.training.progress import member_status
 from icl.training.refusals import require_learning, require_monitor
 from icl.training.saving import read_resume_file
 from icl.training.trainer import evaluation_sets, make_callbacks, make_trainer
-from icl.training.upload import upload_behind
 from icl.training.wandb import agent as wandb_agent
 from icl.training.wandb.log import WandbLog, start_wandb, wandb_mode
 
@@ -133,16 +126,16 @@ def train_population(
     is_packed = len(configs) > 1
     members = [Member(c, RunFolder(path), is_packed=is_packed) for c, path in zip(configs, paths, strict=True)]
     make_trainer(configs[0])  # raises an error for impossible settings before anything is written
-    is_alone = not is_packed or configs[0].trainer.devices * configs[0].trainer.num_nodes > 1
+    is_alone = not is_packed or configs[0].trainer.num_processes > 1
     for member in members:
         with isolate_failure(member, is_alone=is_alone):
             require_monitor(member.config)
             require_own_place(member.folder)
-            if not _is_done(member):
+            if not has_ended(member):
                 require_learning(member.config)
                 require_room(member.config, choose_device(member.config.trainer.accelerator))
     if is_child_rank():
-        unfinished = [member for member in members if not _is_done(member)]
+        unfinished = [member for member in members if not has_ended(member)]
         received = _train_groups(unfinished, {member: read_resume_file(member) for member in unfinished})
         return [_result(member, received) for member in members]
     with contextlib.ExitStack() as resources:
@@ -150,7 +143,7 @@ def train_population(
         for member in members:
             with isolate_failure(member, is_alone=is_alone):
                 if not member.is_refused:
-                    first_steps[member] = _open_run(member, resources)
+                    first_steps[member] = open_run(member, resources)
         return _train(members, first_steps, wandb_run, is_alone=is_alone)
 
 
@@ -170,48 +163,6 @@ def require_alike(configs: Sequence[RunConfig]) -> None:
                 )
 
 
-def _open_run(member: Member, resources: contextlib.ExitStack) -> int | None:
-    """Lock a run's folder and start its upload; both are released with `resources`.
-
-    Returns:
-        The step from which the run continues, or None if it has already ended.
-    """
-    with contextlib.ExitStack() as own:
-        own.enter_context(leaving_nothing(member.folder))
-        own.enter_context(upload_behind(member.config, member.folder))
-        is_done = _is_done(member)
-        member.is_own = member.folder.config_file.exists()
-        step = None if is_done else read_resume_file(member)
-        _note_missing(member, step)
-        resources.push(own.pop_all())  # only now: after an error above, `own` releases both at once
-    return step
-
-
-def _note_missing(member: Member, step: int | None) -> None:
-    """Note missing files of a run that continues from `step`, or that has already ended (None).
-
-    Missing scheduled checkpoints are no failure. A run that has ended without its last checkpoint, or whose table of
-    metrics lacks rows, is incomplete.
-    """
-    run, config = member.folder, member.config
-    last = run.read_status()
-    end = last if step is None else None
-    reached = end.step if end is not None else step or 0
-    if reached == 0:
-        return
-    missing = missing_steps(run, config, reached, end)
-    sentence = describe_missing(run, missing) if missing else None
-    if end is not None:
-        member.incomplete = sentence if reached in missing else lost_rows(run, config, reached)
-        sentences = (None if reached in missing else sentence, describe_altered_rows(run))
-        member.told_lacking = " ".join(filter(None, sentences)) or None
-    elif (
-        missing and member.is_running and (reached < config.trainer.max_steps or last is None or last.state != "failed")
-    ):
-        member.lacking = frozenset(missing)
-        member.notes.append(f"{sentence} Training goes on without them.")
-
-
 def _train(
     members: Sequence[Member], first_steps: Mapping[Member, int | None], wandb_run: Any, *, is_alone: bool
 ) -> list[TrainResult]:
@@ -224,7 +175,7 @@ def _train(
     with recording_failure(list(steps)):
         for member, step in steps.items():
             with isolate_failure(member, is_alone=is_alone):
-                _begin(member, step)
+                begin_run(member, step)
         unfinished = [member for member in steps if not member.is_refused]
         if unfinished:
             _announce(unfinished, [member for member in members if member.is_refused], steps)
@@ -303,35 +254,6 @@ def _initial_params(configs: Sequence[RunConfig]) -> Params:
     is_double = configs[0].trainer.precision == "64-true"
     models = [build_model(config).to(torch.float64 if is_double else torch.float32) for config in configs]
     return stack([dict(model.named_parameters()) for model in models])
-
-
-def _is_done(member: Member) -> bool:
-    """Return whether the run has already ended. Raise an error if its folder holds a run with other settings."""
-    if not member.folder.config_file.exists():
-        return False
-    require_same_config(member.folder.read_config(), member.config, member.folder)
-    status = member.folder.read_status()
-    return status is not None and status.is_done
-
-
-def _begin(member: Member, step: int) -> None:
-    """Check and prepare the folder of a member that starts or resumes at `step`."""
-    run = member.folder
-    member.is_own = True
-    MetricsFile(run.metrics_file, metric_columns(member.config)).require_rows(logged_steps(member.config, step))
-    if step > 0 and are_rows_altered(run.metrics_file.read_bytes(), member.rows):
-        member.notes.append(
-            f"{run.metrics_file} was altered since step {step:,} was saved; its rows are kept as they are."
-        )
-    run.write_config(member.config)
-    for folder in (run.path, run.checkpoints.root, run.moments.root, run.results, run.figures):
-        remove_temporaries(folder)
-    run.log(f"resuming from step {step}" if step else "starting")
-    for note in member.notes:
-        run.log(note)
-    threads = str(torch.get_num_threads())
-    run.log(environment_line({"attention on CPUs": tiny_attention.ON_CPUS, "threads": threads}))
-    run.write_status(member_status(member, "waiting", step))
 
 
 def _announce(members: Sequence[Member], refused: Sequence[Member], steps: Mapping[Member, int]) -> None:

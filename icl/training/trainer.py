@@ -47,9 +47,9 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
     settings = config.trainer
     _quieten_lightning()
     strategy: str | Strategy = settings.strategy
-    if strategy == "ddp" or (settings.devices * settings.num_nodes > 1 and strategy == "auto"):
+    if strategy == "ddp" or (settings.num_processes > 1 and strategy == "auto"):
         strategy = PopulationDDP()
-    elif settings.devices * settings.num_nodes > 1:
+    elif settings.num_processes > 1:
         raise ConfigError(f"`trainer.strategy` must be ddp for several processes, got {strategy}.")
     if settings.precision.startswith("16") or settings.precision == "bf16-true":
         raise ConfigError(

@@ -50,7 +50,7 @@ def xla_options(settings: TrainerConfig, members: Sequence[Member]) -> dict[str,
     Raises:
         ConfigError: If there is no such device, or the settings ask for several devices or for another precision.
     """
-    if settings.devices * settings.num_nodes > 1:
+    if settings.num_processes > 1:
         raise ConfigError(
             "A run uses one TPU device; leave `trainer.devices` and `trainer.num_nodes` at 1, "
             "and train several runs there as one population (`--population.seeds`)."

@@ -184,7 +184,7 @@ def test_all_analyses_of_a_run(tmp_path, monkeypatch, capsys):
 def test_all_goes_on_after_a_refusal_says_which_and_fails(tmp_path, monkeypatch, capsys):
     done = []
 
-    def made_up(name, path, options, out):
+    def made_up(name, path, options):
         if name in ("hessian", "embeddings"):
             raise CheckpointError("There is no table; run `icl llc`.")
         done.append(name)

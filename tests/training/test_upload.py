@@ -330,8 +330,8 @@ def assert_same_result(run: RunFolder, expected: RunFolder) -> None:
 
 DIES_AFTER_AN_UPLOAD = """
 import os, signal, sys, time
-from icl.training import saving, upload
-plain_send, plain_save, arrived = upload.Uploader._send, saving.MemberFiles.save_checkpoint, []
+from icl.training import saving, sender, upload
+plain_send, plain_save, arrived = sender.Sender._send, saving.MemberFiles.save_checkpoint, []
 def send(self, file, bar):
     arrived.append(file.name if plain_send(self, file, bar) else None)
     return arrived[-1] is not None
@@ -342,7 +342,7 @@ def save(self, checkpoint, path, storage_options=None):
         while arrived.count("last.ckpt") == num:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-upload.Uploader._send, upload.SECONDS, saving.MemberFiles.save_checkpoint = send, 0.05, save
+sender.Sender._send, upload.SECONDS, saving.MemberFiles.save_checkpoint = send, 0.05, save
 from icl.cli import main
 sys.exit(main())
 """

@@ -1,0 +1,144 @@
+"""Send the files of a run's folder that its copy in a store lacks, in an order that keeps the copy whole.
+
+Checkpoints are sent at once. `last.ckpt` and the files beside it are sent when there is a newer `last.ckpt`; only the newest
+matters. `last.ckpt` and `status.json` vouch for the other files: they are read first, and sent last if all others have arrived.
+So the copy can always be resumed.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from icl.config import RunConfig
+from icl.config.validation import UserError
+from icl.files.writing import StorageError
+from icl.runs.checkpoints import checkpoint_name
+from icl.runs.contents import expected_steps
+from icl.runs.copied_files import CHECKPOINT_FOLDERS, VOUCHERS, copied_names, is_checkpoint, require_whole
+from icl.runs.mirror import Mirror
+from icl.store import waiting
+from icl.store.base import MissingKeyError, sha256
+
+MAX_FAILURES = 2
+"""Number of consecutive files that cannot be sent after which a round ends; the store cannot be reached at present."""
+
+Signature = tuple[int, int, int]
+
+
+class _File(NamedTuple):
+    """Content of a file of the run's folder at one moment."""
+
+    name: str
+    signature: Signature | None
+    data: bytes
+
+
+class Sender:
+    """The files of a run's folder on their way to its store.
+
+    Args:
+        mirror: The run and its copy in the store.
+        config: Settings of the run.
+    """
+
+    def __init__(self, mirror: Mirror, config: RunConfig) -> None:
+        self.mirror = mirror
+        self.reason = ""
+        """The reason why the last file that failed could not be sent."""
+        self._scheduled = _checkpoint_files(expected_steps(config, config.trainer.max_steps))
+        self._there: set[str] | None = None
+        self._sent: dict[str, Signature | None] = {}
+
+    def changed(self) -> list[str]:
+        """Return the names of files that have changed since they were sent."""
+        return [name for name in copied_names(self.mirror.here) if self._sent.get(name) != self._signature(name)]
+
+    def send(self, is_over: Callable[[], bool], bar: tqdm | None = None) -> bool:
+        """Send new files. Return whether all of them were sent.
+
+        Vouchers are read before the other files, and sent after them.
+
+        Args:
+            is_over: Function that tells before each file whether to send no more.
+            bar: Progress bar at the end of training, when every remaining file is sent.
+        """
+        if not self.mirror.run.config_file.exists():
+            return True  # the folder was removed; its copy in the store remains
+        is_whole = bar is not None or "last.ckpt" in self.changed()
+        vouchers = [self._read(name) for name in VOUCHERS if is_whole and name in self.changed()]
+        others = [name for name in self.changed() if is_checkpoint(name) or (is_whole and name not in VOUCHERS)]
+        num_failures = num_in_a_row = 0
+        if not self._tidy_store():
+            return False
+        for name in others:
+            if is_over() or num_in_a_row == MAX_FAILURES:
+                return False
+            num_in_a_row = 0 if self._send(self._read(name), bar) else num_in_a_row + 1
+            num_failures += num_in_a_row > 0
+        return num_failures == 0 and all(self._send(voucher, bar) for voucher in vouchers)
+
+    def _tidy_store(self) -> bool:
+        """List the store's files and delete best checkpoints that were replaced. Return False if it cannot be reached."""
+        try:
+            if self._there is None:
+                self._there = set(self.mirror.there.keys())
+            status = self.mirror.run.read_status()
+            best_step = None if status is None else status.best_step
+            # The best checkpoint stays in the store even if it is lost here.
+            best = _checkpoint_files([] if best_step is None else [best_step])
+            wanted = {*self._scheduled, *self.mirror.here.keys("checkpoints"), *best}
+            for name in [name for name in self._there if is_checkpoint(name) and name not in wanted]:
+                self.mirror.there.delete(name)
+                self._there.remove(name)
+        except StorageError as error:
+            self.reason = str(error)
+            return False
+        return True
+
+    def _read(self, name: str) -> _File | None:
+        """Read a file as it is now; None if it does not exist."""
+        signature = self._signature(name)  # taken first, so that a later write is noticed as a change
+        try:
+            return _File(name, signature, self.mirror.here.read(name))
+        except MissingKeyError:
+            return None
+
+    def _send(self, file: _File | None, bar: tqdm | None) -> bool:
+        """Send a file unless the store has it. Return False if the store failed.
+
+        A file that is damaged here is not sent, so that it never replaces an intact copy.
+        """
+        if file is None or self._there is None:
+            return True
+        try:
+            require_whole(file.name, file.data, f"{self.mirror.here}/{file.name}")
+        except UserError as error:
+            self.reason = str(error)
+            return True
+        try:
+            is_there = file.name in self._there and self.mirror.there.digest(file.name) == sha256(file.data)
+            if not is_there:
+                self.mirror.there.write(file.name, file.data)
+        except StorageError as error:
+            self.reason = str(error)
+            return False
+        waiting.moved()
+        self._there.add(file.name)
+        self._sent[file.name] = file.signature
+        if bar is not None:
+            bar.update()
+        return True
+
+    def _signature(self, name: str) -> Signature | None:
+        """Return modification time, size and inode of a file, which change when it is written again."""
+        try:
+            stat = (self.mirror.run.path / name).stat()
+        except FileNotFoundError:
+            return None
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def _checkpoint_files(steps: Sequence[int]) -> list[str]:
+    """Return the names of checkpoints and moments at these steps."""
+    return [f"{folder}/{checkpoint_name(step)}" for folder in CHECKPOINT_FOLDERS for step in steps]
