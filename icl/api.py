@@ -2,7 +2,7 @@
 
 `ICRegConfig` has the names and documented defaults of the older code base. It stands for the preset `icr`.
 
-Example:
+Examples:
     >>> cfg = ICRegConfig(D=4, K=8, d_model=64, d_mlp=64, n_layers=2, M="inf")
     >>> cfg.to_run_config().task.task_size
     4

@@ -19,7 +19,7 @@ def build_model(config: RunConfig) -> Transformer:
 
     The weights depend only on `seeds.model` and the architecture. The global generator is neither read nor set.
 
-    Example:
+    Examples:
         >>> from icl.presets import preset
         >>> sum(p.numel() for p in build_model(preset("L2H4")).parameters())
         51717

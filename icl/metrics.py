@@ -115,7 +115,7 @@ def _position_loss() -> type:
     class PositionLoss(Metric):
         """Loss at every position, accumulated over any number of batches and processes.
 
-        Example:
+        Examples:
             >>> loss = PositionLoss(max_examples=2)
             >>> loss.update(torch.zeros(3, 2), torch.tensor([[1.0, 2.0]] * 3))
             >>> loss.compute().positions.value.tolist()

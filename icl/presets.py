@@ -145,7 +145,7 @@ def preset(name: str) -> RunConfig:
     Raises:
         ConfigError: If there is no such preset. The message names the nearest one and lists all.
 
-    Example:
+    Examples:
         >>> preset("L2H4").task.max_examples
         8
     """
@@ -160,7 +160,7 @@ def preset(name: str) -> RunConfig:
 def run_name(config: RunConfig) -> str:
     """Return the name that the run was given, or else the preset's with every setting that differs from it.
 
-    Example:
+    Examples:
         >>> run_name(RunConfig(task=TaskConfig(num_tasks=8)))
         'quickstart,num_tasks=8'
     """
@@ -182,7 +182,7 @@ def varying_names(configs: Sequence[RunConfig]) -> list[str]:
     A seed that sets model, data and noise alike, as `population.seeds` does, is called `seed`; the number of tasks is `M`.
     Names are empty if nothing differs. Runs with equal settings have equal names.
 
-    Example:
+    Examples:
         >>> varying_names([RunConfig(task=TaskConfig(num_tasks=8)), RunConfig(task=TaskConfig(num_tasks=64))])
         ['M=8', 'M=64']
     """
@@ -199,7 +199,7 @@ def varying_names(configs: Sequence[RunConfig]) -> list[str]:
 def sampler_name(config: RunConfig) -> str:
     """Return a name made of the sampler's settings that differ from the preset's, or `preset` if none differs.
 
-    Example:
+    Examples:
         >>> sampler_name(RunConfig(sampler=SamplerConfig(lr=1e-5)))
         'lr=1e-05'
     """

@@ -38,8 +38,10 @@ class RunEvaluator:
     """Evaluate several runs, and compute the prompts and baselines that they share once.
 
     Example:
+        ```python
         evaluate = RunEvaluator(num_prompts=4096)
         tables = {run: evaluate(run) for run in ("runs/a", "runs/b")}
+        ```
     """
 
     def __init__(

@@ -1,5 +1,7 @@
 """The tutorial is followed word for word; the other pages name commands, options and files that exist."""
 
+import doctest
+import importlib
 import os
 import re
 import subprocess
@@ -98,3 +100,33 @@ def test_every_command_and_analysis_that_a_page_names_exists(page):
 def test_every_file_that_a_page_links_to_exists(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def examples():
+    """Every example in a docstring: where it is, its heading and its lines."""
+    for path in sorted((ROOT / "icl").rglob("*.py")):
+        for match in re.finditer(
+            r"^( *)(Examples?):\n((?:\1    .*\n|\n)+)", path.read_text(encoding="utf-8"), re.MULTILINE
+        ):
+            yield f"{path.name}: {match[3].strip()[:60]}", match[2], match[3].strip()
+
+
+def test_examples_are_code_on_the_reference_page():
+    """Below `Examples:` mkdocstrings reads `>>>`. Below `Example:` it takes all for Markdown, in which `>>>` is a quotation."""
+    found = list(examples())
+    assert len(found) >= 12
+    for where, heading, text in found:
+        assert text.startswith(">>>" if heading == "Examples" else "```python"), where
+
+
+def modules_with_answers():
+    """Modules whose examples have answers; that of `metrics` is in a class that is made on first use."""
+    paths = (path for path in sorted((ROOT / "icl").rglob("*.py")) if ">>>" in path.read_text(encoding="utf-8"))
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.name != "metrics.py"]
+
+
+@pytest.mark.parametrize("name", modules_with_answers())
+def test_examples_give_their_answers(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted
+    assert not result.failed

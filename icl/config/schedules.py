@@ -25,7 +25,7 @@ def log_steps(max_steps: int, num: int) -> set[int]:
 def checkpoint_steps(max_steps: int, *, every: int | None = None, num_log: int = 0, num_linear: int = 0) -> list[int]:
     """Return step 0, the last step and all steps of the three grids, in order.
 
-    Example:
+    Examples:
         >>> checkpoint_steps(100, every=50, num_log=3)
         [0, 1, 10, 50, 100]
     """
@@ -38,7 +38,7 @@ def checkpoint_steps(max_steps: int, *, every: int | None = None, num_log: int =
 def next_stop(step: int, *, every: Iterable[int | None], steps: Sequence[int]) -> int:
     """Return the first step after `step` that is a multiple of a number in `every`, or is in the sorted list `steps`.
 
-    Example:
+    Examples:
         >>> next_stop(7, every=[5, None], steps=[0, 8, 100])
         8
     """

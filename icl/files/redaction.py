@@ -17,7 +17,7 @@ _LEAST = 6
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """Return a text without the credentials in its URLs, and without the values of secret variables, here or set in the text.
 
-    Example:
+    Examples:
         >>> redact("no answer from https://me:word@host:9000/bucket")
         'no answer from https://host:9000/bucket'
     """

@@ -87,7 +87,9 @@ def write_report(paths: Sequence[str | Path], *, out: str | Path | None = None) 
         StorageError: If the file's suffix is not .html or .htm, or the file cannot be written.
 
     Example:
+        ```python
         write_report(["runs/quickstart"]).path
+        ```
     """
     folders = [Path(path) for path in paths]
     file = Path(out) if out is not None else (folders[0] if len(folders) == 1 else Path()) / NAME

@@ -163,10 +163,12 @@ def estimate_llc(
         ConfigError: If a setting cannot be used.
 
     Example:
+        ```python
         loss, params = module_loss(model, torch.nn.functional.mse_loss)
         result = estimate_llc(loss, params, loader, lr=1e-4, nbeta=None, num_samples=10_000, localization=100.0,
                               num_chains=8, num_draws=500, num_burnin_steps=500, seed=0, trivial_loss=1.0)
         print(result.llc, result.stderr, result.verdict, result.reasons)
+        ```
     """
     settings = ChainsConfig(
         lr=lr,

@@ -78,7 +78,9 @@ def estimate_run(
         StorageError: If an estimate cannot be written.
 
     Example:
+        ```python
         estimate_run("runs/quickstart").table[["step", "llc", "stderr", "verdict", "reasons"]]
+        ```
     """
     rescale = real("rescale", rescale, "positive")
     files, config = run_files(path)

@@ -94,7 +94,9 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) ->
     Parameters with `requires_grad=False` are not sampled; the loss keeps their present values.
 
     Example:
+        ```python
         loss, params = module_loss(model, torch.nn.functional.mse_loss)
+        ```
 
     Raises:
         ConfigError: If these are not a module and a function, or the module has no parameter to sample. The loss raises it

@@ -74,7 +74,7 @@ def task_pool(
         ConfigError: If `num_tasks` or `task_size` is not a positive whole number, `seed` is not a whole number from 0 to
             2^63 - 1, or `num_tasks` is infinite.
 
-    Example:
+    Examples:
         >>> bool((task_pool(3, 2, seed=0) == task_pool(4096, 2, seed=0)[:3]).all())
         True
     """

@@ -135,7 +135,7 @@ def sample_prompts(
         ConfigError: If `step` is not a whole number of at least 0, `batch_size` is not one of at least 1, or the
             distribution is unknown.
 
-    Example:
+    Examples:
         >>> xs, ys, ws = sample_prompts(RunConfig(), stream="train", step=0, batch_size=4)
         >>> tuple(xs.shape), tuple(ys.shape), tuple(ws.shape)
         ((4, 8, 2), (4, 8), (4, 2))

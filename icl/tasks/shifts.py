@@ -92,7 +92,7 @@ def sample_shifted_prompts(
         ConfigError: If the shift is unknown (the message names the nearest one), D or K is too small for it, `batch_size`
             is not a whole number of at least 1, or `step` is not one of at least 0.
 
-    Example:
+    Examples:
         >>> xs, ys, ws = sample_shifted_prompts(RunConfig(), "seen_query", batch_size=4)
         >>> bool((xs[:, :-1] == xs[:, -1:]).all(-1).any(-1).all())
         True
