@@ -52,7 +52,7 @@ def run(words: list[str]) -> int:
 
 
 def _what(words: list[str]) -> list[str]:
-    """The analyses named by `--what`; none if only help is wanted."""
+    """Return the analyses named by `--what`; none if only help is wanted."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--what", nargs="?")
     name = early.parse_known_args(words)[0].what
@@ -89,7 +89,7 @@ def _parser(chosen: list[str]) -> argparse.ArgumentParser:
 
 
 def _add_settings(parser: argparse.ArgumentParser, name: str) -> None:
-    """An option for every field of the analysis's settings."""
+    """Add an option for every field of the analysis's settings."""
     from icl.analysis.run import find
 
     group = parser.add_argument_group(f"settings of {name}")

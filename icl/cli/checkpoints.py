@@ -17,7 +17,7 @@ HELP = "a run's saved steps here and in its store: list, fetch, send, verify"
 
 
 def run(words: list[str]) -> int:
-    """Do one of the four jobs; 1 if `verify` finds damage."""
+    """Do one of the four jobs."""
     parser = CommandParser(
         "checkpoints",
         "ls: the saved steps, here and in the store. pull, push: copy what is missing or different, in either direction; "
@@ -53,7 +53,7 @@ def run(words: list[str]) -> int:
 
 
 def _find(word: str, store: str | None, action: str) -> "tuple[RunFolder, Mirror | None]":
-    """The run's folder, which need not exist yet, and its place in the store, if it has a store."""
+    """Return the run's folder, which need not exist yet, and its place in the store, if it has a store."""
     from icl.runs.mirror import open_mirror, read_config, store_url
 
     if store is not None:
@@ -89,15 +89,16 @@ def _require_name(word: str) -> None:
 
 
 def _list(folder: RunFolder, mirror: "Mirror | None") -> int:
-    """A line for every step."""
+    """Print a line for every step."""
     from icl.runs.checkpoints import list_steps
 
-    here = set(list_steps(folder.checkpoints))
-    there = set(list_steps(mirror.checkpoints)) if mirror else set()
+    steps_here = set(list_steps(folder.checkpoints))
+    steps_there = set(list_steps(mirror.checkpoints)) if mirror else set()
     print(f"here   {folder.path}\nstore  {mirror.there if mirror else 'none'}\n")
-    for step in sorted(here | there):
-        print(f"step {step:>12,}  {'here' if step in here else '-':5s} {'store' if step in there else '-'}".rstrip())
-    print(f"{len(here | there):,} steps: {len(here):,} here, {len(there):,} in the store.")
+    for step in sorted(steps_here | steps_there):
+        here, there = "here" if step in steps_here else "-", "store" if step in steps_there else "-"
+        print(f"step {step:>12,}  {here:5s} {there}")
+    print(f"{len(steps_here | steps_there):,} steps: {len(steps_here):,} here, {len(steps_there):,} in the store.")
     return 0
 
 

@@ -57,7 +57,7 @@ icl runs checkpoints"""
 
 
 def run(words: list[str]) -> int:
-    """Train what is missing, and draw; 0 only if every run is done, 128 + the signal if one stopped it."""
+    """Train what is missing, and draw; return 0 only if every run is done, 128 + the signal if one stopped it."""
     options = _parser().parse_args(words)
     config, base = _read_config(options), options.base_checkpoint_dir
     for file in ("diversity.png", "diversity.csv"):
@@ -163,7 +163,7 @@ def _read_config(options: argparse.Namespace) -> RunConfig:
 
 
 def _documented(num_steps: Any) -> dict[str, Any]:
-    """The settings of the documented command; for fewer steps, warm-up and intervals shrink along."""
+    """Return the settings of the documented command; for fewer steps, warm-up and intervals shrink along."""
     steps = (
         num_steps if isinstance(num_steps, int) and num_steps < 2**63 else _DEFAULT_STEPS
     )  # `resolve` will refuse it

@@ -26,7 +26,7 @@ _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0 only when its work is done."""
+    """Run one command; return the exit status, which is 0 only when its work is done."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, words: list[str]) -> int:
-    """The command's exit status, with its errors told in a sentence."""
+    """Run a command; return its exit status. Its errors are printed in a sentence."""
     try:
         Path.cwd()
     except OSError as error:  # PyTorch would end the process by an error of its own

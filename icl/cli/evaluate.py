@@ -42,8 +42,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "  icl evaluate runs\n"
         "  icl evaluate --checkpoint_base_dir checkpoints --output_file diversity.json --n_prompts 4096 --n_ood_samples 4096",
     )
-    what = "a run's folder or name, a folder with runs below it, or one checkpoint file"
-    parser.add("paths RUN|CHECKPOINT", what, nargs="*", type=Path)
+    paths = "a run's folder or name, a folder with runs below it, or one checkpoint file"
+    parser.add("paths RUN|CHECKPOINT", paths, nargs="*", type=Path)
     parser.add("--checkpoint_base_dir DIR", "the folder of `icl diversity`, all of it", type=Path)
     parser.add(
         "--out --output_file FILE",
@@ -104,7 +104,7 @@ def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
 
 
 def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> int:
-    """1 if something could not be evaluated or written; the others' numbers are written all the same."""
+    """Evaluate all runs; return 1 if one could not be evaluated or written. The others' numbers are written all the same."""
     import pandas as pd
     from tqdm import tqdm
 
@@ -112,7 +112,7 @@ def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> in
     from icl.runs.folder import require_place
     from icl.whole_runs import RunEvaluator, headline_table, write_numbers
 
-    kept: dict[str, tuple[pd.DataFrame, pd.DataFrame]] = {}
+    tables: dict[str, tuple[pd.DataFrame, pd.DataFrame]] = {}
     problems: dict[str, UserError] = {}
     files = [_checkpoints(path) for path in subjects.values()]
     _tell_work(files, options)
@@ -123,18 +123,18 @@ def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> in
             try:
                 numbers, baselines = evaluate(require_place(path))
                 is_wanted = (options.out is not None) | (numbers["step"] == numbers["step"].max())
-                kept[name] = numbers[is_wanted], baselines
+                tables[name] = numbers[is_wanted], baselines
                 with tqdm.external_write_mode():
                     _deliver(path, numbers, baselines)
             except UserError as error:
                 problems[name] = error
     for name, problem in problems.items():
         print(f"icl: {name}: {problem}", file=sys.stderr)
-    if not kept:
+    if not tables:
         return 1
     numbers, baselines = (
-        pd.concat(dict(zip(kept, tables, strict=True)), names=["run"]).reset_index("run")
-        for tables in zip(*kept.values(), strict=True)
+        pd.concat(dict(zip(tables, parts, strict=True)), names=["run"]).reset_index("run")
+        for parts in zip(*tables.values(), strict=True)
     )
     print("The last step of each run, means over positions; losses and squared distances are per target.\n")
     print(headline_table(numbers, by="run").to_string(float_format="{:.4g}".format, na_rep="-"))
@@ -173,7 +173,7 @@ def _deliver(
 
 
 def _evaluate_experiment(options: argparse.Namespace) -> int:
-    """1 if a run could not be evaluated; the others' numbers are written all the same."""
+    """Evaluate an experiment; return 1 if a run could not be evaluated. The others' numbers are written all the same."""
     from icl.diversity.runs import find_runs
     from icl.diversity.tables import evaluate_experiment, save_tables
     from icl.whole_runs import headline_table
@@ -181,7 +181,7 @@ def _evaluate_experiment(options: argparse.Namespace) -> int:
     base = options.checkpoint_base_dir
     runs = find_runs(base)
     files = [_checkpoints(run.path) for run in runs.values()]
-    _tell_work(files if options.all_steps else [some[-1:] for some in files], options)
+    _tell_work(files if options.all_steps else [run_files[-1:] for run_files in files], options)
     table, problems = evaluate_experiment(
         runs,
         num_prompts=options.num_prompts,

@@ -34,8 +34,8 @@ def work_ahead(checkpoints: Iterable[Sequence[Path]], *, num_prompts: int | None
     """
     runs = list(checkpoints)
     seconds = sum((_seconds(group, num_prompts, num_ood_prompts) for group in _groups(runs)), start=0.0)
-    told = f"{len(runs):,} runs, {sum(map(len, runs)):,} checkpoints: about {_told(seconds)} if none is done yet"
-    return f"{told}; finished checkpoints are kept."
+    work = f"{len(runs):,} runs, {sum(map(len, runs)):,} checkpoints: about {_told(seconds)} if none is done yet"
+    return f"{work}; finished checkpoints are kept."
 
 
 def _groups(runs: Sequence[Sequence[Path]]) -> list[_Group]:

@@ -17,7 +17,7 @@ HELP = "run a sweep file, or what is missing of it"
 
 
 def run(words: list[str]) -> int:
-    """Run, or list, or tell how far it is; 0 only if every point is done (or listed)."""
+    """Run, list, or tell how far it is; return 0 only if every point is done (or listed)."""
     options = _parse(words)
     from icl.config.validation import ConfigError
     from icl.sweeps.command import refuse_missing_program, require_packable
@@ -43,7 +43,7 @@ def run(words: list[str]) -> int:
 def _run(
     sweep: "SweepFile", points: "Sequence[Point]", invalid: "Sequence[InvalidPoint]", options: argparse.Namespace
 ) -> int:
-    """Run what is missing; 1 if a point has failed, 128 + the signal that stopped it."""
+    """Run what is missing; return 1 if a point has failed, 128 + the signal that stopped it."""
     from icl.runs.folder import local_root
     from icl.sweeps.engine import run_sweep
 
@@ -95,7 +95,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 
 def _list(points: "Sequence[Point]", invalid: "Sequence[InvalidPoint]", options: argparse.Namespace) -> int:
-    """Print where every point stands, or what would be done with it; 1 if it was asked whether all are done, and they are not."""
+    """Print where every point stands, or what would be done with it; return 1 for --status if not all are done."""
     from icl.runs.folder import local_root
     from icl.sweeps.state import point_state
 
@@ -107,18 +107,18 @@ def _list(points: "Sequence[Point]", invalid: "Sequence[InvalidPoint]", options:
     for point in invalid:
         lines[point.number] = f"{'would fail' if options.dry_run else 'failed':9s} {point.name}: {point.reason}"
     print("\n".join(lines[number] for number in sorted(lines)))
-    told = [state.state for state in states.values()] + ["failed"] * len(invalid)
-    print(_summary(told))
-    return 0 if options.dry_run or set(told) == {"done"} else 1
+    words = [state.state for state in states.values()] + ["failed"] * len(invalid)
+    print(_summary(words))
+    return 0 if options.dry_run or set(words) == {"done"} else 1
 
 
 def _word(state: "PointState", options: argparse.Namespace) -> str:
-    """A point's state, or that a dry run's command would run it."""
+    """Return a point's state, or that a dry run's command would run it."""
     is_next = state.state == "waiting" or (state.state == "failed" and (options.retry or not state.is_final))
     return "would run" if options.dry_run and is_next else state.state
 
 
 def _summary(states: Sequence[str]) -> str:
     counts = {word: states.count(word) for word in ("done", "running", "failed", "waiting")}
-    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    return f"{len(states)} points: {told}."
+    parts = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    return f"{len(states)} points: {parts}."

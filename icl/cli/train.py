@@ -24,7 +24,7 @@ HELP = "train a run, or resume it"
 
 
 def run(words: list[str]) -> int:
-    """Train to the end; 128 + the signal if one stopped it."""
+    """Train to the end; return 128 + the signal if one stopped it."""
     options = train_parser().parse_args(words)
     filed, given = [read_config_file(file) for file in options.config], options.settings
     if os.environ.get("WANDB_SWEEP_ID") and not is_child_rank():

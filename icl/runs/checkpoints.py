@@ -54,7 +54,7 @@ class Checkpoint(NamedTuple):
 
 
 def checkpoint_name(step: int) -> str:
-    """The file name of a step, such as `step-000001465.safetensors`; names sort as steps do."""
+    """Return the file name of a step, such as `step-000001465.safetensors`; names sort as steps do."""
     return f"step-{step:09d}.safetensors"
 
 
@@ -72,12 +72,12 @@ def save_checkpoint(store: Store, step: int, config: RunConfig, params: Mapping[
 
 
 def list_steps(store: Store) -> list[int]:
-    """The saved steps of a store, in order."""
+    """Return the saved steps of a store, in order."""
     return sorted(int(match[1]) for match in map(_NAME.fullmatch, store.keys()) if match)
 
 
 def load_checkpoint_file(path: str | Path) -> Checkpoint:
-    """A checkpoint from its file.
+    """Return a checkpoint from its file.
 
     Raises:
         CheckpointError: If the file is missing, truncated, altered, or not a checkpoint of this program.
@@ -99,7 +99,7 @@ def load_checkpoint_file(path: str | Path) -> Checkpoint:
 
 
 def load_same_run(path: Path, config: RunConfig) -> Checkpoint:
-    """A checkpoint from its file, refused if it is of another run than `config`'s.
+    """Return a checkpoint from its file, refused if it is of another run than `config`'s.
 
     Raises:
         CheckpointError: If it is no usable checkpoint, or of another run.
@@ -130,7 +130,7 @@ def require_one_run(files: Sequence[Path]) -> None:
 
 
 def load_step(store: Store, step: int) -> Checkpoint:
-    """The checkpoint of one step of a store.
+    """Return the checkpoint of one step of a store.
 
     Raises:
         CheckpointError: If it is damaged.
@@ -140,7 +140,7 @@ def load_step(store: Store, step: int) -> Checkpoint:
 
 
 def parse_checkpoint(data: bytes, name: str) -> Checkpoint:
-    """The checkpoint that the bytes of a file hold.
+    """Return the checkpoint that the bytes of a file hold.
 
     Args:
         data: The whole file.
@@ -172,7 +172,7 @@ def stored_tensors(file: Path, prefix: str) -> StoredArray:
 
 
 def checkpoint_files(path: str | Path) -> list[Path]:
-    """The checkpoint files that a path names: one file, a run's folder, or its folder of checkpoints; by step.
+    """Return the checkpoint files that a path names: one file, a run's folder, or its folder of checkpoints; by step.
 
     Raises:
         CheckpointError: If there are none.

@@ -46,7 +46,7 @@ def claim(here: Store, there: Store, config: RunConfig) -> None:
 
 
 def _new_id(config: RunConfig) -> bytes:
-    """A new run's id: a random word, and below it the settings."""
+    """Return a new run's id: a random word, and below it the settings."""
     settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
     return f"{secrets.token_hex(8)}\n{settings}".encode()
 

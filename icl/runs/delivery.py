@@ -47,7 +47,7 @@ def note_delivered(run: RunFolder, config: RunConfig, names: Iterable[str]) -> N
 
 
 def send_results(run: RunFolder) -> list[str]:
-    """Send what was made of a run after its training and is not in its store yet; the names of what was sent.
+    """Send what was made of a run after its training and is not in its store yet; return the names of what was sent.
 
     Nothing happens for a run that never had a copy.
 
@@ -79,7 +79,7 @@ def send_results(run: RunFolder) -> list[str]:
 
 
 def describe_left(run: RunFolder, url: str, left: Sequence[str], reason: str) -> str:
-    """The sentence of an `UploadError`."""
+    """Return the sentence of an `UploadError`."""
     shown = ", ".join(left[:_MAX_NAMES]) + (f" and {len(left) - _MAX_NAMES} more" if len(left) > _MAX_NAMES else "")
     config = run.read_config()
     command = f"icl checkpoints {shlex.quote(str(run.path))} push"
@@ -93,7 +93,7 @@ def describe_left(run: RunFolder, url: str, left: Sequence[str], reason: str) ->
 
 
 def _read_note(run: RunFolder, config: RunConfig) -> dict[str, str]:
-    """The digests of what is known to be in the run's store; none if the note is of another place."""
+    """Return the digests of what is known to be in the run's store; none if the note is of another place."""
     try:
         note = parse_json(read_bytes(run.path / _NOTE, limit=_MAX_NOTE))
         return dict(note["files"]) if note["place"] == _place(config) else {}

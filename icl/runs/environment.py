@@ -18,12 +18,12 @@ PACKAGES = ("icl", "torch", "lightning", "numpy")
 OWN_PROGRAM = (sys.executable, str(Path(__file__).parents[1] / "__main__.py"))
 """Words that start this same `icl` in another process, which imports nothing from the working folder, as `-m icl` would."""
 COMMANDS = ("train", "sweep", "diversity", "evaluate", "llc", "analyse", "report", "predict", "runs", "checkpoints")
-"""Variables of `icl`, in the order in which its overview lists them."""
+"""Commands of `icl`, in the order in which its overview lists them."""
 _MARK = " environment "
 
 
 def describe_environment() -> dict[str, str]:
-    """Versions, machine and command of this process, by a word for each."""
+    """Return versions, machine and command of this process, by a word for each."""
     program, *words = sys.argv or [""]
     return {
         "command": redact(shlex.join([Path(program).name, *words])),
@@ -44,8 +44,8 @@ def environment_line(more: dict[str, str] | None = None) -> str:
 
 
 def environments_of(log: str) -> list[tuple[str, dict[str, str]]]:
-    """The time and the environment of every start that a `run.log` tells of; lines that cannot be read are left out."""
-    found = []
+    """Return the time and the environment of every start that a `run.log` tells of; lines that cannot be read are left out."""
+    environments = []
     for line in log.splitlines():
         time, mark, text = line.partition(_MARK)
         try:
@@ -53,8 +53,8 @@ def environments_of(log: str) -> list[tuple[str, dict[str, str]]]:
         except ContentError:
             about = None
         if isinstance(about, dict):
-            found.append((time, {str(key): str(value) for key, value in about.items()}))
-    return found
+            environments.append((time, {str(key): str(value) for key, value in about.items()}))
+    return environments
 
 
 def _version(name: str) -> str:

@@ -65,7 +65,7 @@ def place_of(word: str | Path) -> Path:
 
 
 def require_place(word: str | Path) -> Path:
-    """The same, which must be there.
+    """Return the path that a word of the command line names, as `place_of` does; it must exist.
 
     Raises:
         RunError: Naming both places.
@@ -80,7 +80,7 @@ def require_place(word: str | Path) -> Path:
 
 
 def name_of(word: str | Path) -> str:
-    """A run's name, from a folder below `local_root()` or as it is."""
+    """Return a run's name, from a folder below `local_root()` or as it is."""
     path, root = Path(word), local_root()
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
@@ -107,7 +107,7 @@ class RunFolder:
         write_atomically(self.config_file, yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
 
     def read_config(self) -> RunConfig:
-        """The configuration the run was started with.
+        """Return the configuration the run was started with.
 
         Raises:
             ConfigError: If the folder holds none, or it cannot be read.
@@ -134,7 +134,7 @@ class RunFolder:
             file.truncate()
 
     def read_status(self) -> Status | None:
-        """The last status, or None if there is none that can be read."""
+        """Return the last status, or None if there is none that can be read."""
         try:
             return parse_status(read_bytes(self.status_file))
         except (OSError, ContentError):
@@ -211,22 +211,22 @@ def run_of(path: str | Path) -> RunFolder:
     return RunFolder(path.parent if path.name == "checkpoints" else path)
 
 
-def parse_config(data: bytes, place: str) -> RunConfig:
-    """The configuration that a run's `config.yaml` holds.
+def parse_config(data: bytes, where: str) -> RunConfig:
+    """Return the configuration that a run's `config.yaml` holds.
 
     Raises:
-        ConfigError: If it cannot be read; `place` is what the message calls the run.
+        ConfigError: If it cannot be read; `where` is what the message calls the run.
     """
     try:
         tree = parse_yaml(data)
     except ContentError as error:
-        raise ConfigError(f"The config.yaml of {place} cannot be used: {error}.") from None
+        raise ConfigError(f"The config.yaml of {where} cannot be used: {error}.") from None
     if not isinstance(tree, dict) or not tree:
-        raise ConfigError(f"{place} is not a run: it has no readable config.yaml.")
+        raise ConfigError(f"{where} is not a run: it has no readable config.yaml.")
     try:
         return RunConfig.from_dict(tree)
     except ConfigError as error:
-        raise ConfigError(f"The config.yaml of {place} cannot be used: {error}") from None
+        raise ConfigError(f"The config.yaml of {where} cannot be used: {error}") from None
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:

@@ -20,7 +20,7 @@ from icl.store.base import sha256
 
 
 def logged_steps(config: RunConfig, step: int) -> set[int]:
-    """The steps up to this one that have a row of `metrics.csv`; none for a run that begins."""
+    """Return the steps up to this one that have a row of `metrics.csv`; none for a run that begins."""
     if step == 0:
         return set()
     evaluations = range(0, step + 1, config.evaluation.every) if config.evaluation.every is not None else ()
@@ -29,7 +29,7 @@ def logged_steps(config: RunConfig, step: int) -> set[int]:
 
 
 def metric_columns(config: RunConfig) -> list[str]:
-    """The columns of `metrics.csv`, fixed by the settings."""
+    """Return the columns of `metrics.csv`, fixed by the settings."""
     columns = ["step", "train/loss", "lr"]
     if config.optim.grad_clip is not None:
         columns.append("clipped_fraction")
@@ -70,7 +70,7 @@ class MetricsFile:
         self._write_all()
 
     def require_rows(self, logged_steps: Iterable[int]) -> list[list[str]]:
-        """The rows of these steps in their order.
+        """Return the rows of these steps in their order.
 
         Raises:
             RunError: If one of them is missing.

@@ -129,7 +129,7 @@ def take_up(mirror: Mirror, config: RunConfig) -> bool:
 
 
 def _describe_unusable(mirror: Mirror, error: Exception) -> str:
-    """The sentences for a copy that cannot be resumed from."""
+    """Return the sentences for a copy that cannot be resumed from."""
     return (
         f"{_bare(str(error))}, so the run cannot be resumed from there. `icl checkpoints RUN push --force` from a folder that has it "
         f"whole mends the store; else delete last.ckpt, metrics.csv and status.json at {mirror.there} to train again from step 0."
@@ -137,7 +137,7 @@ def _describe_unusable(mirror: Mirror, error: Exception) -> str:
 
 
 def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
-    """Fetch what the folder lacks or has otherwise; the names of what was fetched.
+    """Fetch what the folder lacks or has otherwise; return the names of what was fetched.
 
     Args:
         mirror: The run.
@@ -162,7 +162,7 @@ def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
 
 
 def push(mirror: Mirror, *, force: bool = False) -> list[str]:
-    """Send what the store lacks or has otherwise; the names of what was sent.
+    """Send what the store lacks or has otherwise; return the names of what was sent.
 
     Args:
         mirror: The run.
@@ -184,7 +184,7 @@ def push(mirror: Mirror, *, force: bool = False) -> list[str]:
 
 
 def read_config(store: Store) -> RunConfig | None:
-    """The settings of the run that lies in a store, or None if none does.
+    """Return the settings of the run that lies in a store, or None if none does.
 
     Raises:
         ConfigError: If they cannot be read.
@@ -195,7 +195,7 @@ def read_config(store: Store) -> RunConfig | None:
 
 
 def saved_step(store: Store) -> int:
-    """The step that the status in a run's folder, or in its copy, tells of; -1 without one."""
+    """Return the step that the status in a run's folder, or in its copy, tells of; -1 without one."""
     data = read_or_none(store, "status.json")
     status = parse_status(data) if data else None
     return status.step if status else -1

@@ -113,7 +113,7 @@ def read_resume(run: RunFolder) -> tuple[Resume | None, str | None]:
 
 
 def _read(file: Path) -> Resume | str:
-    """A resume file, or what is wrong with it."""
+    """Return a resume file, or what is wrong with it."""
     try:
         return parse_resume(read_bytes(file, limit=None), str(file))
     except ContentError as error:

@@ -73,7 +73,7 @@ def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
 
 
 def _read_copy(store: Store, others: Sequence[str] = ()) -> _Copy:
-    """A copy with what can be read of its settings, its resume file and its status; damage of these is told with the rest."""
+    """Return a copy with what can be read of its settings, its resume file and its status; damage of these is told with the rest."""
     config = resume = status = None
     with contextlib.suppress(UserError):
         config = parse_config(store.read("config.yaml"), str(store))

@@ -1,24 +1,21 @@
 """Keyed bytes behind one small protocol: a store writes whole values atomically, reads, lists and deletes them.
 
 A key is a relative path with forward slashes that stays inside its store: `require_key` refuses any other, whoever asks,
-and a folder is never left through a symbolic link below its root (the root itself may be reached by one). A value is either the whole of what was written or absent: the local
-store writes a temporary file beside the target, flushes it to disk and renames it. A process killed at any moment
-leaves at worst a temporary file, which no listing shows. `open_store` takes a folder or a URL; what a URL needs is
-imported when one is opened, so local work never meets it.
+and a folder is never left through a symbolic link below its root (the root itself may be reached by one). A value is either
+the whole of what was written or absent: the local store writes a temporary file beside the target, flushes it to disk and
+renames it. A process killed at any moment leaves at worst a temporary file, which no listing shows. `icl.store.opening` opens a
+folder or a URL; what a URL needs is imported when it is opened, so local work never meets it.
 """
 
 import hashlib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from icl.files.reading import ContentError, read_bytes
 from icl.files.system import link_or_create
 from icl.files.writing import StorageError, is_temporary, temporary_path, write_atomically
-
-if TYPE_CHECKING:
-    pass
 
 _NOT_PLAIN = re.compile(r"[\\\x00-\x1f\x7f\ud800-\udfff]|^[A-Za-z]:")
 """Backslashes, control characters, halves of characters, and the letter of a drive: none may be in a key."""
@@ -37,25 +34,25 @@ class Store(Protocol):
     """A place for keyed bytes. Its text is its address."""
 
     def read(self, key: str) -> bytes:
-        """The value of a key, checked as far as the store can; MissingKeyError if there is none."""
+        """Return the value of a key, checked as far as the store can. Raise MissingKeyError if there is none."""
 
     def digest(self, key: str) -> str:
-        """SHA-256 of the value that was written, in hex; MissingKeyError if there is none."""
+        """Return the SHA-256 of the value that was written, in hex. Raise MissingKeyError if there is none."""
 
     def write(self, key: str, data: bytes) -> None:
         """Set the value of a key, all at once or not at all."""
 
     def create(self, key: str, data: bytes) -> bool:
-        """Set the value of a key that has none; False, and nothing happens, if it has one, even by a hair."""
+        """Write only if the key does not exist (atomic); return whether it was written."""
 
     def keys(self, prefix: str = "") -> list[str]:
-        """Every key below the folder `prefix`, sorted."""
+        """Return every key below the folder `prefix`, sorted."""
 
     def delete(self, key: str) -> None:
         """Remove a key; nothing happens if there is none."""
 
     def check(self) -> None:
-        """StorageError if the store cannot be used."""
+        """Raise StorageError if the store cannot be used."""
 
 
 class LocalStore:
@@ -68,12 +65,12 @@ class LocalStore:
         return str(self.root)
 
     def read(self, key: str) -> bytes:
-        """The value of a key.
+        """Return the value of a key.
 
         Raises:
             StorageError: If there is no such file, it cannot be read, or a link leads out of the folder.
         """
-        path = self._place(key)
+        path = self._path(key)
         self._require_inside(path)
         try:
             return read_bytes(path, limit=None)
@@ -85,7 +82,7 @@ class LocalStore:
             raise StorageError(f"Cannot read {self.root / key}: {error.strerror}.") from None
 
     def digest(self, key: str) -> str:
-        """SHA-256 of a value, in hex.
+        """Return the SHA-256 of a value, in hex.
 
         Raises:
             StorageError: If there is no such file, or it cannot be read.
@@ -98,7 +95,7 @@ class LocalStore:
         Raises:
             StorageError: If the disk is full or the folder cannot be written; an old value stays as it was.
         """
-        write_atomically(self._place(key), data)
+        write_atomically(self._path(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
         """Set the value of a key that has none; of several who try at once, one succeeds.
@@ -106,7 +103,7 @@ class LocalStore:
         Raises:
             StorageError: If the disk is full or the folder cannot be written.
         """
-        path = self._place(key)
+        path = self._path(key)
         temporary = temporary_path(path)
         write_atomically(temporary, data)
         try:
@@ -120,7 +117,7 @@ class LocalStore:
         return True
 
     def keys(self, prefix: str = "") -> list[str]:
-        """Every key below the folder `prefix`, sorted; temporary files, and links out of the folder, are left out."""
+        """Return every key below the folder `prefix`, sorted; temporary files, and links out of the folder, are left out."""
         folder = self.root / prefix
         if not self._is_inside(folder):
             return []
@@ -129,18 +126,18 @@ class LocalStore:
         return sorted(path.relative_to(self.root).as_posix() for path in kept)
 
     def links_out(self) -> list[str]:
-        """Every symbolic link below the folder that leads out of it, as a key, sorted."""
+        """Return every symbolic link below the folder that leads out of it, as a key, sorted."""
         links = (path for path in self.root.rglob("*") if not self._holds(path))
         return sorted(path.relative_to(self.root).as_posix() for path in links)
 
     def pipes(self) -> list[str]:
-        """Every entry below the folder that is neither a file nor a folder, such as a pipe, as a key, sorted."""
-        found = (path for path in self.root.rglob("*") if not (path.is_file() or path.is_dir() or path.is_symlink()))
-        return sorted(path.relative_to(self.root).as_posix() for path in found)
+        """Return every entry below the folder that is neither a file nor a folder, such as a pipe, as a key, sorted."""
+        others = (path for path in self.root.rglob("*") if not (path.is_file() or path.is_dir() or path.is_symlink()))
+        return sorted(path.relative_to(self.root).as_posix() for path in others)
 
     def delete(self, key: str) -> None:
         """Remove a key; nothing happens if there is none."""
-        self._place(key).unlink(missing_ok=True)
+        self._path(key).unlink(missing_ok=True)
 
     def check(self) -> None:
         """Make the folder if need be.
@@ -155,7 +152,7 @@ class LocalStore:
         if not os.access(self.root, os.W_OK | os.X_OK):
             raise StorageError(f"The store {self.root} cannot be written; choose another, or change its permissions.")
 
-    def _place(self, key: str) -> Path:
+    def _path(self, key: str) -> Path:
         """Path of a key, in a folder that lies inside the root.
 
         Raises:
@@ -177,11 +174,11 @@ class LocalStore:
     def _is_inside(self, path: Path) -> bool:
         """Return whether a path lies inside the root once all links are followed."""
         try:
-            found = path.resolve()
+            target = path.resolve()
         except (OSError, RuntimeError):  # a link that leads to itself, before Python 3.13
             return False
-        is_loop = os.path.islink(found)  # noqa: PTH114 (`Path` fails at a name that is too long)
-        return found.is_relative_to(self.root.resolve()) and not is_loop
+        is_loop = os.path.islink(target)  # noqa: PTH114 (`Path` fails at a name that is too long)
+        return target.is_relative_to(self.root.resolve()) and not is_loop
 
 
 def require_key(key: str, store: object) -> None:
@@ -215,5 +212,5 @@ def read_or_none(store: Store, key: str) -> bytes | None:
 
 
 def sha256(data: bytes) -> str:
-    """The digest by which stores compare values, in hex."""
+    """Return the digest by which stores compare values, in hex."""
     return hashlib.sha256(data).hexdigest()

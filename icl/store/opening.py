@@ -7,19 +7,19 @@ from icl.store.base import LocalStore, Store
 
 
 def open_store(url: str) -> Store:
-    """The store at a place: a folder's path, `file:///folder` or `s3://bucket/prefix`.
+    """Return the store at an address: a folder's path, `file:///folder` or `s3://bucket/prefix`.
 
     Raises:
         StorageError: If no store has that scheme, or the URL names no place or carries credentials.
         ConfigError: If a folder begins with `~` and no home folder is known.
     """
-    scheme, _, place = url.partition("://") if "://" in url else ("file", "", url)
+    scheme, _, path = url.partition("://") if "://" in url else ("file", "", url)
     scheme = scheme.lower()
-    if scheme not in STORE_SCHEMES or not place:
+    if scheme not in STORE_SCHEMES or not path:
         raise StorageError(f"A store is a folder, file:///folder or s3://bucket/prefix, got {redact(url)!r}.")
     if scheme == "file":
-        return LocalStore(user_path(place))
-    bucket, _, prefix = place.partition("/")
+        return LocalStore(user_path(path))
+    bucket, _, prefix = path.partition("/")
     if "@" in bucket:
         raise StorageError(
             f"The store {redact(url)} must not carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead."

@@ -44,7 +44,7 @@ class S3Store:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
     def read(self, key: str) -> bytes:
-        """The value of a key, checked against the digest it was saved with.
+        """Return the value of a key, checked against the digest it was saved with.
 
         Raises:
             MissingKeyError: If there is none.
@@ -53,7 +53,7 @@ class S3Store:
         return self._ask(key, lambda: self._read(key))
 
     def digest(self, key: str) -> str:
-        """SHA-256 of the value that was written; of the value there is, if its server or its writer kept none.
+        """Return the SHA-256 of the value that was written; of the value there is, if its server or its writer kept none.
 
         Raises:
             MissingKeyError: If there is none.
@@ -78,15 +78,15 @@ class S3Store:
         return self._ask(key, lambda: self._create(key, data))
 
     def keys(self, prefix: str = "") -> list[str]:
-        """Every key below the folder `prefix`, sorted.
+        """Return every key below the folder `prefix`, sorted.
 
         Raises:
             StorageError: If the store cannot be used.
         """
         root = f"{self.prefix}/" if self.prefix else ""
         folder = f"{root}{prefix.strip('/')}/" if prefix else root
-        found = self._ask(prefix, lambda: list(self._requests.keys(folder)))
-        return sorted(key[len(root) :] for key in found if key.startswith(root) and not key.endswith("/"))
+        keys = self._ask(prefix, lambda: list(self._requests.keys(folder)))
+        return sorted(key[len(root) :] for key in keys if key.startswith(root) and not key.endswith("/"))
 
     def delete(self, key: str) -> None:
         """Remove a key; nothing happens if there is none.
@@ -116,7 +116,7 @@ class S3Store:
         raise DamagedError(f"{self}/{key} is damaged: its {len(data):,} bytes are not those that were saved.")
 
     def _get(self, key: str) -> tuple[bytes, str | None]:
-        """The bytes there are and the digest they should have; what breaks off on the way is asked for again."""
+        """Return the bytes there are and the digest they should have. A download that breaks off is tried again."""
         from botocore.exceptions import BotoCoreError
 
         for attempt in range(_NUM_READS):
@@ -184,18 +184,18 @@ class S3Store:
         from botocore.exceptions import BotoCoreError, ClientError
         from botocore.parsers import ResponseParserError
 
-        place = f"{self}/{key}" if key else str(self)
+        address = f"{self}/{key}" if key else str(self)
         try:
             return waiting.await_result(act, seconds=seconds, awaited=f"an answer from {server_name()}")
         except ClientError as error:
             if key and is_absent(error):
-                raise MissingKeyError(f"There is no {place}.") from None
+                raise MissingKeyError(f"There is no {address}.") from None
             reason = describe_refusal(error)
         except waiting.StalledError:
             reason = f"no progress with {server_name()} for too long; check the network and AWS_ENDPOINT_URL"
         except (BotoCoreError, ResponseParserError, ValueError, RecursionError) as error:
             reason = describe_failure(error)
-        raise StorageError(f"{place} cannot be used: {reason}.")
+        raise StorageError(f"{address} cannot be used: {reason}.")
 
 
 def _is_error_page(data: bytes) -> bool:

@@ -109,13 +109,13 @@ _BY_NAME = {name: advice for advice, names in _BY_FAILURE.items() for name in na
 
 
 def error_code(error: Any) -> str:
-    """The code of a server's error; `unknown` if it is no plain word."""
+    """Return the code of a server's error; `unknown` if it is no plain word."""
     code = str(error.response.get("Error", {}).get("Code") or error_status(error) or "")
     return code if re.fullmatch(r"[A-Za-z0-9._-]{1,60}", code) else "unknown"
 
 
 def error_status(error: Any) -> int:
-    """The HTTP status of a server's error, 0 if there is none."""
+    """Return the HTTP status of a server's error, 0 if there is none."""
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return status if isinstance(status, int) else 0
 
@@ -162,6 +162,6 @@ def describe_failure(error: Exception) -> str:
 
 
 def server_name() -> str:
-    """The server that boto3 speaks to, without what else its address may carry."""
+    """Return the server that boto3 speaks to, without what else its address may carry."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     return (re.split("[/?#]", redact(endpoint).partition("://")[2])[0] or "the server") if endpoint else "AWS"

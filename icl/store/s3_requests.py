@@ -69,7 +69,7 @@ class Requests:
         self._making = threading.Lock()
 
     def get(self, key: str) -> tuple[bytes, str | None]:
-        """The bytes of an object and the digest they should have, if it is known.
+        """Return the bytes of an object and the digest they should have, if it is known.
 
         Raises:
             ClientError, BotoCoreError: If there is none, or the connection breaks off.
@@ -159,24 +159,25 @@ class Requests:
             ClientError, BotoCoreError: If the server cannot be asked.
         """
         client = self._make_client(num_attempts=4, connect_seconds=5.0, answer_seconds=10.0)
-        one = {"Bucket": self.bucket, "Prefix": folder, "MaxKeys": 1}
+        first_key = {"Bucket": self.bucket, "Prefix": folder, "MaxKeys": 1}
         answer = self._with_or_without(
-            "ListObjectsV2", lambda: client.list_objects_v2(**one), lambda: client.list_objects(**one)
+            "ListObjectsV2", lambda: client.list_objects_v2(**first_key), lambda: client.list_objects(**first_key)
         )
         _require_listing(answer)
 
     def lacks(self, feature: str) -> bool:
         """Return whether the server lacks a feature."""
-        return feature in _lacking.get(self._place(), ())
+        return feature in _lacking.get(self._server(), ())
 
     def note_lack(self, feature: str) -> None:
         """Remember what the server lacks, and say so once."""
-        known = _lacking.setdefault(self._place(), set())
+        known = _lacking.setdefault(self._server(), set())
         if feature not in known and _LACKS[feature]:
             print(f"icl: the store's server {server_name()} {_LACKS[feature]}.", file=sys.stderr)
         known.add(feature)
 
-    def _place(self) -> str:
+    def _server(self) -> str:
+        """Return a name for the server and the bucket; servers may treat buckets differently."""
         return f"{server_name()}/{self.bucket}"
 
     def _with_or_without(self, feature: str, act: Callable[[], Result], instead: Callable[[], Result]) -> Result:
@@ -295,7 +296,7 @@ class _Counted(io.BytesIO):
         return self.size
 
     def read(self, size: int | None = -1) -> bytes:
-        """The next bytes."""
+        """Return the next bytes."""
         data = super().read(size)
         waiting.moved(len(data))
         return data

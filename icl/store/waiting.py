@@ -77,7 +77,7 @@ def await_result(
     awaited: str = "",
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Result:
-    """The result of a call, or its exception.
+    """Return the result of a call, or its exception.
 
     Args:
         act: The call.
