@@ -16,6 +16,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ from icl.files.arrays import array_digest
 from icl.files.reading import is_number, parse_json
 from icl.progress import progress_bar
 from icl.runs.checkpoint_header import MOMENTS
-from icl.runs.checkpoints import Checkpoint, checkpoint_name, parse_checkpoint
+from icl.runs.checkpoints import checkpoint_name, parse_checkpoint
 from icl.runs.contents import expected_steps, name_checkpoints
 from icl.runs.copied_files import CHECKPOINT_FOLDERS, copied_names, is_checkpoint
 from icl.runs.folder import RunFolder, config_differences, parse_config
@@ -112,9 +113,12 @@ def _problem(job: tuple[_Copy, str]) -> str | None:
     """Return a sentence that says what is wrong with a file, or None."""
     copy, name = job
     where = f"{copy.store}/{name}"
+    check = _CHECKS.get(name) or _CHECKS.get(PurePosixPath(name).suffix)
+    if is_checkpoint(name):
+        check = _check_checkpoint
     try:
         data = copy.store.read(name)
-        reason = _check(copy, name, data, where)
+        reason = check(copy, name, data) if check is not None else None
     except MissingKeyError as error:
         return str(error)
     except UserError as error:
@@ -125,34 +129,13 @@ def _problem(job: tuple[_Copy, str]) -> str | None:
     return f"{where} is damaged: {reason}." if reason else None
 
 
-def _check(copy: _Copy, name: str, data: bytes, where: str) -> str | None:
-    """Return why a file's bytes are not what they should be, or None. Readers raise errors of their own."""
-    if is_checkpoint(name):
-        return _check_checkpoint(copy, name, parse_checkpoint(data, where))
-    whole_files: dict[str, Callable[[_Copy, bytes, str], str | None]] = {
-        "last.ckpt": _check_resume,
-        "previous.ckpt": _check_resume,
-        "config.yaml": _check_config,
-        "status.json": _check_status,
-        "metrics.csv": _check_metrics,
-    }
-    if name in whole_files:
-        return whole_files[name](copy, data, where)
-    if name.endswith(".npy"):
-        return _check_arrays(copy, name, data)
-    kinds: dict[str, Callable[[bytes], str | None]] = {
-        "npz": _check_archive,
-        "csv": _check_table,
-        "json": _check_json,
-        "png": _check_picture,
-    }
-    check = kinds.get(name.rpartition(".")[2])
-    return check(data) if check is not None else None
+# Each check returns why a file's bytes are not what they should be, or None. Readers raise errors of their own.
 
 
-def _check_checkpoint(copy: _Copy, name: str, checkpoint: Checkpoint) -> str | None:
-    """Return why a whole checkpoint is not the one that its name and the run's settings promise, or None."""
+def _check_checkpoint(copy: _Copy, name: str, data: bytes) -> str | None:
+    """Check that a whole checkpoint is the one that its name and the run's settings promise."""
     folder, _, file = name.rpartition("/")
+    checkpoint = parse_checkpoint(data, f"{copy.store}/{name}")
     if file != checkpoint_name(checkpoint.step):
         return f"it holds step {checkpoint.step:,}"
     if any(key.startswith(MOMENTS) for key in checkpoint.params) != (folder == CHECKPOINT_FOLDERS[1]):
@@ -160,21 +143,16 @@ def _check_checkpoint(copy: _Copy, name: str, checkpoint: Checkpoint) -> str | N
     return _compare(copy.config, checkpoint.config, "config.yaml")
 
 
-def _compare(expected: RunConfig | None, config: RunConfig, name: str) -> str | None:
-    """Return the settings in which a file differs from those in another file, if these are known."""
-    differences = config_differences(expected, config) if expected is not None else []
-    return f"it is of another run than {name}: {'; '.join(differences)}" if differences else None
+def _check_resume(copy: _Copy, name: str, data: bytes) -> str | None:
+    return _compare(copy.config, parse_resume(data, f"{copy.store}/{name}").config, "config.yaml")
 
 
-def _check_resume(copy: _Copy, data: bytes, where: str) -> str | None:
-    return _compare(copy.config, parse_resume(data, where).config, "config.yaml")
+def _check_config(copy: _Copy, name: str, data: bytes) -> str | None:
+    config = parse_config(data, f"{copy.store}/{name}")
+    return _compare(copy.resume.config if copy.resume else None, config, "last.ckpt")
 
 
-def _check_config(copy: _Copy, data: bytes, where: str) -> str | None:
-    return _compare(copy.resume.config if copy.resume else None, parse_config(data, where), "last.ckpt")
-
-
-def _check_status(copy: _Copy, data: bytes, where: str) -> str | None:
+def _check_status(copy: _Copy, name: str, data: bytes) -> str | None:
     status = parse_status(data)
     if status is None:
         return "it cannot be read"
@@ -183,9 +161,9 @@ def _check_status(copy: _Copy, data: bytes, where: str) -> str | None:
     return None
 
 
-def _check_metrics(copy: _Copy, data: bytes, where: str) -> str | None:
+def _check_metrics(copy: _Copy, name: str, data: bytes) -> str | None:
     columns = metric_columns(copy.config) if copy.config is not None else ["step"]
-    reason = _check_table(data, columns)
+    reason = _find_fault(data, columns)
     if reason or copy.config is None:
         return reason
     rows = list(csv.reader(io.StringIO(data.decode())))
@@ -204,13 +182,13 @@ def _check_metrics(copy: _Copy, data: bytes, where: str) -> str | None:
     return "its rows are not those that were saved" if is_altered else None
 
 
-def _check_archive(data: bytes) -> str | None:
+def _check_archive(copy: _Copy, name: str, data: bytes) -> str | None:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         bad = archive.testzip()
     return f"its part {bad} does not match its checksum" if bad else None
 
 
-def _check_json(data: bytes) -> str | None:
+def _check_json(copy: _Copy, name: str, data: bytes) -> str | None:
     tree = parse_json(data)
     if isinstance(tree, dict) and {"digest", "key", "rows"} <= set(tree):
         parse_entry(data)
@@ -224,14 +202,39 @@ def _check_arrays(copy: _Copy, name: str, data: bytes) -> str | None:
     return None if array_digest(numbers) == entry["array_digest"] else "its numbers do not match their digest"
 
 
-def _check_picture(data: bytes) -> str | None:
+def _check_picture(copy: _Copy, name: str, data: bytes) -> str | None:
     with Image.open(io.BytesIO(data)) as image:
         image.verify()
     return None
 
 
-def _check_table(data: bytes, numbers: Sequence[str] = _NUMBERS) -> str | None:
-    """Return what is wrong with a table: its form, or text in a column of numbers."""
+def _check_table(copy: _Copy, name: str, data: bytes) -> str | None:
+    return _find_fault(data, _NUMBERS)
+
+
+_CHECKS: dict[str, Callable[[_Copy, str, bytes], str | None]] = {
+    "last.ckpt": _check_resume,
+    "previous.ckpt": _check_resume,
+    "config.yaml": _check_config,
+    "status.json": _check_status,
+    "metrics.csv": _check_metrics,
+    ".npy": _check_arrays,
+    ".npz": _check_archive,
+    ".csv": _check_table,
+    ".json": _check_json,
+    ".png": _check_picture,
+}
+"""Checks by the name of a file in the run's folder, or by its suffix."""
+
+
+def _compare(expected: RunConfig | None, config: RunConfig, name: str) -> str | None:
+    """Return the settings in which a file differs from those in another file, if these are known."""
+    differences = config_differences(expected, config) if expected is not None else []
+    return f"it is of another run than {name}: {'; '.join(differences)}" if differences else None
+
+
+def _find_fault(data: bytes, numbers: Sequence[str]) -> str | None:
+    """Return what is wrong with a table: its form, or text in one of the columns of `numbers`."""
     text = data.decode("utf-8")
     if any(not character.isprintable() and character not in "\r\n\t" for character in text):
         return "it holds characters that no table has"
