@@ -49,6 +49,11 @@ def with_progress(items: Sequence[Item], name: str, unit: str) -> Iterator[Item]
             bar.update()
 
 
+def print_at_once(line: str) -> None:
+    """Print a line without delay, also where the output goes to a file or a pipe."""
+    print(line, flush=True)
+
+
 class _Lines(io.StringIO):
     """A stream that prints what a bar writes as plain lines."""
 

@@ -80,13 +80,7 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
     from icl.diversity.runs import find_runs
 
     base = options.base_checkpoint_dir
-    result = run_experiment(
-        config,
-        max_power=options.max_power,
-        base=base,
-        retry=options.retry,
-        say=lambda line: print(line, flush=True),
-    )
+    result = run_experiment(config, max_power=options.max_power, base=base, retry=options.retry)
     if result.received is not None:
         print(
             f"icl: stopped by {result.received.name} with {len(result.done)} of {len(result.entries)} runs done; "

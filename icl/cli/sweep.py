@@ -53,15 +53,7 @@ def _run(
         print(f"failed   {point.name}: {point.reason}", flush=True)
     if sweep.stops_early:
         print("`early_terminate` is W&B's own; here every point runs to its end.")
-    result = run_sweep(
-        sweep,
-        points,
-        root,
-        num_workers=options.workers,
-        pack=options.pack,
-        retry=options.retry,
-        say=lambda line: print(line, flush=True),
-    )
+    result = run_sweep(sweep, points, root, num_workers=options.workers, pack=options.pack, retry=options.retry)
     print(_summary([state.state for state in result.states.values()] + ["failed"] * len(invalid)))
     if result.is_done and not invalid:
         return 0

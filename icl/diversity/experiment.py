@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 from icl.config import RunConfig
 from icl.config.validation import UserError
-from icl.diversity.metadata import REFRESH_SECONDS, Metadata
+from icl.diversity.metadata import Metadata
 from icl.diversity.runs import ExperimentRun, experiment_runs, lock_experiment, require_same_settings
 from icl.files.reading import first_line
 from icl.files.writing import remove_temporaries
+from icl.progress import print_at_once
 from icl.runs.folder import fails_again
 from icl.runs.status import DONE
 from icl.signals import handling
@@ -67,8 +68,7 @@ def run_experiment(
     max_power: int,
     base: Path,
     retry: bool = False,
-    refresh_seconds: float = REFRESH_SECONDS,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print_at_once,
 ) -> ExperimentResult:
     """Train every run that is not done, until all are done or have failed, or a signal arrives.
 
@@ -77,7 +77,6 @@ def run_experiment(
         max_power: The runs have M = 2^1 .. 2^max_power, and infinity.
         base: Folder of the experiment.
         retry: Whether to train runs again whose loss became NaN, which would fail in the same way.
-        refresh_seconds: Interval between updates of the metadata while a run trains.
         say: Function that receives a line for each event.
 
     Raises:
@@ -90,7 +89,7 @@ def run_experiment(
         require_same_settings(runs, base)
         remove_temporaries(base)
         metadata = Metadata(base, runs, about={"max_power": max_power, "base_checkpoint_dir": str(base)})
-        with _handling_signals(base / LOG) as last_signal, metadata.refreshing(refresh_seconds):
+        with _handling_signals(base / LOG) as last_signal, metadata.refreshing():
             try:
                 received = _train_runs(runs, metadata, last_signal, say, retry=retry)
             except KeyboardInterrupt:  # between two runs

@@ -95,12 +95,12 @@ class Metadata:
             write_atomically(self.path, text.encode(), durable=False)
 
     @contextlib.contextmanager
-    def refreshing(self, seconds: float = REFRESH_SECONDS) -> Iterator[None]:
+    def refreshing(self) -> Iterator[None]:
         """Keep step and loss of the run that trains up to date while the context lasts."""
         is_over = threading.Event()
 
         def refresh() -> None:
-            while not is_over.wait(seconds):
+            while not is_over.wait(REFRESH_SECONDS):
                 with self._lock, contextlib.suppress(StorageError):
                     if self._training is not None and not is_over.is_set():
                         self._update(self._training)

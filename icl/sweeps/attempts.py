@@ -122,7 +122,7 @@ def last_attempt(folder: Path, job: str | None = None) -> Attempt | None:
     return next((attempt for attempt in attempts if job is None or attempt.job == job), None)
 
 
-def is_alive(folder: Path, attempt: Attempt, *, stale_after: float = STALE_SECONDS) -> bool:
+def is_alive(folder: Path, attempt: Attempt) -> bool:
     """Return whether the worker of an attempt is still at work."""
     if attempt.outcome != "running":
         return False
@@ -134,7 +134,7 @@ def is_alive(folder: Path, attempt: Attempt, *, stale_after: float = STALE_SECON
                     return False
             except LockedError:
                 return True
-        return _server_time(path.parent) - os.fstat(file.fileno()).st_mtime < stale_after
+        return _server_time(path.parent) - os.fstat(file.fileno()).st_mtime < STALE_SECONDS
 
 
 def session_start(live: Iterable[Attempt], ended: Iterable[Attempt]) -> float:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from icl.files.writing import StorageError
+from icl.progress import print_at_once
 from icl.signals import handling
-from icl.sweeps.attempts import BEAT_SECONDS, STALE_SECONDS, Claim, claim, last_attempt, session_start
+from icl.sweeps import attempts
+from icl.sweeps.attempts import Claim, claim, last_attempt, session_start
 from icl.sweeps.points import Point
 from icl.sweeps.program import Program, start_program
 from icl.sweeps.schema import SweepFile
@@ -51,8 +53,7 @@ def run_sweep(
     num_workers: int = 1,
     pack: int = 1,
     retry: bool = False,
-    stale_after: float = STALE_SECONDS,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print_at_once,
 ) -> SweepResult:
     """Run every point that is not done, until all are done or have failed, or a signal arrives.
 
@@ -63,12 +64,9 @@ def run_sweep(
         num_workers: Number of programs that run at a time.
         pack: Largest number of points in one program, which trains them as one population if their settings allow it.
         retry: Whether to try every failed point again, even if it would fail again or has failed in this session.
-        stale_after: Age in seconds of the last sign of life after which a worker on another machine counts as dead.
         say: Function that receives a line for each event.
     """
-    engine = _Engine(
-        sweep, points, root, num_workers=num_workers, pack=pack, retry=retry, stale_after=stale_after, say=say
-    )
+    engine = _Engine(sweep, points, root, num_workers=num_workers, pack=pack, retry=retry, say=say)
     with handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), engine.receive)):
         engine.run()
     return SweepResult({point.number: engine.state(point) for point in points}, engine.received)
@@ -85,7 +83,6 @@ class _Engine:
     num_workers: int
     pack: int
     retry: bool
-    stale_after: float
     say: Callable[[str], None]
     received: signal.Signals | None = None
     programs: list[Program] = field(default_factory=list)
@@ -101,7 +98,7 @@ class _Engine:
 
     def state(self, point: Point) -> PointState:
         """Return the state of a point."""
-        return point_state(point, self.root, stale_after=self.stale_after)
+        return point_state(point, self.root)
 
     def receive(self, number: int, frame: object) -> None:
         """Note a signal; a second one kills the programs."""
@@ -137,11 +134,11 @@ class _Engine:
         """
         states = {point.number: self.state(point) for point in self.points}
         last = {point.number: last_attempt(self.root / point.name) for point in self.points}
-        attempts = {number: attempt for number, attempt in last.items() if attempt is not None}
-        live = {number for number, attempt in attempts.items() if states[number].state == attempt.outcome == "running"}
-        ended = {number for number, attempt in attempts.items() if attempt.ended is not None}
-        start = session_start([attempts[number] for number in live], [attempts[number] for number in ended])
-        recent = {number for number in ended if (attempts[number].ended or 0.0) >= start and not self.retry}
+        earlier = {number: attempt for number, attempt in last.items() if attempt is not None}
+        live = {number for number, attempt in earlier.items() if states[number].state == attempt.outcome == "running"}
+        ended = {number for number, attempt in earlier.items() if attempt.ended is not None}
+        start = session_start([earlier[number] for number in live], [earlier[number] for number in ended])
+        recent = {number for number in ended if (earlier[number].ended or 0.0) >= start and not self.retry}
         return {number: state.attempt - (number in live | recent) for number, state in states.items()}
 
     def _stop(self) -> None:
@@ -168,7 +165,7 @@ class _Engine:
                     program = start_program(self.sweep, work, root=self.root, num_workers=self.num_workers)
                     self.programs.append(program)
         # Other workers hold the points that are left, so search again later.
-        self._next_search = time.monotonic() + min(1.0, self.stale_after / 4)
+        self._next_search = time.monotonic() + min(1.0, attempts.STALE_SECONDS / 4)
         if self.pending and not self.programs and not self._has_said_waiting:
             self._has_said_waiting = True
             self.say(f"Waiting for {len(self.pending)} points that other workers hold.")
@@ -228,7 +225,7 @@ class _Engine:
         """Show other engines that the programs are alive; stop a program if another worker has taken a point of it over."""
         if time.monotonic() < self._next_beat:
             return
-        self._next_beat = time.monotonic() + min(BEAT_SECONDS, self.stale_after / 4)
+        self._next_beat = time.monotonic() + min(attempts.BEAT_SECONDS, attempts.STALE_SECONDS / 4)
         for program in self.programs:
             if not program.beat() and not program.is_lost:
                 program.is_lost = True

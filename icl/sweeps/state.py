@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 from icl.config.validation import ConfigError
 from icl.runs.folder import RunFolder, fails_again, require_same_config
 from icl.runs.status import Status
-from icl.sweeps.attempts import STALE_SECONDS, Attempt, is_alive, last_attempt
+from icl.sweeps import attempts
+from icl.sweeps.attempts import Attempt, is_alive, last_attempt
 from icl.sweeps.points import Point
 
 
@@ -27,29 +28,21 @@ class PointState(NamedTuple):
     """Whether the same settings would fail again."""
 
 
-def point_state(point: Point, root: Path, *, stale_after: float = STALE_SECONDS) -> PointState:
-    """Return the present state of a point.
-
-    Args:
-        point: The point.
-        root: Folder of all runs.
-        stale_after: Age in seconds of the last sign of life after which a worker on another machine counts as dead.
-    """
+def point_state(point: Point, root: Path) -> PointState:
+    """Return the present state of a point, whose run is below the folder `root` of all runs."""
     run = RunFolder(root / point.name)
     current = last_attempt(run.path)
     status = run.read_status() if point.trains else None
-    state = _state(point, run, status, current, stale_after)
+    state = _state(point, run, status, current)
     if state.state == "failed" and status is not None and fails_again(run, status):
         return state._replace(is_final=True, reason=f"{state.reason} It is not tried again; use --retry to do so.")
     return state
 
 
-def _state(
-    point: Point, run: RunFolder, status: Status | None, current: Attempt | None, stale_after: float
-) -> PointState:
+def _state(point: Point, run: RunFolder, status: Status | None, current: Attempt | None) -> PointState:
     """Return the state of a point without asking whether a failure is final."""
     number = current.number if current else 0
-    if current is not None and is_alive(run.path, current, stale_after=stale_after):
+    if current is not None and is_alive(run.path, current):
         return PointState("running", f"on {current.host or 'a machine'}{_progress(status)}", number)
     attempt = last_attempt(run.path, point.job)
     if status is not None:
@@ -73,7 +66,7 @@ def _state_of_run(point: Point, run: RunFolder, status: Status, attempt: Attempt
         return _state_of_attempt(attempt, status, number)
     if status.state == "failed":
         return PointState("failed", f"{status.reason}{_progress(status)}", number)
-    if status.state in ("running", "waiting") and time.time() - status.updated < STALE_SECONDS:
+    if status.state in ("running", "waiting") and time.time() - status.updated < attempts.STALE_SECONDS:
         return PointState("running", f"outside of this sweep{_progress(status)}", number)
     return PointState("waiting", f"stopped{_progress(status)}; it will resume", number)
 

@@ -23,6 +23,7 @@ from icl.cli import main
 from icl.cli.diversity import _parser, _read_config
 from icl.config import RunConfig, flatten
 from icl.config.validation import ConfigError
+from icl.diversity import metadata
 from icl.diversity.experiment import run_experiment
 from icl.diversity.metadata import read_metadata
 from icl.diversity.runs import experiment_runs, find_runs
@@ -205,7 +206,8 @@ def test_finished_runs_are_skipped_and_the_figure_is_drawn_again(finished, capsy
 
 
 @pytest.mark.slow
-def test_the_metadata_are_there_from_the_start_and_follow_the_training(tmp_path):
+def test_the_metadata_are_there_from_the_start_and_follow_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(metadata, "REFRESH_SECONDS", 0.01)
     base, seen, said = tmp_path / "base", [], []
     watching = threading.Event()
 
@@ -220,7 +222,6 @@ def test_the_metadata_are_there_from_the_start_and_follow_the_training(tmp_path)
             change(SLOW, trainer={"max_steps": 100}),
             max_power=1,
             base=base,
-            refresh_seconds=0.01,
             say=lambda line: said.append((line, read_metadata(base))),
         )
     finally:

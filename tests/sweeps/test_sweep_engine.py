@@ -21,6 +21,7 @@ from icl.files.writing import write_atomically
 from icl.runs.environment import environment_line
 from icl.runs.folder import RunFolder, fails_again, local_root
 from icl.runs.status import Status
+from icl.sweeps import attempts
 from icl.sweeps.attempts import Attempt, last_attempt
 from icl.sweeps.engine import run_sweep
 from icl.sweeps.points import sweep_points
@@ -280,8 +281,9 @@ def other_engines_attempt(point, *, number=1, **fields) -> Path:
 
 
 @pytest.mark.parametrize("retry", [False, True])
-def test_an_engine_that_joins_others_does_not_repeat_what_has_just_failed_there(tmp_path, ledger, retry):
+def test_an_engine_that_joins_others_does_not_repeat_what_has_just_failed_there(tmp_path, ledger, retry, monkeypatch):
     """Four of theirs: one fails, then another, both while a third runs; the fourth failed an hour ago; it runs none of ours."""
+    monkeypatch.setattr(attempts, "STALE_SECONDS", 20.0)
     sweep = read_sweep_file(write(tmp_path, [1, 2, 3, 4, 5]))
     first, second, running, earlier, _ = points = sweep_points(sweep)
     now = time.time()
@@ -297,7 +299,7 @@ def test_an_engine_that_joins_others_does_not_repeat_what_has_just_failed_there(
     thread = threading.Thread(target=end_there)
     thread.start()
     said: list[str] = []
-    run_sweep(sweep, points, local_root(), retry=retry, stale_after=20.0, say=said.append)
+    run_sweep(sweep, points, local_root(), retry=retry, say=said.append)
     thread.join()
     assert ledger.count("started") == dict.fromkeys([1, 2, 4, 5] if retry else [4, 5], 1)
     assert sum("failed   quickstart,num_tasks=1: no device" in line for line in said) == (not retry)
@@ -318,7 +320,8 @@ def test_a_second_engine_joins_a_real_one(tmp_path, ledger, behave, capsys):
     assert "3 points: 2 done, 1 failed." in capsys.readouterr().out
 
 
-def test_a_point_taken_over_by_another_machine_is_given_up(tmp_path, ledger, behave):
+def test_a_point_taken_over_by_another_machine_is_given_up(tmp_path, ledger, behave, monkeypatch):
+    monkeypatch.setattr(attempts, "STALE_SECONDS", 2.0)
     behave(seconds=LONG)
     sweep = read_sweep_file(write(tmp_path, [1]))
     (point,) = points = sweep_points(sweep)
@@ -334,21 +337,22 @@ def test_a_point_taken_over_by_another_machine_is_given_up(tmp_path, ledger, beh
     thread = threading.Thread(target=be_the_other_machine)
     thread.start()
     said: list[str] = []
-    result = run_sweep(sweep, points, local_root(), stale_after=2.0, say=said.append)
+    result = run_sweep(sweep, points, local_root(), say=said.append)
     thread.join()
     assert result.is_done
     assert any("lost " in line for line in said)
     assert ledger.count("started") == {1: 1}
 
 
-def test_a_dead_machines_point_is_taken_over(tmp_path, ledger):
+def test_a_dead_machines_point_is_taken_over(tmp_path, ledger, monkeypatch):
+    monkeypatch.setattr(attempts, "STALE_SECONDS", 1.0)
     sweep = read_sweep_file(write(tmp_path, [1]))
     (point,) = points = sweep_points(sweep)
     path = local_root() / point.name / "attempts" / "000001.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(asdict(Attempt(number=1, job=point.job, host="far", kernel="far:boot"))))
     begun = time.monotonic()
-    assert run_sweep(sweep, points, local_root(), stale_after=1.0, say=lambda line: None).is_done
+    assert run_sweep(sweep, points, local_root(), say=lambda line: None).is_done
     assert 0.5 < time.monotonic() - begun < 20
     assert last_attempt(local_root() / point.name).number == 2
 
@@ -504,10 +508,10 @@ def test_a_point_that_fails_with_nan_is_tried_again_only_when_asked_for(tmp_path
     tree = yaml.safe_load(Path(real_sweep(tmp_path, 4)).read_text())
     tree["parameters"] |= {"optim.lr": {"value": 1e30}, "optim.grad_clip": {"value": None}}
     file = write(tmp_path, [], command=tree["command"], parameters=tree["parameters"])
-    for words, attempts in (([], 1), ([], 1), (["--retry"], 2)):
+    for words, number in (([], 1), ([], 1), (["--retry"], 2)):
         assert main(["sweep", file, *how, *words]) == 1
         assert "the same settings would fail again" in capsys.readouterr().out
-        assert {last_attempt(path.parent).number for path in local_root().glob("*/attempts")} == {attempts}
+        assert {last_attempt(path.parent).number for path in local_root().glob("*/attempts")} == {number}
 
 
 @pytest.mark.slow
