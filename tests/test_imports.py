@@ -35,7 +35,6 @@ LAYERS = (
         "runs.status",
         "runs.folder",
         "runs.listing",
-        "runs.checkpoint_header",
         "runs.checkpoints",
         "runs.measure",
         "runs.metrics_file",

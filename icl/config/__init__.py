@@ -1,6 +1,5 @@
 """Typed settings of a run: the tree, its checks, and how people write values."""
 
-from icl.config.sampler import ChainsConfig, SamplerConfig
 from icl.config.sections import (
     CheckpointsConfig,
     EarlyStoppingConfig,
@@ -12,7 +11,14 @@ from icl.config.sections import (
     TaskConfig,
     TrainerConfig,
 )
-from icl.config.tree import MEMBER_SETTINGS, RunConfig, flatten, is_free_on_resume
+from icl.config.tree import (
+    MEMBER_SETTINGS,
+    ChainsConfig,
+    RunConfig,
+    SamplerConfig,
+    flatten,
+    is_free_on_resume,
+)
 
 __all__ = [
     "MEMBER_SETTINGS",

@@ -1,7 +1,9 @@
 """Checkpoints for analysis: the weights of one step as safetensors that carry their step and whole configuration.
 
-They are small, fast and safe to load from strangers: nothing is ever unpickled, and nothing is built before the shapes of the
-file are seen to be those of its configuration, so loading costs little more than reading. Each holds a digest of its weights and one
+They are small, fast and safe to load from strangers: nothing is ever unpickled. A file begins with eight bytes that give the
+length of a JSON header, which names each tensor with its type, shape and place. A stranger's file can claim anything there. So the
+claims are compared with the file's size, and the shapes with those that the saved configuration implies, before a single tensor
+is made: the time and memory of a refusal do not depend on the numbers claimed. Each holds a digest of its weights and one
 of its step and configuration, so a file that was cut short, altered or made by another program is refused in one sentence.
 
 With `checkpoints.moments` Adam's moments lie in a file of the same name and kind in `moments/` beside them, so that whoever wants
@@ -11,6 +13,8 @@ weights reads no more than before. Their tensors are named `exp_avg/<parameter>`
 import hashlib
 import io
 import json
+import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,10 +30,18 @@ from icl.config.validation import UserError, is_count
 from icl.files.arrays import StoredArray
 from icl.files.reading import ContentError, first_line, parse_json
 from icl.model.stacked import Params
-from icl.runs.checkpoint_header import TYPES, CutShortError, read_header, require_shapes
+from icl.model.transformer import parameter_shapes
 from icl.runs.folder import config_differences
 from icl.store.base import LocalStore, Store
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's running means of the gradient and of its square, as torch calls them."""
+_TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+"""The types of numbers that a checkpoint may hold, as safetensors and as numpy name them."""
+_MAX_HEADER = 2**23
+"""Bytes of a header; ours have a few thousand."""
+_MAX_TENSORS = 10_000
+"""Tensors of a file; a model of 800 layers has about as many."""
 _FORMAT = "icl-checkpoint-1"
 _ENTRY = "icl"
 _SEAL = "about_digest"
@@ -51,6 +63,27 @@ class Checkpoint(NamedTuple):
     """Weights by parameter name, on the CPU."""
     digest: str
     """A hash of the weights: equal for equal weights."""
+
+
+class _CutShortError(ContentError):
+    """A file whose header is whole, but which ends before or after its last tensor."""
+
+
+class _TensorEntry(NamedTuple):
+    """The header's entry for one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """Place of its first byte, from the file's beginning."""
+    stop: int
+
+
+class _Header(NamedTuple):
+    """The content of a header."""
+
+    tensors: dict[str, _TensorEntry]
+    metadata: dict[str, Any]
 
 
 def checkpoint_name(step: int) -> str:
@@ -160,13 +193,13 @@ def stored_tensors(file: Path, prefix: str) -> StoredArray:
     """
     try:
         with file.open("rb") as raw:
-            tensors = [entry for name, entry in read_header(raw).tensors.items() if name.startswith(prefix)]
+            tensors = [entry for name, entry in _read_header(raw).tensors.items() if name.startswith(prefix)]
         types = {tensor.dtype for tensor in tensors}
         if len(types) != 1:
             raise ContentError(f"it holds no tensors {prefix}* of one type, but of {sorted(types) or 'none'}")
     except ContentError as error:
         raise CheckpointError(f"The checkpoint {file} cannot be used: {error}.") from None
-    dtype = np.dtype(TYPES[types.pop()])
+    dtype = np.dtype(_TYPES[types.pop()])
     start, stop = min(tensor.start for tensor in tensors), max(tensor.stop for tensor in tensors)
     return StoredArray(file=file, offset=start, size=(stop - start) // dtype.itemsize, dtype=dtype)
 
@@ -200,11 +233,11 @@ class _About(NamedTuple):
 def _read_about(file: io.BufferedIOBase, name: str) -> _About:
     """Return what a file says of itself; its tensors are seen to be those that it describes, and are not read."""
     try:
-        header = read_header(file)
+        header = _read_header(file)
         metadata = parse_json(header.metadata.get(_ENTRY, "null"))
         if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
             raise ContentError(f"it has no metadata of format {_FORMAT}")
-    except CutShortError as error:
+    except _CutShortError as error:
         raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({error}).") from None
     except (ContentError, TypeError) as error:
         raise CheckpointError(
@@ -218,7 +251,7 @@ def _read_about(file: io.BufferedIOBase, name: str) -> _About:
         if not isinstance(tree, dict):
             raise ContentError("it holds no configuration")
         config = RunConfig.from_dict(tree)
-        require_shapes(header, config)
+        _require_shapes(header, config)
         if _SEAL in metadata and metadata[_SEAL] != _seal(metadata):
             raise ContentError("its step and settings do not match their digest")
     except ValueError as error:
@@ -249,3 +282,65 @@ def _seal(about: Mapping[str, Any]) -> str:
     """Return the digest of what a checkpoint says of itself, as JSON with its keys in order."""
     text = json.dumps({key: value for key, value in about.items() if key != _SEAL}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _read_header(file: io.BufferedIOBase) -> _Header:
+    """Return the header of an open file, or of bytes in memory.
+
+    Raises:
+        ContentError: If there is none, or what it says is not what the file holds.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= min(_MAX_HEADER, size - 8):
+        raise ContentError("it has no header of safetensors")
+    tree = parse_json(file.read(length))
+    metadata = tree.pop("__metadata__", {}) if isinstance(tree, dict) else None
+    if not isinstance(metadata, dict):
+        raise ContentError("it has no header of safetensors")
+    if len(tree) > _MAX_TENSORS:
+        raise ContentError(f"it holds {len(tree):,} tensors, and at most {_MAX_TENSORS:,} are read")
+    tensors = {name: _entry(about, 8 + length) for name, about in tree.items()}
+    end = max((tensor.stop for tensor in tensors.values()), default=8 + length)
+    if end != size:
+        raise _CutShortError(f"it has {size:,} bytes, and its header tells of {end:,}")
+    return _Header(tensors, metadata)
+
+
+def _require_shapes(header: _Header, config: RunConfig) -> None:
+    """Refuse tensors that are not the parameters of the configuration's model, or the moments of all of them.
+
+    Raises:
+        ContentError: Naming the first difference.
+    """
+    expected = parameter_shapes(config.model, task_size=config.task.task_size, max_examples=config.task.max_examples)
+    kinds = [f"{kind}/" for kind in MOMENTS] if any("/" in name for name in header.tensors) else [""]
+    count = len(kinds) * expected.num_tensors  # compared first: a configuration can claim millions of layers
+    if len(header.tensors) != count:
+        raise ContentError(f"it holds {len(header.tensors):,} tensors, and its configuration describes {count:,}")
+    for name, shape in expected.by_name().items():
+        for kind in kinds:
+            tensor = header.tensors.get(kind + name)
+            if tensor is None or tensor.shape != shape:
+                there = "missing" if tensor is None else f"of shape {tensor.shape}"
+                raise ContentError(f"{kind}{name} is {there}, and its configuration describes shape {shape}")
+    types = sorted({tensor.dtype for tensor in header.tensors.values()})
+    if len(types) > 1:
+        raise ContentError(f"its tensors are of several types, {' and '.join(types)}")
+
+
+def _entry(about: Any, before: int) -> _TensorEntry:
+    """Return one tensor's entry, whose numbers begin `before` bytes after the file's beginning at the earliest."""
+    try:
+        dtype, shape, (start, stop) = about["dtype"], about["shape"], about["data_offsets"]
+    except (LookupError, TypeError, ValueError):
+        raise ContentError("its header does not describe every tensor") from None
+    if not isinstance(dtype, str) or dtype not in _TYPES:
+        raise ContentError(f"a tensor is of type {dtype!r}, and should be one of {', '.join(_TYPES)}")
+    numbers = [*shape, start, stop] if isinstance(shape, list) else [None]
+    if not all(is_count(number) for number in numbers):
+        raise ContentError("its header does not describe every tensor")
+    if math.prod(shape) * np.dtype(_TYPES[dtype]).itemsize != stop - start:
+        raise ContentError(f"a tensor of shape {tuple(shape)} has {stop - start:,} bytes")
+    return _TensorEntry(dtype, tuple(shape), before + start, before + stop)

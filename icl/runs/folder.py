@@ -222,7 +222,7 @@ def parse_config(data: bytes, where: str) -> RunConfig:
     except ContentError as error:
         raise ConfigError(f"The config.yaml of {where} cannot be used: {error}.") from None
     if not isinstance(tree, dict) or not tree:
-        raise ConfigError(f"{where} is not a run: it has no readable config.yaml.")
+        raise ConfigError(f"The config.yaml of {where} cannot be used: it holds no settings.")
     try:
         return RunConfig.from_dict(tree)
     except ConfigError as error:

@@ -27,8 +27,7 @@ from icl.config.validation import UserError
 from icl.files.arrays import array_digest
 from icl.files.reading import is_number, parse_json
 from icl.progress import progress_bar
-from icl.runs.checkpoint_header import MOMENTS
-from icl.runs.checkpoints import checkpoint_name, parse_checkpoint
+from icl.runs.checkpoints import MOMENTS, checkpoint_name, parse_checkpoint
 from icl.runs.contents import expected_steps, name_checkpoints
 from icl.runs.copied_files import CHECKPOINT_FOLDERS, copied_names, is_checkpoint
 from icl.runs.folder import RunFolder, config_differences, parse_config

@@ -20,8 +20,7 @@ from icl.config import EarlyStoppingConfig
 from icl.files.system import sync_file, sync_folder
 from icl.files.writing import StorageError, temporary_path, write_atomically
 from icl.model.stacked import Params, unstack
-from icl.runs.checkpoint_header import MOMENTS
-from icl.runs.checkpoints import checkpoint_name, save_checkpoint
+from icl.runs.checkpoints import MOMENTS, checkpoint_name, save_checkpoint
 from icl.runs.folder import RunFolder, is_child_rank, require_same_config
 from icl.runs.resume_file import pack, read_resume, unpack
 from icl.training.callbacks import MetricsLog, NonFiniteGuard, any_rank

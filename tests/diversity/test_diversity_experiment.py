@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import TINY, change
 
 from icl.cli import main
@@ -309,7 +310,7 @@ def test_two_processes_cannot_hold_one_experiment(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_lost_terminal_changes_nothing_and_sigterm_saves_for_the_same_command(tmp_path, monkeypatch):
     """The terminal goes while M = 2 trains; SIGTERM comes while M = 4 does."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # as in this process: sums depend on it
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # as in this process: sums depend on it
     words, base = command(tmp_path, SLOW), tmp_path / "base"
     terminal, end = pty.openpty()
     inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup pytest` would hand on that it is ignored

@@ -37,8 +37,8 @@ from icl.config.validation import ConfigError, require, require_count
 from icl.evaluation.sets import predict_prompts
 from icl.files.arrays import StoredArray
 from icl.model.stacked import Params, apply, token_outputs
-from icl.runs.checkpoint_header import MOMENTS
 from icl.runs.checkpoints import (
+    MOMENTS,
     CheckpointError,
     checkpoint_name,
     list_steps,
