@@ -183,10 +183,7 @@ def _evaluate_experiment(options: argparse.Namespace) -> int:
     files = [_checkpoints(run.path) for run in runs.values()]
     _tell_work(files if options.all_steps else [run_files[-1:] for run_files in files], options)
     table, problems = evaluate_experiment(
-        runs,
-        num_prompts=options.num_prompts,
-        num_ood_prompts=options.num_ood_prompts,
-        all_steps=options.all_steps,
+        runs, num_prompts=options.num_prompts, num_ood_prompts=options.num_ood_prompts, all_steps=options.all_steps
     )
     for label, problem in problems.items():
         print(f"icl: M = {label} is left out: {problem}", file=sys.stderr)

@@ -11,14 +11,7 @@ from icl.config.sections import (
     TaskConfig,
     TrainerConfig,
 )
-from icl.config.tree import (
-    MEMBER_SETTINGS,
-    ChainsConfig,
-    RunConfig,
-    SamplerConfig,
-    flatten,
-    is_free_on_resume,
-)
+from icl.config.tree import MEMBER_SETTINGS, ChainsConfig, RunConfig, SamplerConfig, flatten, is_free_on_resume
 
 __all__ = [
     "MEMBER_SETTINGS",

@@ -8,15 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from icl.config.validation import (
-    Bound,
-    parse_num_tasks,
-    plain_number,
-    require,
-    require_count,
-    require_store,
-    validate,
-)
+from icl.config.validation import Bound, parse_num_tasks, plain_number, require, require_count, require_store, validate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,15 +20,7 @@ from icl.config.sections import (
     TaskConfig,
     TrainerConfig,
 )
-from icl.config.validation import (
-    Bound,
-    ConfigError,
-    require,
-    require_number,
-    require_run_name,
-    require_steps,
-    validate,
-)
+from icl.config.validation import Bound, ConfigError, require, require_number, require_run_name, require_steps, validate
 
 Kernel = Literal["sgld", "rmsprop", "baoab"]
 
@@ -104,12 +96,7 @@ class ChainsConfig:
         sizes = {"num_samples": 2, "batch_size": 1, "num_chains": 1, "num_draws": 2, "num_burnin_steps": 0}
         numbers: dict[str, Bound] = {"lr": "positive", "localization": "zero or positive", "memory": "positive"}
         numbers["friction"] = "zero or positive"
-        validate(
-            self.section,
-            self,
-            counts={**sizes, "seed": 0, "thinning": 1, "num_init_batches": 1},
-            numbers=numbers,
-        )
+        validate(self.section, self, counts={**sizes, "seed": 0, "thinning": 1, "num_init_batches": 1}, numbers=numbers)
         prefix = f"{self.section}." if self.section else ""
         require(
             self.nbeta is not None or self.num_samples is not None,

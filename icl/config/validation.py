@@ -8,7 +8,7 @@ import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard, TypeVar, get_args, get_origin
 
 STORE_SCHEMES = ("file", "s3")
 """Accepted URL schemes for stores. A store without a scheme is a folder."""
@@ -21,6 +21,7 @@ _MAX_NAME, _MAX_PATH = 200, 1000
 
 _STEPS = "all, last, a list such as 1,2,3, or a range such as 0:1000:100"
 
+Record = TypeVar("Record")
 Bound: TypeAlias = Literal["positive", "zero or positive", "a number"]
 """Numbers that a setting may have."""
 
@@ -222,6 +223,16 @@ def has_type(value: Any, kind: Any) -> bool:
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     return isinstance(value, kind)
+
+
+def typed_record(kind: type[Record], tree: Any) -> Record | None:
+    """Return a dataclass of plain values from a table of its fields, or None if a field is unknown or of another type."""
+    try:
+        record = kind(**tree)
+    except TypeError:
+        return None
+    are_typed = all(has_type(getattr(record, field.name), field.type) for field in dataclasses.fields(record))  # type: ignore[arg-type]
+    return record if are_typed else None
 
 
 def is_count(value: Any) -> TypeGuard[int]:

@@ -63,12 +63,7 @@ class _Outcome(NamedTuple):
 
 
 def run_experiment(
-    config: RunConfig,
-    *,
-    max_power: int,
-    base: Path,
-    retry: bool = False,
-    say: Callable[[str], None] = print_at_once,
+    config: RunConfig, *, max_power: int, base: Path, retry: bool = False, say: Callable[[str], None] = print_at_once
 ) -> ExperimentResult:
     """Train every run that is not done, until all are done or have failed, or a signal arrives.
 

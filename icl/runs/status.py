@@ -2,10 +2,10 @@
 
 import json
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Literal
 
-from icl.config.validation import has_type, is_count
+from icl.config.validation import is_count, typed_record
 from icl.files.reading import ContentError, parse_json
 from icl.files.redaction import redact
 
@@ -52,13 +52,10 @@ def status_text(status: Status) -> bytes:
 def parse_status(data: bytes) -> Status | None:
     """Return the status that a run's `status.json` holds, or None if it cannot be read or a value is none we write."""
     try:
-        status = Status(**parse_json(data, limit=100))
-    except (ContentError, TypeError):
+        status = typed_record(Status, parse_json(data, limit=100))
+    except ContentError:
+        return None
+    if status is None or not 0 <= status.updated <= _LAST_TIME:
         return None
     steps = (status.step, status.max_steps, status.best_step or 0)
-    is_usable = (
-        all(has_type(getattr(status, field.name), field.type) for field in fields(Status))
-        and all(is_count(step) for step in steps)
-        and 0 <= status.updated <= _LAST_TIME
-    )
-    return status if is_usable else None
+    return status if all(map(is_count, steps)) else None

@@ -18,11 +18,11 @@ import platform
 import secrets
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from icl.config.validation import has_type
+from icl.config.validation import typed_record
 from icl.files.reading import ContentError, parse_json, read_bytes
 from icl.files.system import LockedError, lock_file
 from icl.files.writing import write_atomically
@@ -166,13 +166,10 @@ def _read(path: Path) -> Attempt:
 
     If the file is damaged or not complete yet, only the number is known, and the attempt counts as running.
     """
-    number = int(path.stem)
-    try:
-        attempt = Attempt(**parse_json(read_bytes(path)))
-    except (ContentError, TypeError, OSError):
-        return Attempt(number=number, job="")
-    is_usable = all(has_type(getattr(attempt, field.name), field.type) for field in fields(Attempt))
-    return attempt if is_usable and attempt.number == number else Attempt(number=number, job="")
+    number, attempt = int(path.stem), None
+    with contextlib.suppress(ContentError, OSError):
+        attempt = typed_record(Attempt, parse_json(read_bytes(path)))
+    return attempt if attempt is not None and attempt.number == number else Attempt(number=number, job="")
 
 
 def _encode(attempt: Attempt) -> bytes:

@@ -80,16 +80,14 @@ def _read_yaml(path: Path) -> Mapping[Any, Any]:
 
 def _read_tree(path: Path, tree: Mapping[Any, Any]) -> SweepFile:
     _refuse_unknown(tree, (*_OWN_KEYS, *_SERVER_KEYS), "A sweep file has no key")
-    method = _read_method(tree.get("method"))
+    method, run_cap = _read_method(tree.get("method")), tree.get("run_cap")
     command, program = _read_command(tree.get("command"), tree.get("program"))
     parameters = tuple(_read_parameters(tree.get("parameters"), ()))
     for parameter in parameters if method == "grid" else ():
         _require_grid(parameter)
-    run_cap = tree.get("run_cap")
-    require(
-        run_cap is None or (is_count(run_cap) and run_cap > 0),
-        f"`run_cap` must be a whole number from 1 to 2^63 - 1, got {run_cap!r}.",
-    )
+    is_cap = run_cap is None or (is_count(run_cap) and run_cap > 0)
+    require(is_cap, f"`run_cap` must be a whole number from 1 to 2^63 - 1, got {run_cap!r}.")
+    exponents = [parameter for parameter in parameters if parameter.distribution in EXPONENTS]
     return SweepFile(
         path=path,
         method=method,
@@ -98,9 +96,7 @@ def _read_tree(path: Path, tree: Mapping[Any, Any]) -> SweepFile:
         program=program,
         run_cap=run_cap,
         stops_early=bool(tree.get("early_terminate")),
-        warnings=tuple(
-            _warn_of_exponents(parameter) for parameter in parameters if parameter.distribution in EXPONENTS
-        ),
+        warnings=tuple(map(_warn_of_exponents, exponents)),
     )
 
 
@@ -164,8 +160,8 @@ def _read_parameters(tree: Any, outer: tuple[str, ...]) -> Iterable[Parameter]:
         where = f"`{'.'.join(outer)}.parameters`" if outer else "`parameters`"
         raise SweepFileError(f"{where} must be a table of at least one `key: {{values: [...]}}`, got {tree!r}.")
     for name in tree:
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
-            raise SweepFileError(f"`{name}` is not a valid name for a parameter. Write a key such as `task.num_tasks`.")
+        is_name = isinstance(name, str) and re.fullmatch(r"[A-Za-z_][\w.-]*", name) is not None
+        require(is_name, f"`{name}` is not a valid name for a parameter. Write a key such as `task.num_tasks`.")
     for name, entry in sorted(tree.items()):
         path = (*outer, name)
         if isinstance(entry, dict) and "parameters" in entry:
@@ -186,8 +182,7 @@ def _read_parameter(path: tuple[str, ...], entry: Any) -> Parameter:
     allowed = ("distribution", *distribution.required, *distribution.defaults)
     _refuse_unknown(entry, allowed, f"`{name}` ({kind}) has no key")
     missing = [f"`{key}`" for key in distribution.required if key not in entry]
-    if missing:
-        raise SweepFileError(f"`{name}` ({kind}) needs {' and '.join(missing)}.")
+    require(not missing, f"`{name}` ({kind}) needs {' and '.join(missing)}.")
     options = {key: entry[key] for key in allowed[1:] if key in entry}
     _check_options(name, kind, options)
     parameter = Parameter(path=path, distribution=kind, options=distribution.defaults | options)
@@ -220,8 +215,8 @@ def _infer_distribution(name: str, entry: Mapping[str, Any]) -> str:
 
 def _check_options(name: str, kind: str, options: Mapping[str, Any]) -> None:
     values = options.get("values", [None])
-    if not isinstance(values, list) or not values:
-        raise SweepFileError(f"`{name}.values` must be a list of at least one value, got {values!r}.")
+    is_list = isinstance(values, list) and len(values) > 0
+    require(is_list, f"`{name}.values` must be a list of at least one value, got {values!r}.")
     _require_numbers(name, {key: options[key] for key in options if key not in ("value", "values", "probabilities")})
     if "min" in options:
         _check_bounds(name, kind, options["min"], options["max"])

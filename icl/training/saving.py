@@ -33,11 +33,7 @@ class ScheduledCheckpoints(pl.Callback):
     """Save the weights at the steps of the schedule, at a member's last step and, with early stopping, at its best step."""
 
     def __init__(
-        self,
-        members: Sequence[Member],
-        steps: Sequence[int],
-        guard: NonFiniteGuard,
-        stopping: EarlyStoppingConfig,
+        self, members: Sequence[Member], steps: Sequence[int], guard: NonFiniteGuard, stopping: EarlyStoppingConfig
     ) -> None:
         self.members, self.steps, self.guard, self.stopping = members, frozenset(steps), guard, stopping
 

@@ -14,14 +14,7 @@ from icl.config.validation import ConfigError
 from icl.evaluation.sets import EvaluationSet
 from icl.runs.contents import expected_steps
 from icl.runs.folder import is_child_rank
-from icl.training.callbacks import (
-    EarlyStopping,
-    Ending,
-    Evaluation,
-    MetricsLog,
-    NonFiniteGuard,
-    StopSignals,
-)
+from icl.training.callbacks import EarlyStopping, Ending, Evaluation, MetricsLog, NonFiniteGuard, StopSignals
 from icl.training.members import Member
 from icl.training.presence import FilesGuard
 from icl.training.processes import cluster_environment
