@@ -46,8 +46,9 @@ checkpoints/experiment_metadata.json tells how far it is.
 If the terminal is lost, a run in the foreground goes on and writes to checkpoints/experiment.log; `nohup icl diversity
 ... &` does the same with a log of its own, and --background from the start.
 
-What is left out is as in the first example; num_steps scales warm-up and intervals. A preset of your own choice, here or
-in a file, brings its own settings in place of the example's (the default is `icr`)."""
+What is left out is as in the first example; num_steps scales warm-up and intervals. Every setting of `icl train` may be given
+too (`icl train --help` lists them). A preset of your own choice, here or in a file, brings its own settings in place of the
+example's (the default is `icr`)."""
 _EXAMPLES = f"""\
 icl diversity --max_power 20 --num_steps {_DEFAULT_STEPS} --batch_size 2048 --learning_rate 1e-3 --warmup_steps 50000 \\
     --checkpoint_every 50000 --eval_every 10000 --early_stopping_patience 10 --early_stopping_min_delta 0.001
