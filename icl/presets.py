@@ -59,13 +59,30 @@ L2H4 = RunConfig(
     # The largest eigenvalue of the released Hessians is up to 660 (step 9,000), and 24 to 140 later. Initial weights are about
     # 0.11. With the published nbeta = 67 and localization = 6.7, chains leave the basin at every step up to 46,000.
     sampler=SamplerConfig(
-        lr=3e-6, nbeta=1000.0, localization=1000.0, batch_size=1024, num_chains=8, num_draws=1000, num_burnin_steps=1000
+        kernel="sgld",
+        lr=3e-6,
+        nbeta=1000.0,
+        localization=1000.0,
+        num_samples=2**20,
+        batch_size=1024,
+        num_chains=8,
+        num_draws=1000,
+        num_burnin_steps=1000,
     ),
 )
 
 # Weights of 0.02 to 0.05 (GPT-2's initialisation, or wide layers) need a stronger localization than the small models.
+# SGLD, because `baoab` is not measured there.
 _WIDE = SamplerConfig(
-    lr=1e-6, nbeta=1e4, localization=1e4, batch_size=1024, num_chains=4, num_draws=500, num_burnin_steps=500
+    kernel="sgld",
+    lr=1e-6,
+    nbeta=1e4,
+    localization=1e4,
+    num_samples=2**20,
+    batch_size=1024,
+    num_chains=4,
+    num_draws=500,
+    num_burnin_steps=500,
 )
 
 # Raventos et al. (2023), arXiv 2306.15063, section 2 and the authors' configs/example.py: GPT-2 blocks, D = 8, K = 16,

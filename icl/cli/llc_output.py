@@ -57,9 +57,12 @@ def format_rows(table: "pd.DataFrame") -> str:
 
 def describe_verdicts(table: "pd.DataFrame") -> str:
     """Count the verdicts, and give the reasons of the last suspect and of the last invalid estimate."""
+    from icl.sampling.result import headline
+
     counts = table["verdict"].value_counts()
     numbers = ", ".join(f"{counts[name]} {name}" for name in ("ok", "suspect", "invalid") if name in counts)
-    lines = [f"Verdicts: {numbers}."]
+    last = table.to_dict("records")[-1]
+    lines = [f"LLC{'' if len(table) == 1 else ' of the last step'}: {headline(last)}.", f"Verdicts: {numbers}."]
     for verdict in ("suspect", "invalid"):
         rows = table.loc[table["verdict"] == verdict]
         if len(rows):

@@ -88,6 +88,11 @@ class ChainsConfig:
         return self.num_samples / math.log(self.num_samples)
 
     @property
+    def speed(self) -> float:
+        """Speed at which flat directions fill, relative to SGLD's at the same lr."""
+        return (1 + self.friction) / (1 - self.friction) if self.kernel == "baoab" else 1.0
+
+    @property
     def num_moves(self) -> int:
         """Gradients that a chain takes, not counting the diagnostic ones."""
         return self.num_burnin_steps + (self.num_draws - 1) * self.thinning + 1
@@ -119,8 +124,15 @@ class ChainsConfig:
 class SamplerConfig(ChainsConfig):
     """Estimation of local learning coefficients by `icl llc`; it has no effect on training."""
 
-    num_samples: int = 2**20
-    """Sample size n: the number of prompts in the `fixed` set, and the n of n / ln n."""
+    kernel: Kernel = "baoab"
+    """Markov kernel: `baoab` (underdamped Langevin dynamics), `sgld`, or SGLD preconditioned by RMSprop (`rmsprop`)."""
+    num_samples: int = 2**15
+    """Sample size n: the number of prompts in the `fixed` set, and the n of n / ln n. With the kernel `baoab` the set is a
+    pool of num_samples / batch_size minibatches for its control variates."""
+    num_draws: int = 120
+    """Draws of each chain, over which averages are taken."""
+    num_burnin_steps: int = 60
+    """Moves of each chain before its first draw. They are in no average."""
     num_init_batches: int = 256
     """Minibatches over which the checkpoint's own loss L(w0) is averaged."""
     batch_size: int = 256

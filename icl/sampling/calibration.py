@@ -101,10 +101,13 @@ def calibrate(
             f"Checkpoints: {steps}. Largest curvature: {curvature:.3g}. The loss of predicting zero is {height:.3g} above that of "
             "the last checkpoint."
         )
-        first = [point.sampler(sampler) for point in survey(height=height, curvature=curvature)[: len(NBETAS)]]
+        first = [
+            point.sampler(sampler)
+            for point in survey(height=height, curvature=curvature, speed=sampler.speed)[: len(NBETAS)]
+        ]
         say(_expected_time(plan, _seconds_per_move(checkpoints, first, target, device)))
         work = _Work(sampler, checkpoints, target, device, plan, bar)
-        result = search(work.try_points, height=height, curvature=curvature, say=say)
+        result = search(work.try_points, height=height, curvature=curvature, speed=sampler.speed, say=say)
         confirming = dataclasses.replace(target, batches=fresh_batches)
         return _finish(result, sampler, lambda chosen: work.confirm(chosen, confirming))
 
@@ -120,7 +123,7 @@ class _Plan(NamedTuple):
 
 def _plan(sampler: SamplerConfig, num_checkpoints: int) -> _Plan:
     """Count the moves, as far as they are known before the search."""
-    points = survey(height=1.0, curvature=1.0)
+    points = survey(height=1.0, curvature=1.0, speed=sampler.speed)
     slower = slower_than(points[0])  # of the smallest ratio, whose chains are the longest
     rate, once, twice = (_num_moves(point.sampler(sampler)) for point in (points[0], slower, slower_than(slower)))
     full = dataclasses.replace(sampler, num_burnin_steps=3 * points[0].filling // 2)
@@ -207,9 +210,7 @@ def _finish(
         confirmed = Trial(point._replace(stage=CONFIRMATION), confirm(chosen))
         trials.append(confirmed)
         last = confirmed.last
-        reason += (
-            f"\nAt full length, with seed {sampler.seed + 1}: LLC {last.llc:.4g} ± {last.stderr:.2g}, {last.verdict}."
-        )
+        reason += f"\nAt full length, with seed {sampler.seed + 1}: LLC {last}."
         if last.verdict != "ok":
             reason += f" Not accepted: {'; '.join(last.reasons)}."
             chosen = None

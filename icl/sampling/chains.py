@@ -31,7 +31,7 @@ from icl.config.validation import ConfigError
 from icl.model.flat import Layout, make_layout
 from icl.model.stacked import Params, size, stack
 from icl.sampling import baoab, sgld
-from icl.sampling.batches import Batch, ChainBatches, stack_batches
+from icl.sampling.batches import Batch, ChainBatches, stack_batches, to_device
 from icl.sampling.minimum import DropsAtMean, at_checkpoints, losses_by_batch, num_drop_batches
 from icl.sampling.result import CheckpointId, LLCResult, make_result
 from icl.sampling.target import Target, vmapped_gradient
@@ -88,6 +88,11 @@ def estimate(
     source = ChainBatches(target.batches, common)
     batches, are_all = source.first_distinct(common.num_init_batches, device)
     chunk_size = _chunk_size(target, params, batches[0], layout, memory)
+    variates = None
+    if common.kernel == "baoab":
+        variates = make_variates(target, params, source, common, layout, chunk_size=chunk_size)
+    if variates is not None and source.pool is not None and source.pool.size <= common.num_init_batches:
+        batches, are_all = [to_device(source.pool.get(i), device) for i in range(source.pool.size)], True
     known = at_checkpoints(target, _chunks(params, chunk_size), batches, settings_grid, layout)
     drop_batches = batches[: num_drop_batches(common.num_moves, common.num_chains)]
 
@@ -106,9 +111,7 @@ def estimate(
         sample_losses=sample_losses,
         losses_at_mean=losses_at_mean,
         are_all_losses=are_all and len(drop_batches) == len(batches),
-        variates=None
-        if common.kernel != "baoab"
-        else make_variates(target, params, source, common, layout, chunk_size=chunk_size),
+        variates=variates,
         advance=advance,
     )
     remaining = iter(traces)

@@ -16,6 +16,9 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy import fft, stats
 
+MANY_CHAINS = 16
+"""Number of chains from which on their spread alone measures errors well."""
+
 
 def rhat(draws: Float[ndarray, "K S"]) -> float:
     """Return the rank-normalised split R-hat; NaN for a single chain or fewer than four draws."""
@@ -58,33 +61,43 @@ def standard_error(draws: Float[ndarray, "K S"]) -> float:
 
 
 def drift(draws: Float[ndarray, "K S"]) -> tuple[float, float]:
-    """Return the mean of the second half of the draws minus that of the first, and its standard error (after Geweke 1992)."""
+    """Return the mean of the second half of the draws minus that of the first, and its standard error (after Geweke 1992).
+
+    With `MANY_CHAINS` or more the error comes from the spread of the chains' own differences, which assumes nothing about the
+    draws within a chain.
+    """
     half = draws.shape[1] // 2
     if not len(draws) or half < 4:
         return math.nan, math.nan
     first, second = draws[:, :half], draws[:, -half:]
-    return float(second.mean() - first.mean()), math.hypot(standard_error(first), standard_error(second))
+    difference = second.mean(1) - first.mean(1)
+    if len(draws) >= MANY_CHAINS:
+        return float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(len(draws))
+    return float(difference.mean()), math.hypot(standard_error(first), standard_error(second))
 
 
-def sensitivity(excess: Float[ndarray, "K S"], pull: Float[ndarray, "K S"]) -> tuple[float, float]:
+def sensitivity(
+    excess: Float[ndarray, "K S"], pull: Float[ndarray, "K S"], *, is_noisy: bool = True
+) -> tuple[float, float]:
     """Return how much the mean excess falls if localization grows e-fold, (E[pull] - Cov(excess, pull)) / 2, and its standard error.
 
-    A minibatch adds nearly the same noise to excess and pull, which would count as covariance. Their difference D does not contain this
-    noise, so neither does Cov(excess, D). Without the noise, Var(excess) is at least Cov(excess, D)^2 / Var(D), with equality for a
-    homogeneous loss about w0 of any degree but one. So we estimate Cov(excess, pull) = Cov(excess, D) + Var(excess) from D alone, and
-    the estimate is never too high.
+    A minibatch adds nearly the same noise to excess and pull of a draw, which would count as covariance. Different draws have different
+    minibatches. So we take the covariances at lags of one and two draws and extrapolate them linearly to lag zero, if there is noise.
 
     Args:
         excess: nbeta (L(w) - L(w0)) at every draw.
         pull: nbeta (w - w0) . grad L there, on the same minibatch.
+        is_noisy: Whether draws have different minibatches.
     """
-    if not excess.size:
+    if not excess.size or excess.shape[1] < 4:
         return math.nan, math.nan
-    f, d = excess - excess.mean(), pull - excess - (pull - excess).mean()
-    ratio = (f * d).mean() / max((d * d).mean(), np.finfo(float).tiny)
-    # Terms whose mean is Cov(f, D) + Cov(f, D)^2 / Var(D), and whose variance is that of this estimate (delta method).
-    common = (1 + 2 * ratio) * f * d - ratio**2 * d * d
-    return float((pull - common).mean()) / 2, standard_error(pull - common) / 2
+    f, g = excess - excess.mean(), pull - pull.mean()
+    if is_noisy:
+        first, second = ((f[:, :-lag] * g[:, lag:] + g[:, :-lag] * f[:, lag:]) / 2 for lag in (1, 2))
+        terms = pull[:, 2:] - 2 * first[:, 1:] + second
+    else:
+        terms = pull - f * g
+    return float(terms.mean()) / 2, standard_error(terms) / 2
 
 
 def _split(draws: Float[ndarray, "K S"]) -> Float[ndarray, "2*K S//2"]:

@@ -28,6 +28,7 @@ PUBLISHED = SamplerConfig(
     lr=_SCALES["lr"],
     nbeta=_SCALES["nbeta"],
     localization=_SCALES["localization"],
+    kernel="sgld",
     num_samples=2**20,
     batch_size=1024,
     num_chains=10,

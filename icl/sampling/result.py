@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -109,6 +110,10 @@ class LLCResult(Evidence):
         table = pd.DataFrame({name: value.tolist() for name, value in values.items()} | common)
         return table.rename_axis(by).reset_index()
 
+    def __str__(self) -> str:
+        """Return the estimate with its errors, on one line."""
+        return headline(self.row())
+
     def row(self) -> dict[str, Any]:
         """Return the single numbers as a row of `llc.csv`."""
         return {
@@ -128,6 +133,20 @@ class LLCResult(Evidence):
             "verdict": self.verdict,
             "reasons": "; ".join(self.reasons),
         }
+
+
+def headline(row: Mapping[str, Any]) -> str:
+    """Return the estimate of a row of `llc.csv` with its known errors.
+
+    Examples:
+        >>> headline({"llc": 45.9, "stderr": 0.7, "bias_bound": 1.2, "sensitivity": 10.0, "localization": 1e3, "verdict": "ok"})
+        '45.9 ± 0.7 (bias at most 1.2; falls 10 per e-fold of localization, here 1000), ok'
+    """
+    trend = "falls" if row["sensitivity"] >= 0 else "rises"
+    return (
+        f"{row['llc']:.3g} ± {row['stderr']:.2g} (bias at most {row['bias_bound']:.2g}; {trend} {abs(row['sensitivity']):.2g} per "
+        f"e-fold of localization, here {row['localization']:g}), {row['verdict']}"
+    )
 
 
 def make_result(

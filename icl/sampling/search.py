@@ -32,8 +32,10 @@ STEP = 1.5
 """lr (nbeta h_max + localization) of the survey; 4 is unstable."""
 AGREEMENT = (3.0, 0.1)
 """Two estimates agree if they differ by at most this many joint standard errors, or by at most this share."""
-MIN_ESS = 200.0
-"""Effective sample size for which the number of draws is chosen; the verdict requires 100."""
+PLATEAU = 0.03
+"""Estimates at lr and at a third of it lie on a plateau if they differ by at most one joint standard error and this share."""
+MIN_ESS = 300.0
+"""Effective sample size for which the number of draws is chosen; the verdict requires 200."""
 LENGTH_RULES = ("r hat", "effective sample size", "not significant")
 """Rules of the verdict that longer chains may satisfy."""
 LR_RULES = ("step size bias",)
@@ -53,16 +55,16 @@ RULE = f"""\
 The rule: at a few checkpoints we search over nbeta = {", ".join(f"{x:g}" for x in NBETAS)} / (trivial loss - checkpoint's loss) and over
 the ratio localization / nbeta = {", ".join(f"{x:g}" for x in RATIOS)} of the largest curvature, at lr = {STEP:g} / (nbeta curvature + localization).
 1. The last checkpoint must be healthy: no rule of the verdict is broken, except for the bias of the step size (see 4) and the
-   shortness of the search's chains (R-hat, effective sample size). Burn-in is 2 / (lr localization) moves, in which flat
-   directions fill to 86% of the width that the localisation allows.
+   shortness of the search's chains (R-hat, effective sample size). Burn-in is 2 / (lr localization) moves of SGLD, in which flat
+   directions fill to 86% of the width that the localisation allows; `baoab` with friction c needs (1 - c) / (1 + c) of that.
 2. Plateau in nbeta: the estimate must agree with that of the next smaller or larger nbeta at the same ratio (within
    {AGREEMENT[0]:g} standard errors or {AGREEMENT[1]:.0%}).
 3. Of these we take the settings with the most healthy checkpoints, then the smallest ratio (most directions), then the
    smallest nbeta (least noise).
 4. Plateau in lr, at the last checkpoint: the bias of the step size must be small, and a third of lr, with chains three times as
-   long, must give an agreeing estimate. If not, that third is tried in the same way.
-5. Burn-in: one and a half times as long as the chains' mean loss takes to reach its later level, and at least
-   3 / (lr localization). Draws: at least as many as configured, and enough for an effective sample size of {MIN_ESS:g}.
+   long, must give the same estimate up to one joint standard error and {PLATEAU:.0%}. If not, that third is tried in the same way.
+5. Burn-in: one and a half times as long as the chains' mean loss takes to reach its later level, and at least one and a half
+   times that of the search. Draws: at least as many as configured, and enough for an effective sample size of {MIN_ESS:g}.
 All chains of the search use the same minibatches and noise, so differences between estimates are due to the settings.
 Chains of the chosen length and of the next `seed` then confirm the choice. It is accepted if their verdict at the last
 checkpoint is ok."""
@@ -133,24 +135,30 @@ class SearchResult:
     num_burnin_steps: int = 0
 
 
-def survey(*, height: float, curvature: float) -> list[SearchPoint]:
+def survey(*, height: float, curvature: float, speed: float = 1.0) -> list[SearchPoint]:
     """Return the settings that are tried first: every nbeta at every ratio, with a stable lr.
 
     Args:
         height: Height of a trivial predictor's loss above the last checkpoint's.
         curvature: The largest curvature at the last checkpoint.
+        speed: How much faster than by SGLD flat directions fill (`ChainsConfig.speed`).
     """
     points = []
     for share, nbeta in itertools.product(RATIOS, NBETAS):
         nbeta, ratio = round_to(nbeta / max(height, 1e-3)), round_to(share * curvature)
         lr = round_to(STEP / (nbeta * (curvature + ratio)))
-        filling = 10 * math.ceil(2 * (1 + share) / (STEP * share) / 10)  # 2 / (lr localization), in tens
+        filling = 10 * math.ceil(2 * (1 + share) / (STEP * share * speed) / 10)  # in tens
         points.append(SearchPoint(SURVEY, nbeta, ratio, lr, filling))
     return points
 
 
 def search(
-    estimate: Estimate, *, height: float, curvature: float, say: Callable[[str], None] = lambda line: None
+    estimate: Estimate,
+    *,
+    height: float,
+    curvature: float,
+    speed: float = 1.0,
+    say: Callable[[str], None] = lambda line: None,
 ) -> SearchResult:
     """Search: the survey, all settings of a ratio in one go, and then the plateau in lr.
 
@@ -158,6 +166,7 @@ def search(
         estimate: Returns the estimates under some settings; for the stage `lr` only that of the last checkpoint is used.
         height: As for `survey`.
         curvature: As for `survey`.
+        speed: As for `survey`.
         say: Called with a line about every trial.
     """
     trials: list[Trial] = []
@@ -168,7 +177,9 @@ def search(
             say(_line(len(trials) - 1, trials[-1]))
         return trials[-1]
 
-    for _, points in itertools.groupby(survey(height=height, curvature=curvature), lambda point: point.ratio):
+    for _, points in itertools.groupby(
+        survey(height=height, curvature=curvature, speed=speed), lambda point: point.ratio
+    ):
         attempt(*points)
     plateau = frozenset(number for number, trial in enumerate(trials) if _has_plateau(trial, trials))
     healthy = {number for number, trial in enumerate(trials) if is_healthy(trial.last, but=_LATER_RULES)}
@@ -179,8 +190,12 @@ def search(
     attempt(best.point._replace(stage=RATES, lr=round_to(10 * best.point.lr)))  # shows what failure looks like
     for _ in range(2):
         slower = attempt(slower_than(best.point))
-        if is_healthy(best.last) and agree(best.last, slower.last):
-            reason = f"Chosen: setting {trials.index(best)}; a third of its lr gives {slower.last.llc:.4g} ± {slower.last.stderr:.2g}."
+        if is_healthy(best.last) and on_plateau(best.last, slower.last):
+            limit, error = extrapolated(best.last, slower.last)
+            reason = (
+                f"Chosen: setting {trials.index(best)}; a third of its lr gives {slower.last.llc:.4g} ± {slower.last.stderr:.2g}, "
+                f"extrapolated to lr = 0 {limit:.4g} ± {error:.2g}."
+            )
             steps = max(burnin(best.last), 3 * best.point.slowness * best.point.filling // 2)
             return SearchResult(trials=trials, plateau=plateau, reason=reason, chosen=best, num_burnin_steps=steps)
         best = slower
@@ -224,6 +239,18 @@ def agree(first: LLCResult, second: LLCResult) -> bool:
     difference = abs(first.llc - second.llc)
     errors, share = AGREEMENT
     return difference <= max(errors * math.hypot(first.stderr, second.stderr), share * abs(first.llc))
+
+
+def on_plateau(first: LLCResult, slower: LLCResult) -> bool:
+    """Return whether the estimates at lr and at a third of it differ by at most one joint error and `PLATEAU`."""
+    return abs(first.llc - slower.llc) <= math.hypot(first.stderr, slower.stderr) + PLATEAU * abs(slower.llc)
+
+
+def extrapolated(first: LLCResult, slower: LLCResult) -> tuple[float, float]:
+    """Return the LLC at lr = 0 and its error from those at lr and at a third of it, for a bias proportional to lr (Richardson)."""
+    weight = _SLOWER / (_SLOWER - 1)
+    value = weight * slower.llc - (weight - 1) * first.llc
+    return value, math.hypot(weight * slower.stderr, (weight - 1) * first.stderr)
 
 
 def burnin(result: LLCResult) -> int:

@@ -15,6 +15,7 @@ from icl.runs.folder import RunFolder
 from icl.sampling.records import Record
 
 QUICK = SamplerConfig(
+    kernel="sgld",
     lr=1e-5,
     nbeta=100.0,
     localization=100.0,

@@ -102,7 +102,7 @@ def test_a_checkpoint_at_which_one_minibatch_is_not_finite_is_suspect_and_the_re
 
 def test_standard_errors_cover():
     """Of 100 estimates, two standard errors should hold 95 per cent; three deviations of that share are 6.5 per cent."""
-    results = estimate_many(quadratic, [START] * 100, [None], **{**GOOD, "num_chains": 4, "num_draws": 800})
+    results = estimate_many(quadratic, [START] * 100, [None], **{**GOOD, "num_chains": 4, "num_draws": 1000})
     z = torch.tensor([(result.llc - TRUTH) / result.stderr for result in results])
     assert (z.abs() < 2).double().mean() > 0.95 - 0.065
     assert z.abs().median() > 0.4  # 0.67 for exact errors: they are not merely wide
@@ -466,7 +466,7 @@ def test_every_rule_can_be_the_only_reason_and_names_its_source():
         "rise exceeds pull": {"llc": healthy.llc, "pull": 0.1},
         "not at a minimum": {"descent": 1.0},
         "lower loss at mean": {"drop_at_mean": 1.0, "drop_at_mean_stderr": 0.01},
-        "too few chains for the drop": {"num_chains": 3, "num_chains_used": 3},
+        "too few chains for the drop": {"num_chains": 3, "num_chains_used": 3, "ess": 500.0},
         "slightly lower loss at mean": {"drop_at_mean": 0.1 * healthy.llc, "drop_at_mean_stderr": 1e-3},
         "below zero": {"llc": -0.01, "stderr": 0.1},
         "above half of d": {"llc": 2.5, "pull": 5.0},
@@ -480,6 +480,8 @@ def test_every_rule_can_be_the_only_reason_and_names_its_source():
         "prior dominated": {"spread": 2.0, "pull": 0.4, "llc": 0.2},
         "localization outweighs": {"sensitivity": 0.8 * healthy.llc, "sensitivity_stderr": 0.01},
         "mostly flat": {"spread": 1.6, "pull": 3.0},
+        "improper": {"localization": 0.0, "pull": 2.0},
+        "localization counts": {"sensitivity": 0.5 * healthy.llc, "sensitivity_stderr": 0.01},
         "not spread out": {"llc": 1.0, "pull": 1.05, "spread": 0.0, "filled_stderr": 0.01},
         "drop not measurable": {"drop_at_mean_stderr": 0.2, "drop_at_mean_freedom": 100.0},
         "hardly spread out": {"pull": 2.4, "spread": 0.3, "filled_stderr": 0.05},

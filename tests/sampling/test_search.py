@@ -17,16 +17,17 @@ from icl.sampling.search import (
     RATIOS,
     SURVEY,
     SearchResult,
-    agree,
     burnin,
+    extrapolated,
     is_healthy,
     num_draws,
+    on_plateau,
     search,
 )
 from icl.sampling.target import Target, vmapped_gradient
 
 H = torch.logspace(-1, 1, 12)
-BASE = SamplerConfig(num_chains=6, num_draws=60, num_burnin_steps=60)
+BASE = SamplerConfig(kernel="sgld", num_chains=6, num_draws=60, num_burnin_steps=60)
 START = {"w": torch.zeros(12)}
 
 
@@ -108,7 +109,7 @@ def test_the_search_shows_failed_settings_and_an_lr_plateau(found):
     (first,) = [one for one in surveyed if one[1:3] == found.chosen.point[1:3]]
     assert rates[0].point.lr == pytest.approx(10 * first.lr, rel=0.1)
     assert not is_healthy(rates[0].last)
-    assert agree(found.chosen.last, rates[-1].last)
+    assert on_plateau(found.chosen.last, rates[-1].last)
     assert rates[-1].point.lr < found.chosen.point.lr
     assert rates[-1].last.settings.num_burnin_steps == 3 * found.chosen.last.settings.num_burnin_steps
     assert rates[-1].last.settings.num_draws == 3 * found.chosen.last.settings.num_draws
@@ -147,6 +148,14 @@ def test_burn_in_is_longer_where_chains_start_far_away(found):
 
 
 def test_draws_are_no_fewer_than_asked_for_and_enough_for_the_effective_sample_size(found):
-    result = dataclasses.replace(found.trials[0].last, ess=50.0)  # of 60 draws of each chain; 200 takes 240
+    result = dataclasses.replace(found.trials[0].last, ess=75.0)  # of 60 draws of each chain; 300 takes 240
     assert num_draws(result, 100) == 250
     assert num_draws(result, 300) == 300
+
+
+def test_a_plateau_is_one_joint_error_and_three_per_cent(found):
+    """50.9 +- 0.6 was once certified where a third of lr gave 46.4 +- 1.9."""
+    first, second = (dataclasses.replace(found.chosen.last, llc=llc, stderr=e) for llc, e in ((50.9, 0.6), (46.4, 1.9)))
+    assert not on_plateau(first, second)
+    assert on_plateau(dataclasses.replace(first, llc=49.7), second)
+    assert extrapolated(first, second) == pytest.approx((46.4 - 4.5 / 2, math.hypot(1.5 * 1.9, 0.5 * 0.6)))

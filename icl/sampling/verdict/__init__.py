@@ -35,9 +35,11 @@ RULES: tuple[Rule, ...] = (
     chains.effective_sample_size,
     chains.drift,
     basin.not_spread_out,
+    basin.improper,
     basin.prior_dominated,
     basin.localization_outweighs,
     basin.mostly_flat,
+    basin.localization_counts,
     chains.slight_step_size_bias,
     basin.slightly_lower_loss_at_mean,
     basin.too_few_chains_for_the_drop,
@@ -46,7 +48,7 @@ RULES: tuple[Rule, ...] = (
     basin.escape_not_checked,
 )
 """All rules. Among broken rules of one level, the order here is the order of the reasons."""
-VERSION = 2
+VERSION = 3
 """Version of the rules; estimates that were judged by older rules are made again."""
 _WORST_FIRST: tuple[Level, ...] = get_args(Level)
 

@@ -185,6 +185,28 @@ def prior_dominated(e: Evidence) -> str | None:
     return f"prior-dominated: the data determine {e.pull:.3g} of {e.num_params} directions: {_MORE_DATA}"
 
 
+@rule(
+    "suspect", source="without localization, exp(-nbeta L) can be normalised only if the data determine every direction"
+)
+def improper(e: Evidence) -> str | None:
+    """Without localization there is no stationary density for chains in flat directions."""
+    if not (e.localization == 0 and e.pull + 3 * e.pull_stderr < 0.9 * e.num_params):
+        return None
+    return (
+        f"localization is 0, but the data determine only {e.pull:.3g} of {e.num_params} directions, so the chains wander without "
+        "end: set a positive localization"
+    )
+
+
+@rule("note", source="as `localization_outweighs`; for a single curvature, a third is half of the data's weight")
+def localization_counts(e: Evidence) -> str | None:
+    """A localization about as strong as the data changes the LLC."""
+    ratio = e.sensitivity / max(e.llc, 1e-300)
+    if not (e.sensitivity > 3 * e.sensitivity_stderr and 0.3 < ratio <= 2 / 3) or e.spread > 0.5 * e.num_params:
+        return None
+    return f"note: the LLC falls by {e.sensitivity:.2g} ± {e.sensitivity_stderr:.1g} if localization grows 2.7-fold"
+
+
 @rule("suspect", source="integration by parts; for a single curvature, two thirds is twice the data's weight")
 def localization_outweighs(e: Evidence) -> str | None:
     """The data, not the localization, must decide the LLC."""

@@ -18,6 +18,7 @@ For quadratics and SGLD, the bound is one to two times what the step adds to the
 
 import math
 
+from icl.sampling.convergence import MANY_CHAINS
 from icl.sampling.traces import DIVERGED
 from icl.sampling.verdict.evidence import Evidence, rule
 
@@ -69,26 +70,35 @@ def shared_minibatches(e: Evidence) -> str | None:
     return "chains share their minibatches, so the standard error misses their common noise: give each chain its own"
 
 
-@rule("suspect", source="Vehtari et al. 2021 ask for 1.01 at an ESS of 400; 1.05 suits an ESS of 100")
+@rule("suspect", source="Vehtari et al. 2021 ask for 1.01 at an ESS of 400; 1.05 suits an ESS of 200")
 def r_hat(e: Evidence) -> str | None:
-    """Chains must agree with each other."""
-    if e.num_chains_used <= 1 or e.rhat <= 1.05:
+    """Chains must agree with each other; many short ones need not, as their spread is the error (see `drift`)."""
+    if not 1 < e.num_chains_used < MANY_CHAINS or e.rhat <= 1.05:
         return None
     return f"the chains disagree (R-hat {e.rhat:.3f}, above 1.05): run them longer"
 
 
-@rule("suspect", source="Vehtari et al. 2021: 50 per split chain for a usable standard error")
+@rule("suspect", source="simulated coverage of the intervals given `ok`, near the threshold")
 def effective_sample_size(e: Evidence) -> str | None:
-    """The draws must have the information of at least 100 independent ones."""
-    if not e.num_chains_used or e.ess >= 100:
+    """The draws must have the information of at least 200 independent ones, or 400 where few chains hardly check each other.
+
+    Near a lower threshold, estimates pass whose standard error is small by accident.
+    """
+    needed = 200 if e.num_chains_used >= 4 else 400
+    if not e.num_chains_used or e.ess >= needed:
         return None
-    return f"the effective sample size is {e.ess:.0f}, below 100: take more draws or chains"
+    return f"the effective sample size is {e.ess:.0f}, below {needed}: take more draws or chains"
 
 
 @rule("suspect", source="Geweke 1992, halves compared; the share of the LLC is ours")
 def drift(e: Evidence) -> str | None:
-    """The two halves of the draws must have the same mean."""
-    if not (abs(e.drift) > 3 * e.drift_stderr and abs(e.drift) > 0.1 * abs(e.llc)):
+    """The two halves of the draws must have the same mean.
+
+    The average of many chains is tested strictly: where R-hat is large, a transient that all chains share is the danger.
+    """
+    is_strict = e.num_chains_used >= MANY_CHAINS and e.rhat > 1.05
+    drifts = abs(e.drift) > 3 * e.drift_stderr and abs(e.drift) > 0.1 * abs(e.llc)
+    if not (drifts or (is_strict and abs(e.drift) > 2 * e.drift_stderr)):
         return None
     return f"the loss still drifts after burn-in ({e.drift:+.3g} nats between the halves of the draws): lengthen the burn-in"
 
@@ -114,8 +124,8 @@ def above_half_of_d(e: Evidence) -> str | None:
 
 @rule("suspect", source="stationarity (this module); the share of the LLC is ours")
 def step_size_bias(e: Evidence) -> str | None:
-    """The bias from the step size must be small beside the LLC or beside its standard error."""
-    if not (e.bias_bound > 3 * e.bias_bound_stderr and e.bias_bound > max(0.1 * abs(e.llc), 2 * e.error)):
+    """The bias from the step size must be small beside the LLC, whatever the standard error."""
+    if not (e.bias_bound > 3 * e.bias_bound_stderr and e.bias_bound > 0.1 * abs(e.llc)):
         return None
     return f"step size and minibatch noise may raise the LLC by up to {e.bias_bound:.3g}: {_SMALLER_STEPS}"
 
@@ -134,6 +144,6 @@ def slight_step_size_bias(e: Evidence) -> str | None:
     if not (e.bias_bound > 3 * e.bias_bound_stderr and 2 * e.error < e.bias_bound <= 0.1 * abs(e.llc)):
         return None
     return (
-        f"note: step size and minibatch noise may raise the LLC by up to {e.bias_bound:.3g}, which its standard error does "
-        "not include"
+        f"note: step size and minibatch noise may raise the LLC by up to {e.bias_bound:.3g}; the interval includes this, the "
+        "standard error does not"
     )
