@@ -135,49 +135,28 @@ class S3Store:
     def _write(self, key: str, data: bytes) -> None:
         """Write, and look that the server has it: by length, digest and tag, or by reading it back."""
         tag = self._requests.put(self._full(key), data)
-        kept = self._after_writing(key, lambda: self._requests.about(self._full(key)))
-        lack = "metadata" if kept.digest is None else "MD5 tags" if kept.tag not in (tag, "") else None
-        is_kept = kept.length == len(data) and kept.digest in (None, sha256(data))
-        if is_kept and (lack == "metadata" or (lack and not self._requests.lacks(lack))):
-            is_kept = self._get(key)[0] == data
-            if is_kept:
-                self._requests.note_lack(lack)
-        if not is_kept:
+        kept = _unless_absent(lambda: self._requests.about(self._full(key)))
+        if kept is None or kept.length != len(data) or kept.digest not in (None, sha256(data)):
             raise self._lost(key)
+        lack = "metadata" if kept.digest is None else "MD5 tags" if kept.tag not in (tag, "") else None
+        if lack == "metadata" or (lack is not None and not self._requests.lacks(lack)):
+            if self._get(key)[0] != data:
+                raise self._lost(key)
+            self._requests.note_lack(lack)
 
     def _create(self, key: str, data: bytes) -> bool:
         full = self._full(key)
-        if self._has(key):
+        if _unless_absent(lambda: self._requests.about(full)) is not None:
             return False
         if self._requests.put_new(full, data) and not self._requests.knows_conditions(full, data):
             time.sleep(SETTLE_SECONDS)
-        # Also if the server said that it was there: a repeated request meets what it wrote itself.
-        return self._after_writing(key, lambda: self._read(key) == data)
-
-    def _after_writing(self, key: str, act: Callable[[], Result]) -> Result:
-        """Return an answer about an object that was just written; if it is absent now, the server has lost it."""
-        from botocore.exceptions import ClientError
-
-        try:
-            return act()
-        except ClientError as error:
-            if is_absent(error):
-                raise self._lost(key) from None
-            raise
+        kept = _unless_absent(lambda: self._read(key))
+        if kept is None:
+            raise self._lost(key)
+        return kept == data  # also if the server said that it was there: a repeated request meets what it wrote itself
 
     def _lost(self, key: str) -> StorageError:
         return StorageError(f"{self}/{key} is not what was just written there: the server took it and lost it.")
-
-    def _has(self, key: str) -> bool:
-        from botocore.exceptions import ClientError
-
-        try:
-            self._requests.about(self._full(key))
-        except ClientError as error:
-            if is_absent(error):
-                return False
-            raise
-        return True
 
     def _ask(self, key: str, act: Callable[[], Result], *, seconds: float | None = None) -> Result:
         """Return the server's answer, waiting as long as something moves; an error of boto3 becomes one sentence."""
@@ -196,6 +175,18 @@ class S3Store:
         except (BotoCoreError, ResponseParserError, ValueError, RecursionError) as error:
             reason = describe_failure(error)
         raise StorageError(f"{address} cannot be used: {reason}.")
+
+
+def _unless_absent(ask: Callable[[], Result]) -> Result | None:
+    """Return an answer about an object, or None if the server says that there is no such object."""
+    from botocore.exceptions import ClientError
+
+    try:
+        return ask()
+    except ClientError as error:
+        if is_absent(error):
+            return None
+        raise
 
 
 def _is_error_page(data: bytes) -> bool:
