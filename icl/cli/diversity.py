@@ -12,6 +12,8 @@ from icl.command_line import CommandParser, add_config_option
 from icl.config import RunConfig, flatten
 from icl.config.validation import ConfigError
 from icl.config.values import parse_scalar
+from icl.diversity.metadata import read_metadata
+from icl.diversity.runs import METADATA, experiment_runs, find_runs, lock_experiment
 from icl.resolve import read_config_file, resolve
 from icl.runs.environment import OWN_PROGRAM
 from icl.runs.folder import require_own_place
@@ -65,7 +67,6 @@ def run(words: list[str]) -> int:
         require_output(base / file)
         require_output(options.plots_dir / file)
     from icl.build import choose_device
-    from icl.diversity.runs import experiment_runs
     from icl.training.capacity import require_room
 
     runs = experiment_runs(config, max_power=options.max_power, base=base)  # refuses at once, in front of who typed it
@@ -78,7 +79,6 @@ def run(words: list[str]) -> int:
 
 def _run(config: RunConfig, options: argparse.Namespace) -> int:
     from icl.diversity.experiment import run_experiment
-    from icl.diversity.runs import find_runs
 
     base = options.base_checkpoint_dir
     result = run_experiment(config, max_power=options.max_power, base=base, retry=options.retry)
@@ -186,9 +186,6 @@ def _title(config: RunConfig, num_drawn: int, num_all: int) -> str:
 
 def _detach(words: list[str], base: Path) -> int:
     """Start the same command without this terminal, and wait until it holds the experiment or has given up."""
-    from icl.diversity.metadata import read_metadata
-    from icl.diversity.runs import METADATA, lock_experiment
-
     with lock_experiment(base):
         pass  # refuses in front of who typed it; the process that is started holds it for good
     log = base / "experiment.log"

@@ -6,10 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from icl.cli.evaluate_ahead import work_ahead
 from icl.cli.outputs import require_output_table
 from icl.command_line import CommandParser
 from icl.config.validation import ConfigError, UserError
+from icl.diversity.runs import find_runs
+from icl.progress import progress_bar
+from icl.runs.folder import RunFolder, place_of, require_place
+from icl.runs.listing import named_runs, run_folders
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,9 +80,6 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 def _subjects(paths: Sequence[Path]) -> dict[str, Path]:
     """Return what to evaluate, by name: the runs that paths name, then all else, such as a checkpoint file."""
-    from icl.runs.folder import place_of
-    from icl.runs.listing import named_runs, run_folders
-
     paths = [place_of(path) for path in paths]
     folders = [path for path in paths if path.is_dir() and run_folders(path)]
     runs = {name: run.path for name, run in named_runs(folders).items()}
@@ -85,7 +88,6 @@ def _subjects(paths: Sequence[Path]) -> dict[str, Path]:
 
 def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
     from icl.evaluation.sets import headlines
-    from icl.runs.folder import require_place
     from icl.whole_runs import evaluate_run
 
     numbers, baselines = evaluate_run(
@@ -106,10 +108,7 @@ def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
 def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> int:
     """Evaluate all runs; return 1 if one could not be evaluated or written. The others' numbers are written all the same."""
     import pandas as pd
-    from tqdm import tqdm
 
-    from icl.progress import progress_bar
-    from icl.runs.folder import require_place
     from icl.whole_runs import RunEvaluator, headline_table, write_numbers
 
     tables: dict[str, tuple[pd.DataFrame, pd.DataFrame]] = {}
@@ -163,7 +162,6 @@ def _deliver(
 ) -> list[tuple[str, Path]]:
     """Write the tables and the figure, also to the run's store; a label and the path of each."""
     from icl.runs.delivery import send_results
-    from icl.runs.folder import RunFolder
     from icl.whole_runs import save_evaluation
 
     written = save_evaluation(path, numbers, baselines, out=out)
@@ -174,7 +172,6 @@ def _deliver(
 
 def _evaluate_experiment(options: argparse.Namespace) -> int:
     """Evaluate an experiment; return 1 if a run could not be evaluated. The others' numbers are written all the same."""
-    from icl.diversity.runs import find_runs
     from icl.diversity.tables import evaluate_experiment, save_tables
     from icl.whole_runs import headline_table
 

@@ -3,10 +3,9 @@
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from icl.config import RunConfig
+from icl.config import RunConfig
 
 _SHARE, _MOST = 16, 256
 """A trial takes one in so many prompts, and at most so many."""
@@ -15,7 +14,7 @@ _SHARE, _MOST = 16, 256
 class _Group(NamedTuple):
     """Runs of one model and task; evaluating a checkpoint takes equally long for all of them."""
 
-    config: "RunConfig"
+    config: RunConfig
     file: Path
     """A checkpoint of them."""
     num_checkpoints: list[int]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from icl.cli.outputs import require_output_table
 from icl.command_line import CommandParser
+from icl.runs.folder import require_place
 
 HELP = "predictions for prompts in a file"
 
@@ -22,7 +23,6 @@ def run(words: list[str]) -> int:
     options = parser.parse_args(words)
     from icl.api import load_checkpoint
     from icl.evaluation.prediction import predict_from_prompt, read_prompt_file, write_predictions
-    from icl.runs.folder import require_place
 
     if options.out is not None:
         require_output_table(options.out, options.prompt, options.path)

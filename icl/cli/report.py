@@ -4,6 +4,7 @@ from pathlib import Path
 
 from icl.cli.outputs import require_output
 from icl.command_line import CommandParser
+from icl.runs.folder import require_place
 
 HELP = "one self-contained HTML page of a run or a sweep: curves, tables with verdicts, figures, settings"
 
@@ -22,7 +23,6 @@ def run(words: list[str]) -> int:
     options = parser.parse_args(words)
     from icl.report.page import write_report
     from icl.runs.delivery import send_results
-    from icl.runs.folder import require_place
 
     if options.out is not None and options.out.suffix.lower() in (".html", ".htm"):
         require_output(options.out)

@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from icl.command_line import CommandParser
+from icl.diversity.metadata import is_alive, read_metadata
+from icl.diversity.runs import METADATA
+from icl.runs.folder import local_root, require_place
+from icl.runs.listing import describe_runs
 
 HELP = "what there is, and how far it is"
 
@@ -19,10 +23,6 @@ def run(words: list[str]) -> int:
     )
     parser.add("root FOLDER", "another folder of runs, and no other", nargs="?", type=Path)
     options = parser.parse_args(words)
-    from icl.diversity.runs import METADATA
-    from icl.runs.folder import local_root, require_place
-    from icl.runs.listing import describe_runs
-
     root = require_place(options.root) if options.root else local_root()
     experiments = [] if options.root else sorted(file.parent for file in Path().glob(f"*/{METADATA}"))
     lines = _experiment_lines(root) + describe_runs(root)
@@ -35,8 +35,6 @@ def run(words: list[str]) -> int:
 
 def _experiment_lines(folder: Path) -> list[str]:
     """Return lines on the progress of an experiment; none for a folder that is no experiment."""
-    from icl.diversity.metadata import is_alive, read_metadata
-
     metadata = read_metadata(folder)
     if not metadata:
         return []

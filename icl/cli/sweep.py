@@ -4,14 +4,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from icl.command_line import CommandParser, whole_number
-
-if TYPE_CHECKING:
-    from icl.sweeps.points import InvalidPoint, Point
-    from icl.sweeps.schema import SweepFile
-    from icl.sweeps.state import PointState
+from icl.config.validation import ConfigError
+from icl.runs.folder import local_root
+from icl.sweeps.command import refuse_missing_program, require_packable
+from icl.sweeps.engine import run_sweep
+from icl.sweeps.points import InvalidPoint, Point, sweep_points
+from icl.sweeps.schema import SweepFile, read_sweep_file
+from icl.sweeps.state import PointState, point_state
 
 HELP = "run a sweep file, or what is missing of it"
 
@@ -19,11 +20,6 @@ HELP = "run a sweep file, or what is missing of it"
 def run(words: list[str]) -> int:
     """Run, list, or tell how far it is; return 0 only if every point is done (or listed)."""
     options = _parse(words)
-    from icl.config.validation import ConfigError
-    from icl.sweeps.command import refuse_missing_program, require_packable
-    from icl.sweeps.points import InvalidPoint, sweep_points
-    from icl.sweeps.schema import read_sweep_file
-
     sweep = read_sweep_file(options.file)
     if options.pack > 1:
         require_packable(sweep.command)
@@ -41,12 +37,9 @@ def run(words: list[str]) -> int:
 
 
 def _run(
-    sweep: "SweepFile", points: "Sequence[Point]", invalid: "Sequence[InvalidPoint]", options: argparse.Namespace
+    sweep: SweepFile, points: Sequence[Point], invalid: Sequence[InvalidPoint], options: argparse.Namespace
 ) -> int:
     """Run what is missing; return 1 if a point has failed, 128 + the signal that stopped it."""
-    from icl.runs.folder import local_root
-    from icl.sweeps.engine import run_sweep
-
     root, num_points = local_root(), len(points) + len(invalid)
     print(f"{options.file}: {num_points} points, {options.workers} at a time, runs in {root}.", flush=True)
     for point in invalid:
@@ -86,11 +79,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def _list(points: "Sequence[Point]", invalid: "Sequence[InvalidPoint]", options: argparse.Namespace) -> int:
+def _list(points: Sequence[Point], invalid: Sequence[InvalidPoint], options: argparse.Namespace) -> int:
     """Print where every point stands, or what would be done with it; return 1 for --status if not all are done."""
-    from icl.runs.folder import local_root
-    from icl.sweeps.state import point_state
-
     states = {point.number: point_state(point, local_root()) for point in points}
     lines = {
         point.number: f"{_word(states[point.number], options):9s} {point.name}: {states[point.number].reason}"
@@ -104,7 +94,7 @@ def _list(points: "Sequence[Point]", invalid: "Sequence[InvalidPoint]", options:
     return 0 if options.dry_run or set(words) == {"done"} else 1
 
 
-def _word(state: "PointState", options: argparse.Namespace) -> str:
+def _word(state: PointState, options: argparse.Namespace) -> str:
     """Return a point's state, or that a dry run's command would run it."""
     is_next = state.state == "waiting" or (state.state == "failed" and (options.retry or not state.is_final))
     return "would run" if options.dry_run and is_next else state.state

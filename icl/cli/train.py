@@ -11,8 +11,10 @@ from icl.config import RunConfig
 from icl.config.validation import ConfigError, UserError
 from icl.files.writing import write_atomically
 from icl.presets import run_name, varying_names
+from icl.progress import with_progress
 from icl.resolve import POINT_VARIABLE, read_config_file, read_points, refuse_conflicts, refuse_overridden, resolve
 from icl.runs.folder import RunError, RunFolder, is_child_rank, local_root
+from icl.training.wandb.agent import describe_run, in_sweep, work_at_point
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,11 +29,8 @@ def run(words: list[str]) -> int:
     """Train to the end; return 128 + the signal if one stopped it."""
     options = train_parser().parse_args(words)
     filed, given = [read_config_file(file) for file in options.config], options.settings
-    if os.environ.get("WANDB_SWEEP_ID") and not is_child_rank():
-        from icl.training.wandb.agent import in_sweep
-
-        if in_sweep():
-            return _train_point(filed, given)
+    if in_sweep() and not is_child_rank():
+        return _train_point(filed, given)
     configs = []
     for swept in read_points():
         configs += resolve(*filed, swept, given).members()
@@ -42,7 +41,6 @@ def run(words: list[str]) -> int:
 
 def _train_point(filed: Sequence[dict[str, Any]], given: dict[str, Any]) -> int:
     """Train the point that `wandb agent` handed over."""
-    from icl.training.wandb.agent import describe_run, work_at_point
 
     def work(wandb_run: Any, swept: dict[str, Any]) -> int:
         config = resolve(*filed, swept, given)
@@ -147,7 +145,6 @@ def _show_members(results: Sequence["TrainResult"]) -> list[str]:
     import pandas as pd
 
     from icl.plotting.training import draw_run, drawn_losses
-    from icl.progress import with_progress
     from icl.runs.delivery import send_results
 
     rows: dict[str, pd.Series] = {}
