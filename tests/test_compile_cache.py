@@ -76,6 +76,14 @@ def test_a_folder_of_another_user_is_refused(folder, monkeypatch):
         require_private(folder)
 
 
+def test_a_pipe_in_the_place_of_the_lock_is_an_error_and_no_waiting(folder):
+    take(folder).close()
+    (folder / ".lock").unlink()
+    os.mkfifo(folder / ".lock")
+    with pytest.raises(OSError, match="No such device"):
+        take(folder)
+
+
 def test_a_link_counts_as_what_it_leads_to(folder, tmp_path):
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)

@@ -90,7 +90,7 @@ def test_every_older_setting_is_a_setting_here_and_on_the_page():
     on_page = {key.rpartition(".")[2].lower() for key, _ in PAIRS}
     for name, modern in OLDER_SETTINGS.items():
         assert modern in known_keys() or name == "max_m"
-        assert name in on_page | {"max_m", "epsilon", "gamma", "scheduler_type"}, name
+        assert name in on_page | {"max_m", "epsilon", "gamma", "scheduler_type", "elasticity", "restoring_force"}, name
 
 
 @pytest.mark.parametrize(

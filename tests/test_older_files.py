@@ -17,7 +17,9 @@ from icl.training.run import train, train_population
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "0.1.0" / "runs.tar.xz"
 DOUBLE, SINGLE = 1e-9, 5e-5
-"""What another processor's rounding may come to; the fixtures' README derives it."""
+"""Largest differences that another processor's rounding causes; the fixtures' README derives them."""
+_BASELINE_RTOL = 2e-6
+"""The same for the baselines' columns, relative: they are computed in single precision, here to within 16 units."""
 
 
 @pytest.fixture
@@ -30,7 +32,10 @@ def assert_ends_as(folder: RunFolder, expected: RunFolder, atol: float) -> None:
     table, other = pd.read_csv(folder.metrics_file), pd.read_csv(expected.metrics_file)
     assert list(table.columns) == list(other.columns)
     other.loc[other["step"] == 0, "lr"] = np.nan  # 0.1.0 wrote the next update's rate, which is constant here
-    np.testing.assert_allclose(table, other, rtol=1e-8, atol=atol)  # the file has nine digits
+    is_baseline = table.columns.str.contains("/delta_")
+    np.testing.assert_allclose(table.loc[:, is_baseline], other.loc[:, is_baseline], rtol=_BASELINE_RTOL, atol=atol)
+    # The file has nine digits.
+    np.testing.assert_allclose(table.loc[:, ~is_baseline], other.loc[:, ~is_baseline], rtol=1e-8, atol=atol)
     assert list_steps(folder.checkpoints) == [0, 100, 200]
     pairs = [(folder.checkpoints, expected.checkpoints)]
     pairs += [(folder.moments, expected.moments)] if expected.moments.root.exists() else []

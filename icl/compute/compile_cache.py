@@ -83,7 +83,7 @@ def note_compiled() -> None:
     with _IN_USE, contextlib.suppress(OSError):
         if _folder is None or _held is None:
             return
-        with (_folder / ".noting").open("a") as file:
+        with open(_folder / ".noting", "a", opener=_open_at_once) as file:
             lock_file(file.fileno(), _folder, wait=True)
             noted = _read_digests(_folder)
             names = _files(_folder)
@@ -106,6 +106,11 @@ def cache_folder() -> Path:
     return Path(base) / "icl" / name
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a lock without waiting: a pipe of its name is an error, where it would wait for a reader for ever."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o600)
+
+
 def take(folder: Path) -> Any:
     """Make the folder if it does not exist, validate it, and mark it as in use by a lock.
 
@@ -122,7 +127,7 @@ def take(folder: Path) -> Any:
     for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
         path.mkdir(mode=0o700, exist_ok=True)
     require_private(folder)
-    file = (folder / _LOCK).open("a")
+    file = open(folder / _LOCK, "a", opener=_open_at_once)  # noqa: SIM115 (`Path.open` takes no opener)
     try:
         try:
             if not lock_file(file.fileno(), folder):

@@ -71,6 +71,8 @@ OLDER_SETTINGS = {
     "gradient_scale": "sampler.nbeta",
     "localization_scale": "sampler.localization",
     "gamma": "sampler.localization",
+    "elasticity": "sampler.localization",
+    "restoring_force": "sampler.localization",
     "num_burn_in": "sampler.num_burnin_steps",
 }
 """Flags and settings in lower case, without their section; an empty name is a setting that is not needed any more."""

@@ -1,6 +1,7 @@
 """The common look of all figures: empty axes, axes of training steps, lines with bands, and how a figure is saved."""
 
 import io
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,6 +141,14 @@ def render_figure(figure: Figure, file_format: str = "png", *, origin: str = "")
         origin: Source of the data, written in small print above the figure and outside its layout.
     """
     buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # On a slow machine matplotlib complains about the time that its search for a legend's place takes.
+        warnings.filterwarnings("ignore", 'Creating legend with loc="best"')
+        _render(figure, file_format, origin, buffer)
+    return buffer.getvalue()
+
+
+def _render(figure: Figure, file_format: str, origin: str, buffer: io.BytesIO) -> None:
     tidy(figure)
     width, height = figure.get_size_inches()
     strip = _ORIGIN_INCHES if origin else 0.0
@@ -149,9 +158,13 @@ def render_figure(figure: Figure, file_format: str = "png", *, origin: str = "")
         )
         line.set_in_layout(False)
         extent = Bbox([[0, 0], [width, height + strip]])
+        engine = figure.get_layout_engine()
+        figure.set_layout_engine(
+            "none"
+        )  # `tidy` has found the layout; to find it again would take as long as the drawing
         figure.savefig(buffer, format=file_format, metadata=_METADATA.get(file_format), bbox_inches=extent)
+        figure.set_layout_engine(engine)
         line.remove()
-    return buffer.getvalue()
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

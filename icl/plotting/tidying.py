@@ -56,10 +56,17 @@ def tidy(figure: Figure) -> None:
             _mark_isolated_points(line)
     figure.draw_without_rendering()
     if sum(_correct_legend(axes) for axes in figure.axes):  # not `any`, which would stop at the first one corrected
-        figure.draw_without_rendering()
+        lay_out(figure)
     visible = [axes for axes in figure.axes if axes.get_visible()]
     if sum(_remove_overlapping_labels(axis) for axes in visible for axis in (axes.xaxis, axes.yaxis)):
-        figure.draw_without_rendering()  # the layout depends on the labels
+        lay_out(figure)  # the layout depends on the labels
+
+
+def lay_out(figure: Figure) -> None:
+    """Compute where everything is, without the drawing; a third of the time of `draw_without_rendering`."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
 
 
 def drawn_points(line: Line2D) -> Float[np.ndarray, "P 2"]:

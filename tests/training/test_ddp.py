@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pandas as pd
+import pytest
 import torch
 from tiny_runs import TINY, as_arguments, change
 
@@ -38,6 +39,7 @@ def test_only_the_rank_that_evaluates_makes_prompts_for_it(monkeypatch):
     assert evaluation_sets([CONFIG, CONFIG]) == [[], []]
 
 
+@pytest.mark.slow
 def test_two_processes_reach_the_weights_of_one(tmp_path, monkeypatch):
     alone = train(CONFIG, folder=tmp_path / "alone").folder
     monkeypatch.setenv("LOCAL_ROOT", str(tmp_path))

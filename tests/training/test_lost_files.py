@@ -297,7 +297,7 @@ def test_a_full_disk_is_one_sentence_a_failed_run_and_no_temporary_file(
     [
         (["evaluate", "tiny"], "results/evaluation/step-000000010.json"),
         slow(["evaluate", "tiny"], "results/evaluation.csv"),
-        (["evaluate", "tiny"], "figures/evaluation.png"),
+        slow(["evaluate", "tiny"], "figures/evaluation.png"),
         slow(["analyse", "tiny", "--what", "embeddings"], "results/embeddings.csv"),
         (["report", "tiny"], "report.html"),
     ],
