@@ -12,10 +12,10 @@ that is not significantly different.
   is to first order. A crossing is `suspect` if only one saved step is on one of its sides.
 - Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the minimum of the loss on fixed prompts of new tasks. The
   run is transient if the loss at the last saved step is higher by more than `RISE_ERRORS` errors; above
-  `DOUBTFUL_RISE_ERRORS` it is `unresolved`. The error counts the prompts and, because training fluctuates, the roughness of the
-  curve at both ends. The roughness is the scaled median distance of a saved step from the line between its neighbours. We ask
-  for many errors, because the lowest of hundreds of steps is low by chance. Fewer than one in 200 curves that fall, or are
-  flat, and fluctuate are called transient. A rise that is gone again at the end of the run does not count.
+  `DOUBTFUL_RISE_ERRORS` it is `unresolved`. The error counts the prompts and the scatter of the loss about a smooth curve at
+  both ends, because training fluctuates. That scatter is correlated between saved steps (`icl.analysis.scatter`). We ask for
+  many errors, because the lowest of hundreds of steps is low by chance. `data/verdict-rates.csv` has the share of flat curves
+  that are called transient, for several correlations. A rise that is gone again at the end of the run does not count.
 - A rise is a transience of ridge only if the model came close to ridge. The dip is (zero's loss - loss) / (zero's loss - ridge's
   loss) at t_crit. From `TRANSIENT_DIP` on the finding is `transient ridge`; for a smaller but significant dip it is `partial dip`;
   otherwise it is `rise without a dip`. The paper shows these kinds (at D = 8, M = 16 to 128, and M = 6 and 8) and states no
@@ -33,17 +33,16 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from icl import metrics
+from icl.analysis.scatter import Scatter, estimate_scatter
 from icl.metrics import Estimate
 
 MINIMUM_ERRORS = 2.0
 SIGN_ERRORS = 3.0
-RISE_ERRORS = 5.0
+RISE_ERRORS = 6.5
 DOUBTFUL_RISE_ERRORS = 3.0
 TRANSIENT_DIP = 0.5
-_ENOUGH_STEPS = 12
-"""Saved steps after t_crit from which the roughness is estimated there alone."""
-_NORMAL_MAD = 1.4826
-"""Standard deviation over median absolute deviation of a normal variable."""
+_ENOUGH_STEPS = 16
+"""Least number of saved steps from which the scatter is estimated."""
 
 
 class TurningPoint(NamedTuple):
@@ -72,7 +71,7 @@ class Transience(NamedTuple):
     """`none`, `unresolved`, `transient ridge`, `partial dip` or `rise without a dip`."""
     critical: TurningPoint
     rise: Estimate
-    """Rise from t_crit to the last saved step; the error includes the roughness."""
+    """Rise from t_crit to the last saved step; the error includes the scatter."""
     dip: Estimate
     """Share of the way from zero's loss to ridge's loss that the loss has gone at t_crit."""
     verdict: str
@@ -151,8 +150,9 @@ def transience(
     best = int((steps == critical.step).nonzero())
     dip = metrics.ratio_of_means(zero - losses[best], zero - ridge)
     over_prompts = _means((losses[-1] - losses[best]).unsqueeze(0))
-    scatter = roughness(steps, losses.mean(1), start=best)
-    rise = Estimate(over_prompts.value[0], (over_prompts.stderr[0].square() + 2 * scatter**2).sqrt())
+    scatter = _tail_scatter(steps, losses.mean(1), best)
+    between = 2 * (scatter.white**2 + scatter.wander**2 * (1 - scatter.phi ** (len(steps) - 1 - best)))
+    rise = Estimate(over_prompts.value[0], (over_prompts.stderr[0].square() + between).sqrt())
     finding = "none"
     if rise.value > RISE_ERRORS * rise.stderr:
         finding = _kind(dip)
@@ -162,19 +162,10 @@ def transience(
     return Transience(finding, critical, rise, dip, _verdict(reasons), tuple(reasons))
 
 
-def roughness(steps: Int64[Tensor, " S"], values: Float[Tensor, " S"], *, start: int = 0) -> float:
-    """Return the standard deviation with which saved steps scatter about a smooth curve.
-
-    It is the median over inner steps of the distance to the line in log(t + 1) through both neighbours, scaled to the
-    deviation of one value. The median ignores a few bends. A curve that bends everywhere looks rougher than it is. Only the
-    steps from index `start` on count, if there are at least `_ENOUGH_STEPS` of them.
-    """
-    begin = start if len(values) - start >= _ENOUGH_STEPS else 0
-    logs, values = steps[begin:].double().log1p(), values[begin:].double()
-    weight = (logs[1:-1] - logs[:-2]) / (logs[2:] - logs[:-2])
-    distance = values[1:-1] - (1 - weight) * values[:-2] - weight * values[2:]
-    scaled = distance.abs() / (1 + weight.square() + (1 - weight).square()).sqrt()
-    return _NORMAL_MAD * scaled.median().item()
+def _tail_scatter(steps: Int64[Tensor, " S"], values: Float[Tensor, " S"], best: int) -> Scatter:
+    """Return the scatter about a smooth curve from the minimum on, or over the last `_ENOUGH_STEPS` saved steps if that is more."""
+    begin = max(0, min(best, len(values) - _ENOUGH_STEPS))
+    return estimate_scatter(steps[begin:].double().log1p().numpy(), values[begin:].double().numpy())
 
 
 def _kind(dip: Estimate) -> str:

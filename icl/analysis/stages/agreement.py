@@ -6,10 +6,10 @@ candidates, weighted by inverse variance, with one candidate for each group of d
 more than their errors allow, the error is multiplied by the Birge ratio (Birge 1932). Verdicts:
 
 - `ok`: signals of at least two independent groups show the boundary, and at least one shows it also with a shorter and a
-  longer kernel.
+  longer kernel. A signal shows a boundary if it is significant also with the correlation of its scatter.
 - `suspect`: only one group shows it, by at least `STRONG` standard errors; or no signal shows it with all kernels. Loss and
   ICL score are one group. Loss and an LLC that mirrors it near the boundary (`signals.mirrors_loss`) are one group too.
-- `invalid`: only one group shows it, by fewer standard errors; or two standard errors reach an end of the curves, or a
+- `invalid`: only one group shows it, by fewer standard errors; or none does if the scatter is correlated; or two standard errors reach an end of the curves, or a
   stronger boundary.
 """
 
@@ -97,19 +97,22 @@ def _is_close(first: Candidate, second: Candidate, tolerance: float) -> bool:
 
 def _judge(candidates: Sequence[Candidate], signals: Sequence[Signal], span: tuple[float, float]) -> RunBoundary:
     """Combine candidates into one boundary, with its time and verdict."""
-    groups = sorted({candidate.group for candidate in candidates})
-    time, stderr = _mean_time(candidates, groups)
+    time, stderr = _mean_time(candidates, sorted({candidate.group for candidate in candidates}))
+    groups = {candidate.group for candidate in candidates if candidate.boundary.is_significant}
     is_robust = any(candidate.boundary.is_robust for candidate in candidates)
     reasons = []
     if any(candidate.signal.name == "llc" and candidate.group == "loss" for candidate in candidates):
         reasons.append("the LLC mirrors the loss here (E[L] hardly moves), so it is not an independent signal")
-    if len(groups) == 1:
+    if len({candidate.group for candidate in candidates}) == 1:
         reasons.append(_only_these(candidates, signals))
+    unclear = [candidate.signal.name for candidate in candidates if not candidate.boundary.is_significant]
+    if unclear:
+        reasons.append(f"the scatter of {' and '.join(unclear)} is correlated between saved steps and may cause it")
     if not is_robust:
         reasons.append("it disappears with shorter or longer smoothing")
     strength = max(candidate.boundary.strength for candidate in candidates)
     fatal = []
-    if len(groups) == 1 and strength < STRONG:
+    if len(groups) < 2 and strength < STRONG:
         fatal.append(f"its strength is {strength:.1f} standard errors; a single signal needs {STRONG:g}")
     if time - 2 * stderr < span[0] or time + 2 * stderr > span[1]:
         fatal.append("its step is unknown: two standard errors reach an end of the run")

@@ -13,7 +13,9 @@ their errors:
 
 An interval counts as motion only if f moves over it by at least `least_change` of its range; smoothing a corner makes smaller
 moves. We take the strongest boundary first, and search each side of it again. A boundary is dropped if no two stretches of motion
-remain between its neighbours. A curve that moves only once has no boundary, even if its speed varies: a power law, a sigmoid, a
+remain between its neighbours. The search takes the scatter as independent between saved steps. The strength of what it finds is
+the smaller of the significance then and the significance with the correlation that the scatter shows (`icl.analysis.scatter`).
+A curve that moves only once has no boundary, even if its speed varies: a power law, a sigmoid, a
 line, or a bend from one slope into a steeper one.
 
 The error of a turn counts the scatter of the extremum over curves that the data allow, and its shift under shorter and longer
@@ -57,9 +59,14 @@ class Boundary(NamedTuple):
     """u = ln(step + 1)."""
     stderr: float
     strength: float
-    """Significance of the weaker of the two stretches of motion, in standard errors."""
+    """Significance of the weaker of the two stretches of motion, in standard errors. They count the correlation of the scatter."""
     is_robust: bool
     """Whether a shorter and a longer kernel show the boundary too."""
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the boundary is significant also if the scatter is correlated between saved steps."""
+        return self.strength >= SIGNIFICANCE
 
 
 class _Intervals(NamedTuple):
@@ -112,6 +119,7 @@ def find_boundaries(fit: SmoothedSignal, *, least_change: float) -> list[Boundar
         error = math.hypot(error, spacing / math.sqrt(12))
         on_grid = [(int(knots[first]), int(knots[last])) for first, last in stretches]
         is_robust = all(_strength(curve, kind, on_grid) >= SIGNIFICANCE for curve in fit.others)
+        strength = min(strength, _strength(fit.if_correlated, kind, on_grid))
         boundaries.append(Boundary(kind, time, error, strength, is_robust))
     return boundaries
 

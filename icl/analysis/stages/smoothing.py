@@ -22,6 +22,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Kernel, Matern, WhiteKernel
 
+from icl.analysis.scatter import estimate_scatter
+
 MAX_POINTS = 400
 """Largest number of observations. If there are more, they are averaged in bins of equal log time."""
 NUM_GRID = 161
@@ -75,12 +77,14 @@ class SmoothedSignal(NamedTuple):
     """Curve with the most probable kernel length."""
     others: tuple[Curve, ...]
     """Curves with kernels of 2/3 and of 3/2 of that length."""
+    if_correlated: Curve
+    """Curve with the most probable length, if the scatter is correlated between saved steps as `icl.analysis.scatter` finds."""
     points: Points
     """The observations, binned if there were many."""
 
     @property
     def curves(self) -> tuple[Curve, ...]:
-        """All three curves."""
+        """The three curves with independent scatter."""
         return (self.curve, *self.others)
 
 
@@ -120,7 +124,10 @@ def fit(
         process = GaussianProcessRegressor(_kernel(amplitude, factor * length), alpha=variances, optimizer=None)
         mean, covariance = process.fit(times[:, None], scaled).predict(grid[:, None], return_cov=True)
         curves.append(Curve(grid, centre + unit * mean, unit**2 * covariance))
-    return SmoothedSignal(curves[0], tuple(curves[1:]), Points(times, values, unit * np.sqrt(variances)))
+    noise = _correlated_noise(times, scaled, stderr / unit, variances, (shortest, longest))
+    mean, covariance = _posterior(_kernel(amplitude, length), times, scaled, noise, grid)
+    if_correlated = Curve(grid, centre + unit * mean, unit**2 * covariance)
+    return SmoothedSignal(curves[0], tuple(curves[1:]), if_correlated, Points(times, values, unit * np.sqrt(variances)))
 
 
 def in_bins(
@@ -174,6 +181,37 @@ def _most_probable(
         process = GaussianProcessRegressor(kernel, alpha=known, optimizer=optimizer).fit(times[:, None], scaled)
     amplitude, length, scatter = np.exp(process.kernel_.theta).tolist()
     return amplitude, length, scatter
+
+
+def _correlated_noise(
+    times: Float[np.ndarray, " S"],
+    scaled: Float[np.ndarray, " S"],
+    stderr: Float[np.ndarray, " S"],
+    variances: Float[np.ndarray, " S"],
+    lengths: tuple[float, float],
+) -> Float[np.ndarray, "S S"]:
+    """Return the covariance of the observations' noise, with the correlation that the scatter shows.
+
+    The wander is taken to vary over the run as the local scatter does.
+    """
+    scatter = estimate_scatter(times, scaled, stderr, shortest=lengths[0], longest=lengths[1])
+    unevenness = np.sqrt(variances / variances.mean())
+    independent = np.maximum(stderr**2 + (scatter.white * unevenness) ** 2, _LEAST_NOISE**2)
+    wander = scatter._replace(white=0.0).covariance(len(times)) * np.outer(unevenness, unevenness)
+    return np.diag(independent) + wander
+
+
+def _posterior(
+    kernel: Kernel,
+    times: Float[np.ndarray, " S"],
+    scaled: Float[np.ndarray, " S"],
+    noise: Float[np.ndarray, "S S"],
+    grid: Float[np.ndarray, " G"],
+) -> tuple[Float[np.ndarray, " G"], Float[np.ndarray, "G G"]]:
+    """Return mean and covariance of the curve, for noise of any covariance (Rasmussen and Williams 2006, equation 2.23)."""
+    prior = kernel(grid[:, None], times[:, None])
+    gain = np.linalg.solve(kernel(times[:, None]) + noise, prior.T).T
+    return gain @ scaled, kernel(grid[:, None]) - gain @ prior.T
 
 
 def _local_scatter(

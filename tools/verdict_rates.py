@@ -1,0 +1,133 @@
+"""How often the verdicts of turning points and stages are right, on simulated curves with correlated scatter.
+
+Scatter is an autoregression of order one over the saved steps, with correlation phi between neighbours and the standard deviation 1
+at every step. `python -m tools.verdict_rates [--runs N] [--out FILE]` writes the table that `docs/gotchas.md` shows.
+
+- `flat tail`: a loss that falls and then stays flat. `ok` is a false `transient ridge`.
+- `rise`: the same, with a rise by ten standard deviations after its minimum.
+- `noise`: loss and LLC are scatter alone. `ok` is a run with a false boundary of stages.
+- `line`: loss and LLC are straight lines in log time, with scatter of 3 % of their range.
+- `turn`: loss and LLC go in one direction and then in the other, by so much that the boundary has about ten standard errors in
+  either signal.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from icl.analysis import stages
+from icl.analysis.behaviour.turning_points import transience
+from icl.analysis.stages.agreement import agree
+from icl.analysis.stages.signals import Signal
+
+STEPS = np.unique(np.r_[0, np.geomspace(1, 500_000, 48), np.linspace(0, 500_000, 48)].astype(int))
+"""Saved steps: half of them logarithmic, half linear, as in the published runs."""
+TIMES = np.log1p(STEPS)
+PHIS = (0.0, 0.5, 0.8, 0.9)
+TURN = {0.0: 10.0, 0.5: 20.0, 0.8: 25.0, 0.9: 20.0}
+"""Size of the turn in standard deviations of the scatter, by phi: more where the scatter is correlated."""
+
+
+class Case(NamedTuple):
+    """A kind of curve, a correlation, and the number of simulated runs."""
+
+    kind: str
+    phi: float
+    num_runs: int
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Simulate all cases and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--runs", type=int, default=1000, help="simulated runs of transience per cell; half as many of stages"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--out", type=Path, default=Path("data/verdict-rates.csv"), help="file to write")
+    options = parser.parse_args(words)
+    cases = list(_cases(options.runs))
+    with ProcessPoolExecutor(options.jobs) as pool:
+        rows = []
+        for row in pool.map(rate, cases):
+            rows.append(row)
+            print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(options.out, index=False)
+
+
+def rate(case: Case) -> dict[str, object]:
+    """Return the share of runs with a verdict `ok`, with its standard error, and the shares of the other verdicts."""
+    torch.set_num_threads(1)
+    judge = _transience if case.kind in ("flat tail", "rise") else _stages
+    verdicts = [judge(case.kind, case.phi, np.random.default_rng([number, 7])) for number in range(case.num_runs)]
+    share = verdicts.count("ok") / case.num_runs
+    error = math.sqrt(share * (1 - share) / case.num_runs)
+    doubtful = (verdicts.count("suspect") / case.num_runs) if case.num_runs else 0.0
+    return {
+        "kind": case.kind,
+        "phi": case.phi,
+        "runs": case.num_runs,
+        "ok": round(share, 4),
+        "stderr": round(error, 4),
+        "suspect": round(doubtful, 4),
+    }
+
+
+def autoregression(phi: float, num_steps: int, rng: np.random.Generator) -> np.ndarray:
+    """Return scatter of variance one with correlation `phi` between neighbours."""
+    noise = rng.standard_normal(num_steps)
+    noise[1:] *= math.sqrt(1 - phi**2)
+    for step in range(1, num_steps):
+        noise[step] += phi * noise[step - 1]
+    return noise
+
+
+def _cases(num_runs: int) -> Iterator[Case]:
+    for kind in ("noise", "line", "turn", "flat tail", "rise"):
+        for phi in PHIS:
+            yield Case(kind, phi, num_runs if kind in ("flat tail", "rise") else max(1, num_runs // 2))
+
+
+def _transience(kind: str, phi: float, rng: np.random.Generator) -> str:
+    curve = 50 / (1 + np.exp(2 * (TIMES - 4)))
+    if kind == "rise":
+        curve = curve + 10 * ((TIMES - 8) / (TIMES[-1] - 8)).clip(0, 1)
+    curve = curve + autoregression(phi, len(TIMES), rng)
+    prompts = 0.02 * rng.standard_normal((len(TIMES), 64))
+    losses = torch.from_numpy(curve[:, None] + prompts)
+    found = transience(torch.from_numpy(STEPS), losses, zero=torch.full((64,), 50.0), ridge=torch.zeros(64))
+    if found.finding == "none":
+        return "none"
+    return found.verdict
+
+
+def _stages(kind: str, phi: float, rng: np.random.Generator) -> str:
+    """Return the best verdict of any boundary; for a turn, of one within half a unit of log time."""
+    shapes = {
+        "noise": 0 * TIMES,
+        "line": TIMES / TIMES[-1] / 0.03,
+        "turn": TURN[phi] * (1 - np.abs(2 * TIMES / TIMES[-1] - 1)),
+    }
+    signals = []
+    for name, sign in (("loss", -1.0), ("llc", 1.0)):
+        values = sign * shapes[kind] + autoregression(phi, len(TIMES), rng)
+        points = pd.DataFrame({"step": STEPS, "checkpoint_hash": "", "stderr": 0.0, "value": values})
+        signals.append(Signal(name, "simulated", points))
+    settings = stages.Settings()
+    fits = {signal.name: stages.smooth_signal(signal, settings) for signal in signals}
+    boundaries = agree(signals, fits, tolerance=settings.tolerance, least_change=settings.least_change)
+    if kind == "turn":
+        boundaries = [each for each in boundaries if abs(each.time - TIMES[-1] / 2) < 1.0]
+    verdicts = {each.verdict for each in boundaries}
+    return next((verdict for verdict in ("ok", "suspect", "invalid") if verdict in verdicts), "none")
+
+
+if __name__ == "__main__":
+    main()
