@@ -1,4 +1,4 @@
-"""The door for people: one parser, and a module for each command."""
+"""The door for people: a module for each command; `icl.command_line` has their parser."""
 
 from icl.cli.entry import COMMANDS, main
 

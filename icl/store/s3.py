@@ -3,12 +3,15 @@
 boto3 finds the credentials (environment, profile, role) and the server (`AWS_ENDPOINT_URL`), and tries again what may
 succeed (adaptive mode; `AWS_MAX_ATTEMPTS`). Every object carries the SHA-256 of the bytes it was made from, so bytes
 that were lost, cut short or altered on the way or in the store are found when they are read. A server that hangs is given up after
-a minute without progress. boto3 is imported when a store is first used.
+a minute without progress.
 """
 
 import time
 from collections.abc import Callable
 from typing import TypeVar
+
+from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 
 from icl.files.writing import StorageError
 from icl.store import waiting
@@ -117,8 +120,6 @@ class S3Store:
 
     def _get(self, key: str) -> tuple[bytes, str | None]:
         """Return the bytes there are and the digest they should have. A download that breaks off is tried again."""
-        from botocore.exceptions import BotoCoreError
-
         for attempt in range(_NUM_READS):
             try:
                 data, digest = self._requests.get(self._full(key))
@@ -160,9 +161,6 @@ class S3Store:
 
     def _ask(self, key: str, act: Callable[[], Result], *, seconds: float | None = None) -> Result:
         """Return the server's answer, waiting as long as something moves; an error of boto3 becomes one sentence."""
-        from botocore.exceptions import BotoCoreError, ClientError
-        from botocore.parsers import ResponseParserError
-
         address = f"{self}/{key}" if key else str(self)
         try:
             return waiting.await_result(act, seconds=seconds, awaited=f"an answer from {server_name()}")
@@ -179,8 +177,6 @@ class S3Store:
 
 def _unless_absent(ask: Callable[[], Result]) -> Result | None:
     """Return an answer about an object, or None if the server says that there is no such object."""
-    from botocore.exceptions import ClientError
-
     try:
         return ask()
     except ClientError as error:

@@ -16,6 +16,12 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
+import botocore.loaders
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import ClientError
+from botocore.parsers import ResponseParserError
+
 from icl.store import waiting
 from icl.store.base import sha256
 from icl.store.s3_errors import is_refused_feature, is_taken, server_name
@@ -114,8 +120,6 @@ class Requests:
         Raises:
             ClientError, BotoCoreError: If the server did not take it.
         """
-        from botocore.exceptions import ClientError
-
         try:
             new_only = {"IfNoneMatch": "*"}
             self._with_or_without("conditions", lambda: self._put(key, data, **new_only), lambda: self._put(key, data))
@@ -185,8 +189,6 @@ class Requests:
 
         A refusal may have another reason, so the feature counts as lacking only once the other request has succeeded.
         """
-        from botocore.exceptions import ClientError
-
         if not self.lacks(feature):
             try:
                 return act()
@@ -209,7 +211,7 @@ class Requests:
                 raise _UnusableAnswerError  # the server answers as to the older request, so botocore would end here
             keys = {entry["Key"] for entry in page.get("Contents", [])}
             if number > MAX_PAGES or (keys and keys <= seen):
-                raise _not_s3("the listing does not end")
+                raise ResponseParserError("the listing does not end")
             seen |= keys
             waiting.moved()
             yield page
@@ -254,9 +256,6 @@ class Requests:
         connect_seconds: float = CONNECT_SECONDS,
         answer_seconds: float = ANSWER_SECONDS,
     ) -> Any:
-        import botocore.session
-        from botocore.config import Config
-
         retries: dict[str, Any] = {"mode": "adaptive"}
         if "AWS_MAX_ATTEMPTS" not in os.environ:
             retries["total_max_attempts"] = num_attempts
@@ -280,8 +279,6 @@ class Requests:
 @cache
 def _loader() -> Any:
     """Return the loader of botocore's description of S3. It takes a third of a second the first time."""
-    import botocore.loaders
-
     return botocore.loaders.create_loader()
 
 
@@ -321,13 +318,7 @@ def _require_listing(answer: dict[str, Any]) -> None:
         ResponseParserError: If no part of a listing is in it.
     """
     if not {"IsTruncated", "Name", "KeyCount", "Contents"} & set(answer):
-        raise _not_s3("no listing")
-
-
-def _not_s3(reason: str) -> Exception:
-    from botocore.parsers import ResponseParserError
-
-    return ResponseParserError(reason)
+        raise ResponseParserError("no listing")
 
 
 def _digest_in(answer: dict[str, Any]) -> str | None:
