@@ -95,6 +95,16 @@ def test_an_ellipse_has_its_evolute_and_four_vertices():
     np.testing.assert_allclose([one.radius for one in vertices], [b**2 / a, a**2 / b] * 2, rtol=0.15)
 
 
+@pytest.mark.parametrize("speed", [0.25, 0.5, 1.0])
+def test_vertices_do_not_depend_on_the_speed_along_the_curve(speed):
+    """The same turn around an ellipse, in more or less time."""
+    angles = np.linspace(-0.8, 2 * np.pi - 0.8, 400)
+    ellipse = np.stack([3 * np.cos(angles), 2 * np.sin(angles)], axis=1)
+    vertices = candidates(smoothed(angles / speed, ellipse, bandwidth=0.25), PLANE)
+    assert [one.kind for one in vertices] == ["vertex"] * 4
+    np.testing.assert_allclose([one.time * speed for one in vertices], np.arange(4) * np.pi / 2, atol=0.03)
+
+
 def test_a_semicubical_parabola_has_one_cusp_where_it_should():
     turn = 3.1
     curve = smoothed(UNEVEN, np.stack([(UNEVEN - turn) ** 2, (UNEVEN - turn) ** 3], axis=1), bandwidth=0.2)

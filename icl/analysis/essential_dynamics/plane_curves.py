@@ -17,7 +17,8 @@ curvature is c / v^3, and the centre of the osculating circle is r + v^2 / c (-y
   curve lies on the side of r'', by at least a tenth of h^2 |r''| / 2. (The last condition excludes the start of training, which is
   slow but does not turn back.)
 - Vertex: the circle has four-point contact, so curvature' = 0 and the evolute has a cusp. A candidate is an extremum of the
-  curvature that differs by a tenth, and by three standard errors, from one and a half widths before and after.
+  curvature with a prominence of a tenth of it and of `_VERTEX_ERRORS` standard errors: on both sides the curvature changes by so
+  much before it comes back. The rule does not depend on the speed along the curve.
 """
 
 import math
@@ -31,6 +32,8 @@ NEIGHBOURS = 6
 """The kernel width is at least half the distance to this nearest checkpoint."""
 MIN_POINTS = 8
 """Least number of checkpoints for smoothing."""
+_VERTEX_ERRORS = 4.0
+"""Standard errors of a vertex's prominence. It is the largest of many differences, so three would often be chance."""
 _NUMBERS_AT_ONCE = 4_000_000
 """Largest number of weights in memory at a time."""
 
@@ -203,13 +206,26 @@ def _vertices(curve: Smooth, circles: Circles) -> Iterator[tuple[Candidate, floa
         size = abs(curvature[index])
         if not _is_inside(curve, index) or not size > 3 * stderr[index]:
             continue
-        sides = _sides(curve, index, 1.5)
-        rises = [curvature[index] - curvature[side] for side in sides]
-        least = [max(0.1 * size, 3 * math.hypot(stderr[index], stderr[side])) for side in sides]
-        is_extremum = rises[0] * rises[1] > 0
-        if is_extremum and all(abs(rise) > limit for rise, limit in zip(rises, least, strict=True)):
+        sign = 1.0 if slopes[index - 1] > 0 else -1.0  # 1 at a maximum
+        if all(_is_prominent(sign * curvature[side], stderr[side], 0.1 * size) for side in _both_sides(index)):
             centre = tuple(circles.centre[index].tolist())
             yield Candidate("vertex", float(curve.times[index]), centre, float(1 / size)), curve.widths[index]
+
+
+def _both_sides(index: int) -> tuple[slice, slice]:
+    """Return the grid from a point on, forwards to the end and backwards to the start."""
+    return slice(index, None), slice(index, None, -1)
+
+
+def _is_prominent(values: Float[np.ndarray, " g"], stderr: Float[np.ndarray, " g"], least: float) -> bool:
+    """Return whether values fall clearly below the first of them before they rise above it.
+
+    This depends on the values' order alone, so not on the speed along the curve.
+    """
+    higher = np.flatnonzero(values > values[0])
+    end = int(higher[0]) if len(higher) else len(values)
+    drops = values[0] - values[:end]
+    return bool((drops > np.maximum(least, _VERTEX_ERRORS * np.hypot(stderr[0], stderr[:end]))).any())
 
 
 def _is_inside(curve: Smooth, index: int) -> bool:
