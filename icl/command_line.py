@@ -80,7 +80,8 @@ class CommandParser(argparse.ArgumentParser):
         if last.startswith("--"):
             self.add_argument(*names, last, help=text, **{"action": "store_true", **options})
         else:
-            self.add_argument(*names, metavar=last, help=text, **options)
+            once: dict[str, Any] = {"action": _StoreOnce} if len(names) > 1 else {}
+            self.add_argument(*names, metavar=last, help=text, **{**once, **options})
 
     def error(self, message: str) -> NoReturn:
         """Refuse the words.
@@ -131,6 +132,16 @@ class CommandParser(argparse.ArgumentParser):
         older = modern_setting(word.lstrip("-")) if word.startswith("--") else None
         hint = nearest(word, known) or (f" {older}" if older else f" `{self.prog} --help` lists what it takes.")
         raise ConfigError(f"`{self.prog}` takes no `{word}`.{hint}")
+
+
+class _StoreOnce(argparse.Action):
+    """Store the value of an option that has an older name; both names at once would leave open which value counts."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Store the value, unless there is one."""
+        if (earlier := getattr(namespace, self.dest)) is not None:
+            parser.error(f"`{self.option_strings[0]}` is given twice: {earlier} and {values}")
+        setattr(namespace, self.dest, values)
 
 
 def split_settings(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:

@@ -184,6 +184,13 @@ def test_an_option_of_the_command_itself_is_no_setting():
     assert (options.out, options.settings) == ("x", {"seeds.model": "1"})
 
 
+def test_an_option_and_its_older_name_together_are_refused(capsys):
+    assert main(["evaluate", "run", "--num_prompts", "8", "--n_prompts", "9"]) == 2
+    assert "`--num_prompts` is given twice: 8 and 9." in capsys.readouterr().err
+    assert main(["analyse", "run", "--what", "hessian", "--output_file=a.csv", "--out=b.csv"]) == 2
+    assert "`--out` is given twice: a.csv and b.csv." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
