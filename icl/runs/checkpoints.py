@@ -238,7 +238,7 @@ def _read_about(file: io.BufferedIOBase, name: str) -> _About:
         if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
             raise ContentError(f"it has no metadata of format {_FORMAT}")
     except _CutShortError as error:
-        raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({error}).") from None
+        raise _damaged(name, error) from None
     except (ContentError, TypeError) as error:
         raise CheckpointError(
             f"{name} is damaged, or is not a checkpoint of icl: expected safetensors with metadata format {_FORMAT}, as in a "
@@ -255,7 +255,7 @@ def _read_about(file: io.BufferedIOBase, name: str) -> _About:
         if _SEAL in metadata and metadata[_SEAL] != _seal(metadata):
             raise ContentError("its step and settings do not match their digest")
     except ValueError as error:
-        raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({first_line(error)}).") from None
+        raise _damaged(name, error) from None
     return _About(step, config, metadata.get("digest"))
 
 
@@ -264,10 +264,14 @@ def _checkpoint(about: _About, data: bytes, name: str) -> Checkpoint:
     try:
         params = dict(sorted(safetensors.torch.load(data).items()))  # it gives them in another order each time
     except SafetensorError as error:
-        raise CheckpointError(f"The checkpoint {name} is damaged or was cut short ({first_line(error)}).") from None
+        raise _damaged(name, error) from None
     if _digest(params) != about.digest:
         raise CheckpointError(f"The checkpoint {name} is damaged: its weights do not match their digest.")
     return Checkpoint(about.step, about.config, params, about.digest)
+
+
+def _damaged(name: str, error: Exception) -> CheckpointError:
+    return CheckpointError(f"The checkpoint {name} is damaged or was cut short ({first_line(error)}).")
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
