@@ -264,6 +264,8 @@ ARGUMENTS = {
     "ols": {},
     "ridge": {"noise_variance": np.float32(0.25)},
     "dmmse": {"tasks": TASKS, "noise_variance": torch.tensor(0.25)},
+    "smoothed_dmmse": {"tasks": TASKS, "noise_variance": 0.25, "task_variance": np.float64(0.5)},
+    "lasso": {"alpha": np.float32(0.1)},
 }
 
 

@@ -11,13 +11,30 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import Lasso, Ridge
 from sklearn.neighbors import KNeighborsRegressor
 
 from icl import baselines
-from icl.baselines import BASELINES, averaging, dmmse, knn, ols, ridge, task_mean, zero
+from icl.baselines import (
+    BASELINES,
+    averaging,
+    dmmse,
+    knn,
+    lasso,
+    ols,
+    ridge,
+    smoothed_dmmse,
+    task_mean,
+    tune_task_variance,
+    zero,
+)
 
-SETTINGS = {"noise_variance": 0.25, "tasks": torch.randn(7, 3, generator=torch.Generator().manual_seed(5))}
+SETTINGS = {
+    "noise_variance": 0.25,
+    "tasks": torch.randn(7, 3, generator=torch.Generator().manual_seed(5)),
+    "task_variance": 0.3,
+    "alpha": 0.1,
+}
 SIZES = {"batch_size": st.integers(1, 4), "num_examples": st.integers(1, 9), "task_size": st.integers(1, 6)}
 NAMES = sorted(BASELINES)
 
@@ -114,6 +131,24 @@ def test_ridge_matches_scikit_learn():
     torch.testing.assert_close(ridge(xs, ys, noise_variance=0.125), prefix_by_prefix(xs, ys, predict))
 
 
+def test_lasso_solves_its_optimality_conditions():
+    """X^T (y - X w) / k is alpha sign(w) where w is not 0, and at most alpha elsewhere."""
+    xs, ys, _ = make_prompts(4, 10, 5)
+    alpha = 0.1
+
+    def predict(x, y, query):
+        if not len(y):
+            return 0.0
+        w = Lasso(alpha=alpha, fit_intercept=False, max_iter=100_000, tol=1e-10).fit(x, y).coef_
+        slope = x.T @ (y - x @ w) / len(y)
+        assert np.abs(slope - alpha * np.sign(w))[w != 0].max(initial=0) < 1e-4
+        assert np.abs(slope).max() < alpha + 1e-4
+        return w @ query
+
+    expected = prefix_by_prefix(xs, ys, predict)
+    torch.testing.assert_close(lasso(xs, ys, alpha=alpha), expected, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("neighbours", [1, 3, 5])
 def test_knn_matches_scikit_learn(neighbours):
     xs, ys, _ = make_prompts(4, 10, 5)
@@ -130,6 +165,68 @@ def test_dmmse_matches_plain_loops(batch_size, num_examples, task_size, num_task
     xs, ys, _ = make_prompts(batch_size, num_examples, task_size, seed=seed)
     expected = prefix_by_prefix(xs, ys, plain_dmmse(tasks, noise_variance))
     torch.testing.assert_close(dmmse(xs, ys, tasks=tasks, noise_variance=noise_variance), expected)
+
+
+def plain_smoothed_dmmse(tasks, noise_variance, task_variance):
+    """Component by component: its evidence, and the posterior mean of ridge about its centre."""
+    tasks = tasks.double().numpy()
+
+    def predict(x, y, query):
+        covariance = task_variance * x @ x.T + noise_variance * np.eye(len(y))
+        residuals = [y - x @ w for w in tasks]
+        logs = np.array([-0.5 * r @ np.linalg.solve(covariance, r) if len(y) else 0.0 for r in residuals])
+        weights = np.exp(logs - logs.max())
+        means = [
+            w + (task_variance * x.T @ np.linalg.solve(covariance, r) if len(y) else 0.0)
+            for w, r in zip(tasks, residuals, strict=True)
+        ]
+        return weights @ np.array(means) @ query / weights.sum()
+
+    return predict
+
+
+@given(
+    **SIZES,
+    num_tasks=st.integers(1, 20),
+    seed=st.integers(0, 1000),
+    noise_variance=st.floats(0.01, 10),
+    task_variance=st.floats(1e-4, 10),
+)
+def test_smoothed_dmmse_matches_plain_loops(
+    batch_size, num_examples, task_size, num_tasks, seed, noise_variance, task_variance
+):
+    tasks = make_tasks(num_tasks, task_size)
+    xs, ys, _ = make_prompts(batch_size, num_examples, task_size, seed=seed)
+    variances = {"noise_variance": noise_variance, "task_variance": task_variance}
+    expected = prefix_by_prefix(xs, ys, plain_smoothed_dmmse(tasks, **variances))
+    found = smoothed_dmmse(xs, ys, tasks=tasks, **variances)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_smoothed_dmmse_lies_between_dmmse_and_ridge():
+    """Without smoothing it is dMMSE; one Gaussian about 0 of variance 1 is ridge's prior."""
+    xs, ys, _ = make_prompts(20, 8, 3)
+    tasks = make_tasks(7, 3)
+    sharp = smoothed_dmmse(xs, ys, tasks=tasks, noise_variance=0.25, task_variance=0.0)
+    torch.testing.assert_close(sharp, dmmse(xs, ys, tasks=tasks, noise_variance=0.25))
+    wide = smoothed_dmmse(xs, ys, tasks=torch.zeros(1, 3), noise_variance=0.25, task_variance=1.0)
+    torch.testing.assert_close(wide, ridge(xs, ys, noise_variance=0.25))
+
+
+def test_the_variance_is_tuned_to_that_of_the_prior():
+    """Tasks drawn about few centres: the least loss is that of the Bayes predictor, at the true variance."""
+    centres, variance = 2 * make_tasks(4, 3), 0.2
+    xs, _, offsets = make_prompts(4000, 8, 3, seed=1)
+    picked = torch.randint(4, (4000,), generator=torch.Generator().manual_seed(2))
+    noise = 0.5 * torch.randn(4000, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    ys = torch.einsum("bkd,bd->bk", xs, centres[picked] + variance**0.5 * offsets) + noise
+    tuned = tune_task_variance(xs, ys, tasks=centres, noise_variance=0.25)
+    assert tuned == pytest.approx(variance, rel=0.3)
+    losses = {
+        each: (smoothed_dmmse(xs, ys, tasks=centres, noise_variance=0.25, task_variance=each) - ys).square().mean()
+        for each in (tuned, tuned / 4, tuned * 4)
+    }
+    assert min(losses, key=losses.get) == tuned
 
 
 @pytest.mark.parametrize("num_tasks", [1, 64, 65, 1000])
@@ -190,7 +287,7 @@ def test_task_mean_is_the_mean_task_at_every_position():
     torch.testing.assert_close(task_mean(xs, ys, tasks=tasks), expected)
 
 
-@pytest.mark.parametrize("name", ["averaging", "knn", "ols", "ridge"])
+@pytest.mark.parametrize("name", ["averaging", "knn", "lasso", "ols", "ridge"])
 def test_without_examples_the_prediction_is_zero(name):
     xs, ys, _ = make_prompts()
     assert (call(name, xs, ys)[:, 0] == 0).all()
@@ -314,9 +411,10 @@ def test_first_two_losses_of_ridge_are_exact():
 def test_bayes_beats_every_other_baseline_on_its_own_prior(best, tasks):
     """Paired over prompts, after 7 examples: each other one loses by more than 4 standard errors."""
     xs, ys, _ = make_prompts(2**14, 8, 3, tasks=tasks)
-    errors = {name: (call(name, xs, ys) - ys)[:, -1].square() for name in NAMES}
-    for name in set(NAMES) - {best}:
-        excess = errors[name] - errors[best]
+    rivals = set(NAMES) - {best, "lasso"}  # a hundred thousand fits of the lasso would take a minute
+    least = (call(best, xs, ys) - ys)[:, -1].square()
+    for name in rivals:
+        excess = (call(name, xs, ys) - ys)[:, -1].square() - least
         assert excess.mean() > 4 * excess.std() / math.sqrt(len(excess)), name
 
 

@@ -240,8 +240,10 @@ def _predictors() -> list[Row]:
     xs, ys, tasks = torch.ones(2, 4, 2), torch.ones(2, 4), torch.ones(3, 2)
     rows: list[Row] = []
     for name, function in baselines.BASELINES.items():
-        needs: dict[str, Any] = {"tasks": tasks} if name in ("dmmse", "task_mean") else {}
-        needs |= {"noise_variance": 0.25} if name in ("dmmse", "ridge") else {}
+        needs: dict[str, Any] = {"tasks": tasks} if "task_mean" in name or "dmmse" in name else {}
+        needs |= {"noise_variance": 0.25} if "dmmse" in name or name == "ridge" else {}
+        needs |= {"task_variance": 0.5} if name == "smoothed_dmmse" else {}
+        needs |= {"alpha": 0.1} if name == "lasso" else {}
         for bad_xs, bad_ys, word in (
             (xs[0], ys[0], "xs"),
             (xs, ys[:, :3], "xs"),
@@ -253,7 +255,10 @@ def _predictors() -> list[Row]:
             rows.append((lambda f=function, x=bad_xs, y=bad_ys, n=needs: f(x, y, **n), word))
         bad_tasks = (torch.ones(3, 3), torch.ones(0, 2), torch.ones(2), tasks * math.nan, None, [["a", "b"]])
         bad_noise = (-1.0, math.nan, math.inf, "x", None)
-        for key, values in (("tasks", bad_tasks), ("noise_variance", bad_noise)):
+        for key, values in (
+            ("tasks", bad_tasks),
+            *((name, bad_noise) for name in ("noise_variance", "task_variance", "alpha")),
+        ):
             bad = [needs | {key: value} for value in values] if key in needs else []
             rows += [(lambda f=function, n=changed: f(xs, ys, **n), key) for changed in bad]
     rows += [(lambda k=k: baselines.knn(xs, ys, k=k), "k") for k in (0, -1, 1.5, "x", None)]

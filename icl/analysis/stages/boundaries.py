@@ -35,6 +35,10 @@ from icl.analysis.stages.smoothing import Curve, Points, SmoothedSignal
 SIGNIFICANCE = 3.0
 """Standard errors that a boundary needs (our choice). Because we search over intervals, one curve in ten or twenty without
 stages reaches it; none that we saw reached 4."""
+CORRELATED_SIGNIFICANCE = 4.0
+"""Standard errors that it needs where the correlation of the scatter takes a part of its strength, as that is estimated too."""
+_LITTLE_LOST = 0.8
+"""Share of the strength that is left if the correlation hardly matters."""
 STEEPNESS = 1.25
 """Factor by which both motions must be steeper than the pause between them (our choice: the slope falls by a fifth)."""
 _MAX_KNOTS = 64
@@ -62,11 +66,8 @@ class Boundary(NamedTuple):
     """Significance of the weaker of the two stretches of motion, in standard errors. They count the correlation of the scatter."""
     is_robust: bool
     """Whether a shorter and a longer kernel show the boundary too."""
-
-    @property
-    def is_significant(self) -> bool:
-        """Whether the boundary is significant also if the scatter is correlated between saved steps."""
-        return self.strength >= SIGNIFICANCE
+    is_significant: bool
+    """Whether the boundary is significant also if the scatter is correlated between saved steps."""
 
 
 class _Intervals(NamedTuple):
@@ -119,8 +120,10 @@ def find_boundaries(fit: SmoothedSignal, *, least_change: float) -> list[Boundar
         error = math.hypot(error, spacing / math.sqrt(12))
         on_grid = [(int(knots[first]), int(knots[last])) for first, last in stretches]
         is_robust = all(_strength(curve, kind, on_grid) >= SIGNIFICANCE for curve in fit.others)
-        strength = min(strength, _strength(fit.if_correlated, kind, on_grid))
-        boundaries.append(Boundary(kind, time, error, strength, is_robust))
+        if_correlated = _strength(fit.if_correlated, kind, on_grid)
+        needed = SIGNIFICANCE if if_correlated > _LITTLE_LOST * strength else CORRELATED_SIGNIFICANCE
+        is_significant = if_correlated >= needed
+        boundaries.append(Boundary(kind, time, error, min(strength, if_correlated), is_robust, is_significant))
     return boundaries
 
 
