@@ -71,6 +71,8 @@ class ChainsConfig:
     """Markov kernel: `sgld`, SGLD preconditioned by RMSprop (`rmsprop`), or underdamped Langevin dynamics (`baoab`)."""
     friction: float = 0.5
     """Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps. Other kernels ignore it."""
+    target_stderr: float | None = None
+    """Standard error at which the chains of a checkpoint stop; `num_draws` is then the largest number of draws."""
     thinning: int = 1
     """Moves from one draw to the next."""
     num_init_batches: int = 32
@@ -100,7 +102,7 @@ class ChainsConfig:
     def __post_init__(self) -> None:
         sizes = {"num_samples": 2, "batch_size": 1, "num_chains": 1, "num_draws": 2, "num_burnin_steps": 0}
         numbers: dict[str, Bound] = {"lr": "positive", "localization": "zero or positive", "memory": "positive"}
-        numbers["friction"] = "zero or positive"
+        numbers |= {"friction": "zero or positive", "target_stderr": "positive"}
         validate(self.section, self, counts={**sizes, "seed": 0, "thinning": 1, "num_init_batches": 1}, numbers=numbers)
         prefix = f"{self.section}." if self.section else ""
         require(
@@ -129,7 +131,7 @@ class SamplerConfig(ChainsConfig):
     num_samples: int = 2**15
     """Sample size n: the number of prompts in the `fixed` set, and the n of n / ln n. With the kernel `baoab` the set is a
     pool of num_samples / batch_size minibatches for its control variates."""
-    num_draws: int = 120
+    num_draws: int = 180
     """Draws of each chain, over which averages are taken."""
     num_burnin_steps: int = 60
     """Moves of each chain before its first draw. They are in no average."""

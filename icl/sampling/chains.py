@@ -42,6 +42,10 @@ NUM_TESTS = {"sgld": 16, "rmsprop": 16, "baoab": 4}
 """Number of moves of each chain whose acceptance is computed; each costs one more gradient, with `baoab` two."""
 MEMORY = 2.0 * 2**30
 """Default bytes that chains running at once may need; on CUDA it is half of the free memory."""
+FIRST_CHECK = 100
+"""Number of draws after which chains first compare their standard error with `target_stderr`; then it grows by an eighth."""
+MAX_EXPECTED = 500
+"""Largest number of moves that is expected of chains that may stop early, for the share of work beside them."""
 _COPIES = 10
 """Number of tensors of the size of the parameters that a member holds at once."""
 
@@ -94,7 +98,8 @@ def estimate(
     if variates is not None and source.pool is not None and source.pool.size <= common.num_init_batches:
         batches, are_all = [to_device(source.pool.get(i), device) for i in range(source.pool.size)], True
     known = at_checkpoints(target, _chunks(params, chunk_size), batches, settings_grid, layout)
-    drop_batches = batches[: num_drop_batches(common.num_moves, common.num_chains)]
+    expected = common.num_moves if common.target_stderr is None else min(common.num_moves, MAX_EXPECTED)
+    drop_batches = batches[: num_drop_batches(expected, common.num_chains)]
 
     def losses_at_mean(params: Params) -> Float[Tensor, "N I"]:
         chunks, losses = _chunks(params, chunk_size), target.losses_on_shared_batch
@@ -157,7 +162,15 @@ def run_chains(
     """
     num_chains = settings[0].num_chains
     num_members = size(checkpoints) * num_chains
-    chunk_size = even_chunks(num_members, chunk_size)
+    if settings[0].target_stderr is None:
+        chunk_size = even_chunks(num_members, chunk_size)
+    elif target.vectorize and chunk_size < num_chains:
+        raise ConfigError(
+            f"`target_stderr` needs all {num_chains} chains of a checkpoint at once, but the memory holds {chunk_size}: lower "
+            "`num_chains`, or raise `memory`."
+        )
+    else:
+        chunk_size = num_chains  # each checkpoint stops by itself
     rows, fixed = layout.to_rows(checkpoints), layout.fixed(checkpoints)
     stacked_samples = None if sample_losses is None else target.map_members(sample_losses)
     population = _Population(target, source, settings, layout, rows, fixed, keys, stacked_samples, variates)
@@ -172,10 +185,9 @@ def run_chains(
                 drops.add(traces.mean_position, traces.alive)
             # The positions are the largest part of the traces, so they are released at once.
             parts.append(traces._replace(mean_position=None))
-    by_checkpoint = [
-        traces._replace(share_batches=source.is_shared(), one_batch=source.is_one())
-        for traces in split_by_checkpoint(parts, num_chains)
-    ]
+    # Chains that stop early have one part for each checkpoint, of its own length.
+    split = parts if settings[0].target_stderr is not None else split_by_checkpoint(parts, num_chains)
+    by_checkpoint = [traces._replace(share_batches=source.is_shared(), one_batch=source.is_one()) for traces in split]
     if drops is None:
         return by_checkpoint
     return [traces._replace(drop_at_mean=drop) for traces, drop in zip(by_checkpoint, drops.drops, strict=True)]
@@ -272,12 +284,15 @@ class _Population(NamedTuple):
         start = self.checkpoints[index]
         groups = self._groups(checkpoints, chains, start, fixed)
         anchors, sizes = self.layout.to_params(start, fixed), [group.size for group in groups]
+        # Chains that may stop early are tested as often as short ones.
+        num_draws = common.num_draws if common.target_stderr is None else min(common.num_draws, FIRST_CHECK)
+        next_check = FIRST_CHECK
         for move in range(common.num_moves):
             batch = self._minibatch(checkpoints, chains, move)
             here = self._points(groups, fixed, batch)
             draw, remainder = divmod(move - common.num_burnin_steps, common.thinning)
             is_draw = draw >= 0 and remainder == 0
-            is_tested = is_draw and draw % -(-common.num_draws // NUM_TESTS[common.kernel]) == 0
+            is_tested = is_draw and draw % -(-num_draws // NUM_TESTS[common.kernel]) == 0
             if is_tested and common.kernel == "baoab" and not self.source.is_one():
                 # The same positions on other minibatches: those of a neighbouring move.
                 others = self._points(groups, fixed, self._minibatch(checkpoints, chains, move - 1 if move else 1))
@@ -297,6 +312,11 @@ class _Population(NamedTuple):
             for group, point, proposal in zip(groups, here, proposals, strict=True):
                 group.move(proposal, point.grad, adapting=move < common.num_burnin_steps)
             advance(len(members))
+            if common.target_stderr is not None and is_draw and groups[0].recorder.num_draws == next_check:
+                if groups[0].recorder.is_precise(common.target_stderr):
+                    advance(len(members) * (common.num_moves - move - 1))
+                    break
+                next_check += max(1, next_check // 8)
         return [group.recorder.traces() for group in groups]
 
     def _groups(

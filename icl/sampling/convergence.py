@@ -20,6 +20,14 @@ MANY_CHAINS = 16
 """Number of chains from which on their spread alone measures errors well."""
 
 
+def needed_ess(num_chains: int) -> int:
+    """Return the effective sample size that the verdict wants.
+
+    It is larger for few chains, which hardly check each other, and smaller for many, whose spread alone is a good error.
+    """
+    return 400 if num_chains < 4 else 200 if num_chains < MANY_CHAINS else 100
+
+
 def rhat(draws: Float[ndarray, "K S"]) -> float:
     """Return the rank-normalised split R-hat; NaN for a single chain or fewer than four draws."""
     if len(draws) < 2 or draws.shape[1] < 4:

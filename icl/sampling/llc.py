@@ -129,6 +129,7 @@ def estimate_llc(
     restrict: Restriction = None,
     kernel: str = "sgld",
     friction: float | None = None,
+    target_stderr: float | None = None,
     num_samples: int | None = None,
     num_init_batches: int = 32,
     trivial_loss: float | None = None,
@@ -153,6 +154,7 @@ def estimate_llc(
         restrict: Which parameters may move: names, globs, or a dict of Boolean masks; None for all.
         kernel: `sgld`, `rmsprop` or `baoab`.
         friction: Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps; by default 0.5.
+        target_stderr: Standard error at which the chains stop; `num_draws` is then the largest number of draws.
         num_samples: The sample size n.
         num_init_batches: Number of distinct batches for L(w0), the first that the chains get; fewer if there are fewer.
         trivial_loss: Loss of a predictor that knows nothing; without it, escape from the basin is not checked.
@@ -180,6 +182,7 @@ def estimate_llc(
         num_burnin_steps=num_burnin_steps,
         seed=seed,
         kernel=cast(Kernel, kernel),  # checked there
+        target_stderr=target_stderr,
         friction=ChainsConfig.friction if friction is None else friction,
         thinning=options.thinning,
         num_init_batches=num_init_batches,

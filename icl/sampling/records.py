@@ -79,6 +79,8 @@ class EstimateSettings(NamedTuple):
         sampled = {name: value for name, value in fields.items() if name not in _NOT_SAMPLED}
         if self.sampler.kernel != "baoab":
             del sampled["friction"]
+        if self.sampler.target_stderr is None:
+            del sampled["target_stderr"]  # so that the settings of older versions keep their hash
         sampled["nbeta"] = self.sampler.inverse_temperature  # so that equal chains have equal settings
         return sampled | {"mode": self.mode, "rescale": self.rescale, "version": VERSION}
 

@@ -171,7 +171,7 @@ def make_result(
         stderr_per_component=stderr_per_component,
         wbic=None if num_samples is None else num_samples * evidence.mean_loss,
         fluctuation=_fluctuation(traces, used, nbeta, num_samples),
-        settings=dataclasses.replace(settings, nbeta=nbeta),
+        settings=dataclasses.replace(settings, nbeta=nbeta, num_draws=traces.losses.shape[1]),
         num_init_batches=len(checkpoint.losses),
         loss_name=target.name,
         step=identity.step,

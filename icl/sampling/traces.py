@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from icl.config import ChainsConfig
 from icl.model.stacked import Params
+from icl.sampling import convergence
 from icl.sampling.baoab import BAOABState
 from icl.sampling.minimum import Drop
 from icl.sampling.sgld import SGLDState
@@ -142,6 +143,19 @@ class Recorder:
         self.mean = position.clone() if self.mean is None else self.mean.lerp_(position, 1 / len(self.excess))
         if self.sample_losses is not None:
             self.variance.add(self.sample_losses(params()))
+
+    @property
+    def num_draws(self) -> int:
+        """Number of draws so far."""
+        return len(self.excess)
+
+    def is_precise(self, stderr: float) -> bool:
+        """Return whether the mean excess of these chains has at most this standard error, in nats, and enough draws to know it."""
+        nats = self.settings.inverse_temperature * torch.stack([mean_over_components(e) for e in self.excess], dim=1)
+        used = _to_float64(nats[nats.isfinite().all(1)]).numpy()
+        if not len(used):
+            return False
+        return convergence.ess(used) >= convergence.needed_ess(len(used)) and convergence.standard_error(used) <= stderr
 
     def traces(self) -> Traces:
         """Return everything recorded, on the CPU in float64, except for the mean position."""

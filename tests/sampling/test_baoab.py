@@ -222,3 +222,41 @@ def test_checkpoints_with_variates_are_together_as_they_are_alone_and_in_chunks(
         for result, other in zip(together, alone, strict=True):
             assert torch.allclose(result.loss_trace, other.loss_trace, rtol=1e-12)
             assert result.llc == pytest.approx(other.llc, rel=1e-9)
+
+
+# Chains that stop by themselves
+
+
+def test_chains_stop_once_the_standard_error_is_reached_and_their_draws_are_those_of_longer_ones():
+    h = torch.tensor([0.5, 2.0])
+
+    def loss(params, batch):
+        return (h * params["w"].square()).sum() / 2
+
+    starts = [{"w": torch.zeros(2)}, {"w": torch.full((2,), 1e-3)}]
+    settings = {**SETTINGS, "lr": 0.01, "num_draws": 5000, "num_burnin_steps": 100, "num_chains": 4}
+    alone = [estimate_llc(loss, start, [None], **settings, target_stderr=0.03) for start in starts]
+    full = estimate_llc(loss, starts[0], [None], **settings)
+    truth = known.quadratic_llc(h, nbeta=100.0, localization=5.0)
+    for result in alone:
+        assert 100 <= result.loss_trace.shape[1] < 4000
+        assert result.settings.num_draws == result.loss_trace.shape[1]
+        assert result.stderr <= 0.03
+        assert result.llc == pytest.approx(truth, abs=4 * 0.03)
+    length = alone[0].loss_trace.shape[1]
+    assert torch.equal(alone[0].loss_trace, full.loss_trace[:, :length])
+    options = EstimateOptions(identities=[CheckpointId(0, "0"), CheckpointId(1, "0")])
+    together = estimate_many(loss, starts, [None], **settings, target_stderr=0.03, options=options)
+    for result, other in zip(together, alone, strict=True):
+        assert torch.allclose(result.loss_trace, other.loss_trace, rtol=1e-5)
+        assert result.llc == pytest.approx(other.llc, rel=1e-4)
+
+
+def test_chains_that_do_not_reach_the_standard_error_say_so():
+    def loss(params, batch):
+        return params["w"].square().sum() / 2
+
+    settings = {**SETTINGS, "lr": 0.01, "num_draws": 150}
+    result = estimate_llc(loss, {"w": torch.zeros(2)}, [None], **settings, target_stderr=1e-4)
+    assert result.settings.num_draws == 150
+    assert any("`target_stderr`" in reason for reason in result.reasons)

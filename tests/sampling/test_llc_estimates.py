@@ -480,6 +480,7 @@ def test_every_rule_can_be_the_only_reason_and_names_its_source():
         "prior dominated": {"spread": 2.0, "pull": 0.4, "llc": 0.2},
         "localization outweighs": {"sensitivity": 0.8 * healthy.llc, "sensitivity_stderr": 0.01},
         "mostly flat": {"spread": 1.6, "pull": 3.0},
+        "target not reached": {"target_stderr": healthy.stderr / 2},
         "improper": {"localization": 0.0, "pull": 2.0},
         "localization counts": {"sensitivity": 0.5 * healthy.llc, "sensitivity_stderr": 0.01},
         "not spread out": {"llc": 1.0, "pull": 1.05, "spread": 0.0, "filled_stderr": 0.01},

@@ -41,6 +41,7 @@ RULES: tuple[Rule, ...] = (
     basin.mostly_flat,
     basin.localization_counts,
     chains.slight_step_size_bias,
+    chains.target_not_reached,
     basin.slightly_lower_loss_at_mean,
     basin.too_few_chains_for_the_drop,
     basin.drop_not_measurable,

@@ -18,7 +18,7 @@ For quadratics and SGLD, the bound is one to two times what the step adds to the
 
 import math
 
-from icl.sampling.convergence import MANY_CHAINS
+from icl.sampling.convergence import MANY_CHAINS, needed_ess
 from icl.sampling.traces import DIVERGED
 from icl.sampling.verdict.evidence import Evidence, rule
 
@@ -80,11 +80,11 @@ def r_hat(e: Evidence) -> str | None:
 
 @rule("suspect", source="simulated coverage of the intervals given `ok`, near the threshold")
 def effective_sample_size(e: Evidence) -> str | None:
-    """The draws must have the information of at least 200 independent ones, or 400 where few chains hardly check each other.
+    """The draws must have the information of enough independent ones (`convergence.needed_ess`).
 
     Near a lower threshold, estimates pass whose standard error is small by accident.
     """
-    needed = 200 if e.num_chains_used >= 4 else 400
+    needed = needed_ess(e.num_chains_used)
     if not e.num_chains_used or e.ess >= needed:
         return None
     return f"the effective sample size is {e.ess:.0f}, below {needed}: take more draws or chains"
@@ -136,6 +136,14 @@ def mala_acceptance(e: Evidence) -> str | None:
     if not e.mala_acceptance < 0.5:
         return None
     return f"a Metropolis test would accept only {e.mala_acceptance:.0%} of the moves: lower lr"
+
+
+@rule("note", source="fixed outcome")
+def target_not_reached(e: Evidence) -> str | None:
+    """The chains stop at the largest number of draws even if the error is still above its target."""
+    if e.target_stderr is None or e.error <= e.target_stderr:
+        return None
+    return f"note: the standard error {e.stderr:.2g} is above `target_stderr` {e.target_stderr:g}: raise num_draws"
 
 
 @rule("note", source="as `step_size_bias`; standard errors")

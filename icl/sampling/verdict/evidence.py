@@ -77,6 +77,7 @@ class Evidence:
     """How much the LLC falls when localization grows e-fold (`convergence.sensitivity`)."""
     sensitivity_stderr: float
     localization: float
+    target_stderr: float | None
     share_batches: bool
 
     @property
@@ -214,6 +215,7 @@ def evidence_of(
         sensitivity=sensitivity,
         sensitivity_stderr=sensitivity_stderr,
         localization=settings.localization,
+        target_stderr=settings.target_stderr,
         share_batches=traces.share_batches,
     )
 
