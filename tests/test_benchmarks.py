@@ -246,3 +246,21 @@ def test_devinterp_and_we_make_as_many_moves(monkeypatch):
     traces = our_chains(config, "cpu", num_moves=3, compiled=False)()
     assert traces.burnin.shape[-1] + traces.losses.shape[-1] == 3
     assert traces.losses.shape[:2] == (1, NUM_CHAINS)
+
+
+def test_gradients_for_an_error_are_variance_over_what_the_bias_leaves():
+    from benchmarks.gradients import Efficiency
+
+    assert Efficiency(bias=0.3, variance=32.0).gradients(0.5) == pytest.approx(200.0)
+    assert Efficiency(bias=0.5, variance=1.0).gradients(0.5) == math.inf
+
+
+@pytest.mark.slow
+def test_baoab_needs_an_eighth_of_the_gradients_on_a_stiff_quadratic():
+    from benchmarks.gradients import ERROR, NAMES, on_problem
+    from icl.sampling.self_test import problems
+
+    problem = next(problem for problem in problems() if problem.name == NAMES[0])
+    truth = problem.finite(problem.nbetas[0], 0.0)
+    sgld, baoab = on_problem(problem, "sgld", 0.25), on_problem(problem, "baoab", 4)
+    assert baoab.gradients(ERROR * truth) < sgld.gradients(ERROR * truth) / 8

@@ -33,6 +33,8 @@ Batch: TypeAlias = Any
 Batches: TypeAlias = Callable[[int, int], Batch] | Iterable[Batch]
 NUM_COMPARED = 4
 """Number of first moves at which the chains' minibatches are compared; so are twice as many later ones."""
+SHORT_LIST = 32
+"""Below this number of batches that are dealt in passes, the noise of a chain's neighbouring moves is clearly related."""
 _ARRAYS = (Tensor, np.ndarray)
 
 
@@ -81,6 +83,10 @@ class ChainBatches:
     def is_one(self) -> bool:
         """Return whether all chains saw the same single batch at every compared move: the whole data."""
         return len(set(self.digests.values())) <= 1
+
+    def is_short_list(self) -> bool:
+        """Return whether a list of fewer than `SHORT_LIST` batches is dealt in passes."""
+        return self.pool is not None and not self.pool.is_uniform and 1 < self.pool.size < SHORT_LIST
 
     def is_shared(self) -> bool:
         """Return whether two chains saw the same batches at all first or all later moves, although there were different ones."""

@@ -187,7 +187,10 @@ def run_chains(
             parts.append(traces._replace(mean_position=None))
     # Chains that stop early have one part for each checkpoint, of its own length.
     split = parts if settings[0].target_stderr is not None else split_by_checkpoint(parts, num_chains)
-    by_checkpoint = [traces._replace(share_batches=source.is_shared(), one_batch=source.is_one()) for traces in split]
+    by_checkpoint = [
+        traces._replace(share_batches=source.is_shared(), one_batch=source.is_one(), few_batches=source.is_short_list())
+        for traces in split
+    ]
     if drops is None:
         return by_checkpoint
     return [traces._replace(drop_at_mean=drop) for traces, drop in zip(by_checkpoint, drops.drops, strict=True)]

@@ -142,10 +142,13 @@ def headline(row: Mapping[str, Any]) -> str:
         >>> headline({"llc": 45.9, "stderr": 0.7, "bias_bound": 1.2, "sensitivity": 10.0, "localization": 1e3, "verdict": "ok"})
         '45.9 ± 0.7 (bias at most 1.2; falls 10 per e-fold of localization, here 1000), ok'
     """
-    trend = "falls" if row["sensitivity"] >= 0 else "rises"
+    change = row["sensitivity"]
+    trend = f"{'falls' if change > 0 else 'rises'} {abs(change):.2g} per e-fold of localization, here"
+    if math.isnan(change):
+        trend = "at localization"
     return (
-        f"{row['llc']:.3g} ± {row['stderr']:.2g} (bias at most {row['bias_bound']:.2g}; {trend} {abs(row['sensitivity']):.2g} per "
-        f"e-fold of localization, here {row['localization']:g}), {row['verdict']}"
+        f"{row['llc']:.3g} ± {row['stderr']:.2g} (bias at most {row['bias_bound']:.2g}; {trend} {row['localization']:g}), "
+        f"{row['verdict']}"
     )
 
 

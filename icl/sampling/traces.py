@@ -109,6 +109,8 @@ class Traces(NamedTuple):
     """Whether two chains saw the same minibatches, although there were different ones."""
     one_batch: bool = False
     """Whether there was one batch for all moves, so that the loss has no noise."""
+    few_batches: bool = False
+    """Whether a short list of batches is dealt in passes, so that the noise of neighbouring draws is related."""
 
     @property
     def mean_excess(self) -> Float[Tensor, "N S"]:

@@ -223,10 +223,10 @@ def mostly_flat(e: Evidence) -> str | None:
     """Most directions are flat, so the LLC depends on the localization."""
     if not (e.spread > 0.5 * e.num_params and e.pull >= _least_pull(e)):
         return None
-    return (
-        f"note: the data determine only {e.pull:.3g} of {e.num_params} directions, so the LLC falls by "
-        f"{e.sensitivity:.2g} ± {e.sensitivity_stderr:.1g} if localization grows 2.7-fold"
-    )
+    fall = f"falls by {e.sensitivity:.2g} ± {e.sensitivity_stderr:.1g} if localization grows 2.7-fold"
+    if math.isnan(e.sensitivity):
+        fall = "depends on the localization"
+    return f"note: the data determine only {e.pull:.3g} of {e.num_params} directions, so the LLC {fall}"
 
 
 @rule("note", source="as `not_spread_out`")

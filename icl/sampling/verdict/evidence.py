@@ -74,7 +74,7 @@ class Evidence:
     lowest: float
     """The smallest excess of a draw; NaN where minibatches make losses noisy."""
     sensitivity: float
-    """How much the LLC falls when localization grows e-fold (`convergence.sensitivity`)."""
+    """How much the LLC falls when localization grows e-fold (`convergence.sensitivity`); NaN for a short list of batches."""
     sensitivity_stderr: float
     localization: float
     target_stderr: float | None
@@ -182,7 +182,9 @@ def evidence_of(
     pull, spread, bias_bound = (traces.quantities[name][used].numpy() for name in ("pull", "spread", "bias_bound"))
     llc = _mean(excess)
     drift, drift_stderr = convergence.drift(excess)
-    sensitivity, sensitivity_stderr = convergence.sensitivity(excess, pull, is_noisy=not traces.one_batch)
+    sensitivity, sensitivity_stderr = math.nan, math.nan
+    if not traces.few_batches:
+        sensitivity, sensitivity_stderr = convergence.sensitivity(excess, pull, is_noisy=not traces.one_batch)
     return Evidence(
         llc=llc,
         stderr=convergence.standard_error(excess),

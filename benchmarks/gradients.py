@@ -1,0 +1,134 @@
+"""Gradients that an LLC needs for a given error, by SGLD and by BAOAB: `python -m benchmarks.gradients`.
+
+Counts do not depend on the machine. On full-batch losses with known answers, each of many chains gives a mean over S draws. Their
+variance v / S and their bias b against the truth give the gradients for a root mean square error r, v / (r^2 - b^2), burn-in not
+counted. Each kernel has its best step of a few. `--checkpoint FILE --reference LLC` does the same with repeated estimates of a
+checkpoint, where every gradient is counted, those of the pool and of burn-in too (about ten minutes for the quickstart):
+
+    python -m benchmarks.gradients --checkpoint data/small/models/quickstart/step-000005000.safetensors --reference 44
+"""
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icl.build import build_checkpoint_model
+from icl.config import ChainsConfig, SamplerConfig
+from icl.config.tree import Kernel
+from icl.model.flat import Layout
+from icl.model.stacked import Params
+from icl.runs.checkpoints import load_checkpoint_file
+from icl.sampling import estimate_llcs
+from icl.sampling.batches import Batch
+from icl.sampling.prompt_loss import prompt_target
+from icl.sampling.run import estimate_grid
+from icl.sampling.self_test import Problem, problems
+
+NAMES = ("stiff quadratic, steps counted", "normal crossing a^2 b^2", "separable a^4 + b^4 + c^2")
+"""Problems of the self-test."""
+STEPS: dict[Kernel, tuple[float, ...]] = {"sgld": (0.125, 0.25, 0.5, 1, 2), "baoab": (0.5, 1, 2, 4)}
+"""Steps that are tried, by the problem's own."""
+ERROR = 0.03
+"""Root mean square error, as a share of the truth."""
+
+
+class Efficiency(NamedTuple):
+    """How good the estimates of a kernel at a step are."""
+
+    bias: float
+    variance: float
+    """Variance of an estimate times its number of gradients."""
+
+    def gradients(self, error: float) -> float:
+        """Return the number of gradients for a root mean square error; infinite if the bias alone is larger."""
+        left = error**2 - self.bias**2
+        return self.variance / left if left > 0 else math.inf
+
+
+def on_problem(
+    problem: Problem, kernel: Kernel, factor: float, *, num_chains: int = 128, num_draws: int = 4000
+) -> Efficiency:
+    """Measure a kernel on a problem with a known answer, at a factor of its step."""
+    assert problem.finite is not None
+    (nbeta,), lr = problem.nbetas, factor * problem.sampler["lr"]
+    settings = ChainsConfig(
+        kernel=kernel,
+        lr=lr,
+        nbeta=nbeta,
+        localization=problem.sampler["localization"],
+        num_chains=num_chains,
+        num_draws=num_draws,
+        num_burnin_steps=num_draws // 2,
+    )
+    (result,) = estimate_llcs(problem.loss, [problem.params], problem.batches, settings)
+    means = result.llc_per_chain
+    return Efficiency(float(means.mean()) - problem.finite(nbeta, 0.0), num_draws * float(means.var()))
+
+
+def on_checkpoint(file: Path, sampler: SamplerConfig, *, reference: float, num: int) -> Efficiency:
+    """Measure by repeated estimates of a checkpoint."""
+    checkpoint, values, counted = load_checkpoint_file(file), [], 0
+    build_checkpoint_model(checkpoint)
+    for seed in range(num):
+        settings = dataclasses.replace(sampler, seed=1000 + seed)
+        target = prompt_target(checkpoint.config, settings)
+        gradient = target.chain_gradient
+
+        def counting(layout: Layout, rows: Float[Tensor, "N P"], fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+            nonlocal counted
+            counted += len(rows)
+            return gradient(layout, rows, fixed, batch)  # noqa: B023 -- called within the round
+
+        target = dataclasses.replace(target, gradient=counting)
+        ((result,),) = estimate_grid(
+            [checkpoint], [settings], target, device=torch.device("cpu"), advance=lambda moves: None
+        )
+        values.append(result.llc)
+    llcs = torch.tensor(values, dtype=torch.float64)
+    return Efficiency(float(llcs.mean()) - reference, float(llcs.var()) * counted / num)
+
+
+def main() -> None:
+    """Print, for each problem and kernel, the best step and its gradients."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint file; without it, losses with known answers")
+    parser.add_argument("--reference", type=float, help="the checkpoint's LLC")
+    parser.add_argument("--repetitions", type=int, default=8, help="estimates of the checkpoint (default 8)")
+    arguments = parser.parse_args()
+    if arguments.checkpoint is not None:
+        own = load_checkpoint_file(arguments.checkpoint).config.sampler
+        longer = dataclasses.replace(own, kernel="sgld", num_samples=2**20, num_burnin_steps=150, num_draws=100)
+        cases = [("baoab", dataclasses.replace(SamplerConfig(), lr=own.lr))]
+        cases += [("sgld", dataclasses.replace(longer, lr=factor * own.lr)) for factor in (0.5, 1.0)]
+        for name, sampler in cases:
+            found = on_checkpoint(
+                arguments.checkpoint, sampler, reference=arguments.reference, num=arguments.repetitions
+            )
+            needed = found.gradients(0.03 * arguments.reference)
+            print(f"{name:6} lr {sampler.lr:.3g}: bias {found.bias:+.2f}, gradients for 3%: {needed:,.0f}", flush=True)
+        return
+    for problem in problems():
+        if problem.name in NAMES:
+            assert problem.finite is not None
+            truth = problem.finite(problem.nbetas[0], 0.0)
+            best = {}
+            for kernel, factors in STEPS.items():
+                tried = {factor: on_problem(problem, kernel, factor) for factor in factors}
+                factor = min(factors, key=lambda factor: tried[factor].gradients(ERROR * truth))
+                best[kernel] = tried[factor].gradients(ERROR * truth)
+                print(
+                    f"{problem.name:34} {kernel:6} lr {factor * problem.sampler['lr']:.3g}: bias {tried[factor].bias:+.4f}, "
+                    f"gradients for {ERROR:.0%}: {best[kernel]:,.0f}",
+                    flush=True,
+                )
+            print(f"{problem.name:34} ratio {best['sgld'] / best['baoab']:.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
