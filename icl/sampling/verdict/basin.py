@@ -210,7 +210,7 @@ def localization_counts(e: Evidence) -> str | None:
 @rule("suspect", source="integration by parts; for a single curvature, two thirds is twice the data's weight")
 def localization_outweighs(e: Evidence) -> str | None:
     """The data, not the localization, must decide the LLC."""
-    if not (e.localization > 0 and e.sensitivity - 3 * e.sensitivity_stderr > 2 / 3 * max(e.llc, 0.0)):
+    if not (e.localization > 0 and e.sensitivity - 2 * e.sensitivity_stderr > 2 / 3 * max(e.llc, 0.0)):
         return None
     return (
         f"prior-dominated: localization, not the data, decides the LLC, which would fall by {e.sensitivity:.3g} if localization "
