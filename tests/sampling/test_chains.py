@@ -55,8 +55,9 @@ def same(one, other, tolerance=1e-10):
 
 
 def numbers(result):
-    """The evidence as a dict."""
-    return {field.name: getattr(result, field.name) for field in dataclasses.fields(Evidence)}
+    """The evidence as a dict, without what is not set."""
+    evidence = {field.name: getattr(result, field.name) for field in dataclasses.fields(Evidence)}
+    return {name: value for name, value in evidence.items() if value is not None}
 
 
 # The same draws
