@@ -36,7 +36,10 @@ hypothesis.settings.load_profile("icl")
 def pytest_configure() -> None:
     import icl.config
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    # Two processes with two threads each on two cores wait for each other more than they compute.
+    num_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    num_threads = max(1, min(2, (os.cpu_count() or 1) // num_processes))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", num_threads)))
     # The config tree refuses wrong values itself, in sentences that are under test; jaxtyping's hook would speak first.
     for section in vars(icl.config).values():
         if isinstance(section, type) and dataclasses.is_dataclass(section):
