@@ -92,7 +92,7 @@ def _train(configs: Sequence[RunConfig], wandb_run: Any = None) -> int:
     return 0 if len(ended) == len(results) and not undrawn and not incomplete else 1
 
 
-def _tell_stop(stopped: Sequence["TrainResult"]) -> int:
+def _tell_stop(stopped: "Sequence[TrainResult]") -> int:
     """Say which signal stopped runs and where; 128 + the signal."""
     steps = sorted({result.status.step for result in stopped})
     where = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
@@ -136,7 +136,7 @@ def _headline(means: "pd.Series", drawn: "DrawnRun") -> str:
     return f"{first} {drawn.excess:.4f} ± {drawn.excess_stderr:.4f} (standard error) above {optimum}."
 
 
-def _show_members(results: Sequence["TrainResult"]) -> list[str]:
+def _show_members(results: "Sequence[TrainResult]") -> list[str]:
     """Print a row for each run of a population, and draw its figure, which a run that was done has already.
 
     Returns:
