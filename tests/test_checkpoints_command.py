@@ -293,7 +293,7 @@ def test_verify_finds_nothing_in_a_whole_run_and_its_copy(there_too, capsys):
 @pytest.mark.parametrize(
     "damage",
     [
-        pytest.param(flip, id="altered"),
+        pytest.param(flip, id="altered", marks=pytest.mark.slow),
         pytest.param(lambda data: data[: len(data) // 2], id="cut short", marks=pytest.mark.slow),
         pytest.param(lambda data: b"", id="empty", marks=pytest.mark.slow),
     ],

@@ -20,6 +20,7 @@ ALIKE = {
     "ListObjectsV2 refused, 501",
     "Expect refused, 417",
     "500 after every fifth request",
+    "503 SlowDown at first",
 }
 """Tried by the slow tests and by `tests.reliability.refusals` only: others are much like them."""
 PART = 5 * 2**20

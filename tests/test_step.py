@@ -282,6 +282,7 @@ for ours, other in zip(*(f(t.CONFIG, layout_of(params), rows, *t.make_prompts(0)
 """
 
 
+@pytest.mark.slow
 def test_a_step_is_one_graph_with_a_layout_that_was_never_used():
     run_alone(TRACED)
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.reliability.bad_inputs import all_cases, attempt, bench
 
-_EVERY = 12
+_EVERY = 24
 """By default one case in so many is tried, and those below; the slow test tries them all."""
 _T = "train --config tiny.yaml"
 _ALWAYS = (

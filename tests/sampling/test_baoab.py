@@ -170,6 +170,7 @@ def test_there_are_no_variates_without_a_pool_that_pays(changes, batches):
     assert make_variates(target, {"w": params["w"][None]}, source, settings, layout, chunk_size=5) is None
 
 
+@pytest.mark.slow
 def test_an_estimate_with_variates_agrees_with_the_truth_and_one_without_is_too_hot():
     """The residual noise, of the minibatches' curvatures, is in the bound; a list that is dealt in passes has a little less."""
     loss, params, batches, h = regression(batch_size=64)
@@ -227,6 +228,7 @@ def test_checkpoints_with_variates_are_together_as_they_are_alone_and_in_chunks(
 # Chains that stop by themselves
 
 
+@pytest.mark.slow
 def test_chains_stop_once_the_standard_error_is_reached_and_their_draws_are_those_of_longer_ones():
     h = torch.tensor([0.5, 2.0])
 

@@ -64,7 +64,12 @@ def test_a_run_is_estimated_told_and_drawn(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("verdicts", "status"), [(("invalid", "suspect"), 0), (("invalid", "invalid"), 1), (("ok", "ok"), 0)]
+    ("verdicts", "status"),
+    [
+        (("invalid", "suspect"), 0),
+        (("invalid", "invalid"), 1),
+        pytest.param(("ok", "ok"), 0, marks=pytest.mark.slow),
+    ],
 )
 def test_the_exit_status_says_whether_anything_can_be_used(folder, monkeypatch, capsys, verdicts, status):
     true = runs.make_record

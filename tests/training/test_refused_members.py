@@ -167,6 +167,7 @@ def told_table(capsys):
     return capsys.readouterr().out.partition("Mean loss")[2]
 
 
+@pytest.mark.slow
 def test_a_member_that_cannot_be_drawn_is_named_and_the_others_are_shown(places, capsys):
     results = train_population(CONFIGS, folders=places)
     shutil.rmtree(results[0].folder.checkpoints.root)
