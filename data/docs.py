@@ -28,7 +28,8 @@ Conventions: a row is one number, or one estimate with its diagnostics; step s m
 target, not divided by D; `stderr` is a standard error; numbers have five significant digits, and one that is not finite is left out. `schema.py` has the types, `provenance.json` the
 commands, dates, versions and hardware of every table, `phases.csv` what each phase cost. `published.csv` holds the released numbers that
 ours are compared with (`docs/reproduction.md`). `models/` has a few weights (safetensors), so that notebooks can show predictions.
-`benchmarks/` is `make bench`'s.
+`benchmarks/` is `make bench`'s. `verdict-rates.csv` says how often verdicts of turning points and stages are right on simulated curves
+(`python -m tools.verdict_rates --runs 200`).
 """
 
 
