@@ -1,7 +1,7 @@
 """How often the verdicts of turning points and stages are right, on simulated curves with correlated scatter.
 
 Scatter is an autoregression of order one over the saved steps, with correlation phi between neighbours and the standard deviation 1
-at every step. `python -m tools.verdict_rates [--runs N] [--out FILE]` writes the table that `docs/gotchas.md` shows.
+at every step. `python -m tools.verdict_rates [--runs N] [--out FILE]` writes the table `data/verdict-rates.csv`.
 
 - `flat tail`: a loss that falls and then stays flat. `ok` is a false `transient ridge`.
 - `rise`: the same, with a rise by ten standard deviations after its minimum.

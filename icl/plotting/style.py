@@ -159,9 +159,7 @@ def _render(figure: Figure, file_format: str, origin: str, buffer: io.BytesIO) -
         line.set_in_layout(False)
         extent = Bbox([[0, 0], [width, height + strip]])
         engine = figure.get_layout_engine()
-        figure.set_layout_engine(
-            "none"
-        )  # `tidy` has found the layout; to find it again would take as long as the drawing
+        figure.set_layout_engine("none")  # `tidy` has computed the layout
         figure.savefig(buffer, format=file_format, metadata=_METADATA.get(file_format), bbox_inches=extent)
         figure.set_layout_engine(engine)
         line.remove()
