@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,23 @@ def test_ls_says_what_is_where_in_numeric_order(s3, run, capsys):
         ["20", "here", "store"],
         ["1,000,000,000", "-", "store"],
     ]
+
+
+@pytest.mark.parametrize(
+    "name", ["status.json", "config.yaml", "run-id", "results/llc/000000000010.json", "metrics.csv"]
+)
+def test_a_small_file_of_five_gigabytes_is_told_and_not_read(name, run, capsys):
+    path = run.path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.truncate(5 * 2**30)  # sparse: takes no room on the disk
+    tracemalloc.start()
+    assert main(["checkpoints", "tiny", "verify"]) == 1
+    assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+    tracemalloc.stop()
+    said = "".join(capsys.readouterr())
+    assert name in said
+    assert "it has 5,368,709,120 bytes" in said
 
 
 def test_pull_fetches_a_run_by_its_name_to_another_machine(s3, run, monkeypatch, tmp_path, capsys):

@@ -120,7 +120,13 @@ def test_a_file_that_is_altered_in_the_store_is_found_by_its_tag(s3, proxy):
 
 def test_a_redirection_without_a_region_is_one_sentence(s3, proxy):
     proxy.refuse = lambda request: (301, "PermanentRedirect")
-    with pytest.raises(StorageError, match="another region; set AWS_DEFAULT_REGION"):
+    with pytest.raises(StorageError, match="AWS_DEFAULT_REGION if the bucket is in another region"):
+        S3Store(s3.bucket).check()
+
+
+def test_a_redirection_to_the_page_of_a_login_is_not_called_another_region(s3, proxy):
+    proxy.refuse = lambda request: (302, "")
+    with pytest.raises(StorageError, match="page of a login or a proxy"):
         S3Store(s3.bucket).check()
 
 

@@ -37,6 +37,14 @@ def test_what_is_written_is_read(store):
     assert store.read("a/b.bin") == b"two"
 
 
+def test_a_value_is_read_up_to_a_limit(store):
+    store.write("a", b"x" * 200_000)
+    assert len(store.read("a", limit=200_000)) == 200_000
+    for limit in (199_999, 1000):
+        with pytest.raises(StorageError, match=rf"{limit:,}"):
+            store.read("a", limit=limit)
+
+
 def test_keys_are_listed_sorted_and_below_the_prefix(store):
     for key in ("b/2", "b/1", "bc", "b/d/3"):
         store.write(key, b"")

@@ -7,6 +7,7 @@ comes last of all.
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from icl.files.reading import MAX_SMALL_FILE, MAX_TABLE
 from icl.files.writing import StorageError, is_temporary
 from icl.runs.checkpoints import parse_checkpoint
 from icl.runs.resume_file import parse_resume
@@ -21,6 +22,7 @@ LAST = (*VOUCHERS, "config.yaml")
 NEEDED = ("run-id", "metrics.csv", *LAST)
 """Files without which a run cannot be resumed."""
 _FILES = (*NEEDED, "wandb-id", "run.log", "report.html")
+_SMALL_FILES = ("run-id", "wandb-id", "status.json", "config.yaml")
 _FOLDERS = ("checkpoints", "results", "figures")
 
 
@@ -41,6 +43,16 @@ def is_checkpoint(name: str) -> bool:
     """Return whether a name in a run's folder is that of a checkpoint, of weights or of moments."""
     folder, _, file = name.rpartition("/")
     return folder in CHECKPOINT_FOLDERS and file.startswith("step-")
+
+
+def size_limit(name: str) -> int | None:
+    """Return the maximum number of bytes that are read of a file of a run; None for weights, records and pictures.
+
+    A stranger's folder or bucket may hold a `status.json` that fills the memory.
+    """
+    if name in _SMALL_FILES:
+        return MAX_SMALL_FILE
+    return MAX_TABLE if PurePosixPath(name).suffix in (".csv", ".json") else None
 
 
 def require_whole(name: str, data: bytes, where: str) -> None:

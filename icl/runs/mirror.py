@@ -24,7 +24,7 @@ from icl.files.writing import StorageError
 from icl.progress import progress_bar
 from icl.runs.checkpoints import CheckpointError
 from icl.runs.claims import claim
-from icl.runs.copied_files import LAST, NEEDED, copied_names, require_no_links_out, require_whole
+from icl.runs.copied_files import LAST, NEEDED, copied_names, require_no_links_out, require_whole, size_limit
 from icl.runs.folder import RunError, RunFolder, parse_config, require_same_config
 from icl.runs.resume_file import ResumeFileError
 from icl.runs.status import parse_status
@@ -247,7 +247,7 @@ def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[li
         if not force and same_file(source, target, name):
             return None
         try:
-            data = source.read(name)
+            data = source.read(name, limit=size_limit(name))
             require_whole(name, data, f"{source}/{name}")
         except (DamagedError, CheckpointError) as error:
             if name in NEEDED:

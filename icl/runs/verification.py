@@ -29,7 +29,7 @@ from icl.files.reading import is_number, parse_json
 from icl.progress import progress_bar
 from icl.runs.checkpoints import MOMENTS, checkpoint_name, parse_checkpoint
 from icl.runs.contents import expected_steps, name_checkpoints
-from icl.runs.copied_files import CHECKPOINT_FOLDERS, copied_names, is_checkpoint
+from icl.runs.copied_files import CHECKPOINT_FOLDERS, copied_names, is_checkpoint, size_limit
 from icl.runs.folder import RunFolder, config_differences, parse_config
 from icl.runs.measure import parse_entry
 from icl.runs.metrics_file import are_rows_altered, logged_steps, metric_columns
@@ -76,11 +76,11 @@ def _read_copy(store: Store, others: Sequence[str] = ()) -> _Copy:
     """Return a copy with what can be read of its settings, its resume file and its status; damage of these is told with the rest."""
     config = resume = status = None
     with contextlib.suppress(UserError):
-        config = parse_config(store.read("config.yaml"), str(store))
+        config = parse_config(store.read("config.yaml", limit=size_limit("config.yaml")), str(store))
     with contextlib.suppress(UserError):
         resume = parse_resume(store.read("last.ckpt"), str(store))
     with contextlib.suppress(UserError):
-        status = parse_status(store.read("status.json"))
+        status = parse_status(store.read("status.json", limit=size_limit("status.json")))
     names = sorted({*copied_names(store), *others})
     return _Copy(store, names, config or (resume.config if resume else None), resume, status)
 
@@ -116,7 +116,7 @@ def _problem(job: tuple[_Copy, str]) -> str | None:
     if is_checkpoint(name):
         check = _check_checkpoint
     try:
-        data = copy.store.read(name)
+        data = copy.store.read(name, limit=size_limit(name))
         reason = check(copy, name, data) if check is not None else None
     except MissingKeyError as error:
         return str(error)

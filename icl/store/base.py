@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from icl.files.reading import ContentError, read_bytes
+from icl.files.reading import MAX_SMALL_FILE, ContentError, read_bytes
 from icl.files.system import link_or_create
 from icl.files.writing import StorageError, is_temporary, temporary_path, write_atomically
 
@@ -33,8 +33,11 @@ class MissingKeyError(StorageError):
 class Store(Protocol):
     """A place for keyed bytes. Its text is its address."""
 
-    def read(self, key: str) -> bytes:
-        """Return the value of a key, checked as far as the store can. Raise MissingKeyError if there is none."""
+    def read(self, key: str, *, limit: int | None = None) -> bytes:
+        """Return the value of a key, checked as far as the store can, if it has at most `limit` bytes.
+
+        Raise MissingKeyError if there is none, and StorageError if it is larger.
+        """
 
     def digest(self, key: str) -> str:
         """Return the SHA-256 of the value that was written, in hex. Raise MissingKeyError if there is none."""
@@ -64,16 +67,16 @@ class LocalStore:
     def __str__(self) -> str:
         return str(self.root)
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, *, limit: int | None = None) -> bytes:
         """Return the value of a key.
 
         Raises:
-            StorageError: If there is no such file, it cannot be read, or a link leads out of the folder.
+            StorageError: If there is no such file, it cannot be read, has more than `limit` bytes, or a link leads out of the folder.
         """
         path = self._path(key)
         self._require_inside(path)
         try:
-            return read_bytes(path, limit=None)
+            return read_bytes(path, limit=limit)
         except ContentError as error:
             raise StorageError(f"Cannot read {self.root / key}: {error}.") from None
         except FileNotFoundError:
@@ -200,13 +203,13 @@ def require_key(key: str, store: object) -> None:
 
 
 def read_or_none(store: Store, key: str) -> bytes | None:
-    """Return the value of a key, or None if there is none.
+    """Return the value of a key that describes a run, or None if there is none.
 
     Raises:
-        StorageError: If it is damaged, or the store cannot be used.
+        StorageError: If it is damaged or larger than such a file can be, or the store cannot be used.
     """
     try:
-        return store.read(key)
+        return store.read(key, limit=MAX_SMALL_FILE)
     except MissingKeyError:
         return None
 

@@ -46,14 +46,14 @@ class S3Store:
     def __str__(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, *, limit: int | None = None) -> bytes:
         """Return the value of a key, checked against the digest it was saved with.
 
         Raises:
             MissingKeyError: If there is none.
-            StorageError: If it is damaged, or the store cannot be used.
+            StorageError: If it is damaged or has more than `limit` bytes, or the store cannot be used.
         """
-        return self._ask(key, lambda: self._read(key))
+        return self._ask(key, lambda: self._read(key, limit))
 
     def digest(self, key: str) -> str:
         """Return the SHA-256 of the value that was written; of the value there is, if its server or its writer kept none.
@@ -111,22 +111,26 @@ class S3Store:
         require_key(key, self)
         return f"{self.prefix}/{key}" if self.prefix else key
 
-    def _read(self, key: str) -> bytes:
+    def _read(self, key: str, limit: int | None = None) -> bytes:
         for _ in range(2):
-            data, digest = self._get(key)
+            data, digest = self._get(key, limit)
             if not digest or sha256(data) == digest:
                 return data  # otherwise damaged on the way, perhaps
         raise DamagedError(f"{self}/{key} is damaged: its {len(data):,} bytes are not those that were saved.")
 
-    def _get(self, key: str) -> tuple[bytes, str | None]:
+    def _get(self, key: str, limit: int | None = None) -> tuple[bytes, str | None]:
         """Return the bytes there are and the digest they should have. A download that breaks off is tried again."""
         for attempt in range(_NUM_READS):
             try:
-                data, digest = self._requests.get(self._full(key))
+                data, digest = self._requests.get(self._full(key), limit)
             except BotoCoreError:
                 if attempt == _NUM_READS - 1:
                     raise
                 continue
+            if limit is not None and len(data) > limit:
+                raise StorageError(
+                    f"{self}/{key} cannot be used: it has more than the {limit:,} bytes that such a file may have."
+                )
             if digest or not _is_error_page(data):
                 return data, digest
         raise StorageError(

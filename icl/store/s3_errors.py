@@ -18,6 +18,10 @@ _EXPIRED = "the credentials have expired or are not valid here; renew them (AWS_
 _ACCOUNT = "the account is not active or may not use the server; ask whoever runs it"
 _CLOCK = "this machine's clock differs too much from the server's; set the clock (for instance by NTP)"
 _REGION = "the bucket is in another region; set AWS_DEFAULT_REGION to that of the bucket"
+_ELSEWHERE = (
+    "the server sends requests elsewhere; correct AWS_ENDPOINT_URL if that is a page of a login or a proxy, "
+    "and AWS_DEFAULT_REGION if the bucket is in another region"
+)
 _LATER = "the server is busy or out of order; the same command goes on later"
 _ALTERED = "the bytes that arrived are not those that were sent; if it happens again, look for a proxy that alters them"
 _FULL = "the store is full, or its quota is used up; make room there"
@@ -45,7 +49,8 @@ _ADVICE = {
     _ACCOUNT: "AccountProblem NotSignedUp OptInRequired SubscriptionRequired AccountSuspended UserSuspended Suspended",
     _CLOCK: "RequestTimeTooSkewed RequestInTheFuture RequestNotYetValid",
     _REGION: "PermanentRedirect TemporaryRedirect Redirect AuthorizationHeaderMalformed IllegalLocationConstraintException "
-    "InvalidRegion 301 302 307 308",
+    "InvalidRegion",
+    _ELSEWHERE: "301 302 303 307 308",
     _LATER: "SlowDown SlowDownRead SlowDownWrite ServiceUnavailable InternalError InternalFailure InternalServerError "
     "ServerBusy Busy OperationAborted RequestTimeout RequestTimeoutException PriorRequestNotComplete "
     "Throttling ThrottlingException ThrottledException RequestThrottled RequestThrottledException TooManyRequests "
@@ -87,7 +92,7 @@ _BY_FAILURE = {
     "UnknownCredentialError",
     _NAME: "ParamValidationError InvalidDNSNameError InvalidHostLabelError UnsupportedS3ArnError "
     "UnsupportedS3AccesspointConfigurationError UnsupportedOutpostResourceError",
-    _REGION: "RecursionError",  # botocore follows redirections that name no region without end
+    _ELSEWHERE: "RecursionError",  # botocore follows redirections that name no region without end
     "AWS_DEFAULT_REGION is not the name of a region; correct it": "InvalidRegionError UnknownRegionError NoRegionError "
     "UnknownEndpointError",
     "AWS_ENDPOINT_URL is not the address of a server, such as https://host:9000; correct it": "ValueError UnicodeError "
@@ -143,9 +148,14 @@ def is_refused_feature(error: Any) -> bool:
 def describe_refusal(error: Any) -> str:
     """Return what a server's error means and what to do."""
     code, status = error_code(error), error_status(error)
-    advice = _BY_CODE.get(code) or _BY_STATUS.get(status)
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders") or {}
+    advice = (
+        _REGION
+        if "x-amz-bucket-region" in headers and 300 <= status < 400
+        else _BY_CODE.get(code) or _BY_STATUS.get(status)
+    )
     if advice is None:
-        advice = _REGION if 300 <= status < 400 else _LATER if status >= 500 and status != 501 else _NOT_S3
+        advice = _ELSEWHERE if 300 <= status < 400 else _LATER if status >= 500 and status != 501 else _NOT_S3
     return f"the server answered {code}: {advice}"
 
 

@@ -74,17 +74,21 @@ class Requests:
         self._made: Any = None
         self._making = threading.Lock()
 
-    def get(self, key: str) -> tuple[bytes, str | None]:
-        """Return the bytes of an object and the digest they should have, if it is known.
+    def get(self, key: str, limit: int | None = None) -> tuple[bytes, str | None]:
+        """Return the bytes of an object and the digest they should have, if it is known; of more than `limit` bytes only the first.
 
         Raises:
             ClientError, BotoCoreError: If there is none, or the connection breaks off.
         """
         answer = self._client().get_object(Bucket=self.bucket, Key=key)
-        chunks = []
+        chunks, size = [], 0
         for chunk in answer["Body"].iter_chunks(_CHUNK):
             chunks.append(chunk)
             waiting.moved(len(chunk))
+            size += len(chunk)
+            if limit is not None and size > limit:
+                answer["Body"].close()
+                break
         return b"".join(chunks), _digest_in(answer)
 
     def about(self, key: str) -> About:
