@@ -554,6 +554,12 @@ def test_rows_of_no_step_have_a_table_of_their_own():
     assert by_step.header == ["quantity", "step 0", "step 10"]
 
 
+def test_a_table_without_one_known_value_is_shown():
+    rows = [{"step": step, "quantity": name, "value": np.nan} for step in (0, 10) for name in ("norm", "noise")]
+    (shown,) = summarise(pd.DataFrame(rows), caption="nothing known")
+    assert (shown.rows, shown.note) == ([], "No value is known.")
+
+
 def test_every_kind_of_quantity_is_in_a_summary():
     names = [f"many{i}" for i in range(100)]
     table = pd.DataFrame(

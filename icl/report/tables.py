@@ -189,7 +189,7 @@ def not_ok(table: pd.DataFrame) -> pd.DataFrame:
 
 def _without_constants(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Return a table without empty columns and columns of one value, and a sentence that gives these values."""
-    table = table.dropna(axis="columns", how="all")
+    table = table.drop(columns=[name for name in table if name != "value" and table[name].isna().all()])
     always_shown = ("step", "quantity", *_MEASURED)
     constant = [name for name in table if name not in always_shown and table[name].nunique(dropna=False) == 1]
     if len(table) < 2 or not constant:
@@ -219,6 +219,7 @@ def _side_by_side(table: pd.DataFrame, caption: str) -> Table:
     header = [keys[index].replace("_", " ") for index in shown] + [f"step {show(_as_integer(step))}" for step in chosen]
     note = f"{len(chosen)} of {len(steps)} steps" if len(steps) > len(chosen) else "All steps"
     note += f", and {len(picked)} of {len(kinds):,} quantities." if len(picked) < len(kinds) else "."
+    note = note if kinds else "No value is known."
     errors = "Values ± one standard error." if "stderr" in table and table["stderr"].notna().any() else ""
     return Table(caption=caption, header=header, rows=rows, note=_join(note, errors, constants))
 

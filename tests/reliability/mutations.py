@@ -144,10 +144,10 @@ def change_yaml(data: bytes, draw: random.Random) -> bytes:
 
 
 def change_csv(data: bytes, draw: random.Random) -> bytes:
-    """Change a cell, a column's name, or the rows and columns there are."""
+    """Change a cell, a column's name, all that a column holds, or the rows and columns there are."""
     rows = list(csv.reader(io.StringIO(data.decode())))
     row, column = draw.randrange(len(rows)), draw.randrange(len(rows[0]))
-    what = draw.randrange(7)
+    what = draw.randrange(8)
     if what < 3:
         rows[row][min(column, len(rows[row]) - 1)] = draw.choice(
             (*NUMBER_TEXTS, "x", "True", "\x00", "a,b", '"', "\ud83d\ude00")
@@ -158,6 +158,9 @@ def change_csv(data: bytes, draw: random.Random) -> bytes:
         rows = [[*cells[:column], *cells[column + 1 :]] for cells in rows]
     elif what == 5:
         rows = [[*cells[: column + 1], *cells[column:]] for cells in rows]
+    elif what == 6:
+        blank = draw.choice(("nan", "", "inf", "0"))
+        rows[1:] = [[*cells[:column], blank, *cells[column + 1 :]] for cells in rows[1:]]
     else:
         rows = [*rows[: row + 1], *rows[row:]]
     text = io.StringIO()
