@@ -25,7 +25,7 @@ for seed in 0 1 2 3 4; do icl evaluate "$RUNS/L2H4/seed=$seed" --num_prompts 819
 icl llc "$RUNS/L2H4/seed=1" --published --steps 0,118,1124,1465,3247,9375,20202,40404,60606,126262,318181,500000 || test $? -eq 1
 
 ## LLCs of L2H4, seed 1, with the preset's sampler
-# 8 chains of 1,000 + 1,000 moves on 1,024 prompts. Not measured yet.
+# The preset: 8 chains of 120 + 400 moves on 1,024 prompts. Not measured yet.
 icl llc "$RUNS/L2H4/seed=1" --steps 0,118,1124,1465,3247,9375,20202,40404,60606,126262,318181,500000
 
 ## train the ladder

@@ -55,7 +55,8 @@ icl llc "$RUNS/L2H4/seed=0" --published --steps 0,111,687,1456,2984,5264,9700,12
     --sampler.num_chains 2 --sampler.num_draws 2000 --sampler.batch_size 32 || test $? -eq 1
 
 ## LLCs of L2H4, seed 0, with the preset's sampler
-# The preset: 8 chains of 1,000 + 1,000 moves on 1,024 prompts.
+# The shipped tables were made when the preset was SGLD with lr 3e-6 and 8 chains of 1,000 + 1,000 moves on 1,024 prompts. Today's
+# preset uses the kernel baoab.
 icl llc "$RUNS/L2H4/seed=0" --steps 0,111,687,1456,2984,5264,9700,12684,17908,25369,31339,40293 \
     --sampler.num_chains 4 --sampler.num_burnin_steps 1000 --sampler.num_draws 500 --sampler.batch_size 256 \
     --sampler.num_init_batches 64
