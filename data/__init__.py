@@ -1,1 +1,1 @@
-"""The small tables that the figures are drawn from, and what makes them: `python -m data small`, or `make data`."""
+"""Small tables from which the figures are drawn, and the scripts that make them (`python -m data small`, or `make data`)."""

@@ -1,8 +1,8 @@
-"""Make the shipped data from nothing: `python -m data small|full [--list] [--only WORD] [--tables]`, or `make data [SIZE=full]`.
+"""Make the shipped data from scratch: `python -m data small|full [--list] [--only WORD] [--tables]`, or `make data [SIZE=full]`.
 
-Runs the phases of `data/<size>.sh` one after the other, says how long each took, and then makes the tables of `data/<size>/`
-(`data/tables.py`). A phase that has finished is not begun again; one that was stopped goes on where it was. Times, versions and
-hardware are kept in `phases.json` in the folder of the runs ($LOCAL_ROOT, or `runs`).
+The phases of `data/<size>.sh` run one after the other, and the time of each is printed. Then `data/tables.py` makes the tables of
+`data/<size>/`. A finished phase does not run again, and an interrupted phase continues where it stopped. Times, versions and
+hardware are recorded in `phases.json` in the folder of the runs ($LOCAL_ROOT, or `runs`).
 """
 
 import argparse
@@ -30,22 +30,22 @@ class Phase(NamedTuple):
 
     name: str
     beginning: str
-    """Of the script: what all its phases share."""
+    """Beginning of the script, which runs before every phase."""
     body: str
 
     @property
     def commands(self) -> str:
-        """What was typed, without comments."""
+        """The commands of the phase, without comments."""
         return "\n".join(line for line in self.body.splitlines() if not line.startswith("#"))
 
 
 def main() -> int:
-    """Run what is not done yet, then make the tables; the exit status of the phase that failed, if one did."""
+    """Run the phases that are not done, then make the tables; return the exit status of the phase that failed, or 0."""
     parser = argparse.ArgumentParser(prog="python -m data", description=__doc__.partition("\n")[0])
     parser.add_argument("size", choices=SIZES)
-    parser.add_argument("--list", action="store_true", help="only list the phases, with what is done")
-    parser.add_argument("--only", metavar="WORD", help="only the phases with this word in their name")
-    parser.add_argument("--tables", action="store_true", help="only make the tables, of what there is")
+    parser.add_argument("--list", action="store_true", help="only list the phases, and mark those that are done")
+    parser.add_argument("--only", metavar="WORD", help="only run the phases with this word in their name")
+    parser.add_argument("--tables", action="store_true", help="only make the tables, from the results that exist")
     options = parser.parse_args()
     chosen = [phase for phase in read_phases(options.size) if not options.only or options.only in phase.name]
     if options.list:
@@ -54,7 +54,7 @@ def main() -> int:
     for number, phase in enumerate([] if options.tables else chosen, start=1):
         status = run_phase(phase, f"[{number}/{len(chosen)}] {phase.name}")
         if status:
-            print(f"It failed with status {status}; the same command goes on from here.", file=sys.stderr)
+            print(f"The phase failed with status {status}. The same command continues from here.", file=sys.stderr)
             return status
     from data.tables import write_tables
 
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def read_phases(size: str) -> list[Phase]:
-    """The phases of `data/<size>.sh`, in order."""
+    """Return the phases of `data/<size>.sh`, in order."""
     script = (FOLDER / f"{size}.sh").read_text(encoding="utf-8")
     beginning, *parts = re.split(r"^## ", script, flags=re.MULTILINE)
     split = [part.partition("\n") for part in parts]
@@ -72,7 +72,7 @@ def read_phases(size: str) -> list[Phase]:
 
 
 def run_phase(phase: Phase, title: str) -> int:
-    """Run it unless it is done, and keep how long it took; its exit status."""
+    """Run a phase unless it is done, record its time, and return its exit status."""
     if is_done(phase):
         print(f"== {title}: done before, in {_duration(read_record()[phase.name]['seconds'])}", flush=True)
         return 0
@@ -89,13 +89,13 @@ def run_phase(phase: Phase, title: str) -> int:
 
 
 def is_done(phase: Phase) -> bool:
-    """Whether these very commands have finished."""
+    """Return whether the phase has finished with exactly these commands."""
     known = read_record().get(phase.name, {})
     return bool(known.get("is_done")) and known["commands"] == phase.commands
 
 
 def read_record() -> dict[str, dict[str, Any]]:
-    """What is known of each phase that was begun, by its name."""
+    """Return the record of every phase that was started, by the phase's name."""
     try:
         record: dict[str, dict[str, Any]] = json.loads(_record_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -104,7 +104,7 @@ def read_record() -> dict[str, dict[str, Any]]:
 
 
 def environment() -> dict[str, str]:
-    """Date, versions and hardware of this process."""
+    """Return the date, versions and hardware of this process."""
     import torch
 
     device = (
@@ -121,7 +121,7 @@ def environment() -> dict[str, str]:
 
 
 def _keep(phase: Phase, *, seconds: float, cpu_seconds: float, is_done: bool) -> None:
-    """Add an attempt to the record; times of several attempts add up."""
+    """Add an attempt to the record. The times of several attempts with the same commands are added."""
     record = read_record()
     known = record.get(phase.name, {})
     if known.get("commands") != phase.commands:
@@ -146,7 +146,7 @@ def _cpu_seconds() -> float:
 
 
 def _commit() -> str:
-    """The commit of the source, with a `+` if files differ from it; empty outside a repository."""
+    """Return the commit of the source, with a `+` if files differ from it; empty outside a repository."""
     git = ["git", "-C", str(FOLDER)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     changes = subprocess.run(
@@ -156,7 +156,7 @@ def _commit() -> str:
 
 
 def _processor() -> str:
-    """The CPU's name."""
+    """Return the name of the CPU."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

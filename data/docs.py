@@ -1,6 +1,6 @@
-"""The pages made of the shipped tables: `python -m data.docs` writes them anew, and a test says when they are stale.
+"""Pages that are generated from the shipped tables. `python -m data.docs` writes them, and a test fails if they are out of date.
 
-`data/README.md` is made whole; of `docs/reproduction.md` the parts between `<!-- made: NAME -->` and `<!-- end -->`.
+All of `data/README.md` is generated. In `docs/reproduction.md` only the parts between `<!-- made: NAME -->` and `<!-- end -->` are.
 """
 
 import json
@@ -18,40 +18,52 @@ ROOT = Path(__file__).resolve().parents[1]
 _HEAD = """\
 # Data
 
-Small tables that the figures are drawn from, and what makes them. `make data` trains, evaluates, estimates and analyses everything in
-`small.sh` (two CPU cores, an evening), then writes `small/`; `make data SIZE=full` does the published sizes of `full.sh`, which
-{full}. Both go on where they were stopped. `python -m data small --list` shows how far they are.
+This folder has the small tables from which the figures are drawn, and the scripts that make them. `make data` runs the training,
+evaluations, LLC estimates and analyses of `small.sh` (an evening on two CPU cores), then writes the tables to `small/`.
+`make data SIZE=full` does the same with the published sizes of `full.sh`, which {full}.
+If a command was interrupted, run it again to continue. `python -m data small --list` shows which phases are done.
 
 {about}
 
-Conventions: a row is one number, or one estimate with its diagnostics; step s means after s updates; losses and squared distances are per
-target, not divided by D; `stderr` is a standard error; numbers have five significant digits, and one that is not finite is left out. `schema.py` has the types, `provenance.json` the
-commands, dates, versions and hardware of every table, `phases.csv` what each phase cost. `published.csv` holds the released numbers that
-ours are compared with (`docs/reproduction.md`). `models/` has a few weights (safetensors), so that notebooks can show predictions.
-`benchmarks/` is `make bench`'s. `verdict-rates.csv` says how often verdicts of turning points and stages are right on simulated curves
-(`python -m tools.verdict_rates --runs 200`).
+Conventions:
+
+- A row is one number, or one estimate with its diagnostics. `stderr` is a standard error.
+- Step s means after s updates. Losses and squared distances are per target, not divided by D.
+- Numbers have five significant digits. Numbers that are not finite are left empty.
+
+Other files:
+
+- `schema.py` defines the columns and their types.
+- `provenance.json` has the commands, dates, versions and hardware of every table. `phases.csv` has the time of every phase.
+- `published.csv` has the released numbers with which ours are compared (`docs/reproduction.md`).
+- `models/` has the weights of a few models (safetensors), with which notebooks draw predictions.
+- `benchmarks/` has the results of `make bench`.
+- `verdict-rates.csv` shows how often the verdicts of turning points and stages are right on simulated curves
+  (`python -m tools.verdict_rates --runs 200`).
+
+Tables:
 """
 
 
 def make_readme(_: str) -> str:
-    """`data/README.md`."""
+    """Return the text of `data/README.md`."""
     sizes = [size for size in ("small", "full") if (ROOT / "data" / size / "provenance.json").is_file()]
     lines = []
     for size in sizes:
         provenance = json.loads((ROOT / "data" / size / "provenance.json").read_text(encoding="utf-8"))
         lines.append(f"`{size}/` is {provenance['label']}.")
-    full = "are in `full/`" if "full" in sizes else "have not been run yet, for want of a GPU"
+    full = "are in `full/`" if "full" in sizes else "have not been run yet, because they need a GPU"
     parts = [_HEAD.format(full=full, about=" ".join(lines))]
     for name, about in TABLES.items():
         rows = ", ".join(f"{size}: {_num_rows(size, name):,} rows" for size in sizes if _num_rows(size, name))
         columns = "; ".join(f"`{key}` {_describe(column)}" for key, column in about.columns.items())
         thinned = f" Thinned: {about.thinned}." if about.thinned else ""
-        parts.append(f"**`{name}.csv`** ({rows or 'not there yet'}): {about.about}.{thinned} Columns: {columns}.\n")
+        parts.append(f"**`{name}.csv`** ({rows or 'not made yet'}): {about.about}.{thinned} Columns: {columns}.\n")
     return "\n".join(parts)
 
 
 def make_reproduction(old: str) -> str:
-    """`docs/reproduction.md` with its tables made anew."""
+    """Return `docs/reproduction.md` with its tables made again."""
 
     def replace(match: re.Match[str]) -> str:
         return f"<!-- made: {match[1]} -->\n{BLOCKS[match[1]](ROOT / 'data')}\n<!-- end -->"
@@ -60,16 +72,16 @@ def make_reproduction(old: str) -> str:
 
 
 PAGES: dict[str, Callable[[str], str]] = {"data/README.md": make_readme, "docs/reproduction.md": make_reproduction}
-"""By path from the root, what makes a page of its old text."""
+"""Functions that make a page from its old text, by the path of the page from the root."""
 
 
 def stale_pages() -> list[str]:
-    """The pages that are not what the tables make of them."""
+    """Return the pages that differ from what would be generated now."""
     return [page for page, make in PAGES.items() if make(_read(page)) != _read(page)]
 
 
 def write_pages() -> list[Path]:
-    """Write them all."""
+    """Write all pages, and return their paths."""
     for page, make in PAGES.items():
         write_atomically(ROOT / page, make(_read(page)).encode())
     return [ROOT / page for page in PAGES]

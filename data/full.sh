@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The commands behind data/full: the published sizes. `make data SIZE=full` runs them one phase (##) after the other, with times, and
-# then makes the tables; stopped anywhere, the same command goes on. A phase says what it cost where that was measured.
+# The commands that make data/full, with the published sizes. `make data SIZE=full` runs them one phase (##) after the other, records
+# the times, and then makes the tables. If it is interrupted, the same command continues. Comments give measured times, if known.
 #
-# Not here: the published LLCs at all 190 x 5 checkpoints (about 2e17 floating-point operations), and the runs of Carroll et al.
+# Not included: the published LLCs at all 190 x 5 checkpoints (about 2e17 floating-point operations), and the runs of Carroll et al.
 set -euo pipefail
 export LOCAL_ROOT=${LOCAL_ROOT:-runs} RUNS=${LOCAL_ROOT:-runs}
 DIVERSITIES="1 2 4 8 16 32 64 128 256 512 1024 2048 4096 8192 16384 32768 65536 131072 262144 524288 1048576 inf"
@@ -12,12 +12,12 @@ DIVERSITIES="1 2 4 8 16 32 64 128 256 512 1024 2048 4096 8192 16384 32768 65536 
 icl train --preset quickstart
 
 ## train L2H4, five seeds
-# 500,000 steps, 190 checkpoints each. Not measured whole; from data/small, 4 to 5 hours a seed on one CPU core. On a GPU the
-# five move together; not measured yet.
+# 500,000 steps and 190 checkpoints for each seed. Extrapolated from data/small: 4 to 5 hours per seed on one CPU core. On a GPU
+# the five seeds are trained together; this has not been measured.
 icl train --preset L2H4 --model.double_residual true --run_name L2H4 --population.seeds 0,1,2,3,4
 
 ## evaluate L2H4, five seeds
-# Not measured yet; from data/small, 15 minutes a seed on one CPU core.
+# Extrapolated from data/small: 15 minutes per seed on one CPU core.
 for seed in 0 1 2 3 4; do icl evaluate "$RUNS/L2H4/seed=$seed" --num_prompts 8192 --num_ood_prompts 2048; done
 
 ## LLCs of L2H4, seed 1, with the published sampler

@@ -1,8 +1,8 @@
-"""Our numbers beside the published ones, computed from the shipped tables: the tables of `docs/reproduction.md`.
+"""Comparison of our numbers with the published ones: the tables of `docs/reproduction.md`, made from the shipped tables.
 
-A published number is a range over the five released seeds (`published.csv`); their step t is our t + 1. Where that step was not saved, losses
-and norms are interpolated in log step between the saved neighbours; of the LLC, which was estimated at twelve steps, the nearest is taken
-and named. Ours agrees if a range of two standard errors about it meets theirs.
+A published number is a range over the five released seeds (`published.csv`). Their step t is our step t + 1. If we did not save this
+step, losses and norms are interpolated in log step between the saved steps around it. The LLC was estimated at twelve steps only, so
+we take the nearest estimate and name its step. Our number agrees if its range of two standard errors overlaps the published range.
 """
 
 import math
@@ -15,7 +15,7 @@ import pandas as pd
 
 MODEL = "L2H4/"
 _NEAR = 0.1
-"""How far the step of an estimate may lie from the published one, in ln(step + 1)."""
+"""Largest distance between the step of an estimate and the published step, in ln(step + 1)."""
 
 
 class Found(NamedTuple):
@@ -24,7 +24,7 @@ class Found(NamedTuple):
     value: float
     stderr: float = 0.0
     step: float | None = None
-    """Where it was taken, if not at the published step."""
+    """Step at which it was measured; None for the published step."""
 
 
 class Tables(NamedTuple):
@@ -33,7 +33,7 @@ class Tables(NamedTuple):
     folder: Path
 
     def read(self, name: str, run: str | None = None) -> pd.DataFrame:
-        """A table, or a run's rows; empty if there is none."""
+        """Return a table, or only the rows of one run; empty if there is no such table."""
         file = self.folder / f"{name}.csv"
         if not file.is_file():
             return pd.DataFrame({"run": []})
@@ -42,7 +42,7 @@ class Tables(NamedTuple):
 
 
 def compare(data: Path) -> str:
-    """A row for each published number, a column for each of our seeds."""
+    """Return a Markdown table with a row for each published number and a column for each of our seeds."""
     tables, published = Tables(data / "small"), pd.read_csv(data / "published.csv")
     seeds = sorted(run for run in tables.read("runs")["run"] if str(run).startswith(MODEL))
     lines = [
@@ -64,13 +64,13 @@ def compare(data: Path) -> str:
 
 
 def measure(tables: Tables, run: str, quantity: str, step: float) -> Found | None:
-    """Ours, or None if the tables do not have it.
+    """Return our number, or None if the tables do not have it.
 
     Args:
         tables: The shipped tables.
         run: One of our runs.
-        quantity: As in `published.csv`.
-        step: The published step t; our t + 1.
+        quantity: Name of the quantity in `published.csv`.
+        step: The published step t, which is our step t + 1.
     """
     ours = step + 1 if step > 0 else step
     if quantity == "parameters":
@@ -111,7 +111,7 @@ def _from_evaluation(rows: pd.DataFrame, quantity: str, step: float) -> Found | 
 
 
 def _published_llc(rows: pd.DataFrame, quantity: str, step: float) -> Found | None:
-    """The published sampler's estimate, or mean sampled loss, at the step nearest to this one."""
+    """Return our estimate with the published sampler, or its mean sampled loss, at the step nearest to `step`."""
     if rows.empty or not (own := rows[rows["mode"].fillna("").str.startswith("published")].sort_values("step")).size:
         return None
     nearest = own.iloc[(np.log(own["step"] + 1) - math.log(step + 1)).abs().argmin()]
@@ -126,7 +126,7 @@ def _published_llc(rows: pd.DataFrame, quantity: str, step: float) -> Found | No
 
 
 def ladder(data: Path) -> str:
-    """The gaps of the ladder's last steps on new tasks, and which predictor is nearer."""
+    """Return a Markdown table of the ladder: the gaps on new tasks at the last step, and the nearer predictor."""
     tables = Tables(data / "small")
     runs = tables.read("runs")
     lines = [
@@ -151,7 +151,7 @@ def ladder(data: Path) -> str:
 
 
 def costs(data: Path) -> str:
-    """What every phase cost."""
+    """Return a Markdown table with the time of every phase."""
     table = Tables(data / "small").read("phases")
     lines = ["| Phase | Wall clock, min | Processor, min |", "|---|---|---|"]
     for row in table.itertuples():
@@ -171,7 +171,7 @@ def _where(rows: pd.DataFrame, **values: str) -> pd.DataFrame:
 
 
 def _interpolate(rows: pd.DataFrame, step: float) -> Found | None:
-    """At a step between saved ones, in log(step + 1); None past the last."""
+    """Return the number at a step, interpolated in log(step + 1) between saved steps; None after the last of them."""
     if rows.empty or step > rows["step"].max():
         return None
     rows = rows.sort_values("step")
@@ -207,11 +207,12 @@ def _tell(found: Found | None) -> str:
 
 
 def _judge(found: list[Found | None], low: float, high: float) -> str:
-    """Yes if every seed's range of two standard errors meets the published one; else how far the worst lies off."""
+    """Return the different judgements of the seeds, joined by semicolons."""
     return "; ".join(dict.fromkeys(_judgements(found, low, high))) or "-"
 
 
 def _judgements(found: list[Found | None], low: float, high: float) -> Iterator[str]:
+    """Yield "yes" if a seed's range of two standard errors overlaps the published range, else how far it lies outside."""
     for one in found:
         if one is not None:
             below, above = low - one.value - 2 * one.stderr, one.value - 2 * one.stderr - high

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The commands behind data/small: what two CPU cores do in an evening. `make data` runs them one phase (##) after the other,
-# with times, and then makes the tables; stopped anywhere, the same command goes on. By hand: bash data/small.sh
+# The commands that make data/small, in an evening on two CPU cores. `make data` runs them one phase (##) after the other, records
+# the times, and then makes the tables. If it is interrupted, the same command continues. To run them by hand: bash data/small.sh
 #
-# Less than published: L2H4 keeps the published learning rate but stops after 40,293 of 500,000 steps, where stage LR2 ends, with
-# two seeds of five; the ladder of diversities is of the quickstart; LLC chains are fewer, shorter, on smaller minibatches.
+# This is less than what was published. L2H4 keeps the published learning rate, but stops after 40,293 of 500,000 steps, where
+# stage LR2 ends, and has two seeds instead of five. The ladder of diversities uses the quickstart. There are fewer LLC chains, they
+# are shorter, and their minibatches are smaller.
 set -euo pipefail
 export LOCAL_ROOT=${LOCAL_ROOT:-runs} RUNS=${LOCAL_ROOT:-runs}
 DIVERSITIES="1 2 4 8 16 32 64 128 256 512 1024 inf"
@@ -41,16 +42,16 @@ for m in $DIVERSITIES; do icl evaluate "$RUNS/ladder/num_tasks=$m" --num_prompts
 icl llc --self-test --out "$RUNS/known-answers.csv"
 
 ## LLCs of the quickstart
-# The preset's settings, written out: the shipped run is older than they are.
+# The preset's settings, written out, because the shipped run is older than they are.
 icl llc "$RUNS/quickstart" --sampler.lr 2e-5 --sampler.num_burnin_steps 150 \
     --steps 0,56,216,531,832,1302,2039,3193,4444,5000
 
 ## calibrate the sampler of the quickstart
-# A search for lr, nbeta, localization and burn-in; the LLCs above keep the preset's.
+# A search for lr, nbeta, localization and burn-in. The LLCs above use the preset's values.
 icl llc "$RUNS/quickstart" --calibrate
 
 ## LLCs of L2H4, seed 0, with the published sampler
-# Published: 10 chains of 5,000 moves on 1,024 prompts. Exit status 1 says that every estimate is invalid, which is a result.
+# Published: 10 chains of 5,000 moves on 1,024 prompts. Exit status 1 means that all estimates are invalid, which is a result.
 icl llc "$RUNS/L2H4/seed=0" --published --steps 0,111,687,1456,2984,5264,9700,12684,17908,25369,31339,40293 \
     --sampler.num_chains 2 --sampler.num_draws 2000 --sampler.batch_size 32 || test $? -eq 1
 

@@ -1,8 +1,8 @@
-"""From runs to the shipped tables: choose, thin, round, and say where it comes from.
+"""Make the shipped tables from the runs: select rows, thin them, round the numbers, and record where they come from.
 
-`write_tables` reads the results of every run of a size and writes `data/<size>/<name>.csv` as `data/schema.py` describes them,
-`provenance.json` (for each table its commands, dates, versions and hardware), and a few small models, so that notebooks can show
-predictions. A table whose runs are not there is left out, and said so.
+`write_tables` reads the results of every run of a size. It writes `data/<size>/<name>.csv` as `data/schema.py` describes them, and
+`provenance.json` with the commands, dates, versions and hardware of each table. It also copies a few small models, so that
+notebooks can show predictions. If the runs of a table are missing, the table is left out and a message says so.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ from icl.runs.folder import RunFolder
 
 FOLDER = Path(__file__).resolve().parent
 DIGITS = 5
-"""Significant digits of every number; errors are in the third at best."""
+"""Significant digits of every number. Even the most precise numbers have a standard error in the third digit."""
 RATIO = 1.2
-"""Between the steps that a thinned table keeps."""
+"""Least ratio of two consecutive steps that a thinned table keeps."""
 MODELS = {"quickstart": (0, 531, 1302, 5000), "L2H4/seed=0": (1456, 40293)}
-"""Steps whose weights ship, at the nearest saved ones."""
+"""Steps whose weights are shipped, by run. The nearest saved steps are used."""
 LABELS = {
     "small": "reduced: shorter, fewer and smaller runs and chains than published",
     "full": "the published sizes",
@@ -38,12 +38,12 @@ Runs = Mapping[str, RunFolder]
 
 
 def write_tables(size: str, root: Path, record: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Write all that the runs have, saying of every table how many rows it has.
+    """Write all tables for which there are runs. Yield a message about each, with its number of rows.
 
     Args:
         size: `small` or `full`, the folder below `data/`.
-        root: Of the runs.
-        record: What is known of every phase.
+        root: Folder of the runs.
+        record: Record of every phase, from `data.__main__.read_record`.
     """
     runs, out = find_runs(root), FOLDER / size
     provenance: dict[str, Any] = {"size": size, "label": LABELS[size], "tables": {}}
@@ -62,7 +62,7 @@ def write_tables(size: str, root: Path, record: Mapping[str, Mapping[str, Any]])
 
 
 def find_runs(root: Path) -> dict[str, RunFolder]:
-    """The finished runs behind the data, by name, in the order in which figures show them."""
+    """Return the finished runs that the tables use, by name, in the order in which figures show them."""
     folders = [root / "quickstart", *sorted(root.glob("L2H4/seed=*")), *root.glob("ladder/num_tasks=*")]
     runs = [RunFolder(path) for path in folders if (path / "config.yaml").is_file()]
     done = [run for run in runs if (status := run.read_status()) is not None and status.state == "finished"]
@@ -71,10 +71,10 @@ def find_runs(root: Path) -> dict[str, RunFolder]:
 
 
 def conform(table: pd.DataFrame, about: Table) -> pd.DataFrame:
-    """The columns of the schema, in its order and types; numbers that are not finite are left out.
+    """Return the columns of the schema, in its order and types. Numbers that are not finite become empty.
 
     Raises:
-        KeyError: If one is missing.
+        KeyError: If a column is missing.
     """
     kinds: dict[Kind, str] = {"text": "object", "integer": "Int64", "number": "float64"}
     columns: dict[str, Any] = {name: table[name].astype(kinds[column.kind]) for name, column in about.columns.items()}  # type: ignore[call-overload]
@@ -82,7 +82,7 @@ def conform(table: pd.DataFrame, about: Table) -> pd.DataFrame:
 
 
 def few_steps(steps: Sequence[int]) -> list[int]:
-    """The first, the last, and of the rest those a factor `RATIO` apart."""
+    """Return the first step, the last step, and steps between them that are at least a factor `RATIO` apart."""
     kept: list[int] = []
     for step in sorted(set(steps)):
         if not kept or step >= RATIO * kept[-1]:
@@ -91,7 +91,7 @@ def few_steps(steps: Sequence[int]) -> list[int]:
 
 
 def thinned(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows at `few_steps` of each run, and those of no step."""
+    """Return the rows at `few_steps` of each run, and the rows that belong to no step."""
     if table["step"].isna().all():
         return table
     parts = []
@@ -101,7 +101,7 @@ def thinned(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-# Where each table comes from
+# How each table is made
 
 
 def _read(run: RunFolder, file: str) -> pd.DataFrame | None:
@@ -110,14 +110,14 @@ def _read(run: RunFolder, file: str) -> pd.DataFrame | None:
 
 
 def _collect(runs: Runs, file: str, choose: Callable[[str, pd.DataFrame], pd.DataFrame]) -> pd.DataFrame | None:
-    """One table of what is chosen of each run's."""
+    """Return one table that joins the rows chosen from each run's table."""
     found = {name: table for name, run in runs.items() if (table := _read(run, file)) is not None}
     parts = [choose(name, table).assign(run=name) for name, table in found.items()]
     return pd.concat(parts, ignore_index=True) if parts else None
 
 
 def _from_results(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """An analysis's table as it is, thinned where the schema says so."""
+    """Return the table of an analysis, thinned if the schema says so."""
 
     def choose(run: str, table: pd.DataFrame) -> pd.DataFrame:
         return thinned(table.assign(run=run)) if TABLES[name].thinned else table
@@ -167,7 +167,10 @@ def _make_positions(name: str, runs: Runs, root: Path, record: Mapping) -> pd.Da
 
 
 def _choose_evaluation(run: str, table: pd.DataFrame) -> pd.DataFrame:
-    """Means, scores and positions of `pretrain` and `true`; headlines of the shifts at few steps, of the ladder the last."""
+    """Return means and scores, losses by position on `pretrain`, and the summary numbers of the shifts at few steps.
+
+    For runs of the ladder, leave out the losses by position, and keep only the last step of the shifts.
+    """
     is_plain = table["distribution"].isin(["pretrain", "true"])
     plain = table[is_plain]
     by_position = plain["position"].str.isdigit()
@@ -229,7 +232,10 @@ def _make_calibration(name: str, runs: Runs, root: Path, record: Mapping) -> pd.
 
 
 def _make_behaviour(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Without positions, at few steps; every second scale, which few steps have."""
+    """Leave out single positions, thin the steps, and keep every second scale.
+
+    Rows with a scale exist at few steps only, so their steps are not thinned.
+    """
 
     def choose(run: str, table: pd.DataFrame) -> pd.DataFrame:
         own = table[~table["position"].astype(str).str.isdigit()]
@@ -241,7 +247,7 @@ def _make_behaviour(name: str, runs: Runs, root: Path, record: Mapping) -> pd.Da
 
 
 def _make_attention(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Averages over all queries; those over x and over y of the weight on y-tokens alone."""
+    """Keep averages over all queries. For the weight on y-tokens, also keep averages over x- and over y-queries."""
 
     def choose(run: str, table: pd.DataFrame) -> pd.DataFrame:
         is_kept = table["queries"].isin(["all"]) | (table["quantity"] == "y_tokens") | (table["quantity"] == "pattern")
@@ -251,14 +257,14 @@ def _make_attention(name: str, runs: Runs, root: Path, record: Mapping) -> pd.Da
 
 
 def _make_hessian(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Of runs, and of single checkpoints (`hessian-<step>.csv`)."""
+    """Join the tables of whole runs and of single checkpoints (`hessian-<step>.csv`)."""
     files = [(path, file) for path, run in runs.items() for file in sorted(run.results.glob("hessian*.csv"))]
     parts = [pd.read_csv(file).assign(run=path) for path, file in files]
     return pd.concat(parts, ignore_index=True).sort_values(["run", "step"], kind="stable") if parts else None
 
 
 def _make_dynamics(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Without radii and arc lengths; of several runs together without curvature."""
+    """Leave out radii and arc lengths. If several runs share a PCA, also leave out the centres of curvature."""
 
     def choose(run: str, table: pd.DataFrame) -> pd.DataFrame:
         scores = table[table["quantity"] == "score"]
@@ -291,11 +297,11 @@ MAKERS: dict[str, Callable[[str, Runs, Path, Mapping], pd.DataFrame | None]] = {
     "essential-dynamics": _make_dynamics,
     "phases": _make_phases,
 }
-"""The tables that are more than an analysis's own."""
+"""Functions for the tables that are not just one analysis's table."""
 
 
 def _origin(about: Table, record: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What is known of the phases behind a table."""
+    """Return the commands, dates, versions and hardware of the phases that produced a table."""
     phases = {name: known for name, known in record.items() if about.phases in name and known["is_done"]}
     told = {
         key: sorted({str(known[key]) for known in phases.values()}) for key in ("date", "commit", "torch", "hardware")
@@ -304,7 +310,7 @@ def _origin(about: Table, record: Mapping[str, Mapping[str, Any]]) -> dict[str, 
 
 
 def _copy_models(runs: Runs, out: Path) -> Iterator[str]:
-    """A few weights, at the saved steps nearest to those wanted."""
+    """Copy the weights of a few models, from the saved steps nearest to those in `MODELS`. Yield a message about each."""
     for name, wanted in MODELS.items():
         if name not in runs:
             continue

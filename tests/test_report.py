@@ -278,7 +278,7 @@ def test_a_run_in_progress_shows_its_curves_so_far(tmp_path):
     assert "In progress. Step 30 of 60" in opened.text
     assert "may have been killed" not in opened.text
     assert [image["alt"] for image in opened.all("img")] == ["Loss curves of the run young"]
-    assert "will be here when training has ended" in opened.text
+    assert "will be shown here when training has ended" in opened.text
     stale = dataclasses.asdict(run.read_status()) | {"updated": time.time() - 3600}
     run.status_file.write_text(json.dumps(stale))
     assert "may have been killed" in open_page(write_report([run.path]).path).text
@@ -329,7 +329,7 @@ def test_a_run_with_nothing_but_its_settings_has_a_page(tmp_path):
     run.write_config(TINY)
     opened = open_page(write_report([run.path]).path)
     assert "There is no metrics.csv." in opened.text
-    assert "the folder holds none" in opened.text
+    assert "the folder has none" in opened.text
     assert "run.log does not say" in opened.text
 
 

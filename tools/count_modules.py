@@ -1,10 +1,10 @@
-"""Count the modules of `icl` whose functions run on two walks through the program.
+"""Count the modules of `icl` that take part in two typical computations, called walks.
 
 - `llc`: from a saved checkpoint to the row of its LLC (`icl.sampling.run.estimate_run` on one checkpoint file).
 - `loss`: from a random stream to the loss of a model on a batch of prompts (`sample_prompts` and `apply`).
 
-A walk through many modules is hard to follow. `python -m tools.count_modules` prints each walk's modules in the order in which
-they are first entered.
+A walk through many modules is hard to follow for readers. `python -m tools.count_modules` prints the modules of each walk, in the
+order in which their functions are first called.
 """
 
 import importlib
@@ -31,7 +31,7 @@ _SAMPLER = SamplerConfig(
 
 
 def modules_of(walk: Callable[[], object]) -> list[str]:
-    """Return the modules of `icl` whose functions run in a call, in the order in which they are first entered."""
+    """Return the modules of `icl` whose functions run during a call, in the order in which they are first called."""
     names: dict[str, None] = {}
 
     def note(frame: types.FrameType, event: str, arg: object) -> None:
@@ -39,7 +39,7 @@ def modules_of(walk: Callable[[], object]) -> list[str]:
         if event == "call" and name.startswith("icl."):
             names.setdefault(name)
 
-    # Importing a module runs its class bodies and decorators, which are not part of a walk.
+    # Import everything first: importing a module runs its class bodies and decorators, which are not part of a walk.
     for module in pkgutil.walk_packages(icl.__path__, "icl."):
         if not module.name.rpartition(".")[2].startswith("_"):  # not `__main__`, and not the compiled kernel
             importlib.import_module(module.name)

@@ -1,14 +1,14 @@
-"""How often the verdicts of turning points and stages are right, on simulated curves with correlated scatter.
+"""Measure how often the verdicts of turning points and stages are right, on simulated curves with correlated scatter.
 
-Scatter is an autoregression of order one over the saved steps, with correlation phi between neighbours and the standard deviation 1
-at every step. `python -m tools.verdict_rates [--runs N] [--out FILE]` writes the table `data/verdict-rates.csv`.
+The scatter is an autoregression of order one over the saved steps. Its standard deviation is 1 at every step, and its correlation
+between neighbours is phi. `python -m tools.verdict_rates [--runs N] [--out FILE]` writes the table `data/verdict-rates.csv`. Kinds
+of curves:
 
-- `flat tail`: a loss that falls and then stays flat. `ok` is a false `transient ridge`.
-- `rise`: the same, with a rise by ten standard deviations after its minimum.
-- `noise`: loss and LLC are scatter alone. `ok` is a run with a false boundary of stages.
+- `flat tail`: a loss that falls and then stays flat. The verdict `ok` belongs to a false `transient ridge`.
+- `rise`: the same loss, with a rise by ten standard deviations after its minimum.
+- `noise`: loss and LLC are only scatter. The verdict `ok` belongs to a false boundary between stages.
 - `line`: loss and LLC are straight lines in log time, with scatter of 3 % of their range.
-- `turn`: loss and LLC go in one direction and then in the other, by so much that the boundary has about ten standard errors in
-  either signal.
+- `turn`: loss and LLC move in one direction and then in the other. The boundary has about ten standard errors in either signal.
 """
 
 import argparse
@@ -32,7 +32,7 @@ STEPS = np.unique(np.r_[0, np.geomspace(1, 500_000, 48), np.linspace(0, 500_000,
 TIMES = np.log1p(STEPS)
 PHIS = (0.0, 0.5, 0.8, 0.9)
 TURN = {0.0: 10.0, 0.5: 20.0, 0.8: 25.0, 0.9: 20.0}
-"""Size of the turn in standard deviations of the scatter, by phi: more where the scatter is correlated."""
+"""Size of the turn in standard deviations of the scatter, by phi. It is larger if the scatter is correlated."""
 
 
 class Case(NamedTuple):
@@ -47,9 +47,12 @@ def main(words: Sequence[str] | None = None) -> None:
     """Simulate all cases and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--runs", type=int, default=1000, help="simulated runs of transience per cell; half as many of stages"
+        "--runs",
+        type=int,
+        default=1000,
+        help="number of simulated runs per case of transience; stages use half as many",
     )
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes")
     parser.add_argument("--out", type=Path, default=Path("data/verdict-rates.csv"), help="file to write")
     options = parser.parse_args(words)
     cases = list(_cases(options.runs))
@@ -63,7 +66,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def rate(case: Case) -> dict[str, object]:
-    """Return the share of runs with a verdict `ok`, with its standard error, and the shares of the other verdicts."""
+    """Return the share of runs with the verdict `ok`, with its standard error, and the share with `suspect`."""
     torch.set_num_threads(1)
     judge = _transience if case.kind in ("flat tail", "rise") else _stages
     verdicts = [judge(case.kind, case.phi, np.random.default_rng([number, 7])) for number in range(case.num_runs)]
@@ -109,7 +112,7 @@ def _transience(kind: str, phi: float, rng: np.random.Generator) -> str:
 
 
 def _stages(kind: str, phi: float, rng: np.random.Generator) -> str:
-    """Return the best verdict of any boundary; for a turn, of one within half a unit of log time."""
+    """Return the best verdict of any boundary. For a turn, only boundaries within one unit of log time count."""
     shapes = {
         "noise": 0 * TIMES,
         "line": TIMES / TIMES[-1] / 0.03,

@@ -7,7 +7,7 @@ An analysis is a module or a folder here. `essential-dynamics`, for example, is 
 - `plot(table, *, title)`, in the module of the same name in `icl.plotting`.
 - One line in `ANALYSES` below.
 
-Work over checkpoints goes through `icl.analysis.run.over_checkpoints`. It measures many checkpoints at once, as a
+Analyses of checkpoints call `icl.analysis.run.over_checkpoints`. It measures many checkpoints at once, as a
 population, and never measures a checkpoint twice.
 """
 
@@ -25,7 +25,10 @@ class About(NamedTuple):
 
 
 ANALYSES: dict[str, About] = {
-    "gradients": About("run", "gradients in the weights (norm, noise scale, alignment) and in the data distribution"),
+    "gradients": About(
+        "run",
+        "gradients of the loss in the weights (norm, noise scale, alignment) and in the data distribution's parameters",
+    ),
     "hessian": About(
         "run", "curvature of the loss: largest and smallest eigenvalues, trace and spectrum of the Hessian"
     ),

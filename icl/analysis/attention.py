@@ -19,11 +19,11 @@ The published code has errors that we do not repeat:
 - In one place an entropy in bits was divided by natural logarithms.
 - At k = 0 the pattern is always 1, so the entropy was 0 / 0 and the previous token's score 0. We leave k = 0 out of every average.
 
-Every score is averaged over three sets of queries: `all`, the x-tokens (`x`) and the y-tokens (`y`). For example, a head called
-"y to x-tokens" has a high score `x_tokens` for the queries `y`.
+Every score is averaged over three sets of queries: `all`, the x-tokens (`x`) and the y-tokens (`y`). For example, a head that
+attends from y-tokens to x-tokens has a high score `x_tokens` for the queries `y`.
 
-Head h of block b is named `b1h1`, counted from 1. The part `uniform` holds the scores of uniform attention over all visible
-tokens, for comparison. Rows `pattern` hold the mean weights at the last saved step, token by token. The cached entries hold
+The first head of the first block is named `b1h1`. The part `uniform` has the scores of uniform attention over all visible
+tokens, for comparison. Rows `pattern` have the mean weights at the last saved step, token by token. The cached entries contain
 the mean patterns of all steps.
 """
 

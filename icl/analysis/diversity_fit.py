@@ -6,13 +6,13 @@ model's loss on new tasks (`true`) or on a shift. The features are log2(M) and, 
 change of the loss per standard deviation. M = inf has no logarithm. Models with M = inf are left out of the fit but drawn
 beside it. With `infinite=next` they are placed one octave above the largest finite M, which is a convention.
 
-The fit is linear, ridge or lasso (scikit-learn). Every fit chooses its penalty by cross-validation. The validation leaves out
-one M at a time, with all its steps:
+The fit is linear, ridge or lasso (scikit-learn). Every ridge or lasso fit chooses its own penalty by cross-validation. To
+validate the fit, we leave out one M at a time, with all its steps:
 
-    R2_cv = 1 - sum_i (y_i - prediction without i's M)^2 / sum_i (y_i - mean without i's M)^2 ,
+    R2_cv = 1 - sum_i (y_i - prediction without i's M)^2 / sum_i (y_i - mean without i's M)^2 .
 
-with a bootstrap standard error over M. The standard errors of coefficients are from the delete-one-M jackknife; for the lasso
-they are a rough guide.
+Its standard error is from a bootstrap over M. The standard errors of coefficients are from the delete-one-M jackknife; for the
+lasso they are a rough guide.
 
 The verdict is `invalid` if R2_cv <= 0, since then the mean predicts as well. It is `suspect` if R2_cv is within two standard
 errors of 0, or there are few M for the number of features. Otherwise it is `ok`. Fewer than four M raise an error.
@@ -72,7 +72,8 @@ class Settings:
     )
     steps: Literal["last", "all"] = field(default="last", metadata={"help": "the last step of each M, or all steps"})
     infinite: Literal["leave_out", "next"] = field(
-        default="leave_out", metadata={"help": "models with M = inf: outside the fit, or an octave above the largest M"}
+        default="leave_out",
+        metadata={"help": "models with M = inf: left out of the fit, or placed an octave above the largest M"},
     )
 
     def __post_init__(self) -> None:
@@ -256,14 +257,12 @@ def _fit_pipeline(features: np.ndarray, targets: np.ndarray, model_type: str) ->
         estimator = RidgeCV(alphas=_RIDGE_GRID)
     elif model_type == "lasso":
         folds = KFold(min(len(targets), 10), shuffle=True, random_state=0)
-        largest = max(
-            float(targets.std()), 1e-12
-        )  # for standardised features, larger penalties set all coefficients to 0
+        # For standardised features, larger penalties set all coefficients to 0.
+        largest = max(float(targets.std()), 1e-12)
         estimator = LassoCV(alphas=largest * _LASSO_GRID, cv=folds, max_iter=2000)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ConvergenceWarning
-        )  # occurs at the smallest penalties, which are not chosen then
+        # The warning is raised at the smallest penalties, which are then not chosen.
+        warnings.simplefilter("ignore", ConvergenceWarning)
         return make_pipeline(StandardScaler(), estimator).fit(features, targets)
 
 
@@ -291,7 +290,7 @@ def _judge(r2_cv: float, stderr: float, count: int, num_features: int) -> tuple[
         reasons.append(f"there are only {count} values of M")
     if count < GROUPS_PER_COEFFICIENT * (num_features + 1):
         reasons.append(
-            f"there are fewer than {GROUPS_PER_COEFFICIENT} M for each of the {num_features + 1} coefficients"
+            f"there are fewer than {GROUPS_PER_COEFFICIENT} values of M for each of the {num_features + 1} coefficients"
         )
     if not r2_cv > 0:
         return "invalid", ["the fit predicts held-out M no better than the mean does", *reasons]
@@ -301,7 +300,7 @@ def _judge(r2_cv: float, stderr: float, count: int, num_features: int) -> tuple[
 
 
 def _table(points: pd.DataFrame, names: list[str], fitted: ValidatedFit, settings: Settings) -> pd.DataFrame:
-    """Return a table of the numbers of the fit, then of every point, with the settings in columns of their own."""
+    """Return one table: the numbers of the fit, then those of every point. Each setting has a column."""
     coefficients = zip(names, fitted.coefficients, fitted.stderr, strict=True)
     rows: list[dict[str, Any]] = [
         {"quantity": "r2", "value": fitted.r2},

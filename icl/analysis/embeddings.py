@@ -9,16 +9,16 @@ trained. Rows of the table, by `quantity`:
   `effective_rank` is (sum s^2)^2 / sum s^4.
 - `overlap`, part `A on B`: the mean squared cosine of the principal angles (Bjorck and Golub 1973) between two subspaces. The
   subspace of a matrix is spanned by its leading left singular directions that together have a share `spectrum_kept` of sum s^2.
-  The third subspace, `readout`, is the direction of the effective unembedding (below). `cosine` holds the cosine of each
+  The third subspace, `readout`, is the direction of the effective unembedding (below). `cosine` is the cosine of each
   angle, largest first. `overlap_chance` is the mean overlap with a random subspace of A's dimension: dim B / C, with B the larger
-  of the two. The authors' figure instead multiplied by the full C x C factor U of a singular value decomposition. That is a
-  rotation: it changes no norm, and says nothing about a subspace.
+  of the two. The authors' figure instead multiplied by the full C x C factor U of a singular value decomposition. This is a
+  rotation. It changes no norm, so it says nothing about a subspace.
 - Layer-norm collapse, part `<norm>.weight` (gamma) or `<norm>.bias` (beta): `mean`, `std`, `min`, `max`, `norm`, and `share_small`,
   the share of entries whose absolute value is below `threshold`. The threshold is absolute, so the share falls when a vector
   grows.
 - Unembedding collapse, part `effective_unembedding`: `weight` is W_U[0] * gamma_f, one row for each channel in `component`, with
   the same statistics; `bias` is W_U[0] . beta_f + b_U[0]. The final norm centres its input, so adding a constant to all weights
-  changes nothing. We subtract no constant, and neither did the published figures.
+  changes nothing. Like the published figures, we do not subtract a constant.
 - `share_small` of every other weight tensor, and of all parameters in part `all`: the share of dead weights.
 """
 
@@ -48,7 +48,8 @@ class Settings:
 
     threshold: float = field(default=0.1, metadata={"help": "weights below this absolute value count as dead"})
     spectrum_kept: float = field(
-        default=0.99, metadata={"help": "share of a matrix's squared singular values that its subspace must hold"}
+        default=0.99,
+        metadata={"help": "share of the sum of a matrix's squared singular values that its subspace must cover"},
     )
 
     def __post_init__(self) -> None:
@@ -99,7 +100,7 @@ def spectrum_shares(matrix: Float[Tensor, "C R"]) -> Float[Tensor, " r"]:
 
 
 def subspace(matrix: Float[Tensor, "C R"], kept: float) -> Float[Tensor, "C r"]:
-    """Return the fewest left singular directions that hold a share `kept` of sum s^2, as an orthonormal basis.
+    """Return the fewest left singular directions that together have a share `kept` of sum s^2, as an orthonormal basis.
 
     With kept = 1 this is the column space. Directions whose singular value is zero up to rounding are left out.
     """

@@ -13,11 +13,13 @@ step 20,000.
 Rows of the table, by `quantity`:
 
 - `eigenvalue`: parts `top 1`, `top 2`, ... from the largest; `bottom 1`, ... from the smallest (most negative). `stderr` is the
-  standard error over draws of the prompts, to first order. (The extremes for a finite draw lie outside those of the expected
-  loss.) `lanczos_error` is the estimated error of the method for these prompts. If it exceeds 1 %, the verdict is `suspect`.
-- `trace`: `stderr` counts the draw of the prompts and of the probes. If the probes' part exceeds 5 %, the verdict is `suspect`.
-- `spectral_node`, `spectral_weight`: eigenvalues, and the share of all P eigenvalues that each stands for (from one random
-  start).
+  standard error over draws of the prompts, to first order. (It does not include a bias: the extreme eigenvalues for a finite
+  draw lie outside those of the expected loss.) `lanczos_error` is the estimated error of the Lanczos method for these prompts.
+  If it exceeds 1 % of the eigenvalue, the verdict is `suspect`.
+- `trace`: `stderr` includes the draw of the prompts and of the probes. If the probes' error exceeds 5 % of the trace, the
+  verdict is `suspect`.
+- `spectral_node`, `spectral_weight`: eigenvalues, and the share of all P eigenvalues that each represents (estimated from one
+  random start vector).
 - `num_parameters`: P.
 """
 
@@ -48,7 +50,7 @@ NUM_BATCHES = 8
 """Number of batches of prompts. Their scatter gives the standard error over draws of the prompts."""
 VERSION = 1
 _MEMBERS_AT_ONCE = 4
-"""Checkpoints per population. So few that results are saved every few seconds; larger populations are hardly faster."""
+"""Checkpoints in one population. Small, so that results are saved every few seconds; larger populations are hardly faster."""
 _MAX_LANCZOS_ERROR = 0.01
 _MAX_PROBE_ERROR = 0.05
 
@@ -115,7 +117,7 @@ def hessian_products(
     The P parameters are in the order of `params`. Every pair of member and batch is one member of a larger population. If
     all prompts fit in one pass (`prompts_at_once`), the gradient is computed once and reused for all products.
     """
-    layout = layout_of(params, alignment=1)  # no padding: it would count as P - size flat directions
+    layout = layout_of(params, alignment=1)  # no padding: padded entries would count as flat directions
     weights = layout.to_rows(params)  # N P
     count, size = len(weights), len(prompts.ys) // num_batches
     num_together = max(1, min(num_batches, prompts_at_once // size))
@@ -143,7 +145,7 @@ def hessian_products(
 
 
 def _random_vectors(key: rng.Stream, steps: Tensor, params: Params) -> Iterator[Float[Tensor, "N P"]]:
-    """Yield normal vectors without end. Each depends only on the seed, the step and its index."""
+    """Yield normal vectors endlessly. Each vector depends only on the seed, the step and its index."""
     example = next(iter(params.values()))
     size = sum(tensor[0].numel() for tensor in params.values())
     for index in itertools.count():
@@ -167,7 +169,11 @@ def _trace_row(traces: Trace, member: int) -> Row:
     value, stderr = (column[member].item() for column in traces.whole)
     probe_stderr = traces.probe_stderr[member].item()
     is_rough = probe_stderr > _MAX_PROBE_ERROR * abs(value)
-    reason = f"the probes' standard error is {probe_stderr:.2g}, above 5 %; raise num_probes" if is_rough else ""
+    reason = (
+        f"the probes' standard error is {probe_stderr:.2g}, above 5 % of the trace; raise num_probes"
+        if is_rough
+        else ""
+    )
     return _row("trace", "all", value, stderr, reason=reason)
 
 

@@ -10,7 +10,7 @@ from icl.config.validation import require
 from icl.tasks.prompts import Distribution, Prompts, prompt_source
 
 _NUMBERS_AT_ONCE = 1e8
-"""Largest number of activations in one pass. In float32 they take 4 bytes each; a second derivative keeps several copies."""
+"""Largest number of activations in one pass: 0.4 GB in float32. A second derivative keeps several copies of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,6 @@ def fixed_prompts(members: Members, stream: str, distribution: Distribution, cou
 def prompts_at_once(members: Members) -> int:
     """Return how many prompts one member can process in one pass."""
     num_parameters = sum(tensor[0].numel() for tensor in members.params.values())
-    # A prompt has 2K tokens. The activations of one token number about 6 P / C, for P parameters and width C.
+    # A prompt has 2K tokens. Each token has about 6 P / C activations, for P parameters and width C.
     per_prompt = 6 * 2 * members.config.task.max_examples * num_parameters / members.config.model.embed_size
     return max(1, int(_NUMBERS_AT_ONCE / per_prompt))

@@ -33,7 +33,7 @@ class Result(NamedTuple):
     """Result of an analysis."""
 
     table: pd.DataFrame
-    """Tidy table. Each row names its settings and, if it belongs to one, its checkpoint."""
+    """Tidy table. Every row has the settings. A row about one checkpoint also has its step and hash."""
     summary: list[str]
     """Lines to print, verdicts first."""
 
@@ -50,7 +50,7 @@ class Members(NamedTuple):
 
 
 Measure = Callable[[Members], list[Measurement]]
-"""Return one measurement for each member after the first `lead` members."""
+"""Function that returns one measurement for each member after the first `lead` members."""
 
 
 def find(name: str) -> Any:
@@ -104,7 +104,7 @@ def over_checkpoints(
         uses_predecessor: Whether a measurement also uses the checkpoint before it.
         keep_arrays: Whether the returned entries contain their arrays. If all arrays together do not fit in memory,
             pass False and read them with `Cache.stored_array`.
-        max_members: Largest number of checkpoints in one population. Choose few if a measurement takes long.
+        max_members: Largest number of checkpoints in one population. Choose a small number if one measurement takes long.
         files: Subset of `checkpoint_files(path)` to measure; None measures all.
         bar: Progress bar shared by several runs; None gives this run its own.
 
@@ -146,7 +146,7 @@ def as_table(entries: Sequence[Entry], settings: Any, *, whole_run: Sequence[Map
     Args:
         entries: Entries from `over_checkpoints`.
         settings: Settings of the analysis.
-        whole_run: Further rows that belong to no checkpoint, or that contain their `step` and `checkpoint_hash`.
+        whole_run: Further rows. They are about the whole run, or have their own `step` and `checkpoint_hash`.
 
     Raises:
         ValueError: If a setting and a column have the same name.
@@ -162,7 +162,7 @@ def as_table(entries: Sequence[Entry], settings: Any, *, whole_run: Sequence[Map
 
 def _members(checkpoints: list[Checkpoint], lead: int) -> Members:
     """Stack checkpoints of one architecture on the device."""
-    build_checkpoint_model(checkpoints[0])  # refuses weights that the configuration does not describe
+    build_checkpoint_model(checkpoints[0])  # raises an error if the weights do not fit the configuration
     device = torch_device()
     stacked = stack([checkpoint.params for checkpoint in checkpoints])
     params = {name: tensor.to(device) for name, tensor in stacked.items()}

@@ -1,13 +1,14 @@
 """Scatter of the points of a curve about a smooth trend: its size, and its correlation between saved steps.
 
-Training noise makes a measured curve wander: after a saved step that lies above the trend, the next ones lie above it too. Whoever
-takes such points as independent finds rises and stages where there are none. We model n points at u = ln(step + 1) as
+Training noise makes a measured curve wander: after a saved step that lies above the trend, the next ones often lie above it too.
+An analysis that treats such points as independent finds rises and stages that do not exist. We model n points at u = ln(step + 1)
+as
 
-    y_i = f(u_i) + e_i,   f ~ a Matern(5/2, l),   cov(e_i, e_j) = known_i + white [i = j] + wander exp(-|i - j| / tau),
+    y_i = f(u_i) + e_i,   f ~ a Matern(5/2, l),   cov(e_i, e_j) = (known_i + white) [i = j] + wander exp(-|i - j| / tau).
 
-a smooth trend (Rasmussen and Williams 2006, section 4.2.1), independent scatter, and an autoregression of order one over the saved
-steps. The five parameters maximise the posterior density (equation 5.8 there, with its gradient 5.9). The prior of ln l is
-normal about 0 with deviation 1 and that of ln tau about ln 3 with deviation 2; both are weak.
+The trend f is smooth (Rasmussen and Williams 2006, section 4.2.1). The scatter e has an independent part and an autoregression of
+order one over the saved steps. The five parameters maximise the posterior density (equation 5.8 there, with its gradient 5.9).
+ln l has a normal prior with mean 0 and deviation 1, and ln tau one with mean ln 3 and deviation 2. Both priors are weak.
 
 Trend and wander are distinguished by their roughness only: a trend that bends within a few saved steps counts as wander.
 """
@@ -24,7 +25,7 @@ _TAU = (0.3, 12.0)
 """Limits of the correlation time tau, in saved steps."""
 _TYPICAL_TAU = 3.0
 _LEAST = 1e-10
-"""Least variance, as a share of the values' variance; below it is rounding."""
+"""Least variance, as a share of the values' variance. Smaller variances are rounding errors."""
 
 
 class Scatter(NamedTuple):
@@ -65,9 +66,9 @@ def estimate_scatter(
     Args:
         times: u = ln(step + 1) of the saved steps, in ascending order.
         values: The curve at the saved steps.
-        stderr: Standard errors of the points that are known and independent; they do not count as scatter.
+        stderr: Known, independent standard errors of the points. They do not count as scatter.
         shortest: Least length l of the trend. The default is a factor e in the step.
-        longest: Greatest length l. A trend with corners needs a short one; else the wander follows the corners.
+        longest: Greatest length l. A trend with corners needs a small value; otherwise the wander follows the corners.
     """
     unit = float(values.std()) or 1.0
     scaled = (values - values.mean()) / unit
@@ -97,7 +98,7 @@ def estimate_scatter(
     variances = (math.log(1e-8), math.log(10.0))
     bounds = [(math.log(1e-2), math.log(1e3)), (math.log(shortest), math.log(longest)), variances, variances]
     bounds.append((math.log(_TAU[0]), math.log(_TAU[1])))
-    # The density can have several maxima: the scatter is independent, it wanders, or there is hardly any.
+    # The density can have several maxima: independent scatter, wander, or hardly any scatter. We start near each.
     starts = [
         (1.0, float(np.clip(1.0, shortest, longest)), white, wander, _TYPICAL_TAU)
         for white, wander in ((0.1, 1e-3), (1e-2, 0.1), (1e-4, 1e-4))

@@ -1,1 +1,1 @@
-"""Losses, gaps and scores on fixed sets of prompts; predictions for prompts of your own."""
+"""Losses, gaps and scores on fixed sets of prompts, and predictions for a user's own prompts."""

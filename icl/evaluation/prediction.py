@@ -68,7 +68,7 @@ def read_prompt_file(path: str | Path) -> PromptFile:
     """Read the prompt in a JSON or CSV file.
 
     Raises:
-        PromptError: If the file is missing or malformed, or holds no query.
+        PromptError: If the file is missing or malformed, or has no query.
     """
     path = Path(path)
     try:

@@ -1,6 +1,6 @@
 """Evaluation of a population on fixed prompts: losses, gaps to baselines and scores, each with a standard error over prompts.
 
-Evaluation is an ordinary function of parameters and prompts. Training calls it at intervals, `icl evaluate` for many
+Evaluation is an ordinary function of parameters and prompts. Training calls it at intervals. `icl evaluate` calls it for many
 checkpoints at once. Baselines are computed once for each set of prompts.
 
 The sets are `pretrain` (the run's M tasks), `true` (tasks from N(0, I)) and the shifts of `icl.tasks.shifts`. The numbers are
@@ -9,7 +9,7 @@ those of `icl.metrics`:
 - `loss`: the mean squared error per target, not divided by D.
 - `delta_ridge`, `delta_dmmse`: the gap to a baseline, the mean squared difference of predictions (Raventos et al. 2023,
   section 2, who divide by D).
-- `icl_score`: loss(k2) - loss(k1), so negative is good.
+- `icl_score`: loss(k2) - loss(k1). A negative score is good.
 - `prior_zero`, `prior_task_mean`: prior-task scores, the gaps to predicting with w = 0 and with the mean task (Hoogland et
   al. 2024).
 """
@@ -49,7 +49,7 @@ class EvaluationSet(NamedTuple):
     prompts: Prompts
     baselines: dict[str, Tensor]
     is_about_query: bool
-    """Whether only the last position is shifted as the name says. Then only numbers of this position are given."""
+    """Whether the shift changes only the last position, the query. If so, only numbers of this position are given."""
 
 
 Row: TypeAlias = dict[str, Any]
@@ -127,7 +127,7 @@ def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
 
 
 def headlines(numbers: "pd.DataFrame") -> "pd.DataFrame":
-    """Return the rows of a table of `evaluate` that sum it up: means over positions, or the query if only it is shifted."""
+    """Return the main rows of a table from `evaluate`: means over positions, or the query's numbers if only it is shifted."""
     has_mean = numbers["distribution"].isin(numbers.loc[numbers["position"] == "mean", "distribution"])
     return numbers[(numbers["position"] == "mean") | ~has_mean]
 
@@ -208,7 +208,7 @@ def _batches(prompts: Prompts, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _join(sets: Sequence[EvaluationSet]) -> EvaluationSet:
-    """Join the sets of several members: stack them, with NaN for a baseline that some lack, unless all are the same set."""
+    """Stack the sets of several members into one, with NaN for baselines that some lack; return a shared set unchanged."""
     if all(each is sets[0] for each in sets):
         return sets[0]
     prompts = Prompts(*(torch.stack(parts) for parts in zip(*(each.prompts for each in sets), strict=True)))
@@ -240,7 +240,7 @@ class _Numbers(NamedTuple):
 
 
 def _position_numbers(prompt_set: EvaluationSet, quantity: str, values: Float[Tensor, "N B K"]) -> list[_Numbers]:
-    """Return a quantity at every position and its mean over positions, or only at the query if only that is shifted."""
+    """Return a quantity at every position and its mean over positions, or only at the query if only the query is shifted."""
     names = [str(k + 1) for k in range(values.shape[-1])]
     if prompt_set.is_about_query:
         return [_Numbers(quantity, names[-1:], metrics.position_mean(values[..., -1:]))]
@@ -255,7 +255,7 @@ def _rows(distribution: str, numbers: Sequence[_Numbers]) -> list[list[Row]]:
     keys = [(distribution, part.quantity, position) for part in numbers for position in part.positions]
     columns = zip(*(part.estimate for part in numbers), strict=True)  # values, standard errors
     values, stderrs = (torch.cat([part.reshape(len(part), -1) for part in column], dim=1) for column in columns)
-    # One `tolist` for all numbers: each would wait for the GPU.
+    # One `tolist` for all numbers, because each call waits for the GPU.
     return [
         [dict(zip(COLUMNS, (*key, *pair), strict=True)) for key, pair in zip(keys, pairs, strict=True)]
         for pairs in torch.stack((values, stderrs), dim=-1).tolist()
@@ -263,7 +263,7 @@ def _rows(distribution: str, numbers: Sequence[_Numbers]) -> list[list[Row]]:
 
 
 def _score_pairs(num_examples: int) -> Iterator[tuple[int, int]]:
-    """Yield first to middle, middle to last and first to last position (1:4, 4:8 and 1:8 in Hoogland et al., K = 8)."""
+    """Yield pairs of the first, middle and last position (1:4, 4:8 and 1:8 in Hoogland et al., where K = 8)."""
     middle = max(1, num_examples // 2)
     pairs = [(1, middle), (middle, num_examples), (1, num_examples)]
     yield from dict.fromkeys(pair for pair in pairs if pair[0] < pair[1])

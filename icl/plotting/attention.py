@@ -22,11 +22,11 @@ _PANELS = (
     ("y_tokens", "y", "Attention from y-tokens to y-tokens", "weight"),
     ("lag", "all", "Distance (0: itself, 1: first token)", "mean lag / k"),
 )
-"""Quantity, tokens that attend, title and label of each panel."""
+"""Quantity, attending tokens, title and label of each panel."""
 _HEAD_COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
 _LINES = ("-", "--", ":", "-.")
 _MAX_BLOCKS = 3
-"""Largest number of blocks that line styles tell apart."""
+"""Largest number of blocks that are distinguished by line style."""
 
 
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
@@ -60,7 +60,7 @@ def _block_and_head(name: str) -> tuple[int, ...]:
 def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
     """Return the line style and colour of each head.
 
-    With few blocks the line style shows the block and the colour the head; with many, the other way round.
+    With few blocks, the line style shows the block and the colour shows the head. With many blocks it is the other way round.
     """
     blocks = {_block_and_head(name)[0] for name in names}
     block_colours = ordered_colours(len(blocks))
@@ -77,7 +77,7 @@ def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
 def _draw_patterns(figure: Figure, axes: Axes, rows: pd.DataFrame) -> None:
     """Draw the mean patterns side by side, queries down and keys across.
 
-    Each row holds the heads of one block, unless there are more blocks than heads.
+    Each row shows the heads of one block, unless there are more blocks than heads.
     """
     names = sorted(set(rows["part"]), key=_block_and_head)
     if not names:

@@ -17,13 +17,13 @@ from icl.plotting.tidying import KEY
 _LINES = {"pretrain": "-", "true": ":"}
 _SETS = {"pretrain": "training tasks", "true": "new tasks"}
 _MIN_SCALE = 0.2
-"""Smallest multiplier whose loss sets the limits: below it loss / g² is mostly noise variance / g²."""
+"""Smallest multiplier that is used to set the limits. Below it, loss / g² is mostly noise variance / g²."""
 _SCALED_PANELS = (
     ("input_scale", "loss_over_g2", "Inputs scaled by g", "mean squared error / g²"),
     ("task_scale", "loss_over_g2", "Tasks scaled by g", "mean squared error / g²"),
     ("input_scale", "size_ratio", "Size of predictions, inputs scaled by g", "|predictions| / |targets|"),
 )
-"""Family of distributions, quantity, title and label of each panel against the multiplier."""
+"""Family of distributions, quantity, title and label of each panel with the multiplier on the x axis."""
 _PAIR_COLOURS = (ORANGE, PURPLE, BLUE)
 
 
@@ -122,7 +122,7 @@ def _draw_scaled(figure: Figure, panels: tuple[Axes, ...], model: pd.DataFrame, 
         for step in steps:
             curve, colour = select(rows, step=step), colours.to_rgba(step + 1)
             axes.plot(curve["scale"], curve["value"], color=colour, linewidth=1.3)
-        # A band for the last step only: many would hide each other.
+        # Draw a band for the last step only, because many bands would hide each other.
         draw_band(axes, curve["scale"], curve["value"], curve["stderr"], alpha=0.15, color=colour, linewidth=1.3)
         for name in ("ridge", "zero") if quantity == "loss_over_g2" else ("ridge",):
             level = select(levels, predictor=name)
@@ -145,7 +145,7 @@ def _means(table: pd.DataFrame, quantity: str, distribution: str, position: str 
 def _draw_both_sets(
     axes: Axes, model: pd.DataFrame, quantity: str, *, position: str = "mean", label: str, **style: Any
 ) -> None:
-    """Draw a quantity on training tasks and on new tasks; the legend names it once."""
+    """Draw a quantity on training tasks and on new tasks, with one legend entry for both."""
     for name, line in _LINES.items():
         curve = _means(model, quantity, name, position)
         _draw_curve(axes, curve, linestyle=line, label=label if name == "pretrain" else None, **style)
@@ -179,4 +179,4 @@ def _finish(axes: Axes, title: str, ylabel: str) -> None:
     if axes.lines:
         axes.legend(fontsize=7.5)
     else:
-        write_in_middle(axes, "needs a second example")
+        write_in_middle(axes, "needs at least two examples")

@@ -1,7 +1,7 @@
 """The colours of all figures.
 
-The palette is that of Okabe and Ito (2008), which colour-blind readers can tell apart. A predictor has the same colour
-and line style in every figure.
+We use the palette of Okabe and Ito (2008), because colour-blind readers can distinguish its colours. A predictor has the
+same colour and line style in every figure.
 """
 
 from typing import Any
@@ -34,5 +34,5 @@ ORDERED = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, 256)), name="o
 
 
 def ordered_colours(count: int) -> list[Any]:
-    """Return `count` colours of `ORDERED`, for ordered things such as layers or singular values."""
+    """Return `count` colours of `ORDERED`, for ordered objects such as layers or singular values."""
     return [ORDERED(index / max(count - 1, 1)) for index in range(count)]

@@ -1,7 +1,7 @@
-"""The figure of one or several runs during or after training: their losses against the step, a line for each run.
+"""The figure of one or several runs, during or after training: their losses against the step, with a line for each run.
 
-The names of a few runs stand at the ends of their lines, those of more runs in a legend. Step 0 lies far left of the
-next step, so it is a separate dot.
+If there are few runs, their names are at the ends of the lines; otherwise they are in a legend. Step 0 lies far left of the
+next step, so it is drawn as a separate dot.
 """
 
 import math
@@ -21,7 +21,7 @@ MAX_LABELS = 16
 MAX_END_LABELS = 12
 """Largest number of runs that are named at the ends of their lines."""
 _LABEL_HEIGHT = 0.065
-"""Smallest distance between two such names, as a fraction of the height of the axes."""
+"""Smallest distance between two names at the ends of lines, as a fraction of the height of the axes."""
 _MAX_NAME_LENGTH = 30
 MANY_LABELS = 3.0
 """Ratio of the highest to the lowest loss above which only 1, 2 and 5 times powers of ten are labelled."""
@@ -33,7 +33,7 @@ _PANELS = {
 
 
 def plot_curves(curves: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
-    """Plot losses against the step: on training batches, and on the fixed prompts that any of the runs was evaluated on.
+    """Plot losses against the step: on training batches, and on the fixed prompts if any run was evaluated on them.
 
     Args:
         curves: The `metrics.csv` of each run, by the run's name. The first runs get the darkest lines.
@@ -88,7 +88,7 @@ def _draw_losses(axes: Axes, losses: Mapping[str, pd.DataFrame], key: str) -> No
 
 
 def _label_ends(axes: Axes, losses: Mapping[str, pd.DataFrame], key: str) -> None:
-    """Write the name of each run right of the axes, joined to the end of its line; keep the names apart."""
+    """Write the name of each run to the right of the axes, and join it to the end of its line. Keep the names apart."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
     colours = dict(zip(losses, ordered_colours(len(losses)), strict=True))
     ends = {run: curve.iloc[-1] for run, curve in losses.items() if len(curve)}
@@ -103,7 +103,7 @@ def _label_ends(axes: Axes, losses: Mapping[str, pd.DataFrame], key: str) -> Non
 
 
 def _spread(heights: Sequence[float]) -> list[float]:
-    """Move sorted heights in [0, 1] apart to at least the height of a name: one pass upwards, then one downwards from the top."""
+    """Move sorted heights in [0, 1] apart by at least the height of a name, in one pass upwards and one downwards."""
     spread: list[float] = []
     for height in heights:
         spread.append(max(height, spread[-1] + _LABEL_HEIGHT) if spread else height)

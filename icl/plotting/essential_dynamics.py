@@ -20,7 +20,7 @@ from icl.plotting.style import new_figure, write_in_middle
 _RUN_COLOURS = (SKY, ORANGE, GREEN, PURPLE, BLUE, VERMILION)
 _COMPONENT_COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 _SHAPES = (("cusp", "X", 45, "smooth_score"), ("vertex", "D", 45, "smooth_score"), ("form", "*", 120, "form_score"))
-"""Kind of shape, its marker and size, and the quantity that holds its coordinates."""
+"""Kind of shape, its marker and size, and the quantity in the table that gives its coordinates."""
 _GREY = "#888888"
 _REFERENCE_MARKERS = "sP^vhd8<>p"
 _STATES = {
@@ -38,8 +38,8 @@ _MAX_NAMED = 6
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
     """Draw four panels from the table of `icl.analysis.essential_dynamics`.
 
-    Circles are checkpoints; lines are the smoothed path. The evolute is drawn if there is one run. Shapes whose verdict
-    is not ok are open.
+    Circles are checkpoints; lines are the smoothed path. The evolute is drawn only for a single run. Shapes have open marks if
+    their verdict is not ok.
 
     Args:
         table: The run's `results/essential-dynamics.csv`.
@@ -67,7 +67,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
 
 def _draw_plane(axes: Axes, table: pd.DataFrame, plane: list[str], norm: LogNorm) -> None:
     runs = select(table, quantity="score")["run"].unique()
-    is_first_plane = plane[0] == "PC1"  # whose legend serves both
+    is_first_plane = plane[0] == "PC1"  # its legend serves both planes
     for number, run in enumerate(runs):
         points, path = _scores_and_path(select(table, run=run))
         axes.scatter(
@@ -88,7 +88,7 @@ def _draw_plane(axes: Axes, table: pd.DataFrame, plane: list[str], norm: LogNorm
 
 
 def _set_limits(axes: Axes, table: pd.DataFrame, plane: list[str]) -> None:
-    """Set limits that hold the scores; the evolute cannot set them, because it goes to infinity at every inflection."""
+    """Set the limits from the scores. The evolute is not used, because it goes to infinity at every inflection."""
     shown = table[table["quantity"].isin(["score", "smooth_score", "reference_score"])]
     limits = []
     for item in plane:
@@ -198,7 +198,7 @@ def _by_item(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
 
 
 def _scores_and_path(run: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the scores of a run and their smoothed path, by step and component; without smoothing the path is the scores."""
+    """Return the scores of a run and their smoothed path, by step and component. Without a smoothed path, return the scores twice."""
     scores, path = (_pivot(run, quantity, "step") for quantity in ("score", "smooth_score"))
     return scores, scores if path.empty else path
 

@@ -1,7 +1,7 @@
 """Figures of a run's development that combine several tables: loss and LLC, in-context learning, learning curves.
 
-Each of several seeds is a thin line with a band of two standard errors over prompts. Vertical lines mark where stages
-end. The axis shows step + 1 on a logarithmic scale, so that the initial model at step 0 is visible.
+If there are several seeds, each is a thin line with a band of two standard errors over prompts. Vertical lines mark the ends
+of stages. The axis shows step + 1 on a logarithmic scale, so that the initial model at step 0 is visible.
 """
 
 from collections.abc import Mapping
@@ -54,9 +54,9 @@ def plot_loss_and_llc(
         evaluation: Rows of `evaluation.csv` for the seeds of one model.
         baselines: Rows of `baselines.csv` for the same runs.
         llc: Rows of `llc.csv` for one of the runs.
-        published: The table `published.csv`, whose losses and LLCs are drawn beside ours.
+        published: The table `published.csv`. Its losses and LLCs are drawn for comparison.
         title: Title of the figure.
-        stages: Where stages end.
+        stages: Step at which each stage ends.
     """
     figure, axes = new_figure(2, num_rows=2, width=5.4, height=3.4, title=title)
     loss = _curves_by_run(evaluation, quantity="loss", position="mean")
@@ -97,7 +97,7 @@ def plot_in_context_learning(
         evaluation: Rows of `evaluation.csv` for the seeds of one model.
         baselines: Rows of `baselines.csv` for the same runs.
         title: Title of the figure.
-        stages: Where stages end.
+        stages: Step at which each stage ends.
     """
     figure, (positions, scores, prior, gap) = new_figure(2, num_rows=2, width=5.4, height=3.5, title=title)
     first_run = evaluation["run"].iloc[0]
@@ -148,7 +148,7 @@ def _describe_sampler(name: str, rows: pd.DataFrame) -> str:
 
 
 def _curves_by_run(evaluation: pd.DataFrame, *, quantity: str, position: str) -> dict[str, pd.DataFrame]:
-    """Return one number on training tasks at every step, by run."""
+    """Return one quantity on the training tasks at every step, by run."""
     rows = select(evaluation, distribution="pretrain", quantity=quantity, position=position)
     return {str(run): curve.sort_values("step") for run, curve in rows.groupby("run", sort=False)}
 

@@ -1,13 +1,13 @@
 """The gallery of figures drawn from the shipped tables, saved as PNG and PDF with captions and shown on one page.
 
-A notebook opens a gallery, takes tables from it, and saves figures to it:
+A notebook opens a gallery, reads tables from it, and saves figures to it:
 
     gallery = Gallery("llcs")                       # tables of ../data/small, figures to ../figures
     table = gallery.table("known-answers")
     gallery.save(llc_studies.plot_known_answers(table, title="Known answers"), "known-answers", "Estimates beside the truth.")
 
-Every figure names the source of its data in a line above it; its caption adds date, versions, hardware and commands.
-The same tables give the same bytes.
+A line above every figure names the source of its data. Its caption adds the date, versions, hardware and commands. The same
+tables give identical files.
 """
 
 import json
@@ -56,7 +56,7 @@ class Gallery:
         self.data = Path(data) / size
         self.figures = Path(os.environ.get(FOLDER_VARIABLE) or "../figures")
         self.provenance: dict[str, Any] = json.loads((self.data / "provenance.json").read_text(encoding="utf-8"))
-        self._used: list[str] = []  # names of the tables taken since the last figure was saved
+        self._used: list[str] = []  # names of the tables that were read since the last figure was saved
 
     def table(self, name: str, run: str | None = None) -> pd.DataFrame:
         """Return a shipped table, or only the rows of one run. The caption of the next saved figure names the table.
@@ -101,7 +101,7 @@ class Gallery:
         return Saved(png, text)
 
     def _describe_source(self) -> tuple[str, str]:
-        """Return the line above a figure and the caption's paragraph about the tables taken since the last figure."""
+        """Return the line above a figure and the source for its caption, from the tables that were read since the last figure."""
         used, self._used = list(dict.fromkeys(self._used)), []
         sources = [self.provenance["tables"].get(name, {}) for name in used]
         values = {

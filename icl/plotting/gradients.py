@@ -1,4 +1,4 @@
-"""The figure of the gradients: in the weights, in the data distribution, and the PCA of both over training."""
+"""The figure of the gradients in the weights and in the data distribution, and of their PCA over training."""
 
 from typing import Any
 
@@ -35,8 +35,7 @@ _DATA_PARAMETERS = (
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
     """Draw six panels from the table of `icl.analysis.gradients`; bands are two standard errors.
 
-    Where a squared norm is within its noise, triangles show an upper limit of the norm and a lower limit of the noise
-    scale.
+    If a squared norm is within its noise, triangles show an upper limit of the norm and a lower limit of the noise scale.
 
     Args:
         table: The run's `results/gradients.csv`.
@@ -76,7 +75,7 @@ def _curve(table: pd.DataFrame, quantity: str, item: str) -> pd.DataFrame:
 
 
 def _draw_known(axes: Axes, curve: pd.DataFrame, **style: Any) -> None:
-    """Draw the values whose verdict is ok, as a line with its band; the line has gaps where the verdict is another."""
+    """Draw the values whose verdict is ok, as a line with its band. The line has gaps at the other values."""
     is_ok = curve["verdict"] == "ok"
     if is_ok.any():
         known = curve[["value", "stderr"]].where(is_ok)
@@ -84,7 +83,7 @@ def _draw_known(axes: Axes, curve: pd.DataFrame, **style: Any) -> None:
 
 
 def _draw_limits(norms: Axes, noise: Axes, weights: pd.DataFrame) -> None:
-    """Draw limits at two standard errors where the norm of all weights is uncertain: the highest norm, the lowest noise scale."""
+    """Draw the highest norm and the lowest noise scale within two standard errors, at steps with an uncertain norm."""
     norm, square, trace = (
         _curve(weights, quantity, "all").set_index("step") for quantity in ("norm", "squared_norm", "noise_trace")
     )
@@ -109,7 +108,7 @@ def _finish(axes: Axes, title: str, ylabel: str, *, is_logarithmic: bool = False
     has_lines = bool(axes.lines)
     finish_step_axes(axes, title, ylabel)
     if not has_lines:
-        write_in_middle(axes, "nothing here exceeds its noise")
+        write_in_middle(axes, "no value exceeds its noise")
         return
     if is_logarithmic:
         axes.set_yscale("log", nonpositive="clip")
@@ -124,7 +123,7 @@ def _draw_components(figure: Figure, axes: Axes, rows: pd.DataFrame, title: str)
     shares = select(rows, quantity="explained_share").set_index("item")
     axes.set_title(title, fontsize=10)
     if scores.shape[1] < 2:
-        write_in_middle(axes, "needs three saved steps that differ")
+        write_in_middle(axes, "needs three different saved steps")
         return
     steps = scores.index.astype(float) + 1
     norm = LogNorm(1, max(steps.max(), 2))

@@ -11,7 +11,7 @@ from icl.plotting.style import draw_band, finish_step_axes, new_figure
 
 _NUM_SPECTRA = 5
 _MAX_NODE_WEIGHT = 0.05
-"""Largest share of all eigenvalues that a drawn node may stand for."""
+"""Largest share of all eigenvalues that a drawn node may represent."""
 _EIGENVALUES = (
     ("top 1", "largest", VERMILION),
     ("top 2", "second", ORANGE),
@@ -42,7 +42,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def _draw_curve(axes: Axes, curve: pd.DataFrame, colour: str, label: str) -> None:
-    """Draw a line with its band; filled marks have the verdict ok, open marks have another."""
+    """Draw a line with its band. Marks are filled if the verdict is ok, otherwise open."""
     if curve.empty:
         return
     curve = curve.sort_values("step", kind="stable")
@@ -55,8 +55,8 @@ def _draw_curve(axes: Axes, curve: pd.DataFrame, colour: str, label: str) -> Non
 def _draw_spectra(axes: Axes, table: pd.DataFrame) -> None:
     """Draw, for a few steps, how many eigenvalues lie above λ and how many below −λ.
 
-    A node of the spectral density stands for its share of all eigenvalues, but for one at least. Nodes with a large share
-    are left out: they are the bulk near zero, which Lanczos does not resolve.
+    Each node of the spectral density represents its share of all eigenvalues, and at least one. Nodes with a large share are
+    left out, because they are the bulk near zero, which Lanczos does not resolve.
     """
     steps = np.unique(select(table, quantity="spectral_node")["step"].to_numpy(int))
     chosen = steps[spread_indices(len(steps), _NUM_SPECTRA)]

@@ -1,6 +1,6 @@
 """Figures of LLC estimates: the curve over training with its verdicts, the traces of the chains, and the calibration.
 
-A verdict has the same mark in every figure: `ok` a filled dot, `suspect` an open triangle, `invalid` a cross.
+A verdict has the same mark in every figure: a filled dot for `ok`, an open triangle for `suspect`, a cross for `invalid`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,8 +33,8 @@ ESCAPE_LABEL = "(E[L] − L(w0)) / (zero's loss − L(w0))"
 def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Sequence[float] = ()) -> Figure:
     """Plot loss (top) and LLC (bottom) against the step, on a logarithmic (left) and a linear axis (right).
 
-    A table of one step has no right column. Where the loss at the mean of the draws lies below the checkpoint's
-    (`icl.sampling.minimum`), the LLC is underestimated by about that drop; diamonds show the sum of both.
+    For a single step there is no right column. If the loss at the mean of the draws lies below the checkpoint's loss
+    (`icl.sampling.minimum`), the LLC is underestimated by about this drop. Diamonds show the LLC plus the drop.
 
     Args:
         table: Rows of `llc.csv` that share their sampler settings.
@@ -122,7 +122,7 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
 
 
 def read_stages(folder: RunFolder) -> list[float]:
-    """Return the steps between two stages: `end` in the run's `results/stages.csv`, without the end of the last stage."""
+    """Return the steps at which stages end, from the run's `results/stages.csv`, without the end of the last stage."""
     try:
         table = read_table(folder.results / "stages.csv")
     except (OSError, ContentError):
@@ -139,7 +139,7 @@ def draw_by_verdict(
         axes: Axes to draw in.
         x: Horizontal positions of the rows.
         rows: Rows with `llc`, `stderr` and `verdict`.
-        limits: LLCs beyond these limits are drawn at them, without a bar; so are LLCs that are NaN, at the upper one.
+        limits: LLCs beyond these limits are drawn at the nearer limit, without a bar. NaNs are drawn at the upper limit.
         named: Whether the legend names the verdicts.
     """
     for verdict, style in VERDICTS.items():
@@ -220,12 +220,12 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def _underestimated(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows whose loss at the mean of the draws lies significantly below the checkpoint's, without escaped chains."""
+    """Return rows whose loss at the mean of the draws lies significantly below the checkpoint's, unless chains escaped."""
     table = table.rename(columns=RENAMED_COLUMNS)
     if "drop_at_mean_stderr" not in table:  # not measured
         return table.iloc[:0].assign(drop_at_mean=0.0, drop_at_mean_stderr=0.0)
     is_significant = table["drop_at_mean"] > 3 * table["drop_at_mean_stderr"]
-    # Not `escaped_share`: its sign is wrong for a checkpoint that is worse than predicting zero.
+    # `escaped_share` is not used, because its sign is wrong for a checkpoint that is worse than predicting zero.
     rise, height = table["mean_loss"] - table["init_loss"], table["trivial_loss"] - table["init_loss"]
     return table[is_significant & table["llc"].notna() & ~(rise > height / 2)]
 
@@ -247,7 +247,7 @@ def _draw_trace(axes: Axes, record: Record) -> None:
 
 
 def _draw_settings(axes: Axes, rows: pd.DataFrame, x: str, family: str, label: str) -> None:
-    """Draw LLCs against one setting, with a line for each value of another; marks beyond the limits stand at the edges."""
+    """Draw LLCs against one setting, with a line for each value of another setting. Marks beyond the limits are at the edges."""
     valid = rows[rows["verdict"] != "invalid"]
     shown = rows if valid.empty else valid
     set_limits(axes, pd.concat([shown["llc"] - shown["stderr"], shown["llc"] + shown["stderr"], pd.Series([0.0])]))

@@ -22,8 +22,8 @@ SAMPLERS = (
 def plot_known_answers(table: pd.DataFrame, *, title: str) -> Figure:
     """Plot estimates divided by the exact value, for losses whose local learning coefficient is known.
 
-    The exact value belongs to the nbeta of the estimate where it is known in closed form; elsewhere it is the learning
-    coefficient, the limit of infinite nbeta.
+    The exact value is that for the estimate's nbeta, if it is known in closed form. Otherwise it is the learning coefficient,
+    the limit of infinite nbeta.
     """
     figure, (axes,) = new_figure(1, width=7.8, height=4.6)
     truth = table["finite"].fillna(table["asymptotic"])
@@ -47,7 +47,7 @@ def plot_known_answers(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def plot_what_is_measured(llc: pd.DataFrame, *, title: str) -> Figure:
-    """Plot LLC against the checkpoint's loss, the sampled loss, and how far chains rose towards predicting zero."""
+    """Plot the LLC against the checkpoint's loss, the sampled loss, and how far chains rose towards predicting zero."""
     figure, (against, sampled, escape) = new_figure(3, width=4.8, height=4.0, title=title)
     for name, is_published, style in SAMPLERS:
         rows = rows_of_sampler(llc, is_published)
@@ -90,13 +90,13 @@ def _draw_sampler(panels: tuple[Axes, Axes, Axes], rows: pd.DataFrame, name: str
         rows["init_loss"], rows["llc"], errors, linestyle="-", linewidth=0.8, capsize=2, label=label, **style
     )
     sampled.plot(rows["step"] + 1, rows["mean_loss"], **style, label=f"E[L], {name}")
-    # Early checkpoints are close to predicting zero, so that their share is a ratio of two small numbers.
+    # Early checkpoints are close to predicting zero. Their share is a ratio of two small numbers, so it is not drawn.
     has_learned = rows["init_loss"] <= 0.95 * rows["trivial_loss"]
     escape.plot((rows["step"] + 1)[has_learned], escaped_share(rows)[has_learned], **style, label=name)
 
 
 def plot_positions(positions: pd.DataFrame, llc: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the LLC of the loss at each position of the prompt: a panel for each sampler settings, a line for each step."""
+    """Plot the LLC of the loss at each position: a panel for each set of sampler settings, a line for each step."""
     hashes = list(llc.sort_values("nbeta")["settings"].unique())
     figure, panels = new_figure(len(hashes), width=5.0, height=3.9, title=title)
     for axes, settings in zip(panels, hashes, strict=True):
@@ -119,7 +119,7 @@ def plot_positions(positions: pd.DataFrame, llc: pd.DataFrame, *, title: str) ->
 
 
 def plot_chains(traces: pd.DataFrame, llc: pd.DataFrame, *, title: str) -> Figure:
-    """Plot minibatch losses along the chains with E[L] and L(w0): a row for each sampler settings, a column for each step."""
+    """Plot minibatch losses along the chains with E[L] and L(w0): a row for each set of settings, a column for each step."""
     hashes = list(llc.sort_values(["nbeta", "settings"])["settings"].unique())
     num_columns = max(select(traces, settings=settings)["step"].nunique() for settings in hashes)
     figure, axes = new_figure(num_columns, num_rows=len(hashes), width=4.4, height=2.9, title=title)
@@ -146,7 +146,7 @@ def _draw_chains(axes: Axes, traces: pd.DataFrame, estimate: pd.Series) -> None:
 
 
 def plot_run(llc: pd.DataFrame, *, title: str) -> Figure:
-    """Draw `icl.plotting.llc.plot_llc` from the shipped table of one run and one sampler settings."""
+    """Draw `icl.plotting.llc.plot_llc` from the shipped table of one run, with one set of sampler settings."""
     rows = select(llc, rescale=1)
     return plot_llc(rows, float(rows["trivial_loss"].iloc[0]), title=title)
 

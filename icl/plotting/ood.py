@@ -54,7 +54,7 @@ def plot_shifts_over_training(
         evaluation: Rows of `evaluation.csv` for one run.
         baselines: Rows of `baselines.csv` for the same run.
         title: Title of the figure.
-        stages: Where stages end.
+        stages: Step at which each stage ends.
     """
     figure, panels = new_figure(3, width=4.9, height=4.0, title=title)
     ratios = pd.concat(
@@ -71,7 +71,7 @@ def plot_shifts_over_training(
         mark_stages(axes, stages or {}, named=axes is panels[0])
         axes.axhline(1, **_RIDGE)
         axes.set(xscale="log", yscale="log", xlabel="step + 1 (updates)")
-        # Room for the legend: above all curves in the last panel, below the line of ridge in the others.
+        # Leave room for the legend: above all curves in the last panel, below the line of ridge in the others.
         low, high = axes.get_ylim()
         axes.set_ylim(*((low, 4 * high) if axes is panels[-1] else (low * (low / high) ** 0.45, high)))
         label_plainly(axes)

@@ -15,5 +15,5 @@ def select(table: pd.DataFrame, **values: Any) -> pd.DataFrame:
 
 
 def spread_indices(count: int, wanted: int) -> list[int]:
-    """Return up to `wanted` indices below `count`, spread evenly, the first and the last among them."""
+    """Return up to `wanted` evenly spread indices below `count`, including the first and the last."""
     return sorted({round(position) for position in np.linspace(0, count - 1, min(count, wanted))})

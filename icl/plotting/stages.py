@@ -29,8 +29,8 @@ _BOUNDARY_STYLES: dict[str, dict[str, Any]] = {
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
     """Draw a row for each signal: its values (left) and its slope (right) against the step.
 
-    Bands are two standard errors of the curves and of the positions of boundaries. Boundaries with the verdict `suspect`
-    are dashed, those with `invalid` are not drawn. Stages are shaded by type.
+    Bands are two standard errors of the curves and of the positions of boundaries. Boundaries with the verdict `suspect` are
+    dashed. Boundaries with the verdict `invalid` are not drawn. Stages are shaded by type.
 
     Args:
         table: The run's `results/stages.csv`.
@@ -44,7 +44,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
         _draw_measured(values, select(rows, quantity="measured"), is_llc=signal == "llc")
         slope = select(rows, quantity="slope")
         _draw_curve(slopes, slope)
-        # At the ends the slope is known from one side only; its large error there must not set the limits.
+        # At the ends the slope is known from one side only. The limits must not depend on its large error there.
         error = slope["stderr"].astype(float)
         set_limits(slopes, slope.loc[error < 4 * error.median(), "value"], margin=0.15)
         slopes.axhline(0, color=BLACK, linewidth=0.8)
@@ -70,7 +70,7 @@ def _draw_curve(axes: Axes, rows: pd.DataFrame) -> None:
 
 
 def _draw_measured(axes: Axes, rows: pd.DataFrame, *, is_llc: bool) -> None:
-    """Draw the measured values. Only LLCs get bars and a legend: the error of another signal is a common offset of its values."""
+    """Draw the measured values. Only LLCs get bars and a legend, because the errors of other signals are a common offset."""
     for verdict, style in VERDICTS.items():
         chosen = select(rows, verdict=verdict)
         if len(chosen):

@@ -1,4 +1,4 @@
-"""The common look of all figures: empty axes, axes of training steps, lines with bands, and how a figure is saved."""
+"""Common style of all figures: empty axes, axes of training steps, lines with bands, and saving."""
 
 import io
 import warnings
@@ -34,7 +34,7 @@ _METADATA: dict[str, dict[str, Any]] = {
     "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
     "svg": {"Creator": None, "Date": None},
 }
-"""Metadata left out of a file, by its format: dates and versions would make two files of the same figure differ."""
+"""Metadata that is left out, by file format. With dates and versions, two files of the same figure would differ."""
 _ORIGIN_INCHES = 0.16
 """Height of the line above a figure that names the source of its data."""
 _MINOR_DIGITS = ((8.0, "23456789"), (400.0, "25"))
@@ -64,7 +64,7 @@ def new_figure(
 def label_plainly(axes: Axes, which: Literal["x", "y"] = "y") -> None:
     """Label the ticks of a logarithmic axis with plain numbers.
 
-    On an axis that spans less than three powers of ten, some or all of the minor ticks are labelled too.
+    If the axis spans less than a factor of 400, some or all minor ticks are labelled too.
     """
     low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
     axis = axes.yaxis if which == "y" else axes.xaxis
@@ -119,7 +119,7 @@ def draw_band(
 
 
 def set_limits(axes: Axes, values: pd.Series, *, margin: float = 0.07) -> None:
-    """Set the limits of the y axis to the range of the finite values, widened by a fraction `margin`, whatever else is drawn."""
+    """Set the limits of the y axis from the finite values only, with a margin that is a fraction of their range."""
     finite = values[np.isfinite(values.astype(float))].astype(float)
     if len(finite):
         low, high = finite.min(), finite.max()
@@ -128,7 +128,7 @@ def set_limits(axes: Axes, values: pd.Series, *, margin: float = 0.07) -> None:
 
 
 def write_in_middle(axes: Axes, text: str) -> None:
-    """Write in the middle of empty axes why they are empty."""
+    """Write a text in the middle of empty axes, to say why they are empty."""
     axes.text(0.5, 0.5, text, ha="center", transform=axes.transAxes)
 
 
@@ -142,7 +142,7 @@ def render_figure(figure: Figure, file_format: str = "png", *, origin: str = "")
     """
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # On a slow machine matplotlib complains about the time that its search for a legend's place takes.
+        # On a slow machine, matplotlib warns that its search for the best position of a legend is slow.
         warnings.filterwarnings("ignore", 'Creating legend with loc="best"')
         _render(figure, file_format, origin, buffer)
     return buffer.getvalue()

@@ -1,7 +1,7 @@
 """Final corrections before a figure is saved: legends clear of the data, no empty legend entries, no overlapping tick labels.
 
-What overlaps depends on the data, so it is measured after the layout is known. A figure that needs no correction stays
-as it is.
+Overlaps depend on the data, so they are measured after the layout is computed. A figure that needs no correction is not
+changed.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator
 from matplotlib.transforms import Bbox, BboxBase, ScaledTranslation
 
 KEY = "key"
-"""The `gid` of an artist without data that only explains a line style; its legend entry is kept."""
+"""The `gid` of an artist that has no data and only explains a line style. Its legend entry is kept."""
 _LOCATIONS = (
     "upper right",
     "upper left",
@@ -45,7 +45,7 @@ _MAX_COLUMNS = 2
 _MIN_LABEL_GAP = 2.0
 """Smallest gap between the tick labels of an x axis, in pixels."""
 _NOTHING = ("None", "none", "", " ", None)
-"""The ways in which matplotlib writes that there is no line, or no marker."""
+"""The values with which matplotlib says that there is no line or no marker."""
 
 
 def tidy(figure: Figure) -> None:
@@ -55,7 +55,7 @@ def tidy(figure: Figure) -> None:
         for line in axes.lines:
             _mark_isolated_points(line)
     figure.draw_without_rendering()
-    if sum(_correct_legend(axes) for axes in figure.axes):  # not `any`, which would stop at the first one corrected
+    if sum(_correct_legend(axes) for axes in figure.axes):  # not `any`, which would stop after the first correction
         lay_out(figure)
     visible = [axes for axes in figure.axes if axes.get_visible()]
     if sum(_remove_overlapping_labels(axis) for axes in visible for axis in (axes.xaxis, axes.yaxis)):
@@ -63,7 +63,7 @@ def tidy(figure: Figure) -> None:
 
 
 def lay_out(figure: Figure) -> None:
-    """Compute where everything is, without the drawing; a third of the time of `draw_without_rendering`."""
+    """Compute the layout without drawing. This takes a third of the time of `draw_without_rendering`."""
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
@@ -84,7 +84,7 @@ def drawn_points(line: Line2D) -> Float[np.ndarray, "P 2"]:
 
 
 def name_outside(figure: Figure, panels: Sequence[Axes], *, loc: str, ncols: int, fontsize: int) -> None:
-    """Add one legend for all panels, outside of them: an entry for each label that has something to show in any panel."""
+    """Add one legend for all panels, outside of them, with an entry for each label that is visible in any panel."""
     entries: dict[str, Any] = {}
     for axes in panels:
         for artist, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -122,7 +122,7 @@ def _vertices(line: Line2D) -> Float[np.ndarray, "P 2"]:
 
 
 def _mark_isolated_points(line: Line2D) -> None:
-    """Mark the points of a line without finite neighbours: no segment reaches them, so they would be invisible."""
+    """Mark the points of a line that have no finite neighbour. Without a mark they would be invisible."""
     if line.get_marker() not in _NOTHING:
         return
     is_finite = np.isfinite(_vertices(line)).all(axis=1)
@@ -135,7 +135,7 @@ def _mark_isolated_points(line: Line2D) -> None:
 
 
 def _correct_legend(axes: Axes) -> bool:
-    """Redraw a legend that has entries with nothing to show or that covers a curve; return whether it was redrawn."""
+    """Redraw a legend if some entries are invisible or it covers a curve; return whether it was redrawn."""
     legend = axes.get_legend()
     if legend is None or not axes.get_visible():
         return False
@@ -200,7 +200,7 @@ def _legend_box(location: str, frame: BboxBase, width: float, height: float) -> 
 def _visible_points(axes: Axes) -> Iterator[np.ndarray]:
     """Yield the points inside these axes of each curve, group of marks and text, in pixels.
 
-    Axes that overlap these, such as twins, count too.
+    Other axes that overlap these, such as twin axes, are included.
     """
     frame = axes.get_window_extent()
     for other in axes.figure.axes:
@@ -215,7 +215,7 @@ def _visible_points(axes: Axes) -> Iterator[np.ndarray]:
                 points = collection.get_offset_transform().transform(np.ma.filled(collection.get_offsets(), np.nan))
                 yield points[_is_inside(points, frame)]
         for text in other.texts:
-            # Called on Text, because an annotation's own method would include its arrow.
+            # We call the method of `Text`, because that of an annotation would include its arrow.
             box = Text.get_window_extent(text)
             yield box.corners()
 
@@ -236,7 +236,7 @@ def _is_inside(points: Float[np.ndarray, "P 2"], box: BboxBase) -> Bool[np.ndarr
 
 
 def _remove_overlapping_labels(axis: XAxis | YAxis) -> bool:
-    """Remove tick labels that overlap others, minor ones first; return whether there were any."""
+    """Remove tick labels that overlap others, minor ones first; return whether any was removed."""
     low, high = sorted(axis.get_view_interval())
     is_horizontal = axis.axis_name == "x"
     gap = _MIN_LABEL_GAP if is_horizontal else 0.0

@@ -1,4 +1,4 @@
-"""The figure of a training run: its learning curves, and its loss at each position beside the Bayes-optimal predictors."""
+"""The figure of a training run: its learning curves, and the losses of the model and the baselines at each position."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -50,7 +50,7 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
 
     Args:
         folder: Folder of the run.
-        shared: Cache of prompts with their baselines. Pass the same one for runs that differ only in their training seeds.
+        shared: Cache of prompts with their baselines. Pass the same cache for runs that differ only in their training seeds.
 
     Raises:
         CheckpointError: If the run has no usable checkpoint.
@@ -104,8 +104,8 @@ def plot_training(metrics: pd.DataFrame, losses: Mapping[str, pd.DataFrame], *, 
 
     Args:
         metrics: The run's `metrics.csv`.
-        losses: Tables of the loss per target on `pretrain` and on `true`. A row for each position 1..K and one called
-            `mean`; a column for each predictor (`model`, `ridge`, `dmmse`, `ols`, `zero`; those that apply).
+        losses: Tables of the loss per target on `pretrain` and on `true`. Each has a row for each position 1..K and one called
+            `mean`, and a column for each predictor that applies (of `model`, `ridge`, `dmmse`, `ols`, `zero`).
         title: Title of the figure.
     """
     figure, (curves, pretrain, true) = new_figure(3, width=4.6, title=title)
@@ -135,7 +135,7 @@ def _draw_curves(axes: Axes, metrics: pd.DataFrame, levels: pd.Series) -> None:
 
 
 def _draw_evaluated(axes: Axes, losses: pd.Series, label: str, line: str, face: str) -> None:
-    """Draw losses on fixed prompts. Step 0 lies far left of the next step, so it is a dot that no line joins."""
+    """Draw losses on fixed prompts. Step 0 lies far left of the next step, so it is drawn as a separate dot."""
     start, later = losses[losses.index == 0], losses[losses.index != 0]
     num_known = later.notna().sum()
     dot: dict[str, Any] = {"marker": "o", "markersize": 4, "markerfacecolor": face}
@@ -157,7 +157,7 @@ def _draw_positions(axes: Axes, losses: pd.DataFrame, title: str) -> None:
 
 
 def _share_limits(panels: list[Axes], losses: Mapping[str, pd.DataFrame]) -> None:
-    """Give the panels the same y axis, which holds the losses of every predictor but OLS, whose mean may be infinite."""
+    """Give the panels the same y axis, for the losses of every predictor except OLS, which can have an infinite mean."""
     shown = pd.concat([table.drop(index="mean").drop(columns="ols", errors="ignore") for table in losses.values()])
     values = shown.to_numpy(dtype=float)
     positive = values[np.isfinite(values) & (values > 0)]

@@ -1,4 +1,4 @@
-"""The comparison of several runs: the settings in which they differ, their state, their losses and LLCs."""
+"""The comparison of several runs: the settings in which they differ, their states, losses and LLCs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from icl.report.pictures import Picture, draw
 from icl.report.tables import MISSING, Cell, Table, number_cell, show
 
 _MAX_NAME_LENGTH = 60
-"""Largest length of a name made of settings; runs that differ in more keep the names of their folders."""
+"""Largest length of a name made of settings. If a name would be longer, runs keep the names of their folders."""
 MAX_SETTINGS = 8
 """Largest number of settings that have a column in the table."""
 
@@ -58,7 +58,7 @@ def comparison_table(runs: Sequence[RunFacts], targets: Sequence[str]) -> Table:
 
 
 def comparison_picture(runs: Sequence[RunFacts], title: str) -> Picture | None:
-    """Draw the loss curves of all runs that have any; None if no run has."""
+    """Draw the loss curves of all runs that have them; None if there are none."""
     curves = {facts.name: facts.metrics for facts in runs if facts.metrics is not None}
     if not curves:
         return None

@@ -1,4 +1,4 @@
-"""The contents of a run's folder, read for a page: everything that can be read, and a sentence for everything that cannot."""
+"""Contents of a run's folder for a page: all files that can be read, and a sentence for each file that cannot."""
 
 import shlex
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Subject:
     title: str
     help: str
     command: str
-    """The command that makes the tables and figures, with RUN in place of the run's folder; empty if there is none."""
+    """The command that makes the tables and figures. RUN is a placeholder for the run's folder. Empty if there is no command."""
     tables: tuple[str, ...] = ()
     """Tables that belong to the topic although their names begin with another word."""
 
@@ -37,7 +37,7 @@ SUBJECTS = (
     Subject(
         name="training",
         title="Training",
-        help="losses during training, and after it at each position of the prompt, beside the optimal predictors",
+        help="losses during training, and the final losses at each position, compared with the optimal predictors",
         command="",
         tables=("losses",),
     ),
@@ -83,7 +83,7 @@ class RunFacts:
     """Figures of `figures/`, by name."""
     saved_steps: list[int]
     problems: list[str]
-    """A sentence for everything that could not be read."""
+    """A sentence for each file that could not be read or shown."""
 
     @property
     def environments(self) -> list[tuple[str, dict[str, str]]]:
@@ -96,7 +96,7 @@ class RunFacts:
 
 
 def read_run(name: str, folder: RunFolder) -> RunFacts:
-    """Read everything that can be read of a run's folder."""
+    """Read all files of a run's folder that can be read."""
     problems: list[str] = []
     config = _read_config(folder, problems)
     status = folder.read_status()
@@ -129,7 +129,7 @@ def read_run(name: str, folder: RunFolder) -> RunFacts:
 
 
 def subject_of(name: str) -> Subject:
-    """Return the topic of a table or figure by the beginning of its name; an unknown name is a topic of its own."""
+    """Return the topic of a table or figure, from the beginning of its name. An unknown name gets its own topic."""
     subjects = [
         subject
         for subject in SUBJECTS
@@ -149,7 +149,7 @@ def _read_config(folder: RunFolder, problems: list[str]) -> RunConfig | None:
 
 
 def _read_table(file: Path, problems: list[str]) -> pd.DataFrame | None:
-    """Return a table; None, with a new problem, if it has no rows or cannot be read."""
+    """Return a table. If it has no rows or cannot be read, add a sentence to `problems` and return None."""
     name = file.name if file.parent.name != "results" else f"results/{file.name}"
     try:
         table = read_table(file)
@@ -166,7 +166,7 @@ def _read_table(file: Path, problems: list[str]) -> pd.DataFrame | None:
 
 
 def _read_picture(file: Path, run: str, problems: list[str]) -> Picture | None:
-    """Return a figure; None, with a new problem, if it cannot be shown."""
+    """Return a figure. If it cannot be shown, add a sentence to `problems` and return None."""
     caption = subject_of(file.stem).help
     alt = f"Figure {file.stem} of the run {run}: {caption}"
     try:
@@ -186,7 +186,7 @@ def _read_log(folder: RunFolder) -> str:
 def _files(folder: Path, suffix: str, run: Path) -> list[Path]:
     """Return the files with a suffix in one folder of a run.
 
-    Files behind links out of the run's folder are left out: they are not part of the run, and the page may be published.
+    Files outside the run's folder that are reached by a link are left out: they are not part of the run, and pages may be published.
     """
     files = (file for file in folder.glob(f"*.{suffix}") if file.is_file() and not file.name.startswith("."))
     return sorted(file for file in files if file.resolve().is_relative_to(run.resolve()))

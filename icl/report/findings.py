@@ -1,4 +1,4 @@
-"""The main facts of a run, in a few words and numbers: its state, its settings beside the preset's, losses, LLC, verdicts."""
+"""The main facts of a run, in a few words and numbers: its state, settings that differ from the preset's, losses and LLC."""
 
 import math
 import time
@@ -27,14 +27,14 @@ def state_of(facts: RunFacts) -> str:
 
 
 def state_sentence(facts: RunFacts) -> str:
-    """Return how far a run is and, if it has not ended, as of when the page is."""
+    """Return the progress of a run as text, and the time to which it refers."""
     status = facts.status
     if status is None:
         return "The state of this run is unknown."
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.updated))
     progress = f"Step {status.step:,} of {status.max_steps:,}"
     if status.state in ("running", "waiting"):
-        text = f"In progress. {progress} at {when}; this page shows the run as of then."
+        text = f"In progress. {progress} at {when}. This page shows the run at that time."
         if time.time() - status.updated > STALE_SECONDS:
             text += " It has not reported since, so it may have been killed. To resume it, run icl train with the same settings."
         return text
@@ -67,10 +67,10 @@ def training_loss(facts: RunFacts) -> float | None:
 
 
 def loss_ratios(losses: Mapping[str, float], distribution: str) -> dict[str, float]:
-    """Return the transformer's loss relative to that of each optimal predictor, by a name such as "ridge's".
+    """Return the transformer's loss divided by that of each optimal predictor, under names such as "ridge's".
 
-    The predictors are ridge and dMMSE, if their losses are known; on new tasks only ridge, because dMMSE is not optimal
-    there.
+    The predictors are ridge and dMMSE, if their losses are known. On new tasks the only predictor is ridge, because dMMSE is
+    not optimal there.
     """
     names = ("ridge", "dmmse") if distribution == "pretrain" else ("ridge",)
     return {
@@ -81,7 +81,7 @@ def loss_ratios(losses: Mapping[str, float], distribution: str) -> dict[str, flo
 
 
 def last_llc(facts: RunFacts) -> Cell | None:
-    """Return the LLC estimate at the last step that has one; estimates with rescaled weights do not count."""
+    """Return the LLC estimate at the last step that has one. Estimates for rescaled weights are left out."""
     table = facts.tables.get("llc")
     if table is None or not {"step", "llc", "stderr", "verdict"} <= set(table):
         return None

@@ -36,12 +36,12 @@ from icl.runs.listing import named_runs
 
 NAME = "report.html"
 _MIN_ROWS = 20
-"""Smallest limit on the rows of a folded table, however many runs share the page."""
+"""Smallest limit on the rows of a folded table, even if many runs share the page."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPart:
-    """The part of the page about one run, as the template needs it."""
+    """The part of the page about one run, in the form that the template needs."""
 
     id: str
     name: str
@@ -70,7 +70,7 @@ class Report:
 
     @property
     def folder(self) -> RunFolder | None:
-        """The run whose own folder holds the page; None if the page is elsewhere or is about several runs."""
+        """The run, if the page is in its folder; None if the page is elsewhere or is about several runs."""
         run = self.runs[0].folder
         return run if len(self.runs) == 1 and self.path == run.path / NAME else None
 
@@ -80,7 +80,7 @@ def write_report(paths: Sequence[str | Path], *, out: str | Path | None = None) 
 
     Args:
         paths: Folders of runs, or folders with runs below them.
-        out: The file to write. The default is `report.html`, in the folder if there is one path, else in the working directory.
+        out: The file to write. The default is `report.html` in the folder, or in the working directory for several paths.
 
     Raises:
         RunError: If a path is not a run and has no run below it.

@@ -1,4 +1,4 @@
-"""Figures inside a page: a PNG file as a data URI with its size, refused unless all of it can be decoded."""
+"""Figures of a page, as data URIs. A PNG file is accepted only if all of it can be decoded."""
 
 import base64
 import io
@@ -40,9 +40,9 @@ def embed(data: bytes, *, alt: str, caption: str, file: str = "") -> Picture:
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             width, height = image.size
-            # Checked before decoding: a small file can claim any size.
+            # Check this before decoding, because a small file can claim any size.
             if width * height > MAX_PIXELS:
-                raise PictureError(f"it has {width:,} x {height:,} pixels")
+                raise PictureError(f"it has {width:,} x {height:,} pixels, more than the limit of {MAX_PIXELS:,}")
             image.load()
     except PictureError:
         raise

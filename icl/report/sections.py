@@ -39,8 +39,9 @@ _SETS = {"pretrain": "the training tasks", "true": "new tasks, w ~ N(0, I)"}
 _EXPLANATIONS = {
     "training": "Losses are squared errors per target, not divided by D. Ridge is optimal for infinitely many tasks, dMMSE for the "
     "M training tasks. OLS has no finite mean loss where the number of examples is D - 1, D or D + 1.",
-    "evaluation": "Numbers of the last step, ± one standard error: means over positions, or the last position alone for a shift of "
-    "the query. delta ridge and delta dmmse are the gaps to ridge and dMMSE: the mean squared difference of predictions.",
+    "evaluation": "The numbers are those of the last step, ± one standard error. They are means over positions; for a shift of the "
+    "query they are for the last position only. delta ridge and delta dmmse are the gaps to ridge and dMMSE: the mean squared "
+    "difference of predictions.",
     "llc": "Read each estimate with its verdict. If the verdict is not ok, the reasons say why.",
 }
 
@@ -59,7 +60,7 @@ class Section:
     folded: list[Table] = field(default_factory=list)
     """Tables that are hidden until the reader unfolds them."""
     commands: list[tuple[str, str]] = field(default_factory=list)
-    """Pairs of what a command would add and the command."""
+    """Pairs: the result that is missing, and the command that adds it."""
     log: str = ""
 
 
@@ -87,9 +88,9 @@ def _settings_section(facts: RunFacts, prefix: str) -> Section:
     if facts.config is None:
         return Section(id=name, title="Settings", text="The settings are unknown, because config.yaml cannot be read.")
     preset, changed = facts.config.preset, changed_settings(facts)
-    tables, text = [], f"All settings are those of the preset {preset}."
+    tables, text = [], f"The settings are those of the preset {preset}."
     if changed:
-        text = f"The settings of the preset {preset}, with the changes below."
+        text = f"The settings are those of the preset {preset}, with the changes below."
         rows = [[key, show_setting(value), show_setting(default)] for key, (value, default) in changed.items()]
         tables = [table_of(rows, ["setting", "this run", f"preset {preset}"], caption="Changes from the preset")]
     every = [[key, show_setting(value)] for key, value in flatten(facts.config.to_dict()).items()]
@@ -104,7 +105,7 @@ def _training_section(facts: RunFacts, subject: Subject, prefix: str, max_rows: 
     if losses is not None and {"distribution", "position", "model"} <= set(losses):
         tables = list(_position_tables(losses))
     else:
-        notes.append("Losses at each position will be here when training has ended.")
+        notes.append("The losses at each position will be shown here when training has ended.")
     if facts.metrics is not None:
         if not pictures:
             figure = plot_curves({facts.name: facts.metrics}, title=facts.name)
@@ -146,7 +147,7 @@ def _subject_section(facts: RunFacts, subject: Subject, prefix: str, max_rows: i
         tables += _summary(facts, name, table)
         if counts.keys() - {"ok"}:
             caption = f"{name}: rows whose verdict is not ok"
-            folded.append(whole(not_ok(table), caption=caption, file=f"{file} with such a verdict", max_rows=max_rows))
+            folded.append(whole(not_ok(table), caption=caption, file=f"{file} (verdict not ok)", max_rows=max_rows))
         folded.append(whole(table, caption=f"{name}: the table", file=file, max_rows=max_rows))
     return Section(
         id=f"{prefix}{_as_id(subject.name)}",
@@ -196,27 +197,27 @@ def _evaluation_table(numbers: pd.DataFrame, baselines: pd.DataFrame | None) -> 
 
 
 def _missing_section(facts: RunFacts, prefix: str) -> Section:
-    """Return what has not been measured yet, with the commands that measure it."""
+    """Return the section on missing results, with the commands that add them."""
     measured = {subject_of(name).name for name in facts.tables}
     missing = [subject for subject in SUBJECTS if subject.command and subject.name not in measured]
     commands = [(f"{subject.title}: {subject.help}", facts.command(subject.command)) for subject in missing]
     if sum("--what" in subject.command for subject in missing) > 1:
         commands.append(("All analyses at once", facts.command("icl analyse RUN --what all")))
     if commands:
-        commands.append(("This page again, with the new results", facts.command("icl report RUN")))
-    text = "This has not been measured for this run. Each command below adds it."
+        commands.append(("This page, updated with the new results", facts.command("icl report RUN")))
+    text = "These results have not been computed for this run. Each command below adds one of them."
     if not facts.saved_steps:
-        text += " The commands need checkpoints, but the folder holds none; icl checkpoints RUN pull fetches them from a store."
+        text += " The commands need checkpoints, but the folder has none. To fetch them from a store, run icl checkpoints RUN pull."
     return Section(id=f"{prefix}missing", title="What is missing", text=text, commands=commands)
 
 
 def _environment_section(facts: RunFacts, prefix: str) -> Section:
-    """Return the versions, the machine and the command of the last starts, and the end of the log."""
+    """Return the section with versions, machine and command of the last starts of the run, and with the end of the log."""
     starts = facts.environments
     shown = starts[-_MAX_STARTS:]
-    text = f"The last {_MAX_STARTS} of {len(starts)} starts." if len(starts) > _MAX_STARTS else ""
+    text = f"The last {_MAX_STARTS} of the run's {len(starts)} starts are shown." if len(starts) > _MAX_STARTS else ""
     if not starts:
-        text = "run.log does not say which versions, machine and command the run was trained with."
+        text = "run.log does not say with which versions, machine and command the run was trained."
     keys = dict.fromkeys(key for _, environment in starts for key in environment)
     rows = [[key, *(environment.get(key, MISSING) for _, environment in shown)] for key in keys]
     header = ["", *(f"started {when}" for when, _ in shown)]

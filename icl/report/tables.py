@@ -1,8 +1,8 @@
 """Tables of a page: short summaries, long tables that a reader can unfold, verdicts in colour and in words.
 
-In a tidy result table each row names a step, a quantity and its settings, and holds a value, its standard error and its
-verdict. The summary of a tidy table has a row for each quantity and a column for each of a few steps. The summary of
-any other table is a selection of its rows, spread evenly.
+In a tidy result table, each row has a step, a quantity and its settings, and a value with its standard error and verdict.
+The summary of a tidy table has a row for each quantity and a column for each of a few steps. The summary of any other
+table is an evenly spread selection of its rows.
 """
 
 import math
@@ -19,9 +19,9 @@ VERDICTS = ("ok", "suspect", "invalid")
 MAX_SUMMARY = 24
 """Number of rows in the summary of a long table."""
 MAX_SHORT = 40
-"""Largest number of rows of a short table, whose summary holds all of them."""
+"""Largest number of rows of a short table. The summary of a short table has all its rows."""
 MAX_WHOLE = 200
-"""Largest number of rows of a table that is shown whole; of a longer one the first and the last half of so many are shown."""
+"""Largest number of rows that are shown of a table. If it has more, these are the first half and the last half of the limit."""
 MAX_CELL = 400
 """Largest number of characters in a cell."""
 MISSING = "–"
@@ -31,7 +31,7 @@ LOOKS = {verdict: verdict for verdict in VERDICTS} | {
     "preempted": "suspect",
     "failed": "invalid",
 }
-"""The colour of a badge, by its word; other words have no colour."""
+"""The colour of a badge, by its word. Badges with other words have no colour."""
 _WHOLE_DIGITS = 6
 """Significant digits of numbers in a table that is shown whole."""
 _MAX_STEPS = 4
@@ -68,7 +68,7 @@ class Table:
 
     @property
     def heads(self) -> list[tuple[str, bool]]:
-        """The name of each column, and whether the column holds numbers."""
+        """The name of each column, and whether it is a column of numbers."""
         first = self.rows[0] if self.rows else [Cell()] * len(self.header)
         return [(name, cell.is_number) for name, cell in zip(self.header, first, strict=True)]
 
@@ -99,7 +99,7 @@ def show(value: Any, *, digits: int = 4, pad: bool = False) -> str:
     """Return a value as text for readers: significant digits, a separator between thousands, a dash for a missing value.
 
     Args:
-        value: Any value; a long text is cut.
+        value: Any value. A long text is cut.
         digits: Number of significant digits.
         pad: Whether numbers that are not whole keep trailing zeros.
     """
@@ -141,7 +141,7 @@ def with_error(value: Any, stderr: Any) -> str:
 
 
 def count_verdicts(table: pd.DataFrame) -> dict[str, int]:
-    """Return how many rows have each verdict; other words in the column do not count."""
+    """Return how many rows have each verdict. Other words in the column are ignored."""
     if "verdict" not in table:
         return {}
     counts = table["verdict"].astype(str).value_counts()
@@ -149,14 +149,14 @@ def count_verdicts(table: pd.DataFrame) -> dict[str, int]:
 
 
 def summarise(table: pd.DataFrame, *, caption: str, columns: Sequence[str] = ()) -> list[Table]:
-    """Return a summary: a few steps side by side if the table is tidy, else rows spread evenly.
+    """Return a summary: a few steps side by side if the table is tidy, else evenly spread rows.
 
-    Rows of a tidy table that belong to no step get a table of their own.
+    If rows of a tidy table belong to no step, they get their own table.
 
     Args:
         table: A table with at least one row.
         caption: Caption of the summary.
-        columns: If the table has any of these columns, no other ones are shown.
+        columns: If the table has any of these columns, only these are shown.
     """
     chosen = [name for name in columns if name in table]
     table = table[chosen] if chosen else table.drop(columns=[name for name in _NEVER_SHOWN if name in table])
@@ -166,12 +166,12 @@ def summarise(table: pd.DataFrame, *, caption: str, columns: Sequence[str] = ())
     is_tidy = {"value", "quantity"} <= set(table) and len(with_step) > 0 and with_step["step"].nunique() > 1
     if not is_tidy or with_step.duplicated([*keys, "step"]).any():
         return [_spread(table, caption)]
-    whole_run = [_spread(without_step, f"{caption}: of the whole run")] if len(without_step) else []
+    whole_run = [_spread(without_step, f"{caption} of the whole run")] if len(without_step) else []
     return [*whole_run, _side_by_side(with_step, caption)]
 
 
 def whole(table: pd.DataFrame, *, caption: str, file: str, max_rows: int = MAX_WHOLE) -> Table:
-    """Return all columns of a table. Of a table with more than `max_rows` rows, only the first and the last are shown."""
+    """Return all columns of a table. If there are more than `max_rows` rows, return only the first and the last rows."""
     note = f"All {_count_rows(len(table))} of {file}."
     if len(table) > max_rows:
         half = max_rows // 2
@@ -188,7 +188,7 @@ def not_ok(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _without_constants(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Return a table without empty columns and columns of one value, and a sentence that gives these values."""
+    """Return a table without empty columns and without columns of one value, and a sentence with these values."""
     table = table.drop(columns=[name for name in table if name != "value" and table[name].isna().all()])
     always_shown = ("step", "quantity", *_MEASURED)
     constant = [name for name in table if name not in always_shown and table[name].nunique(dropna=False) == 1]
@@ -232,11 +232,11 @@ def _measured(record: dict[Any, Any] | None) -> Cell:
 
 
 def _spread(table: pd.DataFrame, caption: str) -> Table:
-    """Return rows spread evenly, the first and the last among them, with each value and its error in one cell."""
+    """Return evenly spread rows, including the first and the last, with each value and its error in one cell."""
     table, constants = _without_constants(table)
     num_rows = len(table)
     part = table.iloc[spread_indices(num_rows, MAX_SUMMARY if num_rows > MAX_SHORT else num_rows)]
-    note = f"{len(part)} of {_count_rows(num_rows)}, spread evenly." if len(part) < num_rows else ""
+    note = f"{len(part)} of {_count_rows(num_rows)}, evenly spread." if len(part) < num_rows else ""
     names = [str(name) for name in part]
     errors = {name: error for name in names if (error := _error_column(names, name))}
     shown = [name for name in names if name not in errors.values()]
@@ -250,7 +250,7 @@ def _spread(table: pd.DataFrame, caption: str) -> Table:
 
 
 def _error_column(columns: list[str], name: str) -> str | None:
-    """Return the column that holds the standard error of another one: `<name>_stderr`, or `stderr` if it follows directly."""
+    """Return the column with the standard error of column `name`: `<name>_stderr`, or `stderr` if it follows directly."""
     if f"{name}_stderr" in columns:
         return f"{name}_stderr"
     following = columns[columns.index(name) + 1 :]
@@ -272,12 +272,12 @@ def _table_cell(name: Any, value: Any, is_number: bool, digits: int) -> Cell:
 
 
 def _as_integer(value: Any) -> Any:
-    """Return a whole number as an integer: pandas stores the integers of a column with missing values as floats."""
+    """Return a whole number as an integer, because pandas stores integers as floats if a column has missing values."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e8 else value
 
 
 def _some_of_each(kinds: list[tuple[str, ...]], wanted: int) -> list[tuple[str, ...]]:
-    """Return `wanted` of the kinds in their order, shared evenly among groups with the same first word."""
+    """Return `wanted` of the kinds in their order, with equal shares for the groups with the same first word."""
     groups: dict[str, list[int]] = {}
     for index, kind in enumerate(kinds):
         groups.setdefault(kind[0] if kind else "", []).append(index)

@@ -125,7 +125,7 @@ def test_a_run_from_zero_through_ridge_to_dmmse_is_transient():
     assert crossing["value"] == pytest.approx(1000, rel=0.01)
     said = summary(parts, found)
     assert said[0].startswith("Transient ridge: transient ridge; ok")
-    assert any("crossing to dMMSE at step" in line for line in said)
+    assert any("predictor on pretrain: to dMMSE at step" in line for line in said)
 
 
 def test_a_run_that_goes_straight_to_ridge_is_not_transient():

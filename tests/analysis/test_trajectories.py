@@ -156,8 +156,8 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     fewer = change(TINY, task={"num_tasks": 2})
     runs = [saved_run(tmp_path / name, config=config) for name, config in (("a", TINY), ("b", wider), ("c", fewer))]
     for settings, others, said in (
-        (StateSettings(state="weights"), (0, 1), "another architecture"),
-        (StateSettings(state="gradients", num_prompts=6), (0, 1), "another architecture"),
+        (StateSettings(state="weights"), (0, 1), "different architectures"),
+        (StateSettings(state="gradients", num_prompts=6), (0, 1), "different architectures"),
         (StateSettings(state="gradients", distribution="pretrain", num_prompts=6), (0, 2), "different prompts"),
         (StateSettings(distribution="pretrain", num_prompts=6), (0, 2), "different prompts"),
     ):

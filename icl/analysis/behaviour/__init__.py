@@ -13,17 +13,17 @@ over prompts. Prompts and names are those of `icl evaluate`. Rows of the table, 
 - `cosine`, `norm_ratio`: comparison of the model's task vector with the true task (`icl.analysis.behaviour.task_vectors`), on
   the first prompts of each set.
 - `loss_over_g2`, `size_ratio` for `input_scale` and `task_scale`, by `scale` (`icl.analysis.behaviour.ood_curves`). They use new
-  tasks, and some saved steps that are spread evenly in log(t + 1).
+  tasks. They are computed only at some saved steps, spread evenly in log(t + 1).
 
 The column `predictor` is `model`, or the name of a baseline that is given for comparison.
 
-Some rows describe the whole run (`icl.analysis.behaviour.turning_points`). They have a verdict with reasons, and `lower` and
+Some rows describe the whole run (`icl.analysis.behaviour.turning_points`). They have a verdict with reasons. Their `lower` and
 `upper` are the saved steps around the value:
 
 - `prior_zero_minimum_step`, `prior_task_mean_minimum_step`: the step at which the prior-task score on `pretrain` is lowest.
 - `crossing_step`: the step at which delta_difference changes sign (finite M only). `finding` says towards which predictor.
 - `critical_step`, `rise`, `dip`: the transience of ridge (Carroll et al. 2025). The dip says how close the loss came to ridge's.
-  Among runs that differ in M, t_crit(M) is their `critical_step`.
+  For runs that differ in M, their `critical_step` is t_crit(M).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -63,10 +63,12 @@ Baseline = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """Settings of the measurements at every saved step. With other settings they are measured again."""
+    """Settings of the measurements at every saved step. If they change, all steps are measured again."""
 
     num_prompts: int = field(default=1024, metadata={"help": "number of prompts in each set"})
-    num_probe_prompts: int = field(default=64, metadata={"help": "how many of these prompts the task vectors use"})
+    num_probe_prompts: int = field(
+        default=64, metadata={"help": "number of these prompts that are used for the task vectors"}
+    )
 
     def __post_init__(self) -> None:
         limits = f"from 2 to `num_prompts` = {self.num_prompts}"
@@ -157,7 +159,7 @@ def set_rows(
 
 
 def prompt_numbers(prompt_set: EvaluationSet, predictions: Float[Tensor, "B K"]) -> dict[str, Float[Tensor, " B"]]:
-    """Return the numbers of every prompt, averaged over positions. Turning points compare steps by these numbers."""
+    """Return the numbers of every prompt, averaged over positions. Turning points are found from these numbers."""
     gaps = {
         name: metrics.squared_error(predictions, reference).mean(-1) for name, reference in prompt_set.baselines.items()
     }

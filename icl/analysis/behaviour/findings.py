@@ -64,7 +64,7 @@ def summary(entries: Sequence[Entry], rows: Sequence[Row]) -> list[str]:
     for row in by_quantity.get("crossing_step", []):
         step = "" if math.isnan(row["value"]) else f" at {_step_text(row)}"
         lines.append(
-            f"Closest Bayes predictor on {row['distribution']}: crossing {row['finding']}{step}; {_verdict(row)}."
+            f"Change of the closest Bayes predictor on {row['distribution']}: {row['finding']}{step}; {_verdict(row)}."
         )
     for name in ("prior_zero", "prior_task_mean"):
         minima = by_quantity.get(f"{name}_minimum_step", [])

@@ -4,7 +4,7 @@ There are two families, as in the sweep of Hoogland et al. 2024, with multiplier
 x -> g x, which gives a variance of g^2; their text states a variance of g.)
 
 - `input_scale`: the model sees (g x, y), with y = w . (g x) + noise.
-- `task_scale`: the model sees (x, y) with the same y, which is what the task g w gives.
+- `task_scale`: the model sees (x, y) with the same y, so y = (g w) . x + noise and the task is g w.
 
 The noise is not multiplied. Its standard deviation is sigma, the square root of `noise_variance`. (The authors' evaluation used
 sigma^2 instead, so their released curves have a floor of sigma^4.) For each g there are two numbers, averaged over prompts and
@@ -41,10 +41,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class CurveSettings:
-    """Settings of the curves over multipliers. With other settings they are computed again."""
+    """Settings of the curves over multipliers. If they change, the curves are computed again."""
 
     num_scales: int = field(
-        default=100, metadata={"help": "number of multipliers g of inputs and tasks; 0 computes no curves over them"}
+        default=100, metadata={"help": "number of multipliers g of inputs and tasks; 0 computes no curves"}
     )
     num_ood_prompts: int = field(default=64, metadata={"help": "number of prompts at each multiplier"})
 

@@ -3,12 +3,12 @@
 At position p, weight i is the prediction for the query x_p = c e_i, divided by c, after the prompt's own first p - 1 examples.
 Here e_i is a unit vector and c is the mean norm of the inputs (as in the code of Hoogland et al. 2024). A predictor that is
 linear in its query, such as ridge and dMMSE, multiplies the query by exactly this vector, for any c. A transformer need not be
-linear; its weights are then those for queries of norm c. We compare the weights with the task t that generated the prompt:
+linear; we then measure its weights for queries of norm c. We compare the weights with the task t that generated the prompt:
 
 - `cosine`: the cosine of the angle between the two. It is 0 for a vector of zeros, so ridge starts at 0.
 - `norm_ratio`: |weights| / |t|.
 
-Both are averaged over prompts. Only the first p tokens are given to the predictor, because later tokens have no effect.
+Both are averaged over prompts. The predictor sees only the first p examples, because later ones have no effect.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class Similarity(NamedTuple):
 
 
 def effective_weights(predict: Predict, prompts: Prompts) -> Float[Tensor, "*N B K D"]:
-    """Return the weights of a predictor, or of each of many, at every position of every prompt."""
+    """Return the weights of one predictor, or of many, at every position of every prompt."""
     count, num_examples, task_size = prompts.xs.shape
     length = prompts.xs.norm(dim=-1).mean()
     queries = length * torch.eye(task_size, dtype=prompts.xs.dtype, device=prompts.xs.device)

@@ -11,15 +11,16 @@ that is not significantly different.
   than `SIGN_ERRORS` standard errors. Between them the curve is taken as a line in log(t + 1). The standard error of the step
   is to first order. A crossing is `suspect` if only one saved step is on one of its sides.
 - Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the minimum of the loss on fixed prompts of new tasks. The
-  run is transient if the loss at the last saved step is higher by more than `RISE_ERRORS` errors; above
-  `DOUBTFUL_RISE_ERRORS` it is `unresolved`. The error counts the prompts and the scatter of the loss about a smooth curve at
-  both ends, because training fluctuates. That scatter is correlated between saved steps (`icl.analysis.scatter`). We ask for
-  many errors, because the lowest of hundreds of steps is low by chance. `data/verdict-rates.csv` has the share of flat curves
-  that are called transient, for several correlations. A rise that is gone again at the end of the run does not count.
+  run is transient if the loss at the last saved step is higher by more than `RISE_ERRORS` standard errors. If it is higher by only
+  `DOUBTFUL_RISE_ERRORS`, the finding is `unresolved`. The standard error includes the prompts and, because training fluctuates,
+  the scatter of the loss about a smooth curve at both ends. The scatter is correlated between saved steps
+  (`icl.analysis.scatter`). We require many standard errors, because the lowest of hundreds of steps is low by chance.
+  `data/verdict-rates.csv` gives the share of flat curves that are called transient, for several correlations. A rise that has
+  disappeared by the end of the run does not count.
 - A rise is a transience of ridge only if the model came close to ridge. The dip is (zero's loss - loss) / (zero's loss - ridge's
   loss) at t_crit. From `TRANSIENT_DIP` on the finding is `transient ridge`; for a smaller but significant dip it is `partial dip`;
-  otherwise it is `rise without a dip`. The paper shows these kinds (at D = 8, M = 16 to 128, and M = 6 and 8) and states no
-  rule; the limits are ours.
+  otherwise it is `rise without a dip`. The paper shows these kinds (at D = 8, for M = 16 to 128, M = 6 and M = 8), but states no
+  rule. The limits are ours.
 
 A saved step with a value that is not finite is left out.
 """
@@ -42,7 +43,7 @@ RISE_ERRORS = 6.5
 DOUBTFUL_RISE_ERRORS = 3.0
 TRANSIENT_DIP = 0.5
 _ENOUGH_STEPS = 16
-"""Least number of saved steps from which the scatter is estimated."""
+"""Least number of saved steps that are used to estimate the scatter."""
 
 
 class TurningPoint(NamedTuple):
@@ -158,7 +159,7 @@ def transience(
         finding = _kind(dip)
     elif rise.value > DOUBTFUL_RISE_ERRORS * rise.stderr:
         finding = "unresolved"
-        reasons.append(f"the rise is between {DOUBTFUL_RISE_ERRORS:g} and {RISE_ERRORS:g} errors")
+        reasons.append(f"the rise is between {DOUBTFUL_RISE_ERRORS:g} and {RISE_ERRORS:g} standard errors")
     return Transience(finding, critical, rise, dip, _verdict(reasons), tuple(reasons))
 
 

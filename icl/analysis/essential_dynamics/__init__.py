@@ -1,22 +1,23 @@
 """Essential dynamics: principal components of a run's trajectory, compared with random walks, and its forms.
 
 The states at all saved steps (`icl.analysis.essential_dynamics.trajectories`) are the points of one PCA
-(`icl.analysis.essential_dynamics.principal_components`), and each counts once. Several runs share one PCA. The states of ridge
+(`icl.analysis.essential_dynamics.principal_components`), with equal weights. Several runs share one PCA. The states of ridge
 and dMMSE are projected on it, but do not enter the fit (Carroll et al. 2025, section 4.2). The scores of each run are smoothed in
-log time, and examined in planes of two components (`icl.analysis.essential_dynamics.plane_curves`): curvature, evolute, cusps,
-vertices; and forms (`icl.analysis.essential_dynamics.forms`; Hoogland et al. 2024, section 3.2). These modules say where we
-differ from the latter: time scale of the smoothing, derivatives, definition of a cusp, verdicts.
+log time. In planes of two components we compute the curvature, the evolute, cusps and vertices
+(`icl.analysis.essential_dynamics.plane_curves`). From these we find forms (`icl.analysis.essential_dynamics.forms`; Hoogland et
+al. 2024, section 3.2). The two modules state where we differ from Hoogland et al.: in the time scale of the smoothing, the
+derivatives, the definition of a cusp, and the verdicts.
 
 Rows of the table, by `quantity`:
 
 - `score`, and `smooth_score` with the standard error of the curve. `arc_length` of the smooth curve in all components of the
   table. `radius`, `centre_1` and `centre_2` of the osculating circle in each plane.
-- `cusp`, `vertex`, `form`: their value is a step. `form_score`: the position of a form. `null_count`: the number of each in random
-  walks.
+- `cusp`, `vertex`, `form`: their value is a step. `form_score`: the position of a form. `null_count`: the mean number of each in
+  random walks.
 - `reference_score`, and `reference_captured`: the share of a reference's squared distance from the mean that lies within the
   components.
-- `noise_share`, for gradients: the expected square of their estimation noise, over the variance. It is an upper bound, because
-  all steps see the same prompts.
+- `noise_share`, for gradients: the expected square of their estimation noise, divided by the variance. It is an upper bound,
+  because all steps use the same prompts.
 - `explained_share`, and for comparison `null_walk`, `null_flips` (mean, with the standard deviation as error), `null_brownian` and
   `null_equal`. `null_flips_95` is the 95 % quantile for the first k components together. A share is `suspect` if one in twenty
   walks with the run's own steps explains as much with its first k components. It is also `suspect` if noise may be more than
@@ -146,7 +147,7 @@ def fit_components(
     begins = np.concatenate([np.arange(len(trajectory.steps)) == 0 for trajectory in trajectories])
     if len(rows) < 3:
         raise CheckpointError(
-            f"Essential dynamics need at least three saved steps, got {len(rows)}; train with --checkpoints.num_log 60."
+            f"Essential dynamics need at least three saved steps, got {len(rows)}. Train with --checkpoints.num_log 60."
         )
     others = np.array(list(points.values())).reshape(len(points), len(rows[0]))
     products = centred_products(rows, others)
@@ -177,7 +178,7 @@ def _runs(path: Path, others: str | None) -> dict[str, Path]:
     is_unique = len({folder.resolve() for folder in paths}) == len(paths)
     require(is_unique, "`jointly_with` must not name a run twice, or the run itself.")
     for folder in paths:
-        checkpoint_files(folder)  # refuses a missing run before work on the others begins
+        checkpoint_files(folder)  # raises an error for a missing run before work on the others begins
     names = [run_of(folder).path.resolve().name for folder in paths]
     return {name if names.count(name) == 1 else str(folder): folder for name, folder in zip(names, paths, strict=True)}
 
@@ -276,7 +277,7 @@ def _summary(
         lines.append(f"Share of estimation noise in the variance: at most {noise:.1%}{doubt}")
     doubtful = ", ".join(_pc(component) for component in np.flatnonzero(fit.is_reached).tolist())
     if doubtful:
-        lines.append(f"Suspect: {doubtful}. Together with the components before, random walks explain as much.")
+        lines.append(f"Suspect: {doubtful}. Random walks explain as much with the same number of components.")
     return lines + _share_lines(fit)
 
 

@@ -7,9 +7,9 @@ each other. The planes give each coordinate of f twice. `mismatch` is the larges
 radius of the circles (at least a twentieth of the trajectory's extent).
 
 A cusp or vertex is in doubt unless kernels of 2/3 and of 3/2 the width show it too. Its standard error is half the range of the
-times from the three kernels. Random walks have forms as well, because their components are smooth curves with vertices and
-cusps. So we count those of walks with the run's own steps (`principal_components.flipped_walks`). If one of 19 walks has as many
-of a kind as the run, all of that kind are in doubt.
+times from the three kernels. Random walks also have cusps, vertices and forms, because their components are smooth curves. So we
+count these in walks with the run's own steps (`principal_components.flipped_walks`). If one of 19 walks has as many of a kind as
+the run, all of that kind are in doubt.
 """
 
 import math
@@ -95,7 +95,7 @@ def find_shapes(
     *,
     bandwidth: float,
 ) -> Shapes:
-    """Smooth the scores of one run, and find its cusps, vertices and forms, and count those of random walks."""
+    """Smooth the scores of one run, find its cusps, vertices and forms, and count those of random walks."""
     times, count, num_axes = log_time(steps), scores.shape[1], min(3, walks.shape[2])
     # Smoothing many curves at once costs little more than smoothing one.
     together = np.concatenate([scores, *walks[:, :, :num_axes]], axis=1)
@@ -163,7 +163,7 @@ def _find_all(curves: Curves, scores: Float[np.ndarray, "S C"]) -> tuple[list[Ju
 
 
 def _num_certain(candidates: Sequence[JudgedCandidate], forms: Sequence[Form]) -> dict[str, int]:
-    """Count by kind what is not in doubt."""
+    """Return the numbers of cusps, vertices and forms that are not in doubt."""
     kinds = [candidate.kind for candidate in candidates if not candidate.reasons]
     num_forms = sum(not form.reasons for form in forms)
     return {"cusp": kinds.count("cusp"), "vertex": kinds.count("vertex"), "form": num_forms}

@@ -5,20 +5,20 @@ fit the cubic sum_p b_p (u - u0)^p with weights exp(-(u - u0)^2 / 2 h^2); then r
 for cubics at any spacing. They are linear in the data, so they have standard errors. The kernel width is h = max(`bandwidth`,
 half the distance to the sixth nearest checkpoint), so the few early checkpoints are not interpolated. The noise is the local
 mean square of the residuals. We treat neighbouring residuals as independent, which makes errors too small where checkpoints are
-dense. The original smooths over the index of the checkpoint, with a width proportional to it (0.06 per checkpoint, about h = 0.06
-here). Its Gaussian derivative kernels are wrong, so we differentiate the fit instead.
+dense. The original code smooths over the index of the checkpoint, with a width of 0.06 times the index (here about h = 0.06).
+Its Gaussian derivative kernels are wrong, so we differentiate the fit instead.
 
 The geometry of a plane curve r(u) does not depend on the parametrisation. With v = |r'| and c = x'y'' - y'x'', the signed
 curvature is c / v^3, and the centre of the osculating circle is r + v^2 / c (-y', x'). The centres form the evolute.
 
-- Cusp: r' = 0 and r'' is not zero, so the motion turns back. (Hoogland et al. 2024 also require r'' = 0, but the ordinary cusp
-  (t^2, t^3) does not have it.) A candidate is a minimum of v that meets three conditions. |r''| h, the change of r' within one
-  width, is four standard errors above zero. v is below a tenth of it plus two standard errors. One width before and after, the
-  curve lies on the side of r'', by at least a tenth of h^2 |r''| / 2. (The last condition excludes the start of training, which is
-  slow but does not turn back.)
-- Vertex: the circle has four-point contact, so curvature' = 0 and the evolute has a cusp. A candidate is an extremum of the
-  curvature with a prominence of a tenth of it and of `_VERTEX_ERRORS` standard errors: on both sides the curvature changes by so
-  much before it comes back. The rule does not depend on the speed along the curve.
+- Cusp: r' = 0 and r'' is not zero, so the motion turns back. (Hoogland et al. 2024 also require r'' = 0, but this does not hold
+  for the ordinary cusp (t^2, t^3).) A candidate is a minimum of v that meets three conditions. (1) The change of r' within one
+  width, |r''| h, is four standard errors above zero. (2) v is below a tenth of |r''| h plus two standard errors. (3) One width
+  before and after, the curve lies on the side of r'', by at least a tenth of h^2 |r''| / 2. Condition 3 excludes the start of
+  training, which is slow but does not turn back.
+- Vertex: the circle has four-point contact, so curvature' = 0 and the evolute has a cusp. A candidate is a prominent extremum of
+  the curvature. On both sides, the curvature must change by at least a tenth of its value and by `_VERTEX_ERRORS` standard errors
+  before it returns to the value at the extremum. The rule does not depend on the speed along the curve.
 """
 
 import math
@@ -29,11 +29,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 NEIGHBOURS = 6
-"""The kernel width is at least half the distance to this nearest checkpoint."""
+"""The kernel width is at least half the distance to the checkpoint with this rank, from the nearest."""
 MIN_POINTS = 8
 """Least number of checkpoints for smoothing."""
 _VERTEX_ERRORS = 4.0
-"""Standard errors of a vertex's prominence. It is the largest of many differences, so three would often be chance."""
+"""Standard errors that the prominence of a vertex needs. The prominence is the largest of many differences, so three standard
+errors would often occur by chance."""
 _NUMBERS_AT_ONCE = 4_000_000
 """Largest number of weights in memory at a time."""
 
@@ -96,20 +97,19 @@ def smooth(
         values: The observations.
         at: Log times at which to evaluate the curve.
         bandwidth: Least width of the kernel, in log time.
-        factor: Factor for every width, to test how results depend on it.
+        factor: Factor that multiplies every width, to test how results depend on the width.
 
     Raises:
         ValueError: If there are fewer than `MIN_POINTS` observations.
     """
     if len(times) < MIN_POINTS:
         raise ValueError(f"Smoothing needs at least {MIN_POINTS} checkpoints, got {len(times)}.")
-    residuals, leverage = np.empty_like(values), np.empty(len(times))
+    residuals, residual_variances = np.empty_like(values), np.empty(len(times))
     for part, weights in _weights(times, times, factor * kernel_widths(times, times, bandwidth)):
         residuals[part] = values[part] - weights[:, 0] @ values
         own_weight = weights[np.arange(part.stop - part.start), 0, np.arange(part.start, part.stop)]
-        leverage[part] = (
-            1 - 2 * own_weight + (weights[:, 0] ** 2).sum(1)
-        )  # residual's variance for noise of variance one
+        # Variance of the residuals for noise of variance one.
+        residual_variances[part] = 1 - 2 * own_weight + (weights[:, 0] ** 2).sum(1)
     widths = factor * kernel_widths(times, at, bandwidth)
     derivatives, gains = np.empty((len(at), 3, values.shape[1])), np.empty((len(at), 3, 3))
     noise = np.empty((len(at), values.shape[1]))
@@ -117,7 +117,7 @@ def smooth(
         derivatives[part] = weights[:, :3] @ values
         gains[part] = weights[:, :3] @ weights[:, :3].mT
         near = np.exp(-0.5 * ((times - at[part, None]) / (2 * widths[part, None])) ** 2)
-        noise[part] = np.sqrt(near @ residuals**2 / (near @ leverage)[:, None])
+        noise[part] = np.sqrt(near @ residuals**2 / (near @ residual_variances)[:, None])
     return Smooth(at, widths, derivatives, noise, gains)
 
 
@@ -169,7 +169,7 @@ def osculating_circles(curve: Smooth, plane: tuple[int, int]) -> Circles:
 def candidates(curve: Smooth, plane: tuple[int, int]) -> list[Candidate]:
     """Find cusps and vertices of a projection, in order of time.
 
-    None lies within one width of the ends. A vertex within one width of a cusp is left out.
+    No candidate lies within one width of the ends. A vertex within one width of a cusp is left out.
     """
     circles = osculating_circles(curve, plane)
     cusps = list(_cusps(curve, plane))
@@ -213,14 +213,14 @@ def _vertices(curve: Smooth, circles: Circles) -> Iterator[tuple[Candidate, floa
 
 
 def _both_sides(index: int) -> tuple[slice, slice]:
-    """Return the grid from a point on, forwards to the end and backwards to the start."""
+    """Return two slices of the grid that begin at a point: forwards to the end, and backwards to the start."""
     return slice(index, None), slice(index, None, -1)
 
 
 def _is_prominent(values: Float[np.ndarray, " g"], stderr: Float[np.ndarray, " g"], least: float) -> bool:
-    """Return whether values fall clearly below the first of them before they rise above it.
+    """Return whether the values fall clearly below the first value before they rise above it.
 
-    This depends on the values' order alone, so not on the speed along the curve.
+    The result depends only on the order of the values, not on the speed along the curve.
     """
     higher = np.flatnonzero(values > values[0])
     end = int(higher[0]) if len(higher) else len(values)
@@ -243,7 +243,7 @@ def _sides(curve: Smooth, index: int, num_widths: float) -> list[int]:
 def _weights(
     times: Float[np.ndarray, " S"], at: Float[np.ndarray, " G"], widths: Float[np.ndarray, " G"]
 ) -> Iterator[tuple[slice, Float[np.ndarray, "g 4 S"]]]:
-    """Yield the weights of every observation in r, r', r'' and r''', for some of the times `at` after the other."""
+    """Yield the weights of every observation in r, r', r'' and r''', in blocks of the times `at`."""
     num_together = max(1, _NUMBERS_AT_ONCE // (4 * len(times)))
     powers, factorials = np.arange(4), np.array([1.0, 1.0, 2.0, 6.0])
     for start in range(0, len(at), num_together):

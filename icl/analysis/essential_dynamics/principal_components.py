@@ -19,7 +19,8 @@ from the run's own steps d_i, the differences between consecutive states:
 For comparison: the first shares that Hoogland et al. 2024 give for L2H4 are 0.65, 0.08 and 0.05. Brownian motion observed at 190
 checkpoints on a log and a linear grid of 500,000 steps has 0.68, 0.14 and 0.05; on a linear grid it has 0.61, 0.15 and 0.07.
 
-The displacement ratio |sum d_i|^2 / sum |d_i|^2 is 1 on average for all these walks, and the number of steps for a line.
+The displacement ratio |sum d_i|^2 / sum |d_i|^2 is 1 on average for all these walks. For a line with equal steps it is the number
+of steps.
 """
 
 from collections.abc import Sequence
@@ -147,7 +148,7 @@ def _signed(
     """Build components whose signs make the runs begin on the negative side."""
     starts, largest = scores[begins].mean(0), np.abs(scores).max(0, initial=0)
     peaks = np.take_along_axis(scores, np.abs(scores).argmax(0)[None], axis=0)[0]
-    # A start of zero has no side; then the largest score is made positive.
+    # If the runs begin at zero, there is no negative side; then the largest score is made positive.
     decisive = np.where(np.abs(starts) > 1e-6 * largest, -starts, peaks)
     signs = np.where(decisive < 0, -1.0, 1.0)
     captured = (projected**2).sum(1) / np.where(squares > 0, squares, np.nan)

@@ -3,9 +3,9 @@
 A state is one of these, flattened:
 
 - `outputs`: the predictions for fixed prompts (B K features), as in Carroll et al. 2025, section 4.2, and in the "y-only" variant
-  of Hoogland et al. 2024, section 3.2. All prompts of the former have one task that every run knows; this is the distribution
-  `first_task`.
-- `tokens`: the whole outputs at all 2K tokens (2 B K (D + 1) features), as in Hoogland et al. Most of them are never trained.
+  of Hoogland et al. 2024, section 3.2. In Carroll et al. all prompts have the same task, which is a training task of every run.
+  This is the distribution `first_task`.
+- `tokens`: the whole outputs at all 2K tokens (2 B K (D + 1) features), as in Hoogland et al. Most of these are never trained.
 - `weights`.
 - `gradients`: the gradient in the weights of the mean loss on the fixed prompts. It is estimated from B prompts, so it has noise;
   we keep the expected square of that noise (`Trajectory.noise`). All steps use the same prompts, so some noise cancels in
@@ -13,9 +13,9 @@ A state is one of these, flattened:
 - `first_moment`, `second_moment`: Adam's running means of the training gradient and its square, before bias correction. They
   exist for runs trained with `checkpoints.moments`, and cannot be computed from weights later.
 
-Rows are read some features at a time. Inner products are sums over such blocks. Each block is centred before it is multiplied,
-so no precision is lost by cancellation. So 10,000 checkpoints of 163,840 features (6.6 GB) are never in memory together; only
-a few copies of their inner products are (0.8 GB each).
+Rows are read in blocks of features. Inner products are sums over these blocks. Each block is centred before it is multiplied,
+so no precision is lost by cancellation. The whole matrix is never in memory: for 10,000 checkpoints of 163,840 features it would
+take 6.6 GB. Only a few copies of the inner products are in memory (0.8 GB each).
 """
 
 from collections.abc import Iterator, Sequence
@@ -68,7 +68,7 @@ HAS_WEIGHTS_SHAPE: tuple[State, ...] = ("weights", "gradients", "first_moment", 
 
 @dataclass(frozen=True, kw_only=True)
 class StateSettings:
-    """Definition of a state. With other settings, states are computed again."""
+    """Definition of a state. If these settings change, states are computed again."""
 
     state: State = field(
         default="outputs",
@@ -84,7 +84,8 @@ class StateSettings:
         },
     )
     num_prompts: int = field(
-        default=512, metadata={"help": "number of fixed prompts; from about 16 on, more hardly change the results"}
+        default=512,
+        metadata={"help": "number of fixed prompts; above about 16, more prompts hardly change the results"},
     )
 
     def __post_init__(self) -> None:
@@ -148,7 +149,7 @@ def require_comparable(trajectories: Sequence[Trajectory], settings: StateSettin
     """Check that the states of the runs can be compared.
 
     Raises:
-        ConfigError: If their prompts differ or, unless states are predictions, their architectures differ.
+        ConfigError: If their prompts differ, or their architectures differ and the states are not predictions.
     """
     first = trajectories[0]
     for other in trajectories[1:]:
@@ -160,7 +161,7 @@ def require_comparable(trajectories: Sequence[Trajectory], settings: StateSettin
                 "and for --distribution pretrain or first_task the same tasks."
             )
         if is_other_model or len(other.rows[0]) != len(first.rows[0]):
-            raise ConfigError(f"{other.run} has another architecture than {first.run}; compare --state outputs.")
+            raise ConfigError(f"{other.run} and {first.run} have different architectures; compare --state outputs.")
 
 
 def references(configs: Sequence[RunConfig], settings: StateSettings) -> dict[str, Float[np.ndarray, " F"]]:
@@ -242,7 +243,7 @@ def _flat_token_outputs(model: ModelConfig, params: Params, xs: Tensor, ys: Tens
 
 
 def _num_batches(num_prompts: int) -> int:
-    """Return the least number of equal batches that are small enough; at least eight, if there are so many prompts."""
+    """Return the least number of equal batches of at most `_GRADIENT_PROMPTS` prompts, and at least eight if possible."""
     counts = range(min(8, num_prompts), num_prompts + 1)
     return next(n for n in counts if num_prompts % n == 0 and num_prompts // n <= _GRADIENT_PROMPTS)
 

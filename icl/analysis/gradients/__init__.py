@@ -1,12 +1,12 @@
-"""Gradients at every saved step, of two kinds: in the weights, and in the parameters of the data distribution.
+"""Gradients of the loss at every saved step, in the weights and in the parameters of the data distribution.
 
 - Kind `weights` (`icl.analysis.gradients.weights`): norm, noise trace and simple noise scale; the alignment with the gradient at
   the previous saved step, and between the gradients of single tasks. Each is given for all weights and for groups of parameters.
 - Kind `data` (`icl.analysis.gradients.data`): the gradient of the expected loss in the means and scales of x, w and the
-  noise, by the pathwise estimator. The score function and finite differences check it.
+  noise, by the pathwise estimator. Two other estimators check it: the score function and finite differences.
 
-For each kind, a PCA over the saved steps takes the centred gradients as points. The sign of a component is scikit-learn's,
-which its largest entry fixes.
+For each kind there is a PCA of the gradients at all saved steps. scikit-learn chooses the sign of a component by its largest
+entry.
 
 All steps see the same prompts (streams `gradients/...` of `seeds.evaluation`), so differences between steps have small
 errors. The loss is per target, averaged over positions. Standard errors are over prompts. PC scores have none. An
@@ -42,6 +42,7 @@ NUM_COMPONENTS = 3
 TASK_BATCHES = 8
 VERSION = 2
 _FD_STEP = {torch.float64: 1e-5, torch.float32: 1e-2}
+"""Step of the finite differences, by dtype. It balances their truncation error against rounding."""
 _FD_PROMPTS = 64
 _MAX_Z = 5.0
 """Standard errors by which two estimators of a gradient may differ. It is large because a run makes hundreds of comparisons."""
@@ -55,7 +56,9 @@ class Settings(PromptSettings):
 
     num_prompts: int = field(default=1024, metadata={"help": "number of prompts for the gradients in the weights"})
     num_batches: int = field(default=32, metadata={"help": "number of batches into which these prompts are split"})
-    num_compared_tasks: int = field(default=8, metadata={"help": "tasks whose gradients are compared; 0 for none"})
+    num_compared_tasks: int = field(
+        default=8, metadata={"help": "number of tasks whose gradients are compared; 0 compares none"}
+    )
     num_task_prompts: int = field(
         default=128, metadata={"help": f"prompts for each of the compared tasks, in {TASK_BATCHES} batches"}
     )
@@ -196,7 +199,7 @@ def _doubts_about_pathwise(pathwise: Tensor, score_function: Tensor, finite_diff
     from_scores = metrics.position_mean(pathwise - score_function)
     score_differs = from_scores.value.abs() > _MAX_Z * from_scores.stderr  # false where the score function is NaN
     from_differences = metrics.position_mean(pathwise[:, : finite_difference.shape[1]] - finite_difference)
-    # Central differences have an error of their own; it is far below 0.1 % of the gradient's size.
+    # Central differences also have a truncation error, which is far below 0.1 % of the gradient's size.
     tolerance = (_MAX_Z * from_differences.stderr).clamp(min=1e-9) + 1e-3 * finite_difference.abs().mean(1)
     difference_differs = from_differences.value.abs() > tolerance
     texts = ["", "finite differences disagree", "the score function disagrees"]
@@ -222,9 +225,9 @@ def _component_rows(entries: list[Entry], kind: str) -> list[Row]:
 
 
 def _noise_share(entries: list[Entry], vectors: np.ndarray, kind: str) -> float:
-    """Return the variance of the estimates at one step over the variance between steps.
+    """Return the ratio of the estimates' variance at one step to the variance between steps.
 
-    It is an upper bound, because all steps share their prompts.
+    It is an upper bound on the share of noise, because all steps use the same prompts.
     """
     between = float(((vectors - vectors.mean(0)) ** 2).sum())
     within = 0.0
@@ -265,7 +268,10 @@ def _num_doubtful(verdicts: list[str]) -> int:
 
 
 def _limit(last: dict[tuple[str, str, str], Row], quantity: str) -> str:
-    """Return the bound at two standard errors on a doubtful quantity of all weights; empty if its value is finite."""
+    """Return text for a doubtful quantity of all weights: its bound at two standard errors, or why it is unknown.
+
+    The text is empty if there is no bound and the value is finite.
+    """
     row, square, trace = (last[name, "all", ""] for name in (quantity, "squared_norm", "noise_trace"))
     most = max(square["value"], 0.0) + 2 * square["stderr"]
     if quantity == "norm" and math.isfinite(most):

@@ -13,7 +13,7 @@ Three estimators of dL/dphi give a number for each prompt, and their mean is the
 
 - `pathwise`: differentiate through x(phi), y(phi) and the predictor at fixed z, t, n. This is the estimator to use.
 - `score_function`: (loss - mean loss) d log p / d phi. This is a check that never differentiates the predictor. With a pool of
-  tasks, w has no density. Then the score for the parameters of w is the score of y given x and t, whose mean they move.
+  tasks, w has no density. The parameters of w then act on the mean of y given x and t, so their score is the score of y.
   Without noise, y has no density either, and the scores that need one are NaN.
 - `finite_difference`: central differences with the same z, t, n on both sides. This is a second check.
 """
@@ -35,7 +35,7 @@ Predict: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class Draws(NamedTuple):
-    """Standard draws z, t, n of B prompts, before scales and means. All members share them."""
+    """Standard draws z, t, n of B prompts, before scales and means are applied. All members share them."""
 
     inputs: Float[Tensor, "B K D"]
     tasks: Float[Tensor, "B D"]

@@ -10,8 +10,8 @@ All statistics are functions of Gram matrices K_ij = g_i . h_j of two sets of gr
 - Squared norm |G|^2 = inner, and noise trace tr(Sigma) = b (batch_norm - inner); both are unbiased. `norm` is sqrt(|G|^2), or 0 if
   the estimate of |G|^2 is negative.
 - Simple noise scale tr(Sigma) / |G|^2, in prompts: the batch size at which noise and signal are equal (McCandlish, Kaplan,
-  Amodei et al. 2018, "An empirical model of large-batch training", section 2.2). If J batches are compared with all of them
-  together, our two estimates are those of their appendix A.1.
+  Amodei et al. 2018, "An empirical model of large-batch training", section 2.2). Our two estimates are
+  those of their appendix A.1, with one batch as the small batch and all J batches together as the large one.
 - Alignment: the cosine inner(K_gh) / sqrt(inner(K_gg) inner(K_hh)). Between tasks it is weighted by norms: the mean inner
   product of the gradients of two tasks, over their mean squared norm.
 
@@ -154,7 +154,7 @@ def mean_squared_norm(between: Float[Tensor, "*N Q Q J J"]) -> WithDeleted:
 
 
 def _gradients(model: ModelConfig, params: Params, prompts: Prompts, num_batches: int) -> Iterator[Params]:
-    """Yield every member's gradient on one batch after the other."""
+    """Yield the gradients of all members, one batch at a time."""
 
     def loss(weights: Params, xs: Tensor, ys: Tensor) -> Tensor:
         errors = metrics.squared_error(apply(model, weights, xs, ys), ys)  # N B K

@@ -7,21 +7,21 @@ The steps of the method:
 2. Turns and plateaus of a smoothed signal are candidates (`icl.analysis.stages.boundaries` has the rule).
 3. Candidates on which signals agree are boundaries, each with a verdict (`icl.analysis.stages.agreement`).
 
-For a curve without stages, at most one case in twenty gives a boundary that is not `invalid`. The published stages of L2H4
-are found within their errors (tests/analysis/test_stages.py). Scatter may be correlated between saved steps, as that of a loss
-that wanders; it is estimated and counted (`icl.analysis.scatter`). `data/verdict-rates.csv` has the share of false and of true
-boundaries that are `ok`, for several correlations; `python -m tools.verdict_rates` makes it.
+At most one in twenty curves without stages gets a boundary that is not `invalid`. The published stages of L2H4 are found within
+their errors (tests/analysis/test_stages.py). The scatter of a curve may be correlated between saved steps, for example if the loss
+wanders. The correlation is estimated, and errors include it (`icl.analysis.scatter`). `data/verdict-rates.csv` gives the share of
+false and of true boundaries that are `ok`, for several correlations; `python -m tools.verdict_rates` makes this table.
 
 Types of stages, as in Hoogland et al. (2024, table 2): in A the loss falls and the LLC rises; in B both fall. The type is `?` if
-either changes by less than two standard errors or is unknown, or if the loss rises. Changes are those of the smoothed curves;
-their errors count the curves and the positions of the boundaries. Without boundaries there are no stages.
+either changes by less than two standard errors or is unknown, or if the loss rises. Changes are those of the smoothed curves.
+Their standard errors include the uncertainty of the curves and of the boundaries' positions. Without boundaries there are no stages.
 
 Rows of the table, by `quantity`. `at` is a step. `log_stderr` is an error in u, which is a relative error of the step.
 
 - `measured`, `smooth`, `slope` (per unit of u): points and curve of each signal.
 - `candidate`: a candidate in one signal, with its `strength` in standard errors.
-- `boundary`: `low` and `high` are two standard errors away.
-- `stage`: from `start` to `end`. Only stages have an `end`; that of the last stage is the last step of the run.
+- `boundary`: a boundary of the run. `low` and `high` are two standard errors before and after it.
+- `stage`: a stage from `start` to `end`. Only stages have an `end`. The last stage ends at the last step of the run.
 - `change`: change of a signal over a stage.
 """
 
@@ -41,7 +41,7 @@ from icl.analysis.stages.smoothing import Curve, SmoothedSignal, fit
 from icl.config.validation import require, require_number
 
 _NUM_SAMPLES = 200
-"""Curves sampled for the error of a change."""
+"""Number of curves sampled for the error of a change."""
 _MAX_CURVE_ROWS = 200
 """Largest number of rows of each smoothed curve in the table."""
 _NO_LLC = "no type: the LLC is unknown"
@@ -54,11 +54,14 @@ class Settings(SignalSettings):
 
     llc_settings: str | None = field(
         default=None,
-        metadata={"help": "estimates of llc.csv to use, by its column settings or mode; default: the most numerous"},
+        metadata={
+            "help": "which estimates of llc.csv to use: a value of its column settings or mode; default: the most numerous"
+        },
     )
     worst_llc: Verdict = field(default="suspect", metadata={"help": "worst verdict of LLC estimates that are used"})
     tolerance: float = field(
-        default=0.25, metadata={"help": "largest distance in ln(step + 1) between signals' boundaries that agree"}
+        default=0.25,
+        metadata={"help": "largest distance, in ln(step + 1), at which boundaries in two signals count as one"},
     )
     least_change: float = field(
         default=0.01, metadata={"help": "least change of a signal within a stage, as a share of its range"}

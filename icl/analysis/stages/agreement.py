@@ -1,16 +1,17 @@
 """Agreement between signals: which candidates are one boundary, where it lies, and its verdict.
 
 Candidates of several signals form one boundary if they are close to the strongest in u = ln(step + 1). Close means within
-`tolerance`, or within two standard errors of the difference and twice `tolerance`. The time of the boundary is the mean of the
-candidates, weighted by inverse variance, with one candidate for each group of dependent signals. If the candidates scatter
-more than their errors allow, the error is multiplied by the Birge ratio (Birge 1932). Verdicts:
+`tolerance`, or within two standard errors of the difference but at most twice `tolerance`. The time of the boundary is the mean
+of the candidates, weighted by inverse variance, with one candidate for each group of dependent signals. If the candidates scatter
+more than their errors allow, the error is multiplied by the Birge ratio (Birge 1932).
 
-- `ok`: signals of at least two independent groups show the boundary, and at least one shows it also with a shorter and a
-  longer kernel. A signal shows a boundary if it is significant also with the correlation of its scatter.
-- `suspect`: only one group shows it, by at least `STRONG` standard errors; or no signal shows it with all kernels. Loss and
-  ICL score are one group. Loss and an LLC that mirrors it near the boundary (`signals.mirrors_loss`) are one group too.
-- `invalid`: only one group shows it, by fewer standard errors; or none does if the scatter is correlated; or two standard errors reach an end of the curves, or a
-  stronger boundary.
+A signal shows a boundary if the boundary is significant even with the correlation of the signal's scatter. Loss and ICL score are
+one group. Loss and an LLC that mirrors it near the boundary (`signals.mirrors_loss`) are one group too. Verdicts:
+
+- `ok`: signals of at least two independent groups show the boundary, and at least one shows it with all three kernels.
+- `suspect`: only one group shows it, by at least `STRONG` standard errors; or no signal shows it with all three kernels.
+- `invalid`: at most one group shows it, by less than `STRONG` standard errors; or an end of the curves or a stronger boundary lies
+  within two standard errors.
 """
 
 import math
@@ -24,9 +25,10 @@ from icl.analysis.stages.signals import Signal, Verdict, mirrors_loss
 from icl.analysis.stages.smoothing import SmoothedSignal
 
 STRONG = 5.0
-"""Standard errors that a boundary needs in one signal alone (our choice). Two signals need `boundaries.SIGNIFICANCE`."""
+"""Standard errors that a boundary needs if one group of signals shows it (our choice). With two, `boundaries.SIGNIFICANCE` is
+enough."""
 AROUND = 1.0
-"""Units of log time on each side of a boundary in which we ask whether an LLC mirrors the loss."""
+"""Distance in log time, before and after a boundary, over which we test whether an LLC mirrors the loss."""
 
 
 class Candidate(NamedTuple):
@@ -62,7 +64,7 @@ def agree(
         signals: All signals of the run.
         fits: Smoothed signals, by name.
         tolerance: Largest distance between candidates that are one boundary, in ln(step + 1).
-        least_change: Least move of a stage, as a share of the signal's range.
+        least_change: Least change of a signal within a stage, as a share of its range.
     """
     remaining = [
         Candidate(signal, boundary, _group(signal, boundary.time))
@@ -115,7 +117,7 @@ def _judge(candidates: Sequence[Candidate], signals: Sequence[Signal], span: tup
     if len(groups) < 2 and strength < STRONG:
         fatal.append(f"its strength is {strength:.1f} standard errors; a single signal needs {STRONG:g}")
     if time - 2 * stderr < span[0] or time + 2 * stderr > span[1]:
-        fatal.append("its step is unknown: two standard errors reach an end of the run")
+        fatal.append("its step is unknown: an end of the run lies within two standard errors")
     verdict: Verdict = "invalid" if fatal else "ok" if is_robust and len(groups) > 1 else "suspect"
     return RunBoundary(time, stderr, tuple(candidates), verdict, (*fatal, *reasons))
 
@@ -150,7 +152,7 @@ def _reject_overlapping(boundaries: Sequence[RunBoundary]) -> list[RunBoundary]:
             continue
         previous = checked[usable[-2]]
         if boundary.time - previous.time < 2 * math.hypot(boundary.stderr, previous.stderr):
-            # On a tie the earlier boundary counts as weaker, as `min` takes the first of its arguments.
+            # On a tie the earlier boundary counts as weaker, because `min` returns the first minimum.
             index = min(usable[-2:], key=lambda index: (checked[index].verdict == "ok", checked[index].strength))
             weaker, other = checked[index], boundary if index == usable[-2] else previous
             reason = f"it is not significantly separate from the boundary at step {step_text(other.time)}"

@@ -1,26 +1,26 @@
 """Boundaries between stages in one signal: times at which its slope nearly vanishes between two stretches of motion.
 
 Hoogland et al. (2024) chose boundaries by hand at critical points of the LLC's curve, where d lambda / d ln t is zero or has a
-plateau near zero. No rule is published (we did not find the 'automated procedure' of an early version). Our rule works for any
-signal. It uses the curve f from `icl.analysis.stages.smoothing`, and the mean slopes of f over intervals of log time with
-their errors:
+plateau near zero. They published no rule. (An early version mentions an 'automated procedure', which we did not find.) Our rule
+works for any signal. It uses the curve f from `icl.analysis.stages.smoothing`, and the mean slopes of f over intervals of log
+time with their errors:
 
 - A *turn*: f moves in one direction over an interval, and in the other over a later interval, both by `SIGNIFICANCE` standard
   errors. The boundary lies at the extremum of f between them.
-- A *plateau*: f moves in the same direction over two intervals. Over an interval between them, its slope is below 1 / `STEEPNESS`
-  of both, in either direction. Both differences must have `SIGNIFICANCE` standard errors. The boundary lies where two cubics
-  with equal value and slope fit the observations best, between the middles of the two intervals.
+- A *plateau*: f moves in the same direction over two intervals. Over an interval between them, the size of its slope is below
+  1 / `STEEPNESS` of both slopes. Both differences must exceed `SIGNIFICANCE` standard errors. The boundary lies between the
+  middles of the two intervals, where two cubics that join with equal value and slope fit the observations best.
 
-An interval counts as motion only if f moves over it by at least `least_change` of its range; smoothing a corner makes smaller
-moves. We take the strongest boundary first, and search each side of it again. A boundary is dropped if no two stretches of motion
-remain between its neighbours. The search takes the scatter as independent between saved steps. The strength of what it finds is
-the smaller of the significance then and the significance with the correlation that the scatter shows (`icl.analysis.scatter`).
-A curve that moves only once has no boundary, even if its speed varies: a power law, a sigmoid, a
-line, or a bend from one slope into a steeper one.
+An interval counts as motion only if f moves over it by at least `least_change` of its range, because smoothing a corner causes
+smaller moves. We take the strongest boundary first, and then search on each side of it. A boundary is dropped if there is no
+motion on one of its sides, up to the next boundary. The search treats the scatter as independent between saved steps. The strength
+of a boundary is the smaller of two significances: with independent scatter, and with the correlation that `icl.analysis.scatter`
+estimates. A curve that moves only once has no boundary, even if its speed varies. Examples are a power law, a sigmoid, a line, or
+a bend from one slope into a steeper one.
 
-The error of a turn counts the scatter of the extremum over curves that the data allow, and its shift under shorter and longer
-kernels. The error of a plateau is that of its likelihood profile. Both also count that a time between two neighbouring
-checkpoints is not resolved.
+The error of a turn includes the spread of the extremum over sampled curves, and its shift with shorter and longer kernels. The
+error of a plateau comes from its likelihood profile. Both include the spacing of the checkpoints, because the exact time between
+two of them is unknown.
 """
 
 import math
@@ -33,12 +33,13 @@ from jaxtyping import Bool, Float, Int
 from icl.analysis.stages.smoothing import Curve, Points, SmoothedSignal
 
 SIGNIFICANCE = 3.0
-"""Standard errors that a boundary needs (our choice). Because we search over intervals, one curve in ten or twenty without
-stages reaches it; none that we saw reached 4."""
+"""Standard errors that a boundary needs (our choice). Because we search over many intervals, about one in ten to twenty curves
+without stages reaches this value. None that we saw reached 4."""
 CORRELATED_SIGNIFICANCE = 4.0
-"""Standard errors that it needs where the correlation of the scatter takes a part of its strength, as that is estimated too."""
+"""Standard errors that a boundary needs if the correlation of the scatter lowers its strength. It is larger than `SIGNIFICANCE`,
+because the correlation has an error of its own."""
 _LITTLE_LOST = 0.8
-"""Share of the strength that is left if the correlation hardly matters."""
+"""If more than this share of the strength is left with correlated scatter, `SIGNIFICANCE` is enough."""
 STEEPNESS = 1.25
 """Factor by which both motions must be steeper than the pause between them (our choice: the slope falls by a fifth)."""
 _MAX_KNOTS = 64
@@ -46,11 +47,11 @@ _MAX_KNOTS = 64
 _MAX_PAUSE = 16
 """Largest number of knots that a pause may span."""
 _NUM_TIMES = 200
-"""Times at which the likelihood profile of a plateau is computed."""
+"""Number of times at which the likelihood profile of a plateau is computed."""
 _LEAST_POINTS = 8
 """Least number of observations for such a profile."""
 _NUM_SAMPLES = 200
-"""Curves sampled for the error of an extremum."""
+"""Number of curves sampled for the error of an extremum."""
 
 Kind = Literal["turn", "plateau"]
 
@@ -63,11 +64,11 @@ class Boundary(NamedTuple):
     """u = ln(step + 1)."""
     stderr: float
     strength: float
-    """Significance of the weaker of the two stretches of motion, in standard errors. They count the correlation of the scatter."""
+    """Significance of the weaker of the two stretches of motion: standard errors that include the correlation of the scatter."""
     is_robust: bool
-    """Whether a shorter and a longer kernel show the boundary too."""
+    """Whether curves with a shorter and with a longer kernel also show the boundary."""
     is_significant: bool
-    """Whether the boundary is significant also if the scatter is correlated between saved steps."""
+    """Whether the boundary remains significant if the scatter is correlated between saved steps."""
 
 
 class _Intervals(NamedTuple):
@@ -80,7 +81,7 @@ class _Intervals(NamedTuple):
     short: Int[np.ndarray, " P"]
     """Indices of intervals that may be the pause of a plateau."""
     contrasts: tuple[Float[np.ndarray, "K P"], Float[np.ndarray, "K P"]]
-    """Standard errors by which slope k exceeds `STEEPNESS` times |slope of pause p|; and the same for the slope -k."""
+    """Standard errors by which slope k exceeds `STEEPNESS` times |slope of pause p|; then the same for minus slope k."""
     moves: Bool[np.ndarray, " K"]
     """Whether the curve moves by at least `least_change` of its range."""
 
@@ -115,7 +116,7 @@ def find_boundaries(fit: SmoothedSignal, *, least_change: float) -> list[Boundar
             time, error = _extremum([curves[:, low : high + 1] for curves in samples], grid[low : high + 1])
         else:
             time, error = _corner(fit.points, float(grid[low]), float(grid[high]))
-        # The exact time between two neighbouring checkpoints is unknown: a uniform distribution over the spacing.
+        # The exact time between two neighbouring checkpoints is unknown. We take it as uniform over the spacing.
         spacing = np.diff(fit.points.times)[np.searchsorted(fit.points.times[1:-1], time)]
         error = math.hypot(error, spacing / math.sqrt(12))
         on_grid = [(int(knots[first]), int(knots[last])) for first, last in stretches]
@@ -192,7 +193,7 @@ def _intervals(curve: Curve, knots: Int[np.ndarray, " k"], least_change: float) 
     short = np.flatnonzero((last - first <= _MAX_PAUSE) & (first > 0) & (last < len(knots) - 1))
     half = weights @ curve.covariance[np.ix_(knots, knots)]
     slopes, variances = weights @ values, np.maximum((half * weights).sum(1), 1e-300)
-    # Slope of k minus, and plus, STEEPNESS times the slope of the pause: the variances differ by the covariance's sign.
+    # Slope k minus (or plus) STEEPNESS times the slope of the pause. The variances differ in the sign of the covariance.
     spread = variances[:, None] + STEEPNESS**2 * variances[short]
     shared = 2 * STEEPNESS * half @ weights[short].T
     minus = (slopes[:, None] - STEEPNESS * slopes[short]) / np.sqrt(np.maximum(spread - shared, 1e-300))
@@ -203,7 +204,7 @@ def _intervals(curve: Curve, knots: Int[np.ndarray, " k"], least_change: float) 
 
 
 def _knot_boundaries(curve: Curve, knots: Int[np.ndarray, " k"], least_change: float) -> list[_KnotBoundary]:
-    """Find boundaries at knots, then drop those without two stretches of motion between their neighbours."""
+    """Find boundaries at knots, then drop those without motion on both sides, up to the next boundary."""
     intervals = _intervals(curve, knots, least_change)
     end = int(intervals.last.max())
     boundaries = sorted(_search(intervals, 0, end), key=lambda boundary: boundary.knot)

@@ -1,17 +1,17 @@
-"""Signals in which we look for stages: loss, ICL score, prior-task score and LLC, from whatever files a run has.
+"""Signals in which we look for stages: loss, ICL score, prior-task score and LLC, from the files that a run has.
 
-Loss, ICL score over the widest span and prior-task score E yhat^2 (`prior_zero`) are measured on the run's training tasks. They
-come from the first of these sources that has them: `results/behaviour.csv`, `results/evaluation.csv`, the checkpoints (on fixed
-prompts, cached in `results/stages/`), `metrics.csv`. All steps use the same prompts, so the standard errors describe a common
-offset, not the shape of the curve. For these signals only the scatter of the points counts as noise.
+The loss, the ICL score over the widest span and the prior-task score E yhat^2 (`prior_zero`) are measured on the run's training
+tasks. They come from the first of these sources that has them: `results/behaviour.csv`, `results/evaluation.csv`, the checkpoints
+(on fixed prompts, cached in `results/stages/`), `metrics.csv`. All steps use the same prompts, so the standard errors describe a
+common offset, not the shape of the curve. For these signals only the scatter of the points counts as noise.
 
-The LLC comes from `results/llc.csv`. We use estimates of one kind of settings, for weights that were not rescaled, whose verdict
-is no worse than `worst_llc`. We take their standard errors as independent, because each checkpoint's chains have their own
-noise. (With the fixed seed of the original code they do not.) The chains of all checkpoints use the same minibatches; this
-makes differences between steps less noisy, if anything.
+The LLC comes from `results/llc.csv`. We use estimates with the same settings, for weights that were not rescaled, and with a
+verdict no worse than `worst_llc`. We take their standard errors as independent, because the chains of different checkpoints have
+different noise. (They have the same noise with the fixed seed of the original code.) The chains of all checkpoints use the same
+minibatches. If this has an effect, it makes differences between steps less noisy.
 
 The LLC is nbeta (E[L] - L(w0)). If E[L] hardly moves while L(w0) does, the LLC is the loss with its sign reversed and is no
-independent signal (`mirrors_loss`). The published curve is an example up to step 46,000: its chains left the basin.
+independent signal (`mirrors_loss`). The published curve is an example up to step 46,000, because its chains left the basin.
 """
 
 from dataclasses import dataclass, field
@@ -55,7 +55,7 @@ class Signal(NamedTuple):
 
     @property
     def group(self) -> str:
-        """Group of dependent signals. The ICL score is a difference of the loss's own terms, so both are one group."""
+        """Group of dependent signals. The ICL score is a difference of two terms of the loss, so both are in one group."""
         return "loss" if self.name == "icl_score" else self.name
 
 
@@ -64,7 +64,7 @@ class SignalSettings:
     """Settings of signals that are computed from checkpoints."""
 
     num_prompts: int = field(
-        default=1024, metadata={"help": "number of prompts for the loss, if no table has it and it is computed"}
+        default=1024, metadata={"help": "number of prompts for the loss, which is computed only if no table has it"}
     )
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class SignalSettings:
 def read_signals(
     path: Path, *, num_prompts: int, llc_settings: str | None, worst_llc: Verdict
 ) -> tuple[list[Signal], list[str]]:
-    """Read the signals of a run that have at least `MIN_POINTS` steps, and say in a sentence why others are missing.
+    """Read the signals of a run that have at least `MIN_POINTS` steps; return them, and a sentence for each missing signal.
 
     Raises:
         RunError: If there is no signal, or the path is a file.
@@ -94,14 +94,14 @@ def read_signals(
         if not folder.metrics_file.is_file() and not folder.results.is_dir():
             checkpoint_files(path)  # raises an error that there is nothing at all
         raise RunError(
-            f"{folder.path} has no signal at {MIN_POINTS} steps or more to find stages in; train with more checkpoints "
-            "(--checkpoints.num_log 60), or copy its results/evaluation.csv or results/llc.csv there."
+            f"{folder.path} has no signal with at least {MIN_POINTS} steps, which stages need. Train with more checkpoints "
+            "(--checkpoints.num_log 60), or copy results/evaluation.csv or results/llc.csv of the run there."
         )
     return signals, missing
 
 
 def mirrors_loss(signal: Signal, low: float, high: float) -> bool:
-    """Return whether a signal is an LLC that is the loss with its sign reversed, between two log times."""
+    """Return whether a signal is an LLC that mirrors the loss (see the module) between two log times."""
     if signal.name != "llc" or "mean_loss" not in signal.points:
         return False
     times = np.log1p(signal.points["step"].astype(float))
@@ -122,7 +122,9 @@ def _behaviour(path: Path, folder: RunFolder, num_prompts: int) -> tuple[list[Si
         if "eval/pretrain/loss" in metrics:
             points = metrics.rename(columns={"eval/pretrain/loss": "value"}).assign(checkpoint_hash=None, stderr=np.nan)
             signals = _signal("loss", "metrics.csv", points) | signals
-    missing = [f"There is no {name} at {MIN_POINTS} steps." for name in _QUANTITIES.values() if name not in signals]
+    missing = [
+        f"There is no {name} with at least {MIN_POINTS} steps." for name in _QUANTITIES.values() if name not in signals
+    ]
     return [signals[name] for name in _QUANTITIES.values() if name in signals], missing
 
 
@@ -178,7 +180,7 @@ def _measure(members: Members, *, num_prompts: int) -> list[Measurement]:
 
 
 def _llc(folder: RunFolder, settings: str | None, worst: Verdict) -> Signal | str:
-    """Return the usable estimates of one kind of settings, or a sentence why there are not enough."""
+    """Return the usable estimates with the same settings, or a sentence on why there are too few."""
     table = _read(folder.results / "llc.csv")
     if not {"step", "llc", "stderr", "verdict"} <= set(table.columns):
         return f"There is no LLC, so stages have no type; estimate it with `icl llc {folder.path}`."

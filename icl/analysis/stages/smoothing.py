@@ -1,14 +1,14 @@
 """Smoothing of a noisy signal in log time, with its slope, by Gaussian-process regression.
 
-The curve f(u), u = ln(step + 1), has the prior a^2 Matern(5/2, l) about its mean. So f and f' are smooth, and given the data
-both are known with a joint covariance (Rasmussen and Williams 2006, sections 2.2 and 4.2.1, equation 9.4). Observation i has
-the variance v_i = max(stderr_i^2, scatter_i^2): the larger of its own standard error and the scatter of the points about the
-curve around it. We choose (a, l) and the scatter by the largest posterior density. The prior of ln l is normal about 0 with
-deviation 1, because a factor e in the step is the natural unit of log time. Values of l are limited to `shortest` .. `longest`.
-The local scatter then follows the squared residuals r_i^2, averaged with a Gaussian kernel of one unit of log time.
+The curve f(u), u = ln(step + 1), has the prior a^2 Matern(5/2, l) about its mean. So f and f' are smooth, and the data determine
+both, with a joint covariance (Rasmussen and Williams 2006, sections 2.2 and 4.2.1, equation 9.4). Observation i has the variance
+v_i = max(stderr_i^2, scatter_i^2), from the larger of its own standard error and the local scatter of the points about the
+curve. We choose a, l and the scatter that maximise the posterior density. The prior of ln l is normal with mean 0 and deviation 1,
+because a factor e in the step is the natural unit of log time. Values of l are limited to `shortest` .. `longest`. The local
+scatter is then estimated from the squared residuals r_i^2, averaged with a Gaussian kernel of one unit of log time.
 
 The original (Hoogland et al. 2024) fits a squared-exponential process without a noise term. It interpolates the points, so its
-slopes are those of the noise. Our other smoother, `icl.analysis.essential_dynamics.plane_curves`, has a kernel of fixed width;
+slopes follow the noise. Our other smoother, `icl.analysis.essential_dynamics.plane_curves`, has a kernel of fixed width;
 here the data choose the width.
 """
 
@@ -32,7 +32,7 @@ _SCATTER_WIDTH = 1.0
 _PRIOR_POINTS = 4.0
 """Weight of the overall scatter in the local scatter, as a number of residuals."""
 _LEAST_NOISE = 1e-5
-"""Least noise, as a share of the values' standard deviation; below it is rounding."""
+"""Least noise, as a share of the values' standard deviation. Smaller noise is rounding error."""
 
 
 class Points(NamedTuple):
@@ -78,7 +78,7 @@ class SmoothedSignal(NamedTuple):
     others: tuple[Curve, ...]
     """Curves with kernels of 2/3 and of 3/2 of that length."""
     if_correlated: Curve
-    """Curve with the most probable length, if the scatter is correlated between saved steps as `icl.analysis.scatter` finds."""
+    """Curve with the most probable length, for scatter with the correlation that `icl.analysis.scatter` estimates."""
     points: Points
     """The observations, binned if there were many."""
 
@@ -101,7 +101,7 @@ def fit(
     Args:
         times: u = ln(step + 1), in ascending order.
         values: Values of the signal.
-        stderr: Standard error of every value, as far as it is independent of the others; 0 if only scatter counts.
+        stderr: Independent part of every value's standard error; 0 if only the scatter counts as noise.
         shortest: Least kernel length l.
         longest: Greatest kernel length l.
 
@@ -155,7 +155,7 @@ def _most_probable(
     shortest: float,
     longest: float,
 ) -> tuple[float, float, float]:
-    """Return amplitude and length of the kernel and the variance of the scatter with the largest posterior density."""
+    """Return the kernel's amplitude and length, and the variance of the scatter, at the largest posterior density."""
 
     def optimizer(objective, start, bounds):  # type: ignore[no-untyped-def]
         def posterior(theta):  # type: ignore[no-untyped-def]
@@ -190,9 +190,9 @@ def _correlated_noise(
     variances: Float[np.ndarray, " S"],
     lengths: tuple[float, float],
 ) -> Float[np.ndarray, "S S"]:
-    """Return the covariance of the observations' noise, with the correlation that the scatter shows.
+    """Return the covariance of the observations' noise, with the estimated correlation of the scatter.
 
-    The wander is taken to vary over the run as the local scatter does.
+    We assume that the size of the wander varies over the run in proportion to the local scatter.
     """
     scatter = estimate_scatter(times, scaled, stderr, shortest=lengths[0], longest=lengths[1])
     unevenness = np.sqrt(variances / variances.mean())
@@ -220,7 +220,8 @@ def _local_scatter(
     """Return the variances, corrected by the residuals around each point."""
     prior = kernel(times[:, None])
     smoother = np.linalg.solve(prior + np.diag(variances), prior).T
-    expected = 1 - np.diag(smoother)  # of a squared residual over its variance: the fit follows the point in part
+    # Expected ratio of a squared residual to its variance. It is below 1, because the fit partly follows each point.
+    expected = 1 - np.diag(smoother)
     weights = np.exp(-0.5 * ((times[:, None] - times) / _SCATTER_WIDTH) ** 2)
     squares = (scaled - smoother @ scaled) ** 2 / variances
     return variances * (weights @ squares + _PRIOR_POINTS) / (weights @ expected + _PRIOR_POINTS)
