@@ -1,7 +1,7 @@
-"""The command `icl` as `python -m icl`, and as the script that `icl` starts for itself.
+"""Entry point of `python -m icl`, and of the processes that `icl` starts itself.
 
-Python puts a folder in front of the path for either: the working folder, or the one that this file lies in. A `random.py`
-there would be imported in place of Python's, so that folder is taken away before anything is imported.
+Python puts a folder first on the import path: the working folder for `-m`, and this file's folder for a script. A `random.py`
+there would be imported instead of Python's own. So we remove this folder from the path before we import anything else.
 """
 
 import os
@@ -9,7 +9,7 @@ import sys
 
 
 def _working_folder() -> str:
-    """Return the working folder as Python puts it on the path, or nothing if it has been deleted; `icl.cli` then says so."""
+    """Return the working folder as Python writes it on the path. Empty if it was deleted, which `icl.cli` reports later."""
     try:
         return os.getcwd()  # noqa: PTH109
     except OSError:
@@ -17,11 +17,11 @@ def _working_folder() -> str:
 
 
 if __name__ == "__main__":
-    _own = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 (`pathlib` is not imported yet)
-    if sys.path[:1] in ([""], [_own], [_working_folder()]):
+    _script_folder = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 (`pathlib` is not imported yet)
+    if sys.path[:1] in ([""], [_script_folder], [_working_folder()]):
         del sys.path[0]
-    if not __package__:  # as a script, which need not be installed where the program that started it was found
-        sys.path.append(os.path.dirname(_own))  # noqa: PTH120
+    if not __package__:  # run as a script, so this Python may not know where `icl` is
+        sys.path.append(os.path.dirname(_script_folder))  # noqa: PTH120
 
     from icl.cli import main
 

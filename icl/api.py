@@ -1,6 +1,6 @@
 """The Python interface: train, load, predict and score in a few lines.
 
-`ICRegConfig` has the names and documented defaults of the older code base. It stands for the preset `icr`.
+`ICRegConfig` has the names and documented defaults of the older code base. It corresponds to the preset `icr`.
 
 Examples:
     >>> cfg = ICRegConfig(D=4, K=8, d_model=64, d_mlp=64, n_layers=2, M="inf")
@@ -48,7 +48,7 @@ _MAX_PROMPTS = 2**31
 
 @dataclass
 class ICRegConfig:
-    """Task and model by the older names. All other settings are arguments of `train_ic_regression`."""
+    """Settings of the task and the model, by their older names. Other settings are arguments of `train_ic_regression`."""
 
     D: int = 8
     """Input dimension."""
@@ -57,13 +57,17 @@ class ICRegConfig:
     sigma2: float = 0.125
     """Noise variance."""
     d_model: int = 512
+    """Width of the residual stream."""
     d_mlp: int = 512
+    """Hidden width of the MLP."""
     n_heads: int = 4
+    """Attention heads per block."""
     n_layers: int = 3
+    """Number of blocks."""
     use_prenorm: bool = True
     """Whether layer norm comes before each sublayer. Otherwise it comes after each residual sum."""
     M: int | float | str = 64
-    """Number of training tasks; `"inf"` or `math.inf` stand for the Gaussian prior."""
+    """Number of training tasks; `"inf"` or `math.inf` means the Gaussian prior."""
     max_M: int = 32_768
     """Accepted for old scripts. It limits nothing, because no table of tasks is stored."""
 
@@ -106,7 +110,7 @@ def train_ic_regression(
     early_stopping_patience: int | None = None,
     early_stopping_min_delta: float = 1e-6,
 ) -> Transformer:
-    """Train a model. If `checkpoint_dir` already holds this run, resume it, or load its model if it is finished.
+    """Train a model. If `checkpoint_dir` already contains this run, resume it, or load its model if it is finished.
 
     Args:
         cfg: Task and model. By default those of `ICRegConfig()`.
@@ -127,7 +131,7 @@ def train_ic_regression(
         The trained model, on the CPU.
 
     Raises:
-        ConfigError: If an argument cannot be used, or the folder holds a run with other settings.
+        ConfigError: If an argument cannot be used, or the folder contains a run with other settings.
         RunError: If training failed or was interrupted.
     """
     from icl.training.run import train
@@ -165,8 +169,8 @@ def load_checkpoint(path: str | Path, cfg: ICRegConfig | RunConfig | None = None
     """Load a trained model and the metadata of its checkpoint.
 
     Args:
-        path: A checkpoint file, or a run's folder, which stands for its last checkpoint.
-        cfg: Task and model that the checkpoint must have. By default any will do.
+        path: A checkpoint file, or a run's folder. From a folder the last checkpoint is loaded.
+        cfg: Task and model that the checkpoint must have. By default any are accepted.
 
     Returns:
         The model on the CPU, and a dict of `step`, `config` (a RunConfig), `digest` and `path`.
@@ -192,10 +196,10 @@ def evaluate_ood_score(
 ) -> float:
     """Return the mean squared error per target on tasks from N(0, I), over `n_samples` prompts and all K positions.
 
-    It is not divided by D; the older code divided by D.
+    Unlike the older code, this function does not divide the score by D.
 
     Args:
-        model: A trained model. Its dtype is that of the computation.
+        model: A trained model. The computation uses its dtype.
         cfg: The task. By default that of `ICRegConfig()`.
         n_samples: Number of prompts.
         batch_size: Number of prompts that the model predicts at a time.

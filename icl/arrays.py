@@ -100,9 +100,9 @@ def _is_real(number: Any) -> bool:
 
 
 def _from_array(array: np.ndarray) -> Tensor:
-    """Copy an array to a tensor. Torch takes no foreign byte order, negative strides, read-only memory or long doubles."""
+    """Copy an array to a tensor. Torch refuses foreign byte order, negative strides, read-only memory and long doubles."""
     if array.dtype.kind == "c":
-        return torch.zeros((), dtype=torch.complex128)  # `real_tensor` refuses it for its dtype
+        return torch.zeros((), dtype=torch.complex128)  # any complex tensor will do: `real_tensor` refuses the dtype
     has_torch_dtype = array.dtype.kind == "f" and array.dtype.itemsize <= 8
     dtype = array.dtype.newbyteorder("=") if has_torch_dtype else np.dtype(np.float64)
     return torch.from_numpy(np.array(array, dtype=dtype, order="C"))

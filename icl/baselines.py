@@ -1,18 +1,18 @@
 """Baselines to compare a model with: the Bayes predictors of both priors, least squares, and simpler predictors.
 
 Each function takes a batch of prompts and predicts every target. Prediction k uses x_1, y_1, ..., x_{k-1}, y_{k-1} and
-x_k, never y_k or anything later. All but `ols` compute the predictions for every prefix in one pass.
+x_k, never y_k or anything later. All except `ols` and `lasso` compute the predictions for every prefix in one pass.
 
 - `zero`, `task_mean`: y_k = 0, and y_k = (mean of the tasks) . x_k. They ignore the examples (Hoogland et al. 2024).
 - `averaging`, `knn`, `ols`: as in the models.py of Garg et al. (2022). All predict 0 without examples.
-- `lasso`: least squares with an l1 penalty (Garg et al. 2022, appendix), a fair rival where tasks are sparse.
+- `lasso`: least squares with an l1 penalty (Garg et al. 2022, appendix), a fair comparison if tasks are sparse.
 - `ridge`, `dmmse`: the Bayes predictors under w ~ N(0, I) and under w uniform on M tasks (Raventos et al. 2023, section 2).
   Their sigma^2 is our `noise_variance`.
 - `smoothed_dmmse`: the Bayes predictor under a mixture of M Gaussians about the tasks (Raventos et al. 2023, section 3.1). It lies
-  between the two; its `task_variance` is tuned on new tasks (`tune_task_variance`).
+  between `dmmse` and `ridge`. Its `task_variance` is tuned on new tasks (`tune_task_variance`).
 
 Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` also in float32) and return the dtype and
-device of the prompts. Devices other than CPU and CUDA have no float64, so there the CPU computes.
+device of the prompts. Devices other than CPU and CUDA have no float64, so their prompts are computed on the CPU.
 
 To add a baseline, write a function of the same form and enter it in `BASELINES`. The contract tests run over this table. Also
 test the function against an independent implementation.
@@ -36,16 +36,17 @@ from icl.arrays import real_tensor
 from icl.config.validation import ConfigError, real, whole
 
 _SLAB = {"cpu": 2**19, "cuda": 2**25}
-"""Weights, one for each prompt and task, that `dmmse` holds at a time.
+"""Number of weights that `dmmse` computes at a time, for each kind of device. There is one per prompt and task.
 
-On a CPU they fit its cache. On a GPU they are so many that starting kernels costs little, and take at most 1 GiB.
+On a CPU this many fit in the cache. On a GPU this many make the cost of kernel launches small, and take at most 1 GiB.
 """
 _MIN_TASKS_AT_A_TIME = 64
+"""Smallest chunk of tasks, used if there are many prompts."""
 _LOG_WEIGHT_ERROR = 1e-2
 """Largest rounding error of a log-weight at which `dmmse` still computes in float32."""
 
 _Weigh = Callable[[Tensor], Tensor]
-"""Function of S_m - (least S_m), the excess sums of squared errors of tasks, that returns the tasks' weights."""
+"""Function that maps the excess sums of squared errors, S_m - (least S_m), to the tasks' weights."""
 
 
 def zero(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Tensor, "*S B K"]:
@@ -61,7 +62,7 @@ def zero(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Te
 def task_mean(
     xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, tasks: Float[Tensor, "M D"]
 ) -> Float[Tensor, "*S B K"]:
-    """Predict by the mean task: the Bayes predictor under a uniform prior on the tasks before any example.
+    """Predict with the mean task. Before the first example this is the Bayes predictor under a uniform prior on the tasks.
 
     Raises:
         ConfigError: If the shapes do not agree or there are no tasks.
@@ -103,10 +104,10 @@ def knn(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, k: int = 
 
 
 def ols(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Tensor, "*S B K"]:
-    """Predict by least squares on the examples; with fewer than D of them, by the solution of least norm.
+    """Predict by least squares on the examples. With fewer than D examples, use the solution of least norm.
 
-    Directions in which the inputs vary no more than by rounding count as absent, so for inputs in a subspace w lies in
-    it. The CPU computes on every device, because PyTorch's solvers elsewhere need full rank.
+    Directions in which the inputs vary only by rounding errors are ignored. So if the inputs lie in a subspace, the solution
+    lies in it too. The computation is always on the CPU, because PyTorch's solvers for other devices need full rank.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree.
@@ -156,8 +157,8 @@ def dmmse(
     term to it. Tasks are processed in chunks whose sums are merged as in a streaming softmax, so memory does not grow with M.
     For zero noise we take the limit, the mean over the tasks with the least S_m.
 
-    Computes in float32 if that changes no weight by more than about 1 %, else in float64: for float64 prompts and for
-    small noise.
+    The computation is in float32 if this changes no weight by more than about 1 %. Otherwise (for float64 prompts or small
+    noise) it is in float64.
 
     Raises:
         ConfigError: If the shapes do not agree, there are no tasks, or `noise_variance` is negative.
@@ -168,7 +169,7 @@ def dmmse(
     dtype = _dmmse_dtype(xs, ys, tasks, noise_variance)
     inputs = xs.to(_computing_device(xs), dtype).flatten(0, -3)  # B K D
     targets = ys.to(_computing_device(xs), dtype).flatten(0, -2)  # B K
-    is_limit = noise_variance < sys.float_info.min  # its inverse would overflow
+    is_limit = noise_variance < sys.float_info.min  # the inverse of the variance would overflow
     weigh = _indicator if is_limit else partial(_boltzmann, noise_variance=noise_variance)
     at_once = max(_MIN_TASKS_AT_A_TIME, _SLAB[inputs.device.type] // max(1, len(inputs)))
     chunks = tasks.to(dtype).split(at_once)
@@ -187,8 +188,9 @@ def smoothed_dmmse(
     """Predict by the posterior mean under w = w_m + N(0, tau^2 I), with w_m uniform on `tasks` and tau^2 = `task_variance`.
 
     Given m, the targets are Gaussian about X w_m with covariance tau^2 X X^T + sigma^2 I = L L^T. So L^-1 y are independent
-    observations, of variance one, of the task w_m at the inputs L^-1 X. `dmmse` on them weighs the tasks. Its prediction times
-    L_kk, plus sum_{j<k} L_kj (L^-1 y)_j, predicts y_k. For tau = 0 this is dMMSE; for the single task 0 and tau = 1 it is ridge.
+    observations, of variance one, of the task w_m at the inputs L^-1 X. `dmmse` weighs the tasks by these observations. The
+    prediction of y_k is L_kk times its prediction, plus sum_{j<k} L_kj (L^-1 y)_j. For tau = 0 this is dMMSE; for the single
+    task 0 and tau = 1 it is ridge.
 
     Raises:
         ConfigError: If the shapes do not agree, there are no tasks, `noise_variance` is not positive, or `task_variance` is
@@ -215,8 +217,8 @@ def tune_task_variance(
 ) -> float:
     """Return the variance at which `smoothed_dmmse` has the least loss on these prompts, to about 10 %.
 
-    Give it prompts of new tasks, other ones than those on which predictors are compared. The search is over 1e-4 .. 10,
-    by Brent's method in the logarithm, from the best of 11 values.
+    Use prompts of new tasks, and compare predictors on yet other tasks. The search covers 1e-4 .. 10. It takes the best of
+    11 values and refines it by Brent's method on the logarithm.
     """
 
     def loss(log_variance: float) -> float:
@@ -234,13 +236,13 @@ def tune_task_variance(
 def lasso(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, alpha: float) -> Float[Tensor, "*S B K"]:
     """Predict by the w that minimises |y - X w|^2 / (2 k) + alpha |w|_1 on the k examples; 0 without examples.
 
-    scikit-learn fits every prefix of every prompt by itself on the CPU: about 0.2 ms each. A fit that has not converged after
-    100,000 iterations counts as it is, which happens for numbers of very different size.
+    scikit-learn fits each prefix of each prompt separately on the CPU, in about 0.2 ms. A fit that has not converged after
+    100,000 iterations is used as it is. This happens if the numbers in a prompt differ greatly in size.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree, or `alpha` is not positive. For alpha = 0 use `ols`.
     """
-    # Imported here, because that takes half a second.
+    # Imported here, because importing scikit-learn takes half a second.
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import Lasso
 
@@ -269,7 +271,7 @@ BASELINES: dict[str, Callable[..., Tensor]] = {
     "smoothed_dmmse": smoothed_dmmse,
     "lasso": lasso,
 }
-"""All baselines by name. Their keyword-only arguments are what they need besides the prompts."""
+"""All baselines by name. Anything that a baseline needs besides the prompts is a keyword-only argument."""
 
 
 def _covariance_root(inputs: Float[Tensor, "*S B K D"], noise_variance: float) -> Float[Tensor, "*S B K K"]:
@@ -291,7 +293,7 @@ class _Sums(NamedTuple):
 
 
 def _sums(xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], tasks: Float[Tensor, "M D"], weigh: _Weigh) -> _Sums:
-    """Return the sums over these tasks. At each k the weights depend on earlier examples only; then y_k is added."""
+    """Return the sums over these tasks. The weights at k depend on earlier examples only, so y_k is added after use."""
     squares = xs.new_zeros(len(xs), len(tasks))  # B M
     prefixes = []
     for k in range(xs.shape[1]):
@@ -299,13 +301,13 @@ def _sums(xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], tasks: Float[Ten
         least = squares.amin(-1, keepdim=True)  # B 1
         weights = weigh(squares - least)  # B M
         prefixes.append(torch.stack((least[:, 0], weights.sum(-1), torch.linalg.vecdot(weights, outputs))))  # 3 B
-        residuals = outputs.sub_(ys[:, k, None])  # B M; in place, because (B, M) is all that fits the cache
+        residuals = outputs.sub_(ys[:, k, None])  # B M; in place, because another (B, M) would not fit in the cache
         squares.addcmul_(residuals, residuals)
     return _Sums(*torch.stack(prefixes, dim=-1).double())
 
 
 def _merge(first: _Sums, second: _Sums, *, weigh: _Weigh) -> _Sums:
-    """Return the sums over the tasks of both, with weights relative to the better of their best tasks."""
+    """Return the sums over the tasks of both arguments, with weights relative to the best task of both."""
     least = torch.minimum(first.least, second.least)
     a, b = weigh(first.least - least), weigh(second.least - least)
     return _Sums(least, a * first.weight + b * second.weight, a * first.output + b * second.output)
@@ -314,7 +316,7 @@ def _merge(first: _Sums, second: _Sums, *, weigh: _Weigh) -> _Sums:
 def _boltzmann(excess: Tensor, *, noise_variance: float) -> Tensor:
     """Return exp(-excess / (2 sigma^2)), but at least 2^-100, in place.
 
-    On CPUs both `exp` and numbers that underflow are ten times slower than `exp2` of clamped ones.
+    On CPUs `exp` is ten times slower than `exp2`, and so are numbers that underflow. Hence `exp2` of clamped numbers.
     """
     return excess.mul_(-0.5 / math.log(2) / noise_variance).clamp_(min=-100).exp2_()
 
@@ -325,7 +327,7 @@ def _indicator(excess: Tensor) -> Tensor:
 
 
 def _dmmse_dtype(xs: Tensor, ys: Tensor, tasks: Tensor, noise_variance: float) -> torch.dtype:
-    """Return float32, unless rounding would show in the weights.
+    """Return float32 if rounding changes the weights by less than about 1 %, else float64.
 
     The rounding error of a log-weight is about eps times the squares that add up to S_m / (2 sigma^2).
     """
@@ -363,7 +365,7 @@ def _prompts(xs: Any, ys: Any) -> tuple[Tensor, Tensor]:
 
 
 def _tasks(tasks: Any, xs: Tensor) -> Tensor:
-    """Return the tasks as a tensor of floats beside the prompts, or refuse them."""
+    """Return the tasks as a tensor of floats on the device that computes, or refuse them."""
     tasks = _bounded(real_tensor(tasks, "tasks", device=_computing_device(xs)), "tasks")
     if tasks.ndim != 2 or len(tasks) == 0 or tasks.shape[1] != xs.shape[-1]:
         raise ConfigError(
@@ -373,8 +375,8 @@ def _tasks(tasks: Any, xs: Tensor) -> Tensor:
 
 
 def _bounded(tensor: Tensor, name: str) -> Tensor:
-    """Return a tensor whose numbers float32 could hold, or refuse it: squares of products of larger ones are infinite."""
+    """Refuse a tensor with numbers too large for float32, because squares of their products may be infinite."""
     is_wide = tensor.dtype == torch.float64 and tensor.numel() > 0
     if is_wide and tensor.abs().amax().item() > torch.finfo(torch.float32).max:
-        raise ConfigError(f"`{name}` holds a number that is too large for float32; rescale the prompts.")
+        raise ConfigError(f"`{name}` has a number that is too large for float32. Rescale the prompts.")
     return tensor

@@ -1,4 +1,4 @@
-"""The only place where settings become objects. Everything else takes plain arguments."""
+"""Build models and evaluation sets from a run's settings, and choose its device. Settings become objects only here."""
 
 import os
 from importlib.util import find_spec
@@ -35,7 +35,7 @@ def build_architecture(config: RunConfig) -> Transformer:
 
 
 def build_checkpoint_model(checkpoint: Checkpoint, *, device: torch.device | str = "cpu") -> Transformer:
-    """Return the model that a checkpoint holds.
+    """Return the model of a checkpoint.
 
     Raises:
         CheckpointError: If the names or shapes of the weights do not fit the checkpoint's configuration.
@@ -57,7 +57,7 @@ def build_evaluation_sets(
 
 
 def choose_device(accelerator: str = "auto") -> str:
-    """Return the kind of device to run on: `accelerator` unless it is `auto`, else $DEVICE, else cuda, mps or cpu.
+    """Return the kind of device to run on: `accelerator`; for `auto`, $DEVICE, or else the first present of cuda, mps, cpu.
 
     Raises:
         ConfigError: If this kind is unknown, or this machine has no such device.

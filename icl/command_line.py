@@ -1,9 +1,9 @@
-"""One parser for all commands: options, and for some commands the settings of a run beside them.
+"""One parser for all commands: options, and for some commands also the settings of a run.
 
 A setting is written `--section.key VALUE` or `--section.key=VALUE`. A section takes a table, as W&B writes nested parameters:
 `--task={'num_tasks': 2}`. Values of settings stay text here; `icl.resolve` reads them together with those from files.
 
-`icl train` and `icl llc` are described here and not beside their commands, because sweep files hold such command lines too.
+The parsers of `icl train` and `icl llc` are here and not beside the commands, because sweep files also contain such command lines.
 """
 
 import argparse
@@ -30,18 +30,18 @@ _SENTENCES = (
     (r"argument (\S+): invalid choice: (.+) \(choose from (.+)\)", r"`\1` must be one of \3, got \2"),
     (r"the following arguments are required: (.+)", r"give \1"),
 )
-"""Messages of argparse, and the sentences that we make of them."""
+"""Messages of argparse as patterns, each with the sentence that replaces it."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence: it names the nearest option, and says what a value must be.
+    """A parser with errors of one sentence, which names the nearest option or says what a value must be.
 
     Args:
         command: The command, such as `train`.
         description: What the command does.
-        examples: Command lines, one a line.
+        examples: Examples of command lines, one per line.
         settings: Whether the command also takes the settings of a run.
-        help_of: The settings that its help describes: a section, or all.
+        help_of: The settings that the help describes: a section, or `all`. By default none.
         options: Further arguments of argparse's parser.
     """
 
@@ -71,8 +71,8 @@ class CommandParser(argparse.ArgumentParser):
         """Add an option with its help, spelled as people write it.
 
         Args:
-            spelling: `--out FILE`; `--num_prompts --n_prompts N` with an older name; `--force` for one without a value, which
-                is then true or false; `path RUN` for a word that is no option.
+            spelling: `--out FILE`; `--num_prompts --n_prompts N` with an older name; `--force` for an option without a value,
+                which is true or false; `path RUN` for a positional argument.
             text: The help.
             options: Further arguments of argparse's `add_argument`.
         """
@@ -84,7 +84,7 @@ class CommandParser(argparse.ArgumentParser):
             self.add_argument(*names, metavar=last, help=text, **{**once, **options})
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the words.
+        """Refuse the command line.
 
         Raises:
             ConfigError: Always.
@@ -98,10 +98,10 @@ class CommandParser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]  # of overloads
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """Return the options; those of a command with settings have them, flat and as text, as `settings`.
+        """Parse the options. If the command takes settings, the result has them as `settings`, flat and as text.
 
         Raises:
-            ConfigError: For a word that is no option and no setting, or for a value that an option cannot have.
+            ConfigError: For a word that is neither an option nor a setting, or for a value that an option cannot have.
         """
         words = list(args or ())
         settings, words = split_settings(_join_steps(words)) if self.settings else ({}, words)
@@ -120,7 +120,7 @@ class CommandParser(argparse.ArgumentParser):
         return f"{super().format_help()}\nsettings ({layers}):\n\n{_describe_settings(self.help_of)}"
 
     def _refuse(self, word: str) -> NoReturn:
-        """Refuse a word that is no option, with the nearest one."""
+        """Refuse a word that is not an option, and name the nearest option."""
         known = [option for action in self._actions for option in action.option_strings]
         if self.settings:
             if not word.startswith("--"):
@@ -135,25 +135,25 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class _StoreOnce(argparse.Action):
-    """Store the value of an option that has an older name; both names at once would leave open which value counts."""
+    """Store the value of an option with an older name. Refuse both names at once, because it is unclear which value counts."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Store the value, unless there is one."""
+        """Store the value. Refuse a second one."""
         if (earlier := getattr(namespace, self.dest)) is not None:
             parser.error(f"`{self.option_strings[0]}` is given twice: {earlier} and {values}")
         setattr(namespace, self.dest, values)
 
 
 def split_settings(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """Take the settings of a run out of a command line; the later of two values of a key wins.
+    """Split a command line into the settings of a run and all other words. If a key is given twice, the later value counts.
 
-    A bare `--key` of a truth value means true.
+    `--key` without a value sets a truth value to true.
 
     Returns:
-        The settings, flat and as they are written (those in a table as it spells them), and all other words in their order.
+        The settings, flat and as text (those in a table have its types), and all other words in their order.
 
     Raises:
-        ConfigError: For a setting without a value, or a section that is given no table.
+        ConfigError: For a setting without a value, or a section without a table.
     """
     settings: dict[str, Any] = {}
     others: list[str] = []
@@ -179,13 +179,13 @@ def split_settings(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a question whether the nearest known word was meant; nothing if none is near."""
+    """Return a question that suggests the nearest known word. Empty if no word is near."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean `{near[0]}`?" if near else ""
 
 
 def _join_steps(words: Iterable[str]) -> list[str]:
-    """Return words in which several steps after `--steps` are one word: `--steps 1 2` becomes `--steps 1,2`."""
+    """Join several steps after `--steps` into one word: `--steps 1 2` becomes `--steps 1,2`."""
     joined: list[str] = []
     for word in words:
         follows_steps = joined[-2:-1] == ["--steps"] and not joined[-1].startswith("--")
@@ -211,7 +211,7 @@ def _read_section(section: str, text: str) -> dict[str, Any]:
 
 
 def _describe_settings(section: str) -> str:
-    """Return the help of a section's settings, or of all: types, defaults and the line of documentation of each."""
+    """Return the help of a section's settings, or of all settings: their types, defaults and descriptions."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -223,7 +223,7 @@ def _describe_settings(section: str) -> str:
 
 
 def whole_number(minimum: int, maximum: int = 999_999_999) -> Callable[[str], int]:
-    """Return a reader of options that takes a whole number within bounds."""
+    """Return a function that reads a whole number within bounds from the text of an option."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or len(text) > 20 or not minimum <= int(text) <= maximum:
@@ -252,7 +252,7 @@ def _number(text: str) -> float:
 
 
 def _path(text: str) -> Path:
-    """Return a path; pathlib takes the empty text for the working directory."""
+    """Return a path. Refuse the empty text, which pathlib reads as the working directory."""
     if not text.strip():
         raise argparse.ArgumentTypeError("must name a file or folder, got nothing")
     return Path(text)
@@ -286,7 +286,7 @@ def train_parser() -> CommandParser:
 
 @cache
 def llc_parser() -> CommandParser:
-    """Return the parser of `icl llc`; `flags` of its options lists the ones of --published, --calibrate and --self-test."""
+    """Return the parser of `icl llc`. Its option `flags` lists which of --published, --calibrate and --self-test are given."""
     parser = CommandParser(
         "llc",
         """\

@@ -58,8 +58,8 @@ L2H4 = RunConfig(
     checkpoints=CheckpointsConfig(num_log=100, num_linear=100),
     # The largest eigenvalue of the released Hessians is up to 660 (step 9,000), and 24 to 140 later. Initial weights are about
     # 0.11. With the published nbeta = 67 and localization = 6.7, chains leave the basin at every step up to 46,000.
-    # At step 40,293 this step gives 159 ± 1.6 with an ESS of 105 for 2,384 gradients (150 draws of each chain); SGLD with
-    # lr = 3e-6 gave 158.7 ± 3.1 for 16,000.
+    # At step 40,293 this lr gives an LLC of 159 ± 1.6 with an ESS of 105 from 2,384 gradients (150 draws of each chain). SGLD
+    # with lr = 3e-6 gave 158.7 ± 3.1 from 16,000.
     sampler=SamplerConfig(
         lr=5e-6,
         friction=0.7,
@@ -74,7 +74,7 @@ L2H4 = RunConfig(
 )
 
 # Weights of 0.02 to 0.05 (GPT-2's initialisation, or wide layers) need a stronger localization than the small models.
-# SGLD, because `baoab` is not measured there.
+# The kernel is SGLD, because we have not measured `baoab` on these models.
 _WIDE = SamplerConfig(
     kernel="sgld",
     lr=1e-6,
@@ -177,7 +177,7 @@ def preset(name: str) -> RunConfig:
 
 
 def run_name(config: RunConfig) -> str:
-    """Return the name that the run was given, or else the preset's with every setting that differs from it.
+    """Return the given name of a run, or else the preset's name with every setting that differs from the preset.
 
     Examples:
         >>> run_name(RunConfig(task=TaskConfig(num_tasks=8)))

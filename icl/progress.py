@@ -15,16 +15,16 @@ Item = TypeVar("Item")
 def progress_bar(
     name: str, total: int, unit: str, *, disable: bool = False, shows_rate: bool = False, **options: Any
 ) -> tqdm:
-    """Return tqdm's bar for `total` units of work; it is moved on by its `update`.
+    """Return tqdm's bar for `total` units of work. Call its `update` after each unit.
 
     In a log file a live bar would be thousands of lines, so there the bar prints plain lines.
 
     Args:
-        name: What is done, before the bar.
+        name: Name of the work, shown before the bar.
         total: Number of units.
         unit: Name of a unit, such as `checkpoint`.
         disable: Whether to show nothing, for work of a single unit.
-        shows_rate: Whether the plain lines have units per second and the time left. The first then comes after ten seconds.
+        shows_rate: Whether plain lines show units per second and the time left. The first line then comes after ten seconds.
         options: Further options of tqdm.
     """
     options |= {"total": total, "desc": name, "unit": unit, "disable": disable}
@@ -42,7 +42,7 @@ def progress_bar(
 
 
 def with_progress(items: Sequence[Item], name: str, unit: str) -> Iterator[Item]:
-    """Yield items with a progress bar, which several items have and a single one does not."""
+    """Yield items, with a progress bar if there are several."""
     with progress_bar(name, len(items), unit, disable=len(items) == 1) as bar:
         for item in items:
             yield item
@@ -50,7 +50,7 @@ def with_progress(items: Sequence[Item], name: str, unit: str) -> Iterator[Item]
 
 
 def print_at_once(line: str) -> None:
-    """Print a line without delay, also where the output goes to a file or a pipe."""
+    """Print a line without delay, even if the output goes to a file or a pipe."""
     print(line, flush=True)
 
 
@@ -58,7 +58,7 @@ class _Lines(io.StringIO):
     """A stream that prints what a bar writes as plain lines."""
 
     def write(self, text: str) -> int:
-        """Print a state of the bar; nothing for the spaces that wipe it out."""
+        """Print a state of the bar, but not the spaces that erase it."""
         if text.strip():
             print(text.strip(), file=sys.stderr, flush=True)
         return len(text)

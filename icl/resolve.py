@@ -1,6 +1,6 @@
-"""One `RunConfig` from several sources: defaults < preset < file < sweep < command line, in one strict reading.
+"""Merge settings from several sources into one `RunConfig`: defaults < preset < file < sweep < command line.
 
-An unknown key is an error that names the nearest one; a value of the wrong type is one sentence (`icl.config.values`).
+An unknown key raises an error that names the nearest key. A value of the wrong type is refused too (`icl.config.values`).
 """
 
 import difflib
@@ -17,18 +17,19 @@ from icl.files.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
 from icl.presets import preset
 
 POINT_VARIABLE = "ICL_SWEEP_POINT"
-"""The environment variable by which `icl sweep` hands a point to the program that it starts."""
+"""Environment variable through which `icl sweep` passes a point to the program that it starts."""
 _SET_FOR_EACH = {
     "population.seeds": ("seeds.model", "seeds.data", "seeds.noise"),
     "population.num_tasks": ("task.num_tasks",),
 }
+"""Settings that a population sets for each member, by the setting of the population."""
 
 
 def resolve(*sources: Mapping[str, Any]) -> RunConfig:
-    """Return one checked config from layers of settings, the later over the earlier.
+    """Merge layers of settings into one validated configuration. A later layer overrides an earlier one.
 
     Args:
-        sources: Nested or dotted settings; a `preset` in any of them (the last wins) is the ground under all.
+        sources: Nested or dotted settings. Any layer may name a `preset`; the last one named is the base of all layers.
 
     Raises:
         ConfigError: For an unknown key, a value of the wrong type, or settings that contradict each other.
@@ -56,13 +57,13 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 
 def read_points(environment: Mapping[str, str] = os.environ) -> list[dict[str, Any]]:
-    """Return the settings of a sweep's point, or of several packed into this program, from the file that `$ICL_SWEEP_POINT` names.
+    """Read the settings of the sweep's points that this program runs, from the file that `$ICL_SWEEP_POINT` names.
 
     Returns:
-        One table of settings per point; outside a sweep one that is empty.
+        One table of settings per point. Outside a sweep, one empty table.
 
     Raises:
-        ConfigError: If the file is missing or holds no settings.
+        ConfigError: If the file is missing or has no settings.
     """
     path = environment.get(POINT_VARIABLE)
     content = _read_yaml(path) if path else {}
@@ -73,7 +74,7 @@ def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None
     """Refuse a command line that sets a swept key to another value.
 
     Raises:
-        ConfigError: Naming the key and both values.
+        ConfigError: If there is such a key. The message names it and both values.
     """
     for key, value in flatten(dict(swept)).items():
         if key in given and read_value(key, given[key]) != read_value(key, value):
@@ -83,15 +84,15 @@ def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None
 
 
 def refuse_overridden(*sources: Mapping[str, Any]) -> None:
-    """Refuse a setting that a population sets for each member, where the population's own source or a later one sets it.
+    """Refuse a setting that a population sets for each member, if the population's own source or a later one also sets it.
 
-    An earlier source gives way, as everywhere: a file, such as a run's own config.yaml, to a population on the command line.
+    Earlier sources are overridden as usual. For example, a population on the command line overrides a run's config.yaml.
 
     Args:
-        sources: As `resolve` takes them, and has accepted.
+        sources: Layers of settings that `resolve` has accepted.
 
     Raises:
-        ConfigError: Naming both settings and their values.
+        ConfigError: If there is such a setting. The message names both settings and their values.
     """
     layers = [flatten(dict(source)) for source in sources]
     for key, member_keys in _SET_FOR_EACH.items():
@@ -107,10 +108,10 @@ def refuse_overridden(*sources: Mapping[str, Any]) -> None:
 
 
 def refuse_twice_set(settings: Mapping[str, Any]) -> None:
-    """Refuse a key that is set by its dotted name and within a table; which of the two won would be chance.
+    """Refuse a key that is set both by its dotted name and within a table, because it is unclear which value counts.
 
     Raises:
-        ConfigError: Naming the key.
+        ConfigError: If there is such a key. The message names it.
     """
     seen: set[str] = set()
     for name, value in settings.items():
@@ -121,24 +122,26 @@ def refuse_twice_set(settings: Mapping[str, Any]) -> None:
 
 
 def refuse_unknown(keys: Iterable[Any]) -> None:
-    """Refuse a dotted key that is no setting.
+    """Refuse a dotted key that is not a setting.
 
     Raises:
-        ConfigError: Naming the key, and what was probably meant.
+        ConfigError: If there is such a key. The message names it, and the key that was probably meant.
     """
     known = known_keys()
     for key in keys:
         if key not in known:
-            text = " ".join(str(key).split())  # YAML has keys that are not text
+            text = " ".join(str(key).split())  # a key in YAML need not be text
             if text in SECTIONS:
                 raise ConfigError(f"`{text}` is a section; write `{text}: {{key: value}}` or `--{text}.key VALUE`.")
             raise ConfigError(f"There is no setting `{text}`. {_suggestion(text, known)}")
 
 
 def _suggestion(key: str, known: Mapping[str, Any]) -> str:
-    """Return what to write in place of an unknown key: its modern name, else the nearest key, else where to look."""
+    """Return a hint for an unknown key: its new name, or else the nearest key, or else where the keys are listed."""
     section, _, leaf = key.rpartition(".")
-    leaves = {name.rpartition(".")[2]: name for name in reversed(list(known))}  # the first section of a name counts
+    leaves = {
+        name.rpartition(".")[2]: name for name in reversed(list(known))
+    }  # if several sections have a name, the first counts
     older = modern_setting(leaf)
     if section not in SECTIONS:
         if older is not None:
@@ -167,6 +170,6 @@ def _require_table(tree: Any, path: str | Path | None) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"The config file {path} must hold `section: {{key: value}}`, got {type(tree).__name__}.")
+        raise ConfigError(f"The config file {path} must contain `section: {{key: value}}`, got {type(tree).__name__}.")
     refuse_twice_set(tree)
     return tree

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-# torch has no uint64, so words of 32 bits are held in int64 and cut off with this mask after every product or sum.
+# torch cannot compute with uint64, so words of 32 bits are stored in int64 and cut off with this mask after every product or sum.
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -45,7 +45,7 @@ def stream(seed: int, name: str) -> Stream:
 
 
 def together(streams: Sequence[Stream], *, device: torch.device | str = "cpu") -> Stream:
-    """Join N streams, to draw from all of them at once the numbers that each would give alone."""
+    """Join N streams, so that one call draws from all of them. Each gives the same numbers as alone."""
     return Stream(
         *(_device_tensor(words, torch.device(device)).view(-1, 1, 1, 1) for words in zip(*streams, strict=True))
     )
@@ -91,7 +91,7 @@ def integers(
 ) -> Int64[Tensor, "*N S B"]:
     """Draw one whole number, uniform on 0 .. bound - 1, for each step and index.
 
-    It is floor(u * bound / 2^64) for 64 random bits u (multiply and shift), whose bias is below bound / 2^64.
+    It is floor(u * bound / 2^64) for 64 random bits u (multiply and shift). Its bias is below bound / 2^64.
 
     Args:
         key: The stream or streams.
@@ -113,7 +113,7 @@ def integers(
 
 @lru_cache(maxsize=256)
 def _device_tensor(words: tuple[int, ...], device: torch.device) -> Int64[Tensor, " N"]:
-    """Copy numbers to a device, once for each tuple; a copy for every draw would wait for the GPU every time."""
+    """Copy numbers to a device, and keep the copy. A new copy for every draw would wait for the GPU each time."""
     with torch.inference_mode(False):  # the tensor is kept, and may later be used where gradients are recorded
         return torch.tensor(words, device=device)
 

@@ -1,7 +1,7 @@
-"""Handlers of signals for the length of a piece of work.
+"""Temporary signal handlers for a piece of work.
 
-Training, uploads, sweeps and experiments each answer Ctrl-C and SIGTERM in their own way. All of them listen through
-`handling`, which puts the handlers of before back, so a piece of work within another one hands the signals back to it.
+Training, uploads, sweeps and experiments each respond to Ctrl-C and SIGTERM in their own way. All of them use `handling`, which
+restores the previous handlers at the end. So when an inner piece of work has ended, the outer one handles signals again.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ Handler: TypeAlias = Callable[[int, FrameType | None], object]
 
 @contextlib.contextmanager
 def handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
-    """Handle signals in this way while the body runs.
+    """Use these signal handlers while the body runs.
 
-    Python handles signals in the main thread only, so in another thread nothing changes. A signal that the user told the
-    program to ignore, as `nohup` does, stays ignored.
+    Python handles signals in the main thread only, so in another thread nothing changes. A signal that the
+    program was started to ignore, for example by `nohup`, stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

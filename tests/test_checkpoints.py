@@ -106,7 +106,7 @@ def test_foreign_files_are_refused_and_never_unpickled(tmp_path):
 def test_weights_of_another_model_under_this_config_are_refused(store):
     other = change(TINY, model={"embed_size": 16})
     save_checkpoint(store, 2, TINY, dict(build_model(other).named_parameters()))
-    with pytest.raises(CheckpointError, match=r"is of shape \(8, 16\), and its configuration describes shape \(8, 8\)"):
+    with pytest.raises(CheckpointError, match=r"is of shape \(8, 16\), but its configuration describes shape \(8, 8\)"):
         load_step(store, 2)
 
 

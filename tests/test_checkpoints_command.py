@@ -151,7 +151,7 @@ def test_verify_finds_an_object_that_was_lost_or_is_another_steps(s3, run, capsy
     assert main(["checkpoints", "tiny", "verify"]) == 1
     said = capsys.readouterr().out
     assert f"There is no {s3.url}/tiny/{STEP}" in said
-    assert f"{other} is damaged: it holds step 20" in said
+    assert f"{other} is damaged: it contains step 20" in said
     assert main(["checkpoints", "tiny", "push"]) == 0
     assert main(["checkpoints", "tiny", "verify"]) == 0
 
@@ -344,8 +344,8 @@ def test_verify_finds_a_whole_checkpoint_in_a_place_that_is_not_its_own(there_to
     weights, moments = (there_too.path / name for name in FILES[:2])
     other = load_checkpoint_file(weights)
     for file, reason, act in (
-        (weights, "it holds weights where Adam's moments", lambda: shutil.copy(moments, weights)),
-        (moments, "it holds weights where Adam's moments", lambda: shutil.copy(weights, moments)),
+        (weights, "it contains weights where Adam's moments", lambda: shutil.copy(moments, weights)),
+        (moments, "it contains weights where Adam's moments", lambda: shutil.copy(weights, moments)),
         (
             weights,
             "it is of another run than config.yaml: `seeds.model` was 0 and is now 7",

@@ -67,7 +67,7 @@ def test_no_store_takes_a_key_that_could_lead_out_of_it(tmp_path):
     for store in (LocalStore(tmp_path / "store"), S3Store("bucket", "prefix")):
         acts = (store.read, store.digest, store.delete, partial(store.write, data=b""), partial(store.create, data=b""))
         for key, act in itertools.product(NO_KEYS, acts):
-            with pytest.raises(StorageError, match="could lie outside of its folder"):
+            with pytest.raises(StorageError, match="could lead out of the store"):
                 act(key)
     assert everything(tmp_path) == set()
 
@@ -244,7 +244,7 @@ def test_a_name_that_is_a_file_and_a_folder_at_once_is_refused(name, s3, run, tm
     monkeypatch.setenv("AWS_BUCKET_NAME", s3.bucket)
     s3.client.put_object(Bucket=s3.bucket, Key=f"tiny/{name}", Body=b"x")
     assert main(["checkpoints", "tiny", "pull"]) == 1
-    assert "remove one of them there" in refusal(capsys)
+    assert "Remove one of them there" in refusal(capsys)
 
 
 def test_what_an_interrupted_write_left_in_a_store_is_not_fetched(s3, run, tmp_path):
@@ -261,7 +261,7 @@ def test_what_an_interrupted_write_left_in_a_store_is_not_fetched(s3, run, tmp_p
         (errno.ENOSPC, "free space"),
         (errno.EACCES, "the right to write there"),
         (errno.ENAMETOOLONG, "shorter names"),
-        (errno.EIO, "look at the disk"),
+        (errno.EIO, "check the disk"),
     ],
 )
 def test_a_write_that_fails_is_advised_by_its_reason(number, repair, tmp_path, monkeypatch):

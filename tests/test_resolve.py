@@ -349,15 +349,15 @@ def test_empty_file_sets_nothing(tmp_path):
         (b"task: [1, 2", "is not valid YAML"),
         (b"\xff\xfe\x00", "is not valid YAML"),
         (b"a: 1\na: {b\n: 2", "is not valid YAML"),
-        (b"- 1\n- 2\n", "must hold `section: {key: value}`, got list"),
-        (b"just words", "must hold `section: {key: value}`, got str"),
-        (b"trainer: {max_steps: 2026-01-01}", "it holds the date 2026-01-01 in `trainer.max_steps`"),
-        (b"run_name: 2026-01-01 10:00:00", "it holds the date 2026-01-01 10:00:00 in `run_name`"),
+        (b"- 1\n- 2\n", "must contain `section: {key: value}`, got list"),
+        (b"just words", "must contain `section: {key: value}`, got str"),
+        (b"trainer: {max_steps: 2026-01-01}", "it contains the date 2026-01-01 in `trainer.max_steps`"),
+        (b"run_name: 2026-01-01 10:00:00", "it contains the date 2026-01-01 10:00:00 in `run_name`"),
         (
             b"task: {num_tasks: 1.0e+400}",
-            "it holds 1.0e+400, which is too large or too small for a floating-point number",
+            "it contains 1.0e+400, which is too large or too small for a floating-point number",
         ),
-        (b"task: !!set {num_tasks}", "it holds YAML's type `!!set` in `task`"),
+        (b"task: !!set {num_tasks}", "it contains YAML's type `!!set` in `task`"),
     ],
 )
 def test_bad_file_is_one_sentence_that_names_it(tmp_path, content, message):

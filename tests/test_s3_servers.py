@@ -103,7 +103,7 @@ def test_where_metadata_is_dropped_a_file_that_was_lost_is_found_when_it_is_read
         return headers, b"x" * len(body) if request.method == "GET" and body else body
 
     proxy.alter = alter
-    with pytest.raises(StorageError, match="took it and lost it"):
+    with pytest.raises(StorageError, match="accepted it and lost it"):
         S3Store(s3.bucket).write("a", b"what was written")
 
 
@@ -114,7 +114,7 @@ def test_a_file_that_is_altered_in_the_store_is_found_by_its_tag(s3, proxy):
         return headers, body
 
     proxy.alter = alter
-    with pytest.raises(StorageError, match="took it and lost it"):
+    with pytest.raises(StorageError, match="accepted it and lost it"):
         S3Store(s3.bucket).write("a", b"correct")
 
 
@@ -126,7 +126,7 @@ def test_a_redirection_without_a_region_is_one_sentence(s3, proxy):
 
 def test_a_redirection_to_the_page_of_a_login_is_not_called_another_region(s3, proxy):
     proxy.refuse = lambda request: (302, "")
-    with pytest.raises(StorageError, match="page of a login or a proxy"):
+    with pytest.raises(StorageError, match="address of a login page or a proxy"):
         S3Store(s3.bucket).check()
 
 

@@ -1,10 +1,10 @@
 """Private cache of `torch.compile`: a folder that only the user can write to, with a digest of every file.
 
 By default torch caches libraries and pickles in a folder of predictable name below the system's temporary folder. It executes
-what it finds there, whoever wrote it. Our folder is `icl/torch-<version>` in the user's cache ($XDG_CACHE_HOME or `~/.cache`),
+the files that it finds there, even if another user wrote them. Our folder is `icl/torch-<version>` in the user's cache ($XDG_CACHE_HOME or `~/.cache`),
 or in $TORCHINDUCTOR_CACHE_DIR if the user has set that. Only the user may write to it.
 
-`digests.json` holds the SHA-256 of every file. The first process that uses the folder removes files that are damaged, or that
+`digests.json` contains the SHA-256 of every file. The first process that uses the folder removes files that are damaged, or that
 have no digest because the process that wrote them died. They are compiled again. If no such folder can be made, this process
 uses a temporary one.
 """
@@ -107,12 +107,12 @@ def cache_folder() -> Path:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Open a lock without waiting: a pipe of its name is an error, where it would wait for a reader for ever."""
+    """Open a lock file without waiting. If it is a pipe, this is an error at once, instead of a wait for a reader."""
     return os.open(path, flags | os.O_NONBLOCK, 0o600)
 
 
 def take(folder: Path) -> Any:
-    """Make the folder if it does not exist, validate it, and mark it as in use by a lock.
+    """Make the folder if it does not exist, validate it, and lock it to mark it as in use.
 
     Returns:
         An open file, which holds a shared lock until it is closed.
@@ -167,7 +167,7 @@ def require_private(folder: Path) -> None:
 
 
 def damaged(folder: Path) -> list[str]:
-    """List the files that differ from their digests. A file without a digest may still be in the making."""
+    """List the files that differ from their digests. A file without a digest may not be complete yet."""
     noted = _read_digests(folder)
     return [name for name in _files(folder) if name in noted and _digest(folder / name) != noted[name]]
 

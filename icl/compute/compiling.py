@@ -20,7 +20,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Leaves = TypeVar("Leaves", Tensor, dict[str, Tensor])
 
 _COMPILING_PAYS = 1e13
-"""Compile only above this many floating-point operations: some minutes on a CPU, a third of which compiling saves."""
+"""Compile only above this many floating-point operations. They take some minutes on a CPU, and compiling saves a third."""
 
 
 def compiling_pays(*, num_params: int, num_tokens: int, num_steps: int) -> bool:
@@ -29,7 +29,7 @@ def compiling_pays(*, num_params: int, num_tokens: int, num_steps: int) -> bool:
     The answer depends only on the settings, so a resumed run does as before.
 
     Args:
-        num_params: Parameters of one member, so that a member does the same in a population as alone.
+        num_params: Parameters of one member, not of all, so that a member in a population gets the same answer as alone.
         num_tokens: Tokens in a member's batch, 2 K B.
         num_steps: Total number of gradients of such a batch.
     """
@@ -45,8 +45,8 @@ def grad_and_aux(total: Callable[[Leaves], tuple[Tensor, Tensor]], leaves: Leave
     # No threads of autograd: one may still hold a tensor when the step ends, and XLA compiles all tensors that are alive.
     with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
         tensors, spec = pytree.tree_flatten(leaves)
-        # `data`, not `detach`: detached rows of one tensor share its version counter, which updates in other threads raise.
-        # Autograd would then take these rows for modified.
+        # `data`, not `detach`: detached rows of one tensor share its version counter, and updates in other threads increase it.
+        # Autograd would then report that these rows were modified.
         tensors = [tensor.data.requires_grad_() for tensor in tensors]
         value, aux = total(pytree.tree_unflatten(tensors, spec))
         gradients = torch.autograd.grad(value, tensors, materialize_grads=True)
@@ -62,8 +62,8 @@ def one_graph(
 ) -> Function:
     """Return the function compiled to one graph, on CUDA to a CUDA graph.
 
-    Where compiling fails, a warning says so and calls go to the function itself. Results of the compiler are cached in a
-    private folder of the user (`icl.compute.compile_cache`). If compiling fails with this cache, it is tried once more without it.
+    If compiling fails, a warning says so, and calls use the function itself. Results of the compiler are cached in a private
+    folder of the user (`icl.compute.compile_cache`). If compiling fails with this cache, we try once more without it.
 
     Args:
         function: Function of tensors, or trees of tensors, that returns tensors.
@@ -117,7 +117,7 @@ def one_graph(
 
 
 def _cuda_options() -> dict[str, Any]:
-    """Return options for a CUDA graph whose kernels are not chosen by timing, so that every start rounds alike."""
+    """Return options for a CUDA graph. Its kernels are not chosen by timing, so that every start rounds in the same way."""
     from torch._inductor import config
 
     options: dict[str, Any] = {"triton.cudagraphs": True, "triton.autotune_pointwise": False, "shape_padding": False}

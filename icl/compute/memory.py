@@ -22,7 +22,7 @@ def require_memory(sizes: Mapping[str, int], device: torch.device | str = "cpu")
 
     Args:
         sizes: Least number of bytes for each part, by its name in the message.
-        device: Device that is to hold the parts. Only CPUs and CUDA devices are checked.
+        device: Device of the parts. Only CPUs and CUDA devices are checked.
 
     Raises:
         ConfigError: If memory is too small. The message names the largest part.

@@ -72,17 +72,17 @@ def make_step(
 ) -> Step:
     """Make the step of a population of one architecture.
 
-    On a GPU all members move together. On a CPU the data of one member already fill a core's caches, so members move one by
-    one. Eager members take turns and each uses all cores; their numbers are then bit for bit those of a population of one.
-    Compiled members of a packed population move in parallel, each on one core. This is faster, and a few sums round
-    otherwise. (Only biases of keys then drift apart. No prediction depends on them, so their gradients are nothing but
+    On a GPU all members are updated together. On a CPU the data of one member already fill a core's caches, so members are
+    updated one by one. Eager members take turns, and each uses all cores. So their numbers equal those of a population of one,
+    bit for bit. Compiled members of a packed population are updated in parallel, each on one core. This is faster, and a few sums round
+    differently. (Only biases of keys then drift apart. No prediction depends on them, so their gradients are nothing but
     rounding errors, which Adam scales up to steps of ordinary size.)
 
     Args:
         model: The architecture.
         optim: Adam's decays and epsilon, and the largest gradient norm. Its learning rate is not used.
         layout: The order of a member's parameters in its row.
-        compiled: Whether to compile the step at its first call, which takes 10 to 30 seconds. Where that fails, a warning
+        compiled: Whether to compile the step at its first call, which takes 10 to 30 seconds. If that fails, a warning
             says so and the step stays eager.
         packed: Whether the population began with several members. It must not change when only one of them is left,
             because numbers depend on it.
@@ -144,7 +144,7 @@ def update(
     Returns:
         The norms before clipping.
     """
-    # Keep the order of operations below: another order rounds otherwise and changes the golden losses and resumed runs.
+    # Keep the order of operations below: another order rounds differently and changes the golden losses and resumed runs.
     norms = torch.linalg.vector_norm(grads, dim=1)  # N
     if optim.grad_clip is not None:
         grads = grads * (optim.grad_clip / (norms + _CLIP_EPS)).clamp(max=1).unsqueeze(1)

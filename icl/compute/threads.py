@@ -28,8 +28,8 @@ def in_parallel(
     No gradients are recorded. Autocast (mixed precision) is as in the calling thread.
 
     Args:
-        function: Must not change what other calls read. Its first call runs alone, because it may compile
-            (Ctrl-C then waits for the compiler).
+        function: Function to apply. It must not change data that other calls read. Its first call runs alone, because it may
+            compile (Ctrl-C then waits for the compiler).
         threads_each: PyTorch threads of each call. With 1, results do not depend on the number of cores. By default the
             calls share the threads that PyTorch has.
     """
@@ -71,7 +71,7 @@ def _workers(num_workers: int, threads_per_worker: int) -> ThreadPoolExecutor:
     callers_threads, all_started = torch.get_num_threads(), threading.Barrier(num_workers)
 
     def initialise() -> None:
-        torch.get_num_threads()  # in a new thread, the first question sets the number; ask now, lest it undo the next line
+        torch.get_num_threads()  # the first call in a new thread resets the number, so call it before the next line
         torch.set_num_threads(threads_per_worker)
 
     workers = ThreadPoolExecutor(num_workers, thread_name_prefix="icl-worker", initializer=initialise)

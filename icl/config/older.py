@@ -1,6 +1,6 @@
-"""The names of the two older code bases and what they are here, for errors that give the modern spelling.
+"""Names of commands and settings in the two older code bases, and their new names, for use in error messages.
 
-`docs/older-commands.md` has the same in tables; a test compares the two.
+`docs/older-commands.md` lists the same names in tables. A test compares the two.
 """
 
 OLDER_COMMANDS = {
@@ -30,7 +30,7 @@ OLDER_COMMANDS = {
     "task_prior": "icl analyse RUN --what behaviour",
     "llcs": "icl llc RUN",
 }
-"""Scripts, modules, functions and notebooks by name, without folder and suffix."""
+"""The command that replaces each older script, module, function or notebook, by its name without folder and suffix."""
 
 OLDER_SETTINGS = {
     "learning_rate": "optim.lr",
@@ -75,14 +75,14 @@ OLDER_SETTINGS = {
     "restoring_force": "sampler.localization",
     "num_burn_in": "sampler.num_burnin_steps",
 }
-"""Flags and settings in lower case, without their section; an empty name is a setting that is not needed any more."""
+"""The setting that replaces each older flag or setting, by its name in lower case without section. Empty if none is needed."""
 
 _SUFFIXES = (".py", ".sh", ".ipynb")
 _LAUNCHERS = ("python", "python3", "-m", "nohup", "wandb")
 
 
 def modern_command(words: list[str]) -> str | None:
-    """Return what stands here for an older command line, or None if it is none."""
+    """Return the command that replaces an older command line, or None if the words are not an older command."""
     word = next((word for word in words if word not in _LAUNCHERS), "")
     name = word.rpartition("/")[2]
     for suffix in _SUFFIXES:
@@ -91,7 +91,7 @@ def modern_command(words: list[str]) -> str | None:
 
 
 def modern_setting(key: str) -> str | None:
-    """Return a sentence on what stands here for an older flag or setting, or None if it is none."""
+    """Return a sentence that names the new setting for an older flag or setting, or None if the key is not an older one."""
     name = key.rpartition(".")[2].lower().replace("-", "_")
     if name not in OLDER_SETTINGS:
         return None

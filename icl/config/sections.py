@@ -1,6 +1,6 @@
-"""Sections of a run's settings, but for the sampler: what is trained, on which prompts, for how long, and what is saved.
+"""Sections of a run's settings, except the sampler's: the task, the model, its training, and what is saved.
 
-Names are the usual terms; the descriptions add the papers' symbols (M, D, K, sigma^2). Each section checks its own values.
+Settings have their usual names, and the descriptions add the papers' symbols (M, D, K, sigma^2). Each section checks its values.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ class TaskConfig:
     """In-context linear regression: y_k = w . x_k + noise, with w from a pool of M tasks or from N(0, I)."""
 
     num_tasks: int | float = 64
-    """Task diversity M, the number of tasks in the pool; `inf` stands for the Gaussian prior N(0, I)."""
+    """Task diversity M, the number of tasks in the pool; `inf` means the Gaussian prior N(0, I)."""
     task_size: int = 2
     """Input dimension D."""
     max_examples: int = 8
@@ -62,11 +62,11 @@ class ModelConfig:
     unembedding_bias: bool = True
     """Whether the unembedding has a bias."""
     output: Literal["scalar", "token"] = "token"
-    """Output of one number (`scalar`), or of D + 1 numbers (`token`), of which coordinate 0 is the prediction."""
+    """Output of the model: one number (`scalar`), or D + 1 numbers (`token`) with the prediction in coordinate 0."""
     init: Literal["pytorch", "gpt2"] = "pytorch"
     """Initial weights: nn.Linear's uniform (`pytorch`), or N(0, 0.02^2) with scaled residual projections (`gpt2`)."""
     double_residual: bool = False
-    """Whether each block's input is added twice, as in the code of Hoogland et al.; for matching published numbers."""
+    """Whether each block's input is added twice, as in the code of Hoogland et al. Needed only to match their numbers."""
 
     def __post_init__(self) -> None:
         validate("model", self, counts={"num_layers": 1, "num_heads": 1, "embed_size": 1, "mlp_size": 1}, numbers={})
@@ -84,13 +84,13 @@ class OptimConfig:
     """Peak learning rate."""
     schedule: Literal["constant", "warmup", "triangle"] = "triangle"
     """Schedule of the rate: `constant`, `warmup` (linear rise, then constant) or `triangle` (linear rise, then linear fall). The
-    last update of a triangle has rate zero, so a run needs at least 2 steps of it."""
+    last update of a triangle has rate zero, so a triangle needs at least 2 steps."""
     warmup_steps: int | None = None
     """Steps of the linear rise. By default none for `constant`, and half of `schedule_steps` for `triangle`."""
     schedule_steps: int | None = None
-    """Length of the schedule in steps. By default `trainer.max_steps`. Keep it if you only stop earlier."""
+    """Length of the schedule in steps. By default `trainer.max_steps`. To stop earlier on the same schedule, set it to the full length."""
     grad_clip: float | None = None
-    """Largest gradient norm of a member. By default gradients are not clipped."""
+    """Largest gradient norm, for each member of a population separately. By default gradients are not clipped."""
     beta1: float = 0.9
     """Decay of Adam's first moment."""
     beta2: float = 0.999
@@ -128,9 +128,9 @@ class TrainerConfig:
     batch_size: int = 128
     """Prompts per step, over all devices together."""
     log_every: int = 100
-    """Steps between rows of `metrics.csv`. The `train/loss` of a row is the mean since the row before."""
+    """Steps between rows of `metrics.csv`. The `train/loss` of a row is the mean since the previous row."""
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "tpu", "mps"] = "auto"
-    """Kind of device; `auto` uses $DEVICE, or else the best one of this machine."""
+    """Kind of device; `auto` uses $DEVICE, or else the best device of this machine."""
     devices: int = 1
     """Devices per machine."""
     num_nodes: int = 1
@@ -172,10 +172,10 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStoppingConfig:
-    """Early stopping of training once a metric stops falling."""
+    """Early stopping of training when a metric no longer falls."""
 
     monitor: str = "eval/pretrain/loss"
-    """Metric that must fall, an `eval/...` column of `metrics.csv`."""
+    """Metric that must keep falling: an `eval/...` column of `metrics.csv`."""
     patience: int | None = None
     """Evaluations (not steps) without improvement before training stops; None means never."""
     min_delta: float = 0.0
@@ -190,11 +190,11 @@ class CheckpointsConfig:
     """Steps whose checkpoints are saved: step 0, the last step and three grids."""
 
     every: int | None = None
-    """Distance of a grid of equally spaced steps. By default there is no such grid."""
+    """Spacing of a grid of equally spaced steps. By default there is no such grid."""
     num_log: int = 20
-    """Points of a log-spaced grid from 1 to `max_steps` (fewer after rounding)."""
+    """Number of points of a log-spaced grid from 1 to `max_steps` (fewer after rounding)."""
     num_linear: int = 10
-    """Points of a linear grid from 0 to `max_steps`."""
+    """Number of points of a linear grid from 0 to `max_steps`."""
     moments: bool = False
     """Whether to save Adam's two moments at these steps too, in `checkpoints/moments/`; triples the space needed."""
     resume_seconds: float = 20.0
@@ -212,12 +212,12 @@ class CheckpointsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedsConfig:
-    """Seeds, one for each source of randomness. Changing one leaves the draws of the others as they are."""
+    """Seeds, one for each source of randomness. Changing one seed does not change the draws of the others."""
 
     model: int = 0
     """Seed for the initial weights."""
     tasks: int = 0
-    """Seed for the sequence of tasks, whose first M are the pool."""
+    """Seed for the sequence of tasks. The first M of them are the pool."""
     data: int = 0
     """Seed for the training inputs and the choice of each prompt's task."""
     noise: int = 0

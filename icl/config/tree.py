@@ -34,9 +34,9 @@ FREE_ON_RESUME = (
     "checkpoints.store",
     "sampler",
 )
-"""Settings and sections that may change when an unfinished run is resumed, and are not in its name.
+"""Settings and sections that may change when an unfinished run is resumed. They are not part of its default name.
 
-They say where and how safely a run executes and how it is sampled later, not what training computes.
+They set the devices, how progress is saved and how the run is sampled later, but not what training computes.
 """
 
 MAX_CHECKPOINTS = 1_000_000
@@ -58,13 +58,13 @@ class ChainsConfig:
     num_samples: int | None = None
     """Sample size n; None if it is not known."""
     batch_size: int | None = None
-    """Size of a minibatch; None if whoever gives the minibatches decides it."""
+    """Size of a minibatch; None if the source of the minibatches decides it."""
     num_chains: int = 4
-    """Independent chains for each checkpoint."""
+    """Number of independent chains for each checkpoint."""
     num_draws: int = 100
-    """Draws of each chain, over which averages are taken."""
+    """Number of draws of each chain. Averages are taken over them."""
     num_burnin_steps: int = 150
-    """Moves of each chain before its first draw. They are in no average."""
+    """Moves of each chain before its first draw. Averages leave them out."""
     seed: int = 0
     """Seed for the chains' noise and minibatches."""
     kernel: Kernel = "sgld"
@@ -72,18 +72,18 @@ class ChainsConfig:
     friction: float = 0.5
     """Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps. Other kernels ignore it."""
     target_stderr: float | None = None
-    """Standard error at which the chains of a checkpoint stop; `num_draws` is then the largest number of draws."""
+    """Standard error of the LLC at which the chains of a checkpoint stop. Then `num_draws` is the largest number of draws."""
     thinning: int = 1
     """Moves from one draw to the next."""
     num_init_batches: int = 32
-    """Minibatches over which the checkpoint's own loss L(w0) is averaged."""
+    """Number of minibatches over which the checkpoint's own loss L(w0) is averaged."""
 
     section: ClassVar[str] = ""
     """Name of the section in error messages."""
 
     @property
     def inverse_temperature(self) -> float:
-        """The number `nbeta`, or n / ln n where it is None; no other place decides this."""
+        """The value of `nbeta`, or n / ln n if it is None. All code takes the temperature from here."""
         if self.nbeta is not None:
             return self.nbeta
         assert self.num_samples is not None
@@ -91,12 +91,12 @@ class ChainsConfig:
 
     @property
     def speed(self) -> float:
-        """Speed at which flat directions fill, relative to SGLD's at the same lr."""
+        """Speed at which chains spread along flat directions, relative to SGLD at the same lr."""
         return (1 + self.friction) / (1 - self.friction) if self.kernel == "baoab" else 1.0
 
     @property
     def num_moves(self) -> int:
-        """Gradients that a chain takes, not counting the diagnostic ones."""
+        """Number of gradients that a chain computes, without those for diagnostics."""
         return self.num_burnin_steps + (self.num_draws - 1) * self.thinning + 1
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ class ChainsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig(ChainsConfig):
-    """Estimation of local learning coefficients by `icl llc`; it has no effect on training."""
+    """Settings of `icl llc`, which estimates local learning coefficients (LLC). They have no effect on training."""
 
     kernel: Kernel = "baoab"
     """Markov kernel: `baoab` (underdamped Langevin dynamics), `sgld`, or SGLD preconditioned by RMSprop (`rmsprop`)."""
@@ -132,11 +132,11 @@ class SamplerConfig(ChainsConfig):
     """Sample size n: the number of prompts in the `fixed` set, and the n of n / ln n. With the kernel `baoab` the set is a
     pool of num_samples / batch_size minibatches for its control variates."""
     num_draws: int = 180
-    """Draws of each chain, over which averages are taken."""
+    """Number of draws of each chain. Averages are taken over them."""
     num_burnin_steps: int = 60
-    """Moves of each chain before its first draw. They are in no average."""
+    """Moves of each chain before its first draw. Averages leave them out."""
     num_init_batches: int = 256
-    """Minibatches over which the checkpoint's own loss L(w0) is averaged."""
+    """Number of minibatches over which the checkpoint's own loss L(w0) is averaged."""
     batch_size: int = 256
     """Prompts in each chain's minibatch."""
     minibatches: Literal["fixed", "fresh"] = "fixed"
@@ -167,7 +167,7 @@ class RunConfig:
     preset: str = "quickstart"
     """Name of the preset that this configuration started from; see `icl.presets`."""
     run_name: str | None = None
-    """Folder of the run below $LOCAL_ROOT. By default its name is the preset with the settings that differ from it."""
+    """Folder of the run below $LOCAL_ROOT. By default the preset's name and the settings that differ from the preset."""
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
@@ -216,9 +216,9 @@ class RunConfig:
         return self.optim.schedule_steps or self.trainer.max_steps
 
     def members(self) -> list["RunConfig"]:
-        """Return the configurations of the population's runs, each as it would be for that run alone.
+        """Return the configurations of the population's runs. Each equals the configuration of that run trained alone.
 
-        A run without a population is its own only member. If the population has a `run_name`, its runs lie in that folder.
+        A run without a population is its own only member. If the population has a `run_name`, its runs are in that folder.
         """
         if not self.population:
             return [self]
@@ -250,7 +250,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "RunConfig":
-        """Return the configuration of a tree that `to_dict` made.
+        """Build a configuration from a tree that `to_dict` returned.
 
         Raises:
             ConfigError: If a key is unknown or a value cannot be used.
@@ -260,7 +260,7 @@ class RunConfig:
         for name, value in tree.items():
             kind = sections.get(name)
             if dataclasses.is_dataclass(kind) and not isinstance(value, dict):
-                raise ConfigError(f"The section `{name}` must hold settings by name, got {value!r}.")
+                raise ConfigError(f"The section `{name}` must be a table of settings by name, got {value!r}.")
             if name == "sampler":
                 value = _with_usable_steps(value)
             try:
@@ -276,7 +276,7 @@ class RunConfig:
 
 
 def _with_usable_steps(sampler: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's sampler settings with its `steps`, or with `all`: 0.1.0 trained with any text there."""
+    """Return sampler settings in which unusable `steps` are replaced by `all`. Version 0.1.0 accepted any text there."""
     try:
         require_steps(sampler.get("steps", "all"))
     except ConfigError:
@@ -285,7 +285,7 @@ def _with_usable_steps(sampler: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Convert to values that YAML and JSON can hold."""
+    """Convert to values that YAML and JSON can represent."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, tuple):

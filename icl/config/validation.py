@@ -17,13 +17,13 @@ MAX_NUMBER = 1e30
 """Largest number in settings. With larger ones, products of float32 numbers overflow."""
 
 _MAX_NAME, _MAX_PATH = 200, 1000
-"""Largest number of bytes in each part of a run's name, and in all of it. File systems allow about 255 for a folder."""
+"""Largest number of bytes in each part of a run's name, and in the whole name. File systems allow about 255 for a folder."""
 
 _STEPS = "all, last, a list such as 1,2,3, or a range such as 0:1000:100"
 
 Record = TypeVar("Record")
 Bound: TypeAlias = Literal["positive", "zero or positive", "a number"]
-"""Numbers that a setting may have."""
+"""Range of numbers that a setting accepts."""
 
 
 class UserError(Exception):
@@ -50,7 +50,7 @@ def plain_number(value: Any) -> Any:
 
     Anything else is returned as it is.
     """
-    if type(value) in (bool, int, float, str) or hasattr(value, "mask"):  # numpy.ma.masked holds nothing
+    if type(value) in (bool, int, float, str) or hasattr(value, "mask"):  # numpy.ma.masked has no value
         return value
     if isinstance(value, numbers.Integral):
         return int(value)
@@ -226,7 +226,7 @@ def has_type(value: Any, kind: Any) -> bool:
 
 
 def typed_record(kind: type[Record], tree: Any) -> Record | None:
-    """Return a dataclass of plain values from a table of its fields, or None if a field is unknown or of another type."""
+    """Build a dataclass of plain values from a table of its fields. Return None if a field is unknown or of another type."""
     try:
         record = kind(**tree)
     except TypeError:
@@ -241,7 +241,7 @@ def is_count(value: Any) -> TypeGuard[int]:
 
 
 def require_store(url: Any, name: str = "checkpoints.store") -> None:
-    """Refuse a value that is not the URL or folder of a store, or has credentials, which would be saved with the run."""
+    """Refuse a value that is not a store's URL or folder. Also refuse credentials, because they would be saved with the run."""
     text = url if isinstance(url, str) else ""
     scheme, _, path = text.partition("://") if "://" in text else ("file", "", text)
     require(
@@ -274,7 +274,7 @@ def parse_num_tasks(value: Any) -> int | float:
         if text.removeprefix(".") in ("inf", "infinity"):
             return math.inf
         number = float(text.replace("_", "")) if re.fullmatch(r"\d[\d_]*(\.\d*)?(e\d+)?", text) else None
-        number = None if number == math.inf else number  # a number too large for a float is no infinity
+        number = None if number == math.inf else number  # refuse 1e400, which Python reads as infinity
     if number == math.inf:
         return math.inf
     is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)

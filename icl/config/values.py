@@ -1,7 +1,7 @@
 """Read the values of settings as people, YAML 1.1 and W&B write them: `inf`, `None`, `1e-5`, `10_000`, `0,1,2`.
 
-A value is read by the declared type of its setting, and a value of another type is refused in one sentence. W&B's `${args}`
-passes a nested group of parameters as one word, the Python `str` of a dict: `--task={'num_tasks': 2}` (`read_table`).
+Each value is converted to the declared type of its setting, and a value of another type is refused. W&B's `${args}` passes
+a nested group of parameters as one word, the Python `str` of a dict: `--task={'num_tasks': 2}` (`read_table`).
 """
 
 import ast
@@ -21,7 +21,7 @@ SECTIONS = {field.name: field.type for field in dataclasses.fields(RunConfig) if
 """The sections of the tree of settings, with their classes."""
 _NONE = ("none", "null", "~")
 _TRUTH_WORDS = {"yes": True, "on": True, "no": False, "off": False}
-"""Truth values of YAML 1.1 beside true and false."""
+"""Words for truth values in YAML 1.1, in addition to true and false."""
 _TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -49,10 +49,10 @@ def describe_type(kind: Any) -> str:
 
 
 def read_value(key: str, value: Any) -> Any:
-    """Return a value of a setting in its declared type: numbers from text, and text from numbers.
+    """Convert a value of a setting to its declared type. Text may become a number, and a number may become text.
 
     Raises:
-        ConfigError: If it is of another type; the message names the key and the value.
+        ConfigError: If it cannot be converted. The message names the key and the value.
     """
     if key == "task.num_tasks":
         return parse_num_tasks(value)
@@ -63,16 +63,18 @@ def read_value(key: str, value: Any) -> Any:
         return _read_list(key, value)
     parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     is_text = any(part is str or typing.get_origin(part) is Literal for part in parts)
-    if isinstance(value, bool) and "true" in typing.get_args(kind):  # a choice of words that YAML has truth values for
+    if isinstance(value, bool) and "true" in typing.get_args(
+        kind
+    ):  # such as `trainer.compile`: YAML reads its words as truth values
         return str(value).lower()
     if isinstance(value, str):
         if key == "run_name":
-            require_run_name("~" if value == "~" else "name")  # a shell's home folder, which YAML takes for null
+            require_run_name("~" if value == "~" else "name")  # refuse `~`: a shell's home folder, but null in YAML
         if not is_text or (types.NoneType in parts and value.strip().lower() in _NONE):
             value = _read_scalar(key, value)
     elif is_text and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    if isinstance(value, int) and value.bit_length() > MAX_BITS:  # too large for a float, and for messages
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:  # too large for a float and too long for a message
         raise ConfigError(f"`{key}` is too large: a whole number of {value.bit_length():,} bits.")
     if int in parts and isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -82,9 +84,9 @@ def read_value(key: str, value: Any) -> Any:
 
 
 def parse_scalar(text: str) -> Any:
-    """Return the number, truth value or None that a text spells; other text stays text.
+    """Return the number, truth value or None that a text spells. Other text is returned as it is.
 
-    So does a number that a float cannot hold, such as 1e400, which would become infinite.
+    A number too large or too small for a float, such as 1e400, also stays text. Otherwise it would become infinite or zero.
     """
     word = text.strip()
     lowered = word.lower()
@@ -123,7 +125,7 @@ def _wrong_type(key: str, value: Any) -> ConfigError:
 
 
 def _read_scalar(key: str, text: str) -> Any:
-    """Return the value of a setting that is no text."""
+    """Read the value of a setting that is not text."""
     value = parse_scalar(text)
     if not isinstance(value, str):
         return value
@@ -138,7 +140,7 @@ def _read_scalar(key: str, text: str) -> Any:
 
 
 def _read_steps(value: Any) -> Any:
-    """Return saved steps as text: `all`, 1,2,3 or 0:1000:100. YAML also has them as a number, or as a list of numbers."""
+    """Return a choice of steps as text: `all`, 1,2,3 or 0:1000:100. In YAML it may also be a number or a list of numbers."""
     steps = value if isinstance(value, list) else [value]
     if all(isinstance(step, int) and not isinstance(step, bool) for step in steps):
         value = ",".join(map(str, steps))
@@ -151,7 +153,7 @@ def _is_list(kind: Any) -> bool:
 
 
 def _read_list(key: str, value: Any) -> list[Any] | None:
-    """Return the list that `0,1,2`, `[0, 1, 2]`, a YAML list or a single value stands for."""
+    """Convert `0,1,2`, `[0, 1, 2]`, a YAML list or a single value to a list. Return None for null."""
     given = value
     if isinstance(value, str):
         text = value.strip()
@@ -173,7 +175,7 @@ def _read_list(key: str, value: Any) -> list[Any] | None:
 
 
 class _NumberNames(ast.NodeTransformer):
-    """Replace the names by which Python prints floats that it has no literal for."""
+    """Replace the names `inf` and `nan`. Python prints such floats by name, but has no literals for them."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         return ast.copy_location(ast.Constant(float(node.id)), node) if node.id in ("inf", "nan") else node

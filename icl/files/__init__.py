@@ -1,1 +1,1 @@
-"""Files as bytes, text, arrays and tables: read within bounds, written safely."""
+"""Read files within limits and write them safely, as bytes, text, arrays and tables."""

@@ -1,7 +1,7 @@
-"""Arrays in files: numpy's own format, read within the bounds of the file and never unpickled.
+"""Arrays in files, in NumPy's format. Reading never unpickles, and never allocates more memory than the file justifies.
 
-A header can claim a terabyte, so every claim is compared with the bytes that are there before memory is used for it.
-Whoever finds a file damaged computes its content again.
+The header of a damaged file can claim a terabyte. So each claimed size is compared with the file's before memory is allocated.
+Callers that find a file damaged compute its content again.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from icl.files.reading import ContentError, parse_json
 from icl.files.writing import write_atomically
 
 _MAX_GROWTH = 2**26
-"""Bytes that the arrays of an archive may unfold to, beyond four times its size. Ours have about a million."""
+"""Bytes to which the arrays of an archive may decompress, beyond four times its size. Ours have about a million."""
 _MAX_ARRAYS = 1000
 
 
@@ -26,12 +26,12 @@ _MAX_ARRAYS = 1000
 class StoredArray:
     """A one-dimensional array that stays in its file and is read when sliced.
 
-    No file stays open, because there may be thousands: a `numpy.memmap` keeps one descriptor each.
+    No file stays open, because there may be thousands, and each `numpy.memmap` would keep a descriptor.
     """
 
     file: Path
     offset: int
-    """Place of the first number, in bytes."""
+    """Position of the first number in the file, in bytes."""
     size: int
     dtype: np.dtype
 
@@ -61,13 +61,13 @@ def read_array(path: Path) -> np.ndarray:
         ContentError: If the file is missing, damaged, or smaller than its header claims.
     """
     try:
-        return np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # mapping compares the claim with the file
+        return np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # memory mapping checks the claimed size
     except Exception as error:  # numpy raises a dozen kinds for a damaged file
         raise ContentError(f"it is damaged ({type(error).__name__})") from None
 
 
 def locate_array(path: Path) -> StoredArray:
-    """Return the array of a `.npy` file flattened, without reading its numbers.
+    """Return the flattened array of a `.npy` file, without reading its numbers.
 
     Raises:
         ContentError: If the file is missing or damaged.
@@ -87,10 +87,10 @@ def array_digest(array: np.ndarray) -> str:
 
 
 def read_archive(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
-    """Return the description (`about`, in JSON) and the arrays of an `.npz` file, which 0.1.0 wrote.
+    """Return the description (`about`, in JSON) and the arrays of an `.npz` file of version 0.1.0.
 
     Raises:
-        ContentError: If the file is missing, damaged, or claims more than it holds.
+        ContentError: If the file is missing, damaged, or claims more than it contains.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -103,14 +103,14 @@ def read_archive(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
 
 
 def _require_bounded(archive: zipfile.ZipFile, size: int) -> None:
-    """Refuse an archive whose arrays are larger than what it holds."""
+    """Refuse an archive that decompresses to too much, or claims larger arrays than it contains."""
     members = archive.infolist()
     if len(members) > _MAX_ARRAYS or sum(member.file_size for member in members) > _MAX_GROWTH + 4 * size:
-        raise ContentError("it unfolds to too much")
+        raise ContentError("it decompresses to too many bytes")
     for member in members:
         with archive.open(member) as file:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(file)
             if dtype.hasobject or math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
-                raise ContentError("an array is of another size than its header says")
+                raise ContentError("the size of an array differs from that in its header")

@@ -1,8 +1,9 @@
-"""Reading files that somebody else may have made: JSON and YAML within bounds on size, depth, numbers and time.
+"""Read JSON and YAML from files of unknown origin, within limits on size, depth, numbers and time.
 
-Python's parsers raise a dozen kinds of errors for damaged or hostile text, accept a key twice, and hand on values that break
-whoever uses them later: nesting that exhausts the stack, aliases that unfold to gigabytes, numbers too large for a float,
-which become infinite, dates, and YAML's clock times, by which 1:30 is 90. Here all of that is one error, `ContentError`, whose message ends a sentence such as "status.json cannot be used: ...".
+Python's parsers raise a dozen kinds of errors for damaged or hostile text. They accept a repeated key, and return values that
+cause failures later: nesting that exhausts the stack, aliases that expand to gigabytes, infinities for numbers too large for a
+float, and dates. Here each of these raises one error, `ContentError`. Its message completes a sentence such as "status.json
+cannot be used: ...". YAML also reads clock times as numbers, so that 1:30 is 90. Here they are text.
 """
 
 import datetime
@@ -20,15 +21,15 @@ import yaml
 from icl.config.validation import UserError
 
 MAX_DEPTH = 50
-"""Levels of nesting; our own files have at most six."""
+"""Largest number of levels of nesting. Our own files have at most six."""
 MAX_BITS = 1000
-"""Size of a whole number; larger ones do not fit into a float."""
+"""Largest number of bits of a whole number. Numbers of more than 1024 bits do not fit into a float."""
 MAX_SMALL_FILE = 2**20
-"""Bytes of a file that describes a run or a point; ours have a few thousand."""
+"""Largest number of bytes of a file that describes a run or a point of a sweep. Ours have a few thousand."""
 MAX_YAML = 2**18
-"""Bytes of a YAML file; PyYAML takes a few seconds for this many."""
+"""Largest number of bytes of a YAML file. PyYAML needs a few seconds for this many."""
 MAX_TABLE = 2**29
-"""Bytes of a table; that of 190 checkpoints has about 30 million."""
+"""Largest number of bytes of a table. The table of 190 checkpoints has about 30 million."""
 _MAX_YAML_VALUES = 2**18
 _MAX_DIGITS = 300
 _TYPES: dict[type, str] = {
@@ -38,18 +39,18 @@ _TYPES: dict[type, str] = {
     set: "YAML's type `!!set`",
     tuple: "YAML's type `!!omap` or `!!pairs`",
 }
-"""Types that YAML has beyond JSON. Our files never hold them."""
+"""Types that YAML has and JSON does not, with their names for messages. Our files never contain them."""
 
 
 class ContentError(UserError, ValueError):
-    """Content that cannot be used; the message says why, in a few words without the file's name."""
+    """Content that cannot be used. The message says why in a few words, without the file's name."""
 
 
 def read_bytes(path: Path, *, limit: int | None = MAX_SMALL_FILE) -> bytes:
-    """Return the bytes of a regular file of at most `limit` bytes, or of any size.
+    """Return the bytes of a regular file. It may have at most `limit` bytes, or any number if that is None.
 
     Raises:
-        ContentError: If it is larger, or no regular file; a pipe would never end.
+        ContentError: If it is larger, or is not a regular file. Reading a pipe might never end.
         OSError: If there is no such file, or it cannot be read.
     """
     with open(path, "rb", opener=_open_without_waiting) as file:
@@ -58,7 +59,7 @@ def read_bytes(path: Path, *, limit: int | None = MAX_SMALL_FILE) -> bytes:
             raise ContentError("it is not a regular file")
         if limit is not None and about.st_size > limit:
             raise ContentError(f"it has {about.st_size:,} bytes, and at most {limit:,} are read")
-        # `read` reserves as many bytes as it is told. A little more than the file had a moment ago is enough.
+        # `read` allocates as many bytes as it is asked for. A little more than the file's size a moment ago is enough.
         return file.read() if limit is None else file.read(min(limit, about.st_size + 2**16))
 
 
@@ -67,10 +68,10 @@ def parse_json(data: bytes | str, *, limit: int | None = None) -> Any:
 
     Args:
         data: The text, in UTF-8 if it is bytes.
-        limit: Largest number of values; left out, as many as the text has.
+        limit: Largest number of values. By default any number.
 
     Raises:
-        ContentError: If it is no JSON, names a key twice, is nested too deep, or holds a number that is too large.
+        ContentError: If it is not JSON, repeats a key, is nested too deep, or contains a number that is too large.
     """
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
@@ -86,10 +87,10 @@ def parse_json(data: bytes | str, *, limit: int | None = None) -> Any:
 
 
 def parse_yaml(data: bytes | str) -> Any:
-    """Return the content of a YAML text; of its types only the plain ones are made.
+    """Return the content of a YAML text. Only plain types are made, never objects of a class that the text names.
 
     Raises:
-        ContentError: If it is no YAML, names a key twice, is too long or nested too deep, or its aliases unfold to too much.
+        ContentError: If it is not YAML, repeats a key, is too long, is nested too deep, or its aliases expand to too much.
     """
     if len(data) > MAX_YAML:
         raise ContentError(f"it has {len(data):,} bytes, and at most {MAX_YAML:,} are read")
@@ -106,7 +107,7 @@ def parse_yaml(data: bytes | str) -> Any:
 
 
 def is_table(rows: Any) -> bool:
-    """Return whether a value is rows of a table as JSON has them: a list of tables of texts, numbers, truth values and nulls."""
+    """Return whether a value from JSON is a list of rows. Each row is a dict of texts, numbers, truth values and nulls."""
     return isinstance(rows, list) and all(
         isinstance(row, dict) and all(value is None or isinstance(value, (str, int, float)) for value in row.values())
         for row in rows
@@ -114,7 +115,7 @@ def is_table(rows: Any) -> bool:
 
 
 def is_beyond_floats(text: str, number: float) -> bool:
-    """Return whether a number's text, such as 1e400 or 1e-400, was read as an infinity or a zero that it does not say."""
+    """Return whether a text, such as 1e400 or 1e-400, was read as infinite or zero only because a float cannot hold its number."""
     mantissa = re.split("[eE]", text)[0]
     return bool(re.search(r"[1-9]", mantissa)) and (math.isinf(number) or number == 0)
 
@@ -125,7 +126,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Return whether a text is a number as people and Python write it, however large."""
+    """Return whether Python's `float` reads a text as a number, of any size."""
     try:
         float(text)
     except ValueError:
@@ -141,22 +142,23 @@ def _without_clock(tag: str, pattern: re.Pattern[str]) -> re.Pattern[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, but for keys that stand twice, numbers that a float cannot hold, and clock times.
+    """PyYAML's safe loader, with changes for repeated keys, numbers that a float cannot hold, and clock times.
 
-    The first two are refused, where PyYAML drops the first key and takes an infinity; 1:30 is text, where PyYAML takes 90.
+    It refuses repeated keys, of which PyYAML drops the first. It refuses numbers beyond the range of a float, which PyYAML
+    makes infinite or zero. It reads 1:30 as text, which PyYAML reads as 90.
     """
 
     def construct_yaml_float(self, node: Any) -> float:
-        """Return a number."""
+        """Return a number, or refuse one that a float cannot hold."""
         number: float = super().construct_yaml_float(node)
         if is_beyond_floats(node.value, number):
             raise ContentError(
-                f"it holds {node.value[:50]}, which is too large or too small for a floating-point number"
+                f"it contains {node.value[:50]}, which is too large or too small for a floating-point number"
             )
         return number
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Return the node of a table."""
+        """Return the node of a table, or refuse one with a repeated key."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         _refuse_repeated(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         return node
@@ -180,27 +182,27 @@ def _refuse_repeated(names: Iterable[str]) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise ContentError(f"the key {name[:50]!r} stands twice")
+            raise ContentError(f"the key {name[:50]!r} appears twice")
         seen.add(name)
 
 
 def _whole_number(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
-        raise ContentError(f"it holds a whole number of {len(digits):,} digits")
+        raise ContentError(f"it contains a whole number of {len(digits):,} digits")
     return int(digits)
 
 
 def _real_number(digits: str) -> float:
     number = float(digits)
     if is_beyond_floats(digits, number):
-        raise ContentError(f"it holds {digits[:50]}, which is too large or too small for a floating-point number")
+        raise ContentError(f"it contains {digits[:50]}, which is too large or too small for a floating-point number")
     return number
 
 
 def _require_bounded(tree: Any, limit: int | None) -> None:
-    """Refuse nesting, numbers, texts and a number of values that would break whoever uses them.
+    """Refuse deep nesting, large numbers, broken text and too many values, which would cause failures later.
 
-    The walk keeps its own stack of iterators, and counts a value as often as an alias names it.
+    The walk keeps its own stack of iterators, so deep nesting cannot exhaust Python's stack. Each alias of a value counts.
     """
     stack: list[Iterator[Any]] = [iter((tree,))]
     count = 0
@@ -211,14 +213,14 @@ def _require_bounded(tree: Any, limit: int | None) -> None:
             continue
         count += 1
         if limit is not None and count > limit:
-            raise ContentError(f"it holds more than {limit:,} values")
+            raise ContentError(f"it contains more than {limit:,} values")
         if isinstance(value, int) and value.bit_length() > MAX_BITS:
-            raise ContentError("it holds a whole number that is too large")
+            raise ContentError("it contains a whole number that is too large")
         if isinstance(value, tuple(_TYPES)):
             what = f"the {_TYPES[type(value)]} {value}" if isinstance(value, datetime.date) else _TYPES[type(value)]
-            raise ContentError(f"it holds {what}{_where(tree, value)}; write a number, or text in quotes")
+            raise ContentError(f"it contains {what}{_where(tree, value)}; write a number, or text in quotes")
         if isinstance(value, str) and not value.isascii() and not _is_unicode(value):
-            raise ContentError("it holds text that is not Unicode")
+            raise ContentError("it contains text that is not Unicode")
         if isinstance(value, (dict, list)):
             if len(stack) > MAX_DEPTH:
                 raise ContentError(f"it is nested more than {MAX_DEPTH} levels deep")
@@ -229,7 +231,7 @@ _END = object()
 
 
 def _where(tree: Any, target: Any) -> str:
-    """Return the dotted key under which a value stands, as the end of a phrase; nothing if it stands under none."""
+    """Return " in `key`" with the dotted key of a value, for the end of a phrase. Empty if the value has no key."""
     stack: list[tuple[tuple[str, ...], Any]] = [((), tree)]
     for _ in range(_MAX_YAML_VALUES):
         if not stack:
@@ -241,11 +243,11 @@ def _where(tree: Any, target: Any) -> str:
             items = (
                 node.items()
                 if isinstance(node, dict)
-                else ((None, one) for one in node)
+                else ((None, item) for item in node)
                 if isinstance(node, list)
                 else ()
             )
-            stack += [(path if key is None else (*path, str(key)), one) for key, one in items]
+            stack += [(path if key is None else (*path, str(key)), item) for key, item in items]
     return ""
 
 
@@ -262,7 +264,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """Open a file; one that is a pipe nobody writes to would otherwise hold the program for ever."""
+    """Open a file without waiting. Opening a pipe that has no writer would otherwise block the program for ever."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 

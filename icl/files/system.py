@@ -1,8 +1,8 @@
 """Operations that a file system may refuse: file locks, hard links, and flushing a folder to disk.
 
-Lustre may be mounted without locks, FAT and many network file systems know no hard links, and some cannot flush a folder.
-`icl` runs on such a file system, and says once what is not protected there. The first refusal tries all three, so that one
-sentence tells everything.
+Lustre may be mounted without locks, FAT and many network file systems have no hard links, and some cannot flush a folder.
+`icl` also runs on such a file system, and warns once about what is not protected. It tries all three operations after the first
+refusal, so that one warning covers them all.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-"""Errors of `flock` if another process holds the lock; the last one where the lock goes over a network."""
+"""Errors of `flock` if another process holds the lock. Network file systems raise EACCES."""
 _CANNOT_SYNC = (
     errno.EINVAL,
     errno.EBADF,
@@ -28,9 +28,9 @@ _CANNOT_SYNC = (
     errno.ENOTTY,
     errno.EROFS,
 )
-"""Errors where flushing is not possible. Any other error, such as EIO or ENOSPC, is a failure of the disk."""
+"""Errors that mean that flushing is not supported. Any other error, such as EIO or ENOSPC, is a failure of the disk."""
 _WARNED: set[int] = set()
-"""Devices that the warning was given for."""
+"""Device numbers of the file systems about which we have warned."""
 
 
 class LockedError(Exception):
@@ -38,16 +38,16 @@ class LockedError(Exception):
 
 
 def lock_file(descriptor: int, folder: Path, *, shared: bool = False, wait: bool = False) -> bool:
-    """Lock an open file until it is closed; False if its file system has no locks.
+    """Lock an open file until it is closed. Return False if its file system has no locks.
 
     Args:
-        descriptor: The file.
-        folder: Where it lies, for the warning.
-        shared: Whether others may hold the lock too, if they ask for it in the same way.
-        wait: Whether to wait for another process that holds it.
+        descriptor: The file's descriptor.
+        folder: The file's folder, for the warning.
+        shared: Whether other processes may hold a shared lock at the same time.
+        wait: Whether to wait until other processes have released the lock.
 
     Raises:
-        LockedError: If another process holds it.
+        LockedError: If another process holds the lock and `wait` is false.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
@@ -61,7 +61,7 @@ def lock_file(descriptor: int, folder: Path, *, shared: bool = False, wait: bool
 
 
 def sync_file(descriptor: int, folder: Path) -> None:
-    """Wait until the disk has a file's bytes, where the file system can tell.
+    """Wait until a file's bytes are on disk. Warn if the file system does not support this.
 
     Raises:
         OSError: If the disk failed or is full.
@@ -75,7 +75,7 @@ def sync_file(descriptor: int, folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut, where the file system can.
+    """Flush a folder, so that renames in it survive a power cut. Warn if the file system does not support this.
 
     Raises:
         OSError: If the disk failed or is full.
@@ -94,7 +94,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def link_or_create(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, which no other file may have; a copy is made where there are no hard links.
+    """Give a finished file its final name, unless that name exists. Copy the file if there are no hard links.
 
     Raises:
         FileExistsError: If the name is taken.
@@ -110,7 +110,7 @@ def link_or_create(temporary: Path, path: Path) -> None:
 
 
 def warn_of_limits(folder: Path, refusal: OSError) -> None:
-    """Say, once for each file system, what it refuses and what is not protected therefore."""
+    """Warn, once for each file system, about what it refuses and what is therefore not protected."""
     device = _device(folder)
     if device in _WARNED:
         return
@@ -123,7 +123,7 @@ def warn_of_limits(folder: Path, refusal: OSError) -> None:
 
 
 def _create(path: Path, data: bytes) -> None:
-    """Write a file that is not there yet; its bytes come a moment after its name."""
+    """Write a new file in place. Other processes may see it incomplete for a moment."""
     with path.open("xb") as file:
         try:
             file.write(data)
@@ -135,26 +135,26 @@ def _create(path: Path, data: bytes) -> None:
 
 
 def _missing(folder: Path) -> dict[str, str]:
-    """Return the operations that a folder does not support, each with what is not protected without it."""
+    """Return the operations that a folder does not support, each with the risk that this brings."""
     first, second = (folder / f".tmp-{secrets.token_hex(4)}-probe" for _ in range(2))
-    found = {}
+    missing = {}
     try:
         with first.open("wb") as file:
             if not _works(lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)):
-                found["file locks"] = (
+                missing["file locks"] = (
                     "nothing stops two processes from training one run at once, so start each run once"
                 )
             if not _works(lambda: os.fsync(file.fileno())) or not _works(lambda: _sync(folder)):
-                found["flushing to disk"] = "a power cut may undo the last save"
+                missing["flushing to disk"] = "a power cut may undo the last save"
         if not _works(lambda: second.hardlink_to(first)):
-            found["hard links"] = "a power cut while a run takes its place in a store may leave that place unusable"
-    except OSError:  # nothing can be written here; whoever needs to will say so
+            missing["hard links"] = "a power cut while a run claims its name in a store may make that name unusable"
+    except OSError:  # nothing can be written here, which the next write will report
         pass
     finally:
         for path in (first, second):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-    return found
+    return missing
 
 
 def _sync(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Tables that `icl` wrote and reads again (`metrics.csv`, `results/*.csv`), checked column by column.
 
-pandas reads a column with one damaged cell as text, and whoever computes with it fails far from the cause. Here such a table is
-refused as a whole, in a few words.
+If one cell of a column is damaged, pandas reads the column as text, and a later computation fails far from the cause. Here the
+whole table is refused, with a short reason.
 """
 
 import io
@@ -24,7 +24,7 @@ TEXTS = (
     "checkpoint_hash",
     "num_tasks",
 )
-"""Columns that are text, though a run's may look like numbers."""
+"""Columns that are text, although some of their values look like numbers."""
 _NUMBERS = frozenset(
     (
         "step",
@@ -55,14 +55,14 @@ _NUMBERS = frozenset(
 )
 _NUMBER_ENDS = ("_stderr", "/loss", "/delta_ridge", "/delta_dmmse", "/icl_score")
 _LARGEST = 1e100
-"""Magnitude of a number; sums of squares of larger ones are infinite, and no axis holds them."""
+"""Largest magnitude of a number. Sums of squares of larger numbers may be infinite, and no axis can show them."""
 
 
 def read_table(path: Path, *, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """Return the table of a CSV file, which has these columns at least.
+    """Return the table of a CSV file, which must have these columns and may have others.
 
     Raises:
-        ContentError: If it cannot be parsed, lacks a column, or a column of numbers or steps holds something else.
+        ContentError: If it cannot be parsed, lacks a column, or a column of numbers or steps contains something else.
         OSError: If there is no such file, or it cannot be read.
     """
     data = read_bytes(path, limit=MAX_TABLE)
@@ -75,22 +75,22 @@ def read_table(path: Path, *, columns: Sequence[str] = ()) -> pd.DataFrame:
         raise ContentError(f"it has no column `{missing[0]}`")
     require_numbers(table)
     if "quantity" in table and table["quantity"].isna().any():
-        raise ContentError("a row of it has no `quantity`")
+        raise ContentError("one of its rows has no `quantity`")
     return table
 
 
 def require_numbers(table: pd.DataFrame) -> None:
-    """Refuse a table in which a column of numbers holds text, a step is no whole number, or a number is beyond all bounds.
+    """Refuse a table with text in a column of numbers, a step that is not a whole number, or a number that is too large.
 
     Raises:
-        ContentError: Naming the column.
+        ContentError: If there is one. The message names the column.
     """
     for name, column in table.items():
         is_number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
         if not is_number and (name in _NUMBERS or str(name).endswith(_NUMBER_ENDS)) and column.notna().any():
-            raise ContentError(f"its column `{name}` holds something else than numbers")
+            raise ContentError(f"its column `{name}` contains something other than numbers")
         if is_number and (np.abs(column[np.isfinite(column)].astype(float)) > _LARGEST).any():
-            raise ContentError(f"its column `{name}` holds a number above {_LARGEST:g}")
+            raise ContentError(f"its column `{name}` contains a number above {_LARGEST:g}")
     steps = table["step"].dropna().astype(float) if "step" in table else pd.Series(dtype=float)
     if not ((steps >= 0) & (steps < 2**63) & (steps % 1 == 0)).all():
-        raise ContentError("its column `step` holds something else than steps")
+        raise ContentError("its column `step` contains something other than steps")

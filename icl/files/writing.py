@@ -1,4 +1,4 @@
-"""Files written as a whole or not at all; tables written as CSV or JSON."""
+"""Write files completely or not at all, and check beforehand whether a file or table can be written."""
 
 import contextlib
 import errno
@@ -21,19 +21,19 @@ _TEMPORARY = ".tmp-"
 
 
 class StorageError(UserError, OSError):
-    """Bytes that could not be written or read; the message names the place and what to do."""
+    """Failure to read or write bytes. The message names the file or store, and says what to do."""
 
 
 def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Put `data` at `path` so that a reader sees the old bytes or all the new ones, even after a power cut.
 
     Args:
-        path: The file; its folder is made if need be.
+        path: The file. Missing folders are made.
         data: All of its bytes.
-        durable: Whether to wait until the disk has it; without, a power cut may bring the old bytes back.
+        durable: Whether to wait until the bytes are on disk. Without waiting, a power cut may bring the old bytes back.
 
     Raises:
-        StorageError: If it cannot be done; the message says why, and the old file is untouched.
+        StorageError: If the file cannot be written. The message says why, and the old file is unchanged.
     """
     temporary = temporary_path(path)
     try:
@@ -47,7 +47,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
         if durable:
             sync_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):  # such as a name that is too long
+        with contextlib.suppress(OSError):  # fails too if the name is too long
             temporary.unlink(missing_ok=True)
         raise StorageError(
             f"Cannot write {path}: {error.strerror}. What was saved before is intact; {_repair(error)}, "
@@ -56,7 +56,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
 
 
 def _repair(error: OSError) -> str:
-    """Return what helps against a write that failed, in a few words."""
+    """Return a short phrase that says how to repair a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "free space or choose another folder with LOCAL_ROOT"
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
@@ -65,11 +65,11 @@ def _repair(error: OSError) -> str:
         return "choose shorter names"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "give yourself the right to write there or choose another folder with LOCAL_ROOT"
-    return "look at the disk or choose another folder with LOCAL_ROOT"
+    return "check the disk or choose another folder with LOCAL_ROOT"
 
 
 def table_format(path: Path) -> str:
-    """`csv` or `json`, by a file's suffix.
+    """Return `csv` or `json`, by a file's suffix.
 
     Raises:
         StorageError: For another suffix.
@@ -81,7 +81,7 @@ def table_format(path: Path) -> str:
 
 
 def require_table_file(path: Path) -> None:
-    """Refuse a file for a table that cannot be written, before the work whose result it is to hold.
+    """Refuse a file that a table cannot be written to. Call this before the table is computed.
 
     Raises:
         StorageError: If it is neither .csv nor .json, or cannot be written.
@@ -91,10 +91,10 @@ def require_table_file(path: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Refuse a file that cannot be written; folders that are missing are made with the file.
+    """Refuse a file that cannot be written. Its folder may be missing, because writing makes it.
 
     Raises:
-        StorageError: If it is a folder, or its folder can neither be written nor made.
+        StorageError: If it is a folder, or its folder cannot be written or made.
     """
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -112,7 +112,7 @@ def require_writable(path: Path) -> None:
 
 
 def plain_rows(table: "pd.DataFrame") -> list[dict[str, Any]]:
-    """A table as JSON has it: a number that is not finite is null."""
+    """Return the rows of a table for JSON. Numbers that are not finite become null."""
     rows = table.to_dict("records")
     return [
         {
@@ -124,7 +124,7 @@ def plain_rows(table: "pd.DataFrame") -> list[dict[str, Any]]:
 
 
 def temporary_path(path: Path) -> Path:
-    """A new name beside `path` that no listing shows, to write to before renaming."""
+    """Return a new name beside `path`, for writing before renaming. Listings do not show such files."""
     return path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
 
 
@@ -134,6 +134,6 @@ def is_temporary(path: PurePath) -> bool:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what interrupted writes left in a folder; those below it are others' affair."""
+    """Delete the temporary files that interrupted writes left in a folder, but not in its subfolders."""
     for path in folder.glob(f"{_TEMPORARY}*"):
         path.unlink(missing_ok=True)

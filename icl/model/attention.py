@@ -41,7 +41,7 @@ def attention(
         queries: Queries of every `stride`-th token; query i belongs to token i * stride.
         keys: Keys of all tokens.
         values: Values of all tokens.
-        num_heads: Number of heads H. The C channels hold head 1, then head 2, and so on.
+        num_heads: Number of heads H. The C channels are those of head 1, then those of head 2, and so on.
         stride: Distance from one querying token to the next.
     """
     if has_kernel_for(queries):
@@ -64,7 +64,7 @@ def attention_by_formula(
     num_heads: int,
     stride: int,
 ) -> Float[Tensor, "*N Q C"]:
-    """Compute what `attention` computes by PyTorch's operations, on any device and in any precision."""
+    """Compute the result of `attention` with PyTorch's operations, on any device and in any precision."""
     num_tokens = keys.shape[-2]
     future = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=keys.device).triu(1)[::stride]  # Q T
     q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(-3, -2) for part in (queries, keys, values))  # N H . c
@@ -131,7 +131,7 @@ class _AttentionGradient(torch.autograd.Function):
 
 
 def _fold_mapped_axis(size: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> list[Any]:
-    """Turn the axis that `torch.vmap` maps over into more prompts; inputs that are no tensors stay as they are."""
+    """Merge the axis that `torch.vmap` maps over into the axis of prompts. Inputs other than tensors do not change."""
 
     def fold(value: Any, axis: int | None) -> Any:
         if not isinstance(value, Tensor):
@@ -152,7 +152,7 @@ def _compiled_kernel() -> ctypes.CDLL | None:
         digest = library.attention_source().decode()
     except OSError:
         return None
-    except AttributeError:  # a library from before the digest was in it
+    except AttributeError:  # an older library, without a digest
         digest = "none"
     if _SOURCE.exists() and sha256(_SOURCE.read_bytes()).hexdigest() != digest:
         warnings.warn(
@@ -216,11 +216,11 @@ def _run(function: Any, outputs: Sequence[Tensor], inputs: Sequence[Tensor], num
     ):
         given = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in inputs)
         raise ValueError(
-            f"The attention kernel takes float32 queries (B, Q, C), keys and values (B, T, C). The heads must divide C. "
+            f"The attention kernel takes float32 queries (B, Q, C), keys and values (B, T, C). The number of heads must divide C. "
             f"Query i is at token i * stride, which must be below T; got {num_heads} heads, stride {stride} and {given}."
         )
     contiguous = [tensor.contiguous() for tensor in inputs]  # keep the copies alive until the kernel has returned
-    # In a new thread, PyTorch passes its number of threads on to OpenMP only when it is asked for it.
+    # In a new thread, PyTorch passes its number of threads on to OpenMP only when it is asked for that number.
     torch.get_num_threads()
     pointers = [tensor.data_ptr() for tensor in (*outputs, *contiguous)]
     function(*pointers, num_prompts, num_heads, num_queries, num_tokens, width // num_heads, stride, _LANES)

@@ -19,13 +19,13 @@ from icl.model.stacked import Params
 _ALIGNMENT = 16
 """Row width is a multiple of this many numbers, 64 bytes in float32.
 
-Every row then starts at a full cache line. Where data start can decide how PyTorch sums, so without this a member's
-results would depend on its row, by rounding.
+Every row then starts at a full cache line. PyTorch's order of summation can depend on the address of the data. So without
+this, a member's results would depend on its row, by rounding.
 """
 
 
 class Slot(NamedTuple):
-    """The columns of a row that hold one parameter."""
+    """The columns of a row that belong to one parameter."""
 
     name: str
     shape: torch.Size
@@ -67,7 +67,7 @@ class Layout:
         parts = []
         for slot in self.slots:
             stacked = params[slot.name].detach()
-            flat = stacked.reshape(len(stacked), -1)  # N size, also where the parameter is a single number
+            flat = stacked.reshape(len(stacked), -1)  # N size, even if the parameter is a single number
             parts.append(flat if slot.elements is None else flat[:, slot.elements.to(flat.device)])
         padding = parts[0].new_zeros(len(parts[0]), self.width - self.size)
         return torch.cat([*parts, padding], dim=1)

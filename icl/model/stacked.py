@@ -8,8 +8,8 @@ a dict of tensors with the names of the module's state dict.
 is faster for six reasons:
 
 - A linear map of all members is one batched matrix product. A single member uses PyTorch's fused operations.
-- When compiled, the queries, keys and values of the first block are computed from the tokens' D + 1 coordinates. Their
-  embeddings have C channels, which is more (`_heads_of_tokens`).
+- When compiled, the queries, keys and values of the first block are computed from the tokens' D + 1 coordinates. This
+  is cheaper, because their embeddings have more channels, C (`_heads_of_tokens`).
 - After the last attention only x-tokens are computed, because only they predict.
 - Attention has its own kernel on CPUs (`icl.model.attention`).
 - Without that kernel we pad prompts to the even length T = 2K: PyTorch's small products then take a quarter less time.
@@ -144,7 +144,7 @@ def _block(
 def _heads(
     config: ModelConfig, params: Params, path: str, x: Float[Tensor, "N B T C"], stride: int
 ) -> list[Float[Tensor, "N B _ C"]]:
-    """Return the queries of every `stride`-th token and the keys and values of all; C channels hold the heads in turn."""
+    """Return the queries of every `stride`-th token and the keys and values of all. The C channels are sorted by head."""
     weight, bias = params[f"{path}.attention.qkv.weight"], params.get(f"{path}.attention.qkv.bias")
     # Three products, not one for all three parts: queries are needed at every `stride`-th token only, and the kernel of
     # attention reads contiguous tensors, which slices of one product are not.
@@ -169,7 +169,7 @@ def _heads_of_tokens(
 
         W LN(x) = s (W' A') token + s W' p' + W b
 
-    W' is W times the gains; A' and p' are A and p less their means over channels. The product W' A' is computed once. It
+    W' is W times the gains; A' and p' are A and p minus their means over channels. The product W' A' is computed once. It
     has D + 1 columns, so tokens are multiplied by D + 1 channels instead of C.
     """
     weight, bias = params[f"{path}.attention.qkv.weight"], params.get(f"{path}.attention.qkv.bias")

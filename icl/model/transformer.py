@@ -3,7 +3,7 @@
 The tokens x1, y1, ..., xK are embedded, pass through L causal blocks, and are read out at the x-tokens. The prediction of
 y_k is coordinate 0 of the output at x_k, which depends on x1, y1, ..., x_k and on nothing later.
 
-By plain options this is the model of Raventos et al. (2023), Hoogland et al. (2024) and Carroll et al. (2025);
+Depending on its options, this is the model of Raventos et al. (2023), Hoogland et al. (2024) or Carroll et al. (2025).
 `icl.presets` has their settings. Two things differ from Hoogland et al. We drop the last y-token, because no prediction
 depends on it; the table of positions keeps its 2K rows. `double_residual` is off by default.
 
@@ -86,7 +86,7 @@ class Transformer(nn.Module):
         )  # T T: row t hides s > t
         for block in self.blocks:
             x = block(x, future)  # B T C
-        return self.unembedding(self.final_norm(x[:, ::2]))[..., 0]  # B K; x-tokens stand at even places
+        return self.unembedding(self.final_norm(x[:, ::2]))[..., 0]  # B K; x-tokens are at even positions
 
     def _require_prompts_that_fit(self, xs: Tensor, ys: Tensor) -> None:
         if xs.ndim != 3 or ys.shape != xs.shape[:2]:
@@ -132,7 +132,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T C"], future: Bool[Tensor, "T T"]) -> Float[Tensor, "B T C"]:
         """Return each token's weighted mean of the values of itself and the tokens before it."""
-        # The 3C outputs of `qkv` hold q, k and v of head 1, then those of head 2, and so on. Checkpoints rely on this order.
+        # The 3C outputs of `qkv` are q, k and v of head 1, then those of head 2, and so on. Checkpoints rely on this order.
         heads = self.qkv(x).unflatten(-1, (self.num_heads, 3, self.head_size))  # B T H 3 c
         q, k, v = heads.permute(3, 0, 2, 1, 4)  # each B H T c
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_size)  # B H T T
@@ -155,7 +155,7 @@ class MLP(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Linear map whose initial weights are not drawn here: `initialise` sets them, from a generator of its own."""
+    """Linear map that draws no initial weights. `initialise` draws them, from a given generator."""
 
     def reset_parameters(self) -> None:
         """Leave the weights undefined; PyTorch's own method draws them from the global generator."""

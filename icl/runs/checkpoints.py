@@ -1,13 +1,14 @@
-"""Checkpoints for analysis: the weights of one step as safetensors that carry their step and whole configuration.
+"""Checkpoints for analysis: the weights of one step as safetensors, with the step and the whole configuration.
 
-They are small, fast and safe to load from strangers: nothing is ever unpickled. A file begins with eight bytes that give the
-length of a JSON header, which names each tensor with its type, shape and place. A stranger's file can claim anything there. So the
-claims are compared with the file's size, and the shapes with those that the saved configuration implies, before a single tensor
-is made: the time and memory of a refusal do not depend on the numbers claimed. Each holds a digest of its weights and one
-of its step and configuration, so a file that was cut short, altered or made by another program is refused in one sentence.
+Checkpoints are small, fast and safe to load from strangers, because nothing is unpickled. A file begins with eight bytes that
+give the length of a JSON header. The header lists each tensor with its type, shape and position. A stranger's file can claim
+anything there. So before any tensor is made, we compare the claims with the file's size, and the shapes with those that the
+saved configuration implies. Hence the time and memory of a refusal do not depend on the claimed numbers. Each file also has a
+digest of its weights and one of its step and configuration. So a file that was cut short, altered or made by another program
+is refused.
 
-With `checkpoints.moments` Adam's moments lie in a file of the same name and kind in `moments/` beside them, so that whoever wants
-weights reads no more than before. Their tensors are named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
+With `checkpoints.moments`, Adam's moments are in a file of the same name and format in the subfolder `moments/`. So loading
+weights does not read them. Their tensors are named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
 """
 
 import hashlib
@@ -37,27 +38,27 @@ from icl.store.base import LocalStore, Store
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's running means of the gradient and of its square, as torch calls them."""
 _TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
-"""The types of numbers that a checkpoint may hold, as safetensors and as numpy name them."""
+"""Types of numbers that a checkpoint may contain: their names in safetensors, and in NumPy."""
 _MAX_HEADER = 2**23
-"""Bytes of a header; ours have a few thousand."""
+"""Largest size of a header in bytes. Ours have a few thousand."""
 _MAX_TENSORS = 10_000
-"""Tensors of a file; a model of 800 layers has about as many."""
+"""Largest number of tensors in a file. A model of 800 layers has about as many."""
 _FORMAT = "icl-checkpoint-1"
 _ENTRY = "icl"
 _SEAL = "about_digest"
-"""The key of a digest of all that a file says of itself; files of 0.1.0 have none."""
+"""Key of the digest of a file's metadata. Files of version 0.1.0 have none."""
 _NAME = re.compile(r"step-(\d{9,})\.safetensors")
 
 
 class CheckpointError(UserError, ValueError):
-    """A file that is no usable checkpoint; the message says what was expected."""
+    """A file that is not a usable checkpoint. The message says what was expected."""
 
 
 class Checkpoint(NamedTuple):
     """One saved step of a run."""
 
     step: int
-    """After how many updates; 0 is the initial model."""
+    """Number of updates before the checkpoint; 0 means the initial model."""
     config: RunConfig
     params: Params
     """Weights by parameter name, on the CPU."""
@@ -66,7 +67,7 @@ class Checkpoint(NamedTuple):
 
 
 class _CutShortError(ContentError):
-    """A file whose header is whole, but which ends before or after its last tensor."""
+    """A file with a complete header that ends before or after its last tensor."""
 
 
 class _TensorEntry(NamedTuple):
@@ -75,7 +76,7 @@ class _TensorEntry(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """Place of its first byte, from the file's beginning."""
+    """Position of the tensor's first byte in the file."""
     stop: int
 
 
@@ -100,7 +101,9 @@ def save_checkpoint(store: Store, step: int, config: RunConfig, params: Mapping[
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in params.items()}
     about = {"format": _FORMAT, "step": step, "config": config.to_dict(), "digest": _digest(tensors)}
     about[_SEAL] = _seal(about)
-    data = safetensors.torch.save(tensors, {_ENTRY: json.dumps(about)})  # one entry, as their order is random
+    data = safetensors.torch.save(
+        tensors, {_ENTRY: json.dumps(about)}
+    )  # one entry, because the order of several is random
     store.write(checkpoint_name(step), data)
 
 
@@ -132,10 +135,10 @@ def load_checkpoint_file(path: str | Path) -> Checkpoint:
 
 
 def load_same_run(path: Path, config: RunConfig) -> Checkpoint:
-    """Return a checkpoint from its file, refused if it is of another run than `config`'s.
+    """Return a checkpoint from its file. Refuse it if it is of another run than `config`.
 
     Raises:
-        CheckpointError: If it is no usable checkpoint, or of another run.
+        CheckpointError: If it is not a usable checkpoint, or is of another run.
     """
     checkpoint = load_checkpoint_file(path)
     differences = config_differences(config, checkpoint.config)
@@ -145,17 +148,17 @@ def load_same_run(path: Path, config: RunConfig) -> Checkpoint:
 
 
 def require_one_run(files: Sequence[Path]) -> None:
-    """Refuse checkpoints of different runs before work on the first of them; their weights are not read.
+    """Refuse checkpoints of different runs before the work on them starts. Their weights are not read.
 
     Raises:
-        CheckpointError: If one is no checkpoint, or of another run than the first.
+        CheckpointError: If one is of another run than the first.
     """
     first: RunConfig | None = None
     for path in files:
         try:
             with path.open("rb") as file:
                 config = _read_about(file, str(path)).config
-        except (OSError, CheckpointError):  # said where its weights are wanted, after the others' work
+        except (OSError, CheckpointError):  # reported when its weights are loaded, after the work on the others
             continue
         first = first or config
         if differences := config_differences(first, config):
@@ -173,20 +176,20 @@ def load_step(store: Store, step: int) -> Checkpoint:
 
 
 def parse_checkpoint(data: bytes, name: str) -> Checkpoint:
-    """Return the checkpoint that the bytes of a file hold.
+    """Parse a checkpoint from the bytes of its file.
 
     Args:
         data: The whole file.
-        name: What an error calls it.
+        name: Name of the file in error messages.
 
     Raises:
-        CheckpointError: If they are truncated, altered, or not a checkpoint of this program.
+        CheckpointError: If the file is truncated, altered, or not a checkpoint of this program.
     """
     return _checkpoint(_read_about(io.BytesIO(data), name), data, name)
 
 
 def stored_tensors(file: Path, prefix: str) -> StoredArray:
-    """Return the tensors whose name begins with `prefix`, one after the other by name, left in the checkpoint's file.
+    """Return a reference to the tensors whose names begin with `prefix`, in order. Their numbers stay in the file.
 
     Raises:
         CheckpointError: If there are no such tensors, or they are of several types.
@@ -196,7 +199,7 @@ def stored_tensors(file: Path, prefix: str) -> StoredArray:
             tensors = [entry for name, entry in _read_header(raw).tensors.items() if name.startswith(prefix)]
         types = {tensor.dtype for tensor in tensors}
         if len(types) != 1:
-            raise ContentError(f"it holds no tensors {prefix}* of one type, but of {sorted(types) or 'none'}")
+            raise ContentError(f"its tensors {prefix}* must be of one type, got {sorted(types) or 'none'}")
     except ContentError as error:
         raise CheckpointError(f"The checkpoint {file} cannot be used: {error}.") from None
     dtype = np.dtype(_TYPES[types.pop()])
@@ -205,7 +208,7 @@ def stored_tensors(file: Path, prefix: str) -> StoredArray:
 
 
 def checkpoint_files(path: str | Path) -> list[Path]:
-    """Return the checkpoint files that a path names: one file, a run's folder, or its folder of checkpoints; by step.
+    """Return the checkpoint files at a path, by step. The path is a file, a run's folder, or its folder of checkpoints.
 
     Raises:
         CheckpointError: If there are none.
@@ -231,7 +234,7 @@ class _About(NamedTuple):
 
 
 def _read_about(file: io.BufferedIOBase, name: str) -> _About:
-    """Return what a file says of itself; its tensors are seen to be those that it describes, and are not read."""
+    """Return a file's metadata. Check that its tensors are those that the metadata describes, without reading them."""
     try:
         header = _read_header(file)
         metadata = parse_json(header.metadata.get(_ENTRY, "null"))
@@ -249,7 +252,7 @@ def _read_about(file: io.BufferedIOBase, name: str) -> _About:
         if not is_count(step):
             raise ContentError(f"its step is {step!r}")
         if not isinstance(tree, dict):
-            raise ContentError("it holds no configuration")
+            raise ContentError("it contains no configuration")
         config = RunConfig.from_dict(tree)
         _require_shapes(header, config)
         if _SEAL in metadata and metadata[_SEAL] != _seal(metadata):
@@ -260,9 +263,9 @@ def _read_about(file: io.BufferedIOBase, name: str) -> _About:
 
 
 def _checkpoint(about: _About, data: bytes, name: str) -> Checkpoint:
-    """Return the checkpoint of a file that says this of itself."""
+    """Return the checkpoint of a file with this metadata."""
     try:
-        params = dict(sorted(safetensors.torch.load(data).items()))  # it gives them in another order each time
+        params = dict(sorted(safetensors.torch.load(data).items()))  # `load` returns them in random order
     except SafetensorError as error:
         raise _damaged(name, error) from None
     if _digest(params) != about.digest:
@@ -283,7 +286,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _seal(about: Mapping[str, Any]) -> str:
-    """Return the digest of what a checkpoint says of itself, as JSON with its keys in order."""
+    """Return the digest of a checkpoint's metadata, as JSON with sorted keys."""
     text = json.dumps({key: value for key, value in about.items() if key != _SEAL}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -292,7 +295,7 @@ def _read_header(file: io.BufferedIOBase) -> _Header:
     """Return the header of an open file, or of bytes in memory.
 
     Raises:
-        ContentError: If there is none, or what it says is not what the file holds.
+        ContentError: If there is none, or it does not fit the file.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -304,11 +307,11 @@ def _read_header(file: io.BufferedIOBase) -> _Header:
     if not isinstance(metadata, dict):
         raise ContentError("it has no header of safetensors")
     if len(tree) > _MAX_TENSORS:
-        raise ContentError(f"it holds {len(tree):,} tensors, and at most {_MAX_TENSORS:,} are read")
+        raise ContentError(f"it contains {len(tree):,} tensors, and at most {_MAX_TENSORS:,} are read")
     tensors = {name: _entry(about, 8 + length) for name, about in tree.items()}
     end = max((tensor.stop for tensor in tensors.values()), default=8 + length)
     if end != size:
-        raise _CutShortError(f"it has {size:,} bytes, and its header tells of {end:,}")
+        raise _CutShortError(f"it has {size:,} bytes, but its header describes {end:,}")
     return _Header(tensors, metadata)
 
 
@@ -316,32 +319,32 @@ def _require_shapes(header: _Header, config: RunConfig) -> None:
     """Refuse tensors that are not the parameters of the configuration's model, or the moments of all of them.
 
     Raises:
-        ContentError: Naming the first difference.
+        ContentError: If they differ. The message names the first difference.
     """
     expected = parameter_shapes(config.model, task_size=config.task.task_size, max_examples=config.task.max_examples)
     kinds = [f"{kind}/" for kind in MOMENTS] if any("/" in name for name in header.tensors) else [""]
     count = len(kinds) * expected.num_tensors  # compared first: a configuration can claim millions of layers
     if len(header.tensors) != count:
-        raise ContentError(f"it holds {len(header.tensors):,} tensors, and its configuration describes {count:,}")
+        raise ContentError(f"it contains {len(header.tensors):,} tensors, but its configuration describes {count:,}")
     for name, shape in expected.by_name().items():
         for kind in kinds:
             tensor = header.tensors.get(kind + name)
             if tensor is None or tensor.shape != shape:
                 there = "missing" if tensor is None else f"of shape {tensor.shape}"
-                raise ContentError(f"{kind}{name} is {there}, and its configuration describes shape {shape}")
+                raise ContentError(f"{kind}{name} is {there}, but its configuration describes shape {shape}")
     types = sorted({tensor.dtype for tensor in header.tensors.values()})
     if len(types) > 1:
         raise ContentError(f"its tensors are of several types, {' and '.join(types)}")
 
 
 def _entry(about: Any, before: int) -> _TensorEntry:
-    """Return one tensor's entry, whose numbers begin `before` bytes after the file's beginning at the earliest."""
+    """Parse the header's entry for one tensor. Its offsets are relative to the end of the header, at byte `before`."""
     try:
         dtype, shape, (start, stop) = about["dtype"], about["shape"], about["data_offsets"]
     except (LookupError, TypeError, ValueError):
         raise ContentError("its header does not describe every tensor") from None
     if not isinstance(dtype, str) or dtype not in _TYPES:
-        raise ContentError(f"a tensor is of type {dtype!r}, and should be one of {', '.join(_TYPES)}")
+        raise ContentError(f"a tensor is of type {dtype!r}, but must be one of {', '.join(_TYPES)}")
     numbers = [*shape, start, stop] if isinstance(shape, list) else [None]
     if not all(is_count(number) for number in numbers):
         raise ContentError("its header does not describe every tensor")

@@ -1,10 +1,10 @@
-"""Ownership of a run's place in a store.
+"""Ownership of a run's copy in a store.
 
-`run-id` is drawn once, in the folder that the run began in. A copy belongs to the folder with the same id; any other run of
-that name is refused, whatever its settings. A folder without a run that asks for the same settings takes the copy over, id
-included: it is the same run, resumed elsewhere. `run-id` holds the settings too. So a place whose machine was lost before
-`config.yaml` arrived is taken over in the same way. Nobody ever replaces a `run-id`, so two machines that take one place at
-once agree on it; they compute the same run.
+A run's `run-id` is drawn once, in the folder where the run begins. A copy belongs to the folder with the same id. Any other
+run of that name is refused, whatever its settings. A new folder with the same settings takes over the copy and its id: this
+is the same run, resumed on another machine. `run-id` also contains the settings. So a copy can be taken over even if its
+machine was lost before `config.yaml` arrived. A `run-id` is never replaced. So two machines that claim one copy at the same
+moment agree on the id, and compute the same run.
 """
 
 import secrets
@@ -20,15 +20,15 @@ from icl.store.opening import open_store
 
 
 def claim(here: Store, there: Store, config: RunConfig) -> None:
-    """Make the place in the store this run's own, or find that it is.
+    """Claim a run's copy in a store, unless it belongs to the run already.
 
     Args:
         here: The run's folder.
-        there: The place.
+        there: The folder of the copy in the store. It may be empty.
         config: The run's settings.
 
     Raises:
-        RunError: If it belongs to another run.
+        RunError: If the copy belongs to another run.
         StorageError: If the store or the folder cannot be used.
     """
     kept = read_or_none(here, "run-id")
@@ -38,7 +38,9 @@ def claim(here: Store, there: Store, config: RunConfig) -> None:
         owner = offered
     owner = owner or read_or_none(there, "run-id") or b""
     if owner != offered:
-        is_begun = read_or_none(there, "config.yaml") is None  # and no more: its machine is just starting, or was lost
+        is_begun = (
+            read_or_none(there, "config.yaml") is None
+        )  # only the id is there: its machine is just starting, or was lost
         if not is_begun or kept is not None or not _is_of(there, owner, config):
             raise RunError(_describe_owner(there, is_begun))
     if kept is None:
@@ -52,7 +54,7 @@ def _new_id(config: RunConfig) -> bytes:
 
 
 def _is_of(there: Store, owner: bytes, config: RunConfig) -> bool:
-    """Return whether the run whose id is in a store has these settings. 0.1.0 wrote settings into checkpoints only."""
+    """Return whether the owner of a copy has these settings. Version 0.1.0 wrote the settings into checkpoints only."""
     settings = owner.partition(b"\n")[2]
     checkpoints = open_store(f"{there}/checkpoints")
     try:
@@ -67,10 +69,10 @@ def _is_of(there: Store, owner: bytes, config: RunConfig) -> bool:
 def _describe_owner(there: Store, is_begun: bool) -> str:
     if not is_begun:
         return (
-            f"{there} holds another run of that name, and nothing was copied over it; "
-            "give this one another --run_name, or another --checkpoints.store."
+            f"{there} contains another run of that name, so nothing was copied there; "
+            "give this run another --run_name, or another --checkpoints.store."
         )
     return (
-        f"{there} was taken by another run of that name, of which nothing can be resumed yet. Give this one another "
-        f"--run_name; or, if that run's machine was lost, delete {there}/run-id and run the same command again."
+        f"{there} was taken by another run of that name, which has saved nothing to resume from yet. Give this run another "
+        f"--run_name. If the machine of that run was lost, delete {there}/run-id and run the same command again."
     )

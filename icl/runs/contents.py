@@ -1,4 +1,4 @@
-"""The checkpoints that a run's folder must hold, given the run's settings and its latest step."""
+"""The checkpoints that a run's folder must contain, given the run's settings and its latest step."""
 
 from collections.abc import Sequence
 
@@ -12,16 +12,16 @@ from icl.runs.resume_file import NAMES, read_resume
 from icl.runs.status import Status
 
 _MAX_STEPS = 8
-"""Steps that a sentence names; it counts the others."""
+"""Largest number of steps that a message lists. It only counts the others."""
 
 
 def expected_steps(config: RunConfig, step: int, status: Status | None = None) -> list[int]:
-    """Return the steps whose checkpoints there must be.
+    """Return the steps that must have a checkpoint.
 
     Args:
         config: The run's settings.
-        step: How far the run has come.
-        status: How it has ended, if it has: the last step is then there, and the best one where early stopping keeps it.
+        step: The run's latest step.
+        status: The run's status. If the run has ended, the last step is expected too, and the best one with early stopping.
     """
     grid = config.checkpoints
     scheduled = checkpoint_steps(
@@ -35,7 +35,7 @@ def expected_steps(config: RunConfig, step: int, status: Status | None = None) -
 
 
 def missing_steps(run: RunFolder, config: RunConfig, step: int, status: Status | None = None) -> list[int]:
-    """Return the steps whose checkpoint, or Adam's moments where they are saved, is not in the run's folder."""
+    """Return the steps whose checkpoint is missing in the run's folder. If Adam's moments are saved, they must be there too."""
     there = set(list_steps(run.checkpoints))
     if config.checkpoints.moments:
         there &= set(list_steps(run.moments))
@@ -43,14 +43,14 @@ def missing_steps(run: RunFolder, config: RunConfig, step: int, status: Status |
 
 
 def describe_altered_rows(run: RunFolder) -> str | None:
-    """Return a sentence if `metrics.csv` is not what it was at the last save of a run that has ended; None if it is, or nobody knows."""
+    """Return a sentence if `metrics.csv` has changed since the last save of a run that has ended. None if not, or if unknown."""
     status = run.read_status()
     if status is None or not status.is_done:
         return None
     try:
         resume, _ = read_resume(run)
         data = run.metrics_file.read_bytes()
-    except (UserError, OSError):  # told by those that need these files
+    except (UserError, OSError):  # reported by the code that needs these files
         return None
     if resume is None or resume.step != status.step:
         return None
@@ -62,13 +62,13 @@ def describe_altered_rows(run: RunFolder) -> str | None:
 def describe_missing(run: RunFolder, steps: Sequence[int]) -> str:
     """Return the sentences for missing checkpoints: which, and how to get them back."""
     return (
-        f"{run.path} lacks the {name_checkpoints(steps)}. `icl checkpoints {run.path} pull` fetches what its store has; to make them again from "
+        f"{run.path} lacks the {name_checkpoints(steps)}. `icl checkpoints {run.path} pull` fetches those that its store has. To train again from "
         f"step 0, delete {', '.join(NAMES)} and status.json there and run the same command."
     )
 
 
 def name_checkpoints(steps: Sequence[int]) -> str:
-    """Return words such as "checkpoints of steps 5, 10"; of many steps the first ones are named."""
+    """Return words such as "checkpoints of steps 5, 10". If there are many steps, only the first ones are listed."""
     named = ", ".join(f"{step:,}" for step in steps[:_MAX_STEPS])
     more = f" and {len(steps) - _MAX_STEPS:,} more" if len(steps) > _MAX_STEPS else ""
     return f"checkpoints of steps {named}{more}" if len(steps) > 1 else f"checkpoint of step {named}"

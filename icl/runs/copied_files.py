@@ -1,7 +1,7 @@
-"""The files of a run that its copy in a store has, and the order in which they are copied.
+"""The files of a run that are copied to its store, and the order in which they are copied.
 
-`last.ckpt` and `status.json` vouch for the files beside them and so come after them; `config.yaml`, which makes a folder a run,
-comes last of all.
+`last.ckpt` and `status.json` describe the other files, so they are copied after them. `config.yaml` marks a folder as a run,
+so it is copied last.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from icl.store.base import LocalStore, Store, require_key
 CHECKPOINT_FOLDERS = ("checkpoints", "checkpoints/moments")
 """Folders of the weights, and of Adam's moments where they are saved."""
 VOUCHERS = ("last.ckpt", "status.json")
-"""Files that describe the others. They are copied after those, the status last."""
+"""Files that describe the other files. They are copied after them, the status last."""
 LAST = (*VOUCHERS, "config.yaml")
-"""Files that are copied one after the other, when all others have arrived."""
+"""Files that are copied one by one, in this order, after all others have arrived."""
 NEEDED = ("run-id", "metrics.csv", *LAST)
 """Files without which a run cannot be resumed."""
 _FILES = (*NEEDED, "wandb-id", "run.log", "report.html")
@@ -27,7 +27,7 @@ _FOLDERS = ("checkpoints", "results", "figures")
 
 
 def copied_names(store: Store) -> list[str]:
-    """List the names in a run's folder, or in its copy, that belong to a copy; those in `LAST` come last.
+    """List the files in a run's folder, or in its copy, that are part of the copy. Those in `LAST` come last.
 
     Raises:
         StorageError: If one of them could lead out of the run's folder, or the store cannot be used.
@@ -46,9 +46,9 @@ def is_checkpoint(name: str) -> bool:
 
 
 def size_limit(name: str) -> int | None:
-    """Return the maximum number of bytes that are read of a file of a run; None for weights, records and pictures.
+    """Return the maximum number of bytes to read from a run's file, or None for weights, arrays and pictures.
 
-    A stranger's folder or bucket may hold a `status.json` that fills the memory.
+    Without a limit, a `status.json` in a stranger's folder or bucket could fill the memory.
     """
     if name in _SMALL_FILES:
         return MAX_SMALL_FILE
@@ -56,10 +56,10 @@ def size_limit(name: str) -> int | None:
 
 
 def require_whole(name: str, data: bytes, where: str) -> None:
-    """Refuse a damaged checkpoint or resume file, which carry digests of their own.
+    """Refuse a checkpoint or resume file that does not match the digests in it.
 
     Raises:
-        CheckpointError, ResumeFileError: Saying what is wrong.
+        CheckpointError, ResumeFileError: If it is damaged. The message says what is wrong.
     """
     if is_checkpoint(name):
         parse_checkpoint(data, where)
@@ -68,17 +68,17 @@ def require_whole(name: str, data: bytes, where: str) -> None:
 
 
 def require_no_links_out(*stores: Store) -> None:
-    """Refuse to copy from or to a folder that holds a link out of it: what lies behind is not the run's.
+    """Refuse to copy from or to a folder with a link out of it, because the link's target is not part of the run.
 
     Raises:
-        StorageError: Naming the first such link.
+        StorageError: If there is such a link. The message names the first one.
     """
     for store in stores:
         links = list(filter(_is_copied, store.links_out())) if isinstance(store, LocalStore) else []
         if links:
             raise StorageError(
                 f"{store}/{links[0]} is a symbolic link out of the run's folder, so nothing was copied; "
-                "put what it leads to in its place, or remove it."
+                "replace the link by its target, or remove it."
             )
 
 
@@ -87,11 +87,11 @@ def _is_copied(name: str) -> bool:
 
 
 def _require_one_kind(names: Sequence[str], store: Store) -> None:
-    """Refuse a name that is a file's and a folder's at once: a bucket may have both, a folder cannot."""
+    """Refuse a name that is both a file and a folder. A bucket can have both, but a file system cannot."""
     folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
     both = next((name for name in names if name in folders), None)
     if both is not None:
         raise StorageError(
-            f"{store} has a file by the name {both!r} and files below {both + '/'!r}, which no folder can hold, so nothing "
-            "is done with it; remove one of them there."
+            f"{store} has a file named {both!r} and files below {both + '/'!r}. A folder cannot have both, so `icl` does "
+            "not use this store. Remove one of them there."
         )

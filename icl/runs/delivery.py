@@ -1,7 +1,7 @@
-"""Delivery of a run's files to its store: a note of what arrived, and uploads of what is made after training.
+"""Delivery of a run's files to its store: a note of the files that arrived, and uploads of files made after training.
 
-`.delivered` in the run's folder says where the copy is and holds the digests of what is known to be there. So a run that
-has ended and is whole in its store needs it no more, and results and figures are sent once.
+The note `.delivered` in the run's folder contains the address of the copy and the digests of the files that are known to be
+there. So a run that has ended and has a complete copy no longer needs the store, and results and figures are sent only once.
 """
 
 import json
@@ -24,15 +24,15 @@ _NOTE = ".delivered"
 _MADE_LATER = ("results/", "figures/", "report.html")
 _MAX_NAMES = 8
 _MAX_NOTE = 2**26
-"""Bytes of the note; a file of the run takes about a hundred."""
+"""Largest size of the note in bytes. It needs about a hundred for each file of the run."""
 
 
 class UploadError(StorageError):
-    """Files that never reached the store; the message names them and the command that sends them."""
+    """Files that did not reach the store. The message names them and the command that sends them."""
 
 
 def is_delivered(run: RunFolder, config: RunConfig) -> bool:
-    """Return whether a run has ended and all of it has arrived. Its status is sent last, so it is the one that is compared."""
+    """Return whether a run has ended and its copy is complete. The status is sent last, so comparing it is enough."""
     status = run.read_status()
     arrived = _read_note(run, config)
     is_done = status is not None and status.is_done
@@ -40,19 +40,19 @@ def is_delivered(run: RunFolder, config: RunConfig) -> bool:
 
 
 def note_delivered(run: RunFolder, config: RunConfig, names: Iterable[str]) -> None:
-    """Remember that files are in the run's store as they are here."""
+    """Note that the run's store has these files with their present content."""
     arrived = _read_note(run, config) | {name: run.store.digest(name) for name in names}
     note = {"place": _place(config), "files": arrived}
     write_atomically(run.path / _NOTE, (json.dumps(note, indent=1) + "\n").encode())
 
 
 def send_results(run: RunFolder) -> list[str]:
-    """Send what was made of a run after its training and is not in its store yet; return the names of what was sent.
+    """Send the results, figures and report of a run that its store does not have yet. Return the names of the files sent.
 
-    Nothing happens for a run that never had a copy.
+    If the run never had a copy, nothing is sent.
 
     Raises:
-        UploadError: If the store cannot be used, or holds no copy of this run.
+        UploadError: If the store cannot be used, or has no copy of this run.
     """
     config = run.read_config()
     url = store_url(config)
@@ -66,7 +66,7 @@ def send_results(run: RunFolder) -> list[str]:
     try:
         mirror = open_mirror(run, url, run_name(config))
         if not same_file(mirror.here, mirror.there, "run-id"):
-            raise StorageError("that place holds no copy of this run")
+            raise StorageError("the store has no copy of this run")
         sent = [name for name in left if not same_file(mirror.here, mirror.there, name)]
         for name in sent:
             mirror.there.write(name, mirror.here.read(name))
@@ -79,7 +79,7 @@ def send_results(run: RunFolder) -> list[str]:
 
 
 def describe_left(run: RunFolder, url: str, left: Sequence[str], reason: str) -> str:
-    """Return the sentence of an `UploadError`."""
+    """Return the message of an `UploadError`."""
     shown = ", ".join(left[:_MAX_NAMES]) + (f" and {len(left) - _MAX_NAMES} more" if len(left) > _MAX_NAMES else "")
     config = run.read_config()
     command = f"icl checkpoints {shlex.quote(str(run.path))} push"
@@ -87,13 +87,13 @@ def describe_left(run: RunFolder, url: str, left: Sequence[str], reason: str) ->
         command += f" --store {shlex.quote(url)}"
     files = f"{len(left)} files" if len(left) > 1 else "1 file"
     return (
-        f"{files} of {run.path} did not reach {url.rstrip('/')}/{run_name(config)}: {shown} ({reason.rstrip('.')}); "
-        f"what is missing there is safe here, and `{command}` sends it."
+        f"{files} of {run.path} did not reach {url.rstrip('/')}/{run_name(config)}: {shown} ({reason.rstrip('.')}). "
+        f"Nothing is lost: `{command}` sends what is missing there."
     )
 
 
 def _read_note(run: RunFolder, config: RunConfig) -> dict[str, str]:
-    """Return the digests of what is known to be in the run's store; none if the note is of another place."""
+    """Return the noted digests of the files in the run's store. Empty if the note is about another store."""
     try:
         note = parse_json(read_bytes(run.path / _NOTE, limit=_MAX_NOTE))
         return dict(note["files"]) if note["place"] == _place(config) else {}
@@ -102,7 +102,7 @@ def _read_note(run: RunFolder, config: RunConfig) -> dict[str, str]:
 
 
 def _place(config: RunConfig) -> str:
-    """Name of the run's place in its store, on its server; without credentials, as it is saved."""
+    """Return the addresses of the run's copy and of its server, without credentials, because they are saved."""
     url = store_url(config) or ""
     root = url.rstrip("/") if "://" in url else str(user_path(url).resolve())
     server = redact(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")

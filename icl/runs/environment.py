@@ -1,6 +1,6 @@
-"""The environment of a training: versions, machine and command, one line of `run.log` for every start.
+"""The environment of a training: versions, machine and command. Every start writes it as one line of `run.log`.
 
-A folder that is read years later, or by somebody else, so says what made it; `icl report` reads the lines back.
+So a reader can tell how a run was made, even years later. `icl report` shows these lines.
 """
 
 import json
@@ -16,14 +16,14 @@ from icl.files.redaction import redact
 
 PACKAGES = ("icl", "torch", "lightning", "numpy")
 OWN_PROGRAM = (sys.executable, str(Path(__file__).parents[1] / "__main__.py"))
-"""Words that start this same `icl` in another process, which imports nothing from the working folder, as `-m icl` would."""
+"""Command that starts this `icl` in another process. Unlike `python -m icl`, it imports nothing from the working folder."""
 COMMANDS = ("train", "sweep", "diversity", "evaluate", "llc", "analyse", "report", "predict", "runs", "checkpoints")
 """Commands of `icl`, in the order in which its overview lists them."""
 _MARK = " environment "
 
 
 def describe_environment() -> dict[str, str]:
-    """Return versions, machine and command of this process, by a word for each."""
+    """Return the versions, the machine and the command of this process, by name."""
     program, *words = sys.argv or [""]
     return {
         "command": redact(shlex.join([Path(program).name, *words])),
@@ -39,12 +39,12 @@ def versions() -> dict[str, str]:
 
 
 def environment_line(more: dict[str, str] | None = None) -> str:
-    """Return this process's environment, and `more` of that kind, as `environments_of` reads it from a log."""
+    """Return this process's environment and the entries of `more` as a line for a log, which `environments_of` reads."""
     return f"{_MARK.strip()} {json.dumps(describe_environment() | (more or {}))}"
 
 
 def environments_of(log: str) -> list[tuple[str, dict[str, str]]]:
-    """Return the time and the environment of every start that a `run.log` tells of; lines that cannot be read are left out."""
+    """Return the time and the environment of every start in a `run.log`. Lines that cannot be read are left out."""
     environments = []
     for line in log.splitlines():
         time, mark, text = line.partition(_MARK)

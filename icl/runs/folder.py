@@ -1,7 +1,7 @@
 """A run's folder: its files, its status, and the lock that keeps two processes from training it at once.
 
-`$LOCAL_ROOT/<run name>/` holds `config.yaml`, `status.json`, `metrics.csv`, `run.log`, `last.ckpt`, `previous.ckpt`,
-`checkpoints/`, `results/` and `figures/`. Whatever is replaced is replaced atomically.
+`$LOCAL_ROOT/<run name>/` contains `config.yaml`, `status.json`, `metrics.csv`, `run.log`, `last.ckpt`, `previous.ckpt`,
+`checkpoints/`, `results/` and `figures/`. Files are replaced atomically.
 """
 
 import contextlib
@@ -31,15 +31,15 @@ _OWN_NAMES = frozenset(
         *("checkpoints", "results", "figures"),
     )
 )
-"""Names of files and folders that icl reads or writes in a run's folder; W&B's folder `wandb` holds links of its own."""
+"""Files and folders that `icl` reads or writes in a run's folder. W&B's `wandb` is not among them, because it contains links."""
 
 
 class RunError(UserError, RuntimeError):
-    """A run that cannot go on; the message says why and what to do."""
+    """A run that cannot continue. The message says why and what to do."""
 
 
 def fails_again(run: "RunFolder", status: Status) -> bool:
-    """Return whether a run failed in a way that the same settings and these versions would only repeat."""
+    """Return whether a run failed and would fail again with the same settings and the present versions."""
     if status.state != "failed" or FAILS_AGAIN not in (status.reason or ""):
         return False
     try:
@@ -50,7 +50,7 @@ def fails_again(run: "RunFolder", status: Status) -> bool:
 
 
 def local_root() -> Path:
-    """Path of the folder of all runs: $LOCAL_ROOT, or `runs` in the working directory.
+    """Return the folder of all runs: $LOCAL_ROOT, or `runs` in the working directory.
 
     Raises:
         ConfigError: If $LOCAL_ROOT begins with `~` and no home folder is known.
@@ -59,16 +59,16 @@ def local_root() -> Path:
 
 
 def place_of(word: str | Path) -> Path:
-    """Return the path that a word of the command line names: an existing path, or else the run of that name below `local_root()`."""
+    """Return the path that a word means: an existing path, or else the run of that name below `local_root()`."""
     path, named = Path(word), local_root() / name_of(word)
     return named if named.exists() and not path.exists() else path
 
 
 def require_place(word: str | Path) -> Path:
-    """Return the path that a word of the command line names, as `place_of` does; it must exist.
+    """Return the path that a word means, as `place_of` does. It must exist.
 
     Raises:
-        RunError: Naming both places.
+        RunError: If there is neither such a path nor such a run. The message names both.
     """
     if not str(word).strip():
         raise RunError("RUN must name a run or a folder, got nothing; `icl runs` lists the runs there are.")
@@ -80,13 +80,13 @@ def require_place(word: str | Path) -> Path:
 
 
 def name_of(word: str | Path) -> str:
-    """Return a run's name, from a folder below `local_root()` or as it is."""
+    """Return a run's name: the path of its folder relative to `local_root()`, or the word itself."""
     path, root = Path(word), local_root()
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
 class RunFolder:
-    """The paths of one run, and what is written there; made by the first write."""
+    """The folder of one run, with its paths and the functions that read and write them. The first write makes the folder."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -110,7 +110,7 @@ class RunFolder:
         """Return the configuration the run was started with.
 
         Raises:
-            ConfigError: If the folder holds none, or it cannot be read.
+            ConfigError: If the folder has none, or it cannot be read.
         """
         try:
             return parse_config(read_bytes(self.config_file), str(self.path))
@@ -124,10 +124,10 @@ class RunFolder:
         write_atomically(self.status_file, status_text(status), durable=False)
 
     def overwrite_status(self, status: Status) -> None:
-        """Write into `status.json` as it is: a full disk has no room for a second file.
+        """Write into the existing `status.json`, because a full disk has no room for a second file.
 
         Raises:
-            OSError: If even that cannot be done.
+            OSError: If it cannot be written.
         """
         with self.status_file.open("r+b") as file:
             file.write(status_text(status))
@@ -141,10 +141,10 @@ class RunFolder:
             return None
 
     def require_own_files(self) -> None:
-        """Refuse a folder in which one of our names leads elsewhere; whoever made it decides what would be written there.
+        """Refuse a folder in which one of our names leads elsewhere. Otherwise a stranger could choose where we write.
 
         Raises:
-            StorageError: Naming a link out of the folder, or a pipe or device in the place of a file.
+            StorageError: If a name is a link out of the folder, or a pipe or device instead of a file. The message names it.
         """
         foreign = dict.fromkeys(self.store.pipes(), "neither a file nor a folder")
         foreign |= dict.fromkeys(self.store.links_out(), "a symbolic link out of the run's folder")
@@ -181,7 +181,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process; the system lets go of it when the process dies.
+        """Lock the run for this process. The system releases the lock when the process ends.
 
         Raises:
             RunError: If another process is training the run.
@@ -212,17 +212,17 @@ def run_of(path: str | Path) -> RunFolder:
 
 
 def parse_config(data: bytes, where: str) -> RunConfig:
-    """Return the configuration that a run's `config.yaml` holds.
+    """Parse the configuration from the bytes of a run's `config.yaml`.
 
     Raises:
-        ConfigError: If it cannot be read; `where` is what the message calls the run.
+        ConfigError: If it cannot be read. The message calls the run `where`.
     """
     try:
         tree = parse_yaml(data)
     except ContentError as error:
         raise ConfigError(f"The config.yaml of {where} cannot be used: {error}.") from None
     if not isinstance(tree, dict) or not tree:
-        raise ConfigError(f"The config.yaml of {where} cannot be used: it holds no settings.")
+        raise ConfigError(f"The config.yaml of {where} cannot be used: it contains no settings.")
     try:
         return RunConfig.from_dict(tree)
     except ConfigError as error:
@@ -230,7 +230,7 @@ def parse_config(data: bytes, where: str) -> RunConfig:
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Return the settings that make two configurations compute differently, a phrase for each; names and machines do not count."""
+    """Return a phrase for each setting that differs and affects training. Names and machines do not count."""
     before, after = (flatten(config.to_dict()) for config in (old, new))
     return [
         f"`{key}` was {before[key]!r} and is now {after[key]!r}"
@@ -240,15 +240,15 @@ def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def require_same_config(old: RunConfig, new: RunConfig, run: RunFolder | str) -> None:
-    """Refuse to resume a run under other settings than it began with.
+    """Refuse to resume a run with other settings than it began with.
 
     Args:
-        old: What it began with.
-        new: What is asked for.
-        run: Its folder, or its place in a store.
+        old: The settings that the run began with.
+        new: The requested settings.
+        run: The run's folder, or the address of its copy.
 
     Raises:
-        ConfigError: Naming every difference.
+        ConfigError: If settings differ. The message names every difference.
     """
     changed = config_differences(old, new)
     if changed:
@@ -260,7 +260,7 @@ def require_same_config(old: RunConfig, new: RunConfig, run: RunFolder | str) ->
 
 @contextlib.contextmanager
 def leaving_nothing(run: RunFolder) -> Iterator[None]:
-    """Hold a run's folder as `RunFolder.lock` does; if the body fails before it has written a file there, the folder goes.
+    """Lock a run's folder as `RunFolder.lock` does. If the body fails before it writes a file there, delete the new folder.
 
     Raises:
         RunError, StorageError: As `RunFolder.lock`.
@@ -279,17 +279,17 @@ def leaving_nothing(run: RunFolder) -> Iterator[None]:
 
 
 def require_own_place(run: RunFolder) -> None:
-    """Refuse to begin a run inside another run's folder, or around other runs; listings and copies would mix them.
+    """Refuse to begin a run inside another run's folder, or around other runs. Listings and copies would mix them.
 
     Raises:
-        RunError: Naming the other run.
+        RunError: If there is such a run. The message names it.
     """
     if run.config_file.is_file() or run.status_file.is_file():
         return
     path = run.path.absolute()
     outer = next((folder for folder in path.parents if _is_run(folder)), None)
     if outer is not None:
-        raise RunError(f"{run.path} would lie inside the run {outer}; give this run another name or folder.")
+        raise RunError(f"{run.path} would be inside the run {outer}; give this run another name or folder.")
     inner = next((file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/status.json")), None)
     if inner is not None:
         raise RunError(

@@ -1,4 +1,4 @@
-"""The runs below a folder, as `icl runs` lists them and as other commands take several of them."""
+"""Find the runs below a folder, for the listing of `icl runs` and for commands that take several runs."""
 
 import os
 import re
@@ -11,10 +11,10 @@ from icl.runs.status import Status
 
 
 def run_folders(root: Path) -> list[RunFolder]:
-    """Return every run below a folder, M = 8 before M = 16.
+    """Return every run below a folder, sorted by the numbers in their names: M = 8 comes before M = 16.
 
     Raises:
-        RunError: If it is no folder.
+        RunError: If it is not a folder.
     """
     if os.path.lexists(root) and not root.is_dir():
         raise RunError(f"{root} is not a folder; name a folder of runs.")
@@ -23,7 +23,7 @@ def run_folders(root: Path) -> list[RunFolder]:
 
 
 def named_runs(paths: Sequence[Path]) -> dict[str, RunFolder]:
-    """Return the runs that paths name, by a name for each: a run's folder, or a folder with runs below it.
+    """Return the runs at some paths, by name. A path is a run's folder, or a folder with runs below it.
 
     Raises:
         RunError: If a path is neither.
@@ -54,10 +54,10 @@ def describe_runs(root: Path) -> list[str]:
 
 
 def _line(name: str, status: Status | None) -> str:
-    # A folder that came along may be named to move the cursor.
+    # A stranger's folder may have a name with control characters, which could move the cursor.
     name = "".join(character if character.isprintable() else "?" for character in name)
     if status is None:
-        return f"{name:40s} {'unreadable':13s} its status.json is damaged; the same `icl train` command writes it anew"
+        return f"{name:40s} {'unreadable':13s} its status.json is damaged; the same `icl train` command writes it again"
     loss = "-" if status.loss is None else f"{status.loss:.4f}" if abs(status.loss) < 1e6 else f"{status.loss:.3g}"
     progress = f"{status.step:,}/{status.max_steps:,}"
     age = _age(time.time() - status.updated)

@@ -3,10 +3,10 @@
 `measure_checkpoints` reads a run's checkpoints in the order of their steps. It passes those without a cached result to a
 function, several at a time. The results are stored as one entry for each step, below `results/<name>/`:
 
-- `step-000001465.json`: the rows for the table; the key; and the name, shape and position of each array. The key holds the
+- `step-000001465.json`: the rows for the table; the key; and the name, shape and position of each array. The key has the
   hash of the checkpoint, the hash of its predecessor if the measurement uses it, the settings, and the version of the method.
 - `step-000001465.npy`: the numbers of all arrays, one after the other. Analyses of the whole run need these arrays, for
-  example a principal component analysis. Parts can be read alone, so the arrays of all checkpoints need not fit in memory.
+  example a principal component analysis. Parts can be read separately, so the arrays of all checkpoints need not fit in memory.
 
 An entry with another key, or a damaged one, is measured again. Nothing is ever unpickled. If the process is killed at any
 point, the same call continues after the last entry.
@@ -87,7 +87,7 @@ class Cache:
             return None
 
     def write(self, entry: Entry, key: Mapping[str, Any]) -> None:
-        """Store an entry under its key. A kill while it is written leaves the old entry, the new one, or none.
+        """Store an entry under its key. If the process is killed meanwhile, the old entry, the new one, or none remains.
 
         Raises:
             StorageError: If it cannot be written.

@@ -1,7 +1,7 @@
 """`metrics.csv`: one row per logged step, the same bytes whether or not the run was interrupted.
 
-It holds nothing that depends on the wall clock. On resume the rows past the resume point, and a row that was cut short,
-are removed; training then writes them again. Floats have nine significant digits, which give float32 back exactly.
+It contains nothing that depends on the wall clock. On resume, the rows after the resume point and a row that was cut short are
+removed, and training writes them again. Floats have nine significant digits, which are enough to restore a float32 exactly.
 """
 
 import csv
@@ -20,7 +20,7 @@ from icl.store.base import sha256
 
 
 def logged_steps(config: RunConfig, step: int) -> set[int]:
-    """Return the steps up to this one that have a row of `metrics.csv`; none for a run that begins."""
+    """Return the steps up to this one that have a row in `metrics.csv`. At step 0 there are none."""
     if step == 0:
         return set()
     evaluations = range(0, step + 1, config.evaluation.every) if config.evaluation.every is not None else ()
@@ -29,7 +29,7 @@ def logged_steps(config: RunConfig, step: int) -> set[int]:
 
 
 def metric_columns(config: RunConfig) -> list[str]:
-    """Return the columns of `metrics.csv`, fixed by the settings."""
+    """Return the columns of `metrics.csv`, which depend only on the settings."""
     columns = ["step", "train/loss", "lr"]
     if config.optim.grad_clip is not None:
         columns.append("clipped_fraction")
@@ -41,7 +41,7 @@ def metric_columns(config: RunConfig) -> list[str]:
 
 
 class MetricsFile:
-    """Appends rows of fixed columns."""
+    """A table of fixed columns to which rows are appended."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns = path, list(columns)
@@ -51,15 +51,15 @@ class MetricsFile:
     def begin(
         self, logged_steps: Iterable[int] = (), *, known: Mapping[str, Callable[[int], float | None]] | None = None
     ) -> None:
-        """Start the file, or cut it back to the steps that were logged before the one that training resumes from.
+        """Start the file, or remove the rows after the step from which training resumes.
 
         Args:
             logged_steps: The steps whose rows are kept.
-            known: Columns that are functions of the step, written anew in the kept rows. Version 0.1.0 wrote another
-                learning rate, that of the next update.
+            known: Columns that are functions of the step. They are computed again in the kept rows, because version 0.1.0
+                wrote the learning rate of the next update.
 
         Raises:
-            RunError: If one of their rows is missing.
+            RunError: If the row of one of these steps is missing.
             StorageError: If it cannot be written.
         """
         rows = self.require_rows(logged_steps)
@@ -87,7 +87,7 @@ class MetricsFile:
         return [rows[step] for step in steps]
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
-        """Write one row; a column without a value stays empty. A file that was removed or altered meanwhile is written anew.
+        """Write one row; a column without a value stays empty. If the file was removed or altered meanwhile, write all rows.
 
         Raises:
             StorageError: If it cannot be written, or its folder is gone.
@@ -107,7 +107,7 @@ class MetricsFile:
         self._num_bytes += len(line.encode())
 
     def sync(self) -> None:
-        """Wait until the disk has every row.
+        """Wait until every row is on disk.
 
         Raises:
             StorageError: If the disk failed, or the file's folder is gone.
@@ -141,7 +141,7 @@ class MetricsFile:
 
 
 def lost_rows(run: RunFolder, config: RunConfig, step: int) -> str | None:
-    """Return what is wrong with the rows up to a step in a sentence, or None if all are there."""
+    """Return a sentence that names a missing row up to a step, or None if no row is missing."""
     try:
         MetricsFile(run.metrics_file, metric_columns(config)).require_rows(logged_steps(config, step))
     except RunError as error:
@@ -150,12 +150,12 @@ def lost_rows(run: RunFolder, config: RunConfig, step: int) -> str | None:
 
 
 def are_rows_altered(data: bytes, saved: Any, *, has_ended: bool = False) -> bool:
-    """Return whether the rows up to a save are others than those that were there then.
+    """Return whether the rows up to a save have changed since then.
 
     Args:
         data: The whole file.
-        saved: What `MetricsFile.digest` gave then; None of a run whose last save was made by 0.1.0.
-        has_ended: Whether that was the last save of the run, after which no row comes.
+        saved: Result of `MetricsFile.digest` at the save, or None if version 0.1.0 made the save.
+        has_ended: Whether that was the last save of the run. Then no rows may follow.
     """
     if not isinstance(saved, dict) or not isinstance(saved.get("size"), int):
         return False
@@ -170,7 +170,7 @@ def whole_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _read(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Return the header of a file, and its whole rows: a step and numbers."""
+    """Return the header of a file, and its complete rows. A row is a step and numbers."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     header, *lines = text.splitlines(keepends=True) or [""]
     whole = (_cells(line) for line in lines if line.endswith("\n"))

@@ -1,11 +1,11 @@
-"""A run's copy in a store: whose it is, what of it is missing, and how it comes and goes.
+"""A run's copy in a store: who owns it, and how it is sent and fetched.
 
-The copy lies at `<store>/<run name>/` and is laid out as the run's folder is. Three rules keep it whole:
+The copy is at `<store>/<run name>/` and has the same layout as the run's folder. Three rules keep it consistent:
 
-- *Whose.* A copy belongs to the folder with the same `run-id` (`icl.runs.claims`).
-- *In which order.* What vouches for other files is copied after them (`icl.runs.copied_files`). A copy that breaks off is taken
-  up by the same command.
-- *What is newer.* Nothing is copied over a run that is further on, unless forced.
+- *Owner.* A copy belongs to the folder with the same `run-id` (`icl.runs.claims`).
+- *Order.* Files that describe other files are copied after them (`icl.runs.copied_files`). If copying is interrupted, the same
+  command continues it.
+- *Age.* Files are never copied over a run at a later step, unless the user forces it.
 """
 
 import os
@@ -45,7 +45,7 @@ class Mirror:
     run: RunFolder
     there: Store
     url: str
-    """The store itself, as it was asked for."""
+    """The store's address, as the user wrote it."""
 
     @property
     def here(self) -> Store:
@@ -62,7 +62,7 @@ def store_url(config: RunConfig) -> str | None:
     """Return the store that a copy of the run goes to: `checkpoints.store`, or the bucket $AWS_BUCKET_NAME, or none.
 
     Raises:
-        ConfigError: If $AWS_BUCKET_NAME is no name of a bucket.
+        ConfigError: If $AWS_BUCKET_NAME is not the name of a bucket.
     """
     bucket = os.environ.get("AWS_BUCKET_NAME")
     if bucket and not re.fullmatch(r"[\w.-]+(/[\w./-]*)?", bucket):
@@ -71,22 +71,24 @@ def store_url(config: RunConfig) -> str | None:
 
 
 def open_mirror(run: RunFolder, url: str, name: str, *, make: bool = True) -> Mirror:
-    """Return a run and its place in a store, `<url>/<name>`.
+    """Return a run and its copy in a store, `<url>/<name>`.
 
     Args:
         run: The run.
         url: The store.
-        name: The run's name there.
-        make: Whether to make a store that is a folder and is not there yet; one that is only looked at is not made.
+        name: The run's name in the store.
+        make: Whether to make the store if it is a folder that does not exist. Pass False to read only.
 
     Raises:
-        ConfigError: If that is the run's own folder, or within it.
+        ConfigError: If the copy would be the run's own folder, or inside it.
         StorageError: If the store cannot be used: no credentials, no bucket, no answer.
     """
     there = open_store(f"{url.rstrip('/')}/{name}")
     if isinstance(there, LocalStore):
         if there.root.resolve().is_relative_to(run.path.resolve()):
-            raise ConfigError(f"The store {url} is where the run itself lies; choose another folder for its copy.")
+            raise ConfigError(
+                f"The copy in the store {url} would be in the run's own folder; choose another folder for it."
+            )
         if not make and not (isinstance(store := open_store(url), LocalStore) and store.root.is_dir()):
             raise StorageError(f"There is no store {url}; `icl checkpoints RUN push --store {url}` makes it.")
     if make or not isinstance(there, LocalStore):
@@ -95,13 +97,13 @@ def open_mirror(run: RunFolder, url: str, name: str, *, make: bool = True) -> Mi
 
 
 def take_up(mirror: Mirror, config: RunConfig) -> bool:
-    """Before training: claim the run's place in the store, and fetch from there what is further on than the folder.
+    """Claim the run's copy in the store before training, and fetch it if it is at a later step than the folder.
 
     Returns:
         Whether something was fetched.
 
     Raises:
-        RunError: If the place belongs to another run.
+        RunError: If the copy belongs to another run.
         ConfigError: If the run in the store was begun with other settings.
         StorageError: If the store or the folder cannot be used.
     """
@@ -120,32 +122,33 @@ def take_up(mirror: Mirror, config: RunConfig) -> bool:
     except (DamagedError, ResumeFileError) as error:
         if is_new:
             raise DamagedError(_describe_unusable(mirror, error)) from None
-        print(f"icl: {error} The run goes on from what is in {mirror.run.path}.", file=sys.stderr)
+        print(f"icl: {error} The run continues from the files in {mirror.run.path}.", file=sys.stderr)
         return False
     claim(mirror.here, mirror.there, config)
     if damaged:
-        print(f"icl: {describe_damaged(mirror, damaged)} The run goes on without them.", file=sys.stderr)
+        print(f"icl: {describe_damaged(mirror, damaged)} The run continues without them.", file=sys.stderr)
     return bool(copied)
 
 
 def _describe_unusable(mirror: Mirror, error: Exception) -> str:
-    """Return the sentences for a copy that cannot be resumed from."""
+    """Return the message for a copy that cannot be resumed from."""
     return (
-        f"{_bare(str(error))}, so the run cannot be resumed from there. `icl checkpoints RUN push --force` from a folder that has it "
-        f"whole mends the store; else delete last.ckpt, metrics.csv and status.json at {mirror.there} to train again from step 0."
+        f"{_bare(str(error))}, so the run cannot be resumed from there. If another folder has the run undamaged, `icl checkpoints "
+        f"RUN push --force` for it repairs the store. Otherwise delete last.ckpt, metrics.csv and status.json at {mirror.there} to "
+        "train again from step 0."
     )
 
 
 def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
-    """Fetch what the folder lacks or has otherwise; return the names of what was fetched.
+    """Fetch the files that are missing in the folder or differ there. Return the names of the files fetched.
 
     Args:
         mirror: The run.
-        force: Fetch every file, and over a run that is further on.
+        force: Whether to fetch every file, even if the folder is at a later step.
 
     Raises:
-        RunError: If the store has no such run, or the folder is another run or further on.
-        DamagedError: If files in the store are damaged; all others were fetched, and the folder keeps its own of these.
+        RunError: If the store has no such run, or the folder has another run or is at a later step.
+        DamagedError: If files in the store are damaged. All others were fetched, and the folder keeps its versions of these.
         StorageError: If the store or the folder cannot be used.
     """
     require_no_links_out(mirror.here, mirror.there)
@@ -153,7 +156,9 @@ def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
         raise RunError(f"There is no run at {mirror.there}; `icl checkpoints RUN push` puts one there.")
     is_same_run = read_or_none(mirror.here, "run-id") == read_or_none(mirror.there, "run-id")
     if mirror.run.config_file.exists() and not is_same_run:
-        raise RunError(f"{mirror.there} holds another run than {mirror.run.path}; move that folder away to fetch it.")
+        raise RunError(
+            f"{mirror.there} contains another run than {mirror.run.path}; move that folder away to fetch it."
+        )
     _require_not_behind(mirror.there, mirror.here, "pull", force)
     copied, damaged = _transfer(mirror.there, mirror.here, "pulling", force)
     if damaged:
@@ -162,15 +167,15 @@ def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
 
 
 def push(mirror: Mirror, *, force: bool = False) -> list[str]:
-    """Send what the store lacks or has otherwise; return the names of what was sent.
+    """Send the files that are missing in the store or differ there. Return the names of the files sent.
 
     Args:
         mirror: The run.
-        force: Send every file, and over a copy that is further on.
+        force: Whether to send every file, even if the copy is at a later step.
 
     Raises:
-        RunError: If the place in the store belongs to another run, or the copy is further on.
-        DamagedError: If files in the folder are damaged; all others were sent, and the store keeps its own of these.
+        RunError: If the copy belongs to another run, or is at a later step.
+        DamagedError: If files in the folder are damaged. All others were sent, and the store keeps its versions of these.
         StorageError: If the store or the folder cannot be used.
     """
     require_no_links_out(mirror.here, mirror.there)
@@ -184,7 +189,7 @@ def push(mirror: Mirror, *, force: bool = False) -> list[str]:
 
 
 def read_config(store: Store) -> RunConfig | None:
-    """Return the settings of the run that lies in a store, or None if none does.
+    """Return the settings of the run in a store, or None if there is no run.
 
     Raises:
         ConfigError: If they cannot be read.
@@ -195,7 +200,7 @@ def read_config(store: Store) -> RunConfig | None:
 
 
 def saved_step(store: Store) -> int:
-    """Return the step that the status in a run's folder, or in its copy, tells of; -1 without one."""
+    """Return the step in the status of a run's folder or of its copy, or -1 without a status."""
     data = read_or_none(store, "status.json")
     status = parse_status(data) if data else None
     return status.step if status else -1
@@ -213,17 +218,17 @@ def _require_not_behind(source: Store, target: Store, verb: str, force: bool) ->
     ours, theirs = saved_step(source), saved_step(target)
     if theirs > ours and not force:
         other = "pull" if verb == "push" else "push"
-        behind = f"at step {ours:,} only" if ours >= 0 else "without a status"
+        behind = f"only at step {ours:,}" if ours >= 0 else "without a status"
         raise RunError(
             f"{target} is at step {theirs:,} and {source} {behind}; {other} instead, or {verb} with --force."
         )
 
 
 def describe_damaged(mirror: Mirror, damaged: Sequence[str]) -> str:
-    """Return the sentences for files in the store that are damaged: which, and what may mend them."""
+    """Return the message for damaged files in the store: which they are, and how to repair them."""
     return (
         f"Not fetched from {mirror.there}: {'; '.join(map(_bare, damaged))}. `icl checkpoints {mirror.run.path} push --force` "
-        "from a folder that has them whole mends the store."
+        "repairs the store, if that folder has them undamaged."
     )
 
 
@@ -232,13 +237,13 @@ def _bare(sentence: str) -> str:
 
 
 def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[list[str], list[str]]:
-    """Copy what differs, several files at once; what vouches for others after them.
+    """Copy the files that differ, several at once. Files that describe others are copied after them.
 
     Returns:
-        The names of what was copied, and a sentence for each file that is damaged in the source and can be done without.
+        The names of the copied files, and a sentence for each damaged file in the source that the run does not need.
 
     Raises:
-        StorageError, ResumeFileError: If one cannot be copied that the run needs.
+        StorageError, ResumeFileError: If a file that the run needs cannot be copied.
     """
     names = copied_names(source)
     damaged: list[str] = []
@@ -264,18 +269,18 @@ def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[li
 
 
 def in_parallel(act: Callable[[Item], Result], items: Sequence[Item], bar: tqdm) -> list[Result]:
-    """Return what a function gives for every item, working on several at once; the first error ends it."""
+    """Apply a function to every item, several at once, and return the results in order. The first error ends the work."""
     with ThreadPoolExecutor(_NUM_WORKERS) as pool:
         try:
             return _counted(pool.map(act, items), bar)
         except KeyboardInterrupt:
-            with waiting.giving_up():  # a store that hangs would hold the others for a minute
+            with waiting.giving_up():  # otherwise a store that hangs would delay the end by a minute
                 pool.shutdown()
             raise
 
 
 def _counted(results: Iterable[Result], bar: tqdm) -> list[Result]:
-    """Return results as a list, counting each on the bar when it is there."""
+    """Return results as a list, and advance the bar for each."""
     done = []
     for result in results:
         done.append(result)

@@ -1,8 +1,8 @@
 """The files that a run resumes from: `last.ckpt`, and `previous.ckpt`, which was `last.ckpt` one save before.
 
-Each is a zip file of torch that ends with a SHA-256 of all its other bytes, in the comment that zip files may have. So torch
-and older versions read it as before, and one altered byte is found. Files of 0.1.0 have no such comment; of those the
-checksums are compared that zip files keep of their parts.
+Each is a zip file written by torch. Its zip comment contains a SHA-256 of all other bytes. So a single altered byte is
+detected, and torch and older versions of `icl` can still read the file. Files of version 0.1.0 have no such comment. For them
+we compare the checksums that a zip file keeps of its parts.
 """
 
 import hashlib
@@ -24,16 +24,16 @@ NAMES = ("last.ckpt", "previous.ckpt")
 
 
 class ResumeFileError(RunError):
-    """A resume file that cannot be used; the message says why."""
+    """A resume file that cannot be used. The message says why."""
 
 
 class Resume(NamedTuple):
-    """The content of a whole resume file."""
+    """The content of an undamaged resume file."""
 
     step: int
     config: RunConfig
     member: dict[str, Any]
-    """The standing of the run, as `Member.state_dict` gave it."""
+    """The state of the run, as `Member.state_dict` returned it."""
     data: bytes
     """The whole file."""
 
@@ -54,7 +54,7 @@ def unpack(data: bytes, name: str) -> dict[str, Any]:
 
     Args:
         data: The whole file.
-        name: What an error calls it.
+        name: Name of the file in error messages.
 
     Raises:
         ResumeFileError: If it is damaged.
@@ -65,15 +65,15 @@ def unpack(data: bytes, name: str) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds for a damaged file
         raise ResumeFileError(f"{name} is damaged: it cannot be read ({type(error).__name__}).") from None
     if not isinstance(content, dict):
-        raise ResumeFileError(f"{name} is damaged: it holds no training state.")
+        raise ResumeFileError(f"{name} is damaged: it contains no training state.")
     return content
 
 
 def parse_resume(data: bytes, name: str) -> Resume:
-    """Return what a resume file says of its run.
+    """Parse a resume file: its step, settings and state of the run.
 
     Raises:
-        ResumeFileError: If it is damaged, or no resume file.
+        ResumeFileError: If it is damaged, or is not a resume file.
     """
     content = unpack(data, name)
     try:
@@ -81,18 +81,18 @@ def parse_resume(data: bytes, name: str) -> Resume:
         if not isinstance(content["state_dict"], dict):
             raise TypeError("state_dict")
         return Resume(step, RunConfig.from_dict(config), member, data)
-    except Exception as error:  # whatever a file may hold in place of these
+    except Exception as error:  # a file may contain anything in place of these
         raise ResumeFileError(f"{name} is damaged: {type(error).__name__}, {first_line(error)}.") from None
 
 
 def read_resume(run: RunFolder) -> tuple[Resume | None, str | None]:
-    """Find what a run goes on from.
+    """Read the newest undamaged resume file of a run.
 
     Returns:
-        What its newest whole resume file holds, or None for a run that has none; and a sentence if that is not `last.ckpt`.
+        Its content, or None if the run has no resume file; and a sentence if the file is not `last.ckpt`.
 
     Raises:
-        ResumeFileError: If there are resume files and none is whole.
+        ResumeFileError: If there are resume files, and all are damaged.
     """
     problems: list[str] = []
     files = (run.resume_file, run.previous_file)
@@ -100,7 +100,7 @@ def read_resume(run: RunFolder) -> tuple[Resume | None, str | None]:
         resume = _read(file)
         if isinstance(resume, Resume) and problems:
             reason = problems[0].rstrip(".")
-            return resume, f"{reason}; the run goes on from the save before it, of step {resume.step:,}."
+            return resume, f"{reason}; the run continues from the save before it, of step {resume.step:,}."
         if isinstance(resume, Resume):
             return resume, None
         problems.append(resume)
@@ -113,7 +113,7 @@ def read_resume(run: RunFolder) -> tuple[Resume | None, str | None]:
 
 
 def _read(file: Path) -> Resume | str:
-    """Return a resume file, or what is wrong with it."""
+    """Return the content of a resume file, or a sentence that says what is wrong with it."""
     try:
         return parse_resume(read_bytes(file, limit=None), str(file))
     except ContentError as error:

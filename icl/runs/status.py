@@ -13,7 +13,7 @@ State = Literal["waiting", "running", "finished", "stopped_early", "preempted", 
 DONE: tuple[State, ...] = ("finished", "stopped_early")
 """States of a run that has ended as it should."""
 FAILS_AGAIN = "the same settings would fail again"
-"""Words in the reason of a failure that depends on the settings alone."""
+"""Words in the reason of a failure that depends only on the settings."""
 _LAST_TIME = 253_402_300_799
 """The end of the year 9999, after which Python has no dates."""
 
@@ -50,7 +50,7 @@ def status_text(status: Status) -> bytes:
 
 
 def parse_status(data: bytes) -> Status | None:
-    """Return the status that a run's `status.json` holds, or None if it cannot be read or a value is none we write."""
+    """Parse a run's `status.json`. Return None if it cannot be read, or has a value that we never write."""
     try:
         status = typed_record(Status, parse_json(data, limit=100))
     except ContentError:

@@ -1,13 +1,15 @@
-"""Verification of a run's files, here and in its store: the checks of `icl checkpoints RUN verify`.
+"""Verify a run's files in its folder and in its store, for `icl checkpoints RUN verify`.
 
-- Checkpoints and Adam's moments: each against its own digest, its name and the run's settings; and that every step of the
-  schedule is there.
-- `last.ckpt` and `previous.ckpt`: against their digests.
-- `metrics.csv`: a row of numbers for every logged step; up to the last save also against the digest that `last.ckpt` holds.
-- `config.yaml` and `status.json`: that they can be read, and agree with `last.ckpt`.
-- Results and figures: records and pictures against their checksums. Tables have none: that all rows have the same number of
-  columns, and columns of numbers only numbers.
-- In the store: all of these, every object against the digest it was sent with, and that nothing is missing that is here.
+- Checkpoints and Adam's moments are compared with their digests, their names and the run's settings. Every step of the
+  schedule must be there.
+- `last.ckpt` and `previous.ckpt` are compared with their digests.
+- `metrics.csv` must have a row of numbers for every logged step. Rows up to the last save are compared with the digest in
+  `last.ckpt`.
+- `config.yaml` and `status.json` must be readable and agree with `last.ckpt`.
+- Among results and figures, arrays and pictures are compared with their checksums. Tables have none. All rows of a table must
+  have the same number of columns, and columns of numbers must contain only numbers.
+- In the store the same checks are made. Every object is also compared with the digest it was sent with, and every file of
+  the folder must be there.
 """
 
 import contextlib
@@ -39,7 +41,7 @@ from icl.runs.status import Status, parse_status
 from icl.store.base import MissingKeyError, Store
 
 _NUMBERS = ("step", "value", "stderr", "llc", "init_loss", "mean_loss")
-"""Columns of tables of results that hold nothing but numbers."""
+"""Columns in tables of results that contain only numbers."""
 
 
 class _Copy(NamedTuple):
@@ -47,7 +49,7 @@ class _Copy(NamedTuple):
 
     store: Store
     names: list[str]
-    """Files that are there, or should be."""
+    """Files that exist, or should exist."""
     config: RunConfig | None
     resume: Resume | None
     status: Status | None
@@ -67,13 +69,13 @@ def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
     jobs += [(copies[0], "previous.ckpt")] if run.previous_file.is_file() else []
     with progress_bar("verifying", len(jobs), "file") as bar:
         problems = [problem for problem in in_parallel(_problem, jobs, bar) if problem]
-    for copy in copies[:1]:  # what the store lacks beyond that is told by name
+    for copy in copies[:1]:  # files missing in the store were reported by name above
         problems += _what_is_missing(copy)
     return problems
 
 
 def _read_copy(store: Store, others: Sequence[str] = ()) -> _Copy:
-    """Return a copy with what can be read of its settings, its resume file and its status; damage of these is told with the rest."""
+    """Return a copy with its settings, resume file and status, if they can be read. Damage is reported later, for all files."""
     config = resume = status = None
     with contextlib.suppress(UserError):
         config = parse_config(store.read("config.yaml", limit=size_limit("config.yaml")), str(store))
@@ -128,17 +130,17 @@ def _problem(job: tuple[_Copy, str]) -> str | None:
     return f"{where} is damaged: {reason}." if reason else None
 
 
-# Each check returns why a file's bytes are not what they should be, or None. Readers raise errors of their own.
+# Each check returns a phrase that says what is wrong with a file's bytes, or None. Parsers raise their own errors.
 
 
 def _check_checkpoint(copy: _Copy, name: str, data: bytes) -> str | None:
-    """Check that a whole checkpoint is the one that its name and the run's settings promise."""
+    """Check that a checkpoint is undamaged, and has the step of its name and the run's settings."""
     folder, _, file = name.rpartition("/")
     checkpoint = parse_checkpoint(data, f"{copy.store}/{name}")
     if file != checkpoint_name(checkpoint.step):
-        return f"it holds step {checkpoint.step:,}"
+        return f"it contains step {checkpoint.step:,}"
     if any(key.startswith(MOMENTS) for key in checkpoint.params) != (folder == CHECKPOINT_FOLDERS[1]):
-        return "it holds weights where Adam's moments should be, or moments where weights should be"
+        return "it contains weights where Adam's moments should be, or moments where weights should be"
     return _compare(copy.config, checkpoint.config, "config.yaml")
 
 
@@ -156,7 +158,7 @@ def _check_status(copy: _Copy, name: str, data: bytes) -> str | None:
     if status is None:
         return "it cannot be read"
     if status.is_done and copy.resume is not None and status.step != copy.resume.step:
-        return f"it says that the run ended at step {status.step:,}, and last.ckpt is of step {copy.resume.step:,}"
+        return f"it says that the run ended at step {status.step:,}, but last.ckpt is of step {copy.resume.step:,}"
     return None
 
 
@@ -236,7 +238,7 @@ def _find_fault(data: bytes, numbers: Sequence[str]) -> str | None:
     """Return what is wrong with a table: its form, or text in one of the columns of `numbers`."""
     text = data.decode("utf-8")
     if any(not character.isprintable() and character not in "\r\n\t" for character in text):
-        return "it holds characters that no table has"
+        return "it contains characters that no table has"
     rows = list(csv.reader(io.StringIO(text), strict=True))
     if not rows or not text.endswith("\n"):
         return "it was cut short"
@@ -245,5 +247,5 @@ def _find_fault(data: bytes, numbers: Sequence[str]) -> str | None:
     for name, *column in zip(*rows, strict=True):
         wrong = next((value for value in column if name in numbers and value and not is_number(value)), None)
         if wrong is not None:
-            return f"its column {name} of numbers holds {json.dumps(wrong[:30])}"
+            return f"its column {name} of numbers contains {json.dumps(wrong[:30])}"
     return None

@@ -1,1 +1,1 @@
-"""Keyed bytes in a folder or a bucket; a store knows nothing of runs."""
+"""Stores of bytes by key, in a folder or a bucket. They do not depend on runs."""

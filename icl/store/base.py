@@ -1,10 +1,10 @@
-"""Keyed bytes behind one small protocol: a store writes whole values atomically, reads, lists and deletes them.
+"""Stores of bytes by key, behind one small protocol. A store writes whole values atomically, reads, lists and deletes them.
 
-A key is a relative path with forward slashes that stays inside its store: `require_key` refuses any other, whoever asks,
-and a folder is never left through a symbolic link below its root (the root itself may be reached by one). A value is either
-the whole of what was written or absent: the local store writes a temporary file beside the target, flushes it to disk and
-renames it. A process killed at any moment leaves at worst a temporary file, which no listing shows. `icl.store.opening` opens a
-folder or a URL; what a URL needs is imported when it is opened, so local work never meets it.
+A key is a relative path with forward slashes that stays inside its store. `require_key` refuses any other key. The local store
+follows no symbolic link that leads out of its root, although the root itself may be a link. A value is either complete or
+absent: the local store writes a temporary file beside the target, flushes it to disk and renames it. A process killed at any
+moment leaves at worst a temporary file, which no listing shows. `icl.store.opening` opens a folder or a URL, and imports the
+driver only then, so local work loads none.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from icl.files.system import link_or_create
 from icl.files.writing import StorageError, is_temporary, temporary_path, write_atomically
 
 _NOT_PLAIN = re.compile(r"[\\\x00-\x1f\x7f\ud800-\udfff]|^[A-Za-z]:")
-"""Backslashes, control characters, halves of characters, and the letter of a drive: none may be in a key."""
+"""Parts that no key may contain: backslashes, control characters, halves of surrogate pairs, and a drive letter in front."""
 
 
 class DamagedError(StorageError):
-    """A value that is not what was written."""
+    """A value that differs from what was written."""
 
 
 class MissingKeyError(StorageError):
@@ -31,19 +31,19 @@ class MissingKeyError(StorageError):
 
 @runtime_checkable
 class Store(Protocol):
-    """A place for keyed bytes. Its text is its address."""
+    """Store of bytes by key. Its `str` is its address."""
 
     def read(self, key: str, *, limit: int | None = None) -> bytes:
-        """Return the value of a key, checked as far as the store can, if it has at most `limit` bytes.
+        """Return the value of a key. Check it against the digest it was saved with, if the store keeps one.
 
-        Raise MissingKeyError if there is none, and StorageError if it is larger.
+        Raise MissingKeyError if there is none, and StorageError if it has more than `limit` bytes.
         """
 
     def digest(self, key: str) -> str:
         """Return the SHA-256 of the value that was written, in hex. Raise MissingKeyError if there is none."""
 
     def write(self, key: str, data: bytes) -> None:
-        """Set the value of a key, all at once or not at all."""
+        """Set the value of a key, completely or not at all."""
 
     def create(self, key: str, data: bytes) -> bool:
         """Write only if the key does not exist (atomic); return whether it was written."""
@@ -52,14 +52,14 @@ class Store(Protocol):
         """Return every key below the folder `prefix`, sorted."""
 
     def delete(self, key: str) -> None:
-        """Remove a key; nothing happens if there is none."""
+        """Remove a key. A missing key is no error."""
 
     def check(self) -> None:
         """Raise StorageError if the store cannot be used."""
 
 
 class LocalStore:
-    """A folder; it is made on the first write."""
+    """Store in a folder, which is made on the first write."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
@@ -96,12 +96,12 @@ class LocalStore:
         """Set the value of a key, atomically.
 
         Raises:
-            StorageError: If the disk is full or the folder cannot be written; an old value stays as it was.
+            StorageError: If the disk is full or the folder cannot be written. The old value is then unchanged.
         """
         write_atomically(self._path(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Set the value of a key that has none; of several who try at once, one succeeds.
+        """Set the value of a key only if it has none; return whether it was set. Of several processes, only one succeeds.
 
         Raises:
             StorageError: If the disk is full or the folder cannot be written.
@@ -120,7 +120,7 @@ class LocalStore:
         return True
 
     def keys(self, prefix: str = "") -> list[str]:
-        """Return every key below the folder `prefix`, sorted; temporary files, and links out of the folder, are left out."""
+        """Return every key below the folder `prefix`, sorted, without temporary files and links out of the folder."""
         folder = self.root / prefix
         if not self._is_inside(folder):
             return []
@@ -139,11 +139,11 @@ class LocalStore:
         return sorted(path.relative_to(self.root).as_posix() for path in others)
 
     def delete(self, key: str) -> None:
-        """Remove a key; nothing happens if there is none."""
+        """Remove a key. A missing key is no error."""
         self._path(key).unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Make the folder if need be.
+        """Make the folder if it is missing, and check that it can be written.
 
         Raises:
             StorageError: If it cannot be made or written.
@@ -156,7 +156,7 @@ class LocalStore:
             raise StorageError(f"The store {self.root} cannot be written; choose another, or change its permissions.")
 
     def _path(self, key: str) -> Path:
-        """Path of a key, in a folder that lies inside the root.
+        """Return the path of a key, whose folder must be inside the root.
 
         Raises:
             StorageError: If the key is not a plain relative name, or a link above the file leads out of the root.
@@ -167,7 +167,7 @@ class LocalStore:
         return path
 
     def _holds(self, path: Path) -> bool:
-        """Return whether a path below the root is no link that leads out of it."""
+        """Return whether a path below the root is anything but a link that leads out of it."""
         return not path.is_symlink() or self._is_inside(path)
 
     def _require_inside(self, path: Path) -> None:
@@ -185,28 +185,28 @@ class LocalStore:
 
 
 def require_key(key: str, store: object) -> None:
-    """Refuse a key that is not a plain relative name with forward slashes, whoever made it.
+    """Refuse a key that is not a plain relative name with forward slashes.
 
     Args:
         key: The key.
-        store: What it is a key of, for the message.
+        store: The key's store, for the message.
 
     Raises:
-        StorageError: If the key could lead out of the store, or is no name that every file system takes.
+        StorageError: If the key could lead out of the store, or is not a valid name on every file system.
     """
     is_plain = not _NOT_PLAIN.search(key) and all(part not in ("", ".", "..") for part in key.split("/"))
     if not is_plain:
         raise StorageError(
-            f"{store} has a file by the name {key!r}, which could lie outside of its folder, so nothing is done with it; "
-            "remove or rename it there."
+            f"{store} has a file named {key!r}. `icl` does not use it, because this name could lead out of the store. "
+            "Remove or rename it there."
         )
 
 
 def read_or_none(store: Store, key: str) -> bytes | None:
-    """Return the value of a key that describes a run, or None if there is none.
+    """Return the value of a key for a small file that describes a run, or None if there is none.
 
     Raises:
-        StorageError: If it is damaged or larger than such a file can be, or the store cannot be used.
+        StorageError: If it is damaged or too large for such a file, or the store cannot be used.
     """
     try:
         return store.read(key, limit=MAX_SMALL_FILE)

@@ -10,7 +10,7 @@ def open_store(url: str) -> Store:
     """Return the store at an address: a folder's path, `file:///folder` or `s3://bucket/prefix`.
 
     Raises:
-        StorageError: If no store has that scheme, or the URL names no place or carries credentials.
+        StorageError: If no store has that scheme, the URL has no path, or it contains credentials.
         ConfigError: If a folder begins with `~` and no home folder is known.
     """
     scheme, _, path = url.partition("://") if "://" in url else ("file", "", url)
@@ -22,8 +22,8 @@ def open_store(url: str) -> Store:
     bucket, _, prefix = path.partition("/")
     if "@" in bucket:
         raise StorageError(
-            f"The store {redact(url)} must not carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead."
+            f"The store {redact(url)} must not contain credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead."
         )
-    from icl.store.s3 import S3Store  # brings boto3, which local work never needs
+    from icl.store.s3 import S3Store  # imports boto3, which local work does not need
 
     return S3Store(bucket, prefix)

@@ -1,9 +1,9 @@
-"""Keyed bytes in a bucket of S3, or of a server that speaks its language.
+"""Store in a bucket of S3, or of a server with the same interface.
 
-boto3 finds the credentials (environment, profile, role) and the server (`AWS_ENDPOINT_URL`), and tries again what may
-succeed (adaptive mode; `AWS_MAX_ATTEMPTS`). Every object carries the SHA-256 of the bytes it was made from, so bytes
-that were lost, cut short or altered on the way or in the store are found when they are read. A server that hangs is given up after
-a minute without progress.
+boto3 finds the credentials (environment, profile, role) and the server (`AWS_ENDPOINT_URL`), and repeats requests that may
+succeed later (adaptive mode; `AWS_MAX_ATTEMPTS`). Every object carries the SHA-256 of its bytes as metadata. So bytes that were
+lost or altered, on the way or in the store, are detected when they are read. A request ends with an error after a minute
+without progress.
 """
 
 import time
@@ -20,11 +20,11 @@ from icl.store.s3_errors import describe_failure, describe_refusal, is_absent, s
 from icl.store.s3_requests import Requests
 
 PART_SIZE = 16 * 2**20
-"""Bytes: what is larger goes up in parts of this size."""
+"""Size of a part in bytes. Larger values are uploaded in parts."""
 CHECK_SECONDS = 20.0
 """Seconds without an answer after which `check` gives up."""
 SETTLE_SECONDS = 2.0
-"""Waited before a key counts as ours where a server knows no conditions, so that others who try at once are seen."""
+"""Seconds to wait after creating a key on a server without conditional writes, to see whether another process created it too."""
 _NUM_READS = 3
 
 Result = TypeVar("Result")
@@ -35,8 +35,8 @@ class S3Store:
 
     Args:
         bucket: The bucket; it must exist.
-        prefix: Folder within it; empty for all of it.
-        part_size: Bytes above which a value goes up in parts.
+        prefix: Folder within the bucket; empty means the whole bucket.
+        part_size: Size in bytes above which a value is uploaded in parts.
     """
 
     def __init__(self, bucket: str, prefix: str = "", *, part_size: int = PART_SIZE) -> None:
@@ -56,7 +56,7 @@ class S3Store:
         return self._ask(key, lambda: self._read(key, limit))
 
     def digest(self, key: str) -> str:
-        """Return the SHA-256 of the value that was written; of the value there is, if its server or its writer kept none.
+        """Return the SHA-256 of the value that was written. If none was saved with it, compute it from the stored value.
 
         Raises:
             MissingKeyError: If there is none.
@@ -65,18 +65,20 @@ class S3Store:
         return self._ask(key, lambda: self._requests.about(self._full(key)).digest or sha256(self._get(key)[0]))
 
     def write(self, key: str, data: bytes) -> None:
-        """Set the value of a key, and look that the store has it.
+        """Set the value of a key, and check that the store has it.
 
         Raises:
-            StorageError: If the store did not take it.
+            StorageError: If the store did not accept it.
         """
         self._ask(key, lambda: self._write(key, data))
 
     def create(self, key: str, data: bytes) -> bool:
-        """Set the value of a key that has none; of several who try at once, one succeeds if the server knows conditions.
+        """Set the value of a key only if it has none; return whether it was set.
+
+        Of several processes that try at once, only one succeeds if the server supports conditional writes.
 
         Raises:
-            StorageError: If the store did not take it.
+            StorageError: If the store did not accept it.
         """
         return self._ask(key, lambda: self._create(key, data))
 
@@ -92,7 +94,7 @@ class S3Store:
         return sorted(key[len(root) :] for key in keys if key.startswith(root) and not key.endswith("/"))
 
     def delete(self, key: str) -> None:
-        """Remove a key; nothing happens if there is none.
+        """Remove a key. A missing key is no error.
 
         Raises:
             StorageError: If the store cannot be used.
@@ -100,10 +102,10 @@ class S3Store:
         self._ask(key, lambda: self._requests.delete(self._full(key)))
 
     def check(self) -> None:
-        """Ask the bucket for one key, so that wrong credentials, bucket or server are known at once.
+        """Ask the bucket for one key, so that a wrong bucket, server or credentials are noticed at once.
 
         Raises:
-            StorageError: Saying which of them is wrong.
+            StorageError: If the bucket does not answer. The message says what is wrong.
         """
         self._ask("", lambda: self._requests.check(self.prefix), seconds=CHECK_SECONDS)
 
@@ -115,11 +117,11 @@ class S3Store:
         for _ in range(2):
             data, digest = self._get(key, limit)
             if not digest or sha256(data) == digest:
-                return data  # otherwise damaged on the way, perhaps
+                return data  # otherwise read once more: it may have been damaged on the way
         raise DamagedError(f"{self}/{key} is damaged: its {len(data):,} bytes are not those that were saved.")
 
     def _get(self, key: str, limit: int | None = None) -> tuple[bytes, str | None]:
-        """Return the bytes there are and the digest they should have. A download that breaks off is tried again."""
+        """Return the bytes of a key and the digest that they should have. Repeat a download that breaks off."""
         for attempt in range(_NUM_READS):
             try:
                 data, digest = self._requests.get(self._full(key), limit)
@@ -134,11 +136,11 @@ class S3Store:
             if digest or not _is_error_page(data):
                 return data, digest
         raise StorageError(
-            f"{self}/{key} cannot be used: the server answers with an error in place of the file; try later."
+            f"{self}/{key} cannot be used: the server answers with an error instead of the file; try later."
         )
 
     def _write(self, key: str, data: bytes) -> None:
-        """Write, and look that the server has it: by length, digest and tag, or by reading it back."""
+        """Write a value, and check that the server has it: by length, digest and tag, or by reading it back."""
         tag = self._requests.put(self._full(key), data)
         kept = _unless_absent(lambda: self._requests.about(self._full(key)))
         if kept is None or kept.length != len(data) or kept.digest not in (None, sha256(data)):
@@ -158,13 +160,17 @@ class S3Store:
         kept = _unless_absent(lambda: self._read(key))
         if kept is None:
             raise self._lost(key)
-        return kept == data  # also if the server said that it was there: a repeated request meets what it wrote itself
+        return (
+            kept == data
+        )  # even if the server said that it existed: a repeated request may find what its first try wrote
 
     def _lost(self, key: str) -> StorageError:
-        return StorageError(f"{self}/{key} is not what was just written there: the server took it and lost it.")
+        return StorageError(
+            f"{self}/{key} differs from what was just written there: the server accepted it and lost it."
+        )
 
     def _ask(self, key: str, act: Callable[[], Result], *, seconds: float | None = None) -> Result:
-        """Return the server's answer, waiting as long as something moves; an error of boto3 becomes one sentence."""
+        """Return the server's answer. Wait as long as there is progress, and turn errors of boto3 into one sentence."""
         address = f"{self}/{key}" if key else str(self)
         try:
             return waiting.await_result(act, seconds=seconds, awaited=f"an answer from {server_name()}")
@@ -190,6 +196,6 @@ def _unless_absent(ask: Callable[[], Result]) -> Result | None:
 
 
 def _is_error_page(data: bytes) -> bool:
-    """Return whether the bytes of an object without a digest are an error message that came with the status of success."""
+    """Return whether the bytes are an error message that the server sent as an object, with the status of success."""
     start = data[:200].lstrip()
     return start.startswith((b"<?xml", b"<Error")) and b"<Error>" in start

@@ -1,7 +1,7 @@
-"""Errors of S3 servers in one sentence that says what to do.
+"""Explain errors of S3 servers in one sentence that says what to do.
 
-No sentence holds anything that the server or boto3 said beyond an error's code: it could be secret. A code that is not in the
-table is judged by its HTTP status.
+No sentence quotes the server or boto3, except an error's code, because their messages could contain secrets. A code that is
+not in the table is explained by its HTTP status.
 """
 
 import os
@@ -11,21 +11,21 @@ from typing import Any
 from icl.files.redaction import redact
 
 _BUCKET = "the bucket does not exist; make it, or correct AWS_BUCKET_NAME or checkpoints.store"
-_NAME = "the server takes no bucket of that name (3 to 63 small letters, digits, dots and hyphens); correct it"
+_NAME = "the server does not allow this name of a bucket (3 to 63 small letters, digits, dots and hyphens); correct it"
 _RIGHTS = "these credentials may not do this; allow them to list, read, write and delete below the prefix"
-_KEYS = "the server does not take these credentials; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and this machine's clock"
+_KEYS = "the server does not accept these credentials; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and this machine's clock"
 _EXPIRED = "the credentials have expired or are not valid here; renew them (AWS_SESSION_TOKEN, or `aws sso login`)"
 _ACCOUNT = "the account is not active or may not use the server; ask whoever runs it"
 _CLOCK = "this machine's clock differs too much from the server's; set the clock (for instance by NTP)"
-_REGION = "the bucket is in another region; set AWS_DEFAULT_REGION to that of the bucket"
+_REGION = "the bucket is in another region; set AWS_DEFAULT_REGION to the bucket's region"
 _ELSEWHERE = (
-    "the server sends requests elsewhere; correct AWS_ENDPOINT_URL if that is a page of a login or a proxy, "
+    "the server redirects requests; correct AWS_ENDPOINT_URL if it is the address of a login page or a proxy, "
     "and AWS_DEFAULT_REGION if the bucket is in another region"
 )
-_LATER = "the server is busy or out of order; the same command goes on later"
+_LATER = "the server is busy or out of order; run the same command again later"
 _ALTERED = "the bytes that arrived are not those that were sent; if it happens again, look for a proxy that alters them"
 _FULL = "the store is full, or its quota is used up; make room there"
-_LARGE = "a file is larger than the server takes; raise its limit, or choose another store"
+_LARGE = "a file is larger than the server accepts; raise its limit, or choose another store"
 _LONG = "the name is too long for the server; choose a shorter --run_name or prefix"
 _ARCHIVED = "the object is in an archive; restore it, or change the bucket's lifecycle rule"
 _LOCKED = "the bucket keeps objects from being replaced or removed; choose one without object lock"
@@ -77,10 +77,10 @@ _BY_STATUS = {401: _KEYS, 403: _RIGHTS, 404: _BUCKET, 408: _LATER, 413: _LARGE, 
 _NO_CREDENTIALS = (
     "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in `.env` for instance, or AWS_PROFILE"
 )
-_LOGIN = "the login that AWS_PROFILE names cannot be used; renew it (`aws sso login`)"
+_LOGIN = "the login of AWS_PROFILE cannot be used; renew it (`aws sso login`)"
 _PROFILE = "boto3's settings cannot be read; check AWS_PROFILE, AWS_CONFIG_FILE and the files in ~/.aws"
 _SETTING = (
-    "a setting of boto3 is not valid; check the AWS_... variables, AWS_MAX_ATTEMPTS among them, and the files in ~/.aws"
+    "a setting of boto3 is not valid; check the AWS_... variables, such as AWS_MAX_ATTEMPTS, and the files in ~/.aws"
 )
 _BY_FAILURE = {
     _NO_CREDENTIALS: "NoCredentialsError PartialCredentialsError CredentialRetrievalError MetadataRetrievalError "
@@ -92,13 +92,13 @@ _BY_FAILURE = {
     "UnknownCredentialError",
     _NAME: "ParamValidationError InvalidDNSNameError InvalidHostLabelError UnsupportedS3ArnError "
     "UnsupportedS3AccesspointConfigurationError UnsupportedOutpostResourceError",
-    _ELSEWHERE: "RecursionError",  # botocore follows redirections that name no region without end
+    _ELSEWHERE: "RecursionError",  # botocore follows a redirection without a region for ever
     "AWS_DEFAULT_REGION is not the name of a region; correct it": "InvalidRegionError UnknownRegionError NoRegionError "
     "UnknownEndpointError",
     "AWS_ENDPOINT_URL is not the address of a server, such as https://host:9000; correct it": "ValueError UnicodeError "
     "InvalidURL LocationParseError LocationValueError InvalidEndpointConfigurationError EndpointResolutionError "
     "EndpointProviderError",
-    "its certificate is not trusted; set AWS_CA_BUNDLE to the authority's, or correct AWS_ENDPOINT_URL": "SSLError",
+    "the server's certificate is not trusted; set AWS_CA_BUNDLE to the authority's certificate, or correct AWS_ENDPOINT_URL": "SSLError",
     "the proxy does not answer; check HTTPS_PROXY, HTTP_PROXY and NO_PROXY": "ProxyConnectionError "
     "InvalidProxiesConfigError",
     "the answer is not that of an S3 server; check that AWS_ENDPOINT_URL is the address of its S3 service": "ResponseParserError "
@@ -114,13 +114,13 @@ _BY_NAME = {name: advice for advice, names in _BY_FAILURE.items() for name in na
 
 
 def error_code(error: Any) -> str:
-    """Return the code of a server's error; `unknown` if it is no plain word."""
+    """Return the code of a server's error, or `unknown` if it is not a plain word."""
     code = str(error.response.get("Error", {}).get("Code") or error_status(error) or "")
     return code if re.fullmatch(r"[A-Za-z0-9._-]{1,60}", code) else "unknown"
 
 
 def error_status(error: Any) -> int:
-    """Return the HTTP status of a server's error, 0 if there is none."""
+    """Return the HTTP status of a server's error, or 0 if there is none."""
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return status if isinstance(status, int) else 0
 
@@ -132,7 +132,7 @@ def is_absent(error: Any) -> bool:
 
 
 def is_taken(error: Any) -> bool:
-    """Return whether a server's error means that the object, which should be new, is there or is just being written."""
+    """Return whether a server's error means that an object that should be new exists or is just being written."""
     return error_status(error) in (409, 412) or error_code(error) in (
         "PreconditionFailed",
         "ConditionalRequestConflict",
@@ -140,7 +140,7 @@ def is_taken(error: Any) -> bool:
 
 
 def is_refused_feature(error: Any) -> bool:
-    """Return whether a server's error may mean that it does not know a part of the request, which can then be left out."""
+    """Return whether a server's error may mean that it does not support a feature of the request."""
     is_explained = error_code(error) in _BY_CODE and error_code(error) not in ("400", "405", "501")
     return error_status(error) in (400, 405, 411, 415, 417, 422, 501) and not is_explained
 
@@ -162,7 +162,7 @@ def describe_refusal(error: Any) -> str:
 def describe_failure(error: Exception) -> str:
     """Return what a failure of boto3 itself means and what to do."""
     cause = getattr(error, "kwargs", {}).get("error")
-    if isinstance(cause, RecursionError):  # which botocore may have met while it was sending
+    if isinstance(cause, RecursionError):  # raised inside botocore while it was sending
         error = cause
     names = [kind.__name__ for kind in type(error).__mro__]
     if type(error).__name__ == "ParamValidationError" and "bucket" not in str(error).lower():
@@ -172,6 +172,6 @@ def describe_failure(error: Exception) -> str:
 
 
 def server_name() -> str:
-    """Return the server that boto3 speaks to, without what else its address may carry."""
+    """Return the host of the server that boto3 uses, without the other parts of its address."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     return (re.split("[/?#]", redact(endpoint).partition("://")[2])[0] or "the server") if endpoint else "AWS"

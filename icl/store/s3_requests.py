@@ -1,9 +1,9 @@
-"""Requests to a bucket, and what takes their place where a server refuses them.
+"""Requests to a bucket, with a replacement for each feature that a server may lack.
 
-A request holds nothing that older servers refuse, as far as that is possible: no checksum headers and no trailers. Every request is
-signed with the SHA-256 of its body instead, also over TLS, which every server of S3's present signature must check. boto3's own
-checksums would add nothing to that, and of an upload in parts they are no digest of the file that could be compared. What is
-still refused at times (conditions, metadata, uploads in parts, the newer listing, HEAD) is left out from then on, and said once.
+Requests avoid what older servers refuse, such as checksum headers and trailers. Instead, each request is signed with the
+SHA-256 of its body, also over TLS. Every server with S3's current signature must check this hash. boto3's own checksums would
+add nothing. For an upload in parts they are not even a digest of the whole file. Some servers also refuse conditions,
+metadata, uploads in parts, the newer listing, or HEAD. After the first refusal we print a notice and no longer use the feature.
 """
 
 import contextlib
@@ -27,19 +27,19 @@ from icl.store.base import sha256
 from icl.store.s3_errors import is_refused_feature, is_taken, server_name
 
 NUM_ATTEMPTS = 8
-"""Tries of one request; `AWS_MAX_ATTEMPTS` overrides it."""
+"""Number of tries of one request; `AWS_MAX_ATTEMPTS` overrides it."""
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 25.0
 """Seconds without an answer after which one try is given up."""
 MAX_PAGES = 10_000
-"""Maximum pages of a listing, of a thousand keys each."""
+"""Largest number of pages of a listing. A page has a thousand keys."""
 _DIGEST = "icl-sha256"
 _CHUNK = 2**16
 _LACKS = {
-    "conditions": "does not know conditional writes (If-None-Match); do not start one run on two machines at the same moment",
-    "metadata": "keeps no metadata of objects; every file is read back after it is written, and its digest is not kept there",
-    "parts": "takes no uploads in parts; large files go up in one request",
-    "ListObjectsV2": "does not know ListObjectsV2; the older listing is used",
-    "HEAD": "does not answer HEAD; files are read whole to compare them",
+    "conditions": "does not support conditional writes (If-None-Match); do not start one run on two machines at the same moment",
+    "metadata": "keeps no metadata of objects, so no digests either; every file is read back after it is written",
+    "parts": "does not accept uploads in parts; large files are uploaded in one request",
+    "ListObjectsV2": "does not support ListObjectsV2; the older listing is used",
+    "HEAD": "does not answer HEAD; whole files are read to compare them",
     "MD5 tags": "",
 }
 _lacking: dict[str, set[str]] = {}
@@ -65,7 +65,7 @@ class Requests:
 
     Args:
         bucket: Its name.
-        part_size: Bytes above which a value goes up in parts.
+        part_size: Size in bytes above which a value is uploaded in parts.
     """
 
     def __init__(self, bucket: str, *, part_size: int) -> None:
@@ -75,7 +75,7 @@ class Requests:
         self._making = threading.Lock()
 
     def get(self, key: str, limit: int | None = None) -> tuple[bytes, str | None]:
-        """Return the bytes of an object and the digest they should have, if it is known; of more than `limit` bytes only the first.
+        """Return the bytes of an object, and the digest they should have if it is known. Stop soon after `limit` bytes.
 
         Raises:
             ClientError, BotoCoreError: If there is none, or the connection breaks off.
@@ -109,20 +109,20 @@ class Requests:
         return self._with_or_without("HEAD", ask, read)
 
     def put(self, key: str, data: bytes) -> str:
-        """Write an object; return the tag that the server should give it, if its tags are MD5.
+        """Write an object. Return the tag that a server with MD5 tags gives it.
 
         Raises:
-            ClientError, BotoCoreError: If the server did not take it.
+            ClientError, BotoCoreError: If the server did not accept it.
         """
         if len(data) <= self.part_size:
             return self._put(key, data)
         return self._with_or_without("parts", lambda: self._put_in_parts(key, data), lambda: self._put(key, data))
 
     def put_new(self, key: str, data: bytes) -> bool:
-        """Write an object that is not there yet; return False if the server said that it is.
+        """Write an object that does not exist yet. Return False if the server says that it exists.
 
         Raises:
-            ClientError, BotoCoreError: If the server did not take it.
+            ClientError, BotoCoreError: If the server did not accept it.
         """
         try:
             new_only = {"IfNoneMatch": "*"}
@@ -134,7 +134,7 @@ class Requests:
         return True
 
     def knows_conditions(self, key: str, data: bytes) -> bool:
-        """Return whether the server refuses, if asked to, to write an object that exists. Some servers ignore the condition."""
+        """Return whether the server supports conditional writes. Some accept the condition but ignore it, so we test it."""
         if not self.lacks("conditions") and self.put_new(key, data):
             self.note_lack("conditions")
         return not self.lacks("conditions")
@@ -161,7 +161,7 @@ class Requests:
         self._client().delete_object(Bucket=self.bucket, Key=key)
 
     def check(self, folder: str) -> None:
-        """Ask for one key of the bucket, with little patience.
+        """Ask for one key of the bucket, with fewer tries and shorter time limits than usual.
 
         Raises:
             ClientError, BotoCoreError: If the server cannot be asked.
@@ -189,9 +189,9 @@ class Requests:
         return f"{server_name()}/{self.bucket}"
 
     def _with_or_without(self, feature: str, act: Callable[[], Result], instead: Callable[[], Result]) -> Result:
-        """Do something that needs a feature of the server, or something else in its place where the server lacks it.
+        """Call `act`, which needs a feature of the server, or `instead` if the server lacks the feature.
 
-        A refusal may have another reason, so the feature counts as lacking only once the other request has succeeded.
+        A refusal may have another reason, so the feature counts as lacking only after `instead` has succeeded.
         """
         if not self.lacks(feature):
             try:
@@ -206,13 +206,13 @@ class Requests:
         return result
 
     def _pages(self, operation: str, folder: str) -> Iterator[dict[str, Any]]:
-        """Yield every page of a listing, which ends: a server that repeats itself would hold us for ever."""
+        """Yield every page of a listing. Refuse a listing that repeats itself, because it would never end."""
         seen: set[str] = set()
         pages = self._client().get_paginator(operation).paginate(Bucket=self.bucket, Prefix=folder)
         for number, page in enumerate(pages, 1):
             _require_listing(page)
             if operation == "list_objects_v2" and page.get("IsTruncated") and not page.get("NextContinuationToken"):
-                raise _UnusableAnswerError  # the server answers as to the older request, so botocore would end here
+                raise _UnusableAnswerError  # the server answered as to the older request, and botocore would stop here
             keys = {entry["Key"] for entry in page.get("Contents", [])}
             if number > MAX_PAGES or (keys and keys <= seen):
                 raise ResponseParserError("the listing does not end")
@@ -248,7 +248,7 @@ class Requests:
         return f'"{_md5(b"".join(map(_md5, pieces))).hex()}-{len(pieces)}"'
 
     def _client(self) -> Any:
-        """One client for all threads, made on first use."""
+        """Return the client for all threads, which is made on first use."""
         with self._making:
             self._made = self._made or self._make_client()
         return self._made
@@ -304,29 +304,29 @@ class _Counted(io.BytesIO):
 
 
 def _send_at_once(params: dict[str, Any], **_: Any) -> None:
-    """Do not ask before each upload whether it is welcome: servers that never answer would cost a second each time."""
+    """Remove the header `Expect`, which asks the server before each upload. Servers that ignore it cost a second each time."""
     params["headers"].pop("Expect", None)
 
 
 def _count_what_is_sent(request: Any, **_: Any) -> None:
-    """Let a large body count as progress while it goes out; of a request that is tried again it counts no more."""
+    """Count a large body as progress while it is sent, but only at the first try of a request."""
     is_first = "attempt=1" in str(request.headers.get("amz-sdk-request", "attempt=1"))
     if is_first and isinstance(request.body, bytes) and len(request.body) > _CHUNK:
         request.body = _Counted(request.body)
 
 
 def _require_listing(answer: dict[str, Any]) -> None:
-    """Refuse the page of a login or of another service, which botocore takes for an empty listing.
+    """Refuse the page of a login or of another service. botocore would read it as an empty listing.
 
     Raises:
-        ResponseParserError: If no part of a listing is in it.
+        ResponseParserError: If the answer has no part of a listing.
     """
     if not {"IsTruncated", "Name", "KeyCount", "Contents"} & set(answer):
         raise ResponseParserError("no listing")
 
 
 def _digest_in(answer: dict[str, Any]) -> str | None:
-    """Our digest in the metadata of an object; servers write the names of metadata in their own way."""
+    """Return our digest from the metadata of an object. Servers spell the names of metadata differently."""
     for name, value in answer.get("Metadata", {}).items():
         if name.lower().replace("_", "-") == _DIGEST:
             return str(value).strip().lower() or None

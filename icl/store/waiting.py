@@ -1,7 +1,7 @@
-"""Calls that may hang: made on a thread of their own, and given up once nothing has moved for a while.
+"""Calls that may hang. Each runs on its own thread, and we give up on it after some time without progress.
 
-A time limit of a socket does not help against a server that sends a byte now and then, and a large file may rightly take an
-hour. So what counts is progress: an answer, or enough bytes. It is counted once for the whole process, by `moved`.
+A time limit of a socket does not help against a server that sends a byte now and then, and a large file may need an hour. So
+the limit applies to progress: an answer, or enough bytes. `moved` records progress for the whole process.
 """
 
 import contextlib
@@ -13,18 +13,18 @@ from concurrent.futures import Future, wait
 from typing import TypeVar
 
 SECONDS = 60.0
-"""Seconds without progress after which a call is given up."""
+"""Seconds without progress after which we give up on a call."""
 NOTICE_SECONDS = 2.0
-"""Seconds without progress after which a person is told what is waited for."""
+"""Seconds without progress after which we print what the program waits for."""
 _ENOUGH_BYTES = 2**16
-"""Bytes that count as progress: about a kilobyte a second."""
+"""Number of bytes that count as progress. Within `SECONDS` they make about a kilobyte per second."""
 _POLL_SECONDS = 0.05
 
 Result = TypeVar("Result")
 
 
 class StalledError(Exception):
-    """Nothing has moved for too long, or the waiting was stopped; the call may hang still."""
+    """Call that made no progress for too long, or whose waiting was stopped. It may still be running."""
 
 
 class _Progress:
@@ -43,7 +43,7 @@ _is_given_up = threading.Event()
 
 
 def moved(num_bytes: int = _ENOUGH_BYTES) -> None:
-    """Count progress: so many bytes, or a whole piece of work."""
+    """Record progress: a number of bytes, or by default a whole piece of work."""
     with _progress.lock:
         _progress.num_bytes += num_bytes
         if _progress.num_bytes >= _ENOUGH_BYTES:
@@ -52,7 +52,7 @@ def moved(num_bytes: int = _ENOUGH_BYTES) -> None:
 
 @contextlib.contextmanager
 def giving_up() -> Iterator[None]:
-    """Let everything that this process waits for be given up at once: the user has interrupted it."""
+    """Give up on all calls of this process at once, because the user has interrupted it."""
     _is_given_up.set()
     try:
         yield
@@ -62,7 +62,7 @@ def giving_up() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Say nothing of what this thread waits for: it works behind the scenes."""
+    """Print no notices about what this thread waits for, because it works in the background."""
     _thread.is_silent = True
     try:
         yield
@@ -81,12 +81,12 @@ def await_result(
 
     Args:
         act: The call.
-        seconds: Without progress after which it is given up; left out, `SECONDS`.
-        awaited: What to tell a person after `NOTICE_SECONDS` that the program waits for; nothing if empty.
-        is_stopped: Asked all the time, whether to give up at once.
+        seconds: Seconds without progress after which to give up. By default `SECONDS`.
+        awaited: Name of what the program waits for, printed after `NOTICE_SECONDS`. If empty, nothing is printed.
+        is_stopped: Function that returns whether to give up at once. It is called many times a second.
 
     Raises:
-        StalledError: If it was given up. Its thread goes on, and does not keep the program from ending.
+        StalledError: If the call was given up. Its thread continues, but does not keep the program from ending.
     """
     seconds = SECONDS if seconds is None else seconds
     future: Future[Result] = Future()

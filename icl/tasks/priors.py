@@ -88,6 +88,6 @@ def task_pool(
 
 
 def _tasks(indices: Int64[Tensor, " B"], task_size: int, seed: int) -> Float[Tensor, "B D"]:
-    """Return the tasks at these places of the sequence."""
+    """Return the tasks at these positions of the sequence."""
     step = torch.zeros(1, dtype=torch.int64, device=indices.device)
     return rng.normal(rng.stream(seed, _POOL), step, indices, task_size)[0]

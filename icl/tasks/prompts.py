@@ -64,13 +64,13 @@ def sample_together(
 ) -> Prompts:
     """Sample the prompts of N sources whose sizes and noise variance agree: xs (N, S, B, K, D).
 
-    Each source gives the prompts that it would give alone.
+    Each source gives the same prompts as alone.
     """
     num_examples, task_size, noise_variance = sources[0].max_examples, sources[0].task_size, sources[0].noise_variance
-    # Not `len` of a range, which fails beyond 2^63: the check is to say how many prompts do not fit.
+    # Not `len`, which fails for a range beyond 2^63: the check below must report how many prompts do not fit.
     batch_size = indices.stop - indices.start if isinstance(indices, range) else len(indices)
     require_prompt_memory(len(sources) * len(steps) * batch_size, num_examples, task_size, device)
-    # Not `torch.arange(start, stop)`: XLA compiles the bounds into its graph, and would compile anew for every step.
+    # Not `torch.arange(start, stop)`: XLA compiles the bounds into its graph, and would compile again for every step.
     step = steps.start + torch.arange(len(steps), device=device)
     index = torch.arange(indices.start, indices.stop, device=device) if isinstance(indices, range) else indices
     xs_key = rng.together([source.xs_key for source in sources], device=device)
@@ -88,7 +88,7 @@ def prompt_source(config: RunConfig, *, stream: str, distribution: Distribution 
 
     Args:
         config: The run.
-        stream: `train`, or another name, which stands for prompts of `seeds.evaluation`.
+        stream: `train`, or another name. All streams except `train` use `seeds.evaluation`.
         distribution: `pretrain` (the run's M tasks) or `true` (the Gaussian prior). By default it is `true` for the stream
             of that name, and `pretrain` for all others.
 
@@ -160,8 +160,8 @@ def require_prompt_memory(
         num_prompts: Number of prompts.
         max_examples: Number of examples in each.
         task_size: Dimension of the inputs.
-        device: Device that is to hold them.
-        for_ridge: Whether ridge will predict them; it factors a matrix for each prompt in float64.
+        device: Device of the prompts.
+        for_ridge: Whether ridge will predict their targets. It factors a matrix for each prompt in float64.
 
     Raises:
         ConfigError: If they do not fit. The message says how much memory is needed and how much is free.

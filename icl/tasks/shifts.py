@@ -2,12 +2,12 @@
 
 Each shift transforms the prompts of stream `true` (tasks from N(0, I), noise variance sigma^2). So a shifted prompt is paired
 with an unshifted one, and differences between shifts have small errors. If a shift needs random numbers, it draws them from
-a stream of its own. A prompt stays a pure function of (evaluation seed, shift, step, index).
+its own stream. A prompt stays a pure function of (evaluation seed, shift, step, index).
 
-- `input_scale_<g>`, `task_scale_<g>`: x becomes g x (variance g^2), or w becomes g w. Targets follow; the noise stays.
+- `input_scale_<g>`, `task_scale_<g>`: x becomes g x (variance g^2), or w becomes g w. Targets change with them; the noise does not.
   The code of Hoogland et al. (2024) has g = 3, 5, 10, 100 (their text says variance g); Garg et al. (2022) have
   g = 1/3, 1/2, 2, 3.
-- `skewed_covariance`: along random axes, the i-th deviation of x is proportional to 1/i, so its variance is to 1/i^2.
+- `skewed_covariance`: along random axes, the standard deviation of x along axis i is proportional to 1/i.
 - `half_subspace`: x lies in a random subspace of floor(D / 2) dimensions, but at least one.
 - `label_noise`: the noise variance is 1. Then targets and task are rescaled together, so that the targets have the variance
   D + sigma^2 of unshifted ones.
@@ -23,7 +23,7 @@ Source: Garg et al. (2022), the evaluations in their eval.py and samplers.py. We
 - Their orthogonal query exists only up to k = D. We keep the query, project the examples onto its orthogonal complement,
   and rescale them.
 
-All shifts but the scales keep E|x|^2 = D.
+All shifts except the scales keep E|x|^2 = D.
 """
 
 import difflib
@@ -76,7 +76,7 @@ class Shift(NamedTuple):
 
     transform: Callable[[Parts, Randomness], Parts]
     is_about_query: bool = False
-    """Whether only the last position is shifted as the name says."""
+    """Whether the shift concerns the query only, so that only the prediction at the last position counts."""
     min_task_size: int = 1
     min_examples: int = 1
 
@@ -185,7 +185,7 @@ def _turn_examples_from_the_query(parts: Parts, randomness: Randomness) -> Parts
     examples, query = parts.xs[:, :-1].double(), parts.xs[:, -1:].double()  # B K-1 D, B 1 D
     direction = query / query.norm(dim=-1, keepdim=True)
     along = (examples * direction).sum(-1, keepdim=True)  # B K-1 1
-    # The projection takes one of D dimensions away. The factor brings E|x|^2 back to D.
+    # The projection removes one of D dimensions. The factor restores E|x|^2 = D.
     turned = (examples - along * direction) * math.sqrt(task_size / (task_size - 1))
     return parts._replace(xs=torch.cat((turned.float(), parts.xs[:, -1:]), dim=1))
 

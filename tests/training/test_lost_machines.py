@@ -94,7 +94,7 @@ def test_other_settings_never_take_it_over_and_are_told_what_to_do(url, tmp_path
     assert main(["train", *as_arguments(stored(SHORT, url))]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert f"if that run's machine was lost, delete {place} and run the same command again" in said
+    assert f"If the machine of that run was lost, delete {place} and run the same command again" in said
     assert place.read_bytes() == claimed
     place.unlink()
     assert main(["train", *as_arguments(stored(SHORT, url))]) == 0
@@ -248,5 +248,5 @@ def test_a_folder_that_is_behind_a_damaged_copy_goes_on_by_itself(s3, interrupte
     assert main(["train", *as_arguments(interrupted)]) == 0
     said = capsys.readouterr().err
     assert f"{s3.url}/tiny/last.ckpt is damaged" in said
-    assert f"The run goes on from what is in {run.path}." in said
+    assert f"The run continues from the files in {run.path}." in said
     assert_copied(run, s3.url)

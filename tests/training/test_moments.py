@@ -103,4 +103,4 @@ def test_a_copy_has_the_moments_and_no_more_of_the_best_than_the_run(tmp_path, c
     assert main(["checkpoints", str(run.path), "verify"]) == 1
     told = capsys.readouterr().out
     assert "moments/step-000000060.safetensors is damaged" in told
-    assert "its header tells of" in told
+    assert "its header describes" in told

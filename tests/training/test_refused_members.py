@@ -84,7 +84,7 @@ def test_a_folder_that_is_not_the_members_is_left_as_it_is(places, begun, conten
     results = train_population(CONFIGS, folders=places)
     assert states(results) == ["finished", "failed", "finished"]
     assert {path: path.read_bytes() for path in begun.path.rglob("*") if path.is_file()} == before
-    reason = "was begun with other settings: `optim.lr`" if content is None else "it holds no settings"
+    reason = "was begun with other settings: `optim.lr`" if content is None else "it contains no settings"
     assert reason in str(results[1].status.reason)
 
 

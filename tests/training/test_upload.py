@@ -183,7 +183,7 @@ def test_results_never_go_to_the_place_of_another_run(s3, tmp_path):
     mine = train(stored(SHORT, str(tmp_path / "backup")), folder=tmp_path / "tiny").folder
     mine.write_config(config)
     mine.write_result("evaluation.csv", "step\n")
-    with pytest.raises(UploadError, match="holds no copy of this run"):
+    with pytest.raises(UploadError, match="the store has no copy of this run"):
         send_results(mine)
     assert "tiny/results/evaluation.csv" not in s3.names()
 
@@ -295,7 +295,7 @@ def test_a_place_that_is_no_store_is_refused_by_the_configuration(url):
 
 
 def test_the_runs_own_folder_is_no_second_store():
-    with pytest.raises(ConfigError, match="where the run itself lies"):
+    with pytest.raises(ConfigError, match="would be in the run's own folder"):
         train(stored(SHORT, str(local_root())))
 
 
@@ -308,7 +308,7 @@ def test_two_runs_of_one_name_never_overwrite_each_other(s3, monkeypatch, tmp_pa
     with pytest.raises(ConfigError, match=r"s3://.*begun with other settings.*seeds.data"):
         train(stored(change(SHORT, seeds={"data": 7}), s3.url))
     train(SHORT)  # equal settings, begun here without the store
-    with pytest.raises(RunError, match="holds another run of that name"):
+    with pytest.raises(RunError, match="contains another run of that name"):
         train(stored(SHORT, s3.url))
     assert_copied(first, f"{s3.url}/tiny")
 
