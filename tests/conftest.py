@@ -1,4 +1,4 @@
-"""Shared ground of the tests: no account, no network, no GPU by default, nothing written outside a temporary folder."""
+"""Settings and fixtures of all tests: no account, no network, no GPU by default, no files outside a temporary folder."""
 
 import dataclasses
 import importlib
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch and numpy: threads that spin stall runs on shared cores.
+# Set before torch and numpy are imported: on shared cores, threads that spin while they wait slow everything down.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -16,7 +16,8 @@ import jaxtyping
 import pytest
 import torch
 
-# Before icl: what a module under jaxtyping's hook is the first to import is compiled from its source, a third of the start.
+# Imported before icl: a library that is first imported by a module under jaxtyping's hook is compiled from its source. This
+# would take a third of the time of the start.
 for _library in (
     "lightning.pytorch",
     "matplotlib.pyplot",
@@ -36,11 +37,11 @@ hypothesis.settings.load_profile("icl")
 def pytest_configure() -> None:
     import icl.config
 
-    # Two processes with two threads each on two cores wait for each other more than they compute.
+    # On two cores, two processes with two threads each would spend more time waiting for each other than computing.
     num_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     num_threads = max(1, min(2, (os.cpu_count() or 1) // num_processes))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", num_threads)))
-    # The config tree refuses wrong values itself, in sentences that are under test; jaxtyping's hook would speak first.
+    # The configuration refuses wrong values with its own errors, which we test. jaxtyping's hook would raise its errors first.
     for section in vars(icl.config).values():
         if isinstance(section, type) and dataclasses.is_dataclass(section):
             section.__init__.__no_type_check__ = True  # type: ignore[misc]
@@ -53,14 +54,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def _roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Empty folders, one for each test. `mktemp` would read through all earlier ones to number the next."""
+    """Paths of new folders, one for each test. `mktemp` would list all earlier folders to find the next number."""
     base = tmp_path_factory.mktemp("roots")
     return (base / str(number) for number in itertools.count())
 
 
 @pytest.fixture(autouse=True)
 def _sealed(monkeypatch: pytest.MonkeyPatch, _roots: Iterator[Path]) -> None:
-    """Runs go to a temporary folder and no store, W&B is off, the device is the CPU, no job of a cluster is seen."""
+    """Use a temporary folder for runs, no store, no W&B and the CPU, and hide the variables of a cluster's job."""
     for name in os.environ:
         if name.startswith(("AWS_", "HF_", "SLURM_", "WANDB_")):
             monkeypatch.delenv(name)
@@ -73,5 +74,5 @@ def _sealed(monkeypatch: pytest.MonkeyPatch, _roots: Iterator[Path]) -> None:
 
 @pytest.fixture
 def as_users_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shape and type checks off, as outside the tests: what is refused then is refused by `icl` itself."""
+    """Turn off the checks of shapes and types, as outside the tests, so that `icl` itself must refuse bad values."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

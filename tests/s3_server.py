@@ -1,4 +1,4 @@
-"""A real S3 server on the loopback, and a proxy before it that fails, lies or is gone when a test says so."""
+"""A local S3 server, and a proxy in front of it that fails, alters answers or disappears when a test asks for it."""
 
 import contextlib
 import http.client
@@ -33,7 +33,7 @@ def _client(endpoint: str) -> Any:
 
 
 class S3Server:
-    """Where a test's bucket is, and a client that looks into it directly."""
+    """A bucket for one test, and a client that accesses it directly."""
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
@@ -43,11 +43,11 @@ class S3Server:
 
     @property
     def url(self) -> str:
-        """The store that is the whole bucket."""
+        """URL of the store that uses the whole bucket."""
         return f"s3://{self.bucket}"
 
     def fill(self, keys: Iterable[str]) -> None:
-        """Empty objects, past the network: a thousand take no time."""
+        """Create empty objects without the network, so that a thousand objects take no time."""
         from moto.core import DEFAULT_ACCOUNT_ID
         from moto.s3.models import s3_backends
 
@@ -56,7 +56,7 @@ class S3Server:
 
     @contextlib.contextmanager
     def holding(self, key: str) -> Iterator[None]:
-        """An empty object for a while, under a name that the network might not carry."""
+        """Create an empty object, and delete it when the context ends. Its name may be one that cannot be sent in a request."""
         from moto.core import DEFAULT_ACCOUNT_ID
         from moto.s3.models import s3_backends
 
@@ -65,23 +65,23 @@ class S3Server:
         s3_backends[DEFAULT_ACCOUNT_ID]["aws"].delete_object(self.bucket, key)
 
     def names(self) -> list[str]:
-        """All that is in the bucket."""
+        """Return the keys of all objects in the bucket."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket)
         return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
 
     def get(self, key: str) -> bytes:
-        """The bytes of an object."""
+        """Return the bytes of an object."""
         return self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
 
     def corrupt(self, key: str, change: Callable[[bytes], bytes]) -> None:
-        """Alter an object as a broken disk would: its metadata stay."""
-        found = self.client.get_object(Bucket=self.bucket, Key=key)
-        data = change(found["Body"].read())
-        self.client.put_object(Bucket=self.bucket, Key=key, Body=data, Metadata=found["Metadata"])
+        """Change the bytes of an object but not its metadata, as a broken disk would."""
+        stored = self.client.get_object(Bucket=self.bucket, Key=key)
+        data = change(stored["Body"].read())
+        self.client.put_object(Bucket=self.bucket, Key=key, Body=data, Metadata=stored["Metadata"])
 
 
 class Request(NamedTuple):
-    """What a client asks of a server; header names in small letters."""
+    """A client's request. The names of its headers are in lower case."""
 
     method: str
     path: str
@@ -90,24 +90,27 @@ class Request(NamedTuple):
 
 
 class Proxy:
-    """Hands requests on to a server, or answers what `answer(method, path)` says: a status, or bytes; None hands on.
+    """Proxy that forwards requests to a server.
+
+    A test can set `answer(method, path)`. If it returns a status or bytes, the proxy answers with these. If it returns None, the
+    request is forwarded.
 
     Args:
-        endpoint: The server's address.
-        tls: If given, the proxy speaks HTTPS.
+        endpoint: Address of the server.
+        tls: If given, the proxy uses HTTPS.
     """
 
     def __init__(self, endpoint: str, tls: ssl.SSLContext | None = None) -> None:
         self.upstream = urlsplit(endpoint).netloc
         self.answer: Callable[[str, str], int | bytes | None] = lambda method, path: None
         self.refuse: Callable[[Request], tuple[int, str] | None] = lambda request: None
-        """Answers with a status and a code of S3, or hands on."""
+        """Function that returns a status and an error code of S3 for the answer, or None to forward the request."""
         self.region = ""
-        """What refusals say of the bucket's region."""
+        """Region of the bucket, which the proxy's refusals name."""
         self.alter: Callable[[Request, dict[str, str], bytes], tuple[dict[str, str], bytes]] = (
             lambda request, headers, body: (headers, body)
         )
-        """What becomes of the server's headers and body."""
+        """Function that changes the headers and the body of the server's answer."""
         self.requests: list[str] = []
         self.is_gone = False
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -119,7 +122,7 @@ class Proxy:
         self._thread.start()
 
     def close(self) -> None:
-        """The server disappears, in the middle of whatever it does."""
+        """Stop the proxy at once, even in the middle of a request."""
         self.is_gone = True
         self._server.shutdown()
         self._server.server_close()
@@ -152,13 +155,13 @@ class Proxy:
                     return
                 upstream = http.client.HTTPConnection(proxy.upstream)
                 upstream.request(self.command, request.path, data, request.headers)
-                found = upstream.getresponse()
-                body = found.read()
+                response = upstream.getresponse()
+                body = response.read()
                 dropped = ("transfer-encoding", "connection", "content-length", "date", "server")
-                headers = {name: value for name, value in found.getheaders() if name.lower() not in dropped}
-                length = found.getheader("Content-Length") if self.command == "HEAD" else str(len(body))
+                headers = {name: value for name, value in response.getheaders() if name.lower() not in dropped}
+                length = response.getheader("Content-Length") if self.command == "HEAD" else str(len(body))
                 headers, body = proxy.alter(request, {**headers, "Content-Length": length or "0"}, body)
-                self._reply(found.status, headers, body)
+                self._reply(response.status, headers, body)
                 upstream.close()
 
             def _reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
@@ -190,14 +193,14 @@ def s3_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """A fresh bucket, and the environment that leads `icl` to its server; requests are tried twice."""
+    """Return a new bucket, and set the environment so that `icl` uses its server and tries each request twice."""
     use_server(monkeypatch, s3_endpoint)
     return S3Server(s3_endpoint)
 
 
 @pytest.fixture
 def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy between `icl` and the server."""
+    """Return a proxy between `icl` and the server."""
     proxy = Proxy(s3.endpoint)
     use_server(monkeypatch, proxy.endpoint)
     yield proxy
@@ -206,7 +209,7 @@ def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`icl train` ends without its table and figure, which are half of a tiny run's time."""
+    """Let `icl train` end without its table and figure, which take half of the time of a tiny run."""
     monkeypatch.setattr(icl.cli.train, "_show_run", lambda folder: None)
 
 

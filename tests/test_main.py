@@ -63,7 +63,7 @@ def test_a_working_folder_that_was_deleted_is_one_sentence(tmp_path, program):
     line = f"cd {gone} && rmdir {gone} && exec {shlex.join([*program, 'runs'])}"
     ran = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (1, "")
-    assert ran.stderr.startswith("icl: The working folder no longer exists; change to one that does (cd)")
+    assert ran.stderr.startswith("icl: The working folder no longer exists; change to another folder (cd)")
     assert ran.stderr.count("\n") == 1
 
 

@@ -54,7 +54,7 @@ def told(words: list[str], capsys) -> str:
 @pytest.mark.parametrize(("word", "here"), SCRIPTS, ids=[word for word, _ in SCRIPTS])
 def test_every_script_of_the_page_has_its_modern_command(word, here, capsys):
     for words in ([word], ["python", word], ["python", "-m", word.removesuffix(".py")], [f"./{word}", "--x", "1"]):
-        command = re.search(r"here it is `((?:icl|wandb) [\w-]+)", told(words, capsys))
+        command = re.search(r"its new name is `((?:icl|wandb) [\w-]+)", told(words, capsys))
         assert command is not None
         assert command[1] in here or ("[" in here and "icl, train" in here) or "from icl import" in here
 

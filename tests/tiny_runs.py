@@ -1,4 +1,4 @@
-"""A run so small that a test can train it in a second or two, and variants of it."""
+"""Settings of a run that a test can train in a second or two, and functions that change them."""
 
 import dataclasses
 from typing import Any
@@ -25,13 +25,13 @@ TINY = RunConfig(
 
 
 def change(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
-    """The config with some leaves of some sections replaced."""
+    """Return the config with some settings of some sections replaced."""
     parts = {name: dataclasses.replace(getattr(config, name), **leaves) for name, leaves in sections.items()}
     return dataclasses.replace(config, **parts)
 
 
 def as_arguments(config: RunConfig) -> list[str]:
-    """The command line that gives this config, whatever the preset."""
+    """Return the words of a command line that give this config. They name every setting, so the preset has no effect."""
     from icl.config import flatten
 
     settings = flatten(config.to_dict())
@@ -39,7 +39,7 @@ def as_arguments(config: RunConfig) -> list[str]:
 
 
 def as_population(config: RunConfig) -> list[str]:
-    """The same without what a population may set for each member, and without a population."""
+    """Return the same words without `population` and without the settings that differ between members."""
     words = as_arguments(config)
     pairs = zip(words[::2], words[1::2], strict=True)
     own = ("--seeds.", "--task.num_tasks", "--population.")

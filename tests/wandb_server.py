@@ -1,8 +1,8 @@
-"""A W&B backend on the loopback, as small as the real client allows; it fails, or is gone, when a test says so.
+"""A local W&B backend, as small as the real client allows. It fails or disappears when a test asks for it.
 
-It answers what `wandb sweep`, `wandb agent` and `wandb.init`, `log`, `finish` ask: a few fields of GraphQL, and the file
-stream that a run's rows, summary and exit code come in. A sweep is a grid; a run that was marked as preempting and exits
-with an error goes back into its sweep's queue, as W&B documents it ("Resume preemptible Sweeps runs").
+It answers the requests of `wandb sweep`, `wandb agent`, `wandb.init`, `log` and `finish`. These are a few fields of GraphQL,
+and the file stream with a run's rows, summary and exit code. A sweep is a grid. If a run that was marked as preempting exits
+with an error, it goes back into the queue of its sweep, as W&B documents it ("Resume preemptible Sweeps runs").
 """
 
 import gzip
@@ -19,41 +19,44 @@ import pytest
 import yaml
 
 KEY = "0123456789" * 4
-"""An API key as long as W&B's."""
+"""An API key of the length of W&B's keys."""
 
 
 @dataclass
 class WandbRun:
-    """What the backend knows of a run."""
+    """A run, as the backend knows it."""
 
     id: str
     sweep: str | None = None
     point: dict[str, Any] = field(default_factory=dict)
-    """What its sweep chose."""
+    """Settings that its sweep chose."""
     name: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    """What `define_metric` said, as the client encodes it."""
+    """Metrics from `define_metric`, as the client encodes them."""
     was_preempting: bool = False
     exit_code: int | None = None
-    """Of the last program that ended."""
+    """Exit code of the last program that ended."""
     exit_codes: list[int] = field(default_factory=list)
 
     def axes(self) -> set[str]:
-        """The horizontal axis of all metrics, as declared; the client counts metrics from 1, by fields of its protocol."""
+        """Return the declared horizontal axis of all metrics ("*").
+
+        The keys are field numbers of the client's protocol. A metric refers to its axis by a number that starts at 1.
+        """
         return {self.metrics[metric["5"] - 1]["1"] for metric in self.metrics if metric.get("2") == "*"}
 
     @property
     def steps(self) -> list[int]:
-        """The step of every row."""
+        """Step of every row."""
         return [row["step"] for row in self.rows]
 
 
 @dataclass
 class Sweep:
-    """A grid, and what of it is still to be handed out."""
+    """A grid, with the queue of runs that are still to be handed out."""
 
     id: str
     config: dict[str, Any]
@@ -61,13 +64,13 @@ class Sweep:
 
 
 class WandbServer:
-    """The backend; `answer(path)` may say a status with which a request fails, None lets it pass."""
+    """The backend. If `answer(path)` returns a status, the request fails with it; if it returns None, the request succeeds."""
 
     def __init__(self) -> None:
         self.runs: dict[str, WandbRun] = {}
         self.sweeps: dict[str, Sweep] = {}
         self.refused: list[str] = []
-        """What the client asked for that there is no answer to."""
+        """Fields that the client asked for and that the backend does not have."""
         self.answer: Callable[[str], int | None] = lambda path: None
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -77,12 +80,12 @@ class WandbServer:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
-        """Be gone: connections are refused."""
+        """Stop the backend, so that connections are refused."""
         self._server.shutdown()
         self._server.server_close()
 
     def environment(self) -> dict[str, str]:
-        """What leads a client here."""
+        """Return the environment with which a client uses this backend."""
         return {
             "WANDB_BASE_URL": self.url,
             "WANDB_API_KEY": KEY,
@@ -93,7 +96,7 @@ class WandbServer:
         }
 
     def query(self, document: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a GraphQL document, which asks for one field."""
+        """Return the answer to a GraphQL document, which asks for one field."""
         asked = re.search(r"\{\s*(?:(\w+)\s*:\s*)?(\w+)", document)
         assert asked is not None
         answer = getattr(self, "_" + re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", asked[2]), None)
@@ -104,7 +107,7 @@ class WandbServer:
             return {"data": {asked[1] or asked[2]: answer(**variables)}}
 
     def stream(self, run_id: str, sent: dict[str, Any]) -> None:
-        """Take in rows, summary and end of a run."""
+        """Store the rows, the summary and the exit code of a run."""
         with self._lock:
             run, files = self.runs[run_id], sent.get("files") or {}
             if rows := files.get("wandb-history.jsonl"):
@@ -119,7 +122,7 @@ class WandbServer:
                 if run.was_preempting and run.exit_code and run.sweep:
                     self.sweeps[run.sweep].queue.insert(0, run)
 
-    # The fields, each by its name: upsertSweep is _upsert_sweep.
+    # One method for each field of GraphQL: the field upsertSweep is answered by _upsert_sweep.
 
     def _viewer(self) -> dict[str, Any]:
         return {"id": "me", "entity": "team", "username": "me", "flags": "{}", "teams": {"edges": []}}
@@ -131,7 +134,7 @@ class WandbServer:
         return {"organization": None}
 
     def _model(self, *, name: str | None = None, **_: Any) -> dict[str, Any]:
-        """What there is of a run to resume."""
+        """Return what the client needs to resume a run, or a null bucket for a run without rows."""
         run = self.runs.get(name or "")
         if run is None or not run.rows:
             return {"bucket": None}
@@ -139,12 +142,12 @@ class WandbServer:
         texts = {"summaryMetrics": run.summary, "config": {key: {"value": value} for key, value in run.config.items()}}
         tails = {"historyTail": [json.dumps(run.rows[-1])], "eventsTail": []}
         encoded = {key: json.dumps(value) for key, value in (texts | tails).items()}
-        began = {"wandbConfig": json.dumps({"t": 1})}  # what the client tells a run that has begun by
+        began = {"wandbConfig": json.dumps({"t": 1})}  # this tells the client that the run has begun
         return {"bucket": {"id": run.id, "name": run.id, "tags": [], **last, **encoded, **began}}
 
     def _project(self, *, sweep: str | None = None, **_: Any) -> dict[str, Any]:
-        found = self.sweeps.get(sweep or "")
-        about = found and {"id": found.id, "name": found.id, "state": "RUNNING", "config": yaml.dump(found.config)}
+        known = self.sweeps.get(sweep or "")
+        about = known and {"id": known.id, "name": known.id, "state": "RUNNING", "config": yaml.dump(known.config)}
         return _PROJECT | {"sweep": about and about | {"method": "grid", "runs": {"edges": []}}}
 
     def _upsert_sweep(self, *, config: str, **_: Any) -> dict[str, Any]:
@@ -189,7 +192,7 @@ _PROJECT = {"id": "project", "name": "icl", "entity": {"id": "team", "name": "te
 
 
 def _grid(parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every point of a grid, by outermost names; tables of nested parameters come as tables."""
+    """Return every point of a grid, by outermost names. Nested parameters become tables."""
     axes = [
         [(name, value) for value in _grid(entry["parameters"])]
         if "parameters" in entry
@@ -234,7 +237,7 @@ def _handler(backend: WandbServer) -> type[BaseHTTPRequestHandler]:
         def handle(self) -> None:
             try:
                 super().handle()
-            except ConnectionError:  # clients drop theirs as they end
+            except ConnectionError:  # clients that end drop their connections
                 return
 
     return Handler
@@ -242,7 +245,7 @@ def _handler(backend: WandbServer) -> type[BaseHTTPRequestHandler]:
 
 @pytest.fixture
 def wandb_server() -> Iterator[WandbServer]:
-    """A fresh backend."""
+    """Start a new backend."""
     server = WandbServer()
     yield server
     server.close()

@@ -1,4 +1,4 @@
-"""The door for people: a module for each command; `icl.command_line` has their parser."""
+"""The command line of `icl`, with one module per command. The parser that they share is in `icl.command_line`."""
 
 from icl.cli.entry import COMMANDS, main
 

@@ -18,23 +18,23 @@ from icl.runs.folder import require_place, run_of
 if TYPE_CHECKING:
     from icl.analysis.run import Result
 
-HELP = "how a run develops: " + ", ".join(ANALYSES)
+HELP = "measure how a run develops: " + ", ".join(ANALYSES)
 
 _DESCRIPTION = """\
-One analysis of every saved step of a run, or of a table. What is done is never done twice: the same command goes on
-where it was stopped, and takes up steps that were saved since.
+Analyse every saved step of a run, or analyse a table. Finished steps are stored. After an interruption, the same command
+continues with the next step. If the run has saved more steps since, it analyses only the new ones.
 
-analyses (each has options of its own: icl analyse --what NAME --help):
+analyses (each one has further options; see icl analyse --what NAME --help):
 """
 
 
 def run(words: list[str]) -> int:
-    """Analyse, say what was found, write the table and the figure."""
+    """Analyse, print the results, and write the table and the figure."""
     chosen = _what(words)
     options = _parser(chosen).parse_args(words)
     paths = [path for path in (options.path, options.checkpoint_dir, options.input_file) if path is not None]
     if not paths:
-        raise ConfigError("Say what to analyse: `icl analyse RUN --what NAME`.")
+        raise ConfigError("Give a run or a table to analyse: `icl analyse RUN --what NAME`.")
     if len(paths) > 1:
         raise ConfigError(f"RUN is given twice: {' and '.join(map(str, paths))}.")
     path = paths[0]
@@ -72,17 +72,17 @@ def _parser(chosen: list[str]) -> argparse.ArgumentParser:
     names = "\n".join(f"  {name:20s} {about.help}" for name, about in ANALYSES.items())
     parser = CommandParser(
         "analyse",
-        _DESCRIPTION + names + f"\n  {'all':20s} every analysis of a run, also after one that refuses",
+        _DESCRIPTION + names + f"\n  {'all':20s} every analysis of a run; if one fails, the others are still done",
         "icl analyse runs/quickstart --what gradients\n"
         "  icl analyse runs/quickstart --what gradients --out gradient_results.json\n"
         "  icl analyse --what diversity --input_file results.csv --output_plot diversity.png --model_type ridge",
     )
     parser.add("path RUN|FILE", "a run's folder or name, a checkpoint, or a table", nargs="?", type=Path)
-    parser.add("--checkpoint_dir DIR", "older name of RUN", type=Path)
-    parser.add("--input_file FILE", "the table, for analyses of one", type=Path)
-    parser.add("--what NAME", "the analysis", required=True)
+    parser.add("--checkpoint_dir DIR", "older form of RUN", type=Path)
+    parser.add("--input_file FILE", "the table, for an analysis of a table", type=Path)
+    parser.add("--what NAME", "name of the analysis", required=True)
     parser.add("--out --output_file FILE", "also write the numbers to FILE (.csv or .json)", type=Path)
-    parser.add("--output_plot FILE", "also draw to FILE (.png, .pdf or .svg)", type=Path)
+    parser.add("--output_plot FILE", "also draw the figure to FILE (.png, .pdf or .svg)", type=Path)
     if len(chosen) == 1:
         _add_settings(parser, chosen[0])
     return parser
@@ -102,19 +102,19 @@ def _add_settings(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def _analyse_all(names: list[str], path: Path, options: argparse.Namespace) -> int:
-    """Do every analysis, also after one that refuses; return 1 if any did, each in one sentence."""
+    """Do every analysis, even if some fail, and print a sentence for each failure. Return 1 if there was a failure."""
     refused: dict[str, str] = {}
     for name in names:
         try:
             _analyse(name, path, options)
         except UserError as error:  # noqa: PERF203 (an analysis takes seconds)
             if str(error) not in refused.values():
-                print(f"icl: {name} is refused: {error}", file=sys.stderr)
+                print(f"icl: {name} failed: {error}", file=sys.stderr)
             refused[name] = str(error)
     if not refused:
         return 0
     done = len(names) - len(refused)
-    print(f"icl: {done} of {len(names)} analyses are done; refused: {', '.join(refused)}.", file=sys.stderr)
+    print(f"icl: {done} of {len(names)} analyses are done; failed: {', '.join(refused)}.", file=sys.stderr)
     return 1
 
 
@@ -125,7 +125,7 @@ def _analyse(name: str, path: Path, options: argparse.Namespace) -> None:
 
     if path.is_file() and options.out is None and options.output_plot is None:
         raise ConfigError(
-            f"{path} is a file, so say where the results go: --out FILE (.csv or .json), --output_plot FILE."
+            f"{path} is a file, so name a file for the results: --out FILE (.csv or .json) or --output_plot FILE."
         )
     fields = [field.name for field in dataclasses.fields(find(name).Settings)]
     settings = {key: getattr(options, key) for key in fields if getattr(options, key, None) is not None}
@@ -149,7 +149,7 @@ def _analyse(name: str, path: Path, options: argparse.Namespace) -> None:
 
 
 def _save(name: str, result: "Result", out: Path) -> None:
-    """Write the numbers to a file of the user's own."""
+    """Write the numbers to a file that the user chose."""
     if table_format(out) == "csv":
         text = result.table.to_csv(index=False)
     else:

@@ -1,4 +1,4 @@
-"""`icl checkpoints`: a run's saved steps here and in its store; fetch, send and verify them."""
+"""`icl checkpoints`: list, fetch, send and verify a run's saved steps, here and in its store."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,23 +13,28 @@ from icl.runs.folder import RunError, RunFolder, local_root, name_of
 if TYPE_CHECKING:
     from icl.runs.mirror import Mirror
 
-HELP = "a run's saved steps here and in its store: list, fetch, send, verify"
+HELP = "list, fetch, send or verify a run's saved steps, here and in its store"
 
 
 def run(words: list[str]) -> int:
-    """Do one of the four jobs."""
+    """List, fetch, send or verify."""
     parser = CommandParser(
         "checkpoints",
-        "ls: the saved steps, here and in the store. pull, push: copy what is missing or different, in either direction; "
-        "what breaks off goes on with the same command. verify: whether all files are whole, here and in the store: checkpoints, "
-        "moments, last.ckpt and previous.ckpt against their digests; that no step of the schedule and no row of metrics.csv is "
-        "missing; that config.yaml and status.json agree with them; that results and figures can be read.",
+        "ls      List the saved steps, here and in the store.\n"
+        "pull    Fetch the files that are missing here or differ from the store. After an interruption, the same command continues.\n"
+        "push    Send the files that are missing in the store or differ from it.\n"
+        "verify  Check the files here and in the store. Checkpoints, moments, last.ckpt and previous.ckpt must have the right\n"
+        "        digests. No scheduled step and no row of metrics.csv may be missing. config.yaml and status.json must agree\n"
+        "        with them. Results and figures must be readable.",
         "icl checkpoints runs/quickstart verify",
     )
     parser.add("run RUN", "a run's folder, or its name")
-    parser.add_argument("action", choices=("ls", "pull", "push", "verify"))
-    parser.add("--store URL", "a folder or s3://bucket/prefix (default: the run's own, or s3://$AWS_BUCKET_NAME)")
-    parser.add("--force", "pull, push: every file, and over a later step")
+    parser.add_argument("action", choices=("ls", "pull", "push", "verify"), help="what to do, see above")
+    text = (
+        "the store, a folder or s3://bucket/prefix (default: the run's `checkpoints.store`, or s3://$AWS_BUCKET_NAME)"
+    )
+    parser.add("--store URL", text)
+    parser.add("--force", "for pull and push: copy every file, even if this replaces a later step by an earlier one")
     options = parser.parse_args(words)
     if options.force and options.action not in ("pull", "push"):
         raise ConfigError(f"`--force` has no meaning for {options.action}; it belongs to pull and push.")
@@ -53,7 +58,7 @@ def run(words: list[str]) -> int:
 
 
 def _find(word: str, store: str | None, action: str) -> "tuple[RunFolder, Mirror | None]":
-    """Return the run's folder, which need not exist yet, and its place in the store, if it has a store."""
+    """Return the run's folder, which may not exist yet, and its copy in the store, if it has a store."""
     from icl.runs.mirror import open_mirror, read_config, store_url
 
     if store is not None:
@@ -64,27 +69,29 @@ def _find(word: str, store: str | None, action: str) -> "tuple[RunFolder, Mirror
     folder = RunFolder(word if is_folder else local_root() / name_of(word))
     config = folder.read_config() if folder.config_file.exists() else None
     url = store or store_url(config or RunConfig())
-    is_lost = action == "verify" and folder.status_file.is_file()  # its settings alone are gone, which `verify` says
+    is_lost = action == "verify" and folder.status_file.is_file()  # only its settings are missing; `verify` reports it
     if url is None and config is None and not is_lost:
-        raise ConfigError(f"There is no run {folder.path}, and no store to look for it; `icl runs` lists those here.")
+        raise ConfigError(
+            f"There is no run {folder.path}, and no store in which to look for it; `icl runs` lists the runs here."
+        )
     name = run_name(config) if config else name_of(word)
     mirror = open_mirror(folder, url, name, make=action == "push") if url else None
     if config is None and not is_lost and mirror is not None and read_config(mirror.there) is None:
-        raise RunError(f"There is no run {folder.path}, nor one at {mirror.there}; `icl runs` lists those here.")
+        raise RunError(f"There is no run {folder.path}, and none at {mirror.there}; `icl runs` lists the runs here.")
     return folder, mirror
 
 
 def _require_name(word: str) -> None:
-    """Refuse a word that is neither a run's folder nor a name that a run can have.
+    """Refuse a word that is neither a run's folder nor a valid name of a run.
 
     Raises:
-        RunError: Saying so.
+        RunError: If the word is neither.
     """
     try:
         require_run_name(name_of(word))
     except ConfigError:
         raise RunError(
-            f"There is no run {word}, and no run below {local_root()} can have that name; `icl runs` lists those here."
+            f"There is no run {word}, and no run below {local_root()} can have that name; `icl runs` lists the runs here."
         ) from None
 
 
@@ -112,11 +119,13 @@ def _verify(folder: RunFolder, mirror: "Mirror | None") -> int:
         print("\n".join(damage))
         count = f"{len(damage)} faults" if len(damage) > 1 else "1 fault"
         if mirror is None:
-            again = f"to make all of it again from step 0, delete {', '.join(NAMES)} and status.json there and run the same command"
+            again = f"to train it again from step 0, delete {', '.join(NAMES)} and status.json there and run the same `icl train`"
             raise StorageError(
-                f"{count} in {folder.path}, which has no store to fetch from; what is whole can be used, and {again}."
+                f"{count} in {folder.path}, which has no store to fetch from; the intact files can be used, and {again}."
             )
-        repair = "`push --force` sends the good files here, `pull --force` fetches the good ones there"
+        repair = (
+            "`push --force` repairs the store from the files here, `pull --force` repairs the files here from the store"
+        )
         raise StorageError(f"{count} in {places}; {repair}.")
     print(f"All is well in {places}.")
     return 0

@@ -18,39 +18,43 @@ from icl.resolve import read_config_file, resolve
 from icl.runs.environment import OWN_PROGRAM
 from icl.runs.folder import require_own_place
 
-HELP = "the task-diversity experiment: M = 2, 4, 8, ... and inf, and its figure"
+HELP = "run the task-diversity experiment (M = 2, 4, 8, ... and inf) and draw its figure"
 
 _SETTINGS = {
     "num_steps N": ("trainer.max_steps", "optimiser steps of each run"),
     "batch_size B": ("trainer.batch_size", "prompts per step"),
-    "learning_rate LR": ("optim.lr", "peak rate"),
-    "warmup_steps N": ("optim.warmup_steps", "steps of the linear rise; the rate then falls to zero at the last step"),
+    "learning_rate LR": ("optim.lr", "peak learning rate"),
+    "warmup_steps N": (
+        "optim.warmup_steps",
+        "steps of the linear rise of the rate, which then falls to zero at the last step",
+    ),
     "checkpoint_every N": ("checkpoints.every", "steps between checkpoints"),
     "eval_every N": ("evaluation.every", "steps between evaluations"),
     "early_stopping_patience N": (
         "early_stopping.patience",
-        "evaluations without improvement before a run stops early; `None`: never",
+        "evaluations without improvement before a run stops early; `None` means never",
     ),
-    "early_stopping_min_delta X": ("early_stopping.min_delta", "the least improvement that counts"),
+    "early_stopping_min_delta X": ("early_stopping.min_delta", "smallest decrease that counts as improvement"),
 }
-"""The experiment's own options for settings of its runs, each with the setting and its help."""
+"""Options of the experiment that are short names for settings of its runs, each with the setting and its help."""
 _DEFAULT_STEPS = 500_000
 _RESERVED = ("task.num_tasks", "run_name", "population.seeds", "population.num_tasks")
 _PATIENCE_SECONDS = 120.0
 
 _DESCRIPTION = """\
-Train the same run at M = 2^1 .. 2^P tasks and at M = inf, one after the other, each into its own folder
-checkpoints/checkpoints_M8/ and so on; then draw the gaps to dMMSE and to ridge, in and out of distribution, against M.
-The same command goes on after any interruption: finished runs are skipped, an unfinished one resumes, failed ones are
-tried again, except those whose loss became NaN, which would fail again. Ctrl-C and SIGTERM save first.
-checkpoints/experiment_metadata.json tells how far it is.
+Train the same run with M = 2^1 .. 2^P tasks and with M = inf, one after the other. Each run has its own folder, such as
+checkpoints/checkpoints_M8/. Then draw the gaps to dMMSE and to ridge against M, in and out of distribution.
 
-If the terminal is lost, a run in the foreground goes on and writes to checkpoints/experiment.log; `nohup icl diversity
-... &` does the same with a log of its own, and --background from the start.
+After any interruption, the same command continues. It skips finished runs, resumes an unfinished run, and tries failed
+runs again. Runs whose loss became NaN are not tried again, because they would fail again. Ctrl-C and SIGTERM save first.
+checkpoints/experiment_metadata.json shows the progress.
 
-What is left out is as in the first example; num_steps scales warm-up and intervals. Every setting of `icl train` may be given
-too (`icl train --help` lists them). A preset of your own choice, here or in a file, brings its own settings in place of the
-example's (the default is `icr`)."""
+If the terminal is lost, the experiment continues and writes to checkpoints/experiment.log. With --background it writes to
+this log from the start and does not need the terminal. `nohup icl diversity ... &` does the same with nohup's log.
+
+Options that you leave out have the values of the first example. Warm-up and intervals scale with --num_steps. You can
+also give every setting of `icl train` (`icl train --help` lists them). If you choose a preset, here or in a file, its
+settings replace those of the example (the default is `icr`)."""
 _EXAMPLES = f"""\
 icl diversity --max_power 20 --num_steps {_DEFAULT_STEPS} --batch_size 2048 --learning_rate 1e-3 --warmup_steps 50000 \\
     --checkpoint_every 50000 --eval_every 10000 --early_stopping_patience 10 --early_stopping_min_delta 0.001
@@ -60,7 +64,7 @@ icl runs checkpoints"""
 
 
 def run(words: list[str]) -> int:
-    """Train what is missing, and draw; return 0 only if every run is done, 128 + the signal if one stopped it."""
+    """Train the missing runs, and draw. Return 0 only if every run is done, or 128 + the signal that stopped the experiment."""
     options = _parser().parse_args(words)
     config, base = _read_config(options), options.base_checkpoint_dir
     for file in ("diversity.png", "diversity.csv"):
@@ -69,7 +73,9 @@ def run(words: list[str]) -> int:
     from icl.build import choose_device
     from icl.training.capacity import require_room
 
-    runs = experiment_runs(config, max_power=options.max_power, base=base)  # refuses at once, in front of who typed it
+    runs = experiment_runs(
+        config, max_power=options.max_power, base=base
+    )  # bad settings are refused before anything is started
     require_own_place(runs[0].folder)
     require_room(config, choose_device(config.trainer.accelerator))
     if options.background:
@@ -125,25 +131,27 @@ def _parser() -> CommandParser:
         default=Path("checkpoints"),
     )
     parser.add("--plots_dir DIR", "folder of the figure (default: plots)", type=Path, default=Path("plots"))
-    parser.add("--retry", "also try runs again whose loss became NaN")
-    parser.add("--background", "go on without this terminal: print the process and its log, and return")
+    parser.add("--retry", "also try those runs again whose loss became NaN")
+    parser.add("--background", "run without this terminal: print the process id and the log file, and return")
     add_config_option(parser)
     return parser
 
 
 def _read_config(options: argparse.Namespace) -> RunConfig:
-    """Return the configuration of every run but for M."""
+    """Return the configuration that all runs share, except for M."""
     given = options.settings
     filed = {key: value for file in options.config for key, value in flatten(read_config_file(file)).items()}
     for key in _RESERVED:
         if key in given or key in filed:
-            raise ConfigError(f"`{key}` is set by the experiment itself; leave it out (--max_power chooses the M).")
+            raise ConfigError(
+                f"`{key}` is set by the experiment itself; leave it out (--max_power sets the values of M)."
+            )
     settings: dict[str, Any] = {}
     for option, (key, _) in _SETTINGS.items():
         name = option.split()[0]
         value = getattr(options, name)
         if value is not None and key in given:
-            raise ConfigError(f"`--{name}` and `--{key}` are the same setting; give one of the two.")
+            raise ConfigError(f"`--{name}` and `--{key}` are the same setting; give only one of them.")
         if value is not None:
             settings[key] = value
     if parse_scalar(settings.get("optim.warmup_steps", "None")) is not None:
@@ -158,7 +166,7 @@ def _read_config(options: argparse.Namespace) -> RunConfig:
 
 
 def _documented(num_steps: Any) -> dict[str, Any]:
-    """Return the settings of the documented command; for fewer steps, warm-up and intervals shrink along."""
+    """Return the settings of the documented command, with warm-up and intervals in proportion to the number of steps."""
     steps = (
         num_steps if isinstance(num_steps, int) and num_steps < 2**63 else _DEFAULT_STEPS
     )  # `resolve` will refuse it
@@ -185,9 +193,9 @@ def _title(config: RunConfig, num_drawn: int, num_all: int) -> str:
 
 
 def _detach(words: list[str], base: Path) -> int:
-    """Start the same command without this terminal, and wait until it holds the experiment or has given up."""
+    """Start the same command in the background, and wait until it has locked the experiment or has ended."""
     with lock_experiment(base):
-        pass  # refuses in front of who typed it; the process that is started holds it for good
+        pass  # an error here is shown on the terminal; the background process then locks the experiment itself
     log = base / "experiment.log"
     with log.open("ab") as output:
         begin = output.tell()
@@ -205,7 +213,10 @@ def _detach(words: list[str], base: Path) -> int:
     status = process.poll()
     if status is not None:
         said = log.read_bytes()[begin:].decode(errors="replace").strip()
-        print(said or f"icl: it ended at once, with status {status}.", file=sys.stderr if status else sys.stdout)
+        print(
+            said or f"icl: the process ended at once, with exit status {status}.",
+            file=sys.stderr if status else sys.stdout,
+        )
         return status if status >= 0 else 128 - status
     print(f"The experiment runs in the background, process {process.pid}.")
     print(f"Log       {log}\nState     {base / METADATA}")

@@ -1,7 +1,7 @@
-"""The door for people: `icl COMMAND`. The commands are the modules of `icl.cli`.
+"""Entry point of the command line, `icl COMMAND`. The commands are the modules of `icl.cli`.
 
-A user's mistake is one sentence on standard error and exit status 2; a run that failed exits with 1, one stopped by a
-signal with 128 + its number. Heavy imports wait for the command that needs them.
+A user's mistake is reported in one sentence on standard error, with exit status 2. The exit status is 1 if a run failed,
+and 128 + the number of the signal if a signal stopped it. Slow imports are made only by the commands that need them.
 """
 
 import difflib
@@ -22,7 +22,7 @@ from icl.runs.environment import COMMANDS
 _ABOUT = "Train small transformers on in-context linear regression and study how they develop."
 _MORE = "`icl COMMAND --help` has options and examples. Start with: icl train"
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-"""Variables by which torchrun, srun and jsrun number the processes that they start."""
+"""Variables in which torchrun, srun and jsrun give the processes their numbers."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         older = modern_command(words)
         if older is not None:
-            return _complain(f"There is no command `{words[0]}`; here it is `{older}`.", 2)
+            return _complain(f"There is no command `{words[0]}`; its new name is `{older}`.", 2)
         if words[0].startswith("-"):
             option = words[0].partition("=")[0]
             modern = modern_setting(option.strip("-"))
@@ -52,19 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wandb_log = sys.modules.get("icl.training.wandb.log")
     if wandb_log is not None and wandb_log.has_unsent_rows():
         sys.stdout.flush()
-        os._exit(status)  # W&B's own exit handler would wait for a lost network for days
+        os._exit(status)  # if the network is lost, W&B's own exit handler would wait for days
     return status
 
 
 def _run(command: str, words: list[str]) -> int:
-    """Run a command; return its exit status. Its errors are printed in a sentence."""
+    """Run a command and return its exit status. An error is printed as one sentence."""
     try:
         Path.cwd()
-    except OSError as error:  # PyTorch would end the process by an error of its own
+    except OSError as error:  # checked first, because PyTorch would end the process with a message of its own
         is_gone = isinstance(error, FileNotFoundError)
         reason = "no longer exists" if is_gone else f"cannot be used ({error.strerror})"
         return _complain(
-            f"The working folder {reason}; change to one that does (cd), and run the same command there.", 1
+            f"The working folder {reason}; change to another folder (cd), and run the same command there.", 1
         )
     try:
         load_env_file()
@@ -73,7 +73,7 @@ def _run(command: str, words: list[str]) -> int:
         return importlib.import_module(f"icl.cli.{command}").run([_with_home(word) for word in words])
     except UserError as error:
         return _complain(str(error), error.exit_status)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough; what only prints has done its work
+    except BrokenPipeError:  # the reader, such as `head`, has ended; this is no failure if the command only prints
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0 if command == "runs" or {"-h", "--help"} & set(words) else 141
     except OSError as error:
@@ -81,9 +81,9 @@ def _run(command: str, words: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        return _complain("there is not enough memory for this; ask for fewer prompts, or a smaller batch or model.", 1)
+        return _complain("there is not enough memory; use fewer prompts, a smaller batch or a smaller model.", 1)
     except KeyboardInterrupt:
-        return _complain("interrupted; the same command goes on from the last save.", 130)
+        return _complain("interrupted; the same command continues from the last save.", 130)
 
 
 def _overview() -> str:
@@ -102,10 +102,10 @@ def _with_home(word: str) -> str:
 
 
 def _require_ranks() -> None:
-    """Refuse ranks that are no numbers; Lightning reads them while it is imported, and fails.
+    """Refuse ranks that are not numbers. Lightning reads them during its import, and would fail.
 
     Raises:
-        ConfigError: Naming the variable.
+        ConfigError: If a rank is not a number; the message names the variable.
     """
     for name in _RANKS:
         text = os.environ.get(name)
@@ -116,18 +116,22 @@ def _require_ranks() -> None:
 
 
 def _share_the_machine() -> None:
-    """Let PyTorch's threads that wait for each other go to sleep soon, unless the environment says otherwise.
+    """Let PyTorch's threads sleep soon when they wait for each other, unless the environment sets this.
 
-    By default GNU's OpenMP lets them spin for milliseconds at every operation. Beside one busy program of another terminal
-    (Linux lets sessions take turns) a step on two cores then took 400 to 1,100 ms instead of 16, and takes 50 to 100 so; beside
-    one of the same terminal 40 to 60 either way, and on an idle machine there is no difference.
+    By default, waiting threads of GNU's OpenMP spin for milliseconds at every operation. We measured a step that takes 16 ms
+    on two idle cores:
+
+    - Beside a busy program of another terminal, the step took 400 to 1,100 ms. With our setting it takes 50 to 100 ms. (Linux
+      lets sessions take turns.)
+    - Beside a busy program of the same terminal, it takes 40 to 60 ms with either setting.
+    - On an idle machine, there is no difference.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
-        os.environ["GOMP_SPINCOUNT"] = "3000"  # read when PyTorch is loaded, which no module has done yet
+        os.environ["GOMP_SPINCOUNT"] = "3000"  # PyTorch reads it when it is imported, which has not happened yet
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether memory could not be had; torch says so on CPUs by a RuntimeError of no kind of its own."""
+    """Return whether the error says that memory ran out. On CPUs, torch raises a plain RuntimeError for this."""
     return isinstance(error, MemoryError) or any(
         words in str(error)
         for words in ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
@@ -135,7 +139,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _complain(message: str, status: int) -> int:
-    """Print one line; words that are too long to read are cut, and no character moves the cursor."""
+    """Print one line. Very long words are shortened, and characters that move the cursor are replaced by `?`."""
     line = re.sub(r"\S{160,}", lambda match: f"{match[0][:60]}...{match[0][-20:]}", " ".join(redact(message).split()))
     print(f"icl: {''.join(c if c.isprintable() else '?' for c in line)}", file=sys.stderr)
     return status

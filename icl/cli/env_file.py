@@ -1,8 +1,8 @@
-"""`.env` of the working folder: which variables it may set, and how they are read.
+"""Read the file `.env` of the working folder, and decide which variables it may set.
 
-A folder that comes from somebody else may hold such a file, so only a closed list of names counts. None of them names a
-file that is run or configures a program, or changes how programs are loaded. Whatever else stands there is left out, with a
-line that says so: other programs may need it, so it is no error.
+A folder that comes from somebody else may contain such a file, so only variables of a fixed list are set. None of them
+names a file that is run or that configures a program, or changes how programs are loaded. Other variables in the file are
+ignored, and a message names them. They are no error, because other programs may need them.
 """
 
 import os
@@ -25,29 +25,30 @@ _NOT_OF_WANDB = re.compile(
     r"WANDB_(X_.*|.*(CONFIG|SETTINGS|LAUNCH|DOCKER|SERVICE|PROXY|PROXIES|SSL|HEADERS|JUPYTER|NOTEBOOK|SWEEP).*"
     r"|.*(FILE|PATHS?|ROOT|EXECUTABLE|PROGRAM|ARGS|(?<!DISABLE_)CODE|CODE_DIR))"
 )
-"""Variables of W&B that name a file, a program or a configuration, that reroute its traffic, or that its agent sets."""
+"""W&B variables that `.env` may not set: they name a file, a program or a configuration, reroute W&B's traffic, or are set
+by W&B's agent."""
 
 
 def load_env_file(path: Path = Path(".env")) -> None:
-    """Set the variables of a `.env` file that may be set there; what the environment has already stays.
+    """Set the allowed variables of a `.env` file. Variables that are already in the environment keep their values.
 
     Raises:
-        ConfigError: If the file is too large or not text in UTF-8, or a value cannot be a variable's.
+        ConfigError: If the file is too large or not text in UTF-8, or if a value contains a null character.
     """
     if not path.is_file():
         return
     if path.stat().st_size > _MAX_BYTES:
         raise ConfigError(
-            f"{path.absolute()} has {path.stat().st_size:,} bytes, and at most {_MAX_BYTES:,} are read; remove or shorten it."
+            f"{path.absolute()} has {path.stat().st_size:,} bytes, but at most {_MAX_BYTES:,} are read; remove or shorten it."
         )
     from dotenv.main import DotEnv
 
     try:
-        # Of the two values of a `${NAME}`, that of the environment counts, as it does for NAME itself.
+        # If NAME is also in the environment, `${NAME}` means that value, because NAME itself keeps it too.
         variables = DotEnv(path, encoding="utf-8-sig", override=False).dict()
     except UnicodeDecodeError:
         raise ConfigError(
-            f"{path.absolute()} is not text in UTF-8, so nothing of it was read; save it as UTF-8, or remove it."
+            f"{path.absolute()} is not text in UTF-8, so it was not read; save it as UTF-8, or remove it."
         ) from None
     for name, value in variables.items():
         if value is None or name in os.environ or not may_be_set(name):
@@ -59,7 +60,7 @@ def load_env_file(path: Path = Path(".env")) -> None:
     if ignored:
         names = ", ".join(map(_shown, ignored[:8])) + (f" and {len(ignored) - 8} more" if len(ignored) > 8 else "")
         print(
-            f"icl: {path} sets {names}, which icl does not take from that file; export it in the shell if it is meant.",
+            f"icl: {path} sets {names}, which `icl` ignores in this file; if you need it, export it in the shell.",
             file=sys.stderr,
         )
 

@@ -1,4 +1,4 @@
-"""`icl evaluate`: runs, or a task-diversity experiment, against the Bayes-optimal predictors, in and out of distribution."""
+"""`icl evaluate`: compare runs, or a task-diversity experiment, with the Bayes-optimal predictors, in and out of distribution."""
 
 import argparse
 import sys
@@ -20,11 +20,11 @@ from icl.runs.listing import named_runs, run_folders
 if TYPE_CHECKING:
     import pandas as pd
 
-HELP = "losses against the Bayes-optimal predictors, in and out of distribution"
+HELP = "compare runs with the Bayes-optimal predictors, in and out of distribution"
 
 
 def run(words: list[str]) -> int:
-    """Evaluate, print the headlines, write the tables and the figures."""
+    """Evaluate, print the headlines, and write the tables and the figures."""
     options = _parse(words)
     if options.checkpoint_base_dir is not None:
         return _evaluate_experiment(options)
@@ -38,11 +38,12 @@ def run(words: list[str]) -> int:
 def _parse(words: list[str]) -> argparse.Namespace:
     parser = CommandParser(
         "evaluate",
-        "Loss per position, gaps to ridge and dMMSE, ICL and prior-task scores of every saved step, on the training tasks, "
-        "on new tasks and on every shift, each with its standard error. Steps that are done are kept: the same command goes on "
-        "after an interruption, and evaluates what was trained since. Several runs, or a folder of runs, share prompts and "
-        "baselines; each gets its own tables and figure. Of a task-diversity experiment (--checkpoint_base_dir), the last "
-        "step of every run, in one table as JSON and as CSV.",
+        "Evaluate every saved step of a run: loss per position, gaps to ridge and dMMSE, ICL and prior-task scores, each with\n"
+        "its standard error. The prompts come from the training tasks, from new tasks, and from every shift. Finished steps are\n"
+        "stored. After an interruption, the same command continues, and it also evaluates steps that were saved since.\n\n"
+        "Several runs, or a folder of runs, share prompts and baselines. Each run gets its own tables and figure.\n"
+        "For a task-diversity experiment (--checkpoint_base_dir), the last step of every run is evaluated. The numbers go into\n"
+        "one table, as JSON and as CSV.",
         "icl evaluate runs/quickstart\n"
         "  icl evaluate runs/a runs/b --out both.csv\n"
         "  icl evaluate runs\n"
@@ -50,24 +51,25 @@ def _parse(words: list[str]) -> argparse.Namespace:
     )
     paths = "a run's folder or name, a folder with runs below it, or one checkpoint file"
     parser.add("paths RUN|CHECKPOINT", paths, nargs="*", type=Path)
-    parser.add("--checkpoint_base_dir DIR", "the folder of `icl diversity`, all of it", type=Path)
+    parser.add(
+        "--checkpoint_base_dir DIR", "folder of an experiment of `icl diversity`, to evaluate all its runs", type=Path
+    )
     parser.add(
         "--out --output_file FILE",
-        "also write the numbers to FILE (.csv or .json), of several runs in one table with a column `run`; "
-        "of an experiment both are written (default: DIR/evaluation.json)",
+        "also write the numbers to FILE (.csv or .json). Several runs share one table with a column `run`. "
+        "For an experiment, both formats are written (default: DIR/evaluation.json)",
         type=Path,
     )
-    number = "prompts per set (default: the run's own), or on the training tasks alone if --n_ood_samples is given"
+    number = "prompts per set (default: the run's `evaluation.num_prompts`)"
     parser.add("--num_prompts --n_prompts N", number, type=int)
-    parser.add("--num_ood_prompts --n_ood_samples N", "prompts per set on new tasks and on shifts", type=int)
-    parser.add("--all_steps", "of an experiment, every saved step of every run")
+    number = "prompts per set of new tasks and of shifts (default: the same as --num_prompts)"
+    parser.add("--num_ood_prompts --n_ood_samples N", number, type=int)
+    parser.add("--all_steps", "for an experiment: evaluate every saved step of every run")
     options = parser.parse_args(words)
     if bool(options.paths) == (options.checkpoint_base_dir is not None):
-        raise ConfigError("Give what to evaluate: runs or checkpoints, or else --checkpoint_base_dir DIR.")
+        raise ConfigError("Choose what to evaluate: either runs or checkpoints, or --checkpoint_base_dir DIR.")
     if options.all_steps and options.checkpoint_base_dir is None:
-        raise ConfigError(
-            "`--all_steps` belongs to --checkpoint_base_dir; of a run, every saved step is evaluated anyway."
-        )
+        raise ConfigError("`--all_steps` needs --checkpoint_base_dir; for a run, every saved step is evaluated anyway.")
     for name in ("num_prompts", "num_ood_prompts"):
         number = getattr(options, name)
         if number is not None and number < 2:
@@ -79,7 +81,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 
 def _subjects(paths: Sequence[Path]) -> dict[str, Path]:
-    """Return what to evaluate, by name: the runs that paths name, then all else, such as a checkpoint file."""
+    """Return the runs and other paths to evaluate, by name. Runs come first, then for example checkpoint files."""
     paths = [place_of(path) for path in paths]
     folders = [path for path in paths if path.is_dir() and run_folders(path)]
     runs = {name: run.path for name, run in named_runs(folders).items()}
@@ -96,9 +98,10 @@ def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
     last = headlines(numbers[numbers["step"] == numbers["step"].max()])
     means = last.pivot(index="distribution", columns="quantity", values="value")
     print(
-        f"Step {last['step'].iloc[0]:,}, the last of {numbers['step'].nunique()}: means over positions, or the query alone"
+        f"Step {last['step'].iloc[0]:,}, the last of {numbers['step'].nunique()} steps. Values are means over positions; "
+        "for shifts"
     )
-    print("where the shift is about the query. Losses and squared distances are per target.\n")
+    print("of the query, they are values at the query. Losses and squared distances are per target.\n")
     print(means.reindex(last["distribution"].unique()).to_string(float_format="{:.4g}".format, na_rep="-"))
     for label, written in _deliver(path, numbers, baselines, options.out):
         print(f"{label:9s} {written}")
@@ -106,7 +109,7 @@ def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
 
 
 def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> int:
-    """Evaluate all runs; return 1 if one could not be evaluated or written. The others' numbers are written all the same."""
+    """Evaluate all runs. Return 1 if one could not be evaluated or written; the numbers of the others are still written."""
     import pandas as pd
 
     from icl.whole_runs import RunEvaluator, headline_table, write_numbers
@@ -135,7 +138,7 @@ def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> in
         pd.concat(dict(zip(tables, parts, strict=True)), names=["run"]).reset_index("run")
         for parts in zip(*tables.values(), strict=True)
     )
-    print("The last step of each run, means over positions; losses and squared distances are per target.\n")
+    print("Last step of each run: means over positions. Losses and squared distances are per target.\n")
     print(headline_table(numbers, by="run").to_string(float_format="{:.4g}".format, na_rep="-"))
     print("\nNumbers   results/evaluation.csv, results/baselines.csv and figures/evaluation.png of each run")
     if options.out is not None:
@@ -148,7 +151,7 @@ def _checkpoints(path: Path) -> list[Path]:
 
     try:
         return checkpoint_files(path)
-    except CheckpointError:  # which evaluating it says again
+    except CheckpointError:  # reported when the run is evaluated
         return []
 
 
@@ -160,7 +163,7 @@ def _tell_work(files: Sequence[Sequence[Path]], options: argparse.Namespace) -> 
 def _deliver(
     path: Path, numbers: "pd.DataFrame", baselines: "pd.DataFrame", out: Path | None = None
 ) -> list[tuple[str, Path]]:
-    """Write the tables and the figure, also to the run's store; a label and the path of each."""
+    """Write the tables and the figure, and send them to the run's store. Return a label and the path of each file."""
     from icl.runs.delivery import send_results
     from icl.whole_runs import save_evaluation
 
@@ -171,7 +174,7 @@ def _deliver(
 
 
 def _evaluate_experiment(options: argparse.Namespace) -> int:
-    """Evaluate an experiment; return 1 if a run could not be evaluated. The others' numbers are written all the same."""
+    """Evaluate an experiment. Return 1 if a run could not be evaluated; the numbers of the others are still written."""
     from icl.diversity.tables import evaluate_experiment, save_tables
     from icl.whole_runs import headline_table
 
@@ -188,10 +191,10 @@ def _evaluate_experiment(options: argparse.Namespace) -> int:
         status = folder.read_status()
         if label not in problems and (status is None or not status.is_done):
             state = "unfinished" if status is None else status.state
-            print(f"icl: M = {label} is {state}; its last checkpoint was evaluated as it is.", file=sys.stderr)
+            print(f"icl: M = {label} is {state}; its last checkpoint so far was evaluated.", file=sys.stderr)
     if table.empty:
         return 1
-    print("The last step of each M, means over positions; losses and squared distances are per target.\n")
+    print("Last step of each M: means over positions. Losses and squared distances are per target.\n")
     print(headline_table(table, by="num_tasks").to_string(float_format="{:.4g}".format, na_rep="-"))
     for path in save_tables(table, options.out or base / "evaluation.json"):
         print(f"Numbers   {path}")

@@ -1,4 +1,4 @@
-"""The announcement of `icl evaluate` for several runs: how much there is to do, and about how long it takes."""
+"""Announcement of `icl evaluate` for several runs: the number of checkpoints, and an estimate of the time."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -7,29 +7,31 @@ from typing import NamedTuple
 
 from icl.config import RunConfig
 
-_SHARE, _MOST = 16, 256
-"""A trial takes one in so many prompts, and at most so many."""
+_SHARE = 16
+"""A trial uses one in this many prompts of a set."""
+_MOST = 256
+"""Largest number of prompts per set in a trial."""
 
 
 class _Group(NamedTuple):
-    """Runs of one model and task; evaluating a checkpoint takes equally long for all of them."""
+    """Runs with the same model and task. Evaluating a checkpoint takes equally long for all of them."""
 
     config: RunConfig
     file: Path
-    """A checkpoint of them."""
+    """A checkpoint of one of the runs."""
     num_checkpoints: list[int]
     """Number of checkpoints of each run."""
 
 
 def work_ahead(checkpoints: Iterable[Sequence[Path]], *, num_prompts: int | None, num_ood_prompts: int | None) -> str:
-    """Return how many runs and checkpoints there are, and about how long they take.
+    """Return a sentence with the numbers of runs and checkpoints, and with an estimate of the time.
 
-    Some checkpoints are tried with few prompts. What is kept from before is not looked for, so the time is the most that it takes.
+    The estimate comes from trials with few prompts. It is an upper bound, because it ignores results that are already stored.
 
     Args:
-        checkpoints: The files to evaluate of every run; a run whose first file cannot be read counts no time.
-        num_prompts: As `RunEvaluator` takes it.
-        num_ood_prompts: As `RunEvaluator` takes it.
+        checkpoints: Files to evaluate, for each run. A run whose first file cannot be read adds no time.
+        num_prompts: See `RunEvaluator`.
+        num_ood_prompts: See `RunEvaluator`.
     """
     runs = list(checkpoints)
     seconds = sum((_seconds(group, num_prompts, num_ood_prompts) for group in _groups(runs)), start=0.0)
@@ -44,7 +46,7 @@ def _groups(runs: Sequence[Sequence[Path]]) -> list[_Group]:
     for files in runs:
         try:
             config = load_checkpoint_file(files[0]).config if files else None
-        except CheckpointError:  # which evaluating it says again
+        except CheckpointError:  # reported when the run is evaluated
             config = None
         if config is not None:
             group = groups.setdefault((config.model, config.task), _Group(config, files[0], []))
@@ -53,7 +55,10 @@ def _groups(runs: Sequence[Sequence[Path]]) -> list[_Group]:
 
 
 def _seconds(group: _Group, num_prompts: int | None, num_ood_prompts: int | None) -> float:
-    """Return the time of a group: its sets of prompts once, and every checkpoint, each a constant and a part for every prompt."""
+    """Return the seconds for a group: once for its sets of prompts, and for every checkpoint a constant and a part per prompt.
+
+    Two trials with different numbers of prompts separate the constant from the part per prompt.
+    """
     import torch
 
     from icl.analysis.run import torch_device
@@ -65,7 +70,7 @@ def _seconds(group: _Group, num_prompts: int | None, num_ood_prompts: int | None
         (_, constant), (first, again) = (
             _trial(group.file, share, wanted, num_ood_prompts or wanted) for share in least
         )
-    except CheckpointError:  # which evaluating it says again
+    except CheckpointError:  # reported when the run is evaluated
         return 0.0
     side_by_side = torch.get_num_threads() if torch_device().type == "cpu" else 1
     scale = 1 / least[1]
@@ -75,7 +80,7 @@ def _seconds(group: _Group, num_prompts: int | None, num_ood_prompts: int | None
 
 
 def _trial(file: Path, share: float, num_prompts: int, num_ood_prompts: int) -> tuple[float, float]:
-    """Return the seconds of a checkpoint with a share of the prompts, with making the prompts and without."""
+    """Evaluate a checkpoint twice with a share of the prompts. Return the seconds with and without sampling the prompts."""
     from icl.whole_runs import RunEvaluator
 
     few = [max(2, round(share * number)) for number in (num_prompts, num_ood_prompts)]

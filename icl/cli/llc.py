@@ -27,7 +27,7 @@ from icl.runs.folder import run_of
 if TYPE_CHECKING:
     from icl.sampling.run import Estimates
 
-HELP = "local learning coefficients with verdicts; --calibrate, --self-test"
+HELP = "estimate local learning coefficients, with verdicts; --calibrate, --self-test"
 
 
 def run(words: list[str]) -> int:
@@ -71,14 +71,14 @@ def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str,
         wandb_run.name = f"{run_name(job.config)}/llc/{sampler_name(job.config)}"
         return _work(job, flags, wandb_run)
 
-    # The run need not exist without the point's settings.
+    # Without the settings of the point, the run may not exist, so only the settings are read here.
     return work_at_point(lambda: read_job(path, flags, options, {}, given).config, work)
 
 
 def _work(job: Job, flags: frozenset[str], wandb_run: Any = None) -> int:
     if not job.path.exists():
         raise ConfigError(
-            f"There is no run {job.path}; train it by `icl train` with the same settings, or name another: `icl llc RUN`."
+            f"There is no run {job.path}; train it with `icl train` and the same settings, or name another: `icl llc RUN`."
         )
     if "calibrate" not in flags:
         return _estimate(job, wandb_run)
@@ -115,9 +115,9 @@ def _estimate(job: Job, wandb_run: Any) -> int:
     if not job.path.is_file():
         _draw(job, table["settings"].iloc[0], estimates.trivial_loss)
     if not estimates.is_usable:
-        print("icl: every estimate is invalid; search for better settings by `--calibrate`.", file=sys.stderr)
+        print("icl: every estimate is invalid; search for better settings with `--calibrate`.", file=sys.stderr)
         in_sweep = wandb_run is not None or POINT_VARIABLE in os.environ
-        # W&B's agent stops after a few failures, and a sweep over settings is meant to find them.
+        # A sweep over settings looks for such failures too, and W&B's agent stops after a few failed programs.
         return 0 if in_sweep else 1
     return 0
 
@@ -131,7 +131,11 @@ def _run_sampler(job: Job, rescale: float = 1.0) -> "Estimates":
 
 
 def _draw(job: Job, settings: str, trivial_loss: float) -> None:
-    """Draw and deliver the results of a run; figures of neither its own nor the published settings end in their hash."""
+    """Draw the results of a run, and send them to its store.
+
+    The names of the figures are `llc.png` and so on for the run's own settings. For published settings they end in
+    `-published`, and for all others in the hash of the settings.
+    """
     from icl.runs.delivery import send_results
 
     run = run_of(job.path)

@@ -26,7 +26,7 @@ def describe_work(path: Path, sampler: SamplerConfig, *, mode: str, rescale: flo
     """Say how many steps are still to be estimated, and with which chains.
 
     Raises:
-        ConfigError: If a step is asked for that is not saved.
+        ConfigError: If a requested step is not saved.
     """
     from icl.runs.checkpoints import checkpoint_files, checkpoint_name
     from icl.sampling.records import VERSION, EstimateSettings
@@ -41,7 +41,7 @@ def describe_work(path: Path, sampler: SamplerConfig, *, mode: str, rescale: flo
     steps = f"{len(files)} step{'s' if len(files) != 1 else ''}"
     subject = f"LLC of {path}{'' if rescale == 1 else f', weights rescaled by {rescale:g}'}"
     if not num_left:
-        return f"{subject}: all is done, {steps}."
+        return f"{subject}: nothing to do, {'the step is' if len(files) == 1 else f'all {steps} are'} stored."
     work = steps if num_left == len(files) else f"{num_left} of {steps} to do"
     num_later = sampler.num_moves - sampler.num_burnin_steps
     chains = f"{sampler.num_chains} chains x ({sampler.num_burnin_steps} + {num_later}) moves"
@@ -90,7 +90,8 @@ def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
     share = (rows["mean_loss"] - rows["init_loss"]) / (trivial_loss - rows["init_loss"]).clip(lower=1e-12)
     num_escaped = int((share > 0.5).sum())
     if not num_escaped:
-        return f"{facts} The loss rose by at most {max(share.max(), 0):.0%} of the way there, so no chain left its checkpoint's basin."
+        rise = f"{max(share.max(), 0):.0%} of the way from the checkpoint's loss to the loss of predicting zero"
+        return f"{facts} The loss rose by at most {rise}, so no chain left its checkpoint's basin."
     where = f"At {num_escaped} of {len(rows)} checkpoints" if len(rows) > 1 else "Here"
     facts += (
         f" {where} the chains left the checkpoint's basin. There the estimate nbeta (E[L] - L(w0)) mirrors the loss L(w0) and is not "

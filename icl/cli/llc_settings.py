@@ -15,7 +15,7 @@ from icl.runs.folder import local_root, require_place, run_of
 
 
 class Job(NamedTuple):
-    """A command of the user: what to estimate, and where to write the rows."""
+    """The settings of one command: the run, its sampler, and the file for the rows."""
 
     path: Path
     config: RunConfig
@@ -46,7 +46,7 @@ def read_job(
         for key in [key for layer in (*from_files, dict(swept), dict(given)) for key in flatten(layer)]:
             if not key.startswith("sampler."):
                 raise ConfigError(
-                    f"`{key}` cannot be changed, because {path} is trained already; only `sampler` settings can be given."
+                    f"`{key}` cannot be changed, because {path} has already been trained; give only `sampler` settings."
                 )
         folder = require_place(path)
         config = resolve(saved_config(folder).to_dict(), published, *from_files, swept, given)
@@ -58,7 +58,7 @@ def read_job(
 
 
 def output_file(options: Mapping[str, Any], *inputs: str | None) -> Path | None:
-    """Return the file of --out, which can be written and is none of the files that are read."""
+    """Return the file of --out. Check that it can be written, and that it is none of the files that are read."""
     if "out" not in options:
         return None
     if not options["out"].strip():
@@ -69,7 +69,7 @@ def output_file(options: Mapping[str, Any], *inputs: str | None) -> Path | None:
 
 
 def saved_config(path: Path) -> RunConfig:
-    """Return the configuration in the run's folder, or else that of its first checkpoint."""
+    """Return the configuration in the run's folder. If it is missing, return the one in its first checkpoint."""
     from icl.sampling.run import run_files
 
     run = run_of(path)

@@ -1,7 +1,8 @@
-"""Refuse, before any work, a file of the user's own choice (`--out` and its kin) that cannot be written or must not be.
+"""Check the output files that a user chose (`--out` and similar options), before any work begins.
 
-What a command reads, and what a run's folder holds of its training, would be lost. A name counts however it is written: with
-`..`, through links, or in another case where the file system takes it for the same.
+A file is refused if it cannot be written. It is also refused if the command reads it, or if it is a file of a run or an
+experiment, because its content would be lost. Different paths to the same file are recognised: with `..`, through links,
+or in another case on a file system that ignores case.
 """
 
 import os
@@ -18,18 +19,18 @@ _RUN_FILES = (
 )
 _RUN_FOLDERS = ("checkpoints", "attempts")
 _RESULTS = ("evaluation.csv", "baselines.csv", "llc.csv", "llc-calibration.csv", *(f"{name}.csv" for name in ANALYSES))
-"""Tables of a run's `results/`, where each analysis writes its numbers anyway."""
+"""Tables in the `results/` of a run. Each command writes its own table there without being asked."""
 _MARKS = ("config.yaml", "status.json", "metrics.csv", "run.log", "last.ckpt")
-"""A folder with two of them is a run's, or a copy of one."""
+"""A folder with two of these files is the folder of a run, or a copy of it."""
 
 
 def require_output_table(path: Path, *inputs: Path | str | None, suffixes: Iterable[str] = ()) -> None:
-    """Refuse a file for a table that cannot be written, or whose writing would destroy something.
+    """Refuse a file for a table if it cannot be written, or if other data would be lost.
 
     Args:
         path: The file.
         inputs: Files that the command reads.
-        suffixes: Further ones under which the table is also written.
+        suffixes: Further suffixes with which the table is also written.
 
     Raises:
         StorageError: If it is neither .csv nor .json, cannot be written, is an input, or belongs to a run or an experiment.
@@ -43,18 +44,18 @@ def require_output(path: Path, *inputs: Path | str | None) -> None:
     """Refuse a file that cannot be written, is an input, or belongs to a run or an experiment.
 
     Raises:
-        StorageError: Saying which.
+        StorageError: In each of these cases; the message says which.
     """
     require_writable(path)
     if any(_is_same(path, Path(read)) for read in inputs if read is not None):
-        raise StorageError(f"{path} is what is read, and would be lost; write to another file.")
+        raise StorageError(f"{path} is an input of this command and would be lost; write to another file.")
     owner = _owner(path)
     if owner is not None:
-        raise StorageError(f"{path} belongs to {owner}, and would be lost; write to another file.")
+        raise StorageError(f"{path} belongs to {owner} and would be lost; write to another file.")
 
 
 def _owner(path: Path) -> str | None:
-    """Return whose file a path is, in words; None if it is nobody's."""
+    """Return the run or experiment to which a file belongs, in words, or None."""
     real = _real(path)
     for folder in real.parents:
         parts = real.relative_to(folder).parts
@@ -69,7 +70,7 @@ def _owner(path: Path) -> str | None:
 
 
 def _is_same(path: Path, other: Path) -> bool:
-    """Return whether two names are one file, or would be."""
+    """Return whether two paths are the same file, or would be if it existed."""
     try:
         return path.samefile(other)
     except OSError:
@@ -77,4 +78,4 @@ def _is_same(path: Path, other: Path) -> bool:
 
 
 def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # which links in a circle do not stop
+    return Path(os.path.realpath(path))  # unlike `Path.resolve`, it accepts links that form a circle

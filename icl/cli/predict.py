@@ -6,20 +6,20 @@ from icl.cli.outputs import require_output_table
 from icl.command_line import CommandParser
 from icl.runs.folder import require_place
 
-HELP = "predictions for prompts in a file"
+HELP = "predict the targets of queries in a file"
 
 
 def run(words: list[str]) -> int:
     """Predict, print, and write if asked."""
     parser = CommandParser(
         "predict",
-        "Predict y for queries after a context. FILE is JSON with x_context, y_context and x_query, or CSV with columns "
-        "x1..xD,y in which an empty y marks a query.",
+        "Predict y for queries after a context. FILE is JSON with x_context, y_context and x_query, or CSV with the columns\n"
+        "x1..xD,y. In a CSV file, an empty y marks a query.",
         "icl predict runs/quickstart --prompt prompt.json",
     )
     parser.add("path CHECKPOINT", "a checkpoint file, or a run's folder or name for its last step", type=Path)
-    parser.add("--prompt FILE", "the prompts", type=Path, required=True)
-    parser.add("--out FILE", "write the predictions to FILE (.csv or .json)", type=Path)
+    parser.add("--prompt FILE", "the context and the queries", type=Path, required=True)
+    parser.add("--out FILE", "also write the predictions to FILE (.csv or .json)", type=Path)
     options = parser.parse_args(words)
     from icl.api import load_checkpoint
     from icl.evaluation.prediction import predict_from_prompt, read_prompt_file, write_predictions

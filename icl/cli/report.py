@@ -1,4 +1,4 @@
-"""`icl report`: one self-contained HTML page of a run, or of several beside each other."""
+"""`icl report`: write one self-contained HTML page about a run, or about several runs side by side."""
 
 from pathlib import Path
 
@@ -6,19 +6,20 @@ from icl.cli.outputs import require_output
 from icl.command_line import CommandParser
 from icl.runs.folder import require_place
 
-HELP = "one self-contained HTML page of a run or a sweep: curves, tables with verdicts, figures, settings"
+HELP = "write one self-contained HTML page about a run or a sweep: curves, tables with verdicts, figures, settings"
 
 
 def run(words: list[str]) -> int:
     """Write the page; a run's own page also goes to the run's store, if it has one."""
     parser = CommandParser(
         "report",
-        "Everything there is for a run on one page that needs no network: state, settings, environment, curves, tables with "
-        "their verdicts, figures, and the commands for what is missing. Of several runs, or a folder of runs, a comparison first.",
+        "Write all results of a run to one HTML page, which needs no network: state, settings, environment, curves, tables with\n"
+        "verdicts, figures, and the commands for results that are still missing. For several runs, or a folder of runs, the page\n"
+        "begins with a comparison.",
         "icl report runs/quickstart\n  icl report runs/a runs/b --out both.html\n  icl report runs",
     )
     parser.add("paths RUN", "a run's folder or name, or a folder with runs below it", nargs="+", type=Path)
-    text = "the page (default: report.html in the folder; of several RUNs, in the working directory)"
+    text = "file of the page (default: report.html in the folder RUN; for several RUNs, in the working directory)"
     parser.add("--out FILE", text, type=Path)
     options = parser.parse_args(words)
     from icl.report.page import write_report

@@ -1,4 +1,4 @@
-"""`icl runs`: what there is, and how far it is."""
+"""`icl runs`: list the runs and their progress."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,18 +10,18 @@ from icl.diversity.runs import METADATA
 from icl.runs.folder import local_root, require_place
 from icl.runs.listing import describe_runs
 
-HELP = "what there is, and how far it is"
+HELP = "list the runs and their progress"
 
 
 def run(words: list[str]) -> int:
-    """Print a line for every run, experiments with a line of their own above."""
+    """Print a line for every run. An experiment has a line above those of its runs."""
     parser = CommandParser(
         "runs",
-        "Every run below $LOCAL_ROOT (default: runs/): state, step, loss and age; then those of the task-diversity "
-        "experiments in the working directory.",
+        "List every run below $LOCAL_ROOT (default: runs/) with its state, step, loss and age, and then the runs of the\n"
+        "task-diversity experiments in the working directory.",
         "icl runs\n  icl runs checkpoints",
     )
-    parser.add("root FOLDER", "another folder of runs, and no other", nargs="?", type=Path)
+    parser.add("root FOLDER", "list only the runs of this folder", nargs="?", type=Path)
     options = parser.parse_args(words)
     root = require_place(options.root) if options.root else local_root()
     experiments = [] if options.root else sorted(file.parent for file in Path().glob(f"*/{METADATA}"))
@@ -34,7 +34,7 @@ def run(words: list[str]) -> int:
 
 
 def _experiment_lines(folder: Path) -> list[str]:
-    """Return lines on the progress of an experiment; none for a folder that is no experiment."""
+    """Return lines on the progress of an experiment. If the folder is no experiment, return no lines."""
     metadata = read_metadata(folder)
     if not metadata:
         return []

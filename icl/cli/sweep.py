@@ -14,11 +14,11 @@ from icl.sweeps.points import InvalidPoint, Point, sweep_points
 from icl.sweeps.schema import SweepFile, read_sweep_file
 from icl.sweeps.state import PointState, point_state
 
-HELP = "run a sweep file, or what is missing of it"
+HELP = "run a W&B sweep file, or continue it"
 
 
 def run(words: list[str]) -> int:
-    """Run, list, or tell how far it is; return 0 only if every point is done (or listed)."""
+    """Run a sweep, list its points, or show its progress. Return 0 only if every point is done, or listed for a dry run."""
     options = _parse(words)
     sweep = read_sweep_file(options.file)
     if options.pack > 1:
@@ -39,48 +39,53 @@ def run(words: list[str]) -> int:
 def _run(
     sweep: SweepFile, points: Sequence[Point], invalid: Sequence[InvalidPoint], options: argparse.Namespace
 ) -> int:
-    """Run what is missing; return 1 if a point has failed, 128 + the signal that stopped it."""
+    """Run the missing points. Return 1 if a point has failed, or 128 + the signal that stopped the sweep."""
     root, num_points = local_root(), len(points) + len(invalid)
     print(f"{options.file}: {num_points} points, {options.workers} at a time, runs in {root}.", flush=True)
     for point in invalid:
         print(f"failed   {point.name}: {point.reason}", flush=True)
     if sweep.stops_early:
-        print("`early_terminate` is W&B's own; here every point runs to its end.")
+        print("`early_terminate` works only in W&B; `icl sweep` runs every point to its end.")
     result = run_sweep(sweep, points, root, num_workers=options.workers, pack=options.pack, retry=options.retry)
     print(_summary([state.state for state in result.states.values()] + ["failed"] * len(invalid)))
     if result.is_done and not invalid:
         return 0
     if invalid:
-        print(f"Invalid settings ({len(invalid)} of {num_points} points) are mended in {options.file}.")
+        print(f"Correct the invalid settings ({len(invalid)} of {num_points} points) in {options.file}.")
     if any(state.state != "done" and not state.is_final for state in result.states.values()):
-        print("The same command does what is missing.")
+        print("Run the same command again for the missing points.")
     return 1 if result.received is None else 128 + result.received
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
     parser = CommandParser(
         "sweep",
-        "Run a W&B sweep file (grid or random) with no account and no network. The same command goes on after an "
-        "interruption and tries failed points again, except those whose loss became NaN; on several machines that share "
-        "$LOCAL_ROOT it shares the work. Each run's output is in its sweep.log.",
+        "Run a W&B sweep file (grid or random) without an account and without a network. After an interruption, the same command\n"
+        "continues. It also tries failed points again, except those whose loss became NaN. Several machines that share\n"
+        "$LOCAL_ROOT can run the command at the same time and share the work. The output of each run is in its sweep.log.",
         "icl sweep sweeps/training-runs/quickstart.yaml --workers 2",
     )
     parser.add("file FILE", "the sweep file", type=Path)
-    parser.add("--workers N", "programs at a time (default: 1)", type=whole_number(1, 1000), default=1)
-    text = "train up to N points (or all) that differ only in seeds and number of tasks in one program"
+    text = "number of programs that run at the same time (default: 1)"
+    parser.add("--workers N", text, type=whole_number(1, 1000), default=1)
+    text = (
+        "train up to N points in one program, if they differ only in seeds and number of tasks; without N, all of them"
+    )
     parser.add("--pack N", text, type=whole_number(1), nargs="?", const=sys.maxsize, default=1)
-    parser.add("--count N", "only the first N points", type=whole_number(1))
-    parser.add("--seed S", "of a random sweep's draws (default: 0)", type=whole_number(0, 2**63 - 1))
-    text = "try every failed point again, also one that would fail again or has just failed on another machine"
+    parser.add("--count N", "use only the first N points", type=whole_number(1))
+    parser.add("--seed S", "seed for the draws of a random sweep (default: 0)", type=whole_number(0, 2**63 - 1))
+    text = "try every failed point again, even if it would fail again or has just failed on another machine"
     parser.add("--retry", text)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="list the runs, and which would be run; start nothing")
-    what.add_argument("--status", action="store_true", help="list what is done, running, failed and waiting, and why")
+    text = "list the runs, and say which ones would be started; start nothing"
+    what.add_argument("--dry-run", action="store_true", help=text)
+    text = "list which points are done, running, failed or waiting, and why; start nothing"
+    what.add_argument("--status", action="store_true", help=text)
     return parser.parse_args(words)
 
 
 def _list(points: Sequence[Point], invalid: Sequence[InvalidPoint], options: argparse.Namespace) -> int:
-    """Print where every point stands, or what would be done with it; return 1 for --status if not all are done."""
+    """Print the state of every point, or whether it would be run. For --status, return 1 if not all points are done."""
     states = {point.number: point_state(point, local_root()) for point in points}
     lines = {
         point.number: f"{_word(states[point.number], options):9s} {point.name}: {states[point.number].reason}"
@@ -95,7 +100,7 @@ def _list(points: Sequence[Point], invalid: Sequence[InvalidPoint], options: arg
 
 
 def _word(state: PointState, options: argparse.Namespace) -> str:
-    """Return a point's state, or that a dry run's command would run it."""
+    """Return the state of a point. In a dry run, return `would run` if the command would run the point."""
     is_next = state.state == "waiting" or (state.state == "failed" and (options.retry or not state.is_final))
     return "would run" if options.dry_run and is_next else state.state
 

@@ -1,4 +1,4 @@
-"""`icl train`: train a run from its settings, or several at once, or resume them; then the table and the figures."""
+"""`icl train`: train or resume one run or several at once, then print a table and draw figures."""
 
 import json
 import os
@@ -26,7 +26,7 @@ HELP = "train a run, or resume it"
 
 
 def run(words: list[str]) -> int:
-    """Train to the end; return 128 + the signal if one stopped it."""
+    """Train to the end. Return 128 + the signal if a signal stopped training."""
     options = train_parser().parse_args(words)
     filed, given = [read_config_file(file) for file in options.config], options.settings
     if in_sweep() and not is_child_rank():
@@ -47,7 +47,7 @@ def _train_point(filed: Sequence[dict[str, Any]], given: dict[str, Any]) -> int:
         refuse_conflicts(swept, given)
         if config.population:
             raise ConfigError(
-                "A point under `wandb agent` is one run; take `population` out of it, or run the file by `icl sweep --pack`."
+                "A point under `wandb agent` is one run; remove `population`, or run the file with `icl sweep --pack`."
             )
         describe_run(wandb_run, config)
         point = local_root() / run_name(config) / "point.json"
@@ -93,7 +93,7 @@ def _train(configs: Sequence[RunConfig], wandb_run: Any = None) -> int:
 
 
 def _tell_stop(stopped: "Sequence[TrainResult]") -> int:
-    """Say which signal stopped runs and where; 128 + the signal."""
+    """Print which signal stopped the runs, and at which step. Return 128 + the signal."""
     steps = sorted({result.status.step for result in stopped})
     where = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
     received = next(result.received for result in stopped if result.received is not None)
@@ -102,7 +102,7 @@ def _tell_stop(stopped: "Sequence[TrainResult]") -> int:
 
 
 def _tell_end(result: "TrainResult") -> None:
-    """Print a line for a run that ended otherwise than at its last step just now."""
+    """Print a line for a run that was already finished, or that stopped early."""
     status, path = result.status, result.folder.path
     if result.was_done:
         print(f"{path} is finished: {status.step:,} steps{f' ({status.reason})' if status.reason else ''}.")
@@ -111,7 +111,7 @@ def _tell_end(result: "TrainResult") -> None:
 
 
 def _show_run(folder: RunFolder) -> None:
-    """Print the table per position, and draw the figure beside it."""
+    """Print the table of losses per position, and draw the figure of the run."""
     from icl.plotting.training import draw_run
     from icl.runs.delivery import send_results
 
@@ -125,7 +125,7 @@ def _show_run(folder: RunFolder) -> None:
 
 
 def _headline(means: "pd.Series", drawn: "DrawnRun") -> str:
-    """Return two sentences: the mean loss as a multiple of the Bayes predictors', and its excess over the optimal one's."""
+    """Return two sentences: the mean loss as a multiple of the Bayes predictors' losses, and its excess over the optimum."""
     ratios = " and ".join(
         f"{means['model'] / means[name]:.3f} times {label}"
         for name, label in (("ridge", "ridge's"), ("dmmse", "dMMSE's"))
@@ -137,10 +137,10 @@ def _headline(means: "pd.Series", drawn: "DrawnRun") -> str:
 
 
 def _show_members(results: "Sequence[TrainResult]") -> list[str]:
-    """Print a row for each run of a population, and draw its figure, which a run that was done has already.
+    """Print a row for each run of a population, and draw its figure. Figures of runs that were already done are kept.
 
     Returns:
-        Why some could not be drawn.
+        Reasons why some runs could not be drawn.
     """
     import pandas as pd
 

@@ -71,11 +71,11 @@ def run_experiment(
         config: Settings of the runs; their M is replaced.
         max_power: The runs have M = 2^1 .. 2^max_power, and infinity.
         base: Folder of the experiment.
-        retry: Whether to train runs again whose loss became NaN, which would fail in the same way.
+        retry: Whether to train runs again that have failed with a loss of NaN. With the same settings they would fail again.
         say: Function that receives a line for each event.
 
     Raises:
-        ConfigError: If the folder holds runs with other settings.
+        ConfigError: If the folder contains runs with other settings.
         RunError: If another process trains the experiment.
         StorageError: If the folder cannot be written.
     """

@@ -1,8 +1,8 @@
 """The file `experiment_metadata.json`: the settings of an experiment and the state of each of its runs.
 
 The file exists before the first step. It is replaced atomically at every event, and every few seconds while a run
-trains. It only informs: the runs' own folders decide which runs are done. So nothing is lost if the file is lost or
-out of date.
+trains. It is only for information: the runs' own folders decide which runs are done. So nothing is lost if the file
+is lost or out of date.
 """
 
 import contextlib
@@ -96,7 +96,7 @@ class Metadata:
 
     @contextlib.contextmanager
     def refreshing(self) -> Iterator[None]:
-        """Keep step and loss of the run that trains up to date while the context lasts."""
+        """Update step and loss of the run that trains every few seconds, until the context ends."""
         is_over = threading.Event()
 
         def refresh() -> None:
@@ -123,7 +123,7 @@ class Metadata:
 
 
 def read_metadata(base: Path) -> dict[str, Any]:
-    """Return the metadata in an experiment's folder; empty if the file is missing, damaged or not ours."""
+    """Return the metadata in an experiment's folder; empty if the file is missing, damaged or not in our format."""
     try:
         tree = parse_json(read_bytes(base / METADATA))
     except (OSError, ContentError):
@@ -132,7 +132,7 @@ def read_metadata(base: Path) -> dict[str, Any]:
 
 
 def _is_usable(tree: dict[str, Any]) -> bool:
-    """Return whether the values that are used again have the types that we write."""
+    """Return whether the values that other code reads have the types that we write."""
     entries = tree.get("runs", [])
     texts = [tree.get(key) for key in ("state", "started", "updated", "host")]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -143,7 +143,7 @@ def _is_usable(tree: dict[str, Any]) -> bool:
 
 
 def is_alive(metadata: dict[str, Any]) -> bool:
-    """Return whether the process that wrote the metadata is alive; true if it ran on another machine, which cannot be checked."""
+    """Return whether the process that wrote the metadata is alive. Processes on other machines are assumed to be alive."""
     pid = metadata.get("pid")
     if metadata.get("host") != platform.node() or not is_count(pid) or not 0 < pid < 2**31:
         return True

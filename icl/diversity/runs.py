@@ -23,7 +23,7 @@ MAX_POWER = 30
 
 
 class ExperimentRun(NamedTuple):
-    """The run with one M."""
+    """Run of an experiment at one task diversity M."""
 
     config: RunConfig
     folder: RunFolder
@@ -74,20 +74,20 @@ def find_runs(base: Path) -> dict[str, RunFolder]:
     """Return the runs in an experiment's folder, by M as text, in the order of M.
 
     Raises:
-        RunError: If the folder holds no run.
+        RunError: If the folder contains no run.
     """
     matches = (re.fullmatch(r"checkpoints_M(\d+|inf)", path.name) for path in base.glob("checkpoints_M*"))
     diversities = sorted(parse_num_tasks(match[1]) for match in matches if match and match[1] != "0")
     runs = {num_tasks_label(num_tasks): run_folder(base, num_tasks) for num_tasks in diversities}
     if not runs:
         raise RunError(
-            f"{base} holds no task-diversity experiment: expected folders such as checkpoints_M8, which `icl diversity` makes."
+            f"{base} contains no task-diversity experiment: expected folders such as checkpoints_M8, made by `icl diversity`."
         )
     return runs
 
 
 def require_same_settings(runs: list[ExperimentRun], base: Path) -> None:
-    """Check that the runs which have started have the same settings as the experiment.
+    """Check that all runs that have started have the settings of the experiment.
 
     Raises:
         ConfigError: If a run has other settings; the message names the run and the differences.

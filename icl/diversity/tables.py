@@ -1,8 +1,8 @@
 """The numbers of a task-diversity experiment as one tidy table, and the experiment's figure.
 
-Each row holds one number and its standard error, for one M, one step and one distribution of prompts. The number
-belongs to a model (`loss`, `delta_ridge`, `delta_dmmse`, ...) or to a baseline, whose name is then the quantity
-(`ridge`, `dmmse`, ...). Baselines do not depend on the step; their rows are repeated at every step, so that a selection
+Each row has one number and its standard error, for one M, one step and one distribution of prompts. The number belongs
+to a model (`loss`, `delta_ridge`, `delta_dmmse`, ...) or to a baseline. For a baseline, the quantity is its name
+(`ridge`, `dmmse`, ...). Baselines do not depend on the step. Their rows are repeated at every step, so that a selection
 by M and step includes them.
 """
 

@@ -34,7 +34,7 @@ BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 """Age of the file after which an attempt on another machine counts as dead."""
 _PAUSE_SECONDS = 5.0
-"""Longest pause between two attempts of one session. Engines need milliseconds; clocks of machines differ by seconds."""
+"""Longest pause between two attempts of one session. Engines need only milliseconds, but clocks may differ by seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Attempt:
     exit_status: int | None = None
     host: str = ""
     kernel: str = ""
-    """Identifier of a machine between two boots, within which processes see each other's locks."""
+    """Identifier of the machine since its last boot. Processes with the same identifier see each other's locks."""
     locked: bool = False
     """Whether the file system supports locks."""
     pid: int = 0
@@ -62,7 +62,7 @@ class Claim:
 
     def __init__(self, path: Path, descriptor: int, attempt: Attempt) -> None:
         self.path, self.descriptor, self.attempt = path, descriptor, attempt
-        self.folder = path.parents[1]  # the run's
+        self.folder = path.parents[1]  # the folder of the run
 
     def beat(self) -> bool:
         """Refresh the file of the attempt; return False if another worker has taken the point over."""
@@ -111,19 +111,19 @@ def claim(folder: Path, job: str, *, number: int) -> Claim | None:
         pid=os.getpid(),
         started=round(time.time(), 3),
     )
-    os.write(descriptor, _encode(attempt))  # after locking, so that whoever reads the file can rely on the lock
+    os.write(descriptor, _encode(attempt))  # after locking, so that every reader of the file can rely on the lock
     return Claim(path, descriptor, attempt)
 
 
 def last_attempt(folder: Path, job: str | None = None) -> Attempt | None:
-    """Return the last attempt at the point in a run's folder, at one job or at any; None if there is none."""
+    """Return the last attempt at the point in a run's folder, or None. If `job` is given, other jobs are ignored."""
     files = sorted((file for file in (folder / "attempts").glob("*.json") if file.stem.isdecimal()), reverse=True)
     attempts = (_read(file) for file in files)
     return next((attempt for attempt in attempts if job is None or attempt.job == job), None)
 
 
 def is_alive(folder: Path, attempt: Attempt) -> bool:
-    """Return whether the worker of an attempt is still at work."""
+    """Return whether the worker of an attempt is still working."""
     if attempt.outcome != "running":
         return False
     path = _file(folder, attempt.number)
@@ -138,10 +138,12 @@ def is_alive(folder: Path, attempt: Attempt) -> bool:
 
 
 def session_start(live: Iterable[Attempt], ended: Iterable[Attempt]) -> float:
-    """Return when the present session began: the start of the chain of attempts, without a pause, that reaches to now.
+    """Return the time at which the current session began.
+
+    A session is a chain of attempts without a pause between them that reaches to the current time.
 
     Args:
-        live: Attempts whose workers are at work. If there are none, there is no session, and the result is infinity.
+        live: Attempts whose workers are still working. If there are none, there is no session, and the result is infinity.
         ended: Attempts that have ended.
     """
     start = min((attempt.started for attempt in live if attempt.started), default=math.inf)
@@ -186,12 +188,12 @@ def _kernel() -> str:
 
 
 def _server_time(folder: Path) -> float:
-    """Return the present time by the clock of the machine that holds the files, from the time of a new file."""
+    """Return the current time on the clock of the file server, from the modification time of a new file."""
     probe = folder / f".clock-{secrets.token_hex(4)}"
     try:
         probe.touch()
         return probe.stat().st_mtime
-    except OSError:  # the folder cannot be written, as for a reader of somebody else's sweep
+    except OSError:  # the folder cannot be written, for example because the sweep belongs to another user
         return time.time()
     finally:
         with contextlib.suppress(OSError):

@@ -2,9 +2,9 @@
 
 The macros are those of W&B: `${env}`, `${interpreter}`, `${program}`, `${args}` and its variants, `${args_json}`,
 `${args_json_file}` and `${envvar:NAME}`. Like W&B, we replace `${envvar:NAME}` anywhere, and other macros only if they
-are a word of their own. We differ from W&B in two ways. A macro that W&B would drop or pass on unchanged is an error.
-And `${interpreter}` is the Python that runs `icl sweep`, not the `python` on the PATH; `icl` is the one of the same
-environment.
+are separate words. We differ from W&B in two ways. A macro that W&B would drop or pass on unchanged is an error. The
+macro `${interpreter}` is the Python that runs `icl sweep`, not the `python` on the PATH, and a command `icl` is the
+program of the same environment.
 """
 
 import difflib
@@ -56,7 +56,7 @@ def refuse_unused_macros(command: Sequence[str]) -> None:
                 )
             if name in _MACROS:
                 raise ConfigError(
-                    f"`{word}` in the command holds `${{{name}}}`, which is replaced only if it is a word of its own. "
+                    f"`{word}` in the command contains `${{{name}}}`, which is replaced only if it is a separate word. "
                     f"Write {_separate_words(word, name)}."
                 )
         if remainder.startswith("${") and remainder.endswith("}"):
@@ -66,12 +66,12 @@ def refuse_unused_macros(command: Sequence[str]) -> None:
 
 
 def _separate_words(word: str, name: str) -> str:
-    """Return how to write a word that holds a macro as separate words."""
+    """Return advice on how to write a word that contains a macro as separate words."""
     macro = f"${{{name}}}"
     before, _, after = word.partition(macro)
     if before.endswith("=") and before.startswith("-") and not after and name == "args_json_file":
         return f"`{before[:-1]}` and `{macro}` as two words"
-    return f"`{macro}` as a word alone"
+    return f"`{macro}` as a separate word"
 
 
 def fill_macros(
@@ -83,7 +83,7 @@ def fill_macros(
         command: Words of the command, with macros.
         settings: Settings of the point, with nested groups as in the sweep file.
         program: Value of `${program}`.
-        json_file: Value of `${args_json_file}`: the file that holds the settings as JSON.
+        json_file: Value of `${args_json_file}`: the file with the settings as JSON.
     """
     values = _arguments(settings) | {
         "env": [_ENV],
@@ -107,10 +107,10 @@ def own_command(words: Sequence[str]) -> tuple[str, list[str]] | None:
 
 
 def require_packable(command: Sequence[str]) -> None:
-    """Check that the program of a sweep can train several points: only `icl train` can, if it reads them from the file of points.
+    """Check that the program of a sweep can train several points. Only `icl train` can, if it reads them from the file of points.
 
     Raises:
-        ConfigError: If the command is another one, or passes the settings as arguments.
+        ConfigError: If the command is not `icl train`, or passes the settings as arguments.
     """
     takes_words = any(re.fullmatch(r"\$\{args.*\}", word) for word in command)
     parsed = own_command(command)

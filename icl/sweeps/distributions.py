@@ -23,7 +23,7 @@ class Distribution(NamedTuple):
     defaults: dict[str, float]
     """Optional options with their defaults."""
     quantile: Callable[[float, Options], Any]
-    """Function of a share u in (0, 1) and the options that returns the value below which a share u of the draws lies."""
+    """Function of a probability u in (0, 1) and the options. It returns the value below which a draw lies with probability u."""
 
 
 @dataclass(frozen=True, kw_only=True)

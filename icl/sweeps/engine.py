@@ -1,11 +1,11 @@
-"""The engine of `icl sweep`: it runs the missing points of a sweep, a few at a time, each in a program of its own.
+"""The engine of `icl sweep`. It runs the missing points of a sweep, a few at a time, each in a separate program.
 
 The engine has no state besides the runs' folders. So the same command continues a sweep after any interruption. Any
 number of engines, on any machines that share the folder, can work on one sweep without doing a point twice.
 
 A point that fails does not stop the others. The next command tries it again, unless the same settings would fail again.
-An engine that starts while others work on the sweep belongs to their session: it does not repeat what has failed since
-that session began. The engine passes a signal on to its programs, which save and exit.
+An engine that starts while others work on the sweep joins their session: it does not repeat points that have failed
+since that session began. The engine passes a signal on to its programs, which save and exit.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def run_sweep(
     """Run every point that is not done, until all are done or have failed, or a signal arrives.
 
     Args:
-        sweep: The sweep file, which holds the command.
+        sweep: The sweep file with the command.
         points: The points of the sweep.
         root: Folder of all runs.
         num_workers: Number of programs that run at a time.
@@ -164,11 +164,11 @@ class _Engine:
                 if work:
                     program = start_program(self.sweep, work, root=self.root, num_workers=self.num_workers)
                     self.programs.append(program)
-        # Other workers hold the points that are left, so search again later.
+        # Other workers run the points that are left, so search again later.
         self._next_search = time.monotonic() + min(1.0, attempts.STALE_SECONDS / 4)
         if self.pending and not self.programs and not self._has_said_waiting:
             self._has_said_waiting = True
-            self.say(f"Waiting for {len(self.pending)} points that other workers hold.")
+            self.say(f"Waiting for {len(self.pending)} points that other workers run.")
 
     def _claim_together(self, first: Point) -> list[tuple[Point, Claim]]:
         """Claim a point, and with it the points that can be packed into its program; return them with their claims."""
@@ -183,7 +183,7 @@ class _Engine:
         return work
 
     def _claim(self, point: Point) -> Claim | None:
-        """Claim a point; None if somebody works on it, or if it is over, which is then reported."""
+        """Claim a point. Return None if somebody works on it. If it is over, report that and return None too."""
         state = self.state(point)
         if state.state == "running":
             return None
@@ -222,7 +222,7 @@ class _Engine:
         self._report(f"{word:8s} {point.name}: {state.reason}, {program.seconds:.0f} s{log}")
 
     def _refresh_claims(self) -> None:
-        """Show other engines that the programs are alive; stop a program if another worker has taken a point of it over."""
+        """Show other engines that the programs are alive. Stop a program if another worker has taken over one of its points."""
         if time.monotonic() < self._next_beat:
             return
         self._next_beat = time.monotonic() + min(attempts.BEAT_SECONDS, attempts.STALE_SECONDS / 4)
@@ -246,5 +246,5 @@ class _Engine:
         self._report(line)
 
     def _report(self, line: str) -> None:
-        """Print a line for an event, after the number of points that are over and the number of all points."""
+        """Print a line for an event. It begins with the number of points that are over and the number of all points."""
         self.say(f"[{self._num_over}/{len(self.points)}] {line}")

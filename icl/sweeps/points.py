@@ -45,7 +45,7 @@ class Point:
     job: str
     """Hash of the command and the settings that affect the result; an attempt at another job does not count."""
     trains: bool
-    """Whether the program is `icl train`, whose run records whether it is done."""
+    """Whether the program is `icl train`. Such a run records itself whether it is done."""
 
 
 @dataclass(frozen=True, kw_only=True)

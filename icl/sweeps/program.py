@@ -122,7 +122,7 @@ class Program:
 def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root: Path, num_workers: int) -> Program:
     """Start the program of one or several points.
 
-    The folder of the first point holds `point.json`, with the settings of all points, and `sweep.log`, with the output.
+    The folder of the first point gets `point.json`, with the settings of all points, and `sweep.log`, with the output.
     The logs of the other points refer to it.
     """
     point, claim = work[0]

@@ -1,4 +1,4 @@
-"""Read W&B sweep files strictly: where W&B would ignore or guess something, there is an error that says what to write.
+"""Read W&B sweep files strictly. Where W&B would ignore or guess something, an error says what to write.
 
 The schema is that of W&B: `method`, `parameters` (dotted names, nested `parameters:`, `value`, `values`, `min` and
 `max`, a `distribution`), `command` or `program`, and `run_cap`. Keys that only W&B's server uses are accepted and
@@ -27,7 +27,7 @@ _PARAMETER_KEYS = ("distribution", "parameters", "value", "values", "probabiliti
 
 
 MAX_POINTS = 100_000
-"""Largest number of points of a sweep, since all points are checked before the first one runs."""
+"""Largest number of points of a sweep. It is limited because all points are checked before the first one runs."""
 
 
 class SweepFileError(ConfigError):
@@ -41,14 +41,14 @@ class SweepFile:
     path: Path
     method: Literal["grid", "random"]
     parameters: tuple[Parameter, ...]
-    """Parameters in W&B's order: by name; the parameters of a nested group stand at the group's name."""
+    """Parameters in W&B's order, by name. The parameters of a nested group are sorted by the name of the group."""
     command: tuple[str, ...]
     """Words of the command that starts a run, with macros."""
     program: str | None = None
     run_cap: int | None = None
     """Largest number of points."""
     stops_early: bool = False
-    """Whether the file has `early_terminate`, by which W&B stops bad runs; `icl sweep` does not."""
+    """Whether the file has `early_terminate`. W&B then stops bad runs; `icl sweep` does not."""
     warnings: tuple[str, ...] = ()
     """Sentences about valid settings that are probably mistakes; W&B warns of them too."""
 
@@ -113,7 +113,7 @@ def _require_grid(parameter: Parameter) -> None:
 
 
 def _warn_of_exponents(parameter: Parameter) -> str:
-    """Return W&B's own warning, with the values that the exponents stand for."""
+    """Return W&B's own warning, followed by the range of values that the exponents give."""
     low, high = extremes(parameter)
     return (
         f"`{parameter.name}` uses {parameter.distribution}, where min/max specify base-e exponents. Use "
@@ -144,7 +144,7 @@ def _read_command(command: Any, program: Any) -> tuple[tuple[str, ...], str | No
         raise SweepFileError(f"`program` must be a file name, got {program!r}.")
     for word in command or ():
         if not isinstance(word, (str, int, float)) or isinstance(word, bool) or "\0" in str(word):
-            raise SweepFileError(f"`command` must be a list of words, and {word!r} is none; write it in quotes.")
+            raise SweepFileError(f"`command` must be a list of words, but {word!r} is not a word; write it in quotes.")
     words = tuple(str(word) for word in command or DEFAULT_COMMAND)
     refuse_unused_macros(words)
     if program is None and "${program}" in words:
@@ -155,7 +155,7 @@ def _read_command(command: Any, program: Any) -> tuple[tuple[str, ...], str | No
 
 
 def _read_parameters(tree: Any, outer: tuple[str, ...]) -> Iterable[Parameter]:
-    """Yield the parameters of a group in the order of their names; those of a nested group come at the group's name."""
+    """Yield the parameters of a group in the order of their names. A nested group is sorted by its own name."""
     if not isinstance(tree, dict) or not tree:
         where = f"`{'.'.join(outer)}.parameters`" if outer else "`parameters`"
         raise SweepFileError(f"{where} must be a table of at least one `key: {{values: [...]}}`, got {tree!r}.")
@@ -165,7 +165,7 @@ def _read_parameters(tree: Any, outer: tuple[str, ...]) -> Iterable[Parameter]:
     for name, entry in sorted(tree.items()):
         path = (*outer, name)
         if isinstance(entry, dict) and "parameters" in entry:
-            _refuse_unknown(entry, ("parameters",), f"Beside the `parameters` of `{'.'.join(path)}` there is no key")
+            _refuse_unknown(entry, ("parameters",), f"The group `{'.'.join(path)}` can have only `parameters`, not")
             yield from _read_parameters(entry["parameters"], path)
         else:
             yield _read_parameter(path, entry)
@@ -207,7 +207,8 @@ def _infer_distribution(name: str, entry: Mapping[str, Any]) -> str:
         _require_numbers(name, {"min": low, "max": high})
         if isinstance(low, int) is not isinstance(high, int):
             raise SweepFileError(
-                f"`{name}` goes from {low!r} to {high!r}, one an integer and one not. Add `distribution: uniform` or `int_uniform`."
+                f"`{name}` goes from {low!r} to {high!r}, but only one of them is an integer. Add `distribution: uniform` or "
+                "`int_uniform`."
             )
         return "int_uniform" if isinstance(low, int) else "uniform"
     raise SweepFileError(f"`{name}` needs `value`, `values`, `min` and `max`, or a `distribution`.")

@@ -1,8 +1,8 @@
 """The state of a sweep's point, read from its run's folder: done, running, failed or waiting, with the reason.
 
 A point of `icl train` is done when its run is done under the same settings, whoever trained it. A point of any other
-program is done when the last attempt at it exited with 0. A failure is final if the same settings would fail again,
-such as a loss of NaN: only `--retry` or other versions of the software try it again.
+program is done when the last attempt at it exited with 0. A failure is final if the same settings would fail again, for
+example because the loss becomes NaN. Such a point is tried again only with `--retry` or after a change of versions.
 """
 
 import time
@@ -29,7 +29,7 @@ class PointState(NamedTuple):
 
 
 def point_state(point: Point, root: Path) -> PointState:
-    """Return the present state of a point, whose run is below the folder `root` of all runs."""
+    """Return the current state of a point. Its run is below `root`, the folder of all runs."""
     run = RunFolder(root / point.name)
     current = last_attempt(run.path)
     status = run.read_status() if point.trains else None

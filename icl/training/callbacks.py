@@ -27,7 +27,7 @@ from icl.training.wandb.agent import PARENT_PROCESS, in_sweep
 Metrics = dict[str, float | int]
 
 _ECHO_SECONDS = 1.0
-"""Two signals within this time count as one: a W&B agent passes on the Ctrl-C that the terminal sends to both."""
+"""Two signals within this time count as one. On Ctrl-C the terminal signals this program and its W&B agent, which passes it on."""
 
 
 class NonFiniteGuard(pl.Callback):
@@ -91,7 +91,7 @@ class EarlyStopping(pl.Callback):
         self._check(trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Check if there is a new evaluation."""
+        """Check the members if this step was evaluated."""
         self._check(trainer.global_step)
 
     def _check(self, step: int) -> None:
@@ -139,7 +139,8 @@ class Ending(pl.Callback):
 class StopSignals(pl.Callback):
     """End training after the current step on SIGINT or SIGTERM, with everything saved. A second signal ends it at once.
 
-    Training also ends after the current step if the W&B agent that started the program has died. Nobody else would end it.
+    Training also ends after the current step if the W&B agent that started the program has died. Otherwise nobody would
+    end the program.
     """
 
     def __init__(self) -> None:
@@ -149,7 +150,7 @@ class StopSignals(pl.Callback):
         self._handling = contextlib.ExitStack()
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Handle the signals instead of Lightning."""
+        """Install our signal handlers in place of Lightning's."""
         self._handling.enter_context(handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._receive)))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -162,10 +163,10 @@ class StopSignals(pl.Callback):
             self.received = self.received or signal.SIGTERM
 
     def on_train_end(self, *_: Any) -> None:
-        """Hand the signals back."""
+        """Restore the signal handlers from before training."""
         self._handling.close()
 
-    on_exception = on_train_end  # type: ignore[assignment]  # it gets the exception too
+    on_exception = on_train_end  # type: ignore[assignment]  # Lightning also passes the exception
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.received is None:
@@ -204,7 +205,7 @@ class MetricsLog(pl.Callback):
         self._write(trainer, module)
 
     def _write(self, trainer: pl.Trainer, module: PopulationModule) -> None:
-        """Write rows. Only steps that are logged wait for the device, to take the mean losses."""
+        """Write rows. Only logged steps wait for the device, because their rows need the mean losses."""
         step = trainer.global_step
         evaluated = self.evaluation.latest(step)
         is_logged = step > 0 and step % self.every == 0

@@ -1,13 +1,14 @@
 """Estimate how many members of a population fit on a device at once, and refuse runs that are too large for it.
 
 On a GPU all members are updated together. Each member needs memory for seven arrays of the size of its parameters: the
-parameters, their gradient, Adam's two moments and three temporaries. It also needs the activations for its backward pass. We count
-those by running forward passes of a few prompts and looking at the tensors that autograd keeps.
+parameters, their gradient, Adam's two moments and three temporaries. It also needs the activations for its backward pass. We run
+forward passes of a few prompts and measure the size of the tensors that autograd keeps.
 
-On a CPU at most one member per core is updated at a time, so activations count once per core. A member needs its parameters and
-moments (three times as much while it is resumed, because they are read and joined). It needs the prompts of a step while they
-are drawn, or the arrays of its evaluation, whichever is larger. It needs its evaluation prompts with their baselines; members
-that differ only in their training seeds share them.
+On a CPU at most one member per core is updated at a time, so activations count once per core. Each member also needs memory for
+
+- its parameters and moments. It needs three times as much while it is resumed, because they are read and then joined;
+- the prompts of a step while they are drawn, or the arrays of its evaluation, whichever is larger;
+- its evaluation prompts with their baselines. Members that differ only in their training seeds share them.
 """
 
 from collections.abc import Sequence
@@ -25,24 +26,24 @@ _ROWS = 7
 _CPU_ROWS = 3
 """Arrays per member on a CPU: parameters and two moments."""
 _RESUMED_ROWS = 9
-"""Arrays per member that is resumed on a CPU: the three above, the same in the members' files, and the same joined."""
+"""Arrays per resumed member on a CPU: the three above, three that are read from the resume file, and three joined ones."""
 _DRAWN_BYTES = 128
-"""Bytes for every number of a batch of prompts while it is drawn from counters (measured)."""
+"""Bytes per number of a batch of prompts while the batch is drawn from counters (measured)."""
 _EVALUATED_ARRAYS = 48
-"""Arrays with one float32 per target that each further member adds to an evaluation (measured)."""
+"""Arrays that each further member adds to an evaluation (measured). An array has one float32 per target."""
 _NUM_BASELINES = 5
 _SHARE = 0.85
 """Share of the memory that a population may use; the rest is for fragmentation."""
 
 
 def num_fitting(configs: Sequence[RunConfig], device: torch.device | str) -> int:
-    """Estimate how many members of this kind fit on a device at once; at least one."""
+    """Estimate how many members with these settings fit on a device at once; at least one."""
     config = configs[0]
     is_cpu = torch.device(device).type == "cpu"
     member = dict(build_model(config).named_parameters())
     row_bytes = sum(tensor.nbytes for tensor in member.values())
     members = stack([member] if is_cpu else [member] * 2)
-    if not is_cpu:  # without the CPU's attention kernel, autograd keeps more
+    if not is_cpu:  # a GPU has no attention kernel of ours, so autograd keeps more
         members = {name: tensor.to("meta") for name, tensor in members.items()}
     activations = activation_bytes(config, members) * config.trainer.batch_size
     available = _SHARE * device_bytes(device)
@@ -78,7 +79,7 @@ def require_room(config: RunConfig, device: torch.device | str) -> None:
 
 
 def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
-    """Return the bytes per member on a CPU without activations, for parameters of `row_bytes`."""
+    """Return the bytes per member on a CPU without activations. `row_bytes` is the size of a member's parameters."""
     task, trainer, evaluation = configs[0].task, configs[0].trainer, configs[0].evaluation
     drawn = _DRAWN_BYTES * trainer.batch_size * task.max_examples * (task.task_size + 1)
     num_sets = len({(config.task, config.seeds.tasks, config.seeds.evaluation) for config in configs})
@@ -90,9 +91,9 @@ def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
 
 
 def activation_bytes(config: RunConfig, params: Params) -> int:
-    """Return the bytes that the backward pass keeps for each prompt of a member.
+    """Return the bytes of activations that autograd keeps for the backward pass, per prompt and member.
 
-    A single member keeps less than each of several members.
+    A single member needs less than each of several members.
     """
     return (_saved_bytes(config, params, 4) - _saved_bytes(config, params, 2)) // (2 * size(params))
 

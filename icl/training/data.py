@@ -1,8 +1,8 @@
 """Training prompts as an endless stream that can start at any step.
 
-The prompts of step s are a pure function of (seeds, s), so a resumed run computes those of its step, and nothing of the stream is
-saved. Prompts of several steps are drawn as one block, because that costs little more than drawing those of one step. Blocks begin
-at multiples of their length, so resuming in the middle of a block gives bit-identical numbers.
+The prompts of step s are a pure function of (seeds, s). So a resumed run draws the same prompts as an uninterrupted one, although
+no state of the stream is saved. Prompts of several steps are drawn as one block, because that costs little more than drawing the
+prompts of one step. Blocks begin at multiples of their length, so resuming in the middle of a block gives bit-identical numbers.
 """
 
 import itertools
@@ -18,8 +18,11 @@ from icl.runs.contents import expected_steps
 from icl.tasks.prompts import Prompts, prompt_source, sample_together
 
 _BLOCK_NORMALS = 2**19
-_CUDA_BLOCK_NORMALS = 2**24  # on a GPU, kernels for few numbers take as long as for many
+"""Largest number of normal variates in a block of prompts on a CPU."""
+_CUDA_BLOCK_NORMALS = 2**24
+"""The same limit on a GPU. It is higher, because a kernel for few numbers takes as long as a kernel for many."""
 _MAX_BLOCK = 64
+"""Largest number of steps in a block."""
 
 LONGEST_STRETCH = {"cuda": 32, "cpu": 4}
 """Largest number of steps in one batch, by device kind. It is limited so that training can be stopped soon."""
@@ -71,15 +74,15 @@ class PromptStream:
 
 
 class Stretches:
-    """Batches that hold the prompts of several steps, up to the next step at which a callback has work to do.
+    """Batches that contain the prompts of several steps, up to the next step at which a callback has work to do.
 
-    Lightning runs once per such stretch instead of once per step. Its overhead is about 2 ms per call on a slow core, as long
-    as a step on a GPU, and becomes negligible.
+    Lightning then runs once per batch (a stretch of steps) instead of once per step. Its overhead is about 2 ms per call on a
+    slow core, which is as long as a step on a GPU.
 
     Args:
         stream: Prompts, step by step.
         first_step: Function that returns the first step; called when iteration begins.
-        stop: Function that returns the next step, after a given one, at which callbacks must see the model.
+        stop: Function of a step. It returns the next step at which callbacks must see the model.
         longest: Largest number of steps in a stretch.
     """
 

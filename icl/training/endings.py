@@ -1,7 +1,7 @@
 """Record how a member's training ends, in its status, its log and its W&B run.
 
 If one member of several fails, `isolate_failure` ends that member with the reason, and the others continue. The failure of a
-single run is raised. With several processes a failure is raised too, because they could not agree on the remaining members.
+single run is raised. With several processes, any failure is raised, because the processes could not agree on the remaining members.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ def record_outcome(member: Member, step: int, received: signal.Signals | None) -
 
 
 def _require_checkpoints(member: Member) -> None:
-    """Mark a member as failed if checkpoints of it were removed while it was trained."""
+    """Mark a member as failed if some of its checkpoints were removed during training."""
     status = member_status(member, member.state, member.end_step or 0)
     if status.is_done:
         lost = missing_steps(member.folder, member.config, status.step, status)
@@ -102,7 +102,7 @@ def _record_failure(members: Sequence[Member], error: BaseException) -> None:
 
 
 def _write_failure(member: Member, status: Status) -> None:
-    """Replace the status and log it. On a full disk, overwrite the status in place, and skip the log if it fails."""
+    """Replace the status and log it. On a full disk, overwrite the status in place, and do without the line in the log."""
     try:
         member.folder.write_status(status)
     except OSError:

@@ -39,19 +39,20 @@ class Member:
     is_recorded: bool = False
     """Whether its outcome has been recorded."""
     is_own: bool = False
-    """Whether the folder is known to be this run's, with no other process training in it. Else no failure is written there."""
+    """Whether the folder is known to belong to this run, with no other process training in it. Only then may a failure be
+    written to it."""
     is_refused: bool = False
-    """Whether it could not be started or resumed, so that the others train without it."""
+    """Whether it could not be started or resumed. The other members then train without it."""
     is_packed: bool = False
-    """Whether it started as one of several, which selects the CPU kernel. It keeps the value if it is resumed alone."""
+    """Whether it started as one of several members. This selects the CPU kernel, so a member that is resumed alone keeps it."""
     rows: dict[str, Any] | None = None
     """Length and digest of `metrics.csv` at the last save."""
     lacking: frozenset[int] = frozenset()
     """Steps whose checkpoints were missing when the run was resumed; training continues without them."""
     incomplete: str | None = None
-    """Sentence on missing files because of which a run that had already ended does not count as a success."""
+    """Sentence on missing files of a run that had already ended, if the run does not count as a success without them."""
     told_lacking: str | None = None
-    """Sentence on other checkpoints that such a run lacks."""
+    """Sentences on other missing checkpoints, and on altered rows, of a run that had already ended."""
     notes: list[str] = field(default_factory=list)
     """Sentences to print and log when training starts or resumes."""
     wandb: WandbLog | None = None

@@ -1,6 +1,6 @@
-"""The LightningModule of a population: each batch holds the prompts of a few optimiser steps (`icl.compute.step`).
+"""The LightningModule of a population: each batch has the prompts of a few optimiser steps (`icl.compute.step`).
 
-A single run is a population of one. The module holds the parameters and Adam's moments of N members as rows of matrices. It also
+A single run is a population of one. The module stores the parameters and Adam's moments of N members as rows of matrices. It also
 records the mean loss, the number of clipped steps and the first non-finite step of every member. These records are tensors on
 the device, so that a step never waits for the host.
 """
@@ -38,7 +38,7 @@ class PopulationModule(pl.LightningModule):
 
     def __init__(self, members: Sequence[Member], params: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.automatic_optimization = False  # a step makes its own gradients
+        self.automatic_optimization = False  # a step computes its own gradients
         self.members, self.config = members, members[0].config
         optim = self.config.optim
         self.layout = layout_of(params)
@@ -98,9 +98,9 @@ class PopulationModule(pl.LightningModule):
             self._set_rate()
 
     def take_means(self, indices: Sequence[int]) -> tuple[list[float], list[float]]:
-        """Return the mean loss and the share of clipped steps of some members since their last call.
+        """Return the mean loss and the share of clipped steps of some members since the last call for them.
 
-        This waits for the device.
+        The call waits for the device.
         """
         chosen = torch.tensor(indices, device=self.loss_sum.device)
         count = self.num_summed[chosen].clamp(min=1)
@@ -122,7 +122,7 @@ class PopulationModule(pl.LightningModule):
             self._saved_conditions[member] = saved.get("conditions", {})  # version 0.1.0 saved none
 
     def _is_compiled(self) -> bool:
-        """Return whether the step is compiled. It depends only on the settings, so a resumed run does as before."""
+        """Return whether the step is compiled. It depends only on settings and device, so a resumed run decides as before."""
         settings, task = self.config.trainer, self.config.task
         if settings.compile != "auto":
             return settings.compile == "true"

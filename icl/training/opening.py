@@ -1,4 +1,4 @@
-"""Open the folders of runs for training: lock them, fetch what their store has, and find the step to continue from."""
+"""Open the folders of runs for training: lock them, fetch later steps from their store, and find the step to continue from."""
 
 import contextlib
 
@@ -17,7 +17,7 @@ from icl.training.upload import upload_behind
 
 
 def has_ended(member: Member) -> bool:
-    """Return whether the run has already ended. Raise an error if its folder holds a run with other settings."""
+    """Return whether the run has already ended. Raise an error if its folder contains a run with other settings."""
     if not member.folder.config_file.exists():
         return False
     require_same_config(member.folder.read_config(), member.config, member.folder)
@@ -38,15 +38,15 @@ def open_run(member: Member, resources: contextlib.ExitStack) -> int | None:
         member.is_own = member.folder.config_file.exists()
         step = None if is_done else read_resume_file(member)
         _note_missing(member, step)
-        resources.push(opened.pop_all())  # only now: after an error above, `opened` releases both at once
+        resources.push(opened.pop_all())  # last, because after an error above `opened` must release both at once
     return step
 
 
 def _note_missing(member: Member, step: int | None) -> None:
     """Note missing files of a run that continues from `step`, or that has already ended (None).
 
-    Missing scheduled checkpoints are no failure. A run that has ended without its last checkpoint, or whose table of
-    metrics lacks rows, is incomplete.
+    Missing scheduled checkpoints are no failure. A run that has ended is incomplete if its last checkpoint or rows of
+    its table of metrics are missing.
     """
     run, config = member.folder, member.config
     last = run.read_status()
@@ -64,7 +64,7 @@ def _note_missing(member: Member, step: int | None) -> None:
         missing and member.is_running and (reached < config.trainer.max_steps or last is None or last.state != "failed")
     ):
         member.lacking = frozenset(missing)
-        member.notes.append(f"{sentence} Training goes on without them.")
+        member.notes.append(f"{sentence} Training continues without them.")
 
 
 def begin_run(member: Member, step: int) -> None:
@@ -74,7 +74,7 @@ def begin_run(member: Member, step: int) -> None:
     MetricsFile(run.metrics_file, metric_columns(member.config)).require_rows(logged_steps(member.config, step))
     if step > 0 and are_rows_altered(run.metrics_file.read_bytes(), member.rows):
         member.notes.append(
-            f"{run.metrics_file} was altered since step {step:,} was saved; its rows are kept as they are."
+            f"{run.metrics_file} has been altered since step {step:,} was saved; its rows are kept as they are."
         )
     run.write_config(member.config)
     for folder in (run.path, run.checkpoints.root, run.moments.root, run.results, run.figures):

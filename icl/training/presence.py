@@ -1,8 +1,8 @@
 """Check that a run's files still exist while it trains.
 
-Somebody may remove the folder of a run on purpose or by accident; we must never create it again, so the run ends. Settings and
-rows of the metrics are in memory, so removed files of them are written again. Removed checkpoints of earlier steps cannot be
-restored. We report them when we notice, and the run does not end as finished.
+Somebody may remove the folder of a run, on purpose or by accident. We must never create it again, so the run ends. The settings
+and the rows of metrics are also in memory, so their files are written again if they were removed. Checkpoints of earlier steps
+cannot be restored. We report missing ones as soon as we notice, and the run then ends as failed.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Find out how many processes train a run together, and which program started them: Lightning, torchrun or Slurm's srun.
 
 Lightning starts the processes on one machine itself; torchrun and srun start all of them. Slurm also sets its variables in every
-shell and every single process of a job. So they count only if srun started several tasks and the settings ask for several
+shell and every single process of a job. So we use them only if srun started several tasks and the settings ask for several
 processes. We do not use Lightning's own detection of Slurm, because it refuses or requeues other runs.
 """
 

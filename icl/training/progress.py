@@ -82,4 +82,4 @@ class ProgressBar(pl.Callback):
         if self.bar is not None:
             self.bar.close()
 
-    on_exception = on_train_end  # type: ignore[assignment]  # it gets the exception too
+    on_exception = on_train_end  # type: ignore[assignment]  # Lightning also passes the exception

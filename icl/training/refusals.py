@@ -1,4 +1,4 @@
-"""Refuse settings that are valid, but with which training would do nothing.
+"""Refuse settings that are valid, but make training useless.
 
 `icl train` checks them before it writes anything, and `icl sweep` before it starts any run.
 """

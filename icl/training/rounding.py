@@ -20,7 +20,7 @@ def rounding_conditions(settings: TrainerConfig, *, device: str, is_compiled: bo
 
     Args:
         settings: Settings with the number of processes.
-        device: Kind of the device, as torch calls it.
+        device: Type of the device in torch, such as `cpu`.
         is_compiled: Whether the step is compiled.
     """
     conditions = {
@@ -43,7 +43,7 @@ def rounding_conditions(settings: TrainerConfig, *, device: str, is_compiled: bo
 def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """Return a sentence on the conditions that have changed, or None if there are none.
 
-    Conditions that only one of the two has are ignored, such as the number of threads on a GPU.
+    Conditions that are in only one of the two are ignored. The number of threads, for example, is not recorded on a GPU.
     """
     changed = [
         f"{name} {now[name]} (before: {before[name]})" for name in now if name in before and before[name] != now[name]
@@ -54,7 +54,7 @@ def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str |
 
 
 def _processor() -> str:
-    """Return the model of the processor if the system tells it, else its architecture."""
+    """Return the model of the processor if the system reports it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -4,8 +4,8 @@ The same call starts a new run, resumes an unfinished run bit-identically, or re
 (finished, stopped early, pre-empted by a signal, failed) is written to `status.json` with its reason.
 
 Runs that differ only in their seeds and tasks are trained together, as one population. A single run is a population of one. If
-members are at different steps, those furthest behind are trained first, until they reach the next; then they are joined. If a
-member ends before the others, the population is rebuilt without it from the resume files of the others.
+members are at different steps, the ones furthest behind are trained first. When they reach the next members, they are joined
+with them. If a member ends before the others, the population is rebuilt without it from the resume files of the others.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class TrainResult(NamedTuple):
     was_done: bool = False
     """Whether the run was already finished."""
     incomplete: str | None = None
-    """Sentence on missing rows, or a missing last checkpoint, because of which an ended run does not count as a success."""
+    """Sentence on missing rows or a missing last checkpoint of an ended run, which then does not count as a success."""
     lacking: str | None = None
     """Sentences on other missing checkpoints, and on altered rows, of an ended run. `icl checkpoints RUN verify` reports
     both as damage."""
@@ -78,7 +78,7 @@ def train(config: RunConfig, *, folder: str | Path | None = None, wandb_run: Any
             if W&B is set up.
 
     Raises:
-        ConfigError: If the folder holds a run with other settings, or the device does not exist.
+        ConfigError: If the folder contains a run with other settings, or the device does not exist.
         NonFiniteLossError: If the loss became NaN or infinite.
         RunError: If another process trains the run, its resume file is unusable, or another run uses its name in the store.
         StorageError: If the run cannot be written, or its store cannot be used. Earlier saves are intact.
@@ -97,9 +97,9 @@ def train_population(
 ) -> list[TrainResult]:
     """Train several runs together, each to its end and with the same results as alone.
 
-    Unfinished runs are resumed, and finished runs are left as they are. If one member fails, because its loss becomes
-    non-finite, or its folder, settings, resume file or store cannot be used, or another process trains it, the others
-    continue. With several processes, such an error is raised instead.
+    Unfinished runs are resumed, and finished runs are left as they are. A member fails if its loss becomes non-finite, if
+    its folder, settings, resume file or store cannot be used, or if another process trains it. The others then continue.
+    With several processes, such an error is raised instead.
 
     Args:
         configs: Settings of the runs, which differ only in `MEMBER_SETTINGS`.
@@ -116,7 +116,7 @@ def train_population(
     configs = [join_processes(config) for config in configs]
     paths = folders if folders is not None else [local_root() / run_name(config) for config in configs]
     if len(set(map(str, paths))) < len(paths):
-        raise ConfigError(f"Of the members of the population, two members are the run {max(paths, key=paths.count)}.")
+        raise ConfigError(f"The population has two members with the same folder, {max(paths, key=paths.count)}.")
     is_packed = len(configs) > 1
     members = [Member(c, RunFolder(path), is_packed=is_packed) for c, path in zip(configs, paths, strict=True)]
     make_trainer(configs[0])  # raises an error for impossible settings before anything is written
@@ -160,7 +160,7 @@ def require_alike(configs: Sequence[RunConfig]) -> None:
 def _train(
     members: Sequence[Member], first_steps: Mapping[Member, int | None], wandb_run: Any, *, is_alone: bool
 ) -> list[TrainResult]:
-    """Train the members that have not ended, from the steps from which they continue."""
+    """Train the members that have not ended, each from the step at which it continues."""
     done = [member for member, step in first_steps.items() if step is None]
     steps = {member: step for member, step in first_steps.items() if step is not None}
     received = None
@@ -199,7 +199,7 @@ def _train_groups(members: Sequence[Member], steps: Mapping[Member, int]) -> sig
 
 
 def _train_stages(members: Sequence[Member], steps: Mapping[Member, int]) -> signal.Signals | None:
-    """Train the members furthest behind until they reach the next ones, then all of these together, and so on to the end.
+    """Train the members furthest behind until they reach the next ones, then these together, and so on to the end.
 
     Returns:
         The signal that stopped training, if any.
@@ -244,7 +244,7 @@ def _fit(
 
 
 def _initial_params(configs: Sequence[RunConfig]) -> Params:
-    """Return the parameters before training, in the precision of training. In another, loading a resume file would round."""
+    """Return the parameters before training, in the precision of training, so that loading a resume file does not round."""
     is_double = configs[0].trainer.precision == "64-true"
     models = [build_model(config).to(torch.float64 if is_double else torch.float32) for config in configs]
     return stack([dict(model.named_parameters()) for model in models])

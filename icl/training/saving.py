@@ -1,8 +1,8 @@
 """Save checkpoints for analysis, and the files from which runs resume.
 
-Each member's `last.ckpt` (`icl.runs.resume_file`) is a Lightning checkpoint of that member alone. It holds the member's slice of the
-stacked parameters and of Adam's moments. So a member of a population can be resumed alone, and runs at the same step can be
-joined to a population.
+Each member's `last.ckpt` (`icl.runs.resume_file`) is a Lightning checkpoint of that member alone. It contains the member's slice of
+the stacked parameters and of Adam's moments. So a member of a population can be resumed alone, and runs at the same step can be
+joined into a population.
 """
 
 import contextlib

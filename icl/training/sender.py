@@ -1,8 +1,8 @@
-"""Send the files of a run's folder that its copy in a store lacks, in an order that keeps the copy whole.
+"""Send new files of a run's folder to its store, in an order in which the copy there can always be resumed.
 
-Checkpoints are sent at once. `last.ckpt` and the files beside it are sent when there is a newer `last.ckpt`; only the newest
-matters. `last.ckpt` and `status.json` vouch for the other files: they are read first, and sent last if all others have arrived.
-So the copy can always be resumed.
+Checkpoints are sent at once. The other files are sent when there is a newer `last.ckpt`, because only their newest versions matter.
+`last.ckpt` and `status.json` are vouchers: they say that the other files are complete. So they are read before the others, and
+sent only after all others have arrived.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from icl.store import waiting
 from icl.store.base import MissingKeyError, sha256
 
 MAX_FAILURES = 2
-"""Number of consecutive files that cannot be sent after which a round ends; the store cannot be reached at present."""
+"""A round ends after this number of consecutive files that cannot be sent. The store probably cannot be reached at present."""
 
 Signature = tuple[int, int, int]
 
@@ -35,7 +35,7 @@ class _File(NamedTuple):
 
 
 class Sender:
-    """The files of a run's folder on their way to its store.
+    """Sender of the files of a run's folder to its store.
 
     Args:
         mirror: The run and its copy in the store.
@@ -45,7 +45,7 @@ class Sender:
     def __init__(self, mirror: Mirror, config: RunConfig) -> None:
         self.mirror = mirror
         self.reason = ""
-        """The reason why the last file that failed could not be sent."""
+        """Reason why a file could not be sent, for the last file that failed."""
         self._scheduled = _checkpoint_files(expected_steps(config, config.trainer.max_steps))
         self._there: set[str] | None = None
         self._sent: dict[str, Signature | None] = {}
@@ -60,7 +60,7 @@ class Sender:
         Vouchers are read before the other files, and sent after them.
 
         Args:
-            is_over: Function that tells before each file whether to send no more.
+            is_over: Function that is called before each file. If it returns True, no more files are sent.
             bar: Progress bar at the end of training, when every remaining file is sent.
         """
         if not self.mirror.run.config_file.exists():

@@ -23,7 +23,7 @@ from icl.training.saving import MemberFiles, ResumeFiles, ScheduledCheckpoints
 from icl.training.xla import xla_options
 
 _MANY_TASKS = 2**16
-"""Number of tasks above which dMMSE on the evaluation prompts takes seconds, so that we print a message."""
+"""Above this number of tasks, dMMSE on the evaluation prompts takes seconds, so we print a message."""
 
 
 def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps: int | None = None) -> pl.Trainer:
@@ -114,7 +114,7 @@ _USES: dict[type[pl.Callback], tuple[type[pl.Callback], ...]] = {
     StatusFile: (MetricsLog,),
     ProgressBar: (MetricsLog,),
 }
-"""Callbacks by the callbacks whose results they use at the same step, and after which they must therefore run."""
+"""For each callback, the callbacks whose results it uses at the same step. It must run after them."""
 
 
 def require_order(callbacks: Sequence[pl.Callback]) -> None:
@@ -133,7 +133,8 @@ def require_order(callbacks: Sequence[pl.Callback]) -> None:
 def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
     """Return the fixed prompts of every member, with their baselines. Members that differ only in training seeds share them.
 
-    Only rank 0 evaluates, so other ranks get empty lists. Their devices are not chosen yet, and would be that of rank 0.
+    Only rank 0 evaluates, so other ranks get empty lists. They would also use the device of rank 0, because their own devices are
+    not chosen yet.
     """
     settings = configs[0].evaluation
     if settings.every is None or is_child_rank():

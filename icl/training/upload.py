@@ -1,8 +1,8 @@
 """Copy a run to a second store in the background, so that training never waits for the network.
 
-A thread checks the run's folder every few seconds and sends new files (`icl.training.sender`). A file that cannot be sent is tried again in every round. At the end of training the remaining files are sent, as long as there is
-progress. Files that cannot be sent are an error. Training has then ended as it would have without a store, and all files are in
-the folder.
+A thread checks the run's folder every few seconds and sends new files (`icl.training.sender`). A file that cannot be sent is tried
+again in every round. At the end of training the remaining files are sent, as long as there is progress. If some files cannot be
+sent, an error is raised. The run itself is complete even then: all files are in its folder.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ from icl.training.sender import Sender
 SECONDS = 2.0
 """Seconds between two checks of the folder."""
 PATIENCE = 30.0
-"""Seconds without a sent file after which, at the end of training, we give up if the store answers with errors."""
+"""At the end of training, we give up after this many seconds in which the store answers with errors and no file is sent."""
 STOPPED_SECONDS = 20.0
-"""Seconds for the upload after a signal stopped training. Programs that send such signals do not wait longer."""
+"""Time limit in seconds for the upload after a signal stopped training. Programs that send such signals do not wait longer."""
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def upload_behind(config: RunConfig, run: RunFolder) -> Iterator[None]:
 
 
 class Uploader:
-    """Send a run's files to its store from a thread of its own.
+    """Send a run's files to its store in a separate thread.
 
     Args:
         mirror: The run and its copy in the store.
@@ -85,7 +85,7 @@ class Uploader:
         self._thread.start()
 
     def abandon(self) -> None:
-        """Send nothing more, and do not wait for the current file. The process may live on and train again."""
+        """Send nothing more, and do not wait for the current file. The process may continue and train again."""
         self._is_given_up.set()
         self._stop.set()
 
@@ -167,7 +167,7 @@ def _is_complete(mirror: Mirror) -> bool:
 
 
 def _finish(uploader: Uploader) -> None:
-    """Send the remaining files after training has ended. After a signal there is little time for it."""
+    """Send the remaining files after training has ended. After a signal there is little time for this."""
     status = uploader.mirror.run.read_status()
     if status is None or status.state != "preempted":
         uploader.finish()
@@ -197,7 +197,7 @@ def _finish_failed(uploader: Uploader, error: BaseException) -> None:
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         uploader.abandon()
         return
-    # After an UploadError, another run of the population has just waited for its store in vain.
+    # After an UploadError, another run of the population has just waited for the store without success.
     try:
         uploader.finish(idle_seconds=2.0 if isinstance(error, UploadError) else None)
     except UploadError as problem:

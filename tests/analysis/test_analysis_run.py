@@ -195,8 +195,8 @@ def test_all_goes_on_after_a_refusal_says_which_and_fails(tmp_path, monkeypatch,
     assert done == [name for name in every if name not in ("hessian", "embeddings")]
     told = capsys.readouterr().err.splitlines()
     assert told == [
-        "icl: hessian is refused: There is no table; run `icl llc`.",
-        f"icl: {len(done)} of {len(every)} analyses are done; refused: hessian, embeddings.",
+        "icl: hessian failed: There is no table; run `icl llc`.",
+        f"icl: {len(done)} of {len(every)} analyses are done; failed: hessian, embeddings.",
     ]
     assert every.index("behaviour") < every.index("stages")
 
@@ -205,7 +205,7 @@ def test_all_analyses_of_an_empty_folder_are_one_refusal_without_headings(tmp_pa
     assert main(["analyse", str(tmp_path), "--what", "all"]) == 1
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err.count(f"There are no checkpoints at {tmp_path}") == told.err.count("is refused") == 1
+    assert told.err.count(f"There are no checkpoints at {tmp_path}") == told.err.count(" failed: There") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -238,7 +238,7 @@ def test_a_gradient_that_noise_drowns_is_told_by_its_limit(tmp_path, capsys):
     [
         (["--what", "gradient"], "must be one of gradients"),
         (["RUN"], "must be one of gradients"),
-        (["--what", "gradients"], "Say what to analyse"),
+        (["--what", "gradients"], "Give a run or a table to analyse"),
         (["--what", "stage"], "Did you mean `stages`?"),
         (["nowhere", "--what", "gradients"], "nothing at nowhere, nor a run"),
         (["nowhere", "--what", "stages"], "nothing at nowhere, nor a run"),

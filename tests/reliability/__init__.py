@@ -1,4 +1,4 @@
-"""What `icl` makes of damaged files, bad inputs and servers that refuse: programs that count, and tests that try a sample of each."""
+"""Programs that try damaged files, bad inputs and failing servers on `icl` and count the outcomes, and tests of a sample of each."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Bad arguments of the Python functions, each with words that its message must have."""
+"""Bad arguments for the Python functions, each with words that the error message must contain."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ _TASK = RunConfig(task=TaskConfig(task_size=2, max_examples=4))
 
 
 def api_cases() -> list[Case]:
-    """All of them."""
+    """Return all cases of bad arguments."""
     groups = (_configs, _training, _loading, _predicting, _scoring, _sampling, _prompts, _pools, _predictors)
     return [
         Case("api", f"{group.__name__.strip('_')} {number}: {mentions}", mentions, act)

@@ -1,11 +1,11 @@
-"""Bad inputs to every command and to the Python functions, and whether each is refused clearly.
+"""Try bad inputs to every command and to the Python functions, and check that each one is refused clearly.
 
-`python -m tests.reliability.bad_inputs` tries all of them and prints how many are clear. An input is clear if
+`python -m tests.reliability.bad_inputs` tries all of them and prints how many are refused clearly. A refusal is clear if
 
 - the exit status is 1 or 2, or a Python function raises `UserError`, `ValueError` or `TypeError`;
-- at most three short lines say what was wrong, naming it, and there is no traceback;
-- it takes a few seconds at most, and no huge memory;
-- nothing is left on the disk, and no file is changed.
+- the message has at most three short lines, names the bad input, and has no traceback;
+- the case takes a few seconds at most, and little memory;
+- no file is left behind or changed.
 """
 
 import contextlib
@@ -28,30 +28,33 @@ from icl.config.validation import UserError
 from tests.reliability.bench import make_bench
 from tests.reliability.case import Case, command_case, nowhere_case
 
-SECONDS, HANGS = 10, 60
-"""More than so many seconds of the processor are not clear, and a case that takes so many seconds in all is stopped."""
+SECONDS = 10
+"""Processor time in seconds above which a refusal is not clear."""
+HANGS = 60
+"""Time in seconds after which a case is stopped."""
 _MAX_LINES, _MAX_CHARACTERS = 3, 900
 _ROOM = 4 * 2**30
-"""Address space in bytes that a case may take beyond what the process has."""
+"""Address space in bytes that a case may use in addition to the current size of the process."""
 _KEPT = re.compile(r"runs/\w+/results(/|$)")
-"""Where a command keeps steps that it has done before a later one is refused; that is no stray file."""
+"""Names of results that a command stored for some steps before it refused a later step. Such files may remain."""
 _CLEAN = ("AWS_", "WANDB_", "ICL_", "LOCAL_ROOT", "DEVICE")
 
 
 class _TooLong(BaseException):
-    """Time is up; no error that a command would catch."""
+    """Raised when the time is up. It is no `Exception`, so that no command catches it."""
 
 
 class Outcome(NamedTuple):
-    """How a case ended."""
+    """Outcome of a case."""
 
     problem: str
-    """Why it is not clear; empty if it is."""
+    """Reason why the refusal is not clear; empty if it is clear."""
     said: str
+    """Message on standard error, or of the exception."""
 
 
 def all_cases() -> list[Case]:
-    """Every case; those of the Python functions name the bench's files, so they are made in it."""
+    """Return every case. Call it in the bench, because the cases of the Python functions use its files."""
     from tests.reliability.api_cases import api_cases
     from tests.reliability.command_cases import COMMAND_CASES, NOWHERE, setting_cases
 
@@ -61,7 +64,7 @@ def all_cases() -> list[Case]:
 
 @contextlib.contextmanager
 def bench() -> Iterator[Path]:
-    """A temporary working directory with the bench's files; the environment is clean meanwhile."""
+    """Change to a temporary working directory with the files of the bench, and clean the environment until the context ends."""
     before, environment = Path.cwd(), dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="icl-bad-inputs-") as folder:
         try:
@@ -78,7 +81,7 @@ def bench() -> Iterator[Path]:
 
 
 def attempt(case: Case, folder: Path) -> Outcome:
-    """Try a case in the bench and judge how it ended; what it left there is removed."""
+    """Try a case in the bench, and judge its outcome. Files that it left there are removed."""
     before, saved = _files(folder), dict(os.environ)
     output, errors = io.StringIO(), io.StringIO()
     started = time.process_time()
@@ -101,7 +104,7 @@ def attempt(case: Case, folder: Path) -> Outcome:
 
 
 def _act(case: Case) -> tuple[str, str]:
-    """What is wrong with the way in which a case ended, and the message of an error that was raised."""
+    """Run a case. Return a problem with its end, such as a traceback (or nothing), and the message of the exception."""
     try:
         with _limits():
             status = case.act()
@@ -132,7 +135,7 @@ def _unclear(said: str, mentions: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def _limits() -> Iterator[None]:
-    """Bounds on time and memory while a case runs."""
+    """Limit time and memory until the context ends."""
 
     def stop(number: int, frame: object) -> None:
         raise _TooLong
@@ -151,15 +154,15 @@ def _limits() -> Iterator[None]:
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of everything in the bench."""
-    found = {}
+    """Return size and modification time of every file in the bench, by path. Folders have zeros."""
+    files_by_path = {}
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(place, name)
             about = path.lstat()
             is_file = name in files
-            found[str(path.relative_to(folder))] = (about.st_size, about.st_mtime_ns) if is_file else (0, 0)
-    return found
+            files_by_path[str(path.relative_to(folder))] = (about.st_size, about.st_mtime_ns) if is_file else (0, 0)
+    return files_by_path
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -167,13 +170,13 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
 
 
 def _remove(path: Path) -> None:
-    """Remove what a case left, so that the next one finds the bench as it was."""
+    """Remove a path that a case left, so that the next case starts with the same bench."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
 
 
 def main(words: Sequence[str]) -> int:
-    """Try all cases, or those whose group or line has one of the words; print the table and what is not clear."""
+    """Try all cases, or those with one of the words in their group or line. Print a table and every unclear refusal."""
     tried: Counter[str] = Counter()
     clear: Counter[str] = Counter()
     seconds: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""The place in which bad inputs are tried: a folder with one tiny trained run, damaged runs, and files that no command can use."""
+"""The bench: a folder for bad inputs, with a tiny trained run, damaged runs, and files that no command can use."""
 
 import contextlib
 import dataclasses
@@ -26,12 +26,13 @@ sampler: {num_samples: 256, batch_size: 8, num_chains: 2, num_draws: 4, num_burn
 """
 STEP = "runs/tiny/checkpoints/step-000000004.safetensors"
 STEPS = ("foo", "[0, x]", "4:0", "null", "true", "1.5", "[]", "[0, -1]", "0:4:0", "-1", "[1.5]", "'all, 4'", "1:2:3:4")
-"""What `sampler.steps` of a file cannot be."""
+"""Invalid values of `sampler.steps` in a file."""
 _DEEP = 3000
+"""Depth of nested lists and tables."""
 
 
 def make_bench(folder: Path) -> None:
-    """Fill an empty folder, which must be the working directory, with everything that the cases name."""
+    """Write all files that the cases name to an empty folder, which must be the working directory."""
     Path("tiny.yaml").write_text(SETTINGS)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         status = main(["train", "--config", "tiny.yaml"])
@@ -44,7 +45,7 @@ def make_bench(folder: Path) -> None:
 
 
 def _make_runs() -> None:
-    """Runs that are not whole: empty, unfinished, damaged, of another model, and one inside another."""
+    """Make runs that are empty, unfinished, damaged, of another model or of two models, an experiment, and links to a run."""
     tiny = RunFolder("runs/tiny")
     config = tiny.read_config()
     for name in ("empty", "unfinished", "broken", "mixed", "other", "notes"):
@@ -75,7 +76,7 @@ def _save_initial(run: RunFolder, config: RunConfig) -> None:
 
 
 def _make_odd_files() -> None:
-    """What is no plain file of text."""
+    """Make paths that are not plain text files."""
     Path("folder").mkdir()
     Path("a-file").write_text("words\n")
     Path("empty.file").write_bytes(b"")
@@ -88,7 +89,7 @@ def _make_odd_files() -> None:
         Path(f"binary.{suffix}").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
         Path(f"folder.{suffix}").mkdir()
         with Path(f"huge.{suffix}").open("wb") as file:
-            file.truncate(6 * 2**30)  # sparse: takes no room on the disk
+            file.truncate(6 * 2**30)  # a sparse file, which takes no space on the disk
     Path("fifo").symlink_to("fifo.yaml")
     Path("loop").symlink_to("loop")
 

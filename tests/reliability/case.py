@@ -1,4 +1,4 @@
-"""One bad input, and what its message must mention."""
+"""A bad input, and the words that its error message must contain."""
 
 import contextlib
 import os
@@ -13,19 +13,19 @@ from icl.cli import main as icl
 
 
 class Case(NamedTuple):
-    """A bad input and the words that its message must have."""
+    """A bad input and the words that its error message must contain."""
 
     group: str
-    """The command, `none` for a word that is no command, or `api` for a Python function."""
+    """The command; `none` for a word that is not a command, or `api` for a Python function."""
     label: str
     mentions: tuple[str, ...]
     act: Callable[[], Any]
-    """Returns the exit status; a Python function raises instead."""
+    """Function that tries the input. A command returns its exit status; a Python function raises an error."""
     environment: Mapping[str, str] = {}
 
 
 def command_case(line: str, *mentions: str) -> Case:
-    """A case from a command line as a shell would read it, variables first: `LOCAL_ROOT=x runs`."""
+    """Return the case of a command line in shell syntax. Variables come first: `LOCAL_ROOT=x runs`."""
     words = shlex.split(line)
     environment = {}
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0], re.DOTALL):
@@ -36,7 +36,7 @@ def command_case(line: str, *mentions: str) -> Case:
 
 
 def nowhere_case(line: str) -> Case:
-    """A case of a command in a working folder that has been deleted."""
+    """Return the case of a command line in a working folder that has been deleted."""
     case = command_case(line, "working folder", "no longer exists")
 
     def act() -> int:

@@ -1,4 +1,4 @@
-"""Bad command lines, each with words that its message must have. Files and runs are those of `tests.reliability.bench`."""
+"""Bad command lines, each with words that its message must contain. The files and runs are those of `tests.reliability.bench`."""
 
 import shlex
 from typing import Literal, get_args, get_origin
@@ -429,7 +429,7 @@ _DIVERSITY = [
 
 
 def _of_runs(command: str, rest: str = "") -> list[tuple[str, ...]]:
-    """What no command that takes a run can use in its place."""
+    """Return cases in which `command` gets a path that is not a usable run."""
     return [
         (f"{command} nowhere{rest}", "nowhere"),
         (f"{command} ''{rest}", "must name a"),
@@ -482,7 +482,7 @@ _OWN = [
     ),
     (" --out checkpoints/experiment_metadata.json", "belongs to the experiment"),
 ]
-"""Files of a run's own, or of an experiment's."""
+"""Output files that belong to a run or to an experiment."""
 
 _EVALUATE = [
     *((f"evaluate tiny --num_prompts 16{out}", *words) for out, *words in _OWN),
@@ -542,8 +542,8 @@ _LLC = [
     *((f"llc tiny{out}", *words) for out, *words in _OWN),
     ("llc --self-test --out runs/tiny/metrics.csv", "belongs to the run"),
     ("llc tiny --calibrate --out runs/tiny/metrics.csv", "belongs to the run"),
-    ("llc tiny --config sampler.json --out sampler.json", "sampler.json", "what is read"),
-    ("llc tiny --config sampler.csv --out ./folder/../sampler.csv", "sampler.csv", "what is read"),
+    ("llc tiny --config sampler.json --out sampler.json", "sampler.json", "is an input of this command"),
+    ("llc tiny --config sampler.csv --out ./folder/../sampler.csv", "sampler.csv", "is an input of this command"),
     *((f"llc tiny --config steps-{i}.yaml", "sampler.steps") for i in range(len(STEPS))),
     *(
         (f"llc tiny --steps {steps}", "sampler.steps", "all, last")
@@ -651,7 +651,7 @@ _LLC = [
 _ANALYSE = [
     *((f"analyse tiny --what embeddings{out}", *words) for out, *words in _OWN),
     ("analyse tiny --what embeddings --output_plot runs/tiny/checkpoints/x.png", "belongs to the run"),
-    ("analyse link.csv --what diversity --out link.csv", "what is read"),
+    ("analyse link.csv --what diversity --out link.csv", "is an input of this command"),
     ("analyse tiny --what embeddings --threshold 1e400", "--threshold"),
     ("analyse tiny --what embeddings --threshold 1e-400", "--threshold"),
     ("analyse tiny --what stages --tolerance 1e400", "--tolerance"),
@@ -737,7 +737,7 @@ _REPORT = [
 
 _PREDICT = [
     *((f"predict tiny --prompt prompt.json{out}", *words) for out, *words in _OWN[1:]),
-    ("predict tiny --prompt prompt.json --out ./folder/../prompt.json", "what is read"),
+    ("predict tiny --prompt prompt.json --out ./folder/../prompt.json", "is an input of this command"),
     ("predict tiny --prompt prompt-overflow.json", "prompt-overflow.json", "1e400"),
     ("predict tiny --prompt prompt-overflow.csv", "x_query"),
     ("predict tiny --prompt prompt.json --out prompt.json", "prompt.json"),
@@ -882,7 +882,7 @@ _WRONG = {
 
 
 def setting_cases() -> list[Case]:
-    """Every setting of a run with values that its type cannot be."""
+    """Return cases of every setting of a run with values of a wrong type."""
     cases = []
     for key, kind in known_keys().items():
         parts = [kind] if isinstance(kind, type) or get_origin(kind) is Literal else get_args(kind)
@@ -890,7 +890,7 @@ def setting_cases() -> list[Case]:
         if any(get_origin(part) is Literal for part in parts):
             wrong = ("words", "")
         if "population" in key or key in ("trainer.strategy", "trainer.precision"):
-            continue  # the table above has theirs
+            continue  # their cases are in the table above
         for value in wrong:
             mention = "M must be" if key == "task.num_tasks" else key
             cases.append(command_case(f"{_T} --run_name n --{key}={shlex.quote(value)}", mention))

@@ -1,13 +1,15 @@
-"""Damage every file that `icl` reads back, thousands of times, and count what each reader makes of it.
+"""Damage every file that `icl` reads back, thousands of times, and count how each reader reacts.
 
     python -m tests.reliability.fuzz --mutations 3000
 
 A tiny run is trained, evaluated, sampled, analysed and copied to a store. Then, for each mutation, one of its files is damaged
-(`tests/reliability/mutations.py`) and one of the commands that read it is run in this process. It must do its work, or refuse in
-one sentence. Anything else is uncaught: another exception, a traceback in the output, more than ten seconds of computing, or more than 3 GiB.
+(`tests/reliability/mutations.py`), and one of the commands that read the file is run in this process. The command must do its
+work, or refuse in one sentence. Any other outcome is `uncaught`: another exception, a traceback in the output, more than ten
+seconds of computing, or more than 3 GiB of memory.
 
-A file with a digest must not be read as if it were whole: unless the damage made the digest right again, what is read of it is compared with
-what is read of the undamaged file. If it differs, the damage went unnoticed, which counts as a fault as well.
+If a file has a digest, damage to it must be noticed. So the content that is read from the damaged file is compared with the content
+of the undamaged file. If they differ, the outcome is `unnoticed`, which is a fault too. The exception is damage that also makes
+the digest right.
 """
 
 import argparse
@@ -40,19 +42,27 @@ from tests.reliability import readers
 from tests.reliability.mutations import damaged
 
 SECONDS = 10
-"""Of computing, not of waiting: other programs may keep the processor busy."""
+"""Largest time of computing. Waiting does not count, because other programs may keep the processor busy."""
 MEMORY = 3 * 2**30
+"""Largest memory in bytes that a use may add."""
 MAX_SENTENCE = 2000
+"""Largest number of characters in a sentence of `icl`."""
 _TOLD = "damaged|unreadable|altered|left out|cannot be (read|used)|not known|unknown"
-"""Words by which a command says that it does without a file."""
+"""Pattern of the words with which a command reports a damaged file that it does not use."""
 OUTCOMES = ("refused", "mended", "whole", "unnoticed", "uncaught")
-"""Refused in a sentence; done, after saying what is damaged or making it again; done with the file as it is; with other content than the
-undamaged file although a digest guards it; anything else."""
+"""Outcomes of a trial:
+
+- refused: the command refused in one sentence;
+- mended: it did its work, after it had reported the damage or made the file again;
+- whole: it did its work with the file as it is;
+- unnoticed: it read other content than that of the undamaged file, although the file has a digest;
+- uncaught: anything else.
+"""
 FAULTS = ("unnoticed", "uncaught")
 
 
 class Trial(NamedTuple):
-    """One damaged file and what became of it."""
+    """A trial with one damaged file, and its outcome."""
 
     reader: str
     seed: int
@@ -61,7 +71,7 @@ class Trial(NamedTuple):
 
 
 class TooSlowError(BaseException):
-    """Raised in whatever runs longer than `SECONDS`; nothing catches it."""
+    """Raised in a use that computes for too long. It is no `Exception`, so that no command catches it."""
 
 
 def fuzz(
@@ -78,13 +88,13 @@ def fuzz(
 
     Args:
         folder: An empty folder to work in.
-        count: Mutations in all.
-        seed: Of the damage.
-        only: A word in the names of the readers to try; left out, all.
-        rendered: Share of the mutations after which figures are rendered; after the others they are built only, which takes a
-            tenth of the time.
-        tell: Takes every trial as it is done.
-        share: Of several processes, which this one is, and how many there are.
+        count: Number of mutations, over all processes.
+        seed: Seed for the damage.
+        only: Word that must be in the names of the readers to try. The default tries all.
+        rendered: Share of the mutations after which figures are rendered. After the others, figures are only built, which takes
+            a tenth of the time.
+        tell: Function that receives every trial when it is done.
+        share: Index of this process, and the number of processes.
     """
     bench = Bench(folder)
     chosen = [reader for reader in readers.READERS if only in reader.name]
@@ -97,7 +107,7 @@ def fuzz(
 
 
 class Bench:
-    """Undamaged files, and a copy of them to work in that is made whole again before each trial."""
+    """Undamaged files, and a working copy of them that is restored before each trial."""
 
     def __init__(self, folder: Path) -> None:
         self.pristine, self.work = folder / "pristine", folder / "work"
@@ -112,7 +122,7 @@ class Bench:
         self._contents: dict[tuple[str, str], str | None] = {}
 
     def restore(self) -> None:
-        """Put back what was changed or removed, and remove what was added."""
+        """Restore files that were changed or removed, and remove files that were added."""
         now = _stats(self.work)
         for name in sorted(now.keys() - self._known.keys()):
             path = self.work / name
@@ -129,7 +139,7 @@ class Bench:
                 self._known[name] = _stat(target)
 
     def content(self, reader: readers.Reader, file: Path) -> str | None:
-        """Return what is read of an undamaged file."""
+        """Return the content that is read from an undamaged file."""
         assert reader.content is not None
         key = (reader.name, str(file.relative_to(self.work)))
         if key not in self._contents:
@@ -147,7 +157,7 @@ def _stat(path: Path) -> tuple[int, ...]:
 
 
 def try_one(bench: Bench, reader: readers.Reader, seed: int, rendered: float) -> Trial:
-    """Damage one file of a fresh copy, and let a reader of it have it."""
+    """Damage one file of a restored copy, and run one of its readers."""
     draw = random.Random(seed)
     bench.restore()
     file = draw.choice(sorted(bench.work.glob(reader.file)))
@@ -159,7 +169,7 @@ def try_one(bench: Bench, reader: readers.Reader, seed: int, rendered: float) ->
         outcome, detail = outcome_of(lambda: use(bench.work, file), damaged_file=file)
     if outcome in ("mended", "whole") and not damage.is_forged and damage.data != undamaged:
         if use in reader.told_by and outcome == "whole":
-            outcome, detail = "unnoticed", "nothing was said of it"
+            outcome, detail = "unnoticed", "the damage was not reported"
         elif reader.content is not None:
             read = _read(reader.content, bench.work, file, damage.data)
             if read not in (None, bench.content(reader, file)):
@@ -168,7 +178,7 @@ def try_one(bench: Bench, reader: readers.Reader, seed: int, rendered: float) ->
 
 
 def _read(content: readers.Content, base: Path, file: Path, data: bytes) -> str | None:
-    """Return what is read of damaged bytes, or None if they are refused."""
+    """Return the content that is read from damaged bytes, or None if they are refused."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(data)
     try:
@@ -178,7 +188,7 @@ def _read(content: readers.Content, base: Path, file: Path, data: bytes) -> str 
 
 
 def outcome_of(act: Callable[[], Any], damaged_file: Path | None = None) -> tuple[str, str]:
-    """Return what came of a use: an outcome, and the sentence or the error."""
+    """Run a use. Return its outcome, and the sentence or the error."""
     started = time.process_time()
     before = damaged_file.read_bytes() if damaged_file is not None else b""
     try:
@@ -186,7 +196,7 @@ def outcome_of(act: Callable[[], Any], damaged_file: Path | None = None) -> tupl
             status = act()
     except UserError as error:
         outcome, detail = "refused", str(error)
-    except OSError as error:  # the command line tells these in a sentence
+    except OSError as error:  # the command line reports these in a sentence
         outcome, detail = "refused", str(error)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
@@ -206,7 +216,7 @@ def outcome_of(act: Callable[[], Any], damaged_file: Path | None = None) -> tupl
 
 
 def _where(error: BaseException) -> str:
-    """Return an error's kind, message and the last line of `icl` that it came through."""
+    """Return an error's type, its message, and the innermost line of `icl` in its traceback."""
     place, trace = "", error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
@@ -218,7 +228,7 @@ def _where(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[io.StringIO]:
-    """Collect what is printed, warnings included."""
+    """Collect all output and suppress warnings, until the context ends."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -227,7 +237,7 @@ def _quiet() -> Iterator[io.StringIO]:
 
 @contextlib.contextmanager
 def unrendered() -> Iterator[None]:
-    """Let every figure that is saved be one pixel, without a layout."""
+    """Save every figure as one pixel, without a layout, until the context ends."""
     pixel = io.BytesIO()
     Image.new("L", (1, 1)).save(pixel, "png")
 
@@ -240,7 +250,7 @@ def unrendered() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bounded() -> Iterator[None]:
-    """Limit the time, and the memory to `MEMORY` more than the process has."""
+    """Limit the time, and limit memory to `MEMORY` more than the process uses now, until the context ends."""
 
     def stop(number: int, frame: object) -> None:
         raise TooSlowError(f"more than {SECONDS} s")
@@ -259,7 +269,7 @@ def _bounded() -> Iterator[None]:
 
 
 def table(trials: list[Trial]) -> str:
-    """Return a row for each kind of file: mutations, and how many ended in each way."""
+    """Return a table with a row for each kind of file: the number of mutations, and the number with each outcome."""
     counts = Counter((trial.reader, trial.outcome) for trial in trials)
     names = [reader.name for reader in readers.READERS if any(trial.reader == reader.name for trial in trials)]
     rows = [[name, *(counts[name, outcome] for outcome in OUTCOMES)] for name in names]
@@ -271,7 +281,7 @@ def table(trials: list[Trial]) -> str:
 
 
 def _share(job: tuple[int, int, int, int, str]) -> list[Trial]:
-    """Do one process's share of the trials."""
+    """Run the trials of one process."""
     index, jobs, count, seed, only = job
     done = 0
 
@@ -288,12 +298,12 @@ def _share(job: tuple[int, int, int, int, str]) -> list[Trial]:
 
 
 def main() -> int:
-    """Try, print the table and every fault; 1 if there is one."""
-    parser = argparse.ArgumentParser(description="Damage every file that icl reads back, and count what comes of it.")
+    """Run the trials, and print the table and every fault. Return 1 if there was a fault."""
+    parser = argparse.ArgumentParser(description="Damage every file that icl reads back, and count the outcomes.")
     parser.add_argument("--mutations", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="readers with this in their name")
-    parser.add_argument("--jobs", type=int, default=1, help="processes; the mutations are the same for any number")
+    parser.add_argument("--only", default="", help="try only readers with this word in their name")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes; it does not change the mutations")
     options = parser.parse_args()
     jobs = [(index, options.jobs, options.mutations, options.seed, options.only) for index in range(options.jobs)]
     if options.jobs == 1:

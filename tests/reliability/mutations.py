@@ -1,8 +1,8 @@
-"""Damage to a file's bytes, drawn from a random generator: what disks, editors, cut-off copies and strangers do to files.
+"""Random damage to the bytes of a file, as disks, editors, interrupted copies and strangers cause it.
 
-`damaged` chooses one way for a kind of file. Every kind can be damaged as bytes; text also as numbers; JSON, YAML, CSV, NPZ and
-safetensors also by their structure, with whatever guards it (a length, a checksum, a digest) made right again, so that the
-damage reaches the code behind the guard.
+`damaged` chooses one mutation for a kind of file. Every kind can be damaged as bytes. Text can also be damaged in its numbers.
+JSON, YAML, CSV, NPZ and safetensors can also be damaged in their structure. In that case the length, the checksum or the digest
+that guards the structure is made right again, so that the damage reaches the code behind the check.
 """
 
 import csv
@@ -52,11 +52,11 @@ class Damage(NamedTuple):
 
     data: bytes
     is_forged: bool
-    """Whether the digests in it were made right again, as only somebody who means to deceive would do."""
+    """Whether the digests in the file were made right again. Only an attacker would do so."""
 
 
 def damaged(kind: str, data: bytes, draw: random.Random) -> Damage:
-    """Return a damaged form of a file of this kind: bytes, text, json, yaml, csv, npy, npz or safetensors."""
+    """Return a damaged copy of a file. Its kind is bytes, text, json, yaml, csv, npy, npz or safetensors."""
     mutation = draw.choice(MUTATIONS[kind])
     return Damage(mutation(data, draw), mutation in _FORGERIES)
 
@@ -70,12 +70,12 @@ def flip_bits(data: bytes, draw: random.Random) -> bytes:
 
 
 def truncate(data: bytes, draw: random.Random) -> bytes:
-    """Keep the beginning, or nothing."""
+    """Keep only the beginning of the file, or nothing."""
     return data[: draw.choice((0, draw.randint(0, len(data))))]
 
 
 def zero_fill(data: bytes, draw: random.Random) -> bytes:
-    """Zero a stretch, as after a power cut."""
+    """Set a range of bytes to zero, as after a power cut."""
     start, stop = _stretch(data, draw)
     return data[:start] + bytes(stop - start) + data[stop:]
 
@@ -87,20 +87,20 @@ def insert_noise(data: bytes, draw: random.Random) -> bytes:
 
 
 def swap_blocks(data: bytes, draw: random.Random) -> bytes:
-    """Exchange two neighbouring stretches."""
+    """Exchange two neighbouring ranges of bytes."""
     (start, middle), stop = _stretch(data, draw), draw.randint(0, len(data))
     first, middle, last = sorted((start, middle, stop))
     return data[:first] + data[middle:last] + data[first:middle] + data[last:]
 
 
 def repeat_block(data: bytes, draw: random.Random) -> bytes:
-    """Write a stretch twice."""
+    """Write a range of bytes twice."""
     start, stop = _stretch(data, draw)
     return data[:stop] + data[start:]
 
 
 def replace_all(data: bytes, draw: random.Random) -> bytes:
-    """Put something else in the file's place: noise, another format, text in another encoding."""
+    """Replace the whole file by noise, another format, or text in another encoding."""
     return draw.choice((b"\0" * len(data), draw.randbytes(500), b"PK\x03\x04", b"\x80\x04N.", "é,ü".encode("utf-16")))
 
 
@@ -114,7 +114,7 @@ def replace_numbers(data: bytes, draw: random.Random) -> bytes:
 
 
 def nest_deeply(data: bytes, draw: random.Random) -> bytes:
-    """Nest lists or tables thousands of levels deep, alone or in the place of a value."""
+    """Nest lists or tables up to 100,000 levels deep, as the whole file or in the place of a value."""
     depth, (opening, closing) = draw.choice(DEPTHS), draw.choice((("[", "]"), ('{"a":', "}")))
     nested = (opening * depth + "1" + closing * depth).encode()
     start = data.find(b": ") + 2
@@ -144,7 +144,7 @@ def change_yaml(data: bytes, draw: random.Random) -> bytes:
 
 
 def change_csv(data: bytes, draw: random.Random) -> bytes:
-    """Change a cell, a column's name, all that a column holds, or the rows and columns there are."""
+    """Change a cell, the name of a column, or all values of a column, or remove or repeat a row or a column."""
     rows = list(csv.reader(io.StringIO(data.decode())))
     row, column = draw.randrange(len(rows)), draw.randrange(len(rows[0]))
     what = draw.randrange(8)
@@ -169,7 +169,7 @@ def change_csv(data: bytes, draw: random.Random) -> bytes:
 
 
 def change_npz(data: bytes, draw: random.Random) -> bytes:
-    """Change what an NPZ file says of itself or the shape and type of an array, with right checksums."""
+    """Change the description in an NPZ file, or the shape, type or values of an array. The checksums are right."""
     with np.load(io.BytesIO(data)) as saved:
         arrays = dict(saved)
     name = draw.choice(list(arrays))
@@ -199,7 +199,7 @@ def change_npz(data: bytes, draw: random.Random) -> bytes:
 
 
 def claim_size(data: bytes, draw: random.Random) -> bytes:
-    """Let an array of an NPZ file claim a huge shape; the checksum is made right by storing the file anew."""
+    """Let the arrays of an NPZ file claim a wrong shape, such as a huge one. The file is written again, so checksums are right."""
     import zipfile
 
     buffer = io.BytesIO()
@@ -218,7 +218,7 @@ def claim_array_size(data: bytes, draw: random.Random) -> bytes:
 
 
 def change_header(data: bytes, draw: random.Random) -> bytes:
-    """Change the JSON header of a safetensors file, its length kept right, or the length alone."""
+    """Change the JSON header of a safetensors file and keep its length right, or change only the length."""
     length = int.from_bytes(data[:8], "little")
     if draw.random() < 0.2:
         return draw.choice((2**60, 2**64 - 1, 0, length - 1, length + 1, 10**6)).to_bytes(8, "little") + data[8:]
@@ -227,7 +227,7 @@ def change_header(data: bytes, draw: random.Random) -> bytes:
 
 
 def change_about(data: bytes, draw: random.Random) -> bytes:
-    """Change what a checkpoint says of itself: format, step, configuration, digest."""
+    """Change the description in a checkpoint: format, step, configuration or digest."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     about = header["__metadata__"]["icl"].encode()
@@ -237,7 +237,7 @@ def change_about(data: bytes, draw: random.Random) -> bytes:
 
 
 def forge_about(data: bytes, draw: random.Random) -> bytes:
-    """Change what a checkpoint says of itself, with a right digest of it."""
+    """Change the description in a checkpoint, and make the digest of the description right."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     about = change_tree(json.loads(header["__metadata__"]["icl"]), draw)
@@ -248,7 +248,7 @@ def forge_about(data: bytes, draw: random.Random) -> bytes:
 
 
 def change_tensors(data: bytes, draw: random.Random) -> bytes:
-    """Change tensors of a checkpoint, with a right digest: types, shapes, names, NaN, too few, too many."""
+    """Change tensors of a checkpoint, and make the digest right: types, shapes, names, NaN, too few or too many tensors."""
     length = int.from_bytes(data[:8], "little")
     about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["icl"])
     tensors = safetensors.torch.load(data)
@@ -272,7 +272,7 @@ def change_tensors(data: bytes, draw: random.Random) -> bytes:
 
 
 def change_tree(tree: Any, draw: random.Random) -> Any:
-    """Return a JSON tree in which one place, drawn at random, is replaced, removed, renamed or wrapped."""
+    """Return a JSON tree in which one random entry is replaced, removed, renamed or wrapped."""
     places = list(_places(tree))
     if not places:
         return draw.choice(EXTREMES)
@@ -294,7 +294,7 @@ def change_tree(tree: Any, draw: random.Random) -> Any:
 
 
 def _places(tree: Any) -> Any:
-    """Yield every place of a tree as its holder and its key."""
+    """Yield every entry of a tree, as the list or table that contains it and the key there."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in list(items):
         yield tree, key
@@ -322,5 +322,5 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
     "npz": (*_BYTES, claim_size, *[change_npz] * 8),
     "safetensors": (*_BYTES, *[change_header] * 4, *[change_about] * 3, *[forge_about] * 3, *[change_tensors] * 4),
 }
-"""The ways to damage a file of each kind, each as often as it is drawn."""
+"""Mutations for each kind of file. A mutation that occurs several times is drawn that much more often."""
 _FORGERIES = (forge_about, change_tensors, change_npz, claim_size)

@@ -1,4 +1,4 @@
-"""The files that `icl` reads back, a tiny run that has them all, and the commands and functions that read each."""
+"""The files that `icl` reads back, a tiny run that has all of them, and the commands and functions that read each file."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ from tests.tiny_runs import TINY, change
 
 Content = Callable[[Path, Path], str | None]
 Use = Callable[[Path, Path], Any]
-"""What reads the damaged file: given the folder of everything and the file; an exit status, or nothing."""
+"""Function that reads the damaged file, given the folder of all files and the file. It may return an exit status."""
 
 _SAMPLER = SamplerConfig(
     lr=1e-5,
@@ -83,27 +83,28 @@ PROMPT = {"x_context": [[0.1, 0.2], [0.3, -0.4]], "y_context": [0.3, -0.1], "x_q
 
 
 class Reader(NamedTuple):
-    """A file, and what reads it."""
+    """A file, and the functions that read it."""
 
     name: str
     file: str
-    """Below the folder of everything; one of those that fit is damaged."""
+    """Pattern of paths below the folder of all files. One of the files that match is damaged."""
     kind: str
-    """How it can be damaged: a key of `MUTATIONS`."""
+    """Kind of the file, a key of `MUTATIONS`."""
     uses: tuple[Use, ...]
     content: Content | None = None
-    """What is read of a file that has a digest, as text; None or an error if it is refused. Left out of files without one."""
+    """Function that returns the content of a file with a digest, as text. It returns None or raises an error if the file is
+    refused. Files without a digest have no such function."""
     told_by: tuple[Use, ...] = ()
-    """Uses that must say that the file is not as it was saved."""
+    """Uses that must report that the file has been changed since it was saved."""
 
 
 def make_files(base: Path) -> None:
-    """Train, evaluate, sample and analyse a tiny run, and make a store, a sweep and an experiment of it."""
+    """Train, evaluate, sample and analyse a tiny run, and make a store, a sweep and an experiment from it."""
     run = base / "runs" / "tiny"
     train(CONFIG, folder=run)
     numbers, baselines = run_evaluation.evaluate_run(run)
     run_evaluation.save_evaluation(run, numbers, baselines)
-    more = pd.concat([numbers, numbers.assign(step=numbers["step"] + 1)])  # stages want eight steps at least
+    more = pd.concat([numbers, numbers.assign(step=numbers["step"] + 1)])  # stages need at least eight steps
     RunFolder(run).write_result("evaluation.csv", more.sort_values("step", kind="stable").to_csv(index=False))
     (record, *_) = estimate_run(run).records
     write_older_estimate(RunFolder(run), record)
@@ -152,7 +153,7 @@ def _run(base: Path) -> Path:
 
 
 def _command(*words: str) -> Use:
-    """The command with these words, in which RUN, STORE, FILE and others stand for paths."""
+    """Return the use of a command with these words. RUN, STORE, FILE and similar words are replaced by paths."""
 
     def use(base: Path, file: Path) -> int:
         places = {"RUN": _run(base), "STORE": base / "store", "FILE": file} | {
@@ -172,7 +173,7 @@ def _member(base: Path) -> Member:
 
 
 def _environment(base: Path, file: Path) -> None:
-    """Read a `.env`, and leave this process's variables as they were."""
+    """Read a `.env`, and restore the environment of this process."""
     with mock.patch.dict(os.environ):
         load_env_file(file)
 
@@ -184,40 +185,40 @@ def _swept_names(base: Path, file: Path) -> None:
 
 
 def _last_line(base: Path, file: Path) -> None:
-    """Look in a program's output for the reason of its failure."""
+    """Search a program's output for the reason of its failure."""
     program = Program([], file, "not started")
     program._begun_at = 0
     program._last_line("icl: runs/tiny failed: ")
 
 
 def _failed_before(base: Path, file: Path) -> None:
-    """Look in a run's log whether the versions are those that failed."""
+    """Check in a run's log whether it failed with the present versions."""
     fails_again(RunFolder(_run(base)), Status(state="failed", reason=FAILS_AGAIN))
 
 
 def _clean_cache(base: Path, file: Path) -> None:
-    """Remove what is damaged in the compiler's cache."""
+    """Remove damaged files from the compiler's cache."""
     compile_cache._remove_damaged(base / "cache")
 
 
 def _cached_program(base: Path, file: Path) -> str | None:
-    """Return what the compiler would run."""
+    """Return the compiled program that would be run, or None if the cache is damaged."""
     return None if compile_cache.damaged(base / "cache") else (base / "cache" / "program.so").read_bytes().hex()
 
 
 def _checkpoint(base: Path, file: Path) -> str:
-    """Return the step, the settings and the hash of the weights."""
+    """Return the step, the settings, the hash of the weights, and their names."""
     checkpoint = load_checkpoint_file(file)
     return json.dumps([checkpoint.step, checkpoint.config.to_dict(), checkpoint.digest, sorted(checkpoint.params)])
 
 
 def _resume(base: Path, file: Path) -> str:
-    """Return the digest of what a resume file holds."""
+    """Return the digest of the content of a resume file."""
     return sha256(parse_resume(file.read_bytes(), file.name).data)
 
 
 def _entry(base: Path, file: Path) -> str | None:
-    """Return the rows and the arrays that are kept of a step."""
+    """Return the stored rows and arrays of a step."""
     entry = Cache(file.parent).read(int(file.stem.removeprefix("step-")))
     if entry is None:
         return None
@@ -226,12 +227,12 @@ def _entry(base: Path, file: Path) -> str | None:
 
 
 class _WandbRun:
-    """As much of a W&B run as `replay` needs."""
+    """The part of a W&B run that `replay` uses."""
 
     summary: ClassVar[dict[str, Any]] = {}
 
     def log(self, row: dict[str, Any]) -> None:
-        """Nothing is sent."""
+        """Send nothing."""
 
 
 REPORT = _command("report", "RUN")
@@ -396,7 +397,7 @@ READERS = (
         "point of a sweep",
         "point.json",
         "json",
-        (lambda b, f: [resolve(one) for one in read_points({"ICL_SWEEP_POINT": str(f)})],),
+        (lambda b, f: [resolve(point) for point in read_points({"ICL_SWEEP_POINT": str(f)})],),
     ),
     Reader("sweep file", "sweep.yaml", "yaml", (_command("sweep", "FILE", "--dry-run"),)),
     Reader(

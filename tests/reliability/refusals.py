@@ -1,8 +1,8 @@
-"""Push, verify and pull a run through stand-ins for S3-compatible servers, and print what came of it.
+"""Push, verify and pull a run through stand-ins for S3-compatible servers, and print the results.
 
     python -m tests.reliability.refusals
 
-Each stand-in (`stand_ins.py`) refuses, drops or spoils one thing. The run has a file of 17 MiB, which goes up in parts.
+Each stand-in (`stand_ins.py`) refuses, drops or changes one thing. The run has a file of 17 MiB, which is uploaded in parts.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ LARGE = 17 * 2**20
 
 
 def try_stand_in(stand_in: StandIn, endpoint: str, run: Path, folder: Path) -> list[str]:
-    """Return the row of one server: whether each command did its work and every byte came back, and what was said."""
+    """Return the row of one server: whether each command succeeded, whether every byte came back, and the messages of `icl`."""
     server = S3Server(endpoint)
     proxy, environment = start(stand_in, endpoint, folder)
     os.environ |= environment | {"LOCAL_ROOT": str(folder / "elsewhere")}
@@ -52,7 +52,7 @@ def try_stand_in(stand_in: StandIn, endpoint: str, run: Path, folder: Path) -> l
 
 
 def main() -> int:
-    """Try every stand-in; 1 if a byte was lost anywhere."""
+    """Try every stand-in. Return 1 if a command failed or a byte was lost."""
     waiting.NOTICE_SECONDS = 30.0  # moto is slow on a busy machine
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

@@ -1,6 +1,7 @@
-"""Stand-ins for S3-compatible servers: each refuses, drops or spoils one thing that a real server somewhere does.
+"""Stand-ins for S3-compatible servers. Each refuses, drops or changes one thing, as some real server does.
 
-A stand-in is a proxy before moto's server. `refuse` sees the request and may answer it; `alter` sees the answer and may change it.
+A stand-in is a proxy in front of moto's server. `refuse` gets the request and may answer it. `alter` gets the answer and may
+change it.
 """
 
 import datetime
@@ -29,16 +30,16 @@ class StandIn(NamedTuple):
     alter: Alter | None = None
     over_tls: bool = False
     said: str = ""
-    """What `icl` says of it once, if anything is less safe there."""
+    """Words in the message that `icl` prints once, if a store is less safe on such a server."""
 
     @property
     def is_about_large_files(self) -> bool:
-        """Whether uploads in parts meet it."""
+        """Whether the difference affects uploads in parts."""
         return self.over_tls or self.name.startswith(("uploads", "metadata", "tags"))
 
 
 def stand_ins() -> list[StandIn]:
-    """Make all of them, with fresh counters."""
+    """Return all stand-ins, with new counters."""
     return [
         StandIn("names of metadata in capitals", alter=_renamed(str.upper)),
         StandIn("names of metadata with underscores", alter=_renamed(lambda name: name.replace("-", "_").title())),
@@ -78,7 +79,7 @@ def stand_ins() -> list[StandIn]:
 
 
 def start(stand_in: StandIn, endpoint: str, folder: Path) -> tuple[Proxy, dict[str, str]]:
-    """Start a stand-in before a server; returns it and the environment that leads to it."""
+    """Start a stand-in in front of a server. Return the proxy, and the environment with which `icl` uses it."""
     proxy = Proxy(endpoint, tls=_tls(folder) if stand_in.over_tls else None)
     proxy.refuse = stand_in.refuse or proxy.refuse
     proxy.alter = stand_in.alter or proxy.alter
@@ -90,7 +91,7 @@ def start(stand_in: StandIn, endpoint: str, folder: Path) -> tuple[Proxy, dict[s
 
 
 def _refuse(status: int, code: str, *, header: str = "", path: str = "", method: str = "") -> Refuse:
-    """Refuse requests with such a header, path or method."""
+    """Return a function that refuses requests with this header, path and method. Empty ones match every request."""
 
     def refuse(request: Request) -> tuple[int, str] | None:
         has_header = any(re.match(header, name) for name in request.headers)
@@ -101,20 +102,20 @@ def _refuse(status: int, code: str, *, header: str = "", path: str = "", method:
 
 
 def _refuse_trailers(request: Request) -> tuple[int, str] | None:
-    """What Cloudflare R2 does."""
+    """Refuse uploads in chunks or with trailers, as Cloudflare R2 does."""
     is_chunked = "aws-chunked" in request.headers.get("content-encoding", "") or "x-amz-trailer" in request.headers
     return (501, "NotImplemented") if is_chunked else None
 
 
 def _refuse_unsigned(request: Request) -> tuple[int, str] | None:
-    """A server that takes no body without its digest, and looks whether it fits."""
+    """Refuse a body that is sent without its digest or with a wrong one."""
     if request.headers.get("x-amz-content-sha256") != hashlib.sha256(request.data).hexdigest():
         return 400, "XAmzContentSHA256Mismatch"
     return None
 
 
 def _refuse_region(request: Request) -> tuple[int, str] | None:
-    """A bucket in another region than the one that was signed for."""
+    """Refuse requests that are signed for another region than the bucket's."""
     return None if "/eu-" in request.headers.get("authorization", "") else (301, "PermanentRedirect")
 
 
@@ -151,7 +152,7 @@ def _without_metadata(request: Request, headers: dict[str, str], body: bytes) ->
 
 
 def _without_token(request: Request, headers: dict[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
-    """Answer the newer listing as if it were the older one, after two keys."""
+    """Answer ListObjectsV2 as the older ListObjects does: without a continuation token, and truncated after two keys."""
     if "list-type=2" not in request.path:
         return headers, body
     body = re.sub(rb"<NextContinuationToken>.*?</NextContinuationToken>|<KeyCount>.*?</KeyCount>", b"", body)
@@ -175,7 +176,7 @@ def _tagged(request: Request, headers: dict[str, str], body: bytes) -> tuple[dic
 
 
 def _error_pages() -> Alter:
-    """An error with the status 200, for the first upload and the first download of a file."""
+    """Return a function that answers the first upload and the first download of a file with an error of status 200."""
     left = {"PUT", "GET"}
     page = b'<?xml version="1.0"?>\n<Error><Code>InternalError</Code></Error>'
 
@@ -190,7 +191,7 @@ def _error_pages() -> Alter:
 
 
 def _cut_short() -> Alter:
-    """The connection is lost in the middle of the first two downloads."""
+    """Return a function that cuts the connection in the middle of the first two downloads."""
     numbers = count()
 
     def alter(request: Request, headers: dict[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
@@ -203,7 +204,7 @@ def _cut_short() -> Alter:
 
 
 def _tls(folder: Path) -> ssl.SSLContext:
-    """A certificate of our own for this machine, which is written to the folder."""
+    """Return a TLS context with a self-signed certificate for this machine. The certificate is written to the folder."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

@@ -5,7 +5,7 @@ import pytest
 from tests.reliability.bad_inputs import all_cases, attempt, bench
 
 _EVERY = 24
-"""By default one case in so many is tried, and those below; the slow test tries them all."""
+"""By default, every 24th case and the cases below are tried. The slow test tries all cases."""
 _T = "train --config tiny.yaml"
 _ALWAYS = (
     f"{_T} --run_name n --trainer.batch_size 100000000000000000000",
@@ -31,7 +31,7 @@ _ALWAYS = (
     "runs a-file",
     "evaluate tiny --num_prompts 16 --out a-file/x.csv",
 )
-"""Inputs that were a traceback, a wrong sentence or silence in 0.1.0."""
+"""Inputs for which version 0.1.0 printed a traceback, a wrong sentence or nothing."""
 
 
 def test_the_table_is_long_and_has_every_command():

@@ -1,4 +1,4 @@
-"""Damaged files are refused in a sentence or computed again: a sample by default, all 3,000 mutations as a slow test."""
+"""Damaged files are refused in a sentence or made again. By default a sample is tried, and all 3,000 mutations in a slow test."""
 
 import shutil
 

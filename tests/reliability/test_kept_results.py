@@ -1,4 +1,4 @@
-"""Estimates that are kept: whatever a damaged file claims, it is as if there were none, and the numbers are made again."""
+"""Damaged files of stored estimates are ignored, whatever they claim, and the numbers are computed again."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ SAMPLER = dataclasses.replace(QUICK, num_draws=2, num_burnin_steps=1, num_init_b
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory):
-    """A run with one estimate as 0.1.0 kept it: its folder, the file, its bytes, the record."""
+    """Return a run with one estimate in the format of 0.1.0: its folder, the file, the bytes of the file, and the record."""
     folder = make_run(tmp_path_factory.mktemp("runs") / "run")
     (record,) = estimate_run(folder.path, SAMPLER).records
     shutil.rmtree(folder.results / "llc")
@@ -41,7 +41,7 @@ def as_npz(arrays, save=np.savez):
 
 
 def saying(data, change):
-    """The file with a changed description."""
+    """Return the file with a changed description."""
     arrays = arrays_of(data)
     about = json.loads(str(arrays["about"]))
     change(about)
@@ -49,7 +49,7 @@ def saying(data, change):
 
 
 def damages(data):
-    """The ways in which such a file is damaged."""
+    """Yield the names and the bytes of damaged copies of the file."""
     arrays = arrays_of(data)
     name = next(name for name in arrays if name != "about")
     yield "empty", b""
@@ -71,7 +71,7 @@ def damages(data):
 
 
 def replace(*keys, value):
-    """A change of the value at a path of keys."""
+    """Return a function that replaces the value at a path of keys."""
 
     def change(about):
         for key in keys[:-1]:

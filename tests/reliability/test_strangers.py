@@ -1,4 +1,4 @@
-"""A checkpoint or a status from a stranger costs no more time and memory than its bytes, whatever it claims."""
+"""A checkpoint or a status from a stranger costs no more time and memory than its size, whatever it claims."""
 
 import json
 import os
@@ -25,19 +25,19 @@ DEEP = "[" * 100_000 + "]" * 100_000
 
 @pytest.fixture(autouse=True)
 def _unchecked(as_users_run):
-    """What is refused is refused by `icl` itself."""
+    """Turn off the checks of types, so that `icl` itself must refuse bad values."""
 
 
 @pytest.fixture
 def honest(tmp_path) -> bytes:
-    """The bytes of a whole checkpoint."""
+    """Return the bytes of an intact checkpoint."""
     store = LocalStore(tmp_path / "honest")
     save_checkpoint(store, 60, TINY, dict(build_model(TINY).named_parameters()))
     return store.read(checkpoint_name(60))
 
 
 def parts_of(data):
-    """The header of a checkpoint, what it says of itself, and the numbers behind it."""
+    """Return the header of a checkpoint, its description, and the bytes after the header."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     return header, json.loads(header["__metadata__"]["icl"]), data[8 + length :]
@@ -49,7 +49,7 @@ def joined(header, rest):
 
 
 def claiming(data, claim):
-    """The checkpoint with something else said of itself: by dotted key, or as text."""
+    """Return the checkpoint with another description. A claim is a dict by dotted key, or the whole text."""
     header, about, rest = parts_of(data)
     if isinstance(claim, str):
         header["__metadata__"]["icl"] = claim
@@ -133,7 +133,7 @@ def test_a_hostile_header_is_refused(tmp_path, honest):
 
 
 def refuse(folder, data):
-    """Load it, and see that the refusal is one short sentence that took little time and memory."""
+    """Load the checkpoint, and check that it is refused in one short sentence, with little time and memory."""
     path = folder / checkpoint_name(60)
     path.write_bytes(data)
     tracemalloc.start()

@@ -106,7 +106,7 @@ def test_the_runs_own_settings_count_then_the_file_then_the_command_line(folder,
 
 def test_without_a_run_it_is_the_one_that_training_makes_of_the_settings(sampler_of, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_ROOT", str(tmp_path))
-    assert "train it by `icl train`" in said(capsys, "--task.num_tasks", 8)
+    assert "train it with `icl train`" in said(capsys, "--task.num_tasks", 8)
     make_run(tmp_path / "quickstart,num_tasks=8", steps=(0,))
     job = sampler_of("--task.num_tasks", 8, "--sampler.lr", 1e-6)
     assert job.path == tmp_path / "quickstart,num_tasks=8"
@@ -211,7 +211,7 @@ def test_the_control_adds_rows_of_rescaled_weights(folder, tmp_path, capsys):
     ("words", "sentence"),
     [
         (["--sampler.nbta", "3"], "Did you mean `sampler.nbeta`?"),
-        (["--task.num_tasks", "3"], "is trained already"),
+        (["--task.num_tasks", "3"], "has already been trained"),
         (["--sampler.lr", "-1"], "`sampler.lr` must be positive"),
         (["--sampler.batch_size", "300"], "multiple of `sampler.batch_size`"),
         (["--sampler.kernel", "mala"], "sgld"),
@@ -249,7 +249,7 @@ def test_what_lies_ahead_is_told_before_the_bar(folder, capsys):
     assert told.startswith(f"LLC of {folder.path}: 1 step, 2 chains x (4 + 6) moves; finished steps are stored.\n")
     assert ahead() == "1 of 2 steps to do, 2 chains x (4 + 6) moves; finished steps are stored."
     main(["llc", str(folder.path)])
-    assert ahead() == "all is done, 2 steps."
+    assert ahead() == "nothing to do, all 2 steps are stored."
 
 
 def test_an_interrupted_calibration_says_that_it_starts_over(folder, monkeypatch, capsys):

@@ -57,7 +57,7 @@ def test_the_command_has_help_with_an_example(capsys):
 
 def test_the_command_without_a_run_says_what_to_train(capsys):
     assert main(["llc"]) == 2
-    assert "train it by `icl train`" in capsys.readouterr().err
+    assert "train it with `icl train`" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -156,7 +156,7 @@ def test_a_point_without_its_run_fails_and_says_what_to_train(tmp_path, monkeypa
     monkeypatch.setenv("ICL_SWEEP_POINT", str(tmp_path / "point.json"))
     (tmp_path / "point.json").write_text(json.dumps({"task.num_tasks": 8}))
     assert main(["llc"]) == 2
-    assert "train it by `icl train` with the same settings" in capsys.readouterr().err
+    assert "train it with `icl train` and the same settings" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def test_the_json_file_and_plain_words():
     ("word", "said"),
     [
         ("--config=${args_json_file}", "Write `--config` and `${args_json_file}` as two words"),
-        ("--x=${args}", "Write `${args}` as a word alone"),
+        ("--x=${args}", "Write `${args}` as a separate word"),
         ("icl train ${args_no_hyphens}", "holds `${args_no_hyphens}`"),
         ("${env}/${program}", "holds `${env}`"),
         ("${env}${args}", "holds `${env}`"),

@@ -174,7 +174,7 @@ def test_mistakes_at_the_top(tmp_path, keys, words):
         ({"values": []}, ["`key.values` must be a list"]),
         ({"value": 1, "values": [1]}, ["(constant) has no key `values`"]),
         ({"min": 1}, ["needs `value`, `values`, `min` and `max`"]),
-        ({"min": 1, "max": 2.5}, ["one an integer and one not", "`distribution: uniform`"]),
+        ({"min": 1, "max": 2.5}, ["only one of them is an integer", "`distribution: uniform`"]),
         ({"min": "1e-5", "max": 1.0}, ["`key.min` must be a finite number, got '1e-5'", "write 1.0e-5"]),
         ({"min": float("nan"), "max": 1.0}, ["`key.min` must be a finite number"]),
         ({"min": 2, "max": 2}, ["`key.min` must be below"]),

@@ -166,7 +166,7 @@ def test_resuming_names_missing_checkpoints_and_goes_on(monkeypatch, folder, cap
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("icl:")]
     assert len(said) == 1
     assert f"{folder.path} lacks the checkpoints of steps 0, 10." in said[0]
-    assert said[0].endswith("Training goes on without them.")
+    assert said[0].endswith("Training continues without them.")
     assert state(folder) == "finished"
     assert main(COMMAND) == 0  # a later start of the finished run says the same, and is no failure either
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("icl:")]

@@ -1,10 +1,10 @@
 """Train a run as a point of a W&B sweep: `wandb agent` starts the program, and `wandb.config` holds the settings of the point.
 
-First the settings without the point are resolved and passed to `wandb.init`. Then `wandb.config` holds the settings of
-the point too, under names such as `optim.lr`, or `lr` in a section `optim`. They are resolved again with the others:
-they override the file, and the command line overrides them. The name of the run depends on its whole configuration, so
-a point that is handed out again continues from its checkpoint. The rows that it has logged before are then sent to the
-new W&B run first.
+First the settings without the point are resolved and passed to `wandb.init`. After that, `wandb.config` also contains the
+settings of the point, under names such as `optim.lr`, or `lr` in a section `optim`. Then all settings are resolved again:
+the point overrides the file, and the command line overrides both. The name of the run depends on its whole configuration,
+so a point that is handed out again continues from its checkpoint. The new W&B run first receives the rows that the run
+has logged before.
 """
 
 import os
@@ -22,7 +22,7 @@ from icl.signals import handling
 from icl.training.wandb.log import end_run, exit_code_of, init_settings, sent_step, use_steps
 
 PARENT_PROCESS = os.getppid()
-"""Process id of the agent, read before slow imports, since the agent may die while torch is imported."""
+"""Process id of the agent. We read it before slow imports, because the agent may die while torch is imported."""
 _SWEEP_VARIABLE = "WANDB_SWEEP_ID"
 _POINT_VARIABLE = "WANDB_SWEEP_PARAM_PATH"
 _OWN_KEYS = ("_wandb", "wandb_version")
@@ -38,21 +38,21 @@ def in_sweep(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def work_at_point(read_base: Callable[[], RunConfig], work: Callable[[Any, dict[str, Any]], int]) -> int:
-    """Work at the point of the sweep that the agent assigned. However the work ends, W&B learns the exit status.
+    """Work on the point of the sweep that the agent assigned. Report the exit status to W&B, however the work ends.
 
     Args:
         read_base: Function that resolves the settings without the point.
         work: Function of the W&B run and the settings of the point that returns the exit status.
 
     Raises:
-        SweepError: As `join_sweep`.
+        SweepError: See `join_sweep`.
         UserError: Any error of the two functions.
     """
-    # Until training handles SIGTERM itself, the signal interrupts the program, so that W&B is told of the end.
+    # Until training handles SIGTERM itself, the signal interrupts the program, so that the end is reported to W&B.
     with handling({signal.SIGTERM: signal.default_int_handler}):
         try:
             base = read_base()
-        except UserError as error:  # such as a bad value of the point that came by `${args}`
+        except UserError as error:  # for example a bad value of the point that `${args}` passed on the command line
             end_run(join_sweep({}), exit_code_of(error))
             raise
         run = join_sweep(base.to_dict())
@@ -120,7 +120,7 @@ def replay(run: Any, metrics_file: Path, until: int) -> None:
 
 
 def _swept_names() -> set[str] | None:
-    """Return the swept keys from the agent's file; None if there is no such file, or none that can be read."""
+    """Return the swept keys from the agent's file; None if the file is missing or cannot be read."""
     path = os.environ.get(_POINT_VARIABLE)
     try:
         content = parse_yaml(read_bytes(Path(path), limit=MAX_YAML)) if path else None

@@ -92,9 +92,9 @@ def use_steps(run: Any) -> None:
 def end_run(run: Any, exit_code: int) -> None:
     """End a W&B run with the program's exit code, unless the run has ended.
 
-    An exit code above 128 means that a signal stopped the run; W&B is told that it was pre-empted, so that a sweep can
-    hand it out again. Rows that are not sent within a minute stay on disk, and a sentence names the folder. W&B would
-    delay the end of the program for days to send them, so `icl.cli` then ends without W&B's exit handlers
+    An exit code above 128 means that a signal stopped the run. Such a run is marked as pre-empted, so that a W&B sweep can
+    hand it out again. Rows that are not sent within a minute stay on disk, and a sentence names their folder. W&B's exit
+    handlers could delay the end of the program for days to send these rows. So `icl.cli` then ends without the handlers
     (`has_unsent_rows`).
     """
     global _has_unsent_rows
@@ -141,7 +141,7 @@ def start_wandb(config: RunConfig, folder: RunFolder) -> WandbLog | None:
 
     _is_unreachable = True  # the other members of a population start offline at once
     try:
-        wandb.teardown()  # the failed start still holds the id of the run
+        wandb.teardown()  # otherwise the failed start still occupies the id of the run
         return WandbLog(_init(config, folder, "offline"))
     except Exception as error:
         _say(f"W&B could not start offline either ({first_line(error)}), so {folder.path} is not logged to W&B.")
@@ -179,7 +179,7 @@ def init_settings() -> dict[str, Any]:
 
 
 def _run_id(folder: RunFolder) -> str:
-    """Return the W&B id in the run's folder; make a new one if there is none, or none that is safe as a part of a path."""
+    """Return the W&B id in the run's folder. Make a new one if it is missing, or if it is unsafe as a part of a path."""
     path = folder.path / "wandb-id"
     run_id = path.read_bytes().strip().decode(errors="replace") if path.is_file() else ""
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id):
