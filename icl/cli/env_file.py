@@ -44,7 +44,7 @@ def load_env_file(path: Path = Path(".env")) -> None:
     from dotenv.main import DotEnv
 
     try:
-        # If NAME is also in the environment, `${NAME}` means that value, because NAME itself keeps it too.
+        # In `${NAME}`, the environment takes precedence over the file, as it does for NAME itself.
         variables = DotEnv(path, encoding="utf-8-sig", override=False).dict()
     except UnicodeDecodeError:
         raise ConfigError(

@@ -73,7 +73,7 @@ def describe_verdicts(table: "pd.DataFrame") -> str:
 
 
 def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
-    """Say what a curve of estimates measures: the geometry of a basin, or just the checkpoint's loss upside down."""
+    """Say whether a curve of estimates measures the geometry of a basin, or only mirrors the loss of the checkpoints."""
     import numpy as np
 
     rows = table[np.isfinite(table["mean_loss"].astype(float))]
@@ -124,7 +124,7 @@ def compare_rescaled(table: "pd.DataFrame", control: "pd.DataFrame") -> list[str
 
 
 def write_rows(out: Path, table: "pd.DataFrame") -> Path:
-    """Write a table as CSV or JSON, by the ending of the file's name.
+    """Write a table as CSV or JSON, chosen by the suffix of the file.
 
     Raises:
         StorageError: If it cannot be written.

@@ -10,7 +10,7 @@ HELP = "predict the targets of queries in a file"
 
 
 def run(words: list[str]) -> int:
-    """Predict, print, and write if asked."""
+    """Predict and print. With --out, also write the predictions."""
     parser = CommandParser(
         "predict",
         "Predict y for queries after a context. FILE is JSON with x_context, y_context and x_query, or CSV with the columns\n"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from icl.plotting.training import DrawnRun
     from icl.training.run import TrainResult
 
-HELP = "train a run, or resume it"
+HELP = "train a run, or resume it; without arguments, a small run of about two minutes"
 
 
 def run(words: list[str]) -> int:

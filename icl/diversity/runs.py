@@ -1,4 +1,4 @@
-"""The runs of a task-diversity experiment: one for each M, each in its own folder below the experiment's.
+"""The runs of a task-diversity experiment: one run for each M, each in its own folder below the folder of the experiment.
 
 The run with M = 8 has the folder `<base>/checkpoints_M8/`. The runs differ only in M: the tasks of a smaller M are the
 first tasks of a larger one, and prompts, initial weights and new tasks come from the same random streams. So
@@ -19,7 +19,7 @@ from icl.runs.folder import RunError, RunFolder, config_differences
 
 METADATA = "experiment_metadata.json"
 MAX_POWER = 30
-"""Largest power of two for M, since M must be below 2^31."""
+"""Largest p of M = 2^p, because M must be below 2^31."""
 
 
 class ExperimentRun(NamedTuple):

@@ -40,7 +40,7 @@ def evaluate_experiment(
     all_steps: bool = False,
     shifts: Sequence[str] | None = None,
 ) -> Evaluation:
-    """Evaluate the last checkpoint of every run, or all of them, in and out of distribution.
+    """Evaluate the last checkpoint of every run, or all checkpoints, in and out of distribution.
 
     Args:
         runs: Folders of the runs by M as text, from `icl.diversity.runs.find_runs`.

@@ -145,7 +145,7 @@ def _categorical_w_probabilities(share: float, options: Options) -> Any:
 
 
 def _quantised(quantile: Callable[[float, Options], float]) -> Callable[[float, Options], int | float]:
-    """Return a quantile function rounded to the nearest multiple of `q`; its values are integers if `q` is one."""
+    """Return a quantile function rounded to the nearest multiple of `q`; its values are integers if `q` is an integer."""
     return lambda share, options: round(quantile(share, options) / options["q"]) * options["q"]
 
 

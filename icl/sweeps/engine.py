@@ -128,7 +128,7 @@ class _Engine:
             time.sleep(_TICK_SECONDS)
 
     def _count_earlier_attempts(self) -> dict[int, int]:
-        """Return the number of each point's last attempt before this session began; a later failure is not repeated.
+        """Return the number of each point's last attempt before this session. A point that fails later is not tried again.
 
         If other engines are at work, this engine joins their session, so a failure since that session began is final too.
         """
@@ -142,7 +142,7 @@ class _Engine:
         return {number: state.attempt - (number in live | recent) for number, state in states.items()}
 
     def _stop(self) -> None:
-        """Pass the first signal on as SIGTERM, on which programs save and exit."""
+        """Send SIGTERM to the programs after the first signal, so that they save and exit."""
         self._is_stopping = True
         if self.received is not None and self.programs:
             self.say(

@@ -1,4 +1,4 @@
-"""The points of a sweep: the settings of each, the configuration they lead to, and the name of its run.
+"""The points of a sweep. Each has its settings, the configuration that results from them, and the name of its run.
 
 All points are resolved before any of them runs. A point with invalid settings fails alone, as it would under `wandb
 agent`; the others run.
@@ -45,7 +45,7 @@ class Point:
     job: str
     """Hash of the command and the settings that affect the result; an attempt at another job does not count."""
     trains: bool
-    """Whether the program is `icl train`. Such a run records itself whether it is done."""
+    """Whether the program is `icl train`. The run's own status then says whether it is done."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,7 +149,7 @@ def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=child_environment(point_file, root, num_workers=num_workers),
-                start_new_session=True,  # Ctrl-C reaches only the engine, which passes it on once
+                start_new_session=True,  # Ctrl-C then reaches only the engine, which signals the program once
                 pass_fds=[claim.descriptor for _, claim in work],  # the claim stays locked as long as the program runs
                 preexec_fn=_end_with_engine if sys.platform == "linux" else None,  # noqa: PLW1509 (one thread only)
             )

@@ -53,7 +53,7 @@ def _state(point: Point, run: RunFolder, status: Status | None, current: Attempt
 
 
 def _state_of_run(point: Point, run: RunFolder, status: Status, attempt: Attempt | None, number: int) -> PointState:
-    """Return the state of a point that `icl train` has worked on, under a sweep or not."""
+    """Return the state of a point that `icl train` has worked on, in a sweep or by itself."""
     try:
         require_same_config(run.read_config(), point.config, run)
     except ConfigError as error:

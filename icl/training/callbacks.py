@@ -27,7 +27,8 @@ from icl.training.wandb.agent import PARENT_PROCESS, in_sweep
 Metrics = dict[str, float | int]
 
 _ECHO_SECONDS = 1.0
-"""Two signals within this time count as one. On Ctrl-C the terminal signals this program and its W&B agent, which passes it on."""
+"""Two signals within this time count as one. On Ctrl-C the terminal signals this program and its W&B agent, and the agent then
+signals this program again."""
 
 
 class NonFiniteGuard(pl.Callback):
@@ -186,7 +187,7 @@ class MetricsLog(pl.Callback):
 
     @property
     def loss(self) -> float | None:
-        """Mean over the members of the training loss in their last rows."""
+        """Training loss in the last rows of the running members, averaged over the members."""
         losses = [member.loss for member in self.members if member.is_running and member.loss is not None]
         return sum(losses) / len(losses) if losses else None
 

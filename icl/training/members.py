@@ -44,7 +44,8 @@ class Member:
     is_refused: bool = False
     """Whether it could not be started or resumed. The other members then train without it."""
     is_packed: bool = False
-    """Whether it started as one of several members. This selects the CPU kernel, so a member that is resumed alone keeps it."""
+    """Whether it started as one of several members. This selects the CPU kernel. A member that is resumed alone keeps the value,
+    so that its results are the same."""
     rows: dict[str, Any] | None = None
     """Length and digest of `metrics.csv` at the last save."""
     lacking: frozenset[int] = frozenset()

@@ -29,12 +29,19 @@ class PopulationModule(pl.LightningModule):
     """N members of one architecture. They differ only in their seeds and tasks."""
 
     exp_avg: Tensor
+    """Adam's first moment (N, P)."""
     exp_avg_sq: Tensor
+    """Adam's second moment (N, P)."""
     count: Tensor
+    """Number of Adam's updates (N)."""
     loss_sum: Tensor
+    """Sum of the losses since the last row of `metrics.csv` (N)."""
     num_clipped: Tensor
+    """Number of clipped steps since the last row (N)."""
     num_summed: Tensor
+    """Number of steps since the last row (N)."""
     first_bad_step: Tensor
+    """First step with a non-finite loss (N); -1 if there is none."""
 
     def __init__(self, members: Sequence[Member], params: Mapping[str, Tensor]) -> None:
         super().__init__()

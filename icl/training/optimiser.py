@@ -1,8 +1,8 @@
 """Adam for a population, with the interface of a PyTorch optimiser.
 
-Loss, gradient, clipping and update are one function of tensors (`icl.compute.step`), so that a step can be compiled as one graph. So
-`step` takes prompts instead of gradients. Everything else is as in `torch.optim.Adam`: the parameter group holds the rate of
-the next update, and the state holds the moments and the number of updates.
+Loss, gradient, clipping and update are one function of tensors (`icl.compute.step`), so that a step can be compiled as one graph.
+Therefore `step` takes prompts instead of gradients. Everything else is as in `torch.optim.Adam`: the parameter group has the rate
+of the next update, and the state has the moments and the number of updates.
 """
 
 from typing import Any

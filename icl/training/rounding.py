@@ -1,4 +1,4 @@
-"""Conditions that affect the rounding of training, so that a run that resumes under other conditions can report it.
+"""Conditions that affect the rounding of training. A run that resumes under other conditions reports the changes.
 
 The settings decide what is computed. The device, the number of threads and the libraries decide in which order sums are taken.
 Under the same conditions a resumed run is bit-identical to an uninterrupted one.
@@ -43,7 +43,7 @@ def rounding_conditions(settings: TrainerConfig, *, device: str, is_compiled: bo
 def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """Return a sentence on the conditions that have changed, or None if there are none.
 
-    Conditions that are in only one of the two are ignored. The number of threads, for example, is not recorded on a GPU.
+    Conditions that only `before` or only `now` contains are ignored. The number of threads, for example, is not recorded on a GPU.
     """
     changed = [
         f"{name} {now[name]} (before: {before[name]})" for name in now if name in before and before[name] != now[name]

@@ -4,8 +4,8 @@ The same call starts a new run, resumes an unfinished run bit-identically, or re
 (finished, stopped early, pre-empted by a signal, failed) is written to `status.json` with its reason.
 
 Runs that differ only in their seeds and tasks are trained together, as one population. A single run is a population of one. If
-members are at different steps, the ones furthest behind are trained first. When they reach the next members, they are joined
-with them. If a member ends before the others, the population is rebuilt without it from the resume files of the others.
+members are at different steps, the ones furthest behind are trained first. When they reach the step of the next members, all of
+these are trained together. If a member ends before the others, the population is rebuilt from the resume files of the others.
 """
 
 import contextlib
@@ -199,7 +199,7 @@ def _train_groups(members: Sequence[Member], steps: Mapping[Member, int]) -> sig
 
 
 def _train_stages(members: Sequence[Member], steps: Mapping[Member, int]) -> signal.Signals | None:
-    """Train the members furthest behind until they reach the next ones, then these together, and so on to the end.
+    """Train the members furthest behind until they reach the next members, then train both together, and so on to the end.
 
     Returns:
         The signal that stopped training, if any.

@@ -1,4 +1,4 @@
-"""Train a run as a point of a W&B sweep: `wandb agent` starts the program, and `wandb.config` holds the settings of the point.
+"""Train a run as a point of a W&B sweep: `wandb agent` starts the program, and `wandb.config` contains the settings of the point.
 
 First the settings without the point are resolved and passed to `wandb.init`. After that, `wandb.config` also contains the
 settings of the point, under names such as `optim.lr`, or `lr` in a section `optim`. Then all settings are resolved again:
@@ -42,7 +42,7 @@ def work_at_point(read_base: Callable[[], RunConfig], work: Callable[[Any, dict[
 
     Args:
         read_base: Function that resolves the settings without the point.
-        work: Function of the W&B run and the settings of the point that returns the exit status.
+        work: Function of the W&B run and of the settings of the point. It returns the exit status.
 
     Raises:
         SweepError: See `join_sweep`.
