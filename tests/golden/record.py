@@ -2,7 +2,8 @@
 
     python tests/golden/record.py
 
-A change that is not meant to alter results leaves `losses.json` untouched; one that is records it anew and says why.
+A change that is not meant to alter results leaves `losses.json` untouched. A change that alters results records the file again, and
+its commit says why.
 
 The losses must not depend on the processor, the vector width, the number of threads or the compiler. So training runs in
 float64, where rounding is about 1e-16. One difference between machines remains: PyTorch draws the initial weights in
@@ -29,13 +30,13 @@ from icl.training.run import train
 FILE = Path(__file__).with_name("losses.json")
 
 NUM_TRIALS = 4
-"""Random changes of the initial weights that the sensitivity is measured over."""
+"""Number of random changes of the initial weights over which the sensitivity is measured."""
 SAFETY = 10
-"""How many times the measured sensitivity a loss may differ from the recorded one."""
+"""Largest difference of a loss from the recorded one, as a multiple of the measured sensitivity."""
 
 
 def golden_config(preset: RunConfig) -> RunConfig:
-    """The preset in float64, cut to four steps of eight prompts, with its rate's curve."""
+    """Return the preset in float64 with its learning-rate schedule, but with only four steps of eight prompts."""
     steps = preset.schedule_steps if preset.optim.schedule == "triangle" else None
     return dataclasses.replace(
         preset,
@@ -46,14 +47,14 @@ def golden_config(preset: RunConfig) -> RunConfig:
 
 
 def losses(config: RunConfig) -> list[float]:
-    """The training loss of every step."""
+    """Return the training loss of every step."""
     with tempfile.TemporaryDirectory() as folder:
         table = pd.read_csv(train(config, folder=folder).folder.metrics_file)
     return table["train/loss"].dropna().tolist()
 
 
 def sensitivity(config: RunConfig, expected: list[float]) -> float:
-    """The largest relative change of a loss when initial weights move to neighbouring float32 numbers."""
+    """Return the largest relative change of a loss when initial weights move to neighbouring float32 numbers."""
     largest = 0.0
     for seed in range(NUM_TRIALS):
         generator = torch.Generator().manual_seed(seed)
@@ -77,7 +78,7 @@ def _moved(model: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 def record() -> dict[str, dict[str, object]]:
-    """The losses and their sensitivity, for every preset."""
+    """Return the losses and their sensitivity, for every preset."""
     recorded: dict[str, dict[str, object]] = {}
     for name, preset in PRESETS.items():
         config = golden_config(preset)

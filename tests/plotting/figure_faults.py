@@ -1,9 +1,9 @@
-"""What can be wrong with any figure whatever it shows, found in the pixels' places after the layout: a list of sentences.
+"""Find faults that any figure can have, from the positions of its parts in pixels after the layout. Each fault is a sentence.
 
-- A curve with finite data of which nothing is inside its axes.
-- A legend entry for something that is not to be seen.
-- Tick labels over each other, or a text that leaves the figure.
-- A legend over the data.
+- A curve has finite data, but no part of it is inside the axes.
+- A legend has an entry for something that is not visible.
+- Tick labels overlap, or a text extends beyond the figure.
+- A legend covers data.
 """
 
 import itertools
@@ -15,11 +15,11 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 MAX_COVERED = 0.05
-"""Share of a curve that a legend may hide."""
+"""Largest share of a curve that a legend may cover."""
 
 
 def faults(figure, *, tidied=True):
-    """Every fault of a figure, as it would be saved; or as it was drawn, if not `tidied`."""
+    """Return every fault of a figure as it would be saved, or as it was drawn if not `tidied`."""
     from icl.plotting.tidying import tidy
 
     if tidied:
@@ -35,7 +35,7 @@ def faults(figure, *, tidied=True):
 
 
 def _along(line):
-    """Points every pixel or so along a line, in pixels."""
+    """Return many points along a line, in pixels."""
     xy = np.array(line.get_xydata(), dtype=float)
     if not len(xy):
         return xy.reshape(0, 2)
@@ -77,17 +77,19 @@ def _is_seen(artist):
 
 def _lost_curves(axes):
     bars = [container for container in axes.containers if isinstance(container, ErrorbarContainer)]
-    caps = {id(cap) for container in bars for cap in container.lines[1]}  # an error may leave a logarithmic axis
+    caps = {
+        id(cap) for container in bars for cap in container.lines[1]
+    }  # an error bar may extend beyond a logarithmic axis
     for line in axes.lines:
         if id(line) in caps:
             continue
-        is_said = str(line.get_label()).endswith((", above", ", below"))  # the label tells where it lies
+        is_said = str(line.get_label()).endswith((", above", ", below"))  # the label says where the curve lies
         if line.get_visible() and len(_along(line)) and not _is_seen(line) and not is_said:
             yield f"the curve {line.get_label()!r} is outside the axes"
 
 
 def _is_key(artist):
-    """An entry for a line style, marked as such."""
+    """Return whether a legend entry only explains a line style, and so needs no data."""
     return isinstance(artist, Line2D) and artist.get_gid() == "key"
 
 

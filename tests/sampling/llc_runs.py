@@ -1,4 +1,4 @@
-"""A tiny run's folder with a few checkpoints, made without training, and a sampler that takes a moment."""
+"""A tiny run with a few checkpoints, made without training, and settings of a fast sampler."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ STEPS = (0, 30, 60)
 
 
 def make_run(path, *, steps=STEPS, config=CONFIG):
-    """Step s is the initial model with noise that grows with s."""
+    """Make a run. Its step s is the initial model with noise that grows with s."""
     folder = RunFolder(path)
     folder.write_config(config)
     params = {name: tensor.detach() for name, tensor in build_model(config).named_parameters()}
@@ -44,7 +44,7 @@ def make_run(path, *, steps=STEPS, config=CONFIG):
 
 
 def write_older_estimate(run: RunFolder, record: Record) -> Path:
-    """Keep an estimate in the run's folder as version 0.1.0 did; return the file."""
+    """Store an estimate in the run's folder in the format of version 0.1.0. Return the file."""
     about = {"settings": {}, "rules": 1, "row": record.row, "positions": record.positions, "stride": record.stride}
     folder = run.results / "llc" / record.row["settings"]
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Keywords of an estimate as the tests write them: the less common ones go into the options."""
+"""Functions that let tests pass all settings of an estimate as keywords. The less common ones become `EstimateOptions`."""
 
 import dataclasses
 
@@ -18,6 +18,6 @@ def estimate_many(loss, checkpoints, batches, **given):
 
 
 def keywords(**given):
-    """Move the options among some keywords into one object."""
+    """Return the keywords with the options among them moved into one `EstimateOptions`."""
     options = EstimateOptions(**{name: given.pop(name) for name in _NAMES & set(given)})
     return {**given, "options": options}

@@ -1,4 +1,4 @@
-"""A fast stand-in for `icl train`: writes what it does into a ledger, and behaves as $FAKE tells it to.
+"""A fast stand-in for `icl train`. It writes its events to a ledger, and behaves as $FAKE says.
 
 $FAKE is JSON: `seconds` of work, M of points that fail (`fail`), M of points that ignore SIGTERM (`deaf`).
 """
@@ -16,7 +16,7 @@ num_tasks = point["task.num_tasks"]
 
 
 def note(event: str) -> None:
-    """Add a line to the ledger, at once."""
+    """Add a line to the ledger, with one atomic write."""
     line = f"{num_tasks} {event} {time.time()}\n"
     descriptor = os.open(os.environ["LEDGER"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.write(descriptor, line.encode())
@@ -24,7 +24,7 @@ def note(event: str) -> None:
 
 
 def stop(number: int, frame: object) -> None:
-    """Save, as it were."""
+    """Pretend to save, and exit."""
     note("stopped")
     sys.exit(143)
 

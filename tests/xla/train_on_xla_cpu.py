@@ -1,15 +1,15 @@
 # ruff: noqa: E402
-"""Trains tiny runs on XLA's own CPU backend, and holds them against the same runs without XLA. No TPU is needed.
+"""Train tiny runs on XLA's CPU backend, and compare them with the same runs without XLA. No TPU is needed.
 
-XLA traces a step into a graph and compiles it, for the CPU as for a TPU; so what is shown here is that `icl`'s step compiles
-once, never waits for the host, draws the same prompts and ends with the same numbers. torch_xla 2.9 needs torch 2.9, hence
-an environment of its own (torch's CPU build will do); it takes a few minutes:
+XLA traces a step into a graph and compiles it, for the CPU as for a TPU. So this program can show that `icl`'s step compiles
+once, never waits for the host, draws the same prompts and ends with the same numbers. torch_xla 2.9 needs torch 2.9, so it
+needs a separate environment (with torch's CPU build). The program takes a few minutes:
 
     python3 -m venv xla-env && xla-env/bin/pip install -e '.[tpu]'
     xla-env/bin/python tests/xla/train_on_xla_cpu.py
 
-It ends with one line per check, and exits 0 if all hold. torch_xla comes first, as torch looks for devices that have
-gradients once, at the first gradient.
+It ends with one line per check, and its exit status is 0 if all checks hold. torch_xla is imported first, because torch looks only
+once, at the first gradient, for devices that support gradients.
 """
 
 import os
@@ -49,12 +49,12 @@ CONFIG = change(
     checkpoints={"every": 2 * LOG_EVERY, "num_log": 0, "resume_seconds": 3600.0},
 )
 TOLERANCE = STEPS * torch.finfo(torch.float32).eps
-"""Relative, between backends: one rounding in the last place per step."""
+"""Largest relative difference between backends: one rounding in the last place per step."""
 COMPILED, READ = "CompileTime", "TransferFromDeviceTime"
 
 
 class Watch(pl.Callback):
-    """Counts what XLA does in every step, the callbacks' own work included, and stops a run where it is told to."""
+    """Count what XLA compiles and reads in every step, including the work of the callbacks, and stop a run at a given step."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.stop_at = stop_at
@@ -62,19 +62,19 @@ class Watch(pl.Callback):
         self._last = self._now()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """As a preempted machine would: the run saves after this step."""
+        """Send SIGTERM, as a pre-empted machine would, so that the run saves after this step."""
         if trainer.global_step + 1 == self.stop_at:
             signal.raise_signal(signal.SIGTERM)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """This step's share, once it is done: XLA works behind the program."""
+        """Count this step. First wait for XLA, which works asynchronously."""
         xla_model.wait_device_ops()
         now = self._now()
         self.counts[trainer.global_step] = {name: now[name] - self._last[name] for name in now}
         self._last = now
 
     def total(self, name: str, steps: Sequence[int]) -> int:
-        """What was counted in some steps together."""
+        """Return the sum of a count over some steps."""
         return sum(self.counts[step][name] for step in steps)
 
     def _now(self) -> dict[str, int]:
@@ -91,19 +91,19 @@ class Check(NamedTuple):
 
 
 def at_most(what: str, found: float, bound: float) -> Check:
-    """A check of a number against its bound."""
+    """Return a check that a number is at most its bound."""
     return Check(what, f"{found:.1e}", f"<= {bound:.1e}", found <= bound)
 
 
 def equal(what: str, found: Any, expected: Any) -> Check:
-    """A check of a value that is known."""
+    """Return a check that a value equals the expected one."""
     return Check(what, found, str(expected), found == expected)
 
 
 def train(
     place: Path, kind: str, *, seeds: Sequence[int] = (0,), stop_at: int | None = None
 ) -> tuple[list[Path], Watch]:
-    """Train or resume runs through the real entry point, watched; their folders."""
+    """Train or resume runs through the real entry point. Return their folders, and the callback that watched them."""
     configs = [change(CONFIG, trainer={"accelerator": kind}, seeds={"model": seed, "data": seed}) for seed in seeds]
     folders = [place / f"seed{seed}" for seed in seeds]
     watch, make = Watch(stop_at), training.make_callbacks
@@ -116,26 +116,26 @@ def train(
 
 
 def table(folder: Path) -> pd.DataFrame:
-    """A run's `metrics.csv`."""
+    """Return a run's `metrics.csv`."""
     return pd.read_csv(folder / "metrics.csv", index_col="step")
 
 
 def difference(first: Path, second: Path) -> float:
-    """The largest relative difference of two runs' losses; infinite if they are not of the same steps."""
+    """Return the largest relative difference of two runs' losses. It is infinite if their steps differ."""
     columns = ["train/loss", "eval/pretrain/loss", "eval/true/loss"]
-    one, other = table(first)[columns], table(second)[columns]
-    same = one.index.equals(other.index) and one.index[-1] == STEPS and one.isna().equals(other.isna())
-    return float(((one - other) / other).abs().max(axis=None)) if same else float("inf")
+    ours, theirs = table(first)[columns], table(second)[columns]
+    same = ours.index.equals(theirs.index) and ours.index[-1] == STEPS and ours.isna().equals(theirs.isna())
+    return float(((ours - theirs) / theirs).abs().max(axis=None)) if same else float("inf")
 
 
 def are_identical(first: Path, second: Path) -> bool:
-    """Whether two runs left the same metrics and the same weights, to the bit."""
+    """Return whether two runs have bit-identical metrics and weights."""
     digests = [[load_checkpoint_file(file).digest for file in checkpoint_files(run)] for run in (first, second)]
     return digests[0] == digests[1] and table(first).equals(table(second))
 
 
 def check_prompts() -> list[Check]:
-    """The counter-based streams give what they give elsewhere."""
+    """Check that the counter-based streams give the same numbers as on the CPU."""
     key, steps, indices = rng.stream(3, "xla"), torch.tensor([0, 63, 2**40]), torch.arange(1000)
     here = rng.integers(key, steps, indices, 2**31 - 1)
     there = rng.integers(key, steps.to(XLA), indices.to(XLA), 2**31 - 1).cpu()
@@ -148,25 +148,28 @@ def check_prompts() -> list[Check]:
 
 
 def check_steps(watch: Watch) -> list[Check]:
-    """The steady state compiles nothing, and the host reads nothing but where there is a row to write.
+    """Check that the steady state compiles nothing, and that the host reads only at steps with a row to write.
 
-    Steady is after the second block of prompts has begun, and before the last step: XLA compiles in the numbers 0 and 1,
-    and passes all others; so the first block (from step 0) and the last update (at rate 0) have graphs of their own.
+    The steady state begins after the start of the second block of prompts, and ends before the last step. XLA compiles the
+    numbers 0 and 1 into a graph, and passes all other numbers as arguments. So the first block (from step 0) and the last
+    update (with rate 0) have separate graphs.
     """
     block = PromptStream([CONFIG], lambda: 0).block
     steady = range(block + 2, STEPS)
-    assert 2 * LOG_EVERY < steady[0] < 2 * block + 1 < STEPS  # each kind of step comes both before and after it begins
+    assert (
+        2 * LOG_EVERY < steady[0] < 2 * block + 1 < STEPS
+    )  # each kind of step occurs before and after `steady` begins
     quiet = [step for step in range(2, STEPS) if step % LOG_EVERY]
     read = [step for step in range(2, STEPS) if watch.counts[step][READ]]
     return [
         equal(f"graphs compiled in steps {steady[0]} to {STEPS - 1}", watch.total(COMPILED, steady), 0),
         equal(f"reads by the host in the {len(quiet)} steps without a row", watch.total(READ, quiet), 0),
-        equal("steps with a row, where it reads", len(read), STEPS // LOG_EVERY - 1),
+        equal("steps with a row, at which the host reads", len(read), STEPS // LOG_EVERY - 1),
     ]
 
 
 def run_checks(root: Path) -> list[Check]:
-    """Train in `root`, and compare."""
+    """Train runs in `root`, and compare them."""
     checks = check_prompts()
     (plain, other), _ = train(root / "cpu", "cpu", seeds=(0, 1))
 
@@ -190,7 +193,7 @@ def run_checks(root: Path) -> list[Check]:
 
 
 def main() -> int:
-    """Run all checks and print the table; the exit status."""
+    """Run all checks and print the table. Return the exit status."""
     with tempfile.TemporaryDirectory() as scratch:
         checks = run_checks(Path(scratch))
     print(f"\n{'':4}  {'on XLA (cpu: plain torch)':60}  {'found':>8}  expected")
