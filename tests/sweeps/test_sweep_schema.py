@@ -189,7 +189,7 @@ def test_mistakes_at_the_top(tmp_path, keys, words):
         ({"distribution": "uniform", "min": 1.0}, ["needs `max`"]),
         ({"values": [1, 2], "probabilities": [0.5, 0.6]}, ["sum to 1"]),
         ({"values": [1, 2], "probabilities": [1.0]}, ["sum to 1"]),
-        ({"parameters": {"x": {"value": 1}}, "value": 2}, ["beside the `parameters` of `key`"]),
+        ({"parameters": {"x": {"value": 1}}, "value": 2}, ["the group `key` can have only `parameters`, not `value`"]),
         ({"parameters": {}}, ["`key.parameters` must be a table"]),
         ({"parameters": {"x": 3}}, ["`key.x` must be a table such as"]),
     ],
