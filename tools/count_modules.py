@@ -3,7 +3,7 @@
 - `llc`: from a saved checkpoint to the row of its LLC (`icl.sampling.run.estimate_run` on one checkpoint file).
 - `loss`: from a random stream to the loss of a model on a batch of prompts (`sample_prompts` and `apply`).
 
-A walk through many modules is hard to follow for readers. `python -m tools.count_modules` prints the modules of each walk, in the
+A walk through many modules is hard to follow. `python -m tools.count_modules` prints the modules of each walk, in the
 order in which their functions are first called.
 """
 

@@ -4,9 +4,9 @@ The scatter is an autoregression of order one over the saved steps. Its standard
 between neighbours is phi. `python -m tools.verdict_rates [--runs N] [--out FILE]` writes the table `data/verdict-rates.csv`. Kinds
 of curves:
 
-- `flat tail`: a loss that falls and then stays flat. The verdict `ok` belongs to a false `transient ridge`.
+- `flat tail`: a loss that falls and then stays flat. A verdict `ok` is a false finding of `transient ridge`.
 - `rise`: the same loss, with a rise by ten standard deviations after its minimum.
-- `noise`: loss and LLC are only scatter. The verdict `ok` belongs to a false boundary between stages.
+- `noise`: loss and LLC are only scatter. A verdict `ok` is a false boundary between stages.
 - `line`: loss and LLC are straight lines in log time, with scatter of 3 % of their range.
 - `turn`: loss and LLC move in one direction and then in the other. The boundary has about ten standard errors in either signal.
 """

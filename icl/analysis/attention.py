@@ -6,7 +6,7 @@ averaged over prompts; its standard error is over prompts.
 
 - `entropy`: -sum_j p_kj log p_kj / log(k + 1). It is 1 for uniform attention and 0 for attention to a single token.
 - `variability`: half of sum_j |p_kj - m_kj|, where m is the mean pattern over prompts (a total variation distance). It is 0 if
-  the pattern depends on the position alone.
+  the pattern is the same for all prompts.
 - `self`: p_kk. `previous`: p_k,k-1. `x_tokens`, `y_tokens`: the sums of p_kj over even j and over odd j.
 - `lag`: sum_j p_kj (k - j) / k. It is 0 for the token itself, 1 for the first token, and 1/2 for uniform attention.
 - `hardness`: the share of the k + 1 visible tokens with p_kj <= 0.001.

@@ -3,8 +3,8 @@
 Each point is a model: one M at one saved step in the table that `icl evaluate --checkpoint_base_dir` writes. The target is the
 model's loss on new tasks (`true`) or on a shift. The features are log2(M) and, on the M training tasks, the loss, the ICL score
 (from the first to the last position) and the gaps to ridge and dMMSE. Each feature is standardised, so a coefficient is the
-change of the loss per standard deviation. M = inf has no logarithm. Models with M = inf are left out of the fit but drawn
-beside it. With `infinite=next` they are placed one octave above the largest finite M, which is a convention.
+change of the loss per standard deviation. M = inf has no logarithm. Models with M = inf are left out of the fit, but shown in the
+figure. With `infinite=next` they are placed one octave above the largest finite M, which is a convention.
 
 The fit is linear, ridge or lasso (scikit-learn). Every ridge or lasso fit chooses its own penalty by cross-validation. To
 validate the fit, we leave out one M at a time, with all its steps:
@@ -14,8 +14,9 @@ validate the fit, we leave out one M at a time, with all its steps:
 Its standard error is from a bootstrap over M. The standard errors of coefficients are from the delete-one-M jackknife; for the
 lasso they are a rough guide.
 
-The verdict is `invalid` if R2_cv <= 0, since then the mean predicts as well. It is `suspect` if R2_cv is within two standard
-errors of 0, or there are few M for the number of features. Otherwise it is `ok`. Fewer than four M raise an error.
+The verdict is `invalid` if R2_cv <= 0, because the mean then predicts equally well. It is `suspect` if R2_cv is within two
+standard errors of 0, or there are few values of M for the number of features. Otherwise it is `ok`. Fewer than four values of M
+raise an error.
 """
 
 import warnings
@@ -222,7 +223,7 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def _headline(table: pd.DataFrame, distribution: str, quantity: str, path: Path) -> pd.DataFrame:
-    """Return a quantity of every model: its mean over positions, or its only position for shifts of the query."""
+    """Return a quantity of every model: its mean over positions, or for shifts of the query its only value."""
     rows = table[(table["distribution"] == distribution) & (table["quantity"] == quantity)]
     if rows.empty:
         available = ", ".join(sorted(map(str, table["distribution"].unique())))
@@ -293,7 +294,7 @@ def _judge(r2_cv: float, stderr: float, count: int, num_features: int) -> tuple[
             f"there are fewer than {GROUPS_PER_COEFFICIENT} values of M for each of the {num_features + 1} coefficients"
         )
     if not r2_cv > 0:
-        return "invalid", ["the fit predicts held-out M no better than the mean does", *reasons]
+        return "invalid", ["the fit predicts held-out values of M no better than the mean does", *reasons]
     if r2_cv < 2 * stderr:
         reasons.insert(0, "the cross-validated R² is within two standard errors of zero")
     return ("suspect" if reasons else "ok"), reasons

@@ -3,8 +3,8 @@
 The loss is the squared error per target, averaged over positions and over fixed prompts, which are the same at all steps.
 The Hessian covers all P parameters. Parameters that do not change any prediction (the unused rows of the unembedding) give
 rows of zeros. A Hessian-vector product is the vector-Jacobian product of the gradient (torch.func), computed for a whole
-population at once; `icl.compute.linalg` estimates the numbers from these products. Each step draws its own start vector and
-probes, so their errors are independent between steps.
+population at once. `icl.compute.linalg` estimates the numbers from these products. Each saved step has its own random start vector
+and probes, so the errors from them are independent between steps.
 
 For comparison: the data released with Hoogland et al. 2024 contain the trace and the three largest eigenvalues for the mean
 squared error on 1,024 prompts. For L2H4 with `model.double_residual` their trace is about 150 at the start and 2,800 at
@@ -65,10 +65,15 @@ class Settings(PromptSettings):
         default=256, metadata={"help": f"number of prompts, in {NUM_BATCHES} batches; 1024 in Hoogland et al. 2024"}
     )
     num_steps: int = field(
-        default=40, metadata={"help": "Lanczos steps; each costs one Hessian-vector product per batch"}
+        default=40, metadata={"help": "number of Lanczos steps; each costs one Hessian-vector product per batch"}
     )
-    num_probes: int = field(default=16, metadata={"help": "random probes for the trace; each costs one product"})
-    num_eigenvalues: int = field(default=3, metadata={"help": "eigenvalues reported at each end of the spectrum"})
+    num_probes: int = field(
+        default=16,
+        metadata={"help": "number of random probes for the trace; each costs one Hessian-vector product per batch"},
+    )
+    num_eigenvalues: int = field(
+        default=3, metadata={"help": "number of eigenvalues reported at each end of the spectrum"}
+    )
 
     def __post_init__(self) -> None:
         require_multiple("num_prompts", self.num_prompts, NUM_BATCHES)
@@ -123,7 +128,7 @@ def hessian_products(
     num_together = max(1, min(num_batches, prompts_at_once // size))
 
     def pullback(first: int) -> Products:
-        """Return the products for `num_together` batches from number `first` on."""
+        """Return the products for `num_together` batches, beginning with batch `first`."""
         batches = slice(first * size, min(first + num_together, num_batches) * size)
         xs, ys = (
             tensor[batches].unflatten(0, (-1, size)).repeat(count, *[1] * tensor.ndim)
@@ -181,6 +186,7 @@ def _spectrum_rows(eigenvalues: Ritz, member: int, num_parameters: int) -> list[
     rows = [_row("num_parameters", "all", float(num_parameters))]
     pairs = zip(eigenvalues.values[member].tolist(), eigenvalues.weights[member].tolist(), strict=True)
     for number, (node, weight) in enumerate(pairs, start=1):
+        # Over random start vectors, a weight has a beta distribution with about this standard deviation.
         stderr = (2 * weight * (1 - weight) / num_parameters) ** 0.5
         rows.append(_row("spectral_node", f"node {number}", node))
         rows.append(_row("spectral_weight", f"node {number}", weight, stderr))

@@ -26,7 +26,7 @@ def require_multiple(name: str, num_prompts: int, num_batches: int) -> None:
     """Check that a number of prompts can be split into equal batches.
 
     Raises:
-        ConfigError: If it cannot.
+        ConfigError: If `num_prompts` is not a multiple of `num_batches`.
     """
     is_multiple = num_prompts >= num_batches and num_prompts % num_batches == 0
     require(is_multiple, f"`{name}` must be a multiple of {num_batches} (the number of batches), got {num_prompts}.")

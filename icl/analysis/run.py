@@ -98,7 +98,7 @@ def over_checkpoints(
     Args:
         name: Name of the analysis. Its entries are cached in `results/<name>/` of the run.
         path: A run's folder, its folder of checkpoints, or one checkpoint file (for which nothing is cached).
-        settings: A dataclass of plain values. With other settings every step is measured again.
+        settings: A dataclass of plain values. If they change, every step is measured again.
         measure: Function that measures a population.
         version: Version of the method. Entries of another version are measured again.
         uses_predecessor: Whether a measurement also uses the checkpoint before it.

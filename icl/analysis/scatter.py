@@ -6,9 +6,10 @@ as
 
     y_i = f(u_i) + e_i,   f ~ a Matern(5/2, l),   cov(e_i, e_j) = (known_i + white) [i = j] + wander exp(-|i - j| / tau).
 
-The trend f is smooth (Rasmussen and Williams 2006, section 4.2.1). The scatter e has an independent part and an autoregression of
-order one over the saved steps. The five parameters maximise the posterior density (equation 5.8 there, with its gradient 5.9).
-ln l has a normal prior with mean 0 and deviation 1, and ln tau one with mean ln 3 and deviation 2. Both priors are weak.
+The trend f is smooth (Rasmussen and Williams 2006, section 4.2.1). The scatter e has an independent part (`white`) and a correlated
+part (`wander`), an autoregression of order one over the saved steps. We choose the five parameters that maximise the posterior
+density (equation 5.8 there, with its gradient 5.9). The prior of ln l is normal with mean 0 and deviation 1. The prior of ln tau is
+normal with mean ln 3 and deviation 2. Both priors are weak.
 
 Trend and wander are distinguished by their roughness only: a trend that bends within a few saved steps counts as wander.
 """
@@ -82,6 +83,7 @@ def estimate_scatter(
         s = distance / length
         decay = amplitude * np.exp(-s)
         trend, correlated = decay * (1 + s + s**2 / 3), wander * np.exp(-lag / tau)
+        # Derivatives of the covariance in the logarithms of the five parameters.
         slopes = (trend, decay * (1 + s) * s**2 / 3, white * identity, correlated, correlated * lag / tau)
         factor = cho_factor(trend + correlated + np.diag(white + known), lower=True, check_finite=False)
         solved = cho_solve(factor, scaled, check_finite=False)

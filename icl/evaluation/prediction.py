@@ -167,7 +167,9 @@ def _from_csv(text: str, path: Path) -> PromptFile:
         xs = [[float(cell) for cell in row[:size]] for row in rows[1:]]
         ys = [float(row[size]) if row[size].strip() else None for row in rows[1:]]
     except ValueError:
-        raise PromptError(f"Every row of {path} must have {size} numbers, then a number or nothing for y.") from None
+        raise PromptError(
+            f"Every row of {path} must have {size} numbers, followed by a number or nothing for y."
+        ) from None
     context = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
     return PromptFile(
         _file_tensor([x for x, _ in context], "x_context").reshape(-1, size),

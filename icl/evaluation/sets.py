@@ -36,7 +36,7 @@ Predict: TypeAlias = Callable[[Params, Tensor, Tensor], Tensor]
 """Function of stacked parameters, xs and ys that returns predictions (N, B, K), such as `partial(stacked.apply, model)`."""
 
 VERSION = 1
-"""Version of the numbers' definitions. Saved numbers of an older version are computed again."""
+"""Version of the definitions of the numbers. Saved numbers of an older version are computed again."""
 COLUMNS = ("distribution", "quantity", "position", "value", "stderr")
 _PROMPTS_ON_CPU = 256  # prompts of one member whose activations fit a CPU's caches
 _PROMPTS_ON_GPU = 2**14  # prompts of all members together
@@ -76,7 +76,7 @@ def evaluation_set(
 
 
 def predict_prompts(predict: Predict, params: Params, prompts: Prompts) -> Float[Tensor, "N B K"]:
-    """Predict in batches, for prompts (B, K, D) that members share or for each member's own (N, B, K, D).
+    """Predict in batches, for prompts (B, K, D) that all members share, or (N, B, K, D) with different ones for each member.
 
     On a CPU a batch has one member and runs on one core, because the activations of all members would overflow its caches.
     So a member's numbers do not depend on the other members or on the number of cores.

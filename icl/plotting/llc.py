@@ -90,8 +90,8 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
 
     Args:
         table: The table of `icl.sampling.calibration`.
-        traces: Estimates by their number in the column `corner`, the chosen settings first, then failed ones. If empty, the
-            figure has no panels of traces.
+        traces: Estimates by their number in the column `corner`: first the chosen settings, then failed ones. If there are no
+            traces, the figure has no panels for them.
         title: Title of the figure.
     """
     figure, axes = new_figure(3, num_rows=2 if traces else 1, width=4.8, height=3.6, title=title)

@@ -108,7 +108,7 @@ def draw_band(
         x: Horizontal position of each value.
         values: Values of the line.
         stderr: Standard error of each value.
-        floor: Lower limit of the band. Set it on a logarithmic axis, where a band that reaches zero would fill the panel.
+        floor: Lower limit of the band. Set it for a logarithmic axis, because a band that reaches zero would fill the panel.
         alpha: Opacity of the band.
         style: Options of the line; `color` is needed, and used for the band too.
     """

@@ -110,7 +110,7 @@ def has_data(artist: Artist | Container | None) -> bool:
 
 
 def _correct_scales(axes: Axes) -> None:
-    """Replace a logarithmic scale by a linear one where no number is positive, which matplotlib cannot draw."""
+    """Replace a logarithmic scale by a linear one if no number is positive, because matplotlib cannot draw it."""
     if axes.get_yscale() == "log" and axes.has_data() and not np.isfinite(axes.dataLim.minposy):
         axes.set_yscale("linear")
     if axes.get_xscale() == "log" and axes.has_data() and not np.isfinite(axes.dataLim.minposx):
@@ -159,7 +159,7 @@ def _correct_legend(axes: Axes) -> bool:
 
 
 def _move_legend(axes: Axes, legend: Legend, handles: dict[str, Artist], curves: list[np.ndarray]) -> None:
-    """Redraw a legend where it covers least, or below the axes if it covers too much everywhere."""
+    """Redraw a legend where it covers the least of the curves, or below the axes if it covers too much everywhere."""
     frame, size = axes.get_window_extent(), legend.get_window_extent()
     options: dict[str, Any] = {
         "handles": list(handles.values()),
@@ -264,7 +264,7 @@ def _ticks(axis: Axis, is_minor: bool) -> list[Any]:
 
 
 def _fix_ticks(axis: Axis, is_minor: bool, removed: set[float]) -> None:
-    """Fix the ticks of an axis where they are, without labels at the removed locations."""
+    """Fix the ticks of an axis at their present locations, without labels at the removed locations."""
     labels = {float(tick.get_loc()): tick.label1.get_text() for tick in _ticks(axis, is_minor)}
     formatter = FixedFormatter(["" if location in removed else label for location, label in labels.items()])
     formatter.set_offset_string((axis.get_minor_formatter() if is_minor else axis.get_major_formatter()).get_offset())

@@ -14,7 +14,7 @@ from icl.report.facts import RunFacts
 from icl.report.tables import Cell, count_verdicts, with_error
 
 STALE_SECONDS = 600.0
-"""Age of the last status after which a run that is marked as running may have been killed."""
+"""Age of the last status, in seconds, after which a run that is marked as running may have been killed."""
 PREDICTORS = {"model": "transformer", "ridge": "ridge", "dmmse": "dMMSE", "ols": "OLS", "zero": "zero"}
 """The columns of `losses.csv`, and their names for readers."""
 LOSS_SETS = {"pretrain": "training tasks", "true": "new tasks"}

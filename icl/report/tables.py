@@ -17,11 +17,12 @@ from icl.plotting.rows import spread_indices
 
 VERDICTS = ("ok", "suspect", "invalid")
 MAX_SUMMARY = 24
-"""Number of rows in the summary of a long table."""
+"""Number of rows in the summary of a table with more than `MAX_SHORT` rows."""
 MAX_SHORT = 40
 """Largest number of rows of a short table. The summary of a short table has all its rows."""
 MAX_WHOLE = 200
-"""Largest number of rows that are shown of a table. If it has more, these are the first half and the last half of the limit."""
+"""Largest number of rows of a table that is shown whole. Of a longer table, only the first and the last `MAX_WHOLE` / 2 rows are
+shown."""
 MAX_CELL = 400
 """Largest number of characters in a cell."""
 MISSING = "–"
@@ -277,7 +278,7 @@ def _as_integer(value: Any) -> Any:
 
 
 def _some_of_each(kinds: list[tuple[str, ...]], wanted: int) -> list[tuple[str, ...]]:
-    """Return `wanted` of the kinds in their order, with equal shares for the groups with the same first word."""
+    """Return `wanted` of the kinds in their order, with about equally many from every group with the same first word."""
     groups: dict[str, list[int]] = {}
     for index, kind in enumerate(kinds):
         groups.setdefault(kind[0] if kind else "", []).append(index)

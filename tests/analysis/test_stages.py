@@ -295,7 +295,7 @@ def test_a_constant_or_a_file_are_answered_in_a_sentence(tmp_path, capsys):
     flat = signal("loss", np.arange(20), np.full(20, 2.0))
     write_tables(folder, [flat])
     assert main(["analyse", str(folder.path), "--what", "stages"]) == 0
-    assert "No boundaries, so no stages, were found." in capsys.readouterr().out
+    assert "No boundaries were found, so there are no stages." in capsys.readouterr().out
     assert read_stages(folder) == []
     file = tmp_path / "step-000000001.safetensors"
     file.write_bytes(b"x")

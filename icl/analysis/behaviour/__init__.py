@@ -21,7 +21,7 @@ Some rows describe the whole run (`icl.analysis.behaviour.turning_points`). They
 `upper` are the saved steps around the value:
 
 - `prior_zero_minimum_step`, `prior_task_mean_minimum_step`: the step at which the prior-task score on `pretrain` is lowest.
-- `crossing_step`: the step at which delta_difference changes sign (finite M only). `finding` says towards which predictor.
+- `crossing_step`: the step at which delta_difference changes sign (finite M only). `finding` names the predictor that is closest afterwards.
 - `critical_step`, `rise`, `dip`: the transience of ridge (Carroll et al. 2025). The dip says how close the loss came to ridge's.
   For runs that differ in M, their `critical_step` is t_crit(M).
 """
@@ -171,7 +171,7 @@ def prompt_numbers(prompt_set: EvaluationSet, predictions: Float[Tensor, "B K"])
 
 
 def spread(steps: Sequence[int], count: int) -> list[int]:
-    """Return the indices of up to `count` steps that are evenly spaced in log(t + 1), the first and last included."""
+    """Return the indices of up to `count` steps that are evenly spaced in log(t + 1), including the first and the last."""
     logs = np.log1p(np.array(steps, dtype=float))
     targets = np.linspace(logs[0], logs[-1], count) if count > 1 else logs[-1:]
     return sorted({int(np.abs(logs - target).argmin()) for target in targets})

@@ -23,7 +23,7 @@ from icl.metrics import Estimate
 from icl.tasks.prompts import Prompts
 
 Predict = Callable[[Prompts], Tensor]
-"""Map prompts of k examples (B, k, D) to predictions (B, k), or to those of many members (N, B, k)."""
+"""Function from prompts of k examples (B, k, D) to predictions (B, k), or (N, B, k) for many members."""
 
 
 class Similarity(NamedTuple):

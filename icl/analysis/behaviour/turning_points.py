@@ -3,10 +3,11 @@
 A curve is a mean over prompts at every saved step. All steps see the same B prompts, so we compare steps by the differences
 of each prompt's numbers; their standard error is far below that of either mean. The functions therefore take the numbers of
 single prompts (S, B). A turning point lies between saved steps: `lower` and `upper` are the saved steps that enclose every step
-that is not significantly different.
+that is not significantly different from it.
 
 - Minimum: the saved step with the lowest mean. A step is significantly higher if it exceeds the minimum by more than
-  `MINIMUM_ERRORS` standard errors. A minimum at the first or last saved step is `suspect`, because there may be none.
+  `MINIMUM_ERRORS` standard errors. A minimum at the first or last saved step is `suspect`, because the curve may have
+  no turning point.
 - Crossing: two consecutive clear saved steps on opposite sides of zero. A step is clear if its mean differs from zero by more
   than `SIGN_ERRORS` standard errors. Between them the curve is taken as a line in log(t + 1). The standard error of the step
   is to first order. A crossing is `suspect` if only one saved step is on one of its sides.
@@ -18,8 +19,8 @@ that is not significantly different.
   `data/verdict-rates.csv` gives the share of flat curves that are called transient, for several correlations. A rise that has
   disappeared by the end of the run does not count.
 - A rise is a transience of ridge only if the model came close to ridge. The dip is (zero's loss - loss) / (zero's loss - ridge's
-  loss) at t_crit. From `TRANSIENT_DIP` on the finding is `transient ridge`; for a smaller but significant dip it is `partial dip`;
-  otherwise it is `rise without a dip`. The paper shows these kinds (at D = 8, for M = 16 to 128, M = 6 and M = 8), but states no
+  loss) at t_crit. If it is at least `TRANSIENT_DIP`, the finding is `transient ridge`. If it is smaller but significant, the finding is
+  `partial dip`; otherwise it is `rise without a dip`. The paper shows these kinds (at D = 8, for M = 16 to 128, M = 6 and M = 8), but states no
   rule. The limits are ours.
 
 A saved step with a value that is not finite is left out.
@@ -152,6 +153,7 @@ def transience(
     dip = metrics.ratio_of_means(zero - losses[best], zero - ridge)
     over_prompts = _means((losses[-1] - losses[best]).unsqueeze(0))
     scatter = _tail_scatter(steps, losses.mean(1), best)
+    # Variance of the difference of two points with this scatter. The correlated parts cancel if the points are close.
     between = 2 * (scatter.white**2 + scatter.wander**2 * (1 - scatter.phi ** (len(steps) - 1 - best)))
     rise = Estimate(over_prompts.value[0], (over_prompts.stderr[0].square() + between).sqrt())
     finding = "none"

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 NEIGHBOURS = 6
-"""The kernel width is at least half the distance to the checkpoint with this rank, from the nearest."""
+"""The kernel width is at least half the distance to the n-th nearest checkpoint, with n = `NEIGHBOURS`."""
 MIN_POINTS = 8
 """Least number of checkpoints for smoothing."""
 _VERTEX_ERRORS = 4.0

@@ -13,8 +13,8 @@ from the run's own steps d_i, the differences between consecutive states:
 - `walk_shares`: the expected G of a walk whose steps have the lengths |d_i| and independent directions. This is Brownian motion
   at the times tau_i = sum_{j<=i} |d_j|^2. With equal `durations` it is the closed form above. With the numbers of updates as
   durations it is Brownian motion of constant rate, observed at the saved steps. Runs keep their starting points.
-- `flipped_walks`: the steps d_i with random signs. This is a walk in the run's own directions, of which there may be few. Its mean G
-  is that of `walk_shares`; its spread shows which shares can occur by chance.
+- `flipped_walks`: the steps d_i with random signs. This is a walk in the run's own directions, which may be few. Its mean G is that of
+  `walk_shares`. Its spread shows which shares can occur by chance.
 
 For comparison: the first shares that Hoogland et al. 2024 give for L2H4 are 0.65, 0.08 and 0.05. Brownian motion observed at 190
 checkpoints on a log and a linear grid of 500,000 steps has 0.68, 0.14 and 0.05; on a linear grid it has 0.61, 0.15 and 0.07.
@@ -157,6 +157,7 @@ def _signed(
 
 def _steps(gram: Float[np.ndarray, "S S"], begins: Bool[np.ndarray, " S"]) -> Float[np.ndarray, "S S"]:
     """Return the inner products of the first states of runs and of the steps after them."""
+    # Subtract the previous row and then the previous column, except at the first state of each run.
     is_step = (~begins).astype(float)
     by_row = gram - is_step[:, None] * np.roll(gram, 1, axis=0)
     return by_row - is_step * np.roll(by_row, 1, axis=1)

@@ -14,8 +14,8 @@ A state is one of these, flattened:
   exist for runs trained with `checkpoints.moments`, and cannot be computed from weights later.
 
 Rows are read in blocks of features. Inner products are sums over these blocks. Each block is centred before it is multiplied,
-so no precision is lost by cancellation. The whole matrix is never in memory: for 10,000 checkpoints of 163,840 features it would
-take 6.6 GB. Only a few copies of the inner products are in memory (0.8 GB each).
+so no precision is lost by cancellation. If there are more features than checkpoints, the whole matrix is never in memory. For 10,000
+checkpoints of 163,840 features it would take 6.6 GB. Only a few copies of the inner products are in memory (0.8 GB each).
 """
 
 from collections.abc import Iterator, Sequence

@@ -9,8 +9,8 @@ For each kind there is a PCA of the gradients at all saved steps. scikit-learn c
 entry.
 
 All steps see the same prompts (streams `gradients/...` of `seeds.evaluation`), so differences between steps have small
-errors. The loss is per target, averaged over positions. Standard errors are over prompts. PC scores have none. An
-`explained_share` is `suspect` if estimation noise could be more than half of the variance.
+errors. The loss is per target, averaged over positions. Standard errors are over prompts. PC scores have no standard
+errors. An `explained_share` is `suspect` if estimation noise could be more than half of the variance.
 """
 
 import math
@@ -62,7 +62,9 @@ class Settings(PromptSettings):
     num_task_prompts: int = field(
         default=128, metadata={"help": f"prompts for each of the compared tasks, in {TASK_BATCHES} batches"}
     )
-    num_data_prompts: int = field(default=2048, metadata={"help": "number of prompts for the gradients in the data"})
+    num_data_prompts: int = field(
+        default=2048, metadata={"help": "number of prompts for the gradients in the data distribution"}
+    )
 
     def __post_init__(self) -> None:
         require_count("num_batches", self.num_batches, 3)

@@ -4,7 +4,7 @@ A prompt is x = x_mean + x_scale z, w = w_mean + w_scale t, e = noise_mean + noi
 n (K) are standard normal, and t (D) is the task, the same for the whole prompt. Each parameter is one number for all
 coordinates; `noise_scale` is a standard deviation. Training uses means 0, scales 1 and noise_scale sigma. With finitely many
 tasks, t is one of the pool, so w_mean and w_scale shift and stretch the whole pool. L(phi) = E loss is the mean over the K
-positions of (f(x, y) - y)^2 for a fixed predictor f. For f = 0, with m and s for means and scales, it is
+positions of (f(x, y) - y)^2 for a fixed predictor f. For f = 0, with means m and scales s, the expected loss is
 
     L = D (m_x^2 + s_x^2)(m_w^2 + s_w^2) + D (D - 1) m_x^2 m_w^2 + 2 D m_x m_w m_e + m_e^2 + s_e^2 .
 
@@ -31,7 +31,7 @@ from icl import metrics
 PARAMETERS = ("x_mean", "x_scale", "w_mean", "w_scale", "noise_mean", "noise_scale")
 
 Predict: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Map xs (N, B, K, D) and ys (N, B, K) to the predictions (N, B, K) of N members."""
+"""Function from xs (N, B, K, D) and ys (N, B, K) to the predictions (N, B, K) of N members."""
 
 
 class Draws(NamedTuple):

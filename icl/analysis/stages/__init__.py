@@ -158,7 +158,7 @@ def divide(
 def _change(curve: Curve, start: tuple[float, float], end: tuple[float, float]) -> Change:
     """Return the change of a curve between two times, each with an error; NaN if the curve does not cover them."""
     times = curve.times
-    slack = 0.1 * (end[0] - start[0])
+    slack = 0.1 * (end[0] - start[0])  # a tenth of the interval may lie outside the curve
     if start[0] < times[0] - slack or end[0] > times[-1] + slack:
         return Change(math.nan, math.nan)
     rng = np.random.default_rng(0)
@@ -184,7 +184,7 @@ def _type(changes: Mapping[str, Change], is_mirrored: bool) -> tuple[str, tuple[
         return "?", ("no type: the loss does not fall by two standard errors",)
     if llc.sign == 0:
         return "?", ("no type: the LLC changes by less than two standard errors",)
-    reason = "the LLC mirrors the loss (E[L] hardly moves), so the type adds nothing to the loss"
+    reason = "the LLC mirrors the loss (E[L] hardly moves), so the type says nothing that the loss does not say"
     return ("A" if llc.sign > 0 else "B"), ((reason,) if is_mirrored else ())
 
 
@@ -238,7 +238,9 @@ def _stage_rows(number: int, stage: Stage) -> list[TableRow]:
 def _boundary_lines(boundaries: Sequence[RunBoundary]) -> list[str]:
     num_usable = sum(boundary.verdict != "invalid" for boundary in boundaries)
     plural = "boundary" if num_usable == 1 else "boundaries"
-    lines = [f"{num_usable} {plural} between stages." if num_usable else "No boundaries, so no stages, were found."]
+    lines = [
+        f"{num_usable} {plural} between stages." if num_usable else "No boundaries were found, so there are no stages."
+    ]
     for boundary in boundaries:
         error = _error_text(math.exp(boundary.time) * boundary.stderr)
         names = " and ".join(candidate.signal.name for candidate in boundary.candidates)

@@ -1,6 +1,6 @@
 """Agreement between signals: which candidates are one boundary, where it lies, and its verdict.
 
-Candidates of several signals form one boundary if they are close to the strongest in u = ln(step + 1). Close means within
+Candidates of several signals form one boundary if they are close to the strongest candidate in u = ln(step + 1). Close means within
 `tolerance`, or within two standard errors of the difference but at most twice `tolerance`. The time of the boundary is the mean
 of the candidates, weighted by inverse variance, with one candidate for each group of dependent signals. If the candidates scatter
 more than their errors allow, the error is multiplied by the Birge ratio (Birge 1932).

@@ -5,8 +5,8 @@ plateau near zero. They published no rule. (An early version mentions an 'automa
 works for any signal. It uses the curve f from `icl.analysis.stages.smoothing`, and the mean slopes of f over intervals of log
 time with their errors:
 
-- A *turn*: f moves in one direction over an interval, and in the other over a later interval, both by `SIGNIFICANCE` standard
-  errors. The boundary lies at the extremum of f between them.
+- A *turn*: f moves in one direction over an interval, and in the opposite direction over a later interval, both by `SIGNIFICANCE`
+  standard errors. The boundary lies at the extremum of f between them.
 - A *plateau*: f moves in the same direction over two intervals. Over an interval between them, the size of its slope is below
   1 / `STEEPNESS` of both slopes. Both differences must exceed `SIGNIFICANCE` standard errors. The boundary lies between the
   middles of the two intervals, where two cubics that join with equal value and slope fit the observations best.
@@ -19,8 +19,8 @@ estimates. A curve that moves only once has no boundary, even if its speed varie
 a bend from one slope into a steeper one.
 
 The error of a turn includes the spread of the extremum over sampled curves, and its shift with shorter and longer kernels. The
-error of a plateau comes from its likelihood profile. Both include the spacing of the checkpoints, because the exact time between
-two of them is unknown.
+error of a plateau comes from its likelihood profile. Both include the spacing of the checkpoints, because a boundary can lie
+anywhere between two checkpoints.
 """
 
 import math
@@ -49,7 +49,7 @@ _MAX_PAUSE = 16
 _NUM_TIMES = 200
 """Number of times at which the likelihood profile of a plateau is computed."""
 _LEAST_POINTS = 8
-"""Least number of observations for such a profile."""
+"""Least number of observations for a likelihood profile."""
 _NUM_SAMPLES = 200
 """Number of curves sampled for the error of an extremum."""
 
@@ -103,7 +103,7 @@ def find_boundaries(fit: SmoothedSignal, *, least_change: float) -> list[Boundar
 
     Args:
         fit: The smoothed signal.
-        least_change: Least move between two boundaries, as a share of the curve's range.
+        least_change: Least change of the signal between two boundaries, as a share of the curve's range.
     """
     grid, knots = fit.curve.times, _knots(fit)
     rough = _knot_boundaries(fit.curve, knots, least_change)
@@ -169,6 +169,7 @@ def _strength(curve: Curve, kind: Kind, stretches: Sequence[tuple[int, int]]) ->
     else:
         pause = STEEPNESS * weights[2]
         contrasts = [sign * motion + slow for motion in weights[:2] for slow in (pause, -pause)]
+    # Contrasts are linear in the curve's values, so their variances follow from its covariance.
     return min(float(row @ curve.values / np.sqrt(max(row @ curve.covariance @ row, 1e-300))) for row in contrasts)
 
 

@@ -34,7 +34,7 @@ from icl.runs.measure import Measurement, entry_rows
 
 MIN_POINTS = 8
 MIRROR = 0.2
-"""An LLC mirrors the loss if E[L] moves by less than this share of the move of L(w0)."""
+"""An LLC mirrors the loss if E[L] varies by less than this share of the variation of L(w0)."""
 VERSION = 1
 VERDICTS = ("ok", "suspect", "invalid")
 _QUANTITIES = {"loss": "loss", "icl_score": "icl_score", "prior_zero": "prior_task_score"}
@@ -196,7 +196,7 @@ def _llc(folder: RunFolder, settings: str | None, worst: Verdict) -> Signal | st
         )
     is_good = table["verdict"].isin(VERDICTS[: VERDICTS.index(worst) + 1])
     usable = chosen & is_good & np.isfinite(table["llc"].astype(float))
-    kind = next(iter(kinds[usable].value_counts().index), "")
+    kind = next(iter(kinds[usable].value_counts().index), "")  # the settings with the most usable estimates
     rows = table[usable & (kinds == kind)].rename(columns={"llc": "value"})
     num_chosen = int((chosen & (kinds == kind)).sum())
     num_suspect = int((rows["verdict"] == "suspect").sum())

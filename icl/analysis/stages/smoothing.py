@@ -116,7 +116,7 @@ def fit(
     known = np.maximum(stderr / unit, _LEAST_NOISE) ** 2
     amplitude, length, scatter = _most_probable(times, scaled, known, shortest, longest)
     variances = np.maximum(known, scatter)
-    for _ in range(2):
+    for _ in range(2):  # the residuals depend on the assumed scatter, so it is estimated twice
         variances = np.maximum(known, _local_scatter(times, scaled, variances, _kernel(amplitude, length)))
     grid = np.union1d(times, np.linspace(times[0], times[-1], NUM_GRID))
     curves = []
@@ -166,7 +166,7 @@ def _most_probable(
         # The density can have two maxima: much scatter and a smooth curve, or little scatter and a curve that follows the
         # points. We start once near each.
         starts = [np.array([start[0], length, scatter]) for scatter in np.log([0.1, 1e-3])]
-        options = {"ftol": 1e-6}  # the objective is in the hundreds; more digits mean nothing
+        options = {"ftol": 1e-6}  # the objective is in the hundreds, so more digits are not significant
         minima = [
             minimize(posterior, point, jac=True, bounds=bounds, method="L-BFGS-B", options=options) for point in starts
         ]
