@@ -1,1 +1,1 @@
-"""How tensors are computed: one optimiser step, compiling, threads, memory, linear algebra."""
+"""Computation with tensors: one optimiser step, compiling, threads, memory, linear algebra."""

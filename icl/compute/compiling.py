@@ -26,7 +26,7 @@ _COMPILING_PAYS = 1e13
 def compiling_pays(*, num_params: int, num_tokens: int, num_steps: int) -> bool:
     """Return whether training or sampling is long enough to compile it.
 
-    The answer depends only on the settings, so a resumed run does as before.
+    The answer depends only on the settings, so a resumed run makes the same choice.
 
     Args:
         num_params: Parameters of one member, not of all, so that a member in a population gets the same answer as alone.

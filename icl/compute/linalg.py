@@ -13,8 +13,8 @@ come from Q and the projections Q A_j Q' (m, m), which cost no further products:
   Krylov space as its sketch (Meyer, Musco, Musco, Woodruff 2021, "Hutch++: optimal stochastic trace estimation",
   algorithm 1; Chen and Hallman 2023, "Krylov-aware stochastic trace estimation"). It is unbiased. Only the part outside Q is
   random, and that part is small.
-- Density: Ritz values as nodes; the squared first components of their vectors as weights. This is stochastic Lanczos
-  quadrature from one start (Ubaru, Chen, Saad 2017, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature"). The
+- Density: the Ritz values are nodes, and the squared first components of their vectors are weights. This is stochastic
+  Lanczos quadrature from one start (Ubaru, Chen, Saad 2017, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature"). The
   estimated share of the P eigenvalues in an interval has a standard error of about sqrt(2 share (1 - share) / P).
 
 All tensors have a leading axis N for the members of a population, each with its own matrix.

@@ -1,4 +1,4 @@
-"""Typed settings of a run: the tree, its checks, and how people write values."""
+"""Typed settings of a run: their tree, their validation, and the reading of values as people write them."""
 
 from icl.config.sections import (
     CheckpointsConfig,

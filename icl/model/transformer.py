@@ -188,7 +188,7 @@ def initialise(model: Transformer, config: ModelConfig, generator: torch.Generat
     """Draw every parameter in place, in the order of `named_parameters`, from `generator` alone.
 
     `pytorch` draws as nn.Linear does by default: uniformly between -1/sqrt(fan-in) and 1/sqrt(fan-in). Positions count as a
-    linear map from 2K one-hot inputs (Hoogland et al. 2024). `gpt2` draws weights from N(0, 0.02^2), with the deviation
+    linear map from 2K one-hot inputs (Hoogland et al. 2024). `gpt2` draws weights from N(0, 0.02^2), with the standard deviation
     divided by sqrt(2L) where a linear map writes to the residual stream; its biases are zero (Radford et al. 2019).
     """
     residual_scale = 1 / math.sqrt(2 * config.num_layers)

@@ -167,7 +167,7 @@ class LocalStore:
         return path
 
     def _holds(self, path: Path) -> bool:
-        """Return whether a path below the root is anything but a link that leads out of it."""
+        """Return False for a link that leads out of the root, and True for any other path below the root."""
         return not path.is_symlink() or self._is_inside(path)
 
     def _require_inside(self, path: Path) -> None:
