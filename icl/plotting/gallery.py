@@ -4,7 +4,7 @@ A notebook opens a gallery, reads tables from it, and saves figures to it:
 
     gallery = Gallery("llcs")                       # tables of ../data/small, figures to ../figures
     table = gallery.table("known-answers")
-    gallery.save(llc_studies.plot_known_answers(table, title="Known answers"), "known-answers", "Estimates beside the truth.")
+    gallery.save(llc_studies.plot_known_answers(table, title="Known answers"), "known-answers", "Estimates and exact values.")
 
 A line above every figure names the source of its data. Its caption adds the date, versions, hardware and commands. The same
 tables give identical files.

@@ -71,7 +71,7 @@ def differing_settings(runs: Sequence[RunFacts]) -> dict[str, list[str]]:
     """Return the settings that are not the same in all runs, with the value of each run."""
     trees = [{} if facts.config is None else flatten(facts.config.to_dict()) for facts in runs]
     keys = dict.fromkeys(key for tree in trees for key in tree if key != "run_name")
-    # `population.seeds` sets three seeds at once; show them as one setting where they are equal.
+    # `population.seeds` sets three seeds at once. If they are equal, show them as one setting.
     if all(len({tree.get(key) for key in MEMBER_SEEDS}) == 1 for tree in trees):
         keys = {"seed" if key == MEMBER_SEEDS[0] else key: None for key in keys if key not in MEMBER_SEEDS[1:]}
         trees = [{**tree, "seed": tree.get(MEMBER_SEEDS[0])} if tree else tree for tree in trees]

@@ -1,4 +1,4 @@
-"""The sections of one run's page: which facts each shows, and how it explains them."""
+"""The sections of one run's page, with their texts, figures and tables."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -1,9 +1,8 @@
 """Cusps, vertices and forms of a trajectory, and whether other smoothing widths and random walks show them too.
 
-A developmental form (Hoogland et al. 2024, section 3.2) is a time t0 and a point f of component space with this property: in every
-plane of two components, the curve has at t0 either a cusp at the projection of f, or a vertex whose osculating circle has its
-centre there. We call it a form if all planes of the first three components have a cusp or a vertex within one kernel width of
-each other. The planes give each coordinate of f twice. `mismatch` is the largest difference of such a pair, divided by the mean
+A developmental form (Hoogland et al. 2024, section 3.2) is a time t0 and a point f of component space. In every plane of two
+components, the curve has at t0 either a cusp at the projection of f, or a vertex whose osculating circle has its centre there. We
+find a form if all planes of the first three components have a cusp or a vertex within one kernel width of each other. The planes give each coordinate of f twice. `mismatch` is the largest difference of such a pair, divided by the mean
 radius of the circles (at least a twentieth of the trajectory's extent).
 
 A cusp or vertex is in doubt unless kernels of 2/3 and of 3/2 the width show it too. Its standard error is half the range of the

@@ -83,7 +83,7 @@ def from_products(products: Products, begins: Bool[np.ndarray, " S"], *, num_com
 def from_rows(
     rows: Sequence[Row], points: Float[np.ndarray, "R F"], begins: Bool[np.ndarray, " S"], *, num_components: int
 ) -> Components:
-    """Compute components from the matrix, which is read into memory, for at most as many features as checkpoints."""
+    """Compute components from the matrix in memory, for at most as many features as checkpoints."""
     matrix = np.concatenate(list(feature_blocks(rows)), axis=1)
     model = PCA(n_components=num_components, svd_solver="full").fit(matrix)
     scores = model.transform(matrix)

@@ -1,4 +1,4 @@
-"""Agreement between signals: which candidates are one boundary, where it lies, and its verdict.
+"""Agreement between signals: the candidates that form one boundary, its time, and its verdict.
 
 Candidates of several signals form one boundary if they are close to the strongest candidate in u = ln(step + 1). Close means within
 `tolerance`, or within two standard errors of the difference but at most twice `tolerance`. The time of the boundary is the mean
