@@ -62,7 +62,7 @@ def evaluation_set(
     """Make the fixed prompts called `name` (`pretrain`, `true`, or a shift), with their baselines.
 
     All sets have ridge, OLS and zero. `pretrain` and `true` of a run with finitely many tasks also have dMMSE and the mean
-    task. Without noise, ridge is its limit, OLS.
+    task. Without noise, `ridge` is OLS, which is its limit.
     """
     shift, task = SHIFTS.get(name), config.task
     has_noise = task.noise_variance > 0

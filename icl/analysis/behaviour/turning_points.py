@@ -12,8 +12,8 @@ that is not significantly different from it.
   than `SIGN_ERRORS` standard errors. Between them the curve is taken as a line in log(t + 1). The standard error of the step
   is to first order. A crossing is `suspect` if only one saved step is on one of its sides.
 - Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the minimum of the loss on fixed prompts of new tasks. The
-  run is transient if the loss at the last saved step is higher by more than `RISE_ERRORS` standard errors. If it is higher by only
-  `DOUBTFUL_RISE_ERRORS`, the finding is `unresolved`. The standard error includes the prompts and, because training fluctuates,
+  run is transient if the loss at the last saved step is higher by more than `RISE_ERRORS` standard errors. If it is higher by more
+  than `DOUBTFUL_RISE_ERRORS` only, the finding is `unresolved`. The standard error includes the prompts and, because training fluctuates,
   the scatter of the loss about a smooth curve at both ends. The scatter is correlated between saved steps
   (`icl.analysis.scatter`). We require many standard errors, because the lowest of hundreds of steps is low by chance.
   `data/verdict-rates.csv` gives the share of flat curves that are called transient, for several correlations. A rise that has
@@ -75,7 +75,7 @@ class Transience(NamedTuple):
     rise: Estimate
     """Rise from t_crit to the last saved step; the error includes the scatter."""
     dip: Estimate
-    """Share of the way from zero's loss to ridge's loss that the loss has gone at t_crit."""
+    """Position of the loss at t_crit between zero's loss (0) and ridge's loss (1)."""
     verdict: str
     reasons: tuple[str, ...]
 

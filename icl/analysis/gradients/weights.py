@@ -166,7 +166,7 @@ def _gradients(model: ModelConfig, params: Params, prompts: Prompts, num_batches
 
 
 def _jackknife(function: Callable[..., Tensor], *statistics: WithDeleted) -> Estimate:
-    """Return a function of statistics, with its delete-one jackknife standard error."""
+    """Return the value of a function of statistics, with its delete-one jackknife standard error."""
     deleted = function(*(statistic.deleted for statistic in statistics))
     variance = (len(deleted) - 1) * (deleted - deleted.mean(0)).square().mean(0)
     return Estimate(function(*(statistic.value for statistic in statistics)), variance.sqrt())
