@@ -50,7 +50,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
         with contextlib.suppress(OSError):  # fails too if the name is too long
             temporary.unlink(missing_ok=True)
         raise StorageError(
-            f"Cannot write {path}: {error.strerror}. What was saved before is intact; {_repair(error)}, "
+            f"Cannot write {path}: {error.strerror}. Earlier saves are intact; {_repair(error)}, "
             "then run the same command again."
         ) from None
 

@@ -175,9 +175,7 @@ class RunFolder:
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redact(message)}\n")
         except OSError as error:
-            raise StorageError(
-                f"Cannot write {self.log_file}: {error.strerror}. What was saved before is intact."
-            ) from None
+            raise StorageError(f"Cannot write {self.log_file}: {error.strerror}. Earlier saves are intact.") from None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -101,9 +101,7 @@ class MetricsFile:
             with self.path.open("a", encoding="utf-8", newline="") as file:
                 file.write(line)
         except OSError as error:
-            raise StorageError(
-                f"Cannot write {self.path}: {error.strerror}. What was saved before is intact."
-            ) from None
+            raise StorageError(f"Cannot write {self.path}: {error.strerror}. Earlier saves are intact.") from None
         self._num_bytes += len(line.encode())
 
     def sync(self) -> None:

@@ -244,6 +244,6 @@ def _rate(module: PopulationModule, step: int) -> float | None:
 
 def _describe_bad_step(step: int) -> str:
     return (
-        f"The loss became NaN or infinite at step {step}. What was saved before is intact; {FAILS_AGAIN}, so "
+        f"The loss became NaN or infinite at step {step}. Earlier saves are intact; {FAILS_AGAIN}, so "
         "try a lower `optim.lr`, `optim.grad_clip 1`, or precision 32-true, under a new run_name."
     )

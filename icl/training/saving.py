@@ -207,7 +207,7 @@ def _replace_all(runs: Sequence[RunFolder], contents: Iterable[dict[str, Any]]) 
             sync_folder(run.path)
     except OSError as error:
         raise StorageError(
-            f"Cannot write {error.filename or runs[0].resume_file}: {error.strerror or error}. What was saved before is "
+            f"Cannot write {error.filename or runs[0].resume_file}: {error.strerror or error}. Earlier saves are "
             "intact; free space, then run the same command again."
         ) from None
     finally:

@@ -282,7 +282,7 @@ def test_a_full_disk_is_one_sentence_a_failed_run_and_no_temporary_file(
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("icl: Cannot write")
     assert "No space left on device" in said
-    assert "What was saved before is intact" in said
+    assert "Earlier saves are intact" in said
     assert state(folder) == (
         None if suffix in ("config.yaml", "run.log") else "failed"
     )  # None: before there is a status
@@ -346,7 +346,7 @@ def test_a_disk_that_is_really_full(monkeypatch, small_disk, whole, capsys, no_f
         at_step(patched, 20, fill)
         assert main(COMMAND) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "No space left on device. What was saved before is intact" in said
+    assert "No space left on device. Earlier saves are intact" in said
     assert state(folder) == "failed"
     assert not list(folder.path.rglob(".tmp-*"))
     ballast.unlink()

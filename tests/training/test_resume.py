@@ -145,7 +145,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(root, undisturbed):
     full = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert full.returncode == 1
     assert "Traceback" not in full.stderr
-    assert "What was saved before is intact" in full.stderr.strip().splitlines()[-1]
+    assert "Earlier saves are intact" in full.stderr.strip().splitlines()[-1]
     assert folder.resume_file.read_bytes() == saved
     finish(root)
     assert_same(folder, undisturbed)
