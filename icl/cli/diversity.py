@@ -52,8 +52,8 @@ checkpoints/experiment_metadata.json shows the progress.
 If the terminal is lost, the experiment continues and writes to checkpoints/experiment.log. With --background it writes to
 this log from the start and does not need the terminal. `nohup icl diversity ... &` does the same with nohup's log.
 
-Options that you leave out have the values of the first example. Warm-up and intervals scale with --num_steps. You can
-also give every setting of `icl train` (`icl train --help` lists them). If you choose a preset, here or in a file, its
+Options that you leave out have the values of the first example. Warm-up and intervals scale with --num_steps. All
+settings of `icl train` are allowed too (`icl train --help` lists them). If you choose a preset, here or in a file, its
 settings replace those of the example (the default is `icr`)."""
 _EXAMPLES = f"""\
 icl diversity --max_power 20 --num_steps {_DEFAULT_STEPS} --batch_size 2048 --learning_rate 1e-3 --warmup_steps 50000 \\

@@ -1,4 +1,4 @@
-"""The output of `icl llc`: lines for people, figures, files and W&B rows."""
+"""The output of `icl llc`: printed lines, figures, files and W&B rows."""
 
 import json
 import math
@@ -103,7 +103,7 @@ def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
 
 
 def compare_rescaled(table: "pd.DataFrame", control: "pd.DataFrame") -> list[str]:
-    """Compare estimates with those of rescaled weights: a line for each step, and a conclusion."""
+    """Compare estimates with those for rescaled weights. Return a line for each step, and a conclusion."""
     both = table.merge(control, on=["step", "checkpoint_hash"], suffixes=("", "_control"))
     lines, num_different, num_unknown = [], 0, 0
     for row in both.to_dict("records"):
@@ -138,7 +138,7 @@ def write_rows(out: Path, table: "pd.DataFrame") -> Path:
 
 
 def log_rows(wandb_run: Any, table: "pd.DataFrame") -> None:
-    """Log a row to W&B for each step after the last one that it has."""
+    """Log a row to W&B for each step after the last step that W&B has."""
     from icl.training.wandb.log import sent_step
 
     sent = sent_step(wandb_run)

@@ -1,4 +1,4 @@
-"""The settings of an `icl llc` command, from all their sources."""
+"""The settings of an `icl llc` command, from the run, files, a sweep and the command line."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def read_job(
     swept: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> Job:
-    """Return the run and its sampler's settings, from all their sources."""
+    """Return the run and the settings of its sampler, which come from the run, files, the sweep and the command line."""
     from_files = [read_config_file(file) for file in options.get("config", ())]
     published = _published() if "published" in flags else {}
     refuse_conflicts(swept, given)

@@ -66,7 +66,7 @@ class Member:
         return self.state == "running"
 
     def records(self, step: int) -> bool:
-        """Return whether results at this step are saved: yes until it ends, and at the step at which it stops early."""
+        """Return whether results at this step are saved. They are until the member ends, and at the step of an early stop."""
         return self.is_running or (self.state == "stopped_early" and self.end_step == step)
 
     def is_last(self, step: int) -> bool:
