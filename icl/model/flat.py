@@ -33,6 +33,8 @@ class Slot(NamedTuple):
     """Number of columns."""
     elements: Tensor | None
     """Indices of the moving elements in the flattened parameter, or None if all move."""
+    dtype: torch.dtype | None = None
+    """Type of the parameter if the member's parameters are of several types; rows then have the widest of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,8 @@ class Layout:
     @cached_property
     def _key(self) -> tuple[Any, ...]:
         elements = (None if slot.elements is None else slot.elements.numpy().tobytes() for slot in self.slots)
-        return self.width, *((slot.name, slot.shape, moving) for slot, moving in zip(self.slots, elements, strict=True))
+        slots = zip(self.slots, elements, strict=True)
+        return self.width, *((slot.name, slot.shape, slot.dtype, moving) for slot, moving in slots)
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Layout) and self._key == other._key)
@@ -83,6 +86,8 @@ class Layout:
         # Compiled graphs trace this method. They cannot trace `cached_property`, which holds a lock up to Python 3.11.
         parts = rows.split([*(slot.size for slot in self.slots), self.width - self.size], dim=-1)
         for slot, part in zip(self.slots, parts, strict=False):  # the last part is padding
+            if slot.dtype is not None:
+                part = part.to(slot.dtype)
             if slot.elements is not None:
                 whole = params[slot.name].reshape(*part.shape[:-1], -1)
                 # Out of place, because torch.func.grad forbids writing to a tensor that the function did not make.
@@ -108,13 +113,15 @@ def make_layout(
         alignment: The row width is a multiple of this.
     """
     slots = []
+    is_mixed = len({tensor.dtype for tensor in member.values()}) > 1
     for name, tensor in member.items():
         mask = None if masks is None else masks.get(name, torch.zeros(()))
         if mask is not None and not mask.any():
             continue
         elements = None if mask is None or mask.all() else mask.flatten().nonzero().squeeze(1)
         size = tensor.numel() if elements is None else len(elements)
-        slots.append(Slot(name, tensor.shape, size, None if elements is None else elements.cpu()))
+        elements = None if elements is None else elements.cpu()
+        slots.append(Slot(name, tensor.shape, size, elements, tensor.dtype if is_mixed else None))
     size = sum(slot.size for slot in slots)
     return Layout(tuple(slots), size + -size % alignment)
 

@@ -91,6 +91,8 @@ def estimate(
     device = next(iter(params.values())).device
     source = ChainBatches(target.batches, common)
     batches, are_all = source.first_distinct(common.num_init_batches, device)
+    if target.gradient is None:
+        target.require_dependence(layout, {name: tensor[:1] for name, tensor in params.items()}, batches[0])
     chunk_size = _chunk_size(target, params, batches[0], layout, memory)
     variates = None
     if common.kernel == "baoab":
@@ -320,7 +322,24 @@ class _Population(NamedTuple):
                     advance(len(members) * (common.num_moves - move - 1))
                     break
                 next_check += max(1, next_check // 8)
-        return [group.recorder.traces() for group in groups]
+        return self._mark_bad_data([group.recorder.traces() for group in groups], checkpoints, chains, fixed)
+
+    def _mark_bad_data(
+        self, parts: Sequence[Traces], checkpoints: Sequence[int], chains: Sequence[int], fixed: Params
+    ) -> list[Traces]:
+        """Mark the chains that met a minibatch on which the loss or its gradient is not finite even at the checkpoint."""
+        is_bad = torch.zeros(len(chains), dtype=torch.bool)
+        first_bad = torch.cat([traces.first_not_finite for traces in parts])
+        for member in first_bad.isfinite().nonzero().flatten().tolist():
+            rows = self.checkpoints[checkpoints[member]][None]
+            own = {name: tensor[member : member + 1] for name, tensor in fixed.items()}
+            # A gradient that is not finite shows in the loss one move later.
+            for move in {int(first_bad[member]), max(0, int(first_bad[member]) - 1)}:
+                batch = self.source.stacked([chains[member]], move, rows.device)
+                values = self.target.chain_gradient(self.layout, rows, own, batch)
+                is_bad[member] |= not all(bool(value.isfinite().all()) for value in values)
+        sizes = [len(traces.alive) for traces in parts]
+        return [traces._replace(bad_data=bad) for traces, bad in zip(parts, is_bad.split(sizes), strict=True)]
 
     def _groups(
         self, checkpoints: Sequence[int], chains: Sequence[int], start: Float[Tensor, "N P"], fixed: Params

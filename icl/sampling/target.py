@@ -9,7 +9,7 @@ the generators and raise an error.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -80,6 +80,27 @@ class Target:
         """The losses of stacked parameters, each on its own batch."""
         return self.own_losses or stacked_losses(self.loss, own_batches=True, vectorize=self.vectorize)
 
+    def require_dependence(self, layout: Layout, checkpoint: Params, batch: Batch) -> None:
+        """Refuse a loss that is the same for all parameters, as chains would then sample the localization alone.
+
+        Args:
+            layout: How the parameters that move lie in rows.
+            checkpoint: Stacked parameters of one member.
+            batch: Any batch.
+
+        Raises:
+            ConfigError: If the loss does not depend on the parameters that move.
+        """
+        row = layout.to_rows(checkpoint)[0].requires_grad_()
+        fixed = {name: tensor[0] for name, tensor in layout.fixed(checkpoint).items()}
+        with torch.enable_grad(), _refuse_random_loss(row.device):
+            value = _require_loss(self.loss(layout.to_params(row, fixed), batch))
+        if not value.requires_grad:
+            raise ConfigError(
+                "The loss does not depend on the parameters that may move, so there is nothing to estimate. Compute it from "
+                "`params`, not from a module's own weights, and do not detach them."
+            )
+
     def map_members(self, function: Callable[[Params], Tensor]) -> Callable[[Params], Tensor]:
         """Turn a function of one member's parameters into one of stacked parameters."""
         mapped = stacked_losses(lambda params, _: function(params), own_batches=False, vectorize=self.vectorize)
@@ -89,18 +110,20 @@ class Target:
 def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) -> tuple[Loss, Params]:
     """Return a loss and its parameters, made from a module.
 
-    Batches are pairs (inputs, targets); a tuple of inputs stands for several arguments. The loss is
-    `criterion(model(*inputs), targets)` in evaluation mode, on a copy, so the caller's model is never called.
+    A batch is a pair (inputs, targets), where a tuple of inputs stands for several arguments: the loss is
+    `criterion(model(*inputs), targets)`. Or it is a dict of arguments, as for models of Hugging Face's `transformers`: the loss is
+    `criterion(model(**batch), batch)`. We use a copy in evaluation mode, so the caller's model is never called.
     Parameters with `requires_grad=False` are not sampled; the loss keeps their present values.
 
     Example:
         ```python
         loss, params = module_loss(model, torch.nn.functional.mse_loss)
+        loss, params = module_loss(language_model, lambda output, batch: output.loss)  # batches have "input_ids", "labels"
         ```
 
     Raises:
         ConfigError: If these are not a module and a function, or the module has no parameter to sample. The loss raises it
-            if a batch is not a pair.
+            if a batch is neither a pair nor a dict.
     """
     if not isinstance(model, nn.Module) or not callable(criterion):
         raise ConfigError(
@@ -116,11 +139,13 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) ->
     private = copy.deepcopy(model).eval().requires_grad_(False)
 
     def loss(params: Params, batch: Batch) -> Tensor:
+        if isinstance(batch, Mapping):
+            return criterion(functional_call(private, params, (), dict(batch)), batch)
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             got = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
             raise ConfigError(
-                f"The loss of a module takes batches (inputs, targets), got {got}. Pass pairs: ((x1, x2), targets) for "
-                "several inputs, (inputs, None) without targets. Or write `loss(params, batch)` yourself."
+                f"The loss of a module takes batches (inputs, targets) or dicts of arguments, got {got}. Pass pairs: "
+                "((x1, x2), targets) for several inputs, (inputs, None) without targets. Or write `loss(params, batch)` yourself."
             )
         inputs, targets = batch
         inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)

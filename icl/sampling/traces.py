@@ -104,6 +104,10 @@ class Traces(NamedTuple):
     """Whether each chain stayed finite and did not diverge, up or down."""
     diverged_down: Bool[Tensor, " N"]
     """Whether each chain diverged to far lower loss than the checkpoint's."""
+    first_not_finite: Float[Tensor, " N"]
+    """The first move at which each chain's loss was not finite; infinite if it always was."""
+    bad_data: Bool[Tensor, " N"]
+    """Whether each chain met a minibatch on which even the checkpoint's own loss or gradient is not finite."""
     drop_at_mean: Drop = Drop()
     share_batches: bool = False
     """Whether two chains saw the same minibatches, although there were different ones."""
@@ -177,6 +181,8 @@ class Recorder:
             mean_position=self.mean,
             alive=(finite & (nats.abs() <= limit)).cpu(),
             diverged_down=(nats < -limit).cpu(),
+            first_not_finite=_first_move(~losses.isfinite()),
+            bad_data=torch.zeros(len(losses), dtype=torch.bool),
         )
 
 
@@ -213,6 +219,11 @@ def _members(traces: Traces, members: slice) -> Traces:
 def mean_over_components(values: Float[Tensor, "N *T"]) -> Float[Tensor, " N"]:
     """Return the loss of each member: the mean of its components if it has several."""
     return values.mean(1) if values.ndim > 1 else values
+
+
+def _first_move(is_bad: Bool[Tensor, "N moves"]) -> Float[Tensor, " N"]:
+    moves = is_bad.int().argmax(1).double()
+    return moves.where(is_bad.any(1), torch.inf).cpu()
 
 
 def _to_float64(values: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def make_variates(
     *,
     chunk_size: int,
 ) -> Variates | None:
-    """Compute the checkpoints' gradients on the pool; return None if there is no pool that pays.
+    """Compute the checkpoints' gradients on the pool; return None if no pool pays, or a gradient is not finite.
 
     Args:
         target: What is sampled.
@@ -88,4 +88,6 @@ def make_variates(
         grads = torch.cat([grads for grads, _ in parts])
         deviations.append(grads - grads.mean(0))
         losses.append(torch.cat([values for _, values in parts]))
+    if not all(bool(rows.isfinite().all()) for rows in deviations):
+        return None  # one bad minibatch would spoil gbar, and with it the chains on good minibatches
     return Variates(source, torch.stack(deviations), torch.stack(losses), pool.is_uniform)

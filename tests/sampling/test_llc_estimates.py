@@ -93,11 +93,41 @@ def test_a_checkpoint_at_which_one_minibatch_is_not_finite_is_suspect_and_the_re
 
     result = estimate(noisy, batches=spoilt, **SHORT)
     assert (result.num_chains_used, result.verdict) == (7, "suspect")
-    assert {"some chains masked", "bad minibatches"} <= broken(result)
+    assert {"some data not finite", "bad minibatches"} <= broken(result)
     assert math.isfinite(result.llc)
     hopeless = estimate(noisy, batches=lambda chain, draw: torch.full((3,), math.nan), **SHORT)
     assert hopeless.verdict == "invalid"
     assert "checkpoint not finite" in broken(hopeless)
+
+
+@pytest.mark.parametrize("kernel", ["sgld", "rmsprop", "baoab"])
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_minibatches_that_are_not_finite_blame_the_data_and_not_the_step_size(bad, kernel):
+    """Chains meet them only after the batches of the checkpoint's own loss; a root at zero has a gradient that is not finite."""
+
+    def loss(params, batch):
+        if bad == "gradient":
+            return quadratic(params, None) + torch.where(batch > 0, 0 * params["w"], 1.0).sum().sqrt()
+        return quadratic(params, None) + torch.where(batch > 0, math.nan, 0.0)
+
+    def late(chain, draw):
+        return torch.tensor(1.0 if draw == 100 + chain and chain < num_bad else -1.0)
+
+    for num_bad, verdict in ((8, "invalid"), (2, "suspect")):
+        result = estimate(loss, batches=late, kernel=kernel, num_init_batches=8, **SHORT)
+        assert (result.num_bad_data, result.verdict) == (num_bad, verdict)
+        assert result.reasons[0].startswith(f"{num_bad} of 8 chains are masked, because")
+        assert "check the data" in result.reasons[0]
+        assert not any("masked" in reason and "lower lr" in reason for reason in result.reasons)
+
+
+def test_one_bad_batch_of_a_list_does_not_spoil_the_chains_of_baoab():
+    """Its gradient would be in the control variate of every chain."""
+    batches = [0.05 * torch.randn(3, generator=torch.Generator().manual_seed(i)) for i in range(1000)]
+    batches[-1] = batches[-1] / 0
+    result = estimate(noisy, batches=batches, kernel="baoab", **{**SHORT, "num_draws": 200, "num_burnin_steps": 100})
+    assert result.num_chains_used + result.num_bad_data == 8
+    assert result.num_chains_used >= 6
 
 
 def test_standard_errors_cover():
@@ -454,6 +484,8 @@ def test_every_rule_can_be_the_only_reason_and_names_its_source():
     changes = {
         "checkpoint not finite": {"init_loss": math.nan},
         "bad minibatches": {"num_bad_batches": 2},
+        "data not finite": {"num_chains_used": 3, "num_bad_data": 5},
+        "some data not finite": {"num_chains_used": 7, "num_bad_data": 1},
         "lower loss found": {"lowest": -0.5},
         "diverged down": {"num_diverged_down": 1},
         "not significant": {"llc": 0.5, "stderr": 0.3, "pull": 5.0},

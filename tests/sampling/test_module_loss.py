@@ -81,7 +81,7 @@ def test_what_is_no_module_or_no_criterion_is_refused(arguments, as_users_run):
         (XS[:2], "got Tensor"),  # would come apart as two rows
         ((XS,), "got tuple of 1"),
         ([XS, XS, YS], "got list of 3"),
-        ({"inputs": XS, "targets": YS}, "got dict"),
+        ("text", "got str"),
     ],
 )
 def test_a_batch_that_is_no_pair_is_refused(model, batch, said, vectorize):
@@ -102,6 +102,63 @@ def test_pairs_of_several_inputs_and_without_targets_are_taken(model):
     loss, params = module_loss(Sum(), lambda outputs, targets: (outputs - YS).square().mean())
     both = run(loss, params, [((XS / 2, XS / 2), None)])
     assert both.init_loss == pytest.approx(functional.mse_loss(model(XS), YS).item())
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_a_dict_gives_the_arguments_of_the_model_by_name(model, vectorize):
+    """As models of Hugging Face's `transformers` take batches, and return their loss."""
+
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *, inputs, labels=None):
+            return {"loss": functional.mse_loss(self.model(inputs), labels)}
+
+    loss, params = module_loss(WithLoss(), lambda output, batch: output["loss"])
+    named = run(loss, params, [{"inputs": XS, "labels": YS}], vectorize=vectorize)
+    loss, params = module_loss(model, functional.mse_loss)
+    plain = run(loss, params, [(XS, YS)], vectorize=vectorize)
+    torch.testing.assert_close(named.loss_trace, plain.loss_trace)
+
+
+# Losses and parameters that cannot be sampled, or only with care
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_a_loss_that_does_not_depend_on_the_parameters_is_refused(model, vectorize):
+    params = module_loss(model, functional.mse_loss)[1]
+    bound = [
+        lambda params, batch: batch[0].square().mean(),
+        lambda params, batch: functional.mse_loss(model.requires_grad_(False)(batch[0]), batch[1]),
+        lambda params, batch: params["0.weight"].detach().square().mean(),
+    ]
+    for loss in bound:
+        with one_sentence("does not depend on the parameters that may move"):
+            run(loss, params, vectorize=vectorize)
+    with one_sentence("does not depend on the parameters that may move"):
+        run(lambda params, batch: params["0.weight"].square().mean(), params, restrict=["2.*"], vectorize=vectorize)
+
+
+@pytest.mark.parametrize("kernel", ["sgld", "rmsprop", "baoab"])
+@pytest.mark.parametrize("restrict", [None, ["2.*"]])
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_parameters_of_mixed_types_keep_their_types(vectorize, restrict, kernel):
+    """The layers compute in their own types; the chains are those of the same model in float64, but for float32's rounding."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2).double())
+
+    def loss(params, batch):
+        hidden = functional.linear(batch[0].to(params["0.weight"].dtype), params["0.weight"], params["0.bias"]).tanh()
+        outputs = functional.linear(hidden.double(), params["2.weight"], params["2.bias"])
+        return functional.mse_loss(outputs, batch[1].double())
+
+    params = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    mixed = run(loss, params, vectorize=vectorize, restrict=restrict, kernel=kernel)
+    wide = {name: tensor.double() for name, tensor in params.items()}
+    double = run(loss, wide, vectorize=vectorize, restrict=restrict, kernel=kernel)
+    torch.testing.assert_close(mixed.loss_trace, double.loss_trace, rtol=1e-5, atol=0)
+    assert not torch.equal(mixed.loss_trace, double.loss_trace)
 
 
 # What the seed fixes

@@ -13,6 +13,8 @@ __all__ = ["RULES", "VERSION", "Evidence", "Judgement", "Verdict", "evidence_of"
 
 RULES: tuple[Rule, ...] = (
     basin.checkpoint_not_finite,
+    chains.data_not_finite,
+    chains.some_data_not_finite,
     chains.most_chains_masked,
     chains.some_chains_masked,
     basin.negative,

@@ -26,9 +26,28 @@ _SMALLER_STEPS = "lower lr, or use larger batches"
 
 
 @rule("invalid", source="fixed outcome")
+def data_not_finite(e: Evidence) -> str | None:
+    """At most half of the chains may meet minibatches on which no parameters have a finite loss."""
+    return _describe_bad_data(e) if e.num_bad_data > e.num_chains / 2 else None
+
+
+@rule("suspect", source="fixed outcome")
+def some_data_not_finite(e: Evidence) -> str | None:
+    """No chain should meet a minibatch on which no parameters have a finite loss."""
+    return _describe_bad_data(e) if 0 < e.num_bad_data <= e.num_chains / 2 else None
+
+
+def _describe_bad_data(e: Evidence) -> str:
+    return (
+        f"{e.num_bad_data} of {e.num_chains} chains are masked, because on one of their minibatches the loss or its gradient is "
+        "not finite even at the checkpoint: check the data for NaN and infinite values"
+    )
+
+
+@rule("invalid", source="fixed outcome")
 def most_chains_masked(e: Evidence) -> str | None:
     """Half of the chains must be left, and at least one."""
-    if e.num_chains_used >= 0.5 * e.num_chains and e.num_chains_used > 0:
+    if (e.num_chains_used >= 0.5 * e.num_chains and e.num_chains_used > 0) or e.num_masked == e.num_bad_data:
         return None
     counts = {
         "diverged or became non-finite": e.num_diverged,
@@ -51,7 +70,8 @@ def bad_minibatches(e: Evidence) -> str | None:
     """The checkpoint's own loss must be finite on all minibatches; otherwise the data may be wrong."""
     if not e.num_bad_batches or math.isnan(e.init_loss):
         return None
-    return f"the checkpoint's own loss is not finite on {e.num_bad_batches} minibatches: check the data"
+    minibatches = f"{e.num_bad_batches} minibatch{'es' if e.num_bad_batches > 1 else ''}"
+    return f"the checkpoint's own loss is not finite on {minibatches}: check the data"
 
 
 @rule("suspect", source="fixed outcome: R-hat needs two")

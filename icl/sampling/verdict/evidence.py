@@ -41,6 +41,8 @@ class Evidence:
     num_chains_used: int
     num_diverged_down: int
     """Number of chains that are masked because they found far lower loss."""
+    num_bad_data: int
+    """Number of chains that are masked because of a minibatch on which the loss is not finite even at the checkpoint."""
     init_loss: float
     init_loss_stderr: float
     mean_loss: float
@@ -118,8 +120,8 @@ class Evidence:
 
     @property
     def num_diverged(self) -> int:
-        """Number of chains that are masked for another reason than far lower loss."""
-        return self.num_masked - self.num_diverged_down
+        """Number of chains that are masked because they diverged upwards, or became non-finite on good minibatches."""
+        return self.num_masked - self.num_diverged_down - self.num_bad_data
 
     @property
     def least_significant_drop(self) -> float:
@@ -192,6 +194,7 @@ def evidence_of(
         num_chains=settings.num_chains,
         num_chains_used=int(used.sum()),
         num_diverged_down=int(traces.diverged_down.sum()),
+        num_bad_data=int((traces.bad_data & ~used & ~traces.diverged_down).sum()),
         init_loss=init_loss,
         init_loss_stderr=_standard_error_over_batches(init_losses),
         mean_loss=init_loss + llc / nbeta,
