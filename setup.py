@@ -53,6 +53,7 @@ setup(
     ],
     extras_require={
         "bench": ["devinterp==1.3.2"],
+        "arviz": ["arviz-base>=0.8; python_version >= '3.11'"],
         "tpu": ["torch==2.9.*", "torch_xla[tpu]==2.9.*"],
         "notebooks": ["jupyterlab>=4", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
         "dev": [
@@ -64,6 +65,7 @@ setup(
             "mypy>=1.11",
             "types-PyYAML",
             "arviz-stats>=0.8; python_version >= '3.11'",
+            "arviz-base>=0.8; python_version >= '3.11'",
             "moto[server]>=5",
             "nbclient>=0.10",
             "nbformat>=5.10",

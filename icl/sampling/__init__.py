@@ -2,6 +2,15 @@
 
 from icl.sampling.llc import EstimateOptions, estimate_llc, estimate_llcs
 from icl.sampling.result import CheckpointId, LLCResult
+from icl.sampling.susceptibility import susceptibility_of
 from icl.sampling.target import module_loss
 
-__all__ = ["CheckpointId", "EstimateOptions", "LLCResult", "estimate_llc", "estimate_llcs", "module_loss"]
+__all__ = [
+    "CheckpointId",
+    "EstimateOptions",
+    "LLCResult",
+    "estimate_llc",
+    "estimate_llcs",
+    "module_loss",
+    "susceptibility_of",
+]

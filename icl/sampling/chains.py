@@ -34,7 +34,7 @@ from icl.sampling import baoab, sgld
 from icl.sampling.batches import Batch, ChainBatches, stack_batches, to_device
 from icl.sampling.minimum import DropsAtMean, at_checkpoints, losses_by_batch, num_drop_batches
 from icl.sampling.result import CheckpointId, LLCResult, make_result
-from icl.sampling.target import Target, vmapped_gradient
+from icl.sampling.target import Observable, Target, vmapped_gradient
 from icl.sampling.traces import Draw, Recorder, State, Traces, mean_over_components, split_by_checkpoint
 from icl.sampling.variates import Variates, make_variates
 
@@ -64,6 +64,7 @@ def estimate(
     identities: Sequence[CheckpointId],
     layout: Layout | None = None,
     sample_losses: SampleLosses | None = None,
+    observables: Mapping[str, Observable] | None = None,
     memory: float | None = None,
     advance: Advance = lambda moves: None,
 ) -> list[list[LLCResult]]:
@@ -76,6 +77,7 @@ def estimate(
         identities: Step and hash of each checkpoint.
         layout: Which parameters may move; None for all.
         sample_losses: Function from parameters to the losses of fixed samples, for the singular fluctuation.
+        observables: Functions of the parameters whose values are recorded at every draw.
         memory: Bytes that the chains running at once may need.
         advance: Called after every move of the chains that run together, with their number.
 
@@ -116,6 +118,7 @@ def estimate(
         keys=[identity.checkpoint_hash or str(i) for i, identity in enumerate(identities)] * len(settings_grid),
         chunk_size=chunk_size,
         sample_losses=sample_losses,
+        observables=observables,
         losses_at_mean=losses_at_mean,
         are_all_losses=are_all and len(drop_batches) == len(batches),
         variates=variates,
@@ -141,6 +144,7 @@ def run_chains(
     keys: Sequence[str],
     chunk_size: int,
     sample_losses: SampleLosses | None = None,
+    observables: Mapping[str, Observable] | None = None,
     losses_at_mean: Callable[[Params], Float[Tensor, "N I"]] | None = None,
     are_all_losses: bool = False,
     variates: Variates | None = None,
@@ -157,6 +161,7 @@ def run_chains(
         keys: A text for each checkpoint, from which the noise of its chains is seeded.
         chunk_size: Number of members that may run at once.
         sample_losses: Function from parameters to the losses of fixed samples; their variance over draws is recorded.
+        observables: Functions of the parameters whose values are recorded at every draw.
         losses_at_mean: Function from stacked parameters to their losses on I batches, for the loss at the mean of the draws.
         are_all_losses: Whether these batches are all the data.
         variates: Control variates for the gradients and the excess.
@@ -175,7 +180,8 @@ def run_chains(
         chunk_size = num_chains  # each checkpoint stops by itself
     rows, fixed = layout.to_rows(checkpoints), layout.fixed(checkpoints)
     stacked_samples = None if sample_losses is None else target.map_members(sample_losses)
-    population = _Population(target, source, settings, layout, rows, fixed, keys, stacked_samples, variates)
+    observed = {name: target.map_members(observable) for name, observable in (observables or {}).items()}
+    population = _Population(target, source, settings, layout, rows, fixed, keys, stacked_samples, observed, variates)
     drops = None
     if losses_at_mean is not None:
         drops = DropsAtMean(losses_at_mean, are_all_losses, layout, rows, fixed, num_chains)
@@ -277,6 +283,8 @@ class _Population(NamedTuple):
     """A text for each checkpoint, from which the noise of its chains is seeded."""
     sample_losses: Callable[[Params], Tensor] | None
     """Function from stacked parameters to the losses of fixed samples."""
+    observables: Mapping[str, Callable[[Params], Tensor]]
+    """Functions of stacked parameters."""
     variates: Variates | None
 
     def run(self, members: range, advance: Advance) -> list[Traces]:
@@ -350,7 +358,7 @@ class _Population(NamedTuple):
         for settings, members in groupby(self.settings[i] for i in checkpoints):
             rows = slice(first, first + len(list(members)))
             params = partial(self.layout.to_params, fixed={name: tensor[rows] for name, tensor in fixed.items()})
-            recorder = Recorder(settings, self.layout.size, self.sample_losses)
+            recorder = Recorder(settings, self.layout.size, self.sample_losses, self.observables)
             has_excess_variate = self.variates is not None and self.variates.is_uniform
             groups.append(_Group(settings, start[rows], seeds[rows], params, recorder, has_excess_variate))
             first = rows.stop

@@ -28,7 +28,7 @@ from icl.model.stacked import Params
 from icl.sampling.batches import Batches
 from icl.sampling.chains import Advance, estimate
 from icl.sampling.result import CheckpointId, LLCResult
-from icl.sampling.target import Gradient, Loss, Target
+from icl.sampling.target import Gradient, Loss, Observable, Target
 
 Restriction: TypeAlias = Iterable[str] | Mapping[str, Tensor] | None
 """The parameters, or parts of them, that may move."""
@@ -65,6 +65,7 @@ def estimate_llcs(
     restrict: Restriction = None,
     trivial_loss: float | None = None,
     vectorize: bool = True,
+    observables: Mapping[str, Observable] | None = None,
     options: EstimateOptions = EstimateOptions(),  # frozen
 ) -> list[LLCResult]:
     """Estimate the LLCs of checkpoints of one architecture, chains x checkpoints together.
@@ -77,6 +78,7 @@ def estimate_llcs(
         restrict: As for `estimate_llc`.
         trivial_loss: As for `estimate_llc`.
         vectorize: As for `estimate_llc`.
+        observables: As for `estimate_llc`.
         options: Less common options.
 
     Raises:
@@ -109,6 +111,7 @@ def estimate_llcs(
         identities=identities,
         layout=restricted_layout(checkpoints[0], restrict),
         sample_losses=options.sample_losses,
+        observables=observables,
         memory=memory,
         advance=_advance(options.progress, len(checkpoints) * settings.num_chains * settings.num_moves),
     )[0]
@@ -134,6 +137,7 @@ def estimate_llc(
     num_init_batches: int = 32,
     trivial_loss: float | None = None,
     vectorize: bool = True,
+    observables: Mapping[str, Observable] | None = None,
     options: EstimateOptions = EstimateOptions(),  # frozen
 ) -> LLCResult:
     """Estimate the LLC of one checkpoint.
@@ -159,6 +163,7 @@ def estimate_llc(
         num_init_batches: Number of distinct batches for L(w0), the first that the chains get; fewer if there are fewer.
         trivial_loss: Loss of a predictor that knows nothing; without it, escape from the basin is not checked.
         vectorize: False runs one chain after another by plain autograd, for losses that `vmap` cannot map.
+        observables: Functions of the parameters by name. The result has the values of each at every draw of every chain.
         options: Less common options.
 
     Raises:
@@ -195,6 +200,7 @@ def estimate_llc(
         restrict=restrict,
         trivial_loss=trivial_loss,
         vectorize=vectorize,
+        observables=observables,
         options=options,
     )
     return result

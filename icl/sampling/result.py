@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl.config import ChainsConfig
+from icl.config.validation import ConfigError
 from icl.sampling import convergence
 from icl.sampling.minimum import AtCheckpoint
 from icl.sampling.target import Target
@@ -20,6 +21,7 @@ from icl.sampling.verdict import Evidence, Judgement, Verdict, evidence_of, judg
 
 if TYPE_CHECKING:
     import pandas as pd
+    import xarray
 
 _ESTIMATE_COLUMNS = ("step", "checkpoint_hash", "llc", "stderr", "init_loss", "init_loss_stderr", "mean_loss")
 """The first columns of a row."""
@@ -58,6 +60,10 @@ class LLCResult(Evidence):
     """Minibatch losses at the draws, without burn-in."""
     burnin_trace: Float[Tensor, "K burnin"]
     """Minibatch losses during burn-in."""
+    excess_trace: Float[Tensor, "K S"]
+    """nbeta times the loss minus the checkpoint's loss on the same minibatch, in nats; its mean is `llc`."""
+    observables: dict[str, Float[Tensor, "K S ..."]]
+    """Values of the caller's observables at the draws."""
     llc_per_component: Float[Tensor, " T"] | None
     """LLC of each component if the loss is a vector (per position, say); their mean is `llc`."""
     stderr_per_component: Float[Tensor, " T"] | None
@@ -109,6 +115,37 @@ class LLCResult(Evidence):
         common = {name: value for name, value in self.row().items() if name not in ("llc", "stderr", "mean_loss")}
         table = pd.DataFrame({name: value.tolist() for name, value in values.items()} | common)
         return table.rename_axis(by).reset_index()
+
+    def to_arviz(self) -> "xarray.DataTree":
+        """Return the draws as ArviZ takes them: a group `posterior` and a group `sample_stats`, with dimensions chain and draw.
+
+        `posterior` has `llc` (the excess in nats, whose mean is the LLC) and the observables; `sample_stats` has `loss`. The
+        attributes are the row of `llc.csv`. Masked chains are left out.
+
+        Raises:
+            ConfigError: If the extra `arviz` is not installed, or no chain is left.
+
+        Example:
+            ```python
+            arviz.summary(result.to_arviz(), var_names="llc")
+            ```
+        """
+        try:
+            from arviz_base import from_dict
+        except ImportError:
+            raise ConfigError(
+                "`to_arviz` needs the extra `arviz`: `pip install 'icl[arviz]'`, on Python 3.11 or later."
+            ) from None
+        used = self.llc_per_chain.isfinite()
+        if not used.any():
+            raise ConfigError("No chain of this estimate is usable, so there are no draws to export.")
+        posterior = {"llc": self.excess_trace} | self.observables
+        groups = {"posterior": posterior, "sample_stats": {"loss": self.loss_trace}}
+        arrays = {
+            group: {name: values[used].numpy() for name, values in values.items()} for group, values in groups.items()
+        }
+        attributes = {name: value for name, value in self.row().items() if value is not None}
+        return from_dict(arrays, attrs={"posterior": attributes})
 
     def __str__(self) -> str:
         """Return the estimate with its errors, on one line."""
@@ -170,6 +207,8 @@ def make_result(
         llc_per_chain=(nbeta * traces.mean_excess).mean(1).where(used, torch.nan),
         loss_trace=traces.losses,
         burnin_trace=traces.burnin,
+        excess_trace=nbeta * traces.mean_excess,
+        observables=traces.observables,
         llc_per_component=llc_per_component,
         stderr_per_component=stderr_per_component,
         wbic=None if num_samples is None else num_samples * evidence.mean_loss,

@@ -27,6 +27,8 @@ from icl.sampling.batches import Batch, Batches
 
 Loss: TypeAlias = Callable[[Params, Batch], Tensor]
 """Function from one member's parameters and one batch to a number, or to components whose mean is the loss."""
+Observable: TypeAlias = Callable[[Params], Tensor]
+"""Function from one member's parameters to a tensor, which is recorded at every draw."""
 StackedLosses: TypeAlias = Callable[[Params, Batch], Tensor]
 """Function from stacked parameters and a batch to the losses (N,) or (N, T)."""
 Gradient: TypeAlias = Callable[[Layout, Tensor, Params, Batch], tuple[Tensor, Tensor]]

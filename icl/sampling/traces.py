@@ -4,7 +4,7 @@ To trace another number, write a function of a `Draw` and add it to `QUANTITIES`
 draw under the function's name, and `icl.sampling.verdict.evidence` computes averages and standard errors of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
@@ -94,6 +94,8 @@ class Traces(NamedTuple):
     """Losses minus the checkpoint's on the same minibatch; for each component if the loss is a vector."""
     quantities: dict[str, Float[Tensor, "N S"]]
     """Values of `QUANTITIES`."""
+    observables: dict[str, Float[Tensor, "N S ..."]]
+    """Values of the caller's own functions of the parameters."""
     acceptance: Float[Tensor, " N"]
     """Mean probability that MALA would accept a move."""
     sample_variance: Float[Tensor, "N Q"] | None
@@ -126,13 +128,19 @@ class Recorder:
     """Collects the draws of N chains with equal settings."""
 
     def __init__(
-        self, settings: ChainsConfig, num_params: int, sample_losses: Callable[[Params], Tensor] | None
+        self,
+        settings: ChainsConfig,
+        num_params: int,
+        sample_losses: Callable[[Params], Tensor] | None,
+        observables: Mapping[str, Callable[[Params], Tensor]],
     ) -> None:
-        self.settings, self.num_params, self.sample_losses = settings, num_params, sample_losses
+        self.settings, self.num_params = settings, num_params
+        self.sample_losses, self.observables = sample_losses, observables
         self.losses: list[Tensor] = []
         self.excess: list[Tensor] = []
         self.acceptance: list[Tensor] = []
         self.quantities: dict[str, list[Tensor]] = {name: [] for name in QUANTITIES}
+        self.observed: dict[str, list[Tensor]] = {name: [] for name in observables}
         self.variance = _RunningVariance()
         self.mean: Tensor | None = None
 
@@ -149,6 +157,8 @@ class Recorder:
         self.mean = position.clone() if self.mean is None else self.mean.lerp_(position, 1 / len(self.excess))
         if self.sample_losses is not None:
             self.variance.add(self.sample_losses(params()))
+        for name, observable in self.observables.items():
+            self.observed[name].append(observable(params()).cpu())
 
     @property
     def num_draws(self) -> int:
@@ -176,6 +186,7 @@ class Recorder:
             burnin=_to_float64(losses[:, :start]),
             excess=_to_float64(excess),
             quantities={name: _to_float64(draws) for name, draws in quantities.items()},
+            observables={name: _to_float64(torch.stack(draws, dim=1)) for name, draws in self.observed.items()},
             acceptance=torch.stack(self.acceptance, dim=1).mean(1).cpu(),
             sample_variance=None if self.sample_losses is None else self.variance.value(),
             mean_position=self.mean,
