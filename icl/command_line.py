@@ -298,11 +298,12 @@ invalid, except in a sweep, where this is a result.""",
         icl llc runs/quickstart --steps last --sampler.num_draws 1000
         icl llc runs/quickstart --calibrate
         icl llc runs/quickstart --config runs/quickstart/results/llc-calibration.yaml
+        icl llc runs/quickstart --steps last --components heads
         icl llc --self-test""",
         settings=True,
         help_of="sampler",
         usage="icl llc [RUN|CHECKPOINT] [--steps STEPS] [--sampler.key VALUE ...] [--config FILE] [--out FILE]\n"
-        "       icl llc [RUN] --published | --calibrate | --rescale C\n       icl llc --self-test [--out FILE]",
+        "       icl llc [RUN] --published | --calibrate | --rescale C | --components heads|layers\n       icl llc --self-test [--out FILE]",
     )
     parser.add("path RUN|CHECKPOINT", "a run's folder or name, or a checkpoint", nargs="?")
     parser.add(
@@ -312,6 +313,11 @@ invalid, except in a sweep, where this is a result.""",
     parser.add("--out FILE", "also write the rows to FILE (.csv or .json)")
     parser.add(
         "--rescale C", "a control: also estimate with weights rescaled by C, which leaves the function unchanged"
+    )
+    parser.add(
+        "--components heads|layers",
+        "estimate each attention head, or each layer, with the rest of the model fixed: refined LLCs and susceptibilities",
+        choices=("heads", "layers"),
     )
     flags = {
         "published": "use the sampler settings of Hoogland et al. 2024, and say what they measure",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from icl.cli.llc_output import (
     compare_rescaled,
+    count_verdicts,
     describe_rise,
     describe_verdicts,
     describe_work,
@@ -25,6 +26,7 @@ from icl.resolve import POINT_VARIABLE, read_points
 from icl.runs.folder import run_of
 
 if TYPE_CHECKING:
+    from icl.sampling.components import Division
     from icl.sampling.run import Estimates
 
 HELP = "estimate local learning coefficients, with verdicts; --calibrate, --self-test"
@@ -34,7 +36,7 @@ def run(words: list[str]) -> int:
     """Estimate, calibrate or test; return 1 if there is no usable result."""
     parsed = llc_parser().parse_args(words)
     path, flags, given = parsed.path, frozenset(parsed.flags), parsed.settings
-    own = {name: getattr(parsed, name) for name in ("config", "out", "steps", "rescale")}
+    own = {name: getattr(parsed, name) for name in ("config", "out", "steps", "rescale", "components")}
     options = {name: value for name, value in own.items() if value not in (None, [])}
     if len(flags) > 1:
         raise ConfigError(
@@ -80,6 +82,10 @@ def _work(job: Job, flags: frozenset[str], wandb_run: Any = None) -> int:
         raise ConfigError(
             f"There is no run {job.path}; train it with `icl train` and the same settings, or name another: `icl llc RUN`."
         )
+    if job.components is not None and (job.rescale is not None or "calibrate" in flags):
+        raise ConfigError("`--components` cannot be combined with --calibrate or --rescale; give one at a time.")
+    if job.components is not None:
+        return _estimate_components(job, job.components)
     if "calibrate" not in flags:
         return _estimate(job, wandb_run)
     if job.rescale is not None or job.path.is_file():
@@ -120,6 +126,40 @@ def _estimate(job: Job, wandb_run: Any) -> int:
         # A sweep over settings looks for such failures too, and W&B's agent stops after a few failed programs.
         return 0 if in_sweep else 1
     return 0
+
+
+def _estimate_components(job: Job, division: "Division") -> int:
+    """Estimate, print and draw the refined LLC of every component; return 1 if every estimate is invalid."""
+    import pandas as pd
+
+    from icl.plotting.llc_components import plot_components
+    from icl.plotting.style import save_figure
+    from icl.runs.delivery import send_results
+    from icl.sampling.components import component_names
+    from icl.sampling.records import COMPONENT_TABLE, SUSCEPTIBILITY_TABLE, susceptibility_table
+    from icl.sampling.run import estimate_run
+
+    names = component_names(saved_config(job.path).model, division)
+    print(describe_work(job.path, job.config.sampler, mode=job.mode, components=names), file=sys.stderr, flush=True)
+    estimates = [estimate_run(job.path, job.config.sampler, mode=job.mode, component=name) for name in names]
+    records = [record for estimate in estimates for record in estimate.records]
+    table = pd.concat([estimate.table for estimate in estimates], ignore_index=True)
+    last = table[table["step"] == table["step"].max()]
+    print(
+        f"Step {table['step'].max():,}:\n{format_rows(last, first=('component', 'num_params'))}\n\n{count_verdicts(table)}"
+    )
+    if job.out is not None:
+        print(f"Output  {write_rows(job.out, table)}")
+    if not job.path.is_file():
+        run = run_of(job.path)
+        print(f"Table   {run.results / COMPONENT_TABLE}\nTable   {run.results / SUSCEPTIBILITY_TABLE}")
+        figure = plot_components(
+            table, susceptibility_table(records), title=f"{run.path.name}: refined LLCs of {division}"
+        )
+        print(f"Figure  {save_figure(figure, run.figures / f'llc-{division}.png')}")
+        if run.config_file.is_file():
+            send_results(run)
+    return 0 if any(estimate.is_usable for estimate in estimates) else 1
 
 
 def _run_sampler(job: Job, rescale: float = 1.0) -> "Estimates":

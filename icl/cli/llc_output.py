@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,9 @@ _LOGGED_COLUMNS = (
 )
 
 
-def describe_work(path: Path, sampler: SamplerConfig, *, mode: str, rescale: float = 1.0) -> str:
+def describe_work(
+    path: Path, sampler: SamplerConfig, *, mode: str, rescale: float = 1.0, components: Sequence[str] = ("",)
+) -> str:
     """Say how many steps are still to be estimated, and with which chains.
 
     Raises:
@@ -32,26 +35,31 @@ def describe_work(path: Path, sampler: SamplerConfig, *, mode: str, rescale: flo
     from icl.sampling.records import VERSION, EstimateSettings
     from icl.sampling.run import chosen_files
 
-    files, finished = checkpoint_files(path), set()
+    files, num_finished = checkpoint_files(path), 0
     if not path.is_file():
         files = chosen_files(files, sampler.steps)
-        settings = EstimateSettings(sampler, mode, rescale)
-        finished = settings.cache(run_of(path)).steps(settings.key, VERSION)
-    num_left = sum(file.name not in map(checkpoint_name, finished) for file in files)
+        for component in components:
+            settings = EstimateSettings(sampler, mode, rescale, component)
+            finished = set(map(checkpoint_name, settings.cache(run_of(path)).steps(settings.key, VERSION)))
+            num_finished += sum(file.name in finished for file in files)
+    num_left = len(files) * len(components) - num_finished
     steps = f"{len(files)} step{'s' if len(files) != 1 else ''}"
+    if len(components) > 1:
+        steps = f"{steps} x {len(components)} components"
     subject = f"LLC of {path}{'' if rescale == 1 else f', weights rescaled by {rescale:g}'}"
     if not num_left:
-        return f"{subject}: nothing to do, {'the step is' if len(files) == 1 else f'all {steps} are'} stored."
-    work = steps if num_left == len(files) else f"{num_left} of {steps} to do"
+        is_one = len(files) * len(components) == 1
+        return f"{subject}: nothing to do, {'the step is' if is_one else f'all {steps} are'} stored."
+    work = f"{num_left} of {steps} to do" if num_finished else steps
     num_later = sampler.num_moves - sampler.num_burnin_steps
     chains = f"{sampler.num_chains} chains x ({sampler.num_burnin_steps} + {num_later}) moves"
     return f"{subject}: {work}, {chains}{'.' if path.is_file() else '; finished steps are stored.'}"
 
 
-def format_rows(table: "pd.DataFrame") -> str:
-    """Return the most important columns as text, with at most 40 rows."""
+def format_rows(table: "pd.DataFrame", *, first: Sequence[str] = ()) -> str:
+    """Return the most important columns as text, after those of `first`, with at most 40 rows."""
     names = {"init_loss": "L(w0)", "mean_loss": "E[L]", "trivial_loss": "zero's loss"}
-    rows = table[list(_SHOWN_COLUMNS)].rename(columns=names)
+    rows = table[[*first, *_SHOWN_COLUMNS]].rename(columns=names)
     return rows.to_string(index=False, float_format="{:.4g}".format, max_rows=40, na_rep="-")
 
 
@@ -59,10 +67,8 @@ def describe_verdicts(table: "pd.DataFrame") -> str:
     """Count the verdicts, and give the reasons of the last suspect and of the last invalid estimate."""
     from icl.sampling.result import headline
 
-    counts = table["verdict"].value_counts()
-    numbers = ", ".join(f"{counts[name]} {name}" for name in ("ok", "suspect", "invalid") if name in counts)
     last = table.to_dict("records")[-1]
-    lines = [f"LLC{'' if len(table) == 1 else ' of the last step'}: {headline(last)}.", f"Verdicts: {numbers}."]
+    lines = [f"LLC{'' if len(table) == 1 else ' of the last step'}: {headline(last)}.", count_verdicts(table)]
     for verdict in ("suspect", "invalid"):
         rows = table.loc[table["verdict"] == verdict]
         if len(rows):
@@ -70,6 +76,14 @@ def describe_verdicts(table: "pd.DataFrame") -> str:
             where = "" if step is None or len(table) == 1 else f" at step {step:,}"
             lines += [f"  {verdict}{where}:", *(f"  - {reason}" for reason in reasons.split("; "))]
     return "\n".join(lines)
+
+
+def count_verdicts(table: "pd.DataFrame") -> str:
+    """Return a sentence with the number of estimates of each verdict."""
+    counts = table["verdict"].value_counts()
+    return (
+        f"Verdicts: {', '.join(f'{counts[name]} {name}' for name in ('ok', 'suspect', 'invalid') if name in counts)}."
+    )
 
 
 def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from icl.cli.outputs import require_output_table
 from icl.config import RunConfig, SamplerConfig, flatten
@@ -12,6 +12,9 @@ from icl.files.reading import is_beyond_floats
 from icl.presets import run_name
 from icl.resolve import read_config_file, refuse_conflicts, resolve
 from icl.runs.folder import local_root, require_place, run_of
+
+if TYPE_CHECKING:
+    from icl.sampling.components import Division
 
 
 class Job(NamedTuple):
@@ -24,6 +27,8 @@ class Job(NamedTuple):
     """A label for the rows."""
     rescale: float | None
     """The factor of --rescale."""
+    components: "Division | None"
+    """How --components divides the model."""
     out: Path | None
 
 
@@ -54,7 +59,7 @@ def read_job(
             _require_step(folder, config.sampler.steps)
     mode = "" if not published else _published_mode(config.sampler)
     rescale = _positive_number("--rescale", options["rescale"]) if "rescale" in options else None
-    return Job(folder, config, mode, rescale, out)
+    return Job(folder, config, mode, rescale, options.get("components"), out)
 
 
 def output_file(options: Mapping[str, Any], *inputs: str | None) -> Path | None:

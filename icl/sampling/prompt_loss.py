@@ -27,12 +27,16 @@ from icl.config import ModelConfig, RunConfig, SamplerConfig
 from icl.model.flat import Layout
 from icl.model.stacked import Params, apply, size
 from icl.sampling.batches import Batch, Pool
-from icl.sampling.target import Gradient, Loss, StackedLosses, Target
+from icl.sampling.target import Gradient, Loss, Observable, StackedLosses, Target
 from icl.tasks.priors import task_pool
-from icl.tasks.prompts import prompt_source
+from icl.tasks.prompts import Distribution, prompt_source, sample_prompts
 
 _MAX_COUNTED_TASKS = 2**16
 """Largest pool whose mean |w|^2 is computed; that of a larger one is D to half a percent."""
+PARTS: tuple[Distribution, ...] = ("pretrain", "true")
+"""Distributions of the prompts in `losses_by_part`, in their order."""
+NUM_PART_PROMPTS = 256
+"""Number of prompts of each of them; at each draw they cost about as much as a minibatch's loss."""
 _PROMPTS_AHEAD = 2**15
 """Number of prompts, of all chains together, that are made in one go."""
 _CUDA_NORMALS_AHEAD = 2**24
@@ -62,6 +66,31 @@ def prompt_target(
         batches=_batches(config, sampler, device),
         trivial_loss=trivial_loss(config),
     )
+
+
+def losses_by_part(config: RunConfig, *, device: torch.device | str = "cpu") -> Observable:
+    """Return a function from parameters to their losses at each position, on fixed prompts that no chain moves on.
+
+    Its value has 2K numbers: the losses at positions 1 to K on the training distribution, then those on new tasks. Their
+    susceptibilities say which part of the data a component of the model serves (`icl.sampling.susceptibility`).
+    """
+    batches = [
+        sample_prompts(
+            config,
+            stream=f"llc/parts/{distribution}",
+            step=0,
+            batch_size=NUM_PART_PROMPTS,
+            distribution=distribution,
+            device=device,
+        )
+        for distribution in PARTS
+    ]
+    loss = _loss(config.model, torch.ones(config.task.max_examples, device=device))
+
+    def observable(params: Params) -> Tensor:
+        return torch.cat([loss(params, (batch.xs, batch.ys)) for batch in batches])
+
+    return observable
 
 
 def trivial_loss(config: RunConfig) -> float:

@@ -26,7 +26,9 @@ from icl.files.system import lock_file
 from icl.runs.folder import RunFolder
 from icl.runs.measure import Cache, Entry, Measurement
 from icl.sampling import verdict
+from icl.sampling.prompt_loss import PARTS
 from icl.sampling.result import LLCResult
+from icl.sampling.susceptibility import susceptibility
 
 COLUMNS = (
     *("step", "checkpoint_hash", "llc", "stderr", "init_loss", "mean_loss"),
@@ -36,9 +38,14 @@ COLUMNS = (
 """The first columns of `llc.csv`."""
 RENAMED_COLUMNS = {"heat": "bias_bound", "settled": "drop_at_mean", "settled_stderr": "drop_at_mean_stderr"}
 """Names of columns in version 0.1.0, and their present names; readers accept both."""
-_TEXTS = ("checkpoint_hash", "loss_name", "kernel", "minibatches", "mode", "settings", "verdict", "reasons")
+_TEXTS = (
+    *("checkpoint_hash", "loss_name", "kernel", "minibatches", "mode", "component", "settings", "verdict", "reasons"),
+)
 """Columns of a row that are text; all others are numbers."""
 _POSITION_NUMBERS = ("step", "position", "llc", "stderr")
+COMPONENT_TABLE, SUSCEPTIBILITY_TABLE = "llc-components.csv", "llc-susceptibilities.csv"
+PARTS_NAME = "parts"
+"""Name of the observable with the losses of the parts of the data."""
 MAX_TRACE = 1000
 """Largest number of stored points of each chain's trace."""
 VERSION = 3
@@ -56,11 +63,16 @@ class Record(NamedTuple):
     traces: np.ndarray
     """Minibatch losses (K, S), burn-in first, every `stride`-th move."""
     stride: int
+    susceptibilities: np.ndarray
+    """Estimates and standard errors (2, 2K) for a component of the model, by `prompt_loss.losses_by_part`; else empty."""
 
     @property
     def measurement(self) -> Measurement:
         """The record as the content of an entry: the estimate's row first, then the positions."""
-        return Measurement([self.row | {"stride": self.stride}, *self.positions], {"traces": self.traces})
+        arrays = {"traces": self.traces}
+        if self.susceptibilities.size:
+            arrays["susceptibilities"] = self.susceptibilities
+        return Measurement([self.row | {"stride": self.stride}, *self.positions], arrays)
 
 
 class EstimateSettings(NamedTuple):
@@ -71,6 +83,8 @@ class EstimateSettings(NamedTuple):
     """A label for the rows, such as `published`."""
     rescale: float = 1.0
     """The factor of `icl.sampling.rescaling`; 1 leaves the checkpoint unchanged."""
+    component: str = ""
+    """The component of the model that the chains move (`icl.sampling.components`); empty for all of it."""
 
     @property
     def values(self) -> dict[str, Any]:
@@ -81,6 +95,8 @@ class EstimateSettings(NamedTuple):
             del sampled["friction"]
         if self.sampler.target_stderr is None:
             del sampled["target_stderr"]  # so that the settings of older versions keep their hash
+        if self.component:
+            sampled["component"] = self.component
         sampled["nbeta"] = self.sampler.inverse_temperature  # so that equal chains have equal settings
         return sampled | {"mode": self.mode, "rescale": self.rescale, "version": VERSION}
 
@@ -107,6 +123,7 @@ def make_record(result: LLCResult, settings: EstimateSettings) -> Record:
         "minibatches": sampler.minibatches,
         "mode": settings.mode,
         "rescale": settings.rescale,
+        "component": settings.component,
         "settings": settings.digest,
     }
     row = {name: row[name] for name in COLUMNS} | row
@@ -120,7 +137,19 @@ def make_record(result: LLCResult, settings: EstimateSettings) -> Record:
         ]
     traces = torch.cat([result.burnin_trace[:, :: sampler.thinning], result.loss_trace], dim=1)
     stride = -(-traces.shape[1] // MAX_TRACE)
-    return Record(row, positions, traces[:, ::stride].float().numpy(), stride * sampler.thinning)
+    return Record(
+        row, positions, traces[:, ::stride].float().numpy(), stride * sampler.thinning, _susceptibilities(result)
+    )
+
+
+def _susceptibilities(result: LLCResult) -> np.ndarray:
+    """Return the susceptibilities to the parts of the data, towards which L is the training loss, if they were observed."""
+    used = result.llc_per_chain.isfinite()
+    if PARTS_NAME not in result.observables or not used.any():
+        return np.zeros(0)
+    parts = result.observables[PARTS_NAME][used]
+    training_loss = parts[..., : parts.shape[2] // 2].mean(2, keepdim=True)
+    return torch.stack(susceptibility(result.excess_trace[used], parts - training_loss)).numpy()
 
 
 def as_record(entry: Entry) -> Record:
@@ -132,10 +161,11 @@ def as_record(entry: Entry) -> Record:
     row, *positions = entry.rows or [{}]
     stride = row.get("stride")
     record = Record(
-        {RENAMED_COLUMNS.get(name, name): value for name, value in row.items() if name != "stride"},
+        {"component": ""} | {RENAMED_COLUMNS.get(name, name): value for name, value in row.items() if name != "stride"},
         positions,
         entry.arrays.get("traces", np.zeros(0)),
         stride if is_count(stride) else 0,
+        entry.arrays.get("susceptibilities", np.zeros(0)),
     )
     if not _is_complete(record):
         raise ContentError("it is not an estimate")
@@ -150,14 +180,33 @@ def write_tables(run: RunFolder) -> None:
     """
     with _lock(run):
         records = read_all(run)
-        run.write_result("llc.csv", as_table(records).to_csv(index=False))
-        positions = pd.DataFrame([row for record in records for row in record.positions])
-        run.write_result("llc-positions.csv", positions.to_csv(index=False))
+        whole, parts = (
+            [r for r in records if bool(r.row["component"]) == is_component] for is_component in (False, True)
+        )
+        if whole:
+            run.write_result("llc.csv", as_table(whole).drop(columns="component").to_csv(index=False))
+            positions = pd.DataFrame([row for record in whole for row in record.positions])
+            run.write_result("llc-positions.csv", positions.to_csv(index=False))
+        if parts:
+            run.write_result(COMPONENT_TABLE, as_table(parts).to_csv(index=False))
+            run.write_result(SUSCEPTIBILITY_TABLE, susceptibility_table(parts).to_csv(index=False))
 
 
 def as_table(records: list[Record]) -> pd.DataFrame:
     """Return the rows of records as a table."""
     return pd.DataFrame([record.row for record in records])
+
+
+def susceptibility_table(records: list[Record]) -> pd.DataFrame:
+    """Return a row for each component, step, distribution and position: how the component answers to that part of the data."""
+    rows = []
+    for record in records:
+        origin = {name: record.row[name] for name in ("step", "checkpoint_hash", "settings", "component")}
+        for index, (value, stderr) in enumerate(record.susceptibilities.T.tolist()):
+            distribution, position = divmod(index, record.susceptibilities.shape[1] // len(PARTS))
+            part = {"distribution": PARTS[distribution], "position": position + 1}
+            rows.append(origin | part | {"susceptibility": value, "stderr": stderr, "verdict": record.row["verdict"]})
+    return pd.DataFrame(rows)
 
 
 def read_all(run: RunFolder) -> list[Record]:
@@ -200,6 +249,8 @@ def _is_complete(record: Record) -> bool:
         and traces.ndim == 2
         and traces.size > 0
         and traces.dtype.kind == "f"
+        and (not record.susceptibilities.size or record.susceptibilities.ndim == 2)
+        and record.susceptibilities.dtype.kind == "f"
     )
 
 

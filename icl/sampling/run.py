@@ -16,12 +16,23 @@ from icl.build import build_checkpoint_model, choose_device
 from icl.compute.memory import require_memory
 from icl.config import RunConfig, SamplerConfig
 from icl.config.validation import ConfigError, parse_steps, real
+from icl.model.flat import make_layout
 from icl.runs.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, require_one_run
 from icl.runs.folder import run_of
 from icl.runs.measure import Measurement, measure_checkpoints
 from icl.sampling.chains import Advance, estimate
-from icl.sampling.prompt_loss import prompt_target, trivial_loss
-from icl.sampling.records import VERSION, EstimateSettings, Record, as_record, as_table, make_record, write_tables
+from icl.sampling.components import component_masks
+from icl.sampling.prompt_loss import losses_by_part, prompt_target, trivial_loss
+from icl.sampling.records import (
+    PARTS_NAME,
+    VERSION,
+    EstimateSettings,
+    Record,
+    as_record,
+    as_table,
+    make_record,
+    write_tables,
+)
 from icl.sampling.rescaling import rescaled
 from icl.sampling.result import CheckpointId, LLCResult
 from icl.sampling.target import Target
@@ -62,7 +73,12 @@ class MoveBar(tqdm):
 
 
 def estimate_run(
-    path: str | Path, sampler: SamplerConfig | None = None, *, mode: str = "", rescale: float = 1.0
+    path: str | Path,
+    sampler: SamplerConfig | None = None,
+    *,
+    mode: str = "",
+    rescale: float = 1.0,
+    component: str = "",
 ) -> Estimates:
     """Estimate the LLCs of a run's saved steps, or of one checkpoint; stored estimates under equal settings are reused.
 
@@ -71,6 +87,8 @@ def estimate_run(
         sampler: The settings; left out, those in the run's configuration.
         mode: A label for the rows.
         rescale: If not 1, the weights are rescaled by this factor with the function unchanged (`icl.sampling.rescaling`).
+        component: If given, the chains move this component of the model only (`icl.sampling.components`). Its
+            susceptibilities to the positions of the prompts are estimated too.
 
     Raises:
         CheckpointError: If there is no usable checkpoint, or the checkpoints are of different runs.
@@ -86,7 +104,7 @@ def estimate_run(
     files, config = run_files(path)
     require_one_run(files)
     sampler = config.sampler if sampler is None else sampler
-    settings = EstimateSettings(sampler, mode, rescale)
+    settings = EstimateSettings(sampler, mode, rescale, component)
     device = sampling_device()
     require_room(config, sampler, device)
     run = None if Path(path).is_file() else run_of(path)
@@ -96,11 +114,11 @@ def estimate_run(
     moves_each = sampler.num_chains * sampler.num_moves
     target = prompt_target(config, sampler, device=device, num_moves=len(files) * moves_each)
     records: list[Record] = []
-    with MoveBar("llc", len(files) * moves_each) as bar:
+    with MoveBar(f"llc {component}".rstrip(), len(files) * moves_each) as bar:
 
         def measure(checkpoints: list[Checkpoint], lead: int) -> list[Measurement]:
             (results,) = estimate_grid(
-                checkpoints, [sampler], target, device=device, rescale=rescale, advance=bar.update
+                checkpoints, [sampler], target, device=device, rescale=rescale, component=component, advance=bar.update
             )
             return [make_record(result, settings).measurement for result in results]
 
@@ -134,6 +152,7 @@ def estimate_grid(
     device: torch.device,
     advance: Advance,
     rescale: float = 1.0,
+    component: str = "",
 ) -> list[list[LLCResult]]:
     """Estimate each of a run's checkpoints under each of some settings, which may differ in lr, nbeta and localization.
 
@@ -144,12 +163,17 @@ def estimate_grid(
     params = [{name: tensor.to(device) for name, tensor in checkpoint.params.items()} for checkpoint in checkpoints]
     if rescale != 1:
         params = [rescaled(checkpoints[0].config.model, member, rescale) for member in params]
-    memory = samplers[0].memory
+    layout, observables, memory = None, {}, samplers[0].memory
+    if component:
+        layout = make_layout(params[0], component_masks(checkpoints[0].config.model, params[0], component))
+        observables = {PARTS_NAME: losses_by_part(checkpoints[0].config, device=device)}
     return estimate(
         target,
         params,
         samplers,
         identities=[CheckpointId(checkpoint.step, checkpoint.digest) for checkpoint in checkpoints],
+        layout=layout,
+        observables=observables,
         memory=None if memory is None else memory * 2**30,
         advance=advance,
     )
