@@ -315,6 +315,12 @@ invalid, except in a sweep, where this is a result.""",
         "--rescale C", "a control: also estimate with weights rescaled by C, which leaves the function unchanged"
     )
     parser.add(
+        "--stderr X",
+        "run each checkpoint's chains until the standard error is at most X, or for ten times the preset's `sampler.num_draws` "
+        "(or for the draws that you give)",
+        type=_number,
+    )
+    parser.add(
         "--components heads|layers",
         "estimate each attention head, or each layer, with the rest of the model fixed: refined LLCs and susceptibilities",
         choices=("heads", "layers"),
@@ -322,7 +328,7 @@ invalid, except in a sweep, where this is a result.""",
     flags = {
         "published": "use the sampler settings of Hoogland et al. 2024, and say what they measure",
         "calibrate": "choose lr, nbeta, localization and burn-in by a search over a few checkpoints (or over --steps); it "
-        "takes some minutes on a CPU, says first how many, and starts over after an interruption",
+        "takes some minutes on a CPU, says first how many, and continues after an interruption",
         "self-test": "run the sampler on losses whose learning coefficient is known; takes about a minute and needs no run",
     }
     for flag, text in flags.items():

@@ -36,7 +36,7 @@ def run(words: list[str]) -> int:
     """Estimate, calibrate or test; return 1 if there is no usable result."""
     parsed = llc_parser().parse_args(words)
     path, flags, given = parsed.path, frozenset(parsed.flags), parsed.settings
-    own = {name: getattr(parsed, name) for name in ("config", "out", "steps", "rescale", "components")}
+    own = {name: getattr(parsed, name) for name in ("config", "out", "steps", "rescale", "components", "stderr")}
     options = {name: value for name, value in own.items() if value not in (None, [])}
     if len(flags) > 1:
         raise ConfigError(
@@ -93,7 +93,7 @@ def _work(job: Job, flags: frozenset[str], wandb_run: Any = None) -> int:
     try:
         return _calibrate(job)
     except KeyboardInterrupt:
-        print("icl: interrupted; a calibration stores nothing, so the same command starts over.", file=sys.stderr)
+        print("icl: interrupted; finished settings are stored, and the same command continues.", file=sys.stderr)
         return 130
 
 

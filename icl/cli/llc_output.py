@@ -53,6 +53,11 @@ def describe_work(
     work = f"{num_left} of {steps} to do" if num_finished else steps
     num_later = sampler.num_moves - sampler.num_burnin_steps
     chains = f"{sampler.num_chains} chains x ({sampler.num_burnin_steps} + {num_later}) moves"
+    if sampler.target_stderr is not None:
+        chains = (
+            f"{sampler.num_chains} chains until the standard error is {sampler.target_stderr:g}, "
+            f"at most {sampler.num_burnin_steps} + {num_later:,} moves each"
+        )
     return f"{subject}: {work}, {chains}{'.' if path.is_file() else '; finished steps are stored.'}"
 
 

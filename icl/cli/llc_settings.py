@@ -57,9 +57,24 @@ def read_job(
         config = resolve(saved_config(folder).to_dict(), published, *from_files, swept, given)
         if folder.is_file() and "sampler.steps" in given:  # a default choice of steps does not apply to a single file
             _require_step(folder, config.sampler.steps)
+    if "stderr" in options:
+        config = _until_precise(config, options["stderr"], swept, given)
     mode = "" if not published else _published_mode(config.sampler)
     rescale = _positive_number("--rescale", options["rescale"]) if "rescale" in options else None
     return Job(folder, config, mode, rescale, options.get("components"), out)
+
+
+def _until_precise(config: RunConfig, stderr: float, *layers: Mapping[str, Any]) -> RunConfig:
+    """Return the settings with --stderr as the target, and ten times as many draws unless their number was given."""
+    given = {key: value for layer in layers for key, value in flatten(dict(layer)).items()}
+    if given.get("sampler.target_stderr") is not None and config.sampler.target_stderr != stderr:
+        raise ConfigError(
+            "`--stderr` and `--sampler.target_stderr` are the same setting but have different values; give only one of them."
+        )
+    draws = config.sampler.num_draws * (1 if "sampler.num_draws" in given else 10)
+    return dataclasses.replace(
+        config, sampler=dataclasses.replace(config.sampler, target_stderr=stderr, num_draws=draws)
+    )
 
 
 def output_file(options: Mapping[str, Any], *inputs: str | None) -> Path | None:

@@ -18,6 +18,7 @@ import yaml
 
 from icl.config import SamplerConfig
 from icl.runs.checkpoints import Checkpoint, load_same_run
+from icl.runs.folder import run_of
 from icl.sampling.batches import batch_function
 from icl.sampling.curvature import largest_curvature
 from icl.sampling.prompt_loss import prompt_target, trivial_loss
@@ -39,6 +40,7 @@ from icl.sampling.search import (
     slower_than,
     survey,
 )
+from icl.sampling.stored_results import StoredResults
 from icl.sampling.target import Target
 
 PLACES = (0.2, 0.5, 1.0)
@@ -96,6 +98,7 @@ def calibrate(
         curvature = largest_curvature(target.chain_gradient, params, batches)  # compiles the gradient, if it is to be
         losses = [target.loss(params, batch).mean() for batch in batches]
         height = trivial_loss(config) - float(torch.stack(losses).mean())
+        run = run_of(path)
         steps = ", ".join(f"{checkpoint.step:,}" for checkpoint in checkpoints)
         say(
             f"Checkpoints: {steps}. Largest curvature: {curvature:.3g}. The loss of predicting zero is {height:.3g} above that of "
@@ -106,7 +109,7 @@ def calibrate(
             for point in survey(height=height, curvature=curvature, speed=sampler.speed)[: len(NBETAS)]
         ]
         say(_expected_time(plan, _seconds_per_move(checkpoints, first, target, device)))
-        work = _Work(sampler, checkpoints, target, device, plan, bar)
+        work = _Work(sampler, checkpoints, target, device, plan, bar, StoredResults(run.results / "llc-calibration"))
         result = search(work.try_points, height=height, curvature=curvature, speed=sampler.speed, say=say)
         confirming = dataclasses.replace(target, batches=fresh_batches)
         return _finish(result, sampler, lambda chosen: work.confirm(chosen, confirming))
@@ -144,9 +147,10 @@ class _Work:
         device: torch.device,
         plan: _Plan,
         bar: MoveBar,
+        stored: StoredResults,
     ) -> None:
         self.sampler, self.checkpoints, self.target = sampler, checkpoints, target
-        self.device, self.plan, self.bar = device, plan, bar
+        self.device, self.plan, self.bar, self.stored = device, plan, bar, stored
 
     def try_points(self, points: Sequence[SearchPoint]) -> list[list[LLCResult]]:
         """Estimate under some settings: in the survey at all checkpoints, later at the last one."""
@@ -155,14 +159,29 @@ class _Work:
         if points[0].slowness > 1:  # then only the confirmation is left, unless lr falls once more
             self.bar.set_remaining(_num_moves(samplers[0]) + self.plan.confirmation)
         checkpoints = self.checkpoints if stage == SURVEY else self.checkpoints[-1:]
-        return estimate_grid(checkpoints, samplers, self.target, device=self.device, advance=self.bar.update)
+        return self._estimate(checkpoints, samplers, self.target)
 
     def confirm(self, chosen: SamplerConfig, target: Target) -> list[LLCResult]:
         """Estimate under the chosen settings at all checkpoints, on minibatches and noise that the choice did not depend on."""
         self.bar.set_description(CONFIRMATION)
         self.bar.set_remaining(len(self.checkpoints) * _num_moves(chosen))
-        samplers = [_next_seed(chosen)]
-        return estimate_grid(self.checkpoints, samplers, target, device=self.device, advance=self.bar.update)[0]
+        return self._estimate(self.checkpoints, [_next_seed(chosen)], target)[0]
+
+    def _estimate(
+        self, checkpoints: Sequence[Checkpoint], samplers: Sequence[SamplerConfig], target: Target
+    ) -> list[list[LLCResult]]:
+        """Estimate each checkpoint under each of some settings, or take the results from an earlier, interrupted calibration."""
+        rows = [[self.stored.read(checkpoint, sampler) for checkpoint in checkpoints] for sampler in samplers]
+        missing = [number for number, row in enumerate(rows) if None in row]
+        self.bar.skip(sum(_num_moves(s) * len(checkpoints) for n, s in enumerate(samplers) if n not in missing))
+        if missing:
+            wanted = [samplers[number] for number in missing]
+            new = estimate_grid(checkpoints, wanted, target, device=self.device, advance=self.bar.update)
+            for number, results in zip(missing, new, strict=True):
+                rows[number] = list(results)
+                for checkpoint, result in zip(checkpoints, results, strict=True):
+                    self.stored.write(checkpoint, samplers[number], result)
+        return [[result for result in row if result is not None] for row in rows]
 
 
 def _num_moves(sampler: SamplerConfig) -> int:
@@ -189,7 +208,7 @@ def _expected_time(plan: _Plan, seconds_per_move: float) -> str:
     minutes = math.ceil(plan.expected * seconds_per_move * _FURTHER_WORK / 60)
     return (
         f"About {minutes} minute{'' if minutes == 1 else 's'}: {plan.expected:,} moves of chains at "
-        f"{1000 * seconds_per_move:.2g} ms, more if lr must fall twice. If it is interrupted, nothing is stored."
+        f"{1000 * seconds_per_move:.2g} ms, more if lr must fall twice. Finished settings are stored, so after an interruption the same command continues."
     )
 
 

@@ -15,6 +15,7 @@ gradients for all members at once. Numbers that depend on a checkpoint alone are
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
@@ -51,6 +52,10 @@ _COPIES = 10
 
 Advance: TypeAlias = Callable[[int], None]
 """Called after moves with their number: one chain's move counts as one."""
+Watch: TypeAlias = Callable[[Sequence[int], Sequence[int], Float[Tensor, "N S"]], None]
+"""Called now and then with the numbers of the checkpoint and the chain of each member, and its excess so far, in nats."""
+WATCH_SECONDS = 10.0
+"""Seconds between two calls."""
 SampleLosses: TypeAlias = Callable[[Params], Float[Tensor, " Q"]]
 """Function from one member's parameters to the losses of Q fixed samples."""
 
@@ -67,6 +72,7 @@ def estimate(
     observables: Mapping[str, Observable] | None = None,
     memory: float | None = None,
     advance: Advance = lambda moves: None,
+    watch: Watch | None = None,
 ) -> list[list[LLCResult]]:
     """Estimate the LLC of each checkpoint under each of some settings, as one population.
 
@@ -80,6 +86,7 @@ def estimate(
         observables: Functions of the parameters whose values are recorded at every draw.
         memory: Bytes that the chains running at once may need.
         advance: Called after every move of the chains that run together, with their number.
+        watch: Called every few seconds with the draws so far.
 
     Returns:
         A list for each settings, with a result for each checkpoint.
@@ -123,6 +130,7 @@ def estimate(
         are_all_losses=are_all and len(drop_batches) == len(batches),
         variates=variates,
         advance=advance,
+        watch=watch,
     )
     remaining = iter(traces)
     return [
@@ -149,6 +157,7 @@ def run_chains(
     are_all_losses: bool = False,
     variates: Variates | None = None,
     advance: Advance = lambda moves: None,
+    watch: Watch | None = None,
 ) -> list[Traces]:
     """Run every chain of every checkpoint; return the traces of each checkpoint.
 
@@ -166,6 +175,7 @@ def run_chains(
         are_all_losses: Whether these batches are all the data.
         variates: Control variates for the gradients and the excess.
         advance: Called after every move.
+        watch: Called every few seconds with the draws so far.
     """
     num_chains = settings[0].num_chains
     num_members = size(checkpoints) * num_chains
@@ -187,7 +197,7 @@ def run_chains(
         drops = DropsAtMean(losses_at_mean, are_all_losses, layout, rows, fixed, num_chains)
     parts: list[Traces] = []
     for first in range(0, num_members, chunk_size):
-        for traces in population.run(range(first, min(first + chunk_size, num_members)), advance):
+        for traces in population.run(range(first, min(first + chunk_size, num_members)), advance, watch):
             if drops is not None:
                 assert traces.mean_position is not None
                 drops.add(traces.mean_position, traces.alive)
@@ -287,7 +297,7 @@ class _Population(NamedTuple):
     """Functions of stacked parameters."""
     variates: Variates | None
 
-    def run(self, members: range, advance: Advance) -> list[Traces]:
+    def run(self, members: range, advance: Advance, watch: Watch | None) -> list[Traces]:
         """Make all moves of some members; return the traces of each group of equal settings."""
         common, device = self.settings[0], self.checkpoints.device
         checkpoints, chains = [m // common.num_chains for m in members], [m % common.num_chains for m in members]
@@ -299,7 +309,7 @@ class _Population(NamedTuple):
         anchors, sizes = self.layout.to_params(start, fixed), [group.size for group in groups]
         # Chains that may stop early are tested as often as short ones.
         num_draws = common.num_draws if common.target_stderr is None else min(common.num_draws, FIRST_CHECK)
-        next_check = FIRST_CHECK
+        next_check, next_look = FIRST_CHECK, time.monotonic() + WATCH_SECONDS
         for move in range(common.num_moves):
             batch = self._minibatch(checkpoints, chains, move)
             here = self._points(groups, fixed, batch)
@@ -325,6 +335,9 @@ class _Population(NamedTuple):
             for group, point, proposal in zip(groups, here, proposals, strict=True):
                 group.move(proposal, point.grad, adapting=move < common.num_burnin_steps)
             advance(len(members))
+            if watch is not None and is_draw and time.monotonic() >= next_look:
+                watch(checkpoints, chains, torch.cat([group.recorder.nats() for group in groups]).cpu())
+                next_look = time.monotonic() + WATCH_SECONDS
             if common.target_stderr is not None and is_draw and groups[0].recorder.num_draws == next_check:
                 if groups[0].recorder.is_precise(common.target_stderr):
                     advance(len(members) * (common.num_moves - move - 1))

@@ -188,6 +188,7 @@ def write_tables(run: RunFolder) -> None:
             positions = pd.DataFrame([row for record in whole for row in record.positions])
             run.write_result("llc-positions.csv", positions.to_csv(index=False))
         if parts:
+            parts.sort(key=lambda record: (record.row["component"], record.row["settings"], record.row["step"]))
             run.write_result(COMPONENT_TABLE, as_table(parts).to_csv(index=False))
             run.write_result(SUSCEPTIBILITY_TABLE, susceptibility_table(parts).to_csv(index=False))
 

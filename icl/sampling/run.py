@@ -10,20 +10,25 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm import tqdm
 
 from icl.build import build_checkpoint_model, choose_device
 from icl.compute.memory import require_memory
 from icl.config import RunConfig, SamplerConfig
 from icl.config.validation import ConfigError, parse_steps, real
+from icl.files.writing import write_atomically
 from icl.model.flat import make_layout
 from icl.runs.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, require_one_run
 from icl.runs.folder import run_of
 from icl.runs.measure import Measurement, measure_checkpoints
-from icl.sampling.chains import Advance, estimate
+from icl.sampling import convergence
+from icl.sampling.chains import Advance, Watch, estimate
 from icl.sampling.components import component_masks
 from icl.sampling.prompt_loss import losses_by_part, prompt_target, trivial_loss
 from icl.sampling.records import (
+    MAX_TRACE,
     PARTS_NAME,
     VERSION,
     EstimateSettings,
@@ -63,13 +68,50 @@ class Estimates(NamedTuple):
 class MoveBar(tqdm):
     """A progress bar over the moves of chains; one chain's move is one unit of work, whatever else is computed beside it."""
 
+    total: float
+
     def __init__(self, stage: str, total: int) -> None:
         super().__init__(total=total, desc=stage, unit=" moves", unit_scale=True, mininterval=0.5)
+
+    def skip(self, num_moves: int) -> None:
+        """Leave out moves that were made earlier."""
+        self.total = max(self.n, self.total - num_moves)
+        self.refresh()
 
     def set_remaining(self, num_moves: int) -> None:
         """Set the number of moves that are still to be made."""
         self.total = self.n + num_moves
         self.refresh()
+
+
+class RunningTrace:
+    """A table of the draws so far, which can be read or plotted while the chains run, and the estimate so far on the bar.
+
+    Args:
+        file: The table: step, chain, draw and excess in nats, at most `MAX_TRACE` draws of each chain.
+        checkpoints: The checkpoints whose chains run.
+        bar: The progress bar.
+    """
+
+    def __init__(self, file: Path, checkpoints: Sequence[Checkpoint], bar: MoveBar) -> None:
+        self.file, self.steps, self.bar = file, [checkpoint.step for checkpoint in checkpoints], bar
+
+    def __call__(self, checkpoints: Sequence[int], chains: Sequence[int], nats: Float[Tensor, "N S"]) -> None:
+        """Write the draws so far."""
+        stride = -(-nats.shape[1] // MAX_TRACE)
+        rows = [
+            {"step": self.steps[checkpoint], "chain": chain, "draw": draw * stride, "excess": value}
+            for checkpoint, chain, trace in zip(checkpoints, chains, nats[:, ::stride].tolist(), strict=True)
+            for draw, value in enumerate(trace)
+        ]
+        write_atomically(self.file, pd.DataFrame(rows).to_csv(index=False).encode(), durable=False)
+        of_last = nats[[checkpoint == checkpoints[-1] for checkpoint in checkpoints]].double().numpy()
+        error = convergence.standard_error(of_last)
+        self.bar.set_postfix_str(f"step {self.steps[checkpoints[-1]]:,} so far: {of_last.mean():.3g} ± {error:.2g}")
+
+    def remove(self) -> None:
+        """Remove the table, once the estimate is complete."""
+        self.file.unlink(missing_ok=True)
 
 
 def estimate_run(
@@ -117,9 +159,19 @@ def estimate_run(
     with MoveBar(f"llc {component}".rstrip(), len(files) * moves_each) as bar:
 
         def measure(checkpoints: list[Checkpoint], lead: int) -> list[Measurement]:
+            watch = None if run is None else RunningTrace(settings.cache(run).folder / "running.csv", checkpoints, bar)
             (results,) = estimate_grid(
-                checkpoints, [sampler], target, device=device, rescale=rescale, component=component, advance=bar.update
+                checkpoints,
+                [sampler],
+                target,
+                device=device,
+                rescale=rescale,
+                component=component,
+                advance=bar.update,
+                watch=watch,
             )
+            if watch is not None:
+                watch.remove()
             return [make_record(result, settings).measurement for result in results]
 
         for batch in measure_checkpoints(
@@ -153,6 +205,7 @@ def estimate_grid(
     advance: Advance,
     rescale: float = 1.0,
     component: str = "",
+    watch: Watch | None = None,
 ) -> list[list[LLCResult]]:
     """Estimate each of a run's checkpoints under each of some settings, which may differ in lr, nbeta and localization.
 
@@ -176,6 +229,7 @@ def estimate_grid(
         observables=observables,
         memory=None if memory is None else memory * 2**30,
         advance=advance,
+        watch=watch,
     )
 
 

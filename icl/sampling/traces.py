@@ -165,9 +165,13 @@ class Recorder:
         """Number of draws so far."""
         return len(self.excess)
 
+    def nats(self) -> Float[Tensor, "N S"]:
+        """Return the excess of all draws so far, in nats."""
+        return self.settings.inverse_temperature * torch.stack([mean_over_components(e) for e in self.excess], dim=1)
+
     def is_precise(self, stderr: float) -> bool:
         """Return whether the mean excess of these chains has at most this standard error, in nats, and enough draws to know it."""
-        nats = self.settings.inverse_temperature * torch.stack([mean_over_components(e) for e in self.excess], dim=1)
+        nats = self.nats()
         used = _to_float64(nats[nats.isfinite().all(1)]).numpy()
         if not len(used):
             return False

@@ -112,15 +112,19 @@ def test_no_gradient_and_no_minibatch_is_made_twice(watched):
     of_slopes = (
         (2 + 1 + 1 + 2) * 2 * QUICK.num_init_batches // 2
     )  # at each population's checkpoints, whatever its settings
-    assert watched.counted["chains"] == of_curvature + to_see_how_long + of_slopes + QUICK.num_chains * of_chains
+    of_failure = (
+        2 * QUICK.num_chains
+    )  # where chains diverged, the checkpoint's gradients say whether the data are to blame
+    expected = of_curvature + to_see_how_long + of_slopes + QUICK.num_chains * of_chains + of_failure
+    assert watched.counted["chains"] == expected
     of_losses = 4 * QUICK.num_init_batches  # in each population
-    assert watched.counted["batches"] == 4 + 2 + of_losses + QUICK.num_chains * (12 + sum(moves))
+    assert watched.counted["batches"] == 4 + 2 + of_losses + QUICK.num_chains * (12 + sum(moves)) + of_failure
 
 
 def test_it_says_beforehand_how_long_it_takes_and_its_bar_ends_full(watched):
     assert watched.told[0].startswith(RULE)
     assert re.match(r"About \d+ minutes?: \d+ moves", watched.told[2])  # how many depends on the machine
-    assert "interrupted" in watched.told[2]
+    assert "after an interruption" in watched.told[2]
     ((done, total),) = watched.ends
     assert done == total > 0
 
@@ -147,6 +151,50 @@ def test_the_choice_is_confirmed_by_chains_that_it_was_not_chosen_by(watched):
 def calibrated_again(watched):
     """What the chosen settings give under the search's own seed."""
     return [row["llc"] for row in estimate_run(watched.folder.path, watched.found.chosen).table.to_dict("records")[1:]]
+
+
+def test_an_interrupted_calibration_continues_after_the_last_finished_settings(tmp_path, monkeypatch):
+    """It ends with the table of one that was never interrupted, and makes no finished estimate again."""
+    few_settings(monkeypatch)
+    for module in (calibration, search):
+        monkeypatch.setattr(module, "is_healthy", lambda result, but=(): True)
+    monkeypatch.setattr(search, "_has_plateau", lambda trial, trials: True)
+    sampler = dataclasses.replace(QUICK, num_draws=4, steps="20,30")
+    whole = make_run(tmp_path / "whole", steps=(0, 20, 30))
+    expected = calibrate(whole.path, sampler).table
+    halted = make_run(tmp_path / "halted", steps=(0, 20, 30))
+    true, populations = calibration.estimate_grid, []
+
+    def estimate_grid(checkpoints, samplers, *arguments, **keywords):
+        if len(populations) == num_before:
+            raise KeyboardInterrupt
+        populations.append(len(samplers))
+        return true(checkpoints, samplers, *arguments, **keywords)
+
+    monkeypatch.setattr(calibration, "estimate_grid", estimate_grid)
+    for num_before in (2, 3, 1):  # noqa: B007 (the first population of each call measures how long a move takes)
+        populations.clear()
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(halted.path, sampler)
+    num_before = 100
+    populations.clear()
+    pd.testing.assert_frame_equal(calibrate(halted.path, sampler).table, expected)
+    num_left = len(populations)
+    populations.clear()
+    pd.testing.assert_frame_equal(calibrate(halted.path, sampler).table, expected)
+    assert (num_left, len(populations)) == (2, 1)  # the confirmation was left
+
+
+def test_a_damaged_stored_result_is_made_again(tmp_path, monkeypatch):
+    few_settings(monkeypatch)
+    run = make_run(tmp_path / "tiny", steps=(0, 20, 30))
+    sampler = dataclasses.replace(QUICK, num_draws=4, steps="20,30")
+    expected = calibrate(run.path, sampler).table
+    files = sorted((run.results / "llc-calibration").rglob("*.json"))
+    assert len(files) >= 4
+    for file in files:
+        file.write_text(file.read_text().replace("0", "1", 3))
+    pd.testing.assert_frame_equal(calibrate(run.path, sampler).table, expected)
 
 
 def test_a_step_that_is_not_saved_is_refused_before_anything_is_told(tmp_path, capsys):

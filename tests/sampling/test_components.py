@@ -91,7 +91,7 @@ def test_heads_and_layers_from_the_command_line(run, capsys):
     said = capsys.readouterr()
     assert "2 steps x 3 components" in said.err
     table = pd.read_csv(run.results / "llc-components.csv")
-    assert list(table["component"].unique()) == ["embedding", "L0", "unembedding"]
+    assert list(table["component"].unique()) == ["L0", "embedding", "unembedding"]
     parts = pd.read_csv(run.results / "llc-susceptibilities.csv")
     assert len(parts) == 2 * 3 * 2 * CONFIG.task.max_examples
     assert set(parts["distribution"]) == {"pretrain", "true"}
