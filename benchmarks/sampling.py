@@ -77,7 +77,7 @@ def our_chains(
 ) -> Callable[[], object]:
     """All chains of some checkpoints at each call."""
     sizes = {**_SIZES, "num_burnin_steps": num_moves - 2}
-    sampler = SamplerConfig(batch_size=BATCH_SIZE, **_KERNEL, **sizes)
+    sampler = SamplerConfig(kernel="sgld", batch_size=BATCH_SIZE, **_KERNEL, **sizes)
     target = prompt_target(config, sampler, device=device, num_moves=2**40 if compiled else 0)
     one = {name: parameter.detach().to(device) for name, parameter in build_model(config).named_parameters()}
     checkpoints = stack([one] * num_checkpoints)

@@ -153,6 +153,7 @@ def calibrated_again(watched):
     return [row["llc"] for row in estimate_run(watched.folder.path, watched.found.chosen).table.to_dict("records")[1:]]
 
 
+@pytest.mark.slow
 def test_an_interrupted_calibration_continues_after_the_last_finished_settings(tmp_path, monkeypatch):
     """It ends with the table of one that was never interrupted, and makes no finished estimate again."""
     few_settings(monkeypatch)

@@ -252,13 +252,13 @@ def test_what_lies_ahead_is_told_before_the_bar(folder, capsys):
     assert ahead() == "nothing to do, all 2 steps are stored."
 
 
-def test_an_interrupted_calibration_says_that_it_starts_over(folder, monkeypatch, capsys):
+def test_an_interrupted_calibration_says_that_it_continues(folder, monkeypatch, capsys):
     def interrupted(job):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(llc, "_calibrate", interrupted)
     assert main(["llc", str(folder.path), "--calibrate"]) == 130
-    assert "starts over" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
 
 
 def test_words_may_come_in_any_order():
