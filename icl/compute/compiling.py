@@ -29,7 +29,7 @@ def compiling_pays(*, num_params: int, num_tokens: int, num_steps: int) -> bool:
     The answer depends only on the settings, so a resumed run makes the same choice.
 
     Args:
-        num_params: Parameters of one member, not of all, so that a member in a population gets the same answer as alone.
+        num_params: Number of parameters of one member, not of the population. So a member gets the same answer as if it ran alone.
         num_tokens: Tokens in a member's batch, 2 K B.
         num_steps: Total number of gradients of such a batch.
     """

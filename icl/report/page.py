@@ -36,7 +36,7 @@ from icl.runs.listing import named_runs
 
 NAME = "report.html"
 _MIN_ROWS = 20
-"""Smallest limit on the rows of a folded table, even if many runs share the page."""
+"""Smallest limit on the rows of a collapsed table, however many runs share the page."""
 
 
 @dataclass(frozen=True, kw_only=True)

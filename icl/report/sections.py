@@ -70,7 +70,7 @@ def run_sections(facts: RunFacts, prefix: str, *, max_rows: int = MAX_WHOLE) -> 
     Args:
         facts: The contents of the run's folder.
         prefix: Beginning of the sections' ids, unique to the run.
-        max_rows: Largest number of rows of a folded table.
+        max_rows: Largest number of rows that a collapsed table shows; longer tables are shortened.
     """
     subjects = {subject.name: subject for subject in map(subject_of, (*facts.tables, *facts.pictures))}
     known = [subject for subject in SUBJECTS if subject.name in subjects or subject.name == "training"]

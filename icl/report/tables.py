@@ -19,7 +19,7 @@ VERDICTS = ("ok", "suspect", "invalid")
 MAX_SUMMARY = 24
 """Number of rows in the summary of a table with more than `MAX_SHORT` rows."""
 MAX_SHORT = 40
-"""Largest number of rows of a short table. The summary of a short table has all its rows."""
+"""Number of rows up to which a table is shown in full instead of being summarised."""
 MAX_WHOLE = 200
 """Largest number of rows of a table that is shown whole. Of a longer table, only the first and the last `MAX_WHOLE` / 2 rows are
 shown."""

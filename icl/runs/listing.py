@@ -37,7 +37,7 @@ def named_runs(paths: Sequence[Path]) -> dict[str, RunFolder]:
         below = run_folders(path)
         if not below:
             raise RunError(
-                f"{path} is not a run, and there are no runs below it: expected a folder with config.yaml; `icl runs` lists those here."
+                f"{path} is not a run, and there are no runs below it: expected a folder with config.yaml. `icl runs` lists the runs below LOCAL_ROOT."
             )
         for run in below:
             runs.setdefault(run.path.resolve(), (run.path.relative_to(path).as_posix(), run))

@@ -153,7 +153,7 @@ def _susceptibilities(result: LLCResult) -> np.ndarray:
 
 
 def as_record(entry: Entry) -> Record:
-    """Return the record of an entry.
+    """Convert a stored entry into the record of an estimate.
 
     Raises:
         ContentError: If the rows or traces are not those of a record.

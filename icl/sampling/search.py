@@ -141,7 +141,7 @@ def survey(*, height: float, curvature: float, speed: float = 1.0) -> list[Searc
     Args:
         height: Height of a trivial predictor's loss above the last checkpoint's.
         curvature: The largest curvature at the last checkpoint.
-        speed: How much faster than by SGLD flat directions fill (`ChainsConfig.speed`).
+        speed: Factor by which the chains fill flat directions faster than SGLD does (`ChainsConfig.speed`).
     """
     points = []
     for share, nbeta in itertools.product(RATIOS, NBETAS):

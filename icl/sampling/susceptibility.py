@@ -47,8 +47,8 @@ def susceptibility(
     """
     if difference.shape[:2] != excess.shape or excess.numel() < 2:
         raise ConfigError(
-            f"`difference` needs the chains and draws of `excess`, at least two draws in all, got {tuple(difference.shape)} and "
-            f"{tuple(excess.shape)}."
+            "`difference` must have as many chains and draws as `excess`, and at least two draws over all chains, got the shapes "
+            f"{tuple(difference.shape)} and {tuple(excess.shape)}."
         )
     parts = difference.reshape(*excess.shape, -1).double()  # K S Q
     centred = excess.double() - excess.double().mean()

@@ -4,8 +4,8 @@ The same call starts a new run, resumes an unfinished run bit-identically, or re
 (finished, stopped early, pre-empted by a signal, failed) is written to `status.json` with its reason.
 
 Runs that differ only in their seeds and tasks are trained together, as one population. A single run is a population of one. If
-members are at different steps, the ones furthest behind are trained first. When they reach the step of the next members, all of
-these are trained together. If a member ends before the others, the population is rebuilt from the resume files of the others.
+members are at different steps, the ones furthest behind are trained first. When they reach the step at which the next members
+stopped, both groups are trained together. If a member ends before the others, the population is rebuilt from the resume files of the others.
 """
 
 import contextlib

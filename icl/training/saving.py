@@ -174,7 +174,7 @@ def _join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _map_stacked(function: Callable[[Sequence[Tensor]], Tensor], trees: Sequence[Any]) -> Any:
-    """Combine trees of the same shape: apply `function` to the stacked tensors, and keep the first of all other values.
+    """Combine trees of the same structure: replace the tensors at each place by `function` of them, and copy the rest from the first tree.
 
     Stacked tensors are those with at least one axis: the parameters and Adam's moments.
     """

@@ -56,7 +56,7 @@ class JudgedCandidate(NamedTuple):
     plane: tuple[int, int]
     time: float
     stderr: float
-    """Half the range of times over the kernels; NaN if only one kernel shows it."""
+    """Uncertainty of the time: half the range of the times found with different kernel widths. NaN if only one width shows it."""
     point: tuple[float, float]
     radius: float
     width: float
@@ -69,7 +69,7 @@ class Form(NamedTuple):
 
     time: float
     stderr: float
-    """Half the range of times over the planes."""
+    """Uncertainty of the time: half the range of the times at which the form appears in the different planes."""
     point: Float[np.ndarray, "3"]
     mismatch: float
     reasons: str

@@ -94,8 +94,8 @@ def read_signals(
         if not folder.metrics_file.is_file() and not folder.results.is_dir():
             checkpoint_files(path)  # raises an error that there is nothing at all
         raise RunError(
-            f"{folder.path} has no signal with at least {MIN_POINTS} steps, which stages need. Train with more checkpoints "
-            "(--checkpoints.num_log 60), or copy results/evaluation.csv or results/llc.csv of the run there."
+            f"Stages need a signal with at least {MIN_POINTS} steps, and {folder.path} has none. Train with more checkpoints "
+            "(--checkpoints.num_log 60), or copy the run's results/evaluation.csv or results/llc.csv into its folder."
         )
     return signals, missing
 

@@ -93,7 +93,7 @@ def end_run(run: Any, exit_code: int) -> None:
     """End a W&B run with the program's exit code, unless the run has ended.
 
     An exit code above 128 means that a signal stopped the run. Such a run is marked as pre-empted, so that a W&B sweep can
-    hand it out again. Rows that are not sent within a minute stay on disk, and a sentence names their folder. W&B's exit
+    hand it out again. Rows that are not sent within a minute stay on disk, and a message names their folder. W&B's exit
     handlers could delay the end of the program for days to send these rows. So `icl.cli` then ends without the handlers
     (`has_unsent_rows`).
     """
