@@ -43,11 +43,11 @@ ANALYSES: dict[str, About] = {
     "stages": About("run", "boundaries between stages from loss, scores and LLC, and the changes within each stage"),
     "diversity": About(
         "table",
-        "linear, ridge or lasso fit of the OOD error to task diversity and other features",
+        "linear, ridge or lasso regression of the OOD error on task diversity and other features",
         "diversity_fit",
     ),
 }
-"""Every analysis, by the name that `--what` takes."""
+"""All analyses, by name. The option `--what` takes these names."""
 
 
 def module_name(name: str) -> str:

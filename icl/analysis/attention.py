@@ -1,8 +1,8 @@
 """Attention of every head at every saved step: mean patterns on fixed prompts, and scores of the patterns.
 
 A prompt has T = 2K - 1 tokens x1, y1, ..., xK, numbered k = 0 .. T - 1. Query token k attends to the tokens j <= k with
-weights p_kj, which sum to 1. The scores of a query k are those of Hoogland et al. 2024 (figures on attention). Each is
-averaged over prompts; its standard error is over prompts.
+weights p_kj, which sum to 1. The scores of a query k are those of Hoogland et al. 2024 (figures on attention). Each
+score is averaged over prompts, and has the standard error of this average.
 
 - `entropy`: -sum_j p_kj log p_kj / log(k + 1). It is 1 for uniform attention and 0 for attention to a single token.
 - `variability`: half of sum_j |p_kj - m_kj|, where m is the mean pattern over prompts (a total variation distance). It is 0 if
@@ -14,17 +14,18 @@ averaged over prompts; its standard error is over prompts.
 The published code has errors that we do not repeat:
 
 - Its hardness counted the masked tokens j > k as well, but divided by k + 1.
-- Its distance was the mean position sum_j p_kj j / (k + 1), which is not a lag.
+- Its score for the distance was the mean position sum_j p_kj j / (k + 1), which is not a lag.
 - Its averages over the x- and y-tokens of a whole block took every second head instead of every second token.
 - In one place an entropy in bits was divided by natural logarithms.
-- At k = 0 the pattern is always 1, so the entropy was 0 / 0 and the previous token's score 0. We leave k = 0 out of every average.
+- At k = 0 the pattern is always 1, so the entropy was 0 / 0 and the score `previous` was 0. We leave k = 0 out of every
+  average.
 
 Every score is averaged over three sets of queries: `all`, the x-tokens (`x`) and the y-tokens (`y`). For example, a head that
 attends from y-tokens to x-tokens has a high score `x_tokens` for the queries `y`.
 
-The first head of the first block is named `b1h1`. The part `uniform` has the scores of uniform attention over all visible
-tokens, for comparison. Rows `pattern` have the mean weights at the last saved step, token by token. The cached entries contain
-the mean patterns of all steps.
+The column `part` names the head: `b1h1` is the first head of the first block. For comparison, rows with part `uniform`
+have the scores of uniform attention over all visible tokens. Rows with quantity `pattern` have the mean weights at the
+last saved step, one row for each pair of tokens. The cached entries contain the mean patterns of all steps.
 """
 
 import math

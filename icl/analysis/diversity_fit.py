@@ -1,4 +1,4 @@
-"""Fit of the OOD error to task diversity and other features of trained models, cross-validated, with a verdict.
+"""Regression of the OOD error on task diversity and other features of trained models, with cross-validation and a verdict.
 
 Each point is a model: one M at one saved step in the table that `icl evaluate --checkpoint_base_dir` writes. The target is the
 model's loss on new tasks (`true`) or on a shift. The features are log2(M) and, on the M training tasks, the loss, the ICL score
@@ -68,7 +68,7 @@ class Settings:
     features: str = field(
         default="auto",
         metadata={
-            "help": f"comma-separated list from {', '.join(FEATURES)}; auto: the first of these, as many as the number of M allows"
+            "help": f"comma-separated list from {', '.join(FEATURES)}; auto takes the first features of this list, as many as the number of values of M allows"
         },
     )
     steps: Literal["last", "all"] = field(default="last", metadata={"help": "the last step of each M, or all steps"})
@@ -94,7 +94,7 @@ class ValidatedFit(NamedTuple):
     """Jackknife standard errors of the coefficients."""
     fitted: Float[np.ndarray, " B"]
     held_out: Float[np.ndarray, " B"]
-    """Prediction for each point by the fit without its group."""
+    """Prediction for each point, by a fit to all other groups."""
     r2: float
     r2_cv: float
     r2_cv_stderr: float
@@ -223,7 +223,7 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def _headline(table: pd.DataFrame, distribution: str, quantity: str, path: Path) -> pd.DataFrame:
-    """Return a quantity of every model: its mean over positions, or for shifts of the query its only value."""
+    """Return one quantity of every model: its mean over positions, or its only value if the distribution shifts the query."""
     rows = table[(table["distribution"] == distribution) & (table["quantity"] == quantity)]
     if rows.empty:
         available = ", ".join(sorted(map(str, table["distribution"].unique())))
@@ -233,7 +233,7 @@ def _headline(table: pd.DataFrame, distribution: str, quantity: str, path: Path)
 
 
 def _full_span(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """Return the rows for the mean over positions; for the ICL score, the rows from position 1 to the last."""
+    """Return the rows with the mean over positions. The ICL score has none; return its rows from position 1 to the last."""
     if quantity != "icl_score":
         return rows[rows["position"] == "mean"]
     ends = rows["position"].str.extract(r"^1:(\d+)$")[0].astype(float)
@@ -331,7 +331,7 @@ def _summary(points: pd.DataFrame, names: list[str], fitted: ValidatedFit, setti
     outside = f"; {num_outside} outside the fit (M = inf, or a loss that is not finite)" if num_outside else ""
     lines = [
         f"Verdict: {fitted.verdict}{f' ({why})' if why else ''}.",
-        f"Fit ({settings.model_type}) of the loss on `{settings.target}`: {len(inside)} models of "
+        f"Fit ({settings.model_type}) of the loss on `{settings.target}`: {len(inside)} models with "
         f"{inside['num_tasks'].nunique()} values of M{outside}.",
         f"R² {fitted.r2:.3f} in sample; {fitted.r2_cv:.3f} ± {fitted.r2_cv_stderr:.3f} when leaving out one M at a time.",
         "Change of the loss per standard deviation of a feature (± jackknife standard error):",
@@ -340,7 +340,9 @@ def _summary(points: pd.DataFrame, names: list[str], fitted: ValidatedFit, setti
     lines += [f"  {name:16s}{value:>10.4g} ± {stderr:.2g}" for name, value, stderr in values]
     correlations = np.abs(np.corrcoef(inside[names].to_numpy(float), rowvar=False))
     if len(names) > 1 and np.triu(correlations, 1).max() > _STRONG_CORRELATION:
-        lines.append("Some features are strongly correlated, so only their joint effect is determined, not each alone.")
+        lines.append(
+            "Some features are strongly correlated, so their joint effect is known, but not the effect of each one."
+        )
     noise = float((inside["target_stderr"] ** 2).mean() / max(inside["target"].var(ddof=0), 1e-300))
     if noise > _MUCH_NOISE:
         lines.append(f"Measurement errors are {noise:.0%} of the variance of the loss; evaluate with more prompts.")

@@ -1,18 +1,19 @@
 """Embeddings, layer norms and unembedding over training: spectra, overlaps and collapse.
 
-All numbers are exact functions of the weights, so they have no standard errors. W_E (C, D + 1) embeds tokens and W_P (C, 2K)
-positions. W_U maps to the outputs. Only its row 0 gives predictions; its other rows, and the last position of W_P, are never
-trained. Rows of the table, by `quantity`:
+All numbers are exact functions of the weights, so they have no standard errors. W_E (C, D + 1) embeds tokens and W_P
+(C, 2K) positions. W_U maps the residual stream to the outputs. Only its row 0 gives predictions; its other rows, and
+the last position of W_P, are never trained. Rows of the table, by `quantity`:
 
 - `spectrum_share`: s_i^2 / sum s^2 for the singular values s_i of part `token_embedding`, `position_embedding` or `unembedding`,
   largest first in `component`. It shows embedding collapse (Hoogland et al. 2024). `norm` is sqrt(sum s^2), and
   `effective_rank` is (sum s^2)^2 / sum s^4.
-- `overlap`, part `A on B`: the mean squared cosine of the principal angles (Bjorck and Golub 1973) between two subspaces. The
-  subspace of a matrix is spanned by its leading left singular directions that together have a share `spectrum_kept` of sum s^2.
-  The third subspace, `readout`, is the direction of the effective unembedding (below). `cosine` is the cosine of each
-  angle, largest first. `overlap_chance` is the mean overlap with a random subspace of A's dimension: dim B / C, with B the larger
-  of the two. The authors' figure instead multiplied by the full C x C factor U of a singular value decomposition. This is a
-  rotation. It changes no norm, so it says nothing about a subspace.
+- `overlap`, part `A on B`: the mean squared cosine of the principal angles (Bjorck and Golub 1973) between two
+  subspaces. The subspace of a matrix is spanned by its leading left singular directions that together have a share
+  `spectrum_kept` of sum s^2. The third subspace, `readout`, is the direction of the effective unembedding (below).
+  `cosine` is the cosine of each angle, largest first. `overlap_chance` is the mean overlap of two random subspaces with
+  the same dimensions. It is d / C, where d is the larger dimension. The authors' figure instead multiplied by the full
+  C x C factor U of a singular value decomposition. This is a rotation. It changes no norm, so it says nothing about a
+  subspace.
 - Layer-norm collapse, part `<norm>.weight` (gamma) or `<norm>.bias` (beta): `mean`, `std`, `min`, `max`, `norm`, and `share_small`,
   the share of entries whose absolute value is below `threshold`. The threshold is absolute, so the share falls when a vector
   grows.

@@ -1,10 +1,11 @@
 """Curvature at every saved step: extreme eigenvalues, trace and spectrum of the Hessian of the loss.
 
-The loss is the squared error per target, averaged over positions and over fixed prompts, which are the same at all steps.
-The Hessian covers all P parameters. Parameters that do not change any prediction (the unused rows of the unembedding) give
-rows of zeros. A Hessian-vector product is the vector-Jacobian product of the gradient (torch.func), computed for a whole
-population at once. `icl.compute.linalg` estimates the numbers from these products. Each saved step has its own random start vector
-and probes, so the errors from them are independent between steps.
+The loss is the squared error per target, averaged over positions and over fixed prompts, which are the same at all
+steps. The Hessian covers all P parameters. Parameters that do not change any prediction (the unused rows of the
+unembedding) give rows of zeros. A Hessian-vector product is the vector-Jacobian product of the gradient (torch.func),
+computed for a whole population at once. `icl.compute.linalg` estimates eigenvalues, trace and spectrum from these
+products. Each saved step has its own random start vector and probes, so the errors from them are independent between
+steps.
 
 For comparison: the data released with Hoogland et al. 2024 contain the trace and the three largest eigenvalues for the mean
 squared error on 1,024 prompts. For L2H4 with `model.double_residual` their trace is about 150 at the start and 2,800 at
@@ -12,12 +13,13 @@ step 20,000.
 
 Rows of the table, by `quantity`:
 
-- `eigenvalue`: parts `top 1`, `top 2`, ... from the largest; `bottom 1`, ... from the smallest (most negative). `stderr` is the
-  standard error over draws of the prompts, to first order. (It does not include a bias: the extreme eigenvalues for a finite
-  draw lie outside those of the expected loss.) `lanczos_error` is the estimated error of the Lanczos method for these prompts.
-  If it exceeds 1 % of the eigenvalue, the verdict is `suspect`.
-- `trace`: `stderr` includes the draw of the prompts and of the probes. If the probes' error exceeds 5 % of the trace, the
-  verdict is `suspect`.
+- `eigenvalue`: parts `top 1`, `top 2`, ... from the largest; `bottom 1`, ... from the smallest (most negative).
+  `stderr` is the standard error over draws of the prompts, to first order. (It does not include a bias: with a finite
+  number of prompts, the extreme eigenvalues lie further out than those of the expected loss.) `lanczos_error` is the
+  estimated error of the Lanczos method for these prompts. If it exceeds 1 % of the eigenvalue, the verdict is
+  `suspect`.
+- `trace`: `stderr` includes the errors from the random prompts and from the random probes. If the probes' error exceeds
+  5 % of the trace, the verdict is `suspect`.
 - `spectral_node`, `spectral_weight`: eigenvalues, and the share of all P eigenvalues that each represents (estimated from one
   random start vector).
 - `num_parameters`: P.
@@ -50,7 +52,8 @@ NUM_BATCHES = 8
 """Number of batches of prompts. Their scatter gives the standard error over draws of the prompts."""
 VERSION = 1
 _MEMBERS_AT_ONCE = 4
-"""Checkpoints in one population. Small, so that results are saved every few seconds; larger populations are hardly faster."""
+"""Largest number of checkpoints in one population. It is small, so that results are saved every few seconds. Larger
+populations are hardly faster."""
 _MAX_LANCZOS_ERROR = 0.01
 _MAX_PROBE_ERROR = 0.05
 

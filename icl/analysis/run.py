@@ -46,7 +46,7 @@ class Members(NamedTuple):
     params: Params
     """Weights on the device, with a leading axis N."""
     lead: int
-    """1 if the first checkpoint serves only as the predecessor of the second, else 0."""
+    """1 if the first checkpoint is included only as the predecessor of the second, else 0."""
 
 
 Measure = Callable[[Members], list[Measurement]]

@@ -6,10 +6,13 @@ as
 
     y_i = f(u_i) + e_i,   f ~ a Matern(5/2, l),   cov(e_i, e_j) = (known_i + white) [i = j] + wander exp(-|i - j| / tau).
 
-The trend f is smooth (Rasmussen and Williams 2006, section 4.2.1). The scatter e has an independent part (`white`) and a correlated
-part (`wander`), an autoregression of order one over the saved steps. We choose the five parameters that maximise the posterior
-density (equation 5.8 there, with its gradient 5.9). The prior of ln l is normal with mean 0 and deviation 1. The prior of ln tau is
-normal with mean ln 3 and deviation 2. Both priors are weak.
+The trend f is a Gaussian process with variance a and length l. Its Matern(5/2) kernel makes it smooth (Rasmussen and
+Williams 2006, section 4.2.1). The scatter e has three parts: known errors of the points, an independent part (`white`),
+and a correlated part (`wander`), which is an autoregression of order one over the saved steps. The bracket [i = j] is 1
+if i = j, else 0. In this formula, known_i, white and wander are variances. We choose the five parameters a, l, white,
+wander and tau that maximise the posterior density (equation 5.8 of the same book, with its gradient 5.9). The prior of
+ln l is normal with mean 0 and standard deviation 1. The prior of ln tau is normal with mean ln 3 and standard deviation
+2. Both priors are weak.
 
 Trend and wander are distinguished by their roughness only: a trend that bends within a few saved steps counts as wander.
 """
@@ -33,9 +36,9 @@ class Scatter(NamedTuple):
     """Standard deviations of the scatter about the trend, in the units of the values."""
 
     white: float
-    """Part that is independent between saved steps."""
+    """Standard deviation of the part that is independent between saved steps."""
     wander: float
-    """Part that is correlated."""
+    """Standard deviation of the part that is correlated between saved steps."""
     tau: float
     """Correlation time of the wander, in saved steps."""
 
@@ -68,7 +71,7 @@ def estimate_scatter(
         times: u = ln(step + 1) of the saved steps, in ascending order.
         values: The curve at the saved steps.
         stderr: Known, independent standard errors of the points. They do not count as scatter.
-        shortest: Least length l of the trend. The default is a factor e in the step.
+        shortest: Least length l of the trend. The default of 1 is a factor e in the step.
         longest: Greatest length l. A trend with corners needs a small value; otherwise the wander follows the corners.
     """
     unit = float(values.std()) or 1.0

@@ -316,7 +316,7 @@ def test_an_llc_that_begins_late_says_from_which_steps_it_is_known():
     assert parts[0].reasons[0] == "no type: the LLC is unknown"
     told = stages._stage_lines([signals[0], late], parts)
     span = f"{FEWER[FEWER >= 10_000][0]:,} to 499,999"
-    assert any(f"the LLC is unknown for part of it (usable steps: {span})" in line for line in told)
+    assert any(f"the LLC is unknown for part of the stage (usable steps: {span})" in line for line in told)
 
 
 def test_an_error_below_one_step_keeps_a_digit():

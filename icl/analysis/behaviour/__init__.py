@@ -1,7 +1,7 @@
 """Behaviour of a run at every saved step: losses and scores, gaps to ridge and dMMSE, losses on new tasks, task vectors.
 
 Every number is measured on fixed prompts of the training tasks (`pretrain`) and of new tasks (`true`), and has a standard error
-over prompts. Prompts and names are those of `icl evaluate`. Rows of the table, by `quantity`:
+over prompts. The prompts and the names are the same as in `icl evaluate`. Rows of the table, by `quantity`:
 
 - `loss`, by position and averaged over positions (`mean`). `icl_score`: loss(k2) - loss(k1), negative if more examples help.
   (Hoogland et al. 2024 print the opposite sign.)
@@ -22,8 +22,8 @@ Some rows describe the whole run (`icl.analysis.behaviour.turning_points`). They
 
 - `prior_zero_minimum_step`, `prior_task_mean_minimum_step`: the step at which the prior-task score on `pretrain` is lowest.
 - `crossing_step`: the step at which delta_difference changes sign (finite M only). `finding` names the predictor that is closest afterwards.
-- `critical_step`, `rise`, `dip`: the transience of ridge (Carroll et al. 2025). The dip says how close the loss came to ridge's.
-  For runs that differ in M, their `critical_step` is t_crit(M).
+- `critical_step`, `rise`, `dip`: the transience of ridge (Carroll et al. 2025). The dip says how close the loss came to
+  the loss of ridge. Over runs that differ in M, the values of `critical_step` are t_crit(M).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -113,7 +113,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: StepSettings) -> list[Measurement]:
-    """Measure every member: its rows, and the numbers of single prompts as arrays."""
+    """Measure every member: return its rows, and arrays with the numbers of every single prompt."""
     device = str(next(iter(members.params.values())).device)
     predict = partial(predict_prompts, partial(apply, members.config.model), members.params)
     rows: list[list[Row]] = [[] for _ in members.checkpoints]
@@ -159,7 +159,7 @@ def set_rows(
 
 
 def prompt_numbers(prompt_set: EvaluationSet, predictions: Float[Tensor, "B K"]) -> dict[str, Float[Tensor, " B"]]:
-    """Return the numbers of every prompt, averaged over positions. Turning points are found from these numbers."""
+    """Return the numbers of every single prompt, averaged over positions. Turning points are found from these numbers."""
     gaps = {
         name: metrics.squared_error(predictions, reference).mean(-1) for name, reference in prompt_set.baselines.items()
     }
@@ -178,7 +178,7 @@ def spread(steps: Sequence[int], count: int) -> list[int]:
 
 
 def _reference_rows(config: RunConfig, sets: Sequence[EvaluationSet], settings: Settings) -> Iterator[Row]:
-    """Yield the numbers of baselines on the same prompts."""
+    """Yield the rows of the baselines, measured on the same prompts."""
     predictors = _baseline_functions(config)
     for prompt_set in sets:
         for name in (name for name in REFERENCES if name in prompt_set.baselines):

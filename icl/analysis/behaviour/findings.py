@@ -130,7 +130,7 @@ def _last_lines(entry: Entry) -> Iterator[str]:
 
 
 def _num_positions(pair: str) -> int:
-    """Return the distance between two positions that are written as `1:16`."""
+    """Return the distance between two positions, given as text such as `1:16`."""
     first, second = map(int, pair.split(":"))
     return second - first
 

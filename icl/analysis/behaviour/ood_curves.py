@@ -13,7 +13,8 @@ positions:
 - `loss_over_g2`: the mean squared error divided by g^2. Predicting zero gives D + sigma^2 / g^2.
 - `size_ratio`: |predictions| / |targets|. It is 1 for predictions of the right size, and 0 for predictions of zero.
 
-Both agree with the shifts `input_scale_<g>` and `task_scale_<g>` of `icl evaluate`. All g use the same prompts.
+Both numbers agree with those of the shifts `input_scale_<g>` and `task_scale_<g>` of `icl evaluate`. All g use the same
+prompts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -55,7 +56,7 @@ class CurveSettings:
 
 
 class Curve(NamedTuple):
-    """Numbers at every multiplier, (*N, S)."""
+    """The two numbers at each of the S multipliers. Values and errors have the shape (*N, S)."""
 
     loss_over_g2: Estimate
     size_ratio: Estimate
@@ -89,7 +90,7 @@ def curve(predictions: Float[Tensor, "*N P K"], targets: Float[Tensor, "P K"], f
 
 
 def curve_rows(predict: Predict, params: Params, prompts: Prompts, factors: Sequence[float]) -> list[list[Row]]:
-    """Return the rows of every member, for both families."""
+    """Return a list of rows for every member, with both families."""
     curves = {}
     for family in FAMILIES:
         scaled = scaled_prompts(prompts, family, factors)

@@ -5,10 +5,11 @@ Here e_i is a unit vector and c is the mean norm of the inputs (as in the code o
 linear in its query, such as ridge and dMMSE, multiplies the query by exactly this vector, for any c. A transformer need not be
 linear; we then measure its weights for queries of norm c. We compare the weights with the task t that generated the prompt:
 
-- `cosine`: the cosine of the angle between the two. It is 0 for a vector of zeros, so ridge starts at 0.
+- `cosine`: the cosine of the angle between the weights and t. It is 0 for a vector of zeros, so ridge starts at 0.
 - `norm_ratio`: |weights| / |t|.
 
-Both are averaged over prompts. The predictor sees only the first p examples, because later ones have no effect.
+Both are averaged over prompts. The predictor sees only the first p examples, because later examples have no effect on
+the prediction.
 """
 
 from collections.abc import Callable

@@ -1,27 +1,28 @@
 """Turning points of curves over saved steps: minima, crossings of zero, and renewed rises.
 
-A curve is a mean over prompts at every saved step. All steps see the same B prompts, so we compare steps by the differences
-of each prompt's numbers; their standard error is far below that of either mean. The functions therefore take the numbers of
-single prompts (S, B). A turning point lies between saved steps: `lower` and `upper` are the saved steps that enclose every step
-that is not significantly different from it.
+A curve is a mean over prompts at every saved step. All steps see the same B prompts, so we compare steps by the
+differences of each prompt's numbers; the standard error of such a difference is far below that of either mean. The
+functions therefore take the numbers of single prompts (S, B). A turning point lies between saved steps: `lower` and
+`upper` are the saved steps that enclose every step that is not significantly different from it.
 
 - Minimum: the saved step with the lowest mean. A step is significantly higher if it exceeds the minimum by more than
   `MINIMUM_ERRORS` standard errors. A minimum at the first or last saved step is `suspect`, because the curve may have
   no turning point.
-- Crossing: two consecutive clear saved steps on opposite sides of zero. A step is clear if its mean differs from zero by more
-  than `SIGN_ERRORS` standard errors. Between them the curve is taken as a line in log(t + 1). The standard error of the step
-  is to first order. A crossing is `suspect` if only one saved step is on one of its sides.
-- Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the minimum of the loss on fixed prompts of new tasks. The
-  run is transient if the loss at the last saved step is higher by more than `RISE_ERRORS` standard errors. If it is higher by more
-  than `DOUBTFUL_RISE_ERRORS` only, the finding is `unresolved`. The standard error includes the prompts and, because training fluctuates,
-  the scatter of the loss about a smooth curve at both ends. The scatter is correlated between saved steps
-  (`icl.analysis.scatter`). We require many standard errors, because the lowest of hundreds of steps is low by chance.
-  `data/verdict-rates.csv` gives the share of flat curves that are called transient, for several correlations. A rise that has
-  disappeared by the end of the run does not count.
+- Crossing: two consecutive clear saved steps on opposite sides of zero. A step is clear if its mean differs from zero
+  by more than `SIGN_ERRORS` standard errors. Between them the curve is taken as a line in log(t + 1). The standard
+  error of the step is propagated to first order. A crossing is `suspect` if only one saved step is on one of its sides.
+- Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the minimum of the loss on fixed prompts of new
+  tasks. The run is transient if the loss at the last saved step is higher by more than `RISE_ERRORS` standard errors.
+  If it is higher by more than `DOUBTFUL_RISE_ERRORS` only, the finding is `unresolved`. The standard error of the rise
+  has two parts. One comes from the prompts. The other is the scatter of the loss about a smooth curve at both ends of
+  the rise, because training fluctuates. The scatter is correlated between saved steps (`icl.analysis.scatter`). We
+  require many standard errors, because the lowest of hundreds of steps is low by chance. `data/verdict-rates.csv` gives
+  the share of flat curves that are called transient, for several correlations. A rise that has disappeared by the end
+  of the run does not count.
 - A rise is a transience of ridge only if the model came close to ridge. The dip is (zero's loss - loss) / (zero's loss - ridge's
   loss) at t_crit. If it is at least `TRANSIENT_DIP`, the finding is `transient ridge`. If it is smaller but significant, the finding is
   `partial dip`; otherwise it is `rise without a dip`. The paper shows these kinds (at D = 8, for M = 16 to 128, M = 6 and M = 8), but states no
-  rule. The limits are ours.
+  rule. The limits are our choice.
 
 A saved step with a value that is not finite is left out.
 """
@@ -75,7 +76,7 @@ class Transience(NamedTuple):
     rise: Estimate
     """Rise from t_crit to the last saved step; the error includes the scatter."""
     dip: Estimate
-    """Position of the loss at t_crit between zero's loss (0) and ridge's loss (1)."""
+    """Position of the loss at t_crit on a scale where the loss of predicting zero is 0 and the loss of ridge is 1."""
     verdict: str
     reasons: tuple[str, ...]
 
@@ -100,7 +101,7 @@ def minimum(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> Turnin
 
 
 def crossings(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> list[Crossing]:
-    """Find every change from significantly below zero to significantly above, or back, in order."""
+    """Find every crossing, in order: the mean is significantly on one side of zero, and later on the other side."""
     steps, samples, _ = _finite(steps, samples)
     sides = _sides(samples)
     clear = sides.nonzero()[:, 0].tolist()
@@ -115,7 +116,11 @@ def crossings(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> list
         shifted_step = math.exp(logs[before].item() + width * share.value.item())  # t + 1
         is_single_before = number == 0 or sides[clear[number - 1]] == sides[after]
         is_single_after = number + 2 == len(clear) or sides[clear[number + 2]] == sides[before]
-        reasons = ["only one saved step is clearly on one side"] if is_single_before or is_single_after else []
+        reasons = (
+            ["only one saved step on one side is significantly different from zero"]
+            if is_single_before or is_single_after
+            else []
+        )
         stderr, bounds = shifted_step * width * share.stderr.item(), (float(steps[before]), float(steps[after]))
         point = TurningPoint(shifted_step - 1, stderr, *bounds, _verdict(reasons), tuple(reasons))
         found.append(Crossing(point, bool(sides[after] > 0)))
@@ -123,7 +128,7 @@ def crossings(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> list
 
 
 def unresolved_signs(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> tuple[str, ...]:
-    """Return why a curve without crossings may still have one. The result is empty if all means have the same sign."""
+    """Return reasons why a curve may cross zero although no crossing was found; none if all means have the same sign."""
     steps, samples, reasons = _finite(steps, samples)
     signs = samples.mean(1).sign()
     if len(steps) and signs.min() * signs.max() < 0:
@@ -166,7 +171,7 @@ def transience(
 
 
 def _tail_scatter(steps: Int64[Tensor, " S"], values: Float[Tensor, " S"], best: int) -> Scatter:
-    """Return the scatter about a smooth curve from the minimum on, or over the last `_ENOUGH_STEPS` saved steps if that is more."""
+    """Return the scatter about a smooth curve after the minimum, from at least the last `_ENOUGH_STEPS` saved steps."""
     begin = max(0, min(best, len(values) - _ENOUGH_STEPS))
     return estimate_scatter(steps[begin:].double().log1p().numpy(), values[begin:].double().numpy())
 
@@ -188,7 +193,7 @@ def _means(samples: Float[Tensor, "S B"]) -> Estimate:
 
 
 def _finite(steps: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-    """Return the steps whose values are all finite, in float64, and a reason if others are left out."""
+    """Return the steps at which all values are finite, these values in float64, and a reason if steps are left out."""
     keep: Bool[Tensor, " S"] = samples.isfinite().all(1)
     num_left_out = int((~keep).sum())
     reasons = [f"the values of {num_left_out} saved step(s) are not finite"] if num_left_out else []

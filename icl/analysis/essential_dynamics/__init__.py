@@ -1,19 +1,20 @@
 """Essential dynamics: principal components of a run's trajectory, compared with random walks, and its forms.
 
 The states at all saved steps (`icl.analysis.essential_dynamics.trajectories`) are the points of one PCA
-(`icl.analysis.essential_dynamics.principal_components`), with equal weights. Several runs share one PCA. The states of ridge
-and dMMSE are projected on it, but do not enter the fit (Carroll et al. 2025, section 4.2). The scores of each run are smoothed in
-log time. In planes of two components we compute the curvature, the evolute, cusps and vertices
-(`icl.analysis.essential_dynamics.plane_curves`). From these we find forms (`icl.analysis.essential_dynamics.forms`; Hoogland et
-al. 2024, section 3.2). The two modules state where we differ from Hoogland et al.: in the time scale of the smoothing, the
-derivatives, the definition of a cusp, and the verdicts.
+(`icl.analysis.essential_dynamics.principal_components`), with equal weights. Several runs share one PCA. The states of
+ridge and dMMSE are projected onto its components, but do not enter the fit (Carroll et al. 2025, section 4.2). The
+scores of each run are smoothed in log time. In planes of two components we compute the curvature, the evolute, cusps
+and vertices (`icl.analysis.essential_dynamics.plane_curves`). From these we find forms
+(`icl.analysis.essential_dynamics.forms`; Hoogland et al. 2024, section 3.2). The two modules state where we differ from
+Hoogland et al.: in the time scale of the smoothing, the derivatives, the definition of a cusp, and the verdicts.
 
 Rows of the table, by `quantity`:
 
-- `score`, and `smooth_score` with the standard error of the curve. `arc_length` of the smooth curve in all components of the
-  table. `radius`, `centre_1` and `centre_2` of the osculating circle in each plane.
-- `cusp`, `vertex`, `form`: their value is a step. `form_score`: the position of a form. `null_count`: the mean number of each in
-  random walks.
+- `score`: the coordinate of a state in one component. `smooth_score`: the smoothed score, with its standard error.
+  `arc_length`: the length of the smooth curve, in all components of the table. `radius`, `centre_1`, `centre_2`: the
+  radius and the centre of the osculating circle in each plane.
+- `cusp`, `vertex`, `form`: their value is a step. `form_score`: the position of a form. `null_count`: the mean number
+  of cusps, vertices and forms in random walks.
 - `reference_score`, and `reference_captured`: the share of a reference's squared distance from the mean that lies within the
   components.
 - `noise_share`, for gradients: the expected square of their estimation noise, divided by the variance. It is an upper bound,
@@ -87,7 +88,7 @@ class ComparedPCA(NamedTuple):
 
     components: pca.Components
     nulls: dict[str, Float[np.ndarray, " C"]]
-    """Expected shares of random walks, by name."""
+    """Expected shares of the variance in random walks, by the name of the kind of walk."""
     walks: pca.Walks
     displacement: Float[np.ndarray, " r"]
     """Displacement ratio of every run."""
@@ -114,7 +115,8 @@ def analyse(path: Path, settings: Settings) -> Result:
     """Compute the essential dynamics of a run, or of several runs jointly.
 
     Raises:
-        CheckpointError: If a run has no usable checkpoint, there are fewer than three in all, or the states do not differ.
+        CheckpointError: If a run has no usable checkpoint, all runs together have fewer than three, or the states do
+            not differ.
         ConfigError: If the runs cannot be compared.
     """
     state = StateSettings(state=settings.state, distribution=settings.distribution, num_prompts=settings.num_prompts)
@@ -206,14 +208,14 @@ def _share_rows(trajectories: Sequence[Trajectory], fit: ComparedPCA) -> list[Ta
         rows.append(_row(_ALL, "noise_share", _ALL, noise, reason=_noise_doubt(noise)))
     for component, (is_reached, high) in enumerate(zip(fit.is_reached, fit.high_shares, strict=True)):
         item, flips = _pc(component), fit.walks.shares[:, component]
-        doubt = "walks of the run's own steps with random signs explain as much" if is_reached else ""
+        doubt = "random walks made from the run's own steps explain as much" if is_reached else ""
         reason = "; ".join(filter(None, (doubt, _noise_doubt(noise))))
         rows.append(_row(_ALL, "explained_share", item, fit.components.shares[component], reason=reason))
         rows += [_row(_ALL, name, item, null[component]) for name, null in fit.nulls.items()]
         rows.append(_row(_ALL, "null_flips", item, flips.mean(), flips.std(ddof=1)))
         rows.append(_row(_ALL, "null_flips_95", item, high))
     for trajectory, ratio, limit in zip(trajectories, fit.displacement, fit.displacement_limits, strict=True):
-        reason = "" if ratio > limit else "walks of the run's own steps with random signs go as far"
+        reason = "" if ratio > limit else "random walks made from the run's own steps go as far"
         rows.append(_row(trajectory.run, "displacement_ratio", _ALL, ratio, reason=reason))
         rows.append(_row(trajectory.run, "null_displacement_95", _ALL, limit))
     return rows
@@ -283,7 +285,7 @@ def _summary(
 
 def _share_lines(fit: ComparedPCA) -> list[str]:
     lines = [
-        "Share of the variance; in random walks of: equal steps | steps of equal lengths | the same steps, random signs"
+        "Share of the variance; the same in walks with: steps of one length | steps as long as the run's | the run's steps, random signs"
     ]
     for component, share in enumerate(fit.components.shares):
         flips, nulls = fit.walks.shares[:, component], fit.nulls

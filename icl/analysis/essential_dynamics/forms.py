@@ -1,14 +1,16 @@
 """Cusps, vertices and forms of a trajectory, and whether other smoothing widths and random walks show them too.
 
-A developmental form (Hoogland et al. 2024, section 3.2) is a time t0 and a point f of component space. In every plane of two
-components, the curve has at t0 either a cusp at the projection of f, or a vertex whose osculating circle has its centre there. We
-find a form if all planes of the first three components have a cusp or a vertex within one kernel width of each other. The planes give each coordinate of f twice. `mismatch` is the largest difference of such a pair, divided by the mean
-radius of the circles (at least a twentieth of the trajectory's extent).
+A developmental form (Hoogland et al. 2024, section 3.2) is a time t0 and a point f of component space. In every plane
+of two components, the curve has at t0 either a cusp at the projection of f, or a vertex whose osculating circle has its
+centre there. We find a form if all planes of the first three components have a cusp or a vertex, and these lie within
+one kernel width of each other. The planes give each coordinate of f twice. `mismatch` is the largest difference of such
+a pair, divided by the mean radius of the circles (at least a twentieth of the trajectory's extent).
 
-A cusp or vertex is in doubt unless kernels of 2/3 and of 3/2 the width show it too. Its standard error is half the range of the
-times from the three kernels. Random walks also have cusps, vertices and forms, because their components are smooth curves. So we
-count these in walks with the run's own steps (`principal_components.flipped_walks`). If one of 19 walks has as many of a kind as
-the run, all of that kind are in doubt.
+A cusp or vertex is in doubt if a kernel with 2/3 or with 3/2 of the width does not show it. Its standard error is half
+the range of the times from the three kernels. Random walks also have cusps, vertices and forms, because their
+components are smooth curves. So we count these in walks with the run's own steps
+(`principal_components.flipped_walks`). If one of 19 walks has as many shapes of a kind as the run, all shapes of that
+kind are in doubt.
 """
 
 import math
@@ -129,7 +131,7 @@ def smooth_by_all(times: Float[np.ndarray, " S"], values: Float[np.ndarray, "S C
 
 
 def judged_candidates(curves: Curves) -> list[JudgedCandidate]:
-    """Return the candidates in every plane of the first three components, compared with those of the other kernels."""
+    """Return the candidates in every plane of the first three components, each checked with the other kernels."""
     judged = []
     for plane in planes(curves.main.noise.shape[1]):
         elsewhere = [candidates(other, plane) for other in curves.others]
@@ -144,7 +146,7 @@ def find_forms(judged: Sequence[JudgedCandidate], *, extent: float) -> list[Form
 
     Args:
         judged: Candidates from `judged_candidates`.
-        extent: Size of the trajectory.
+        extent: Extent of the trajectory: the largest range of any score.
     """
     by_plane = [[candidate for candidate in judged if candidate.plane == plane] for plane in PLANES]
     groups = sorted((group for group in product(*by_plane) if _spread(group) <= group[0].width), key=_spread)

@@ -1,12 +1,13 @@
 """Smooth curves in log time, and the geometry of their projections on planes: osculating circles, cusps, vertices.
 
-Smoothing is local cubic regression with Gaussian weights (Fan and Gijbels 1996, chapter 3) in u = ln(step + 1). At every u0 we
-fit the cubic sum_p b_p (u - u0)^p with weights exp(-(u - u0)^2 / 2 h^2); then r^(p)(u0) = p! b_p. These derivatives are exact
-for cubics at any spacing. They are linear in the data, so they have standard errors. The kernel width is h = max(`bandwidth`,
-half the distance to the sixth nearest checkpoint), so the few early checkpoints are not interpolated. The noise is the local
-mean square of the residuals. We treat neighbouring residuals as independent, which makes errors too small where checkpoints are
-dense. The original code smooths over the index of the checkpoint, with a width of 0.06 times the index (here about h = 0.06).
-Its Gaussian derivative kernels are wrong, so we differentiate the fit instead.
+Smoothing is local cubic regression with Gaussian weights (Fan and Gijbels 1996, chapter 3) in u = ln(step + 1). At
+every u0 we fit the cubic sum_p b_p (u - u0)^p with weights exp(-(u - u0)^2 / 2 h^2); then r^(p)(u0) = p! b_p. These
+derivatives are exact for cubics at any spacing. They are linear in the data, so they have standard errors. The kernel
+width is h = max(`bandwidth`, half the distance to the sixth nearest checkpoint). So the curve does not just pass
+through the few early checkpoints. The noise is the local mean square of the residuals. We treat neighbouring residuals
+as independent, which makes errors too small where checkpoints are dense. The original code smooths over the index of
+the checkpoint, with a width of 0.06 times the index (here about h = 0.06). Its Gaussian derivative kernels are wrong,
+so we differentiate the fit instead.
 
 The geometry of a plane curve r(u) does not depend on the parametrisation. With v = |r'| and c = x'y'' - y'x'', the signed
 curvature is c / v^3, and the centre of the osculating circle is r + v^2 / c (-y', x'). The centres form the evolute.
@@ -33,8 +34,8 @@ NEIGHBOURS = 6
 MIN_POINTS = 8
 """Least number of checkpoints for smoothing."""
 _VERTEX_ERRORS = 4.0
-"""Standard errors that the prominence of a vertex needs. The prominence is the largest of many differences, so three standard
-errors would often occur by chance."""
+"""Least prominence of a vertex, in standard errors. The prominence is the largest of many differences, so it often
+reaches three standard errors by chance."""
 _NUMBERS_AT_ONCE = 4_000_000
 """Largest number of weights in memory at a time."""
 
@@ -136,7 +137,8 @@ def fine_grid(times: Float[np.ndarray, " S"], *, bandwidth: float) -> Float[np.n
     between = np.linspace(times[0], times[-1], count)
     right = np.searchsorted(times, between).clip(1, len(times) - 1)
     distances = np.minimum(np.abs(between - times[right - 1]), np.abs(between - times[right]))
-    # Between two points a rounding error apart, the sign of a slope is noise, and every such pair would be a vertex.
+    # If two points are only a rounding error apart, the sign of the slope between them is noise, and the pair would
+    # count as a vertex.
     return np.union1d(times, between[distances > 1e-6 * bandwidth])
 
 
@@ -153,7 +155,7 @@ def osculating_circles(curve: Smooth, plane: tuple[int, int]) -> Circles:
     with np.errstate(divide="ignore", invalid="ignore"):
         curvature = cross / speed**3
         centre = position + (speed**2 / cross)[:, None] * normal
-        # Derivatives of the curvature in r' and r'', for its error to first order.
+        # Derivatives of the curvature with respect to r' and r''. They give its error to first order.
         by_first = np.stack([second[:, 1], -second[:, 0]], 1) / speed[:, None] ** 3
         by_first -= 3 * (cross / speed**5)[:, None] * first
         by_second = normal / speed[:, None] ** 3
@@ -184,7 +186,7 @@ def candidates(curve: Smooth, plane: tuple[int, int]) -> list[Candidate]:
 def _cusps(curve: Smooth, plane: tuple[int, int]) -> Iterator[Candidate]:
     position, first, second = np.moveaxis(curve.derivatives[:, :, list(plane)], 1, 0)
     speed, change = np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1) * curve.widths
-    noise = curve.noise[:, list(plane)].max(1)  # that of the noisier component
+    noise = curve.noise[:, list(plane)].max(1)  # the noise of the noisier component
     speed_error = noise * np.sqrt(curve.gains[:, 1, 1])
     change_error = noise * np.sqrt(curve.gains[:, 2, 2]) * curve.widths
     for index in (np.flatnonzero((speed[1:-1] < speed[:-2]) & (speed[1:-1] <= speed[2:])) + 1).tolist():
@@ -235,7 +237,7 @@ def _is_inside(curve: Smooth, index: int) -> bool:
 
 
 def _sides(curve: Smooth, index: int, num_widths: float) -> list[int]:
-    """Return the indices of the points that are some widths before and after a point."""
+    """Return the indices of two grid points: `num_widths` kernel widths before and after a point."""
     times = curve.times[index] + num_widths * curve.widths[index] * np.array([-1, 1])
     return [int(np.abs(curve.times - time).argmin()) for time in times]
 
@@ -243,7 +245,7 @@ def _sides(curve: Smooth, index: int, num_widths: float) -> list[int]:
 def _weights(
     times: Float[np.ndarray, " S"], at: Float[np.ndarray, " G"], widths: Float[np.ndarray, " G"]
 ) -> Iterator[tuple[slice, Float[np.ndarray, "g 4 S"]]]:
-    """Yield the weights of every observation in r, r', r'' and r''', in blocks of the times `at`."""
+    """Yield the weights of all observations in the estimates of r, r', r'' and r''', one block of the times `at` at a time."""
     num_together = max(1, _NUMBERS_AT_ONCE // (4 * len(times)))
     powers, factorials = np.arange(4), np.array([1.0, 1.0, 2.0, 6.0])
     for start in range(0, len(at), num_together):

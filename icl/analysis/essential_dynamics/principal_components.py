@@ -10,9 +10,10 @@ Null models. A walk of many equal steps in very many dimensions has shares 6 / (
 component is not evidence of structure. Checkpoints are not evenly spaced and training slows down. So we compare with walks made
 from the run's own steps d_i, the differences between consecutive states:
 
-- `walk_shares`: the expected G of a walk whose steps have the lengths |d_i| and independent directions. This is Brownian motion
-  at the times tau_i = sum_{j<=i} |d_j|^2. With equal `durations` it is the closed form above. With the numbers of updates as
-  durations it is Brownian motion of constant rate, observed at the saved steps. Runs keep their starting points.
+- `walk_shares`: the expected G of a walk whose steps have the lengths |d_i| and independent directions. This is
+  Brownian motion at the times tau_i = sum_{j<=i} |d_j|^2. With equal `durations` its shares have the closed form above.
+  With the numbers of updates as durations it is Brownian motion of constant rate, observed at the saved steps. Runs
+  keep their starting points.
 - `flipped_walks`: the steps d_i with random signs. This is a walk in the run's own directions, which may be few. Its mean G is that of
   `walk_shares`. Its spread shows which shares can occur by chance.
 
@@ -35,7 +36,7 @@ from sklearn.decomposition import PCA, KernelPCA
 from icl.analysis.essential_dynamics.trajectories import Products, Row, feature_blocks
 
 _DENSE = 60
-"""Largest matrix for which a dense solver is faster than an iterative one."""
+"""Largest size of a matrix for which a dense solver is faster than an iterative one."""
 _MANY = 2500
 """Number of checkpoints above which fewer walks are drawn."""
 SCORED_WALKS = 19
@@ -69,7 +70,7 @@ def from_products(products: Products, begins: Bool[np.ndarray, " S"], *, num_com
 
     Args:
         products: Products from `trajectories.centred_products`.
-        begins: Which rows are the first of a run.
+        begins: Whether each row is the first of a run.
         num_components: Number of components, below the number of rows.
     """
     model = KernelPCA(n_components=num_components, kernel="precomputed", eigen_solver="dense")
@@ -103,7 +104,7 @@ def walk_shares(
 
     Args:
         gram: Centred inner products of the states.
-        begins: Which states are the first of a run. Runs keep their starting points.
+        begins: Whether each state is the first of a run. Runs keep their starting points.
         num_components: Number of components.
         durations: Squared length of the step to each state, up to a factor (ignored for first states); None uses the
             squared lengths of the run's own steps.
@@ -156,7 +157,7 @@ def _signed(
 
 
 def _steps(gram: Float[np.ndarray, "S S"], begins: Bool[np.ndarray, " S"]) -> Float[np.ndarray, "S S"]:
-    """Return the inner products of the first states of runs and of the steps after them."""
+    """Return the inner products of these vectors: the first state of each run, and the steps that follow it."""
     # Subtract the previous row and then the previous column, except at the first state of each run.
     is_step = (~begins).astype(float)
     by_row = gram - is_step[:, None] * np.roll(gram, 1, axis=0)
@@ -164,7 +165,7 @@ def _steps(gram: Float[np.ndarray, "S S"], begins: Bool[np.ndarray, " S"]) -> Fl
 
 
 def _walk(steps: Float[np.ndarray, "S S"], begins: Bool[np.ndarray, " S"]) -> Float[np.ndarray, "S S"]:
-    """Return the inner products of the states to which steps lead: the inverse of `_steps`."""
+    """Return the inner products of the states that result from steps. This is the inverse of `_steps`."""
     starts = np.flatnonzero(begins)[1:]
     for axis in (0, 1):
         steps = np.concatenate([np.cumsum(run, axis=axis) for run in np.split(steps, starts, axis=axis)], axis=axis)
@@ -173,8 +174,8 @@ def _walk(steps: Float[np.ndarray, "S S"], begins: Bool[np.ndarray, " S"]) -> Fl
 
 def _displacement(steps: Float[np.ndarray, "S S"], begins: Bool[np.ndarray, " S"]) -> Float[np.ndarray, " r"]:
     indices = np.split(np.arange(len(steps)), np.flatnonzero(begins)[1:])
-    squared = np.array([steps[np.ix_(run[1:], run[1:])].sum() for run in indices])  # of the whole displacement
-    total = np.array([np.diag(steps)[run[1:]].sum() for run in indices])  # of the squared steps
+    squared = np.array([steps[np.ix_(run[1:], run[1:])].sum() for run in indices])  # squared length of the displacement
+    total = np.array([np.diag(steps)[run[1:]].sum() for run in indices])  # sum of the squared lengths of the steps
     return np.divide(squared, total, out=np.full(len(total), np.nan), where=total > 0)
 
 

@@ -1,11 +1,12 @@
 """Trajectories: the states of a run at all saved steps, as a matrix (checkpoints x features) that stays on disk.
 
-A state is one of these, flattened:
+A state is one of the following arrays, flattened:
 
 - `outputs`: the predictions for fixed prompts (B K features), as in Carroll et al. 2025, section 4.2, and in the "y-only" variant
   of Hoogland et al. 2024, section 3.2. In Carroll et al. all prompts have the same task, which is a training task of every run.
   This is the distribution `first_task`.
-- `tokens`: the whole outputs at all 2K tokens (2 B K (D + 1) features), as in Hoogland et al. Most of these are never trained.
+- `tokens`: the whole outputs at all 2K tokens (2 B K (D + 1) features), as in Hoogland et al. Most of these outputs are
+  never trained.
 - `weights`.
 - `gradients`: the gradient in the weights of the mean loss on the fixed prompts. It is estimated from B prompts, so it has noise;
   we keep the expected square of that noise (`Trajectory.noise`). All steps use the same prompts, so some noise cancels in
@@ -53,7 +54,7 @@ from icl.tasks.prompts import Distribution, Prompts, sample_prompts
 VERSION = 2
 STREAM = "essential-dynamics"
 BLOCK_BYTES = 2**27
-"""Size of the block of features that is in memory at a time, for all rows, in float64."""
+"""Largest size in bytes of a block of features, for all rows, in float64. One block is in memory at a time."""
 
 _GRADIENT_PROMPTS = 32
 """Largest number of prompts in one backward pass. The scatter between passes gives the noise of the mean gradient."""
@@ -182,7 +183,7 @@ def references(configs: Sequence[RunConfig], settings: StateSettings) -> dict[st
 
 
 def fixed_prompts(config: RunConfig, settings: StateSettings) -> Prompts:
-    """Return the prompts of a state, on the CPU. Runs that share sizes, noise and evaluation seed share them."""
+    """Return the prompts of a state, on the CPU. Runs with the same sizes, noise and evaluation seed have the same prompts."""
     distribution: Distribution = "pretrain" if settings.distribution == "pretrain" else "true"
     prompts = sample_prompts(config, stream=STREAM, step=0, batch_size=settings.num_prompts, distribution=distribution)
     if settings.distribution != "first_task":
@@ -243,7 +244,7 @@ def _flat_token_outputs(model: ModelConfig, params: Params, xs: Tensor, ys: Tens
 
 
 def _num_batches(num_prompts: int) -> int:
-    """Return the least number of equal batches of at most `_GRADIENT_PROMPTS` prompts, and at least eight if possible."""
+    """Return the smallest number of equal batches of at most `_GRADIENT_PROMPTS` prompts; at least eight if possible."""
     counts = range(min(8, num_prompts), num_prompts + 1)
     return next(n for n in counts if num_prompts % n == 0 and num_prompts // n <= _GRADIENT_PROMPTS)
 

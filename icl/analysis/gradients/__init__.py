@@ -1,7 +1,8 @@
 """Gradients of the loss at every saved step, in the weights and in the parameters of the data distribution.
 
-- Kind `weights` (`icl.analysis.gradients.weights`): norm, noise trace and simple noise scale; the alignment with the gradient at
-  the previous saved step, and between the gradients of single tasks. Each is given for all weights and for groups of parameters.
+- Kind `weights` (`icl.analysis.gradients.weights`): norm, noise trace and simple noise scale; the alignment of the
+  gradients at consecutive saved steps, and of the gradients of single tasks. Each number is given for all weights and
+  for groups of parameters.
 - Kind `data` (`icl.analysis.gradients.data`): the gradient of the expected loss in the means and scales of x, w and the
   noise, by the pathwise estimator. Two other estimators check it: the score function and finite differences.
 
@@ -45,7 +46,8 @@ _FD_STEP = {torch.float64: 1e-5, torch.float32: 1e-2}
 """Step of the finite differences, by dtype. It balances their truncation error against rounding."""
 _FD_PROMPTS = 64
 _MAX_Z = 5.0
-"""Standard errors by which two estimators of a gradient may differ. It is large because a run makes hundreds of comparisons."""
+"""Largest difference between two estimators of a gradient that counts as agreement, in standard errors. It is large
+because a run makes hundreds of comparisons."""
 
 Row = dict[str, Any]
 
@@ -60,7 +62,8 @@ class Settings(PromptSettings):
         default=8, metadata={"help": "number of tasks whose gradients are compared; 0 compares none"}
     )
     num_task_prompts: int = field(
-        default=128, metadata={"help": f"prompts for each of the compared tasks, in {TASK_BATCHES} batches"}
+        default=128,
+        metadata={"help": f"number of prompts for each of the compared tasks, split into {TASK_BATCHES} batches"},
     )
     num_data_prompts: int = field(
         default=2048, metadata={"help": "number of prompts for the gradients in the data distribution"}
@@ -189,7 +192,7 @@ def _data_gradients(members: Members, settings: Settings) -> dict[str, Float[Ten
 
 
 def _doubts_about_norms(*squares: weight_gradients.WithDeleted) -> list[str]:
-    """Return for each member why numbers computed from these squared norms are in doubt, or an empty text."""
+    """Return a text for each member: why numbers computed from these squared norms are in doubt, or nothing."""
     estimates = [weight_gradients.squared_norm(square) for square in squares]
     is_known = torch.stack([estimate.value > 3 * estimate.stderr for estimate in estimates]).all(0)
     reason = "a squared gradient norm is not three standard errors above zero"
@@ -197,7 +200,7 @@ def _doubts_about_norms(*squares: weight_gradients.WithDeleted) -> list[str]:
 
 
 def _doubts_about_pathwise(pathwise: Tensor, score_function: Tensor, finite_difference: Tensor) -> list[list[str]]:
-    """Return for each member and parameter why the pathwise estimate is in doubt, or an empty text."""
+    """Return a text for each member and parameter: why the pathwise estimate is in doubt, or nothing."""
     from_scores = metrics.position_mean(pathwise - score_function)
     score_differs = from_scores.value.abs() > _MAX_Z * from_scores.stderr  # false where the score function is NaN
     from_differences = metrics.position_mean(pathwise[:, : finite_difference.shape[1]] - finite_difference)

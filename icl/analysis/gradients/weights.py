@@ -12,8 +12,8 @@ All statistics are functions of Gram matrices K_ij = g_i . h_j of two sets of gr
 - Simple noise scale tr(Sigma) / |G|^2, in prompts: the batch size at which noise and signal are equal (McCandlish, Kaplan,
   Amodei et al. 2018, "An empirical model of large-batch training", section 2.2). Our two estimates are
   those of their appendix A.1, with one batch as the small batch and all J batches together as the large one.
-- Alignment: the cosine inner(K_gh) / sqrt(inner(K_gg) inner(K_hh)). Between tasks it is weighted by norms: the mean inner
-  product of the gradients of two tasks, over their mean squared norm.
+- Alignment: the cosine inner(K_gh) / sqrt(inner(K_gg) inner(K_hh)). Between tasks it is weighted by norms:
+  the mean inner product of the gradients of two tasks, divided by their mean squared norm.
 
 Standard errors are from the delete-one jackknife over the J batches. If noise dominates the gradient, they are too large by
 a factor of at most sqrt(2) (Efron and Stein 1981, "The jackknife estimate of variance"). A ratio is NaN if its squared norms
@@ -138,7 +138,7 @@ def alignment(
 
 
 def task_alignment(between: Float[Tensor, "*N Q Q J J"]) -> Estimate:
-    """Return the mean inner product of the gradients of two of Q tasks, over their mean squared norm."""
+    """Return the mean inner product of the gradients of two of Q tasks, divided by their mean squared norm."""
     count = between.shape[-3]
 
     def cosine(products: Tensor, same: Tensor) -> Tensor:

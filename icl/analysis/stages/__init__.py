@@ -12,13 +12,15 @@ their errors (tests/analysis/test_stages.py). The scatter of a curve may be corr
 wanders. The correlation is estimated, and errors include it (`icl.analysis.scatter`). `data/verdict-rates.csv` gives the share of
 false and of true boundaries that are `ok`, for several correlations; `python -m tools.verdict_rates` makes this table.
 
-Types of stages, as in Hoogland et al. (2024, table 2): in A the loss falls and the LLC rises; in B both fall. The type is `?` if
-either changes by less than two standard errors or is unknown, or if the loss rises. Changes are those of the smoothed curves.
-Their standard errors include the uncertainty of the curves and of the boundaries' positions. Without boundaries there are no stages.
+Types of stages, as in Hoogland et al. (2024, table 2): in A the loss falls and the LLC rises; in B both fall. The type
+is `?` if the loss or the LLC is unknown or changes by less than two standard errors, or if the loss rises. Changes are
+measured on the smoothed curves. Their standard errors include the uncertainty of the curves and of the boundaries'
+positions. Without boundaries there are no stages.
 
 Rows of the table, by `quantity`. `at` is a step. `log_stderr` is an error in u, which is a relative error of the step.
 
-- `measured`, `smooth`, `slope` (per unit of u): points and curve of each signal.
+- `measured`, `smooth`, `slope`: the points of each signal, its smoothed curve, and the slope of the curve per unit of
+  u.
 - `candidate`: a candidate in one signal, with its `strength` in standard errors.
 - `boundary`: a boundary of the run. `low` and `high` are two standard errors before and after it.
 - `stage`: a stage from `start` to `end`. Only stages have an `end`. The last stage ends at the last step of the run.
@@ -55,7 +57,7 @@ class Settings(SignalSettings):
     llc_settings: str | None = field(
         default=None,
         metadata={
-            "help": "which estimates of llc.csv to use: a value of its column settings or mode; default: the most numerous"
+            "help": "which estimates of llc.csv to use: a value of its column settings or mode; default: the settings with the most usable estimates"
         },
     )
     worst_llc: Verdict = field(default="suspect", metadata={"help": "worst verdict of LLC estimates that are used"})
@@ -125,7 +127,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def smooth_signal(signal: Signal, settings: Settings) -> SmoothedSignal:
-    """Smooth a signal. Only the LLC's standard errors count; those of other signals are a common offset."""
+    """Smooth a signal. Only the LLC's standard errors are used, because those of other signals describe a common offset."""
     points = signal.points
     errors = points["stderr"].fillna(0.0).to_numpy(float) if signal.name == "llc" else np.zeros(len(points))
     times, values = np.log1p(points["step"].to_numpy(float)), points["value"].to_numpy(float)
@@ -135,7 +137,7 @@ def smooth_signal(signal: Signal, settings: Settings) -> SmoothedSignal:
 def divide(
     signals: Sequence[Signal], fits: Mapping[str, SmoothedSignal], boundaries: Sequence[RunBoundary]
 ) -> list[Stage]:
-    """Return the stages between boundaries that are not `invalid`. Without such boundaries there are none."""
+    """Return the stages between boundaries that are not `invalid`; no stages if there are no such boundaries."""
     usable = [boundary for boundary in boundaries if boundary.verdict != "invalid"]
     if not usable:
         return []
@@ -184,7 +186,7 @@ def _type(changes: Mapping[str, Change], is_mirrored: bool) -> tuple[str, tuple[
         return "?", ("no type: the loss does not fall by two standard errors",)
     if llc.sign == 0:
         return "?", ("no type: the LLC changes by less than two standard errors",)
-    reason = "the LLC mirrors the loss (E[L] hardly moves), so the type says nothing that the loss does not say"
+    reason = "the LLC mirrors the loss (E[L] hardly moves), so the type adds nothing to what the loss shows"
     return ("A" if llc.sign > 0 else "B"), ((reason,) if is_mirrored else ())
 
 
@@ -256,7 +258,11 @@ def _error_text(error: float) -> str:
 
 def _stage_lines(signals: Sequence[Signal], stages: Sequence[Stage]) -> list[str]:
     llc_steps = next((signal.points["step"] for signal in signals if signal.name == "llc"), None)
-    partly = "" if llc_steps is None else f" for part of it (usable steps: {llc_steps.min():,} to {llc_steps.max():,})"
+    partly = (
+        ""
+        if llc_steps is None
+        else f" for part of the stage (usable steps: {llc_steps.min():,} to {llc_steps.max():,})"
+    )
     lines = []
     for number, stage in enumerate(stages, 1):
         known = {name: change for name, change in stage.changes.items() if math.isfinite(change.value)}

@@ -5,8 +5,9 @@ Candidates of several signals form one boundary if they are close to the stronge
 of the candidates, weighted by inverse variance, with one candidate for each group of dependent signals. If the candidates scatter
 more than their errors allow, the error is multiplied by the Birge ratio (Birge 1932).
 
-A signal shows a boundary if the boundary is significant even with the correlation of the signal's scatter. Loss and ICL score are
-one group. Loss and an LLC that mirrors it near the boundary (`signals.mirrors_loss`) are one group too. Verdicts:
+A signal shows a boundary if the boundary is still significant after the correlation of the signal's scatter is taken
+into account. Loss and ICL score are one group. Loss and an LLC that mirrors it near the boundary
+(`signals.mirrors_loss`) are one group too. Verdicts:
 
 - `ok`: signals of at least two independent groups show the boundary, and at least one shows it with all three kernels.
 - `suspect`: only one group shows it, by at least `STRONG` standard errors; or no signal shows it with all three kernels.
@@ -25,8 +26,8 @@ from icl.analysis.stages.signals import Signal, Verdict, mirrors_loss
 from icl.analysis.stages.smoothing import SmoothedSignal
 
 STRONG = 5.0
-"""Standard errors that a boundary needs if one group of signals shows it (our choice). With two, `boundaries.SIGNIFICANCE` is
-enough."""
+"""Least strength of a boundary, in standard errors, if only one group of signals shows it (our choice). With two
+groups, `boundaries.SIGNIFICANCE` is enough."""
 AROUND = 1.0
 """Distance in log time, before and after a boundary, over which we test whether an LLC mirrors the loss."""
 
@@ -37,7 +38,7 @@ class Candidate(NamedTuple):
     signal: Signal
     boundary: Boundary
     group: str
-    """Group of the signal, or `loss` for an LLC that mirrors the loss here."""
+    """Group of the signal, or `loss` for an LLC that mirrors the loss near the boundary."""
 
 
 class RunBoundary(NamedTuple):
@@ -109,7 +110,9 @@ def _judge(candidates: Sequence[Candidate], signals: Sequence[Signal], span: tup
         reasons.append(_only_these(candidates, signals))
     unclear = [candidate.signal.name for candidate in candidates if not candidate.boundary.is_significant]
     if unclear:
-        reasons.append(f"the scatter of {' and '.join(unclear)} is correlated between saved steps and may cause it")
+        reasons.append(
+            f"the scatter of {' and '.join(unclear)} is correlated between saved steps and may cause the boundary"
+        )
     if not is_robust:
         reasons.append("it disappears with shorter or longer smoothing")
     strength = max(candidate.boundary.strength for candidate in candidates)

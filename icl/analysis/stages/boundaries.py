@@ -1,9 +1,9 @@
 """Boundaries between stages in one signal: times at which its slope nearly vanishes between two stretches of motion.
 
-Hoogland et al. (2024) chose boundaries by hand at critical points of the LLC's curve, where d lambda / d ln t is zero or has a
-plateau near zero. They published no rule. (An early version mentions an 'automated procedure', which we did not find.) Our rule
-works for any signal. It uses the curve f from `icl.analysis.stages.smoothing`, and the mean slopes of f over intervals of log
-time with their errors:
+Hoogland et al. (2024) chose boundaries by hand at critical points of the LLC's curve, where d lambda / d ln t is zero
+or has a plateau near zero. They published no rule. (An early version mentions an 'automated procedure', which we did
+not find.) Our rule works for any signal. It uses the curve f from `icl.analysis.stages.smoothing`, and the mean slopes
+of f over intervals of log time. Every mean slope has a standard error. There are two kinds of boundaries:
 
 - A *turn*: f moves in one direction over an interval, and in the opposite direction over a later interval, both by `SIGNIFICANCE`
   standard errors. The boundary lies at the extremum of f between them.
@@ -11,12 +11,12 @@ time with their errors:
   1 / `STEEPNESS` of both slopes. Both differences must exceed `SIGNIFICANCE` standard errors. The boundary lies between the
   middles of the two intervals, where two cubics that join with equal value and slope fit the observations best.
 
-An interval counts as motion only if f moves over it by at least `least_change` of its range, because smoothing a corner causes
-smaller moves. We take the strongest boundary first, and then search on each side of it. A boundary is dropped if there is no
-motion on one of its sides, up to the next boundary. The search treats the scatter as independent between saved steps. The strength
-of a boundary is the smaller of two significances: with independent scatter, and with the correlation that `icl.analysis.scatter`
-estimates. A curve that moves only once has no boundary, even if its speed varies. Examples are a power law, a sigmoid, a line, or
-a bend from one slope into a steeper one.
+An interval counts as motion only if f moves over it by at least `least_change` of its range, because smoothing a corner
+causes smaller moves. We take the strongest boundary first, and then search on each side of it. A boundary is dropped if
+there is no motion on one of its sides, up to the next boundary. The search treats the scatter as independent between
+saved steps. The strength of a boundary is the smaller of two significances: with independent scatter, and with the
+correlation that `icl.analysis.scatter` estimates. A curve that moves in one direction without a pause has no boundary,
+even if its speed varies. Examples are a power law, a sigmoid, a line, or a bend from one slope into a steeper one.
 
 The error of a turn includes the spread of the extremum over sampled curves, and its shift with shorter and longer kernels. The
 error of a plateau comes from its likelihood profile. Both include the spacing of the checkpoints, because a boundary can lie
@@ -33,13 +33,13 @@ from jaxtyping import Bool, Float, Int
 from icl.analysis.stages.smoothing import Curve, Points, SmoothedSignal
 
 SIGNIFICANCE = 3.0
-"""Standard errors that a boundary needs (our choice). Because we search over many intervals, about one in ten to twenty curves
-without stages reaches this value. None that we saw reached 4."""
+"""Least strength of a boundary, in standard errors (our choice). Because we search over many intervals, about one in
+ten to twenty curves without stages reaches this value. None that we saw reached 4."""
 CORRELATED_SIGNIFICANCE = 4.0
-"""Standard errors that a boundary needs if the correlation of the scatter lowers its strength. It is larger than `SIGNIFICANCE`,
-because the correlation has an error of its own."""
+"""Least strength of a boundary, in standard errors, if the correlation of the scatter lowers its strength. It is larger
+than `SIGNIFICANCE`, because the correlation has an error of its own."""
 _LITTLE_LOST = 0.8
-"""If more than this share of the strength is left with correlated scatter, `SIGNIFICANCE` is enough."""
+"""`SIGNIFICANCE` is enough if correlated scatter leaves more than this share of the strength."""
 STEEPNESS = 1.25
 """Factor by which both motions must be steeper than the pause between them (our choice: the slope falls by a fifth)."""
 _MAX_KNOTS = 64
@@ -64,7 +64,8 @@ class Boundary(NamedTuple):
     """u = ln(step + 1)."""
     stderr: float
     strength: float
-    """Significance of the weaker of the two stretches of motion: standard errors that include the correlation of the scatter."""
+    """Significance of the weaker of the two stretches of motion, in standard errors that include the correlation of the
+    scatter."""
     is_robust: bool
     """Whether curves with a shorter and with a longer kernel also show the boundary."""
     is_significant: bool

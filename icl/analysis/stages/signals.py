@@ -74,7 +74,7 @@ class SignalSettings:
 def read_signals(
     path: Path, *, num_prompts: int, llc_settings: str | None, worst_llc: Verdict
 ) -> tuple[list[Signal], list[str]]:
-    """Read the signals of a run that have at least `MIN_POINTS` steps; return them, and a sentence for each missing signal.
+    """Read the signals of a run that have at least `MIN_POINTS` steps; return them, and a message for each missing signal.
 
     Raises:
         RunError: If there is no signal, or the path is a file.
@@ -92,7 +92,7 @@ def read_signals(
         missing.append(llc)
     if not signals:
         if not folder.metrics_file.is_file() and not folder.results.is_dir():
-            checkpoint_files(path)  # raises an error that there is nothing at all
+            checkpoint_files(path)  # raises an error if there is no checkpoint at all
         raise RunError(
             f"Stages need a signal with at least {MIN_POINTS} steps, and {folder.path} has none. Train with more checkpoints "
             "(--checkpoints.num_log 60), or copy the run's results/evaluation.csv or results/llc.csv into its folder."
@@ -111,7 +111,7 @@ def mirrors_loss(signal: Signal, low: float, high: float) -> bool:
 
 
 def _behaviour(path: Path, folder: RunFolder, num_prompts: int) -> tuple[list[Signal], list[str]]:
-    """Return loss and scores, each from the first source with enough steps, and a sentence for each that is missing."""
+    """Return loss and scores, each from the first source with enough steps, and a message for each missing one."""
     signals: dict[str, Signal] = {}
     for name in ("behaviour.csv", "evaluation.csv"):
         signals = _select_signals(_read(folder.results / name), f"results/{name}") | signals
@@ -180,7 +180,7 @@ def _measure(members: Members, *, num_prompts: int) -> list[Measurement]:
 
 
 def _llc(folder: RunFolder, settings: str | None, worst: Verdict) -> Signal | str:
-    """Return the usable estimates with the same settings, or a sentence on why there are too few."""
+    """Return the usable estimates with the same settings, or a message that says why there are too few."""
     table = _read(folder.results / "llc.csv")
     if not {"step", "llc", "stderr", "verdict"} <= set(table.columns):
         return f"There is no LLC, so stages have no type; estimate it with `icl llc {folder.path}`."

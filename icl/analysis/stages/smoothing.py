@@ -1,15 +1,16 @@
 """Smoothing of a noisy signal in log time, with its slope, by Gaussian-process regression.
 
-The curve f(u), u = ln(step + 1), has the prior a^2 Matern(5/2, l) about its mean. So f and f' are smooth, and the data determine
-both, with a joint covariance (Rasmussen and Williams 2006, sections 2.2 and 4.2.1, equation 9.4). Observation i has the variance
-v_i = max(stderr_i^2, scatter_i^2), from the larger of its own standard error and the local scatter of the points about the
-curve. We choose a, l and the scatter that maximise the posterior density. The prior of ln l is normal with mean 0 and deviation 1,
-because a factor e in the step is the natural unit of log time. Values of l are limited to `shortest` .. `longest`. The local
-scatter is then estimated from the squared residuals r_i^2, averaged with a Gaussian kernel of one unit of log time.
+The curve f(u), u = ln(step + 1), has the prior a^2 Matern(5/2, l) about its mean. So f and f' are smooth, and the data
+determine both, with a joint covariance (Rasmussen and Williams 2006, sections 2.2 and 4.2.1, equation 9.4). Observation
+i has the variance v_i = max(stderr_i^2, scatter_i^2). Here stderr_i is its own standard error, and scatter_i is the
+local scatter of the points about the curve. We choose a, l and the scatter that maximise the posterior density. The
+prior of ln l is normal with mean 0 and standard deviation 1, because a factor e in the step is the natural unit of log
+time. Values of l are limited to `shortest` .. `longest`. The local scatter is then estimated from the squared residuals
+r_i^2, averaged with a Gaussian kernel of one unit of log time.
 
-The original (Hoogland et al. 2024) fits a squared-exponential process without a noise term. It interpolates the points, so its
-slopes follow the noise. Our other smoother, `icl.analysis.essential_dynamics.plane_curves`, has a kernel of fixed width;
-here the data choose the width.
+The original (Hoogland et al. 2024) fits a squared-exponential process without a noise term. It interpolates the points,
+so its slopes follow the noise. Our other smoother, `icl.analysis.essential_dynamics.plane_curves`, has a kernel of
+fixed width; in this module the data choose the width.
 """
 
 import warnings
@@ -30,7 +31,7 @@ NUM_GRID = 161
 """Number of evenly spaced points of the curve, in addition to the observed times."""
 _SCATTER_WIDTH = 1.0
 _PRIOR_POINTS = 4.0
-"""Weight of the overall scatter in the local scatter, as a number of residuals."""
+"""Weight of the overall scatter in the estimate of the local scatter. It counts as much as this number of residuals."""
 _LEAST_NOISE = 1e-5
 """Least noise, as a share of the values' standard deviation. Smaller noise is rounding error."""
 
@@ -71,7 +72,7 @@ class Curve(NamedTuple):
 
 
 class SmoothedSignal(NamedTuple):
-    """The smoothed curve of a signal, and the same with shorter and longer kernels."""
+    """The smoothed curve of a signal, and its curves with a shorter and a longer kernel."""
 
     curve: Curve
     """Curve with the most probable kernel length."""
@@ -177,7 +178,7 @@ def _most_probable(
         0.1, (_LEAST_NOISE**2, 2.0)
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a parameter at its bound
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the warning is raised if a parameter is at its bound
         process = GaussianProcessRegressor(kernel, alpha=known, optimizer=optimizer).fit(times[:, None], scaled)
     amplitude, length, scatter = np.exp(process.kernel_.theta).tolist()
     return amplitude, length, scatter
