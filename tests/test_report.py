@@ -208,8 +208,8 @@ def test_the_page_of_a_run_says_what_there_is(run, capsys):
     assert f"Report  {run.path / 'report.html'}" in capsys.readouterr().out
     opened = open_page(run.path / "report.html")
     assert "Step 60 of 60, finished" in opened.text
-    assert "Loss / ridge's, training tasks 1.100" in opened.text  # 1.65 / 1.5
-    assert "Loss / ridge's, new tasks 1.200" in opened.text
+    assert "Loss / ridge's loss, training tasks 1.100" in opened.text  # 1.65 / 1.5
+    assert "Loss / ridge's loss, new tasks 1.200" in opened.text
     assert "LLC, last estimate 34.6 ± 2.5 suspect" in opened.text
     assert ["2", "1.100", "1", "0.9000", "7,000", "2.100", "1.100"] in opened.cells
     assert ["task.num_tasks", "16", "64"] in opened.cells  # what differs from the preset
@@ -419,8 +419,8 @@ def test_a_page_gives_the_ratio_to_both_bayes_predictors(tmp_path):
     table.to_csv(run.results / "losses.csv", index=False)
     text = open_page(write_report([run.path]).path).text
     ratio = table[(table["distribution"] == "pretrain") & (table["position"] == "mean")]["model"].item() / 0.5
-    assert f"Loss / dMMSE's, training tasks {ratio:.3f}" in text
-    assert "Loss / dMMSE's, new tasks" not in text
+    assert f"Loss / dMMSE's loss, training tasks {ratio:.3f}" in text
+    assert "Loss / dMMSE's loss, new tasks" not in text
 
 
 # Several runs

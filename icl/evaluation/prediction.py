@@ -1,7 +1,8 @@
 """Predictions for a user's own prompts: context examples and queries, as tensors or in a file.
 
-Each query is predicted from the whole context and no other query. A file is JSON `{"x_context": [[...]], "y_context": [...],
-"x_query": [[...]]}`, or CSV with columns x1..xD,y in which an empty y marks a query.
+Each query is predicted from the whole context. The other queries have no effect on its prediction. A file is JSON
+`{"x_context": [[...]], "y_context": [...], "x_query": [[...]]}`, or CSV with columns x1..xD,y in which an empty y marks
+a query.
 """
 
 import csv
@@ -107,7 +108,7 @@ def _named(x_context: Any, y_context: Any, x_query: Any) -> list[tuple[Any, str]
 
 
 def parameter_of(model: Any) -> Tensor:
-    """Return one parameter of the model, to read the model's dtype and device from.
+    """Return one parameter of the model. It shows the model's dtype and device.
 
     Raises:
         ConfigError: If `model` is not a model of `icl`.

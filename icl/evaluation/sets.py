@@ -38,8 +38,8 @@ Predict: TypeAlias = Callable[[Params, Tensor, Tensor], Tensor]
 VERSION = 1
 """Version of the definitions of the numbers. Saved numbers of an older version are computed again."""
 COLUMNS = ("distribution", "quantity", "position", "value", "stderr")
-_PROMPTS_ON_CPU = 256  # prompts of one member whose activations fit a CPU's caches
-_PROMPTS_ON_GPU = 2**14  # prompts of all members together
+_PROMPTS_ON_CPU = 256  # number of prompts of one member whose activations fit a CPU's caches
+_PROMPTS_ON_GPU = 2**14  # number of prompts of all members together
 
 
 class EvaluationSet(NamedTuple):
@@ -127,7 +127,10 @@ def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
 
 
 def headlines(numbers: "pd.DataFrame") -> "pd.DataFrame":
-    """Return the main rows of a table from `evaluate`: means over positions, or the query's numbers if only it is shifted."""
+    """Return the main rows of a table from `evaluate`: the means over positions.
+
+    If a shift changes only the query, the numbers at the query are the main rows.
+    """
     has_mean = numbers["distribution"].isin(numbers.loc[numbers["position"] == "mean", "distribution"])
     return numbers[(numbers["position"] == "mean") | ~has_mean]
 
@@ -174,7 +177,7 @@ def summarise(predict: Predict, params: Params, sets: Sequence[Sequence[Evaluati
         For each member `eval/<set>/{loss,delta_ridge,delta_dmmse,icl_score}`; dMMSE only for finite M.
     """
     results: list[dict[str, float]] = [{} for _ in sets]
-    for member_sets in zip(*sets, strict=True):  # sets of one name, one for each member
+    for member_sets in zip(*sets, strict=True):  # the sets with the same name, one for each member
         joined = _join(member_sets)
         predictions = predict_prompts(predict, params, joined.prompts)
         positions = ("mean", f"1:{predictions.shape[-1]}")

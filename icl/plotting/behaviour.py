@@ -109,7 +109,7 @@ def _draw_task_vectors(axes: Axes, model: pd.DataFrame, baselines: pd.DataFrame)
 
 
 def _draw_scaled(figure: Figure, panels: tuple[Axes, ...], model: pd.DataFrame, baselines: pd.DataFrame) -> None:
-    """Draw loss and size of predictions against the multiplier of inputs or tasks; darker lines are earlier steps."""
+    """Draw the loss and the size of predictions against the multiplier of inputs or tasks. Darker lines are earlier steps."""
     steps = sorted(select(model, distribution="input_scale")["step"].unique())
     if not steps:
         for axes in panels:

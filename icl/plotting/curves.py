@@ -103,7 +103,10 @@ def _label_ends(axes: Axes, losses: Mapping[str, pd.DataFrame], key: str) -> Non
 
 
 def _spread(heights: Sequence[float]) -> list[float]:
-    """Move sorted heights in [0, 1] apart by at least the height of a name, in one pass upwards and one downwards."""
+    """Move sorted heights in [0, 1] apart, so that neighbours differ by at least the height of a name.
+
+    One pass goes upwards, and a second pass goes downwards.
+    """
     spread: list[float] = []
     for height in heights:
         spread.append(max(height, spread[-1] + _LABEL_HEIGHT) if spread else height)

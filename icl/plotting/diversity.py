@@ -50,7 +50,7 @@ def plot_diversity(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def diversity_positions(num_tasks: Iterable[str], *, gap: float | None = None) -> dict[str, float]:
-    """Return the horizontal position of every M, in ascending order: log2 M, and for infinity `gap` right of the largest."""
+    """Return the horizontal position of every M, in ascending order: log2 M, and for infinity the largest of them plus `gap`."""
     ordered = sorted(num_tasks, key=float)
     positions = {m: math.log2(float(m)) for m in ordered if m != "inf"}
     if "inf" in ordered:
@@ -68,7 +68,7 @@ def _draw_gaps(axes: Axes, means: pd.DataFrame, positions: Mapping[str, float]) 
         for points, line in ((gaps[~is_infinite], "-"), (gaps[is_infinite], "none")):
             if len(points):
                 axes.errorbar(points["x"], points["value"], 2 * points["stderr"], linestyle=line, **style)
-                style["label"] = None  # one legend entry for both
+                style["label"] = None  # one legend entry for finite and infinite M
 
 
 def _share_scale(panels: list[Axes], values: pd.Series) -> None:

@@ -125,7 +125,7 @@ def _legend_entries(axes: Axes, limit: int) -> tuple[list, list]:
 
 
 def _norm_paths(table: pd.DataFrame) -> list[str]:
-    """Return the paths of the layer norms in the order of the model: those of the blocks first, by number, then the final one."""
+    """Return the paths of the layer norms in the order of the model: blocks in ascending order, then the final norm."""
     paths = [part.removesuffix(".weight") for part in table["part"].unique() if part.endswith("norm.weight")]
     return sorted(
         paths, key=lambda path: (0, int(path.split(".")[1]), path) if path.startswith("blocks") else (1, 0, path)

@@ -1,7 +1,7 @@
 """The figure of essential dynamics: principal components of a trajectory, over time and by their share of the variance.
 
-The path is drawn with its evolute, the curve of the centres of its osculating circles. The shares are drawn beside
-those of random walks.
+The path is drawn with its evolute, the curve of the centres of its osculating circles. The components' shares of the
+variance are drawn beside the shares in random walks.
 """
 
 from typing import Any
@@ -67,7 +67,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
 
 def _draw_plane(axes: Axes, table: pd.DataFrame, plane: list[str], norm: LogNorm) -> None:
     runs = select(table, quantity="score")["run"].unique()
-    is_first_plane = plane[0] == "PC1"  # its legend serves both planes
+    is_first_plane = plane[0] == "PC1"  # its legend is for both planes
     for number, run in enumerate(runs):
         points, path = _scores_and_path(select(table, run=run))
         axes.scatter(
@@ -99,7 +99,7 @@ def _set_limits(axes: Axes, table: pd.DataFrame, plane: list[str]) -> None:
 
 
 def _draw_references(axes: Axes, table: pd.DataFrame, plane: list[str], *, named: bool) -> None:
-    """Draw the Bayes predictors; the legend says which share of their distance to the mean lies within the components."""
+    """Draw the Bayes predictors; the legend gives the share of their squared distance to the mean that lies within the components."""
     captured = select(table, quantity="reference_captured").set_index("run")["value"]
     for number, (name, rows) in enumerate(select(table, quantity="reference_score").groupby("run", sort=False)):
         point = rows.set_index("item")["value"]
@@ -163,7 +163,7 @@ def _draw_times(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def _draw_shares(axes: Axes, table: pd.DataFrame) -> None:
-    """Draw each component's share of the variance beside those of random walks."""
+    """Draw each component's share of the variance beside the shares in random walks."""
     share, flips = _by_item(table, "explained_share"), _by_item(table, "null_flips")
     x = np.arange(len(share))
     axes.bar(x, share["value"], width=0.55, color=SKY, label="explained share", zorder=2)

@@ -13,7 +13,7 @@ _GAPS = (("delta_ridge", VERMILION, "to ridge"), ("delta_dmmse", GREEN, "to dMMS
 
 
 def plot_evaluation(numbers: pd.DataFrame, baselines: pd.DataFrame, *, title: str) -> Figure:
-    """Plot gaps over steps on training tasks and on new tasks, and the loss relative to ridge's under every shift.
+    """Plot gaps over steps on training tasks and on new tasks, and the loss divided by ridge's loss under every shift.
 
     Args:
         numbers: A run's `results/evaluation.csv`.

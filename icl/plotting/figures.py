@@ -123,7 +123,7 @@ def plot_in_context_learning(
 
 
 def mark_stages(axes: Axes, stages: Stages, *, named: bool = True) -> None:
-    """Draw a vertical line where each stage ends, with the name of the stage left of it."""
+    """Draw a vertical line where each stage ends, with the name of the stage to the left of the line."""
     for name, step in stages.items():
         axes.axvline(step + 1, color=BLACK, linewidth=0.8, alpha=0.5)
         if named:

@@ -83,7 +83,7 @@ def _draw_known(axes: Axes, curve: pd.DataFrame, **style: Any) -> None:
 
 
 def _draw_limits(norms: Axes, noise: Axes, weights: pd.DataFrame) -> None:
-    """Draw the highest norm and the lowest noise scale within two standard errors, at steps with an uncertain norm."""
+    """Draw the limits at two standard errors, at steps with an uncertain norm: the highest norm and the lowest noise scale."""
     norm, square, trace = (
         _curve(weights, quantity, "all").set_index("step") for quantity in ("norm", "squared_norm", "noise_trace")
     )
@@ -96,7 +96,7 @@ def _draw_limits(norms: Axes, noise: Axes, weights: pd.DataFrame) -> None:
 
 
 def _draw_data_gradient(axes: Axes, curves: pd.DataFrame, **style: Any) -> None:
-    """Draw the pathwise estimate as a line, and that of the score function as faint dots with bars."""
+    """Draw the pathwise estimate as a line, and the score-function estimate as faint dots with bars."""
     _draw_known(axes, select(curves, estimator="pathwise"), **style)
     score = select(curves, estimator="score_function")
     axes.errorbar(

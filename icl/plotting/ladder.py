@@ -22,7 +22,7 @@ _DIFFERENCE_LABEL = "mean squared difference of predictions (per target)"
 
 
 def plot_task_prior(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the distance of predictions to those of the mean task and to 0 over training, and its minima against M.
+    """Plot two distances of the predictions over training, to those of the mean task and to 0, and their minima against M.
 
     Args:
         evaluation: Rows of `evaluation.csv` for the ladder.
@@ -75,7 +75,7 @@ def plot_final_gaps(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str)
 
 
 def plot_transience(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the step of the smallest loss on new tasks, and the rise of the loss from there to the last step, against M."""
+    """Plot the step of the smallest loss on new tasks, and the rise of the loss from that step to the last step, against M."""
     figure, (when, rise) = new_figure(2, width=5.0, height=3.9, title=title)
     ladder = _with_num_tasks(evaluation, runs)
     losses, gaps = _means(ladder, "true", "loss"), _smallest(_means(ladder, "true", "delta_ridge"))

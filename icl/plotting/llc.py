@@ -86,7 +86,7 @@ def plot_traces(records: Sequence[Record], *, title: str) -> Figure:
 
 
 def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title: str) -> Figure:
-    """Plot estimates, verdicts and escape for all settings tried at the last checkpoint, and the traces of some.
+    """Plot the estimates, verdicts and escape of all settings that were tried at the last checkpoint, and the traces of a few.
 
     Args:
         table: The table of `icl.sampling.calibration`.
@@ -133,7 +133,7 @@ def read_stages(folder: RunFolder) -> list[float]:
 def draw_by_verdict(
     axes: Axes, x: pd.Series, rows: pd.DataFrame, *, limits: tuple[float, float] | None = None, named: bool = True
 ) -> None:
-    """Draw LLCs with bars of two standard errors, in the mark of their verdict.
+    """Draw LLCs with bars of two standard errors. The mark shows the verdict.
 
     Args:
         axes: Axes to draw in.
@@ -193,7 +193,7 @@ def _draw_losses(axes: Axes, table: pd.DataFrame, trivial_loss: float) -> None:
     set_limits(axes, pd.concat([table["init_loss"], table["mean_loss"].clip(upper=1.5 * trivial_loss)]))
     low, high = axes.get_ylim()
     if not low <= trivial_loss <= high:
-        line.set_gid(KEY)  # keeps the legend entry, which says where the invisible line is
+        line.set_gid(KEY)  # keep the legend entry, because it says where the invisible line is
         line.set_label(f"predicting zero: {trivial_loss:.3g}, {'above' if trivial_loss > high else 'below'}")
 
 
@@ -220,7 +220,7 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def _underestimated(table: pd.DataFrame) -> pd.DataFrame:
-    """Return rows whose loss at the mean of the draws lies significantly below the checkpoint's, unless chains escaped."""
+    """Return rows whose loss at the mean of the draws lies significantly below the checkpoint's loss, unless chains escaped."""
     table = table.rename(columns=RENAMED_COLUMNS)
     if "drop_at_mean_stderr" not in table:  # not measured
         return table.iloc[:0].assign(drop_at_mean=0.0, drop_at_mean_stderr=0.0)
@@ -260,7 +260,7 @@ def _draw_settings(axes: Axes, rows: pd.DataFrame, x: str, family: str, label: s
 
 
 def _draw_escape(axes: Axes, survey: pd.DataFrame) -> None:
-    """Draw how far the sampled loss rose towards that of predicting zero, with the thresholds of the verdicts."""
+    """Draw how far the sampled loss rose towards the loss of predicting zero, with the thresholds of the verdicts."""
     share = escaped_share(survey)
     for colour, (_, group) in zip(CHAIN_COLOURS, survey.groupby("ratio"), strict=False):
         axes.plot(group["nbeta"], share[group.index], color=colour, marker=".")

@@ -16,7 +16,8 @@ def plot_components(table: pd.DataFrame, susceptibilities: pd.DataFrame, *, titl
     """Plot the refined LLC of each component against the step, and susceptibilities at the last step against the position.
 
     Args:
-        table: Rows of `llc-components.csv` that share their settings; one step gives a column of marks.
+        table: Rows of `llc-components.csv` that share their settings. If they have only one step, the components are on
+            the x axis.
         susceptibilities: Rows of `llc-susceptibilities.csv` of the same estimates.
         title: Title of the figure.
     """
@@ -32,7 +33,7 @@ def plot_components(table: pd.DataFrame, susceptibilities: pd.DataFrame, *, titl
         panel.axhline(0, color=BLACK, linewidth=0.8)
         for index, name in enumerate(names):
             rows = select(last, component=name, distribution=distribution)
-            shift = 0.3 * (index / max(1, len(names) - 1) - 0.5)  # so that bars do not lie on each other
+            shift = 0.3 * (index / max(1, len(names) - 1) - 0.5)  # so that bars do not overlap
             panel.errorbar(
                 rows["position"] + shift, rows["susceptibility"], yerr=2 * rows["stderr"], color=colours[name], marker=".", label=name, capsize=2,
             )  # fmt: skip

@@ -22,8 +22,8 @@ SAMPLERS = (
 def plot_known_answers(table: pd.DataFrame, *, title: str) -> Figure:
     """Plot estimates divided by the exact value, for losses whose local learning coefficient is known.
 
-    The exact value is that for the estimate's nbeta, if it is known in closed form. Otherwise it is the learning coefficient,
-    the limit of infinite nbeta.
+    The exact value is the one at the estimate's nbeta, if it is known in closed form. Otherwise it is the learning
+    coefficient, the limit of infinite nbeta.
     """
     figure, (axes,) = new_figure(1, width=7.8, height=4.6)
     truth = table["finite"].fillna(table["asymptotic"])
@@ -47,7 +47,7 @@ def plot_known_answers(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def plot_what_is_measured(llc: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the LLC against the checkpoint's loss, the sampled loss, and how far chains rose towards predicting zero."""
+    """Plot the LLC against the checkpoint's loss, the sampled loss over training, and its rise towards that of predicting zero."""
     figure, (against, sampled, escape) = new_figure(3, width=4.8, height=4.0, title=title)
     for name, is_published, style in SAMPLERS:
         rows = rows_of_sampler(llc, is_published)
@@ -152,5 +152,5 @@ def plot_run(llc: pd.DataFrame, *, title: str) -> Figure:
 
 
 def rows_of_sampler(llc: pd.DataFrame, is_published: bool) -> pd.DataFrame:
-    """Return the estimates made with the published sampler, or those made with another one, ordered by step."""
+    """Return the estimates made with the published sampler, or with any other sampler, ordered by step."""
     return llc[llc["mode"].fillna("").str.startswith("published") == is_published].sort_values("step")

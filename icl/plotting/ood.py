@@ -16,7 +16,7 @@ _NAMES = {"pretrain": "training tasks", "true": "new tasks, w ~ N(0, I)"}
 
 
 def plot_shifts(evaluation: pd.DataFrame, baselines: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the loss relative to ridge's on the same prompts, for every distribution, at the last step of each run.
+    """Plot the loss divided by ridge's loss on the same prompts, for every distribution, at the last step of each run.
 
     Args:
         evaluation: Rows of `evaluation.csv` for a few runs.
@@ -48,7 +48,7 @@ def plot_shifts(evaluation: pd.DataFrame, baselines: pd.DataFrame, *, title: str
 def plot_shifts_over_training(
     evaluation: pd.DataFrame, baselines: pd.DataFrame, *, title: str, stages: Stages | None = None
 ) -> Figure:
-    """Plot the loss relative to ridge's over training: inputs scaled by g, tasks scaled by g, and the other shifts.
+    """Plot the loss divided by ridge's loss over training: inputs scaled by g, tasks scaled by g, and the other shifts.
 
     Args:
         evaluation: Rows of `evaluation.csv` for one run.

@@ -1,7 +1,7 @@
 """The figure of a model's predictions after different numbers of examples, compared with those of the Bayes predictors.
 
 For one fixed prompt, the figure shows the prediction for the query x = t w / |w| against t, where w is the task.
-The predictions of ridge and dMMSE are linear in t. Those of the transformer can have any shape.
+The predictions of ridge and dMMSE are linear in t. The predictions of the transformer can have any shape.
 """
 
 from collections.abc import Sequence

@@ -44,7 +44,8 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
         _draw_measured(values, select(rows, quantity="measured"), is_llc=signal == "llc")
         slope = select(rows, quantity="slope")
         _draw_curve(slopes, slope)
-        # At the ends the slope is known from one side only. The limits must not depend on its large error there.
+        # At both ends of the run, the slope is known from one side only, so its error is large. The limits must not
+        # depend on it.
         error = slope["stderr"].astype(float)
         set_limits(slopes, slope.loc[error < 4 * error.median(), "value"], margin=0.15)
         slopes.axhline(0, color=BLACK, linewidth=0.8)
@@ -70,7 +71,10 @@ def _draw_curve(axes: Axes, rows: pd.DataFrame) -> None:
 
 
 def _draw_measured(axes: Axes, rows: pd.DataFrame, *, is_llc: bool) -> None:
-    """Draw the measured values. Only LLCs get bars and a legend, because the errors of other signals are a common offset."""
+    """Draw the measured values. Only LLCs get bars and a legend.
+
+    The errors of other signals describe an offset that all points share, so bars would mislead.
+    """
     for verdict, style in VERDICTS.items():
         chosen = select(rows, verdict=verdict)
         if len(chosen):

@@ -110,7 +110,7 @@ def draw_band(
         stderr: Standard error of each value.
         floor: Lower limit of the band. Set it for a logarithmic axis, because a band that reaches zero would fill the panel.
         alpha: Opacity of the band.
-        style: Options of the line; `color` is needed, and used for the band too.
+        style: Options of the line. `color` is required, and the band has the same colour.
     """
     x = x.astype(float)
     axes.plot(x, values, **style)

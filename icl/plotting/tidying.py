@@ -1,4 +1,4 @@
-"""Final corrections before a figure is saved: legends clear of the data, no empty legend entries, no overlapping tick labels.
+"""Final corrections before a figure is saved: no legend on a curve, no empty legend entry, no overlapping tick labels.
 
 Overlaps depend on the data, so they are measured after the layout is computed. A figure that needs no correction is not
 changed.
@@ -45,7 +45,7 @@ _MAX_COLUMNS = 2
 _MIN_LABEL_GAP = 2.0
 """Smallest gap between the tick labels of an x axis, in pixels."""
 _NOTHING = ("None", "none", "", " ", None)
-"""The values with which matplotlib says that there is no line or no marker."""
+"""Values that mean "no line" or "no marker" in matplotlib."""
 
 
 def tidy(figure: Figure) -> None:
@@ -159,7 +159,10 @@ def _correct_legend(axes: Axes) -> bool:
 
 
 def _move_legend(axes: Axes, legend: Legend, handles: dict[str, Artist], curves: list[np.ndarray]) -> None:
-    """Redraw a legend where it covers the least of the curves, or below the axes if it covers too much everywhere."""
+    """Redraw a legend at the location where it covers the least of the curves.
+
+    If it covers too much at every location, draw it below the axes.
+    """
     frame, size = axes.get_window_extent(), legend.get_window_extent()
     options: dict[str, Any] = {
         "handles": list(handles.values()),
@@ -198,7 +201,7 @@ def _legend_box(location: str, frame: BboxBase, width: float, height: float) -> 
 
 
 def _visible_points(axes: Axes) -> Iterator[np.ndarray]:
-    """Yield the points inside these axes of each curve, group of marks and text, in pixels.
+    """Yield the points of each curve, group of marks and text that lie inside these axes, in pixels.
 
     Other axes that overlap these, such as twin axes, are included.
     """
@@ -215,7 +218,7 @@ def _visible_points(axes: Axes) -> Iterator[np.ndarray]:
                 points = collection.get_offset_transform().transform(np.ma.filled(collection.get_offsets(), np.nan))
                 yield points[_is_inside(points, frame)]
         for text in other.texts:
-            # We call the method of `Text`, because that of an annotation would include its arrow.
+            # We call the method of `Text`, because the method of an annotation would include its arrow.
             box = Text.get_window_extent(text)
             yield box.corners()
 

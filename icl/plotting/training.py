@@ -25,7 +25,8 @@ from icl.runs.folder import RunError, RunFolder
 
 _TABLE, _FIGURE = "losses.csv", "training.png"
 _MAX_LINEAR_RATIO = 60.0
-"""Ratio of the highest to the lowest loss above which the axis is logarithmic, so that the lowest stays readable."""
+"""Ratio of the highest to the lowest loss above which the axis is logarithmic, so that the lowest loss stays
+readable."""
 _LOSS_LABEL = "loss (squared error per target)"
 _SetsKey: TypeAlias = tuple[TaskConfig, int, int, int]
 
@@ -34,13 +35,14 @@ class DrawnRun(NamedTuple):
     """Results of `draw_run`."""
 
     losses: pd.DataFrame
-    """Losses on the training tasks: a row for each position and one for their mean, a column for each predictor."""
+    """Losses on the training tasks: a row for each position and a row for the mean over positions, with a column for
+    each predictor."""
     figure: Path
     """Path of the figure."""
     optimum: str
     """Bayes predictor for the training tasks: `ridge` for M = inf, else `dmmse`."""
     excess: float
-    """Mean loss of the model minus that of the optimum, on the same prompts."""
+    """Mean loss of the model minus the mean loss of the optimum, on the same prompts."""
     excess_stderr: float
     """Standard error of `excess`."""
 
@@ -157,7 +159,7 @@ def _draw_positions(axes: Axes, losses: pd.DataFrame, title: str) -> None:
 
 
 def _share_limits(panels: list[Axes], losses: Mapping[str, pd.DataFrame]) -> None:
-    """Give the panels the same y axis, for the losses of every predictor except OLS, which can have an infinite mean."""
+    """Give the panels the same y axis, which fits the losses of every predictor except OLS. OLS can have an infinite mean loss."""
     shown = pd.concat([table.drop(index="mean").drop(columns="ols", errors="ignore") for table in losses.values()])
     values = shown.to_numpy(dtype=float)
     positive = values[np.isfinite(values) & (values > 0)]

@@ -1,7 +1,7 @@
-"""`icl report`: one self-contained HTML page about one run or several, readable without network or script.
+"""`icl report`: one self-contained HTML page about one run or several. It needs no network and no scripts.
 
 - `facts.py` reads a run's folder, and says what is missing or damaged.
-- `tables.py` and `pictures.py` turn tables and figures into what a page can show.
+- `tables.py` and `pictures.py` turn tables and figures into parts of a page.
 - `findings.py` extracts the state and the main numbers of a run.
 - `sections.py` and `comparison.py` choose what to show, and explain it.
 - `page.py` writes the page from the template `page.html`, which escapes everything that comes from a file.

@@ -36,7 +36,7 @@ def with_varying_names(runs: Sequence[RunFacts]) -> list[RunFacts]:
 
 
 def comparison_table(runs: Sequence[RunFacts], targets: Sequence[str]) -> Table:
-    """Return a table with a row for each run, linked to the run's part of the page by its id in `targets`."""
+    """Return a table with a row for each run. The row links to the run's part of the page, whose id is in `targets`."""
     settings = differing_settings(runs)
     rows = []
     for number, (facts, target) in enumerate(zip(runs, targets, strict=True)):

@@ -1,4 +1,4 @@
-"""Contents of a run's folder for a page: all files that can be read, and a sentence for each file that cannot."""
+"""Contents of a run's folder for a page: all files that can be read, and a message for each file that cannot be read."""
 
 import shlex
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ class RunFacts:
     """Figures of `figures/`, by name."""
     saved_steps: list[int]
     problems: list[str]
-    """A sentence for each file that could not be read or shown."""
+    """A message for each file that could not be read or shown."""
 
     @property
     def environments(self) -> list[tuple[str, dict[str, str]]]:
@@ -106,7 +106,7 @@ def read_run(name: str, folder: RunFolder) -> RunFacts:
         problems.append(altered)
     links = LocalStore(folder.path).links_out()
     if links:
-        problems.append(f"Symbolic links out of the run's folder are left out: {', '.join(links)}.")
+        problems.append(f"Symbolic links that lead out of the run's folder are left out: {', '.join(links)}.")
     tables = {file.stem: _read_table(file, problems) for file in _files(folder.results, "csv", folder.path)}
     pictures = {file.stem: _read_picture(file, name, problems) for file in _files(folder.figures, "png", folder.path)}
     others = [
@@ -149,7 +149,7 @@ def _read_config(folder: RunFolder, problems: list[str]) -> RunConfig | None:
 
 
 def _read_table(file: Path, problems: list[str]) -> pd.DataFrame | None:
-    """Return a table. If it has no rows or cannot be read, add a sentence to `problems` and return None."""
+    """Return a table. If it has no rows or cannot be read, add a message to `problems` and return None."""
     name = file.name if file.parent.name != "results" else f"results/{file.name}"
     try:
         table = read_table(file)
@@ -166,7 +166,7 @@ def _read_table(file: Path, problems: list[str]) -> pd.DataFrame | None:
 
 
 def _read_picture(file: Path, run: str, problems: list[str]) -> Picture | None:
-    """Return a figure. If it cannot be shown, add a sentence to `problems` and return None."""
+    """Return a figure. If it cannot be shown, add a message to `problems` and return None."""
     caption = subject_of(file.stem).help
     alt = f"Figure {file.stem} of the run {run}: {caption}"
     try:
@@ -186,7 +186,8 @@ def _read_log(folder: RunFolder) -> str:
 def _files(folder: Path, suffix: str, run: Path) -> list[Path]:
     """Return the files with a suffix in one folder of a run.
 
-    Files outside the run's folder that are reached by a link are left out: they are not part of the run, and pages may be published.
+    A file outside the run's folder is left out, even if a link leads to it. It is not part of the run, and a published
+    page would reveal it.
     """
     files = (file for file in folder.glob(f"*.{suffix}") if file.is_file() and not file.name.startswith("."))
     return sorted(file for file in files if file.resolve().is_relative_to(run.resolve()))

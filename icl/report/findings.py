@@ -27,7 +27,7 @@ def state_of(facts: RunFacts) -> str:
 
 
 def state_sentence(facts: RunFacts) -> str:
-    """Return the progress of a run as text, and the time to which it refers."""
+    """Return a text with the progress of a run, and with the time at which it was recorded."""
     status = facts.status
     if status is None:
         return "The state of this run is unknown."
@@ -67,10 +67,10 @@ def training_loss(facts: RunFacts) -> float | None:
 
 
 def loss_ratios(losses: Mapping[str, float], distribution: str) -> dict[str, float]:
-    """Return the transformer's loss divided by that of each optimal predictor, under names such as "ridge's".
+    """Return the transformer's loss divided by the loss of each optimal predictor, under names such as "ridge's".
 
-    The predictors are ridge and dMMSE, if their losses are known. On new tasks the only predictor is ridge, because dMMSE is
-    not optimal there.
+    The predictors are ridge and dMMSE, if their losses are known. On new tasks the only predictor is ridge, because
+    dMMSE is not optimal for them.
     """
     names = ("ridge", "dmmse") if distribution == "pretrain" else ("ridge",)
     return {

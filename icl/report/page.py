@@ -146,13 +146,13 @@ def _tiles(facts: RunFacts) -> list[tuple[str, Cell]]:
         if name := LOSS_SETS.get(distribution):
             tiles.append((f"Loss on {name}", cell(losses["model"])))
             for predictor, ratio in loss_ratios(losses, distribution).items():
-                tiles.append((f"Loss / {predictor}, {name}", Cell(text=f"{ratio:.3f}")))
+                tiles.append((f"Loss / {predictor} loss, {name}", Cell(text=f"{ratio:.3f}")))
     if estimate := last_llc(facts):
         tiles.append(("LLC, last estimate", estimate))
     if verdicts := llc_verdicts(facts):
         tiles.append(("LLC, all estimates", Cell(text=verdicts)))
     steps = facts.saved_steps
-    checkpoints = f"{len(steps):,}, steps {steps[0]:,} to {steps[-1]:,}" if steps else "none here"
+    checkpoints = f"{len(steps):,}, steps {steps[0]:,} to {steps[-1]:,}" if steps else "none in this folder"
     return [*tiles, ("Saved checkpoints", Cell(text=checkpoints))]
 
 

@@ -58,7 +58,7 @@ class Section:
     pictures: list[Picture] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     folded: list[Table] = field(default_factory=list)
-    """Tables that are hidden until the reader unfolds them."""
+    """Tables that are collapsed until the reader opens them."""
     commands: list[tuple[str, str]] = field(default_factory=list)
     """Pairs: the result that is missing, and the command that adds it."""
     log: str = ""
@@ -135,7 +135,7 @@ def _position_tables(losses: pd.DataFrame) -> Iterator[Table]:
 
 
 def _subject_section(facts: RunFacts, subject: Subject, prefix: str, max_rows: int) -> Section:
-    """Return the figures, a summary of each table, and the folded tables of one topic."""
+    """Return the section on one topic: its figures, a summary of each table, and the collapsed whole tables."""
     tables: list[Table] = []
     folded: list[Table] = []
     verdicts: dict[str, int] = {}
@@ -192,8 +192,8 @@ def _evaluation_table(numbers: pd.DataFrame, baselines: pd.DataFrame | None) -> 
         )
         rows.append([str(distribution), *cells[:1], number_cell(ratio), *cells[1:]])
     first, *others = (quantity.replace("_", " ") for quantity in quantities)
-    caption = f"Step {show(int(numbers['step'].max()))}, the last of {numbers['step'].nunique()} saved"
-    return table_of(rows, ["distribution", first, "loss / ridge's", *others], caption=caption)
+    caption = f"Step {show(int(numbers['step'].max()))}, the last of {numbers['step'].nunique()} saved steps"
+    return table_of(rows, ["distribution", first, "loss / ridge's loss", *others], caption=caption)
 
 
 def _missing_section(facts: RunFacts, prefix: str) -> Section:
@@ -205,10 +205,10 @@ def _missing_section(facts: RunFacts, prefix: str) -> Section:
         commands.append(("All analyses at once", facts.command("icl analyse RUN --what all")))
     if commands:
         commands.append(("This page, updated with the new results", facts.command("icl report RUN")))
-    text = "These results have not been computed for this run. Each command below adds one of them."
+    text = "These results have not been computed for this run. Each is listed with the command that computes it."
     if not facts.saved_steps:
         text += " The commands need checkpoints, but the folder has none. To fetch them from a store, run icl checkpoints RUN pull."
-    return Section(id=f"{prefix}missing", title="What is missing", text=text, commands=commands)
+    return Section(id=f"{prefix}missing", title="Missing results", text=text, commands=commands)
 
 
 def _environment_section(facts: RunFacts, prefix: str) -> Section:
@@ -217,7 +217,7 @@ def _environment_section(facts: RunFacts, prefix: str) -> Section:
     shown = starts[-_MAX_STARTS:]
     text = f"The last {_MAX_STARTS} of the run's {len(starts)} starts are shown." if len(starts) > _MAX_STARTS else ""
     if not starts:
-        text = "run.log does not say with which versions, machine and command the run was trained."
+        text = "run.log does not record the versions, the machine and the command of the training."
     keys = dict.fromkeys(key for _, environment in starts for key in environment)
     rows = [[key, *(environment.get(key, MISSING) for _, environment in shown)] for key in keys]
     header = ["", *(f"started {when}" for when, _ in shown)]

@@ -1,4 +1,4 @@
-"""Tables of a page: short summaries, long tables that a reader can unfold, verdicts in colour and in words.
+"""Tables of a page: short summaries, long tables that a reader can open, verdicts in colour and in words.
 
 In a tidy result table, each row has a step, a quantity and its settings, and a value with its standard error and verdict.
 The summary of a tidy table has a row for each quantity and a column for each of a few steps. The summary of any other
@@ -19,7 +19,7 @@ VERDICTS = ("ok", "suspect", "invalid")
 MAX_SUMMARY = 24
 """Number of rows in the summary of a table with more than `MAX_SHORT` rows."""
 MAX_SHORT = 40
-"""Number of rows up to which a table is shown in full instead of being summarised."""
+"""Largest number of rows of a table that is shown in full. Longer tables are summarised."""
 MAX_WHOLE = 200
 """Largest number of rows of a table that is shown whole. Of a longer table, only the first and the last `MAX_WHOLE` / 2 rows are
 shown."""
@@ -32,11 +32,11 @@ LOOKS = {verdict: verdict for verdict in VERDICTS} | {
     "preempted": "suspect",
     "failed": "invalid",
 }
-"""The colour of a badge, by its word. Badges with other words have no colour."""
+"""The colour of a badge, by the word on it. Badges with other words have no colour."""
 _WHOLE_DIGITS = 6
 """Significant digits of numbers in a table that is shown whole."""
 _MAX_STEPS = 4
-"""Largest number of steps side by side in a summary."""
+"""Largest number of steps that a summary shows side by side."""
 _NEVER_SHOWN = ("checkpoint_hash",)
 _MEASURED = ("value", "stderr", "verdict", "reasons")
 
@@ -189,7 +189,7 @@ def not_ok(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _without_constants(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Return a table without empty columns and without columns of one value, and a sentence with these values."""
+    """Return a table without empty and constant columns, and a text with the values of the constant columns."""
     table = table.drop(columns=[name for name in table if name != "value" and table[name].isna().all()])
     always_shown = ("step", "quantity", *_MEASURED)
     constant = [name for name in table if name not in always_shown and table[name].nunique(dropna=False) == 1]
@@ -278,7 +278,7 @@ def _as_integer(value: Any) -> Any:
 
 
 def _some_of_each(kinds: list[tuple[str, ...]], wanted: int) -> list[tuple[str, ...]]:
-    """Return `wanted` of the kinds in their order, with about equally many from every group with the same first word."""
+    """Return `wanted` of the kinds, in their order. Every group of kinds with the same first word contributes about equally many."""
     groups: dict[str, list[int]] = {}
     for index, kind in enumerate(kinds):
         groups.setdefault(kind[0] if kind else "", []).append(index)
