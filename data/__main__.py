@@ -121,7 +121,7 @@ def environment() -> dict[str, str]:
 
 
 def _keep(phase: Phase, *, seconds: float, cpu_seconds: float, is_done: bool) -> None:
-    """Add an attempt to the record. The times of several attempts with the same commands are added."""
+    """Add an attempt to the record. The times of several attempts with the same commands are summed."""
     record = read_record()
     known = record.get(phase.name, {})
     if known.get("commands") != phase.commands:

@@ -1,6 +1,7 @@
 """Pages that are generated from the shipped tables. `python -m data.docs` writes them, and a test fails if they are out of date.
 
-All of `data/README.md` is generated. In `docs/reproduction.md` only the parts between `<!-- made: NAME -->` and `<!-- end -->` are.
+All of `data/README.md` is generated. In `docs/reproduction.md`, only the parts between `<!-- made: NAME -->` and
+`<!-- end -->` are generated.
 """
 
 import json
@@ -20,7 +21,7 @@ _HEAD = """\
 
 This folder has the small tables from which the figures are drawn, and the scripts that make them. `make data` runs the training,
 evaluations, LLC estimates and analyses of `small.sh` (an evening on two CPU cores), then writes the tables to `small/`.
-`make data SIZE=full` does the same with the published sizes of `full.sh`, which {full}.
+`make data SIZE=full` does the same with the published sizes of `full.sh`. {full}
 If a command was interrupted, run it again to continue. `python -m data small --list` shows which phases are done.
 
 {about}
@@ -28,7 +29,7 @@ If a command was interrupted, run it again to continue. `python -m data small --
 Conventions:
 
 - A row is one number, or one estimate with its diagnostics. `stderr` is a standard error.
-- Step s means after s updates. Losses and squared distances are per target, not divided by D.
+- Step s is the state after s updates. Losses and squared distances are per target, not divided by D.
 - Numbers have five significant digits. Numbers that are not finite are left empty.
 
 Other files:
@@ -52,7 +53,7 @@ def make_readme(_: str) -> str:
     for size in sizes:
         provenance = json.loads((ROOT / "data" / size / "provenance.json").read_text(encoding="utf-8"))
         lines.append(f"`{size}/` is {provenance['label']}.")
-    full = "are in `full/`" if "full" in sizes else "have not been run yet, because they need a GPU"
+    full = "Its tables are in `full/`." if "full" in sizes else "It has not been run yet, because it needs a GPU."
     parts = [_HEAD.format(full=full, about=" ".join(lines))]
     for name, about in TABLES.items():
         rows = ", ".join(f"{size}: {_num_rows(size, name):,} rows" for size in sizes if _num_rows(size, name))
@@ -76,7 +77,7 @@ PAGES: dict[str, Callable[[str], str]] = {"data/README.md": make_readme, "docs/r
 
 
 def stale_pages() -> list[str]:
-    """Return the pages that differ from what would be generated now."""
+    """Return the pages that are out of date."""
     return [page for page, make in PAGES.items() if make(_read(page)) != _read(page)]
 
 

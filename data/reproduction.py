@@ -24,7 +24,7 @@ class Found(NamedTuple):
     value: float
     stderr: float = 0.0
     step: float | None = None
-    """Step at which it was measured; None for the published step."""
+    """Step at which the number was measured; None for the published step."""
 
 
 class Tables(NamedTuple):
@@ -130,7 +130,7 @@ def ladder(data: Path) -> str:
     tables = Tables(data / "small")
     runs = tables.read("runs")
     lines = [
-        "| M | gap to ridge | gap to dMMSE | nearer to | loss on new tasks smallest at step |",
+        "| M | gap to ridge | gap to dMMSE | nearer to | step of the smallest loss on new tasks |",
         "|---|---|---|---|---|",
     ]
     for run in runs.loc[runs["run"].str.startswith("ladder/"), "run"]:
@@ -171,7 +171,7 @@ def _where(rows: pd.DataFrame, **values: str) -> pd.DataFrame:
 
 
 def _interpolate(rows: pd.DataFrame, step: float) -> Found | None:
-    """Return the number at a step, interpolated in log(step + 1) between saved steps; None after the last of them."""
+    """Return the number at a step, interpolated in log(step + 1) between saved steps; None after the last saved step."""
     if rows.empty or step > rows["step"].max():
         return None
     rows = rows.sort_values("step")
@@ -212,7 +212,7 @@ def _judge(found: list[Found | None], low: float, high: float) -> str:
 
 
 def _judgements(found: list[Found | None], low: float, high: float) -> Iterator[str]:
-    """Yield "yes" if a seed's range of two standard errors overlaps the published range, else how far it lies outside."""
+    """Yield "yes" if a seed's range of two standard errors overlaps the published range, else the distance between them."""
     for one in found:
         if one is not None:
             below, above = low - one.value - 2 * one.stderr, one.value - 2 * one.stderr - high

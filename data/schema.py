@@ -1,8 +1,8 @@
 """Schema of the shipped tables: their columns with types and units, and what was thinned. `data/README.md` and tests use it.
 
-Every table is tidy: a row is one number, or one estimate with its diagnostics. `stderr` is a standard error over prompts (or over
-chains), and `verdict` is `ok`, `suspect` or `invalid` with the `reasons`. Losses and squared distances are per target, not divided by D.
-Step s means after s updates.
+Every table is tidy: a row is one number, or one estimate with its diagnostics. `stderr` is a standard error over
+prompts (or over chains), and `verdict` is `ok`, `suspect` or `invalid` with the `reasons`. Losses and squared distances
+are per target, not divided by D. Step s is the state after s updates.
 """
 
 from typing import Literal, NamedTuple
@@ -27,7 +27,7 @@ class Table(NamedTuple):
     phases: str
     """Word that occurs in the names of the phases that produce the table."""
     thinned: str = ""
-    """What is kept of the runs' own tables; empty if nothing was left out."""
+    """Rows and columns of the runs' own tables that are kept; empty if all are kept."""
 
 
 FEW_STEPS = "the first and the last step of each run, and steps between them that are a factor of 1.2 apart"
@@ -160,8 +160,8 @@ TABLES: dict[str, Table] = {
                 "upper bound on the bias from the step size and minibatch noise, in nats", may_miss=True
             ),
             "drop_at_mean": _number(
-                "how far the loss at the mean of the draws lies below the checkpoint's, in nats; the LLC is too low by about "
-                "this much",
+                "checkpoint's loss minus the loss at the mean of the draws, in nats; if positive, the LLC is too low by about "
+                "this amount",
                 may_miss=True,
             ),
             "drop_at_mean_stderr": _number("standard error of `drop_at_mean`", may_miss=True),
@@ -235,7 +235,9 @@ TABLES: dict[str, Table] = {
             "ess": _number("effective number of independent draws", may_miss=True),
             "verdict": _VERDICT,
             "reasons": Column("text", "reasons why the verdict is not `ok`, and notes", may_miss=True),
-            "healthy": Column("text", "`True` if no rule of the verdict is broken, except for short chains"),
+            "healthy": Column(
+                "text", "`True` if no rule of the verdict is broken, except the rules about short chains"
+            ),
             "plateau_nbeta": Column(
                 "text",
                 "`True` if the estimate with a neighbouring nbeta of the survey agrees, at the same ratio and the last step",
@@ -254,7 +256,8 @@ TABLES: dict[str, Table] = {
             "item": Column("text", "component or plane", may_miss=True),
             "member": Column("text", "name of the run, or of a reference, within the PCA", may_miss=True),
             "value": _number(
-                "score or coordinate (root of a sum of squared predictions), share, ratio, step or count", may_miss=True
+                "score or coordinate (unit: square root of a sum of squared predictions), share, ratio, step or count",
+                may_miss=True,
             ),
             "stderr": _MAY_STDERR,
             "verdict": Column("text", "`ok` or `suspect`", may_miss=True),

@@ -25,7 +25,7 @@ FOLDER = Path(__file__).resolve().parent
 DIGITS = 5
 """Significant digits of every number. Even the most precise numbers have a standard error in the third digit."""
 RATIO = 1.2
-"""Least ratio of two consecutive steps that a thinned table keeps."""
+"""Smallest ratio of two consecutive steps in a thinned table."""
 MODELS = {"quickstart": (0, 531, 1302, 5000), "L2H4/seed=0": (1456, 40293)}
 """Steps whose weights are shipped, by run. The nearest saved steps are used."""
 LABELS = {
@@ -297,7 +297,7 @@ MAKERS: dict[str, Callable[[str, Runs, Path, Mapping], pd.DataFrame | None]] = {
     "essential-dynamics": _make_dynamics,
     "phases": _make_phases,
 }
-"""Functions for the tables that are not just one analysis's table."""
+"""Functions that make the tables, by name. Other tables are copied from the results of one analysis."""
 
 
 def _origin(about: Table, record: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -330,7 +330,7 @@ def test_a_run_with_nothing_but_its_settings_has_a_page(tmp_path):
     opened = open_page(write_report([run.path]).path)
     assert "There is no metrics.csv." in opened.text
     assert "the folder has none" in opened.text
-    assert "run.log does not say" in opened.text
+    assert "run.log does not record" in opened.text
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.write_text("a file")])

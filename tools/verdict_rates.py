@@ -8,7 +8,8 @@ of curves:
 - `rise`: the same loss, with a rise by ten standard deviations after its minimum.
 - `noise`: loss and LLC are only scatter. A verdict `ok` is a false boundary between stages.
 - `line`: loss and LLC are straight lines in log time, with scatter of 3 % of their range.
-- `turn`: loss and LLC move in one direction and then in the other. The boundary has about ten standard errors in either signal.
+- `turn`: loss and LLC move in one direction and then in the other. The strength of the boundary is about ten standard
+  errors in each signal.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "--runs",
         type=int,
         default=1000,
-        help="number of simulated runs per case of transience; stages use half as many",
+        help="number of simulated runs for each case of transience; each case of stages has half as many",
     )
     parser.add_argument("--jobs", type=int, default=2, help="number of processes")
     parser.add_argument("--out", type=Path, default=Path("data/verdict-rates.csv"), help="file to write")
@@ -112,7 +113,7 @@ def _transience(kind: str, phi: float, rng: np.random.Generator) -> str:
 
 
 def _stages(kind: str, phi: float, rng: np.random.Generator) -> str:
-    """Return the best verdict of any boundary. For a turn, only boundaries within one unit of log time count."""
+    """Return the best verdict of any boundary. For a turn, only boundaries within one unit of log time of the turn count."""
     shapes = {
         "noise": 0 * TIMES,
         "line": TIMES / TIMES[-1] / 0.03,

@@ -22,7 +22,7 @@ HELP = "measure how a run develops: " + ", ".join(ANALYSES)
 
 _DESCRIPTION = """\
 Analyse every saved step of a run, or analyse a table. Finished steps are stored. After an interruption, the same command
-continues with the next step. If the run has saved more steps since, it analyses only the new ones.
+continues with the next step. If the run has saved more steps in the meantime, only the new steps are analysed.
 
 analyses (each one has further options; see icl analyse --what NAME --help):
 """
@@ -72,7 +72,7 @@ def _parser(chosen: list[str]) -> argparse.ArgumentParser:
     names = "\n".join(f"  {name:20s} {about.help}" for name, about in ANALYSES.items())
     parser = CommandParser(
         "analyse",
-        _DESCRIPTION + names + f"\n  {'all':20s} every analysis of a run; if one fails, the others are still done",
+        _DESCRIPTION + names + f"\n  {'all':20s} every analysis of a run; if one fails, the other analyses still run",
         "icl analyse runs/quickstart --what gradients\n"
         "  icl analyse runs/quickstart --what gradients --out gradient_results.json\n"
         "  icl analyse --what diversity --input_file results.csv --output_plot diversity.png --model_type ridge",
@@ -102,7 +102,7 @@ def _add_settings(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def _analyse_all(names: list[str], path: Path, options: argparse.Namespace) -> int:
-    """Do every analysis, even if some fail, and print a sentence for each failure. Return 1 if there was a failure."""
+    """Run every analysis, even if some fail, and print a message for each failure. Return 1 if there was a failure."""
     refused: dict[str, str] = {}
     for name in names:
         try:

@@ -25,7 +25,7 @@ def run(words: list[str]) -> int:
         "push    Send the files that are missing in the store or differ from it.\n"
         "verify  Check the files here and in the store. Checkpoints, moments, last.ckpt and previous.ckpt must have the right\n"
         "        digests. No scheduled step and no row of metrics.csv may be missing. config.yaml and status.json must agree\n"
-        "        with them. Results and figures must be readable.",
+        "        with these files. Results and figures must be readable.",
         "icl checkpoints runs/quickstart verify",
     )
     parser.add("run RUN", "a run's folder, or its name")
@@ -119,7 +119,7 @@ def _verify(folder: RunFolder, mirror: "Mirror | None") -> int:
         print("\n".join(damage))
         count = f"{len(damage)} faults" if len(damage) > 1 else "1 fault"
         if mirror is None:
-            again = f"to train it again from step 0, delete {', '.join(NAMES)} and status.json there and run the same `icl train`"
+            again = f"to train the run again from step 0, delete its {', '.join(NAMES)} and status.json, and run the same `icl train`"
             raise StorageError(
                 f"{count} in {folder.path}, which has no store to fetch from; the intact files can be used, and {again}."
             )

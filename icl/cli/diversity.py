@@ -21,18 +21,18 @@ from icl.runs.folder import require_own_place
 HELP = "run the task-diversity experiment (M = 2, 4, 8, ... and inf) and draw its figure"
 
 _SETTINGS = {
-    "num_steps N": ("trainer.max_steps", "optimiser steps of each run"),
-    "batch_size B": ("trainer.batch_size", "prompts per step"),
+    "num_steps N": ("trainer.max_steps", "number of optimiser steps of each run"),
+    "batch_size B": ("trainer.batch_size", "number of prompts per step"),
     "learning_rate LR": ("optim.lr", "peak learning rate"),
     "warmup_steps N": (
         "optim.warmup_steps",
-        "steps of the linear rise of the rate, which then falls to zero at the last step",
+        "number of steps over which the learning rate rises linearly; it then falls linearly to zero at the last step",
     ),
-    "checkpoint_every N": ("checkpoints.every", "steps between checkpoints"),
-    "eval_every N": ("evaluation.every", "steps between evaluations"),
+    "checkpoint_every N": ("checkpoints.every", "number of steps between checkpoints"),
+    "eval_every N": ("evaluation.every", "number of steps between evaluations"),
     "early_stopping_patience N": (
         "early_stopping.patience",
-        "evaluations without improvement before a run stops early; `None` means never",
+        "number of evaluations without improvement before a run stops early; `None` means never",
     ),
     "early_stopping_min_delta X": ("early_stopping.min_delta", "smallest decrease that counts as improvement"),
 }
@@ -49,8 +49,9 @@ After any interruption, the same command continues. It skips finished runs, resu
 runs again. Runs whose loss became NaN are not tried again, because they would fail again. Ctrl-C and SIGTERM save first.
 checkpoints/experiment_metadata.json shows the progress.
 
-If the terminal is lost, the experiment continues and writes to checkpoints/experiment.log. With --background it writes to
-this log from the start and does not need the terminal. `nohup icl diversity ... &` does the same with nohup's log.
+If the terminal is lost, the experiment continues and writes to checkpoints/experiment.log. With --background it writes
+to this log from the start and does not need the terminal. `nohup icl diversity ... &` does the same, but writes to
+nohup's log.
 
 Options that you leave out have the values of the first example. Warm-up and intervals scale with --num_steps. All
 settings of `icl train` are allowed too (`icl train --help` lists them). If you choose a preset, here or in a file, its
@@ -64,7 +65,7 @@ icl runs checkpoints"""
 
 
 def run(words: list[str]) -> int:
-    """Train the missing runs, and draw. Return 0 only if every run is done, or 128 + the signal that stopped the experiment."""
+    """Train the missing runs, and draw the figure. Return 0 only if every run is done, or 128 + the signal that stopped them."""
     options = _parser().parse_args(words)
     config, base = _read_config(options), options.base_checkpoint_dir
     for file in ("diversity.png", "diversity.csv"):
@@ -131,7 +132,7 @@ def _parser() -> CommandParser:
         default=Path("checkpoints"),
     )
     parser.add("--plots_dir DIR", "folder of the figure (default: plots)", type=Path, default=Path("plots"))
-    parser.add("--retry", "also try those runs again whose loss became NaN")
+    parser.add("--retry", "also retry the runs whose loss became NaN")
     parser.add("--background", "run without this terminal: print the process id and the log file, and return")
     add_config_option(parser)
     return parser
@@ -194,8 +195,9 @@ def _title(config: RunConfig, num_drawn: int, num_all: int) -> str:
 
 def _detach(words: list[str], base: Path) -> int:
     """Start the same command in the background, and wait until it has locked the experiment or has ended."""
+    # Lock once here, so that an error is shown on the terminal. The background process then locks the experiment itself.
     with lock_experiment(base):
-        pass  # an error here is shown on the terminal; the background process then locks the experiment itself
+        pass
     log = base / "experiment.log"
     with log.open("ab") as output:
         begin = output.tell()

@@ -22,7 +22,7 @@ from icl.runs.environment import COMMANDS
 _ABOUT = "Train small transformers on in-context linear regression and study how they develop."
 _MORE = "`icl COMMAND --help` has options and examples. Start with: icl train"
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-"""Variables in which torchrun, srun and jsrun give the processes their numbers."""
+"""Environment variables in which torchrun, srun and jsrun pass each process its number."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,9 +121,9 @@ def _share_the_machine() -> None:
     By default, waiting threads of GNU's OpenMP spin for milliseconds at every operation. We measured a step that takes 16 ms
     on two idle cores:
 
-    - Beside a busy program of another terminal, the step took 400 to 1,100 ms. With our setting it takes 50 to 100 ms. (Linux
-      lets sessions take turns.)
-    - Beside a busy program of the same terminal, it takes 40 to 60 ms with either setting.
+    - While another terminal runs a busy program, the step takes 400 to 1,100 ms by default, and 50 to 100 ms with our
+      setting. (Linux lets sessions take turns.)
+    - While the same terminal runs a busy program, the step takes 40 to 60 ms with either setting.
     - On an idle machine, there is no difference.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):

@@ -1,7 +1,7 @@
 """Read the file `.env` of the working folder, and decide which variables it may set.
 
-A folder that comes from somebody else may contain such a file, so only variables of a fixed list are set. None of them
-names a file that is run or that configures a program, or changes how programs are loaded. Other variables in the file are
+A folder that comes from somebody else may contain such a file, so only variables of a fixed list are set. None of these
+variables names a program or a configuration file, or changes how programs are loaded. Other variables in the file are
 ignored, and a message names them. They are no error, because other programs may need them.
 """
 
@@ -44,7 +44,7 @@ def load_env_file(path: Path = Path(".env")) -> None:
     from dotenv.main import DotEnv
 
     try:
-        # In `${NAME}`, the environment takes precedence over the file, as it does for NAME itself.
+        # If the file uses `${NAME}`, the environment takes precedence over the file, as it does for NAME itself.
         variables = DotEnv(path, encoding="utf-8-sig", override=False).dict()
     except UnicodeDecodeError:
         raise ConfigError(

@@ -40,7 +40,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "evaluate",
         "Evaluate every saved step of a run: loss per position, gaps to ridge and dMMSE, ICL and prior-task scores, each with\n"
         "its standard error. The prompts come from the training tasks, from new tasks, and from every shift. Finished steps are\n"
-        "stored. After an interruption, the same command continues, and it also evaluates steps that were saved since.\n\n"
+        "stored. After an interruption, the same command continues, and it also evaluates steps that were saved later.\n\n"
         "Several runs, or a folder of runs, share prompts and baselines. Each run gets its own tables and figure.\n"
         "For a task-diversity experiment (--checkpoint_base_dir), the last step of every run is evaluated. The numbers go into\n"
         "one table, as JSON and as CSV.",
@@ -60,9 +60,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "For an experiment, both formats are written (default: DIR/evaluation.json)",
         type=Path,
     )
-    number = "prompts per set (default: the run's `evaluation.num_prompts`)"
+    number = "number of prompts per set (default: the run's `evaluation.num_prompts`)"
     parser.add("--num_prompts --n_prompts N", number, type=int)
-    number = "prompts per set of new tasks and of shifts (default: the same as --num_prompts)"
+    number = "number of prompts per set of new tasks and of shifts (default: the same as --num_prompts)"
     parser.add("--num_ood_prompts --n_ood_samples N", number, type=int)
     parser.add("--all_steps", "for an experiment: evaluate every saved step of every run")
     options = parser.parse_args(words)
@@ -81,7 +81,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 
 def _subjects(paths: Sequence[Path]) -> dict[str, Path]:
-    """Return the runs and other paths to evaluate, by name. Runs come first, then for example checkpoint files."""
+    """Return the runs and other paths to evaluate, by name. Runs come first, then other paths such as checkpoint files."""
     paths = [place_of(path) for path in paths]
     folders = [path for path in paths if path.is_dir() and run_folders(path)]
     runs = {name: run.path for name, run in named_runs(folders).items()}
@@ -109,7 +109,7 @@ def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
 
 
 def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> int:
-    """Evaluate all runs. Return 1 if one could not be evaluated or written; the numbers of the others are still written."""
+    """Evaluate all runs. Return 1 if a run could not be evaluated or written; the numbers of the other runs are still written."""
     import pandas as pd
 
     from icl.whole_runs import RunEvaluator, headline_table, write_numbers
@@ -174,7 +174,7 @@ def _deliver(
 
 
 def _evaluate_experiment(options: argparse.Namespace) -> int:
-    """Evaluate an experiment. Return 1 if a run could not be evaluated; the numbers of the others are still written."""
+    """Evaluate an experiment. Return 1 if a run could not be evaluated; the numbers of the other runs are still written."""
     from icl.diversity.tables import evaluate_experiment, save_tables
     from icl.whole_runs import headline_table
 

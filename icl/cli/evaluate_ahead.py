@@ -8,7 +8,7 @@ from typing import NamedTuple
 from icl.config import RunConfig
 
 _SHARE = 16
-"""A trial uses one in this many prompts of a set."""
+"""Divisor of the number of prompts: a trial uses 1 / `_SHARE` of the prompts of a set."""
 _MOST = 256
 """Largest number of prompts per set in a trial."""
 
@@ -24,7 +24,7 @@ class _Group(NamedTuple):
 
 
 def work_ahead(checkpoints: Iterable[Sequence[Path]], *, num_prompts: int | None, num_ood_prompts: int | None) -> str:
-    """Return a sentence with the numbers of runs and checkpoints, and with an estimate of the time.
+    """Return a text with the numbers of runs and checkpoints, and with an estimate of the time.
 
     The estimate comes from trials with few prompts. It is an upper bound, because it ignores results that are already stored.
 
@@ -36,7 +36,7 @@ def work_ahead(checkpoints: Iterable[Sequence[Path]], *, num_prompts: int | None
     runs = list(checkpoints)
     seconds = sum((_seconds(group, num_prompts, num_ood_prompts) for group in _groups(runs)), start=0.0)
     work = f"{len(runs):,} runs, {sum(map(len, runs)):,} checkpoints: about {_told(seconds)} if none is done yet"
-    return f"{work}; finished checkpoints are kept."
+    return f"{work}; finished checkpoints are not evaluated again."
 
 
 def _groups(runs: Sequence[Sequence[Path]]) -> list[_Group]:
@@ -55,9 +55,10 @@ def _groups(runs: Sequence[Sequence[Path]]) -> list[_Group]:
 
 
 def _seconds(group: _Group, num_prompts: int | None, num_ood_prompts: int | None) -> float:
-    """Return the seconds for a group: once for its sets of prompts, and for every checkpoint a constant and a part per prompt.
+    """Return the estimated time for a group, in seconds.
 
-    Two trials with different numbers of prompts separate the constant from the part per prompt.
+    The sets of prompts are made once. Every checkpoint takes a constant time, and a time that grows with the number of prompts.
+    Two trials with different numbers of prompts separate these two times.
     """
     import torch
 

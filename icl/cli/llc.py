@@ -1,4 +1,4 @@
-"""`icl llc`: estimate local learning coefficients, choose the sampler's settings, or test it on known answers."""
+"""`icl llc`: estimate local learning coefficients, choose the sampler's settings, or test the sampler on known answers."""
 
 import dataclasses
 import os
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from icl.sampling.components import Division
     from icl.sampling.run import Estimates
 
-HELP = "estimate local learning coefficients, with verdicts; --calibrate, --self-test"
+HELP = "estimate local learning coefficients with verdicts; calibrate or test the sampler"
 
 
 def run(words: list[str]) -> int:
@@ -123,7 +123,7 @@ def _estimate(job: Job, wandb_run: Any) -> int:
     if not estimates.is_usable:
         print("icl: every estimate is invalid; search for better settings with `--calibrate`.", file=sys.stderr)
         in_sweep = wandb_run is not None or POINT_VARIABLE in os.environ
-        # A sweep over settings looks for such failures too, and W&B's agent stops after a few failed programs.
+        # In a sweep over settings, such failures are results, and W&B's agent would stop after a few failed programs.
         return 0 if in_sweep else 1
     return 0
 
@@ -174,7 +174,7 @@ def _draw(job: Job, settings: str, trivial_loss: float) -> None:
     """Draw the results of a run, and send them to its store.
 
     The names of the figures are `llc.png` and so on for the run's own settings. For published settings they end in
-    `-published`, and for all others in the hash of the settings.
+    `-published`, and for all other settings in the hash of the settings.
     """
     from icl.runs.delivery import send_results
 
@@ -190,7 +190,7 @@ def _draw(job: Job, settings: str, trivial_loss: float) -> None:
 
 
 def _calibrate(job: Job) -> int:
-    """Search, print the table and the choice; return 1 if no settings are healthy."""
+    """Search for settings, print the table and the choice; return 1 if no settings are healthy."""
     from icl.plotting.llc import plot_calibration
     from icl.plotting.style import save_figure
     from icl.runs.delivery import send_results
@@ -214,7 +214,7 @@ def _calibrate(job: Job) -> int:
 
 
 def _say(line: str) -> None:
-    """Print a line above the progress bar, at once even if the output goes to a pipe."""
+    """Print a line above the progress bar, without delay even if the output goes to a pipe."""
     from tqdm import tqdm
 
     tqdm.write(line)

@@ -84,7 +84,7 @@ def describe_verdicts(table: "pd.DataFrame") -> str:
 
 
 def count_verdicts(table: "pd.DataFrame") -> str:
-    """Return a sentence with the number of estimates of each verdict."""
+    """Return a text with the number of estimates that have each verdict."""
     counts = table["verdict"].value_counts()
     return (
         f"Verdicts: {', '.join(f'{counts[name]} {name}' for name in ('ok', 'suspect', 'invalid') if name in counts)}."
@@ -105,7 +105,7 @@ def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
     facts = f"{level}; the loss of predicting zero is {trivial_loss:.4g}."
     num_lower = int((rows["llc"] + 2 * rows["stderr"] < 0).sum())
     if num_lower:
-        facts += f" At {num_lower} of {len(rows)} checkpoints the chains found lower loss, so those are not minima."
+        facts += f" At {num_lower} of {len(rows)} checkpoints the chains found lower loss, so these checkpoints are not minima."
     share = (rows["mean_loss"] - rows["init_loss"]) / (trivial_loss - rows["init_loss"]).clip(lower=1e-12)
     num_escaped = int((share > 0.5).sum())
     if not num_escaped:
@@ -113,7 +113,7 @@ def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
         return f"{facts} The loss rose by at most {rise}, so no chain left its checkpoint's basin."
     where = f"At {num_escaped} of {len(rows)} checkpoints" if len(rows) > 1 else "Here"
     facts += (
-        f" {where} the chains left the checkpoint's basin. There the estimate nbeta (E[L] - L(w0)) mirrors the loss L(w0) and is not "
+        f" {where} the chains left the checkpoint's basin. In this case, the estimate nbeta (E[L] - L(w0)) mirrors the loss L(w0) and is not "
         "a learning coefficient."
     )
     if len(rows) > 2 and rows["init_loss"].std() > 0:
@@ -134,7 +134,7 @@ def compare_rescaled(table: "pd.DataFrame", control: "pd.DataFrame") -> list[str
             f"step {row['step']}: {row['llc']:.4g} ± {row['stderr']:.2g}, rescaled {row['llc_control']:.4g} ± "
             f"{row['stderr_control']:.2g}: {result} ({difference:+.1f} standard errors)"
         )
-    conclusion = "no sign that the estimate measures the size of the weights."
+    conclusion = "there is no sign that the estimate measures the size of the weights."
     if num_different:
         conclusion = "the estimate depends on the size of the weights, not on the function's geometry alone."
     elif num_unknown:
@@ -172,7 +172,7 @@ def draw_figures(run: RunFolder, settings: str, *, label: str, title: str, trivi
     Args:
         run: The run's folder.
         settings: The hash of the settings.
-        label: The end of the files' names, if it is not empty.
+        label: Suffix of the file names; empty for no suffix.
         title: The title of the figures.
         trivial_loss: The loss of predicting zero.
     """

@@ -24,11 +24,11 @@ class Job(NamedTuple):
     config: RunConfig
     """The run's configuration, with the sampler's settings."""
     mode: str
-    """A label for the rows."""
+    """Label of the rows: `published` with the settings that were changed, or empty."""
     rescale: float | None
-    """The factor of --rescale."""
+    """The factor of --rescale; None if it is not given."""
     components: "Division | None"
-    """How --components divides the model."""
+    """The division of the model by --components; None if it is not given."""
     out: Path | None
 
 
@@ -65,7 +65,7 @@ def read_job(
 
 
 def _until_precise(config: RunConfig, stderr: float, *layers: Mapping[str, Any]) -> RunConfig:
-    """Return the settings with --stderr as the target, and ten times as many draws unless their number was given."""
+    """Return the settings with the target of --stderr. Allow ten times as many draws, unless their number was given."""
     given = {key: value for layer in layers for key, value in flatten(dict(layer)).items()}
     if given.get("sampler.target_stderr") is not None and config.sampler.target_stderr != stderr:
         raise ConfigError(
@@ -78,7 +78,7 @@ def _until_precise(config: RunConfig, stderr: float, *layers: Mapping[str, Any])
 
 
 def output_file(options: Mapping[str, Any], *inputs: str | None) -> Path | None:
-    """Return the file of --out. Check that it can be written, and that it is none of the files that are read."""
+    """Return the file of --out. Check that it can be written, and that the command does not read it."""
     if "out" not in options:
         return None
     if not options["out"].strip():
@@ -89,7 +89,7 @@ def output_file(options: Mapping[str, Any], *inputs: str | None) -> Path | None:
 
 
 def saved_config(path: Path) -> RunConfig:
-    """Return the configuration in the run's folder. If it is missing, return the one in its first checkpoint."""
+    """Return the configuration in the run's folder. If it is missing, return the configuration in the first checkpoint."""
     from icl.sampling.run import run_files
 
     run = run_of(path)

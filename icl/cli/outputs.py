@@ -2,7 +2,7 @@
 
 A file is refused if it cannot be written. It is also refused if the command reads it, or if it is a file of a run or an
 experiment, because its content would be lost. Different paths to the same file are recognised: with `..`, through links,
-or in another case on a file system that ignores case.
+or with other capital letters on a file system that ignores case.
 """
 
 import os
@@ -19,7 +19,7 @@ _RUN_FILES = (
 )
 _RUN_FOLDERS = ("checkpoints", "attempts")
 _RESULTS = ("evaluation.csv", "baselines.csv", "llc.csv", "llc-calibration.csv", *(f"{name}.csv" for name in ANALYSES))
-"""Tables in the `results/` of a run. Each command writes its own table there without being asked."""
+"""Tables in the `results/` of a run. Each command writes its own table to this folder by default."""
 _MARKS = ("config.yaml", "status.json", "metrics.csv", "run.log", "last.ckpt")
 """A folder with two of these files is the folder of a run, or a copy of it."""
 
@@ -33,7 +33,8 @@ def require_output_table(path: Path, *inputs: Path | str | None, suffixes: Itera
         suffixes: Further suffixes with which the table is also written.
 
     Raises:
-        StorageError: If it is neither .csv nor .json, cannot be written, is an input, or belongs to a run or an experiment.
+        StorageError: If the file is neither .csv nor .json, cannot be written, is an input, or belongs to a run or an
+            experiment.
     """
     require_table_file(path)
     for file in (path, *(path.with_suffix(suffix) for suffix in suffixes)):

@@ -18,7 +18,7 @@ HELP = "run a W&B sweep file, or continue it"
 
 
 def run(words: list[str]) -> int:
-    """Run a sweep, list its points, or show its progress. Return 0 only if every point is done, or listed for a dry run."""
+    """Run a sweep, list its points, or show its progress. Return 0 only if every point is done, or for a dry run."""
     options = _parse(words)
     sweep = read_sweep_file(options.file)
     if options.pack > 1:
@@ -77,7 +77,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     text = "try every failed point again, even if it would fail again or has just failed on another machine"
     parser.add("--retry", text)
     what = parser.add_mutually_exclusive_group()
-    text = "list the runs, and say which ones would be started; start nothing"
+    text = "list the runs, and whether each would be started; start nothing"
     what.add_argument("--dry-run", action="store_true", help=text)
     text = "list which points are done, running, failed or waiting, and why; start nothing"
     what.add_argument("--status", action="store_true", help=text)

@@ -40,7 +40,7 @@ def run(words: list[str]) -> int:
 
 
 def _train_point(filed: Sequence[dict[str, Any]], given: dict[str, Any]) -> int:
-    """Train the point that `wandb agent` handed over."""
+    """Train the point that `wandb agent` assigned."""
 
     def work(wandb_run: Any, swept: dict[str, Any]) -> int:
         config = resolve(*filed, swept, given)
@@ -52,7 +52,7 @@ def _train_point(filed: Sequence[dict[str, Any]], given: dict[str, Any]) -> int:
         describe_run(wandb_run, config)
         point = local_root() / run_name(config) / "point.json"
         write_atomically(point, json.dumps(swept, indent=1).encode())
-        os.environ[POINT_VARIABLE] = str(point)  # further ranks of this run read it
+        os.environ[POINT_VARIABLE] = str(point)  # the other processes of this run read it
         return _train([config], wandb_run)
 
     return work_at_point(lambda: resolve(*filed, given), work)
@@ -83,7 +83,7 @@ def _train(configs: Sequence[RunConfig], wandb_run: Any = None) -> int:
             _show_run(ended[0].folder)
         else:
             undrawn = _show_members(ended)
-    for result in failed:  # last, where a person and `icl sweep` look for it
+    for result in failed:  # printed last, because a person and `icl sweep` look at the end of the output
         print(f"icl: {result.folder.path} failed: {result.status.reason}", file=sys.stderr)
     for sentence in [*(f"not shown: {reason}" for reason in undrawn), *incomplete]:
         print(f"icl: {sentence}", file=sys.stderr)

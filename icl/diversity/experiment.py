@@ -47,12 +47,12 @@ class ExperimentResult(NamedTuple):
 
     @property
     def done(self) -> list[str]:
-        """M, as text, of each run that is done."""
+        """The values of M, as text, of the runs that are done."""
         return [entry["num_tasks"] for entry in self.entries if entry["state"] in DONE]
 
 
 class _Outcome(NamedTuple):
-    """The end of the training of one run."""
+    """The outcome of training one run."""
 
     state: str
     reason: str | None
@@ -71,7 +71,8 @@ def run_experiment(
         config: Settings of the runs; their M is replaced.
         max_power: The runs have M = 2^1 .. 2^max_power, and infinity.
         base: Folder of the experiment.
-        retry: Whether to train runs again that have failed with a loss of NaN. With the same settings they would fail again.
+        retry: Whether to retry the runs whose loss became NaN. By default they are skipped, because with the same
+            settings they would fail again.
         say: Function that receives a line for each event.
 
     Raises:
@@ -130,7 +131,7 @@ def _train_runs(
 
 
 def _train_run(run: ExperimentRun, last_signal: Callable[[], signal.Signals]) -> _Outcome:
-    """Train, resume or skip one run. An exception is caught, so that the next run can start, and returned as a failure."""
+    """Train, resume or skip one run. An exception is returned as a failure, so that the next run can start."""
     try:
         result = train(run.config, folder=run.folder.path)
     except KeyboardInterrupt:
@@ -138,7 +139,7 @@ def _train_run(run: ExperimentRun, last_signal: Callable[[], signal.Signals]) ->
         return _Outcome("preempted", received.name, f"interrupted by {received.name}", received)
     except Exception as error:
         if not isinstance(error, UserError):
-            traceback.print_exc()  # a mistake in the program; the message of a UserError is enough
+            traceback.print_exc()  # an error in the program itself; for a UserError, the message is enough
         reason = first_line(error)
         return _Outcome("failed", reason, f"failed: {reason}")
     status = result.status
@@ -155,7 +156,7 @@ def _train_run(run: ExperimentRun, last_signal: Callable[[], signal.Signals]) ->
 def _handling_signals(log: Path) -> Iterator[Callable[[], signal.Signals]]:
     """Let SIGTERM interrupt the program as Ctrl-C does, and a lost terminal (SIGHUP) redirect its output to `log`.
 
-    While a run trains, its own handlers of SIGINT and SIGTERM replace these.
+    While a run trains, its own handlers of SIGINT and SIGTERM replace these handlers.
 
     Yields:
         A function that returns the last signal; SIGINT if none arrived.

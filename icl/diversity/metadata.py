@@ -27,7 +27,7 @@ from icl.runs.folder import RunFolder
 from icl.runs.status import DONE
 
 REFRESH_SECONDS = 5.0
-"""Interval between updates of the run that trains."""
+"""Interval, in seconds, between updates of the record of the run that trains."""
 
 
 class Metadata:
@@ -96,7 +96,7 @@ class Metadata:
 
     @contextlib.contextmanager
     def refreshing(self) -> Iterator[None]:
-        """Update step and loss of the run that trains every few seconds, until the context ends."""
+        """Every few seconds, update the step and the loss of the run that trains, until the context ends."""
         is_over = threading.Event()
 
         def refresh() -> None:
@@ -132,7 +132,7 @@ def read_metadata(base: Path) -> dict[str, Any]:
 
 
 def _is_usable(tree: dict[str, Any]) -> bool:
-    """Return whether the values that other code reads have the types that we write."""
+    """Return whether all values that are read later have the types that we write."""
     entries = tree.get("runs", [])
     texts = [tree.get(key) for key in ("state", "started", "updated", "host")]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

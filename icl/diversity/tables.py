@@ -29,7 +29,7 @@ class Evaluation(NamedTuple):
 
     table: pd.DataFrame
     problems: dict[str, str]
-    """The reason why a run is missing, by M as text."""
+    """The reason for each missing run, by its M as text."""
 
 
 def evaluate_experiment(

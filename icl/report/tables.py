@@ -19,7 +19,7 @@ VERDICTS = ("ok", "suspect", "invalid")
 MAX_SUMMARY = 24
 """Number of rows in the summary of a table with more than `MAX_SHORT` rows."""
 MAX_SHORT = 40
-"""Largest number of rows of a table that is shown in full. Longer tables are summarised."""
+"""Largest number of rows of a table that is summarised with all its rows."""
 MAX_WHOLE = 200
 """Largest number of rows of a table that is shown whole. Of a longer table, only the first and the last `MAX_WHOLE` / 2 rows are
 shown."""

@@ -2,8 +2,8 @@
 
 A worker begins an attempt by creating the file of the next number exclusively, which only one process can do. It does
 so only after the previous attempt has ended or its worker has died. Files are never deleted, so no number is used
-twice. A worker that was taken for dead finds a higher number, and so learns that another worker has taken its point
-over. There are two ways to check whether an attempt is alive:
+twice. A worker may be considered dead by mistake. It then finds a higher number, which shows that another worker has
+taken over its point. There are two ways to check whether an attempt is alive:
 
 - On the machine where it runs, by a lock that the worker and its program hold until both have ended.
 - On other machines, by the modification time of the file, which the worker refreshes. All times come from the file server, so the
@@ -34,7 +34,8 @@ BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 """Age of the file after which an attempt on another machine counts as dead."""
 _PAUSE_SECONDS = 5.0
-"""Longest pause between two attempts of one session. Engines need only milliseconds, but clocks may differ by seconds."""
+"""Longest pause between two attempts of one session. Engines pause for milliseconds only, but the clocks of machines
+may differ by seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +91,8 @@ def claim(folder: Path, job: str, *, number: int) -> Claim | None:
     Args:
         folder: Folder of the run.
         job: The job that is tried, see `Point.job`.
-        number: One more than the number of the last attempt, which must be over. If the claim succeeds, nobody has worked on
-            the point since the caller looked at it.
+        number: One more than the number of the last attempt, which must be over. If the claim succeeds, nobody has
+            begun another attempt since the caller read the number.
 
     Raises:
         OSError: If the folder cannot be written.
@@ -127,7 +128,8 @@ def is_alive(folder: Path, attempt: Attempt) -> bool:
     if attempt.outcome != "running":
         return False
     path = _file(folder, attempt.number)
-    with path.open() as file:  # opening the file makes a network file system ask its server for the time
+    # Opening the file makes a network file system ask its server for the current modification time.
+    with path.open() as file:
         if attempt.locked and attempt.kernel == _kernel():
             try:
                 if lock_file(file.fileno(), path.parent, shared=True):

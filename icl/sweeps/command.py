@@ -3,8 +3,8 @@
 The macros are those of W&B: `${env}`, `${interpreter}`, `${program}`, `${args}` and its variants, `${args_json}`,
 `${args_json_file}` and `${envvar:NAME}`. Like W&B, we replace `${envvar:NAME}` anywhere, and other macros only if they
 are separate words. We differ from W&B in two ways. A macro that W&B would drop or pass on unchanged is an error. The
-macro `${interpreter}` is the Python that runs `icl sweep`, not the `python` on the PATH, and a command `icl` is the
-program of the same environment.
+macro `${interpreter}` is the Python that runs `icl sweep`, not the `python` on the PATH, and the command `icl` starts
+the program of the same environment.
 """
 
 import difflib
@@ -158,7 +158,7 @@ def refuse_missing_program(command: Sequence[str], program: str | None, settings
         raise ConfigError(f"`icl` in the command needs a subcommand; write {_OWN_COMMAND}.")
     if typed[:1] == ["icl"] and typed[1] not in COMMANDS:
         raise ConfigError(f"`icl` has no command `{typed[1]}`; write {_OWN_COMMAND}.")
-    if not words or words[0].startswith("-") or "=" in words[0]:  # options and variables for `env`, not parsed here
+    if not words or words[0].startswith("-") or "=" in words[0]:  # options or variables of `env` are not parsed
         return
     if shutil.which(words[0], path=_search_path()) is None:
         raise ConfigError(f"The command cannot be started: there is no program `{words[0]}` here.")
@@ -180,7 +180,7 @@ def _script(words: Sequence[str]) -> str | None:
         option = remaining.pop(0)
         if option in ("-m", "-c", "-"):
             return None
-        if option in ("-W", "-X"):  # these take a value
+        if option in ("-W", "-X"):  # options that take a value
             del remaining[:1]
     return remaining[0] if remaining else None
 

@@ -21,7 +21,7 @@ class Distribution(NamedTuple):
 
     required: tuple[str, ...]
     defaults: dict[str, float]
-    """Optional options with their defaults."""
+    """Options that may be left out, with their defaults."""
     quantile: Callable[[float, Options], Any]
     """Function of a probability u in (0, 1) and the options. It returns the value below which a draw lies with probability u."""
 

@@ -74,7 +74,7 @@ def run_sweep(
 
 @dataclass
 class _Engine:
-    """The state of the loop that starts, watches and ends the programs of a sweep; the fields are those of `run_sweep`."""
+    """The loop that starts, watches and ends the programs of a sweep. Its first fields are the arguments of `run_sweep`."""
 
     sweep: SweepFile
     points: Sequence[Point]
@@ -101,14 +101,14 @@ class _Engine:
         return point_state(point, self.root)
 
     def receive(self, number: int, frame: object) -> None:
-        """Note a signal; a second one kills the programs."""
+        """Record a signal. A second signal kills the programs."""
         if self.received is not None:
             for program in self.programs:
                 program.kill()
         self.received = self.received or signal.Signals(number)
 
     def run(self) -> None:
-        """Work until nothing is left to do. No program is left running, whatever ends the loop."""
+        """Run points until nothing is left to do. At the end, stop all programs, even after an error."""
         try:
             while self.programs or (self.pending and self.received is None):
                 self._tick()
@@ -153,7 +153,7 @@ class _Engine:
             program.stop()
 
     def _start_programs(self) -> None:
-        """Start programs for the first points that nobody works on, up to the number of workers."""
+        """Start programs for the first points that no other worker runs, up to the number of workers."""
         if len(self.programs) >= self.num_workers or time.monotonic() < self._next_search:
             return
         for point in list(self.pending):
@@ -183,7 +183,7 @@ class _Engine:
         return work
 
     def _claim(self, point: Point) -> Claim | None:
-        """Claim a point. Return None if somebody works on it. If it is over, report that and return None too."""
+        """Claim a point. Return None if another worker runs it. If the point is over, report this and return None too."""
         state = self.state(point)
         if state.state == "running":
             return None

@@ -4,8 +4,8 @@ All points are resolved before any of them runs. A point with invalid settings f
 agent`; the others run.
 
 A grid is the product of the values in W&B's order, where the last parameter changes fastest. Point i of a random sweep
-is a pure function of (seed, i). The name of a point depends only on its configuration, so it is the same run under
-every engine.
+is a pure function of (seed, i). The name of a point depends only on its configuration, so the point is the same run
+under `icl sweep` and under `wandb agent`.
 """
 
 import hashlib
@@ -57,13 +57,13 @@ class InvalidPoint:
     name: str
     """The number and the values that change from point to point."""
     reason: str
-    """A sentence that says why the point cannot run."""
+    """Message that says why the point cannot run."""
 
 
 def sweep_points(
     sweep: SweepFile, *, count: int | None = None, seed: int = 0, invalid: list[InvalidPoint] | None = None
 ) -> list[Point]:
-    """Return the valid points of a sweep. A draw of a random sweep that repeats an earlier one is left out.
+    """Return the valid points of a sweep. A draw of a random sweep that repeats an earlier draw is left out.
 
     Args:
         sweep: The sweep file.
@@ -161,7 +161,7 @@ def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
 
 
 def _is_done(config: RunConfig) -> bool:
-    """Return whether the run is done, perhaps by a version that did not check its settings as strictly."""
+    """Return whether the run is done. An older version may have trained it, which checked the settings less strictly."""
     run = RunFolder(local_root() / run_name(config))
     status = run.read_status()
     try:

@@ -21,7 +21,7 @@ from icl.sweeps.schema import SweepFile
 
 _PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 _TAIL_BYTES = 2**16
-"""Largest part of the log that is searched for the reason of a failure."""
+"""Number of bytes at the end of the log that are searched for the reason of a failure."""
 
 
 class Program:
@@ -87,7 +87,7 @@ class Program:
             status = None  # an earlier program wrote it
         outcome: Outcome = "failed"
         reason: str | None = None
-        # A packed program also fails if only one of its runs does, so ask each run.
+        # A packed program also fails if only one of its runs fails, so read the status of each run.
         if code == 0 or (len(self.work) > 1 and status is not None and status.is_done):
             outcome = "done"
         elif stopping:
@@ -139,7 +139,7 @@ def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root
         write_atomically(point_file, (json.dumps(content, indent=1) + "\n").encode())
         for _, other in work[1:]:
             with (other.folder / "sweep.log").open("a") as output:
-                output.write(f"{heading} trained together with others; see {log.resolve()}\n")
+                output.write(f"{heading} trained together with other points; see {log.resolve()}\n")
         with log.open("ab") as output:
             output.write(f"{heading} {redact(' '.join(words))}\n".encode())
             output.flush()

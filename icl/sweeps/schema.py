@@ -50,7 +50,7 @@ class SweepFile:
     stops_early: bool = False
     """Whether the file has `early_terminate`. W&B then stops bad runs; `icl sweep` does not."""
     warnings: tuple[str, ...] = ()
-    """Sentences about valid settings that are probably mistakes; W&B warns of them too."""
+    """Warnings about valid settings that are probably mistakes. W&B gives the same warnings."""
 
 
 def read_sweep_file(path: str | Path) -> SweepFile:
@@ -149,7 +149,7 @@ def _read_command(command: Any, program: Any) -> tuple[tuple[str, ...], str | No
     refuse_unused_macros(words)
     if program is None and "${program}" in words:
         raise SweepFileError(
-            'A `program` is missing. Add one, or a command without it: `command: ["${env}", icl, train]`.'
+            'A `program` is missing. Add one, or write a command that does not use it: `command: ["${env}", icl, train]`.'
         )
     return words, program
 

@@ -40,7 +40,7 @@ def point_state(point: Point, root: Path) -> PointState:
 
 
 def _state(point: Point, run: RunFolder, status: Status | None, current: Attempt | None) -> PointState:
-    """Return the state of a point without asking whether a failure is final."""
+    """Return the state of a point, without checking whether a failure is final."""
     number = current.number if current else 0
     if current is not None and is_alive(run.path, current):
         return PointState("running", f"on {current.host or 'a machine'}{_progress(status)}", number)
@@ -59,7 +59,7 @@ def _state_of_run(point: Point, run: RunFolder, status: Status, attempt: Attempt
     except ConfigError as error:
         return PointState("failed", str(error), number)
     if attempt is not None and attempt.ended is not None and attempt.ended < status.updated:
-        attempt = None  # somebody has trained the run since then, outside of a sweep
+        attempt = None  # the run was trained again later, outside of a sweep
     if status.is_done and (attempt is None or attempt.outcome != "failed"):
         return PointState("done", f"{status.state.replace('_', ' ')} at step {status.step:,}", number)
     if attempt is not None and attempt.outcome != "done":
