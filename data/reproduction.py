@@ -1,4 +1,4 @@
-"""Comparison of our numbers with the published ones: the tables of `docs/reproduction.md`, made from the shipped tables.
+"""Comparison of our numbers with published numbers: the tables of `docs/reproduction.md`, made from the shipped tables.
 
 A published number is a range over the five released seeds (`published.csv`). Their step t is our step t + 1. If we did not save this
 step, losses and norms are interpolated in log step between the saved steps around it. The LLC was estimated at twelve steps only, so

@@ -8,8 +8,8 @@ of curves:
 - `rise`: the same loss, with a rise by ten standard deviations after its minimum.
 - `noise`: loss and LLC are only scatter. A verdict `ok` is a false boundary between stages.
 - `line`: loss and LLC are straight lines in log time, with scatter of 3 % of their range.
-- `turn`: loss and LLC move in one direction and then in the other. The strength of the boundary is about ten standard
-  errors in each signal.
+- `turn`: loss and LLC move in one direction and then in the opposite direction. The strength of the boundary is about
+  ten standard errors in each signal.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Analyses of how models develop: each turns a run's checkpoints, or a table, into one tidy table with verdicts.
 
-An analysis is a module or a folder here. `essential-dynamics`, for example, is in `essential_dynamics/`. It defines:
+An analysis is a module or a folder in this package. `essential-dynamics`, for example, is in `essential_dynamics/`. It
+defines:
 
 - `Settings`, a frozen dataclass. Its fields become options of `icl analyse`.
 - `analyse(path, settings) -> Result`.

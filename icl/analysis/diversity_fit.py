@@ -170,8 +170,8 @@ def fit(
 def read_points(path: Path, settings: Settings) -> pd.DataFrame:
     """Read a table and return one row per model.
 
-    Columns: those that identify the model, `is_inside` (whether it is part of the fit), `target`, `target_stderr`, and the
-    features that the table has.
+    The columns are those that identify the model, `is_inside` (whether it is part of the fit), `target`,
+    `target_stderr`, and the features that the table has.
 
     Raises:
         FitError: If the file cannot be read, lacks columns, or has no loss on the target.
@@ -241,7 +241,7 @@ def _full_span(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
 
 
 def _features(settings: Settings, inside: pd.DataFrame) -> list[str]:
-    """Return the features in `settings`, or for `auto` as many usable ones as the number of M allows."""
+    """Return the features in `settings`. For `auto`, return as many usable features as the number of values of M allows."""
     usable = [name for name in FEATURES if inside[name].notna().all() and inside[name].nunique() > 1]
     if settings.features == "auto":
         return usable[: max(1, inside["num_tasks"].nunique() // GROUPS_PER_COEFFICIENT - 1)] or [FEATURES[0]]
@@ -301,7 +301,7 @@ def _judge(r2_cv: float, stderr: float, count: int, num_features: int) -> tuple[
 
 
 def _table(points: pd.DataFrame, names: list[str], fitted: ValidatedFit, settings: Settings) -> pd.DataFrame:
-    """Return one table: the numbers of the fit, then those of every point. Each setting has a column."""
+    """Return one table: the numbers of the fit, then the numbers of every point. Each setting has a column."""
     coefficients = zip(names, fitted.coefficients, fitted.stderr, strict=True)
     rows: list[dict[str, Any]] = [
         {"quantity": "r2", "value": fitted.r2},

@@ -140,7 +140,8 @@ def hessian_products(
 
         def loss(flat: Float[Tensor, "NJ P"]) -> Tensor:
             errors = metrics.squared_error(apply(model, layout.to_params(flat), xs, ys), ys)  # NJ b K
-            return errors.mean((-2, -1)).sum()  # members do not interact, so the sum gives each its own derivatives
+            # Members do not interact, so the sum gives each member its own derivatives.
+            return errors.mean((-2, -1)).sum()
 
         copies = len(ys) // count
         pull: Callable[[Tensor], tuple[Tensor]] = vjp(grad(loss), weights.repeat_interleave(copies, dim=0))[1]

@@ -106,7 +106,7 @@ def over_checkpoints(
             pass False and read them with `Cache.stored_array`.
         max_members: Largest number of checkpoints in one population. Choose a small number if one measurement takes long.
         files: Subset of `checkpoint_files(path)` to measure; None measures all.
-        bar: Progress bar shared by several runs; None gives this run its own.
+        bar: Progress bar that several runs share; None makes a new bar for this run.
 
     Returns:
         An entry for every step, in order, and the run's configuration.

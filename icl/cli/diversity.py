@@ -54,8 +54,8 @@ to this log from the start and does not need the terminal. `nohup icl diversity 
 nohup's log.
 
 Options that you leave out have the values of the first example. Warm-up and intervals scale with --num_steps. All
-settings of `icl train` are allowed too (`icl train --help` lists them). If you choose a preset, here or in a file, its
-settings replace those of the example (the default is `icr`)."""
+settings of `icl train` are allowed too (`icl train --help` lists them). If you choose a preset, on the command line
+or in a file, its settings replace the settings of the example (the default preset is `icr`)."""
 _EXAMPLES = f"""\
 icl diversity --max_power 20 --num_steps {_DEFAULT_STEPS} --batch_size 2048 --learning_rate 1e-3 --warmup_steps 50000 \\
     --checkpoint_every 50000 --eval_every 10000 --early_stopping_patience 10 --early_stopping_min_delta 0.001

@@ -1,6 +1,6 @@
 """Entry point of the command line, `icl COMMAND`. The commands are the modules of `icl.cli`.
 
-A user's mistake is reported in one sentence on standard error, with exit status 2. The exit status is 1 if a run failed,
+A user's mistake is reported in one line on standard error, with exit status 2. The exit status is 1 if a run failed,
 and 128 + the number of the signal if a signal stopped it. Slow imports are made only by the commands that need them.
 """
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, words: list[str]) -> int:
-    """Run a command and return its exit status. An error is printed as one sentence."""
+    """Run a command and return its exit status. An error is printed in one line."""
     try:
         Path.cwd()
     except OSError as error:  # checked first, because PyTorch would end the process with a message of its own

@@ -80,7 +80,7 @@ def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str,
 def _work(job: Job, flags: frozenset[str], wandb_run: Any = None) -> int:
     if not job.path.exists():
         raise ConfigError(
-            f"There is no run {job.path}; train it with `icl train` and the same settings, or name another: `icl llc RUN`."
+            f"There is no run {job.path}; train it with `icl train` and the same settings, or name another run: `icl llc RUN`."
         )
     if job.components is not None and (job.rescale is not None or "calibrate" in flags):
         raise ConfigError("`--components` cannot be combined with --calibrate or --rescale; give one at a time.")

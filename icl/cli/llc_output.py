@@ -122,7 +122,7 @@ def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
 
 
 def compare_rescaled(table: "pd.DataFrame", control: "pd.DataFrame") -> list[str]:
-    """Compare estimates with those for rescaled weights. Return a line for each step, and a conclusion."""
+    """Compare estimates with the estimates for rescaled weights. Return a line for each step, and a conclusion."""
     both = table.merge(control, on=["step", "checkpoint_hash"], suffixes=("", "_control"))
     lines, num_different, num_unknown = [], 0, 0
     for row in both.to_dict("records"):

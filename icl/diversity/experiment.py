@@ -1,7 +1,7 @@
 """Train the runs of a task-diversity experiment one after the other.
 
 The runs' own folders decide which runs are done. So the same command continues an experiment after any interruption: it
-skips finished runs, resumes unfinished ones, and tries failed ones again. A run that fails is recorded, and the next
+skips finished runs, resumes unfinished runs, and retries failed runs. A run that fails is recorded, and the next
 run starts. SIGINT and SIGTERM save the current run and end the experiment. If the terminal is lost, the experiment
 continues and writes its output to `experiment.log`. A lock makes sure that only one process at a time trains an
 experiment.

@@ -3,8 +3,8 @@
 Evaluation is an ordinary function of parameters and prompts. Training calls it at intervals. `icl evaluate` calls it for many
 checkpoints at once. Baselines are computed once for each set of prompts.
 
-The sets are `pretrain` (the run's M tasks), `true` (tasks from N(0, I)) and the shifts of `icl.tasks.shifts`. The numbers are
-those of `icl.metrics`:
+The sets are `pretrain` (the run's M tasks), `true` (tasks from N(0, I)) and the shifts of `icl.tasks.shifts`. The
+module `icl.metrics` computes the numbers:
 
 - `loss`: the mean squared error per target, not divided by D.
 - `delta_ridge`, `delta_dmmse`: the gap to a baseline, the mean squared difference of predictions (Raventos et al. 2023,
@@ -76,10 +76,10 @@ def evaluation_set(
 
 
 def predict_prompts(predict: Predict, params: Params, prompts: Prompts) -> Float[Tensor, "N B K"]:
-    """Predict in batches, for prompts (B, K, D) that all members share, or (N, B, K, D) with different ones for each member.
+    """Predict in batches, for prompts (B, K, D) that all members share, or (N, B, K, D) that differ between members.
 
-    On a CPU a batch has one member and runs on one core, because the activations of all members would overflow its caches.
-    So a member's numbers do not depend on the other members or on the number of cores.
+    On a CPU a batch has one member and runs on one core, because the activations of all members would overflow the
+    CPU's caches. So a member's numbers do not depend on the other members or on the number of cores.
     """
     num_members = size(params) if params else 1
     if prompts.xs.device.type != "cpu":
@@ -138,14 +138,14 @@ def headlines(numbers: "pd.DataFrame") -> "pd.DataFrame":
 def excess_over_optimum(
     predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet, *, is_gaussian: bool
 ) -> tuple[str, metrics.Estimate]:
-    """Return the name of the Bayes predictor of the training tasks, and the model's mean loss minus that of this predictor.
+    """Return the name of the training tasks' Bayes predictor, and the excess of the model's mean loss over its loss.
 
     The difference is taken within each prompt, so noise that both share does not count in its standard error.
 
     Args:
         predictions: The model's predictions.
         prompt_set: The prompts of the training tasks, `pretrain`.
-        is_gaussian: Whether the training tasks come from N(0, I). Then ridge is the Bayes predictor, else dMMSE.
+        is_gaussian: Whether the training tasks come from N(0, I). If so, ridge is the Bayes predictor, else dMMSE.
     """
     name = "ridge" if is_gaussian else "dmmse"
     errors = metrics.squared_error(predictions, prompt_set.prompts.ys)
@@ -157,7 +157,7 @@ def tabulate_losses(predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet
     """Return the losses of one model and of the baselines by position.
 
     Returns:
-        A row for each position 1..K and one for their mean; columns `model`, `ridge`, `dmmse` (finite M), `ols`, `zero`.
+        A row for each position 1..K and a row for their mean; columns `model`, `ridge`, `dmmse` (finite M), `ols`, `zero`.
     """
     import pandas as pd
 
@@ -171,7 +171,7 @@ def tabulate_losses(predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet
 
 
 def summarise(predict: Predict, params: Params, sets: Sequence[Sequence[EvaluationSet]]) -> list[dict[str, float]]:
-    """Return the few numbers that are logged during training, for each member on its own sets.
+    """Return the numbers that are logged during training, for each member on its own sets.
 
     Returns:
         For each member `eval/<set>/{loss,delta_ridge,delta_dmmse,icl_score}`; dMMSE only for finite M.

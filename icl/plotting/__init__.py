@@ -1,1 +1,1 @@
-"""Figures: one module per family, each a function from tables to a matplotlib figure."""
+"""Figures, with one module per family. A function makes each figure from tables."""

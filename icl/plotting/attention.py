@@ -60,7 +60,8 @@ def _block_and_head(name: str) -> tuple[int, ...]:
 def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
     """Return the line style and colour of each head.
 
-    With few blocks, the line style shows the block and the colour shows the head. With many blocks it is the other way round.
+    With few blocks, the line style shows the block and the colour shows the head. With many blocks, the line style
+    shows the head and the colour shows the block.
     """
     blocks = {_block_and_head(name)[0] for name in names}
     block_colours = ordered_colours(len(blocks))

@@ -117,7 +117,7 @@ def _draw_curve(axes: Axes, curve: pd.Series, **style: Any) -> list[Line2D]:
 
 
 def _legend_entries(axes: Axes, limit: int) -> tuple[list, list]:
-    """Return handles and labels of a legend; if there are more than `limit`, only the first, the middle and the last."""
+    """Return handles and labels of a legend; if there are more than `limit`, only the first, the middle and the last entry."""
     handles, labels = axes.get_legend_handles_labels()
     last = len(labels) - 1
     shown = range(last + 1) if last < limit else (0, last // 2, last)

@@ -48,7 +48,7 @@ def plot_loss_and_llc(
     title: str,
     stages: Stages = PUBLISHED_STAGES,
 ) -> Figure:
-    """Plot loss (top) and LLC (bottom), for the published sampler (left) and for one that stays in the basin (right).
+    """Plot loss (top) and LLC (bottom), for the published sampler (left) and for a sampler that stays in the basin (right).
 
     Args:
         evaluation: Rows of `evaluation.csv` for the seeds of one model.

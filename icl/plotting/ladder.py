@@ -22,7 +22,7 @@ _DIFFERENCE_LABEL = "mean squared difference of predictions (per target)"
 
 
 def plot_task_prior(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str) -> Figure:
-    """Plot two distances of the predictions over training, to those of the mean task and to 0, and their minima against M.
+    """Plot the distances of the predictions to 0 and to the predictions of the mean task: over training, and minima against M.
 
     Args:
         evaluation: Rows of `evaluation.csv` for the ladder.
@@ -107,7 +107,7 @@ def plot_transience(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str)
 
 
 def plot_joint_trajectories(dynamics: pd.DataFrame, *, title: str) -> Figure:
-    """Plot all runs of a ladder in the first components of one joint PCA, with dMMSE of every M and ridge projected into them.
+    """Plot all runs of a ladder in the first components of one joint PCA, with the projections of ridge and of each dMMSE.
 
     Args:
         dynamics: Rows of `essential-dynamics.csv` for runs that were analysed together; `member` is `num_tasks=<M>`.

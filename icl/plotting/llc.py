@@ -90,8 +90,8 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
 
     Args:
         table: The table of `icl.sampling.calibration`.
-        traces: Estimates by their number in the column `corner`: first the chosen settings, then failed ones. If there are no
-            traces, the figure has no panels for them.
+        traces: Estimates by their number in the column `corner`: first the chosen settings, then failed settings. If
+            there are no traces, the figure has no panels for them.
         title: Title of the figure.
     """
     figure, axes = new_figure(3, num_rows=2 if traces else 1, width=4.8, height=3.6, title=title)
@@ -163,7 +163,7 @@ def draw_loss_levels(axes: Axes, row: Mapping[str, Any] | pd.Series) -> None:
 
 
 def escaped_share(rows: pd.DataFrame) -> pd.Series:
-    """Return (E[L] - L(w0)) / (L(predicting zero) - L(w0)): 0 at the checkpoint's loss, 1 at that of predicting zero."""
+    """Return (E[L] - L(w0)) / (L(predicting zero) - L(w0)): 0 at the checkpoint's loss, 1 at the loss of predicting zero."""
     return (rows["mean_loss"] - rows["init_loss"]) / (rows["trivial_loss"] - rows["init_loss"])
 
 
@@ -204,7 +204,7 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
     dropped = _underestimated(table)
     corrected = dropped["llc"] + dropped["drop_at_mean"]
     corrected_error = 2 * np.hypot(dropped["stderr"].fillna(0), dropped["drop_at_mean_stderr"])
-    # Invalid estimates, which can be huge, do not set the limits if there are others.
+    # Invalid estimates can be huge, so they do not set the limits if there are valid estimates.
     shown = valid if len(valid) else table
     error = 2 * shown["stderr"].fillna(0)
     extremes = (shown["llc"] - error, shown["llc"] + error, corrected - corrected_error, corrected + corrected_error)

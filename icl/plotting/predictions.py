@@ -1,4 +1,4 @@
-"""The figure of a model's predictions after different numbers of examples, compared with those of the Bayes predictors.
+"""The figure of a model's predictions after different numbers of examples, compared with the predictions of the Bayes predictors.
 
 For one fixed prompt, the figure shows the prediction for the query x = t w / |w| against t, where w is the task.
 The predictions of ridge and dMMSE are linear in t. The predictions of the transformer can have any shape.

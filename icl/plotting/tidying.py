@@ -203,7 +203,7 @@ def _legend_box(location: str, frame: BboxBase, width: float, height: float) -> 
 def _visible_points(axes: Axes) -> Iterator[np.ndarray]:
     """Yield the points of each curve, group of marks and text that lie inside these axes, in pixels.
 
-    Other axes that overlap these, such as twin axes, are included.
+    Points of other axes that overlap these axes, such as twin axes, are included.
     """
     frame = axes.get_window_extent()
     for other in axes.figure.axes:
@@ -239,7 +239,7 @@ def _is_inside(points: Float[np.ndarray, "P 2"], box: BboxBase) -> Bool[np.ndarr
 
 
 def _remove_overlapping_labels(axis: XAxis | YAxis) -> bool:
-    """Remove tick labels that overlap others, minor ones first; return whether any was removed."""
+    """Remove tick labels that overlap other labels, minor labels first; return whether any label was removed."""
     low, high = sorted(axis.get_view_interval())
     is_horizontal = axis.axis_name == "x"
     gap = _MIN_LABEL_GAP if is_horizontal else 0.0

@@ -106,8 +106,8 @@ def plot_training(metrics: pd.DataFrame, losses: Mapping[str, pd.DataFrame], *, 
 
     Args:
         metrics: The run's `metrics.csv`.
-        losses: Tables of the loss per target on `pretrain` and on `true`. Each has a row for each position 1..K and one called
-            `mean`, and a column for each predictor that applies (of `model`, `ridge`, `dmmse`, `ols`, `zero`).
+        losses: Tables of the loss per target on `pretrain` and on `true`. Each has a row for each position 1..K and a
+            row `mean`, and a column for each predictor that applies (of `model`, `ridge`, `dmmse`, `ols`, `zero`).
         title: Title of the figure.
     """
     figure, (curves, pretrain, true) = new_figure(3, width=4.6, title=title)

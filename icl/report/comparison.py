@@ -58,12 +58,12 @@ def comparison_table(runs: Sequence[RunFacts], targets: Sequence[str]) -> Table:
 
 
 def comparison_picture(runs: Sequence[RunFacts], title: str) -> Picture | None:
-    """Draw the loss curves of all runs that have them; None if there are none."""
+    """Draw the loss curves of all runs that have metrics; None if no run has metrics."""
     curves = {facts.name: facts.metrics for facts in runs if facts.metrics is not None}
     if not curves:
         return None
     caption = "the loss curves, from the first run (dark) to the last (light)"
-    caption += "; there are too many to name them" if len(curves) > MAX_LABELS else ""
+    caption += "; there are too many runs to name them" if len(curves) > MAX_LABELS else ""
     return draw(plot_curves(curves, title=title), alt=f"Loss curves of {len(curves)} runs", caption=caption)
 
 

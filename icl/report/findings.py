@@ -1,4 +1,4 @@
-"""The main facts of a run, in a few words and numbers: its state, settings that differ from the preset's, losses and LLC."""
+"""The main facts of a run, in a few words and numbers: its state, its changes from the preset, its losses and its LLC."""
 
 import math
 import time
@@ -36,7 +36,7 @@ def state_sentence(facts: RunFacts) -> str:
     if status.state in ("running", "waiting"):
         text = f"In progress. {progress} at {when}. This page shows the run at that time."
         if time.time() - status.updated > STALE_SECONDS:
-            text += " It has not reported since, so it may have been killed. To resume it, run icl train with the same settings."
+            text += " It has not reported since then, so it may have been killed. To resume it, run icl train with the same settings."
         return text
     reason = f": {status.reason}" if status.reason else ""
     return f"{progress}, {state_of(facts)} at {when}{reason}."
@@ -81,7 +81,7 @@ def loss_ratios(losses: Mapping[str, float], distribution: str) -> dict[str, flo
 
 
 def last_llc(facts: RunFacts) -> Cell | None:
-    """Return the LLC estimate at the last step that has one. Estimates for rescaled weights are left out."""
+    """Return the LLC estimate at the last step with an estimate. Estimates for rescaled weights are left out."""
     table = facts.tables.get("llc")
     if table is None or not {"step", "llc", "stderr", "verdict"} <= set(table):
         return None
@@ -112,7 +112,7 @@ def describe_run(facts: RunFacts) -> str:
 
 
 def changed_settings(facts: RunFacts) -> dict[str, tuple[object, object]]:
-    """Return the settings that differ from the preset's, as pairs of the run's value and the preset's."""
+    """Return the settings that differ from the preset, as pairs of the run's value and the preset's value."""
     if facts.config is None:
         return {}
     try:

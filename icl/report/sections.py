@@ -39,7 +39,7 @@ _SETS = {"pretrain": "the training tasks", "true": "new tasks, w ~ N(0, I)"}
 _EXPLANATIONS = {
     "training": "Losses are squared errors per target, not divided by D. Ridge is optimal for infinitely many tasks, dMMSE for the "
     "M training tasks. OLS has no finite mean loss where the number of examples is D - 1, D or D + 1.",
-    "evaluation": "The numbers are those of the last step, ± one standard error. They are means over positions; for a shift of the "
+    "evaluation": "The numbers are from the last step, ± one standard error. They are means over positions; for a shift of the "
     "query they are for the last position only. delta ridge and delta dmmse are the gaps to ridge and dMMSE: the mean squared "
     "difference of predictions.",
     "llc": "Read each estimate with its verdict. If the verdict is not ok, the reasons say why.",

@@ -1,9 +1,9 @@
 """Attempts at a point: numbered files in its run's folder that show who works on the point. The highest number counts.
 
-A worker begins an attempt by creating the file of the next number exclusively, which only one process can do. It does
-so only after the previous attempt has ended or its worker has died. Files are never deleted, so no number is used
-twice. A worker may be considered dead by mistake. It then finds a higher number, which shows that another worker has
-taken over its point. There are two ways to check whether an attempt is alive:
+A worker begins an attempt by creating the file with the next number. It creates the file exclusively, so only one
+process can succeed. It does so only after the previous attempt has ended or its worker has died. Files are never
+deleted, so no number is used twice. A worker may be considered dead by mistake. It then finds a higher number, which
+shows that another worker has taken over its point. There are two ways to check whether an attempt is alive:
 
 - On the machine where it runs, by a lock that the worker and its program hold until both have ended.
 - On other machines, by the modification time of the file, which the worker refreshes. All times come from the file server, so the

@@ -169,7 +169,7 @@ def refuse_missing_program(command: Sequence[str], program: str | None, settings
         default = " (W&B's command for a file without `command`)" if tuple(command) == DEFAULT_COMMAND else ""
         hint = f" For `icl` write {_OWN_COMMAND}." if is_ours else ""
         raise ConfigError(
-            f"The command cannot be started: `python {script}`{default} needs a script, and there is no file of that name here.{hint}"
+            f"The command cannot be started: `python {script}`{default} needs a script, and there is no file of that name in this folder.{hint}"
         )
 
 

@@ -1,11 +1,11 @@
 """The engine of `icl sweep`. It runs the missing points of a sweep, a few at a time, each in a separate program.
 
 The engine has no state besides the runs' folders. So the same command continues a sweep after any interruption. Any
-number of engines, on any machines that share the folder, can work on one sweep without doing a point twice.
+number of engines, on any machines that share the folder, can work on one sweep without running a point twice.
 
-A point that fails does not stop the others. The next command tries it again, unless the same settings would fail again.
-An engine that starts while others work on the sweep joins their session: it does not repeat points that have failed
-since that session began. The engine passes a signal on to its programs, which save and exit.
+A point that fails does not stop the other points. The next command tries it again, unless the same settings would fail
+again. An engine that starts while other engines work on the sweep joins their session: it does not repeat points that
+have failed since the session began. The engine passes a signal on to its programs, which save and exit.
 """
 
 import contextlib

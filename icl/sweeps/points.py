@@ -1,7 +1,7 @@
 """The points of a sweep. Each has its settings, the configuration that results from them, and the name of its run.
 
 All points are resolved before any of them runs. A point with invalid settings fails alone, as it would under `wandb
-agent`; the others run.
+agent`; the other points run.
 
 A grid is the product of the values in W&B's order, where the last parameter changes fastest. Point i of a random sweep
 is a pure function of (seed, i). The name of a point depends only on its configuration, so the point is the same run
@@ -67,7 +67,7 @@ def sweep_points(
 
     Args:
         sweep: The sweep file.
-        count: Largest number of points; the first ones are taken.
+        count: Largest number of points. The first points are taken.
         seed: Seed of a random sweep.
         invalid: List to which invalid points are added. Without it, the first invalid point is an error.
 

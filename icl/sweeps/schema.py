@@ -1,4 +1,4 @@
-"""Read W&B sweep files strictly. Where W&B would ignore or guess something, an error says what to write.
+"""Read W&B sweep files strictly. If W&B would ignore or guess something, an error says what to write instead.
 
 The schema is that of W&B: `method`, `parameters` (dotted names, nested `parameters:`, `value`, `values`, `min` and
 `max`, a `distribution`), `command` or `program`, and `run_cap`. Keys that only W&B's server uses are accepted and

@@ -162,7 +162,7 @@ def test_shapes_are_found_at_their_step_and_doubted_where_walks_have_as_many():
     assert form.reasons == ""
     shapes = find_shapes(steps, curve, np.stack([line, curve]), bandwidth=0.2)
     assert shapes.in_walks == {"cusp": [0, 3], "vertex": [0, 0], "form": [0, 1]}
-    assert {one.reasons for one in shapes.forms} == {"random walks of the run's own steps show as many"}
+    assert {one.reasons for one in shapes.forms} == {"random walks made from the run's own steps show as many"}
 
 
 def test_few_checkpoints_give_components_but_no_curves(tmp_path):

@@ -14,11 +14,11 @@ functions therefore take the numbers of single prompts (S, B). A turning point l
 - Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the minimum of the loss on fixed prompts of new
   tasks. The run is transient if the loss at the last saved step is higher by more than `RISE_ERRORS` standard errors.
   If it is higher by more than `DOUBTFUL_RISE_ERRORS` only, the finding is `unresolved`. The standard error of the rise
-  has two parts. One comes from the prompts. The other is the scatter of the loss about a smooth curve at both ends of
-  the rise, because training fluctuates. The scatter is correlated between saved steps (`icl.analysis.scatter`). We
-  require many standard errors, because the lowest of hundreds of steps is low by chance. `data/verdict-rates.csv` gives
-  the share of flat curves that are called transient, for several correlations. A rise that has disappeared by the end
-  of the run does not count.
+  has two parts. The first part comes from the prompts. The second part is the scatter of the loss about a smooth curve
+  at both ends of the rise, because training fluctuates. The scatter is correlated between saved steps
+  (`icl.analysis.scatter`). We require many standard errors, because the lowest of hundreds of steps is low by chance.
+  `data/verdict-rates.csv` gives the share of flat curves that are called transient, for several correlations. A rise
+  that has disappeared by the end of the run does not count.
 - A rise is a transience of ridge only if the model came close to ridge. The dip is (zero's loss - loss) / (zero's loss - ridge's
   loss) at t_crit. If it is at least `TRANSIENT_DIP`, the finding is `transient ridge`. If it is smaller but significant, the finding is
   `partial dip`; otherwise it is `rise without a dip`. The paper shows these kinds (at D = 8, for M = 16 to 128, M = 6 and M = 8), but states no
@@ -101,7 +101,7 @@ def minimum(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> Turnin
 
 
 def crossings(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> list[Crossing]:
-    """Find every crossing, in order: the mean is significantly on one side of zero, and later on the other side."""
+    """Find every crossing of zero, in order of time. The mean is significantly different from zero on both sides of it."""
     steps, samples, _ = _finite(steps, samples)
     sides = _sides(samples)
     clear = sides.nonzero()[:, 0].tolist()

@@ -19,10 +19,10 @@ Rows of the table, by `quantity`:
   components.
 - `noise_share`, for gradients: the expected square of their estimation noise, divided by the variance. It is an upper bound,
   because all steps use the same prompts.
-- `explained_share`, and for comparison `null_walk`, `null_flips` (mean, with the standard deviation as error), `null_brownian` and
-  `null_equal`. `null_flips_95` is the 95 % quantile for the first k components together. A share is `suspect` if one in twenty
-  walks with the run's own steps explains as much with its first k components. It is also `suspect` if noise may be more than
-  half of the variance.
+- `explained_share`, and for comparison `null_walk`, `null_flips` (mean, with the standard deviation as error),
+  `null_brownian` and `null_equal`. `null_flips_95` is the 95 % quantile for the first k components together. A share is
+  `suspect` if one in twenty walks with the run's own steps explains at least as much with its first k components. It is
+  also `suspect` if noise may be more than half of the variance.
 - `displacement_ratio`, and for comparison `null_displacement_95`.
 """
 
@@ -180,7 +180,7 @@ def _runs(path: Path, others: str | None) -> dict[str, Path]:
     is_unique = len({folder.resolve() for folder in paths}) == len(paths)
     require(is_unique, "`jointly_with` must not name a run twice, or the run itself.")
     for folder in paths:
-        checkpoint_files(folder)  # raises an error for a missing run before work on the others begins
+        checkpoint_files(folder)  # raises an error for a missing run before work on the other runs begins
     names = [run_of(folder).path.resolve().name for folder in paths]
     return {name if names.count(name) == 1 else str(folder): folder for name, folder in zip(names, paths, strict=True)}
 

@@ -2,9 +2,9 @@
 
 A developmental form (Hoogland et al. 2024, section 3.2) is a time t0 and a point f of component space. In every plane
 of two components, the curve has at t0 either a cusp at the projection of f, or a vertex whose osculating circle has its
-centre there. We find a form if all planes of the first three components have a cusp or a vertex, and these lie within
-one kernel width of each other. The planes give each coordinate of f twice. `mismatch` is the largest difference of such
-a pair, divided by the mean radius of the circles (at least a twentieth of the trajectory's extent).
+centre at this projection. We find a form if all planes of the first three components have a cusp or a vertex, and these
+lie within one kernel width of each other. The planes give each coordinate of f twice. `mismatch` is the largest
+difference of such a pair, divided by the mean radius of the circles (at least a twentieth of the trajectory's extent).
 
 A cusp or vertex is in doubt if a kernel with 2/3 or with 3/2 of the width does not show it. Its standard error is half
 the range of the times from the three kernels. Random walks also have cusps, vertices and forms, because their
@@ -86,7 +86,7 @@ class Shapes(NamedTuple):
     candidates: list[JudgedCandidate]
     forms: list[Form]
     in_walks: dict[str, list[int]]
-    """Numbers of cusps, vertices and forms in each walk, without those in doubt."""
+    """Numbers of cusps, vertices and forms in each walk, without shapes in doubt."""
 
 
 def find_shapes(
@@ -96,7 +96,7 @@ def find_shapes(
     *,
     bandwidth: float,
 ) -> Shapes:
-    """Smooth the scores of one run, find its cusps, vertices and forms, and count those of random walks."""
+    """Smooth the scores of one run, find its cusps, vertices and forms, and count the same shapes in random walks."""
     times, count, num_axes = log_time(steps), scores.shape[1], min(3, walks.shape[2])
     # Smoothing many curves at once costs little more than smoothing one.
     together = np.concatenate([scores, *walks[:, :, :num_axes]], axis=1)
@@ -109,7 +109,7 @@ def find_shapes(
             in_walks[kind].append(number)
     numbers = _num_certain(candidates, forms)
     doubtful_kinds = {kind for kind, number in numbers.items() if number <= max(in_walks[kind], default=-1)}
-    doubt = "random walks of the run's own steps show as many"
+    doubt = "random walks made from the run's own steps show as many"
     for index, candidate in enumerate(candidates):
         if candidate.kind in doubtful_kinds:
             candidates[index] = candidate._replace(reasons=candidate.reasons or doubt)

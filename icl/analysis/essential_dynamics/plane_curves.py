@@ -6,8 +6,8 @@ derivatives are exact for cubics at any spacing. They are linear in the data, so
 width is h = max(`bandwidth`, half the distance to the sixth nearest checkpoint). So the curve does not just pass
 through the few early checkpoints. The noise is the local mean square of the residuals. We treat neighbouring residuals
 as independent, which makes errors too small where checkpoints are dense. The original code smooths over the index of
-the checkpoint, with a width of 0.06 times the index (here about h = 0.06). Its Gaussian derivative kernels are wrong,
-so we differentiate the fit instead.
+the checkpoint, with a width of 0.06 times the index (in log time, about h = 0.06). Its Gaussian derivative kernels are
+wrong, so we differentiate the fit instead.
 
 The geometry of a plane curve r(u) does not depend on the parametrisation. With v = |r'| and c = x'y'' - y'x'', the signed
 curvature is c / v^3, and the centre of the osculating circle is r + v^2 / c (-y', x'). The centres form the evolute.
@@ -201,7 +201,7 @@ def _cusps(curve: Smooth, plane: tuple[int, int]) -> Iterator[Candidate]:
 
 
 def _vertices(curve: Smooth, circles: Circles) -> Iterator[tuple[Candidate, float]]:
-    """Yield every vertex with the kernel width there."""
+    """Yield every vertex, and the kernel width at its time."""
     curvature, stderr = circles.curvature, circles.stderr
     slopes = np.diff(curvature)
     for index in (np.flatnonzero(slopes[:-1] * slopes[1:] <= 0) + 1).tolist():

@@ -14,8 +14,8 @@ from the run's own steps d_i, the differences between consecutive states:
   Brownian motion at the times tau_i = sum_{j<=i} |d_j|^2. With equal `durations` its shares have the closed form above.
   With the numbers of updates as durations it is Brownian motion of constant rate, observed at the saved steps. Runs
   keep their starting points.
-- `flipped_walks`: the steps d_i with random signs. This is a walk in the run's own directions, which may be few. Its mean G is that of
-  `walk_shares`. Its spread shows which shares can occur by chance.
+- `flipped_walks`: the steps d_i with random signs. This is a walk in the run's own directions, which may be few. Its
+  mean G equals the expected G of `walk_shares`. Its spread shows which shares can occur by chance.
 
 For comparison: the first shares that Hoogland et al. 2024 give for L2H4 are 0.65, 0.08 and 0.05. Brownian motion observed at 190
 checkpoints on a log and a linear grid of 500,000 steps has 0.68, 0.14 and 0.05; on a linear grid it has 0.61, 0.15 and 0.07.

@@ -9,9 +9,9 @@ All statistics are functions of Gram matrices K_ij = g_i . h_j of two sets of gr
 
 - Squared norm |G|^2 = inner, and noise trace tr(Sigma) = b (batch_norm - inner); both are unbiased. `norm` is sqrt(|G|^2), or 0 if
   the estimate of |G|^2 is negative.
-- Simple noise scale tr(Sigma) / |G|^2, in prompts: the batch size at which noise and signal are equal (McCandlish, Kaplan,
-  Amodei et al. 2018, "An empirical model of large-batch training", section 2.2). Our two estimates are
-  those of their appendix A.1, with one batch as the small batch and all J batches together as the large one.
+- Simple noise scale tr(Sigma) / |G|^2, in prompts: the batch size at which noise and signal are equal (McCandlish,
+  Kaplan, Amodei et al. 2018, "An empirical model of large-batch training", section 2.2). Our two estimates follow their
+  appendix A.1, with one batch as the small batch and all J batches together as the large one.
 - Alignment: the cosine inner(K_gh) / sqrt(inner(K_gg) inner(K_hh)). Between tasks it is weighted by norms:
   the mean inner product of the gradients of two tasks, divided by their mean squared norm.
 
@@ -158,7 +158,7 @@ def _gradients(model: ModelConfig, params: Params, prompts: Prompts, num_batches
 
     def loss(weights: Params, xs: Tensor, ys: Tensor) -> Tensor:
         errors = metrics.squared_error(apply(model, weights, xs, ys), ys)  # N B K
-        return errors.mean((-2, -1)).sum()  # members do not interact, so the sum gives each its own gradient
+        return errors.mean((-2, -1)).sum()  # members do not interact, so the sum gives each member its own gradient
 
     size = len(prompts.ys) // num_batches
     for xs, ys in zip(prompts.xs.split(size), prompts.ys.split(size), strict=True):

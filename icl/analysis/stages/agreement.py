@@ -105,7 +105,9 @@ def _judge(candidates: Sequence[Candidate], signals: Sequence[Signal], span: tup
     is_robust = any(candidate.boundary.is_robust for candidate in candidates)
     reasons = []
     if any(candidate.signal.name == "llc" and candidate.group == "loss" for candidate in candidates):
-        reasons.append("the LLC mirrors the loss here (E[L] hardly moves), so it is not an independent signal")
+        reasons.append(
+            "the LLC mirrors the loss near this boundary (E[L] hardly moves), so it is not an independent signal"
+        )
     if len({candidate.group for candidate in candidates}) == 1:
         reasons.append(_only_these(candidates, signals))
     unclear = [candidate.signal.name for candidate in candidates if not candidate.boundary.is_significant]

@@ -177,7 +177,8 @@ def _strength(curve: Curve, kind: Kind, stretches: Sequence[tuple[int, int]]) ->
 def _knots(fit: SmoothedSignal) -> Int[np.ndarray, " k"]:
     """Return indices of the grid at which intervals may begin and end, at most as many as there are observations.
 
-    Half of them are evenly spaced in log time. The others are evenly spaced in the grid, which is denser at checkpoints.
+    Half of them are evenly spaced in log time. The other half is evenly spaced in the grid, which is denser at
+    checkpoints.
     """
     times, half = fit.curve.times, min(_MAX_KNOTS, len(fit.points.times)) // 2
     even = np.searchsorted(times, np.linspace(times[0], times[-1], half)).clip(max=len(times) - 1)
@@ -206,7 +207,7 @@ def _intervals(curve: Curve, knots: Int[np.ndarray, " k"], least_change: float) 
 
 
 def _knot_boundaries(curve: Curve, knots: Int[np.ndarray, " k"], least_change: float) -> list[_KnotBoundary]:
-    """Find boundaries at knots, then drop those without motion on both sides, up to the next boundary."""
+    """Find boundaries at knots, then drop each boundary that lacks motion on one of its sides, up to the next boundary."""
     intervals = _intervals(curve, knots, least_change)
     end = int(intervals.last.max())
     boundaries = sorted(_search(intervals, 0, end), key=lambda boundary: boundary.knot)

@@ -165,7 +165,7 @@ def _most_probable(
 
         length = np.log(0.6).clip(*bounds[1])
         # The density can have two maxima: much scatter and a smooth curve, or little scatter and a curve that follows the
-        # points. We start once near each.
+        # points. We start once near each maximum.
         starts = [np.array([start[0], length, scatter]) for scatter in np.log([0.1, 1e-3])]
         options = {"ftol": 1e-6}  # the objective is in the hundreds, so more digits are not significant
         minima = [
