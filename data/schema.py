@@ -242,7 +242,7 @@ TABLES: dict[str, Table] = {
                 "text",
                 "`True` if the estimate with a neighbouring nbeta of the survey agrees, at the same ratio and the last step",
             ),
-            "lr_searched": Column("text", "`True` for the settings with which step sizes were compared"),
+            "lr_searched": Column("text", "`True` for the estimates that compare step sizes"),
             "chosen": Column("text", "`True` for the chosen settings"),
         },
         "calibrate",

@@ -54,7 +54,7 @@ from icl.runs.measure import Entry, Measurement
 from icl.tasks.prompts import Prompts
 
 HARD = 1e-3
-"""Attention weights up to this count as zero in `hardness`."""
+"""Largest attention weight that counts as zero in `hardness`."""
 QUERIES: tuple[Literal["all", "x", "y"], ...] = ("all", "x", "y")
 VERSION = 1
 

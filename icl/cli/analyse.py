@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 HELP = "measure how a run develops: " + ", ".join(ANALYSES)
 
 _DESCRIPTION = """\
-Analyse every saved step of a run, or analyse a table. Finished steps are stored. After an interruption, the same command
-continues with the next step. If the run has saved more steps in the meantime, only the new steps are analysed.
+Analyse every saved step of a run, or analyse a table. Results are stored step by step. After an interruption, the same
+command continues with the next step. If the run has saved more steps in the meantime, only the new steps are analysed.
 
 analyses (each one has further options; see icl analyse --what NAME --help):
 """

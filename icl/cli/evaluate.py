@@ -39,8 +39,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser = CommandParser(
         "evaluate",
         "Evaluate every saved step of a run: loss per position, gaps to ridge and dMMSE, ICL and prior-task scores, each with\n"
-        "its standard error. The prompts come from the training tasks, from new tasks, and from every shift. Finished steps are\n"
-        "stored. After an interruption, the same command continues, and it also evaluates steps that were saved later.\n\n"
+        "its standard error. The prompts come from the training tasks, from new tasks, and from every shift. Results are\n"
+        "stored step by step. After an interruption, the same command continues. It also evaluates steps that were saved later.\n\n"
         "Several runs, or a folder of runs, share prompts and baselines. Each run gets its own tables and figure.\n"
         "For a task-diversity experiment (--checkpoint_base_dir), the last step of every run is evaluated. The numbers go into\n"
         "one table, as JSON and as CSV.",

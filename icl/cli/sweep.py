@@ -68,9 +68,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add("file FILE", "the sweep file", type=Path)
     text = "number of programs that run at the same time (default: 1)"
     parser.add("--workers N", text, type=whole_number(1, 1000), default=1)
-    text = (
-        "train up to N points in one program, if they differ only in seeds and number of tasks; without N, all of them"
-    )
+    text = "train up to N points in one program, if these differ only in seeds and number of tasks; without N, all such points"
     parser.add("--pack N", text, type=whole_number(1), nargs="?", const=sys.maxsize, default=1)
     parser.add("--count N", "use only the first N points", type=whole_number(1))
     parser.add("--seed S", "seed for the draws of a random sweep (default: 0)", type=whole_number(0, 2**63 - 1))

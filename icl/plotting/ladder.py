@@ -51,7 +51,7 @@ def plot_task_prior(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str)
 
 
 def plot_gaps(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the gaps to ridge and to dMMSE and the loss over training, all on new tasks, with the minimum of each loss."""
+    """Plot three numbers on new tasks over training: the gap to ridge, the gap to dMMSE, and the loss with its minimum."""
     figure, (ridge, dmmse, loss) = new_figure(3, width=4.8, height=4.2, title=title)
     ladder = _with_num_tasks(evaluation, runs)
     for axes, quantity, name in (

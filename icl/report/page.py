@@ -36,7 +36,7 @@ from icl.runs.listing import named_runs
 
 NAME = "report.html"
 _MIN_ROWS = 20
-"""Smallest limit on the rows of a collapsed table, however many runs share the page."""
+"""Number of rows that every collapsed table may show, even if many runs share the page."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ class Point:
     name: str
     """Name of the run, which is also its folder below $LOCAL_ROOT."""
     job: str
-    """Hash of the command and the settings that affect the result; an attempt at another job does not count."""
+    """Hash of the command and the settings that affect the result; attempts at another job are ignored."""
     trains: bool
     """Whether the program is `icl train`. The run's own status then says whether it is done."""
 

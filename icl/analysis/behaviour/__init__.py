@@ -21,7 +21,8 @@ Some rows describe the whole run (`icl.analysis.behaviour.turning_points`). They
 `upper` are the saved steps around the value:
 
 - `prior_zero_minimum_step`, `prior_task_mean_minimum_step`: the step at which the prior-task score on `pretrain` is lowest.
-- `crossing_step`: the step at which delta_difference changes sign (finite M only). `finding` names the predictor that is closest afterwards.
+- `crossing_step`: the step at which delta_difference changes sign (finite M only). `finding` names the predictor that
+  is closest to the model after this step.
 - `critical_step`, `rise`, `dip`: the transience of ridge (Carroll et al. 2025). The dip says how close the loss came to
   the loss of ridge. Over runs that differ in M, the values of `critical_step` are t_crit(M).
 """

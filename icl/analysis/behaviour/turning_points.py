@@ -16,7 +16,8 @@ functions therefore take the numbers of single prompts (S, B). A turning point l
   If it is higher by more than `DOUBTFUL_RISE_ERRORS` only, the finding is `unresolved`. The standard error of the rise
   has two parts. The first part comes from the prompts. The second part is the scatter of the loss about a smooth curve
   at both ends of the rise, because training fluctuates. The scatter is correlated between saved steps
-  (`icl.analysis.scatter`). We require many standard errors, because the lowest of hundreds of steps is low by chance.
+  (`icl.analysis.scatter`). We require many standard errors, because the lowest of hundreds of losses is low
+  partly by chance.
   `data/verdict-rates.csv` gives the share of flat curves that are called transient, for several correlations. A rise
   that has disappeared by the end of the run does not count.
 - A rise is a transience of ridge only if the model came close to ridge. The dip is (zero's loss - loss) / (zero's loss - ridge's

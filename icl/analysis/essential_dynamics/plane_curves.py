@@ -245,7 +245,7 @@ def _sides(curve: Smooth, index: int, num_widths: float) -> list[int]:
 def _weights(
     times: Float[np.ndarray, " S"], at: Float[np.ndarray, " G"], widths: Float[np.ndarray, " G"]
 ) -> Iterator[tuple[slice, Float[np.ndarray, "g 4 S"]]]:
-    """Yield the weights of all observations in the estimates of r, r', r'' and r''', one block of the times `at` at a time."""
+    """Yield the weights of all observations in the estimates of r, r', r'' and r''', for successive blocks of `at`."""
     num_together = max(1, _NUMBERS_AT_ONCE // (4 * len(times)))
     powers, factorials = np.arange(4), np.array([1.0, 1.0, 2.0, 6.0])
     for start in range(0, len(at), num_together):

@@ -66,7 +66,7 @@ class Walks(NamedTuple):
 
 
 def from_products(products: Products, begins: Bool[np.ndarray, " S"], *, num_components: int) -> Components:
-    """Compute components from inner products, for more features than checkpoints.
+    """Compute components from inner products. This is cheaper if there are more features than checkpoints.
 
     Args:
         products: Products from `trajectories.centred_products`.
@@ -84,7 +84,7 @@ def from_products(products: Products, begins: Bool[np.ndarray, " S"], *, num_com
 def from_rows(
     rows: Sequence[Row], points: Float[np.ndarray, "R F"], begins: Bool[np.ndarray, " S"], *, num_components: int
 ) -> Components:
-    """Compute components from the matrix in memory, for at most as many features as checkpoints."""
+    """Compute components from the whole matrix, in memory. This is cheaper if there are few features."""
     matrix = np.concatenate(list(feature_blocks(rows)), axis=1)
     model = PCA(n_components=num_components, svd_solver="full").fit(matrix)
     scores = model.transform(matrix)

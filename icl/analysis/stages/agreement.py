@@ -52,7 +52,7 @@ class RunBoundary(NamedTuple):
 
     @property
     def strength(self) -> float:
-        """Strength in the signal that shows the boundary best, in standard errors."""
+        """Strength of the boundary in the signal that shows it best, in standard errors."""
         return max(candidate.boundary.strength for candidate in self.candidates)
 
 

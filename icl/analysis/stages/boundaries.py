@@ -117,7 +117,7 @@ def find_boundaries(fit: SmoothedSignal, *, least_change: float) -> list[Boundar
             time, error = _extremum([curves[:, low : high + 1] for curves in samples], grid[low : high + 1])
         else:
             time, error = _corner(fit.points, float(grid[low]), float(grid[high]))
-        # The exact time between two neighbouring checkpoints is unknown. We take it as uniform over the spacing.
+        # The exact time between two neighbouring checkpoints is unknown. We treat it as uniform over the spacing.
         spacing = np.diff(fit.points.times)[np.searchsorted(fit.points.times[1:-1], time)]
         error = math.hypot(error, spacing / math.sqrt(12))
         on_grid = [(int(knots[first]), int(knots[last])) for first, last in stretches]

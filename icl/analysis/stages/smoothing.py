@@ -81,7 +81,7 @@ class SmoothedSignal(NamedTuple):
     if_correlated: Curve
     """Curve with the most probable length, for scatter with the correlation that `icl.analysis.scatter` estimates."""
     points: Points
-    """The observations, binned if there were many."""
+    """The observations; more than `MAX_POINTS` observations are averaged in bins."""
 
     @property
     def curves(self) -> tuple[Curve, ...]:
