@@ -38,7 +38,7 @@ _LLC_COLUMNS = (
 _SETS = {"pretrain": "the training tasks", "true": "new tasks, w ~ N(0, I)"}
 _EXPLANATIONS = {
     "training": "Losses are squared errors per target, not divided by D. Ridge is optimal for infinitely many tasks, dMMSE for the "
-    "M training tasks. OLS has no finite mean loss where the number of examples is D - 1, D or D + 1.",
+    "M training tasks. OLS has no finite mean loss after D - 1, D or D + 1 examples.",
     "evaluation": "The numbers are from the last step, ± one standard error. They are means over positions; for a shift of the "
     "query they are for the last position only. delta ridge and delta dmmse are the gaps to ridge and dMMSE: the mean squared "
     "difference of predictions.",

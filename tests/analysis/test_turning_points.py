@@ -43,7 +43,7 @@ def test_without_noise_the_neighbours_enclose_it():
     [
         (-LOGS, "lowest at the last"),
         (LOGS, "lowest at the first"),
-        (1e-4 * (LOGS - 5) ** 2, "not significantly lower than an end|lowest at the"),
+        (1e-4 * (LOGS - 5) ** 2, "not significantly lower than the curve|lowest at the"),
     ],
 )
 def test_a_minimum_at_an_end_is_in_doubt(curve, reason):

@@ -114,7 +114,7 @@ def _transience_line(critical: Row, rise: Row, dip: Row) -> str:
     line = f"Transient ridge: {rise['finding']}; {_verdict(rise)}."
     if math.isnan(rise["value"]):
         return line
-    dip_text = f"{dip['value']:.0%} ± {dip['stderr']:.1%} of the way from zero's loss to ridge's"
+    dip_text = f"{dip['value']:.0%} ± {dip['stderr']:.1%} of the way from the loss of zero to the loss of ridge"
     end = f"at the end it is {rise['value']:.3g} ± {rise['stderr']:.2g} higher"
     end = end if rise["value"] > 0 else "this is the last saved step"
     return f"{line} The loss on new tasks is lowest at {_step_text(critical)}, {dip_text}; {end}."

@@ -96,7 +96,7 @@ def minimum(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> Turnin
     elif best == last:
         reasons.append("the curve is lowest at the last saved step")
     elif equal[0] == 0 or equal[-1] == last:
-        reasons.append("the minimum is not significantly lower than an end of the run")
+        reasons.append("the minimum is not significantly lower than the curve at an end of the run")
     lower, upper = float(steps[max(equal[0] - 1, 0)]), float(steps[min(equal[-1] + 1, last)])
     return TurningPoint(float(steps[best]), math.nan, lower, upper, _verdict(reasons), tuple(reasons))
 

@@ -154,7 +154,9 @@ def fit_components(
     others = np.array(list(points.values())).reshape(len(points), len(rows[0]))
     products = centred_products(rows, others)
     if not np.isfinite(products.rows).all() or np.trace(products.rows) <= 0:
-        raise CheckpointError("The states of these checkpoints are not finite, or all the same. Did training diverge?")
+        raise CheckpointError(
+            "The states of these checkpoints are not finite, or are all the same. Did training diverge?"
+        )
     count = min(num_components, len(rows) - 1, len(rows[0]))
     if len(rows[0]) > len(rows):
         components = pca.from_products(products, begins, num_components=count)
