@@ -13,7 +13,7 @@ score is averaged over prompts, and has the standard error of this average.
 
 The published code has errors that we do not repeat:
 
-- Its hardness counted the masked tokens j > k as well, but divided by k + 1.
+- Its `hardness` counted the masked tokens j > k as well, but divided by k + 1.
 - Its score for the distance was the mean position sum_j p_kj j / (k + 1), which is not a lag.
 - Its averages over the x- and y-tokens of a whole block took every second head instead of every second token.
 - In one place an entropy in bits was divided by natural logarithms.

@@ -2,7 +2,7 @@
 
 A folder that comes from somebody else may contain such a file, so only variables of a fixed list are set. None of these
 variables names a program or a configuration file, or changes how programs are loaded. Other variables in the file are
-ignored, and a message names them. They are no error, because other programs may need them.
+ignored, and a message names them. They are not an error, because other programs may need them.
 """
 
 import os

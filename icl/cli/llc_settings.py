@@ -105,7 +105,7 @@ def _require_step(file: Path, steps: str) -> None:
 
 
 def require_rescalable(path: Path, factor: float) -> None:
-    """Refuse a bad factor or architecture before the whole curve is estimated without the factor."""
+    """Refuse a bad factor or architecture early, before the whole curve is estimated for the original weights."""
     from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
     from icl.sampling.rescaling import rescaled
 

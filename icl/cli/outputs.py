@@ -45,7 +45,7 @@ def require_output(path: Path, *inputs: Path | str | None) -> None:
     """Refuse a file that cannot be written, is an input, or belongs to a run or an experiment.
 
     Raises:
-        StorageError: In each of these cases; the message says which.
+        StorageError: If the file is refused; the message gives the reason.
     """
     require_writable(path)
     if any(_is_same(path, Path(read)) for read in inputs if read is not None):
@@ -56,7 +56,7 @@ def require_output(path: Path, *inputs: Path | str | None) -> None:
 
 
 def _owner(path: Path) -> str | None:
-    """Return the run or experiment to which a file belongs, in words, or None."""
+    """Return a text that names the run or experiment to which a file belongs, or None."""
     real = _real(path)
     for folder in real.parents:
         parts = real.relative_to(folder).parts

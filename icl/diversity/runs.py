@@ -95,7 +95,7 @@ def require_same_settings(runs: list[ExperimentRun], base: Path) -> None:
     for run in runs:
         try:
             old = run.folder.read_config()
-        except ConfigError:  # not started, or damaged; training reports damage for this run alone
+        except ConfigError:  # not started, or damaged; damage is reported when this run is trained
             continue
         changed = config_differences(old, run.config)
         if changed:

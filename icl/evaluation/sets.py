@@ -138,7 +138,7 @@ def headlines(numbers: "pd.DataFrame") -> "pd.DataFrame":
 def excess_over_optimum(
     predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet, *, is_gaussian: bool
 ) -> tuple[str, metrics.Estimate]:
-    """Return the name of the training tasks' Bayes predictor, and the excess of the model's mean loss over its loss.
+    """Return the name of the Bayes predictor of the training tasks, and the model's excess loss over this predictor.
 
     The difference is taken within each prompt, so noise that both share does not count in its standard error.
 

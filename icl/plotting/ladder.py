@@ -1,4 +1,4 @@
-"""Figures of a ladder of task diversities: the prior learned first, gaps to dMMSE and ridge, transience of ridge.
+"""Figures of a ladder of task diversities: which prior is learned first, gaps to dMMSE and ridge, transience of ridge.
 
 A ladder is a set of runs that differ only in M; all start from the same weights. The colour of a run shows its M: dark
 for few tasks, light for many, black for M = inf.

@@ -70,7 +70,7 @@ def lay_out(figure: Figure) -> None:
 
 
 def drawn_points(line: Line2D) -> Float[np.ndarray, "P 2"]:
-    """Return points along a drawn line, a few pixels apart, in pixels. The line is interrupted at points that are not finite."""
+    """Return points along a drawn line in pixel coordinates, a few pixels apart. The line is interrupted at points that are not finite."""
     vertices = line.get_transform().transform(_vertices(line))
     finite = vertices[np.isfinite(vertices).all(axis=1)]
     if line.get_linestyle() in _NOTHING:
@@ -229,7 +229,7 @@ def _is_reference(line: Line2D) -> bool:
 
 
 def _covered_share(box: BboxBase, curves: list[np.ndarray]) -> float:
-    """Return the largest share of any curve's points that lies in a box."""
+    """Return the share of a curve's points that lie in a box: the largest share of any curve."""
     return max((float(_is_inside(points, box).mean()) for points in curves if len(points)), default=0.0)
 
 

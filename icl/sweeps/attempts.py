@@ -30,12 +30,12 @@ from icl.files.writing import write_atomically
 Outcome = Literal["running", "done", "failed", "preempted"]
 
 BEAT_SECONDS = 5.0
-"""Interval at which a worker refreshes the file of its attempt."""
+"""Interval, in seconds, at which a worker refreshes the file of its attempt."""
 STALE_SECONDS = 60.0
-"""Age of the file after which an attempt on another machine counts as dead."""
+"""Age of the file, in seconds, after which an attempt on another machine counts as dead."""
 _PAUSE_SECONDS = 5.0
-"""Longest pause between two attempts of one session. Engines pause for milliseconds only, but the clocks of machines
-may differ by seconds."""
+"""Longest pause, in seconds, between two attempts of one session. Engines pause for milliseconds only, but the clocks
+of machines may differ by seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def is_alive(folder: Path, attempt: Attempt) -> bool:
 def session_start(live: Iterable[Attempt], ended: Iterable[Attempt]) -> float:
     """Return the time at which the current session began.
 
-    A session is a chain of attempts without a pause between them that reaches to the current time.
+    A session is a chain of attempts, without pauses between them, that continues until now.
 
     Args:
         live: Attempts whose workers are still working. If there are none, there is no session, and the result is infinity.

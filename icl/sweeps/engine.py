@@ -28,7 +28,7 @@ from icl.sweeps.state import PointState, point_state
 
 _TICK_SECONDS = 0.1
 _PROGRESS_SECONDS = 60.0
-"""Interval between two lines about the progress of a running point."""
+"""Interval, in seconds, between two lines about the progress of a running point."""
 
 
 class SweepResult(NamedTuple):

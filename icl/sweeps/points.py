@@ -161,7 +161,7 @@ def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
 
 
 def _is_done(config: RunConfig) -> bool:
-    """Return whether the run is done. An older version may have trained it, which checked the settings less strictly."""
+    """Return whether the run is done, even if it was trained by an older version with less strict checks of settings."""
     run = RunFolder(local_root() / run_name(config))
     status = run.read_status()
     try:

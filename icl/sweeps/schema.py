@@ -102,7 +102,7 @@ def _read_tree(path: Path, tree: Mapping[Any, Any]) -> SweepFile:
 
 
 def _require_grid(parameter: Parameter) -> None:
-    """Check that a parameter has a list of values, and that it is not too long."""
+    """Check that a parameter has a list of values, and that the list is not too long."""
     if has_too_long_grid(parameter, MAX_POINTS):
         raise SweepFileError(
             f"`{parameter.name}` has more than {MAX_POINTS:,} values in a grid. List fewer `values`, or use `method: random`."

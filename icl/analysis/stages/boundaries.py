@@ -18,9 +18,9 @@ saved steps. The strength of a boundary is the smaller of two significances: wit
 correlation that `icl.analysis.scatter` estimates. A curve that moves in one direction without a pause has no boundary,
 even if its speed varies. Examples are a power law, a sigmoid, a line, or a bend from one slope into a steeper one.
 
-The error of a turn includes the spread of the extremum over sampled curves, and its shift with shorter and longer kernels. The
-error of a plateau comes from its likelihood profile. Both include the spacing of the checkpoints, because a boundary can lie
-anywhere between two checkpoints.
+The error of a turn includes the spread of the extremum over sampled curves, and its shift with shorter and longer
+kernels. The error of a plateau comes from its likelihood profile. Both errors include the spacing of the checkpoints,
+because a boundary can lie anywhere between two checkpoints.
 """
 
 import math
@@ -82,7 +82,7 @@ class _Intervals(NamedTuple):
     short: Int[np.ndarray, " P"]
     """Indices of intervals that may be the pause of a plateau."""
     contrasts: tuple[Float[np.ndarray, "K P"], Float[np.ndarray, "K P"]]
-    """Standard errors by which slope k exceeds `STEEPNESS` times |slope of pause p|; then the same for minus slope k."""
+    """Slope k minus `STEEPNESS` times |slope of pause p|, in standard errors; then the same for minus slope k."""
     moves: Bool[np.ndarray, " K"]
     """Whether the curve moves by at least `least_change` of its range."""
 
@@ -96,7 +96,7 @@ class _KnotBoundary(NamedTuple):
     high: int
     strength: float
     stretches: tuple[tuple[int, int], ...]
-    """First and last knots of the motion before, of the motion after, and of the pause of a plateau."""
+    """First and last knot of each stretch: the motion before, the motion after, and for a plateau the pause."""
 
 
 def find_boundaries(fit: SmoothedSignal, *, least_change: float) -> list[Boundary]:
