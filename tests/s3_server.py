@@ -54,6 +54,16 @@ class S3Server:
         for key in keys:
             s3_backends[DEFAULT_ACCOUNT_ID]["aws"].put_object(self.bucket, key, b"")
 
+    def copy_of(self, bucket: str) -> None:
+        """Copy all objects of another bucket with their metadata, without the network."""
+        from moto.core import DEFAULT_ACCOUNT_ID
+        from moto.s3.models import s3_backends
+
+        backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+        for name, key in backend.buckets[bucket].keys.items():
+            copy = backend.put_object(self.bucket, name, key.value)
+            copy.set_metadata({name: value for name, value in key.metadata.items() if name.startswith("x-amz-meta-")})
+
     @contextlib.contextmanager
     def holding(self, key: str) -> Iterator[None]:
         """Create an empty object, and delete it when the context ends. Its name may be one that cannot be sent in a request."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from s3_server import S3Server, use_server
 from tiny_runs import TINY, as_arguments, change
 
 from icl.cli import main
@@ -28,13 +29,24 @@ def trained(tmp_path_factory) -> Path:
     return train(SHORT, folder=tmp_path_factory.mktemp("trained") / "tiny").folder.path
 
 
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory, s3_endpoint, trained) -> tuple[Path, str]:
+    """A finished run that was pushed, and the bucket with its copy."""
+    with pytest.MonkeyPatch.context() as environment:
+        use_server(environment, s3_endpoint)
+        s3 = S3Server(s3_endpoint)
+        run = RunFolder(shutil.copytree(trained, tmp_path_factory.mktemp("pushed") / "tiny"))
+        push(open_mirror(run, s3.url, "tiny"))
+    return run.path, s3.bucket
+
+
 @pytest.fixture
-def run(s3, monkeypatch, trained) -> RunFolder:
+def run(s3, monkeypatch, pushed) -> RunFolder:
     """A finished run and its copy."""
     monkeypatch.setenv("AWS_BUCKET_NAME", s3.bucket)
-    run = RunFolder(shutil.copytree(trained, local_root() / "tiny"))
-    push(open_mirror(run, s3.url, "tiny"))
-    return run
+    folder, bucket = pushed
+    s3.copy_of(bucket)
+    return RunFolder(shutil.copytree(folder, local_root() / "tiny"))
 
 
 def assert_same(run: RunFolder, url: str) -> None:
@@ -59,9 +71,7 @@ def test_ls_says_what_is_where_in_numeric_order(s3, run, capsys):
     ]
 
 
-@pytest.mark.parametrize(
-    "name", ["status.json", "config.yaml", "run-id", "results/llc/000000000010.json", "metrics.csv"]
-)
+@pytest.mark.parametrize("name", ["status.json", "config.yaml", "metrics.csv"])
 def test_a_small_file_of_five_gigabytes_is_told_and_not_read(name, run, capsys):
     path = run.path / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,6 +177,7 @@ def test_a_damaged_checkpoint_here_is_found_is_not_pushed_and_is_fetched_again(s
     assert (run.path / STEP).read_bytes() == good
 
 
+@pytest.mark.slow
 def test_damage_without_a_store_is_told_with_the_way_to_make_all_again(trained, capsys):
     run = RunFolder(shutil.copytree(trained, local_root() / "tiny"))
     (run.path / STEP).write_bytes((run.path / STEP).read_bytes()[:-9])

@@ -167,6 +167,7 @@ def test_a_broken_run_among_good_ones_is_named_and_the_others_are_done(runs, tmp
     assert len(re.findall(r"^icl: ", capsys.readouterr().err, re.MULTILINE)) == 2
 
 
+@pytest.mark.slow
 def test_a_run_and_one_of_its_checkpoints_can_be_compared(runs, capsys):
     last = checkpoint_files(runs / "M=4/seed=0")[-1]
     assert main(["evaluate", str(runs / "M=16/seed=0"), str(last), "--num_prompts", "8"]) == 0

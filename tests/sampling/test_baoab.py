@@ -191,6 +191,7 @@ def test_an_estimate_with_variates_agrees_with_the_truth_and_one_without_is_too_
     assert result.stderr < without.stderr
 
 
+@pytest.mark.slow
 def test_noise_is_bounded_by_the_measured_bias():
     """The gradient's noise is known here: w . (mean of 1 normal of variance 4), so the bound is too."""
 

@@ -186,6 +186,7 @@ def test_an_interrupted_calibration_continues_after_the_last_finished_settings(t
     assert (num_left, len(populations)) == (2, 1)  # the confirmation was left
 
 
+@pytest.mark.slow
 def test_a_damaged_stored_result_is_made_again(tmp_path, monkeypatch):
     few_settings(monkeypatch)
     run = make_run(tmp_path / "tiny", steps=(0, 20, 30))

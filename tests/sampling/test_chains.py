@@ -100,6 +100,7 @@ def test_an_injected_gradient_takes_the_place_of_the_default(model):
     assert same(estimate(model), estimate(model, gradient=looped_gradient(loss)))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_under_several_settings_is_as_it_would_be_under_each_alone(model):
     """Corner by corner the same minibatches and noise, whatever chunks they are run in."""
     loss, params = module_loss(model, nn.functional.mse_loss)

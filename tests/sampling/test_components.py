@@ -102,8 +102,6 @@ def test_heads_and_layers_from_the_command_line(run, capsys):
     assert (run.results / "llc.csv").read_bytes() == before  # components stay out of the whole model's table
     assert main(["llc", "tiny", "--components", "layers", "--steps", "last"]) == 0
     assert "nothing to do, all 1 step x 3 components are stored" in capsys.readouterr().err
-    assert main(["llc", "tiny", "--components", "heads", "--steps", "last"]) == 0
-    assert (run.figures / "llc-heads.png").is_file()
 
 
 @pytest.mark.parametrize("words", [["--calibrate"], ["--rescale", "2"], ["--self-test"]])

@@ -69,6 +69,7 @@ def test_a_converged_quadratic_is_ok():
     assert result.num_chains_used == 8
 
 
+@pytest.mark.slow
 def test_the_exact_answer_counts_the_minibatch_noise():
     result = estimate(noisy, batches=minibatches, num_init_batches=64)
     exact = known.quadratic_llc(H, nbeta=60.0, localization=10.0, lr=2e-3, gradient_variance=0.05**2)
@@ -160,6 +161,7 @@ def test_components_have_llcs_of_their_own_and_their_mean_is_the_llc():
     assert set(table["nbeta"]) == {60.0}
 
 
+@pytest.mark.slow
 def test_singular_fluctuation_of_a_regular_model():
     """Linear regression with unit noise, NLL: nu = sum_i s_i / (2 (s_i + gamma / nbeta)), near p/2 (Watanabe 2009)."""
     generator = torch.Generator().manual_seed(0)
@@ -354,6 +356,7 @@ def test_a_saddle_whose_gradient_is_zero_is_suspect():
     assert result.verdict == "suspect"
 
 
+@pytest.mark.slow
 def test_heat_is_found_where_nothing_holds_the_flat_directions():
     """At localization 0, from moments that need no equilibrium: once the LLC's bias, by `known.quadratic_llc`."""
     curvatures = torch.cat([torch.logspace(-1, 0.5, 5), torch.zeros(15)])
@@ -394,6 +397,7 @@ def test_how_the_llc_answers_to_the_localisation_is_that_of_a_quadratic(localiza
     assert ("localization outweighs" in broken(result)) == outweighs
 
 
+@pytest.mark.slow
 def test_a_localisation_that_outweighs_the_data_is_suspect_though_the_number_is_plausible():
     result = estimate(localization=1000.0, lr=1e-4, num_draws=600)
     assert 0.05 * TRUTH < result.llc < 0.2 * TRUTH
@@ -460,6 +464,7 @@ def test_too_short_a_burnin_drifts():
     assert result.verdict == "suspect"
 
 
+@pytest.mark.slow
 def test_chains_too_short_to_fill_flat_directions_are_suspect_and_find_too_little():
     """In a valley whose walls grow steeper along its floor the LLC grows as the chains spread along it."""
 

@@ -179,6 +179,7 @@ def test_the_traces_are_kept_with_their_burn_in(folder):
     assert record.stride == 2
 
 
+@pytest.mark.slow
 def test_an_untrained_model_is_never_ok(tmp_path):
     folder = make_run(tmp_path / "tiny", steps=(0,))
     for lr, nbeta, localization in ((1e-5, 100.0, 1000.0), (1e-4, 300.0, 30.0)):

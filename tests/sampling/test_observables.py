@@ -89,6 +89,7 @@ def test_what_does_not_move_has_no_susceptibility():
     assert float(moving) == pytest.approx(float(result.excess_trace.var()) / 60, rel=1e-9)  # -Cov(f, 0 - L)
 
 
+@pytest.mark.slow
 def test_minibatch_noise_does_not_move_a_susceptibility():
     """Noise in the excess is independent of what is measured on other data."""
 

@@ -1,0 +1,166 @@
+"""Measure how often the intervals of LLC estimates contain the truth, and how often the verdict is `ok`.
+
+Each cell is a loss whose localised LLC is known, a kernel, and a number of chains and draws. All runs of a cell start at the minimum,
+with different noise. `python -m tools.coverage [--runs N] [--out FILE]` writes the table `data/coverage.csv`. The losses are
+
+- `quadratic`: six directions with curvatures from 0.01 to 10; the target is known in closed form;
+- `product`: L = a^2 b^2, a degenerate minimum; the target is computed by quadrature;
+- `minibatches`: the quadratic with gradient noise from fresh minibatches.
+
+The runs of a cell are one population. Runs that stop by themselves (`target_stderr`) and runs with their own minibatches take turns; so
+there are only a quarter and a twentieth as many.
+
+The truth is the target of the localised posterior, nbeta (E[L] - L(w0)), without any bias of the step size. The nominal
+coverage is 95 %.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from icl.config import ChainsConfig
+from icl.config.tree import Kernel
+from icl.sampling import LLCResult, estimate_llcs, known
+
+CURVATURES = torch.tensor([0.01, 0.04, 0.2, 0.7, 3.0, 10.0])
+NBETA, LOCALIZATION = 60.0, 10.0
+NUM_BURNIN_STEPS = 400
+RATES: dict[tuple[str, Kernel], float] = {
+    ("quadratic", "sgld"): 5e-4,
+    ("quadratic", "baoab"): 2e-3,
+    ("product", "sgld"): 2e-3,
+    ("product", "baoab"): 4e-3,
+    ("minibatches", "sgld"): 5e-4,
+    ("minibatches", "baoab"): 1e-3,
+}
+"""Step sizes. The one of `baoab` is larger, as its presets have it."""
+SHAPES = ((2, 2000), (4, 1000), (8, 600), (64, 50))
+"""Numbers of chains and draws."""
+TARGET_STDERR, MAX_DRAWS = {"quadratic": 0.08, "product": 0.01}, 6000
+"""Targets of the runs that stop by themselves, and their largest number of draws of four chains."""
+NOISE = 0.1
+"""Standard deviation of the minibatches' gradients in every direction."""
+
+
+class Cell(NamedTuple):
+    """A loss, a kernel, and the lengths of the chains."""
+
+    loss: str
+    kernel: Kernel
+    num_chains: int
+    num_draws: int
+    target_stderr: float | None
+    num_runs: int
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure all cells and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=1000, help="number of runs of a cell that runs as one population")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes")
+    parser.add_argument("--out", type=Path, default=Path("data/coverage.csv"), help="file to write")
+    options = parser.parse_args(words)
+    rows = []
+    with ProcessPoolExecutor(options.jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for row in pool.map(measure, _cells(options.runs)):
+            print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+            rows.append(row)
+    options.out.write_text(pd.DataFrame(rows).to_csv(index=False))
+
+
+def _cells(num_runs: int) -> Iterator[Cell]:
+    kernels: tuple[Kernel, ...] = ("sgld", "baoab")
+    for loss, kernel in itertools.product(("quadratic", "product", "minibatches"), kernels):
+        if loss == "minibatches":
+            shapes, runs, slow_runs = SHAPES[1:3], max(1, num_runs // 20), 0
+        else:
+            shapes, runs, slow_runs = SHAPES, num_runs, num_runs // 4
+        for num_chains, num_draws in shapes:
+            yield Cell(loss, kernel, num_chains, num_draws, None, runs)
+        if slow_runs:
+            yield Cell(loss, kernel, 4, MAX_DRAWS, TARGET_STDERR[loss], slow_runs)
+
+
+def measure(cell: Cell) -> dict[str, str | int | float | None]:
+    """Return the row of a cell: coverage of all intervals and of those with verdict `ok`, and the share of `ok`."""
+    truth = _truth(cell.loss)
+    results = _results(cell)
+    covered = [low <= truth <= high for low, high in (result.interval for result in results)]
+    is_ok = [result.verdict == "ok" for result in results]
+    is_long = [result.num_chains >= 4 and result.ess > 400 for result in results]
+    return {
+        "loss": cell.loss,
+        "kernel": cell.kernel,
+        "num_chains": cell.num_chains,
+        "num_draws": cell.num_draws,
+        "target_stderr": cell.target_stderr,
+        "num_runs": len(results),
+        "truth": round(truth, 4),
+        "mean_llc": round(sum(result.llc for result in results) / len(results), 4),
+        "coverage": _share(covered),
+        "share_ok": _share(is_ok),
+        "coverage_ok": _share([hit for hit, ok in zip(covered, is_ok, strict=True) if ok]),
+        "share_ok_if_ess_above_400": _share([ok for ok, long in zip(is_ok, is_long, strict=True) if long]),
+        "mean_ess": round(sum(result.ess for result in results) / len(results)),
+    }
+
+
+def _share(values: Sequence[bool]) -> float | None:
+    return round(sum(values) / len(values), 4) if values else None
+
+
+def _truth(loss: str) -> float:
+    if loss == "product":
+        return known.localized_llc(lambda w: _product({"w": w}, None), 2, nbeta=NBETA, localization=LOCALIZATION)
+    return known.quadratic_llc(CURVATURES, nbeta=NBETA, localization=LOCALIZATION)
+
+
+def _quadratic(params: dict[str, Tensor], batch: None) -> Tensor:
+    return (CURVATURES * params["w"].square()).sum(-1) / 2
+
+
+def _product(params: dict[str, Tensor], batch: None) -> Tensor:
+    return params["w"].square().prod(-1)
+
+
+def _noisy(params: dict[str, Tensor], batch: Tensor) -> Tensor:
+    return _quadratic(params, None) + batch @ params["w"]
+
+
+def _minibatches(seed: int) -> Callable[[int, int], Tensor]:
+    def batch(chain: int, draw: int) -> Tensor:
+        generator = torch.Generator().manual_seed((seed * 1000 + chain) * 100_000 + draw)
+        return NOISE * torch.randn(len(CURVATURES), generator=generator)
+
+    return batch
+
+
+def _results(cell: Cell) -> list[LLCResult]:
+    settings = ChainsConfig(
+        kernel=cell.kernel,
+        lr=RATES[cell.loss, cell.kernel],
+        nbeta=NBETA,
+        localization=LOCALIZATION,
+        num_chains=cell.num_chains,
+        num_draws=cell.num_draws,
+        num_burnin_steps=NUM_BURNIN_STEPS,
+        target_stderr=cell.target_stderr,
+    )
+    start = {"w": torch.zeros(2 if cell.loss == "product" else len(CURVATURES))}
+    if cell.loss == "minibatches":
+        runs = [(_minibatches(seed), settings) for seed in range(cell.num_runs)]
+        return [estimate_llcs(_noisy, [start], batches, s, trivial_loss=100.0)[0] for batches, s in runs]
+    loss = _quadratic if cell.loss == "quadratic" else _product
+    # All runs of a cell are one population: the noise of a checkpoint's chains is seeded from its number.
+    return estimate_llcs(loss, [start] * cell.num_runs, [None], settings, trivial_loss=100.0)
+
+
+if __name__ == "__main__":
+    main()
