@@ -41,6 +41,7 @@ Other files:
 - `benchmarks/` has the results of `make bench`.
 - `verdict-rates.csv` shows how often the verdicts of turning points and stages are right on simulated curves
   (`python -m tools.verdict_rates --runs 200`).
+- `coverage.csv` shows how often the intervals of LLC estimates contain a known truth (`python -m tools.coverage`).
 
 Tables:
 """

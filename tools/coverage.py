@@ -15,6 +15,7 @@ coverage is 95 %.
 """
 
 import argparse
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -155,8 +156,12 @@ def _results(cell: Cell) -> list[LLCResult]:
     )
     start = {"w": torch.zeros(2 if cell.loss == "product" else len(CURVATURES))}
     if cell.loss == "minibatches":
-        runs = [(_minibatches(seed), settings) for seed in range(cell.num_runs)]
-        return [estimate_llcs(_noisy, [start], batches, s, trivial_loss=100.0)[0] for batches, s in runs]
+        return [
+            estimate_llcs(
+                _noisy, [start], _minibatches(seed), dataclasses.replace(settings, seed=seed), trivial_loss=100.0
+            )[0]
+            for seed in range(cell.num_runs)
+        ]
     loss = _quadratic if cell.loss == "quadratic" else _product
     # All runs of a cell are one population: the noise of a checkpoint's chains is seeded from its number.
     return estimate_llcs(loss, [start] * cell.num_runs, [None], settings, trivial_loss=100.0)

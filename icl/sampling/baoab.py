@@ -96,5 +96,5 @@ def log_acceptance(
     first = h * force * (3 * h / 4 * force - state.velocity)
     last = h * force_after * (h / 4 * force_after - proposal.velocity)
     prior = localization * ((after - anchor).square() - (before - anchor).square())
-    work = (first + last + prior).cpu().double().sum(1) / 2  # N
+    work = (first + last + prior).cpu().sum(1, dtype=torch.float64) / 2  # N
     return (nbeta * (losses[0] - losses[1]).cpu().double() - work).clamp(max=0.0)

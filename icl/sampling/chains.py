@@ -35,7 +35,7 @@ from icl.sampling import baoab, sgld
 from icl.sampling.batches import Batch, ChainBatches, stack_batches, to_device
 from icl.sampling.minimum import DropsAtMean, at_checkpoints, losses_by_batch, num_drop_batches
 from icl.sampling.result import CheckpointId, LLCResult, make_result
-from icl.sampling.target import Observable, Target, vmapped_gradient
+from icl.sampling.target import Observable, Target
 from icl.sampling.traces import Draw, Recorder, State, Traces, mean_over_components, split_by_checkpoint
 from icl.sampling.variates import Variates, make_variates
 
@@ -100,7 +100,7 @@ def estimate(
     device = next(iter(params.values())).device
     source = ChainBatches(target.batches, common)
     batches, are_all = source.first_distinct(common.num_init_batches, device)
-    if target.gradient is None:
+    if target.must_depend:
         target.require_dependence(layout, {name: tensor[:1] for name, tensor in params.items()}, batches[0])
     chunk_size = _chunk_size(target, params, batches[0], layout, memory)
     variates = None
@@ -249,7 +249,7 @@ def _chunk_size(target: Target, params: Params, batch: Batch, layout: Layout, me
     if memory is None:
         memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else MEMORY
     rows, fixed, stacked = layout.to_rows(member), layout.fixed(member), stack_batches([batch], device)
-    needed = bytes_made_by(lambda: vmapped_gradient(target.loss)(layout, rows, fixed, stacked))
+    needed = bytes_made_by(lambda: target.default_gradient(layout, rows, fixed, stacked))
     return max(1, int(memory // (needed + _COPIES * sum(tensor.nbytes for tensor in member.values()))))
 
 

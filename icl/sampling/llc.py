@@ -30,6 +30,12 @@ from icl.sampling.chains import Advance, estimate
 from icl.sampling.result import CheckpointId, LLCResult
 from icl.sampling.target import Gradient, Loss, Observable, Target
 
+LOOP_SIZE = 2**14
+"""Number of moving parameters above which a CPU computes the chains' gradients one after another.
+
+`vmap` saves calls, which cost most of the time of a small model. The batched operations that it makes are slower on a CPU than plain
+ones, those of convolutions by 1.6 times.
+"""
 Restriction: TypeAlias = Iterable[str] | Mapping[str, Tensor] | None
 """The parameters, or parts of them, that may move."""
 Progress: TypeAlias = Callable[[int, int], None]
@@ -96,20 +102,24 @@ def estimate_llcs(
     memory = options.memory
     if memory is not None:
         memory = real("memory", memory, "positive", repair="; leave it out for what the device has")
+    layout = restricted_layout(checkpoints[0], restrict)
+    is_on_cpu = next(iter(checkpoints[0].values())).device.type == "cpu"
     target = Target(
         loss=loss,
         batches=batches,
         trivial_loss=trivial_loss,
         name=options.loss_name,
         vectorize=vectorize,
+        maps=vectorize and not (is_on_cpu and layout.size > LOOP_SIZE),
         gradient=options.gradient,
+        must_depend=options.gradient is None,
     )
     return estimate(
         target,
         checkpoints,
         [settings],
         identities=identities,
-        layout=restricted_layout(checkpoints[0], restrict),
+        layout=layout,
         sample_losses=options.sample_losses,
         observables=observables,
         memory=memory,
@@ -162,7 +172,8 @@ def estimate_llc(
         num_samples: The sample size n.
         num_init_batches: Number of distinct batches for L(w0), the first that the chains get; fewer if there are fewer.
         trivial_loss: Loss of a predictor that knows nothing; without it, escape from the basin is not checked.
-        vectorize: False runs one chain after another by plain autograd, for losses that `vmap` cannot map.
+        vectorize: False runs one chain after another by plain autograd, for losses that `vmap` cannot map. True runs the chains
+            together; their gradients are computed by `vmap`, or one after another where that is faster (`LOOP_SIZE`).
         observables: Functions of the parameters by name. The result has the values of each at every draw of every chain.
         options: Less common options.
 

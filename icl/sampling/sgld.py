@@ -130,5 +130,5 @@ def log_mala_acceptance(
     forth = (after - before + lr / 2 * g * drift).square() / g
     back = (before - after + lr / 2 * g * drift_back).square() / g
     prior = localization / 2 * ((before - anchor).square() - (after - anchor).square())
-    prior_and_moves = (prior + (forth - back) / (2 * lr)).cpu().double().sum(1)  # N
+    prior_and_moves = (prior + (forth - back) / (2 * lr)).cpu().sum(1, dtype=torch.float64)  # N
     return (nbeta * (losses[0] - losses[1]).cpu().double() + prior_and_moves).clamp(max=0.0)

@@ -55,17 +55,25 @@ class Target:
     name: str = "loss"
     vectorize: bool = True
     """False runs one chain after another by plain autograd, for losses that `vmap` cannot map."""
+    maps: bool = True
+    """Whether `vmap` computes gradients and losses of several members. Otherwise members are computed one after another."""
     gradient: Gradient | None = None
     """A faster gradient of the same loss for the chains' moves."""
     shared_losses: StackedLosses | None = None
     """A faster loss of stacked parameters, all on the same batch."""
     own_losses: StackedLosses | None = None
     """A faster loss of stacked parameters, each on its own batch."""
+    must_depend: bool = False
+    """Whether to check that the loss depends on the parameters that move."""
+
+    @property
+    def _is_mapped(self) -> bool:
+        return self.vectorize and self.maps
 
     @cached_property
     def default_gradient(self) -> Gradient:
         """The gradient of the loss itself."""
-        return vmapped_gradient(self.loss) if self.vectorize else looped_gradient(self.loss)
+        return vmapped_gradient(self.loss) if self._is_mapped else looped_gradient(self.loss)
 
     @cached_property
     def chain_gradient(self) -> Gradient:
@@ -75,12 +83,12 @@ class Target:
     @cached_property
     def losses_on_shared_batch(self) -> StackedLosses:
         """The losses of stacked parameters, all on the same batch."""
-        return self.shared_losses or stacked_losses(self.loss, own_batches=False, vectorize=self.vectorize)
+        return self.shared_losses or stacked_losses(self.loss, own_batches=False, vectorize=self._is_mapped)
 
     @cached_property
     def losses_on_own_batches(self) -> StackedLosses:
         """The losses of stacked parameters, each on its own batch."""
-        return self.own_losses or stacked_losses(self.loss, own_batches=True, vectorize=self.vectorize)
+        return self.own_losses or stacked_losses(self.loss, own_batches=True, vectorize=self._is_mapped)
 
     def require_dependence(self, layout: Layout, checkpoint: Params, batch: Batch) -> None:
         """Refuse a loss that is the same for all parameters, as chains would then sample the localization alone.
@@ -105,7 +113,7 @@ class Target:
 
     def map_members(self, function: Callable[[Params], Tensor]) -> Callable[[Params], Tensor]:
         """Turn a function of one member's parameters into one of stacked parameters."""
-        mapped = stacked_losses(lambda params, _: function(params), own_batches=False, vectorize=self.vectorize)
+        mapped = stacked_losses(lambda params, _: function(params), own_batches=False, vectorize=self._is_mapped)
         return lambda params: mapped(params, None)
 
 
@@ -182,13 +190,15 @@ def looped_gradient(loss: Loss) -> Gradient:
     def gradient(layout: Layout, rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
         grads, components = [], []
         for i, row in enumerate(rows):
-            leaf = row.detach().clone().requires_grad_()
+            leaf = row.detach().requires_grad_()
             with torch.enable_grad(), _refuse_random_loss(leaf.device):
                 params = layout.to_params(leaf, {name: tensor[i] for name, tensor in fixed.items()})
                 values = _require_loss(loss(params, _batch_of(i, batch)))
                 (grad,) = torch.autograd.grad(values.mean(), [leaf], allow_unused=True)
             grads.append(torch.zeros_like(row) if grad is None else grad)
             components.append(values.detach())
+        if len(grads) == 1:
+            return grads[0][None], components[0][None]  # without a copy
         return torch.stack(grads), torch.stack(components)
 
     return gradient

@@ -535,6 +535,22 @@ def test_every_rule_can_be_the_only_reason_and_names_its_source():
         assert rule.source
 
 
+def test_the_interval_is_students_t_and_wider_for_few_effective_draws():
+    """By hand: t with ESS / 10 degrees of freedom, and below an ESS of 400 a variance larger by 400 / ESS."""
+    healthy = dataclasses.replace(estimate(num_draws=10), llc=1.0, stderr=0.1, bias_bound=0.0, num_chains_used=4)
+
+    def half(**changes):
+        low, high = dataclasses.replace(healthy, **changes).interval
+        return high - 1.0, 1.0 - low
+
+    t = (0.20211, 0.20860)  # 40 and 20 degrees of freedom
+    assert half(ess=400.0) == pytest.approx((t[0], t[0]), rel=1e-4)
+    assert half(ess=200.0) == pytest.approx((t[1] * 2**0.5, t[1] * 2**0.5), rel=1e-4)
+    assert half(ess=200.0, num_chains_used=64) == pytest.approx((t[1], t[1]), rel=1e-4)
+    assert half(ess=400.0, bias_bound=0.06) == pytest.approx((t[0], t[0] + 0.06), rel=1e-4)
+    assert half(ess=400.0, bias_bound=0.04) == pytest.approx((t[0], t[0]), rel=1e-4)
+
+
 def test_results_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         estimate(num_draws=10).llc = 1.0

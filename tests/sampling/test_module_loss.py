@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from icl.config.validation import ConfigError
-from icl.sampling import estimate_llc, module_loss
+from icl.sampling import estimate_llc, llc, module_loss
 
 SETTINGS = {"lr": 1e-3, "nbeta": 50.0, "localization": 5.0, "num_chains": 3, "num_draws": 4, "num_burnin_steps": 3}
 GENERATOR = torch.Generator().manual_seed(0)
@@ -159,6 +159,24 @@ def test_parameters_of_mixed_types_keep_their_types(vectorize, restrict, kernel)
     double = run(loss, wide, vectorize=vectorize, restrict=restrict, kernel=kernel)
     torch.testing.assert_close(mixed.loss_trace, double.loss_trace, rtol=1e-5, atol=0)
     assert not torch.equal(mixed.loss_trace, double.loss_trace)
+
+
+def test_many_parameters_run_one_after_another_on_a_cpu_with_the_same_noise(model, monkeypatch):
+    """Above a size, plain operations are faster than the batched ones of `vmap`."""
+    loss, params = module_loss(model, functional.mse_loss)
+    sizes = []
+
+    def watching(params, batch):
+        sizes.append(torch._C._functorch.is_batchedtensor(params["0.weight"]))
+        return loss(params, batch)
+
+    mapped = run(watching, params)
+    assert any(sizes)
+    sizes.clear()
+    monkeypatch.setattr(llc, "LOOP_SIZE", 10)
+    looped = run(watching, params)
+    assert not any(sizes)
+    torch.testing.assert_close(looped.loss_trace, mapped.loss_trace)
 
 
 # What the seed fixes

@@ -20,6 +20,8 @@ from icl.sampling.traces import Traces
 
 Verdict: TypeAlias = Literal["ok", "suspect", "invalid"]
 Level: TypeAlias = Literal["invalid", "suspect", "note"]
+WIDE_ESS = 400
+"""Effective sample size below which the interval of a few chains is widened."""
 _COLUMNS = (
     *("rhat", "ess", "drift", "mala_acceptance", "pull", "spread", "bias_bound", "sensitivity", "sensitivity_stderr"),
     *("descent", "drop_at_mean", "drop_at_mean_stderr"),
@@ -87,9 +89,12 @@ class Evidence:
         """Nominal 95 % interval: Student's t, and downwards the bias bound if it exceeds half of the standard error.
 
         The estimated autocorrelation time has a relative variance of about 20 / ESS, which is that of a variance with ESS / 10
-        degrees of freedom.
+        degrees of freedom. Runs with few effective draws pass the verdict mostly if their standard error is too small by
+        accident. So below `WIDE_ESS` the variance is multiplied by `WIDE_ESS` / ESS (`tools.coverage` measures the effect).
         """
         reach = self.stderr * float(stdtrit(max(self.ess / 10, 1.0), 0.975)) if self.ess > 0 else math.nan
+        if self.num_chains_used < convergence.MANY_CHAINS:
+            reach *= max(1.0, WIDE_ESS / self.ess) ** 0.5 if self.ess > 0 else 1.0
         bias = self.bias_bound if self.bias_bound > self.stderr / 2 else 0.0
         return self.llc - reach - bias, self.llc + reach
 
