@@ -70,7 +70,10 @@ def lay_out(figure: Figure) -> None:
 
 
 def drawn_points(line: Line2D) -> Float[np.ndarray, "P 2"]:
-    """Return points along a drawn line in pixel coordinates, a few pixels apart. The line is interrupted at points that are not finite."""
+    """Return points along a drawn line in pixel coordinates, a few pixels apart.
+
+    The line is interrupted at points that are not finite.
+    """
     vertices = line.get_transform().transform(_vertices(line))
     finite = vertices[np.isfinite(vertices).all(axis=1)]
     if line.get_linestyle() in _NOTHING:
