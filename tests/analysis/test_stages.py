@@ -255,7 +255,7 @@ def test_llc_estimates_are_of_one_kind_and_good_enough(tmp_path):
     assert len(read(llc_settings="c")[0][0].points) == 20
     with pytest.raises(ConfigError, match="no estimates under `d`; its settings are a, b, c"):
         read(llc_settings="d")
-    with pytest.raises(RunError, match="no signal with at least 8 steps"):
+    with pytest.raises(RunError, match="a signal with at least 8 steps"):
         read(llc_settings="b", worst_llc="ok")
 
 
@@ -305,7 +305,7 @@ def test_a_constant_or_a_file_are_answered_in_a_sentence(tmp_path, capsys):
 
 def test_too_few_steps_are_told_where_there_are_any(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,eval/pretrain/loss\n1,2.0\n")
-    with pytest.raises(RunError, match="no signal with at least 8 steps"):
+    with pytest.raises(RunError, match="a signal with at least 8 steps"):
         analyse("stages", tmp_path)
 
 
