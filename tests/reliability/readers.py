@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
 import pandas as pd
+import torch
 from sampling.llc_runs import write_older_estimate
 
 from icl import whole_runs as run_evaluation
@@ -24,7 +25,7 @@ from icl.diversity.runs import experiment_runs, find_runs
 from icl.diversity.tables import evaluate_experiment, save_tables
 from icl.plotting.training import draw_run, drawn_losses
 from icl.resolve import read_config_file, read_points, resolve
-from icl.runs.checkpoints import load_checkpoint_file, stored_tensors
+from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file, stored_tensors
 from icl.runs.copied_files import copied_names
 from icl.runs.delivery import is_delivered, note_delivered
 from icl.runs.folder import RunFolder, fails_again
@@ -33,7 +34,10 @@ from icl.runs.metrics_file import MetricsFile, metric_columns
 from icl.runs.mirror import open_mirror, push, take_up
 from icl.runs.resume_file import parse_resume
 from icl.runs.status import FAILS_AGAIN, Status
-from icl.sampling.run import estimate_run
+from icl.sampling.prompt_loss import prompt_target
+from icl.sampling.result import LLCResult
+from icl.sampling.run import estimate_grid, estimate_run
+from icl.sampling.stored_results import StoredResults
 from icl.store.base import LocalStore, sha256
 from icl.sweeps.attempts import claim
 from icl.sweeps.points import sweep_points
@@ -108,6 +112,9 @@ def make_files(base: Path) -> None:
     RunFolder(run).write_result("evaluation.csv", more.sort_values("step", kind="stable").to_csv(index=False))
     (record, *_) = estimate_run(run).records
     write_older_estimate(RunFolder(run), record)
+    (component,) = estimate_run(run, component="L0H0").records
+    assert component.susceptibilities.size
+    _store_result(run)
     RunFolder(run).write_result("embeddings.csv", analyse("embeddings", run).table.to_csv(index=False))
     RunFolder(run).write_result("stages.csv", STAGES)
     analyse("essential-dynamics", run)
@@ -135,6 +142,36 @@ def make_files(base: Path) -> None:
     (base / "prompt.json").write_text(json.dumps(PROMPT))
     (base / "prompt.csv").write_text("x1,x2,y\n0.1,0.2,0.3\n0.3,-0.4,-0.1\n1.0,2.0,\n")
     _make_experiment(base / "checkpoints", run)
+
+
+def _store_result(run: Path) -> None:
+    """Store a whole result, as a calibration does for each of its settings."""
+    checkpoint = load_checkpoint_file(checkpoint_files(run)[-1])
+    target = prompt_target(CONFIG, _SAMPLER)
+    ((result,),) = estimate_grid(
+        [checkpoint], [_SAMPLER], target, device=torch.device("cpu"), advance=lambda moves: None
+    )
+    stored = StoredResults(run / "results" / "llc-calibration")
+    stored.write(checkpoint, _SAMPLER, result)
+    assert stored.read(checkpoint, _SAMPLER) is not None
+
+
+def _read_stored_result(base: Path, file: Path) -> LLCResult | None:
+    run = base / "runs" / "tiny"
+    return StoredResults(run / "results" / "llc-calibration").read(
+        load_checkpoint_file(checkpoint_files(run)[-1]), _SAMPLER
+    )
+
+
+def _judge_stored_result(base: Path, file: Path) -> None:
+    result = _read_stored_result(base, file)
+    if result is not None:
+        assert result.row()["verdict"] in ("ok", "suspect", "invalid")
+
+
+def _content_of_stored_result(base: Path, file: Path) -> str | None:
+    result = _read_stored_result(base, file)
+    return None if result is None else str((result.row(), result.loss_trace.tolist()))
 
 
 def _make_experiment(base: Path, run: Path) -> None:
@@ -368,6 +405,21 @@ READERS = (
     Reader(
         "traces of estimates", "runs/tiny/results/llc/*/step-*.npy", "npy", (_ESTIMATE, LLC, VERIFY), content=_entry
     ),
+    Reader(
+        "results of a calibration",
+        "runs/tiny/results/llc-calibration/*/step-*.json",
+        "json",
+        (_judge_stored_result, VERIFY),
+        content=_content_of_stored_result,
+    ),
+    Reader(
+        "traces of a calibration",
+        "runs/tiny/results/llc-calibration/*/step-*.npy",
+        "npy",
+        (_judge_stored_result, VERIFY),
+        content=_content_of_stored_result,
+    ),
+    Reader("llc-components.csv", "runs/tiny/results/llc-*s.csv", "csv", (REPORT, VERIFY)),
     Reader("estimates of 0.1.0", "runs/tiny/results/llc/*/step-*.npz", "npz", (LLC, VERIFY)),
     Reader(
         "experiment_metadata.json",
