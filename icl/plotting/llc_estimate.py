@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from icl.plotting.colours import BLACK, BLUE
-from icl.plotting.llc import CHAIN_COLOURS, describe_settings, step_prefix, title_estimate
+from icl.plotting.llc import CHAIN_COLOURS, describe_settings, excess_trace, step_prefix, title_estimate
 from icl.plotting.style import new_figure, set_limits
 from icl.plotting.tidying import KEY
 from icl.sampling.records import Record
@@ -16,8 +16,8 @@ from icl.sampling.records import Record
 def plot_estimate(record: Record, trivial_loss: float, *, title: str) -> Figure:
     """Plot the excess loss of every chain in nats, its running mean, and the LLC with two standard errors.
 
-    The LLC has less noise than the traces: it compares each minibatch loss with the checkpoint's loss on the same
-    minibatch.
+    The excess compares each minibatch loss with the checkpoint's loss on the same minibatch. Estimates that older versions stored
+    have the minibatch losses only; then the traces have more noise than the LLC.
 
     Args:
         record: The estimate.
@@ -26,21 +26,19 @@ def plot_estimate(record: Record, trivial_loss: float, *, title: str) -> Figure:
     """
     row = record.row
     figure, (axes,) = new_figure(1, width=7.4, height=4.4)
-    excess = row["nbeta"] * (record.traces - row["init_loss"])
-    moves = record.stride * np.arange(excess.shape[1])
+    moves, excess = excess_trace(record)
     is_draw = moves >= row["num_burnin_steps"]
     num_draws = np.arange(1, is_draw.sum() + 1)
+    noise = "" if record.excess.size else " (with minibatch noise)"
     for chain, (values, colour) in enumerate(zip(excess, itertools.cycle(CHAIN_COLOURS))):
         axes.plot(moves, values, color=colour, linewidth=0.5, alpha=0.45)
-        label = "running mean of a chain (with minibatch noise)" if chain == 0 else None
+        label = f"running mean of a chain{noise}" if chain == 0 else None
         axes.plot(moves[is_draw], values[is_draw].cumsum() / num_draws, color=colour, linewidth=1.8, label=label)
     if row["num_burnin_steps"]:
         axes.axvspan(0, row["num_burnin_steps"], color=BLACK, alpha=0.08, linewidth=0)
     llc, error = row["llc"], 2 * row["stderr"]
     axes.axhline(0, color=BLUE, linewidth=1.2, label="checkpoint, L(w0)")
-    axes.axhline(
-        llc, color=BLACK, linewidth=1.4, linestyle="--", label="LLC ± 2 standard errors (minibatch noise removed)"
-    )
+    axes.axhline(llc, color=BLACK, linewidth=1.4, linestyle="--", label="LLC ± 2 standard errors")
     axes.axhspan(llc - error, llc + error, color=BLACK, alpha=0.15, linewidth=0)
     finite = excess[np.isfinite(excess)]
     set_limits(axes, pd.Series(np.append(np.quantile(finite, [0.005, 0.995]) if len(finite) else [], [0.0, llc])))
@@ -50,7 +48,7 @@ def plot_estimate(record: Record, trivial_loss: float, *, title: str) -> Figure:
     axes.set(
         ylim=(low, high),
         xlabel="move of the chain (burn-in shaded)",
-        ylabel="excess loss nβ (L − L(w0)) of a minibatch, nats",
+        ylabel="excess loss nβ (L − L(w0)), nats",
     )
     title_estimate(axes, row, step_prefix(row), fontsize=10)
     axes.legend(fontsize=8)

@@ -63,13 +63,17 @@ class Record(NamedTuple):
     traces: np.ndarray
     """Minibatch losses (K, S), burn-in first, every `stride`-th move."""
     stride: int
+    excess: np.ndarray
+    """nbeta times the loss minus the checkpoint's on the same minibatch, in nats, at every `stride`-th draw (K, S). Estimates of older
+    versions do not have it; then it is empty.
+    """
     susceptibilities: np.ndarray
     """Estimates and standard errors (2, 2K) for a component of the model, by `prompt_loss.losses_by_part`; else empty."""
 
     @property
     def measurement(self) -> Measurement:
         """The record as the content of an entry: the estimate's row first, then the positions."""
-        arrays = {"traces": self.traces}
+        arrays = {"traces": self.traces, "excess": self.excess}
         if self.susceptibilities.size:
             arrays["susceptibilities"] = self.susceptibilities
         return Measurement([self.row | {"stride": self.stride}, *self.positions], arrays)
@@ -138,7 +142,12 @@ def make_record(result: LLCResult, settings: EstimateSettings) -> Record:
     traces = torch.cat([result.burnin_trace[:, :: sampler.thinning], result.loss_trace], dim=1)
     stride = -(-traces.shape[1] // MAX_TRACE)
     return Record(
-        row, positions, traces[:, ::stride].float().numpy(), stride * sampler.thinning, _susceptibilities(result)
+        row,
+        positions,
+        traces[:, ::stride].float().numpy(),
+        stride * sampler.thinning,
+        result.excess_trace[:, ::stride].float().numpy(),
+        _susceptibilities(result),
     )
 
 
@@ -165,6 +174,7 @@ def as_record(entry: Entry) -> Record:
         positions,
         entry.arrays.get("traces", np.zeros(0)),
         stride if is_count(stride) else 0,
+        entry.arrays.get("excess", np.zeros(0)),
         entry.arrays.get("susceptibilities", np.zeros(0)),
     )
     if not _is_complete(record):
@@ -250,6 +260,8 @@ def _is_complete(record: Record) -> bool:
         and traces.ndim == 2
         and traces.size > 0
         and traces.dtype.kind == "f"
+        and (not record.excess.size or record.excess.ndim == 2)
+        and record.excess.dtype.kind == "f"
         and (not record.susceptibilities.size or record.susceptibilities.ndim == 2)
         and record.susceptibilities.dtype.kind == "f"
     )

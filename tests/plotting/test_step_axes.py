@@ -127,7 +127,7 @@ def record(num_chains=3, num_draws=40, num_burnin=10, llc=20.0):
     """An estimate of one step, with traces that lie llc nats above the checkpoint but for noise."""
     noise = np.random.default_rng(0).normal(size=(num_chains, num_burnin + num_draws))
     row = estimates(5000).iloc[0].to_dict() | {"llc": llc, "num_burnin_steps": num_burnin, "step": 5000}
-    return Record(row, [], 0.8 + (llc + 5 * noise) / row["nbeta"], 1, np.zeros(0))
+    return Record(row, [], 0.8 + (llc + 5 * noise) / row["nbeta"], 1, np.zeros(0), np.zeros(0))
 
 
 @pytest.mark.parametrize("chains", [1, 3, 9])
