@@ -1,7 +1,8 @@
 """Entry point of `python -m icl`, and of the processes that `icl` starts itself.
 
-Python puts a folder first on the import path: the working folder for `-m`, and this file's folder for a script. A `random.py`
-there would be imported instead of Python's own. So we remove this folder from the path before we import anything else.
+Python puts a folder first on the import path: the working folder for `-m`, and this file's folder if it runs as a script. A file
+`random.py` in this folder would be imported instead of Python's module. So we remove the folder from the path before we import
+anything else.
 """
 
 import os

@@ -53,7 +53,7 @@ class ICRegConfig:
     D: int = 8
     """Input dimension."""
     K: int = 16
-    """Examples per prompt."""
+    """Number of examples per prompt."""
     sigma2: float = 0.125
     """Noise variance."""
     d_model: int = 512
@@ -61,7 +61,7 @@ class ICRegConfig:
     d_mlp: int = 512
     """Hidden width of the MLP."""
     n_heads: int = 4
-    """Attention heads per block."""
+    """Number of attention heads per block."""
     n_layers: int = 3
     """Number of blocks."""
     use_prenorm: bool = True
@@ -69,7 +69,7 @@ class ICRegConfig:
     M: int | float | str = 64
     """Number of training tasks; `"inf"` or `math.inf` means the Gaussian prior."""
     max_M: int = 32_768
-    """Accepted for old scripts. It limits nothing, because no table of tasks is stored."""
+    """Largest number of tasks in the older code. Accepted for old scripts and ignored, because `icl` stores no table of tasks."""
 
     def to_run_config(self) -> RunConfig:
         """Return the preset `icr` with these values.
@@ -116,15 +116,15 @@ def train_ic_regression(
         cfg: Task and model. By default those of `ICRegConfig()`.
         M: Number of training tasks, `"inf"` or `math.inf`. By default `cfg.M`.
         num_steps: Number of optimiser steps.
-        batch_size: Prompts per step.
-        learning_rate: Constant learning rate, or the peak of a triangle if `warmup_steps` is given.
-        warmup_steps: Steps of the linear rise, after which the rate falls to zero at `num_steps`.
+        batch_size: Number of prompts per step.
+        learning_rate: Constant learning rate, or the peak of a triangular schedule if `warmup_steps` is given.
+        warmup_steps: Number of steps of the linear rise. After the rise, the rate falls linearly to zero at `num_steps`.
         grad_clip: Largest gradient norm, or None for no clipping.
         checkpoint_dir: The run's folder. By default `$LOCAL_ROOT/<run name>`.
-        checkpoint_every: Steps between checkpoints. The first and the last step are always saved.
-        eval_every: Steps between evaluations on `pretrain` and `true` tasks.
-        print_every: Steps between rows of `metrics.csv`.
-        early_stopping_patience: Evaluations without improvement before training stops; needs `eval_every`.
+        checkpoint_every: Number of steps between checkpoints. The first and the last step are always saved.
+        eval_every: Number of steps between evaluations on `pretrain` and `true` tasks.
+        print_every: Number of steps between rows of `metrics.csv`.
+        early_stopping_patience: Number of evaluations without improvement after which training stops. Needs `eval_every`.
         early_stopping_min_delta: Smallest decrease that counts as improvement.
 
     Returns:

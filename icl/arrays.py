@@ -1,7 +1,7 @@
 """Conversion of a user's numbers (tensors, NumPy arrays, pandas tables, nested lists) to tensors.
 
-All public functions that take numbers convert them here, so all accept and refuse the same input. We refuse everything
-that a conversion would silently change: complex numbers, text, truth values, and masked or missing entries.
+All public functions that take numbers convert them with this module, so all of them accept and refuse the same input. We refuse
+everything that a conversion would silently change: complex numbers, text, truth values, and masked or missing entries.
 """
 
 from typing import Any
@@ -26,13 +26,13 @@ def real_tensor(
     Args:
         value: A tensor, an array of any byte order or strides, a pandas object, or nested lists of numbers.
         name: Name of the value in error messages.
-        dtype: The dtype to convert to. By default floats keep their dtype, whole numbers of a tensor get torch's default,
-            and Python's numbers and NumPy's whole numbers become float64.
+        dtype: The dtype to convert to. By default floating-point numbers keep their dtype, tensors of integers get torch's
+            default dtype, and Python numbers and NumPy integers become float64.
         device: The device to move to. By default a tensor stays on its device.
         error: Class of the exception.
 
     Raises:
-        UserError: Of class `error`, if the numbers are not real, not finite, or too large for the dtype.
+        UserError: If the numbers are not real, not finite, or too large for the dtype. Its class is `error`.
     """
     try:
         tensor = value if isinstance(value, Tensor) else _from_array(_as_array(value))
@@ -95,12 +95,15 @@ def _as_list(part: Any) -> Any:
 
 
 def _is_real(number: Any) -> bool:
-    """Return whether an entry of an array of objects is a real number; missing ones (None, pandas.NA) are not."""
+    """Return whether an entry of an array of objects is a real number. Missing entries (None, pandas.NA) are not."""
     return isinstance(number, (int, float, np.integer, np.floating)) and not isinstance(number, bool)
 
 
 def _from_array(array: np.ndarray) -> Tensor:
-    """Copy an array to a tensor. Torch refuses foreign byte order, negative strides, read-only memory and long doubles."""
+    """Copy an array to a tensor, in a form that torch accepts.
+
+    Torch does not accept foreign byte order, negative strides, read-only memory or long doubles.
+    """
     if array.dtype.kind == "c":
         return torch.zeros((), dtype=torch.complex128)  # any complex tensor will do: `real_tensor` refuses the dtype
     has_torch_dtype = array.dtype.kind == "f" and array.dtype.itemsize <= 8

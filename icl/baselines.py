@@ -14,8 +14,8 @@ x_k, never y_k or anything later. All except `ols` and `lasso` compute the predi
 Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` also in float32) and return the dtype and
 device of the prompts. Devices other than CPU and CUDA have no float64, so their prompts are computed on the CPU.
 
-To add a baseline, write a function of the same form and enter it in `BASELINES`. The contract tests run over this table. Also
-test the function against an independent implementation.
+To add a baseline, write a function of the same form and add it to the table `BASELINES`. The contract tests cover all entries of
+this table. Also test the function against an independent implementation.
 """
 
 import math
@@ -36,17 +36,17 @@ from icl.arrays import real_tensor
 from icl.config.validation import ConfigError, real, whole
 
 _SLAB = {"cpu": 2**19, "cuda": 2**25}
-"""Number of weights that `dmmse` computes at a time, for each kind of device. There is one per prompt and task.
+"""Number of weights that `dmmse` computes at a time, for each kind of device. There is one weight per prompt and task.
 
-On a CPU this many fit in the cache. On a GPU this many make the cost of kernel launches small, and take at most 1 GiB.
+On a CPU, this number of weights fits in the cache. On a GPU, it makes the cost of kernel launches small and takes at most 1 GiB.
 """
 _MIN_TASKS_AT_A_TIME = 64
-"""Smallest chunk of tasks, used if there are many prompts."""
+"""Smallest number of tasks in a chunk. Chunks have this size if there are many prompts."""
 _LOG_WEIGHT_ERROR = 1e-2
 """Largest rounding error of a log-weight at which `dmmse` still computes in float32."""
 
 _Weigh = Callable[[Tensor], Tensor]
-"""Function that maps the excess sums of squared errors, S_m - (least S_m), to the tasks' weights."""
+"""Function that maps the excess sums of squared errors, S_m - min S_m, to the tasks' weights."""
 
 
 def zero(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Tensor, "*S B K"]:
@@ -87,7 +87,7 @@ def averaging(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Flo
 
 
 def knn(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, k: int = 3) -> Float[Tensor, "*S B K"]:
-    """Predict the mean target of the `k` nearest examples, or of all if there are fewer. The earlier example wins a tie.
+    """Predict the mean target of the `k` nearest examples, or of all if there are fewer. Of two equally near examples, the earlier one is preferred.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree or `k` is below 1.
@@ -131,7 +131,7 @@ def ridge(
     One factorisation gives the predictions for every prefix. The targets of a prompt are jointly Gaussian with covariance
     X X^T + lambda I = L L^T, where L is lower triangular. Let z = L^-1 y. Then z_k is the part of y_k that the targets before
     it do not explain, and the prediction of y_k is sum_{j<k} L_kj z_j. L^T is the triangle of the QR decomposition of
-    (X, sqrt(lambda) I)^T. So X is never squared, and even the smallest lambda keeps its precision.
+    (X, sqrt(lambda) I)^T. So X X^T is never formed, and the result is accurate even for a very small lambda.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree, or `noise_variance` is not positive. For zero noise use `ols`.
@@ -189,8 +189,8 @@ def smoothed_dmmse(
 
     Given m, the targets are Gaussian about X w_m with covariance tau^2 X X^T + sigma^2 I = L L^T. So L^-1 y are independent
     observations, of variance one, of the task w_m at the inputs L^-1 X. `dmmse` weighs the tasks by these observations. The
-    prediction of y_k is L_kk times its prediction, plus sum_{j<k} L_kj (L^-1 y)_j. For tau = 0 this is dMMSE; for the single
-    task 0 and tau = 1 it is ridge.
+    prediction of y_k is L_kk times the prediction of `dmmse`, plus sum_{j<k} L_kj (L^-1 y)_j. For tau = 0 this is dMMSE. For
+    the single task 0 and tau = 1 it is ridge.
 
     Raises:
         ConfigError: If the shapes do not agree, there are no tasks, `noise_variance` is not positive, or `task_variance` is
@@ -215,10 +215,10 @@ def tune_task_variance(
     tasks: Float[Tensor, "M D"],
     noise_variance: float,
 ) -> float:
-    """Return the variance at which `smoothed_dmmse` has the least loss on these prompts, to about 10 %.
+    """Return the variance at which `smoothed_dmmse` has the least loss on these prompts. It is accurate to about 10 %.
 
-    Use prompts of new tasks, and compare predictors on yet other tasks. The search covers 1e-4 .. 10. It takes the best of
-    11 values and refines it by Brent's method on the logarithm.
+    Use prompts of new tasks to choose the variance, and prompts of other new tasks to compare predictors. The search covers
+    variances from 1e-4 to 10. It takes the best of 11 values and refines it by Brent's method on the logarithm.
     """
 
     def loss(log_variance: float) -> float:
@@ -236,7 +236,7 @@ def tune_task_variance(
 def lasso(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, alpha: float) -> Float[Tensor, "*S B K"]:
     """Predict by the w that minimises |y - X w|^2 / (2 k) + alpha |w|_1 on the k examples; 0 without examples.
 
-    scikit-learn fits each prefix of each prompt separately on the CPU, in about 0.2 ms. A fit that has not converged after
+    scikit-learn fits each prefix of each prompt separately on the CPU. One fit takes about 0.2 ms. A fit that has not converged after
     100,000 iterations is used as it is. This happens if the numbers in a prompt differ greatly in size.
 
     Raises:
@@ -282,10 +282,10 @@ def _covariance_root(inputs: Float[Tensor, "*S B K D"], noise_variance: float) -
 
 
 class _Sums(NamedTuple):
-    """Sums over some tasks at every prefix, each (B, K), with weights relative to the best of these tasks."""
+    """Sums over a chunk of tasks at every prefix, each of shape (B, K). Weights are relative to that of the chunk's best task."""
 
     least: Tensor
-    """Least sum of squared errors, that of the best task."""
+    """Least sum of squared errors, which is the best task's."""
     weight: Tensor
     """Sum of the weights."""
     output: Tensor
@@ -293,7 +293,7 @@ class _Sums(NamedTuple):
 
 
 def _sums(xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], tasks: Float[Tensor, "M D"], weigh: _Weigh) -> _Sums:
-    """Return the sums over these tasks. The weights at k depend on earlier examples only, so y_k is added after use."""
+    """Return the sums over these tasks. The weights at k depend on earlier examples only, so example k is added after they are used."""
     squares = xs.new_zeros(len(xs), len(tasks))  # B M
     prefixes = []
     for k in range(xs.shape[1]):
@@ -316,7 +316,8 @@ def _merge(first: _Sums, second: _Sums, *, weigh: _Weigh) -> _Sums:
 def _boltzmann(excess: Tensor, *, noise_variance: float) -> Tensor:
     """Return exp(-excess / (2 sigma^2)), but at least 2^-100, in place.
 
-    On CPUs `exp` is ten times slower than `exp2`, and so are numbers that underflow. Hence `exp2` of clamped numbers.
+    On CPUs `exp` is ten times slower than `exp2`, and numbers that underflow are ten times slower too. So we use `exp2`, and
+    clamp its argument.
     """
     return excess.mul_(-0.5 / math.log(2) / noise_variance).clamp_(min=-100).exp2_()
 
@@ -365,7 +366,7 @@ def _prompts(xs: Any, ys: Any) -> tuple[Tensor, Tensor]:
 
 
 def _tasks(tasks: Any, xs: Tensor) -> Tensor:
-    """Return the tasks as a tensor of floats on the device that computes, or refuse them."""
+    """Return the tasks as a tensor of floats on the device of the computation, or refuse them."""
     tasks = _bounded(real_tensor(tasks, "tasks", device=_computing_device(xs)), "tasks")
     if tasks.ndim != 2 or len(tasks) == 0 or tasks.shape[1] != xs.shape[-1]:
         raise ConfigError(

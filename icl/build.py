@@ -1,4 +1,4 @@
-"""Build models and evaluation sets from a run's settings, and choose its device. Settings become objects only here."""
+"""Build models and evaluation sets from a run's settings, and choose its device. Only this module turns settings into objects."""
 
 import os
 from importlib.util import find_spec
@@ -57,7 +57,9 @@ def build_evaluation_sets(
 
 
 def choose_device(accelerator: str = "auto") -> str:
-    """Return the kind of device to run on: `accelerator`; for `auto`, $DEVICE, or else the first present of cuda, mps, cpu.
+    """Return the kind of device to run on: `accelerator`, or the default if that is `auto`.
+
+    The default is the value of $DEVICE. If it is not set, the default is the first of cuda, mps and cpu that this machine has.
 
     Raises:
         ConfigError: If this kind is unknown, or this machine has no such device.

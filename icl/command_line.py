@@ -1,9 +1,10 @@
 """One parser for all commands: options, and for some commands also the settings of a run.
 
-A setting is written `--section.key VALUE` or `--section.key=VALUE`. A section takes a table, as W&B writes nested parameters:
-`--task={'num_tasks': 2}`. Values of settings stay text here; `icl.resolve` reads them together with those from files.
+A setting is written `--section.key VALUE` or `--section.key=VALUE`. A whole section can be given as a table, which is how W&B
+writes nested parameters: `--task={'num_tasks': 2}`. This module keeps the values of settings as text. `icl.resolve` converts
+them, together with the values from files.
 
-The parsers of `icl train` and `icl llc` are here and not beside the commands, because sweep files also contain such command lines.
+The parsers of `icl train` and `icl llc` are in this module and not beside the commands, because sweep files also contain such command lines.
 """
 
 import argparse
@@ -30,11 +31,11 @@ _SENTENCES = (
     (r"argument (\S+): invalid choice: (.+) \(choose from (.+)\)", r"`\1` must be one of \3, got \2"),
     (r"the following arguments are required: (.+)", r"give \1"),
 )
-"""Messages of argparse as patterns, each with the sentence that replaces it."""
+"""Patterns of argparse's messages, each with the sentence that replaces the message."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser with errors of one sentence, which names the nearest option or says what a value must be.
+    """A parser with short error messages, which name the nearest option or say what a value must be.
 
     Args:
         command: The command, such as `train`.
@@ -68,7 +69,7 @@ class CommandParser(argparse.ArgumentParser):
             self.register("type", kind, reader)
 
     def add(self, spelling: str, text: str, **options: Any) -> None:
-        """Add an option with its help, spelled as people write it.
+        """Add an option with its help. The option is described by the text that a user types.
 
         Args:
             spelling: `--out FILE`; `--num_prompts --n_prompts N` with an older name; `--force` for an option without a value,
@@ -116,7 +117,7 @@ class CommandParser(argparse.ArgumentParser):
         if self.help_of is None:
             return super().format_help()
         below = "defaults < preset" if self.help_of == "all" else "the run's own"
-        layers = f"later wins: {below} < --config files in their order < command line"
+        layers = f"a later source overrides an earlier one: {below} < --config files in their order < command line"
         return f"{super().format_help()}\nsettings ({layers}):\n\n{_describe_settings(self.help_of)}"
 
     def _refuse(self, word: str) -> NoReturn:
@@ -135,7 +136,10 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class _StoreOnce(argparse.Action):
-    """Store the value of an option with an older name. Refuse both names at once, because it is unclear which value counts."""
+    """Store the value of an option that also has an older name.
+
+    If both names are given, refuse them, because it is unclear which value counts.
+    """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Store the value. Refuse a second one."""
@@ -147,10 +151,10 @@ class _StoreOnce(argparse.Action):
 def split_settings(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """Split a command line into the settings of a run and all other words. If a key is given twice, the later value counts.
 
-    `--key` without a value sets a truth value to true.
+    `--key` without a value means true, if the setting is true or false.
 
     Returns:
-        The settings, flat and as text (those in a table have its types), and all other words in their order.
+        The settings by dotted key, and all other words in their order. Values are text, but values from a table keep their types.
 
     Raises:
         ConfigError: For a setting without a value, or a section without a table.
@@ -293,7 +297,7 @@ def llc_parser() -> CommandParser:
 Estimate the local learning coefficient (LLC) at saved steps of a run, each with standard error, diagnostics and verdict.
 Finished steps are stored: after an interruption, the same command continues. RUN is a folder or a run's name; without it,
 the command uses the run that `icl train` makes from the same settings. The exit status is not zero if every estimate is
-invalid, except in a sweep, where this is a result.""",
+invalid. In a sweep it is zero even then, because an invalid estimate is also a result.""",
         """icl llc runs/quickstart
         icl llc runs/quickstart --steps last --sampler.num_draws 1000
         icl llc runs/quickstart --calibrate
@@ -312,12 +316,12 @@ invalid, except in a sweep, where this is a result.""",
     add_config_option(parser)
     parser.add("--out FILE", "also write the rows to FILE (.csv or .json)")
     parser.add(
-        "--rescale C", "a control: also estimate with weights rescaled by C, which leaves the function unchanged"
+        "--rescale C", "a control: also estimate with weights rescaled by C, which does not change the model's function"
     )
     parser.add(
         "--stderr X",
-        "run each checkpoint's chains until the standard error is at most X, or for ten times the preset's `sampler.num_draws` "
-        "(or for the draws that you give)",
+        "run each checkpoint's chains until the standard error of the LLC is at most X; the chains stop at the latest after "
+        "`sampler.num_draws` draws, or after ten times the preset's number if you do not give it",
         type=_number,
     )
     parser.add(
@@ -327,8 +331,8 @@ invalid, except in a sweep, where this is a result.""",
     )
     flags = {
         "published": "use the sampler settings of Hoogland et al. 2024, and say what they measure",
-        "calibrate": "choose lr, nbeta, localization and burn-in by a search over a few checkpoints (or over --steps); it "
-        "takes some minutes on a CPU, says first how many, and continues after an interruption",
+        "calibrate": "choose lr, nbeta, localization and burn-in by a search over a few checkpoints (or over --steps); this "
+        "takes some minutes on a CPU, the command first prints how many, and after an interruption it continues",
         "self-test": "run the sampler on losses whose learning coefficient is known; takes about a minute and needs no run",
     }
     for flag, text in flags.items():

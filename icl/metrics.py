@@ -1,13 +1,13 @@
 """Metrics of predictions: losses by position, gaps to other predictors, in-context learning scores.
 
-All are pure functions of tensors (..., B, K). Leading axes are members of a population, each with its own numbers. A number
-is a mean over the B prompts and comes with its standard error, the sample deviation divided by sqrt(B). So prompts must be
-independent; positions of one prompt need not be. Squared errors are per target and never divided by D (Raventos et al. 2023
-divide by D).
+All are pure functions of tensors (..., B, K). Leading axes are members of a population, and each member gets its own results. A
+result is a mean over the B prompts and comes with its standard error, the sample standard deviation divided by sqrt(B). So prompts
+must be independent, but positions of one prompt need not be. Squared errors are per target and never divided by D (Raventos et al.
+2023 divide by D).
 
 - Loss: `position_mean` and `overall_mean` of the `squared_error` to the targets (Hoogland et al. 2024, eq. 1 and 4).
 - Gap to another predictor (delta): the same means of the squared difference of predictions (Raventos et al. 2023, eq. 4).
-- ICL score: loss(k2) - loss(k1), so negative is good. Hoogland et al. define it with the opposite sign in eq. 2, but plot it with ours.
+- ICL score: loss(k2) - loss(k1), so negative values are good. Hoogland et al. define it with the opposite sign in eq. 2, but plot it with ours.
 - Prior-task scores (Hoogland et al.): the gaps to `baselines.zero` and `baselines.task_mean`.
 
 `PositionLoss` accumulates losses over batches and processes.
@@ -55,7 +55,7 @@ def overall_mean(values: Float[Tensor, "*N B K"]) -> Estimate:
 def icl_score(errors: Float[Tensor, "*N B K"], first: int, second: int) -> Estimate:
     """Return loss(second) - loss(first), (*N,), which is negative if more examples help. Positions count from 1.
 
-    The difference is taken within each prompt, so the standard error allows for the correlation of both positions.
+    The difference is taken within each prompt, so the standard error accounts for the correlation between the two positions.
 
     Args:
         errors: Squared errors.

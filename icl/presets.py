@@ -9,7 +9,8 @@ The `sampler` of a preset is our choice, because estimates with the published on
 
 - The width of a flat direction, 1 / sqrt(localization), is small compared with the root mean square weight. So chains stay
   in the basin.
-- `nbeta` equals `localization`, so a direction counts if its curvature is above one. So the sampled loss rises only a little.
+- `nbeta` equals `localization`. So a direction counts towards the LLC if its curvature is above one, and the loss along the
+  chains rises only a little.
 - lr x nbeta x (largest curvature) is between 1 and 3; the chains are unstable above 4.
 
 We measured this for the quickstart only. For another model or task, `icl llc RUN --calibrate` finds settings, and the
@@ -38,16 +39,16 @@ from icl.config import (
 from icl.config.validation import ConfigError
 
 MEMBER_SEEDS = ("seeds.model", "seeds.data", "seeds.noise")
-"""Settings that a seed of a population sets."""
+"""Settings of a member that `population.seeds` sets."""
 MAX_SLUG = 120
-"""Longest run name that is made from settings. The end of a longer one is replaced by a hash."""
+"""Largest number of characters of a run name that is made from settings. The end of a longer name is replaced by a hash."""
 
 # The quickstart's sampler is the default `SamplerConfig`. The largest curvature is 140 at step 832 and 85 at the end, and
 # weights are about 0.2. At the last checkpoint, chains escape with nbeta = localization = 300, and lr = 1e-4 is too large.
 
 # Hoogland et al. (2024), arXiv 2402.02364, linear-regression transformer. Hyperparameters are from the authors' sweep file
-# L2H4Minf.yaml (January 2024) and their config.py: K = 8, Adam, batch 256, 500,000 steps, a triangle to 3e-3, and 100
-# log-spaced and 100 linear checkpoints. The published models add each residual twice: see `model.double_residual`.
+# L2H4Minf.yaml (January 2024) and their config.py: K = 8, Adam, batch 256, 500,000 steps, a triangular schedule with peak 3e-3,
+# and 100 log-spaced and 100 linear checkpoints. The published models add each residual twice: see `model.double_residual`.
 L2H4 = RunConfig(
     preset="L2H4",
     task=TaskConfig(num_tasks=math.inf, task_size=4, max_examples=8, noise_variance=0.125),
@@ -59,7 +60,7 @@ L2H4 = RunConfig(
     # The largest eigenvalue of the released Hessians is up to 660 (step 9,000), and 24 to 140 later. Initial weights are about
     # 0.11. With the published nbeta = 67 and localization = 6.7, chains leave the basin at every step up to 46,000.
     # At step 40,293 this lr gives an LLC of 159 ± 1.6 with an ESS of 105 from 2,384 gradients (150 draws of each chain). SGLD
-    # with lr = 3e-6 gave 158.7 ± 3.1 from 16,000.
+    # with lr = 3e-6 gave 158.7 ± 3.1 from 16,000 gradients.
     sampler=SamplerConfig(
         lr=5e-6,
         friction=0.7,
@@ -88,8 +89,8 @@ _WIDE = SamplerConfig(
 )
 
 # Raventos et al. (2023), arXiv 2306.15063, section 2 and the authors' configs/example.py: GPT-2 blocks, D = 8, K = 16,
-# sigma^2 = 0.25, a triangle to 1e-3 (the rate of their example; the paper swept it), batch 256, 500,000 steps, evaluation
-# every 1,000 steps. The paper has M from 2 to 2^20 and infinity. Here M is 2^20.
+# sigma^2 = 0.25, a triangular schedule with peak 1e-3 (from their example; in the paper they tune it), batch 256, 500,000 steps,
+# evaluation every 1,000 steps. The paper has M from 2 to 2^20 and infinity. These presets have M = 2^20.
 _GPT2 = ModelConfig(
     num_layers=8,
     num_heads=2,
@@ -118,7 +119,8 @@ RAVENTOS_SMALL = dataclasses.replace(
 )
 
 # Carroll et al. (2025), arXiv 2501.17745, sections 3.1 and 4.1: D = 8, K = 16, sigma^2 = 0.125, 2 layers, 2.65M
-# parameters, 150,000 steps, 2,203 checkpoints. The main text does not give heads, rate, schedule and batch size; they are ours.
+# parameters, 150,000 steps, 2,203 checkpoints. The main text does not give the number of heads, the learning rate, its schedule
+# or the batch size, so these are our choice.
 CARROLL = RunConfig(
     preset="carroll",
     task=TaskConfig(num_tasks=64, task_size=8, max_examples=16, noise_variance=0.125),
@@ -198,8 +200,8 @@ def run_name(config: RunConfig) -> str:
 def varying_names(configs: Sequence[RunConfig]) -> list[str]:
     """Return a name for each of several runs, made of the settings that differ among them.
 
-    A seed that sets model, data and noise alike, as `population.seeds` does, is called `seed`; the number of tasks is `M`.
-    Names are empty if nothing differs. Runs with equal settings have equal names.
+    If the seeds for model, data and noise are equal, as in a population, they appear as one setting `seed`. The number of tasks
+    appears as `M`. Names are empty if nothing differs. Runs with equal settings have equal names.
 
     Examples:
         >>> varying_names([RunConfig(task=TaskConfig(num_tasks=8)), RunConfig(task=TaskConfig(num_tasks=64))])
@@ -227,7 +229,7 @@ def sampler_name(config: RunConfig) -> str:
 
 
 def _short(key: str, keys: Iterable[str]) -> str:
-    """Return the last word of a dotted key if only one of the keys ends in it, else the whole key. Seeds stay whole."""
+    """Return the last word of a dotted key if only one of the keys ends in it, else the whole key. Keys of seeds are never shortened."""
     section, _, leaf = key.rpartition(".")
     is_unique = sum(other.rpartition(".")[2] == leaf for other in keys) == 1
     return leaf if is_unique and section != "seeds" else key

@@ -17,14 +17,14 @@ def progress_bar(
 ) -> tqdm:
     """Return tqdm's bar for `total` units of work. Call its `update` after each unit.
 
-    In a log file a live bar would be thousands of lines, so there the bar prints plain lines.
+    In a log file a live bar would take thousands of lines. So if the output is not a terminal, the bar prints plain lines.
 
     Args:
         name: Name of the work, shown before the bar.
         total: Number of units.
         unit: Name of a unit, such as `checkpoint`.
         disable: Whether to show nothing, for work of a single unit.
-        shows_rate: Whether plain lines show units per second and the time left. The first line then comes after ten seconds.
+        shows_rate: Whether plain lines show units per second and the time left. If so, the first line comes after ten seconds.
         options: Further options of tqdm.
     """
     options |= {"total": total, "desc": name, "unit": unit, "disable": disable}
@@ -55,7 +55,7 @@ def print_at_once(line: str) -> None:
 
 
 class _Lines(io.StringIO):
-    """A stream that prints what a bar writes as plain lines."""
+    """A stream that prints the output of a bar as plain lines."""
 
     def write(self, text: str) -> int:
         """Print a state of the bar, but not the spaces that erase it."""

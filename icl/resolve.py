@@ -22,7 +22,7 @@ _SET_FOR_EACH = {
     "population.seeds": ("seeds.model", "seeds.data", "seeds.noise"),
     "population.num_tasks": ("task.num_tasks",),
 }
-"""Settings that a population sets for each member, by the setting of the population."""
+"""For each setting of a population, the settings that it sets in each member."""
 
 
 def resolve(*sources: Mapping[str, Any]) -> RunConfig:
@@ -57,7 +57,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 
 def read_points(environment: Mapping[str, str] = os.environ) -> list[dict[str, Any]]:
-    """Read the settings of the sweep's points that this program runs, from the file that `$ICL_SWEEP_POINT` names.
+    """Read the settings of the sweep points that this program has to run. `$ICL_SWEEP_POINT` names their file.
 
     Returns:
         One table of settings per point. Outside a sweep, one empty table.
@@ -79,14 +79,14 @@ def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None
     for key, value in flatten(dict(swept)).items():
         if key in given and read_value(key, given[key]) != read_value(key, value):
             raise ConfigError(
-                f"`{key}` is swept (here {value!r}) and the command line sets it to {given[key]!r}; remove one of the two."
+                f"`{key}` is swept ({value!r} at this point), but the command line sets it to {given[key]!r}; remove one of the two."
             )
 
 
 def refuse_overridden(*sources: Mapping[str, Any]) -> None:
-    """Refuse a setting that a population sets for each member, if the population's own source or a later one also sets it.
+    """Refuse a setting of a member if the layer that defines the population, or a later layer, also sets it.
 
-    Earlier sources are overridden as usual. For example, a population on the command line overrides a run's config.yaml.
+    Earlier layers are overridden as usual. For example, a population on the command line overrides a run's config.yaml.
 
     Args:
         sources: Layers of settings that `resolve` has accepted.
@@ -141,7 +141,7 @@ def _suggestion(key: str, known: Mapping[str, Any]) -> str:
     section, _, leaf = key.rpartition(".")
     leaves = {
         name.rpartition(".")[2]: name for name in reversed(list(known))
-    }  # if several sections have a name, the first counts
+    }  # if several sections have a setting of this name, the first section counts
     older = modern_setting(leaf)
     if section not in SECTIONS:
         if older is not None:

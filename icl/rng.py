@@ -1,8 +1,8 @@
 """Counter-based random streams: every draw is a pure function of (seed, stream, step, index).
 
-Nothing here keeps a state or touches the global generator. A stream has a 64-bit key, a hash of its seed and name. A draw
-has a 128-bit counter (block, index, step). Philox4x32-10 maps key and counter to four random 32-bit words. So prompt 7 of
-step 1,000 has the same numbers whatever ran before, on one process or eight, alone or in a batch.
+The functions of this module keep no state and do not touch the global generator. The key of a stream is a 64-bit hash of its
+seed and name. A draw has a 128-bit counter (block, index, step). Philox4x32-10 maps key and counter to four random 32-bit
+words. So prompt 7 of step 1,000 has the same numbers whatever ran before, on one process or eight, alone or in a batch.
 
 Integers are exact on every device. Normals are computed in float64 and rounded once to float32, so devices differ at most
 in the last place.
@@ -45,7 +45,7 @@ def stream(seed: int, name: str) -> Stream:
 
 
 def together(streams: Sequence[Stream], *, device: torch.device | str = "cpu") -> Stream:
-    """Join N streams, so that one call draws from all of them. Each gives the same numbers as alone."""
+    """Join N streams, so that one call draws from all of them. Each stream gives the same numbers as if it were used alone."""
     return Stream(
         *(_device_tensor(words, torch.device(device)).view(-1, 1, 1, 1) for words in zip(*streams, strict=True))
     )
@@ -54,7 +54,7 @@ def together(streams: Sequence[Stream], *, device: torch.device | str = "cpu") -
 def philox(
     key: Stream, counter: tuple[Int64[Tensor, "..."], Int64[Tensor, "..."], Int64[Tensor, "..."], Int64[Tensor, "..."]]
 ) -> tuple[Int64[Tensor, "..."], Int64[Tensor, "..."], Int64[Tensor, "..."], Int64[Tensor, "..."]]:
-    """Apply Philox4x32-10 to four counter words. Counter words and results are in [0, 2^32), held in int64."""
+    """Apply Philox4x32-10 to four counter words. Counter words and results are in [0, 2^32), stored in int64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -72,7 +72,7 @@ def normal(
 ) -> Float[Tensor, "*N S B {size}"]:
     """Draw `size` standard normals for each step and index, in float32 on the device of `steps`.
 
-    A draw of smaller `size` is the beginning of a larger one.
+    With a smaller `size`, the draws are the first numbers of the draws with a larger `size`.
     """
     device = steps.device
     if device.type == "mps":  # it has no float64
@@ -128,5 +128,5 @@ def _words(key: Stream, steps: Tensor, indices: Tensor, *, num_blocks: int) -> t
 
 
 def _high(words: Tensor) -> Tensor:
-    """Return the upper 32 bits. On XLA devices `words >> 32` rounds negative numbers towards zero, so we do not write it."""
+    """Return the upper 32 bits. On XLA devices `words >> 32` rounds negative numbers towards zero, so we call a shift function instead."""
     return torch.bitwise_right_shift(words, 32)

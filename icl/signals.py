@@ -18,7 +18,7 @@ Handler: TypeAlias = Callable[[int, FrameType | None], object]
 def handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
     """Use these signal handlers while the body runs.
 
-    Python handles signals in the main thread only, so in another thread nothing changes. A signal that the
+    Python handles signals in the main thread only, so this function does nothing in another thread. A signal that the
     program was started to ignore, for example by `nohup`, stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():

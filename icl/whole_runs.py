@@ -31,7 +31,7 @@ from icl.runs.measure import Measurement, entry_rows
 from icl.tasks.shifts import SHIFTS, available_shifts, require_shift
 
 _SETS_KEPT = 64
-"""Evaluation sets kept in memory: those of about three runs. Runs that share sets usually follow each other."""
+"""Number of evaluation sets kept in memory, enough for about three runs. Runs that share sets usually follow each other."""
 
 
 class RunEvaluator:
@@ -55,8 +55,8 @@ class RunEvaluator:
         """Choose the evaluation that every run gets.
 
         Args:
-            num_prompts: Prompts per set; None uses each run's `evaluation.num_prompts`.
-            num_ood_prompts: Prompts of every set except the training tasks' (`pretrain`); None uses `num_prompts`.
+            num_prompts: Number of prompts per set; None uses each run's `evaluation.num_prompts`.
+            num_ood_prompts: Number of prompts per set, except for the set of training tasks (`pretrain`); None uses `num_prompts`.
             shifts: Names from `icl.tasks.shifts.SHIFTS`; None uses all that are possible for the run's D and K.
             bar: Progress bar over the checkpoints of all runs; None gives each run its own.
 
@@ -96,7 +96,7 @@ class RunEvaluator:
 
     def _shared_set(self, config: RunConfig, name: str, num_prompts: int) -> EvaluationSet:
         """Return an evaluation set, from memory if another run with the same settings has used it."""
-        # Only settings that change the set are passed on, so that runs which differ in others share it.
+        # Only settings that change the set are passed on, so that runs that differ in other settings share the set.
         task, seeds = config.task, SeedsConfig(tasks=config.seeds.tasks, evaluation=config.seeds.evaluation)
         if name in SHIFTS:  # a shift uses new tasks and no dMMSE, so neither M nor the task seed matters
             task, seeds = dataclasses.replace(task, num_tasks=math.inf), dataclasses.replace(seeds, tasks=0)
@@ -118,8 +118,8 @@ def evaluate_run(
 
     Args:
         path: A run's folder or a checkpoint file.
-        num_prompts: Prompts per set; None uses the run's `evaluation.num_prompts`.
-        num_ood_prompts: Prompts of every set except the training tasks' (`pretrain`); None uses `num_prompts`.
+        num_prompts: Number of prompts per set; None uses the run's `evaluation.num_prompts`.
+        num_ood_prompts: Number of prompts per set, except for the set of training tasks (`pretrain`); None uses `num_prompts`.
         shifts: Names from `icl.tasks.shifts.SHIFTS`; None uses all that are possible for the run's D and K.
 
     Returns:
@@ -145,7 +145,7 @@ def save_evaluation(
         path: The run or checkpoint that was evaluated.
         numbers: The first table from `evaluate_run`.
         baselines: The second table from `evaluate_run`.
-        out: Additional file to write with `write_numbers`; None writes none.
+        out: Additional file to write with `write_numbers`; None means no such file.
 
     Returns:
         The label and the path of every file written.
@@ -185,7 +185,7 @@ def headline_table(table: pd.DataFrame, *, by: str) -> pd.DataFrame:
     """Return one row per run: loss and gaps at its last step, on the training tasks and on new tasks.
 
     Args:
-        table: Numbers of several runs.
+        table: The first tables from `evaluate_run` of several runs, joined.
         by: Column that identifies the run.
     """
     last = table[table["step"] == table.groupby(by)["step"].transform("max")]
@@ -201,7 +201,7 @@ def headline_table(table: pd.DataFrame, *, by: str) -> pd.DataFrame:
 
 @dataclass(frozen=True, kw_only=True)
 class _EvaluationSettings:
-    """Settings on which the numbers of a checkpoint depend, apart from the run's own."""
+    """Settings of the evaluation on which the numbers of a checkpoint depend, in addition to the settings of the run."""
 
     num_prompts: int
     num_ood_prompts: int

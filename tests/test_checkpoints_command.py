@@ -182,7 +182,7 @@ def test_damage_without_a_store_is_told_with_the_way_to_make_all_again(trained, 
     run = RunFolder(shutil.copytree(trained, local_root() / "tiny"))
     (run.path / STEP).write_bytes((run.path / STEP).read_bytes()[:-9])
     assert main(["evaluate", "tiny"]) == 1
-    assert f"`icl checkpoints {run.path} verify` names all such files." in capsys.readouterr().err
+    assert f"`icl checkpoints {run.path} verify` lists all damaged files." in capsys.readouterr().err
     assert main(["checkpoints", "tiny", "verify"]) == 1
     told = capsys.readouterr()
     assert f"{STEP} is damaged" in told.out
@@ -347,7 +347,7 @@ def test_one_other_digit_in_the_rows_is_found(there_too, capsys):
         whole = run.metrics_file.read_bytes()
         run.metrics_file.write_bytes(another_digit(whole))
         assert main(["checkpoints", "tiny", "verify"]) == 1
-        assert f"{run.metrics_file} is damaged: its rows are not those that were saved." in capsys.readouterr().out
+        assert f"{run.metrics_file} is damaged: its rows differ from the saved rows." in capsys.readouterr().out
         run.metrics_file.write_bytes(whole)
 
 
@@ -359,7 +359,7 @@ def test_verify_finds_a_whole_checkpoint_in_a_place_that_is_not_its_own(there_to
         (moments, "it contains weights where Adam's moments", lambda: shutil.copy(weights, moments)),
         (
             weights,
-            "it is of another run than config.yaml: `seeds.model` was 0 and is now 7",
+            "it belongs to another run than config.yaml: `seeds.model` was 0 and is now 7",
             lambda: save_checkpoint(
                 there_too.checkpoints, 10, change(other.config, seeds={"model": 7}), dict(other.params)
             ),

@@ -454,7 +454,7 @@ def test_a_point_is_read_from_the_file_that_the_environment_names(tmp_path):
 
 def test_a_swept_key_set_to_another_value_is_refused():
     refuse_conflicts({"optim.lr": 0.5, "task": {"num_tasks": "inf"}}, {"optim.lr": "5e-1", "task.num_tasks": ".inf"})
-    with pytest.raises(ConfigError, match=r"`optim.lr` is swept \(here 0.5\)"):
+    with pytest.raises(ConfigError, match=r"`optim.lr` is swept \(0.5 at this point\)"):
         refuse_conflicts({"optim": {"lr": 0.5}}, {"optim.lr": "0.25"})
 
 

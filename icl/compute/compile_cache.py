@@ -1,6 +1,6 @@
 """Private cache of `torch.compile`: a folder that only the user can write to, with a digest of every file.
 
-By default torch caches libraries and pickles in a folder of predictable name below the system's temporary folder. It executes
+By default torch caches libraries and pickles in a folder with a predictable name below the system's temporary folder. It executes
 the files that it finds there, even if another user wrote them. Our folder is `icl/torch-<version>` in the user's cache ($XDG_CACHE_HOME or `~/.cache`),
 or in $TORCHINDUCTOR_CACHE_DIR if the user has set that. Only the user may write to it.
 
@@ -35,7 +35,7 @@ _CHUNK = 2**20
 _folder: Path | None = None
 """Folder that this process uses."""
 _held: Any = None
-"""Open lock file. Its shared lock tells other processes that the folder is in use."""
+"""Open lock file. Its shared lock shows other processes that the folder is in use."""
 
 
 class UnusableError(Exception):
@@ -107,7 +107,7 @@ def cache_folder() -> Path:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Open a lock file without waiting. If it is a pipe, this is an error at once, instead of a wait for a reader."""
+    """Open a lock file without waiting. If it is a pipe, raise an error at once instead of waiting for a reader."""
     return os.open(path, flags | os.O_NONBLOCK, 0o600)
 
 
@@ -123,7 +123,7 @@ def take(folder: Path) -> Any:
     """
     if not folder.is_absolute():
         raise UnusableError("there is no home folder, and XDG_CACHE_HOME is not set")
-    # One by one, because `parents=True` would ignore the mode for all but the last.
+    # Make the folders one by one, because `parents=True` would apply the mode only to the last one.
     for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
         path.mkdir(mode=0o700, exist_ok=True)
     require_private(folder)
@@ -167,13 +167,16 @@ def require_private(folder: Path) -> None:
 
 
 def damaged(folder: Path) -> list[str]:
-    """List the files that differ from their digests. A file without a digest may not be complete yet."""
+    """List the files that differ from their digests. Files without a digest are not listed, because they may be incomplete."""
     noted = _read_digests(folder)
     return [name for name in _files(folder) if name in noted and _digest(folder / name) != noted[name]]
 
 
 def _remove_damaged(folder: Path) -> None:
-    """Remove every file that has no digest or differs from it. Call it only while no other process uses the folder."""
+    """Remove every file that has no digest or differs from its digest.
+
+    Call this only while no other process uses the folder.
+    """
     noted = _read_digests(folder)
     for name in _files(folder):
         if noted.get(name) != _digest(folder / name):
@@ -198,7 +201,7 @@ def _digest(path: Path) -> str:
 
 
 def _read_digests(folder: Path) -> dict[str, str]:
-    """Read the digests. If their file is damaged there are none, and everything is compiled again."""
+    """Read the digests. If `digests.json` is damaged, return no digests, so that everything is compiled again."""
     try:
         noted = json.loads((folder / _DIGESTS).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -225,7 +228,7 @@ def _make_torch_use(folder: Path) -> None:
     from torch._inductor import codecache
     from torch._inductor.runtime import runtime_utils
 
-    # Some paths are fixed when torch is imported, or do not depend on the environment, such as those of precompiled headers.
+    # Some paths are fixed when torch is imported, or do not depend on the environment, such as the paths of precompiled headers.
     headers = folder / "precompiled_headers"
     vars(codecache).update(_HEADER_DIR=str(headers), _HEADER_LOCK_DIR=str(headers / "locks"))
     for module in (codecache, runtime_utils, sys.modules.get("torch._inductor.runtime.cache_dir_utils")):
@@ -234,7 +237,7 @@ def _make_torch_use(folder: Path) -> None:
 
 
 def _torch_default() -> Path:
-    """Return the folder that torch would choose. When torch is imported, it sets its environment variable to it."""
+    """Return the folder that torch would choose. When torch is imported, it sets TORCHINDUCTOR_CACHE_DIR to this folder."""
     from torch._inductor.runtime.runtime_utils import default_cache_dir
 
     return Path(default_cache_dir()).absolute()

@@ -1,7 +1,7 @@
 """Fast repeated calls of a function of tensors: its gradient, its compilation to one graph, and its memory.
 
 `torch.compile` compiles a function to one graph at its first call, which takes 10 to 30 seconds. Results of the eager and the
-compiled function differ by rounding. Whether to compile depends only on the amount of work ahead.
+compiled function differ by rounding. We compile if the amount of work ahead is large enough (`compiling_pays`).
 """
 
 import ctypes
@@ -20,7 +20,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Leaves = TypeVar("Leaves", Tensor, dict[str, Tensor])
 
 _COMPILING_PAYS = 1e13
-"""Compile only above this many floating-point operations. They take some minutes on a CPU, and compiling saves a third."""
+"""Compile only above this many floating-point operations. They take some minutes on a CPU, and compiling saves a third of this
+time."""
 
 
 def compiling_pays(*, num_params: int, num_tokens: int, num_steps: int) -> bool:
@@ -30,8 +31,8 @@ def compiling_pays(*, num_params: int, num_tokens: int, num_steps: int) -> bool:
 
     Args:
         num_params: Number of parameters of one member, not of the population. So a member gets the same answer as if it ran alone.
-        num_tokens: Tokens in a member's batch, 2 K B.
-        num_steps: Total number of gradients of such a batch.
+        num_tokens: Number of tokens in a member's batch, 2 K B.
+        num_steps: Total number of steps, each with one gradient on such a batch.
     """
     # Each weight takes 2 operations per token in the forward pass and 4 in the backward pass.
     return 6.0 * num_params * num_tokens * num_steps >= _COMPILING_PAYS
@@ -42,11 +43,12 @@ def grad_and_aux(total: Callable[[Leaves], tuple[Tensor, Tensor]], leaves: Leave
     if torch.compiler.is_compiling():  # the compiler cannot trace autograd; in eager mode, autograd is a tenth faster
         grads, (_, aux) = torch.func.grad_and_value(total, has_aux=True)(leaves)
         return grads, aux
-    # No threads of autograd: one may still hold a tensor when the step ends, and XLA compiles all tensors that are alive.
+    # Keep autograd from using threads. A thread may still have a tensor when the step ends, and XLA compiles the computation
+    # of every tensor that is alive.
     with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
         tensors, spec = pytree.tree_flatten(leaves)
-        # `data`, not `detach`: detached rows of one tensor share its version counter, and updates in other threads increase it.
-        # Autograd would then report that these rows were modified.
+        # We use `data` instead of `detach`. Detached rows of one tensor share a version counter, which updates in other threads
+        # increase. Autograd would then report that these rows were modified.
         tensors = [tensor.data.requires_grad_() for tensor in tensors]
         value, aux = total(pytree.tree_unflatten(tensors, spec))
         gradients = torch.autograd.grad(value, tensors, materialize_grads=True)
@@ -60,7 +62,7 @@ def one_graph(
     changed: Callable[..., Sequence[Tensor]] = lambda *inputs: (),
     options: dict[str, Any] | None = None,
 ) -> Function:
-    """Return the function compiled to one graph, on CUDA to a CUDA graph.
+    """Return the function compiled to one graph. On CUDA this is a CUDA graph.
 
     If compiling fails, a warning says so, and calls use the function itself. Results of the compiler are cached in a private
     folder of the user (`icl.compute.compile_cache`). If compiling fails with this cache, we try once more without it.
@@ -68,14 +70,14 @@ def one_graph(
     Args:
         function: Function of tensors, or trees of tensors, that returns tensors.
         work: Name of the work, for the warning.
-        changed: Function of the same inputs that returns those which `function` changes in place.
+        changed: Function of the same inputs that returns the tensors that `function` changes in place.
         options: Options of the compiler on a CPU.
     """
     use_private_cache()  # before torch chooses a folder itself
     # Imported here because it is slow and not needed elsewhere.
     from torch._dynamo import config, error_on_graph_break, exc, mark_static_address
 
-    # Not `fullgraph`: up to torch 2.13 it counts graphs in a variable that all threads share, so it fails at random.
+    # We do not use `fullgraph`. Up to torch 2.13 it counts graphs in a variable that all threads share, so it fails at random.
     graph = torch.compile(error_on_graph_break(True)(function), dynamic=False, options=options)
     replayed = torch.compile(function, fullgraph=True, dynamic=False, options=_cuda_options())
     # This warning advises to round products to ten bits, but we want float32.
@@ -117,7 +119,7 @@ def one_graph(
 
 
 def _cuda_options() -> dict[str, Any]:
-    """Return options for a CUDA graph. Its kernels are not chosen by timing, so that every start rounds in the same way."""
+    """Return options for a CUDA graph. They forbid to choose kernels by timing, so that every start rounds in the same way."""
     from torch._inductor import config
 
     options: dict[str, Any] = {"triton.cudagraphs": True, "triton.autotune_pointwise": False, "shape_padding": False}
@@ -129,8 +131,8 @@ def _cuda_options() -> dict[str, Any]:
 def keep_freed_memory() -> None:
     """Let glibc keep the memory that a step frees for the next step.
 
-    By default glibc returns it to the system and gets it again page by page. We measured that this takes up to half of a
-    step's time. Other C libraries are left as they are.
+    By default glibc returns this memory to the system and gets it again page by page. We measured that this takes up to half of a
+    step's time. With other C libraries, this function does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

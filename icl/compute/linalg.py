@@ -5,10 +5,10 @@ Lanczos with full reorthogonalisation builds an orthonormal basis Q (m, P) of th
 come from Q and the projections Q A_j Q' (m, m), which cost no further products:
 
 - Eigenvalues: the eigenvalues of Q A Q' (Ritz values), which are most accurate at both ends of the spectrum. A Ritz value
-  with residual r lies within r of an eigenvalue of A. If the next eigenvalue is farther than a gap, it lies within r^2 / gap
-  (Parlett 1998, "The symmetric eigenvalue problem", section 11.7). We take the gap from the other Ritz values, so the stated
-  error ignores eigenvalues that Lanczos has not found yet. A multiple eigenvalue is found once, until the Krylov space is
-  exhausted.
+  with residual r lies within r of an eigenvalue of A. If all other eigenvalues are farther away than a distance `gap`, this bound
+  improves to r^2 / gap (Parlett 1998, "The symmetric eigenvalue problem", section 11.7). We take the gap from the other Ritz values,
+  so the stated error ignores eigenvalues that Lanczos has not found yet. A multiple eigenvalue is found only once before the Krylov
+  space is exhausted.
 - Trace: tr(Q A Q') plus the mean of v' R A R v over probes v of random signs, with R = I - Q'Q. This is Hutch++ with a
   Krylov space as its sketch (Meyer, Musco, Musco, Woodruff 2021, "Hutch++: optimal stochastic trace estimation",
   algorithm 1; Chen and Hallman 2023, "Krylov-aware stochastic trace estimation"). It is unbiased. Only the part outside Q is
@@ -30,10 +30,10 @@ from torch import Tensor
 from icl.metrics import Estimate
 
 Products: TypeAlias = Callable[[Tensor], Tensor]
-"""Map vectors (N, P) to their products with each batch's matrix, (N, J, P)."""
+"""Function that maps vectors (N, P) to their products with each batch's matrix, (N, J, P)."""
 
 _BREAKDOWN = 100
-"""Residual, in units of rounding of the largest image, below which the Krylov space counts as exhausted."""
+"""The Krylov space counts as exhausted if the residual is at most this many rounding errors of the largest product A v so far."""
 
 
 class Krylov(NamedTuple):
@@ -62,9 +62,9 @@ class Trace(NamedTuple):
     """The estimated trace and its standard errors."""
 
     whole: Estimate
-    """Estimate whose standard error counts both the probes and the draw of the J batches."""
+    """Estimate of the trace. Its standard error includes the randomness of the probes and of the J batches."""
     probe_stderr: Float[Tensor, " N"]
-    """Standard error due to the probes alone, relative to the trace of this A."""
+    """Standard error due to the probes alone, for the trace of A with these J batches."""
 
 
 def lanczos(products: Products, start: Float[Tensor, "N P"], num_steps: int) -> Krylov:
@@ -100,9 +100,8 @@ def lanczos(products: Products, start: Float[Tensor, "N P"], num_steps: int) -> 
             new_direction = _outside(start.roll(step + 1, dims=-1), built)
             residual = torch.where(is_exhausted.unsqueeze(-1), new_direction, residual)
         vector = residual / residual.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(start.dtype).tiny)
-    lower = torch.stack(
-        columns, dim=-2
-    )  # N J m m; row s holds the products of basis vectors 0 .. s with A_j times vector s
+    # Row s has the products of basis vectors 0 .. s with A_j times basis vector s.
+    lower = torch.stack(columns, dim=-2)  # N J m m
     return Krylov(basis, lower + lower.tril(-1).mT, remainder.cpu().double())
 
 
@@ -112,7 +111,7 @@ def ritz(krylov: Krylov) -> Ritz:
     by_batch = torch.einsum("nam,njab,nbm->njm", vectors, krylov.projected, vectors)
     residuals = krylov.remainder.unsqueeze(-1) * vectors[:, -1].abs()  # N m
     distances, infinity = values.diff(dim=-1), torch.full_like(values[:, :1], torch.inf)
-    # The least distance to the next eigenvalue: a neighbouring Ritz value may be off by its own residual.
+    # Lower bounds for the distances to the next eigenvalues, because a neighbouring Ritz value may be wrong by its own residual.
     below = torch.cat((infinity, distances - residuals[:, :-1]), dim=-1)
     above = torch.cat((distances - residuals[:, 1:], infinity), dim=-1)
     gaps = torch.minimum(below, above).clamp(min=torch.finfo(torch.float64).tiny)
@@ -121,7 +120,7 @@ def ritz(krylov: Krylov) -> Ritz:
 
 
 def trace(products: Products, krylov: Krylov, probes: Iterable[Float[Tensor, "N P"]]) -> Trace:
-    """Estimate the trace: exact within the Krylov space, by random signs outside it.
+    """Estimate the trace. The part within the Krylov space is exact, and the part outside is estimated with random signs.
 
     Args:
         products: Products with A.

@@ -1,4 +1,4 @@
-"""Memory of a device and of some work, and refusal of work that cannot fit."""
+"""Measure the memory of a device and of a computation, and refuse a computation that does not fit."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ def require_memory(sizes: Mapping[str, int], device: torch.device | str = "cpu")
     """Refuse work that needs more memory than is free. Otherwise the system could kill the process without a message.
 
     Args:
-        sizes: Least number of bytes for each part, by its name in the message.
+        sizes: Minimum number of bytes of each part, by the part's name in the message.
         device: Device of the parts. Only CPUs and CUDA devices are checked.
 
     Raises:
@@ -43,14 +43,14 @@ def require_memory(sizes: Mapping[str, int], device: torch.device | str = "cpu")
 
 
 def device_bytes(device: torch.device | str) -> int:
-    """Return the memory of a GPU in bytes, or the memory of the machine that this process can still get."""
+    """Return the total memory of a GPU in bytes. For a CPU, return the memory that this process can still allocate."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return min([_available_bytes(), *_group_bytes()])
 
 
 def bytes_made_by(work: Callable[[], object]) -> int:
-    """Do some work, and return the bytes of all tensors that it makes; views of one storage count once."""
+    """Do some work, and return the number of bytes of all tensors that it makes. Views of one storage count once."""
     with _Allocations() as allocations:
         work()
     return sum(allocations.sizes.values())
@@ -107,14 +107,14 @@ def _free_group_bytes(folder: Path, limit: str, used: str) -> list[int]:
     try:
         limit_bytes, used_bytes = int((folder / limit).read_text()), int((folder / used).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # a group without a limit says `max`
+    except (OSError, ValueError):  # without a limit, the file contains the word `max`
         return []
     cached_bytes = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))  # the system can drop these
     return [max(0, limit_bytes - used_bytes + cached_bytes)]
 
 
 def _in_units(size: int) -> str:
-    """Format a number of bytes in the largest unit of which there is at least one."""
+    """Format a number of bytes in the largest unit in which the number is at least 1."""
     for unit, power in (("EiB", 60), ("TiB", 40), ("GiB", 30)):
         if size >= 2**power:
             return f"{size >> power:,} {unit}" if size >= 10 * 2**power else f"{size / 2**power:.1f} {unit}"

@@ -1,7 +1,8 @@
 """One optimiser step of a population, written as one function of tensors so that it compiles to one graph.
 
 A step computes each member's loss (mean squared error per target) and its gradient, and clips the gradient by its norm.
-Then it moves the member by Adam (Kingma and Ba 2015, algorithm 1, as in `torch.optim.Adam`), in place:
+Then it updates the member's parameters p in place with Adam (Kingma and Ba 2015, algorithm 1, as in `torch.optim.Adam`). With the
+clipped gradient g, the moments m and v, their decays b1 and b2, and the number t of updates, this one included:
 
     m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   p <- p - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
@@ -70,13 +71,13 @@ def make_step(
     packed: bool = False,
     reduce: Callable[[Tensor], None] | None = None,
 ) -> Step:
-    """Make the step of a population of one architecture.
+    """Return the function that computes one step of a population.
 
     On a GPU all members are updated together. On a CPU the data of one member already fill a core's caches, so members are
-    updated one by one. Eager members take turns, and each uses all cores. So their numbers equal those of a population of one,
-    bit for bit. Compiled members of a packed population are updated in parallel, each on one core. This is faster, and a few sums round
-    differently. (Only biases of keys then drift apart. No prediction depends on them, so their gradients are nothing but
-    rounding errors, which Adam scales up to steps of ordinary size.)
+    updated separately. In eager mode, one member is updated after the other, and each update uses all cores. So a member's numbers
+    equal those of a population of one, bit for bit. In compiled mode, the members of a packed population are updated in parallel,
+    each on one core. This is faster, but a few sums round differently. (Only the biases of keys then differ by more than rounding.
+    No prediction depends on them, so their gradients are only rounding errors, which Adam scales up to steps of ordinary size.)
 
     Args:
         model: The architecture.
@@ -84,8 +85,8 @@ def make_step(
         layout: The order of a member's parameters in its row.
         compiled: Whether to compile the step at its first call, which takes 10 to 30 seconds. If that fails, a warning
             says so and the step stays eager.
-        packed: Whether the population began with several members. It must not change when only one of them is left,
-            because numbers depend on it.
+        packed: Whether the population began with several members. This must not change when only one member is left,
+            because the numbers depend on it.
         reduce: Function that replaces a tensor by its mean over the processes that share a batch. With it the step
             stays eager.
     """
@@ -126,7 +127,7 @@ def losses_and_grads(
 
     def total(rows: Tensor) -> tuple[Tensor, Tensor]:
         losses = (apply(model, layout.to_params(rows), xs, ys) - ys).square().mean(dim=(1, 2))  # N
-        return losses.sum(), losses  # each row occurs in one loss only, so the sum's gradient is that of its own loss
+        return losses.sum(), losses  # a row affects only its own loss, so the gradient of the sum is that of its loss
 
     grads, losses = grad_and_aux(total, rows)
     return losses, grads
@@ -139,7 +140,7 @@ def update(
     rates: Float[Tensor, " N"],
     optim: OptimConfig,
 ) -> Float[Tensor, " N"]:
-    """Clip each member's gradient by its own norm and move the member by Adam, in place.
+    """Clip each member's gradient by its own norm and update the member with Adam, in place.
 
     Returns:
         The norms before clipping.

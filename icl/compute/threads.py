@@ -1,6 +1,6 @@
 """Run one function on many inputs in parallel, on a CPU's cores.
 
-The matrix products of these models are so small that two cores compute one of them hardly faster than one core does.
+The matrix products of these models are so small that two cores are hardly faster than one core at computing a product.
 It is faster to give each core whole calls of a function: the cores then wait for each other once, at the end, and not
 after every operation. Python threads suffice for this. PyTorch's operations and autograd release Python's global
 interpreter lock (GIL), and so do graphs that were compiled with `RELEASE_GIL`.
@@ -25,12 +25,12 @@ def in_parallel(
 ) -> Callable[[Sequence[tuple[Any, ...]]], list[Result]]:
     """Return a function that applies `function` to many tuples of arguments in parallel, preserving order.
 
-    No gradients are recorded. Autocast (mixed precision) is as in the calling thread.
+    No gradients are recorded. Autocast (mixed precision) has the settings of the calling thread.
 
     Args:
         function: Function to apply. It must not change data that other calls read. Its first call runs alone, because it may
             compile (Ctrl-C then waits for the compiler).
-        threads_each: PyTorch threads of each call. With 1, results do not depend on the number of cores. By default the
+        threads_each: Number of PyTorch threads of each call. With 1, results do not depend on the number of cores. By default the
             calls share the threads that PyTorch has.
     """
     has_run = False
@@ -75,7 +75,7 @@ def _workers(num_workers: int, threads_per_worker: int) -> ThreadPoolExecutor:
         torch.set_num_threads(threads_per_worker)
 
     workers = ThreadPoolExecutor(num_workers, thread_name_prefix="icl-worker", initializer=initialise)
-    # The executor starts a thread only when all others are busy. Waiting for each other makes it start them all now.
+    # The executor starts a thread only when all other threads are busy. So we let the threads wait until all have started.
     list(workers.map(lambda _: all_started.wait(), range(num_workers)))
     # `set_num_threads` in a worker also changed the default of threads that start later. Set it back.
     torch.set_num_threads(callers_threads)

@@ -95,4 +95,6 @@ def modern_setting(key: str) -> str | None:
     name = key.rpartition(".")[2].lower().replace("-", "_")
     if name not in OLDER_SETTINGS:
         return None
-    return f"Here it is `{OLDER_SETTINGS[name]}`." if OLDER_SETTINGS[name] else "It is not needed here; leave it out."
+    return (
+        f"In `icl` it is `{OLDER_SETTINGS[name]}`." if OLDER_SETTINGS[name] else "`icl` does not need it; leave it out."
+    )

@@ -1,7 +1,7 @@
 """Steps at which checkpoints are saved, and the learning rate as a function of the step.
 
-Step s means "after s updates", so step 0 is the initial model. A grid of steps is sorted and distinct; it begins with step 0
-and ends with the last step. Grid points are rounded down, as in the code of Hoogland et al. (2024) and in Carroll et al.
+Step s means "after s updates", so step 0 is the initial model. A grid of steps is sorted without duplicates. It begins with
+step 0 and ends with the last step. Grid points are rounded down, as in the code of Hoogland et al. (2024) and in Carroll et al.
 (2025), appendix A, so we get their grids: 190 of 500,000 steps (100 log-spaced, 100 linear) and 2,203 of 150,000 steps.
 Hoogland et al. count steps from zero and save after the update. Their step t is our t + 1; their log grid ends at 499,999.
 """

@@ -20,7 +20,7 @@ class TaskConfig:
     task_size: int = 2
     """Input dimension D."""
     max_examples: int = 8
-    """Examples per prompt K. The model reads 2K - 1 tokens x1, y1, ..., xK."""
+    """Number K of examples per prompt. The model reads 2K - 1 tokens x1, y1, ..., xK."""
     noise_variance: float = 0.25
     """Noise variance sigma^2 of the targets (a variance, not a deviation)."""
 
@@ -40,9 +40,9 @@ class ModelConfig:
     """Decoder-only transformer over vector tokens, defined in `icl/model/transformer.py`."""
 
     num_layers: int = 2
-    """Number of blocks L, each with attention and MLP."""
+    """Number L of blocks, each with attention and MLP."""
     num_heads: int = 4
-    """Attention heads H per block; H must divide `embed_size`."""
+    """Number H of attention heads per block; H must divide `embed_size`."""
     embed_size: int = 32
     """Width C of the residual stream."""
     mlp_size: int = 64
@@ -64,9 +64,10 @@ class ModelConfig:
     output: Literal["scalar", "token"] = "token"
     """Output of the model: one number (`scalar`), or D + 1 numbers (`token`) with the prediction in coordinate 0."""
     init: Literal["pytorch", "gpt2"] = "pytorch"
-    """Initial weights: nn.Linear's uniform (`pytorch`), or N(0, 0.02^2) with scaled residual projections (`gpt2`)."""
+    """Distribution of the initial weights: nn.Linear's uniform distribution (`pytorch`), or N(0, 0.02^2) with scaled residual
+    projections (`gpt2`)."""
     double_residual: bool = False
-    """Whether each block's input is added twice, as in the code of Hoogland et al. Needed only to match their numbers."""
+    """Whether each block's input is added twice, as in the code of Hoogland et al. This is needed only to match their numbers."""
 
     def __post_init__(self) -> None:
         validate("model", self, counts={"num_layers": 1, "num_heads": 1, "embed_size": 1, "mlp_size": 1}, numbers={})
@@ -86,9 +87,10 @@ class OptimConfig:
     """Schedule of the rate: `constant`, `warmup` (linear rise, then constant) or `triangle` (linear rise, then linear fall). The
     last update of a triangle has rate zero, so a triangle needs at least 2 steps."""
     warmup_steps: int | None = None
-    """Steps of the linear rise. By default none for `constant`, and half of `schedule_steps` for `triangle`."""
+    """Number of steps of the linear rise. By default none for `constant`, and half of `schedule_steps` for `triangle`."""
     schedule_steps: int | None = None
-    """Length of the schedule in steps. By default `trainer.max_steps`. To stop earlier on the same schedule, set it to the full length."""
+    """Length of the schedule in steps. By default `trainer.max_steps`. To stop training before the end of a schedule, set this to the
+    schedule's full length."""
     grad_clip: float | None = None
     """Largest gradient norm, for each member of a population separately. By default gradients are not clipped."""
     beta1: float = 0.9
@@ -126,15 +128,15 @@ class TrainerConfig:
     max_steps: int = 5000
     """Number of optimiser steps. Step s means after s updates, so step 0 is the initial model."""
     batch_size: int = 128
-    """Prompts per step, over all devices together."""
+    """Number of prompts per step, over all devices together."""
     log_every: int = 100
-    """Steps between rows of `metrics.csv`. The `train/loss` of a row is the mean since the previous row."""
+    """Number of steps between rows of `metrics.csv`. The `train/loss` of a row is the mean since the previous row."""
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "tpu", "mps"] = "auto"
     """Kind of device; `auto` uses $DEVICE, or else the best device of this machine."""
     devices: int = 1
-    """Devices per machine."""
+    """Number of devices per machine."""
     num_nodes: int = 1
-    """Machines that train this run together."""
+    """Number of machines that train this run together."""
     strategy: str = "auto"
     """Lightning's strategy, such as `ddp` for several processes."""
     precision: str = "32-true"
@@ -162,9 +164,9 @@ class EvaluationConfig:
     """Evaluation during training, on fixed prompts."""
 
     every: int | None = 500
-    """Steps between evaluations; None means no evaluation during training."""
+    """Number of steps between evaluations; None means no evaluation during training."""
     num_prompts: int = 2048
-    """Prompts in each evaluation set (`pretrain` and `true`)."""
+    """Number of prompts in each evaluation set (`pretrain` and `true`)."""
 
     def __post_init__(self) -> None:
         validate("evaluation", self, counts={"every": 1, "num_prompts": 2}, numbers={})
@@ -177,7 +179,7 @@ class EarlyStoppingConfig:
     monitor: str = "eval/pretrain/loss"
     """Metric that must keep falling: an `eval/...` column of `metrics.csv`."""
     patience: int | None = None
-    """Evaluations (not steps) without improvement before training stops; None means never."""
+    """Number of evaluations (not steps) without improvement after which training stops; None means that it never stops early."""
     min_delta: float = 0.0
     """Smallest decrease that counts as improvement."""
 
@@ -192,16 +194,17 @@ class CheckpointsConfig:
     every: int | None = None
     """Spacing of a grid of equally spaced steps. By default there is no such grid."""
     num_log: int = 20
-    """Number of points of a log-spaced grid from 1 to `max_steps` (fewer after rounding)."""
+    """Number of points of a log-spaced grid from 1 to `max_steps`. Points that are equal after rounding are saved once."""
     num_linear: int = 10
     """Number of points of a linear grid from 0 to `max_steps`."""
     moments: bool = False
-    """Whether to save Adam's two moments at these steps too, in `checkpoints/moments/`; triples the space needed."""
+    """Whether to save Adam's two moments at these steps too, in `checkpoints/moments/`. Checkpoints then need three times the
+    disk space."""
     resume_seconds: float = 20.0
     """Seconds between saves of `last.ckpt`, the file from which an interrupted run resumes."""
     store: str | None = None
-    """Second store for a copy of the run, a folder or a URL such as s3://bucket/prefix. By default s3://$AWS_BUCKET_NAME if
-    that is set, else none."""
+    """Second place where a copy of the run is stored: a folder, or a URL such as s3://bucket/prefix. By default
+    s3://$AWS_BUCKET_NAME if that variable is set, else none."""
 
     def __post_init__(self) -> None:
         counts = {"every": 1, "num_log": 0, "num_linear": 0}
@@ -212,7 +215,7 @@ class CheckpointsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedsConfig:
-    """Seeds, one for each source of randomness. Changing one seed does not change the draws of the others."""
+    """Seeds, one for each source of randomness. Changing one seed does not change the draws of the other sources."""
 
     model: int = 0
     """Seed for the initial weights."""

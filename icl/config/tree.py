@@ -58,13 +58,13 @@ class ChainsConfig:
     num_samples: int | None = None
     """Sample size n; None if it is not known."""
     batch_size: int | None = None
-    """Size of a minibatch; None if the source of the minibatches decides it."""
+    """Size of a minibatch; None if the source of the minibatches determines it."""
     num_chains: int = 4
     """Number of independent chains for each checkpoint."""
     num_draws: int = 100
     """Number of draws of each chain. Averages are taken over them."""
     num_burnin_steps: int = 150
-    """Moves of each chain before its first draw. Averages leave them out."""
+    """Number of moves (steps) of each chain before its first draw. Averages do not include them."""
     seed: int = 0
     """Seed for the chains' noise and minibatches."""
     kernel: Kernel = "sgld"
@@ -74,7 +74,7 @@ class ChainsConfig:
     target_stderr: float | None = None
     """Standard error of the LLC at which the chains of a checkpoint stop. Then `num_draws` is the largest number of draws."""
     thinning: int = 1
-    """Moves from one draw to the next."""
+    """Number of moves from one draw to the next."""
     num_init_batches: int = 32
     """Number of minibatches over which the checkpoint's own loss L(w0) is averaged."""
 
@@ -83,7 +83,7 @@ class ChainsConfig:
 
     @property
     def inverse_temperature(self) -> float:
-        """The value of `nbeta`, or n / ln n if it is None. All code takes the temperature from here."""
+        """The value of `nbeta`, or n / ln n if it is None. All code takes the inverse temperature from this property."""
         if self.nbeta is not None:
             return self.nbeta
         assert self.num_samples is not None
@@ -96,7 +96,7 @@ class ChainsConfig:
 
     @property
     def num_moves(self) -> int:
-        """Number of gradients that a chain computes, without those for diagnostics."""
+        """Number of gradients that a chain computes, without the gradients for diagnostics."""
         return self.num_burnin_steps + (self.num_draws - 1) * self.thinning + 1
 
     def __post_init__(self) -> None:
@@ -129,22 +129,24 @@ class SamplerConfig(ChainsConfig):
     kernel: Kernel = "baoab"
     """Markov kernel: `baoab` (underdamped Langevin dynamics), `sgld`, or SGLD preconditioned by RMSprop (`rmsprop`)."""
     num_samples: int = 2**15
-    """Sample size n: the number of prompts in the `fixed` set, and the n of n / ln n. With the kernel `baoab` the set is a
-    pool of num_samples / batch_size minibatches for its control variates."""
+    """Sample size n: the number of prompts in the `fixed` set, and the n of n / ln n. The kernel `baoab` uses control variates,
+    for which the set is divided into num_samples / batch_size minibatches."""
     num_draws: int = 180
     """Number of draws of each chain. Averages are taken over them."""
     num_burnin_steps: int = 60
-    """Moves of each chain before its first draw. Averages leave them out."""
+    """Number of moves (steps) of each chain before its first draw. Averages do not include them."""
     num_init_batches: int = 256
     """Number of minibatches over which the checkpoint's own loss L(w0) is averaged."""
     batch_size: int = 256
-    """Prompts in each chain's minibatch."""
+    """Number of prompts in each chain's minibatch."""
     minibatches: Literal["fixed", "fresh"] = "fixed"
-    """Minibatches of one set of `num_samples` prompts (`fixed`), or of new prompts every time (`fresh`)."""
+    """Source of the minibatches: one set of `num_samples` prompts (`fixed`), or new prompts every time (`fresh`)."""
     loss: Literal["mse", "subsequence"] = "mse"
-    """Squared error per target over all positions (`mse`), or over the first K', with K' uniform on 1..K (`subsequence`)."""
+    """Loss: the mean squared error per target over all positions (`mse`), or over the first K' positions, with K' uniform on
+    1..K (`subsequence`)."""
     steps: str = "all"
-    """Saved steps to estimate at: `all`, `last`, a list such as 1,2,3, or a range 0:1000:100, which includes its end."""
+    """Saved steps at which the LLC is estimated: `all`, `last`, a list such as 1,2,3, or a range 0:1000:100, which includes its
+    end."""
     memory: float | None = None
     """GiB of memory for the chains that run at the same time. By default 2, or on CUDA half of the free memory."""
 
@@ -201,7 +203,7 @@ class RunConfig:
         require(
             self.optim.schedule != "triangle" or self.trainer.max_steps <= steps,
             f"`trainer.max_steps` ({self.trainer.max_steps}) must not exceed `optim.schedule_steps` ({steps}), because the "
-            "learning rate is zero after it.",
+            "learning rate is zero after the end of the schedule.",
         )
         warmup = self.optim.warmup_steps
         require(
@@ -218,7 +220,8 @@ class RunConfig:
     def members(self) -> list["RunConfig"]:
         """Return the configurations of the population's runs. Each equals the configuration of that run trained alone.
 
-        A run without a population is its own only member. If the population has a `run_name`, its runs are in that folder.
+        Without a population, the only member is the run itself. If the population has a `run_name`, its runs are subfolders of
+        that folder.
         """
         if not self.population:
             return [self]
@@ -276,7 +279,7 @@ class RunConfig:
 
 
 def _with_usable_steps(sampler: dict[str, Any]) -> dict[str, Any]:
-    """Return sampler settings in which unusable `steps` are replaced by `all`. Version 0.1.0 accepted any text there."""
+    """Return sampler settings in which unusable `steps` are replaced by `all`. Version 0.1.0 accepted any text as `steps`."""
     try:
         require_steps(sampler.get("steps", "all"))
     except ConfigError:

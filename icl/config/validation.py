@@ -60,7 +60,9 @@ def plain_number(value: Any) -> Any:
 
 
 def whole(name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> int:
-    """Convert a whole number from `minimum` to `maximum` to an int. It may be NumPy's, or a tensor or array without axes.
+    """Convert a whole number to an int, and check that it is between `minimum` and `maximum`.
+
+    It may be a NumPy number, or a tensor or array without axes.
 
     Raises:
         ConfigError: If the value is anything else. Truth values, and floats such as 4.0, are refused too.
@@ -72,7 +74,7 @@ def whole(name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> int:
 
 
 def real(name: str, value: Any, bound: Bound, *, repair: str = "") -> float:
-    """Convert a finite number to a float. It may be NumPy's, or a tensor or array without axes.
+    """Convert a finite number to a float. It may be a NumPy number, or a tensor or array without axes.
 
     Raises:
         ConfigError: If the value is anything else, or not within `bound`. `repair` is added to the message.
@@ -104,8 +106,8 @@ def require_number(name: str, value: Any, bound: Bound, *, repair: str = "") -> 
 def validate(section: str, settings: Any, *, counts: Mapping[str, int], numbers: Mapping[str, Bound]) -> None:
     """Validate the fields of a frozen dataclass of settings by their types and bounds.
 
-    Numbers of NumPy and torch are first replaced by Python's, which can be saved and compared. A field whose type allows
-    None may be None.
+    Numbers of NumPy and torch are first replaced by Python numbers, which can be saved and compared. A field whose type
+    allows None may be None.
 
     Args:
         section: Name of the section, for error messages; empty for settings outside the tree.
@@ -226,7 +228,7 @@ def has_type(value: Any, kind: Any) -> bool:
 
 
 def typed_record(kind: type[Record], tree: Any) -> Record | None:
-    """Build a dataclass of plain values from a table of its fields. Return None if a field is unknown or of another type."""
+    """Build a dataclass of plain values from a table of its fields. Return None if a field is unknown or has the wrong type."""
     try:
         record = kind(**tree)
     except TypeError:
@@ -241,14 +243,14 @@ def is_count(value: Any) -> TypeGuard[int]:
 
 
 def require_store(url: Any, name: str = "checkpoints.store") -> None:
-    """Refuse a value that is not a store's URL or folder. Also refuse credentials, because they would be saved with the run."""
+    """Refuse a value that is not a store's URL or folder. Also refuse credentials in it, because they would be saved with the run."""
     text = url if isinstance(url, str) else ""
     scheme, _, path = text.partition("://") if "://" in text else ("file", "", text)
     require(
         "@" not in path,
         f"`{name}` must not contain credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead.",
     )
-    # `s3:bucket` would otherwise be a folder named `s3:bucket`.
+    # Without this check, `s3:bucket` would be accepted as a folder of that name.
     is_slip = re.match(r"(file|s3|https?|gs|hf):(?!//)", text, re.IGNORECASE) is not None
     require(
         bool(path.strip("/")) and not is_slip and scheme.lower() in STORE_SCHEMES,

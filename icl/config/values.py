@@ -106,7 +106,7 @@ def parse_scalar(text: str) -> Any:
 
 
 def read_table(text: str) -> dict[Any, Any] | None:
-    """Return the table of settings that a word spells as JSON, as Python or as YAML, or None if it spells none."""
+    """Parse a word as a table of settings in JSON, Python or YAML. Return None if it is not a table."""
     if not text.strip().startswith("{"):
         return None
     readers: tuple[Callable[[str], Any], ...] = (parse_json, _python_literal, parse_yaml)
@@ -187,5 +187,5 @@ def _python_literal(text: str) -> Any:
         if isinstance(node, ast.Constant) and isinstance(node.value, float):
             written = ast.get_source_segment(text, node) or ""
             if is_beyond_floats(written, node.value):
-                raise ValueError(f"a float cannot hold {written}")
+                raise ValueError(f"a float cannot represent {written}")
     return ast.literal_eval(_NumberNames().visit(tree))

@@ -1,7 +1,7 @@
-"""Arrays in files, in NumPy's format. Reading never unpickles, and never allocates more memory than the file justifies.
+"""Arrays in files, in NumPy's format. Reading never unpickles objects, and never trusts the size that a file's header claims.
 
-The header of a damaged file can claim a terabyte. So each claimed size is compared with the file's before memory is allocated.
-Callers that find a file damaged compute its content again.
+The header of a damaged file can claim a terabyte. So each claimed size is compared with the file's size before memory is
+allocated. If a file is damaged, the caller computes its content again.
 """
 
 import hashlib
@@ -18,7 +18,8 @@ from icl.files.reading import ContentError, parse_json
 from icl.files.writing import write_atomically
 
 _MAX_GROWTH = 2**26
-"""Bytes to which the arrays of an archive may decompress, beyond four times its size. Ours have about a million."""
+"""The arrays of an archive may decompress to this number of bytes plus four times the archive's size. Archives that `icl` wrote
+have about a million bytes."""
 _MAX_ARRAYS = 1000
 
 

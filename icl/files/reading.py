@@ -2,8 +2,8 @@
 
 Python's parsers raise a dozen kinds of errors for damaged or hostile text. They accept a repeated key, and return values that
 cause failures later: nesting that exhausts the stack, aliases that expand to gigabytes, infinities for numbers too large for a
-float, and dates. Here each of these raises one error, `ContentError`. Its message completes a sentence such as "status.json
-cannot be used: ...". YAML also reads clock times as numbers, so that 1:30 is 90. Here they are text.
+float, and dates. This module raises the same error, `ContentError`, in all these cases. Its message completes a sentence such as
+"status.json cannot be used: ...". PyYAML also reads clock times as numbers, so that 1:30 becomes 90. This module reads them as text.
 """
 
 import datetime
@@ -21,15 +21,15 @@ import yaml
 from icl.config.validation import UserError
 
 MAX_DEPTH = 50
-"""Largest number of levels of nesting. Our own files have at most six."""
+"""Largest number of levels of nesting. Files that `icl` writes have at most six."""
 MAX_BITS = 1000
 """Largest number of bits of a whole number. Numbers of more than 1024 bits do not fit into a float."""
 MAX_SMALL_FILE = 2**20
-"""Largest number of bytes of a file that describes a run or a point of a sweep. Ours have a few thousand."""
+"""Largest number of bytes of a file that describes a run or a point of a sweep. Files that `icl` writes have a few thousand."""
 MAX_YAML = 2**18
-"""Largest number of bytes of a YAML file. PyYAML needs a few seconds for this many."""
+"""Largest number of bytes of a YAML file. PyYAML needs a few seconds to read a file of this size."""
 MAX_TABLE = 2**29
-"""Largest number of bytes of a table. The table of 190 checkpoints has about 30 million."""
+"""Largest number of bytes of a table's file. The table for 190 checkpoints has about 30 million bytes."""
 _MAX_YAML_VALUES = 2**18
 _MAX_DIGITS = 300
 _TYPES: dict[type, str] = {
@@ -47,7 +47,7 @@ class ContentError(UserError, ValueError):
 
 
 def read_bytes(path: Path, *, limit: int | None = MAX_SMALL_FILE) -> bytes:
-    """Return the bytes of a regular file. It may have at most `limit` bytes, or any number if that is None.
+    """Return the bytes of a regular file. It may have at most `limit` bytes, or any number if `limit` is None.
 
     Raises:
         ContentError: If it is larger, or is not a regular file. Reading a pipe might never end.
@@ -59,7 +59,7 @@ def read_bytes(path: Path, *, limit: int | None = MAX_SMALL_FILE) -> bytes:
             raise ContentError("it is not a regular file")
         if limit is not None and about.st_size > limit:
             raise ContentError(f"it has {about.st_size:,} bytes, and at most {limit:,} are read")
-        # `read` allocates as many bytes as it is asked for. A little more than the file's size a moment ago is enough.
+        # `read` allocates as many bytes as it is asked for, so we ask for only a little more than the file's size.
         return file.read() if limit is None else file.read(min(limit, about.st_size + 2**16))
 
 
@@ -87,10 +87,10 @@ def parse_json(data: bytes | str, *, limit: int | None = None) -> Any:
 
 
 def parse_yaml(data: bytes | str) -> Any:
-    """Return the content of a YAML text. Only plain types are made, never objects of a class that the text names.
+    """Return the content of a YAML text. It has plain types only, and never objects of a class that the text names.
 
     Raises:
-        ContentError: If it is not YAML, repeats a key, is too long, is nested too deep, or its aliases expand to too much.
+        ContentError: If it is not YAML, repeats a key, is too long, is nested too deep, or its aliases expand to too many values.
     """
     if len(data) > MAX_YAML:
         raise ContentError(f"it has {len(data):,} bytes, and at most {MAX_YAML:,} are read")
@@ -100,7 +100,7 @@ def parse_yaml(data: bytes | str) -> Any:
         raise
     except RecursionError:
         raise ContentError(f"it is nested more than {MAX_DEPTH} levels deep") from None
-    except Exception as error:  # odd scalars, such as a month 13, make PyYAML raise many kinds
+    except Exception as error:  # odd scalars, such as a month 13, make PyYAML raise many kinds of errors
         raise ContentError(f"it is not valid YAML ({_in_one_line(error)})") from None
     _require_bounded(tree, _MAX_YAML_VALUES)
     return tree
@@ -115,7 +115,7 @@ def is_table(rows: Any) -> bool:
 
 
 def is_beyond_floats(text: str, number: float) -> bool:
-    """Return whether a text, such as 1e400 or 1e-400, was read as infinite or zero only because a float cannot hold its number."""
+    """Return whether a text, such as 1e400 or 1e-400, was read as infinite or zero only because a float cannot represent its number."""
     mantissa = re.split("[eE]", text)[0]
     return bool(re.search(r"[1-9]", mantissa)) and (math.isinf(number) or number == 0)
 
@@ -142,14 +142,15 @@ def _without_clock(tag: str, pattern: re.Pattern[str]) -> re.Pattern[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, with changes for repeated keys, numbers that a float cannot hold, and clock times.
+    """PyYAML's safe loader, with changes for repeated keys, numbers that a float cannot represent, and clock times.
 
-    It refuses repeated keys, of which PyYAML drops the first. It refuses numbers beyond the range of a float, which PyYAML
-    makes infinite or zero. It reads 1:30 as text, which PyYAML reads as 90.
+    - PyYAML keeps only the last value of a repeated key. This loader refuses repeated keys.
+    - PyYAML makes numbers beyond the range of a float infinite or zero. This loader refuses them.
+    - PyYAML reads 1:30 as 90. This loader reads it as text.
     """
 
     def construct_yaml_float(self, node: Any) -> float:
-        """Return a number, or refuse one that a float cannot hold."""
+        """Return a number, or refuse one that a float cannot represent."""
         number: float = super().construct_yaml_float(node)
         if is_beyond_floats(node.value, number):
             raise ContentError(
@@ -202,7 +203,7 @@ def _real_number(digits: str) -> float:
 def _require_bounded(tree: Any, limit: int | None) -> None:
     """Refuse deep nesting, large numbers, broken text and too many values, which would cause failures later.
 
-    The walk keeps its own stack of iterators, so deep nesting cannot exhaust Python's stack. Each alias of a value counts.
+    The walk keeps its own stack of iterators, so deep nesting cannot exhaust Python's stack. A value counts again for each of its aliases.
     """
     stack: list[Iterator[Any]] = [iter((tree,))]
     count = 0
@@ -231,7 +232,7 @@ _END = object()
 
 
 def _where(tree: Any, target: Any) -> str:
-    """Return " in `key`" with the dotted key of a value, for the end of a phrase. Empty if the value has no key."""
+    """Return a phrase such as " in `section.key`" that says where a value is, for a message. Empty if the value has no key."""
     stack: list[tuple[tuple[str, ...], Any]] = [((), tree)]
     for _ in range(_MAX_YAML_VALUES):
         if not stack:

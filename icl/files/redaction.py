@@ -1,10 +1,10 @@
-"""Removal of secrets from text. What `icl` writes or prints passes through here if it may contain a URL or a command line."""
+"""Removal of secrets from text. `icl` uses it for all text that may contain a URL or a command line, before printing or saving it."""
 
 import os
 import re
 from collections.abc import Iterator, Mapping
 
-_SCHEME = r"[A-Za-z][\w+.-]{0,30}://"  # bounded, because otherwise the time grows with the square of a word's length
+_SCHEME = r"[A-Za-z][\w+.-]{0,30}://"  # bounded length, because otherwise the search time grows with the square of a word's length
 _CREDENTIALS = re.compile(rf"({_SCHEME})\S*@")
 _SECRET_NAME = r"(?:\w*_)?(?:SECRET|SECRET_KEY|SECRET_ACCESS_KEY|TOKEN|PASSWORD|API_KEY)"
 _SECRETS = re.compile(_SECRET_NAME)
@@ -15,7 +15,9 @@ _LEAST = 6
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return a text without the credentials in its URLs and the values of secret variables, set in the environment or the text.
+    """Return a text without the credentials in its URLs and without the values of secret variables.
+
+    These are variables in the environment, and variables that the text itself sets.
 
     Examples:
         >>> redact("no answer from https://me:word@host:9000/bucket")

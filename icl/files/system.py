@@ -148,7 +148,7 @@ def _missing(folder: Path) -> dict[str, str]:
                 missing["flushing to disk"] = "a power cut may undo the last save"
         if not _works(lambda: second.hardlink_to(first)):
             missing["hard links"] = "a power cut while a run claims its name in a store may make that name unusable"
-    except OSError:  # nothing can be written here, which the next write will report
+    except OSError:  # nothing can be written to this folder, which the next write will report
         pass
     finally:
         for path in (first, second):

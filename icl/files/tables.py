@@ -1,7 +1,7 @@
 """Tables that `icl` wrote and reads again (`metrics.csv`, `results/*.csv`), checked column by column.
 
-If one cell of a column is damaged, pandas reads the column as text, and a later computation fails far from the cause. Here the
-whole table is refused, with a short reason.
+If one cell of a column is damaged, pandas reads the column as text, and a later computation fails far from the cause. This module
+refuses the whole table instead, with a short reason.
 """
 
 import io
@@ -55,7 +55,7 @@ _NUMBERS = frozenset(
 )
 _NUMBER_ENDS = ("_stderr", "/loss", "/delta_ridge", "/delta_dmmse", "/icl_score")
 _LARGEST = 1e100
-"""Largest magnitude of a number. Sums of squares of larger numbers may be infinite, and no axis can show them."""
+"""Largest magnitude of a number. Sums of squares of larger numbers may be infinite, and no axis of a plot can show them."""
 
 
 def read_table(path: Path, *, columns: Sequence[str] = ()) -> pd.DataFrame:

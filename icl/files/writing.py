@@ -25,7 +25,7 @@ class StorageError(UserError, OSError):
 
 
 def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Put `data` at `path` so that a reader sees the old bytes or all the new ones, even after a power cut.
+    """Write `data` to `path` so that a reader sees either all old bytes or all new bytes, even after a power cut.
 
     Args:
         path: The file. Missing folders are made.
@@ -47,7 +47,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
         if durable:
             sync_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):  # fails too if the name is too long
+        with contextlib.suppress(OSError):  # if the name is too long, removing the file fails too
             temporary.unlink(missing_ok=True)
         raise StorageError(
             f"Cannot write {path}: {error.strerror}. Earlier saves are intact; {_repair(error)}, "
@@ -60,11 +60,11 @@ def _repair(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "free space or choose another folder with LOCAL_ROOT"
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-        return "a file and a folder cannot have one name, so rename or remove what is in the way"
+        return "a file and a folder cannot have the same name, so rename or remove one of them"
     if error.errno == errno.ENAMETOOLONG:
         return "choose shorter names"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "give yourself the right to write there or choose another folder with LOCAL_ROOT"
+        return "get the right to write in its folder or choose another folder with LOCAL_ROOT"
     return "check the disk or choose another folder with LOCAL_ROOT"
 
 
@@ -107,7 +107,7 @@ def require_writable(path: Path) -> None:
         raise
     except OSError as error:
         raise StorageError(
-            f"{path} cannot be written: {error.strerror}. Name a file in a folder of your own."
+            f"{path} cannot be written: {error.strerror}. Name a file in a folder in which you may write."
         ) from None
 
 
@@ -124,7 +124,10 @@ def plain_rows(table: "pd.DataFrame") -> list[dict[str, Any]]:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return a new name beside `path`, for writing before renaming. Listings do not show such files."""
+    """Return a new path in the folder of `path`, for a file that gets its final name once it is complete.
+
+    Listings do not show such files.
+    """
     return path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
 
 

@@ -2,11 +2,12 @@
 
 Vaswani et al. (2017), equation 1: softmax(q k^T / sqrt(c)) v in each head of c channels, where a token sees itself and the
 tokens before it. A prompt has so few tokens (15 for K = 8) that PyTorch's operations spend more time on calls, copies and
-masks than on arithmetic. The kernel in `attention.cpp` computes one head of one prompt at a time, in the nearest cache.
+masks than on arithmetic. The kernel in `attention.cpp` computes one head of one prompt at a time, so its data stay in the fastest
+cache.
 
 The kernel is compiled when `icl` is installed. Without a compiler, on other devices and in other precisions,
-`attention_by_formula` computes the same by PyTorch's operations; the numbers differ by rounding. Both ways can be
-differentiated twice in reverse mode, and mapped by `torch.vmap`.
+`attention_by_formula` computes the same with PyTorch's operations, up to rounding. Both functions can be differentiated twice in
+reverse mode, and mapped by `torch.vmap`.
 """
 
 import ctypes
@@ -35,7 +36,7 @@ def attention(
     num_heads: int,
     stride: int,
 ) -> Float[Tensor, "N B Q C"]:
-    """Return each querying token's weighted mean of the values of itself and the tokens before it.
+    """Return, for each querying token, the weighted mean of the values of this token and the tokens before it.
 
     Args:
         queries: Queries of every `stride`-th token; query i belongs to token i * stride.
@@ -88,7 +89,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 class _Attention(torch.autograd.Function):
     """The kernel as a differentiable function of q (B, Q, C), k and v (B, T, C).
 
-    We write autograd functions because `torch.library.register_autograd` does not work under `torch.func.grad` (torch 2.13).
+    We write subclasses of `Function` because `torch.library.register_autograd` does not work under `torch.func.grad` (torch 2.13).
     """
 
     setup_context = staticmethod(_save_inputs)
@@ -109,7 +110,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _AttentionGradient(torch.autograd.Function):
-    """The kernel's gradient. Its own gradient, for second derivatives, is that of the formula."""
+    """Gradient of the kernel. To differentiate it once more, we use the formula, because the kernel has no second derivatives."""
 
     setup_context = staticmethod(_save_inputs)
 
@@ -142,7 +143,7 @@ def _fold_mapped_axis(size: int, in_dims: tuple[int | None, ...], inputs: tuple[
 
 
 def _compiled_kernel() -> ctypes.CDLL | None:
-    """Load the kernel's library, if it was compiled from the present source and finds PyTorch's OpenMP runtime."""
+    """Load the kernel's library, if it was compiled from the current source and finds PyTorch's OpenMP runtime."""
     spec = find_spec("icl.model._attention")
     if spec is None or spec.origin is None:
         return None
@@ -191,7 +192,7 @@ def _register(kernel: ctypes.CDLL) -> torch.library.Library:
     operations.define(f"attention_backward(Tensor gradient, {inputs}) -> (Tensor, Tensor, Tensor)")
     operations.impl("attention_forward", forward, "CPU")
     operations.impl("attention_backward", backward, "CPU")
-    # Meta tensors have shapes only. With them the compiler learns the shapes of the results.
+    # Meta tensors have shapes but no numbers. The compiler uses them to find the shapes of the results.
     operations.impl("attention_forward", lambda q, *_: q.new_empty(q.shape), "Meta")
     operations.impl("attention_backward", _empty_gradients, "Meta")
     return operations
@@ -230,7 +231,7 @@ _KERNEL = _compiled_kernel()
 HAS_KERNEL = _KERNEL is not None
 """Whether the kernel was compiled when `icl` was installed, and could be loaded."""
 _LANES = 0 if _KERNEL is None else _KERNEL.attention_lanes()
-"""Numbers in the longest vector register of this processor: 16, 8 or 4."""
+"""Number of float32 numbers in the longest vector register of this processor: 16, 8 or 4."""
 _OPERATIONS = None if _KERNEL is None else _register(_KERNEL)  # the operations exist as long as this object does
 ON_CPUS = f"kernel, {_LANES} lanes" if HAS_KERNEL else "PyTorch's operations"
-"""Description of how attention is computed on CPUs here. Another way gives numbers that differ by rounding."""
+"""Description of how this installation computes attention on CPUs. Installations that compute it otherwise round differently."""

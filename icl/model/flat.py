@@ -1,8 +1,8 @@
 """Flat parameters: all moving parameters of a member as one row of a matrix.
 
-Adam and SGLD treat every parameter alike. So we lay the moving entries of each member out as one row. An update is then a
-dozen operations on an (N, P) matrix, whatever the number of layers. Gradients are rows of the same layout. Entries that do
-not move ("fixed" ones) are not in the matrix, so no update can change them.
+Adam and SGLD treat every parameter alike. So we copy the entries of a member that they update, the moving entries, into one row.
+An update is then a dozen operations on an (N, P) matrix, whatever the number of layers. Gradients are rows of the same layout.
+Entries that are not updated, the fixed entries, are not in the matrix, so no update can change them.
 """
 
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ from torch import Tensor
 from icl.model.stacked import Params
 
 _ALIGNMENT = 16
-"""Row width is a multiple of this many numbers, 64 bytes in float32.
+"""The width of a row is a multiple of this number, which is 64 bytes in float32.
 
-Every row then starts at a full cache line. PyTorch's order of summation can depend on the address of the data. So without
-this, a member's results would depend on its row, by rounding.
+So every row starts at the beginning of a cache line. PyTorch's order of summation can depend on the address of the data. Without
+this alignment, a member's rounding errors would depend on its row.
 """
 
 
@@ -34,7 +34,7 @@ class Slot(NamedTuple):
     elements: Tensor | None
     """Indices of the moving elements in the flattened parameter, or None if all move."""
     dtype: torch.dtype | None = None
-    """Type of the parameter if the member's parameters are of several types; rows then have the widest of them."""
+    """Type of the parameter if the member's parameters have several types, else None. Rows then have the widest of these types."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class Layout:
             fixed: The other entries, as the method `fixed` returns them, with the same leading axis.
         """
         params = dict(fixed or {})
-        # Compiled graphs trace this method. They cannot trace `cached_property`, which holds a lock up to Python 3.11.
+        # Compiled graphs trace this method. They cannot trace `cached_property`, which uses a lock up to Python 3.11.
         parts = rows.split([*(slot.size for slot in self.slots), self.width - self.size], dim=-1)
         for slot, part in zip(self.slots, parts, strict=False):  # the last part is padding
             if slot.dtype is not None:
@@ -110,7 +110,7 @@ def make_layout(
         member: Parameters without a leading axis.
         masks: Boolean tensors that are True where an element moves. A parameter without a mask does not move. With
             None, all parameters move.
-        alignment: The row width is a multiple of this.
+        alignment: The row width is a multiple of this number.
     """
     slots = []
     is_mixed = len({tensor.dtype for tensor in member.values()}) > 1

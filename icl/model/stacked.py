@@ -9,8 +9,8 @@ is faster for six reasons:
 
 - A linear map of all members is one batched matrix product. A single member uses PyTorch's fused operations.
 - When compiled, the queries, keys and values of the first block are computed from the tokens' D + 1 coordinates. This
-  is cheaper, because their embeddings have more channels, C (`_heads_of_tokens`).
-- After the last attention only x-tokens are computed, because only they predict.
+  is cheaper than from the embeddings, which have more channels (`_heads_of_tokens`).
+- After the last attention only x-tokens are computed, because predictions are read out only at these tokens.
 - Attention has its own kernel on CPUs (`icl.model.attention`).
 - Without that kernel we pad prompts to the even length T = 2K: PyTorch's small products then take a quarter less time.
 - There is no `torch.func.vmap` and no Python state, so `torch.compile` sees one plain function.
@@ -42,7 +42,7 @@ def stack(members: Sequence[Mapping[str, Tensor]]) -> Params:
     """Stack parameter sets on a new leading axis.
 
     Raises:
-        ValueError: If there are none, or their names or shapes differ.
+        ValueError: If there are no members, or their names or shapes differ.
     """
     if not members:
         raise ValueError("A population needs at least one member.")
@@ -102,7 +102,7 @@ def token_outputs(
 def _outputs(
     config: ModelConfig, params: Params, tokens: Float[Tensor, "*N B T E"], *, last_stride: int
 ) -> Float[Tensor, "N B Q O"]:
-    """Return the outputs at every `last_stride`-th token; the last block skips all others."""
+    """Return the outputs at every `last_stride`-th token; the last block skips all other tokens."""
     positions = params["position_embedding"]  # N 2K C
     tokens = tokens.to(positions.dtype).expand(len(positions), *tokens.shape[-3:])  # N B T E
     x = _linear(params, "token_embedding", tokens) + positions[:, None, : tokens.shape[2]]  # N B T C
@@ -125,7 +125,7 @@ def _block(
     if config.layer_norm != "pre":
         queries, keys, values = _heads(config, params, path, x, stride)
     elif layer == 0 and torch.compiler.is_compiling():
-        # Only when compiled: run eagerly, its extra passes over memory cost as much time as the smaller products save.
+        # Not in eager mode, in which the extra passes over memory cost as much time as the smaller products save.
         queries, keys, values = _heads_of_tokens(config, params, path, x, tokens, stride)
     else:
         queries, keys, values = _heads(config, params, path, _norm(params, f"{path}.attention_norm", x), stride)
@@ -144,10 +144,10 @@ def _block(
 def _heads(
     config: ModelConfig, params: Params, path: str, x: Float[Tensor, "N B T C"], stride: int
 ) -> list[Float[Tensor, "N B _ C"]]:
-    """Return the queries of every `stride`-th token and the keys and values of all. The C channels are sorted by head."""
+    """Return the queries of every `stride`-th token and the keys and values of all tokens. The C channels are sorted by head."""
     weight, bias = params[f"{path}.attention.qkv.weight"], params.get(f"{path}.attention.qkv.bias")
-    # Three products, not one for all three parts: queries are needed at every `stride`-th token only, and the kernel of
-    # attention reads contiguous tensors, which slices of one product are not.
+    # We compute three products instead of one. Queries are needed at every `stride`-th token only. Also, the attention kernel
+    # reads contiguous tensors, and slices of one product are not contiguous.
     weights = _by_part(config, weight).unbind(1)  # each N C C
     biases = [None] * 3 if bias is None else _by_part(config, bias).unbind(1)  # each N C
     return [_affine(*part) for part in zip((x[:, :, ::stride], x, x), weights, biases, strict=True)]
@@ -164,8 +164,8 @@ def _heads_of_tokens(
     """Return the queries, keys and values of the first block, as `_heads` does, but from the tokens themselves.
 
     The input of the first block is x = A token + p, where A is the embedding and p the position. Layer norm subtracts the
-    mean over channels, multiplies by s = 1 / deviation of x, then by the gains, and adds the shifts b. Only s is not linear
-    in the token, so with W the weights of q, k and v:
+    mean over channels, multiplies by s = 1 / (standard deviation of x), then by the gains, and adds the shifts b. Everything
+    except s is linear in the token. So with W the weights of q, k and v:
 
         W LN(x) = s (W' A') token + s W' p' + W b
 
@@ -194,7 +194,7 @@ def _heads_of_tokens(
 
 
 def _by_part(config: ModelConfig, qkv: Float[Tensor, "N O *I"]) -> Float[Tensor, "N 3 C *I"]:
-    """Sort the 3C outputs of `qkv`, stored in the order (H, 3, c), into those of queries, keys and values, (3, C)."""
+    """Reorder the 3C outputs of `qkv` from the stored order (H, 3, c) to (3, C): queries, then keys, then values."""
     return qkv.unflatten(1, (config.num_heads, 3, -1)).transpose(1, 2).flatten(2, 3)
 
 
@@ -210,7 +210,9 @@ def _norm(params: Params, name: str, x: Float[Tensor, "N B T C"]) -> Float[Tenso
     weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]  # N C
     if len(weight) == 1:
         return F.layer_norm(x, x.shape[-1:], weight[0], bias[0], _NORM_EPS)
-    normed = F.layer_norm(x, x.shape[-1:], eps=_NORM_EPS)  # its own gains are per channel, not per member
+    normed = F.layer_norm(
+        x, x.shape[-1:], eps=_NORM_EPS
+    )  # without gains, because they would have to be the same for all members
     return torch.addcmul(bias[:, None, None], normed, weight[:, None, None])  # N B T C
 
 

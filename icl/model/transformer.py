@@ -7,7 +7,7 @@ Depending on its options, this is the model of Raventos et al. (2023), Hoogland 
 `icl.presets` has their settings. Two things differ from Hoogland et al. We drop the last y-token, because no prediction
 depends on it; the table of positions keeps its 2K rows. `double_residual` is off by default.
 
-This module is the definition, so attention is written as in its formula. `icl.model.stacked` computes the same function, faster,
+This module defines the model, so attention is written as in its formula. `icl.model.stacked` computes the same function faster,
 for many parameter sets at once. Tests compare the two.
 """
 
@@ -39,9 +39,9 @@ class ParameterShapes(NamedTuple):
     """The shapes of a model's parameters by name."""
 
     outside: dict[str, tuple[int, ...]]
-    """Parameters outside the blocks."""
+    """Shapes of the parameters outside the blocks."""
     block: dict[str, tuple[int, ...]]
-    """Parameters of one block, by their names within it; all blocks are alike."""
+    """Shapes of the parameters of one block, by their names within the block. All blocks have the same shapes."""
     num_layers: int
 
     @property
@@ -50,7 +50,7 @@ class ParameterShapes(NamedTuple):
         return len(self.outside) + self.num_layers * len(self.block)
 
     def by_name(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of all parameters. Check `num_tensors` first: there may be millions."""
+        """Return the shapes of all parameters. Check `num_tensors` first, because a damaged file can describe millions."""
         blocks = {
             f"blocks.{layer}.{name}": shape for layer in range(self.num_layers) for name, shape in self.block.items()
         }
@@ -81,9 +81,8 @@ class Transformer(nn.Module):
         tokens = to_tokens(xs, ys)  # B T D+1
         num_tokens = tokens.shape[1]
         x = self.token_embedding(tokens) + self.position_embedding[:num_tokens]  # B T C
-        future = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=xs.device).triu(
-            1
-        )  # T T: row t hides s > t
+        # Row t is True at the later tokens s > t, which token t must not see.
+        future = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=xs.device).triu(1)  # T T
         for block in self.blocks:
             x = block(x, future)  # B T C
         return self.unembedding(self.final_norm(x[:, ::2]))[..., 0]  # B K; x-tokens are at even positions
@@ -131,7 +130,7 @@ class Attention(nn.Module):
             self.output = Linear(config.embed_size, config.embed_size, bias=config.attention_bias)
 
     def forward(self, x: Float[Tensor, "B T C"], future: Bool[Tensor, "T T"]) -> Float[Tensor, "B T C"]:
-        """Return each token's weighted mean of the values of itself and the tokens before it."""
+        """Return, for each token, the weighted mean of the values of this token and the tokens before it."""
         # The 3C outputs of `qkv` are q, k and v of head 1, then those of head 2, and so on. Checkpoints rely on this order.
         heads = self.qkv(x).unflatten(-1, (self.num_heads, 3, self.head_size))  # B T H 3 c
         q, k, v = heads.permute(3, 0, 2, 1, 4)  # each B H T c
@@ -141,7 +140,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Perceptron with one hidden layer, applied to each token alone."""
+    """Perceptron with one hidden layer, applied to each token separately."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -150,7 +149,7 @@ class MLP(nn.Module):
         self.output = Linear(config.mlp_size, config.embed_size, bias=config.mlp_bias)
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-        """Return what the MLP adds to the residual stream."""
+        """Return the MLP's contribution to the residual stream."""
         return self.output(self.activation(self.hidden(x)))
 
 

@@ -1,11 +1,11 @@
 """Checkpoints for analysis: the weights of one step as safetensors, with the step and the whole configuration.
 
-Checkpoints are small, fast and safe to load from strangers, because nothing is unpickled. A file begins with eight bytes that
-give the length of a JSON header. The header lists each tensor with its type, shape and position. A stranger's file can claim
-anything there. So before any tensor is made, we compare the claims with the file's size, and the shapes with those that the
-saved configuration implies. Hence the time and memory of a refusal do not depend on the claimed numbers. Each file also has a
-digest of its weights and one of its step and configuration. So a file that was cut short, altered or made by another program
-is refused.
+Checkpoints are small, load fast, and are safe to load from strangers, because nothing is unpickled. A file begins with eight
+bytes that give the length of a JSON header. The header lists each tensor with its type, shape and position. A stranger's file can
+claim anything in its header. So before any tensor is made, we compare the header with the file's size, and the shapes with those
+that the saved configuration implies. So a file is refused quickly and with little memory, whatever its header claims. Each file
+also has a digest of its weights, and a digest of its step and configuration. So a file that was cut short, altered or made by
+another program is refused.
 
 With `checkpoints.moments`, Adam's moments are in a file of the same name and format in the subfolder `moments/`. So loading
 weights does not read them. Their tensors are named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
@@ -40,7 +40,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 """Types of numbers that a checkpoint may contain: their names in safetensors, and in NumPy."""
 _MAX_HEADER = 2**23
-"""Largest size of a header in bytes. Ours have a few thousand."""
+"""Largest size of a header in bytes. Headers that `icl` writes have a few thousand bytes."""
 _MAX_TENSORS = 10_000
 """Largest number of tensors in a file. A model of 800 layers has about as many."""
 _FORMAT = "icl-checkpoint-1"
@@ -67,7 +67,7 @@ class Checkpoint(NamedTuple):
 
 
 class _CutShortError(ContentError):
-    """A file with a complete header that ends before or after its last tensor."""
+    """A file that has a complete header, but is shorter or longer than the header describes."""
 
 
 class _TensorEntry(NamedTuple):
@@ -88,7 +88,7 @@ class _Header(NamedTuple):
 
 
 def checkpoint_name(step: int) -> str:
-    """Return the file name of a step, such as `step-000001465.safetensors`; names sort as steps do."""
+    """Return the file name of a step, such as `step-000001465.safetensors`. Names sort in the order of the steps."""
     return f"step-{step:09d}.safetensors"
 
 
@@ -130,20 +130,22 @@ def load_checkpoint_file(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"The checkpoint {path} cannot be read: {error.strerror}.") from None
     except CheckpointError as error:
         run = path.parent.parent
-        hint = f" `icl checkpoints {run} verify` names all such files." if (run / "config.yaml").is_file() else ""
+        hint = f" `icl checkpoints {run} verify` lists all damaged files." if (run / "config.yaml").is_file() else ""
         raise CheckpointError(f"{error}{hint}") from None
 
 
 def load_same_run(path: Path, config: RunConfig) -> Checkpoint:
-    """Return a checkpoint from its file. Refuse it if it is of another run than `config`.
+    """Return a checkpoint from its file. Refuse it if it belongs to another run than the one with this `config`.
 
     Raises:
-        CheckpointError: If it is not a usable checkpoint, or is of another run.
+        CheckpointError: If it is not a usable checkpoint, or belongs to another run.
     """
     checkpoint = load_checkpoint_file(path)
     differences = config_differences(config, checkpoint.config)
     if differences:
-        raise CheckpointError(f"{path} is of another run than the checkpoints before it: {'; '.join(differences)}.")
+        raise CheckpointError(
+            f"{path} belongs to another run than the checkpoints before it: {'; '.join(differences)}."
+        )
     return checkpoint
 
 
@@ -151,26 +153,29 @@ def require_one_run(files: Sequence[Path]) -> None:
     """Refuse checkpoints of different runs before the work on them starts. Their weights are not read.
 
     Raises:
-        CheckpointError: If one is of another run than the first.
+        CheckpointError: If a checkpoint belongs to another run than the first one.
     """
     first: RunConfig | None = None
     for path in files:
         try:
             with path.open("rb") as file:
                 config = _read_about(file, str(path)).config
-        except (OSError, CheckpointError):  # reported when its weights are loaded, after the work on the others
+        except (
+            OSError,
+            CheckpointError,
+        ):  # reported when its weights are loaded, after the work on the other checkpoints
             continue
         first = first or config
         if differences := config_differences(first, config):
-            raise CheckpointError(f"{path} is of another run than {files[0].name}: {'; '.join(differences)}.")
+            raise CheckpointError(f"{path} belongs to another run than {files[0].name}: {'; '.join(differences)}.")
 
 
 def load_step(store: Store, step: int) -> Checkpoint:
     """Return the checkpoint of one step of a store.
 
     Raises:
-        CheckpointError: If it is damaged.
-        StorageError: If there is none.
+        CheckpointError: If the checkpoint is damaged.
+        StorageError: If there is no such checkpoint.
     """
     return parse_checkpoint(store.read(checkpoint_name(step)), checkpoint_name(step))
 
@@ -226,7 +231,7 @@ def checkpoint_files(path: str | Path) -> list[Path]:
 
 
 class _About(NamedTuple):
-    """The metadata of a checkpoint file, checked."""
+    """The validated metadata of a checkpoint file."""
 
     step: int
     config: RunConfig
@@ -234,7 +239,7 @@ class _About(NamedTuple):
 
 
 def _read_about(file: io.BufferedIOBase, name: str) -> _About:
-    """Return a file's metadata. Check that its tensors are those that the metadata describes, without reading them."""
+    """Return a file's metadata. Check, from the header alone, that the file has the tensors of the saved configuration."""
     try:
         header = _read_header(file)
         metadata = parse_json(header.metadata.get(_ENTRY, "null"))
@@ -316,7 +321,7 @@ def _read_header(file: io.BufferedIOBase) -> _Header:
 
 
 def _require_shapes(header: _Header, config: RunConfig) -> None:
-    """Refuse tensors that are not the parameters of the configuration's model, or the moments of all of them.
+    """Refuse tensors other than all parameters of the configuration's model, or the moments of all its parameters.
 
     Raises:
         ContentError: If they differ. The message names the first difference.

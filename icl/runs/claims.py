@@ -1,10 +1,10 @@
 """Ownership of a run's copy in a store.
 
-A run's `run-id` is drawn once, in the folder where the run begins. A copy belongs to the folder with the same id. Any other
-run of that name is refused, whatever its settings. A new folder with the same settings takes over the copy and its id: this
-is the same run, resumed on another machine. `run-id` also contains the settings. So a copy can be taken over even if its
-machine was lost before `config.yaml` arrived. A `run-id` is never replaced. So two machines that claim one copy at the same
-moment agree on the id, and compute the same run.
+A run's `run-id` is drawn once, in the folder where the run begins. A copy belongs to the folder with the same id. A folder with
+another id cannot use the copy, whatever its settings. A new folder has no id yet. If its settings are the same, it takes over the
+copy and the copy's id, because it is the same run, resumed on another machine. `run-id` also contains the settings. So a copy can
+be taken over even if its machine was lost before `config.yaml` arrived. A `run-id` is never replaced. So two machines that claim
+one copy at the same moment agree on the id, and compute the same run.
 """
 
 import secrets
@@ -38,9 +38,8 @@ def claim(here: Store, there: Store, config: RunConfig) -> None:
         owner = offered
     owner = owner or read_or_none(there, "run-id") or b""
     if owner != offered:
-        is_begun = (
-            read_or_none(there, "config.yaml") is None
-        )  # only the id is there: its machine is just starting, or was lost
+        # Without config.yaml, the store has only the id: the owner's machine is just starting, or was lost.
+        is_begun = read_or_none(there, "config.yaml") is None
         if not is_begun or kept is not None or not _is_of(there, owner, config):
             raise RunError(_describe_owner(there, is_begun))
     if kept is None:
@@ -69,7 +68,7 @@ def _is_of(there: Store, owner: bytes, config: RunConfig) -> bool:
 def _describe_owner(there: Store, is_begun: bool) -> str:
     if not is_begun:
         return (
-            f"{there} contains another run of that name, so nothing was copied there; "
+            f"{there} contains another run of that name, so nothing was copied to it; "
             "give this run another --run_name, or another --checkpoints.store."
         )
     return (

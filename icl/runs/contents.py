@@ -12,7 +12,7 @@ from icl.runs.resume_file import NAMES, read_resume
 from icl.runs.status import Status
 
 _MAX_STEPS = 8
-"""Largest number of steps that a message lists. It only counts the others."""
+"""Largest number of steps that a message lists. Of the other steps it gives only the number."""
 
 
 def expected_steps(config: RunConfig, step: int, status: Status | None = None) -> list[int]:
@@ -21,7 +21,8 @@ def expected_steps(config: RunConfig, step: int, status: Status | None = None) -
     Args:
         config: The run's settings.
         step: The run's latest step.
-        status: The run's status. If the run has ended, the last step is expected too, and the best one with early stopping.
+        status: The run's status. If the run has ended, the last step is expected too, and with early stopping also the
+            best step.
     """
     grid = config.checkpoints
     scheduled = checkpoint_steps(
@@ -35,7 +36,7 @@ def expected_steps(config: RunConfig, step: int, status: Status | None = None) -
 
 
 def missing_steps(run: RunFolder, config: RunConfig, step: int, status: Status | None = None) -> list[int]:
-    """Return the steps whose checkpoint is missing in the run's folder. If Adam's moments are saved, they must be there too."""
+    """Return the steps whose checkpoint is missing in the run's folder. If the run saves Adam's moments, they are required too."""
     there = set(list_steps(run.checkpoints))
     if config.checkpoints.moments:
         there &= set(list_steps(run.moments))
@@ -43,7 +44,10 @@ def missing_steps(run: RunFolder, config: RunConfig, step: int, status: Status |
 
 
 def describe_altered_rows(run: RunFolder) -> str | None:
-    """Return a sentence if `metrics.csv` has changed since the last save of a run that has ended. None if not, or if unknown."""
+    """Return a warning if a run has ended and its `metrics.csv` has changed since the last save.
+
+    Return None if it has not changed, or if this is unknown.
+    """
     status = run.read_status()
     if status is None or not status.is_done:
         return None
@@ -60,10 +64,10 @@ def describe_altered_rows(run: RunFolder) -> str | None:
 
 
 def describe_missing(run: RunFolder, steps: Sequence[int]) -> str:
-    """Return the sentences for missing checkpoints: which, and how to get them back."""
+    """Return the message for missing checkpoints: which they are, and how to get them back."""
     return (
-        f"{run.path} lacks the {name_checkpoints(steps)}. `icl checkpoints {run.path} pull` fetches those that its store has. To train again from "
-        f"step 0, delete {', '.join(NAMES)} and status.json there and run the same command."
+        f"{run.path} lacks the {name_checkpoints(steps)}. If the run's store has them, `icl checkpoints {run.path} pull` fetches them. "
+        f"To train again from step 0, delete {', '.join(NAMES)} and status.json in the run's folder and run the same command."
     )
 
 

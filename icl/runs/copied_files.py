@@ -14,11 +14,11 @@ from icl.runs.resume_file import parse_resume
 from icl.store.base import LocalStore, Store, require_key
 
 CHECKPOINT_FOLDERS = ("checkpoints", "checkpoints/moments")
-"""Folders of the weights, and of Adam's moments where they are saved."""
+"""Folders of the weights, and of Adam's moments if the run saves them."""
 VOUCHERS = ("last.ckpt", "status.json")
-"""Files that describe the other files. They are copied after them, the status last."""
+"""Files that describe the other files. They are copied after the other files, the status last."""
 LAST = (*VOUCHERS, "config.yaml")
-"""Files that are copied one by one, in this order, after all others have arrived."""
+"""Files that are copied one by one, in this order, after all other files have arrived."""
 NEEDED = ("run-id", "metrics.csv", *LAST)
 """Files without which a run cannot be resumed."""
 _FILES = (*NEEDED, "wandb-id", "run.log", "report.html")
@@ -30,7 +30,7 @@ def copied_names(store: Store) -> list[str]:
     """List the files in a run's folder, or in its copy, that are part of the copy. Those in `LAST` come last.
 
     Raises:
-        StorageError: If one of them could lead out of the run's folder, or the store cannot be used.
+        StorageError: If a file's name could lead out of the run's folder, or the store cannot be used.
     """
     names = list(filter(_is_copied, store.keys()))
     for name in names:
@@ -68,7 +68,9 @@ def require_whole(name: str, data: bytes, where: str) -> None:
 
 
 def require_no_links_out(*stores: Store) -> None:
-    """Refuse to copy from or to a folder with a link out of it, because the link's target is not part of the run.
+    """Refuse to copy from or to a folder with a symbolic link that leads out of it.
+
+    The link's target is not part of the run.
 
     Raises:
         StorageError: If there is such a link. The message names the first one.
@@ -93,5 +95,5 @@ def _require_one_kind(names: Sequence[str], store: Store) -> None:
     if both is not None:
         raise StorageError(
             f"{store} has a file named {both!r} and files below {both + '/'!r}. A folder cannot have both, so `icl` does "
-            "not use this store. Remove one of them there."
+            "not use this store. Remove one of them from the store."
         )

@@ -1,7 +1,7 @@
 """Delivery of a run's files to its store: a note of the files that arrived, and uploads of files made after training.
 
-The note `.delivered` in the run's folder contains the address of the copy and the digests of the files that are known to be
-there. So a run that has ended and has a complete copy no longer needs the store, and results and figures are sent only once.
+The note `.delivered` in the run's folder contains the address of the copy and the digests of the files that are known to have
+arrived. So a run that has ended and has a complete copy no longer needs the store, and results and figures are sent only once.
 """
 
 import json
@@ -24,7 +24,7 @@ _NOTE = ".delivered"
 _MADE_LATER = ("results/", "figures/", "report.html")
 _MAX_NAMES = 8
 _MAX_NOTE = 2**26
-"""Largest size of the note in bytes. It needs about a hundred for each file of the run."""
+"""Largest size of the note in bytes. It needs about a hundred bytes for each file of the run."""
 
 
 class UploadError(StorageError):
@@ -40,7 +40,7 @@ def is_delivered(run: RunFolder, config: RunConfig) -> bool:
 
 
 def note_delivered(run: RunFolder, config: RunConfig, names: Iterable[str]) -> None:
-    """Note that the run's store has these files with their present content."""
+    """Record in the note that the run's store has these files with their present content."""
     arrived = _read_note(run, config) | {name: run.store.digest(name) for name in names}
     note = {"place": _place(config), "files": arrived}
     write_atomically(run.path / _NOTE, (json.dumps(note, indent=1) + "\n").encode())
@@ -88,7 +88,7 @@ def describe_left(run: RunFolder, url: str, left: Sequence[str], reason: str) ->
     files = f"{len(left)} files" if len(left) > 1 else "1 file"
     return (
         f"{files} of {run.path} did not reach {url.rstrip('/')}/{run_name(config)}: {shown} ({reason.rstrip('.')}). "
-        f"Nothing is lost: `{command}` sends what is missing there."
+        f"Nothing is lost: `{command}` sends the missing files."
     )
 
 
@@ -102,7 +102,7 @@ def _read_note(run: RunFolder, config: RunConfig) -> dict[str, str]:
 
 
 def _place(config: RunConfig) -> str:
-    """Return the addresses of the run's copy and of its server, without credentials, because they are saved."""
+    """Return the addresses of the run's copy and of its server, without credentials, because the note saves them."""
     url = store_url(config) or ""
     root = url.rstrip("/") if "://" in url else str(user_path(url).resolve())
     server = redact(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")

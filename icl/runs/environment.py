@@ -1,4 +1,4 @@
-"""The environment of a training: versions, machine and command. Every start writes it as one line of `run.log`.
+"""The environment in which a run is trained: versions, machine and command. Every start writes it as one line of `run.log`.
 
 So a reader can tell how a run was made, even years later. `icl report` shows these lines.
 """
@@ -34,7 +34,7 @@ def describe_environment() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide what a training computes."""
+    """Return the versions of Python and of the packages that affect the results of training."""
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 

@@ -39,7 +39,7 @@ class RunError(UserError, RuntimeError):
 
 
 def fails_again(run: "RunFolder", status: Status) -> bool:
-    """Return whether a run failed and would fail again with the same settings and the present versions."""
+    """Return whether a run failed and would fail again with the same settings and the installed versions of packages."""
     if status.state != "failed" or FAILS_AGAIN not in (status.reason or ""):
         return False
     try:
@@ -71,11 +71,11 @@ def require_place(word: str | Path) -> Path:
         RunError: If there is neither such a path nor such a run. The message names both.
     """
     if not str(word).strip():
-        raise RunError("RUN must name a run or a folder, got nothing; `icl runs` lists the runs there are.")
+        raise RunError("RUN must name a run or a folder, got nothing; `icl runs` lists all runs.")
     path, named = place_of(word), local_root() / name_of(word)
     if not path.exists():
         other = "" if named == path else f", nor a run {named}"
-        raise RunError(f"There is nothing at {path}{other}; `icl runs` lists the runs there are.")
+        raise RunError(f"There is nothing at {path}{other}; `icl runs` lists all runs.")
     return path
 
 
@@ -120,7 +120,7 @@ class RunFolder:
             raise ConfigError(f"{self.path} is not a run: it has no readable config.yaml.") from None
 
     def write_status(self, status: Status) -> None:
-        """Replace `status.json`, with the present time."""
+        """Replace `status.json`, and save the present time in it."""
         write_atomically(self.status_file, status_text(status), durable=False)
 
     def overwrite_status(self, status: Status) -> None:
@@ -141,7 +141,9 @@ class RunFolder:
             return None
 
     def require_own_files(self) -> None:
-        """Refuse a folder in which one of our names leads elsewhere. Otherwise a stranger could choose where we write.
+        """Refuse a folder in which the name of one of our files is a link out of the folder.
+
+        Otherwise a stranger who made the folder could choose where we write.
 
         Raises:
             StorageError: If a name is a link out of the folder, or a pipe or device instead of a file. The message names it.
@@ -183,7 +185,7 @@ class RunFolder:
 
         Raises:
             RunError: If another process is training the run.
-            StorageError: If the folder cannot be written, or a name in it leads elsewhere.
+            StorageError: If the folder cannot be written, or one of our names in it is a link out of the folder.
         """
         self.require_own_files()
         try:
@@ -228,7 +230,7 @@ def parse_config(data: bytes, where: str) -> RunConfig:
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Return a phrase for each setting that differs and affects training. Names and machines do not count."""
+    """Return a phrase for each setting that differs and affects training. The run's name and the settings of the machine do not count."""
     before, after = (flatten(config.to_dict()) for config in (old, new))
     return [
         f"`{key}` was {before[key]!r} and is now {after[key]!r}"
@@ -269,7 +271,7 @@ def leaving_nothing(run: RunFolder) -> Iterator[None]:
             yield
         except BaseException:
             if new and [path.name for path in run.path.iterdir()] == [".lock"]:
-                with contextlib.suppress(OSError):  # a parent may have become another run's
+                with contextlib.suppress(OSError):  # another run may have written into a parent folder
                     (run.path / ".lock").unlink()
                     for folder in new:
                         folder.rmdir()
@@ -277,7 +279,9 @@ def leaving_nothing(run: RunFolder) -> Iterator[None]:
 
 
 def require_own_place(run: RunFolder) -> None:
-    """Refuse to begin a run inside another run's folder, or around other runs. Listings and copies would mix them.
+    """Refuse to begin a run inside another run's folder, or in a folder that contains other runs.
+
+    Listings and copies would mix up their files.
 
     Raises:
         RunError: If there is such a run. The message names it.

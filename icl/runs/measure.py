@@ -1,14 +1,14 @@
 """Measure every saved step of a run once, and cache the results in the run's folder.
 
-`measure_checkpoints` reads a run's checkpoints in the order of their steps. It passes those without a cached result to a
-function, several at a time. The results are stored as one entry for each step, below `results/<name>/`:
+`measure_checkpoints` reads a run's checkpoints in the order of their steps. It passes the checkpoints without a cached result to
+a function, several at a time. The results are stored as one entry for each step, below `results/<name>/`:
 
 - `step-000001465.json`: the rows for the table; the key; and the name, shape and position of each array. The key has the
   hash of the checkpoint, the hash of its predecessor if the measurement uses it, the settings, and the version of the method.
 - `step-000001465.npy`: the numbers of all arrays, one after the other. Analyses of the whole run need these arrays, for
   example a principal component analysis. Parts can be read separately, so the arrays of all checkpoints need not fit in memory.
 
-An entry with another key, or a damaged one, is measured again. Nothing is ever unpickled. If the process is killed at any
+If an entry is damaged or has another key, its checkpoint is measured again. Nothing is ever unpickled. If the process is killed at any
 point, the same call continues after the last entry.
 """
 
@@ -57,7 +57,8 @@ class Batch(NamedTuple):
 
 
 Measure: TypeAlias = Callable[[list[Checkpoint], int], Sequence[Measurement]]
-"""Measure checkpoints. The second argument, 0 or 1, counts leading checkpoints that serve only as predecessors."""
+"""Function that measures checkpoints. The second argument is 1 if the first checkpoint is only the predecessor of the second and
+is not measured itself. Otherwise it is 0."""
 
 
 class Cache:
@@ -87,7 +88,7 @@ class Cache:
             return None
 
     def write(self, entry: Entry, key: Mapping[str, Any]) -> None:
-        """Store an entry under its key. If the process is killed meanwhile, the old entry, the new one, or none remains.
+        """Store an entry under its key. If the process is killed during the write, the old entry, the new entry or no entry remains.
 
         Raises:
             StorageError: If it cannot be written.
@@ -102,7 +103,9 @@ class Cache:
         content = {"key": dict(key), "rows": entry.rows, "places": places, "array_digest": array_digest(numbers)}
         text = json.dumps({"digest": _digest(content), **content})
         write_atomically(self._file(entry.step), text.encode())
-        self._file(entry.step).with_suffix(".npz").unlink(missing_ok=True)  # the same entry as version 0.1.0 stored it
+        self._file(entry.step).with_suffix(".npz").unlink(
+            missing_ok=True
+        )  # the file in which version 0.1.0 stored the entry
 
     def stored_array(self, step: int, name: str) -> StoredArray:
         """Return a reference to an array of an entry, flattened. The numbers stay in the file until they are read.
@@ -158,7 +161,7 @@ def measure_checkpoints(
         settings: Settings on which the numbers depend. With other settings every checkpoint is measured again.
         version: Version of the method. Entries of another version are measured again.
         max_members: Largest number of checkpoints to measure at once.
-        uses_predecessor: Whether a measurement also uses the checkpoint before it.
+        uses_predecessor: Whether the measurement of a checkpoint also uses the checkpoint before it.
 
     Raises:
         CheckpointError: If a checkpoint cannot be used, or belongs to another run.

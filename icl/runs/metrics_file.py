@@ -1,4 +1,4 @@
-"""`metrics.csv`: one row per logged step, the same bytes whether or not the run was interrupted.
+"""`metrics.csv`: one row per logged step. An interruption of the run does not change its bytes.
 
 It contains nothing that depends on the wall clock. On resume, the rows after the resume point and a row that was cut short are
 removed, and training writes them again. Floats have nine significant digits, which are enough to restore a float32 exactly.
@@ -20,7 +20,7 @@ from icl.store.base import sha256
 
 
 def logged_steps(config: RunConfig, step: int) -> set[int]:
-    """Return the steps up to this one that have a row in `metrics.csv`. At step 0 there are none."""
+    """Return the steps up to this one that have a row in `metrics.csv`. If this is step 0, there are none."""
     if step == 0:
         return set()
     evaluations = range(0, step + 1, config.evaluation.every) if config.evaluation.every is not None else ()
@@ -60,7 +60,7 @@ class MetricsFile:
 
         Raises:
             RunError: If the row of one of these steps is missing.
-            StorageError: If it cannot be written.
+            StorageError: If the file cannot be written.
         """
         rows = self.require_rows(logged_steps)
         for name, value_at in (known or {}).items():
@@ -87,7 +87,7 @@ class MetricsFile:
         return [rows[step] for step in steps]
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
-        """Write one row; a column without a value stays empty. If the file was removed or altered meanwhile, write all rows.
+        """Write one row; a column without a value stays empty. If the file was removed or altered since the last row, write all rows.
 
         Raises:
             StorageError: If it cannot be written, or its folder is gone.
@@ -139,7 +139,7 @@ class MetricsFile:
 
 
 def lost_rows(run: RunFolder, config: RunConfig, step: int) -> str | None:
-    """Return a sentence that names a missing row up to a step, or None if no row is missing."""
+    """Return a message about the first missing row up to a step, or None if no row is missing."""
     try:
         MetricsFile(run.metrics_file, metric_columns(config)).require_rows(logged_steps(config, step))
     except RunError as error:
@@ -153,7 +153,7 @@ def are_rows_altered(data: bytes, saved: Any, *, has_ended: bool = False) -> boo
     Args:
         data: The whole file.
         saved: Result of `MetricsFile.digest` at the save, or None if version 0.1.0 made the save.
-        has_ended: Whether that was the last save of the run. Then no rows may follow.
+        has_ended: Whether this was the last save of the run. Then the file must not have further rows.
     """
     if not isinstance(saved, dict) or not isinstance(saved.get("size"), int):
         return False

@@ -59,7 +59,7 @@ class Mirror:
 
 
 def store_url(config: RunConfig) -> str | None:
-    """Return the store that a copy of the run goes to: `checkpoints.store`, or the bucket $AWS_BUCKET_NAME, or none.
+    """Return the address of the store for the run's copy: `checkpoints.store`, or the bucket $AWS_BUCKET_NAME, or None.
 
     Raises:
         ConfigError: If $AWS_BUCKET_NAME is not the name of a bucket.
@@ -81,7 +81,7 @@ def open_mirror(run: RunFolder, url: str, name: str, *, make: bool = True) -> Mi
 
     Raises:
         ConfigError: If the copy would be the run's own folder, or inside it.
-        StorageError: If the store cannot be used: no credentials, no bucket, no answer.
+        StorageError: If the store cannot be used, for example because there are no credentials, no bucket or no answer.
     """
     there = open_store(f"{url.rstrip('/')}/{name}")
     if isinstance(there, LocalStore):
@@ -131,16 +131,16 @@ def take_up(mirror: Mirror, config: RunConfig) -> bool:
 
 
 def _describe_unusable(mirror: Mirror, error: Exception) -> str:
-    """Return the message for a copy that cannot be resumed from."""
+    """Return the message for a copy from which the run cannot be resumed."""
     return (
-        f"{_bare(str(error))}, so the run cannot be resumed from there. If another folder has the run undamaged, `icl checkpoints "
-        f"RUN push --force` for it repairs the store. Otherwise delete last.ckpt, metrics.csv and status.json at {mirror.there} to "
-        "train again from step 0."
+        f"{_bare(str(error))}, so the run cannot be resumed from this copy. If RUN is another folder with the undamaged run, "
+        f"`icl checkpoints RUN push --force` repairs the store. Otherwise delete last.ckpt, metrics.csv and status.json at "
+        f"{mirror.there} to train again from step 0."
     )
 
 
 def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
-    """Fetch the files that are missing in the folder or differ there. Return the names of the files fetched.
+    """Fetch the files that are missing in the folder or differ from those in the store. Return their names.
 
     Args:
         mirror: The run.
@@ -148,16 +148,17 @@ def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
 
     Raises:
         RunError: If the store has no such run, or the folder has another run or is at a later step.
-        DamagedError: If files in the store are damaged. All others were fetched, and the folder keeps its versions of these.
+        DamagedError: If files in the store are damaged. All other files were fetched. Of the damaged files, the folder keeps its
+            own versions.
         StorageError: If the store or the folder cannot be used.
     """
     require_no_links_out(mirror.here, mirror.there)
     if read_config(mirror.there) is None:
-        raise RunError(f"There is no run at {mirror.there}; `icl checkpoints RUN push` puts one there.")
+        raise RunError(f"There is no run at {mirror.there}; `icl checkpoints RUN push` copies a run to the store.")
     is_same_run = read_or_none(mirror.here, "run-id") == read_or_none(mirror.there, "run-id")
     if mirror.run.config_file.exists() and not is_same_run:
         raise RunError(
-            f"{mirror.there} contains another run than {mirror.run.path}; move that folder away to fetch it."
+            f"{mirror.there} contains another run than {mirror.run.path}; to fetch it, first move {mirror.run.path} away."
         )
     _require_not_behind(mirror.there, mirror.here, "pull", force)
     copied, damaged = _transfer(mirror.there, mirror.here, "pulling", force)
@@ -167,7 +168,7 @@ def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
 
 
 def push(mirror: Mirror, *, force: bool = False) -> list[str]:
-    """Send the files that are missing in the store or differ there. Return the names of the files sent.
+    """Send the files that are missing in the store or differ from those in the folder. Return their names.
 
     Args:
         mirror: The run.
@@ -175,7 +176,8 @@ def push(mirror: Mirror, *, force: bool = False) -> list[str]:
 
     Raises:
         RunError: If the copy belongs to another run, or is at a later step.
-        DamagedError: If files in the folder are damaged. All others were sent, and the store keeps its versions of these.
+        DamagedError: If files in the folder are damaged. All other files were sent. Of the damaged files, the store keeps its own
+            versions.
         StorageError: If the store or the folder cannot be used.
     """
     require_no_links_out(mirror.here, mirror.there)
@@ -228,7 +230,7 @@ def describe_damaged(mirror: Mirror, damaged: Sequence[str]) -> str:
     """Return the message for damaged files in the store: which they are, and how to repair them."""
     return (
         f"Not fetched from {mirror.there}: {'; '.join(map(_bare, damaged))}. `icl checkpoints {mirror.run.path} push --force` "
-        "repairs the store, if that folder has them undamaged."
+        "repairs the store, if the files in that folder are undamaged."
     )
 
 
@@ -237,7 +239,7 @@ def _bare(sentence: str) -> str:
 
 
 def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[list[str], list[str]]:
-    """Copy the files that differ, several at once. Files that describe others are copied after them.
+    """Copy the files that differ, several at once. Files that describe other files are copied last.
 
     Returns:
         The names of the copied files, and a sentence for each damaged file in the source that the run does not need.

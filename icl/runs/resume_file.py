@@ -44,7 +44,7 @@ def pack(content: dict[str, Any]) -> bytes:
     torch.save(content, buffer)
     data = buffer.getvalue()
     if data[-_NUM_END_BYTES:][:4] != _END or data[-2:] != b"\0\0":
-        raise RuntimeError("torch.save has not written a zip file without a comment.")
+        raise RuntimeError("torch.save must write a zip file without a comment, but wrote something else.")
     sealed = data[:-2] + _NUM_SEAL_BYTES.to_bytes(2, "little") + _SEAL
     return sealed + hashlib.sha256(sealed).hexdigest().encode()
 
@@ -89,7 +89,7 @@ def read_resume(run: RunFolder) -> tuple[Resume | None, str | None]:
     """Read the newest undamaged resume file of a run.
 
     Returns:
-        Its content, or None if the run has no resume file; and a sentence if the file is not `last.ckpt`.
+        The content of the file, or None if the run has no resume file. A message if the file is not `last.ckpt`, else None.
 
     Raises:
         ResumeFileError: If there are resume files, and all are damaged.
@@ -107,8 +107,8 @@ def read_resume(run: RunFolder) -> tuple[Resume | None, str | None]:
     if not any(file.exists() for file in files):
         return None, None
     raise ResumeFileError(
-        f"{' '.join(problems)} So the run cannot be resumed. Fetch a copy with `icl checkpoints {run.path} pull --force` if it has "
-        f"a store, or delete {' and '.join(NAMES)} there to train again from step 0; the saved checkpoints stay."
+        f"{' '.join(problems)} So the run cannot be resumed. If it has a store, fetch its copy with `icl checkpoints {run.path} pull "
+        f"--force`. Or delete {' and '.join(NAMES)} in its folder to train again from step 0; the saved checkpoints stay."
     )
 
 

@@ -24,12 +24,12 @@ class Status:
 
     state: State
     step: int = 0
-    """Updates done."""
+    """Number of updates so far."""
     max_steps: int = 0
     loss: float | None = None
-    """Mean training loss of the last row of `metrics.csv`."""
+    """Mean training loss in the last row of `metrics.csv`."""
     best_step: int | None = None
-    """The evaluated step that early stopping counts as the best; its checkpoint is kept if patience is set."""
+    """The evaluated step with the best value of early stopping's metric. Its checkpoint is kept if patience is set."""
     reason: str | None = None
     """The reason why the run stopped, failed or was pre-empted."""
     steps_per_second: float | None = None

@@ -1,15 +1,15 @@
 """Verify a run's files in its folder and in its store, for `icl checkpoints RUN verify`.
 
-- Checkpoints and Adam's moments are compared with their digests, their names and the run's settings. Every step of the
-  schedule must be there.
+- Checkpoints and Adam's moments are compared with their digests, their names and the run's settings. No step of the schedule
+  may be missing.
 - `last.ckpt` and `previous.ckpt` are compared with their digests.
 - `metrics.csv` must have a row of numbers for every logged step. Rows up to the last save are compared with the digest in
   `last.ckpt`.
 - `config.yaml` and `status.json` must be readable and agree with `last.ckpt`.
-- Among results and figures, arrays and pictures are compared with their checksums. Tables have none. All rows of a table must
-  have the same number of columns, and columns of numbers must contain only numbers.
-- In the store the same checks are made. Every object is also compared with the digest it was sent with, and every file of
-  the folder must be there.
+- Arrays and pictures in results and figures are compared with their checksums. Tables have no checksums. All rows of a table
+  must have the same number of columns, and columns of numbers must contain only numbers.
+- In the store the same checks are made. Every object is also compared with the digest it was sent with, and no file of the
+  folder may be missing.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class _Copy(NamedTuple):
 
 
 def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
-    """Return a sentence for everything that is damaged or missing, here and in the store.
+    """Return a sentence for everything that is damaged or missing, in the run's folder and in the store.
 
     Raises:
         StorageError: If the store cannot be listed.
@@ -169,7 +169,7 @@ def _check_metrics(copy: _Copy, name: str, data: bytes) -> str | None:
         return reason
     rows = list(csv.reader(io.StringIO(data.decode())))
     if rows[0] != columns:
-        return "its columns are not those of the run's settings"
+        return "its columns do not match the run's settings"
     steps = [int(float(row[0] or "nan")) for row in rows[1:]]
     reached = copy.resume.step if copy.resume is not None else 0
     lost = sorted(logged_steps(copy.config, reached) - set(steps))
@@ -180,7 +180,7 @@ def _check_metrics(copy: _Copy, name: str, data: bytes) -> str | None:
     saved = copy.resume.member.get("rows") if copy.resume is not None else None
     has_ended = copy.status is not None and copy.status.is_done and copy.status.step == reached
     is_altered = are_rows_altered(data, saved, has_ended=has_ended)
-    return "its rows are not those that were saved" if is_altered else None
+    return "its rows differ from the saved rows" if is_altered else None
 
 
 def _check_archive(copy: _Copy, name: str, data: bytes) -> str | None:
@@ -229,13 +229,13 @@ _CHECKS: dict[str, Callable[[_Copy, str, bytes], str | None]] = {
 
 
 def _compare(expected: RunConfig | None, config: RunConfig, name: str) -> str | None:
-    """Return the settings in which a file differs from those in another file, if these are known."""
+    """Return a phrase about the settings that differ from those in another file. None if there are none, or `expected` is None."""
     differences = config_differences(expected, config) if expected is not None else []
-    return f"it is of another run than {name}: {'; '.join(differences)}" if differences else None
+    return f"it belongs to another run than {name}: {'; '.join(differences)}" if differences else None
 
 
 def _find_fault(data: bytes, numbers: Sequence[str]) -> str | None:
-    """Return what is wrong with a table: its form, or text in one of the columns of `numbers`."""
+    """Return a phrase that says what is wrong with a table, or None. The columns in `numbers` must contain only numbers."""
     text = data.decode("utf-8")
     if any(not character.isprintable() and character not in "\r\n\t" for character in text):
         return "it contains characters that no table has"

@@ -2,9 +2,9 @@
 
 A key is a relative path with forward slashes that stays inside its store. `require_key` refuses any other key. The local store
 follows no symbolic link that leads out of its root, although the root itself may be a link. A value is either complete or
-absent: the local store writes a temporary file beside the target, flushes it to disk and renames it. A process killed at any
-moment leaves at worst a temporary file, which no listing shows. `icl.store.opening` opens a folder or a URL, and imports the
-driver only then, so local work loads none.
+absent: the local store writes a temporary file beside the target, flushes it to disk and renames it. If the process is killed
+before that, only a temporary file is left, which no listing shows. `icl.store.opening` opens a folder or a URL, and imports boto3
+only for a bucket.
 """
 
 import hashlib
@@ -36,11 +36,11 @@ class Store(Protocol):
     def read(self, key: str, *, limit: int | None = None) -> bytes:
         """Return the value of a key. Check it against the digest it was saved with, if the store keeps one.
 
-        Raise MissingKeyError if there is none, and StorageError if it has more than `limit` bytes.
+        Raise MissingKeyError if the key has no value, and StorageError if the value has more than `limit` bytes.
         """
 
     def digest(self, key: str) -> str:
-        """Return the SHA-256 of the value that was written, in hex. Raise MissingKeyError if there is none."""
+        """Return the SHA-256 of the value that was written, in hex. Raise MissingKeyError if the key has no value."""
 
     def write(self, key: str, data: bytes) -> None:
         """Set the value of a key, completely or not at all."""
@@ -101,7 +101,9 @@ class LocalStore:
         write_atomically(self._path(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Set the value of a key only if it has none; return whether it was set. Of several processes, only one succeeds.
+        """Set the value of a key only if it has none; return whether it was set.
+
+        If several processes try at the same time, only one succeeds.
 
         Raises:
             StorageError: If the disk is full or the folder cannot be written.
@@ -120,7 +122,7 @@ class LocalStore:
         return True
 
     def keys(self, prefix: str = "") -> list[str]:
-        """Return every key below the folder `prefix`, sorted, without temporary files and links out of the folder."""
+        """Return every key below the folder `prefix`, sorted, without temporary files and without links that lead out of the folder."""
         folder = self.root / prefix
         if not self._is_inside(folder):
             return []
@@ -129,12 +131,12 @@ class LocalStore:
         return sorted(path.relative_to(self.root).as_posix() for path in kept)
 
     def links_out(self) -> list[str]:
-        """Return every symbolic link below the folder that leads out of it, as a key, sorted."""
+        """Return the keys of all symbolic links that lead out of the folder, sorted."""
         links = (path for path in self.root.rglob("*") if not self._holds(path))
         return sorted(path.relative_to(self.root).as_posix() for path in links)
 
     def pipes(self) -> list[str]:
-        """Return every entry below the folder that is neither a file nor a folder, such as a pipe, as a key, sorted."""
+        """Return the keys of all pipes and other entries that are neither files, folders nor symbolic links, sorted."""
         others = (path for path in self.root.rglob("*") if not (path.is_file() or path.is_dir() or path.is_symlink()))
         return sorted(path.relative_to(self.root).as_posix() for path in others)
 
@@ -153,10 +155,12 @@ class LocalStore:
         except OSError as error:
             raise StorageError(f"The store {self.root} cannot be made: {error.strerror}.") from None
         if not os.access(self.root, os.W_OK | os.X_OK):
-            raise StorageError(f"The store {self.root} cannot be written; choose another, or change its permissions.")
+            raise StorageError(
+                f"The store {self.root} cannot be written; change its permissions or choose another store."
+            )
 
     def _path(self, key: str) -> Path:
-        """Return the path of a key, whose folder must be inside the root.
+        """Return the path of a key. The folder of this path must be inside the root.
 
         Raises:
             StorageError: If the key is not a plain relative name, or a link above the file leads out of the root.
@@ -175,10 +179,10 @@ class LocalStore:
             raise StorageError(f"{path} leads out of {self.root} through a symbolic link, which is not followed.")
 
     def _is_inside(self, path: Path) -> bool:
-        """Return whether a path lies inside the root once all links are followed."""
+        """Return whether a path lies inside the root after all links are followed."""
         try:
             target = path.resolve()
-        except (OSError, RuntimeError):  # a link that leads to itself, before Python 3.13
+        except (OSError, RuntimeError):  # before Python 3.13, a link to itself raises RuntimeError
             return False
         is_loop = os.path.islink(target)  # noqa: PTH114 (`Path` fails at a name that is too long)
         return target.is_relative_to(self.root.resolve()) and not is_loop
@@ -198,15 +202,15 @@ def require_key(key: str, store: object) -> None:
     if not is_plain:
         raise StorageError(
             f"{store} has a file named {key!r}. `icl` does not use it, because this name could lead out of the store. "
-            "Remove or rename it there."
+            "Remove or rename the file in the store."
         )
 
 
 def read_or_none(store: Store, key: str) -> bytes | None:
-    """Return the value of a key for a small file that describes a run, or None if there is none.
+    """Return a small file that describes a run, by its key. Return None if there is no such file.
 
     Raises:
-        StorageError: If it is damaged or too large for such a file, or the store cannot be used.
+        StorageError: If the file is damaged or too large, or the store cannot be used.
     """
     try:
         return store.read(key, limit=MAX_SMALL_FILE)

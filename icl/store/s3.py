@@ -50,16 +50,16 @@ class S3Store:
         """Return the value of a key, checked against the digest it was saved with.
 
         Raises:
-            MissingKeyError: If there is none.
+            MissingKeyError: If the key has no value.
             StorageError: If it is damaged or has more than `limit` bytes, or the store cannot be used.
         """
         return self._ask(key, lambda: self._read(key, limit))
 
     def digest(self, key: str) -> str:
-        """Return the SHA-256 of the value that was written. If none was saved with it, compute it from the stored value.
+        """Return the SHA-256 of the value that was written. If no digest was saved with it, compute the digest from the stored value.
 
         Raises:
-            MissingKeyError: If there is none.
+            MissingKeyError: If the key has no value.
             StorageError: If the store cannot be used.
         """
         return self._ask(key, lambda: self._requests.about(self._full(key)).digest or sha256(self._get(key)[0]))
@@ -117,8 +117,8 @@ class S3Store:
         for _ in range(2):
             data, digest = self._get(key, limit)
             if not digest or sha256(data) == digest:
-                return data  # otherwise read once more: it may have been damaged on the way
-        raise DamagedError(f"{self}/{key} is damaged: its {len(data):,} bytes are not those that were saved.")
+                return data  # otherwise read once more, because the bytes may have been damaged on the way
+        raise DamagedError(f"{self}/{key} is damaged: its {len(data):,} bytes differ from the bytes that were saved.")
 
     def _get(self, key: str, limit: int | None = None) -> tuple[bytes, str | None]:
         """Return the bytes of a key and the digest that they should have. Repeat a download that breaks off."""
@@ -140,7 +140,7 @@ class S3Store:
         )
 
     def _write(self, key: str, data: bytes) -> None:
-        """Write a value, and check that the server has it: by length, digest and tag, or by reading it back."""
+        """Write a value. Check that the server has it, by its length, digest and tag or by reading it back."""
         tag = self._requests.put(self._full(key), data)
         kept = _unless_absent(lambda: self._requests.about(self._full(key)))
         if kept is None or kept.length != len(data) or kept.digest not in (None, sha256(data)):
@@ -160,9 +160,8 @@ class S3Store:
         kept = _unless_absent(lambda: self._read(key))
         if kept is None:
             raise self._lost(key)
-        return (
-            kept == data
-        )  # even if the server said that it existed: a repeated request may find what its first try wrote
+        # Compare the bytes even if the server says that the object existed: a repeated request may find what its first try wrote.
+        return kept == data
 
     def _lost(self, key: str) -> StorageError:
         return StorageError(
@@ -170,7 +169,7 @@ class S3Store:
         )
 
     def _ask(self, key: str, act: Callable[[], Result], *, seconds: float | None = None) -> Result:
-        """Return the server's answer. Wait as long as there is progress, and turn errors of boto3 into one sentence."""
+        """Return the server's answer. Wait as long as there is progress, and explain an error of boto3 in one sentence."""
         address = f"{self}/{key}" if key else str(self)
         try:
             return waiting.await_result(act, seconds=seconds, awaited=f"an answer from {server_name()}")

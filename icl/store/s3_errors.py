@@ -1,7 +1,7 @@
 """Explain errors of S3 servers in one sentence that says what to do.
 
-No sentence quotes the server or boto3, except an error's code, because their messages could contain secrets. A code that is
-not in the table is explained by its HTTP status.
+The sentences quote only an error's code. They do not quote the messages of the server and of boto3, which could contain secrets.
+A code that is not in the table is explained by its HTTP status.
 """
 
 import os
@@ -14,8 +14,10 @@ _BUCKET = "the bucket does not exist; make it, or correct AWS_BUCKET_NAME or che
 _NAME = "the server does not allow this name of a bucket (3 to 63 small letters, digits, dots and hyphens); correct it"
 _RIGHTS = "these credentials may not do this; allow them to list, read, write and delete below the prefix"
 _KEYS = "the server does not accept these credentials; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and this machine's clock"
-_EXPIRED = "the credentials have expired or are not valid here; renew them (AWS_SESSION_TOKEN, or `aws sso login`)"
-_ACCOUNT = "the account is not active or may not use the server; ask whoever runs it"
+_EXPIRED = (
+    "the credentials have expired or are not valid for this server; renew them (AWS_SESSION_TOKEN, or `aws sso login`)"
+)
+_ACCOUNT = "the account is not active or may not use the server; ask the server's administrator"
 _CLOCK = "this machine's clock differs too much from the server's; set the clock (for instance by NTP)"
 _REGION = "the bucket is in another region; set AWS_DEFAULT_REGION to the bucket's region"
 _ELSEWHERE = (
@@ -23,12 +25,12 @@ _ELSEWHERE = (
     "and AWS_DEFAULT_REGION if the bucket is in another region"
 )
 _LATER = "the server is busy or out of order; run the same command again later"
-_ALTERED = "the bytes that arrived are not those that were sent; if it happens again, look for a proxy that alters them"
-_FULL = "the store is full, or its quota is used up; make room there"
+_ALTERED = "the bytes that arrived differ from the bytes that were sent; if this happens again, look for a proxy that alters them"
+_FULL = "the store is full, or its quota is used up; make room in it, or choose another store"
 _LARGE = "a file is larger than the server accepts; raise its limit, or choose another store"
 _LONG = "the name is too long for the server; choose a shorter --run_name or prefix"
 _ARCHIVED = "the object is in an archive; restore it, or change the bucket's lifecycle rule"
-_LOCKED = "the bucket keeps objects from being replaced or removed; choose one without object lock"
+_LOCKED = "the bucket does not allow objects to be replaced or removed; choose a bucket without object lock"
 _ENCRYPTION = "the bucket's encryption key cannot be used; check its KMS key and the right to use it"
 _NOT_S3 = "the server does not understand a request that icl needs; check that AWS_ENDPOINT_URL is the address of its S3 service"
 _SIGNATURE = "the secret key does not fit the access key; check AWS_SECRET_ACCESS_KEY"
@@ -132,7 +134,7 @@ def is_absent(error: Any) -> bool:
 
 
 def is_taken(error: Any) -> bool:
-    """Return whether a server's error means that an object that should be new exists or is just being written."""
+    """Return whether a server's error means that an object to be created exists already, or is being written at the same time."""
     return error_status(error) in (409, 412) or error_code(error) in (
         "PreconditionFailed",
         "ConditionalRequestConflict",

@@ -1,9 +1,10 @@
 """Requests to a bucket, with a replacement for each feature that a server may lack.
 
-Requests avoid what older servers refuse, such as checksum headers and trailers. Instead, each request is signed with the
-SHA-256 of its body, also over TLS. Every server with S3's current signature must check this hash. boto3's own checksums would
-add nothing. For an upload in parts they are not even a digest of the whole file. Some servers also refuse conditions,
-metadata, uploads in parts, the newer listing, or HEAD. After the first refusal we print a notice and no longer use the feature.
+Requests avoid features that older servers refuse, such as checksum headers and trailers. Instead, each request is signed with the
+SHA-256 of its body, also over TLS. Every server that supports S3's current signature must check this hash. boto3's own checksums
+would add nothing. For an upload in parts they are not even a digest of the whole file. Some servers also refuse conditional
+writes, metadata, uploads in parts, the newer listing request, or HEAD. After the first refusal we print a notice and no longer use
+the feature.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ from icl.store.s3_errors import is_refused_feature, is_taken, server_name
 NUM_ATTEMPTS = 8
 """Number of tries of one request; `AWS_MAX_ATTEMPTS` overrides it."""
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 25.0
-"""Seconds without an answer after which one try is given up."""
+"""Time limits of one try in seconds: for the connection, and for the answer."""
 MAX_PAGES = 10_000
 """Largest number of pages of a listing. A page has a thousand keys."""
 _DIGEST = "icl-sha256"
@@ -64,7 +65,7 @@ class Requests:
     """The requests of one bucket.
 
     Args:
-        bucket: Its name.
+        bucket: Name of the bucket.
         part_size: Size in bytes above which a value is uploaded in parts.
     """
 
@@ -78,7 +79,7 @@ class Requests:
         """Return the bytes of an object, and the digest they should have if it is known. Stop soon after `limit` bytes.
 
         Raises:
-            ClientError, BotoCoreError: If there is none, or the connection breaks off.
+            ClientError, BotoCoreError: If there is no such object, or the connection breaks off.
         """
         answer = self._client().get_object(Bucket=self.bucket, Key=key)
         chunks, size = [], 0
@@ -95,7 +96,7 @@ class Requests:
         """Return the server's description of an object.
 
         Raises:
-            ClientError, BotoCoreError: If there is none, or the server cannot be asked.
+            ClientError, BotoCoreError: If there is no such object, or the server cannot be asked.
         """
 
         def ask() -> About:
@@ -178,7 +179,7 @@ class Requests:
         return feature in _lacking.get(self._server(), ())
 
     def note_lack(self, feature: str) -> None:
-        """Remember what the server lacks, and say so once."""
+        """Record that the server lacks a feature, and print a notice the first time."""
         known = _lacking.setdefault(self._server(), set())
         if feature not in known and _LACKS[feature]:
             print(f"icl: the store's server {server_name()} {_LACKS[feature]}.", file=sys.stderr)
@@ -191,7 +192,7 @@ class Requests:
     def _with_or_without(self, feature: str, act: Callable[[], Result], instead: Callable[[], Result]) -> Result:
         """Call `act`, which needs a feature of the server, or `instead` if the server lacks the feature.
 
-        A refusal may have another reason, so the feature counts as lacking only after `instead` has succeeded.
+        A refusal may have another reason, so we record that the feature is lacking only after `instead` has succeeded.
         """
         if not self.lacks(feature):
             try:
@@ -212,7 +213,8 @@ class Requests:
         for number, page in enumerate(pages, 1):
             _require_listing(page)
             if operation == "list_objects_v2" and page.get("IsTruncated") and not page.get("NextContinuationToken"):
-                raise _UnusableAnswerError  # the server answered as to the older request, and botocore would stop here
+                # The server answered in the older request's format. botocore would stop after this page.
+                raise _UnusableAnswerError
             keys = {entry["Key"] for entry in page.get("Contents", [])}
             if number > MAX_PAGES or (keys and keys <= seen):
                 raise ResponseParserError("the listing does not end")
@@ -282,7 +284,7 @@ class Requests:
 
 @cache
 def _loader() -> Any:
-    """Return the loader of botocore's description of S3. It takes a third of a second the first time."""
+    """Return the loader of botocore's description of S3. The first call takes a third of a second."""
     return botocore.loaders.create_loader()
 
 
@@ -304,7 +306,10 @@ class _Counted(io.BytesIO):
 
 
 def _send_at_once(params: dict[str, Any], **_: Any) -> None:
-    """Remove the header `Expect`, which asks the server before each upload. Servers that ignore it cost a second each time."""
+    """Remove the header `Expect`, which makes each upload wait until the server agrees to it.
+
+    If a server ignores this header, each upload takes a second longer.
+    """
     params["headers"].pop("Expect", None)
 
 
@@ -316,7 +321,7 @@ def _count_what_is_sent(request: Any, **_: Any) -> None:
 
 
 def _require_listing(answer: dict[str, Any]) -> None:
-    """Refuse the page of a login or of another service. botocore would read it as an empty listing.
+    """Refuse an answer that is not a listing, such as a login page. botocore would read it as an empty listing.
 
     Raises:
         ResponseParserError: If the answer has no part of a listing.

@@ -17,14 +17,14 @@ SECONDS = 60.0
 NOTICE_SECONDS = 2.0
 """Seconds without progress after which we print what the program waits for."""
 _ENOUGH_BYTES = 2**16
-"""Number of bytes that count as progress. Within `SECONDS` they make about a kilobyte per second."""
+"""Number of bytes that count as progress. This many bytes within `SECONDS` are about a kilobyte per second."""
 _POLL_SECONDS = 0.05
 
 Result = TypeVar("Result")
 
 
 class StalledError(Exception):
-    """Call that made no progress for too long, or whose waiting was stopped. It may still be running."""
+    """Call that we gave up on, because it made no progress for too long or the program was interrupted. It may still be running."""
 
 
 class _Progress:

@@ -2,7 +2,7 @@
 
 A pool is the first M tasks of one endless sequence, in which task m is a pure function of (seed, m). So pools are nested:
 a pool is the beginning of every larger one. Raventos et al. (2023), section 2, define both priors; the nesting is that of
-Carroll et al. (2025), section 3.1. We store no table of tasks: a prompt of task 1,000,000 computes that one vector.
+Carroll et al. (2025), section 3.1. We store no table of tasks: for a prompt of task 1,000,000 we compute only this one vector.
 """
 
 import math
@@ -42,7 +42,7 @@ def sample_tasks(
 ) -> Float[Tensor, "N S B D"]:
     """Draw one task for each prior, step and index.
 
-    Priors that share a sequence of tasks are drawn together, and so are all Gaussian ones.
+    Tasks of priors that share a sequence are drawn together, and so are the tasks of all Gaussian priors.
     """
     seeds = [prior.seed if isinstance(prior, Discrete) else None for prior in priors]
     drawn: dict[int, Tensor] = {}

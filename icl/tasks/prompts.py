@@ -64,10 +64,10 @@ def sample_together(
 ) -> Prompts:
     """Sample the prompts of N sources whose sizes and noise variance agree: xs (N, S, B, K, D).
 
-    Each source gives the same prompts as alone.
+    Each source gives the same prompts as if it were used alone.
     """
     num_examples, task_size, noise_variance = sources[0].max_examples, sources[0].task_size, sources[0].noise_variance
-    # Not `len`, which fails for a range beyond 2^63: the check below must report how many prompts do not fit.
+    # `len` would fail for a range longer than 2^63, before the check below could report how many prompts do not fit.
     batch_size = indices.stop - indices.start if isinstance(indices, range) else len(indices)
     require_prompt_memory(len(sources) * len(steps) * batch_size, num_examples, task_size, device)
     # Not `torch.arange(start, stop)`: XLA compiles the bounds into its graph, and would compile again for every step.
@@ -129,10 +129,10 @@ def sample_prompts(
 ) -> Prompts:
     """Return the batch of one step of a stream: xs (B, K, D), ys (B, K), ws (B, D).
 
-    A smaller batch is the beginning of a larger one.
+    A smaller batch has the first prompts of a larger batch.
 
     Raises:
-        ConfigError: If `step` is not a whole number of at least 0, `batch_size` is not one of at least 1, or the
+        ConfigError: If `step` is not a whole number of at least 0, `batch_size` is not a whole number of at least 1, or the
             distribution is unknown.
 
     Examples:
@@ -158,7 +158,7 @@ def require_prompt_memory(
 
     Args:
         num_prompts: Number of prompts.
-        max_examples: Number of examples in each.
+        max_examples: Number of examples in each prompt.
         task_size: Dimension of the inputs.
         device: Device of the prompts.
         for_ridge: Whether ridge will predict their targets. It factors a matrix for each prompt in float64.
@@ -166,7 +166,9 @@ def require_prompt_memory(
     Raises:
         ConfigError: If they do not fit. The message says how much memory is needed and how much is free.
     """
-    numbers = max_examples * (task_size + 1 + (2 * (task_size + max_examples) if for_ridge else 0))  # of each prompt
+    numbers = max_examples * (
+        task_size + 1 + (2 * (task_size + max_examples) if for_ridge else 0)
+    )  # numbers per prompt
     what = f"{num_prompts:,} prompts of {max_examples:,} examples in {task_size:,} dimensions"
     require_memory({what: 4 * num_prompts * numbers}, device)
 

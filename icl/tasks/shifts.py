@@ -7,23 +7,23 @@ its own stream. A prompt stays a pure function of (evaluation seed, shift, step,
 - `input_scale_<g>`, `task_scale_<g>`: x becomes g x (variance g^2), or w becomes g w. Targets change with them; the noise does not.
   The code of Hoogland et al. (2024) has g = 3, 5, 10, 100 (their text says variance g); Garg et al. (2022) have
   g = 1/3, 1/2, 2, 3.
-- `skewed_covariance`: along random axes, the standard deviation of x along axis i is proportional to 1/i.
+- `skewed_covariance`: the standard deviation of x along the i-th of D random orthogonal axes is proportional to 1/i.
 - `half_subspace`: x lies in a random subspace of floor(D / 2) dimensions, but at least one.
-- `label_noise`: the noise variance is 1. Then targets and task are rescaled together, so that the targets have the variance
-  D + sigma^2 of unshifted ones.
-- `random_quadrants`: all examples lie in one random orthant. The query may lie in any.
+- `label_noise`: the noise variance is 1. Then targets and task are rescaled together, so that the targets have variance
+  D + sigma^2, as they have without the shift.
+- `random_quadrants`: all examples lie in one random orthant. The query may lie in any orthant.
 - `orthogonal_query`: the query is orthogonal to every example.
 - `seen_query`: the query equals one of the examples, with new noise.
 
 Source: Garg et al. (2022), the evaluations in their eval.py and samplers.py. We differ in four ways:
 
-- We draw axes and subspaces for each prompt, not once for all, so that standard errors include this choice.
-- The variance of targets is that of their distribution, not of the batch.
+- We draw axes and subspaces for each prompt, not once for all prompts, so that standard errors include this choice.
+- For `label_noise`, we rescale by the variance of the targets' distribution, not by that of the batch.
 - The query is the last x, and only its prediction counts.
 - Their orthogonal query exists only up to k = D. We keep the query, project the examples onto its orthogonal complement,
   and rescale them.
 
-All shifts except the scales keep E|x|^2 = D.
+All shifts except `input_scale_<g>` keep E|x|^2 = D.
 """
 
 import difflib
@@ -86,11 +86,11 @@ def sample_shifted_prompts(
 ) -> Prompts:
     """Return the batch of one step of a shift: xs (B, K, D), ys (B, K), ws (B, D).
 
-    Prompts are made on the CPU, so they are the same on every device. A smaller batch is the beginning of a larger one.
+    Prompts are made on the CPU, so they are the same on every device. A smaller batch has the first prompts of a larger batch.
 
     Raises:
         ConfigError: If the shift is unknown (the message names the nearest one), D or K is too small for it, `batch_size`
-            is not a whole number of at least 1, or `step` is not one of at least 0.
+            is not a whole number of at least 1, or `step` is not a whole number of at least 0.
 
     Examples:
         >>> xs, ys, ws = sample_shifted_prompts(RunConfig(), "seen_query", batch_size=4)
@@ -160,9 +160,9 @@ def _halve(parts: Parts, randomness: Randomness) -> Parts:
 
 
 def _stretch(parts: Parts, randomness: Randomness, deviations: Float[Tensor, " D"]) -> Parts:
-    """Stretch the inputs along random orthogonal axes to these deviations, rescaled so that E|x|^2 stays D."""
+    """Stretch the inputs along random orthogonal axes, to standard deviations proportional to `deviations`. E|x|^2 stays D."""
     task_size = len(deviations)
-    # Q of a Gaussian matrix is uniform over all orthonormal axes, up to signs. A stretch does not depend on these.
+    # Q of a Gaussian matrix is uniform over all orthonormal axes, up to signs. A stretch does not depend on the signs.
     axes = torch.linalg.qr(randomness.normal(task_size**2).double().unflatten(-1, (task_size, task_size))).Q  # B D D
     scales = deviations * math.sqrt(task_size) / deviations.norm()
     xs = (parts.xs.double() @ axes * scales) @ axes.mT  # B K D
@@ -206,4 +206,4 @@ SHIFTS: dict[str, Shift] = {
     "orthogonal_query": Shift(_turn_examples_from_the_query, is_about_query=True, min_task_size=2),
     "seen_query": Shift(_ask_again, is_about_query=True, min_examples=2),
 }
-"""All shifts by name. To add one, write a function of `Parts` and enter it here; the contract tests then run over it."""
+"""All shifts by name. To add one, write a function of `Parts` and add it to this table. The contract tests cover all entries."""

@@ -32,7 +32,7 @@ signals this program again."""
 
 
 class NonFiniteGuard(pl.Callback):
-    """End a member whose loss is no longer finite; the others continue. The step itself does not wait for the check."""
+    """End a member whose loss is no longer finite. The other members continue. A step does not wait for this check."""
 
     def __init__(self, members: Sequence[Member], every: int) -> None:
         self.members, self.every = members, every

@@ -6,7 +6,8 @@ forward passes of a few prompts and measure the size of the tensors that autogra
 
 On a CPU at most one member per core is updated at a time, so activations count once per core. Each member also needs memory for
 
-- its parameters and moments. It needs three times as much while it is resumed, because they are read and then joined;
+- its parameters and moments. While members are resumed, this is three times as much, because the arrays are read from the resume
+  files and then copied into joined arrays;
 - the prompts of a step while they are drawn, or the arrays of its evaluation, whichever is larger;
 - its evaluation prompts with their baselines. Members that differ only in their training seeds share them.
 """
@@ -22,18 +23,18 @@ from icl.config import RunConfig
 from icl.model.stacked import Params, apply, size, stack
 
 _ROWS = 7
-"""Arrays per member on a GPU: parameters, gradient, two moments, and the new parameters and moments."""
+"""Number of arrays per member on a GPU: parameters, gradient, two moments, and the new parameters and moments."""
 _CPU_ROWS = 3
-"""Arrays per member on a CPU: parameters and two moments."""
+"""Number of arrays per member on a CPU: parameters and two moments."""
 _RESUMED_ROWS = 9
-"""Arrays per resumed member on a CPU: the three above, three that are read from the resume file, and three joined ones."""
+"""Number of arrays per resumed member on a CPU: the three above, three that are read from the resume file, and three joined ones."""
 _DRAWN_BYTES = 128
-"""Bytes per number of a batch of prompts while the batch is drawn from counters (measured)."""
+"""Number of bytes for each number in a batch of prompts while the batch is drawn from counters (measured)."""
 _EVALUATED_ARRAYS = 48
-"""Arrays that each further member adds to an evaluation (measured). An array has one float32 per target."""
+"""Number of arrays that each further member adds to an evaluation (measured). An array has one float32 per target."""
 _NUM_BASELINES = 5
 _SHARE = 0.85
-"""Share of the memory that a population may use; the rest is for fragmentation."""
+"""Share of the memory that a population may use. The rest allows for fragmentation."""
 
 
 def num_fitting(configs: Sequence[RunConfig], device: torch.device | str) -> int:
@@ -58,7 +59,7 @@ def require_room(config: RunConfig, device: torch.device | str) -> None:
     The estimate is below the memory that training needs, so no run that fits is refused.
 
     Raises:
-        ConfigError: If the run cannot fit; the message names the settings that need most.
+        ConfigError: If the run cannot fit; the message names the settings that need most memory.
     """
     task, model, trainer, num_prompts = config.task, config.model, config.trainer, config.evaluation.num_prompts
     batch = trainer.batch_size // trainer.num_processes
@@ -93,7 +94,7 @@ def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
 def activation_bytes(config: RunConfig, params: Params) -> int:
     """Return the bytes of activations that autograd keeps for the backward pass, per prompt and member.
 
-    A single member needs less than each of several members.
+    A population of one needs fewer bytes per member than a larger population.
     """
     return (_saved_bytes(config, params, 4) - _saved_bytes(config, params, 2)) // (2 * size(params))
 
@@ -113,5 +114,5 @@ def _saved_bytes(config: RunConfig, params: Params, num_prompts: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         predictions = apply(config.model, weights, xs, xs[..., 0])
     of_weights = {tensor.untyped_storage()._cdata for tensor in weights.values()}
-    del predictions  # it keeps every saved tensor alive until here, so no address of a storage is used twice
+    del predictions  # until this line it keeps every saved tensor alive, so no address of a storage is used twice
     return sum(nbytes for storage, nbytes in saved.items() if storage not in of_weights)

@@ -29,7 +29,7 @@ LONGEST_STRETCH = {"cuda": 32, "cpu": 4}
 
 
 class PromptStream:
-    """One batch per step for every member: xs (N, B, K, D), ys (N, B, K), with B the rank's share of the batch.
+    """One batch per step for every member: xs (N, B, K, D), ys (N, B, K). B is this process's share of the batch.
 
     Args:
         configs: Settings of the members.

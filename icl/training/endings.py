@@ -102,7 +102,7 @@ def _record_failure(members: Sequence[Member], error: BaseException) -> None:
 
 
 def _write_failure(member: Member, status: Status) -> None:
-    """Replace the status and log it. On a full disk, overwrite the status in place, and do without the line in the log."""
+    """Replace the status and log it. On a full disk, overwrite the status in place, and write no line to the log."""
     try:
         member.folder.write_status(status)
     except OSError:

@@ -1,8 +1,8 @@
 """State of each run of a population while it trains, apart from the step that all of them share.
 
 A member trains until it ends, for example because it stops early or its loss is no longer finite. Its saved files are then
-final. Its slice of the stacked parameters is still computed until the population is next rebuilt, but nothing of it is
-recorded. Members do not interact, so this does not change the numbers of the others.
+final. Its slice of the stacked parameters is still computed until the population is rebuilt, but its results are no longer
+recorded. Members do not interact, so this does not change the numbers of the other members.
 """
 
 import math
@@ -30,52 +30,52 @@ class Member:
     """Best value of the monitored metric."""
     best_step: int | None = None
     num_checks: int = 0
-    """Evaluations since the best value."""
+    """Number of evaluations since the best value."""
     extra_step: int | None = None
     """Step of the best checkpoint, if it is not on the schedule."""
     state: State = "running"
     end_step: int | None = None
     reason: str | None = None
     is_recorded: bool = False
-    """Whether its outcome has been recorded."""
+    """Whether the member's outcome has been recorded."""
     is_own: bool = False
     """Whether the folder is known to belong to this run, with no other process training in it. Only then may a failure be
     written to it."""
     is_refused: bool = False
-    """Whether it could not be started or resumed. The other members then train without it."""
+    """Whether the member could not be started or resumed. The other members then train without it."""
     is_packed: bool = False
-    """Whether it started as one of several members. This selects the CPU kernel. A member that is resumed alone keeps the value,
+    """Whether the member started as one of several members. This selects the CPU kernel. A member that is resumed alone keeps the value,
     so that its results are the same."""
     rows: dict[str, Any] | None = None
     """Length and digest of `metrics.csv` at the last save."""
     lacking: frozenset[int] = frozenset()
     """Steps whose checkpoints were missing when the run was resumed; training continues without them."""
     incomplete: str | None = None
-    """Sentence on missing files of a run that had already ended, if the run does not count as a success without them."""
+    """Message about missing files of a run that had already ended. If it is set, the run does not count as a success."""
     told_lacking: str | None = None
-    """Sentences on other missing checkpoints, and on altered rows, of a run that had already ended."""
+    """Message about other missing checkpoints, and about altered rows, of a run that had already ended."""
     notes: list[str] = field(default_factory=list)
-    """Sentences to print and log when training starts or resumes."""
+    """Messages to print and log when training starts or resumes."""
     wandb: WandbLog | None = None
     """W&B run that gets the rows of `metrics.csv`."""
     _started: float = field(default_factory=time.monotonic)
 
     @property
     def is_running(self) -> bool:
-        """Whether it is still training."""
+        """Whether the member is still training."""
         return self.state == "running"
 
     def records(self, step: int) -> bool:
-        """Return whether results at this step are saved. They are until the member ends, and at the step of an early stop."""
+        """Return whether results at this step are saved: at every step until the member ends, and at the step of an early stop."""
         return self.is_running or (self.state == "stopped_early" and self.end_step == step)
 
     def is_last(self, step: int) -> bool:
-        """Return whether its training ends with this step."""
+        """Return whether the member's training ends with this step."""
         return step == self.config.trainer.max_steps or self.end_step == step
 
     @property
     def seconds(self) -> float:
-        """Seconds since this process started or resumed it."""
+        """Seconds since this process started or resumed the member."""
         return time.monotonic() - self._started
 
     def end(self, state: State, step: int, reason: str | None = None) -> None:
@@ -83,7 +83,7 @@ class Member:
         self.state, self.end_step, self.reason = state, step, reason
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a resumed member continues from, as plain values."""
+        """Return the state from which a resumed member continues, as plain values."""
         return {name: getattr(self, name) for name in _SAVED}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:

@@ -86,7 +86,7 @@ class PopulationModule(pl.LightningModule):
         return PopulationAdam(self.rows, adam, step, self.config.optim)
 
     def on_fit_start(self) -> None:
-        """Note the conditions that affect rounding. If the run is resumed, report those that have changed."""
+        """Record the conditions that affect rounding. If the run is resumed, report the conditions that have changed."""
         self.conditions = rounding_conditions(
             self.config.trainer, device=self.device.type, is_compiled=self._is_compiled()
         )
@@ -129,7 +129,7 @@ class PopulationModule(pl.LightningModule):
             self._saved_conditions[member] = saved.get("conditions", {})  # version 0.1.0 saved none
 
     def _is_compiled(self) -> bool:
-        """Return whether the step is compiled. It depends only on settings and device, so a resumed run decides as before."""
+        """Return whether the step is compiled. This depends only on settings and device, so it is the same for a resumed run."""
         settings, task = self.config.trainer, self.config.task
         if settings.compile != "auto":
             return settings.compile == "true"
@@ -140,7 +140,7 @@ class PopulationModule(pl.LightningModule):
         )
 
     def _report_changes(self) -> None:
-        """Print and log changed conditions. A sentence that several members share is printed once."""
+        """Print and log changed conditions. A message that several members share is printed once."""
         printed = set()
         for member, saved in self._saved_conditions.items():
             sentence = describe_changes(saved, self.conditions)

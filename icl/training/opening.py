@@ -26,7 +26,7 @@ def has_ended(member: Member) -> bool:
 
 
 def open_run(member: Member, resources: contextlib.ExitStack) -> int | None:
-    """Lock a run's folder and start its upload; both are released with `resources`.
+    """Lock a run's folder and start its upload. The lock and the upload end when `resources` is closed.
 
     Returns:
         The step from which the run continues, or None if it has already ended.
@@ -43,10 +43,10 @@ def open_run(member: Member, resources: contextlib.ExitStack) -> int | None:
 
 
 def _note_missing(member: Member, step: int | None) -> None:
-    """Note missing files of a run that continues from `step`, or that has already ended (None).
+    """Record in the member which files are missing. `step` is the step from which the run continues; None if it has ended.
 
     Missing scheduled checkpoints are no failure. A run that has ended is incomplete if its last checkpoint or rows of
-    its table of metrics are missing.
+    its `metrics.csv` are missing.
     """
     run, config = member.folder, member.config
     last = run.read_status()

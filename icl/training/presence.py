@@ -2,7 +2,7 @@
 
 Somebody may remove the folder of a run, on purpose or by accident. We must never create it again, so the run ends. The settings
 and the rows of metrics are also in memory, so their files are written again if they were removed. Checkpoints of earlier steps
-cannot be restored. We report missing ones as soon as we notice, and the run then ends as failed.
+cannot be restored. If some are missing, we report this as soon as we notice it, and the run ends as failed.
 """
 
 import sys
@@ -20,7 +20,7 @@ _SECONDS = 20.0
 
 
 class FilesGuard(pl.Callback):
-    """End a member whose folder is gone; the others continue."""
+    """End a member whose folder is gone. The other members continue."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members

@@ -1,8 +1,9 @@
 """Find out how many processes train a run together, and which program started them: Lightning, torchrun or Slurm's srun.
 
-Lightning starts the processes on one machine itself; torchrun and srun start all of them. Slurm also sets its variables in every
-shell and every single process of a job. So we use them only if srun started several tasks and the settings ask for several
-processes. We do not use Lightning's own detection of Slurm, because it refuses or requeues other runs.
+Lightning itself starts only the processes on its own machine. torchrun and srun start the processes on all machines. Slurm also
+sets its variables in every shell and every single process of a job. So we use these variables only if srun started several tasks
+and the settings ask for several processes. We do not use Lightning's own detection of Slurm, because it refuses or requeues
+runs that were started in another way.
 """
 
 import dataclasses
@@ -67,7 +68,7 @@ def join_processes(config: RunConfig) -> RunConfig:
 
 
 def _join_srun(num_processes: int) -> None:
-    """Copy srun's variables for this task to those that Lightning reads without Slurm."""
+    """Copy srun's variables for this task to the variables that Lightning reads without Slurm."""
     if _num_tasks() != num_processes:
         raise ConfigError(
             f"srun started {_num_tasks()} tasks, but {_ONE_PER_PROCESS} is {num_processes}; make them equal, or start the "
@@ -88,7 +89,7 @@ def _num_tasks() -> int:
 
 
 def _is_point() -> bool:
-    """Return whether this process trains a point of a sweep. Even if srun started its workers, a point trains alone."""
+    """Return whether this process trains a point of a sweep. A point trains in one process, even if srun started the workers of the sweep."""
     return in_sweep() or POINT_VARIABLE in os.environ
 
 

@@ -15,7 +15,7 @@ def require_monitor(config: RunConfig) -> None:
     """Refuse early stopping by a metric that the run does not log.
 
     Raises:
-        ConfigError: If the metric does not exist; the message lists those that do.
+        ConfigError: If the metric does not exist; the message lists the metrics that exist.
     """
     metrics = [column for column in metric_columns(config) if column.startswith("eval/")]
     monitor = config.early_stopping.monitor

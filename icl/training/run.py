@@ -48,14 +48,14 @@ class TrainResult(NamedTuple):
     folder: RunFolder
     status: Status
     received: signal.Signals | None = None
-    """Signal that pre-empted it, if any."""
+    """Signal that pre-empted the run, if any."""
     was_done: bool = False
     """Whether the run was already finished."""
     incomplete: str | None = None
-    """Sentence on missing rows or a missing last checkpoint of an ended run, which then does not count as a success."""
+    """Message about missing rows or a missing last checkpoint of an ended run. If it is set, the run does not count as a success."""
     lacking: str | None = None
-    """Sentences on other missing checkpoints, and on altered rows, of an ended run. `icl checkpoints RUN verify` reports
-    both as damage."""
+    """Message about other missing checkpoints, and about altered rows, of an ended run. `icl checkpoints RUN verify` reports both
+    as damage."""
 
 
 class NonFiniteLossError(RunError):
@@ -95,7 +95,7 @@ def train(config: RunConfig, *, folder: str | Path | None = None, wandb_run: Any
 def train_population(
     configs: Sequence[RunConfig], *, folders: Sequence[str | Path] | None = None, wandb_run: Any = None
 ) -> list[TrainResult]:
-    """Train several runs together, each to its end and with the same results as alone.
+    """Train several runs together, each to its end. Each run gets the same results as if it were trained alone.
 
     Unfinished runs are resumed, and finished runs are left as they are. A member fails if its loss becomes non-finite, if
     its folder, settings, resume file or store cannot be used, or if another process trains it. The others then continue.

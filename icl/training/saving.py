@@ -100,7 +100,7 @@ class ResumeFiles(pl.Callback):
                     if member.records(step):
                         file.sync()
                         member.rows = file.digest()
-            trainer.save_checkpoint("last.ckpt")  # `MemberFiles` writes one in each member's folder
+            trainer.save_checkpoint("last.ckpt")  # `MemberFiles` writes a `last.ckpt` in each member's folder
             self._saved_at = time.monotonic()
 
 
@@ -133,7 +133,7 @@ class MemberFiles(CheckpointIO):
 def read_resume_file(member: Member) -> int:
     """Restore a member's state from its resume file. Return the step from which it continues, or 0 without a file.
 
-    If `last.ckpt` is damaged or missing, the save before it is used, and a sentence about it is added to `member.notes`.
+    If `last.ckpt` is damaged or missing, the save before it is used, and a message about this is added to `member.notes`.
 
     Raises:
         ConfigError: If the file belongs to a run with other settings.
@@ -188,7 +188,7 @@ def _map_stacked(function: Callable[[Sequence[Tensor]], Tensor], trees: Sequence
 def _replace_all(runs: Sequence[RunFolder], contents: Iterable[dict[str, Any]]) -> None:
     """Write every run's `last.ckpt`, and keep the old one as `previous.ckpt`. Contents are built one at a time.
 
-    All new files are on the disk before the first old one is replaced. A kill at any moment leaves an intact file.
+    All new files are on the disk before the first old one is replaced. So if the process is killed, every run still has an intact resume file.
 
     Raises:
         StorageError: If a file cannot be written.

@@ -1,4 +1,4 @@
-"""Send new files of a run's folder to its store, in an order in which the copy there can always be resumed.
+"""Send new files of a run's folder to its store, in such an order that the run can be resumed from its copy at any time.
 
 Checkpoints are sent at once. The other files are sent when there is a newer `last.ckpt`, because only their newest versions matter.
 `last.ckpt` and `status.json` are vouchers: they say that the other files are complete. So they are read before the others, and
@@ -21,7 +21,7 @@ from icl.store import waiting
 from icl.store.base import MissingKeyError, sha256
 
 MAX_FAILURES = 2
-"""A round ends after this number of consecutive files that cannot be sent. The store probably cannot be reached at present."""
+"""A round of sending ends after this number of consecutive failures, because the store probably cannot be reached at present."""
 
 Signature = tuple[int, int, int]
 
@@ -45,7 +45,7 @@ class Sender:
     def __init__(self, mirror: Mirror, config: RunConfig) -> None:
         self.mirror = mirror
         self.reason = ""
-        """Reason why a file could not be sent, for the last file that failed."""
+        """Reason why a file could not be sent. If several files failed, it is the reason of the last one."""
         self._scheduled = _checkpoint_files(expected_steps(config, config.trainer.max_steps))
         self._there: set[str] | None = None
         self._sent: dict[str, Signature | None] = {}
@@ -79,13 +79,13 @@ class Sender:
         return num_failures == 0 and all(self._send(voucher, bar) for voucher in vouchers)
 
     def _tidy_store(self) -> bool:
-        """List the store's files and delete best checkpoints that were replaced. Return False if it cannot be reached."""
+        """List the store's files and delete former best checkpoints. Return False if the store cannot be reached."""
         try:
             if self._there is None:
                 self._there = set(self.mirror.there.keys())
             status = self.mirror.run.read_status()
             best_step = None if status is None else status.best_step
-            # The best checkpoint stays in the store even if it is lost here.
+            # The best checkpoint stays in the store even if it is missing in the run's folder.
             best = _checkpoint_files([] if best_step is None else [best_step])
             wanted = {*self._scheduled, *self.mirror.here.keys("checkpoints"), *best}
             for name in [name for name in self._there if is_checkpoint(name) and name not in wanted]:
@@ -107,7 +107,7 @@ class Sender:
     def _send(self, file: _File | None, bar: tqdm | None) -> bool:
         """Send a file unless the store has it. Return False if the store failed.
 
-        A file that is damaged here is not sent, so that it never replaces an intact copy.
+        If the file in the run's folder is damaged, it is not sent, so that it never replaces an intact copy.
         """
         if file is None or self._there is None:
             return True

@@ -36,7 +36,7 @@ STOPPED_SECONDS = 20.0
 
 @contextlib.contextmanager
 def upload_behind(config: RunConfig, run: RunFolder) -> Iterator[None]:
-    """Keep a copy of the run in its store, if it has one, while the body trains it.
+    """Keep the copy in the run's store up to date while the body trains the run. A run without a store has no copy.
 
     Raises:
         StorageError: Before the body, if the store cannot be used.
@@ -135,7 +135,7 @@ class Uploader:
                 pause = self.seconds if self.sender.send(self._stop.is_set) else 10 * self.seconds
 
     def _send_rest(self) -> None:
-        """Wait for the file that is being sent, and send the others."""
+        """Wait for the file that is being sent, then send all remaining files."""
         self._thread.join()
         names = self.sender.changed()
         if names:
@@ -197,7 +197,7 @@ def _finish_failed(uploader: Uploader, error: BaseException) -> None:
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         uploader.abandon()
         return
-    # After an UploadError, another run of the population has just waited for the store without success.
+    # After an UploadError, another run of the population has just waited for the store without success. So wait only briefly.
     try:
         uploader.finish(idle_seconds=2.0 if isinstance(error, UploadError) else None)
     except UploadError as problem:

@@ -21,7 +21,7 @@ from icl.training.saving import MemberFiles
 class HostXLAAccelerator(XLAAccelerator):
     """Accelerator for XLA's CPU backend, with one device.
 
-    Lightning's own accelerator counts TPU chips, and asks the server of a cloud for them.
+    Lightning's own accelerator counts TPU chips, and asks a cloud server about them.
     """
 
     @staticmethod
@@ -53,7 +53,7 @@ def xla_options(settings: TrainerConfig, members: Sequence[Member]) -> dict[str,
     if settings.num_processes > 1:
         raise ConfigError(
             "A run uses one TPU device; leave `trainer.devices` and `trainer.num_nodes` at 1, "
-            "and train several runs there as one population (`--population.seeds`)."
+            "and train several runs on it as one population (`--population.seeds`)."
         )
     if settings.precision != "32-true":
         # XLA's half precision applies to the whole process, so it would also round the prompts.

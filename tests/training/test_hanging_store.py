@@ -59,7 +59,7 @@ def test_the_end_of_training_waits_a_minute_at_most_and_names_the_command(s3, ha
     assert re.search(r"Uploading the last \d+ files to s3://", said.out)
     assert "icl: waiting for s3://" in said.err
     run = RunFolder(local_root() / "tiny")
-    assert f"`icl checkpoints {run.path} push` sends what is missing there" in said.err.splitlines()[-1]
+    assert f"`icl checkpoints {run.path} push` sends the missing files" in said.err.splitlines()[-1]
     status = run.read_status()
     assert status is not None
     assert (status.state, status.step) == ("finished", 6)

@@ -112,7 +112,7 @@ def describe_run(run: Any, config: RunConfig) -> None:
 
 
 def replay(run: Any, metrics_file: Path, until: int) -> None:
-    """Send the rows of earlier W&B runs of this point up to the step `until`, except those that this W&B run has."""
+    """Send the rows of earlier W&B runs of this point up to the step `until`, except rows that this W&B run already has."""
     sent = sent_step(run)
     for row in whole_rows(metrics_file):
         if sent < int(row["step"]) <= until:

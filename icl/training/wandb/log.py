@@ -1,7 +1,7 @@
 """Log a run to Weights & Biases if the user has set it up; training never depends on it.
 
-W&B is used with `WANDB_MODE=online|offline`, with an API key in the environment, or with a login in `.netrc`.
-`WANDB_MODE=disabled` overrides all of these. If W&B cannot be reached at the start, a sentence says so and the run is
+W&B is used if `WANDB_MODE` is `online` or `offline`, if the environment has an API key, or if `.netrc` has a login.
+`WANDB_MODE=disabled` overrides all of these. If W&B cannot be reached at the start, a message says so and the run is
 logged offline. If the network fails later, the end of the program is delayed by at most a minute. The W&B id of a run
 is kept in its folder, so that a resumed run continues the same W&B run. The only step axis is `step`.
 """
@@ -125,7 +125,7 @@ def has_unsent_rows() -> bool:
 
 
 def start_wandb(config: RunConfig, folder: RunFolder) -> WandbLog | None:
-    """Begin or continue the W&B run of a run; return None if W&B is not set up or cannot log even offline."""
+    """Begin or continue the W&B run for a training run. Return None if W&B is not set up or cannot log even offline."""
     global _is_unreachable
     mode = wandb_mode()
     if mode is None:
@@ -159,7 +159,7 @@ def _init(config: RunConfig, folder: RunFolder, mode: Mode) -> Any:
         dir=str(folder.path),
         mode=mode,
         resume="allow",
-        reinit="create_new",  # the members of a population log side by side
+        reinit="create_new",  # so that all members of a population can log at the same time
         settings=wandb.Settings(**init_settings()),
     )
     use_steps(run)
