@@ -119,7 +119,7 @@ def one_graph(
 
 
 def _cuda_options() -> dict[str, Any]:
-    """Return options for a CUDA graph. They forbid to choose kernels by timing, so that every start rounds in the same way."""
+    """Return options for a CUDA graph. With them, kernels are not chosen by timing, so that every start rounds in the same way."""
     from torch._inductor import config
 
     options: dict[str, Any] = {"triton.cudagraphs": True, "triton.autotune_pointwise": False, "shape_padding": False}

@@ -215,7 +215,7 @@ def parse_config(data: bytes, where: str) -> RunConfig:
     """Parse the configuration from the bytes of a run's `config.yaml`.
 
     Raises:
-        ConfigError: If it cannot be read. The message calls the run `where`.
+        ConfigError: If it cannot be read. The message uses `where` as the name of the run.
     """
     try:
         tree = parse_yaml(data)

@@ -183,7 +183,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _is_row(cells: Sequence[str]) -> bool:
-    """Return whether cells are a step and numbers, as we write them; an empty cell is a number that was not logged."""
+    """Return whether the cells of a row are a step and numbers. An empty cell is a number that was not logged."""
     return bool(re.fullmatch(r"[0-9]{1,18}", cells[0])) and all(not cell or is_number(cell) for cell in cells[1:])
 
 

@@ -1,4 +1,4 @@
-"""The files that a run resumes from: `last.ckpt`, and `previous.ckpt`, which was `last.ckpt` one save before.
+"""The files from which a run resumes: `last.ckpt`, and `previous.ckpt`, which is the `last.ckpt` of the previous save.
 
 Each is a zip file written by torch. Its zip comment contains a SHA-256 of all other bytes. So a single altered byte is
 detected, and torch and older versions of `icl` can still read the file. Files of version 0.1.0 have no such comment. For them

@@ -11,9 +11,9 @@ from icl.files.redaction import redact
 
 State = Literal["waiting", "running", "finished", "stopped_early", "preempted", "failed"]
 DONE: tuple[State, ...] = ("finished", "stopped_early")
-"""States of a run that has ended as it should."""
+"""States of a run that has ended successfully."""
 FAILS_AGAIN = "the same settings would fail again"
-"""Words in the reason of a failure that depends only on the settings."""
+"""Words in the `reason` of a run that failed because of its settings alone."""
 _LAST_TIME = 253_402_300_799
 """The end of the year 9999, after which Python has no dates."""
 
@@ -38,7 +38,7 @@ class Status:
 
     @property
     def is_done(self) -> bool:
-        """Whether the run has ended as it should."""
+        """Whether the run has ended successfully."""
         return self.state in DONE
 
 

@@ -41,7 +41,7 @@ from icl.runs.status import Status, parse_status
 from icl.store.base import MissingKeyError, Store
 
 _NUMBERS = ("step", "value", "stderr", "llc", "init_loss", "mean_loss")
-"""Columns in tables of results that contain only numbers."""
+"""Columns that must contain only numbers, in all tables of results."""
 
 
 class _Copy(NamedTuple):

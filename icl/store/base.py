@@ -1,4 +1,4 @@
-"""Stores of bytes by key, behind one small protocol. A store writes whole values atomically, reads, lists and deletes them.
+"""Stores of bytes by key, behind one small protocol. A store writes, reads, lists and deletes whole values.
 
 A key is a relative path with forward slashes that stays inside its store. `require_key` refuses any other key. The local store
 follows no symbolic link that leads out of its root, although the root itself may be a link. A value is either complete or

@@ -96,7 +96,7 @@ class Requests:
         """Return the server's description of an object.
 
         Raises:
-            ClientError, BotoCoreError: If there is no such object, or the server cannot be asked.
+            ClientError, BotoCoreError: If there is no such object, or the request fails.
         """
 
         def ask() -> About:
@@ -110,7 +110,7 @@ class Requests:
         return self._with_or_without("HEAD", ask, read)
 
     def put(self, key: str, data: bytes) -> str:
-        """Write an object. Return the tag that a server with MD5 tags gives it.
+        """Write an object. Return the tag that the server gives it if its tags are MD5 digests.
 
         Raises:
             ClientError, BotoCoreError: If the server did not accept it.
@@ -144,7 +144,7 @@ class Requests:
         """Yield every key that begins with `folder`.
 
         Raises:
-            ClientError, BotoCoreError: If the server cannot be asked.
+            ClientError, BotoCoreError: If the request fails.
         """
         pages = self._with_or_without(
             "ListObjectsV2",
@@ -157,7 +157,7 @@ class Requests:
         """Remove an object, if there is one.
 
         Raises:
-            ClientError, BotoCoreError: If the server cannot be asked.
+            ClientError, BotoCoreError: If the request fails.
         """
         self._client().delete_object(Bucket=self.bucket, Key=key)
 
@@ -165,7 +165,7 @@ class Requests:
         """Ask for one key of the bucket, with fewer tries and shorter time limits than usual.
 
         Raises:
-            ClientError, BotoCoreError: If the server cannot be asked.
+            ClientError, BotoCoreError: If the request fails.
         """
         client = self._make_client(num_attempts=4, connect_seconds=5.0, answer_seconds=10.0)
         first_key = {"Bucket": self.bucket, "Prefix": folder, "MaxKeys": 1}

@@ -77,7 +77,7 @@ def await_result(
     awaited: str = "",
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Result:
-    """Return the result of a call, or its exception.
+    """Return the result of a call, or raise the call's exception.
 
     Args:
         act: The call.

@@ -1,7 +1,7 @@
 """Task priors p(w): the standard Gaussian (M = inf), or the uniform distribution on a pool of M tasks.
 
 A pool is the first M tasks of one endless sequence, in which task m is a pure function of (seed, m). So pools are nested:
-a pool is the beginning of every larger one. Raventos et al. (2023), section 2, define both priors; the nesting is that of
+every larger pool begins with the tasks of the smaller one. Raventos et al. (2023), section 2, define both priors; the nesting is that of
 Carroll et al. (2025), section 3.1. We store no table of tasks: for a prompt of task 1,000,000 we compute only this one vector.
 """
 

@@ -33,7 +33,7 @@ class PromptStream:
 
     Args:
         configs: Settings of the members.
-        first_step: Function that returns the first step; called when iteration begins.
+        first_step: Function that returns the first step. It is called when iteration begins.
         rank: Index of this process's slice of every batch.
         num_ranks: Number of slices.
         device: Device on which prompts are drawn.
@@ -81,7 +81,7 @@ class Stretches:
 
     Args:
         stream: Prompts, step by step.
-        first_step: Function that returns the first step; called when iteration begins.
+        first_step: Function that returns the first step. It is called when iteration begins.
         stop: Function of a step. It returns the next step at which callbacks must see the model.
         longest: Largest number of steps in a stretch.
     """

@@ -1,4 +1,4 @@
-"""State of each run of a population while it trains, apart from the step that all of them share.
+"""State of each run of a population while it trains, without the step, which is the same for all runs.
 
 A member trains until it ends, for example because it stops early or its loss is no longer finite. Its saved files are then
 final. Its slice of the stacked parameters is still computed until the population is rebuilt, but its results are no longer
@@ -66,7 +66,7 @@ class Member:
         return self.state == "running"
 
     def records(self, step: int) -> bool:
-        """Return whether results at this step are saved: at every step until the member ends, and at the step of an early stop."""
+        """Return whether results at this step are saved. This is so until the member ends, and at the step of an early stop."""
         return self.is_running or (self.state == "stopped_early" and self.end_step == step)
 
     def is_last(self, step: int) -> bool:

@@ -89,7 +89,7 @@ class ResumeFiles(pl.Callback):
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Save when it is due, and when training stops for one or all members."""
+        """Save if the last save is more than `seconds` ago, and when training stops for one or all members."""
         step = trainer.global_step
         is_last = trainer.should_stop or step == trainer.max_steps or any(m.end_step == step for m in self.members)
         if is_last or any_rank(trainer, time.monotonic() - self._saved_at > self.seconds):

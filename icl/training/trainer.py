@@ -32,7 +32,7 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
     Args:
         config: Settings that the members share.
         members: Runs to train.
-        max_steps: Step at which to stop, if before the end of the runs.
+        max_steps: Step at which to stop; None means the end of the runs.
 
     Raises:
         ConfigError: If Lightning refuses the devices, the strategy or the precision.
