@@ -96,5 +96,7 @@ def modern_setting(key: str) -> str | None:
     if name not in OLDER_SETTINGS:
         return None
     return (
-        f"In `icl` it is `{OLDER_SETTINGS[name]}`." if OLDER_SETTINGS[name] else "`icl` does not need it; leave it out."
+        f"Its new name is `{OLDER_SETTINGS[name]}`."
+        if OLDER_SETTINGS[name]
+        else "It is not needed any more; leave it out."
     )
