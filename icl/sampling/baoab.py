@@ -5,17 +5,17 @@ xi, one move is
 
     v <- v - h grad U(w);   w <- w + h v / 2;   v <- c v + sqrt(1 - c^2) xi;   w <- w + h v / 2
 
-Source: Leimkuhler and Matthews 2013, "Rational construction of stochastic numerical methods for molecular sampling". Two half
-kicks of their scheme that follow each other are one kick here. c is their exp(-gamma h); c = 0 is the scheme of Leimkuhler and
-Matthews with one noise per move.
+Source: Leimkuhler and Matthews 2013, "Rational construction of stochastic numerical methods for molecular sampling". Their scheme
+has two consecutive half kicks, which we merge into one kick. Our c is exp(-gamma h) for their friction coefficient gamma. At c = 0
+each move uses the mean of two consecutive noise vectors; this is the overdamped method of Leimkuhler and Matthews.
 
-On quadratics the positions have the exact distribution at every stable step, lr a < 4 for the curvature a of U. So SGLD's bias from
-the step size is absent. Momentum amplifies the noise of minibatch gradients: if grad U has noise of variance s, the stationary
-variance on U = a w^2 / 2 is (our derivation; tests compare it with chains)
+On quadratics the positions have the exact distribution at every stable step, lr a < 4 for the curvature a of U. So there is no
+bias from the step size, unlike in SGLD. Momentum amplifies the noise of minibatch gradients: if grad U has noise of variance s,
+the stationary variance on U = a w^2 / 2 is (our derivation; tests compare it with chains)
 
     (1 + lr s (1 + c) / ((1 - c) (4 - lr a))) / a
 
-which at c = 0 and small lr a is SGLD's. `icl.sampling.variates` lowers s.
+At c = 0 and small lr a, this is the variance of SGLD. The control variates of `icl.sampling.variates` reduce s.
 """
 
 from typing import NamedTuple
@@ -83,8 +83,9 @@ def log_acceptance(
 ) -> Float[Tensor, " N"]:
     """Return the log-probability that a Metropolis test would accept a move, in float64 on the CPU.
 
-    It is the minimum of 0 and -W, where the shadow work W is the change of energy by the kicks and drifts of a move (Sivak, Chodera
-    and Crooks 2014). The noise conserves the distribution, so it does no work. `grads` and `losses` are those of L at both ends.
+    It is the minimum of 0 and -W. The shadow work W is the change of energy due to the kicks and drifts of the move (Sivak, Chodera
+    and Crooks 2014). The noise conserves the distribution, so it does no work. `grads` and `losses` are the gradients and the values
+    of L at both ends of the move.
     """
     h = lr**0.5
     before, after, anchor = state.position, proposal.position, state.anchor

@@ -1,16 +1,16 @@
-"""Minibatches of the chains: a function of (chain, draw), or an iterable that is dealt to the chains in turn.
+"""Minibatches of the chains: a function of (chain, draw), or an iterable whose batches go to the chains in turn.
 
-Here a draw counts every move, burn-in included, from 0. All checkpoints of a population see the same minibatches: chain k at move
-t sees the same one at every checkpoint. This makes differences between checkpoints less noisy. Chains of one checkpoint see
-different minibatches.
+In this module the draw number counts all moves from 0, including burn-in. All checkpoints of a population see the same minibatches:
+chain k at move t sees the same minibatch at every checkpoint. This makes differences between checkpoints less noisy. Chains of one
+checkpoint see different minibatches.
 
-From an iterable, chain k at move t gets batch number t * num_chains + k. A finite iterable starts over when it ends. So the batches
-do not depend on how many chains run at once.
+From an iterable, chain k at move t gets batch number t * num_chains + k. So the batches do not depend on how many chains run at
+once. A finite iterable starts over when it ends.
 
-- A shuffling DataLoader draws from torch's global generator when a pass begins. We start pass e from a state that depends on
-  (seed, e) only, and then restore the caller's state.
-- If the numbers of chains and of batches have a common factor, each chain would see the same few batches again and again, and
-  would sample their posterior instead. So we skip one batch each time that the assignment would repeat.
+- A shuffling DataLoader draws from torch's global generator when a pass begins. For pass e we set the generator to a state that
+  depends only on (seed, e). Then we restore the caller's state.
+- If the number of chains and the number of batches have a common factor, each chain would see only a few of the batches, and would
+  sample the posterior of these few. So we skip one batch each time that the assignment would repeat.
 """
 
 import hashlib
@@ -32,9 +32,9 @@ Batch: TypeAlias = Any
 """A tree (tuples, lists, dicts) of tensors and other values."""
 Batches: TypeAlias = Callable[[int, int], Batch] | Iterable[Batch]
 NUM_COMPARED = 4
-"""Number of first moves at which the chains' minibatches are compared; so are twice as many later ones."""
+"""The chains' minibatches are compared at this many moves at the start, and at up to twice as many later moves."""
 SHORT_LIST = 32
-"""Below this number of batches that are dealt in passes, the noise of a chain's neighbouring moves is clearly related."""
+"""A list with fewer batches than this is short: in passes through it, the noise of a chain's consecutive moves is clearly correlated."""
 _ARRAYS = (Tensor, np.ndarray)
 
 
@@ -47,11 +47,11 @@ class Pool(NamedTuple):
     get: Callable[[int], Batch]
     """Function from a number below `size` to the minibatch."""
     is_uniform: bool
-    """Whether the numbers are uniform and independent. Otherwise the pool is dealt in passes."""
+    """Whether the numbers of the minibatches are uniform and independent. If not, the chains go through the pool in passes."""
 
 
 class ChainBatches:
-    """The minibatches of some chains. It records which chains saw the same ones."""
+    """The minibatches of several chains, with a record of which chains saw the same minibatches."""
 
     def __init__(self, batches: Batches, settings: ChainsConfig) -> None:
         self.get = batch_function(batches, num_chains=settings.num_chains, seed=settings.seed)
@@ -62,7 +62,7 @@ class ChainBatches:
         self.digests: dict[tuple[int, int], bytes] = {}
 
     def first_distinct(self, num_wanted: int, device: torch.device) -> tuple[list[Batch], bool]:
-        """Return the first distinct batches that the chains get, and whether a search for more was in vain."""
+        """Return up to `num_wanted` distinct batches, the first that the chains get, and whether there seem to be no others."""
         batches: dict[bytes, Batch] = {}
         num_repeats, patience = 0, 2 * self.num_chains
         for number in range(self.num_moves * self.num_chains):
@@ -74,22 +74,22 @@ class ChainBatches:
         return [to_device(batch, device) for batch in batches.values()], num_repeats > patience + len(batches)
 
     def stacked(self, chains: Sequence[int], draw: int, device: torch.device) -> Batch:
-        """Return one move's batches, a row for each of `chains`; equal chains get the same object."""
+        """Return the batches of one move, with a row for each element of `chains`; equal elements get the same object."""
         batches = {chain: self.get(chain, draw) for chain in dict.fromkeys(chains)}
         if any(draw in draws for draws in self.compared):
             self.digests |= {(chain, draw): fingerprint(batch) for chain, batch in batches.items()}
         return stack_batches([batches[chain] for chain in chains], device)
 
     def is_one(self) -> bool:
-        """Return whether all chains saw the same single batch at every compared move: the whole data."""
+        """Return whether all chains saw one and the same batch at every compared move, so that it is all the data."""
         return len(set(self.digests.values())) <= 1
 
     def is_short_list(self) -> bool:
-        """Return whether a list of fewer than `SHORT_LIST` batches is dealt in passes."""
+        """Return whether the chains go in passes through a list of fewer than `SHORT_LIST` batches."""
         return self.pool is not None and not self.pool.is_uniform and 1 < self.pool.size < SHORT_LIST
 
     def is_shared(self) -> bool:
-        """Return whether two chains saw the same batches at all first or all later moves, although there were different ones."""
+        """Return whether two chains saw the same batches at all early or all late compared moves, although there are several batches."""
         if self.is_one():
             return False
         chains = {chain for chain, _ in self.digests}
@@ -105,7 +105,7 @@ def batch_function(batches: Batches, *, num_chains: int, seed: int) -> Callable[
     """Return `batches` as a function of (chain, draw).
 
     Raises:
-        ConfigError: If `batches` is neither a function nor an iterable, or is an iterable without a batch.
+        ConfigError: If `batches` is neither a function nor an iterable, or is empty.
     """
     if callable(batches):
         return batches
@@ -128,7 +128,7 @@ def batch_function(batches: Batches, *, num_chains: int, seed: int) -> Callable[
 
 
 def _pool(batches: Batches, num_chains: int) -> Pool | None:
-    """Return the pool of `batches`: that which it names itself, or a list's batches; None if there is none."""
+    """Return the pool of `batches`: the attribute `pool` of a function, or all batches of a list. Return None if there is neither."""
     if not isinstance(batches, Sequence) or callable(batches):
         return getattr(batches, "pool", None)
     length = len(batches)
@@ -140,7 +140,7 @@ def _pool(batches: Batches, num_chains: int) -> Pool | None:
 
 
 def _position(number: int, *, length: int, num_chains: int) -> int:
-    """Return where batch `number` lies in the endless repetition of `length` batches, skipped batches counted."""
+    """Return the position of batch `number` in the endless repetition of `length` batches; skipped batches count as positions."""
     if math.gcd(length, num_chains) == 1 or length == 1:
         return number
     return number + number // math.lcm(length, num_chains)
@@ -154,7 +154,7 @@ def _from_sequence(batches: Sequence[Batch], num_chains: int) -> Callable[[int],
 
 
 class _FromIterator:
-    """Batches by number from an iterator, which can be read only once. So all batches are kept."""
+    """Batches by number, from an iterator. An iterator can be read only once, so all batches are kept."""
 
     def __init__(self, batches: Iterator[Batch], num_chains: int) -> None:
         self.batches, self.num_chains = batches, num_chains
@@ -166,7 +166,7 @@ class _FromIterator:
 
 
 class _FromIterable:
-    """Batches by number from an iterable that can be read repeatedly, perhaps in another order each time."""
+    """Batches by number, from an iterable that can be read repeatedly, perhaps in a different order each time."""
 
     def __init__(self, batches: Iterable[Batch], num_chains: int, seed: int) -> None:
         self.batches, self.num_chains, self.seed = batches, num_chains, seed
@@ -180,7 +180,7 @@ class _FromIterable:
             position = _position(number, length=self.length, num_chains=self.num_chains)
         if position == self.next_position - 1:
             return self.last
-        if position < self.next_position:  # an earlier batch is asked for: read its pass again
+        if position < self.next_position:  # the batch lies before the current position, so its pass is read again
             self._start_pass(0 if self.length is None else position // self.length)
         while self.next_position <= position:
             try:
@@ -190,14 +190,14 @@ class _FromIterable:
                     raise _empty_error() from None
                 is_first, self.length = self.length is None, self.length or self.next_position
                 self._start_pass(self.epoch + 1)
-                if is_first:  # only now is the length known, which decides the position
+                if is_first:  # the position depends on the length, which is known only now
                     return self(number)
                 continue
             self.next_position += 1
         return self.last
 
     def _start_pass(self, epoch: int) -> None:
-        """Start a pass from its own state of the CPU's generator."""
+        """Start a pass, with a state of the CPU's generator that depends only on the seed and the pass."""
         self.epoch, self.next_position = epoch, epoch * (self.length or 0)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(stream(self.seed, f"llc/batches/{epoch}").low))
@@ -219,7 +219,7 @@ def _empty_error() -> ConfigError:
 def stack_batches(batches: Sequence[Batch], device: torch.device) -> Batch:
     """Stack the tensors, arrays and numbers of batches on a new leading axis N.
 
-    If all batches are one object, it is expanded and not copied. Other values stay as they are if all batches agree on them.
+    If all batches are one object, it is expanded without a copy. Values of other types are kept if they are equal in all batches.
 
     Raises:
         ConfigError: If the batches differ in structure or shape.
@@ -241,7 +241,7 @@ def stack_batches(batches: Sequence[Batch], device: torch.device) -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch to a device, with its arrays as tensors."""
+    """Move a batch to a device, and convert its arrays to tensors."""
     return pytree.tree_map(lambda x: x[0] if isinstance(x, Tensor) else x, stack_batches([batch], device))
 
 

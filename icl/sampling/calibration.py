@@ -1,7 +1,7 @@
-"""Calibration of the sampler on a run: which lr, nbeta, localization and burn-in to use, by a search over a few checkpoints.
+"""Calibration of the sampler for a run: a search for lr, nbeta, localization and burn-in at a few checkpoints.
 
-All settings of one ratio at all checkpoints run as one population on the same minibatches, because their chains are equally long.
-Where the rule (`icl.sampling.search`) needs the last checkpoint only, only that one is sampled.
+Settings with the same ratio localization / nbeta have equally long chains. So they run as one population, at all checkpoints, on
+the same minibatches. If the rule (`icl.sampling.search`) needs only the last checkpoint, only this checkpoint is sampled.
 """
 
 import dataclasses
@@ -44,11 +44,11 @@ from icl.sampling.stored_results import StoredResults
 from icl.sampling.target import Target
 
 PLACES = (0.2, 0.5, 1.0)
-"""Default checkpoints of the search, as shares of the last step."""
+"""Default checkpoints of the search, as fractions of the last step."""
 _NUM_BATCHES = 4
-"""Number of batches for the curvature and the loss at the last checkpoint."""
+"""Number of batches from which the curvature and the loss at the last checkpoint are computed."""
 _FURTHER_WORK = 1.3
-"""Factor of the time for work beside the chains' moves: MALA's gradients and the checkpoints' own losses."""
+"""Ratio of the total time to the time of the chains' moves. The rest is for MALA's gradients and the checkpoints' own losses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,9 @@ class Calibration:
     table: pd.DataFrame
     """A row for each trial and checkpoint."""
     traces: dict[int, Record]
-    """Estimates at the last checkpoint by the number of the trial: the chosen one first, then failed ones."""
+    """Estimates at the last checkpoint, by the number of the trial. The chosen trial comes first, then failed trials."""
     chosen: SamplerConfig | None
+    """The chosen settings; None if no settings were accepted."""
     summary: str
 
     def as_yaml(self) -> str:
@@ -72,11 +73,12 @@ class Calibration:
 def calibrate(
     path: str | Path, sampler: SamplerConfig | None = None, *, say: Callable[[str], None] = lambda line: None
 ) -> Calibration:
-    """Search the sampler's settings for a run, by `icl.sampling.search.RULE`.
+    """Search for a run's sampler settings by the rule `icl.sampling.search.RULE`.
 
     Args:
         path: The run's folder.
-        sampler: The settings that are not searched: batch size, chains, draws; `steps` other than `all` are the checkpoints.
+        sampler: Settings that are not searched: batch size, chains, draws. If its `steps` are not `all`, they select the
+            checkpoints.
         say: Called with lines of text: first the expected time, then the result of every trial.
 
     Raises:
@@ -91,11 +93,13 @@ def calibrate(
     target = prompt_target(config, sampler, device=device, num_moves=plan.longest)
     fresh_batches = prompt_target(config, _next_seed(sampler), device=device).batches
     say(f"{RULE}\n")
-    with MoveBar("preparing", plan.expected) as bar, torch.no_grad():  # graphs are compiled for this grad mode
+    # A compiled graph is valid for one grad mode only, so all gradients are computed under no_grad.
+    with MoveBar("preparing", plan.expected) as bar, torch.no_grad():
         sample = batch_function(target.batches, num_chains=1, seed=sampler.seed)
         batches = [sample(0, draw) for draw in range(_NUM_BATCHES)]
         params = {name: tensor.to(device) for name, tensor in checkpoints[-1].params.items()}
-        curvature = largest_curvature(target.chain_gradient, params, batches)  # compiles the gradient, if it is to be
+        # This also compiles the gradient, if compiling pays.
+        curvature = largest_curvature(target.chain_gradient, params, batches)
         losses = [target.loss(params, batch).mean() for batch in batches]
         height = trivial_loss(config) - float(torch.stack(losses).mean())
         run = run_of(path)
@@ -120,14 +124,14 @@ class _Plan(NamedTuple):
 
     expected: int
     longest: int
-    """The number if lr must fall twice."""
+    """Number of moves if lr must be reduced twice."""
     confirmation: int
 
 
 def _plan(sampler: SamplerConfig, num_checkpoints: int) -> _Plan:
     """Count the moves, as far as they are known before the search."""
     points = survey(height=1.0, curvature=1.0, speed=sampler.speed)
-    slower = slower_than(points[0])  # of the smallest ratio, whose chains are the longest
+    slower = slower_than(points[0])  # the smallest ratio has the longest chains
     rate, once, twice = (_num_moves(point.sampler(sampler)) for point in (points[0], slower, slower_than(slower)))
     full = dataclasses.replace(sampler, num_burnin_steps=3 * points[0].filling // 2)
     confirmation = num_checkpoints * _num_moves(full)
@@ -153,16 +157,16 @@ class _Work:
         self.device, self.plan, self.bar, self.stored = device, plan, bar, stored
 
     def try_points(self, points: Sequence[SearchPoint]) -> list[list[LLCResult]]:
-        """Estimate under some settings: in the survey at all checkpoints, later at the last one."""
+        """Estimate under the settings of some points: at all checkpoints in the survey, and at the last checkpoint later."""
         stage, samplers = points[0].stage, [point.sampler(self.sampler) for point in points]
         self.bar.set_description(stage)
-        if points[0].slowness > 1:  # then only the confirmation is left, unless lr falls once more
+        if points[0].slowness > 1:  # only the confirmation follows, unless lr must be reduced again
             self.bar.set_remaining(_num_moves(samplers[0]) + self.plan.confirmation)
         checkpoints = self.checkpoints if stage == SURVEY else self.checkpoints[-1:]
         return self._estimate(checkpoints, samplers, self.target)
 
     def confirm(self, chosen: SamplerConfig, target: Target) -> list[LLCResult]:
-        """Estimate under the chosen settings at all checkpoints, on minibatches and noise that the choice did not depend on."""
+        """Estimate at all checkpoints under the chosen settings, with minibatches and noise that did not influence the choice."""
         self.bar.set_description(CONFIRMATION)
         self.bar.set_remaining(len(self.checkpoints) * _num_moves(chosen))
         return self._estimate(self.checkpoints, [_next_seed(chosen)], target)[0]
@@ -170,7 +174,7 @@ class _Work:
     def _estimate(
         self, checkpoints: Sequence[Checkpoint], samplers: Sequence[SamplerConfig], target: Target
     ) -> list[list[LLCResult]]:
-        """Estimate each checkpoint under each of some settings, or take the results from an earlier, interrupted calibration."""
+        """Estimate at each checkpoint under each of the settings, or use the results of an earlier, interrupted calibration."""
         rows = [[self.stored.read(checkpoint, sampler) for checkpoint in checkpoints] for sampler in samplers]
         missing = [number for number, row in enumerate(rows) if None in row]
         self.bar.skip(sum(_num_moves(s) * len(checkpoints) for n, s in enumerate(samplers) if n not in missing))
@@ -185,7 +189,7 @@ class _Work:
 
 
 def _num_moves(sampler: SamplerConfig) -> int:
-    """Return the number of moves of all chains of a checkpoint."""
+    """Return the number of moves of all chains of a checkpoint together."""
     return sampler.num_chains * sampler.num_moves
 
 
@@ -196,19 +200,23 @@ def _next_seed(sampler: SamplerConfig) -> SamplerConfig:
 def _seconds_per_move(
     checkpoints: Sequence[Checkpoint], samplers: Sequence[SamplerConfig], target: Target, device: torch.device
 ) -> float:
-    """Measure the time of one chain's move in this population; the first moves, which may compile a gradient, do not count."""
+    """Measure how many seconds one move of one chain takes in this population.
+
+    The first moves are not counted, because they may compile a gradient.
+    """
     short = [dataclasses.replace(sampler, num_burnin_steps=10, num_draws=2, num_init_batches=2) for sampler in samplers]
     times: list[float] = []
     estimate_grid(checkpoints, short, target, device=device, advance=lambda _: times.append(time.perf_counter()))
-    seconds = time.perf_counter() - times[2]  # with MALA's gradient at both draws
+    seconds = time.perf_counter() - times[2]  # includes MALA's gradients at both draws
     return seconds / ((_num_moves(short[0]) + (2 - 3) * short[0].num_chains) * len(short) * len(checkpoints))
 
 
 def _expected_time(plan: _Plan, seconds_per_move: float) -> str:
     minutes = math.ceil(plan.expected * seconds_per_move * _FURTHER_WORK / 60)
     return (
-        f"About {minutes} minute{'' if minutes == 1 else 's'}: {plan.expected:,} moves of chains at "
-        f"{1000 * seconds_per_move:.2g} ms, more if lr must fall twice. Finished settings are stored, so after an interruption the same command continues."
+        f"About {minutes} minute{'' if minutes == 1 else 's'}: {plan.expected:,} moves of single chains at "
+        f"{1000 * seconds_per_move:.2g} ms each, and longer if lr must be reduced twice. Finished settings are stored, so after an "
+        "interruption the same command continues."
     )
 
 
@@ -262,7 +270,7 @@ def _rows(
 
 
 def _traces(trials: Sequence[Trial], chosen_number: int | None, sampler: SamplerConfig) -> dict[int, Record]:
-    """Return the estimates of the choice and of three failures, the worst first."""
+    """Return the estimates of the chosen trial and of up to three failed trials, worst first."""
     failed = sorted(
         (number for number, trial in enumerate(trials) if not is_healthy(trial.last)),
         key=lambda number: (trials[number].last.verdict != "invalid", trials[number].point.stage != RATES),

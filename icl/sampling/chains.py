@@ -1,17 +1,19 @@
-"""Estimate the LLCs of checkpoints x settings x chains as one population, from the losses to the verdicts.
+"""Estimates of LLCs: all chains of all checkpoints under all settings run as one population.
 
-Members are numbered checkpoint by checkpoint and processed in chunks that fit the memory. Each member has its own
-generator, seeded from (seed, checkpoint key, chain) and drawn outside `vmap`. So its noise is the same whatever runs
-beside it. Draw j is the state after `num_burnin_steps + j * thinning` moves. Its loss is that of the minibatch that also
-gives the next move its gradient, evaluated before the move. (So without burn-in, draw 0 is the checkpoint.)
+A member is one chain of one checkpoint under some settings. Members are numbered checkpoint by checkpoint and run in chunks
+that fit into memory. Each member has its own generator, which is seeded from (seed, checkpoint key, chain) and used outside
+`vmap`. So its noise does not depend on the other members.
 
-At each draw we also record the excess of the loss over the checkpoint's on the same minibatch, which costs one more forward pass.
-The difference has little of the noise of either loss. `icl.sampling.traces` has the other numbers. At some draws (`NUM_TESTS`)
-we compute the probability that a Metropolis test would accept the move, with L the loss of that draw's minibatch at both ends.
+Draw j is the state after `num_burnin_steps + j * thinning` moves. Its loss is measured on the minibatch of the next move, before
+this move. (So without burn-in, draw 0 is the checkpoint.) At each draw we also record the excess: the loss minus the checkpoint's
+loss on the same minibatch. This costs one more forward pass, but most of the minibatch noise cancels. `icl.sampling.traces` lists
+the other numbers. At some draws (`NUM_TESTS`) we compute the probability that a Metropolis test would accept the next move. Then
+the loss at both ends of the move is measured on the minibatch of this draw.
 
-Settings may differ in lr, nbeta and localization only. A checkpoint under several settings is several rows of one
-population, whose chains see the same minibatches and noise. Moves and records are made for each group of equal settings,
-gradients for all members at once. Numbers that depend on a checkpoint alone are computed once.
+Settings may differ in lr, nbeta and localization only. A checkpoint under several settings occurs several times in the
+population, and its chains see the same minibatches and noise each time. Gradients are computed for all members at once. Moves and
+records are made separately for each group of members with equal settings. Numbers that depend only on the checkpoint are computed
+once.
 """
 
 import dataclasses
@@ -40,22 +42,22 @@ from icl.sampling.traces import Draw, Recorder, State, Traces, mean_over_compone
 from icl.sampling.variates import Variates, make_variates
 
 NUM_TESTS = {"sgld": 16, "rmsprop": 16, "baoab": 4}
-"""Number of moves of each chain whose acceptance is computed; each costs one more gradient, with `baoab` two."""
+"""Number of moves of each chain for which the acceptance is computed, by kernel. Each costs one more gradient, with `baoab` two."""
 MEMORY = 2.0 * 2**30
-"""Default bytes that chains running at once may need; on CUDA it is half of the free memory."""
+"""Default memory in bytes for the chains that run at once. On CUDA the default is half of the free memory instead."""
 FIRST_CHECK = 100
-"""Number of draws after which chains first compare their standard error with `target_stderr`; then it grows by an eighth."""
+"""Number of draws after which chains first compare their standard error with `target_stderr`. It grows by an eighth per comparison."""
 MAX_EXPECTED = 500
-"""Largest number of moves that is expected of chains that may stop early, for the share of work beside them."""
+"""Chains that may stop early are expected to make at most this many moves. This limits the work for the loss at their mean."""
 _COPIES = 10
-"""Number of tensors of the size of the parameters that a member holds at once."""
+"""Number of tensors, each as large as the parameters, that a member needs at once."""
 
 Advance: TypeAlias = Callable[[int], None]
-"""Called after moves with their number: one chain's move counts as one."""
+"""Function that is called with the number of moves just made. A move of one chain counts as one."""
 Watch: TypeAlias = Callable[[Sequence[int], Sequence[int], Float[Tensor, "N S"]], None]
-"""Called now and then with the numbers of the checkpoint and the chain of each member, and its excess so far, in nats."""
+"""Function that is called while chains run, with each member's checkpoint number, chain number and excess so far, in nats."""
 WATCH_SECONDS = 10.0
-"""Seconds between two calls."""
+"""Seconds between two calls of a `Watch`."""
 SampleLosses: TypeAlias = Callable[[Params], Float[Tensor, " Q"]]
 """Function from one member's parameters to the losses of Q fixed samples."""
 
@@ -77,19 +79,20 @@ def estimate(
     """Estimate the LLC of each checkpoint under each of some settings, as one population.
 
     Args:
-        target: What is sampled.
+        target: The loss to sample, with its minibatches.
         checkpoints: Parameters by name, all of one architecture.
-        settings_grid: Settings that differ in lr, nbeta and localization only; chains see the same minibatches and noise under each.
+        settings_grid: Settings that differ in lr, nbeta and localization only. Chains see the same minibatches and noise under
+            each of them.
         identities: Step and hash of each checkpoint.
         layout: Which parameters may move; None for all.
         sample_losses: Function from parameters to the losses of fixed samples, for the singular fluctuation.
         observables: Functions of the parameters whose values are recorded at every draw.
-        memory: Bytes that the chains running at once may need.
-        advance: Called after every move of the chains that run together, with their number.
-        watch: Called every few seconds with the draws so far.
+        memory: Memory in bytes for the chains that run at once.
+        advance: Called after every move, with the number of chains that made it.
+        watch: Called every `WATCH_SECONDS` with the draws so far.
 
     Returns:
-        A list for each settings, with a result for each checkpoint.
+        One list for each element of `settings_grid`, with one result for each checkpoint.
 
     Raises:
         ConfigError: If settings differ in more than lr, nbeta and localization.
@@ -162,20 +165,20 @@ def run_chains(
     """Run every chain of every checkpoint; return the traces of each checkpoint.
 
     Args:
-        target: What is sampled.
-        checkpoints: Stacked on a leading axis C.
+        target: The loss to sample.
+        checkpoints: Parameters, stacked on a leading axis C.
         source: Minibatches of the chains.
         settings: The settings of each checkpoint, which differ in lr, nbeta and localization only.
-        layout: How the parameters that move lie in rows.
-        keys: A text for each checkpoint, from which the noise of its chains is seeded.
-        chunk_size: Number of members that may run at once.
-        sample_losses: Function from parameters to the losses of fixed samples; their variance over draws is recorded.
+        layout: Layout of the moving parameters in a row.
+        keys: A string for each checkpoint, which is part of the seed for the noise of its chains.
+        chunk_size: Largest number of members that run at once.
+        sample_losses: Function from parameters to the losses of fixed samples. The variance of these losses is recorded.
         observables: Functions of the parameters whose values are recorded at every draw.
         losses_at_mean: Function from stacked parameters to their losses on I batches, for the loss at the mean of the draws.
-        are_all_losses: Whether these batches are all the data.
+        are_all_losses: Whether the I batches are all the data.
         variates: Control variates for the gradients and the excess.
-        advance: Called after every move.
-        watch: Called every few seconds with the draws so far.
+        advance: As for `estimate`.
+        watch: As for `estimate`.
     """
     num_chains = settings[0].num_chains
     num_members = size(checkpoints) * num_chains
@@ -183,11 +186,11 @@ def run_chains(
         chunk_size = even_chunks(num_members, chunk_size)
     elif target.vectorize and chunk_size < num_chains:
         raise ConfigError(
-            f"`target_stderr` needs all {num_chains} chains of a checkpoint at once, but the memory holds {chunk_size}: lower "
+            f"`target_stderr` needs all {num_chains} chains of a checkpoint at once, but only {chunk_size} fit into memory: lower "
             "`num_chains`, or raise `memory`."
         )
     else:
-        chunk_size = num_chains  # each checkpoint stops by itself
+        chunk_size = num_chains  # the chains of each checkpoint stop on their own
     rows, fixed = layout.to_rows(checkpoints), layout.fixed(checkpoints)
     stacked_samples = None if sample_losses is None else target.map_members(sample_losses)
     observed = {name: target.map_members(observable) for name, observable in (observables or {}).items()}
@@ -203,7 +206,7 @@ def run_chains(
                 drops.add(traces.mean_position, traces.alive)
             # The positions are the largest part of the traces, so they are released at once.
             parts.append(traces._replace(mean_position=None))
-    # Chains that stop early have one part for each checkpoint, of its own length.
+    # If chains may stop early, each part belongs to one checkpoint, and parts differ in length.
     split = parts if settings[0].target_stderr is not None else split_by_checkpoint(parts, num_chains)
     by_checkpoint = [
         traces._replace(share_batches=source.is_shared(), one_batch=source.is_one(), few_batches=source.is_short_list())
@@ -215,9 +218,10 @@ def run_chains(
 
 
 def even_chunks(num: int, most: int) -> int:
-    """Return the size of equal chunks, at most `most` and at least half of it; if there is none, the last chunk is smaller.
+    """Return a chunk size of at most `most`, if possible one that divides `num` into equal chunks.
 
-    A gradient that is compiled for a GPU is compiled again for every size.
+    Equal chunks are better, because a gradient that is compiled for a GPU is compiled again for every size. But if they would be
+    smaller than about half of `most`, the last chunk is smaller than the others.
     """
     num_chunks = -(-num // most)
     equal = (num // count for count in range(num_chunks, 2 * num_chunks + 1) if num % count == 0)
@@ -225,7 +229,7 @@ def even_chunks(num: int, most: int) -> int:
 
 
 def _require_common(settings: Sequence[ChainsConfig]) -> ChainsConfig:
-    """Return the first of the settings; all must have its lengths, chains, seed and kernel."""
+    """Return the first settings, after a check that the others differ from it in lr, nbeta and localization only."""
     first = settings[0]
     for other in settings:
         if dataclasses.replace(other, lr=first.lr, nbeta=first.nbeta, localization=first.localization) != first:
@@ -241,7 +245,7 @@ def _chunks(params: Params, chunk_size: int) -> list[Params]:
 
 
 def _chunk_size(target: Target, params: Params, batch: Batch, layout: Layout, memory: float | None) -> int:
-    """Return the number of members that fit the memory together: at least one, and one if they are not mapped."""
+    """Return the number of members that fit into memory together: at least one, and one if `target.vectorize` is False."""
     if not target.vectorize:
         return 1
     member = {name: tensor[:1] for name, tensor in params.items()}
@@ -254,13 +258,13 @@ def _chunk_size(target: Target, params: Params, batch: Batch, layout: Layout, me
 
 
 class Kernel(NamedTuple):
-    """Markov kernel under some settings."""
+    """A Markov kernel with its settings."""
 
     init: Callable[[Tensor], Any]
     step: Callable[..., Any]
     log_acceptance: Callable[..., Tensor]
     adapt: Callable[[Any, Tensor], Any] = lambda state, grad: state
-    """Adaptation to a gradient during burn-in."""
+    """Function that adapts the state to a gradient during burn-in."""
 
 
 def _kernel(settings: ChainsConfig) -> Kernel:
@@ -279,7 +283,7 @@ def _kernel(settings: ChainsConfig) -> Kernel:
 
 
 class _Population(NamedTuple):
-    """All members, of which some run at a time."""
+    """All members of a population. `run` runs some of them at a time."""
 
     target: Target
     source: ChainBatches
@@ -290,7 +294,7 @@ class _Population(NamedTuple):
     """The moving parameters of each checkpoint."""
     fixed: Params
     keys: Sequence[str]
-    """A text for each checkpoint, from which the noise of its chains is seeded."""
+    """A string for each checkpoint, which is part of the seed for the noise of its chains."""
     sample_losses: Callable[[Params], Tensor] | None
     """Function from stacked parameters to the losses of fixed samples."""
     observables: Mapping[str, Callable[[Params], Tensor]]
@@ -302,12 +306,12 @@ class _Population(NamedTuple):
         common, device = self.settings[0], self.checkpoints.device
         checkpoints, chains = [m // common.num_chains for m in members], [m % common.num_chains for m in members]
         index = torch.tensor(checkpoints, device=device)
-        # What all checkpoints share (length 1) is expanded, not copied.
+        # Tensors that all checkpoints share (length 1) are expanded, not copied.
         fixed = {n: t.expand(len(index), *t.shape[1:]) if len(t) == 1 else t[index] for n, t in self.fixed.items()}
         start = self.checkpoints[index]
         groups = self._groups(checkpoints, chains, start, fixed)
         anchors, sizes = self.layout.to_params(start, fixed), [group.size for group in groups]
-        # Chains that may stop early are tested as often as short ones.
+        # Chains that may stop early are tested as often as chains of FIRST_CHECK draws.
         num_draws = common.num_draws if common.target_stderr is None else min(common.num_draws, FIRST_CHECK)
         next_check, next_look = FIRST_CHECK, time.monotonic() + WATCH_SECONDS
         for move in range(common.num_moves):
@@ -317,7 +321,7 @@ class _Population(NamedTuple):
             is_draw = draw >= 0 and remainder == 0
             is_tested = is_draw and draw % -(-num_draws // NUM_TESTS[common.kernel]) == 0
             if is_tested and common.kernel == "baoab" and not self.source.is_one():
-                # The same positions on other minibatches: those of a neighbouring move.
+                # The gradients at the same positions on other minibatches give the variance of the minibatch noise.
                 others = self._points(groups, fixed, self._minibatch(checkpoints, chains, move - 1 if move else 1))
                 for group, point, other in zip(groups, here, others, strict=True):
                     group.gradient_variance = (point.grad - other.grad).square().sum(1) / 2
@@ -354,7 +358,7 @@ class _Population(NamedTuple):
         for member in first_bad.isfinite().nonzero().flatten().tolist():
             rows = self.checkpoints[checkpoints[member]][None]
             own = {name: tensor[member : member + 1] for name, tensor in fixed.items()}
-            # A gradient that is not finite shows in the loss one move later.
+            # A gradient that is not finite makes the loss non-finite one move later.
             for move in {int(first_bad[member]), max(0, int(first_bad[member]) - 1)}:
                 batch = self.source.stacked([chains[member]], move, rows.device)
                 values = self.target.chain_gradient(self.layout, rows, own, batch)
@@ -391,7 +395,7 @@ class _Population(NamedTuple):
         batch: "_Minibatch",
         states: Sequence[State] | None = None,
     ) -> list["_Point"]:
-        """Return gradients and losses of all members, split by group, at some states or else at their own."""
+        """Return the gradients and losses of all members, split by group, at `states` or by default at their present states."""
         states = [group.state for group in groups] if states is None else states
         sizes = [group.size for group in groups]
         # A single group, the usual case, needs no copy.
@@ -408,18 +412,18 @@ class _Minibatch(NamedTuple):
     """The minibatches of N members at a move."""
 
     content: Batch
-    """Stacked on a leading axis N."""
+    """The batches, stacked on a leading axis N."""
     deviation: Float[Tensor, "N P"] | None = None
     """The control variate of the gradients (`icl.sampling.variates`)."""
     anchor_losses: Float[Tensor, "N *T"] | None = None
-    """The checkpoints' losses, if they are kept."""
+    """Losses of the checkpoints on these minibatches, if the control variates have them."""
 
 
 class _Point(NamedTuple):
     """Gradients and losses of N members on their minibatches."""
 
     grad: Float[Tensor, "N P"]
-    """Gradient of L, less its control variate."""
+    """Gradient of L minus its control variate."""
     losses: Float[Tensor, "N *T"]
     shift: Float[Tensor, " N"] | None = None
     """Control variate of the losses."""
@@ -432,7 +436,7 @@ class _Point(NamedTuple):
 
 
 class _Group:
-    """Neighbouring members with equal settings: their states and how they move."""
+    """Consecutive members with equal settings: their states, kernel and records."""
 
     def __init__(
         self,
@@ -459,21 +463,21 @@ class _Group:
         self.recorder.add_draw(draw, excess, partial(self.params, self.state.position))
 
     def propose(self, point: _Point) -> State:
-        """Record the losses here and return the next state."""
+        """Record the losses at the present state, and return the proposed next state."""
         self.recorder.add_losses(point.losses)
         return self.kernel.step(self.state, point.grad, next(self.noise))
 
     def record_acceptance(self, proposal: State, here: _Point, there: _Point) -> None:
-        """Record whether a Metropolis test would accept the proposal, from the gradients and losses at both ends."""
+        """Record the probability that a Metropolis test would accept the proposal, from gradients and losses at both ends."""
         grads, losses = (here.grad, there.grad), (here.energy, there.energy)
         self.recorder.acceptance.append(self.kernel.log_acceptance(self.state, proposal, grads, losses).exp())
 
     def move(self, proposal: State, grad: Float[Tensor, "N P"], *, adapting: bool) -> None:
-        """Go to the proposal."""
+        """Replace the state by the proposal. If `adapting`, also adapt the kernel to the gradient."""
         self.state = self.kernel.adapt(proposal, grad) if adapting else proposal
 
     def _noise(self, seeds: Sequence[int]) -> Iterator[Tensor]:
-        """Yield standard normals for each move, each row from its member's own generator, in one buffer that is reused."""
+        """Yield standard normals for each move, in one buffer that is reused. Each row comes from its member's own generator."""
         buffer = torch.zeros_like(self.state.position)
         rows = buffer[:, : self.recorder.num_params].unbind()  # the padding stays zero, so chains do not move there
         generators = [torch.Generator(buffer.device).manual_seed(seed) for seed in seeds]

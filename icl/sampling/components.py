@@ -1,11 +1,11 @@
-"""Components of the transformer whose parameters chains may move alone. The LLC is then the component's refined LLC.
+"""Components of the transformer. If chains move the parameters of one component only, the LLC is its refined LLC.
 
-A component's refined LLC counts its own effective parameters, with the rest of the model held as it is (Wang, Hoogland, van
-Wingerden, Furman and Murfet 2024, "Differentiation and specialization of attention heads via the refined local learning
+A component's refined LLC measures its effective number of parameters while the rest of the model stays fixed (Wang, Hoogland,
+van Wingerden, Furman and Murfet 2024, "Differentiation and specialization of attention heads via the refined local learning
 coefficient", arXiv 2410.02984). There are two ways to divide the model:
 
-- `heads`: each attention head. L0H1 is head 1 of layer 0: its queries, keys and values, and the columns of the output map that
-  read it. MLPs, embeddings and normalisations belong to no head.
+- `heads`: each attention head. L0H1 is head 1 of layer 0: its queries, keys and values, and the columns of the output projection
+  for this head. MLPs, embeddings and normalisations belong to no head.
 - `layers`: the embedding (of tokens and positions), the blocks L0, L1, ..., and the unembedding (with the final normalisation). Every
   parameter belongs to exactly one of these.
 """
@@ -45,12 +45,12 @@ def component_names(config: ModelConfig, division: Division) -> list[str]:
 def component_masks(
     config: ModelConfig, params: Mapping[str, Tensor], component: str
 ) -> dict[str, Bool[Tensor, "..."]]:
-    """Return, for each parameter of a component, a mask that is True where an element belongs to it.
+    """Return a mask for each parameter tensor of a component. True marks the elements that belong to the component.
 
     Args:
         config: Architecture of the model.
-        params: Its parameters by name, without a leading axis.
-        component: A name among `component_names`.
+        params: The model's parameters by name, without a leading axis.
+        component: One of the names that `component_names` returns.
 
     Raises:
         ConfigError: If the model has no such component.
@@ -69,7 +69,7 @@ def component_masks(
 
 
 def _head_masks(config: ModelConfig, params: Mapping[str, Tensor], attention: str, head: int) -> dict[str, Tensor]:
-    """Return the masks of one head, by the order of the rows that `icl.model.transformer.Attention` defines."""
+    """Return the masks of one head. `icl.model.transformer.Attention` defines the order of the rows."""
     size = config.embed_size // config.num_heads
     rows, columns = slice(3 * size * head, 3 * size * (head + 1)), slice(size * head, size * (head + 1))
     masks = {}

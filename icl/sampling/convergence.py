@@ -1,12 +1,12 @@
-"""Convergence of chains: R-hat, effective sample size, standard error of a mean, drift. All in float64.
+"""Convergence of chains, in float64: R-hat, effective sample size, standard error of a mean, drift.
 
-R-hat is the larger of the rank-normalised split R-hat of the draws and of their folded values. The effective sample size
-(ESS) is that of the mean, over split chains, with Geyer's initial monotone sequence. Source: Vehtari, Gelman, Simpson, Carpenter,
-Buerkner 2021, "Rank-normalization, folding, and localization", sections 3 and 4.
+R-hat is the rank-normalised split R-hat of the draws or of their folded values (absolute deviations from the median), whichever is
+larger. The effective sample size (ESS) is that of the mean, over split chains, with Geyer's initial monotone sequence. Source:
+Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021, "Rank-normalization, folding, and localization", sections 3 and 4.
 
-The standard error of a mean over chains is the larger of two. The first, sd / sqrt(ESS), accounts for autocorrelation, and through
-the variance between chains also for chains that disagree. The second, sd / sqrt(chains) of the chains' own means, assumes nothing
-about the draws within a chain.
+The standard error of a mean over chains is the larger of two estimates. The first is sd / sqrt(ESS). It accounts for
+autocorrelation, and also for chains that disagree, because the ESS is then smaller. The second is the standard deviation of the
+chains' means divided by the square root of their number. It assumes nothing about the draws within a chain.
 """
 
 import math
@@ -17,13 +17,14 @@ from numpy import ndarray
 from scipy import fft, stats
 
 MANY_CHAINS = 16
-"""Number of chains from which on their spread alone measures errors well."""
+"""With at least this many chains, the spread between chains alone is a reliable error."""
 
 
 def needed_ess(num_chains: int) -> int:
-    """Return the effective sample size that the verdict wants.
+    """Return the effective sample size that the verdict requires.
 
-    It is larger for few chains, which hardly check each other, and smaller for many, whose spread alone is a good error.
+    It is larger for few chains, because a comparison of few chains says little. It is smaller for many chains, because their spread
+    alone is a reliable error.
     """
     return 400 if num_chains < 4 else 200 if num_chains < MANY_CHAINS else 100
 
@@ -37,7 +38,7 @@ def rhat(draws: Float[ndarray, "K S"]) -> float:
 
 
 def ess(draws: Float[ndarray, "K S"]) -> float:
-    """Return the number of independent draws whose mean has the same variance; NaN for fewer than four draws."""
+    """Return how many independent draws would give a mean of the same variance; NaN for fewer than four draws."""
     if draws.shape[1] < 4:
         return math.nan
     split = _split(draws)
@@ -60,7 +61,7 @@ def ess(draws: Float[ndarray, "K S"]) -> float:
 
 
 def standard_error(draws: Float[ndarray, "K S"]) -> float:
-    """Return the standard error of the mean over all draws of all chains; NaN for fewer than four draws of one chain."""
+    """Return the standard error of the mean over all draws of all chains; NaN for one chain with fewer than four draws."""
     if not len(draws):
         return math.nan
     within = math.sqrt(draws.var(ddof=1) / ess(draws)) if draws.shape[1] >= 4 else math.nan
@@ -71,8 +72,8 @@ def standard_error(draws: Float[ndarray, "K S"]) -> float:
 def drift(draws: Float[ndarray, "K S"]) -> tuple[float, float]:
     """Return the mean of the second half of the draws minus that of the first, and its standard error (after Geweke 1992).
 
-    With `MANY_CHAINS` or more the error comes from the spread of the chains' own differences, which assumes nothing about the
-    draws within a chain.
+    With at least `MANY_CHAINS` chains, the error is computed from the spread of the chains' own differences. This assumes nothing
+    about the draws within a chain.
     """
     half = draws.shape[1] // 2
     if not len(draws) or half < 4:
@@ -87,14 +88,15 @@ def drift(draws: Float[ndarray, "K S"]) -> tuple[float, float]:
 def sensitivity(
     excess: Float[ndarray, "K S"], pull: Float[ndarray, "K S"], *, is_noisy: bool = True
 ) -> tuple[float, float]:
-    """Return how much the mean excess falls if localization grows e-fold, (E[pull] - Cov(excess, pull)) / 2, and its standard error.
+    """Return how much the mean excess falls if localization grows by a factor e, with the standard error.
 
-    A minibatch adds nearly the same noise to excess and pull of a draw, which would count as covariance. Different draws have different
-    minibatches. So we take the covariances at lags of one and two draws and extrapolate them linearly to lag zero, if there is noise.
+    The fall is (E[pull] - Cov(excess, pull)) / 2. The minibatch of a draw adds nearly the same noise to its excess and its pull, which
+    would count as covariance. Different draws have different minibatches. So with noise, we compute the covariances at lags of one and
+    two draws and extrapolate them linearly to lag zero.
 
     Args:
         excess: nbeta (L(w) - L(w0)) at every draw.
-        pull: nbeta (w - w0) . grad L there, on the same minibatch.
+        pull: nbeta (w - w0) . grad L at every draw, on the same minibatch as the excess.
         is_noisy: Whether draws have different minibatches.
     """
     if not excess.size or excess.shape[1] < 4:

@@ -1,9 +1,9 @@
-"""The largest curvature of the loss at a checkpoint: the largest magnitude of an eigenvalue of its Hessian H, by Lanczos.
+"""Largest curvature of the loss at a checkpoint w: the largest magnitude of an eigenvalue of the Hessian H, by Lanczos.
 
     H v is approximately (grad L(w + c v) - grad L(w)) / c,   |v| = 1, c = 0.01
 
-Differences of gradients need no second derivative, which some losses do not have. The eigenvalue limits SGLD's step size:
-lr (nbeta h_max + localization) must be below 4.
+Differences of gradients need no second derivative, which some losses do not have. The largest eigenvalue h_max limits the step
+size of SGLD: lr (nbeta h_max + localization) must be below 4.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,9 @@ from icl.sampling.batches import Batch, stack_batches
 from icl.sampling.target import Gradient
 
 _NUM_STEPS = 10
+"""Number of Lanczos steps."""
 _NUDGE = 1e-2
+"""The length c of the finite difference."""
 
 
 def largest_curvature(gradient: Gradient, params: Params, batches: Sequence[Batch]) -> float:

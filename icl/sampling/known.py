@@ -3,9 +3,9 @@
 Asymptotic coefficients lambda (nbeta to infinity) are formulas, some with their multiplicity m: the free energy of n samples
 is n L0 + lambda log n - (m - 1) log log n + O(1) (Watanabe 2009).
 
-At finite nbeta and with localization, the estimator's target is another number: nbeta E[L - L0] under the density
-exp(-nbeta L - localization/2 |w|^2). We have it in closed form for quadratic losses, discrete steps included, and by
-quadrature in up to three dimensions.
+At finite nbeta and with localization, the estimator has a different target (true value): nbeta E[L - L0] under the density
+exp(-nbeta L - localization/2 |w|^2). We compute it in closed form for quadratic losses, including the effect of discrete steps,
+and by quadrature in up to three dimensions.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch import Tensor
 _POINTS = {1: 4001, 2: 801, 3: 161}
 """Number of quadrature nodes on each axis, by the number of dimensions."""
 _REACH = 8.0  # nodes extend to this many standard deviations of the prior on each side
-_STRETCH = 7.0  # nodes are sinh-spaced: e^7 times denser at 0 than at the ends
+_STRETCH = 7.0  # nodes are sinh-spaced: cosh 7 (about 550) times denser at 0 than at the ends
 
 
 class LearningCoefficient(NamedTuple):
@@ -45,9 +45,10 @@ def quadratic_llc(
 ) -> float:
     """Return the estimator's exact target for L = sum_i h_i w_i^2 / 2 and chains with step size `lr`.
 
-    Let a_i = nbeta h_i + localization, and v_i the variance of the minibatch gradient. Then SGLD gives w_i the stationary variance
-    (1 + lr nbeta^2 v_i / 4) / (a_i (1 - lr a_i / 4)), which is infinite if lr a_i >= 4. With `lr` = 0 it is that of the
-    target density itself. With a `friction`, the chains are those of `icl.sampling.baoab`, which states their variance.
+    Let a_i = nbeta h_i + localization, and let v_i be the variance of the minibatch gradient in direction i. Then SGLD gives w_i the
+    stationary variance (1 + lr nbeta^2 v_i / 4) / (a_i (1 - lr a_i / 4)), which is infinite if lr a_i >= 4. With `lr` = 0 this is the
+    variance under the target density itself. If `friction` is given, the chains are those of `icl.sampling.baoab`. Its docstring has
+    their variance.
     """
     a = nbeta * eigenvalues + localization
     if bool((lr * a >= 4).any()):
@@ -61,7 +62,7 @@ def quadratic_llc(
 
 
 def normal_crossing(powers: Sequence[int], prior_powers: Sequence[int] | None = None) -> LearningCoefficient:
-    """Return lambda and m of L = prod_i w_i^(2 k_i), under a prior like prod_i |w_i|^(h_i) at 0 (Watanabe 2009, section 6.1).
+    """Return lambda and m of L = prod_i w_i^(2 k_i), under a prior proportional to prod_i |w_i|^(h_i) (Watanabe 2009, section 6.1).
 
     Args:
         powers: The k_i. An axis with k_i = 0 is flat.
@@ -106,7 +107,7 @@ def reduced_rank(inputs: int, hidden: int, outputs: int, rank: int) -> float:
 def localized_reduced_rank_llc(inputs: int, hidden: int, outputs: int, *, nbeta: float, localization: float) -> float:
     """Return the estimator's target for L = |B A|^2 / 2 (a true map of rank 0) with up to three hidden units.
 
-    Given B, the density is Gaussian in A, so we integrate A out (our derivation). What remains depends only on the
+    Given B, the density is Gaussian in A, so we integrate A out (our derivation). The result depends only on the
     eigenvalues x_i of B^T B. Their density under a Gaussian prior is that of a Wishart matrix (Muirhead 1982, theorem
     3.2.18), and
 
@@ -132,7 +133,7 @@ def localized_reduced_rank_llc(inputs: int, hidden: int, outputs: int, *, nbeta:
 def deep_linear(widths: Sequence[int], rank: int) -> LearningCoefficient:
     """Return lambda and m of a deep linear network with layer widths H_0 .. H_L and a true map of rank `rank` (Aoyagi 2024).
 
-    Only the smallest excess widths H_i - rank enter the formula, a prefix of their sorted order.
+    Only the smallest of the excess widths H_i - rank enter the formula.
 
     Raises:
         ValueError: If there are fewer than two layers, or no such map has this rank.
@@ -152,6 +153,7 @@ def deep_linear(widths: Sequence[int], rank: int) -> LearningCoefficient:
 
 
 def _counting_widths(excess: list[int]) -> list[int]:
+    """Return the sorted excess widths that enter the formula; they are the smallest ones."""
     for num in range(2, len(excess) + 1):
         chosen, others = excess[:num], excess[num:]
         total, layers = sum(chosen), num - 1
@@ -169,7 +171,7 @@ def localized_llc(
 ) -> float:
     """Return the estimator's target in one to three dimensions, for a loss with its minimum L = 0 at w = 0.
 
-    It is computed by the trapezoidal rule on nodes that are densest at the axes.
+    It is computed by the trapezoidal rule, on nodes that are densest near zero on each axis.
 
     Raises:
         ValueError: If there are more dimensions, or no localization, without which the density may not be normalisable.

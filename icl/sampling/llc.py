@@ -2,9 +2,9 @@
 
     LLC = nbeta (mean over draws of L(w) - L(w0)),   w ~ exp(-nbeta L(w) - localization/2 |w - w0|^2)
 
-Lau, Furman, Wang, Murfet and Wei 2023, after Watanabe 2013 (WBIC). nbeta is n / ln n unless it is given, for a stated n. L is
-the loss averaged over a minibatch. Burn-in is in no average. L(w0) is the mean over many batches, and its error is part of
-the standard error. `icl.sampling.chains` defines a draw; `icl.sampling.verdict` says when an estimate should not be trusted.
+Lau, Furman, Wang, Murfet and Wei 2023, after Watanabe 2013 (WBIC). If nbeta is not given, it is n / ln n for the given sample size
+n. L is the loss averaged over a minibatch. At every draw, L(w) and L(w0) are measured on the same minibatch. Averages do not
+include the burn-in. `icl.sampling.chains` defines a draw; `icl.sampling.verdict` says when an estimate should not be trusted.
 
 `restrict` selects the parameters that chains move: None (all), names or globs such as `blocks.0.*`, or a dict from names to Boolean
 masks of their elements.
@@ -33,13 +33,13 @@ from icl.sampling.target import Gradient, Loss, Observable, Target
 LOOP_SIZE = 2**14
 """Number of moving parameters above which a CPU computes the chains' gradients one after another.
 
-`vmap` saves calls, which cost most of the time of a small model. The batched operations that it makes are slower on a CPU than plain
-ones, those of convolutions by 1.6 times.
+`vmap` makes fewer calls, and calls take most of the time for a small model. But on a CPU, the batched operations of `vmap` are slower
+than plain operations; batched convolutions take 1.6 times as long.
 """
 Restriction: TypeAlias = Iterable[str] | Mapping[str, Tensor] | None
 """The parameters, or parts of them, that may move."""
 Progress: TypeAlias = Callable[[int, int], None]
-"""Called with the number of moves done and their total, over all chains."""
+"""Function that is called with the number of moves done and the total number of moves, over all chains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +47,17 @@ class EstimateOptions:
     """Less common options of an estimate."""
 
     thinning: int = 1
-    """Moves from one draw to the next."""
+    """Number of moves from one draw to the next."""
     sample_losses: Callable[[Params], Float[Tensor, " Q"]] | None = None
     """Function from parameters to the losses of fixed samples, for the singular fluctuation."""
     gradient: Gradient | None = None
-    """A faster gradient of the same loss for the chains' moves, in place of vmap's."""
+    """A faster gradient of the same loss for the chains' moves, instead of the gradient by vmap."""
     memory: float | None = None
-    """Bytes that the chains running at once may need."""
+    """Memory in bytes for the chains that run at once."""
     progress: Progress | None = None
-    """Called after moves with the number done and their total, over all chains."""
+    """Called with the number of moves done and the total number of moves, over all chains."""
     loss_name: str = "loss"
-    """The loss's name in result rows."""
+    """Name of the loss in the rows of results."""
     identities: Sequence[CheckpointId] | None = None
     """Step and hash of each checkpoint."""
 
@@ -74,7 +74,7 @@ def estimate_llcs(
     observables: Mapping[str, Observable] | None = None,
     options: EstimateOptions = EstimateOptions(),  # frozen
 ) -> list[LLCResult]:
-    """Estimate the LLCs of checkpoints of one architecture, chains x checkpoints together.
+    """Estimate the LLCs of several checkpoints of one architecture, with all their chains as one population.
 
     Args:
         loss: As for `estimate_llc`.
@@ -95,13 +95,13 @@ def estimate_llcs(
     identities = [CheckpointId() for _ in checkpoints] if options.identities is None else options.identities
     if len(identities) != len(checkpoints):
         raise ConfigError(
-            f"`identities` must be one for each of {len(checkpoints)} checkpoints, got {len(identities)}."
+            f"`identities` must have one entry per checkpoint ({len(checkpoints)}), got {len(identities)}."
         )
     if trivial_loss is not None:
-        trivial_loss = real("trivial_loss", trivial_loss, "a number", repair="; leave it out where it is not known")
+        trivial_loss = real("trivial_loss", trivial_loss, "a number", repair="; leave it out if it is not known")
     memory = options.memory
     if memory is not None:
-        memory = real("memory", memory, "positive", repair="; leave it out for what the device has")
+        memory = real("memory", memory, "positive", repair="; leave it out for the default")
     layout = restricted_layout(checkpoints[0], restrict)
     is_on_cpu = next(iter(checkpoints[0].values())).device.type == "cpu"
     target = Target(
@@ -153,16 +153,16 @@ def estimate_llc(
     """Estimate the LLC of one checkpoint.
 
     Args:
-        loss: `loss(params, batch)` gives a number, or a vector of components (per position, say) whose mean is L.
+        loss: `loss(params, batch)` gives a number, or a vector of components (per position, say). The mean of the components is L.
         params: Parameters by name; they are not changed.
-        batches: `(chain, draw) -> batch`, or an iterable that is dealt to the chains in turn and starts over when it ends.
-            Draws count every move, burn-in included. Chains see different batches unless the function ignores `chain`.
-            Neither `batches` nor the loss may draw from torch's global generator.
+        batches: A function `(chain, draw) -> batch`, or an iterable whose batches go to the chains in turn. An iterable starts
+            over when it ends. The draw number counts all moves, including burn-in. Chains see different batches unless the
+            function ignores `chain`. Neither `batches` nor the loss may draw from torch's global generator.
         lr: Step size epsilon.
-        nbeta: Effective inverse temperature; None is n / ln n of `num_samples`.
-        localization: Pull gamma back to the checkpoint.
+        nbeta: Effective inverse temperature; None means n / ln n, where n is `num_samples`.
+        localization: Strength gamma of the pull back to the checkpoint.
         num_chains: Number of chains.
-        num_draws: Number of draws kept of each chain.
+        num_draws: Number of draws of each chain.
         num_burnin_steps: Number of moves before the first draw.
         seed: Seed for the chains' noise.
         restrict: Which parameters may move: names, globs, or a dict of Boolean masks; None for all.
@@ -170,10 +170,12 @@ def estimate_llc(
         friction: Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps; by default 0.5.
         target_stderr: Standard error at which the chains stop; `num_draws` is then the largest number of draws.
         num_samples: The sample size n.
-        num_init_batches: Number of distinct batches for L(w0), the first that the chains get; fewer if there are fewer.
-        trivial_loss: Loss of a predictor that knows nothing; without it, escape from the basin is not checked.
-        vectorize: False runs one chain after another by plain autograd, for losses that `vmap` cannot map. True runs the chains
-            together; their gradients are computed by `vmap`, or one after another where that is faster (`LOOP_SIZE`).
+        num_init_batches: Number of distinct batches for `init_loss`. They are the first that the chains get. If there are
+            fewer, all are used.
+        trivial_loss: Loss of a trivial predictor, for example one that predicts zero. Without it, escape from the basin is not
+            checked.
+        vectorize: If False, chains run one after another by plain autograd. This is needed for losses that `vmap` cannot map.
+            If True, chains run together. `vmap` computes their gradients, or a loop if this is faster (`LOOP_SIZE`).
         observables: Functions of the parameters by name. The result has the values of each at every draw of every chain.
         options: Less common options.
 
@@ -197,7 +199,7 @@ def estimate_llc(
         num_draws=num_draws,
         num_burnin_steps=num_burnin_steps,
         seed=seed,
-        kernel=cast(Kernel, kernel),  # checked there
+        kernel=cast(Kernel, kernel),  # ChainsConfig checks it
         target_stderr=target_stderr,
         friction=ChainsConfig.friction if friction is None else friction,
         thinning=options.thinning,
@@ -218,7 +220,7 @@ def estimate_llc(
 
 
 def restricted_layout(params: Mapping[str, Tensor], restrict: Restriction = None) -> Layout:
-    """Return the layout of the parameters of one member (no leading axis) that `restrict` lets move.
+    """Return the layout of the parameters that `restrict` allows to move. `params` are those of one member (no leading axis).
 
     Raises:
         ConfigError: If `restrict` names no parameter, a mask does not fit, or no parameter is left to move.
@@ -260,7 +262,7 @@ def _listing(params: Mapping[str, Tensor]) -> str:
 
 
 def _advance(progress: Progress | None, total: int) -> Advance:
-    """Return a function that adds up moves and passes their sum on."""
+    """Return a function that adds up moves and reports their sum to `progress`."""
     num_done = 0
 
     def advance(num_moves: int) -> None:
@@ -285,7 +287,7 @@ def _require_loss_function(loss: Any) -> None:
 
 
 def _require_checkpoints(checkpoints: Any) -> list[Mapping[str, Tensor]]:
-    """Return the checkpoints as a list; refuse what is not a list of parameters by name in float32 or float64."""
+    """Return the checkpoints as a list. Each must be a dict from names to tensors in float32 or float64."""
     if isinstance(checkpoints, (Mapping, nn.Module)) or not isinstance(checkpoints, Iterable):
         raise ConfigError(f"`checkpoints` must be a list of dicts of tensors, got {_describe(checkpoints)}.")
     checkpoints = list(checkpoints)
@@ -296,11 +298,11 @@ def _require_checkpoints(checkpoints: Any) -> list[Mapping[str, Tensor]]:
                 "`loss, params = module_loss(model, criterion)` gives those of a module."
             )
         for name, tensor in params.items():
-            # In 16 bits a chain's moves are smaller than the steps between numbers.
+            # In 16 bits, a chain's moves are often smaller than the spacing of floating-point numbers.
             if not tensor.is_floating_point() or tensor.itemsize < 4:
                 raise ConfigError(
                     f"Parameters must be float32 or float64, got {tensor.dtype} in `{name}`; convert the model by `.float()`, "
-                    "and leave out what is not a real number."
+                    "and leave out integer and complex tensors."
                 )
     if not checkpoints or not all(checkpoints):
         raise ConfigError("There are no parameters to sample; give a dict from names to tensors that is not empty.")

@@ -1,22 +1,24 @@
-"""Is a checkpoint at a minimum? Two measurements; at a minimum both are zero or less.
+"""Two measurements of whether a checkpoint is at a minimum. At a minimum both are zero or negative.
 
-**One step down the gradient** (`GradientStep`). From one half of some batches come the mean gradient g, the curvature along g (a finite
-difference of gradients), and the best of four steps around the localised Newton step nbeta / (nbeta curvature + localization).
-On the other half we measure how much the step lowers the loss, with its standard error. This is a lower bound on the error of the
-checkpoint's loss, and with it on that of the LLC.
+**One step down the gradient** (`GradientStep`). One half of the batches gives the mean gradient g and the curvature along g (by a
+finite difference of gradients). On this half we also choose the best of four multiples (`STEPS`) of the localised Newton step, which
+is g times nbeta / (nbeta curvature + localization). On the other half we measure how much the chosen step lowers the loss, with the
+standard error. nbeta times this decrease is a lower bound on how much the LLC is underestimated.
 
-**The loss at the mean of the draws** (`drop_at_mean`). If a checkpoint lies beside its minimum, its LLC is too small by nbeta times
-the height of its loss above the minimum. Chains find the minimum also along soft directions, where a step down the gradient leads
-nowhere. For a quadratic loss of curvature h with its minimum at w*, the mean of localised chains is w* + r (w0 - w*), with
-r = localization / (nbeta h + localization); so the loss there is lower by (1 - r^2) h (w0 - w*)^2 / 2.
+**The loss at the mean of the draws** (`drop_at_mean`). If a checkpoint is not at its minimum, its LLC is too small by nbeta times
+the height of its loss above the minimum. Chains also find the minimum along directions of small curvature, where a step down the
+gradient has little effect. For a quadratic loss of curvature h with its minimum at w*, the mean of localised chains is
+w* + r (w0 - w*), with r = localization / (nbeta h + localization). So the loss at this mean is lower than the checkpoint's by
+(1 - r^2) h (w0 - w*)^2 / 2.
 
 - The mean of finitely many draws has an error, which raises the loss. The jackknife over chains removes this bias to first order,
   and exactly for quadratics. It also gives the standard error (Efron and Stein 1981). With few chains the standard error is
   itself uncertain, so the rules of the verdict use Student's t.
-- At a saddle, chains go down on both sides, and their mean does not. So we also take the mean of the drops at each chain's own mean,
-  and report the larger of the two. For a convex loss the second is never larger.
-- The loss is that of the batches given. The minimum of a finite set of batches lies elsewhere than that of all data, and is a little
-  lower.
+- At a saddle, chains move down on both sides, but their common mean stays near the saddle. So we also compute the drop at each
+  chain's own mean, and average these drops. We report this average or the drop at the common mean, whichever is larger. For a convex
+  loss the average is never larger.
+- The loss is measured on a finite set of batches. On these, the minimum lies at a slightly different point than on all data, and is a
+  little lower.
 """
 
 import math
@@ -45,7 +47,7 @@ _NUDGE = 1e-3
 
 
 class AtCheckpoint(NamedTuple):
-    """Numbers of a checkpoint that do not depend on its chains."""
+    """Measurements at a checkpoint that need no chains."""
 
     losses: Float[Tensor, "I T"]
     """Losses on I batches, for each of T components."""
@@ -61,20 +63,20 @@ def at_checkpoints(
     settings_grid: Sequence[ChainsConfig],
     layout: Layout,
 ) -> list[list[AtCheckpoint]]:
-    """Return what is known of each checkpoint without its chains, for each settings.
+    """Return the measurements that need no chains: for each settings, a list with one element for each checkpoint.
 
     Args:
-        target: What is sampled.
-        chunks: Stacked checkpoints that fit the memory together.
+        target: The loss to sample.
+        chunks: Stacked checkpoints, in chunks that fit into memory.
         batches: Batches for the checkpoint's own loss.
-        settings_grid: Settings of the chains, of which only localization / nbeta matters here.
-        layout: How the parameters that move lie in rows.
+        settings_grid: Settings of the chains. Only nbeta and localization are used.
+        layout: Layout of the moving parameters in a row.
     """
     losses, gradient = target.losses_on_shared_batch, target.default_gradient
     if next(iter(chunks[0].values())).device.type == "cpu":
         # On a GPU the chains' gradient may be a compiled graph, which would be compiled again for so few members.
         gradient = target.chain_gradient
-    # Rounded, because the same ratio of settings that were themselves rounded may differ in the last digits.
+    # Settings are often rounded, so ratios that should be equal may differ in the last digits. Rounding makes them equal.
     ratios = [float(f"{settings.localization / settings.inverse_temperature:.6g}") for settings in settings_grid]
     table: list[list[AtCheckpoint]] = [[] for _ in settings_grid]
     for chunk in chunks:
@@ -97,14 +99,14 @@ def losses_by_batch(losses: StackedLosses, params: Params, batches: Sequence[Bat
 
 
 class GradientStep:
-    """A step down the gradient from C stacked checkpoints, without the settings of their chains.
+    """A step down the gradient from each of C stacked checkpoints, before the settings of the chains are known.
 
     Args:
         gradient: The gradient of stacked parameters.
         losses: The losses of stacked parameters, all on the same batch.
-        checkpoints: Stacked on a leading axis C.
-        batches: One half finds the step and the other measures it; a single batch serves as both halves.
-        layout: How the parameters that move lie in rows.
+        checkpoints: Parameters, stacked on a leading axis C.
+        batches: Every second batch is used to find the step, the others to measure its effect. A single batch is used for both.
+        layout: Layout of the moving parameters in a row.
     """
 
     def __init__(
@@ -157,15 +159,16 @@ class Drop(NamedTuple):
 
 
 def num_drop_batches(num_moves: int, num_chains: int) -> int:
-    """Return how many batches cost at most a quarter of the chains' gradients.
+    """Return the number of batches for the drop at the mean, so that it costs at most a quarter of the chains' gradients.
 
-    On each batch we make 2 K + 2 forward passes, each of which costs a third of a gradient.
+    On each batch we make 2 K + 2 forward passes for K chains. A forward pass costs a third of a gradient. The number is at least
+    `_MIN_DROP_BATCHES`, whatever this costs.
     """
     return max(_MIN_DROP_BATCHES, 3 * num_moves * num_chains // (8 * (num_chains + 1)))
 
 
 class DropsAtMean:
-    """Collects the mean positions of members in their order, and measures each checkpoint's drop once its chains are complete."""
+    """Collects the mean positions of members in order. Once a checkpoint's chains are complete, it measures the drop."""
 
     def __init__(
         self,
@@ -176,7 +179,7 @@ class DropsAtMean:
         fixed: Params,
         num_chains: int,
     ) -> None:
-        """Take the losses of stacked parameters on I batches in float64, and whether these batches are all the data."""
+        """Take a function from stacked parameters to their losses on I batches (float64), and whether these are all the data."""
         self.losses, self.are_all, self.layout = losses, are_all, layout
         self.start, self.fixed, self.num_chains = start, fixed, num_chains
         self.means, self.alive = start[:0], torch.zeros(0, dtype=torch.bool)
@@ -216,14 +219,14 @@ def drop_at_mean(
     are_all: bool = False,
     rounding: float = 0.0,
 ) -> Drop:
-    """Estimate the drop of the loss at the mean of K chains: the jackknife's, or the mean over the chains if that is larger.
+    """Estimate the drop of the loss at the mean of K chains by the jackknife, or by the chains' average drop if this is larger.
 
     Args:
         per_chain: Drop of the loss on each of I batches from the checkpoint to each chain's mean.
-        without: Drop to the mean of all chains but one.
+        without: Drop to the mean of all chains but one, for each chain that is left out.
         pooled: Drop to the mean of all chains.
         are_all: Whether the batches are all the data.
-        rounding: Error of a drop that is due to the losses' precision.
+        rounding: Rounding error of a drop, from the limited precision of the losses.
     """
     num = len(per_chain)
     if not per_chain.numel():

@@ -5,9 +5,9 @@ The `subsequence` loss (Hoogland et al. 2024, calibration) is the mean error of 
 take its expectation over K', which weights position k by the sum over K' >= k of 1 / (K K'). Their code draws one K' for each
 prompt, which adds noise and no information.
 
-Prompts follow the run's training distribution. `fixed` minibatches are blocks of one set of n prompts, the first n of the
-stream `llc`; so a larger set contains a smaller one. A block is drawn uniformly for each (seed, chain, draw). `fresh` minibatches are
-new prompts for each (seed, chain, draw), and n is then used in n / ln n only.
+Prompts follow the run's training distribution. `fixed` minibatches are blocks of one set of n prompts: the first n of the
+stream `llc`, so a larger set contains every smaller one. For each (seed, chain, draw) a block is drawn uniformly. `fresh` minibatches
+are new prompts for each (seed, chain, draw). Then n is used only in n / ln n.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,15 +32,15 @@ from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Distribution, prompt_source, sample_prompts
 
 _MAX_COUNTED_TASKS = 2**16
-"""Largest pool whose mean |w|^2 is computed; that of a larger one is D to half a percent."""
+"""Largest number of tasks for which the pool's mean |w|^2 is computed. In a larger pool it equals D to half a percent."""
 PARTS: tuple[Distribution, ...] = ("pretrain", "true")
 """Distributions of the prompts in `losses_by_part`, in their order."""
 NUM_PART_PROMPTS = 256
-"""Number of prompts of each of them; at each draw they cost about as much as a minibatch's loss."""
+"""Number of prompts from each distribution in `PARTS`. At each draw their loss costs about as much as that of a minibatch."""
 _PROMPTS_AHEAD = 2**15
-"""Number of prompts, of all chains together, that are made in one go."""
+"""Number of prompts that are generated at once, for all chains together."""
 _CUDA_NORMALS_AHEAD = 2**24
-"""Number of random numbers that are made in one go on a GPU, where a few cost as much as many."""
+"""Number of random numbers that are generated at once on a GPU, where few numbers take as long as many."""
 
 
 def prompt_target(
@@ -49,9 +49,9 @@ def prompt_target(
     """Return the training loss of a run as the sampler's target.
 
     Args:
-        config: The run.
-        sampler: Its batch size, minibatches and loss.
-        device: Where the parameters will be.
+        config: Settings of the run.
+        sampler: Settings of the sampler.
+        device: Device of the parameters.
         num_moves: Number of moves of all chains together; if they take minutes, the gradient is compiled.
     """
     device = torch.device(device)
@@ -69,10 +69,10 @@ def prompt_target(
 
 
 def losses_by_part(config: RunConfig, *, device: torch.device | str = "cpu") -> Observable:
-    """Return a function from parameters to their losses at each position, on fixed prompts that no chain moves on.
+    """Return a function from parameters to their losses at each position, on fixed prompts that are in no minibatch.
 
     Its value has 2K numbers: the losses at positions 1 to K on the training distribution, then those on new tasks. Their
-    susceptibilities say which part of the data a component of the model serves (`icl.sampling.susceptibility`).
+    susceptibilities show for which positions and tasks a component of the model matters (`icl.sampling.susceptibility`).
     """
     batches = [
         sample_prompts(
@@ -125,7 +125,10 @@ def _loss(model: ModelConfig, weights: Tensor) -> Loss:
 
 
 def _losses(model: ModelConfig, weights: Tensor, *, own_batches: bool = False, compiled: bool = False) -> StackedLosses:
-    """Return the losses of stacked parameters, without gradients; on a CPU member by member, several times as fast as vmap."""
+    """Return a function that computes the losses of stacked parameters, without gradients.
+
+    On a CPU it computes one member after another, which is several times as fast as vmap.
+    """
 
     def losses(params: Params, xs: Tensor, ys: Tensor) -> Tensor:
         return _components(model, weights, params, xs, ys)
@@ -143,16 +146,17 @@ def _losses(model: ModelConfig, weights: Tensor, *, own_batches: bool = False, c
 
 
 def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradient:
-    """Return the gradient by plain autograd on stacked parameters, which is a tenth faster than vmap, or as a compiled graph.
+    """Return a function that computes gradients of stacked parameters, by a compiled graph or by plain autograd.
 
-    On a CPU it is computed chain by chain. A compiled graph checks each of its inputs, so one row per chain is cheap.
+    Plain autograd is a tenth faster than vmap. On a CPU the gradient is computed chain by chain. A compiled graph checks each of its
+    inputs at every call, so a chain's parameters are passed as a single row.
     """
 
     @cache
     def of_rows(layout: Layout) -> tuple[Callable[..., Any], Callable[..., list[tuple[Tensor, Tensor]]]]:
         def gradient(rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
             def total(rows: Tensor) -> tuple[Tensor, Tensor]:
-                # A copy, if there are several chains: a GPU's products are slow on views at odd addresses.
+                # With several chains this makes a copy: matrix products on a GPU are slow on views at unaligned addresses.
                 params = {name: tensor.contiguous() for name, tensor in layout.to_params(rows, fixed).items()}
                 components = _components(model, weights, params, *batch)  # N K
                 return components.mean(1).sum(), components  # the sum's gradient is each member's own
@@ -181,12 +185,13 @@ def _graph(function: Function) -> Function:
 def _member_by_member(
     function: Callable[..., Result], *, compiled: bool
 ) -> Callable[[Sequence[tuple[Any, ...]]], list[Result]]:
-    """Return a function that treats members one by one, on several cores: one member fills a core's caches."""
-    return in_parallel(function, threads_each=1 if compiled else None)  # another number would be another graph
+    """Return a function that computes each member on its own, in parallel on several cores. One member fills a core's caches."""
+    # With another number of threads, the graph would be compiled again.
+    return in_parallel(function, threads_each=1 if compiled else None)
 
 
 def _rows(tree: Any, i: int) -> Any:
-    """Return member i of stacked tensors, with its axis kept."""
+    """Return member i of stacked tensors, with a leading axis of length 1."""
     return pytree.tree_map(lambda leaf: leaf[i : i + 1] if isinstance(leaf, Tensor) else leaf, tree)
 
 
@@ -237,13 +242,13 @@ def _batches(config: RunConfig, sampler: SamplerConfig, device: torch.device) ->
 
 
 class _Ahead:
-    """Minibatches by (chain, draw), made for some draws in one go: the same minibatches, many times faster."""
+    """Minibatches by (chain, draw), generated for many draws at once. This is many times faster and gives the same minibatches."""
 
     def __init__(self, make: Callable[[int, range], Batch], sampler: SamplerConfig, num_prompts: int) -> None:
         self.make = make
         self.num_draws = max(1, num_prompts // (sampler.batch_size * sampler.num_chains))
         self.pool: Pool | None = None
-        self.blocks: dict[int, tuple[int, Batch]] = {}  # of each chain the latest block of draws
+        self.blocks: dict[int, tuple[int, Batch]] = {}  # the latest block of draws of each chain
 
     def __call__(self, chain: int, draw: int) -> Batch:
         block, index = divmod(draw, self.num_draws)

@@ -1,7 +1,7 @@
-"""LLC estimates of a run, stored by the settings that made them, and the tables made from all of them.
+"""Stored LLC estimates of a run, in a folder for each settings, and the tables that are made from them.
 
-An estimate is an entry (`icl.runs.measure`) of `results/llc/<settings>/` in the run's folder. It has the row of `llc.csv`, the
-rows per position, and the traces. `<settings>` is a hash of everything that determines the chains. The entry's key also contains
+An estimate is an entry (`icl.runs.measure`) of `results/llc/<settings>/` in the run's folder. It contains the row of `llc.csv`,
+the rows per position, and the traces. `<settings>` is a hash of everything that determines the chains. The entry's key also contains
 the version of the verdict's rules. So the tables have separate rows for different settings, and several programs may estimate the
 same run at once. Estimates that version 0.1.0 stored as `.npz` stay in the tables; a new estimate replaces them.
 """
@@ -49,7 +49,7 @@ PARTS_NAME = "parts"
 MAX_TRACE = 1000
 """Largest number of stored points of each chain's trace."""
 VERSION = 3
-"""Version of the method; estimates of another version are made again."""
+"""Version of the method; estimates of another version are computed again."""
 _NOT_SAMPLED = ("steps", "memory")
 """Settings that do not change any chain."""
 
@@ -63,12 +63,13 @@ class Record(NamedTuple):
     traces: np.ndarray
     """Minibatch losses (K, S), burn-in first, every `stride`-th move."""
     stride: int
+    """Number of moves from one stored point of a trace to the next."""
     excess: np.ndarray
-    """nbeta times the loss minus the checkpoint's on the same minibatch, in nats, at every `stride`-th draw (K, S). Estimates of older
-    versions do not have it; then it is empty.
+    """nbeta times the loss minus the checkpoint's loss on the same minibatch, in nats, at every `stride`-th draw (K, S). It is empty
+    for estimates of older versions, which did not store it.
     """
     susceptibilities: np.ndarray
-    """Estimates and standard errors (2, 2K) for a component of the model, by `prompt_loss.losses_by_part`; else empty."""
+    """A component's susceptibilities to `prompt_loss.losses_by_part` and their standard errors (2, 2K); empty for the whole model."""
 
     @property
     def measurement(self) -> Measurement:
@@ -88,7 +89,7 @@ class EstimateSettings(NamedTuple):
     rescale: float = 1.0
     """The factor of `icl.sampling.rescaling`; 1 leaves the checkpoint unchanged."""
     component: str = ""
-    """The component of the model that the chains move (`icl.sampling.components`); empty for all of it."""
+    """The component of the model that the chains move (`icl.sampling.components`); empty for the whole model."""
 
     @property
     def values(self) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def make_record(result: LLCResult, settings: EstimateSettings) -> Record:
 
 
 def _susceptibilities(result: LLCResult) -> np.ndarray:
-    """Return the susceptibilities to the parts of the data, towards which L is the training loss, if they were observed."""
+    """Return the susceptibilities to the parts of the data, relative to the training loss; empty if the parts were not recorded."""
     used = result.llc_per_chain.isfinite()
     if PARTS_NAME not in result.observables or not used.any():
         return np.zeros(0)
@@ -209,7 +210,7 @@ def as_table(records: list[Record]) -> pd.DataFrame:
 
 
 def susceptibility_table(records: list[Record]) -> pd.DataFrame:
-    """Return a row for each component, step, distribution and position: how the component answers to that part of the data."""
+    """Return the table of susceptibilities, with a row for each component, step, distribution and position."""
     rows = []
     for record in records:
         origin = {name: record.row[name] for name in ("step", "checkpoint_hash", "settings", "component")}
@@ -221,7 +222,7 @@ def susceptibility_table(records: list[Record]) -> pd.DataFrame:
 
 
 def read_all(run: RunFolder) -> list[Record]:
-    """Return every stored estimate of a run that can be read, by settings and step."""
+    """Return every stored estimate of a run that can be read, ordered by settings and step."""
     records: list[Record] = []
     for file in sorted((run.results / "llc").glob("*/step-*.*")):
         with contextlib.suppress(ContentError, LookupError, TypeError, ValueError, AttributeError):
@@ -269,7 +270,7 @@ def _is_complete(record: Record) -> bool:
 
 @contextlib.contextmanager
 def _lock(run: RunFolder) -> Iterator[None]:
-    """Let one program at a time make the tables, so that none leaves out what another has just stored."""
+    """Allow one program at a time to write the tables. Otherwise a table could miss an estimate that was stored meanwhile."""
     with (run.path / ".llc-lock").open("a+") as file:
         lock_file(file.fileno(), run.path, wait=True)
         yield

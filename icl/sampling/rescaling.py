@@ -1,4 +1,4 @@
-"""A control of what an estimate measures: the same function with rescaled weights.
+"""Control of what an LLC estimate measures: the estimate for the same function with rescaled weights.
 
 One linear map of a block is multiplied by a factor c and the next one by 1/c, so that the function stays the same:
 
@@ -6,9 +6,9 @@ One linear map of a block is multiplied by a factor c and the next one by 1/c, s
 - otherwise the values by c and the output projection by 1/c, because attention is linear in its values;
 - without an output projection, the scale and shift of a layer norm by c and the map that follows by 1/c.
 
-This is a change of coordinates, so the learning coefficient stays the same. A Gaussian localisation around the weights and a step
-size change. So an estimate that depends on c measures the size of the weights, not the geometry of the loss alone. Growing
-weights are then another explanation of a falling estimate.
+This is a change of coordinates, so the learning coefficient stays the same. But the localisation and the step size act differently in
+the new coordinates. If an estimate depends on c, it measures the size of the weights as well as the geometry of the loss. A falling
+estimate can then be due to growing weights.
 """
 
 from icl.config import ModelConfig
@@ -17,10 +17,10 @@ from icl.model.stacked import Params
 
 
 def rescaled(model: ModelConfig, params: Params, factor: float) -> Params:
-    """Return one member's parameters with a factor moved between two maps of every block, the function unchanged.
+    """Return one member's parameters with two maps of every block rescaled, so that the function stays the same.
 
     Raises:
-        ConfigError: If the factor is not positive, or the architecture has no such pair.
+        ConfigError: If the factor is not positive, or the architecture has no such pair of maps.
     """
     if not 0 < factor < float("inf"):
         raise ConfigError(f"`--rescale` must be positive and finite, got {factor!r}.")

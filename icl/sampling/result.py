@@ -43,7 +43,7 @@ class Fluctuation:
     functional_variance: float | None
     """V, the sum over n samples of Var_w[l_i]; None without `num_samples`."""
     singular_fluctuation: float
-    """nu, nbeta/2 times the mean over samples of Var_w[l_i]; d/2 for a regular model that contains the truth."""
+    """nu, nbeta/2 times the mean over samples of Var_w[l_i]. For a regular model that contains the truth, it is d/2."""
     stderr: float
     """Standard error of the singular fluctuation, from the spread between chains; NaN for one chain."""
 
@@ -52,7 +52,7 @@ class Fluctuation:
 class LLCResult(Evidence):
     """An LLC estimate of one checkpoint: the evidence, the traces and the verdict.
 
-    Masked chains are NaN in `llc_per_chain`, and in no average.
+    Masked chains are NaN in `llc_per_chain` and are left out of all averages.
     """
 
     llc_per_chain: Float[Tensor, " K"]
@@ -68,7 +68,7 @@ class LLCResult(Evidence):
     """LLC of each component if the loss is a vector (per position, say); their mean is `llc`."""
     stderr_per_component: Float[Tensor, " T"] | None
     wbic: float | None
-    """The product of num_samples and mean_loss, a WBIC (Watanabe 2013) if nbeta = n / ln n; None without `num_samples`."""
+    """The product of num_samples and mean_loss. It is a WBIC (Watanabe 2013) if nbeta = n / ln n. None without `num_samples`."""
     fluctuation: Fluctuation | None
     settings: ChainsConfig
     """The settings of the chains, with `nbeta` resolved."""
@@ -90,7 +90,7 @@ class LLCResult(Evidence):
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """A sentence for each broken rule, worst first."""
+        """The reasons of the broken rules, worst first."""
         return self.judgement.reasons
 
     def to_dataframe(self, by: Literal["checkpoint", "chain", "component"] = "checkpoint") -> "pd.DataFrame":
@@ -117,7 +117,7 @@ class LLCResult(Evidence):
         return table.rename_axis(by).reset_index()
 
     def to_arviz(self) -> "xarray.DataTree":
-        """Return the draws as ArviZ takes them: a group `posterior` and a group `sample_stats`, with dimensions chain and draw.
+        """Return the draws for ArviZ, in the groups `posterior` and `sample_stats` with dimensions chain and draw.
 
         `posterior` has `llc` (the excess in nats, whose mean is the LLC) and the observables; `sample_stats` has `loss`. The
         attributes are the row of `llc.csv`. Masked chains are left out.
@@ -173,7 +173,7 @@ class LLCResult(Evidence):
 
 
 def headline(row: Mapping[str, Any]) -> str:
-    """Return the estimate of a row of `llc.csv` with its known errors.
+    """Return the estimate of a row of `llc.csv` as text, with its known errors.
 
     Examples:
         >>> headline({"llc": 45.9, "stderr": 0.7, "bias_bound": 1.2, "sensitivity": 10.0, "localization": 1e3, "verdict": "ok"})

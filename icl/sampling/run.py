@@ -1,7 +1,7 @@
-"""LLCs of a run: all or some of its saved steps, on the run's own training loss. Finished estimates are stored and reused.
+"""LLCs of a run at all or some of its saved steps, for the run's own training loss. Finished estimates are stored and reused.
 
-Checkpoints x chains are one population. On a CPU the checkpoints take turns, because the chains of one checkpoint fill the
-caches. If the program is killed, the same call continues after the last stored checkpoint.
+The chains of all checkpoints form one population. On a CPU the checkpoints take turns, because the chains of one checkpoint fill
+the caches. If the program is killed, the same call continues after the last stored checkpoint.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class Estimates(NamedTuple):
     """The estimates at some steps of a run, all under the same settings."""
 
     records: list[Record]
-    """The estimates, by step."""
+    """The estimates, ordered by step."""
     config: RunConfig
     trivial_loss: float
 
@@ -61,12 +61,12 @@ class Estimates(NamedTuple):
 
     @property
     def is_usable(self) -> bool:
-        """Whether any estimate is not invalid."""
+        """Whether any estimate is `ok` or `suspect`."""
         return any(record.row["verdict"] != "invalid" for record in self.records)
 
 
 class MoveBar(tqdm):
-    """A progress bar over the moves of chains; one chain's move is one unit of work, whatever else is computed beside it."""
+    """Progress bar over the moves of chains. A move of one chain is one unit; other work is not counted."""
 
     total: float
 
@@ -74,7 +74,7 @@ class MoveBar(tqdm):
         super().__init__(total=total, desc=stage, unit=" moves", unit_scale=True, mininterval=0.5)
 
     def skip(self, num_moves: int) -> None:
-        """Leave out moves that were made earlier."""
+        """Subtract moves that were made earlier from the total."""
         self.total = max(self.n, self.total - num_moves)
         self.refresh()
 
@@ -85,10 +85,10 @@ class MoveBar(tqdm):
 
 
 class RunningTrace:
-    """A table of the draws so far, which can be read or plotted while the chains run, and the estimate so far on the bar.
+    """Table of the draws so far, to read or plot while the chains run. It also shows the estimate so far on the progress bar.
 
     Args:
-        file: The table: step, chain, draw and excess in nats, at most `MAX_TRACE` draws of each chain.
+        file: File of the table. Its columns are step, chain, draw and excess in nats. It has at most `MAX_TRACE` draws of each chain.
         checkpoints: The checkpoints whose chains run.
         bar: The progress bar.
     """
@@ -126,11 +126,11 @@ def estimate_run(
 
     Args:
         path: A run's folder, its folder of checkpoints, or one checkpoint file (whose estimate is not stored).
-        sampler: The settings; left out, those in the run's configuration.
+        sampler: Settings of the sampler; by default those in the run's configuration.
         mode: A label for the rows.
         rescale: If not 1, the weights are rescaled by this factor with the function unchanged (`icl.sampling.rescaling`).
-        component: If given, the chains move this component of the model only (`icl.sampling.components`). Its
-            susceptibilities to the positions of the prompts are estimated too.
+        component: If given, the chains move only this component of the model (`icl.sampling.components`). The component's
+            susceptibilities to the positions of the prompts are then estimated too.
 
     Raises:
         CheckpointError: If there is no usable checkpoint, or the checkpoints are of different runs.
@@ -207,12 +207,12 @@ def estimate_grid(
     component: str = "",
     watch: Watch | None = None,
 ) -> list[list[LLCResult]]:
-    """Estimate each of a run's checkpoints under each of some settings, which may differ in lr, nbeta and localization.
+    """Estimate the LLC of each checkpoint under each of several settings, which may differ in lr, nbeta and localization.
 
     Returns:
-        A list for each settings, with a result for each checkpoint.
+        One list for each element of `samplers`, with one result for each checkpoint.
     """
-    build_checkpoint_model(checkpoints[0])  # refuses weights that are not of the architecture
+    build_checkpoint_model(checkpoints[0])  # refuses weights that do not fit the architecture
     params = [{name: tensor.to(device) for name, tensor in checkpoint.params.items()} for checkpoint in checkpoints]
     if rescale != 1:
         params = [rescaled(checkpoints[0].config.model, member, rescale) for member in params]
@@ -237,7 +237,7 @@ def require_room(config: RunConfig, sampler: SamplerConfig, device: torch.device
     """Refuse more chains, draws or prompts than fit into memory.
 
     Raises:
-        ConfigError: Saying how much is needed and how much there is.
+        ConfigError: If they do not fit. The message says how much memory is needed and how much there is.
     """
     chains, draws, task = sampler.num_chains, sampler.num_draws, config.task
     losses = f"the losses of {draws:,} draws (`sampler.num_draws`) of {chains:,} chains (`sampler.num_chains`)"
@@ -255,7 +255,8 @@ def run_files(path: str | Path) -> tuple[list[Path], RunConfig]:
 def chosen_files(files: Sequence[Path], steps: str) -> list[Path]:
     """Return the files of the steps that `steps` selects: `all`, `last`, a list such as 1,2,3, or ranges such as 0:1000:100.
 
-    A range includes every saved step between its ends, both included; with a stride, only every so many steps.
+    A range includes its two ends and every saved step between them. With a stride of s, it includes only first, first + s,
+    first + 2s and so on.
 
     Raises:
         ConfigError: If `steps` is none of these, or names a step that is not saved.
@@ -272,14 +273,14 @@ def chosen_files(files: Sequence[Path], steps: str) -> list[Path]:
         if not matches:
             nearest = min(saved, key=lambda step: abs(step - wanted.first))
             raise ConfigError(
-                f"The run has no saved step {wanted.word}; the nearest is {nearest}, and `all` takes every one."
+                f"The run has no saved step {wanted.word}; the nearest is {nearest}. Use `all` for every saved step."
             )
         chosen |= matches
     return [saved[step] for step in sorted(chosen)]
 
 
 def sampling_device() -> torch.device:
-    """Return the device that $DEVICE names, or the best there is.
+    """Return the device that $DEVICE names, or by default the best one available.
 
     Raises:
         ConfigError: If it is a TPU.

@@ -1,14 +1,18 @@
 """Search for lr, nbeta, localization and burn-in of any loss, by a stated rule.
 
-Near a minimum with curvatures h the LLC is about the sum of (1/2) h / (h + ratio), with ratio = localization / nbeta, whatever nbeta
-is. So the ratio decides which directions count. If the LLC changes with nbeta at the same ratio, either the chains leave the basin
-(nbeta too small), or minibatch noise moves them too much (nbeta too large). A step is stable up to
-lr (nbeta h_max + localization) = 4. So we search over nbeta, in units of one over the height of a trivial predictor's loss above the
-checkpoint's; over the ratio, in units of the largest curvature; and over lr, in units of the stability limit.
+Near a minimum with curvatures h, the LLC is about the sum of (1/2) h / (h + ratio), with ratio = localization / nbeta. This does not
+depend on nbeta itself, so the ratio decides which directions count. If the LLC changes with nbeta at the same ratio, either the chains
+leave the basin (nbeta too small), or minibatch noise moves them too much (nbeta too large). A step is stable up to
+lr (nbeta h_max + localization) = 4, where h_max is the largest curvature. So we search over three numbers:
 
-Chains must be long enough to fill flat directions as far as the localisation allows. Their variance is 1 - exp(-lr localization t) of
-its final value, and no direction is slower. At a stable lr this takes about 1 / ratio moves. Shorter chains give too small an
-LLC at every nbeta and lr alike, so a plateau would not show it.
+- nbeta, in units of 1 / (loss of a trivial predictor - loss of the checkpoint),
+- the ratio, in units of h_max,
+- lr, in units of the stability limit.
+
+Chains must be long enough to fill flat directions as far as the localisation allows. In a flat direction, the variance after t moves
+is 1 - exp(-lr localization t) of its final value, and no direction is slower. With the ratio in units of h_max and a stable lr, this
+takes about 1 / ratio moves. Shorter chains give an LLC that is too small, at every nbeta and every lr. So a plateau does not show
+whether chains are long enough.
 """
 
 import dataclasses
@@ -25,48 +29,50 @@ from icl.config import SamplerConfig
 from icl.sampling.result import LLCResult
 
 NBETAS = (300.0, 1000.0, 3000.0)
-"""Values of nbeta times the height of the trivial predictor's loss above the last checkpoint's."""
+"""Values of nbeta that are tried, in units of 1 / (trivial predictor's loss - last checkpoint's loss)."""
 RATIOS = (0.01, 0.03, 0.1)
-"""Ratios localization / nbeta by the largest curvature at the last checkpoint; the smallest needs the longest chains."""
+"""Ratios localization / nbeta that are tried, in units of the last checkpoint's largest curvature. Smaller ratios need longer chains."""
 STEP = 1.5
-"""lr (nbeta h_max + localization) of the survey; 4 is unstable."""
+"""Value of lr (nbeta h_max + localization) in the survey. At 4 chains become unstable."""
 AGREEMENT = (3.0, 0.1)
-"""Two estimates agree if they differ by at most this many joint standard errors, or by at most this share."""
+"""Two estimates agree if they differ by at most this many joint standard errors, or by at most this fraction of the first."""
 PLATEAU = 0.03
-"""Estimates at lr and at a third of it lie on a plateau if they differ by at most one joint standard error and this share."""
+"""Estimates at lr and lr / 3 lie on a plateau if they differ by at most one joint standard error plus this fraction of the second."""
 MIN_ESS = 300.0
-"""Effective sample size for which the number of draws is chosen; the verdict requires 200."""
+"""Effective sample size for which the number of draws is chosen. The verdict requires only 200 for 4 to 15 chains."""
 LENGTH_RULES = ("r hat", "effective sample size", "not significant")
 """Rules of the verdict that longer chains may satisfy."""
 LR_RULES = ("step size bias",)
-"""Rules of the verdict that a smaller lr may satisfy, for which the search has its own stage."""
+"""Rules of the verdict that a smaller lr may satisfy. The search has its own stage for them."""
 CHECKPOINT_RULES = ("negative", "not at a minimum", "lower loss at mean", "diverged down", "lower loss found")
-"""Rules of the verdict that a checkpoint beside its minimum breaks under most settings."""
-_LATER_RULES = (*LENGTH_RULES, *LR_RULES)  # later stages than the survey decide about these
+"""Rules of the verdict that a checkpoint breaks under most settings if it is not at its minimum."""
+_LATER_RULES = (*LENGTH_RULES, *LR_RULES)  # the stages after the survey decide about these
 SURVEY, RATES, CONFIRMATION = "nbeta, localization", "lr", "confirmation"
 """The stages of a search."""
 _SLOWER = 3
+"""Factor by which lr is reduced, and the chains are lengthened, in the stage `lr`."""
 _MAX_DRAWS = 60
 """Largest number of draws of each chain in the survey."""
 _MAX_INIT_BATCHES = 256
 """Largest number of batches for the checkpoint's own loss, which all settings share."""
 
 RULE = f"""\
-The rule: at a few checkpoints we search over nbeta = {", ".join(f"{x:g}" for x in NBETAS)} / (trivial loss - checkpoint's loss) and over
-the ratio localization / nbeta = {", ".join(f"{x:g}" for x in RATIOS)} of the largest curvature, at lr = {STEP:g} / (nbeta curvature + localization).
-1. The last checkpoint must be healthy: no rule of the verdict is broken, except for the bias of the step size (see 4) and the
-   shortness of the search's chains (R-hat, effective sample size). Burn-in is 2 / (lr localization) moves of SGLD, in which flat
-   directions fill to 86% of the width that the localisation allows; `baoab` with friction c needs (1 - c) / (1 + c) of that.
-2. Plateau in nbeta: the estimate must agree with that of the next smaller or larger nbeta at the same ratio (within
+The rule: at a few checkpoints we try nbeta = {", ".join(f"{x:g}" for x in NBETAS)} divided by (loss of predicting zero - checkpoint's loss). At
+each nbeta we try localization / nbeta = {", ".join(f"{x:g}" for x in RATIOS)} times the largest curvature. lr is {STEP:g} / (nbeta curvature + localization).
+1. The last checkpoint must be healthy: no rule of the verdict may be broken. The bias of the step size is an exception (see 4), and
+   so are R-hat and the effective sample size, because the chains of the search are short. Burn-in is 2 / (lr localization) moves
+   of SGLD. In these moves the variance in flat directions grows to 86% of its final value. `baoab` with friction c needs only
+   (1 - c) / (1 + c) times as many moves.
+2. Plateau in nbeta: the estimate must agree with that at the next smaller or larger nbeta at the same ratio (within
    {AGREEMENT[0]:g} standard errors or {AGREEMENT[1]:.0%}).
-3. Of these we take the settings with the most healthy checkpoints, then the smallest ratio (most directions), then the
-   smallest nbeta (least noise).
-4. Plateau in lr, at the last checkpoint: the bias of the step size must be small, and a third of lr, with chains three times as
-   long, must give the same estimate up to one joint standard error and {PLATEAU:.0%}. If not, that third is tried in the same way.
-5. Burn-in: one and a half times as long as the chains' mean loss takes to reach its later level, and at least one and a half
-   times that of the search. Draws: at least as many as configured, and enough for an effective sample size of {MIN_ESS:g}.
+3. Among the settings that pass 1 and 2, we choose those with the most healthy checkpoints. If several have equally many, we choose
+   the smallest ratio (most directions count), then the smallest nbeta (least noise).
+4. Plateau in lr, at the last checkpoint: the bias of the step size must be small. A third of lr, with chains three times as long,
+   must give the same estimate within one joint standard error plus {PLATEAU:.0%}. If not, this third is tested in the same way.
+5. Burn-in: 1.5 times as long as the chains' mean loss takes to reach its later level, and at least 1.5 times the burn-in of the
+   search. Draws: at least as many as configured, and enough for an effective sample size of {MIN_ESS:g}.
 All chains of the search use the same minibatches and noise, so differences between estimates are due to the settings.
-Chains of the chosen length and of the next `seed` then confirm the choice. It is accepted if their verdict at the last
+Finally, chains of the chosen length with the next `seed` test the choice. It is accepted if their verdict at the last
 checkpoint is ok."""
 
 
@@ -79,13 +85,13 @@ class SearchPoint(NamedTuple):
     """localization / nbeta."""
     lr: float
     filling: int
-    """Number of moves in which flat directions fill to 86%; the burn-in."""
+    """Burn-in of the survey: the number of moves after which the variance in flat directions is 86% of its final value."""
     slowness: int = 1
     """Factor by which the chains are longer than in the survey."""
 
     @property
     def localization(self) -> float:
-        """Pull gamma back to the checkpoint."""
+        """Strength gamma of the pull back to the checkpoint."""
         return round_to(self.nbeta * self.ratio, digits=6)
 
     def sampler(self, base: SamplerConfig) -> SamplerConfig:
@@ -102,7 +108,7 @@ class SearchPoint(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """Settings with their estimates, one for each checkpoint; that of the last checkpoint comes last."""
+    """Settings with their estimates, one for each checkpoint. The estimate of the last checkpoint comes last."""
 
     point: SearchPoint
     results: list[LLCResult]
@@ -114,12 +120,12 @@ class Trial(NamedTuple):
 
     @property
     def num_healthy(self) -> int:
-        """Number of checkpoints that are healthy, apart from the rules of later stages."""
+        """Number of checkpoints that are healthy, if the rules of later stages are ignored."""
         return sum(is_healthy(result, but=_LATER_RULES) for result in self.results)
 
 
 Estimate = Callable[[Sequence[SearchPoint]], list[list[LLCResult]]]
-"""Function that estimates under several settings with equally long chains; each list ends with the last checkpoint."""
+"""Function that estimates under several settings with equally long chains. Each inner list ends with the last checkpoint's result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +134,9 @@ class SearchResult:
 
     trials: list[Trial]
     reason: str
-    """Why these settings were chosen, or why none were."""
+    """The reason why these settings were chosen, or why none were."""
     plateau: frozenset[int]
-    """Numbers of the trials with a plateau in nbeta."""
+    """Indices of the trials that have a plateau in nbeta."""
     chosen: Trial | None = None
     num_burnin_steps: int = 0
 
@@ -147,7 +153,7 @@ def survey(*, height: float, curvature: float, speed: float = 1.0) -> list[Searc
     for share, nbeta in itertools.product(RATIOS, NBETAS):
         nbeta, ratio = round_to(nbeta / max(height, 1e-3)), round_to(share * curvature)
         lr = round_to(STEP / (nbeta * (curvature + ratio)))
-        filling = 10 * math.ceil(2 * (1 + share) / (STEP * share * speed) / 10)  # in tens
+        filling = 10 * math.ceil(2 * (1 + share) / (STEP * share * speed) / 10)  # rounded up to a multiple of 10
         points.append(SearchPoint(SURVEY, nbeta, ratio, lr, filling))
     return points
 
@@ -160,7 +166,7 @@ def search(
     speed: float = 1.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> SearchResult:
-    """Search: the survey, all settings of a ratio in one go, and then the plateau in lr.
+    """Run the search: the survey, with all settings of a ratio at once, and then the test of the plateau in lr.
 
     Args:
         estimate: Returns the estimates under some settings; for the stage `lr` only that of the last checkpoint is used.
@@ -187,14 +193,15 @@ def search(
     if not candidates:
         return SearchResult(trials=trials, plateau=plateau, reason=_why_none(trials, len(healthy)))
     best = min(candidates, key=lambda trial: (-trial.num_healthy, trial.point.ratio, trial.point.nbeta))
-    attempt(best.point._replace(stage=RATES, lr=round_to(10 * best.point.lr)))  # shows what failure looks like
+    # Ten times the lr shows what failure looks like.
+    attempt(best.point._replace(stage=RATES, lr=round_to(10 * best.point.lr)))
     for _ in range(2):
         slower = attempt(slower_than(best.point))
         if is_healthy(best.last) and on_plateau(best.last, slower.last):
             limit, error = extrapolated(best.last, slower.last)
             reason = (
-                f"Chosen: setting {trials.index(best)}; a third of its lr gives {slower.last.llc:.4g} ± {slower.last.stderr:.2g}, "
-                f"extrapolated to lr = 0 {limit:.4g} ± {error:.2g}."
+                f"Chosen: setting {trials.index(best)}. A third of its lr gives an LLC of {slower.last.llc:.4g} ± "
+                f"{slower.last.stderr:.2g}. Extrapolation to lr = 0 gives {limit:.4g} ± {error:.2g}."
             )
             steps = max(burnin(best.last), 3 * best.point.slowness * best.point.filling // 2)
             return SearchResult(trials=trials, plateau=plateau, reason=reason, chosen=best, num_burnin_steps=steps)
@@ -213,8 +220,8 @@ def _why_none(trials: Sequence[Trial], num_healthy: int) -> str:
     if num_beside <= len(trials) / 2:
         return reason
     return (
-        f"{reason} Under {num_beside} the checkpoint is not at a minimum, which no settings can change: "
-        "choose --steps that end at a checkpoint at a minimum."
+        f"{reason} Under {num_beside} settings the checkpoint is not at a minimum, which no settings can change: "
+        "choose --steps so that the last checkpoint is at a minimum."
     )
 
 
@@ -224,37 +231,37 @@ def slower_than(point: SearchPoint) -> SearchPoint:
 
 
 def num_draws(result: LLCResult, configured: int) -> int:
-    """Return a multiple of 50 draws with an effective sample size of `MIN_ESS`, or the configured number if that is larger."""
+    """Return the number of draws for an effective sample size of `MIN_ESS`, a multiple of 50, but at least `configured`."""
     needed = result.settings.num_draws * MIN_ESS / result.ess if result.ess > 0 else 0.0
     return max(configured, 50 * math.ceil(needed / 50))
 
 
 def is_healthy(result: LLCResult, but: Collection[str] = LENGTH_RULES) -> bool:
-    """Return whether an estimate breaks no rule of the verdict but those named, by default those of the chains' length."""
+    """Return whether an estimate breaks no rules of the verdict other than `but`, by default the rules about the chains' length."""
     return set(result.judgement.broken) <= set(but)
 
 
 def agree(first: LLCResult, second: LLCResult) -> bool:
-    """Return whether two estimates differ by no more than their errors, or by no more than a small share."""
+    """Return whether two estimates differ by no more than `AGREEMENT` allows."""
     difference = abs(first.llc - second.llc)
     errors, share = AGREEMENT
     return difference <= max(errors * math.hypot(first.stderr, second.stderr), share * abs(first.llc))
 
 
 def on_plateau(first: LLCResult, slower: LLCResult) -> bool:
-    """Return whether the estimates at lr and at a third of it differ by at most one joint error and `PLATEAU`."""
+    """Return whether the estimates at lr and lr / 3 differ by at most one joint standard error plus a fraction `PLATEAU`."""
     return abs(first.llc - slower.llc) <= math.hypot(first.stderr, slower.stderr) + PLATEAU * abs(slower.llc)
 
 
 def extrapolated(first: LLCResult, slower: LLCResult) -> tuple[float, float]:
-    """Return the LLC at lr = 0 and its error from those at lr and at a third of it, for a bias proportional to lr (Richardson)."""
+    """Extrapolate the LLCs at lr and lr / 3 to lr = 0, for a bias proportional to lr (Richardson). Return the value and its error."""
     weight = _SLOWER / (_SLOWER - 1)
     value = weight * slower.llc - (weight - 1) * first.llc
     return value, math.hypot(weight * slower.stderr, (weight - 1) * first.stderr)
 
 
 def burnin(result: LLCResult) -> int:
-    """Return 1.5 times the moves after which the chains' mean loss is within two standard errors of its later level."""
+    """Return 1.5 times the number of moves that the chains' mean loss takes to come within two deviations of its later level."""
     trace = torch.cat([result.burnin_trace, result.loss_trace], dim=1).nanmean(0).numpy()
     width = max(len(trace) // 20, 1)
     windows = trace[: len(trace) // width * width].reshape(-1, width).mean(1)
@@ -270,7 +277,7 @@ def round_to(value: float, digits: int = 2) -> float:
 
 
 def _has_plateau(trial: Trial, trials: Sequence[Trial]) -> bool:
-    """Return whether the estimate agrees with that of the next smaller or larger nbeta at the same ratio."""
+    """Return whether the estimate agrees with that at the next smaller or larger nbeta at the same ratio."""
     same = sorted((other for other in trials if other.point.ratio == trial.point.ratio), key=lambda t: t.point.nbeta)
     index = same.index(trial)
     neighbours = [*same[max(index - 1, 0) : index], *same[index + 1 : index + 2]]

@@ -1,13 +1,16 @@
 """Test the sampler on problems with known answers, in about two minutes on one CPU thread.
 
-Every kernel runs: `rmsprop` on quadratics, at a smaller step as its preconditioner is above 1, and `baoab` on all problems, at three times
-SGLD's step and a third of its length. Every problem is a loss with its minimum, 0, at the checkpoint. If the estimator's target at finite nbeta under localisation is
-known (`icl.sampling.known`), the estimate must agree with it within `NUM_STDERRS` standard errors. If the loss is not quadratic, the
-bias of the step size is not known exactly, and the estimate may differ by a share `STEP_BIAS` more.
+`sgld` and `baoab` run on all problems, `baoab` with three times SGLD's lr and a third of its moves. `rmsprop` runs on quadratics
+only, with a smaller lr, because its preconditioner is above 1.
 
-For deep linear networks only the asymptotic value is known, so we estimate at three nbeta. The estimates must rise with nbeta. They
-may differ from the value by value / sqrt(nbeta) in addition to the standard errors: at localization 1 the prior widens a direction
-that is quartic in w by a share of nbeta^(-1/2), and any other by less. The multiplicity is 1, so there is no logarithmic term.
+The loss of every problem has its minimum, 0, at the checkpoint. If the estimator's target at finite nbeta with localization is known
+(`icl.sampling.known`), the estimate must agree with it within `NUM_STDERRS` standard errors. If the loss is not quadratic, the bias
+of the step size is not known exactly. Then the estimate may differ by a further fraction `STEP_BIAS` of the target.
+
+For deep linear networks only the asymptotic value is known, so we estimate at three nbeta. The estimates must rise with nbeta. In
+addition to the standard errors, they may differ from the asymptotic value by value / sqrt(nbeta). The reason is the localization of
+strength 1: it changes the contribution of a direction that is quartic in w by a fraction nbeta^(-1/2), and that of other directions
+by less. The multiplicity is 1, so there is no logarithmic term.
 """
 
 import dataclasses
@@ -30,9 +33,9 @@ from icl.sampling.result import LLCResult
 from icl.sampling.target import Loss
 
 NUM_STDERRS = 3.5
-"""Number of standard errors that an estimate may differ from the truth."""
+"""Number of standard errors by which an estimate may differ from the true value."""
 STEP_BIAS = 0.02
-"""Share of the truth that the step size may add to an estimate of a loss that is not quadratic."""
+"""Allowed bias from the step size, as a fraction of the true value, for a loss that is not quadratic."""
 _CHAINS = ChainsConfig(num_chains=32, num_draws=1500, num_burnin_steps=1500)
 
 
@@ -45,7 +48,7 @@ class Problem:
     params: Params
     asymptotic: float
     finite: Callable[[float, float], float] | None
-    """Function from nbeta and lr to the target of SGLD, if it is known; without an effect of the step if lr is 0."""
+    """Function from nbeta and lr to the target of SGLD, if it is known. With lr = 0 it leaves out the effect of the step size."""
     nbetas: Sequence[float]
     sampler: dict[str, Any]
     batches: Batches = (None,)
@@ -55,7 +58,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """An estimate beside the true values."""
+    """An estimate and the true values."""
 
     problem: str
     kernel: str
@@ -65,13 +68,13 @@ class Row:
     llc: float
     stderr: float
     allowed: float
-    """Largest allowed difference from the finite truth, or from the asymptotic one if there is none."""
+    """Largest allowed difference from `finite`, or from `asymptotic` if `finite` is None."""
     verdict: str
     agrees: bool
 
 
 def self_test(say: Callable[[int, str], None] = lambda number, name: None) -> list[Row]:
-    """Run every problem; `say` is called with the number, from 1, and the name of each when it begins."""
+    """Run every problem. When one begins, `say` is called with its number (from 1) and its name."""
     rows: list[Row] = []
     for number, problem in enumerate(problems(), start=1):
         say(number, problem.name)
@@ -92,7 +95,7 @@ def truth_table(rows: Sequence[Row]) -> str:
             "truth, n → ∞": [f"{row.asymptotic:.4g}" for row in rows],
             "truth, this nbeta": ["-" if row.finite is None else f"{row.finite:.4g}" for row in rows],
             "estimate ± stderr": [f"{row.llc:.3f} ± {row.stderr:.3f}" for row in rows],
-            "may miss by": [f"{row.allowed:.2f}" for row in rows],
+            "allowed difference": [f"{row.allowed:.2f}" for row in rows],
             "verdict": [row.verdict for row in rows],
             "agrees": ["yes" if row.agrees else "NO" for row in rows],
         }
@@ -101,7 +104,10 @@ def truth_table(rows: Sequence[Row]) -> str:
 
 
 def run_problem(problem: Problem, kernel: Kernel = "sgld") -> list[Row]:
-    """Estimate with a kernel at every nbeta as one population, whose checkpoints differ by a fixed factor of the loss."""
+    """Estimate with one kernel at every nbeta.
+
+    All nbeta run as one population at the largest nbeta. Each has its own checkpoint, whose loss is scaled by a fixed factor.
+    """
     largest = problem.nbetas[-1]
 
     def scaled(params: Params, batch: Batch) -> Tensor:

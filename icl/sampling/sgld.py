@@ -11,10 +11,10 @@ beta on n samples, under a Gaussian prior around the checkpoint w0 (the anchor).
   of the moves before it.
 
 We differ from Li et al. and from devinterp 1.3.2: we adapt G only during burn-in and then keep it fixed. So G does not
-depend on w, and the term Gamma_i = sum_j dG_ij/dw_j is exactly zero. They go on adapting and drop the term.
+depend on w, and the term Gamma_i = sum_j dG_ij/dw_j is exactly zero. They keep adapting G and neglect the term.
 
 Tests use the exact answer for U = a w^2 / 2: the chain w' = (1 - lr G a/2) w + sqrt(lr G) xi has the stationary variance
-1 / (a (1 - lr G a/4)). The LLC that follows is `known.quadratic_llc`.
+1 / (a (1 - lr G a/4)). `known.quadratic_llc` returns the resulting LLC.
 
 The published parameters (gradient_scale, localization_scale, noise_scale) translate to nbeta = 2 gradient_scale /
 noise_scale, localization = 2 localization_scale / noise_scale, lr = noise_scale.
@@ -29,7 +29,7 @@ from torch import Tensor
 DECAY = 0.99
 """Decay of the running mean of squared gradients."""
 DAMPING = 0.1
-"""Number added to the root of that mean. It limits the preconditioner of a flat direction to 1 / DAMPING."""
+"""Number added to the square root of the running mean. It limits the preconditioner of a flat direction to 1 / DAMPING."""
 
 
 class SGLDState(NamedTuple):
@@ -118,7 +118,7 @@ def log_mala_acceptance(
     """Return the log-probability that MALA would accept a move (Roberts and Tweedie 1996), in float64 on the CPU.
 
     It is the minimum of 0 and U(w) - U(w') + log q(w | w') - log q(w' | w), where q is the density of a move with G fixed.
-    `grads` and `losses` are those of L at w and at w'. The result is exact if both come from the same minibatch.
+    `grads` and `losses` are the gradients and the values of L at w and at w'. The result is exact if both come from the same minibatch.
     """
     before, after, anchor = state.position, proposal.position, state.anchor
     g = torch.ones_like(before) if state.preconditioner is None else state.preconditioner

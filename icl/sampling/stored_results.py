@@ -1,7 +1,6 @@
-"""Whole results of estimates, stored so that an interrupted calibration continues after its last finished settings.
+"""Complete results of estimates, stored so that an interrupted calibration continues after its last finished settings.
 
-A record (`icl.sampling.records`) is what users look at later. A search needs more: all evidence and the unthinned traces. A result is
-an entry (`icl.runs.measure`) of `results/llc-calibration/<settings>/`, under the same key as a record of the same chains.
+Records (`icl.sampling.records`) are for users. A search needs more: all evidence and the unthinned traces. A result is an entry (`icl.runs.measure`) of `results/llc-calibration/<settings>/`, under the same key as a record of the same chains.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ class StoredResults:
     """The results of a run's calibration.
 
     Args:
-        folder: Folder in which they lie.
+        folder: Folder that contains the results.
     """
 
     def __init__(self, folder: Path) -> None:

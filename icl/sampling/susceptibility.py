@@ -1,13 +1,13 @@
-"""Susceptibilities: how a component of a model answers to a change of the data.
+"""Susceptibilities: how a component of a model responds to a change of the data.
 
-Change the loss from L to L + e (l' - L), towards the loss l' of some part of the data: one position of the prompts, one group of tasks,
-or a shifted distribution. The posterior mean of f = nbeta (L - L0) then changes at the rate nbeta chi, where
+Change the loss from L to L + e (l' - L) with a small e, towards the loss l' of some part of the data: one position of the prompts,
+one group of tasks, or a shifted distribution. The posterior mean of f = nbeta (L - L0) then changes at the rate nbeta chi, where
 
     chi = -Cov(f, l' - L)
 
 and the covariance is over draws of the localised posterior. If only one component moves, such as one head (`restrict`), chi is the
-susceptibility of that component. A negative value means that the component expresses that part of the data: draws that are
-worse on it are worse overall. Source: Baker, Wang, Hoogland and Murfet 2025, "Structural inference: interpreting small language
+susceptibility of that component. A negative value means that the component matters for that part of the data: draws with
+a higher loss on it have a higher loss overall. Source: Baker, Wang, Hoogland and Murfet 2025, "Structural inference: interpreting small language
 models with susceptibilities" (arXiv 2504.18274).
 """
 
@@ -35,15 +35,15 @@ def susceptibility(
     """Estimate -Cov(excess, difference) over the draws of K chains.
 
     Args:
-        excess: nbeta (L - L0) at every draw, in nats. Noise from minibatches adds to the error only, if the next draw does
-            not see the same minibatch and `difference` is measured on other data.
+        excess: nbeta (L - L0) at every draw, in nats. Minibatch noise increases the error but causes no bias, if consecutive draws
+            have different minibatches and `difference` is measured on other data.
         difference: l' - L at every draw, for each of Q parts of the data.
 
     Returns:
         The estimates, with standard errors from the chains and their autocorrelation (`icl.sampling.convergence`).
 
     Raises:
-        ConfigError: If the two do not have the same chains and draws, or fewer than two draws.
+        ConfigError: If `excess` and `difference` differ in their chains or draws, or have fewer than two draws.
     """
     if difference.shape[:2] != excess.shape or excess.numel() < 2:
         raise ConfigError(
@@ -59,12 +59,12 @@ def susceptibility(
 
 
 def susceptibility_of(result: LLCResult, observable: str, *, reference: str | None = None) -> Susceptibility:
-    """Estimate the susceptibilities of an estimate to the losses that it recorded as an observable.
+    """Estimate susceptibilities from the draws of an LLC estimate, to losses that were recorded as an observable.
 
     Args:
         result: The estimate. Restrict its chains to a component to get that component's susceptibilities.
         observable: Name of an observable with the losses l' of Q parts of the data.
-        reference: Name of an observable with the loss L on the same data; left out, L is the mean of the Q losses.
+        reference: Name of an observable with the loss L on the same data. By default L is the mean of the Q losses.
 
     Raises:
         ConfigError: If there is no such observable.

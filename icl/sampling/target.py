@@ -51,12 +51,12 @@ class Target:
     batches: Batches
     """Minibatches by (chain, draw), or an iterable."""
     trivial_loss: float | None = None
-    """Loss of a predictor that knows nothing; None if it is not known."""
+    """Loss of a trivial predictor, for example one that predicts zero; None if it is not known."""
     name: str = "loss"
     vectorize: bool = True
-    """False runs one chain after another by plain autograd, for losses that `vmap` cannot map."""
+    """If False, chains run one after another by plain autograd. This is needed for losses that `vmap` cannot map."""
     maps: bool = True
-    """Whether `vmap` computes gradients and losses of several members. Otherwise members are computed one after another."""
+    """Whether `vmap` computes the gradients and losses of several members. If False, a loop computes one member after another."""
     gradient: Gradient | None = None
     """A faster gradient of the same loss for the chains' moves."""
     shared_losses: StackedLosses | None = None
@@ -72,7 +72,7 @@ class Target:
 
     @cached_property
     def default_gradient(self) -> Gradient:
-        """The gradient of the loss itself."""
+        """The gradient of `loss`, by `vmap` or by a loop."""
         return vmapped_gradient(self.loss) if self._is_mapped else looped_gradient(self.loss)
 
     @cached_property
@@ -91,10 +91,10 @@ class Target:
         return self.own_losses or stacked_losses(self.loss, own_batches=True, vectorize=self._is_mapped)
 
     def require_dependence(self, layout: Layout, checkpoint: Params, batch: Batch) -> None:
-        """Refuse a loss that is the same for all parameters, as chains would then sample the localization alone.
+        """Refuse a loss that is the same for all parameters, because chains would then sample the localization alone.
 
         Args:
-            layout: How the parameters that move lie in rows.
+            layout: Layout of the moving parameters in a row.
             checkpoint: Stacked parameters of one member.
             batch: Any batch.
 
@@ -112,7 +112,7 @@ class Target:
             )
 
     def map_members(self, function: Callable[[Params], Tensor]) -> Callable[[Params], Tensor]:
-        """Turn a function of one member's parameters into one of stacked parameters."""
+        """Turn a function of one member's parameters into a function of stacked parameters."""
         mapped = stacked_losses(lambda params, _: function(params), own_batches=False, vectorize=self._is_mapped)
         return lambda params: mapped(params, None)
 
@@ -120,10 +120,10 @@ class Target:
 def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) -> tuple[Loss, Params]:
     """Return a loss and its parameters, made from a module.
 
-    A batch is a pair (inputs, targets), where a tuple of inputs stands for several arguments: the loss is
-    `criterion(model(*inputs), targets)`. Or it is a dict of arguments, as for models of Hugging Face's `transformers`: the loss is
-    `criterion(model(**batch), batch)`. We use a copy in evaluation mode, so the caller's model is never called.
-    Parameters with `requires_grad=False` are not sampled; the loss keeps their present values.
+    A batch may be a pair (inputs, targets). The loss is then `criterion(model(inputs), targets)`, or
+    `criterion(model(*inputs), targets)` if inputs is a tuple. A batch may also be a dict of arguments, as for models of Hugging
+    Face's `transformers`. The loss is then `criterion(model(**batch), batch)`. We use a copy in evaluation mode, so the caller's
+    model is never called. Parameters with `requires_grad=False` are not sampled; the loss keeps their present values.
 
     Example:
         ```python
@@ -132,8 +132,8 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) ->
         ```
 
     Raises:
-        ConfigError: If these are not a module and a function, or the module has no parameter to sample. The loss raises it
-            if a batch is neither a pair nor a dict.
+        ConfigError: If the arguments are not a module and a function, or the module has no parameter to sample. The loss also
+            raises it, if a batch is neither a pair nor a dict.
     """
     if not isinstance(model, nn.Module) or not callable(criterion):
         raise ConfigError(
@@ -165,7 +165,7 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) ->
 
 
 def vmapped_gradient(loss: Loss) -> Gradient:
-    """Return the gradient that computes all members at once, by `torch.func.vmap`."""
+    """Return a function for the gradients of all members at once, by `torch.func.vmap`."""
 
     @cache
     def member_gradient(layout: Layout) -> Callable[..., Any]:
@@ -185,7 +185,7 @@ def vmapped_gradient(loss: Loss) -> Gradient:
 
 
 def looped_gradient(loss: Loss) -> Gradient:
-    """Return the gradient that computes one member after another by plain autograd, for losses that `vmap` cannot map."""
+    """Return a function for the gradients of one member after another by plain autograd, for losses that `vmap` cannot map."""
 
     def gradient(layout: Layout, rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
         grads, components = [], []
@@ -205,7 +205,7 @@ def looped_gradient(loss: Loss) -> Gradient:
 
 
 def stacked_losses(loss: Loss, *, own_batches: bool, vectorize: bool) -> StackedLosses:
-    """Return the losses of stacked parameters, either each on its own batch of a stack or all on the same batch."""
+    """Return a function for the losses of stacked parameters, either each on its own batch of a stack or all on the same batch."""
 
     def losses(params: Params, batch: Batch) -> Tensor:
         if vectorize:
@@ -255,7 +255,7 @@ def _generator_states(device: torch.device) -> list[Tensor]:
 
 @contextmanager
 def _explain_vmap_errors() -> Iterator[None]:
-    """Turn the errors of a loss that `vmap` cannot map into advice; `vmap` itself refuses random numbers."""
+    """Replace errors of `vmap` by errors that say what to do. `vmap` itself detects random numbers."""
     try:
         yield
     except RuntimeError as error:

@@ -37,12 +37,12 @@ class Draw:
 
     state: State
     grad: Float[Tensor, "N P"]
-    """The gradient that moves the chains, less its control variate if there is one (`icl.sampling.variates`)."""
+    """The gradient that moves the chains, minus its control variate if there is one (`icl.sampling.variates`)."""
     settings: ChainsConfig
     shift: Float[Tensor, " N"] | float = 0.0
-    """Control variate of the loss that is in `grad` but not in the excess."""
+    """Control variate of the loss, if `grad` has a control variate but the excess has none; else 0."""
     noise: Float[Tensor, " N"] | float = 0.0
-    """Variance of that gradient over minibatches, summed over the parameters; 0 if it was not measured."""
+    """Variance of `grad` over minibatches, summed over the parameters; 0 if it was not measured."""
 
     @cached_property
     def displacement(self) -> Float[Tensor, "N P"]:
@@ -80,20 +80,20 @@ def bias_bound(draw: Draw) -> Float[Tensor, " N"]:
 
 
 QUANTITIES: dict[str, Callable[[Draw], Tensor]] = {f.__name__: f for f in (pull, spread, bias_bound)}
-"""Numbers that are recorded at every draw, beside the losses."""
+"""Numbers that are recorded at every draw, in addition to the losses."""
 
 
 class Traces(NamedTuple):
-    """Everything recorded of N chains, with S draws and T components of the loss."""
+    """All records of N chains, with S draws and T components of the loss."""
 
     losses: Float[Tensor, "N S"]
     """Minibatch losses at the draws."""
     burnin: Float[Tensor, "N burnin"]
     """Minibatch losses at the moves before the first draw."""
     excess: Float[Tensor, "N S *T"]
-    """Losses minus the checkpoint's on the same minibatch; for each component if the loss is a vector."""
+    """Losses minus the checkpoint's losses on the same minibatch; for each component if the loss is a vector."""
     quantities: dict[str, Float[Tensor, "N S"]]
-    """Values of `QUANTITIES`."""
+    """Values of the functions in `QUANTITIES` at the draws."""
     observables: dict[str, Float[Tensor, "N S ..."]]
     """Values of the caller's own functions of the parameters."""
     acceptance: Float[Tensor, " N"]
@@ -101,9 +101,9 @@ class Traces(NamedTuple):
     sample_variance: Float[Tensor, "N Q"] | None
     """Variance over the draws of each fixed sample's loss."""
     mean_position: Float[Tensor, "N P"] | None
-    """Mean over the draws; removed once the loss there is measured."""
+    """Mean of the positions over the draws; removed when the loss at this mean has been measured."""
     alive: Bool[Tensor, " N"]
-    """Whether each chain stayed finite and did not diverge, up or down."""
+    """Whether each chain stayed finite and did not diverge upwards or downwards."""
     diverged_down: Bool[Tensor, " N"]
     """Whether each chain diverged to far lower loss than the checkpoint's."""
     first_not_finite: Float[Tensor, " N"]
@@ -112,11 +112,11 @@ class Traces(NamedTuple):
     """Whether each chain met a minibatch on which even the checkpoint's own loss or gradient is not finite."""
     drop_at_mean: Drop = Drop()
     share_batches: bool = False
-    """Whether two chains saw the same minibatches, although there were different ones."""
+    """Whether two chains saw the same minibatches, although there are several minibatches."""
     one_batch: bool = False
     """Whether there was one batch for all moves, so that the loss has no noise."""
     few_batches: bool = False
-    """Whether a short list of batches is dealt in passes, so that the noise of neighbouring draws is related."""
+    """Whether the chains go in passes through a short list of batches, so that the noise of consecutive draws is correlated."""
 
     @property
     def mean_excess(self) -> Float[Tensor, "N S"]:
@@ -149,7 +149,7 @@ class Recorder:
         self.losses.append(mean_over_components(values))
 
     def add_draw(self, draw: Draw, excess: Float[Tensor, "N *T"], params: Callable[[], Params]) -> None:
-        """Record a draw; `params` returns the parameters there."""
+        """Record a draw; `params` returns its parameters."""
         self.excess.append(excess)
         for name, quantity in QUANTITIES.items():
             self.quantities[name].append(quantity(draw))
@@ -170,7 +170,7 @@ class Recorder:
         return self.settings.inverse_temperature * torch.stack([mean_over_components(e) for e in self.excess], dim=1)
 
     def is_precise(self, stderr: float) -> bool:
-        """Return whether the mean excess of these chains has at most this standard error, in nats, and enough draws to know it."""
+        """Return whether the mean excess has at most this standard error, in nats, and the effective sample size is sufficient."""
         nats = self.nats()
         used = _to_float64(nats[nats.isfinite().all(1)]).numpy()
         if not len(used):
@@ -221,7 +221,7 @@ class _RunningVariance:
 
 
 def split_by_checkpoint(parts: Sequence[Traces], num_chains: int) -> list[Traces]:
-    """Join the traces of all members, given in order, and split them into those of each checkpoint's chains."""
+    """Join the traces of all members, which are given in order, and split them by checkpoint."""
     joined = pytree.tree_map(lambda *values: torch.cat(values) if isinstance(values[0], Tensor) else values[0], *parts)
     starts = range(0, len(joined.alive), num_chains)
     return [_members(joined, slice(start, start + num_chains)) for start in starts]

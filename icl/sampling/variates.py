@@ -6,9 +6,9 @@ is gbar. Let c_B = g_B(w0) - gbar. Near the checkpoint the noise of g_B(w) is mo
     gradient:  g_B(w) - c_B                                  (Johnson and Zhang 2013, "SVRG"; Baker et al. 2019)
     excess:    L_B(w) - L_B(w0) - c_B . (w - w0)
 
-The mean of c_B over the pool is zero, so neither changes what is estimated if every minibatch of the pool is equally likely. The
-second is for minibatches that are drawn with replacement; a list that is dealt in passes balances c_B by itself. Without a fixed
-pool gbar would have an error, which would tilt the density, so then there are no variates.
+The mean of c_B over the pool is zero. So if every minibatch of the pool is equally likely, the control variates cause no bias. The
+second one is used only if minibatches are drawn with replacement; in passes through a list, c_B averages to zero by itself. Without
+a fixed pool, gbar would have an error that distorts the density, so there are no control variates.
 
 The gradients at w0 are computed once, before the chains. We keep them only if they need at most `MEMORY` bytes, and if the pool
 has at most half as many minibatches as the chains of a checkpoint make moves.
@@ -28,7 +28,7 @@ from icl.sampling.batches import ChainBatches, stack_batches
 from icl.sampling.target import Target
 
 MEMORY = 2**29
-"""Largest number of bytes of all kept gradients together."""
+"""Largest memory in bytes for all kept gradients together."""
 
 
 class Variates(NamedTuple):
@@ -39,7 +39,7 @@ class Variates(NamedTuple):
     """Gradients g_B(w0) minus their mean over the pool."""
     losses: Float[Tensor, "C M *T"]
     is_uniform: bool
-    """Whether minibatches are drawn with replacement, so that the excess has a variate too."""
+    """Whether minibatches are drawn with replacement, so that the excess has a control variate too."""
 
     def of_members(self, checkpoints: Sequence[int], chains: Sequence[int], move: int) -> tuple[Tensor, Tensor]:
         """Return c_B (N, P) and L_B(w0) (N, *T) of members at a move, from the numbers of their checkpoints and chains."""
@@ -60,15 +60,15 @@ def make_variates(
     *,
     chunk_size: int,
 ) -> Variates | None:
-    """Compute the checkpoints' gradients on the pool; return None if no pool pays, or a gradient is not finite.
+    """Compute the control variates on the pool. Return None if there is no suitable pool, or a gradient is not finite.
 
     Args:
-        target: What is sampled.
-        checkpoints: Stacked on a leading axis C.
+        target: The loss to sample.
+        checkpoints: Parameters, stacked on a leading axis C.
         source: Minibatches of the chains.
         settings: The settings of the chains.
-        layout: How the parameters that move lie in rows.
-        chunk_size: Number of gradients that may be computed at once.
+        layout: Layout of the moving parameters in a row.
+        chunk_size: Largest number of gradients that are computed at once.
     """
     rows, fixed, pool = layout.to_rows(checkpoints), layout.fixed(checkpoints), source.pool
     if pool is None or pool.size < 2:
@@ -89,5 +89,5 @@ def make_variates(
         deviations.append(grads - grads.mean(0))
         losses.append(torch.cat([values for _, values in parts]))
     if not all(bool(rows.isfinite().all()) for rows in deviations):
-        return None  # one bad minibatch would spoil gbar, and with it the chains on good minibatches
+        return None  # one bad minibatch makes gbar non-finite, and so the gradients on all minibatches
     return Variates(source, torch.stack(deviations), torch.stack(losses), pool.is_uniform)

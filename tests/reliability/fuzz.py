@@ -274,7 +274,7 @@ def table(trials: list[Trial]) -> str:
     names = [reader.name for reader in readers.READERS if any(trial.reader == reader.name for trial in trials)]
     rows = [[name, *(counts[name, outcome] for outcome in OUTCOMES)] for name in names]
     rows.append(["**all**", *(sum(counts[name, outcome] for name in names) for outcome in OUTCOMES)])
-    titles = "Refused in a sentence | Recomputed or reported | Read as it is | Altered unnoticed | Uncaught"
+    titles = "Refused with an error | Recomputed or reported | Read as it is | Altered unnoticed | Uncaught"
     lines = [f"| Kind of file | Mutations | {titles} |", "|---|---|---|---|---|---|---|"]
     lines += [f"| {name} | {sum(own):,} | {' | '.join(f'{number:,}' for number in own)} |" for name, *own in rows]
     return "\n".join(lines)

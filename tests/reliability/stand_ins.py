@@ -69,7 +69,7 @@ def stand_ins() -> list[StandIn]:
         StandIn("HEAD refused, 405", _refuse(405, "MethodNotAllowed", method="HEAD"), said="HEAD"),
         StandIn("Expect refused, 417", _refuse(417, "ExpectationFailed", header="expect")),
         StandIn("tags that are not MD5", alter=_tagged),
-        StandIn("other codes for what is absent", alter=_other_codes),
+        StandIn("other error codes for missing objects", alter=_other_codes),
         StandIn("another region", _refuse_region),
         StandIn("503 SlowDown at first", _first(3, lambda request: (503, "SlowDown"))),
         StandIn("500 after every fifth request", _every(5, lambda request: (500, "InternalError"))),

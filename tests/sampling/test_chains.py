@@ -397,7 +397,7 @@ def test_what_does_not_take_parameters_and_a_batch_is_refused_as_loss(loss, as_u
 
 
 def test_identities_are_as_many_as_checkpoints():
-    refused("`identities` must be one for each of 1 checkpoints, got 0", identities=[])
+    refused("`identities` must have one entry per checkpoint (1), got 0", identities=[])
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,9 @@ RULES: tuple[Rule, ...] = (
     basin.hardly_spread_out,
     basin.escape_not_checked,
 )
-"""All rules. Among broken rules of one level, the order here is the order of the reasons."""
+"""All rules. Reasons of the same level are listed in the order of this tuple."""
 VERSION = 3
-"""Version of the rules; estimates that were judged by older rules are made again."""
+"""Version of the rules; estimates that were judged by older rules are computed again."""
 _WORST_FIRST: tuple[Level, ...] = get_args(Level)
 
 
@@ -61,9 +61,9 @@ class Judgement(NamedTuple):
 
     verdict: Verdict
     reasons: tuple[str, ...]
-    """A sentence for each broken rule, worst first."""
+    """The reasons of the broken rules, worst first."""
     broken: tuple[str, ...]
-    """The names of the broken rules, notes not counted."""
+    """The names of the broken rules, without notes."""
 
 
 def judge(evidence: Evidence) -> Judgement:

@@ -1,19 +1,20 @@
-"""Rules about the chains: did they survive, do they agree, are they long enough, are their steps small enough?
+"""Rules about the chains: whether they stay finite, agree, are long enough, and make small enough steps.
 
 **The bias of the step size.** In d dimensions the sampled density exp(-U) has E[(w - w0) . grad U] = d (integration by parts; the
 equipartition theorem, and the Langevin-Stein operator of Gorham and Mackey 2015 applied to w - w0). The left side is
-pull + spread. Too large a step, or too noisy a gradient, makes it larger: stationarity of |w - w0|^2 under moves of size lr gives
-d + (lr / 4) E|grad U|^2, with the minibatch's gradient (and, for a preconditioner G, in its metric). One part of this comes from the
-localization alone, lr / 4 localization^2 |w - w0|^2. It is also there in flat directions and is harmless. Half of the rest is
-`bias_bound`. It needs no direction to be in equilibrium, and it has little noise.
+pull + spread. A large step or a noisy gradient makes it larger than d. Stationarity of |w - w0|^2 under moves of step size lr gives
+pull + spread = d + (lr / 4) E|grad U|^2, with the gradient on the minibatch (for a preconditioner G, in the metric of G). One part of
+the second term, (lr / 4) localization^2 |w - w0|^2, comes from the localization alone. It is also present in flat directions and is
+harmless. Half of the remaining part is `bias_bound`. It has little noise, and it is valid even if some directions are not in
+equilibrium.
 
-`baoab` has no such bias on quadratics except for the noise of minibatches. There `bias_bound` is half of what that noise adds to
-pull + spread in directions of small curvature, lr / 8 (1 + c) / (1 - c) times the variance of nbeta grad L over minibatches
-(`icl.sampling.baoab`; a direction of curvature a has 1 / (1 - lr a / 4) times as much). Gradients at the same position on two
-minibatches measure that variance.
+On quadratics, `baoab` has no bias from the step size, only from minibatch noise. Its `bias_bound` is half of what the noise adds to
+pull + spread in directions of small curvature: lr / 8 (1 + c) / (1 - c) times the variance of nbeta grad L over minibatches
+(`icl.sampling.baoab`). In a direction of curvature a, the noise adds 1 / (1 - lr a / 4) times as much. We measure the variance from
+gradients at the same position on two minibatches.
 
-For quadratics and SGLD, the bound is one to two times what the step adds to the LLC: with a_i = nbeta h_i + localization the ratio is
-1 + localization / a_i (`known.quadratic_llc`). It is a_i / (nbeta h_i) times what the minibatch noise adds.
+For SGLD on quadratics, the bound is one to two times the bias from the step size: in a direction with a_i = nbeta h_i + localization,
+the bound is 1 + localization / a_i times this bias (`known.quadratic_llc`). It is a_i / (nbeta h_i) times the bias from minibatch noise.
 """
 
 import math
@@ -27,13 +28,13 @@ _SMALLER_STEPS = "lower lr, or use larger batches"
 
 @rule("invalid", source="fixed outcome")
 def data_not_finite(e: Evidence) -> str | None:
-    """At most half of the chains may meet minibatches on which no parameters have a finite loss."""
+    """At most half of the chains may have minibatches on which the loss is not finite even at the checkpoint."""
     return _describe_bad_data(e) if e.num_bad_data > e.num_chains / 2 else None
 
 
 @rule("suspect", source="fixed outcome")
 def some_data_not_finite(e: Evidence) -> str | None:
-    """No chain should meet a minibatch on which no parameters have a finite loss."""
+    """No chain should have a minibatch on which the loss is not finite even at the checkpoint."""
     return _describe_bad_data(e) if 0 < e.num_bad_data <= e.num_chains / 2 else None
 
 
@@ -46,7 +47,7 @@ def _describe_bad_data(e: Evidence) -> str:
 
 @rule("invalid", source="fixed outcome")
 def most_chains_masked(e: Evidence) -> str | None:
-    """Half of the chains must be left, and at least one."""
+    """At least half of the chains must be left, and at least one chain."""
     if (e.num_chains_used >= 0.5 * e.num_chains and e.num_chains_used > 0) or e.num_masked == e.num_bad_data:
         return None
     counts = {
@@ -74,7 +75,7 @@ def bad_minibatches(e: Evidence) -> str | None:
     return f"the checkpoint's own loss is not finite on {minibatches}: check the data"
 
 
-@rule("suspect", source="fixed outcome: R-hat needs two")
+@rule("suspect", source="fixed outcome: R-hat needs two chains")
 def one_chain(e: Evidence) -> str | None:
     """A single chain cannot be compared with another."""
     if e.num_chains_used != 1:
@@ -87,12 +88,12 @@ def shared_minibatches(e: Evidence) -> str | None:
     """Noise that chains share is missing from the standard error."""
     if not e.share_batches:
         return None
-    return "chains share their minibatches, so the standard error misses their common noise: give each chain its own"
+    return "chains share their minibatches, so the standard error does not include their common noise: give each chain its own"
 
 
 @rule("suspect", source="Vehtari et al. 2021 ask for 1.01 at an ESS of 400; 1.05 suits an ESS of 200")
 def r_hat(e: Evidence) -> str | None:
-    """Chains must agree with each other; many short ones need not, as their spread is the error (see `drift`)."""
+    """Chains must agree with each other. Many short chains need not, because their spread gives the error (see `drift`)."""
     if not 1 < e.num_chains_used < MANY_CHAINS or e.rhat <= 1.05:
         return None
     return f"the chains disagree (R-hat {e.rhat:.3f}, above 1.05): run them longer"
@@ -100,9 +101,9 @@ def r_hat(e: Evidence) -> str | None:
 
 @rule("suspect", source="simulated coverage of the intervals given `ok`, near the threshold")
 def effective_sample_size(e: Evidence) -> str | None:
-    """The draws must have the information of enough independent ones (`convergence.needed_ess`).
+    """The effective sample size must be large enough (`convergence.needed_ess`).
 
-    Near a lower threshold, estimates pass whose standard error is small by accident.
+    With a lower threshold, some estimates would pass only because their standard error is small by chance.
     """
     needed = needed_ess(e.num_chains_used)
     if not e.num_chains_used or e.ess >= needed:
@@ -114,7 +115,7 @@ def effective_sample_size(e: Evidence) -> str | None:
 def drift(e: Evidence) -> str | None:
     """The two halves of the draws must have the same mean.
 
-    The average of many chains is tested strictly: where R-hat is large, a transient that all chains share is the danger.
+    The test is stricter for many chains with a large R-hat, because all of them may share a transient.
     """
     is_strict = e.num_chains_used >= MANY_CHAINS and e.rhat > 1.05
     drifts = abs(e.drift) > 3 * e.drift_stderr and abs(e.drift) > 0.1 * abs(e.llc)
@@ -144,15 +145,15 @@ def above_half_of_d(e: Evidence) -> str | None:
 
 @rule("suspect", source="stationarity (this module); the share of the LLC is ours")
 def step_size_bias(e: Evidence) -> str | None:
-    """The bias from the step size must be small beside the LLC, whatever the standard error."""
+    """The bias from the step size must be small compared with the LLC, whatever the standard error is."""
     if not (e.bias_bound > 3 * e.bias_bound_stderr and e.bias_bound > 0.1 * abs(e.llc)):
         return None
     return f"step size and minibatch noise may raise the LLC by up to {e.bias_bound:.3g}: {_SMALLER_STEPS}"
 
 
-@rule("suspect", source="Roberts and Rosenthal 1998: 0.574 is best for MALA; SGLD, which accepts all, should do better")
+@rule("suspect", source="Roberts and Rosenthal 1998: 0.574 is best for MALA; SGLD never rejects, so it needs more")
 def mala_acceptance(e: Evidence) -> str | None:
-    """An exact sampler would accept at least half of the moves."""
+    """A Metropolis test must accept at least half of the moves."""
     if not e.mala_acceptance < 0.5:
         return None
     return f"a Metropolis test would accept only {e.mala_acceptance:.0%} of the moves: lower lr"
@@ -168,7 +169,7 @@ def target_not_reached(e: Evidence) -> str | None:
 
 @rule("note", source="as `step_size_bias`; standard errors")
 def slight_step_size_bias(e: Evidence) -> str | None:
-    """A bias that is small beside the LLC, but larger than the standard error shows."""
+    """A bias that is small compared with the LLC is noted if it exceeds two standard errors."""
     if not (e.bias_bound > 3 * e.bias_bound_stderr and 2 * e.error < e.bias_bound <= 0.1 * abs(e.llc)):
         return None
     return (

@@ -1,4 +1,4 @@
-"""Evidence: the numbers on which the verdict is based, computed from the traces of the chains; and what a rule is.
+"""The evidence (the numbers on which the verdict is based, computed from the traces of the chains), and the type of a rule.
 
 All amounts are in nats, as the LLC itself: differences of loss times nbeta. Means are over the chains used.
 """
@@ -31,14 +31,14 @@ _COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """The numbers from which the rules decide."""
+    """The numbers on which the rules are based."""
 
     llc: float
     """Mean over draws of nbeta times the loss minus the checkpoint's loss on the same minibatch."""
     stderr: float
     """Standard error of `llc` from the chains and their autocorrelation (`icl.sampling.convergence`)."""
     num_params: int
-    """Sampled dimensions d."""
+    """Number d of sampled dimensions."""
     num_chains: int
     num_chains_used: int
     num_diverged_down: int
@@ -60,8 +60,10 @@ class Evidence:
     mala_acceptance: float
     """Mean probability that MALA would accept a move."""
     pull: float
+    """Mean of nbeta (w - w0) . grad L."""
     pull_stderr: float
     spread: float
+    """Mean of localization |w - w0|^2."""
     filled_stderr: float
     """Standard error of pull + spread."""
     bias_bound: float
@@ -74,11 +76,11 @@ class Evidence:
     """How far the loss at the mean of the draws lies below the checkpoint's (`icl.sampling.minimum`)."""
     drop_at_mean_stderr: float
     drop_at_mean_freedom: float
-    """Degrees of freedom of that standard error."""
+    """Degrees of freedom of `drop_at_mean_stderr`."""
     lowest: float
-    """The smallest excess of a draw; NaN where minibatches make losses noisy."""
+    """The smallest excess of any draw; NaN if minibatches make the losses noisy."""
     sensitivity: float
-    """How much the LLC falls when localization grows e-fold (`convergence.sensitivity`); NaN for a short list of batches."""
+    """Decrease of the LLC if localization grows by a factor e (`convergence.sensitivity`); NaN for a short list of batches."""
     sensitivity_stderr: float
     localization: float
     target_stderr: float | None
@@ -86,11 +88,12 @@ class Evidence:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Nominal 95 % interval: Student's t, and downwards the bias bound if it exceeds half of the standard error.
+        """Nominal 95 % interval by Student's t. The lower end is reduced by the bias bound if this exceeds half of the standard error.
 
         The estimated autocorrelation time has a relative variance of about 20 / ESS, which is that of a variance with ESS / 10
-        degrees of freedom. Runs with few effective draws pass the verdict mostly if their standard error is too small by
-        accident. So below `WIDE_ESS` the variance is multiplied by `WIDE_ESS` / ESS (`tools.coverage` measures the effect).
+        degrees of freedom. Estimates with few effective draws pass the verdict mostly if their standard error is too
+        small by chance. So for fewer than `convergence.MANY_CHAINS` chains and an ESS below `WIDE_ESS`, the variance is multiplied
+        by `WIDE_ESS` / ESS (`tools.coverage` measures the effect).
         """
         reach = self.stderr * float(stdtrit(max(self.ess / 10, 1.0), 0.975)) if self.ess > 0 else math.nan
         if self.num_chains_used < convergence.MANY_CHAINS:
@@ -120,7 +123,7 @@ class Evidence:
 
     @property
     def num_masked(self) -> int:
-        """Number of chains in no average."""
+        """Number of chains that are left out of all averages."""
         return self.num_chains - self.num_chains_used
 
     @property
@@ -140,7 +143,7 @@ class Evidence:
 
     @property
     def drop_share(self) -> float:
-        """Drop at the mean as a share of the LLC around that mean."""
+        """Drop at the mean as a fraction of LLC + drop, which is the LLC relative to the loss at the mean."""
         llc = 0.0 if math.isnan(self.llc) else self.llc
         return self.drop_at_mean / max(llc + self.drop_at_mean, 1e-300)
 
@@ -152,7 +155,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of the verdict: a function of the evidence with its consequence."""
+    """A rule of the verdict: a test of the evidence, and the level if the evidence breaks the rule."""
 
     name: str
     level: Level
@@ -160,7 +163,7 @@ class Rule:
     source: str
     """Source of the rule and of its threshold."""
     reason: Callable[[Evidence], str | None]
-    """Function that returns a sentence for the user if the evidence breaks the rule, else None."""
+    """Function that returns a reason for the user if the evidence breaks the rule, else None."""
 
 
 def rule(level: Level, *, source: str) -> Callable[[Callable[[Evidence], str | None]], Rule]:
