@@ -80,6 +80,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def _cells(num_runs: int, num_target_runs: int) -> Iterator[Cell]:
     kernels: tuple[Kernel, ...] = ("sgld", "baoab")
     for loss, kernel in itertools.product(("quadratic", "product", "minibatches"), kernels):
+        shapes: Sequence[tuple[int, int]]
         if loss == "minibatches":
             shapes, runs = SHAPES[1:3], max(1, num_runs // 20)
         else:
