@@ -21,10 +21,11 @@ from icl.runs.checkpoints import Checkpoint, load_same_run
 from icl.runs.folder import run_of
 from icl.sampling.batches import batch_function
 from icl.sampling.curvature import largest_curvature
+from icl.sampling.progress import MoveBar
 from icl.sampling.prompt_loss import prompt_target, trivial_loss
 from icl.sampling.records import EstimateSettings, Record, make_record
 from icl.sampling.result import LLCResult
-from icl.sampling.run import MoveBar, chosen_files, estimate_grid, run_files, sampling_device
+from icl.sampling.run import chosen_files, estimate_grid, run_files, sampling_device
 from icl.sampling.search import (
     CONFIRMATION,
     NBETAS,

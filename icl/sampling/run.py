@@ -10,25 +10,20 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from tqdm import tqdm
 
 from icl.build import build_checkpoint_model, choose_device
 from icl.compute.memory import require_memory
 from icl.config import RunConfig, SamplerConfig
 from icl.config.validation import ConfigError, parse_steps, real
-from icl.files.writing import write_atomically
 from icl.model.flat import make_layout
 from icl.runs.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, require_one_run
-from icl.runs.folder import run_of
-from icl.runs.measure import Measurement, measure_checkpoints
-from icl.sampling import convergence
+from icl.runs.folder import RunFolder, run_of
+from icl.runs.measure import Measure, Measurement, measure_checkpoints
 from icl.sampling.chains import Advance, Watch, estimate
 from icl.sampling.components import component_masks
+from icl.sampling.progress import MoveBar, RunningTrace
 from icl.sampling.prompt_loss import losses_by_part, prompt_target, trivial_loss
 from icl.sampling.records import (
-    MAX_TRACE,
     PARTS_NAME,
     VERSION,
     EstimateSettings,
@@ -63,55 +58,6 @@ class Estimates(NamedTuple):
     def is_usable(self) -> bool:
         """Whether any estimate is `ok` or `suspect`."""
         return any(record.row["verdict"] != "invalid" for record in self.records)
-
-
-class MoveBar(tqdm):
-    """Progress bar over the moves of chains. A move of one chain is one unit; other work is not counted."""
-
-    total: float
-
-    def __init__(self, stage: str, total: int) -> None:
-        super().__init__(total=total, desc=stage, unit=" moves", unit_scale=True, mininterval=0.5)
-
-    def skip(self, num_moves: int) -> None:
-        """Subtract moves that were made earlier from the total."""
-        self.total = max(self.n, self.total - num_moves)
-        self.refresh()
-
-    def set_remaining(self, num_moves: int) -> None:
-        """Set the number of moves that are still to be made."""
-        self.total = self.n + num_moves
-        self.refresh()
-
-
-class RunningTrace:
-    """Table of the draws so far, to read or plot while the chains run. It also shows the estimate so far on the progress bar.
-
-    Args:
-        file: File of the table. Its columns are step, chain, draw and excess in nats. It has at most `MAX_TRACE` draws of each chain.
-        checkpoints: The checkpoints whose chains run.
-        bar: The progress bar.
-    """
-
-    def __init__(self, file: Path, checkpoints: Sequence[Checkpoint], bar: MoveBar) -> None:
-        self.file, self.steps, self.bar = file, [checkpoint.step for checkpoint in checkpoints], bar
-
-    def __call__(self, checkpoints: Sequence[int], chains: Sequence[int], nats: Float[Tensor, "N S"]) -> None:
-        """Write the draws so far."""
-        stride = -(-nats.shape[1] // MAX_TRACE)
-        rows = [
-            {"step": self.steps[checkpoint], "chain": chain, "draw": draw * stride, "excess": value}
-            for checkpoint, chain, trace in zip(checkpoints, chains, nats[:, ::stride].tolist(), strict=True)
-            for draw, value in enumerate(trace)
-        ]
-        write_atomically(self.file, pd.DataFrame(rows).to_csv(index=False).encode(), durable=False)
-        of_last = nats[[checkpoint == checkpoints[-1] for checkpoint in checkpoints]].double().numpy()
-        error = convergence.standard_error(of_last)
-        self.bar.set_postfix_str(f"step {self.steps[checkpoints[-1]]:,} so far: {of_last.mean():.3g} ± {error:.2g}")
-
-    def remove(self) -> None:
-        """Remove the table, once the estimate is complete."""
-        self.file.unlink(missing_ok=True)
 
 
 def estimate_run(
@@ -157,27 +103,10 @@ def estimate_run(
     target = prompt_target(config, sampler, device=device, num_moves=len(files) * moves_each)
     records: list[Record] = []
     with MoveBar(f"llc {component}".rstrip(), len(files) * moves_each) as bar:
-
-        def measure(checkpoints: list[Checkpoint], lead: int) -> list[Measurement]:
-            watch = None if run is None else RunningTrace(settings.cache(run).folder / "running.csv", checkpoints, bar)
-            (results,) = estimate_grid(
-                checkpoints,
-                [sampler],
-                target,
-                device=device,
-                rescale=rescale,
-                component=component,
-                advance=bar.update,
-                watch=watch,
-            )
-            if watch is not None:
-                watch.remove()
-            return [make_record(result, settings).measurement for result in results]
-
         for batch in measure_checkpoints(
             files,
             config,
-            measure,
+            _measurer(settings, target, device, run, bar),
             cache=None if run is None else settings.cache(run),
             settings=settings.key,
             version=VERSION,
@@ -194,6 +123,30 @@ def estimate_run(
     if run is not None:
         write_tables(run)
     return Estimates(records, config, trivial_loss(config))
+
+
+def _measurer(
+    settings: EstimateSettings, target: Target, device: torch.device, run: RunFolder | None, bar: MoveBar
+) -> Measure:
+    """Return a function that estimates the LLCs of checkpoints that are not stored yet."""
+
+    def measure(checkpoints: list[Checkpoint], lead: int) -> list[Measurement]:
+        watch = None if run is None else RunningTrace(settings.cache(run).folder / "running.csv", checkpoints, bar)
+        (results,) = estimate_grid(
+            checkpoints,
+            [settings.sampler],
+            target,
+            device=device,
+            rescale=settings.rescale,
+            component=settings.component,
+            advance=bar.update,
+            watch=watch,
+        )
+        if watch is not None:
+            watch.remove()
+        return [make_record(result, settings).measurement for result in results]
+
+    return measure
 
 
 def estimate_grid(

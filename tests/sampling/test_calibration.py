@@ -16,7 +16,8 @@ from icl.plotting.llc import plot_calibration
 from icl.resolve import resolve
 from icl.sampling import calibration, search
 from icl.sampling.calibration import calibrate
-from icl.sampling.run import MoveBar, estimate_run
+from icl.sampling.progress import MoveBar
+from icl.sampling.run import estimate_run
 from icl.sampling.search import CONFIRMATION, RATES, RULE, SURVEY
 from icl.sampling.verdict import Judgement
 
