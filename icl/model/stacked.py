@@ -87,7 +87,7 @@ def token_outputs(
 ) -> Float[Tensor, "N B T O"]:
     """Return all coordinates of the output at all 2K tokens x1, y1, ..., xK, yK.
 
-    Training uses only coordinate 0 at the x-tokens, which `apply` returns.
+    Training uses only coordinate 0 of the outputs at the x-tokens; `apply` returns just these numbers.
 
     Args:
         config: The architecture. The output has D + 1 coordinates, or one if `config.output` is `scalar`.

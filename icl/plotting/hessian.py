@@ -11,7 +11,7 @@ from icl.plotting.style import draw_band, finish_step_axes, new_figure
 
 _NUM_SPECTRA = 5
 _MAX_NODE_WEIGHT = 0.05
-"""Largest share of all eigenvalues that a drawn node may represent."""
+"""Largest weight of a Lanczos node that is plotted as an eigenvalue. The weight is the share of all eigenvalues that the node represents."""
 _EIGENVALUES = (
     ("top 1", "largest", VERMILION),
     ("top 2", "second", ORANGE),

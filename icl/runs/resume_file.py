@@ -44,7 +44,9 @@ def pack(content: dict[str, Any]) -> bytes:
     torch.save(content, buffer)
     data = buffer.getvalue()
     if data[-_NUM_END_BYTES:][:4] != _END or data[-2:] != b"\0\0":
-        raise RuntimeError("torch.save must write a zip file without a comment, but wrote something else.")
+        raise RuntimeError(
+            "torch.save wrote a file that is not a plain zip archive, so the state cannot be saved. Use another version of torch."
+        )
     sealed = data[:-2] + _NUM_SEAL_BYTES.to_bytes(2, "little") + _SEAL
     return sealed + hashlib.sha256(sealed).hexdigest().encode()
 

@@ -83,7 +83,7 @@ def _join_srun(num_processes: int) -> None:
 
 
 def _num_tasks() -> int:
-    """Return the number of processes that srun started together with this one; 1 in the shell of a job."""
+    """Return how many processes srun started, this one included. In the shell of a job, without srun, it is 1."""
     is_step = "SLURM_STEP_ID" in os.environ or "SLURM_STEPID" in os.environ
     return _number("SLURM_STEP_NUM_TASKS", _number("SLURM_NTASKS", 1) if is_step else 1)
 

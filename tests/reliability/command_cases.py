@@ -632,6 +632,21 @@ _LLC = [
     ("llc tiny --rescale ''", "--rescale"),
     ("llc tiny --rescale 1e300", "rescale"),
     ("llc tiny --rescale 2 --calibrate", "--calibrate"),
+    *(
+        (f"llc tiny --components {division}", "--components")
+        for division in ("neurons", "''", "Heads", "L0H0", "heads,layers", "1")
+    ),
+    ("llc tiny --components", "--components"),
+    ("llc tiny --components heads --calibrate", "--components", "--calibrate"),
+    ("llc tiny --components layers --rescale 2", "--components", "--rescale"),
+    ("llc --self-test --components heads", "self-test"),
+    ("llc tiny --components heads --steps 99", "99"),
+    *(
+        (f"llc tiny --stderr {value}", "stderr")
+        for value in ("0", "-1", "nan", "inf", "1e400", "1e-400", "x", "''", "1:30")
+    ),
+    ("llc tiny --stderr 1 --sampler.target_stderr 2", "--stderr", "--sampler.target_stderr"),
+    ("llc --self-test --stderr 1", "self-test"),
     ("llc tiny --published --calibrate", "--published", "--calibrate"),
     ("llc tiny --calibarte", "--calibarte", "--calibrate"),
     (f"llc {_S} --calibrate", "--calibrate"),

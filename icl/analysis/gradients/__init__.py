@@ -90,7 +90,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
-    """Measure every member after the first `lead` members: its rows, and its mean gradient of each kind."""
+    """Return the rows of the table and the mean gradients of every checkpoint after the first `lead` checkpoints."""
     weight_rows, weight_vectors = _measure_weights(members, settings)
     members = _without_lead(members)
     task_rows = _measure_tasks(members, settings)

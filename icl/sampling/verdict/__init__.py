@@ -61,7 +61,7 @@ class Judgement(NamedTuple):
 
     verdict: Verdict
     reasons: tuple[str, ...]
-    """The reasons of the broken rules, worst first."""
+    """Why the estimate may be wrong: one text for each broken rule, the most serious first."""
     broken: tuple[str, ...]
     """The names of the broken rules, without notes."""
 
