@@ -71,7 +71,9 @@ def test_ls_says_what_is_where_in_numeric_order(s3, run, capsys):
     ]
 
 
-@pytest.mark.parametrize("name", ["status.json", "config.yaml", "metrics.csv"])
+@pytest.mark.parametrize(
+    "name", ["status.json", *(pytest.param(name, marks=pytest.mark.slow) for name in ("config.yaml", "metrics.csv"))]
+)
 def test_a_small_file_of_five_gigabytes_is_told_and_not_read(name, run, capsys):
     path = run.path / name
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,7 @@ def run(tmp_path, monkeypatch):
     return make_run(tmp_path / "tiny")
 
 
+@pytest.mark.slow
 def test_a_component_moves_alone(run):
     """Its chains have as many dimensions as it has parameters; their noise is not that of the whole model's chains."""
     last = dataclasses.replace(QUICK, steps="last")

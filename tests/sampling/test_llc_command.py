@@ -66,7 +66,7 @@ def test_a_run_is_estimated_told_and_drawn(folder, capsys):
 @pytest.mark.parametrize(
     ("verdicts", "status"),
     [
-        (("invalid", "suspect"), 0),
+        pytest.param(("invalid", "suspect"), 0, marks=pytest.mark.slow),
         (("invalid", "invalid"), 1),
         pytest.param(("ok", "ok"), 0, marks=pytest.mark.slow),
     ],

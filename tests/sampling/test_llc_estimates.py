@@ -131,6 +131,7 @@ def test_one_bad_batch_of_a_list_does_not_spoil_the_chains_of_baoab():
     assert result.num_chains_used >= 6
 
 
+@pytest.mark.slow
 def test_standard_errors_cover():
     """Of 100 estimates, two standard errors should hold 95 per cent; three deviations of that share are 6.5 per cent."""
     results = estimate_many(quadratic, [START] * 100, [None], **{**GOOD, "num_chains": 4, "num_draws": 1000})
@@ -323,7 +324,8 @@ def test_a_checkpoint_no_better_than_a_trivial_predictor_has_no_basin_to_stay_in
 
 
 @pytest.mark.parametrize(
-    ("nbeta", "localization", "lr", "trivial_loss"), [(500.0, 100.0, 1e-4, None), (67.0, 6.7, 3e-4, 2.25)]
+    ("nbeta", "localization", "lr", "trivial_loss"),
+    [(500.0, 100.0, 1e-4, None), pytest.param(67.0, 6.7, 3e-4, 2.25, marks=pytest.mark.slow)],
 )
 def test_a_step_0_model_is_never_ok(nbeta, localization, lr, trivial_loss):
     """At a tight setting, where not even a trivial predictor's loss is known, and at the published one."""

@@ -105,7 +105,15 @@ def test_memory_and_steps_decide_no_chain_and_nothing_is_redone_for_them(folder,
 
 
 @pytest.mark.parametrize(
-    "change", [{"lr": 2e-5}, {"seed": 1}, {"minibatches": "fresh"}, {"num_draws": 7}, {"loss": "subsequence"}]
+    "change",
+    [
+        {"lr": 2e-5},
+        {"minibatches": "fresh"},
+        *(
+            pytest.param(change, marks=pytest.mark.slow)
+            for change in ({"seed": 1}, {"num_draws": 7}, {"loss": "subsequence"})
+        ),
+    ],
 )
 def test_other_settings_are_other_rows(folder, count, change):
     last = dataclasses.replace(QUICK, steps="last")
@@ -166,6 +174,7 @@ def test_a_checkpoint_of_another_run_is_refused(folder):
         estimate_run(folder.path)
 
 
+@pytest.mark.slow
 def test_other_sampler_settings_in_a_checkpoint_are_the_same_run(folder):
     other = dataclasses.replace(CONFIG, sampler=dataclasses.replace(QUICK, lr=0.5))
     params = runs.load_checkpoint_file(checkpoint_files(folder.path)[0]).params

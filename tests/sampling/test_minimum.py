@@ -150,6 +150,7 @@ def test_one_chain_has_its_own_mean_alone_and_without_batches_there_is_nothing()
     assert all(math.isnan(number) for number in nothing)
 
 
+@pytest.mark.slow
 def test_a_fixed_list_of_batches_is_the_whole_data():
     """Their minimum lies ten nats below the checkpoint; their spread, far larger than that, is no error."""
     pushes = [torch.tensor([push, 0.0, 0.0]) for push in (-1.0, 0.0, 1.0)]
@@ -163,6 +164,7 @@ def test_a_fixed_list_of_batches_is_the_whole_data():
     assert found.has_significant_drop
 
 
+@pytest.mark.slow
 def test_a_chain_that_is_masked_is_not_among_those_that_settle():
     """One of eight is pushed up a wall, and back; its mean is far off, and finite."""
 

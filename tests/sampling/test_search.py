@@ -26,6 +26,7 @@ from icl.sampling.search import (
 )
 from icl.sampling.target import Target, vmapped_gradient
 
+pytestmark = pytest.mark.slow
 H = torch.logspace(-1, 1, 12)
 BASE = SamplerConfig(kernel="sgld", num_chains=6, num_draws=60, num_burnin_steps=60)
 START = {"w": torch.zeros(12)}

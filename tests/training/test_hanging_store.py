@@ -114,7 +114,9 @@ def test_a_start_of_training_from_a_store_that_hangs_is_a_sentence(s3, hang, mon
     assert not (local_root() / "tiny" / "config.yaml").exists()
 
 
-@pytest.mark.parametrize("action", ["ls", "pull", "push", "verify"])
+@pytest.mark.parametrize(
+    "action", ["push", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ls", "pull", "verify"))]
+)
 def test_the_commands_for_checkpoints_end_with_a_sentence(s3, hang, monkeypatch, capsys, action):
     config = change(SHORT, checkpoints={"store": s3.url})
     train(config)

@@ -79,6 +79,7 @@ def test_members_are_what_they_would_be_alone():
         assert_alike(result.folder, alone.folder)
 
 
+@pytest.mark.slow
 def test_the_first_checkpoints_are_bit_identical_to_those_of_a_run_alone():
     together = train_population(CONFIGS, folders=folders("together", 3))
     for index, (config, result) in enumerate(zip(CONFIGS, together, strict=True)):
@@ -171,6 +172,7 @@ def test_compiled_members_are_alike_alone_and_resume_bit_identically():
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 def test_members_at_different_steps_are_put_together_as_they_meet(capsys):
     places = folders("together", 3)
     train(CONFIGS[2], folder=places[2])
