@@ -189,7 +189,7 @@ def test_damage_without_a_store_is_told_with_the_way_to_make_all_again(trained, 
     told = capsys.readouterr()
     assert f"{STEP} is damaged" in told.out
     assert "which has no store to fetch from" in told.err
-    assert "delete last.ckpt, previous.ckpt and status.json there" in told.err
+    assert "delete its last.ckpt, previous.ckpt and status.json" in told.err
     assert "--force" not in told.err
     (run.path / STEP).unlink()
     assert main(["checkpoints", "tiny", "verify"]) == 1

@@ -273,7 +273,7 @@ def test_one_chain_is_suspect():
     result = estimate(num_chains=1, num_draws=3000)
     assert result.verdict == "suspect"
     assert math.isnan(result.rhat)
-    assert broken(result) == {"one chain"}
+    assert "one chain" in broken(result)
     assert result.llc == pytest.approx(TRUTH, abs=4 * result.stderr)
 
 
