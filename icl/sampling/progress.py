@@ -1,4 +1,4 @@
-"""What a person sees while chains run: a progress bar over their moves, and a table of the draws so far."""
+"""Progress of running chains: a bar over their moves, and a table of their draws so far."""
 
 from collections.abc import Sequence
 from pathlib import Path
