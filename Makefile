@@ -45,8 +45,8 @@ reliability: install  ## Try damaged files, servers' refusals and bad inputs (do
 
 SIZE ?= small
 data: install  ## Remake the shipped data from nothing, or go on (SIZE=full: the published sizes)
-	$(BIN)/python -m data $(SIZE)
-	$(BIN)/python -m data.docs
+	$(BIN)/python -m tools.data $(SIZE)
+	$(BIN)/python -m tools.data.docs
 
 docs: install  ## Build the documentation as a site in build/site, offline
 	$(BIN)/mkdocs build

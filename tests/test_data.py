@@ -1,4 +1,4 @@
-"""The shipped tables are what `data/schema.py` says, small, and tell where they come from; the scripts behind them are `icl` commands."""
+"""The shipped tables are what `tools/data/schema.py` says, small, and tell where they come from; the scripts behind them are `icl` commands."""
 
 import itertools
 import json
@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from data.__main__ import read_phases
-from data.docs import PAGES, stale_pages
-from data.schema import TABLES
-from data.tables import few_steps
+from tools.data.__main__ import read_phases
+from tools.data.docs import PAGES, stale_pages
+from tools.data.schema import TABLES
+from tools.data.tables import few_steps
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SHIPPED = sorted(path for size in ("small", "full") for path in (DATA / size).glob("*.csv"))
@@ -111,7 +111,7 @@ def test_shipped_models_are_of_shipped_runs():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_are_made_of_the_tables(page):
-    assert page not in stale_pages(), f"{page} is older than the tables: run `python -m data.docs`."
+    assert page not in stale_pages(), f"{page} is older than the tables: run `python -m tools.data.docs`."
 
 
 def test_thinning_keeps_ends_and_spacing():
@@ -168,7 +168,7 @@ def test_a_script_by_hand_does_what_the_phases_do(typed, tmp_path):
     by_phase = typed("small")
     (tmp_path / "calls").unlink()
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOCAL_ROOT": "R"}
-    subprocess.run(["bash", str(DATA / "small.sh")], env=environment, check=True)
+    subprocess.run(["bash", str(DATA.parent / "tools" / "data" / "small.sh")], env=environment, check=True)
     assert [line.split(" ") for line in (tmp_path / "calls").read_text().splitlines()] == by_phase
 
 
@@ -183,8 +183,8 @@ def test_phases_are_timed_kept_and_not_begun_again(tmp_path):
     (fake.parent / "icl").chmod(0o755)
     code = f"""
         import sys; sys.executable = {str(fake)!r}; sys.argv = ["data", "small", "--only", "train"]
-        import data.tables; data.tables.write_tables = lambda *words: []
-        import data.__main__ as driver; driver.environment = dict; sys.exit(driver.main())
+        import tools.data.tables; tools.data.tables.write_tables = lambda *words: []
+        import tools.data.__main__ as driver; driver.environment = dict; sys.exit(driver.main())
     """
     command = [sys.executable, "-c", re.sub(r"^ +", "", code, flags=re.M)]
     environment = {**os.environ, "LOCAL_ROOT": str(tmp_path / "runs")}

@@ -31,7 +31,7 @@ PAGES = [*MARKDOWN, *sorted((ROOT / "notebooks").glob("*.ipynb"))]
 SUFFIXES = "py|md|yaml|yml|csv|json|png|pdf|toml|ipynb|sh|log|ckpt|safetensors|html|txt|cpp"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PATH = re.compile(
-    rf"(?<![\w./-])(?:[\w.*/-]+\.(?:{SUFFIXES})\b(?![\w(])|(?:icl|docs|tests|data|notebooks|sweeps|benchmarks)/[\w./*-]*)"
+    rf"(?<![\w./-])(?:[\w.*/-]+\.(?:{SUFFIXES})\b(?![\w(])|(?:icl|docs|tests|tools|data|notebooks|sweeps|benchmarks)/[\w./*-]*)"
 )
 OLDER = ROOT / "docs" / "older-commands.md"
 
@@ -78,7 +78,7 @@ def vocabulary() -> frozenset[str]:
     words = set(COMMANDS) | set(ANALYSES) | set(PRESETS)
     for key in known_keys():
         words |= {key, *key.split(".")}
-    paths = [path for folder in ("icl", "data", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    paths = [path for folder in ("icl", "tools", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     for path in paths:
         words |= set(path.relative_to(ROOT).with_suffix("").parts)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -94,7 +94,7 @@ def vocabulary() -> frozenset[str]:
 @cache
 def files() -> frozenset[str]:
     """Names of files that the repository has, or that `icl` writes."""
-    folders = ("icl", "data", "docs", "tests", "sweeps", "notebooks", "figures", "benchmarks")
+    folders = ("icl", "data", "docs", "tests", "tools", "sweeps", "notebooks", "figures", "benchmarks")
     ours = {path.name for folder in folders for path in (ROOT / folder).rglob("*.*")}
     made = {f"{analysis}.{suffix}" for analysis in ANALYSES for suffix in ("csv", "png")} | {
         "llc.png",

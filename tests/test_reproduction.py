@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from data.reproduction import Found, Tables, compare, costs, ladder, measure
+from tools.data.reproduction import Found, Tables, compare, costs, ladder, measure
 
 RUN = "L2H4/seed=0"
 

@@ -67,7 +67,7 @@ class Gallery:
         file = self.data / f"{name}.csv"
         if not file.is_file():
             raise ConfigError(
-                f"There is no table {file}. If its runs exist, `python -m data {self.data.name}` makes the table."
+                f"There is no table {file}. If its runs exist, `python -m tools.data {self.data.name}` makes the table."
             )
         table = pd.read_csv(file, dtype=_TEXT_COLUMNS)
         self._used.append(name)
@@ -116,7 +116,7 @@ class Gallery:
         )
         commands = dict.fromkeys(command for source in sources for command in source.get("commands", []))
         lines = [f"    {line}" for command in commands for line in command.splitlines()]
-        text = "\n".join([summary, f"Commands, from data/{self.data.name}.sh:", *lines])
+        text = "\n".join([summary, f"Commands, from tools/data/{self.data.name}.sh:", *lines])
         return f"data/{self.data.name}: {label} · {values['date']}", text
 
 

@@ -59,7 +59,7 @@ def test_a_run_or_table_that_does_not_ship_is_refused(gallery):
     assert gallery.table("losses", "b")["value"].tolist() == [2.0]
     with pytest.raises(ConfigError, match="no run `c`; it has a, b"):
         gallery.table("losses", "c")
-    with pytest.raises(ConfigError, match="python -m data small"):
+    with pytest.raises(ConfigError, match=r"python -m tools\.data small"):
         gallery.table("llc")
     with pytest.raises(ConfigError, match="No model of `a`"):
         gallery.model("a", 3)

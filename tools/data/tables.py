@@ -1,6 +1,6 @@
 """Make the shipped tables from the runs: select rows, thin them, round the numbers, and record where they come from.
 
-`write_tables` reads the results of every run of a size. It writes `data/<size>/<name>.csv` as `data/schema.py` describes them, and
+`write_tables` reads the results of every run of a size. It writes `data/<size>/<name>.csv` as `tools/data/schema.py` describes them, and
 `provenance.json` with the commands, dates, versions and hardware of each table. It also copies a few small models, so that
 notebooks can show predictions. If the runs of a table are missing, the table is left out and a message says so.
 """
@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data.schema import TABLES, Kind, Table
 from icl.evaluation.sets import headlines
 from icl.files.writing import write_atomically
 from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.runs.folder import RunFolder
+from tools.data.schema import TABLES, Kind, Table
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parents[2] / "data"
 DIGITS = 5
 """Significant digits of every number. Even the most precise numbers have a standard error in the third digit."""
 RATIO = 1.2
@@ -43,7 +43,7 @@ def write_tables(size: str, root: Path, record: Mapping[str, Mapping[str, Any]])
     Args:
         size: `small` or `full`, the folder below `data/`.
         root: Folder of the runs.
-        record: Record of every phase, from `data.__main__.read_record`.
+        record: Record of every phase, from `tools.data.__main__.read_record`.
     """
     runs, out = find_runs(root), FOLDER / size
     provenance: dict[str, Any] = {"size": size, "label": LABELS[size], "tables": {}}

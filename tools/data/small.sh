@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The commands that make data/small, in an evening on two CPU cores. `make data` runs them one phase (##) after the other, records
-# the times, and then makes the tables. If it is interrupted, the same command continues. To run them by hand: bash data/small.sh
+# the times, and then makes the tables. If it is interrupted, the same command continues. To run them by hand: bash tools/data/small.sh
 #
 # This is less than what was published. L2H4 keeps the published learning rate, but stops after 40,293 of 500,000 steps, where
 # stage LR2 ends, and has two seeds instead of five. The ladder of diversities uses the quickstart. There are fewer LLC chains, they

@@ -1,4 +1,4 @@
-"""Pages that are generated from the shipped tables. `python -m data.docs` writes them, and a test fails if they are out of date.
+"""Pages that are generated from the shipped tables. `python -m tools.data.docs` writes them, and a test fails if they are out of date.
 
 All of `data/README.md` is generated. In `docs/reproduction.md`, only the parts between `<!-- made: NAME -->` and
 `<!-- end -->` are generated.
@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from data.reproduction import BLOCKS
-from data.schema import TABLES, Column
 from icl.files.writing import write_atomically
+from tools.data.reproduction import BLOCKS
+from tools.data.schema import TABLES, Column
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _HEAD = """\
 # Data
 
-This folder has the small tables from which the figures are drawn, and the scripts that make them. `make data` runs the training,
-evaluations, LLC estimates and analyses of `small.sh` (an evening on two CPU cores), then writes the tables to `small/`.
-`make data SIZE=full` does the same with the published sizes of `full.sh`. {full}
-If a command was interrupted, run it again to continue. `python -m data small --list` shows which phases are done.
+This folder has the small tables from which the figures are drawn. `make data` runs the training, evaluations, LLC estimates and analyses
+of `tools/data/small.sh` (an evening on two CPU cores), then writes the tables to `small/`. `make data SIZE=full` does the same with
+the published sizes of `tools/data/full.sh`. {full}
+If a command was interrupted, run it again to continue. `python -m tools.data small --list` shows which phases are done.
 
 {about}
 
@@ -34,7 +34,7 @@ Conventions:
 
 Other files:
 
-- `schema.py` defines the columns and their types.
+- `tools/data/schema.py` defines the columns and their types.
 - `provenance.json` has the commands, dates, versions and hardware of every table. `phases.csv` has the time of every phase.
 - `published.csv` has the released numbers with which ours are compared (`docs/reproduction.md`).
 - `models/` has the weights of a few models (safetensors), with which notebooks draw predictions.

@@ -1,8 +1,8 @@
-"""Make the shipped data from scratch: `python -m data small|full [--list] [--only WORD] [--tables]`, or `make data [SIZE=full]`.
+"""Make the shipped data from scratch: `python -m tools.data small|full [--list] [--only WORD] [--tables]`, or `make data [SIZE=full]`.
 
-The phases of `data/<size>.sh` run one after the other, and the time of each is printed. Then `data/tables.py` makes the tables of
-`data/<size>/`. A finished phase does not run again, and an interrupted phase continues where it stopped. Times, versions and
-hardware are recorded in `phases.json` in the folder of the runs ($LOCAL_ROOT, or `runs`).
+The phases of `tools/data/<size>.sh` run one after the other, and the time of each is printed. Then `tools/data/tables.py` makes the
+tables of `data/<size>/`. A finished phase does not run again, and an interrupted phase continues where it stopped. Times, versions
+and hardware are recorded in `phases.json` in the folder of the runs ($LOCAL_ROOT, or `runs`).
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Phase(NamedTuple):
 
 def main() -> int:
     """Run the phases that are not done, then make the tables; return the exit status of the phase that failed, or 0."""
-    parser = argparse.ArgumentParser(prog="python -m data", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.data", description=__doc__.partition("\n")[0])
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--list", action="store_true", help="only list the phases, and mark those that are done")
     parser.add_argument("--only", metavar="WORD", help="only run the phases with this word in their name")
@@ -56,7 +56,7 @@ def main() -> int:
         if status:
             print(f"The phase failed with status {status}. The same command continues from here.", file=sys.stderr)
             return status
-    from data.tables import write_tables
+    from tools.data.tables import write_tables
 
     for line in write_tables(options.size, local_root(), read_record()):
         print(line)
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def read_phases(size: str) -> list[Phase]:
-    """Return the phases of `data/<size>.sh`, in order."""
+    """Return the phases of `tools/data/<size>.sh`, in order."""
     script = (FOLDER / f"{size}.sh").read_text(encoding="utf-8")
     beginning, *parts = re.split(r"^## ", script, flags=re.MULTILINE)
     split = [part.partition("\n") for part in parts]
@@ -147,11 +147,9 @@ def _cpu_seconds() -> float:
 
 def _commit() -> str:
     """Return the commit of the source, with a `+` if files differ from it; empty outside a repository."""
-    git = ["git", "-C", str(FOLDER)]
+    git = ["git", "-C", str(FOLDER.parents[1])]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changes = subprocess.run(
-        [*git, "status", "--porcelain", "--", "../icl"], capture_output=True, text=True, check=False
-    )
+    changes = subprocess.run([*git, "status", "--porcelain", "--", "icl"], capture_output=True, text=True, check=False)
     return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
