@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.cases import make_cases
 from benchmarks.turns import Ratio
-from icl.build import choose_device
+from icl.compute.devices import choose_device
 from icl.files.writing import write_atomically
 from icl.plotting.colours import BLACK, BLUE
 from icl.plotting.style import new_figure, save_figure

@@ -20,7 +20,7 @@ from icl.config import RunConfig, SamplerConfig
 from icl.model.flat import make_layout
 from icl.model.stacked import stack
 from icl.sampling.batches import ChainBatches
-from icl.sampling.chains import run_chains
+from icl.sampling.estimate import run_chains
 from icl.sampling.prompt_loss import prompt_target
 from icl.tasks.prompts import sample_prompts
 

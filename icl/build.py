@@ -1,17 +1,11 @@
-"""Build models and evaluation sets from a run's settings, and choose its device. Only this module turns settings into objects."""
-
-import os
-from importlib.util import find_spec
+"""Build models and evaluation sets from a run's settings. Only this module turns settings into objects."""
 
 import torch
 
 from icl.config import RunConfig
-from icl.config.validation import ConfigError
 from icl.evaluation.sets import EvaluationSet, evaluation_set
 from icl.model.transformer import Transformer, initialise
 from icl.runs.checkpoints import Checkpoint, CheckpointError
-
-_KINDS = ("cpu", "cuda", "tpu", "mps")
 
 
 def build_model(config: RunConfig) -> Transformer:
@@ -54,33 +48,3 @@ def build_evaluation_sets(
     """Return the run's evaluation sets: `pretrain`, `true` and these shifts."""
     names = ("pretrain", "true", *shifts)
     return [evaluation_set(config, name, num_prompts=num_prompts, device=device) for name in names]
-
-
-def choose_device(accelerator: str = "auto") -> str:
-    """Return the kind of device to run on: `accelerator`, or the default if that is `auto`.
-
-    The default is the value of $DEVICE. If it is not set, the default is the first of cuda, mps and cpu that this machine has.
-
-    Raises:
-        ConfigError: If this kind is unknown, or this machine has no such device.
-    """
-    wanted = os.environ.get("DEVICE", "").strip().lower() or "auto" if accelerator == "auto" else accelerator
-    wanted = "cuda" if wanted == "gpu" else wanted
-    if wanted == "auto":
-        return next(kind for kind in ("cuda", "mps", "cpu") if _is_present(kind))
-    if wanted not in _KINDS:
-        raise ConfigError(f"There is no kind of device called `{wanted}`. Set DEVICE to one of {', '.join(_KINDS)}.")
-    if not _is_present(wanted):
-        raise ConfigError(
-            f"This machine has no usable {wanted} device. Set DEVICE=cpu or --trainer.accelerator cpu, or install a build of "
-            f"torch that supports {wanted}."
-        )
-    return wanted
-
-
-def _is_present(kind: str) -> bool:
-    if kind == "cuda":
-        return torch.cuda.is_available()
-    if kind == "mps":
-        return torch.backends.mps.is_available()
-    return kind != "tpu" or find_spec("torch_xla") is not None

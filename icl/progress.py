@@ -49,6 +49,12 @@ def with_progress(items: Sequence[Item], name: str, unit: str) -> Iterator[Item]
             bar.update()
 
 
+def set_remaining(bar: tqdm, num_units: float) -> None:
+    """Set the number of units of work that a bar still expects."""
+    bar.total = bar.n + max(0, num_units)
+    bar.refresh()
+
+
 def print_at_once(line: str) -> None:
     """Print a line without delay, even if the output goes to a file or a pipe."""
     print(line, flush=True)

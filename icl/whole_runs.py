@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from icl.analysis.run import Members, over_checkpoints, torch_device
-from icl.compute.compiling import keep_freed_memory
+from icl.compute.calls import keep_freed_memory
 from icl.config import RunConfig, SeedsConfig, TaskConfig
 from icl.config.validation import ConfigError, whole
 from icl.evaluation.sets import VERSION, EvaluationSet, evaluate, evaluate_baselines, evaluation_set

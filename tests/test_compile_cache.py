@@ -157,7 +157,7 @@ def test_what_another_process_is_making_stays_and_what_it_uses_is_not_removed(fo
 PROGRAM = """
 import os, sys, torch
 from pathlib import Path
-from icl.compute.compiling import one_graph
+from icl.compute.calls import one_graph
 torch.set_num_threads(1)
 function = lambda x: (torch.sin(x) * x).exp().sum() / 7
 x = torch.linspace(-1, 1, 1001)

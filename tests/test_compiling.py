@@ -7,8 +7,8 @@ import pytest
 
 THREADS = """
 import sys, torch
-from icl.compute.compiling import one_graph
-from icl.compute.threads import RELEASE_GIL, in_parallel
+from icl.compute.calls import one_graph
+from icl.compute.calls import RELEASE_GIL, in_parallel
 
 torch.set_num_threads(2)
 sys.setswitchinterval(1e-5)  # threads overlap wherever they can
@@ -19,7 +19,7 @@ for _ in range(20):
 
 BREAK = """
 import torch
-from icl.compute.compiling import one_graph
+from icl.compute.calls import one_graph
 
 def waits(x):
     return x * 2 if float(x.sum()) > 0 else x

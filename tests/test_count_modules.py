@@ -10,8 +10,8 @@ def test_a_call_enters_the_modules_whose_functions_run():
 
 
 def test_walks_pass_through_few_modules():
-    """The aim for `llc` is 15 modules; more than half of the present ones lie below `sampling`."""
+    """The aim for `llc` is 15 modules. At 300 lines per module, the code of this walk needs at least 24."""
     modules = walks()
     assert len(modules["loss"]) <= 9
-    assert len(modules["llc"]) <= 36
+    assert len(modules["llc"]) <= 32
     assert modules["llc"][0] == "icl.sampling.run"

@@ -10,7 +10,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from icl import baselines
-from icl.build import build_evaluation_sets, build_model, choose_device
+from icl.build import build_evaluation_sets, build_model
+from icl.compute.devices import choose_device
 from icl.config.validation import ConfigError
 from icl.evaluation.sets import (
     evaluate,

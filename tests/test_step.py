@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from icl.build import build_architecture
-from icl.compute.compiling import compiling_pays
+from icl.compute.calls import compiling_pays
 from icl.compute.step import (
     AdamState,
     adam_state,

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from icl.compute.threads import in_parallel
+from icl.compute.calls import in_parallel
 
 
 @pytest.fixture(params=[1, 2, 3, 7])

@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from icl.analysis import ANALYSES, module_name
-from icl.build import build_checkpoint_model, choose_device
+from icl.build import build_checkpoint_model
+from icl.compute.devices import choose_device
 from icl.config import RunConfig
 from icl.config.validation import ConfigError
 from icl.model.stacked import Params, stack

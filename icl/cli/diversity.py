@@ -71,7 +71,7 @@ def run(words: list[str]) -> int:
     for file in ("diversity.png", "diversity.csv"):
         require_output(base / file)
         require_output(options.plots_dir / file)
-    from icl.build import choose_device
+    from icl.compute.devices import choose_device
     from icl.training.capacity import require_room
 
     runs = experiment_runs(

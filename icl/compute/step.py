@@ -19,8 +19,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from icl.compute.compiling import grad_and_aux, keep_freed_memory, one_graph
-from icl.compute.threads import RELEASE_GIL, in_parallel
+from icl.compute.calls import RELEASE_GIL, grad_and_aux, in_parallel, keep_freed_memory, one_graph
 from icl.config import ModelConfig, OptimConfig
 from icl.model.flat import Layout, layout_of
 from icl.model.stacked import apply

@@ -10,8 +10,9 @@ from icl.config.sections import (
     SeedsConfig,
     TaskConfig,
     TrainerConfig,
+    is_free_on_resume,
 )
-from icl.config.tree import MEMBER_SETTINGS, ChainsConfig, RunConfig, SamplerConfig, flatten, is_free_on_resume
+from icl.config.tree import MEMBER_SETTINGS, ChainsConfig, RunConfig, SamplerConfig, config_differences, flatten
 
 __all__ = [
     "MEMBER_SETTINGS",
@@ -27,6 +28,7 @@ __all__ = [
     "SeedsConfig",
     "TaskConfig",
     "TrainerConfig",
+    "config_differences",
     "flatten",
     "is_free_on_resume",
 ]

@@ -10,6 +10,21 @@ from typing import Literal
 
 from icl.config.validation import Bound, parse_num_tasks, plain_number, require, require_count, require_store, validate
 
+FREE_ON_RESUME = (
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.compile",
+    "checkpoints.resume_seconds",
+    "checkpoints.store",
+    "sampler",
+)
+"""Settings and sections that may change when an unfinished run is resumed. They are not part of its default name.
+
+They set the devices, how progress is saved and how the run is sampled later, but not what training computes.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
@@ -257,3 +272,8 @@ class PopulationConfig:
 
     def __bool__(self) -> bool:
         return self.seeds is not None or self.num_tasks is not None
+
+
+def is_free_on_resume(key: str) -> bool:
+    """Return whether a dotted key, or its section, is in `FREE_ON_RESUME`."""
+    return key in FREE_ON_RESUME or key.partition(".")[0] in FREE_ON_RESUME

@@ -19,25 +19,11 @@ from icl.config.sections import (
     SeedsConfig,
     TaskConfig,
     TrainerConfig,
+    is_free_on_resume,
 )
 from icl.config.validation import Bound, ConfigError, require, require_number, require_run_name, require_steps, validate
 
 Kernel = Literal["sgld", "rmsprop", "baoab"]
-
-FREE_ON_RESUME = (
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.strategy",
-    "trainer.compile",
-    "checkpoints.resume_seconds",
-    "checkpoints.store",
-    "sampler",
-)
-"""Settings and sections that may change when an unfinished run is resumed. They are not part of its default name.
-
-They set the devices, how progress is saved and how the run is sampled later, but not what training computes.
-"""
 
 MAX_CHECKPOINTS = 1_000_000
 """Largest number of checkpoints of a run. More files make a folder slow, and their steps are kept in memory."""
@@ -296,11 +282,6 @@ def _plain(value: Any) -> Any:
     return "inf" if value == math.inf else value
 
 
-def is_free_on_resume(key: str) -> bool:
-    """Return whether a dotted key, or its section, is in `FREE_ON_RESUME`."""
-    return key in FREE_ON_RESUME or key.partition(".")[0] in FREE_ON_RESUME
-
-
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """Flatten a nested dict to dotted keys: `{"task": {"num_tasks": 1}}` becomes `{"task.num_tasks": 1}`."""
     flat: dict[str, Any] = {}
@@ -310,3 +291,13 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Return a phrase for each setting that differs and affects training. The run's name and the settings of the machine do not count."""
+    before, after = (flatten(config.to_dict()) for config in (old, new))
+    return [
+        f"`{key}` was {before[key]!r} and is now {after[key]!r}"
+        for key in after
+        if key not in ("run_name", "preset") and not is_free_on_resume(key) and before[key] != after[key]
+    ]

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from icl.config import RunConfig
+from icl.config import RunConfig, config_differences
 from icl.config.validation import ConfigError, parse_num_tasks
-from icl.runs.folder import RunError, RunFolder, config_differences
+from icl.runs.folder import RunError, RunFolder
 
 METADATA = "experiment_metadata.json"
 MAX_POWER = 30

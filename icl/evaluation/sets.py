@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl import baselines, metrics
-from icl.compute.threads import in_parallel
+from icl.compute.calls import in_parallel
 from icl.config import RunConfig
 from icl.model.stacked import Params, size
 from icl.tasks.priors import task_pool

@@ -49,6 +49,12 @@ class ParameterShapes(NamedTuple):
         """Number of parameter tensors."""
         return len(self.outside) + self.num_layers * len(self.block)
 
+    @property
+    def num_params(self) -> int:
+        """Number of weights."""
+        in_block = sum(math.prod(shape) for shape in self.block.values())
+        return sum(math.prod(shape) for shape in self.outside.values()) + self.num_layers * in_block
+
     def by_name(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all parameters. Check `num_tensors` first, because a damaged file can describe millions."""
         blocks = {

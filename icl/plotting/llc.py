@@ -35,7 +35,7 @@ def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Se
     """Plot loss (top) and LLC (bottom) against the step, on a logarithmic (left) and a linear axis (right).
 
     For a single step there is no right column. If the loss at the mean of the draws lies below the checkpoint's loss
-    (`icl.sampling.minimum`), the LLC is underestimated by about this drop. Diamonds show the LLC plus the drop.
+    (`icl.sampling.at_checkpoint`), the LLC is underestimated by about this drop. Diamonds show the LLC plus the drop.
 
     Args:
         table: Rows of `llc.csv` that share their sampler settings.

@@ -26,13 +26,12 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from icl.config import RunConfig
+from icl.config import RunConfig, config_differences
 from icl.config.validation import UserError, is_count
 from icl.files.arrays import StoredArray
 from icl.files.reading import ContentError, first_line, parse_json
 from icl.model.stacked import Params
 from icl.model.transformer import parameter_shapes
-from icl.runs.folder import config_differences
 from icl.store.base import LocalStore, Store
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

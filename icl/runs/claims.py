@@ -11,10 +11,10 @@ import secrets
 
 import yaml
 
-from icl.config import RunConfig
+from icl.config import RunConfig, config_differences
 from icl.config.validation import UserError
 from icl.runs.checkpoints import list_steps, load_step
-from icl.runs.folder import RunError, config_differences, parse_config
+from icl.runs.folder import RunError, parse_config
 from icl.store.base import Store, read_or_none
 from icl.store.opening import open_store
 

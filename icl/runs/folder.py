@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from icl.config import RunConfig, flatten, is_free_on_resume
+from icl.config import RunConfig, config_differences
 from icl.config.validation import ConfigError, UserError, user_path
 from icl.files.reading import ContentError, parse_yaml, read_bytes
 from icl.files.redaction import redact
@@ -227,16 +227,6 @@ def parse_config(data: bytes, where: str) -> RunConfig:
         return RunConfig.from_dict(tree)
     except ConfigError as error:
         raise ConfigError(f"The config.yaml of {where} cannot be used: {error}") from None
-
-
-def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Return a phrase for each setting that differs and affects training. The run's name and the settings of the machine do not count."""
-    before, after = (flatten(config.to_dict()) for config in (old, new))
-    return [
-        f"`{key}` was {before[key]!r} and is now {after[key]!r}"
-        for key in after
-        if key not in ("run_name", "preset") and not is_free_on_resume(key) and before[key] != after[key]
-    ]
 
 
 def require_same_config(old: RunConfig, new: RunConfig, run: RunFolder | str) -> None:

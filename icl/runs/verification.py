@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from icl.config import RunConfig
+from icl.config import RunConfig, config_differences
 from icl.config.validation import UserError
 from icl.files.arrays import array_digest
 from icl.files.reading import is_number, parse_json
@@ -32,7 +32,7 @@ from icl.progress import progress_bar
 from icl.runs.checkpoints import MOMENTS, checkpoint_name, parse_checkpoint
 from icl.runs.contents import expected_steps, name_checkpoints
 from icl.runs.copied_files import CHECKPOINT_FOLDERS, copied_names, is_checkpoint, size_limit
-from icl.runs.folder import RunFolder, config_differences, parse_config
+from icl.runs.folder import RunFolder, parse_config
 from icl.runs.measure import parse_entry
 from icl.runs.metrics_file import are_rows_altered, logged_steps, metric_columns
 from icl.runs.mirror import Mirror, in_parallel

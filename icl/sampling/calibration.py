@@ -15,17 +15,18 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 import yaml
+from tqdm import tqdm
 
 from icl.config import SamplerConfig
+from icl.progress import set_remaining
 from icl.runs.checkpoints import Checkpoint, load_same_run
 from icl.runs.folder import run_of
 from icl.sampling.batches import batch_function
 from icl.sampling.curvature import largest_curvature
-from icl.sampling.progress import MoveBar
 from icl.sampling.prompt_loss import prompt_target, trivial_loss
 from icl.sampling.records import EstimateSettings, Record, make_record
 from icl.sampling.result import LLCResult
-from icl.sampling.run import chosen_files, estimate_grid, run_files, sampling_device
+from icl.sampling.run import chosen_files, estimate_grid, move_bar, run_files, sampling_device
 from icl.sampling.search import (
     CONFIRMATION,
     NBETAS,
@@ -95,7 +96,7 @@ def calibrate(
     fresh_batches = prompt_target(config, _next_seed(sampler), device=device).batches
     say(f"{RULE}\n")
     # A compiled graph is valid for one grad mode only, so all gradients are computed under no_grad.
-    with MoveBar("preparing", plan.expected) as bar, torch.no_grad():
+    with move_bar("preparing", plan.expected) as bar, torch.no_grad():
         sample = batch_function(target.batches, num_chains=1, seed=sampler.seed)
         batches = [sample(0, draw) for draw in range(_NUM_BATCHES)]
         params = {name: tensor.to(device) for name, tensor in checkpoints[-1].params.items()}
@@ -151,7 +152,7 @@ class _Work:
         target: Target,
         device: torch.device,
         plan: _Plan,
-        bar: MoveBar,
+        bar: tqdm,
         stored: StoredResults,
     ) -> None:
         self.sampler, self.checkpoints, self.target = sampler, checkpoints, target
@@ -162,14 +163,14 @@ class _Work:
         stage, samplers = points[0].stage, [point.sampler(self.sampler) for point in points]
         self.bar.set_description(stage)
         if points[0].slowness > 1:  # only the confirmation follows, unless lr must be reduced again
-            self.bar.set_remaining(_num_moves(samplers[0]) + self.plan.confirmation)
+            set_remaining(self.bar, _num_moves(samplers[0]) + self.plan.confirmation)
         checkpoints = self.checkpoints if stage == SURVEY else self.checkpoints[-1:]
         return self._estimate(checkpoints, samplers, self.target)
 
     def confirm(self, chosen: SamplerConfig, target: Target) -> list[LLCResult]:
         """Estimate at all checkpoints under the chosen settings, with minibatches and noise that did not influence the choice."""
         self.bar.set_description(CONFIRMATION)
-        self.bar.set_remaining(len(self.checkpoints) * _num_moves(chosen))
+        set_remaining(self.bar, len(self.checkpoints) * _num_moves(chosen))
         return self._estimate(self.checkpoints, [_next_seed(chosen)], target)[0]
 
     def _estimate(
@@ -178,7 +179,8 @@ class _Work:
         """Estimate at each checkpoint under each of the settings, or use the results of an earlier, interrupted calibration."""
         rows = [[self.stored.read(checkpoint, sampler) for checkpoint in checkpoints] for sampler in samplers]
         missing = [number for number, row in enumerate(rows) if None in row]
-        self.bar.skip(sum(_num_moves(s) * len(checkpoints) for n, s in enumerate(samplers) if n not in missing))
+        num_done = sum(_num_moves(s) * len(checkpoints) for n, s in enumerate(samplers) if n not in missing)
+        set_remaining(self.bar, self.bar.total - self.bar.n - num_done)
         if missing:
             wanted = [samplers[number] for number in missing]
             new = estimate_grid(checkpoints, wanted, target, device=self.device, advance=self.bar.update)

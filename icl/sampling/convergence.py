@@ -1,4 +1,4 @@
-"""Convergence of chains, in float64: R-hat, effective sample size, standard error of a mean, drift.
+"""Statistics of chains, in float64: R-hat, effective sample size, standard error of a mean, drift, the drop of the loss at their mean.
 
 R-hat is the rank-normalised split R-hat of the draws or of their folded values (absolute deviations from the median), whichever is
 larger. The effective sample size (ESS) is that of the mean, over split chains, with Geyer's initial monotone sequence. Source:
@@ -7,17 +7,34 @@ Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021, "Rank-normalization, folding
 The standard error of a mean over chains is the larger of two estimates. The first is sd / sqrt(ESS). It accounts for
 autocorrelation, and also for chains that disagree, because the ESS is then smaller. The second is the standard deviation of the
 chains' means divided by the square root of their number. It assumes nothing about the draws within a chain.
+
+The drop is how far the loss at the mean of the draws lies below the checkpoint's (`icl.sampling.at_checkpoint`). The mean of finitely many
+draws has an error, which raises the loss. The jackknife over chains removes this bias to first order, and exactly for quadratics. It also
+gives the standard error (Efron and Stein 1981). With few chains the standard error is itself uncertain, so the rules of the verdict use
+Student's t.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 from scipy import fft, stats
+from scipy.special import ndtr, stdtrit
+from torch import Tensor
 
 MANY_CHAINS = 16
 """With at least this many chains, the spread between chains alone is a reliable error."""
+
+
+class Drop(NamedTuple):
+    """How far the loss at the mean of the draws lies below the checkpoint's; NaN if it was not measured."""
+
+    value: float = math.nan
+    stderr: float = math.nan
+    degrees_of_freedom: float = math.nan
+    """Degrees of freedom of the standard error (Satterthwaite 1946)."""
 
 
 def needed_ess(num_chains: int) -> int:
@@ -110,6 +127,38 @@ def sensitivity(
     return float(terms.mean()) / 2, standard_error(terms) / 2
 
 
+def drop_at_mean(
+    per_chain: Float[Tensor, "K I"],
+    without: Float[Tensor, "K I"],
+    pooled: Float[Tensor, "1 I"],
+    *,
+    are_all: bool = False,
+    rounding: float = 0.0,
+) -> Drop:
+    """Estimate the drop of the loss at the mean of K chains by the jackknife, or by the chains' average drop if this is larger.
+
+    Args:
+        per_chain: Drop of the loss on each of I batches from the checkpoint to each chain's mean.
+        without: Drop to the mean of all chains but one, for each chain that is left out.
+        pooled: Drop to the mean of all chains.
+        are_all: Whether the batches are all the data.
+        rounding: Rounding error of a drop, from the limited precision of the losses.
+    """
+    num = len(per_chain)
+    if not per_chain.numel():
+        return Drop()
+    drops = [_with_error(per_chain.mean(0), per_chain.mean(1), 1 / num, are_all, rounding)]
+    if num > 1:
+        jackknife = num * pooled[0] - (num - 1) * without.mean(0)
+        drops.append(_with_error(jackknife, without.mean(1), (num - 1) ** 2 / num, are_all, rounding))
+    return max(drops, key=lambda drop: drop.value)
+
+
+def significance_threshold(degrees_of_freedom: float) -> float:
+    """Return the number of standard errors that is as rare under Student's t as three are under a normal distribution."""
+    return float(stdtrit(degrees_of_freedom, ndtr(3.0)))
+
+
 def _split(draws: Float[ndarray, "K S"]) -> Float[ndarray, "2*K S//2"]:
     half = draws.shape[1] // 2
     return np.concatenate((draws[:, :half], draws[:, -half:]))
@@ -134,3 +183,16 @@ def _autocovariance(draws: Float[ndarray, "K S"]) -> Float[ndarray, "K S"]:
     centred = draws - draws.mean(1, keepdims=True)
     spectrum = np.abs(fft.rfft(centred, fft.next_fast_len(2 * num_draws))) ** 2
     return fft.irfft(spectrum, fft.next_fast_len(2 * num_draws))[:, :num_draws] / num_draws
+
+
+def _with_error(
+    by_batch: Float[Tensor, " I"], by_chain: Float[Tensor, " K"], factor: float, are_all: bool, rounding: float
+) -> Drop:
+    """Return the mean over batches with its error; the chains contribute `factor` times their variance."""
+    num_chains, num_batches = len(by_chain), len(by_batch)
+    chain_variance = factor * float(by_chain.var()) if num_chains > 1 else 0.0
+    batch_variance = float(by_batch.var()) / num_batches if num_batches > 1 and not are_all else 0.0
+    total = chain_variance + batch_variance
+    uncertain = chain_variance**2 / max(1, num_chains - 1) + batch_variance**2 / max(1, num_batches - 1)
+    degrees_of_freedom = total**2 / uncertain if uncertain else math.inf
+    return Drop(float(by_batch.mean()), (total + rounding**2) ** 0.5, degrees_of_freedom)

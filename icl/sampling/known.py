@@ -47,7 +47,7 @@ def quadratic_llc(
 
     Let a_i = nbeta h_i + localization, and let v_i be the variance of the minibatch gradient in direction i. Then SGLD gives w_i the
     stationary variance (1 + lr nbeta^2 v_i / 4) / (a_i (1 - lr a_i / 4)), which is infinite if lr a_i >= 4. With `lr` = 0 this is the
-    variance under the target density itself. If `friction` is given, the chains are those of `icl.sampling.baoab`. Its docstring has
+    variance under the target density itself. If `friction` is given, the chains are those of `icl.sampling.kernels`. Its docstring has
     their variance.
     """
     a = nbeta * eigenvalues + localization

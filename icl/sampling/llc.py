@@ -26,7 +26,8 @@ from icl.config.validation import ConfigError, real
 from icl.model.flat import Layout, make_layout
 from icl.model.stacked import Params
 from icl.sampling.batches import Batches
-from icl.sampling.chains import Advance, estimate
+from icl.sampling.chains import Advance
+from icl.sampling.estimate import estimate
 from icl.sampling.result import CheckpointId, LLCResult
 from icl.sampling.target import Gradient, Loss, Observable, Target
 

@@ -20,12 +20,20 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from icl import rng
-from icl.build import build_architecture
-from icl.compute.compiling import Function, compiling_pays, grad_and_aux, keep_freed_memory, one_graph
-from icl.compute.threads import RELEASE_GIL, Result, in_parallel
+from icl.compute.calls import (
+    RELEASE_GIL,
+    Function,
+    Result,
+    compiling_pays,
+    grad_and_aux,
+    in_parallel,
+    keep_freed_memory,
+    one_graph,
+)
 from icl.config import ModelConfig, RunConfig, SamplerConfig
 from icl.model.flat import Layout
 from icl.model.stacked import Params, apply, size
+from icl.model.transformer import parameter_shapes
 from icl.sampling.batches import Batch, Pool
 from icl.sampling.target import Gradient, Loss, Observable, StackedLosses, Target
 from icl.tasks.priors import task_pool
@@ -196,8 +204,9 @@ def _rows(tree: Any, i: int) -> Any:
 
 
 def _is_compiled(config: RunConfig, sampler: SamplerConfig, num_moves: int, device: torch.device) -> bool:
+    shapes = parameter_shapes(config.model, task_size=config.task.task_size, max_examples=config.task.max_examples)
     return device.type in ("cpu", "cuda") and compiling_pays(
-        num_params=sum(parameter.numel() for parameter in build_architecture(config).parameters()),
+        num_params=shapes.num_params,
         num_tokens=2 * config.task.max_examples * sampler.batch_size,
         num_steps=num_moves,
     )

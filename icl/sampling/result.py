@@ -14,7 +14,7 @@ from torch import Tensor
 from icl.config import ChainsConfig
 from icl.config.validation import ConfigError
 from icl.sampling import convergence
-from icl.sampling.minimum import AtCheckpoint
+from icl.sampling.at_checkpoint import AtCheckpoint
 from icl.sampling.target import Target
 from icl.sampling.traces import Traces
 from icl.sampling.verdict import Evidence, Judgement, Verdict, evidence_of, judge

@@ -10,20 +10,26 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
 
-from icl.build import build_checkpoint_model, choose_device
-from icl.compute.memory import require_memory
+from icl.compute.devices import choose_device, require_memory
 from icl.config import RunConfig, SamplerConfig
 from icl.config.validation import ConfigError, parse_steps, real
+from icl.files.writing import write_atomically
 from icl.model.flat import make_layout
+from icl.progress import progress_bar, set_remaining
 from icl.runs.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, require_one_run
 from icl.runs.folder import RunFolder, run_of
 from icl.runs.measure import Measure, Measurement, measure_checkpoints
-from icl.sampling.chains import Advance, Watch, estimate
+from icl.sampling import convergence
+from icl.sampling.chains import Advance, Watch
 from icl.sampling.components import component_masks
-from icl.sampling.progress import MoveBar, RunningTrace
+from icl.sampling.estimate import estimate
 from icl.sampling.prompt_loss import losses_by_part, prompt_target, trivial_loss
 from icl.sampling.records import (
+    MAX_TRACE,
     PARTS_NAME,
     VERSION,
     EstimateSettings,
@@ -39,6 +45,11 @@ from icl.sampling.target import Target
 
 CHECKPOINTS_AT_ONCE = 16
 """Number of checkpoints that run together on a device other than the CPU."""
+
+
+def move_bar(stage: str, num_moves: int) -> tqdm:
+    """Return a progress bar over the moves of chains. A move of one chain is one unit; other work is not counted."""
+    return progress_bar(stage, num_moves, "move", unit_scale=True)
 
 
 class Estimates(NamedTuple):
@@ -102,7 +113,7 @@ def estimate_run(
     moves_each = sampler.num_chains * sampler.num_moves
     target = prompt_target(config, sampler, device=device, num_moves=len(files) * moves_each)
     records: list[Record] = []
-    with MoveBar(f"llc {component}".rstrip(), len(files) * moves_each) as bar:
+    with move_bar(f"llc {component}".rstrip(), len(files) * moves_each) as bar:
         for batch in measure_checkpoints(
             files,
             config,
@@ -114,7 +125,7 @@ def estimate_run(
         ):
             records += [as_record(entry) for entry in batch.entries]
             if not batch.is_new:
-                bar.set_remaining((len(files) - len(records)) * moves_each)
+                set_remaining(bar, (len(files) - len(records)) * moves_each)
                 continue
             if run is not None:
                 write_tables(run)
@@ -125,13 +136,43 @@ def estimate_run(
     return Estimates(records, config, trivial_loss(config))
 
 
+class _RunningTrace:
+    """Table of the draws so far, to read or plot while the chains run. It also shows the estimate so far on the progress bar.
+
+    Args:
+        file: File of the table. Its columns are step, chain, draw and excess in nats. It has at most `MAX_TRACE` draws of each chain.
+        checkpoints: The checkpoints whose chains run.
+        bar: The progress bar.
+    """
+
+    def __init__(self, file: Path, checkpoints: Sequence[Checkpoint], bar: tqdm) -> None:
+        self.file, self.steps, self.bar = file, [checkpoint.step for checkpoint in checkpoints], bar
+
+    def __call__(self, checkpoints: Sequence[int], chains: Sequence[int], nats: Float[Tensor, "N S"]) -> None:
+        """Write the draws so far."""
+        stride = -(-nats.shape[1] // MAX_TRACE)
+        rows = [
+            {"step": self.steps[checkpoint], "chain": chain, "draw": draw * stride, "excess": value}
+            for checkpoint, chain, trace in zip(checkpoints, chains, nats[:, ::stride].tolist(), strict=True)
+            for draw, value in enumerate(trace)
+        ]
+        write_atomically(self.file, pd.DataFrame(rows).to_csv(index=False).encode(), durable=False)
+        of_last = nats[[checkpoint == checkpoints[-1] for checkpoint in checkpoints]].double().numpy()
+        error = convergence.standard_error(of_last)
+        self.bar.set_postfix_str(f"step {self.steps[checkpoints[-1]]:,} so far: {of_last.mean():.3g} ± {error:.2g}")
+
+    def remove(self) -> None:
+        """Remove the table, once the estimate is complete."""
+        self.file.unlink(missing_ok=True)
+
+
 def _measurer(
-    settings: EstimateSettings, target: Target, device: torch.device, run: RunFolder | None, bar: MoveBar
+    settings: EstimateSettings, target: Target, device: torch.device, run: RunFolder | None, bar: tqdm
 ) -> Measure:
     """Return a function that estimates the LLCs of checkpoints that are not stored yet."""
 
     def measure(checkpoints: list[Checkpoint], lead: int) -> list[Measurement]:
-        watch = None if run is None else RunningTrace(settings.cache(run).folder / "running.csv", checkpoints, bar)
+        watch = None if run is None else _RunningTrace(settings.cache(run).folder / "running.csv", checkpoints, bar)
         (results,) = estimate_grid(
             checkpoints,
             [settings.sampler],
@@ -165,7 +206,6 @@ def estimate_grid(
     Returns:
         One list for each element of `samplers`, with one result for each checkpoint.
     """
-    build_checkpoint_model(checkpoints[0])  # refuses weights that do not fit the architecture
     params = [{name: tensor.to(device) for name, tensor in checkpoint.params.items()} for checkpoint in checkpoints]
     if rescale != 1:
         params = [rescaled(checkpoints[0].config.model, member, rescale) for member in params]

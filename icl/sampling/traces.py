@@ -7,7 +7,7 @@ draw under the function's name, and `icl.sampling.verdict.evidence` computes ave
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,9 +17,8 @@ from torch.utils import _pytree as pytree
 from icl.config import ChainsConfig
 from icl.model.stacked import Params
 from icl.sampling import convergence
-from icl.sampling.baoab import BAOABState
-from icl.sampling.minimum import Drop
-from icl.sampling.sgld import SGLDState
+from icl.sampling.convergence import Drop
+from icl.sampling.kernels import BAOABState, State
 
 DIVERGED = 10.0
 """A chain has diverged, and is masked, if its mean excess exceeds this many nats per sampled dimension.
@@ -28,16 +27,13 @@ Our choice: 20 times d/2, the LLC of a nondegenerate minimum, which is the large
 """
 
 
-State: TypeAlias = SGLDState | BAOABState
-
-
 @dataclass(frozen=True)
 class Draw:
     """The state of N chains at a draw, with the gradient of L on the draw's minibatch."""
 
     state: State
     grad: Float[Tensor, "N P"]
-    """The gradient that moves the chains, minus its control variate if there is one (`icl.sampling.variates`)."""
+    """The gradient that moves the chains, minus its control variate if there is one (`icl.sampling.at_checkpoint`)."""
     settings: ChainsConfig
     shift: Float[Tensor, " N"] | float = 0.0
     """Control variate of the loss, if `grad` has a control variate but the excess has none; else 0."""

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from icl import rng
-from icl.compute.memory import require_memory
+from icl.compute.devices import require_memory
 from icl.config.validation import ConfigError, parse_num_tasks, whole
 
 _POOL = "tasks"

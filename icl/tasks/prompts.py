@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from icl import rng
-from icl.compute.memory import require_memory
+from icl.compute.devices import require_memory
 from icl.config import RunConfig
 from icl.config.validation import ConfigError, whole
 from icl.tasks.priors import Discrete, Gaussian, sample_tasks, task_prior

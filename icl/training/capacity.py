@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from icl.build import build_model
-from icl.compute.memory import device_bytes, require_memory
+from icl.compute.devices import device_bytes, require_memory
 from icl.config import RunConfig
 from icl.model.stacked import Params, apply, size, stack
 

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from icl.compute.compiling import compiling_pays
+from icl.compute.calls import compiling_pays
 from icl.compute.step import AdamState, StepInfo, adam_state, make_step
 from icl.config.schedules import rate_factor
 from icl.model.flat import layout_of

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from icl.build import build_model, choose_device
+from icl.build import build_model
+from icl.compute.devices import choose_device
 from icl.config import MEMBER_SETTINGS, RunConfig
 from icl.config.validation import ConfigError
 from icl.evaluation.sets import EvaluationSet

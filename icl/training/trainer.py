@@ -8,7 +8,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from icl.build import build_evaluation_sets, choose_device
+from icl.build import build_evaluation_sets
+from icl.compute.devices import choose_device
 from icl.config import RunConfig
 from icl.config.validation import ConfigError
 from icl.evaluation.sets import EvaluationSet

@@ -9,10 +9,10 @@ from options import estimate_many, keywords
 
 from icl.config import ChainsConfig
 from icl.model.flat import make_layout
-from icl.sampling import CheckpointId, EstimateOptions, baoab, estimate_llc, known
+from icl.sampling import CheckpointId, EstimateOptions, estimate_llc, kernels, known
+from icl.sampling.at_checkpoint import make_variates
 from icl.sampling.batches import ChainBatches, Pool
 from icl.sampling.target import Target
-from icl.sampling.variates import make_variates
 
 
 def numbers(*shape, seed=0):
@@ -21,7 +21,9 @@ def numbers(*shape, seed=0):
 
 def test_a_move_is_two_half_drifts_around_the_noise():
     w, w0, v, grad, noise = (numbers(3, 4, seed=seed) for seed in range(5))
-    moved = baoab.step(baoab.BAOABState(w, w0, v), grad, noise, lr=0.09, nbeta=7.0, localization=3.0, friction=0.6)
+    moved = kernels.baoab_step(
+        kernels.BAOABState(w, w0, v), grad, noise, lr=0.09, nbeta=7.0, localization=3.0, friction=0.6
+    )
     v1 = v - 0.3 * (7 * grad + 3 * (w - w0))
     v2 = 0.6 * v1 + 0.8 * noise
     assert torch.allclose(moved.velocity, v2, rtol=1e-14)
@@ -31,12 +33,12 @@ def test_a_move_is_two_half_drifts_around_the_noise():
 def test_a_chain_that_is_continued_from_its_state_is_one_that_was_never_stopped():
     def run(state, noises):
         for noise in noises:
-            state = baoab.step(state, state.position, noise, lr=0.1, nbeta=2.0, localization=1.0, friction=0.5)
+            state = kernels.baoab_step(state, state.position, noise, lr=0.1, nbeta=2.0, localization=1.0, friction=0.5)
         return state
 
-    start, noises = baoab.init(numbers(2, 3)), numbers(10, 2, 3, seed=1)
+    start, noises = kernels.init_baoab(numbers(2, 3)), numbers(10, 2, 3, seed=1)
     whole, half = run(start, noises), run(start, noises[:5])
-    again = run(baoab.BAOABState(*(part.clone() for part in half)), noises[5:])
+    again = run(kernels.BAOABState(*(part.clone() for part in half)), noises[5:])
     assert all(map(torch.equal, whole, again))
 
 
@@ -47,11 +49,11 @@ def moments(friction, lr, *, gradient_deviation=0.0, num_chains=4000, num_moves=
     def normals():
         return torch.randn(num_chains, 1, dtype=torch.float64, generator=generator)
 
-    state = baoab.BAOABState(normals(), torch.zeros(num_chains, 1, dtype=torch.float64), normals())
+    state = kernels.BAOABState(normals(), torch.zeros(num_chains, 1, dtype=torch.float64), normals())
     squares = torch.zeros(num_chains, 1, dtype=torch.float64)
     for move in range(num_moves):
         grad = state.position + gradient_deviation * normals()
-        state = baoab.step(state, grad, normals(), lr=lr, nbeta=1.0, localization=0.0, friction=friction)
+        state = kernels.baoab_step(state, grad, normals(), lr=lr, nbeta=1.0, localization=0.0, friction=friction)
         squares += state.position.square() * (move >= num_moves // 2) / (num_moves - num_moves // 2)
     return float(squares.mean()), float(squares.std()) / num_chains**0.5
 
@@ -86,8 +88,8 @@ def test_the_exponential_of_the_shadow_work_averages_to_one(friction):
     # The velocity between two kicks is normal; the state has it after half of the kick before.
     v = numbers(num, 1, seed=4) + lr**0.5 / 2 * (w**3 + w)
     settings = {"lr": lr, "nbeta": 1.0, "localization": 1.0, "friction": friction}
-    before = baoab.BAOABState(w, torch.zeros_like(w), v)
-    after = baoab.step(before, w**3, numbers(num, 1, seed=5), **settings)
+    before = kernels.BAOABState(w, torch.zeros_like(w), v)
+    after = kernels.baoab_step(before, w**3, numbers(num, 1, seed=5), **settings)
     grads, losses = (w**3, after.position**3), (w[:, 0] ** 4 / 4, after.position[:, 0] ** 4 / 4)
     # The test's minimum is cut here: both signs of the work are wanted.
     force, force_after = w**3 + w, after.position**3 + after.position
@@ -97,7 +99,7 @@ def test_the_exponential_of_the_shadow_work_averages_to_one(friction):
     potential = losses[1] - losses[0] + (after.position.square() - w.square()).sum(1) / 2
     weights = (-potential - kinetic).exp()
     assert float(weights.mean()) == pytest.approx(1.0, abs=4 * float(weights.std()) / num**0.5)
-    accepted = baoab.log_acceptance(before, after, grads, losses, **settings)
+    accepted = kernels.log_baoab_acceptance(before, after, grads, losses, **settings)
     assert torch.allclose(accepted, (-potential - kinetic).clamp(max=0), atol=1e-10)
 
 

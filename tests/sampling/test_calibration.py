@@ -1,5 +1,6 @@
 """The calibration of a tiny run's sampler: what it samples, writes and says."""
 
+import contextlib
 import dataclasses
 import itertools
 import re
@@ -16,7 +17,6 @@ from icl.plotting.llc import plot_calibration
 from icl.resolve import resolve
 from icl.sampling import calibration, search
 from icl.sampling.calibration import calibrate
-from icl.sampling.progress import MoveBar
 from icl.sampling.run import estimate_run
 from icl.sampling.search import CONFIRMATION, RATES, RULE, SURVEY
 from icl.sampling.verdict import Judgement
@@ -67,13 +67,15 @@ def counting(patch, counted):
 
 def noting_ends(patch, ends):
     """The moves that each bar ended with, and those that it was to have."""
+    true = calibration.move_bar
 
-    class Noting(MoveBar):
-        def __exit__(self, *exception):
-            ends.append((self.n, self.total))
-            super().__exit__(*exception)
+    @contextlib.contextmanager
+    def noting(*words):
+        with true(*words) as bar:
+            yield bar
+            ends.append((bar.n, bar.total))
 
-    patch.setattr(calibration, "MoveBar", Noting)
+    patch.setattr(calibration, "move_bar", noting)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ from torch import nn
 
 from icl.config import ChainsConfig
 from icl.config.validation import ConfigError
-from icl.sampling import CheckpointId, chains, estimate_llc, module_loss
+from icl.sampling import CheckpointId, estimate_llc, module_loss
 from icl.sampling.batches import batch_function
+from icl.sampling.estimate import estimate as estimate_population
 from icl.sampling.target import Target
 from icl.sampling.verdict import Evidence
 
@@ -110,7 +111,7 @@ def test_a_checkpoint_under_several_settings_is_as_it_would_be_under_each_alone(
     identities = [CheckpointId(), CheckpointId()]
     for memory in (None, 1e4, 1.0):
         target = Target(loss=loss, batches=batches, trivial_loss=10.0)
-        together = chains.estimate(target, [params, moved], settings, identities=identities, memory=memory)
+        together = estimate_population(target, [params, moved], settings, identities=identities, memory=memory)
         for corner, found in zip(corners, together, strict=True):
             alone = estimate_many(loss, [params, moved], batches, trivial_loss=10.0, **{**SETTINGS, **corner})
             for one, other in zip(found, alone, strict=True):
@@ -123,7 +124,7 @@ def test_settings_that_run_together_are_of_one_length(model):
     loss, params = module_loss(model, nn.functional.mse_loss)
     settings = [ChainsConfig(**{**SETTINGS, "num_draws": draws}) for draws in (6, 7)]
     with pytest.raises(ConfigError, match="lr, nbeta and localization only"):
-        chains.estimate(Target(loss=loss, batches=batches), [params], settings, identities=[CheckpointId()])
+        estimate_population(Target(loss=loss, batches=batches), [params], settings, identities=[CheckpointId()])
 
 
 # What draws are

@@ -289,7 +289,8 @@ def test_the_sampler_is_in_no_runs_name_and_has_a_name_of_its_own():
 
 
 def test_a_run_resumes_under_another_sampler(folder):
-    from icl.runs.folder import config_differences, require_same_config
+    from icl.config import config_differences
+    from icl.runs.folder import require_same_config
 
     other = dataclasses.replace(CONFIG, sampler=dataclasses.replace(QUICK, lr=0.5))
     assert config_differences(CONFIG, other) == []

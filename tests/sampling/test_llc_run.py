@@ -254,13 +254,13 @@ def test_the_published_settings_are_those_of_the_papers_scales():
 
 def test_the_importer_gives_the_authors_own_move():
     """Their move in a quadratic, written out, is ours with the imported settings."""
-    from icl.sampling.sgld import init, step
+    from icl.sampling.kernels import init_sgld, sgld_step
 
     w, h, noise = torch.tensor([[0.7]]), 2.0, torch.tensor([[0.3]])
     theirs = w - 0.01 * h * w - 0.001 * (w - 0.5) + 3e-4**0.5 * noise
-    state = init(torch.tensor([[0.5]]))._replace(position=w)
+    state = init_sgld(torch.tensor([[0.5]]))._replace(position=w)
     settings = from_scales(gradient_scale=0.01, localization_scale=0.001, noise_scale=3e-4)
-    torch.testing.assert_close(step(state, h * w, noise, **settings).position, theirs)
+    torch.testing.assert_close(sgld_step(state, h * w, noise, **settings).position, theirs)
 
 
 @pytest.mark.parametrize("scales", [(0.01, 0.001, 0.0), (0.0, 0.001, 1e-3), (0.01, -1.0, 1e-3), (0.01, 0.0, math.inf)])

@@ -7,7 +7,7 @@ import torch
 from options import estimate_many, keywords
 
 from icl.sampling import estimate_llc, known
-from icl.sampling.minimum import drop_at_mean, significance_threshold
+from icl.sampling.convergence import drop_at_mean, significance_threshold
 
 H = torch.tensor([0.3, 1.0, 3.0])
 """Curvatures."""

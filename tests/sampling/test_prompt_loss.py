@@ -12,7 +12,7 @@ from llc_runs import CONFIG, QUICK
 from tiny_runs import change
 
 from icl.build import build_model
-from icl.compute import compiling
+from icl.compute import calls
 from icl.model.flat import layout_of
 from icl.model.stacked import stack
 from icl.sampling.llc import restricted_layout
@@ -155,7 +155,7 @@ def test_any_number_of_threads_gives_the_chains_own_gradients(num_threads):
 def test_short_chains_do_not_wait_for_a_compiler_and_long_ones_use_one(monkeypatch):
     """The tiny run has 6 x 563 x 8 x 16 = 432,384 operations for a gradient; 1e13 of them are 2.3e7 gradients."""
     asked = []
-    monkeypatch.setattr(compiling.torch, "compile", lambda function, **_: asked.append(function) or function)
+    monkeypatch.setattr(calls.torch, "compile", lambda function, **_: asked.append(function) or function)
     prompt_target(CONFIG, QUICK, num_moves=10**7)
     assert not asked
     prompt_target(CONFIG, QUICK, num_moves=10**8)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from icl.config import SamplerConfig
-from icl.sampling import CheckpointId, chains, known
+from icl.sampling import CheckpointId, known
 from icl.sampling.curvature import largest_curvature
+from icl.sampling.estimate import estimate as estimate_population
 from icl.sampling.search import (
     LENGTH_RULES,
     LR_RULES,
@@ -40,7 +41,7 @@ def estimate(points, *, loss=quadratic, start=START):
     """All settings of one call as one population, as `icl llc RUN --calibrate` does it."""
     target = Target(loss=loss, batches=(None,), trivial_loss=5.0)
     settings = [point.sampler(BASE) for point in points]
-    return chains.estimate(target, [start], settings, identities=[CheckpointId()])
+    return estimate_population(target, [start], settings, identities=[CheckpointId()])
 
 
 def test_the_largest_curvature_is_that_of_the_hessian():

@@ -7,9 +7,9 @@ import torch
 
 from icl.config import ChainsConfig
 from icl.model.flat import make_layout
-from icl.sampling import sgld
+from icl.sampling import kernels
 from icl.sampling.batches import ChainBatches
-from icl.sampling.chains import run_chains
+from icl.sampling.estimate import run_chains
 from icl.sampling.target import Target
 
 H = torch.tensor([0.01, 0.1, 1.0, 10.0], dtype=torch.float64)
@@ -22,8 +22,8 @@ def numbers(*shape):
 
 def test_a_move_is_the_formula():
     w, w0, grad, noise = numbers(3, 4), numbers(2, 4)[:1].expand(3, 4), numbers(4, 4)[:3], numbers(5, 4)[:3]
-    state = sgld.init(w0)._replace(position=w)
-    moved = sgld.step(state, grad, noise, lr=0.1, nbeta=7.0, localization=3.0).position
+    state = kernels.init_sgld(w0)._replace(position=w)
+    moved = kernels.sgld_step(state, grad, noise, lr=0.1, nbeta=7.0, localization=3.0).position
     expected = w - 0.05 * (7 * grad + 3 * (w - w0)) + math.sqrt(0.1) * noise
     assert torch.allclose(moved, expected, rtol=1e-14, atol=1e-14)
 
@@ -31,20 +31,20 @@ def test_a_move_is_the_formula():
 def test_a_move_changes_nothing_that_it_is_given():
     w = numbers(3, 4)
     before = w.clone()
-    state = sgld.init_rmsprop(w)
-    sgld.step(sgld.adapt_rmsprop(state, w), w, w, lr=0.1, nbeta=1.0, localization=1.0)
+    state = kernels.init_rmsprop(w)
+    kernels.sgld_step(kernels.adapt_rmsprop(state, w), w, w, lr=0.1, nbeta=1.0, localization=1.0)
     assert torch.equal(w, before)
     assert torch.equal(state.position, before)
 
 
 def test_the_preconditioned_move_is_the_formula():
     w, grads, noise = numbers(3, 4), [numbers(6, 4)[:3], numbers(7, 4)[:3]], numbers(5, 4)[:3]
-    state = sgld.init_rmsprop(w)
+    state = kernels.init_rmsprop(w)
     for grad in grads:
-        state = sgld.adapt_rmsprop(state, grad)
+        state = kernels.adapt_rmsprop(state, grad)
     # Two gradients, bias-corrected: weights 0.99 and 1 of 1.99.
     g = 1 / (0.1 + ((0.99 * grads[0] ** 2 + grads[1] ** 2) / 1.99).sqrt())
-    moved = sgld.step(state, grads[0], noise, lr=0.1, nbeta=7.0, localization=3.0).position
+    moved = kernels.sgld_step(state, grads[0], noise, lr=0.1, nbeta=7.0, localization=3.0).position
     assert torch.allclose(moved, w - 0.05 * g * 7 * grads[0] + (0.1 * g).sqrt() * noise, rtol=1e-12)
 
 
@@ -127,10 +127,10 @@ def test_mala_acceptance_is_the_ratio_of_densities(kernel):
     """With torch's own normal densities in place of ours."""
     h, lr, nbeta, localization = numbers(8).abs() + 2, 0.2, 5.0, 2.0
     w0, w, noise = numbers(2, 8), numbers(2, 8) - 0.5, numbers(4, 8)[:2]
-    state = sgld.init(w0)._replace(position=w)
+    state = kernels.init_sgld(w0)._replace(position=w)
     if kernel == "rmsprop":
-        state = sgld.adapt_rmsprop(sgld.init_rmsprop(w0)._replace(position=w), h * w)
-    moved = sgld.step(state, h * w, noise, lr=lr, nbeta=nbeta, localization=localization)
+        state = kernels.adapt_rmsprop(kernels.init_rmsprop(w0)._replace(position=w), h * w)
+    moved = kernels.sgld_step(state, h * w, noise, lr=lr, nbeta=nbeta, localization=localization)
     after = moved.position
     g = torch.ones_like(w) if state.preconditioner is None else state.preconditioner
 
@@ -145,7 +145,7 @@ def test_mala_acceptance_is_the_ratio_of_densities(kernel):
         return torch.distributions.Normal(start - lr / 2 * g * drift, (lr * g).sqrt()).log_prob(end).sum(1)
 
     expected = log_density(after) + log_move(after, w) - log_density(w) - log_move(w, after)
-    ours = sgld.log_mala_acceptance(
+    ours = kernels.log_mala_acceptance(
         state,
         moved,
         (h * w, h * after),

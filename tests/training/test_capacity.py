@@ -5,8 +5,8 @@ import torch
 from tiny_runs import TINY, change
 
 from icl.build import build_model
-from icl.compute import memory
-from icl.compute.memory import device_bytes
+from icl.compute import devices
+from icl.compute.devices import device_bytes
 from icl.model import attention as tiny_attention
 from icl.model.stacked import stack
 from icl.presets import preset
@@ -93,9 +93,9 @@ def test_the_limit_of_a_control_group_counts(monkeypatch, tmp_path, folder, limi
     """What is left of it, without the files it caches; and never more than the machine has to give."""
     group = tmp_path / folder
     group.mkdir()
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(memory, "_PROCESS_GROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(memory, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(devices, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(devices, "_PROCESS_GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(devices, "_MEMORY", tmp_path / "meminfo")
     (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  8000 kB\n")
     (tmp_path / "cgroup").write_text(f"3:cpu:/x\n{line}\n")
     assert device_bytes("cpu") == 8000 * 1024

@@ -10,7 +10,7 @@ equilibrium.
 
 On quadratics, `baoab` has no bias from the step size, only from minibatch noise. Its `bias_bound` is half of what the noise adds to
 pull + spread in directions of small curvature: lr / 8 (1 + c) / (1 - c) times the variance of nbeta grad L over minibatches
-(`icl.sampling.baoab`). In a direction of curvature a, the noise adds 1 / (1 - lr a / 4) times as much. We measure the variance from
+(`icl.sampling.kernels`). In a direction of curvature a, the noise adds 1 / (1 - lr a / 4) times as much. We measure the variance from
 gradients at the same position on two minibatches.
 
 For SGLD on quadratics, the bound is one to two times the bias from the step size: in a direction with a_i = nbeta h_i + localization,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from icl.config import ChainsConfig
 from icl.sampling import convergence
-from icl.sampling.minimum import AtCheckpoint, significance_threshold
+from icl.sampling.at_checkpoint import AtCheckpoint
+from icl.sampling.convergence import significance_threshold
 from icl.sampling.traces import Traces
 
 Verdict: TypeAlias = Literal["ok", "suspect", "invalid"]
@@ -73,7 +74,7 @@ class Evidence:
     """Decrease of nbeta times the loss after one step down the checkpoint's gradient."""
     descent_stderr: float
     drop_at_mean: float
-    """How far the loss at the mean of the draws lies below the checkpoint's (`icl.sampling.minimum`)."""
+    """How far the loss at the mean of the draws lies below the checkpoint's (`icl.sampling.at_checkpoint`)."""
     drop_at_mean_stderr: float
     drop_at_mean_freedom: float
     """Degrees of freedom of `drop_at_mean_stderr`."""

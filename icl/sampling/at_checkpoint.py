@@ -1,19 +1,30 @@
-"""Two measurements of whether a checkpoint is at a minimum. At a minimum both are zero or negative.
+"""Measurements around a checkpoint: control variates of its minibatches, and whether it is at a minimum.
+
+**Control variates** (`Variates`). A chain at w sees the gradient g_B(w) on minibatch B. At the checkpoint w0 the same minibatch gives
+g_B(w0), whose mean over the pool of minibatches is gbar. Let c_B = g_B(w0) - gbar. Near the checkpoint the noise of g_B(w) is mostly
+c_B, so we use
+
+    gradient:  g_B(w) - c_B                                  (Johnson and Zhang 2013, "SVRG"; Baker et al. 2019)
+    excess:    L_B(w) - L_B(w0) - c_B . (w - w0)
+
+The mean of c_B over the pool is zero. So if every minibatch of the pool is equally likely, the control variates cause no bias. The
+second one is used only if minibatches are drawn with replacement; in passes through a list, c_B averages to zero by itself. Without
+a fixed pool, gbar would have an error that distorts the density, so there are no control variates.
+
+The gradients at w0 are computed once, before the chains. We keep them only if they need at most `MEMORY` bytes, and if the pool
+has at most half as many minibatches as the chains of a checkpoint make moves.
 
 **One step down the gradient** (`GradientStep`). One half of the batches gives the mean gradient g and the curvature along g (by a
 finite difference of gradients). On this half we also choose the best of four multiples (`STEPS`) of the localised Newton step, which
 is g times nbeta / (nbeta curvature + localization). On the other half we measure how much the chosen step lowers the loss, with the
 standard error. nbeta times this decrease is a lower bound on how much the LLC is underestimated.
 
-**The loss at the mean of the draws** (`drop_at_mean`). If a checkpoint is not at its minimum, its LLC is too small by nbeta times
+**The loss at the mean of the draws** (`DropsAtMean`). If a checkpoint is not at its minimum, its LLC is too small by nbeta times
 the height of its loss above the minimum. Chains also find the minimum along directions of small curvature, where a step down the
 gradient has little effect. For a quadratic loss of curvature h with its minimum at w*, the mean of localised chains is
 w* + r (w0 - w*), with r = localization / (nbeta h + localization). So the loss at this mean is lower than the checkpoint's by
-(1 - r^2) h (w0 - w*)^2 / 2.
+(1 - r^2) h (w0 - w*)^2 / 2. `icl.sampling.convergence` has the error of this drop.
 
-- The mean of finitely many draws has an error, which raises the loss. The jackknife over chains removes this bias to first order,
-  and exactly for quadratics. It also gives the standard error (Efron and Stein 1981). With few chains the standard error is
-  itself uncertain, so the rules of the verdict use Student's t.
 - At a saddle, chains move down on both sides, but their common mean stays near the saddle. So we also compute the drop at each
   chain's own mean, and average these drops. We report this average or the drop at the common mean, whichever is larger. For a convex
   loss the average is never larger.
@@ -21,21 +32,22 @@ w* + r (w0 - w*), with r = localization / (nbeta h + localization). So the loss 
   little lower.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 from icl.config import ChainsConfig
 from icl.model.flat import Layout
 from icl.model.stacked import Params
-from icl.sampling.batches import Batch, stack_batches
+from icl.sampling.batches import Batch, ChainBatches, stack_batches
+from icl.sampling.convergence import Drop, drop_at_mean
 from icl.sampling.target import Gradient, StackedLosses, Target
 
+MEMORY = 2**29
+"""Largest memory in bytes for all kept gradients together."""
 STEPS = (1 / 16, 1 / 4, 1.0, 4.0)
 """Multiples of the Newton step that are tried."""
 NUM_STEP_BATCHES = 32
@@ -44,6 +56,68 @@ _MIN_DROP_BATCHES = 32
 """Minimum number of batches for the drop at the mean."""
 _NUDGE = 1e-3
 """Length of the finite difference, relative to the parameters."""
+
+
+class Variates(NamedTuple):
+    """The checkpoints' gradients and losses on every minibatch of the pool."""
+
+    source: ChainBatches
+    deviations: Float[Tensor, "C M P"]
+    """Gradients g_B(w0) minus their mean over the pool."""
+    losses: Float[Tensor, "C M *T"]
+    is_uniform: bool
+    """Whether minibatches are drawn with replacement, so that the excess has a control variate too."""
+
+    def of_members(self, checkpoints: Sequence[int], chains: Sequence[int], move: int) -> tuple[Tensor, Tensor]:
+        """Return c_B (N, P) and L_B(w0) (N, *T) of members at a move, from the numbers of their checkpoints and chains."""
+        assert self.source.pool is not None
+        numbers = {chain: self.source.pool.number_of(chain, move) for chain in dict.fromkeys(chains)}
+        device = self.deviations.device
+        which = torch.tensor(checkpoints, device=device) % len(self.deviations)
+        batch = torch.tensor([numbers[chain] for chain in chains], device=device)
+        return self.deviations[which, batch], self.losses[which, batch]
+
+
+def make_variates(
+    target: Target,
+    checkpoints: Params,
+    source: ChainBatches,
+    settings: ChainsConfig,
+    layout: Layout,
+    *,
+    chunk_size: int,
+) -> Variates | None:
+    """Compute the control variates on the pool. Return None if there is no suitable pool, or a gradient is not finite.
+
+    Args:
+        target: The loss to sample.
+        checkpoints: Parameters, stacked on a leading axis C.
+        source: Minibatches of the chains.
+        settings: The settings of the chains.
+        layout: Layout of the moving parameters in a row.
+        chunk_size: Largest number of gradients that are computed at once.
+    """
+    rows, fixed, pool = layout.to_rows(checkpoints), layout.fixed(checkpoints), source.pool
+    if pool is None or pool.size < 2:
+        return None
+    if pool.size > settings.num_chains * settings.num_moves / 2 or pool.size * rows.nbytes > MEMORY:
+        return None
+    gradient = target.chain_gradient if rows.device.type == "cpu" else target.default_gradient
+    deviations, losses = [], []
+    for i, row in enumerate(rows):
+        own = {name: tensor[:1] if len(tensor) == 1 else tensor[i : i + 1] for name, tensor in fixed.items()}
+        parts = []
+        for first in range(0, pool.size, chunk_size):
+            batches = [pool.get(number) for number in range(first, min(first + chunk_size, pool.size))]
+            stacked, num = stack_batches(batches, rows.device), len(batches)
+            copies = {name: tensor.expand(num, *tensor.shape[1:]) for name, tensor in own.items()}
+            parts.append(gradient(layout, row.expand(num, -1).contiguous(), copies, stacked))
+        grads = torch.cat([grads for grads, _ in parts])
+        deviations.append(grads - grads.mean(0))
+        losses.append(torch.cat([values for _, values in parts]))
+    if not all(bool(rows.isfinite().all()) for rows in deviations):
+        return None  # one bad minibatch makes gbar non-finite, and so the gradients on all minibatches
+    return Variates(source, torch.stack(deviations), torch.stack(losses), pool.is_uniform)
 
 
 class AtCheckpoint(NamedTuple):
@@ -149,15 +223,6 @@ class GradientStep:
         return torch.stack([v.flatten(1).mean(1) if v.ndim > 1 else v for v in values]).cpu().double()
 
 
-class Drop(NamedTuple):
-    """How far the loss at the mean of the draws lies below the checkpoint's; NaN if it was not measured."""
-
-    value: float = math.nan
-    stderr: float = math.nan
-    degrees_of_freedom: float = math.nan
-    """Degrees of freedom of the standard error (Satterthwaite 1946)."""
-
-
 def num_drop_batches(num_moves: int, num_chains: int) -> int:
     """Return the number of batches for the drop at the mean, so that it costs at most a quarter of the chains' gradients.
 
@@ -209,48 +274,3 @@ class DropsAtMean:
         start, per_chain, without, pooled = losses[:, losses.isfinite().all(0)].split([1, num, num, 1])
         rounding = num * torch.finfo(means.dtype).eps * float(start.abs().mean()) if start.numel() else 0.0
         return drop_at_mean(start - per_chain, start - without, start - pooled, are_all=self.are_all, rounding=rounding)
-
-
-def drop_at_mean(
-    per_chain: Float[Tensor, "K I"],
-    without: Float[Tensor, "K I"],
-    pooled: Float[Tensor, "1 I"],
-    *,
-    are_all: bool = False,
-    rounding: float = 0.0,
-) -> Drop:
-    """Estimate the drop of the loss at the mean of K chains by the jackknife, or by the chains' average drop if this is larger.
-
-    Args:
-        per_chain: Drop of the loss on each of I batches from the checkpoint to each chain's mean.
-        without: Drop to the mean of all chains but one, for each chain that is left out.
-        pooled: Drop to the mean of all chains.
-        are_all: Whether the batches are all the data.
-        rounding: Rounding error of a drop, from the limited precision of the losses.
-    """
-    num = len(per_chain)
-    if not per_chain.numel():
-        return Drop()
-    drops = [_with_error(per_chain.mean(0), per_chain.mean(1), 1 / num, are_all, rounding)]
-    if num > 1:
-        jackknife = num * pooled[0] - (num - 1) * without.mean(0)
-        drops.append(_with_error(jackknife, without.mean(1), (num - 1) ** 2 / num, are_all, rounding))
-    return max(drops, key=lambda drop: drop.value)
-
-
-def significance_threshold(degrees_of_freedom: float) -> float:
-    """Return the number of standard errors that is as rare under Student's t as three are under a normal distribution."""
-    return float(stdtrit(degrees_of_freedom, ndtr(3.0)))
-
-
-def _with_error(
-    by_batch: Float[Tensor, " I"], by_chain: Float[Tensor, " K"], factor: float, are_all: bool, rounding: float
-) -> Drop:
-    """Return the mean over batches with its error; the chains contribute `factor` times their variance."""
-    num_chains, num_batches = len(by_chain), len(by_batch)
-    chain_variance = factor * float(by_chain.var()) if num_chains > 1 else 0.0
-    batch_variance = float(by_batch.var()) / num_batches if num_batches > 1 and not are_all else 0.0
-    total = chain_variance + batch_variance
-    uncertain = chain_variance**2 / max(1, num_chains - 1) + batch_variance**2 / max(1, num_batches - 1)
-    degrees_of_freedom = total**2 / uncertain if uncertain else math.inf
-    return Drop(float(by_batch.mean()), (total + rounding**2) ** 0.5, degrees_of_freedom)

@@ -1,7 +1,8 @@
-"""Measure the memory of a device and of a computation, and refuse a computation that does not fit."""
+"""Choose a device; measure its memory and that of a computation, and refuse a computation that does not fit."""
 
 import os
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from icl.config.validation import ConfigError
 
+_KINDS = ("cpu", "cuda", "tpu", "mps")
 _MEMORY, _PROCESS_GROUPS, _CGROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _ALWAYS_FREE = 2**26
 """Requests below this number of bytes are not checked, because a check takes as long as drawing a small batch."""
+
+
+def choose_device(accelerator: str = "auto") -> str:
+    """Return the kind of device to run on: `accelerator`, or the default if that is `auto`.
+
+    The default is the value of $DEVICE. If it is not set, the default is the first of cuda, mps and cpu that this machine has.
+
+    Raises:
+        ConfigError: If this kind is unknown, or this machine has no such device.
+    """
+    wanted = os.environ.get("DEVICE", "").strip().lower() or "auto" if accelerator == "auto" else accelerator
+    wanted = "cuda" if wanted == "gpu" else wanted
+    if wanted == "auto":
+        return next(kind for kind in ("cuda", "mps", "cpu") if _is_present(kind))
+    if wanted not in _KINDS:
+        raise ConfigError(f"There is no kind of device called `{wanted}`. Set DEVICE to one of {', '.join(_KINDS)}.")
+    if not _is_present(wanted):
+        raise ConfigError(
+            f"This machine has no usable {wanted} device. Set DEVICE=cpu or --trainer.accelerator cpu, or install a build of "
+            f"torch that supports {wanted}."
+        )
+    return wanted
 
 
 def require_memory(sizes: Mapping[str, int], device: torch.device | str = "cpu") -> None:
@@ -54,6 +78,14 @@ def bytes_made_by(work: Callable[[], object]) -> int:
     with _Allocations() as allocations:
         work()
     return sum(allocations.sizes.values())
+
+
+def _is_present(kind: str) -> bool:
+    if kind == "cuda":
+        return torch.cuda.is_available()
+    if kind == "mps":
+        return torch.backends.mps.is_available()
+    return kind != "tpu" or find_spec("torch_xla") is not None
 
 
 class _Allocations(TorchDispatchMode):

@@ -1,0 +1,260 @@
+"""Markov kernels as pure functions: localised SGLD, SGLD preconditioned by RMSprop, and BAOAB.
+
+The target density is exp(-U) with U(w) = nbeta L(w) + localization/2 |w - w0|^2. It is the posterior at inverse temperature
+beta on n samples, under a Gaussian prior around the checkpoint w0 (the anchor).
+
+**SGLD.** One move is w' = w - (lr/2) G grad U(w) + sqrt(lr G) N(0, I).
+
+- `sgld` has G = 1 (Welling and Teh 2011; localised by Lau, Furman et al. 2023).
+- `rmsprop` has the diagonal matrix G = 1 / (damping + sqrt(V)) (Li, Chen, Carlson and Carin 2016). V is the bias-corrected
+  running mean of squared minibatch gradients of L. Our decay is their alpha, our damping their lambda. A move uses the V
+  of the moves before it.
+
+We differ from Li et al. and from devinterp 1.3.2: we adapt G only during burn-in and then keep it fixed. So G does not
+depend on w, and the term Gamma_i = sum_j dG_ij/dw_j is exactly zero. They keep adapting G and neglect the term.
+
+Tests use the exact answer for U = a w^2 / 2: the chain w' = (1 - lr G a/2) w + sqrt(lr G) xi has the stationary variance
+1 / (a (1 - lr G a/4)). `known.quadratic_llc` returns the resulting LLC.
+
+The published parameters (gradient_scale, localization_scale, noise_scale) translate to nbeta = 2 gradient_scale /
+noise_scale, localization = 2 localization_scale / noise_scale, lr = noise_scale.
+
+**BAOAB** is underdamped Langevin dynamics with one gradient per move. With h = sqrt(lr), a friction factor c in [0, 1) and standard
+normals xi, one move is
+
+    v <- v - h grad U(w);   w <- w + h v / 2;   v <- c v + sqrt(1 - c^2) xi;   w <- w + h v / 2
+
+Source: Leimkuhler and Matthews 2013, "Rational construction of stochastic numerical methods for molecular sampling". Their scheme
+has two consecutive half kicks, which we merge into one kick. Our c is exp(-gamma h) for their friction coefficient gamma. At c = 0
+each move uses the mean of two consecutive noise vectors; this is the overdamped method of Leimkuhler and Matthews.
+
+On quadratics the positions have the exact distribution at every stable step, lr a < 4 for the curvature a of U. So there is no
+bias from the step size, unlike in SGLD. Momentum amplifies the noise of minibatch gradients: if grad U has noise of variance s,
+the stationary variance on U = a w^2 / 2 is (our derivation; tests compare it with chains)
+
+    (1 + lr s (1 + c) / ((1 - c) (4 - lr a))) / a
+
+At c = 0 and small lr a, this is the variance of SGLD. The control variates of `icl.sampling.at_checkpoint` reduce s.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icl.config import ChainsConfig
+
+NUM_TESTS = {"sgld": 16, "rmsprop": 16, "baoab": 4}
+"""Number of moves of each chain for which the acceptance is computed, by kernel. Each costs one more gradient, with `baoab` two."""
+DECAY = 0.99
+"""Decay of the running mean of squared gradients."""
+DAMPING = 0.1
+"""Number added to the square root of the running mean. It limits the preconditioner of a flat direction to 1 / DAMPING."""
+
+
+class SGLDState(NamedTuple):
+    """State of N chains of `sgld` or `rmsprop` between moves. A row holds the P moving parameters of a chain."""
+
+    position: Float[Tensor, "N P"]
+    anchor: Float[Tensor, "N P"]
+    """The checkpoint w0, to which localization pulls back."""
+    preconditioner: Float[Tensor, "N P"] | None
+    """Diagonal of G; None means 1 (plain SGLD)."""
+    mean_square: Float[Tensor, "N P"] | None
+    """Running mean of squared gradients before the bias correction; None for plain SGLD."""
+    num_squares: int
+    """Number of gradients in the running mean."""
+
+
+class BAOABState(NamedTuple):
+    """State of N chains of `baoab` between moves."""
+
+    position: Float[Tensor, "N P"]
+    anchor: Float[Tensor, "N P"]
+    """The checkpoint w0, to which localization pulls back."""
+    velocity: Float[Tensor, "N P"]
+
+
+State: TypeAlias = SGLDState | BAOABState
+
+
+class MarkovKernel(NamedTuple):
+    """A Markov kernel with its settings."""
+
+    init: Callable[[Tensor], Any]
+    step: Callable[..., Any]
+    log_acceptance: Callable[..., Tensor]
+    adapt: Callable[[Any, Tensor], Any] = lambda state, grad: state
+    """Function that adapts the state to a gradient during burn-in."""
+
+
+def kernel_of(settings: ChainsConfig) -> MarkovKernel:
+    """Return the kernel of some settings."""
+    density: dict[str, Any] = {
+        "lr": settings.lr,
+        "nbeta": settings.inverse_temperature,
+        "localization": settings.localization,
+    }
+    if settings.kernel == "baoab":
+        moving = density | {"friction": settings.friction}
+        return MarkovKernel(init_baoab, partial(baoab_step, **moving), partial(log_baoab_acceptance, **moving))
+    move, test = partial(sgld_step, **density), partial(log_mala_acceptance, **density)
+    if settings.kernel == "rmsprop":
+        return MarkovKernel(init_rmsprop, move, test, adapt_rmsprop)
+    return MarkovKernel(init_sgld, move, test)
+
+
+def init_sgld(start: Float[Tensor, "N P"]) -> SGLDState:
+    """Return the state of plain SGLD chains at their anchors."""
+    return SGLDState(start, start, None, None, 0)
+
+
+def sgld_step(
+    state: SGLDState,
+    grad: Float[Tensor, "N P"],
+    noise: Float[Tensor, "N P"],
+    *,
+    lr: float,
+    nbeta: float,
+    localization: float,
+) -> SGLDState:
+    """Make one move of every chain. The function is pure, so the noise is an argument.
+
+    Args:
+        state: State of the chains.
+        grad: Gradient of L (not of nbeta L) at their positions.
+        noise: Standard normals.
+        lr: Step size epsilon.
+        nbeta: Effective inverse temperature n beta.
+        localization: Strength gamma of the pull back to the anchor.
+    """
+    position, g = state.position, state.preconditioner
+    drift = potential_gradient(position, state.anchor, grad, nbeta=nbeta, localization=localization)
+    if g is None:
+        moved = position.add(drift, alpha=-lr / 2).add_(noise, alpha=lr**0.5)
+    else:
+        moved = position.addcmul(g, drift, value=-lr / 2).addcmul_(g.sqrt(), noise, value=lr**0.5)
+    return state._replace(position=moved)
+
+
+def init_rmsprop(start: Float[Tensor, "N P"]) -> SGLDState:
+    """Return the state of preconditioned chains at their anchors, with G = 1 until the first gradient."""
+    return SGLDState(start, start, torch.ones_like(start), torch.zeros_like(start), 0)
+
+
+def adapt_rmsprop(state: SGLDState, grad: Float[Tensor, "N P"]) -> SGLDState:
+    """Update G with one more gradient."""
+    assert state.mean_square is not None
+    num = state.num_squares + 1
+    mean_square = state.mean_square * DECAY + grad.square() * (1 - DECAY)
+    g = 1 / (DAMPING + (mean_square / (1 - DECAY**num)).sqrt())
+    return state._replace(preconditioner=g, mean_square=mean_square, num_squares=num)
+
+
+def log_mala_acceptance(
+    state: SGLDState,
+    proposal: SGLDState,
+    grads: tuple[Float[Tensor, "N P"], Float[Tensor, "N P"]],
+    losses: tuple[Float[Tensor, " N"], Float[Tensor, " N"]],
+    *,
+    lr: float,
+    nbeta: float,
+    localization: float,
+) -> Float[Tensor, " N"]:
+    """Return the log-probability that MALA would accept a move (Roberts and Tweedie 1996), in float64 on the CPU.
+
+    It is the minimum of 0 and U(w) - U(w') + log q(w | w') - log q(w' | w), where q is the density of a move with G fixed.
+    `grads` and `losses` are the gradients and the values of L at w and at w'. The result is exact if both come from the same minibatch.
+    """
+    before, after, anchor = state.position, proposal.position, state.anchor
+    g = torch.ones_like(before) if state.preconditioner is None else state.preconditioner
+    drift, drift_back = (
+        potential_gradient(w, anchor, grad, nbeta=nbeta, localization=localization)
+        for w, grad in ((before, grads[0]), (after, grads[1]))
+    )
+    # -log q of the move and of the move back, both times 2 lr. Their normalisation cancels, as G is the same.
+    forth = (after - before + lr / 2 * g * drift).square() / g
+    back = (before - after + lr / 2 * g * drift_back).square() / g
+    prior = localization / 2 * ((before - anchor).square() - (after - anchor).square())
+    prior_and_moves = (prior + (forth - back) / (2 * lr)).cpu().sum(1, dtype=torch.float64)  # N
+    return (nbeta * (losses[0] - losses[1]).cpu().double() + prior_and_moves).clamp(max=0.0)
+
+
+def init_baoab(start: Float[Tensor, "N P"]) -> BAOABState:
+    """Return the state of chains at rest at their anchors."""
+    return BAOABState(start, start, torch.zeros_like(start))
+
+
+def baoab_step(
+    state: BAOABState,
+    grad: Float[Tensor, "N P"],
+    noise: Float[Tensor, "N P"],
+    *,
+    lr: float,
+    nbeta: float,
+    localization: float,
+    friction: float,
+) -> BAOABState:
+    """Make one move of every chain. The function is pure, so the noise is an argument.
+
+    Args:
+        state: State of the chains.
+        grad: Gradient of L (not of nbeta L) at their positions.
+        noise: Standard normals.
+        lr: Step size h^2.
+        nbeta: Effective inverse temperature n beta.
+        localization: Strength gamma of the pull back to the anchor.
+        friction: Factor c, the share of the velocity that a move keeps.
+    """
+    h = lr**0.5
+    force = potential_gradient(state.position, state.anchor, grad, nbeta=nbeta, localization=localization)
+    kicked = state.velocity.sub(force, alpha=h)
+    velocity = (friction * kicked).add_(noise, alpha=(1 - friction**2) ** 0.5)
+    # Both half drifts in one: w + h (v before the noise + v after it) / 2.
+    return state._replace(position=state.position.add(kicked.add_(velocity), alpha=h / 2), velocity=velocity)
+
+
+def log_baoab_acceptance(
+    state: BAOABState,
+    proposal: BAOABState,
+    grads: tuple[Float[Tensor, "N P"], Float[Tensor, "N P"]],
+    losses: tuple[Float[Tensor, " N"], Float[Tensor, " N"]],
+    *,
+    lr: float,
+    nbeta: float,
+    localization: float,
+    friction: float,
+) -> Float[Tensor, " N"]:
+    """Return the log-probability that a Metropolis test would accept a move, in float64 on the CPU.
+
+    It is the minimum of 0 and -W. The shadow work W is the change of energy due to the kicks and drifts of the move (Sivak, Chodera
+    and Crooks 2014). The noise conserves the distribution, so it does no work. `grads` and `losses` are the gradients and the values
+    of L at both ends of the move.
+    """
+    h = lr**0.5
+    before, after, anchor = state.position, proposal.position, state.anchor
+    force, force_after = (
+        potential_gradient(w, anchor, grad, nbeta=nbeta, localization=localization)
+        for w, grad in ((before, grads[0]), (after, grads[1]))
+    )
+    # Kinetic energy that the kicks add: half a kick before the drifts, and half a kick after them.
+    first = h * force * (3 * h / 4 * force - state.velocity)
+    last = h * force_after * (h / 4 * force_after - proposal.velocity)
+    prior = localization * ((after - anchor).square() - (before - anchor).square())
+    work = (first + last + prior).cpu().sum(1, dtype=torch.float64) / 2  # N
+    return (nbeta * (losses[0] - losses[1]).cpu().double() - work).clamp(max=0.0)
+
+
+def potential_gradient(
+    position: Float[Tensor, "N P"],
+    anchor: Float[Tensor, "N P"],
+    grad: Float[Tensor, "N P"],
+    *,
+    nbeta: float,
+    localization: float,
+) -> Float[Tensor, "N P"]:
+    """Return grad U = nbeta grad L + localization (w - w0)."""
+    return torch.sub(position, anchor).mul_(localization).add_(grad, alpha=nbeta)
