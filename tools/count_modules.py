@@ -31,7 +31,7 @@ _SAMPLER = SamplerConfig(
 
 
 def modules_of(walk: Callable[[], object]) -> list[str]:
-    """Return the modules of `icl` whose functions run during a call, in the order in which they are first called."""
+    """Return the modules of `icl` whose functions run during the call `walk()`, in the order of their first calls."""
     names: dict[str, None] = {}
 
     def note(frame: types.FrameType, event: str, arg: object) -> None:

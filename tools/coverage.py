@@ -1,17 +1,17 @@
 """Measure how often the intervals of LLC estimates contain the truth, and how often the verdict is `ok`.
 
-Each cell is a loss whose localised LLC is known, a kernel, and a number of chains and draws. All runs of a cell start at the minimum,
-with different noise. `python -m tools.coverage [--runs N] [--out FILE]` writes the table `data/coverage.csv`. The losses are
+`python -m tools.coverage [--runs N] [--out FILE]` writes the table `data/coverage.csv`. Each row is a cell: a loss, a kernel, a
+number of chains and a number of draws. All runs of a cell start at the loss's minimum w0, and have different noise. The truth is the
+LLC of the localised posterior, nbeta (E[L] - L(w0)). It has no bias from the step size. The nominal coverage of the intervals is
+95 %. There are three losses:
 
-- `quadratic`: six directions with curvatures from 0.01 to 10; the target is known in closed form;
-- `product`: L = a^2 b^2, a degenerate minimum; the target is computed by quadrature;
-- `minibatches`: the quadratic with gradient noise from fresh minibatches.
+- `quadratic`: six directions with curvatures from 0.01 to 10. The truth is known in closed form.
+- `product`: L = a^2 b^2, which has a degenerate minimum. The truth is computed by quadrature.
+- `minibatches`: the same quadratic, with gradient noise from fresh minibatches.
 
-The runs of a cell are one population. Runs with their own minibatches take turns, so there are only a twentieth as many. Runs that
-stop at a `target_stderr` take turns too; `--target_runs` adds them.
-
-The truth is the target of the localised posterior, nbeta (E[L] - L(w0)), without any bias of the step size. The nominal
-coverage is 95 %.
+All runs of a `quadratic` or `product` cell are computed together, as one population. Runs of `minibatches` are computed one after the
+other, because each run has its own minibatches; so their number is only a twentieth. With `--target_runs N`, the table also has cells
+of N runs that stop at a `target_stderr`.
 """
 
 import argparse
@@ -41,13 +41,13 @@ RATES: dict[tuple[str, Kernel], float] = {
     ("minibatches", "sgld"): 5e-4,
     ("minibatches", "baoab"): 1e-3,
 }
-"""Step sizes. The one of `baoab` is larger, as its presets have it."""
+"""Step sizes by loss and kernel. Those of `baoab` are larger, as in the presets."""
 SHAPES = ((2, 2000), (4, 1000), (8, 600), (64, 50))
-"""Numbers of chains and draws."""
+"""Pairs of a number of chains and a number of draws."""
 TARGET_STDERR, MAX_DRAWS = {"quadratic": 0.08, "product": 0.01}, 6000
-"""Targets of the runs that stop by themselves, and their largest number of draws of four chains."""
+"""Target standard errors of the runs that stop at a target, and the largest number of draws of each of their four chains."""
 NOISE = 0.1
-"""Standard deviation of the minibatches' gradients in every direction."""
+"""Standard deviation, in every direction, of the gradient noise from minibatches."""
 
 
 class Cell(NamedTuple):
@@ -64,8 +64,12 @@ class Cell(NamedTuple):
 def main(words: Sequence[str] | None = None) -> None:
     """Measure all cells and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=1000, help="number of runs of a cell that runs as one population")
-    parser.add_argument("--target_runs", type=int, default=0, help="number of runs that stop at a target (slow)")
+    parser.add_argument(
+        "--runs", type=int, default=1000, help="number of runs per cell; a twentieth of it for `minibatches`"
+    )
+    parser.add_argument(
+        "--target_runs", type=int, default=0, help="number of runs per cell that stop at a target (slow)"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="number of processes")
     parser.add_argument("--out", type=Path, default=Path("data/coverage.csv"), help="file to write")
     options = parser.parse_args(words)
@@ -92,7 +96,7 @@ def _cells(num_runs: int, num_target_runs: int) -> Iterator[Cell]:
 
 
 def measure(cell: Cell) -> dict[str, str | int | float | None]:
-    """Return the row of a cell: coverage of all intervals and of those with verdict `ok`, and the share of `ok`."""
+    """Return the row of a cell: the coverage of all intervals and of those with the verdict `ok`, and the share of `ok`."""
     truth = _truth(cell.loss)
     results = _results(cell)
     covered = [low <= truth <= high for low, high in (result.interval for result in results)]
@@ -165,7 +169,7 @@ def _results(cell: Cell) -> list[LLCResult]:
             for seed in range(cell.num_runs)
         ]
     loss = _quadratic if cell.loss == "quadratic" else _product
-    # All runs of a cell are one population: the noise of a checkpoint's chains is seeded from its number.
+    # All runs of a cell are one population. Their noise differs, because it is seeded with the run's number in the population.
     return estimate_llcs(loss, [start] * cell.num_runs, [None], settings, trivial_loss=100.0)
 
 

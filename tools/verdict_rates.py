@@ -1,15 +1,15 @@
 """Measure how often the verdicts of turning points and stages are right, on simulated curves with correlated scatter.
 
-The scatter is an autoregression of order one over the saved steps. Its standard deviation is 1 at every step, and its correlation
-between neighbours is phi. `python -m tools.verdict_rates [--runs N] [--out FILE]` writes the table `data/verdict-rates.csv`. Kinds
-of curves:
+`python -m tools.verdict_rates [--runs N] [--out FILE]` writes the table `data/verdict-rates.csv`. The scatter is an autoregression of
+order one over the saved steps. Its standard deviation is 1 at every step, and the correlation between neighbouring steps is phi. There
+are five kinds of curves:
 
 - `flat tail`: a loss that falls and then stays flat. A verdict `ok` is a false finding of `transient ridge`.
 - `rise`: the same loss, with a rise by ten standard deviations after its minimum.
 - `noise`: loss and LLC are only scatter. A verdict `ok` is a false boundary between stages.
 - `line`: loss and LLC are straight lines in log time, with scatter of 3 % of their range.
-- `turn`: loss and LLC move in one direction and then in the opposite direction. The strength of the boundary is about
-  ten standard errors in each signal.
+- `turn`: loss and LLC move in one direction until half of the log time, and then back. The strength of this boundary is
+  about ten standard errors in each signal.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from icl.analysis.stages.agreement import agree
 from icl.analysis.stages.signals import Signal
 
 STEPS = np.unique(np.r_[0, np.geomspace(1, 500_000, 48), np.linspace(0, 500_000, 48)].astype(int))
-"""Saved steps: half of them logarithmic, half linear, as in the published runs."""
+"""Saved steps. Half of them are spaced logarithmically and half linearly, as in the published runs."""
 TIMES = np.log1p(STEPS)
 PHIS = (0.0, 0.5, 0.8, 0.9)
 TURN = {0.0: 10.0, 0.5: 20.0, 0.8: 25.0, 0.9: 20.0}
-"""Size of the turn in standard deviations of the scatter, by phi. It is larger if the scatter is correlated."""
+"""Size of the turn by phi, in standard deviations of the scatter. The turn is larger if the scatter is correlated."""
 
 
 class Case(NamedTuple):
@@ -51,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "--runs",
         type=int,
         default=1000,
-        help="number of simulated runs for each case of transience; each case of stages has half as many",
+        help="number of simulated runs for each case of `flat tail` and `rise`; the other cases have half as many",
     )
     parser.add_argument("--jobs", type=int, default=2, help="number of processes")
     parser.add_argument("--out", type=Path, default=Path("data/verdict-rates.csv"), help="file to write")
@@ -113,7 +113,7 @@ def _transience(kind: str, phi: float, rng: np.random.Generator) -> str:
 
 
 def _stages(kind: str, phi: float, rng: np.random.Generator) -> str:
-    """Return the best verdict of any boundary. For a turn, only boundaries within one unit of log time of the turn count."""
+    """Return the best verdict of any boundary. For `turn`, count only boundaries within one unit of log time of the turn."""
     shapes = {
         "noise": 0 * TIMES,
         "line": TIMES / TIMES[-1] / 0.03,

@@ -3,8 +3,8 @@
 The runs' own folders decide which runs are done. So the same command continues an experiment after any interruption: it
 skips finished runs, resumes unfinished runs, and retries failed runs. A run that fails is recorded, and the next
 run starts. SIGINT and SIGTERM save the current run and end the experiment. If the terminal is lost, the experiment
-continues and writes its output to `experiment.log`. A lock makes sure that only one process at a time trains an
-experiment.
+continues and writes its output to `experiment.log`. A lock prevents two processes from training the same experiment
+at once.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class ExperimentResult(NamedTuple):
 
     @property
     def done(self) -> list[str]:
-        """The values of M, as text, of the runs that are done."""
+        """The values of M whose runs are done, as text."""
         return [entry["num_tasks"] for entry in self.entries if entry["state"] in DONE]
 
 
@@ -68,16 +68,16 @@ def run_experiment(
     """Train every run that is not done, until all are done or have failed, or a signal arrives.
 
     Args:
-        config: Settings of the runs; their M is replaced.
-        max_power: The runs have M = 2^1 .. 2^max_power, and infinity.
+        config: Settings of all runs. `task.num_tasks` (M) is replaced.
+        max_power: The runs have M = 2, 4, 8, ..., 2^max_power, and infinity.
         base: Folder of the experiment.
-        retry: Whether to retry the runs whose loss became NaN. By default they are skipped, because with the same
-            settings they would fail again.
+        retry: Whether to retry runs whose loss became NaN. By default these runs are skipped, because they would fail
+            again with the same settings.
         say: Function that receives a line for each event.
 
     Raises:
         ConfigError: If the folder contains runs with other settings.
-        RunError: If another process trains the experiment.
+        RunError: If another process is training the experiment.
         StorageError: If the folder cannot be written.
     """
     runs = experiment_runs(config, max_power=max_power, base=base)
@@ -107,14 +107,14 @@ def _train_runs(
     *,
     retry: bool,
 ) -> signal.Signals | None:
-    """Train one run after the other; return the signal that stopped them, if one did."""
+    """Train one run after the other. Return the signal that stopped the experiment, if one did."""
     for number, run in enumerate(runs, start=1):
         prefix = f"[{number}/{len(runs)}] M = {run.label}"
         started = time.monotonic()
         was_done = metadata.is_done(run.label)
         status = run.folder.read_status()
         if status is not None and not retry and fails_again(run.folder, status):
-            say(f"{prefix}: failed: {status.reason} It is not tried again; use --retry to do so.")
+            say(f"{prefix}: failed: {status.reason} This run is not tried again; use --retry to try it again.")
             metadata.end_run(run.label, state="failed", reason=status.reason)
             continue
         if not was_done:
@@ -159,7 +159,7 @@ def _handling_signals(log: Path) -> Iterator[Callable[[], signal.Signals]]:
     While a run trains, its own handlers of SIGINT and SIGTERM replace these handlers.
 
     Yields:
-        A function that returns the last signal; SIGINT if none arrived.
+        A function that returns the last signal that arrived, or SIGINT if none did.
     """
     received: list[signal.Signals] = []
 

@@ -1,8 +1,8 @@
 """The file `experiment_metadata.json`: the settings of an experiment and the state of each of its runs.
 
 The file exists before the first step. It is replaced atomically at every event, and every few seconds while a run
-trains. It is only for information: the runs' own folders decide which runs are done. So nothing is lost if the file
-is lost or out of date.
+trains. The file only informs: the runs' own folders decide which runs are done. So the experiment continues correctly
+even if the file is missing or out of date.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from icl.runs.folder import RunFolder
 from icl.runs.status import DONE
 
 REFRESH_SECONDS = 5.0
-"""Interval, in seconds, between updates of the record of the run that trains."""
+"""Seconds between updates of the current run's record."""
 
 
 class Metadata:
@@ -62,7 +62,7 @@ class Metadata:
             return [dict(entry) for entry in self._tree["runs"]]
 
     def begin_run(self, label: str) -> None:
-        """Record that a run trains now; a run that resumes keeps its first starting time."""
+        """Record that a run starts or resumes. A run that resumes keeps the time of its first start."""
         with self._lock:
             self._training = label
             started = self._entry(label)["started"] or now()
@@ -79,7 +79,7 @@ class Metadata:
         return self._entry(label)["state"] in DONE
 
     def end(self, *, state: str, reason: str | None) -> None:
-        """Record how the experiment ended. A run that is still marked as running was interrupted, and becomes pre-empted."""
+        """Record how the experiment ended. A run that is still marked as `running` was interrupted, so mark it as `preempted`."""
         with self._lock:
             for entry in self._tree["runs"]:
                 if entry["state"] == "running":
@@ -96,7 +96,7 @@ class Metadata:
 
     @contextlib.contextmanager
     def refreshing(self) -> Iterator[None]:
-        """Every few seconds, update the step and the loss of the run that trains, until the context ends."""
+        """Update the step and the loss of the current run every few seconds, until the context ends."""
         is_over = threading.Event()
 
         def refresh() -> None:
@@ -123,7 +123,7 @@ class Metadata:
 
 
 def read_metadata(base: Path) -> dict[str, Any]:
-    """Return the metadata in an experiment's folder; empty if the file is missing, damaged or not in our format."""
+    """Return the metadata from an experiment's folder, or an empty dict if the file is missing, damaged or not in our format."""
     try:
         tree = parse_json(read_bytes(base / METADATA))
     except (OSError, ContentError):
@@ -160,7 +160,7 @@ def now() -> str:
 
 
 def _first_entry(run: ExperimentRun, old_entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the record of a run before this process has trained it."""
+    """Return the first record of a run, before this process trains it."""
     status = run.folder.read_status()
     if status is None:
         state, reason = "waiting", None

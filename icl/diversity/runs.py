@@ -19,11 +19,11 @@ from icl.runs.folder import RunError, RunFolder
 
 METADATA = "experiment_metadata.json"
 MAX_POWER = 30
-"""Largest p of M = 2^p, because M must be below 2^31."""
+"""Largest exponent p of M = 2^p. M must be below 2^31."""
 
 
 class ExperimentRun(NamedTuple):
-    """Run of an experiment at one task diversity M."""
+    """A run of an experiment, with one value of the task diversity M."""
 
     config: RunConfig
     folder: RunFolder
@@ -40,10 +40,10 @@ def num_tasks_label(num_tasks: int | float) -> str:
 
 
 def experiment_runs(config: RunConfig, *, max_power: int, base: Path) -> list[ExperimentRun]:
-    """Return the runs with M = 2^1 .. 2^max_power and infinity, in this order.
+    """Return the runs with M = 2, 4, 8, ..., 2^max_power and infinity, in this order.
 
     Args:
-        config: Settings of the runs; their M is replaced.
+        config: Settings of all runs. `task.num_tasks` (M) is replaced.
         max_power: The largest finite M is 2^max_power.
         base: Folder of the experiment.
 
@@ -81,7 +81,7 @@ def find_runs(base: Path) -> dict[str, RunFolder]:
     runs = {num_tasks_label(num_tasks): run_folder(base, num_tasks) for num_tasks in diversities}
     if not runs:
         raise RunError(
-            f"{base} contains no task-diversity experiment: expected folders such as checkpoints_M8, made by `icl diversity`."
+            f"{base} contains no task-diversity experiment: expected folders such as checkpoints_M8, which `icl diversity` makes."
         )
     return runs
 
@@ -90,12 +90,12 @@ def require_same_settings(runs: list[ExperimentRun], base: Path) -> None:
     """Check that all runs that have started have the settings of the experiment.
 
     Raises:
-        ConfigError: If a run has other settings; the message names the run and the differences.
+        ConfigError: If a run has other settings. The message names the run and the differences.
     """
     for run in runs:
         try:
             old = run.folder.read_config()
-        except ConfigError:  # not started, or damaged; damage is reported when this run is trained
+        except ConfigError:  # the run has not started, or is damaged; training it reports the damage
             continue
         changed = config_differences(old, run.config)
         if changed:
@@ -107,7 +107,7 @@ def require_same_settings(runs: list[ExperimentRun], base: Path) -> None:
 
 @contextlib.contextmanager
 def lock_experiment(base: Path) -> Iterator[None]:
-    """Lock an experiment for this process; the operating system unlocks it when the process ends, however it ends.
+    """Lock an experiment for this process. The operating system unlocks it when the process ends, for whatever reason.
 
     Raises:
         RunError: If another process holds the lock.
@@ -118,7 +118,7 @@ def lock_experiment(base: Path) -> Iterator[None]:
             stack.enter_context(RunFolder(base).lock())
         except RunError:
             raise RunError(
-                f"Another process runs the experiment in {base} (`icl runs {base}` shows it). Wait until it ends, or choose "
+                f"Another process is training the experiment in {base} (see `icl runs {base}`). Wait until it ends, or choose "
                 "another --base_checkpoint_dir."
             ) from None
         yield

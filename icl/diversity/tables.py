@@ -1,9 +1,9 @@
 """The numbers of a task-diversity experiment as one tidy table, and the experiment's figure.
 
-Each row has one number and its standard error, for one M, one step and one distribution of prompts. The number belongs
-to a model (`loss`, `delta_ridge`, `delta_dmmse`, ...) or to a baseline. For a baseline, the quantity is its name
-(`ridge`, `dmmse`, ...). Baselines do not depend on the step. Their rows are repeated at every step, so that a selection
-by M and step includes them.
+Each row has one number and its standard error, for one M, one step and one distribution of prompts. The column
+`quantity` says what the number is. For a model, it is `loss`, `delta_ridge`, `delta_dmmse` and so on. For the loss of a
+baseline, it is the baseline's name, such as `ridge`. Baselines do not depend on the step. Their rows are repeated at
+every step, so that a selection by M and step includes the baselines.
 """
 
 import json
@@ -29,7 +29,7 @@ class Evaluation(NamedTuple):
 
     table: pd.DataFrame
     problems: dict[str, str]
-    """The reason for each missing run, by its M as text."""
+    """The reason why each missing run could not be evaluated, by its M as text."""
 
 
 def evaluate_experiment(
@@ -44,10 +44,10 @@ def evaluate_experiment(
 
     Args:
         runs: Folders of the runs by M as text, from `icl.diversity.runs.find_runs`.
-        num_prompts: Number of prompts of the training tasks. The default is each run's `evaluation.num_prompts`.
-        num_ood_prompts: Number of prompts of each other distribution. The default is `num_prompts`.
-        all_steps: Whether to evaluate every saved step, not only the last.
-        shifts: Names from `icl.tasks.shifts.SHIFTS`. The default is all shifts that the runs allow.
+        num_prompts: Number of prompts from the training tasks. The default is each run's `evaluation.num_prompts`.
+        num_ood_prompts: Number of prompts from each other distribution. The default is `num_prompts`.
+        all_steps: Whether to evaluate all saved steps instead of only the last one.
+        shifts: Names of shifts in `icl.tasks.shifts.SHIFTS`. The default is all shifts that the runs' D and K allow.
 
     Raises:
         ConfigError: If a number of prompts is too small.
@@ -72,7 +72,7 @@ def evaluate_experiment(
 
 
 def save_tables(table: pd.DataFrame, path: Path) -> list[Path]:
-    """Write a table as JSON (a list of records) and as CSV, and return both paths; only their suffixes differ.
+    """Write a table as JSON (a list of records) and as CSV. Return both paths, which differ only in their suffix.
 
     Raises:
         StorageError: If a file cannot be written.
@@ -84,7 +84,7 @@ def save_tables(table: pd.DataFrame, path: Path) -> list[Path]:
 
 
 def draw_experiment(runs: Mapping[str, RunFolder], plots: Path, *, title: str) -> list[Path]:
-    """Draw the last checkpoints as `diversity.png`, write its numbers to `diversity.csv`, and return both paths.
+    """Draw `diversity.png` from the last checkpoints, write its numbers to `diversity.csv`, and return both paths.
 
     Raises:
         CheckpointError: If a run has no usable checkpoint.

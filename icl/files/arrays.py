@@ -1,7 +1,7 @@
-"""Arrays in files, in NumPy's format. Reading never unpickles objects, and never trusts the size that a file's header claims.
+"""Write and read arrays in NumPy's file formats. Reading is safe for damaged and hostile files.
 
-The header of a damaged file can claim a terabyte. So each claimed size is compared with the file's size before memory is
-allocated. If a file is damaged, the caller computes its content again.
+Reading never unpickles objects. The header of a damaged file can claim an array of a terabyte. So the claimed size is compared
+with the file's size before memory is allocated. If a file is damaged, the caller computes its content again.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ from icl.files.reading import ContentError, parse_json
 from icl.files.writing import write_atomically
 
 _MAX_GROWTH = 2**26
-"""The arrays of an archive may decompress to this number of bytes plus four times the archive's size. Archives that `icl` wrote
-have about a million bytes."""
+"""Number of bytes to which any archive may decompress. A large archive may also decompress to four times its own size in
+addition. Archives that `icl` wrote have about a million bytes."""
 _MAX_ARRAYS = 1000
 
 
@@ -63,7 +63,7 @@ def read_array(path: Path) -> np.ndarray:
     """
     try:
         return np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # memory mapping checks the claimed size
-    except Exception as error:  # numpy raises a dozen kinds for a damaged file
+    except Exception as error:  # NumPy raises a dozen kinds of errors for damaged files
         raise ContentError(f"it is damaged ({type(error).__name__})") from None
 
 
@@ -88,7 +88,7 @@ def array_digest(array: np.ndarray) -> str:
 
 
 def read_archive(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
-    """Return the description (`about`, in JSON) and the arrays of an `.npz` file of version 0.1.0.
+    """Return the description and the arrays in an `.npz` file that `icl` 0.1.0 wrote. The description is JSON, saved as `about`.
 
     Raises:
         ContentError: If the file is missing, damaged, or claims more than it contains.
@@ -99,19 +99,19 @@ def read_archive(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
         with np.load(path, allow_pickle=False) as saved:
             arrays = {name: saved[name] for name in saved.files}
         return parse_json(str(arrays.pop("about"))), arrays
-    except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds for a damaged file
+    except Exception as error:  # NumPy, zipfile and zlib raise a dozen kinds of errors for damaged files
         raise ContentError(f"it is damaged ({type(error).__name__})") from None
 
 
 def _require_bounded(archive: zipfile.ZipFile, size: int) -> None:
-    """Refuse an archive that decompresses to too much, or claims larger arrays than it contains."""
+    """Refuse an archive that decompresses to too many bytes, or has an array whose header claims a wrong size."""
     members = archive.infolist()
     if len(members) > _MAX_ARRAYS or sum(member.file_size for member in members) > _MAX_GROWTH + 4 * size:
-        raise ContentError("it decompresses to too many bytes")
+        raise ContentError("it has too many arrays, or decompresses to too many bytes")
     for member in members:
         with archive.open(member) as file:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(file)
             if dtype.hasobject or math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
-                raise ContentError("the size of an array differs from that in its header")
+                raise ContentError("the header of an array claims a size that the array does not have")

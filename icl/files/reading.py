@@ -1,9 +1,10 @@
 """Read JSON and YAML from files of unknown origin, within limits on size, depth, numbers and time.
 
-Python's parsers raise a dozen kinds of errors for damaged or hostile text. They accept a repeated key, and return values that
+Python's parsers raise a dozen kinds of errors for damaged or hostile text. They accept repeated keys. They also return values that
 cause failures later: nesting that exhausts the stack, aliases that expand to gigabytes, infinities for numbers too large for a
-float, and dates. This module raises the same error, `ContentError`, in all these cases. Its message completes a sentence such as
-"status.json cannot be used: ...". PyYAML also reads clock times as numbers, so that 1:30 becomes 90. This module reads them as text.
+float, and dates. This module raises the same error, `ContentError`, in all these cases. The error's message completes a sentence
+such as "status.json cannot be used: ...". PyYAML also reads clock times as numbers: 1:30 becomes 90. This module reads clock times
+as text.
 """
 
 import datetime
@@ -47,10 +48,10 @@ class ContentError(UserError, ValueError):
 
 
 def read_bytes(path: Path, *, limit: int | None = MAX_SMALL_FILE) -> bytes:
-    """Return the bytes of a regular file. It may have at most `limit` bytes, or any number if `limit` is None.
+    """Return the bytes of a regular file of at most `limit` bytes. If `limit` is None, the file may have any size.
 
     Raises:
-        ContentError: If it is larger, or is not a regular file. Reading a pipe might never end.
+        ContentError: If the file is larger, or is not a regular file. A pipe is refused because reading it might never end.
         OSError: If there is no such file, or it cannot be read.
     """
     with open(path, "rb", opener=_open_without_waiting) as file:
@@ -58,8 +59,8 @@ def read_bytes(path: Path, *, limit: int | None = MAX_SMALL_FILE) -> bytes:
         if not stat.S_ISREG(about.st_mode):
             raise ContentError("it is not a regular file")
         if limit is not None and about.st_size > limit:
-            raise ContentError(f"it has {about.st_size:,} bytes, and at most {limit:,} are read")
-        # `read` allocates as many bytes as it is asked for, so we ask for only a little more than the file's size.
+            raise ContentError(f"it has {about.st_size:,} bytes, and the limit is {limit:,}")
+        # `read` allocates memory for all bytes that we request, so we request only a little more than the file's size.
         return file.read() if limit is None else file.read(min(limit, about.st_size + 2**16))
 
 
@@ -68,10 +69,10 @@ def parse_json(data: bytes | str, *, limit: int | None = None) -> Any:
 
     Args:
         data: The text, in UTF-8 if it is bytes.
-        limit: Largest number of values. By default any number.
+        limit: Largest number of values. The default is no limit.
 
     Raises:
-        ContentError: If it is not JSON, repeats a key, is nested too deep, or contains a number that is too large.
+        ContentError: If the text is not JSON, repeats a key, is nested too deep, or contains a number that is too large.
     """
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
@@ -87,13 +88,14 @@ def parse_json(data: bytes | str, *, limit: int | None = None) -> Any:
 
 
 def parse_yaml(data: bytes | str) -> Any:
-    """Return the content of a YAML text. It has plain types only, and never objects of a class that the text names.
+    """Return the content of a YAML text. The content has plain types only: a class that the text names is never loaded.
 
     Raises:
-        ContentError: If it is not YAML, repeats a key, is too long, is nested too deep, or its aliases expand to too many values.
+        ContentError: If the text is not YAML, repeats a key, is too long or nested too deep, or has aliases that expand to too
+            many values.
     """
     if len(data) > MAX_YAML:
-        raise ContentError(f"it has {len(data):,} bytes, and at most {MAX_YAML:,} are read")
+        raise ContentError(f"it has {len(data):,} bytes, and the limit is {MAX_YAML:,}")
     try:
         tree = yaml.load(data, _Loader)  # a SafeLoader
     except ContentError:
@@ -115,7 +117,7 @@ def is_table(rows: Any) -> bool:
 
 
 def is_beyond_floats(text: str, number: float) -> bool:
-    """Return whether a text, such as 1e400 or 1e-400, was read as infinite or zero only because a float cannot represent its number."""
+    """Return whether a number in a text, such as 1e400 or 1e-400, became infinite or zero because a float cannot represent it."""
     mantissa = re.split("[eE]", text)[0]
     return bool(re.search(r"[1-9]", mantissa)) and (math.isinf(number) or number == 0)
 
@@ -126,7 +128,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Return whether Python's `float` reads a text as a number, of any size."""
+    """Return whether Python's `float` accepts a text as a number."""
     try:
         float(text)
     except ValueError:
@@ -135,7 +137,7 @@ def is_number(text: str) -> bool:
 
 
 def _without_clock(tag: str, pattern: re.Pattern[str]) -> re.Pattern[str]:
-    """Return YAML's pattern of a number without the alternatives for clock times."""
+    """Return YAML's pattern for numbers, changed so that it does not match clock times."""
     if not tag.endswith((":int", ":float")):
         return pattern
     return re.compile(rf"(?!.*:){pattern.pattern}", pattern.flags)
@@ -203,7 +205,8 @@ def _real_number(digits: str) -> float:
 def _require_bounded(tree: Any, limit: int | None) -> None:
     """Refuse deep nesting, large numbers, broken text and too many values, which would cause failures later.
 
-    The walk keeps its own stack of iterators, so deep nesting cannot exhaust Python's stack. A value counts again for each of its aliases.
+    The walk keeps its own stack of iterators, so deep nesting cannot exhaust Python's stack. A value with aliases counts once for
+    each alias.
     """
     stack: list[Iterator[Any]] = [iter((tree,))]
     count = 0
@@ -232,7 +235,7 @@ _END = object()
 
 
 def _where(tree: Any, target: Any) -> str:
-    """Return a phrase such as " in `section.key`" that says where a value is, for a message. Empty if the value has no key."""
+    """Return a phrase for a message that says where a value is, such as " in `section.key`", or "" if the value has no key."""
     stack: list[tuple[tuple[str, ...], Any]] = [((), tree)]
     for _ in range(_MAX_YAML_VALUES):
         if not stack:

@@ -1,23 +1,24 @@
-"""Removal of secrets from text. `icl` uses it for all text that may contain a URL or a command line, before printing or saving it."""
+"""Remove secrets from text. Before `icl` prints or saves text that may contain a URL or a command line, it calls `redact`."""
 
 import os
 import re
 from collections.abc import Iterator, Mapping
 
-_SCHEME = r"[A-Za-z][\w+.-]{0,30}://"  # bounded length, because otherwise the search time grows with the square of a word's length
+_SCHEME = r"[A-Za-z][\w+.-]{0,30}://"  # the bound keeps the search time from growing with the square of a word's length
 _CREDENTIALS = re.compile(rf"({_SCHEME})\S*@")
 _SECRET_NAME = r"(?:\w*_)?(?:SECRET|SECRET_KEY|SECRET_ACCESS_KEY|TOKEN|PASSWORD|API_KEY)"
 _SECRETS = re.compile(_SECRET_NAME)
 _ASSIGNED = re.compile(r"\b(\w{1,64})=[^\s&\"']+")
 """A variable and its value, as in an `env` command or in the query of a URL."""
 _LEAST = 6
-"""Minimum length of a secret that is removed from text. Shorter ones may occur inside ordinary words."""
+"""Minimum length of a secret that is removed from text. Shorter secrets may occur inside ordinary words."""
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """Return a text without the credentials in its URLs and without the values of secret variables.
 
-    These are variables in the environment, and variables that the text itself sets.
+    A variable is secret if its name is or ends in `SECRET`, `TOKEN`, `PASSWORD` or a similar word. It may be set in the
+    environment or in the text itself.
 
     Examples:
         >>> redact("no answer from https://me:word@host:9000/bucket")

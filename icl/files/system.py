@@ -1,8 +1,8 @@
 """Operations that a file system may refuse: file locks, hard links, and flushing a folder to disk.
 
 Lustre may be mounted without locks, FAT and many network file systems have no hard links, and some cannot flush a folder.
-`icl` also runs on such a file system, and warns once about what is not protected. It tries all three operations after the first
-refusal, so that one warning covers them all.
+`icl` also runs on such a file system, and warns once about the risks. After the first refusal, it tries all three operations, so
+that one warning covers them all.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-"""Errors of `flock` if another process holds the lock. Network file systems raise EACCES."""
+"""Errors that `flock` raises if another process holds the lock. On network file systems this is EACCES."""
 _CANNOT_SYNC = (
     errno.EINVAL,
     errno.EBADF,
@@ -28,7 +28,7 @@ _CANNOT_SYNC = (
     errno.ENOTTY,
     errno.EROFS,
 )
-"""Errors that mean that flushing is not supported. Any other error, such as EIO or ENOSPC, is a failure of the disk."""
+"""Errors that mean that a file system cannot flush to disk. Any other error, such as EIO or ENOSPC, is a failure of the disk."""
 _WARNED: set[int] = set()
 """Device numbers of the file systems about which we have warned."""
 
@@ -94,11 +94,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def link_or_create(temporary: Path, path: Path) -> None:
-    """Give a finished file its final name, unless that name exists. Copy the file if there are no hard links.
+    """Give a complete temporary file its final name by a hard link, or copy it if the file system has no hard links.
 
     Raises:
-        FileExistsError: If the name is taken.
-        OSError: If it cannot be written.
+        FileExistsError: If a file with the final name exists already.
+        OSError: If the file cannot be written.
     """
     try:
         path.hardlink_to(temporary)
@@ -110,16 +110,16 @@ def link_or_create(temporary: Path, path: Path) -> None:
 
 
 def warn_of_limits(folder: Path, refusal: OSError) -> None:
-    """Warn, once for each file system, about what it refuses and what is therefore not protected."""
+    """Warn about the operations that a file system refuses and the risks, once for each file system."""
     device = _device(folder)
     if device in _WARNED:
         return
     _WARNED.add(device)
     missing = _missing(folder)
     reason = refusal.strerror or errno.errorcode.get(refusal.errno or 0, "no reason given")
-    names = " and ".join(missing) or "an operation"
+    names = " and ".join(missing) or "an operation of `icl`"
     risks = "; ".join(missing.values()) or "a power cut may undo the last save"
-    print(f"icl: warning: the file system of {folder} has no {names} ({reason}): {risks}.", file=sys.stderr)
+    print(f"icl: warning: the file system of {folder} does not support {names} ({reason}): {risks}.", file=sys.stderr)
 
 
 def _create(path: Path, data: bytes) -> None:
@@ -135,20 +135,20 @@ def _create(path: Path, data: bytes) -> None:
 
 
 def _missing(folder: Path) -> dict[str, str]:
-    """Return the operations that a folder does not support, each with the risk that this brings."""
+    """Return the operations that a folder's file system does not support, each with its risk."""
     first, second = (folder / f".tmp-{secrets.token_hex(4)}-probe" for _ in range(2))
     missing = {}
     try:
         with first.open("wb") as file:
             if not _works(lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)):
                 missing["file locks"] = (
-                    "nothing stops two processes from training one run at once, so start each run once"
+                    "nothing stops two processes from training the same run at once, so start each run once"
                 )
             if not _works(lambda: os.fsync(file.fileno())) or not _works(lambda: _sync(folder)):
                 missing["flushing to disk"] = "a power cut may undo the last save"
         if not _works(lambda: second.hardlink_to(first)):
             missing["hard links"] = "a power cut while a run claims its name in a store may make that name unusable"
-    except OSError:  # nothing can be written to this folder, which the next write will report
+    except OSError:  # nothing can be written to this folder; the next write will report this
         pass
     finally:
         for path in (first, second):

@@ -1,4 +1,4 @@
-"""Tables that `icl` wrote and reads again (`metrics.csv`, `results/*.csv`), checked column by column.
+"""Read tables that `icl` wrote (`metrics.csv`, `results/*.csv`), and check each column.
 
 If one cell of a column is damaged, pandas reads the column as text, and a later computation fails far from the cause. This module
 refuses the whole table instead, with a short reason.
@@ -59,17 +59,17 @@ _LARGEST = 1e100
 
 
 def read_table(path: Path, *, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """Return the table of a CSV file, which must have these columns and may have others.
+    """Return the table in a CSV file. It must have the columns `columns`, and may have others.
 
     Raises:
-        ContentError: If it cannot be parsed, lacks a column, or a column of numbers or steps contains something else.
+        ContentError: If the file is not a table, if a column is missing, or if a column of numbers or steps contains anything else.
         OSError: If there is no such file, or it cannot be read.
     """
     data = read_bytes(path, limit=MAX_TABLE)
     try:
         table = pd.read_csv(io.BytesIO(data), dtype=dict.fromkeys(TEXTS, str), low_memory=False)
-    except Exception as error:  # pandas raises many kinds for damaged text
-        raise ContentError(f"it is not a table in CSV ({first_line(error)})") from None
+    except Exception as error:  # pandas raises many kinds of errors for damaged text
+        raise ContentError(f"it is not a CSV table ({first_line(error)})") from None
     missing = [name for name in columns if name not in table]
     if missing:
         raise ContentError(f"it has no column `{missing[0]}`")
@@ -83,14 +83,14 @@ def require_numbers(table: pd.DataFrame) -> None:
     """Refuse a table with text in a column of numbers, a step that is not a whole number, or a number that is too large.
 
     Raises:
-        ContentError: If there is one. The message names the column.
+        ContentError: If the table has such a value. The message names the column.
     """
     for name, column in table.items():
         is_number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
         if not is_number and (name in _NUMBERS or str(name).endswith(_NUMBER_ENDS)) and column.notna().any():
             raise ContentError(f"its column `{name}` contains something other than numbers")
         if is_number and (np.abs(column[np.isfinite(column)].astype(float)) > _LARGEST).any():
-            raise ContentError(f"its column `{name}` contains a number above {_LARGEST:g}")
+            raise ContentError(f"its column `{name}` contains a number with a magnitude above {_LARGEST:g}")
     steps = table["step"].dropna().astype(float) if "step" in table else pd.Series(dtype=float)
     if not ((steps >= 0) & (steps < 2**63) & (steps % 1 == 0)).all():
-        raise ContentError("its column `step` contains something other than steps")
+        raise ContentError("its column `step` contains something other than whole numbers from 0")

@@ -69,22 +69,22 @@ def _repair(error: OSError) -> str:
 
 
 def table_format(path: Path) -> str:
-    """Return `csv` or `json`, by a file's suffix.
+    """Return the format of a table's file, `csv` or `json`, from its suffix.
 
     Raises:
-        StorageError: For another suffix.
+        StorageError: If the file has another suffix.
     """
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".json"):
-        raise StorageError(f"Tables are written as .csv or .json, got {path}.")
+        raise StorageError(f"A table's file must have the suffix .csv or .json, got {path}.")
     return suffix[1:]
 
 
 def require_table_file(path: Path) -> None:
-    """Refuse a file that a table cannot be written to. Call this before the table is computed.
+    """Refuse a file to which a table cannot be written. Call this before the table is computed.
 
     Raises:
-        StorageError: If it is neither .csv nor .json, or cannot be written.
+        StorageError: If the file's suffix is neither .csv nor .json, or the file cannot be written.
     """
     table_format(path)
     require_writable(path)
@@ -94,7 +94,7 @@ def require_writable(path: Path) -> None:
     """Refuse a file that cannot be written. Its folder may be missing, because writing makes it.
 
     Raises:
-        StorageError: If it is a folder, or its folder cannot be written or made.
+        StorageError: If the path is a folder, or if the file's folder cannot be made or written to.
     """
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -126,7 +126,7 @@ def plain_rows(table: "pd.DataFrame") -> list[dict[str, Any]]:
 def temporary_path(path: Path) -> Path:
     """Return a new path in the folder of `path`, for a file that gets its final name once it is complete.
 
-    Listings do not show such files.
+    Listings of a folder do not show temporary files.
     """
     return path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
 

@@ -35,7 +35,9 @@ def point_state(point: Point, root: Path) -> PointState:
     status = run.read_status() if point.trains else None
     state = _state(point, run, status, current)
     if state.state == "failed" and status is not None and fails_again(run, status):
-        return state._replace(is_final=True, reason=f"{state.reason} It is not tried again; use --retry to do so.")
+        return state._replace(
+            is_final=True, reason=f"{state.reason} This run is not tried again; use --retry to try it again."
+        )
     return state
 
 

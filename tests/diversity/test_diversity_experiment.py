@@ -275,7 +275,7 @@ def test_when_every_loss_diverges_all_are_tried_once_and_nothing_is_drawn(tmp_pa
     assert main(words) == 1
     logs = [path.read_text() for path in (tmp_path / "base").glob("*/run.log")]
     assert main(words) == 1
-    assert capsys.readouterr().out.count("It is not tried again; use --retry to do so.") == 3
+    assert capsys.readouterr().out.count("This run is not tried again; use --retry to try it again.") == 3
     assert [path.read_text() for path in (tmp_path / "base").glob("*/run.log")] == logs
     assert main([*words, "--retry"]) == 1
     assert all(path.read_text().count("starting") == 2 for path in (tmp_path / "base").glob("*/run.log"))
@@ -303,7 +303,7 @@ def test_two_processes_cannot_hold_one_experiment(tmp_path, capsys):
     with (tmp_path / "base" / ".lock").open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert main(command(tmp_path)) == 1
-    assert "Another process runs the experiment" in capsys.readouterr().err
+    assert "Another process is training the experiment" in capsys.readouterr().err
     assert not (tmp_path / "base" / "experiment_metadata.json").exists()
 
 
@@ -350,7 +350,7 @@ def test_in_the_background_it_has_a_session_a_log_and_a_process_to_stop(tmp_path
         assert str(base / "experiment.log") in said
         assert os.getsid(process) == process
         assert main([*words, "--background"]) == 1
-        assert "Another process runs the experiment" in capsys.readouterr().err
+        assert "Another process is training the experiment" in capsys.readouterr().err
         wait_until(lambda: is_training(base / "checkpoints_M2"))
     finally:
         os.kill(process, signal.SIGTERM)

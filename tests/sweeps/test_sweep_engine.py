@@ -489,7 +489,7 @@ def test_a_failure_that_would_repeat_is_not_tried_again_by_the_same_versions(tmp
     said = capsys.readouterr().out
     assert said.count("failed   quickstart") == 2
     assert "the same settings would fail again" in said
-    assert "It is not tried again; use --retry to do so." in said
+    assert "This run is not tried again; use --retry to try it again." in said
     assert "The same command" not in said
     assert not list(local_root().glob("*/attempts"))
     for words, told in ((["--status"], "failed"), (["--dry-run"], "failed"), (["--dry-run", "--retry"], "would run")):
