@@ -361,7 +361,7 @@ def test_verify_finds_a_whole_checkpoint_in_a_place_that_is_not_its_own(there_to
         (moments, "it contains weights where Adam's moments", lambda: shutil.copy(weights, moments)),
         (
             weights,
-            "it belongs to another run than config.yaml: `seeds.model` was 0 and is now 7",
+            "its settings differ from those in config.yaml: `seeds.model` was 0 and is now 7",
             lambda: save_checkpoint(
                 there_too.checkpoints, 10, change(other.config, seeds={"model": 7}), dict(other.params)
             ),

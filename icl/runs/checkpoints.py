@@ -1,14 +1,15 @@
 """Checkpoints for analysis: the weights of one step as safetensors, with the step and the whole configuration.
 
 Checkpoints are small, load fast, and are safe to load from strangers, because nothing is unpickled. A file begins with eight
-bytes that give the length of a JSON header. The header lists each tensor with its type, shape and position. A stranger's file can
-claim anything in its header. So before any tensor is made, we compare the header with the file's size, and the shapes with those
-that the saved configuration implies. So a file is refused quickly and with little memory, whatever its header claims. Each file
-also has a digest of its weights, and a digest of its step and configuration. So a file that was cut short, altered or made by
-another program is refused.
+bytes that give the length of a JSON header. The header lists each tensor with its type, shape and position.
 
-With `checkpoints.moments`, Adam's moments are in a file of the same name and format in the subfolder `moments/`. So loading
-weights does not read them. Their tensors are named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
+A stranger's file can claim anything in its header. So before any tensor is made, we compare the header with the file's size, and
+the shapes with those that the saved configuration implies. Thus a bad file is refused quickly and with little memory. Each file
+also has a digest of its weights, and a digest of its step and configuration. A file that was cut short, altered or made by
+another program does not match these digests and is refused.
+
+With `checkpoints.moments`, Adam's moments are saved in the subfolder `moments/`, in a file of the same name and format. So loading
+weights does not read the moments. The tensors of the moments are named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
 """
 
 import hashlib
@@ -41,11 +42,11 @@ _TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 _MAX_HEADER = 2**23
 """Largest size of a header in bytes. Headers that `icl` writes have a few thousand bytes."""
 _MAX_TENSORS = 10_000
-"""Largest number of tensors in a file. A model of 800 layers has about as many."""
+"""Largest number of tensors in a file. A model of 800 layers has about this number."""
 _FORMAT = "icl-checkpoint-1"
 _ENTRY = "icl"
 _SEAL = "about_digest"
-"""Key of the digest of a file's metadata. Files of version 0.1.0 have none."""
+"""Key of the digest of a file's metadata. Files of version 0.1.0 have no such digest."""
 _NAME = re.compile(r"step-(\d{9,})\.safetensors")
 
 
@@ -57,16 +58,16 @@ class Checkpoint(NamedTuple):
     """One saved step of a run."""
 
     step: int
-    """Number of updates before the checkpoint; 0 means the initial model."""
+    """Number of optimizer updates before the checkpoint. The initial model has step 0."""
     config: RunConfig
     params: Params
     """Weights by parameter name, on the CPU."""
     digest: str
-    """A hash of the weights: equal for equal weights."""
+    """A hash of the weights. Equal weights have equal hashes."""
 
 
 class _CutShortError(ContentError):
-    """A file that has a complete header, but is shorter or longer than the header describes."""
+    """A file whose header is complete, but whose size differs from the one that the header describes."""
 
 
 class _TensorEntry(NamedTuple):
@@ -92,7 +93,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def save_checkpoint(store: Store, step: int, config: RunConfig, params: Mapping[str, Tensor]) -> None:
-    """Write one step to a store, atomically.
+    """Write the checkpoint of one step to a store, atomically.
 
     Raises:
         StorageError: If the store cannot be written.
@@ -102,12 +103,12 @@ def save_checkpoint(store: Store, step: int, config: RunConfig, params: Mapping[
     about[_SEAL] = _seal(about)
     data = safetensors.torch.save(
         tensors, {_ENTRY: json.dumps(about)}
-    )  # one entry, because the order of several is random
+    )  # a single entry, because safetensors writes several entries in random order
     store.write(checkpoint_name(step), data)
 
 
 def list_steps(store: Store) -> list[int]:
-    """Return the saved steps of a store, in order."""
+    """Return the steps whose checkpoints are in a store, in order."""
     return sorted(int(match[1]) for match in map(_NAME.fullmatch, store.keys()) if match)
 
 
@@ -134,25 +135,25 @@ def load_checkpoint_file(path: str | Path) -> Checkpoint:
 
 
 def load_same_run(path: Path, config: RunConfig) -> Checkpoint:
-    """Return a checkpoint from its file. Refuse it if it belongs to another run than the one with this `config`.
+    """Return a checkpoint from its file. Refuse the file if it belongs to a run with other settings than `config`.
 
     Raises:
-        CheckpointError: If it is not a usable checkpoint, or belongs to another run.
+        CheckpointError: If the file is not a usable checkpoint, or belongs to another run.
     """
     checkpoint = load_checkpoint_file(path)
     differences = config_differences(config, checkpoint.config)
     if differences:
         raise CheckpointError(
-            f"{path} belongs to another run than the checkpoints before it: {'; '.join(differences)}."
+            f"{path} and the checkpoints before it belong to different runs: {'; '.join(differences)}."
         )
     return checkpoint
 
 
 def require_one_run(files: Sequence[Path]) -> None:
-    """Refuse checkpoints of different runs before the work on them starts. Their weights are not read.
+    """Refuse checkpoints of different runs. Call this before the work on them starts: it does not read their weights.
 
     Raises:
-        CheckpointError: If a checkpoint belongs to another run than the first one.
+        CheckpointError: If a checkpoint and the first checkpoint belong to different runs.
     """
     first: RunConfig | None = None
     for path in files:
@@ -166,11 +167,11 @@ def require_one_run(files: Sequence[Path]) -> None:
             continue
         first = first or config
         if differences := config_differences(first, config):
-            raise CheckpointError(f"{path} belongs to another run than {files[0].name}: {'; '.join(differences)}.")
+            raise CheckpointError(f"{path} and {files[0].name} belong to different runs: {'; '.join(differences)}.")
 
 
 def load_step(store: Store, step: int) -> Checkpoint:
-    """Return the checkpoint of one step of a store.
+    """Return the checkpoint of one step from a store.
 
     Raises:
         CheckpointError: If the checkpoint is damaged.
@@ -196,14 +197,14 @@ def stored_tensors(file: Path, prefix: str) -> StoredArray:
     """Return a reference to the tensors whose names begin with `prefix`, in order. Their numbers stay in the file.
 
     Raises:
-        CheckpointError: If there are no such tensors, or they are of several types.
+        CheckpointError: If there are no such tensors, or they have different types.
     """
     try:
         with file.open("rb") as raw:
             tensors = [entry for name, entry in _read_header(raw).tensors.items() if name.startswith(prefix)]
         types = {tensor.dtype for tensor in tensors}
         if len(types) != 1:
-            raise ContentError(f"its tensors {prefix}* must be of one type, got {sorted(types) or 'none'}")
+            raise ContentError(f"its tensors {prefix}* must all have the same type, got {sorted(types) or 'none'}")
     except ContentError as error:
         raise CheckpointError(f"The checkpoint {file} cannot be used: {error}.") from None
     dtype = np.dtype(_TYPES[types.pop()])
@@ -212,10 +213,13 @@ def stored_tensors(file: Path, prefix: str) -> StoredArray:
 
 
 def checkpoint_files(path: str | Path) -> list[Path]:
-    """Return the checkpoint files at a path, by step. The path is a file, a run's folder, or its folder of checkpoints.
+    """Return the checkpoint files at a path, sorted by step.
+
+    Args:
+        path: A checkpoint file, a run's folder, or a run's folder `checkpoints`.
 
     Raises:
-        CheckpointError: If there are none.
+        CheckpointError: If there are no checkpoints.
     """
     path = Path(path)
     if path.is_file():
@@ -238,12 +242,12 @@ class _About(NamedTuple):
 
 
 def _read_about(file: io.BufferedIOBase, name: str) -> _About:
-    """Return a file's metadata. Check, from the header alone, that the file has the tensors of the saved configuration."""
+    """Return a file's metadata. Check from the header alone that the file has the tensors that its configuration implies."""
     try:
         header = _read_header(file)
         metadata = parse_json(header.metadata.get(_ENTRY, "null"))
         if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
-            raise ContentError(f"it has no metadata of format {_FORMAT}")
+            raise ContentError(f"it has no metadata with format {_FORMAT}")
     except _CutShortError as error:
         raise _damaged(name, error) from None
     except (ContentError, TypeError) as error:
@@ -267,7 +271,7 @@ def _read_about(file: io.BufferedIOBase, name: str) -> _About:
 
 
 def _checkpoint(about: _About, data: bytes, name: str) -> Checkpoint:
-    """Return the checkpoint of a file with this metadata."""
+    """Return the checkpoint in a file whose metadata are `about`."""
     try:
         params = dict(sorted(safetensors.torch.load(data).items()))  # `load` returns them in random order
     except SafetensorError as error:
@@ -290,7 +294,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _seal(about: Mapping[str, Any]) -> str:
-    """Return the digest of a checkpoint's metadata, as JSON with sorted keys."""
+    """Return the digest of a checkpoint's metadata. It is computed from JSON with sorted keys."""
     text = json.dumps({key: value for key, value in about.items() if key != _SEAL}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -299,19 +303,19 @@ def _read_header(file: io.BufferedIOBase) -> _Header:
     """Return the header of an open file, or of bytes in memory.
 
     Raises:
-        ContentError: If there is none, or it does not fit the file.
+        ContentError: If there is no header, or it does not match the file's size.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= min(_MAX_HEADER, size - 8):
-        raise ContentError("it has no header of safetensors")
+        raise ContentError("it has no safetensors header")
     tree = parse_json(file.read(length))
     metadata = tree.pop("__metadata__", {}) if isinstance(tree, dict) else None
     if not isinstance(metadata, dict):
-        raise ContentError("it has no header of safetensors")
+        raise ContentError("it has no safetensors header")
     if len(tree) > _MAX_TENSORS:
-        raise ContentError(f"it contains {len(tree):,} tensors, and at most {_MAX_TENSORS:,} are read")
+        raise ContentError(f"it contains {len(tree):,} tensors, and the limit is {_MAX_TENSORS:,}")
     tensors = {name: _entry(about, 8 + length) for name, about in tree.items()}
     end = max((tensor.stop for tensor in tensors.values()), default=8 + length)
     if end != size:
@@ -320,14 +324,16 @@ def _read_header(file: io.BufferedIOBase) -> _Header:
 
 
 def _require_shapes(header: _Header, config: RunConfig) -> None:
-    """Refuse tensors other than all parameters of the configuration's model, or the moments of all its parameters.
+    """Refuse a file whose tensors are neither all parameters of the configured model, nor the moments of all its parameters.
 
     Raises:
-        ContentError: If they differ. The message names the first difference.
+        ContentError: If the tensors differ from these. The message names the first difference.
     """
     expected = parameter_shapes(config.model, task_size=config.task.task_size, max_examples=config.task.max_examples)
     kinds = [f"{kind}/" for kind in MOMENTS] if any("/" in name for name in header.tensors) else [""]
-    count = len(kinds) * expected.num_tensors  # compared first: a configuration can claim millions of layers
+    count = (
+        len(kinds) * expected.num_tensors
+    )  # compared before the names, because a configuration can claim millions of layers
     if len(header.tensors) != count:
         raise ContentError(f"it contains {len(header.tensors):,} tensors, but its configuration describes {count:,}")
     for name, shape in expected.by_name().items():
@@ -338,17 +344,17 @@ def _require_shapes(header: _Header, config: RunConfig) -> None:
                 raise ContentError(f"{kind}{name} is {there}, but its configuration describes shape {shape}")
     types = sorted({tensor.dtype for tensor in header.tensors.values()})
     if len(types) > 1:
-        raise ContentError(f"its tensors are of several types, {' and '.join(types)}")
+        raise ContentError(f"its tensors have different types: {' and '.join(types)}")
 
 
 def _entry(about: Any, before: int) -> _TensorEntry:
-    """Parse the header's entry for one tensor. Its offsets are relative to the end of the header, at byte `before`."""
+    """Parse the header's entry for one tensor. Its offsets count from the end of the header, which is at byte `before`."""
     try:
         dtype, shape, (start, stop) = about["dtype"], about["shape"], about["data_offsets"]
     except (LookupError, TypeError, ValueError):
         raise ContentError("its header does not describe every tensor") from None
     if not isinstance(dtype, str) or dtype not in _TYPES:
-        raise ContentError(f"a tensor is of type {dtype!r}, but must be one of {', '.join(_TYPES)}")
+        raise ContentError(f"a tensor has the type {dtype!r}; the type must be one of {', '.join(_TYPES)}")
     numbers = [*shape, start, stop] if isinstance(shape, list) else [None]
     if not all(is_count(number) for number in numbers):
         raise ContentError("its header does not describe every tensor")

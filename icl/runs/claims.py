@@ -1,10 +1,11 @@
 """Ownership of a run's copy in a store.
 
-A run's `run-id` is drawn once, in the folder where the run begins. A copy belongs to the folder with the same id. A folder with
-another id cannot use the copy, whatever its settings. A new folder has no id yet. If its settings are the same, it takes over the
-copy and the copy's id, because it is the same run, resumed on another machine. `run-id` also contains the settings. So a copy can
-be taken over even if its machine was lost before `config.yaml` arrived. A `run-id` is never replaced. So two machines that claim
-one copy at the same moment agree on the id, and compute the same run.
+The file `run-id` has a run's id and settings. The id is drawn at random once, in the folder where the run begins. A copy belongs
+to the folder with the same id. A folder with another id cannot use the copy, even if the settings are the same. A new folder has
+no id yet. If its settings are the same, the new folder takes over the copy and its id: it is the same run, resumed on another
+machine. Since `run-id` has the settings, this also works if the first machine was lost before `config.yaml` arrived in the store.
+
+A `run-id` is never replaced. So if two machines claim a copy at the same moment, they agree on the id and compute the same run.
 """
 
 import secrets
@@ -20,7 +21,7 @@ from icl.store.opening import open_store
 
 
 def claim(here: Store, there: Store, config: RunConfig) -> None:
-    """Claim a run's copy in a store, unless it belongs to the run already.
+    """Claim a run's copy in a store, unless the copy belongs to the run already.
 
     Args:
         here: The run's folder.
@@ -38,7 +39,7 @@ def claim(here: Store, there: Store, config: RunConfig) -> None:
         owner = offered
     owner = owner or read_or_none(there, "run-id") or b""
     if owner != offered:
-        # Without config.yaml, the store has only the id: the owner's machine is just starting, or was lost.
+        # If there is no config.yaml, the store has only the id: the owner's machine has just started, or was lost.
         is_begun = read_or_none(there, "config.yaml") is None
         if not is_begun or kept is not None or not _is_of(there, owner, config):
             raise RunError(_describe_owner(there, is_begun))
@@ -47,13 +48,13 @@ def claim(here: Store, there: Store, config: RunConfig) -> None:
 
 
 def _new_id(config: RunConfig) -> bytes:
-    """Return a new run's id: a random word, and below it the settings."""
+    """Return the content of `run-id` for a new run: a line with a random word, and the settings below it."""
     settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
     return f"{secrets.token_hex(8)}\n{settings}".encode()
 
 
 def _is_of(there: Store, owner: bytes, config: RunConfig) -> bool:
-    """Return whether the owner of a copy has these settings. Version 0.1.0 wrote the settings into checkpoints only."""
+    """Return whether the owner of a copy has these settings. If version 0.1.0 wrote the copy, only its checkpoints have them."""
     settings = owner.partition(b"\n")[2]
     checkpoints = open_store(f"{there}/checkpoints")
     try:
@@ -72,6 +73,6 @@ def _describe_owner(there: Store, is_begun: bool) -> str:
             "give this run another --run_name, or another --checkpoints.store."
         )
     return (
-        f"{there} was taken by another run of that name, which has saved nothing to resume from yet. Give this run another "
+        f"{there} was taken by another run of that name, which has not saved anything yet. Give this run another "
         f"--run_name. If the machine of that run was lost, delete {there}/run-id and run the same command again."
     )

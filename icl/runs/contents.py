@@ -12,7 +12,7 @@ from icl.runs.resume_file import NAMES, read_resume
 from icl.runs.status import Status
 
 _MAX_STEPS = 8
-"""Largest number of steps that a message lists. Of the other steps it gives only the number."""
+"""Largest number of steps that a message lists. The message says how many other steps there are."""
 
 
 def expected_steps(config: RunConfig, step: int, status: Status | None = None) -> list[int]:
@@ -21,8 +21,8 @@ def expected_steps(config: RunConfig, step: int, status: Status | None = None) -
     Args:
         config: The run's settings.
         step: The run's latest step.
-        status: The run's status. If the run has ended, the last step is expected too, and with early stopping also the
-            best step.
+        status: The run's status. If the run has ended, the last step is also expected. With early stopping, the best
+            step is expected too.
     """
     grid = config.checkpoints
     scheduled = checkpoint_steps(
@@ -36,7 +36,10 @@ def expected_steps(config: RunConfig, step: int, status: Status | None = None) -
 
 
 def missing_steps(run: RunFolder, config: RunConfig, step: int, status: Status | None = None) -> list[int]:
-    """Return the steps whose checkpoint is missing in the run's folder. If the run saves Adam's moments, they are required too."""
+    """Return the steps whose checkpoint is missing in the run's folder.
+
+    If the run saves Adam's moments, a step whose moments are missing is included.
+    """
     there = set(list_steps(run.checkpoints))
     if config.checkpoints.moments:
         there &= set(list_steps(run.moments))
@@ -46,7 +49,7 @@ def missing_steps(run: RunFolder, config: RunConfig, step: int, status: Status |
 def describe_altered_rows(run: RunFolder) -> str | None:
     """Return a warning if a run has ended and its `metrics.csv` has changed since the last save.
 
-    Return None if it has not changed, or if this is unknown.
+    Return None if the file has not changed, or if this cannot be determined.
     """
     status = run.read_status()
     if status is None or not status.is_done:
@@ -60,11 +63,11 @@ def describe_altered_rows(run: RunFolder) -> str | None:
         return None
     if not are_rows_altered(data, resume.member.get("rows"), has_ended=True):
         return None
-    return f"{run.metrics_file} was altered since step {resume.step:,} was saved; its rows are shown as they are."
+    return f"{run.metrics_file} has changed since step {resume.step:,} was saved; its rows are shown as they are now."
 
 
 def describe_missing(run: RunFolder, steps: Sequence[int]) -> str:
-    """Return the message for missing checkpoints: which they are, and how to get them back."""
+    """Return the message that lists missing checkpoints and says how to get them back."""
     return (
         f"{run.path} lacks the {name_checkpoints(steps)}. If the run's store has them, `icl checkpoints {run.path} pull` fetches them. "
         f"To train again from step 0, delete {', '.join(NAMES)} and status.json in the run's folder and run the same command."
@@ -72,7 +75,7 @@ def describe_missing(run: RunFolder, steps: Sequence[int]) -> str:
 
 
 def name_checkpoints(steps: Sequence[int]) -> str:
-    """Return words such as "checkpoints of steps 5, 10". If there are many steps, only the first ones are listed."""
+    """Return a phrase such as "checkpoints of steps 5, 10". If there are many steps, list only the first ones."""
     named = ", ".join(f"{step:,}" for step in steps[:_MAX_STEPS])
     more = f" and {len(steps) - _MAX_STEPS:,} more" if len(steps) > _MAX_STEPS else ""
     return f"checkpoints of steps {named}{more}" if len(steps) > 1 else f"checkpoint of step {named}"

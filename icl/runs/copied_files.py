@@ -1,7 +1,7 @@
 """The files of a run that are copied to its store, and the order in which they are copied.
 
-`last.ckpt` and `status.json` describe the other files, so they are copied after them. `config.yaml` marks a folder as a run,
-so it is copied last.
+`last.ckpt` and `status.json` describe the other files, so these two are copied after the others. `config.yaml` marks a folder
+as a run, so it is copied last.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from icl.runs.resume_file import parse_resume
 from icl.store.base import LocalStore, Store, require_key
 
 CHECKPOINT_FOLDERS = ("checkpoints", "checkpoints/moments")
-"""Folders of the weights, and of Adam's moments if the run saves them."""
+"""The folder of the weights, and the folder of Adam's moments, which exists if the run saves them."""
 VOUCHERS = ("last.ckpt", "status.json")
-"""Files that describe the other files. They are copied after the other files, the status last."""
+"""Files that describe the other files. They are copied after the other files, and `status.json` after `last.ckpt`."""
 LAST = (*VOUCHERS, "config.yaml")
 """Files that are copied one by one, in this order, after all other files have arrived."""
 NEEDED = ("run-id", "metrics.csv", *LAST)
@@ -27,7 +27,7 @@ _FOLDERS = ("checkpoints", "results", "figures")
 
 
 def copied_names(store: Store) -> list[str]:
-    """List the files in a run's folder, or in its copy, that are part of the copy. Those in `LAST` come last.
+    """Return the names of the files to copy from a run's folder, or from its copy in a store. Those in `LAST` come last.
 
     Raises:
         StorageError: If a file's name could lead out of the run's folder, or the store cannot be used.
@@ -40,15 +40,15 @@ def copied_names(store: Store) -> list[str]:
 
 
 def is_checkpoint(name: str) -> bool:
-    """Return whether a name in a run's folder is that of a checkpoint, of weights or of moments."""
+    """Return whether a file in a run's folder has the name of a checkpoint, of either weights or moments."""
     folder, _, file = name.rpartition("/")
     return folder in CHECKPOINT_FOLDERS and file.startswith("step-")
 
 
 def size_limit(name: str) -> int | None:
-    """Return the maximum number of bytes to read from a run's file, or None for weights, arrays and pictures.
+    """Return the maximum number of bytes to read from a run's file, or None for weights, arrays and images.
 
-    Without a limit, a `status.json` in a stranger's folder or bucket could fill the memory.
+    Without a limit, a large `status.json` in a stranger's folder or bucket could fill the memory.
     """
     if name in _SMALL_FILES:
         return MAX_SMALL_FILE
@@ -56,10 +56,10 @@ def size_limit(name: str) -> int | None:
 
 
 def require_whole(name: str, data: bytes, where: str) -> None:
-    """Refuse a checkpoint or resume file that does not match the digests in it.
+    """Refuse a checkpoint or resume file that does not match the digests that it contains.
 
     Raises:
-        CheckpointError, ResumeFileError: If it is damaged. The message says what is wrong.
+        CheckpointError, ResumeFileError: If the file is damaged. The message says what is wrong.
     """
     if is_checkpoint(name):
         parse_checkpoint(data, where)
@@ -68,9 +68,9 @@ def require_whole(name: str, data: bytes, where: str) -> None:
 
 
 def require_no_links_out(*stores: Store) -> None:
-    """Refuse to copy from or to a folder with a symbolic link that leads out of it.
+    """Refuse to copy from or to a folder that contains a symbolic link to a place outside it.
 
-    The link's target is not part of the run.
+    The target of such a link is not part of the run.
 
     Raises:
         StorageError: If there is such a link. The message names the first one.
@@ -80,7 +80,7 @@ def require_no_links_out(*stores: Store) -> None:
         if links:
             raise StorageError(
                 f"{store}/{links[0]} is a symbolic link out of the run's folder, so nothing was copied; "
-                "replace the link by its target, or remove it."
+                "replace the link with its target, or remove the link."
             )
 
 

@@ -1,7 +1,8 @@
-"""Delivery of a run's files to its store: a note of the files that arrived, and uploads of files made after training.
+"""Deliver a run's files to its store: note which files have arrived, and upload files that were made after training.
 
 The note `.delivered` in the run's folder contains the address of the copy and the digests of the files that are known to have
-arrived. So a run that has ended and has a complete copy no longer needs the store, and results and figures are sent only once.
+arrived. So `icl` need not ask the store about a run that has ended and has a complete copy, and sends each result and figure
+only once.
 """
 
 import json
@@ -24,7 +25,7 @@ _NOTE = ".delivered"
 _MADE_LATER = ("results/", "figures/", "report.html")
 _MAX_NAMES = 8
 _MAX_NOTE = 2**26
-"""Largest size of the note in bytes. It needs about a hundred bytes for each file of the run."""
+"""Largest size of the note in bytes. A note has about a hundred bytes for each file of the run."""
 
 
 class UploadError(StorageError):
@@ -32,7 +33,7 @@ class UploadError(StorageError):
 
 
 def is_delivered(run: RunFolder, config: RunConfig) -> bool:
-    """Return whether a run has ended and its copy is complete. The status is sent last, so comparing it is enough."""
+    """Return whether a run has ended and its copy is complete. Only `status.json` is compared, because it is sent last."""
     status = run.read_status()
     arrived = _read_note(run, config)
     is_done = status is not None and status.is_done
@@ -40,14 +41,14 @@ def is_delivered(run: RunFolder, config: RunConfig) -> bool:
 
 
 def note_delivered(run: RunFolder, config: RunConfig, names: Iterable[str]) -> None:
-    """Record in the note that the run's store has these files with their present content."""
+    """Record in the note that the run's store has the current content of these files."""
     arrived = _read_note(run, config) | {name: run.store.digest(name) for name in names}
     note = {"place": _place(config), "files": arrived}
     write_atomically(run.path / _NOTE, (json.dumps(note, indent=1) + "\n").encode())
 
 
 def send_results(run: RunFolder) -> list[str]:
-    """Send the results, figures and report of a run that its store does not have yet. Return the names of the files sent.
+    """Send those results, figures and reports of a run that its store does not have yet. Return the names of the files sent.
 
     If the run never had a copy, nothing is sent.
 
@@ -93,7 +94,7 @@ def describe_left(run: RunFolder, url: str, left: Sequence[str], reason: str) ->
 
 
 def _read_note(run: RunFolder, config: RunConfig) -> dict[str, str]:
-    """Return the noted digests of the files in the run's store. Empty if the note is about another store."""
+    """Return the noted digests of the files in the run's store, or an empty dict if the note is about another store."""
     try:
         note = parse_json(read_bytes(run.path / _NOTE, limit=_MAX_NOTE))
         return dict(note["files"]) if note["place"] == _place(config) else {}
@@ -102,7 +103,7 @@ def _read_note(run: RunFolder, config: RunConfig) -> dict[str, str]:
 
 
 def _place(config: RunConfig) -> str:
-    """Return the addresses of the run's copy and of its server, without credentials, because the note saves them."""
+    """Return the addresses of the run's copy and of its server. Credentials are removed, because the note saves the addresses."""
     url = store_url(config) or ""
     root = url.rstrip("/") if "://" in url else str(user_path(url).resolve())
     server = redact(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")

@@ -1,6 +1,7 @@
-"""The environment in which a run is trained: versions, machine and command. Every start writes it as one line of `run.log`.
+"""Describe the environment in which a run is trained: versions, machine and command.
 
-So a reader can tell how a run was made, even years later. `icl report` shows these lines.
+Every start of a run writes its environment as one line of `run.log`, so that a reader can tell years later how the run was made.
+`icl report` shows these lines.
 """
 
 import json
@@ -16,7 +17,10 @@ from icl.files.redaction import redact
 
 PACKAGES = ("icl", "torch", "lightning", "numpy")
 OWN_PROGRAM = (sys.executable, str(Path(__file__).parents[1] / "__main__.py"))
-"""Command that starts this `icl` in another process. Unlike `python -m icl`, it imports nothing from the working folder."""
+"""Command that starts this installation of `icl` in another process.
+
+Unlike `python -m icl`, the command imports nothing from the working folder.
+"""
 COMMANDS = ("train", "sweep", "diversity", "evaluate", "llc", "analyse", "report", "predict", "runs", "checkpoints")
 """Commands of `icl`, in the order in which its overview lists them."""
 _MARK = " environment "
@@ -39,7 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def environment_line(more: dict[str, str] | None = None) -> str:
-    """Return this process's environment and the entries of `more` as a line for a log, which `environments_of` reads."""
+    """Return a line for `run.log` with this process's environment and the entries of `more`. `environments_of` reads such lines."""
     return f"{_MARK.strip()} {json.dumps(describe_environment() | (more or {}))}"
 
 

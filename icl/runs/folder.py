@@ -1,4 +1,4 @@
-"""A run's folder: its files, its status, and the lock that keeps two processes from training it at once.
+"""A run's folder: its files, its status, and the lock that prevents two processes from training the run at once.
 
 `$LOCAL_ROOT/<run name>/` contains `config.yaml`, `status.json`, `metrics.csv`, `run.log`, `last.ckpt`, `previous.ckpt`,
 `checkpoints/`, `results/` and `figures/`. Files are replaced atomically.
@@ -23,7 +23,7 @@ from icl.runs.status import FAILS_AGAIN, Status, parse_status, status_text
 from icl.store.base import LocalStore
 
 RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "RANK")
-"""Environment variables by which Lightning and torchrun number the processes of a run."""
+"""Environment variables in which Lightning and torchrun give the number of a process of a run."""
 _OWN_NAMES = frozenset(
     (
         *("run-id", "wandb-id", "metrics.csv", "run.log", "report.html", "last.ckpt", "previous.ckpt", "status.json"),
@@ -31,7 +31,7 @@ _OWN_NAMES = frozenset(
         *("checkpoints", "results", "figures"),
     )
 )
-"""Files and folders that `icl` reads or writes in a run's folder. W&B's `wandb` is not among them, because it contains links."""
+"""Files and folders that `icl` reads or writes in a run's folder. The folder `wandb` is W&B's own, and contains symbolic links."""
 
 
 class RunError(UserError, RuntimeError):
@@ -59,19 +59,19 @@ def local_root() -> Path:
 
 
 def place_of(word: str | Path) -> Path:
-    """Return the path that a word means: an existing path, or else the run of that name below `local_root()`."""
+    """Return the path that a user's word stands for: an existing path, or else the run of that name below `local_root()`."""
     path, named = Path(word), local_root() / name_of(word)
     return named if named.exists() and not path.exists() else path
 
 
 def require_place(word: str | Path) -> Path:
-    """Return the path that a word means, as `place_of` does. It must exist.
+    """Return the path that a user's word stands for, as `place_of` does. The path must exist.
 
     Raises:
         RunError: If there is neither such a path nor such a run. The message names both.
     """
     if not str(word).strip():
-        raise RunError("RUN must name a run or a folder, got nothing; `icl runs` lists all runs.")
+        raise RunError("RUN must be the name of a run or a folder, got an empty name; `icl runs` lists all runs.")
     path, named = place_of(word), local_root() / name_of(word)
     if not path.exists():
         other = "" if named == path else f", nor a run {named}"
@@ -86,7 +86,7 @@ def name_of(word: str | Path) -> str:
 
 
 class RunFolder:
-    """The folder of one run, with its paths and the functions that read and write them. The first write makes the folder."""
+    """The folder of one run: the paths of its files, and functions to read and write them. The first write makes the folder."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -107,10 +107,10 @@ class RunFolder:
         write_atomically(self.config_file, yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
 
     def read_config(self) -> RunConfig:
-        """Return the configuration the run was started with.
+        """Return the configuration with which the run was started.
 
         Raises:
-            ConfigError: If the folder has none, or it cannot be read.
+            ConfigError: If the folder has no configuration, or it cannot be read.
         """
         try:
             return parse_config(read_bytes(self.config_file), str(self.path))
@@ -120,33 +120,33 @@ class RunFolder:
             raise ConfigError(f"{self.path} is not a run: it has no readable config.yaml.") from None
 
     def write_status(self, status: Status) -> None:
-        """Replace `status.json`, and save the present time in it."""
+        """Replace `status.json`. The new file also has the current time."""
         write_atomically(self.status_file, status_text(status), durable=False)
 
     def overwrite_status(self, status: Status) -> None:
-        """Write into the existing `status.json`, because a full disk has no room for a second file.
+        """Write into the existing `status.json`. Use this on a full disk, which has no room for a second file.
 
         Raises:
-            OSError: If it cannot be written.
+            OSError: If the file cannot be written.
         """
         with self.status_file.open("r+b") as file:
             file.write(status_text(status))
             file.truncate()
 
     def read_status(self) -> Status | None:
-        """Return the last status, or None if there is none that can be read."""
+        """Return the last status, or None if `status.json` is missing or cannot be read."""
         try:
             return parse_status(read_bytes(self.status_file))
         except (OSError, ContentError):
             return None
 
     def require_own_files(self) -> None:
-        """Refuse a folder in which the name of one of our files is a link out of the folder.
+        """Refuse a folder in which one of the files or folders that `icl` uses is a symbolic link out of the folder.
 
-        Otherwise a stranger who made the folder could choose where we write.
+        Otherwise a stranger who made the folder could choose where `icl` writes.
 
         Raises:
-            StorageError: If a name is a link out of the folder, or a pipe or device instead of a file. The message names it.
+            StorageError: If there is such a link, or a pipe or device in place of a file. The message names it.
         """
         foreign = dict.fromkeys(self.store.pipes(), "neither a file nor a folder")
         foreign |= dict.fromkeys(self.store.links_out(), "a symbolic link out of the run's folder")
@@ -154,24 +154,24 @@ class RunFolder:
             if name.partition("/")[0] in _OWN_NAMES:
                 raise StorageError(
                     f"{self.path / name} is {kind}, so nothing is written to this run; "
-                    "put a plain file or folder in its place, or remove it."
+                    "replace it with an ordinary file or folder, or remove it."
                 )
 
     def write_result(self, name: str, text: str) -> Path:
         """Replace a file of `results/`.
 
         Raises:
-            StorageError: If it cannot be written, or would lie outside of the run's folder.
+            StorageError: If the file cannot be written, or would lie outside the run's folder.
         """
         self.require_own_files()
         write_atomically(self.results / name, text.encode())
         return self.results / name
 
     def log(self, message: str) -> None:
-        """Add a line to `run.log`, with the time.
+        """Add a line with the current time and a message to `run.log`.
 
         Raises:
-            StorageError: If it cannot be written.
+            StorageError: If the line cannot be written.
         """
         try:
             with self.log_file.open("a", encoding="utf-8") as file:
@@ -185,7 +185,7 @@ class RunFolder:
 
         Raises:
             RunError: If another process is training the run.
-            StorageError: If the folder cannot be written, or one of our names in it is a link out of the folder.
+            StorageError: If the folder cannot be written, or `require_own_files` refuses it.
         """
         self.require_own_files()
         try:
@@ -193,20 +193,20 @@ class RunFolder:
             file = (self.path / ".lock").open("a+")
         except OSError as error:
             raise StorageError(
-                f"Cannot write to the run's folder {self.path}: {error.strerror}. Choose another with LOCAL_ROOT."
+                f"Cannot write to the run's folder {self.path}: {error.strerror}. Choose another folder with LOCAL_ROOT."
             ) from None
         with file:
             try:
                 lock_file(file.fileno(), self.path)
             except LockedError:
                 raise RunError(
-                    f"Another process is training {self.path}; wait for it, or give this run another name with --run_name."
+                    f"Another process is training {self.path}; wait until it ends, or give this run another name with --run_name."
                 ) from None
             yield
 
 
 def run_of(path: str | Path) -> RunFolder:
-    """Return the run that a folder belongs to: the folder itself, or the parent of its `checkpoints`."""
+    """Return the run to which a folder belongs. The folder is a run's folder, or the `checkpoints` in it."""
     path = Path(path)
     return RunFolder(path.parent if path.name == "checkpoints" else path)
 
@@ -215,7 +215,7 @@ def parse_config(data: bytes, where: str) -> RunConfig:
     """Parse the configuration from the bytes of a run's `config.yaml`.
 
     Raises:
-        ConfigError: If it cannot be read. The message uses `where` as the name of the run.
+        ConfigError: If the file cannot be used. The message uses `where` as the name of the run.
     """
     try:
         tree = parse_yaml(data)
@@ -230,10 +230,10 @@ def parse_config(data: bytes, where: str) -> RunConfig:
 
 
 def require_same_config(old: RunConfig, new: RunConfig, run: RunFolder | str) -> None:
-    """Refuse to resume a run with other settings than it began with.
+    """Refuse to resume a run with settings other than those with which it began.
 
     Args:
-        old: The settings that the run began with.
+        old: The settings with which the run began.
         new: The requested settings.
         run: The run's folder, or the address of its copy.
 
@@ -244,16 +244,18 @@ def require_same_config(old: RunConfig, new: RunConfig, run: RunFolder | str) ->
     if changed:
         raise ConfigError(
             f"The run {run.path if isinstance(run, RunFolder) else run} was begun with other settings: {'; '.join(changed)}. "
-            "Use the old ones to resume it, or give the new run its own --run_name."
+            "Use the old settings to resume this run, or give the new run its own --run_name."
         )
 
 
 @contextlib.contextmanager
 def leaving_nothing(run: RunFolder) -> Iterator[None]:
-    """Lock a run's folder as `RunFolder.lock` does. If the body fails before it writes a file there, delete the new folder.
+    """Lock a run's folder as `RunFolder.lock` does, and leave no empty new folder behind.
+
+    If the body of the `with` statement fails before it writes a file into a new folder, the folder is deleted.
 
     Raises:
-        RunError, StorageError: As `RunFolder.lock`.
+        RunError, StorageError: For the same reasons as `RunFolder.lock`.
     """
     new = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     with run.lock():
@@ -271,10 +273,10 @@ def leaving_nothing(run: RunFolder) -> Iterator[None]:
 def require_own_place(run: RunFolder) -> None:
     """Refuse to begin a run inside another run's folder, or in a folder that contains other runs.
 
-    Listings and copies would mix up their files.
+    Otherwise, listings and copies would mix up the files of these runs.
 
     Raises:
-        RunError: If there is such a run. The message names it.
+        RunError: If there is such a run. The message names the run.
     """
     if run.config_file.is_file() or run.status_file.is_file():
         return
@@ -284,9 +286,7 @@ def require_own_place(run: RunFolder) -> None:
         raise RunError(f"{run.path} would be inside the run {outer}; give this run another name or folder.")
     inner = next((file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/status.json")), None)
     if inner is not None:
-        raise RunError(
-            f"{run.path} is a folder of other runs, such as {inner.name}; give this run another name or folder."
-        )
+        raise RunError(f"{run.path} contains other runs, such as {inner.name}; give this run another name or folder.")
 
 
 def _is_run(folder: Path) -> bool:

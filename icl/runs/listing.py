@@ -11,10 +11,10 @@ from icl.runs.status import Status
 
 
 def run_folders(root: Path) -> list[RunFolder]:
-    """Return every run below a folder, sorted by the numbers in their names: M = 8 comes before M = 16.
+    """Return all runs below a folder, sorted by the numbers in their names: M8 comes before M16.
 
     Raises:
-        RunError: If it is not a folder.
+        RunError: If `root` exists and is not a folder.
     """
     if os.path.lexists(root) and not root.is_dir():
         raise RunError(f"{root} is not a folder; name a folder of runs.")
@@ -23,10 +23,10 @@ def run_folders(root: Path) -> list[RunFolder]:
 
 
 def named_runs(paths: Sequence[Path]) -> dict[str, RunFolder]:
-    """Return the runs at some paths, by name. A path is a run's folder, or a folder with runs below it.
+    """Return the runs at some paths, by name. Each path is a run's folder, or a folder with runs below it.
 
     Raises:
-        RunError: If a path is neither.
+        RunError: If there is no run at a path or below it.
     """
     runs: dict[Path, tuple[str, RunFolder]] = {}
     for path in paths:
@@ -46,9 +46,9 @@ def named_runs(paths: Sequence[Path]) -> dict[str, RunFolder]:
 
 
 def describe_runs(root: Path) -> list[str]:
-    """Return a line for every run below a folder: name, state, step, loss, age of the last status.
+    """Return a line for each run below a folder, with its name, state, step and loss, and the age of its last status.
 
-    A run whose `status.json` cannot be read has a line that says so.
+    If a run's `status.json` cannot be read, its line says so.
     """
     return [_line(run.path.relative_to(root).as_posix(), run.read_status()) for run in run_folders(root)]
 

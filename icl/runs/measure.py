@@ -1,12 +1,13 @@
 """Measure every saved step of a run once, and cache the results in the run's folder.
 
-`measure_checkpoints` reads a run's checkpoints in the order of their steps. It passes the checkpoints without a cached result to
-a function, several at a time. The results are stored as one entry for each step, below `results/<name>/`:
+`measure_checkpoints` reads a run's checkpoints in the order of their steps. It passes the checkpoints that have no cached result
+to a function, several at a time. The result of each step is stored as one entry, in two files below `results/<name>/`:
 
-- `step-000001465.json`: the rows for the table; the key; and the name, shape and position of each array. The key has the
-  hash of the checkpoint, the hash of its predecessor if the measurement uses it, the settings, and the version of the method.
-- `step-000001465.npy`: the numbers of all arrays, one after the other. Analyses of the whole run need these arrays, for
-  example a principal component analysis. Parts can be read separately, so the arrays of all checkpoints need not fit in memory.
+- `step-000001465.json` has the rows for the table, the entry's key, and the name, shape and position of each array. The key has
+  the hash of the checkpoint, the settings, and the version of the method. If the measurement also uses the checkpoint before
+  this one, the key has the hash of that predecessor, too.
+- `step-000001465.npy` has the numbers of all arrays, one array after the other. Analyses of the whole run, such as a principal
+  component analysis, need these arrays. Each array can be read separately, so the arrays of all checkpoints need not fit in memory.
 
 If an entry is damaged or has another key, its checkpoint is measured again. Nothing is ever unpickled. If the process is killed at any
 point, the same call continues after the last entry.
@@ -34,13 +35,13 @@ class Measurement(NamedTuple):
     """The result of measuring one checkpoint."""
 
     rows: list[dict[str, Any]]
-    """Rows of the table, without step, hash and settings. Values must be storable as JSON; NaN is allowed."""
+    """Rows of the table, without step, hash and settings. JSON must be able to store the values; NaN is allowed."""
     arrays: Mapping[str, np.ndarray] = MappingProxyType({})
-    """Arrays for later analyses of the whole run, by name; all of one dtype."""
+    """Arrays for later analyses of the whole run, by name. All arrays have the same dtype."""
 
 
 class Entry(NamedTuple):
-    """A cached measurement, with the checkpoint it belongs to."""
+    """A cached measurement, with the step and the hash of its checkpoint."""
 
     step: int
     checkpoint_hash: str
@@ -53,12 +54,12 @@ class Batch(NamedTuple):
 
     entries: list[Entry]
     is_new: bool
-    """Whether the entries were measured in this call. False if they came from the cache."""
+    """True if the entries were measured in this call, False if they came from the cache."""
 
 
 Measure: TypeAlias = Callable[[list[Checkpoint], int], Sequence[Measurement]]
-"""Function that measures checkpoints. The second argument is 1 if the first checkpoint is only the predecessor of the second and
-is not measured itself. Otherwise it is 0."""
+"""Function that measures checkpoints. The second argument is the number of checkpoints at the start of the list that are not
+measured: 1 if the first one is only there as the predecessor of the second, and 0 otherwise."""
 
 
 class Cache:
@@ -68,11 +69,11 @@ class Cache:
         self.folder = folder
 
     def read(self, step: int, key: Mapping[str, Any] | None = None) -> Entry | None:
-        """Return the entry of a step, or None if it is missing, is damaged, or has another key.
+        """Return the entry of a step, or None if the entry is missing or damaged, or has another key.
 
         Args:
             step: Step of the checkpoint.
-            key: Required key; None accepts any key.
+            key: Required key. If it is None, an entry with any key is returned.
         """
         try:
             content = self._content(step)
@@ -88,10 +89,12 @@ class Cache:
             return None
 
     def write(self, entry: Entry, key: Mapping[str, Any]) -> None:
-        """Store an entry under its key. If the process is killed during the write, the old entry, the new entry or no entry remains.
+        """Store an entry under its key.
+
+        If the process is killed during the write, the old entry, the new entry or no entry remains, but never a mixture.
 
         Raises:
-            StorageError: If it cannot be written.
+            StorageError: If the entry cannot be written.
         """
         places, stop = {}, 0
         for name, array in entry.arrays.items():
@@ -108,7 +111,7 @@ class Cache:
         )  # the file in which version 0.1.0 stored the entry
 
     def stored_array(self, step: int, name: str) -> StoredArray:
-        """Return a reference to an array of an entry, flattened. The numbers stay in the file until they are read.
+        """Return a reference to an array of an entry, flattened. Its numbers stay in the file until the array is sliced.
 
         Raises:
             ContentError: If the entry is missing or damaged.
@@ -120,7 +123,7 @@ class Cache:
         return dataclasses.replace(numbers, offset=offset, size=stop - start)
 
     def steps(self, settings: Mapping[str, Any], version: int) -> set[int]:
-        """Return the steps that have an entry with these settings and this version, for any checkpoint hash."""
+        """Return the steps that have an entry with these settings and this version, whatever the checkpoint's hash."""
         wanted = (json.loads(json.dumps(settings)), version)
         steps = set()
         for file in self.folder.glob("step-*.json"):
@@ -151,15 +154,15 @@ def measure_checkpoints(
     max_members: int,
     uses_predecessor: bool = False,
 ) -> Iterator[Batch]:
-    """Yield the entries of checkpoints in the order of their steps. Cached checkpoints are not measured again.
+    """Yield the entries of checkpoints in the order of their steps. Checkpoints with a cached entry are not measured again.
 
     Args:
         files: Checkpoint files of one run, sorted by step.
         config: The run's configuration.
         measure: Function that measures some consecutive checkpoints.
-        cache: Cache that stores the entries; None stores nothing.
-        settings: Settings on which the numbers depend. With other settings every checkpoint is measured again.
-        version: Version of the method. Entries of another version are measured again.
+        cache: Cache that stores the entries. If it is None, nothing is stored.
+        settings: Settings on which the numbers depend. Checkpoints whose entry has other settings are measured again.
+        version: Version of the method. Checkpoints whose entry has another version are measured again.
         max_members: Largest number of checkpoints to measure at once.
         uses_predecessor: Whether the measurement of a checkpoint also uses the checkpoint before it.
 
@@ -169,7 +172,7 @@ def measure_checkpoints(
     """
     previous: Checkpoint | None = None
     lead: Checkpoint | None = None  # predecessor of the first pending checkpoint
-    pending: list[tuple[Checkpoint, dict[str, Any]]] = []  # with their keys
+    pending: list[tuple[Checkpoint, dict[str, Any]]] = []  # checkpoints to measure, and their keys
     for file in files:
         checkpoint = load_same_run(file, config)
         predecessor = previous if uses_predecessor else None
@@ -212,7 +215,7 @@ def _measure_pending(
 
 
 def parse_entry(data: bytes) -> dict[str, Any]:
-    """Parse the JSON file of an entry: `key`, `rows`, `places` (start, stop and shape of each array), `array_digest`.
+    """Return the content of an entry's JSON file: `key`, `rows`, `places` (start, stop, shape of each array), `array_digest`.
 
     Raises:
         ContentError: If the file is damaged.

@@ -1,7 +1,8 @@
-"""`metrics.csv`: one row per logged step. An interruption of the run does not change its bytes.
+"""Write and read `metrics.csv`, which has one row per logged step.
 
-It contains nothing that depends on the wall clock. On resume, the rows after the resume point and a row that was cut short are
-removed, and training writes them again. Floats have nine significant digits, which are enough to restore a float32 exactly.
+The file contains nothing that depends on the wall clock. On resume, the rows after the resume point are removed, and so is a row
+that was cut short. Training then writes these rows again. So the bytes of the complete file do not depend on interruptions.
+Floats have nine significant digits, which are enough to restore a float32 exactly.
 """
 
 import csv
@@ -20,7 +21,7 @@ from icl.store.base import sha256
 
 
 def logged_steps(config: RunConfig, step: int) -> set[int]:
-    """Return the steps up to this one that have a row in `metrics.csv`. If this is step 0, there are none."""
+    """Return the steps up to `step` that have a row in `metrics.csv`. For step 0, there are none."""
     if step == 0:
         return set()
     evaluations = range(0, step + 1, config.evaluation.every) if config.evaluation.every is not None else ()
@@ -55,11 +56,11 @@ class MetricsFile:
 
         Args:
             logged_steps: The steps whose rows are kept.
-            known: Columns that are functions of the step. They are computed again in the kept rows, because version 0.1.0
-                wrote the learning rate of the next update.
+            known: Columns that are functions of the step, by name. They are computed again in the kept rows, because version
+                0.1.0 wrote the learning rate of the next update.
 
         Raises:
-            RunError: If the row of one of these steps is missing.
+            RunError: If the row of one of the logged steps is missing.
             StorageError: If the file cannot be written.
         """
         rows = self.require_rows(logged_steps)
@@ -70,10 +71,10 @@ class MetricsFile:
         self._write_all()
 
     def require_rows(self, logged_steps: Iterable[int]) -> list[list[str]]:
-        """Return the rows of these steps in their order.
+        """Return the rows of some steps, in the order of the steps.
 
         Raises:
-            RunError: If one of them is missing.
+            RunError: If one of these rows is missing.
         """
         _, lines = _read(self.path)
         rows = {int(row[0]): row for row in lines if len(row) == len(self.columns)}
@@ -81,16 +82,18 @@ class MetricsFile:
         missing = [step for step in steps if step not in rows]
         if missing:
             raise RunError(
-                f"{self.path} has lost the row of step {missing[0]}; put it back, or delete "
-                "last.ckpt, previous.ckpt and status.json beside it to train from step 0."
+                f"{self.path} has lost the row of step {missing[0]}; put the row back, or delete "
+                "last.ckpt, previous.ckpt and status.json in the same folder to train from step 0."
             )
         return [rows[step] for step in steps]
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
-        """Write one row; a column without a value stays empty. If the file was removed or altered since the last row, write all rows.
+        """Write one row. A column without a value stays empty.
+
+        If the file was removed or changed its length since the last row, all rows are written again.
 
         Raises:
-            StorageError: If it cannot be written, or its folder is gone.
+            StorageError: If the file cannot be written, or its folder is gone.
         """
         line = _line([_text(row.get(column)) for column in self.columns])
         self._lines.append(line)
@@ -124,7 +127,7 @@ class MetricsFile:
         return {"size": len(data), "sha256": sha256(data)}
 
     def _is_whole(self) -> bool:
-        """Return whether the file is as long as this process left it."""
+        """Return whether the file still has the length that it had after this process's last write."""
         try:
             return self.path.stat().st_size == self._num_bytes
         except OSError:
@@ -139,7 +142,7 @@ class MetricsFile:
 
 
 def lost_rows(run: RunFolder, config: RunConfig, step: int) -> str | None:
-    """Return a message about the first missing row up to a step, or None if no row is missing."""
+    """Return a message about the first row that is missing up to `step`, or None if no row is missing."""
     try:
         MetricsFile(run.metrics_file, metric_columns(config)).require_rows(logged_steps(config, step))
     except RunError as error:
@@ -148,12 +151,12 @@ def lost_rows(run: RunFolder, config: RunConfig, step: int) -> str | None:
 
 
 def are_rows_altered(data: bytes, saved: Any, *, has_ended: bool = False) -> bool:
-    """Return whether the rows up to a save have changed since then.
+    """Return whether the rows that existed at a save have changed since then.
 
     Args:
         data: The whole file.
         saved: Result of `MetricsFile.digest` at the save, or None if version 0.1.0 made the save.
-        has_ended: Whether this was the last save of the run. Then the file must not have further rows.
+        has_ended: Whether the save was the run's last. If so, further rows count as a change, too.
     """
     if not isinstance(saved, dict) or not isinstance(saved.get("size"), int):
         return False
@@ -162,13 +165,13 @@ def are_rows_altered(data: bytes, saved: Any, *, has_ended: bool = False) -> boo
 
 
 def whole_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a `metrics.csv` by column, without those that are damaged or were cut short."""
+    """Return the rows of a `metrics.csv` as dicts by column. Rows that are damaged or were cut short are left out."""
     columns, rows = _read(path)
     return [dict(zip(columns, row, strict=True)) for row in rows if len(row) == len(columns) and columns[0] == "step"]
 
 
 def _read(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Return the header of a file, and its complete rows. A row is a step and numbers."""
+    """Return a file's header and its complete rows. A complete row has a step, and numbers in all other columns."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     header, *lines = text.splitlines(keepends=True) or [""]
     whole = (_cells(line) for line in lines if line.endswith("\n"))

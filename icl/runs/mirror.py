@@ -1,11 +1,11 @@
-"""A run's copy in a store: who owns it, and how it is sent and fetched.
+"""Send a run to its copy in a store, and fetch it from there.
 
-The copy is at `<store>/<run name>/` and has the same layout as the run's folder. Three rules keep it consistent:
+The copy is at `<store>/<run name>/` and has the same layout as the run's folder. Three rules keep the copy consistent:
 
 - *Owner.* A copy belongs to the folder with the same `run-id` (`icl.runs.claims`).
-- *Order.* Files that describe other files are copied after them (`icl.runs.copied_files`). If copying is interrupted, the same
-  command continues it.
-- *Age.* Files are never copied over a run at a later step, unless the user forces it.
+- *Order.* Files that describe other files are copied after those files (`icl.runs.copied_files`). If copying is interrupted, the
+  same command continues it.
+- *Age.* Files of an earlier step never replace files of a later step, unless the user forces it.
 """
 
 import os
@@ -59,7 +59,9 @@ class Mirror:
 
 
 def store_url(config: RunConfig) -> str | None:
-    """Return the address of the store for the run's copy: `checkpoints.store`, or the bucket $AWS_BUCKET_NAME, or None.
+    """Return the address of the store for the run's copy, or None if the run has no store.
+
+    The address is the setting `checkpoints.store`, or else the bucket $AWS_BUCKET_NAME.
 
     Raises:
         ConfigError: If $AWS_BUCKET_NAME is not the name of a bucket.
@@ -71,23 +73,24 @@ def store_url(config: RunConfig) -> str | None:
 
 
 def open_mirror(run: RunFolder, url: str, name: str, *, make: bool = True) -> Mirror:
-    """Return a run and its copy in a store, `<url>/<name>`.
+    """Return a run's folder together with the run's copy at `<url>/<name>`.
 
     Args:
-        run: The run.
-        url: The store.
+        run: The run's folder.
+        url: The address of the store.
         name: The run's name in the store.
-        make: Whether to make the store if it is a folder that does not exist. Pass False to read only.
+        make: Whether to make the store if it is a folder that does not exist. If False, the copy is only read.
 
     Raises:
         ConfigError: If the copy would be the run's own folder, or inside it.
-        StorageError: If the store cannot be used, for example because there are no credentials, no bucket or no answer.
+        StorageError: If the store cannot be used, for example because credentials or the bucket are missing, or the server
+            does not answer.
     """
     there = open_store(f"{url.rstrip('/')}/{name}")
     if isinstance(there, LocalStore):
         if there.root.resolve().is_relative_to(run.path.resolve()):
             raise ConfigError(
-                f"The copy in the store {url} would be in the run's own folder; choose another folder for it."
+                f"The copy in the store {url} would be in the run's own folder; choose another folder for the store."
             )
         if not make and not (isinstance(store := open_store(url), LocalStore) and store.root.is_dir()):
             raise StorageError(f"There is no store {url}; `icl checkpoints RUN push --store {url}` makes it.")
@@ -97,14 +100,14 @@ def open_mirror(run: RunFolder, url: str, name: str, *, make: bool = True) -> Mi
 
 
 def take_up(mirror: Mirror, config: RunConfig) -> bool:
-    """Claim the run's copy in the store before training, and fetch it if it is at a later step than the folder.
+    """Claim the run's copy in the store before training. If the copy is at a later step than the folder, fetch the copy.
 
     Returns:
-        Whether something was fetched.
+        Whether any file was fetched.
 
     Raises:
         RunError: If the copy belongs to another run.
-        ConfigError: If the run in the store was begun with other settings.
+        ConfigError: If the run in the store began with other settings.
         StorageError: If the store or the folder cannot be used.
     """
     require_no_links_out(mirror.here, mirror.there)
@@ -131,9 +134,9 @@ def take_up(mirror: Mirror, config: RunConfig) -> bool:
 
 
 def _describe_unusable(mirror: Mirror, error: Exception) -> str:
-    """Return the message for a copy from which the run cannot be resumed."""
+    """Return the error message for a copy from which the run cannot be resumed."""
     return (
-        f"{_bare(str(error))}, so the run cannot be resumed from this copy. If RUN is another folder with the undamaged run, "
+        f"{_bare(str(error))}, so the run cannot be resumed from this copy. If another folder RUN has the undamaged run, "
         f"`icl checkpoints RUN push --force` repairs the store. Otherwise delete last.ckpt, metrics.csv and status.json at "
         f"{mirror.there} to train again from step 0."
     )
@@ -143,13 +146,13 @@ def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
     """Fetch the files that are missing in the folder or differ from those in the store. Return their names.
 
     Args:
-        mirror: The run.
-        force: Whether to fetch every file, even if the folder is at a later step.
+        mirror: The run's folder and copy.
+        force: Whether to fetch all files, even if the folder is at a later step.
 
     Raises:
         RunError: If the store has no such run, or the folder has another run or is at a later step.
-        DamagedError: If files in the store are damaged. All other files were fetched. Of the damaged files, the folder keeps its
-            own versions.
+        DamagedError: If files in the store are damaged. All other files were fetched. The folder's own versions of the damaged
+            files are unchanged.
         StorageError: If the store or the folder cannot be used.
     """
     require_no_links_out(mirror.here, mirror.there)
@@ -158,12 +161,12 @@ def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
     is_same_run = read_or_none(mirror.here, "run-id") == read_or_none(mirror.there, "run-id")
     if mirror.run.config_file.exists() and not is_same_run:
         raise RunError(
-            f"{mirror.there} contains another run than {mirror.run.path}; to fetch it, first move {mirror.run.path} away."
+            f"{mirror.there} contains another run, not the one in {mirror.run.path}; to fetch it, first move {mirror.run.path} away."
         )
     _require_not_behind(mirror.there, mirror.here, "pull", force)
     copied, damaged = _transfer(mirror.there, mirror.here, "pulling", force)
     if damaged:
-        raise DamagedError(f"{describe_damaged(mirror, damaged)} {len(copied):,} others were fetched.")
+        raise DamagedError(f"{describe_damaged(mirror, damaged)} {len(copied):,} other files were fetched.")
     return copied
 
 
@@ -171,13 +174,13 @@ def push(mirror: Mirror, *, force: bool = False) -> list[str]:
     """Send the files that are missing in the store or differ from those in the folder. Return their names.
 
     Args:
-        mirror: The run.
-        force: Whether to send every file, even if the copy is at a later step.
+        mirror: The run's folder and copy.
+        force: Whether to send all files, even if the copy is at a later step.
 
     Raises:
         RunError: If the copy belongs to another run, or is at a later step.
-        DamagedError: If files in the folder are damaged. All other files were sent. Of the damaged files, the store keeps its own
-            versions.
+        DamagedError: If files in the folder are damaged. All other files were sent. The store's own versions of the damaged files
+            are unchanged.
         StorageError: If the store or the folder cannot be used.
     """
     require_no_links_out(mirror.here, mirror.there)
@@ -194,7 +197,7 @@ def read_config(store: Store) -> RunConfig | None:
     """Return the settings of the run in a store, or None if there is no run.
 
     Raises:
-        ConfigError: If they cannot be read.
+        ConfigError: If the settings cannot be read.
         StorageError: If the store cannot be used.
     """
     data = read_or_none(store, "config.yaml")
@@ -202,14 +205,14 @@ def read_config(store: Store) -> RunConfig | None:
 
 
 def saved_step(store: Store) -> int:
-    """Return the step in the status of a run's folder or of its copy, or -1 without a status."""
+    """Return the step in the status of a run's folder or copy, or -1 if there is no status."""
     data = read_or_none(store, "status.json")
     status = parse_status(data) if data else None
     return status.step if status else -1
 
 
 def same_file(source: Store, target: Store, name: str) -> bool:
-    """Return whether two stores have the same bytes under a name."""
+    """Return whether both stores have a file with this name and the same bytes."""
     try:
         return source.digest(name) == target.digest(name)
     except MissingKeyError:
@@ -227,7 +230,7 @@ def _require_not_behind(source: Store, target: Store, verb: str, force: bool) ->
 
 
 def describe_damaged(mirror: Mirror, damaged: Sequence[str]) -> str:
-    """Return the message for damaged files in the store: which they are, and how to repair them."""
+    """Return the message that lists damaged files in the store and says how to repair them."""
     return (
         f"Not fetched from {mirror.there}: {'; '.join(map(_bare, damaged))}. `icl checkpoints {mirror.run.path} push --force` "
         "repairs the store, if the files in that folder are undamaged."
@@ -242,10 +245,10 @@ def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[li
     """Copy the files that differ, several at once. Files that describe other files are copied last.
 
     Returns:
-        The names of the copied files, and a sentence for each damaged file in the source that the run does not need.
+        The names of the copied files, and a sentence for each file in the source that is damaged but not needed to resume.
 
     Raises:
-        StorageError, ResumeFileError: If a file that the run needs cannot be copied.
+        StorageError, ResumeFileError: If a file that is needed to resume the run cannot be copied.
     """
     names = copied_names(source)
     damaged: list[str] = []
@@ -271,18 +274,18 @@ def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[li
 
 
 def in_parallel(act: Callable[[Item], Result], items: Sequence[Item], bar: tqdm) -> list[Result]:
-    """Apply a function to every item, several at once, and return the results in order. The first error ends the work."""
+    """Apply a function to all items, several at once, and return the results in the order of the items. The first error is raised."""
     with ThreadPoolExecutor(_NUM_WORKERS) as pool:
         try:
             return _counted(pool.map(act, items), bar)
         except KeyboardInterrupt:
-            with waiting.giving_up():  # otherwise a store that hangs would delay the end by a minute
+            with waiting.giving_up():  # otherwise a store that does not answer would delay the exit by a minute
                 pool.shutdown()
             raise
 
 
 def _counted(results: Iterable[Result], bar: tqdm) -> list[Result]:
-    """Return results as a list, and advance the bar for each."""
+    """Return results as a list, and advance the progress bar for each result."""
     done = []
     for result in results:
         done.append(result)

@@ -1,8 +1,8 @@
 """The files from which a run resumes: `last.ckpt`, and `previous.ckpt`, which is the `last.ckpt` of the previous save.
 
-Each is a zip file written by torch. Its zip comment contains a SHA-256 of all other bytes. So a single altered byte is
-detected, and torch and older versions of `icl` can still read the file. Files of version 0.1.0 have no such comment. For them
-we compare the checksums that a zip file keeps of its parts.
+Each is a zip file that `torch.save` writes. We add a zip comment with the SHA-256 of all other bytes. So even a single altered
+byte is detected, and torch and older versions of `icl` can still read the file. Files of version 0.1.0 have no such comment. In
+these files, we check the checksums that a zip file has for each of its parts.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ class Resume(NamedTuple):
     step: int
     config: RunConfig
     member: dict[str, Any]
-    """The state of the run, as `Member.state_dict` returned it."""
+    """The state of the run, from `Member.state_dict`."""
     data: bytes
     """The whole file."""
 
@@ -45,7 +45,7 @@ def pack(content: dict[str, Any]) -> bytes:
     data = buffer.getvalue()
     if data[-_NUM_END_BYTES:][:4] != _END or data[-2:] != b"\0\0":
         raise RuntimeError(
-            "torch.save wrote a file that is not a plain zip archive, so the state cannot be saved. Use another version of torch."
+            "torch.save did not write an ordinary zip archive, so the state cannot be saved. Use another version of torch."
         )
     sealed = data[:-2] + _NUM_SEAL_BYTES.to_bytes(2, "little") + _SEAL
     return sealed + hashlib.sha256(sealed).hexdigest().encode()
@@ -59,12 +59,12 @@ def unpack(data: bytes, name: str) -> dict[str, Any]:
         name: Name of the file in error messages.
 
     Raises:
-        ResumeFileError: If it is damaged.
+        ResumeFileError: If the file is damaged.
     """
     _require_sealed(data, name)
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
+    except Exception as error:  # torch raises many kinds of errors for a damaged file
         raise ResumeFileError(f"{name} is damaged: it cannot be read ({type(error).__name__}).") from None
     if not isinstance(content, dict):
         raise ResumeFileError(f"{name} is damaged: it contains no training state.")
@@ -72,10 +72,10 @@ def unpack(data: bytes, name: str) -> dict[str, Any]:
 
 
 def parse_resume(data: bytes, name: str) -> Resume:
-    """Parse a resume file: its step, settings and state of the run.
+    """Return the step, the settings and the state of the run in a resume file.
 
     Raises:
-        ResumeFileError: If it is damaged, or is not a resume file.
+        ResumeFileError: If the file is damaged, or is not a resume file.
     """
     content = unpack(data, name)
     try:
@@ -83,7 +83,7 @@ def parse_resume(data: bytes, name: str) -> Resume:
         if not isinstance(content["state_dict"], dict):
             raise TypeError("state_dict")
         return Resume(step, RunConfig.from_dict(config), member, data)
-    except Exception as error:  # a file may contain anything in place of these
+    except Exception as error:  # a damaged file may contain anything in place of these values
         raise ResumeFileError(f"{name} is damaged: {type(error).__name__}, {first_line(error)}.") from None
 
 
@@ -91,10 +91,11 @@ def read_resume(run: RunFolder) -> tuple[Resume | None, str | None]:
     """Read the newest undamaged resume file of a run.
 
     Returns:
-        The content of the file, or None if the run has no resume file. A message if the file is not `last.ckpt`, else None.
+        The content of the file, or None if the run has no resume file; and a message if `last.ckpt` could not be used, else
+        None.
 
     Raises:
-        ResumeFileError: If there are resume files, and all are damaged.
+        ResumeFileError: If the run has resume files, but all of them are damaged.
     """
     problems: list[str] = []
     files = (run.resume_file, run.previous_file)
@@ -102,15 +103,15 @@ def read_resume(run: RunFolder) -> tuple[Resume | None, str | None]:
         resume = _read(file)
         if isinstance(resume, Resume) and problems:
             reason = problems[0].rstrip(".")
-            return resume, f"{reason}; the run continues from the save before it, of step {resume.step:,}."
+            return resume, f"{reason}; the run continues from the save before it, at step {resume.step:,}."
         if isinstance(resume, Resume):
             return resume, None
         problems.append(resume)
     if not any(file.exists() for file in files):
         return None, None
     raise ResumeFileError(
-        f"{' '.join(problems)} So the run cannot be resumed. If it has a store, fetch its copy with `icl checkpoints {run.path} pull "
-        f"--force`. Or delete {' and '.join(NAMES)} in its folder to train again from step 0; the saved checkpoints stay."
+        f"{' '.join(problems)} So the run cannot be resumed. If the run has a store, fetch its copy with `icl checkpoints {run.path} "
+        f"pull --force`. Or delete {' and '.join(NAMES)} in its folder to train again from step 0; the saved checkpoints stay."
     )
 
 
@@ -137,7 +138,7 @@ def _require_sealed(data: bytes, name: str) -> None:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as parts:
             is_whole = parts.testzip() is None and parts.comment == b""
-    except Exception:  # zipfile raises many kinds for a damaged file
+    except Exception:  # zipfile raises many kinds of errors for a damaged file
         is_whole = False
     if not is_whole:
         raise ResumeFileError(f"{name} is damaged or was cut short.")

@@ -1,4 +1,4 @@
-"""`status.json`: how far a run is, how it ended and why."""
+"""`status.json`: a run's progress, and how and why the run ended."""
 
 import json
 import time
@@ -13,9 +13,9 @@ State = Literal["waiting", "running", "finished", "stopped_early", "preempted", 
 DONE: tuple[State, ...] = ("finished", "stopped_early")
 """States of a run that has ended successfully."""
 FAILS_AGAIN = "the same settings would fail again"
-"""Words in the `reason` of a run that failed because of its settings alone."""
+"""Words in the `reason` of a failed run that would fail again with the same settings."""
 _LAST_TIME = 253_402_300_799
-"""The end of the year 9999, after which Python has no dates."""
+"""Unix time of the end of the year 9999, which is the last date in Python."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +24,14 @@ class Status:
 
     state: State
     step: int = 0
-    """Number of updates so far."""
+    """Number of optimizer updates so far."""
     max_steps: int = 0
     loss: float | None = None
     """Mean training loss in the last row of `metrics.csv`."""
     best_step: int | None = None
-    """The evaluated step with the best value of early stopping's metric. Its checkpoint is kept if patience is set."""
+    """The evaluated step with the best value of `early_stopping.monitor`. Its checkpoint is kept if `patience` is set."""
     reason: str | None = None
-    """The reason why the run stopped, failed or was pre-empted."""
+    """The reason why the run stopped, failed or was preempted."""
     steps_per_second: float | None = None
     updated: float = 0.0
     """Unix time of this status."""
@@ -43,14 +43,14 @@ class Status:
 
 
 def status_text(status: Status) -> bytes:
-    """Return the content of `status.json` for a status, with the present time."""
+    """Return the content of `status.json` for a status, with the current time."""
     reason = None if status.reason is None else redact(status.reason)
     content = asdict(status) | {"reason": reason, "updated": round(time.time(), 3)}
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def parse_status(data: bytes) -> Status | None:
-    """Parse a run's `status.json`. Return None if it cannot be read, or has a value that we never write."""
+    """Parse a run's `status.json`. Return None if it cannot be read, or has a value that `icl` never writes."""
     try:
         status = typed_record(Status, parse_json(data, limit=100))
     except ContentError:

@@ -3,13 +3,13 @@
 - Checkpoints and Adam's moments are compared with their digests, their names and the run's settings. No step of the schedule
   may be missing.
 - `last.ckpt` and `previous.ckpt` are compared with their digests.
-- `metrics.csv` must have a row of numbers for every logged step. Rows up to the last save are compared with the digest in
+- `metrics.csv` must have a row of numbers for every logged step. The rows up to the last save are compared with the digest in
   `last.ckpt`.
 - `config.yaml` and `status.json` must be readable and agree with `last.ckpt`.
-- Arrays and pictures in results and figures are compared with their checksums. Tables have no checksums. All rows of a table
+- Arrays and images in `results/` and `figures/` are compared with their checksums. Tables have no checksums. All rows of a table
   must have the same number of columns, and columns of numbers must contain only numbers.
-- In the store the same checks are made. Every object is also compared with the digest it was sent with, and no file of the
-  folder may be missing.
+- The copy in the store goes through the same checks. In addition, each file there is compared with the digest that was sent
+  with it, and no file of the folder may be missing.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ from icl.runs.status import Status, parse_status
 from icl.store.base import MissingKeyError, Store
 
 _NUMBERS = ("step", "value", "stderr", "llc", "init_loss", "mean_loss")
-"""Columns that must contain only numbers, in all tables of results."""
+"""Columns that must contain only numbers in every table of results."""
 
 
 class _Copy(NamedTuple):
@@ -49,14 +49,14 @@ class _Copy(NamedTuple):
 
     store: Store
     names: list[str]
-    """Files that exist, or should exist."""
+    """Names of the files that exist or should exist."""
     config: RunConfig | None
     resume: Resume | None
     status: Status | None
 
 
 def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
-    """Return a sentence for everything that is damaged or missing, in the run's folder and in the store.
+    """Return a sentence for each file that is damaged or missing in the run's folder or in the store.
 
     Raises:
         StorageError: If the store cannot be listed.
@@ -75,7 +75,7 @@ def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
 
 
 def _read_copy(store: Store, others: Sequence[str] = ()) -> _Copy:
-    """Return a copy with its settings, resume file and status, if they can be read. Damage is reported later, for all files."""
+    """Return a copy with its settings, resume file and status, as far as they can be read. Damage is reported later."""
     config = resume = status = None
     with contextlib.suppress(UserError):
         config = parse_config(store.read("config.yaml", limit=size_limit("config.yaml")), str(store))
@@ -88,7 +88,7 @@ def _read_copy(store: Store, others: Sequence[str] = ()) -> _Copy:
 
 
 def _what_is_missing(copy: _Copy) -> Iterator[str]:
-    """Yield a sentence for everything that is missing from a copy."""
+    """Yield a sentence for each file that is missing from a copy, and one for all missing checkpoints."""
     end = copy.status if copy.status is not None and copy.status.is_done else None
     step = end.step if end is not None else copy.resume.step if copy.resume is not None else 0
     is_begun = end is None and copy.status is not None and copy.status.step > 0
@@ -111,7 +111,7 @@ def _what_is_missing(copy: _Copy) -> Iterator[str]:
 
 
 def _problem(job: tuple[_Copy, str]) -> str | None:
-    """Return a sentence that says what is wrong with a file, or None."""
+    """Return a sentence that says what is wrong with a file, or None if nothing is."""
     copy, name = job
     where = f"{copy.store}/{name}"
     check = _CHECKS.get(name) or _CHECKS.get(PurePosixPath(name).suffix)
@@ -125,16 +125,16 @@ def _problem(job: tuple[_Copy, str]) -> str | None:
     except UserError as error:
         text = str(error)
         return text if where in text else f"{where} is damaged: {text.rstrip('.')}."
-    except Exception as error:  # zipfile, PIL and csv raise a dozen kinds for a damaged file
+    except Exception as error:  # zipfile, PIL and csv raise a dozen kinds of errors for a damaged file
         reason = f"it cannot be read ({type(error).__name__})"
     return f"{where} is damaged: {reason}." if reason else None
 
 
-# Each check returns a phrase that says what is wrong with a file's bytes, or None. Parsers raise their own errors.
+# Each check returns a phrase that says what is wrong with a file's bytes, or None if nothing is. Parsers raise their own errors.
 
 
 def _check_checkpoint(copy: _Copy, name: str, data: bytes) -> str | None:
-    """Check that a checkpoint is undamaged, and has the step of its name and the run's settings."""
+    """Check that a checkpoint is undamaged, and that its step and settings match its file name and the run."""
     folder, _, file = name.rpartition("/")
     checkpoint = parse_checkpoint(data, f"{copy.store}/{name}")
     if file != checkpoint_name(checkpoint.step):
@@ -158,7 +158,7 @@ def _check_status(copy: _Copy, name: str, data: bytes) -> str | None:
     if status is None:
         return "it cannot be read"
     if status.is_done and copy.resume is not None and status.step != copy.resume.step:
-        return f"it says that the run ended at step {status.step:,}, but last.ckpt is of step {copy.resume.step:,}"
+        return f"it says that the run ended at step {status.step:,}, but last.ckpt is from step {copy.resume.step:,}"
     return None
 
 
@@ -176,7 +176,7 @@ def _check_metrics(copy: _Copy, name: str, data: bytes) -> str | None:
     if lost:
         return f"it has lost the row of step {lost[0]:,}"
     if steps != sorted(set(steps)):
-        return "its rows are not in the order of steps"
+        return "its rows are not in the order of their steps"
     saved = copy.resume.member.get("rows") if copy.resume is not None else None
     has_ended = copy.status is not None and copy.status.is_done and copy.status.step == reached
     is_altered = are_rows_altered(data, saved, has_ended=has_ended)
@@ -197,7 +197,7 @@ def _check_json(copy: _Copy, name: str, data: bytes) -> str | None:
 
 
 def _check_arrays(copy: _Copy, name: str, data: bytes) -> str | None:
-    """Compare the arrays of an entry (`icl.runs.measure`) with the digest in its other file."""
+    """Compare the arrays of an entry (see `icl.runs.measure`) with the digest in the entry's JSON file."""
     entry = parse_entry(copy.store.read(name.removesuffix(".npy") + ".json"))
     numbers = np.load(io.BytesIO(data), allow_pickle=False)
     return None if array_digest(numbers) == entry["array_digest"] else "its numbers do not match their digest"
@@ -225,17 +225,20 @@ _CHECKS: dict[str, Callable[[_Copy, str, bytes], str | None]] = {
     ".json": _check_json,
     ".png": _check_picture,
 }
-"""Checks by the name of a file in the run's folder, or by its suffix."""
+"""The check for each file, by the file's name in the run's folder or by its suffix."""
 
 
 def _compare(expected: RunConfig | None, config: RunConfig, name: str) -> str | None:
-    """Return a phrase about the settings that differ from those in another file. None if there are none, or `expected` is None."""
+    """Return a phrase that lists the settings that differ from those in the file `name`, or None if none differ.
+
+    If `expected` is None, the file `name` could not be read, and nothing is compared.
+    """
     differences = config_differences(expected, config) if expected is not None else []
-    return f"it belongs to another run than {name}: {'; '.join(differences)}" if differences else None
+    return f"its settings differ from those in {name}: {'; '.join(differences)}" if differences else None
 
 
 def _find_fault(data: bytes, numbers: Sequence[str]) -> str | None:
-    """Return a phrase that says what is wrong with a table, or None. The columns in `numbers` must contain only numbers."""
+    """Return a phrase that says what is wrong with a table, or None if nothing is. Columns named in `numbers` must be numeric."""
     text = data.decode("utf-8")
     if any(not character.isprintable() and character not in "\r\n\t" for character in text):
         return "it contains characters that no table has"
@@ -243,9 +246,9 @@ def _find_fault(data: bytes, numbers: Sequence[str]) -> str | None:
     if not rows or not text.endswith("\n"):
         return "it was cut short"
     if len({len(row) for row in rows}) > 1:
-        return "its rows are of different lengths"
+        return "its rows have different numbers of columns"
     for name, *column in zip(*rows, strict=True):
         wrong = next((value for value in column if name in numbers and value and not is_number(value)), None)
         if wrong is not None:
-            return f"its column {name} of numbers contains {json.dumps(wrong[:30])}"
+            return f"its column {name} must contain only numbers, but contains {json.dumps(wrong[:30])}"
     return None

@@ -117,7 +117,7 @@ def test_a_table_says_which_checkpoint_and_which_settings(tmp_path):
 def test_checkpoints_of_two_runs_are_refused(tmp_path):
     folder = saved_run(tmp_path / "r")
     add_step(folder, 30, change(TINY, optim={"lr": 0.5}))
-    with pytest.raises(CheckpointError, match=r"another run.*optim\.lr"):
+    with pytest.raises(CheckpointError, match=r"different runs.*optim\.lr"):
         over_checkpoints("made-up", folder.path, Settings(), Counting(), version=1)
 
 

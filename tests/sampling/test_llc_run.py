@@ -170,7 +170,7 @@ def test_a_checkpoint_of_another_run_is_refused(folder):
     other = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, lr=0.5))
     params = runs.load_checkpoint_file(checkpoint_files(folder.path)[0]).params
     save_checkpoint(folder.checkpoints, 45, other, params)
-    with pytest.raises(CheckpointError, match="another run"):
+    with pytest.raises(CheckpointError, match="different runs"):
         estimate_run(folder.path)
 
 

@@ -192,7 +192,7 @@ def test_altered_rows_of_a_finished_run_are_told_by_training_reports_and_verify(
     text = folder.metrics_file.read_text()
     digit = text.index(".", text.index("\n")) + 1
     folder.metrics_file.write_text(f"{text[:digit]}{(int(text[digit]) + 1) % 10}{text[digit + 1 :]}")
-    told = f"{folder.metrics_file} was altered since step 40 was saved; its rows are shown as they are."
+    told = f"{folder.metrics_file} has changed since step 40 was saved; its rows are shown as they are now."
     assert main(COMMAND) == 0
     assert told in capsys.readouterr().err
     assert main(["report", "tiny"]) == 0

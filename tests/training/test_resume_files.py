@@ -130,7 +130,7 @@ def test_the_save_before_takes_over_bit_identically(place, root, kind, capsys):
     assert f"Resuming {folder.path} from step {previous:,}." in said.out
     (told,) = warnings_in(said.err)
     assert str(folder.resume_file) in told
-    assert told.endswith(f"the run continues from the save before it, of step {previous}.")
+    assert told.endswith(f"the run continues from the save before it, at step {previous}.")
     assert told in folder.log_file.read_text()
     assert_same(folder, RunFolder(root / "whole" / "a"))
 
