@@ -22,13 +22,13 @@ _HEAD = """\
 This folder has the small tables from which the figures are drawn. `make data` runs the training, evaluations, LLC estimates and analyses
 of `tools/data/small.sh` (an evening on two CPU cores), then writes the tables to `small/`. `make data SIZE=full` does the same with
 the published sizes of `tools/data/full.sh`. {full}
-If a command was interrupted, run it again to continue. `python -m tools.data small --list` shows which phases are done.
+If one of these commands was interrupted, give it again to continue. `python -m tools.data small --list` shows which phases are done.
 
 {about}
 
 Conventions:
 
-- A row is one number, or one estimate with its diagnostics. `stderr` is a standard error.
+- A row of a table is one number, or one estimate with its diagnostics. `stderr` is a standard error.
 - Step s is the state after s updates. Losses and squared distances are per target, not divided by D.
 - Numbers have five significant digits. Numbers that are not finite are left empty.
 
@@ -37,9 +37,9 @@ Other files:
 - `tools/data/schema.py` defines the columns and their types.
 - `provenance.json` has the commands, dates, versions and hardware of every table. `phases.csv` has the time of every phase.
 - `published.csv` has the released numbers with which ours are compared (`docs/reproduction.md`).
-- `models/` has the weights of a few models (safetensors), with which notebooks draw predictions.
+- `models/` has the weights of a few models (safetensors). The notebooks draw the predictions of these models.
 - `benchmarks/` has the results of `make bench`.
-- `verdict-rates.csv` shows how often the verdicts of turning points and stages are right on simulated curves
+- `verdict-rates.csv` shows how often the verdicts of turning points and stages are right, on simulated curves
   (`python -m tools.verdict_rates --runs 200`).
 - `coverage.csv` shows how often the intervals of LLC estimates contain a known truth (`python -m tools.coverage`).
 

@@ -153,7 +153,7 @@ def ladder(data: Path) -> str:
 def costs(data: Path) -> str:
     """Return a Markdown table with the time of every phase."""
     table = Tables(data / "small").read("phases")
-    lines = ["| Phase | Wall clock, min | Processor, min |", "|---|---|---|"]
+    lines = ["| Phase | Wall-clock time, min | CPU time, min |", "|---|---|---|"]
     for row in table.itertuples():
         cpu = "-" if math.isnan(row.cpu_seconds) else f"{row.cpu_seconds / 60:.1f}"
         lines.append(f"| {row.phase} | {row.seconds / 60:.1f} | {cpu} |")

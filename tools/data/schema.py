@@ -25,9 +25,9 @@ class Table(NamedTuple):
     about: str
     columns: dict[str, Column]
     phases: str
-    """Word that occurs in the names of the phases that produce the table."""
+    """A word by which the phases that produce the table are found; it occurs in their names."""
     thinned: str = ""
-    """Rows and columns of the runs' own tables that are kept; empty if all are kept."""
+    """Which rows and columns of the runs' own tables are kept, for `data/README.md`; empty if all are kept."""
 
 
 FEW_STEPS = "the first and the last step of each run, and steps between them that are a factor of 1.2 apart"
@@ -103,7 +103,7 @@ TABLES: dict[str, Table] = {
         "train",
     ),
     "evaluation": Table(
-        "losses, gaps, ICL and prior-task scores at every saved step, in and out of distribution",
+        "losses, gaps, ICL scores and prior-task scores at every saved step, in and out of distribution",
         {
             "run": _RUN,
             "step": _STEP,
@@ -119,7 +119,8 @@ TABLES: dict[str, Table] = {
             "stderr": _STDERR,
         },
         "evaluate",
-        "single positions only for `loss` on `pretrain`; for shifts only the summary `loss` and `delta_ridge`, at few steps "
+        "values at single positions are kept only for the `loss` on `pretrain`; for shifts, `loss` and `delta_ridge` "
+        "are kept only as means over positions (for shifts of the query: at the query), and only at few steps "
         f"({FEW_STEPS}; for the ladder only the last step)",
     ),
     "baselines": Table(
@@ -133,7 +134,8 @@ TABLES: dict[str, Table] = {
             "stderr": _STDERR,
         },
         "evaluate",
-        "single positions only for `pretrain`; for shifts only the summary losses of ridge and zero",
+        "values at single positions are kept only for `pretrain`; for shifts, only the losses of ridge and zero are kept, as means "
+        "over positions (for shifts of the query: at the query)",
     ),
     "llc": Table(
         "local learning coefficients with their diagnostics",
@@ -141,7 +143,7 @@ TABLES: dict[str, Table] = {
             "run": _RUN,
             "settings": _SETTINGS,
             "mode": Column(
-                "text", "`published` with the settings that were changed; empty for the preset's sampler", may_miss=True
+                "text", "`published` and the settings that differ from the published ones; empty for other samplers", may_miss=True
             ),
             "rescale": _number("factor by which the weights were rescaled; 1 for the original weights"),
             "step": _STEP,
@@ -165,8 +167,8 @@ TABLES: dict[str, Table] = {
                 may_miss=True,
             ),
             "drop_at_mean_stderr": _number("standard error of `drop_at_mean`", may_miss=True),
-            "rhat": _number("agreement of the chains; near 1 is good", may_miss=True),
-            "ess": _number("effective number of independent draws", may_miss=True),
+            "rhat": _number("R-hat: if it is near 1, the chains agree", may_miss=True),
+            "ess": _number("effective sample size: number of independent draws of the same precision", may_miss=True),
             "verdict": _VERDICT,
             "reasons": _REASONS,
         },
@@ -191,19 +193,19 @@ TABLES: dict[str, Table] = {
             "settings": _SETTINGS,
             "step": _STEP,
             "chain": Column("integer", "number of the chain, from 0"),
-            "move": Column("integer", "number of moves so far; the first moves are burn-in"),
+            "move": Column("integer", "number of moves made so far, including burn-in"),
             "loss": _number("minibatch loss", may_miss=True),
         },
         "LLCs",
-        "only the first, middle and last step for each set of sampler settings; at most two chains, each with at most 150 evenly spaced "
-        "points",
+        "for each set of sampler settings, only the first, middle and last step are kept, with at most two chains of at most 150 "
+        "evenly spaced points",
     ),
     "known-answers": Table(
         "LLC estimates for losses whose learning coefficient is known",
         {
             "problem": Column("text", "formula or name of the loss"),
             "nbeta": _number("inverse temperature"),
-            "asymptotic": _number("learning coefficient, the exact value for infinite nbeta"),
+            "asymptotic": _number("learning coefficient, which is the exact value for infinite nbeta"),
             "finite": _number("exact value at this nbeta, if it is known", may_miss=True),
             "llc": _number("estimate"),
             "stderr": _number("standard error of the estimate"),
@@ -214,13 +216,13 @@ TABLES: dict[str, Table] = {
         "known answers",
     ),
     "calibration": Table(
-        "search for the sampler's settings, with all settings that were tried",
+        "all settings that the search for the sampler's settings tried, with their estimates",
         {
             "run": _RUN,
-            "corner": Column("integer", "number of the settings, from 0, in the order in which they were tried"),
+            "corner": Column("integer", "number of the combination of settings, from 0, in the order in which they were tried"),
             "stage": Column(
                 "text",
-                "`nbeta, localization`: the survey; `lr`: other step sizes; `confirmation`: chains of full length",
+                "stage of the search: `nbeta, localization` (survey of these settings), `lr` (other step sizes) or `confirmation` (chains of full length)",
             ),
             "step": _STEP,
             **{name: _number("sampler setting") for name in ("lr", "nbeta", "localization")},
@@ -231,8 +233,8 @@ TABLES: dict[str, Table] = {
             "init_loss": _number("L(w0), the checkpoint's loss"),
             "mean_loss": _number("E[L], the mean loss over chains and draws", may_miss=True),
             "trivial_loss": _number("loss of predicting zero"),
-            "rhat": _number("agreement of the chains; near 1 is good", may_miss=True),
-            "ess": _number("effective number of independent draws", may_miss=True),
+            "rhat": _number("R-hat: if it is near 1, the chains agree", may_miss=True),
+            "ess": _number("effective sample size: number of independent draws of the same precision", may_miss=True),
             "verdict": _VERDICT,
             "reasons": Column("text", "reasons why the verdict is not `ok`, and notes", may_miss=True),
             "healthy": Column(
@@ -240,7 +242,7 @@ TABLES: dict[str, Table] = {
             ),
             "plateau_nbeta": Column(
                 "text",
-                "`True` if the estimate with a neighbouring nbeta of the survey agrees, at the same ratio and the last step",
+                "`True` if, at the last step, the estimate with the same ratio and a neighbouring nbeta agrees",
             ),
             "lr_searched": Column("text", "`True` for the estimates that compare step sizes"),
             "chosen": Column("text", "`True` for the chosen settings"),
@@ -254,18 +256,18 @@ TABLES: dict[str, Table] = {
             "step": Column("integer", "number of updates; empty for numbers about the whole run", may_miss=True),
             "quantity": Column("text", "see `icl/analysis/essential_dynamics/`"),
             "item": Column("text", "component or plane", may_miss=True),
-            "member": Column("text", "name of the run, or of a reference, within the PCA", may_miss=True),
+            "member": Column("text", "name of the run, or of a reference such as ridge", may_miss=True),
             "value": _number(
-                "score or coordinate (unit: square root of a sum of squared predictions), share, ratio, step or count",
+                "value of the quantity; the unit of scores and coordinates is the square root of a sum of squared predictions",
                 may_miss=True,
             ),
             "stderr": _MAY_STDERR,
             "verdict": Column("text", "`ok` or `suspect`", may_miss=True),
-            "state": Column("text", "state of the model; `outputs` are predictions for fixed prompts"),
-            "bandwidth": _number("least width of the smoothing kernel in ln(step + 1)"),
+            "state": Column("text", "state of the model that forms the trajectory; `outputs` are predictions for fixed prompts"),
+            "bandwidth": _number("smallest width of the smoothing kernel, in units of ln(step + 1)"),
         },
         "essential",
-        "without radii and arc lengths; if several runs share a PCA, also without centres of curvature",
+        "radii and arc lengths are left out; if several runs share a PCA, centres of curvature are left out too",
     ),
     "embeddings": Table(
         "spectra, overlaps and collapse of embeddings, layer norms and unembedding",
@@ -276,10 +278,10 @@ TABLES: dict[str, Table] = {
             "part": Column("text", "name of the weights, or of a pair of subspaces"),
             "component": Column("integer", "number of the singular value, angle or channel", may_miss=True),
             "value": _VALUE,
-            "threshold": _number("weights with a smaller absolute value count as small"),
+            "threshold": _number("absolute value below which a weight counts as small"),
         },
         "embeddings",
-        f"only {FEW_STEPS}",
+        f"these steps are kept: {FEW_STEPS}",
     ),
     "attention": Table(
         "scores of the attention of each head, and mean patterns at the last step",
@@ -287,18 +289,18 @@ TABLES: dict[str, Table] = {
             "run": _RUN,
             "step": Column("integer", "number of updates; empty for uniform attention", may_miss=True),
             "quantity": Column("text", "see `icl/analysis/attention.py`"),
-            "part": Column("text", "head: `b1h2` is head 2 of block 1; `uniform` is uniform attention"),
+            "part": Column("text", "name of the head (`b1h2` is head 2 of block 1), or `uniform` for uniform attention"),
             "queries": Column("text", "attending tokens: `all`, `x` or `y`", may_miss=True),
             "value": _VALUE,
             "stderr": _MAY_STDERR,
             "query_token": Column("integer", "number of the attending token, from 0", may_miss=True),
-            "key_token": Column("integer", "number of the token attended to, from 0", may_miss=True),
+            "key_token": Column("integer", "number of the token that is attended to, from 0", may_miss=True),
         },
         "attention",
-        f"only {FEW_STEPS}; only averages over all queries, except for the weight on y-tokens",
+        f"these steps are kept: {FEW_STEPS}; averages are over all queries, except for the weight on y-tokens",
     ),
     "gradients": Table(
-        "gradients of the loss in the weights and in the parameters of the data distribution",
+        "gradients of the loss with respect to the weights and to the parameters of the data distribution",
         {
             "run": _RUN,
             "step": Column("integer", "number of updates", may_miss=True),
@@ -318,7 +320,7 @@ TABLES: dict[str, Table] = {
             "run": _RUN,
             "step": _STEP,
             "quantity": Column("text", "see `icl/analysis/hessian.py`"),
-            "part": Column("text", "name of the eigenvalue or node", may_miss=True),
+            "part": Column("text", "name of the eigenvalue, or of a node of the spectrum", may_miss=True),
             "value": _VALUE,
             "stderr": _MAY_STDERR,
             "verdict": Column("text", "`ok` or `suspect`", may_miss=True),
@@ -326,7 +328,7 @@ TABLES: dict[str, Table] = {
         "Hessian",
     ),
     "behaviour": Table(
-        "losses and scores, scaled inputs and tasks, task vectors, and turning points",
+        "losses and scores, losses for scaled inputs and tasks, inferred task vectors, and turning points",
         {
             "run": _RUN,
             "step": Column("integer", "number of updates", may_miss=True),
@@ -339,20 +341,20 @@ TABLES: dict[str, Table] = {
             "stderr": _MAY_STDERR,
             "lower": _number("saved step before a turning point", may_miss=True),
             "upper": _number("saved step after a turning point", may_miss=True),
-            "finding": Column("text", "finding in words", may_miss=True),
+            "finding": Column("text", "what was found, in words", may_miss=True),
             "verdict": Column("text", "`ok` or `suspect`", may_miss=True),
             "reasons": _REASONS,
         },
         "behaviour",
-        f"only {FEW_STEPS}; without single positions; only every second scale",
+        f"these steps are kept: {FEW_STEPS}; values at single positions and every second scale are left out",
     ),
     "stages": Table(
         "boundaries between stages on which several signals agree, and the changes in each stage",
         {
             "run": _RUN,
             "quantity": Column("text", "see `icl/analysis/stages/`"),
-            "signal": Column("text", "loss, score or LLC", may_miss=True),
-            "at": _number("step; smoothed curves also have points between saved steps", may_miss=True),
+            "signal": Column("text", "name of the signal: a loss, a score or the LLC", may_miss=True),
+            "at": _number("step to which the value belongs; smoothed curves also have points between saved steps", may_miss=True),
             "value": _number("value of the quantity", may_miss=True),
             "stderr": _MAY_STDERR,
             "verdict": Column("text", "`ok`, `suspect` or `invalid`", may_miss=True),
@@ -360,7 +362,7 @@ TABLES: dict[str, Table] = {
             "low": _number("step two standard errors before a boundary", may_miss=True),
             "high": _number("step two standard errors after a boundary", may_miss=True),
             "kind": Column("text", "`turn` or `plateau`", may_miss=True),
-            "strength": _number("strength of a candidate, in standard errors", may_miss=True),
+            "strength": _number("strength of a candidate for a boundary, in standard errors", may_miss=True),
             "stage": Column("integer", "number of the stage", may_miss=True),
             "type": Column("text", "type of the stage: `A`, `B` or `?`", may_miss=True),
             "start": _number("first step of a stage", may_miss=True),
@@ -369,14 +371,14 @@ TABLES: dict[str, Table] = {
         "stages",
     ),
     "phases": Table(
-        "measured time of each phase of the script",
+        "measured time of each phase of `small.sh` or `full.sh`",
         {
             "phase": Column("text", "name of the phase in the script"),
             "commands": Column("text", "commands of the phase"),
-            "seconds": _number("wall-clock time; the machine was shared with other work"),
-            "cpu_seconds": _number("processor time", may_miss=True),
+            "seconds": _number("wall-clock time in seconds; the machine was shared with other work"),
+            "cpu_seconds": _number("CPU time in seconds", may_miss=True),
             "date": Column("text", "date on which the phase ended"),
-            "commit": Column("text", "commit of the source; `+`: with uncommitted changes", may_miss=True),
+            "commit": Column("text", "commit of the source; `+` means with uncommitted changes", may_miss=True),
             "torch": Column("text", "version of PyTorch"),
             "hardware": Column("text", "device"),
             "threads": Column("text", "value of OMP_NUM_THREADS"),
