@@ -143,7 +143,9 @@ TABLES: dict[str, Table] = {
             "run": _RUN,
             "settings": _SETTINGS,
             "mode": Column(
-                "text", "`published` and the settings that differ from the published ones; empty for other samplers", may_miss=True
+                "text",
+                "`published` and the settings that differ from the published ones; empty for other samplers",
+                may_miss=True,
             ),
             "rescale": _number("factor by which the weights were rescaled; 1 for the original weights"),
             "step": _STEP,
@@ -219,7 +221,9 @@ TABLES: dict[str, Table] = {
         "all settings that the search for the sampler's settings tried, with their estimates",
         {
             "run": _RUN,
-            "corner": Column("integer", "number of the combination of settings, from 0, in the order in which they were tried"),
+            "corner": Column(
+                "integer", "number of the combination of settings, from 0, in the order in which they were tried"
+            ),
             "stage": Column(
                 "text",
                 "stage of the search: `nbeta, localization` (survey of these settings), `lr` (other step sizes) or `confirmation` (chains of full length)",
@@ -263,7 +267,9 @@ TABLES: dict[str, Table] = {
             ),
             "stderr": _MAY_STDERR,
             "verdict": Column("text", "`ok` or `suspect`", may_miss=True),
-            "state": Column("text", "state of the model that forms the trajectory; `outputs` are predictions for fixed prompts"),
+            "state": Column(
+                "text", "state of the model that forms the trajectory; `outputs` are predictions for fixed prompts"
+            ),
             "bandwidth": _number("smallest width of the smoothing kernel, in units of ln(step + 1)"),
         },
         "essential",
@@ -289,7 +295,9 @@ TABLES: dict[str, Table] = {
             "run": _RUN,
             "step": Column("integer", "number of updates; empty for uniform attention", may_miss=True),
             "quantity": Column("text", "see `icl/analysis/attention.py`"),
-            "part": Column("text", "name of the head (`b1h2` is head 2 of block 1), or `uniform` for uniform attention"),
+            "part": Column(
+                "text", "name of the head (`b1h2` is head 2 of block 1), or `uniform` for uniform attention"
+            ),
             "queries": Column("text", "attending tokens: `all`, `x` or `y`", may_miss=True),
             "value": _VALUE,
             "stderr": _MAY_STDERR,
@@ -354,7 +362,9 @@ TABLES: dict[str, Table] = {
             "run": _RUN,
             "quantity": Column("text", "see `icl/analysis/stages/`"),
             "signal": Column("text", "name of the signal: a loss, a score or the LLC", may_miss=True),
-            "at": _number("step to which the value belongs; smoothed curves also have points between saved steps", may_miss=True),
+            "at": _number(
+                "step to which the value belongs; smoothed curves also have points between saved steps", may_miss=True
+            ),
             "value": _number("value of the quantity", may_miss=True),
             "stderr": _MAY_STDERR,
             "verdict": Column("text", "`ok`, `suspect` or `invalid`", may_miss=True),
