@@ -1,7 +1,8 @@
-"""Ratios against peers on whatever device there is: `python -m benchmarks [--seconds S] [--out FOLDER]`, or `make bench`.
+"""Compare the speed of `icl` with that of other programs: `python -m benchmarks [--seconds S] [--out FOLDER]`, or `make bench`.
 
-Both sides of a ratio run in one process with the same threads and precision, in turns; a ratio is the median over
-turns, with quartiles. Times depend on the machine and on who else uses it; ratios much less so. Example:
+Each result is a ratio of times: the other program's time divided by ours, for the same work. Both programs run in turns, in one
+process, with the same number of threads and the same precision. The ratio is the median over turns, with quartiles. Times depend
+on the machine and its other users, but ratios do so much less. The device is the best one that the machine has. Example:
 
     python -m benchmarks --seconds 20 --out data/benchmarks
 """
@@ -24,12 +25,14 @@ from icl.plotting.style import new_figure, save_figure
 
 
 def main() -> None:
-    """Measure, print, and write `<device>.json` after every case and `<device>.png` at the end."""
+    """Measure all cases and print a table. Write `<device>.json` after every case, and `<device>.png` at the end."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=10.0, help="seconds per ratio (default 10)")
-    parser.add_argument("--out", type=Path, default=Path("data/benchmarks"), help="folder (default data/benchmarks)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds for each ratio (default 10)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/benchmarks"), help="folder of the output (default data/benchmarks)"
+    )
     arguments = parser.parse_args()
     device = choose_device()
     machine = describe_machine(device)
@@ -48,7 +51,7 @@ def main() -> None:
 
 
 def describe_machine(device: str) -> dict[str, str]:
-    """What the numbers depend on."""
+    """Return a description of the device, threads, date, torch version and precision, on which the numbers depend."""
     chip = torch.cuda.get_device_name() if device == "cuda" else _processor()
     return {
         "device": f"{device}: {chip}",
@@ -60,13 +63,13 @@ def describe_machine(device: str) -> dict[str, str]:
 
 
 def row(ratio: Ratio) -> str:
-    """A line of the table."""
+    """Return a ratio as a line of the printed table."""
     spread, times = f"{ratio.low:.2f} - {ratio.high:.2f}", f"{ratio.peer_ms:.2f} / {ratio.ours_ms:.2f}"
     return f"{ratio.name:46} {ratio.ratio:7.2f} {spread:>14} {times:>17} {ratio.target:>7}"
 
 
 def plot_ratios(ratios: list[Ratio], title: str) -> Figure:
-    """A bar for each ratio with its quartiles, and a line at 1."""
+    """Draw a bar for each ratio with its quartiles, and a vertical line at 1."""
     figure, (axes,) = new_figure(width=7.6, height=0.45 * len(ratios) + 1.2)
     for place, ratio in enumerate(reversed(ratios)):
         axes.barh(place, ratio.ratio, color=BLUE, height=0.6)
@@ -74,7 +77,7 @@ def plot_ratios(ratios: list[Ratio], title: str) -> Figure:
         axes.text(max(ratio.high, ratio.ratio) * 1.05, place, f"{ratio.ratio:.2f}", va="center", fontsize=9)
     axes.axvline(1, color=BLACK, linewidth=1)
     axes.set_yticks(range(len(ratios)), [ratio.name for ratio in reversed(ratios)], fontsize=9)
-    axes.set(xscale="log", xlabel="ratio of times, peer / ours; lines: quartiles over turns")
+    axes.set(xscale="log", xlabel="ratio of times, other program / icl; lines: quartiles over turns")
     axes.set_xlim(right=1.4 * max(ratio.high for ratio in ratios))
     axes.grid(visible=False, axis="y")
     axes.set_title(title, fontsize=10)

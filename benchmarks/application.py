@@ -1,6 +1,7 @@
-"""The application against its own bare step: Lightning, our callbacks, logging, evaluation and saving around the step.
+"""Measure what `icl train` costs beyond its training step: Lightning, our callbacks, logging, evaluation and saving.
 
-Training runs as `icl train` runs it, and stands still after every stretch of steps while as many bare ones are made.
+A real training run pauses at intervals. In each pause we run as many bare steps (the training step alone) as the run has made since
+the last pause. The ratio compares the time of the bare steps with that of the run.
 """
 
 import dataclasses
@@ -25,13 +26,15 @@ from icl.training.trainer import evaluation_sets, make_callbacks, make_trainer
 
 
 class Interruptions(pl.Callback):
-    """Times the steps since it last looked up, then as many bare ones; the last of the callbacks, so it sees all costs.
+    """Callback that times the run's steps since its last call, and then the same number of bare steps.
+
+    It must be the last callback, so that its times include the costs of all others.
 
     Args:
-        bare: Makes one bare step.
-        device: Where both train.
-        seconds: How long the turns go on, after a first one that warms up and does not count.
-        num_steps: Of a turn; those up to the end of a stretch are added.
+        bare: Function that makes one bare step.
+        device: Device on which both train.
+        seconds: Total time of all turns, in seconds. The first turn only warms up and does not count.
+        num_steps: Minimum number of the run's steps in a turn.
     """
 
     def __init__(self, bare: Callable[[], object], device: str, *, seconds: float, num_steps: int) -> None:
@@ -43,11 +46,11 @@ class Interruptions(pl.Callback):
         self._begin_turn()
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Begin to count."""
+        """Start the clock."""
         self._go_on(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """The stretch has ended: its steps count for the application, and the other side makes as many."""
+        """Count the run's time since the last call, then time the same number of bare steps."""
         wait_for(self.device)
         num_steps, seconds = trainer.global_step - self._step, time.perf_counter() - self._since
         self._steps += num_steps
@@ -74,10 +77,10 @@ class Interruptions(pl.Callback):
 
 
 def measure_application(config: RunConfig, device: str, bare: Callable[[], object], seconds: float) -> list[Turn]:
-    """Seconds per step of the bare loop and of `icl train`, whose run is in a temporary folder.
+    """Return the seconds per step of the bare loop and of `icl train`. The run is in a temporary folder.
 
     Raises:
-        RunError: If training ended before it was asked to; what it raised itself goes through.
+        RunError: If training ended before the measurement was complete. An exception from training itself is not caught.
     """
     config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, accelerator=device))
     interruptions = Interruptions(bare, device, seconds=seconds, num_steps=turn_length(config, device))
@@ -85,22 +88,22 @@ def measure_application(config: RunConfig, device: str, bare: Callable[[], objec
         members = [Member(config, RunFolder(Path(folder)))]
         trainer = make_trainer(config, members)
         callbacks = make_callbacks(members, evaluation_sets([config]))
-        # The bar is left out: it would write over the table.
+        # Leave out the progress bar, which would overwrite the table.
         kept = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         trainer.callbacks += [*kept, interruptions]  # type: ignore[attr-defined]
         module = PopulationModule(members, stack([dict(build_model(config).named_parameters())]))
         trainer.fit(module, PromptDataModule([config]))
     if not interruptions.is_done:
-        cause = members[0].reason or "its steps were done, or a signal came"
-        raise RunError(f"The application ended at step {trainer.global_step:,}, before all was measured: {cause}")
+        cause = members[0].reason or "it reached its last step or received a signal"
+        raise RunError(f"Training ended at step {trainer.global_step:,}, before the measurement was complete: {cause}.")
     return interruptions.turns
 
 
 def turn_length(config: RunConfig, device: str) -> int:
-    """Steps from one row of the log to the next: a turn with none, or a median of such turns, would know nothing of it.
+    """Return the number of steps in a turn: long enough that each turn includes the cost of logging a row.
 
-    Evaluations are as much rarer as they are dearer. On a GPU, whose steps are short, a turn has one of them too; on a CPU
-    it would last half a minute, for a cost of three steps in a thousand.
+    On a GPU, whose steps are short, a turn also includes an evaluation. On a CPU such a turn would last half a minute, although
+    evaluations add only 0.3 % to the time of a run.
     """
     every = config.evaluation.every if device == "cuda" else None
     return max(config.trainer.log_every, every or 0)

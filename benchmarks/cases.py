@@ -1,4 +1,8 @@
-"""What is measured: our step against the plain loop, one member at a time and its floor; evaluation; dMMSE; an LLC's chains."""
+"""The cases that are measured: our training step, evaluation, dMMSE, LLC chains, and the whole training program.
+
+Our step is compared with a plain training loop, with training the members of a population one at a time, and with its matrix
+products alone.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,16 +28,16 @@ CONFIG = preset("L2H4")
 
 
 class Case(NamedTuple):
-    """One ratio: the peer's time over ours, for the same work."""
+    """One ratio: the other program's time divided by ours, for the same work."""
 
     name: str
     turns: Callable[[float], list[Turn]]
-    """Measures both sides for so many seconds."""
+    """Function that measures both programs for a number of seconds."""
     target: str = ""
 
 
 def make_cases(device: str) -> Iterator[Case]:
-    """All cases that this device has, each made when it is its turn, so that what it alone needs weighs on no other."""
+    """Yield all cases for a device. Each case is made only when it is measured, so that it does not slow down or fill up the others."""
     many = 32 if device == "cuda" else 8
     plain, one = Side(plain_loop(CONFIG, device)), training_step(1, device, compiled=True)
     half, packed = (training_step(num, device, compiled=True) for num in (many // 2, many))
@@ -47,7 +51,7 @@ def make_cases(device: str) -> Iterator[Case]:
     yield Case("plain loop / one member, compiled", against(plain, one), targets[0])
     yield Case(f"plain loop / {many} members, compiled", against(plain, packed, many), targets[1])
     yield Case(f"one at a time / {many} members, compiled", against(one, packed, many), targets[2])
-    if device == "cuda":  # on a CPU eager members take turns
+    if device == "cuda":  # on a CPU, members without compilation are computed one after the other
         yield Case(
             f"one at a time / {many} members, eager", against(eager, training_step(many, device), many), targets[2]
         )
@@ -60,7 +64,10 @@ def make_cases(device: str) -> Iterator[Case]:
 
 
 def sampling_cases(device: str) -> list[Case]:
-    """8 chains against devinterp's; on a GPU those of 16 checkpoints at once. None where there is no devinterp."""
+    """Return the case of 8 LLC chains against devinterp's, or no case if devinterp is not installed.
+
+    On a GPU, our side runs the chains of 16 checkpoints at once.
+    """
     if not has_devinterp():
         return []
     num = 16 if device == "cuda" else 1
@@ -71,7 +78,7 @@ def sampling_cases(device: str) -> list[Case]:
 
 
 def training_step(num_members: int, device: str, *, compiled: bool = False) -> Side:
-    """One step of a population at each call, on prompts made as in training; a turn is one block of them."""
+    """Return a function that makes one training step of a population at each call. A turn uses one block of training prompts."""
     members = stack([dict(build_model(CONFIG).named_parameters()) for _ in range(num_members)])
     params = {name: tensor.to(device) for name, tensor in members.items()}
     settings = {"compiled": compiled, "packed": num_members > 1}
@@ -88,7 +95,7 @@ def training_step(num_members: int, device: str, *, compiled: bool = False) -> S
 
 
 def evaluation_sides(num_checkpoints: int, device: str) -> tuple[Side, Side]:
-    """All numbers of some checkpoints on the training tasks and on new ones: a plain loop over checkpoints, and at once."""
+    """Evaluate some checkpoints on the training tasks and on new tasks: in a plain loop, and all at once."""
     model, num_prompts = build_model(CONFIG).to(device), CONFIG.evaluation.num_prompts
     together = stack([{name: p.detach() for name, p in model.named_parameters()}] * num_checkpoints)
     predict = partial(apply, CONFIG.model)
@@ -105,7 +112,7 @@ def evaluation_sides(num_checkpoints: int, device: str) -> tuple[Side, Side]:
 
 
 def dmmse_sides(device: str) -> tuple[Side, Side]:
-    """Every prefix of 256 prompts of K = 16 examples under 2^14 tasks of D = 8: the loop, and ours."""
+    """Compute dMMSE for all prefixes of 256 prompts, with K = 16, D = 8 and 2^14 tasks: in a plain loop, and with `dmmse`."""
     tasks = task_pool(2**14, 8, seed=0).to(device)
     generator = torch.Generator().manual_seed(0)
     xs = torch.randn(256, 16, 8, generator=generator).to(device)

@@ -1,9 +1,11 @@
-"""Gradients that an LLC needs for a given error, by SGLD and by BAOAB: `python -m benchmarks.gradients`.
+"""Count the gradients that SGLD and BAOAB need for an LLC of given accuracy: `python -m benchmarks.gradients`.
 
-Counts do not depend on the machine. On full-batch losses with known answers, each of many chains gives a mean over S draws. Their
-variance v / S and their bias b against the truth give the gradients for a root mean square error r, v / (r^2 - b^2), burn-in not
-counted. Each kernel has its best step of a few. `--checkpoint FILE --reference LLC` does the same with repeated estimates of a
-checkpoint, where every gradient is counted, those of the pool and of burn-in too (about ten minutes for the quickstart):
+The counts do not depend on the machine. The losses have known LLCs and no minibatches. Each of many chains gives the mean of S draws.
+The means have variance v / S over chains and bias b against the truth. So a root mean square error r needs v / (r^2 - b^2) gradients,
+without burn-in. Each kernel uses the best of a few step sizes.
+
+`--checkpoint FILE --reference LLC` measures the same with repeated estimates of a checkpoint's LLC. Then all gradients are counted,
+including those of burn-in and of the initial loss. For the quickstart this takes about ten minutes:
 
     python -m benchmarks.gradients --checkpoint data/small/models/quickstart/step-000005000.safetensors --reference 44
 """
@@ -31,22 +33,22 @@ from icl.sampling.run import estimate_grid
 from icl.sampling.self_test import Problem, problems
 
 NAMES = ("stiff quadratic, steps counted", "normal crossing a^2 b^2", "separable a^4 + b^4 + c^2")
-"""Problems of the self-test."""
+"""Names of the test problems, from the self-test."""
 STEPS: dict[Kernel, tuple[float, ...]] = {"sgld": (0.125, 0.25, 0.5, 1, 2), "baoab": (0.5, 1, 2, 4)}
-"""Steps that are tried, by the problem's own."""
+"""Step sizes to try, as multiples of the problem's own step size."""
 ERROR = 0.03
-"""Root mean square error, as a share of the truth."""
+"""Root mean square error to reach, as a share of the true LLC."""
 
 
 class Efficiency(NamedTuple):
-    """How good the estimates of a kernel at a step are."""
+    """Accuracy of a kernel's estimates at one step size."""
 
     bias: float
     variance: float
     """Variance of an estimate times its number of gradients."""
 
     def gradients(self, error: float) -> float:
-        """Return the number of gradients for a root mean square error; infinite if the bias alone is larger."""
+        """Return the number of gradients for a root mean square error. It is infinite if the bias alone exceeds the error."""
         left = error**2 - self.bias**2
         return self.variance / left if left > 0 else math.inf
 
@@ -54,7 +56,7 @@ class Efficiency(NamedTuple):
 def on_problem(
     problem: Problem, kernel: Kernel, factor: float, *, num_chains: int = 128, num_draws: int = 4000
 ) -> Efficiency:
-    """Measure a kernel on a problem with a known answer, at a factor of its step."""
+    """Measure a kernel on a problem with a known LLC, at `factor` times the problem's step size."""
     assert problem.finite is not None
     (nbeta,), lr = problem.nbetas, factor * problem.sampler["lr"]
     settings = ChainsConfig(
@@ -72,7 +74,7 @@ def on_problem(
 
 
 def on_checkpoint(file: Path, sampler: SamplerConfig, *, reference: float, num: int) -> Efficiency:
-    """Measure by repeated estimates of a checkpoint."""
+    """Measure the accuracy of a sampler by repeated estimates of a checkpoint's LLC."""
     checkpoint, values, counted = load_checkpoint_file(file), [], 0
     build_checkpoint_model(checkpoint)
     for seed in range(num):
@@ -95,11 +97,11 @@ def on_checkpoint(file: Path, sampler: SamplerConfig, *, reference: float, num: 
 
 
 def main() -> None:
-    """Print, for each problem and kernel, the best step and its gradients."""
+    """Print the best step size and its number of gradients, for each problem and kernel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint file; without it, losses with known answers")
-    parser.add_argument("--reference", type=float, help="the checkpoint's LLC")
-    parser.add_argument("--repetitions", type=int, default=8, help="estimates of the checkpoint (default 8)")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint file; the default is losses with known LLCs")
+    parser.add_argument("--reference", type=float, help="the checkpoint's LLC from a longer estimate")
+    parser.add_argument("--repetitions", type=int, default=8, help="number of estimates of the checkpoint (default 8)")
     arguments = parser.parse_args()
     if arguments.checkpoint is not None:
         own = load_checkpoint_file(arguments.checkpoint).config.sampler

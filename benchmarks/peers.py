@@ -1,7 +1,7 @@
-"""What we measure ourselves against, written plainly: the loop that a researcher would write, and no worse.
+"""Plain PyTorch code with which `icl` is compared, written as a competent researcher would write it.
 
-The model is L2H4 of Hoogland et al. 2024 as an `nn.Module` on 2K tokens, trained by `torch.optim.Adam` without clipping.
-Attention is written out as in the authors' code; on CPUs that is faster than PyTorch's fused kernel at this size.
+The model is L2H4 of Hoogland et al. 2024, as an `nn.Module` on 2K tokens. `torch.optim.Adam` trains it without gradient clipping.
+Attention is written out as in the authors' code. On CPUs, this is faster than PyTorch's fused kernel for a model of this size.
 """
 
 import math
@@ -15,7 +15,7 @@ from icl.config import RunConfig
 
 
 class PlainBlock(nn.Module):
-    """A pre-norm block."""
+    """A pre-norm transformer block."""
 
     def __init__(self, embed_size: int, num_heads: int, mlp_size: int, num_tokens: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class PlainBlock(nn.Module):
         self.register_buffer("future", torch.ones(num_tokens, num_tokens, dtype=torch.bool).triu(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) to (B, T, C)."""
+        """Map activations (B, T, C) to activations (B, T, C)."""
         size = x.shape[-1] // self.num_heads
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, size)).permute(2, 0, 3, 1, 4)
         scores = (q @ k.transpose(-2, -1) / math.sqrt(size)).masked_fill(self.future, -math.inf)
@@ -36,7 +36,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainTransformer(nn.Module):
-    """Prompts to predictions (B, K)."""
+    """The plain model, which maps prompts to predictions (B, K)."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class PlainTransformer(nn.Module):
         self.unembedding = nn.Linear(model.embed_size, task.task_size + 1)
 
     def forward(self, xs: Tensor, ys: Tensor) -> Tensor:
-        """(B, K, D) and (B, K) to (B, K)."""
+        """Map inputs (B, K, D) and targets (B, K) to predictions (B, K)."""
         y_tokens = F.pad(ys.unsqueeze(-1), (0, xs.shape[-1]))
         tokens = torch.stack([F.pad(xs, (1, 0)), y_tokens], dim=2).flatten(1, 2)  # B 2K D+1
         x = self.blocks(self.embedding(tokens) + self.positions)
@@ -58,7 +58,7 @@ class PlainTransformer(nn.Module):
 
 
 def plain_loop(config: RunConfig, device: str) -> Callable[[], None]:
-    """One step of the plain training loop at each call, prompts included."""
+    """Return a function that makes one step of the plain training loop, including the prompts."""
     task, batch_size = config.task, config.trainer.batch_size
     model = PlainTransformer(config).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.optim.lr)
@@ -77,7 +77,7 @@ def plain_loop(config: RunConfig, device: str) -> Callable[[], None]:
 
 
 def dmmse_by_prefix(xs: Tensor, ys: Tensor, tasks: Tensor, noise_variance: float) -> Tensor:
-    """The discrete MMSE predictor as its formula reads, prefix by prefix (Raventos et al. 2023, section 2)."""
+    """Return the predictions of discrete MMSE, computed prefix by prefix from its formula (Raventos et al. 2023, section 2)."""
     predictions = []
     for k in range(ys.shape[1]):
         errors = (ys[:, None, :k] - torch.einsum("bkd,md->bmk", xs[:, :k], tasks)).square().sum(-1)  # B M
@@ -87,10 +87,10 @@ def dmmse_by_prefix(xs: Tensor, ys: Tensor, tasks: Tensor, noise_variance: float
 
 
 def matrix_products(config: RunConfig, device: str) -> Callable[[], None]:
-    """The dense matrix products of one member's step and nothing else: the floor under any step.
+    """Return a function that computes only the dense matrix products of one model's step, a lower bound on the time of any step.
 
-    Forward, and for the gradients of inputs and weights. The last block's products after the choice of queries
-    run over x-tokens only. Attention's own small products are left out.
+    These are the products of the forward pass, and those for the gradients of inputs and weights. In the last block, the products
+    from the queries on run over x-tokens only, as in our model. The small products inside attention are left out.
     """
     model, prompts, num_examples = config.model, config.trainer.batch_size, config.task.max_examples
     width, wide = model.embed_size, model.mlp_size

@@ -1,9 +1,10 @@
-"""LLC chains: devinterp 1.3.2 against ours, on the same model, sizes, threads and precision.
+"""Compare the speed of LLC chains in devinterp 1.3.2 and `icl`, with the same model, sizes, threads and precision.
 
-Both sides run 8 chains of SGLD on minibatches of 256 prompts and keep the losses; the checkpoint's own loss is left out on
-both. Theirs is `devinterp.slt.sampler.sample` with its default `SGLD` and `LLCEstimator`, cores=1 (more cores are processes
-that start anew for every call), on `peers.PlainTransformer`, which on CPUs is faster than our module. Ours is
-`run_chains`, whose work includes making the minibatches and the MALA acceptance of two moves.
+Both programs run 8 SGLD chains on minibatches of 256 prompts and record the losses. Neither computes the checkpoint's own loss.
+
+- devinterp: `devinterp.slt.sampler.sample` with its default `SGLD` and `LLCEstimator` and with `cores=1`, because more cores would
+  start new processes at every call. The model is `peers.PlainTransformer`, which is faster than our module on CPUs.
+- `icl`: `run_chains`. Its time also includes making the minibatches and computing the MALA acceptance of two moves.
 """
 
 import warnings
@@ -26,21 +27,21 @@ from icl.tasks.prompts import sample_prompts
 
 NUM_CHAINS, BATCH_SIZE = 8, 256
 NUM_MOVES = 48
-"""Of each chain in one call."""
+"""Number of moves of each chain in one call."""
 _KERNEL: dict[str, Any] = {"lr": 1e-5, "nbeta": 100.0, "localization": 100.0}
 _SIZES: dict[str, Any] = {"num_chains": NUM_CHAINS, "num_draws": 2}
 
 
 def has_devinterp() -> bool:
-    """Whether the peer is installed; if not, says in a sentence how to get it."""
+    """Return whether devinterp is installed. If it is not, print how to install it."""
     found = find_spec("devinterp") is not None
     if not found:
-        print('The ratio against devinterp is left out, as it is not installed; `pip install -e ".[bench]"` adds it.')
+        print('devinterp is not installed, so its ratio is left out; `pip install -e ".[bench]"` installs devinterp.')
     return found
 
 
 def devinterp_chains(config: RunConfig, device: str, *, num_moves: int = NUM_MOVES) -> Callable[[], None]:
-    """All chains of one checkpoint at each call."""
+    """Return a function that runs all chains of one checkpoint with devinterp."""
     from devinterp.slt.llc import LLCEstimator
     from devinterp.slt.sampler import sample
 
@@ -75,7 +76,7 @@ def devinterp_chains(config: RunConfig, device: str, *, num_moves: int = NUM_MOV
 def our_chains(
     config: RunConfig, device: str, *, num_checkpoints: int = 1, num_moves: int = NUM_MOVES, compiled: bool = True
 ) -> Callable[[], object]:
-    """All chains of some checkpoints at each call."""
+    """Return a function that runs all chains of some checkpoints with `icl`."""
     sizes = {**_SIZES, "num_burnin_steps": num_moves - 2}
     sampler = SamplerConfig(kernel="sgld", batch_size=BATCH_SIZE, **_KERNEL, **sizes)
     target = prompt_target(config, sampler, device=device, num_moves=2**40 if compiled else 0)

@@ -1,7 +1,8 @@
-"""A ratio of times: two sides take turns at the same work, in one process with the same threads and precision.
+"""Measure a ratio of times. Two programs, called sides, do the same work in turns, in one process.
 
-The ratio is the median over turns, with quartiles: what another process takes away for a while costs some turns and no
-more. A cost that falls into few turns would vanish likewise, so a turn is long enough to have its share of every one.
+The ratio is the median over turns, with quartiles. So if another process takes the CPU for a while, this spoils only a few turns
+and hardly changes the median. For the same reason, a cost that occurs in only a few turns would be lost. So each turn must be
+long enough to include every kind of cost.
 """
 
 import statistics
@@ -15,22 +16,22 @@ MIN_TURNS = 5
 
 
 class Side(NamedTuple):
-    """What one side does in a turn."""
+    """The work of one side in a turn."""
 
     call: Callable[[], object]
     calls: int = 32
-    """How often: a whole number of blocks of prompts, where the side makes some for several calls at once."""
+    """Number of calls in a turn. If the side makes prompts for several calls at once, it is a multiple of that number."""
 
 
 class Turn(NamedTuple):
-    """Both sides' seconds for the same work."""
+    """The seconds that each side takes for the same work, in one turn."""
 
     peer: float
     ours: float
 
 
 class Ratio(NamedTuple):
-    """A case's outcome: the median ratio with its quartiles, and both sides' median times for the peer's work."""
+    """The result of a case: the median ratio with its quartiles, and the median time of each side for one call of the peer."""
 
     name: str
     ratio: float
@@ -42,7 +43,7 @@ class Ratio(NamedTuple):
 
     @classmethod
     def over(cls, turns: Iterable[Turn], *, name: str, target: str = "") -> "Ratio":
-        """The ratio that these turns, two or more, give."""
+        """Return the ratio over some turns. There must be at least two turns."""
         peer, ours = zip(*turns, strict=True)
         low, middle, high = statistics.quantiles([p / o for p, o in zip(peer, ours, strict=True)], n=4)
         peer_ms, ours_ms = (1e3 * statistics.median(side) for side in (peer, ours))
@@ -50,14 +51,14 @@ class Ratio(NamedTuple):
 
 
 def take_turns(peer: Side, ours: Side, device: str, seconds: float, *, work: int = 1) -> list[Turn]:
-    """Time both sides in turns for so many seconds, after warming both up.
+    """Time both sides in turns, after a warm-up turn of each.
 
     Args:
-        peer: The side that we are measured against.
-        ours: Ours.
-        device: Where both run.
-        seconds: For how long, but for `MIN_TURNS` turns at least.
-        work: How many of the peer's calls one of ours replaces.
+        peer: The side of the other program.
+        ours: The side of `icl`.
+        device: Device on which both sides run.
+        seconds: Total time in seconds. There are at least `MIN_TURNS` turns, even if they take longer.
+        work: Number of the peer's calls that do the same work as one of our calls.
     """
     for side in (peer, ours):
         timed(side, device)
@@ -69,7 +70,7 @@ def take_turns(peer: Side, ours: Side, device: str, seconds: float, *, work: int
 
 
 def timed(side: Side, device: str) -> float:
-    """Seconds per call."""
+    """Return the seconds per call of one turn."""
     start = time.perf_counter()
     for _ in range(side.calls):
         side.call()
@@ -78,6 +79,6 @@ def timed(side: Side, device: str) -> float:
 
 
 def wait_for(device: str) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
