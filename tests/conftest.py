@@ -1,4 +1,4 @@
-"""Settings and fixtures of all tests: no account, no network, no GPU by default, no files outside a temporary folder."""
+"""Settings and fixtures of all tests: no account, network or GPU is used by default, and all files are in a temporary folder."""
 
 import dataclasses
 import importlib

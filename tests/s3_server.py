@@ -1,4 +1,4 @@
-"""A local S3 server, and a proxy in front of it that fails, alters answers or disappears when a test asks for it."""
+"""A local S3 server, and a proxy in front of it that fails, alters answers or disappears when a test asks it to."""
 
 import contextlib
 import http.client

@@ -1,4 +1,4 @@
-"""The older code base's functions, as DESIGN shows them."""
+"""The Python functions of the older code base work as DESIGN.md shows them."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Numbers at the door: every public function accepts the same kinds of numbers and refuses the same kinds, in one sentence."""
+"""All public functions accept the same kinds of numbers, and refuse the same kinds in one sentence."""
 
 import dataclasses
 import math

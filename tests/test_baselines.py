@@ -1,4 +1,4 @@
-"""Baselines against plain loops, scikit-learn and closed forms; one contract for all; speed and memory of dMMSE."""
+"""Baselines compared with plain loops, scikit-learn and closed forms; a contract for all baselines; speed and memory of dMMSE."""
 
 import inspect
 import math

@@ -1,4 +1,4 @@
-"""The benchmarks compare like with like: peers compute what we compute, and a ratio is one where both sides are the same."""
+"""The benchmarks are fair: both programs compute the same numbers, and a ratio compares the same amount of work."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Checkpoints carry all they need, and what is not one is refused in one sentence."""
+"""Checkpoints contain everything they need, and a file that is not a checkpoint is refused in one sentence."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""`icl checkpoints`: steps here and in the store, copies that can break off, and damage found wherever it is."""
+"""The command `icl checkpoints`: listing of steps, interrupted copies, and detection of damage in the folder and in the store."""
 
 import dataclasses
 import shutil

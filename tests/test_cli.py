@@ -1,4 +1,4 @@
-"""The command line as a person meets it: help, one sentence for a mistake, exit statuses, files where it says."""
+"""The command line as a user sees it: help, one sentence for each mistake, exit statuses, and files in the announced places."""
 
 import json
 import os

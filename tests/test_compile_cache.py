@@ -1,4 +1,4 @@
-"""The compiler's folder: the user's own, refused if others could write in it, and never trusted without its digests."""
+"""The compiler's cache folder: it belongs to the user, is refused if others can write in it, and is used only if its digests match."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""One graph: it is one, in any thread, and where there cannot be one the function itself goes on with a warning."""
+"""Compilation to one graph works in any thread. A function that cannot be compiled runs as it is, with a warning."""
 
 import subprocess
 import sys

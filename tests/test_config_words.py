@@ -1,4 +1,4 @@
-"""Several `--config` files, and tables for whole sections, on every command line that takes settings."""
+"""Several `--config` files, and tables for whole sections, on every command line that accepts settings."""
 
 import json
 import math

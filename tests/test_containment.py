@@ -1,4 +1,4 @@
-"""Names that a store, a folder or a config brings along stay inside the run's folder, and links out of it are not followed."""
+"""Names from a store, a folder or a config never lead out of the run's folder, and links out of the folder are not followed."""
 
 import errno
 import itertools

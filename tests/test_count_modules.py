@@ -1,4 +1,4 @@
-"""The number of modules on two walks through the program does not grow unnoticed."""
+"""The number of modules in two typical computations does not grow unnoticed."""
 
 from icl.rng import stream
 from tools.count_modules import modules_of, walks

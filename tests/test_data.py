@@ -1,4 +1,4 @@
-"""The shipped tables are what `tools/data/schema.py` says, small, and tell where they come from; the scripts behind them are `icl` commands."""
+"""The shipped tables are small, match the schema of `tools/data/schema.py` and name their source, and their scripts use real `icl` commands."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Every name in backticks in README, CONTRIBUTING, docs and notebooks exists: commands, options, paths, Python, columns."""
+"""Every name in backticks in README, CONTRIBUTING, docs and notebooks exists: commands, options, paths, Python names and columns."""
 
 import ast
 import contextlib

@@ -1,4 +1,4 @@
-"""The tutorial is followed word for word; the other pages name commands, options and files that exist."""
+"""The tutorial works word for word, and other pages name only commands, options and files that exist."""
 
 import doctest
 import importlib

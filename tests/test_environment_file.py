@@ -1,4 +1,4 @@
-"""`.env-template` is complete and harmless as it is, and `.env` reaches the command line and nothing else."""
+"""`.env-template` is complete and changes nothing as shipped, and only the command line reads `.env`."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Evaluation against plain loops over prompts, and a population against its members one by one."""
+"""Evaluation compared with plain loops over prompts, and a population compared with its members one at a time."""
 
 import statistics
 from functools import partial

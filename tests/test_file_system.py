@@ -1,4 +1,4 @@
-"""File systems without locks, hard links or flushing of folders: `icl` runs there, and says once what is not protected."""
+"""File systems without locks, hard links or flushing: `icl` runs on them, and warns once about the risks."""
 
 import errno
 import fcntl

@@ -1,8 +1,8 @@
-"""The order of the layers: a module imports only what lies below it; importing does nothing.
+"""Modules import only from layers below their own, and importing a module has no side effects.
 
-The table is that of DESIGN.md, lowest first. A name stands for a module or for a whole package; the more exact one
-counts. A module may import from every line before its own, and on its own line from the names before it; the modules
-of one package may import each other. `training`, `sampling` and `analysis` share a line and never import each other.
+The table of layers is that of DESIGN.md, lowest first. A name in it stands for a module, or for a whole package. If both occur, the
+module's own entry counts. A module may import from all earlier lines, and from earlier names on its own line. The modules of
+one package may import each other. `training`, `sampling` and `analysis` are on the same line and never import each other.
 """
 
 import ast

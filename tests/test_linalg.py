@@ -1,4 +1,4 @@
-"""Lanczos, trace and spectrum of matrices whose eigenvalues are known."""
+"""Lanczos, trace and spectrum of matrices with known eigenvalues."""
 
 import pytest
 import torch

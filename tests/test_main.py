@@ -1,4 +1,4 @@
-"""Nothing in the working folder is imported, however `icl` is started."""
+"""`icl` imports nothing from the working folder, however it is started."""
 
 import os
 import shlex

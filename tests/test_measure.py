@@ -1,4 +1,4 @@
-"""Entries: kept under their key, whole or not at all, whatever a damaged file claims; arrays are read where they lie."""
+"""Cached measurements: stored under a key, completely or not at all; damaged files are ignored; arrays can be read in parts."""
 
 import json
 

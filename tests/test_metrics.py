@@ -1,4 +1,4 @@
-"""Metrics on numbers worked out by hand, against scipy, and streamed over batches and processes."""
+"""Metrics compared with numbers computed by hand and with scipy, and accumulated over batches and processes."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""What was typed at the two older code bases gets its modern spelling in the error, as `docs/older-commands.md` has it."""
+"""For each command line of the two older code bases, the error gives the modern spelling listed in `docs/older-commands.md`."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Folders, checkpoints and resume files made by 0.1.0 load, resume and are verified (`fixtures/0.1.0/README.md`)."""
+"""Folders, checkpoints and resume files of version 0.1.0 load, resume and pass verification (`fixtures/0.1.0/README.md`)."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Populations: stacking, and members that compute what the plain module computes, gradients included."""
+"""Populations: stacking of parameters, and members whose outputs and gradients are those of the plain module."""
 
 import warnings
 

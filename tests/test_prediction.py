@@ -1,4 +1,4 @@
-"""Predictions for prompts from outside: each query sees the whole context, and bad prompts are refused."""
+"""Predictions for a user's own prompts: each query sees the whole context, and bad prompts are refused."""
 
 import json
 

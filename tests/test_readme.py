@@ -1,4 +1,4 @@
-"""What the README and the pages of docs/ tell people to type works, and what they claim is what the code says."""
+"""The commands in the README and in docs/ work, and their claims agree with the code."""
 
 import re
 import shlex

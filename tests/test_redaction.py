@@ -1,4 +1,4 @@
-"""No password or key is in a run's folder, its copy, or what is printed."""
+"""No password or key is in a run's folder, in its copy, or in printed text."""
 
 import json
 from pathlib import Path

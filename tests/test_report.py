@@ -1,4 +1,4 @@
-"""`icl report`: one page that is well-formed, asks for nothing outside itself, and says what it could not read."""
+"""`icl report`: the page is well-formed, loads nothing from outside itself, and names the files that it could not read."""
 
 import dataclasses
 import html.parser

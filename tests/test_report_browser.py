@@ -1,7 +1,7 @@
-"""The page of `icl report` in a real browser: headless Chromium, offline, at several widths, in light and in dark.
+"""The page of `icl report` in a real browser: headless Chromium, offline, at several widths, in light mode and in dark mode.
 
-Run it with `pytest -m slow tests/test_report_browser.py`; it needs Chromium (Debian: `apt-get install chromium`) and the Python
-package playwright (of the extra `dev`), whose own download of a browser is not used.
+Run these tests with `pytest -m slow tests/test_report_browser.py`. They need Chromium (Debian: `apt-get install chromium`) and the
+Python package playwright from the extra `dev`. They do not use the browser that playwright can download.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""The comparison with published numbers: interpolation in log step, agreement within two standard errors, the steps it names."""
+"""The comparison with published numbers: interpolation in log step, agreement within two standard errors, and the steps that it names."""
 
 import math
 

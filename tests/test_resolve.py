@@ -1,4 +1,4 @@
-"""From files and words to a config: layers, spellings, the nearest key, errors of one sentence; names of runs."""
+"""From files and command lines to a config: order of the sources, spellings, nearest keys, one-sentence errors, and run names."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Counter-based streams: known answers, an independent transcription, the right laws, and draws that stand alone."""
+"""Counter-based streams: known answers, an independent implementation, the right distributions, and draws that do not depend on each other."""
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""Whole runs evaluated: each as its checkpoints alone, several as each by itself, and nothing twice."""
+"""Evaluation of whole runs: the numbers are those of single checkpoints and single runs, and nothing is computed twice."""
 
 import json
 import math

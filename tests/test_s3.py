@@ -1,4 +1,4 @@
-"""S3 by a real server over HTTP: long listings, parts, damage, servers that fail or refuse, and no secret in any message."""
+"""The S3 store with a real server over HTTP: long listings, parts, damage, failing servers, and no secret in any message."""
 
 import itertools
 import re

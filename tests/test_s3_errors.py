@@ -1,4 +1,4 @@
-"""Each class of errors of S3 servers and of boto3 has its own advice, and no sentence holds what the server said."""
+"""Each class of errors of S3 servers and boto3 has its own advice, and no message repeats the server's text."""
 
 import botocore.exceptions
 import pytest

@@ -1,4 +1,4 @@
-"""Servers that refuse, drop or spoil what S3 knows: `icl` does without, and says once what is less safe there."""
+"""Servers that refuse, drop or change parts of S3: `icl` works without these parts, and says once what is less safe."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Grids of steps against exact integer arithmetic; learning rates against PyTorch's own schedulers."""
+"""Checkpoint steps compared with exact integer arithmetic, and learning rates compared with PyTorch's schedulers."""
 
 import math
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""Signals are handled for the length of a piece of work, and handed back."""
+"""Signal handlers are installed for a piece of work, and the former handlers are restored afterwards."""
 
 import os
 import signal

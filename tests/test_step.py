@@ -1,4 +1,4 @@
-"""The step is PyTorch's own: its losses, gradients, clipping and Adam, member by member."""
+"""The training step equals PyTorch's: losses, gradients, clipping and Adam, for each member."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""One contract for every store; a write is all there or not at all."""
+"""A contract for all stores; a write is complete or has no effect."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

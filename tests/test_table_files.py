@@ -1,4 +1,4 @@
-"""Tables of our own are read column by column, and a damaged one is refused as a whole."""
+"""Tables that `icl` wrote are checked column by column, and a damaged table is refused as a whole."""
 
 import pytest
 

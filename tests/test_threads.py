@@ -1,4 +1,4 @@
-"""Parallel calls: results are in order and equal for any number of threads, and the caller's threads stay as they are."""
+"""Parallel calls: results keep their order and do not depend on the number of threads, and the caller's threads are unchanged."""
 
 import threading
 

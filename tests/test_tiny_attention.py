@@ -1,4 +1,4 @@
-"""The kernel of attention against its formula in float64: values, gradients, second derivatives, causality, threads."""
+"""The attention kernel compared with its formula in float64: values, gradients, second derivatives, causality and threads."""
 
 import ctypes.util
 from importlib.machinery import ModuleSpec

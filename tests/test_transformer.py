@@ -1,4 +1,4 @@
-"""The model against an independent transcription in plain loops, its causality, its sizes and its initial weights."""
+"""The model compared with an independent implementation in plain loops; its causality, sizes and initial weights."""
 
 import dataclasses
 import math

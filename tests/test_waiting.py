@@ -1,4 +1,4 @@
-"""Calls that hang are given up, calls that move are not, and a person is told."""
+"""Calls without progress are given up, calls with progress are not, and the user is told about the wait."""
 
 import threading
 import time

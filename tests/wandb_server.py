@@ -1,4 +1,4 @@
-"""A local W&B backend, as small as the real client allows. It fails or disappears when a test asks for it.
+"""A local W&B backend, as small as the real client allows. It fails or disappears when a test asks it to.
 
 It answers the requests of `wandb sweep`, `wandb agent`, `wandb.init`, `log` and `finish`. These are a few fields of GraphQL,
 and the file stream with a run's rows, summary and exit code. A sweep is a grid. If a run that was marked as preempting exits

@@ -1,4 +1,4 @@
-"""The frame: every checkpoint once, in populations, resumable; tables that say what they are of; the command."""
+"""Tests of the code that all analyses share: each checkpoint is measured once, work resumes, and tables name their source; the command."""
 
 import json
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Patterns of the real model, and scores of patterns whose answer is known."""
+"""Attention patterns of the real model, and scores of made-up patterns with known answers."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Numbers of predictors that are exactly ridge, dMMSE or zero; paths between them; and the analysis of a run."""
+"""Behaviour measures of predictors that are exactly ridge, dMMSE or zero, of paths between these predictors, and of a run."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Boundaries in one signal: turns and plateaus at known places, and none where a curve only bends."""
+"""Boundaries in one signal: turns and plateaus are found at known steps, and a curve that only bends has no boundary."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Closed forms, finite differences and the score function for the gradients in the data distribution."""
+"""Gradients with respect to the data distribution, compared with closed forms, finite differences and the score function."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The fit of OOD error on tables made from a known law, from noise, and with too little in them."""
+"""Fits of OOD error on tables that follow a known law, that are only noise, or that have too few values."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Spectra, overlaps and collapse of weights that are made up, and the analysis of a run."""
+"""Spectra, overlaps and collapse of made-up weights, and the embeddings analysis of a run."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Essential dynamics end to end: the table, its nulls, several runs, what cannot be done; the figure."""
+"""Essential dynamics from start to end: the table, its null models, several runs, refused inputs, and the figure."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Forms: a cusp or a vertex in every plane at one time, about one point, whatever the smoothing."""
+"""Forms of essential dynamics: a cusp or vertex must appear in every plane at the same time, whatever the smoothing."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The Hessian of a model against the dense one in float64, and the analysis of a run."""
+"""The Hessian of a model, compared with a dense Hessian in float64, and the Hessian analysis of a run."""
 
 import shutil
 

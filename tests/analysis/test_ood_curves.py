@@ -1,4 +1,4 @@
-"""Curves over multipliers of predictors whose error is known at every scale."""
+"""OOD curves over the multiplier of the inputs, for predictors whose error is known at every multiplier."""
 
 import math
 

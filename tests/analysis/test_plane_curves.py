@@ -1,4 +1,4 @@
-"""Smoothing and the geometry of plane curves, where the answers are known."""
+"""Smoothing and geometry of plane curves with known answers."""
 
 import numpy as np
 import pytest

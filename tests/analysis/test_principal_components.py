@@ -1,4 +1,4 @@
-"""PCA by two routes against the SVD; random walks against closed forms and simulation."""
+"""PCA by two methods, compared with the SVD; PCA of random walks, compared with closed forms and simulation."""
 
 import numpy as np
 import pytest

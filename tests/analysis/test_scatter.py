@@ -1,4 +1,4 @@
-"""Scatter about a trend: its size and its correlation are recovered, and a smooth curve has none."""
+"""Scatter about a trend: the estimates recover its size and correlation, and find no scatter in a smooth curve."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Smoothing: slopes and their errors where the curve is known, scatter that changes, many points."""
+"""Smoothing of known curves: slopes and their errors, scatter of changing size, and many points."""
 
 import numpy as np
 import pytest

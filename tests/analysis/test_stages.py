@@ -1,4 +1,4 @@
-"""Stages: the published ones are found within their errors, curves without stages have none, and every verdict has its reason."""
+"""Stages: published stages are found within their errors, curves without stages have none, and every verdict has a reason."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The probe reads the weights of linear predictors exactly, and of the model as plain replacement of one input does."""
+"""The task-vector probe reads the weights of linear predictors exactly, and agrees on the model with replacing one input at a time."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Trajectories: rows are what the checkpoints give, kept on disk; products in stretches equal the dense ones."""
+"""Trajectories: each row is computed from a checkpoint and kept on disk, and products computed in parts equal dense products."""
 
 import numpy as np
 import pytest

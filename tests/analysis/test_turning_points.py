@@ -1,4 +1,4 @@
-"""Minima, crossings and rises of made-up curves whose answers are known, with noise of known size."""
+"""Minima, crossings and rises of made-up curves with known answers and noise of known size."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Gradient statistics on gradients of known mean and covariance, and on models against plain loops."""
+"""Gradient statistics, on gradients of known mean and covariance, and on models in comparison with plain loops."""
 
 import pytest
 import torch

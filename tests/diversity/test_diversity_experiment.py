@@ -1,4 +1,4 @@
-"""The task-diversity experiment on tiny runs: what it trains, where, and what is left when something happens to it."""
+"""The task-diversity experiment with tiny runs: which runs it trains and where, and what remains after an interruption or failure."""
 
 import contextlib
 import fcntl

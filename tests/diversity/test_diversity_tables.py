@@ -1,4 +1,4 @@
-"""The experiment's tables and figure: the same numbers as one run at a time gives."""
+"""The tables and the figure of the task-diversity experiment have the same numbers as separate evaluations of its runs."""
 
 import contextlib
 import io

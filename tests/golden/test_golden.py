@@ -1,4 +1,4 @@
-"""The losses of every preset are those that were recorded."""
+"""The training losses of every preset equal the recorded losses."""
 
 import json
 

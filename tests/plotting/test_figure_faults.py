@@ -1,7 +1,8 @@
-"""No figure hides a curve, names what is not there, lays a legend over data or labels over each other, at any input.
+"""No figure hides a curve, lists an invisible curve in its legend, covers data with its legend, or has overlapping labels.
 
-The checks of `figure_faults` run over every figure function: on the shipped tables, and on what is left of them at one step, at
-two, and with numbers missing. The whole product is `slow`; the figures that every run draws are always checked.
+The checks of `figure_faults` run on every figure function. The inputs are the shipped tables, the same tables reduced to one or two
+steps, and the same tables with missing numbers. All combinations together are `slow`; the figures that every run draws are always
+checked.
 """
 
 import json

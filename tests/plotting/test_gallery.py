@@ -1,4 +1,4 @@
-"""A gallery says where its figures come from, refuses what does not ship, and draws the same bytes twice."""
+"""The gallery names the source of its figures, refuses data that are not shipped, and draws the same bytes twice."""
 
 import json
 

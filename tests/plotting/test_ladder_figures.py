@@ -1,4 +1,4 @@
-"""Figures of the ladder and of LLCs show what the tables hold: every run, every verdict, the true minima."""
+"""Figures of the M-ladder and of LLCs show everything in their tables: all runs, all verdicts and the true minima."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""The figure of predictions draws what the predictors say: with no example ridge says 0, and the line of the task is the task's."""
+"""The figure of predictions draws each predictor correctly: ridge without examples predicts 0, and the task's line is the true task."""
 
 from pathlib import Path
 

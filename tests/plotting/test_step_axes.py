@@ -1,4 +1,4 @@
-"""On a step's axis nothing is lost or cut: step 0 has a place, marks at the ends are whole, one estimate can be read."""
+"""Axes of training steps hide nothing: step 0 is shown, markers at the ends are not cut off, and a single estimate is readable."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The bench: a folder for bad inputs, with a tiny trained run, damaged runs, and files that no command can use."""
+"""Make the folder in which bad inputs are tried: a tiny trained run, damaged runs, and files that no command can use."""
 
 import contextlib
 import dataclasses

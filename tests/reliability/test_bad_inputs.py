@@ -1,4 +1,4 @@
-"""Bad inputs are refused in a few short lines that name what is wrong; nothing is left on the disk."""
+"""Bad inputs are refused in a few short lines that name the bad input, and no file is left on the disk."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Damaged files are refused in a sentence or made again. By default a sample is tried, and all 3,000 mutations in a slow test."""
+"""Damaged files are refused in one sentence or computed again. A sample of the mutations runs by default; a slow test runs all 3,000."""
 
 import shutil
 

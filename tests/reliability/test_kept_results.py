@@ -1,4 +1,4 @@
-"""Damaged files of stored estimates are ignored, whatever they claim, and the numbers are computed again."""
+"""Damaged files of stored estimates are ignored, whatever their content claims, and the estimates are computed again."""
 
 import dataclasses
 import io

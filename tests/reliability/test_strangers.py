@@ -1,4 +1,4 @@
-"""A checkpoint or a status from a stranger costs no more time and memory than its size, whatever it claims."""
+"""A stranger's checkpoint or status costs no more time and memory than its size justifies, whatever its content claims."""
 
 import json
 import os

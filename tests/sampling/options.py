@@ -1,4 +1,4 @@
-"""Functions that let tests pass all settings of an estimate as keywords. The less common ones become `EstimateOptions`."""
+"""Functions that let tests pass all settings of an estimate as keywords. The less common settings become `EstimateOptions`."""
 
 import dataclasses
 

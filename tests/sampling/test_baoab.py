@@ -1,4 +1,4 @@
-"""BAOAB: a move written out by hand, exact stationary moments, the shadow work's average, and control variates that change no mean."""
+"""BAOAB: one move compared with a written-out move, exact stationary moments, mean shadow work, and control variates that keep the mean."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""The calibration of a tiny run's sampler: what it samples, writes and says."""
+"""Calibration of a tiny run's sampler: the settings it samples, the files it writes and the lines it prints."""
 
 import contextlib
 import dataclasses

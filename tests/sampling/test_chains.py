@@ -1,4 +1,4 @@
-"""The driver: the same draws however members are grouped, batches dealt as promised, nothing frozen or lent is touched."""
+"""The chain driver: draws do not depend on how members are grouped, batches follow the documented order, and inputs stay unchanged."""
 
 import copy
 import dataclasses

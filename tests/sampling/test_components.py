@@ -1,4 +1,4 @@
-"""Components of the model: which parameters are whose, and their refined LLCs and susceptibilities from the command line."""
+"""Components of the model: their parameters, and their refined LLCs and susceptibilities from the command line."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Convergence diagnostics against arviz, and against what is known of independent and AR(1) draws."""
+"""Convergence diagnostics, compared with arviz and with known values for independent and AR(1) draws."""
 
 import math
 

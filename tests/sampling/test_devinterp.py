@@ -1,8 +1,8 @@
-"""devinterp 1.3.2 is an independent realisation: its SGLD moves are ours to rounding, its estimate ours up to chance.
+"""Compare `icl` with devinterp 1.3.2, an independent implementation: equal SGLD moves up to rounding, equal LLCs up to chance.
 
-Both move by -(lr/2) (nbeta grad L + localization (w - w0)) + sqrt(lr) N(0, 1), and record the loss of the minibatch that
-gives the move its gradient, as it was before the move. One convention differs: where `t` moves lie between draws, their draw
-is recorded at the last of the t, ours at the first, so that their burn-in b is our b + t - 1.
+Both programs move by -(lr/2) (nbeta grad L + localization (w - w0)) + sqrt(lr) N(0, 1). Both record the minibatch loss before the
+move, on the minibatch that gives the move its gradient. One convention differs. If there are t moves for each draw, devinterp
+records the draw at the last of these moves, and `icl` at the first. So a burn-in of b moves there corresponds to b + t - 1 here.
 """
 
 import math

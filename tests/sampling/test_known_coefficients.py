@@ -1,4 +1,4 @@
-"""Known learning coefficients: formulas against each other, published tables, limits, and independent integration."""
+"""Known learning coefficients: formulas compared with each other, with published tables, with limits and with numerical integration."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""`icl llc` as people type it: settings from run, file, point and command line; exit status; what it prints and writes."""
+"""The command `icl llc`: settings from run, file, sweep point and command line; exit status; printed lines and written files."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Estimates of known answers, their errors, and the verdict's fixed outcomes under sabotage."""
+"""LLC estimates of losses with known answers, their standard errors, and the verdicts that deliberately bad settings must get."""
 
 import dataclasses
 import inspect

@@ -1,4 +1,4 @@
-"""LLCs of a run: what is done is kept under checkpoint and settings, and never redone; what it measures is told."""
+"""LLCs of a run: finished estimates are stored by checkpoint and settings and never repeated, and progress is reported."""
 
 import dataclasses
 import json

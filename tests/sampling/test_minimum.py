@@ -1,4 +1,4 @@
-"""Checkpoints beside their minimum are found out by where their chains settle: closed forms, saddles, and no false alarm."""
+"""Checkpoints beside a minimum are detected from the mean of their chains: closed forms, saddles, and no false alarms at minima."""
 
 import math
 

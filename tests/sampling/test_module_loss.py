@@ -1,4 +1,4 @@
-"""Losses of modules, what stays frozen in them, and losses that the seed would not fix or `vmap` cannot run."""
+"""Losses of PyTorch modules: frozen parameters, losses that the seed does not determine, and losses that `vmap` cannot run."""
 
 import pytest
 import torch

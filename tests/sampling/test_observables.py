@@ -1,4 +1,4 @@
-"""Observables of the draws, susceptibilities computed from them, and their export."""
+"""Observables of the draws, susceptibilities that are computed from them, and their export."""
 
 import math
 

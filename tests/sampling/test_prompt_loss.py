@@ -1,4 +1,4 @@
-"""The run's own loss as the sampler takes it: the model's loss, its gradient, and minibatches as pure functions."""
+"""The run's own loss as a sampling target: it equals the model's loss, and its minibatches are pure functions."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The promise of the presets: the quickstart's last checkpoint is `ok` at the recommended settings, and the sabotage is not."""
+"""The recommended settings give `ok` at the quickstart's last checkpoint; deliberately bad settings do not."""
 
 import pytest
 

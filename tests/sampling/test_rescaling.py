@@ -1,4 +1,4 @@
-"""The control by rescaled weights: the function stays, the weights do not."""
+"""The rescaling control changes the weights but not the function."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Restrictions: every shape of parameter goes into its row and comes back, and what is fixed never moves."""
+"""Restrictions of the sampled parameters: any shape converts to a row and back, and fixed parameters never move."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The search for the sampler's settings, on a quadratic whose answer is known."""
+"""The search for sampler settings, on a quadratic loss with a known answer."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The self-test: a row agrees when the estimate is right and only then."""
+"""The self-test: a row agrees if and only if its estimate is right."""
 
 import dataclasses
 

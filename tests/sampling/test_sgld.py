@@ -1,4 +1,4 @@
-"""The kernels: a move written out by hand, exact stationary moments on Gaussians, and MALA's acceptance by its definition."""
+"""The kernels: one move compared with a written-out move, exact stationary moments on Gaussians, and MALA's acceptance from its definition."""
 
 import math
 

@@ -1,6 +1,7 @@
-"""A fast stand-in for `icl train`. It writes its events to a ledger, and behaves as $FAKE says.
+"""A fast stand-in for `icl train`. It records its events in a file, the ledger. The variable $FAKE determines its behavior.
 
-$FAKE is JSON: `seconds` of work, M of points that fail (`fail`), M of points that ignore SIGTERM (`deaf`).
+$FAKE is JSON with three keys: `seconds` is the duration of the work, `fail` lists the values of M whose points fail, and `deaf` lists
+the values of M whose points ignore SIGTERM.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Sweeps of `icl llc`: a point is a run and a sampler, with a name and a job of its own beside the run's."""
+"""Sweeps of `icl llc`: each point is a run with a sampler, and has its own name and job."""
 
 import dataclasses
 import json

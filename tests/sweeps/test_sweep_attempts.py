@@ -1,4 +1,4 @@
-"""Claims: one worker at a point, whatever races, dies or merely sleeps."""
+"""Claims of a sweep's points: only one worker works on a point, whatever other workers race, die or pause."""
 
 import json
 import math

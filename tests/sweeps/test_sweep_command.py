@@ -1,4 +1,4 @@
-"""W&B's macros, as its own client fills them in."""
+"""The macros of W&B in a sweep's command are filled in as W&B's own client does."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Draws are pure, stay in range, and have the moments of their distributions."""
+"""Draws of sweep parameters are pure functions, stay in range, and have the moments of their distributions."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The engine on a fast stand-in for training: alone, in parallel, killed, twice at once; then on two tiny real runs."""
+"""The sweep engine with a fast stand-in for training: alone, in parallel, killed, and twice at once; then with two tiny real runs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Every sweep file of the repository parses, and each of its points is a configuration of its own."""
+"""Every sweep file in the repository is valid, and its points have different configurations."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""From a file to its points: order, names, purity, and errors before anything runs."""
+"""The points of a sweep file: their order, names and purity, and errors before any point runs."""
 
 import json
 

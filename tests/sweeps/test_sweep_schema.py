@@ -1,4 +1,4 @@
-"""Sweep files as people write them: what W&B's schema allows is read, and every mistake is a sentence."""
+"""Sweep files: everything that W&B's schema allows is read, and every mistake gets a one-sentence error."""
 
 import pytest
 import yaml

@@ -1,4 +1,4 @@
-"""Every sweep file of the repository by the real `wandb sweep`: what its agents would hand out are the points of `icl sweep`."""
+"""Every sweep file in the repository through the real `wandb sweep`: W&B's agents would get the same points as `icl sweep`."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Task priors: nested pools of one endless sequence, and draws from them."""
+"""Task priors: smaller pools are the first tasks of larger pools, and draws from a pool follow its distribution."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Prompts: pure functions of (seed, stream, step, index), the right laws, and their layout as tokens."""
+"""Prompts are pure functions of (seed, stream, step, index), have the right distribution, and become tokens in the right order."""
 
 import math
 

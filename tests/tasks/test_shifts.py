@@ -1,4 +1,4 @@
-"""Shifted prompts: the laws that their names promise, exact constraints, and purity; one contract for every shift."""
+"""Shifted prompts: each shift has the distribution of its name, satisfies its exact constraints, and is a pure function."""
 
 import math
 from functools import cache

@@ -1,4 +1,4 @@
-"""How many members fit: what is counted is what autograd keeps, and a population that is too large is trained in groups."""
+"""The number of members that fit in memory: the estimate counts what autograd keeps, and larger populations are trained in groups."""
 
 import pytest
 import torch

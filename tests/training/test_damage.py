@@ -1,4 +1,4 @@
-"""Run folders that were damaged or mixed up: each is one sentence, never a traceback, never a silent mistake."""
+"""Run folders that are damaged or mixed up: each gets one sentence, and never a traceback or a silent mistake."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Two real processes (gloo) against one: the same global batches, the same weights up to the order of sums."""
+"""Two real processes (gloo) compared with one: the same global batches, and the same weights up to the order of sums."""
 
 import subprocess
 import sys

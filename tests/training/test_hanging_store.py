@@ -1,4 +1,4 @@
-"""A store that takes connections and never answers: every wait is announced, ends within a minute, and says how to go on."""
+"""A store that accepts connections but never answers: each wait is announced, ends within a minute, and ends with advice."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What Lightning sees of a training is true: its own callbacks work, early stopping stops where its own would."""
+"""Lightning sees the true state of training: its own callbacks work, and early stopping agrees with Lightning's."""
 
 import lightning.pytorch as pl
 import pytest

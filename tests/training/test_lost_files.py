@@ -1,4 +1,4 @@
-"""Files removed while a run trains, and full disks: never a false success, one sentence, and nothing left behind."""
+"""Files removed while a run trains, and full disks: one sentence, no false success, and no leftover files."""
 
 import contextlib
 import dataclasses

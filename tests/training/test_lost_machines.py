@@ -1,4 +1,4 @@
-"""Machines that are lost, and stores that lose files: the run's place can be taken over, and what is whole is gone on from."""
+"""Lost machines, and stores that lose files: another machine can take over the run, which resumes from the undamaged files."""
 
 import contextlib
 import json

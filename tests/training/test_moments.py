@@ -1,4 +1,4 @@
-"""Adam's moments beside the checkpoints: what they hold, that nothing else changes, that they are resumed and copied."""
+"""Adam's moments beside the checkpoints: their content, resuming and copying; nothing else in the run changes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Runs trained together against the same runs trained alone: files, numbers, endings, and bad luck."""
+"""Runs trained together compared with the same runs trained alone: files, numbers, endings and failures."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Who started the processes of a run: Slurm's variables alone change nothing, and torchrun's number of processes counts."""
+"""The processes of a run: Slurm's variables alone change nothing, and torchrun determines the number of processes."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A member that cannot be taken up ends alone, with its reason; the others train as if it were not there."""
+"""A member that cannot resume ends alone, with a reason; the other members train as if it did not exist."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""Pull the plug at bad moments, type the same command again, and compare every byte with a run left in peace."""
+"""A run killed at a bad moment and resumed by the same command has the same bytes as an uninterrupted run."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""Damaged resume files: an altered byte is found wherever it is, the save before takes over, and no bit of the result changes."""
+"""Damaged resume files: every altered byte is detected, the previous save is used, and the result keeps the same bits."""
 
 import random
 import shutil

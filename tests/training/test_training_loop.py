@@ -1,4 +1,4 @@
-"""Training against a plain loop in float64, against itself alone, and against bad luck."""
+"""Training compared with a plain loop in float64, with a second run of itself, and under failures."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The copy in the store: complete after every ending, never in training's way, and enough to go on from elsewhere."""
+"""The copy in the store: complete after every ending, never slowing down training, and sufficient to resume elsewhere."""
 
 import os
 import re

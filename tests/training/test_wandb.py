@@ -1,4 +1,4 @@
-"""W&B by its real client, offline; and a run that never depends on it."""
+"""W&B logging with the real client, offline; a run never depends on W&B."""
 
 import pwd
 import subprocess

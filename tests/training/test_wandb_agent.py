@@ -1,4 +1,4 @@
-"""A W&B sweep's point by the real client, as `wandb agent` starts it (offline: the client still hands over the config)."""
+"""A point of a W&B sweep with the real client, started as `wandb agent` does (offline: the client still passes the config)."""
 
 import os
 import signal

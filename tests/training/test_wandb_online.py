@@ -1,4 +1,4 @@
-"""W&B by its real client, online against a backend on the loopback: what reaches it, and what becomes of a run when it fails."""
+"""W&B logging with the real client, online, to a backend on the loopback: what reaches the backend, and what a run does if it fails."""
 
 import os
 import signal

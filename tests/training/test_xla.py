@@ -1,4 +1,4 @@
-"""What holds for XLA devices without one; `tests/xla/train_on_xla_cpu.py` trains on XLA's own CPU backend."""
+"""Properties needed on XLA devices, tested without one; `tests/xla/train_on_xla_cpu.py` trains on XLA's own CPU backend."""
 
 import pytest
 from lightning.fabric.plugins import XLACheckpointIO

@@ -1,15 +1,15 @@
 # ruff: noqa: E402
 """Train tiny runs on XLA's CPU backend, and compare them with the same runs without XLA. No TPU is needed.
 
-XLA traces a step into a graph and compiles it, for the CPU as for a TPU. So this program can show that `icl`'s step compiles
-once, never waits for the host, draws the same prompts and ends with the same numbers. torch_xla 2.9 needs torch 2.9, so it
-needs a separate environment (with torch's CPU build). The program takes a few minutes:
+XLA traces a step into a graph and compiles the graph, on a CPU as on a TPU. So this program can show that `icl`'s step compiles
+only once, never waits for the host, draws the same prompts and ends with the same numbers. torch_xla 2.9 needs torch 2.9, so the
+program needs a separate environment, with torch's CPU build. It takes a few minutes:
 
     python3 -m venv xla-env && xla-env/bin/pip install -e '.[tpu]'
     xla-env/bin/python tests/xla/train_on_xla_cpu.py
 
-It ends with one line per check, and its exit status is 0 if all checks hold. torch_xla is imported first, because torch looks only
-once, at the first gradient, for devices that support gradients.
+The program prints one line for each check, and its exit status is 0 if all checks pass. It imports torch_xla first, because torch
+looks for devices that support gradients only once, at the first gradient.
 """
 
 import os
