@@ -67,6 +67,7 @@ setup(
             "arviz-stats>=0.8; python_version >= '3.11'",
             "arviz-base>=0.8; python_version >= '3.11'",
             "moto[server]>=5",
+            "msgpack>=1",
             "nbclient>=0.10",
             "nbformat>=5.10",
             "ipykernel>=6.29",

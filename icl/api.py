@@ -21,6 +21,7 @@ from icl.build import build_checkpoint_model
 from icl.config import CheckpointsConfig, EarlyStoppingConfig, EvaluationConfig, RunConfig, TaskConfig
 from icl.config.validation import ConfigError, parse_num_tasks, plain_number, require, whole
 from icl.evaluation.prediction import parameter_of, predict_from_prompt
+from icl.importing.run import SUFFIXES, load_older_file
 from icl.model.transformer import Transformer
 from icl.presets import preset
 from icl.runs.checkpoints import CheckpointError, checkpoint_files, checkpoint_name, load_checkpoint_file
@@ -169,19 +170,24 @@ def load_checkpoint(path: str | Path, cfg: ICRegConfig | RunConfig | None = None
     """Load a trained model and the metadata of its checkpoint.
 
     Args:
-        path: A checkpoint file, or a run's folder. From a folder the last checkpoint is loaded.
-        cfg: Task and model that the checkpoint must have. By default any are accepted.
+        path: A checkpoint file, or a run's folder. From a folder the last checkpoint is loaded. It may also be a file .pt of older
+            code, such as `checkpoint_step_150000.pt` (`icl.importing`).
+        cfg: Task and model that the checkpoint must have. By default any are accepted. From a file .pt without a config, the number
+            of heads is taken from `cfg`.
 
     Returns:
         The model on the CPU, and a dict of `step`, `config` (a RunConfig), `digest` and `path`.
 
     Raises:
         CheckpointError: If there is no usable checkpoint, or it does not fit `cfg`.
+        OlderFileError: If a file .pt cannot be read safely, or is of no older code that is known.
     """
     file = checkpoint_files(path)[-1] if Path(path).is_dir() else Path(path)
-    checkpoint = load_checkpoint_file(file)
-    if cfg is not None:
-        _require_shape(checkpoint.config, _as_run_config(cfg), file)
+    shape = None if cfg is None else _as_run_config(cfg)
+    is_older = file.suffix in SUFFIXES and file.is_file()
+    checkpoint = load_older_file(file, shape) if is_older else load_checkpoint_file(file)
+    if shape is not None:
+        _require_shape(checkpoint.config, shape, file)
     info = {"step": checkpoint.step, "config": checkpoint.config, "digest": checkpoint.digest, "path": str(file)}
     return build_checkpoint_model(checkpoint), info
 

@@ -33,6 +33,7 @@ LAYERS = (
     (
         "runs.environment",
         "runs.status",
+        "runs.tasks_file",
         "runs.folder",
         "runs.listing",
         "runs.checkpoints",
@@ -49,6 +50,7 @@ LAYERS = (
     ),
     ("evaluation",),
     ("build",),
+    ("importing",),
     ("training", "sampling", "analysis"),
     ("plotting", "report"),
     ("whole_runs", "api", "sweeps", "diversity"),

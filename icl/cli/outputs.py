@@ -15,7 +15,7 @@ from icl.files.writing import StorageError, require_table_file, require_writable
 
 _RUN_FILES = (
     *("config.yaml", "status.json", "metrics.csv", "run.log", "last.ckpt", "previous.ckpt", "point.json", "sweep.log"),
-    *("run-id", "wandb-id", ".lock", ".delivered"),
+    *("run-id", "wandb-id", ".lock", ".delivered", "imported.json"),
 )
 _RUN_FOLDERS = ("checkpoints", "attempts")
 _RESULTS = ("evaluation.csv", "baselines.csv", "llc.csv", "llc-calibration.csv", *(f"{name}.csv" for name in ANALYSES))

@@ -5,6 +5,7 @@ Settings have their usual names, and the descriptions add the papers' symbols (M
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,8 @@ FREE_ON_RESUME = (
 
 They set the devices, how progress is saved and how the run is sampled later, but not what training computes.
 """
+OLDER_SOURCES = ("icr", "timaeus", "raventos")
+"""Older code bases whose checkpoints `icl import` reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +41,18 @@ class TaskConfig:
     """Number K of examples per prompt. The model reads 2K - 1 tokens x1, y1, ..., xK."""
     noise_variance: float = 0.25
     """Noise variance sigma^2 of the targets (a variance, not a deviation)."""
+    imported_tasks: str | None = None
+    """Digest of the table of training tasks of an imported run, or `unknown`. `icl import` sets it. By default the tasks are the
+    sequence of `seeds.tasks`."""
 
     def __post_init__(self) -> None:
         counts = {"task_size": 1, "max_examples": 1}
         validate("task", self, counts=counts, numbers={"noise_variance": "zero or positive"})
+        pool = self.imported_tasks
+        require(
+            pool is None or (isinstance(pool, str) and re.fullmatch(r"[0-9a-f]{32}|unknown", pool) is not None),
+            f"`task.imported_tasks` must be a digest that `icl import` wrote, or none, got {pool!r}.",
+        )
         object.__setattr__(self, "num_tasks", parse_num_tasks(self.num_tasks))
 
     @property
@@ -220,12 +231,18 @@ class CheckpointsConfig:
     store: str | None = None
     """Second place where a copy of the run is stored: a folder, or a URL such as s3://bucket/prefix. By default
     s3://$AWS_BUCKET_NAME if that variable is set, else none."""
+    imported_from: str | None = None
+    """Older code base that trained the run, if `icl import` made its folder. Such a run is not trained further."""
 
     def __post_init__(self) -> None:
         counts = {"every": 1, "num_log": 0, "num_linear": 0}
         validate("checkpoints", self, counts=counts, numbers={"resume_seconds": "zero or positive"})
         if self.store is not None:
             require_store(self.store)
+        require(
+            self.imported_from in (None, *OLDER_SOURCES),
+            f"`checkpoints.imported_from` must be one of {', '.join(OLDER_SOURCES)}, or none, got {self.imported_from!r}.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -227,7 +227,7 @@ def _baseline_predictions(config: RunConfig, name: str, prompts: Prompts) -> dic
     ridge = baselines.ridge(xs, ys, noise_variance=task.noise_variance) if task.noise_variance > 0 else ols
     predictions = {"ridge": ridge, "ols": ols, "zero": baselines.zero(xs, ys)}
     if not task.is_gaussian and name in ("pretrain", "true"):
-        tasks = task_pool(int(task.num_tasks), task.task_size, config.seeds.tasks, device=xs.device)
+        tasks = task_pool(int(task.num_tasks), task.task_size, config.task_sequence, device=xs.device)
         predictions["dmmse"] = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=task.noise_variance)
         predictions["task_mean"] = baselines.task_mean(xs, ys, tasks=tasks)
     return predictions

@@ -78,6 +78,6 @@ def _predict(
         predictions = {"model": model(all_xs, all_ys)}
     predictions["ridge"] = baselines.ridge(all_xs, all_ys, noise_variance=noise_variance)
     if not config.task.is_gaussian:
-        tasks = task_pool(int(config.task.num_tasks), config.task.task_size, config.seeds.tasks)
+        tasks = task_pool(int(config.task.num_tasks), config.task.task_size, config.task_sequence)
         predictions["dmmse"] = baselines.dmmse(all_xs, all_ys, tasks=tasks, noise_variance=noise_variance)
     return {name: values[:, -1].numpy() for name, values in predictions.items()}

@@ -28,7 +28,7 @@ _MAX_LINEAR_RATIO = 60.0
 """Ratio of the highest to the lowest loss above which the axis is logarithmic, so that the lowest loss stays
 readable."""
 _LOSS_LABEL = "loss (squared error per target)"
-_SetsKey: TypeAlias = tuple[TaskConfig, int, int, int]
+_SetsKey: TypeAlias = tuple[TaskConfig, int | str, int, int]
 
 
 class DrawnRun(NamedTuple):
@@ -59,7 +59,7 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
     """
     checkpoint = load_checkpoint_file(checkpoint_files(folder.path)[-1])
     config = checkpoint.config
-    key = (config.task, config.seeds.tasks, config.seeds.evaluation, config.evaluation.num_prompts)
+    key = (config.task, config.task_sequence, config.seeds.evaluation, config.evaluation.num_prompts)
     shared = {} if shared is None else shared
     if key not in shared:
         shared[key] = build_evaluation_sets(config, num_prompts=config.evaluation.num_prompts)

@@ -33,6 +33,7 @@ from icl.files.arrays import StoredArray
 from icl.files.reading import ContentError, first_line, parse_json
 from icl.model.stacked import Params
 from icl.model.transformer import parameter_shapes
+from icl.runs.tasks_file import remember_tasks
 from icl.store.base import LocalStore, Store
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -99,7 +100,7 @@ def save_checkpoint(store: Store, step: int, config: RunConfig, params: Mapping[
         StorageError: If the store cannot be written.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in params.items()}
-    about = {"format": _FORMAT, "step": step, "config": config.to_dict(), "digest": _digest(tensors)}
+    about = {"format": _FORMAT, "step": step, "config": config.to_dict(), "digest": weights_digest(tensors)}
     about[_SEAL] = _seal(about)
     data = safetensors.torch.save(
         tensors, {_ENTRY: json.dumps(about)}
@@ -117,6 +118,7 @@ def load_checkpoint_file(path: str | Path) -> Checkpoint:
 
     Raises:
         CheckpointError: If the file is missing, truncated, altered, or not a checkpoint of this program.
+        TasksError: If the table of tasks of an imported run is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -125,13 +127,15 @@ def load_checkpoint_file(path: str | Path) -> Checkpoint:
         with path.open("rb") as file:
             about = _read_about(file, str(path))
             file.seek(0)
-            return _checkpoint(about, file.read(), str(path))
+            checkpoint = _checkpoint(about, file.read(), str(path))
     except OSError as error:
         raise CheckpointError(f"The checkpoint {path} cannot be read: {error.strerror}.") from None
     except CheckpointError as error:
         run = path.parent.parent
         hint = f" `icl checkpoints {run} verify` lists all damaged files." if (run / "config.yaml").is_file() else ""
         raise CheckpointError(f"{error}{hint}") from None
+    remember_tasks(path.parent, checkpoint.config)
+    return checkpoint
 
 
 def load_same_run(path: Path, config: RunConfig) -> Checkpoint:
@@ -276,7 +280,7 @@ def _checkpoint(about: _About, data: bytes, name: str) -> Checkpoint:
         params = dict(sorted(safetensors.torch.load(data).items()))  # `load` returns them in random order
     except SafetensorError as error:
         raise _damaged(name, error) from None
-    if _digest(params) != about.digest:
+    if weights_digest(params) != about.digest:
         raise CheckpointError(f"The checkpoint {name} is damaged: its weights do not match their digest.")
     return Checkpoint(about.step, about.config, params, about.digest)
 
@@ -285,7 +289,8 @@ def _damaged(name: str, error: Exception) -> CheckpointError:
     return CheckpointError(f"The checkpoint {name} is damaged or was cut short ({first_line(error)}).")
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of weights by name: equal for equal weights."""
     hasher = hashlib.blake2b(digest_size=8)
     for key in sorted(tensors):
         hasher.update(key.encode())

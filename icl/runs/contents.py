@@ -16,7 +16,7 @@ _MAX_STEPS = 8
 
 
 def expected_steps(config: RunConfig, step: int, status: Status | None = None) -> list[int]:
-    """Return the steps that must have a checkpoint.
+    """Return the steps that must have a checkpoint. None of an imported run, which has those that its older code saved.
 
     Args:
         config: The run's settings.
@@ -25,6 +25,8 @@ def expected_steps(config: RunConfig, step: int, status: Status | None = None) -
             step is expected too.
     """
     grid = config.checkpoints
+    if grid.imported_from is not None:
+        return []
     scheduled = checkpoint_steps(
         config.trainer.max_steps, every=grid.every, num_log=grid.num_log, num_linear=grid.num_linear
     )

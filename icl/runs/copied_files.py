@@ -21,7 +21,7 @@ LAST = (*VOUCHERS, "config.yaml")
 """Files that are copied one by one, in this order, after all other files have arrived."""
 NEEDED = ("run-id", "metrics.csv", *LAST)
 """Files without which a run cannot be resumed."""
-_FILES = (*NEEDED, "wandb-id", "run.log", "report.html")
+_FILES = (*NEEDED, "wandb-id", "run.log", "report.html", "imported.json")
 _SMALL_FILES = ("run-id", "wandb-id", "status.json", "config.yaml")
 _FOLDERS = ("checkpoints", "results", "figures")
 

@@ -21,7 +21,19 @@ OWN_PROGRAM = (sys.executable, str(Path(__file__).parents[1] / "__main__.py"))
 
 Unlike `python -m icl`, the command imports nothing from the working folder.
 """
-COMMANDS = ("train", "sweep", "diversity", "evaluate", "llc", "analyse", "report", "predict", "runs", "checkpoints")
+COMMANDS = (
+    "train",
+    "sweep",
+    "diversity",
+    "evaluate",
+    "llc",
+    "analyse",
+    "report",
+    "predict",
+    "runs",
+    "checkpoints",
+    "import",
+)
 """Commands of `icl`, in the order in which its overview lists them."""
 _MARK = " environment "
 

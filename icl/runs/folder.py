@@ -20,6 +20,7 @@ from icl.files.system import LockedError, lock_file
 from icl.files.writing import StorageError, write_atomically
 from icl.runs.environment import environments_of, versions
 from icl.runs.status import FAILS_AGAIN, Status, parse_status, status_text
+from icl.runs.tasks_file import remember_tasks
 from icl.store.base import LocalStore
 
 RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "RANK")
@@ -27,7 +28,7 @@ RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "RANK")
 _OWN_NAMES = frozenset(
     (
         *("run-id", "wandb-id", "metrics.csv", "run.log", "report.html", "last.ckpt", "previous.ckpt", "status.json"),
-        *("config.yaml", "point.json", "sweep.log", "attempts", ".delivered", ".lock", ".llc-lock"),
+        *("config.yaml", "point.json", "sweep.log", "attempts", "imported.json", ".delivered", ".lock", ".llc-lock"),
         *("checkpoints", "results", "figures"),
     )
 )
@@ -111,13 +112,16 @@ class RunFolder:
 
         Raises:
             ConfigError: If the folder has no configuration, or it cannot be read.
+            TasksError: If the table of tasks of an imported run is damaged.
         """
         try:
-            return parse_config(read_bytes(self.config_file), str(self.path))
+            config = parse_config(read_bytes(self.config_file), str(self.path))
         except ContentError as error:
             raise ConfigError(f"The config.yaml of {self.path} cannot be used: {error}.") from None
         except OSError:
             raise ConfigError(f"{self.path} is not a run: it has no readable config.yaml.") from None
+        remember_tasks(self.checkpoints.root, config)
+        return config
 
     def write_status(self, status: Status) -> None:
         """Replace `status.json`. The new file also has the current time."""

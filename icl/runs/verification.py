@@ -38,8 +38,12 @@ from icl.runs.metrics_file import are_rows_altered, logged_steps, metric_columns
 from icl.runs.mirror import Mirror, in_parallel
 from icl.runs.resume_file import Resume, parse_resume
 from icl.runs.status import Status, parse_status
+from icl.runs.tasks_file import NAME as TASKS_NAME
+from icl.runs.tasks_file import parse_tasks
 from icl.store.base import MissingKeyError, Store
+from icl.tasks.priors import table_digest
 
+_TASKS = f"checkpoints/{TASKS_NAME}"
 _NUMBERS = ("step", "value", "stderr", "llc", "init_loss", "mean_loss")
 """Columns that must contain only numbers in every table of results."""
 
@@ -93,7 +97,9 @@ def _what_is_missing(copy: _Copy) -> Iterator[str]:
     step = end.step if end is not None else copy.resume.step if copy.resume is not None else 0
     is_begun = end is None and copy.status is not None and copy.status.step > 0
     needed = ["config.yaml", "status.json"]
-    needed += ["metrics.csv"] if step > 0 else []
+    is_imported = copy.config is not None and copy.config.checkpoints.imported_from is not None
+    needed += ["metrics.csv"] if step > 0 and not is_imported else []
+    needed += [_TASKS] if is_imported and copy.config is not None and _has_table(copy.config) else []
     needed += ["last.ckpt"] if is_begun else []
     for name in needed:
         if name not in copy.names:
@@ -203,6 +209,17 @@ def _check_arrays(copy: _Copy, name: str, data: bytes) -> str | None:
     return None if array_digest(numbers) == entry["array_digest"] else "its numbers do not match their digest"
 
 
+def _check_tasks(copy: _Copy, name: str, data: bytes) -> str | None:
+    digest = table_digest(parse_tasks(data, f"{copy.store}/{name}"))
+    is_named = copy.config is None or digest == copy.config.task.imported_tasks
+    return None if is_named else "it is not the table of tasks that config.yaml names"
+
+
+def _has_table(config: RunConfig) -> bool:
+    """Return whether a run has a table of imported tasks."""
+    return config.task.imported_tasks not in (None, "unknown")
+
+
 def _check_picture(copy: _Copy, name: str, data: bytes) -> str | None:
     with Image.open(io.BytesIO(data)) as image:
         image.verify()
@@ -219,6 +236,7 @@ _CHECKS: dict[str, Callable[[_Copy, str, bytes], str | None]] = {
     "config.yaml": _check_config,
     "status.json": _check_status,
     "metrics.csv": _check_metrics,
+    _TASKS: _check_tasks,
     ".npy": _check_arrays,
     ".npz": _check_archive,
     ".csv": _check_table,

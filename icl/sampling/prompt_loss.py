@@ -106,7 +106,7 @@ def trivial_loss(config: RunConfig) -> float:
     task = config.task
     square = float(task.task_size)
     if task.num_tasks <= _MAX_COUNTED_TASKS:
-        square = float(task_pool(int(task.num_tasks), task.task_size, config.seeds.tasks).square().sum(1).mean())
+        square = float(task_pool(int(task.num_tasks), task.task_size, config.task_sequence).square().sum(1).mean())
     return square + task.noise_variance
 
 

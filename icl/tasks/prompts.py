@@ -108,7 +108,7 @@ def prompt_source(config: RunConfig, *, stream: str, distribution: Distribution 
     noise_seed = seeds.noise if is_training else seeds.evaluation
     is_pool = distribution == "pretrain"
     return PromptSource(
-        prior=task_prior(task.num_tasks, task.task_size, seeds.tasks) if is_pool else Gaussian(task.task_size),
+        prior=task_prior(task.num_tasks, task.task_size, config.task_sequence) if is_pool else Gaussian(task.task_size),
         task_size=task.task_size,
         max_examples=task.max_examples,
         noise_variance=task.noise_variance,

@@ -83,7 +83,7 @@ def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
     """Return the bytes per member on a CPU without activations. `row_bytes` is the size of a member's parameters."""
     task, trainer, evaluation = configs[0].task, configs[0].trainer, configs[0].evaluation
     drawn = _DRAWN_BYTES * trainer.batch_size * task.max_examples * (task.task_size + 1)
-    num_sets = len({(config.task, config.seeds.tasks, config.seeds.evaluation) for config in configs})
+    num_sets = len({(config.task, config.task_sequence, config.seeds.evaluation) for config in configs})
     targets = 4 * evaluation.num_prompts * task.max_examples if evaluation.every is not None else 0
     set_bytes = targets * (task.task_size + 1 + _NUM_BASELINES)
     evaluated = _EVALUATED_ARRAYS * targets + (set_bytes if num_sets > 1 else 0)  # different sets are stacked

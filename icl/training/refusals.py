@@ -23,6 +23,19 @@ def require_monitor(config: RunConfig) -> None:
         raise ConfigError(f"`early_stopping.monitor` is `{monitor}`, but the metrics are {', '.join(metrics)}.")
 
 
+def require_own_run(config: RunConfig) -> None:
+    """Refuse to train an imported run: its data, optimiser and random numbers were those of another program.
+
+    Raises:
+        ConfigError: If the settings are of an imported run.
+    """
+    if config.checkpoints.imported_from is not None or config.task.imported_tasks is not None:
+        raise ConfigError(
+            f"The run was imported from {config.checkpoints.imported_from or 'older code'}, so it cannot be trained further. Leave out "
+            "`checkpoints.imported_from` and `task.imported_tasks` to train a new run with its other settings."
+        )
+
+
 def require_learning(config: RunConfig) -> None:
     """Refuse settings with which the learning rate of every update is zero in float32.
 

@@ -36,7 +36,7 @@ from icl.training.module import PopulationModule
 from icl.training.opening import begin_run, has_ended, open_run
 from icl.training.processes import join_processes
 from icl.training.progress import member_status
-from icl.training.refusals import require_learning, require_monitor
+from icl.training.refusals import require_learning, require_monitor, require_own_run
 from icl.training.saving import read_resume_file
 from icl.training.trainer import evaluation_sets, make_callbacks, make_trainer
 from icl.training.wandb import agent as wandb_agent
@@ -124,6 +124,7 @@ def train_population(
     is_alone = not is_packed or configs[0].trainer.num_processes > 1
     for member in members:
         with isolate_failure(member, is_alone=is_alone):
+            require_own_run(member.config)
             require_monitor(member.config)
             require_own_place(member.folder)
             if not has_ended(member):

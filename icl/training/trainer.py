@@ -142,10 +142,10 @@ def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
         return [[] for _ in configs]
     kind = choose_device(configs[0].trainer.accelerator)
     device = "cpu" if kind == "tpu" else kind  # evaluation is small, and an XLA device would compile it for every shape
-    by_key: dict[tuple[int | float, int, int], list[EvaluationSet]] = {}
+    by_key: dict[tuple[int | float, int | str, int], list[EvaluationSet]] = {}
     by_member = []
     for config in configs:
-        key = (config.task.num_tasks, config.seeds.tasks, config.seeds.evaluation)
+        key = (config.task.num_tasks, config.task_sequence, config.seeds.evaluation)
         if key not in by_key:
             if not config.task.is_gaussian and config.task.num_tasks > _MANY_TASKS:
                 prompts = f"{2 * settings.num_prompts:,} evaluation prompts"

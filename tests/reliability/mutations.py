@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from icl.runs.checkpoints import _SEAL, _digest, _seal
+from icl.runs.checkpoints import _SEAL, _seal, weights_digest
 
 EXTREMES = (
     *(-1, 0, 1, 2**31, 2**63, 10**30, 10**400, -(10**18), 1e308, -1e308, 5e-324, 0.5, -0.0),
@@ -266,7 +266,7 @@ def change_tensors(data: bytes, draw: random.Random) -> bytes:
         tensors[name + "x"] = tensors.pop(name) if draw.random() < 0.5 else tensor.clone()
     else:
         tensors |= {f"blocks.{i}.mlp.hidden.bias": torch.zeros(1) for i in range(draw.choice((3, 10_000)))}
-    about["digest"] = _digest(tensors)
+    about["digest"] = weights_digest(tensors)
     about[_SEAL] = _seal(about)
     return safetensors.torch.save(tensors, {"icl": json.dumps(about)})
 

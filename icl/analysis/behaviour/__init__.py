@@ -216,7 +216,7 @@ def _baseline_functions(config: RunConfig) -> dict[str, Baseline]:
     ridge = partial(baselines.ridge, noise_variance=task.noise_variance) if task.noise_variance > 0 else baselines.ols
     functions: dict[str, Baseline] = {"ridge": ridge, "zero": baselines.zero}
     if not task.is_gaussian:
-        tasks = task_pool(int(task.num_tasks), task.task_size, config.seeds.tasks)
+        tasks = task_pool(int(task.num_tasks), task.task_size, config.task_sequence)
         functions["dmmse"] = partial(baselines.dmmse, tasks=tasks, noise_variance=task.noise_variance)
     return functions
 

@@ -174,8 +174,8 @@ def references(configs: Sequence[RunConfig], settings: StateSettings) -> dict[st
         predictions = {"ridge": baselines.ridge(xs, ys, noise_variance=task.noise_variance)}
     else:
         predictions = {"ridge": baselines.ols(xs, ys)}  # the limit of ridge for zero noise
-    pools = {(int(config.task.num_tasks), config.seeds.tasks) for config in configs if not config.task.is_gaussian}
-    for num_tasks, seed in sorted(pools):
+    pools = {(int(config.task.num_tasks), config.task_sequence) for config in configs if not config.task.is_gaussian}
+    for num_tasks, seed in sorted(pools, key=str):
         tasks = task_pool(num_tasks, task.task_size, seed)
         name = f"dMMSE M={num_tasks}" + ("" if len({seed for _, seed in pools}) == 1 else f" tasks={seed}")
         predictions[name] = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=task.noise_variance)
@@ -189,7 +189,7 @@ def fixed_prompts(config: RunConfig, settings: StateSettings) -> Prompts:
     if settings.distribution != "first_task":
         return prompts
     noise = prompts.ys - (prompts.xs * prompts.ws.unsqueeze(-2)).sum(-1)
-    task = task_pool(1, config.task.task_size, config.seeds.tasks)
+    task = task_pool(1, config.task.task_size, config.task_sequence)
     return prompts._replace(ys=(prompts.xs * task).sum(-1) + noise, ws=task.expand_as(prompts.ws))
 
 

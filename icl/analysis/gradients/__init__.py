@@ -135,7 +135,7 @@ def _measure_weights(members: Members, settings: Settings) -> tuple[list[list[Ro
 def _measure_tasks(members: Members, settings: Settings) -> list[list[Row]]:
     """Measure the alignment between the gradients of single tasks, all with the same inputs and noise."""
     rows: list[list[Row]] = [[] for _ in members.checkpoints]
-    task, seed = members.config.task, members.config.seeds.tasks
+    task, seed = members.config.task, members.config.task_sequence
     limit = math.inf if task.is_gaussian or settings.distribution == "true" else task.num_tasks
     count = int(min(settings.num_compared_tasks, limit))
     if count < 2:

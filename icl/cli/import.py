@@ -1,0 +1,77 @@
+"""`icl import`: checkpoints of older code bases become a run's folder that every other command takes."""
+
+import re
+from pathlib import Path
+
+from icl.command_line import CommandParser, whole_number
+from icl.config.validation import ConfigError
+from icl.runs.folder import local_root
+
+HELP = "make a run's folder of checkpoints that older code saved"
+
+
+def run(words: list[str]) -> int:
+    """Import, and print what is known about the run."""
+    parser = CommandParser(
+        "import",
+        """\
+Make a run's folder of checkpoints that older code saved. Every other command takes this folder, and nothing is unpickled.
+--from says which code saved them:
+  icr       ic_regression.py with ICRegConfig: checkpoint_step_N.pt, checkpoint_final.pt
+  timaeus   timaeus-research/icl: N.pt, copied from its bucket or its folder
+  raventos  mansheej/icl-task-diversity: the folder of checkpoint_N and config.json
+A setting that the files do not say is asked for, such as --task.noise_variance 0.125 --model.num_heads 4.""",
+        """icl import checkpoints/checkpoints_M64 --from icr --out runs/M64
+        icl import checkpoints/icl/M-inf-seed-1-task-1a2b3c-opt-4d5e6f-sched-7a8b9c --from timaeus --task.noise_variance 0.125 --model.num_heads 4
+        icl import train_0123456789abcdef --from raventos --tasks tasks.npy""",
+        settings=True,
+        usage="icl import FILE|FOLDER --from icr|timaeus|raventos [--out RUN] [--tasks FILE|recompute|unknown] [--section.key VALUE ...]",
+    )
+    parser.add("path FILE|FOLDER", "a checkpoint, or a folder of the checkpoints of one run", type=Path)
+    parser.add("--from NAME", "the code that saved them", dest="source", required=True)
+    parser.add("--out RUN", "the new run: a name, or a folder (default: the name of the folder or file)")
+    parser.add(
+        "--tasks SOURCE",
+        "the training tasks of a run with finite M: a table (M, D) in a file .npy, .pt or .safetensors; `recompute` draws them "
+        "again from the older code's seed --seeds.tasks; `unknown` does without prompts of these tasks and without dMMSE",
+    )
+    parser.add("--step N", "the step of a single file that does not say it", type=whole_number(0, 10**15))
+    options = parser.parse_args(words)
+    from icl.importing.run import import_run
+
+    result = import_run(
+        options.path,
+        options.source,
+        _folder(options.out, options.path),
+        options=options.settings,
+        tasks=options.tasks,
+        step=options.step,
+    )
+    config, steps = result.settings.config, result.steps
+    task, model = config.task, config.model
+    print(
+        f"Model   D = {task.task_size}, K = {task.max_examples}, M = {task.num_tasks}, noise variance {task.noise_variance:g}; "
+        f"{model.num_layers} layers, {model.num_heads} heads, width {model.embed_size}, MLP {model.mlp_size}"
+    )
+    print(f"Tasks   {result.tasks}")
+    if result.settings.unknown:
+        print(
+            f"Unknown {', '.join(result.settings.unknown)}: config.yaml has the values of the preset {config.preset}. Predictions and "
+            "analyses do not depend on them."
+        )
+    print(f"Steps   {len(steps):,}, from {steps[0]:,} to {steps[-1]:,}")
+    print(f"Run     {result.folder.path}")
+    return 0
+
+
+def _folder(out: str | None, source: Path) -> Path:
+    """Return the new run's folder: a path, or a name below `$LOCAL_ROOT`."""
+    if out is not None:
+        if not out.strip():
+            raise ConfigError("`--out` must name a run or a folder, got nothing.")
+        return Path(out) if "/" in out else local_root() / out
+    name = source.resolve().name if source.is_dir() else source.stem
+    slug = re.sub(r"[^\w.,=+-]", "-", name).lstrip("-.")
+    if not slug:
+        raise ConfigError("Give the new run a name with --out RUN.")
+    return local_root() / slug

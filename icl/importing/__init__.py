@@ -1,0 +1,1 @@
+"""Checkpoints of older code bases: read them safely, and convert them to a run's folder."""

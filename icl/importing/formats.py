@@ -1,0 +1,99 @@
+"""The older code bases whose checkpoints can be imported, with the functions that read them."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from icl.config import RunConfig
+from icl.config.validation import ConfigError
+from icl.importing import icr, raventos, timaeus
+from icl.importing.pickles import read_pickle
+from icl.model.stacked import Params
+
+
+class Format(NamedTuple):
+    """An older code base: how its files are found, read and converted."""
+
+    name: str
+    about: str
+    """The code base in a few words, for messages."""
+    preset: str
+    """The preset with its published settings."""
+    patterns: tuple[str, ...]
+    """Patterns of its files in a folder."""
+    read: Callable[[Path], Any]
+    is_mine: Callable[[Any], bool]
+    step_of: Callable[[Any], int | None]
+    facts: Callable[[Any], dict[str, Any]]
+    """Settings that a file determines, by dotted key."""
+    folder_facts: Callable[[Path], dict[str, Any]]
+    """Settings that the name of a file's folder, or a file beside it, determines."""
+    params: Callable[[Any, RunConfig], Params]
+    draw_tasks: Callable[[Any, RunConfig], Float[Tensor, "M D"]]
+    """Draw the training tasks again, as the older code did from its seed."""
+    tasks_seed: int | None
+    """The seed of the tasks if the code always uses the same one, else None."""
+
+
+def _nothing(path: Path) -> dict[str, Any]:
+    return {}
+
+
+FORMATS: Mapping[str, Format] = {
+    "icr": Format(
+        name="icr",
+        about="the code with ICRegConfig (ic_regression.py)",
+        preset=icr.PRESET,
+        patterns=("*.pt", "*.pth"),
+        read=read_pickle,
+        is_mine=icr.is_mine,
+        step_of=icr.step_of,
+        facts=icr.facts,
+        folder_facts=_nothing,
+        params=icr.params,
+        draw_tasks=icr.draw_tasks,
+        tasks_seed=0,
+    ),
+    "timaeus": Format(
+        name="timaeus",
+        about="timaeus-research/icl",
+        preset=timaeus.PRESET,
+        patterns=("*.pt", "*.pth"),
+        read=read_pickle,
+        is_mine=timaeus.is_mine,
+        step_of=timaeus.step_of,
+        facts=timaeus.facts,
+        folder_facts=lambda path: timaeus.folder_facts(path.parent.name),
+        params=timaeus.params,
+        draw_tasks=timaeus.draw_tasks,
+        tasks_seed=None,
+    ),
+    "raventos": Format(
+        name="raventos",
+        about="mansheej/icl-task-diversity",
+        preset=raventos.PRESET,
+        patterns=raventos.PATTERNS,
+        read=raventos.read,
+        is_mine=raventos.is_mine,
+        step_of=raventos.step_of,
+        facts=raventos.facts,
+        folder_facts=raventos.folder_facts,
+        params=raventos.params,
+        draw_tasks=raventos.draw_tasks,
+        tasks_seed=None,
+    ),
+}
+
+
+def format_of(name: str) -> Format:
+    """Return the code base of this name.
+
+    Raises:
+        ConfigError: If there is none. The message lists all.
+    """
+    if name not in FORMATS:
+        raise ConfigError(f"`--from` must be one of {', '.join(FORMATS)}, got {name!r}.")
+    return FORMATS[name]

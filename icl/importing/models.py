@@ -1,0 +1,238 @@
+"""Saved steps of an older code base: find the files, read them, and work out the settings of the run.
+
+A setting comes from the files or from the user, and never from a guess. If both say it, they must agree. Settings of training that
+nothing computes from, such as the batch size, may stay unknown; `config.yaml` then has the values of the preset.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from icl.config import RunConfig
+from icl.config.validation import ConfigError
+from icl.config.values import read_value
+from icl.files.reading import ContentError
+from icl.importing.formats import FORMATS, Format
+from icl.importing.pickles import OlderFileError
+from icl.importing.weights import same_type
+from icl.model.stacked import Params
+from icl.resolve import resolve
+
+_NEEDED = {
+    "task.num_tasks": "the number M of training tasks, or inf",
+    "task.noise_variance": "the noise variance sigma^2 of the targets",
+    "model.num_heads": "the number of attention heads",
+    "model.layer_norm": "pre, post or none",
+}
+"""Settings on which predictions or results depend, and that not every file says."""
+_EXAMPLES = {"task.num_tasks": 64, "task.noise_variance": 0.125, "model.num_heads": 4, "model.layer_norm": "pre"}
+_UNKNOWN = (
+    "optim.lr",
+    "optim.schedule",
+    "trainer.max_steps",
+    "trainer.batch_size",
+    "seeds.model",
+    "seeds.data",
+    "seeds.noise",
+)
+"""Settings of training that results do not depend on. They are named if neither files nor options say them."""
+
+
+class OlderStep(NamedTuple):
+    """One saved step of an older code base."""
+
+    file: Path
+    step: int
+    tree: Any
+    """The content of the file, as the code base's functions take it."""
+    digest: str
+    """SHA-256 of the file."""
+
+
+class Settings(NamedTuple):
+    """The settings of a run to import, and where they come from."""
+
+    config: RunConfig
+    from_files: dict[str, Any]
+    from_options: dict[str, Any]
+    unknown: list[str]
+    """Settings for which `config` has the preset's value because nothing else is known."""
+
+
+def find_files(path: Path, source: Format) -> list[Path]:
+    """Return the files of saved steps at a path: the file itself, or those in a folder.
+
+    Raises:
+        OlderFileError: If there are none. The message names folders below it that have some.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise OlderFileError(f"There is nothing at {path}; name a file or folder of {source.about}.")
+    files = sorted(set(_matches(path, source)))
+    if not files:
+        inner = next(
+            (folder for folder in sorted(path.glob("**/")) if folder != path and _matches(folder, source)), None
+        )
+        hint = f"; {inner} has some" if inner else ""
+        if any(path.glob("**/.zarray")) or any(path.glob("**/ocdbt.process_*")):
+            hint = (
+                ". It has arrays of Orbax in many files, which are not read: in the environment of the older code, restore them and "
+                "save them in one file with flax.serialization.to_bytes"
+            )
+        raise OlderFileError(f"{path} has no files {' or '.join(source.patterns)} of {source.about}{hint}.")
+    return files
+
+
+def number_files(files: list[Path], source: Format, step: int | None) -> list[tuple[int, Path]]:
+    """Return files with their steps, in order. A file is read only if its name does not say its step.
+
+    Args:
+        files: The files.
+        source: Their code base.
+        step: The step of a single file whose name and content do not say it.
+
+    Raises:
+        OlderFileError: If a file does not say its step.
+        ConfigError: If `step` contradicts the file, or there are several files.
+    """
+    if step is not None and len(files) > 1:
+        raise ConfigError(
+            f"`--step` is for a single file, and there are {len(files):,}; name the files by their steps."
+        )
+    numbered = []
+    for file in files:
+        number = _number(file)
+        if number is None:
+            number = source.step_of(_read(file, source))
+        if step is not None and number is not None and number != step:
+            raise ConfigError(f"`--step` is {step}, but {file} says step {number}; leave the option out.")
+        number = step if number is None else number
+        if number is None:
+            raise OlderFileError(
+                f"{file} does not say its step. Give --step N for one file, or name files by their steps."
+            )
+        numbered.append((number, file))
+    return sorted(numbered)
+
+
+def read_step(number: int, file: Path, source: Format) -> OlderStep:
+    """Read the file of one step.
+
+    Raises:
+        OlderFileError: If it cannot be read, is of another code base, or contains another step.
+    """
+    tree = _read(file, source)
+    found = source.step_of(tree)
+    if found not in (None, number):
+        raise OlderFileError(f"{file} contains step {found:,}, but its name says {number:,}; correct its name.")
+    return OlderStep(file, number, tree, hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+def settings_of(step: OlderStep, source: Format, options: Mapping[str, Any]) -> Settings:
+    """Return the run's settings, from the file of its last step and the user's options.
+
+    Raises:
+        ConfigError: If a needed setting is unknown, or files and options contradict each other.
+        OlderFileError: If the file is not a model of this code base.
+    """
+    from_files = _facts(step, source)
+    from_options = {key: read_value(key, value) for key, value in options.items()}
+    for key, value in from_options.items():
+        if key in from_files and read_value(key, from_files[key]) != value:
+            raise ConfigError(
+                f"`{key}` is {from_files[key]} in {step.file}, but {value} on the command line; leave it out."
+            )
+    known = {**from_files, **from_options}
+    missing = [key for key in _NEEDED if key not in known]
+    if missing:
+        words = ", ".join(f"`{key}` ({_NEEDED[key]})" for key in missing)
+        example = " ".join(f"--{key} {_EXAMPLES[key]}" for key in missing)
+        raise ConfigError(f"{step.file} does not say {words}. Give what its run had, such as {example}.")
+    base = {"preset": source.preset, "checkpoints.every": None, "checkpoints.num_log": 0, "checkpoints.num_linear": 0}
+    last = max(1, step.step)
+    if "trainer.max_steps" not in known:
+        base["trainer.max_steps"] = last
+    elif read_value("trainer.max_steps", known["trainer.max_steps"]) < last:
+        raise ConfigError(f"`trainer.max_steps` is {known['trainer.max_steps']}, but there is a file of step {last:,}.")
+    unknown = [key for key in _UNKNOWN if key not in known]
+    config = resolve(base, known, {"checkpoints.imported_from": source.name})
+    return Settings(config, from_files, from_options, unknown)
+
+
+def convert(step: OlderStep, source: Format, config: RunConfig) -> Params:
+    """Return the weights of a step by the names of `icl`.
+
+    Raises:
+        OlderFileError: If they do not fit the run's settings.
+    """
+    try:
+        return dict(sorted(same_type(source.params(step.tree, config)).items()))
+    except ContentError as error:
+        raise OlderFileError(f"{step.file} cannot be imported: {error}.") from None
+
+
+def require_one_model(step: OlderStep, first: OlderStep, source: Format) -> None:
+    """Refuse a file of another run than the first one.
+
+    Raises:
+        OlderFileError: If settings differ. The message names the first difference.
+    """
+    facts, others = _facts(first, source), _facts(step, source)
+    for key in sorted({*facts, *others} - {"optim.lr"}):
+        if facts.get(key) != others.get(key):
+            raise OlderFileError(
+                f"{step.file} and {first.file} are of different runs: `{key}` is {others.get(key)} and {facts.get(key)}. Import "
+                "each run from a folder of its own."
+            )
+
+
+def _facts(step: OlderStep, source: Format) -> dict[str, Any]:
+    """Return the settings that a file, its folder and its siblings determine."""
+    try:
+        found = source.facts(step.tree)
+    except ContentError as error:
+        raise OlderFileError(f"{step.file} cannot be imported: {error}.") from None
+    beside = source.folder_facts(step.file)
+    for key, value in beside.items():
+        if key in found and read_value(key, found[key]) != read_value(key, value):
+            raise OlderFileError(f"{step.file} says `{key}` is {found[key]}, but its folder says {value}.")
+    try:
+        return {key: read_value(key, value) for key, value in {**beside, **found}.items()}
+    except ConfigError as error:
+        raise OlderFileError(f"{step.file} cannot be imported: {error}") from None
+
+
+def _read(file: Path, source: Format) -> Any:
+    tree = source.read(file)
+    if not source.is_mine(tree):
+        others = (name for name, each in FORMATS.items() if each.read is source.read and each.is_mine(tree))
+        hint = "".join(f"; it looks like one of --from {name}" for name in others)
+        raise OlderFileError(f"{file} is not a checkpoint of {source.about}{hint}.")
+    return tree
+
+
+def _matches(folder: Path, source: Format) -> list[Path]:
+    return [file for pattern in source.patterns for file in folder.glob(pattern) if file.is_file()]
+
+
+def _number(file: Path) -> int | None:
+    """Return the step in a file's name: `1465.pt`, `checkpoint_step_1465.pt`. None if the name has no number at its end."""
+    for name in (file.stem if file.suffix in (".pt", ".pth", ".msgpack") else file.name, file.parent.name):
+        match = re.search(r"(?:^|[_\-=.])(\d{1,15})$", name)
+        if match:
+            return int(match[1])
+        if name != "checkpoint":  # only a file of this name takes the number of its folder
+            return None
+    return None
+
+
+def describe(config: RunConfig) -> str:
+    """Return the model and task of an imported run in one line."""
+    task, model = config.task, config.model
+    return (
+        f"D = {task.task_size}, K = {task.max_examples}, M = {task.num_tasks}, noise variance {task.noise_variance:g}; "
+        f"{model.num_layers} layers, {model.num_heads} heads, width {model.embed_size}, MLP {model.mlp_size}"
+    )

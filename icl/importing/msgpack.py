@@ -1,0 +1,184 @@
+"""Read the msgpack of Flax: arrays, numbers and text in tables. Nothing is unpickled.
+
+Format: https://github.com/msgpack/msgpack/blob/master/spec.md. Flax saves an array as the extension type 1, whose data is again msgpack:
+shape, name of the type, bytes. A NumPy scalar is type 3, in the same form. An array of more than 2^30 bytes is a table of chunks. Every
+length is compared with the bytes that are left, so a damaged file cannot claim memory.
+"""
+
+import math
+import struct
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from icl.files.reading import MAX_DEPTH, ContentError
+
+_ARRAY, _SCALAR = 1, 3
+_CHUNKED = "__msgpack_chunked_array__"
+_TYPES = (
+    "float16",
+    "float32",
+    "float64",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "bool",
+)
+_MAX_VALUES = 2**22
+
+# First byte of a value -> the struct format of its number, or of its length.
+_NUMBERS = {
+    0xCA: ">f",
+    0xCB: ">d",
+    0xCC: ">B",
+    0xCD: ">H",
+    0xCE: ">I",
+    0xCF: ">Q",
+    0xD0: ">b",
+    0xD1: ">h",
+    0xD2: ">i",
+    0xD3: ">q",
+}
+_BYTES = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}
+_TEXTS = {0xD9: ">B", 0xDA: ">H", 0xDB: ">I"}
+_LISTS = {0xDC: ">H", 0xDD: ">I"}
+_TABLES = {0xDE: ">H", 0xDF: ">I"}
+_EXTENSIONS = {0xC7: ">B", 0xC8: ">H", 0xC9: ">I"}
+_FIXED_EXTENSIONS = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
+_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
+
+
+class _Extension(NamedTuple):
+    code: int
+    data: bytes
+
+
+def parse_msgpack(data: bytes) -> Any:
+    """Return the content of a file: dicts with text as keys, lists, numbers, text, and NumPy arrays.
+
+    Raises:
+        ContentError: If it is not msgpack of Flax, or was cut short.
+    """
+    reader = _Reader(data)
+    value = reader.value(0)
+    if reader.position != len(data):
+        raise ContentError("it has bytes after its end, so it is not msgpack of Flax")
+    return _joined(value)
+
+
+class _Reader:
+    """The bytes of a file and the position of the next value."""
+
+    def __init__(self, data: bytes, *, is_array: bool = False) -> None:
+        self.data, self.position, self.count = memoryview(data), 0, 0
+        self.is_array = is_array
+        """Whether these are the bytes of an array, which contains no further arrays."""
+
+    def take(self, size: int) -> memoryview:
+        """Return the next bytes."""
+        if size > len(self.data) - self.position:
+            raise ContentError("it was cut short, or is not msgpack of Flax")
+        self.position += size
+        return self.data[self.position - size : self.position]
+
+    def number(self, form: str) -> Any:
+        """Return the next number of a struct format."""
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def value(self, depth: int) -> Any:
+        """Return the next value."""
+        self.count += 1
+        if depth > MAX_DEPTH or self.count > _MAX_VALUES:
+            raise ContentError("it is nested too deep, or contains too many values")
+        first = self.take(1)[0]
+        if first < 0x80:
+            return first
+        if first >= 0xE0:
+            return first - 0x100
+        if first in _CONSTANTS:
+            return _CONSTANTS[first]
+        if first in _NUMBERS:
+            return self.number(_NUMBERS[first])
+        if first in _BYTES:
+            return bytes(self.take(self.number(_BYTES[first])))
+        if first in _TEXTS or 0xA0 <= first < 0xC0:
+            return self.text(self.number(_TEXTS[first]) if first in _TEXTS else first - 0xA0)
+        if first in _LISTS or 0x90 <= first < 0xA0:
+            length = self.number(_LISTS[first]) if first in _LISTS else first - 0x90
+            return [self.value(depth + 1) for _ in range(self.bounded(length))]
+        if first in _TABLES or first < 0x90:
+            return self.table(self.number(_TABLES[first]) if first in _TABLES else first - 0x80, depth)
+        if (first in _EXTENSIONS or first in _FIXED_EXTENSIONS) and not self.is_array:
+            length = self.number(_EXTENSIONS[first]) if first in _EXTENSIONS else _FIXED_EXTENSIONS[first]
+            return _array(_Extension(self.number(">b"), bytes(self.take(length))))
+        raise ContentError(f"it contains the byte {first:#x}, which msgpack of Flax does not have there")
+
+    def bounded(self, length: int) -> int:
+        """Return a number of values. Each value has at least one byte."""
+        if length > len(self.data) - self.position:
+            raise ContentError("it was cut short, or is not msgpack of Flax")
+        return int(length)
+
+    def text(self, length: int) -> str:
+        """Return the next text."""
+        try:
+            return bytes(self.take(length)).decode("utf-8")
+        except UnicodeDecodeError:
+            raise ContentError("it contains text that is not UTF-8") from None
+
+    def table(self, length: int, depth: int) -> dict[str, Any]:
+        """Return the next table."""
+        table: dict[str, Any] = {}
+        for _ in range(self.bounded(length)):
+            key = self.value(depth + 1)
+            if not isinstance(key, str) or key in table:
+                raise ContentError("it has a table with a key that is not text, or that appears twice")
+            table[key] = self.value(depth + 1)
+        return table
+
+
+def _array(extension: _Extension) -> np.ndarray:
+    if extension.code not in (_ARRAY, _SCALAR):
+        raise ContentError(f"it contains a value of the extension type {extension.code}, and only arrays are read")
+    parts = _Reader(extension.data, is_array=True).value(MAX_DEPTH - 2)
+    if not (isinstance(parts, list) and len(parts) == 3 and isinstance(parts[0], list) and isinstance(parts[2], bytes)):
+        raise ContentError("it contains an array without shape, type and data")
+    shape, name, data = parts
+    if not all(isinstance(size, int) and 0 <= size < 2**40 for size in shape):
+        raise ContentError("it contains an array with an impossible shape")
+    if name == "bfloat16":
+        wide = np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16
+        numbers = wide.view(np.float32)
+    elif name in _TYPES:
+        if len(data) % np.dtype(name).itemsize:
+            raise ContentError("it contains an array that was cut short")
+        numbers = np.frombuffer(data, dtype=np.dtype(name).newbyteorder("<")).astype(name)
+    else:
+        raise ContentError(f"it contains an array of type {str(name)[:30]!r}")
+    if math.prod(shape) != numbers.size:
+        raise ContentError(f"it contains an array of shape {tuple(shape)} with {numbers.size:,} numbers")
+    return numbers.reshape(shape)
+
+
+def _joined(value: Any) -> Any:
+    """Return a value with chunked arrays put together."""
+    if not isinstance(value, dict):
+        return [_joined(part) for part in value] if isinstance(value, list) else value
+    if _CHUNKED not in value:
+        return {key: _joined(part) for key, part in value.items()}
+    shape, chunks = value.get("shape"), value.get("chunks")
+    if not (isinstance(shape, dict) and isinstance(chunks, dict)):
+        raise ContentError("it contains an array in chunks without its shape")
+    parts = [chunks.get(str(number)) for number in range(len(chunks))]
+    sizes = [shape.get(str(axis)) for axis in range(len(shape))]
+    if not all(isinstance(part, np.ndarray) for part in parts) or not all(isinstance(size, int) for size in sizes):
+        raise ContentError("it contains an array in chunks, of which some are missing")
+    numbers = np.concatenate([part.ravel() for part in parts if part is not None]) if parts else np.zeros(0)
+    if math.prod(size for size in sizes if size is not None) != numbers.size:
+        raise ContentError("it contains an array in chunks that do not fit its shape")
+    return numbers.reshape([size for size in sizes if size is not None])

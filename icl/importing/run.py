@@ -1,0 +1,182 @@
+"""Import saved steps of an older code base as a run's folder, for `icl import`.
+
+The folder has `config.yaml`, `status.json`, `checkpoints/` and `imported.json`, which says where every setting comes from. If the
+training tasks are known, `checkpoints/tasks.safetensors` contains them. There is no `metrics.csv` and no `last.ckpt`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from icl.config import RunConfig
+from icl.config.validation import ConfigError, require_run_name
+from icl.files.writing import write_atomically
+from icl.importing.formats import FORMATS, Format, format_of
+from icl.importing.models import (
+    OlderStep,
+    Settings,
+    convert,
+    find_files,
+    number_files,
+    read_step,
+    require_one_model,
+    settings_of,
+)
+from icl.importing.pickles import OlderFileError
+from icl.importing.tasks import choose_tasks
+from icl.progress import with_progress
+from icl.runs.checkpoints import Checkpoint, save_checkpoint, weights_digest
+from icl.runs.folder import RunError, RunFolder, leaving_nothing, name_of, require_own_place
+from icl.runs.status import Status
+from icl.runs.tasks_file import write_tasks
+
+SUFFIXES = (".pt", ".pth")
+"""Suffixes of files of `torch.save`."""
+
+
+class ImportedRun(NamedTuple):
+    """A run that was imported."""
+
+    folder: RunFolder
+    steps: list[int]
+    settings: Settings
+    tasks: str
+    """A phrase that says where the training tasks come from."""
+
+
+def import_run(
+    path: str | Path,
+    source: str,
+    out: str | Path,
+    *,
+    options: Mapping[str, Any] | None = None,
+    tasks: str | None = None,
+    step: int | None = None,
+) -> ImportedRun:
+    """Make a run's folder of the saved steps of an older code base.
+
+    Args:
+        path: A file, or a folder of files.
+        source: The code base: a key of `FORMATS`.
+        out: The new run's folder.
+        options: Settings by dotted key that the files do not say.
+        tasks: Source of the training tasks: a file, `recompute` or `unknown`. By default those in the file, or those that the code
+            always draws.
+        step: The step of a single file that does not say it.
+
+    Raises:
+        OlderFileError: If a file cannot be read safely, is of another code base, or does not fit the others.
+        ConfigError: If a setting is missing or contradicts the files.
+        RunError: If the folder already has a run.
+        StorageError: If the folder cannot be written.
+    """
+    form, run = format_of(source), RunFolder(out)
+    if run.config_file.exists() or run.status_file.exists():
+        raise RunError(f"There is a run at {run.path} already; choose another folder with --out.")
+    require_own_place(run)
+    numbered = number_files(find_files(Path(path), form), form, step)
+    last = read_step(*numbered[-1], form)
+    settings = settings_of(last, form, options or {})
+    is_seed_given = "seeds.tasks" in {**settings.from_files, **settings.from_options}
+    table, where = choose_tasks(tasks, last.tree, form, settings.config, is_seed_given=is_seed_given)
+    convert(last, form, settings.config)  # a file that does not fit is refused before anything is written
+    with leaving_nothing(run):
+        pool = None if settings.config.task.is_gaussian else "unknown"
+        if table is not None:
+            pool = write_tasks(run.checkpoints.root, table)
+        task = dataclasses.replace(settings.config.task, imported_tasks=pool)
+        config = dataclasses.replace(settings.config, task=task, run_name=_name(run))
+        digests = _write_steps(numbered, last, form, config, run)
+        about = _describe(form, settings, where, digests)
+        write_atomically(run.path / "imported.json", (json.dumps(about, indent=1) + "\n").encode())
+        reason = f"imported from {form.about}"
+        run.log(f"{reason}, {path}")
+        run.write_status(Status(state="finished", step=last.step, max_steps=config.trainer.max_steps, reason=reason))
+        run.write_config(config)
+    return ImportedRun(run, sorted({number for number, _ in numbered}), settings._replace(config=config), where)
+
+
+def load_older_file(path: Path, shape: RunConfig | None = None) -> Checkpoint:
+    """Return the model in a single file of `torch.save` of an older code base. Nothing is written.
+
+    Args:
+        path: The file.
+        shape: Settings that the file may leave out, such as the number of heads.
+
+    Raises:
+        OlderFileError: If it cannot be read, or does not say a setting that the model needs.
+    """
+    forms = [form for form in FORMATS.values() if SUFFIXES[0] in "".join(form.patterns)]
+    tree = forms[0].read(path)
+    form = next((form for form in forms if form.is_mine(tree)), None)
+    if form is None:
+        raise OlderFileError(f"{path} is not a checkpoint of {' or '.join(form.about for form in forms)}.")
+    step = OlderStep(path, form.step_of(tree) or 0, tree, "")
+    given: dict[str, Any] = (
+        {"task.num_tasks": "inf", "task.noise_variance": 0.0}
+        if shape is None
+        else {
+            "task.num_tasks": shape.task.num_tasks,
+            "task.noise_variance": shape.task.noise_variance,
+            "model.num_heads": shape.model.num_heads,
+            "model.layer_norm": shape.model.layer_norm,
+        }
+    )
+    known = form.facts(tree)
+    try:
+        settings = settings_of(step, form, {key: value for key, value in given.items() if key not in known})
+    except ConfigError as error:
+        raise OlderFileError(f"{error} `icl import` makes a run of it.") from None
+    params = convert(step, form, settings.config)
+    return Checkpoint(step.step, settings.config, params, weights_digest(params))
+
+
+def _name(run: RunFolder) -> str | None:
+    """Return the run's name for listings and stores, or None if its folder cannot be a run's name."""
+    try:
+        require_run_name(name := name_of(run.path))
+    except ConfigError:
+        try:
+            require_run_name(name := run.path.name)
+        except ConfigError:
+            return None
+    return name
+
+
+def _write_steps(
+    numbered: Sequence[tuple[int, Path]], first: OlderStep, form: Format, config: RunConfig, run: RunFolder
+) -> dict[str, str]:
+    """Write the checkpoint of every step. Return the SHA-256 of each file by its name."""
+    written: dict[int, tuple[Path, str]] = {}
+    digests: dict[str, str] = {}
+    for number, file in with_progress(numbered, "importing", "file"):
+        step = first if file == first.file else read_step(number, file, form)
+        require_one_model(step, first, form)
+        params = convert(step, form, config)
+        digest = weights_digest(params)
+        other, known = written.setdefault(number, (file, digest))
+        if digest != known:
+            raise OlderFileError(f"{file} and {other} are both of step {number:,}, but differ; remove one of them.")
+        if other == file:
+            save_checkpoint(run.checkpoints, number, config, params)
+        digests[file.name] = step.digest
+    return digests
+
+
+def _describe(form: Format, settings: Settings, tasks: str, digests: dict[str, str]) -> dict[str, Any]:
+    """Return the content of `imported.json`."""
+    return {
+        "from": form.name,
+        "code": form.about,
+        "tasks": tasks,
+        "settings_in_files": _plain(settings.from_files),
+        "settings_given": _plain(settings.from_options),
+        "settings_unknown": settings.unknown,
+        "files": digests,
+    }
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: "inf" if value == float("inf") else value for key, value in values.items()}

@@ -1,0 +1,109 @@
+"""The training tasks of an imported run: from a file, drawn again from the older code's seed, or unknown."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from icl.config import RunConfig
+from icl.config.validation import ConfigError
+from icl.files.reading import ContentError, first_line, read_bytes
+from icl.importing.formats import Format
+from icl.importing.pickles import OlderFileError, read_pickle
+from icl.runs.tasks_file import MAX_TASKS_FILE
+
+WORDS = ("recompute", "unknown")
+_KEYS = ("tasks", "task_pool")
+"""Names under which a file may have the table."""
+
+
+def choose_tasks(
+    choice: str | None, tree: Any, source: Format, config: RunConfig, *, is_seed_given: bool
+) -> tuple[Float[Tensor, "M D"] | None, str]:
+    """Return the table of the run's M training tasks, and a phrase that says where it comes from.
+
+    Args:
+        choice: A file, `recompute`, `unknown`, or None if the user did not choose.
+        tree: Content of a file of the run, which may contain the table.
+        source: The code base.
+        config: The run's settings.
+        is_seed_given: Whether the user gave the seed of the tasks.
+
+    Returns:
+        The table, or None if the run has the Gaussian prior or the tasks stay unknown.
+
+    Raises:
+        ConfigError: If the user has to choose, or the choice is impossible.
+        OlderFileError: If the file cannot be used.
+    """
+    if config.task.is_gaussian:
+        if choice is not None:
+            raise ConfigError("`--tasks` has no meaning for M = inf, whose tasks are drawn from N(0, I); leave it out.")
+        return None, "from N(0, I)"
+    if choice == "unknown":
+        return None, "unknown, so `pretrain` prompts and dMMSE are refused"
+    inside = next((tree[key] for key in _KEYS if isinstance(tree, Mapping) and key in tree), None)
+    if choice is None and isinstance(inside, Tensor):
+        return _fitting(inside, config, "The checkpoint's table of tasks"), "saved in the checkpoint"
+    if choice == "recompute" or (choice is None and source.tasks_seed is not None):
+        if source.tasks_seed is None and not is_seed_given:
+            raise ConfigError(
+                "`--tasks recompute` needs the seed of the older run's tasks; give it as --seeds.tasks N."
+            )
+        if source.tasks_seed is not None and config.seeds.tasks != source.tasks_seed:
+            raise ConfigError(f"{source.about} draws its tasks with seed {source.tasks_seed}; leave `seeds.tasks` out.")
+        table = source.draw_tasks(tree, config)
+        return table, f"drawn again as by {source.about}, seed {config.seeds.tasks}"
+    if choice is None:
+        raise ConfigError(
+            f"The files do not contain the run's {int(config.task.num_tasks):,} training tasks. Give the table with --tasks FILE, "
+            "or draw it again with --tasks recompute --seeds.tasks N, or write --tasks unknown to do without dMMSE."
+        )
+    return _fitting(_read_table(Path(choice)), config, choice), f"from {choice}"
+
+
+def _read_table(path: Path) -> Any:
+    """Return the table in a file .npy, .pt or .safetensors."""
+    try:
+        if path.suffix == ".npy":
+            with path.open("rb") as file:
+                return torch.from_numpy(np.load(file, allow_pickle=False))
+        if path.suffix == ".safetensors":
+            tree: Any = load(read_bytes(path, limit=MAX_TASKS_FILE))
+        elif path.suffix in (".pt", ".pth"):
+            tree = read_pickle(path)
+        else:
+            raise ConfigError(
+                f"`--tasks` must be recompute, unknown, or a file .npy, .pt or .safetensors, got {str(path)!r}."
+            )
+    except OSError as error:
+        raise OlderFileError(f"The tasks {path} cannot be read: {error.strerror or error}.") from None
+    except (SafetensorError, ContentError, ValueError, TypeError, EOFError) as error:
+        if isinstance(error, (ConfigError, OlderFileError)):
+            raise
+        raise OlderFileError(f"The tasks {path} cannot be read ({first_line(error)}).") from None
+    if isinstance(tree, Mapping):
+        named = [tree[key] for key in _KEYS if key in tree]
+        return (named or list(tree.values()) or [None])[0]
+    return tree
+
+
+def _fitting(table: Any, config: RunConfig, name: str) -> Float[Tensor, "M D"]:
+    """Return the first M rows of a table (M, D) or (M, D, 1) in float32."""
+    count, size = int(config.task.num_tasks), config.task.task_size
+    if not isinstance(table, Tensor) or not table.is_floating_point():
+        raise OlderFileError(f"{name} must be a table of {count:,} tasks with D = {size} real numbers each.")
+    table = table.squeeze(-1) if table.ndim == 3 and table.shape[-1] == 1 else table
+    if table.ndim != 2 or table.shape[1] != size or len(table) < count:
+        raise OlderFileError(
+            f"{name} has shape {tuple(table.shape)}, but must have {count:,} tasks of D = {size} numbers."
+        )
+    if not table[:count].isfinite().all():
+        raise OlderFileError(f"{name} contains numbers that are not finite.")
+    return table[:count].float().contiguous()

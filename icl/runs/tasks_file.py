@@ -1,0 +1,71 @@
+"""The training tasks of an imported run, in `checkpoints/tasks.safetensors`.
+
+The run's settings contain the digest of the table (`task.imported_tasks`). The table is read together with the run's checkpoints or
+settings, so that prompts of the run's tasks, dMMSE and the mean task are those of the older code.
+"""
+
+from pathlib import Path
+
+import safetensors.torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor
+
+from icl.config import RunConfig
+from icl.config.validation import UserError
+from icl.files.reading import ContentError, first_line, read_bytes
+from icl.files.writing import write_atomically
+from icl.tasks.priors import is_known, keep_table, table_digest
+
+NAME = "tasks.safetensors"
+MAX_TASKS_FILE = 2**32
+"""Largest size of the file in bytes."""
+_KEY = "tasks"
+
+
+class TasksError(UserError, ValueError):
+    """A table of tasks that cannot be used. The message says why."""
+
+
+def write_tasks(folder: Path, table: Float[Tensor, "M D"]) -> str:
+    """Write a table of tasks into a folder of checkpoints, and return its digest."""
+    write_atomically(folder / NAME, safetensors.torch.save({_KEY: table.contiguous()}))
+    return keep_table(table)
+
+
+def parse_tasks(data: bytes, where: str) -> Float[Tensor, "M D"]:
+    """Return the table of tasks in the bytes of its file.
+
+    Raises:
+        TasksError: If it is damaged.
+    """
+    try:
+        table = safetensors.torch.load(data).get(_KEY)
+    except SafetensorError as error:
+        raise TasksError(f"The table of tasks {where} is damaged ({first_line(error)}).") from None
+    if table is None or table.ndim != 2 or not table.is_floating_point():
+        raise TasksError(f"{where} is not a table of tasks; `icl import` writes it with the run's checkpoints.")
+    return table
+
+
+def remember_tasks(folder: Path, config: RunConfig) -> None:
+    """Read the table of an imported run from its folder of checkpoints, once. A run of `icl` has none.
+
+    If there is no such file, nothing happens: only the work that needs the tasks fails.
+
+    Raises:
+        TasksError: If the file is damaged, or is not the table that the run's settings name.
+    """
+    digest = config.task.imported_tasks
+    if digest in (None, "unknown") or is_known(str(digest)):
+        return
+    file = folder / NAME
+    try:
+        table = parse_tasks(read_bytes(file, limit=MAX_TASKS_FILE), str(file))
+    except FileNotFoundError:
+        return
+    except (OSError, ContentError) as error:
+        raise TasksError(f"The table of tasks {file} cannot be read: {first_line(error)}.") from None
+    if table_digest(table) != digest:
+        raise TasksError(f"{file} is not the table of tasks that the run's settings name, or it was altered.")
+    keep_table(table)
