@@ -8,6 +8,7 @@ one package may import each other. `training`, `sampling` and `analysis` are on 
 import ast
 import builtins
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -266,3 +267,10 @@ def test_importing_every_module_makes_no_file_reads_no_secret_and_draws_no_numbe
         print("ICL_TEST_SECRET" in os.environ, torch.cuda.is_initialized(), *os.listdir())
     """
     assert run_python(code, tmp_path) == ["True", "True", "False", "False", ".env"]
+
+
+def test_default_tests_check_types_everywhere_but_in_the_sampler() -> None:
+    """A new module of `icl` must be named in the option that checks types and shapes."""
+    (listed,) = re.findall(r"--jaxtyping-packages=(\S+),beartype", (ROOT.parent / "pyproject.toml").read_text("utf-8"))
+    modules = {module.name for module in pkgutil.iter_modules([str(ROOT)])}
+    assert {f"icl.{name}" for name in modules - {"sampling", "__main__"}} == set(listed.split(","))

@@ -78,6 +78,28 @@ class Variates(NamedTuple):
         return self.deviations[which, batch], self.losses[which, batch]
 
 
+class AnchorLosses:
+    """The checkpoints' losses on the minibatches of a pool. Each is computed when a draw first needs it, and then kept."""
+
+    def __init__(self, source: ChainBatches) -> None:
+        self.source = source
+        self.kept: dict[tuple[int, int], Tensor] = {}
+
+    def of_members(
+        self, checkpoints: Sequence[int], chains: Sequence[int], move: int, compute: Callable[[], Float[Tensor, "N *T"]]
+    ) -> Float[Tensor, "N *T"]:
+        """Return L_B(w0) of members at a move, from the numbers of their checkpoints and chains. `compute` computes all of them."""
+        if self.source.pool is None:
+            return compute()
+        number_of = self.source.pool.number_of
+        keys = [(checkpoint, number_of(chain, move)) for checkpoint, chain in zip(checkpoints, chains, strict=True)]
+        if all(key in self.kept for key in keys):
+            return torch.stack([self.kept[key] for key in keys])
+        losses = compute()
+        self.kept.update(zip(keys, losses, strict=True))
+        return losses
+
+
 def make_variates(
     target: Target,
     checkpoints: Params,

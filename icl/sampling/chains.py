@@ -5,8 +5,8 @@ A member is one chain of one checkpoint (`icl.sampling.estimate`). Each member h
 
 Draw j is the state after `num_burnin_steps + j * thinning` moves. Its loss is measured on the minibatch of the next move, before
 this move. (So without burn-in, draw 0 is the checkpoint.) At each draw we also record the excess: the loss minus the checkpoint's
-loss on the same minibatch. This costs one more forward pass, but most of the minibatch noise cancels. `icl.sampling.traces` lists
-the other numbers. At some draws (`NUM_TESTS`) we compute the probability that a Metropolis test would accept the next move. Then
+loss on the same minibatch. This costs one more forward pass for each new minibatch, but most of the minibatch noise cancels.
+`icl.sampling.traces` lists the other numbers. At some draws (`NUM_TESTS`) we compute the probability that a Metropolis test would accept the next move. Then
 the loss at both ends of the move is measured on the minibatch of this draw.
 """
 
@@ -24,7 +24,7 @@ from icl import rng
 from icl.config import ChainsConfig
 from icl.model.flat import Layout
 from icl.model.stacked import Params
-from icl.sampling.at_checkpoint import Variates
+from icl.sampling.at_checkpoint import AnchorLosses, Variates
 from icl.sampling.batches import Batch, ChainBatches
 from icl.sampling.kernels import NUM_TESTS, State, kernel_of
 from icl.sampling.target import Target
@@ -72,6 +72,7 @@ class Population(NamedTuple):
         start = self.checkpoints[index]
         groups = self._groups(checkpoints, chains, start, fixed)
         anchors, sizes = self.layout.to_params(start, fixed), [group.size for group in groups]
+        anchor_losses = AnchorLosses(self.source)
         # Chains that may stop early are tested as often as chains of FIRST_CHECK draws.
         num_draws = common.num_draws if common.target_stderr is None else min(common.num_draws, FIRST_CHECK)
         next_check, next_look = FIRST_CHECK, time.monotonic() + WATCH_SECONDS
@@ -89,9 +90,10 @@ class Population(NamedTuple):
             if is_draw:
                 losses = batch.anchor_losses
                 if losses is None:
-                    losses = self.target.losses_on_own_batches(anchors, batch.content)
-                for group, point, anchor_losses in zip(groups, here, losses.split(sizes), strict=True):
-                    group.record_draw(point, anchor_losses)
+                    compute = partial(self.target.losses_on_own_batches, anchors, batch.content)
+                    losses = anchor_losses.of_members(checkpoints, chains, move, compute)
+                for group, point, own_losses in zip(groups, here, losses.split(sizes), strict=True):
+                    group.record_draw(point, own_losses)
             proposals = [group.propose(point) for group, point in zip(groups, here, strict=True)]
             if is_tested:
                 there = self._points(groups, fixed, batch, proposals)
