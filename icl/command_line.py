@@ -9,9 +9,8 @@ The parsers of `icl train` and `icl llc` are in this module and not beside the c
 
 import argparse
 import difflib
-import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,8 +18,7 @@ from typing import Any, NoReturn
 from icl.config import RunConfig, flatten
 from icl.config.older import modern_setting
 from icl.config.validation import ConfigError
-from icl.config.values import SECTIONS, describe_type, known_keys, read_table
-from icl.files.reading import is_beyond_floats
+from icl.config.values import SECTIONS, describe_type, known_keys, read_number, read_path, read_table, read_whole_number
 from icl.resolve import refuse_unknown
 
 _SENTENCES = (
@@ -65,7 +63,7 @@ class CommandParser(argparse.ArgumentParser):
             **options,
         )
         self.settings, self.help_of = settings, help_of
-        for kind, reader in ((int, _whole_number), (float, _number), (Path, _path)):
+        for kind, reader in ((int, read_whole_number), (float, read_number), (Path, read_path)):
             self.register("type", kind, reader)
 
     def add(self, spelling: str, text: str, **options: Any) -> None:
@@ -226,42 +224,6 @@ def _describe_settings(section: str) -> str:
     return re.sub(r"  --\w+ CONFIG\s+Path to a configuration file\.\n", "", text)
 
 
-def whole_number(minimum: int, maximum: int = 999_999_999) -> Callable[[str], int]:
-    """Return a function that reads a whole number within bounds from the text of an option."""
-
-    def read(text: str) -> int:
-        if not text.isdecimal() or len(text) > 20 or not minimum <= int(text) <= maximum:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {minimum} to {maximum:,}, got {text!r}")
-        return int(text)
-
-    return read
-
-
-def _whole_number(text: str) -> int:
-    if not re.fullmatch(r"\s*[+-]?\d[\d_]{0,29}\s*", text):
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
-    if is_beyond_floats(text, number):
-        raise argparse.ArgumentTypeError(f"is too small for a floating-point number, got {text!r}")
-    return number
-
-
-def _path(text: str) -> Path:
-    """Return a path. Refuse the empty text, which pathlib reads as the working directory."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("must name a file or folder, got nothing")
-    return Path(text)
-
-
 def add_config_option(parser: CommandParser) -> None:
     """Add `--config FILE`, which may be given several times."""
     text = "read settings from a file, such as that of `icl llc --calibrate`; a later file overrides an earlier one"
@@ -322,7 +284,7 @@ invalid. In a sweep it is zero even then, because an invalid estimate is also a 
         "--stderr X",
         "run each checkpoint's chains until the standard error of the LLC is at most X; the chains stop at the latest after "
         "`sampler.num_draws` draws, or after ten times the preset's number if you do not give it",
-        type=_number,
+        type=read_number,
     )
     parser.add(
         "--components heads|layers",

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Lasso, Ridge
 from sklearn.neighbors import KNeighborsRegressor
 
-from icl import baselines
 from icl.baselines import (
     BASELINES,
     averaging,
@@ -28,6 +27,7 @@ from icl.baselines import (
     tune_task_variance,
     zero,
 )
+from icl.compute import task_sums
 
 SETTINGS = {
     "noise_variance": 0.25,
@@ -234,7 +234,7 @@ def test_dmmse_in_chunks_of_tasks_is_dmmse_of_all(monkeypatch, num_tasks):
     """With 64 tasks at a time: one chunk, a full one, one of a single task, many."""
     tasks = make_tasks(num_tasks, 3)
     xs, ys, _ = make_prompts(tasks=tasks)
-    monkeypatch.setitem(baselines._SLAB, "cpu", 1)
+    monkeypatch.setitem(task_sums._SLAB, "cpu", 1)
     expected = prefix_by_prefix(xs, ys, plain_dmmse(tasks, 0.25))
     torch.testing.assert_close(dmmse(xs, ys, tasks=tasks, noise_variance=0.25), expected)
 

@@ -24,7 +24,7 @@ LAYERS = (
     ("config.validation", "config"),
     ("files",),
     ("config.values", "config.older", "presets", "resolve", "command_line"),
-    ("compute.devices", "arrays", "rng", "signals", "progress"),
+    ("compute.devices", "compute.task_sums", "arrays", "rng", "signals", "progress"),
     ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
     ("baselines", "metrics"),
     ("compute",),

@@ -20,9 +20,9 @@ from icl.config import RunConfig
 from icl.config.validation import ConfigError
 from icl.model.stacked import Params, stack
 from icl.progress import progress_bar
-from icl.runs.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, require_one_run
+from icl.runs.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file
 from icl.runs.folder import run_of
-from icl.runs.measure import Cache, Entry, Measurement, entry_rows, measure_checkpoints
+from icl.runs.measure import Cache, Entry, Measurement, entry_rows, measure_checkpoints, require_one_run
 
 MEMBERS_AT_ONCE = 16
 """Largest number of checkpoints in one population."""

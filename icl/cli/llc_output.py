@@ -176,8 +176,8 @@ def draw_figures(run: RunFolder, settings: str, *, label: str, title: str, trivi
         title: The title of the figures.
         trivial_loss: The loss of predicting zero.
     """
-    from icl.plotting.llc import plot_llc, plot_traces, read_stages
-    from icl.plotting.llc_estimate import plot_estimate
+    from icl.plotting.llc import plot_llc, read_stages
+    from icl.plotting.llc_estimate import plot_estimate, plot_traces
     from icl.plotting.style import save_figure
     from icl.sampling.records import as_table, read_all
 

@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from icl.command_line import CommandParser, whole_number
+from icl.command_line import CommandParser
 from icl.config.validation import ConfigError
+from icl.config.values import whole_number
 from icl.runs.folder import local_root
 from icl.sweeps.command import refuse_missing_program, require_packable
 from icl.sweeps.engine import run_sweep

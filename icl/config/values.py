@@ -4,13 +4,16 @@ Each value is converted to the declared type of its setting, and a value of anot
 a nested group of parameters as one word, the Python `str` of a dict: `--task={'num_tasks': 2}` (`read_table`).
 """
 
+import argparse
 import ast
 import dataclasses
 import functools
+import math
 import re
 import types
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from icl.config.tree import RunConfig
@@ -118,6 +121,44 @@ def read_table(text: str) -> dict[Any, Any] | None:
         if isinstance(table, dict):
             return table
     return None
+
+
+def whole_number(minimum: int, maximum: int = 999_999_999) -> Callable[[str], int]:
+    """Return a function that reads a whole number within bounds from the text of an option."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or len(text) > 20 or not minimum <= int(text) <= maximum:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {minimum} to {maximum:,}, got {text!r}")
+        return int(text)
+
+    return read
+
+
+def read_whole_number(text: str) -> int:
+    """Return a whole number from the text of an option."""
+    if not re.fullmatch(r"\s*[+-]?\d[\d_]{0,29}\s*", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    return int(text)
+
+
+def read_number(text: str) -> float:
+    """Return a finite number from the text of an option."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    if is_beyond_floats(text, number):
+        raise argparse.ArgumentTypeError(f"is too small for a floating-point number, got {text!r}")
+    return number
+
+
+def read_path(text: str) -> Path:
+    """Return a path. Refuse the empty text, which pathlib reads as the working directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must name a file or folder, got nothing")
+    return Path(text)
 
 
 def _wrong_type(key: str, value: Any) -> ConfigError:

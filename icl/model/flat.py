@@ -5,15 +5,17 @@ An update is then a dozen operations on an (N, P) matrix, whatever the number of
 Entries that are not updated, the fixed entries, are not in the matrix, so no update can change them.
 """
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from icl.config.validation import ConfigError
 from icl.model.stacked import Params
 
 _ALIGNMENT = 16
@@ -22,6 +24,8 @@ _ALIGNMENT = 16
 So every row starts at the beginning of a cache line. PyTorch's order of summation can depend on the address of the data. Without
 this alignment, a member's rounding errors would depend on its row.
 """
+Restriction: TypeAlias = Iterable[str] | Mapping[str, Tensor] | None
+"""The parameters, or parts of them, that may move."""
 
 
 class Slot(NamedTuple):
@@ -129,3 +133,45 @@ def make_layout(
 def layout_of(params: Mapping[str, Tensor], *, alignment: int = _ALIGNMENT) -> Layout:
     """Return the layout of stacked parameters that all move."""
     return make_layout({name: tensor[0] for name, tensor in params.items()}, alignment=alignment)
+
+
+def restricted_layout(params: Mapping[str, Tensor], restrict: Restriction = None) -> Layout:
+    """Return the layout of the parameters that `restrict` allows to move. `params` are those of one member (no leading axis).
+
+    Raises:
+        ConfigError: If `restrict` names no parameter, a mask does not fit, or no parameter is left to move.
+    """
+    layout = make_layout(params, None if restrict is None else _masks(params, restrict))
+    if not layout.slots:
+        raise ConfigError("`restrict` leaves no parameter free to move; give names, globs or masks that select some.")
+    return layout
+
+
+def _masks(params: Mapping[str, Tensor], restrict: Any) -> dict[str, Tensor]:
+    """Return a mask of the moving elements for each parameter that `restrict` names."""
+    if isinstance(restrict, Mapping):
+        for name, mask in restrict.items():
+            if name not in params:
+                raise ConfigError(f"`restrict` has a mask for `{name}`, but the parameters are {_listing(params)}.")
+            if not isinstance(mask, Tensor) or mask.shape != params[name].shape or mask.dtype != torch.bool:
+                got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+                raise ConfigError(
+                    f"The mask of `{name}` must be a Boolean tensor of shape {tuple(params[name].shape)}, got {got}."
+                )
+        return {name: mask.detach().cpu() for name, mask in restrict.items()}
+    patterns = list(restrict) if isinstance(restrict, Iterable) and not isinstance(restrict, str) else [restrict]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(
+            "`restrict` must be names or globs of parameters, or a dict from names to masks, got "
+            f"{type(restrict).__name__}; leave it out to sample all of them."
+        )
+    matches = {pattern: [name for name in params if fnmatch.fnmatchcase(name, pattern)] for pattern in patterns}
+    for pattern, names in matches.items():
+        if not names:
+            raise ConfigError(f"`restrict` has `{pattern}`, which fits none of the parameters {_listing(params)}.")
+    return {name: torch.ones(params[name].shape, dtype=torch.bool) for names in matches.values() for name in names}
+
+
+def _listing(params: Mapping[str, Tensor]) -> str:
+    names = list(params)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

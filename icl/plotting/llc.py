@@ -1,4 +1,4 @@
-"""Figures of LLC estimates: the curve over training with its verdicts, the traces of the chains, and the calibration.
+"""Figures of LLC estimates: the curve over training with its verdicts, and the calibration.
 
 A verdict has the same mark in every figure: a filled dot for `ok`, an open triangle for `suspect`, a cross for `invalid`.
 """
@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl.files.reading import ContentError
 from icl.files.tables import read_table
 from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
-from icl.plotting.rows import select, spread_indices
+from icl.plotting.rows import select
 from icl.plotting.style import new_figure, scale_steps, set_limits
 from icl.plotting.tidying import KEY
 from icl.runs.folder import RunFolder
@@ -27,7 +26,6 @@ VERDICTS: dict[str, dict[str, Any]] = {
     "invalid": {"color": VERMILION, "marker": "x"},
 }
 CHAIN_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, BLACK)
-_MAX_TRACES = 6
 ESCAPE_LABEL = "(E[L] − L(w0)) / (zero's loss − L(w0))"
 
 
@@ -67,22 +65,6 @@ def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Se
     if len(table) == 1:
         title_estimate(estimates[0], table.iloc[0].to_dict(), fontsize=10)
     figure.suptitle(f"{title}\n{describe_settings(table.iloc[0])}", fontsize=10)
-    return figure
-
-
-def plot_traces(records: Sequence[Record], *, title: str) -> Figure:
-    """Plot the excess loss of every chain in nats at up to six steps, with the LLC and two standard errors."""
-    indices = spread_indices(len(records), _MAX_TRACES)
-    num_columns = min(3, len(indices))
-    figure, axes = new_figure(num_columns, num_rows=-(-len(indices) // num_columns), width=4.6, height=3.2)
-    for panel, record in zip(axes, [records[index] for index in indices], strict=False):
-        _draw_excess(panel, record)
-        title_estimate(panel, record.row, step_prefix(record.row), fontsize=9)
-    for panel in axes[len(indices) :]:
-        panel.set_visible(False)
-    axes[0].set_ylabel("excess loss nβ (L − L(w0)), nats")
-    axes[0].legend(fontsize=7)
-    figure.suptitle(f"{title}: traces", fontsize=10)
     return figure
 
 
@@ -229,34 +211,6 @@ def _underestimated(table: pd.DataFrame) -> pd.DataFrame:
     # `escaped_share` is not used, because its sign is wrong for a checkpoint that is worse than predicting zero.
     rise, height = table["mean_loss"] - table["init_loss"], table["trivial_loss"] - table["init_loss"]
     return table[is_significant & table["llc"].notna() & ~(rise > height / 2)]
-
-
-def excess_trace(record: Record) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, "K S"]]:
-    """Return the moves of a record's draws, and the chains' excess there in nats.
-
-    For an estimate of an older version, which has minibatch losses only, all moves are returned, with the noise of minibatches.
-    """
-    row = record.row
-    if not record.excess.size:
-        return record.stride * np.arange(record.traces.shape[1]) * 1.0, row["nbeta"] * (
-            record.traces - row["init_loss"]
-        )
-    return row["num_burnin_steps"] + record.stride * np.arange(record.excess.shape[1]) * 1.0, record.excess
-
-
-def _draw_excess(axes: Axes, record: Record) -> None:
-    row, (moves, excess) = record.row, excess_trace(record)
-    for chain, values in enumerate(excess):
-        axes.plot(moves, values, color=CHAIN_COLOURS[chain % len(CHAIN_COLOURS)], linewidth=0.6, alpha=0.7)
-    axes.axhline(0, color=BLUE, linewidth=1.2, label="checkpoint, L(w0)")
-    axes.axhline(row["llc"], color=BLACK, linewidth=1.4, linestyle="--", label="LLC ± 2 standard errors")
-    error = 2 * row["stderr"]
-    axes.axhspan(row["llc"] - error, row["llc"] + error, color=BLACK, alpha=0.15, linewidth=0)
-    finite = excess[np.isfinite(excess)]
-    set_limits(
-        axes, pd.Series(np.append(np.quantile(finite, [0.005, 0.995]) if len(finite) else [], [0.0, row["llc"]]))
-    )
-    axes.set_xlabel("move")
 
 
 def _draw_trace(axes: Axes, record: Record) -> None:

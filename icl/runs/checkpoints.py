@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from icl.config import RunConfig, config_differences
+from icl.config import RunConfig
 from icl.config.validation import UserError, is_count
 from icl.files.arrays import StoredArray
 from icl.files.reading import ContentError, first_line, parse_json
@@ -81,13 +81,6 @@ class _TensorEntry(NamedTuple):
     stop: int
 
 
-class _Header(NamedTuple):
-    """The content of a header."""
-
-    tensors: dict[str, _TensorEntry]
-    metadata: dict[str, Any]
-
-
 def checkpoint_name(step: int) -> str:
     """Return the file name of a step, such as `step-000001465.safetensors`. Names sort in the order of the steps."""
     return f"step-{step:09d}.safetensors"
@@ -127,7 +120,7 @@ def load_checkpoint_file(path: str | Path) -> Checkpoint:
         with path.open("rb") as file:
             about = _read_about(file, str(path))
             file.seek(0)
-            checkpoint = _checkpoint(about, file.read(), str(path))
+            checkpoint = _with_weights(about, file.read(), str(path))
     except OSError as error:
         raise CheckpointError(f"The checkpoint {path} cannot be read: {error.strerror}.") from None
     except CheckpointError as error:
@@ -138,40 +131,15 @@ def load_checkpoint_file(path: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def load_same_run(path: Path, config: RunConfig) -> Checkpoint:
-    """Return a checkpoint from its file. Refuse the file if it belongs to a run with other settings than `config`.
+def read_config_of(path: Path) -> RunConfig:
+    """Return the configuration in a checkpoint file. Its weights are not read.
 
     Raises:
-        CheckpointError: If the file is not a usable checkpoint, or belongs to another run.
+        CheckpointError: If it is not a usable checkpoint.
+        OSError: If it cannot be read.
     """
-    checkpoint = load_checkpoint_file(path)
-    differences = config_differences(config, checkpoint.config)
-    if differences:
-        raise CheckpointError(
-            f"{path} and the checkpoints before it belong to different runs: {'; '.join(differences)}."
-        )
-    return checkpoint
-
-
-def require_one_run(files: Sequence[Path]) -> None:
-    """Refuse checkpoints of different runs. Call this before the work on them starts: it does not read their weights.
-
-    Raises:
-        CheckpointError: If a checkpoint and the first checkpoint belong to different runs.
-    """
-    first: RunConfig | None = None
-    for path in files:
-        try:
-            with path.open("rb") as file:
-                config = _read_about(file, str(path)).config
-        except (
-            OSError,
-            CheckpointError,
-        ):  # reported when its weights are loaded, after the work on the other checkpoints
-            continue
-        first = first or config
-        if differences := config_differences(first, config):
-            raise CheckpointError(f"{path} and {files[0].name} belong to different runs: {'; '.join(differences)}.")
+    with path.open("rb") as file:
+        return _read_about(file, str(path)).config
 
 
 def load_step(store: Store, step: int) -> Checkpoint:
@@ -194,7 +162,7 @@ def parse_checkpoint(data: bytes, name: str) -> Checkpoint:
     Raises:
         CheckpointError: If the file is truncated, altered, or not a checkpoint of this program.
     """
-    return _checkpoint(_read_about(io.BytesIO(data), name), data, name)
+    return _with_weights(_read_about(io.BytesIO(data), name), data, name)
 
 
 def stored_tensors(file: Path, prefix: str) -> StoredArray:
@@ -205,7 +173,7 @@ def stored_tensors(file: Path, prefix: str) -> StoredArray:
     """
     try:
         with file.open("rb") as raw:
-            tensors = [entry for name, entry in _read_header(raw).tensors.items() if name.startswith(prefix)]
+            tensors = [entry for name, entry in _read_header(raw)[0].items() if name.startswith(prefix)]
         types = {tensor.dtype for tensor in tensors}
         if len(types) != 1:
             raise ContentError(f"its tensors {prefix}* must all have the same type, got {sorted(types) or 'none'}")
@@ -237,19 +205,11 @@ def checkpoint_files(path: str | Path) -> list[Path]:
     return files
 
 
-class _About(NamedTuple):
-    """The validated metadata of a checkpoint file."""
-
-    step: int
-    config: RunConfig
-    digest: Any
-
-
-def _read_about(file: io.BufferedIOBase, name: str) -> _About:
-    """Return a file's metadata. Check from the header alone that the file has the tensors that its configuration implies."""
+def _read_about(file: io.BufferedIOBase, name: str) -> Checkpoint:
+    """Return a checkpoint without its weights. Check from the header alone that the file has the tensors that its configuration implies."""
     try:
-        header = _read_header(file)
-        metadata = parse_json(header.metadata.get(_ENTRY, "null"))
+        tensors, texts = _read_header(file)
+        metadata = parse_json(texts.get(_ENTRY, "null"))
         if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
             raise ContentError(f"it has no metadata with format {_FORMAT}")
     except _CutShortError as error:
@@ -266,23 +226,23 @@ def _read_about(file: io.BufferedIOBase, name: str) -> _About:
         if not isinstance(tree, dict):
             raise ContentError("it contains no configuration")
         config = RunConfig.from_dict(tree)
-        _require_shapes(header, config)
+        _require_shapes(tensors, config)
         if _SEAL in metadata and metadata[_SEAL] != _seal(metadata):
             raise ContentError("its step and settings do not match their digest")
     except ValueError as error:
         raise _damaged(name, error) from None
-    return _About(step, config, metadata.get("digest"))
+    return Checkpoint(step, config, {}, metadata.get("digest", ""))
 
 
-def _checkpoint(about: _About, data: bytes, name: str) -> Checkpoint:
-    """Return the checkpoint in a file whose metadata are `about`."""
+def _with_weights(about: Checkpoint, data: bytes, name: str) -> Checkpoint:
+    """Return a checkpoint with the weights from the bytes of its file."""
     try:
         params = dict(sorted(safetensors.torch.load(data).items()))  # `load` returns them in random order
     except SafetensorError as error:
         raise _damaged(name, error) from None
     if weights_digest(params) != about.digest:
         raise CheckpointError(f"The checkpoint {name} is damaged: its weights do not match their digest.")
-    return Checkpoint(about.step, about.config, params, about.digest)
+    return about._replace(params=params)
 
 
 def _damaged(name: str, error: Exception) -> CheckpointError:
@@ -304,8 +264,8 @@ def _seal(about: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _read_header(file: io.BufferedIOBase) -> _Header:
-    """Return the header of an open file, or of bytes in memory.
+def _read_header(file: io.BufferedIOBase) -> tuple[dict[str, _TensorEntry], dict[str, Any]]:
+    """Return the entries of the tensors and the metadata from the header of an open file, or of bytes in memory.
 
     Raises:
         ContentError: If there is no header, or it does not match the file's size.
@@ -325,29 +285,27 @@ def _read_header(file: io.BufferedIOBase) -> _Header:
     end = max((tensor.stop for tensor in tensors.values()), default=8 + length)
     if end != size:
         raise _CutShortError(f"it has {size:,} bytes, but its header describes {end:,}")
-    return _Header(tensors, metadata)
+    return tensors, metadata
 
 
-def _require_shapes(header: _Header, config: RunConfig) -> None:
+def _require_shapes(tensors: Mapping[str, _TensorEntry], config: RunConfig) -> None:
     """Refuse a file whose tensors are neither all parameters of the configured model, nor the moments of all its parameters.
 
     Raises:
         ContentError: If the tensors differ from these. The message names the first difference.
     """
     expected = parameter_shapes(config.model, task_size=config.task.task_size, max_examples=config.task.max_examples)
-    kinds = [f"{kind}/" for kind in MOMENTS] if any("/" in name for name in header.tensors) else [""]
-    count = (
-        len(kinds) * expected.num_tensors
-    )  # compared before the names, because a configuration can claim millions of layers
-    if len(header.tensors) != count:
-        raise ContentError(f"it contains {len(header.tensors):,} tensors, but its configuration describes {count:,}")
+    kinds = [f"{kind}/" for kind in MOMENTS] if any("/" in name for name in tensors) else [""]
+    count = len(kinds) * expected.num_tensors  # compared first: a configuration can claim millions of layers
+    if len(tensors) != count:
+        raise ContentError(f"it contains {len(tensors):,} tensors, but its configuration describes {count:,}")
     for name, shape in expected.by_name().items():
         for kind in kinds:
-            tensor = header.tensors.get(kind + name)
+            tensor = tensors.get(kind + name)
             if tensor is None or tensor.shape != shape:
                 there = "missing" if tensor is None else f"of shape {tensor.shape}"
                 raise ContentError(f"{kind}{name} is {there}, but its configuration describes shape {shape}")
-    types = sorted({tensor.dtype for tensor in header.tensors.values()})
+    types = sorted({tensor.dtype for tensor in tensors.values()})
     if len(types) > 1:
         raise ContentError(f"its tensors have different types: {' and '.join(types)}")
 

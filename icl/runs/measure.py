@@ -24,11 +24,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from icl.config import RunConfig
+from icl.config import RunConfig, config_differences
 from icl.files.arrays import StoredArray, array_digest, locate_array, read_array, write_array
 from icl.files.reading import MAX_TABLE, ContentError, is_table, parse_json, read_bytes
 from icl.files.writing import write_atomically
-from icl.runs.checkpoints import Checkpoint, load_same_run
+from icl.runs.checkpoints import Checkpoint, CheckpointError, load_checkpoint_file, read_config_of
 
 
 class Measurement(NamedTuple):
@@ -141,6 +141,40 @@ class Cache:
 
     def _array_file(self, step: int) -> Path:
         return self.folder / f"step-{step:09d}.npy"
+
+
+def require_one_run(files: Sequence[Path]) -> None:
+    """Refuse checkpoints of different runs. Call this before the work on them starts: it does not read their weights.
+
+    Raises:
+        CheckpointError: If a checkpoint and the first checkpoint belong to different runs.
+    """
+    first: RunConfig | None = None
+    for path in files:
+        # A damaged checkpoint is reported when its weights are loaded, after the work on the other checkpoints.
+        with contextlib.suppress(OSError, CheckpointError):
+            config = read_config_of(path)
+            first = first or config
+            if differences := config_differences(first, config):
+                break
+    else:
+        return
+    raise CheckpointError(f"{path} and {files[0].name} belong to different runs: {'; '.join(differences)}.")
+
+
+def load_same_run(path: Path, config: RunConfig) -> Checkpoint:
+    """Return a checkpoint from its file. Refuse the file if it belongs to a run with other settings than `config`.
+
+    Raises:
+        CheckpointError: If the file is not a usable checkpoint, or belongs to another run.
+    """
+    checkpoint = load_checkpoint_file(path)
+    differences = config_differences(config, checkpoint.config)
+    if differences:
+        raise CheckpointError(
+            f"{path} and the checkpoints before it belong to different runs: {'; '.join(differences)}."
+        )
+    return checkpoint
 
 
 def measure_checkpoints(

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from icl.config import SamplerConfig
 from icl.progress import set_remaining
-from icl.runs.checkpoints import Checkpoint, load_same_run
+from icl.runs.checkpoints import Checkpoint
 from icl.runs.folder import run_of
+from icl.runs.measure import load_same_run
 from icl.sampling.batches import batch_function
 from icl.sampling.curvature import largest_curvature
 from icl.sampling.prompt_loss import prompt_target, trivial_loss

@@ -10,20 +10,18 @@ include the burn-in. `icl.sampling.chains` defines a draw; `icl.sampling.verdict
 masks of their elements.
 """
 
-import fnmatch
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from icl.config import ChainsConfig
 from icl.config.tree import Kernel
 from icl.config.validation import ConfigError, real
-from icl.model.flat import Layout, make_layout
+from icl.model.flat import Restriction, restricted_layout
 from icl.model.stacked import Params
 from icl.sampling.batches import Batches
 from icl.sampling.chains import Advance
@@ -37,8 +35,6 @@ LOOP_SIZE = 2**14
 `vmap` makes fewer calls, and calls take most of the time for a small model. But on a CPU, the batched operations of `vmap` are slower
 than plain operations; batched convolutions take 1.6 times as long.
 """
-Restriction: TypeAlias = Iterable[str] | Mapping[str, Tensor] | None
-"""The parameters, or parts of them, that may move."""
 Progress: TypeAlias = Callable[[int, int], None]
 """Function that is called with the number of moves done and the total number of moves, over all chains."""
 
@@ -218,48 +214,6 @@ def estimate_llc(
         options=options,
     )
     return result
-
-
-def restricted_layout(params: Mapping[str, Tensor], restrict: Restriction = None) -> Layout:
-    """Return the layout of the parameters that `restrict` allows to move. `params` are those of one member (no leading axis).
-
-    Raises:
-        ConfigError: If `restrict` names no parameter, a mask does not fit, or no parameter is left to move.
-    """
-    layout = make_layout(params, None if restrict is None else _masks(params, restrict))
-    if not layout.slots:
-        raise ConfigError("`restrict` leaves no parameter free to move; give names, globs or masks that select some.")
-    return layout
-
-
-def _masks(params: Mapping[str, Tensor], restrict: Any) -> dict[str, Tensor]:
-    """Return a mask of the moving elements for each parameter that `restrict` names."""
-    if isinstance(restrict, Mapping):
-        for name, mask in restrict.items():
-            if name not in params:
-                raise ConfigError(f"`restrict` has a mask for `{name}`, but the parameters are {_listing(params)}.")
-            if not isinstance(mask, Tensor) or mask.shape != params[name].shape or mask.dtype != torch.bool:
-                got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-                raise ConfigError(
-                    f"The mask of `{name}` must be a Boolean tensor of shape {tuple(params[name].shape)}, got {got}."
-                )
-        return {name: mask.detach().cpu() for name, mask in restrict.items()}
-    patterns = list(restrict) if isinstance(restrict, Iterable) and not isinstance(restrict, str) else [restrict]
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise ConfigError(
-            "`restrict` must be names or globs of parameters, or a dict from names to masks, got "
-            f"{type(restrict).__name__}; leave it out to sample all of them."
-        )
-    matches = {pattern: [name for name in params if fnmatch.fnmatchcase(name, pattern)] for pattern in patterns}
-    for pattern, names in matches.items():
-        if not names:
-            raise ConfigError(f"`restrict` has `{pattern}`, which fits none of the parameters {_listing(params)}.")
-    return {name: torch.ones(params[name].shape, dtype=torch.bool) for names in matches.values() for name in names}
-
-
-def _listing(params: Mapping[str, Tensor]) -> str:
-    names = list(params)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _advance(progress: Progress | None, total: int) -> Advance:

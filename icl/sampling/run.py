@@ -20,9 +20,9 @@ from icl.config.validation import ConfigError, parse_steps, real
 from icl.files.writing import write_atomically
 from icl.model.flat import make_layout
 from icl.progress import progress_bar, set_remaining
-from icl.runs.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file, require_one_run
+from icl.runs.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file
 from icl.runs.folder import RunFolder, run_of
-from icl.runs.measure import Measure, Measurement, measure_checkpoints
+from icl.runs.measure import Measure, Measurement, measure_checkpoints, require_one_run
 from icl.sampling import convergence
 from icl.sampling.chains import Advance, Watch
 from icl.sampling.components import component_masks

@@ -58,7 +58,7 @@ def test_a_linear_law_is_found(model_type, suffix, tmp_path):
     path = save(table(range(1, 21), law), tmp_path / f"t{suffix}")
     features = "log2_num_tasks,loss,icl_score"
     found = analyse(path, Settings(model_type=model_type, features=features)).table.set_index(["quantity", "item"])
-    points = read_points(path, Settings()).query("num_tasks != 'inf'")
+    points = read_points(path).query("num_tasks != 'inf'")
     assert set(found["verdict"].dropna()) == {"ok"}
     assert found.loc[("r2_cv", np.nan), "value"].item() > 0.97
     for name, slope in (("log2_num_tasks", -0.05), ("loss", 0.4), ("icl_score", 0.2)):
@@ -125,10 +125,10 @@ def test_few_points_are_suspect_and_get_few_features(tmp_path):
 
 def test_infinitely_many_tasks_are_outside_the_fit_or_an_octave_further(tmp_path):
     path = save(table(range(1, 13), law), tmp_path / "t.csv")
-    points = read_points(path, Settings()).set_index("num_tasks")
+    points = read_points(path).set_index("num_tasks")
     assert not points.loc["inf", "is_inside"]
     assert points["is_inside"].sum() == 12
-    points = read_points(path, Settings(infinite="next")).set_index("num_tasks")
+    points = read_points(path, infinite="next").set_index("num_tasks")
     assert points["is_inside"].all()
     assert points.loc["inf", "log2_num_tasks"] == 13
 

@@ -13,9 +13,8 @@ from tiny_runs import change
 
 from icl.build import build_model
 from icl.compute import calls
-from icl.model.flat import layout_of
+from icl.model.flat import layout_of, restricted_layout
 from icl.model.stacked import stack
-from icl.sampling.llc import restricted_layout
 from icl.sampling.prompt_loss import prompt_target, trivial_loss
 from icl.sampling.target import vmapped_gradient
 from icl.tasks.prompts import sample_prompts

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from icl.config.validation import ConfigError
+from icl.model.flat import restricted_layout
 from icl.sampling import estimate_llc, known
-from icl.sampling.llc import restricted_layout
 
 SETTINGS = {"lr": 1e-3, "nbeta": 100.0, "localization": 5.0, "num_chains": 4, "seed": 3}
 SHORT = {"num_draws": 6, "num_burnin_steps": 4}

@@ -30,31 +30,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
 
-from icl.analysis.essential_dynamics import principal_components as pca
 from icl.analysis.essential_dynamics.forms import Form, JudgedCandidate, Shapes, find_shapes, planes
 from icl.analysis.essential_dynamics.plane_curves import MIN_POINTS, arc_length, osculating_circles
+from icl.analysis.essential_dynamics.principal_components import ComparedPCA, fit_components
 from icl.analysis.essential_dynamics.trajectories import (
     SEES_PROMPTS,
     State,
     StateSettings,
     Trajectory,
-    centred_products,
     read_trajectory,
     references,
     require_comparable,
 )
 from icl.analysis.run import Result, as_table
 from icl.config.validation import require, require_count, require_number
-from icl.runs.checkpoints import CheckpointError, checkpoint_files
+from icl.runs.checkpoints import checkpoint_files
 from icl.runs.folder import run_of
 
-_LEAST_SHARE = 1e-10
-"""Components with a smaller share of the variance are rounding errors."""
 _ALL = "all"
 _STATE_TEXTS: dict[State, str] = {
     "outputs": "predictions for",
@@ -83,34 +79,6 @@ class Settings(StateSettings):
         require_number("bandwidth", self.bandwidth, "positive")
 
 
-class ComparedPCA(NamedTuple):
-    """The PCA of all runs, and the random walks with which it is compared."""
-
-    components: pca.Components
-    nulls: dict[str, Float[np.ndarray, " C"]]
-    """Expected shares of the variance in random walks, by the name of the kind of walk."""
-    walks: pca.Walks
-    displacement: Float[np.ndarray, " r"]
-    """Displacement ratio of every run."""
-    variance: float
-    """Sum over states of the squared distance to their mean."""
-
-    @property
-    def high_shares(self) -> Float[np.ndarray, " C"]:
-        """Cumulative shares that one in twenty walks with the run's own steps exceeds."""
-        return np.quantile(np.cumsum(self.walks.shares, axis=1), 0.95, axis=0)
-
-    @property
-    def is_reached(self) -> Bool[np.ndarray, " C"]:
-        """For every k, whether one in twenty walks explains as much with its first k components."""
-        return np.cumsum(self.components.shares) <= self.high_shares
-
-    @property
-    def displacement_limits(self) -> Float[np.ndarray, " r"]:
-        """Displacement ratios that one in twenty walks exceeds."""
-        return np.quantile(self.walks.displacement, 0.95, axis=0)
-
-
 def analyse(path: Path, settings: Settings) -> Result:
     """Compute the essential dynamics of a run, or of several runs jointly.
 
@@ -135,45 +103,6 @@ def analyse(path: Path, settings: Settings) -> Result:
             shapes[trajectory.run] = found
             rows += _curve_rows(trajectory, found) + _shape_rows(trajectory, found)
     return Result(as_table([], settings, whole_run=rows), _summary(trajectories, settings, fit, shapes))
-
-
-def fit_components(
-    trajectories: Sequence[Trajectory], points: dict[str, Float[np.ndarray, " F"]], *, num_components: int
-) -> ComparedPCA:
-    """Compute the PCA of all states, by the cheaper of two methods, and the random walks for comparison.
-
-    Raises:
-        CheckpointError: If there are fewer than three states, or they are not finite or do not differ.
-    """
-    rows = [row for trajectory in trajectories for row in trajectory.rows]
-    begins = np.concatenate([np.arange(len(trajectory.steps)) == 0 for trajectory in trajectories])
-    if len(rows) < 3:
-        raise CheckpointError(
-            f"Essential dynamics need at least three saved steps, got {len(rows)}. Train with --checkpoints.num_log 60."
-        )
-    others = np.array(list(points.values())).reshape(len(points), len(rows[0]))
-    products = centred_products(rows, others)
-    if not np.isfinite(products.rows).all() or np.trace(products.rows) <= 0:
-        raise CheckpointError(
-            "The states of these checkpoints are not finite, or are all the same. Did training diverge?"
-        )
-    count = min(num_components, len(rows) - 1, len(rows[0]))
-    if len(rows[0]) > len(rows):
-        components = pca.from_products(products, begins, num_components=count)
-    else:
-        components = pca.from_rows(rows, others, begins, num_components=count)
-    scores, shares, projected, captured = components
-    count = int((shares > _LEAST_SHARE).sum())
-    components = pca.Components(scores[:, :count], shares[:count], projected[:, :count], captured)
-    gram = products.rows
-    durations = np.concatenate([np.diff(trajectory.steps, prepend=0) for trajectory in trajectories]).astype(float)
-    nulls = {
-        "null_walk": pca.walk_shares(gram, begins, num_components=count),
-        "null_brownian": pca.walk_shares(gram, begins, num_components=count, durations=durations),
-        "null_equal": pca.walk_shares(gram, begins, num_components=count, durations=np.ones(len(rows))),
-    }
-    walks = pca.flipped_walks(gram, begins, num_components=count)
-    return ComparedPCA(components, nulls, walks, pca.displacement_ratios(gram, begins), float(np.trace(gram)))
 
 
 def _runs(path: Path, others: str | None) -> dict[str, Path]:

@@ -33,12 +33,15 @@ from scipy.linalg import eigh
 from scipy.sparse.linalg import eigsh
 from sklearn.decomposition import PCA, KernelPCA
 
-from icl.analysis.essential_dynamics.trajectories import Products, Row, feature_blocks
+from icl.analysis.essential_dynamics.trajectories import Products, Row, Trajectory, centred_products, feature_blocks
+from icl.runs.checkpoints import CheckpointError
 
 _DENSE = 60
 """Largest size of a matrix for which a dense solver is faster than an iterative one."""
 _MANY = 2500
 """Number of checkpoints above which fewer walks are drawn."""
+_LEAST_SHARE = 1e-10
+"""Components with a smaller share of the variance are rounding errors."""
 SCORED_WALKS = 19
 """Number of walks whose components are kept."""
 
@@ -63,6 +66,73 @@ class Walks(NamedTuple):
     """Displacement ratio of every run in every walk."""
     scores: Float[np.ndarray, "w S C"]
     """Components of the first few walks; their signs have no meaning."""
+
+
+class ComparedPCA(NamedTuple):
+    """The PCA of all runs, and the random walks with which it is compared."""
+
+    components: Components
+    nulls: dict[str, Float[np.ndarray, " C"]]
+    """Expected shares of the variance in random walks, by the name of the kind of walk."""
+    walks: Walks
+    displacement: Float[np.ndarray, " r"]
+    """Displacement ratio of every run."""
+    variance: float
+    """Sum over states of the squared distance to their mean."""
+
+    @property
+    def high_shares(self) -> Float[np.ndarray, " C"]:
+        """Cumulative shares that one in twenty walks with the run's own steps exceeds."""
+        return np.quantile(np.cumsum(self.walks.shares, axis=1), 0.95, axis=0)
+
+    @property
+    def is_reached(self) -> Bool[np.ndarray, " C"]:
+        """For every k, whether one in twenty walks explains as much with its first k components."""
+        return np.cumsum(self.components.shares) <= self.high_shares
+
+    @property
+    def displacement_limits(self) -> Float[np.ndarray, " r"]:
+        """Displacement ratios that one in twenty walks exceeds."""
+        return np.quantile(self.walks.displacement, 0.95, axis=0)
+
+
+def fit_components(
+    trajectories: Sequence[Trajectory], points: dict[str, Float[np.ndarray, " F"]], *, num_components: int
+) -> ComparedPCA:
+    """Compute the PCA of all states, by the cheaper of two methods, and the random walks for comparison.
+
+    Raises:
+        CheckpointError: If there are fewer than three states, or they are not finite or do not differ.
+    """
+    rows = [row for trajectory in trajectories for row in trajectory.rows]
+    begins = np.concatenate([np.arange(len(trajectory.steps)) == 0 for trajectory in trajectories])
+    if len(rows) < 3:
+        raise CheckpointError(
+            f"Essential dynamics need at least three saved steps, got {len(rows)}. Train with --checkpoints.num_log 60."
+        )
+    others = np.array(list(points.values())).reshape(len(points), len(rows[0]))
+    products = centred_products(rows, others)
+    if not np.isfinite(products.rows).all() or np.trace(products.rows) <= 0:
+        raise CheckpointError(
+            "The states of these checkpoints are not finite, or are all the same. Did training diverge?"
+        )
+    count = min(num_components, len(rows) - 1, len(rows[0]))
+    if len(rows[0]) > len(rows):
+        components = from_products(products, begins, num_components=count)
+    else:
+        components = from_rows(rows, others, begins, num_components=count)
+    scores, shares, projected, captured = components
+    count = int((shares > _LEAST_SHARE).sum())
+    components = Components(scores[:, :count], shares[:count], projected[:, :count], captured)
+    gram = products.rows
+    durations = np.concatenate([np.diff(trajectory.steps, prepend=0) for trajectory in trajectories]).astype(float)
+    nulls = {
+        "null_walk": walk_shares(gram, begins, num_components=count),
+        "null_brownian": walk_shares(gram, begins, num_components=count, durations=durations),
+        "null_equal": walk_shares(gram, begins, num_components=count, durations=np.ones(len(rows))),
+    }
+    walks = flipped_walks(gram, begins, num_components=count)
+    return ComparedPCA(components, nulls, walks, displacement_ratios(gram, begins), float(np.trace(gram)))
 
 
 def from_products(products: Products, begins: Bool[np.ndarray, " S"], *, num_components: int) -> Components:

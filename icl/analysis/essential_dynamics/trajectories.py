@@ -43,11 +43,10 @@ from icl.runs.checkpoints import (
     CheckpointError,
     checkpoint_name,
     list_steps,
-    load_same_run,
     stored_tensors,
 )
 from icl.runs.folder import RunFolder, run_of
-from icl.runs.measure import Cache, Measurement
+from icl.runs.measure import Cache, Measurement, load_same_run
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Distribution, Prompts, sample_prompts
 

@@ -18,37 +18,27 @@ import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from sklearn.decomposition import PCA
-from torch import Tensor
 
-from icl import metrics, rng
+from icl import metrics
 from icl.analysis.gradients import data as data_gradients
 from icl.analysis.gradients import weights as weight_gradients
-from icl.analysis.prompts import PromptSettings, fixed_prompts, prompts_at_once, require_multiple
+from icl.analysis.prompts import PromptSettings, fixed_prompts, require_multiple
 from icl.analysis.run import Members, Result, as_table, over_checkpoints
 from icl.config import RunConfig
 from icl.config.validation import require_count
 from icl.metrics import Estimate
-from icl.model.stacked import apply
 from icl.runs.measure import Entry, Measurement
 from icl.tasks.priors import task_pool
-from icl.tasks.prompts import prompt_source
 
 NUM_COMPONENTS = 3
 TASK_BATCHES = 8
 VERSION = 2
-_FD_STEP = {torch.float64: 1e-5, torch.float32: 1e-2}
-"""Step of the finite differences, by dtype. It balances their truncation error against rounding."""
-_FD_PROMPTS = 64
-_MAX_Z = 5.0
-"""Largest difference between two estimators of a gradient that counts as agreement, in standard errors. It is large
-because a run makes hundreds of comparisons."""
-
 Row = dict[str, Any]
 
 
@@ -156,9 +146,9 @@ def _measure_tasks(members: Members, settings: Settings) -> list[list[Row]]:
 
 
 def _measure_data(members: Members, settings: Settings) -> tuple[list[list[Row]], list[np.ndarray]]:
-    by_estimator = _data_gradients(members, settings)
+    by_estimator = data_gradients.estimates(members, settings.distribution, settings.num_data_prompts)
     means = {name: metrics.position_mean(values) for name, values in by_estimator.items()}  # over prompts: N 6
-    reasons = _doubts_about_pathwise(**by_estimator)
+    reasons = data_gradients.doubts_about_pathwise(**by_estimator)
     rows: list[list[Row]] = [[] for _ in members.checkpoints]
     for index, name in enumerate(data_gradients.PARAMETERS):
         for estimator, mean in means.items():
@@ -168,49 +158,12 @@ def _measure_data(members: Members, settings: Settings) -> tuple[list[list[Row]]
     return rows, list(means["pathwise"].value.cpu().numpy())
 
 
-def _data_gradients(members: Members, settings: Settings) -> dict[str, Float[Tensor, "N B 6"]]:
-    """Return the gradient of each prompt's loss by each estimator. Finite differences use the first prompts only."""
-    draws = _draws(members, settings.distribution, settings.num_data_prompts)
-    dtype, count = draws.inputs.dtype, len(members.checkpoints)
-    params = {name: tensor.to(dtype) for name, tensor in members.params.items()}
-    predict = partial(apply, members.config.model, params)
-    at = data_gradients.training_point(members.config.task.noise_variance).to(draws.inputs)
-    parts = []
-    size = max(1, prompts_at_once(members) // count)
-    for start in range(0, settings.num_data_prompts, size):
-        batch = draws.part(start, start + size)
-        parts.append(data_gradients.pathwise(predict, batch, at.expand(count, len(batch.tasks), 6)))
-    pathwise, losses = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
-    few = draws.part(0, _FD_PROMPTS)
-    at_each = at.expand(count, len(few.tasks), 6)
-    is_pool = settings.distribution == "pretrain" and not members.config.task.is_gaussian
-    return {
-        "pathwise": pathwise,
-        "score_function": data_gradients.score_function(losses, draws, at, is_pool=is_pool),
-        "finite_difference": data_gradients.finite_difference(predict, few, at_each, step=_FD_STEP[dtype]).detach(),
-    }
-
-
 def _doubts_about_norms(*squares: weight_gradients.WithDeleted) -> list[str]:
     """Return a text for each member: why numbers computed from these squared norms are in doubt, or nothing."""
     estimates = [weight_gradients.squared_norm(square) for square in squares]
     is_known = torch.stack([estimate.value > 3 * estimate.stderr for estimate in estimates]).all(0)
     reason = "a squared gradient norm is not three standard errors above zero"
     return ["" if known else reason for known in is_known.tolist()]
-
-
-def _doubts_about_pathwise(pathwise: Tensor, score_function: Tensor, finite_difference: Tensor) -> list[list[str]]:
-    """Return a text for each member and parameter: why the pathwise estimate is in doubt, or nothing."""
-    from_scores = metrics.position_mean(pathwise - score_function)
-    score_differs = from_scores.value.abs() > _MAX_Z * from_scores.stderr  # false where the score function is NaN
-    from_differences = metrics.position_mean(pathwise[:, : finite_difference.shape[1]] - finite_difference)
-    # Central differences also have a truncation error, which is far below 0.1 % of the gradient's size.
-    tolerance = (_MAX_Z * from_differences.stderr).clamp(min=1e-9) + 1e-3 * finite_difference.abs().mean(1)
-    difference_differs = from_differences.value.abs() > tolerance
-    texts = ["", "finite differences disagree", "the score function disagrees"]
-    texts.append(f"{texts[2]}; {texts[1]}")
-    codes = 2 * score_differs.int() + difference_differs.int()  # N 6
-    return [[texts[code] for code in member] for member in codes.tolist()]
 
 
 def _component_rows(entries: list[Entry], kind: str) -> list[Row]:
@@ -328,14 +281,3 @@ def _without_lead(members: Members) -> Members:
     lead = members.lead
     params = {name: tensor[lead:] for name, tensor in members.params.items()}
     return members._replace(checkpoints=members.checkpoints[lead:], params=params, lead=0)
-
-
-def _draws(members: Members, distribution: Literal["pretrain", "true"], count: int) -> data_gradients.Draws:
-    """Return standard draws of inputs, tasks and noise, in float64 if the device supports it."""
-    device = next(iter(members.params.values())).device
-    source = prompt_source(members.config, stream="gradients/data", distribution=distribution)
-    prompts = source.sample(range(1), range(count), device=device)
-    zero, indices = torch.zeros(1, dtype=torch.int64, device=device), torch.arange(count, device=device)
-    noise = rng.normal(source.noise_key, zero, indices, source.max_examples)
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    return data_gradients.Draws(*(tensor[0].to(dtype) for tensor in (prompts.xs, prompts.ws, noise)))

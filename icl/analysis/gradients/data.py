@@ -20,6 +20,7 @@ We compute three estimators of dL/dphi. Each gives a number for each prompt, and
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -27,12 +28,22 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad_and_value
 
-from icl import metrics
+from icl import metrics, rng
+from icl.analysis.prompts import prompts_at_once
+from icl.analysis.run import Members
+from icl.model.stacked import apply
+from icl.tasks.prompts import Distribution, prompt_source
 
 PARAMETERS = ("x_mean", "x_scale", "w_mean", "w_scale", "noise_mean", "noise_scale")
 
 Predict: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Function from xs (N, B, K, D) and ys (N, B, K) to the predictions (N, B, K) of N members."""
+_FD_STEP = {torch.float64: 1e-5, torch.float32: 1e-2}
+"""Step of the finite differences, by dtype. It balances their truncation error against rounding."""
+_FD_PROMPTS = 64
+_MAX_Z = 5.0
+"""Largest difference between two estimators of a gradient that counts as agreement, in standard errors. It is large
+because a run makes hundreds of comparisons."""
 
 
 class Draws(NamedTuple):
@@ -45,6 +56,43 @@ class Draws(NamedTuple):
     def part(self, start: int, stop: int) -> "Draws":
         """Return the draws of prompts `start` to `stop`."""
         return Draws(*(tensor[start:stop] for tensor in self))
+
+
+def estimates(members: Members, distribution: Distribution, num_prompts: int) -> dict[str, Float[Tensor, "N B 6"]]:
+    """Return the gradient of each prompt's loss by each estimator. Finite differences use the first prompts only."""
+    draws = _draws(members, distribution, num_prompts)
+    dtype, count = draws.inputs.dtype, len(members.checkpoints)
+    params = {name: tensor.to(dtype) for name, tensor in members.params.items()}
+    predict = partial(apply, members.config.model, params)
+    at = training_point(members.config.task.noise_variance).to(draws.inputs)
+    parts = []
+    size = max(1, prompts_at_once(members) // count)
+    for start in range(0, num_prompts, size):
+        batch = draws.part(start, start + size)
+        parts.append(pathwise(predict, batch, at.expand(count, len(batch.tasks), 6)))
+    gradients, losses = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+    few = draws.part(0, _FD_PROMPTS)
+    at_each = at.expand(count, len(few.tasks), 6)
+    is_pool = distribution == "pretrain" and not members.config.task.is_gaussian
+    return {
+        "pathwise": gradients,
+        "score_function": score_function(losses, draws, at, is_pool=is_pool),
+        "finite_difference": finite_difference(predict, few, at_each, step=_FD_STEP[dtype]).detach(),
+    }
+
+
+def doubts_about_pathwise(pathwise: Tensor, score_function: Tensor, finite_difference: Tensor) -> list[list[str]]:
+    """Return a text for each member and parameter: why the pathwise estimate is in doubt, or nothing."""
+    from_scores = metrics.position_mean(pathwise - score_function)
+    score_differs = from_scores.value.abs() > _MAX_Z * from_scores.stderr  # false where the score function is NaN
+    from_differences = metrics.position_mean(pathwise[:, : finite_difference.shape[1]] - finite_difference)
+    # Central differences also have a truncation error, which is far below 0.1 % of the gradient's size.
+    tolerance = (_MAX_Z * from_differences.stderr).clamp(min=1e-9) + 1e-3 * finite_difference.abs().mean(1)
+    difference_differs = from_differences.value.abs() > tolerance
+    texts = ["", "finite differences disagree", "the score function disagrees"]
+    texts.append(f"{texts[2]}; {texts[1]}")
+    codes = 2 * score_differs.int() + difference_differs.int()  # N 6
+    return [[texts[code] for code in member] for member in codes.tolist()]
 
 
 def training_point(noise_variance: float) -> Float[Tensor, " 6"]:
@@ -113,3 +161,14 @@ def _scores(draws: Draws, at: Float[Tensor, " 6"], is_pool: bool) -> Float[Tenso
     x_scores = (inputs.sum(-1) / x_scale, (inputs.square() - 1).sum(-1) / x_scale)
     noise_scores = (noise.sum(-1), (noise * draws.noise - 1 / noise_scale).sum(-1))
     return torch.stack([*x_scores, *w_scores, *noise_scores], dim=-1)
+
+
+def _draws(members: Members, distribution: Distribution, count: int) -> Draws:
+    """Return standard draws of inputs, tasks and noise, in float64 if the device supports it."""
+    device = next(iter(members.params.values())).device
+    source = prompt_source(members.config, stream="gradients/data", distribution=distribution)
+    prompts = source.sample(range(1), range(count), device=device)
+    zero, indices = torch.zeros(1, dtype=torch.int64, device=device), torch.arange(count, device=device)
+    noise = rng.normal(source.noise_key, zero, indices, source.max_examples)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return Draws(*(tensor[0].to(dtype) for tensor in (prompts.xs, prompts.ws, noise)))

@@ -1,0 +1,100 @@
+"""The table of `icl evaluate --checkpoint_base_dir` as points for a fit: one for each trained model."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from icl.config.validation import ConfigError, UserError, parse_num_tasks
+from icl.files.reading import MAX_TABLE, ContentError, parse_json, read_bytes
+from icl.files.tables import read_table, require_numbers
+
+FEATURES = ("log2_num_tasks", "loss", "icl_score", "delta_ridge", "delta_dmmse")
+"""All features, in the order in which `Settings.features = "auto"` takes them."""
+MODEL = ["num_tasks", "step", "checkpoint_hash"]
+"""Columns that identify a trained model."""
+_COLUMNS = (*MODEL, "distribution", "quantity", "position", "value", "stderr")
+
+
+class FitError(UserError, ValueError):
+    """Raised if no model can be fitted to a table."""
+
+
+def read_points(
+    path: Path,
+    target: str = "true",
+    *,
+    steps: Literal["last", "all"] = "last",
+    infinite: Literal["leave_out", "next"] = "leave_out",
+) -> pd.DataFrame:
+    """Read a table and return one row per model.
+
+    The columns are those that identify the model, `is_inside` (whether it is part of the fit), `target`,
+    `target_stderr`, and the features that the table has.
+
+    Raises:
+        FitError: If the file cannot be read, lacks columns, or has no loss on the target.
+    """
+    table = _read(path)
+    try:
+        table["num_tasks"] = [str(parse_num_tasks(str(value))) for value in table["num_tasks"]]
+    except ConfigError as error:
+        raise FitError(f"{path} cannot be used: {error}") from None
+    targets = _headline(table, target, "loss", path)
+    points = pd.DataFrame({"target": targets["value"], "target_stderr": targets["stderr"]})
+    for name in FEATURES[1:]:
+        rows = table[(table["distribution"] == "pretrain") & (table["quantity"] == name)]
+        points[name] = _full_span(rows, name).groupby(MODEL)["value"].last()
+    points = points.reset_index()
+    diversity = points["num_tasks"].astype(float)
+    finite = np.isfinite(diversity)
+    octaves = np.log2(diversity.where(finite))
+    points["log2_num_tasks"] = octaves.fillna(octaves.max() + 1)
+    points["is_inside"] = (finite | (infinite == "next")) & np.isfinite(points["target"])
+    if steps == "last":
+        points = points[points["step"] == points.groupby("num_tasks")["step"].transform("max")]
+    return points.sort_values(["log2_num_tasks", "step"]).reset_index(drop=True)
+
+
+def _read(path: Path) -> pd.DataFrame:
+    try:
+        if path.suffix.lower() == ".json":
+            content = parse_json(read_bytes(path, limit=MAX_TABLE))
+            lists = [content] if isinstance(content, list) else [v for v in content.values() if isinstance(v, list)]
+            table = pd.DataFrame([row for rows in lists for row in rows if isinstance(row, dict)])
+        else:
+            table = read_table(path)
+        require_numbers(table)
+    except OSError as error:
+        raise FitError(f"Cannot read the table {path}: {error.strerror}.") from None
+    except (ContentError, AttributeError, ValueError) as error:
+        why = f" ({error})" if isinstance(error, ContentError) else ""
+        raise FitError(
+            f"{path} is not a table in CSV or JSON{why}. Make one with `icl evaluate --checkpoint_base_dir`."
+        ) from None
+    missing = [name for name in _COLUMNS if name not in table]
+    if missing:
+        raise FitError(
+            f"{path} has no column {', '.join(missing)}. Expected a table from `icl evaluate --checkpoint_base_dir`."
+        )
+    table["position"] = table["position"].astype(str)
+    return table
+
+
+def _headline(table: pd.DataFrame, distribution: str, quantity: str, path: Path) -> pd.DataFrame:
+    """Return one quantity of every model: its mean over positions, or its only value if the distribution shifts the query."""
+    rows = table[(table["distribution"] == distribution) & (table["quantity"] == quantity)]
+    if rows.empty:
+        available = ", ".join(sorted(map(str, table["distribution"].unique())))
+        raise FitError(f"{path} has no {quantity} on `{distribution}`; its distributions are {available}.")
+    means = rows[rows["position"] == "mean"]
+    return (rows if means.empty else means).groupby(MODEL)[["value", "stderr"]].last()
+
+
+def _full_span(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """Return the rows with the mean over positions. The ICL score has none; return its rows from position 1 to the last."""
+    if quantity != "icl_score":
+        return rows[rows["position"] == "mean"]
+    ends = rows["position"].str.extract(r"^1:(\d+)$")[0].astype(float)
+    return rows[ends == ends.max()]

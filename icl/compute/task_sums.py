@@ -1,0 +1,99 @@
+"""Predictions averaged over many tasks with posterior weights, the core of dMMSE (`icl.baselines.dmmse`).
+
+Task m has weight exp(-S_m / (2 sigma^2)), where S_m is its sum of squared errors on the examples. Tasks are processed in chunks,
+whose sums are merged as in a streaming softmax, so memory does not grow with the number of tasks.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from functools import partial, reduce
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_SLAB = {"cpu": 2**19, "cuda": 2**25}
+"""Number of weights that are computed at a time, for each kind of device. There is one weight per prompt and task.
+
+On a CPU, this number of weights fits in the cache. On a GPU, it makes the cost of kernel launches small and takes at most 1 GiB.
+"""
+_MIN_TASKS_AT_A_TIME = 64
+"""Smallest number of tasks in a chunk. Chunks have this size if there are many prompts."""
+_LOG_WEIGHT_ERROR = 1e-2
+"""Largest rounding error of a log-weight at which float32 is precise enough."""
+
+_Weigh = Callable[[Tensor], Tensor]
+"""Function that maps the excess sums of squared errors, S_m - min S_m, to the tasks' weights."""
+
+
+def mean_outputs(
+    xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], tasks: Float[Tensor, "M D"], noise_variance: float
+) -> Float[Tensor, "B K"]:
+    """Return the weighted mean of w . x_k over the tasks w, at every prefix. For zero noise, return the limit."""
+    is_limit = noise_variance < sys.float_info.min  # the inverse of the variance would overflow
+    weigh = _indicator if is_limit else partial(_boltzmann, noise_variance=noise_variance)
+    at_once = max(_MIN_TASKS_AT_A_TIME, _SLAB[xs.device.type] // max(1, len(xs)))
+    sums = reduce(partial(_merge, weigh=weigh), (_sums(xs, ys, chunk, weigh) for chunk in tasks.split(at_once)))
+    return sums.output / sums.weight
+
+
+class _Sums(NamedTuple):
+    """Sums over a chunk of tasks at every prefix, each of shape (B, K). Weights are relative to that of the chunk's best task."""
+
+    least: Tensor
+    """Least sum of squared errors, which is the best task's."""
+    weight: Tensor
+    """Sum of the weights."""
+    output: Tensor
+    """Weighted sum of w . x_k."""
+
+
+def _sums(xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], tasks: Float[Tensor, "M D"], weigh: _Weigh) -> _Sums:
+    """Return the sums over these tasks. The weights at k depend on earlier examples only, so example k is added after they are used."""
+    squares = xs.new_zeros(len(xs), len(tasks))  # B M
+    prefixes = []
+    for k in range(xs.shape[1]):
+        outputs = xs[:, k] @ tasks.T  # B M
+        least = squares.amin(-1, keepdim=True)  # B 1
+        weights = weigh(squares - least)  # B M
+        prefixes.append(torch.stack((least[:, 0], weights.sum(-1), torch.linalg.vecdot(weights, outputs))))  # 3 B
+        residuals = outputs.sub_(ys[:, k, None])  # B M; in place, because another (B, M) would not fit in the cache
+        squares.addcmul_(residuals, residuals)
+    return _Sums(*torch.stack(prefixes, dim=-1).double())
+
+
+def _merge(first: _Sums, second: _Sums, *, weigh: _Weigh) -> _Sums:
+    """Return the sums over the tasks of both arguments, with weights relative to the best task of both."""
+    least = torch.minimum(first.least, second.least)
+    a, b = weigh(first.least - least), weigh(second.least - least)
+    return _Sums(least, a * first.weight + b * second.weight, a * first.output + b * second.output)
+
+
+def _boltzmann(excess: Tensor, *, noise_variance: float) -> Tensor:
+    """Return exp(-excess / (2 sigma^2)), but at least 2^-100, in place.
+
+    On CPUs `exp` is ten times slower than `exp2`, and numbers that underflow are ten times slower too. So we use `exp2`, and
+    clamp its argument.
+    """
+    return excess.mul_(-0.5 / math.log(2) / noise_variance).clamp_(min=-100).exp2_()
+
+
+def _indicator(excess: Tensor) -> Tensor:
+    """Return the limit of `_boltzmann` for zero noise: 1 for the best tasks, 0 for all others."""
+    return (excess == 0).to(excess.dtype)
+
+
+def sums_dtype(xs: Tensor, ys: Tensor, tasks: Tensor, noise_variance: float) -> torch.dtype:
+    """Return float32 if rounding changes the weights by less than about 1 %, else float64.
+
+    The rounding error of a log-weight is about eps times the squares that add up to S_m / (2 sigma^2).
+    """
+    if xs.dtype == torch.float64 or torch.get_float32_matmul_precision() != "highest":
+        return torch.float64
+    task_square = tasks.float().square().sum(-1).mean()
+    squares = (ys.float().square() + xs.float().square().sum(-1) * task_square.to(xs.device)).sum(-1)  # B
+    largest = squares.amax().item() if len(squares) else 0.0
+    error = torch.finfo(torch.float32).eps * largest / 2
+    return torch.float32 if error < _LOG_WEIGHT_ERROR * noise_variance else torch.float64
