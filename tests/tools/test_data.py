@@ -16,7 +16,7 @@ from tools.data.docs import PAGES, stale_pages
 from tools.data.schema import TABLES
 from tools.data.tables import few_steps
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = Path(__file__).resolve().parents[2] / "data"
 SHIPPED = sorted(path for size in ("small", "full") for path in (DATA / size).glob("*.csv"))
 KINDS = {"integer": pd.api.types.is_integer_dtype, "number": pd.api.types.is_numeric_dtype, "text": None}
 MAX_MEGABYTES = 6.0

@@ -20,7 +20,7 @@ from icl.config import RunConfig
 from icl.config.values import known_keys
 from icl.presets import PRESETS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MARKDOWN = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

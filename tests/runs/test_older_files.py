@@ -15,7 +15,7 @@ from icl.runs.folder import RunFolder, local_root
 from icl.store.base import LocalStore
 from icl.training.run import train, train_population
 
-ARCHIVE = Path(__file__).parent / "fixtures" / "0.1.0" / "runs.tar.xz"
+ARCHIVE = Path(__file__).parents[1] / "fixtures" / "0.1.0" / "runs.tar.xz"
 DOUBLE, SINGLE = 1e-9, 5e-5
 """Largest differences that another processor's rounding causes; the fixtures' README derives them."""
 _BASELINE_RTOL = 2e-6

@@ -1,6 +1,6 @@
 """The page of `icl report` in a real browser: headless Chromium, offline, at several widths, in light mode and in dark mode.
 
-Run these tests with `pytest -m slow tests/test_report_browser.py`. They need Chromium (Debian: `apt-get install chromium`) and the
+Run these tests with `pytest -m slow tests/report/test_report_browser.py`. They need Chromium (Debian: `apt-get install chromium`) and the
 Python package playwright from the extra `dev`. They do not use the browser that playwright can download.
 """
 

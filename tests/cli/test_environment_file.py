@@ -13,7 +13,7 @@ from tiny_runs import TINY, as_arguments, change
 from icl.cli import main
 from icl.cli.env_file import load_env_file
 
-TEMPLATE = (Path(__file__).parents[1] / ".env-template").read_text(encoding="utf-8")
+TEMPLATE = (Path(__file__).parents[2] / ".env-template").read_text(encoding="utf-8")
 NAMES = (
     "LOCAL_ROOT",
     "AWS_BUCKET_NAME",

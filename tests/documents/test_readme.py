@@ -13,7 +13,7 @@ from icl.command_line import train_parser
 from icl.presets import PRESETS
 from icl.resolve import resolve
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [
     (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from icl.config.validation import ConfigError
 from icl.config.values import known_keys
 from icl.resolve import resolve
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "older-commands.md").read_text(encoding="utf-8")
 ROWS = [
     (re.sub(r"\\\|", "|", row[0]), row[1])

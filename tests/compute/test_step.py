@@ -298,7 +298,7 @@ def test_compiled_is_eager_up_to_rounding_and_gives_the_same_bits_in_every_proce
 def run_alone(program, num_threads=1):
     run = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
         env={**os.environ, "OMP_NUM_THREADS": str(num_threads)},
         capture_output=True,
         text=True,

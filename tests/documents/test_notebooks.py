@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = {"quickstart", "main-figures", "essential-dynamics", "task-prior", "llcs", "task-diversity", "ood"}
 MAX_LINES = 20
