@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-from icl.command_line import CommandParser, whole_number
+from icl.command_line import CommandParser
 from icl.config.validation import ConfigError
+from icl.config.values import whole_number
 from icl.runs.folder import local_root
 
 HELP = "make a run's folder of checkpoints that older code saved"
