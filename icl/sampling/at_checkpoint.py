@@ -8,11 +8,11 @@ c_B, so we use
     excess:    L_B(w) - L_B(w0) - c_B . (w - w0)
 
 The mean of c_B over the pool is zero. So if every minibatch of the pool is equally likely, the control variates cause no bias. The
-second one is used only if minibatches are drawn with replacement; in passes through a list, c_B averages to zero by itself. Without
-a fixed pool, gbar would have an error that distorts the density, so there are no control variates.
+control variate of the excess is used only if minibatches are drawn with replacement; in passes through a list, c_B averages to zero
+by itself. Without a fixed pool, gbar would have an error that distorts the density. So in this case we use no control variates.
 
-The gradients at w0 are computed once, before the chains. We keep them only if they need at most `MEMORY` bytes, and if the pool
-has at most half as many minibatches as the chains of a checkpoint make moves.
+The gradients at w0 are computed once, before the chains. This is done only if the gradients need at most `MEMORY` bytes, and if the
+number of minibatches in the pool is at most half of the number of moves of all chains of a checkpoint.
 
 **One step down the gradient** (`GradientStep`). One half of the batches gives the mean gradient g and the curvature along g (by a
 finite difference of gradients). On this half we also choose the best of four multiples (`STEPS`) of the localised Newton step, which
@@ -28,8 +28,8 @@ w* + r (w0 - w*), with r = localization / (nbeta h + localization). So the loss 
 - At a saddle, chains move down on both sides, but their common mean stays near the saddle. So we also compute the drop at each
   chain's own mean, and average these drops. We report this average or the drop at the common mean, whichever is larger. For a convex
   loss the average is never larger.
-- The loss is measured on a finite set of batches. On these, the minimum lies at a slightly different point than on all data, and is a
-  little lower.
+- We measure the loss on a finite set of batches. Its minimum on these batches is at a slightly different point from its minimum on
+  all data, and is slightly lower.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,7 +55,7 @@ NUM_STEP_BATCHES = 32
 _MIN_DROP_BATCHES = 32
 """Minimum number of batches for the drop at the mean."""
 _NUDGE = 1e-3
-"""Length of the finite difference, relative to the parameters."""
+"""Length of the finite difference, relative to the size of the parameters."""
 
 
 class Variates(NamedTuple):
@@ -138,7 +138,7 @@ def make_variates(
         deviations.append(grads - grads.mean(0))
         losses.append(torch.cat([values for _, values in parts]))
     if not all(bool(rows.isfinite().all()) for rows in deviations):
-        return None  # one bad minibatch makes gbar non-finite, and so the gradients on all minibatches
+        return None  # one bad minibatch makes gbar non-finite, and with it the deviations on all minibatches
     return Variates(source, torch.stack(deviations), torch.stack(losses), pool.is_uniform)
 
 
@@ -159,7 +159,7 @@ def at_checkpoints(
     settings_grid: Sequence[ChainsConfig],
     layout: Layout,
 ) -> list[list[AtCheckpoint]]:
-    """Return the measurements that need no chains: for each settings, a list with one element for each checkpoint.
+    """Return the measurements that need no chains: one list for each element of `settings_grid`, with one element per checkpoint.
 
     Args:
         target: The loss to sample.
@@ -195,7 +195,7 @@ def losses_by_batch(losses: StackedLosses, params: Params, batches: Sequence[Bat
 
 
 class GradientStep:
-    """A step down the gradient from each of C stacked checkpoints, before the settings of the chains are known.
+    """A step down the gradient from each of C stacked checkpoints. The settings of the chains are needed only by `decrease`.
 
     Args:
         gradient: The gradient of stacked parameters.
@@ -266,7 +266,7 @@ class DropsAtMean:
         fixed: Params,
         num_chains: int,
     ) -> None:
-        """Take a function from stacked parameters to their losses on I batches (float64), and whether these are all the data."""
+        """Take a function from stacked parameters to their losses on I batches (float64), and whether the batches are all the data."""
         self.losses, self.are_all, self.layout = losses, are_all, layout
         self.start, self.fixed, self.num_chains = start, fixed, num_chains
         self.means, self.alive = start[:0], torch.zeros(0, dtype=torch.bool)

@@ -7,8 +7,8 @@ checkpoint see different minibatches.
 From an iterable, chain k at move t gets batch number t * num_chains + k. So the batches do not depend on how many chains run at
 once. A finite iterable starts over when it ends.
 
-- A shuffling DataLoader draws from torch's global generator when a pass begins. For pass e we set the generator to a state that
-  depends only on (seed, e). Then we restore the caller's state.
+- A shuffling DataLoader draws from torch's global generator. So in pass e, we read batches with a state of the generator that
+  depends only on (seed, e). Afterwards we restore the caller's state.
 - If the number of chains and the number of batches have a common factor, each chain would see only a few of the batches, and would
   sample the posterior of these few. So we skip one batch each time that the assignment would repeat.
 """
@@ -32,9 +32,11 @@ Batch: TypeAlias = Any
 """A tree (tuples, lists, dicts) of tensors and other values."""
 Batches: TypeAlias = Callable[[int, int], Batch] | Iterable[Batch]
 NUM_COMPARED = 4
-"""The chains' minibatches are compared at this many moves at the start, and at up to twice as many later moves."""
+"""Number of moves at the start at which the minibatches of different chains are compared. They are also compared at up to twice as
+many later moves."""
 SHORT_LIST = 32
-"""A list with fewer batches than this is short: in passes through it, the noise of a chain's consecutive moves is clearly correlated."""
+"""Length below which a list of batches is called short. In repeated passes through a short list, the noise of a chain's consecutive
+moves is clearly correlated."""
 _ARRAYS = (Tensor, np.ndarray)
 
 
@@ -62,7 +64,7 @@ class ChainBatches:
         self.digests: dict[tuple[int, int], bytes] = {}
 
     def first_distinct(self, num_wanted: int, device: torch.device) -> tuple[list[Batch], bool]:
-        """Return up to `num_wanted` distinct batches, the first that the chains get, and whether there seem to be no others."""
+        """Return the first distinct batches that the chains get, at most `num_wanted`, and whether there seem to be no others."""
         batches: dict[bytes, Batch] = {}
         num_repeats, patience = 0, 2 * self.num_chains
         for number in range(self.num_moves * self.num_chains):
@@ -81,11 +83,11 @@ class ChainBatches:
         return stack_batches([batches[chain] for chain in chains], device)
 
     def is_one(self) -> bool:
-        """Return whether all chains saw one and the same batch at every compared move, so that it is all the data."""
+        """Return whether all chains saw the same batch at every compared move. This batch is then taken to be all the data."""
         return len(set(self.digests.values())) <= 1
 
     def is_short_list(self) -> bool:
-        """Return whether the chains go in passes through a list of fewer than `SHORT_LIST` batches."""
+        """Return whether the chains go repeatedly through a list of fewer than `SHORT_LIST` batches."""
         return self.pool is not None and not self.pool.is_uniform and 1 < self.pool.size < SHORT_LIST
 
     def is_shared(self) -> bool:
@@ -219,7 +221,8 @@ def _empty_error() -> ConfigError:
 def stack_batches(batches: Sequence[Batch], device: torch.device) -> Batch:
     """Stack the tensors, arrays and numbers of batches on a new leading axis N.
 
-    If all batches are one object, it is expanded without a copy. Values of other types are kept if they are equal in all batches.
+    If all batches are the same object, this object is expanded without a copy. Values of other types must be equal in all batches,
+    and are kept.
 
     Raises:
         ConfigError: If the batches differ in structure or shape.

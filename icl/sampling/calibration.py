@@ -1,7 +1,7 @@
 """Calibration of the sampler for a run: a search for lr, nbeta, localization and burn-in at a few checkpoints.
 
 Settings with the same ratio localization / nbeta have equally long chains. So they run as one population, at all checkpoints, on
-the same minibatches. If the rule (`icl.sampling.search`) needs only the last checkpoint, only this checkpoint is sampled.
+the same minibatches. If a stage of the search (`icl.sampling.search`) needs only the last checkpoint, only this checkpoint is sampled.
 """
 
 import dataclasses
@@ -80,9 +80,9 @@ def calibrate(
 
     Args:
         path: The run's folder.
-        sampler: Settings that are not searched: batch size, chains, draws. If its `steps` are not `all`, they select the
-            checkpoints.
-        say: Called with lines of text: first the expected time, then the result of every trial.
+        sampler: Settings that the search does not choose, such as the batch size and the number of chains. Its `steps` select
+            the checkpoints; `all` means those of `PLACES`.
+        say: Function that receives lines of text: the rule, the expected time, and the result of every trial.
 
     Raises:
         CheckpointError: If there is no usable checkpoint.
@@ -108,8 +108,8 @@ def calibrate(
         run = run_of(path)
         steps = ", ".join(f"{checkpoint.step:,}" for checkpoint in checkpoints)
         say(
-            f"Checkpoints: {steps}. Largest curvature: {curvature:.3g}. The loss of predicting zero is {height:.3g} above that of "
-            "the last checkpoint."
+            f"Checkpoints: {steps}. Largest curvature: {curvature:.3g}. The loss of predicting zero exceeds the last checkpoint's "
+            f"loss by {height:.3g}."
         )
         first = [
             point.sampler(sampler)
@@ -132,7 +132,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(sampler: SamplerConfig, num_checkpoints: int) -> _Plan:
-    """Count the moves, as far as they are known before the search."""
+    """Count the moves that the search is expected to make."""
     points = survey(height=1.0, curvature=1.0, speed=sampler.speed)
     slower = slower_than(points[0])  # the smallest ratio has the longest chains
     rate, once, twice = (_num_moves(point.sampler(sampler)) for point in (points[0], slower, slower_than(slower)))
@@ -219,8 +219,8 @@ def _expected_time(plan: _Plan, seconds_per_move: float) -> str:
     minutes = math.ceil(plan.expected * seconds_per_move * _FURTHER_WORK / 60)
     return (
         f"About {minutes} minute{'' if minutes == 1 else 's'}: {plan.expected:,} moves of single chains at "
-        f"{1000 * seconds_per_move:.2g} ms each, and longer if lr must be reduced twice. Finished settings are stored, so after an "
-        "interruption the same command continues."
+        f"{1000 * seconds_per_move:.2g} ms each. The search takes longer if lr must be reduced twice. Finished settings are stored, so "
+        "after an interruption the same command continues."
     )
 
 

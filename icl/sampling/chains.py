@@ -31,7 +31,8 @@ from icl.sampling.target import Target
 from icl.sampling.traces import Draw, Recorder, Traces, mean_over_components
 
 FIRST_CHECK = 100
-"""Number of draws after which chains first compare their standard error with `target_stderr`. It grows by an eighth per comparison."""
+"""Number of draws at the first comparison of the chains' standard error with `target_stderr`. From one comparison to the next, the
+number of draws grows by an eighth."""
 
 Advance: TypeAlias = Callable[[int], None]
 """Function that is called with the number of moves just made. A move of one chain counts as one."""

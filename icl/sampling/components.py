@@ -1,4 +1,4 @@
-"""Components of the transformer. If chains move the parameters of one component only, the LLC is its refined LLC.
+"""Components of the transformer. If chains move only the parameters of one component, the estimate is the component's refined LLC.
 
 A component's refined LLC measures its effective number of parameters while the rest of the model stays fixed (Wang, Hoogland,
 van Wingerden, Furman and Murfet 2024, "Differentiation and specialization of attention heads via the refined local learning

@@ -8,10 +8,10 @@ The standard error of a mean over chains is the larger of two estimates. The fir
 autocorrelation, and also for chains that disagree, because the ESS is then smaller. The second is the standard deviation of the
 chains' means divided by the square root of their number. It assumes nothing about the draws within a chain.
 
-The drop is how far the loss at the mean of the draws lies below the checkpoint's (`icl.sampling.at_checkpoint`). The mean of finitely many
-draws has an error, which raises the loss. The jackknife over chains removes this bias to first order, and exactly for quadratics. It also
-gives the standard error (Efron and Stein 1981). With few chains the standard error is itself uncertain, so the rules of the verdict use
-Student's t.
+The drop is the checkpoint's loss minus the loss at the mean of the draws (`icl.sampling.at_checkpoint`). The mean of finitely many
+draws has an error, which raises the loss at this mean. The jackknife over chains removes this bias to first order, and exactly for
+quadratics. It also gives the standard error (Efron and Stein 1981). With few chains the standard error is itself uncertain, so the
+rules of the verdict use Student's t.
 """
 
 import math
@@ -25,11 +25,11 @@ from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 MANY_CHAINS = 16
-"""With at least this many chains, the spread between chains alone is a reliable error."""
+"""Minimum number of chains at which the spread between chains alone gives a reliable standard error."""
 
 
 class Drop(NamedTuple):
-    """How far the loss at the mean of the draws lies below the checkpoint's; NaN if it was not measured."""
+    """The checkpoint's loss minus the loss at the mean of the draws; NaN if it was not measured."""
 
     value: float = math.nan
     stderr: float = math.nan
@@ -41,7 +41,7 @@ def needed_ess(num_chains: int) -> int:
     """Return the effective sample size that the verdict requires.
 
     It is larger for few chains, because a comparison of few chains says little. It is smaller for many chains, because their spread
-    alone is a reliable error.
+    alone gives a reliable standard error.
     """
     return 400 if num_chains < 4 else 200 if num_chains < MANY_CHAINS else 100
 
@@ -155,7 +155,7 @@ def drop_at_mean(
 
 
 def significance_threshold(degrees_of_freedom: float) -> float:
-    """Return the number of standard errors that is as rare under Student's t as three are under a normal distribution."""
+    """Return the number of standard errors that Student's t exceeds as rarely as a normal distribution exceeds three."""
     return float(stdtrit(degrees_of_freedom, ndtr(3.0)))
 
 
@@ -178,7 +178,7 @@ def _plain_rhat(draws: Float[ndarray, "K S"]) -> float:
 
 
 def _autocovariance(draws: Float[ndarray, "K S"]) -> Float[ndarray, "K S"]:
-    """Return the autocovariance at lags 0 .. S - 1, each sum divided by S, by the fast Fourier transform."""
+    """Return the autocovariance at lags 0 to S - 1, by the fast Fourier transform. Each sum over draws is divided by S."""
     num_draws = draws.shape[1]
     centred = draws - draws.mean(1, keepdims=True)
     spectrum = np.abs(fft.rfft(centred, fft.next_fast_len(2 * num_draws))) ** 2

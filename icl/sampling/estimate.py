@@ -201,8 +201,8 @@ def run_chains(
 def even_chunks(num: int, most: int) -> int:
     """Return a chunk size of at most `most`, if possible one that divides `num` into equal chunks.
 
-    Equal chunks are better, because a gradient that is compiled for a GPU is compiled again for every size. But if they would be
-    smaller than about half of `most`, the last chunk is smaller than the others.
+    Equal chunks are better, because a gradient that is compiled for a GPU is compiled again for every size. But if equal chunks would
+    be smaller than about half of `most`, only the last chunk is smaller.
     """
     num_chunks = -(-num // most)
     equal = (num // count for count in range(num_chunks, 2 * num_chunks + 1) if num % count == 0)

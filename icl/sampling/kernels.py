@@ -11,7 +11,7 @@ beta on n samples, under a Gaussian prior around the checkpoint w0 (the anchor).
   of the moves before it.
 
 We differ from Li et al. and from devinterp 1.3.2: we adapt G only during burn-in and then keep it fixed. So G does not
-depend on w, and the term Gamma_i = sum_j dG_ij/dw_j is exactly zero. They keep adapting G and neglect the term.
+depend on w, and the term Gamma_i = sum_j dG_ij/dw_j is exactly zero. Both of them keep adapting G and neglect this term.
 
 Tests use the exact answer for U = a w^2 / 2: the chain w' = (1 - lr G a/2) w + sqrt(lr G) xi has the stationary variance
 1 / (a (1 - lr G a/4)). `known.quadratic_llc` returns the resulting LLC.
@@ -48,7 +48,8 @@ from torch import Tensor
 from icl.config import ChainsConfig
 
 NUM_TESTS = {"sgld": 16, "rmsprop": 16, "baoab": 4}
-"""Number of moves of each chain for which the acceptance is computed, by kernel. Each costs one more gradient, with `baoab` two."""
+"""Number of moves of each chain for which the acceptance probability is computed, by kernel. Each of these moves needs one
+additional gradient, or two with `baoab`."""
 DECAY = 0.99
 """Decay of the running mean of squared gradients."""
 DAMPING = 0.1
@@ -92,7 +93,7 @@ class MarkovKernel(NamedTuple):
 
 
 def kernel_of(settings: ChainsConfig) -> MarkovKernel:
-    """Return the kernel of some settings."""
+    """Return the kernel that some settings describe."""
     density: dict[str, Any] = {
         "lr": settings.lr,
         "nbeta": settings.inverse_temperature,

@@ -1,11 +1,11 @@
-"""Known learning coefficients, to test estimates against.
+"""Known learning coefficients, with which estimates are compared in tests.
 
-Asymptotic coefficients lambda (nbeta to infinity) are formulas, some with their multiplicity m: the free energy of n samples
-is n L0 + lambda log n - (m - 1) log log n + O(1) (Watanabe 2009).
+Functions return the asymptotic coefficient lambda (for nbeta to infinity), and some also the multiplicity m. Both appear in the free
+energy of n samples, n L0 + lambda log n - (m - 1) log log n + O(1) (Watanabe 2009).
 
 At finite nbeta and with localization, the estimator has a different target (true value): nbeta E[L - L0] under the density
-exp(-nbeta L - localization/2 |w|^2). We compute it in closed form for quadratic losses, including the effect of discrete steps,
-and by quadrature in up to three dimensions.
+exp(-nbeta L - localization/2 |w|^2). We compute this target in closed form for quadratic losses, including the effect of a finite step
+size, and by quadrature in up to three dimensions.
 """
 
 import math
@@ -47,8 +47,8 @@ def quadratic_llc(
 
     Let a_i = nbeta h_i + localization, and let v_i be the variance of the minibatch gradient in direction i. Then SGLD gives w_i the
     stationary variance (1 + lr nbeta^2 v_i / 4) / (a_i (1 - lr a_i / 4)), which is infinite if lr a_i >= 4. With `lr` = 0 this is the
-    variance under the target density itself. If `friction` is given, the chains are those of `icl.sampling.kernels`. Its docstring has
-    their variance.
+    variance under the target density itself. If `friction` is given, the chains are those of the kernel `baoab`; the docstring of
+    `icl.sampling.kernels` has their variance.
     """
     a = nbeta * eigenvalues + localization
     if bool((lr * a >= 4).any()):
@@ -131,7 +131,7 @@ def localized_reduced_rank_llc(inputs: int, hidden: int, outputs: int, *, nbeta:
 
 
 def deep_linear(widths: Sequence[int], rank: int) -> LearningCoefficient:
-    """Return lambda and m of a deep linear network with layer widths H_0 .. H_L and a true map of rank `rank` (Aoyagi 2024).
+    """Return lambda and m of a deep linear network with layer widths H_0, ..., H_L and a true map of rank `rank` (Aoyagi 2024).
 
     Only the smallest of the excess widths H_i - rank enter the formula.
 
@@ -159,7 +159,7 @@ def _counting_widths(excess: list[int]) -> list[int]:
         total, layers = sum(chosen), num - 1
         if total >= layers * chosen[-1] and (not others or (chosen[-1] < others[0] and total < layers * others[0])):
             return chosen
-    raise AssertionError(f"No prefix of the excess widths {excess} fits.")  # Aoyagi proves that one always does
+    raise AssertionError(f"No prefix of the excess widths {excess} fits.")  # Aoyagi proves that one always fits
 
 
 def localized_llc(

@@ -172,7 +172,8 @@ def estimate_llc(
         trivial_loss: Loss of a trivial predictor, for example one that predicts zero. Without it, escape from the basin is not
             checked.
         vectorize: If False, chains run one after another by plain autograd. This is needed for losses that `vmap` cannot map.
-            If True, chains run together. `vmap` computes their gradients, or a loop if this is faster (`LOOP_SIZE`).
+            If True, chains run together, and their gradients are computed by `vmap`, or by a loop if that is faster
+            (`LOOP_SIZE`).
         observables: Functions of the parameters by name. The result has the values of each at every draw of every chain.
         options: Less common options.
 

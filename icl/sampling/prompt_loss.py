@@ -3,7 +3,7 @@
 The loss is the mean squared error per target, not divided by D. It is a vector over the K positions, whose mean is the loss.
 The `subsequence` loss (Hoogland et al. 2024, calibration) is the mean error of the first K' targets with K' uniform on 1..K. We
 take its expectation over K', which weights position k by the sum over K' >= k of 1 / (K K'). Their code draws one K' for each
-prompt, which adds noise and no information.
+prompt, which adds noise but no information.
 
 Prompts follow the run's training distribution. `fixed` minibatches are blocks of one set of n prompts: the first n of the
 stream `llc`, so a larger set contains every smaller one. For each (seed, chain, draw) a block is drawn uniformly. `fresh` minibatches
@@ -40,7 +40,8 @@ from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Distribution, prompt_source, sample_prompts
 
 _MAX_COUNTED_TASKS = 2**16
-"""Largest number of tasks for which the pool's mean |w|^2 is computed. In a larger pool it equals D to half a percent."""
+"""Largest number of tasks for which the pool's mean |w|^2 is computed. In a larger pool, it differs from D by about half a percent at
+most."""
 PARTS: tuple[Distribution, ...] = ("pretrain", "true")
 """Distributions of the prompts in `losses_by_part`, in their order."""
 NUM_PART_PROMPTS = 256
@@ -167,7 +168,9 @@ def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradien
                 # With several chains this makes a copy: matrix products on a GPU are slow on views at unaligned addresses.
                 params = {name: tensor.contiguous() for name, tensor in layout.to_params(rows, fixed).items()}
                 components = _components(model, weights, params, *batch)  # N K
-                return components.mean(1).sum(), components  # the sum's gradient is each member's own
+                return components.mean(
+                    1
+                ).sum(), components  # the gradient of the sum has each member's own gradient in its row
 
             return grad_and_aux(total, rows)
 

@@ -38,7 +38,8 @@ PUBLISHED = SamplerConfig(
     minibatches="fixed",
 )
 """The settings of Hoogland et al. 2024, from their sweep file of January 2024 (icl@a868647,
-sweeps/analysis/0-L2H4-llcs-over-time.yaml): nbeta = 66.67, localization = 6.67, no burn-in (their code ignores its key `num_burn_in`).
+sweeps/analysis/0-L2H4-llcs-over-time.yaml): nbeta = 66.67, localization = 6.67, no burn-in (their code ignores the file's key
+`num_burn_in`).
 
 We differ in two ways. Their chains used the same noise at every checkpoint, which makes a curve look smoother than it is. Our chains
-have different noise at each checkpoint. And our L(w0) is the mean over `num_init_batches` minibatches."""
+have different noise at each checkpoint. The second difference is that we average L(w0) over `num_init_batches` minibatches."""

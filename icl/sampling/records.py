@@ -1,9 +1,9 @@
-"""Stored LLC estimates of a run, in a folder for each settings, and the tables that are made from them.
+"""Stored LLC estimates of a run, and the tables that are made from them.
 
-An estimate is an entry (`icl.runs.measure`) of `results/llc/<settings>/` in the run's folder. It contains the row of `llc.csv`,
-the rows per position, and the traces. `<settings>` is a hash of everything that determines the chains. The entry's key also contains
-the version of the verdict's rules. So the tables have separate rows for different settings, and several programs may estimate the
-same run at once. Estimates that version 0.1.0 stored as `.npz` stay in the tables; a new estimate replaces them.
+An estimate is an entry (`icl.runs.measure`) in the folder `results/llc/<settings>/` of the run. It contains the row of `llc.csv`, the
+rows for each position, and the traces. `<settings>` is a hash of everything that determines the chains. So the tables have separate
+rows for different settings, and several programs may estimate LLCs of the same run at once. The entry's key also contains the
+version of the verdict's rules. Estimates that version 0.1.0 stored as `.npz` stay in the tables until a new estimate replaces them.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ COLUMNS = (
 )
 """The first columns of `llc.csv`."""
 RENAMED_COLUMNS = {"heat": "bias_bound", "settled": "drop_at_mean", "settled_stderr": "drop_at_mean_stderr"}
-"""Names of columns in version 0.1.0, and their present names; readers accept both."""
+"""Names of columns in version 0.1.0, and their current names. Readers accept both."""
 _TEXTS = (
     *("checkpoint_hash", "loss_name", "kernel", "minibatches", "mode", "component", "settings", "verdict", "reasons"),
 )
@@ -153,7 +153,7 @@ def make_record(result: LLCResult, settings: EstimateSettings) -> Record:
 
 
 def _susceptibilities(result: LLCResult) -> np.ndarray:
-    """Return the susceptibilities to the parts of the data, relative to the training loss; empty if the parts were not recorded."""
+    """Return the susceptibilities to the parts of the data, relative to the training loss, or an empty array if there are none."""
     used = result.llc_per_chain.isfinite()
     if PARTS_NAME not in result.observables or not used.any():
         return np.zeros(0)
@@ -187,7 +187,7 @@ def write_tables(run: RunFolder) -> None:
     """Write the run's tables, made from all stored estimates.
 
     Raises:
-        StorageError: If they cannot be written.
+        StorageError: If a table cannot be written.
     """
     with _lock(run):
         records = read_all(run)

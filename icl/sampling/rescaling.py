@@ -1,10 +1,11 @@
-"""Control of what an LLC estimate measures: the estimate for the same function with rescaled weights.
+"""Rescale a model's weights without changing its function, as a control of what an LLC estimate measures.
 
-One linear map of a block is multiplied by a factor c and the next one by 1/c, so that the function stays the same:
+In each block, one linear map is multiplied by a factor c and the next map by 1/c, so that the function stays the same:
 
-- in a ReLU block, (W1, b1) by c and W2 by 1/c, because relu(c z) = c relu(z);
-- otherwise the values by c and the output projection by 1/c, because attention is linear in its values;
-- without an output projection, the scale and shift of a layer norm by c and the map that follows by 1/c.
+- With a ReLU MLP, (W1, b1) is multiplied by c and W2 by 1/c, because relu(c z) = c relu(z).
+- With another activation, the attention's values are multiplied by c and its output projection by 1/c, because attention is linear
+  in its values.
+- If there is no output projection either, the scale and shift of a layer norm are multiplied by c, and the map after it by 1/c.
 
 This is a change of coordinates, so the learning coefficient stays the same. But the localisation and the step size act differently in
 the new coordinates. If an estimate depends on c, it measures the size of the weights as well as the geometry of the loss. A falling
@@ -35,7 +36,7 @@ def rescaled(model: ModelConfig, params: Params, factor: float) -> Params:
 
 
 def describe_pair(model: ModelConfig) -> str:
-    """Name the two maps that are rescaled."""
+    """Return a phrase that names the two maps that are rescaled."""
     if model.activation == "relu":
         return "the two maps of each ReLU MLP"
     return (
@@ -44,18 +45,22 @@ def describe_pair(model: ModelConfig) -> str:
 
 
 def _powers(model: ModelConfig, block: str) -> dict[str, int]:
-    """Return the power of the factor for each parameter that is rescaled as a whole."""
+    """Return the exponent of the factor for each parameter tensor that is rescaled as a whole."""
     if model.activation == "relu":
         return {f"{block}.mlp.hidden.weight": 1, f"{block}.mlp.hidden.bias": 1, f"{block}.mlp.output.weight": -1}
     if model.layer_norm != "pre":
         raise ConfigError(
-            "`--rescale` needs a model with a ReLU MLP, an output projection or layer norms before the sublayers; this one has none."
+            "`--rescale` needs a model with a ReLU MLP, an output projection or layer norms before the sublayers; this model has none "
+            "of these."
         )
     return {f"{block}.mlp_norm.weight": 1, f"{block}.mlp_norm.bias": 1, f"{block}.mlp.hidden.weight": -1}
 
 
 def _rescaled_values(model: ModelConfig, params: Params, block: str, factor: float) -> Params:
-    """Multiply the values by the factor and divide the output projection by it; rows of `qkv` are (head, q or k or v, channel)."""
+    """Multiply the values by the factor and divide the output projection by it.
+
+    The rows of `qkv` are ordered by head, then by query, key and value, then by channel.
+    """
     changed = {f"{block}.attention.output.weight": params[f"{block}.attention.output.weight"] / factor}
     for name in (f"{block}.attention.qkv.weight", f"{block}.attention.qkv.bias"):
         if name in params:

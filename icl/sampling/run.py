@@ -1,7 +1,7 @@
 """LLCs of a run at all or some of its saved steps, for the run's own training loss. Finished estimates are stored and reused.
 
-The chains of all checkpoints form one population. On a CPU the checkpoints take turns, because the chains of one checkpoint fill
-the caches. If the program is killed, the same call continues after the last stored checkpoint.
+The chains of many checkpoints run as one population. On a CPU the checkpoints run one after the other, because the chains of a single
+checkpoint fill the caches. If the program is killed, the same call continues after the last stored checkpoint.
 """
 
 from collections.abc import Sequence
@@ -82,15 +82,15 @@ def estimate_run(
     """Estimate the LLCs of a run's saved steps, or of one checkpoint; stored estimates under equal settings are reused.
 
     Args:
-        path: A run's folder, its folder of checkpoints, or one checkpoint file (whose estimate is not stored).
+        path: A run's folder, its folder `checkpoints`, or a checkpoint file. The estimate of a single file is not stored.
         sampler: Settings of the sampler; by default those in the run's configuration.
         mode: A label for the rows.
-        rescale: If not 1, the weights are rescaled by this factor with the function unchanged (`icl.sampling.rescaling`).
+        rescale: Factor by which the weights are rescaled without changing the function (`icl.sampling.rescaling`).
         component: If given, the chains move only this component of the model (`icl.sampling.components`). The component's
             susceptibilities to the positions of the prompts are then estimated too.
 
     Raises:
-        CheckpointError: If there is no usable checkpoint, or the checkpoints are of different runs.
+        CheckpointError: If there is no usable checkpoint, or the checkpoints belong to different runs.
         ConfigError: If a setting cannot be used, or the device is a TPU.
         StorageError: If an estimate cannot be written.
 
@@ -137,7 +137,7 @@ def estimate_run(
 
 
 class _RunningTrace:
-    """Table of the draws so far, to read or plot while the chains run. It also shows the estimate so far on the progress bar.
+    """Writes a table of the draws so far while the chains run, and shows the estimate so far on the progress bar.
 
     Args:
         file: File of the table. Its columns are step, chain, draw and excess in nats. It has at most `MAX_TRACE` draws of each chain.
@@ -240,7 +240,7 @@ def require_room(config: RunConfig, sampler: SamplerConfig, device: torch.device
 
 
 def run_files(path: str | Path) -> tuple[list[Path], RunConfig]:
-    """Return the checkpoint files of a path, by step, and the configuration of their run."""
+    """Return the checkpoint files at a path, sorted by step, and the configuration of their run."""
     files = checkpoint_files(path)
     return files, load_checkpoint_file(files[0]).config
 
@@ -273,10 +273,10 @@ def chosen_files(files: Sequence[Path], steps: str) -> list[Path]:
 
 
 def sampling_device() -> torch.device:
-    """Return the device that $DEVICE names, or by default the best one available.
+    """Return the device that $DEVICE names, or by default the best device available.
 
     Raises:
-        ConfigError: If it is a TPU.
+        ConfigError: If the device is a TPU.
     """
     kind = choose_device()
     if kind == "tpu":

@@ -2,8 +2,8 @@
 
 Near a minimum with curvatures h, the LLC is about the sum of (1/2) h / (h + ratio), with ratio = localization / nbeta. This does not
 depend on nbeta itself, so the ratio decides which directions count. If the LLC changes with nbeta at the same ratio, either the chains
-leave the basin (nbeta too small), or minibatch noise moves them too much (nbeta too large). A step is stable up to
-lr (nbeta h_max + localization) = 4, where h_max is the largest curvature. So we search over three numbers:
+leave the basin (nbeta too small), or minibatch noise moves them too much (nbeta too large). Chains are stable if
+lr (nbeta h_max + localization) is below 4, where h_max is the largest curvature. So we search over three numbers:
 
 - nbeta, in units of 1 / (loss of a trivial predictor - loss of the checkpoint),
 - the ratio, in units of h_max,
@@ -33,7 +33,7 @@ NBETAS = (300.0, 1000.0, 3000.0)
 RATIOS = (0.01, 0.03, 0.1)
 """Ratios localization / nbeta that are tried, in units of the last checkpoint's largest curvature. Smaller ratios need longer chains."""
 STEP = 1.5
-"""Value of lr (nbeta h_max + localization) in the survey. At 4 chains become unstable."""
+"""Value of lr (nbeta h_max + localization) in the survey. Chains become unstable at the value 4."""
 AGREEMENT = (3.0, 0.1)
 """Two estimates agree if they differ by at most this many joint standard errors, or by at most this fraction of the first."""
 PLATEAU = 0.03
@@ -60,17 +60,17 @@ RULE = f"""\
 The rule: at a few checkpoints we try nbeta = {", ".join(f"{x:g}" for x in NBETAS)} divided by (loss of predicting zero - checkpoint's loss). At
 each nbeta we try localization / nbeta = {", ".join(f"{x:g}" for x in RATIOS)} times the largest curvature. lr is {STEP:g} / (nbeta curvature + localization).
 1. The last checkpoint must be healthy: no rule of the verdict may be broken. The bias of the step size is an exception (see 4), and
-   so are R-hat and the effective sample size, because the chains of the search are short. Burn-in is 2 / (lr localization) moves
-   of SGLD. In these moves the variance in flat directions grows to 86% of its final value. `baoab` with friction c needs only
-   (1 - c) / (1 + c) times as many moves.
-2. Plateau in nbeta: the estimate must agree with that at the next smaller or larger nbeta at the same ratio (within
+   so are R-hat, the effective sample size and significance, because the chains of the search are short. Burn-in is
+   2 / (lr localization) moves of SGLD. In these moves the variance in flat directions grows to 86% of its final value. `baoab` with
+   friction c needs only (1 - c) / (1 + c) times as many moves.
+2. Plateau in nbeta: the estimate must agree with the estimate at the next smaller or larger nbeta and the same ratio (within
    {AGREEMENT[0]:g} standard errors or {AGREEMENT[1]:.0%}).
 3. Among the settings that pass 1 and 2, we choose those with the most healthy checkpoints. If several have equally many, we choose
    the smallest ratio (most directions count), then the smallest nbeta (least noise).
 4. Plateau in lr, at the last checkpoint: the bias of the step size must be small. A third of lr, with chains three times as long,
-   must give the same estimate within one joint standard error plus {PLATEAU:.0%}. If not, this third is tested in the same way.
-5. Burn-in: 1.5 times as long as the chains' mean loss takes to reach its later level, and at least 1.5 times the burn-in of the
-   search. Draws: at least as many as configured, and enough for an effective sample size of {MIN_ESS:g}.
+   must give the same estimate within one joint standard error plus {PLATEAU:.0%}. If not, we test this third of lr in the same way.
+5. Burn-in: 1.5 times the number of moves that the chains' mean loss takes to reach its later level, but at least 1.5 times the
+   burn-in of the search. Draws: at least as many as configured, and enough for an effective sample size of {MIN_ESS:g}.
 All chains of the search use the same minibatches and noise, so differences between estimates are due to the settings.
 Finally, chains of the chosen length with the next `seed` test the choice. It is accepted if their verdict at the last
 checkpoint is ok."""
@@ -193,7 +193,7 @@ def search(
     if not candidates:
         return SearchResult(trials=trials, plateau=plateau, reason=_why_none(trials, len(healthy)))
     best = min(candidates, key=lambda trial: (-trial.num_healthy, trial.point.ratio, trial.point.nbeta))
-    # Ten times the lr shows what failure looks like.
+    # Also try ten times the lr, to show what failure looks like.
     attempt(best.point._replace(stage=RATES, lr=round_to(10 * best.point.lr)))
     for _ in range(2):
         slower = attempt(slower_than(best.point))
@@ -211,7 +211,7 @@ def search(
 
 
 def _why_none(trials: Sequence[Trial], num_healthy: int) -> str:
-    """Return why the survey has no candidate, and what to do if the checkpoint is the cause."""
+    """Return a text that says why the survey has no candidate, and what to do if the checkpoint is the cause."""
     reason = (
         f"No choice: {num_healthy} of {len(trials)} settings are healthy at the last checkpoint, "
         "and none of these is on a plateau in nbeta."
@@ -231,7 +231,10 @@ def slower_than(point: SearchPoint) -> SearchPoint:
 
 
 def num_draws(result: LLCResult, configured: int) -> int:
-    """Return the number of draws for an effective sample size of `MIN_ESS`, a multiple of 50, but at least `configured`."""
+    """Return the number of draws that gives an effective sample size of about `MIN_ESS`.
+
+    The number is rounded up to a multiple of 50. If `configured` is larger, `configured` is returned.
+    """
     needed = result.settings.num_draws * MIN_ESS / result.ess if result.ess > 0 else 0.0
     return max(configured, 50 * math.ceil(needed / 50))
 
@@ -261,7 +264,7 @@ def extrapolated(first: LLCResult, slower: LLCResult) -> tuple[float, float]:
 
 
 def burnin(result: LLCResult) -> int:
-    """Return 1.5 times the number of moves that the chains' mean loss takes to come within two deviations of its later level."""
+    """Return 1.5 times the number of moves until the chains' mean loss is within two standard deviations of its later level."""
     trace = torch.cat([result.burnin_trace, result.loss_trace], dim=1).nanmean(0).numpy()
     width = max(len(trace) // 20, 1)
     windows = trace[: len(trace) // width * width].reshape(-1, width).mean(1)
@@ -277,7 +280,7 @@ def round_to(value: float, digits: int = 2) -> float:
 
 
 def _has_plateau(trial: Trial, trials: Sequence[Trial]) -> bool:
-    """Return whether the estimate agrees with that at the next smaller or larger nbeta at the same ratio."""
+    """Return whether a trial's estimate agrees with the estimate at the next smaller or larger nbeta and the same ratio."""
     same = sorted((other for other in trials if other.point.ratio == trial.point.ratio), key=lambda t: t.point.nbeta)
     index = same.index(trial)
     neighbours = [*same[max(index - 1, 0) : index], *same[index + 1 : index + 2]]

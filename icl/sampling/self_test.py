@@ -7,10 +7,10 @@ The loss of every problem has its minimum, 0, at the checkpoint. If the estimato
 (`icl.sampling.known`), the estimate must agree with it within `NUM_STDERRS` standard errors. If the loss is not quadratic, the bias
 of the step size is not known exactly. Then the estimate may differ by a further fraction `STEP_BIAS` of the target.
 
-For deep linear networks only the asymptotic value is known, so we estimate at three nbeta. The estimates must rise with nbeta. In
-addition to the standard errors, they may differ from the asymptotic value by value / sqrt(nbeta). The reason is the localization of
-strength 1: it changes the contribution of a direction that is quartic in w by a fraction nbeta^(-1/2), and that of other directions
-by less. The multiplicity is 1, so there is no logarithmic term.
+For deep linear networks only the asymptotic value lambda is known, so we estimate at three values of nbeta. The estimates must rise
+with nbeta. Beyond the standard errors, an estimate may differ from lambda by lambda / sqrt(nbeta). The reason is the localization of
+strength 1. It changes the contribution of a direction that is quartic in w by a fraction nbeta^(-1/2), and the contribution of other
+directions by a smaller fraction. The multiplicity is 1, so there is no logarithmic term.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ _CHAINS = ChainsConfig(num_chains=32, num_draws=1500, num_burnin_steps=1500)
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A loss with a known learning coefficient, and the settings for sampling it at one or several nbeta."""
+    """A test problem: a loss with a known learning coefficient, and the sampler's settings at one or several values of nbeta."""
 
     name: str
     loss: Loss
@@ -53,12 +53,12 @@ class Problem:
     sampler: dict[str, Any]
     batches: Batches = (None,)
     is_quadratic: bool = False
-    """Whether the loss is a quadratic without minibatches, so that the effect of the step is known exactly."""
+    """Whether the loss is quadratic and has no minibatches, so that the effect of the step size is known exactly."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """An estimate and the true values."""
+    """An estimate for a test problem, and the true values."""
 
     problem: str
     kernel: str
@@ -74,7 +74,7 @@ class Row:
 
 
 def self_test(say: Callable[[int, str], None] = lambda number, name: None) -> list[Row]:
-    """Run every problem. When one begins, `say` is called with its number (from 1) and its name."""
+    """Run all test problems. Before each problem, `say` is called with its number (from 1) and its name."""
     rows: list[Row] = []
     for number, problem in enumerate(problems(), start=1):
         say(number, problem.name)
@@ -104,9 +104,10 @@ def truth_table(rows: Sequence[Row]) -> str:
 
 
 def run_problem(problem: Problem, kernel: Kernel = "sgld") -> list[Row]:
-    """Estimate with one kernel at every nbeta.
+    """Estimate the LLC of a test problem with one kernel, at each value of nbeta.
 
-    All nbeta run as one population at the largest nbeta. Each has its own checkpoint, whose loss is scaled by a fixed factor.
+    All values of nbeta run as one population at the largest nbeta. Each value has its own checkpoint, whose loss is multiplied by a
+    fixed factor.
     """
     largest = problem.nbetas[-1]
 
@@ -150,7 +151,7 @@ def _row(problem: Problem, nbeta: float, result: LLCResult) -> Row:
 
 
 def problems() -> list[Problem]:
-    """Return all problems."""
+    """Return all test problems."""
     return [
         _quadratic("regular quadratic, d = 10", torch.logspace(-1, 0.5, 10), nbeta=100.0, localization=1.0, lr=2e-3),
         _quadratic(
@@ -198,7 +199,7 @@ def _quadratic(name: str, h: Tensor, *, nbeta: float, localization: float, lr: f
 def _pointwise(
     name: str, loss: Callable[[Tensor], Tensor], num_params: int, asymptotic: float, *, lr: float
 ) -> Problem:
-    """Return the problem of a loss that takes rows of w (P, d); its true value comes from quadrature."""
+    """Return a test problem for a loss function of points w, given as rows (P, d). The true value is computed by quadrature."""
     localization = 5.0
     return Problem(
         name=name,
@@ -218,7 +219,10 @@ def _crossing(name: str, powers: Sequence[int]) -> Problem:
 
 
 def _regression() -> Problem:
-    """Return noiseless linear regression in p = 6 on minibatches; the Hessian is that of all 4,096 inputs."""
+    """Return the test problem of noiseless linear regression with minibatches, in p = 6 dimensions.
+
+    The true value is computed from the Hessian over all 4,096 examples.
+    """
     xs = torch.randn(4096, 6, generator=torch.Generator().manual_seed(1))
     h = torch.linalg.eigvalsh(xs.T @ xs / len(xs))
     name = "linear regression, p = 6, minibatches"

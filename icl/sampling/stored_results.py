@@ -1,6 +1,7 @@
 """Complete results of estimates, stored so that an interrupted calibration continues after its last finished settings.
 
-Records (`icl.sampling.records`) are for users. A search needs more: all evidence and the unthinned traces. A result is an entry (`icl.runs.measure`) of `results/llc-calibration/<settings>/`, under the same key as a record of the same chains.
+Records (`icl.sampling.records`) are for users. A search needs more: all evidence and the unthinned traces. A result is an entry
+(`icl.runs.measure`) in `results/llc-calibration/<settings>/`, under the same key as a record of the same chains.
 """
 
 import dataclasses
@@ -57,7 +58,7 @@ class StoredResults:
         """Store a result.
 
         Raises:
-            StorageError: If it cannot be written.
+            StorageError: If the result cannot be written.
         """
         fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
         arrays = {name: value.numpy() for name, value in fields.items() if isinstance(value, Tensor)}

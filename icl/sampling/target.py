@@ -49,7 +49,7 @@ class Target:
     loss: Loss
     """Function from one member's parameters and a batch to a number, or to components whose mean is the loss."""
     batches: Batches
-    """Minibatches by (chain, draw), or an iterable."""
+    """Function from (chain, draw) to a minibatch, or an iterable of minibatches."""
     trivial_loss: float | None = None
     """Loss of a trivial predictor, for example one that predicts zero; None if it is not known."""
     name: str = "loss"
@@ -60,9 +60,9 @@ class Target:
     gradient: Gradient | None = None
     """A faster gradient of the same loss for the chains' moves."""
     shared_losses: StackedLosses | None = None
-    """A faster loss of stacked parameters, all on the same batch."""
+    """A faster function for the losses of stacked parameters, all on the same batch."""
     own_losses: StackedLosses | None = None
-    """A faster loss of stacked parameters, each on its own batch."""
+    """A faster function for the losses of stacked parameters, each on its own batch."""
     must_depend: bool = False
     """Whether to check that the loss depends on the parameters that move."""
 
@@ -118,12 +118,12 @@ class Target:
 
 
 def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) -> tuple[Loss, Params]:
-    """Return a loss and its parameters, made from a module.
+    """Return the loss function of a module and a criterion, and the module's parameters.
 
     A batch may be a pair (inputs, targets). The loss is then `criterion(model(inputs), targets)`, or
     `criterion(model(*inputs), targets)` if inputs is a tuple. A batch may also be a dict of arguments, as for models of Hugging
-    Face's `transformers`. The loss is then `criterion(model(**batch), batch)`. We use a copy in evaluation mode, so the caller's
-    model is never called. Parameters with `requires_grad=False` are not sampled; the loss keeps their present values.
+    Face's `transformers`. The loss is then `criterion(model(**batch), batch)`. The loss calls a copy of the model in evaluation
+    mode, and never the caller's model. Parameters with `requires_grad=False` are not sampled: they keep their current values.
 
     Example:
         ```python
@@ -132,8 +132,8 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) ->
         ```
 
     Raises:
-        ConfigError: If the arguments are not a module and a function, or the module has no parameter to sample. The loss also
-            raises it, if a batch is neither a pair nor a dict.
+        ConfigError: If the arguments are not a module and a function, or the module has no parameter to sample. The loss function
+            raises the same error if a batch is neither a pair nor a dict.
     """
     if not isinstance(model, nn.Module) or not callable(criterion):
         raise ConfigError(

@@ -23,7 +23,7 @@ from icl.sampling.kernels import BAOABState, State
 DIVERGED = 10.0
 """A chain has diverged, and is masked, if its mean excess exceeds this many nats per sampled dimension.
 
-Our choice: 20 times d/2, the LLC of a nondegenerate minimum, which is the largest LLC at a minimum (Watanabe 2009).
+The limit is our choice: 20 times d/2. The largest possible LLC at a minimum is d/2, that of a nondegenerate minimum (Watanabe 2009).
 """
 
 
@@ -63,7 +63,7 @@ def spread(draw: Draw) -> Float[Tensor, " N"]:
 
 
 def bias_bound(draw: Draw) -> Float[Tensor, " N"]:
-    """Half of what step size and minibatch noise add to pull + spread, in nats (`icl.sampling.verdict.chains`)."""
+    """Half of the amount that step size and minibatch noise add to pull + spread, in nats (`icl.sampling.verdict.chains`)."""
     settings = draw.settings
     if isinstance(draw.state, BAOABState):
         c = settings.friction
@@ -101,18 +101,18 @@ class Traces(NamedTuple):
     alive: Bool[Tensor, " N"]
     """Whether each chain stayed finite and did not diverge upwards or downwards."""
     diverged_down: Bool[Tensor, " N"]
-    """Whether each chain diverged to far lower loss than the checkpoint's."""
+    """Whether each chain diverged to a loss far below the checkpoint's."""
     first_not_finite: Float[Tensor, " N"]
-    """The first move at which each chain's loss was not finite; infinite if it always was."""
+    """The first move at which each chain's loss was not finite, or infinity if the loss was always finite."""
     bad_data: Bool[Tensor, " N"]
     """Whether each chain met a minibatch on which even the checkpoint's own loss or gradient is not finite."""
     drop_at_mean: Drop = Drop()
     share_batches: bool = False
     """Whether two chains saw the same minibatches, although there are several minibatches."""
     one_batch: bool = False
-    """Whether there was one batch for all moves, so that the loss has no noise."""
+    """Whether there was only one batch for all moves, so that the loss has no noise."""
     few_batches: bool = False
-    """Whether the chains go in passes through a short list of batches, so that the noise of consecutive draws is correlated."""
+    """Whether the chains go repeatedly through a short list of batches, so that the noise of consecutive draws is correlated."""
 
     @property
     def mean_excess(self) -> Float[Tensor, "N S"]:
@@ -217,7 +217,7 @@ class _RunningVariance:
 
 
 def split_by_checkpoint(parts: Sequence[Traces], num_chains: int) -> list[Traces]:
-    """Join the traces of all members, which are given in order, and split them by checkpoint."""
+    """Join the traces of all members, and split them by checkpoint. The parts must be in the order of the members."""
     joined = pytree.tree_map(lambda *values: torch.cat(values) if isinstance(values[0], Tensor) else values[0], *parts)
     starts = range(0, len(joined.alive), num_chains)
     return [_members(joined, slice(start, start + num_chains)) for start in starts]

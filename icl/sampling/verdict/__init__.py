@@ -52,7 +52,7 @@ RULES: tuple[Rule, ...] = (
 )
 """All rules. Reasons of the same level are listed in the order of this tuple."""
 VERSION = 3
-"""Version of the rules; estimates that were judged by older rules are computed again."""
+"""Version of the rules. Estimates that older rules judged are computed again."""
 _WORST_FIRST: tuple[Level, ...] = get_args(Level)
 
 

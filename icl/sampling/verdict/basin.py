@@ -1,6 +1,6 @@
 """Rules about the checkpoint, its basin and the localization.
 
-Is the checkpoint at a minimum, did the chains stay around it, and how does the localization limit them?
+They ask whether the checkpoint is at a minimum, whether the chains stayed around it, and how the localization limits the chains.
 
 **The basin.** The LLC is defined at minima. A loss that is convex along rays from w0 has pull >= LLC. If this fails, a chain has
 left the convex part of its basin.
@@ -93,7 +93,7 @@ def escape_not_checked(e: Evidence) -> str | None:
 
 @rule("suspect", source="definition of the LLC; the threshold is ours")
 def not_at_a_minimum(e: Evidence) -> str | None:
-    """One step down the checkpoint's gradient must not lower the loss by a fifth of the LLC."""
+    """One step down the checkpoint's gradient must not lower nbeta times the loss by more than a fifth of the LLC."""
     if not (e.descent > 3 * e.descent_stderr and e.descent > max(0.2 * abs(e.llc), 0.1)):
         return None
     return (
@@ -104,7 +104,7 @@ def not_at_a_minimum(e: Evidence) -> str | None:
 
 @rule("suspect", source="definition of the LLC; the threshold is ours")
 def lower_loss_at_mean(e: Evidence) -> str | None:
-    """The loss at the mean of the draws must not lie below the checkpoint's by a tenth of the LLC."""
+    """The drop of the loss at the mean of the draws must not exceed a tenth of the sum of the LLC and the drop."""
     if not (e.has_significant_drop and e.drop_at_mean > 0.1 and e.drop_share > 0.1):
         return None
     return (
@@ -144,7 +144,8 @@ def slightly_lower_loss_at_mean(e: Evidence) -> str | None:
 
 
 @rule(
-    "note", source="Student's t: 236 standard errors for two chains (19 for three, 9 for four) are as rare as 3 normal"
+    "note",
+    source="Student's t: it exceeds 236 standard errors for two chains (19 for three, 9 for four) as rarely as a normal exceeds 3",
 )
 def too_few_chains_for_the_drop(e: Evidence) -> str | None:
     """Two or three chains hardly show whether the checkpoint is at a minimum."""
@@ -155,7 +156,7 @@ def too_few_chains_for_the_drop(e: Evidence) -> str | None:
 
 @rule("note", source="as `lower_loss_at_mean`")
 def drop_not_measurable(e: Evidence) -> str | None:
-    """A drop that would change the verdict must be measurable."""
+    """The drop at the mean must be measured well enough to detect a drop that would change the verdict."""
     if not (e.num_chains_used >= 4 and e.least_significant_drop > max(0.1 * abs(e.llc), 2 * e.error, 0.1)):
         return None
     return (

@@ -1,4 +1,4 @@
-"""Rules about the chains: whether they stay finite, agree, are long enough, and make small enough steps.
+"""Rules about the chains: whether they stay finite, agree with each other, are long enough, and make small enough steps.
 
 **The bias of the step size.** In d dimensions the sampled density exp(-U) has E[(w - w0) . grad U] = d (integration by parts; the
 equipartition theorem, and the Langevin-Stein operator of Gorham and Mackey 2015 applied to w - w0). The left side is
@@ -60,7 +60,7 @@ def most_chains_masked(e: Evidence) -> str | None:
 
 @rule("suspect", source="fixed outcome")
 def some_chains_masked(e: Evidence) -> str | None:
-    """A chain that diverges is a warning about the others, which have the same step size."""
+    """If some chains diverge, the other chains are in doubt too, because they have the same step size."""
     if not (e.num_diverged > 0 and e.num_masked <= e.num_chains / 2):
         return None
     return f"{e.num_diverged} of {e.num_chains} chains are masked, because they diverged or became non-finite: lower lr"

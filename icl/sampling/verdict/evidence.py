@@ -1,6 +1,6 @@
 """The evidence (the numbers on which the verdict is based, computed from the traces of the chains), and the type of a rule.
 
-All amounts are in nats, as the LLC itself: differences of loss times nbeta. Means are over the chains used.
+All amounts are in nats, as the LLC itself: differences of loss times nbeta. Means are over the chains that are not masked.
 """
 
 import math
@@ -74,7 +74,7 @@ class Evidence:
     """Decrease of nbeta times the loss after one step down the checkpoint's gradient."""
     descent_stderr: float
     drop_at_mean: float
-    """How far the loss at the mean of the draws lies below the checkpoint's (`icl.sampling.at_checkpoint`)."""
+    """nbeta times the difference between the checkpoint's loss and the loss at the mean of the draws (`icl.sampling.at_checkpoint`)."""
     drop_at_mean_stderr: float
     drop_at_mean_freedom: float
     """Degrees of freedom of `drop_at_mean_stderr`."""
@@ -89,12 +89,12 @@ class Evidence:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Nominal 95 % interval by Student's t. The lower end is reduced by the bias bound if this exceeds half of the standard error.
+        """Nominal 95 % interval by Student's t. If the bias bound exceeds half of the standard error, the lower end is reduced by it.
 
-        The estimated autocorrelation time has a relative variance of about 20 / ESS, which is that of a variance with ESS / 10
-        degrees of freedom. Estimates with few effective draws pass the verdict mostly if their standard error is too
-        small by chance. So for fewer than `convergence.MANY_CHAINS` chains and an ESS below `WIDE_ESS`, the variance is multiplied
-        by `WIDE_ESS` / ESS (`tools.coverage` measures the effect).
+        The estimated autocorrelation time has a relative variance of about 20 / ESS. This is the relative variance of a variance
+        estimate with ESS / 10 degrees of freedom. Of the estimates with few effective draws, those whose standard error is too
+        small by chance pass the verdict most often. So for fewer than `convergence.MANY_CHAINS` chains and an ESS below `WIDE_ESS`,
+        the variance is multiplied by `WIDE_ESS` / ESS (`tools.coverage` measures the effect).
         """
         reach = self.stderr * float(stdtrit(max(self.ess / 10, 1.0), 0.975)) if self.ess > 0 else math.nan
         if self.num_chains_used < convergence.MANY_CHAINS:
@@ -119,7 +119,7 @@ class Evidence:
 
     @property
     def error(self) -> float:
-        """Standard error, or 0 if there is none."""
+        """The standard error, or 0 if it is NaN."""
         return 0.0 if math.isnan(self.stderr) else self.stderr
 
     @property
@@ -160,7 +160,7 @@ class Rule:
 
     name: str
     level: Level
-    """Verdict if the rule is broken; a note does not change it."""
+    """The verdict if the rule is broken. A note does not change the verdict."""
     source: str
     """Source of the rule and of its threshold."""
     reason: Callable[[Evidence], str | None]
@@ -168,7 +168,7 @@ class Rule:
 
 
 def rule(level: Level, *, source: str) -> Callable[[Callable[[Evidence], str | None]], Rule]:
-    """Turn a function into a rule; its name is the function's, with spaces."""
+    """Turn a function into a rule. The rule's name is the function's name, with spaces instead of underscores."""
 
     def decorate(function: Callable[[Evidence], str | None]) -> Rule:
         return Rule(function.__name__.replace("_", " "), level, source, function)
