@@ -1,10 +1,11 @@
 """Stores of bytes by key, behind one small protocol. A store writes, reads, lists and deletes whole values.
 
 A key is a relative path with forward slashes that stays inside its store. `require_key` refuses any other key. The local store
-follows no symbolic link that leads out of its root, although the root itself may be a link. A value is either complete or
-absent: the local store writes a temporary file beside the target, flushes it to disk and renames it. If the process is killed
-before that, only a temporary file is left, which no listing shows. `icl.store.opening` opens a folder or a URL, and imports boto3
-only for a bucket.
+follows no symbolic link that leads out of its root, although the root itself may be a link.
+
+A value is either complete or absent. The local store writes a temporary file in the folder of the final file, flushes it to disk and
+then renames it. If the process is killed before the renaming, only a temporary file is left, which no listing shows.
+`icl.store.opening` opens a folder or a URL. It imports boto3 only for a bucket.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from icl.files.system import link_or_create
 from icl.files.writing import StorageError, is_temporary, temporary_path, write_atomically
 
 _NOT_PLAIN = re.compile(r"[\\\x00-\x1f\x7f\ud800-\udfff]|^[A-Za-z]:")
-"""Parts that no key may contain: backslashes, control characters, halves of surrogate pairs, and a drive letter in front."""
+"""Text that no key may contain: backslashes, control characters, halves of surrogate pairs, and a drive letter at the start."""
 
 
 class DamagedError(StorageError):
@@ -31,10 +32,10 @@ class MissingKeyError(StorageError):
 
 @runtime_checkable
 class Store(Protocol):
-    """Store of bytes by key. Its `str` is its address."""
+    """A store of bytes by key. `str(store)` is the store's address."""
 
     def read(self, key: str, *, limit: int | None = None) -> bytes:
-        """Return the value of a key. Check it against the digest it was saved with, if the store keeps one.
+        """Return the value of a key. If the store keeps digests, compare the value with the digest that was saved with it.
 
         Raise MissingKeyError if the key has no value, and StorageError if the value has more than `limit` bytes.
         """
@@ -52,7 +53,7 @@ class Store(Protocol):
         """Return every key below the folder `prefix`, sorted."""
 
     def delete(self, key: str) -> None:
-        """Remove a key. A missing key is no error."""
+        """Remove a key. A missing key is not an error."""
 
     def check(self) -> None:
         """Raise StorageError if the store cannot be used."""
@@ -71,7 +72,8 @@ class LocalStore:
         """Return the value of a key.
 
         Raises:
-            StorageError: If there is no such file, it cannot be read, has more than `limit` bytes, or a link leads out of the folder.
+            StorageError: If there is no such file, or if it cannot be read, has more than `limit` bytes, or is behind a symbolic link
+                that leads out of the folder.
         """
         path = self._path(key)
         self._require_inside(path)
@@ -101,9 +103,9 @@ class LocalStore:
         write_atomically(self._path(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Set the value of a key only if it has none; return whether it was set.
+        """Set the value of a key only if the key has no value. Return whether it was set.
 
-        If several processes try at the same time, only one succeeds.
+        If several processes try this at the same time, only one succeeds.
 
         Raises:
             StorageError: If the disk is full or the folder cannot be written.
@@ -141,14 +143,14 @@ class LocalStore:
         return sorted(path.relative_to(self.root).as_posix() for path in others)
 
     def delete(self, key: str) -> None:
-        """Remove a key. A missing key is no error."""
+        """Remove a key. A missing key is not an error."""
         self._path(key).unlink(missing_ok=True)
 
     def check(self) -> None:
         """Make the folder if it is missing, and check that it can be written.
 
         Raises:
-            StorageError: If it cannot be made or written.
+            StorageError: If the folder cannot be made or written to.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -156,14 +158,14 @@ class LocalStore:
             raise StorageError(f"The store {self.root} cannot be made: {error.strerror}.") from None
         if not os.access(self.root, os.W_OK | os.X_OK):
             raise StorageError(
-                f"The store {self.root} cannot be written; change its permissions or choose another store."
+                f"The store {self.root} cannot be written to; change its permissions or choose another store."
             )
 
     def _path(self, key: str) -> Path:
         """Return the path of a key. The folder of this path must be inside the root.
 
         Raises:
-            StorageError: If the key is not a plain relative name, or a link above the file leads out of the root.
+            StorageError: If the key is not a plain relative name, or one of the key's folders is a link out of the root.
         """
         require_key(key, self)
         path = self.root / key
@@ -207,7 +209,7 @@ def require_key(key: str, store: object) -> None:
 
 
 def read_or_none(store: Store, key: str) -> bytes | None:
-    """Return a small file that describes a run, by its key. Return None if there is no such file.
+    """Return the bytes of a small file that describes a run, or None if there is no such file.
 
     Raises:
         StorageError: If the file is damaged or too large, or the store cannot be used.
@@ -219,5 +221,5 @@ def read_or_none(store: Store, key: str) -> bytes | None:
 
 
 def sha256(data: bytes) -> str:
-    """Return the digest by which stores compare values, in hex."""
+    """Return the SHA-256 of some bytes, in hex. Stores compare values by this digest."""
     return hashlib.sha256(data).hexdigest()

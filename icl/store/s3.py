@@ -1,8 +1,8 @@
-"""Store in a bucket of S3, or of a server with the same interface.
+"""A store in a bucket of S3, or of a server with the same interface.
 
-boto3 finds the credentials (environment, profile, role) and the server (`AWS_ENDPOINT_URL`), and repeats requests that may
-succeed later (adaptive mode; `AWS_MAX_ATTEMPTS`). Every object carries the SHA-256 of its bytes as metadata. So bytes that were
-lost or altered, on the way or in the store, are detected when they are read. A request ends with an error after a minute
+boto3 finds the credentials (environment, profile, role) and the server (`AWS_ENDPOINT_URL`). It also repeats requests that may
+succeed later (adaptive mode; `AWS_MAX_ATTEMPTS`). Every object has the SHA-256 of its bytes as metadata. So if bytes are lost or
+altered, during a transfer or in the store, this is detected when the object is read. A request ends with an error after a minute
 without progress.
 """
 
@@ -20,11 +20,11 @@ from icl.store.s3_errors import describe_failure, describe_refusal, is_absent, s
 from icl.store.s3_requests import Requests
 
 PART_SIZE = 16 * 2**20
-"""Size of a part in bytes. Larger values are uploaded in parts."""
+"""Largest number of bytes that are uploaded in one request. Larger values are uploaded in parts of this size."""
 CHECK_SECONDS = 20.0
 """Seconds without an answer after which `check` gives up."""
 SETTLE_SECONDS = 2.0
-"""Seconds to wait after creating a key on a server without conditional writes, to see whether another process created it too."""
+"""Seconds to wait after creating a key on a server without conditional writes. Then we check whether another process created it too."""
 _NUM_READS = 3
 
 Result = TypeVar("Result")
@@ -34,8 +34,8 @@ class S3Store:
     """The objects of a bucket whose keys begin with a prefix.
 
     Args:
-        bucket: The bucket; it must exist.
-        prefix: Folder within the bucket; empty means the whole bucket.
+        bucket: Name of the bucket. The bucket must exist.
+        prefix: Folder within the bucket. If it is empty, the store is the whole bucket.
         part_size: Size in bytes above which a value is uploaded in parts.
     """
 
@@ -47,11 +47,11 @@ class S3Store:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
     def read(self, key: str, *, limit: int | None = None) -> bytes:
-        """Return the value of a key, checked against the digest it was saved with.
+        """Return the value of a key, after comparing it with the digest that was saved with it.
 
         Raises:
             MissingKeyError: If the key has no value.
-            StorageError: If it is damaged or has more than `limit` bytes, or the store cannot be used.
+            StorageError: If the value is damaged or has more than `limit` bytes, or the store cannot be used.
         """
         return self._ask(key, lambda: self._read(key, limit))
 
@@ -68,17 +68,17 @@ class S3Store:
         """Set the value of a key, and check that the store has it.
 
         Raises:
-            StorageError: If the store did not accept it.
+            StorageError: If the store did not accept the value, or does not have it afterwards.
         """
         self._ask(key, lambda: self._write(key, data))
 
     def create(self, key: str, data: bytes) -> bool:
-        """Set the value of a key only if it has none; return whether it was set.
+        """Set the value of a key only if the key has no value. Return whether it was set.
 
-        Of several processes that try at once, only one succeeds if the server supports conditional writes.
+        If several processes try this at once and the server supports conditional writes, only one succeeds.
 
         Raises:
-            StorageError: If the store did not accept it.
+            StorageError: If the store did not accept the value.
         """
         return self._ask(key, lambda: self._create(key, data))
 
@@ -94,7 +94,7 @@ class S3Store:
         return sorted(key[len(root) :] for key in keys if key.startswith(root) and not key.endswith("/"))
 
     def delete(self, key: str) -> None:
-        """Remove a key. A missing key is no error.
+        """Remove a key. A missing key is not an error.
 
         Raises:
             StorageError: If the store cannot be used.
@@ -117,7 +117,7 @@ class S3Store:
         for _ in range(2):
             data, digest = self._get(key, limit)
             if not digest or sha256(data) == digest:
-                return data  # otherwise read once more, because the bytes may have been damaged on the way
+                return data  # otherwise read once more, because the bytes may have been damaged during the transfer
         raise DamagedError(f"{self}/{key} is damaged: its {len(data):,} bytes differ from the bytes that were saved.")
 
     def _get(self, key: str, limit: int | None = None) -> tuple[bytes, str | None]:
@@ -160,12 +160,12 @@ class S3Store:
         kept = _unless_absent(lambda: self._read(key))
         if kept is None:
             raise self._lost(key)
-        # Compare the bytes even if the server says that the object existed: a repeated request may find what its first try wrote.
+        # Compare the bytes even if the server says that the object existed: a retry may find the object that the first try wrote.
         return kept == data
 
     def _lost(self, key: str) -> StorageError:
         return StorageError(
-            f"{self}/{key} differs from what was just written there: the server accepted it and lost it."
+            f"{self}/{key} differs from the bytes that were just written: the server accepted the file and lost it."
         )
 
     def _ask(self, key: str, act: Callable[[], Result], *, seconds: float | None = None) -> Result:
@@ -195,6 +195,6 @@ def _unless_absent(ask: Callable[[], Result]) -> Result | None:
 
 
 def _is_error_page(data: bytes) -> bool:
-    """Return whether the bytes are an error message that the server sent as an object, with the status of success."""
+    """Return whether the bytes are an error message that the server sent with the status of success, as if it were the object."""
     start = data[:200].lstrip()
     return start.startswith((b"<?xml", b"<Error")) and b"<Error>" in start

@@ -1,7 +1,7 @@
 """Explain errors of S3 servers in one sentence that says what to do.
 
 The sentences quote only an error's code. They do not quote the messages of the server and of boto3, which could contain secrets.
-A code that is not in the table is explained by its HTTP status.
+If a code is not in the table, the explanation depends on the HTTP status.
 """
 
 import os
@@ -128,7 +128,7 @@ def error_status(error: Any) -> int:
 
 
 def is_absent(error: Any) -> bool:
-    """Return whether a server's error means that there is no such object; servers have several codes for it."""
+    """Return whether a server's error means that there is no such object. Servers use several codes for this."""
     code = error_code(error)
     return code in ("404", "NoSuchKey", "NotFound") or (error_status(error) == 404 and code not in _BY_CODE)
 
@@ -142,13 +142,13 @@ def is_taken(error: Any) -> bool:
 
 
 def is_refused_feature(error: Any) -> bool:
-    """Return whether a server's error may mean that it does not support a feature of the request."""
+    """Return whether a server's error may mean that the server does not support a feature of the request."""
     is_explained = error_code(error) in _BY_CODE and error_code(error) not in ("400", "405", "501")
     return error_status(error) in (400, 405, 411, 415, 417, 422, 501) and not is_explained
 
 
 def describe_refusal(error: Any) -> str:
-    """Return what a server's error means and what to do."""
+    """Return a phrase that says what a server's error means and what to do."""
     code, status = error_code(error), error_status(error)
     headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders") or {}
     advice = (
@@ -162,7 +162,7 @@ def describe_refusal(error: Any) -> str:
 
 
 def describe_failure(error: Exception) -> str:
-    """Return what a failure of boto3 itself means and what to do."""
+    """Return a phrase that says what a failure of boto3 itself means and what to do."""
     cause = getattr(error, "kwargs", {}).get("error")
     if isinstance(cause, RecursionError):  # raised inside botocore while it was sending
         error = cause

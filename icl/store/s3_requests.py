@@ -1,10 +1,11 @@
 """Requests to a bucket, with a replacement for each feature that a server may lack.
 
 Requests avoid features that older servers refuse, such as checksum headers and trailers. Instead, each request is signed with the
-SHA-256 of its body, also over TLS. Every server that supports S3's current signature must check this hash. boto3's own checksums
-would add nothing. For an upload in parts they are not even a digest of the whole file. Some servers also refuse conditional
-writes, metadata, uploads in parts, the newer listing request, or HEAD. After the first refusal we print a notice and no longer use
-the feature.
+SHA-256 of its body, even over TLS. Every server that supports S3's current signature must check this hash. boto3's own checksums
+would add nothing; for an upload in parts, they are not even a digest of the whole file.
+
+Some servers also refuse conditional writes, metadata, uploads in parts, the newer listing request, or HEAD. After a server's first
+refusal we print a notice, and no longer use the feature with this server.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from icl.store.base import sha256
 from icl.store.s3_errors import is_refused_feature, is_taken, server_name
 
 NUM_ATTEMPTS = 8
-"""Number of tries of one request; `AWS_MAX_ATTEMPTS` overrides it."""
+"""Number of tries of one request, unless `AWS_MAX_ATTEMPTS` is set."""
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 25.0
 """Time limits of one try in seconds: for the connection, and for the answer."""
 MAX_PAGES = 10_000
@@ -44,7 +45,7 @@ _LACKS = {
     "MD5 tags": "",
 }
 _lacking: dict[str, set[str]] = {}
-"""The features that each server lacks, as seen by this process."""
+"""The features that each server lacks, as far as this process knows."""
 
 Result = TypeVar("Result")
 
@@ -76,7 +77,7 @@ class Requests:
         self._making = threading.Lock()
 
     def get(self, key: str, limit: int | None = None) -> tuple[bytes, str | None]:
-        """Return the bytes of an object, and the digest they should have if it is known. Stop soon after `limit` bytes.
+        """Return the bytes of an object, and the digest that they should have, if it is known. Stop soon after `limit` bytes.
 
         Raises:
             ClientError, BotoCoreError: If there is no such object, or the connection breaks off.
@@ -135,7 +136,7 @@ class Requests:
         return True
 
     def knows_conditions(self, key: str, data: bytes) -> bool:
-        """Return whether the server supports conditional writes. Some accept the condition but ignore it, so we test it."""
+        """Return whether the server supports conditional writes. Some servers accept the condition but ignore it, so we test it."""
         if not self.lacks("conditions") and self.put_new(key, data):
             self.note_lack("conditions")
         return not self.lacks("conditions")
@@ -186,13 +187,13 @@ class Requests:
         known.add(feature)
 
     def _server(self) -> str:
-        """Return a name for the server and the bucket; servers may treat buckets differently."""
+        """Return a name for the server and the bucket. The bucket is included because servers may treat buckets differently."""
         return f"{server_name()}/{self.bucket}"
 
     def _with_or_without(self, feature: str, act: Callable[[], Result], instead: Callable[[], Result]) -> Result:
-        """Call `act`, which needs a feature of the server, or `instead` if the server lacks the feature.
+        """Call `act`, which needs a feature of the server. If the server lacks the feature, call `instead`.
 
-        A refusal may have another reason, so we record that the feature is lacking only after `instead` has succeeded.
+        A refusal may have another reason. So we record that the server lacks the feature only after `instead` has succeeded.
         """
         if not self.lacks(feature):
             try:
@@ -223,13 +224,13 @@ class Requests:
             yield page
 
     def _put(self, key: str, data: bytes, **condition: str) -> str:
-        """Write an object in one request; return its tag."""
+        """Write an object in one request. Return the tag that it should have."""
         put = partial(self._client().put_object, Bucket=self.bucket, Key=key, Body=data, **condition)
         self._with_or_without("metadata", lambda: put(Metadata={_DIGEST: sha256(data)}), put)
         return f'"{_md5(data).hex()}"'
 
     def _put_in_parts(self, key: str, data: bytes) -> str:
-        """Write an object in parts, one after the other; return its tag, the MD5 of the parts' MD5s."""
+        """Write an object in parts, one after the other. Return the tag that it should have, the MD5 of the parts' MD5s."""
         client = self._client()
         about = {"Bucket": self.bucket, "Key": key}
         create = partial(client.create_multipart_upload, **about)
@@ -250,7 +251,7 @@ class Requests:
         return f'"{_md5(b"".join(map(_md5, pieces))).hex()}-{len(pieces)}"'
 
     def _client(self) -> Any:
-        """Return the client for all threads, which is made on first use."""
+        """Return the client that all threads share. The first call makes it."""
         with self._making:
             self._made = self._made or self._make_client()
         return self._made
@@ -306,15 +307,15 @@ class _Counted(io.BytesIO):
 
 
 def _send_at_once(params: dict[str, Any], **_: Any) -> None:
-    """Remove the header `Expect`, which makes each upload wait until the server agrees to it.
+    """Remove the header `Expect`, with which each upload would wait until the server agrees to it.
 
-    If a server ignores this header, each upload takes a second longer.
+    With a server that ignores this header, each upload would take a second longer.
     """
     params["headers"].pop("Expect", None)
 
 
 def _count_what_is_sent(request: Any, **_: Any) -> None:
-    """Count a large body as progress while it is sent, but only at the first try of a request."""
+    """Count the bytes of a large body as progress while they are sent, but only at the first try of a request."""
     is_first = "attempt=1" in str(request.headers.get("amz-sdk-request", "attempt=1"))
     if is_first and isinstance(request.body, bytes) and len(request.body) > _CHUNK:
         request.body = _Counted(request.body)
@@ -324,7 +325,7 @@ def _require_listing(answer: dict[str, Any]) -> None:
     """Refuse an answer that is not a listing, such as a login page. botocore would read it as an empty listing.
 
     Raises:
-        ResponseParserError: If the answer has no part of a listing.
+        ResponseParserError: If the answer has none of the fields of a listing.
     """
     if not {"IsTruncated", "Name", "KeyCount", "Contents"} & set(answer):
         raise ResponseParserError("no listing")

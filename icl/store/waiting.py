@@ -1,7 +1,8 @@
-"""Calls that may hang. Each runs on its own thread, and we give up on it after some time without progress.
+"""Run calls that may hang. Each call runs in its own thread, and we give up on it after some time without progress.
 
-A time limit of a socket does not help against a server that sends a byte now and then, and a large file may need an hour. So
-the limit applies to progress: an answer, or enough bytes. `moved` records progress for the whole process.
+A socket's time limit does not help against a server that sends a byte now and then. A limit on the total time would be wrong too,
+because a large file may need an hour. So we limit the time without progress. Progress is an answer, or enough bytes; `moved` records
+it for the whole process.
 """
 
 import contextlib
@@ -15,16 +16,16 @@ from typing import TypeVar
 SECONDS = 60.0
 """Seconds without progress after which we give up on a call."""
 NOTICE_SECONDS = 2.0
-"""Seconds without progress after which we print what the program waits for."""
+"""Seconds without progress after which we print a notice that says what the program waits for."""
 _ENOUGH_BYTES = 2**16
-"""Number of bytes that count as progress. This many bytes within `SECONDS` are about a kilobyte per second."""
+"""Number of bytes that count as progress. At about a kilobyte per second, this number takes `SECONDS`."""
 _POLL_SECONDS = 0.05
 
 Result = TypeVar("Result")
 
 
 class StalledError(Exception):
-    """Call that we gave up on, because it made no progress for too long or the program was interrupted. It may still be running."""
+    """We gave up on a call, because it made no progress for too long or the program was interrupted. The call may still be running."""
 
 
 class _Progress:
@@ -43,7 +44,7 @@ _is_given_up = threading.Event()
 
 
 def moved(num_bytes: int = _ENOUGH_BYTES) -> None:
-    """Record progress: a number of bytes, or by default a whole piece of work."""
+    """Record progress: some bytes, or by default a finished piece of work."""
     with _progress.lock:
         _progress.num_bytes += num_bytes
         if _progress.num_bytes >= _ENOUGH_BYTES:
@@ -52,7 +53,7 @@ def moved(num_bytes: int = _ENOUGH_BYTES) -> None:
 
 @contextlib.contextmanager
 def giving_up() -> Iterator[None]:
-    """Give up on all calls of this process at once, because the user has interrupted it."""
+    """Inside this context, give up at once on all calls of this process. It is for a program that the user has interrupted."""
     _is_given_up.set()
     try:
         yield
@@ -62,7 +63,7 @@ def giving_up() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Print no notices about what this thread waits for, because it works in the background."""
+    """Inside this context, print no notices about what this thread waits for. It is for threads that work in the background."""
     _thread.is_silent = True
     try:
         yield
@@ -81,12 +82,12 @@ def await_result(
 
     Args:
         act: The call.
-        seconds: Seconds without progress after which to give up. By default `SECONDS`.
-        awaited: Name of what the program waits for, printed after `NOTICE_SECONDS`. If empty, nothing is printed.
+        seconds: Seconds without progress after which to give up. The default is `SECONDS`.
+        awaited: Name of the thing that the program waits for, printed after `NOTICE_SECONDS`. If it is empty, nothing is printed.
         is_stopped: Function that returns whether to give up at once. It is called many times a second.
 
     Raises:
-        StalledError: If the call was given up. Its thread continues, but does not keep the program from ending.
+        StalledError: If we gave up on the call. Its thread continues, but does not keep the program from ending.
     """
     seconds = SECONDS if seconds is None else seconds
     future: Future[Result] = Future()

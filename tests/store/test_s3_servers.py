@@ -103,7 +103,7 @@ def test_where_metadata_is_dropped_a_file_that_was_lost_is_found_when_it_is_read
         return headers, b"x" * len(body) if request.method == "GET" and body else body
 
     proxy.alter = alter
-    with pytest.raises(StorageError, match="accepted it and lost it"):
+    with pytest.raises(StorageError, match="accepted the file and lost it"):
         S3Store(s3.bucket).write("a", b"what was written")
 
 
@@ -114,7 +114,7 @@ def test_a_file_that_is_altered_in_the_store_is_found_by_its_tag(s3, proxy):
         return headers, body
 
     proxy.alter = alter
-    with pytest.raises(StorageError, match="accepted it and lost it"):
+    with pytest.raises(StorageError, match="accepted the file and lost it"):
         S3Store(s3.bucket).write("a", b"correct")
 
 
