@@ -1,6 +1,6 @@
 """In-context linear regression: train small transformers, compare them with Bayes predictors, study their development.
 
-The names below load on first use, so importing `icl` takes no time.
+The functions below are loaded on first use, so importing `icl` takes almost no time.
 """
 
 from typing import TYPE_CHECKING, Any

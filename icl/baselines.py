@@ -12,7 +12,7 @@ x_k, never y_k or anything later. All except `ols` and `lasso` compute the predi
   between `dmmse` and `ridge`. Its `task_variance` is tuned on new tasks (`tune_task_variance`).
 
 Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` also in float32) and return the dtype and
-device of the prompts. Devices other than CPU and CUDA have no float64, so their prompts are computed on the CPU.
+device of the prompts. For prompts on other devices than CPU and CUDA, which have no float64, they compute on the CPU.
 
 To add a baseline, write a function of the same form and add it to the table `BASELINES`. The contract tests cover all entries of
 this table. Also test the function against an independent implementation.
@@ -59,7 +59,7 @@ def task_mean(
 
 
 def averaging(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Tensor, "*S B K"]:
-    """Predict w . x_k with w the mean of y_j x_j over the examples: least squares if the covariance is known to be I.
+    """Predict w . x_k, with w the mean of y_j x_j over the examples. This is least squares with the covariance of x set to I.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree.
@@ -90,7 +90,7 @@ def knn(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, k: int = 
 
 
 def ols(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Tensor, "*S B K"]:
-    """Predict by least squares on the examples. With fewer than D examples, use the solution of least norm.
+    """Predict by least squares on the examples. With fewer than D examples, use the solution with the smallest norm.
 
     Directions in which the inputs vary only by rounding errors are ignored. So if the inputs lie in a subspace, the solution
     lies in it too. The computation is always on the CPU, because PyTorch's solvers for other devices need full rank.
@@ -141,7 +141,7 @@ def dmmse(
 
     Task m has weight exp(-S_m / (2 sigma^2)), where S_m is its sum of squared errors on the examples; each example adds one
     term to it. Tasks are processed in chunks whose sums are merged as in a streaming softmax, so memory does not grow with M.
-    For zero noise we take the limit, the mean over the tasks with the least S_m.
+    For zero noise we take the limit, the mean over the tasks with the smallest S_m.
 
     The computation is in float32 if this changes no weight by more than about 1 %. Otherwise (for float64 prompts or small
     noise) it is in float64.
@@ -197,7 +197,7 @@ def tune_task_variance(
     tasks: Float[Tensor, "M D"],
     noise_variance: float,
 ) -> float:
-    """Return the variance at which `smoothed_dmmse` has the least loss on these prompts. It is accurate to about 10 %.
+    """Return the `task_variance` with the smallest loss of `smoothed_dmmse` on these prompts, accurate to about 10 %.
 
     Use prompts of new tasks to choose the variance, and prompts of other new tasks to compare predictors. The search covers
     variances from 1e-4 to 10. It takes the best of 11 values and refines it by Brent's method on the logarithm.
@@ -292,7 +292,7 @@ def _tasks(tasks: Any, xs: Tensor) -> Tensor:
     tasks = _bounded(real_tensor(tasks, "tasks", device=_computing_device(xs)), "tasks")
     if tasks.ndim != 2 or len(tasks) == 0 or tasks.shape[1] != xs.shape[-1]:
         raise ConfigError(
-            f"`tasks` must have shape (M, D) with M >= 1 and D = {xs.shape[-1]}, as the inputs have, got {tuple(tasks.shape)}."
+            f"`tasks` must have shape (M, D) with M >= 1 and D = {xs.shape[-1]}, the D of the inputs, got {tuple(tasks.shape)}."
         )
     return tasks
 

@@ -4,7 +4,8 @@ A setting is written `--section.key VALUE` or `--section.key=VALUE`. A whole sec
 writes nested parameters: `--task={'num_tasks': 2}`. This module keeps the values of settings as text. `icl.resolve` converts
 them, together with the values from files.
 
-The parsers of `icl train` and `icl llc` are in this module and not beside the commands, because sweep files also contain such command lines.
+The parsers of `icl train` and `icl llc` are in this module and not beside the commands, because sweep files also contain such
+command lines.
 """
 
 import argparse
@@ -97,7 +98,7 @@ class CommandParser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]  # of overloads
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """Parse the options. If the command takes settings, the result has them as `settings`, flat and as text.
+        """Parse the options. If the command takes settings, the result has them as `settings`, by dotted key and as text.
 
         Raises:
             ConfigError: For a word that is neither an option nor a setting, or for a value that an option cannot have.
@@ -114,7 +115,7 @@ class CommandParser(argparse.ArgumentParser):
         """Return the help of the options, followed by that of the settings."""
         if self.help_of is None:
             return super().format_help()
-        below = "defaults < preset" if self.help_of == "all" else "the run's own"
+        below = "defaults < preset" if self.help_of == "all" else "the run's own settings"
         layers = f"a later source overrides an earlier one: {below} < --config files in their order < command line"
         return f"{super().format_help()}\nsettings ({layers}):\n\n{_describe_settings(self.help_of)}"
 
@@ -225,7 +226,7 @@ def _describe_settings(section: str) -> str:
 
 
 def add_config_option(parser: CommandParser) -> None:
-    """Add `--config FILE`, which may be given several times."""
+    """Add the option `--config FILE`, which may be given several times."""
     text = "read settings from a file, such as that of `icl llc --calibrate`; a later file overrides an earlier one"
     parser.add("--config FILE", text, action="append", default=[])
 
@@ -235,7 +236,7 @@ def train_parser() -> CommandParser:
     """Return the parser of `icl train`."""
     parser = CommandParser(
         "train",
-        "Train a run; the same command resumes an unfinished one, or says that it is finished.\n"
+        "Train a run. The same command resumes an unfinished run, or says that the run is finished.\n"
         "Without arguments: the preset `quickstart`, about two minutes on two CPU cores.",
         """icl train
         icl train --task.num_tasks 8 --run_name eight-tasks
@@ -273,7 +274,8 @@ invalid. In a sweep it is zero even then, because an invalid estimate is also a 
     )
     parser.add("path RUN|CHECKPOINT", "a run's folder or name, or a checkpoint", nargs="?")
     parser.add(
-        "--steps STEPS", "all, last, a list 1,2,3 or 1 2 3, a range 0:1000:100 (default: the run's `sampler.steps`)"
+        "--steps STEPS",
+        "saved steps to estimate: all, last, a list (1,2,3 or 1 2 3) or a range (0:1000:100); default: the run's `sampler.steps`",
     )
     add_config_option(parser)
     parser.add("--out FILE", "also write the rows to FILE (.csv or .json)")

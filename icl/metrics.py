@@ -7,7 +7,8 @@ must be independent, but positions of one prompt need not be. Squared errors are
 
 - Loss: `position_mean` and `overall_mean` of the `squared_error` to the targets (Hoogland et al. 2024, eq. 1 and 4).
 - Gap to another predictor (delta): the same means of the squared difference of predictions (Raventos et al. 2023, eq. 4).
-- ICL score: loss(k2) - loss(k1), so negative values are good. Hoogland et al. define it with the opposite sign in eq. 2, but plot it with ours.
+- ICL score: loss(k2) - loss(k1), so negative values are good. Hoogland et al. define it with the opposite sign in eq. 2, but plot
+  it with ours.
 - Prior-task scores (Hoogland et al.): the gaps to `baselines.zero` and `baselines.task_mean`.
 
 `PositionLoss` accumulates losses over batches and processes.
@@ -140,7 +141,7 @@ def _position_loss() -> type:
         def compute(self) -> LossSummary:
             """Return the losses (K,) and their mean over positions, with standard errors over all prompts so far.
 
-            torchmetrics returns tensors of one element (K = 1) without axes.
+            For K = 1, torchmetrics returns the losses without an axis.
             """
             value, stderr = _estimate(self.moments)
             return LossSummary(Estimate(value[:-1], stderr[:-1]), Estimate(value[-1], stderr[-1]))

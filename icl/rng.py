@@ -89,9 +89,9 @@ def normal(
 def integers(
     key: Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], bound: int | Sequence[int]
 ) -> Int64[Tensor, "*N S B"]:
-    """Draw one whole number, uniform on 0 .. bound - 1, for each step and index.
+    """Draw one whole number for each step and index, uniformly from 0 to bound - 1.
 
-    It is floor(u * bound / 2^64) for 64 random bits u (multiply and shift). Its bias is below bound / 2^64.
+    The number is floor(u * bound / 2^64) for 64 random bits u (multiply and shift). The bias is below bound / 2^64.
 
     Args:
         key: The stream or streams.
@@ -100,7 +100,7 @@ def integers(
         bound: One bound, or a bound for each of N streams.
 
     Raises:
-        ValueError: If a bound is not in 1 .. 2^31 - 1.
+        ValueError: If a bound is not from 1 to 2^31 - 1.
     """
     bounds = [bound] if isinstance(bound, int) else list(bound)
     for number in bounds:
@@ -113,7 +113,7 @@ def integers(
 
 @lru_cache(maxsize=256)
 def _device_tensor(words: tuple[int, ...], device: torch.device) -> Int64[Tensor, " N"]:
-    """Copy numbers to a device, and keep the copy. A new copy for every draw would wait for the GPU each time."""
+    """Copy numbers to a device, and keep the copy. Without it, every draw would wait for the GPU to copy the numbers again."""
     with torch.inference_mode(False):  # the tensor is kept, and may later be used where gradients are recorded
         return torch.tensor(words, device=device)
 

@@ -35,7 +35,7 @@ _SETS_KEPT = 64
 
 
 class RunEvaluator:
-    """Evaluate several runs, and compute the prompts and baselines that they share once.
+    """Evaluate several runs. Prompts and baselines that runs share are computed only once.
 
     Example:
         ```python
@@ -52,7 +52,7 @@ class RunEvaluator:
         shifts: Sequence[str] | None = None,
         bar: Any = None,
     ) -> None:
-        """Choose the evaluation that every run gets.
+        """Set the options of the evaluation, which are the same for all runs.
 
         Args:
             num_prompts: Number of prompts per set; None uses each run's `evaluation.num_prompts`.
@@ -151,7 +151,7 @@ def save_evaluation(
         The label and the path of every file written.
 
     Raises:
-        StorageError: If `out` has another suffix, or a file cannot be written.
+        StorageError: If `out` has a suffix other than .csv or .json, or a file cannot be written.
     """
     from icl.plotting.evaluation import plot_evaluation
     from icl.plotting.style import save_figure
@@ -170,7 +170,7 @@ def write_numbers(out: Path, numbers: pd.DataFrame, baselines: pd.DataFrame) -> 
     """Write the first table from `evaluate_run` as .csv, or both tables as .json.
 
     Raises:
-        StorageError: If `out` has another suffix, or cannot be written.
+        StorageError: If `out` has a suffix other than .csv or .json, or cannot be written.
     """
     if table_format(out) == "csv":
         text = numbers.to_csv(index=False)

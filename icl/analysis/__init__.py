@@ -1,7 +1,7 @@
 """Analyses of how models develop: each turns a run's checkpoints, or a table, into one tidy table with verdicts.
 
-An analysis is a module or a folder in this package. `essential-dynamics`, for example, is in `essential_dynamics/`. It
-defines:
+An analysis is a module or a folder in this package. `essential-dynamics`, for example, is in `essential_dynamics/`. An
+analysis consists of:
 
 - `Settings`, a frozen dataclass. Its fields become options of `icl analyse`.
 - `analyse(path, settings) -> Result`.
@@ -22,7 +22,7 @@ class About(NamedTuple):
     """Input of the analysis: a run's folder (or one checkpoint), or a file with a table."""
     help: str
     module: str | None = None
-    """Name of its module in this package and in `icl.plotting`; None derives it from the name of the analysis."""
+    """Name of the module in this package and in `icl.plotting`; None derives it from the name of the analysis."""
 
 
 ANALYSES: dict[str, About] = {
@@ -36,7 +36,8 @@ ANALYSES: dict[str, About] = {
     "essential-dynamics": About("run", "PCA of the trajectory, compared with random walks; evolutes, cusps, forms"),
     "embeddings": About("run", "spectra and overlap of the embeddings; collapse of layer norms and the unembedding"),
     "attention": About(
-        "run", "attention of each head: patterns, entropy, variability; weight on self, previous, x- and y-tokens"
+        "run",
+        "attention of each head: patterns, entropy, variability; weight on the same, the previous, x- and y-tokens",
     ),
     "behaviour": About(
         "run", "losses and scores, gaps to ridge and dMMSE, transience, scaled inputs and tasks, task vectors"

@@ -14,18 +14,18 @@ score is averaged over prompts, and has the standard error of this average.
 The published code has errors that we do not repeat:
 
 - Its `hardness` counted the masked tokens j > k as well, but divided by k + 1.
-- Its score for the distance was the mean position sum_j p_kj j / (k + 1), which is not a lag.
+- For the distance to the attended token, it used sum_j p_kj j / (k + 1). This is a mean position, not a distance.
 - Its averages over the x- and y-tokens of a whole block took every second head instead of every second token.
-- In one place an entropy in bits was divided by natural logarithms.
-- At k = 0 the pattern is always 1, so the entropy was 0 / 0 and the score `previous` was 0. We leave k = 0 out of every
-  average.
+- In one place it divided an entropy in bits by a natural logarithm.
+- It averaged over k = 0 too. This token can attend only to itself, so its entropy was 0 / 0 and its score `previous` was
+  0. We leave k = 0 out of every average.
 
-Every score is averaged over three sets of queries: `all`, the x-tokens (`x`) and the y-tokens (`y`). For example, a head that
-attends from y-tokens to x-tokens has a high score `x_tokens` for the queries `y`.
+Every score is averaged over each of three sets of queries: `all` tokens, the x-tokens (`x`) and the y-tokens (`y`). For example, a
+head that attends from y-tokens to x-tokens has a high score `x_tokens` for the queries `y`.
 
 The column `part` names the head: `b1h1` is the first head of the first block. For comparison, rows with part `uniform`
 have the scores of uniform attention over all visible tokens. Rows with quantity `pattern` have the mean weights at the
-last saved step, one row for each pair of tokens. The cached entries contain the mean patterns of all steps.
+last saved step, one row for each pair of tokens. The mean patterns of all steps are in `results/attention/`.
 """
 
 import math

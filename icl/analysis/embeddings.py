@@ -1,7 +1,7 @@
 """Embeddings, layer norms and unembedding over training: spectra, overlaps and collapse.
 
-All numbers are exact functions of the weights, so they have no standard errors. W_E (C, D + 1) embeds tokens and W_P
-(C, 2K) positions. W_U maps the residual stream to the outputs. Only its row 0 gives predictions; its other rows, and
+All numbers are exact functions of the weights, so they have no standard errors. W_E (C, D + 1) embeds tokens, and W_P
+(C, 2K) embeds positions. W_U maps the residual stream to the outputs. Only its row 0 gives predictions; its other rows, and
 the last position of W_P, are never trained. Rows of the table, by `quantity`:
 
 - `spectrum_share`: s_i^2 / sum s^2 for the singular values s_i of part `token_embedding`, `position_embedding` or `unembedding`,
@@ -11,14 +11,14 @@ the last position of W_P, are never trained. Rows of the table, by `quantity`:
   subspaces. The subspace of a matrix is spanned by its leading left singular directions that together have a share
   `spectrum_kept` of sum s^2. The third subspace, `readout`, is the direction of the effective unembedding (below).
   `cosine` is the cosine of each angle, largest first. `overlap_chance` is the mean overlap of two random subspaces with
-  the same dimensions. It is d / C, where d is the larger dimension. The authors' figure instead multiplied by the full
-  C x C factor U of a singular value decomposition. This is a rotation. It changes no norm, so it says nothing about a
-  subspace.
+  the same dimensions. It is d / C, where d is the larger dimension. In the published figure, vectors were instead
+  multiplied by the full C x C factor U of a singular value decomposition. U is a rotation and changes no norm, so that
+  figure says nothing about a subspace.
 - Layer-norm collapse, part `<norm>.weight` (gamma) or `<norm>.bias` (beta): `mean`, `std`, `min`, `max`, `norm`, and `share_small`,
   the share of entries whose absolute value is below `threshold`. The threshold is absolute, so the share falls when a vector
   grows.
-- Unembedding collapse, part `effective_unembedding`: `weight` is W_U[0] * gamma_f, one row for each channel in `component`, with
-  the same statistics; `bias` is W_U[0] . beta_f + b_U[0]. The final norm centres its input, so adding a constant to all weights
+- Unembedding collapse, part `effective_unembedding`: `weight` is W_U[0] * gamma_f, with the channel in `component`. It has the
+  same statistics as a layer norm. `bias` is W_U[0] . beta_f + b_U[0]. The final norm centres its input, so adding a constant to all weights
   changes nothing. Like the published figures, we do not subtract a constant.
 - `share_small` of every other weight tensor, and of all parameters in part `all`: the share of dead weights.
 """
@@ -50,7 +50,7 @@ class Settings:
     threshold: float = field(default=0.1, metadata={"help": "weights below this absolute value count as dead"})
     spectrum_kept: float = field(
         default=0.99,
-        metadata={"help": "share of the sum of a matrix's squared singular values that its subspace must cover"},
+        metadata={"help": "share of the sum of squared singular values that the subspace of a matrix must cover"},
     )
 
     def __post_init__(self) -> None:

@@ -20,8 +20,8 @@ Rows of the table, by `quantity`:
   `suspect`.
 - `trace`: `stderr` includes the errors from the random prompts and from the random probes. If the probes' error exceeds
   5 % of the trace, the verdict is `suspect`.
-- `spectral_node`, `spectral_weight`: eigenvalues, and the share of all P eigenvalues that each represents (estimated from one
-  random start vector).
+- `spectral_node`, `spectral_weight`: approximate eigenvalues, and the share of all P eigenvalues that each of them represents.
+  The shares are estimated from one random start vector.
 - `num_parameters`: P.
 """
 

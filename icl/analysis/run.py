@@ -1,6 +1,6 @@
 """Run an analysis by name, and measure a run's checkpoints as populations on the device.
 
-`over_checkpoints` measures the saved steps that have no cached result (`icl.runs.measure`), as many at a time as memory allows.
+`over_checkpoints` measures the saved steps that have no cached result (`icl.runs.measure`), many at a time.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def find(name: str) -> Any:
         ConfigError: If there is no analysis of that name.
     """
     if name not in ANALYSES:
-        raise ConfigError(f"There is no analysis `{name}`; there are {', '.join(ANALYSES)}.")
+        raise ConfigError(f"There is no analysis `{name}`; the analyses are {', '.join(ANALYSES)}.")
     return importlib.import_module(f"icl.analysis.{module_name(name)}")
 
 
@@ -155,7 +155,7 @@ def as_table(entries: Sequence[Entry], settings: Any, *, whole_run: Sequence[Map
     table = pd.DataFrame([*entry_rows(entries), *whole_run])
     for key, value in dataclasses.asdict(settings).items():
         if key in table:
-            raise ValueError(f"`{key}` is both a setting and a column.")
+            raise ValueError(f"`{key}` is the name of both a setting and a column.")
         table[key] = value
     table["step"] = table["step"].astype("Int64")
     return table

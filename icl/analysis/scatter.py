@@ -14,7 +14,7 @@ wander and tau that maximise the posterior density (equation 5.8 of the same boo
 ln l is normal with mean 0 and standard deviation 1. The prior of ln tau is normal with mean ln 3 and standard deviation
 2. Both priors are weak.
 
-Trend and wander are distinguished by their roughness only: a trend that bends within a few saved steps counts as wander.
+Trend and wander differ only in their roughness. A trend that bends within a few saved steps therefore counts as wander.
 """
 
 import math
@@ -29,7 +29,7 @@ _TAU = (0.3, 12.0)
 """Limits of the correlation time tau, in saved steps."""
 _TYPICAL_TAU = 3.0
 _LEAST = 1e-10
-"""Least variance, as a share of the values' variance. Smaller variances are rounding errors."""
+"""Smallest variance, as a share of the values' variance. Smaller variances are rounding errors."""
 
 
 class Scatter(NamedTuple):
@@ -71,8 +71,8 @@ def estimate_scatter(
         times: u = ln(step + 1) of the saved steps, in ascending order.
         values: The curve at the saved steps.
         stderr: Known, independent standard errors of the points. They do not count as scatter.
-        shortest: Least length l of the trend. The default of 1 is a factor e in the step.
-        longest: Greatest length l. A trend with corners needs a small value; otherwise the wander follows the corners.
+        shortest: Smallest length l of the trend. The default, 1, corresponds to a factor of e in the step.
+        longest: Largest length l. A trend with corners needs a small value; otherwise the wander follows the corners.
     """
     unit = float(values.std()) or 1.0
     scaled = (values - values.mean()) / unit

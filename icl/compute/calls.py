@@ -1,4 +1,4 @@
-"""Fast repeated calls of a function of tensors: its gradient, its compilation to one graph, parallel calls, and memory.
+"""Make repeated calls of a function of tensors fast: its gradient, its compilation, parallel calls, and memory.
 
 `torch.compile` compiles a function to one graph at its first call, which takes 10 to 30 seconds. Results of the eager and the
 compiled function differ by rounding. We compile if the amount of work ahead is large enough (`compiling_pays`).
@@ -32,12 +32,12 @@ RELEASE_GIL = {"cpp_wrapper": True}
 """Options of `torch.compile` for a graph that releases Python's global interpreter lock while it runs."""
 
 _COMPILING_PAYS = 1e13
-"""Compile only above this many floating-point operations. They take some minutes on a CPU, and compiling saves a third of this
+"""Compile only above this many floating-point operations. A CPU needs some minutes for them, and compiling saves a third of this
 time."""
 
 
 def compiling_pays(*, num_params: int, num_tokens: int, num_steps: int) -> bool:
-    """Return whether training or sampling is long enough to compile it.
+    """Return whether training or sampling is so long that compiling saves time.
 
     The answer depends only on the settings, so a resumed run makes the same choice.
 
@@ -52,7 +52,9 @@ def compiling_pays(*, num_params: int, num_tokens: int, num_steps: int) -> bool:
 
 def grad_and_aux(total: Callable[[Leaves], tuple[Tensor, Tensor]], leaves: Leaves) -> tuple[Leaves, Tensor]:
     """Return the gradient of the number that `total` returns first, and the detached tensor that it returns second."""
-    if torch.compiler.is_compiling():  # the compiler cannot trace autograd; in eager mode, autograd is a tenth faster
+    if (
+        torch.compiler.is_compiling()
+    ):  # the compiler cannot trace autograd; in eager mode, autograd is a tenth faster than torch.func
         grads, (_, aux) = torch.func.grad_and_value(total, has_aux=True)(leaves)
         return grads, aux
     # Keep autograd from using threads. A thread may still have a tensor when the step ends, and XLA compiles the computation
@@ -86,7 +88,7 @@ def one_graph(
         options: Options of the compiler on a CPU.
     """
     use_private_cache()  # before torch chooses a folder itself
-    # Imported here because it is slow and not needed elsewhere.
+    # Imported here, because this import is slow and no other function needs it.
     from torch._dynamo import config, error_on_graph_break, exc, mark_static_address
 
     # We do not use `fullgraph`. Up to torch 2.13 it counts graphs in a variable that all threads share, so it fails at random.
@@ -120,7 +122,7 @@ def one_graph(
         except exc.TorchDynamoException as error:  # raised before the graph has run, so no tensor has changed
             has_failed = True
             reason = " ".join(str(error).split("\n")[:2])
-            warnings.warn(f"{work} goes on without torch.compile, which is slower: {reason}", stacklevel=2)
+            warnings.warn(f"{work} continues without torch.compile, so it is slower: {reason}", stacklevel=2)
             return function(*inputs)
         if not is_noted:
             is_noted = True
@@ -150,7 +152,7 @@ def in_parallel(
     Args:
         function: Function to apply. It must not change data that other calls read. Its first call runs alone, because it may
             compile (Ctrl-C then waits for the compiler).
-        threads_each: Number of PyTorch threads of each call. With 1, results do not depend on the number of cores. By default the
+        threads_each: Number of PyTorch threads for each call. With 1, results do not depend on the number of cores. By default the
             calls share the threads that PyTorch has.
     """
     has_run = False
@@ -186,20 +188,22 @@ def in_parallel(
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory that a step frees for the next step.
+    """Make glibc keep the memory that a step frees, so that the next step can use it again.
 
-    By default glibc returns this memory to the system and gets it again page by page. We measured that this takes up to half of a
-    step's time. With other C libraries, this function does nothing.
+    By default glibc returns this memory to the system and requests it again page by page. In our measurements this takes up to
+    half of the time of a step. With other C libraries, this function does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks below 32 MiB (glibc allows no more) come from the heap
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: up to 1 GiB of the heap may be free
+        # M_MMAP_THRESHOLD: allocate blocks below 32 MiB on the heap. glibc allows no larger threshold.
+        mallopt(-3, 2**25)
+        # M_TRIM_THRESHOLD: return free memory of the heap to the system only above 1 GiB.
+        mallopt(-1, 2**30)
 
 
 @cache
 def _workers(num_workers: int, threads_per_worker: int) -> ThreadPoolExecutor:
-    """Start Python threads, each with this many PyTorch threads; the caller's number stays as it is."""
+    """Start Python threads, each with `threads_per_worker` PyTorch threads. The caller's number of threads does not change."""
     callers_threads, all_started = torch.get_num_threads(), threading.Barrier(num_workers)
 
     def initialise() -> None:

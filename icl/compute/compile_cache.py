@@ -1,8 +1,9 @@
 """Private cache of `torch.compile`: a folder that only the user can write to, with a digest of every file.
 
 By default torch caches libraries and pickles in a folder with a predictable name below the system's temporary folder. It executes
-the files that it finds there, even if another user wrote them. Our folder is `icl/torch-<version>` in the user's cache ($XDG_CACHE_HOME or `~/.cache`),
-or in $TORCHINDUCTOR_CACHE_DIR if the user has set that. Only the user may write to it.
+the files that it finds there, even if another user wrote them. Our folder is `icl/torch-<version>` in the user's cache
+($XDG_CACHE_HOME or `~/.cache`), or in $TORCHINDUCTOR_CACHE_DIR if the user has set this variable. Only the user may write to our
+folder.
 
 `digests.json` contains the SHA-256 of every file. The first process that uses the folder removes files that are damaged, or that
 have no digest because the process that wrote them died. They are compiled again. If no such folder can be made, this process
@@ -54,7 +55,7 @@ def use_private_cache() -> Path:
             except (UnusableError, OSError) as error:
                 reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
                 print(
-                    f"icl: results of torch.compile are not kept for the next start: {wanted}: {reason}.",
+                    f"icl: results of torch.compile are not kept for the next start. The cache {wanted} cannot be used: {reason}.",
                     file=sys.stderr,
                 )
                 _folder = _temporary_folder()

@@ -89,7 +89,7 @@ def _is_present(kind: str) -> bool:
 
 
 class _Allocations(TorchDispatchMode):
-    """Records the size of every tensor that a block makes."""
+    """Record of the size of every tensor that is made while this mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class _Allocations(TorchDispatchMode):
 
 
 def _available_bytes() -> int:
-    """Return the bytes that are available without swapping, or all memory if the system does not say."""
+    """Return the bytes that are available without swapping, or the total memory if the system does not report it."""
     try:
         lines = dict(line.split(":", 1) for line in _MEMORY.read_text().splitlines())
         return 1024 * int(lines["MemAvailable"].split()[0])

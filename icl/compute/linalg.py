@@ -1,6 +1,6 @@
 """Eigenvalues, trace and spectral density of a symmetric matrix, from matrix-vector products alone.
 
-The matrix is A = mean of A_1 .. A_J, one for each batch of data. The function `products` returns A_1 v .. A_J v.
+The matrix A is the mean of A_1, ..., A_J, one for each batch of data. The function `products` maps v to A_1 v, ..., A_J v.
 Lanczos with full reorthogonalisation builds an orthonormal basis Q (m, P) of the Krylov space of a random start. All results
 come from Q and the projections Q A_j Q' (m, m), which cost no further products:
 
@@ -11,8 +11,8 @@ come from Q and the projections Q A_j Q' (m, m), which cost no further products:
   space is exhausted.
 - Trace: tr(Q A Q') plus the mean of v' R A R v over probes v of random signs, with R = I - Q'Q. This is Hutch++ with a
   Krylov space as its sketch (Meyer, Musco, Musco, Woodruff 2021, "Hutch++: optimal stochastic trace estimation",
-  algorithm 1; Chen and Hallman 2023, "Krylov-aware stochastic trace estimation"). It is unbiased. Only the part outside Q is
-  random, and that part is small.
+  algorithm 1; Chen and Hallman 2023, "Krylov-aware stochastic trace estimation"). The estimate is unbiased. Only its part
+  outside Q is random, and this part is small.
 - Density: the Ritz values are nodes, and the squared first components of their vectors are weights. This is stochastic
   Lanczos quadrature from one start (Ubaru, Chen, Saad 2017, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature"). The
   estimated share of the P eigenvalues in an interval has a standard error of about sqrt(2 share (1 - share) / P).
@@ -100,7 +100,7 @@ def lanczos(products: Products, start: Float[Tensor, "N P"], num_steps: int) -> 
             new_direction = _outside(start.roll(step + 1, dims=-1), built)
             residual = torch.where(is_exhausted.unsqueeze(-1), new_direction, residual)
         vector = residual / residual.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(start.dtype).tiny)
-    # Row s has the products of basis vectors 0 .. s with A_j times basis vector s.
+    # Row s has the products of basis vectors 0 to s with A_j times basis vector s.
     lower = torch.stack(columns, dim=-2)  # N J m m
     return Krylov(basis, lower + lower.tril(-1).mT, remainder.cpu().double())
 
@@ -141,7 +141,7 @@ def trace(products: Products, krylov: Krylov, probes: Iterable[Float[Tensor, "N 
 
 def _outside(vectors: Float[Tensor, "N P"], basis: Float[Tensor, "N m P"]) -> Float[Tensor, "N P"]:
     """Return the part of the vectors that is orthogonal to the basis."""
-    for _ in range(2):  # twice, because rounding leaves a part in the space the first time
+    for _ in range(2):  # twice, because rounding errors of the first pass leave a part in the space
         vectors = vectors - ((vectors.unsqueeze(1) @ basis.mT) @ basis).squeeze(1)
     return vectors
 

@@ -36,7 +36,7 @@ class AdamState(NamedTuple):
     count: Int64[Tensor, " N"]  # type: ignore[assignment]  # Adam's t; the name hides a method of tuple
 
     def members(self, chosen: slice) -> "AdamState":
-        """Return some of the members, as views."""
+        """Return the chosen members, as views."""
         return AdamState(*(tensor[chosen] for tensor in self))
 
 
@@ -126,7 +126,10 @@ def losses_and_grads(
 
     def total(rows: Tensor) -> tuple[Tensor, Tensor]:
         losses = (apply(model, layout.to_params(rows), xs, ys) - ys).square().mean(dim=(1, 2))  # N
-        return losses.sum(), losses  # a row affects only its own loss, so the gradient of the sum is that of its loss
+        return (
+            losses.sum(),
+            losses,
+        )  # a row affects only its own loss, so the gradient of the sum is the gradient of each loss
 
     grads, losses = grad_and_aux(total, rows)
     return losses, grads

@@ -1,6 +1,6 @@
 """Predictions for a user's own prompts: context examples and queries, as tensors or in a file.
 
-Each query is predicted from the whole context. The other queries have no effect on its prediction. A file is JSON
+Each query is predicted from the whole context. Other queries have no effect on this prediction. A file is JSON
 `{"x_context": [[...]], "y_context": [...], "x_query": [[...]]}`, or CSV with columns x1..xD,y in which an empty y marks
 a query.
 """

@@ -10,8 +10,8 @@ module `icl.metrics` computes the numbers:
 - `delta_ridge`, `delta_dmmse`: the gap to a baseline, the mean squared difference of predictions (Raventos et al. 2023,
   section 2, who divide by D).
 - `icl_score`: loss(k2) - loss(k1). A negative score is good.
-- `prior_zero`, `prior_task_mean`: prior-task scores, the gaps to predicting with w = 0 and with the mean task (Hoogland et
-  al. 2024).
+- `prior_zero`, `prior_task_mean`: prior-task scores, the gaps to the predictions with w = 0 and with the mean task (Hoogland
+  et al. 2024).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +62,7 @@ def evaluation_set(
     """Make the fixed prompts called `name` (`pretrain`, `true`, or a shift), with their baselines.
 
     All sets have ridge, OLS and zero. `pretrain` and `true` of a run with finitely many tasks also have dMMSE and the mean
-    task. Without noise, `ridge` is OLS, which is its limit.
+    task. Without noise, `ridge` has the predictions of OLS, which is the limit of ridge for zero noise.
     """
     shift, task = SHIFTS.get(name), config.task
     has_noise = task.noise_variance > 0
@@ -129,7 +129,7 @@ def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
 def headlines(numbers: "pd.DataFrame") -> "pd.DataFrame":
     """Return the main rows of a table from `evaluate`: the means over positions.
 
-    If a shift changes only the query, the numbers at the query are the main rows.
+    If a shift changes only the query, the main rows are the numbers at the query.
     """
     has_mean = numbers["distribution"].isin(numbers.loc[numbers["position"] == "mean", "distribution"])
     return numbers[(numbers["position"] == "mean") | ~has_mean]
@@ -140,7 +140,7 @@ def excess_over_optimum(
 ) -> tuple[str, metrics.Estimate]:
     """Return the name of the Bayes predictor of the training tasks, and the model's excess loss over this predictor.
 
-    The difference is taken within each prompt, so noise that both share does not count in its standard error.
+    The losses are subtracted within each prompt, so noise that both share does not enter the standard error.
 
     Args:
         predictions: The model's predictions.
@@ -211,7 +211,7 @@ def _batches(prompts: Prompts, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _join(sets: Sequence[EvaluationSet]) -> EvaluationSet:
-    """Stack the sets of several members into one, with NaN for baselines that some lack; return a shared set unchanged."""
+    """Stack the sets of several members into one, with NaN for baselines that some members lack; return a shared set unchanged."""
     if all(each is sets[0] for each in sets):
         return sets[0]
     prompts = Prompts(*(torch.stack(parts) for parts in zip(*(each.prompts for each in sets), strict=True)))

@@ -6,7 +6,7 @@ masks than on arithmetic. The kernel in `attention.cpp` computes one head of one
 cache.
 
 The kernel is compiled when `icl` is installed. Without a compiler, on other devices and in other precisions,
-`attention_by_formula` computes the same with PyTorch's operations, up to rounding. Both functions can be differentiated twice in
+`attention_by_formula` computes the same result with PyTorch's operations, up to rounding. Both functions can be differentiated twice in
 reverse mode, and mapped by `torch.vmap`.
 """
 
@@ -110,7 +110,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _AttentionGradient(torch.autograd.Function):
-    """Gradient of the kernel. To differentiate it once more, we use the formula, because the kernel has no second derivatives."""
+    """Gradient of the kernel. Its derivative comes from the formula, because the kernel has no second derivatives."""
 
     setup_context = staticmethod(_save_inputs)
 
@@ -234,4 +234,4 @@ _LANES = 0 if _KERNEL is None else _KERNEL.attention_lanes()
 """Number of float32 numbers in the longest vector register of this processor: 16, 8 or 4."""
 _OPERATIONS = None if _KERNEL is None else _register(_KERNEL)  # the operations exist as long as this object does
 ON_CPUS = f"kernel, {_LANES} lanes" if HAS_KERNEL else "PyTorch's operations"
-"""Description of how this installation computes attention on CPUs. Installations that compute it otherwise round differently."""
+"""Description of how this installation computes attention on CPUs. Other ways of computing attention round differently."""

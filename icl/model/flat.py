@@ -21,7 +21,7 @@ from icl.model.stacked import Params
 _ALIGNMENT = 16
 """The width of a row is a multiple of this number, which is 64 bytes in float32.
 
-So every row starts at the beginning of a cache line. PyTorch's order of summation can depend on the address of the data. Without
+Every row then starts at the beginning of a cache line. PyTorch's order of summation can depend on the address of the data. Without
 this alignment, a member's rounding errors would depend on its row.
 """
 Restriction: TypeAlias = Iterable[str] | Mapping[str, Tensor] | None
@@ -38,7 +38,7 @@ class Slot(NamedTuple):
     elements: Tensor | None
     """Indices of the moving elements in the flattened parameter, or None if all move."""
     dtype: torch.dtype | None = None
-    """Type of the parameter if the member's parameters have several types, else None. Rows then have the widest of these types."""
+    """Type of the parameter if the member's parameters have several types, else None. With several types, rows have the widest type."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ class Layout:
 
         Args:
             rows: The moving entries, of several members (N, width) or of one (width,).
-            fixed: The other entries, as the method `fixed` returns them, with the same leading axis.
+            fixed: The fixed entries, as the method `fixed` returns them, with the same leading axis as `rows`.
         """
         params = dict(fixed or {})
         # Compiled graphs trace this method. They cannot trace `cached_property`, which uses a lock up to Python 3.11.
@@ -112,8 +112,8 @@ def make_layout(
 
     Args:
         member: Parameters without a leading axis.
-        masks: Boolean tensors that are True where an element moves. A parameter without a mask does not move. With
-            None, all parameters move.
+        masks: Boolean tensors that are True where an element moves. A parameter without a mask does not move. If
+            `masks` is None, all parameters move.
         alignment: The row width is a multiple of this number.
     """
     slots = []

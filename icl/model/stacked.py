@@ -8,8 +8,8 @@ a dict of tensors with the names of the module's state dict.
 is faster for six reasons:
 
 - A linear map of all members is one batched matrix product. A single member uses PyTorch's fused operations.
-- When compiled, the queries, keys and values of the first block are computed from the tokens' D + 1 coordinates. This
-  is cheaper than from the embeddings, which have more channels (`_heads_of_tokens`).
+- Compiled code computes the queries, keys and values of the first block from the tokens' D + 1 coordinates. The usual
+  computation from the embeddings is more expensive, because these have more channels (`_heads_of_tokens`).
 - After the last attention only x-tokens are computed, because predictions are read out only at these tokens.
 - Attention has its own kernel on CPUs (`icl.model.attention`).
 - Without that kernel we pad prompts to the even length T = 2K: PyTorch's small products then take a quarter less time.
@@ -78,7 +78,7 @@ def apply(
     """
     tokens = to_tokens(xs, ys)  # N B 2K-1 D+1
     if not has_kernel_for(params["position_embedding"]):
-        tokens = F.pad(tokens, (0, 0, 0, 1))  # one token of zeros; it comes last, so no prediction depends on it
+        tokens = F.pad(tokens, (0, 0, 0, 1))  # add a last token of zeros, on which no prediction depends
     return _outputs(config, params, tokens, last_stride=2)[..., 0]  # N B K
 
 
@@ -125,7 +125,7 @@ def _block(
     if config.layer_norm != "pre":
         queries, keys, values = _heads(config, params, path, x, stride)
     elif layer == 0 and torch.compiler.is_compiling():
-        # Not in eager mode, in which the extra passes over memory cost as much time as the smaller products save.
+        # In eager mode, the extra passes over memory would cost as much time as the smaller products save.
         queries, keys, values = _heads_of_tokens(config, params, path, x, tokens, stride)
     else:
         queries, keys, values = _heads(config, params, path, _norm(params, f"{path}.attention_norm", x), stride)
@@ -212,7 +212,7 @@ def _norm(params: Params, name: str, x: Float[Tensor, "N B T C"]) -> Float[Tenso
         return F.layer_norm(x, x.shape[-1:], weight[0], bias[0], _NORM_EPS)
     normed = F.layer_norm(
         x, x.shape[-1:], eps=_NORM_EPS
-    )  # without gains, because they would have to be the same for all members
+    )  # without gains, because `layer_norm` takes only one set of gains for all members
     return torch.addcmul(bias[:, None, None], normed, weight[:, None, None])  # N B T C
 
 

@@ -103,7 +103,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Block of attention, then an MLP, each added to the residual stream."""
+    """Block of attention followed by an MLP. The output of each is added to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ def parameter_shapes(config: ModelConfig, *, task_size: int, max_examples: int) 
     """
     one_layer = dataclasses.replace(config, num_layers=1)
     try:
-        with torch.device("meta"):  # its tensors have a shape but no memory
+        with torch.device("meta"):  # tensors on this device have a shape but no memory
             model = Transformer(one_layer, task_size=task_size, max_examples=max_examples)
     except (RuntimeError, TypeError, OverflowError):
         raise ValueError("the configuration describes a model that is too large") from None
@@ -190,7 +190,7 @@ def parameter_shapes(config: ModelConfig, *, task_size: int, max_examples: int) 
 
 
 def initialise(model: Transformer, config: ModelConfig, generator: torch.Generator) -> None:
-    """Draw every parameter in place, in the order of `named_parameters`, from `generator` alone.
+    """Draw every parameter in place, in the order of `named_parameters`, from `generator` only.
 
     `pytorch` draws as nn.Linear does by default: uniformly between -1/sqrt(fan-in) and 1/sqrt(fan-in). Positions count as a
     linear map from 2K one-hot inputs (Hoogland et al. 2024). `gpt2` draws weights from N(0, 0.02^2), with the standard deviation

@@ -17,7 +17,7 @@ from icl.plotting.tidying import KEY
 _LINES = {"pretrain": "-", "true": ":"}
 _SETS = {"pretrain": "training tasks", "true": "new tasks"}
 _MIN_SCALE = 0.2
-"""Smallest multiplier that is used to set the limits. Below it, loss / g² is mostly noise variance / g²."""
+"""Smallest multiplier that is used to set the limits of the y axis. Below it, loss / g² is mostly noise variance / g²."""
 _SCALED_PANELS = (
     ("input_scale", "loss_over_g2", "Inputs scaled by g", "mean squared error / g²"),
     ("task_scale", "loss_over_g2", "Tasks scaled by g", "mean squared error / g²"),
@@ -75,7 +75,7 @@ def _draw_scores(axes: Axes, model: pd.DataFrame, baselines: pd.DataFrame) -> No
 def _draw_prior_scores(axes: Axes, model: pd.DataFrame) -> None:
     for quantity, label, colour in (
         ("prior_zero", "from 0", BLACK),
-        ("prior_task_mean", "from the mean task's", GREEN),
+        ("prior_task_mean", "from the mean task's predictions", GREEN),
     ):
         _draw_both_sets(axes, model, quantity, color=colour, label=label)
         for _, minimum in select(model, quantity=f"{quantity}_minimum_step", verdict="ok").iterrows():
@@ -104,7 +104,7 @@ def _draw_task_vectors(axes: Axes, model: pd.DataFrame, baselines: pd.DataFrame)
         _draw_both_sets(axes, model, quantity, color=colour, label=label)
         for name, line in (("pretrain", "--"), ("true", ":")):
             _draw_level(axes, _means(baselines, quantity, name), "ridge", color=colour, linestyle=line, label=None)
-    axes.plot([], [], color=BLACK, linestyle="--", linewidth=1, label="ridge's", gid=KEY)
+    axes.plot([], [], color=BLACK, linestyle="--", linewidth=1, label="ridge", gid=KEY)
     _finish(axes, "Task vector read from the model", "mean over positions and prompts")
 
 

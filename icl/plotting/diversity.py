@@ -1,8 +1,8 @@
 """The figure of a task-diversity experiment: the gaps of the trained models to ridge and to dMMSE, against the number of tasks M.
 
 If a model has learned the Gaussian prior, its gap to ridge is zero. If it has learned its M tasks, its gap to dMMSE is zero
-(Raventos et al. 2023, arXiv 2306.15063, figure 2; they divide the gaps by D, we do not). The M at which the first case replaces
-the second depends on the architecture and the training. No threshold is drawn, because none is estimated.
+(Raventos et al. 2023, arXiv 2306.15063, figure 2; they divide the gaps by D, we do not). The M above which models
+learn the Gaussian prior depends on the architecture and the training. No threshold is drawn, because none is estimated.
 """
 
 import math
@@ -50,7 +50,7 @@ def plot_diversity(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def diversity_positions(num_tasks: Iterable[str], *, gap: float | None = None) -> dict[str, float]:
-    """Return the horizontal position of every M, in ascending order: log2 M, and for infinity the largest of them plus `gap`."""
+    """Return the horizontal position of every M, in ascending order: log2 M, or for M = inf the largest finite position plus `gap`."""
     ordered = sorted(num_tasks, key=float)
     positions = {m: math.log2(float(m)) for m in ordered if m != "inf"}
     if "inf" in ordered:
@@ -72,7 +72,7 @@ def _draw_gaps(axes: Axes, means: pd.DataFrame, positions: Mapping[str, float]) 
 
 
 def _share_scale(panels: list[Axes], values: pd.Series) -> None:
-    """Give all panels the same y scale. It is logarithmic if any value is positive; error bars below zero are then cut."""
+    """Give all panels the same y scale. If any value is positive, it is logarithmic, and error bars are cut at zero."""
     for axes in panels[1:]:
         axes.sharey(panels[0])
     if not ((values > 0) & (values < math.inf)).any():

@@ -22,7 +22,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
 
     Args:
         table: The table that the analysis returns.
-        title: Title of the figure; the model and the verdict are added to it.
+        title: Title of the figure; the kind of regression and the verdict are added to it.
     """
     figure, (against, predicted, coefficients) = new_figure(3, width=4.7, height=4.2)
     fit = select(table, quantity="r2_cv").iloc[0]

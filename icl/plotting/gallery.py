@@ -6,8 +6,8 @@ A notebook opens a gallery, reads tables from it, and saves figures to it:
     table = gallery.table("known-answers")
     gallery.save(llc_studies.plot_known_answers(table, title="Known answers"), "known-answers", "Estimates and exact values.")
 
-A line above every figure names the source of its data. Its caption adds the date, versions, hardware and commands. The same
-tables give identical files.
+A line above every figure names the source of its data. The caption adds the date, versions, hardware and commands. Figures
+that are drawn again from the same tables have identical files.
 """
 
 import json
@@ -67,7 +67,7 @@ class Gallery:
         file = self.data / f"{name}.csv"
         if not file.is_file():
             raise ConfigError(
-                f"There is no table {file}. If its runs exist, `python -m tools.data {self.data.name}` makes the table."
+                f"There is no table {file}. If the runs exist, make it with `python -m tools.data {self.data.name}`."
             )
         table = pd.read_csv(file, dtype=_TEXT_COLUMNS)
         self._used.append(name)

@@ -1,4 +1,4 @@
-"""The figure of the gradients in the weights and in the data distribution, and of their PCA over training."""
+"""The figure of the gradients with respect to the weights and to the data distribution, and of their PCA over training."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ _DATA_PARAMETERS = (
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
     """Draw six panels from the table of `icl.analysis.gradients`; bands are two standard errors.
 
-    If a squared norm is within its noise, triangles show an upper limit of the norm and a lower limit of the noise scale.
+    If a squared norm is not significantly above zero, triangles show an upper limit of the norm and a lower limit of the noise scale.
 
     Args:
         table: The run's `results/gradients.csv`.

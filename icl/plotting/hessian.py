@@ -55,7 +55,7 @@ def _draw_curve(axes: Axes, curve: pd.DataFrame, colour: str, label: str) -> Non
 def _draw_spectra(axes: Axes, table: pd.DataFrame) -> None:
     """Draw, for a few steps, how many eigenvalues lie above λ and how many below −λ.
 
-    Each node of the spectral density represents its share of all eigenvalues, and at least one. Nodes with a large share are
+    Each node of the spectral density represents its share of all eigenvalues, but at least one eigenvalue. Nodes with a large share are
     left out, because they are the bulk near zero, which Lanczos does not resolve.
     """
     steps = np.unique(select(table, quantity="spectral_node")["step"].to_numpy(int))

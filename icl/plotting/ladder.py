@@ -22,7 +22,7 @@ _DIFFERENCE_LABEL = "mean squared difference of predictions (per target)"
 
 
 def plot_task_prior(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the distances of the predictions to 0 and to the predictions of the mean task: over training, and minima against M.
+    """Plot the differences of the predictions from 0 and from those of the mean task: over training, and their minima against M.
 
     Args:
         evaluation: Rows of `evaluation.csv` for the ladder.
@@ -41,7 +41,7 @@ def plot_task_prior(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str)
         axes.set_ylabel(_DIFFERENCE_LABEL)
         _draw_against_diversity(smallest, _smallest(rows), positions, color=colour, marker=marker, label=label)
     zero.sharey(mean)
-    mean.autoscale(axis="y")  # the shared limits then include the curves of both panels
+    mean.autoscale(axis="y")  # so that the shared limits include the curves of both panels
     zero.legend(fontsize=7.5, ncols=2, title="M", title_fontsize=8)
     _label_diversity(smallest, positions, "Which prior is learned first", "smallest difference during training")
     smallest.set_yscale("log", nonpositive="clip")

@@ -32,7 +32,7 @@ ESCAPE_LABEL = "(E[L] − L(w0)) / (zero's loss − L(w0))"
 def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Sequence[float] = ()) -> Figure:
     """Plot loss (top) and LLC (bottom) against the step, on a logarithmic (left) and a linear axis (right).
 
-    For a single step there is no right column. If the loss at the mean of the draws lies below the checkpoint's loss
+    With a single step, there is no right column. If the loss at the mean of the draws lies below the checkpoint's loss
     (`icl.sampling.at_checkpoint`), the LLC is underestimated by about this drop. Diamonds show the LLC plus the drop.
 
     Args:
@@ -74,7 +74,7 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
     Args:
         table: The table of `icl.sampling.calibration`.
         traces: Estimates by their number in the column `corner`: first the chosen settings, then failed settings. If
-            there are no traces, the figure has no panels for them.
+            this is empty, the figure has no panels for traces.
         title: Title of the figure.
     """
     figure, axes = new_figure(3, num_rows=2 if traces else 1, width=4.8, height=3.6, title=title)
@@ -177,7 +177,9 @@ def _draw_losses(axes: Axes, table: pd.DataFrame, trivial_loss: float) -> None:
     low, high = axes.get_ylim()
     if not low <= trivial_loss <= high:
         line.set_gid(KEY)  # keep the legend entry, because it says where the invisible line is
-        line.set_label(f"predicting zero: {trivial_loss:.3g}, {'above' if trivial_loss > high else 'below'}")
+        line.set_label(
+            f"predicting zero ({trivial_loss:.3g}, {'above' if trivial_loss > high else 'below'} the axis limits)"
+        )
 
 
 def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
@@ -230,7 +232,7 @@ def _draw_trace(axes: Axes, record: Record) -> None:
 
 
 def _draw_settings(axes: Axes, rows: pd.DataFrame, x: str, family: str, label: str) -> None:
-    """Draw LLCs against one setting, with a line for each value of another setting. Marks beyond the limits are at the edges."""
+    """Draw LLCs against one setting, with a line for each value of another setting. Marks beyond the limits are drawn at the edges."""
     valid = rows[rows["verdict"] != "invalid"]
     shown = rows if valid.empty else valid
     set_limits(axes, pd.concat([shown["llc"] - shown["stderr"], shown["llc"] + shown["stderr"], pd.Series([0.0])]))

@@ -23,8 +23,8 @@ _MAX_TRACES = 6
 def plot_estimate(record: Record, trivial_loss: float, *, title: str) -> Figure:
     """Plot the excess loss of every chain in nats, its running mean, and the LLC with two standard errors.
 
-    The excess compares each minibatch loss with the checkpoint's loss on the same minibatch. Estimates that older versions stored
-    have the minibatch losses only; then the traces have more noise than the LLC.
+    The excess is nbeta times a minibatch loss minus the checkpoint's loss on the same minibatch. Estimates that older versions
+    stored have only minibatch losses, so their traces have more noise than the LLC.
 
     Args:
         record: The estimate.
@@ -45,7 +45,7 @@ def plot_estimate(record: Record, trivial_loss: float, *, title: str) -> Figure:
         axes.axvspan(0, row["num_burnin_steps"], color=BLACK, alpha=0.08, linewidth=0)
     _draw_levels(axes, row, excess)
     zero, (low, high) = row["nbeta"] * (trivial_loss - row["init_loss"]), axes.get_ylim()
-    where = "" if low <= zero <= high else f": {zero:,.0f} nats, {'above' if zero > high else 'below'}"
+    where = "" if low <= zero <= high else f" ({zero:,.0f} nats, {'above' if zero > high else 'below'} the axis limits)"
     axes.axhline(zero, color=BLACK, linestyle=":", linewidth=1.2, label=f"predicting zero{where}", gid=KEY)
     axes.set(
         ylim=(low, high),

@@ -22,8 +22,8 @@ SAMPLERS = (
 def plot_known_answers(table: pd.DataFrame, *, title: str) -> Figure:
     """Plot estimates divided by the exact value, for losses whose local learning coefficient is known.
 
-    The exact value is the one at the estimate's nbeta, if it is known in closed form. Otherwise it is the learning
-    coefficient, the limit of infinite nbeta.
+    The exact value is the value at the nbeta of the estimate (column `finite`), if it is known. Otherwise it is the
+    learning coefficient, which is the limit for infinite nbeta (column `asymptotic`).
     """
     figure, (axes,) = new_figure(1, width=7.8, height=4.6)
     truth = table["finite"].fillna(table["asymptotic"])
@@ -47,7 +47,7 @@ def plot_known_answers(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def plot_what_is_measured(llc: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the LLC against the checkpoint's loss, the sampled loss, and the share of its rise to the loss of predicting zero."""
+    """Plot the LLC against the checkpoint's loss, the sampled loss, and how far this loss rose to the loss of predicting zero."""
     figure, (against, sampled, escape) = new_figure(3, width=4.8, height=4.0, title=title)
     for name, is_published, style in SAMPLERS:
         rows = rows_of_sampler(llc, is_published)

@@ -1,4 +1,4 @@
-"""The figure of stages: every signal and its slope in log time, smoothed, with the boundaries between stages and their types."""
+"""The figure of stages: every smoothed signal and its slope in log time, with the boundaries and the types of the stages."""
 
 from typing import Any
 

@@ -38,7 +38,7 @@ _METADATA: dict[str, dict[str, Any]] = {
 _ORIGIN_INCHES = 0.16
 """Height of the line above a figure that names the source of its data."""
 _MINOR_DIGITS = ((8.0, "23456789"), (400.0, "25"))
-"""Leading digits of the labelled minor ticks of a logarithmic axis, if the axis spans less than the given ratio."""
+"""If a logarithmic axis spans less than the first number as a ratio, minor ticks with these leading digits are labelled."""
 
 
 def new_figure(
@@ -133,7 +133,7 @@ def write_in_middle(axes: Axes, text: str) -> None:
 
 
 def render_figure(figure: Figure, file_format: str = "png", *, origin: str = "") -> bytes:
-    """Return the bytes of an image file of the figure. They do not depend on the time or on versions of software.
+    """Return the bytes of an image file of the figure. They do not depend on the date or on versions of software.
 
     Args:
         figure: Figure to draw.

@@ -99,7 +99,7 @@ def name_outside(figure: Figure, panels: Sequence[Axes], *, loc: str, ncols: int
 
 
 def has_data(artist: Artist | Container | None) -> bool:
-    """Return whether any part of an artist can be seen in its axes; true for an artist marked as `KEY`."""
+    """Return whether any part of an artist can be seen in its axes. This is true for an artist marked as `KEY`."""
     if isinstance(artist, ErrorbarContainer):
         return artist.lines[0] is None or has_data(artist.lines[0])
     if isinstance(artist, BarContainer):
@@ -232,7 +232,7 @@ def _is_reference(line: Line2D) -> bool:
 
 
 def _covered_share(box: BboxBase, curves: list[np.ndarray]) -> float:
-    """Return the share of a curve's points that lie in a box: the largest share of any curve."""
+    """Return the largest share of any curve's points that lie in a box."""
     return max((float(_is_inside(points, box).mean()) for points in curves if len(points)), default=0.0)
 
 

@@ -1,4 +1,4 @@
-"""`icl report`: one self-contained HTML page about one run or several. It needs no network and no scripts.
+"""`icl report`: one self-contained HTML page about one or more runs. The page needs no network and no scripts.
 
 - `facts.py` reads a run's folder, and says what is missing or damaged.
 - `tables.py` and `pictures.py` turn tables and figures into parts of a page.

@@ -1,4 +1,4 @@
-"""Write the report of some runs as one HTML file.
+"""Write the report of one or more runs as one HTML file.
 
 The page loads nothing from outside: images are data URIs, the style is part of the page, and there is no script. A
 content security policy tells the browser to enforce this.
@@ -76,7 +76,7 @@ class Report:
 
 
 def write_report(paths: Sequence[str | Path], *, out: str | Path | None = None) -> Report:
-    """Write one page about some runs.
+    """Write one page about one or more runs.
 
     Args:
         paths: Folders of runs, or folders with runs below them.
@@ -94,7 +94,7 @@ def write_report(paths: Sequence[str | Path], *, out: str | Path | None = None) 
     folders = [Path(path) for path in paths]
     file = Path(out) if out is not None else (folders[0] if len(folders) == 1 else Path()) / NAME
     if file.suffix.lower() not in (".html", ".htm"):
-        raise StorageError(f"The page is written as .html, got {file}. Choose a name that ends in .html.")
+        raise StorageError(f"The name of the page must end in .html or .htm, got {file}.")
     named = named_runs(folders)
     require_writable(file)
     facts = [read_run(name, folder) for name, folder in with_progress(list(named.items()), "reading", "run")]

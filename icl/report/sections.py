@@ -39,9 +39,9 @@ _SETS = {"pretrain": "the training tasks", "true": "new tasks, w ~ N(0, I)"}
 _EXPLANATIONS = {
     "training": "Losses are squared errors per target, not divided by D. Ridge is optimal for infinitely many tasks, dMMSE for the "
     "M training tasks. OLS has no finite mean loss after D - 1, D or D + 1 examples.",
-    "evaluation": "The numbers are from the last step, ± one standard error. They are means over positions; for a shift of the "
-    "query they are for the last position only. delta ridge and delta dmmse are the gaps to ridge and dMMSE: the mean squared "
-    "difference of predictions.",
+    "evaluation": "The numbers are from the last step, ± one standard error. They are means over positions. If a "
+    "shift changes only the query, they are for the last position. delta ridge and delta dmmse are the gaps to ridge and dMMSE: "
+    "the mean squared difference between the predictions of the transformer and theirs.",
     "llc": "Read each estimate with its verdict. If the verdict is not ok, the reasons say why.",
 }
 

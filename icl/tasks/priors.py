@@ -66,7 +66,7 @@ def sample_tasks(
 
 
 def task_prior(num_tasks: int | float, task_size: int, seed: int | str) -> Gaussian | Discrete:
-    """Return the prior of task diversity M: `Discrete`, or `Gaussian` for M = inf."""
+    """Return the prior for task diversity M: `Discrete`, or `Gaussian` if M = inf."""
     num_tasks = parse_num_tasks(num_tasks)
     return Gaussian(task_size) if num_tasks == math.inf else Discrete(int(num_tasks), task_size, seed)
 

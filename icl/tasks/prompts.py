@@ -70,7 +70,7 @@ def sample_together(
     # `len` would fail for a range longer than 2^63, before the check below could report how many prompts do not fit.
     batch_size = indices.stop - indices.start if isinstance(indices, range) else len(indices)
     require_prompt_memory(len(sources) * len(steps) * batch_size, num_examples, task_size, device)
-    # Not `torch.arange(start, stop)`: XLA compiles the bounds into its graph, and would compile again for every step.
+    # `torch.arange(start, stop)` would be slow on XLA, which compiles the bounds into its graph: it would compile again for every step.
     step = steps.start + torch.arange(len(steps), device=device)
     index = torch.arange(indices.start, indices.stop, device=device) if isinstance(indices, range) else indices
     xs_key = rng.together([source.xs_key for source in sources], device=device)
@@ -78,7 +78,7 @@ def sample_together(
     xs = rng.normal(xs_key, step, index, num_examples * task_size).unflatten(-1, (num_examples, task_size))  # N S B K D
     ws = sample_tasks([source.prior for source in sources], [source.tasks_key for source in sources], step, index)
     noise = rng.normal(noise_key, step, index, num_examples)  # N S B K
-    # Not a matrix product: its rounding depends on the size of the batch, so a prompt's targets would too.
+    # The rounding of a matrix product depends on the size of the batch, so a prompt's targets would depend on it too.
     clean = (xs * ws.unsqueeze(-2)).sum(-1)  # N S B K
     return Prompts(xs, clean + noise_variance**0.5 * noise, ws)
 
@@ -129,7 +129,7 @@ def sample_prompts(
 ) -> Prompts:
     """Return the batch of one step of a stream: xs (B, K, D), ys (B, K), ws (B, D).
 
-    A smaller batch has the first prompts of a larger batch.
+    A smaller batch consists of the first prompts of a larger batch.
 
     Raises:
         ConfigError: If `step` is not a whole number of at least 0, `batch_size` is not a whole number of at least 1, or the
@@ -164,7 +164,7 @@ def require_prompt_memory(
         for_ridge: Whether ridge will predict their targets. It factors a matrix for each prompt in float64.
 
     Raises:
-        ConfigError: If they do not fit. The message says how much memory is needed and how much is free.
+        ConfigError: If the prompts do not fit. The message says how much memory is needed and how much is free.
     """
     numbers = max_examples * (
         task_size + 1 + (2 * (task_size + max_examples) if for_ridge else 0)

@@ -8,9 +8,9 @@ its own stream. A prompt stays a pure function of (evaluation seed, shift, step,
   The code of Hoogland et al. (2024) has g = 3, 5, 10, 100 (their text says variance g); Garg et al. (2022) have
   g = 1/3, 1/2, 2, 3.
 - `skewed_covariance`: the standard deviation of x along the i-th of D random orthogonal axes is proportional to 1/i.
-- `half_subspace`: x lies in a random subspace of floor(D / 2) dimensions, but at least one.
-- `label_noise`: the noise variance is 1. Then targets and task are rescaled together, so that the targets have variance
-  D + sigma^2, as they have without the shift.
+- `half_subspace`: x lies in a random subspace of max(1, floor(D / 2)) dimensions.
+- `label_noise`: the noise variance is set to 1. Then targets and task are multiplied by one factor, so that the targets
+  have the variance D + sigma^2 that they have without the shift.
 - `random_quadrants`: all examples lie in one random orthant. The query may lie in any orthant.
 - `orthogonal_query`: the query is orthogonal to every example.
 - `seen_query`: the query equals one of the examples, with new noise.
@@ -20,7 +20,7 @@ Source: Garg et al. (2022), the evaluations in their eval.py and samplers.py. We
 - We draw axes and subspaces for each prompt, not once for all prompts, so that standard errors include this choice.
 - For `label_noise`, we rescale by the variance of the targets' distribution, not by that of the batch.
 - The query is the last x, and only its prediction counts.
-- Their orthogonal query exists only up to k = D. We keep the query, project the examples onto its orthogonal complement,
+- Their orthogonal query exists only for k up to D. We keep the query, project the examples onto its orthogonal complement,
   and rescale them.
 
 All shifts except `input_scale_<g>` keep E|x|^2 = D.
@@ -67,7 +67,7 @@ class Randomness(NamedTuple):
         return rng.normal(self.key, self.step, self.indices, size)[0]
 
     def integers(self, bound: int) -> Int64[Tensor, " B"]:
-        """Draw whole numbers, uniform on 0 .. bound - 1."""
+        """Draw whole numbers, uniformly from 0 to bound - 1."""
         return rng.integers(self.key, self.step, self.indices, bound)[0]
 
 
@@ -76,7 +76,7 @@ class Shift(NamedTuple):
 
     transform: Callable[[Parts, Randomness], Parts]
     is_about_query: bool = False
-    """Whether the shift concerns the query only, so that only the prediction at the last position counts."""
+    """Whether the shift changes only the query. If so, only the prediction at the last position counts."""
     min_task_size: int = 1
     min_examples: int = 1
 
@@ -86,7 +86,8 @@ def sample_shifted_prompts(
 ) -> Prompts:
     """Return the batch of one step of a shift: xs (B, K, D), ys (B, K), ws (B, D).
 
-    Prompts are made on the CPU, so they are the same on every device. A smaller batch has the first prompts of a larger batch.
+    Prompts are made on the CPU, so they are the same on every device. A smaller batch consists of the first prompts of a larger
+    batch.
 
     Raises:
         ConfigError: If the shift is unknown (the message names the nearest one), D or K is too small for it, `batch_size`

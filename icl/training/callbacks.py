@@ -1,7 +1,7 @@
 """Callbacks of training: each decides when something happens, and calls a function that does it.
 
-They run in the order of `trainer.make_callbacks`. Everything that a row or checkpoint of a step needs is computed before it is
-written. The resume file is written last, so it never contains a step that the other files lack.
+The callbacks run in the order of `trainer.make_callbacks`. Everything that goes into a row or a checkpoint is computed before the
+row or checkpoint is written. The resume file is written last, so it never contains a step that the other files lack.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class NonFiniteGuard(pl.Callback):
         self.members, self.every = members, every
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Check every `every` steps."""
+        """Check every `every` steps, and at the last step."""
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             self.check(module)
 

@@ -20,7 +20,7 @@ from icl.training.wandb.log import exit_code_of
 
 
 def record_outcome(member: Member, step: int, received: signal.Signals | None) -> None:
-    """Record the outcome of a member that has ended; do nothing for one that is still running or already recorded."""
+    """Record the outcome of a member that has ended. Do nothing if it is still running or is already recorded."""
     if member.is_running and step == member.config.trainer.max_steps:
         member.end("finished", step)
     elif member.is_running and received is not None:

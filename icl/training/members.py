@@ -53,7 +53,7 @@ class Member:
     incomplete: str | None = None
     """Message about missing files of a run that had already ended. If it is set, the run does not count as a success."""
     told_lacking: str | None = None
-    """Message about other missing checkpoints, and about altered rows, of a run that had already ended."""
+    """Message about missing checkpoints before the last one, and about altered rows, of a run that had already ended."""
     notes: list[str] = field(default_factory=list)
     """Messages to print and log when training starts or resumes."""
     wandb: WandbLog | None = None
@@ -66,7 +66,7 @@ class Member:
         return self.state == "running"
 
     def records(self, step: int) -> bool:
-        """Return whether results at this step are saved. This is so until the member ends, and at the step of an early stop."""
+        """Return whether results at this step are saved: before the member ends, and at the step of an early stop."""
         return self.is_running or (self.state == "stopped_early" and self.end_step == step)
 
     def is_last(self, step: int) -> bool:

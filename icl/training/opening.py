@@ -38,7 +38,7 @@ def open_run(member: Member, resources: contextlib.ExitStack) -> int | None:
         member.is_own = member.folder.config_file.exists()
         step = None if is_done else read_resume_file(member)
         _note_missing(member, step)
-        resources.push(opened.pop_all())  # last, because after an error above `opened` must release both at once
+        resources.push(opened.pop_all())  # last, because `opened` must release both if an error is raised above
     return step
 
 

@@ -49,7 +49,7 @@ class FilesGuard(pl.Callback):
                 continue
             reason = (
                 f"The folder {folder.path} was moved or removed while the run was trained, so the run ended at step {step:,}. "
-                "Put the folder back to resume the run, or run the same command to start again."
+                "Put the folder back to resume the run, or run the same command to start a new run."
             )
             member.end("failed", step, reason)
 

@@ -5,7 +5,8 @@ The same call starts a new run, resumes an unfinished run bit-identically, or re
 
 Runs that differ only in their seeds and tasks are trained together, as one population. A single run is a population of one. If
 members are at different steps, the ones furthest behind are trained first. When they reach the step at which the next members
-stopped, both groups are trained together. If a member ends before the others, the population is rebuilt from the resume files of the others.
+stopped, both groups are trained together. If a member ends before the others, the population is rebuilt from the resume files of
+the others.
 """
 
 import contextlib
@@ -55,8 +56,8 @@ class TrainResult(NamedTuple):
     incomplete: str | None = None
     """Message about missing rows or a missing last checkpoint of an ended run. If it is set, the run does not count as a success."""
     lacking: str | None = None
-    """Message about other missing checkpoints, and about altered rows, of an ended run. `icl checkpoints RUN verify` reports both
-    as damage."""
+    """Message about missing checkpoints before the last one, and about altered rows, of an ended run. `icl checkpoints RUN verify`
+    reports both as damage."""
 
 
 class NonFiniteLossError(RunError):
@@ -99,13 +100,13 @@ def train_population(
     """Train several runs together, each to its end. Each run gets the same results as if it were trained alone.
 
     Unfinished runs are resumed, and finished runs are left as they are. A member fails if its loss becomes non-finite, if
-    its folder, settings, resume file or store cannot be used, or if another process trains it. The others then continue.
+    its folder, settings, resume file or store cannot be used, or if another process trains it. The other members then continue.
     With several processes, such an error is raised instead.
 
     Args:
         configs: Settings of the runs, which differ only in `MEMBER_SETTINGS`.
         folders: Folders of the runs; None uses `$LOCAL_ROOT/<run name>` for each.
-        wandb_run: As in `train`, for a single run only.
+        wandb_run: As in `train`. It can be given only for a single run.
 
     Raises:
         ConfigError: If the runs cannot share a population, or the device does not exist.

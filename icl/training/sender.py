@@ -97,7 +97,7 @@ class Sender:
         return True
 
     def _read(self, name: str) -> _File | None:
-        """Read a file as it is now; None if it does not exist."""
+        """Return the present content of a file; None if the file does not exist."""
         signature = self._signature(name)  # taken first, so that a later write is noticed as a change
         try:
             return _File(name, signature, self.mirror.here.read(name))

@@ -106,7 +106,9 @@ def test_where_there_is_no_such_folder_a_temporary_one_serves_and_a_sentence_say
     assert compile_cache.use_private_cache() == place
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
     said = capsys.readouterr().err
-    assert f"are not kept for the next start: {folder}: other users may write in {folder}" in said
+    assert (
+        f"are not kept for the next start. The cache {folder} cannot be used: other users may write in {folder}" in said
+    )
     assert said.count("\n") == 1
     assert not compile_cache.start_afresh()
 

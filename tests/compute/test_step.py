@@ -233,7 +233,7 @@ def test_without_a_compiler_the_step_is_eager_and_says_so(packed, monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with pytest.warns(UserWarning, match="goes on without torch.compile.*No working"):
+        with pytest.warns(UserWarning, match="continues without torch.compile.*No working"):
             state, _ = train(40, OptimConfig(), compiled=True, packed=packed)
     finally:
         torch.set_num_threads(before)
@@ -249,7 +249,7 @@ import test_step as t
 from icl.config import OptimConfig
 
 if shutil.which("g++"):  # else the steps stay eager, which is equal to itself
-    warnings.filterwarnings("error", message=".*goes on without torch.compile")
+    warnings.filterwarnings("error", message=".*continues without torch.compile")
 
 eager, expected = t.train(5, OptimConfig(grad_clip=0.5))
 for packed in (False, True):
@@ -330,7 +330,7 @@ import warnings
 import test_step as t
 from torch._dynamo.utils import counters
 
-warnings.filterwarnings("error", message=".*goes on without torch.compile")
+warnings.filterwarnings("error", message=".*continues without torch.compile")
 t.assert_it_steps_as_a_cpu("cuda", compiled=True)
 assert counters["inductor"]["cudagraph_skips"] == 0, counters
 assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] > 0, counters  # it was recorded

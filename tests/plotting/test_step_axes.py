@@ -65,7 +65,7 @@ def test_one_estimate_is_drawn_once_and_named():
     assert below.get_title() == "LLC 20 ± 1, ok"
     names = [text.get_text() for text in losses.get_legend().get_texts()]
     assert names.count("boundary between stages") == 1
-    assert "predicting zero: 2.25, above" in names  # it is out of range
+    assert "predicting zero (2.25, above the axis limits)" in names
     assert len(plot_llc(estimates(10, 5000), 2.25, title="x").axes) == 4
 
 
@@ -144,7 +144,7 @@ def test_one_estimate_shows_its_chains_in_nats(chains):
     assert axes.get_title() == "step 5,000: LLC 20 ± 1, ok"
     assert faults(figure) == []
     names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert "predicting zero: 145 nats, above" in names
+    assert "predicting zero (145 nats, above the axis limits)" in names
 
 
 def test_chains_that_ended_leave_a_figure_of_the_others():

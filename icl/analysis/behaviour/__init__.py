@@ -1,30 +1,33 @@
 """Behaviour of a run at every saved step: losses and scores, gaps to ridge and dMMSE, losses on new tasks, task vectors.
 
 Every number is measured on fixed prompts of the training tasks (`pretrain`) and of new tasks (`true`), and has a standard error
-over prompts. The prompts and the names are the same as in `icl evaluate`. Rows of the table, by `quantity`:
+over prompts. The prompts and the names of the quantities are the same as in `icl evaluate`. Rows of the table, by `quantity`:
 
 - `loss`, by position and averaged over positions (`mean`). `icl_score`: loss(k2) - loss(k1), negative if more examples help.
   (Hoogland et al. 2024 print the opposite sign.)
-- `prior_zero`, `prior_task_mean`: mean squared distance to predicting 0, and to predicting with the mean task. They show how
-  close the model is to using the prior alone. They are given by position, as `mean`, and as `sum` over positions; the authors'
-  figure shows the sum, for finite M.
-- `delta_ridge`, `delta_dmmse`: mean squared distance to each Bayes predictor, per target. (Raventos et al. 2023 also divide by
-  D.) `delta_difference` is the gap to ridge minus the gap to dMMSE; positive means closer to dMMSE.
+- `prior_zero`, `prior_task_mean`: the prior-task scores. They are the mean squared difference between the model's predictions
+  and those of a predictor that uses only the prior: 0, or the prediction with the mean task. They are given by position, as
+  `mean`, and as `sum` over positions. The figure of Hoogland et al. shows the sum, for finite M.
+- `delta_ridge`, `delta_dmmse`: mean squared difference, per target, between the model's predictions and those of ridge or dMMSE.
+  (Raventos et al. 2023 also divide by D.) `delta_difference` is delta_ridge - delta_dmmse. It is positive if the model is closer
+  to dMMSE.
 - `cosine`, `norm_ratio`: comparison of the model's task vector with the true task (`icl.analysis.behaviour.task_vectors`), on
-  the first prompts of each set.
-- `loss_over_g2`, `size_ratio` for `input_scale` and `task_scale`, by `scale` (`icl.analysis.behaviour.ood_curves`). They use new
-  tasks. They are computed only at some saved steps, spread evenly in log(t + 1).
+  the first `num_probe_prompts` prompts of each set.
+- `loss_over_g2`, `size_ratio`: loss and size of predictions when inputs (`input_scale`) or tasks (`task_scale`) are multiplied
+  by g (column `scale`; see `icl.analysis.behaviour.ood_curves`). They use new tasks. They are computed only at `num_ood_steps`
+  saved steps, spread evenly in log(t + 1).
 
 The column `predictor` is `model`, or the name of a baseline that is given for comparison.
 
-Some rows describe the whole run (`icl.analysis.behaviour.turning_points`). They have a verdict with reasons. Their `lower` and
-`upper` are the saved steps around the value:
+Some rows describe the whole run (`icl.analysis.behaviour.turning_points`). They have a verdict with reasons. If the value is a
+step, `lower` and `upper` are saved steps before and after it.
 
-- `prior_zero_minimum_step`, `prior_task_mean_minimum_step`: the step at which the prior-task score on `pretrain` is lowest.
-- `crossing_step`: the step at which delta_difference changes sign (finite M only). `finding` names the predictor that
-  is closest to the model after this step.
-- `critical_step`, `rise`, `dip`: the transience of ridge (Carroll et al. 2025). The dip says how close the loss came to
-  the loss of ridge. Over runs that differ in M, the values of `critical_step` are t_crit(M).
+- `prior_zero_minimum_step`, `prior_task_mean_minimum_step`: the step at which this prior-task score is lowest on `pretrain`.
+- `crossing_step`: the step at which delta_difference changes sign (finite M only). `finding` says which of ridge and dMMSE
+  is closer to the model after this step.
+- `critical_step`, `rise`, `dip`: the transience of ridge (Carroll et al. 2025). The critical step, t_crit in the paper, has
+  the lowest loss on new tasks. The rise is the increase of this loss from t_crit to the last saved step. The dip says how
+  close the loss at t_crit came to the loss of ridge.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -68,7 +71,7 @@ class StepSettings:
 
     num_prompts: int = field(default=1024, metadata={"help": "number of prompts in each set"})
     num_probe_prompts: int = field(
-        default=64, metadata={"help": "number of these prompts that are used for the task vectors"}
+        default=64, metadata={"help": "number of prompts in each set that are used for the task vectors"}
     )
 
     def __post_init__(self) -> None:
@@ -82,7 +85,7 @@ class Settings(StepSettings, CurveSettings):
     """Options of `icl analyse RUN --what behaviour`."""
 
     num_ood_steps: int = field(
-        default=8, metadata={"help": "number of saved steps at which the curves over multipliers are computed"}
+        default=8, metadata={"help": "number of saved steps at which inputs and tasks are multiplied by every g"}
     )
 
     def __post_init__(self) -> None:
@@ -160,7 +163,7 @@ def set_rows(
 
 
 def prompt_numbers(prompt_set: EvaluationSet, predictions: Float[Tensor, "B K"]) -> dict[str, Float[Tensor, " B"]]:
-    """Return the numbers of every single prompt, averaged over positions. Turning points are found from these numbers."""
+    """Return loss, prior-task scores and delta_difference of every single prompt, averaged over positions."""
     gaps = {
         name: metrics.squared_error(predictions, reference).mean(-1) for name, reference in prompt_set.baselines.items()
     }

@@ -1,7 +1,7 @@
-"""Findings about a whole run: lowest prior-task scores, crossings between ridge and dMMSE, and transience.
+"""Findings about a whole run: lowest prior-task scores, changes of the closest Bayes predictor, and transience.
 
-This module applies the rules of `icl.analysis.behaviour.turning_points` to the numbers of `icl.analysis.behaviour`, and
-returns the findings as rows and as printed lines.
+This module applies the rules of `icl.analysis.behaviour.turning_points` to the numbers that `icl.analysis.behaviour`
+measures. It returns the findings as rows of the table and as printed lines.
 """
 
 import math
@@ -87,7 +87,10 @@ def _transience_rows(outcome: Transience, *, is_gaussian: bool) -> list[Row]:
     verdict, reasons = outcome.verdict, outcome.reasons
     if is_gaussian and outcome.finding not in ("none", "unresolved"):
         verdict = "suspect"
-        reasons = (*reasons, "with M = inf ridge is the optimum, so a rise means that training got worse")
+        reasons = (
+            *reasons,
+            "with M = inf, ridge is the optimal predictor, so a rise means that the model became worse",
+        )
     judgement = {"finding": outcome.finding, "verdict": verdict, "reasons": "; ".join(reasons)}
     rows = [_point_row("critical_step", "true", outcome.critical, finding=outcome.finding)]
     for name, (value, stderr) in (("rise", outcome.rise), ("dip", outcome.dip)):
@@ -114,7 +117,9 @@ def _transience_line(critical: Row, rise: Row, dip: Row) -> str:
     line = f"Transient ridge: {rise['finding']}; {_verdict(rise)}."
     if math.isnan(rise["value"]):
         return line
-    dip_text = f"{dip['value']:.0%} ± {dip['stderr']:.1%} of the way from the loss of zero to the loss of ridge"
+    dip_text = (
+        f"{dip['value']:.0%} ± {dip['stderr']:.1%} of the way from the loss of predicting zero to the loss of ridge"
+    )
     end = f"at the end it is {rise['value']:.3g} ± {rise['stderr']:.2g} higher"
     end = end if rise["value"] > 0 else "this is the last saved step"
     return f"{line} The loss on new tasks is lowest at {_step_text(critical)}, {dip_text}; {end}."

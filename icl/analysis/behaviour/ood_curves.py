@@ -6,9 +6,9 @@ x -> g x, which gives a variance of g^2; their text states a variance of g.)
 - `input_scale`: the model sees (g x, y), with y = w . (g x) + noise.
 - `task_scale`: the model sees (x, y) with the same y, so y = (g w) . x + noise and the task is g w.
 
-The noise is not multiplied. Its standard deviation is sigma, the square root of `noise_variance`. (The authors' evaluation used
-sigma^2 instead, so their released curves have a floor of sigma^4.) For each g there are two numbers, averaged over prompts and
-positions:
+The noise is not multiplied. Its standard deviation is sigma, the square root of `noise_variance`. (Hoogland et al. used
+sigma^2 as the standard deviation, so their released curves do not fall below sigma^4.) For each g there are two numbers,
+averaged over prompts and positions:
 
 - `loss_over_g2`: the mean squared error divided by g^2. Predicting zero gives D + sigma^2 / g^2.
 - `size_ratio`: |predictions| / |targets|. It is 1 for predictions of the right size, and 0 for predictions of zero.
@@ -90,7 +90,7 @@ def curve(predictions: Float[Tensor, "*N P K"], targets: Float[Tensor, "P K"], f
 
 
 def curve_rows(predict: Predict, params: Params, prompts: Prompts, factors: Sequence[float]) -> list[list[Row]]:
-    """Return a list of rows for every member, with both families."""
+    """Return for every member a list of rows, which covers both families."""
     curves = {}
     for family in FAMILIES:
         scaled = scaled_prompts(prompts, family, factors)

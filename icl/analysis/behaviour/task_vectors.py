@@ -1,15 +1,15 @@
 """Task vector of a predictor: the weights with which it maps the query to the prediction, at every position.
 
-At position p, weight i is the prediction for the query x_p = c e_i, divided by c, after the prompt's own first p - 1 examples.
-Here e_i is a unit vector and c is the mean norm of the inputs (as in the code of Hoogland et al. 2024). A predictor that is
-linear in its query, such as ridge and dMMSE, multiplies the query by exactly this vector, for any c. A transformer need not be
-linear; we then measure its weights for queries of norm c. We compare the weights with the task t that generated the prompt:
+At position p, the prompt's first p - 1 examples are followed by the query x_p = c e_i, where e_i is a unit vector and c is the
+mean norm of the inputs (as in the code of Hoogland et al. 2024). Weight i is the prediction for this query, divided by c. A
+predictor that is linear in its query, such as ridge and dMMSE, multiplies the query by exactly this vector, for any c. A
+transformer need not be linear; we then measure its weights for queries of norm c. We compare the weights with the task t that
+generated the prompt:
 
 - `cosine`: the cosine of the angle between the weights and t. It is 0 for a vector of zeros, so ridge starts at 0.
 - `norm_ratio`: |weights| / |t|.
 
-Both are averaged over prompts. The predictor sees only the first p examples, because later examples have no effect on
-the prediction.
+Both are averaged over prompts. The prompt ends at position p, because later examples have no effect on the prediction.
 """
 
 from collections.abc import Callable

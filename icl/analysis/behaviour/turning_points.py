@@ -1,31 +1,30 @@
 """Turning points of curves over saved steps: minima, crossings of zero, and renewed rises.
 
-A curve is a mean over prompts at every saved step. All steps see the same B prompts, so we compare steps by the
-differences of each prompt's numbers; the standard error of such a difference is far below that of either mean. The
-functions therefore take the numbers of single prompts (S, B). A turning point lies between saved steps: `lower` and
-`upper` are the saved steps that enclose every step that is not significantly different from it.
+A curve is a mean over prompts at every saved step. All S steps use the same B prompts. To compare two steps, we average the
+differences of each prompt's numbers. The standard error of this average is far below that of either mean. The functions
+therefore take the numbers of single prompts (S, B). `lower` and `upper` are the saved steps between which a turning point lies.
 
 - Minimum: the saved step with the lowest mean. A step is significantly higher if it exceeds the minimum by more than
-  `MINIMUM_ERRORS` standard errors. A minimum at the first or last saved step is `suspect`, because the curve may have
-  no turning point.
+  `MINIMUM_ERRORS` standard errors. `lower` and `upper` enclose all steps that are not significantly higher. A minimum at the
+  first or last saved step is `suspect`, because the curve may have no turning point.
 - Crossing: two consecutive clear saved steps on opposite sides of zero. A step is clear if its mean differs from zero
-  by more than `SIGN_ERRORS` standard errors. Between them the curve is taken as a line in log(t + 1). The standard
-  error of the step is propagated to first order. A crossing is `suspect` if only one saved step is on one of its sides.
+  by more than `SIGN_ERRORS` standard errors. Between these two steps we interpolate linearly in log(t + 1). The standard
+  error of the crossing step is propagated to first order. A crossing is `suspect` if only one saved step is on one of its sides.
 - Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the minimum of the loss on fixed prompts of new
   tasks. The run is transient if the loss at the last saved step is higher by more than `RISE_ERRORS` standard errors.
-  If it is higher by more than `DOUBTFUL_RISE_ERRORS` only, the finding is `unresolved`. The standard error of the rise
-  has two parts. The first part comes from the prompts. The second part is the scatter of the loss about a smooth curve
-  at both ends of the rise, because training fluctuates. The scatter is correlated between saved steps
-  (`icl.analysis.scatter`). We require many standard errors, because the lowest of hundreds of losses is low
-  partly by chance.
+  If it is higher by between `DOUBTFUL_RISE_ERRORS` and `RISE_ERRORS` standard errors, the finding is `unresolved`. The
+  standard error of the rise has two parts. The first part comes from the prompts. The second part is the scatter of the
+  loss about a smooth curve at both ends of the rise, because training fluctuates. The scatter is correlated between saved
+  steps (`icl.analysis.scatter`). We require many standard errors, because the lowest of hundreds of losses is low partly
+  by chance.
   `data/verdict-rates.csv` gives the share of flat curves that are called transient, for several correlations. A rise
   that has disappeared by the end of the run does not count.
 - A rise is a transience of ridge only if the model came close to ridge. The dip is (zero's loss - loss) / (zero's loss - ridge's
   loss) at t_crit. If it is at least `TRANSIENT_DIP`, the finding is `transient ridge`. If it is smaller but significant, the finding is
-  `partial dip`; otherwise it is `rise without a dip`. The paper shows these kinds (at D = 8, for M = 16 to 128, M = 6 and M = 8), but states no
-  rule. The limits are our choice.
+  `partial dip`; otherwise it is `rise without a dip`. In the paper (D = 8), ridge is transient for M = 16 to 128, and the dip is
+  partial for M = 6 and M = 8. The paper states no rule; the limits are our choice.
 
-A saved step with a value that is not finite is left out.
+Saved steps with a value that is not finite are left out.
 """
 
 import math
@@ -46,7 +45,7 @@ RISE_ERRORS = 6.5
 DOUBTFUL_RISE_ERRORS = 3.0
 TRANSIENT_DIP = 0.5
 _ENOUGH_STEPS = 16
-"""Least number of saved steps that are used to estimate the scatter."""
+"""Minimum number of saved steps from which the scatter is estimated, if the run has that many."""
 
 
 class TurningPoint(NamedTuple):
@@ -111,7 +110,7 @@ def crossings(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> list
     for number, (before, after) in enumerate(pairwise(clear)):
         if sides[before] == sides[after]:
             continue
-        # The line through both means is zero at the share u / (u - v) of the way.
+        # If the means are u before and v after, the line through both is zero at the share u / (u - v) of the distance.
         share = metrics.ratio_of_means(samples[before], samples[before] - samples[after])
         width = (logs[after] - logs[before]).item()
         shifted_step = math.exp(logs[before].item() + width * share.value.item())  # t + 1
@@ -129,7 +128,7 @@ def crossings(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> list
 
 
 def unresolved_signs(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> tuple[str, ...]:
-    """Return reasons why a curve may cross zero although no crossing was found; none if all means have the same sign."""
+    """Return reasons why a curve may cross zero although no crossing was found; empty if all means have the same sign."""
     steps, samples, reasons = _finite(steps, samples)
     signs = samples.mean(1).sign()
     if len(steps) and signs.min() * signs.max() < 0:
@@ -184,7 +183,7 @@ def _kind(dip: Estimate) -> str:
 
 
 def _sides(samples: Float[Tensor, "S B"]) -> Float[Tensor, " S"]:
-    """Return 1 or -1 where the mean is significantly above or below zero, else 0."""
+    """Return 1 where the mean is significantly above zero, -1 where it is significantly below zero, else 0."""
     mean = _means(samples)
     return mean.value.sign() * (mean.value.abs() > SIGN_ERRORS * mean.stderr.nan_to_num())
 

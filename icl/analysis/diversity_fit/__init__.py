@@ -3,8 +3,8 @@
 Each point is a model: one M at one saved step in the table that `icl evaluate --checkpoint_base_dir` writes. The target is the
 model's loss on new tasks (`true`) or on a shift. The features are log2(M) and, on the M training tasks, the loss, the ICL score
 (from the first to the last position) and the gaps to ridge and dMMSE. Each feature is standardised, so a coefficient is the
-change of the loss per standard deviation. M = inf has no logarithm. Models with M = inf are left out of the fit, but shown in the
-figure. With `infinite=next` they are placed one octave above the largest finite M, which is a convention.
+change of the loss per standard deviation. Because M = inf has no finite logarithm, models with M = inf are left out of the fit, but
+shown in the figure. With `infinite=next` they enter the fit one octave above the largest finite M, which is a convention.
 
 The fit is linear, ridge or lasso (scikit-learn). Every ridge or lasso fit chooses its own penalty by cross-validation. To
 validate the fit, we leave out one M at a time, with all its steps:
@@ -12,11 +12,11 @@ validate the fit, we leave out one M at a time, with all its steps:
     R2_cv = 1 - sum_i (y_i - prediction without i's M)^2 / sum_i (y_i - mean without i's M)^2 .
 
 Its standard error is from a bootstrap over M. The standard errors of coefficients are from the delete-one-M jackknife; for the
-lasso they are a rough guide.
+lasso they are only a rough guide.
 
-The verdict is `invalid` if R2_cv <= 0, because the mean then predicts equally well. It is `suspect` if R2_cv is within two
-standard errors of 0, or there are few values of M for the number of features. Otherwise it is `ok`. Fewer than four values of M
-raise an error.
+The verdict is `invalid` if R2_cv <= 0, because the mean then predicts at least as well. It is `suspect` if R2_cv is within two
+standard errors of 0. It is also `suspect` if there are fewer than `FEW_GROUPS` values of M, or fewer than
+`GROUPS_PER_COEFFICIENT` for each coefficient. Otherwise it is `ok`. Fewer than four values of M raise an error.
 """
 
 import warnings
@@ -58,13 +58,15 @@ class Settings:
     features: str = field(
         default="auto",
         metadata={
-            "help": f"comma-separated list from {', '.join(FEATURES)}; auto takes the first features of this list, as many as the number of values of M allows"
+            "help": f"comma-separated list from {', '.join(FEATURES)}; auto takes as many features from the start of this list as the number of values of M allows"
         },
     )
-    steps: Literal["last", "all"] = field(default="last", metadata={"help": "the last step of each M, or all steps"})
+    steps: Literal["last", "all"] = field(
+        default="last", metadata={"help": "saved steps of each M that enter the fit: the last one, or all"}
+    )
     infinite: Literal["leave_out", "next"] = field(
         default="leave_out",
-        metadata={"help": "models with M = inf: left out of the fit, or placed an octave above the largest M"},
+        metadata={"help": "models with M = inf: left out of the fit, or placed an octave above the largest finite M"},
     )
 
     def __post_init__(self) -> None:
@@ -76,7 +78,7 @@ class Settings:
 
 
 class ValidatedFit(NamedTuple):
-    """A fitted model, its cross-validation and its verdict."""
+    """A fitted regression, its cross-validation and its verdict."""
 
     intercept: float
     coefficients: Float[np.ndarray, " F"]
@@ -84,7 +86,7 @@ class ValidatedFit(NamedTuple):
     """Jackknife standard errors of the coefficients."""
     fitted: Float[np.ndarray, " B"]
     held_out: Float[np.ndarray, " B"]
-    """Prediction for each point, by a fit to all other groups."""
+    """Prediction for each point, from a fit without the point's group."""
     r2: float
     r2_cv: float
     r2_cv_stderr: float
@@ -95,7 +97,7 @@ class ValidatedFit(NamedTuple):
 
 
 def analyse(path: Path, settings: Settings) -> Result:
-    """Fit the models in a table.
+    """Fit the regression to the models in a table.
 
     Raises:
         FitError: If the file is not a table from `icl evaluate`, or has too few values of M.
@@ -120,7 +122,9 @@ def fit(
     *,
     model_type: Literal["linear", "ridge", "lasso"],
 ) -> ValidatedFit:
-    """Fit all points, then fit again without each group for the validation and the jackknife.
+    """Fit a regression to all points, then again without each group for the cross-validation and the jackknife.
+
+    A group is the set of points with the same M.
 
     Raises:
         FitError: If there are too few groups for this number of features.
@@ -131,7 +135,7 @@ def fit(
     if count < least:
         raise FitError(
             f"Cross-validation of {num_features} feature(s) needs at least {least} finite values of M, got {count}. "
-            "Train more with `icl diversity --max_power`, or name fewer --features."
+            "Train with more values of M (`icl diversity --max_power`), or name fewer --features."
         )
     whole = _fit_pipeline(features, targets, model_type)
     held_out, means, deleted = np.empty(len(targets)), np.empty(len(targets)), np.empty((count, num_features))

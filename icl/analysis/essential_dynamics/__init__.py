@@ -1,11 +1,11 @@
-"""Essential dynamics: principal components of a run's trajectory, compared with random walks, and its forms.
+"""Essential dynamics: principal components and forms of a run's trajectory, compared with those of random walks.
 
 The states at all saved steps (`icl.analysis.essential_dynamics.trajectories`) are the points of one PCA
 (`icl.analysis.essential_dynamics.principal_components`), with equal weights. Several runs share one PCA. The states of
 ridge and dMMSE are projected onto its components, but do not enter the fit (Carroll et al. 2025, section 4.2). The
 scores of each run are smoothed in log time. In planes of two components we compute the curvature, the evolute, cusps
 and vertices (`icl.analysis.essential_dynamics.plane_curves`). From these we find forms
-(`icl.analysis.essential_dynamics.forms`; Hoogland et al. 2024, section 3.2). The two modules state where we differ from
+(`icl.analysis.essential_dynamics.forms`; Hoogland et al. 2024, section 3.2). These two modules state where we differ from
 Hoogland et al.: in the time scale of the smoothing, the derivatives, the definition of a cusp, and the verdicts.
 
 Rows of the table, by `quantity`:
@@ -13,17 +13,19 @@ Rows of the table, by `quantity`:
 - `score`: the coordinate of a state in one component. `smooth_score`: the smoothed score, with its standard error.
   `arc_length`: the length of the smooth curve, in all components of the table. `radius`, `centre_1`, `centre_2`: the
   radius and the centre of the osculating circle in each plane.
-- `cusp`, `vertex`, `form`: their value is a step. `form_score`: the position of a form. `null_count`: the mean number
-  of cusps, vertices and forms in random walks.
-- `reference_score`, and `reference_captured`: the share of a reference's squared distance from the mean that lies within the
-  components.
+- `cusp`, `vertex`, `form`: the step at which the shape occurs. `form_score`: the coordinate of a form in one component.
+  `null_count`: the mean number of cusps, vertices or forms in random walks.
+- `reference_score`: the coordinate of a reference (ridge or dMMSE) in one component. `reference_captured`: the share of the
+  reference's squared distance from the mean that lies within the components.
 - `noise_share`, for gradients: the expected square of their estimation noise, divided by the variance. It is an upper bound,
   because all steps use the same prompts.
-- `explained_share`, and for comparison `null_walk`, `null_flips` (mean, with the standard deviation as error),
-  `null_brownian` and `null_equal`. `null_flips_95` is the 95 % quantile for the first k components together. A share is
-  `suspect` if one in twenty walks with the run's own steps explains at least as much with its first k components. It is
-  also `suspect` if noise may be more than half of the variance.
-- `displacement_ratio`, and for comparison `null_displacement_95`.
+- `explained_share`: the share of the variance that component k explains. The same share in random walks
+  (`icl.analysis.essential_dynamics.principal_components`) is given as `null_walk`, `null_brownian`, `null_equal` and
+  `null_flips` (a mean, with the standard deviation as its error). `null_flips_95` is the 95 % quantile of the sum of the
+  first k shares. A share is `suspect` if the sum of the run's first k shares is not above this quantile, or if noise may be
+  more than half of the variance.
+- `displacement_ratio`: the squared length of the displacement, divided by the sum of the squared lengths of the steps.
+  `null_displacement_95` is the 95 % quantile of this ratio in random walks.
 """
 
 import math
@@ -71,7 +73,7 @@ class Settings(StateSettings):
         default=None, metadata={"help": "further runs that share one PCA, separated by commas: RUN2,RUN3"}
     )
     num_components: int = field(default=4, metadata={"help": "number of principal components in the table"})
-    bandwidth: float = field(default=0.15, metadata={"help": "least width of the smoothing kernel, in ln(step + 1)"})
+    bandwidth: float = field(default=0.15, metadata={"help": "minimum width of the smoothing kernel, in ln(step + 1)"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,8 +85,8 @@ def analyse(path: Path, settings: Settings) -> Result:
     """Compute the essential dynamics of a run, or of several runs jointly.
 
     Raises:
-        CheckpointError: If a run has no usable checkpoint, all runs together have fewer than three, or the states do
-            not differ.
+        CheckpointError: If a run has no usable checkpoint, all runs together have fewer than three checkpoints, or the
+            states do not differ.
         ConfigError: If the runs cannot be compared.
     """
     state = StateSettings(state=settings.state, distribution=settings.distribution, num_prompts=settings.num_prompts)
@@ -153,7 +155,7 @@ def _share_rows(trajectories: Sequence[Trajectory], fit: ComparedPCA) -> list[Ta
 
 
 def _curve_rows(trajectory: Trajectory, shapes: Shapes) -> list[TableRow]:
-    """Return the smooth curve and its circles at every checkpoint."""
+    """Return the smooth curve and its osculating circles at every checkpoint."""
     curve, run = shapes.curve, trajectory.run
     errors = curve.noise * np.sqrt(curve.gains[:, 0, 0, None])
     lengths = arc_length(curve.derivatives[:, 0])
@@ -216,7 +218,7 @@ def _summary(
 
 def _share_lines(fit: ComparedPCA) -> list[str]:
     lines = [
-        "Share of the variance; the same in walks with: steps of one length | steps as long as the run's | the run's steps, random signs"
+        "Share of the variance, then the share in random walks with: equal steps | steps as long as the run's | the run's steps with random signs"
     ]
     for component, share in enumerate(fit.components.shares):
         flips, nulls = fit.walks.shares[:, component], fit.nulls
@@ -228,7 +230,9 @@ def _share_lines(fit: ComparedPCA) -> list[str]:
 def _shape_line(trajectory: Trajectory, shapes: Shapes | None) -> str:
     if shapes is None:
         num_steps = len(trajectory.steps)
-        return f"{trajectory.run}: no curves, because it has {num_steps} saved steps and {MIN_POINTS} are needed."
+        return (
+            f"{trajectory.run}: no curves, because it has {num_steps} saved steps and at least {MIN_POINTS} are needed."
+        )
     parts = []
     for kind, plural in (("cusp", "cusps"), ("vertex", "vertices"), ("form", "forms")):
         of_kind: Sequence[JudgedCandidate | Form] = (
@@ -238,7 +242,7 @@ def _shape_line(trajectory: Trajectory, shapes: Shapes | None) -> str:
         at = f" (steps {', '.join(steps)})" if steps else ""
         num_doubtful, in_walks = len(of_kind) - len(steps), shapes.in_walks[kind]
         doubt = f" and {num_doubtful} in doubt" if num_doubtful else ""
-        walks = f" (random walks of its steps: {min(in_walks)} to {max(in_walks)})" if in_walks else ""
+        walks = f" (in random walks of its steps: {min(in_walks)} to {max(in_walks)})" if in_walks else ""
         parts.append(f"{len(steps)} {plural}{at}{doubt}{walks}")
     return f"{trajectory.run}: " + "; ".join(parts) + "."
 

@@ -3,11 +3,12 @@
 A developmental form (Hoogland et al. 2024, section 3.2) is a time t0 and a point f of component space. In every plane
 of two components, the curve has at t0 either a cusp at the projection of f, or a vertex whose osculating circle has its
 centre at this projection. We find a form if all planes of the first three components have a cusp or a vertex, and these
-lie within one kernel width of each other. The planes give each coordinate of f twice. `mismatch` is the largest
-difference of such a pair, divided by the mean radius of the circles (at least a twentieth of the trajectory's extent).
+lie within one kernel width of each other. Each coordinate of f is given by two planes. `mismatch` is the largest
+difference between two such values, divided by the mean radius of the circles. The divisor is at least a twentieth of the
+trajectory's extent.
 
-A cusp or vertex is in doubt if a kernel with 2/3 or with 3/2 of the width does not show it. Its standard error is half
-the range of the times from the three kernels. Random walks also have cusps, vertices and forms, because their
+A cusp or vertex is in doubt if it disappears when the kernel is 2/3 or 3/2 times as wide. Its standard error is half the
+range of its times with the three kernels. Random walks also have cusps, vertices and forms, because their
 components are smooth curves. So we count these in walks with the run's own steps
 (`principal_components.flipped_walks`). If one of 19 walks has as many shapes of a kind as the run, all shapes of that
 kind are in doubt.
@@ -43,7 +44,7 @@ class Curves(NamedTuple):
     others: tuple[Smooth, ...]
 
     def select(self, columns: slice) -> "Curves":
-        """Return the curves of some of the components."""
+        """Return the curves of the selected components."""
         main, *others = (
             curve._replace(derivatives=curve.derivatives[:, :, columns], noise=curve.noise[:, columns])
             for curve in (self.main, *self.others)
@@ -119,7 +120,7 @@ def find_shapes(
 
 
 def planes(num_components: int) -> list[tuple[int, int]]:
-    """Return the planes of the first three components that exist."""
+    """Return the planes spanned by two of the first three components, as far as these components exist."""
     return [plane for plane in PLANES if max(plane) < num_components]
 
 
@@ -146,7 +147,7 @@ def find_forms(judged: Sequence[JudgedCandidate], *, extent: float) -> list[Form
 
     Args:
         judged: Candidates from `judged_candidates`.
-        extent: Extent of the trajectory: the largest range of any score.
+        extent: Extent of the trajectory: the largest of the components' ranges of scores.
     """
     by_plane = [[candidate for candidate in judged if candidate.plane == plane] for plane in PLANES]
     groups = sorted((group for group in product(*by_plane) if _spread(group) <= group[0].width), key=_spread)

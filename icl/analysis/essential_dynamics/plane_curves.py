@@ -3,20 +3,20 @@
 Smoothing is local cubic regression with Gaussian weights (Fan and Gijbels 1996, chapter 3) in u = ln(step + 1). At
 every u0 we fit the cubic sum_p b_p (u - u0)^p with weights exp(-(u - u0)^2 / 2 h^2); then r^(p)(u0) = p! b_p. These
 derivatives are exact for cubics at any spacing. They are linear in the data, so they have standard errors. The kernel
-width is h = max(`bandwidth`, half the distance to the sixth nearest checkpoint). So the curve does not just pass
-through the few early checkpoints. The noise is the local mean square of the residuals. We treat neighbouring residuals
-as independent, which makes errors too small where checkpoints are dense. The original code smooths over the index of
-the checkpoint, with a width of 0.06 times the index (in log time, about h = 0.06). Its Gaussian derivative kernels are
-wrong, so we differentiate the fit instead.
+width is h = max(`bandwidth`, half the distance to the sixth nearest checkpoint). A narrower kernel would make the curve
+pass through each of the few early checkpoints. The variance of the noise is the local mean square of the residuals. We
+treat neighbouring residuals as independent, which makes errors too small where checkpoints are dense. The code of
+Hoogland et al. smooths over the index of the checkpoint, with a width of 0.06 times the index (in log time, about h =
+0.06). Its Gaussian derivative kernels are wrong. We differentiate the fit instead.
 
 The geometry of a plane curve r(u) does not depend on the parametrisation. With v = |r'| and c = x'y'' - y'x'', the signed
 curvature is c / v^3, and the centre of the osculating circle is r + v^2 / c (-y', x'). The centres form the evolute.
 
 - Cusp: r' = 0 and r'' is not zero, so the motion turns back. (Hoogland et al. 2024 also require r'' = 0, but this does not hold
   for the ordinary cusp (t^2, t^3).) A candidate is a minimum of v that meets three conditions. (1) The change of r' within one
-  width, |r''| h, is four standard errors above zero. (2) v is below a tenth of |r''| h plus two standard errors. (3) One width
-  before and after, the curve lies on the side of r'', by at least a tenth of h^2 |r''| / 2. Condition 3 excludes the start of
-  training, which is slow but does not turn back.
+  width, |r''| h, is more than four standard errors above zero. (2) v is below a tenth of |r''| h plus two standard errors. (3) One
+  width before the minimum and one width after it, the curve has moved from it in the direction of r'', by more than a tenth of
+  h^2 |r''| / 2. Condition 3 excludes the start of training, which is slow but does not turn back.
 - Vertex: the circle has four-point contact, so curvature' = 0 and the evolute has a cusp. A candidate is a prominent extremum of
   the curvature. On both sides, the curvature must change by at least a tenth of its value and by `_VERTEX_ERRORS` standard errors
   before it returns to the value at the extremum. The rule does not depend on the speed along the curve.
@@ -32,9 +32,9 @@ from jaxtyping import Float, Int
 NEIGHBOURS = 6
 """The kernel width is at least half the distance to the n-th nearest checkpoint, with n = `NEIGHBOURS`."""
 MIN_POINTS = 8
-"""Least number of checkpoints for smoothing."""
+"""Minimum number of checkpoints for smoothing."""
 _VERTEX_ERRORS = 4.0
-"""Least prominence of a vertex, in standard errors. The prominence is the largest of many differences, so it often
+"""Minimum prominence of a vertex, in standard errors. The prominence is the largest of many differences, so it often
 reaches three standard errors by chance."""
 _NUMBERS_AT_ONCE = 4_000_000
 """Largest number of weights in memory at a time."""
@@ -97,7 +97,7 @@ def smooth(
         times: Log times of the observations, in ascending order.
         values: The observations.
         at: Log times at which to evaluate the curve.
-        bandwidth: Least width of the kernel, in log time.
+        bandwidth: Minimum width of the kernel, in log time.
         factor: Factor that multiplies every width, to test how results depend on the width.
 
     Raises:

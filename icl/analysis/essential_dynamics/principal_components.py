@@ -1,19 +1,19 @@
 """Principal components of a trajectory, and random walks with which their shares of variance are compared.
 
 Components are eigenvectors of the covariance of the rows; each checkpoint counts once. If there are more features than
-checkpoints, they are computed from the centred inner products G (scikit-learn's KernelPCA with a linear kernel), otherwise from
-the rows (scikit-learn's PCA). Both give the same result. Components are sorted by variance. The sign of a component is chosen so
-that the runs begin on its negative side, so it does not depend on the solver.
+checkpoints, we compute components from the centred inner products G (scikit-learn's KernelPCA with a linear kernel), otherwise
+from the rows (scikit-learn's PCA). Both methods give the same result. Components are sorted by variance. We choose the sign of a
+component such that the runs begin on its negative side. The sign then does not depend on the solver.
 
-Null models. A walk of many equal steps in very many dimensions has shares 6 / (pi k)^2 (for S states: proportional to
-1 / sin^2(pi k / 2S)), and its components are cosines (Antognini and Sohl-Dickstein 2018). So a smooth curve with a large first
-component is not evidence of structure. Checkpoints are not evenly spaced and training slows down. So we compare with walks made
+Null models. In a random walk of many equal steps in very many dimensions, component k has the share 6 / (pi k)^2 (for S states:
+proportional to 1 / sin^2(pi k / 2S)), and its scores form a cosine (Antognini and Sohl-Dickstein 2018). So a smooth curve with a
+large first component is not evidence of structure. Checkpoints are not evenly spaced and training slows down. So we compare with walks made
 from the run's own steps d_i, the differences between consecutive states:
 
 - `walk_shares`: the expected G of a walk whose steps have the lengths |d_i| and independent directions. This is
-  Brownian motion at the times tau_i = sum_{j<=i} |d_j|^2. With equal `durations` its shares have the closed form above.
-  With the numbers of updates as durations it is Brownian motion of constant rate, observed at the saved steps. Runs
-  keep their starting points.
+  Brownian motion at the times tau_i = sum_{j<=i} |d_j|^2. With equal `durations` the shares have the closed form above.
+  With the numbers of updates as durations, the walk is Brownian motion of constant rate, observed at the saved steps.
+  Runs keep their starting points.
 - `flipped_walks`: the steps d_i with random signs. This is a walk in the run's own directions, which may be few. Its
   mean G equals the expected G of `walk_shares`. Its spread shows which shares can occur by chance.
 
@@ -43,7 +43,7 @@ _MANY = 2500
 _LEAST_SHARE = 1e-10
 """Components with a smaller share of the variance are rounding errors."""
 SCORED_WALKS = 19
-"""Number of walks whose components are kept."""
+"""Number of walks whose scores are kept."""
 
 
 class Components(NamedTuple):
@@ -65,7 +65,7 @@ class Walks(NamedTuple):
     displacement: Float[np.ndarray, "W r"]
     """Displacement ratio of every run in every walk."""
     scores: Float[np.ndarray, "w S C"]
-    """Components of the first few walks; their signs have no meaning."""
+    """Scores of the first few walks; their signs have no meaning."""
 
 
 class ComparedPCA(NamedTuple):
@@ -176,7 +176,7 @@ def walk_shares(
         gram: Centred inner products of the states.
         begins: Whether each state is the first of a run. Runs keep their starting points.
         num_components: Number of components.
-        durations: Squared length of the step to each state, up to a factor (ignored for first states); None uses the
+        durations: Squared length of the step to each state, up to a common factor (ignored for first states); None uses the
             squared lengths of the run's own steps.
     """
     steps = _steps(gram, begins)
@@ -219,7 +219,7 @@ def _signed(
     """Build components whose signs make the runs begin on the negative side."""
     starts, largest = scores[begins].mean(0), np.abs(scores).max(0, initial=0)
     peaks = np.take_along_axis(scores, np.abs(scores).argmax(0)[None], axis=0)[0]
-    # If the runs begin at zero, there is no negative side; then the largest score is made positive.
+    # If the runs begin at zero, they are on neither side; then the largest score is made positive.
     decisive = np.where(np.abs(starts) > 1e-6 * largest, -starts, peaks)
     signs = np.where(decisive < 0, -1.0, 1.0)
     captured = (projected**2).sum(1) / np.where(squares > 0, squares, np.nan)

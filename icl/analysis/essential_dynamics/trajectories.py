@@ -7,7 +7,7 @@ A state is one of the following arrays, flattened:
   This is the distribution `first_task`.
 - `tokens`: the whole outputs at all 2K tokens (2 B K (D + 1) features), as in Hoogland et al. Most of these outputs are
   never trained.
-- `weights`.
+- `weights`: all weights of the model.
 - `gradients`: the gradient in the weights of the mean loss on the fixed prompts. It is estimated from B prompts, so it has noise;
   we keep the expected square of that noise (`Trajectory.noise`). All steps use the same prompts, so some noise cancels in
   differences.
@@ -74,7 +74,7 @@ class StateSettings:
         default="outputs",
         metadata={
             "help": "state of the model: predictions for fixed prompts, whole outputs at all tokens, weights, gradient of "
-            "the loss on the prompts, or a moment of Adam (needs checkpoints.moments in training)"
+            "the loss on the prompts, or a moment of Adam (only for runs trained with checkpoints.moments)"
         },
     )
     distribution: Literal["true", "pretrain", "first_task"] = field(
@@ -158,10 +158,12 @@ def require_comparable(trajectories: Sequence[Trajectory], settings: StateSettin
             raise ConfigError(
                 f"{other.run} and {first.run} have different prompts. For one PCA of both they need the same "
                 "`task.task_size`, `task.max_examples`, `task.noise_variance` and `seeds.evaluation`, "
-                "and for --distribution pretrain or first_task the same tasks."
+                "and, for --distribution pretrain or first_task, the same tasks."
             )
         if is_other_model or len(other.rows[0]) != len(first.rows[0]):
-            raise ConfigError(f"{other.run} and {first.run} have different architectures; compare --state outputs.")
+            raise ConfigError(
+                f"{other.run} and {first.run} have different architectures; use --state outputs to compare them."
+            )
 
 
 def references(configs: Sequence[RunConfig], settings: StateSettings) -> dict[str, Float[np.ndarray, " F"]]:

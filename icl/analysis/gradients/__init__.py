@@ -1,17 +1,18 @@
-"""Gradients of the loss at every saved step, in the weights and in the parameters of the data distribution.
+"""Gradients of the loss at every saved step, with respect to the weights and to the parameters of the data distribution.
 
 - Kind `weights` (`icl.analysis.gradients.weights`): norm, noise trace and simple noise scale; the alignment of the
   gradients at consecutive saved steps, and of the gradients of single tasks. Each number is given for all weights and
   for groups of parameters.
-- Kind `data` (`icl.analysis.gradients.data`): the gradient of the expected loss in the means and scales of x, w and the
-  noise, by the pathwise estimator. Two other estimators check it: the score function and finite differences.
+- Kind `data` (`icl.analysis.gradients.data`): the gradient of the expected loss with respect to the means and scales of x,
+  w and the noise, by the pathwise estimator. Two other estimators check it: the score function and finite differences.
 
 For each kind there is a PCA of the gradients at all saved steps. scikit-learn chooses the sign of a component by its largest
 entry.
 
-All steps see the same prompts (streams `gradients/...` of `seeds.evaluation`), so differences between steps have small
+All steps use the same prompts (streams `gradients/...` of `seeds.evaluation`), so differences between steps have small
 errors. The loss is per target, averaged over positions. Standard errors are over prompts. PC scores have no standard
-errors. An `explained_share` is `suspect` if estimation noise could be more than half of the variance.
+errors. `explained_share` is the share of the variance that a component explains. It is `suspect` if estimation noise could
+be more than half of the variance.
 """
 
 import math
@@ -46,8 +47,12 @@ Row = dict[str, Any]
 class Settings(PromptSettings):
     """Options of `icl analyse RUN --what gradients`."""
 
-    num_prompts: int = field(default=1024, metadata={"help": "number of prompts for the gradients in the weights"})
-    num_batches: int = field(default=32, metadata={"help": "number of batches into which these prompts are split"})
+    num_prompts: int = field(
+        default=1024, metadata={"help": "number of prompts for the gradients with respect to the weights"}
+    )
+    num_batches: int = field(
+        default=32, metadata={"help": "number of batches into which the num_prompts prompts are split"}
+    )
     num_compared_tasks: int = field(
         default=8, metadata={"help": "number of tasks whose gradients are compared; 0 compares none"}
     )
@@ -56,7 +61,7 @@ class Settings(PromptSettings):
         metadata={"help": f"number of prompts for each of the compared tasks, split into {TASK_BATCHES} batches"},
     )
     num_data_prompts: int = field(
-        default=2048, metadata={"help": "number of prompts for the gradients in the data distribution"}
+        default=2048, metadata={"help": "number of prompts for the gradients with respect to the data distribution"}
     )
 
     def __post_init__(self) -> None:
@@ -159,15 +164,15 @@ def _measure_data(members: Members, settings: Settings) -> tuple[list[list[Row]]
 
 
 def _doubts_about_norms(*squares: weight_gradients.WithDeleted) -> list[str]:
-    """Return a text for each member: why numbers computed from these squared norms are in doubt, or nothing."""
+    """Return for each member the reason to doubt numbers computed from these squared norms; empty if there is none."""
     estimates = [weight_gradients.squared_norm(square) for square in squares]
     is_known = torch.stack([estimate.value > 3 * estimate.stderr for estimate in estimates]).all(0)
-    reason = "a squared gradient norm is not three standard errors above zero"
+    reason = "a squared gradient norm is less than three standard errors above zero"
     return ["" if known else reason for known in is_known.tolist()]
 
 
 def _component_rows(entries: list[Entry], kind: str) -> list[Row]:
-    """Return the PC scores of every step, and the explained shares, which belong to no step."""
+    """Return the PC scores of every step, and the explained shares of the whole run."""
     vectors = np.stack([entry.arrays[kind] for entry in entries])
     scores, shares = principal_components(vectors)
     noise = _noise_share(entries, vectors, kind)
@@ -226,9 +231,9 @@ def _num_doubtful(verdicts: list[str]) -> int:
 
 
 def _limit(last: dict[tuple[str, str, str], Row], quantity: str) -> str:
-    """Return text for a doubtful quantity of all weights: its bound at two standard errors, or why it is unknown.
+    """Return printed text for a doubtful quantity: a bound at two standard errors, or the reason why it is unknown.
 
-    The text is empty if there is no bound and the value is finite.
+    The text is empty if there is no bound and the value is finite. The quantity is that of all weights together.
     """
     row, square, trace = (last[name, "all", ""] for name in (quantity, "squared_norm", "noise_trace"))
     most = max(square["value"], 0.0) + 2 * square["stderr"]

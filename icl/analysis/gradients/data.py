@@ -1,10 +1,10 @@
-"""Gradients of the expected loss in the six parameters of the data distribution.
+"""Gradients of the expected loss with respect to the six parameters of the data distribution.
 
 A prompt is x = x_mean + x_scale z, w = w_mean + w_scale t, e = noise_mean + noise_scale n, y = w . x + e. Here z (K, D)
 and n (K) are standard normal, and t (D) is the task, the same for the whole prompt. Each parameter is one number for
 all coordinates; `noise_scale` is a standard deviation. Training uses means 0, scales 1 and noise_scale sigma, the
-square root of `noise_variance`. With finitely many tasks, t is one of the pool, so w_mean and w_scale shift and stretch
-the whole pool. L(phi) = E loss is the mean over the K positions of (f(x, y) - y)^2 for a fixed predictor f. For f = 0,
+square root of `noise_variance`. With finitely many tasks, t is drawn from the pool, so w_mean and w_scale shift and
+stretch the whole pool. L(phi) = E loss is the mean over the K positions of (f(x, y) - y)^2 for a fixed predictor f. For f = 0,
 with means m and scales s, the expected loss is
 
     L = D (m_x^2 + s_x^2)(m_w^2 + s_w^2) + D (D - 1) m_x^2 m_w^2 + 2 D m_x m_w m_e + m_e^2 + s_e^2 .
@@ -149,7 +149,7 @@ def score_function(
 
 
 def _scores(draws: Draws, at: Float[Tensor, " 6"], is_pool: bool) -> Float[Tensor, "B 6"]:
-    """Return the gradient of log p(prompt) in the six parameters."""
+    """Return the gradient of log p(prompt) with respect to the six parameters."""
     x_mean, x_scale, _, w_scale, _, noise_scale = at
     inputs, tasks = draws.inputs.flatten(1), draws.tasks
     noise = torch.where(noise_scale > 0, draws.noise / noise_scale, torch.nan)  # B K, the score for the mean of y

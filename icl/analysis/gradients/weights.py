@@ -1,8 +1,8 @@
-"""Gradients of the loss in the weights, and unbiased statistics of them.
+"""Gradients of the loss with respect to the weights, and unbiased statistics of these gradients.
 
 The prompts are split into J batches of size b. For one member, batch j gives a gradient g_j. The g_j are independent, unbiased
 estimates of the expected gradient G with covariance Sigma / b, where Sigma is the covariance of the gradient for one prompt.
-All statistics are functions of Gram matrices K_ij = g_i . h_j of two sets of gradients with expectations G and H, through
+All statistics use Gram matrices K_ij = g_i . h_j of two sets of gradients with expectations G and H, by two functions:
 
     inner(K)      = mean of K_ij over i != j    (unbiased for G . H, even if batch j of both sets has the same prompts)
     batch_norm(K) = mean of K_jj                (for h = g its expectation is |G|^2 + tr(Sigma) / b)
@@ -10,8 +10,8 @@ All statistics are functions of Gram matrices K_ij = g_i . h_j of two sets of gr
 - Squared norm |G|^2 = inner, and noise trace tr(Sigma) = b (batch_norm - inner); both are unbiased. `norm` is sqrt(|G|^2), or 0 if
   the estimate of |G|^2 is negative.
 - Simple noise scale tr(Sigma) / |G|^2, in prompts: the batch size at which noise and signal are equal (McCandlish,
-  Kaplan, Amodei et al. 2018, "An empirical model of large-batch training", section 2.2). Our two estimates follow their
-  appendix A.1, with one batch as the small batch and all J batches together as the large one.
+  Kaplan, Amodei et al. 2018, "An empirical model of large-batch training", section 2.2). Our estimates of tr(Sigma) and
+  |G|^2 follow their appendix A.1, with one batch as the small batch and all J batches together as the large one.
 - Alignment: the cosine inner(K_gh) / sqrt(inner(K_gg) inner(K_hh)). Between tasks it is weighted by norms:
   the mean inner product of the gradients of two tasks, divided by their mean squared norm.
 
@@ -114,7 +114,7 @@ def norm(squared: WithDeleted) -> Estimate:
 
 
 def squared_norm(squared: WithDeleted) -> Estimate:
-    """Return |G|^2, unbiased. It can be negative if noise dominates the gradient."""
+    """Return the unbiased estimate of |G|^2. It can be negative if noise dominates the gradient."""
     return _jackknife(lambda square: square, squared)
 
 

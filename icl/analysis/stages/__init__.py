@@ -1,13 +1,13 @@
 """Stages of training: boundaries on which several signals agree, and the changes of every signal between them.
 
-The steps of the method:
+The method has three parts:
 
 1. Every available signal (loss, scores, LLC; `icl.analysis.stages.signals`) is smoothed in log time u = ln(step + 1)
    (`icl.analysis.stages.smoothing`).
 2. Turns and plateaus of a smoothed signal are candidates (`icl.analysis.stages.boundaries` has the rule).
 3. Candidates on which signals agree are boundaries, each with a verdict (`icl.analysis.stages.agreement`).
 
-At most one in twenty curves without stages gets a boundary that is not `invalid`. The published stages of L2H4 are found within
+At most one in twenty curves without stages gets a boundary that is `ok` or `suspect`. The published stages of L2H4 are found within
 their errors (tests/analysis/test_stages.py). The scatter of a curve may be correlated between saved steps, for example if the loss
 wanders. The correlation is estimated, and errors include it (`icl.analysis.scatter`). `data/verdict-rates.csv` gives the share of
 false and of true boundaries that are `ok`, for several correlations; `python -m tools.verdict_rates` makes this table.
@@ -60,16 +60,18 @@ class Settings(SignalSettings):
             "help": "which estimates of llc.csv to use: a value of its column settings or mode; default: the settings with the most usable estimates"
         },
     )
-    worst_llc: Verdict = field(default="suspect", metadata={"help": "worst verdict of LLC estimates that are used"})
+    worst_llc: Verdict = field(
+        default="suspect", metadata={"help": "worst verdict with which an LLC estimate is still used"}
+    )
     tolerance: float = field(
         default=0.25,
         metadata={"help": "largest distance, in ln(step + 1), at which boundaries in two signals count as one"},
     )
     least_change: float = field(
-        default=0.01, metadata={"help": "least change of a signal within a stage, as a share of its range"}
+        default=0.01, metadata={"help": "minimum change of a signal within a stage, as a share of its range"}
     )
-    shortest: float = field(default=0.25, metadata={"help": "least length of the smoothing kernel, in ln(step + 1)"})
-    longest: float = field(default=1.0, metadata={"help": "greatest length of the smoothing kernel, in ln(step + 1)"})
+    shortest: float = field(default=0.25, metadata={"help": "minimum length of the smoothing kernel, in ln(step + 1)"})
+    longest: float = field(default=1.0, metadata={"help": "maximum length of the smoothing kernel, in ln(step + 1)"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

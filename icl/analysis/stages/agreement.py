@@ -2,8 +2,8 @@
 
 Candidates of several signals form one boundary if they are close to the strongest candidate in u = ln(step + 1). Close means within
 `tolerance`, or within two standard errors of the difference but at most twice `tolerance`. The time of the boundary is the mean
-of the candidates, weighted by inverse variance, with one candidate for each group of dependent signals. If the candidates scatter
-more than their errors allow, the error is multiplied by the Birge ratio (Birge 1932).
+of the candidates' times, weighted by inverse variance. Each group of dependent signals contributes one candidate to this mean. If
+the times scatter more than their errors allow, the error of the mean is multiplied by the Birge ratio (Birge 1932).
 
 A signal shows a boundary if the boundary is still significant after the correlation of the signal's scatter is taken
 into account. Loss and ICL score are one group. Loss and an LLC that mirrors it near the boundary
@@ -26,7 +26,7 @@ from icl.analysis.stages.signals import Signal, Verdict, mirrors_loss
 from icl.analysis.stages.smoothing import SmoothedSignal
 
 STRONG = 5.0
-"""Least strength of a boundary, in standard errors, if only one group of signals shows it (our choice). With two
+"""Minimum strength of a boundary, in standard errors, if only one group of signals shows it (our choice). With two
 groups, `boundaries.SIGNIFICANCE` is enough."""
 AROUND = 1.0
 """Distance in log time, before and after a boundary, over which we test whether an LLC mirrors the loss."""
@@ -59,13 +59,13 @@ class RunBoundary(NamedTuple):
 def agree(
     signals: Sequence[Signal], fits: Mapping[str, SmoothedSignal], *, tolerance: float, least_change: float
 ) -> list[RunBoundary]:
-    """Find the boundaries that the signals show, in order of time.
+    """Find the boundaries that the signals show, and return them in order of time.
 
     Args:
         signals: All signals of the run.
         fits: Smoothed signals, by name.
         tolerance: Largest distance between candidates that are one boundary, in ln(step + 1).
-        least_change: Least change of a signal within a stage, as a share of its range.
+        least_change: Minimum change of a signal within a stage, as a share of its range.
     """
     remaining = [
         Candidate(signal, boundary, _group(signal, boundary.time))

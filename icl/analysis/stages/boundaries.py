@@ -7,11 +7,11 @@ of f over intervals of log time. Every mean slope has a standard error. There ar
 
 - A *turn*: f moves in one direction over an interval, and in the opposite direction over a later interval, both by `SIGNIFICANCE`
   standard errors. The boundary lies at the extremum of f between them.
-- A *plateau*: f moves in the same direction over two intervals. Over an interval between them, the size of its slope is below
-  1 / `STEEPNESS` of both slopes. Both differences must exceed `SIGNIFICANCE` standard errors. The boundary lies between the
-  middles of the two intervals, where two cubics that join with equal value and slope fit the observations best.
+- A *plateau*: f moves in the same direction over two intervals. Over a third interval between these two, the absolute slope
+  of f is below 1 / `STEEPNESS` of the slope over either. Both differences must exceed `SIGNIFICANCE` standard errors. The boundary
+  lies between the middles of the two intervals, where two cubics that join with equal value and slope fit the observations best.
 
-An interval counts as motion only if f moves over it by at least `least_change` of its range, because smoothing a corner
+An interval counts as motion only if f moves over it by at least `least_change` of the range of f, because smoothing a corner
 causes smaller moves. We take the strongest boundary first, and then search on each side of it. A boundary is dropped if
 there is no motion on one of its sides, up to the next boundary. The search treats the scatter as independent between
 saved steps. The strength of a boundary is the smaller of two significances: with independent scatter, and with the
@@ -33,10 +33,10 @@ from jaxtyping import Bool, Float, Int
 from icl.analysis.stages.smoothing import Curve, Points, SmoothedSignal
 
 SIGNIFICANCE = 3.0
-"""Least strength of a boundary, in standard errors (our choice). Because we search over many intervals, about one in
+"""Minimum strength of a boundary, in standard errors (our choice). Because we search over many intervals, about one in
 ten to twenty curves without stages reaches this value. None that we saw reached 4."""
 CORRELATED_SIGNIFICANCE = 4.0
-"""Least strength of a boundary, in standard errors, if the correlation of the scatter lowers its strength. It is larger
+"""Minimum strength of a boundary, in standard errors, if the correlation of the scatter lowers its strength. It is larger
 than `SIGNIFICANCE`, because the correlation has an error of its own."""
 _LITTLE_LOST = 0.8
 """`SIGNIFICANCE` is enough if correlated scatter leaves more than this share of the strength."""
@@ -49,7 +49,7 @@ _MAX_PAUSE = 16
 _NUM_TIMES = 200
 """Number of times at which the likelihood profile of a plateau is computed."""
 _LEAST_POINTS = 8
-"""Least number of observations for a likelihood profile."""
+"""Minimum number of observations for a likelihood profile."""
 _NUM_SAMPLES = 200
 """Number of curves sampled for the error of an extremum."""
 
@@ -104,7 +104,7 @@ def find_boundaries(fit: SmoothedSignal, *, least_change: float) -> list[Boundar
 
     Args:
         fit: The smoothed signal.
-        least_change: Least change of the signal between two boundaries, as a share of the curve's range.
+        least_change: Minimum change of the signal between two boundaries, as a share of the curve's range.
     """
     grid, knots = fit.curve.times, _knots(fit)
     rough = _knot_boundaries(fit.curve, knots, least_change)
@@ -240,7 +240,7 @@ def _strongest(intervals: _Intervals, low: int, high: int, at: int | None = None
 
 
 def _turn(intervals: _Intervals, low: int, high: int, at: int | None) -> _KnotBoundary | None:
-    """Return the strongest turn between two knots, or at knot `at`, significant or not."""
+    """Return the strongest turn between two knots, or at knot `at`. It need not be significant."""
     best: _KnotBoundary | None = None
     inside = intervals.moves & (intervals.first >= low) & (intervals.last <= high)
     for knot in range(low + 1, high) if at is None else [at]:
@@ -258,7 +258,7 @@ def _turn(intervals: _Intervals, low: int, high: int, at: int | None) -> _KnotBo
 
 
 def _plateau(intervals: _Intervals, low: int, high: int, at: int | None) -> _KnotBoundary | None:
-    """Return the strongest plateau between two knots, or with knot `at` in its pause, significant or not."""
+    """Return the strongest plateau between two knots, or with knot `at` in its pause. It need not be significant."""
     best: _KnotBoundary | None = None
     first, last = intervals.first[intervals.short], intervals.last[intervals.short]
     pauses = np.flatnonzero((first > low) & (last < high) & (True if at is None else (first <= at) & (at <= last)))

@@ -7,8 +7,8 @@ common offset, not the shape of the curve. For these signals only the scatter of
 
 The LLC comes from `results/llc.csv`. We use estimates with the same settings, for weights that were not rescaled, and with a
 verdict no worse than `worst_llc`. We take their standard errors as independent, because the chains of different checkpoints have
-different noise. (They have the same noise with the fixed seed of the original code.) The chains of all checkpoints use the same
-minibatches. If this has an effect, it makes differences between steps less noisy.
+different noise. (In the code of Hoogland et al., which fixes the seed, they have the same noise.) The chains of all checkpoints use
+the same minibatches. Differences between steps may therefore be less noisy than we assume, but not noisier.
 
 The LLC is nbeta (E[L] - L(w0)). If E[L] hardly moves while L(w0) does, the LLC is the loss with its sign reversed and is no
 independent signal (`mirrors_loss`). The published curve is an example up to step 46,000, because its chains left the basin.
@@ -64,7 +64,8 @@ class SignalSettings:
     """Settings of signals that are computed from checkpoints."""
 
     num_prompts: int = field(
-        default=1024, metadata={"help": "number of prompts for the loss, which is computed only if no table has it"}
+        default=1024,
+        metadata={"help": "number of prompts for the loss, which is computed only if no table of the run contains it"},
     )
 
     def __post_init__(self) -> None:
@@ -111,7 +112,7 @@ def mirrors_loss(signal: Signal, low: float, high: float) -> bool:
 
 
 def _behaviour(path: Path, folder: RunFolder, num_prompts: int) -> tuple[list[Signal], list[str]]:
-    """Return loss and scores, each from the first source with enough steps, and a message for each missing one."""
+    """Return loss and scores, each from the first source with enough steps, and a message for each missing signal."""
     signals: dict[str, Signal] = {}
     for name in ("behaviour.csv", "evaluation.csv"):
         signals = _select_signals(_read(folder.results / name), f"results/{name}") | signals
@@ -209,7 +210,7 @@ def _llc(folder: RunFolder, settings: str | None, worst: Verdict) -> Signal | st
     example = next((f" (for example: {reason})" for reason in reasons if reason), "")
     return (
         f"The LLC is left out: {usable.sum()} of {chosen.sum()} estimates have a verdict no worse than `{worst}`, and "
-        f"{MIN_POINTS} steps with the same settings are needed{example}."
+        f"at least {MIN_POINTS} steps with the same settings are needed{example}."
     )
 
 

@@ -2,14 +2,14 @@
 
 The curve f(u), u = ln(step + 1), has the prior a^2 Matern(5/2, l) about its mean. So f and f' are smooth, and the data
 determine both, with a joint covariance (Rasmussen and Williams 2006, sections 2.2 and 4.2.1, equation 9.4). Observation
-i has the variance v_i = max(stderr_i^2, scatter_i^2). Here stderr_i is its own standard error, and scatter_i is the
-local scatter of the points about the curve. We choose a, l and the scatter that maximise the posterior density. The
-prior of ln l is normal with mean 0 and standard deviation 1, because a factor e in the step is the natural unit of log
-time. Values of l are limited to `shortest` .. `longest`. The local scatter is then estimated from the squared residuals
-r_i^2, averaged with a Gaussian kernel of one unit of log time.
+i has the variance v_i = max(stderr_i^2, scatter_i^2). Here stderr_i is the standard error of the observation, and
+scatter_i is the local scatter of the points about the curve. First we choose the values of a, l and one common scatter
+that maximise the posterior density. The prior of ln l is normal with mean 0 and standard deviation 1, because a factor of
+e in the step is the natural unit of log time. The length l must lie between `shortest` and `longest`. Then we estimate
+the local scatter from the squared residuals, averaged with a Gaussian kernel whose width is one unit of log time.
 
-The original (Hoogland et al. 2024) fits a squared-exponential process without a noise term. It interpolates the points,
-so its slopes follow the noise. Our other smoother, `icl.analysis.essential_dynamics.plane_curves`, has a kernel of
+Hoogland et al. (2024) fit a squared-exponential process without a noise term. Their curve interpolates the points, so its
+slopes follow the noise. Our other smoother, `icl.analysis.essential_dynamics.plane_curves`, has a kernel of
 fixed width; in this module the data choose the width.
 """
 
@@ -33,7 +33,7 @@ _SCATTER_WIDTH = 1.0
 _PRIOR_POINTS = 4.0
 """Weight of the overall scatter in the estimate of the local scatter. It counts as much as this number of residuals."""
 _LEAST_NOISE = 1e-5
-"""Least noise, as a share of the values' standard deviation. Smaller noise is rounding error."""
+"""Smallest noise, as a share of the values' standard deviation. Smaller noise is rounding error."""
 
 
 class Points(NamedTuple):
@@ -42,7 +42,7 @@ class Points(NamedTuple):
     times: Float[np.ndarray, " s"]
     values: Float[np.ndarray, " s"]
     noise: Float[np.ndarray, " s"]
-    """Standard deviation used for each observation: the larger of its own error and the local scatter."""
+    """Standard deviation used for each observation: its standard error or the local scatter, whichever is larger."""
 
 
 class Curve(NamedTuple):
@@ -72,7 +72,7 @@ class Curve(NamedTuple):
 
 
 class SmoothedSignal(NamedTuple):
-    """The smoothed curve of a signal, and its curves with a shorter and a longer kernel."""
+    """The smoothed curve of a signal, and the curves with a shorter and with a longer kernel."""
 
     curve: Curve
     """Curve with the most probable kernel length."""
@@ -103,8 +103,8 @@ def fit(
         times: u = ln(step + 1), in ascending order.
         values: Values of the signal.
         stderr: Independent part of every value's standard error; 0 if only the scatter counts as noise.
-        shortest: Least kernel length l.
-        longest: Greatest kernel length l.
+        shortest: Minimum kernel length l.
+        longest: Maximum kernel length l.
 
     Raises:
         ValueError: If there are fewer than four points, or a number is not finite.
@@ -218,7 +218,7 @@ def _posterior(
 def _local_scatter(
     times: Float[np.ndarray, " S"], scaled: Float[np.ndarray, " S"], variances: Float[np.ndarray, " S"], kernel: Kernel
 ) -> Float[np.ndarray, " S"]:
-    """Return the variances, corrected by the residuals around each point."""
+    """Return the variances of the observations, corrected by the residuals near each observation."""
     prior = kernel(times[:, None])
     smoother = np.linalg.solve(prior + np.diag(variances), prior).T
     # Expected ratio of a squared residual to its variance. It is below 1, because the fit partly follows each point.

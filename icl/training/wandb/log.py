@@ -67,7 +67,10 @@ class WandbLog:
         self.sent = sent_step(run)
 
     def log(self, row: Mapping[str, int | float]) -> None:
-        """Send one row, unless W&B has it: a run that resumes from a checkpoint repeats some steps."""
+        """Send one row, unless W&B already has it.
+
+        A run that resumes from a checkpoint repeats some steps.
+        """
         if row["step"] > self.sent:
             self.run.log(row)
 
