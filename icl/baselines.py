@@ -11,8 +11,8 @@ x_k, never y_k or anything later. All except `ols` and `lasso` compute the predi
 - `smoothed_dmmse`: the Bayes predictor under a mixture of M Gaussians about the tasks (Raventos et al. 2023, section 3.1). It lies
   between `dmmse` and `ridge`. Its `task_variance` is tuned on new tasks (`tune_task_variance`).
 
-Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` also in float32) and return the dtype and
-device of the prompts. For prompts on other devices than CPU and CUDA, which have no float64, they compute on the CPU.
+Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` also in float32) and return predictions with
+the dtype and device of the prompts. For prompts on other devices than CPU and CUDA, which have no float64, they compute on the CPU.
 
 To add a baseline, write a function of the same form and add it to the table `BASELINES`. The contract tests cover all entries of
 this table. Also test the function against an independent implementation.
@@ -73,7 +73,9 @@ def averaging(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Flo
 
 
 def knn(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, k: int = 3) -> Float[Tensor, "*S B K"]:
-    """Predict the mean target of the `k` nearest examples, or of all if there are fewer. Of two equally near examples, the earlier one is preferred.
+    """Predict the mean target of the `k` nearest examples, or of all examples if there are fewer.
+
+    Of two equally near examples, the earlier one is preferred.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree or `k` is below 1.
@@ -140,7 +142,7 @@ def dmmse(
     """Predict by the posterior mean under w uniform on `tasks`, the discrete minimum mean squared error estimator.
 
     Task m has weight exp(-S_m / (2 sigma^2)), where S_m is its sum of squared errors on the examples; each example adds one
-    term to it. Tasks are processed in chunks whose sums are merged as in a streaming softmax, so memory does not grow with M.
+    term to S_m. Tasks are processed in chunks whose sums are merged as in a streaming softmax, so memory does not grow with M.
     For zero noise we take the limit, the mean over the tasks with the smallest S_m.
 
     The computation is in float32 if this changes no weight by more than about 1 %. Otherwise (for float64 prompts or small

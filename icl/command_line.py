@@ -295,8 +295,8 @@ invalid. In a sweep it is zero even then, because an invalid estimate is also a 
     )
     flags = {
         "published": "use the sampler settings of Hoogland et al. 2024, and say what they measure",
-        "calibrate": "choose lr, nbeta, localization and burn-in by a search over a few checkpoints (or over --steps); this "
-        "takes some minutes on a CPU, the command first prints how many, and after an interruption it continues",
+        "calibrate": "choose lr, nbeta, localization and burn-in by a search over a few checkpoints (or over --steps); this takes some "
+        "minutes on a CPU (the command first prints how many); after an interruption, the same command continues",
         "self-test": "run the sampler on losses whose learning coefficient is known; takes about a minute and needs no run",
     }
     for flag, text in flags.items():

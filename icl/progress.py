@@ -64,7 +64,7 @@ class _Lines(io.StringIO):
     """A stream that prints the output of a bar as plain lines."""
 
     def write(self, text: str) -> int:
-        """Print a state of the bar, but not the spaces that erase it."""
+        """Print the text of the bar, but not the spaces that erase it."""
         if text.strip():
             print(text.strip(), file=sys.stderr, flush=True)
         return len(text)

@@ -28,7 +28,7 @@ class About(NamedTuple):
 ANALYSES: dict[str, About] = {
     "gradients": About(
         "run",
-        "gradients of the loss in the weights (norm, noise scale, alignment) and in the data distribution's parameters",
+        "gradients of the loss with respect to the weights (norm, noise scale, alignment) and to the data distribution's parameters",
     ),
     "hessian": About(
         "run", "curvature of the loss: largest and smallest eigenvalues, trace and spectrum of the Hessian"
@@ -37,7 +37,7 @@ ANALYSES: dict[str, About] = {
     "embeddings": About("run", "spectra and overlap of the embeddings; collapse of layer norms and the unembedding"),
     "attention": About(
         "run",
-        "attention of each head: patterns, entropy, variability; weight on the same, the previous, x- and y-tokens",
+        "attention of each head: patterns, entropy, variability; weight on the token itself, the previous token, x-tokens and y-tokens",
     ),
     "behaviour": About(
         "run", "losses and scores, gaps to ridge and dMMSE, transience, scaled inputs and tasks, task vectors"

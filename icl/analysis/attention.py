@@ -1,6 +1,6 @@
 """Attention of every head at every saved step: mean patterns on fixed prompts, and scores of the patterns.
 
-A prompt has T = 2K - 1 tokens x1, y1, ..., xK, numbered k = 0 .. T - 1. Query token k attends to the tokens j <= k with
+A prompt has T = 2K - 1 tokens x1, y1, ..., xK, numbered from k = 0 to T - 1. Query token k attends to the tokens j <= k with
 weights p_kj, which sum to 1. The scores of a query k are those of Hoogland et al. 2024 (figures on attention). Each
 score is averaged over prompts, and has the standard error of this average.
 
@@ -126,7 +126,7 @@ def uniform_pattern(num_tokens: int) -> Float[Tensor, "1 T T"]:
 
 
 def scores(pattern: Float[Tensor, "B T T"]) -> dict[str, Float[Tensor, "B Q"]]:
-    """Return the scores of one head for every prompt and each of the Q = T - 1 queries k = 1 .. T - 1."""
+    """Return the scores of one head for every prompt and each of the Q = T - 1 queries k = 1 to T - 1."""
     pattern = pattern.cpu().double()
     positions = torch.arange(pattern.shape[-1], dtype=torch.float64)  # of queries (k) and of keys (j)
     visible = torch.ones(pattern.shape[-2:], dtype=torch.bool).tril()

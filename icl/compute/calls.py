@@ -61,8 +61,8 @@ def grad_and_aux(total: Callable[[Leaves], tuple[Tensor, Tensor]], leaves: Leave
     # of every tensor that is alive.
     with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
         tensors, spec = pytree.tree_flatten(leaves)
-        # We use `data` instead of `detach`. Detached rows of one tensor share a version counter, which updates in other threads
-        # increase. Autograd would then report that these rows were modified.
+        # We use `data` instead of `detach`. Detached rows of one tensor share a version counter. Updates of other rows in other
+        # threads increase this counter, and autograd would then report that these rows were modified.
         tensors = [tensor.data.requires_grad_() for tensor in tensors]
         value, aux = total(pytree.tree_unflatten(tensors, spec))
         gradients = torch.autograd.grad(value, tensors, materialize_grads=True)
@@ -87,7 +87,7 @@ def one_graph(
         changed: Function of the same inputs that returns the tensors that `function` changes in place.
         options: Options of the compiler on a CPU.
     """
-    use_private_cache()  # before torch chooses a folder itself
+    use_private_cache()  # must come before torch chooses a folder
     # Imported here, because this import is slow and no other function needs it.
     from torch._dynamo import config, error_on_graph_break, exc, mark_static_address
 

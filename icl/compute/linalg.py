@@ -1,7 +1,7 @@
 """Eigenvalues, trace and spectral density of a symmetric matrix, from matrix-vector products alone.
 
 The matrix A is the mean of A_1, ..., A_J, one for each batch of data. The function `products` maps v to A_1 v, ..., A_J v.
-Lanczos with full reorthogonalisation builds an orthonormal basis Q (m, P) of the Krylov space of a random start. All results
+Lanczos with full reorthogonalisation builds an orthonormal basis Q (m, P) of the Krylov space of a random start vector. All results
 come from Q and the projections Q A_j Q' (m, m), which cost no further products:
 
 - Eigenvalues: the eigenvalues of Q A Q' (Ritz values), which are most accurate at both ends of the spectrum. A Ritz value
@@ -14,7 +14,7 @@ come from Q and the projections Q A_j Q' (m, m), which cost no further products:
   algorithm 1; Chen and Hallman 2023, "Krylov-aware stochastic trace estimation"). The estimate is unbiased. Only its part
   outside Q is random, and this part is small.
 - Density: the Ritz values are nodes, and the squared first components of their vectors are weights. This is stochastic
-  Lanczos quadrature from one start (Ubaru, Chen, Saad 2017, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature"). The
+  Lanczos quadrature from one start vector (Ubaru, Chen, Saad 2017, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature"). The
   estimated share of the P eigenvalues in an interval has a standard error of about sqrt(2 share (1 - share) / P).
 
 All tensors have a leading axis N for the members of a population, each with its own matrix.

@@ -80,7 +80,7 @@ def make_step(
 
     Args:
         model: The architecture.
-        optim: Adam's decays and epsilon, and the largest gradient norm. Its learning rate is not used.
+        optim: Adam's decays and epsilon, and the largest gradient norm. The learning rate in these settings is not used.
         layout: The order of a member's parameters in its row.
         compiled: Whether to compile the step at its first call, which takes 10 to 30 seconds. If that fails, a warning
             says so and the step stays eager.

@@ -61,7 +61,7 @@ def evaluation_set(
 ) -> EvaluationSet:
     """Make the fixed prompts called `name` (`pretrain`, `true`, or a shift), with their baselines.
 
-    All sets have ridge, OLS and zero. `pretrain` and `true` of a run with finitely many tasks also have dMMSE and the mean
+    All sets have the baselines ridge, OLS and zero. `pretrain` and `true` of a run with finitely many tasks also have dMMSE and the mean
     task. Without noise, `ridge` has the predictions of OLS, which is the limit of ridge for zero noise.
     """
     shift, task = SHIFTS.get(name), config.task

@@ -1,4 +1,4 @@
-"""Flat parameters: all parameters of a member that are updated, as one row of a matrix.
+"""Flat parameters: a matrix with one row per member, which contains all entries of its parameters that are updated.
 
 Adam and SGLD treat every parameter alike. So we copy the entries of a member that they update, the moving entries, into one row.
 An update is then a dozen operations on an (N, P) matrix, whatever the number of layers. Gradients are rows of the same layout.

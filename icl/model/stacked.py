@@ -204,7 +204,7 @@ def _mlp(config: ModelConfig, params: Params, path: str, x: Float[Tensor, "N B T
 
 
 def _norm(params: Params, name: str, x: Float[Tensor, "N B T C"]) -> Float[Tensor, "N B T C"]:
-    """Apply the layer norm over channels, or nothing if the model has no such norm."""
+    """Apply the layer norm over channels. If the model has no such norm, return x unchanged."""
     if f"{name}.weight" not in params:
         return x
     weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]  # N C

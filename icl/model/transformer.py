@@ -4,8 +4,8 @@ The tokens x1, y1, ..., xK are embedded, pass through L causal blocks, and are r
 y_k is coordinate 0 of the output at x_k, which depends on x1, y1, ..., x_k and on nothing later.
 
 Depending on its options, this is the model of Raventos et al. (2023), Hoogland et al. (2024) or Carroll et al. (2025).
-`icl.presets` has their settings. Two things differ from Hoogland et al. We drop the last y-token, because no prediction
-depends on it; the table of positions keeps its 2K rows. `double_residual` is off by default.
+`icl.presets` has their settings. Two things differ from Hoogland et al. First, we drop the last y-token, because no
+prediction depends on it; the table of positions keeps its 2K rows. Second, `double_residual` is off by default.
 
 This module defines the model, so attention is written as in its formula. `icl.model.stacked` computes the same function faster,
 for many parameter sets at once. Tests compare the two.
@@ -56,7 +56,7 @@ class ParameterShapes(NamedTuple):
         return sum(math.prod(shape) for shape in self.outside.values()) + self.num_layers * in_block
 
     def by_name(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of all parameters. Check `num_tensors` first, because a damaged file can describe millions."""
+        """Return the shapes of all parameters. Check `num_tensors` first, because a damaged file can describe millions of tensors."""
         blocks = {
             f"blocks.{layer}.{name}": shape for layer in range(self.num_layers) for name, shape in self.block.items()
         }

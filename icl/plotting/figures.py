@@ -1,6 +1,6 @@
 """Figures of a run's development that combine several tables: loss and LLC, in-context learning, learning curves.
 
-If there are several seeds, each is a thin line with a band of two standard errors over prompts. Vertical lines mark the ends
+If there are several seeds, each seed is a thin line with a band of two standard errors over prompts. Vertical lines mark the ends
 of stages. The axis shows step + 1 on a logarithmic scale, so that the initial model at step 0 is visible.
 """
 

@@ -23,8 +23,8 @@ _MAX_TRACES = 6
 def plot_estimate(record: Record, trivial_loss: float, *, title: str) -> Figure:
     """Plot the excess loss of every chain in nats, its running mean, and the LLC with two standard errors.
 
-    The excess is nbeta times a minibatch loss minus the checkpoint's loss on the same minibatch. Estimates that older versions
-    stored have only minibatch losses, so their traces have more noise than the LLC.
+    The excess is nbeta times the difference between a minibatch loss and the checkpoint's loss on the same minibatch. Estimates
+    that older versions stored have only minibatch losses, so their traces have more noise than the LLC.
 
     Args:
         record: The estimate.

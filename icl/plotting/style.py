@@ -38,7 +38,7 @@ _METADATA: dict[str, dict[str, Any]] = {
 _ORIGIN_INCHES = 0.16
 """Height of the line above a figure that names the source of its data."""
 _MINOR_DIGITS = ((8.0, "23456789"), (400.0, "25"))
-"""If a logarithmic axis spans less than the first number as a ratio, minor ticks with these leading digits are labelled."""
+"""Pairs of a ratio and digits. If a logarithmic axis spans less than this ratio, minor ticks with these leading digits are labelled."""
 
 
 def new_figure(

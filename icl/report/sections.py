@@ -41,7 +41,7 @@ _EXPLANATIONS = {
     "M training tasks. OLS has no finite mean loss after D - 1, D or D + 1 examples.",
     "evaluation": "The numbers are from the last step, ± one standard error. They are means over positions. If a "
     "shift changes only the query, they are for the last position. delta ridge and delta dmmse are the gaps to ridge and dMMSE: "
-    "the mean squared difference between the predictions of the transformer and theirs.",
+    "the mean squared difference between their predictions and those of the transformer.",
     "llc": "Read each estimate with its verdict. If the verdict is not ok, the reasons say why.",
 }
 

@@ -278,7 +278,7 @@ def _as_integer(value: Any) -> Any:
 
 
 def _some_of_each(kinds: list[tuple[str, ...]], wanted: int) -> list[tuple[str, ...]]:
-    """Return `wanted` of the kinds, in their order. Every group of kinds with the same first word contributes about equally many."""
+    """Return `wanted` of the kinds, in their order. Groups of kinds with the same first word contribute about the same number each."""
     groups: dict[str, list[int]] = {}
     for index, kind in enumerate(kinds):
         groups.setdefault(kind[0] if kind else "", []).append(index)

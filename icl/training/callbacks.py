@@ -164,7 +164,7 @@ class StopSignals(pl.Callback):
             self.received = self.received or signal.SIGTERM
 
     def on_train_end(self, *_: Any) -> None:
-        """Restore the signal handlers from before training."""
+        """Restore the signal handlers that were in use before training."""
         self._handling.close()
 
     on_exception = on_train_end  # type: ignore[assignment]  # Lightning also passes the exception

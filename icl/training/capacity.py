@@ -4,12 +4,12 @@ On a GPU all members are updated together. Each member needs memory for seven ar
 parameters, their gradient, Adam's two moments and three temporaries. It also needs the activations for its backward pass. We run
 forward passes of a few prompts and measure the size of the tensors that autograd keeps.
 
-On a CPU at most one member per core is updated at a time, so activations count once per core. Each member also needs memory for
+On a CPU at most one member per core is updated at a time, so activations count once per core. Each member also needs memory for:
 
-- its parameters and moments. While members are resumed, this is three times as much, because the arrays are read from the resume
-  files and then copied into joined arrays;
-- the prompts of a step while they are drawn, or the arrays of its evaluation, whichever is larger;
-- its evaluation prompts with their baselines. Members that differ only in their training seeds share them.
+- Its parameters and moments. While members are resumed, this is three times as much, because the arrays are read from the resume
+  files and then copied into joined arrays.
+- The prompts of a step while they are drawn, or the arrays of its evaluation, whichever is larger.
+- Its evaluation prompts with their baselines. Members that differ only in their training seeds share them.
 """
 
 from collections.abc import Sequence

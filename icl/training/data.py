@@ -80,7 +80,7 @@ class Stretches:
     slow core, which is as long as a step on a GPU.
 
     Args:
-        stream: Prompts, step by step.
+        stream: Source of the prompts of each step.
         first_step: Function that returns the first step. It is called when iteration begins.
         stop: Function of a step. It returns the next step at which callbacks must see the model.
         longest: Largest number of steps in a stretch.

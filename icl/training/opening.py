@@ -45,7 +45,7 @@ def open_run(member: Member, resources: contextlib.ExitStack) -> int | None:
 def _note_missing(member: Member, step: int | None) -> None:
     """Store the list of missing files in the member. `step` is the step from which the run continues; None if it has ended.
 
-    Missing scheduled checkpoints are no failure. A run that has ended is incomplete if its last checkpoint or rows of
+    A missing scheduled checkpoint is not a failure. A run that has ended is incomplete if its last checkpoint or rows of
     its `metrics.csv` are missing.
     """
     run, config = member.folder, member.config

@@ -37,7 +37,7 @@ class PopulationAdam(torch.optim.Optimizer):
         """Update every member once on its prompts, with the learning rate of the parameter group.
 
         Args:
-            closure: Not used. Lightning passes one that does nothing.
+            closure: Not used. Lightning passes a closure that does nothing.
             prompts: Inputs (N, B, K, D) and targets (N, B, K) of every member.
         """
         self._rates.fill_(self.param_groups[0]["lr"])

@@ -73,7 +73,7 @@ class ScheduledCheckpoints(pl.Callback):
 
 
 class ResumeFiles(pl.Callback):
-    """Save every member's `last.ckpt` at least every `seconds`, and at the member's last step."""
+    """Save every member's `last.ckpt` at least every `seconds` seconds, and at the member's last step."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class ResumeFiles(pl.Callback):
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Save if the last save is more than `seconds` ago, and when training stops for one or all members."""
+        """Save if the last save is more than `seconds` seconds ago, and when training stops for one or all members."""
         step = trainer.global_step
         is_last = trainer.should_stop or step == trainer.max_steps or any(m.end_step == step for m in self.members)
         if is_last or any_rank(trainer, time.monotonic() - self._saved_at > self.seconds):
@@ -188,7 +188,8 @@ def _map_stacked(function: Callable[[Sequence[Tensor]], Tensor], trees: Sequence
 def _replace_all(runs: Sequence[RunFolder], contents: Iterable[dict[str, Any]]) -> None:
     """Write every run's `last.ckpt`, and keep the old one as `previous.ckpt`. Contents are built one at a time.
 
-    All new files are on the disk before the first old one is replaced. So if the process is killed, every run still has an intact resume file.
+    All new files are on the disk before the first old one is replaced. So if the process is killed, every run still has an intact
+    resume file.
 
     Raises:
         StorageError: If a file cannot be written.

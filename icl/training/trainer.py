@@ -149,7 +149,7 @@ def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
         if key not in by_key:
             if not config.task.is_gaussian and config.task.num_tasks > _MANY_TASKS:
                 prompts = f"{2 * settings.num_prompts:,} evaluation prompts"
-                print(f"Computing dMMSE over {config.task.num_tasks:,} tasks for {prompts}, once ...")
+                print(f"Computing dMMSE once, over {config.task.num_tasks:,} tasks for {prompts} ...")
             by_key[key] = build_evaluation_sets(config, num_prompts=settings.num_prompts, device=device)
         by_member.append(by_key[key])
     return by_member

@@ -135,7 +135,7 @@ def test_every_analysis_has_settings_a_function_and_a_figure(name):
 
 
 def test_unknown_names_are_sentences():
-    with pytest.raises(ConfigError, match="no analysis `gradient`; there are gradients"):
+    with pytest.raises(ConfigError, match="no analysis `gradient`; the analyses are gradients"):
         analyse("gradient", "nowhere")
     with pytest.raises(ConfigError, match="no setting `size`"):
         analyse("gradients", "nowhere", size=3)

@@ -83,7 +83,9 @@ def _lost_curves(axes):
     for line in axes.lines:
         if id(line) in caps:
             continue
-        is_said = str(line.get_label()).endswith((", above", ", below"))  # the label says where the curve lies
+        is_said = str(line.get_label()).endswith(
+            (", above the axis limits)", ", below the axis limits)")
+        )  # the label says where the curve lies
         if line.get_visible() and len(_along(line)) and not _is_seen(line) and not is_said:
             yield f"the curve {line.get_label()!r} is outside the axes"
 
@@ -104,7 +106,7 @@ def _empty_entries(axes):
         artists.setdefault(label, []).append(artist)
     for text in legend.get_texts() if legend else ():
         own = artists.get(text.get_text(), [])
-        is_said = text.get_text().endswith((", above", ", below"))
+        is_said = text.get_text().endswith((", above the axis limits)", ", below the axis limits)"))
         if own and not is_said and not any(_is_seen(artist) or _is_key(artist) for artist in own):
             yield f"the legend's entry {text.get_text()!r} has nothing to show"
     if legend and not legend.get_texts():

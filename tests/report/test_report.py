@@ -344,7 +344,7 @@ def test_what_is_no_run_is_one_sentence(tmp_path, capsys, make):
 
 
 def test_a_page_is_html(run, tmp_path):
-    with pytest.raises(StorageError, match=r"written as \.html, got .*page\.csv"):
+    with pytest.raises(StorageError, match=r"must end in \.html or \.htm, got .*page\.csv"):
         write_report([run.path], out=tmp_path / "page.csv")
     assert write_report([run.path], out=tmp_path / "new" / "page.htm").path.is_file()
 

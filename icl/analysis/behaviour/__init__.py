@@ -6,8 +6,8 @@ over prompts. The prompts and the names of the quantities are the same as in `ic
 - `loss`, by position and averaged over positions (`mean`). `icl_score`: loss(k2) - loss(k1), negative if more examples help.
   (Hoogland et al. 2024 print the opposite sign.)
 - `prior_zero`, `prior_task_mean`: the prior-task scores. They are the mean squared difference between the model's predictions
-  and those of a predictor that uses only the prior: 0, or the prediction with the mean task. They are given by position, as
-  `mean`, and as `sum` over positions. The figure of Hoogland et al. shows the sum, for finite M.
+  and those of a predictor that uses only the prior: 0, or the prediction with the mean task. There is a row for each position, for
+  their `mean` and for their `sum`. The figure of Hoogland et al. shows the sum, for finite M.
 - `delta_ridge`, `delta_dmmse`: mean squared difference, per target, between the model's predictions and those of ridge or dMMSE.
   (Raventos et al. 2023 also divide by D.) `delta_difference` is delta_ridge - delta_dmmse. It is positive if the model is closer
   to dMMSE.
@@ -95,7 +95,7 @@ class Settings(StepSettings, CurveSettings):
 
 
 def analyse(path: Path, settings: Settings) -> Result:
-    """Measure every saved step, compute the curves over multipliers at some steps, and find the turning points.
+    """Measure every saved step, compute the curves against the multiplier g at some steps, and find the turning points.
 
     Raises:
         CheckpointError: If there is no usable checkpoint.
@@ -133,7 +133,7 @@ def measure_members(members: Members, *, settings: StepSettings) -> list[Measure
 
 
 def measure_curves(members: Members, *, settings: CurveSettings) -> list[Measurement]:
-    """Measure the curves over multipliers of every member."""
+    """Measure every member's curves against the multiplier g."""
     prompts = fixed_prompts(members, "true", "true", settings.num_ood_prompts)
     predict = partial(apply, members.config.model)
     by_member = ood_curves.curve_rows(predict, members.params, prompts, ood_curves.scales(settings.num_scales))
@@ -142,7 +142,7 @@ def measure_curves(members: Members, *, settings: CurveSettings) -> list[Measure
 
 @lru_cache(maxsize=2)
 def evaluation_sets(config: RunConfig, num_prompts: int, device: str) -> list[EvaluationSet]:
-    """Return the two sets of prompts with their baselines. All populations of a run share them."""
+    """Return the two sets of prompts with their baselines. All checkpoints of a run share these sets."""
     return [evaluation_set(config, name, num_prompts=num_prompts, device=device) for name in SETS]
 
 

@@ -13,8 +13,8 @@ averaged over prompts and positions:
 - `loss_over_g2`: the mean squared error divided by g^2. Predicting zero gives D + sigma^2 / g^2.
 - `size_ratio`: |predictions| / |targets|. It is 1 for predictions of the right size, and 0 for predictions of zero.
 
-Both numbers agree with those of the shifts `input_scale_<g>` and `task_scale_<g>` of `icl evaluate`. All g use the same
-prompts.
+Both numbers agree with those of the shifts `input_scale_<g>` and `task_scale_<g>` of `icl evaluate`. The prompts are
+the same for all g.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,7 +42,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class CurveSettings:
-    """Settings of the curves over multipliers. If they change, the curves are computed again."""
+    """Settings of the curves against the multiplier g. If they change, the curves are computed again."""
 
     num_scales: int = field(
         default=100, metadata={"help": "number of multipliers g of inputs and tasks; 0 computes no curves"}

@@ -9,7 +9,7 @@ therefore take the numbers of single prompts (S, B). `lower` and `upper` are the
   first or last saved step is `suspect`, because the curve may have no turning point.
 - Crossing: two consecutive clear saved steps on opposite sides of zero. A step is clear if its mean differs from zero
   by more than `SIGN_ERRORS` standard errors. Between these two steps we interpolate linearly in log(t + 1). The standard
-  error of the crossing step is propagated to first order. A crossing is `suspect` if only one saved step is on one of its sides.
+  error of the crossing step is propagated to first order. A crossing is `suspect` if only one clear step supports one of its sides.
 - Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the minimum of the loss on fixed prompts of new
   tasks. The run is transient if the loss at the last saved step is higher by more than `RISE_ERRORS` standard errors.
   If it is higher by between `DOUBTFUL_RISE_ERRORS` and `RISE_ERRORS` standard errors, the finding is `unresolved`. The
@@ -95,7 +95,7 @@ def minimum(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> Turnin
     elif best == last:
         reasons.append("the curve is lowest at the last saved step")
     elif equal[0] == 0 or equal[-1] == last:
-        reasons.append("the minimum is not significantly lower than the curve at an end of the run")
+        reasons.append("the minimum is not significantly lower than the curve at one end of the run")
     lower, upper = float(steps[max(equal[0] - 1, 0)]), float(steps[min(equal[-1] + 1, last)])
     return TurningPoint(float(steps[best]), math.nan, lower, upper, _verdict(reasons), tuple(reasons))
 

@@ -58,7 +58,8 @@ class Settings:
     features: str = field(
         default="auto",
         metadata={
-            "help": f"comma-separated list from {', '.join(FEATURES)}; auto takes as many features from the start of this list as the number of values of M allows"
+            "help": f"comma-separated list from {', '.join(FEATURES)}; auto takes as many features from the start of this "
+            "list as the number of values of M allows"
         },
     )
     steps: Literal["last", "all"] = field(
@@ -266,5 +267,5 @@ def _summary(points: pd.DataFrame, names: list[str], fitted: ValidatedFit, setti
         )
     noise = float((inside["target_stderr"] ** 2).mean() / max(inside["target"].var(ddof=0), 1e-300))
     if noise > _MUCH_NOISE:
-        lines.append(f"Measurement errors are {noise:.0%} of the variance of the loss; evaluate with more prompts.")
+        lines.append(f"Measurement errors make up {noise:.0%} of the variance of the loss; evaluate with more prompts.")
     return lines

@@ -111,7 +111,7 @@ def _runs(path: Path, others: str | None) -> dict[str, Path]:
     """Return the runs by the names of their folders, or by the whole path if two folders have the same name."""
     paths = [path, *(Path(word.strip()) for word in (others or "").split(",") if word.strip())]
     is_unique = len({folder.resolve() for folder in paths}) == len(paths)
-    require(is_unique, "`jointly_with` must not name a run twice, or the run itself.")
+    require(is_unique, "`jointly_with` must not name a run twice, nor the run that is analysed.")
     for folder in paths:
         checkpoint_files(folder)  # raises an error for a missing run before work on the other runs begins
     names = [run_of(folder).path.resolve().name for folder in paths]
@@ -218,7 +218,8 @@ def _summary(
 
 def _share_lines(fit: ComparedPCA) -> list[str]:
     lines = [
-        "Share of the variance, then the share in random walks with: equal steps | steps as long as the run's | the run's steps with random signs"
+        "Share of the variance, then the share in random walks with: "
+        "equal steps | steps as long as the run's | the run's steps with random signs"
     ]
     for component, share in enumerate(fit.components.shares):
         flips, nulls = fit.walks.shares[:, component], fit.nulls

@@ -7,8 +7,8 @@ lie within one kernel width of each other. Each coordinate of f is given by two 
 difference between two such values, divided by the mean radius of the circles. The divisor is at least a twentieth of the
 trajectory's extent.
 
-A cusp or vertex is in doubt if it disappears when the kernel is 2/3 or 3/2 times as wide. Its standard error is half the
-range of its times with the three kernels. Random walks also have cusps, vertices and forms, because their
+A cusp or vertex is in doubt if it disappears when the kernel is 2/3 or 3/2 times as wide. The standard error of its time
+is half the range of the times with the three kernels. Random walks also have cusps, vertices and forms, because their
 components are smooth curves. So we count these in walks with the run's own steps
 (`principal_components.flipped_walks`). If one of 19 walks has as many shapes of a kind as the run, all shapes of that
 kind are in doubt.
@@ -190,7 +190,7 @@ def _judge(
 
 
 def _form(group: Sequence[JudgedCandidate], extent: float) -> Form:
-    """Combine one candidate of each plane."""
+    """Combine one candidate of each plane into a form."""
     pairs = [[each.point[each.plane.index(axis)] for each in group if axis in each.plane] for axis in range(3)]
     radii = [each.radius for each in group if each.kind == "vertex"]
     scale = max(float(np.mean(radii)) if radii else 0.0, extent / 20)

@@ -50,7 +50,7 @@ class Smooth(NamedTuple):
     widths: Float[np.ndarray, " G"]
     """Width of the kernel at every time."""
     derivatives: Float[np.ndarray, "G 3 C"]
-    """r, r' and r'' in u."""
+    """r and its derivatives r' and r'' with respect to u."""
     noise: Float[np.ndarray, "G C"]
     """Standard deviation of the observations about the curve."""
     gains: Float[np.ndarray, "G 3 3"]

@@ -17,8 +17,9 @@ from the run's own steps d_i, the differences between consecutive states:
 - `flipped_walks`: the steps d_i with random signs. This is a walk in the run's own directions, which may be few. Its
   mean G equals the expected G of `walk_shares`. Its spread shows which shares can occur by chance.
 
-For comparison: the first shares that Hoogland et al. 2024 give for L2H4 are 0.65, 0.08 and 0.05. Brownian motion observed at 190
-checkpoints on a log and a linear grid of 500,000 steps has 0.68, 0.14 and 0.05; on a linear grid it has 0.61, 0.15 and 0.07.
+For comparison: the first shares that Hoogland et al. 2024 give for L2H4 are 0.65, 0.08 and 0.05. For Brownian motion of 500,000
+steps, observed at 190 checkpoints, the first shares are 0.68, 0.14 and 0.05 if the checkpoints lie on a logarithmic and a linear
+grid, and 0.61, 0.15 and 0.07 if they lie on a linear grid only.
 
 The displacement ratio |sum d_i|^2 / sum |d_i|^2 is 1 on average for all these walks. For a line with equal steps it is the number
 of steps.
@@ -141,7 +142,7 @@ def from_products(products: Products, begins: Bool[np.ndarray, " S"], *, num_com
     Args:
         products: Products from `trajectories.centred_products`.
         begins: Whether each row is the first of a run.
-        num_components: Number of components, below the number of rows.
+        num_components: Number of components; it must be smaller than the number of rows.
     """
     model = KernelPCA(n_components=num_components, kernel="precomputed", eigen_solver="dense")
     scores = model.fit_transform(products.rows)

@@ -8,9 +8,9 @@ A state is one of the following arrays, flattened:
 - `tokens`: the whole outputs at all 2K tokens (2 B K (D + 1) features), as in Hoogland et al. Most of these outputs are
   never trained.
 - `weights`: all weights of the model.
-- `gradients`: the gradient in the weights of the mean loss on the fixed prompts. It is estimated from B prompts, so it has noise;
-  we keep the expected square of that noise (`Trajectory.noise`). All steps use the same prompts, so some noise cancels in
-  differences.
+- `gradients`: the gradient of the mean loss on the fixed prompts with respect to the weights. It is estimated from B prompts, so it
+  has noise; we keep the expected square of that noise (`Trajectory.noise`). All steps use the same prompts, so some noise cancels
+  in differences.
 - `first_moment`, `second_moment`: Adam's running means of the training gradient and its square, before bias correction. They
   exist for runs trained with `checkpoints.moments`, and cannot be computed from weights later.
 

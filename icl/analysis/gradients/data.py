@@ -4,8 +4,8 @@ A prompt is x = x_mean + x_scale z, w = w_mean + w_scale t, e = noise_mean + noi
 and n (K) are standard normal, and t (D) is the task, the same for the whole prompt. Each parameter is one number for
 all coordinates; `noise_scale` is a standard deviation. Training uses means 0, scales 1 and noise_scale sigma, the
 square root of `noise_variance`. With finitely many tasks, t is drawn from the pool, so w_mean and w_scale shift and
-stretch the whole pool. L(phi) = E loss is the mean over the K positions of (f(x, y) - y)^2 for a fixed predictor f. For f = 0,
-with means m and scales s, the expected loss is
+stretch the whole pool. The loss of a prompt is the mean over the K positions of (f(x, y) - y)^2 for a fixed predictor f, and
+L(phi) is its expectation. For f = 0, with means m and scales s,
 
     L = D (m_x^2 + s_x^2)(m_w^2 + s_w^2) + D (D - 1) m_x^2 m_w^2 + 2 D m_x m_w m_e + m_e^2 + s_e^2 .
 
@@ -13,10 +13,10 @@ We compute three estimators of dL/dphi. Each gives a number for each prompt, and
 (Mohamed, Rosca, Figurnov, Mnih 2020, "Monte Carlo gradient estimation in machine learning", sections 4 and 5):
 
 - `pathwise`: differentiate through x(phi), y(phi) and the predictor at fixed z, t, n. This is the estimator to use.
-- `score_function`: (loss - mean loss) d log p / d phi. This is a check that never differentiates the predictor. With a pool of
+- `score_function`: (loss - mean loss) d log p / d phi. It serves as a check, because it never differentiates the predictor. With a pool of
   tasks, w has no density. The parameters of w then act on the mean of y given x and t, so their score is the score of y.
   Without noise, y has no density either, and the scores that need this density are NaN.
-- `finite_difference`: central differences with the same z, t, n on both sides. This is a second check.
+- `finite_difference`: central differences with the same z, t, n on both sides. It serves as a second check.
 """
 
 from collections.abc import Callable

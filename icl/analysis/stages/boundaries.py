@@ -7,9 +7,10 @@ of f over intervals of log time. Every mean slope has a standard error. There ar
 
 - A *turn*: f moves in one direction over an interval, and in the opposite direction over a later interval, both by `SIGNIFICANCE`
   standard errors. The boundary lies at the extremum of f between them.
-- A *plateau*: f moves in the same direction over two intervals. Over a third interval between these two, the absolute slope
-  of f is below 1 / `STEEPNESS` of the slope over either. Both differences must exceed `SIGNIFICANCE` standard errors. The boundary
-  lies between the middles of the two intervals, where two cubics that join with equal value and slope fit the observations best.
+- A *plateau*: f moves in the same direction over two intervals. Over a third interval between these two, the absolute slope of f is
+  below 1 / `STEEPNESS` times the slope over each of the two. Both differences must exceed `SIGNIFICANCE` standard errors. The
+  boundary lies between the middles of the two intervals, where two cubics that join with equal value and slope fit the observations
+  best.
 
 An interval counts as motion only if f moves over it by at least `least_change` of the range of f, because smoothing a corner
 causes smaller moves. We take the strongest boundary first, and then search on each side of it. A boundary is dropped if
@@ -34,7 +35,7 @@ from icl.analysis.stages.smoothing import Curve, Points, SmoothedSignal
 
 SIGNIFICANCE = 3.0
 """Minimum strength of a boundary, in standard errors (our choice). Because we search over many intervals, about one in
-ten to twenty curves without stages reaches this value. None that we saw reached 4."""
+ten to twenty curves without stages reaches this value. None of the curves that we tested reached 4."""
 CORRELATED_SIGNIFICANCE = 4.0
 """Minimum strength of a boundary, in standard errors, if the correlation of the scatter lowers its strength. It is larger
 than `SIGNIFICANCE`, because the correlation has an error of its own."""

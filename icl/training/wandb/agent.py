@@ -52,7 +52,7 @@ def work_at_point(read_base: Callable[[], RunConfig], work: Callable[[Any, dict[
     with handling({signal.SIGTERM: signal.default_int_handler}):
         try:
             base = read_base()
-        except UserError as error:  # for example a bad value of the point that `${args}` passed on the command line
+        except UserError as error:  # for example, `${args}` passed an invalid value of the point on the command line
             end_run(join_sweep({}), exit_code_of(error))
             raise
         run = join_sweep(base.to_dict())
