@@ -284,8 +284,8 @@ invalid. In a sweep it is zero even then, because an invalid estimate is also a 
     )
     parser.add(
         "--stderr X",
-        "run each checkpoint's chains until the standard error of the LLC is at most X; the chains stop at the latest after "
-        "`sampler.num_draws` draws, or after ten times the preset's number if you do not give it",
+        "run each checkpoint's chains until the standard error of the LLC is at most X, but for at most `sampler.num_draws` "
+        "draws; if you do not set `sampler.num_draws`, the limit is ten times the preset's number of draws",
         type=read_number,
     )
     parser.add(

@@ -43,7 +43,7 @@ class _Sums(NamedTuple):
     """Sums over a chunk of tasks at every prefix, each of shape (B, K). Weights are relative to that of the chunk's best task."""
 
     least: Tensor
-    """Least sum of squared errors, which is the best task's."""
+    """Sum of squared errors of the best task."""
     weight: Tensor
     """Sum of the weights."""
     output: Tensor
@@ -59,7 +59,8 @@ def _sums(xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], tasks: Float[Ten
         least = squares.amin(-1, keepdim=True)  # B 1
         weights = weigh(squares - least)  # B M
         prefixes.append(torch.stack((least[:, 0], weights.sum(-1), torch.linalg.vecdot(weights, outputs))))  # 3 B
-        residuals = outputs.sub_(ys[:, k, None])  # B M; in place, because another (B, M) would not fit in the cache
+        # In place, because another tensor of this size would not fit in the cache.
+        residuals = outputs.sub_(ys[:, k, None])  # B M
         squares.addcmul_(residuals, residuals)
     return _Sums(*torch.stack(prefixes, dim=-1).double())
 
@@ -72,7 +73,7 @@ def _merge(first: _Sums, second: _Sums, *, weigh: _Weigh) -> _Sums:
 
 
 def _boltzmann(excess: Tensor, *, noise_variance: float) -> Tensor:
-    """Return exp(-excess / (2 sigma^2)), but at least 2^-100, in place.
+    """Replace `excess` by exp(-excess / (2 sigma^2)), but at least 2^-100, and return it.
 
     On CPUs `exp` is ten times slower than `exp2`, and numbers that underflow are ten times slower too. So we use `exp2`, and
     clamp its argument.
@@ -86,9 +87,9 @@ def _indicator(excess: Tensor) -> Tensor:
 
 
 def sums_dtype(xs: Tensor, ys: Tensor, tasks: Tensor, noise_variance: float) -> torch.dtype:
-    """Return float32 if rounding changes the weights by less than about 1 %, else float64.
+    """Return float32 if its rounding changes the weights by less than about 1 %, else float64.
 
-    The rounding error of a log-weight is about eps times the squares that add up to S_m / (2 sigma^2).
+    The rounding error of a log-weight is about eps / (2 sigma^2) times the sum of the squares from which S_m is computed.
     """
     if xs.dtype == torch.float64 or torch.get_float32_matmul_precision() != "highest":
         return torch.float64

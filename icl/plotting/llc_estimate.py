@@ -75,9 +75,9 @@ def plot_traces(records: Sequence[Record], *, title: str) -> Figure:
 
 
 def excess_trace(record: Record) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, "K S"]]:
-    """Return the moves of a record's draws, and the chains' excess there in nats.
+    """Return the moves at which draws were recorded, and the excess loss of each chain at these moves, in nats.
 
-    For an estimate of an older version, which has minibatch losses only, all moves are returned, with the noise of minibatches.
+    Estimates of older versions have only minibatch losses. For them, all moves are returned, and the excess includes minibatch noise.
     """
     row = record.row
     if not record.excess.size:

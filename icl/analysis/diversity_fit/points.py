@@ -18,7 +18,7 @@ _COLUMNS = (*MODEL, "distribution", "quantity", "position", "value", "stderr")
 
 
 class FitError(UserError, ValueError):
-    """Raised if no model can be fitted to a table."""
+    """Raised if a regression cannot be fitted to a table."""
 
 
 def read_points(
@@ -34,7 +34,7 @@ def read_points(
     `target_stderr`, and the features that the table has.
 
     Raises:
-        FitError: If the file cannot be read, lacks columns, or has no loss on the target.
+        FitError: If the file cannot be read, lacks columns, or has no loss on the distribution `target`.
     """
     table = _read(path)
     try:
@@ -93,7 +93,7 @@ def _headline(table: pd.DataFrame, distribution: str, quantity: str, path: Path)
 
 
 def _full_span(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """Return the rows with the mean over positions. The ICL score has none; return its rows from position 1 to the last."""
+    """Return the rows with the mean over positions, or the ICL score from position 1 to the last position."""
     if quantity != "icl_score":
         return rows[rows["position"] == "mean"]
     ends = rows["position"].str.extract(r"^1:(\d+)$")[0].astype(float)

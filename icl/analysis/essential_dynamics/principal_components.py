@@ -83,12 +83,12 @@ class ComparedPCA(NamedTuple):
 
     @property
     def high_shares(self) -> Float[np.ndarray, " C"]:
-        """Cumulative shares that one in twenty walks with the run's own steps exceeds."""
+        """For every k, the sum of the first k shares that one in twenty walks with the run's own steps exceeds."""
         return np.quantile(np.cumsum(self.walks.shares, axis=1), 0.95, axis=0)
 
     @property
     def is_reached(self) -> Bool[np.ndarray, " C"]:
-        """For every k, whether one in twenty walks explains as much with its first k components."""
+        """For every k, whether the first k components of one in twenty walks explain as much as those of the run."""
         return np.cumsum(self.components.shares) <= self.high_shares
 
     @property
@@ -109,7 +109,7 @@ def fit_components(
     begins = np.concatenate([np.arange(len(trajectory.steps)) == 0 for trajectory in trajectories])
     if len(rows) < 3:
         raise CheckpointError(
-            f"Essential dynamics need at least three saved steps, got {len(rows)}. Train with --checkpoints.num_log 60."
+            f"Essential dynamics needs at least three saved steps, got {len(rows)}. Train with --checkpoints.num_log 60."
         )
     others = np.array(list(points.values())).reshape(len(points), len(rows[0]))
     products = centred_products(rows, others)

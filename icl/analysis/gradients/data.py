@@ -39,7 +39,7 @@ PARAMETERS = ("x_mean", "x_scale", "w_mean", "w_scale", "noise_mean", "noise_sca
 Predict: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Function from xs (N, B, K, D) and ys (N, B, K) to the predictions (N, B, K) of N members."""
 _FD_STEP = {torch.float64: 1e-5, torch.float32: 1e-2}
-"""Step of the finite differences, by dtype. It balances their truncation error against rounding."""
+"""Step size of the finite differences, by dtype. It balances their truncation error against rounding."""
 _FD_PROMPTS = 64
 _MAX_Z = 5.0
 """Largest difference between two estimators of a gradient that counts as agreement, in standard errors. It is large
@@ -59,7 +59,7 @@ class Draws(NamedTuple):
 
 
 def estimates(members: Members, distribution: Distribution, num_prompts: int) -> dict[str, Float[Tensor, "N B 6"]]:
-    """Return the gradient of each prompt's loss by each estimator. Finite differences use the first prompts only."""
+    """Return the gradient of each prompt's loss by each estimator. Finite differences use only the first prompts."""
     draws = _draws(members, distribution, num_prompts)
     dtype, count = draws.inputs.dtype, len(members.checkpoints)
     params = {name: tensor.to(dtype) for name, tensor in members.params.items()}
@@ -82,7 +82,7 @@ def estimates(members: Members, distribution: Distribution, num_prompts: int) ->
 
 
 def doubts_about_pathwise(pathwise: Tensor, score_function: Tensor, finite_difference: Tensor) -> list[list[str]]:
-    """Return a text for each member and parameter: why the pathwise estimate is in doubt, or nothing."""
+    """Return for each member and parameter the reason to doubt the pathwise estimate; empty if there is none."""
     from_scores = metrics.position_mean(pathwise - score_function)
     score_differs = from_scores.value.abs() > _MAX_Z * from_scores.stderr  # false where the score function is NaN
     from_differences = metrics.position_mean(pathwise[:, : finite_difference.shape[1]] - finite_difference)
