@@ -1,4 +1,4 @@
-"""The Python interface: train, load, predict and score in a few lines.
+"""Train, load, evaluate and use models in a few lines of Python.
 
 `ICRegConfig` has the names and documented defaults of the older code base. It corresponds to the preset `icr`.
 
@@ -44,7 +44,7 @@ __all__ = [
 
 _LEFT_OUT: Any = object()
 _MAX_PROMPTS = 2**31
-"""Largest number of prompts for a score; more would take days."""
+"""Largest number of prompts in `evaluate_ood_score`. More prompts would take days."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class ICRegConfig:
     M: int | float | str = 64
     """Number of training tasks; `"inf"` or `math.inf` means the Gaussian prior."""
     max_M: int = 32_768
-    """Largest number of tasks in the older code. Accepted for old scripts and ignored, because `icl` stores no table of tasks."""
+    """Largest number of tasks in the older code. Old scripts may give it, but it has no effect, because `icl` stores no table of tasks."""
 
     def to_run_config(self) -> RunConfig:
         """Return the preset `icr` with these values.
@@ -111,15 +111,15 @@ def train_ic_regression(
     early_stopping_patience: int | None = None,
     early_stopping_min_delta: float = 1e-6,
 ) -> Transformer:
-    """Train a model. If `checkpoint_dir` already contains this run, resume it, or load its model if it is finished.
+    """Train a model. If `checkpoint_dir` already contains the run, resume it, or load its model if training is finished.
 
     Args:
-        cfg: Task and model. By default those of `ICRegConfig()`.
+        cfg: Settings of the task and the model. By default `ICRegConfig()`.
         M: Number of training tasks, `"inf"` or `math.inf`. By default `cfg.M`.
         num_steps: Number of optimiser steps.
         batch_size: Number of prompts per step.
         learning_rate: Constant learning rate, or the peak of a triangular schedule if `warmup_steps` is given.
-        warmup_steps: Number of steps of the linear rise. After the rise, the rate falls linearly to zero at `num_steps`.
+        warmup_steps: Number of steps over which the rate rises linearly. Then the rate falls linearly to zero at `num_steps`.
         grad_clip: Largest gradient norm, or None for no clipping.
         checkpoint_dir: The run's folder. By default `$LOCAL_ROOT/<run name>`.
         checkpoint_every: Number of steps between checkpoints. The first and the last step are always saved.
@@ -170,10 +170,10 @@ def load_checkpoint(path: str | Path, cfg: ICRegConfig | RunConfig | None = None
     """Load a trained model and the metadata of its checkpoint.
 
     Args:
-        path: A checkpoint file, or a run's folder. From a folder the last checkpoint is loaded. It may also be a file .pt of older
-            code, such as `checkpoint_step_150000.pt` (`icl.importing`).
-        cfg: Task and model that the checkpoint must have. By default any are accepted. From a file .pt without a config, the number
-            of heads is taken from `cfg`.
+        path: A checkpoint file, or a run's folder. From a folder the last checkpoint is loaded. The file may also be a `.pt` file of
+            older code, such as `checkpoint_step_150000.pt` (`icl.importing`).
+        cfg: Settings of the task and the model that the checkpoint must have. By default, any settings are accepted. If a `.pt` file
+            contains no config, the number of heads is taken from `cfg`.
 
     Returns:
         The model on the CPU, and a dict of `step`, `config` (a RunConfig), `digest` and `path`.
@@ -200,13 +200,13 @@ def load_model(path: str | Path, cfg: ICRegConfig | RunConfig | None = None) -> 
 def evaluate_ood_score(
     model: Transformer, cfg: ICRegConfig | RunConfig | None = None, n_samples: int = 10_000, *, batch_size: int = 1000
 ) -> float:
-    """Return the mean squared error per target on tasks from N(0, I), over `n_samples` prompts and all K positions.
+    """Return the mean squared error per target on new tasks from N(0, I), averaged over `n_samples` prompts and all K positions.
 
     Unlike the older code, this function does not divide the score by D.
 
     Args:
-        model: A trained model. The computation uses its dtype.
-        cfg: The task. By default that of `ICRegConfig()`.
+        model: A trained model. Predictions are computed in its dtype.
+        cfg: Settings of the task. By default `ICRegConfig()`.
         n_samples: Number of prompts.
         batch_size: Number of prompts that the model predicts at a time.
 

@@ -4,17 +4,17 @@ Every preset names its source. Where a paper leaves a setting open, the choice i
 the exact numbers of parameters: `L2H4` 51,717, `raventos-base` 1,591,808, `raventos-small` 202,752, `carroll` 2,654,217,
 `icr` 4,761,097.
 
-The `sampler` of a preset is our choice, because estimates with the published one cannot be trusted
-(`icl.sampling.published.PUBLISHED`). Three rules determine it:
+The `sampler` of a preset is our choice, because estimates with the published sampler (`icl.sampling.published.PUBLISHED`) cannot
+be trusted. We choose it by three rules:
 
-- The width of a flat direction, 1 / sqrt(localization), is small compared with the root mean square weight. So chains stay
-  in the basin.
-- `nbeta` equals `localization`. So a direction counts towards the LLC if its curvature is above one, and the loss along the
+- In a flat direction, chains spread to a width of 1 / sqrt(localization). This width is small compared with the root mean
+  square weight, so chains stay in the basin.
+- `nbeta` equals `localization`. So the LLC counts mostly directions whose curvature is above one, and the loss along the
   chains rises only a little.
-- lr x nbeta x (largest curvature) is between 1 and 3; the chains are unstable above 4.
+- lr x nbeta x (largest curvature) is between 1 and 3. Above 4, the chains of `sgld` are unstable.
 
-We measured this for the quickstart only. For another model or task, `icl llc RUN --calibrate` finds settings, and the
-verdicts say whether they work.
+We have checked estimates with these samplers for the quickstart, and for `L2H4` at one checkpoint. For another model or task,
+`icl llc RUN --calibrate` searches for settings, and the verdicts say whether they work.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from icl.config.validation import ConfigError
 MEMBER_SEEDS = ("seeds.model", "seeds.data", "seeds.noise")
 """Settings of a member that `population.seeds` sets."""
 MAX_SLUG = 120
-"""Largest number of characters of a run name that is made from settings. The end of a longer name is replaced by a hash."""
+"""Largest number of characters in a run name that is made from settings. The end of a longer name is replaced by a hash."""
 
 # The quickstart's sampler is the default `SamplerConfig`. The largest curvature is 140 at step 832 and 85 at the end, and
 # weights are about 0.2. At the last checkpoint, chains escape with nbeta = localization = 300, and lr = 1e-4 is too large.
@@ -57,10 +57,10 @@ L2H4 = RunConfig(
     trainer=TrainerConfig(max_steps=500_000, batch_size=256),
     evaluation=EvaluationConfig(every=1000, num_prompts=1024),
     checkpoints=CheckpointsConfig(num_log=100, num_linear=100),
-    # The largest eigenvalue of the released Hessians is up to 660 (step 9,000), and 24 to 140 later. Initial weights are about
-    # 0.11. With the published nbeta = 67 and localization = 6.7, chains leave the basin at every step up to 46,000.
-    # At step 40,293 this lr gives an LLC of 159 ± 1.6 with an ESS of 105 from 2,384 gradients (150 draws of each chain). SGLD
-    # with lr = 3e-6 gave 158.7 ± 3.1 from 16,000 gradients.
+    # The largest eigenvalue of the Hessian of the released models is up to 660 (at step 9,000), and 24 to 140 later. Initial
+    # weights are about 0.11. With the published nbeta = 67 and localization = 6.7, chains leave the basin at every step up to 46,000.
+    # At step 40,293 this sampler gives an LLC of 159 ± 1.6 with an effective sample size of 105, if each chain makes only 150
+    # draws (2,384 gradients of 1,024 prompts). SGLD with lr = 3e-6 gave 158.7 ± 3.1 from 6,000 gradients of 256 prompts.
     sampler=SamplerConfig(
         lr=5e-6,
         friction=0.7,
@@ -74,8 +74,8 @@ L2H4 = RunConfig(
     ),
 )
 
-# Weights of 0.02 to 0.05 (GPT-2's initialisation, or wide layers) need a stronger localization than the small models.
-# The kernel is SGLD, because we have not measured `baoab` on these models.
+# The weights of these models are about 0.02 to 0.05 (GPT-2's initialisation, or wide layers), so they need a stronger
+# localization than the small models. The kernel is SGLD, because we have not measured `baoab` on these models.
 _WIDE = SamplerConfig(
     kernel="sgld",
     lr=1e-6,
@@ -89,8 +89,8 @@ _WIDE = SamplerConfig(
 )
 
 # Raventos et al. (2023), arXiv 2306.15063, section 2 and the authors' configs/example.py: GPT-2 blocks, D = 8, K = 16,
-# sigma^2 = 0.25, a triangular schedule with peak 1e-3 (from their example; in the paper they tune it), batch 256, 500,000 steps,
-# evaluation every 1,000 steps. The paper has M from 2 to 2^20 and infinity. These presets have M = 2^20.
+# sigma^2 = 0.25, a triangular schedule with peak 1e-3 (from their example; in the paper they tune the peak), batch 256, 500,000 steps,
+# evaluation every 1,000 steps. In the paper, M is 2 to 2^20 or infinite. These presets have M = 2^20.
 _GPT2 = ModelConfig(
     num_layers=8,
     num_heads=2,
@@ -201,7 +201,7 @@ def varying_names(configs: Sequence[RunConfig]) -> list[str]:
     """Return a name for each of several runs, made of the settings that differ among them.
 
     If the seeds for model, data and noise are equal, as in a population, they appear as one setting `seed`. The number of tasks
-    appears as `M`. Names are empty if nothing differs. Runs with equal settings have equal names.
+    appears as `M`. If all runs have equal settings, the names are empty. Runs with equal settings have equal names.
 
     Examples:
         >>> varying_names([RunConfig(task=TaskConfig(num_tasks=8)), RunConfig(task=TaskConfig(num_tasks=64))])

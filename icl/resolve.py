@@ -22,14 +22,14 @@ _SET_FOR_EACH = {
     "population.seeds": ("seeds.model", "seeds.data", "seeds.noise"),
     "population.num_tasks": ("task.num_tasks",),
 }
-"""For each setting of a population, the settings that it sets in each member."""
+"""For each setting of a population, the settings that it determines in each member."""
 
 
 def resolve(*sources: Mapping[str, Any]) -> RunConfig:
     """Merge layers of settings into one validated configuration. A later layer overrides an earlier one.
 
     Args:
-        sources: Nested or dotted settings. Any layer may name a `preset`; the last one named is the base of all layers.
+        sources: Nested or dotted settings. Any layer may name a `preset`. The preset that is named last is the base of all layers.
 
     Raises:
         ConfigError: For an unknown key, a value of the wrong type, or settings that contradict each other.
@@ -71,7 +71,7 @@ def read_points(environment: Mapping[str, str] = os.environ) -> list[dict[str, A
 
 
 def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse a command line that sets a swept key to another value.
+    """Refuse a command line that gives a swept key another value than the sweep.
 
     Raises:
         ConfigError: If there is such a key. The message names it and both values.
@@ -137,11 +137,11 @@ def refuse_unknown(keys: Iterable[Any]) -> None:
 
 
 def _suggestion(key: str, known: Mapping[str, Any]) -> str:
-    """Return a hint for an unknown key: its new name, or else the nearest key, or else where the keys are listed."""
+    """Return a hint for an unknown key: its new name, the nearest key, or the command that lists the keys."""
     section, _, leaf = key.rpartition(".")
     leaves = {
         name.rpartition(".")[2]: name for name in reversed(list(known))
-    }  # if several sections have a setting of this name, the first section counts
+    }  # if several sections have a setting of the same name, the first section counts
     older = modern_setting(leaf)
     if section not in SECTIONS:
         if older is not None:

@@ -1,4 +1,4 @@
-"""`icl analyse`: one analysis of a run's saved steps, or of a table, with its table and its figure."""
+"""`icl analyse`: analyse the saved steps of a run, or a table, and write a table and a figure of the results."""
 
 import argparse
 import dataclasses
@@ -24,7 +24,7 @@ _DESCRIPTION = """\
 Analyse every saved step of a run, or analyse a table. Results are stored step by step. After an interruption, the same
 command continues with the next step. If the run has saved more steps in the meantime, only the new steps are analysed.
 
-analyses (each one has further options; see icl analyse --what NAME --help):
+analyses (`icl analyse --what NAME --help` lists the options of one analysis):
 """
 
 
@@ -52,7 +52,7 @@ def run(words: list[str]) -> int:
 
 
 def _what(words: list[str]) -> list[str]:
-    """Return the analyses named by `--what`; none if only help is wanted."""
+    """Return the analyses that `--what` names. Return none if only the help is asked for."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--what", nargs="?")
     name = early.parse_known_args(words)[0].what
@@ -78,8 +78,8 @@ def _parser(chosen: list[str]) -> argparse.ArgumentParser:
         "  icl analyse --what diversity --input_file results.csv --output_plot diversity.png --model_type ridge",
     )
     parser.add("path RUN|FILE", "a run's folder or name, a checkpoint, or a table", nargs="?", type=Path)
-    parser.add("--checkpoint_dir DIR", "older form of RUN", type=Path)
-    parser.add("--input_file FILE", "the table, for an analysis of a table", type=Path)
+    parser.add("--checkpoint_dir DIR", "the same as RUN, in older scripts", type=Path)
+    parser.add("--input_file FILE", "the table to analyse, for `--what diversity`", type=Path)
     parser.add("--what NAME", "name of the analysis", required=True)
     parser.add("--out --output_file FILE", "also write the numbers to FILE (.csv or .json)", type=Path)
     parser.add("--output_plot FILE", "also draw the figure to FILE (.png, .pdf or .svg)", type=Path)
@@ -89,7 +89,7 @@ def _parser(chosen: list[str]) -> argparse.ArgumentParser:
 
 
 def _add_settings(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add an option for every field of the analysis's settings."""
+    """Add an option for every field of an analysis's `Settings`."""
     from icl.analysis.run import find
 
     group = parser.add_argument_group(f"settings of {name}")

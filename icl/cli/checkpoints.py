@@ -1,4 +1,4 @@
-"""`icl checkpoints`: list, fetch, send and verify a run's saved steps, here and in its store."""
+"""`icl checkpoints`: list, fetch, send or verify the files of a run, here and in its store."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ HELP = "list, fetch, send or verify a run's saved steps, here and in its store"
 
 
 def run(words: list[str]) -> int:
-    """List, fetch, send or verify."""
+    """List, fetch, send or verify the files of a run."""
     parser = CommandParser(
         "checkpoints",
         "ls      List the saved steps, here and in the store.\n"
@@ -25,7 +25,7 @@ def run(words: list[str]) -> int:
         "push    Send the files that are missing in the store or differ from it.\n"
         "verify  Check the files here and in the store. Checkpoints, moments, last.ckpt and previous.ckpt must have the right\n"
         "        digests. No scheduled step and no row of metrics.csv may be missing. config.yaml and status.json must agree\n"
-        "        with these files. Results and figures must be readable.",
+        "        with the other files. Results and figures must be readable.",
         "icl checkpoints runs/quickstart verify",
     )
     parser.add("run RUN", "a run's folder, or its name")
@@ -58,7 +58,7 @@ def run(words: list[str]) -> int:
 
 
 def _find(word: str, store: str | None, action: str) -> "tuple[RunFolder, Mirror | None]":
-    """Return the run's folder, which may not exist yet, and its copy in the store, if it has a store."""
+    """Return the run's folder, which may not exist yet, and the copy in the run's store (None without a store)."""
     from icl.runs.mirror import open_mirror, read_config, store_url
 
     if store is not None:
@@ -96,7 +96,7 @@ def _require_name(word: str) -> None:
 
 
 def _list(folder: RunFolder, mirror: "Mirror | None") -> int:
-    """Print a line for every step."""
+    """Print a line for every saved step."""
     from icl.runs.checkpoints import list_steps
 
     steps_here = set(list_steps(folder.checkpoints))

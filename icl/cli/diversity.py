@@ -1,4 +1,4 @@
-"""`icl diversity`: the task-diversity experiment, from its settings to its figure."""
+"""`icl diversity`: run the task-diversity experiment and draw its figure."""
 
 import argparse
 import subprocess
@@ -36,26 +36,27 @@ _SETTINGS = {
     ),
     "early_stopping_min_delta X": ("early_stopping.min_delta", "smallest decrease that counts as improvement"),
 }
-"""Options of the experiment that are short names for settings of its runs, each with the setting and its help."""
+"""Options that are short names for settings of the runs, each with the setting and its help."""
 _DEFAULT_STEPS = 500_000
 _RESERVED = ("task.num_tasks", "run_name", "population.seeds", "population.num_tasks")
 _PATIENCE_SECONDS = 120.0
 
 _DESCRIPTION = """\
-Train the same run with M = 2^1 .. 2^P tasks and with M = inf, one after the other. Each run has its own folder, such as
+Train the same run with M = 2, 4, 8, ..., 2^P tasks and with M = inf, one after the other. Each run has its own folder, such as
 checkpoints/checkpoints_M8/. Then draw the gaps to dMMSE and to ridge against M, in and out of distribution.
 
 After any interruption, the same command continues. It skips finished runs, resumes an unfinished run, and tries failed
 runs again. Runs whose loss became NaN are not tried again, because they would fail again. Ctrl-C and SIGTERM save first.
 checkpoints/experiment_metadata.json shows the progress.
 
-If the terminal is lost, the experiment continues and writes to checkpoints/experiment.log. With --background it writes
-to this log from the start and does not need the terminal. `nohup icl diversity ... &` does the same, but writes to
-nohup's log.
+If the terminal is lost, the experiment continues and writes to checkpoints/experiment.log. With --background, it does
+not need the terminal and writes to this log from the start. `nohup icl diversity ... &` works too, but writes to the
+log of nohup.
 
-Options that you leave out have the values of the first example. Warm-up and intervals scale with --num_steps. All
-settings of `icl train` are allowed too (`icl train --help` lists them). If you choose a preset, on the command line
-or in a file, its settings replace the settings of the example (the default preset is `icr`)."""
+The defaults of the options are the values of the first example. The defaults of --warmup_steps, --checkpoint_every and
+--eval_every are in proportion to --num_steps. All settings of `icl train` are allowed too (`icl train --help` lists
+them). The default preset is `icr`. If you choose a preset, on the command line or in a file, the defaults are the
+settings of this preset."""
 _EXAMPLES = f"""\
 icl diversity --max_power 20 --num_steps {_DEFAULT_STEPS} --batch_size 2048 --learning_rate 1e-3 --warmup_steps 50000 \\
     --checkpoint_every 50000 --eval_every 10000 --early_stopping_patience 10 --early_stopping_min_delta 0.001
@@ -65,7 +66,7 @@ icl runs checkpoints"""
 
 
 def run(words: list[str]) -> int:
-    """Train the missing runs, and draw the figure. Return 0 only if every run is done, or 128 + the signal that stopped them."""
+    """Train the missing runs, and draw the figure. Return 0 only if every run is done, or 128 + the number of a signal that stopped it."""
     options = _parser().parse_args(words)
     config, base = _read_config(options), options.base_checkpoint_dir
     for file in ("diversity.png", "diversity.csv"):
@@ -76,7 +77,7 @@ def run(words: list[str]) -> int:
 
     runs = experiment_runs(
         config, max_power=options.max_power, base=base
-    )  # bad settings are refused before anything is started
+    )  # unusable settings are refused before anything is started
     require_own_place(runs[0].folder)
     require_room(config, choose_device(config.trainer.accelerator))
     if options.background:
@@ -133,7 +134,9 @@ def _parser() -> CommandParser:
     )
     parser.add("--plots_dir DIR", "folder of the figure (default: plots)", type=Path, default=Path("plots"))
     parser.add("--retry", "also retry the runs whose loss became NaN")
-    parser.add("--background", "run without this terminal: print the process id and the log file, and return")
+    parser.add(
+        "--background", "start the experiment in the background, print its process id and its log file, and return"
+    )
     add_config_option(parser)
     return parser
 

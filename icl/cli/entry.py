@@ -22,11 +22,11 @@ from icl.runs.environment import COMMANDS
 _ABOUT = "Train small transformers on in-context linear regression and study how they develop."
 _MORE = "`icl COMMAND --help` has options and examples. Start with: icl train"
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-"""Environment variables in which torchrun, srun and jsrun pass each process its number."""
+"""Environment variables by which torchrun, srun and jsrun tell each process its number."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status, which is 0 only when its work is done."""
+    """Run one command, and return its exit status, which is 0 only if the work of the command is done."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wandb_log = sys.modules.get("icl.training.wandb.log")
     if wandb_log is not None and wandb_log.has_unsent_rows():
         sys.stdout.flush()
-        os._exit(status)  # if the network is lost, W&B's own exit handler would wait for days
+        os._exit(status)  # without a network, W&B's own exit handler would wait for days
     return status
 
 
@@ -73,7 +73,9 @@ def _run(command: str, words: list[str]) -> int:
         return importlib.import_module(f"icl.cli.{command}").run([_with_home(word) for word in words])
     except UserError as error:
         return _complain(str(error), error.exit_status)
-    except BrokenPipeError:  # the reader, such as `head`, has ended; this is no failure if the command only prints
+    except (
+        BrokenPipeError
+    ):  # the program that read our output, such as `head`, has ended; if the command only prints, this is not a failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0 if command == "runs" or {"-h", "--help"} & set(words) else 141
     except OSError as error:
@@ -92,7 +94,7 @@ def _overview() -> str:
 
 
 def _with_home(word: str) -> str:
-    """Return a word with `~/` at its beginning, or after its `=`, replaced by the home folder, as a shell would.
+    """Replace `~/` at the beginning of a word, or after its `=`, by the home folder, as a shell does.
 
     Raises:
         ConfigError: If no home folder is known.
@@ -102,7 +104,7 @@ def _with_home(word: str) -> str:
 
 
 def _require_ranks() -> None:
-    """Refuse ranks that are not numbers. Lightning reads them during its import, and would fail.
+    """Refuse ranks that are not numbers, because Lightning reads them during its import and would fail.
 
     Raises:
         ConfigError: If a rank is not a number; the message names the variable.
@@ -116,15 +118,15 @@ def _require_ranks() -> None:
 
 
 def _share_the_machine() -> None:
-    """Let PyTorch's threads sleep soon when they wait for each other, unless the environment sets this.
+    """Let PyTorch's threads sleep soon when they wait for each other, unless the environment already determines this.
 
     By default, waiting threads of GNU's OpenMP spin for milliseconds at every operation. We measured a step that takes 16 ms
     on two idle cores:
 
     - While another terminal runs a busy program, the step takes 400 to 1,100 ms by default, and 50 to 100 ms with our
-      setting. (Linux lets sessions take turns.)
+      setting. (Linux divides the cores among sessions.)
     - While the same terminal runs a busy program, the step takes 40 to 60 ms with either setting.
-    - On an idle machine, there is no difference.
+    - On an idle machine, the setting makes no difference.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         os.environ["GOMP_SPINCOUNT"] = "3000"  # PyTorch reads it when it is imported, which has not happened yet

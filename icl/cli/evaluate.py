@@ -24,7 +24,7 @@ HELP = "compare runs with the Bayes-optimal predictors, in and out of distributi
 
 
 def run(words: list[str]) -> int:
-    """Evaluate, print the headlines, and write the tables and the figures."""
+    """Evaluate, print the main numbers, and write the tables and the figures."""
     options = _parse(words)
     if options.checkpoint_base_dir is not None:
         return _evaluate_experiment(options)
@@ -40,8 +40,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "evaluate",
         "Evaluate every saved step of a run: loss per position, gaps to ridge and dMMSE, ICL and prior-task scores, each with\n"
         "its standard error. The prompts come from the training tasks, from new tasks, and from every shift. Results are\n"
-        "stored step by step. After an interruption, the same command continues. It also evaluates steps that were saved later.\n\n"
-        "Several runs, or a folder of runs, share prompts and baselines. Each run gets its own tables and figure.\n"
+        "stored step by step. After an interruption, the same command continues. If the run has saved more steps in the\n"
+        "meantime, only the new steps are evaluated.\n\n"
+        "Several runs, or the runs in a folder, are evaluated on the same prompts. Each run gets its own tables and figure.\n"
         "For a task-diversity experiment (--checkpoint_base_dir), the last step of every run is evaluated. The numbers go into\n"
         "one table, as JSON and as CSV.",
         "icl evaluate runs/quickstart\n"
@@ -52,7 +53,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     paths = "a run's folder or name, a folder with runs below it, or one checkpoint file"
     parser.add("paths RUN|CHECKPOINT", paths, nargs="*", type=Path)
     parser.add(
-        "--checkpoint_base_dir DIR", "folder of an experiment of `icl diversity`, to evaluate all its runs", type=Path
+        "--checkpoint_base_dir DIR", "folder of an experiment of `icl diversity`; all its runs are evaluated", type=Path
     )
     parser.add(
         "--out --output_file FILE",
@@ -151,7 +152,7 @@ def _checkpoints(path: Path) -> list[Path]:
 
     try:
         return checkpoint_files(path)
-    except CheckpointError:  # reported when the run is evaluated
+    except CheckpointError:  # the error is reported when the run is evaluated
         return []
 
 

@@ -1,4 +1,4 @@
-"""Announcement of `icl evaluate` for several runs: the number of checkpoints, and an estimate of the time."""
+"""Tell the user of `icl evaluate` beforehand how much work there is: the number of checkpoints, and an estimate of the time."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -8,13 +8,13 @@ from typing import NamedTuple
 from icl.config import RunConfig
 
 _SHARE = 16
-"""Divisor of the number of prompts: a trial uses 1 / `_SHARE` of the prompts of a set."""
+"""A trial uses 1 / `_SHARE` of the prompts of each set."""
 _MOST = 256
 """Largest number of prompts per set in a trial."""
 
 
 class _Group(NamedTuple):
-    """Runs with the same model and task. Evaluating a checkpoint takes equally long for all of them."""
+    """Runs with the same model and task. Evaluating a checkpoint takes equally long for all runs of a group."""
 
     config: RunConfig
     file: Path
@@ -29,7 +29,7 @@ def work_ahead(checkpoints: Iterable[Sequence[Path]], *, num_prompts: int | None
     The estimate comes from trials with few prompts. It is an upper bound, because it ignores results that are already stored.
 
     Args:
-        checkpoints: Files to evaluate, for each run. A run whose first file cannot be read adds no time.
+        checkpoints: The files to evaluate, for each run. A run whose first file cannot be read is not counted in the time.
         num_prompts: See `RunEvaluator`.
         num_ood_prompts: See `RunEvaluator`.
     """
@@ -57,8 +57,8 @@ def _groups(runs: Sequence[Sequence[Path]]) -> list[_Group]:
 def _seconds(group: _Group, num_prompts: int | None, num_ood_prompts: int | None) -> float:
     """Return the estimated time for a group, in seconds.
 
-    The sets of prompts are made once. Every checkpoint takes a constant time, and a time that grows with the number of prompts.
-    Two trials with different numbers of prompts separate these two times.
+    The time has three parts. Sampling the sets of prompts takes time once. Each checkpoint takes a constant time, and a time in
+    proportion to the number of prompts. Two trials with different numbers of prompts tell these two times apart.
     """
     import torch
 

@@ -33,7 +33,7 @@ HELP = "estimate local learning coefficients with verdicts; calibrate or test th
 
 
 def run(words: list[str]) -> int:
-    """Estimate, calibrate or test; return 1 if there is no usable result."""
+    """Estimate LLCs, calibrate the sampler or test it. Return 1 if there is no usable result."""
     parsed = llc_parser().parse_args(words)
     path, flags, given = parsed.path, frozenset(parsed.flags), parsed.settings
     own = {name: getattr(parsed, name) for name in ("config", "out", "steps", "rescale", "components", "stderr")}
@@ -64,7 +64,7 @@ def run(words: list[str]) -> int:
 
 
 def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str, Any], given: dict[str, str]) -> int:
-    """Estimate at the point of a sweep that `wandb agent` assigned."""
+    """Estimate the LLCs of the sweep's point that `wandb agent` assigned."""
     from icl.training.wandb.agent import describe_run, work_at_point
 
     def work(wandb_run: Any, swept: dict[str, Any]) -> int:
@@ -73,7 +73,7 @@ def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str,
         wandb_run.name = f"{run_name(job.config)}/llc/{sampler_name(job.config)}"
         return _work(job, flags, wandb_run)
 
-    # Without the settings of the point, the run may not exist, so only the settings are read here.
+    # Without the settings of the point, the run's folder may not exist, so this function only reads settings.
     return work_at_point(lambda: read_job(path, flags, options, {}, given).config, work)
 
 
@@ -98,7 +98,7 @@ def _work(job: Job, flags: frozenset[str], wandb_run: Any = None) -> int:
 
 
 def _estimate(job: Job, wandb_run: Any) -> int:
-    """Estimate, print and draw; return 1 if every estimate is invalid."""
+    """Estimate the LLCs, print and draw them. Return 1 if every estimate is invalid."""
     import pandas as pd
 
     from icl.sampling.rescaling import describe_pair
@@ -123,13 +123,13 @@ def _estimate(job: Job, wandb_run: Any) -> int:
     if not estimates.is_usable:
         print("icl: every estimate is invalid; search for better settings with `--calibrate`.", file=sys.stderr)
         in_sweep = wandb_run is not None or POINT_VARIABLE in os.environ
-        # In a sweep over settings, such failures are results, and W&B's agent would stop after a few failed programs.
+        # In a sweep over settings, invalid estimates are results too. And W&B's agent would stop after a few failed programs.
         return 0 if in_sweep else 1
     return 0
 
 
 def _estimate_components(job: Job, division: "Division") -> int:
-    """Estimate, print and draw the refined LLC of every component; return 1 if every estimate is invalid."""
+    """Estimate the refined LLC of every component, print and draw the results. Return 1 if every estimate is invalid."""
     import pandas as pd
 
     from icl.plotting.llc_components import plot_components
@@ -173,8 +173,8 @@ def _run_sampler(job: Job, rescale: float = 1.0) -> "Estimates":
 def _draw(job: Job, settings: str, trivial_loss: float) -> None:
     """Draw the results of a run, and send them to its store.
 
-    The names of the figures are `llc.png` and so on for the run's own settings. For published settings they end in
-    `-published`, and for all other settings in the hash of the settings.
+    With the run's own settings, the names of the figures are `llc.png` and `llc-traces.png`. With the published settings, the names
+    end in `-published`, and with all other settings in the hash of the settings.
     """
     from icl.runs.delivery import send_results
 
@@ -190,7 +190,7 @@ def _draw(job: Job, settings: str, trivial_loss: float) -> None:
 
 
 def _calibrate(job: Job) -> int:
-    """Search for settings, print the table and the choice; return 1 if no settings are healthy."""
+    """Search for settings of the sampler, print the table and the choice. Return 1 if no settings are healthy."""
     from icl.plotting.llc import plot_calibration
     from icl.plotting.style import save_figure
     from icl.runs.delivery import send_results
@@ -214,7 +214,7 @@ def _calibrate(job: Job) -> int:
 
 
 def _say(line: str) -> None:
-    """Print a line above the progress bar, without delay even if the output goes to a pipe."""
+    """Print a line above the progress bar. The line is not delayed, even if the output goes to a pipe."""
     from tqdm import tqdm
 
     tqdm.write(line)
@@ -222,7 +222,7 @@ def _say(line: str) -> None:
 
 
 def _self_test(out: Path | None) -> int:
-    """Test the sampler on known answers; return 1 if an estimate disagrees."""
+    """Test the sampler on losses with a known LLC. Return 1 if an estimate disagrees."""
     import pandas as pd
 
     from icl.sampling.self_test import problems, self_test, truth_table

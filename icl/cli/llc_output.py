@@ -62,14 +62,14 @@ def describe_work(
 
 
 def format_rows(table: "pd.DataFrame", *, first: Sequence[str] = ()) -> str:
-    """Return the most important columns as text, after those of `first`, with at most 40 rows."""
+    """Return the most important columns of a table as text, with at most 40 rows. The columns in `first` come before them."""
     names = {"init_loss": "L(w0)", "mean_loss": "E[L]", "trivial_loss": "zero's loss"}
     rows = table[[*first, *_SHOWN_COLUMNS]].rename(columns=names)
     return rows.to_string(index=False, float_format="{:.4g}".format, max_rows=40, na_rep="-")
 
 
 def describe_verdicts(table: "pd.DataFrame") -> str:
-    """Count the verdicts, and give the reasons of the last suspect and of the last invalid estimate."""
+    """Describe the last estimate, count the verdicts, and give the reasons for the last `suspect` and the last `invalid` verdict."""
     from icl.sampling.result import headline
 
     last = table.to_dict("records")[-1]
@@ -92,7 +92,7 @@ def count_verdicts(table: "pd.DataFrame") -> str:
 
 
 def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
-    """Say whether a curve of estimates measures the geometry of a basin, or only mirrors the loss of the checkpoints."""
+    """Say whether estimates measure the geometry of a basin, or only mirror the loss of the checkpoints."""
     import numpy as np
 
     rows = table[np.isfinite(table["mean_loss"].astype(float))]
@@ -105,13 +105,13 @@ def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
     facts = f"{level}; the loss of predicting zero is {trivial_loss:.4g}."
     num_lower = int((rows["llc"] + 2 * rows["stderr"] < 0).sum())
     if num_lower:
-        facts += f" At {num_lower} of {len(rows)} checkpoints the chains found lower loss, so these checkpoints are not minima."
+        facts += f" At {num_lower} of {len(rows)} checkpoints the chains found a lower loss, so these checkpoints are not at a minimum."
     share = (rows["mean_loss"] - rows["init_loss"]) / (trivial_loss - rows["init_loss"]).clip(lower=1e-12)
     num_escaped = int((share > 0.5).sum())
     if not num_escaped:
         rise = f"{max(share.max(), 0):.0%} of the way from the checkpoint's loss to the loss of predicting zero"
         return f"{facts} The loss rose by at most {rise}, so no chain left its checkpoint's basin."
-    where = f"At {num_escaped} of {len(rows)} checkpoints" if len(rows) > 1 else "Here"
+    where = f"At {num_escaped} of {len(rows)} checkpoints" if len(rows) > 1 else "At this checkpoint"
     facts += (
         f" {where} the chains left the checkpoint's basin. In this case, the estimate nbeta (E[L] - L(w0)) mirrors the loss L(w0) and is not "
         "a learning coefficient."
@@ -157,7 +157,7 @@ def write_rows(out: Path, table: "pd.DataFrame") -> Path:
 
 
 def log_rows(wandb_run: Any, table: "pd.DataFrame") -> None:
-    """Log a row to W&B for each step after the last step that W&B has."""
+    """Log a row to W&B for each step that is later than the last step in W&B."""
     from icl.training.wandb.log import sent_step
 
     sent = sent_step(wandb_run)
@@ -167,11 +167,11 @@ def log_rows(wandb_run: Any, table: "pd.DataFrame") -> None:
 
 
 def draw_figures(run: RunFolder, settings: str, *, label: str, title: str, trivial_loss: float) -> list[Path]:
-    """Draw the curve of all stored estimates under these settings, and the traces of some steps.
+    """Draw the curve of all stored estimates with the given settings, and the traces of some steps.
 
     Args:
         run: The run's folder.
-        settings: The hash of the settings.
+        settings: Hash of the sampler's settings.
         label: Suffix of the file names; empty for no suffix.
         title: The title of the figures.
         trivial_loss: The loss of predicting zero.

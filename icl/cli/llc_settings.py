@@ -1,4 +1,4 @@
-"""The settings of an `icl llc` command, from the run, files, a sweep and the command line."""
+"""Collect the settings of an `icl llc` command from the run, files, a sweep and the command line."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ def read_job(
     swept: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> Job:
-    """Return the run and the settings of its sampler, which come from the run, files, the sweep and the command line."""
+    """Return the run and the settings of the sampler. Settings come from the run, files, the sweep and the command line."""
     from_files = [read_config_file(file) for file in options.get("config", ())]
     published = _published() if "published" in flags else {}
     refuse_conflicts(swept, given)
@@ -55,7 +55,9 @@ def read_job(
                 )
         folder = require_place(path)
         config = resolve(saved_config(folder).to_dict(), published, *from_files, swept, given)
-        if folder.is_file() and "sampler.steps" in given:  # a default choice of steps does not apply to a single file
+        if (
+            folder.is_file() and "sampler.steps" in given
+        ):  # the steps of the run's own settings do not apply to a single file
             _require_step(folder, config.sampler.steps)
     if "stderr" in options:
         config = _until_precise(config, options["stderr"], swept, given)
@@ -65,7 +67,7 @@ def read_job(
 
 
 def _until_precise(config: RunConfig, stderr: float, *layers: Mapping[str, Any]) -> RunConfig:
-    """Return the settings with the target of --stderr. Allow ten times as many draws, unless their number was given."""
+    """Return the settings with the target of --stderr. Allow ten times as many draws, unless the user gave their number."""
     given = {key: value for layer in layers for key, value in flatten(dict(layer)).items()}
     if given.get("sampler.target_stderr") is not None and config.sampler.target_stderr != stderr:
         raise ConfigError(
@@ -89,7 +91,7 @@ def output_file(options: Mapping[str, Any], *inputs: str | None) -> Path | None:
 
 
 def saved_config(path: Path) -> RunConfig:
-    """Return the configuration in the run's folder. If it is missing, return the configuration in the first checkpoint."""
+    """Return the configuration in the run's folder, or that in the first checkpoint if the folder has none."""
     from icl.sampling.run import run_files
 
     run = run_of(path)
@@ -105,7 +107,7 @@ def _require_step(file: Path, steps: str) -> None:
 
 
 def require_rescalable(path: Path, factor: float) -> None:
-    """Refuse a bad factor or architecture early, before the whole curve is estimated for the original weights."""
+    """Refuse a factor or an architecture that cannot be used, before the LLCs of the original weights are estimated."""
     from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
     from icl.sampling.rescaling import rescaled
 
@@ -121,7 +123,7 @@ def _published() -> dict[str, Any]:
 
 
 def _published_mode(sampler: SamplerConfig) -> str:
-    """Return the label of the rows, which lists the settings that differ from the published ones."""
+    """Return the label of the rows: `published`, and the settings that differ from the published ones."""
     values = flatten({"sampler": dataclasses.asdict(sampler)})
     changes = [f"{key.partition('.')[2]}={values[key]}" for key, value in _published().items() if values[key] != value]
     return ", ".join(["published", *changes])

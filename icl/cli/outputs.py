@@ -1,8 +1,8 @@
 """Check the output files that a user chose (`--out` and similar options), before any work begins.
 
-A file is refused if it cannot be written. It is also refused if the command reads it, or if it is a file of a run or an
-experiment, because its content would be lost. Different paths to the same file are recognised: with `..`, through links,
-or with other capital letters on a file system that ignores case.
+A file is refused if it cannot be written. A file is also refused if the command reads it, or if it belongs to a run or an
+experiment, because its content would be lost. Different paths to the same file are recognised: paths with `..`, paths through
+links, and other capital letters on a file system that ignores case.
 """
 
 import os
@@ -25,7 +25,7 @@ _MARKS = ("config.yaml", "status.json", "metrics.csv", "run.log", "last.ckpt")
 
 
 def require_output_table(path: Path, *inputs: Path | str | None, suffixes: Iterable[str] = ()) -> None:
-    """Refuse a file for a table if it cannot be written, or if other data would be lost.
+    """Refuse the file of a table if it cannot be written, or if other data would be lost.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""`icl predict`: a trained model's predictions for the prompts in a file."""
+"""`icl predict`: predict the targets of the queries in a file with a trained model."""
 
 from pathlib import Path
 
@@ -13,11 +13,13 @@ def run(words: list[str]) -> int:
     """Predict and print. With --out, also write the predictions."""
     parser = CommandParser(
         "predict",
-        "Predict y for queries after a context. FILE is JSON with x_context, y_context and x_query, or CSV with the columns\n"
-        "x1..xD,y. In a CSV file, an empty y marks a query.",
+        "Predict y for queries, given a context of examples. FILE is JSON with x_context, y_context and x_query, or CSV with the\n"
+        "columns x1, ..., xD, y. In a CSV file, a row with an empty y is a query.",
         "icl predict runs/quickstart --prompt prompt.json",
     )
-    parser.add("path CHECKPOINT", "a checkpoint file, or a run's folder or name for its last step", type=Path)
+    parser.add(
+        "path CHECKPOINT", "a checkpoint file, or the folder or name of a run, whose last checkpoint is used", type=Path
+    )
     parser.add("--prompt FILE", "the context and the queries", type=Path, required=True)
     parser.add("--out FILE", "also write the predictions to FILE (.csv or .json)", type=Path)
     options = parser.parse_args(words)

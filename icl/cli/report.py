@@ -10,12 +10,12 @@ HELP = "write one self-contained HTML page about a run or a sweep: curves, table
 
 
 def run(words: list[str]) -> int:
-    """Write the page; a run's own page also goes to the run's store, if it has one."""
+    """Write the page. If a run has a store, the page of the run is also sent to the store."""
     parser = CommandParser(
         "report",
-        "Write all results of a run to one HTML page, which needs no network: state, settings, environment, curves, tables with\n"
-        "verdicts, figures, and the commands for results that are still missing. For several runs, or a folder of runs, the page\n"
-        "begins with a comparison.",
+        "Write all results of a run to one HTML page that needs no network: state, settings, environment, curves, tables with\n"
+        "verdicts, figures, and the commands that make the results that are still missing. For several runs, or a folder of runs,\n"
+        "the page begins with a comparison.",
         "icl report runs/quickstart\n  icl report runs/a runs/b --out both.html\n  icl report runs",
     )
     parser.add("paths RUN", "a run's folder or name, or a folder with runs below it", nargs="+", type=Path)

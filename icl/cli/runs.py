@@ -14,7 +14,7 @@ HELP = "list the runs and their progress"
 
 
 def run(words: list[str]) -> int:
-    """Print a line for every run. An experiment has a line above the lines of its runs."""
+    """Print a line for every run. Above the runs of an experiment, print a line about the experiment."""
     parser = CommandParser(
         "runs",
         "List every run below $LOCAL_ROOT (default: runs/) with its state, step, loss and age, and then the runs of the\n"

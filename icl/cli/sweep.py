@@ -1,4 +1,4 @@
-"""`icl sweep`: run a W&B sweep file here, without W&B."""
+"""`icl sweep`: run a W&B sweep file on this machine, without W&B."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ HELP = "run a W&B sweep file, or continue it"
 
 
 def run(words: list[str]) -> int:
-    """Run a sweep, list its points, or show its progress. Return 0 only if every point is done, or for a dry run."""
+    """Run a sweep, list its points, or show its progress. Return 0 for a dry run, or if every point is done."""
     options = _parse(words)
     sweep = read_sweep_file(options.file)
     if options.pack > 1:
@@ -40,7 +40,7 @@ def run(words: list[str]) -> int:
 def _run(
     sweep: SweepFile, points: Sequence[Point], invalid: Sequence[InvalidPoint], options: argparse.Namespace
 ) -> int:
-    """Run the missing points. Return 1 if a point has failed, or 128 + the signal that stopped the sweep."""
+    """Run the missing points. Return 1 if a point has failed, or 128 + the number of the signal that stopped the sweep."""
     root, num_points = local_root(), len(points) + len(invalid)
     print(f"{options.file}: {num_points} points, {options.workers} at a time, runs in {root}.", flush=True)
     for point in invalid:
@@ -69,7 +69,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add("file FILE", "the sweep file", type=Path)
     text = "number of programs that run at the same time (default: 1)"
     parser.add("--workers N", text, type=whole_number(1, 1000), default=1)
-    text = "train up to N points in one program, if these differ only in seeds and number of tasks; without N, all such points"
+    text = "train up to N points in one program, if they differ only in seeds and number of tasks (without N: as many as there are)"
     parser.add("--pack N", text, type=whole_number(1), nargs="?", const=sys.maxsize, default=1)
     parser.add("--count N", "use only the first N points", type=whole_number(1))
     parser.add("--seed S", "seed for the draws of a random sweep (default: 0)", type=whole_number(0, 2**63 - 1))

@@ -1,4 +1,4 @@
-"""`icl train`: train or resume one run or several at once, then print a table and draw figures."""
+"""`icl train`: train or resume one run, or several runs at once, then print a table and draw figures."""
 
 import json
 import os
@@ -26,7 +26,7 @@ HELP = "train a run, or resume it; without arguments, a small run of about two m
 
 
 def run(words: list[str]) -> int:
-    """Train to the end. Return 128 + the signal if a signal stopped training."""
+    """Train to the end. If a signal stopped training, return 128 + the number of the signal."""
     options = train_parser().parse_args(words)
     filed, given = [read_config_file(file) for file in options.config], options.settings
     if in_sweep() and not is_child_rank():
@@ -40,7 +40,7 @@ def run(words: list[str]) -> int:
 
 
 def _train_point(filed: Sequence[dict[str, Any]], given: dict[str, Any]) -> int:
-    """Train the point that `wandb agent` assigned."""
+    """Train the sweep's point that `wandb agent` assigned."""
 
     def work(wandb_run: Any, swept: dict[str, Any]) -> int:
         config = resolve(*filed, swept, given)
@@ -83,7 +83,7 @@ def _train(configs: Sequence[RunConfig], wandb_run: Any = None) -> int:
             _show_run(ended[0].folder)
         else:
             undrawn = _show_members(ended)
-    for result in failed:  # printed last, because a person and `icl sweep` look at the end of the output
+    for result in failed:  # printed last, because users and `icl sweep` look at the end of the output
         print(f"icl: {result.folder.path} failed: {result.status.reason}", file=sys.stderr)
     for sentence in [*(f"not shown: {reason}" for reason in undrawn), *incomplete]:
         print(f"icl: {sentence}", file=sys.stderr)
@@ -93,7 +93,7 @@ def _train(configs: Sequence[RunConfig], wandb_run: Any = None) -> int:
 
 
 def _tell_stop(stopped: "Sequence[TrainResult]") -> int:
-    """Print which signal stopped the runs, and at which step. Return 128 + the signal."""
+    """Print which signal stopped the runs, and at which step. Return 128 + the number of the signal."""
     steps = sorted({result.status.step for result in stopped})
     where = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
     received = next(result.received for result in stopped if result.received is not None)
@@ -137,7 +137,7 @@ def _headline(means: "pd.Series", drawn: "DrawnRun") -> str:
 
 
 def _show_members(results: "Sequence[TrainResult]") -> list[str]:
-    """Print a row for each run of a population, and draw its figure. Figures of runs that were already done are kept.
+    """Print a row for each run of a population, and draw the figure of each run. Figures of runs that were already done are kept.
 
     Returns:
         Reasons why some runs could not be drawn.

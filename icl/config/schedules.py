@@ -2,8 +2,10 @@
 
 Step s means "after s updates", so step 0 is the initial model. A grid of steps is sorted without duplicates. It begins with
 step 0 and ends with the last step. Grid points are rounded down, as in the code of Hoogland et al. (2024) and in Carroll et al.
-(2025), appendix A, so we get their grids: 190 of 500,000 steps (100 log-spaced, 100 linear) and 2,203 of 150,000 steps.
-Hoogland et al. count steps from zero and save after the update. Their step t is our t + 1; their log grid ends at 499,999.
+(2025), appendix A. So we get their grids: 190 steps out of 500,000 (from 100 log-spaced and 100 linear points), and 2,203 steps
+out of 150,000.
+Hoogland et al. count steps from zero and save after the update. So their step t is our step t + 1, and their log grid ends at
+499,999.
 """
 
 import bisect
@@ -13,17 +15,17 @@ import numpy as np
 
 
 def linear_steps(max_steps: int, num: int) -> set[int]:
-    """Return `num` steps evenly spaced from 0 to `max_steps`, rounded down. Equal steps count once."""
+    """Return `num` evenly spaced steps from 0 to `max_steps`, rounded down. Equal steps are returned once."""
     return {_floor(step) for step in np.linspace(0, max_steps, num)} if num > 0 else set()
 
 
 def log_steps(max_steps: int, num: int) -> set[int]:
-    """Return `num` steps log-spaced from 1 to `max_steps`, rounded down. Equal steps count once."""
+    """Return `num` log-spaced steps from 1 to `max_steps`, rounded down. Equal steps are returned once."""
     return {_floor(step) for step in np.geomspace(1, max_steps, num)} if num > 0 else set()
 
 
 def checkpoint_steps(max_steps: int, *, every: int | None = None, num_log: int = 0, num_linear: int = 0) -> list[int]:
-    """Return step 0, the last step and all steps of the three grids, in order.
+    """Return step 0, the last step, and all steps of the three grids (`every`, log-spaced, linear), in order.
 
     Examples:
         >>> checkpoint_steps(100, every=50, num_log=3)
@@ -52,8 +54,8 @@ def rate_factor(schedule: str, *, warmup_steps: int | None, schedule_steps: int)
 
     `constant` is 1 throughout. `warmup` rises to 1 at update `warmup_steps` and stays there. `triangle` rises to 1 at update
     `warmup_steps` (by default half of the schedule) and falls to 0 at update `schedule_steps`, so the last update changes
-    nothing. The OneCycleLR of Hoogland et al. (their config.py) ends at 4 / (schedule_steps - 2)^2 of the peak instead,
-    4.8e-14 for their 500,000 steps. A triangle of one step is 0 throughout.
+    nothing. The OneCycleLR of Hoogland et al. (their config.py) ends at 4 / (schedule_steps - 2)^2 of the peak instead.
+    With their 500,000 steps and peak of 3e-3, this is a rate of 4.8e-14. A triangle of one step is 0 throughout.
     """
     if schedule == "constant":
         return lambda step: 1.0

@@ -1,6 +1,6 @@
-"""Sections of a run's settings, except the sampler's: the task, the model, its training, and what is saved.
+"""Sections of a run's settings, except that of the sampler: the task, the model, its training, and what is saved.
 
-Settings have their usual names, and the descriptions add the papers' symbols (M, D, K, sigma^2). Each section checks its values.
+Settings have their usual names. The descriptions add the symbols of the papers (M, D, K, sigma^2). Each section checks its values.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ FREE_ON_RESUME = (
 )
 """Settings and sections that may change when an unfinished run is resumed. They are not part of its default name.
 
-They set the devices, how progress is saved and how the run is sampled later, but not what training computes.
+These settings determine the devices, how progress is saved, and how LLCs are estimated later. They do not change what training
+computes.
 """
 OLDER_SOURCES = ("icr", "timaeus", "raventos")
 """Older code bases whose checkpoints `icl import` reads."""
@@ -40,10 +41,10 @@ class TaskConfig:
     max_examples: int = 8
     """Number K of examples per prompt. The model reads 2K - 1 tokens x1, y1, ..., xK."""
     noise_variance: float = 0.25
-    """Noise variance sigma^2 of the targets (a variance, not a deviation)."""
+    """Noise variance sigma^2 of the targets (not the standard deviation)."""
     imported_tasks: str | None = None
     """Digest of the table of training tasks of an imported run, or `unknown`. `icl import` sets it. By default the tasks are the
-    sequence of `seeds.tasks`."""
+    sequence that `seeds.tasks` determines."""
 
     def __post_init__(self) -> None:
         counts = {"task_size": 1, "max_examples": 1}
@@ -74,7 +75,7 @@ class ModelConfig:
     mlp_size: int = 64
     """Hidden width of the MLP."""
     layer_norm: Literal["pre", "post", "none"] = "pre"
-    """Layer norm before each sublayer (`pre`), after each residual sum (`post`), or nowhere (`none`)."""
+    """Place of the layer norms: before each sublayer (`pre`), after each residual sum (`post`), or nowhere (`none`)."""
     attention_output: bool = True
     """Whether attention has an output projection W_O."""
     activation: Literal["relu", "gelu", "gelu_tanh"] = "relu"
@@ -88,7 +89,7 @@ class ModelConfig:
     unembedding_bias: bool = True
     """Whether the unembedding has a bias."""
     output: Literal["scalar", "token"] = "token"
-    """Output of the model: one number (`scalar`), or D + 1 numbers (`token`) with the prediction in coordinate 0."""
+    """Output of the model: the prediction alone (`scalar`), or D + 1 numbers, of which coordinate 0 is the prediction (`token`)."""
     init: Literal["pytorch", "gpt2"] = "pytorch"
     """Distribution of the initial weights: nn.Linear's uniform distribution (`pytorch`), or N(0, 0.02^2) with scaled residual
     projections (`gpt2`)."""
@@ -113,18 +114,20 @@ class OptimConfig:
     """Schedule of the rate: `constant`, `warmup` (linear rise, then constant) or `triangle` (linear rise, then linear fall). The
     last update of a triangle has rate zero, so a triangle needs at least 2 steps."""
     warmup_steps: int | None = None
-    """Number of steps of the linear rise. By default none for `constant`, and half of `schedule_steps` for `triangle`."""
+    """Number of steps over which the rate rises linearly. The default for `triangle` is half of `schedule_steps`. `warmup` has no
+    default, and `constant` has no rise."""
     schedule_steps: int | None = None
-    """Length of the schedule in steps. By default `trainer.max_steps`. To stop training before the end of a schedule, set this to the
-    schedule's full length."""
+    """Length of the schedule in steps. By default `trainer.max_steps`. To train only the first part of a schedule, set this to the full
+    length of the schedule."""
     grad_clip: float | None = None
-    """Largest gradient norm, for each member of a population separately. By default gradients are not clipped."""
+    """Largest norm of the gradient; larger gradients are scaled down to it. Each member of a population is clipped separately. By
+    default gradients are not clipped."""
     beta1: float = 0.9
     """Decay of Adam's first moment."""
     beta2: float = 0.999
     """Decay of Adam's second moment."""
     eps: float = 1e-8
-    """Epsilon in the denominator of Adam."""
+    """Number that is added to the denominator of Adam's update (epsilon)."""
 
     def __post_init__(self) -> None:
         betas: dict[str, Bound] = {"beta1": "zero or positive", "beta2": "zero or positive"}
@@ -224,8 +227,8 @@ class CheckpointsConfig:
     num_linear: int = 10
     """Number of points of a linear grid from 0 to `max_steps`."""
     moments: bool = False
-    """Whether to save Adam's two moments at these steps too, in `checkpoints/moments/`. Checkpoints then need three times the
-    disk space."""
+    """Whether to save Adam's two moments with each checkpoint, in `checkpoints/moments/`. The checkpoints of a run then need three
+    times the disk space."""
     resume_seconds: float = 20.0
     """Seconds between saves of `last.ckpt`, the file from which an interrupted run resumes."""
     store: str | None = None
@@ -252,7 +255,7 @@ class SeedsConfig:
     model: int = 0
     """Seed for the initial weights."""
     tasks: int = 0
-    """Seed for the sequence of tasks. The first M of them are the pool."""
+    """Seed for the sequence of tasks. The first M tasks of this sequence are the pool."""
     data: int = 0
     """Seed for the training inputs and the choice of each prompt's task."""
     noise: int = 0
@@ -266,10 +269,10 @@ class SeedsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PopulationConfig:
-    """Several runs trained in one process as stacked parameters, one for each combination of the lists."""
+    """Several runs that one process trains together, one run for each combination of a seed and a number of tasks."""
 
     seeds: tuple[int, ...] | None = None
-    """Seeds, such as 0,1,2. Each sets `seeds.model`, `seeds.data` and `seeds.noise` of a member; other seeds are shared."""
+    """Seeds, such as 0,1,2. Each of them sets `seeds.model`, `seeds.data` and `seeds.noise` of a run. All runs share the other seeds."""
     num_tasks: tuple[int | float, ...] | None = None
     """Task diversities M, such as 1,8,64,inf."""
 

@@ -1,7 +1,7 @@
 """Settings of a run: a tree of frozen dataclasses, documented and validated.
 
 A run is a pure function of one `RunConfig`. The leaves of the tree are plain values, and the whole tree is saved with the run
-and in every checkpoint. `icl.presets` has the published settings. `icl.resolve` reads files and command lines.
+and in every checkpoint. `icl.presets` has the settings of the papers. `icl.resolve` reads settings from files and command lines.
 """
 
 import dataclasses
@@ -38,13 +38,13 @@ class ChainsConfig:
     lr: float = 2e-5
     """Step size epsilon."""
     nbeta: float | None = 1000.0
-    """Effective inverse temperature n beta, the factor of the loss; None means n / ln n with n = `num_samples`."""
+    """Effective inverse temperature n beta, which multiplies the loss. None means n / ln n with n = `num_samples`."""
     localization: float = 1000.0
     """Strength gamma of the pull back to the checkpoint."""
     num_samples: int | None = None
-    """Sample size n; None if it is not known."""
+    """Sample size n, or None if it is not known."""
     batch_size: int | None = None
-    """Size of a minibatch; None if the source of the minibatches determines it."""
+    """Size of a minibatch, or None if the source of the minibatches determines it."""
     num_chains: int = 4
     """Number of independent chains for each checkpoint."""
     num_draws: int = 100
@@ -58,7 +58,8 @@ class ChainsConfig:
     friction: float = 0.5
     """Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps. Other kernels ignore it."""
     target_stderr: float | None = None
-    """Standard error of the LLC at which the chains of a checkpoint stop. Then `num_draws` is the largest number of draws."""
+    """Standard error of the LLC at which the chains of a checkpoint stop. If it is set, `num_draws` is the largest number of draws. By
+    default chains make `num_draws` draws."""
     thinning: int = 1
     """Number of moves from one draw to the next."""
     num_init_batches: int = 32
@@ -69,7 +70,7 @@ class ChainsConfig:
 
     @property
     def inverse_temperature(self) -> float:
-        """The value of `nbeta`, or n / ln n if it is None. All code takes the inverse temperature from this property."""
+        """The value of `nbeta`, or n / ln n if `nbeta` is None. All code takes the inverse temperature from this property."""
         if self.nbeta is not None:
             return self.nbeta
         assert self.num_samples is not None
@@ -77,12 +78,12 @@ class ChainsConfig:
 
     @property
     def speed(self) -> float:
-        """Speed at which chains spread along flat directions, relative to SGLD at the same lr."""
+        """Speed at which chains spread along flat directions, relative to SGLD with the same lr."""
         return (1 + self.friction) / (1 - self.friction) if self.kernel == "baoab" else 1.0
 
     @property
     def num_moves(self) -> int:
-        """Number of gradients that a chain computes, without the gradients for diagnostics."""
+        """Number of moves of a chain. Each move needs one gradient; the gradients for diagnostics are not counted."""
         return self.num_burnin_steps + (self.num_draws - 1) * self.thinning + 1
 
     def __post_init__(self) -> None:
@@ -115,8 +116,8 @@ class SamplerConfig(ChainsConfig):
     kernel: Kernel = "baoab"
     """Markov kernel: `baoab` (underdamped Langevin dynamics), `sgld`, or SGLD preconditioned by RMSprop (`rmsprop`)."""
     num_samples: int = 2**15
-    """Sample size n: the number of prompts in the `fixed` set, and the n of n / ln n. The kernel `baoab` uses control variates,
-    for which the set is divided into num_samples / batch_size minibatches."""
+    """Sample size n: the number of prompts in the set from which `minibatches: fixed` draws, and the n of n / ln n. The set is divided
+    into num_samples / batch_size minibatches."""
     num_draws: int = 180
     """Number of draws of each chain. Averages are taken over them."""
     num_burnin_steps: int = 60
@@ -126,13 +127,13 @@ class SamplerConfig(ChainsConfig):
     batch_size: int = 256
     """Number of prompts in each chain's minibatch."""
     minibatches: Literal["fixed", "fresh"] = "fixed"
-    """Source of the minibatches: one set of `num_samples` prompts (`fixed`), or new prompts every time (`fresh`)."""
+    """Source of the minibatches: one set of `num_samples` prompts (`fixed`), or new prompts for every minibatch (`fresh`)."""
     loss: Literal["mse", "subsequence"] = "mse"
     """Loss: the mean squared error per target over all positions (`mse`), or over the first K' positions, with K' uniform on
     1..K (`subsequence`)."""
     steps: str = "all"
-    """Saved steps at which the LLC is estimated: `all`, `last`, a list such as 1,2,3, or a range 0:1000:100, which includes its
-    end."""
+    """Saved steps at which the LLC is estimated: `all`, `last`, a list such as 1,2,3, or a range 0:1000:100 (first step, last step,
+    distance)."""
     memory: float | None = None
     """GiB of memory for the chains that run at the same time. By default 2, or on CUDA half of the free memory."""
 
@@ -209,10 +210,10 @@ class RunConfig:
         return self.optim.schedule_steps or self.trainer.max_steps
 
     def members(self) -> list["RunConfig"]:
-        """Return the configurations of the population's runs. Each equals the configuration of that run trained alone.
+        """Return the configurations of the runs in the population. Each configuration is the one that the run would have if trained alone.
 
-        Without a population, the only member is the run itself. If the population has a `run_name`, its runs are subfolders of
-        that folder.
+        Without a population, the result is this configuration alone. If the population has a `run_name`, its runs are in subfolders of
+        the folder of that name.
         """
         if not self.population:
             return [self]

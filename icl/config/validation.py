@@ -17,7 +17,8 @@ MAX_NUMBER = 1e30
 """Largest number in settings. With larger ones, products of float32 numbers overflow."""
 
 _MAX_NAME, _MAX_PATH = 200, 1000
-"""Largest number of bytes in each part of a run's name, and in the whole name. File systems allow about 255 for a folder."""
+"""Largest number of bytes in each part of a run's name, and in the whole name. File systems allow about 255 bytes for the name of a
+folder."""
 
 _STEPS = "all, last, a list such as 1,2,3, or a range such as 0:1000:100"
 
@@ -34,7 +35,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """Setting or argument that cannot be used. The message says which and why."""
+    """Error for a setting or an argument that cannot be used. The message says which one, and why."""
 
     exit_status = 2
 
@@ -62,7 +63,7 @@ def plain_number(value: Any) -> Any:
 def whole(name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> int:
     """Convert a whole number to an int, and check that it is between `minimum` and `maximum`.
 
-    It may be a NumPy number, or a tensor or array without axes.
+    The value may be a Python or NumPy number, or a tensor or array without axes.
 
     Raises:
         ConfigError: If the value is anything else. Truth values, and floats such as 4.0, are refused too.
@@ -74,7 +75,7 @@ def whole(name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> int:
 
 
 def real(name: str, value: Any, bound: Bound, *, repair: str = "") -> float:
-    """Convert a finite number to a float. It may be a NumPy number, or a tensor or array without axes.
+    """Convert a finite number to a float. The number may also be a NumPy number, or a tensor or array without axes.
 
     Raises:
         ConfigError: If the value is anything else, or not within `bound`. `repair` is added to the message.
@@ -202,7 +203,7 @@ def require_run_name(name: str) -> None:
     """Refuse a run's name that cannot be a folder below $LOCAL_ROOT."""
     require(
         all(re.fullmatch(r"[\w.,=+-]+", part) and set(part) != {"."} for part in name.split("/")),
-        f"`run_name` must be a folder below $LOCAL_ROOT, of letters, digits and . , = + - _ / only, got {name!r}.",
+        f"`run_name` must be a folder below $LOCAL_ROOT, and may have only letters, digits and . , = + - _ /, got {name!r}.",
     )
     require(
         not any(part.startswith("-") for part in name.split("/")),
@@ -211,8 +212,8 @@ def require_run_name(name: str) -> None:
     longest = max(len(os.fsencode(part)) for part in name.split("/"))
     require(
         longest <= _MAX_NAME and len(os.fsencode(name)) <= _MAX_PATH,
-        f"`run_name` must have at most {_MAX_PATH} bytes, and at most {_MAX_NAME} between two /, got {len(os.fsencode(name))} and "
-        f"{longest}.",
+        f"`run_name` must have at most {_MAX_PATH} bytes, and each part between two / at most {_MAX_NAME}, got "
+        f"{len(os.fsencode(name))} bytes and a part of {longest}.",
     )
 
 
@@ -243,7 +244,7 @@ def is_count(value: Any) -> TypeGuard[int]:
 
 
 def require_store(url: Any, name: str = "checkpoints.store") -> None:
-    """Refuse a value that is not a store's URL or folder. Also refuse credentials in it, because they would be saved with the run."""
+    """Refuse a value that is not the URL or folder of a store. Also refuse credentials in a URL, which would be saved with the run."""
     text = url if isinstance(url, str) else ""
     scheme, _, path = text.partition("://") if "://" in text else ("file", "", text)
     require(
@@ -265,7 +266,7 @@ def parse_num_tasks(value: Any) -> int | float:
     """Convert the task diversity M to an int, or to `math.inf` for the Gaussian prior.
 
     Args:
-        value: A positive whole number, also as a float or text, `"inf"` or `math.inf`.
+        value: A positive whole number (an int, a float or text), `"inf"` or `math.inf`.
 
     Raises:
         ConfigError: If the value is anything else, such as zero, a fraction, None or another word.

@@ -55,7 +55,7 @@ def read_value(key: str, value: Any) -> Any:
     """Convert a value of a setting to its declared type. Text may become a number, and a number may become text.
 
     Raises:
-        ConfigError: If it cannot be converted. The message names the key and the value.
+        ConfigError: If the value cannot be converted. The message names the key and the value.
     """
     if key == "task.num_tasks":
         return parse_num_tasks(value)
@@ -68,7 +68,7 @@ def read_value(key: str, value: Any) -> Any:
     is_text = any(part is str or typing.get_origin(part) is Literal for part in parts)
     if isinstance(value, bool) and "true" in typing.get_args(
         kind
-    ):  # such as `trainer.compile`: YAML reads its words as truth values
+    ):  # such as `trainer.compile`: YAML reads the words `true` and `false` as truth values
         return str(value).lower()
     if isinstance(value, str):
         if key == "run_name":
@@ -89,7 +89,7 @@ def read_value(key: str, value: Any) -> Any:
 def parse_scalar(text: str) -> Any:
     """Return the number, truth value or None that a text spells. Other text is returned as it is.
 
-    A number too large or too small for a float, such as 1e400, also stays text. Otherwise it would become infinite or zero.
+    A number that is too large or too small for a float, such as 1e400, also stays text, because it would become infinite or zero.
     """
     word = text.strip()
     lowered = word.lower()
