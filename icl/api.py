@@ -180,7 +180,7 @@ def load_checkpoint(path: str | Path, cfg: ICRegConfig | RunConfig | None = None
 
     Raises:
         CheckpointError: If there is no usable checkpoint, or it does not fit `cfg`.
-        OlderFileError: If a file .pt cannot be read safely, or is of no older code that is known.
+        OlderFileError: If a `.pt` file cannot be read safely, or does not come from a known older code base.
     """
     file = checkpoint_files(path)[-1] if Path(path).is_dir() else Path(path)
     shape = None if cfg is None else _as_run_config(cfg)

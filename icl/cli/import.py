@@ -1,4 +1,4 @@
-"""`icl import`: checkpoints of older code bases become a run's folder that every other command takes."""
+"""`icl import`: convert checkpoints of older code bases into a run."""
 
 import re
 from pathlib import Path
@@ -8,20 +8,20 @@ from icl.config.validation import ConfigError
 from icl.config.values import whole_number
 from icl.runs.folder import local_root
 
-HELP = "make a run's folder of checkpoints that older code saved"
+HELP = "convert checkpoints of older code into a run"
 
 
 def run(words: list[str]) -> int:
-    """Import, and print what is known about the run."""
+    """Import checkpoints, and print what is known about the run."""
     parser = CommandParser(
         "import",
         """\
-Make a run's folder of checkpoints that older code saved. Every other command takes this folder, and nothing is unpickled.
---from says which code saved them:
+Convert checkpoints that older code saved into a run's folder, without unpickling them. All other commands except
+`icl train` then work on this run. --from says which code saved the checkpoints:
   icr       ic_regression.py with ICRegConfig: checkpoint_step_N.pt, checkpoint_final.pt
   timaeus   timaeus-research/icl: N.pt, copied from its bucket or its folder
   raventos  mansheej/icl-task-diversity: the folder of checkpoint_N and config.json
-A setting that the files do not say is asked for, such as --task.noise_variance 0.125 --model.num_heads 4.""",
+If the files do not contain a setting, give it as an option, such as --task.noise_variance 0.125 --model.num_heads 4.""",
         """icl import checkpoints/checkpoints_M64 --from icr --out runs/M64
         icl import checkpoints/icl/M-inf-seed-1-task-1a2b3c-opt-4d5e6f-sched-7a8b9c --from timaeus --task.noise_variance 0.125 --model.num_heads 4
         icl import train_0123456789abcdef --from raventos --tasks tasks.npy""",
@@ -29,14 +29,20 @@ A setting that the files do not say is asked for, such as --task.noise_variance 
         usage="icl import FILE|FOLDER --from icr|timaeus|raventos [--out RUN] [--tasks FILE|recompute|unknown] [--section.key VALUE ...]",
     )
     parser.add("path FILE|FOLDER", "a checkpoint, or a folder of the checkpoints of one run", type=Path)
-    parser.add("--from NAME", "the code that saved them", dest="source", required=True)
-    parser.add("--out RUN", "the new run: a name, or a folder (default: the name of the folder or file)")
+    parser.add(
+        "--from NAME", "the code that saved the checkpoints: icr, timaeus or raventos", dest="source", required=True
+    )
+    parser.add("--out RUN", "name or folder of the new run (default: the name of the given folder or file)")
     parser.add(
         "--tasks SOURCE",
-        "the training tasks of a run with finite M: a table (M, D) in a file .npy, .pt or .safetensors; `recompute` draws them "
-        "again from the older code's seed --seeds.tasks; `unknown` does without prompts of these tasks and without dMMSE",
+        "the training tasks of a run with finite M: a file (.npy, .pt or .safetensors) with a table (M, D); or `recompute` to draw "
+        "the tasks again from the older code's seed, --seeds.tasks; or `unknown` to import without tasks, and so without dMMSE",
     )
-    parser.add("--step N", "the step of a single file that does not say it", type=whole_number(0, 10**15))
+    parser.add(
+        "--step N",
+        "the step of a single file, if neither its name nor its content says it",
+        type=whole_number(0, 10**15),
+    )
     options = parser.parse_args(words)
     from icl.importing.run import import_run
 
@@ -58,7 +64,7 @@ A setting that the files do not say is asked for, such as --task.noise_variance 
     if result.settings.unknown:
         print(
             f"Unknown {', '.join(result.settings.unknown)}: config.yaml has the values of the preset {config.preset}. Predictions and "
-            "analyses do not depend on them."
+            "analyses do not depend on these settings."
         )
     print(f"Steps   {len(steps):,}, from {steps[0]:,} to {steps[-1]:,}")
     print(f"Run     {result.folder.path}")

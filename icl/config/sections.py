@@ -235,7 +235,7 @@ class CheckpointsConfig:
     """Second place where a copy of the run is stored: a folder, or a URL such as s3://bucket/prefix. By default
     s3://$AWS_BUCKET_NAME if that variable is set, else none."""
     imported_from: str | None = None
-    """Older code base that trained the run, if `icl import` made its folder. Such a run is not trained further."""
+    """Older code base that trained the run, if `icl import` made the run's folder. `icl train` does not continue such a run."""
 
     def __post_init__(self) -> None:
         counts = {"every": 1, "num_log": 0, "num_linear": 0}
