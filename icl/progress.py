@@ -49,7 +49,7 @@ def with_progress(items: Sequence[Item], name: str, unit: str) -> Iterator[Item]
             bar.update()
 
 
-def set_remaining(bar: tqdm, num_units: float) -> None:
+def set_remaining(bar: tqdm, num_units: int | float) -> None:
     """Set the number of units of work that a bar still expects."""
     bar.total = bar.n + max(0, num_units)
     bar.refresh()

@@ -1,11 +1,11 @@
-"""Attempts at a point: numbered files in its run's folder that show who works on the point. The highest number counts.
+"""Attempts at a point: numbered files in the folder of the point's run, which show who works on the point. The highest number counts.
 
-A worker begins an attempt by creating the file with the next number. It creates the file exclusively, so only one
-process can succeed. It does so only after the previous attempt has ended or its worker has died. Files are never
-deleted, so no number is used twice. A worker may be considered dead by mistake. It then finds a higher number, which
-shows that another worker has taken over its point. There are two ways to check whether an attempt is alive:
+Once the previous attempt has ended or its worker has died, another worker can begin an attempt. For this, the worker creates the file
+with the next number. It creates the file exclusively, so only one process can succeed. Files are never deleted, so no number is used
+twice. If a worker was considered dead by mistake, it finds a file with a higher number. Then it knows that another worker has taken
+over the point. There are two ways to check whether an attempt is alive:
 
-- On the machine where it runs, by a lock that the worker and its program hold until both have ended.
+- On the machine where the attempt runs, by a lock that the worker and its program hold until both have ended.
 - On other machines, by the modification time of the file, which the worker refreshes. All times come from the file server, so the
   clocks of the machines need not agree.
 """
@@ -30,12 +30,12 @@ from icl.files.writing import write_atomically
 Outcome = Literal["running", "done", "failed", "preempted"]
 
 BEAT_SECONDS = 5.0
-"""Interval, in seconds, at which a worker refreshes the file of its attempt."""
+"""Seconds between two refreshes of an attempt's file by its worker."""
 STALE_SECONDS = 60.0
-"""Age of the file, in seconds, after which an attempt on another machine counts as dead."""
+"""Seconds without a refresh after which an attempt on another machine counts as dead."""
 _PAUSE_SECONDS = 5.0
-"""Longest pause, in seconds, between two attempts of one session. Engines pause for milliseconds only, but the clocks
-of machines may differ by seconds."""
+"""Longest pause, in seconds, between two attempts of one session. Engines pause only for milliseconds, but the clocks of
+different machines may differ by seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Attempt:
 
     number: int
     job: str
-    """The job that was tried, see `Point.job`."""
+    """The job of the attempt (`Point.job`)."""
     outcome: Outcome = "running"
     reason: str | None = None
     exit_status: int | None = None
@@ -59,14 +59,14 @@ class Attempt:
 
 
 class Claim:
-    """An attempt of this process at a point; call `beat` at intervals to keep it alive, and `finish` to end it."""
+    """An attempt of this process at a point. Call `beat` at intervals to keep the attempt alive, and `finish` to end it."""
 
     def __init__(self, path: Path, descriptor: int, attempt: Attempt) -> None:
         self.path, self.descriptor, self.attempt = path, descriptor, attempt
         self.folder = path.parents[1]  # the folder of the run
 
     def beat(self) -> bool:
-        """Refresh the file of the attempt; return False if another worker has taken the point over."""
+        """Refresh the file of the attempt. Return False if another worker has taken over the point."""
         with contextlib.suppress(OSError):  # a file server may be unreachable for a while
             os.utime(self.descriptor)
         return not next_file(self.path).exists()
@@ -86,13 +86,13 @@ class Claim:
 
 
 def claim(folder: Path, job: str, *, number: int) -> Claim | None:
-    """Begin an attempt at a point; return None if another process has begun the attempt of this number.
+    """Begin an attempt at a point. Return None if another process has begun the attempt with this number.
 
     Args:
         folder: Folder of the run.
-        job: The job that is tried, see `Point.job`.
+        job: The job of the attempt (`Point.job`).
         number: One more than the number of the last attempt, which must be over. If the claim succeeds, nobody has
-            begun another attempt since the caller read the number.
+            begun another attempt since the caller read that number.
 
     Raises:
         OSError: If the folder cannot be written.
@@ -117,7 +117,7 @@ def claim(folder: Path, job: str, *, number: int) -> Claim | None:
 
 
 def last_attempt(folder: Path, job: str | None = None) -> Attempt | None:
-    """Return the last attempt at the point in a run's folder, or None. If `job` is given, other jobs are ignored."""
+    """Return the last attempt in a run's folder, or None if there is none. If `job` is given, ignore attempts at other jobs."""
     files = sorted((file for file in (folder / "attempts").glob("*.json") if file.stem.isdecimal()), reverse=True)
     attempts = (_read(file) for file in files)
     return next((attempt for attempt in attempts if job is None or attempt.job == job), None)
@@ -142,10 +142,10 @@ def is_alive(folder: Path, attempt: Attempt) -> bool:
 def session_start(live: Iterable[Attempt], ended: Iterable[Attempt]) -> float:
     """Return the time at which the current session began.
 
-    A session is a chain of attempts, without pauses between them, that continues until now.
+    A session is a series of attempts without pauses that lasts until now.
 
     Args:
-        live: Attempts whose workers are still working. If there are none, there is no session, and the result is infinity.
+        live: Attempts whose workers are still working. If there are none, there is no session, and infinity is returned.
         ended: Attempts that have ended.
     """
     start = min((attempt.started for attempt in live if attempt.started), default=math.inf)
@@ -157,7 +157,7 @@ def session_start(live: Iterable[Attempt], ended: Iterable[Attempt]) -> float:
 
 
 def next_file(path: Path) -> Path:
-    """Return the file of the attempt after this one."""
+    """Return the file of the next attempt after the attempt with the file `path`."""
     return path.with_name(f"{int(path.stem) + 1:06d}.json")
 
 
@@ -166,9 +166,9 @@ def _file(folder: Path, number: int) -> Path:
 
 
 def _read(path: Path) -> Attempt:
-    """Read an attempt.
+    """Return the attempt that a file describes.
 
-    If the file is damaged or not complete yet, only the number is known, and the attempt counts as running.
+    If the file is damaged or not complete yet, only the attempt's number is known, and the attempt counts as running.
     """
     number, attempt = int(path.stem), None
     with contextlib.suppress(ContentError, OSError):

@@ -1,10 +1,12 @@
-"""The command of a sweep: W&B's macros replaced by a point's values, and the environment of the point's program.
+"""Make a point's command and environment from the command of a sweep, in which macros stand for the point's values.
 
 The macros are those of W&B: `${env}`, `${interpreter}`, `${program}`, `${args}` and its variants, `${args_json}`,
 `${args_json_file}` and `${envvar:NAME}`. Like W&B, we replace `${envvar:NAME}` anywhere, and other macros only if they
-are separate words. We differ from W&B in two ways. A macro that W&B would drop or pass on unchanged is an error. The
-macro `${interpreter}` is the Python that runs `icl sweep`, not the `python` on the PATH, and the command `icl` starts
-the program of the same environment.
+are separate words. We differ from W&B in two ways:
+
+- A macro that W&B would drop or pass on unchanged is an error.
+- The macro `${interpreter}` stands for the Python that runs `icl sweep`, not for the `python` on the PATH. Likewise, the command
+  `icl` starts the `icl` of this Python's environment.
 """
 
 import difflib
@@ -23,7 +25,7 @@ from icl.resolve import POINT_VARIABLE
 from icl.runs.environment import COMMANDS, OWN_PROGRAM
 
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
-"""The command that W&B runs for a file with a `program` and no `command`."""
+"""The command that W&B runs for a sweep file that has a `program` but no `command`."""
 
 JSON_FILE_MACRO = "${args_json_file}"
 _OWN_COMMAND = '`command: ["${env}", icl, train]`'
@@ -42,7 +44,7 @@ def refuse_unused_macros(command: Sequence[str]) -> None:
     W&B drops a word that looks like an unknown macro, and passes on any other macro unchanged.
 
     Raises:
-        ConfigError: If a macro would not be replaced; the message says what to write instead.
+        ConfigError: If a macro would not be replaced. The message says what to write instead.
     """
     for word in command:
         if word in {f"${{{name}}}" for name in _MACROS}:
@@ -99,7 +101,7 @@ def fill_macros(
 
 
 def own_command(words: Sequence[str]) -> tuple[str, list[str]] | None:
-    """Return `train` or `llc` and its arguments if the command is `icl train` or `icl llc`; None for any other program."""
+    """Return `train` or `llc`, with the arguments, if the command is `icl train` or `icl llc`. Otherwise return None."""
     for index, (word, following) in enumerate(itertools.pairwise(words)):
         if Path(word).name == "icl" and following in ("train", "llc"):
             return following, list(words[index + 2 :])
@@ -107,7 +109,7 @@ def own_command(words: Sequence[str]) -> tuple[str, list[str]] | None:
 
 
 def require_packable(command: Sequence[str]) -> None:
-    """Check that the program of a sweep can train several points. Only `icl train` can, if it reads them from the file of points.
+    """Check that the program of a sweep can train several points at once. Only `icl train` can, if it reads its points from a file.
 
     Raises:
         ConfigError: If the command is not `icl train`, or passes the settings as arguments.
@@ -121,7 +123,8 @@ def require_packable(command: Sequence[str]) -> None:
 def with_own_icl(words: Sequence[str]) -> list[str]:
     """Return a command in which `icl` is the program of this environment, even if the environment is not activated.
 
-    `python -m icl` is replaced too: it would import from the working folder, where `icl` or `yaml` may be another file.
+    `python -m icl` is replaced too, because it would import from the working folder, which may contain other modules named `icl` or
+    `yaml`.
     """
     start = 1 if words[:1] == [_ENV] else 0
     before, program = list(words[:start]), list(words[start:])
@@ -141,7 +144,7 @@ def _is_this_python(word: str) -> bool:
 
 
 def refuse_missing_program(command: Sequence[str], program: str | None, settings: Mapping[str, Any]) -> None:
-    """Check that the program of a sweep exists, so that a dry run does not promise to start a program that is missing.
+    """Check that the program of a sweep exists, so that a dry run reports a missing program.
 
     Args:
         command: Words of the sweep's command, with macros.
@@ -149,7 +152,7 @@ def refuse_missing_program(command: Sequence[str], program: str | None, settings
         settings: Settings of any point.
 
     Raises:
-        ConfigError: If there is no such program; the message says what to write instead.
+        ConfigError: If there is no such program. The message says what to write instead.
     """
     filled = fill_macros(command, settings, program=program, json_file=JSON_FILE_MACRO)
     typed = filled[1:] if filled[:1] == [_ENV] else filled
@@ -169,12 +172,12 @@ def refuse_missing_program(command: Sequence[str], program: str | None, settings
         default = " (W&B's command for a file without `command`)" if tuple(command) == DEFAULT_COMMAND else ""
         hint = f" For `icl` write {_OWN_COMMAND}." if is_ours else ""
         raise ConfigError(
-            f"The command cannot be started: `python {script}`{default} needs a script, and there is no file of that name in this folder.{hint}"
+            f"The command cannot be started: `python {script}`{default} needs a script, but there is no such file in this folder.{hint}"
         )
 
 
 def _script(words: Sequence[str]) -> str | None:
-    """Return the script among the arguments of `python`; None if Python runs a module, a text or its standard input."""
+    """Return the script among the arguments of `python`, or None if Python runs a module, a text or its standard input."""
     remaining = list(words)
     while remaining and remaining[0].startswith("-"):
         option = remaining.pop(0)
@@ -186,7 +189,11 @@ def _script(words: Sequence[str]) -> str | None:
 
 
 def child_environment(point_file: Path, root: Path, *, num_workers: int) -> dict[str, str]:
-    """Return the environment of a point's program: the file of the point, a share of the cores, and no W&B sweep to join."""
+    """Return the environment variables of a point's program.
+
+    They name the file of the point, and give the program a share of the cores. Variables of a W&B sweep are removed, so that the
+    program does not join that sweep.
+    """
     environment = {key: value for key, value in os.environ.items() if key not in _SWEEP_VARIABLES}
     environment[POINT_VARIABLE] = str(point_file.resolve())
     environment["LOCAL_ROOT"] = str(root.resolve())

@@ -2,8 +2,8 @@
 
 Draw i of a parameter is quantile(u), where u is a hash of (seed, name, i), uniform on (0, 1). So a draw is the same
 after every restart and on every machine, and does not depend on the other parameters of the file. Names, meanings and
-defaults are those of W&B ("Sweep configuration options"): `log_uniform` takes exponents of e, `log_uniform_values`
-takes the values themselves.
+defaults are those of W&B ("Sweep configuration options"). For example, the bounds of `log_uniform` are exponents of e,
+and the bounds of `log_uniform_values` are the values themselves.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ class Distribution(NamedTuple):
     defaults: dict[str, float]
     """Options that may be left out, with their defaults."""
     quantile: Callable[[float, Options], Any]
-    """Function of a probability u in (0, 1) and the options. It returns the value below which a draw lies with probability u."""
+    """Function of a probability u in (0, 1) and the options. It returns the u-quantile: a draw is below it with probability u."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,11 @@ class Parameter:
 
 
 EXPONENTS = {name: f"{name}_values" for name in ("log_uniform", "q_log_uniform", "inv_log_uniform")}
-"""Distributions whose `min` and `max` are exponents of e, with the distributions that take the values themselves."""
+"""Distributions whose `min` and `max` are exponents of e. Each is mapped to the one whose `min` and `max` are values."""
 
 
 def draw(parameter: Parameter, *, seed: int, index: int) -> Any:
-    """Return the value of a parameter at a point of a random sweep: a pure function of the arguments."""
+    """Return the value of a parameter at point `index` of a random sweep. It is a pure function of the arguments."""
     digest = hashlib.blake2b(f"{seed}:{index}:{parameter.name}".encode(), digest_size=8).digest()
     share = ((int.from_bytes(digest, "little") >> 12) + 0.5) * 2**-52  # strictly inside (0, 1)
     return DISTRIBUTIONS[parameter.distribution].quantile(share, parameter.options)
@@ -66,7 +66,7 @@ def extremes(parameter: Parameter) -> tuple[Any, Any]:
 
 
 def grid_values(parameter: Parameter) -> list[Any] | None:
-    """Return all values of a parameter in a grid; None if its distribution has no list of values.
+    """Return all values of a parameter in a grid, or None if its distribution has no list of values.
 
     As in W&B, `q_uniform` goes from `min` in steps of `q` and excludes `max`.
     """
@@ -84,7 +84,7 @@ def grid_values(parameter: Parameter) -> list[Any] | None:
 
 
 def has_too_long_grid(parameter: Parameter, most: int) -> bool:
-    """Return whether a parameter has more than `most` values in a grid, without making a list of them."""
+    """Return whether a parameter has more than `most` values in a grid, without making the list of values."""
     options = parameter.options
     if parameter.distribution == "int_uniform":
         return options["max"] - options["min"] >= most
@@ -145,7 +145,7 @@ def _categorical_w_probabilities(share: float, options: Options) -> Any:
 
 
 def _quantised(quantile: Callable[[float, Options], float]) -> Callable[[float, Options], int | float]:
-    """Return a quantile function rounded to the nearest multiple of `q`; its values are integers if `q` is an integer."""
+    """Return a quantile function whose values are rounded to multiples of `q`. If `q` is an integer, the values are integers."""
     return lambda share, options: round(quantile(share, options) / options["q"]) * options["q"]
 
 

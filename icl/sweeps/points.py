@@ -1,7 +1,7 @@
-"""The points of a sweep. Each has its settings, the configuration that results from them, and the name of its run.
+"""The points of a sweep. Each point has settings, the configuration that results from the settings, and the name of its run.
 
-All points are resolved before any of them runs. A point with invalid settings fails alone, as it would under `wandb
-agent`; the other points run.
+All points are resolved before any of them runs. If a point has invalid settings, only this point fails, as under `wandb
+agent`. The other points run.
 
 A grid is the product of the values in W&B's order, where the last parameter changes fastest. Point i of a random sweep
 is a pure function of (seed, i). The name of a point depends only on its configuration, so the point is the same run
@@ -43,9 +43,9 @@ class Point:
     name: str
     """Name of the run, which is also its folder below $LOCAL_ROOT."""
     job: str
-    """Hash of the command and the settings that affect the result; attempts at another job are ignored."""
+    """Hash of the command and of the settings that affect the result. Attempts at another job are ignored."""
     trains: bool
-    """Whether the program is `icl train`. The run's own status then says whether it is done."""
+    """Whether the program is `icl train`. If it is, the run's own status says whether the point is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class InvalidPoint:
     number: int
     """Number in the sweep's order, from 1."""
     name: str
-    """The number and the values that change from point to point."""
+    """The point's number, and its values of the settings that change from point to point."""
     reason: str
     """Message that says why the point cannot run."""
 
@@ -67,23 +67,23 @@ def sweep_points(
 
     Args:
         sweep: The sweep file.
-        count: Largest number of points. The first points are taken.
+        count: Largest number of points. If the sweep has more, only its first points are returned.
         seed: Seed of a random sweep.
-        invalid: List to which invalid points are added. Without it, the first invalid point is an error.
+        invalid: List to which invalid points are added. If it is None, an invalid point is an error.
 
     Raises:
         SweepFileError: If no point is valid, two points of a grid are the same run, or a random sweep has no end.
     """
     caps = [cap for cap in (count, sweep.run_cap) if cap is not None]
     if sweep.method == "random" and not caps:
-        raise SweepFileError(f"{sweep.path}: a random sweep has no end. Add a `run_cap`, or use --count N.")
+        raise SweepFileError(f"{sweep.path}: this random sweep has no end. Add a `run_cap`, or use --count N.")
     chosen = _grid(sweep) if sweep.method == "grid" else _random(sweep, seed)
     if sweep.method == "grid":
         caps.append(math.prod(len(grid_values(parameter) or []) for parameter in sweep.parameters))
     if min(caps) > MAX_POINTS:
         raise SweepFileError(
-            f"{sweep.path}: the sweep has {min(caps):,} points, but at most {MAX_POINTS:,} can be run. Remove some, or use "
-            "--count N to take the first N."
+            f"{sweep.path}: the sweep has {min(caps):,} points, but at most {MAX_POINTS:,} can be run. Remove some points, or use "
+            "--count N to run only the first N."
         )
     points: dict[str, Point] = {}
     refused: list[InvalidPoint] = []
@@ -161,7 +161,7 @@ def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
 
 
 def _is_done(config: RunConfig) -> bool:
-    """Return whether the run is done, even if it was trained by an older version with less strict checks of settings."""
+    """Return whether the run is done. If it is, its settings need no check: an older version may have allowed them."""
     run = RunFolder(local_root() / run_name(config))
     status = run.read_status()
     try:

@@ -31,7 +31,7 @@ MAX_POINTS = 100_000
 
 
 class SweepFileError(ConfigError):
-    """A sweep file that cannot be run; the message names the faulty part and says what to write instead."""
+    """A sweep file that cannot be run. The message names the faulty part and says what to write instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class SweepFile:
     run_cap: int | None = None
     """Largest number of points."""
     stops_early: bool = False
-    """Whether the file has `early_terminate`. W&B then stops bad runs; `icl sweep` does not."""
+    """Whether the file has `early_terminate`. W&B stops bad runs of such a sweep, but `icl sweep` does not."""
     warnings: tuple[str, ...] = ()
     """Warnings about valid settings that are probably mistakes. W&B gives the same warnings."""
 
@@ -75,7 +75,7 @@ def _read_yaml(path: Path) -> Mapping[Any, Any]:
     except ContentError as error:
         raise SweepFileError(f"The sweep file {path} cannot be used: {error}.") from None
     if not isinstance(tree, dict):
-        raise SweepFileError(f"{path} is not a sweep file: `method:` and `parameters:` are needed.")
+        raise SweepFileError(f"{path} is not a sweep file: it needs `method:` and `parameters:`.")
     return tree
 
 
@@ -136,7 +136,7 @@ def _read_method(method: Any) -> Literal["grid", "random"]:
 def _read_command(command: Any, program: Any) -> tuple[tuple[str, ...], str | None]:
     if isinstance(command, str):
         raise SweepFileError(
-            "`command` is a text, which W&B silently ignores. Write a list of words, such as "
+            "`command` is a single text, which W&B silently ignores. Write a list of words, such as "
             '`command: ["${env}", icl, train]`.'
         )
     if command is not None and not isinstance(command, list):
@@ -150,7 +150,8 @@ def _read_command(command: Any, program: Any) -> tuple[tuple[str, ...], str | No
     refuse_unused_macros(words)
     if program is None and "${program}" in words:
         raise SweepFileError(
-            'A `program` is missing. Add one, or write a command that does not use it: `command: ["${env}", icl, train]`.'
+            "`program` is missing: the command, which is W&B's default if the file has none, starts it. Add a `program`, or "
+            'write a command without it, such as `command: ["${env}", icl, train]`.'
         )
     return words, program
 
@@ -197,7 +198,7 @@ def _read_parameter(path: tuple[str, ...], entry: Any) -> Parameter:
 
 
 def _infer_distribution(name: str, entry: Mapping[str, Any]) -> str:
-    """Return the distribution that W&B assumes if a parameter names none."""
+    """Return the distribution that W&B assumes for a parameter that does not name a distribution."""
     _refuse_unknown(entry, _PARAMETER_KEYS, f"`{name}` has no key")
     if "value" in entry:
         return "constant"

@@ -1,8 +1,8 @@
-"""The state of a sweep's point, read from its run's folder: done, running, failed or waiting, with the reason.
+"""Read the state of a sweep's point from the folder of its run: done, running, failed or waiting, with the reason.
 
-A point of `icl train` is done when its run is done under the same settings, whoever trained it. A point of any other
-program is done when the last attempt at it exited with 0. A failure is final if the same settings would fail again, for
-example because the loss becomes NaN. Such a point is tried again only with `--retry` or after a change of versions.
+A point of `icl train` is done if its run is done under the same settings, whoever trained the run. A point of any other
+program is done if the last attempt at the point exited with status 0. A failure is final if the same settings would fail again,
+for example because the loss becomes NaN. Such a point is tried again only with `--retry`, or after the installed versions change.
 """
 
 import time
@@ -23,9 +23,9 @@ class PointState(NamedTuple):
     state: Literal["done", "running", "failed", "waiting"]
     reason: str
     attempt: int = 0
-    """Number of the last attempt at the point; 0 if there was none."""
+    """Number of the last attempt at the point, or 0 if there was none."""
     is_final: bool = False
-    """Whether the same settings would fail again."""
+    """Whether the point has failed and would fail again with the same settings."""
 
 
 def point_state(point: Point, root: Path) -> PointState:
@@ -55,13 +55,13 @@ def _state(point: Point, run: RunFolder, status: Status | None, current: Attempt
 
 
 def _state_of_run(point: Point, run: RunFolder, status: Status, attempt: Attempt | None, number: int) -> PointState:
-    """Return the state of a point that `icl train` has worked on, in a sweep or by itself."""
+    """Return the state of a point whose run `icl train` has begun, in a sweep or outside of one."""
     try:
         require_same_config(run.read_config(), point.config, run)
     except ConfigError as error:
         return PointState("failed", str(error), number)
     if attempt is not None and attempt.ended is not None and attempt.ended < status.updated:
-        attempt = None  # the run was trained again later, outside of a sweep
+        attempt = None  # after this attempt, the run was trained outside of a sweep
     if status.is_done and (attempt is None or attempt.outcome != "failed"):
         return PointState("done", f"{status.state.replace('_', ' ')} at step {status.step:,}", number)
     if attempt is not None and attempt.outcome != "done":
@@ -74,10 +74,10 @@ def _state_of_run(point: Point, run: RunFolder, status: Status, attempt: Attempt
 
 
 def _state_of_attempt(attempt: Attempt, status: Status | None, number: int) -> PointState:
-    """Return the state of a point from the last attempt at it, which is over."""
+    """Return the state of a point from its last attempt, which is over."""
     progress = _progress(status)
     if attempt.outcome == "done":
-        return PointState("done", "exited with 0", number)
+        return PointState("done", "exited with status 0", number)
     if attempt.outcome == "failed":
         return PointState("failed", attempt.reason or "no reason given", number)
     if attempt.outcome == "preempted":
