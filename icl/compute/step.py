@@ -126,10 +126,8 @@ def losses_and_grads(
 
     def total(rows: Tensor) -> tuple[Tensor, Tensor]:
         losses = (apply(model, layout.to_params(rows), xs, ys) - ys).square().mean(dim=(1, 2))  # N
-        return (
-            losses.sum(),
-            losses,
-        )  # a row affects only its own loss, so the gradient of the sum is the gradient of each loss
+        # A row affects only its own loss, so the gradient of the sum is the gradient of each loss.
+        return losses.sum(), losses
 
     grads, losses = grad_and_aux(total, rows)
     return losses, grads

@@ -210,9 +210,8 @@ def _norm(params: Params, name: str, x: Float[Tensor, "N B T C"]) -> Float[Tenso
     weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]  # N C
     if len(weight) == 1:
         return F.layer_norm(x, x.shape[-1:], weight[0], bias[0], _NORM_EPS)
-    normed = F.layer_norm(
-        x, x.shape[-1:], eps=_NORM_EPS
-    )  # without gains, because `layer_norm` takes only one set of gains for all members
+    # `layer_norm` takes only one set of gains for all members, so the gains are applied below.
+    normed = F.layer_norm(x, x.shape[-1:], eps=_NORM_EPS)
     return torch.addcmul(bias[:, None, None], normed, weight[:, None, None])  # N B T C
 
 

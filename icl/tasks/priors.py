@@ -33,7 +33,7 @@ class Gaussian(NamedTuple):
 
 
 class Discrete(NamedTuple):
-    """Uniform prior on the first `num_tasks` tasks of the sequence of `seed`, or of a table if `seed` is its digest."""
+    """Uniform prior on the first `num_tasks` tasks of the sequence of `seed`, or of an imported table whose digest is `seed`."""
 
     num_tasks: int
     task_size: int
@@ -130,7 +130,7 @@ def _tasks(indices: Int64[Tensor, " B"], task_size: int, seed: int | str) -> Flo
         table = _table(seed, task_size)
         if len(indices) and int(indices.max()) >= len(table):
             raise ConfigError(
-                f"The imported table has {len(table):,} tasks, and more are needed. Use its number of tasks."
+                f"The imported table has {len(table):,} tasks, but more are needed. Use at most this number of tasks."
             )
         return table.to(indices.device)[indices]
     step = torch.zeros(1, dtype=torch.int64, device=indices.device)

@@ -114,5 +114,5 @@ def _saved_bytes(config: RunConfig, params: Params, num_prompts: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         predictions = apply(config.model, weights, xs, xs[..., 0])
     of_weights = {tensor.untyped_storage()._cdata for tensor in weights.values()}
-    del predictions  # until this line it keeps every saved tensor alive, so no address of a storage is used twice
+    del predictions  # `predictions` kept every saved tensor alive, so no address of a storage was used twice
     return sum(nbytes for storage, nbytes in saved.items() if storage not in of_weights)

@@ -27,12 +27,12 @@ def require_own_run(config: RunConfig) -> None:
     """Refuse to train an imported run: its data, optimiser and random numbers were those of another program.
 
     Raises:
-        ConfigError: If the settings are of an imported run.
+        ConfigError: If the settings belong to an imported run.
     """
     if config.checkpoints.imported_from is not None or config.task.imported_tasks is not None:
         raise ConfigError(
             f"The run was imported from {config.checkpoints.imported_from or 'older code'}, so it cannot be trained further. Leave out "
-            "`checkpoints.imported_from` and `task.imported_tasks` to train a new run with its other settings."
+            "`checkpoints.imported_from` and `task.imported_tasks` to train a new run with the other settings."
         )
 
 

@@ -83,7 +83,7 @@ class ComparedPCA(NamedTuple):
 
     @property
     def high_shares(self) -> Float[np.ndarray, " C"]:
-        """For every k, the sum of the first k shares that one in twenty walks with the run's own steps exceeds."""
+        """For every k, the value that the sum of the first k shares exceeds in one of twenty walks with the run's own steps."""
         return np.quantile(np.cumsum(self.walks.shares, axis=1), 0.95, axis=0)
 
     @property

@@ -2,7 +2,7 @@
 
 The prompts are split into J batches of size b. For one member, batch j gives a gradient g_j. The g_j are independent, unbiased
 estimates of the expected gradient G with covariance Sigma / b, where Sigma is the covariance of the gradient for one prompt.
-All statistics use Gram matrices K_ij = g_i . h_j of two sets of gradients with expectations G and H, by two functions:
+All statistics are functions of Gram matrices K_ij = g_i . h_j of two sets of gradients with expectations G and H. They use:
 
     inner(K)      = mean of K_ij over i != j    (unbiased for G . H, even if batch j of both sets has the same prompts)
     batch_norm(K) = mean of K_jj                (for h = g its expectation is |G|^2 + tr(Sigma) / b)

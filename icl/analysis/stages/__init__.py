@@ -17,7 +17,7 @@ is `?` if the loss or the LLC is unknown or changes by less than two standard er
 measured on the smoothed curves. Their standard errors include the uncertainty of the curves and of the boundaries'
 positions. Without boundaries there are no stages.
 
-Rows of the table, by `quantity`. Column `at` has a step. Column `log_stderr` has its error in u, a relative error of the step.
+Rows of the table, by `quantity`. Column `at` has a step. Column `log_stderr` has the error in u, a relative error of the step.
 
 - `measured`, `smooth`, `slope`: the points of each signal, its smoothed curve, and the slope of the curve per unit of
   u.
