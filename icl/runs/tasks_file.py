@@ -1,7 +1,8 @@
 """The training tasks of an imported run, in `checkpoints/tasks.safetensors`.
 
-The run's settings contain the digest of the table (`task.imported_tasks`). The table is read together with the run's checkpoints or
-settings, so that prompts of the run's tasks, dMMSE and the mean task are those of the older code.
+The table has the tasks of the older code that trained the run. The run's settings contain the digest of this table
+(`task.imported_tasks`). The table is read whenever the run's checkpoints or settings are read. So prompts of the run's tasks, dMMSE
+and the mean task use the tasks of the older code.
 """
 
 from pathlib import Path
@@ -34,24 +35,26 @@ def write_tasks(folder: Path, table: Float[Tensor, "M D"]) -> str:
 
 
 def parse_tasks(data: bytes, where: str) -> Float[Tensor, "M D"]:
-    """Return the table of tasks in the bytes of its file.
+    """Return the table of tasks from the bytes of its file.
 
     Raises:
-        TasksError: If it is damaged.
+        TasksError: If the file is damaged, or is not a table of tasks.
     """
     try:
         table = safetensors.torch.load(data).get(_KEY)
     except SafetensorError as error:
         raise TasksError(f"The table of tasks {where} is damaged ({first_line(error)}).") from None
     if table is None or table.ndim != 2 or not table.is_floating_point():
-        raise TasksError(f"{where} is not a table of tasks; `icl import` writes it with the run's checkpoints.")
+        raise TasksError(
+            f"{where} is not a table of tasks; `icl import` writes such a table with the run's checkpoints."
+        )
     return table
 
 
 def remember_tasks(folder: Path, config: RunConfig) -> None:
-    """Read the table of an imported run from its folder of checkpoints, once. A run of `icl` has none.
+    """Read the table of an imported run from its folder of checkpoints, unless it was read before.
 
-    If there is no such file, nothing happens: only the work that needs the tasks fails.
+    Runs that `icl` trained have no table. If the file of an imported run is missing, only work that needs the tasks fails later.
 
     Raises:
         TasksError: If the file is damaged, or is not the table that the run's settings name.

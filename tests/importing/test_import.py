@@ -1,4 +1,4 @@
-"""`icl import`: files that transcriptions of older code make become runs with the same predictions and tasks."""
+"""`icl import` converts files in the formats of older code into runs with the same predictions and tasks."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""`icl import --from raventos`: msgpack of Flax, its config.json, and JAX's random numbers."""
+"""`icl import --from raventos` reads Flax's msgpack files and their config.json, and reproduces JAX's random numbers."""
 
 import contextlib
 import json

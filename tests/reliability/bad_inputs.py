@@ -41,7 +41,7 @@ _CLEAN = ("AWS_", "WANDB_", "ICL_", "LOCAL_ROOT", "DEVICE")
 
 
 class _TooLong(BaseException):
-    """Raised when the time is up. It is no `Exception`, so that no command catches it."""
+    """Raised when the time is up. It is not an `Exception`, so that no command catches it."""
 
 
 class Outcome(NamedTuple):

@@ -71,7 +71,7 @@ class Trial(NamedTuple):
 
 
 class TooSlowError(BaseException):
-    """Raised in a use that computes for too long. It is no `Exception`, so that no command catches it."""
+    """Raised in a use that computes for too long. It is not an `Exception`, so that no command catches it."""
 
 
 def fuzz(

@@ -33,7 +33,7 @@ class Tables(NamedTuple):
     folder: Path
 
     def read(self, name: str, run: str | None = None) -> pd.DataFrame:
-        """Return a table, or only the rows of one run; empty if there is no such table."""
+        """Return a table, or only the rows of one run. If there is no such table, return an empty one."""
         file = self.folder / f"{name}.csv"
         if not file.is_file():
             return pd.DataFrame({"run": []})
