@@ -16,7 +16,7 @@ _MAX_STEPS = 8
 
 
 def expected_steps(config: RunConfig, step: int, status: Status | None = None) -> list[int]:
-    """Return the steps that must have a checkpoint. None of an imported run, which has those that its older code saved.
+    """Return the steps that must have a checkpoint. For an imported run there are none: it has those that its older code saved.
 
     Args:
         config: The run's settings.

@@ -282,7 +282,7 @@ class DropsAtMean:
             self.means, self.alive = self.means[num:], self.alive[num:]
 
     def _drop(self, i: int, means: Float[Tensor, "K P"]) -> Drop:
-        """Return the drop of checkpoint i, from its K chains that are alive."""
+        """Return the drop of checkpoint i, from the means of its K chains that are not masked."""
         num = len(means)
         if not num:
             return Drop()

@@ -188,7 +188,7 @@ def _autocovariance(draws: Float[ndarray, "K S"]) -> Float[ndarray, "K S"]:
 def _with_error(
     by_batch: Float[Tensor, " I"], by_chain: Float[Tensor, " K"], factor: float, are_all: bool, rounding: float
 ) -> Drop:
-    """Return the mean over batches with its error; the chains contribute `factor` times their variance."""
+    """Return the mean over batches with its error. To the error, the chains contribute `factor` times their variance."""
     num_chains, num_batches = len(by_chain), len(by_batch)
     chain_variance = factor * float(by_chain.var()) if num_chains > 1 else 0.0
     batch_variance = float(by_batch.var()) / num_batches if num_batches > 1 and not are_all else 0.0

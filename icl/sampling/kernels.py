@@ -214,7 +214,7 @@ def baoab_step(
     force = potential_gradient(state.position, state.anchor, grad, nbeta=nbeta, localization=localization)
     kicked = state.velocity.sub(force, alpha=h)
     velocity = (friction * kicked).add_(noise, alpha=(1 - friction**2) ** 0.5)
-    # Both half drifts in one: w + h (v before the noise + v after it) / 2.
+    # Make both half drifts at once: w + h (v before the noise + v after the noise) / 2.
     return state._replace(position=state.position.add(kicked.add_(velocity), alpha=h / 2), velocity=velocity)
 
 

@@ -84,7 +84,9 @@ def separable(powers: Sequence[int]) -> float:
 
 
 def reduced_rank(inputs: int, hidden: int, outputs: int, rank: int) -> float:
-    """Return lambda of reduced-rank regression: (outputs x hidden) (hidden x inputs) with a true map of rank `rank`.
+    """Return lambda of reduced-rank regression, if the true map has rank `rank`.
+
+    The model is the product of two matrices, one of shape (outputs, hidden) and one of shape (hidden, inputs).
 
     Source: Aoyagi and Watanabe (2005), main theorem.
 
@@ -121,7 +123,7 @@ def localized_reduced_rank_llc(inputs: int, hidden: int, outputs: int, *, nbeta:
     lowest = math.log(localization / max(nbeta, 1.0)) - 30 / (outputs - hidden + 1)  # the mass below it is e^-15
     log_x = torch.linspace(lowest, math.log(80 / localization), _POINTS[hidden], dtype=torch.float64)
     x = _grid(log_x, hidden).exp()  # P H
-    log_density = (outputs - hidden + 1) / 2 * x.log() - localization / 2 * x  # one power of x from d(log x)
+    log_density = (outputs - hidden + 1) / 2 * x.log() - localization / 2 * x  # includes one power of x from d(log x)
     log_density = (log_density - inputs / 2 * (nbeta * x + localization).log()).sum(1)
     first, second = torch.triu_indices(hidden, hidden, 1)
     repulsion = (x[:, first] - x[:, second]).abs().prod(1)

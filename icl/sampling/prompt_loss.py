@@ -1,7 +1,7 @@
 """The training loss of a run as the sampler's target: per position, with a fast gradient and reproducible minibatches.
 
 The loss is the mean squared error per target, not divided by D. It is a vector over the K positions, whose mean is the loss.
-The `subsequence` loss (Hoogland et al. 2024, calibration) is the mean error of the first K' targets with K' uniform on 1..K. We
+The `subsequence` loss (Hoogland et al. 2024, calibration) is the mean error of the first K' targets, with K' uniform on 1, ..., K. We
 take its expectation over K', which weights position k by the sum over K' >= k of 1 / (K K'). Their code draws one K' for each
 prompt, which adds noise but no information.
 

@@ -50,7 +50,7 @@ _LATER_RULES = (*LENGTH_RULES, *LR_RULES)  # the stages after the survey decide 
 SURVEY, RATES, CONFIRMATION = "nbeta, localization", "lr", "confirmation"
 """The stages of a search."""
 _SLOWER = 3
-"""Factor by which lr is reduced, and the chains are lengthened, in the stage `lr`."""
+"""Factor by which the stage `lr` reduces lr and lengthens the chains."""
 _MAX_DRAWS = 60
 """Largest number of draws of each chain in the survey."""
 _MAX_INIT_BATCHES = 256
@@ -65,8 +65,8 @@ each nbeta we try localization / nbeta = {", ".join(f"{x:g}" for x in RATIOS)} t
    friction c needs only (1 - c) / (1 + c) times as many moves.
 2. Plateau in nbeta: the estimate must agree with the estimate at the next smaller or larger nbeta and the same ratio (within
    {AGREEMENT[0]:g} standard errors or {AGREEMENT[1]:.0%}).
-3. Among the settings that pass 1 and 2, we choose those with the most healthy checkpoints. If several have equally many, we choose
-   the smallest ratio (most directions count), then the smallest nbeta (least noise).
+3. Among the settings that pass 1 and 2, we choose those with the largest number of healthy checkpoints. If several have the same
+   number, we choose the smallest ratio (most directions count), then the smallest nbeta (least noise).
 4. Plateau in lr, at the last checkpoint: the bias of the step size must be small. A third of lr, with chains three times as long,
    must give the same estimate within one joint standard error plus {PLATEAU:.0%}. If not, we test this third of lr in the same way.
 5. Burn-in: 1.5 times the number of moves that the chains' mean loss takes to reach its later level, but at least 1.5 times the
@@ -108,7 +108,7 @@ class SearchPoint(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """Settings with their estimates, one for each checkpoint. The estimate of the last checkpoint comes last."""
+    """Settings, and an estimate under them at each checkpoint. The estimate at the last checkpoint comes last."""
 
     point: SearchPoint
     results: list[LLCResult]
@@ -220,8 +220,8 @@ def _why_none(trials: Sequence[Trial], num_healthy: int) -> str:
     if num_beside <= len(trials) / 2:
         return reason
     return (
-        f"{reason} Under {num_beside} settings the checkpoint is not at a minimum, which no settings can change: "
-        "choose --steps so that the last checkpoint is at a minimum."
+        f"{reason} Under {num_beside} settings, the estimate shows that the checkpoint is not at a minimum, which no settings can "
+        "change: choose --steps so that the last checkpoint is at a minimum."
     )
 
 
