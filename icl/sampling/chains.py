@@ -3,11 +3,11 @@
 A member is one chain of one checkpoint (`icl.sampling.estimate`). Each member has its own generator, which is seeded from
 (seed, checkpoint key, chain) and used outside `vmap`. So its noise does not depend on the other members.
 
-Draw j is the state after `num_burnin_steps + j * thinning` moves. Its loss is measured on the minibatch of the next move, before
-this move. (So without burn-in, draw 0 is the checkpoint.) At each draw we also record the excess: the loss minus the checkpoint's
-loss on the same minibatch. This costs one more forward pass for each new minibatch, but most of the minibatch noise cancels.
-`icl.sampling.traces` lists the other numbers. At some draws (`NUM_TESTS`) we compute the probability that a Metropolis test would accept the next move. Then
-the loss at both ends of the move is measured on the minibatch of this draw.
+Draw j is the state after `num_burnin_steps + j * thinning` moves. (So without burn-in, draw 0 is the checkpoint.) We measure the
+draw's loss on the minibatch of the next move, before the chain moves. At each draw we also record the excess: the loss minus the
+checkpoint's loss on the same minibatch. This costs one more forward pass for each new minibatch, but most of the minibatch noise
+cancels. `icl.sampling.traces` lists the other numbers. At some draws (`NUM_TESTS`) we compute the probability that a Metropolis test
+would accept the next move. For this test, the loss at both ends of the move is measured on the draw's minibatch.
 """
 
 import time
