@@ -18,7 +18,7 @@ from icl.presets import preset
 from icl.runs.folder import RunError
 from icl.runs.metrics_file import MetricsFile
 from icl.training.data import PromptStream
-from icl.training.optimiser import PopulationAdam
+from icl.training.module import PopulationAdam
 
 ROOT = Path(__file__).parents[1]
 

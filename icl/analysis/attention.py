@@ -31,7 +31,7 @@ last saved step, one row for each pair of tokens. The mean patterns of all steps
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +44,7 @@ from torch.func import functional_call
 
 from icl import metrics
 from icl.analysis.prompts import PromptSettings, fixed_prompts, prompts_at_once
-from icl.analysis.run import Members, Result, as_table, over_checkpoints
+from icl.analysis.run import Members, Result, as_table, over_checkpoints, setting
 from icl.build import build_architecture
 from icl.config.validation import require_count
 from icl.metrics import Estimate
@@ -65,7 +65,7 @@ Row = dict[str, Any]
 class Settings(PromptSettings):
     """Options of `icl analyse RUN --what attention`."""
 
-    num_prompts: int = field(default=512, metadata={"help": "number of prompts"})
+    num_prompts: int = setting(512, "number of prompts")
 
     def __post_init__(self) -> None:
         require_count("num_prompts", self.num_prompts, 2)

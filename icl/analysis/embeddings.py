@@ -24,7 +24,7 @@ the last position of W_P, are never trained. Rows of the table, by `quantity`:
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl.analysis.run import Members, Result, as_table, over_checkpoints
+from icl.analysis.run import Members, Result, as_table, over_checkpoints, setting
 from icl.config.validation import require, require_number
 from icl.model.stacked import Params, unstack
 from icl.runs.measure import Entry, Measurement
@@ -47,10 +47,9 @@ Row = dict[str, Any]
 class Settings:
     """Options of `icl analyse RUN --what embeddings`."""
 
-    threshold: float = field(default=0.1, metadata={"help": "weights below this absolute value count as dead"})
-    spectrum_kept: float = field(
-        default=0.99,
-        metadata={"help": "share of the sum of squared singular values that the subspace of a matrix must cover"},
+    threshold: float = setting(0.1, "weights below this absolute value count as dead")
+    spectrum_kept: float = setting(
+        0.99, "share of the sum of squared singular values that the subspace of a matrix must cover"
     )
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ Rows of the table, by `quantity`:
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from torch.func import grad, vjp
 
 from icl import metrics, rng
 from icl.analysis.prompts import PromptSettings, fixed_prompts, prompts_at_once, require_multiple
-from icl.analysis.run import Members, Result, as_table, over_checkpoints
+from icl.analysis.run import Members, Result, as_table, over_checkpoints, setting
 from icl.compute.linalg import Products, Ritz, Trace, lanczos, ritz, trace
 from icl.config import ModelConfig
 from icl.config.validation import require_count
@@ -64,19 +64,12 @@ Row = dict[str, Any]
 class Settings(PromptSettings):
     """Options of `icl analyse RUN --what hessian`."""
 
-    num_prompts: int = field(
-        default=256, metadata={"help": f"number of prompts, in {NUM_BATCHES} batches; 1024 in Hoogland et al. 2024"}
+    num_prompts: int = setting(256, f"number of prompts, in {NUM_BATCHES} batches; 1024 in Hoogland et al. 2024")
+    num_steps: int = setting(40, "number of Lanczos steps; each costs one Hessian-vector product per batch")
+    num_probes: int = setting(
+        16, "number of random probes for the trace; each costs one Hessian-vector product per batch"
     )
-    num_steps: int = field(
-        default=40, metadata={"help": "number of Lanczos steps; each costs one Hessian-vector product per batch"}
-    )
-    num_probes: int = field(
-        default=16,
-        metadata={"help": "number of random probes for the trace; each costs one Hessian-vector product per batch"},
-    )
-    num_eigenvalues: int = field(
-        default=3, metadata={"help": "number of eigenvalues reported at each end of the spectrum"}
-    )
+    num_eigenvalues: int = setting(3, "number of eigenvalues reported at each end of the spectrum")
 
     def __post_init__(self) -> None:
         require_multiple("num_prompts", self.num_prompts, NUM_BATCHES)

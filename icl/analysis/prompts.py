@@ -1,11 +1,11 @@
 """Fixed prompts for analyses: the same at every saved step, and processed in parts that fit in memory."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from icl.analysis.run import Members
+from icl.analysis.run import Members, setting
 from icl.config.validation import require
 from icl.tasks.prompts import Distribution, Prompts, prompt_source
 
@@ -17,8 +17,8 @@ _NUMBERS_AT_ONCE = 1e8
 class PromptSettings:
     """Settings that several analyses share."""
 
-    distribution: Literal["pretrain", "true"] = field(
-        default="pretrain", metadata={"help": "tasks of the prompts: the run's M training tasks, or new tasks"}
+    distribution: Literal["pretrain", "true"] = setting(
+        "pretrain", "tasks of the prompts: the run's M training tasks, or new tasks"
     )
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 import torch
@@ -28,6 +28,9 @@ MEMBERS_AT_ONCE = 16
 """Largest number of checkpoints in one population."""
 MAX_PARAMETERS_AT_ONCE = 2_000_000
 """Largest number of parameters in one population. A single checkpoint may have more."""
+
+
+Value = TypeVar("Value")
 
 
 class Result(NamedTuple):
@@ -52,6 +55,11 @@ class Members(NamedTuple):
 
 Measure = Callable[[Members], list[Measurement]]
 """Function that returns one measurement for each member after the first `lead` members."""
+
+
+def setting(default: Value, text: str) -> Value:
+    """Return a field of an analysis's `Settings`: its default, and the help of its option."""
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 def find(name: str) -> Any:

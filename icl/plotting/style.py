@@ -1,4 +1,8 @@
-"""Common style of all figures: empty axes, axes of training steps, lines with bands, and saving."""
+"""Common style of all figures: colours, empty axes, axes of training steps, lines with bands, rows of tables, and saving.
+
+We use the palette of Okabe and Ito (2008), because colour-blind readers can distinguish its colours. A predictor has the
+same colour and line style in every figure.
+"""
 
 import io
 import warnings
@@ -7,14 +11,37 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import Bbox
 
 from icl.files.writing import write_atomically
 from icl.plotting.tidying import tidy
+
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+
+PREDICTORS: dict[str, dict[str, Any]] = {
+    "model": {"color": BLUE, "linestyle": "-", "linewidth": 2.2, "label": "transformer"},
+    "ridge": {"color": VERMILION, "linestyle": "--", "label": "ridge (Bayes for M = ∞)"},
+    "dmmse": {"color": GREEN, "linestyle": "-.", "label": "dMMSE (Bayes for the M tasks)"},
+    "ols": {"color": PURPLE, "linestyle": ":", "label": "OLS"},
+    "zero": {"color": BLACK, "linestyle": (0, (1, 1)), "linewidth": 1.0, "label": "zero"},
+}
+
+ORDERED = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, 256)), name="ordered")
+"""Colour map for ordered values such as steps: dark first. It ends before yellow, which is hard to see on white."""
 
 _RC_SETTINGS: dict[Any, Any] = {
     "figure.dpi": 110,
@@ -91,6 +118,11 @@ def finish_step_axes(axes: Axes, title: str, ylabel: str) -> None:
     axes.set_title(title, fontsize=10)
 
 
+def ordered_colours(count: int) -> list[Any]:
+    """Return `count` colours of `ORDERED`, for ordered objects such as layers or singular values."""
+    return [ORDERED(index / max(count - 1, 1)) for index in range(count)]
+
+
 def draw_band(
     axes: Axes,
     x: pd.Series | pd.Index,
@@ -130,6 +162,19 @@ def set_limits(axes: Axes, values: pd.Series, *, margin: float = 0.07) -> None:
 def write_in_middle(axes: Axes, text: str) -> None:
     """Write a text in the middle of empty axes, to say why they are empty."""
     axes.text(0.5, 0.5, text, ha="center", transform=axes.transAxes)
+
+
+def select(table: pd.DataFrame, **values: Any) -> pd.DataFrame:
+    """Return the rows in which every named column has the given value."""
+    is_chosen = pd.Series(True, index=table.index)
+    for column, value in values.items():
+        is_chosen &= table[column] == value
+    return table[is_chosen]
+
+
+def spread_indices(count: int, wanted: int) -> list[int]:
+    """Return up to `wanted` evenly spread indices below `count`, including the first and the last."""
+    return sorted({round(position) for position in np.linspace(0, count - 1, min(count, wanted))})
 
 
 def render_figure(figure: Figure, file_format: str = "png", *, origin: str = "") -> bytes:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from icl.config import flatten
 from icl.config.validation import ConfigError
-from icl.plotting.rows import select
+from icl.plotting.style import select
 from icl.presets import preset
 from icl.report.facts import RunFacts
 from icl.report.tables import Cell, count_verdicts, with_error

@@ -9,7 +9,7 @@ import pandas as pd
 from icl.config import flatten
 from icl.evaluation.sets import headlines
 from icl.plotting.curves import plot_curves
-from icl.plotting.rows import select
+from icl.plotting.style import select
 from icl.report.facts import SUBJECTS, RunFacts, Subject, subject_of
 from icl.report.findings import PREDICTORS, changed_settings, show_setting
 from icl.report.pictures import Picture, draw

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from icl.plotting.rows import spread_indices
+from icl.plotting.style import spread_indices
 
 VERDICTS = ("ok", "suspect", "invalid")
 MAX_SUMMARY = 24

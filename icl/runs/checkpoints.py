@@ -127,7 +127,8 @@ def load_checkpoint_file(path: str | Path) -> Checkpoint:
         run = path.parent.parent
         hint = f" `icl checkpoints {run} verify` lists all damaged files." if (run / "config.yaml").is_file() else ""
         raise CheckpointError(f"{error}{hint}") from None
-    remember_tasks(path.parent, checkpoint.config)
+    if checkpoint.config.task.imported_tasks is not None:
+        remember_tasks(path.parent, checkpoint.config)
     return checkpoint
 
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from icl.compute.calls import compiling_pays
-from icl.compute.step import AdamState, StepInfo, adam_state, make_step
+from icl.compute.step import AdamState, Step, StepInfo, adam_state, make_step
+from icl.config import OptimConfig
 from icl.config.schedules import rate_factor
 from icl.model.flat import layout_of
 from icl.model.stacked import Params, apply
 from icl.tasks.prompts import Prompts
 from icl.training.members import Member
-from icl.training.optimiser import PopulationAdam
 from icl.training.rounding import describe_changes, rounding_conditions
 
 
@@ -72,7 +72,7 @@ class PopulationModule(pl.LightningModule):
         """Return the learning rate of an update. Update s, counted from 1, leads from step s - 1 to step s."""
         return self.config.optim.lr * self._factor(update - 1)
 
-    def configure_optimizers(self) -> PopulationAdam:
+    def configure_optimizers(self) -> "PopulationAdam":
         """Return Adam with the step for this device and these processes."""
         step = make_step(
             self.config.model,
@@ -168,3 +168,44 @@ class PopulationModule(pl.LightningModule):
         self.num_summed += 1
         if self.config.optim.grad_clip is not None:
             self.num_clipped += info.norms > self.config.optim.grad_clip
+
+
+class PopulationAdam(torch.optim.Optimizer):
+    """Adam for N members whose parameters are the rows of one matrix, with the interface of a PyTorch optimiser.
+
+    Loss, gradient, clipping and update are one function of tensors (`icl.compute.step`), so that a step can be compiled as one graph.
+    Therefore `step` takes prompts instead of gradients. Everything else is as in `torch.optim.Adam`: the parameter group has the rate
+    of the next update, and the state has the moments and the number of updates.
+    """
+
+    def __init__(self, rows: Tensor, adam: AdamState, function: Step, settings: OptimConfig) -> None:
+        """Wrap a function that makes one step.
+
+        Args:
+            rows: The parameters (N, P), a leaf tensor.
+            adam: The same parameters without gradient, with Adam's moments and count. Every step changes it in place.
+            function: Function that makes one optimiser step.
+            settings: Adam's betas and eps, for the parameter group.
+        """
+        betas = (settings.beta1, settings.beta2)
+        super().__init__([rows], {"lr": settings.lr, "betas": betas, "eps": settings.eps})
+        self.state[rows] = {"step": adam.count, "exp_avg": adam.exp_avg, "exp_avg_sq": adam.exp_avg_sq}
+        self._adam, self._function = adam, function
+        self._rates = adam.rows.new_zeros(len(rows))  # N; a tensor, because a new number would recompile the step
+
+    def step(self, closure: Any = None, *, prompts: Prompts) -> StepInfo:  # type: ignore[override]
+        """Update every member once on its prompts, with the learning rate of the parameter group.
+
+        Args:
+            closure: Not used. Lightning passes a closure that does nothing.
+            prompts: Inputs (N, B, K, D) and targets (N, B, K) of every member.
+        """
+        self._rates.fill_(self.param_groups[0]["lr"])
+        return self._function(self._adam, prompts.xs, prompts.ys, self._rates)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return only the parameter group. The moments are buffers of the module, which saves them."""
+        return super().state_dict() | {"state": {}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing: the module loads the moments, and sets the rate from the step."""

@@ -20,8 +20,7 @@ from icl.runs.metrics_file import MetricsFile
 from icl.tasks.prompts import sample_prompts
 from icl.training.data import PromptDataModule
 from icl.training.members import Member
-from icl.training.module import PopulationModule
-from icl.training.optimiser import PopulationAdam
+from icl.training.module import PopulationAdam, PopulationModule
 from icl.training.run import NonFiniteLossError, train
 from icl.training.trainer import make_trainer
 

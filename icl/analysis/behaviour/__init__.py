@@ -31,7 +31,7 @@ step, `lower` and `upper` are saved steps before and after it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from icl.analysis.behaviour import ood_curves, task_vectors
 from icl.analysis.behaviour.findings import findings, summary
 from icl.analysis.behaviour.ood_curves import CurveSettings
 from icl.analysis.prompts import fixed_prompts
-from icl.analysis.run import Members, Result, as_table, over_checkpoints
+from icl.analysis.run import Members, Result, as_table, over_checkpoints, setting
 from icl.config import RunConfig
 from icl.config.validation import require, require_count
 from icl.evaluation.sets import EvaluationSet, evaluate_predictions, evaluation_set, predict_prompts
@@ -69,10 +69,8 @@ Baseline = Callable[[Tensor, Tensor], Tensor]
 class StepSettings:
     """Settings of the measurements at every saved step. If they change, all steps are measured again."""
 
-    num_prompts: int = field(default=1024, metadata={"help": "number of prompts in each set"})
-    num_probe_prompts: int = field(
-        default=64, metadata={"help": "number of prompts in each set that are used for the task vectors"}
-    )
+    num_prompts: int = setting(1024, "number of prompts in each set")
+    num_probe_prompts: int = setting(64, "number of prompts in each set that are used for the task vectors")
 
     def __post_init__(self) -> None:
         limits = f"from 2 to `num_prompts` = {self.num_prompts}"
@@ -84,9 +82,7 @@ class StepSettings:
 class Settings(StepSettings, CurveSettings):
     """Options of `icl analyse RUN --what behaviour`."""
 
-    num_ood_steps: int = field(
-        default=8, metadata={"help": "number of saved steps at which inputs and tasks are multiplied by every g"}
-    )
+    num_ood_steps: int = setting(8, "number of saved steps at which inputs and tasks are multiplied by every g")
 
     def __post_init__(self) -> None:
         StepSettings.__post_init__(self)

@@ -18,7 +18,7 @@ the same for all g.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl import metrics
+from icl.analysis.run import setting
 from icl.config.validation import require, require_count
 from icl.evaluation.sets import Predict, predict_prompts
 from icl.metrics import Estimate
@@ -44,10 +45,8 @@ Row = dict[str, Any]
 class CurveSettings:
     """Settings of the curves against the multiplier g. If they change, the curves are computed again."""
 
-    num_scales: int = field(
-        default=100, metadata={"help": "number of multipliers g of inputs and tasks; 0 computes no curves"}
-    )
-    num_ood_prompts: int = field(default=64, metadata={"help": "number of prompts at each multiplier"})
+    num_scales: int = setting(100, "number of multipliers g of inputs and tasks; 0 computes no curves")
+    num_ood_prompts: int = setting(64, "number of prompts at each multiplier")
 
     def __post_init__(self) -> None:
         is_valid = self.num_scales == 0 or self.num_scales >= 2

@@ -20,7 +20,7 @@ standard errors of 0. It is also `suspect` if there are fewer than `FEW_GROUPS` 
 """
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,7 +34,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from icl.analysis.diversity_fit.points import FEATURES, MODEL, FitError, read_points
-from icl.analysis.run import Result
+from icl.analysis.run import Result, setting
 from icl.config.validation import require
 
 MIN_GROUPS = 4
@@ -51,23 +51,16 @@ _MUCH_NOISE = 0.1
 class Settings:
     """Options of `icl analyse --what diversity`."""
 
-    model_type: Literal["linear", "ridge", "lasso"] = field(default="linear", metadata={"help": "kind of regression"})
-    target: str = field(
-        default="true", metadata={"help": "distribution whose loss is predicted: true (new tasks), or a shift"}
+    model_type: Literal["linear", "ridge", "lasso"] = setting("linear", "kind of regression")
+    target: str = setting("true", "distribution whose loss is predicted: true (new tasks), or a shift")
+    features: str = setting(
+        "auto",
+        f"comma-separated list from {', '.join(FEATURES)}; auto takes as many features from the start of this "
+        "list as the number of values of M allows",
     )
-    features: str = field(
-        default="auto",
-        metadata={
-            "help": f"comma-separated list from {', '.join(FEATURES)}; auto takes as many features from the start of this "
-            "list as the number of values of M allows"
-        },
-    )
-    steps: Literal["last", "all"] = field(
-        default="last", metadata={"help": "saved steps of each M that enter the fit: the last one, or all"}
-    )
-    infinite: Literal["leave_out", "next"] = field(
-        default="leave_out",
-        metadata={"help": "models with M = inf: left out of the fit, or placed an octave above the largest finite M"},
+    steps: Literal["last", "all"] = setting("last", "saved steps of each M that enter the fit: the last one, or all")
+    infinite: Literal["leave_out", "next"] = setting(
+        "leave_out", "models with M = inf: left out of the fit, or placed an octave above the largest finite M"
     )
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ Rows of the table, by `quantity`:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ from icl.analysis.essential_dynamics.trajectories import (
     references,
     require_comparable,
 )
-from icl.analysis.run import Result, as_table
+from icl.analysis.run import Result, as_table, setting
 from icl.config.validation import require, require_count, require_number
 from icl.runs.checkpoints import checkpoint_files
 from icl.runs.folder import run_of
@@ -69,11 +69,9 @@ TableRow = dict[str, Any]
 class Settings(StateSettings):
     """Options of `icl analyse RUN --what essential-dynamics`."""
 
-    jointly_with: str | None = field(
-        default=None, metadata={"help": "further runs that share one PCA, separated by commas: RUN2,RUN3"}
-    )
-    num_components: int = field(default=4, metadata={"help": "number of principal components in the table"})
-    bandwidth: float = field(default=0.15, metadata={"help": "minimum width of the smoothing kernel, in ln(step + 1)"})
+    jointly_with: str | None = setting(None, "further runs that share one PCA, separated by commas: RUN2,RUN3")
+    num_components: int = setting(4, "number of principal components in the table")
+    bandwidth: float = setting(0.15, "minimum width of the smoothing kernel, in ln(step + 1)")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,7 @@ checkpoints of 163,840 features it would take 6.6 GB. Only a few copies of the i
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from icl import baselines
 from icl.analysis.gradients.weights import mean_gradient
-from icl.analysis.run import Members, over_checkpoints
+from icl.analysis.run import Members, over_checkpoints, setting
 from icl.config import ModelConfig, RunConfig
 from icl.config.validation import ConfigError, require, require_count
 from icl.evaluation.sets import predict_prompts
@@ -70,23 +70,15 @@ HAS_WEIGHTS_SHAPE: tuple[State, ...] = ("weights", "gradients", "first_moment", 
 class StateSettings:
     """Definition of a state. If these settings change, states are computed again."""
 
-    state: State = field(
-        default="outputs",
-        metadata={
-            "help": "state of the model: predictions for fixed prompts, whole outputs at all tokens, weights, gradient of "
-            "the loss on the prompts, or a moment of Adam (only for runs trained with checkpoints.moments)"
-        },
+    state: State = setting(
+        "outputs",
+        "state of the model: predictions for fixed prompts, whole outputs at all tokens, weights, gradient of "
+        "the loss on the prompts, or a moment of Adam (only for runs trained with checkpoints.moments)",
     )
-    distribution: Literal["true", "pretrain", "first_task"] = field(
-        default="true",
-        metadata={
-            "help": "tasks of the prompts: new tasks, the run's M training tasks, or the first task of every pool"
-        },
+    distribution: Literal["true", "pretrain", "first_task"] = setting(
+        "true", "tasks of the prompts: new tasks, the run's M training tasks, or the first task of every pool"
     )
-    num_prompts: int = field(
-        default=512,
-        metadata={"help": "number of fixed prompts; above about 16, more prompts hardly change the results"},
-    )
+    num_prompts: int = setting(512, "number of fixed prompts; above about 16, more prompts hardly change the results")
 
     def __post_init__(self) -> None:
         require_count("num_prompts", self.num_prompts, 1)

@@ -16,7 +16,7 @@ be more than half of the variance.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from icl import metrics
 from icl.analysis.gradients import data as data_gradients
 from icl.analysis.gradients import weights as weight_gradients
 from icl.analysis.prompts import PromptSettings, fixed_prompts, require_multiple
-from icl.analysis.run import Members, Result, as_table, over_checkpoints
+from icl.analysis.run import Members, Result, as_table, over_checkpoints, setting
 from icl.config import RunConfig
 from icl.config.validation import require_count
 from icl.metrics import Estimate
@@ -47,22 +47,13 @@ Row = dict[str, Any]
 class Settings(PromptSettings):
     """Options of `icl analyse RUN --what gradients`."""
 
-    num_prompts: int = field(
-        default=1024, metadata={"help": "number of prompts for the gradients with respect to the weights"}
+    num_prompts: int = setting(1024, "number of prompts for the gradients with respect to the weights")
+    num_batches: int = setting(32, "number of batches into which the num_prompts prompts are split")
+    num_compared_tasks: int = setting(8, "number of tasks whose gradients are compared; 0 compares none")
+    num_task_prompts: int = setting(
+        128, f"number of prompts for each of the compared tasks, split into {TASK_BATCHES} batches"
     )
-    num_batches: int = field(
-        default=32, metadata={"help": "number of batches into which the num_prompts prompts are split"}
-    )
-    num_compared_tasks: int = field(
-        default=8, metadata={"help": "number of tasks whose gradients are compared; 0 compares none"}
-    )
-    num_task_prompts: int = field(
-        default=128,
-        metadata={"help": f"number of prompts for each of the compared tasks, split into {TASK_BATCHES} batches"},
-    )
-    num_data_prompts: int = field(
-        default=2048, metadata={"help": "number of prompts for the gradients with respect to the data distribution"}
-    )
+    num_data_prompts: int = setting(2048, "number of prompts for the gradients with respect to the data distribution")
 
     def __post_init__(self) -> None:
         require_count("num_batches", self.num_batches, 3)

@@ -29,14 +29,14 @@ Rows of the table, by `quantity`. Column `at` has a step. Column `log_stderr` ha
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from icl.analysis.run import Result, as_table
+from icl.analysis.run import Result, as_table, setting
 from icl.analysis.stages.agreement import RunBoundary, agree, step_text
 from icl.analysis.stages.signals import Signal, SignalSettings, Verdict, mirrors_loss, read_signals
 from icl.analysis.stages.smoothing import Curve, SmoothedSignal, fit
@@ -54,24 +54,17 @@ TableRow = dict[str, Any]
 class Settings(SignalSettings):
     """Options of `icl analyse RUN --what stages`."""
 
-    llc_settings: str | None = field(
-        default=None,
-        metadata={
-            "help": "which estimates of llc.csv to use: a value of its column settings or mode; default: the settings with the most usable estimates"
-        },
+    llc_settings: str | None = setting(
+        None,
+        "which estimates of llc.csv to use: a value of its column settings or mode; default: the settings with the most usable estimates",
     )
-    worst_llc: Verdict = field(
-        default="suspect", metadata={"help": "worst verdict with which an LLC estimate is still used"}
+    worst_llc: Verdict = setting("suspect", "worst verdict with which an LLC estimate is still used")
+    tolerance: float = setting(
+        0.25, "largest distance, in ln(step + 1), at which boundaries in two signals count as one"
     )
-    tolerance: float = field(
-        default=0.25,
-        metadata={"help": "largest distance, in ln(step + 1), at which boundaries in two signals count as one"},
-    )
-    least_change: float = field(
-        default=0.01, metadata={"help": "minimum change of a signal within a stage, as a share of its range"}
-    )
-    shortest: float = field(default=0.25, metadata={"help": "minimum length of the smoothing kernel, in ln(step + 1)"})
-    longest: float = field(default=1.0, metadata={"help": "maximum length of the smoothing kernel, in ln(step + 1)"})
+    least_change: float = setting(0.01, "minimum change of a signal within a stage, as a share of its range")
+    shortest: float = setting(0.25, "minimum length of the smoothing kernel, in ln(step + 1)")
+    longest: float = setting(1.0, "maximum length of the smoothing kernel, in ln(step + 1)")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,7 @@ The LLC is nbeta (E[L] - L(w0)). If E[L] hardly moves while L(w0) does, the LLC 
 independent signal (`mirrors_loss`). The published curve is an example up to step 46,000, because its chains left the basin.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from icl.analysis.run import Members, over_checkpoints
+from icl.analysis.run import Members, over_checkpoints, setting
 from icl.config.validation import require, require_count
 from icl.evaluation.sets import evaluate, evaluation_set
 from icl.files.reading import ContentError
@@ -63,9 +63,8 @@ class Signal(NamedTuple):
 class SignalSettings:
     """Settings of signals that are computed from checkpoints."""
 
-    num_prompts: int = field(
-        default=1024,
-        metadata={"help": "number of prompts for the loss, which is computed only if no table of the run contains it"},
+    num_prompts: int = setting(
+        1024, "number of prompts for the loss, which is computed only if no table of the run contains it"
     )
 
     def __post_init__(self) -> None:
