@@ -11,8 +11,8 @@ The mean of c_B over the pool is zero. So if every minibatch of the pool is equa
 control variate of the excess is used only if minibatches are drawn with replacement; in passes through a list, c_B averages to zero
 by itself. Without a fixed pool, gbar would have an error that distorts the density. So in this case we use no control variates.
 
-The gradients at w0 are computed once, before the chains. This is done only if the gradients need at most `MEMORY` bytes, and if the
-number of minibatches in the pool is at most half of the number of moves of all chains of a checkpoint.
+The gradients at w0 are computed once, before the chains. There are two conditions: the gradients must need at most `MEMORY` bytes, and
+the pool must have at most half as many minibatches as all chains of a checkpoint make moves.
 
 **One step down the gradient** (`GradientStep`). One half of the batches gives the mean gradient g and the curvature along g (by a
 finite difference of gradients). On this half we also choose the best of four multiples (`STEPS`) of the localised Newton step, which

@@ -9,8 +9,8 @@ once. A finite iterable starts over when it ends.
 
 - A shuffling DataLoader draws from torch's global generator. So in pass e, we read batches with a state of the generator that
   depends only on (seed, e). Afterwards we restore the caller's state.
-- If the number of chains and the number of batches have a common factor, each chain would see only a few of the batches, and would
-  sample the posterior of these few. So we skip one batch each time that the assignment would repeat.
+- Suppose that the number of chains and the number of batches have a common factor. Then each chain would see only some of the
+  batches, and would sample the posterior of these. So we skip one batch each time that the assignment would repeat.
 """
 
 import hashlib

@@ -3,10 +3,10 @@
 **The bias of the step size.** In d dimensions the sampled density exp(-U) has E[(w - w0) . grad U] = d (integration by parts; the
 equipartition theorem, and the Langevin-Stein operator of Gorham and Mackey 2015 applied to w - w0). The left side is
 pull + spread. A large step or a noisy gradient makes it larger than d. Stationarity of |w - w0|^2 under moves of step size lr gives
-pull + spread = d + (lr / 4) E|grad U|^2, with the gradient on the minibatch (for a preconditioner G, in the metric of G). One part of
-the second term, (lr / 4) localization^2 |w - w0|^2, comes from the localization alone. It is also present in flat directions and is
-harmless. Half of the remaining part is `bias_bound`. It has little noise, and it is valid even if some directions are not in
-equilibrium.
+pull + spread = d + (lr / 4) E|grad U|^2. Here the gradient is that on the minibatch. With a preconditioner G, its norm is in the
+metric of G. One part of the second term, (lr / 4) localization^2 |w - w0|^2, comes from the localization alone. This part is also
+present in flat directions, and is harmless. Half of the remaining part is `bias_bound`. It has little noise, and it is valid even if
+some directions are not in equilibrium.
 
 On quadratics, `baoab` has no bias from the step size, only from minibatch noise. Its `bias_bound` is half of what the noise adds to
 pull + spread in directions of small curvature: lr / 8 (1 + c) / (1 - c) times the variance of nbeta grad L over minibatches
