@@ -58,7 +58,7 @@ DOCUMENTED = [
 
 
 def command(tmp_path: Path, config: RunConfig = QUICK, *words: str) -> list[str]:
-    """The words that run the experiment with M = 2, 4, inf below a temporary folder."""
+    """Return the words that run the experiment with M = 2, 4, inf below a temporary folder."""
     settings = flatten(config.to_dict())
     for key in ("task.num_tasks", "run_name", "population.seeds", "population.num_tasks"):
         settings.pop(key, None)
@@ -77,7 +77,7 @@ def states(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
-    """The folder of an experiment that has been run once, and what it said; tests leave it as it is."""
+    """Return the folder of a finished experiment, and its output. Tests do not change the folder."""
     folder = tmp_path_factory.mktemp("finished")
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
@@ -102,7 +102,7 @@ def is_training(folder: Path) -> bool:
 
 
 def assert_as_trained_alone(base: Path, config: RunConfig, elsewhere: Path, labels: Sequence[str]) -> None:
-    """The runs of an experiment have the weights and rows of the same runs by themselves."""
+    """Check that the runs of an experiment have the same weights and rows as the same runs trained alone."""
     for label in labels:
         folder = find_runs(base)[label]
         own = change(config, task={"num_tasks": math.inf if label == "inf" else int(label)})
@@ -309,7 +309,7 @@ def test_two_processes_cannot_hold_one_experiment(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_lost_terminal_changes_nothing_and_sigterm_saves_for_the_same_command(tmp_path, monkeypatch):
-    """The terminal goes while M = 2 trains; SIGTERM comes while M = 4 does."""
+    """The terminal is lost while M = 2 trains, and SIGTERM arrives while M = 4 trains."""
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # as in this process: sums depend on it
     words, base = command(tmp_path, SLOW), tmp_path / "base"
     terminal, end = pty.openpty()

@@ -31,7 +31,7 @@ def refuse(number: int):
 
 
 def refuse_folders(number: int):
-    """An `os.fsync` that takes files only."""
+    """Return an `os.fsync` that accepts only files."""
     plain = os.fsync
 
     def fsync(descriptor: int) -> None:

@@ -125,7 +125,7 @@ def test_a_config_of_a_later_version_is_refused_in_a_sentence(store):
 
 
 def with_about(path, change):
-    """Write a checkpoint's file again with another description of itself."""
+    """Write a checkpoint's file again, with another description of its content."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])

@@ -70,7 +70,7 @@ def test_the_entry_as_version_0_1_0_kept_it_goes(cache):
 
 
 def wrong_contents(text: str):
-    """Ways in which the first file can be wrong, by name; a digest alone does not make it right."""
+    """Return faulty contents of the JSON file, by name. Even with a matching digest, they must be refused."""
     content = json.loads(text)
     yield "empty", ""
     yield "short", text[: len(text) // 2]
@@ -103,7 +103,7 @@ def test_a_damaged_entry_counts_as_none(cache):
 
 
 def forged(cache: Cache, **changes) -> None:
-    """Write the first file with other content and the digest that fits it, as a stranger could."""
+    """Write the JSON file with other content and a matching digest, as a stranger could."""
     from icl.runs.measure import _digest
 
     content = json.loads((cache.folder / "step-000000060.json").read_text()) | changes

@@ -43,7 +43,7 @@ def test_a_chain_that_is_continued_from_its_state_is_one_that_was_never_stopped(
 
 
 def moments(friction, lr, *, gradient_deviation=0.0, num_chains=4000, num_moves=400):
-    """Mean square of positions on U = w^2 / 2 and its standard error, over independent chains from their stationary density."""
+    """Return the mean square of positions on U = w^2 / 2 and its standard error, over independent chains from the stationary density."""
     generator = torch.Generator().manual_seed(1)
 
     def normals():
@@ -61,7 +61,7 @@ def moments(friction, lr, *, gradient_deviation=0.0, num_chains=4000, num_moves=
 @pytest.mark.parametrize("friction", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("lr", [0.1, 1.0, 3.0])
 def test_the_stationary_variance_on_a_quadratic_is_exact_at_every_step(friction, lr):
-    """SGLD's would be 1 / (1 - lr / 4), four times too large at the last step."""
+    """The variance of SGLD would be 1 / (1 - lr / 4), four times too large at the last step size."""
     variance, stderr = moments(friction, lr)
     assert variance == pytest.approx(1.0, abs=4 * stderr)
     assert stderr < 0.03
@@ -79,7 +79,7 @@ def test_gradient_noise_adds_what_the_formula_says(friction, lr):
 
 @pytest.mark.parametrize("friction", [0.0, 0.7])
 def test_the_exponential_of_the_shadow_work_averages_to_one(friction):
-    """From equilibrium, by the fluctuation theorem (Crooks 1999), for any U: here w^4 / 4 + w^2 / 2."""
+    """In equilibrium this holds for any U, by the fluctuation theorem (Crooks 1999). Here U = w^4 / 4 + w^2 / 2."""
     num, lr = 200_000, 0.25
     grid = torch.linspace(-5, 5, 20_001, dtype=torch.float64)
     density = (-(grid**4) / 4 - grid**2 / 2).exp().cumsum(0)
@@ -109,7 +109,7 @@ NUM_BATCHES = 24
 
 
 def regression(batch_size=8, p=5):
-    """Linear regression on a fixed pool of minibatches, away from its minimum; the loss is that of the whole pool."""
+    """Return a linear regression on a fixed pool of minibatches, started at the minimum of the whole pool, and its Hessian's eigenvalues."""
     generator = torch.Generator().manual_seed(0)
     xs = torch.randn(NUM_BATCHES, batch_size, p, generator=generator, dtype=torch.float64)
     ys = xs @ torch.ones(p, dtype=torch.float64) + 0.5 * torch.randn(
@@ -174,7 +174,10 @@ def test_there_are_no_variates_without_a_pool_that_pays(changes, batches):
 
 @pytest.mark.slow
 def test_an_estimate_with_variates_agrees_with_the_truth_and_one_without_is_too_hot():
-    """The residual noise, of the minibatches' curvatures, is in the bound; a list that is dealt in passes has a little less."""
+    """The bias bound includes the remaining noise, which is due to the minibatches' curvatures.
+
+    For a list of batches that chains go through in passes, this noise is slightly smaller.
+    """
     loss, params, batches, h = regression(batch_size=64)
     truth = known.quadratic_llc(h, nbeta=100.0, localization=5.0)
     order = torch.randint(NUM_BATCHES, (16, 1000), generator=torch.Generator().manual_seed(0))
@@ -195,7 +198,7 @@ def test_an_estimate_with_variates_agrees_with_the_truth_and_one_without_is_too_
 
 @pytest.mark.slow
 def test_noise_is_bounded_by_the_measured_bias():
-    """The gradient's noise is known here: w . (mean of 1 normal of variance 4), so the bound is too."""
+    """The gradient noise is known here: w times the mean of one normal variable of variance 4. So the bound is known, too."""
 
     def loss(params, batch):
         return params["w"].square().sum() / 2 + (batch * params["w"]).sum()

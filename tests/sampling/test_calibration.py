@@ -23,13 +23,13 @@ from icl.sampling.verdict import Judgement
 
 
 def few_settings(patch):
-    """Two nbetas and one ratio, at which chains have 20 moves of burn-in."""
+    """Search only two values of nbeta and one ratio, for which chains have 20 moves of burn-in."""
     patch.setattr(search, "NBETAS", (300.0, 1000.0))
     patch.setattr(search, "RATIOS", (0.1,))
 
 
 def always_ok(patch, seen):
-    """Every estimate is ok and within its error of every other; settings and steps of each population are noted."""
+    """Make every estimate `ok` and all estimates agree. Record the settings and the steps of each population."""
     true = calibration.estimate_grid
 
     def ok(checkpoints, samplers, *arguments, **keywords):
@@ -46,7 +46,7 @@ def always_ok(patch, seen):
 
 
 def counting(patch, counted):
-    """How many chains' gradients were taken, and which minibatches were asked for."""
+    """Count the gradients of chains, and record which minibatches were requested."""
     true = calibration.prompt_target
 
     def target_of(*arguments, **keywords):
@@ -66,7 +66,7 @@ def counting(patch, counted):
 
 
 def noting_ends(patch, ends):
-    """The moves that each bar ended with, and those that it was to have."""
+    """Record the number of moves at which each progress bar ended, and its expected number."""
     true = calibration.move_bar
 
     @contextlib.contextmanager
@@ -80,7 +80,7 @@ def noting_ends(patch, ends):
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    """A calibration at two checkpoints, and what it did."""
+    """Return a calibration at two checkpoints, and a record of what it did."""
     folder = make_run(tmp_path_factory.mktemp("watched") / "tiny", steps=(0, 20, 30))
     seen = SimpleNamespace(populations=[], counted={"chains": 0, "batches": 0}, ends=[], told=[])
     with pytest.MonkeyPatch.context() as patch:
@@ -104,7 +104,10 @@ def test_the_survey_is_one_population_and_what_concerns_the_last_checkpoint_is_s
 
 
 def test_no_gradient_and_no_minibatch_is_made_twice(watched):
-    """By hand: a move takes a gradient, and up to 16 draws one more (MALA); settings and checkpoints share minibatches."""
+    """The expected count: each move needs a gradient, and up to 16 draws need one more (MALA).
+
+    All settings and checkpoints share their minibatches.
+    """
     chosen = watched.found.chosen
     moves = (20 + 4, 20 + 4, 60 + 12, chosen.num_burnin_steps + chosen.num_draws)
     acceptances = (4, 4, 12, -(-chosen.num_draws // -(-chosen.num_draws // 16)))
@@ -152,13 +155,13 @@ def test_the_choice_is_confirmed_by_chains_that_it_was_not_chosen_by(watched):
 
 
 def calibrated_again(watched):
-    """What the chosen settings give under the search's own seed."""
+    """Return the estimate under the chosen settings with the search's own seed."""
     return [row["llc"] for row in estimate_run(watched.folder.path, watched.found.chosen).table.to_dict("records")[1:]]
 
 
 @pytest.mark.slow
 def test_an_interrupted_calibration_continues_after_the_last_finished_settings(tmp_path, monkeypatch):
-    """It ends with the table of one that was never interrupted, and makes no finished estimate again."""
+    """The resumed calibration makes the same table as an uninterrupted one, and repeats no finished estimate."""
     few_settings(monkeypatch)
     for module in (calibration, search):
         monkeypatch.setattr(module, "is_healthy", lambda result, but=(): True)

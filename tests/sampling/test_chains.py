@@ -56,7 +56,7 @@ def same(one, other, tolerance=1e-10):
 
 
 def numbers(result):
-    """The evidence as a dict, without what is not set."""
+    """Return the evidence as a dict, without the values that are not set."""
     evidence = {field.name: getattr(result, field.name) for field in dataclasses.fields(Evidence)}
     return {name: value for name, value in evidence.items() if value is not None}
 
@@ -66,7 +66,7 @@ def numbers(result):
 
 @pytest.mark.parametrize("kernel", ["sgld", "rmsprop", "baoab"])
 def test_one_at_a_time_and_in_small_chunks_give_the_draws_of_all_at_once(model, kernel):
-    """In float64 to rounding; memory for one byte runs members singly, through vmap all the same."""
+    """The draws agree in float64 up to rounding. With memory for one byte, members run one at a time, still by vmap."""
     together = estimate(model, kernel=kernel)
     assert same(together, estimate(model, kernel=kernel, vectorize=False))
     assert same(together, estimate(model, kernel=kernel, memory=1.0))
@@ -103,7 +103,7 @@ def test_an_injected_gradient_takes_the_place_of_the_default(model):
 
 @pytest.mark.slow
 def test_a_checkpoint_under_several_settings_is_as_it_would_be_under_each_alone(model):
-    """Corner by corner the same minibatches and noise, whatever chunks they are run in."""
+    """Each setting sees the same minibatches and noise, whatever the size of the chunks."""
     loss, params = module_loss(model, nn.functional.mse_loss)
     moved = {name: tensor + 0.1 for name, tensor in params.items()}
     corners = [{"lr": 1e-3}, {"lr": 1e-3, "nbeta": 500.0}, {"lr": 1e-4, "localization": 50.0}]
@@ -131,7 +131,7 @@ def test_settings_that_run_together_are_of_one_length(model):
 
 
 def test_draws_follow_burnin_and_thinning(model):
-    """Every move of an unthinned run is a draw of the thinned one or burn-in, and the first is the checkpoint's loss."""
+    """Every move of an unthinned run is either burn-in or a draw of the thinned run. The first loss is the checkpoint's."""
     every = estimate(model, num_burnin_steps=0, num_draws=20)
     some = estimate(model, num_burnin_steps=5, num_draws=4, thinning=3)
     assert torch.equal(some.burnin_trace, every.loss_trace[:, :5])
@@ -163,7 +163,7 @@ def test_a_function_is_asked_for_each_chain_and_move(model):
 
 
 class Once:
-    """An iterable without length or index; each pass draws from the global generator, as a shuffling loader does."""
+    """An iterable without length or index. Each pass draws from the global generator, as a shuffling loader does."""
 
     def __init__(self, items):
         self.items = items
@@ -193,14 +193,14 @@ def test_a_shuffling_loader_gives_the_same_however_chains_are_grouped(model):
 
 
 def dealt(batches, *, num_chains, num_draws):
-    """What every chain meets, in order."""
+    """Return the batches that each chain gets, in order."""
     source = batch_function(batches, num_chains=num_chains, seed=0)
     rows = [[source(chain, draw) for chain in range(num_chains)] for draw in range(num_draws)]
     return list(zip(*rows, strict=True))
 
 
 class Again:
-    """An iterable that can be read again and has no length."""
+    """An iterable without length that can be read repeatedly."""
 
     def __init__(self, items):
         self.items = items
@@ -265,7 +265,7 @@ def test_nothing_that_the_caller_lends_is_changed(model):
 
 
 def moved_entries(restrict, model):
-    """Which entries ever differ from the checkpoint, seen by a loss that looks at its parameters one chain at a time."""
+    """Return which elements ever differ from the checkpoint. A loss that looks at its parameters, one chain at a time, records them."""
     criterion = nn.functional.mse_loss
     loss, params = module_loss(model, criterion)
     moved = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in params.items()}

@@ -43,7 +43,7 @@ def test_every_parameter_is_in_exactly_one_layer(config):
 
 
 def test_heads_that_change_places_leave_the_function_as_it_is():
-    """So the masks are those of whole heads, and of no more than heads."""
+    """This shows that the masks cover whole heads, and nothing else."""
     model, params = build_model(BIASED).double(), params_of(BIASED)
     first, second = (component_masks(BIASED.model, params, name) for name in ("L1H0", "L1H3"))
     assert set(first) == {f"blocks.1.attention.{name}" for name in ("qkv.weight", "qkv.bias", "output.weight")}
@@ -74,7 +74,7 @@ def run(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_component_moves_alone(run):
-    """Its chains have as many dimensions as it has parameters; their noise is not that of the whole model's chains."""
+    """The chains have as many dimensions as the component has parameters. Their noise differs from that of the whole model's chains."""
     last = dataclasses.replace(QUICK, steps="last")
     whole = estimate_run(run.path, last).table
     records = {name: estimate_run(run.path, last, component=name).records[-1] for name in ("embedding", "L0H0")}

@@ -9,7 +9,7 @@ from icl.sampling import convergence
 
 
 def ar1(r, num_chains=8, num_draws=2000, seed=0):
-    """Stationary chains with lag-1 correlation r and unit variance."""
+    """Return stationary chains with lag-1 correlation r and unit variance."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((num_chains, num_draws))
     for t in range(1, num_draws):
@@ -29,7 +29,7 @@ CHAINS = {
 
 @pytest.mark.parametrize("draws", CHAINS.values(), ids=CHAINS)
 def test_rhat_and_ess_are_those_of_arviz(draws):
-    """ESS to two per cent: where the sum over lags ends is a matter of rounding."""
+    """The ESS agrees to two percent, because rounding decides at which lag the sum ends."""
     array_stats = pytest.importorskip("arviz_stats.base").array_stats
     assert convergence.rhat(draws) == pytest.approx(float(array_stats.rhat(draws, method="rank")), rel=1e-6)
     assert convergence.ess(draws) == pytest.approx(float(array_stats.ess(draws, method="mean")), rel=0.02)
@@ -37,7 +37,7 @@ def test_rhat_and_ess_are_those_of_arviz(draws):
 
 @pytest.mark.parametrize("r", [0.0, 0.5, 0.9, -0.5])
 def test_ess_of_an_ar1_chain(r):
-    """N (1 - r) / (1 + r), to fifteen per cent with 16,000 draws."""
+    """The expected value is N (1 - r) / (1 + r). With 16,000 draws, the estimate is within fifteen percent of it."""
     draws = ar1(r)
     assert convergence.ess(draws) == pytest.approx(draws.size * (1 - r) / (1 + r), rel=0.15)
 
@@ -62,7 +62,7 @@ def test_constant_draws_are_all_worth_their_number():
 
 @pytest.mark.parametrize("num_chains", [1, 4, 8])
 def test_standard_errors_cover(num_chains):
-    """Of 150 means of correlated chains, two standard errors hold at least 92 per cent, give or take three of 2.2."""
+    """At least 92 percent of 150 means should be within two standard errors. The test allows three standard deviations (2.2 percent) less."""
     hits = []
     for seed in range(150):
         draws = ar1(0.9, num_chains, 400, seed + 1)

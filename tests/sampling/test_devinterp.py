@@ -34,17 +34,17 @@ SEED = 3
 
 @pytest.fixture(scope="module")
 def prompts():
-    """The sample: both sides take their minibatches, and the checkpoint's loss, from it."""
+    """Return the sample from which both programs take their minibatches and the checkpoint's loss."""
     return sample_prompts(CONFIG, stream="llc", step=0, batch_size=NUM_PROMPTS)
 
 
 def evaluate(model, batch):
-    """A model's loss, as devinterp wants it."""
+    """Return a model's loss in the form that devinterp needs."""
     return (model(*batch) - batch[1]).square().mean()
 
 
 def loss_of(model):
-    """The same as a function of the parameters, and the parameters."""
+    """Return the same loss as a function of the parameters, and the parameters."""
     params = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return lambda params, batch: (functional_call(model, params, tuple(batch)) - batch[1]).square().mean(), params
 
@@ -53,7 +53,10 @@ def loss_of(model):
 
 
 def test_driven_by_the_same_noise_and_minibatches_it_is_where_devinterp_is(prompts, monkeypatch):
-    """Two chains, fifty moves, float64: places, losses and estimates. They show the place after the move, we before it."""
+    """Compare positions, losses and estimates of two chains after fifty moves in float64.
+
+    A draw of devinterp has the position after the move; a draw of `icl` has the position before it.
+    """
     model, sizes = build_model(CONFIG).double(), {"num_draws": 40, "num_burnin_steps": 10}
     batches, places = minibatches(prompts), []
 
@@ -71,7 +74,7 @@ def test_driven_by_the_same_noise_and_minibatches_it_is_where_devinterp_is(promp
 
 
 def test_their_burnin_is_ours_less_the_moves_between_draws(prompts, monkeypatch):
-    """Three moves from draw to draw: theirs is the third's loss, so two more of ours are burn-in."""
+    """With three moves for each draw, devinterp records the loss of the third move. So `icl` needs two more moves of burn-in."""
     model, batches = build_model(CONFIG).double(), minibatches(prompts)
     found = estimate(model, batches, num_draws=12, num_burnin_steps=10 + 2, thinning=3)
     for chain in range(2):
@@ -82,7 +85,7 @@ def test_their_burnin_is_ours_less_the_moves_between_draws(prompts, monkeypatch)
 
 
 def minibatches(prompts):
-    """Drawn with replacement, in float64, different for each chain and move."""
+    """Return minibatches in float64 that are drawn with replacement, different for each chain and move."""
     xs, ys = prompts.xs.double(), prompts.ys.double()
 
     def batches(chain, draw):
@@ -99,7 +102,7 @@ def estimate(model, batches, **settings):
 
 
 def one_chain(model, batches, chain, monkeypatch, **sizes):
-    """One chain by devinterp on our minibatches and noise: at each draw the place after the move and the loss; the LLC."""
+    """Run one chain of devinterp on our minibatches and noise. Return the position after the move and the loss at each draw, and the LLC."""
     places, losses = [], []
 
     def noting(*, model, loss, **_):
@@ -118,7 +121,7 @@ def one_chain(model, batches, chain, monkeypatch, **sizes):
 
 
 def our_noise(model, chain):
-    """What our chain of the only checkpoint is moved by, cut into the parameters that devinterp moves one by one."""
+    """Return the noise of our chain of the only checkpoint, split into the parameters that devinterp moves one at a time."""
     sizes = [parameter.numel() for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(rng.stream(SEED, f"llc/noise/0/{chain}").low)
     while True:
@@ -134,7 +137,7 @@ def flat(params):
 
 @pytest.fixture(scope="module")
 def trained():
-    """The tiny run's model after four hundred steps, at less than half the loss of predicting zero."""
+    """Return the tiny run's model after four hundred steps. Its loss is less than half that of predicting zero."""
     model = build_model(CONFIG)
     params = stack([{name: p.detach() for name, p in model.named_parameters()}])
     state, layout = adam_state(params), layout_of(params)
@@ -150,11 +153,11 @@ def trained():
 
 @pytest.mark.slow
 def test_the_estimate_is_devinterps_within_the_joint_error(trained, prompts):
-    """Both by their own noise, from one loader's minibatches; each with the spread between its chains as its error.
+    """Each program uses its own noise, and minibatches of the same loader. The error of each is the spread between its chains.
 
-    Both count from the loss at the checkpoint on the whole sample. Minibatches are drawn with replacement: in passes through
-    a shuffled sample theirs is higher by about 0.4 of 13, as each of their chains makes passes of its own, while ours are dealt
-    the minibatches of one pass in turn (docs/gotchas.md).
+    Both programs measure the excess over the checkpoint's loss on the whole sample. Minibatches are drawn with
+    replacement. In passes through a shuffled sample, the LLC of devinterp would be higher by about 0.4 of 13: each
+    of its chains makes passes of its own, while our chains share the minibatches of one pass (docs/gotchas.md).
     """
     loss, params = loss_of(trained)
     data, sizes = TensorDataset(prompts.xs, prompts.ys), {"num_chains": 8, "num_draws": 600, "num_burnin_steps": 300}
@@ -171,7 +174,7 @@ def test_the_estimate_is_devinterps_within_the_joint_error(trained, prompts):
 
 
 def devinterps(model, loader, **settings):
-    """Their summary; devinterp changes the global seed and warns of its settings."""
+    """Return the summary of devinterp, which changes the global seed and warns about its settings."""
     from devinterp.slt.sampler import estimate_learning_coeff_with_summary
 
     settings = {"optimizer_kwargs": dict(KERNEL), "verbose": False, **settings}

@@ -26,7 +26,7 @@ def test_reduced_rank_values(shape, rank, value):
 
 
 def test_deep_linear_networks_of_two_layers_are_reduced_rank_regressions():
-    """Two formulas, by different theorems, on all shapes up to seven and all ranks."""
+    """Two formulas from different theorems agree on all shapes up to seven and all ranks."""
     cases = 0
     for m, h, n in itertools.product(range(1, 8), repeat=3):
         for rank in range(min(m, h, n) + 1):
@@ -42,7 +42,7 @@ def test_deep_linear_values():
 
 
 def test_full_rank_is_regular_in_the_map():
-    """A map that every factorisation near it attains: half the entries of the product."""
+    """If the map has full rank, lambda is half the number of entries of the product."""
     assert known.deep_linear([4, 4, 4], 4).value == 8
     assert known.reduced_rank(4, 4, 4, 4) == 8
 
@@ -62,7 +62,7 @@ def test_separable_and_radial_powers():
 
 
 def test_quadratics_at_finite_nbeta():
-    """The four numbers of PAPERS 7.2, and the limits of no step and of large nbeta."""
+    """The four numbers of PAPERS 7.2, and the limits of zero step size and of large nbeta."""
     h = torch.tensor([0.01, 0.1, 1.0, 10.0], dtype=torch.float64)
     each = [known.quadratic_llc(h[i : i + 1], nbeta=66.7, localization=6.67, lr=3e-3) for i in range(4)]
     assert each == pytest.approx([0.0457, 0.2525, 0.4810, 1.0006], abs=1e-4)
@@ -80,7 +80,7 @@ def test_quadratics_at_finite_nbeta():
     ],
 )
 def test_quadrature_meets_known_values(loss, num_params, value):
-    """(ab)^2 at nbeta = 500, localization = 0.5 is 0.398 (issue 5); quadratics are exact."""
+    """The target of (ab)^2 at nbeta = 500 and localization = 0.5 is 0.398; quadratics are exact."""
     assert known.localized_llc(loss, num_params, nbeta=500.0, localization=0.5) == pytest.approx(value, rel=5e-4)
 
 
@@ -95,7 +95,7 @@ def test_quadrature_meets_adaptive_quadrature():
 
 
 def test_singular_values_approach_the_asymptotic_one():
-    """w^4: from below, and faster than the normal crossing, whose multiplicity is 2."""
+    """The target of w^4 approaches the limit from below, and faster than the normal crossing, which has multiplicity 2."""
     quartic = [known.localized_llc(lambda w: w[:, 0] ** 4, 1, nbeta=n, localization=0.5) for n in (10.0, 1e3, 1e5)]
     crossing = [known.localized_llc(lambda w: w.prod(1) ** 2, 2, nbeta=n, localization=0.5) for n in (10.0, 1e3, 1e5)]
     assert quartic == sorted(quartic)
@@ -111,7 +111,7 @@ def test_localised_reduced_rank_regression_with_one_unit_each_is_the_normal_cros
 
 
 def test_localised_reduced_rank_regression_against_independent_draws_of_the_prior():
-    """Importance sampling at small nbeta: 400,000 prior draws, within four standard errors."""
+    """Compare with importance sampling at small nbeta: 400,000 draws of the prior, agreement within four standard errors."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(400_000, 2, 3, generator=generator)
     b = torch.randn(400_000, 4, 2, generator=generator)

@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def sampler_of(monkeypatch):
-    """The settings that the command comes to, without sampling."""
+    """Return the settings to which the command resolves, without sampling."""
     seen = {}
 
     def estimate(job, wandb_run):

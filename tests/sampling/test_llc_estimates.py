@@ -36,7 +36,7 @@ def quadratic(params, batch):
 
 
 def noisy(params, batch):
-    """The same, with a minibatch's gradient and loss noise, both of mean zero."""
+    """Add a minibatch's gradient noise and loss noise, both of mean zero, to the same loss."""
     return quadratic(params, batch) + batch @ params["w"] + batch.sum()
 
 
@@ -78,7 +78,7 @@ def test_the_exact_answer_counts_the_minibatch_noise():
 
 
 def test_noise_of_the_losses_alone_is_in_neither_the_estimate_nor_its_error():
-    """A minibatch raises the loss of w and w0 alike: by 20 nats here, beside an LLC of 1.3."""
+    """A minibatch changes the losses of w and w0 by the same amount: here by 20 nats, while the LLC is 1.3."""
     calm = estimate(noisy, batches=minibatches, num_init_batches=64, **SHORT)
     loud = estimate(
         lambda params, batch: noisy(params, batch) + 7 * batch[0], batches=minibatches, num_init_batches=64, **SHORT
@@ -104,7 +104,7 @@ def test_a_checkpoint_at_which_one_minibatch_is_not_finite_is_suspect_and_the_re
 @pytest.mark.parametrize("kernel", ["sgld", "rmsprop", "baoab"])
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_minibatches_that_are_not_finite_blame_the_data_and_not_the_step_size(bad, kernel):
-    """Chains meet them only after the batches of the checkpoint's own loss; a root at zero has a gradient that is not finite."""
+    """Chains meet these minibatches only after the batches of the checkpoint's own loss. The square root at zero has a non-finite gradient."""
 
     def loss(params, batch):
         if bad == "gradient":
@@ -123,7 +123,7 @@ def test_minibatches_that_are_not_finite_blame_the_data_and_not_the_step_size(ba
 
 
 def test_one_bad_batch_of_a_list_does_not_spoil_the_chains_of_baoab():
-    """Its gradient would be in the control variate of every chain."""
+    """The control variate of every chain would include the gradient on this batch."""
     batches = [0.05 * torch.randn(3, generator=torch.Generator().manual_seed(i)) for i in range(1000)]
     batches[-1] = batches[-1] / 0
     result = estimate(noisy, batches=batches, kernel="baoab", **{**SHORT, "num_draws": 200, "num_burnin_steps": 100})
@@ -133,7 +133,7 @@ def test_one_bad_batch_of_a_list_does_not_spoil_the_chains_of_baoab():
 
 @pytest.mark.slow
 def test_standard_errors_cover():
-    """Of 100 estimates, two standard errors should hold 95 per cent; three deviations of that share are 6.5 per cent."""
+    """Of 100 estimates, 95 percent should be within two standard errors. Three standard deviations of this share are 6.5 percent."""
     results = estimate_many(quadratic, [START] * 100, [None], **{**GOOD, "num_chains": 4, "num_draws": 1000})
     z = torch.tensor([(result.llc - TRUTH) / result.stderr for result in results])
     assert (z.abs() < 2).double().mean() > 0.95 - 0.065
@@ -164,7 +164,7 @@ def test_components_have_llcs_of_their_own_and_their_mean_is_the_llc():
 
 @pytest.mark.slow
 def test_singular_fluctuation_of_a_regular_model():
-    """Linear regression with unit noise, NLL: nu = sum_i s_i / (2 (s_i + gamma / nbeta)), near p/2 (Watanabe 2009)."""
+    """For linear regression with unit noise and NLL, nu = sum_i s_i / (2 (s_i + gamma / nbeta)), near p/2 (Watanabe 2009)."""
     generator = torch.Generator().manual_seed(0)
     xs, noise = torch.randn(500, 3, generator=generator), torch.randn(500, generator=generator)
     w = torch.linalg.lstsq(xs, noise).solution
@@ -214,7 +214,7 @@ def broken(result):
 
 @pytest.mark.parametrize("factor", [3, 10, 100])
 def test_too_large_a_step_is_never_ok(factor):
-    """At 100 the chains diverge; at 3 the estimate is a plausible number and too high by over a fifth."""
+    """At the larger step size the chains diverge. At the smaller one the estimate looks plausible, but is too high by over a fifth."""
     result = estimate(lr=factor * 6e-3)
     if math.isfinite(result.llc):
         assert result.llc > 1.2 * known.quadratic_llc(H, nbeta=60.0, localization=10.0)
@@ -225,7 +225,7 @@ def test_too_large_a_step_is_never_ok(factor):
 
 
 def dying(chains):
-    """A loss that is NaN at some chains' batches from move 120 on."""
+    """Return a loss that is NaN on the batches of some chains from move 120 on."""
 
     def loss(params, batch):
         return quadratic(params, batch) + torch.where(batch > 0, torch.nan, 0.0)
@@ -257,7 +257,7 @@ def test_most_chains_dead_is_invalid():
 
 
 def test_a_chain_that_diverges_without_becoming_infinite_is_masked():
-    """Up, or down, away from the checkpoint."""
+    """Chains diverge upwards or downwards from the checkpoint's loss."""
 
     def loss(params, batch):
         return quadratic(params, batch) + batch * (params["w"].detach() != 0).any()
@@ -287,7 +287,7 @@ def test_a_shared_minibatch_stream_is_suspect():
 
 @pytest.mark.parametrize("localization", [10.0, 1000.0])
 def test_a_checkpoint_that_is_not_a_minimum_is_not_ok(localization):
-    """Held tight, the chains do not find the lower loss, and the estimate is a plausible positive number."""
+    """With a strong localization the chains do not find the lower loss, and the estimate is a plausible positive number."""
     result = estimate(params={"w": torch.tensor([0.3, 0.3, 0.3])}, localization=localization, lr=5e-4, **SHORT)
     assert result.verdict != "ok"
     assert "not at a minimum" in broken(result)
@@ -301,12 +301,12 @@ def test_a_checkpoint_on_a_noisy_gradient_is_still_a_minimum():
 
 
 def plateau(params, batch):
-    """A narrow well in a plateau at 1: 1 - exp(-|w|^2 / 2s), s = 0.01."""
+    """Return the loss 1 - exp(-|w|^2 / 2s) with s = 0.01: a narrow well in a plateau at 1."""
     return 1 - (-params["w"].square().sum() / 0.02).exp()
 
 
 def test_escaped_chains_are_invalid_and_seen_without_a_trivial_loss():
-    """Four dimensions, prior deviation 1 around a well of width 0.1: the loss rises to the plateau, 30 nats above."""
+    """In four dimensions, the prior has standard deviation 1 and the well has width 0.1. So the loss rises to the plateau, by 30 nats."""
     start = {"w": torch.zeros(4)}
     run = {"nbeta": 30.0, "localization": 1.0, "lr": 1e-2, "num_draws": 400}
     told = estimate(plateau, start, trivial_loss=1.0, **run)
@@ -328,7 +328,7 @@ def test_a_checkpoint_no_better_than_a_trivial_predictor_has_no_basin_to_stay_in
     [(500.0, 100.0, 1e-4, None), pytest.param(67.0, 6.7, 3e-4, 2.25, marks=pytest.mark.slow)],
 )
 def test_a_step_0_model_is_never_ok(nbeta, localization, lr, trivial_loss):
-    """At a tight setting, where not even a trivial predictor's loss is known, and at the published one."""
+    """Try settings with strong localization and without a trivial loss, and the published settings."""
     model = build_model(TINY)
     loss, params = module_loss(model, torch.nn.functional.mse_loss)
 
@@ -346,7 +346,7 @@ def test_a_step_0_model_is_never_ok(nbeta, localization, lr, trivial_loss):
 
 
 def test_a_saddle_whose_gradient_is_zero_is_suspect():
-    """Beside ten directions that hold, one whose wells lie 3 nats below."""
+    """Ten directions have a minimum. One direction has two wells, each 3 nats below the checkpoint."""
 
     def saddle(params, batch):
         return params["w"].square().sum() / 2 - 0.35 * params["u"] ** 2 / 2 + params["u"] ** 4 / 4
@@ -360,7 +360,7 @@ def test_a_saddle_whose_gradient_is_zero_is_suspect():
 
 @pytest.mark.slow
 def test_heat_is_found_where_nothing_holds_the_flat_directions():
-    """At localization 0, from moments that need no equilibrium: once the LLC's bias, by `known.quadratic_llc`."""
+    """At localization 0, the bias bound comes from moments that need no equilibrium. It equals the bias in `known.quadratic_llc`."""
     curvatures = torch.cat([torch.logspace(-1, 0.5, 5), torch.zeros(15)])
 
     def flat(params, batch):
@@ -382,7 +382,7 @@ def test_chains_held_by_the_prior_alone_are_suspect():
 
 @pytest.mark.parametrize("localization", [5.0, 60.0, 600.0])
 def test_how_the_llc_answers_to_the_localisation_is_that_of_a_quadratic(localization):
-    """Half the sum of s (1 - s), s = nbeta h / (nbeta h + localization); flat directions count for nothing."""
+    """The sensitivity is half the sum of s (1 - s), with s = nbeta h / (nbeta h + localization). Flat directions contribute nothing."""
     curvatures = torch.tensor([3.0, 1.0, 0.3, 0.0, 0.0, 0.0])
 
     def flat(params, batch):
@@ -408,7 +408,7 @@ def test_a_localisation_that_outweighs_the_data_is_suspect_though_the_number_is_
 
 
 def regression(start, *, batch_size, num_moves=2300, p=10, n=1000):
-    """A linear regression (loss, parameters, minibatches), `start` standard deviations of the noise beside its minimum."""
+    """Return a linear regression (loss, parameters, minibatches) whose start is `start` standard deviations of the noise from the minimum."""
     generator = torch.Generator().manual_seed(5)
     xs = torch.randn(n, p, generator=generator)
     ys = xs @ torch.randn(p, generator=generator) + torch.randn(n, generator=generator)
@@ -423,7 +423,10 @@ def regression(start, *, batch_size, num_moves=2300, p=10, n=1000):
 
 @pytest.mark.slow
 def test_a_localisation_that_outweighs_the_data_is_seen_through_the_noise_of_minibatches():
-    """Ten times the data's weight, 5/11 nats of the true 5; minibatches' noise in excess and pull is larger than both."""
+    """The localization has ten times the weight of the data, so the LLC is 5/11 nats instead of 5.
+
+    The minibatch noise in the excess and in the pull is larger than both.
+    """
     loss, params, batches = regression(0.0, batch_size=64)
     nbeta = 1000 / math.log(1000)
     lengths = {"num_chains": 8, "num_draws": 500, "thinning": 4, "num_burnin_steps": 300, "trivial_loss": 20.0}
@@ -436,7 +439,7 @@ def test_a_localisation_that_outweighs_the_data_is_seen_through_the_noise_of_min
 
 @pytest.mark.slow
 def test_a_checkpoint_a_little_beside_its_minimum_is_told_by_more_batches():
-    """By about 1.8 nats, along ten directions; 32 batches leave it unsure, and a note says so."""
+    """The checkpoint is about 1.8 nats above the minimum, along ten directions. With 32 batches this is not certain, and a note says so."""
     loss, params, batches = regression(0.05, batch_size=64, num_moves=600)
     settings = {
         "nbeta": 145.0,
@@ -455,7 +458,7 @@ def test_a_checkpoint_a_little_beside_its_minimum_is_told_by_more_batches():
 
 
 def test_half_precision_is_refused():
-    """Moves smaller than the steps between its numbers are lost, the noise among them is not: half again too high, and `ok`."""
+    """In 16 bits, moves smaller than the spacing of numbers are lost, but the noise is not. The estimate would be 1.5 times too high, and `ok`."""
     with pytest.raises(ConfigError, match=r"float32 or float64, got torch.bfloat16 in `w`"):
         estimate(quadratic, {"w": torch.zeros(3, dtype=torch.bfloat16)})
 
@@ -468,7 +471,7 @@ def test_too_short_a_burnin_drifts():
 
 @pytest.mark.slow
 def test_chains_too_short_to_fill_flat_directions_are_suspect_and_find_too_little():
-    """In a valley whose walls grow steeper along its floor the LLC grows as the chains spread along it."""
+    """The loss is a valley whose walls become steeper along its floor. So the LLC grows as the chains spread along the floor."""
 
     def valley(params, batch):
         return 0.1 * params["walls"].square().sum() * params["floor"].square().sum() / 2
@@ -485,7 +488,7 @@ def test_chains_too_short_to_fill_flat_directions_are_suspect_and_find_too_littl
 
 
 def test_every_rule_can_be_the_only_reason_and_names_its_source():
-    """Each line of the table is reached from a healthy estimate by changing what it looks at."""
+    """Each case starts from evidence without faults, and changes only the values that one rule uses."""
     healthy = estimate()
     assert judge(healthy) == ("ok", (), ())
     changes = {
@@ -538,7 +541,7 @@ def test_every_rule_can_be_the_only_reason_and_names_its_source():
 
 
 def test_the_interval_is_students_t_and_wider_for_few_effective_draws():
-    """By hand: t with ESS / 10 degrees of freedom, and below an ESS of 400 a variance larger by 400 / ESS."""
+    """By hand: Student's t with ESS / 10 degrees of freedom, and for an ESS below 400 a variance larger by 400 / ESS."""
     healthy = dataclasses.replace(estimate(num_draws=10), llc=1.0, stderr=0.1, bias_bound=0.0, num_chains_used=4)
 
     def half(**changes):

@@ -25,7 +25,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def count(monkeypatch):
-    """How often each step is estimated."""
+    """Record the step of every checkpoint whose LLC is estimated."""
     seen = []
     true = runs.estimate_grid
 
@@ -253,7 +253,7 @@ def test_the_published_settings_are_those_of_the_papers_scales():
 
 
 def test_the_importer_gives_the_authors_own_move():
-    """Their move in a quadratic, written out, is ours with the imported settings."""
+    """On a quadratic, the authors' move, written out, equals our move with the converted settings."""
     from icl.sampling.kernels import init_sgld, sgld_step
 
     w, h, noise = torch.tensor([[0.7]]), 2.0, torch.tensor([[0.3]])

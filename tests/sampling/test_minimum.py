@@ -23,7 +23,7 @@ SETTINGS = {
 
 
 def estimate(offset, batches=(None,), *, noise=False, **changes):
-    """Of a quadratic whose minimum lies `offset` away from the checkpoint."""
+    """Estimate the LLC of a quadratic whose minimum is `offset` away from the checkpoint."""
 
     def loss(params, batch):
         value = (H * (params["w"] - offset).square()).sum() / 2
@@ -34,7 +34,7 @@ def estimate(offset, batches=(None,), *, noise=False, **changes):
 
 
 def exact_drop(offset, nbeta, localization):
-    """In nats: the loss at the checkpoint less that at the mean of the localised density."""
+    """Return, in nats, the loss at the checkpoint minus the loss at the mean of the localised density."""
     left = localization / (nbeta * H + localization)
     return float((nbeta * H * offset**2 / 2 * (1 - left**2)).sum())
 
@@ -62,7 +62,7 @@ def test_the_drop_of_a_quadratic_is_the_closed_form_and_what_the_estimate_lacks(
 
 @pytest.mark.slow
 def test_soft_directions_that_a_step_down_the_gradient_misses_are_seen():
-    """A steep direction sets the length of the step; the checkpoint is off along forty soft ones."""
+    """One steep direction limits the length of the step. The checkpoint is away from the minimum along forty soft directions."""
     curvature = torch.cat([torch.tensor([100.0]), torch.ones(40)])
 
     def loss(params, batch):
@@ -79,7 +79,7 @@ def test_soft_directions_that_a_step_down_the_gradient_misses_are_seen():
 
 
 def test_a_minimum_raises_no_alarm():
-    """Means of few draws lie far above the minimum: the jackknife takes that away, and its error covers what it leaves."""
+    """The mean of few draws lies far above the minimum. The jackknife removes this bias, and its error covers the remainder."""
 
     def loss(params, batch):
         return (H * params["w"].square()).sum() / 2
@@ -108,7 +108,7 @@ def test_a_saddle_is_seen_by_each_chain_though_not_by_their_mean():
 
 
 def drops_of(means):
-    """Of a quadratic with unit curvature about 0, seen from w0 = 1, on one batch."""
+    """Return the drops for a quadratic of unit curvature with its minimum at 0, from w0 = 1, on one batch."""
     num = len(means)
     without = (means.sum() - means) / max(1, num - 1)
     places = torch.cat([means, without, means.mean().reshape(1)])
@@ -116,7 +116,7 @@ def drops_of(means):
 
 
 def test_the_jackknife_is_exact_for_quadratics_and_its_error_honest():
-    """Unbiased for (1 - mu^2) / 2 from means m_k = mu + noise; the error is the root mean square of what is missed."""
+    """The estimate of (1 - mu^2) / 2 from means m_k = mu + noise is unbiased, and its error equals its root mean square deviation."""
     mu, found = 0.3, []
     generator = torch.Generator().manual_seed(0)
     for _ in range(4000):
@@ -152,7 +152,7 @@ def test_one_chain_has_its_own_mean_alone_and_without_batches_there_is_nothing()
 
 @pytest.mark.slow
 def test_a_fixed_list_of_batches_is_the_whole_data():
-    """Their minimum lies ten nats below the checkpoint; their spread, far larger than that, is no error."""
+    """The minimum on these batches is ten nats below the checkpoint. Their spread is far larger, but is not an error."""
     pushes = [torch.tensor([push, 0.0, 0.0]) for push in (-1.0, 0.0, 1.0)]
     start = {"w": torch.tensor([0.0, 0.6, 0.0])}
 
@@ -166,7 +166,7 @@ def test_a_fixed_list_of_batches_is_the_whole_data():
 
 @pytest.mark.slow
 def test_a_chain_that_is_masked_is_not_among_those_that_settle():
-    """One of eight is pushed up a wall, and back; its mean is far off, and finite."""
+    """One of eight chains is pushed up a wall and back. Its mean is finite, but far away."""
 
     def loss(params, batch):
         return (H * params["w"].square()).sum() / 2 + batch * params["w"].sum()

@@ -35,7 +35,7 @@ def one_sentence(said):
 
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_frozen_parameters_stay_in_the_loss_as_they_are(model, vectorize):
-    """The chains of a module with a frozen layer are those of the same module restricted to the other layer."""
+    """If one layer of a module is frozen, the chains equal those of the same module restricted to the other layer."""
     loss, params = module_loss(model, functional.mse_loss)
     restricted = run(loss, params, restrict=["2.*"], vectorize=vectorize)
     model[0].requires_grad_(False)
@@ -106,7 +106,7 @@ def test_pairs_of_several_inputs_and_without_targets_are_taken(model):
 
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_a_dict_gives_the_arguments_of_the_model_by_name(model, vectorize):
-    """As models of Hugging Face's `transformers` take batches, and return their loss."""
+    """Models of Hugging Face's `transformers` take such batches, and return their loss."""
 
     class WithLoss(nn.Module):
         def __init__(self):
@@ -145,7 +145,7 @@ def test_a_loss_that_does_not_depend_on_the_parameters_is_refused(model, vectori
 @pytest.mark.parametrize("restrict", [None, ["2.*"]])
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_parameters_of_mixed_types_keep_their_types(vectorize, restrict, kernel):
-    """The layers compute in their own types; the chains are those of the same model in float64, but for float32's rounding."""
+    """Each layer computes in its own type. The chains equal those of the same model in float64, up to the rounding of float32."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2).double())
 
     def loss(params, batch):
@@ -162,7 +162,7 @@ def test_parameters_of_mixed_types_keep_their_types(vectorize, restrict, kernel)
 
 
 def test_many_parameters_run_one_after_another_on_a_cpu_with_the_same_noise(model, monkeypatch):
-    """Above a size, plain operations are faster than the batched ones of `vmap`."""
+    """Above some number of parameters, plain operations are faster than the batched operations of `vmap`."""
     loss, params = module_loss(model, functional.mse_loss)
     sizes = []
 
@@ -187,13 +187,13 @@ def dropping(params, batch):
 
 
 def seeding(params, batch):
-    """Sets the global generator, and so changes it too."""
+    """Seed the global generator, which also changes it."""
     torch.manual_seed(0)
     return dropping(params, batch)
 
 
 def own(params, batch):
-    """From a generator of its own, made from what it is given."""
+    """Draw from a new generator that is seeded from the argument."""
     noise = torch.randn(XS.shape, generator=torch.Generator().manual_seed(len(batch[0])))
     return functional.mse_loss((batch[0] + noise) @ params["w"], batch[1])
 

@@ -69,7 +69,7 @@ def test_observables_are_the_same_alone_and_together():
 
 
 def test_susceptibilities_of_a_quadratic_have_their_closed_form():
-    """w_i is normal with variance v_i, so Cov(h w^2 / 2, g w^2 / 2) = h g v^2 / 2; errors are those of 40 repetitions."""
+    """w_i is normal with variance v_i, so Cov(h w^2 / 2, g w^2 / 2) = h g v^2 / 2. The errors equal the spread of 40 repetitions."""
     observables = {"parts": part_losses, "loss": lambda params: quadratic(params, None)}
     settings = ChainsConfig(**{name: value for name, value in SETTINGS.items() if name != "trivial_loss"})
     results = estimate_llcs(quadratic, [START] * 40, [None], settings, observables=observables)
@@ -91,7 +91,7 @@ def test_what_does_not_move_has_no_susceptibility():
 
 @pytest.mark.slow
 def test_minibatch_noise_does_not_move_a_susceptibility():
-    """Noise in the excess is independent of what is measured on other data."""
+    """The noise in the excess is independent of values that are measured on other data."""
 
     def noisy(params, batch):
         return quadratic(params, None) + batch @ params["w"]

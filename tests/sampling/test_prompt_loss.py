@@ -119,14 +119,14 @@ def test_minibatches_made_ahead_do_not_depend_on_what_was_asked_before(kind):
 
 
 def three_chains(loss, dtype):
-    """Their parameters and minibatches."""
+    """Return the parameters and minibatches of three chains."""
     params = stack([{name: p.to(dtype) + 0.01 * i for name, p in PARAMS.items()} for i in range(3)])
     found = [loss.batches(chain, 0) for chain in range(3)]
     return params, tuple(torch.stack([one[part] for one in found]).to(dtype) for part in (0, 1))
 
 
 def gradients(num_moves=0, dtype=torch.float64):
-    """Of three chains and of the last alone."""
+    """Return the gradients of three chains, and of the last chain alone."""
     loss = prompt_target(CONFIG, sampler(num_chains=3), num_moves=num_moves)
     params, batch = three_chains(loss, dtype)
     layout = layout_of(params)
@@ -136,7 +136,7 @@ def gradients(num_moves=0, dtype=torch.float64):
 
 
 def own_losses(num_moves=0):
-    """Of three chains, in the precision of sampling."""
+    """Return the losses of three chains, in the precision that sampling uses."""
     loss = prompt_target(CONFIG, sampler(num_chains=3), num_moves=num_moves)
     return loss.own_losses(*three_chains(loss, torch.float32))
 
@@ -152,7 +152,7 @@ def test_any_number_of_threads_gives_the_chains_own_gradients(num_threads):
 
 
 def test_short_chains_do_not_wait_for_a_compiler_and_long_ones_use_one(monkeypatch):
-    """The tiny run has 6 x 563 x 8 x 16 = 432,384 operations for a gradient; 1e13 of them are 2.3e7 gradients."""
+    """A gradient of the tiny run takes 6 x 563 x 8 x 16 = 432,384 operations, so 1e13 operations are 2.3e7 gradients."""
     asked = []
     monkeypatch.setattr(calls.torch, "compile", lambda function, **_: asked.append(function) or function)
     prompt_target(CONFIG, QUICK, num_moves=10**7)
@@ -178,7 +178,7 @@ torch.testing.assert_close(t.own_losses(10**8), t.own_losses(), rtol=1e-5, atol=
 
 @pytest.mark.slow
 def test_compiled_gradients_and_losses_are_the_eager_ones_up_to_rounding():
-    """In a process of its own: the shape checks of the test run cannot be traced."""
+    """This runs in a separate process, because the shape checks of the test run cannot be traced."""
     folder = Path(__file__).parent
     code = f"import sys; sys.path[:0] = [{str(folder)!r}, {str(folder.parent)!r}]\n{COMPILED}"
     run = subprocess.run(

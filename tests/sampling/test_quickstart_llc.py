@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    """The preset, trained to its end."""
+    """Return a run of the preset, trained to its end."""
     patch = pytest.MonkeyPatch()
     patch.setenv("LOCAL_ROOT", str(tmp_path_factory.mktemp("runs")))
     patch.setenv("WANDB_MODE", "disabled")

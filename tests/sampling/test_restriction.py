@@ -12,7 +12,7 @@ SHORT = {"num_draws": 6, "num_burnin_steps": 4}
 
 
 def members(*, num=3):
-    """Parameters of every number of axes, stacked."""
+    """Return stacked parameters with every number of axes."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"number": (), "one": (1,), "vector": (4,), "matrix": (2, 3), "cube": (2, 1, 2)}
     return {name: torch.randn(num, *shape, generator=generator) for name, shape in shapes.items()}
@@ -46,7 +46,7 @@ def test_what_goes_into_a_row_comes_back_whatever_its_shape(kind):
 
 
 def loss(params, batch):
-    """The same for a number a and for a vector of one."""
+    """Return the same loss for a number a and for a vector with one element."""
     return (params["a"] - 0.1).square().sum() / 2 + (params["b"] * params["a"].sum()).square().sum()
 
 

@@ -38,14 +38,14 @@ def quadratic(params, batch):
 
 
 def estimate(points, *, loss=quadratic, start=START):
-    """All settings of one call as one population, as `icl llc RUN --calibrate` does it."""
+    """Run all settings of one call as one population, as `icl llc RUN --calibrate` does."""
     target = Target(loss=loss, batches=(None,), trivial_loss=5.0)
     settings = [point.sampler(BASE) for point in points]
     return estimate_population(target, [start], settings, identities=[CheckpointId()])
 
 
 def test_the_largest_curvature_is_that_of_the_hessian():
-    """On two batches of curvatures 2H and 0, whose mean is H."""
+    """The Hessians on the two batches are 2H and 0, with mean H."""
 
     def halved(params, batch):
         return batch * quadratic(params, None)
@@ -79,7 +79,10 @@ def test_all_settings_of_a_ratio_are_asked_for_in_one_go_and_their_chains_are_eq
 
 
 def test_chains_are_long_enough_for_the_localisation_to_fill_flat_directions(found):
-    """Their variance has come to 1 - exp(-lr localization t) of its level: to 86% at the first draw, of the choice to 95%."""
+    """After t moves, the variance is 1 - exp(-lr localization t) of its final value.
+
+    This is 86% at the first draw of the survey, and 95% at the first draw under the chosen settings.
+    """
     for one in found.trials[: len(NBETAS) * len(RATIOS)]:
         sampler = one.point.sampler(BASE)
         assert 1 - math.exp(-sampler.lr * sampler.localization * sampler.num_burnin_steps) > 0.85
@@ -88,7 +91,7 @@ def test_chains_are_long_enough_for_the_localisation_to_fill_flat_directions(fou
 
 
 def test_chains_that_have_not_filled_flat_directions_are_not_healthy(found):
-    """Whatever else is said of them."""
+    """This holds whatever other rules the estimate breaks."""
     result = found.chosen.last
     assert result.num_params == 12
     assert not is_healthy(dataclasses.replace(result, spread=0.0, pull=2.0, filled_stderr=0.1))
@@ -120,7 +123,7 @@ def test_the_search_shows_failed_settings_and_an_lr_plateau(found):
 
 @pytest.mark.slow
 def test_nothing_is_chosen_where_nothing_is_healthy():
-    """The checkpoint is a saddle: every chain finds lower loss."""
+    """The checkpoint is a saddle, so every chain finds a lower loss."""
 
     def saddle(params, batch):
         return -(H * params["w"].square()).sum() / 2
@@ -156,7 +159,7 @@ def test_draws_are_no_fewer_than_asked_for_and_enough_for_the_effective_sample_s
 
 
 def test_a_plateau_is_one_joint_error_and_three_per_cent(found):
-    """50.9 +- 0.6 was once certified where a third of lr gave 46.4 +- 1.9."""
+    """An earlier rule accepted 50.9 +- 0.6, although a third of lr gave 46.4 +- 1.9."""
     first, second = (dataclasses.replace(found.chosen.last, llc=llc, stderr=e) for llc, e in ((50.9, 0.6), (46.4, 1.9)))
     assert not on_plateau(first, second)
     assert on_plateau(dataclasses.replace(first, llc=49.7), second)

@@ -10,7 +10,7 @@ from icl.sampling import self_test
 
 
 def quick(problem, **changes):
-    """A few draws of a problem."""
+    """Return a test problem with only a few draws."""
     sampler = {**problem.sampler, "num_draws": 300, "num_burnin_steps": 300}
     return dataclasses.replace(problem, **{"sampler": sampler, **changes})
 

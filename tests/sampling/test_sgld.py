@@ -53,7 +53,7 @@ def _components(params, batch):
 
 
 def sampled_components(kernel, lr, thinning):
-    """Each draw's h w^2 / 2 of each direction, by chains that start at the minimum; L is their sum."""
+    """Return h w^2 / 2 of each direction at each draw, for chains that start at the minimum. L is the sum over directions."""
     start = {"w": torch.zeros(4, dtype=torch.float64)}
     settings = ChainsConfig(
         lr=lr,
@@ -82,7 +82,7 @@ def sampled_components(kernel, lr, thinning):
 
 
 def test_stationary_moments_of_the_discrete_chain_are_exact():
-    """E[h w^2 / 2] nbeta = nbeta h / (2 a (1 - lr a / 4)), each direction within 4 standard errors over chains."""
+    """In each direction, nbeta E[h w^2 / 2] = nbeta h / (2 a (1 - lr a / 4)), within 4 standard errors over chains."""
     lr = 5e-3
     means = NBETA * sampled_components("sgld", lr, thinning=15).mean(1)  # K T
     a = NBETA * H + LOCALIZATION
@@ -93,7 +93,7 @@ def test_stationary_moments_of_the_discrete_chain_are_exact():
 
 @pytest.mark.slow
 def test_stationary_moments_of_the_preconditioned_chain_are_exact():
-    """Given a chain's frozen G, the variance is 1 / (a (1 - lr G a / 4)); G is found by replaying the burn-in."""
+    """For a chain's fixed G, the variance is 1 / (a (1 - lr G a / 4)). The test computes G by repeating the burn-in."""
     lr, num = 2e-3, 64
     means = NBETA * sampled_components("rmsprop", lr, thinning=15).mean(1)  # K T
     g = replayed_preconditioner(lr, num)
@@ -105,7 +105,7 @@ def test_stationary_moments_of_the_preconditioned_chain_are_exact():
 
 
 def replayed_preconditioner(lr, num):
-    """A plain loop over the burn-in with the same noise: the generators are those of the driver."""
+    """Repeat the burn-in in a plain loop, with the same noise: the generators are those of the chain driver."""
     from icl import rng
 
     rows = []
@@ -124,7 +124,7 @@ def replayed_preconditioner(lr, num):
 
 @pytest.mark.parametrize("kernel", ["sgld", "rmsprop"])
 def test_mala_acceptance_is_the_ratio_of_densities(kernel):
-    """With torch's own normal densities in place of ours."""
+    """The expected value uses torch's own normal densities instead of our formula."""
     h, lr, nbeta, localization = numbers(8).abs() + 2, 0.2, 5.0, 2.0
     w0, w, noise = numbers(2, 8), numbers(2, 8) - 0.5, numbers(4, 8)[:2]
     state = kernels.init_sgld(w0)._replace(position=w)

@@ -35,7 +35,7 @@ def _fresh(monkeypatch):
 
 @pytest.fixture
 def server(request, s3, monkeypatch, tmp_path):
-    """A stand-in by its name, and its proxy; the environment leads to it."""
+    """Return a stand-in, by its name, and its proxy. The environment makes `icl` use the proxy."""
     stand_in = next(found for found in stand_ins() if found.name == request.param)
     proxy, environment = start(stand_in, s3.endpoint, tmp_path)
     use_server(monkeypatch, proxy.endpoint)

@@ -11,7 +11,7 @@ from icl.store.waiting import StalledError, await_result, moved, silence
 
 @pytest.fixture
 def hanging():
-    """A call that never ends while the test runs."""
+    """Return a call that does not end while the test runs."""
     is_over = threading.Event()
     yield is_over.wait
     is_over.set()

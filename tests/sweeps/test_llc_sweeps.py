@@ -82,7 +82,7 @@ def test_the_words_of_the_command_count(tmp_path):
 
 @pytest.mark.slow
 def test_a_point_is_the_run_that_training_makes(tmp_path):
-    """Of every file of ours that has a training sweep: the runs are those that it trains."""
+    """For each of our LLC sweeps with a training sweep, the runs are those that the training sweep trains."""
     trained = {
         point.name for name in ("L2H4Minf", "L2H4Mfin", "quickstart") for point in of_file("training-runs", name)
     }
@@ -161,7 +161,7 @@ def test_a_point_without_its_run_fails_and_says_what_to_train(tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_a_point_of_wandb_arrives(tmp_path):
-    """As `wandb agent` starts it, offline: the client hands over the config."""
+    """The program is started as `wandb agent` does, offline: the client passes the config."""
     root = tmp_path / "runs"
     make_run(root / "tiny", TINY)
     point = tmp_path / "config-defaults.yaml"

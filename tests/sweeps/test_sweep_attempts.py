@@ -15,7 +15,7 @@ from icl.sweeps.attempts import Attempt, Claim, claim, is_alive, last_attempt, n
 
 
 def elsewhere(folder, *, age, number=1, **fields) -> None:
-    """The file of an attempt on another machine, last refreshed some seconds ago."""
+    """Return the file of an attempt on another machine, which was last refreshed some seconds ago."""
     path = folder / "attempts" / f"{number:06d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     attempt = Attempt(number=number, job="job", host="far", kernel="far:boot", locked=True, **fields)
@@ -24,7 +24,7 @@ def elsewhere(folder, *, age, number=1, **fields) -> None:
 
 
 def take(folder) -> Claim | None:
-    """The next attempt at a point, unless somebody is at it."""
+    """Return a claim of the next attempt at a point, or None if another worker works on the point."""
     last = last_attempt(folder)
     if last is not None and is_alive(folder, last):
         return None
@@ -32,7 +32,7 @@ def take(folder) -> Claim | None:
 
 
 def race(folder, num=12) -> list[Claim]:
-    """Claims that succeed of so many made at once."""
+    """Return the claims that succeed when several are made at once."""
     won, barrier = [], threading.Barrier(num)
 
     def attempt():

@@ -33,22 +33,22 @@ LONG = 60
 
 
 class Ledger:
-    """What the stand-ins wrote."""
+    """The events that the stand-ins recorded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def rows(self) -> list[tuple[int, str, float]]:
-        """M, event and time of every line."""
+        """Return M, event and time of every line."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         return [(int(m), event, float(when)) for m, event, when in map(str.split, lines)]
 
     def count(self, event: str) -> Counter:
-        """How often each M has an event."""
+        """Return how often each M has an event."""
         return Counter(m for m, what, _ in self.rows() if what == event)
 
     def wait_for(self, event: str, num: int) -> None:
-        """Until there are so many of an event."""
+        """Wait until an event has occurred a given number of times."""
         deadline = time.monotonic() + 30
         while self.count(event).total() < num:
             assert time.monotonic() < deadline, self.rows()
@@ -63,7 +63,7 @@ def ledger(tmp_path, monkeypatch) -> Ledger:
 
 @pytest.fixture
 def behave(monkeypatch):
-    """Set what the stand-ins do."""
+    """Set the behavior of the stand-ins."""
     return lambda **plan: monkeypatch.setenv("FAKE", json.dumps(plan))
 
 
@@ -272,7 +272,7 @@ def test_two_engines_on_one_folder_never_do_a_point_twice(tmp_path, ledger, beha
 
 
 def other_engines_attempt(point, *, number=1, **fields) -> Path:
-    """The file of another machine's attempt, alive if it is running."""
+    """Write the file of another machine's attempt, which is alive if it is running."""
     path = local_root() / point.name / "attempts" / f"{number:06d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     attempt = Attempt(number=number, job=point.job, host="far", kernel="far:boot", **fields)
@@ -282,7 +282,10 @@ def other_engines_attempt(point, *, number=1, **fields) -> Path:
 
 @pytest.mark.parametrize("retry", [False, True])
 def test_an_engine_that_joins_others_does_not_repeat_what_has_just_failed_there(tmp_path, ledger, retry, monkeypatch):
-    """Four of theirs: one fails, then another, both while a third runs; the fourth failed an hour ago; it runs none of ours."""
+    """Other engines have made four attempts. Two failed while a third ran, and the fourth failed an hour ago.
+
+    Without `retry`, the engine of this test runs only the point that failed an hour ago, and a fifth point.
+    """
     monkeypatch.setattr(attempts, "STALE_SECONDS", 20.0)
     sweep = read_sweep_file(write(tmp_path, [1, 2, 3, 4, 5]))
     first, second, running, earlier, _ = points = sweep_points(sweep)
@@ -470,7 +473,7 @@ def test_a_run_trained_by_hand_is_done_and_one_that_failed_says_why(tmp_path, ca
 
 
 def make_fail(point, versions: dict[str, str]) -> RunFolder:
-    """A run whose loss became NaN under some versions."""
+    """Write a run whose loss became NaN under the given versions of packages."""
     run = RunFolder(local_root() / point.name)
     run.write_config(point.config)
     run.write_status(Status(state="failed", step=2, max_steps=2, reason=_describe_bad_step(2)))

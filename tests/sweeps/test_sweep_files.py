@@ -28,7 +28,7 @@ NUM_POINTS = {
 
 
 def num_values(tree) -> int:
-    """The product of the numbers of values in W&B's `parameters`, counted without our reader."""
+    """Return the number of points of W&B's `parameters`, counted without our reader."""
     entries = tree.values()
     return math.prod(
         num_values(entry["parameters"]) if "parameters" in entry else len(entry.get("values", [None]))

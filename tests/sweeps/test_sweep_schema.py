@@ -118,7 +118,7 @@ def test_values_that_no_number_can_hold_are_refused(tmp_path, entry):
 
 
 def test_every_distribution_of_wandb_is_known():
-    """By the schema of W&B's own package `sweeps`."""
+    """The list comes from the schema in W&B's own package `sweeps`."""
     quantised = ["uniform", "log_uniform", "log_uniform_values", "normal", "log_normal", "beta"]
     others = ["constant", "categorical", "categorical_w_probabilities", "int_uniform", "inv_log_uniform"]
     expected = {*quantised, *(f"q_{name}" for name in quantised), *others, "inv_log_uniform_values"}

@@ -24,7 +24,7 @@ NEEDED = ("runs", "checkpoints", "learning", "positions", "evaluation", "baselin
 
 
 def read(path):
-    """A table with its whole numbers whole, though some may be missing."""
+    """Read a table. Whole numbers stay whole, even if some are missing."""
     kinds = {name: "Int64" for name, column in TABLES[path.stem].columns.items() if column.kind == "integer"}
     texts = {name: str for name, column in TABLES[path.stem].columns.items() if column.kind == "text"}
     return pd.read_csv(path, dtype=kinds | texts)
@@ -126,7 +126,7 @@ def test_thinning_keeps_ends_and_spacing():
 
 @pytest.fixture
 def typed(tmp_path):
-    """Runs a script's phases with an `icl` that only writes down its words; the words of every call."""
+    """Run a script's phases with an `icl` that only records its words. Return the words of every call."""
     log = tmp_path / "calls"
     fake = tmp_path / "icl"
     fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {log}\n')
@@ -174,7 +174,7 @@ def test_a_script_by_hand_does_what_the_phases_do(typed, tmp_path):
 
 @pytest.mark.slow
 def test_phases_are_timed_kept_and_not_begun_again(tmp_path):
-    """With an `icl` that fails at the second phase, then works: the first is done once."""
+    """The `icl` of this test fails at the second phase, and then works. The first phase runs only once."""
     log, fake = tmp_path / "calls", tmp_path / "bin" / "python"
     fake.parent.mkdir()
     (fake.parent / "icl").write_text(

@@ -12,7 +12,7 @@ RUN = "L2H4/seed=0"
 
 @pytest.fixture
 def tables(tmp_path):
-    """Of a run whose loss falls by 1 for each unit of ln(step + 1), and of two published estimates."""
+    """Return the tables of a run whose loss falls by 1 for each unit of ln(step + 1), and of two estimates with the published sampler."""
     folder = tmp_path / "small"
     folder.mkdir()
 
