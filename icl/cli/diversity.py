@@ -42,8 +42,9 @@ _RESERVED = ("task.num_tasks", "run_name", "population.seeds", "population.num_t
 _PATIENCE_SECONDS = 120.0
 
 _DESCRIPTION = """\
-Train the same run with M = 2, 4, 8, ..., 2^P tasks and with M = inf, one after the other. Each run has its own folder, such as
-checkpoints/checkpoints_M8/. Then draw the gaps to dMMSE and to ridge against M, in and out of distribution.
+Train the same model on M = 2, 4, 8, ..., 2^P tasks and with M = inf, one run after the other. Each run has its own
+folder, such as checkpoints/checkpoints_M8/. Then draw the gaps to dMMSE and to ridge against M, in and out of
+distribution.
 
 After any interruption, the same command continues. It skips finished runs, resumes an unfinished run, and tries failed
 runs again. Runs whose loss became NaN are not tried again, because they would fail again. Ctrl-C and SIGTERM save first.
