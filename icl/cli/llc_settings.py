@@ -24,7 +24,7 @@ class Job(NamedTuple):
     config: RunConfig
     """The run's configuration, with the sampler's settings."""
     mode: str
-    """Label of the rows: `published` with the settings that were changed, or empty."""
+    """Label of the rows: `published` and the settings that differ from the published ones; empty for other samplers."""
     rescale: float | None
     """The factor of --rescale; None if it is not given."""
     components: "Division | None"
@@ -67,7 +67,7 @@ def read_job(
 
 
 def _until_precise(config: RunConfig, stderr: float, *layers: Mapping[str, Any]) -> RunConfig:
-    """Return the settings with the target of --stderr. Allow ten times as many draws, unless the user gave their number."""
+    """Return the settings with the value of --stderr as `target_stderr`. Allow ten times as many draws, unless the user gave their number."""
     given = {key: value for layer in layers for key, value in flatten(dict(layer)).items()}
     if given.get("sampler.target_stderr") is not None and config.sampler.target_stderr != stderr:
         raise ConfigError(

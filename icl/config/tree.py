@@ -135,7 +135,7 @@ class SamplerConfig(ChainsConfig):
     """Saved steps at which the LLC is estimated: `all`, `last`, a list such as 1,2,3, or a range 0:1000:100 (first step, last step,
     distance)."""
     memory: float | None = None
-    """GiB of memory for the chains that run at the same time. By default 2, or on CUDA half of the free memory."""
+    """Memory in GiB for the chains that run at the same time. The default is 2 GiB, or on CUDA half of the free memory."""
 
     section: ClassVar[str] = "sampler"
 
