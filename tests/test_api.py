@@ -43,7 +43,7 @@ def test_the_defaults_are_the_preset_icr():
 
 
 def test_a_run_made_with_earlier_defaults_keeps_its_own_settings(tmp_path):
-    """The preset `icr` once had 8 layers and a noise variance of 0.25; its runs say so themselves."""
+    """The preset `icr` once had 8 layers and a noise variance of 0.25. Runs of that time contain these settings."""
     earlier = ICRegConfig(**{**vars(SMALL), "n_layers": 8, "sigma2": 0.25})
     train_ic_regression(earlier, M=8, num_steps=2, batch_size=4, checkpoint_dir=tmp_path / "run")
     model, info = load_checkpoint(tmp_path / "run")

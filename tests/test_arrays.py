@@ -135,7 +135,7 @@ def test_a_model_in_float64_sees_prompts_in_float64():
 
 
 def _zeroed(dtype=torch.float32):
-    """A model that predicts 0 everywhere."""
+    """Return a model that predicts 0 everywhere."""
     model = build_model(CFG.to_run_config()).to(dtype)
     for parameter in model.unembedding.parameters():
         torch.nn.init.zeros_(parameter)
@@ -307,7 +307,7 @@ def test_prompts_without_examples_or_inputs_are_refused(name):
 
 
 def test_one_task_is_known_for_certain():
-    """With M = 1, dMMSE predicts w . x, whatever form w comes in."""
+    """With M = 1, dMMSE predicts w . x, whatever type w has."""
     w = np.array([[2.0, -1.0]])
     for tasks in (w, w.astype(">f4"), w.tolist(), pd.DataFrame(w), torch.tensor(w)):
         predictions = baselines.dmmse(XS, YS, tasks=tasks, noise_variance=0.25)

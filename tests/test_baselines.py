@@ -40,7 +40,7 @@ NAMES = sorted(BASELINES)
 
 
 def make_prompts(batch_size=5, num_examples=6, task_size=3, *, noise_variance=0.25, tasks=None, seed=0, dtype=None):
-    """Prompts as in the papers: xs, ys, ws; tasks are rows of `tasks` or standard normal."""
+    """Return prompts as in the papers: xs, ys, ws. The task vectors are rows of `tasks`, or standard normal."""
     generator = torch.Generator().manual_seed(seed)
     xs = torch.randn(batch_size, num_examples, task_size, generator=generator, dtype=torch.float64)
     ws = torch.randn(batch_size, task_size, generator=generator, dtype=torch.float64)
@@ -58,14 +58,14 @@ def make_tasks(num_tasks, task_size, seed=1, dtype=torch.float64):
 
 
 def call(name, xs, ys, **changes):
-    """The baseline with those of the settings that it takes."""
+    """Call the baseline with those settings that it accepts."""
     settings = {**SETTINGS, **changes}
     parameters = inspect.signature(BASELINES[name]).parameters
     return BASELINES[name](xs, ys, **{key: value for key, value in settings.items() if key in parameters})
 
 
 def prefix_by_prefix(xs, ys, predict):
-    """`predict(examples, targets, query)` in numpy at every prefix of every prompt."""
+    """Apply `predict(examples, targets, query)` in NumPy to every prefix of every prompt."""
     xs, ys = xs.double().numpy(), ys.double().numpy()
     rows = [[predict(x[:k], y[:k], x[k]) for k in range(len(y))] for x, y in zip(xs, ys, strict=True)]
     return torch.tensor(np.array(rows))
@@ -110,7 +110,7 @@ def test_averaging_matches_plain_loops(batch_size, num_examples, task_size, seed
 
 @given(**SIZES, seed=st.integers(0, 1000))
 def test_ols_matches_numpy_at_every_rank(batch_size, num_examples, task_size, seed):
-    """Below D examples the least norm solution is wanted, which numpy's SVD gives."""
+    """With fewer than D examples, the solution must have the least norm, as from NumPy's SVD."""
     xs, ys, _ = make_prompts(batch_size, num_examples, task_size, seed=seed)
     torch.testing.assert_close(ols(xs, ys), prefix_by_prefix(xs, ys, plain_ols), rtol=1e-6, atol=1e-8)
 
@@ -132,7 +132,7 @@ def test_ridge_matches_scikit_learn():
 
 
 def test_lasso_solves_its_optimality_conditions():
-    """X^T (y - X w) / k is alpha sign(w) where w is not 0, and at most alpha elsewhere."""
+    """X^T (y - X w) / k is alpha sign(w) where w is not 0, and has magnitude at most alpha elsewhere."""
     xs, ys, _ = make_prompts(4, 10, 5)
     alpha = 0.1
 
@@ -168,7 +168,7 @@ def test_dmmse_matches_plain_loops(batch_size, num_examples, task_size, num_task
 
 
 def plain_smoothed_dmmse(tasks, noise_variance, task_variance):
-    """Component by component: its evidence, and the posterior mean of ridge about its centre."""
+    """Return the prediction component by component: the evidence, and the posterior mean of ridge about the component's center."""
     tasks = tasks.double().numpy()
 
     def predict(x, y, query):
@@ -204,7 +204,7 @@ def test_smoothed_dmmse_matches_plain_loops(
 
 
 def test_smoothed_dmmse_lies_between_dmmse_and_ridge():
-    """Without smoothing it is dMMSE; one Gaussian about 0 of variance 1 is ridge's prior."""
+    """Without smoothing it is dMMSE. With one Gaussian of mean 0 and variance 1, which is ridge's prior, it is ridge."""
     xs, ys, _ = make_prompts(20, 8, 3)
     tasks = make_tasks(7, 3)
     sharp = smoothed_dmmse(xs, ys, tasks=tasks, noise_variance=0.25, task_variance=0.0)
@@ -214,7 +214,7 @@ def test_smoothed_dmmse_lies_between_dmmse_and_ridge():
 
 
 def test_the_variance_is_tuned_to_that_of_the_prior():
-    """Tasks drawn about few centres: the least loss is that of the Bayes predictor, at the true variance."""
+    """Tasks are drawn around a few centers. The smallest loss is that of the Bayes predictor, at the true variance."""
     centres, variance = 2 * make_tasks(4, 3), 0.2
     xs, _, offsets = make_prompts(4000, 8, 3, seed=1)
     picked = torch.randint(4, (4000,), generator=torch.Generator().manual_seed(2))
@@ -231,7 +231,7 @@ def test_the_variance_is_tuned_to_that_of_the_prior():
 
 @pytest.mark.parametrize("num_tasks", [1, 64, 65, 1000])
 def test_dmmse_in_chunks_of_tasks_is_dmmse_of_all(monkeypatch, num_tasks):
-    """With 64 tasks at a time: one chunk, a full one, one of a single task, many."""
+    """A chunk has 64 tasks. The cases have one chunk, a full chunk, a chunk with a single task, and many chunks."""
     tasks = make_tasks(num_tasks, 3)
     xs, ys, _ = make_prompts(tasks=tasks)
     monkeypatch.setitem(task_sums._SLAB, "cpu", 1)
@@ -250,7 +250,7 @@ def test_dmmse_in_float32_stays_close_to_float64(noise_variance):
 
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
 def test_dmmse_computes_in_float64_where_float32_would_change_the_weights(scale):
-    """Targets that no task explains: large sums of squares whose small differences decide."""
+    """No task explains the targets, so small differences of large sums of squares decide the weights."""
     tasks = make_tasks(500, 8, dtype=torch.float32)
     xs, ys, _ = make_prompts(50, 16, 8, dtype=torch.float32)
     exact = dmmse(scale * xs.double(), scale * ys.double(), tasks=tasks, noise_variance=0.125)
@@ -259,7 +259,7 @@ def test_dmmse_computes_in_float64_where_float32_would_change_the_weights(scale)
 
 
 def test_dmmse_does_not_trust_rough_float32_products():
-    """As after `torch.set_float32_matmul_precision("medium")`, which lets products round to bfloat16."""
+    """After `torch.set_float32_matmul_precision("medium")`, products may be rounded to bfloat16."""
     tasks = make_tasks(500, 8, dtype=torch.float32)
     xs, ys, _ = make_prompts(100, 16, 8, tasks=tasks, dtype=torch.float32)
     exact = dmmse(xs.double(), ys.double(), tasks=tasks, noise_variance=0.25)
@@ -314,7 +314,7 @@ def test_ols_knows_the_task_after_d_examples_without_noise():
 
 @pytest.mark.parametrize("noise_variance", [1e-6, 1e-12, 1e-20, 1e-28])
 def test_ridge_tends_to_ols_as_noise_vanishes(noise_variance):
-    """Where targets fit, ridge is within about lambda / (least singular value)^2 of least squares, however small."""
+    """If the targets fit, ridge differs from least squares by about lambda / (smallest singular value)^2, however small this is."""
     xs, ys, _ = make_prompts(20, 10, 4, noise_variance=0)
     close = ridge(xs, ys, noise_variance=noise_variance) - ols(xs, ys)
     assert close.abs().max() < max(1e5 * noise_variance, 1e-7)
@@ -323,7 +323,7 @@ def test_ridge_tends_to_ols_as_noise_vanishes(noise_variance):
 @pytest.mark.parametrize("noise_variance", [1e-8, 1e-30, 1e-300, 5e-324, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dmmse_at_small_noise_finds_the_task(noise_variance, dtype):
-    """Squares over 2 sigma^2 reach 1e9 and more; two examples without noise tell 50 tasks apart."""
+    """Squares divided by 2 sigma^2 reach 1e9 and more. Two noiseless examples distinguish 50 tasks."""
     tasks = make_tasks(50, 3, dtype=dtype)
     xs, ys, ws = make_prompts(100, 8, 3, noise_variance=0, tasks=tasks, dtype=dtype)
     found = dmmse(xs, ys, tasks=tasks, noise_variance=noise_variance)
@@ -344,7 +344,7 @@ def test_dmmse_at_small_noise_stays_finite_when_no_task_fits():
 
 
 def test_dmmse_without_noise_is_uniform_over_the_tasks_that_fit_best():
-    """Tasks (1, 0), (1, 1), (3, 0) after y = 1 at x = (1, 0): the first two fit, and at (0, 1) they say 0 and 1."""
+    """With the tasks (1, 0), (1, 1), (3, 0), the example y = 1 at x = (1, 0) fits the first two. At (0, 1) they predict 0 and 1."""
     tasks = torch.tensor([[1.0, 0.0], [1.0, 1.0], [3.0, 0.0]])
     xs, ys = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]]), torch.tensor([[1.0, 1.0, 7.0]])
     torch.testing.assert_close(dmmse(xs, ys, tasks=tasks, noise_variance=0.0), torch.tensor([[5 / 3, 0.5, 2.0]]))
@@ -365,7 +365,7 @@ def test_repeated_tasks_weigh_as_often_as_they_occur():
 
 
 def test_ols_of_inputs_on_a_subspace_keeps_the_least_norm_within_it():
-    """Inputs rounded to float32 leave their plane by 1e-7; what the fit says along there would be noise."""
+    """Inputs rounded to float32 leave their plane by 1e-7. The fit in this direction would be noise."""
     generator = torch.Generator().manual_seed(3)
     plane = torch.linalg.qr(torch.randn(6, 2, generator=generator, dtype=torch.float64)).Q  # 6 2
     flat, ys, _ = make_prompts(50, 8, 2, noise_variance=0.25)
@@ -388,7 +388,7 @@ def test_knn_gives_ties_to_the_earlier_example():
 
 
 def test_ridge_has_the_bayes_loss_of_hoogland_et_al():
-    """D = 4, K = 8, sigma^2 = 0.125: per token 4.13 3.19 2.28 1.48 0.90 0.58 0.41 0.32, mean 1.66."""
+    """For D = 4, K = 8, sigma^2 = 0.125 the losses per token are 4.13 3.19 2.28 1.48 0.90 0.58 0.41 0.32, with mean 1.66."""
     xs, ys, _ = make_prompts(2**16, 8, 4, noise_variance=0.125)
     errors = (ridge(xs, ys, noise_variance=0.125) - ys).square()
     stderr = errors.std(0) / math.sqrt(len(errors))
@@ -398,7 +398,7 @@ def test_ridge_has_the_bayes_loss_of_hoogland_et_al():
 
 
 def test_first_two_losses_of_ridge_are_exact():
-    """At k = 1 it is D + sigma^2; at k = 2, D - 1 directions are unknown and one has E[sigma^2 / (|x|^2 + sigma^2)]."""
+    """At k = 1 it is D + sigma^2. At k = 2, D - 1 directions are unknown and one has the error E[sigma^2 / (|x|^2 + sigma^2)]."""
     task_size, variance, num = 4, 0.125, 2**16
     xs, ys, _ = make_prompts(num, 2, task_size, noise_variance=variance)
     errors = (ridge(xs, ys, noise_variance=variance) - ys).square()
@@ -409,7 +409,7 @@ def test_first_two_losses_of_ridge_are_exact():
 
 @pytest.mark.parametrize(("best", "tasks"), [("ridge", None), ("dmmse", SETTINGS["tasks"])])
 def test_bayes_beats_every_other_baseline_on_its_own_prior(best, tasks):
-    """Paired over prompts, after 7 examples: each other one loses by more than 4 standard errors."""
+    """After 7 examples, each other baseline is worse by more than 4 standard errors, paired over prompts."""
     xs, ys, _ = make_prompts(2**14, 8, 3, tasks=tasks)
     rivals = set(NAMES) - {best, "lasso"}  # a hundred thousand fits of the lasso would take a minute
     least = (call(best, xs, ys) - ys)[:, -1].square()
@@ -419,7 +419,7 @@ def test_bayes_beats_every_other_baseline_on_its_own_prior(best, tasks):
 
 
 def test_dmmse_of_many_tasks_is_ridge_within_monte_carlo_error():
-    """M Gaussian tasks are an importance sample of the Gaussian posterior: mean square error about spread / M."""
+    """M Gaussian tasks are an importance sample of the Gaussian posterior, so the mean squared error is about spread / M."""
     num_tasks, variance = 2**15, 1.0
     tasks = make_tasks(num_tasks, 2)
     xs, ys, _ = make_prompts(64, 4, 2, noise_variance=variance)
@@ -488,7 +488,7 @@ def test_earlier_examples_permute_freely(name, order, seed):
 
 @pytest.mark.parametrize("name", ["zero", "averaging", "knn", "ols", "ridge"])
 def test_rotating_the_inputs_changes_nothing(name):
-    """Baselines that hold no tasks know no axes."""
+    """Baselines without tasks do not depend on the choice of axes."""
     xs, ys, _ = make_prompts()
     rotation = torch.linalg.qr(make_tasks(3, 3)).Q
     torch.testing.assert_close(call(name, xs @ rotation, ys), call(name, xs, ys))
@@ -572,7 +572,7 @@ def test_predictions_on_cuda_agree_with_those_on_the_cpu(name):
 
 
 def plain_dmmse_in_torch(xs, ys, *, tasks, noise_variance):
-    """The loop that one writes first: every prefix of every prompt from its start."""
+    """Compute dMMSE in a simple loop, which starts from the beginning for every prefix of every prompt."""
     predictions = torch.zeros_like(ys)
     for b in range(len(xs)):
         for k in range(xs.shape[1]):
@@ -611,7 +611,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 @pytest.mark.slow
 def test_dmmse_of_2_to_20_tasks_fits_in_3_gigabytes():
-    """Peak resident memory of a whole process, torch itself included."""
+    """This is the peak resident memory of a whole process, including torch."""
     result = subprocess.run([sys.executable, "-c", LARGE_POOL], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) < 3

@@ -29,7 +29,7 @@ def _import_from_the_checkout(monkeypatch):
 
 
 def test_the_plain_model_is_the_same_model():
-    """Number for number: with our weights it gives our predictions."""
+    """With our weights, the plain model gives exactly our predictions."""
     from benchmarks.peers import PlainTransformer
 
     config = preset("L2H4")
@@ -54,7 +54,7 @@ def _our_name(name):
 
 
 def _as_theirs(weight, name):
-    """Their rows of `qkv` are (3, H, c), ours (H, 3, c)."""
+    """Reorder the rows of `qkv`: in the plain model they are (3, H, c), in ours (H, 3, c)."""
     return weight.unflatten(0, (4, 3, 16)).transpose(0, 1).flatten(0, 2) if "qkv" in name else weight
 
 
@@ -68,14 +68,14 @@ def test_the_loop_over_prefixes_is_dmmse():
 
 
 class Clock:
-    """Stands still but for the work."""
+    """A clock that only moves when work is done."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
     def work(self, seconds):
-        """Something that takes so long, and counts how often it was done."""
+        """Return a function that takes a given time on this clock, and counts its calls."""
 
         def act(*_):
             self.now += seconds
@@ -101,7 +101,7 @@ def test_a_ratio_counts_work_and_is_large_where_we_are_fast(monkeypatch):
 
 
 def test_a_step_takes_trainings_prompts_and_a_turn_whole_blocks_of_them(monkeypatch):
-    """Of members that make the block shorter than it is for one."""
+    """The population has so many members that its blocks of prompts are shorter than those of a single member."""
     from benchmarks import cases
 
     seen = []
@@ -123,13 +123,13 @@ APPLICATION = change(TINY, trainer={"max_steps": 10**6}, checkpoints={"every": N
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    """Where temporary folders are made."""
+    """Let temporary folders be made below the folder of the test."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
 
 def slow_steps(monkeypatch, act):
-    """Every step of the application does something beside."""
+    """Let every training step also call `act`."""
     step = PopulationAdam.step
     monkeypatch.setattr(
         PopulationAdam, "step", lambda self, closure=None, *, prompts: act() or step(self, prompts=prompts)
@@ -138,7 +138,7 @@ def slow_steps(monkeypatch, act):
 
 @pytest.mark.parametrize("seconds", [0.0, 0.2])
 def test_the_application_is_measured_against_as_many_bare_steps(seconds, monkeypatch, folder):
-    """A bare step takes 2 ms, its own 1, a row of its log 2 at every tenth step: each turn's ratio is 2 / 1.2."""
+    """A bare step takes 2 ms and a training step 1 ms. A row of the log takes 2 ms at every tenth step. So the ratio is 2 / 1.2."""
     from benchmarks.application import measure_application
 
     clock = Clock(monkeypatch)
@@ -181,7 +181,7 @@ def test_an_application_that_dies_says_why(monkeypatch, folder):
 
 @pytest.mark.slow
 def test_a_bare_step_goes_on_inside_the_application():
-    """The real ones, on a real clock: the same step, so neither side is many times the other."""
+    """Both use the real step and a real clock, so neither time is many times the other."""
     from benchmarks import cases
     from benchmarks.application import measure_application
     from benchmarks.turns import Ratio
@@ -234,7 +234,7 @@ def test_without_devinterp_its_case_is_left_out_in_a_sentence(monkeypatch, capsy
 
 @pytest.mark.slow
 def test_devinterp_and_we_make_as_many_moves(monkeypatch):
-    """Counted by their losses and by ours; ours are the moves and two gradients for MALA's acceptance."""
+    """The moves of devinterp are counted by its losses, and ours by the recorded losses."""
     pytest.importorskip("devinterp", reason='needs devinterp 1.3.2: pip install -e ".[bench]"')
     from benchmarks.sampling import NUM_CHAINS, PlainTransformer, devinterp_chains, our_chains
 

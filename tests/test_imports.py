@@ -63,7 +63,7 @@ SIBLINGS = ("training", "sampling", "analysis")
 
 
 def module_name(path):
-    """`tasks.priors` for icl/tasks/priors.py, `tasks` for its package, `__init__` for the root."""
+    """Return a module's name, such as `tasks.priors` for icl/tasks/priors.py, `tasks` for its package, or `__init__` for the root."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
@@ -72,7 +72,7 @@ MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
 def test_every_folder_is_a_package_that_is_installed_and_that_git_keeps():
-    """`.gitignore` once hid icl/runs: the linters passed over it, and its `__init__.py` was never committed."""
+    """Once `.gitignore` hid icl/runs. Then the linters skipped this folder, and its `__init__.py` was never committed."""
     folders = {path.parent for path in MODULES.values()}
     assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
     listing = ["git", "-C", str(ROOT.parent), "ls-files", "--others", "--cached", "--exclude-standard", "icl"]
@@ -83,7 +83,7 @@ def test_every_folder_is_a_package_that_is_installed_and_that_git_keeps():
 
 @cache
 def imports(name):
-    """Dotted names that a module imports anywhere, within functions too, as `package.module`."""
+    """Return the dotted names that a module imports anywhere, even inside functions, as `package.module`."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -97,7 +97,7 @@ def imports(name):
 
 
 def own_imports(name):
-    """The modules of `icl` among them; a name taken from a module counts as the module."""
+    """Return the modules of `icl` that a module imports. An imported name counts as its module."""
     targets = set()
     for dotted in imports(name):
         package, _, rest = dotted.partition(".")
@@ -109,7 +109,7 @@ def own_imports(name):
 
 
 def entry_of(name, table):
-    """The most exact entry of a table for this module, or None."""
+    """Return the most specific entry of a table for a module, or None."""
     fitting = [entry for entry in table if name == entry or name.startswith(f"{entry}.")]
     return max(fitting, key=len, default=None)
 
@@ -118,7 +118,7 @@ PLACES = {entry: (line, column) for line, entries in enumerate(LAYERS) for colum
 
 
 def may_import(name, target):
-    """Whether the table lets one module of `icl` import another."""
+    """Return whether the table lets one module of `icl` import another."""
     importer, imported = entry_of(name, PLACES), entry_of(target, PLACES)
     if importer == imported or name.startswith(f"{target}."):
         return True
@@ -133,7 +133,7 @@ def test_module_has_a_place_in_the_table(name):
 
 
 def test_the_table_of_contributing_is_this_one():
-    """CONTRIBUTING.md lists the names of every line in its order, packages with a slash."""
+    """CONTRIBUTING.md lists the names of every line in the same order, packages with a slash."""
     text = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"## Where things go\n.*?```\n(.*?)```", text, re.DOTALL)
     told = [[word.strip("/") for word in re.split(r"   +", line)[0].split()] for line in table.splitlines()]
@@ -195,7 +195,7 @@ def test_annotations_stay_visible_to_the_shape_checks(name):
 
 
 def unbound_names(tree):
-    """Names that code reads and that nothing in its module binds: what F821 finds, which takes jaxtyping's shapes for names."""
+    """Return names that code reads but its module never binds. Ruff's F821 finds these too, but mistakes jaxtyping's shapes for names."""
     bound = set(dir(builtins)) | {"__file__", "__name__", "__doc__"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
@@ -232,7 +232,7 @@ def test_imports_are_absolute_and_name_what_they_take(name):
 
 
 def run_python(code, folder):
-    """The words that a fresh interpreter prints, started in an empty folder."""
+    """Return the words that a new interpreter prints, started in an empty folder."""
     command = [sys.executable, "-B", "-c", textwrap.dedent(code)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
@@ -250,7 +250,7 @@ def test_importing_the_configuration_does_not_import_torch(tmp_path):
 
 
 def test_importing_every_module_makes_no_file_reads_no_secret_and_draws_no_number(tmp_path, monkeypatch):
-    """In a folder with a `.env`: nothing appears beside it, it is not read, and the global generators stand still."""
+    """In a folder with a `.env`, no file is made, `.env` is not read, and the global generators do not change."""
     (tmp_path / ".env").write_text("ICL_TEST_SECRET=1\n")
     monkeypatch.setenv("LOCAL_ROOT", "runs")
     code = f"""

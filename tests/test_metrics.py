@@ -49,7 +49,7 @@ def test_overall_mean_by_hand():
 
 
 def test_icl_score_by_hand():
-    """Differences 3 and 5, prompt by prompt; that loss rises with more examples is bad, so positive."""
+    """The differences of two prompts are 3 and 5. If the loss rises with more examples, this is bad, and the score is positive."""
     assert_estimate(icl_score(ERRORS, 1, 2), 4.0, 1.0)
     assert_estimate(icl_score(ERRORS, 2, 1), -4.0, 1.0)
 
@@ -60,7 +60,7 @@ def test_squared_error_by_hand():
 
 
 def test_gap_by_hand():
-    """Distances 1 and 3 squared at one position, 0 and 2 squared at the other; not divided by D."""
+    """The squares are 1 and 9 at one position, 0 and 4 at the other. They are not divided by D."""
     model, other = torch.tensor([[1.0, 5.0], [4.0, 2.0]]), torch.tensor([[2.0, 5.0], [1.0, 4.0]])
     assert_estimate(position_mean(squared_error(model, other)), [5.0, 2.0], [4.0, 2.0])
 
@@ -105,7 +105,7 @@ def test_standard_error_is_the_spread_of_repeated_evaluations():
 
 
 def test_standard_error_over_positions_counts_that_they_share_a_prompt():
-    """Equal values at all 9 positions of a prompt tell no more than one of them."""
+    """Equal values at all 9 positions of a prompt give no more information than a single value."""
     values = make_values(100, 1)
     repeated = overall_mean(values.expand(100, 9))
     assert_estimate(repeated, values.mean(), position_mean(values).stderr[0])
@@ -154,7 +154,7 @@ def test_loss_over_uneven_batches_is_that_of_all_prompts(sizes, num_examples):
 
 
 def test_loss_over_very_many_batches_does_not_drift():
-    """A running sum in float32 would; 2,000 batches of large, nearly equal errors."""
+    """A running sum in float32 would drift over these 2,000 batches of large, nearly equal errors."""
     predictions, targets = 30 + make_values(20_000, 2) / 100, torch.zeros(20_000, 2, dtype=torch.float64)
     assert_summary(streamed(predictions, targets, 10, 2).compute(), predictions, targets, rtol=1e-4, atol=0)
 
@@ -183,7 +183,7 @@ def test_losses_of_two_halves_merge():
 
 
 def test_merging_losses_of_nothing_leaves_them_usable():
-    """As when some processes of a small evaluation have had no share yet."""
+    """This occurs if some processes of a small evaluation have no prompts yet."""
     predictions, targets = make_values(6, 3), make_values(6, 3, seed=1)
     first, second = PositionLoss(max_examples=3), PositionLoss(max_examples=3)
     first.merge_state(second)
@@ -213,7 +213,7 @@ torch.save(torch.stack((*positions, *(m.expand(2) for m in mean))), f"{out}-{ran
 
 @pytest.mark.slow
 def test_loss_over_two_processes_is_that_of_all_prompts(tmp_path):
-    """The shares are uneven; both ranks get the whole answer."""
+    """The processes have different numbers of prompts. Both get the loss over all prompts."""
     arguments = [sys.executable, "-c", TWO_RANKS]
     ranks = [
         subprocess.Popen([*arguments, str(rank), str(tmp_path / "meet"), str(tmp_path / "out")]) for rank in (0, 1)
@@ -235,7 +235,7 @@ def test_loss_accumulates_on_cuda():
 
 
 def test_a_ratio_of_means_is_off_by_its_standard_error():
-    """Of 2,000 draws whose ratio is 3: the z scores have mean 0, but for a bias of the order of 1 / B, and deviation 1."""
+    """The true ratio is 3. Over 2,000 draws, the z scores have deviation 1 and mean 0, up to a bias of order 1 / B."""
     below = 1 + 0.3 * make_values(2000, 100, seed=1)
     above = 3 * below + 0.5 * make_values(2000, 100, seed=2)
     found = ratio_of_means(above, below)

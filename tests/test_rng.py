@@ -26,7 +26,7 @@ def normals(key=KEY, *, steps=(0,), num=1, size=1):
 
 
 def philox_by_hand(counter, key):
-    """Salmon et al. 2011, section 3.3, in unbounded integers."""
+    """Compute Philox in integers of any size, from Salmon et al. 2011, section 3.3."""
     c, (k0, k1) = list(counter), key
     for _ in range(10):
         high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
@@ -37,7 +37,7 @@ def philox_by_hand(counter, key):
 
 
 def normals_by_hand(seed, name, step, index, size):
-    """Box and Muller on pairs of words of the counter (block, index, step low, step high)."""
+    """Apply the Box-Muller transform to pairs of words of the counter (block, index, step low, step high)."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little"))
     out = []
@@ -98,7 +98,7 @@ def test_integers_are_the_high_part_of_bound_times_64_bits(step, index, bound):
 
 
 def test_integers_use_all_64_bits_for_a_wide_bound():
-    """Where the low word decides: with a bound of 2^31 - 1 the upper 32 bits alone would miss every fourth number."""
+    """The low word matters: for a bound of 2^31 - 1, the upper 32 bits alone would miss every fourth number."""
     bound = 2**31 - 1
     expected = []
     for index in range(100):
@@ -135,7 +135,7 @@ def test_streams_of_other_seeds_or_names_have_other_keys():
 
 @pytest.fixture(scope="module")
 def sample():
-    """2^18 normals: 64 steps, 512 indices, 8 each."""
+    """Return 2^18 normals: 64 steps, 512 indices, 8 numbers each."""
     return normals(steps=range(64), num=512, size=8).double().flatten().numpy()
 
 
@@ -150,7 +150,7 @@ def test_normals_are_float32_of_the_promised_shape():
     [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)],
 )
 def test_normal_moments_are_right(sample, power, expected, variance):
-    """Within 4 standard errors; the variance of z^p is E z^2p - (E z^p)^2."""
+    """The moments are within 4 standard errors; the variance of z^p is E z^2p - (E z^p)^2."""
     assert abs((sample**power).mean() - expected) < 4 * math.sqrt(variance / len(sample))
 
 
@@ -159,7 +159,7 @@ def test_normals_pass_a_kolmogorov_smirnov_test(sample):
 
 
 def test_normals_reach_the_tails(sample):
-    """P(|z| > 3) is 0.0027; the count is within 4 standard errors."""
+    """P(|z| > 3) is 0.0027, and the count is within 4 standard errors of it."""
     expected = len(sample) * 2 * stats.norm.sf(3)
     assert abs((np.abs(sample) > 3).sum() - expected) < 4 * math.sqrt(expected)
 
@@ -178,7 +178,7 @@ def test_integers_stay_below_their_bound(bound):
 
 
 def test_integers_reach_both_ends_of_a_wide_range():
-    """20,000 draws: the extremes lie within 20 mean spacings of the ends but once in e^20 cases."""
+    """Of 20,000 draws, the extremes are within 20 mean spacings of the ends, except once in e^20 cases."""
     bound = 2**31 - 1
     draw = rng.integers(KEY, torch.arange(20), torch.arange(1000), bound)
     assert draw.min() < 20 * bound / 20_000

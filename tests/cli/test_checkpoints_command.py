@@ -31,7 +31,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory, s3_endpoint, trained) -> tuple[Path, str]:
-    """A finished run that was pushed, and the bucket with its copy."""
+    """Return a finished run that was pushed, and the bucket with its copy."""
     with pytest.MonkeyPatch.context() as environment:
         use_server(environment, s3_endpoint)
         s3 = S3Server(s3_endpoint)
@@ -42,7 +42,7 @@ def pushed(tmp_path_factory, s3_endpoint, trained) -> tuple[Path, str]:
 
 @pytest.fixture
 def run(s3, monkeypatch, pushed) -> RunFolder:
-    """A finished run and its copy."""
+    """Return a finished run and its copy."""
     monkeypatch.setenv("AWS_BUCKET_NAME", s3.bucket)
     folder, bucket = pushed
     s3.copy_of(bucket)
@@ -260,13 +260,13 @@ def test_a_run_that_is_nowhere_is_one_sentence(s3, monkeypatch, capsys, action):
 
 
 def flip(data: bytes) -> bytes:
-    """Sixteen altered bytes in the middle."""
+    """Alter sixteen bytes in the middle."""
     middle = len(data) // 2
     return data[: middle - 8] + bytes(byte ^ 0x5A for byte in data[middle - 8 : middle + 8]) + data[middle + 8 :]
 
 
 def another_digit(data: bytes) -> bytes:
-    """The last digit of the row in the middle is another."""
+    """Change the last digit of the row in the middle."""
     place = data.index(b"\n", len(data) // 2) - 1
     assert data[place : place + 1].isdigit()
     return data[:place] + (b"1" if data[place : place + 1] != b"1" else b"2") + data[place + 1 :]
@@ -274,7 +274,7 @@ def another_digit(data: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory) -> Path:
-    """A finished run with moments, results and a figure, and the copy that its store has."""
+    """Return a finished run with moments, results and a figure, and the copy in its store."""
     root = tmp_path_factory.mktemp("complete")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("LOCAL_ROOT", str(root))

@@ -192,7 +192,7 @@ def test_the_environment_file_is_read_by_the_command_line(tmp_path, monkeypatch,
     ("environment", "expected"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
 )
 def test_waiting_threads_sleep_soon_unless_the_environment_says_otherwise(environment, expected):
-    """In a process of its own, as OpenMP reads its environment once, when PyTorch is loaded."""
+    """This runs in a separate process, because OpenMP reads its environment only once, when PyTorch is loaded."""
     code = (
         "import os, sys, icl.cli; assert 'torch' not in sys.modules; icl.cli.main(['runs', '.']); "
         "print(os.environ.get('GOMP_SPINCOUNT'))"

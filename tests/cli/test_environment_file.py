@@ -112,7 +112,7 @@ LEFT_OUT = [
 
 @pytest.fixture
 def clean(folder, monkeypatch) -> Path:
-    """Every variable of the lists is unset, and whatever `.env` sets is undone after the test."""
+    """Unset all variables of the lists, and undo after the test whatever `.env` sets."""
     for name in (*TAKEN, *LEFT_OUT):
         if name not in ("PATH", "HOME"):
             monkeypatch.setenv(name, "")

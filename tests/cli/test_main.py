@@ -30,7 +30,7 @@ PLANTED = (
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working folder with modules that leave a mark when they are imported."""
+    """Return a working folder with modules that leave a mark when they are imported."""
     (tmp_path / "icl").mkdir()
     for name in PLANTED:
         (tmp_path / f"{name}.py").write_text(

@@ -29,13 +29,13 @@ SCRIPTS = [
 
 
 def expand(text: str) -> list[str]:
-    """`a.{b,c}` as `a.b` and `a.c`."""
+    """Return `a.b` and `a.c` for `a.{b,c}`."""
     found = re.fullmatch(r"([^{]*)\{(.*)\}", text)
     return [found[1] + part for part in found[2].split(",")] if found else [text]
 
 
 def settings_rows() -> list[tuple[str, str]]:
-    """An older setting, and the cell that says what it is here."""
+    """Return each older setting with the table cell that gives its modern spelling."""
     pairs = []
     for there, here in ROWS:
         keys = [key for span in re.findall(r"`([^`]*)`", there) for key in expand(span.partition(":")[0])]

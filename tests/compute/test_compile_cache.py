@@ -14,7 +14,7 @@ from icl.compute.compile_cache import UnusableError, cache_folder, damaged, requ
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """This process uses a folder of the test's own, with two noted files."""
+    """Let this process use a folder of the test, with two files whose digests are recorded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     folder = cache_folder()

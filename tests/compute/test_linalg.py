@@ -9,14 +9,14 @@ P = 300
 
 
 def rotated(values, *, seed=0):
-    """A symmetric matrix with these eigenvalues and random eigenvectors."""
+    """Return a symmetric matrix with given eigenvalues and random eigenvectors."""
     generator = torch.Generator().manual_seed(seed)
     vectors, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64))
     return vectors @ torch.diag(values) @ vectors.mT
 
 
 def products_of(*matrices):
-    """Of one member; each matrix is a batch."""
+    """Return the products of one member. Each matrix is the Hessian on one batch."""
     stacked = torch.stack(matrices)
     return lambda vectors: torch.einsum("jpq,nq->njp", stacked, vectors)
 
@@ -27,7 +27,7 @@ def normals(count, *, seed=1, size=P):
 
 
 def spiked():
-    """A bulk with outliers at both ends, as a Hessian's."""
+    """Return eigenvalues of a bulk with outliers at both ends, as of a Hessian."""
     bulk = torch.linspace(-1, 1, P - 5, dtype=torch.float64)
     return torch.cat((torch.tensor([-9.0, -4.0], dtype=torch.float64), bulk, torch.tensor([10.0, 20.0, 50.0])))
 
@@ -44,7 +44,10 @@ def test_extremes_of_a_spiked_spectrum():
 
 
 def test_what_is_stated_to_have_converged_has():
-    """Both ends after few and more steps: where the stated error is below 1 % of the value, so is the true one."""
+    """Test both ends of the spectrum, after few and after more steps.
+
+    If the stated error is below 1 % of the value, then so is the true error.
+    """
     truth, verdicts = spiked(), []
     for num_steps in range(4, 24, 2):
         found = ritz(lanczos(products_of(rotated(truth)), normals(1)[0], num_steps))
@@ -68,7 +71,7 @@ def test_all_steps_give_the_whole_spectrum_and_the_exact_trace():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_multiple_eigenvalues_are_all_found_once_the_space_is_exhausted(dtype):
-    """Of two distinct values the Krylov space has two dimensions; it is left for new directions, not divided by zero."""
+    """For two distinct eigenvalues the Krylov space has two dimensions. Then new directions are used, without a division by zero."""
     values = torch.tensor([1.0] * 7 + [4.0] * 3, dtype=torch.float64)
     products = products_of(rotated(values).to(dtype))
     krylov = lanczos(products, normals(1, size=10)[0].to(dtype), 10)
@@ -106,7 +109,7 @@ def test_the_krylov_space_makes_the_trace_better_than_hutchinsons():
 
 
 def test_quadrature_integrates_polynomials_of_the_start_exactly():
-    """Of m nodes: powers up to 2m - 1 (Golub and Meurant): sum w theta^k = v' A^k v / v' v."""
+    """With m nodes, sum w theta^k = v' A^k v / v' v for all powers k up to 2m - 1 (Golub and Meurant)."""
     matrix, start = rotated(spiked()), normals(1)[0]
     found = ritz(lanczos(products_of(matrix), start, 6))
     image = start[0] / start[0].norm()
@@ -117,7 +120,7 @@ def test_quadrature_integrates_polynomials_of_the_start_exactly():
 
 
 def test_shares_of_the_spectrum_are_within_their_error():
-    """A third of the eigenvalues at 2, the others in [-1, 1]."""
+    """A third of the eigenvalues are 2, and the others are in [-1, 1]."""
     values = torch.cat((torch.linspace(-1, 1, 200, dtype=torch.float64), torch.full((100,), 2.0, dtype=torch.float64)))
     shares = []
     for seed in range(20):
@@ -131,7 +134,7 @@ def test_shares_of_the_spectrum_are_within_their_error():
 
 
 def test_batches_give_the_error_of_another_draw():
-    """A_j = A + noise_j: the errors of eigenvalue and trace are those of the mean of J such draws."""
+    """For A_j = A + noise_j, the errors of eigenvalue and trace are those of the mean of J such matrices."""
     generator = torch.Generator().manual_seed(4)
     base = rotated(spiked())
     noise = torch.randn(2000, P, generator=generator, dtype=torch.float64) * 3

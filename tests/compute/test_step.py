@@ -45,7 +45,7 @@ def make_prompts(step, num=N, dtype=torch.float64):
 
 
 def train(num_steps, optim, *, num=N, dtype=torch.float64, state=None, first=0, **how):
-    """The state after some steps, and what each step told."""
+    """Return the state after some steps, and the output of each step."""
     params = make_params(num, dtype)
     step = make_step(CONFIG, optim, layout_of(params), **how)
     state = adam_state(params) if state is None else state
@@ -54,7 +54,7 @@ def train(num_steps, optim, *, num=N, dtype=torch.float64, state=None, first=0, 
 
 
 def train_alone(number, num_steps, optim, dtype=torch.float64):
-    """The same member by `torch.optim.Adam` and `clip_grad_norm_`, with its losses and norms."""
+    """Train the same member with `torch.optim.Adam` and `clip_grad_norm_`. Return also its losses and gradient norms."""
     member = make_members(N, dtype)[number]
     adam = torch.optim.Adam(member.parameters(), RATES[number], (optim.beta1, optim.beta2), optim.eps)
     told = []
@@ -125,7 +125,7 @@ def test_losses_and_gradients_of_shared_prompts():
     ids=["plain", "clipped", "other decays"],
 )
 def test_several_steps_are_those_of_torch(optim):
-    """In float64 ten steps differ by rounding alone."""
+    """In float64, ten steps differ only by rounding."""
     state, infos = train(10, optim)
     params = layout_of(make_params()).to_params(state.rows)
     for i in range(N):
@@ -138,7 +138,7 @@ def test_several_steps_are_those_of_torch(optim):
 
 
 def test_float32_keeps_the_first_bias_corrections():
-    """At step 1 Adam moves by the rate whatever the gradient's size; 1 - beta2 = 0.001 must not be cancelled away."""
+    """At step 1 Adam moves by the learning rate, whatever the gradient's size. So 1 - beta2 = 0.001 must not lose digits."""
     state, _ = train(1, OptimConfig(eps=1e-30), dtype=torch.float32)
     params = make_params(dtype=torch.float32)
     moved = (state.rows - layout_of(params).to_rows(params)).abs()
@@ -150,7 +150,7 @@ def test_float32_keeps_the_first_bias_corrections():
 
 
 def test_processes_that_share_a_batch_move_as_one_that_has_all_of_it():
-    """Two shares in turn, each with the mean that a reduction over both would give it."""
+    """Two shares of a batch are computed one after the other. Each gets the mean that a reduction over both would give."""
     params, (xs, ys) = make_params(), make_prompts(0)
     layout, rates = layout_of(params), torch.tensor(RATES, dtype=torch.float64)
     whole, halves = adam_state(params), adam_state(params)
@@ -167,7 +167,7 @@ def test_processes_that_share_a_batch_move_as_one_that_has_all_of_it():
 
 
 def train_last(num_steps, **how):
-    """The weights of the last member after some steps by itself."""
+    """Return the weights of the last member after some steps alone."""
     state = adam_state(make_params(N, torch.float32)).members(slice(2, 3))
     step = make_step(CONFIG, OptimConfig(), layout_of(make_params()), **how)
     for s in range(num_steps):
@@ -217,14 +217,14 @@ def steps_that_pay(name):
 
 
 def test_the_quickstart_does_not_wait_for_a_compiler_and_long_trainings_use_one():
-    """A step of L2H4 needs 6 x 51,717 x 16 x 256 = 1.27e9 operations, so 1e13 are some 7,900 steps."""
+    """A step of L2H4 takes 6 x 51,717 x 16 x 256 = 1.27e9 operations, so 1e13 operations are about 7,900 steps."""
     assert steps_that_pay("quickstart") > 2 * preset("quickstart").trainer.max_steps
     assert steps_that_pay("L2H4") == 2**13
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_without_a_compiler_the_step_is_eager_and_says_so(packed, monkeypatch):
-    """Packed, its members go side by side all the same, and what one changes in place is no other's."""
+    """With `packed`, members still run in parallel, and changes that one member makes in place do not affect the others."""
 
     def refuse(*_, **__):
         raise torch._dynamo.exc.BackendCompilerFailed(refuse, RuntimeError("No working C++ compiler found"), None)
@@ -289,7 +289,7 @@ def test_a_step_is_one_graph_with_a_layout_that_was_never_used():
 
 @pytest.mark.slow
 def test_compiled_is_eager_up_to_rounding_and_gives_the_same_bits_in_every_process():
-    """Packed, with any number of threads."""
+    """With `packed`, this holds for any number of threads."""
     alone, packed = zip(*(run_alone(COMPILED, num_threads) for num_threads in (2, 2, 1)), strict=True)
     assert alone[0] == alone[1]
     assert len(set(packed)) == 1
@@ -312,7 +312,7 @@ def run_alone(program, num_threads=1):
 
 
 def assert_it_steps_as_a_cpu(device, **how):
-    """Five clipped steps of members that move together."""
+    """Check five clipped steps of members that train together."""
     optim = OptimConfig(grad_clip=0.5)
     params = {name: tensor.to(device) for name, tensor in make_params().items()}
     step, state = make_step(CONFIG, optim, layout_of(params), **how), adam_state(params)

@@ -61,7 +61,7 @@ def test_infinity_is_written_inf():
 
 
 def test_published_settings_of_l2h4():
-    """Hoogland et al.: PAPERS.md, 1.1."""
+    """The settings of Hoogland et al. (PAPERS.md, 1.1)."""
     config = preset("L2H4")
     assert config.task == TaskConfig(num_tasks=math.inf, task_size=4, max_examples=8, noise_variance=0.125)
     assert (config.model.num_layers, config.model.num_heads) == (2, 4)
@@ -77,7 +77,7 @@ def test_published_settings_of_l2h4():
 
 
 def test_published_settings_of_raventos():
-    """Raventos et al.: PAPERS.md, 4."""
+    """The settings of Raventos et al. (PAPERS.md, 4)."""
     config = preset("raventos-base")
     assert (config.task.task_size, config.task.max_examples, config.task.noise_variance) == (8, 16, 0.25)
     assert (config.model.num_layers, config.model.num_heads, config.model.embed_size) == (8, 2, 128)
@@ -293,7 +293,7 @@ def test_saved_config_may_leave_settings_out():
 
 
 def test_a_run_of_0_1_0_with_steps_that_cannot_be_used_is_still_a_run():
-    """It trained with any text there."""
+    """Version 0.1.0 accepted any text as `steps`."""
     assert RunConfig.from_dict({"sampler": {"steps": "foo", "lr": 1e-5}}).sampler == SamplerConfig(lr=1e-5)
 
 

@@ -28,7 +28,7 @@ def read_arguments(words):
 
 @pytest.fixture
 def files(tmp_path) -> list[str]:
-    """Words that give the two files, in both spellings; one file is YAML and one is JSON."""
+    """Return the words that name two config files, in both spellings. One file is YAML and one is JSON."""
     (tmp_path / "first.yaml").write_text(yaml.safe_dump(FIRST))
     (tmp_path / "second.json").write_text(json.dumps(SECOND))
     return ["--config", str(tmp_path / "first.yaml"), f"--config={tmp_path / 'second.json'}"]

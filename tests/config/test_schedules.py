@@ -16,7 +16,7 @@ LAST = 500_000
 
 
 def log_steps_by_hand(last, num):
-    """Floor last^(j / (num - 1)) exactly: the whole r with r^(num - 1) <= last^j < (r + 1)^(num - 1)."""
+    """Return the exact floor of last^(j / (num - 1)): the whole number r with r^(num - 1) <= last^j < (r + 1)^(num - 1)."""
     steps = set()
     for j in range(num):
         target, r = last**j, round(last ** (j / (num - 1)))
@@ -36,9 +36,9 @@ def linear_steps_by_hand(last, num):
 def test_published_grid_of_l2h4_has_190_steps():
     """Hoogland et al. save 100 log-spaced and 100 linear steps of 500,000, and count 190 (PAPERS.md, 1.1 and Q3).
 
-    By exact arithmetic: flooring leaves 91 distinct log-spaced steps and 100 linear ones, and the only step in both is the
-    last: 91 + 100 - 1 = 190. Theirs are 190 as well: their log grid ends at 499,999 by a rounding error, and their loop
-    never reaches the linear grid's 500,000.
+    By exact arithmetic, flooring leaves 91 distinct log-spaced steps and 100 linear ones. Only the last step is in
+    both, so there are 91 + 100 - 1 = 190. Their code also saves 190 steps: its log grid ends at 499,999 by a
+    rounding error, and its loop never reaches the last linear step, 500,000.
     """
     logs, lines = log_steps_by_hand(LAST, 100), linear_steps_by_hand(LAST, 100)
     assert (len(logs), len(lines), logs & lines) == (91, 100, {LAST})
@@ -53,7 +53,7 @@ def test_preset_l2h4_asks_for_the_published_grid():
 
 
 def test_carroll_grid_has_the_published_2203_steps():
-    """Carroll et al. 2025: 1,501 hundreds and 711 floored powers that share 9 steps."""
+    """Carroll et al. 2025 save 1,501 multiples of a hundred and 711 floored powers, which share 9 steps."""
     grid = preset("carroll").checkpoints
     ours = checkpoint_steps(150_000, every=grid.every, num_log=grid.num_log, num_linear=grid.num_linear)
     hundreds = set(range(0, 150_001, 100))
@@ -103,7 +103,7 @@ def test_checkpoint_steps_are_python_ints():
 
 
 def one_cycle_rates(total):
-    """Rates of updates 1 .. total under the published arguments (PAPERS.md, 1.1), peak 3e-3."""
+    """Return the rates of updates 1, ..., total with the published arguments (PAPERS.md, 1.1) and the peak 3e-3."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-3)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -125,7 +125,7 @@ def one_cycle_rates(total):
 
 
 def one_cycle_rate(step, total):
-    """The same in closed form: linear from max / d at 0 to max at d = total / 2 - 1, then to max / d^2 at total - 1."""
+    """Return the same rate in closed form: linear from max / d at 0 to max at d = total / 2 - 1, then to max / d^2 at total - 1."""
     d = total / 2 - 1
     if step <= d:
         return 3e-3 * (1 / d + (1 - 1 / d) * step / d)
@@ -154,7 +154,7 @@ def test_triangle_is_the_published_one_cycle_of_500_000_steps(step):
 
 @pytest.mark.parametrize(("step", "rate"), [(0, 1.2e-8), (249_999, 3e-3), (499_999, 0.0)])
 def test_triangle_starts_peaks_and_ends_as_published(step, rate):
-    """PAPERS.md, 1.1: start 1.2e-8, peak 3e-3 at 249,999, end 4.8e-14."""
+    """PAPERS.md, 1.1: the start is 1.2e-8, the peak 3e-3 is at 249,999, and the end is 4.8e-14."""
     assert 3e-3 * triangle(LAST)(step) == pytest.approx(rate, rel=1e-4, abs=1e-13)
 
 

@@ -60,12 +60,12 @@ def text_of(page: Path) -> str:
 
 
 def spans_of(page: Path) -> list[str]:
-    """What stands in backticks outside of blocks."""
+    """Return the texts in backticks outside of code blocks."""
     return re.findall(r"`([^`\n]+)`", FENCE.sub("", text_of(page)))
 
 
 def commands_of(page: Path) -> list[str]:
-    """Lines of our own program, in backticks or in blocks of shell commands."""
+    """Return the command lines of `icl`, in backticks or in blocks of shell commands."""
     blocks = "\n".join(text for language, text in FENCE.findall(text_of(page)) if language in ("sh", ""))
     lines = re.sub(r"\\\n\s*", " ", blocks).splitlines()
     found = [span for span in spans_of(page) if span.startswith("icl ")]
@@ -74,7 +74,7 @@ def commands_of(page: Path) -> list[str]:
 
 @cache
 def vocabulary() -> frozenset[str]:
-    """Every name and every text of one word in our source: functions, arguments, attributes, columns, file names."""
+    """Return every name and every one-word text in our source: functions, arguments, attributes, columns and file names."""
     words = set(COMMANDS) | set(ANALYSES) | set(PRESETS)
     for key in known_keys():
         words |= {key, *key.split(".")}
@@ -93,7 +93,7 @@ def vocabulary() -> frozenset[str]:
 
 @cache
 def files() -> frozenset[str]:
-    """Names of files that the repository has, or that `icl` writes."""
+    """Return the names of files that are in the repository, or that `icl` writes."""
     folders = ("icl", "data", "docs", "tests", "tools", "sweeps", "notebooks", "figures", "benchmarks")
     ours = {path.name for folder in folders for path in (ROOT / folder).rglob("*.*")}
     made = {f"{analysis}.{suffix}" for analysis in ANALYSES for suffix in ("csv", "png")} | {
@@ -105,7 +105,7 @@ def files() -> frozenset[str]:
 
 @cache
 def functions() -> dict[str, list[set[str]]]:
-    """The arguments of every function and class of `icl`, by name."""
+    """Return the arguments of every function and class of `icl`, by name."""
     found: dict[str, list[set[str]]] = {}
     for path in (ROOT / "icl").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -117,7 +117,7 @@ def functions() -> dict[str, list[set[str]]]:
 
 @cache
 def options(command: str, what: str = "") -> frozenset[str]:
-    """The options of a command, by its help."""
+    """Return the options that a command's help lists."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         main([command, *(["--what", what] if what else []), "--help"])
@@ -135,7 +135,7 @@ def all_options() -> frozenset[str]:
 
 
 def resolves(dotted: str) -> bool:
-    """Whether a dotted Python name can be imported."""
+    """Return whether a dotted Python name can be imported."""
     parts = dotted.split(".")
     for end in range(len(parts), 0, -1):
         try:
@@ -151,13 +151,13 @@ def resolves(dotted: str) -> bool:
 
 
 def is_key(word: str) -> bool:
-    """Whether a dotted word is a setting, a section's `section.*`, or a column such as `train/loss`."""
+    """Return whether a dotted word is a setting, a section such as `section.*`, or a column such as `train/loss`."""
     sections = {key.partition(".")[0] for key in known_keys()}
     return word in known_keys() or word.removesuffix(".*").removesuffix(".key") in sections
 
 
 def exists(path: str, page: Path) -> bool:
-    """Whether a path is in the repository, or ends with the name of a file that `icl` writes; NAME may be any."""
+    """Return whether a path is in the repository, or ends with the name of a file that `icl` writes. NAME stands for any word."""
     if any(folder.joinpath(path).exists() for folder in (ROOT, page.parent, ROOT / "icl")):
         return True
     folder, _, name = re.sub(r"NAME|\d{3,}", "*", path).rpartition("/")
@@ -168,7 +168,7 @@ def exists(path: str, page: Path) -> bool:
 
 
 def unknown(span: str, page: Path) -> list[str]:
-    """The parts of a span that are names of nothing."""
+    """Return the parts of a text in backticks that are not names of anything."""
     if span in ELSEWHERE:
         return []
     wrong: list[str] = []
@@ -194,14 +194,14 @@ def unknown(span: str, page: Path) -> list[str]:
 
 
 def spelt_out(dotted: str) -> list[str]:
-    """What a dotted name may be short for."""
+    """Return the full names for which a dotted name may be short."""
     return [
         f"{prefix}{dotted}" for prefix in ("", "icl.", "icl.analysis.", "icl.plotting.", "torch.", "torch.utils.data.")
     ]
 
 
 def is_attribute(dotted: str) -> bool:
-    """Whether a dotted name is an attribute of a variable, both of which our source has; of a module it must be imported."""
+    """Return whether our source has a variable and an attribute of these names. A name in a module must be importable instead."""
     first, *others = dotted.split(".")
     modules = {path.stem for path in (ROOT / "icl").rglob("*.py")} | {
         field.name for field in dataclasses.fields(RunConfig)

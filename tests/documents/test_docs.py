@@ -20,13 +20,13 @@ BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def blocks(page):
-    """(language, text) of every block of a page, in order."""
+    """Return (language, text) of every code block of a page, in order."""
     return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
 def test_the_tutorial_can_be_followed_word_for_word(tmp_path):
-    """In an empty folder, in order; Python blocks share their names, as in a notebook."""
+    """The blocks run in order in an empty folder. Python blocks share their names, as in a notebook."""
     kept = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
     environment = {
         **{name: os.environ[name] for name in kept if name in os.environ},
@@ -59,7 +59,7 @@ def test_the_tutorial_can_be_followed_word_for_word(tmp_path):
 
 
 def test_the_tutorials_table_has_the_rows_that_it_asks_for(tmp_path, monkeypatch, capsys):
-    """On the shipped evaluation of the run that the tutorial trains."""
+    """The table is the shipped evaluation of the run that the tutorial trains."""
     (block,) = [text for _, text in blocks(ROOT / "docs" / "tutorial.md") if "pd.read_csv" in text]
     shipped = pd.read_csv(ROOT / "data" / "small" / "evaluation.csv")
     path = tmp_path / "runs" / "quickstart" / "results" / "evaluation.csv"
@@ -103,7 +103,7 @@ def test_every_file_that_a_page_links_to_exists(page):
 
 
 def examples():
-    """Every example in a docstring: where it is, its heading and its lines."""
+    """Return every example in a docstring: its place, its heading and its lines."""
     for path in sorted((ROOT / "icl").rglob("*.py")):
         for match in re.finditer(
             r"^( *)(Examples?):\n((?:\1    .*\n|\n)+)", path.read_text(encoding="utf-8"), re.MULTILINE
@@ -112,7 +112,7 @@ def examples():
 
 
 def test_examples_are_code_on_the_reference_page():
-    """Below `Examples:` mkdocstrings reads `>>>`. Below `Example:` it takes all for Markdown, in which `>>>` is a quotation."""
+    """Below `Examples:`, mkdocstrings reads `>>>`. Below `Example:`, it reads Markdown, in which `>>>` is a quotation."""
     found = list(examples())
     assert len(found) >= 12
     for where, heading, text in found:
@@ -120,7 +120,7 @@ def test_examples_are_code_on_the_reference_page():
 
 
 def modules_with_answers():
-    """Modules whose examples have answers; that of `metrics` is in a class that is made on first use."""
+    """Return the modules whose examples have answers. The example of `metrics` is in a class that is made on first use."""
     paths = (path for path in sorted((ROOT / "icl").rglob("*.py")) if ">>>" in path.read_text(encoding="utf-8"))
     return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.name != "metrics.py"]
 

@@ -17,7 +17,7 @@ pytest.importorskip("nbclient")
 
 @pytest.fixture(scope="session")
 def runner():
-    """`notebooks/execute.py` as a module."""
+    """Return `notebooks/execute.py` as a module."""
     spec = importlib.util.spec_from_file_location("execute", ROOT / "notebooks" / "execute.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -31,7 +31,7 @@ def quiet(monkeypatch):
 
 
 def drawn(folder):
-    """The bytes of every figure and caption."""
+    """Return the bytes of every figure and caption."""
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
@@ -51,7 +51,10 @@ def test_outputs_are_stripped_and_cells_thin(path):
 @pytest.mark.slow  # CI runs these: .ci/run
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_draws_what_ships(path, runner, quiet, tmp_path, monkeypatch):
-    """Each figure as PNG, PDF and caption, with the shipped names; the file itself stays as it is; tables first, then the same again."""
+    """A notebook writes each figure as PNG, PDF and caption, under the shipped names, and does not change itself.
+
+    A second run draws the same bytes.
+    """
     before = path.read_bytes()
     notebook = runner.execute(path, tmp_path)
     assert path.read_bytes() == before

@@ -121,7 +121,7 @@ def test_training_sees_a_few_numbers_per_member():
 
 
 def test_members_of_different_tasks_are_summed_up_as_each_alone():
-    """One of 16 tasks and one of infinitely many, which has no dMMSE."""
+    """One member has 16 tasks. The other has infinitely many, and therefore no dMMSE."""
     configs = TINY, change(TINY, task={"num_tasks": float("inf")})
     sets = [build_evaluation_sets(config, num_prompts=20) for config in configs]
     together = summarise(PREDICT, stack(members(2)), sets)
@@ -131,7 +131,7 @@ def test_members_of_different_tasks_are_summed_up_as_each_alone():
 
 
 def test_no_number_is_waited_for_by_itself():
-    """On a GPU each would stop the program until the device has caught up."""
+    """On a GPU, each such number would stop the program until the device has finished its work."""
 
     class Scalars(TorchDispatchMode):
         asked = 0

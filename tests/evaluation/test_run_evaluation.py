@@ -34,7 +34,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Several runs below one folder, by their paths below it."""
+    """Return several runs below one folder, by their paths relative to it."""
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEVICE", "cpu")
@@ -47,13 +47,13 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def runs(trained, tmp_path):
-    """A copy of them, of which nothing is evaluated yet."""
+    """Return a copy of these runs, in which nothing has been evaluated yet."""
     return shutil.copytree(trained, tmp_path / "runs")
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """The evaluation sets that are made: M and name of each."""
+    """Record the M and the name of each evaluation set that is made."""
     true, names = run_evaluation.evaluation_set, []
 
     def noted(config, name, **others):

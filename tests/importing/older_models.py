@@ -12,7 +12,7 @@ from torch import nn
 
 
 def tokens_of(xs: torch.Tensor, ys: torch.Tensor) -> torch.Tensor:
-    """All 2K tokens: (0, x) and (y, 0)."""
+    """Return all 2K tokens: (0, x) and (y, 0)."""
     tokens = torch.zeros(len(xs), 2 * xs.shape[1], xs.shape[2] + 1)
     tokens[:, 0::2, 1:] = xs
     tokens[:, 1::2, 0] = ys
@@ -144,13 +144,13 @@ def perturb(model: nn.Module) -> nn.Module:
 
 
 def prompts(D: int = 3, K: int = 5, count: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random prompts."""
+    """Return random prompts."""
     generator = torch.Generator().manual_seed(7)
     return torch.randn(count, K, D, generator=generator), torch.randn(count, K, generator=generator)
 
 
 def flax_params(*, D: int, K: int, width: int, layers: int, seed: int = 0) -> dict:
-    """Parameters of the GPT-2 of icl-task-diversity by their Flax names, as NumPy arrays."""
+    """Return the parameters of the GPT-2 of icl-task-diversity by their Flax names, as NumPy arrays."""
     rng = np.random.default_rng(seed)
 
     def array(*shape: int, mean: float = 0.0) -> np.ndarray:
@@ -176,7 +176,7 @@ def flax_params(*, D: int, K: int, width: int, layers: int, seed: int = 0) -> di
 
 
 def flax_predict(params: dict, xs: np.ndarray, ys: np.ndarray, *, heads: int) -> np.ndarray:
-    """Predictions of the same GPT-2, in NumPy and float64, with its masks and norms written out."""
+    """Return the predictions of the same GPT-2, in NumPy and float64, with its masks and norms written out."""
 
     def dense(x: np.ndarray, part: dict) -> np.ndarray:
         return x @ part["kernel"].astype(np.float64) + part.get("bias", 0)

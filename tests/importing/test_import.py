@@ -29,7 +29,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture
 def icr_module(monkeypatch):
-    """The module `ic_regression`, as the older code has it while it saves. Reading must do without it."""
+    """Make the module `ic_regression` available, as while the older code saves. Reading must work without it."""
     module = types.ModuleType("ic_regression")
     fields = [(field.name, field.type, field.default) for field in dataclasses.fields(older.ICRegConfig)]
     kind = dataclasses.make_dataclass("ICRegConfig", fields)
@@ -215,7 +215,7 @@ def test_a_file_that_could_run_code_is_refused_and_does_not(tmp_path, capsys, is
 
 
 def test_stand_ins_do_nothing(tmp_path):
-    """Names of the list never reach the real objects."""
+    """Names in the list of stand-ins never lead to the real objects."""
 
     class Real:
         def __reduce__(self):
@@ -274,7 +274,7 @@ def test_an_imported_run_is_not_trained_further(tmp_path, icr_module, capsys):
 
 @pytest.mark.slow
 def test_every_command_works_on_an_imported_run(tmp_path, icr_module, capsys):
-    """The dMMSE of the evaluation is that of the older code's tasks."""
+    """The evaluation uses the dMMSE of the older code's tasks."""
     _, cfg, _ = save_icr(tmp_path / "old", icr_module, step=3)
     save_icr(tmp_path / "old", icr_module, step=9)
     run = import_run(tmp_path / "old", "icr", tmp_path / "run").folder

@@ -43,7 +43,7 @@ FIRST_TASK = [0.09196234494447708, -0.07569374144077301, -1.5266567468643188]
 
 
 def packed(tree: object) -> bytes:
-    """A tree as Flax writes it: an array is an extension of shape, type and bytes."""
+    """Return a tree in Flax's format, in which an array is an extension of shape, type and bytes."""
 
     def extension(value: object) -> msgpack.ExtType:
         assert isinstance(value, (np.ndarray, np.generic))
@@ -110,7 +110,7 @@ def test_a_scaled_task_and_arrays_of_orbax_are_refused(tmp_path):
 
 
 def test_random_numbers_are_those_of_jax():
-    """The cipher's published test vector, and the values of JAX's documentation."""
+    """Compare with the cipher's published test vector and with the values in JAX's documentation."""
     zero = np.zeros(2, dtype=np.uint32)
     assert threefry.encrypt(zero, zero).tolist() == [0x6B200159, 0x99BA4EFE]
     assert float(threefry.normal(threefry.key_of(0), ())) == pytest.approx(-0.20584226, abs=1e-7)

@@ -91,7 +91,7 @@ def test_members_of_another_architecture_are_refused_and_numbered(options):
 
 
 def predictions_and_gradients(num, shared, options, dtype):
-    """Of the population, and of its members as plain modules on the same prompts."""
+    """Return predictions and gradients of the population, and of its members as plain modules on the same prompts."""
     members, params = make_members(num, dtype, **options), detached(make_members(num, dtype, **options))
     xs, ys = make_prompts(*(() if shared else (num,)), dtype=dtype)
     together = apply(make_members(1, dtype, **options)[0].config, params, xs, ys)
@@ -118,7 +118,7 @@ def largest_relative_difference(ours, expected):
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 @pytest.mark.parametrize("num", [1, 3])
 def test_predictions_of_the_members_are_those_of_the_plain_modules(num, shared, options, dtype, tolerance):
-    """Relative to the largest prediction: 1e-6 in float32, rounding alone in float64."""
+    """Relative to the largest prediction, they agree to 1e-6 in float32, and up to rounding in float64."""
     together, _, alone, _ = predictions_and_gradients(num, shared, options, dtype)
     assert largest_relative_difference(together, alone) < tolerance
 
@@ -128,7 +128,7 @@ def test_predictions_of_the_members_are_those_of_the_plain_modules(num, shared, 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 @pytest.mark.parametrize("num", [1, 3])
 def test_gradients_of_the_members_are_those_of_the_plain_modules(num, shared, options, dtype, tolerance):
-    """Relative to the largest gradient of each parameter: twice 1e-6 in float32, as either is 1e-6 from the truth."""
+    """Relative to the largest gradient of each parameter, they agree to 2e-6 in float32, because each may be off by 1e-6."""
     _, gradients, _, expected = predictions_and_gradients(num, shared, options, dtype)
     assert set(gradients) == set(expected)
     for name in expected:
@@ -170,7 +170,7 @@ def test_vmap_of_the_gradient_never_falls_back_to_a_loop(options):
 
 
 def test_a_fallback_would_be_noticed():
-    """The warning that the test above turns into an error does exist: fused attention has no batching rule."""
+    """The warning that the test above turns into an error does occur: fused attention has no batching rule."""
     torch._C._functorch._set_vmap_fallback_warning_enabled(True)
     tensor = torch.randn(3, 2, 2, 4, 4)
     with pytest.warns(UserWarning, match="batching rule"):

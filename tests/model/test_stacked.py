@@ -58,7 +58,7 @@ def largest_relative_difference(ours, expected):
 @pytest.mark.parametrize("num", [1, N])
 @pytest.mark.parametrize("compiling", [False, True], ids=["eager", "as compiled"])
 def test_predictions_and_gradients_are_the_definitions(num, options, dtype, tolerance, compiling, monkeypatch):
-    """Relative to the largest prediction and to the largest gradient of each parameter."""
+    """Differences are relative to the largest prediction and to the largest gradient of each parameter."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     members, params = make_members(num, dtype, **options), leaves(make_members(num, dtype, **options))
     xs, ys = make_prompts(num, dtype=dtype)

@@ -20,7 +20,7 @@ D, K, B = 3, 4, 2
 
 
 def make_model(*, task_size=D, max_examples=K, dtype=torch.float64, **options):
-    """A model whose every parameter, norms and biases included, is random."""
+    """Return a model in which every parameter is random, including norms and biases."""
     config = ModelConfig(**{**SMALL, **options})
     model = Transformer(config, task_size=task_size, max_examples=max_examples).to(dtype)
     generator = torch.Generator().manual_seed(1)
@@ -45,7 +45,7 @@ def affine(weights, name, x):
 
 
 def layer_norm(weights, name, x):
-    """Ba et al. 2016: the variance divides by C, epsilon 1e-5 is inside the root."""
+    """Layer norm of Ba et al. 2016: the variance is a sum divided by C, and epsilon = 1e-5 is inside the root."""
     if f"{name}.weight" not in weights:
         return x
     mean = sum(x) / len(x)
@@ -54,7 +54,7 @@ def layer_norm(weights, name, x):
 
 
 def activate(kind, x):
-    """Hendrycks and Gimpel 2016 for GELU and its tanh approximation."""
+    """GELU and its tanh approximation of Hendrycks and Gimpel 2016."""
     if kind == "relu":
         return np.array([max(value, 0.0) for value in x])
     if kind == "gelu":
@@ -65,7 +65,7 @@ def activate(kind, x):
 
 
 def attend(weights, name, stream, num_heads):
-    """Vaswani et al. 2017; the fused projection holds q, k, v of head 1, then of head 2, and so on."""
+    """Attention of Vaswani et al. 2017. The fused projection has q, k, v of head 1, then those of head 2, and so on."""
     size = len(stream[0]) // num_heads
     fused = [affine(weights, f"{name}.qkv", x) for x in stream]
     out = []
@@ -84,7 +84,7 @@ def attend(weights, name, stream, num_heads):
 
 
 def forward_by_hand(weights, config, xs, ys):
-    """Predictions of one prompt; xs (K, D), ys (K)."""
+    """Return the predictions of one prompt, from xs (K, D) and ys (K)."""
     tokens = []
     for x, y in zip(xs, ys, strict=True):
         tokens += [np.array([0.0, *x]), np.array([y, *(0.0 for _ in x)])]
@@ -280,7 +280,7 @@ def test_variant_of_l2h4_has_its_exact_number_of_parameters(options, expected):
 
 
 def test_layer_table_of_l2h4_is_the_published_one():
-    """PAPERS.md, 1.1: 320 token + 1,024 position + 2 x 24,960 block + 128 layer norm + 325 unembedding."""
+    """The numbers of PAPERS.md, 1.1: 320 token + 1,024 position + 2 x 24,960 block + 128 layer norm + 325 unembedding."""
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in build_model(l2h4()).named_children()}
     assert sizes == {"token_embedding": 320, "blocks": 2 * 24_960, "final_norm": 128, "unembedding": 325}
     assert build_model(l2h4()).position_embedding.numel() == 1024
@@ -303,7 +303,7 @@ FAN_IN = {"token_embedding": 9, "position_embedding": 32, "qkv": 64, "output": 6
 
 
 def fan_in(name):
-    """Inputs of the linear map that a parameter belongs to; position embeddings map 2K one-hot inputs."""
+    """Return the number of inputs of a parameter's linear map. Position embeddings map 2K one-hot inputs."""
     if ".mlp.output." in name:
         return 128
     return FAN_IN[name.rpartition(".")[0].rpartition(".")[2] or name]
@@ -314,14 +314,14 @@ def drawn(config):
 
 
 def test_pytorch_weights_lie_within_one_over_the_root_of_the_fan_in():
-    """And fill the range: the largest of n uniform numbers is short of the bound by more than 15 / n once in e^15."""
+    """They also fill this range: the largest of n uniform numbers is below the bound by more than 15 / n only once in e^15 cases."""
     for name, weight in drawn(wide(**WIDE)).items():
         bound = 1 / math.sqrt(fan_in(name))
         assert bound * (1 - 15 / weight.numel()) < weight.abs().max() <= bound, name
 
 
 def test_pytorch_weights_have_the_variance_of_a_uniform_law():
-    """Variance b^2 / 3 and mean 0; the fourth moment of a uniform law is 9/5 of its squared variance."""
+    """The mean is 0 and the variance b^2 / 3. The fourth moment of a uniform distribution is 9/5 of its squared variance."""
     for name, weight in drawn(wide(**WIDE)).items():
         variance, num = 1 / (3 * fan_in(name)), weight.numel()
         assert abs(weight.double().square().mean() - variance) < 4.5 * variance * math.sqrt(0.8 / num), name
@@ -329,7 +329,7 @@ def test_pytorch_weights_have_the_variance_of_a_uniform_law():
 
 
 def test_gpt2_weights_have_a_deviation_of_2_percent_and_less_on_the_way_to_the_residual_stream():
-    """0.02, and 0.02 / sqrt(2L) for the output projections of attention and MLP."""
+    """The standard deviation is 0.02, and 0.02 / sqrt(2L) for the output projections of attention and MLP."""
     for name, weight in drawn(wide(init="gpt2", num_layers=3, **WIDE)).items():
         if name.endswith("bias"):
             continue
@@ -354,7 +354,7 @@ def test_layer_norms_start_as_the_identity(init):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_initial_norm_of_l2h4_is_that_of_the_released_checkpoints(seed):
-    """PAPERS.md, 10: 24.91 to 24.97 over five seeds, each give or take 0.03; in expectation sqrt(621.7) = 24.93."""
+    """PAPERS.md, 10: 24.91 to 24.97 over five seeds, each with a deviation of 0.03. The expected norm is sqrt(621.7) = 24.93."""
     config = dataclasses.replace(l2h4(), seeds=SeedsConfig(model=seed))
     norm = math.sqrt(sum(float(weight.double().square().sum()) for weight in weights_of(config).values()))
     assert 24.91 - 0.03 < norm < 24.97 + 0.03
@@ -394,7 +394,7 @@ def test_every_parameter_is_set():
 
 
 def test_initial_model_of_gpt2_style_predicts_almost_nothing():
-    """Weights of 0.02 make the first predictions small against targets of size sqrt(D): no accidental scale."""
+    """Weights of size 0.02 make the first predictions small compared with the targets, whose size is sqrt(D)."""
     xs, ys = make_prompts(64, 16, 8, torch.float32)
     assert build_model(preset("raventos-small"))(xs, ys).abs().max() < 1
 

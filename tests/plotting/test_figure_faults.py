@@ -109,7 +109,7 @@ def test_a_logarithmic_axis_without_positive_numbers_is_made_linear():
 
 
 def learning(steps, *, evaluated, diverged=False):
-    """A run's `metrics.csv`: a row every so often, evaluations at some of them."""
+    """Return a run's `metrics.csv`, with evaluations in some of its rows."""
     losses = np.geomspace(3, 0.5, len(steps)) if not diverged else np.geomspace(3, 1e7, len(steps))
     table = pd.DataFrame({"step": steps, "train/loss": losses})
     table.loc[table["step"] == 0, "train/loss"] = np.nan
@@ -119,7 +119,7 @@ def learning(steps, *, evaluated, diverged=False):
 
 
 def losses_of(config, predict):
-    """The tables of `draw_run` for a predictor in the model's place."""
+    """Return the tables that `draw_run` needs, with a predictor in place of the model."""
     sets = [evaluation_set(config, name, num_prompts=64) for name in ("pretrain", "true")]
     return {one.name: tabulate_losses(predict(one), one) for one in sets}
 
@@ -238,7 +238,7 @@ def _steps(choose):
 
 
 def _with_gaps(table):
-    """Every third measured number is missing."""
+    """Remove every third measured number."""
     table = table.copy()
     for column in MEASURED:
         if column in table:

@@ -13,7 +13,7 @@ from icl.plotting.style import label_plainly, new_figure, render_figure
 
 @pytest.fixture
 def gallery(tmp_path, monkeypatch):
-    """Of a folder with one table of two runs."""
+    """Return the gallery of a folder with one table of two runs."""
     folder = tmp_path / "data" / "small"
     folder.mkdir(parents=True)
     pd.DataFrame({"run": ["a", "b"], "position": ["1", "mean"], "value": [1.0, 2.0]}).to_csv(

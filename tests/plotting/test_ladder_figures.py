@@ -20,7 +20,7 @@ def runs():
 
 @pytest.fixture
 def evaluation(runs):
-    """Losses on new tasks fall until step 100 and rise by 0.25 after, but for M = inf, where they go on falling."""
+    """Return a table in which losses on new tasks fall until step 100 and then rise by 0.25, except for M = inf, where they keep falling."""
     rows = []
     for run in runs["run"]:
         for place, step in enumerate(STEPS):
@@ -31,7 +31,7 @@ def evaluation(runs):
 
 
 def drawn(axes):
-    """The points of every plot with error bars."""
+    """Return the points of every plot with error bars."""
     return [np.array(container.lines[0].get_xydata(), dtype=float) for container in axes.containers]
 
 
@@ -85,7 +85,7 @@ def estimates(**columns):
 
 
 def test_no_verdict_hides():
-    """Each has its own mark; what is not ok is drawn all the same."""
+    """Each verdict has its own marker, and estimates that are not `ok` are drawn too."""
     _, (axes,) = new_figure()
     draw_estimates(axes, estimates())
     marks = {line.get_marker(): line.get_ydata().tolist() for line in axes.lines if line.get_linestyle() == "None"}

@@ -11,7 +11,7 @@ MODELS = Path(__file__).resolve().parents[2] / "data" / "small" / "models"
 
 
 def lines(axes):
-    """By label, x and y of every line."""
+    """Return x and y of every line, by its label."""
     return {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in axes.lines}
 
 

@@ -27,7 +27,7 @@ def estimates(*steps):
 
 
 def numbers(*names, quantity="loss", value=2.0):
-    """Rows of `evaluation.csv` at steps 0, 10 and 100."""
+    """Return rows of `evaluation.csv` at steps 0, 10 and 100."""
     return pd.DataFrame(
         [(step, name, quantity, "mean", value, 0.1) for step in (0, 10, 100) for name in names],
         columns=["step", "distribution", "quantity", "position", "value", "stderr"],
@@ -35,7 +35,7 @@ def numbers(*names, quantity="loss", value=2.0):
 
 
 def places(line):
-    """Of a line's points, in pixels."""
+    """Return the positions of a line's points, in pixels."""
     return line.get_transform().transform(np.array(line.get_xydata(), dtype=float))
 
 
@@ -123,7 +123,7 @@ def test_what_comes_later_is_lighter():
 
 
 def record(num_chains=3, num_draws=40, num_burnin=10, llc=20.0):
-    """An estimate of one step, with traces that lie llc nats above the checkpoint but for noise."""
+    """Return an estimate of one step. Apart from noise, its traces lie `llc` nats above the checkpoint."""
     noise = np.random.default_rng(0).normal(size=(num_chains, num_burnin + num_draws))
     row = estimates(5000).iloc[0].to_dict() | {"llc": llc, "num_burnin_steps": num_burnin, "step": 5000}
     return Record(row, [], 0.8 + (llc + 5 * noise) / row["nbeta"], 1, np.zeros(0), np.zeros(0))

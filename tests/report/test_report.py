@@ -75,7 +75,7 @@ EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 
 
 class Page(html.parser.HTMLParser):
-    """A page, taken apart; an element that is not closed, or closed twice, is an error."""
+    """The parsed page. An element that is not closed, or is closed twice, is an error."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -111,16 +111,16 @@ class Page(html.parser.HTMLParser):
 
     @property
     def text(self):
-        """All its words."""
+        """Return all words of the page."""
         return " ".join(" ".join(self.texts).split())
 
     def all(self, tag):
-        """The attributes of every element of a kind."""
+        """Return the attributes of every element of a kind."""
         return [attrs for name, attrs in self.elements if name == tag]
 
 
 def open_page(path: Path) -> Page:
-    """A page that has been checked for everything that every page must keep."""
+    """Return a page after checking everything that holds for all pages."""
     text = path.read_text(encoding="utf-8")
     opened = Page(text)
     ids = [attrs["id"] for _, attrs in opened.elements if "id" in attrs]
@@ -179,7 +179,7 @@ LLC = """step,checkpoint_hash,llc,stderr,init_loss,mean_loss,rhat,ess,num_chains
 
 
 def make_run(path: Path, *, config=TINY, state="finished", metrics=METRICS, **fields) -> RunFolder:
-    """A run's folder by hand, with what training and two commands leave; drawing curves takes a second or more."""
+    """Write a run's folder by hand, with the files that training and two commands make. Drawing the curves would take a second or more."""
     run = RunFolder(path)
     run.write_config(config)
     step = fields.pop("step", 60)
@@ -406,7 +406,7 @@ def test_names_at_the_ends_of_lines_are_in_order_and_apart():
 
 
 def test_tiles_stand_in_two_columns_on_a_phone():
-    """At 390 px the page has 358 for its tiles: two columns and a gap of 12 px."""
+    """At a width of 390 px, 358 px are left for the tiles: two columns and a gap of 12 px."""
     style = (Path(page.__file__).parent / "page.css").read_text()
     least, share, gap = map(float, re.search(r"min\(([\d.]+)rem, calc\((\d+)% - ([\d.]+)rem\)\)", style).groups())
     width = min(16 * least, share / 100 * (390 - 32) - 16 * gap)
@@ -639,7 +639,7 @@ def test_a_picture_of_absurd_size_is_refused_before_it_is_decoded():
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance (WCAG 2.2)."""
+    """Return the relative luminance of a color (WCAG 2.2)."""
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))

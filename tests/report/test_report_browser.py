@@ -34,7 +34,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, Path]:
-    """The page of a run that was trained, evaluated and analysed, one of a run that has hardly begun, and one of both."""
+    """Return three pages: of a run that was trained, evaluated and analysed, of a run that has hardly begun, and of both."""
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("AWS_BUCKET_NAME", raising=False)
@@ -54,7 +54,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
 
 
 def open_page(browser, file: Path, *, width: int, scheme: str = "light"):
-    """The page as a browser shows it; anything said on its console, and any request but for the file itself, is an error."""
+    """Open a page in a browser. Any message on its console, and any request other than that for the file itself, is an error."""
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     complaints: list[str] = []
 

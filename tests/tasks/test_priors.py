@@ -28,7 +28,7 @@ def test_pool_is_the_beginning_of_a_larger_pool_bitwise(num_tasks):
 
 
 def test_pool_made_in_several_chunks_is_still_nested():
-    """Chunks are 2^16 long; a pool that ends inside the second one begins with the first."""
+    """Chunks have 2^16 tasks. A pool that ends inside the second chunk begins with the first chunk."""
     assert torch.equal(task_pool(2**16 + 5, 2, seed=7)[: 2**16], task_pool(2**16, 2, seed=7))
 
 
@@ -47,7 +47,7 @@ def test_pool_is_standard_normal():
 
 
 def test_pool_is_isotropic():
-    """Second moments of n tasks: diagonal 1 with standard error sqrt(2 / n), the rest 0 with sqrt(1 / n)."""
+    """The second moments of n tasks are 1 on the diagonal with standard error sqrt(2 / n), and else 0 with standard error sqrt(1 / n)."""
     pool = task_pool(2**15, 4, seed=3).double()
     moments = pool.T @ pool / len(pool)
     errors = torch.where(torch.eye(4) == 1, math.sqrt(2 / len(pool)), math.sqrt(1 / len(pool)))
@@ -117,7 +117,7 @@ def test_singleton_prior_always_draws_the_first_task():
 
 
 def test_draw_from_a_pool_of_2_to_20_equals_the_row_of_the_whole_pool():
-    """No table is kept while drawing; the last million-th task computed alone is the row of the table."""
+    """Drawing makes no table. The last task, computed alone, equals its row of the table."""
     num_tasks = 2**20
     prior, indices = Discrete(num_tasks, 2, seed=0), torch.arange(500)
     chosen = rng.integers(KEY, torch.zeros(1, dtype=torch.int64), indices, num_tasks)

@@ -36,7 +36,7 @@ def draw(config, stream="train", step=5, batch_size=16, **options):
 
 
 def numbers(*shape):
-    """1, 2, 3, ... in this shape: all distinct, none zero."""
+    """Return the numbers 1, 2, 3, ... in a given shape. All are distinct, and none is zero."""
     return torch.arange(1.0, math.prod(shape) + 1).reshape(shape)
 
 
@@ -91,7 +91,7 @@ def test_steps_drawn_together_are_the_steps_drawn_alone_bitwise(task, step, num_
 @pytest.mark.parametrize("batch_size", [2, 16, 257])
 @pytest.mark.parametrize(("task_size", "max_examples"), [(4, 8), (8, 16), (16, 33), (64, 8), (64, 33)])
 def test_targets_do_not_depend_on_the_batch_they_are_drawn_in(task_size, max_examples, batch_size):
-    """A batched matrix product would round differently in batches of other shapes."""
+    """A batched matrix product would round differently in batches of different shapes."""
     config = run(math.inf, task_size, max_examples)
     assert torch.equal(draw(config, batch_size=1).ys, draw(config, batch_size=batch_size).ys[:1])
 
@@ -150,7 +150,7 @@ def test_inputs_tasks_and_noise_are_uncorrelated():
 
 
 def test_mean_square_of_the_targets_is_the_loss_of_the_zero_predictor():
-    """E y^2 = D + sigma^2; per prompt the mean over K of y^2 is independent, so its spread gives the standard error."""
+    """E y^2 = D + sigma^2. The means of y^2 over K are independent between prompts, so their spread gives the standard error."""
     squares = draw(run(math.inf, 4, 8, noise_variance=0.125), batch_size=20_000).ys.double().square().mean(1)
     assert abs(squares.mean() - 4.125) < 4 * squares.std() / math.sqrt(len(squares))
 
@@ -216,7 +216,7 @@ def test_seed_of_the_data_leaves_the_noise_as_it_was():
 
 
 def test_runs_of_other_task_diversity_share_tasks_bitwise():
-    """Every task that the run with M = 8 meets is among those of the run with M = 64, and is the same numbers."""
+    """Every task of the run with M = 8 is also a task of the run with M = 64, with the same bits."""
     few, many = ({tuple(task) for task in draw(run(num_tasks), batch_size=2000).ws.tolist()} for num_tasks in (8, 64))
     assert (len(few), len(many), few < many) == (8, 64, True)
 
@@ -234,7 +234,7 @@ def test_runs_of_other_task_diversity_see_the_same_inputs():
     task_size=st.integers(1, 9),
 )
 def test_tokens_have_the_promised_layout(batch, max_examples, task_size):
-    """x-tokens (0, x) at even places, y-tokens (y, 0, ..., 0) at odd ones, 2K - 1 of them."""
+    """There are 2K - 1 tokens: x-tokens (0, x) at even positions, and y-tokens (y, 0, ..., 0) at odd positions."""
     xs, ys = numbers(*batch, max_examples, task_size), numbers(*batch, max_examples)
     tokens = to_tokens(xs, ys)
     assert tokens.shape == (*batch, 2 * max_examples - 1, task_size + 1)

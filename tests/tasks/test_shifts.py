@@ -45,13 +45,13 @@ def clean(batch_size=NUM):
 
 
 def residuals(prompts):
-    """Y - w . x, in float64."""
+    """Return y - w . x, in float64."""
     xs, ys, ws = (part.double() for part in prompts)
     return ys - torch.einsum("bkd,bd->bk", xs, ws)
 
 
 def assert_mean(values, expected, num_errors=4.5):
-    """The mean over the first axis, rows independent, is `expected` within so many of its standard errors."""
+    """Check that the mean over independent rows is within some standard errors of `expected`."""
     error = (values.mean(0) - expected).abs() / (values.std(0) / math.sqrt(len(values)))
     assert error.max() < num_errors, (values.mean(0), expected)
 
@@ -94,7 +94,7 @@ def test_prompts_differ_between_steps_and_seeds(shift):
 
 @pytest.mark.parametrize("shift", NAMES)
 def test_prompts_do_not_depend_on_the_training_tasks(shift):
-    """Whatever M, the base is the true distribution, so runs of a sweep are tested on the same prompts."""
+    """The base is the true distribution for every M, so all runs of a sweep are tested on the same prompts."""
     assert same(draw(shift, run(num_tasks=1), 20), draw(shift, run(num_tasks=math.inf), 20))
 
 
@@ -107,7 +107,7 @@ def test_shift_changes_the_prompts(shift):
 
 @pytest.mark.parametrize("shift", NAMES)
 def test_targets_follow_inputs_and_tasks_with_the_noise_of_the_run(shift):
-    """Residuals y - w . x are those of the clean prompts, only `label_noise` makes them larger."""
+    """The residuals y - w . x are those of the clean prompts. Only `label_noise` makes them larger."""
     noise, base = residuals(draw(shift)), residuals(clean())
     expected = (D + VARIANCE) / (D + 1) if shift == "label_noise" else VARIANCE
     assert_mean(noise.square().mean(1), expected)
@@ -130,7 +130,7 @@ def test_every_size_of_prompt_will_do(shift, task_size, max_examples, step):
 
 @pytest.mark.parametrize("shift", [name for name in NAMES if not name.startswith("input_scale")])
 def test_inputs_keep_their_mean_square(shift):
-    """E |x|^2 = D at every position; only the input scales mean to change it."""
+    """E |x|^2 = D at every position, except for the shifts that scale the inputs."""
     assert_mean(draw(shift).xs.double().square().sum(-1), D)
 
 
@@ -173,13 +173,13 @@ def test_scales_of_both_papers_are_there():
 
 
 def spectra(shift, task_size):
-    """Eigenvalues of x's second moments within each of 200 prompts of 2,000 examples, falling; rows are prompts."""
+    """Return the decreasing eigenvalues of x's second moments within each of 200 prompts of 2,000 examples, one row for each prompt."""
     xs = draw(shift, run(task_size, 2000), 200).xs.double()
     return torch.linalg.eigvalsh(xs.mT @ xs / 2000).flip(-1)
 
 
 def test_skewed_covariance_has_eigenvalues_falling_as_one_over_i_squared():
-    """1, 1/4, 1/9, 1/16, normalised to sum to D; trace and determinant of the sample covariance are unbiased enough."""
+    """The eigenvalues are 1, 1/4, 1/9, 1/16, normalised to sum to D. The bias of the sample covariance's trace and determinant is small."""
     expected = 1 / torch.arange(1, 5).double() ** 2
     torch.testing.assert_close(
         spectra("skewed_covariance", 4).mean(0), 4 * expected / expected.sum(), rtol=0.01, atol=0
@@ -197,21 +197,21 @@ def test_half_subspace_has_half_the_dimensions_all_alike(task_size, rank):
 
 @pytest.mark.parametrize("shift", ["skewed_covariance", "half_subspace"])
 def test_axes_are_drawn_anew_for_each_prompt_and_favour_none(shift):
-    """Second moments averaged over prompts are the identity."""
+    """The second moments, averaged over prompts, are the identity matrix."""
     xs = draw(shift).xs.double()  # B K D
     moments = (xs.mT @ xs / K).flatten(1)  # B D*D
     assert_mean(moments, torch.eye(D).flatten())
 
 
 def test_axes_are_uniform():
-    """The axis that skewed inputs prefer has E (u_1)^4 = 3 / (D (D + 2)), as a uniform point of the sphere."""
+    """The main axis u of skewed inputs has E (u_1)^4 = 3 / (D (D + 2)), like a uniform point on the sphere."""
     xs = draw("skewed_covariance", run(3, 200), 3000).xs.double()
     axes = torch.linalg.eigh(xs.mT @ xs).eigenvectors[..., -1]  # B D
     assert_mean(axes**4, 3 / (3 * 5))
 
 
 def test_axes_of_other_shifts_and_steps_are_independent():
-    """In two dimensions the preferred axes of two independent draws have mean squared cosine 1/2."""
+    """In two dimensions, the main axes of two independent draws have the mean squared cosine 1/2."""
     config = run(2, 200)
     draws = [
         draw(name, config, 2000, step=step)
@@ -227,7 +227,7 @@ def test_axes_of_other_shifts_and_steps_are_independent():
 
 @pytest.mark.parametrize("noise_variance", [0.0, 0.125, 1.0, 2.0])
 def test_label_noise_is_one_before_targets_get_back_their_variance(noise_variance):
-    """Var y = D + sigma^2 as without the shift; the noise is 1 / D of the signal."""
+    """Var y = D + sigma^2, as without the shift. The variance of the noise is 1 / D of the signal's."""
     prompts = draw("label_noise", run(noise_variance=noise_variance))
     noise = residuals(prompts)
     assert_mean(prompts.ys.double().square().mean(1), D + noise_variance)
@@ -252,7 +252,7 @@ def test_examples_lie_in_one_quadrant():
 
 
 def test_quadrants_of_examples_and_query_are_uniform_and_independent():
-    """Every sign is fair, and so is every product of two signs, of the examples, the query or one of each."""
+    """Every sign is fair. So is every product of two signs, from the examples, from the query, or one from each."""
     xs = draw("random_quadrants").xs.double()
     signs = torch.cat((xs[:, 0], xs[:, -1]), dim=1).sign()  # B 2D
     assert_mean(signs, 0.0)
@@ -262,7 +262,7 @@ def test_quadrants_of_examples_and_query_are_uniform_and_independent():
 
 @pytest.mark.parametrize(("task_size", "max_examples"), [(2, 2), (2, 8), (4, 3), (4, 8), (8, 16)])
 def test_query_is_orthogonal_to_every_example(task_size, max_examples):
-    """Exact up to the rounding of inputs to float32, also where K - 1 examples would span all D dimensions."""
+    """This is exact up to the rounding of inputs to float32, even where K - 1 examples would span all D dimensions."""
     xs = draw("orthogonal_query", run(task_size, max_examples), 1000).xs.double()
     examples, query = xs[:, :-1], xs[:, -1:]
     products = (examples * query).sum(-1).abs()
@@ -270,7 +270,7 @@ def test_query_is_orthogonal_to_every_example(task_size, max_examples):
 
 
 def test_examples_beside_an_orthogonal_query_fill_its_complement():
-    """They have second moments D / (D - 1) in every direction but the query's."""
+    """Their second moments are D / (D - 1) in every direction orthogonal to the query."""
     xs = draw("orthogonal_query").xs.double()
     direction = torch.nn.functional.normalize(xs[:, -1], dim=-1)
     expected = (torch.eye(D) - direction.unsqueeze(-1) * direction.unsqueeze(-2)) * D / (D - 1)
@@ -279,7 +279,7 @@ def test_examples_beside_an_orthogonal_query_fill_its_complement():
 
 
 def test_examples_say_nothing_about_an_orthogonal_query():
-    """Ridge predicts 0 there and its loss is that of zero, |x|^2 + sigma^2 in the mean."""
+    """There ridge predicts 0, so its mean loss is that of predicting zero, |x|^2 + sigma^2."""
     xs, ys, _ = draw("orthogonal_query")
     last = ridge(xs, ys, noise_variance=VARIANCE)[:, -1]
     assert last.abs().max() < 1e-4
