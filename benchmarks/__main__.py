@@ -20,7 +20,8 @@ from benchmarks.cases import make_cases
 from benchmarks.turns import Ratio
 from icl.compute.devices import choose_device
 from icl.files.writing import write_atomically
-from icl.plotting.style import BLACK, BLUE, new_figure, save_figure
+from icl.plotting.colours import BLACK, BLUE
+from icl.plotting.style import new_figure, save_figure
 
 
 def main() -> None:

@@ -30,7 +30,16 @@ LAYERS = (
     ("compute",),
     ("model.transformer", "model.attention", "model.stacked", "model.flat", "model"),
     ("compute.linalg", "compute.step"),
-    ("store.base", "store.waiting", "store.s3_errors", "store.s3_requests", "store.s3", "store.opening", "store"),
+    (
+        "store.base",
+        "store.waiting",
+        "store.s3_errors",
+        "store.s3_client",
+        "store.s3_requests",
+        "store.s3",
+        "store.opening",
+        "store",
+    ),
     (
         "runs.environment",
         "runs.status",

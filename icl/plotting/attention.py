@@ -8,20 +8,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from icl.plotting.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    draw_band,
-    finish_step_axes,
-    new_figure,
-    ordered_colours,
-    select,
-)
+from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, ordered_colours
+from icl.plotting.style import draw_band, finish_step_axes, new_figure, select
 from icl.plotting.tidying import name_outside
 
 _PANELS = (

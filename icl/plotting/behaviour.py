@@ -9,21 +9,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from icl.plotting.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    ORDERED,
-    PREDICTORS,
-    PURPLE,
-    VERMILION,
-    draw_band,
-    finish_step_axes,
-    new_figure,
-    select,
-    write_in_middle,
-)
+from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, ORDERED, PREDICTORS, PURPLE, VERMILION
+from icl.plotting.style import draw_band, finish_step_axes, new_figure, select, write_in_middle
 from icl.plotting.tidying import KEY
 
 _LINES = {"pretrain": "-", "true": ":"}

@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from icl.plotting.style import new_figure, ordered_colours, scale_steps
+from icl.plotting.colours import ordered_colours
+from icl.plotting.style import new_figure, scale_steps
 from icl.plotting.tidying import name_outside
 
 MAX_LABELS = 16

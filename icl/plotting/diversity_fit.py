@@ -4,7 +4,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from icl.plotting.style import BLACK, BLUE, ORANGE, VERMILION, new_figure, select
+from icl.plotting.colours import BLACK, BLUE, ORANGE, VERMILION
+from icl.plotting.style import new_figure, select
 
 _NAMES = {
     "log2_num_tasks": "log₂ M",

@@ -8,18 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from icl.plotting.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    VERMILION,
-    finish_step_axes,
-    new_figure,
-    ordered_colours,
-    select,
-    write_in_middle,
-)
+from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, VERMILION, ordered_colours
+from icl.plotting.style import finish_step_axes, new_figure, select, write_in_middle
 from icl.plotting.tidying import KEY
 
 _OVERLAPS = (

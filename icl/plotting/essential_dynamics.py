@@ -13,20 +13,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from icl.plotting.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    ORDERED,
-    PURPLE,
-    SKY,
-    VERMILION,
-    YELLOW,
-    new_figure,
-    select,
-    write_in_middle,
-)
+from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, ORDERED, PURPLE, SKY, VERMILION, YELLOW
+from icl.plotting.style import new_figure, select, write_in_middle
 
 _RUN_COLOURS = (SKY, ORANGE, GREEN, PURPLE, BLUE, VERMILION)
 _COMPONENT_COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)

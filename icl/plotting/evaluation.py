@@ -5,7 +5,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl.evaluation.sets import headlines
-from icl.plotting.style import BLACK, BLUE, GREEN, VERMILION, finish_step_axes, new_figure, select, write_in_middle
+from icl.plotting.colours import BLACK, BLUE, GREEN, VERMILION
+from icl.plotting.style import finish_step_axes, new_figure, select, write_in_middle
 
 _GAPS = (("delta_ridge", VERMILION, "to ridge"), ("delta_dmmse", GREEN, "to dMMSE"), ("prior_zero", BLACK, "to zero"))
 

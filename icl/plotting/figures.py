@@ -11,22 +11,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, PREDICTORS, SKY, VERMILION, ordered_colours
 from icl.plotting.llc import draw_by_verdict
 from icl.plotting.llc_studies import SAMPLERS, rows_of_sampler
-from icl.plotting.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PREDICTORS,
-    SKY,
-    VERMILION,
-    draw_band,
-    label_plainly,
-    new_figure,
-    ordered_colours,
-    select,
-)
+from icl.plotting.style import draw_band, label_plainly, new_figure, select
 from icl.plotting.tidying import KEY
 from icl.plotting.training import plot_training
 

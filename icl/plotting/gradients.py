@@ -9,21 +9,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from icl.plotting.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    ORDERED,
-    PURPLE,
-    SKY,
-    VERMILION,
-    draw_band,
-    finish_step_axes,
-    new_figure,
-    select,
-    write_in_middle,
-)
+from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, ORDERED, PURPLE, SKY, VERMILION
+from icl.plotting.style import draw_band, finish_step_axes, new_figure, select, write_in_middle
 
 _GROUPS = (
     ("all", "all weights", BLACK, 2.2),

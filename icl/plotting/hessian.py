@@ -5,19 +5,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from icl.plotting.style import (
-    BLACK,
-    BLUE,
-    ORANGE,
-    PURPLE,
-    VERMILION,
-    draw_band,
-    finish_step_axes,
-    new_figure,
-    ordered_colours,
-    select,
-    spread_indices,
-)
+from icl.plotting.colours import BLACK, BLUE, ORANGE, PURPLE, VERMILION, ordered_colours
+from icl.plotting.style import draw_band, finish_step_axes, new_figure, select, spread_indices
 
 _NUM_SPECTRA = 5
 _MAX_NODE_WEIGHT = 0.05

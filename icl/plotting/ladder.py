@@ -12,19 +12,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, VERMILION, ordered_colours
 from icl.plotting.diversity import diversity_positions, plot_diversity
-from icl.plotting.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    VERMILION,
-    draw_band,
-    label_plainly,
-    new_figure,
-    ordered_colours,
-    select,
-)
+from icl.plotting.style import draw_band, label_plainly, new_figure, select
 from icl.plotting.tidying import KEY
 
 _DIFFERENCE_LABEL = "mean squared difference of predictions (per target)"

@@ -13,19 +13,8 @@ from matplotlib.figure import Figure
 
 from icl.files.reading import ContentError
 from icl.files.tables import read_table
-from icl.plotting.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    new_figure,
-    scale_steps,
-    select,
-    set_limits,
-)
+from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
+from icl.plotting.style import new_figure, scale_steps, select, set_limits
 from icl.plotting.tidying import KEY
 from icl.runs.folder import RunFolder
 from icl.sampling.records import RENAMED_COLUMNS, Record

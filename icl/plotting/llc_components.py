@@ -4,8 +4,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from icl.plotting.colours import BLACK, ordered_colours
 from icl.plotting.llc import VERDICTS, draw_by_verdict
-from icl.plotting.style import BLACK, new_figure, ordered_colours, scale_steps, select
+from icl.plotting.style import new_figure, scale_steps, select
 
 _SETS = {"pretrain": "training tasks", "true": "new tasks"}
 

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from icl.plotting.colours import BLACK, BLUE
 from icl.plotting.llc import CHAIN_COLOURS, describe_settings, step_prefix, title_estimate
-from icl.plotting.style import BLACK, BLUE, new_figure, set_limits, spread_indices
+from icl.plotting.style import new_figure, set_limits, spread_indices
 from icl.plotting.tidying import KEY
 from icl.sampling.records import Record
 

@@ -7,8 +7,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, VERMILION, ordered_colours
 from icl.plotting.llc import ESCAPE_LABEL, VERDICTS, draw_loss_levels, escaped_share, plot_llc, title_estimate
-from icl.plotting.style import BLACK, BLUE, GREEN, ORANGE, VERMILION, new_figure, ordered_colours, select
+from icl.plotting.style import new_figure, select
 
 SAMPLERS = (
     ("published sampler", True, {"color": VERMILION, "marker": "s", "markersize": 5}),

@@ -5,19 +5,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl.evaluation.sets import headlines
+from icl.plotting.colours import BLUE, GREEN, ORANGE, PREDICTORS, PURPLE, ordered_colours
 from icl.plotting.figures import Stages, mark_stages
-from icl.plotting.style import (
-    BLUE,
-    GREEN,
-    ORANGE,
-    PREDICTORS,
-    PURPLE,
-    draw_band,
-    label_plainly,
-    new_figure,
-    ordered_colours,
-    select,
-)
+from icl.plotting.style import draw_band, label_plainly, new_figure, select
 
 _MARKS = (("o", BLUE), ("s", ORANGE), ("D", GREEN), ("v", PURPLE))
 _RIDGE = PREDICTORS["ridge"] | {"linewidth": 1.2, "label": "ridge"}

@@ -16,7 +16,8 @@ from torch import Tensor
 from icl import baselines
 from icl.build import build_checkpoint_model
 from icl.config import RunConfig
-from icl.plotting.style import BLACK, PREDICTORS, SKY, new_figure
+from icl.plotting.colours import BLACK, PREDICTORS, SKY
+from icl.plotting.style import new_figure
 from icl.plotting.tidying import name_outside
 from icl.runs.checkpoints import load_checkpoint_file
 from icl.tasks.priors import task_pool

@@ -7,8 +7,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from icl.plotting.colours import BLACK, ORANGE, SKY, VERMILION
 from icl.plotting.llc import VERDICTS
-from icl.plotting.style import BLACK, ORANGE, SKY, VERMILION, new_figure, scale_steps, select, set_limits
+from icl.plotting.style import new_figure, scale_steps, select, set_limits
 
 _LABELS = {
     "loss": "loss\n(squared error per target)",

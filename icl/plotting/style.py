@@ -1,8 +1,4 @@
-"""Common style of all figures: colours, empty axes, axes of training steps, lines with bands, rows of tables, and saving.
-
-We use the palette of Okabe and Ito (2008), because colour-blind readers can distinguish its colours. A predictor has the
-same colour and line style in every figure.
-"""
+"""Common style of all figures: empty axes, axes of training steps, lines with bands, rows of tables, and saving."""
 
 import io
 import warnings
@@ -11,37 +7,14 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps, rc_context
+from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import Bbox
 
 from icl.files.writing import write_atomically
 from icl.plotting.tidying import tidy
-
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#F0E442",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
-
-PREDICTORS: dict[str, dict[str, Any]] = {
-    "model": {"color": BLUE, "linestyle": "-", "linewidth": 2.2, "label": "transformer"},
-    "ridge": {"color": VERMILION, "linestyle": "--", "label": "ridge (Bayes for M = ∞)"},
-    "dmmse": {"color": GREEN, "linestyle": "-.", "label": "dMMSE (Bayes for the M tasks)"},
-    "ols": {"color": PURPLE, "linestyle": ":", "label": "OLS"},
-    "zero": {"color": BLACK, "linestyle": (0, (1, 1)), "linewidth": 1.0, "label": "zero"},
-}
-
-ORDERED = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, 256)), name="ordered")
-"""Colour map for ordered values such as steps: dark first. It ends before yellow, which is hard to see on white."""
 
 _RC_SETTINGS: dict[Any, Any] = {
     "figure.dpi": 110,
@@ -116,11 +89,6 @@ def finish_step_axes(axes: Axes, title: str, ylabel: str) -> None:
     scale_steps(axes)
     axes.set(xlabel="step (updates)", ylabel=ylabel)
     axes.set_title(title, fontsize=10)
-
-
-def ordered_colours(count: int) -> list[Any]:
-    """Return `count` colours of `ORDERED`, for ordered objects such as layers or singular values."""
-    return [ORDERED(index / max(count - 1, 1)) for index in range(count)]
 
 
 def draw_band(

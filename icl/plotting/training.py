@@ -17,7 +17,8 @@ from icl.evaluation.sets import EvaluationSet, excess_over_optimum, predict_prom
 from icl.files.reading import ContentError
 from icl.files.tables import read_table
 from icl.model.stacked import apply, stack
-from icl.plotting.style import BLUE, PREDICTORS, SKY, label_plainly, new_figure, save_figure, scale_steps
+from icl.plotting.colours import BLUE, PREDICTORS, SKY
+from icl.plotting.style import label_plainly, new_figure, save_figure, scale_steps
 from icl.plotting.tidying import name_outside
 from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.runs.folder import RunError, RunFolder

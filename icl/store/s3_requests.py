@@ -10,28 +10,20 @@ refusal we print a notice, and no longer use the feature with this server.
 
 import contextlib
 import hashlib
-import io
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeVar
 
-import botocore.loaders
-import botocore.session
-from botocore.config import Config
 from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
 
 from icl.store import waiting
 from icl.store.base import sha256
+from icl.store.s3_client import make_client, make_session
 from icl.store.s3_errors import is_refused_feature, is_taken, server_name
 
-NUM_ATTEMPTS = 8
-"""Number of tries of one request, unless `AWS_MAX_ATTEMPTS` is set."""
-CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 25.0
-"""Time limits of one try in seconds: for the connection, and for the answer."""
 MAX_PAGES = 10_000
 """Largest number of pages of a listing. A page has a thousand keys."""
 _DIGEST = "icl-sha256"
@@ -72,7 +64,6 @@ class Requests:
 
     def __init__(self, bucket: str, *, part_size: int) -> None:
         self.bucket, self.part_size = bucket, part_size
-        self._session: Any = None
         self._made: Any = None
         self._making = threading.Lock()
 
@@ -168,7 +159,7 @@ class Requests:
         Raises:
             ClientError, BotoCoreError: If the request fails.
         """
-        client = self._make_client(num_attempts=4, connect_seconds=5.0, answer_seconds=10.0)
+        client = make_client(self._session, num_attempts=4, connect_seconds=5.0, answer_seconds=10.0)
         first_key = {"Bucket": self.bucket, "Prefix": folder, "MaxKeys": 1}
         answer = self._with_or_without(
             "ListObjectsV2", lambda: client.list_objects_v2(**first_key), lambda: client.list_objects(**first_key)
@@ -250,75 +241,15 @@ class Requests:
             raise
         return f'"{_md5(b"".join(map(_md5, pieces))).hex()}-{len(pieces)}"'
 
+    @cached_property
+    def _session(self) -> Any:
+        return make_session()
+
     def _client(self) -> Any:
         """Return the client that all threads share. The first call makes it."""
         with self._making:
-            self._made = self._made or self._make_client()
+            self._made = self._made or make_client(self._session)
         return self._made
-
-    def _make_client(
-        self,
-        num_attempts: int = NUM_ATTEMPTS,
-        *,
-        connect_seconds: float = CONNECT_SECONDS,
-        answer_seconds: float = ANSWER_SECONDS,
-    ) -> Any:
-        retries: dict[str, Any] = {"mode": "adaptive"}
-        if "AWS_MAX_ATTEMPTS" not in os.environ:
-            retries["total_max_attempts"] = num_attempts
-        settings = Config(
-            retries=retries,
-            connect_timeout=connect_seconds,
-            read_timeout=answer_seconds,
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            s3={"payload_signing_enabled": True},
-        )
-        if self._session is None:
-            self._session = botocore.session.get_session()
-            self._session.register_component("data_loader", _loader())
-        client = self._session.create_client("s3", config=settings)
-        client.meta.events.register_last("before-call.s3", _send_at_once)
-        client.meta.events.register_last("before-send.s3", _count_what_is_sent)
-        return client
-
-
-@cache
-def _loader() -> Any:
-    """Return the loader of botocore's description of S3. The first call takes a third of a second."""
-    return botocore.loaders.create_loader()
-
-
-class _Counted(io.BytesIO):
-    """A request's body whose bytes count as progress when they are sent for the first time."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.size = len(data)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def read(self, size: int | None = -1) -> bytes:
-        """Return the next bytes."""
-        data = super().read(size)
-        waiting.moved(len(data))
-        return data
-
-
-def _send_at_once(params: dict[str, Any], **_: Any) -> None:
-    """Remove the header `Expect`, with which each upload would wait until the server agrees to it.
-
-    With a server that ignores this header, each upload would take a second longer.
-    """
-    params["headers"].pop("Expect", None)
-
-
-def _count_what_is_sent(request: Any, **_: Any) -> None:
-    """Count the bytes of a large body as progress while they are sent, but only at the first try of a request."""
-    is_first = "attempt=1" in str(request.headers.get("amz-sdk-request", "attempt=1"))
-    if is_first and isinstance(request.body, bytes) and len(request.body) > _CHUNK:
-        request.body = _Counted(request.body)
 
 
 def _require_listing(answer: dict[str, Any]) -> None:

@@ -8,11 +8,12 @@ import pytest
 from figure_faults import faults
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from icl.plotting.colours import ordered_colours
 from icl.plotting.evaluation import plot_evaluation
 from icl.plotting.llc import plot_llc
 from icl.plotting.llc_estimate import plot_estimate
 from icl.plotting.ood import plot_shifts_over_training
-from icl.plotting.style import new_figure, ordered_colours, scale_steps
+from icl.plotting.style import new_figure, scale_steps
 from icl.plotting.training import plot_training
 from icl.sampling.records import Record
 
