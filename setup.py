@@ -50,6 +50,7 @@ setup(
         "pillow>=10",
         "jinja2>=3.1",
         "tqdm>=4.66",
+        "tensorboardX>=2.6",
     ],
     extras_require={
         "bench": ["devinterp==1.3.2"],

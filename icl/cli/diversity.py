@@ -4,19 +4,41 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from icl.cli.outputs import require_output
+from icl.cli.slurm import (
+    SLURM_EXAMPLE,
+    Submittable,
+    add_slurm_options,
+    join_sbatch,
+    print_jobs,
+    require_slurm_option,
+    submit_jobs,
+)
 from icl.command_line import CommandParser, add_config_option
 from icl.config import RunConfig, flatten
 from icl.config.validation import ConfigError
 from icl.config.values import parse_scalar
+from icl.diversity.jobs import RESERVED, experiment_states, run_job, shared_settings
 from icl.diversity.metadata import read_metadata
-from icl.diversity.runs import METADATA, experiment_runs, find_runs, lock_experiment
+from icl.diversity.runs import (
+    METADATA,
+    ExperimentRun,
+    experiment_runs,
+    find_runs,
+    lock_experiment,
+    require_same_settings,
+)
 from icl.resolve import read_config_file, resolve
 from icl.runs.environment import OWN_PROGRAM
 from icl.runs.folder import require_own_place
+from icl.sweeps.slurm.job import SlurmJob
+from icl.sweeps.slurm.submission import submissions_folder
 
 HELP = "run the task-diversity experiment (M = 2, 4, 8, ... and inf) and draw its figure"
 
@@ -38,7 +60,7 @@ _SETTINGS = {
 }
 """Options that are short names for settings of the runs, each with the setting and its help."""
 _DEFAULT_STEPS = 500_000
-_RESERVED = ("task.num_tasks", "run_name", "population.seeds", "population.num_tasks")
+_COPY = "settings.yaml"
 _PATIENCE_SECONDS = 120.0
 
 _DESCRIPTION = """\
@@ -52,7 +74,7 @@ checkpoints/experiment_metadata.json shows the progress.
 
 If the terminal is lost, the experiment continues and writes to checkpoints/experiment.log. With --background, it does
 not need the terminal and writes to this log from the start. `nohup icl diversity ... &` works too, but writes to the
-log of nohup.
+log of nohup. With --slurm, jobs of a Slurm cluster share the runs, and the command returns at once.
 
 The defaults of the options are the values of the first example. The defaults of --warmup_steps, --checkpoint_every and
 --eval_every are in proportion to --num_steps. All settings of `icl train` are allowed too (`icl train --help` lists
@@ -63,12 +85,16 @@ icl diversity --max_power 20 --num_steps {_DEFAULT_STEPS} --batch_size 2048 --le
     --checkpoint_every 50000 --eval_every 10000 --early_stopping_patience 10 --early_stopping_min_delta 0.001
 icl diversity --preset quickstart --max_power 3 --num_steps 600 --warmup_steps 300 --base_checkpoint_dir trial
 icl diversity --background
+icl diversity {SLURM_EXAMPLE}
 icl runs checkpoints"""
 
 
 def run(words: list[str]) -> int:
     """Train the missing runs, and draw the figure. Return 0 only if every run is done, or 128 + the number of a signal that stopped it."""
-    options = _parser().parse_args(words)
+    options = _parser().parse_args(join_sbatch(words))
+    require_slurm_option(options)
+    if options.dry_run and not options.slurm:
+        raise ConfigError("`--dry-run` has a meaning only with `--slurm`: it prints the script of the jobs.")
     config, base = _read_config(options), options.base_checkpoint_dir
     for file in ("diversity.png", "diversity.csv"):
         require_output(base / file)
@@ -81,6 +107,12 @@ def run(words: list[str]) -> int:
     )  # unusable settings are refused before anything is started
     require_own_place(runs[0].folder)
     require_room(config, choose_device(config.trainer.accelerator))
+    if options.status:
+        return _show_states(runs, base)
+    if options.slurm:
+        return _submit(runs, options)
+    if options.in_job is not None:
+        return _run_in_job(config, runs, options)
     if options.background:
         return _detach([word for word in words if word != "--background"], base)
     return _run(config, options)
@@ -104,16 +136,68 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
     for entry in result.entries:
         if entry["num_tasks"] not in result.done:
             print(f"icl: M = {entry['num_tasks']} {entry['state']}: {entry['reason']}", file=sys.stderr)
-    if result.done:
-        from icl.diversity.tables import draw_experiment
-
-        runs = {label: folder for label, folder in find_runs(base).items() if label in result.done}
-        title = _title(config, len(runs), len(result.entries))
-        for label, path in zip(
-            ("Figure", "Numbers"), draw_experiment(runs, options.plots_dir, title=title), strict=True
-        ):
-            print(f"{label:9s} {path}")
+    _draw(config, result.done, len(result.entries), options)
     return 0 if result.is_done else 1
+
+
+def _draw(config: RunConfig, done: Sequence[str], num_runs: int, options: argparse.Namespace) -> None:
+    """Draw the figure of the runs that are done, given by M as text."""
+    if not done:
+        return
+    from icl.diversity.tables import draw_experiment
+
+    runs = {label: folder for label, folder in find_runs(options.base_checkpoint_dir).items() if label in done}
+    title = _title(config, len(runs), num_runs)
+    for label, path in zip(("Figure", "Numbers"), draw_experiment(runs, options.plots_dir, title=title), strict=True):
+        print(f"{label:9s} {path}")
+
+
+def _submit(runs: list[ExperimentRun], options: argparse.Namespace) -> int:
+    """Submit the jobs of the experiment to Slurm. They read its settings from a copy."""
+    base = options.base_checkpoint_dir
+    require_same_settings(runs, base)
+    states = experiment_states(runs, base).values()
+    num_left = sum(
+        state.state != "done" and (options.retry or state.state != "failed" or not state.is_final) for state in states
+    )
+
+    def words(folder: Path) -> list[str]:
+        paths = ["--base_checkpoint_dir", str(base), "--plots_dir", str(options.plots_dir)]
+        parts = ["--in-job", str(folder), "--config", str(folder / _COPY), "--max_power", str(options.max_power)]
+        return ["diversity", *parts, *paths, *["--retry"] * options.retry]
+
+    work = Submittable(
+        name="diversity",
+        submissions=_submissions(base),
+        words=words,
+        num_programs=num_left,
+        copy=(_COPY, yaml.safe_dump(shared_settings(runs[0]), sort_keys=False).encode()),
+    )
+    return submit_jobs(work, options)
+
+
+def _run_in_job(config: RunConfig, runs: list[ExperimentRun], options: argparse.Namespace) -> int:
+    """Train runs as one of several jobs. The job that finds all runs over draws the figure."""
+    base, job = options.base_checkpoint_dir, SlurmJob(options.in_job)
+    require_same_settings(runs, base)
+    result, metadata = run_job(runs, base=base, max_power=options.max_power, retry=options.retry, job=job)
+    if result.is_over:
+        done = [entry["num_tasks"] for entry in metadata.entries() if metadata.is_done(entry["num_tasks"])]
+        _draw(config, done, len(runs), options)
+    return job.end(result)
+
+
+def _show_states(runs: list[ExperimentRun], base: Path) -> int:
+    """Print the state of every run and job. Return 0 only if all runs are done."""
+    states = experiment_states(runs, base)
+    for label, state in states.items():
+        print(f"{state.state:9s} M = {label}: {state.reason}")
+    print_jobs(_submissions(base))
+    return 0 if all(state.state == "done" for state in states.values()) else 1
+
+
+def _submissions(base: Path) -> Path:
+    return submissions_folder(base, "diversity", base)
 
 
 def _parser() -> CommandParser:
@@ -135,6 +219,13 @@ def _parser() -> CommandParser:
     )
     parser.add("--plots_dir DIR", "folder of the figure (default: plots)", type=Path, default=Path("plots"))
     parser.add("--retry", "also retry the runs whose loss became NaN")
+    add_slurm_options(parser)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--dry-run", action="store_true", help="with --slurm: print the script of the jobs; start nothing"
+    )
+    text = "list which runs and jobs are done, running, failed or waiting, and why; start nothing"
+    what.add_argument("--status", action="store_true", help=text)
     parser.add(
         "--background", "start the experiment in the background, print its process id and its log file, and return"
     )
@@ -146,7 +237,7 @@ def _read_config(options: argparse.Namespace) -> RunConfig:
     """Return the configuration that all runs share, except for M."""
     given = options.settings
     filed = {key: value for file in options.config for key, value in flatten(read_config_file(file)).items()}
-    for key in _RESERVED:
+    for key in RESERVED:
         if key in given or key in filed:
             raise ConfigError(
                 f"`{key}` is set by the experiment itself; leave it out (--max_power sets the values of M)."

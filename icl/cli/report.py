@@ -16,18 +16,28 @@ def run(words: list[str]) -> int:
         "Write all results of a run to one HTML page that needs no network: state, settings, environment, curves, tables with\n"
         "verdicts, figures, and the commands that make the results that are still missing. For several runs, or a folder of runs,\n"
         "the page begins with a comparison.",
-        "icl report runs/quickstart\n  icl report runs/a runs/b --out both.html\n  icl report runs",
+        "icl report runs/quickstart\n  icl report runs/a runs/b --out both.html\n  icl report runs\n  icl report runs --watch",
     )
     parser.add("paths RUN", "a run's folder or name, or a folder with runs below it", nargs="+", type=Path)
     text = "file of the page (default: report.html in the folder RUN; for several RUNs, in the working directory)"
     parser.add("--out FILE", text, type=Path)
+    text = "write the page again whenever the runs change, until all of them have ended or Ctrl-C; a browser loads it again by itself"
+    parser.add("--watch", text)
     options = parser.parse_args(words)
     from icl.report.page import write_report
+    from icl.report.watch import watch
     from icl.runs.delivery import send_results
 
     if options.out is not None and options.out.suffix.lower() in (".html", ".htm"):
         require_output(options.out)
-    report = write_report([require_place(path) for path in options.paths], out=options.out)
+    paths = [require_place(path) for path in options.paths]
+    received = None
+    if options.watch:
+        report, received = watch(paths, out=options.out)
+        if report is None:
+            return 128 + received if received else 1
+    else:
+        report = write_report(paths, out=options.out)
     for facts in report.runs:
         for problem in facts.problems:
             print(f"{facts.name}: {problem}")
@@ -35,4 +45,4 @@ def run(words: list[str]) -> int:
     print(f"Report  {report.path} ({runs}{report.size / 1e6:.1f} MB)")
     if report.folder is not None and report.runs[0].config is not None:
         send_results(report.folder)
-    return 0
+    return 128 + received if received else 0

@@ -46,7 +46,8 @@ def _experiment_lines(folder: Path) -> list[str]:
     ]
     state, process = metadata.get("state"), ""
     if state == "running" and is_alive(metadata):
-        process = f"process {metadata.get('pid')} on {metadata.get('host')}, "
+        pid = metadata.get("pid")
+        process = "jobs of Slurm, " if pid is None else f"process {pid} on {metadata.get('host')}, "
     elif state == "running":
         state = "killed; the same command continues"
     head = f"{folder}: task diversity, {state} ({process}updated {metadata.get('updated')})"

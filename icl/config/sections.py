@@ -17,13 +17,14 @@ FREE_ON_RESUME = (
     "trainer.num_nodes",
     "trainer.strategy",
     "trainer.compile",
+    "trainer.loggers",
     "checkpoints.resume_seconds",
     "checkpoints.store",
     "sampler",
 )
 """Settings and sections that may change when an unfinished run is resumed. They are not part of its default name.
 
-These settings determine the devices, how progress is saved, and how LLCs are estimated later. They do not change what training
+These settings determine the devices, how progress is saved and logged, and how LLCs are estimated later. They do not change what training
 computes.
 """
 OLDER_SOURCES = ("icr", "timaeus", "raventos")
@@ -150,6 +151,10 @@ class OptimConfig:
         )
 
 
+LOGGERS = ("csv", "tensorboard", "wandb")
+"""Names of the loggers of `trainer.loggers`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """Length of training, batch size, logging and devices."""
@@ -170,16 +175,31 @@ class TrainerConfig:
     """Lightning's strategy, such as `ddp` for several processes."""
     precision: str = "32-true"
     """Lightning's precision, such as `32-true` or `bf16-mixed`."""
+    loggers: str = "auto"
+    """Loggers besides `metrics.csv`, which is always written: `csv`, `tensorboard` and `wandb`, separated by commas; `auto` uses W&B if
+    it is set up."""
     compile: Literal["auto", "true", "false"] = "auto"
     """Whether to compile the step with `torch.compile`, which takes 10 to 30 s; `auto` compiles if a run is long enough."""
 
     def __post_init__(self) -> None:
         names = ("max_steps", "batch_size", "log_every", "devices", "num_nodes")
         validate("trainer", self, counts=dict.fromkeys(names, 1), numbers={})
+        unknown = [name for name in self.logger_names if name not in LOGGERS]
+        require(
+            self.loggers == "auto" or (len(self.logger_names) > 0 and not unknown),
+            f"`trainer.loggers` must be auto, or some of {', '.join(LOGGERS)} separated by commas, got {self.loggers!r}.",
+        )
         require(
             self.batch_size % self.num_processes == 0,
             "`trainer.batch_size` must be a multiple of the number of processes, got "
             f"{self.batch_size} for {self.num_processes}.",
+        )
+
+    @property
+    def logger_names(self) -> list[str]:
+        """Names of the chosen loggers; empty for `auto`."""
+        return (
+            [] if self.loggers == "auto" else [name.strip().lower() for name in self.loggers.split(",") if name.strip()]
         )
 
     @property

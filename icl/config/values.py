@@ -61,6 +61,8 @@ def read_value(key: str, value: Any) -> Any:
         return parse_num_tasks(value)
     if key == "sampler.steps":
         return _read_steps(value)
+    if key == "trainer.loggers" and isinstance(value, list):
+        return ",".join(map(str, value))
     kind = known_keys()[key]
     if _is_list(kind):
         return _read_list(key, value)

@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,21 @@ class Metadata:
         with self._lock:
             self._training = None
             self._update(label, state=state, reason=reason, ended=now())
+
+    def update_states(self, states: Mapping[str, tuple[str, str]]) -> None:
+        """Record the states of runs that several processes train, by M as text: done, running, failed or waiting, and the reason."""
+        with self._lock:
+            for label, (state, reason) in states.items():
+                entry = self._entry(label)
+                entry |= _progress(self._folders[label])
+                status = self._folders[label].read_status()
+                if state == "done" and status is not None:
+                    state, reason = status.state, status.reason or ""
+                if state != entry["state"]:
+                    entry["started"] = entry["started"] or (now() if state == "running" else None)
+                    entry["ended"] = None if state in ("running", "waiting") else now()
+                entry |= {"state": state, "reason": reason or None}
+            self.write()
 
     def is_done(self, label: str) -> bool:
         """Return whether a run needs no more training."""

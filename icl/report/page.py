@@ -75,12 +75,20 @@ class Report:
         return run if len(self.runs) == 1 and self.path == run.path / NAME else None
 
 
-def write_report(paths: Sequence[str | Path], *, out: str | Path | None = None) -> Report:
+def write_report(
+    paths: Sequence[str | Path],
+    *,
+    out: str | Path | None = None,
+    reload_seconds: int | None = None,
+    shows_progress: bool = True,
+) -> Report:
     """Write one page about one or more runs.
 
     Args:
         paths: Folders of runs, or folders with runs below them.
         out: The file to write. The default is `report.html` in the folder, or in the working directory for several paths.
+        reload_seconds: Interval, in seconds, at which a browser loads the page again; None means never.
+        shows_progress: Whether to show a progress bar while several runs are read.
 
     Raises:
         RunError: If a path is not a run and has no run below it.
@@ -97,16 +105,24 @@ def write_report(paths: Sequence[str | Path], *, out: str | Path | None = None) 
         raise StorageError(f"The name of the page must end in .html or .htm, got {file}.")
     named = named_runs(folders)
     require_writable(file)
-    facts = [read_run(name, folder) for name, folder in with_progress(list(named.items()), "reading", "run")]
+    items = list(named.items())
+    facts = [
+        read_run(name, folder) for name, folder in (with_progress(items, "reading", "run") if shows_progress else items)
+    ]
     is_one = len(folders) == 1 and folders[0].resolve() == facts[0].folder.path.resolve()
     title = facts[0].name if is_one else _title(folders, len(facts))
-    data = render(facts, title=title, compare=not is_one).encode("utf-8", errors="replace")
+    data = render(facts, title=title, compare=not is_one, reload_seconds=reload_seconds).encode(
+        "utf-8", errors="replace"
+    )
     write_atomically(file, data)
     return Report(path=file, size=len(data), runs=facts)
 
 
-def render(runs: Sequence[RunFacts], *, title: str, compare: bool) -> str:
-    """Return the page as text; with `compare`, it begins with a comparison of the runs."""
+def render(runs: Sequence[RunFacts], *, title: str, compare: bool, reload_seconds: int | None = None) -> str:
+    """Return the page as text. With `compare`, it begins with a comparison of the runs.
+
+    With `reload_seconds`, a browser loads it again at this interval.
+    """
     folder_names = [facts.name for facts in runs]
     runs = with_varying_names(runs) if compare else runs
     ids = [f"run-{number}" for number in range(1, len(runs) + 1)]
@@ -116,6 +132,7 @@ def render(runs: Sequence[RunFacts], *, title: str, compare: bool) -> str:
         time=time.strftime("%Y-%m-%d %H:%M:%S %z"),
         program=f"icl {version('icl')}, Python {platform.python_version()}",
         compare=compare,
+        reload_seconds=reload_seconds,
         comparison=comparison_table(runs, ids) if compare else None,
         curves=comparison_picture(runs, title) if compare else None,
         runs=[

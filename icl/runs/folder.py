@@ -29,7 +29,7 @@ _OWN_NAMES = frozenset(
     (
         *("run-id", "wandb-id", "metrics.csv", "run.log", "report.html", "last.ckpt", "previous.ckpt", "status.json"),
         *("config.yaml", "point.json", "sweep.log", "attempts", "imported.json", ".delivered", ".lock", ".llc-lock"),
-        *("checkpoints", "results", "figures"),
+        *("checkpoints", "results", "figures", "tensorboard"),
     )
 )
 """Files and folders that `icl` reads or writes in a run's folder. The folder `wandb` is W&B's own, and contains symbolic links."""

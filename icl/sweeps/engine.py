@@ -6,9 +6,13 @@ number of engines, on any machines that share the folder, can work on one sweep 
 A point that fails does not stop the other points. The next command tries it again, unless the same settings would fail
 again. An engine that starts while other engines work on the sweep joins their session: it does not repeat points that
 have failed since the session began. The engine passes a signal on to its programs, which save and exit.
+
+In a job of Slurm, the session begins when the jobs are submitted. The engine also stops before the time limit of the job, and it
+does not wait for points that run in other jobs, because the job would hold its machine for nothing.
 """
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +28,9 @@ from icl.sweeps.attempts import Claim, claim, last_attempt, session_start
 from icl.sweeps.points import Point
 from icl.sweeps.program import Program, start_program
 from icl.sweeps.schema import SweepFile
+from icl.sweeps.slurm.job import SlurmJob
 from icl.sweeps.state import PointState, point_state
+from icl.sweeps.storage import StorageWatch
 
 _TICK_SECONDS = 0.1
 _PROGRESS_SECONDS = 60.0
@@ -38,11 +44,20 @@ class SweepResult(NamedTuple):
     """The state of each point, by its number."""
     received: signal.Signals | None = None
     """The signal that stopped the engine, if one did."""
+    has_progressed: bool = False
+    """Whether a program of this engine has ended a point, or has brought it forward."""
+    num_failed: int = 0
+    """Number of points that failed in this engine."""
 
     @property
     def is_done(self) -> bool:
         """Whether every point is done."""
         return all(state.state == "done" for state in self.states.values())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every point is done or has failed."""
+        return all(state.state in ("done", "failed") for state in self.states.values())
 
 
 def run_sweep(
@@ -53,6 +68,7 @@ def run_sweep(
     num_workers: int = 1,
     pack: int = 1,
     retry: bool = False,
+    job: SlurmJob | None = None,
     say: Callable[[str], None] = print_at_once,
 ) -> SweepResult:
     """Run every point that is not done, until all are done or have failed, or a signal arrives.
@@ -64,12 +80,14 @@ def run_sweep(
         num_workers: Number of programs that run at a time.
         pack: Largest number of points in one program, which trains them as one population if their settings allow it.
         retry: Whether to try every failed point again, even if it would fail again or has failed in this session.
+        job: The job of Slurm in which this process runs, if it does.
         say: Function that receives a line for each event.
     """
-    engine = _Engine(sweep, points, root, num_workers=num_workers, pack=pack, retry=retry, say=say)
+    engine = _Engine(sweep, points, root, num_workers=num_workers, pack=pack, retry=retry, job=job, say=say)
     with handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), engine.receive)):
         engine.run()
-    return SweepResult({point.number: engine.state(point) for point in points}, engine.received)
+    states = {point.number: engine.state(point) for point in points}
+    return SweepResult(states, engine.received, engine.has_progressed, engine.num_failed)
 
 
 @dataclass
@@ -83,14 +101,22 @@ class _Engine:
     num_workers: int
     pack: int
     retry: bool
+    job: SlurmJob | None
     say: Callable[[str], None]
     received: signal.Signals | None = None
     programs: list[Program] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pending = list(self.points)
+        self.has_progressed = False
+        self.num_failed = 0
         self._num_over = 0
-        self._is_stopping = False
+        self._stopping: str | None = None
+        self._leaves = False
+        with contextlib.suppress(OSError):  # a folder that cannot be made is reported for each point
+            self.root.mkdir(parents=True, exist_ok=True)
+        own_mark = self.root if self.root.is_dir() else None
+        self._storage = StorageWatch(own_mark if self.job is None else self.job.mark, self.say)
         self._next_beat = self._next_search = 0.0
         self._next_progress = time.monotonic() + _PROGRESS_SECONDS
         self._has_said_waiting = False
@@ -101,8 +127,8 @@ class _Engine:
         return point_state(point, self.root)
 
     def receive(self, number: int, frame: object) -> None:
-        """Record a signal. A second signal kills the programs."""
-        if self.received is not None:
+        """Record a signal. A second signal kills the programs, except in a job: Slurm repeats signals, and kills them itself."""
+        if self.received is not None and self.job is None:
             for program in self.programs:
                 program.kill()
         self.received = self.received or signal.Signals(number)
@@ -110,27 +136,52 @@ class _Engine:
     def run(self) -> None:
         """Run points until nothing is left to do. At the end, stop all programs, even after an error."""
         try:
-            while self.programs or (self.pending and self.received is None):
-                self._tick()
+            while self.programs or (self.pending and self._stopping is None and not self._leaves):
+                self._check_stop()
+                try:
+                    if self._storage.is_there():
+                        self._tick()
+                except OSError as error:
+                    self._storage.lose(error)
+                if not self._storage.is_there():
+                    self._bear_lost_storage()
+                if self.programs or self.pending:
+                    time.sleep(_TICK_SECONDS)
         finally:
             for program in self.programs:
                 program.stop()
 
     def _tick(self) -> None:
-        if self.received is not None and not self._is_stopping:
-            self._stop()
         self._finish_programs()
         self._refresh_claims()
-        if self.received is None:
+        if self._stopping is None:
             self._start_programs()
         self._report_progress()
-        if self.programs or self.pending:
-            time.sleep(_TICK_SECONDS)
+
+    def _check_stop(self) -> None:
+        """Stop the programs if a signal has arrived, or if the time limit of the job is near."""
+        reason = None if self.received is None else f"stopped by {self.received.name}"
+        if reason is None and self.job is not None:
+            reason = self.job.stop_reason()
+            if self.job.must_kill():
+                for program in self.programs:
+                    program.kill()
+        if reason is not None and self._stopping is None:
+            self._stopping = reason
+            self._stop()
+
+    def _bear_lost_storage(self) -> None:
+        """Mark the programs, whose files may be lost. When the sweep is stopped, give up those that have ended."""
+        for program in self.programs:
+            program.has_lost_storage = True
+        if self._stopping is not None:
+            self.programs = [program for program in self.programs if program.is_running()]
 
     def _count_earlier_attempts(self) -> dict[int, int]:
         """Return the number of each point's last attempt before this session. A point that fails later is not tried again.
 
-        If other engines are at work, this engine joins their session, so a failure since that session began is final too.
+        If other engines are at work, this engine joins their session, so a failure since that session began is final too. The
+        session of Slurm's jobs begins with their submission.
         """
         states = {point.number: self.state(point) for point in self.points}
         last = {point.number: last_attempt(self.root / point.name) for point in self.points}
@@ -138,12 +189,15 @@ class _Engine:
         live = {number for number, attempt in earlier.items() if states[number].state == attempt.outcome == "running"}
         ended = {number for number, attempt in earlier.items() if attempt.ended is not None}
         start = session_start([earlier[number] for number in live], [earlier[number] for number in ended])
-        recent = {number for number in ended if (earlier[number].ended or 0.0) >= start and not self.retry}
+        if self.retry:
+            start = math.inf
+        if self.job is not None:
+            start = min(start, self.job.since)
+        recent = {number for number in ended if (earlier[number].ended or 0.0) >= start}
         return {number: state.attempt - (number in live | recent) for number, state in states.items()}
 
     def _stop(self) -> None:
-        """Send SIGTERM to the programs after the first signal, so that they save and exit."""
-        self._is_stopping = True
+        """Send SIGTERM to the programs, so that they save and exit."""
         if self.received is not None and self.programs:
             self.say(
                 f"{self.received.name}: stopping when the running programs ({len(self.programs)}) have saved. "
@@ -166,7 +220,8 @@ class _Engine:
                     self.programs.append(program)
         # Other workers run the points that are left, so search again later.
         self._next_search = time.monotonic() + min(1.0, attempts.STALE_SECONDS / 4)
-        if self.pending and not self.programs and not self._has_said_waiting:
+        self._leaves = self.job is not None and not self.programs
+        if self.pending and not self.programs and not self._leaves and not self._has_said_waiting:
             self._has_said_waiting = True
             self.say(f"Waiting for {len(self.pending)} points that other workers run.")
 
@@ -189,12 +244,15 @@ class _Engine:
             return None
         has_failed_now = state.attempt > self._earlier_attempts[point.number] or (state.is_final and not self.retry)
         if state.state == "done" or (state.state == "failed" and has_failed_now):
+            if not self._storage.is_there(now=True):  # then the state is that of an empty folder
+                return None
             self._close(point, f"{state.state:8s} {point.name}: {state.reason}")
             return None
         try:
             own_claim = claim(self.root / point.name, point.job, number=state.attempt + 1)
         except OSError as error:
-            self._close(point, f"failed   {point.name}: cannot write its folder ({error.strerror})")
+            if self._storage.is_there(now=True):
+                self._close(point, f"failed   {point.name}: cannot write its folder ({error.strerror})")
             return None
         if own_claim is not None:
             earlier = f" ({state.reason})" if state.attempt or state.state == "failed" else ""
@@ -203,11 +261,14 @@ class _Engine:
         return own_claim
 
     def _finish_programs(self) -> None:
-        for program in [program for program in self.programs if not program.is_running()]:
+        ended = [program for program in self.programs if not program.is_running()]
+        if ended and not self._storage.is_there(now=True):  # recording an outcome would make a new folder
+            return
+        for program in ended:
             self.programs.remove(program)
             self._next_search = 0.0
             with contextlib.suppress(StorageError):  # the next command will find the point unfinished
-                program.record(stopping=self.received)
+                program.record(stopping=self._stopping)
             for point in program.points:
                 self._report_end(program, point)
 
@@ -215,10 +276,12 @@ class _Engine:
         state = self.state(point)
         word = "lost" if program.is_lost else {"waiting": "stopped"}.get(state.state, state.state)
         log = f"; see {program.log}" if state.state == "failed" else ""
-        if program.is_lost:
+        self.has_progressed |= state.state in ("done", "failed") or program.has_progressed(point)
+        if program.is_lost or (program.has_lost_storage and state.state == "waiting" and self._stopping is None):
             self.pending.append(point)
         else:
             self._num_over += 1
+            self.num_failed += state.state == "failed"
         self._report(f"{word:8s} {point.name}: {state.reason}, {program.seconds:.0f} s{log}")
 
     def _refresh_claims(self) -> None:
@@ -240,10 +303,11 @@ class _Engine:
                     self._report(f"running  {point.name}: {self.state(point).reason}")
 
     def _close(self, point: Point, line: str) -> None:
-        """Report a point that needs no program."""
+        """Report a point that needs no program. A job of Slurm does not repeat what other jobs have reported."""
         self.pending.remove(point)
         self._num_over += 1
-        self._report(line)
+        if self.job is None:
+            self._report(line)
 
     def _report(self, line: str) -> None:
         """Print a line for an event. It begins with the number of points that are over and the number of all points."""

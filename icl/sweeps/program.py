@@ -1,6 +1,7 @@
 """The program of one point, or of several points packed together: its process, its log, and the outcome of each point."""
 
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 from icl.files.redaction import redact
 from icl.files.writing import write_atomically
 from icl.runs.folder import RunFolder
-from icl.runs.status import Status
+from icl.runs.status import WAS_REMOVED, Status
 from icl.sweeps.attempts import Claim, Outcome
 from icl.sweeps.command import child_environment, fill_macros, with_own_icl
 from icl.sweeps.points import Point
@@ -36,8 +37,10 @@ class Program:
     def __init__(self, work: Sequence[tuple[Point, Claim]], log: Path, process: subprocess.Popen | str) -> None:
         self.work, self.log, self.process = work, log, process
         self.is_lost = False  # whether another worker has taken a point over
+        self.has_lost_storage = False  # whether the folder of the runs was out of reach meanwhile
         self._started = time.monotonic()
         self._log_start = log.stat().st_size if log.exists() else 0
+        self._first_amounts = {point.number: _amount(point, claim.folder) for point, claim in work}
 
     @property
     def points(self) -> list[Point]:
@@ -65,11 +68,16 @@ class Program:
         """Kill the program."""
         self._signal(signal.SIGKILL)
 
-    def record(self, *, stopping: signal.Signals | None) -> None:
+    def has_progressed(self, point: Point) -> bool:
+        """Return whether a point is further than when the program was started."""
+        claim = next(claim for other, claim in self.work if other is point)
+        return _amount(point, claim.folder) > self._first_amounts[point.number]
+
+    def record(self, *, stopping: str | None) -> None:
         """Record the outcome of each point, and release the point.
 
         Args:
-            stopping: The signal that stopped the engine, if one did.
+            stopping: The reason why the engine stops its programs, if it does.
 
         Raises:
             StorageError: If the outcome cannot be written.
@@ -77,7 +85,7 @@ class Program:
         for point, claim in self.work:
             self._record(point, claim, stopping)
 
-    def _record(self, point: Point, claim: Claim, stopping: signal.Signals | None) -> None:
+    def _record(self, point: Point, claim: Claim, stopping: str | None) -> None:
         if isinstance(self.process, str):
             claim.finish("failed", reason=self.process)
             return
@@ -91,9 +99,12 @@ class Program:
         if code == 0 or (len(self.work) > 1 and status is not None and status.is_done):
             outcome = "done"
         elif stopping:
-            outcome, reason = "preempted", f"stopped by {stopping.name}"
+            outcome, reason = "preempted", stopping
         else:
             reason = self._reason_of_failure(claim, status, code)
+            if self._was_out_of_reach(claim, reason):
+                self.has_lost_storage = True
+                outcome, reason = "preempted", "its folder was out of reach for a moment"
         claim.finish(outcome, exit_status=code, reason=reason)
 
     def _reason_of_failure(self, claim: Claim, status: Status | None, code: int) -> str:
@@ -103,6 +114,10 @@ class Program:
         end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         line = self._last_line(f"icl: {claim.folder.resolve()} failed: ")
         return redact(f"{end}: {line}" if line else end)
+
+    def _was_out_of_reach(self, claim: Claim, reason: str) -> bool:
+        """Return whether a program failed only because the folder of all runs was out of reach. It is then there again."""
+        return claim.folder.is_dir() and (self.has_lost_storage or WAS_REMOVED in reason)
 
     def _last_line(self, prefix: str) -> str:
         """Return the rest of the last line that begins with a prefix; if there is none, the last line that is not empty."""
@@ -156,6 +171,16 @@ def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root
     except OSError as error:
         program.process = f"cannot start `{words[0]}`: {error.strerror or error}"
     return program
+
+
+def _amount(point: Point, folder: Path) -> int:
+    """Return how far a point is: its step, or for a program other than `icl train` the number of its files."""
+    if point.trains:
+        status = RunFolder(folder).read_status()
+        return 0 if status is None else status.step
+    own = ("sweep.log", "point.json")
+    files = itertools.chain(folder.rglob("*"), RunFolder(folder.parents[1]).results.rglob("*"))
+    return sum(path.name not in own and "attempts" not in path.parts for path in files)
 
 
 def _end_with_engine() -> None:

@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 
 from icl.config import EarlyStoppingConfig
 from icl.evaluation.sets import EvaluationSet, summarise
+from icl.resolve import POINT_VARIABLE
 from icl.runs.metrics_file import MetricsFile, logged_steps, metric_columns
 from icl.runs.status import FAILS_AGAIN
 from icl.signals import handling
@@ -28,7 +29,8 @@ Metrics = dict[str, float | int]
 
 _ECHO_SECONDS = 1.0
 """Two signals within this time count as one. On Ctrl-C the terminal signals this program and its W&B agent, and the agent then
-signals this program again."""
+signals this program again. In a sweep, all signals count as one: Slurm signals the engine and its programs, and the engine then
+signals the programs again, perhaps seconds later. The engine uses SIGKILL to end a program at once."""
 
 
 class NonFiniteGuard(pl.Callback):
@@ -173,7 +175,7 @@ class StopSignals(pl.Callback):
         if self.received is None:
             self.received, self._received_at = signal.Signals(number), time.monotonic()
             print(f"\n{self.received.name}: saving after this step; send it again to stop at once.", file=sys.stderr)
-        elif time.monotonic() - self._received_at > _ECHO_SECONDS:
+        elif POINT_VARIABLE not in os.environ and time.monotonic() - self._received_at > _ECHO_SECONDS:
             self._handling.close()
             signal.raise_signal(number)
 
@@ -226,10 +228,10 @@ class MetricsLog(pl.Callback):
 
     def _append(self, index: int, row: Mapping[str, float | int | None]) -> None:
         if self.files:
-            file, wandb = self.files[index], self.members[index].wandb
+            file = self.files[index]
             file.append(row)
-            if wandb is not None:
-                wandb.log({key: value for key, value in row.items() if key in file.columns and value is not None})
+            for logger in self.members[index].loggers:
+                logger.log({key: value for key, value in row.items() if key in file.columns and value is not None})
 
 
 def any_rank(trainer: pl.Trainer, flag: bool) -> bool:

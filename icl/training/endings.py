@@ -31,9 +31,9 @@ def record_outcome(member: Member, step: int, received: signal.Signals | None) -
         _require_checkpoints(member)
         _write_end(member, step)
     member.is_recorded = True
-    if member.wandb is not None:
-        code = 128 + received if member.state == "preempted" and received else int(member.state == "failed")
-        member.wandb.finish(code)
+    code = 128 + received if member.state == "preempted" and received else int(member.state == "failed")
+    for logger in member.loggers:
+        logger.finish(code)
 
 
 def _require_checkpoints(member: Member) -> None:
@@ -97,8 +97,8 @@ def _record_failure(members: Sequence[Member], error: BaseException) -> None:
         last = member.folder.read_status() or member_status(member, state, 0)
         if member.folder.path.is_dir():
             _write_failure(member, replace(last, state=state, reason=reason))
-        if member.wandb is not None:
-            member.wandb.finish(exit_code_of(error))
+        for logger in member.loggers:
+            logger.finish(exit_code_of(error))
 
 
 def _write_failure(member: Member, status: Status) -> None:

@@ -7,15 +7,26 @@ recorded. Members do not interact, so this does not change the numbers of the ot
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from icl.config import RunConfig
 from icl.runs.folder import RunFolder
 from icl.runs.status import State
-from icl.training.wandb.log import WandbLog
 
 _SAVED = ("loss", "best", "best_step", "num_checks", "extra_step", "state", "end_step", "reason", "is_packed", "rows")
+
+
+@runtime_checkable
+class RowLogger(Protocol):
+    """A logger that gets the rows of a member's `metrics.csv`."""
+
+    def log(self, row: Mapping[str, int | float], /) -> None:
+        """Log one row, which contains its step."""
+
+    def finish(self, exit_code: int) -> None:
+        """End the log, with the exit code of the program."""
 
 
 @dataclass(eq=False)
@@ -56,8 +67,8 @@ class Member:
     """Message about missing checkpoints before the last one, and about altered rows, of a run that had already ended."""
     notes: list[str] = field(default_factory=list)
     """Messages to print and log when training starts or resumes."""
-    wandb: WandbLog | None = None
-    """W&B run that gets the rows of `metrics.csv`."""
+    loggers: list[RowLogger] = field(default_factory=list)
+    """Loggers that get the rows of `metrics.csv`, such as W&B."""
     _started: float = field(default_factory=time.monotonic)
 
     @property

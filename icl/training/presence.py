@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from icl.runs.contents import describe_missing, missing_steps
+from icl.runs.status import WAS_REMOVED
 from icl.training.members import Member
 
 _SECONDS = 20.0
@@ -48,7 +49,7 @@ class FilesGuard(pl.Callback):
                 folder.write_config(member.config)
                 continue
             reason = (
-                f"The folder {folder.path} was moved or removed while the run was trained, so the run ended at step {step:,}. "
+                f"The folder {folder.path} {WAS_REMOVED}, so the run ended at step {step:,}. "
                 "Put the folder back to resume the run, or run the same command to start a new run."
             )
             member.end("failed", step, reason)

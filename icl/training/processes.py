@@ -2,8 +2,8 @@
 
 Lightning itself starts only the processes on its own machine. torchrun and srun start the processes on all machines. Slurm also
 sets its variables in every shell and every single process of a job. So we use these variables only if srun started several tasks
-and the settings ask for several processes. We do not use Lightning's own detection of Slurm, because it refuses or requeues
-runs that were started in another way.
+and the settings ask for several processes. Then Lightning's support for Slurm reads them. We do not use Lightning's detection of
+Slurm, because it refuses or requeues runs that were started in another way.
 """
 
 import dataclasses
@@ -28,11 +28,35 @@ _ONE_PER_PROCESS = "`trainer.devices` times `trainer.num_nodes`"
 def cluster_environment(settings: TrainerConfig) -> ClusterEnvironment:
     """Return the object from which Lightning reads the rank of this process.
 
-    It reads torchrun's variables if torchrun started several processes, otherwise Lightning's own.
+    It reads torchrun's or srun's variables if one of them started several processes, otherwise Lightning's own.
     """
     if settings.num_processes > 1 and TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
+    if _is_of_srun(settings.num_processes):
+        return SrunEnvironment()
     return LightningEnvironment()
+
+
+class SrunEnvironment(SLURMEnvironment):
+    """Lightning's support for Slurm, for the tasks of one `srun`.
+
+    Lightning would put the job back in the queue itself, although only its owner knows what else the job does. It would also refuse
+    `srun --ntasks`, and settings that fit this `srun` but not the whole job.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(auto_requeue=False)
+
+    def world_size(self) -> int:
+        """Return the number of tasks that this `srun` started."""
+        return _num_tasks()
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Accept the settings, which `join_processes` has compared with the tasks of this `srun`."""
+
+    @staticmethod
+    def _validate_srun_variables() -> None:
+        """Accept `srun --ntasks`."""
 
 
 def join_processes(config: RunConfig) -> RunConfig:
@@ -56,8 +80,8 @@ def join_processes(config: RunConfig) -> RunConfig:
                 f"`trainer.num_nodes` is {settings.num_nodes}; leave both out, or make them equal to torchrun's --nproc_per_node "
                 "and --nnodes."
             )
-    elif num_processes > 1 and _num_tasks() > 1 and not _is_point():
-        _join_srun(num_processes)
+    elif _is_of_srun(num_processes):
+        _join_srun(settings)
     elif num_processes == 1 and is_child_rank():
         ranks = ", ".join(f"{name}={os.environ[name]}" for name in RANK_VARIABLES if os.environ.get(name, "0") != "0")
         raise ConfigError(
@@ -67,12 +91,23 @@ def join_processes(config: RunConfig) -> RunConfig:
     return config
 
 
-def _join_srun(num_processes: int) -> None:
-    """Copy srun's variables for this task to the variables that Lightning reads without Slurm."""
-    if _num_tasks() != num_processes:
+def _is_of_srun(num_processes: int) -> bool:
+    """Return whether srun started this process as one of several of a run."""
+    return num_processes > 1 and _num_tasks() > 1 and not _is_point()
+
+
+def _join_srun(settings: TrainerConfig) -> None:
+    """Check the number of tasks, and copy srun's variables for this task to those from which the rank is read (`is_child_rank`)."""
+    num_nodes = _number("SLURM_STEP_NUM_NODES", _number("SLURM_NNODES", 1))
+    if _num_tasks() != settings.num_processes:
         raise ConfigError(
-            f"srun started {_num_tasks()} tasks, but {_ONE_PER_PROCESS} is {num_processes}; make them equal, or start the "
+            f"srun started {_num_tasks()} tasks, but {_ONE_PER_PROCESS} is {settings.num_processes}; make them equal, or start the "
             "command once, without srun."
+        )
+    if num_nodes != settings.num_nodes:
+        raise ConfigError(
+            f"srun started tasks on {num_nodes} nodes, but `trainer.num_nodes` is {settings.num_nodes}; make them equal, for example "
+            f"by `srun --nodes {settings.num_nodes} --ntasks-per-node {settings.devices}`."
         )
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST") or "127.0.0.1"
     job = str(_number("SLURM_JOB_ID", 0))

@@ -32,6 +32,7 @@ from icl.training.callbacks import StopSignals
 from icl.training.capacity import num_fitting, require_room
 from icl.training.data import PromptDataModule
 from icl.training.endings import isolate_failure, record_outcome, recording_failure
+from icl.training.loggers import require_loggers, start_loggers
 from icl.training.members import Member
 from icl.training.module import PopulationModule
 from icl.training.opening import begin_run, has_ended, open_run
@@ -41,7 +42,6 @@ from icl.training.refusals import require_learning, require_monitor, require_own
 from icl.training.saving import read_resume_file
 from icl.training.trainer import evaluation_sets, make_callbacks, make_trainer
 from icl.training.wandb import agent as wandb_agent
-from icl.training.wandb.log import WandbLog, start_wandb, wandb_mode
 
 
 class TrainResult(NamedTuple):
@@ -114,7 +114,7 @@ def train_population(
         UserError: Any error of `train`, if there is a single run or several processes train together.
     """
     require_alike(configs)
-    wandb_mode()  # raises an error for a wrong WANDB_MODE
+    require_loggers(configs[0].trainer)
     configs = [join_processes(config) for config in configs]
     paths = folders if folders is not None else [local_root() / run_name(config) for config in configs]
     if len(set(map(str, paths))) < len(paths):
@@ -177,7 +177,7 @@ def _train(
         if unfinished:
             _announce(unfinished, [member for member in members if member.is_refused], steps)
             for member in unfinished:
-                member.wandb = _wandb_log(member, steps[member], wandb_run)
+                member.loggers = start_loggers(member, steps[member], wandb_run)
                 record_outcome(member, steps[member], None)  # for a run that was killed after its last step
             received = _train_groups(unfinished, steps)
     return [_result(member, received, was_done=member in done) for member in members]
@@ -263,14 +263,6 @@ def _announce(members: Sequence[Member], refused: Sequence[Member], steps: Mappi
         print(f"Resuming {path} from step {steps[member]:,}." if steps[member] else f"Training {path}.")
         for note in member.notes:
             print(f"icl: {note}", file=sys.stderr)
-
-
-def _wandb_log(member: Member, step: int, wandb_run: Any) -> WandbLog | None:
-    """Return the W&B run of a member: that of the sweep's point, or a new one."""
-    if wandb_run is None:
-        return start_wandb(member.config, member.folder)
-    wandb_agent.replay(wandb_run, member.folder.metrics_file, step)
-    return WandbLog(wandb_run, is_lent=True)
 
 
 def _result(member: Member, received: signal.Signals | None, *, was_done: bool = False) -> TrainResult:

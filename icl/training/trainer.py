@@ -58,6 +58,8 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
         "precision": settings.precision,
         "max_steps": max_steps or settings.max_steps,
         "plugins": [MemberFiles(members)],
+        # In a job of Slurm, Lightning looks there for a checkpoint that it saved before a requeue, by default in the working folder.
+        "default_root_dir": str(members[0].folder.path) if members else None,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
@@ -160,3 +162,4 @@ def _quieten_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*`isinstance.treespec, LeafSpec.`.*")
+    warnings.filterwarnings("ignore", message="The `srun` command is available")

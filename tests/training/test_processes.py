@@ -13,6 +13,7 @@ from icl.cli import main
 from icl.config.validation import ConfigError
 from icl.runs.folder import RunFolder, is_child_rank, local_root
 from icl.training.processes import cluster_environment, join_processes
+from icl.training.run import train
 from icl.training.trainer import make_trainer
 
 SHORT = change(TINY, trainer={"max_steps": 4}, evaluation={"every": None}, checkpoints={"every": 2, "num_log": 0})
@@ -93,6 +94,14 @@ def test_where_slurm_is_installed_nothing_is_said_of_srun(started, tmp_path, mon
         warnings.simplefilter("error")
         make_trainer(SHORT)
         make_trainer(change(SHORT, trainer={"devices": 2}))
+        train(SHORT, folder=tmp_path / "run")
+
+
+def test_a_checkpoint_of_lightnings_own_requeueing_is_left_alone(started, tmp_path, monkeypatch):
+    started(SHELL)
+    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of another program")
+    monkeypatch.chdir(tmp_path)
+    assert train(SHORT, folder=tmp_path / "run").status.step == 4
 
 
 def test_in_the_shell_of_a_job_lightning_starts_the_processes_of_a_run_itself(started):
@@ -109,7 +118,9 @@ def test_the_tasks_of_srun_are_the_processes_of_a_run_that_is_meant_to_have_seve
     config = join_processes(change(SHORT, trainer={"devices": 2}))
     assert is_child_rank()
     environment = make_trainer(config)._accelerator_connector.cluster_environment
-    assert not isinstance(environment, SLURMEnvironment)  # which would requeue the job
+    assert isinstance(environment, SLURMEnvironment)
+    assert not environment.auto_requeue  # the job belongs to its owner
+    assert (environment.world_size(), environment.global_rank()) == (2, 1)
     assert environment.creates_processes_externally
     assert (environment.local_rank(), environment.node_rank()) == (1, 0)
     assert (environment.main_address, environment.main_port) == ("node03", 19_567)
@@ -119,6 +130,14 @@ def test_other_numbers_of_tasks_than_processes_are_refused(started):
     started(STEP)
     with pytest.raises(ConfigError, match=r"srun started 2 tasks, but .* is 4; make them equal"):
         join_processes(change(SHORT, trainer={"devices": 4}))
+
+
+def test_other_numbers_of_nodes_are_refused(started):
+    started(STEP | {"SLURM_STEP_NUM_TASKS": "4"})
+    with pytest.raises(
+        ConfigError, match=r"srun started tasks on 1 nodes, but .* is 2; .*--nodes 2 --ntasks-per-node 2"
+    ):
+        join_processes(change(SHORT, trainer={"devices": 2, "num_nodes": 2}))
 
 
 @pytest.mark.parametrize("mark", ["WANDB_SWEEP_ID", "ICL_SWEEP_POINT"])

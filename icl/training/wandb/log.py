@@ -54,6 +54,11 @@ def wandb_mode() -> Mode | None:
     return "online" if mode == "online" or os.environ.get("WANDB_API_KEY") or _has_login() else None
 
 
+def is_disabled() -> bool:
+    """Return whether $WANDB_MODE turns W&B off."""
+    return os.environ.get("WANDB_MODE", "").strip().lower() == "disabled"
+
+
 class WandbLog:
     """A W&B run that receives the rows of `metrics.csv`.
 

@@ -1,0 +1,114 @@
+"""Options and output that `icl sweep --slurm` and `icl diversity --slurm` share."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from icl.command_line import CommandParser
+from icl.config.validation import ConfigError
+from icl.config.values import whole_number
+from icl.sweeps.slurm.records import describe_jobs
+from icl.sweeps.slurm.submission import (
+    SCRIPT,
+    job_script,
+    limited_jobs,
+    new_submission,
+    parse_sbatch,
+    submissions,
+    submit_array,
+)
+
+SLURM_EXAMPLE = '--slurm --jobs 8 --sbatch "--time=4:00:00 --gpus=1"'
+_MAX_JOBS = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submittable:
+    """Work that the jobs of an array share."""
+
+    name: str
+    submissions: Path
+    """Folder of all submissions of the work."""
+    words: Callable[[Path], Sequence[str]]
+    """Function of the submission's folder that returns the arguments of `icl` in each job."""
+    num_programs: int
+    """Number of jobs that find work; 0 if there is nothing to do."""
+    copy: tuple[str, bytes] | None = None
+    """Name and content of a file that the jobs read from the submission's folder."""
+
+
+def add_slurm_options(parser: CommandParser) -> None:
+    """Add `--slurm`, `--jobs`, `--sbatch` and `--in-job`."""
+    parser.add("--slurm", "submit the work to Slurm as a job array whose jobs share it, and return")
+    text = "with --slurm: number of jobs (default: one for each program that is left to run)"
+    parser.add("--jobs N", text, type=whole_number(1, _MAX_JOBS))
+    text = 'with --slurm: further options of sbatch in one word, such as "--time=4:00:00 --gpus=1 --partition=long"'
+    parser.add("--sbatch OPTIONS", text)
+    text = "for the script that --slurm submits: work as one of the jobs of the submission in FOLDER"
+    parser.add("--in-job FOLDER", text, type=Path)
+
+
+def join_sbatch(words: Sequence[str]) -> list[str]:
+    """Return a command line in which the value of `--sbatch` cannot be mistaken for an option, although it begins with `-`."""
+    joined: list[str] = []
+    for word in words:
+        if joined[-1:] == ["--sbatch"]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def require_slurm_option(options: argparse.Namespace) -> None:
+    """Check the options for Slurm, which are given with `--slurm` only.
+
+    Raises:
+        ConfigError: If `--slurm` is missing, `--in-job` is given with it, or `--sbatch` contains an option that `icl` sets.
+    """
+    parse_sbatch(options.sbatch or "")
+    for name, value in (("--jobs", options.jobs), ("--sbatch", options.sbatch)):
+        if value is not None and not options.slurm:
+            raise ConfigError(f"`{name}` has a meaning only with `--slurm`; add `--slurm`, or leave it out.")
+    if options.in_job and options.slurm:
+        raise ConfigError("`--in-job` and `--slurm` cannot be given together; leave out `--in-job`.")
+
+
+def submit_jobs(work: Submittable, options: argparse.Namespace) -> int:
+    """Submit the jobs of some work, or print their script in a dry run. Return the exit status."""
+    if work.num_programs == 0:
+        print("Nothing is left to do, so no job is submitted.")
+        return 0
+    folder = new_submission(work.submissions)
+    num_jobs, sentence = limited_jobs(options.jobs, work.num_programs)
+    script = job_script(
+        folder,
+        work.words(folder),
+        name=work.name,
+        num_jobs=num_jobs,
+        options=parse_sbatch(options.sbatch or ""),
+        said=shlex.join(["icl", *sys.argv[1:]]),
+    )
+    if options.dry_run:
+        print(f"\nThis script would be submitted, as {folder / SCRIPT}:\n\n{script}", end="")
+    if sentence:
+        print(sentence)
+    if options.dry_run:
+        return 0
+    others = [line for line in describe_jobs(submissions(work.submissions)) if line.startswith(("waiting", "running"))]
+    array = submit_array(folder, script, num_jobs=num_jobs, copy=work.copy)
+    print(f"Submitted job {array}, an array of {num_jobs} {'job' if num_jobs == 1 else 'jobs'}.")
+    if others:
+        print(f"Earlier jobs of the same work ({len(others)}) are still in the queue; all of them share it.")
+    print(f"Script    {folder / SCRIPT}\nLogs      {folder}/{array}_*.log")
+    print(f"Stop      scancel {array}   (points save first; the same command continues)")
+    return 0
+
+
+def print_jobs(folder: Path) -> None:
+    """Print a line for each job of some work, if any have been submitted. `folder` contains all of its submissions."""
+    lines = describe_jobs(submissions(folder))
+    if lines:
+        print("\n".join(["", *lines, ""]))

@@ -1,0 +1,84 @@
+"""The task-diversity experiment as jobs of Slurm. Its runs are the points of a sweep, which the jobs share (`icl.sweeps.engine`).
+
+A run is the same as without Slurm. So an experiment can be begun in one way and continued in the other.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from icl.config import flatten
+from icl.diversity.metadata import Metadata
+from icl.diversity.runs import ExperimentRun
+from icl.files.writing import remove_temporaries
+from icl.progress import print_at_once
+from icl.runs.folder import local_root
+from icl.sweeps.engine import SweepResult, run_sweep
+from icl.sweeps.points import Point
+from icl.sweeps.schema import SweepFile
+from icl.sweeps.slurm.job import SlurmJob
+from icl.sweeps.state import PointState, point_state
+
+RESERVED = ("task.num_tasks", "run_name", "population.seeds", "population.num_tasks")
+"""Settings that the experiment chooses itself."""
+_COMMAND = ("${env}", "icl", "train")
+
+
+def root_of(base: Path) -> Path:
+    """Return the folder relative to which the runs of an experiment have the same names as without Slurm."""
+    root = local_root()
+    if base.is_relative_to(root):
+        return root
+    return base.parent if base.is_absolute() or ".." in base.parts else Path()
+
+
+def experiment_points(runs: Sequence[ExperimentRun], base: Path) -> list[Point]:
+    """Return the runs of an experiment as points of a sweep."""
+    points = []
+    for number, run in enumerate(runs, start=1):
+        name = run.folder.path.relative_to(root_of(base)).as_posix()
+        config = dataclasses.replace(run.config, run_name=name)
+        settings = {key: value for key, value in flatten(config.to_dict()).items() if not key.startswith("population.")}
+        points.append(
+            Point(number=number, settings=settings, config=config, name=name, job="icl diversity", trains=True)
+        )
+    return points
+
+
+def experiment_states(runs: Sequence[ExperimentRun], base: Path) -> dict[str, PointState]:
+    """Return the state of every run of an experiment, by M as text."""
+    points = experiment_points(runs, base)
+    return {run.label: point_state(point, root_of(base)) for run, point in zip(runs, points, strict=True)}
+
+
+def shared_settings(run: ExperimentRun) -> dict[str, Any]:
+    """Return the settings that all runs share, flat, to be read back by `--config`."""
+    return {key: value for key, value in flatten(run.config.to_dict()).items() if key not in RESERVED}
+
+
+def run_job(
+    runs: Sequence[ExperimentRun], *, base: Path, max_power: int, retry: bool, job: SlurmJob
+) -> tuple[SweepResult, Metadata]:
+    """Train runs in a job of Slurm until no run is left, a signal arrives or the time limit is near."""
+    remove_temporaries(base)
+    about = {"max_power": max_power, "base_checkpoint_dir": str(base), "pid": None, "host": "Slurm"}
+    metadata = Metadata(base, runs, about=about)
+
+    def say(line: str) -> None:
+        print_at_once(line)
+        _update(metadata, experiment_states(runs, base))
+
+    sweep = SweepFile(path=base, method="grid", parameters=(), command=_COMMAND)
+    result = run_sweep(sweep, experiment_points(runs, base), root_of(base), retry=retry, job=job, say=say)
+    states = experiment_states(runs, base)
+    _update(metadata, states)
+    if result.is_over:
+        failed = [label for label, state in states.items() if state.state == "failed"]
+        reason = f"failed: M = {', '.join(failed)}" if failed else None
+        metadata.end(state="failed" if failed else "finished", reason=reason)
+    return result, metadata
+
+
+def _update(metadata: Metadata, states: dict[str, PointState]) -> None:
+    metadata.update_states({label: (state.state, state.reason) for label, state in states.items()})

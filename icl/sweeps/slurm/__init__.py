@@ -1,0 +1,11 @@
+"""Sweeps on a Slurm cluster: a job array whose jobs share the points of a sweep. It uses Slurm's own commands only.
+
+- `commands.py` calls sbatch, squeue and scontrol.
+- `submission.py` writes the script of the array, and submits it.
+- `job.py` runs inside a job: it ends the work before the time limit, and puts the job back in the queue.
+- `records.py` contains what a job writes about itself, and lists all jobs of a sweep.
+
+We do not use submitit. It pickles a Python function and its arguments for each job, and restarts from this pickle. Our jobs
+need no arguments: each one reads from the runs' folders which points are left. Two commands are enough, `sbatch --array`
+and `scontrol requeue`.
+"""

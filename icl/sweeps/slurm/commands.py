@@ -1,0 +1,123 @@
+"""Slurm's commands: sbatch, squeue and scontrol. Their errors become one sentence."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from icl.config.validation import UserError
+
+_TIMEOUT_SECONDS = 60.0
+_OVERRIDES = tuple(f"SBATCH_{name}" for name in ("ARRAY_INX", "JOB_NAME", "OPEN_MODE", "OUTPUT", "SIGNAL", "WAIT"))
+"""Variables that would override what our script sets."""
+
+
+class SlurmError(UserError):
+    """A command of Slurm that is missing or has failed. The message contains Slurm's own words."""
+
+
+class QueuedJob(NamedTuple):
+    """A job in Slurm's queue."""
+
+    id: str
+    """Identifier, such as `12_0`."""
+    state: str
+    """Slurm's word for its state, in small letters: `pending`, `running`, `completing` and so on."""
+    place: str
+    """The nodes of a running job; for a waiting job, Slurm's reason in parentheses."""
+    elapsed: str
+    """Time since it started."""
+
+
+def submit(script: Path, *options: str) -> str:
+    """Submit a script, and return the number of the job.
+
+    Raises:
+        SlurmError: If Slurm refuses the script. The message says why.
+    """
+    environment = {key: value for key, value in os.environ.items() if key not in _OVERRIDES}
+    answer = _run("sbatch", "--parsable", *options, str(script), environment=environment)
+    return answer.strip().splitlines()[-1].partition(";")[0]  # after the semicolon: the name of the cluster
+
+
+def requeue(job: str) -> None:
+    """Put a running job back in the queue. Slurm then ends this process with SIGTERM.
+
+    Args:
+        job: Identifier of a job, such as `12_0`. (A number alone may mean a whole array.)
+
+    Raises:
+        SlurmError: If the site or the job does not allow it.
+    """
+    _run("scontrol", "requeue", job)
+
+
+def seconds_left(job: str) -> float | None:
+    """Return the time until the time limit of a running job, in seconds. None if it has no limit, or Slurm does not answer."""
+    try:
+        return parse_duration(_run("squeue", "--noheader", f"--jobs={job}", "--format=%L").strip())
+    except SlurmError:
+        return None
+
+
+def is_preempted(job: str) -> bool:
+    """Return whether Slurm has announced the pre-emption of a job that still runs."""
+    try:
+        text = _run("scontrol", "show", "job", job)
+    except SlurmError:
+        return False
+    return "JobState=RUNNING" in text and re.search(r"PreemptTime=\d", text) is not None
+
+
+def queued_jobs(arrays: Iterable[str]) -> dict[str, QueuedJob] | None:
+    """Return the jobs of some arrays that wait or run, by identifier. None if Slurm cannot be asked here."""
+    jobs = {}
+    for array in arrays:  # one call for each, because one unknown array would be an error for all
+        try:
+            text = _run("squeue", "--noheader", "--array", f"--jobs={array}", "--format=%i|%T|%R|%M")
+        except SlurmError as error:
+            if "Invalid job id" in str(error):
+                continue
+            return None
+        for line in text.splitlines():
+            job = QueuedJob(*(part.strip() for part in line.split("|", 3)))
+            jobs[job.id] = job._replace(state=job.state.lower())
+    return jobs
+
+
+def largest_array() -> int | None:
+    """Return the largest number of jobs that the site allows in one array. None if Slurm does not say."""
+    try:
+        text = _run("scontrol", "show", "config")
+    except SlurmError:
+        return None
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)
+    return int(match[1]) if match else None
+
+
+def parse_duration(text: str) -> float | None:
+    """Return the seconds of a duration as Slurm prints it: `1-02:03:04`, `02:03:04` or `3:04`. None for other words."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def _run(*words: str, environment: dict[str, str] | None = None) -> str:
+    """Run a command of Slurm, and return its output."""
+    if shutil.which(words[0]) is None:
+        raise SlurmError(f"There is no program `{words[0]}` here; `--slurm` needs a machine of a Slurm cluster.")
+    try:
+        done = subprocess.run(
+            words, check=False, capture_output=True, text=True, env=environment, timeout=_TIMEOUT_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"`{words[0]}` has not answered for {_TIMEOUT_SECONDS:.0f} s; try again later.") from None
+    if done.returncode != 0:
+        reason = "; ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+        raise SlurmError(f"`{words[0]}` failed: {reason or f'exit status {done.returncode}'}")
+    return done.stdout

@@ -1,0 +1,132 @@
+"""What jobs write about themselves, and the list of all jobs of a sweep.
+
+Slurm forgets a job some minutes after its end, and many small clusters have no accounting. So each job writes one small file,
+which says where it runs and how it ended. `squeue` adds what only Slurm knows: that a job waits, and why.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from icl.config.validation import typed_record
+from icl.files.reading import ContentError, parse_json, read_bytes
+from icl.files.redaction import redact
+from icl.files.writing import write_atomically
+from icl.sweeps.slurm.commands import QueuedJob, queued_jobs
+
+SUBMISSION = "submission.json"
+"""File with the number of the array, in the folder of a submission."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """The content of `submission.json`."""
+
+    submitted: float
+    """Unix time of the submission. A point that has failed since then is not tried again by its jobs."""
+    num_jobs: int
+    array: str = ""
+    """Number of the array; empty while it is submitted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    """What a job says about itself. A job that goes on after its time limit keeps its record."""
+
+    task: int
+    """Index in the array."""
+    job: str
+    """Slurm's identifier, such as `12_0`; that of the successor if the job has submitted one."""
+    state: Literal["running", "ended", "waiting", "failed"]
+    """`waiting` means that the job is in the queue again."""
+    reason: str = ""
+    host: str = ""
+    num_starts: int = 0
+    num_idle: int = 0
+    """Number of the last starts in a row that made no progress."""
+    updated: float = 0.0
+
+
+def write_submission(folder: Path, submission: Submission) -> None:
+    """Replace `submission.json`."""
+    write_atomically(folder / SUBMISSION, _encode(submission))
+
+
+def read_submission(folder: Path) -> Submission | None:
+    """Return the content of `submission.json`, or None if it cannot be read."""
+    try:
+        return typed_record(Submission, parse_json(read_bytes(folder / SUBMISSION)))
+    except (ContentError, OSError):
+        return None
+
+
+def write_record(folder: Path, record: JobRecord) -> None:
+    """Replace the record of a job."""
+    write_atomically(_record_file(folder, record.task), _encode(record))
+
+
+def read_record(folder: Path, task: int) -> JobRecord | None:
+    """Return the record of a job, or None if it has not started or the record cannot be read."""
+    try:
+        return typed_record(JobRecord, parse_json(read_bytes(_record_file(folder, task))))
+    except (ContentError, OSError):
+        return None
+
+
+def describe_jobs(submissions: Sequence[Path]) -> list[str]:
+    """Return a line for each job of some submissions: its state, its identifier, and where it runs or why it does not.
+
+    Jobs of older submissions are left out once they have ended.
+    """
+    known = [(folder, submission) for folder in submissions if (submission := read_submission(folder)) is not None]
+    records = {
+        folder: [read_record(folder, task) for task in range(submission.num_jobs)] for folder, submission in known
+    }
+    arrays = {submission.array for _, submission in known}
+    arrays |= {record.job.partition("_")[0] for each in records.values() for record in each if record is not None}
+    queue = queued_jobs(sorted(arrays - {""}))
+    lines = (
+        [] if queue is not None else ["squeue does not answer here, so jobs are shown as they last said themselves."]
+    )
+    for folder, submission in known:
+        for task, record in enumerate(records[folder]):
+            id = record.job if record is not None else f"{submission.array}_{task}"
+            state, text = _describe_job(record, queue, id)
+            if folder == known[-1][0] or state in ("waiting", "running"):
+                lines.append(f"{state:9s} job {id}: {text}")
+    return lines
+
+
+def _describe_job(record: JobRecord | None, queue: dict[str, QueuedJob] | None, id: str) -> tuple[str, str]:
+    """Return the state of a job and the reason for it."""
+    queued = None if queue is None else queue.get(id)
+    again = "" if record is None or record.num_starts < 2 else f", start {record.num_starts}"
+    if queued is not None and queued.state == "running":
+        return "running", f"on {queued.place} for {queued.elapsed}{again}"
+    if queued is not None and queued.state == "pending":
+        said = f"; {record.reason}" if record is not None and record.state == "waiting" else ""
+        return "waiting", f"in the queue {queued.place}{said}"
+    if queued is not None:
+        return "running", f"{queued.state} on {queued.place}"
+    if record is None:
+        return ("waiting", "submitted") if queue is None else ("ended", "never started: cancelled, or refused by Slurm")
+    if record.state == "ended" or record.state == "failed" or queue is None:
+        return record.state, f"{record.reason or f'on {record.host}'} ({_age(record)} ago)"
+    died = "left the queue without a word: cancelled, killed at its time limit, or its node died"
+    return "failed", f"{died} (on {record.host}, {_age(record)} ago)"
+
+
+def _age(record: JobRecord) -> str:
+    seconds = max(0.0, time.time() - record.updated)
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+
+
+def _record_file(folder: Path, task: int) -> Path:
+    return folder / "jobs" / f"{task}.json"
+
+
+def _encode(record: Submission | JobRecord) -> bytes:
+    return (redact(json.dumps(asdict(record), indent=1)) + "\n").encode()

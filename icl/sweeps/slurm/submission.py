@@ -1,0 +1,169 @@
+"""Write the script of a job array, and submit it.
+
+Every submission has a folder of its own, `$LOCAL_ROOT/.slurm/<name>/<time>/`, with the script, a copy of the sweep file, the
+records of the jobs and their logs. So a sweep file can be edited while its jobs wait in the queue.
+"""
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from icl.config.validation import ConfigError
+from icl.files.writing import write_atomically
+from icl.runs.environment import OWN_PROGRAM
+from icl.runs.folder import local_root
+from icl.sweeps.slurm.commands import SlurmError, largest_array, submit
+from icl.sweeps.slurm.records import Submission, read_submission, write_submission
+
+SCRIPT = "job.sh"
+FOLDER = ".slurm"
+WARNING_SECONDS = 90
+"""Seconds before the time limit at which Slurm signals a job."""
+_RESERVED = {
+    **dict.fromkeys(("--array", "-a"), "use `--jobs N`"),
+    **dict.fromkeys(("--signal",), "the jobs of `icl` watch their time limit themselves"),
+    **dict.fromkeys(
+        ("--wrap", "--test-only", "--parsable", "--help", "-h", "--version", "-V"), "it has no meaning here"
+    ),
+    **dict.fromkeys(("--wait", "-W"), "`--status` shows whether the jobs have ended"),
+    **dict.fromkeys(("--export-file", "--input", "-i"), "it has no meaning here"),
+}
+"""Options of sbatch that the user cannot set, each with what to do instead."""
+
+
+def parse_sbatch(text: str) -> list[str]:
+    """Return the words of `--sbatch`.
+
+    Raises:
+        ConfigError: If they are not options of sbatch, or one of them is set by `icl` itself.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"`--sbatch` cannot be read: {error}, got {text!r}.") from None
+    if words and not words[0].startswith("-"):
+        raise ConfigError(f'`--sbatch` takes options of sbatch, such as "--time=4:00:00 --gpus=1"; got {text!r}.')
+    for word in words:
+        name = word.partition("=")[0] if word.startswith("--") else word[:2]
+        if name in _RESERVED:
+            raise ConfigError(f"`--sbatch` cannot contain `{name}`: {_RESERVED[name]}.")
+        if "\n" in word:
+            raise ConfigError(f"`--sbatch` must be one line, got {text!r}.")
+    return words
+
+
+def submissions_folder(root: Path, name: str, identity: Path) -> Path:
+    """Return the folder of all submissions of a sweep.
+
+    Args:
+        root: Folder of all runs of the sweep.
+        name: Readable name of the sweep.
+        identity: Path of the sweep's file or folder, which distinguishes it from others of the same name.
+    """
+    digest = hashlib.blake2b(str(identity.resolve()).encode(), digest_size=4).hexdigest()
+    return root.resolve() / FOLDER / f"{_plain(name)}-{digest}"
+
+
+def submissions(folder: Path) -> list[Path]:
+    """Return the folders of all submissions of a sweep, oldest first."""
+    return sorted(path for path in folder.glob("*") if read_submission(path) is not None)
+
+
+def new_submission(folder: Path) -> Path:
+    """Return the path of a new submission, named after the present time."""
+    return folder / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+
+
+def job_script(
+    folder: Path, words: Sequence[str], *, name: str, num_jobs: int, options: Sequence[str], said: str
+) -> str:
+    """Return the script of a job array.
+
+    Args:
+        folder: Folder of the submission.
+        words: Arguments of `icl` in each job.
+        name: Name of the jobs.
+        num_jobs: Number of jobs.
+        options: Further options for sbatch, of the user.
+        said: The command that the user typed.
+    """
+    directives = [
+        f"--job-name=icl-{_plain(name)}",
+        f"--array=0-{num_jobs - 1}",
+        f"--output={_escape(folder)}/%A_%a.log",
+        "--open-mode=append",
+        f"--signal=B:USR1@{WARNING_SECONDS}",
+    ]
+    own = [f"#SBATCH {shlex.quote(directive)}" for directive in directives]
+    given = [f"#SBATCH {shlex.join(options)}"] if options else []
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *own,
+            *given,
+            f"# Written by: {said}",
+            "# Each job of the array works on points that no other job works on, until none is left.",
+            f"cd {shlex.quote(os.getcwd())}",  # noqa: PTH109 (a link in the path stays)
+            f"export LOCAL_ROOT={shlex.quote(str(local_root().resolve()))}",
+            "trap '' USR1  # Slurm's warning of the time limit; icl handles it as soon as it has started",
+            f"exec {shlex.join([*OWN_PROGRAM, *words])}",
+            "",
+        ]
+    )
+
+
+def limited_jobs(num_jobs: int | None, num_programs: int) -> tuple[int, str]:
+    """Return the number of jobs to submit, and a sentence if it is not the number asked for.
+
+    Args:
+        num_jobs: Number that the user asks for; None means as many as are useful.
+        num_programs: Number of jobs that find work.
+    """
+    limit = largest_array()
+    number = min(num_programs, num_jobs or num_programs, limit or sys.maxsize)
+    if limit is not None and number == limit < min(num_programs, num_jobs or num_programs):
+        return number, f"This site allows {limit:,} jobs in an array; they share all {num_programs:,} points."
+    if num_jobs is not None and number < num_jobs:
+        return number, f"{number:,} of {num_jobs:,} jobs are submitted, because the others would find nothing to do."
+    return number, ""
+
+
+def submit_array(folder: Path, script: str, *, num_jobs: int, copy: tuple[str, bytes] | None = None) -> str:
+    """Write the files of a submission, and submit its script. Return the number of the array.
+
+    Args:
+        folder: Folder of the submission, which must not exist.
+        script: The script.
+        num_jobs: Number of jobs.
+        copy: Name and content of a further file.
+
+    Raises:
+        SlurmError: If Slurm refuses the script. Nothing is left.
+        StorageError: If the files cannot be written.
+    """
+    submission = Submission(submitted=round(time.time(), 3), num_jobs=num_jobs)
+    if copy is not None:
+        write_atomically(folder / copy[0], copy[1])
+    write_atomically(folder / SCRIPT, script.encode())
+    write_submission(folder, submission)
+    try:
+        array = submit(folder / SCRIPT)
+    except SlurmError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    write_submission(folder, Submission(submitted=submission.submitted, num_jobs=num_jobs, array=array))
+    return array
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)[:60] or "sweep"
+
+
+def _escape(path: Path) -> str:
+    return str(path).replace("%", "%%")

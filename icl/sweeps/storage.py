@@ -1,0 +1,71 @@
+"""Watch the folder of all runs, which may be out of reach for a moment if it is on a file server.
+
+Nothing may be written meanwhile: a new folder of the same name would hide the old one, or be in its way when it returns.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from icl.files.writing import StorageError
+
+_CHECK_SECONDS = 1.0
+_GIVE_UP_SECONDS = 600.0
+"""Seconds without the folder after which the sweep ends."""
+
+
+class StorageWatch:
+    """Check at intervals whether the folder of all runs can be reached.
+
+    Args:
+        mark: A file or folder that exists if the folder can be reached; None turns the checks off.
+        say: Function that receives a line for each event.
+    """
+
+    def __init__(self, mark: Path | None, say: Callable[[str], None]) -> None:
+        self.mark, self.say = mark, say
+        self._next_check = 0.0
+        self._lost_at: float | None = None
+
+    def is_there(self, *, now: bool = False) -> bool:
+        """Return whether the folder can be reached. Look again after a second, or at once with `now`.
+
+        Raises:
+            StorageError: If the folder has been out of reach for ten minutes.
+        """
+        if self.mark is None:
+            return True
+        if now or time.monotonic() >= self._next_check:
+            self._next_check = time.monotonic() + _CHECK_SECONDS
+            self._note(is_there=_exists(self.mark))
+        return self._lost_at is None
+
+    def lose(self, error: OSError) -> None:
+        """Record that an operation failed. If no later check succeeds, the folder counts as out of reach.
+
+        Raises:
+            OSError: The same error, if the checks are turned off or the folder has been out of reach for ten minutes.
+        """
+        if self.mark is None:
+            raise error
+        self._note(is_there=False, why=f" ({error.strerror or error})")
+        self._next_check = time.monotonic() + _CHECK_SECONDS
+
+    def _note(self, *, is_there: bool, why: str = "") -> None:
+        if is_there:
+            if self._lost_at is not None:
+                self.say(f"The folder of the runs is back after {time.monotonic() - self._lost_at:.0f} s.")
+            self._lost_at = None
+        elif self._lost_at is None:
+            self._lost_at = time.monotonic()
+            self.say(f"The folder of the runs is out of reach{why}: {self.mark}. Waiting until it is back.")
+        elif time.monotonic() - self._lost_at > _GIVE_UP_SECONDS:
+            raise StorageError(f"The folder of the runs has been out of reach for ten minutes: {self.mark} is missing.")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,47 @@
+"""The loggers that `trainer.loggers` chooses. `metrics.csv` is always written; the others get its rows."""
+
+from typing import Any
+
+from icl.config import TrainerConfig
+from icl.config.validation import ConfigError
+from icl.training.members import Member, RowLogger
+from icl.training.tensorboard import TensorBoardLog, require_tensorboard
+from icl.training.wandb import agent
+from icl.training.wandb.log import WandbLog, is_disabled, start_wandb, wandb_mode
+
+
+def require_loggers(settings: TrainerConfig) -> None:
+    """Check that the chosen loggers can be used.
+
+    Raises:
+        ConfigError: If a package is missing, W&B is chosen but not set up, or $WANDB_MODE is not a mode of W&B.
+    """
+    mode = wandb_mode()
+    if "tensorboard" in settings.logger_names:
+        require_tensorboard()
+    if "wandb" in settings.logger_names and mode is None and not is_disabled():
+        raise ConfigError(
+            "`trainer.loggers` contains wandb, but W&B is not set up. Type `wandb login`, or set WANDB_MODE=offline to log to the "
+            "run's folder."
+        )
+
+
+def start_loggers(member: Member, step: int, wandb_run: Any) -> list[RowLogger]:
+    """Start the loggers of a member that continues from `step`.
+
+    Args:
+        member: The member.
+        step: Step from which it continues. Loggers get earlier rows if they lack them.
+        wandb_run: W&B run of a sweep's point, which always gets the rows; None starts a W&B run if one is chosen.
+    """
+    names = member.config.trainer.logger_names
+    loggers: list[RowLogger] = []
+    if wandb_run is not None:
+        agent.replay(wandb_run, member.folder.metrics_file, step)
+        loggers.append(WandbLog(wandb_run, is_lent=True))
+    elif not names or "wandb" in names:
+        log = start_wandb(member.config, member.folder)
+        loggers += [] if log is None else [log]
+    if "tensorboard" in names:
+        loggers.append(TensorBoardLog(member.config, member.folder, step))
+    return loggers

@@ -1,0 +1,168 @@
+"""What `--slurm` decides before Slurm is asked: the script, refusals, records, and a folder that vanishes for a moment.
+
+`test_slurm_cluster.py` runs the same on a real Slurm.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from icl.cli import main
+from icl.runs.folder import local_root
+from icl.sweeps.slurm.commands import parse_duration
+from icl.sweeps.slurm.records import (
+    JobRecord,
+    Submission,
+    describe_jobs,
+    read_record,
+    read_submission,
+    write_record,
+    write_submission,
+)
+from icl.sweeps.slurm.submission import limited_jobs, parse_sbatch
+
+SLOW = "import time; open('started', 'a').write('x'); time.sleep(1.5)"
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """The file of a sweep whose program is a script."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work.py").write_text(SLOW)
+    tree = {"method": "grid", "program": "work.py", "parameters": {"task.num_tasks": {"values": [1, 2, 4]}}}
+    (tmp_path / "my sweep.yaml").write_text(yaml.safe_dump(tree))
+    return "my sweep.yaml"
+
+
+@pytest.fixture
+def no_slurm(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+
+
+def test_a_dry_run_prints_a_script_that_bash_accepts_and_submits_nothing(sweep, no_slurm, capsys):
+    assert main(["sweep", sweep, "--slurm", "--jobs", "2", "--sbatch", "--time=4:00:00", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    script = said[said.index("#!/bin/bash") :]
+    assert subprocess.run(["/bin/bash", "-n"], input=script, text=True).returncode == 0
+    directives = dict(re.findall(r"^#SBATCH '?--([\w-]+)=(.*?)'?$", script, re.MULTILINE))
+    assert {"job-name": "icl-my-sweep", "array": "0-1", "time": "4:00:00"}.items() <= directives.items()
+    assert directives["output"].startswith(str(local_root() / ".slurm"))
+    assert f"export LOCAL_ROOT={local_root()}" in script
+    assert said.count("would run") == 3
+    assert not (local_root() / ".slurm").exists()
+
+
+def test_options_of_the_sweep_reach_its_jobs(sweep, no_slurm, capsys):
+    words = ["--slurm", "--workers", "2", "--count", "2", "--retry", "--dry-run"]
+    assert main(["sweep", sweep, *words]) == 0
+    script = capsys.readouterr().out
+    assert "--array=0-0" in script  # two points, two at a time
+    assert re.search(r"--in-job \S+ --workers 2 --count 2 --retry$", script, re.MULTILINE)
+
+
+def test_without_slurm_one_sentence_and_nothing_is_left(sweep, no_slurm, capsys):
+    assert main(["sweep", sweep, "--slurm"]) == 1
+    assert "There is no program `sbatch` here" in capsys.readouterr().err
+    assert list((local_root() / ".slurm").glob("*/*")) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--slurm", "--sbatch", "--array=0-3"], "`--array`: use `--jobs N`"),
+        (["--slurm", "--sbatch", "-a 0-3 --time=1"], "`-a`: use `--jobs N`"),
+        (["--slurm", "--sbatch", "--time=1 --signal=B:TERM@60"], "watch their time limit themselves"),
+        (["--slurm", "--sbatch", "--wrap=ls"], "cannot contain `--wrap`"),
+        (["--slurm", "--sbatch", "gpu"], "takes options of sbatch"),
+        (["--slurm", "--sbatch", "--comment='a"], "No closing quotation"),
+        (["--slurm", "--sbatch"], "`--sbatch` needs a value"),
+        (["--slurm", "--jobs", "0"], "must be a whole number from 1"),
+        (["--jobs", "2"], "only with `--slurm`"),
+        (["--sbatch", "--time=1"], "only with `--slurm`"),
+        (["--in-job", "."], "is for the script that `--slurm` submits"),
+        (["--slurm", "--in-job", "."], "cannot be given together"),
+    ],
+)
+def test_wrong_options_are_one_sentence(sweep, capsys, words, reason):
+    assert main(["sweep", sweep, *words]) == 2
+    errors = capsys.readouterr().err
+    assert reason in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_options_of_sbatch_are_split_as_a_shell_would():
+    assert parse_sbatch("--time=1:00 -p long --comment='two words'") == [
+        "--time=1:00",
+        "-p",
+        "long",
+        "--comment=two words",
+    ]
+    assert parse_sbatch("") == []
+
+
+def test_never_more_jobs_than_work(no_slurm):
+    assert limited_jobs(None, 7) == (7, "")
+    assert limited_jobs(3, 7) == (3, "")
+    number, sentence = limited_jobs(9, 7)
+    assert number == 7
+    assert "7 of 9 jobs" in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("3:04", 184), ("02:03:04", 7384), ("1-02:03:04", 93784), ("UNLIMITED", None), ("INVALID", None), ("", None)],
+)
+def test_slurms_durations(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+def test_records_come_back_and_damaged_ones_count_as_missing(tmp_path):
+    write_submission(tmp_path, Submission(submitted=1.5, num_jobs=2, array="12"))
+    write_record(tmp_path, JobRecord(task=1, job="12_1", state="ended", reason="no point is left to do", num_starts=3))
+    assert read_submission(tmp_path) == Submission(submitted=1.5, num_jobs=2, array="12")
+    record = read_record(tmp_path, 1)
+    assert record is not None
+    assert (record.job, record.num_starts) == ("12_1", 3)
+    (tmp_path / "jobs" / "1.json").write_text("{")
+    (tmp_path / "submission.json").write_text('{"num_jobs": "two"}')
+    assert read_record(tmp_path, 1) is None
+    assert read_submission(tmp_path) is None
+
+
+def test_where_squeue_is_missing_jobs_are_shown_as_they_said_themselves(tmp_path, no_slurm):
+    write_submission(tmp_path, Submission(submitted=1.5, num_jobs=3, array="12"))
+    write_record(tmp_path, JobRecord(task=1, job="12_1", state="ended", reason="no point is left", updated=time.time()))
+    write_record(tmp_path, JobRecord(task=2, job="12_2", state="running", host="n7", updated=time.time() - 7200))
+    assert describe_jobs([tmp_path]) == [
+        "squeue does not answer here, so jobs are shown as they last said themselves.",
+        "waiting   job 12_0: submitted",
+        "ended     job 12_1: no point is left (0 min ago)",
+        "running   job 12_2: on n7 (2.0 h ago)",
+    ]
+
+
+def test_a_folder_that_vanishes_for_a_moment_costs_nothing_and_is_not_made_again(tmp_path, sweep, monkeypatch):
+    """Nothing is written while it is away, so it can come back under its name, and every point is done afterwards."""
+    root, away = tmp_path / "shared", tmp_path / "away"
+    monkeypatch.setenv("LOCAL_ROOT", str(root))
+    command = [sys.executable, "-m", "icl", "sweep", sweep]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as engine:
+        while not (tmp_path / "started").exists():
+            assert engine.poll() is None
+            time.sleep(0.02)
+        root.rename(away)
+        time.sleep(3)
+        assert not root.exists()
+        away.rename(root)
+        said, _ = engine.communicate(timeout=60)
+    assert engine.returncode == 0, said
+    assert said.count("out of reach") == said.count("is back after") == 1
+    assert len(re.findall(r"\] done ", said)) == 3
+    assert main(["sweep", sweep, "--status"]) == 0
+    shutil.rmtree(root)
