@@ -20,7 +20,7 @@ from icl.signals import handling
 
 SECONDS = 10.0
 """Shortest interval, in seconds, between two versions of the page, and the interval at which browsers load it again."""
-_SHARE = 5.0
+_SHARE = 2.0
 """The interval is at least this many times the time that writing took."""
 _LONGEST_SECONDS = 60.0
 """Longest interval, in seconds, between two versions while a run has not ended: a page that does not change also says when a run was killed."""
@@ -76,12 +76,13 @@ def _watch(
     report: Report | None = None
     last_error = ""
     seen: object = None
+    is_over = False
     changed_at = written_at = time.monotonic()
     while not stop.is_set():
         took = 0.0
         try:
             state = _fingerprint(paths)
-            if state != seen or time.monotonic() - written_at > _LONGEST_SECONDS:
+            if state != seen or (not is_over and time.monotonic() - written_at > _LONGEST_SECONDS):
                 started = time.monotonic()
                 report = write_report(paths, out=out, reload_seconds=max(1, round(seconds)), shows_progress=False)
                 written_at = time.monotonic()

@@ -35,11 +35,13 @@ PATH = re.compile(
 )
 OLDER = ROOT / "docs" / "older-commands.md"
 
-VARIABLE = re.compile(r"(ATEN|AWS|GOMP|HF|OMP|SLURM|TORCH|TORCHINDUCTOR|WANDB|XDG)_")
+VARIABLE = re.compile(r"(ATEN|AWS|GOMP|HF|OMP|SBATCH|SLURM|TORCH|TORCHINDUCTOR|WANDB|XDG)_")
 """Environment variables of other programs, by how they begin."""
 ELSEWHERE = {
     *("srun", "Infinity", "ic_regression.py", "LD_PRELOAD", "PYTHONPATH"),  # other programs'
     *("random.py", "pandas.py"),  # what a stranger may have put into a folder
+    *("--array", "--job-name", "--no-requeue", "--open-mode", "--output", "--signal"),  # options of sbatch
+    *("scancel", "scontrol", "JobRequeue"),
     "utils.py",  # which we do not have
     "my.yaml",  # a user's own
     "members.params",  # of a variable that has the name of a module

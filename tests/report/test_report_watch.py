@@ -16,6 +16,7 @@ import pytest
 from tiny_runs import TINY, as_arguments, change
 
 from icl.cli import main
+from icl.report import watch as watching_module
 from icl.report.watch import watch
 from icl.runs.folder import RunFolder, local_root
 from icl.training.run import train
@@ -27,6 +28,12 @@ REFRESH = '<meta http-equiv="refresh" content="1">'
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> RunFolder:
     return train(SHORT, folder=tmp_path_factory.mktemp("watched") / "tiny").folder
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """Do not wait longer because this machine is slow."""
+    monkeypatch.setattr(watching_module, "_SHARE", 0.0)
 
 
 def write_state(run: RunFolder, **fields: object) -> None:
@@ -90,7 +97,7 @@ def test_a_folder_without_runs_is_waited_for_and_new_runs_join(finished, tmp_pat
 
 def test_a_page_that_cannot_be_written_is_an_error(finished, tmp_path, capsys):
     assert main(["report", str(finished.path), "--watch", "--out", str(tmp_path / "page.csv")]) == 1
-    assert "Choose a name that ends in .html" in capsys.readouterr().err
+    assert "must end in .html or .htm" in capsys.readouterr().err
 
 
 @pytest.mark.slow
