@@ -24,13 +24,13 @@ STEPS = (0, 1, 4, 20)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Of an analysis made up here."""
+    """Settings of an analysis that is made up for these tests."""
 
     factor: float = 1.0
 
 
 def saved_run(path: Path, steps=STEPS, config=TINY) -> RunFolder:
-    """A run whose saved weights are those of different seeds."""
+    """Return a run whose saved weights are those of different seeds."""
     folder = RunFolder(path)
     folder.write_config(config)
     for step in steps:
@@ -44,13 +44,13 @@ def add_step(folder, step, config=TINY):
 
 
 class Counting:
-    """Measures the norm of the first weights, and keeps account of what it was given."""
+    """A measurement of the norm of the first weights, which records the checkpoints that it gets."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[list[int], int]] = []
 
     def __call__(self, members):
-        """One row for each member."""
+        """Return one row for each member."""
         self.seen.append(([checkpoint.step for checkpoint in members.checkpoints], members.lead))
         norms = members.params["position_embedding"].flatten(1).norm(dim=1).tolist()
         rows = [[{"quantity": "norm", "value": norm}] for norm in norms]
@@ -210,7 +210,7 @@ def test_all_analyses_of_an_empty_folder_are_one_refusal_without_headings(tmp_pa
 
 
 def test_a_gradient_that_noise_drowns_is_told_by_its_limit(tmp_path, capsys):
-    """|G|^2 = -3 ± 2 is at most 4, so |G| at most 2, and tr(Sigma) / |G|^2 at least 40 / 4."""
+    """If |G|^2 = -3 ± 2, it is at most 4. So |G| is at most 2, and tr(Sigma) / |G|^2 is at least 40 / 4."""
     from icl.analysis.gradients import _limit
 
     def row(value, stderr=1.0):

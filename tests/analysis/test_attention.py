@@ -35,7 +35,7 @@ def random_patterns(count=6, num_tokens=7, *, seed=0):
 @pytest.mark.parametrize("layer_norm", ["pre", "post"])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_patterns_are_those_that_the_forward_pass_uses(layer_norm, has_bias):
-    """Values weighed by the patterns are what each attention gives to its output map."""
+    """The average of the values under a pattern is the input of the attention's output map."""
     config = change(DEEP, model={"layer_norm": layer_norm, "attention_bias": has_bias})
     params = weights(config, seed=3)
     prompts = sample_prompts(config, stream="a", step=0, batch_size=5)
@@ -76,7 +76,10 @@ def test_scores_of_uniform_attention():
 
 @pytest.mark.parametrize(("offset", "lag"), [(0, lambda k: 0), (1, lambda k: 1 / k)])
 def test_scores_of_a_head_that_looks_at_one_token(offset, lag):
-    """The token itself, or the one before: k = 0 has none and looks at itself, and is in no score."""
+    """The head attends to the token itself, or to the one before it.
+
+    The token k = 0 has no token before it, so it attends to itself and is left out of the scores.
+    """
     pattern = torch.eye(7, dtype=torch.float64).roll(-offset, dims=1).tril()
     pattern[0] = torch.eye(7)[0]
     found = scores(pattern.expand(3, 7, 7))
@@ -110,7 +113,7 @@ def test_scores_by_plain_loops():
 
 
 def test_two_fixed_patterns_vary_by_half():
-    """Half of the prompts look at the token itself, half at the one before: each is 1/2 from the mean pattern."""
+    """On half of the prompts the head attends to the token itself, on the others to the one before. Each pattern is 1/2 from the mean."""
     itself = torch.eye(5, dtype=torch.float64)
     before = itself.roll(-1, dims=1).tril()
     before[0] = itself[0]

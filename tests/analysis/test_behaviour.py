@@ -44,7 +44,7 @@ def numbers(one, predictions):
 
 
 def path_parts(path, config=CONFIG):
-    """Parts of a made-up run: `path` gives, for every step, the predictions on a set."""
+    """Return the parts of a made-up run. `path` gives the predictions on a set, for every step."""
     return [
         Entry(
             step,
@@ -99,7 +99,7 @@ def test_prompt_numbers_average_to_the_rows():
 
 
 def test_a_run_from_zero_through_ridge_to_dmmse_is_transient():
-    """A path whose places are known: ridge at step 100; halfway to dMMSE, in log(t + 1), at step 1,000."""
+    """The path is known: it is at ridge at step 100, and halfway to dMMSE, in log(t + 1), at step 1,000."""
     path = {0: mixture("zero", "ridge", 0.0)}
     halfway = math.log(1001 / 101)
     for step in np.unique(np.logspace(0, 4, 50).round()).astype(int):

@@ -16,7 +16,7 @@ def boundaries(curve, noise=0.01, seed=0, given=True, least_change=0.01):
 
 
 def step(centre, width=1.0):
-    """A cubic from 0 to 1."""
+    """Return a cubic from 0 to 1."""
     part = ((TIMES - centre) / width + 0.5).clip(0, 1)
     return part**2 * (3 - 2 * part)
 

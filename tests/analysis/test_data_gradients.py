@@ -41,7 +41,7 @@ def zero_loss(at):
 
 
 def linear_loss(at):
-    """Predicting 0.7 sum(x) is predicting zero with 0.7 taken from the mean of w."""
+    """Return the loss of predicting 0.7 sum(x). It is the loss of predicting zero, if 0.7 is subtracted from the mean of w."""
     return zero_loss(torch.stack([at[0], at[1], at[2] - 0.7, at[3], at[4], at[5]]))
 
 
@@ -74,7 +74,7 @@ def test_at_the_training_point_the_zero_predictors_gradient_is_known():
 
 
 def test_a_pool_is_shifted_and_stretched_affinely():
-    """Of finitely many tasks: E (w . x)^2 averaged over the pool itself, both estimators."""
+    """For finitely many tasks, both estimators give the derivatives of E (w . x)^2, averaged over the pool itself."""
     pool = task_pool(3, D, seed=1).double()
 
     def loss(at):
@@ -90,7 +90,7 @@ def test_a_pool_is_shifted_and_stretched_affinely():
 
 
 def test_one_task_serves_a_whole_prompt():
-    """The ratio y / x is the same at every position, without noise and in one dimension."""
+    """Without noise and in one dimension, the ratio y / x is the same at every position."""
     generator = torch.Generator().manual_seed(3)
     drawn = dg.Draws(*(torch.randn(*size, generator=generator) for size in ((5, K, 1), (5, 1), (5, K))))
     seen = {}
@@ -105,7 +105,7 @@ def test_one_task_serves_a_whole_prompt():
 
 
 def test_a_transformers_gradient_is_that_of_finite_differences():
-    """Prompt by prompt, in float64, for two members at once with the same draws on both sides."""
+    """Compare prompt by prompt in float64, for two members at once, with the same draws on both sides."""
     models = [build_model(TINY) for _ in range(2)]
     params = stack([{n: p.detach().double() * (1 + i) for n, p in m.named_parameters()} for i, m in enumerate(models)])
     predict = partial(apply, models[0].config, params)

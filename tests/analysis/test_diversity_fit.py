@@ -14,7 +14,7 @@ MODELS = ("linear", "ridge", "lasso")
 
 
 def table(octaves, law, *, noise=0.02, seed=0, infinite=True):
-    """A table as `icl evaluate --checkpoint_base_dir` writes it; `law(octave, loss, score)` is the OOD loss."""
+    """Return a table as `icl evaluate --checkpoint_base_dir` writes it. `law(octave, loss, score)` gives the OOD loss."""
     generator = np.random.default_rng(seed)
     rows = []
     for octave in [*octaves, *([np.inf] if infinite else [])]:
@@ -86,7 +86,7 @@ def test_linear_is_ordinary_least_squares_and_held_out_is_what_it_says():
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_pure_noise_is_never_claimed(model_type):
-    """Of 20 tables of noise at most one is `ok`, and most are `invalid`."""
+    """Of 20 tables of noise, at most one is `ok`, and most are `invalid`."""
     generator = np.random.default_rng(1)
     verdicts = []
     for _ in range(20 if model_type == "linear" else 3):
@@ -97,7 +97,7 @@ def test_pure_noise_is_never_claimed(model_type):
 
 
 def test_steps_of_one_run_are_left_out_together():
-    """Points that are copies within a group say nothing of other groups; leaving out single points would claim they do."""
+    """Points of a group that are copies of each other say nothing about other groups. Leaving out single points would hide this."""
     generator = np.random.default_rng(2)
     features, targets = (np.repeat(generator.normal(size=size), 5, axis=0) for size in ((12, 6), 12))
     assert fit(features, targets, np.repeat(np.arange(12), 5).astype(str), model_type="linear").r2_cv <= 0

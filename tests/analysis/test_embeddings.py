@@ -41,7 +41,7 @@ def orthogonal(rows, columns, *, seed=0):
 
 
 def with_values(values, *, rows=8, seed=0):
-    """A matrix with these singular values."""
+    """Return a matrix with given singular values."""
     singular = torch.tensor(values, dtype=torch.float64)
     return orthogonal(rows, len(values), seed=seed) * singular @ orthogonal(len(values), len(values), seed=seed + 1).mT
 
@@ -58,7 +58,7 @@ def test_a_subspace_has_as_many_directions_as_it_needs():
 
 @pytest.mark.parametrize("angle", [0.0, 0.3, math.pi / 2])
 def test_principal_angles_of_two_planes(angle):
-    """They share e1 and differ by the angle in the plane of e2 and e3; a rotation within either changes nothing."""
+    """The planes share e1 and differ by an angle in the plane of e2 and e3. A rotation within either plane changes nothing."""
     first = torch.eye(8, dtype=torch.float64)[:, :2]
     second = first.clone()
     second[1:3, 1] = torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
@@ -67,7 +67,7 @@ def test_principal_angles_of_two_planes(angle):
 
 
 def test_random_subspaces_overlap_by_chance():
-    """The mean squared cosine of r random directions with an s-dimensional subspace of C is s / C."""
+    """In C dimensions, the mean squared cosine of r random directions with an s-dimensional subspace is s / C."""
     overlaps = torch.stack(
         [
             principal_cosines(orthogonal(32, 3, seed=n), orthogonal(32, 12, seed=1000 + n)).square().mean()
@@ -78,7 +78,7 @@ def test_random_subspaces_overlap_by_chance():
 
 
 def test_the_published_cosine_was_that_of_a_rotation():
-    """All of U keeps every norm, whatever the subspace; the subspace itself does not."""
+    """The whole matrix U preserves every norm, whatever the subspace is. The basis of the subspace alone does not."""
     tokens, positions = with_values([1.0, 1.0], seed=3), with_values([2.0, 1.0, 1.0], seed=7)
     rotation = torch.linalg.svd(positions, full_matrices=True).U
     kept = (rotation.mT @ tokens).norm(dim=0) / tokens.norm(dim=0)
@@ -88,7 +88,7 @@ def test_the_published_cosine_was_that_of_a_rotation():
 
 
 def test_overlaps_of_a_model_by_projectors():
-    """The mean squared cosine is tr(P_A P_B) / min(dim); of one direction, the squared norm of its projection over its own."""
+    """The mean squared cosine is tr(P_A P_B) / min(dim). For one direction, it is the share of its squared norm that the projection keeps."""
     config = change(TINY, model={"embed_size": 32})
     params = weights(config)
     found = rows_of(params, config, spectrum_kept=1.0)

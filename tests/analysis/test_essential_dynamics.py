@@ -23,7 +23,7 @@ STEPS = (0, 1, 2, 4, 7, 12, 20, 33, 54, 60)
 
 
 def saved_run(path, steps=STEPS, config=TINY, start=0):
-    """A run on a straight way, in its weights, from one seed's model to another's, with a detour."""
+    """Return a run whose weights go in a straight line from one seed's model to another's, with a detour."""
     folder = RunFolder(path)
     ends = [build_model(change(config, seeds={"model": start + seed})).state_dict() for seed in (0, 1, 2)]
     for step in steps:
@@ -83,7 +83,7 @@ def test_two_runs_share_their_components(tmp_path):
 
 @pytest.mark.parametrize("state", ["outputs", "tokens", "weights", "gradients"])
 def test_a_joint_pca_is_that_of_the_stacked_states(tmp_path, state):
-    """By numpy's SVD, up to the signs."""
+    """The result equals NumPy's SVD, up to signs."""
     runs = [saved_run(tmp_path / name, start=start) for name, start in (("a", 0), ("b", 5))]
     settings = StateSettings(state=state, num_prompts=16)
     rows = [row[:] for run in runs for row in read_trajectory(run.path, settings, run="x").rows]
@@ -99,7 +99,7 @@ def test_a_joint_pca_is_that_of_the_stacked_states(tmp_path, state):
 
 @pytest.mark.slow
 def test_runs_of_different_diversity_from_the_command_line(tmp_path, capsys):
-    """Carroll et al. 2025: ridge and every run's dMMSE are projected on components that they had no part in."""
+    """As in Carroll et al. 2025, ridge and every run's dMMSE are projected on the components, but do not influence them."""
     configs = [change(TINY, task={"num_tasks": num_tasks}) for num_tasks in (2, 4, float("inf"))]
     runs = [saved_run(tmp_path / str(place), config=config, start=place) for place, config in enumerate(configs)]
     others = ",".join(str(run.path) for run in runs[1:])
@@ -119,7 +119,7 @@ def test_runs_of_different_diversity_from_the_command_line(tmp_path, capsys):
 
 
 def test_gradients_that_are_noise_are_in_doubt(tmp_path):
-    """Steps that hardly differ, seen by two prompts; then the ways between far models, seen by many."""
+    """First the steps hardly differ and there are only two prompts. Then the models are far apart and there are many prompts."""
     still = RunFolder(tmp_path / "still")
     for step in STEPS:
         model = build_model(TINY).state_dict()

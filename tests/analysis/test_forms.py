@@ -36,7 +36,7 @@ def test_a_curve_that_turns_back_in_every_plane_has_one_form(noise):
 
 
 def test_a_cusp_that_only_one_kernel_sees_is_in_doubt():
-    """A cycloid has cusps, longer or shorter ones have none; a wider kernel shortens its radius, not its way."""
+    """A cycloid has cusps, and a longer or shorter trochoid has none. A wider kernel shortens the radius, but not the path."""
     rate = 2 * np.pi
     wave = smooth(TIMES, np.sin(rate * TIMES)[:, None], np.array([3.0]), bandwidth=0.2).derivatives[0, 1, 0] / rate
     points = np.stack([np.sin(rate * TIMES) - wave * rate * TIMES, np.cos(rate * TIMES)], axis=1)

@@ -34,10 +34,11 @@ def prompts(count=32, dtype=torch.float64):
 
 
 def dense(config, params, batch):
-    """The Hessian of the mean loss, by double backward row by row.
+    """Return the Hessian of the mean loss, by double backward passes, row by row.
 
-    Not `torch.func.hessian`: it maps rows by vmap, which in torch 2.13 gets second derivatives in a layer norm's weight
-    wrong (the matrix is not symmetric); finite differences of the gradient side with the one below.
+    We do not use `torch.func.hessian`, which maps over rows by vmap. In torch 2.13 this gives wrong second
+    derivatives in a layer norm's weight: the matrix is not symmetric. Finite differences of the gradient agree with
+    the method used here.
     """
     model = build_model(config).double()
     flat = torch.cat([tensor.flatten() for tensor in params.values()])
@@ -69,7 +70,7 @@ def test_products_are_those_of_the_dense_hessian_of_each_batch():
 
 
 def test_eigenvalues_and_trace_are_those_of_the_dense_hessian():
-    """The issue's 1 % of an eigenvalue and 5 % of the trace, in the float32 that runs are measured in."""
+    """In float32, as used for runs, eigenvalues must agree to 1 % and the trace to 5 %."""
     params, batch = weights(SMALL), prompts()
     matrix = dense(SMALL, params, batch)
     torch.testing.assert_close(matrix, matrix.mT)
@@ -179,7 +180,7 @@ def test_a_folder_without_checkpoints_is_a_sentence(tmp_path):
 
 @pytest.mark.slow
 def test_the_published_trace_at_the_start():
-    """Hoogland et al. 2024, released data: about 150 (+- 30 between seeds) at the start, top eigenvalue about 37."""
+    """In the released data of Hoogland et al. 2024, the trace at the start is about 150 (+- 30 between seeds), the top eigenvalue about 37."""
     from icl.presets import preset
 
     config = change(preset("L2H4"), model={"double_residual": True})

@@ -41,7 +41,7 @@ def test_scaled_prompts_are_those_of_the_evaluation(family, shift):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("share", [1.0, 0.5, -2.0])
 def test_a_predictor_that_knows_a_share_of_the_task(family, share):
-    """It predicts a w.x, so loss / g^2 is (1 - a)^2 D + sigma^2 / g^2, and the ratio of sizes |a| as noise fades."""
+    """It predicts a w.x, so loss / g^2 is (1 - a)^2 D + sigma^2 / g^2. The ratio of sizes tends to |a| as the noise vanishes."""
     scaled = scaled_prompts(prompts(), family, FACTORS)
     found = curve(share * signal(scaled), scaled.ys, FACTORS)
     expected = [(1 - share) ** 2 * 3 + 0.09 / g**2 for g in FACTORS]
@@ -54,7 +54,7 @@ def test_a_predictor_that_knows_a_share_of_the_task(family, share):
 
 
 def test_the_noise_is_of_deviation_sigma_at_every_scale():
-    """Not sigma^2: what predictions of the truth miss has mean square 0.09, whatever g is."""
+    """The true task's predictions have mean squared error 0.09, which is sigma^2, at every multiplier g."""
     scaled = scaled_prompts(prompts(), "input_scale", FACTORS)
     found = curve(signal(scaled), scaled.ys, FACTORS)
     noise = found.loss_over_g2.value * torch.tensor(FACTORS).square()
@@ -81,7 +81,7 @@ def _without(values, place):
 
 
 def test_rows_of_zero_and_of_ridge():
-    """Zero's size is 0; ridge does not mind larger inputs: its weights are right to noise / g."""
+    """Predictions of zero have size 0. Larger inputs do not disturb ridge: its weights are right up to noise / g."""
     few = sample_prompts(CONFIG, stream="true", step=0, batch_size=200)
 
     def both(_, xs, ys):

@@ -97,7 +97,7 @@ def test_an_ellipse_has_its_evolute_and_four_vertices():
 
 @pytest.mark.parametrize("speed", [0.25, 0.5, 1.0])
 def test_vertices_do_not_depend_on_the_speed_along_the_curve(speed):
-    """The same turn around an ellipse, in more or less time."""
+    """The same turn around an ellipse takes more or less time."""
     angles = np.linspace(-0.8, 2 * np.pi - 0.8, 400)
     ellipse = np.stack([3 * np.cos(angles), 2 * np.sin(angles)], axis=1)
     vertices = candidates(smoothed(angles / speed, ellipse, bandwidth=0.25), PLANE)
@@ -136,7 +136,7 @@ def test_a_straight_line_has_no_vertices():
 
 
 def test_setting_out_slowly_is_no_cusp():
-    """In log time every run begins at rest."""
+    """In log time, every run starts at rest."""
     times = log_time(np.unique(np.geomspace(1, 1000, 80).astype(int)) - 1)
     points = np.stack([np.expm1(times), np.expm1(times) ** 2 / 1000], axis=1)
     assert "cusp" not in kinds(smoothed(times, points, noise=1e-6))

@@ -14,7 +14,7 @@ def begins(*lengths):
 
 
 def brownian(times, num_features, seed=0):
-    """A Brownian path at these times, from the origin."""
+    """Return a Brownian path at given times, from the origin."""
     deviations = np.sqrt(np.diff(times, prepend=times[0]))
     return np.cumsum(deviations[:, None] * np.random.default_rng(seed).normal(size=(len(times), num_features)), axis=0)
 

@@ -10,7 +10,7 @@ TREND = 2.0 / (1 + np.exp(2 * (TIMES - 4)))
 
 
 def estimates(phi, *, white=0.0, wander=0.0, stderr=0.0, count=12):
-    """Estimates from simulated curves."""
+    """Return estimates from simulated curves."""
     found = []
     for seed in range(count):
         rng = np.random.default_rng([seed, 11])
@@ -20,7 +20,7 @@ def estimates(phi, *, white=0.0, wander=0.0, stderr=0.0, count=12):
 
 
 def within(values, truth, num_errors=4.0):
-    """Whether a mean is the truth within its standard error."""
+    """Return whether the distance of a mean from the truth is below `num_errors` standard errors."""
     return abs(np.mean(values) - truth) < num_errors * np.std(values, ddof=1) / np.sqrt(len(values))
 
 
@@ -32,7 +32,7 @@ def test_independent_scatter_is_recovered_and_does_not_wander():
 
 @pytest.mark.parametrize("phi", [0.5, 0.8])
 def test_correlated_scatter_is_recovered(phi):
-    """A trend that may bend takes a part of the slow wander away: up to a fifth of its deviation at these lengths."""
+    """A flexible trend absorbs part of the slow scatter: up to a fifth of its standard deviation at these lengths."""
     found = estimates(phi, wander=0.05)
     assert 0.75 * 0.05 < np.mean([each.total for each in found]) < 1.1 * 0.05
     neighbours = [each.covariance(2)[0, 1] / each.total**2 for each in found]
@@ -73,8 +73,8 @@ def test_the_covariance_is_that_of_an_autoregression():
     ],
 )
 def test_verdicts_survive_correlated_scatter(kind, phi, num_runs, low, high):
-    """Where there is nothing hardly any run is `ok`; where there is something at least half of the runs are.
+    """Where there is no effect, hardly any run is `ok`. Where there is one, at least half of the runs are `ok`.
 
-    The limits add three standard errors of the share to what is asked for, 1 % and 50 %.
+    The limits are 1 % and 50 %, plus or minus three standard errors of the share.
     """
     assert low <= rate(Case(kind, phi, num_runs))["ok"] <= high

@@ -40,7 +40,7 @@ FLAT = {
 
 
 def staged(steps, levels, ends=ENDS):
-    """A curve that goes from level to level and pauses at every end of a stage: a cubic in log time within each."""
+    """Return a curve that moves from level to level and pauses at the end of every stage. Within a stage it is a cubic in log time."""
     times, edges = np.log1p(steps), np.log1p(ends)
     place = (np.searchsorted(edges, times, side="right") - 1).clip(0, len(ends) - 2)
     part = ((times - edges[place]) / (edges[place + 1] - edges[place])).clip(0, 1)
@@ -48,7 +48,7 @@ def staged(steps, levels, ends=ENDS):
 
 
 def signal(name, steps, values, *, noise=0.0, seed=0, **columns):
-    """Points with normal noise."""
+    """Return points with normal noise."""
     rng = np.random.default_rng([seed, len(name)])
     about = {"step": steps, "checkpoint_hash": [f"{step:x}" for step in steps], "stderr": noise}
     return Signal(
@@ -57,7 +57,7 @@ def signal(name, steps, values, *, noise=0.0, seed=0, **columns):
 
 
 def published(seed, steps=SAVED):
-    """Loss and LLC with the published stages; the LLC's E[L] moves, so that it mirrors nothing."""
+    """Return a loss and an LLC with the published stages. The LLC's E[L] changes, so the LLC does not merely mirror the loss."""
     losses, llcs = staged(steps, LOSSES), staged(steps, LLCS)
     moving = {"init_loss": losses, "mean_loss": losses + llcs / 1000}
     return [
@@ -67,19 +67,19 @@ def published(seed, steps=SAVED):
 
 
 def found(signals, settings=stages.Settings()):  # noqa: B008
-    """Curves, boundaries and stages of some signals."""
+    """Return the curves, boundaries and stages of some signals."""
     fits = {one.name: stages.smooth_signal(one, settings) for one in signals}
     boundaries = agree(signals, fits, tolerance=settings.tolerance, least_change=settings.least_change)
     return boundaries, stages.divide(signals, fits, boundaries)
 
 
 def usable(boundaries):
-    """Those that bound stages."""
+    """Return the boundaries that may bound stages."""
     return [one for one in boundaries if one.verdict != "invalid"]
 
 
 def misses(boundaries):
-    """For each published boundary, how many of its own standard errors the nearest one found is off."""
+    """Return how many standard errors the nearest found boundary is from each published boundary."""
     return [
         min(((one.time - math.log1p(end)) / one.stderr for one in boundaries), key=abs, default=math.inf)
         for end in ENDS[1:-1]
@@ -87,7 +87,7 @@ def misses(boundaries):
 
 
 def write_tables(folder, signals):
-    """The tables of a run, as `icl evaluate` and `icl llc` write them."""
+    """Write the tables of a run, as `icl evaluate` and `icl llc` do."""
     for one in signals:
         points = one.points
         if one.name == "llc":
@@ -203,7 +203,7 @@ def test_signals_that_do_not_agree_are_not_counted_together():
 
 @pytest.fixture(scope="module")
 def staged_run(tmp_path_factory):
-    """A run with the tables of the published stages, analysed by the command."""
+    """Return a run with the tables of the published stages, analysed by the command."""
     folder = write_tables(RunFolder(tmp_path_factory.mktemp("runs") / "staged"), published(0, FEWER))
     assert main(["analyse", str(folder.path), "--what", "stages"]) == 0
     return folder

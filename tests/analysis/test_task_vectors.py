@@ -45,7 +45,7 @@ def test_weights_of_dmmse_with_one_task_are_that_task():
 
 @pytest.mark.parametrize(("angle", "length"), [(0.0, 1.0), (0.4, 0.7), (math.pi, 2.0)])
 def test_a_linear_predictor_with_turned_and_stretched_weights(angle, length):
-    """Cosine and ratio are those of the turn and the stretch; members keep their own."""
+    """The cosine gives the rotation and the ratio gives the scaling. Each member has its own."""
     given = in_double(prompts())
     turn = torch.eye(3, dtype=torch.float64)
     turn[:2, :2] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])

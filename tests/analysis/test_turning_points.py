@@ -14,7 +14,7 @@ ZERO, RIDGE = torch.full((400,), 4.0).double(), torch.full((400,), 1.0).double()
 
 
 def around(curve, *, noise=0.3, shared=1.0, shake=0.0, seed=0, count=400):
-    """Numbers of prompts about a curve: what all steps share, what is a prompt's and step's own, and a step's own."""
+    """Return numbers of prompts around a curve, with noise that all steps share, noise of a prompt at a step, and noise of a step."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     curve = torch.as_tensor(curve).double() + shake * draw(len(curve))
@@ -53,7 +53,7 @@ def test_a_minimum_at_an_end_is_in_doubt(curve, reason):
 
 
 def test_a_crossing_of_a_line_is_off_by_its_standard_error():
-    """The z score has mean 0 and deviation 1 over draws; the prompts share much, which moves all steps together."""
+    """Over draws, the z score has mean 0 and deviation 1. The prompts share much of their noise, which moves all steps together."""
     crossing_log, scores = LOGS[20] + 0.4 * (LOGS[21] - LOGS[20]), []
     for seed in range(300):
         (found,) = crossings(STEPS, around(0.5 * (LOGS - crossing_log), noise=0.2, shared=0.2, seed=seed))
@@ -103,7 +103,7 @@ def test_steps_that_are_not_finite_are_left_out():
 
 
 def falls_and_rises(low, end, *, at=5.0):
-    """From 4 down to `low` at log(t + 1) = `at`, then up to `end`: straight lines in the logarithm."""
+    """Return a loss that falls from 4 to `low` at log(t + 1) = `at` and then rises to `end`, in straight lines in log time."""
     down = 4 + (low - 4) * (LOGS / at).clamp(max=1)
     return down + (end - low) * ((LOGS - at) / (LOGS[-1] - at)).clamp(min=0)
 
@@ -127,7 +127,7 @@ def test_a_loss_that_rises_again(low, dip, finding):
 @pytest.mark.parametrize("shake", [0.0, 0.02])
 @pytest.mark.parametrize("end", [1.0, 2.0, 4.0])
 def test_a_monotone_or_flat_loss_has_no_transience(shake, end):
-    """Falling to the end, or falling and then flat; prompts and training shake it. One in 200 may be called transient."""
+    """The loss falls to the end, or falls and is then flat, with noise of prompts and steps. One in 200 may be called transient."""
     findings = []
     for seed in range(40):
         curve = 4 + (end - 4) * (LOGS / 7).clamp(max=1 if seed % 2 else 2)
@@ -144,7 +144,7 @@ def test_what_is_gone_at_the_end_is_no_rise():
 
 
 def test_a_rise_that_may_be_chance_is_unresolved():
-    """Shaking of 0.01 at both ends and hardly any noise of prompts: 0.06 is about four errors, 0.2 is fourteen."""
+    """The scatter of steps is 0.01 and the noise of prompts is small. So a rise of 0.06 is about four standard errors, and 0.2 fourteen."""
     for rise, finding in ((0.06, "unresolved"), (0.2, "transient ridge")):
         curves = (around(falls_and_rises(1.2, 1.2 + rise), noise=0.01, shake=0.01, seed=seed) for seed in range(40))
         found = [transience(STEPS, curve, zero=ZERO, ridge=RIDGE).finding for curve in curves]

@@ -14,7 +14,7 @@ B, P = 8, 50
 
 
 def made_up(num_batches, *, num_members, seed, mean=0.5, shared=None):
-    """Batch gradients N(mean, Sigma / B) with Sigma = diag(1..P); `shared` noise is the same for two sets."""
+    """Return batch gradients from N(mean, Sigma / B) with Sigma = diag(1, ..., P). `shared` noise is the same for two sets."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(num_members, num_batches, P, generator=generator, dtype=torch.float64)
     noise = noise if shared is None else shared
@@ -23,7 +23,7 @@ def made_up(num_batches, *, num_members, seed, mean=0.5, shared=None):
 
 
 def within(estimate, truth):
-    """Whether estimates of independent members average to the truth, within four standard errors of their mean."""
+    """Return whether the mean over independent members is within four of its standard errors of the truth."""
     values = estimate.value
     return (values.mean() - truth).abs() < 4 * values.std() / len(values) ** 0.5
 
@@ -48,7 +48,7 @@ def test_the_noise_scale_has_its_known_value():
 
 
 def test_two_batch_sizes_give_the_same_estimates():
-    """McCandlish et al. 2018, appendix A.1: |G|^2 and tr Sigma from batches of b and from all of them as one."""
+    """|G|^2 and tr Sigma follow from batches of size b and from their union (McCandlish et al. 2018, appendix A.1)."""
     gradients, _ = made_up(10, num_members=1, seed=2)
     small, big = gradients[0].square().sum(-1).mean(), gradients[0].mean(0).square().sum()
     squared = (10 * B * big - B * small) / (10 * B - B)
@@ -84,7 +84,7 @@ def test_the_mean_gradient_is_that_of_finite_differences_and_knows_its_noise():
 
 
 def test_alignment_is_unbiased_by_shared_noise():
-    """Two sets of gradients with orthogonal means on the same prompts: their noise agrees, their means do not."""
+    """Two sets of gradients on the same prompts have orthogonal means, but the same noise."""
     first, noise = made_up(8, num_members=300, seed=3, mean=torch.tensor([1.0, 1.0]).repeat(P // 2))
     second, _ = made_up(8, num_members=300, seed=3, mean=torch.tensor([1.0, -1.0]).repeat(P // 2), shared=noise)
     cosine = wg.alignment(first @ second.mT, first @ first.mT, second @ second.mT)
@@ -103,7 +103,7 @@ def test_a_gradient_is_aligned_with_itself_and_opposed_to_its_negative():
 
 
 def test_task_alignment_of_known_gradients():
-    """Three tasks with means a + e_i, a of squared norm 4 orthogonal to the e_i: cosine 4 / 5 for each pair."""
+    """Three tasks have the means a + e_i, with |a|^2 = 4 and a orthogonal to all e_i. So the cosine of each pair is 4 / 5."""
     generator = torch.Generator().manual_seed(5)
     means = torch.eye(8, dtype=torch.float64)[:3] + 2 * torch.eye(8, dtype=torch.float64)[7]
     gradients = means.unsqueeze(1) + 0.3 * torch.randn(3, 200, 8, generator=generator, dtype=torch.float64)

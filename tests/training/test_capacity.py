@@ -27,14 +27,14 @@ def test_activations_grow_with_layers_and_tokens():
 
 
 def test_activations_hold_at_least_the_inputs_of_every_matrix_product():
-    """Of L2H4 per token in float32: norm, query-key-value input, heads' output, MLP input and hidden layer, per block."""
+    """Each block of L2H4 keeps, per token in float32: norm, query-key-value input, heads' output, MLP input and hidden layer."""
     model, tokens = preset("L2H4").model, 2 * preset("L2H4").task.max_examples
     floor = 4 * tokens * model.num_layers * (3 * model.embed_size + model.mlp_size) / 2
     assert kept(preset("L2H4")) > floor
 
 
 def test_a_member_of_several_keeps_more_than_one_alone_and_elsewhere_than_on_a_cpu_that_is_counted(monkeypatch):
-    """Alone it has fused operations."""
+    """A single member uses fused operations."""
     config = preset("L2H4")
     monkeypatch.setattr(tiny_attention, "HAS_KERNEL", False)
     member = dict(build_model(config).named_parameters())
@@ -48,7 +48,7 @@ def test_a_member_of_several_keeps_more_than_one_alone_and_elsewhere_than_on_a_c
 
 @pytest.mark.parametrize("max_examples", [8, 64])
 def test_what_fits_a_gpu_does_not_depend_on_the_kernel_of_this_machines_cpu(monkeypatch, max_examples):
-    """The formula keeps scores and patterns; of 128 tokens they are half of all that a kernel keeps."""
+    """The formula counts scores and patterns. For 128 tokens, these are half of everything that a kernel keeps."""
     config = change(preset("L2H4"), task={"max_examples": max_examples})
     monkeypatch.setattr(capacity, "device_bytes", lambda device: 2**34)
     found = []
@@ -71,7 +71,7 @@ def test_twice_the_memory_holds_twice_the_members(monkeypatch):
 
 @pytest.mark.parametrize(("name", "shared", "own"), [("L2H4", 1.3, 3.9), ("quickstart", 4.1, 5.8)])
 def test_members_on_a_cpu_need_about_what_was_measured(monkeypatch, name, shared, own):
-    """MiB by which the process grew for each of 16 to 96 members of L2H4, 32 to 160 of quickstart: of one M, of many."""
+    """Measured growth of the process in MiB per member, for 16 to 96 members of L2H4 and 32 to 160 of quickstart, with one M or many."""
     monkeypatch.setattr(capacity, "device_bytes", lambda device: 2**34)
     config = preset(name)
     seeds = [change(config, seeds={"model": index}) for index in range(8)]
@@ -90,7 +90,7 @@ def test_members_on_a_cpu_need_about_what_was_measured(monkeypatch, name, shared
     ids=["second version", "first version, as a container sees it"],
 )
 def test_the_limit_of_a_control_group_counts(monkeypatch, tmp_path, folder, limit, used, cached, line):
-    """What is left of it, without the files it caches; and never more than the machine has to give."""
+    """The memory left is what the group has not used, without cached files, and never more than what the machine has left."""
     group = tmp_path / folder
     group.mkdir()
     monkeypatch.setattr(devices, "_CGROUPS", tmp_path)

@@ -32,7 +32,7 @@ def _impatient(monkeypatch, no_figures):
 
 @pytest.fixture
 def hang(proxy, monkeypatch):
-    """Makes the server hang for the requests that a test chooses, and the waiting short from then on."""
+    """Let the server hang for the requests that a test chooses, and shorten the waiting times from then on."""
     is_over = threading.Event()
 
     def choose(fits, seconds=1.0) -> None:

@@ -24,7 +24,7 @@ CONFIG = change(TINY, optim={"schedule": "triangle"}, trainer={"max_steps": 12, 
 
 
 def fit(folder, max_steps, ckpt_path=None, callbacks=()):
-    """Train a population of one under a Trainer of Lightning's own making."""
+    """Train a population of one with a Trainer that Lightning makes itself."""
     member = Member(CONFIG, RunFolder(folder / "run"))
     module = PopulationModule([member], stack([dict(build_model(CONFIG).named_parameters())]))
     trainer = pl.Trainer(

@@ -28,7 +28,7 @@ COMMAND = ["train", *as_arguments(CONFIG)]
 
 
 def slow(*values):
-    """A case of a kind that another case stands for in the default run."""
+    """Mark a case as slow, because another case of the same kind is in the default run."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
@@ -45,7 +45,7 @@ def folder() -> RunFolder:
 
 
 def at_step(monkeypatch, step, act) -> None:
-    """Do something to the run's folder right after the checkpoint of a step was saved, once."""
+    """Change the run's folder once, right after the checkpoint of a given step was saved."""
     save, done = saving.save_checkpoint, []
 
     def save_then_act(store, at, config, params):
@@ -239,7 +239,7 @@ def test_what_the_sentence_says_brings_a_run_back(folder, whole, no_figures):
 
 
 class FullDisk:
-    """Lets writing to files whose name ends in `suffix` fail as on a full disk, from a number of such writes on."""
+    """A full disk: after a given number of writes, writing to files whose name ends in `suffix` fails."""
 
     def __init__(self, monkeypatch, suffix: str, first: int) -> None:
         self.suffix, self.first, self.num, self.is_full = suffix, first, 0, False
@@ -247,7 +247,7 @@ class FullDisk:
         monkeypatch.setattr(pathlib.Path, "open", lambda path, mode="r", *a, **k: self.open(path, mode, *a, **k))
 
     def open(self, path: Path, mode: str, *arguments, **options):
-        """Open a file; what is then written to it may fail."""
+        """Open a file to which writing may fail."""
         if mode[0] in "wax":
             if path.name.endswith(self.suffix):
                 self.num += 1
@@ -322,7 +322,7 @@ def test_a_full_disk_while_results_are_written_keeps_what_there_is(monkeypatch, 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real file system of 256 kB."""
+    """Return the folder of a real file system of 256 kB."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(place)]
@@ -333,7 +333,7 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_is_really_full(monkeypatch, small_disk, whole, capsys, no_figures):
-    """Another program fills it while the run trains; once it has room again, the run goes on."""
+    """Another program fills the disk while the run trains. Once there is room again, the run continues."""
     monkeypatch.setenv("LOCAL_ROOT", str(small_disk))
     folder, ballast = RunFolder(small_disk / "tiny"), small_disk / "ballast"
 

@@ -43,7 +43,7 @@ def stored(config: RunConfig, url: str) -> RunConfig:
 
 
 def lost_machine(url: str, config: RunConfig, tmp_path: Path) -> bytes:
-    """Take a run's place in a store as a machine does that is lost right then; the id."""
+    """Claim a run's copy in a store, as a machine that is lost right afterwards. Return the id."""
     there = open_store(f"{url}/tiny")
     claim(LocalStore(tmp_path / "lost" / "tiny"), there, config)
     return there.read("run-id")
@@ -115,7 +115,7 @@ def test_a_claim_of_0_1_0_is_known_by_the_checkpoints_beside_it(url, tmp_path):
 
 
 def test_a_push_that_broke_off_before_the_settings_is_resumed_elsewhere(url, tmp_path, capsys):
-    """All but `config.yaml` arrived, which goes last; nothing is trained again."""
+    """All files arrived except `config.yaml`, which is sent last. Nothing is trained again."""
     config = stored(SHORT, url)
     first = train(config, folder=tmp_path / "first" / "tiny").folder
     open_store(f"{url}/tiny").delete("config.yaml")
@@ -144,7 +144,7 @@ def test_machines_that_take_one_place_at_once_agree_on_whose_it_is(url, tmp_path
 
 @pytest.fixture
 def interrupted(s3, monkeypatch) -> RunConfig:
-    """A run whose machine was lost after step 10 had arrived."""
+    """Return a run whose machine was lost after step 10 had arrived in the store."""
     config = stored(SHORT, s3.url)
     save = saving.save_checkpoint
 

@@ -35,7 +35,10 @@ def test_moments_are_saved_with_every_checkpoint_and_change_nothing():
 
 
 def test_moments_are_adams():
-    """None before the first step; after it (1 - beta) of the clipped gradient and of its square; in the end those of last.ckpt."""
+    """There are none before the first step. After it, they are (1 - beta) times the clipped gradient and its square.
+
+    At the end, they are those in last.ckpt.
+    """
     folder, model = train(KEPT).folder, build_model(KEPT).double()
     assert all((tensor == 0).all() for kind in moments(folder, 0).values() for tensor in kind.values())
     xs, ys, _ = sample_prompts(KEPT, stream="train", step=0, batch_size=KEPT.trainer.batch_size)

@@ -34,7 +34,7 @@ def folders(name: str, count: int) -> list[str]:
 
 
 def assert_alike(folder: RunFolder, alone: RunFolder, *, atol: float = 2e-5) -> None:
-    """The same files; numbers equal up to rounding."""
+    """Check that two runs have the same files, and the same numbers up to rounding."""
     assert file_names(folder) == file_names(alone)
     assert folder.read_config() == alone.read_config()
     table, expected = pd.read_csv(folder.metrics_file), pd.read_csv(alone.metrics_file)
@@ -48,7 +48,7 @@ def assert_alike(folder: RunFolder, alone: RunFolder, *, atol: float = 2e-5) -> 
 
 
 def file_names(folder: RunFolder) -> set[str]:
-    """What is in a run's folder; whether there is a save before the last is a matter of time."""
+    """Return the files in a run's folder, without `previous.ckpt`, whose existence depends on timing."""
     return {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*")} - {"previous.ckpt"}
 
 
@@ -59,7 +59,7 @@ def assert_identical(folder: RunFolder, expected: RunFolder) -> None:
 
 
 def stop_at(folder: RunFolder, step: int) -> threading.Thread:
-    """A thread that sends this process a SIGTERM once the run has come to a step."""
+    """Start a thread that sends SIGTERM to this process once the run has reached a step."""
 
     def wait() -> None:
         while (status := folder.read_status()) is None or status.step < step:
@@ -160,7 +160,10 @@ for result, expected in zip(results, undisturbed, strict=True):
 
 @pytest.mark.slow
 def test_compiled_members_are_alike_alone_and_resume_bit_identically():
-    """On a CPU they go side by side, one on each core; in a process of its own, as shape checks cannot be traced."""
+    """On a CPU, members run in parallel, one on each core.
+
+    The test runs in a separate process, because shape checks cannot be traced.
+    """
     paths = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parent.parent))
     run = subprocess.run(
         [sys.executable, "-c", COMPILED],

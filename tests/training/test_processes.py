@@ -36,7 +36,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE"
 
 @pytest.fixture
 def started(monkeypatch):
-    """Sets the variables of whoever started this process, and takes back what `icl` adds to them."""
+    """Set the variables that the starter of this process would set, and undo what `icl` adds to them."""
     for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
         monkeypatch.delenv(name)
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):

@@ -31,7 +31,7 @@ def places():
 
 @pytest.fixture
 def begun(places) -> RunFolder:
-    """The folder of the second member, which has been stopped at step 10 of 10 before it could say that it is finished."""
+    """Return the folder of the second member, which was stopped at step 10 of 10 before it was recorded as finished."""
     folder = train(CONFIGS[1], folder=places[1]).folder
     folder.write_status(Status(state="preempted", step=10, max_steps=10))
     return folder
@@ -67,7 +67,7 @@ def test_lost_rows_are_told_to_the_run_that_lost_them(places):
 
 
 def resume_at(folder: RunFolder, step: int) -> None:
-    """Let a run's resume file and status say that it stands at an earlier step."""
+    """Change a run's resume file and status so that they are at an earlier step."""
     content = torch.load(folder.resume_file, weights_only=True)
     content["global_step"] = step
     torch.save(content, folder.resume_file)

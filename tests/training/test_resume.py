@@ -83,7 +83,7 @@ def assert_same(folder: RunFolder, expected: RunFolder) -> None:
 
 
 def test_a_killed_run_resumes_bit_identically(root, undisturbed, capsys):
-    """The kill is a process's; the same command goes on in this one, which saves the time of two starts."""
+    """A separate process is killed. The same command resumes in this process, which saves the time of two starts."""
     folder = RunFolder(root / "tiny")
     with subprocess.Popen(COMMAND, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         wait_for_step(process, folder, 95)
@@ -152,7 +152,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(root, undisturbed):
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(monkeypatch, tmp_path, capsys):
-    """In this process: a library may add lines of its own to a whole program's errors, about Slurm for instance."""
+    """This runs in the process of the test, because libraries may add lines to the errors of a whole program."""
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("LOCAL_ROOT", str(tmp_path / "file"))
     assert main(COMMAND[3:]) == 1

@@ -23,7 +23,7 @@ MEMBERS = [change(CONFIG, seeds={"model": seed}) for seed in (0, 1)]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Two runs as they are when their population was interrupted at step 30; and undisturbed ones."""
+    """Return two runs whose population was interrupted at step 30, and two uninterrupted runs."""
     root = tmp_path_factory.mktemp("interrupted")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("DEVICE", "cpu")
@@ -47,7 +47,7 @@ def place(root) -> Path:
 
 
 def damage(file: Path, seed: int, num_bytes: int = 16) -> None:
-    """Flip bytes that lie together, as a bad sector or a bad cable would."""
+    """Flip neighbouring bytes, as a bad sector or a bad cable would."""
     data, chance = bytearray(file.read_bytes()), random.Random(seed)
     start = chance.randrange(len(data) - num_bytes)
     for place in range(start, start + num_bytes):
@@ -56,7 +56,7 @@ def damage(file: Path, seed: int, num_bytes: int = 16) -> None:
 
 
 def warnings_in(errors: str) -> list[str]:
-    """What was said on standard error, but for lines of progress."""
+    """Return the text on standard error, without lines of progress."""
     return [line.removeprefix("icl: ") for line in errors.splitlines() if line.startswith("icl: ")]
 
 
@@ -85,7 +85,7 @@ def test_every_altered_byte_is_found(place):
 
 
 def test_an_altered_weight_of_an_older_file_is_found(place, tmp_path):
-    """Files of 0.1.0 have no digest, but zip's own checksums."""
+    """Files of version 0.1.0 have no digest, but have the zip format's checksums."""
     content = torch.load(RunFolder(place / "a").resume_file, weights_only=True)
     torch.save(content, tmp_path / "old.ckpt")
     data = (tmp_path / "old.ckpt").read_bytes()
@@ -187,7 +187,7 @@ def test_a_damaged_file_never_takes_the_place_of_the_whole_one(place):
 
 @pytest.fixture
 def other_threads():
-    """Train on one thread where the runs of `place` began on two, or the other way round."""
+    """Train on one thread if the runs of `place` began on two threads, or the other way round."""
     num = torch.get_num_threads()
     torch.set_num_threads(3 - num)
     yield

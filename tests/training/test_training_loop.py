@@ -26,7 +26,7 @@ from icl.training.trainer import make_trainer
 
 
 def plain_loop(config: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Adam (Kingma and Ba 2015, algorithm 1) with clipping, transcribed, in float64: losses per step, final weights."""
+    """Train by Adam (Kingma and Ba 2015, algorithm 1) with clipping, in float64. Return the losses of each step and the final weights."""
     model = build_model(config).double()
     optim = config.optim
     factor = rate_factor(optim.schedule, warmup_steps=optim.warmup_steps, schedule_steps=config.schedule_steps)
@@ -137,7 +137,7 @@ def test_resuming_corrects_the_rates_that_version_0_1_0_wrote(tmp_path):
 
 
 def fit_population(configs: list[RunConfig]) -> Params:
-    """Final weights of members trained together."""
+    """Return the final weights of members that are trained together."""
     params = stack([dict(build_model(config).named_parameters()) for config in configs])
     module = PopulationModule([Member(config, RunFolder("unused")) for config in configs], params)
     trainer = make_trainer(configs[0])

@@ -47,7 +47,7 @@ def stored(config: RunConfig, url: str) -> RunConfig:
 
 
 def elsewhere(monkeypatch, tmp_path_factory) -> Path:
-    """Another machine: an empty $LOCAL_ROOT."""
+    """Simulate another machine, with an empty $LOCAL_ROOT."""
     root = tmp_path_factory.mktemp("elsewhere")
     monkeypatch.setenv("LOCAL_ROOT", str(root))
     return root
@@ -117,7 +117,7 @@ def test_a_finished_run_asks_for_no_more_than_its_status(s3, proxy):
 
 @pytest.fixture
 def _drawn(monkeypatch):
-    """A table and a figure at the end, in no time."""
+    """Write a table and a figure at the end of training without delay."""
 
     def draw(folder: RunFolder) -> DrawnRun:
         folder.write_result("losses.csv", "position,model\n")
@@ -192,7 +192,7 @@ def test_results_never_go_to_the_place_of_another_run(s3, tmp_path):
 
 
 def test_a_step_never_waits_for_a_store_that_hangs(s3, proxy, monkeypatch):
-    """While every upload hangs, training goes on to its end; the uploads are made up for then."""
+    """While every upload hangs, training continues to its end. Then the uploads are repeated."""
     finished = []
     plain_status = RunFolder.write_status
 

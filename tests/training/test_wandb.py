@@ -18,7 +18,7 @@ CONFIG = change(TINY, trainer={"max_steps": 20})
 
 @pytest.fixture
 def nowhere(monkeypatch, tmp_path):
-    """No mode, no key, no login."""
+    """Unset the mode, the key and the login of W&B."""
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

@@ -19,7 +19,7 @@ FIXED = change(TINY, trainer={"max_steps": 20})
 
 
 def agents_environment(folder, point: dict) -> dict[str, str]:
-    """What `wandb agent` gives the program: the sweep, the run, and a file with the point."""
+    """Return the variables that `wandb agent` gives the program: the sweep, the run, and a file with the point."""
     file = folder / "config-defaults.yaml"
     file.write_text(yaml.safe_dump({"wandb_version": 1} | {key: {"value": value} for key, value in point.items()}))
     return {

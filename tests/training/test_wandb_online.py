@@ -33,7 +33,7 @@ Start = Callable[..., subprocess.Popen]
 
 
 def own_environment(server: WandbServer, folder: Path) -> dict[str, str]:
-    """Where the client finds its backend and the agent finds `icl`; nothing of the user's own."""
+    """Set where the client finds its backend and the agent finds `icl`, and hide the user's own settings."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     here = {"PATH": path, "WANDB_DIR": str(folder), "NETRC": str(folder / "netrc"), "OMP_NUM_THREADS": "1"}
     return os.environ | server.environment() | here
@@ -41,7 +41,7 @@ def own_environment(server: WandbServer, folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def start(wandb_server: WandbServer, tmp_path: Path) -> Iterator[Start]:
-    """Starts a program whose output goes to `said`; none outlives the test."""
+    """Start programs whose output goes to `said`. All of them end with the test."""
     begun: list[subprocess.Popen] = []
 
     def start(command: list[str], **more: str) -> subprocess.Popen:
@@ -68,14 +68,14 @@ def end_of(process: subprocess.Popen) -> int:
 
 
 def arguments(config: RunConfig, swept: dict[str, Any] = POINT) -> list[str]:
-    """The settings that a sweep's command has; the sweep sets the others."""
+    """Return the settings in a sweep's command. The sweep sets the other settings."""
     words = as_arguments(config)
     pairs = zip(words[::2], words[1::2], strict=True)
     return [word for pair in pairs if pair[0][2:] not in {*flatten(swept), "run_name"} for word in pair]
 
 
 def create_sweep(server: WandbServer, folder: Path, config: RunConfig, parameters: dict[str, Any], *words: str) -> str:
-    """`wandb sweep` of runs that are as `config` is, save for the parameters: the sweep's path for an agent."""
+    """Create a sweep of runs with the settings `config`, except for the parameters. Return the sweep's path for an agent."""
     swept = {key.replace(".parameters", ""): None for key in flatten(parameters)}
     keys = {key.rpartition(".")[0]: None for key in swept}
     tree = {"method": "grid", "command": ["${env}", "icl", "train", *arguments(config, keys), *words]}
@@ -90,7 +90,7 @@ def create_sweep(server: WandbServer, folder: Path, config: RunConfig, parameter
 
 
 def as_point(server: WandbServer, folder: Path, run: str = "run1", point: dict[str, Any] = POINT) -> dict[str, str]:
-    """The environment by which an agent hands over a point; the server knows of it."""
+    """Return the environment in which an agent passes on a point that the server knows."""
     server.runs.setdefault(run, WandbRun(run, point=point))
     file = folder / f"{run}.yaml"
     file.write_text(yaml.safe_dump({"wandb_version": 1} | {key: {"value": value} for key, value in point.items()}))
@@ -98,7 +98,7 @@ def as_point(server: WandbServer, folder: Path, run: str = "run1", point: dict[s
 
 
 def step_reached() -> int:
-    """The step that the only run below $LOCAL_ROOT tells of; -1 before there is one."""
+    """Return the step of the only run below $LOCAL_ROOT, or -1 if there is no run yet."""
     found = list(local_root().glob("*/status.json"))
     status = RunFolder(found[0].parent).read_status() if found else None
     return -1 if status is None else status.step
@@ -214,7 +214,7 @@ def test_a_signal_before_training_is_a_preemption_too(wandb_server, start, tmp_p
 
 @pytest.mark.slow
 def test_an_agent_that_is_told_to_stop_hands_its_point_back(wandb_server, start, tmp_path):
-    """SIGTERM to `wandb agent --forward-signals`; the next agent gets the same run and finishes it."""
+    """SIGTERM stops `wandb agent --forward-signals`. The next agent gets the same run and finishes it."""
     config = change(LONG, trainer={"max_steps": 1500}, checkpoints={"every": 500})
     sweep = create_sweep(wandb_server, tmp_path, config, {"optim.lr": {"value": 0.01}})
     first = start([*WANDB, "agent", "--forward-signals", sweep])
