@@ -1,6 +1,6 @@
 """A real Slurm on this machine for tests: slurmctld, munged, and one slurmd for each node, all on 127.0.0.1.
 
-It needs Debian's packages `slurm-wlm` and `munge`, and no configuration of its own. Without them, the tests that use it are skipped.
+It needs Debian's packages `slurm-wlm` and `munge`, but no configuration. Without these packages, the tests that use it are skipped.
 """
 
 import contextlib

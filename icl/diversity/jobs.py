@@ -1,6 +1,6 @@
 """The task-diversity experiment as jobs of Slurm. Its runs are the points of a sweep, which the jobs share (`icl.sweeps.engine`).
 
-A run is the same as without Slurm. So an experiment can be begun in one way and continued in the other.
+A run is the same with and without Slurm. So an experiment can begin in one way and continue in the other.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ _COMMAND = ("${env}", "icl", "train")
 
 
 def root_of(base: Path) -> Path:
-    """Return the folder relative to which the runs of an experiment have the same names as without Slurm."""
+    """Return the folder to which the names of an experiment's runs are relative. The names are the same as without Slurm."""
     root = local_root()
     if base.is_relative_to(root):
         return root
@@ -53,7 +53,7 @@ def experiment_states(runs: Sequence[ExperimentRun], base: Path) -> dict[str, Po
 
 
 def shared_settings(run: ExperimentRun) -> dict[str, Any]:
-    """Return the settings that all runs share, flat, to be read back by `--config`."""
+    """Return the settings that all runs share, by dotted key, in a form that `--config` can read."""
     return {key: value for key, value in flatten(run.config.to_dict()).items() if key not in RESERVED}
 
 

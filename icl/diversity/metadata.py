@@ -75,7 +75,10 @@ class Metadata:
             self._update(label, state=state, reason=reason, ended=now())
 
     def update_states(self, states: Mapping[str, tuple[str, str]]) -> None:
-        """Record the states of runs that several processes train, by M as text: done, running, failed or waiting, and the reason."""
+        """Record the states of runs that several processes train. For each M as text, there is a state and its reason.
+
+        The states are done, running, failed and waiting.
+        """
         with self._lock:
             for label, (state, reason) in states.items():
                 entry = self._entry(label)

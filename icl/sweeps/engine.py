@@ -1,14 +1,14 @@
 """The engine of `icl sweep`. It runs the missing points of a sweep, a few at a time, each in a separate program.
 
-The engine has no state besides the runs' folders. So the same command continues a sweep after any interruption. Any
+The whole state of a sweep is in the runs' folders. So the same command continues a sweep after any interruption. Any
 number of engines, on any machines that share the folder, can work on one sweep without running a point twice.
 
 A point that fails does not stop the other points. The next command tries it again, unless the same settings would fail
 again. An engine that starts while other engines work on the sweep joins their session: it does not repeat points that
 have failed since the session began. The engine passes a signal on to its programs, which save and exit.
 
-In a job of Slurm, the session begins when the jobs are submitted. The engine also stops before the time limit of the job, and it
-does not wait for points that run in other jobs, because the job would hold its machine for nothing.
+In a job of Slurm, the session begins when the jobs are submitted. The engine also stops before the time limit of the job. It does
+not wait for points that run in other jobs, because its own job would occupy a machine without work.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class SweepResult(NamedTuple):
     received: signal.Signals | None = None
     """The signal that stopped the engine, if one did."""
     has_progressed: bool = False
-    """Whether a program of this engine has ended a point, or has brought it forward."""
+    """Whether a program of this engine has finished a point, or has made progress on one."""
     num_failed: int = 0
     """Number of points that failed in this engine."""
 
@@ -127,7 +127,7 @@ class _Engine:
         return point_state(point, self.root)
 
     def receive(self, number: int, frame: object) -> None:
-        """Record a signal. A second signal kills the programs, except in a job: Slurm repeats signals, and kills them itself."""
+        """Record a signal. A second signal kills the programs, but not in a job: Slurm repeats signals, and kills programs itself."""
         if self.received is not None and self.job is None:
             for program in self.programs:
                 program.kill()
@@ -171,7 +171,7 @@ class _Engine:
             self._stop()
 
     def _bear_lost_storage(self) -> None:
-        """Mark the programs, whose files may be lost. When the sweep is stopped, give up those that have ended."""
+        """Mark all programs, because their files may be lost. If the sweep is being stopped, give up the programs that have ended."""
         for program in self.programs:
             program.has_lost_storage = True
         if self._stopping is not None:
@@ -303,7 +303,7 @@ class _Engine:
                     self._report(f"running  {point.name}: {self.state(point).reason}")
 
     def _close(self, point: Point, line: str) -> None:
-        """Report a point that needs no program. A job of Slurm does not repeat what other jobs have reported."""
+        """Report a point that needs no program. A job of Slurm does not report points that other jobs have reported."""
         self.pending.remove(point)
         self._num_over += 1
         if self.job is None:

@@ -37,7 +37,7 @@ class Program:
     def __init__(self, work: Sequence[tuple[Point, Claim]], log: Path, process: subprocess.Popen | str) -> None:
         self.work, self.log, self.process = work, log, process
         self.is_lost = False  # whether another worker has taken a point over
-        self.has_lost_storage = False  # whether the folder of the runs was out of reach meanwhile
+        self.has_lost_storage = False  # whether the folder of the runs was out of reach while the program ran
         self._started = time.monotonic()
         self._log_start = log.stat().st_size if log.exists() else 0
         self._first_amounts = {point.number: _amount(point, claim.folder) for point, claim in work}
@@ -69,7 +69,7 @@ class Program:
         self._signal(signal.SIGKILL)
 
     def has_progressed(self, point: Point) -> bool:
-        """Return whether a point is further than when the program was started."""
+        """Return whether a point has progressed since the program was started."""
         claim = next(claim for other, claim in self.work if other is point)
         return _amount(point, claim.folder) > self._first_amounts[point.number]
 
@@ -116,11 +116,11 @@ class Program:
         return redact(f"{end}: {line}" if line else end)
 
     def _was_out_of_reach(self, claim: Claim, reason: str) -> bool:
-        """Return whether a program failed only because the folder of all runs was out of reach. It is then there again."""
+        """Return whether a program failed only because the folder of all runs was out of reach, and the folder is back now."""
         return claim.folder.is_dir() and (self.has_lost_storage or WAS_REMOVED in reason)
 
     def _last_line(self, prefix: str) -> str:
-        """Return the rest of the last line that begins with a prefix; if there is none, the last line that is not empty."""
+        """Return the last line that begins with a prefix, without the prefix. If there is none, return the last nonempty line."""
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self._log_start, size - _TAIL_BYTES))
@@ -174,7 +174,7 @@ def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root
 
 
 def _amount(point: Point, folder: Path) -> int:
-    """Return how far a point is: its step, or for a program other than `icl train` the number of its files."""
+    """Return the progress of a point: its step, or the number of its files if the program is not `icl train`."""
     if point.trains:
         status = RunFolder(folder).read_status()
         return 0 if status is None else status.step

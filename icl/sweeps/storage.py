@@ -1,6 +1,7 @@
-"""Watch the folder of all runs, which may be out of reach for a moment if it is on a file server.
+"""Watch the folder of all runs. If the folder is on a file server, it may be out of reach for a while.
 
-Nothing may be written meanwhile: a new folder of the same name would hide the old one, or be in its way when it returns.
+Nothing may be written while the folder is out of reach. Otherwise a new folder of the same name could hide the old one, or block its
+return.
 """
 
 import time
@@ -11,7 +12,7 @@ from icl.files.writing import StorageError
 
 _CHECK_SECONDS = 1.0
 _GIVE_UP_SECONDS = 600.0
-"""Seconds without the folder after which the sweep ends."""
+"""Seconds for which the folder may be out of reach before the sweep ends."""
 
 
 class StorageWatch:
@@ -28,7 +29,7 @@ class StorageWatch:
         self._lost_at: float | None = None
 
     def is_there(self, *, now: bool = False) -> bool:
-        """Return whether the folder can be reached. Look again after a second, or at once with `now`.
+        """Return whether the folder can be reached. The folder is checked at most once a second, or at once with `now`.
 
         Raises:
             StorageError: If the folder has been out of reach for ten minutes.

@@ -1,6 +1,6 @@
-"""What `--slurm` decides before Slurm is asked: the script, refusals, records, and a folder that vanishes for a moment.
+"""The parts of `--slurm` that need no Slurm: the script, refusals, records, and a folder that is out of reach for a moment.
 
-`test_slurm_cluster.py` runs the same on a real Slurm.
+`test_slurm_cluster.py` tests sweeps on a real Slurm.
 """
 
 import re
@@ -31,7 +31,7 @@ SLOW = "import time; open('started', 'a').write('x'); time.sleep(1.5)"
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    """The file of a sweep whose program is a script."""
+    """Write the file of a sweep whose program is a script, and return its path."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "work.py").write_text(SLOW)
     tree = {"method": "grid", "program": "work.py", "parameters": {"task.num_tasks": {"values": [1, 2, 4]}}}
@@ -140,7 +140,7 @@ def test_where_squeue_is_missing_jobs_are_shown_as_they_said_themselves(tmp_path
     write_record(tmp_path, JobRecord(task=1, job="12_1", state="ended", reason="no point is left", updated=time.time()))
     write_record(tmp_path, JobRecord(task=2, job="12_2", state="running", host="n7", updated=time.time() - 7200))
     assert describe_jobs([tmp_path]) == [
-        "squeue does not answer here, so jobs are shown as they last said themselves.",
+        "squeue does not answer here, so each job is shown as in its own last record.",
         "waiting   job 12_0: submitted",
         "ended     job 12_1: no point is left (0 min ago)",
         "running   job 12_2: on n7 (2.0 h ago)",
@@ -148,7 +148,7 @@ def test_where_squeue_is_missing_jobs_are_shown_as_they_said_themselves(tmp_path
 
 
 def test_a_folder_that_vanishes_for_a_moment_costs_nothing_and_is_not_made_again(tmp_path, sweep, monkeypatch):
-    """Nothing is written while it is away, so it can come back under its name, and every point is done afterwards."""
+    """Nothing is written while the folder is away. So it can come back under its name, and every point is done afterwards."""
     root, away = tmp_path / "shared", tmp_path / "away"
     monkeypatch.setenv("LOCAL_ROOT", str(root))
     command = [sys.executable, "-m", "icl", "sweep", sweep]

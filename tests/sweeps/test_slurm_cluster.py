@@ -1,4 +1,4 @@
-"""Sweeps on a real Slurm with two nodes, disturbed at bad moments, and compared bit for bit with undisturbed runs."""
+"""Sweeps on a real Slurm with two nodes that are interrupted at bad moments have the same bits as uninterrupted runs."""
 
 import contextlib
 import re

@@ -1,4 +1,4 @@
-"""Sweeps on a Slurm cluster: a job array whose jobs share the points of a sweep. It uses Slurm's own commands only.
+"""Run sweeps on a Slurm cluster, as a job array whose jobs share the points of a sweep. This needs only Slurm's own commands.
 
 - `commands.py` calls sbatch, squeue and scontrol.
 - `submission.py` writes the script of the array, and submits it.

@@ -1,4 +1,4 @@
-"""Slurm's commands: sbatch, squeue and scontrol. Their errors become one sentence."""
+"""Call Slurm's commands sbatch, squeue and scontrol. Each of their errors becomes one sentence."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from icl.config.validation import UserError
 
 _TIMEOUT_SECONDS = 60.0
 _OVERRIDES = tuple(f"SBATCH_{name}" for name in ("ARRAY_INX", "JOB_NAME", "OPEN_MODE", "OUTPUT", "SIGNAL", "WAIT"))
-"""Variables that would override what our script sets."""
+"""Environment variables that would override options of our script."""
 
 
 class SlurmError(UserError):
@@ -25,11 +25,11 @@ class QueuedJob(NamedTuple):
     id: str
     """Identifier, such as `12_0`."""
     state: str
-    """Slurm's word for its state, in small letters: `pending`, `running`, `completing` and so on."""
+    """Slurm's word for the job's state, in small letters: `pending`, `running`, `completing` and so on."""
     place: str
-    """The nodes of a running job; for a waiting job, Slurm's reason in parentheses."""
+    """The nodes of a running job, or the reason why a job waits, in parentheses as Slurm gives it."""
     elapsed: str
-    """Time since it started."""
+    """Time since the job started."""
 
 
 def submit(script: Path, *options: str) -> str:
@@ -50,13 +50,13 @@ def requeue(job: str) -> None:
         job: Identifier of a job, such as `12_0`. (A number alone may mean a whole array.)
 
     Raises:
-        SlurmError: If the site or the job does not allow it.
+        SlurmError: If the site or the job does not allow this.
     """
     _run("scontrol", "requeue", job)
 
 
 def seconds_left(job: str) -> float | None:
-    """Return the time until the time limit of a running job, in seconds. None if it has no limit, or Slurm does not answer."""
+    """Return the seconds until a running job reaches its time limit, or None if it has no limit or Slurm does not answer."""
     try:
         return parse_duration(_run("squeue", "--noheader", f"--jobs={job}", "--format=%L").strip())
     except SlurmError:
@@ -73,9 +73,9 @@ def is_preempted(job: str) -> bool:
 
 
 def queued_jobs(arrays: Iterable[str]) -> dict[str, QueuedJob] | None:
-    """Return the jobs of some arrays that wait or run, by identifier. None if Slurm cannot be asked here."""
+    """Return the waiting and running jobs of some arrays, by identifier, or None if Slurm does not answer."""
     jobs = {}
-    for array in arrays:  # one call for each, because one unknown array would be an error for all
+    for array in arrays:  # one call for each array, because a call with an unknown array fails as a whole
         try:
             text = _run("squeue", "--noheader", "--array", f"--jobs={array}", "--format=%i|%T|%R|%M")
         except SlurmError as error:
@@ -89,7 +89,7 @@ def queued_jobs(arrays: Iterable[str]) -> dict[str, QueuedJob] | None:
 
 
 def largest_array() -> int | None:
-    """Return the largest number of jobs that the site allows in one array. None if Slurm does not say."""
+    """Return the largest number of jobs that the site allows in one array, or None if Slurm does not say."""
     try:
         text = _run("scontrol", "show", "config")
     except SlurmError:
@@ -99,7 +99,7 @@ def largest_array() -> int | None:
 
 
 def parse_duration(text: str) -> float | None:
-    """Return the seconds of a duration as Slurm prints it: `1-02:03:04`, `02:03:04` or `3:04`. None for other words."""
+    """Return the seconds of a duration in Slurm's format: `1-02:03:04`, `02:03:04` or `3:04`. Return None for any other text."""
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
     if match is None:
         return None
@@ -110,7 +110,9 @@ def parse_duration(text: str) -> float | None:
 def _run(*words: str, environment: dict[str, str] | None = None) -> str:
     """Run a command of Slurm, and return its output."""
     if shutil.which(words[0]) is None:
-        raise SlurmError(f"There is no program `{words[0]}` here; `--slurm` needs a machine of a Slurm cluster.")
+        raise SlurmError(
+            f"There is no program `{words[0]}` here; `--slurm` works only on a machine of a Slurm cluster."
+        )
     try:
         done = subprocess.run(
             words, check=False, capture_output=True, text=True, env=environment, timeout=_TIMEOUT_SECONDS

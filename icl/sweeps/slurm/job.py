@@ -1,9 +1,9 @@
-"""One job of an array, seen from inside: when it must stop, and how it goes on.
+"""One job of an array, seen from inside: when the job must stop, and how its work continues.
 
-Before its time limit, the job saves its points and returns to the queue by `scontrol requeue`. If the site does not allow this, it
-submits a successor that begins when it has ended. A job that reaches its time limit twice in a row without any progress is not
-queued again: more time or smaller points are needed. Any other end is left to Slurm: `scancel` ends the job for good, and
-Slurm itself puts a job back in the queue if its node dies or a more urgent job takes its place.
+Before its time limit, the job saves its points and returns to the queue by `scontrol requeue`. If the site does not allow this, the
+job submits a successor, which begins when the job has ended. A job that reaches its time limit twice in a row without any progress
+is not queued again, because it needs more time or smaller points. All other cases are left to Slurm: `scancel` ends the job for
+good, and Slurm itself puts a job back in the queue if its node dies or a more urgent job takes its place.
 """
 
 import os
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MAX_IDLE = 2
 """Number of starts in a row without progress after which a job is not queued again."""
 _SLACK_SECONDS = 120.0
-"""Slurm sends the warning up to a minute early; with more time left than this, the signal announces a pre-emption."""
+"""Seconds by which Slurm may send its warning early. If more time is left, the signal announces a preemption instead."""
 _PAUSE_SECONDS = 5.0
 
 
@@ -69,9 +69,9 @@ class SlurmJob:
             signal.signal(signal.SIGUSR1, self._warn)
 
     def stop_reason(self) -> str | None:
-        """Return why the job must save its points now, or None."""
+        """Return the reason why the job must save its points now, or None if it need not."""
         if self._reason is None and (self._is_warned or (self._stop_at or time.monotonic() + 1) <= time.monotonic()):
-            left = seconds_left(self.id)  # again, because the limit may have been changed
+            left = seconds_left(self.id)  # ask again, because the time limit may have changed
             is_early = (
                 left is not None and left > self._margin + 1 and (not self._is_warned or left < _warned_at_most())
             )
@@ -83,13 +83,13 @@ class SlurmJob:
         return self._reason
 
     def must_kill(self) -> bool:
-        """Return whether programs that still save must be killed, because Slurm is about to kill this job."""
+        """Return whether programs that are still saving must be killed, because Slurm is about to kill this job."""
         return self._reason is not None and time.monotonic() > (self._stop_at or 0.0) + 0.6 * self._margin
 
     def end(self, result: "SweepResult") -> int:
         """Record how the job ends. If it has more to do, put it back in the queue. Return the exit status."""
         if result.received is not None and not is_preempted(self.id):
-            self._finish("ended", f"stopped by {result.received.name}: cancelled, queued again or pre-empted")
+            self._finish("ended", f"stopped by {result.received.name}: cancelled, queued again or preempted")
             return 128 + result.received
         if not result.is_over and (result.received is not None or self._reason is not None):
             return self._go_on(has_progressed=result.has_progressed)
@@ -98,7 +98,7 @@ class SlurmJob:
             self._finish("failed", f"{result.num_failed} of its points failed")
             return 1
         elsewhere = words.count("running")
-        left = f"the points that are left ({elsewhere}) run in other jobs" if elsewhere else "no point is left to do"
+        left = f"the remaining points ({elsewhere}) run in other jobs" if elsewhere else "no point is left to run"
         self._finish("ended", left)
         return 0
 

@@ -1,7 +1,7 @@
-"""What jobs write about themselves, and the list of all jobs of a sweep.
+"""Records that jobs write about themselves, and the list of all jobs of a sweep.
 
 Slurm forgets a job some minutes after its end, and many small clusters have no accounting. So each job writes one small file,
-which says where it runs and how it ended. `squeue` adds what only Slurm knows: that a job waits, and why.
+which says where the job runs and how it ended. `squeue` adds what only Slurm knows: whether a job waits, and why.
 """
 
 import json
@@ -26,27 +26,27 @@ class Submission:
     """The content of `submission.json`."""
 
     submitted: float
-    """Unix time of the submission. A point that has failed since then is not tried again by its jobs."""
+    """Unix time of the submission. Its jobs do not try points again that have failed since then."""
     num_jobs: int
     array: str = ""
-    """Number of the array; empty while it is submitted."""
+    """Slurm's number of the array. It is empty until Slurm has accepted the array."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobRecord:
-    """What a job says about itself. A job that goes on after its time limit keeps its record."""
+    """A job's record of itself. A job that continues after its time limit keeps its record."""
 
     task: int
     """Index in the array."""
     job: str
-    """Slurm's identifier, such as `12_0`; that of the successor if the job has submitted one."""
+    """Slurm's identifier of the job, such as `12_0`. If the job has submitted a successor, it is the successor's."""
     state: Literal["running", "ended", "waiting", "failed"]
     """`waiting` means that the job is in the queue again."""
     reason: str = ""
     host: str = ""
     num_starts: int = 0
     num_idle: int = 0
-    """Number of the last starts in a row that made no progress."""
+    """Number of most recent starts, in a row, that made no progress."""
     updated: float = 0.0
 
 
@@ -89,7 +89,7 @@ def describe_jobs(submissions: Sequence[Path]) -> list[str]:
     arrays |= {record.job.partition("_")[0] for each in records.values() for record in each if record is not None}
     queue = queued_jobs(sorted(arrays - {""}))
     lines = (
-        [] if queue is not None else ["squeue does not answer here, so jobs are shown as they last said themselves."]
+        [] if queue is not None else ["squeue does not answer here, so each job is shown as in its own last record."]
     )
     for folder, submission in known:
         for task, record in enumerate(records[folder]):

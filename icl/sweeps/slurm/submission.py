@@ -34,14 +34,14 @@ _RESERVED = {
     **dict.fromkeys(("--wait", "-W"), "`--status` shows whether the jobs have ended"),
     **dict.fromkeys(("--export-file", "--input", "-i"), "it has no meaning here"),
 }
-"""Options of sbatch that the user cannot set, each with what to do instead."""
+"""Options of sbatch that the user cannot set, each with the reason or with advice."""
 
 
 def parse_sbatch(text: str) -> list[str]:
     """Return the words of `--sbatch`.
 
     Raises:
-        ConfigError: If they are not options of sbatch, or one of them is set by `icl` itself.
+        ConfigError: If the words are not options of sbatch, or `icl` itself sets one of these options.
     """
     try:
         words = shlex.split(text)
@@ -64,7 +64,7 @@ def submissions_folder(root: Path, name: str, identity: Path) -> Path:
     Args:
         root: Folder of all runs of the sweep.
         name: Readable name of the sweep.
-        identity: Path of the sweep's file or folder, which distinguishes it from others of the same name.
+        identity: Path of the sweep's file or folder, which distinguishes this sweep from others of the same name.
     """
     digest = hashlib.blake2b(str(identity.resolve()).encode(), digest_size=4).hexdigest()
     return root.resolve() / FOLDER / f"{_plain(name)}-{digest}"
@@ -76,7 +76,7 @@ def submissions(folder: Path) -> list[Path]:
 
 
 def new_submission(folder: Path) -> Path:
-    """Return the path of a new submission, named after the present time."""
+    """Return the path of a new submission, named after the current time."""
     return folder / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
 
 
@@ -90,7 +90,7 @@ def job_script(
         words: Arguments of `icl` in each job.
         name: Name of the jobs.
         num_jobs: Number of jobs.
-        options: Further options for sbatch, of the user.
+        options: The user's further options for sbatch.
         said: The command that the user typed.
     """
     directives = [
@@ -119,16 +119,16 @@ def job_script(
 
 
 def limited_jobs(num_jobs: int | None, num_programs: int) -> tuple[int, str]:
-    """Return the number of jobs to submit, and a sentence if it is not the number asked for.
+    """Return the number of jobs to submit. If it is not the requested number, also return a sentence that says why.
 
     Args:
-        num_jobs: Number that the user asks for; None means as many as are useful.
-        num_programs: Number of jobs that find work.
+        num_jobs: Number of jobs that the user requests. None requests as many jobs as would find work.
+        num_programs: Number of jobs that would find work.
     """
     limit = largest_array()
     number = min(num_programs, num_jobs or num_programs, limit or sys.maxsize)
     if limit is not None and number == limit < min(num_programs, num_jobs or num_programs):
-        return number, f"This site allows {limit:,} jobs in an array; they share all {num_programs:,} points."
+        return number, f"This site allows only {limit:,} jobs in an array; they share all {num_programs:,} points."
     if num_jobs is not None and number < num_jobs:
         return number, f"{number:,} of {num_jobs:,} jobs are submitted, because the others would find nothing to do."
     return number, ""
@@ -144,7 +144,7 @@ def submit_array(folder: Path, script: str, *, num_jobs: int, copy: tuple[str, b
         copy: Name and content of a further file.
 
     Raises:
-        SlurmError: If Slurm refuses the script. Nothing is left.
+        SlurmError: If Slurm refuses the script. The folder of the submission is then removed.
         StorageError: If the files cannot be written.
     """
     submission = Submission(submitted=round(time.time(), 3), num_jobs=num_jobs)
