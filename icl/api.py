@@ -24,8 +24,9 @@ from icl.evaluation.prediction import parameter_of, predict_from_prompt
 from icl.importing.run import SUFFIXES, load_older_file
 from icl.model.transformer import Transformer
 from icl.presets import preset
-from icl.runs.checkpoints import CheckpointError, checkpoint_files, checkpoint_name, load_checkpoint_file
+from icl.runs.checkpoints import Checkpoint, CheckpointError, checkpoint_files, checkpoint_name, load_checkpoint_file
 from icl.runs.folder import RunError
+from icl.runs.stored import load_stored_checkpoint
 from icl.sampling.run import estimate_run
 from icl.tasks.prompts import prompt_source
 from icl.whole_runs import RunEvaluator, evaluate_run
@@ -166,14 +167,18 @@ def train_ic_regression(
     return load_model(result.folder.checkpoints.root / checkpoint_name(result.status.step))
 
 
-def load_checkpoint(path: str | Path, cfg: ICRegConfig | RunConfig | None = None) -> tuple[Transformer, dict[str, Any]]:
+def load_checkpoint(
+    path: str | Path, cfg: ICRegConfig | RunConfig | None = None, *, step: int | None = None
+) -> tuple[Transformer, dict[str, Any]]:
     """Load a trained model and the metadata of its checkpoint.
 
     Args:
-        path: A checkpoint file, or a run's folder. From a folder the last checkpoint is loaded. The file may also be a `.pt` file of
-            older code, such as `checkpoint_step_150000.pt` (`icl.importing`).
+        path: A checkpoint file, or a run's folder. The file may also be a `.pt` file of older code, such as
+            `checkpoint_step_150000.pt` (`icl.importing`). Instead of a path, it may be the address of a run or a checkpoint in a store,
+            such as `hf://USER/REPO`, `hf://USER/REPO@REVISION/RUN` or `s3://BUCKET/RUN`.
         cfg: Settings of the task and the model that the checkpoint must have. By default, any settings are accepted. If a `.pt` file
             contains no config, the number of heads is taken from `cfg`.
+        step: The step to load from a folder or a store. By default the last one.
 
     Returns:
         The model on the CPU, and a dict of `step`, `config` (a RunConfig), `digest` and `path`.
@@ -182,19 +187,38 @@ def load_checkpoint(path: str | Path, cfg: ICRegConfig | RunConfig | None = None
         CheckpointError: If there is no usable checkpoint, or it does not fit `cfg`.
         OlderFileError: If a `.pt` file cannot be read safely, or does not come from a known older code base.
     """
-    file = checkpoint_files(path)[-1] if Path(path).is_dir() else Path(path)
     shape = None if cfg is None else _as_run_config(cfg)
-    is_older = file.suffix in SUFFIXES and file.is_file()
-    checkpoint = load_older_file(file, shape) if is_older else load_checkpoint_file(file)
+    checkpoint, place = _find_checkpoint(path, shape, step)
     if shape is not None:
-        _require_shape(checkpoint.config, shape, file)
-    info = {"step": checkpoint.step, "config": checkpoint.config, "digest": checkpoint.digest, "path": str(file)}
+        _require_shape(checkpoint.config, shape, place)
+    info = {"step": checkpoint.step, "config": checkpoint.config, "digest": checkpoint.digest, "path": str(place)}
     return build_checkpoint_model(checkpoint), info
 
 
-def load_model(path: str | Path, cfg: ICRegConfig | RunConfig | None = None) -> Transformer:
+def load_model(path: str | Path, cfg: ICRegConfig | RunConfig | None = None, *, step: int | None = None) -> Transformer:
     """Load a trained model, ready to predict. Arguments and errors are those of `load_checkpoint`."""
-    return load_checkpoint(path, cfg)[0].eval()
+    return load_checkpoint(path, cfg, step=step)[0].eval()
+
+
+def _find_checkpoint(path: str | Path, shape: RunConfig | None, step: int | None) -> tuple[Checkpoint, str | Path]:
+    """Return the checkpoint at a path or address, and where it is."""
+    if isinstance(path, str) and "://" in path:
+        return load_stored_checkpoint(path, step)
+    if Path(path).is_dir():
+        files = checkpoint_files(path)
+        if step is not None:
+            files = [file for file in files if file.name == checkpoint_name(step)]
+        if not files:
+            raise CheckpointError(
+                f"{path} has no checkpoint of step {step:,}; `icl checkpoints RUN ls` lists the steps."
+            )
+        return load_checkpoint_file(files[-1]), files[-1]
+    file = Path(path)
+    is_older = file.suffix in SUFFIXES and file.is_file()
+    checkpoint = load_older_file(file, shape) if is_older else load_checkpoint_file(file)
+    if step not in (None, checkpoint.step):
+        raise CheckpointError(f"{file} is of step {checkpoint.step:,}, not {step:,}.")
+    return checkpoint, file
 
 
 def evaluate_ood_score(
@@ -240,7 +264,7 @@ def _as_run_config(cfg: Any) -> RunConfig:
     return cfg.to_run_config() if isinstance(cfg, ICRegConfig) else cfg
 
 
-def _require_shape(saved: RunConfig, wanted: RunConfig, file: Path) -> None:
+def _require_shape(saved: RunConfig, wanted: RunConfig, file: str | Path) -> None:
     settings, expected = (
         {
             "task_size": config.task.task_size,

@@ -28,7 +28,7 @@ for _library in (
 ):
     importlib.import_module(_library)
 
-pytest_plugins = ["s3_server", "slurm_cluster", "wandb_server"]
+pytest_plugins = ["hub_server", "s3_server", "slurm_cluster", "wandb_server"]
 
 hypothesis.settings.register_profile("icl", derandomize=True, deadline=None, max_examples=25, database=None)
 hypothesis.settings.load_profile("icl")

@@ -30,9 +30,7 @@ def run(words: list[str]) -> int:
     )
     parser.add("run RUN", "a run's folder, or its name")
     parser.add_argument("action", choices=("ls", "pull", "push", "verify"), help="what to do, see above")
-    text = (
-        "the store, a folder or s3://bucket/prefix (default: the run's `checkpoints.store`, or s3://$AWS_BUCKET_NAME)"
-    )
+    text = "the store, a folder, s3://bucket/prefix or hf://USER/REPO (default: the run's `checkpoints.store`, or s3://$AWS_BUCKET_NAME)"
     parser.add("--store URL", text)
     parser.add("--force", "for pull and push: copy every file, even if this replaces a later step by an earlier one")
     options = parser.parse_args(words)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from icl.cli.outputs import require_output_table
 from icl.command_line import CommandParser
+from icl.config.values import whole_number
 from icl.runs.folder import require_place
 
 HELP = "predict the targets of queries in a file"
@@ -15,21 +16,25 @@ def run(words: list[str]) -> int:
         "predict",
         "Predict y for queries, given a context of examples. FILE is JSON with x_context, y_context and x_query, or CSV with the\n"
         "columns x1, ..., xD, y. In a CSV file, a row with an empty y is a query.",
-        "icl predict runs/quickstart --prompt prompt.json",
+        """icl predict runs/quickstart --prompt prompt.json
+        icl predict hf://USER/REPO --step 1465 --prompt prompt.json""",
     )
     parser.add(
-        "path CHECKPOINT", "a checkpoint file, or the folder or name of a run, whose last checkpoint is used", type=Path
+        "path CHECKPOINT",
+        "a checkpoint file, the folder or name of a run, or an address in a store, such as hf://USER/REPO or hf://USER/REPO@REVISION",
     )
+    parser.add("--step N", "the step to load from a run (default: its last one)", type=whole_number(0, 10**15))
     parser.add("--prompt FILE", "the context and the queries", type=Path, required=True)
     parser.add("--out FILE", "also write the predictions to FILE (.csv or .json)", type=Path)
     options = parser.parse_args(words)
     from icl.api import load_checkpoint
     from icl.evaluation.prediction import predict_from_prompt, read_prompt_file, write_predictions
 
+    is_stored = "://" in options.path
     if options.out is not None:
-        require_output_table(options.out, options.prompt, options.path)
+        require_output_table(options.out, options.prompt, None if is_stored else options.path)
     prompt = read_prompt_file(options.prompt)
-    model, info = load_checkpoint(require_place(options.path))
+    model, info = load_checkpoint(options.path if is_stored else require_place(options.path), step=options.step)
     predictions = predict_from_prompt(model, *prompt)
     print(f"{info['path']} (step {info['step']:,}), {len(prompt.x_context)} context examples")
     for query, prediction in zip(prompt.x_query.tolist(), predictions.tolist(), strict=True):

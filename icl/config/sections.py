@@ -252,7 +252,7 @@ class CheckpointsConfig:
     resume_seconds: float = 20.0
     """Seconds between saves of `last.ckpt`, the file from which an interrupted run resumes."""
     store: str | None = None
-    """Second place where a copy of the run is stored: a folder, or a URL such as s3://bucket/prefix. By default
+    """Second place where a copy of the run is stored: a folder, or a URL such as s3://bucket/prefix or hf://USER/REPO. By default
     s3://$AWS_BUCKET_NAME if that variable is set, else none."""
     imported_from: str | None = None
     """Older code base that trained the run, if `icl import` made the run's folder. `icl train` does not continue such a run."""

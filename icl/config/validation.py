@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard, TypeVar, get_args, get_origin
 
-STORE_SCHEMES = ("file", "s3")
+STORE_SCHEMES = ("file", "s3", "hf")
 """Accepted URL schemes for stores. A store without a scheme is a folder."""
 
 MAX_NUMBER = 1e30
@@ -247,15 +247,21 @@ def require_store(url: Any, name: str = "checkpoints.store") -> None:
     """Refuse a value that is not the URL or folder of a store. Also refuse credentials in a URL, which would be saved with the run."""
     text = url if isinstance(url, str) else ""
     scheme, _, path = text.partition("://") if "://" in text else ("file", "", text)
+    if scheme.lower() == "hf":
+        require(
+            re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.%-]+)?(/[\w.,=+ -]+)*/?", path) is not None,
+            f"`{name}` must be hf://USER/REPO, hf://USER/REPO@REVISION or a folder below, got {re.sub('[^/@]+@', '...@', text)!r}. Set a token as "
+            "HF_TOKEN, never in the address.",
+        )
     require(
-        "@" not in path,
+        "@" not in path or scheme.lower() == "hf",
         f"`{name}` must not contain credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead.",
     )
     # Without this check, `s3:bucket` would be accepted as a folder of that name.
     is_slip = re.match(r"(file|s3|https?|gs|hf):(?!//)", text, re.IGNORECASE) is not None
     require(
         bool(path.strip("/")) and not is_slip and scheme.lower() in STORE_SCHEMES,
-        f"`{name}` must be a folder, file:///folder or s3://bucket/prefix, got {url!r}.",
+        f"`{name}` must be a folder, file:///folder, s3://bucket/prefix or hf://USER/REPO, got {url!r}.",
     )
     if "://" in text:
         is_absolute = path.startswith(("/", "~")) == (scheme.lower() == "file")

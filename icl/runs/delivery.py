@@ -18,7 +18,7 @@ from icl.files.writing import StorageError, write_atomically
 from icl.presets import run_name
 from icl.runs.copied_files import copied_names
 from icl.runs.folder import RunFolder
-from icl.runs.mirror import open_mirror, same_file, store_url
+from icl.runs.mirror import open_mirror, same_file, store_url, write_card
 from icl.store.base import sha256
 
 _NOTE = ".delivered"
@@ -69,8 +69,9 @@ def send_results(run: RunFolder) -> list[str]:
         if not same_file(mirror.here, mirror.there, "run-id"):
             raise StorageError("the store has no copy of this run")
         sent = [name for name in left if not same_file(mirror.here, mirror.there, name)]
-        for name in sent:
-            mirror.there.write(name, mirror.here.read(name))
+        if sent:
+            mirror.there.write_many({name: mirror.here.read(name) for name in sent})
+            write_card(mirror)
     except StorageError as error:
         raise UploadError(describe_left(run, url, left, str(error))) from None
     note_delivered(run, config, left)

@@ -22,6 +22,7 @@ from icl.config import RunConfig
 from icl.config.validation import ConfigError
 from icl.files.writing import StorageError
 from icl.progress import progress_bar
+from icl.runs.card import CARD, card_text
 from icl.runs.checkpoints import CheckpointError
 from icl.runs.claims import claim
 from icl.runs.copied_files import LAST, NEEDED, copied_names, require_no_links_out, require_whole, size_limit
@@ -33,6 +34,8 @@ from icl.store.base import DamagedError, LocalStore, MissingKeyError, Store, rea
 from icl.store.opening import open_store
 
 _NUM_WORKERS = 8
+_MAX_BATCH = 2**29
+"""Largest number of bytes that are kept in memory for one write of many files."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -188,9 +191,26 @@ def push(mirror: Mirror, *, force: bool = False) -> list[str]:
     _require_not_behind(mirror.here, mirror.there, "push", force)
     claim(mirror.here, mirror.there, config)
     copied, damaged = _transfer(mirror.here, mirror.there, "pushing", force)
+    write_card(mirror)
     if damaged:
         raise DamagedError(f"{'; '.join(map(_bare, damaged))}; {len(copied):,} other files were sent.")
     return copied
+
+
+def write_card(mirror: Mirror) -> None:
+    """Write the model card of a store on the Hugging Face Hub, with this run's section. Other stores have none.
+
+    Raises:
+        StorageError: If the store cannot be used.
+    """
+    if not mirror.url.lower().startswith("hf://"):
+        return
+    store = open_store(mirror.url)
+    old = read_or_none(store, CARD)
+    name = str(mirror.there).removeprefix(str(store)).strip("/")
+    new = card_text((old or b"").decode("utf-8", errors="replace"), mirror.run, name, str(store))
+    if new.encode() != old:
+        store.write(CARD, new.encode())
 
 
 def read_config(store: Store) -> RunConfig | None:
@@ -253,7 +273,7 @@ def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[li
     names = copied_names(source)
     damaged: list[str] = []
 
-    def copy(name: str) -> str | None:
+    def read(name: str) -> bytes | None:
         if not force and same_file(source, target, name):
             return None
         try:
@@ -264,13 +284,37 @@ def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[li
                 raise
             damaged.append(str(error))
             return None
-        target.write(name, data)
-        return name
+        return data
+
+    def copy(name: str) -> str | None:
+        data = read(name)
+        if data is not None:
+            target.write(name, data)
+        return None if data is None else name
 
     with progress_bar(label, len(names), "file") as bar:
+        if target.files_per_write > 1:
+            return _write_in_batches(names, read, target, bar), sorted(damaged)
         copied = in_parallel(copy, [name for name in names if name not in LAST], bar)
         copied += _counted(map(copy, (name for name in names if name in LAST)), bar)
     return [name for name in copied if name], sorted(damaged)
+
+
+def _write_in_batches(names: Sequence[str], read: Callable[[str], bytes | None], target: Store, bar: tqdm) -> list[str]:
+    """Write files in the order of their names, many at once. Return the names of those that had to be written."""
+    batch: dict[str, bytes] = {}
+    written: list[str] = []
+    for index, name in enumerate(names):
+        data = read(name)
+        if data is not None:
+            batch[name] = data
+        is_full = len(batch) == target.files_per_write or sum(map(len, batch.values())) > _MAX_BATCH
+        if batch and (is_full or index == len(names) - 1):
+            target.write_many(batch)
+            written += batch
+            batch = {}
+        bar.update()
+    return written
 
 
 def in_parallel(act: Callable[[Item], Result], items: Sequence[Item], bar: tqdm) -> list[Result]:

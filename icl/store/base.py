@@ -11,8 +11,9 @@ then renames it. If the process is killed before the renaming, only a temporary 
 import hashlib
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from icl.files.reading import MAX_SMALL_FILE, ContentError, read_bytes
 from icl.files.system import link_or_create
@@ -34,6 +35,9 @@ class MissingKeyError(StorageError):
 class Store(Protocol):
     """A store of bytes by key. `str(store)` is the store's address."""
 
+    files_per_write: int
+    """Largest number of files that `write_many` writes at once. If it is 1, writing files one by one costs no more."""
+
     def read(self, key: str, *, limit: int | None = None) -> bytes:
         """Return the value of a key. If the store keeps digests, compare the value with the digest that was saved with it.
 
@@ -46,6 +50,9 @@ class Store(Protocol):
     def write(self, key: str, data: bytes) -> None:
         """Set the value of a key, completely or not at all."""
 
+    def write_many(self, files: Mapping[str, bytes], *, delete: Sequence[str] = ()) -> None:
+        """Set the values of several keys, and delete others, in as few writes as the store allows."""
+
     def create(self, key: str, data: bytes) -> bool:
         """Write only if the key does not exist (atomic); return whether it was written."""
 
@@ -55,11 +62,31 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove a key. A missing key is not an error."""
 
+    def is_resting(self) -> bool:
+        """Return whether a running training should wait with its next write, because the store limits the number of writes."""
+
     def check(self) -> None:
         """Raise StorageError if the store cannot be used."""
 
 
-class LocalStore:
+class OneByOne:
+    """The methods of a store that writes files one by one."""
+
+    files_per_write = 1
+
+    def write_many(self: Any, files: Mapping[str, bytes], *, delete: Sequence[str] = ()) -> None:
+        """Set the values of several keys in order, and delete others. After an error, earlier values stay."""
+        for key in delete:
+            self.delete(key)
+        for key, data in files.items():
+            self.write(key, data)
+
+    def is_resting(self) -> bool:
+        """Return False: writes are not limited."""
+        return False
+
+
+class LocalStore(OneByOne):
     """Store in a folder, which is made on the first write."""
 
     def __init__(self, root: str | Path) -> None:

@@ -15,7 +15,7 @@ from botocore.parsers import ResponseParserError
 
 from icl.files.writing import StorageError
 from icl.store import waiting
-from icl.store.base import DamagedError, MissingKeyError, require_key, sha256
+from icl.store.base import DamagedError, MissingKeyError, OneByOne, require_key, sha256
 from icl.store.s3_errors import describe_failure, describe_refusal, is_absent, server_name
 from icl.store.s3_requests import Requests
 
@@ -30,7 +30,7 @@ _NUM_READS = 3
 Result = TypeVar("Result")
 
 
-class S3Store:
+class S3Store(OneByOne):
     """The objects of a bucket whose keys begin with a prefix.
 
     Args:

@@ -65,18 +65,25 @@ class Sender:
         """
         if not self.mirror.run.config_file.exists():
             return True  # the folder was removed; its copy in the store remains
+        if bar is None and self.mirror.there.is_resting():
+            return True  # the store limits the number of writes; the files are sent in a later round
         is_whole = bar is not None or "last.ckpt" in self.changed()
         vouchers = [self._read(name) for name in VOUCHERS if is_whole and name in self.changed()]
         others = [name for name in self.changed() if is_checkpoint(name) or (is_whole and name not in VOUCHERS)]
         num_failures = num_in_a_row = 0
         if not self._tidy_store():
             return False
-        for name in others:
+        size = self.mirror.there.files_per_write
+        batches = [others[start : start + size] for start in range(0, len(others), size)]
+        for number, names in enumerate(batches):
             if is_over() or num_in_a_row == MAX_FAILURES:
                 return False
-            num_in_a_row = 0 if self._send(self._read(name), bar) else num_in_a_row + 1
+            files = [self._read(name) for name in names]
+            if size > 1 and num_failures == 0 and number == len(batches) - 1:
+                files, vouchers = files + vouchers, []  # many files arrive in one write, completely or not at all
+            num_in_a_row = 0 if self._send(files, bar) else num_in_a_row + 1
             num_failures += num_in_a_row > 0
-        return num_failures == 0 and all(self._send(voucher, bar) for voucher in vouchers)
+        return num_failures == 0 and all(self._send([voucher], bar) for voucher in vouchers)
 
     def _tidy_store(self) -> bool:
         """List the store's files and delete former best checkpoints. Return False if the store cannot be reached."""
@@ -88,9 +95,10 @@ class Sender:
             # The best checkpoint stays in the store even if it is missing in the run's folder.
             best = _checkpoint_files([] if best_step is None else [best_step])
             wanted = {*self._scheduled, *self.mirror.here.keys("checkpoints"), *best}
-            for name in [name for name in self._there if is_checkpoint(name) and name not in wanted]:
-                self.mirror.there.delete(name)
-                self._there.remove(name)
+            obsolete = [name for name in self._there if is_checkpoint(name) and name not in wanted]
+            if obsolete:
+                self.mirror.there.write_many({}, delete=obsolete)
+                self._there -= set(obsolete)
         except StorageError as error:
             self.reason = str(error)
             return False
@@ -104,30 +112,41 @@ class Sender:
         except MissingKeyError:
             return None
 
-    def _send(self, file: _File | None, bar: tqdm | None) -> bool:
-        """Send a file unless the store has it. Return False if the store failed.
+    def _send(self, files: Sequence[_File | None], bar: tqdm | None) -> bool:
+        """Send files in one write, without those that the store has. Return False if the store failed.
 
-        If the file in the run's folder is damaged, it is not sent, so that it never replaces an intact copy.
+        If a file in the run's folder is damaged, it is not sent, so that it never replaces an intact copy.
         """
-        if file is None or self._there is None:
+        there = self._there
+        if there is None:
             return True
+        whole = [file for file in files if file is not None and self._is_whole(file)]
+        try:
+            new = {
+                file.name: file.data
+                for file in whole
+                if not (file.name in there and self.mirror.there.digest(file.name) == sha256(file.data))
+            }
+            if new:
+                self.mirror.there.write_many(new)
+        except StorageError as error:
+            self.reason = str(error)
+            return False
+        for file in whole:
+            waiting.moved()
+            there.add(file.name)
+            self._sent[file.name] = file.signature
+            if bar is not None:
+                bar.update()
+        return True
+
+    def _is_whole(self, file: _File) -> bool:
+        """Return whether a file is undamaged. If it is not, keep the reason."""
         try:
             require_whole(file.name, file.data, f"{self.mirror.here}/{file.name}")
         except UserError as error:
             self.reason = str(error)
-            return True
-        try:
-            is_there = file.name in self._there and self.mirror.there.digest(file.name) == sha256(file.data)
-            if not is_there:
-                self.mirror.there.write(file.name, file.data)
-        except StorageError as error:
-            self.reason = str(error)
             return False
-        waiting.moved()
-        self._there.add(file.name)
-        self._sent[file.name] = file.signature
-        if bar is not None:
-            bar.update()
         return True
 
     def _signature(self, name: str) -> Signature | None:

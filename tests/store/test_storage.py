@@ -14,8 +14,23 @@ from icl.store.s3 import S3Store
 # The contract
 
 
-@pytest.fixture(params=["folder", "file URL", "s3", "s3 with a prefix"])
+@pytest.fixture(
+    params=[
+        "folder",
+        "file URL",
+        "s3",
+        "s3 with a prefix",
+        "hub with a folder",
+        pytest.param("hub", marks=pytest.mark.slow),
+    ]
+)
 def store(request, tmp_path) -> Store:
+    if request.param.startswith("hub"):
+        server = request.getfixturevalue("hub")
+        if "folder" in request.param:
+            server.create("user/models", private=True)
+            server.commit("user/models", {"runs-of-others/a": b"not mine", "README.md": b"# mine"}, "other")
+        return open_store("hf://user/models/runs" if "folder" in request.param else "hf://user/models")
     if not request.param.startswith("s3"):
         return open_store(f"{'file://' if 'URL' in request.param else ''}{tmp_path / 'store'}")
     s3 = request.getfixturevalue("s3")
@@ -35,6 +50,15 @@ def test_what_is_written_is_read(store):
     store.write("a/b.bin", b"\x00one")
     store.write("a/b.bin", b"two")
     assert store.read("a/b.bin") == b"two"
+
+
+def test_many_values_are_written_and_deleted_together(store):
+    store.write("old", b"1")
+    files = {f"many/{number}": b"%d" % number for number in range(60)}
+    store.write_many(files, delete=["old"])
+    assert store.keys() == sorted(files)
+    assert store.read("many/59") == b"59"
+    store.write_many({})
 
 
 def test_a_value_is_read_up_to_a_limit(store):
@@ -104,7 +128,9 @@ def test_the_url_chooses_the_store(tmp_path):
 
 @pytest.mark.parametrize("url", ["gs://bucket", "http://host/a", "s3://", ""])
 def test_other_urls_are_refused(url):
-    with pytest.raises(StorageError, match=r"A store is a folder, file:///folder or s3://bucket/prefix, got"):
+    with pytest.raises(
+        StorageError, match=r"A store is a folder, file:///folder, s3://bucket/prefix or hf://USER/REPO, got"
+    ):
         open_store(url)
 
 

@@ -1,0 +1,105 @@
+"""The model card of a repository on the Hugging Face Hub: `README.md`, with a section for each run.
+
+A section is made from the run's settings, its table of losses and its figure of the training. It stands between two marks. Text
+outside of the marks belongs to the user and stays as it is.
+"""
+
+import csv
+import io
+import re
+
+from icl.config import RunConfig
+from icl.config.validation import UserError
+from icl.files.reading import ContentError, read_bytes
+from icl.runs.checkpoints import list_steps
+from icl.runs.folder import RunFolder
+
+CARD = "README.md"
+_HEAD = """---
+library_name: icl
+tags:
+- in-context-learning
+- linear-regression
+---
+
+# Transformers trained on in-context linear regression
+
+Made with `icl`. Each run has a folder with its checkpoints, as `icl` saves them. The weights are safetensors files.
+"""
+_MAX_ROWS = 40
+_FIGURES = ("figures/training.png", "figures/evaluation.png")
+
+
+def card_text(old: str, run: RunFolder, name: str, store: str) -> str:
+    """Return the card with the section of a run: a new one, or in place of its old one.
+
+    Args:
+        old: The present card. Empty if there is none.
+        run: The run's folder.
+        name: The run's folder in the store.
+        store: The store's address.
+
+    Raises:
+        ConfigError: If the run's settings cannot be read.
+    """
+    begin, end = f"<!-- icl run {name} -->", f"<!-- end of icl run {name} -->"
+    section = f"{begin}\n{_section(run, name, store)}\n{end}"
+    card = old if old.strip() else _HEAD
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if pattern.search(card):
+        return pattern.sub(lambda match: section, card, count=1)
+    return f"{card.rstrip()}\n\n{section}\n"
+
+
+def _section(run: RunFolder, name: str, store: str) -> str:
+    config, steps = run.read_config(), list_steps(run.checkpoints)
+    parts = [f"## {name}", _settings(config)]
+    if steps:
+        parts.append(f"{len(steps):,} checkpoints, from step {steps[0]:,} to step {steps[-1]:,}.")
+    parts += [
+        f'```python\nfrom icl import load_model\n\nmodel = load_model("{store}/{name}")  # or step={steps[-1] if steps else 0}\n```'
+    ]
+    figure = next((file for file in _FIGURES if (run.path / file).is_file()), None)
+    if figure is not None:
+        parts.append(f"![Training of {name}]({name}/{figure})")
+    table = _losses(run)
+    if table:
+        parts += ["Mean squared error per target of the model and of the baselines:", table]
+    return "\n\n".join(parts)
+
+
+def _settings(config: RunConfig) -> str:
+    task, model, optim = config.task, config.model, config.optim
+    source = config.checkpoints.imported_from
+    rows = {
+        "Task": f"D = {task.task_size}, K = {task.max_examples}, M = {task.num_tasks}, noise variance {task.noise_variance:g}",
+        "Model": f"{model.num_layers} layers, {model.num_heads} heads, width {model.embed_size}, MLP {model.mlp_size}, "
+        f"layer norm {model.layer_norm}",
+        "Training": f"imported from {source}"
+        if source
+        else f"{config.trainer.max_steps:,} steps of {config.trainer.batch_size:,} prompts, {optim.schedule} learning rate {optim.lr:g}",
+        "Preset": config.preset,
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+
+
+def _losses(run: RunFolder) -> str:
+    """Return `results/losses.csv` as a table of Markdown. Empty if there is none that can be read."""
+    try:
+        text = read_bytes(run.results / "losses.csv").decode("utf-8")
+        rows = list(csv.reader(io.StringIO(text)))
+    except (OSError, ContentError, UserError, ValueError, csv.Error):
+        return ""
+    if not 1 < len(rows) <= _MAX_ROWS or len({len(row) for row in rows}) != 1:
+        return ""
+    cells = [[_cell(value) for value in row] for row in rows]
+    lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Return a cell's text: a number with four digits, or text without characters that Markdown reads."""
+    try:
+        return f"{float(text):.4g}"
+    except ValueError:
+        return re.sub(r"[^\w .:+-]", "", text)

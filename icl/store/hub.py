@@ -1,0 +1,225 @@
+"""Store in a model repository of the Hugging Face Hub: `hf://USER/REPO`, `hf://USER/REPO@REVISION`, or a folder below.
+
+The package `huggingface_hub` does all requests. It finds the server (`HF_ENDPOINT`) and the token (`HF_TOKEN`, or the login of `hf auth
+login`). This module reads neither, so no token is logged or saved.
+
+Every change is a commit, and the Hub limits commits to 128 an hour. So `write_many` puts up to `FILES_PER_COMMIT` files into one commit,
+which arrives completely or not at all. A commit names its parent. If another program has committed since, the Hub refuses ours. We
+try again on top of the other commit, unless it changed the folder of this store. Then the writer gets an error.
+"""
+
+import functools
+import io
+import random
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, hf_hub_download
+from huggingface_hub.hf_api import RepoFile
+
+from icl.files.writing import StorageError
+from icl.store.base import DamagedError, MissingKeyError, require_key, sha256
+from icl.store.hub_errors import is_conflict, server
+from icl.store.hub_repository import CALL_SECONDS, COMMIT_SECONDS, Listing, Repository
+
+FILES_PER_COMMIT = 50
+"""Largest number of files in one commit. The Hub recommends 50 to 100."""
+_BYTES_PER_SECOND = 50_000
+"""Slowest upload that is waited for."""
+_MAX_CONFLICTS = 20
+
+
+class HubStore:
+    """The files of a repository below a folder.
+
+    Args:
+        repository: The repository and its revision.
+        prefix: Folder within the repository; empty means the whole repository.
+    """
+
+    files_per_write = FILES_PER_COMMIT
+
+    def __init__(self, repository: Repository, prefix: str = "") -> None:
+        self.repository, self.prefix = repository, prefix.strip("/")
+
+    def __str__(self) -> str:
+        revision = "" if self.repository.revision == "main" else f"@{self.repository.revision.replace('/', '%2F')}"
+        return f"hf://{self.repository.name}{revision}/{self.prefix}".rstrip("/")
+
+    def read(self, key: str, *, limit: int | None = None) -> bytes:
+        """Return the value of a key. If the Hub keeps its SHA-256, the value is checked against it.
+
+        Raises:
+            MissingKeyError: If the key has no value.
+            StorageError: If it is damaged or has more than `limit` bytes, or the Hub cannot be used.
+        """
+        file = self._file(key)
+        if limit is not None and file.size > limit:
+            raise StorageError(f"Cannot read {self}/{key}: it has {file.size:,} bytes, and at most {limit:,} are read.")
+        data = self.repository.ask("read", lambda: self._download(file.path), key=key)
+        digest = _sha256(file)
+        if len(data) != file.size or (digest is not None and sha256(data) != digest):
+            raise DamagedError(f"{self}/{key} is damaged: its bytes do not match their digest on the Hub.")
+        return data
+
+    def digest(self, key: str) -> str:
+        """Return the SHA-256 of a value. The Hub keeps it for large files; a small file is read.
+
+        Raises:
+            MissingKeyError: If the key has no value.
+            StorageError: If the Hub cannot be used.
+        """
+        return _sha256(self._file(key)) or sha256(self.read(key))
+
+    def write(self, key: str, data: bytes) -> None:
+        """Set the value of a key, in a commit of its own.
+
+        Raises:
+            StorageError: If the Hub refuses it or cannot be used.
+        """
+        self.write_many({key: data})
+
+    def write_many(self, files: Mapping[str, bytes], *, delete: Sequence[str] = ()) -> None:
+        """Set the values of several keys and delete others, in commits of up to `FILES_PER_COMMIT` files.
+
+        Raises:
+            StorageError: If the Hub refuses a commit, or another program changed this folder at the same time. Earlier commits stay.
+        """
+        for key in (*files, *delete):
+            require_key(key, self)
+        operations: list[Any] = [CommitOperationDelete(path_in_repo=self._path(key)) for key in delete]
+        operations += [_addition(self._path(key), data) for key, data in files.items()]
+        for start in range(0, len(operations), FILES_PER_COMMIT):
+            part = operations[start : start + FILES_PER_COMMIT]
+            names = [operation.path_in_repo for operation in part]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            self._commit(part, f"{names[0]}{more}")
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Set the value of a key only if it has none; return whether it was set. Of several writers, only one succeeds."""
+        require_key(key, self)
+        with self.repository.lock:
+            for _ in range(_MAX_CONFLICTS):
+                listing = self.repository.listing(is_new=True)
+                if self._path(key) in listing.files:
+                    return False
+                operation = _addition(self._path(key), data)
+                if self._try_commit([operation], self._path(key), listing.commit):
+                    return True
+        raise StorageError(f"Other programs commit to {self} all the time; run the same command again later.")
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Return every key below the folder `prefix`, sorted."""
+        root = f"{self.prefix}/" if self.prefix else ""
+        below = f"{root}{prefix.strip('/')}/" if prefix else root
+        files = self.repository.listing().files
+        is_ours = (path for path in files if path.startswith(below) and (self.prefix or path != ".gitattributes"))
+        return sorted(path.removeprefix(root) for path in is_ours)
+
+    def delete(self, key: str) -> None:
+        """Remove a key, in a commit of its own. A missing key is no error."""
+        require_key(key, self)
+        if self._path(key) in self.repository.listing().files:
+            self.write_many({}, delete=[key])
+
+    def check(self) -> None:
+        """Check that the Hub answers, and that the repository can be read if it exists.
+
+        Raises:
+            StorageError: If it cannot be used. A repository that does not exist needs a token, with which the first write makes it.
+        """
+        if self.repository.listing(is_new=True).commit is None:
+            self.repository.ask("find", self.repository.api.whoami)
+
+    def is_resting(self) -> bool:
+        """Return whether the last commit was so recent that training should wait with the next one."""
+        return time.monotonic() - self.repository.committed_at < COMMIT_SECONDS
+
+    def _path(self, key: str) -> str:
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+    def _file(self, key: str) -> RepoFile:
+        require_key(key, self)
+        file = self.repository.listing().files.get(self._path(key))
+        if file is None:
+            raise MissingKeyError(f"There is no file {self}/{key}.")
+        return file
+
+    def _download(self, path: str) -> bytes:
+        commit = self.repository.listing().commit
+        with tempfile.TemporaryDirectory(prefix="icl-hub-") as folder:
+            file = hf_hub_download(
+                self.repository.name, path, revision=commit, local_dir=folder, endpoint=self.repository.endpoint
+            )
+            return Path(file).read_bytes()
+
+    def _commit(self, operations: Sequence[Any], message: str) -> None:
+        """Commit, again on top of commits of other programs that do not change this folder."""
+        with self.repository.lock:
+            first = listing = self.repository.listing(is_new=True)
+            for _ in range(_MAX_CONFLICTS):
+                if self._try_commit(operations, message, listing.commit):
+                    return
+                listing = self.repository.listing(is_new=True)
+                changed = self._changed(first, listing)
+                if changed:
+                    raise StorageError(
+                        f"Another program changed {changed[0]} in {self} at the same time, so nothing was written. If it works on the same "
+                        "run, stop one of the two, and run the same command again."
+                    )
+        raise StorageError(f"Other programs commit to {self} all the time; run the same command again later.")
+
+    def _try_commit(self, operations: Sequence[Any], message: str, parent: str | None) -> bool:
+        """Commit on top of `parent`. Return False if it is no longer the newest commit."""
+        try:
+            size = sum(part.upload_info.size for part in operations if isinstance(part, CommitOperationAdd))
+            act = functools.partial(self.repository.commit, operations, message, parent)
+            self.repository.ask("write", act, seconds=CALL_SECONDS + size / _BYTES_PER_SECOND)
+        except StorageError:
+            raise
+        except Exception as error:
+            if not is_conflict(error):
+                raise
+            time.sleep(random.uniform(0, 0.2))  # so that two programs do not meet again
+            return False
+        return True
+
+    def _changed(self, before: Listing, after: Listing) -> list[str]:
+        """Return the paths below this folder that differ between two commits."""
+        root = f"{self.prefix}/" if self.prefix else ""
+        old, new = (
+            {path: file.blob_id for path, file in listing.files.items() if path.startswith(root)}
+            for listing in (before, after)
+        )
+        return sorted(path for path in {*old, *new} if old.get(path) != new.get(path))
+
+
+_REPOSITORIES: dict[tuple[str, str, str], Repository] = {}
+"""Repositories in use, by name, revision and server, so that all stores of this process share listings and commits."""
+
+
+def open_hub(path: str) -> HubStore:
+    """Return the store at the part of an address after `hf://`."""
+    user, _, rest = path.partition("/")
+    repository, _, prefix = rest.partition("/")
+    repository, _, revision = repository.partition("@")
+    key = (f"{user}/{repository}", unquote(revision) or "main", server())
+    return HubStore(_REPOSITORIES.setdefault(key, Repository(*key)), prefix)
+
+
+def _addition(path: str, data: bytes) -> CommitOperationAdd:
+    """Return the operation that adds a file, by HTTP.
+
+    For a buffer, the client does not use Xet. Xet needs another server than `HF_ENDPOINT`, and ignores our time limits. It pays off
+    only for files of gigabytes.
+    """
+    return CommitOperationAdd(path, io.BytesIO(data))
+
+
+def _sha256(file: RepoFile) -> str | None:
+    """Return the digest that the Hub keeps for a large file, or None for a small one."""
+    return file.lfs.sha256 if file.lfs is not None else None

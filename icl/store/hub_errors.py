@@ -1,0 +1,102 @@
+"""Errors of the Hugging Face Hub in sentences, and how long to wait before a request is repeated."""
+
+import os
+from typing import Any
+
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from icl.files.redaction import redact
+from icl.files.writing import StorageError
+
+MAX_PAUSE = 90.0
+"""Longest wait in seconds. If the Hub asks for a longer one, the command ends and says so."""
+_BUSY = (408, 429, 500, 502, 503, 504)
+_TOKEN = "Set HF_TOKEN to a token with write access, or log in with `hf auth login`"
+
+
+def server() -> str:
+    """Return the address of the Hub: $HF_ENDPOINT, or huggingface.co."""
+    return os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or "https://huggingface.co"
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Return whether a commit was refused because its parent is no longer the newest commit."""
+    return _status(error) in (409, 412)
+
+
+def is_missing_repository(error: BaseException) -> bool:
+    """Return whether the repository does not exist, or this user must not see it."""
+    return isinstance(error, RepositoryNotFoundError) and _status(error) in (401, 404, None)
+
+
+def pause_before_retry(error: BaseException, attempt: int) -> float | None:
+    """Return the seconds to wait before the request is repeated, or None if repeating it is useless."""
+    status = _status(error)
+    if isinstance(error, (LocalTokenNotFoundError, OfflineModeIsEnabled)):
+        return None
+    if status is None:
+        return min(2.0**attempt * 0.5, 20.0) if _is_network(error) else None
+    if status not in _BUSY:
+        return None
+    asked = _asked_pause(error)
+    if asked is not None:
+        return asked if asked <= MAX_PAUSE else None
+    return min(2.0**attempt * 0.5, 20.0)
+
+
+def describe(error: BaseException, place: str, verb: str, key: str, endpoint: str) -> StorageError:
+    """Return the error for a request that failed for good. It contains no token."""
+    status, what = _status(error), f"{place}/{key}".rstrip("/")
+    if isinstance(error, OfflineModeIsEnabled):
+        return StorageError(f"Cannot {verb} {what}: HF_HUB_OFFLINE is set. Unset it to use the Hub.")
+    if isinstance(error, LocalTokenNotFoundError):
+        return StorageError(f"Cannot {verb} {what}: there is no such repository, or no token to see it. {_TOKEN}.")
+    if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
+        return StorageError(
+            f"Cannot {verb} {what}: the Hub refuses access ({status or 404}). {_TOKEN}, and check the name of the repository."
+        )
+    if status == 404:
+        return StorageError(f"Cannot {verb} {what}: the Hub has no such revision or file (404). Check the address.")
+    if status == 429:
+        asked = _asked_pause(error)
+        wait = f" for {asked / 60:.0f} minutes" if asked is not None and asked > MAX_PAUSE else ""
+        return StorageError(
+            f"Cannot {verb} {what}: the Hub accepts no more requests of this user{wait} (429). What has arrived stays; run the same "
+            "command again later, and it sends only the rest."
+        )
+    if status is not None:
+        return StorageError(
+            f"Cannot {verb} {what}: {endpoint} answered with an error ({status}). Run the same command again later."
+        )
+    reason = redact(" ".join(str(error).split()))[:200] or type(error).__name__
+    return StorageError(
+        f"Cannot {verb} {what}: {endpoint} cannot be reached or broke off ({reason.rstrip('.')}). Run the same command again."
+    )
+
+
+def _status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None)
+
+
+def _is_network(error: BaseException) -> bool:
+    """Return whether an error is of the connection, in any of the client's HTTP libraries."""
+    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, (OSError, HfHubHTTPError)) or bool(
+        modules & {"httpx", "httpx2", "httpcore", "httpcore2", "requests"}
+    )
+
+
+def _asked_pause(error: BaseException) -> float | None:
+    """Return the seconds that the Hub asks us to wait, from the header Retry-After or RateLimit."""
+    headers: Any = getattr(getattr(error, "response", None), "headers", {}) or {}
+    text = str(headers.get("retry-after", ""))
+    if not text:
+        parts = (part.strip() for part in str(headers.get("ratelimit", "")).split(";"))
+        text = next((part.removeprefix("t=") for part in parts if part.startswith("t=")), "")
+    return float(text) if text.isdecimal() else None

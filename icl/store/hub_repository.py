@@ -1,0 +1,135 @@
+"""One revision of a repository on the Hugging Face Hub: its listing, its commits, and requests that are repeated.
+
+All stores of a process below one repository share this object. So they share the listing, and commit one after another.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from huggingface_hub import HfApi
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars
+
+from icl.files.writing import StorageError
+from icl.store import waiting
+from icl.store.hub_errors import describe, is_conflict, is_missing_repository, pause_before_retry
+
+COMMIT_SECONDS = 600.0
+"""Seconds between two commits while a run trains. The Hub accepts 128 commits an hour for all runs of a user."""
+LISTING_SECONDS = 2.0
+"""Seconds for which a listing of the repository is used again. Own commits end it at once."""
+CALL_SECONDS = 120.0
+"""Seconds after which we give up on a request. For a commit, time for its bytes is added."""
+_MAX_RETRIES = 6
+
+Result = TypeVar("Result")
+
+
+class Listing(NamedTuple):
+    """The files of a repository at one commit."""
+
+    commit: str | None
+    """The commit, or None if the repository does not exist."""
+    files: dict[str, RepoFile]
+    at: float
+    """Time of the listing, from `time.monotonic`."""
+
+
+class Repository:
+    """One revision of a repository, shared by all stores of this process below it."""
+
+    def __init__(self, name: str, revision: str, endpoint: str) -> None:
+        self.name, self.revision, self.endpoint = name, revision, endpoint
+        self.api = HfApi(endpoint=endpoint)
+        self.lock = threading.RLock()
+        self.committed_at = -COMMIT_SECONDS
+        """Time of this process's last commit, from `time.monotonic`."""
+        self._listing: Listing | None = None
+        disable_progress_bars()
+        logging.getLogger("huggingface_hub._commit_api").addFilter(_is_not_about_xet)
+
+    def listing(self, *, is_new: bool = False) -> Listing:
+        """Return the files at the revision's newest commit, or those of the last two seconds."""
+        with self.lock:
+            old = self._listing
+            if is_new or old is None or time.monotonic() - old.at > LISTING_SECONDS:
+                self._listing = self.ask("list", self._list)
+            assert self._listing is not None
+            return self._listing
+
+    def files_at(self, commit: str | None) -> dict[str, RepoFile]:
+        """Return the files at a commit by their paths."""
+        if commit is None:
+            return {}
+        tree = self.api.list_repo_tree(self.name, recursive=True, revision=commit)
+        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+    def commit(self, operations: Sequence[Any], message: str, parent: str | None) -> None:
+        """Add a commit on top of `parent`. A repository that does not exist is made, and is private.
+
+        Raises:
+            Exception: Errors of the client, such as that `parent` is no longer the newest commit.
+        """
+        if parent is None:
+            self.api.create_repo(self.name, exist_ok=True, private=True)
+            parent = self._head()
+        self.api.create_commit(
+            self.name, operations=operations, commit_message=message, revision=self.revision, parent_commit=parent
+        )
+        self.committed_at, self._listing = time.monotonic(), None
+
+    def ask(self, verb: str, act: Callable[[], Result], *, key: str = "", seconds: float = CALL_SECONDS) -> Result:
+        """Return the result of a call. Repeat it while the server is busy or the network fails.
+
+        Args:
+            verb: What the call does, for messages.
+            act: The call.
+            key: The file that it is about, for messages.
+            seconds: Seconds after which to give up on it.
+
+        Raises:
+            StorageError: If it fails for good. The message says what to do.
+        """
+        for attempt in range(_MAX_RETRIES):
+            result, error = _attempt(act, seconds, self.endpoint)
+            if error is None:
+                return result  # type: ignore[return-value]
+            if isinstance(error, StorageError) or is_conflict(error):
+                raise error
+            pause = pause_before_retry(error, attempt)
+            if pause is None or attempt == _MAX_RETRIES - 1:
+                raise describe(error, f"hf://{self.name}", verb, key, self.endpoint) from None
+            time.sleep(pause)
+        raise AssertionError
+
+    def _list(self) -> Listing:
+        try:
+            commit = self._head()
+        except Exception as error:
+            if not is_missing_repository(error):
+                raise
+            commit = None
+        return Listing(commit, self.files_at(commit), time.monotonic())
+
+    def _head(self) -> str | None:
+        return self.api.repo_info(self.name, revision=self.revision).sha
+
+
+def _attempt(act: Callable[[], Result], seconds: float, endpoint: str) -> tuple[Result | None, Exception | None]:
+    """Return the result of a call, or its error."""
+    try:
+        return waiting.await_result(act, seconds=seconds, awaited=endpoint), None
+    except waiting.StalledError:
+        return None, StorageError(
+            f"{endpoint} did not answer within {seconds:.0f} s, so we gave up. Run the same command again later."
+        )
+    except Exception as error:  # the client and its libraries raise a dozen kinds
+        return None, error
+
+
+def _is_not_about_xet(record: logging.LogRecord) -> bool:
+    """Return False for the client's warning that a buffer is uploaded by HTTP, which we want."""
+    return "not supported by Xet" not in record.getMessage()
