@@ -24,6 +24,8 @@ from icl.config import ModelConfig, OptimConfig
 from icl.model.flat import Layout, layout_of
 from icl.model.stacked import apply
 
+SMALLEST_PART = 32
+"""A part of a batch has at least this many prompts, because smaller parts gain nothing from a core of their own."""
 _CLIP_EPS = 1e-6  # added to the norm that a gradient is divided by, as in torch.nn.utils.clip_grad_norm_
 
 
@@ -68,6 +70,7 @@ def make_step(
     *,
     compiled: bool = False,
     packed: bool = False,
+    num_parts: int = 1,
     reduce: Callable[[Tensor], None] | None = None,
 ) -> Step:
     """Return the function that computes one step of a population.
@@ -77,6 +80,8 @@ def make_step(
     equal those of a population of one, bit for bit. In compiled mode, the members of a packed population are updated in parallel,
     each on one core. This is faster, but a few sums round differently. (Only the biases of keys then differ by more than rounding.
     No prediction depends on them, so their gradients are only rounding errors, which Adam scales up to steps of ordinary size.)
+    A member that is alone can use several cores in the same way: each core computes the gradient on a part of the prompts, and the
+    step takes the mean of these gradients.
 
     Args:
         model: The architecture.
@@ -86,6 +91,8 @@ def make_step(
             says so and the step stays eager.
         packed: Whether the population began with several members. This must not change when only one member is left,
             because the numbers depend on it.
+        num_parts: Number of equal parts into which a compiled step on a CPU splits a member's prompts. Each part has a thread of
+            its own. The numbers depend on it by rounding. A packed population does not split its prompts.
         reduce: Function that replaces a tensor by its mean over the processes that share a batch. With it the step
             stays eager.
     """
@@ -98,11 +105,14 @@ def make_step(
         return StepInfo(losses, update(state, grads, rates, optim))
 
     keep_freed_memory()
-    move, move_each = together, None
+    move: Step = together
+    move_each = None
     if compiled and reduce is None:
         options = RELEASE_GIL if packed else None
         move = one_graph(together, work="Training", changed=lambda state, *prompts: state, options=options)
         move_each = in_parallel(move, threads_each=1) if packed else None
+        if num_parts > 1 and not packed:
+            move = _in_parts(model, optim, layout, num_parts, otherwise=move)
 
     def step(state: AdamState, xs: Tensor, ys: Tensor, rates: Tensor) -> StepInfo:
         if state.rows.device.type != "cpu":
@@ -111,6 +121,36 @@ def make_step(
         members = [(state.members(chosen), xs[chosen], ys[chosen], rates[chosen]) for chosen in slices]
         infos = move_each(members) if move_each else [move(*member) for member in members]
         return StepInfo(*(torch.cat(parts) for parts in zip(*infos, strict=True)))
+
+    return step
+
+
+def most_parts(batch_size: int, num_threads: int) -> int:
+    """Return into how many equal parts a compiled step should split a batch: at most one for each thread, of `SMALLEST_PART` or more."""
+    counts = range(1, num_threads + 1)
+    return max(n for n in counts if n == 1 or (batch_size % n == 0 and batch_size // n >= SMALLEST_PART))
+
+
+def _in_parts(model: ModelConfig, optim: OptimConfig, layout: Layout, num_parts: int, *, otherwise: Step) -> Step:
+    """Return the compiled step that gives each core a part of the prompts. On devices other than a CPU it is `otherwise`."""
+
+    def gradient(rows: Tensor, xs: Tensor, ys: Tensor) -> tuple[Tensor, Tensor]:
+        return losses_and_grads(model, layout, rows, xs, ys)
+
+    def finish(state: AdamState, rates: Tensor, losses: list[Tensor], grads: list[Tensor]) -> StepInfo:
+        return StepInfo(torch.stack(losses).mean(0), update(state, torch.stack(grads).mean(0), rates, optim))
+
+    each_gradient = in_parallel(one_graph(gradient, work="Training", options=RELEASE_GIL), threads_each=1)
+    finish_fast = one_graph(finish, work="Training")
+
+    def step(state: AdamState, xs: Tensor, ys: Tensor, rates: Tensor) -> StepInfo:
+        if state.rows.device.type != "cpu":
+            return otherwise(state, xs, ys, rates)
+        if xs.shape[1] % num_parts:
+            raise ValueError(f"{xs.shape[1]} prompts cannot be split into {num_parts} equal parts.")
+        prompts = zip(xs.chunk(num_parts, dim=1), ys.chunk(num_parts, dim=1), strict=True)
+        losses, grads = zip(*each_gradient([(state.rows, *part) for part in prompts]), strict=True)
+        return finish_fast(state, rates, list(losses), list(grads))
 
     return step
 

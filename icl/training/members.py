@@ -15,7 +15,19 @@ from icl.config import RunConfig
 from icl.runs.folder import RunFolder
 from icl.runs.status import State
 
-_SAVED = ("loss", "best", "best_step", "num_checks", "extra_step", "state", "end_step", "reason", "is_packed", "rows")
+_SAVED = (
+    "loss",
+    "best",
+    "best_step",
+    "num_checks",
+    "extra_step",
+    "state",
+    "end_step",
+    "reason",
+    "is_packed",
+    "num_parts",
+    "rows",
+)
 
 
 @runtime_checkable
@@ -57,6 +69,9 @@ class Member:
     is_packed: bool = False
     """Whether the member started as one of several members. This selects the CPU kernel. A member that is resumed alone keeps the value,
     so that its results are the same."""
+    num_parts: int | None = None
+    """Number of parts into which a compiled step on a CPU splits the prompts; None before the first start. A resumed run keeps the
+    value, so that its results are the same."""
     rows: dict[str, Any] | None = None
     """Length and digest of `metrics.csv` at the last save."""
     lacking: frozenset[int] = frozenset()
@@ -101,3 +116,4 @@ class Member:
         """Restore the state of a saved member."""
         for name in _SAVED:
             setattr(self, name, saved.get(name, getattr(self, name)))  # older files have no `is_packed`
+        self.num_parts = saved.get("num_parts", 1)  # older files have none, because no prompts were split

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from icl.compute.calls import compiling_pays
-from icl.compute.step import AdamState, Step, StepInfo, adam_state, make_step
+from icl.compute.step import AdamState, Step, StepInfo, adam_state, make_step, most_parts
 from icl.config import OptimConfig
 from icl.config.schedules import rate_factor
 from icl.model.flat import layout_of
@@ -74,12 +74,16 @@ class PopulationModule(pl.LightningModule):
 
     def configure_optimizers(self) -> "PopulationAdam":
         """Return Adam with the step for this device and these processes."""
+        for member in self.members:
+            if member.num_parts is None:
+                member.num_parts = most_parts(self.config.trainer.batch_size, torch.get_num_threads())
         step = make_step(
             self.config.model,
             self.config.optim,
             self.layout,
             compiled=self._is_compiled(),
             packed=any(member.is_packed for member in self.members),
+            num_parts=self.members[0].num_parts or 1,
             reduce=self._average if self.trainer.world_size > 1 else None,
         )
         adam = AdamState(self.rows.detach(), self.exp_avg, self.exp_avg_sq, self.count)

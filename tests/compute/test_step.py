@@ -15,6 +15,7 @@ from icl.compute.step import (
     adam_state,
     losses_and_grads,
     make_step,
+    most_parts,
 )
 from icl.config import ModelConfig, OptimConfig
 from icl.model.flat import layout_of
@@ -252,8 +253,8 @@ if shutil.which("g++"):  # else the steps stay eager, which is equal to itself
     warnings.filterwarnings("error", message=".*continues without torch.compile")
 
 eager, expected = t.train(5, OptimConfig(grad_clip=0.5))
-for packed in (False, True):
-    how = {"compiled": True, "packed": packed}
+for packed, num_parts in ((False, 1), (True, 1), (False, t.B)):
+    how = {"compiled": True, "packed": packed, "num_parts": num_parts}
     compiled, told = t.train(5, OptimConfig(grad_clip=0.5), **how)
     for ours, other in zip(compiled, eager, strict=True):
         torch.testing.assert_close(ours, other, rtol=0, atol=1e-12)
@@ -264,7 +265,7 @@ for packed in (False, True):
     resumed, _ = t.train(2, OptimConfig(), dtype=torch.float32, **how, state=t.copy(resumed), first=2)
     assert all(torch.equal(ours, other) for ours, other in zip(state, resumed, strict=True))
     assert torch.equal(state.rows[2], t.train_last(4, **how))
-    print(packed, hashlib.sha256(b"".join(part.numpy().tobytes() for part in state)).hexdigest())
+    print(packed, num_parts, hashlib.sha256(b"".join(part.numpy().tobytes() for part in state)).hexdigest())
 """
 
 
@@ -289,16 +290,23 @@ def test_a_step_is_one_graph_with_a_layout_that_was_never_used():
 
 @pytest.mark.slow
 def test_compiled_is_eager_up_to_rounding_and_gives_the_same_bits_in_every_process():
-    """With `packed`, this holds for any number of threads."""
-    alone, packed = zip(*(run_alone(COMPILED, num_threads) for num_threads in (2, 2, 1)), strict=True)
+    """With `packed` or with parts, this holds for any number of threads."""
+    alone, packed, parts = zip(*(run_alone(COMPILED, num_threads) for num_threads in (2, 2, 1)), strict=True)
     assert alone[0] == alone[1]
-    assert len(set(packed)) == 1
+    assert len(set(packed)) == len(set(parts)) == 1
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_threads", "expected"), [(256, 2, 2), (256, 1, 1), (33, 2, 1), (96, 4, 3), (255, 2, 1)]
+)
+def test_a_batch_is_split_into_equal_parts_of_a_useful_size(batch_size, num_threads, expected):
+    assert most_parts(batch_size, num_threads) == expected
 
 
 def run_alone(program, num_threads=1):
     run = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parent,
         env={**os.environ, "OMP_NUM_THREADS": str(num_threads)},
         capture_output=True,
         text=True,
