@@ -76,6 +76,7 @@ def test_a_page_follows_a_run_until_it_has_ended(finished):
     assert list(finished.path.glob(".tmp-*")) == []
 
 
+@pytest.mark.slow
 def test_a_folder_without_runs_is_waited_for_and_new_runs_join(finished, tmp_path):
     said: list[str] = []
     page = tmp_path / "report.html"

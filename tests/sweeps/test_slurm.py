@@ -147,6 +147,7 @@ def test_where_squeue_is_missing_jobs_are_shown_as_they_said_themselves(tmp_path
     ]
 
 
+@pytest.mark.slow
 def test_a_folder_that_vanishes_for_a_moment_costs_nothing_and_is_not_made_again(tmp_path, sweep, monkeypatch):
     """Nothing is written while the folder is away. So it can come back under its name, and every point is done afterwards."""
     root, away = tmp_path / "shared", tmp_path / "away"
