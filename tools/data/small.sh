@@ -42,9 +42,9 @@ for m in $DIVERSITIES; do icl evaluate "$RUNS/ladder/num_tasks=$m" --num_prompts
 icl llc --self-test --out "$RUNS/known-answers.csv"
 
 ## LLCs of the quickstart
-# The preset's settings, written out, because the shipped run is older than they are.
-icl llc "$RUNS/quickstart" --sampler.lr 2e-5 --sampler.num_burnin_steps 150 \
-    --steps 0,56,216,531,832,1302,2039,3193,4444,5000
+# The settings of the shipped table, which is older than the kernel baoab.
+icl llc "$RUNS/quickstart" --sampler.kernel sgld --sampler.lr 2e-5 --sampler.num_samples 1048576 \
+    --sampler.num_burnin_steps 150 --sampler.num_draws 100 --steps 0,56,216,531,832,1302,2039,3193,4444,5000
 
 ## calibrate the sampler of the quickstart
 # A search for lr, nbeta, localization and burn-in. The LLCs above use the preset's values.
@@ -55,12 +55,12 @@ icl llc "$RUNS/quickstart" --calibrate
 icl llc "$RUNS/L2H4/seed=0" --published --steps 0,111,687,1456,2984,5264,9700,12684,17908,25369,31339,40293 \
     --sampler.num_chains 2 --sampler.num_draws 2000 --sampler.batch_size 32 || test $? -eq 1
 
-## LLCs of L2H4, seed 0, with the preset's sampler
-# The shipped tables were made when the preset was SGLD with lr 3e-6 and 8 chains of 1,000 + 1,000 moves on 1,024 prompts. Today's
-# preset uses the kernel baoab.
+## LLCs of L2H4, seed 0, with SGLD
+# The settings of the shipped table, which is older than the kernel baoab: less data per gradient and shorter chains than the preset
+# had at that time (8 chains of 1,000 + 1,000 moves on 1,024 prompts).
 icl llc "$RUNS/L2H4/seed=0" --steps 0,111,687,1456,2984,5264,9700,12684,17908,25369,31339,40293 \
-    --sampler.num_chains 4 --sampler.num_burnin_steps 1000 --sampler.num_draws 500 --sampler.batch_size 256 \
-    --sampler.num_init_batches 64
+    --sampler.kernel sgld --sampler.lr 3e-6 --sampler.num_samples 1048576 --sampler.num_chains 4 \
+    --sampler.num_burnin_steps 1000 --sampler.num_draws 500 --sampler.batch_size 256 --sampler.num_init_batches 64
 
 ## essential dynamics of the quickstart
 icl analyse "$RUNS/quickstart" --what essential-dynamics
