@@ -107,5 +107,6 @@ def _place(config: RunConfig) -> str:
     """Return the addresses of the run's copy and of its server. Credentials are removed, because the note saves the addresses."""
     url = store_url(config) or ""
     root = url.rstrip("/") if "://" in url else str(user_path(url).resolve())
-    server = redact(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
+    names = ("HF_ENDPOINT",) if url.lower().startswith("hf://") else ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    server = redact(next((value for value in map(os.environ.get, names) if value), ""))
     return f"{root}/{run_name(config)} {server}".rstrip()

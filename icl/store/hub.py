@@ -22,14 +22,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, hf_hub_do
 from huggingface_hub.hf_api import RepoFile
 
 from icl.files.writing import StorageError
+from icl.store import waiting
 from icl.store.base import DamagedError, MissingKeyError, require_key, sha256
 from icl.store.hub_errors import is_conflict, server
-from icl.store.hub_repository import CALL_SECONDS, COMMIT_SECONDS, Listing, Repository
+from icl.store.hub_repository import COMMIT_SECONDS, Listing, Repository
 
 FILES_PER_COMMIT = 50
 """Largest number of files in one commit. The Hub recommends 50 to 100."""
-_BYTES_PER_SECOND = 50_000
-"""Slowest upload that is waited for."""
 _MAX_CONFLICTS = 20
 
 
@@ -176,9 +175,7 @@ class HubStore:
     def _try_commit(self, operations: Sequence[Any], message: str, parent: str | None) -> bool:
         """Commit on top of `parent`. Return False if it is no longer the newest commit."""
         try:
-            size = sum(part.upload_info.size for part in operations if isinstance(part, CommitOperationAdd))
-            act = functools.partial(self.repository.commit, operations, message, parent)
-            self.repository.ask("write", act, seconds=CALL_SECONDS + size / _BYTES_PER_SECOND)
+            self.repository.ask("write", functools.partial(self.repository.commit, operations, message, parent))
         except StorageError:
             raise
         except Exception as error:
@@ -211,13 +208,23 @@ def open_hub(path: str) -> HubStore:
     return HubStore(_REPOSITORIES.setdefault(key, Repository(*key)), prefix)
 
 
+class _Buffer(io.BytesIO):
+    """Bytes of a file. What the client reads of them counts as progress of the upload."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next bytes."""
+        data = super().read(size)
+        waiting.moved(len(data))
+        return data
+
+
 def _addition(path: str, data: bytes) -> CommitOperationAdd:
     """Return the operation that adds a file, by HTTP.
 
     For a buffer, the client does not use Xet. Xet needs another server than `HF_ENDPOINT`, and ignores our time limits. It pays off
     only for files of gigabytes.
     """
-    return CommitOperationAdd(path, io.BytesIO(data))
+    return CommitOperationAdd(path, _Buffer(data))
 
 
 def _sha256(file: RepoFile) -> str | None:

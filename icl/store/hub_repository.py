@@ -22,7 +22,7 @@ COMMIT_SECONDS = 600.0
 LISTING_SECONDS = 2.0
 """Seconds for which a listing of the repository is used again. Own commits end it at once."""
 CALL_SECONDS = 120.0
-"""Seconds after which we give up on a request. For a commit, time for its bytes is added."""
+"""Seconds without progress after which we give up on a request. The client itself may wait longer, if the Hub asks it to."""
 _MAX_RETRIES = 6
 
 Result = TypeVar("Result")
@@ -81,20 +81,19 @@ class Repository:
         )
         self.committed_at, self._listing = time.monotonic(), None
 
-    def ask(self, verb: str, act: Callable[[], Result], *, key: str = "", seconds: float = CALL_SECONDS) -> Result:
+    def ask(self, verb: str, act: Callable[[], Result], *, key: str = "") -> Result:
         """Return the result of a call. Repeat it while the server is busy or the network fails.
 
         Args:
             verb: What the call does, for messages.
             act: The call.
             key: The file that it is about, for messages.
-            seconds: Seconds after which to give up on it.
 
         Raises:
             StorageError: If it fails for good. The message says what to do.
         """
         for attempt in range(_MAX_RETRIES):
-            result, error = _attempt(act, seconds, self.endpoint)
+            result, error = _attempt(act, self.endpoint)
             if error is None:
                 return result  # type: ignore[return-value]
             if isinstance(error, StorageError) or is_conflict(error):
@@ -118,13 +117,13 @@ class Repository:
         return self.api.repo_info(self.name, revision=self.revision).sha
 
 
-def _attempt(act: Callable[[], Result], seconds: float, endpoint: str) -> tuple[Result | None, Exception | None]:
+def _attempt(act: Callable[[], Result], endpoint: str) -> tuple[Result | None, Exception | None]:
     """Return the result of a call, or its error."""
     try:
-        return waiting.await_result(act, seconds=seconds, awaited=endpoint), None
+        return waiting.await_result(act, seconds=CALL_SECONDS, awaited=endpoint), None
     except waiting.StalledError:
         return None, StorageError(
-            f"{endpoint} did not answer within {seconds:.0f} s, so we gave up. Run the same command again later."
+            f"{endpoint} is busy: there was no progress for {CALL_SECONDS:.0f} s. What has arrived stays; run the same command again later."
         )
     except Exception as error:  # the client and its libraries raise a dozen kinds
         return None, error

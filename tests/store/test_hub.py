@@ -172,6 +172,17 @@ def test_a_long_throttle_ends_the_command_and_the_next_one_sends_the_rest(hub: H
     assert sum(name.startswith("tiny/checkpoints/step-") for name in hub.files(REPO)) == 120
 
 
+def test_a_throttle_during_which_the_client_itself_waits_ends_too(hub: HubServer, capsys, monkeypatch):
+    """The client waits as long as the Hub asks for, even an hour."""
+    make_run()
+    monkeypatch.setattr("icl.store.hub_repository.CALL_SECONDS", 1.0)
+    hub.refuse = lambda method, path: (429, {"Retry-After": "3000"}) if "/preupload/" in path else None
+    assert push() == 1
+    said = capsys.readouterr().err
+    assert "What has arrived stays; run the same command again later" in said
+    assert "tiny/config.yaml" not in hub.files(REPO)
+
+
 @pytest.mark.slow
 def test_an_upload_that_breaks_off_is_resumed(hub: HubServer):
     run = make_run()
