@@ -48,6 +48,8 @@ NUM_PART_PROMPTS = 256
 """Number of prompts from each distribution in `PARTS`. At each draw their loss costs about as much as that of a minibatch."""
 _PROMPTS_AHEAD = 2**15
 """Number of prompts that are generated at once, for all chains together."""
+_NUMBERS_AHEAD = 2**10
+"""Number of moves of a chain for which the numbers of minibatches are drawn at once."""
 _CUDA_NORMALS_AHEAD = 2**24
 """Number of random numbers that are generated at once on a GPU, where few numbers take as long as many."""
 
@@ -236,8 +238,11 @@ def _batches(config: RunConfig, sampler: SamplerConfig, device: torch.device) ->
         return blocks(block_numbers(chain, draws))
 
     @cache
-    def numbers_of_moves(chain: int) -> list[int]:
-        return block_numbers(chain, range(sampler.num_moves)).flatten().tolist()
+    def numbers_from(chain: int, first: int) -> list[int]:
+        return block_numbers(chain, range(first, first + _NUMBERS_AHEAD)).flatten().tolist()
+
+    def number_of(chain: int, draw: int) -> int:  # also of moves beyond `sampler.num_moves`, which a calibration makes
+        return numbers_from(chain, draw - draw % _NUMBERS_AHEAD)[draw % _NUMBERS_AHEAD]
 
     def block(number: int) -> Batch:
         xs, ys = blocks(torch.tensor([[number]]))
@@ -249,7 +254,7 @@ def _batches(config: RunConfig, sampler: SamplerConfig, device: torch.device) ->
 
     ahead = _Ahead(fixed if is_fixed else fresh, sampler, num_prompts)
     if is_fixed:
-        ahead.pool = Pool(num_blocks, lambda chain, draw: numbers_of_moves(chain)[draw], block, is_uniform=True)
+        ahead.pool = Pool(num_blocks, number_of, block, is_uniform=True)
     return ahead
 
 

@@ -43,6 +43,14 @@ def test_the_subsequence_loss_is_the_mean_over_all_lengths():
     torch.testing.assert_close(loss.loss(PARAMS, (xs, ys)).mean(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_pool_knows_the_minibatch_of_every_move_however_late():
+    """The chains of a calibration are longer than those of the settings with which the target is made."""
+    batches = prompt_target(CONFIG, QUICK).batches
+    for chain, draw in ((0, 0), (1, QUICK.num_moves), (0, 1023), (0, 1024), (1, 5000)):
+        block = batches.pool.get(batches.pool.number_of(chain, draw))
+        assert all(map(torch.equal, batches(chain, draw), block))
+
+
 @pytest.mark.parametrize("name", ["mse", "subsequence"])
 def test_the_fast_gradient_is_the_mapped_one(name):
     loss = prompt_target(CONFIG, sampler(loss=name))
