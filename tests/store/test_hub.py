@@ -21,10 +21,10 @@ from icl.runs.claims import claim
 from icl.runs.folder import RunFolder, local_root
 from icl.runs.mirror import open_mirror
 from icl.runs.status import Status
-from icl.store import hub as module
 from icl.store.opening import open_store
 from icl.training.sender import Sender
 
+module = pytest.importorskip("icl.store.hub", reason="needs the extra `hub`")
 REPO = "user/models"
 URL = f"hf://{REPO}"
 
