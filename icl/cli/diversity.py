@@ -76,7 +76,7 @@ If the terminal is lost, the experiment continues and writes to checkpoints/expe
 not need the terminal and writes to this log from the start. `nohup icl diversity ... &` works too, but writes to the
 log of nohup. With --slurm, jobs of a Slurm cluster share the runs, and the command returns at once.
 
-The defaults of the options are the values of the first example. The defaults of --warmup_steps, --checkpoint_every and
+The defaults of the options are the values in the first example below. The defaults of --warmup_steps, --checkpoint_every and
 --eval_every are in proportion to --num_steps. All settings of `icl train` are allowed too (`icl train --help` lists
 them). The default preset is `icr`. If you choose a preset, on the command line or in a file, the defaults are the
 settings of this preset."""

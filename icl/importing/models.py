@@ -143,7 +143,8 @@ def settings_of(step: OlderStep, source: Format, options: Mapping[str, Any]) -> 
     for key, value in from_options.items():
         if key in from_files and read_value(key, from_files[key]) != value:
             raise ConfigError(
-                f"`{key}` is {from_files[key]} in {step.file}, but {value} on the command line; leave it out."
+                f"`{key}` is {from_files[key]} by the files of the run ({step.file}, those beside it, or the folder's name), "
+                f"but {value} on the command line. Leave out --{key}."
             )
     known = {**from_files, **from_options}
     missing = [key for key in _NEEDED if key not in known]
@@ -198,7 +199,9 @@ def _facts(step: OlderStep, source: Format) -> dict[str, Any]:
     beside = source.folder_facts(step.file)
     for key, value in beside.items():
         if key in found and read_value(key, found[key]) != read_value(key, value):
-            raise OlderFileError(f"{step.file} says `{key}` is {found[key]}, but its folder says {value}.")
+            raise OlderFileError(
+                f"`{key}` is {found[key]} in {step.file}, but {value} by the files beside it or the folder's name."
+            )
     try:
         return {key: read_value(key, value) for key, value in {**beside, **found}.items()}
     except ConfigError as error:

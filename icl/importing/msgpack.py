@@ -159,7 +159,7 @@ def _array(extension: _Extension) -> np.ndarray:
             raise ContentError("it contains an array that was cut short")
         numbers = np.frombuffer(data, dtype=np.dtype(name).newbyteorder("<")).astype(name)
     else:
-        raise ContentError(f"it contains an array of type {str(name)[:30]!r}")
+        raise ContentError(f"it contains an array of type {str(name)[:30]!r}, which icl cannot read")
     if math.prod(shape) != numbers.size:
         raise ContentError(f"it contains an array of shape {tuple(shape)} with {numbers.size:,} numbers")
     return numbers.reshape(shape)

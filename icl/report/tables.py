@@ -92,7 +92,7 @@ def cell(value: Any) -> Cell:
 
 
 def number_cell(text: str, badge: str = "") -> Cell:
-    """Return a cell for a number that is formatted already."""
+    """Return a cell for an already formatted number."""
     return Cell(text=text, is_number=True, badge=badge)
 
 

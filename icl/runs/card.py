@@ -56,9 +56,10 @@ def _section(run: RunFolder, name: str, store: str) -> str:
     parts = [f"## {name}", _settings(config)]
     if steps:
         parts.append(f"{len(steps):,} checkpoints, from step {steps[0]:,} to step {steps[-1]:,}.")
-    parts += [
-        f'```python\nfrom icl import load_model\n\nmodel = load_model("{store}/{name}")  # or step={steps[-1] if steps else 0}\n```'
-    ]
+        parts.append(
+            f'```python\nfrom icl import load_model\n\nmodel = load_model("{store}/{name}")  # the last checkpoint\n'
+            f'first = load_model("{store}/{name}", step={steps[0]})\n```'
+        )
     figure = next((file for file in _FIGURES if (run.path / file).is_file()), None)
     if figure is not None:
         parts.append(f"![Training of {name}]({name}/{figure})")

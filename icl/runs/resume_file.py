@@ -103,7 +103,7 @@ def read_resume(run: RunFolder) -> tuple[Resume | None, str | None]:
         resume = _read(file)
         if isinstance(resume, Resume) and problems:
             reason = problems[0].rstrip(".")
-            return resume, f"{reason}; the run continues from the save before it, at step {resume.step:,}."
+            return resume, f"{reason}; the run continues from an earlier save, at step {resume.step:,}."
         if isinstance(resume, Resume):
             return resume, None
         problems.append(resume)

@@ -74,7 +74,7 @@ def run_sweep(
     """Run every point that is not done, until all are done or have failed, or a signal arrives.
 
     Args:
-        sweep: The sweep file with the command.
+        sweep: The sweep file. Its `command` starts the program of a point.
         points: The points of the sweep.
         root: Folder of all runs.
         num_workers: Number of programs that run at a time.

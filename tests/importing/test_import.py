@@ -183,7 +183,9 @@ def test_a_state_dict_alone_is_imported_and_contradictions_are_refused(tmp_path)
     model = older.perturb(older.TimaeusModel(heads=2)).eval()
     torch.save(model.state_dict(), tmp_path / "7.pt")
     options = {"task.num_tasks": "inf", "task.noise_variance": 0.25, "model.num_heads": 2}
-    with pytest.raises(ConfigError, match=r"`task.task_size` is 3 in .*, but 4 on the command line"):
+    with pytest.raises(
+        ConfigError, match=r"`task.task_size` is 3 by the files of the run.*, but 4 on the command line"
+    ):
         import_run(tmp_path / "7.pt", "timaeus", tmp_path / "run", options={**options, "task.task_size": 4})
     run = import_run(tmp_path / "7.pt", "timaeus", tmp_path / "run", options=options)
     assert run.steps == [7]

@@ -130,7 +130,7 @@ def test_the_save_before_takes_over_bit_identically(place, root, kind, capsys):
     assert f"Resuming {folder.path} from step {previous:,}." in said.out
     (told,) = warnings_in(said.err)
     assert str(folder.resume_file) in told
-    assert told.endswith(f"the run continues from the save before it, at step {previous}.")
+    assert told.endswith(f"the run continues from an earlier save, at step {previous}.")
     assert told in folder.log_file.read_text()
     assert_same(folder, RunFolder(root / "whole" / "a"))
 
@@ -140,7 +140,7 @@ def test_a_member_whose_file_is_damaged_catches_up_with_the_others(place, root, 
     damage(folders[1].resume_file, seed=2)
     results = train_population(MEMBERS, folders=[folder.path for folder in folders])
     assert [result.status.state for result in results] == ["finished", "finished"]
-    assert capsys.readouterr().err.count("the run continues from the save before it") == 1
+    assert capsys.readouterr().err.count("the run continues from an earlier save") == 1
     for folder in folders:
         assert_same(folder, RunFolder(root / "whole" / folder.path.name))
 

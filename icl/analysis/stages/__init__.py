@@ -56,7 +56,7 @@ class Settings(SignalSettings):
 
     llc_settings: str | None = setting(
         None,
-        "which estimates of llc.csv to use: a value of its column settings or mode; default: the settings with the most usable estimates",
+        "which estimates of llc.csv to use: a value from its column `settings` or from its column `mode` (such as published); by default the settings with the most usable estimates",
     )
     worst_llc: Verdict = setting("suspect", "worst verdict with which an LLC estimate is still used")
     tolerance: float = setting(

@@ -172,7 +172,7 @@ def _least_pull(e: Evidence) -> float:
 
 @rule("suspect", source="equipartition; the share of d is ours")
 def not_spread_out(e: Evidence) -> str | None:
-    """The chains must fill at least four fifths of what the localization allows."""
+    """In equilibrium pull + spread = d. The chains must reach at least four fifths of d, else flat directions still spread out."""
     if not (e.localization > 0 and e.pull + e.spread + 3 * e.filled_stderr < 0.8 * e.num_params):
         return None
     return (
@@ -237,7 +237,7 @@ def mostly_flat(e: Evidence) -> str | None:
 
 @rule("note", source="as `not_spread_out`")
 def hardly_spread_out(e: Evidence) -> str | None:
-    """The chains should fill at least 95 % of what the localization allows."""
+    """In equilibrium pull + spread = d. The chains should reach at least 95 % of d."""
     full = e.pull + e.spread + 2 * e.filled_stderr >= e.num_params
     if not (e.localization > 0 and e.filled < 0.95 and not full):
         return None
