@@ -8,37 +8,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from icl.cli.diversity_jobs import run_in_job, show_states, submit
 from icl.cli.outputs import require_output
 from icl.cli.slurm import (
     SLURM_EXAMPLE,
-    Submittable,
     add_slurm_options,
     join_sbatch,
-    print_jobs,
     require_slurm_option,
-    submit_jobs,
 )
 from icl.command_line import CommandParser, add_config_option
 from icl.config import RunConfig, flatten
 from icl.config.validation import ConfigError
 from icl.config.values import parse_scalar
-from icl.diversity.jobs import RESERVED, experiment_states, run_job, shared_settings
+from icl.diversity.jobs import RESERVED
 from icl.diversity.metadata import read_metadata
 from icl.diversity.runs import (
     METADATA,
-    ExperimentRun,
     experiment_runs,
     find_runs,
     lock_experiment,
-    require_same_settings,
 )
 from icl.resolve import read_config_file, resolve
 from icl.runs.environment import OWN_PROGRAM
 from icl.runs.folder import require_own_place
-from icl.sweeps.slurm.job import SlurmJob
-from icl.sweeps.slurm.submission import submissions_folder
 
 HELP = "run the task-diversity experiment (M = 2, 4, 8, ... and inf) and draw its figure"
 
@@ -60,7 +52,6 @@ _SETTINGS = {
 }
 """Options that are short names for settings of the runs, each with the setting and its help."""
 _DEFAULT_STEPS = 500_000
-_COPY = "settings.yaml"
 _PATIENCE_SECONDS = 120.0
 
 _DESCRIPTION = """\
@@ -108,11 +99,11 @@ def run(words: list[str]) -> int:
     require_own_place(runs[0].folder)
     require_room(config, choose_device(config.trainer.accelerator))
     if options.status:
-        return _show_states(runs, base)
+        return show_states(runs, base)
     if options.slurm:
-        return _submit(runs, options)
+        return submit(runs, options)
     if options.in_job is not None:
-        return _run_in_job(config, runs, options)
+        return run_in_job(runs, options, lambda done: _draw(config, done, len(runs), options))
     if options.background:
         return _detach([word for word in words if word != "--background"], base)
     return _run(config, options)
@@ -150,54 +141,6 @@ def _draw(config: RunConfig, done: Sequence[str], num_runs: int, options: argpar
     title = _title(config, len(runs), num_runs)
     for label, path in zip(("Figure", "Numbers"), draw_experiment(runs, options.plots_dir, title=title), strict=True):
         print(f"{label:9s} {path}")
-
-
-def _submit(runs: list[ExperimentRun], options: argparse.Namespace) -> int:
-    """Submit the jobs of the experiment to Slurm. They read its settings from a copy."""
-    base = options.base_checkpoint_dir
-    require_same_settings(runs, base)
-    states = experiment_states(runs, base).values()
-    num_left = sum(
-        state.state != "done" and (options.retry or state.state != "failed" or not state.is_final) for state in states
-    )
-
-    def words(folder: Path) -> list[str]:
-        paths = ["--base_checkpoint_dir", str(base), "--plots_dir", str(options.plots_dir)]
-        parts = ["--in-job", str(folder), "--config", str(folder / _COPY), "--max_power", str(options.max_power)]
-        return ["diversity", *parts, *paths, *["--retry"] * options.retry]
-
-    work = Submittable(
-        name="diversity",
-        submissions=_submissions(base),
-        words=words,
-        num_programs=num_left,
-        copy=(_COPY, yaml.safe_dump(shared_settings(runs[0]), sort_keys=False).encode()),
-    )
-    return submit_jobs(work, options)
-
-
-def _run_in_job(config: RunConfig, runs: list[ExperimentRun], options: argparse.Namespace) -> int:
-    """Train runs as one of several jobs. The job that finds all runs over draws the figure."""
-    base, job = options.base_checkpoint_dir, SlurmJob(options.in_job)
-    require_same_settings(runs, base)
-    result, metadata = run_job(runs, base=base, max_power=options.max_power, retry=options.retry, job=job)
-    if result.is_over:
-        done = [entry["num_tasks"] for entry in metadata.entries() if metadata.is_done(entry["num_tasks"])]
-        _draw(config, done, len(runs), options)
-    return job.end(result)
-
-
-def _show_states(runs: list[ExperimentRun], base: Path) -> int:
-    """Print the state of every run and job. Return 0 only if all runs are done."""
-    states = experiment_states(runs, base)
-    for label, state in states.items():
-        print(f"{state.state:9s} M = {label}: {state.reason}")
-    print_jobs(_submissions(base))
-    return 0 if all(state.state == "done" for state in states.values()) else 1
-
-
-def _submissions(base: Path) -> Path:
-    return submissions_folder(base, "diversity", base)
 
 
 def _parser() -> CommandParser:
