@@ -5,11 +5,19 @@ Settings have their usual names. The descriptions add the symbols of the papers 
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass
 from typing import Literal
 
-from icl.config.validation import Bound, parse_num_tasks, plain_number, require, require_count, require_store, validate
+from icl.config.validation import (
+    Bound,
+    is_table_name,
+    parse_num_tasks,
+    plain_number,
+    require,
+    require_count,
+    require_store,
+    validate,
+)
 
 FREE_ON_RESUME = (
     "trainer.accelerator",
@@ -52,7 +60,7 @@ class TaskConfig:
         validate("task", self, counts=counts, numbers={"noise_variance": "zero or positive"})
         pool = self.imported_tasks
         require(
-            pool is None or (isinstance(pool, str) and re.fullmatch(r"[0-9a-f]{32}|unknown", pool) is not None),
+            pool is None or is_table_name(pool),
             f"`task.imported_tasks` must be a digest that `icl import` wrote, or none, got {pool!r}.",
         )
         object.__setattr__(self, "num_tasks", parse_num_tasks(self.num_tasks))

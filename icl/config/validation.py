@@ -40,6 +40,11 @@ class ConfigError(UserError, ValueError):
     exit_status = 2
 
 
+def is_table_name(value: Any) -> TypeGuard[str]:
+    """Return whether a value names a table of imported tasks: the table's digest, or `unknown`."""
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32}|unknown", value) is not None
+
+
 def require(condition: bool, message: str) -> None:
     """Raise a `ConfigError` with this message if the condition is false."""
     if not condition:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from icl import rng
 from icl.compute.devices import require_memory
-from icl.config.validation import ConfigError, parse_num_tasks, whole
+from icl.config.validation import ConfigError, is_table_name, parse_num_tasks, whole
 
 _POOL = "tasks"
 _TABLES: dict[str, Tensor] = {}
@@ -88,7 +88,7 @@ def task_pool(
     if count == math.inf:
         raise ConfigError("The Gaussian prior (M = inf) has no pool of tasks. Give a finite number of tasks.")
     task_size = whole("task_size", task_size, 1)
-    seed = seed if isinstance(seed, str) else whole("seed", seed, 0, 2**63 - 1)
+    seed = seed if is_table_name(seed) else whole("seed", seed, 0, 2**63 - 1)
     require_memory({f"a pool of {count:,} tasks of size {task_size:,}": 4 * int(count) * task_size}, device)
     chunks = torch.arange(int(count), device=device).split(2**16)
     return torch.cat([_tasks(chunk, task_size, seed) for chunk in chunks])
