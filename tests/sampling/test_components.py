@@ -86,6 +86,7 @@ def test_a_component_moves_alone(run):
     assert len(read_all(run)) == 3
 
 
+@pytest.mark.slow
 def test_heads_and_layers_from_the_command_line(run, capsys):
     assert main(["llc", "tiny", "--steps", "last"]) in (0, 1)
     before = (run.results / "llc.csv").read_bytes()

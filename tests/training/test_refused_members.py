@@ -140,6 +140,7 @@ def test_a_signal_is_told_with_the_steps_of_those_that_it_stopped(monkeypatch, c
     assert f"stopped by SIGTERM at {where}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_members_share_the_prompts_they_are_shown_on_and_what_is_drawn_is_not_drawn_again(monkeypatch, capsys, places):
     built, drawn = [], []
 
