@@ -127,7 +127,7 @@ def ridge(
     xs, ys = _prompts(xs, ys)
     noise_variance = real("noise_variance", noise_variance, "positive", repair="; for zero noise use `ols`")
     inputs, targets = _widen(xs), _widen(ys).unsqueeze(-1)
-    triangle = _covariance_root(inputs, noise_variance)  # L: B K K
+    triangle = covariance_root(inputs, noise_variance)  # L: B K K
     unexplained = torch.linalg.solve_triangular(triangle, targets, upper=False)  # z: B K 1
     return (triangle.tril(-1) @ unexplained).squeeze(-1).to(ys)
 
@@ -185,7 +185,7 @@ def smoothed_dmmse(
     noise_variance = real("noise_variance", noise_variance, "positive", repair="; for zero noise use `dmmse`")
     task_variance = real("task_variance", task_variance, "zero or positive")
     inputs, targets = _widen(xs), _widen(ys).unsqueeze(-1)
-    triangle = _covariance_root(task_variance**0.5 * inputs, noise_variance)  # L: B K K
+    triangle = covariance_root(task_variance**0.5 * inputs, noise_variance)  # L: B K K
     whitened = torch.linalg.solve_triangular(triangle, torch.cat((inputs, targets), dim=-1), upper=False)  # B K D+1
     outputs = dmmse(whitened[..., :-1], whitened[..., -1], tasks=tasks, noise_variance=1.0)
     known = (triangle.tril(-1) @ whitened[..., -1:]).squeeze(-1)
@@ -258,7 +258,7 @@ BASELINES: dict[str, Callable[..., Tensor]] = {
 """All baselines by name. Anything that a baseline needs besides the prompts is a keyword-only argument."""
 
 
-def _covariance_root(inputs: Float[Tensor, "*S B K D"], noise_variance: float) -> Float[Tensor, "*S B K K"]:
+def covariance_root(inputs: Float[Tensor, "*S B K D"], noise_variance: float) -> Float[Tensor, "*S B K K"]:
     """Return the lower triangle L with L L^T = X X^T + sigma^2 I. Its diagonal may have either sign."""
     noise = noise_variance**0.5 * torch.eye(inputs.shape[-2], dtype=torch.float64, device=inputs.device)  # K K
     root = torch.cat((inputs, noise.expand(*inputs.shape[:-1], -1)), dim=-1)  # B K D+K

@@ -14,6 +14,12 @@ population, and never measures a checkpoint twice.
 
 from typing import Literal, NamedTuple
 
+from icl.config.validation import ConfigError
+
+
+class NotApplicableError(ConfigError):
+    """Raised if an analysis has no meaning for a run, for example because it needs a finite M. `--what all` leaves it out."""
+
 
 class About(NamedTuple):
     """Description of an analysis in the registry."""
@@ -43,6 +49,10 @@ ANALYSES: dict[str, About] = {
         "run", "losses and scores, gaps to ridge and dMMSE, transience, scaled inputs and tasks, task vectors"
     ),
     "stages": About("run", "boundaries between stages from loss, scores and LLC, and the changes within each stage"),
+    "mixture": About(
+        "run",
+        "mixtures of dMMSE and ridge that are closest to the model: a fixed weight, and prior odds; when they change, and how this grows with M",
+    ),
     "diversity": About(
         "table",
         "linear, ridge or lasso regression of the OOD error on task diversity and other features",

@@ -17,7 +17,7 @@ from icl.analysis import ANALYSES, module_name
 from icl.build import build_checkpoint_model
 from icl.compute.devices import choose_device
 from icl.config import RunConfig
-from icl.config.validation import ConfigError
+from icl.config.validation import ConfigError, require
 from icl.model.stacked import Params, stack
 from icl.progress import progress_bar
 from icl.runs.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file
@@ -147,6 +147,26 @@ def over_checkpoints(
             entries += batch.entries if keep_arrays else [entry._replace(arrays={}) for entry in batch.entries]
             (bar or run_bar).update(len(batch.entries))
     return entries, first.config
+
+
+def named_runs(path: Path, others: str | None) -> dict[str, Path]:
+    """Return runs by the names of their folders, or by the whole path if two folders have the same name.
+
+    Args:
+        path: The run that is analysed.
+        others: Further runs, separated by commas: the setting `jointly_with`.
+
+    Raises:
+        CheckpointError: If a run has no checkpoints.
+        ConfigError: If a run is named twice.
+    """
+    paths = [path, *(Path(word.strip()) for word in (others or "").split(",") if word.strip())]
+    is_unique = len({folder.resolve() for folder in paths}) == len(paths)
+    require(is_unique, "`jointly_with` must not name a run twice, nor the run that is analysed.")
+    for folder in paths:
+        checkpoint_files(folder)  # raises an error for a missing run before work on the other runs begins
+    names = [run_of(folder).path.resolve().name for folder in paths]
+    return {name if names.count(name) == 1 else str(folder): folder for name, folder in zip(names, paths, strict=True)}
 
 
 def as_table(entries: Sequence[Entry], settings: Any, *, whole_run: Sequence[Mapping[str, Any]] = ()) -> pd.DataFrame:

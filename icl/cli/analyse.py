@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from icl.analysis import ANALYSES, module_name
+from icl.analysis import ANALYSES, NotApplicableError, module_name
 from icl.cli.outputs import require_output, require_output_table
 from icl.command_line import CommandParser, nearest
 from icl.config.validation import ConfigError, UserError
@@ -107,7 +107,9 @@ def _analyse_all(names: list[str], path: Path, options: argparse.Namespace) -> i
     for name in names:
         try:
             _analyse(name, path, options)
-        except UserError as error:  # noqa: PERF203 (an analysis takes seconds)
+        except NotApplicableError as error:  # noqa: PERF203 (an analysis takes seconds)
+            print(f"icl: {name} is left out: {error}", file=sys.stderr)
+        except UserError as error:
             if str(error) not in refused.values():
                 print(f"icl: {name} failed: {error}", file=sys.stderr)
             refused[name] = str(error)

@@ -48,10 +48,8 @@ from icl.analysis.essential_dynamics.trajectories import (
     references,
     require_comparable,
 )
-from icl.analysis.run import Result, as_table, setting
-from icl.config.validation import require, require_count, require_number
-from icl.runs.checkpoints import checkpoint_files
-from icl.runs.folder import run_of
+from icl.analysis.run import Result, as_table, named_runs, setting
+from icl.config.validation import require_count, require_number
 
 _ALL = "all"
 _STATE_TEXTS: dict[State, str] = {
@@ -88,7 +86,7 @@ def analyse(path: Path, settings: Settings) -> Result:
         ConfigError: If the runs cannot be compared.
     """
     state = StateSettings(state=settings.state, distribution=settings.distribution, num_prompts=settings.num_prompts)
-    runs = _runs(path, settings.jointly_with)
+    runs = named_runs(path, settings.jointly_with)
     trajectories = [read_trajectory(folder, state, run=name) for name, folder in runs.items()]
     require_comparable(trajectories, state)
     points = references([trajectory.config for trajectory in trajectories], state)
@@ -103,17 +101,6 @@ def analyse(path: Path, settings: Settings) -> Result:
             shapes[trajectory.run] = found
             rows += _curve_rows(trajectory, found) + _shape_rows(trajectory, found)
     return Result(as_table([], settings, whole_run=rows), _summary(trajectories, settings, fit, shapes))
-
-
-def _runs(path: Path, others: str | None) -> dict[str, Path]:
-    """Return the runs by the names of their folders, or by the whole path if two folders have the same name."""
-    paths = [path, *(Path(word.strip()) for word in (others or "").split(",") if word.strip())]
-    is_unique = len({folder.resolve() for folder in paths}) == len(paths)
-    require(is_unique, "`jointly_with` must not name a run twice, nor the run that is analysed.")
-    for folder in paths:
-        checkpoint_files(folder)  # raises an error for a missing run before work on the other runs begins
-    names = [run_of(folder).path.resolve().name for folder in paths]
-    return {name if names.count(name) == 1 else str(folder): folder for name, folder in zip(names, paths, strict=True)}
 
 
 def _score_rows(trajectories: Sequence[Trajectory], fit: ComparedPCA) -> list[TableRow]:

@@ -1,0 +1,215 @@
+"""Findings about whole runs and ladders: transitions between dMMSE and ridge, their growth with M, and the theory curve.
+
+A transition is a crossing of zero (`icl.analysis.behaviour.turning_points`) of the mean of numbers of single prompts. For `fixed`, the mean
+is positive exactly if the best weight exceeds 1/2, which means that dMMSE is closer to the model than ridge is. For `bayes`, it is
+positive if prior odds slightly above 1 bring the mixture closer to the model than odds of 1. A transition is `suspect` next to a saved
+step that no mixture explains, and if the best log odds do not change sign between the same saved steps.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from icl.analysis.behaviour.turning_points import crossings, unresolved_signs
+from icl.analysis.mixture.judging import verdict
+from icl.analysis.mixture.theory import PARAMETERS, Curve, CurvePoints, fit_curve, table_bits
+from icl.config import TaskConfig
+from icl.runs.measure import Entry
+
+Row = dict[str, Any]
+MIXTURES = {"fixed": "weight", "bayes": "log_odds"}
+"""Both mixtures, and the quantity that is their parameter."""
+_SETS = ("pretrain", "true")
+_MIN_TRANSITIONS = 3
+_ENOUGH_TRANSITIONS = 5
+
+
+class RunFits(NamedTuple):
+    """The measurements of one run."""
+
+    name: str
+    task: TaskConfig
+    entries: Sequence[Entry]
+    references: Sequence[Row]
+    """Rows of `loss_advantage` and `separation`."""
+
+    def number(self, quantity: str, distribution: str) -> float:
+        """Return the value of a row of `references`."""
+        return next(
+            float(row["value"])
+            for row in self.references
+            if (row["quantity"], row["distribution"]) == (quantity, distribution)
+        )
+
+
+def step_row(entry: Entry, quantity: str, distribution: str, mixture: str) -> Row:
+    """Return the row of one quantity of a saved step, for one mixture for all positions."""
+    wanted = (quantity, distribution, mixture, "mean")
+    return next(
+        row for row in entry.rows if (row["quantity"], row["distribution"], row["mixture"], row["position"]) == wanted
+    )
+
+
+def transition_rows(run: RunFits) -> Iterator[Row]:
+    """Yield every transition of a run, or one row without a step for each mixture that has none."""
+    steps = torch.tensor([entry.step for entry in run.entries])
+    for distribution in _SETS:
+        for mixture, parameter in MIXTURES.items():
+            samples = torch.from_numpy(np.stack([entry.arrays[f"{distribution}/{mixture}"] for entry in run.entries]))
+            labels = {
+                "quantity": "transition_step",
+                "mixture": mixture,
+                "distribution": distribution,
+                "position": "mean",
+            }
+            bad = {
+                float(entry.step)
+                for entry in run.entries
+                if step_row(entry, parameter, distribution, mixture)["verdict"] == "invalid"
+            }
+            signs = {float(entry.step): _side(entry, distribution, mixture) for entry in run.entries}
+            found = crossings(steps, samples)
+            for point, is_upward in found:
+                reasons = list(point.reasons)
+                if bad & {point.lower, point.upper}:
+                    reasons.append("no mixture explains the model at a neighbouring saved step")
+                if signs[point.upper] != is_upward or signs[point.lower] == is_upward:
+                    reasons.append(f"the best {parameter.replace('_', ' ')} is not on the same sides")
+                bounds = {"lower": point.lower, "upper": point.upper}
+                finding = {"finding": "to dMMSE" if is_upward else "to ridge"}
+                yield labels | {"value": point.step, "stderr": point.stderr} | bounds | finding | verdict(reasons)
+            if not found:
+                unclear = unresolved_signs(steps, samples)
+                side = "dMMSE" if samples[-1].mean() > 0 else "ridge"
+                finding = {"finding": "unresolved" if unclear else f"none (always {side})"}
+                yield labels | {"value": math.nan, "stderr": math.nan} | finding | verdict(unclear)
+
+
+def _side(entry: Entry, distribution: str, mixture: str) -> bool:
+    """Return whether the best parameter of a mixture favours dMMSE."""
+    middle = 0.5 if mixture == "fixed" else 0.0
+    return bool(step_row(entry, MIXTURES[mixture], distribution, mixture)["value"] > middle)
+
+
+def ladder_rows(runs: Sequence[RunFits]) -> list[Row]:
+    """Return the growth of the transition with M, and the theory curve, for all runs together."""
+    rows: list[Row] = []
+    for distribution in _SETS:
+        if len(runs) > 1:
+            rows += [_growth_row(runs, distribution, mixture) for mixture in MIXTURES]
+        rows += _curve_rows(runs, distribution)
+    return rows
+
+
+def last_transition(run: RunFits, distribution: str, mixture: str) -> Row | None:
+    """Return the last transition to dMMSE of a run, or None."""
+    rows = [
+        row
+        for row in transition_rows(run)
+        if (row["distribution"], row["mixture"], row["finding"]) == (distribution, mixture, "to dMMSE")
+    ]
+    return max(rows, key=lambda row: row["value"], default=None)
+
+
+def _growth_row(runs: Sequence[RunFits], distribution: str, mixture: str) -> Row:
+    """Return the slope of ln(t + 1) on ln(M), with the standard error of least squares."""
+    row = {
+        "run": "all",
+        "quantity": "growth_exponent",
+        "mixture": mixture,
+        "distribution": distribution,
+        "position": "mean",
+    }
+    found = [(run.task.num_tasks, last_transition(run, distribution, mixture)) for run in runs]
+    points = [(math.log(m), math.log1p(each["value"])) for m, each in found if each is not None]
+    count = len({x for x, _ in points})
+    if count < _MIN_TRANSITIONS:
+        reason = f"only {count} value(s) of M have a transition to dMMSE; the exponent needs {_MIN_TRANSITIONS}"
+        return row | {"value": math.nan, "stderr": math.nan, "verdict": "invalid", "reasons": reason}
+    x, y = np.array(points).T
+    centred = x - x.mean()
+    slope = float(centred @ y / (centred @ centred))
+    errors = y - y.mean() - slope * centred
+    stderr = float(np.sqrt(errors @ errors / (len(x) - 2) / (centred @ centred)))
+    reasons = [] if count >= _ENOUGH_TRANSITIONS else [f"there are only {count} values of M with a transition"]
+    return row | {"value": slope, "stderr": stderr} | verdict(reasons)
+
+
+def curve_points(runs: Sequence[RunFits], distribution: str) -> tuple[CurvePoints, list[bool]]:
+    """Return the fixed weights of all saved steps in order, and for each whether it belongs to the fit."""
+    columns, is_inside = [], []
+    for number, run in enumerate(runs):
+        advantage = run.number("loss_advantage", "pretrain")
+        bits = table_bits(run.task.num_tasks, run.task.task_size)
+        separation = run.number("separation", distribution)
+        for entry in run.entries:
+            row = step_row(entry, "weight", distribution, "fixed")
+            columns.append((entry.step, advantage, bits, row["value"], separation, number))
+            is_inside.append(row["verdict"] != "invalid" and math.isfinite(row["value"]))
+    return CurvePoints(*np.array(columns, dtype=float).T), is_inside
+
+
+def _curve_rows(runs: Sequence[RunFits], distribution: str) -> Iterator[Row]:
+    points, is_inside = curve_points(runs, distribution)
+    curve = fit_curve(CurvePoints(*(column[np.array(is_inside)] for column in points)))
+    labels = {"mixture": "fixed", "distribution": distribution, "position": "mean"}
+    judgement = {"verdict": curve.verdict, "reasons": "; ".join(curve.reasons)}
+    for name, value, stderr in zip(PARAMETERS, curve.values, curve.stderr, strict=True):
+        yield {"run": "all", "quantity": f"curve_{name}"} | labels | {"value": value, "stderr": stderr} | judgement
+    yield {"run": "all", "quantity": "curve_r2"} | labels | {"value": curve.r2} | judgement
+    if math.isfinite(curve.values[0]):
+        yield from _curve_step_rows(runs, curve, points, labels | judgement)
+
+
+def _curve_step_rows(runs: Sequence[RunFits], curve: Curve, points: CurvePoints, labels: Row) -> Iterator[Row]:
+    fitted = iter(zip(curve.weight(points).tolist(), points.weights.tolist(), strict=True))
+    for number, run in enumerate(runs):
+        own = labels | {"run": run.name, "num_tasks": run.task.num_tasks}
+        first = int(np.argmax(points.runs == number))
+        crossing = curve.transition(float(points.advantage[first]), float(points.bits[first]))
+        yield own | {"quantity": "curve_step", "value": crossing}
+        for entry in run.entries:
+            value, weight = next(fitted)
+            place = own | {"step": entry.step, "checkpoint_hash": entry.checkpoint_hash}
+            yield place | {"quantity": "curve_weight", "value": value}
+            yield place | {"quantity": "curve_residual", "value": weight - value}
+
+
+def summary(runs: Sequence[RunFits], rows: Sequence[Row]) -> list[str]:
+    """Return the printed lines: ladder and curve, transitions, and the numbers of the last step of each run."""
+    lines = [_ladder_line(row) for row in rows if row["quantity"] in ("growth_exponent", "curve_r2")]
+    for row in rows:
+        if row["quantity"] == "transition_step":
+            step = "" if math.isnan(row["value"]) else f" at step {row['value']:,.0f} ± {row['stderr']:,.0f}"
+            lines.append(f"{row['run']}: transition of {_label(row)}: {row['finding']}{step}; {_verdict(row)}.")
+    for run in runs:
+        last = run.entries[-1]
+        lines.append(f"{run.name} (M = {run.task.num_tasks}) at step {last.step:,}, the last of {len(run.entries)}:")
+        for distribution in _SETS:
+            for mixture, parameter in MIXTURES.items():
+                row, share = (step_row(last, name, distribution, mixture) for name in (parameter, "residual_share"))
+                lines.append(
+                    f"  {distribution:9s} {parameter:9s} {row['value']:>8.3f} ± {row['stderr']:<8.2g} residual share "
+                    f"{share['value']:.3f}   {_verdict(row)}"
+                )
+    return lines
+
+
+def _ladder_line(row: Row) -> str:
+    if row["quantity"] == "growth_exponent":
+        return (
+            f"Growth of the transition of {_label(row)} with M: t + 1 ~ M^({row['value']:.2f} ± {row['stderr']:.2f}); "
+            f"{_verdict(row)}."
+        )
+    return f"Theory curve of the weight on {row['distribution']}: R² {row['value']:.3f}; {_verdict(row)}."
+
+
+def _label(row: Row) -> str:
+    return f"the {MIXTURES[row['mixture']].replace('_', ' ')} on {row['distribution']}"
+
+
+def _verdict(row: Row) -> str:
+    return f"{row['verdict']}: {row['reasons']}" if row["reasons"] else row["verdict"]

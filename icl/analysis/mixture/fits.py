@@ -1,0 +1,197 @@
+"""Mixtures of dMMSE and ridge that are closest to a model: one with a fixed weight, and one with the weights of Bayes' rule.
+
+Let r_k be the model's prediction minus ridge's at position k, and d_k the prediction of dMMSE minus ridge's. A mixture predicts
+ridge + w_k d_k. The best mixture has the smallest mean of (r_k - w_k d_k)^2 over prompts.
+
+- `fixed`: w_k = p for all prompts. The best p is mean(r d) / mean(d^2), limited to [0, 1]. The relative distance of Wurgaft et al.
+  2025 (arXiv 2506.17859) is another number for the same question; it is made of distances instead of a projection.
+- `bayes`: the Bayes predictor under the prior that draws w from the M tasks with probability pi, and from N(0, I) otherwise. The
+  posterior probability of the discrete prior is w_k = sigmoid(lambda + log_ratio_k). Here lambda = log(pi / (1 - pi)) are the prior
+  log odds, and log_ratio_k is the logarithm of the Bayes factor: the marginal likelihood of the examples before position k under
+  the discrete prior, divided by the same under the Gaussian prior.
+
+Standard errors are over prompts, by the delta method. For lambda, which solves mean(score) = 0, the standard error is
+std(score) / (sqrt(B) |mean(d score / d lambda)|). All numbers are float64.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from icl import metrics
+from icl.baselines import covariance_root
+from icl.metrics import Estimate
+
+MAX_LOG_ODDS = 20.0
+"""The log odds are searched between minus and plus this number, and compared with both parts of the mixture."""
+_NUM_GRID = 81
+_NUM_BISECTIONS = 48
+_TIE = 1e-12
+"""Two mean squared differences are equal if they differ by less than this share of the mean of d^2."""
+_TASKS_AT_ONCE = 2**21
+"""Largest number of pairs of a prompt and a task that are processed at once: 16 MiB for each array."""
+
+
+class Pair(NamedTuple):
+    """The two predictors on fixed prompts."""
+
+    ridge: Float[Tensor, "B K"]
+    difference: Float[Tensor, "B K"]
+    """d: the prediction of dMMSE minus that of ridge."""
+    log_ratio: Float[Tensor, "B K"]
+    """Logarithm of the Bayes factor of the discrete prior, from the examples before each position."""
+
+
+class Fit(NamedTuple):
+    """The best mixtures at each position 1..K, and the best single mixture for all positions, which is the last entry."""
+
+    parameter: Estimate
+    """The weight p, or the prior log odds lambda."""
+    residual: Estimate
+    """Mean squared difference between the model and the best mixture."""
+    share: Estimate
+    """The residual divided by the mean of d^2."""
+    excess: Float[Tensor, " C"]
+    """For p, its distance outside [0, 1] in standard errors. For lambda, -inf or inf at a limit of the search, NaN if undetermined."""
+
+
+def log_bayes_factors(
+    xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], tasks: Float[Tensor, "M D"], noise_variance: float
+) -> Float[Tensor, "B K"]:
+    """Return log p(y_1..y_{k-1} | discrete prior) - log p(y_1..y_{k-1} | Gaussian prior), which is 0 at the first position."""
+    discrete = _discrete_evidence(xs, ys, tasks, noise_variance)
+    gaussian = _gaussian_evidence(xs, ys, noise_variance)
+    return F.pad((discrete - gaussian)[:, :-1], (1, 0))
+
+
+def fixed_scores(difference: Float[Tensor, "B K"], offset: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
+    """Return numbers of prompts whose mean is positive exactly if the best fixed weight exceeds 1/2. `offset` is r."""
+    return (difference * (offset - difference / 2)).mean(-1)
+
+
+def bayes_scores(pair: Pair, offset: Float[Tensor, "B K"], log_odds: float = 0.0) -> Float[Tensor, " B"]:
+    """Return numbers of prompts whose mean is positive if larger prior odds than these bring the mixture closer to the model."""
+    return _slope(pair, offset, torch.tensor(log_odds, dtype=torch.float64)).mean(-1)
+
+
+def fit_fixed(pair: Pair, predictions: Float[Tensor, "B K"]) -> Fit:
+    """Return the best fixed weights."""
+    offset = predictions - pair.ridge
+    square = _columns(pair.difference.square())
+    best = metrics.ratio_of_means(_columns(offset * pair.difference).mT, square.mT)
+    weight = best.value.clamp(0, 1)
+    excess = (best.value - weight).abs() / best.stderr.clamp(min=torch.finfo(torch.float64).tiny)
+    return Fit(Estimate(weight, best.stderr), *_residual(pair, offset, weight.expand(len(offset), -1)), excess)
+
+
+def fit_bayes(pair: Pair, predictions: Float[Tensor, "B K"]) -> Fit:
+    """Return the best prior log odds. The search takes the best of a grid, and bisects the derivative about it."""
+    offset = predictions - pair.ridge
+    grid = torch.linspace(-MAX_LOG_ODDS, MAX_LOG_ODDS, _NUM_GRID, dtype=torch.float64)
+    heights = torch.stack([_mean_squares(pair, offset, (odds + pair.log_ratio).sigmoid()) for odds in grid])
+    best = heights.argmin(0)
+    low, high = grid[(best - 1).clamp(min=0)], grid[(best + 1).clamp(max=len(grid) - 1)]
+    for _ in range(_NUM_BISECTIONS):
+        middle = (low + high) / 2
+        is_below = _scores(pair, offset, middle).mean(0) > 0
+        low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
+    # The two parts themselves have the log odds -inf and inf.
+    parts = torch.stack([_mean_squares(pair, offset, torch.full_like(offset, weight)) for weight in (0.0, 1.0)])
+    ends = torch.minimum(parts, heights[[0, -1]])
+    close = torch.minimum(heights.amin(0), ends.amin(0)) + _TIE * _columns(pair.difference.square()).mean(0)
+    at_low, at_high = ends <= close
+    excess = torch.where(at_low, -math.inf, 0.0) + torch.where(at_high, math.inf, 0.0)  # NaN if both
+    bound = torch.where(excess == 0, (low + high) / 2, MAX_LOG_ODDS * excess.sign())
+    is_part = torch.where(at_low, parts[0] <= heights[0], parts[1] <= heights[-1]) & excess.isinf()
+    log_odds = torch.where(is_part, excess.double(), bound)
+    scores = _scores(pair, offset, log_odds)
+    stderr = scores.std(0) / len(scores) ** 0.5 / _curvature(pair, offset, log_odds).mean(0).abs()
+    stderr = stderr.where(excess == 0, math.nan)
+    return Fit(Estimate(bound, stderr), *_residual(pair, offset, _weights(pair, log_odds)), excess)
+
+
+def _discrete_evidence(
+    xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], tasks: Float[Tensor, "M D"], noise_variance: float
+) -> Float[Tensor, "B K"]:
+    """Return the log of the mean over the tasks of the likelihood of the first k targets, without the factor of the noise."""
+    parts = []
+    for chunk in tasks.split(max(1, _TASKS_AT_ONCE // max(1, len(xs)))):
+        squares, sums = xs.new_zeros(len(xs), len(chunk)), []
+        for k in range(xs.shape[1]):
+            squares = squares + (xs[:, k] @ chunk.T - ys[:, k, None]).square()  # B M
+            sums.append(torch.logsumexp(-squares / (2 * noise_variance), dim=-1))
+        parts.append(torch.stack(sums, dim=-1))  # B K
+    counts = torch.arange(1, xs.shape[1] + 1, dtype=torch.float64)
+    return torch.logsumexp(torch.stack(parts), 0) - math.log(len(tasks)) - counts / 2 * math.log(noise_variance)
+
+
+def _gaussian_evidence(
+    xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], noise_variance: float
+) -> Float[Tensor, "B K"]:
+    """Return the log density of the first k targets, which are Gaussian with covariance X X^T + sigma^2 I = L L^T.
+
+    As in `_discrete_evidence`, the constant k/2 log(2 pi) is left out.
+    """
+    root = covariance_root(xs, noise_variance)  # B K K
+    whitened = torch.linalg.solve_triangular(root, ys.unsqueeze(-1), upper=False).squeeze(-1)  # B K
+    return -(whitened.square() / 2 + root.diagonal(dim1=-2, dim2=-1).abs().log()).cumsum(-1)
+
+
+def _columns(values: Float[Tensor, "B K"]) -> Float[Tensor, "B C"]:
+    """Append the mean over positions to the values at each position, so C = K + 1."""
+    return torch.cat((values, values.mean(-1, keepdim=True)), dim=-1)
+
+
+def _mean_squares(pair: Pair, offset: Float[Tensor, "B K"], weights: Float[Tensor, "B K"]) -> Float[Tensor, " C"]:
+    """Return the mean squared residuals of each position, and of all positions together, for the same mixture."""
+    squares = (offset - weights * pair.difference).square().mean(0)  # K
+    return torch.cat((squares, squares.mean(0, keepdim=True)))
+
+
+def _weights(pair: Pair, log_odds: Float[Tensor, " C"]) -> Float[Tensor, "B 2 K"]:
+    """Return the weights for the log odds of each position, and those for the log odds of all positions together."""
+    both = torch.stack((log_odds[:-1], log_odds[-1].expand(len(log_odds) - 1)))  # 2 K
+    return (both + pair.log_ratio.unsqueeze(1)).sigmoid()
+
+
+def _join(values: Float[Tensor, "B 2 K"]) -> Float[Tensor, "B C"]:
+    """Return the values at each position, and the mean over positions of the values for all positions together."""
+    return torch.cat((values[:, 0], values[:, 1].mean(-1, keepdim=True)), dim=-1)
+
+
+def _residuals(pair: Pair, offset: Float[Tensor, "B K"], weights: Float[Tensor, "B 2 K"]) -> Float[Tensor, "B C"]:
+    return _join((offset.unsqueeze(1) - weights * pair.difference.unsqueeze(1)).square())
+
+
+def _residual(pair: Pair, offset: Float[Tensor, "B K"], weights: Tensor) -> tuple[Estimate, Estimate]:
+    """Return the mean squared residual, and its share of the mean of d^2. Weights of shape (B, C) are those of `fixed`."""
+    if weights.ndim == 2:
+        weights = torch.stack((weights[:, :-1], weights[:, -1:].expand(-1, weights.shape[1] - 1)), dim=1)
+    squares = _residuals(pair, offset, weights)
+    share = metrics.ratio_of_means(squares.mT, _columns(pair.difference.square()).mT)
+    # At the best parameter, the derivative of the residual is zero. So to first order the error of the parameter has no effect.
+    return metrics.position_mean(squares), share
+
+
+def _slope(pair: Pair, offset: Float[Tensor, "*S K"], log_odds: Tensor) -> Float[Tensor, "*S K"]:
+    """Return minus half the derivative of the squared residual with respect to the log odds."""
+    weights = (log_odds + pair.log_ratio).sigmoid()
+    return (offset - weights * pair.difference) * pair.difference * weights * (1 - weights)
+
+
+def _scores(pair: Pair, offset: Float[Tensor, "B K"], log_odds: Float[Tensor, " C"]) -> Float[Tensor, "B C"]:
+    own, common = _slope(pair, offset, log_odds[:-1]), _slope(pair, offset, log_odds[-1])
+    return torch.cat((own, common.mean(-1, keepdim=True)), dim=-1)
+
+
+def _curvature(pair: Pair, offset: Float[Tensor, "B K"], log_odds: Float[Tensor, " C"]) -> Float[Tensor, "B C"]:
+    """Return the derivatives of the scores with respect to the log odds."""
+    weights = _weights(pair, log_odds)
+    rates = weights * (1 - weights)
+    difference = pair.difference.unsqueeze(1)
+    residuals = offset.unsqueeze(1) - weights * difference
+    return _join(difference * rates * (residuals * (1 - 2 * weights) - difference * rates))
