@@ -182,12 +182,10 @@ def _draw_transitions(axes: Axes, rows: pd.DataFrame, label: str) -> None:
             else ""
         )
         is_ok = own["verdict"] == "ok"
-        for points, face, name in ((own[is_ok], colour, text + exponent), (own[~is_ok], "white", None)):
-            bars = 2 * points["stderr"]
-            axes.errorbar(
-                points["num_tasks"].astype(float), points["value"] + 1, bars, fmt="o", capsize=2.5, color=colour,
-                markerfacecolor=face, label=name,
-            )  # fmt: skip
+        for points, face in ((own[is_ok], colour), (own[~is_ok], "white")):
+            x, bars = points["num_tasks"].astype(float), 2 * points["stderr"]
+            axes.errorbar(x, points["value"] + 1, bars, fmt="o", capsize=2.5, color=colour, markerfacecolor=face)
+        axes.plot([], [], "o", color=colour, label=text + exponent, gid=KEY)
     curve = select(rows, quantity="curve_step").sort_values("num_tasks")
     curve = curve[np.isfinite(curve["value"]) & (curve["value"] < 1e9)]
     axes.plot(curve["num_tasks"].astype(float), curve["value"] + 1, color=VERMILION, linestyle=":", label=_CURVE)

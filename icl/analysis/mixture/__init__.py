@@ -22,8 +22,8 @@ Rows of all runs together, `run` = `all`:
 
 - `growth_exponent`: the exponent a of t + 1 ~ M^a, where t is the last transition to dMMSE of the run with M tasks.
 - `curve_alpha`, `curve_beta`, `curve_gamma`, `curve_r2`: the curve of Wurgaft et al. 2025 (`icl.analysis.mixture.theory`). Its value
-  at each saved step is `curve_weight`, and `curve_residual` is the weight minus this value. `curve_step` is the step at which a run's curve
-  crosses 1/2.
+  at each saved step is `curve_weight`. At the steps of the fit, `curve_residual` is the weight minus this value. `curve_step` is the
+  step at which a run's curve crosses 1/2.
 
 Standard errors are over prompts, to first order (the delta method), except for those of the curve and of the exponent.
 """

@@ -135,6 +135,9 @@ def _growth_row(runs: Sequence[RunFits], distribution: str, mixture: str) -> Row
     errors = y - y.mean() - slope * centred
     stderr = float(np.sqrt(errors @ errors / (len(x) - 2) / (centred @ centred)))
     reasons = [] if count >= _ENOUGH_TRANSITIONS else [f"there are only {count} values of M with a transition"]
+    num_suspect = sum(each is not None and each["verdict"] != "ok" for _, each in found)
+    if num_suspect:
+        reasons.append(f"{num_suspect} of {len(points)} transitions are suspect")
     return row | {"value": slope, "stderr": stderr} | verdict(reasons)
 
 
@@ -161,21 +164,24 @@ def _curve_rows(runs: Sequence[RunFits], distribution: str) -> Iterator[Row]:
         yield {"run": "all", "quantity": f"curve_{name}"} | labels | {"value": value, "stderr": stderr} | judgement
     yield {"run": "all", "quantity": "curve_r2"} | labels | {"value": curve.r2} | judgement
     if math.isfinite(curve.values[0]):
-        yield from _curve_step_rows(runs, curve, points, labels | judgement)
+        yield from _curve_step_rows(runs, curve, points, is_inside, labels | judgement)
 
 
-def _curve_step_rows(runs: Sequence[RunFits], curve: Curve, points: CurvePoints, labels: Row) -> Iterator[Row]:
-    fitted = iter(zip(curve.weight(points).tolist(), points.weights.tolist(), strict=True))
+def _curve_step_rows(
+    runs: Sequence[RunFits], curve: Curve, points: CurvePoints, is_inside: Sequence[bool], labels: Row
+) -> Iterator[Row]:
+    fitted = iter(zip(curve.weight(points).tolist(), points.weights.tolist(), is_inside, strict=True))
     for number, run in enumerate(runs):
         own = labels | {"run": run.name, "num_tasks": run.task.num_tasks}
         first = int(np.argmax(points.runs == number))
         crossing = curve.transition(float(points.advantage[first]), float(points.bits[first]))
         yield own | {"quantity": "curve_step", "value": crossing}
         for entry in run.entries:
-            value, weight = next(fitted)
+            value, weight, is_fitted = next(fitted)
             place = own | {"step": entry.step, "checkpoint_hash": entry.checkpoint_hash}
             yield place | {"quantity": "curve_weight", "value": value}
-            yield place | {"quantity": "curve_residual", "value": weight - value}
+            if is_fitted:
+                yield place | {"quantity": "curve_residual", "value": weight - value}
 
 
 def summary(runs: Sequence[RunFits], rows: Sequence[Row]) -> list[str]:

@@ -28,7 +28,7 @@ def judge_bayes(share: float, stderr: float, excess: float) -> tuple[str, list[s
         reasons.append("all log odds fit equally well")
     elif excess:
         reasons.append(
-            f"the log odds are only a bound, because the model is as close to {_part(excess)} as to any mixture"
+            f"the log odds are only a bound, because no odds bring the mixture closer to the model than {_part(excess)} is"
         )
     elif not stderr <= MAX_LOG_ODDS_STDERR:
         reasons.append(f"the standard error of the log odds is {stderr:.2g}; raise num_prompts")
