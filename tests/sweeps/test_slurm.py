@@ -3,6 +3,7 @@
 `test_slurm_cluster.py` tests sweeps on a real Slurm.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +14,9 @@ import pytest
 import yaml
 
 from icl.cli import main
+from icl.files.writing import StorageError
 from icl.runs.folder import local_root
+from icl.sweeps.slurm import submission
 from icl.sweeps.slurm.commands import parse_duration
 from icl.sweeps.slurm.records import (
     JobRecord,
@@ -24,7 +27,7 @@ from icl.sweeps.slurm.records import (
     write_record,
     write_submission,
 )
-from icl.sweeps.slurm.submission import limited_jobs, parse_sbatch
+from icl.sweeps.slurm.submission import job_script, limited_jobs, new_submission, parse_sbatch
 
 SLOW = "import time; open('started', 'a').write('x'); time.sleep(1.5)"
 
@@ -79,6 +82,10 @@ def test_without_slurm_one_sentence_and_nothing_is_left(sweep, no_slurm, capsys)
         (["--slurm", "--sbatch", "-a 0-3 --time=1"], "`-a`: use `--jobs N`"),
         (["--slurm", "--sbatch", "--time=1 --signal=B:TERM@60"], "watch their time limit themselves"),
         (["--slurm", "--sbatch", "--wrap=ls"], "cannot contain `--wrap`"),
+        (["--slurm", "--sbatch", "--arr=0-3"], "`--array`: use `--jobs N`"),
+        (["--slurm", "--sbatch", "-Qa0-3"], "`-a`: use `--jobs N`"),
+        (["--slurm", "--sbatch", "--sig=TERM"], "watch their time limit themselves"),
+        (["--slurm", "--sbatch", "-vW"], "cannot contain `-W`"),
         (["--slurm", "--sbatch", "gpu"], "takes options of sbatch"),
         (["--slurm", "--sbatch", "--comment='a"], "No closing quotation"),
         (["--slurm", "--sbatch"], "`--sbatch` needs a value"),
@@ -104,6 +111,7 @@ def test_options_of_sbatch_are_split_as_a_shell_would():
         "--comment=two words",
     ]
     assert parse_sbatch("") == []
+    assert parse_sbatch("--export=NONE -vp long --wait-all-nodes=1")[0] == "--export=NONE"
 
 
 def test_never_more_jobs_than_work(no_slurm):
@@ -145,6 +153,85 @@ def test_where_squeue_is_missing_jobs_are_shown_as_they_said_themselves(tmp_path
         "ended     job 12_1: no point is left (0 min ago)",
         "running   job 12_2: on n7 (2.0 h ago)",
     ]
+
+
+@pytest.fixture
+def program_of_slurm(tmp_path, monkeypatch):
+    """Return a function that writes a program of Slurm, which comes before the real one on the PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+    def write(name: str, script: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+
+    return write
+
+
+def test_notices_that_a_site_prints_are_not_read_as_jobs(sweep, program_of_slurm, capsys):
+    program_of_slurm("sbatch", "echo 'Maintenance on Monday'; echo '12;loopback'; echo 'Thank you'")
+    program_of_slurm("squeue", r"echo 'Budget: 3|4'; printf 'M\303\344rz \377\n12_0|RUNNING|n|1|0:07\n'")
+    assert main(["sweep", sweep, "--slurm", "--jobs", "1"]) == 0
+    assert "Submitted job 12," in capsys.readouterr().out
+    assert main(["sweep", sweep, "--status"]) == 1
+    assert "running   job 12_0: on n|1 for 0:07\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["echo 'Maintenance on Monday'", "exit 3", "echo 'no more jobs' >&2; exit 1"])
+def test_a_submission_that_fails_leaves_nothing(sweep, program_of_slurm, capsys, script):
+    program_of_slurm("sbatch", script)
+    assert main(["sweep", sweep, "--slurm", "--jobs", "1"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert list((local_root() / ".slurm").glob("*/*")) == []
+
+
+def test_a_program_of_slurm_that_cannot_be_started_is_one_sentence(sweep, no_slurm, tmp_path, capsys):
+    (tmp_path / "empty" / "sbatch").write_text("not a program")
+    (tmp_path / "empty" / "sbatch").chmod(0o755)
+    assert main(["sweep", sweep, "--slurm", "--jobs", "1"]) == 1
+    assert "`sbatch` cannot be started: Exec format error" in capsys.readouterr().err
+
+
+def test_jobs_that_slurm_has_accepted_are_named_even_if_the_disk_is_full(sweep, program_of_slurm, monkeypatch, capsys):
+    program_of_slurm("sbatch", "echo 12")
+    program_of_slurm("squeue", "exit 0")
+
+    def write(folder, submission):
+        if submission.array:
+            raise StorageError("No space left on device.")
+        write_submission(folder, submission)
+
+    monkeypatch.setattr(submission, "write_submission", write)
+    assert main(["sweep", sweep, "--slurm", "--jobs", "1"]) == 0
+    said = capsys.readouterr()
+    assert "Submitted job 12," in said.out
+    assert "array 12 only after they have started. No space left on device." in said.err
+    assert main(["sweep", sweep, "--status"]) == 1
+    assert "job _0" not in capsys.readouterr().out
+
+
+def test_submissions_of_the_same_second_have_different_folders(tmp_path):
+    assert new_submission(tmp_path) != new_submission(tmp_path)
+
+
+def test_a_job_that_ended_before_icl_could_work_shows_the_end_of_its_log(tmp_path, program_of_slurm):
+    program_of_slurm("squeue", "exit 0")
+    write_submission(tmp_path, Submission(submitted=1.5, num_jobs=2, array="12"))
+    (tmp_path / "12_1.log").write_text("line 12: /nowhere/python: No such file or directory\n\n")
+    never, broken = describe_jobs([tmp_path])
+    assert never == "ended     job 12_0: never started: cancelled, or refused by Slurm"
+    assert broken.startswith("failed    job 12_1: ended before `icl` could work; the last line of ")
+    assert broken.endswith("12_1.log is: line 12: /nowhere/python: No such file or directory")
+
+
+def test_no_text_of_the_user_becomes_a_line_of_the_script(tmp_path):
+    script = job_script(
+        tmp_path, ["sweep"], name="a\nb", num_jobs=1, options=["--comment=a\\b"], said="icl sweep 'a\nrm b'"
+    )
+    assert "# Written by: icl sweep 'a rm b'\n" in script
+    assert "#SBATCH '--comment=a\\\\b'\n" in script  # Slurm removes one of two backslashes between quotes
+    assert "#SBATCH --job-name=icl-a-b\n" in script
 
 
 @pytest.mark.slow

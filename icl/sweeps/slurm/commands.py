@@ -40,7 +40,13 @@ def submit(script: Path, *options: str) -> str:
     """
     environment = {key: value for key, value in os.environ.items() if key not in _OVERRIDES}
     answer = _run("sbatch", "--parsable", *options, str(script), environment=environment)
-    return answer.strip().splitlines()[-1].partition(";")[0]  # after the semicolon: the name of the cluster
+    # After a semicolon comes the name of the cluster. Other lines are notices of the site.
+    numbers = re.findall(r"^\s*(\d+)\s*(?:;.*)?$", answer, re.MULTILINE)
+    if not numbers:
+        raise SlurmError(
+            f"`sbatch` answered without the number of a job, so look with `squeue`; it said {answer.strip()!r}."
+        )
+    return numbers[-1]
 
 
 def requeue(job: str) -> None:
@@ -83,8 +89,10 @@ def queued_jobs(arrays: Iterable[str]) -> dict[str, QueuedJob] | None:
                 continue
             return None
         for line in text.splitlines():
-            job = QueuedJob(*(part.strip() for part in line.split("|", 3)))
-            jobs[job.id] = job._replace(state=job.state.lower())
+            match = re.fullmatch(r"(\d+_\d+)\|(\w+)\|(.*)\|([^|]*)", line.strip())
+            if match is not None:  # other lines are notices of the site
+                id, state, place, elapsed = (part.strip() for part in match.groups())
+                jobs[id] = QueuedJob(id, state.lower(), place, elapsed)
     return jobs
 
 
@@ -115,8 +123,16 @@ def _run(*words: str, environment: dict[str, str] | None = None) -> str:
         )
     try:
         done = subprocess.run(
-            words, check=False, capture_output=True, text=True, env=environment, timeout=_TIMEOUT_SECONDS
+            words,
+            check=False,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=environment,
+            timeout=_TIMEOUT_SECONDS,
         )
+    except OSError as error:
+        raise SlurmError(f"`{words[0]}` cannot be started: {error.strerror or error}.") from None
     except subprocess.TimeoutExpired:
         raise SlurmError(f"`{words[0]}` has not answered for {_TIMEOUT_SECONDS:.0f} s; try again later.") from None
     if done.returncode != 0:

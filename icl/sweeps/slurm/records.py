@@ -93,14 +93,16 @@ def describe_jobs(submissions: Sequence[Path]) -> list[str]:
     )
     for folder, submission in known:
         for task, record in enumerate(records[folder]):
+            if record is None and not submission.array:
+                continue  # the number of the array is not known
             id = record.job if record is not None else f"{submission.array}_{task}"
-            state, text = _describe_job(record, queue, id)
+            state, text = _describe_job(record, queue, id, folder / f"{id}.log")
             if folder == known[-1][0] or state in ("waiting", "running"):
                 lines.append(f"{state:9s} job {id}: {text}")
     return lines
 
 
-def _describe_job(record: JobRecord | None, queue: dict[str, QueuedJob] | None, id: str) -> tuple[str, str]:
+def _describe_job(record: JobRecord | None, queue: dict[str, QueuedJob] | None, id: str, log: Path) -> tuple[str, str]:
     """Return the state of a job and the reason for it."""
     queued = None if queue is None else queue.get(id)
     again = "" if record is None or record.num_starts < 2 else f", start {record.num_starts}"
@@ -112,11 +114,23 @@ def _describe_job(record: JobRecord | None, queue: dict[str, QueuedJob] | None, 
     if queued is not None:
         return "running", f"{queued.state} on {queued.place}"
     if record is None:
+        said = _last_line(log)
+        if said:
+            return "failed", f"ended before `icl` could work; the last line of {log} is: {said}"
         return ("waiting", "submitted") if queue is None else ("ended", "never started: cancelled, or refused by Slurm")
     if record.state == "ended" or record.state == "failed" or queue is None:
         return record.state, f"{record.reason or f'on {record.host}'} ({_age(record)} ago)"
     died = "left the queue without a word: cancelled, killed at its time limit, or its node died"
     return "failed", f"{died} (on {record.host}, {_age(record)} ago)"
+
+
+def _last_line(log: Path) -> str:
+    """Return the last line of a job's log, or an empty text if the job has no log or has written nothing."""
+    try:
+        lines = read_bytes(log).decode(errors="replace").split("\n")
+    except (ContentError, OSError):
+        return ""
+    return next((redact(line.strip()[-300:]) for line in reversed(lines) if line.strip()), "")
 
 
 def _age(record: JobRecord) -> str:

@@ -7,18 +7,20 @@ records of the jobs and their logs. So a sweep file can be edited while its jobs
 import hashlib
 import os
 import re
+import secrets
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from icl.config.validation import ConfigError
-from icl.files.writing import write_atomically
+from icl.config.validation import ConfigError, UserError
+from icl.files.writing import StorageError, write_atomically
 from icl.runs.environment import OWN_PROGRAM
 from icl.runs.folder import local_root
-from icl.sweeps.slurm.commands import SlurmError, largest_array, submit
+from icl.sweeps.slurm.commands import largest_array, submit
 from icl.sweeps.slurm.records import Submission, read_submission, write_submission
 
 SCRIPT = "job.sh"
@@ -35,6 +37,8 @@ _RESERVED = {
     **dict.fromkeys(("--export-file", "--input", "-i"), "it has no meaning here"),
 }
 """Options of sbatch that the user cannot set, each with the reason or with advice."""
+_LETTERS_WITHOUT_VALUE = "HkOQsv"
+"""Options of sbatch that consist of one letter and take no value. More letters can follow in the same word."""
 
 
 def parse_sbatch(text: str) -> list[str]:
@@ -50,7 +54,7 @@ def parse_sbatch(text: str) -> list[str]:
     if words and not words[0].startswith("-"):
         raise ConfigError(f'`--sbatch` takes options of sbatch, such as "--time=4:00:00 --gpus=1"; got {text!r}.')
     for word in words:
-        name = word.partition("=")[0] if word.startswith("--") else word[:2]
+        name = _option_name(word)
         if name in _RESERVED:
             raise ConfigError(f"`--sbatch` cannot contain `{name}`: {_RESERVED[name]}.")
         if "\n" in word:
@@ -76,8 +80,8 @@ def submissions(folder: Path) -> list[Path]:
 
 
 def new_submission(folder: Path) -> Path:
-    """Return the path of a new submission, named after the current time."""
-    return folder / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    """Return the path of a new submission, named after the current time. Two submissions in the same second have different paths."""
+    return folder / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
 
 
 def job_script(
@@ -100,16 +104,16 @@ def job_script(
         "--open-mode=append",
         f"--signal=B:USR1@{WARNING_SECONDS}",
     ]
-    own = [f"#SBATCH {shlex.quote(directive)}" for directive in directives]
-    given = [f"#SBATCH {shlex.join(options)}"] if options else []
+    own = [f"#SBATCH {_quote(directive)}" for directive in directives]
+    given = [f"#SBATCH {' '.join(_quote(option) for option in options)}"] if options else []
     return "\n".join(
         [
             "#!/bin/bash",
             *own,
             *given,
-            f"# Written by: {said}",
+            f"# Written by: {' '.join(said.splitlines())}",
             "# Each job of the array works on points that no other job works on, until none is left.",
-            f"cd {shlex.quote(os.getcwd())}",  # noqa: PTH109 (a link in the path stays)
+            f"cd {shlex.quote(os.getcwd())} || exit",  # noqa: PTH109 (a link in the path stays)
             f"export LOCAL_ROOT={shlex.quote(str(local_root().resolve()))}",
             "trap '' USR1  # Slurm's warning of the time limit; icl handles it as soon as it has started",
             f"exec {shlex.join([*OWN_PROGRAM, *words])}",
@@ -144,21 +148,48 @@ def submit_array(folder: Path, script: str, *, num_jobs: int, copy: tuple[str, b
         copy: Name and content of a further file.
 
     Raises:
-        SlurmError: If Slurm refuses the script. The folder of the submission is then removed.
-        StorageError: If the files cannot be written.
+        SlurmError: If Slurm refuses the script.
+        StorageError: If the files cannot be written. After both errors, the folder of the submission is removed.
     """
     submission = Submission(submitted=round(time.time(), 3), num_jobs=num_jobs)
-    if copy is not None:
-        write_atomically(folder / copy[0], copy[1])
-    write_atomically(folder / SCRIPT, script.encode())
-    write_submission(folder, submission)
     try:
+        if copy is not None:
+            write_atomically(folder / copy[0], copy[1])
+        write_atomically(folder / SCRIPT, script.encode())
+        write_submission(folder, submission)
         array = submit(folder / SCRIPT)
-    except SlurmError:
+    except (UserError, KeyboardInterrupt):  # jobs that Slurm has accepted nevertheless end at once without this folder
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    write_submission(folder, Submission(submitted=submission.submitted, num_jobs=num_jobs, array=array))
+    try:
+        write_submission(folder, replace(submission, array=array))
+    except StorageError as error:  # the jobs run nevertheless
+        print(
+            f"icl: `--status` will show the jobs of array {array} only after they have started. {error}",
+            file=sys.stderr,
+        )
     return array
+
+
+def _option_name(word: str) -> str:
+    """Return the name of an option of sbatch, such as `--array` or `-a`.
+
+    Like sbatch, this completes an abbreviation (`--arr=0-3`), and looks behind single letters that take no value (`-Qa0-3`).
+    """
+    if not word.startswith("--"):
+        return f"-{word[1:].lstrip(_LETTERS_WITHOUT_VALUE)[:1]}" if word.startswith("-") else word
+    name = word.partition("=")[0]
+    is_whole = name in (
+        *_RESERVED,
+        "--",
+        "--export",
+    )  # `--export` is an option, and also the beginning of `--export-file`
+    return name if is_whole else next((full for full in _RESERVED if full.startswith(name)), name)
+
+
+def _quote(word: str) -> str:
+    r"""Quote a word for a line that begins with #SBATCH. Unlike a shell, Slurm replaces `\` between single quotes by `\`."""
+    return shlex.quote(word).replace("\\", "\\\\")
 
 
 def _plain(name: str) -> str:
