@@ -86,6 +86,10 @@ def run(words: list[str]) -> int:
     require_slurm_option(options)
     if options.dry_run and not options.slurm:
         raise ConfigError("`--dry-run` has a meaning only with `--slurm`: it prints the script of the jobs.")
+    if options.background and (options.slurm or options.in_job):
+        raise ConfigError(
+            "`--background` and `--slurm` cannot be given together: jobs of Slurm need no terminal. Leave out one."
+        )
     config, base = _read_config(options), options.base_checkpoint_dir
     for file in ("diversity.png", "diversity.csv"):
         require_output(base / file)
@@ -97,11 +101,12 @@ def run(words: list[str]) -> int:
         config, max_power=options.max_power, base=base
     )  # unusable settings are refused before anything is started
     require_own_place(runs[0].folder)
-    require_room(config, choose_device(config.trainer.accelerator))
     if options.status:
         return show_states(runs, base)
     if options.slurm:
         return submit(runs, options)
+    # Only the machine that trains must have the device. The login node of a cluster often has no GPU.
+    require_room(config, choose_device(config.trainer.accelerator))
     if options.in_job is not None:
         return run_in_job(runs, options, lambda done: _draw(config, done, len(runs), options))
     if options.background:

@@ -9,7 +9,7 @@ import pandas as pd
 from icl.analysis import ANALYSES
 from icl.config import RunConfig
 from icl.config.validation import ConfigError
-from icl.files.reading import ContentError
+from icl.files.reading import ContentError, read_bytes
 from icl.files.tables import read_table
 from icl.report.pictures import Picture, PictureError, embed
 from icl.runs.checkpoints import list_steps
@@ -170,16 +170,16 @@ def _read_picture(file: Path, run: str, problems: list[str]) -> Picture | None:
     caption = subject_of(file.stem).help
     alt = f"Figure {file.stem} of the run {run}: {caption}"
     try:
-        return embed(file.read_bytes(), alt=alt, caption=caption, file=f"figures/{file.name}")
-    except (PictureError, OSError) as error:
+        return embed(read_bytes(file, limit=None), alt=alt, caption=caption, file=f"figures/{file.name}")
+    except (PictureError, ContentError, OSError) as error:
         problems.append(f"figures/{file.name} is left out: {_cause(error)}.")
         return None
 
 
 def _read_log(folder: RunFolder) -> str:
     try:
-        return folder.log_file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        return read_bytes(folder.log_file, limit=None).decode(errors="replace")
+    except (ContentError, OSError):
         return ""
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from icl.config import RunConfig
 from icl.config.schedules import checkpoint_steps
 from icl.config.validation import UserError
+from icl.files.reading import read_bytes
 from icl.runs.checkpoints import list_steps
 from icl.runs.folder import RunFolder
 from icl.runs.metrics_file import are_rows_altered
@@ -58,7 +59,7 @@ def describe_altered_rows(run: RunFolder) -> str | None:
         return None
     try:
         resume, _ = read_resume(run)
-        data = run.metrics_file.read_bytes()
+        data = read_bytes(run.metrics_file, limit=None)
     except (UserError, OSError):  # reported by the code that needs these files
         return None
     if resume is None or resume.step != status.step:

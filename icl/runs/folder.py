@@ -44,8 +44,8 @@ def fails_again(run: "RunFolder", status: Status) -> bool:
     if status.state != "failed" or FAILS_AGAIN not in (status.reason or ""):
         return False
     try:
-        starts = environments_of(run.log_file.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
+        starts = environments_of(read_bytes(run.log_file, limit=None).decode(errors="replace"))
+    except (ContentError, OSError):
         return False
     return bool(starts) and versions().items() <= starts[-1][1].items()
 

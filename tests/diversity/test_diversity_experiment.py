@@ -298,6 +298,18 @@ def test_runs_of_other_settings_are_not_mixed_in(finished, capsys):
     assert metadata.read_bytes() == before
 
 
+def test_a_login_node_without_the_device_submits_and_shows_jobs_for_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DEVICE", "cuda")
+    monkeypatch.chdir(tmp_path)
+    words = ["diversity", "--preset", "quickstart", "--max_power", "1"]
+    assert main([*words, "--slurm", "--dry-run"]) == 0
+    assert "--array=0-1" in capsys.readouterr().out
+    assert main([*words, "--status"]) == 1
+    assert "waiting   M = inf: not started" in capsys.readouterr().out
+    assert main([*words, "--slurm", "--background"]) == 2
+    assert "cannot be given together" in capsys.readouterr().err
+
+
 def test_two_processes_cannot_hold_one_experiment(tmp_path, capsys):
     (tmp_path / "base").mkdir()
     with (tmp_path / "base" / ".lock").open("a") as other:

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import time
 from collections import Counter
@@ -315,6 +316,14 @@ def test_what_is_damaged_is_told_in_a_sentence_and_the_rest_is_there(run, name, 
     opened = open_page(run.path / "report.html")
     assert sentence in opened.text
     assert ["2", "1.100", "1", "0.9000", "7,000", "2.100", "1.100"] in opened.cells
+
+
+def test_pipes_in_place_of_files_are_not_waited_for(run):
+    """Opening a pipe without a writer would block the program, and a page that is being watched, for ever."""
+    for file in (run.metrics_file, run.log_file, run.results / "llc.csv", run.figures / "llc.png", run.config_file):
+        file.unlink(missing_ok=True)
+        os.mkfifo(file)
+        assert write_report([run.path]).size > 0
 
 
 @pytest.mark.parametrize("name", ["losses", "llc", "evaluation", "baselines", "hessian"])

@@ -16,8 +16,8 @@ import yaml
 from icl.cli import main
 from icl.files.writing import StorageError
 from icl.runs.folder import local_root
-from icl.sweeps.slurm import submission
-from icl.sweeps.slurm.commands import parse_duration
+from icl.sweeps.slurm import commands, submission
+from icl.sweeps.slurm.commands import parse_duration, seconds_left
 from icl.sweeps.slurm.records import (
     JobRecord,
     Submission,
@@ -176,6 +176,16 @@ def test_notices_that_a_site_prints_are_not_read_as_jobs(sweep, program_of_slurm
     assert "Submitted job 12," in capsys.readouterr().out
     assert main(["sweep", sweep, "--status"]) == 1
     assert "running   job 12_0: on n|1 for 0:07\n" in capsys.readouterr().out
+
+
+def test_a_job_waits_only_briefly_for_the_time_that_it_has_left(program_of_slurm, monkeypatch):
+    program_of_slurm("squeue", "echo 'Maintenance at 10:30 on Monday'; echo '  1:02:03'")
+    assert seconds_left("12_0") == 3723
+    monkeypatch.setattr(commands, "_JOB_TIMEOUT_SECONDS", 0.2)
+    program_of_slurm("squeue", "sleep 5")
+    started = time.monotonic()
+    assert seconds_left("12_0") is None
+    assert time.monotonic() - started < 3
 
 
 @pytest.mark.parametrize("script", ["echo 'Maintenance on Monday'", "exit 3", "echo 'no more jobs' >&2; exit 1"])

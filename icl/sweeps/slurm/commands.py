@@ -11,6 +11,8 @@ from typing import NamedTuple
 from icl.config.validation import UserError
 
 _TIMEOUT_SECONDS = 60.0
+_JOB_TIMEOUT_SECONDS = 10.0
+"""Seconds that a job waits for an answer about itself. It needs the rest of the time before its limit to save."""
 _OVERRIDES = tuple(f"SBATCH_{name}" for name in ("ARRAY_INX", "JOB_NAME", "OPEN_MODE", "OUTPUT", "SIGNAL", "WAIT"))
 """Environment variables that would override options of our script."""
 
@@ -64,15 +66,18 @@ def requeue(job: str) -> None:
 def seconds_left(job: str) -> float | None:
     """Return the seconds until a running job reaches its time limit, or None if it has no limit or Slurm does not answer."""
     try:
-        return parse_duration(_run("squeue", "--noheader", f"--jobs={job}", "--format=%L").strip())
+        answer = _run("squeue", "--noheader", f"--jobs={job}", "--format=%L", timeout=_JOB_TIMEOUT_SECONDS)
     except SlurmError:
         return None
+    # Some sites print notices in other lines.
+    durations = [parse_duration(line.strip()) for line in answer.splitlines()]
+    return next((duration for duration in durations if duration is not None), None)
 
 
 def is_preempted(job: str) -> bool:
     """Return whether Slurm has announced the pre-emption of a job that still runs."""
     try:
-        text = _run("scontrol", "show", "job", job)
+        text = _run("scontrol", "show", "job", job, timeout=_JOB_TIMEOUT_SECONDS)
     except SlurmError:
         return False
     return "JobState=RUNNING" in text and re.search(r"PreemptTime=\d", text) is not None
@@ -115,7 +120,7 @@ def parse_duration(text: str) -> float | None:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
-def _run(*words: str, environment: dict[str, str] | None = None) -> str:
+def _run(*words: str, environment: dict[str, str] | None = None, timeout: float = _TIMEOUT_SECONDS) -> str:
     """Run a command of Slurm, and return its output."""
     if shutil.which(words[0]) is None:
         raise SlurmError(
@@ -129,12 +134,12 @@ def _run(*words: str, environment: dict[str, str] | None = None) -> str:
             encoding="utf-8",
             errors="replace",
             env=environment,
-            timeout=_TIMEOUT_SECONDS,
+            timeout=timeout,
         )
     except OSError as error:
         raise SlurmError(f"`{words[0]}` cannot be started: {error.strerror or error}.") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"`{words[0]}` has not answered for {_TIMEOUT_SECONDS:.0f} s; try again later.") from None
+        raise SlurmError(f"`{words[0]}` has not answered for {timeout:.0f} s; try again later.") from None
     if done.returncode != 0:
         reason = "; ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
         raise SlurmError(f"`{words[0]}` failed: {reason or f'exit status {done.returncode}'}")
