@@ -144,7 +144,9 @@ def test_records_come_back_and_damaged_ones_count_as_missing(tmp_path):
 
 
 def test_where_squeue_is_missing_jobs_are_shown_as_they_said_themselves(tmp_path, no_slurm):
-    write_submission(tmp_path, Submission(submitted=1.5, num_jobs=3, array="12"))
+    write_submission(tmp_path, Submission(submitted=1.5, num_jobs=4, array="12"))
+    failed = JobRecord(task=3, job="12_3", state="failed", reason="2 points failed", host="n7", updated=time.time())
+    write_record(tmp_path, failed)
     write_record(tmp_path, JobRecord(task=1, job="12_1", state="ended", reason="no point is left", updated=time.time()))
     write_record(tmp_path, JobRecord(task=2, job="12_2", state="running", host="n7", updated=time.time() - 7200))
     assert describe_jobs([tmp_path]) == [
@@ -152,6 +154,7 @@ def test_where_squeue_is_missing_jobs_are_shown_as_they_said_themselves(tmp_path
         "waiting   job 12_0: submitted",
         "ended     job 12_1: no point is left (0 min ago)",
         "running   job 12_2: on n7 (2.0 h ago)",
+        "failed    job 12_3: 2 points failed (on n7, 0 min ago)",
     ]
 
 

@@ -119,7 +119,8 @@ def _describe_job(record: JobRecord | None, queue: dict[str, QueuedJob] | None, 
             return "failed", f"ended before `icl` could work; the last line of {log} is: {said}"
         return ("waiting", "submitted") if queue is None else ("ended", "never started: cancelled, or refused by Slurm")
     if record.state == "ended" or record.state == "failed" or queue is None:
-        return record.state, f"{record.reason or f'on {record.host}'} ({_age(record)} ago)"
+        where = f"on {record.host}, " if record.state == "failed" and record.host else ""
+        return record.state, f"{record.reason or f'on {record.host}'} ({where}{_age(record)} ago)"
     died = "left the queue without a word: cancelled, killed at its time limit, or its node died"
     return "failed", f"{died} (on {record.host}, {_age(record)} ago)"
 
