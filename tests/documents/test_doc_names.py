@@ -40,7 +40,7 @@ VARIABLE = re.compile(r"(ATEN|AWS|GOMP|HF|OMP|SBATCH|SLURM|TORCH|TORCHINDUCTOR|W
 ELSEWHERE = {
     *("srun", "Infinity", "ic_regression.py", "LD_PRELOAD", "PYTHONPATH"),  # other programs'
     *("random.py", "pandas.py"),  # what a stranger may have put into a folder
-    *("--array", "--job-name", "--no-requeue", "--open-mode", "--output", "--signal"),  # options of sbatch
+    *("--array", "--exclude", "--job-name", "--no-requeue", "--open-mode", "--output", "--signal"),  # options of sbatch
     *("scancel", "scontrol", "JobRequeue"),
     "utils.py",  # which we do not have
     "my.yaml",  # a user's own
