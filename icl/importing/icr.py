@@ -17,7 +17,7 @@ from torch import Tensor
 from icl.config import RunConfig
 from icl.config.validation import ConfigError, is_count
 from icl.files.reading import ContentError
-from icl.importing.pickles import as_table
+from icl.importing.pickles import as_settings, as_table
 from icl.importing.weights import Weights, by_head
 from icl.model.stacked import Params
 
@@ -27,9 +27,9 @@ _ROUND = 16
 _DOUBLE = {
     "D": "task.task_size",
     "K": "task.max_examples",
+    "n_layers": "model.num_layers",
     "d_model": "model.embed_size",
     "d_mlp": "model.mlp_size",
-    "n_layers": "model.num_layers",
 }
 """Settings that follow from the shapes of the weights too, by their older names."""
 
@@ -41,7 +41,7 @@ def is_mine(tree: Any) -> bool:
 
 def step_of(tree: Mapping[str, Any]) -> int | None:
     """Return the number of updates, or None if the file does not say."""
-    step = tree.get("step")
+    step = as_settings(tree).get("step")
     return step if is_count(step) else None
 
 
@@ -67,7 +67,7 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
         "model.output": "token",
         "model.init": "gpt2",
     }
-    config = as_table(tree.get("cfg", tree.get("config")))
+    config = as_settings(tree.get("cfg", tree.get("config")))
     for older, key in _DOUBLE.items():
         if older in config and config[older] != found[key]:
             raise ContentError(f"its config says {older} = {config[older]!r}, but its weights imply {found[key]}")
@@ -77,7 +77,7 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
         found["task.noise_variance"] = config["sigma2"]
     if isinstance(config.get("use_prenorm"), bool):
         found["model.layer_norm"] = "pre" if config["use_prenorm"] else "post"
-    num_tasks = tree.get("M", config.get("M"))
+    num_tasks = as_settings(tree).get("M") if "M" in tree else config.get("M")
     if num_tasks is not None:
         found["task.num_tasks"] = num_tasks
     return found | _learning_rate(tree)
@@ -125,7 +125,7 @@ def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D
     Raises:
         ConfigError: If the file does not say `max_M`, on which the tasks depend.
     """
-    table = as_table(tree.get("cfg", tree.get("config")))
+    table = as_settings(tree.get("cfg", tree.get("config")))
     rows, size, count = table.get("max_M"), config.task.task_size, int(config.task.num_tasks)
     if not is_count(rows) or rows < count:
         raise ConfigError(

@@ -40,6 +40,12 @@ _UNKNOWN = (
 """Settings of training that results do not depend on. They are named if neither files nor options say them."""
 
 
+_NOT_OPTIONS = ("preset", "run_name", "population.", "checkpoints.", "task.imported_tasks")
+"""Beginnings of settings that the import itself determines."""
+_STEP = re.compile(r"(?:(?:.*[_.-])?(?:step|checkpoint|ckpt|iter|iteration)[_=.-]?)?([0-9]{1,15})")
+"""Name of a file with its step: a number alone, or after a word such as `step`. Other numbers may be seeds."""
+
+
 class OlderStep(NamedTuple):
     """One saved step of an older code base."""
 
@@ -112,7 +118,7 @@ def number_files(files: list[Path], source: Format, step: int | None) -> list[tu
         number = step if number is None else number
         if number is None:
             raise OlderFileError(
-                f"{file} does not say its step. Give --step N for one file, or name files by their steps."
+                f"{file} does not say its step. Give --step N for one file, or name files by their steps, such as checkpoint_step_1465.pt."
             )
         numbered.append((number, file))
     return sorted(numbered)
@@ -139,6 +145,10 @@ def settings_of(step: OlderStep, source: Format, options: Mapping[str, Any]) -> 
         OlderFileError: If the file is not a model of this code base.
     """
     from_files = _facts(step, source)
+    for key in options:
+        if key.startswith(_NOT_OPTIONS):
+            hint = " --out names the run." if key == "run_name" else ""
+            raise ConfigError(f"`{key}` cannot be chosen for an imported run; leave out --{key}.{hint}")
     from_options = {key: read_value(key, value) for key, value in options.items()}
     for key, value in from_options.items():
         if key in from_files and read_value(key, from_files[key]) != value:
@@ -218,13 +228,14 @@ def _read(file: Path, source: Format) -> Any:
 
 
 def _matches(folder: Path, source: Format) -> list[Path]:
-    return [file for pattern in source.patterns for file in folder.glob(pattern) if file.is_file()]
+    found = (file for pattern in source.patterns for file in folder.glob(pattern) if file.is_file())
+    return [file for file in found if not file.name.startswith(".")]  # macOS makes files such as ._1465.pt
 
 
 def _number(file: Path) -> int | None:
     """Return the step in a file's name: `1465.pt`, `checkpoint_step_1465.pt`. None if the name has no number at its end."""
     for name in (file.stem if file.suffix in (".pt", ".pth", ".msgpack") else file.name, file.parent.name):
-        match = re.search(r"(?:^|[_\-=.])(\d{1,15})$", name)
+        match = _STEP.fullmatch(name)
         if match:
             return int(match[1])
         if name != "checkpoint":  # only a file of this name takes the number of its folder

@@ -30,6 +30,7 @@ _TYPES = (
     "bool",
 )
 _MAX_VALUES = 2**22
+_MAX_AXES = 8
 
 # First byte of a value -> the struct format of its number, or of its length.
 _NUMBERS = {
@@ -149,9 +150,9 @@ def _array(extension: _Extension) -> np.ndarray:
     if not (isinstance(parts, list) and len(parts) == 3 and isinstance(parts[0], list) and isinstance(parts[2], bytes)):
         raise ContentError("it contains an array without shape, type and data")
     shape, name, data = parts
-    if not all(isinstance(size, int) and 0 <= size < 2**40 for size in shape):
-        raise ContentError("it contains an array with an impossible shape")
     if name == "bfloat16":
+        if len(data) % 2:
+            raise ContentError("it contains an array that was cut short")
         wide = np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16
         numbers = wide.view(np.float32)
     elif name in _TYPES:
@@ -160,6 +161,14 @@ def _array(extension: _Extension) -> np.ndarray:
         numbers = np.frombuffer(data, dtype=np.dtype(name).newbyteorder("<")).astype(name)
     else:
         raise ContentError(f"it contains an array of type {str(name)[:30]!r}, which icl cannot read")
+    return _shaped(numbers, shape)
+
+
+def _shaped(numbers: np.ndarray, shape: list[Any]) -> np.ndarray:
+    """Return an array with a shape that a file claims."""
+    is_plain = all(isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**40 for size in shape)
+    if not is_plain or len(shape) > _MAX_AXES or math.prod(size or 1 for size in shape) >= 2**40:
+        raise ContentError("it contains an array with an impossible shape")
     if math.prod(shape) != numbers.size:
         raise ContentError(f"it contains an array of shape {tuple(shape)} with {numbers.size:,} numbers")
     return numbers.reshape(shape)
@@ -176,9 +185,7 @@ def _joined(value: Any) -> Any:
         raise ContentError("it contains an array in chunks without its shape")
     parts = [chunks.get(str(number)) for number in range(len(chunks))]
     sizes = [shape.get(str(axis)) for axis in range(len(shape))]
-    if not all(isinstance(part, np.ndarray) for part in parts) or not all(isinstance(size, int) for size in sizes):
+    if not all(isinstance(part, np.ndarray) for part in parts):
         raise ContentError("it contains an array in chunks, of which some are missing")
     numbers = np.concatenate([part.ravel() for part in parts if part is not None]) if parts else np.zeros(0)
-    if math.prod(size for size in sizes if size is not None) != numbers.size:
-        raise ContentError("it contains an array in chunks that do not fit its shape")
-    return numbers.reshape([size for size in sizes if size is not None])
+    return _shaped(numbers, sizes)

@@ -8,10 +8,12 @@ has a list of their names, and replaces each by a stand-in that holds data and d
 import io
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,22 +46,51 @@ class _Ignored:
         """Ignore the object's data."""
 
 
+class _NumberType(_Ignored):
+    """Stand-in for a NumPy type. It keeps only the type's code, such as f8."""
+
+    code = ""
+
+    def __init__(self, *args: Any) -> None:
+        self.code = args[0] if args and args[0] in _NUMBER_CODES else ""
+
+    def __setstate__(self, state: Any) -> None:
+        """Forget the code if the numbers are not little-endian."""
+        if not (isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", "|")):
+            self.code = ""
+
+
+def _number(*args: Any) -> Any:
+    """Return the Python number of a pickled NumPy number, which is a type and its bytes."""
+    if len(args) == 2 and isinstance(args[0], _NumberType) and args[0].code and isinstance(args[1], bytes):
+        kind = np.dtype(f"<{args[0].code}")
+        if len(args[1]) == kind.itemsize:
+            return np.frombuffer(args[1], kind)[0].item()
+    return _Ignored()
+
+
+def _bytes(*args: Any) -> Any:
+    """Return the bytes that a pickle has as text in Latin-1."""
+    is_latin = (
+        len(args) == 2 and isinstance(args[0], str) and args[1] == "latin1" and all(c < "\u0100" for c in args[0])
+    )
+    return args[0].encode("latin1") if is_latin else _Ignored()
+
+
+_NUMBER_CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 # PyTorch 1 and 2.0 saved the function `OneCycleLR._annealing_linear` in the state of the learning rate's schedule. A pickle has it
-# as a call of `getattr`. NumPy's numbers come from seeds and losses. Their data are not needed.
-_STAND_INS: dict[str, Any] = dict.fromkeys(
-    (
-        "builtins.getattr",
-        "torch.optim.lr_scheduler.OneCycleLR",
-        "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray.scalar",
-        "numpy.core.multiarray._reconstruct",
-        "numpy._core.multiarray._reconstruct",
-        "numpy.ndarray",
-        "numpy.dtype",
-        "_codecs.encode",
-    ),
-    _Ignored,
-)
+# as a call of `getattr`. NumPy's arrays come from losses, and are not needed. NumPy's numbers may be settings.
+_STAND_INS: dict[str, Any] = {
+    "builtins.getattr": _Ignored,
+    "torch.optim.lr_scheduler.OneCycleLR": _Ignored,
+    "numpy.core.multiarray._reconstruct": _Ignored,
+    "numpy._core.multiarray._reconstruct": _Ignored,
+    "numpy.ndarray": _Ignored,
+    "numpy.core.multiarray.scalar": _number,
+    "numpy._core.multiarray.scalar": _number,
+    "numpy.dtype": _NumberType,
+    "_codecs.encode": _bytes,
+}
 
 
 def read_pickle(path: Path) -> Any:
@@ -74,6 +105,7 @@ def read_pickle(path: Path) -> Any:
         raise OlderFileError(f"{path} cannot be imported: {error}.") from None
     except OSError as error:
         raise OlderFileError(f"{path} cannot be read: {error.strerror}.") from None
+    _require_uncompressed(path, data)
     stand_ins = dict(_STAND_INS)
     for _ in range(_MAX_NAMES):
         tree, failure = _load(data, stand_ins)
@@ -91,6 +123,28 @@ def as_table(value: Any) -> dict[str, Any]:
     """Return a config as a table: the fields of a stand-in, or a dict itself. Empty for anything else."""
     table = vars(value) if isinstance(value, SavedConfig) else value
     return {key: table[key] for key in table if isinstance(key, str)} if isinstance(table, Mapping) else {}
+
+
+def as_settings(value: Any) -> dict[str, bool | int | float | str]:
+    """Return the numbers and texts of a config by their names. A tensor of one number is a number; other values are left out."""
+    table = {
+        key: entry.item() if isinstance(entry, Tensor) and entry.numel() == 1 else entry
+        for key, entry in as_table(value).items()
+    }
+    return {key: entry for key, entry in table.items() if isinstance(entry, (bool, int, float, str))}
+
+
+def _require_uncompressed(path: Path, data: bytes) -> None:
+    """Refuse a zip file whose parts are larger than the file. Zeros of many gigabytes can be compressed to a small file."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            size = sum(part.file_size for part in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # the older format, or a damaged file
+        return
+    if size > len(data):
+        raise OlderFileError(
+            f"{path} is compressed or damaged: it claims to contain {size:,} bytes and has {len(data):,}. Save it again with torch.save."
+        )
 
 
 def _load(data: bytes, stand_ins: Mapping[str, Any]) -> tuple[Any, Exception | None]:
@@ -127,18 +181,21 @@ def _refuse(path: Path, error: Exception, name: str | None) -> NoReturn:
 
 def _require_plain_tensors(tree: Any, path: Path, size: int) -> None:
     """Refuse tensors that are sparse, or larger than the file. A tensor can claim to repeat one number many times."""
-    for tensor in _tensors(tree, 0):
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+    for tensor in _tensors(tree):
+        if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             raise OlderFileError(f"{path} contains a tensor that is not a plain array; save plain tensors.")
         if tensor.numel() * tensor.element_size() > size:
             raise OlderFileError(f"{path} is damaged: a tensor of shape {tuple(tensor.shape)} is larger than the file.")
 
 
-def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif depth < 10:
-        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-        for part in parts:
-            if isinstance(part, (Tensor, Mapping, list, tuple)):
-                yield from _tensors(part, depth + 1)
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a tree. A container that appears many times is visited once, so a small file cannot need long."""
+    stack, seen = [tree], set()
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (SavedConfig, Mapping, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))
+            parts = vars(value) if isinstance(value, SavedConfig) else value
+            stack.extend(parts.values() if isinstance(parts, Mapping) else parts)

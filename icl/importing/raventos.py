@@ -100,7 +100,7 @@ def folder_facts(path: Path) -> dict[str, Any]:
     if found.get("task.num_tasks") == 0:
         found["task.num_tasks"] = "inf"
     if isinstance(scale := flat.get("task.noise_scale"), (int, float)):
-        found["task.noise_variance"] = float(scale) ** 2
+        found["task.noise_variance"] = float(scale) * float(scale)  # `**` would raise an error for a huge number
     if flat.get("training.schedule") == "triangle":
         found["optim.schedule"] = "triangle"
         if is_count(warmup := flat.get("training.warmup_steps")):

@@ -4,14 +4,17 @@ The folder has `config.yaml`, `status.json`, `checkpoints/` and `imported.json`,
 training tasks are known, `checkpoints/tasks.safetensors` contains them. There is no `metrics.csv` and no `last.ckpt`.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from icl.config import RunConfig
 from icl.config.validation import ConfigError, require_run_name
+from icl.files.reading import ContentError
 from icl.files.writing import write_atomically
 from icl.importing.formats import FORMATS, Format, format_of
 from icl.importing.models import (
@@ -73,8 +76,7 @@ def import_run(
         StorageError: If the folder cannot be written.
     """
     form, run = format_of(source), RunFolder(out)
-    if run.config_file.exists() or run.status_file.exists():
-        raise RunError(f"There is a run at {run.path} already; choose another folder with --out.")
+    _require_new(run)
     require_own_place(run)
     numbered = number_files(find_files(Path(path), form), form, step)
     last = read_step(*numbered[-1], form)
@@ -82,7 +84,7 @@ def import_run(
     is_seed_given = "seeds.tasks" in {**settings.from_files, **settings.from_options}
     table, where = choose_tasks(tasks, last.tree, form, settings.config, is_seed_given=is_seed_given)
     convert(last, form, settings.config)  # a file that does not fit is refused before anything is written
-    with leaving_nothing(run):
+    with leaving_nothing(run), _no_half_run(run):
         pool = None if settings.config.task.is_gaussian else "unknown"
         if table is not None:
             pool = write_tasks(run.checkpoints.root, table)
@@ -96,6 +98,33 @@ def import_run(
         run.write_status(Status(state="finished", step=last.step, max_steps=config.trainer.max_steps, reason=reason))
         run.write_config(config)
     return ImportedRun(run, sorted({number for number, _ in numbered}), settings._replace(config=config), where)
+
+
+def _require_new(run: RunFolder) -> None:
+    """Refuse a folder with a run, or with checkpoints of an import that was killed.
+
+    Raises:
+        RunError: If there are some.
+    """
+    if run.config_file.exists() or run.status_file.exists():
+        raise RunError(f"There is a run at {run.path} already; choose another folder with --out.")
+    if run.checkpoints.root.exists():
+        raise RunError(
+            f"{run.checkpoints.root} exists already, perhaps from an import that was killed; remove it, or choose another folder with --out."
+        )
+
+
+@contextlib.contextmanager
+def _no_half_run(run: RunFolder) -> Iterator[None]:
+    """If the body of the `with` statement fails, remove what it wrote. A later import would mix its own steps with these."""
+    _require_new(run)  # again, because another import may have finished before we had the lock
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(run.checkpoints.root, ignore_errors=True)
+        for file in (run.path / "imported.json", run.log_file, run.status_file, run.config_file):
+            file.unlink(missing_ok=True)
+        raise
 
 
 def load_older_file(path: Path, shape: RunConfig | None = None) -> Checkpoint:
@@ -124,7 +153,10 @@ def load_older_file(path: Path, shape: RunConfig | None = None) -> Checkpoint:
             "model.layer_norm": shape.model.layer_norm,
         }
     )
-    known = form.facts(tree)
+    try:
+        known = form.facts(tree)
+    except ContentError as error:
+        raise OlderFileError(f"{path} cannot be loaded: {error}.") from None
     try:
         settings = settings_of(step, form, {key: value for key, value in given.items() if key not in known})
     except ConfigError as error:

@@ -1,5 +1,6 @@
 """The training tasks of an imported run: from a file, drawn again from the older code's seed, or unknown."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,12 @@ def choose_tasks(
         if choice is not None:
             raise ConfigError("`--tasks` has no meaning for M = inf, whose tasks are drawn from N(0, I); leave it out.")
         return None, "from N(0, I)"
+    size = 4 * int(config.task.num_tasks) * config.task.task_size
+    if choice != "unknown" and size > MAX_TASKS_FILE:
+        raise ConfigError(
+            f"The table of M = {int(config.task.num_tasks):,} tasks would have {size:,} bytes, and the limit is {MAX_TASKS_FILE:,}. "
+            "Write --tasks unknown to do without dMMSE."
+        )
     if choice == "unknown":
         return None, "unknown, so `pretrain` prompts and dMMSE are refused"
     inside = next((tree[key] for key in _KEYS if isinstance(tree, Mapping) and key in tree), None)
@@ -72,8 +79,7 @@ def _read_table(path: Path) -> Any:
     """Return the table in a file .npy, .pt or .safetensors."""
     try:
         if path.suffix == ".npy":
-            with path.open("rb") as file:
-                return torch.from_numpy(np.load(file, allow_pickle=False))
+            return _read_numpy(path)
         if path.suffix == ".safetensors":
             tree: Any = load(read_bytes(path, limit=MAX_TASKS_FILE))
         elif path.suffix in (".pt", ".pth"):
@@ -89,9 +95,23 @@ def _read_table(path: Path) -> Any:
             raise
         raise OlderFileError(f"The tasks {path} cannot be read ({first_line(error)}).") from None
     if isinstance(tree, Mapping):
-        named = [tree[key] for key in _KEYS if key in tree]
-        return (named or list(tree.values()) or [None])[0]
+        named = [tree[key] for key in _KEYS if key in tree] or list(tree.values())
+        if len(named) != 1:
+            raise OlderFileError(f"{path} must contain one table, or call it `tasks`; it contains {len(named):,}.")
+        return named[0]
     return tree
+
+
+def _read_numpy(path: Path) -> Tensor:
+    """Return the array in a file .npy."""
+    data = read_bytes(path, limit=2 * MAX_TASKS_FILE)
+    try:
+        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except (
+        Exception
+    ) as error:  # damaged headers make NumPy raise many kinds, such as MemoryError and tokenize.TokenError
+        raise ContentError(first_line(error)) from None
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def _fitting(table: Any, config: RunConfig, name: str) -> Float[Tensor, "M D"]:
@@ -104,6 +124,7 @@ def _fitting(table: Any, config: RunConfig, name: str) -> Float[Tensor, "M D"]:
         raise OlderFileError(
             f"{name} has shape {tuple(table.shape)}, but must have {count:,} tasks of D = {size} numbers."
         )
-    if not table[:count].isfinite().all():
-        raise OlderFileError(f"{name} contains numbers that are not finite.")
-    return table[:count].float().contiguous()
+    table = table[:count].float().contiguous()
+    if not table.isfinite().all():
+        raise OlderFileError(f"{name} contains numbers that are not finite in 32 bits.")
+    return table

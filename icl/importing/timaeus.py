@@ -139,7 +139,21 @@ def _schedule(tree: Mapping[str, Any]) -> dict[str, Any]:
     rate = as_table(groups[0]).get("max_lr") if isinstance(groups, list) and groups else None
     if isinstance(rate, float) and 0 < rate < 1:
         found["optim.lr"] = rate
-    length = as_table(tree.get("scheduler")).get("total_steps")
+    scheduler = as_table(tree.get("scheduler"))
+    length = scheduler.get("total_steps")
     if isinstance(length, int) and 2 <= length < 2**40:
-        found |= {"optim.schedule": "triangle", "optim.schedule_steps": length, "trainer.max_steps": length}
+        found["trainer.max_steps"] = length
+        warmup = _warmup_steps(scheduler)
+        if warmup is not None and 1 <= warmup < length:
+            found |= {"optim.schedule": "triangle", "optim.schedule_steps": length}
+            found |= {} if warmup == length // 2 else {"optim.warmup_steps": warmup}
     return found
+
+
+def _warmup_steps(scheduler: Mapping[str, Any]) -> int | None:
+    """Return the steps before the peak of OneCycleLR, or None if its form is not a triangle. Its default is a cosine."""
+    phases = scheduler.get("_schedule_phases")
+    if scheduler.get("_anneal_func_type", "linear") != "linear" or not isinstance(phases, list) or len(phases) != 2:
+        return None
+    peak = as_table(phases[0]).get("end_step")
+    return round(peak) + 1 if isinstance(peak, float) and abs(peak) < 2**40 else None
