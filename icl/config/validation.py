@@ -254,7 +254,8 @@ def require_store(url: Any, name: str = "checkpoints.store") -> None:
     scheme, _, path = text.partition("://") if "://" in text else ("file", "", text)
     if scheme.lower() == "hf":
         require(
-            re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.%-]+)?(/[\w.,=+ -]+)*/?", path) is not None,
+            re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.%-]+)?(/[\w.,=+ -]+)*/?", path) is not None
+            and not {".", ".."} & set(path.split("/")),
             f"`{name}` must be hf://USER/REPO, hf://USER/REPO@REVISION or a folder below, got {re.sub('[^/@]+@', '...@', text)!r}. Set a token as "
             "HF_TOKEN, never in the address.",
         )

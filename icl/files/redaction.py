@@ -10,6 +10,8 @@ _SECRET_NAME = r"(?:\w*_)?(?:SECRET|SECRET_KEY|SECRET_ACCESS_KEY|TOKEN|PASSWORD|
 _SECRETS = re.compile(_SECRET_NAME)
 _ASSIGNED = re.compile(r"\b(\w{1,64})=[^\s&\"']+")
 """A variable and its value, as in an `env` command or in the query of a URL."""
+_HUB_REVISION = re.compile(r"hf://[\w.-]+/[\w.-]+@[\w.%/-]")
+"""Address of a repository at a revision, such as hf://USER/REPO@v1. What is before its @ is no credential."""
 _LEAST = 6
 """Minimum length of a secret that is removed from text. Shorter secrets may occur inside ordinary words."""
 
@@ -33,6 +35,8 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
 
 def _without_credentials(word: str) -> str:
     """Return a word without the credentials between the scheme of a URL and the last @."""
+    if word.count("@") == word.count("://") == 1 and _HUB_REVISION.search(word):
+        return word
     at = word.rfind("@")
     scheme = re.compile(_SCHEME).search(word, 0, at) if at > 0 else None
     return word[: scheme.end()] + word[at + 1 :] if scheme else word

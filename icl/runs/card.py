@@ -45,7 +45,8 @@ def card_text(old: str, run: RunFolder, name: str, store: str) -> str:
     begin, end = f"<!-- icl run {name} -->", f"<!-- end of icl run {name} -->"
     section = f"{begin}\n{_section(run, name, store)}\n{end}"
     card = old if old.strip() else _HEAD
-    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    # A mark without its end stays: text of the user may follow it.
+    pattern = re.compile(f"{re.escape(begin)}(?:(?!{re.escape(begin)}).)*?{re.escape(end)}", re.DOTALL)
     if pattern.search(card):
         return pattern.sub(lambda match: section, card, count=1)
     return f"{card.rstrip()}\n\n{section}\n"

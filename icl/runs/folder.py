@@ -75,6 +75,8 @@ def require_place(word: str | Path) -> Path:
         raise RunError("RUN must be the name of a run or a folder, got an empty name; `icl runs` lists all runs.")
     path, named = place_of(word), local_root() / name_of(word)
     if not path.exists():
+        if str(word).startswith(("hf:/", "s3:/")):  # `Path` has removed the second slash
+            raise RunError("RUN must be on this machine; first fetch it with `icl checkpoints NAME pull --store URL`.")
         other = "" if named == path else f", nor a run {named}"
         raise RunError(f"There is nothing at {path}{other}; `icl runs` lists all runs.")
     return path

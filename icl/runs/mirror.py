@@ -208,7 +208,13 @@ def write_card(mirror: Mirror) -> None:
     store = open_store(mirror.url)
     old = read_or_none(store, CARD)
     name = str(mirror.there).removeprefix(str(store)).strip("/")
-    new = card_text((old or b"").decode("utf-8", errors="replace"), mirror.run, name, str(store))
+    try:
+        text = (old or b"").decode("utf-8")
+    except UnicodeDecodeError:
+        raise StorageError(
+            f"{store}/{CARD} is not text in UTF-8, so the model card was not changed. All other files have arrived."
+        ) from None
+    new = card_text(text, mirror.run, name, str(store))
     if new.encode() != old:
         store.write(CARD, new.encode())
 

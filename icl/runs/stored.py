@@ -5,7 +5,7 @@ import re
 from icl.config.validation import require_store
 from icl.files.writing import StorageError
 from icl.runs.checkpoints import Checkpoint, CheckpointError, checkpoint_name, list_steps, load_step, parse_checkpoint
-from icl.store.base import MissingKeyError
+from icl.store.base import MissingKeyError, require_key
 from icl.store.opening import open_store
 
 _FILE = re.compile(r"(?:(.*)/)?checkpoints/step-\d{9,}\.safetensors")
@@ -34,10 +34,14 @@ def load_stored_checkpoint(url: str, step: int | None = None) -> tuple[Checkpoin
             raise CheckpointError(f"{url} is of step {checkpoint.step:,}, not {step:,}.")
         return checkpoint, url
     store = open_store(url)
-    runs = sorted({match[1] or "" for match in map(_FILE.fullmatch, store.keys()) if match})
+    matches = [match for match in map(_FILE.fullmatch, store.keys()) if match]
+    for match in matches:
+        require_key(match[0], store)
+    runs = sorted({match[1] or "" for match in matches})
     if not runs:
         raise CheckpointError(
-            f"There are no checkpoints at {store}; `icl checkpoints RUN push --store URL` sends a run there."
+            f"There are no checkpoints at {store}. Check the address; a private store needs its owner's token or keys. "
+            "`icl checkpoints RUN push --store URL` sends a run there."
         )
     if len(runs) > 1:
         raise CheckpointError(

@@ -59,7 +59,7 @@ class HubStore:
         file = self._file(key)
         if limit is not None and file.size > limit:
             raise StorageError(f"Cannot read {self}/{key}: it has {file.size:,} bytes, and at most {limit:,} are read.")
-        data = self.repository.ask("read", lambda: self._download(file.path), key=key)
+        data = self.repository.ask("read", lambda: self._download(file.path), key=file.path)
         digest = _sha256(file)
         if len(data) != file.size or (digest is not None and sha256(data) != digest):
             raise DamagedError(f"{self}/{key} is damaged: its bytes do not match their digest on the Hub.")

@@ -5,16 +5,19 @@ from typing import Any
 
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    HFValidationError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
 
+from icl.files.reading import first_line
 from icl.files.redaction import redact
 from icl.files.writing import StorageError
 
 MAX_PAUSE = 90.0
 """Longest wait in seconds. If the Hub asks for a longer one, the command ends and says so."""
+_MAX_CAUSES = 8
 _BUSY = (408, 429, 500, 502, 503, 504)
 _TOKEN = "Set HF_TOKEN to a token with write access, or log in with `hf auth login`"
 
@@ -54,6 +57,10 @@ def describe(error: BaseException, place: str, verb: str, key: str, endpoint: st
     status, what = _status(error), f"{place}/{key}".rstrip("/")
     if isinstance(error, OfflineModeIsEnabled):
         return StorageError(f"Cannot {verb} {what}: HF_HUB_OFFLINE is set. Unset it to use the Hub.")
+    if isinstance(error, HFValidationError):
+        return StorageError(
+            f"{place} cannot be the name of a repository: {first_line(error).rstrip('.')}. Correct the address."
+        )
     if isinstance(error, LocalTokenNotFoundError):
         return StorageError(f"Cannot {verb} {what}: there is no such repository, or no token to see it. {_TOKEN}.")
     if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
@@ -80,8 +87,16 @@ def describe(error: BaseException, place: str, verb: str, key: str, endpoint: st
 
 
 def _status(error: BaseException) -> int | None:
-    response = getattr(error, "response", None)
-    return getattr(response, "status_code", None)
+    return getattr(_response(error), "status_code", None)
+
+
+def _response(error: BaseException | None) -> Any:
+    """Return the server's answer that caused an error. For uploads and downloads, the client raises errors of its own from it."""
+    for _ in range(_MAX_CAUSES):
+        if error is None or getattr(error, "response", None) is not None:
+            break
+        error = error.__cause__
+    return getattr(error, "response", None)
 
 
 def _is_network(error: BaseException) -> bool:
@@ -94,7 +109,7 @@ def _is_network(error: BaseException) -> bool:
 
 def _asked_pause(error: BaseException) -> float | None:
     """Return the seconds that the Hub asks us to wait, from the header Retry-After or RateLimit."""
-    headers: Any = getattr(getattr(error, "response", None), "headers", {}) or {}
+    headers: Any = getattr(_response(error), "headers", {}) or {}
     text = str(headers.get("retry-after", ""))
     if not text:
         parts = (part.strip() for part in str(headers.get("ratelimit", "")).split(";"))

@@ -96,11 +96,12 @@ class Repository:
             result, error = _attempt(act, self.endpoint)
             if error is None:
                 return result  # type: ignore[return-value]
-            if isinstance(error, StorageError) or is_conflict(error):
+            if isinstance(error, StorageError) or (verb == "write" and is_conflict(error)):
                 raise error
             pause = pause_before_retry(error, attempt)
             if pause is None or attempt == _MAX_RETRIES - 1:
-                raise describe(error, f"hf://{self.name}", verb, key, self.endpoint) from None
+                revision = "" if self.revision == "main" else f"@{self.revision}"
+                raise describe(error, f"hf://{self.name}{revision}", verb, key, self.endpoint) from None
             time.sleep(pause)
         raise AssertionError
 

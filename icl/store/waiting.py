@@ -41,6 +41,8 @@ class _Progress:
 _progress = _Progress()
 _thread = threading.local()
 _is_given_up = threading.Event()
+_left: list[threading.Thread] = []
+"""Threads of the calls on which we gave up."""
 
 
 def moved(num_bytes: int = _ENOUGH_BYTES) -> None:
@@ -100,12 +102,27 @@ def await_result(
 
     began = time.monotonic()
     # A thread of a pool would keep the program from ending.
-    threading.Thread(target=work, name="icl-waiting", daemon=True).start()
-    while not wait([future], _POLL_SECONDS).done:
-        idle = time.monotonic() - max(began, _progress.at)
-        if is_stopped() or _is_given_up.is_set() or idle >= seconds:
-            raise StalledError
-        if awaited and idle >= NOTICE_SECONDS and not _progress.was_told and not getattr(_thread, "is_silent", False):
-            _progress.was_told = True
-            print(f"icl: waiting for {awaited}; giving up after {seconds:.0f} s without progress.", file=sys.stderr)
+    thread = threading.Thread(target=work, name="icl-waiting", daemon=True)
+    thread.start()
+    try:
+        while not wait([future], _POLL_SECONDS).done:
+            idle = time.monotonic() - max(began, _progress.at)
+            if is_stopped() or _is_given_up.is_set() or idle >= seconds:
+                raise StalledError
+            is_silent = getattr(_thread, "is_silent", False)
+            if awaited and idle >= NOTICE_SECONDS and not _progress.was_told and not is_silent:
+                _progress.was_told = True
+                print(f"icl: waiting for {awaited}; giving up after {seconds:.0f} s without progress.", file=sys.stderr)
+    except BaseException:  # such as KeyboardInterrupt
+        _left.append(thread)
+        raise
     return future.result()
+
+
+def would_block_exit() -> bool:
+    """Return whether a call on which we gave up still runs and has a pool of threads, for which Python waits before it ends.
+
+    The client of the Hugging Face Hub sends files in such a pool. A server that does not answer would keep it for minutes.
+    """
+    has_pool = any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
+    return has_pool and any(thread.is_alive() for thread in _left)

@@ -26,6 +26,10 @@ PASSWORD = "pass/w@rd:of-mine"
         ("'http://me:wo@rd@host'", "'http://host'"),
         ("s3://key:sec/ret@bucket/prefix", "s3://bucket/prefix"),
         ("https://token@host", "https://host"),
+        ("'hf://user/models@v1/tiny'", "'hf://user/models@v1/tiny'"),  # a revision
+        ("hf://hf_token@user/models", "hf://user/models"),
+        ("hf://user:hf_token@host/models@v1", "hf://v1"),
+        ("https://me:word@host,hf://user/models@v1", "https://v1"),
         ("https://host/a, me@example.org", "https://host/a, me@example.org"),
         ("a folder me@uni/runs", "a folder me@uni/runs"),
         ("/usr/bin/env WANDB_API_KEY=0123abcd icl train", "/usr/bin/env WANDB_API_KEY=*** icl train"),
