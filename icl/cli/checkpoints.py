@@ -118,6 +118,8 @@ def _verify(folder: RunFolder, mirror: "Mirror | None") -> int:
         count = f"{len(damage)} faults" if len(damage) > 1 else "1 fault"
         if mirror is None:
             again = f"to train the run again from step 0, delete its {', '.join(NAMES)} and status.json, and run the same `icl train`"
+            if (folder.path / "imported.json").is_file():
+                again = "to repair the run, delete its folder and import the run again with `icl import`"
             raise StorageError(
                 f"{count} in {folder.path}, which has no store to fetch from; the intact files can be used, and {again}."
             )

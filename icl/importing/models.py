@@ -177,12 +177,17 @@ def convert(step: OlderStep, source: Format, config: RunConfig) -> Params:
     """Return the weights of a step by the names of `icl`.
 
     Raises:
-        OlderFileError: If they do not fit the run's settings.
+        OlderFileError: If they do not fit the run's settings, or are not finite.
     """
     try:
-        return dict(sorted(same_type(source.params(step.tree, config)).items()))
+        params = dict(sorted(same_type(source.params(step.tree, config)).items()))
     except ContentError as error:
         raise OlderFileError(f"{step.file} cannot be imported: {error}.") from None
+    if not all(tensor.isfinite().all() for tensor in params.values()):
+        raise OlderFileError(
+            f"{step.file} has weights that are not finite, so its training diverged; leave this file out."
+        )
+    return params
 
 
 def require_one_model(step: OlderStep, first: OlderStep, source: Format) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from icl.api import load_model
+from icl.cli import main
 from icl.config.validation import ConfigError
 from icl.files.reading import ContentError
 from icl.importing.formats import FORMATS
@@ -197,6 +198,22 @@ def test_a_pool_that_no_file_could_hold_is_refused_before_it_is_drawn(tmp_path):
     torch.save(icr_tree(M=2**31 - 1, max_M=2**60), tmp_path / "1.pt")
     with pytest.raises(ConfigError, match="Write --tasks unknown"):
         import_run(tmp_path / "1.pt", "icr", tmp_path / "run")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    tree = icr_tree()
+    tree["model_state_dict"]["ln_f.bias"][3] = float("nan")
+    torch.save(tree, tmp_path / "1.pt")
+    with pytest.raises(OlderFileError, match="weights that are not finite"):
+        import_run(tmp_path / "1.pt", "icr", tmp_path / "run")
+
+
+def test_a_damaged_imported_run_is_to_be_imported_again(tmp_path, capsys):
+    torch.save(icr_tree(), tmp_path / "1.pt")
+    run = import_run(tmp_path / "1.pt", "icr", tmp_path / "run").folder
+    (run.checkpoints.root / "tasks.safetensors").write_bytes(b"x")
+    assert main(["checkpoints", str(run.path), "verify"]) == 1
+    assert "import the run again with `icl import`" in capsys.readouterr().err
 
 
 def test_load_model_names_the_file_that_it_refuses(tmp_path):
