@@ -29,6 +29,8 @@ class About(NamedTuple):
     help: str
     module: str | None = None
     """Name of the module in this package and in `icl.plotting`; None derives it from the name of the analysis."""
+    needs_finite_tasks: bool = False
+    """Whether the analysis has no meaning for a run with M = inf."""
 
 
 ANALYSES: dict[str, About] = {
@@ -52,6 +54,7 @@ ANALYSES: dict[str, About] = {
     "mixture": About(
         "run",
         "mixtures of dMMSE and ridge that are closest to the model: a fixed weight, and prior odds; when they change, and how this grows with M",
+        needs_finite_tasks=True,
     ),
     "diversity": About(
         "table",

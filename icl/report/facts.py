@@ -31,6 +31,8 @@ class Subject:
     """The command that makes the tables and figures. RUN is a placeholder for the run's folder. Empty if there is no command."""
     tables: tuple[str, ...] = ()
     """Tables that belong to the topic although their names begin with another word."""
+    needs_finite_tasks: bool = False
+    """Whether the command refuses a run with M = inf."""
 
 
 SUBJECTS = (
@@ -60,6 +62,7 @@ SUBJECTS = (
             title=name.replace("-", " ").capitalize(),
             help=about.help,
             command=f"icl analyse RUN --what {name}",
+            needs_finite_tasks=about.needs_finite_tasks,
         )
         for name, about in ANALYSES.items()
         if about.of == "run"

@@ -199,7 +199,12 @@ def _evaluation_table(numbers: pd.DataFrame, baselines: pd.DataFrame | None) -> 
 def _missing_section(facts: RunFacts, prefix: str) -> Section:
     """Return the section on missing results, with the commands that add them."""
     measured = {subject_of(name).name for name in facts.tables}
-    missing = [subject for subject in SUBJECTS if subject.command and subject.name not in measured]
+    is_gaussian = facts.config is not None and facts.config.task.is_gaussian
+    missing = [
+        subject
+        for subject in SUBJECTS
+        if subject.command and subject.name not in measured and not (is_gaussian and subject.needs_finite_tasks)
+    ]
     commands = [(f"{subject.title}: {subject.help}", facts.command(subject.command)) for subject in missing]
     if sum("--what" in subject.command for subject in missing) > 1:
         commands.append(("All analyses at once", facts.command("icl analyse RUN --what all")))

@@ -50,13 +50,15 @@ def row(rows, quantity, mixture, position="mean"):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_bayes_factors_are_those_of_plain_densities(name):
+def test_bayes_factors_are_those_of_plain_densities(name, monkeypatch):
     """The oracle multiplies densities of scipy, one prompt and one prefix at a time."""
     some = prompts(name, count=5)
     xs, ys = some.xs.double(), some.ys.double()
     tasks, variance = task_pool(8, 3, WORLD.task_sequence).double(), WORLD.task.noise_variance
     found = fits.log_bayes_factors(xs, ys, tasks, variance)
     assert found[:, 0].abs().max() == 0
+    monkeypatch.setattr(fits, "_TASKS_AT_ONCE", 15)  # chunks of three tasks
+    torch.testing.assert_close(fits.log_bayes_factors(xs, ys, tasks, variance), found)
     for x, y, ratios in zip(xs.numpy(), ys.numpy(), found.numpy(), strict=True):
         for k in range(1, len(y)):
             noise_covariance = variance * np.eye(k)
@@ -281,6 +283,20 @@ def test_runs_that_are_no_ladder_are_refused(tmp_path, capsys):
     second = saved_run(tmp_path / "b", change(WORLD, task={"noise_variance": 0.5}), steps=(0,))
     assert main(["analyse", str(first.path), "--what", "mixture", "--jointly_with", str(second.path)]) == 2
     assert "must be a ladder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [{"max_examples": 1}, {"num_tasks": 1}, {"task_size": 1, "num_tasks": 2}])
+def test_small_worlds_have_mixtures(settings):
+    config = change(WORLD, task=settings)
+    each = reference(config, "true", prompts("true", config=config))
+    found = row(list(fit_rows(each, bayes(each.pair, -1.0))), "log_odds", "bayes")
+    assert found["value"] == pytest.approx(-1, abs=1e-6)
+
+
+def test_a_model_that_has_diverged_is_invalid():
+    each = reference(WORLD, "true", prompts("true"))
+    rows = list(fit_rows(each, each.pair.ridge * math.nan))
+    assert {each["verdict"] for each in rows} == {"invalid"}
 
 
 def test_prompts_are_those_of_the_evaluation():

@@ -247,6 +247,12 @@ def test_the_page_names_the_commands_for_what_is_missing(run):
     assert f"icl llc {run.path}" not in opened.text
     run.write_result("hessian.csv", "step,quantity,value\n0,trace,1\n60,trace,2\n")
     assert "--what hessian" not in open_page(write_report([run.path]).path).text
+    assert "--what mixture" in opened.text
+    config = run.read_config()
+    gaussian = dataclasses.replace(config, task=dataclasses.replace(config.task, num_tasks=float("inf")))
+    run.config_file.unlink()
+    run.write_config(gaussian)
+    assert "--what mixture" not in open_page(write_report([run.path]).path).text
 
 
 def test_an_analysis_of_any_name_has_its_section(run):

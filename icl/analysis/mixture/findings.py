@@ -82,9 +82,11 @@ def transition_rows(run: RunFits) -> Iterator[Row]:
                 finding = {"finding": "to dMMSE" if is_upward else "to ridge"}
                 yield labels | {"value": point.step, "stderr": point.stderr} | bounds | finding | verdict(reasons)
             if not found:
-                unclear = unresolved_signs(steps, samples)
+                unclear = list(unresolved_signs(steps, samples))
                 side = "dMMSE" if samples[-1].mean() > 0 else "ridge"
                 finding = {"finding": "unresolved" if unclear else f"none (always {side})"}
+                if float(run.entries[-1].step) in bad:
+                    unclear.append("no mixture explains the model at the last saved step")
                 yield labels | {"value": math.nan, "stderr": math.nan} | finding | verdict(unclear)
 
 
