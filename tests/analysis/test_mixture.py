@@ -105,6 +105,15 @@ def test_a_model_with_a_fixed_weight_is_found_exactly(name, truth):
         assert row(rows, "weight", "fixed", position)["verdict"] == "ok"
 
 
+def test_the_weight_is_the_relative_distance():
+    """For squared distances: ((gap to ridge - gap to dMMSE) / separation + 1) / 2, as in the code of Wurgaft et al. 2025."""
+    pair = reference(WORLD, "true", prompts("true")).pair
+    model = pair.ridge + 0.4 * pair.difference + noise(pair, 0.5, 0)
+    to_ridge, to_dmmse = ((model - pair.ridge - share * pair.difference).square().mean().item() for share in (0.0, 1.0))
+    relative = ((to_ridge - to_dmmse) / pair.difference.square().mean().item() + 1) / 2
+    assert fits.fit_fixed(pair, model).parameter.value[-1].item() == pytest.approx(relative)
+
+
 def test_ridge_and_dmmse_are_the_limits():
     each = reference(WORLD, "true", prompts("true"))
     for share, limit in ((0.0, -MAX_LOG_ODDS), (1.0, MAX_LOG_ODDS)):

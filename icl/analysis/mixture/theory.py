@@ -8,13 +8,13 @@ training step is evidence for the one with the lower loss. After n steps, the lo
 and the model predicts with the fixed weight sigmoid(eta). L is the loss on training tasks in nats per target: the mean squared error
 divided by 2 sigma^2. K is a complexity in bits. The exponent alpha makes the evidence grow less than linearly, beta makes the price of
 complexity grow less than linearly, and gamma is the evidence of the first step. We took the formula from the authors' code
-(DanielWurgaft/rational-icl, `HierarchicalBayesianModel`), which fits the three numbers to the predictions of all models and steps.
+(DanielWurgaft/rational-icl, `HierarchicalBayesianModel`), which fits the three numbers to the predictions of many models and steps.
 
 Where we differ: the authors compress the predictors' source code and their tables of tasks, and take the smallest size. We count
 `CODE_BITS` for either program and 32 bits for each number of the table, because random numbers do not compress. The authors take a median
-of means of the loss, we take the mean. We fit each set of prompts separately, and leave out steps that no mixture explains. Our fit has the
-same objective: up to a constant, the mean squared difference of predictions is (sigmoid(eta) - p)^2 times the mean of d^2, with the
-best weight p and d of `icl.analysis.mixture.fits`.
+of means of the loss, we take the mean. They fit prompts of training tasks, or both sets together; we fit each set separately, and leave
+out steps that no mixture explains. Our fit has the same objective: up to a constant, the mean squared difference of predictions is
+(sigmoid(eta) - p)^2 times the mean of d^2, with the best weight p and d of `icl.analysis.mixture.fits`.
 """
 
 import math
