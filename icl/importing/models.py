@@ -42,6 +42,7 @@ _UNKNOWN = (
 
 _NOT_OPTIONS = ("preset", "run_name", "population.", "checkpoints.", "task.imported_tasks")
 """Beginnings of settings that the import itself determines."""
+_UNFINISHED = ".orbax-checkpoint-tmp"
 _STEP = re.compile(r"(?:(?:.*[_.-])?(?:step|checkpoint|ckpt|iter|iteration)[_=.-]?)?([0-9]{1,15})")
 """Name of a file with its step: a number alone, or after a word such as `step`. Other numbers may be seeds."""
 
@@ -234,7 +235,8 @@ def _read(file: Path, source: Format) -> Any:
 
 def _matches(folder: Path, source: Format) -> list[Path]:
     found = (file for pattern in source.patterns for file in folder.glob(pattern) if file.is_file())
-    return [file for file in found if not file.name.startswith(".")]  # macOS makes files such as ._1465.pt
+    # macOS makes files such as ._1465.pt, and Orbax folders such as checkpoint_5.orbax-checkpoint-tmp-168 while it writes.
+    return [file for file in found if not file.name.startswith(".") and _UNFINISHED not in file.parent.name]
 
 
 def _number(file: Path) -> int | None:

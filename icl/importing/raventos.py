@@ -79,7 +79,8 @@ def folder_facts(path: Path) -> dict[str, Any]:
     Raises:
         OlderFileError: If it cannot be read, or scales inputs or tasks.
     """
-    file = next((folder / "config.json" for folder in path.parents[:2] if (folder / "config.json").is_file()), None)
+    folders = path.parents[: 2 if path.name == "checkpoint" else 1]
+    file = next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
     if file is None:
         return {}
     try:

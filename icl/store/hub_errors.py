@@ -57,6 +57,10 @@ def describe(error: BaseException, place: str, verb: str, key: str, endpoint: st
     status, what = _status(error), f"{place}/{key}".rstrip("/")
     if isinstance(error, OfflineModeIsEnabled):
         return StorageError(f"Cannot {verb} {what}: HF_HUB_OFFLINE is set. Unset it to use the Hub.")
+    if isinstance(error, UnicodeEncodeError):  # from the header with the token
+        return StorageError(
+            f"Cannot {verb} {what}: the token contains a character that no token has. Correct HF_TOKEN."
+        )
     if isinstance(error, HFValidationError):
         return StorageError(
             f"{place} cannot be the name of a repository: {first_line(error).rstrip('.')}. Correct the address."

@@ -24,6 +24,7 @@ LISTING_SECONDS = 2.0
 CALL_SECONDS = 120.0
 """Seconds without progress after which we give up on a request. The client itself may wait longer, if the Hub asks it to."""
 _MAX_RETRIES = 6
+_NO_NEWS = ("not supported by Xet", "thrown while requesting", "Retrying in", "Error while downloading from")
 
 Result = TypeVar("Result")
 
@@ -49,7 +50,8 @@ class Repository:
         """Time of this process's last commit, from `time.monotonic`."""
         self._listing: Listing | None = None
         disable_progress_bars()
-        logging.getLogger("huggingface_hub._commit_api").addFilter(_is_not_about_xet)
+        for module in ("_commit_api", "utils._http", "file_download"):
+            logging.getLogger(f"huggingface_hub.{module}").addFilter(_is_news)
 
     def listing(self, *, is_new: bool = False) -> Listing:
         """Return the files at the revision's newest commit, or those of the last two seconds."""
@@ -130,6 +132,7 @@ def _attempt(act: Callable[[], Result], endpoint: str) -> tuple[Result | None, E
         return None, error
 
 
-def _is_not_about_xet(record: logging.LogRecord) -> bool:
-    """Return False for the client's warning that a buffer is uploaded by HTTP, which we want."""
-    return "not supported by Xet" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return False for warnings of the client that would only confuse: that it uploads by HTTP, and each of its many retries."""
+    text = record.getMessage()
+    return not any(words in text for words in _NO_NEWS)

@@ -98,6 +98,16 @@ def test_settings_come_from_config_json_or_are_asked_for(tmp_path):
         import_run(tmp_path / "alone.msgpack", "raventos", tmp_path / "alone", step=1)
 
 
+def test_neither_another_folder_nor_a_half_written_one_is_used(tmp_path):
+    save_run(tmp_path / "train_abc", is_folder=False)
+    half = tmp_path / "train_abc" / "checkpoint_501.orbax-checkpoint-tmp-168" / "checkpoint"
+    half.parent.mkdir()
+    half.write_bytes(b"half")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))  # of another run, in the folder above
+    with pytest.raises(ConfigError, match=r"does not say `task.num_tasks`"):
+        import_run(tmp_path / "train_abc", "raventos", tmp_path / "run")
+
+
 def test_a_scaled_task_and_arrays_of_orbax_are_refused(tmp_path):
     scaled = {**CONFIG, "task": {**CONFIG["task"], "task_scale": 2.0}}
     save_run(tmp_path / "scaled", is_folder=False, config=scaled)

@@ -1,5 +1,6 @@
 """`hf://` against a Hub that answers with odd errors or hostile names, and against a user's mistakes."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -70,6 +71,25 @@ def test_wrong_names_and_revisions_are_told_apart(hub: HubServer, capsys):
     assert f"Cannot list {URL}@v9: the Hub has no such revision" in capsys.readouterr().err
     assert main(["evaluate", URL]) == 1
     assert "first fetch it with `icl checkpoints NAME pull" in capsys.readouterr().err
+
+
+def test_a_token_with_an_odd_character_is_named(hub: HubServer, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_t\N{LATIN SMALL LETTER O WITH DIAERESIS}k")
+    with pytest.raises(StorageError, match=r"the token contains a character .* Correct HF_TOKEN"):
+        load_model(URL)
+
+
+def test_retries_of_the_client_are_not_printed(hub: HubServer, monkeypatch, caplog):
+    hub.create(REPO, private=False)
+    client = pytest.importorskip("huggingface_hub.utils._http")
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("icl.store.hub_repository._MAX_RETRIES", 1)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    hub.refuse = lambda method, path: (503, {}) if "/tree/" in path else None
+    with pytest.raises(StorageError, match=r"\(503\)"):
+        load_model(URL)
+    assert len([path for _, path in hub.requests if "/tree/" in path]) > 1
+    assert caplog.records == []
 
 
 def test_a_card_that_is_no_text_or_has_half_a_mark_is_not_damaged(hub: HubServer, capsys):
