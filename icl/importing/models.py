@@ -72,13 +72,18 @@ def find_files(path: Path, source: Format) -> list[Path]:
     """Return the files of saved steps at a path: the file itself, or those in a folder.
 
     Raises:
-        OlderFileError: If there are none. The message names folders below it that have some.
+        OlderFileError: If there are none, or one is a link to nothing. The message names folders below it that have some.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise OlderFileError(f"There is nothing at {path}; name a file or folder of {source.about}.")
     files = sorted(set(_matches(path, source)))
+    lost = next((file for file in files if not file.is_file()), None)
+    if lost is not None:
+        raise OlderFileError(
+            f"{lost} is not a file, or is a link to one that is not here; fetch it, or remove the link."
+        )
     if not files:
         inner = next(
             (folder for folder in sorted(path.glob("**/")) if folder != path and _matches(folder, source)), None
@@ -234,7 +239,7 @@ def _read(file: Path, source: Format) -> Any:
 
 
 def _matches(folder: Path, source: Format) -> list[Path]:
-    found = (file for pattern in source.patterns for file in folder.glob(pattern) if file.is_file())
+    found = [file for pattern in source.patterns for file in folder.glob(pattern) if not file.is_dir()]
     # macOS makes files such as ._1465.pt, and Orbax folders such as checkpoint_5.orbax-checkpoint-tmp-168 while it writes.
     return [file for file in found if not file.name.startswith(".") and _UNFINISHED not in file.parent.name]
 

@@ -154,6 +154,14 @@ def test_a_failed_import_leaves_nothing_that_the_next_one_would_take_up(tmp_path
         import_run(tmp_path / "old", "icr", tmp_path / "killed")
 
 
+def test_a_link_to_nothing_is_not_skipped(tmp_path):
+    """Git-annex has such links for files that were not fetched."""
+    torch.save(icr_tree(), tmp_path / "checkpoint_step_1.pt")
+    (tmp_path / "checkpoint_step_2.pt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(OlderFileError, match=r"checkpoint_step_2\.pt is not a file"):
+        import_run(tmp_path, "icr", tmp_path / "run")
+
+
 @pytest.mark.parametrize("key", ["run_name", "preset", "population.seeds", "checkpoints.store", "task.imported_tasks"])
 def test_an_option_without_meaning_is_refused(tmp_path, key):
     torch.save(icr_tree(), tmp_path / "1.pt")
