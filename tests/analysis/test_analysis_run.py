@@ -174,6 +174,7 @@ def test_explained_shares_of_a_line_are_one_and_zero():
     assert principal_components(line[:1])[1].size == 0
 
 
+@pytest.mark.slow
 def test_all_analyses_of_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("icl.cli.analyse.ANALYSES", {"gradients": ANALYSES["gradients"]})
     folder = saved_run(tmp_path / "r", steps=(3,))

@@ -145,6 +145,7 @@ def test_rows_of_members_do_not_depend_on_memory(monkeypatch):
     assert [row["value"] for row in whole[0].rows] != [row["value"] for row in whole[1].rows]
 
 
+@pytest.mark.slow
 def test_the_attention_of_a_run_from_the_command_line(tmp_path, capsys):
     folder = RunFolder(tmp_path / "r")
     folder.write_config(DEEP)

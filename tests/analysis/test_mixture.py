@@ -182,6 +182,7 @@ def run_of_mixtures(num_tasks, values, *, size=0.0):
     return RunFits(f"M={num_tasks}", config.task, entries, known)
 
 
+@pytest.mark.slow
 def test_a_ladder_that_follows_the_theory_gives_its_numbers_back():
     truth = (0.4, 0.35, 0.06)
     runs = [run_of_mixtures(m, truth, size=0.02) for m in (4, 8, 16, 32, 64)]

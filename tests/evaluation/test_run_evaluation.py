@@ -108,6 +108,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(runs, monkeypatch):
     assert evaluated == [1] * 6
 
 
+@pytest.mark.slow
 def test_several_runs_have_the_numbers_of_each_alone_and_share_their_sets(runs, trained, tmp_path, made):
     evaluate = RunEvaluator(num_prompts=16, num_ood_prompts=12, shifts=["seen_query"])
     together = {name: evaluate(runs / name) for name in OTHERS}

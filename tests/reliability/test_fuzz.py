@@ -7,6 +7,7 @@ import pytest
 from tests.reliability import fuzz, readers
 
 
+@pytest.mark.slow
 def test_a_sample_of_damaged_files_leads_to_no_uncaught_error(tmp_path, as_users_run):
     trials = fuzz.fuzz(tmp_path, len(readers.READERS), seed=1, rendered=0.0)
     assert [trial for trial in trials if trial.outcome in fuzz.FAULTS] == []

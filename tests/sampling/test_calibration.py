@@ -93,6 +93,7 @@ def watched(tmp_path_factory):
     return seen
 
 
+@pytest.mark.slow
 def test_the_survey_is_one_population_and_what_concerns_the_last_checkpoint_is_sampled_there_alone(watched):
     assert [(len(samplers), steps) for samplers, steps in watched.populations] == [
         (2, [20, 30]),  # how long a move takes
@@ -103,6 +104,7 @@ def test_the_survey_is_one_population_and_what_concerns_the_last_checkpoint_is_s
     ]
 
 
+@pytest.mark.slow
 def test_no_gradient_and_no_minibatch_is_made_twice(watched):
     """The expected count: each move needs a gradient, and up to 16 draws need one more (MALA).
 
@@ -127,6 +129,7 @@ def test_no_gradient_and_no_minibatch_is_made_twice(watched):
     assert watched.counted["batches"] == 4 + 2 + of_losses + QUICK.num_chains * (12 + sum(moves)) + of_failure
 
 
+@pytest.mark.slow
 def test_it_says_beforehand_how_long_it_takes_and_its_bar_ends_full(watched):
     assert watched.told[0].startswith(RULE)
     assert re.match(r"About \d+ minutes?: \d+ moves", watched.told[2])  # how many depends on the machine
@@ -135,6 +138,7 @@ def test_it_says_beforehand_how_long_it_takes_and_its_bar_ends_full(watched):
     assert done == total > 0
 
 
+@pytest.mark.slow
 def test_the_rows_say_where_each_setting_was_tried(watched):
     table = watched.found.table
     assert set(table[table["stage"] == SURVEY]["step"]) == {20, 30}
@@ -144,6 +148,7 @@ def test_the_rows_say_where_each_setting_was_tried(watched):
     assert (table["localization"] / table["nbeta"]).tolist() == pytest.approx(table["ratio"].tolist(), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_the_choice_is_confirmed_by_chains_that_it_was_not_chosen_by(watched):
     table = watched.found.table

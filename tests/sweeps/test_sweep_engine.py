@@ -249,6 +249,7 @@ def test_a_killed_engine_leaves_no_orphans_and_loses_nothing(tmp_path, ledger, b
     assert ledger.count("ended") == {1: 1, 2: 1, 3: 1}
 
 
+@pytest.mark.slow
 def test_an_orphan_that_will_not_end_keeps_its_point(tmp_path, ledger, behave):
     file = write(tmp_path, [1])
     behave(seconds=2, deaf=[1])
@@ -261,6 +262,7 @@ def test_an_orphan_that_will_not_end_keeps_its_point(tmp_path, ledger, behave):
     assert [event for _, event, _ in ledger.rows()] == ["started", "ended", "started", "ended"]
 
 
+@pytest.mark.slow
 def test_two_engines_on_one_folder_never_do_a_point_twice(tmp_path, ledger, behave):
     behave(seconds=0.2, fail=[4])
     file = write(tmp_path, list(range(1, 11)))

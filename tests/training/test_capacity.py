@@ -119,6 +119,7 @@ def test_how_many_fit_is_told_only_where_it_matters(monkeypatch, capsys):
         assert "such members fit" not in printed if told == "" else told in printed
 
 
+@pytest.mark.slow
 def test_a_population_that_does_not_fit_is_trained_in_groups_with_the_same_results(monkeypatch, capsys):
     config = change(TINY, trainer={"max_steps": 10})
     configs = [change(config, seeds={"model": seed}) for seed in range(3)]

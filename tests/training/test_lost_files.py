@@ -291,6 +291,7 @@ def test_a_full_disk_is_one_sentence_a_failed_run_and_no_temporary_file(
     assert_same(folder, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize(
     ("words", "name"),

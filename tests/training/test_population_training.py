@@ -87,6 +87,7 @@ def test_the_first_checkpoints_are_bit_identical_to_those_of_a_run_alone():
         assert load_step(result.folder.checkpoints, 0).digest == load_step(alone.checkpoints, 0).digest
 
 
+@pytest.mark.slow
 def test_a_member_stops_early_alone_and_the_others_go_on_as_if_alone():
     stopping = {
         "early_stopping": {"patience": 1, "min_delta": 0.0, "monitor": "eval/true/loss"},
@@ -104,6 +105,7 @@ def test_a_member_stops_early_alone_and_the_others_go_on_as_if_alone():
         assert_alike(result.folder, expected.folder)
 
 
+@pytest.mark.slow
 def test_a_member_that_goes_non_finite_fails_alone():
     places = folders("together", 3)
     waiter = stop_at(RunFolder(places[0]), 10)

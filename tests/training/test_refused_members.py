@@ -119,6 +119,7 @@ def test_the_command_tells_each_reason_once_and_nothing_else_of_runs_that_all_fa
     assert all("was begun with other settings" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_shows_the_others_and_names_who_failed_last(capsys):
     bad = RunFolder(local_root() / "tiny" / "seed=0")
     bad.write_config(change(QUICK, optim={"lr": 0.5}))

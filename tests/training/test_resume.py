@@ -82,6 +82,7 @@ def assert_same(folder: RunFolder, expected: RunFolder) -> None:
     assert not any(".tmp-" in name for name in files)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_identically(root, undisturbed, capsys):
     """A separate process is killed. The same command resumes in this process, which saves the time of two starts."""
     folder = RunFolder(root / "tiny")

@@ -61,6 +61,7 @@ def test_the_point_arrives_whether_dotted_or_nested(tmp_path):
     assert "is finished" in again.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("point", "kept", "said"),
     [

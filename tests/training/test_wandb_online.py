@@ -287,6 +287,7 @@ def test_a_backend_that_refuses_at_the_start_means_offline(wandb_server, start, 
     assert list(the_run().path.glob("wandb/offline-run-*"))
 
 
+@pytest.mark.slow
 def test_a_backend_that_refuses_at_the_start_of_a_point_ends_it(wandb_server, start, tmp_path):
     wandb_server.answer = lambda path: 401
     assert end_of(start([*ICL, "train", *arguments(SHORT)], **as_point(wandb_server, tmp_path))) == 1
