@@ -148,6 +148,7 @@ def test_settings_and_tables_that_cannot_be_used_are_sentences(tmp_path):
         analyse(tmp_path / "missing.csv", Settings())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MODELS)
 def test_the_older_command_draws_and_says_what_it_found(model_type, tmp_path, capsys):
     path, plot, out = save(table(range(1, 13), law), tmp_path / "t.json"), tmp_path / "p.png", tmp_path / "o.json"

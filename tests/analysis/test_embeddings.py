@@ -146,6 +146,7 @@ def test_a_model_without_layer_norms_has_no_rows_of_them():
     assert found["spectrum_share", "unembedding", 1] == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer_norm", ["pre", pytest.param("none", marks=pytest.mark.slow)])
 def test_the_embeddings_of_a_run_from_the_command_line(tmp_path, capsys, layer_norm):
     config = change(TINY, model={"layer_norm": layer_norm, "num_layers": 2})

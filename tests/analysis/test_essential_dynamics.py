@@ -42,6 +42,7 @@ def values(table, quantity):
     return table[table["quantity"] == quantity].set_index("item")["value"]
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line(tmp_path, capsys):
     folder, out = saved_run(tmp_path / "r"), tmp_path / "out.json"
     words = ["analyse", str(folder.path), "--what", "essential-dynamics", "--num_prompts", "16", "--out", str(out)]

@@ -69,6 +69,7 @@ def test_products_are_those_of_the_dense_hessian_of_each_batch():
             torch.testing.assert_close(products(vectors), expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_eigenvalues_and_trace_are_those_of_the_dense_hessian():
     """In float32, as used for runs, eigenvalues must agree to 1 % and the trace to 5 %."""
     params, batch = weights(SMALL), prompts()
@@ -113,6 +114,7 @@ def test_what_has_not_converged_is_suspect():
     assert all(row["verdict"] == "suspect" and "num_steps" in row["reasons"] for row in doubtful)
 
 
+@pytest.mark.slow
 def test_the_hessian_of_a_run_from_the_command_line(tmp_path, capsys):
     folder = RunFolder(tmp_path / "r")
     folder.write_config(SMALL)

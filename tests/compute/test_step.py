@@ -223,6 +223,7 @@ def test_the_quickstart_does_not_wait_for_a_compiler_and_long_trainings_use_one(
     assert steps_that_pay("L2H4") == 2**13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_without_a_compiler_the_step_is_eager_and_says_so(packed, monkeypatch):
     """With `packed`, members still run in parallel, and changes that one member makes in place do not affect the others."""

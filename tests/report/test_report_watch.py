@@ -54,6 +54,7 @@ def wait_for_text(page: Path, pattern: str) -> str:
     raise AssertionError(f"the page never had {pattern}")
 
 
+@pytest.mark.slow
 def test_a_page_follows_a_run_until_it_has_ended(finished):
     write_state(finished, state="running", step=7)
     page = finished.path / "report.html"

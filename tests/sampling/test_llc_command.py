@@ -239,6 +239,7 @@ def test_a_files_own_step_counts_whatever_its_name(folder, tmp_path, sampler_of,
     assert sampler_of(file, "--steps", 30).path == file
 
 
+@pytest.mark.slow
 def test_what_lies_ahead_is_told_before_the_bar(folder, capsys):
     def ahead():
         return describe_work(folder.path, QUICK, mode="").partition(": ")[2]
