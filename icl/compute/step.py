@@ -141,7 +141,8 @@ def _in_parts(model: ModelConfig, optim: OptimConfig, layout: Layout, num_parts:
         return StepInfo(torch.stack(losses).mean(0), update(state, torch.stack(grads).mean(0), rates, optim))
 
     each_gradient = in_parallel(one_graph(gradient, work="Training", options=RELEASE_GIL), threads_each=1)
-    finish_fast = one_graph(finish, work="Training")
+    # On one thread too: threads of a second team would wait actively, and so disturb the next gradients.
+    finish_alone = in_parallel(one_graph(finish, work="Training", options=RELEASE_GIL), threads_each=1)
 
     def step(state: AdamState, xs: Tensor, ys: Tensor, rates: Tensor) -> StepInfo:
         if state.rows.device.type != "cpu":
@@ -150,7 +151,7 @@ def _in_parts(model: ModelConfig, optim: OptimConfig, layout: Layout, num_parts:
             raise ValueError(f"{xs.shape[1]} prompts cannot be split into {num_parts} equal parts.")
         prompts = zip(xs.chunk(num_parts, dim=1), ys.chunk(num_parts, dim=1), strict=True)
         losses, grads = zip(*each_gradient([(state.rows, *part) for part in prompts]), strict=True)
-        return finish_fast(state, rates, list(losses), list(grads))
+        return finish_alone([(state, rates, list(losses), list(grads))])[0]
 
     return step
 
