@@ -228,7 +228,7 @@ def _signed(
 
 
 def _steps(gram: Float[np.ndarray, "S S"], begins: Bool[np.ndarray, " S"]) -> Float[np.ndarray, "S S"]:
-    """From the inner products of the states, return those of each run's first state and of the differences between consecutive states."""
+    """Return the inner products of each run's first state and of the differences between consecutive states."""
     # Subtract the previous row and then the previous column, except at the first state of each run.
     is_step = (~begins).astype(float)
     by_row = gram - is_step[:, None] * np.roll(gram, 1, axis=0)
