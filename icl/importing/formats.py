@@ -89,10 +89,10 @@ FORMATS: Mapping[str, Format] = {
 
 
 def format_of(name: str) -> Format:
-    """Return the code base of this name.
+    """Return the code base with this name.
 
     Raises:
-        ConfigError: If there is none. The message lists all.
+        ConfigError: If there is no such code base. The message lists all names.
     """
     if name not in FORMATS:
         raise ConfigError(f"`--from` must be one of {', '.join(FORMATS)}, got {name!r}.")

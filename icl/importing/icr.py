@@ -1,7 +1,8 @@
 """Files of the code base with `ICRegConfig` (`ic_regression.py`): layout, settings and tasks.
 
 A file is a dict of `model_state_dict`, `step`, `cfg` (an ICRegConfig), `M` and the state of the optimiser. The model is a GPT-like
-transformer on `nn.MultiheadAttention`, with exact GELU and a final layer norm. `use_prenorm` chooses where layer norm is.
+transformer on `nn.MultiheadAttention`, with exact GELU and a final layer norm. The setting `use_prenorm` says whether layer norm
+comes before or after attention and MLP.
 
 The training tasks are not saved. The code draws them on the CPU as `torch.randn(max_M, D)` with a generator of seed 0, and the
 first M of them are the pool.
@@ -31,11 +32,11 @@ _DOUBLE = {
     "d_model": "model.embed_size",
     "d_mlp": "model.mlp_size",
 }
-"""Settings that follow from the shapes of the weights too, by their older names."""
+"""Settings that the shapes of the weights determine too. The keys are their names in the older config."""
 
 
 def is_mine(tree: Any) -> bool:
-    """Return whether a file's content is of this code base."""
+    """Return whether the content of a file comes from this code base."""
     return isinstance(tree, Mapping) and ("model_state_dict" in tree or _is_state(tree))
 
 
@@ -49,7 +50,7 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a file determines, by dotted key.
 
     Raises:
-        ContentError: If it is not a model of this code base, or its config does not fit its weights.
+        ContentError: If the file contains no model of this code base, or its config does not fit its weights.
     """
     weights = Weights(_state(tree))
     embed_size, token_size = weights.shape("input_proj.weight", 2)
@@ -87,7 +88,7 @@ def params(tree: Mapping[str, Any], config: RunConfig) -> Params:
     """Return the weights by the names of `icl`.
 
     Raises:
-        ContentError: If they do not fit the configuration.
+        ContentError: If the weights do not fit the configuration.
     """
     weights, model = Weights(_state(tree)), config.model
     width, hidden, heads = model.embed_size, model.mlp_size, model.num_heads
@@ -135,7 +136,7 @@ def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D
     generator = torch.Generator().manual_seed(config.seeds.tasks)
     needed = -(-count * size // _ROUND) * _ROUND
     is_prefix = needed <= rows * size - _ROUND or rows * size % _ROUND == 0
-    # Numbers before the last group do not depend on how many follow, so a table of 2^25 tasks need not be drawn.
+    # All groups but the last are the same for every table size. So we draw only the first M tasks, even if max_M is 2^25.
     drawn = torch.randn(max(needed, _ROUND) if is_prefix else rows * size, generator=generator)
     return drawn[: count * size].unflatten(0, (count, size)).clone()
 

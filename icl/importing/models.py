@@ -1,7 +1,8 @@
-"""Saved steps of an older code base: find the files, read them, and work out the settings of the run.
+"""Find and read the saved steps of an older code base, and determine the settings of the run.
 
-A setting comes from the files or from the user, and never from a guess. If both say it, they must agree. Settings of training that
-nothing computes from, such as the batch size, may stay unknown; `config.yaml` then has the values of the preset.
+A setting comes from the files or from the user's options, and never from a guess. If both contain a setting, they must agree. Some
+settings of training, such as the batch size, affect neither predictions nor analyses. They may stay unknown; `config.yaml` then has
+the values of the preset.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ _NEEDED = {
     "model.num_heads": "the number of attention heads",
     "model.layer_norm": "pre, post or none",
 }
-"""Settings on which predictions or results depend, and that not every file says."""
+"""Settings that predictions or results depend on, although some files do not contain them."""
 _EXAMPLES = {"task.num_tasks": 64, "task.noise_variance": 0.125, "model.num_heads": 4, "model.layer_norm": "pre"}
 _UNKNOWN = (
     "optim.lr",
@@ -37,14 +38,14 @@ _UNKNOWN = (
     "seeds.data",
     "seeds.noise",
 )
-"""Settings of training that results do not depend on. They are named if neither files nor options say them."""
+"""Settings of training that later results do not depend on. `icl import` lists those that neither files nor options contain."""
 
 
 _NOT_OPTIONS = ("preset", "run_name", "population.", "checkpoints.", "task.imported_tasks")
-"""Beginnings of settings that the import itself determines."""
+"""Beginnings of the names of settings that the import itself determines, so options cannot set them."""
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _STEP = re.compile(r"(?:(?:.*[_.-])?(?:step|checkpoint|ckpt|iter|iteration)[_=.-]?)?([0-9]{1,15})")
-"""Name of a file with its step: a number alone, or after a word such as `step`. Other numbers may be seeds."""
+"""File name that contains a step: a number alone, or a number after a word such as `step`. Other numbers may be seeds."""
 
 
 class OlderStep(NamedTuple):
@@ -72,7 +73,7 @@ def find_files(path: Path, source: Format) -> list[Path]:
     """Return the files of saved steps at a path: the file itself, or those in a folder.
 
     Raises:
-        OlderFileError: If there are none, or one is a link to nothing. The message names folders below it that have some.
+        OlderFileError: If there are none, or a file is a broken link. If a folder below the path has such files, the message names it.
     """
     if path.is_file():
         return [path]
@@ -103,12 +104,12 @@ def number_files(files: list[Path], source: Format, step: int | None) -> list[tu
 
     Args:
         files: The files.
-        source: Their code base.
+        source: The code base of the files.
         step: The step of a single file whose name and content do not say it.
 
     Raises:
         OlderFileError: If a file does not say its step.
-        ConfigError: If `step` contradicts the file, or there are several files.
+        ConfigError: If `step` contradicts the file, or is given for several files.
     """
     if step is not None and len(files) > 1:
         raise ConfigError(
@@ -134,7 +135,7 @@ def read_step(number: int, file: Path, source: Format) -> OlderStep:
     """Read the file of one step.
 
     Raises:
-        OlderFileError: If it cannot be read, is of another code base, or contains another step.
+        OlderFileError: If the file cannot be read, is of another code base, or contains another step.
     """
     tree = _read(file, source)
     found = source.step_of(tree)
@@ -167,7 +168,7 @@ def settings_of(step: OlderStep, source: Format, options: Mapping[str, Any]) -> 
     if missing:
         words = ", ".join(f"`{key}` ({_NEEDED[key]})" for key in missing)
         example = " ".join(f"--{key} {_EXAMPLES[key]}" for key in missing)
-        raise ConfigError(f"{step.file} does not say {words}. Give what its run had, such as {example}.")
+        raise ConfigError(f"{step.file} does not say {words}. Give the values of its run, such as {example}.")
     base = {"preset": source.preset, "checkpoints.every": None, "checkpoints.num_log": 0, "checkpoints.num_linear": 0}
     last = max(1, step.step)
     if "trainer.max_steps" not in known:
@@ -183,7 +184,7 @@ def convert(step: OlderStep, source: Format, config: RunConfig) -> Params:
     """Return the weights of a step by the names of `icl`.
 
     Raises:
-        OlderFileError: If they do not fit the run's settings, or are not finite.
+        OlderFileError: If the weights do not fit the run's settings, or are not finite.
     """
     try:
         params = dict(sorted(same_type(source.params(step.tree, config)).items()))
@@ -197,7 +198,7 @@ def convert(step: OlderStep, source: Format, config: RunConfig) -> Params:
 
 
 def require_one_model(step: OlderStep, first: OlderStep, source: Format) -> None:
-    """Refuse a file of another run than the first one.
+    """Refuse a file that belongs to another run than the first file.
 
     Raises:
         OlderFileError: If settings differ. The message names the first difference.
@@ -240,7 +241,8 @@ def _read(file: Path, source: Format) -> Any:
 
 def _matches(folder: Path, source: Format) -> list[Path]:
     found = [file for pattern in source.patterns for file in folder.glob(pattern) if not file.is_dir()]
-    # macOS makes files such as ._1465.pt, and Orbax folders such as checkpoint_5.orbax-checkpoint-tmp-168 while it writes.
+    # Leave out macOS's hidden files, such as ._1465.pt, and Orbax's unfinished folders, such as
+    # checkpoint_5.orbax-checkpoint-tmp-168.
     return [file for file in found if not file.name.startswith(".") and _UNFINISHED not in file.parent.name]
 
 

@@ -1,8 +1,8 @@
-"""Read the msgpack of Flax: arrays, numbers and text in tables. Nothing is unpickled.
+"""Read files in the msgpack format of Flax: nested tables of arrays, numbers and text. Nothing is unpickled.
 
 Format: https://github.com/msgpack/msgpack/blob/master/spec.md. Flax saves an array as the extension type 1, whose data is again msgpack:
 shape, name of the type, bytes. A NumPy scalar is type 3, in the same form. An array of more than 2^30 bytes is a table of chunks. Every
-length is compared with the bytes that are left, so a damaged file cannot claim memory.
+length is compared with the bytes that are left. So a small damaged file cannot make us allocate much memory.
 """
 
 import math
@@ -63,7 +63,7 @@ def parse_msgpack(data: bytes) -> Any:
     """Return the content of a file: dicts with text as keys, lists, numbers, text, and NumPy arrays.
 
     Raises:
-        ContentError: If it is not msgpack of Flax, or was cut short.
+        ContentError: If the file is not msgpack of Flax, or was cut short.
     """
     reader = _Reader(data)
     value = reader.value(0)
@@ -120,7 +120,7 @@ class _Reader:
         raise ContentError(f"it contains the byte {first:#x}, which msgpack of Flax does not have there")
 
     def bounded(self, length: int) -> int:
-        """Return a number of values. Each value has at least one byte."""
+        """Return the length of a list or table. Refuse a length above the number of bytes left, because each value needs one."""
         if length > len(self.data) - self.position:
             raise ContentError("it was cut short, or is not msgpack of Flax")
         return int(length)
@@ -165,7 +165,7 @@ def _array(extension: _Extension) -> np.ndarray:
 
 
 def _shaped(numbers: np.ndarray, shape: list[Any]) -> np.ndarray:
-    """Return an array with a shape that a file claims."""
+    """Return the numbers in the shape that the file claims, after checking this shape."""
     is_plain = all(isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**40 for size in shape)
     if not is_plain or len(shape) > _MAX_AXES or math.prod(size or 1 for size in shape) >= 2**40:
         raise ContentError("it contains an array with an impossible shape")
@@ -175,7 +175,7 @@ def _shaped(numbers: np.ndarray, shape: list[Any]) -> np.ndarray:
 
 
 def _joined(value: Any) -> Any:
-    """Return a value with chunked arrays put together."""
+    """Return a value in which arrays that were saved in chunks are joined."""
     if not isinstance(value, dict):
         return [_joined(part) for part in value] if isinstance(value, list) else value
     if _CHUNKED not in value:

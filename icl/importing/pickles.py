@@ -61,7 +61,7 @@ class _NumberType(_Ignored):
 
 
 def _number(*args: Any) -> Any:
-    """Return the Python number of a pickled NumPy number, which is a type and its bytes."""
+    """Return a pickled NumPy number, which consists of a type and bytes, as a Python number."""
     if len(args) == 2 and isinstance(args[0], _NumberType) and args[0].code and isinstance(args[1], bytes):
         kind = np.dtype(f"<{args[0].code}")
         if len(args[1]) == kind.itemsize:
@@ -70,7 +70,7 @@ def _number(*args: Any) -> Any:
 
 
 def _bytes(*args: Any) -> Any:
-    """Return the bytes that a pickle has as text in Latin-1."""
+    """Return the bytes that a pickle contains as text in Latin-1."""
     is_latin = (
         len(args) == 2 and isinstance(args[0], str) and args[1] == "latin1" and all(c < "\u0100" for c in args[0])
     )
@@ -78,8 +78,8 @@ def _bytes(*args: Any) -> Any:
 
 
 _NUMBER_CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
-# PyTorch 1 and 2.0 saved the function `OneCycleLR._annealing_linear` in the state of the learning rate's schedule. A pickle has it
-# as a call of `getattr`. NumPy's arrays come from losses, and are not needed. NumPy's numbers may be settings.
+# PyTorch 1 and 2.0 saved the function `OneCycleLR._annealing_linear` with the learning-rate schedule. The pickle contains it as a
+# call of `getattr`. NumPy arrays in these files are recorded losses, which are not needed. NumPy numbers may be settings.
 _STAND_INS: dict[str, Any] = {
     "builtins.getattr": _Ignored,
     "torch.optim.lr_scheduler.OneCycleLR": _Ignored,
@@ -135,7 +135,7 @@ def as_settings(value: Any) -> dict[str, bool | int | float | str]:
 
 
 def _require_uncompressed(path: Path, data: bytes) -> None:
-    """Refuse a zip file whose parts are larger than the file. Zeros of many gigabytes can be compressed to a small file."""
+    """Refuse a zip file whose parts are larger than the file. A small zip file can expand to many gigabytes of zeros."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             size = sum(part.file_size for part in archive.infolist())
@@ -189,7 +189,7 @@ def _require_plain_tensors(tree: Any, path: Path, size: int) -> None:
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a tree. A container that appears many times is visited once, so a small file cannot need long."""
+    """Yield the tensors of a tree. A container that appears many times is visited once, so that a small file cannot take long."""
     stack, seen = [tree], set()
     while stack:
         value = stack.pop()

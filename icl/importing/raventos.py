@@ -1,8 +1,9 @@
 """Files of mansheej/icl-task-diversity, the code of Raventos et al. (2023): layout, settings and tasks.
 
-A run's folder has `config.json` and `checkpoint_<step>`, a file or a folder with the file `checkpoint`, in the msgpack of Flax: a table
-of `step`, `params` and `opt_state`, or only the parameters. The model is a GPT-2. A Flax kernel is the transpose of PyTorch's weight,
-and the fused projection has all queries, then all keys, then all values.
+A run's folder has `config.json` and one `checkpoint_<step>` for each saved step. `checkpoint_<step>` is a file, or a folder that
+contains the file `checkpoint`. The file is in the msgpack format of Flax. It contains a table of `step`, `params` and `opt_state`,
+or only the parameters. The model is a GPT-2. A Flax kernel is the transpose of PyTorch's weight, and the fused projection has all
+queries, then all keys, then all values.
 
 The tasks are `jax.random.normal(fold_in(PRNGKey(task_seed), 0), (M, D, 1))`. JAX 0.5 changed this function, so they are drawn again only
 on request.
@@ -51,7 +52,7 @@ def read(path: Path) -> Any:
     """Return the content of a file.
 
     Raises:
-        OlderFileError: If it cannot be read.
+        OlderFileError: If the file cannot be read.
     """
     try:
         return parse_msgpack(read_bytes(path, limit=MAX_FILE))
@@ -62,7 +63,7 @@ def read(path: Path) -> Any:
 
 
 def is_mine(tree: Any) -> bool:
-    """Return whether a file's content is of this code base."""
+    """Return whether the content of a file comes from this code base."""
     return isinstance(tree, Mapping) and all(name in _params(tree) for name in _MODULES)
 
 
@@ -77,7 +78,7 @@ def folder_facts(path: Path) -> dict[str, Any]:
     """Return the settings in the `config.json` of the run's folder, by dotted key. Empty if there is none.
 
     Raises:
-        OlderFileError: If it cannot be read, or scales inputs or tasks.
+        OlderFileError: If `config.json` cannot be read, or scales inputs or tasks.
     """
     folders = path.parents[: 2 if path.name == "checkpoint" else 1]
     file = next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
@@ -113,7 +114,7 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a file determines, by dotted key.
 
     Raises:
-        ContentError: If it is not a model of this code base.
+        ContentError: If the file contains no model of this code base.
     """
     weights = _weights(tree)
     token_size, embed_size = weights.shape("_in/kernel", 2)
@@ -137,7 +138,7 @@ def params(tree: Mapping[str, Any], config: RunConfig) -> Params:
     """Return the weights by the names of `icl`.
 
     Raises:
-        ContentError: If they do not fit the configuration.
+        ContentError: If the weights do not fit the configuration.
     """
     weights, model = _weights(tree), config.model
     width, hidden, heads = model.embed_size, model.mlp_size, model.num_heads
@@ -175,7 +176,7 @@ def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D
 
 
 def _params(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the table of the modules, which may be within `params`."""
+    """Return the table of the model's modules. It may be inside a table `params`, which may itself be inside another one."""
     for _ in range(2):
         if isinstance(inner := tree.get("params"), Mapping):
             tree = inner

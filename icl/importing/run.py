@@ -58,16 +58,16 @@ def import_run(
     tasks: str | None = None,
     step: int | None = None,
 ) -> ImportedRun:
-    """Make a run's folder of the saved steps of an older code base.
+    """Make a run's folder from the saved steps of an older code base.
 
     Args:
         path: A file, or a folder of files.
         source: The code base: a key of `FORMATS`.
         out: The new run's folder.
         options: Settings by dotted key that the files do not say.
-        tasks: Source of the training tasks: a file, `recompute` or `unknown`. By default those in the file, or those that the code
-            always draws.
-        step: The step of a single file that does not say it.
+        tasks: Source of the training tasks: a file, `recompute` or `unknown`. By default, the tasks are those in the checkpoint, or
+            those that the older code draws in every run.
+        step: The step of a single file that does not contain its step.
 
     Raises:
         OlderFileError: If a file cannot be read safely, is of another code base, or does not fit the others.
@@ -104,7 +104,7 @@ def _require_new(run: RunFolder) -> None:
     """Refuse a folder with a run, or with checkpoints of an import that was killed.
 
     Raises:
-        RunError: If there are some.
+        RunError: If the folder has a run or checkpoints.
     """
     if run.config_file.exists() or run.status_file.exists():
         raise RunError(f"There is a run at {run.path} already; choose another folder with --out.")
@@ -116,7 +116,7 @@ def _require_new(run: RunFolder) -> None:
 
 @contextlib.contextmanager
 def _no_half_run(run: RunFolder) -> Iterator[None]:
-    """If the body of the `with` statement fails, remove what it wrote. A later import would mix its own steps with these."""
+    """If the body of the `with` statement fails, remove the files that it wrote. A later import would mix its own steps with them."""
     _require_new(run)  # again, because another import may have finished before we had the lock
     try:
         yield
@@ -128,14 +128,14 @@ def _no_half_run(run: RunFolder) -> Iterator[None]:
 
 
 def load_older_file(path: Path, shape: RunConfig | None = None) -> Checkpoint:
-    """Return the model in a single file of `torch.save` of an older code base. Nothing is written.
+    """Return the model in a single file that an older code base wrote with `torch.save`. Nothing is written.
 
     Args:
         path: The file.
-        shape: Settings that the file may leave out, such as the number of heads.
+        shape: Settings for use where the file does not contain them, such as the number of heads.
 
     Raises:
-        OlderFileError: If it cannot be read, or does not say a setting that the model needs.
+        OlderFileError: If the file cannot be read, or lacks a setting that the model needs and `shape` is None.
     """
     forms = [form for form in FORMATS.values() if SUFFIXES[0] in "".join(form.patterns)]
     tree = forms[0].read(path)
@@ -160,7 +160,7 @@ def load_older_file(path: Path, shape: RunConfig | None = None) -> Checkpoint:
     try:
         settings = settings_of(step, form, {key: value for key, value in given.items() if key not in known})
     except ConfigError as error:
-        raise OlderFileError(f"{error} `icl import` makes a run of it.") from None
+        raise OlderFileError(f"{error} `icl import` takes these options; in Python, pass `cfg`.") from None
     params = convert(step, form, settings.config)
     return Checkpoint(step.step, settings.config, params, weights_digest(params))
 

@@ -21,7 +21,7 @@ from icl.runs.tasks_file import MAX_TASKS_FILE
 
 WORDS = ("recompute", "unknown")
 _KEYS = ("tasks", "task_pool")
-"""Names under which a file may have the table."""
+"""Names under which a file may contain the table."""
 
 
 def choose_tasks(

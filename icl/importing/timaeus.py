@@ -1,8 +1,8 @@
 """Files of timaeus-research/icl, the code of Hoogland et al. (2024): layout, settings and tasks.
 
-A file is a dict of `model`, `optimizer`, `scheduler` and, in later versions, `rng_state` and `metadata`; or only the state dict.
-Its name is the step: `checkpoints/icl/M-inf-seed-0-task-.../1465.pt`, in a folder or a bucket. The code counts steps from 0 and
-saves after the update, so file t has t + 1 updates. We keep the number t, because the published data use it.
+A file contains a dict of `model`, `optimizer`, `scheduler` and, in later versions, `rng_state` and `metadata`, or only the state dict.
+The file's name is the step: `checkpoints/icl/M-inf-seed-0-task-.../1465.pt`, in a folder or a bucket. The code counts steps from 0 and
+saves after the update, so file t is the state after t + 1 updates. We keep the number t, because the published data use it.
 
 The code adds each block's input twice (`model.double_residual`). The projection to queries, keys and values has q, k and v of head
 1, then of head 2, as in `icl`. A file does not say the number of heads, the noise or the tasks. The tasks are drawn on the CPU with
@@ -30,7 +30,7 @@ _RUN = re.compile(r"M-(inf|\d{1,10})-seed-(\d{1,18}|None)-task-.*")
 
 
 def is_mine(tree: Any) -> bool:
-    """Return whether a file's content is of this code base."""
+    """Return whether the content of a file comes from this code base."""
     return isinstance(tree, Mapping) and any(_is_own(name) for name in _state(tree) if isinstance(name, str))
 
 
@@ -40,7 +40,7 @@ def step_of(tree: Mapping[str, Any]) -> int | None:
 
 
 def folder_facts(name: str) -> dict[str, Any]:
-    """Return the settings in the name of a run's folder, by dotted key. Empty if it is another name."""
+    """Return the settings in the name of a run's folder, by dotted key. For any other name, the dict is empty."""
     match = _RUN.fullmatch(name)
     if match is None:
         return {}
@@ -52,7 +52,7 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a file determines, by dotted key.
 
     Raises:
-        ContentError: If it is not a model of this code base.
+        ContentError: If the file contains no model of this code base.
     """
     weights = Weights(_own(tree))
     embed_size, token_size = weights.shape("token_embedding.weight", 2)
@@ -78,7 +78,7 @@ def params(tree: Mapping[str, Any], config: RunConfig) -> Params:
     """Return the weights by the names of `icl`.
 
     Raises:
-        ContentError: If they do not fit the configuration.
+        ContentError: If the weights do not fit the configuration.
     """
     weights, model = Weights(_own(tree)), config.model
     width, hidden, has_norm = model.embed_size, model.mlp_size, model.layer_norm == "pre"
@@ -125,7 +125,7 @@ def _state(tree: Mapping[Any, Any]) -> Mapping[Any, Any]:
 
 
 def _own(tree: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return the tensors of the transformer, by their names within it."""
+    """Return the tensors of a file by name. The prefix of the transformer's own tensors is removed."""
     state = _state(tree)
     if not any(_is_own(name) for name in state if isinstance(name, str)):
         raise ContentError(f"it contains no {_ROOT}token_embedding.weight")
@@ -133,7 +133,7 @@ def _own(tree: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _schedule(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the peak of the learning rate and the length of its triangle, if the file has them."""
+    """Return the settings of the learning-rate schedule that the file contains, by dotted key."""
     found: dict[str, Any] = {}
     groups = as_table(tree.get("optimizer")).get("param_groups")
     rate = as_table(groups[0]).get("max_lr") if isinstance(groups, list) and groups else None
@@ -151,7 +151,7 @@ def _schedule(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _warmup_steps(scheduler: Mapping[str, Any]) -> int | None:
-    """Return the steps before the peak of OneCycleLR, or None if its form is not a triangle. Its default is a cosine."""
+    """Return the number of steps before OneCycleLR's peak, or None if the schedule is not a triangle (by default it is a cosine)."""
     phases = scheduler.get("_schedule_phases")
     if scheduler.get("_anneal_func_type", "linear") != "linear" or not isinstance(phases, list) or len(phases) != 2:
         return None

@@ -16,7 +16,7 @@ _MAX_LAYERS = 1000
 
 
 class Weights:
-    """Tensors by name. Each is taken once with the shape that it must have, and at the end none may be left."""
+    """The tensors of an older model by name. Each is taken once, with the shape that it must have. At the end, none may be left."""
 
     def __init__(self, tensors: Mapping[Any, Any]) -> None:
         self._left: dict[str, Tensor] = {}
@@ -34,7 +34,7 @@ class Weights:
         """Return the shape of a tensor, which must have `num_axes` axes.
 
         Raises:
-            ContentError: If it is missing or has another number of axes.
+            ContentError: If the tensor is missing or has another number of axes.
         """
         if name not in self._left:
             raise ContentError(f"it contains no {name}")
@@ -47,7 +47,7 @@ class Weights:
         """Return a tensor and remove it. It must have this shape.
 
         Raises:
-            ContentError: If it is missing, has another shape, or is not of real numbers.
+            ContentError: If the tensor is missing, has another shape, or is not of real numbers.
         """
         if self.shape(name, len(shape)) != shape:
             raise ContentError(f"{name} has shape {tuple(self._left[name].shape)}, but its other tensors imply {shape}")
@@ -63,7 +63,7 @@ class Weights:
             del self._left[name]
 
     def num_layers(self, pattern: str) -> int:
-        """Return the number of blocks: those numbers n from 0 for which the tensor `pattern.format(n)` exists."""
+        """Return the number of blocks: the smallest n from 0 for which there is no tensor `pattern.format(n)`."""
         count = 0
         while count <= _MAX_LAYERS and pattern.format(count) in self._left:
             count += 1
@@ -73,7 +73,7 @@ class Weights:
         """Check that no tensor is left.
 
         Raises:
-            ContentError: If one is left. The message names it.
+            ContentError: If a tensor is left. The message names it.
         """
         if self._left:
             names = sorted(self._left)
