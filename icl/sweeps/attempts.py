@@ -1,9 +1,10 @@
-"""Attempts at a point: numbered files in the folder of the point's run, which show who works on the point. The highest number counts.
+"""Attempts at a point of a sweep: numbered files in the run's folder that show which worker runs the point.
 
-Once the previous attempt has ended or its worker has died, another worker can begin an attempt. For this, the worker creates the file
-with the next number. It creates the file exclusively, so only one process can succeed. Files are never deleted, so no number is used
-twice. If a worker was considered dead by mistake, it finds a file with a higher number. Then it knows that another worker has taken
-over the point. There are two ways to check whether an attempt is alive:
+Only the attempt with the highest number counts. Once the previous attempt has ended or its worker has died, another worker can
+begin an attempt. For this, the worker creates the file with the next number. It creates the file exclusively, so only one
+process can succeed. Files are never deleted, so no number is used twice. If a worker was considered dead by mistake, it finds a
+file with a higher number. Then it knows that another worker has taken over the point. There are two ways to check whether an
+attempt is alive:
 
 - On the machine where the attempt runs, by a lock that the worker and its program hold until both have ended.
 - On other machines, by the modification time of the file, which the worker refreshes. All times come from the file server, so the

@@ -191,8 +191,8 @@ def _script(words: Sequence[str]) -> str | None:
 def child_environment(point_file: Path, root: Path, *, num_workers: int) -> dict[str, str]:
     """Return the environment variables of a point's program.
 
-    They name the file of the point, and give the program a share of the cores. Variables of a W&B sweep are removed, so that the
-    program does not join that sweep.
+    `POINT_VARIABLE` contains the path of the point's file. `OMP_NUM_THREADS` limits the program to its share of the cores, unless the
+    user has set it. Variables of a W&B sweep are removed, so that the program does not join that sweep.
     """
     environment = {key: value for key, value in os.environ.items() if key not in _SWEEP_VARIABLES}
     environment[POINT_VARIABLE] = str(point_file.resolve())

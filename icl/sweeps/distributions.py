@@ -141,6 +141,7 @@ def _categorical_w_probabilities(share: float, options: Options) -> Any:
         total += probability
         if share < total:
             return value
+    # The probabilities may sum to slightly less than `share`, because of rounding.
     return max(zip(options["probabilities"], options["values"], strict=True), key=lambda pair: pair[0])[1]
 
 

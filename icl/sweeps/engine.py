@@ -171,7 +171,7 @@ class _Engine:
             self._stop()
 
     def _bear_lost_storage(self) -> None:
-        """Mark all programs, because their files may be lost. If the sweep is being stopped, give up the programs that have ended."""
+        """Mark all programs, because their files may be lost. If the sweep is being stopped, forget the programs that have ended."""
         for program in self.programs:
             program.has_lost_storage = True
         if self._stopping is not None:
@@ -244,7 +244,7 @@ class _Engine:
             return None
         has_failed_now = state.attempt > self._earlier_attempts[point.number] or (state.is_final and not self.retry)
         if state.state == "done" or (state.state == "failed" and has_failed_now):
-            if not self._storage.is_there(now=True):  # then the state is that of an empty folder
+            if not self._storage.is_there(now=True):  # then the state was read from a missing or empty folder
                 return None
             self._close(point, f"{state.state:8s} {point.name}: {state.reason}")
             return None

@@ -43,7 +43,7 @@ class Point:
     name: str
     """Name of the run, which is also its folder below $LOCAL_ROOT."""
     job: str
-    """Hash of the command and of the settings that affect the result. Attempts at another job are ignored."""
+    """Hash of the command and of the settings that affect the result. Attempts with another hash are ignored."""
     trains: bool
     """Whether the program is `icl train`. If it is, the run's own status says whether the point is done."""
 

@@ -37,7 +37,7 @@ class Program:
     def __init__(self, work: Sequence[tuple[Point, Claim]], log: Path, process: subprocess.Popen | str) -> None:
         self.work, self.log, self.process = work, log, process
         self.is_lost = False  # whether another worker has taken a point over
-        self.has_lost_storage = False  # whether the folder of the runs was out of reach while the program ran
+        self.has_lost_storage = False  # whether the folder of the runs could not be reached while the program ran
         self._started = time.monotonic()
         self._log_start = log.stat().st_size if log.exists() else 0
         self._first_amounts = {point.number: _amount(point, claim.folder) for point, claim in work}

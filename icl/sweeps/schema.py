@@ -41,8 +41,8 @@ class SweepFile:
     path: Path
     method: Literal["grid", "random"]
     parameters: tuple[Parameter, ...]
-    """Parameters in W&B's order: sorted by name. The parameters of a nested group are sorted by the name of the
-    group."""
+    """Parameters in W&B's order: sorted by name. A nested group has the place of its own name, and its parameters are
+    sorted within the group."""
     command: tuple[str, ...]
     """Words of the command that starts a run, with macros."""
     program: str | None = None

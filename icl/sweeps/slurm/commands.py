@@ -1,4 +1,4 @@
-"""Call Slurm's commands sbatch, squeue and scontrol. Each of their errors becomes one sentence."""
+"""Call Slurm's commands sbatch, squeue and scontrol. An error of a command is raised as a `SlurmError` of one sentence."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from icl.config.validation import UserError
 
 _TIMEOUT_SECONDS = 60.0
 _JOB_TIMEOUT_SECONDS = 10.0
-"""Seconds that a job waits for an answer about itself. It needs the rest of the time before its limit to save."""
+"""Time limit in seconds when a job asks Slurm about itself. The job needs the rest of the time before its own limit to save."""
 _OVERRIDES = tuple(f"SBATCH_{name}" for name in ("ARRAY_INX", "JOB_NAME", "OPEN_MODE", "OUTPUT", "SIGNAL", "WAIT"))
 """Environment variables that would override options of our script."""
 

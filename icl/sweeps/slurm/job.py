@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 MAX_IDLE = 2
 """Number of starts in a row without progress after which a job is not queued again."""
 _SLACK_SECONDS = 120.0
-"""Seconds by which Slurm may send its warning early. If more time is left, the signal announces a preemption instead."""
+"""Largest number of seconds by which Slurm sends its warning of the time limit early. If more time is left when the signal arrives,
+the signal announces a preemption instead."""
 _PAUSE_SECONDS = 5.0
 
 
 class SlurmJob:
-    """The job of this process.
+    """The job of Slurm in which this process runs.
 
     Args:
         folder: Folder of the submission.
@@ -72,6 +73,7 @@ class SlurmJob:
         """Return the reason why the job must save its points now, or None if it need not."""
         if self._reason is None and (self._is_warned or (self._stop_at or time.monotonic() + 1) <= time.monotonic()):
             left = seconds_left(self.id)  # ask again, because the time limit may have changed
+            # After a signal with much time left, which announces a preemption, the job stops at once.
             is_early = (
                 left is not None and left > self._margin + 1 and (not self._is_warned or left < _warned_at_most())
             )

@@ -158,7 +158,8 @@ def submit_array(folder: Path, script: str, *, num_jobs: int, copy: tuple[str, b
         write_atomically(folder / SCRIPT, script.encode())
         write_submission(folder, submission)
         array = submit(folder / SCRIPT)
-    except (UserError, KeyboardInterrupt):  # jobs that Slurm has accepted nevertheless end at once without this folder
+    except (UserError, KeyboardInterrupt):
+        # If Slurm has accepted the jobs after all, they end at once, because this folder is missing.
         shutil.rmtree(folder, ignore_errors=True)
         raise
     try:
@@ -174,7 +175,7 @@ def submit_array(folder: Path, script: str, *, num_jobs: int, copy: tuple[str, b
 def _option_name(word: str) -> str:
     """Return the name of an option of sbatch, such as `--array` or `-a`.
 
-    Like sbatch, this completes an abbreviation (`--arr=0-3`), and looks behind single letters that take no value (`-Qa0-3`).
+    Like sbatch, this completes an abbreviation (`--arr=0-3`), and skips leading letters that take no value (`-Qa0-3` has `-a`).
     """
     if not word.startswith("--"):
         return f"-{word[1:].lstrip(_LETTERS_WITHOUT_VALUE)[:1]}" if word.startswith("-") else word
