@@ -63,7 +63,7 @@ class Store(Protocol):
         """Remove a key. A missing key is not an error."""
 
     def is_resting(self) -> bool:
-        """Return whether a running training should wait with its next write, because the store limits the number of writes."""
+        """Return whether a run that trains should delay its next write, because the store limits the number of writes."""
 
     def check(self) -> None:
         """Raise StorageError if the store cannot be used."""

@@ -1,11 +1,11 @@
-"""Store in a model repository of the Hugging Face Hub: `hf://USER/REPO`, `hf://USER/REPO@REVISION`, or a folder below.
+"""Store in a model repository of the Hugging Face Hub: `hf://USER/REPO`, `hf://USER/REPO@REVISION`, or a folder in it.
 
-The package `huggingface_hub` does all requests. It finds the server (`HF_ENDPOINT`) and the token (`HF_TOKEN`, or the login of `hf auth
-login`). This module reads neither, so no token is logged or saved.
+The package `huggingface_hub` sends all requests. It also finds the token (`HF_TOKEN`, or the login of `hf auth login`). Our code never
+reads the token, so it is never logged or saved. The server is `HF_ENDPOINT`, or huggingface.co.
 
 Every change is a commit, and the Hub limits commits to 128 an hour. So `write_many` puts up to `FILES_PER_COMMIT` files into one commit,
-which arrives completely or not at all. A commit names its parent. If another program has committed since, the Hub refuses ours. We
-try again on top of the other commit, unless it changed the folder of this store. Then the writer gets an error.
+which arrives completely or not at all. A commit names its parent commit. If another program has committed since, the Hub refuses
+ours, and we try again on top of the other commit. But if the other commit changed the folder of this store, we raise an error.
 """
 
 import functools
@@ -54,7 +54,7 @@ class HubStore:
 
         Raises:
             MissingKeyError: If the key has no value.
-            StorageError: If it is damaged or has more than `limit` bytes, or the Hub cannot be used.
+            StorageError: If the value is damaged or has more than `limit` bytes, or the Hub cannot be used.
         """
         file = self._file(key)
         if limit is not None and file.size > limit:
@@ -126,16 +126,16 @@ class HubStore:
             self.write_many({}, delete=[key])
 
     def check(self) -> None:
-        """Check that the Hub answers, and that the repository can be read if it exists.
+        """Check that the Hub answers. If the repository exists, check that it can be read.
 
         Raises:
-            StorageError: If it cannot be used. A repository that does not exist needs a token, with which the first write makes it.
+            StorageError: If the Hub cannot be used, or if the repository does not exist and there is no token to make it.
         """
         if self.repository.listing(is_new=True).commit is None:
             self.repository.ask("find", self.repository.api.whoami)
 
     def is_resting(self) -> bool:
-        """Return whether the last commit was so recent that training should wait with the next one."""
+        """Return whether the last commit was so recent that a run that trains should delay the next one."""
         return time.monotonic() - self.repository.committed_at < COMMIT_SECONDS
 
     def _path(self, key: str) -> str:
@@ -157,7 +157,7 @@ class HubStore:
             return Path(file).read_bytes()
 
     def _commit(self, operations: Sequence[Any], message: str) -> None:
-        """Commit, again on top of commits of other programs that do not change this folder."""
+        """Commit. If other programs commit at the same time, try again on top of their commits, unless they changed this folder."""
         with self.repository.lock:
             first = listing = self.repository.listing(is_new=True)
             for _ in range(_MAX_CONFLICTS):
@@ -173,7 +173,7 @@ class HubStore:
         raise StorageError(f"Other programs commit to {self} all the time; run the same command again later.")
 
     def _try_commit(self, operations: Sequence[Any], message: str, parent: str | None) -> bool:
-        """Commit on top of `parent`. Return False if it is no longer the newest commit."""
+        """Commit on top of `parent`. Return False if `parent` is no longer the newest commit."""
         try:
             self.repository.ask("write", functools.partial(self.repository.commit, operations, message, parent))
         except StorageError:
@@ -181,7 +181,7 @@ class HubStore:
         except Exception as error:
             if not is_conflict(error):
                 raise
-            time.sleep(random.uniform(0, 0.2))  # so that two programs do not meet again
+            time.sleep(random.uniform(0, 0.2))  # so that two programs do not commit at the same moment again
             return False
         return True
 
@@ -209,7 +209,7 @@ def open_hub(path: str) -> HubStore:
 
 
 class _Buffer(io.BytesIO):
-    """Bytes of a file. What the client reads of them counts as progress of the upload."""
+    """Bytes of a file to upload. When the client reads bytes, they count as progress of the upload."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Return the next bytes."""
@@ -221,8 +221,8 @@ class _Buffer(io.BytesIO):
 def _addition(path: str, data: bytes) -> CommitOperationAdd:
     """Return the operation that adds a file, by HTTP.
 
-    For a buffer, the client does not use Xet. Xet needs another server than `HF_ENDPOINT`, and ignores our time limits. It pays off
-    only for files of gigabytes.
+    The client uploads a buffer by HTTP, and not by Xet. Xet needs a second server besides `HF_ENDPOINT`, and ignores our time limits.
+    It is faster only for files of gigabytes.
     """
     return CommitOperationAdd(path, _Buffer(data))
 

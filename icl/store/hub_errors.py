@@ -1,4 +1,4 @@
-"""Errors of the Hugging Face Hub in sentences, and how long to wait before a request is repeated."""
+"""Explain errors of the Hugging Face Hub in sentences, and decide how long to wait before a request is repeated."""
 
 import os
 from typing import Any
@@ -95,7 +95,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _response(error: BaseException | None) -> Any:
-    """Return the server's answer that caused an error. For uploads and downloads, the client raises errors of its own from it."""
+    """Return the server's answer that caused an error. In uploads and downloads, the client wraps this error in errors of its own."""
     for _ in range(_MAX_CAUSES):
         if error is None or getattr(error, "response", None) is not None:
             break
@@ -104,7 +104,7 @@ def _response(error: BaseException | None) -> Any:
 
 
 def _is_network(error: BaseException) -> bool:
-    """Return whether an error is of the connection, in any of the client's HTTP libraries."""
+    """Return whether an error comes from the connection. The client may use any of several HTTP libraries."""
     modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return isinstance(error, (OSError, HfHubHTTPError)) or bool(
         modules & {"httpx", "httpx2", "httpcore", "httpcore2", "requests"}

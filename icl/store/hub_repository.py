@@ -1,4 +1,4 @@
-"""One revision of a repository on the Hugging Face Hub: its listing, its commits, and requests that are repeated.
+"""One revision of a repository on the Hugging Face Hub: its listing, its commits, and the repetition of failed requests.
 
 All stores of a process below one repository share this object. So they share the listing, and commit one after another.
 """
@@ -20,9 +20,9 @@ from icl.store.hub_errors import describe, is_conflict, is_missing_repository, p
 COMMIT_SECONDS = 600.0
 """Seconds between two commits while a run trains. The Hub accepts 128 commits an hour for all runs of a user."""
 LISTING_SECONDS = 2.0
-"""Seconds for which a listing of the repository is used again. Own commits end it at once."""
+"""Seconds for which a listing of the repository is used again. A commit of this process discards the listing at once."""
 CALL_SECONDS = 120.0
-"""Seconds without progress after which we give up on a request. The client itself may wait longer, if the Hub asks it to."""
+"""Seconds without progress after which we give up on a request. Without it, the client could wait longer, if the Hub asks it to."""
 _MAX_RETRIES = 6
 _NO_NEWS = ("not supported by Xet", "thrown while requesting", "Retrying in", "Error while downloading from")
 
@@ -54,7 +54,7 @@ class Repository:
             logging.getLogger(f"huggingface_hub.{module}").addFilter(_is_news)
 
     def listing(self, *, is_new: bool = False) -> Listing:
-        """Return the files at the revision's newest commit, or those of the last two seconds."""
+        """Return the files at the revision's newest commit. A listing of the last two seconds is used again, unless `is_new` is set."""
         with self.lock:
             old = self._listing
             if is_new or old is None or time.monotonic() - old.at > LISTING_SECONDS:
@@ -92,7 +92,7 @@ class Repository:
             key: The file that it is about, for messages.
 
         Raises:
-            StorageError: If it fails for good. The message says what to do.
+            StorageError: If the call fails for good. The message says what to do.
         """
         for attempt in range(_MAX_RETRIES):
             result, error = _attempt(act, self.endpoint)
