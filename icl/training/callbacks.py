@@ -34,7 +34,7 @@ signals the programs again, perhaps seconds later. The engine uses SIGKILL to en
 
 
 class NonFiniteGuard(pl.Callback):
-    """End a member whose loss is no longer finite. The other members continue. A step does not wait for this check."""
+    """End a member whose loss is no longer finite. The other members continue. It is checked at intervals, so that steps need not wait."""
 
     def __init__(self, members: Sequence[Member], every: int) -> None:
         self.members, self.every = members, every
@@ -126,7 +126,7 @@ class Ending(pl.Callback):
         self.members = members
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Check the members: early stopping is possible at the start."""
+        """Check the members, because early stopping can end one at the initial model."""
         self._check(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:

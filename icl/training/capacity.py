@@ -87,9 +87,8 @@ def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
     targets = 4 * evaluation.num_prompts * task.max_examples if evaluation.every is not None else 0
     set_bytes = targets * (task.task_size + 1 + _NUM_BASELINES)
     evaluated = _EVALUATED_ARRAYS * targets + (set_bytes if num_sets > 1 else 0)  # different sets are stacked
-    stored = (
-        2 * set_bytes * num_sets / len(configs)
-    )  # 2: prompts of the run's own tasks (`pretrain`) and of new tasks (`true`)
+    # Two sets: prompts of the run's own tasks (`pretrain`) and of new tasks (`true`).
+    stored = 2 * set_bytes * num_sets / len(configs)
     return max(_RESUMED_ROWS * row_bytes, _CPU_ROWS * row_bytes + max(drawn, evaluated)) + stored
 
 

@@ -20,7 +20,7 @@ from icl.tasks.prompts import Prompts, prompt_source, sample_together
 _BLOCK_NORMALS = 2**19
 """Largest number of normal variates in a block of prompts on a CPU."""
 _CUDA_BLOCK_NORMALS = 2**24
-"""The same limit on a GPU. It is higher, because a kernel for few numbers takes as long as a kernel for many."""
+"""The same limit on a GPU. It is higher, because a kernel takes as long for few numbers as for many."""
 _MAX_BLOCK = 64
 """Largest number of steps in a block."""
 

@@ -27,7 +27,7 @@ def record_outcome(member: Member, step: int, received: signal.Signals | None) -
         member.end("preempted", step, f"{received.name} at step {step}")
     if member.is_running or member.is_recorded or is_child_rank():
         return
-    if member.folder.path.is_dir():  # otherwise a person removed it, and it must not be created again
+    if member.folder.path.is_dir():  # a person may have removed the folder, and we must not create it again
         _require_checkpoints(member)
         _write_end(member, step)
     member.is_recorded = True
@@ -57,7 +57,7 @@ def _write_end(member: Member, step: int) -> None:
 def isolate_failure(member: Member, *, is_alone: bool) -> Iterator[None]:
     """End only this member if the body raises a `UserError`. If the member is alone, raise the error.
 
-    The failure is written to the folder only if the folder is known to be this run's (`Member.is_own`). Otherwise it may
+    The failure is written to the folder only if the folder is known to be this run's (`Member.is_own`). Otherwise the folder may
     belong to another run, or another process may be training in it.
     """
     try:

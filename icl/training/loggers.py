@@ -1,4 +1,4 @@
-"""The loggers that `trainer.loggers` chooses. `metrics.csv` is always written; the others get its rows."""
+"""Start the loggers that `trainer.loggers` names. `metrics.csv` is always written, and the other loggers get its rows."""
 
 from typing import Any
 
@@ -31,8 +31,9 @@ def start_loggers(member: Member, step: int, wandb_run: Any) -> list[RowLogger]:
 
     Args:
         member: The member.
-        step: Step from which it continues. Loggers get earlier rows if they lack them.
-        wandb_run: W&B run of a sweep's point, which always gets the rows; None starts a W&B run if one is chosen.
+        step: Step from which it continues. A logger that lacks earlier rows gets these rows first.
+        wandb_run: W&B run of a sweep's point, which always gets the rows. If it is None, a W&B run is started, unless
+            `trainer.loggers` leaves W&B out or W&B is not set up.
     """
     names = member.config.trainer.logger_names
     loggers: list[RowLogger] = []

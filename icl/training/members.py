@@ -1,4 +1,4 @@
-"""State of each run of a population while it trains, without the step, which is the same for all runs.
+"""The state of each run of a population while it trains. The step is not included, because it is the same for all runs.
 
 A member trains until it ends, for example because it stops early or its loss is no longer finite. Its saved files are then
 final. Its slice of the stacked parameters is still computed until the population is rebuilt, but its results are no longer
@@ -92,7 +92,7 @@ class Member:
         return self.state == "running"
 
     def records(self, step: int) -> bool:
-        """Return whether results at this step are saved: before the member ends, and at the step of an early stop."""
+        """Return whether results at this step are saved. They are saved before the member ends, and at the step of an early stop."""
         return self.is_running or (self.state == "stopped_early" and self.end_step == step)
 
     def is_last(self, step: int) -> bool:

@@ -26,9 +26,9 @@ _ONE_PER_PROCESS = "`trainer.devices` times `trainer.num_nodes`"
 
 
 def cluster_environment(settings: TrainerConfig) -> ClusterEnvironment:
-    """Return the object from which Lightning reads the rank of this process.
+    """Return the object from which Lightning gets the rank of this process.
 
-    It reads torchrun's or srun's variables if one of them started several processes, otherwise Lightning's own.
+    If torchrun or srun started several processes, the object reads their variables. Otherwise it reads Lightning's own variables.
     """
     if settings.num_processes > 1 and TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
@@ -38,10 +38,10 @@ def cluster_environment(settings: TrainerConfig) -> ClusterEnvironment:
 
 
 class SrunEnvironment(SLURMEnvironment):
-    """Lightning's support for Slurm, for the tasks of one `srun`.
+    """Lightning's support for Slurm, changed for the tasks of one `srun`.
 
-    Lightning would put the job back in the queue itself, although only its owner knows what else the job does. It would also refuse
-    `srun --ntasks`, and settings that fit this `srun` but not the whole job.
+    By default, Lightning puts the job back in the queue itself. We turn this off, because only the owner of the job knows what else the
+    job does. Lightning also refuses `srun --ntasks`, and settings that fit this `srun` but not the whole job. This class accepts both.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ def _is_of_srun(num_processes: int) -> bool:
 
 
 def _join_srun(settings: TrainerConfig) -> None:
-    """Check the number of tasks, and copy srun's variables for this task to those from which the rank is read (`is_child_rank`)."""
+    """Check the number of tasks. Copy the rank of this task from srun's variables to those that `is_child_rank` reads."""
     num_nodes = _number("SLURM_STEP_NUM_NODES", _number("SLURM_NNODES", 1))
     if _num_tasks() != settings.num_processes:
         raise ConfigError(

@@ -148,7 +148,7 @@ def require_alike(configs: Sequence[RunConfig]) -> None:
     """Check that runs can be trained as one population.
 
     Raises:
-        ConfigError: If they differ in a setting that they must share; the message names it.
+        ConfigError: If the runs differ in a setting that they must share; the message names it.
     """
     first = configs[0].shared_settings()
     for config in configs[1:]:

@@ -1,7 +1,7 @@
 """Log a run to TensorBoard, with Lightning's logger. The event file is in the run's folder, below `tensorboard/`.
 
-`metrics.csv` is the truth. A run that starts or resumes writes its earlier rows again, to a new event file, and removes the older
-files. So TensorBoard shows every row once, whatever happened to the processes before, and also if the logger is chosen only later.
+`metrics.csv` is the authoritative record. A run that starts or resumes removes its older event files, and writes all earlier rows to a
+new one. So TensorBoard shows every row once, even after a kill, and even if the user adds this logger only when the run resumes.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def require_tensorboard() -> None:
     """Check that a package that writes event files is installed.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If no such package is installed.
     """
     from lightning.fabric.loggers.tensorboard import _TENSORBOARD_AVAILABLE, _TENSORBOARDX_AVAILABLE
 

@@ -58,7 +58,8 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
         "precision": settings.precision,
         "max_steps": max_steps or settings.max_steps,
         "plugins": [MemberFiles(members)],
-        # In a job of Slurm, Lightning looks there for a checkpoint that it saved before a requeue, by default in the working folder.
+        # In a job of Slurm, Lightning looks in this folder for a checkpoint of its own from before a requeue. Without this setting, it
+        # would look in the working folder.
         "default_root_dir": str(members[0].folder.path) if members else None,
         "logger": False,
         "enable_checkpointing": False,
@@ -77,7 +78,7 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
 
 
 class PopulationDDP(DDPStrategy):
-    """Strategy for processes that share every batch. The step itself averages the gradients (`PopulationModule._average`)."""
+    """Strategy for processes that divide every batch. The step itself averages the gradients (`PopulationModule._average`)."""
 
     def configure_ddp(self) -> None:
         """Do not wrap the module in `DistributedDataParallel`."""
@@ -136,8 +137,8 @@ def require_order(callbacks: Sequence[pl.Callback]) -> None:
 def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
     """Return the fixed prompts of every member, with their baselines. Members that differ only in training seeds share them.
 
-    Only rank 0 evaluates, so other ranks get empty lists. They would also use the device of rank 0, because their own devices are
-    not chosen yet.
+    Only rank 0 evaluates, so other ranks get empty lists. Their own devices are not chosen yet, so their sets would need memory on the
+    device of rank 0.
     """
     settings = configs[0].evaluation
     if settings.every is None or is_child_rank():

@@ -159,7 +159,7 @@ class Uploader:
 def _is_complete(mirror: Mirror) -> bool:
     """Return whether the run has ended and the store has all its files.
 
-    The last file to be sent is the status, or `config.yaml` with `push`, so it is enough to check these two.
+    Training sends the status last, and `icl checkpoints RUN push` sends `config.yaml` last. So it is enough to check these two files.
     """
     status = mirror.run.read_status()
     is_done = status is not None and status.is_done and same_file(mirror.here, mirror.there, "status.json")
@@ -167,7 +167,7 @@ def _is_complete(mirror: Mirror) -> bool:
 
 
 def _finish(uploader: Uploader) -> None:
-    """Send the remaining files after training has ended. After a signal there is little time for this."""
+    """Send the remaining files after training has ended. If a signal stopped training, `STOPPED_SECONDS` limits the time for this."""
     status = uploader.mirror.run.read_status()
     if status is None or status.state != "preempted":
         uploader.finish()

@@ -1,7 +1,7 @@
-"""Training on XLA devices: one core of a TPU, or XLA's CPU backend instead (`PJRT_DEVICE=CPU`).
+"""Train on an XLA device: one core of a TPU, or XLA's CPU backend (`PJRT_DEVICE=CPU`).
 
-XLA traces a step into a graph and compiles it. The graph is the same for all backends. So the CPU backend can show, without a TPU,
-that a step is compiled once and never waits for the host (`tests/xla/train_on_xla_cpu.py`).
+XLA traces a step into a graph and compiles it. The graph is the same for all backends. So we test with the CPU backend, without a TPU,
+that a step is compiled only once and never waits for the host (`tests/xla/train_on_xla_cpu.py`).
 """
 
 import os

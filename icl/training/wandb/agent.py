@@ -1,10 +1,10 @@
 """Train a run as a point of a W&B sweep: `wandb agent` starts the program, and `wandb.config` contains the settings of the point.
 
-First the settings without the point are resolved and passed to `wandb.init`. After that, `wandb.config` also contains the
-settings of the point, under names such as `optim.lr`, or `lr` in a section `optim`. Then all settings are resolved again:
-the point overrides the file, and the command line overrides both. The name of the run depends on its whole configuration,
-so a point that is handed out again continues from its checkpoint. The new W&B run first receives the rows that the run
-has logged before.
+First, the settings from the file and the command line are resolved without those of the point, and passed to
+`wandb.init`. After that, `wandb.config` also contains the settings of the point, under names such as `optim.lr`, or
+`lr` in a section `optim`. Then all settings are resolved again: the point overrides the file, and the command line
+overrides both. The name of the run depends on its whole configuration, so a point that is handed out again continues
+from its checkpoint. The new W&B run first receives the rows that the run has logged before.
 """
 
 import os

@@ -74,7 +74,7 @@ class WandbLog:
     def log(self, row: Mapping[str, int | float]) -> None:
         """Send one row, unless W&B already has it.
 
-        A run that resumes from a checkpoint repeats some steps.
+        W&B may already have it, because a run that resumes repeats the steps after its last save.
         """
         if row["step"] > self.sent:
             self.run.log(row)
