@@ -1,4 +1,4 @@
-"""Contents of a run's folder for a page: all files that can be read, and a message for each file that cannot be read."""
+"""Read a run's folder for a page: all files that can be read, and a message for each file that cannot be read."""
 
 import shlex
 from dataclasses import dataclass

@@ -69,8 +69,8 @@ def training_loss(facts: RunFacts) -> float | None:
 def loss_ratios(losses: Mapping[str, float], distribution: str) -> dict[str, float]:
     """Return the transformer's loss divided by the loss of each optimal predictor, under names such as "ridge's".
 
-    The predictors are ridge and dMMSE, if their losses are known. On new tasks the only predictor is ridge, because
-    dMMSE is not optimal for them.
+    On the training tasks the predictors are ridge and dMMSE, if their losses are known. On new tasks the only predictor is ridge,
+    because dMMSE is not optimal there.
     """
     names = ("ridge", "dmmse") if distribution == "pretrain" else ("ridge",)
     return {

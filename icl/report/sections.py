@@ -60,7 +60,7 @@ class Section:
     folded: list[Table] = field(default_factory=list)
     """Tables that are collapsed until the reader opens them."""
     commands: list[tuple[str, str]] = field(default_factory=list)
-    """Pairs: the result that is missing, and the command that adds it."""
+    """Pairs of a missing result and the command that computes it."""
     log: str = ""
 
 
@@ -197,7 +197,7 @@ def _evaluation_table(numbers: pd.DataFrame, baselines: pd.DataFrame | None) -> 
 
 
 def _missing_section(facts: RunFacts, prefix: str) -> Section:
-    """Return the section on missing results, with the commands that add them."""
+    """Return the section that lists missing results, with the commands that compute them."""
     measured = {subject_of(name).name for name in facts.tables}
     is_gaussian = facts.config is not None and facts.config.task.is_gaussian
     missing = [

@@ -1,4 +1,4 @@
-"""Tables of a page: short summaries, long tables that a reader can open, verdicts in colour and in words.
+"""Tables of a page: short summaries, and long tables that a reader can open. Verdicts are shown in colour and in words.
 
 In a tidy result table, each row has a step, a quantity and its settings, and a value with its standard error and verdict.
 The summary of a tidy table has a row for each quantity and a column for each of a few steps. The summary of any other
@@ -189,7 +189,7 @@ def not_ok(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _without_constants(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Return a table without empty and constant columns, and a text with the values of the constant columns."""
+    """Return a table without its empty and constant columns, and a sentence with the values of the constant columns."""
     table = table.drop(columns=[name for name in table if name != "value" and table[name].isna().all()])
     always_shown = ("step", "quantity", *_MEASURED)
     constant = [name for name in table if name not in always_shown and table[name].nunique(dropna=False) == 1]

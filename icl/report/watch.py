@@ -19,13 +19,15 @@ from icl.runs.listing import named_runs
 from icl.signals import handling
 
 SECONDS = 10.0
-"""Shortest interval, in seconds, between two versions of the page, and the interval at which browsers load it again."""
+"""Shortest interval, in seconds, between two versions of the page. Browsers also load the page again at this interval."""
 _SHARE = 2.0
-"""The interval is at least this many times the time that writing took."""
+"""Shortest interval between two versions, as a multiple of the time that writing the last version took."""
 _LONGEST_SECONDS = 60.0
-"""Longest interval, in seconds, between two versions while a run has not ended: a page that does not change also says when a run was killed."""
+"""Longest interval, in seconds, between two versions while a run has not ended. Even if no file changes, a later version can say that a
+run has not reported for a long time, so that it may have been killed."""
 _QUIET_SECONDS = 120.0
-"""Seconds without a change after which a folder whose runs have all ended is left. A sweep may begin its next run until then."""
+"""Seconds without a change after which we stop watching a folder of runs that have all ended. Within this time, a sweep may begin its next
+run."""
 _ENDED = ("finished", "stopped_early", "failed")
 
 
@@ -43,7 +45,7 @@ def watch(
         paths: Folders of runs, or folders in which runs are or will be.
         out: The file, as in `write_report`.
         seconds: Shortest interval between two versions.
-        quiet_seconds: Time without a change after which folders of runs are left, once all runs have ended.
+        quiet_seconds: Seconds without a change after which to stop watching folders of runs, once all runs have ended.
         say: Function that receives a line for each event.
 
     Returns:

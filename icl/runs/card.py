@@ -1,7 +1,7 @@
 """The model card of a repository on the Hugging Face Hub: `README.md`, with a section for each run.
 
-A section is made from the run's settings, its table of losses and its figure of the training. It stands between two marks. Text
-outside of the marks belongs to the user and stays as it is.
+A section is made from the run's settings, its table of losses and its figure of the training. It begins and ends with a mark, which is
+an HTML comment. Text outside of the marks belongs to the user and stays as it is.
 """
 
 import csv
@@ -31,7 +31,7 @@ _FIGURES = ("figures/training.png", "figures/evaluation.png")
 
 
 def card_text(old: str, run: RunFolder, name: str, store: str) -> str:
-    """Return the card with the section of a run: a new one, or in place of its old one.
+    """Return the card with the section of a run. A new section replaces the run's old section, or is added at the end.
 
     Args:
         old: The present card. Empty if there is none.
@@ -45,7 +45,7 @@ def card_text(old: str, run: RunFolder, name: str, store: str) -> str:
     begin, end = f"<!-- icl run {name} -->", f"<!-- end of icl run {name} -->"
     section = f"{begin}\n{_section(run, name, store)}\n{end}"
     card = old if old.strip() else _HEAD
-    # A mark without its end stays: text of the user may follow it.
+    # If the end of a section is missing, its beginning stays as it is, because text of the user may follow.
     pattern = re.compile(f"{re.escape(begin)}(?:(?!{re.escape(begin)}).)*?{re.escape(end)}", re.DOTALL)
     if pattern.search(card):
         return pattern.sub(lambda match: section, card, count=1)
@@ -86,7 +86,7 @@ def _settings(config: RunConfig) -> str:
 
 
 def _losses(run: RunFolder) -> str:
-    """Return `results/losses.csv` as a table of Markdown. Empty if there is none that can be read."""
+    """Return `results/losses.csv` as a table of Markdown. If the file cannot be read, the text is empty."""
     try:
         text = read_bytes(run.results / "losses.csv").decode("utf-8")
         rows = list(csv.reader(io.StringIO(text)))

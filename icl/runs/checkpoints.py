@@ -95,9 +95,8 @@ def save_checkpoint(store: Store, step: int, config: RunConfig, params: Mapping[
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in params.items()}
     about = {"format": _FORMAT, "step": step, "config": config.to_dict(), "digest": weights_digest(tensors)}
     about[_SEAL] = _seal(about)
-    data = safetensors.torch.save(
-        tensors, {_ENTRY: json.dumps(about)}
-    )  # a single entry, because safetensors writes several entries in random order
+    # The metadata is a single entry, because safetensors writes several entries in random order.
+    data = safetensors.torch.save(tensors, {_ENTRY: json.dumps(about)})
     store.write(checkpoint_name(step), data)
 
 
@@ -133,11 +132,11 @@ def load_checkpoint_file(path: str | Path) -> Checkpoint:
 
 
 def read_config_of(path: Path) -> RunConfig:
-    """Return the configuration in a checkpoint file. Its weights are not read.
+    """Return the configuration in a checkpoint file, without reading the weights.
 
     Raises:
-        CheckpointError: If it is not a usable checkpoint.
-        OSError: If it cannot be read.
+        CheckpointError: If the file is not a usable checkpoint.
+        OSError: If the file cannot be read.
     """
     with path.open("rb") as file:
         return _read_about(file, str(path)).config

@@ -1,6 +1,6 @@
 """Ownership of a run's copy in a store.
 
-The file `run-id` has a run's id and settings. The id is drawn at random once, in the folder where the run begins. A copy belongs
+The file `run-id` contains a run's id and settings. The id is drawn at random once, in the folder where the run begins. A copy belongs
 to the folder with the same id. A folder with another id cannot use the copy, even if the settings are the same. A new folder has
 no id yet. If its settings are the same, the new folder takes over the copy and its id: it is the same run, resumed on another
 machine. Since `run-id` has the settings, this also works if the first machine was lost before `config.yaml` arrived in the store.

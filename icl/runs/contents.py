@@ -17,7 +17,7 @@ _MAX_STEPS = 8
 
 
 def expected_steps(config: RunConfig, step: int, status: Status | None = None) -> list[int]:
-    """Return the steps that must have a checkpoint. For an imported run there are none: it has those that its older code saved.
+    """Return the steps that must have a checkpoint. An imported run has the steps that its older code saved, so none is required.
 
     Args:
         config: The run's settings.

@@ -1,4 +1,4 @@
-"""Deliver a run's files to its store: note which files have arrived, and upload files that were made after training.
+"""Deliver a run's files to its store: record which files have arrived, and upload files that were made after training.
 
 The note `.delivered` in the run's folder contains the address of the copy and the digests of the files that are known to have
 arrived. So `icl` sends each result and figure only once. If a run has ended and has a complete copy, `icl` does not need the store

@@ -24,7 +24,7 @@ from icl.runs.tasks_file import remember_tasks
 from icl.store.base import LocalStore
 
 RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "RANK")
-"""Environment variables in which Lightning and torchrun give the number of a process of a run."""
+"""Environment variables with which Lightning and torchrun number the processes of a run."""
 _OWN_NAMES = frozenset(
     (
         *("run-id", "wandb-id", "metrics.csv", "run.log", "report.html", "last.ckpt", "previous.ckpt", "status.json"),
@@ -300,5 +300,5 @@ def _is_run(folder: Path) -> bool:
 
 
 def is_child_rank() -> bool:
-    """Return whether this process is not rank 0. Rank 0 holds the lock and writes the files."""
+    """Return whether this process has a rank other than 0. Rank 0 holds the lock and writes the files."""
     return any(os.environ.get(name, "0") != "0" for name in RANK_VARIABLES)

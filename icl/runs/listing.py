@@ -65,7 +65,7 @@ def _line(name: str, status: Status | None) -> str:
 
 
 def _by_number(name: str) -> list[tuple[str, int]]:
-    """Return a key that puts M=8 before M=16."""
+    """Return a sort key that puts M=8 before M=16."""
     return [(text, int(number or -1)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 

@@ -106,9 +106,8 @@ class Cache:
         content = {"key": dict(key), "rows": entry.rows, "places": places, "array_digest": array_digest(numbers)}
         text = json.dumps({"digest": _digest(content), **content})
         write_atomically(self._file(entry.step), text.encode())
-        self._file(entry.step).with_suffix(".npz").unlink(
-            missing_ok=True
-        )  # the file in which version 0.1.0 stored the entry
+        # Remove the file in which version 0.1.0 stored the entry.
+        self._file(entry.step).with_suffix(".npz").unlink(missing_ok=True)
 
     def stored_array(self, step: int, name: str) -> StoredArray:
         """Return a reference to an array of an entry, flattened. Its numbers stay in the file until the array is sliced.

@@ -118,6 +118,7 @@ def take_up(mirror: Mirror, config: RunConfig) -> bool:
     is_new = not mirror.run.config_file.exists()
     if theirs is not None:
         require_same_config(theirs, config, str(mirror.there))
+    # If the folder is new and the copy has begun, the transfer below also fetches `run-id`. The folder claims the copy after that.
     if not (is_new and theirs is not None):
         claim(mirror.here, mirror.there, config)
     is_behind = saved_step(mirror.there) > saved_step(mirror.here)
@@ -307,7 +308,7 @@ def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[li
 
 
 def _write_in_batches(names: Sequence[str], read: Callable[[str], bytes | None], target: Store, bar: tqdm) -> list[str]:
-    """Write files in the order of their names, many at once. Return the names of those that had to be written."""
+    """Write files in the order of `names`, many at once. Return the names of the files that had to be written."""
     batch: dict[str, bytes] = {}
     written: list[str] = []
     for index, name in enumerate(names):

@@ -126,7 +126,7 @@ class Ending(pl.Callback):
         self.members = members
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Check the members, because early stopping can end one at the initial model."""
+        """Check the members before the first step."""
         self._check(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
