@@ -18,8 +18,8 @@ from icl.files.reading import ContentError, parse_json
 from icl.files.writing import write_atomically
 
 _MAX_GROWTH = 2**26
-"""Constant part of the limit on an archive's decompressed size, in bytes. The whole limit is this number plus four times the
-archive's own size. Archives that `icl` wrote have about a million bytes."""
+"""Number of bytes in the limit on an archive's decompressed size: the limit is this number plus four times the archive's own size.
+Archives that `icl` wrote have about a million bytes."""
 _MAX_ARRAYS = 1000
 
 

@@ -11,7 +11,7 @@ _SECRETS = re.compile(_SECRET_NAME)
 _ASSIGNED = re.compile(r"\b(\w{1,64})=[^\s&\"']+")
 """A variable and its value, as in an `env` command or in the query of a URL."""
 _HUB_REVISION = re.compile(r"hf://[\w.-]+/[\w.-]+@[\w.%/-]")
-"""Address of a repository at a revision, such as hf://USER/REPO@v1. What is before its @ is no credential."""
+"""Address of a repository at a revision, such as hf://USER/REPO@v1. The part before its @ is not a credential."""
 _LEAST = 6
 """Minimum length of a secret that is removed from text. Shorter secrets may occur inside ordinary words."""
 
@@ -19,8 +19,8 @@ _LEAST = 6
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """Return a text without the credentials in its URLs and without the values of secret variables.
 
-    A variable is secret if its name is or ends in `SECRET`, `TOKEN`, `PASSWORD` or a similar word. It may be set in the
-    environment or in the text itself.
+    A variable is secret if its name is `SECRET`, `TOKEN`, `PASSWORD` or a similar word, or ends in such a word after an underscore.
+    The variable may be set in the environment or in the text itself.
 
     Examples:
         >>> redact("no answer from https://me:word@host:9000/bucket")

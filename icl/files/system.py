@@ -1,7 +1,7 @@
 """Operations that a file system may refuse: file locks, hard links, and flushing a folder to disk.
 
 Lustre may be mounted without locks, FAT and many network file systems have no hard links, and some cannot flush a folder.
-`icl` also runs on such a file system, and warns once about the risks. After the first refusal, it tries all three operations, so
+`icl` also runs on such a file system, and warns once about the risks. After the first refusal, `icl` tries all three operations, so
 that one warning covers them all.
 """
 
