@@ -154,7 +154,7 @@ def _train_run(run: ExperimentRun, last_signal: Callable[[], signal.Signals]) ->
 
 @contextlib.contextmanager
 def _handling_signals(log: Path) -> Iterator[Callable[[], signal.Signals]]:
-    """Let SIGTERM interrupt the program as Ctrl-C does, and a lost terminal (SIGHUP) redirect its output to `log`.
+    """Let SIGTERM interrupt the program as Ctrl-C does. If the terminal is lost (SIGHUP), redirect the output to `log`.
 
     While a run trains, its own handlers of SIGINT and SIGTERM replace these handlers.
 

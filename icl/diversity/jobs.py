@@ -1,6 +1,6 @@
-"""The task-diversity experiment as jobs of Slurm. Its runs are the points of a sweep, which the jobs share (`icl.sweeps.engine`).
+"""Run the task-diversity experiment as jobs of Slurm. Its runs become points of a sweep, which the jobs share (`icl.sweeps.engine`).
 
-A run is the same with and without Slurm. So an experiment can begin in one way and continue in the other.
+A run is the same with and without Slurm. So an experiment can begin with Slurm and continue without it, or the other way round.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ _COMMAND = ("${env}", "icl", "train")
 
 
 def root_of(base: Path) -> Path:
-    """Return the folder to which the names of an experiment's runs are relative. The names are the same as without Slurm."""
+    """Return the folder below which the runs of an experiment have their names. A run has the same name as without Slurm."""
     root = local_root()
     if base.is_relative_to(root):
         return root

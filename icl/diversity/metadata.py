@@ -1,8 +1,8 @@
 """The file `experiment_metadata.json`: the settings of an experiment and the state of each of its runs.
 
-The file exists before the first step. It is replaced atomically at every event, and every few seconds while a run
-trains. The file only informs: the runs' own folders decide which runs are done. So the experiment continues correctly
-even if the file is missing or out of date.
+The file is written before the first step. It is replaced atomically at every event, and every few seconds while a run
+trains. The file is only for information: the runs' own folders decide which runs are done. So the experiment continues
+correctly even if the file is missing or out of date.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ class Metadata:
             self._update(label, state=state, reason=reason, ended=now())
 
     def update_states(self, states: Mapping[str, tuple[str, str]]) -> None:
-        """Record the states of runs that several processes train. For each M as text, there is a state and its reason.
+        """Record the states of runs that several processes train. `states` has a state and its reason for each M as text.
 
         The states are done, running, failed and waiting.
         """

@@ -71,7 +71,7 @@ def run_folder(base: Path, num_tasks: int | float) -> RunFolder:
 
 
 def find_runs(base: Path) -> dict[str, RunFolder]:
-    """Return the runs in an experiment's folder, by M as text, in the order of M.
+    """Return the runs in an experiment's folder as a dict from M as text to the run, in the order of M.
 
     Raises:
         RunError: If the folder contains no run.
