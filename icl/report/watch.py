@@ -26,8 +26,8 @@ _LONGEST_SECONDS = 60.0
 """Longest interval, in seconds, between two versions while a run has not ended. Even if no file changes, a later version can say that a
 run has not reported for a long time, so that it may have been killed."""
 _QUIET_SECONDS = 120.0
-"""Seconds without a change after which we stop watching a folder of runs that have all ended. Within this time, a sweep may begin its next
-run."""
+"""Seconds without a change after which we stop watching a folder of runs that have all ended. Within this time, a sweep may begin
+its next run."""
 _ENDED = ("finished", "stopped_early", "failed")
 
 
