@@ -22,7 +22,7 @@ _HEAD = """\
 This folder has the small tables from which the figures are drawn. `make data` runs the training, evaluations, LLC estimates and analyses
 of `tools/data/small.sh` (an evening on two CPU cores), then writes the tables to `small/`. `make data SIZE=full` does the same with
 the published sizes of `tools/data/full.sh`. {full}
-If one of these commands was interrupted, give it again to continue. `python -m tools.data small --list` shows which phases are done.
+If one of these commands was interrupted, run it again to continue. `python -m tools.data small --list` shows which phases are done.
 
 {about}
 
