@@ -255,12 +255,3 @@ def _number(file: Path) -> int | None:
         if name != "checkpoint":  # only a file of this name takes the number of its folder
             return None
     return None
-
-
-def describe(config: RunConfig) -> str:
-    """Return the model and task of an imported run in one line."""
-    task, model = config.task, config.model
-    return (
-        f"D = {task.task_size}, K = {task.max_examples}, M = {task.num_tasks}, noise variance {task.noise_variance:g}; "
-        f"{model.num_layers} layers, {model.num_heads} heads, width {model.embed_size}, MLP {model.mlp_size}"
-    )

@@ -6,8 +6,8 @@ one group of tasks, or a shifted distribution. The posterior mean of f = nbeta (
     chi = -Cov(f, l' - L)
 
 and the covariance is over draws of the localised posterior. If only one component moves, such as one head (`restrict`), chi is the
-susceptibility of that component. A negative value means that the component matters for that part of the data: draws with
-a higher loss on it have a higher loss overall. Source: Baker, Wang, Hoogland and Murfet 2025, "Structural inference: interpreting small language
+susceptibility of that component. A negative value means that the component matters for that part of the data: draws that
+raise the training loss raise the loss on this part by more. Source: Baker, Wang, Hoogland and Murfet 2025, "Structural inference: interpreting small language
 models with susceptibilities" (arXiv 2504.18274).
 """
 

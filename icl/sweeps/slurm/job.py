@@ -81,7 +81,9 @@ class SlurmJob:
                 self._stop_at, self._is_warned = time.monotonic() + left - self._margin, False
             else:
                 self._stop_at = time.monotonic()
-                self._reason = f"stopped before the time limit of job {self.id}"
+                has_time = left is None or left > self._margin + 1
+                why = "because Slurm preempts" if has_time else "before the time limit of"
+                self._reason = f"stopped {why} job {self.id}"
         return self._reason
 
     def must_kill(self) -> bool:
