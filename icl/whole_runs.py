@@ -20,11 +20,11 @@ import torch
 
 from icl.analysis.run import Members, over_checkpoints, torch_device
 from icl.compute.calls import keep_freed_memory
-from icl.config import RunConfig, SeedsConfig, TaskConfig
+from icl.config import ModelConfig, RunConfig, SeedsConfig
 from icl.config.validation import ConfigError, whole
 from icl.evaluation.sets import VERSION, EvaluationSet, evaluate, evaluate_baselines, evaluation_set
 from icl.files.writing import plain_rows, table_format, write_atomically
-from icl.model.stacked import apply
+from icl.model.stacked import apply, target_losses
 from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.runs.folder import run_of
 from icl.runs.measure import Measurement, entry_rows
@@ -88,8 +88,9 @@ class RunEvaluator:
         sets += [self._shared_set(config, name, settings.num_ood_prompts) for name in settings.distributions]
 
         def measure(members: Members) -> list[Measurement]:
-            predict = partial(apply, members.config.model)
-            return [Measurement(rows) for rows in evaluate(predict, members.params, sets)]
+            model = members.config.model
+            nll = partial(target_losses, model) if model.has_density else None
+            return [Measurement(rows) for rows in evaluate(partial(apply, model), members.params, sets, nll=nll)]
 
         entries, _ = over_checkpoints("evaluation", Path(path), settings, measure, version=VERSION, bar=self.bar)
         return pd.DataFrame(entry_rows(entries)), pd.DataFrame(evaluate_baselines(sets))
@@ -100,7 +101,9 @@ class RunEvaluator:
         task, seeds = config.task, SeedsConfig(tasks=config.seeds.tasks, evaluation=config.seeds.evaluation)
         if name in SHIFTS:  # a shift uses new tasks and no dMMSE, so neither M nor the task seed matters
             task, seeds = dataclasses.replace(task, num_tasks=math.inf), dataclasses.replace(seeds, tasks=0)
-        return self._set(task, seeds, name, num_prompts)
+        # Only a model with a predictive distribution needs the negative log-likelihoods of the baselines.
+        model = ModelConfig(output="gaussian" if config.model.has_density else "token")
+        return self._set(RunConfig(task=task, seeds=seeds, model=model), name, num_prompts)
 
 
 def evaluate_run(
@@ -208,5 +211,5 @@ class _EvaluationSettings:
     distributions: tuple[str, ...]
 
 
-def _make_set(device: torch.device, task: TaskConfig, seeds: SeedsConfig, name: str, num_prompts: int) -> EvaluationSet:
-    return evaluation_set(RunConfig(task=task, seeds=seeds), name, num_prompts=num_prompts, device=device)
+def _make_set(device: torch.device, config: RunConfig, name: str, num_prompts: int) -> EvaluationSet:
+    return evaluation_set(config, name, num_prompts=num_prompts, device=device)

@@ -26,9 +26,9 @@ LAYERS = (
     ("config.values", "config.older", "presets", "resolve", "command_line"),
     ("compute.devices", "compute.task_sums", "arrays", "rng", "signals", "progress"),
     ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
-    ("baselines", "metrics"),
+    ("baselines", "evidence", "metrics"),
     ("compute",),
-    ("model.transformer", "model.attention", "model.stacked", "model.flat", "model"),
+    ("model.heads", "model.transformer", "model.attention", "model.stacked", "model.flat", "model"),
     ("compute.linalg", "compute.step"),
     (
         "store.base",

@@ -1,7 +1,7 @@
 """Curvature at every saved step: extreme eigenvalues, trace and spectrum of the Hessian of the loss.
 
-The loss is the squared error per target, averaged over positions and over fixed prompts, which are the same at all
-steps. The Hessian covers all P parameters. Parameters that do not change any prediction (the unused rows of the
+The loss is the training loss per target (squared error, or negative log-likelihood: `icl.model.heads`), averaged over positions
+and over fixed prompts, which are the same at all steps. The Hessian covers all P parameters. Parameters that do not change any prediction (the unused rows of the
 unembedding) give rows of zeros. A Hessian-vector product is the vector-Jacobian product of the gradient (torch.func),
 computed for a whole population at once. `icl.compute.linalg` estimates eigenvalues, trace and spectrum from these
 products. Each saved step has its own random start vector and probes, so the errors from them are independent between
@@ -37,14 +37,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, vjp
 
-from icl import metrics, rng
+from icl import rng
 from icl.analysis.prompts import PromptSettings, fixed_prompts, prompts_at_once, require_multiple
 from icl.analysis.run import Members, Result, as_table, over_checkpoints, setting
 from icl.compute.linalg import Products, Ritz, Trace, lanczos, ritz, trace
 from icl.config import ModelConfig
 from icl.config.validation import require_count
 from icl.model.flat import layout_of
-from icl.model.stacked import Params, apply
+from icl.model.stacked import Params, target_losses
 from icl.runs.measure import Entry, Measurement
 from icl.tasks.prompts import Prompts
 
@@ -132,9 +132,9 @@ def hessian_products(
         )  # NJ b K D and NJ b K
 
         def loss(flat: Float[Tensor, "NJ P"]) -> Tensor:
-            errors = metrics.squared_error(apply(model, layout.to_params(flat), xs, ys), ys)  # NJ b K
+            losses = target_losses(model, layout.to_params(flat), xs, ys)  # NJ b K
             # Members do not interact, so the sum gives each member its own derivatives.
-            return errors.mean((-2, -1)).sum()
+            return losses.mean((-2, -1)).sum()
 
         copies = len(ys) // count
         pull: Callable[[Tensor], tuple[Tensor]] = vjp(grad(loss), weights.repeat_interleave(copies, dim=0))[1]

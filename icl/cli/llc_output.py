@@ -102,14 +102,17 @@ def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
     level = (
         f"E[L] is {low:.4g}" if math.isclose(low, high, rel_tol=1e-3) else f"E[L] is between {low:.4g} and {high:.4g}"
     )
-    facts = f"{level}; the loss of predicting zero is {trivial_loss:.4g}."
+    trivial = "predicting zero"
+    if "loss_name" in rows and rows["loss_name"].iloc[0] in ("nll", "subsequence_nll"):
+        level, trivial = f"The loss L is the negative log-likelihood in nats. {level}", "predicting N(0, E[y²])"
+    facts = f"{level}; the loss of {trivial} is {trivial_loss:.4g}."
     num_lower = int((rows["llc"] + 2 * rows["stderr"] < 0).sum())
     if num_lower:
         facts += f" At {num_lower} of {len(rows)} checkpoints the chains found a lower loss, so these checkpoints are not at a minimum."
     share = (rows["mean_loss"] - rows["init_loss"]) / (trivial_loss - rows["init_loss"]).clip(lower=1e-12)
     num_escaped = int((share > 0.5).sum())
     if not num_escaped:
-        rise = f"{max(share.max(), 0):.0%} of the way from the checkpoint's loss to the loss of predicting zero"
+        rise = f"{max(share.max(), 0):.0%} of the way from the checkpoint's loss to the loss of {trivial}"
         return f"{facts} The loss rose by at most {rise}, so no chain left its checkpoint's basin."
     where = f"At {num_escaped} of {len(rows)} checkpoints" if len(rows) > 1 else "At this checkpoint"
     facts += (

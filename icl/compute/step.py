@@ -1,7 +1,7 @@
 """One optimiser step of a population, written as one function of tensors so that it compiles to one graph.
 
-A step computes each member's loss (mean squared error per target) and its gradient, and clips the gradient by its norm.
-Then it updates the member's parameters p in place with Adam (Kingma and Ba 2015, algorithm 1, as in `torch.optim.Adam`). With the
+A step computes each member's loss, the mean over targets of `icl.model.stacked.target_losses`, and its gradient. It clips the gradient
+by its norm. Then it updates the member's parameters p in place with Adam (Kingma and Ba 2015, algorithm 1, as in `torch.optim.Adam`). With the
 clipped gradient g, the moments m and v, their decays b1 and b2, and the number t of updates, this one included:
 
     m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   p <- p - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
@@ -22,7 +22,7 @@ from torch import Tensor
 from icl.compute.calls import RELEASE_GIL, grad_and_aux, in_parallel, keep_freed_memory, one_graph
 from icl.config import ModelConfig, OptimConfig
 from icl.model.flat import Layout, layout_of
-from icl.model.stacked import apply
+from icl.model.stacked import target_losses
 
 SMALLEST_PART = 32
 """A part of a batch has at least this many prompts, because smaller parts gain nothing from a core of their own."""
@@ -163,10 +163,10 @@ def losses_and_grads(
     xs: Float[Tensor, "*N B K D"],
     ys: Float[Tensor, "*N B K"],
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N P"]]:
-    """Return each member's mean squared error per target, and its gradient."""
+    """Return each member's mean loss per target, and its gradient."""
 
     def total(rows: Tensor) -> tuple[Tensor, Tensor]:
-        losses = (apply(model, layout.to_params(rows), xs, ys) - ys).square().mean(dim=(1, 2))  # N
+        losses = target_losses(model, layout.to_params(rows), xs, ys).mean(dim=(1, 2))  # N
         # A row affects only its own loss, so the gradient of the sum is the gradient of each loss.
         return losses.sum(), losses
 

@@ -97,8 +97,12 @@ class ModelConfig:
     """Whether the MLP has biases."""
     unembedding_bias: bool = True
     """Whether the unembedding has a bias."""
-    output: Literal["scalar", "token"] = "token"
-    """Output of the model: the prediction alone (`scalar`), or D + 1 numbers, of which coordinate 0 is the prediction (`token`)."""
+    output: Literal["scalar", "token", "gaussian", "mixture"] = "token"
+    """Output of the model: the prediction alone (`scalar`), D + 1 numbers, of which coordinate 0 is the prediction (`token`), or a
+    predictive distribution of y. This is one Gaussian (`gaussian`) or a mixture of Gaussians (`mixture`). Training then minimises the
+    negative log-likelihood, and the prediction is the mean of the distribution."""
+    num_components: int = 4
+    """Number J of Gaussians of the output `mixture`. It has no effect on other outputs, so only the default is allowed there."""
     init: Literal["pytorch", "gpt2"] = "pytorch"
     """Distribution of the initial weights: nn.Linear's uniform distribution (`pytorch`), or N(0, 0.02^2) with scaled residual
     projections (`gpt2`)."""
@@ -106,11 +110,31 @@ class ModelConfig:
     """Whether each block's input is added twice, as in the code of Hoogland et al. This is needed only to match their numbers."""
 
     def __post_init__(self) -> None:
-        validate("model", self, counts={"num_layers": 1, "num_heads": 1, "embed_size": 1, "mlp_size": 1}, numbers={})
+        sizes = ("num_layers", "num_heads", "embed_size", "mlp_size", "num_components")
+        validate("model", self, counts=dict.fromkeys(sizes, 1), numbers={})
         require(
             self.embed_size % self.num_heads == 0,
             f"`model.num_heads` must divide `model.embed_size`, got {self.num_heads} heads and width {self.embed_size}.",
         )
+        require(
+            self.output == "mixture" or self.num_components == type(self).num_components,
+            f"`model.num_components` has no effect on the output `{self.output}`. Set `model.output` to `mixture`.",
+        )
+
+    @property
+    def has_density(self) -> bool:
+        """Whether the model outputs a predictive distribution, so that it is trained by negative log-likelihood."""
+        return self.output in ("gaussian", "mixture")
+
+    @property
+    def loss_name(self) -> Literal["mse", "nll"]:
+        """The loss that training minimises, per target: squared error (`mse`), or negative log-likelihood in nats (`nll`)."""
+        return "nll" if self.has_density else "mse"
+
+    @property
+    def train_metric(self) -> str:
+        """The column of `metrics.csv` with the training loss."""
+        return "train/nll" if self.has_density else "train/loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +196,8 @@ class TrainerConfig:
     batch_size: int = 128
     """Number of prompts per step, over all devices together."""
     log_every: int = 100
-    """Number of steps between rows of `metrics.csv`. The `train/loss` of a row is the mean since the previous row."""
+    """Number of steps between rows of `metrics.csv`. The `train/loss` of a row is the mean since the previous row. (It is `train/nll` if
+    `model.output` is `gaussian` or `mixture`.)"""
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "tpu", "mps"] = "auto"
     """Kind of device; `auto` uses $DEVICE, or else the best device of this machine."""
     devices: int = 1
@@ -234,7 +259,8 @@ class EarlyStoppingConfig:
     """Early stopping of training when a metric no longer falls."""
 
     monitor: str = "eval/pretrain/loss"
-    """Metric that must keep falling: an `eval/...` column of `metrics.csv`."""
+    """Metric that must keep falling: an `eval/...` column of `metrics.csv`. `eval/pretrain/nll` exists if `model.output` is `gaussian` or
+    `mixture`."""
     patience: int | None = None
     """Number of evaluations (not steps) without improvement after which training stops; None means that it never stops early."""
     min_delta: float = 0.0

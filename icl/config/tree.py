@@ -130,7 +130,8 @@ class SamplerConfig(ChainsConfig):
     """Source of the minibatches: one set of `num_samples` prompts (`fixed`), or new prompts for every minibatch (`fresh`)."""
     loss: Literal["mse", "subsequence"] = "mse"
     """Loss: the mean squared error per target over all positions (`mse`), or over the first K' positions, with K' uniform on
-    1..K (`subsequence`)."""
+    1..K (`subsequence`). If `model.output` is `gaussian` or `mixture`, it is the negative log-likelihood instead of the squared error,
+    as in training."""
     steps: str = "all"
     """Saved steps at which the LLC is estimated: `all`, `last`, a list such as 1,2,3, or a range 0:1000:100 (first step, last step,
     distance)."""

@@ -10,18 +10,22 @@ module `icl.metrics` computes the numbers:
 - `delta_ridge`, `delta_dmmse`: the gap to a baseline, the mean squared difference of predictions (Raventos et al. 2023,
   section 2, who divide by D).
 - `icl_score`: loss(k2) - loss(k1). A negative score is good.
+- `nll`, `nll_over_ridge`, `nll_over_dmmse`, only for models with a predictive distribution (`model.output` `gaussian` or `mixture`): the
+  negative log-likelihood in nats per target, and its excess over that of the two Bayes predictors (`icl.evidence`), whose means
+  are at least 0 on prompts of the predictor's prior.
 - `prior_zero`, `prior_task_mean`: prior-task scores, the gaps to the predictions with w = 0 and with the mean task (Hoogland
   et al. 2024).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl import baselines, metrics
+from icl import baselines, evidence, metrics
 from icl.compute.calls import in_parallel
 from icl.config import RunConfig
 from icl.model.stacked import Params, size
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Predict: TypeAlias = Callable[[Params, Tensor, Tensor], Tensor]
-"""Function of stacked parameters, xs and ys that returns predictions (N, B, K), such as `partial(stacked.apply, model)`."""
+"""Function of stacked parameters, xs and ys that returns numbers (N, B, K), such as predictions: `partial(stacked.apply, model)`."""
 
 VERSION = 1
 """Version of the definitions of the numbers. Saved numbers of an older version are computed again."""
@@ -50,6 +54,8 @@ class EvaluationSet(NamedTuple):
     baselines: dict[str, Tensor]
     is_about_query: bool
     """Whether the shift changes only the last position, the query. If so, only numbers of this position are given."""
+    nll: Mapping[str, Tensor] = MappingProxyType({})
+    """Negative log-likelihoods (B, K) of the Bayes predictors, if the model has a predictive distribution and there is noise."""
 
 
 Row: TypeAlias = dict[str, Any]
@@ -62,7 +68,8 @@ def evaluation_set(
     """Make the fixed prompts called `name` (`pretrain`, `true`, or a shift), with their baselines.
 
     All sets have the baselines ridge, OLS and zero. `pretrain` and `true` of a run with finitely many tasks also have dMMSE and the mean
-    task. Without noise, `ridge` has the predictions of OLS, which is the limit of ridge for zero noise.
+    task. Without noise, `ridge` has the predictions of OLS, which is the limit of ridge for zero noise. If the model has a predictive
+    distribution, the set also has the negative log-likelihoods of ridge and dMMSE, which do not exist without noise.
     """
     shift, task = SHIFTS.get(name), config.task
     has_noise = task.noise_variance > 0
@@ -72,7 +79,8 @@ def evaluation_set(
     else:
         prompts = sample_prompts(config, stream=name, step=0, batch_size=num_prompts, device=device)
     is_about_query = shift is not None and shift.is_about_query
-    return EvaluationSet(name, prompts, _baseline_predictions(config, name, prompts), is_about_query)
+    nll = _bayes_nll(config, name, prompts) if config.model.has_density and has_noise else {}
+    return EvaluationSet(name, prompts, _baseline_predictions(config, name, prompts), is_about_query, nll)
 
 
 def predict_prompts(predict: Predict, params: Params, prompts: Prompts) -> Float[Tensor, "N B K"]:
@@ -97,16 +105,37 @@ def predict_prompts(predict: Predict, params: Params, prompts: Prompts) -> Float
     return torch.cat([torch.cat(results[start : start + num_batches], dim=1) for start in starts])
 
 
-def evaluate(predict: Predict, params: Params, sets: Sequence[EvaluationSet]) -> list[list[Row]]:
-    """Return all numbers of every member on all sets, as one list of rows for each member."""
-    parts = [evaluate_predictions(each, predict_prompts(predict, params, each.prompts)) for each in sets]
+def evaluate(
+    predict: Predict, params: Params, sets: Sequence[EvaluationSet], *, nll: Predict | None = None
+) -> list[list[Row]]:
+    """Return all numbers of every member on all sets, as one list of rows for each member.
+
+    Args:
+        predict: Function that predicts targets.
+        params: Stacked parameters.
+        sets: The sets of prompts.
+        nll: Function that returns the negative log-likelihood of targets, if the models have predictive distributions.
+    """
+    parts = []
+    for each in sets:
+        losses = None if nll is None else predict_prompts(nll, params, each.prompts)
+        parts.append(evaluate_predictions(each, predict_prompts(predict, params, each.prompts), losses))
     return [[row for rows in member_rows for row in rows] for member_rows in zip(*parts, strict=True)]
 
 
-def evaluate_predictions(prompt_set: EvaluationSet, predictions: Float[Tensor, "N B K"]) -> list[list[Row]]:
-    """Return loss, gaps, prior-task scores and ICL scores on one set, as one list of rows for each of N predictors."""
+def evaluate_predictions(
+    prompt_set: EvaluationSet, predictions: Float[Tensor, "N B K"], nll: Float[Tensor, "N B K"] | None = None
+) -> list[list[Row]]:
+    """Return loss, gaps, prior-task scores and ICL scores on one set, as one list of rows for each of N predictors.
+
+    With the negative log-likelihoods of the targets, their numbers are included.
+    """
     errors = metrics.squared_error(predictions, prompt_set.prompts.ys)  # N B K
     numbers = _position_numbers(prompt_set, "loss", errors)
+    if nll is not None:
+        numbers += _position_numbers(prompt_set, "nll", nll)
+        for name, floor in prompt_set.nll.items():
+            numbers += _position_numbers(prompt_set, f"nll_over_{name}", nll - floor)
     for quantity in ("delta_ridge", "delta_dmmse", "prior_zero", "prior_task_mean"):
         reference = prompt_set.baselines.get(quantity.partition("_")[2])
         if reference is not None:
@@ -117,12 +146,17 @@ def evaluate_predictions(prompt_set: EvaluationSet, predictions: Float[Tensor, "
 
 
 def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
-    """Return the loss of every baseline on every set. The quantity is the baseline's name."""
+    """Return the loss of every baseline on every set. The quantity is the baseline's name.
+
+    Quantities such as `ridge_nll` are negative log-likelihoods.
+    """
     rows = []
     for each in sets:
         for name, predictions in each.baselines.items():
             errors = metrics.squared_error(predictions, each.prompts.ys).unsqueeze(0)
             rows += _rows(each.name, _position_numbers(each, name, errors))[0]
+        for name, losses in each.nll.items():
+            rows += _rows(each.name, _position_numbers(each, f"{name}_nll", losses.unsqueeze(0)))[0]
     return rows
 
 
@@ -170,20 +204,26 @@ def tabulate_losses(predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet
     return table
 
 
-def summarise(predict: Predict, params: Params, sets: Sequence[Sequence[EvaluationSet]]) -> list[dict[str, float]]:
+def summarise(
+    predict: Predict, params: Params, sets: Sequence[Sequence[EvaluationSet]], *, nll: Predict | None = None
+) -> list[dict[str, float]]:
     """Return the numbers that are logged during training, for each member on its own sets.
 
     Returns:
-        For each member `eval/<set>/{loss,delta_ridge,delta_dmmse,icl_score}`; dMMSE only for finite M.
+        For each member `eval/<set>/{loss,delta_ridge,delta_dmmse,icl_score}`; dMMSE only for finite M. With `nll`, also
+        `eval/<set>/nll`.
     """
     results: list[dict[str, float]] = [{} for _ in sets]
     for member_sets in zip(*sets, strict=True):  # the sets with the same name, one for each member
         joined = _join(member_sets)
         predictions = predict_prompts(predict, params, joined.prompts)
+        losses = None if nll is None else predict_prompts(nll, params, joined.prompts)
         positions = ("mean", f"1:{predictions.shape[-1]}")
-        for result, own_set, rows in zip(results, member_sets, evaluate_predictions(joined, predictions), strict=True):
+        members_rows = evaluate_predictions(joined, predictions, losses)
+        for result, own_set, rows in zip(results, member_sets, members_rows, strict=True):
             wanted = {
                 "loss",
+                "nll",
                 "icl_score",
                 *(f"delta_{name}" for name in ("ridge", "dmmse") if name in own_set.baselines),
             }
@@ -218,7 +258,7 @@ def _join(sets: Sequence[EvaluationSet]) -> EvaluationSet:
     missing = torch.full_like(sets[0].prompts.ys, torch.nan)
     names = dict.fromkeys(name for each in sets for name in each.baselines)
     stacked = {name: torch.stack([each.baselines.get(name, missing) for each in sets]) for name in names}
-    return sets[0]._replace(prompts=prompts, baselines=stacked)
+    return sets[0]._replace(prompts=prompts, baselines=stacked, nll={})
 
 
 def _baseline_predictions(config: RunConfig, name: str, prompts: Prompts) -> dict[str, Tensor]:
@@ -231,6 +271,16 @@ def _baseline_predictions(config: RunConfig, name: str, prompts: Prompts) -> dic
         predictions["dmmse"] = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=task.noise_variance)
         predictions["task_mean"] = baselines.task_mean(xs, ys, tasks=tasks)
     return predictions
+
+
+def _bayes_nll(config: RunConfig, name: str, prompts: Prompts) -> dict[str, Tensor]:
+    """Return the negative log-likelihoods of ridge, and of dMMSE where `_baseline_predictions` has it."""
+    task, (xs, ys, _) = config.task, prompts
+    nll = {"ridge": evidence.ridge_nll(xs, ys, noise_variance=task.noise_variance)}
+    if not task.is_gaussian and name in ("pretrain", "true"):
+        tasks = task_pool(int(task.num_tasks), task.task_size, config.task_sequence, device=xs.device)
+        nll["dmmse"] = evidence.dmmse_nll(xs, ys, tasks=tasks, noise_variance=task.noise_variance)
+    return nll
 
 
 class _Numbers(NamedTuple):

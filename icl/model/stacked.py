@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from icl.config import ModelConfig
+from icl.model import heads
 from icl.model.attention import attention, has_kernel_for
 from icl.model.transformer import ACTIVATIONS
 from icl.tasks.prompts import to_tokens
@@ -76,10 +77,24 @@ def apply(
         xs: Inputs (N, B, K, D), or (B, K, D) shared by all members.
         ys: Targets (N, B, K), or (B, K) shared by all members.
     """
+    return heads.predictions(config, outputs(config, params, xs, ys))  # N B K
+
+
+def target_losses(
+    config: ModelConfig, params: Params, xs: Float[Tensor, "*N B K D"], ys: Float[Tensor, "*N B K"]
+) -> Float[Tensor, "N B K"]:
+    """Return the training loss of every target: the squared error, or the negative log-likelihood in nats (`icl.model.heads`)."""
+    return heads.target_losses(config, outputs(config, params, xs, ys), ys)
+
+
+def outputs(
+    config: ModelConfig, params: Params, xs: Float[Tensor, "*N B K D"], ys: Float[Tensor, "*N B K"]
+) -> Float[Tensor, "N B K O"]:
+    """Return all outputs at the x-tokens, which `icl.model.heads` turns into predictions or predictive distributions."""
     tokens = to_tokens(xs, ys)  # N B 2K-1 D+1
     if not has_kernel_for(params["position_embedding"]):
         tokens = F.pad(tokens, (0, 0, 0, 1))  # add a last token of zeros, on which no prediction depends
-    return _outputs(config, params, tokens, last_stride=2)[..., 0]  # N B K
+    return _outputs(config, params, tokens, last_stride=2)  # N B K O
 
 
 def token_outputs(
@@ -87,10 +102,10 @@ def token_outputs(
 ) -> Float[Tensor, "N B T O"]:
     """Return all coordinates of the output at all 2K tokens x1, y1, ..., xK, yK.
 
-    Training uses only coordinate 0 of the outputs at the x-tokens; `apply` returns just these numbers.
+    Training uses only the outputs at the x-tokens. With the outputs `scalar` and `token` it uses only their coordinate 0.
 
     Args:
-        config: The architecture. The output has D + 1 coordinates, or one if `config.output` is `scalar`.
+        config: The architecture, which determines the number O of coordinates (`icl.model.heads`).
         params: Stacked parameters by the names of `icl.model.transformer`.
         xs: Inputs (N, B, K, D), or (B, K, D) shared by all members.
         ys: Targets (N, B, K), or (B, K) shared by all members.

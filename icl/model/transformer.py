@@ -1,7 +1,8 @@
 """The model: a decoder-only transformer that predicts each target of a prompt from the examples before it.
 
-The tokens x1, y1, ..., xK are embedded, pass through L causal blocks, and are read out at the x-tokens. The prediction of
-y_k is coordinate 0 of the output at x_k, which depends on x1, y1, ..., x_k and on nothing later.
+The tokens x1, y1, ..., xK are embedded, pass through L causal blocks, and are read out at the x-tokens. The output
+at x_k gives the prediction of y_k, or its predictive distribution (`icl.model.heads`). It depends on x1, y1, ..., x_k and on nothing
+later.
 
 Depending on its options, this is the model of Raventos et al. (2023), Hoogland et al. (2024) or Carroll et al. (2025).
 `icl.presets` has their settings. Two things differ from Hoogland et al. First, we drop the last y-token, because no
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from icl.config import ModelConfig
+from icl.model import heads
 from icl.tasks.prompts import to_tokens
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -74,11 +76,36 @@ class Transformer(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(2 * max_examples, config.embed_size))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = _norm(config)
-        output_size = 1 if config.output == "scalar" else token_size
-        self.unembedding = Linear(config.embed_size, output_size, bias=config.unembedding_bias)
+        self.unembedding = Linear(
+            config.embed_size, heads.output_size(config, token_size), bias=config.unembedding_bias
+        )
 
     def forward(self, xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
         """Predict every y_k from x1, y1, ..., x_k, for prompts of 1 to `max_examples` examples.
+
+        Raises:
+            ValueError: If the prompts do not fit the model.
+        """
+        return heads.predictions(self.config, self.outputs(xs, ys))  # B K
+
+    def predictive(self, xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"]) -> heads.Predictive:
+        """Return the predictive distribution of every y_k, if `model.output` is `gaussian` or `mixture`.
+
+        Raises:
+            ValueError: If the prompts do not fit the model, or it has another output.
+        """
+        return heads.predictive(self.config, self.outputs(xs, ys))
+
+    def losses(self, xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+        """Return the training loss of every target: the squared error, or the negative log-likelihood in nats.
+
+        Raises:
+            ValueError: If the prompts do not fit the model.
+        """
+        return heads.target_losses(self.config, self.outputs(xs, ys), ys)
+
+    def outputs(self, xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"]) -> Float[Tensor, "B K O"]:
+        """Return all outputs at the x-tokens.
 
         Raises:
             ValueError: If the prompts do not fit the model.
@@ -91,7 +118,7 @@ class Transformer(nn.Module):
         future = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=xs.device).triu(1)  # T T
         for block in self.blocks:
             x = block(x, future)  # B T C
-        return self.unembedding(self.final_norm(x[:, ::2]))[..., 0]  # B K; x-tokens are at even positions
+        return self.unembedding(self.final_norm(x[:, ::2]))  # B K O; x-tokens are at even positions
 
     def _require_prompts_that_fit(self, xs: Tensor, ys: Tensor) -> None:
         if xs.ndim != 3 or ys.shape != xs.shape[:2]:

@@ -29,7 +29,11 @@ _PANELS = {
     "train/loss": "Training batches",
     "eval/pretrain/loss": "Fixed prompts, training tasks",
     "eval/true/loss": "Fixed prompts, new tasks, w ~ N(0, I)",
+    "train/nll": "Training batches",
+    "eval/pretrain/nll": "Fixed prompts, training tasks",
+    "eval/true/nll": "Fixed prompts, new tasks, w ~ N(0, I)",
 }
+_LABELS = {"loss": "loss (squared error per target)", "nll": "negative log-likelihood (nats per target)"}
 
 
 def plot_curves(curves: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
@@ -41,7 +45,9 @@ def plot_curves(curves: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
     """
     panels = {}
     for key, name in _PANELS.items():
-        losses = {run: _positive_losses(table, key) for run, table in curves.items()}
+        # Of a run that was trained by negative log-likelihood, only this loss is shown.
+        shown = {run: table for run, table in curves.items() if ("train/nll" in table) == key.endswith("nll")}
+        losses = {run: _losses(shown.get(run, pd.DataFrame()), key) for run in curves}
         if any(map(len, losses.values())):
             panels[key] = (name, losses)
     figure, axes = new_figure(max(1, len(panels)), width=4.0, height=3.6, title=title)
@@ -51,18 +57,20 @@ def plot_curves(curves: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
         panel.set_title(name, fontsize=10)
         if has_end_labels:
             _label_ends(panel, losses, key)
-    axes[0].set_ylabel("loss (squared error per target)")
+    for panel, key in zip(axes, panels or ["train/loss"], strict=False):
+        if key.startswith("train/") or panel is axes[0]:
+            panel.set_ylabel(_LABELS[key.rpartition("/")[2]])
     if 1 < len(curves) <= MAX_LABELS and not has_end_labels:
         name_outside(figure, axes[: len(panels)], loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
-def _positive_losses(table: pd.DataFrame, key: str) -> pd.DataFrame:
-    """Return the steps and the positive losses of one column; no rows if the table lacks it."""
+def _losses(table: pd.DataFrame, key: str) -> pd.DataFrame:
+    """Return the steps and the losses of one column; no rows if the table lacks it. Squared errors must be positive."""
     if not {"step", key} <= set(table.columns):
         return pd.DataFrame({"step": [], key: []})
     numbers = table[["step", key]].apply(pd.to_numeric, errors="coerce").dropna()
-    return numbers[(numbers["step"] >= 0) & (numbers[key] > 0)]
+    return numbers[(numbers["step"] >= 0) & (numbers[key] > (-math.inf if key.endswith("nll") else 0))]
 
 
 def _draw_losses(axes: Axes, losses: Mapping[str, pd.DataFrame], key: str) -> None:
@@ -78,7 +86,10 @@ def _draw_losses(axes: Axes, losses: Mapping[str, pd.DataFrame], key: str) -> No
             label=run if later.empty else None,
         )  # fmt: skip
     scale_steps(axes, first=float(first) if first < math.inf else 1.0)
-    axes.set(yscale="log", xlabel="step (updates)" if len(losses) < 2 else "step (updates; dots: step 0)")
+    axes.set_xlabel("step (updates)" if len(losses) < 2 else "step (updates; dots: step 0)")
+    if key.endswith("nll"):
+        return
+    axes.set_yscale("log")
     lowest, highest = axes.get_ylim()
     if highest / lowest > MANY_LABELS:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -89,10 +100,11 @@ def _draw_losses(axes: Axes, losses: Mapping[str, pd.DataFrame], key: str) -> No
 
 def _label_ends(axes: Axes, losses: Mapping[str, pd.DataFrame], key: str) -> None:
     """Write the name of each run to the right of the axes, and join it to the end of its line. Keep the names apart."""
-    low, high = (math.log(limit) for limit in axes.get_ylim())
+    scale = float if key.endswith("nll") else math.log
+    low, high = map(scale, axes.get_ylim())
     colours = dict(zip(losses, ordered_colours(len(losses)), strict=True))
     ends = {run: curve.iloc[-1] for run, curve in losses.items() if len(curve)}
-    heights = {run: (math.log(end[key]) - low) / (high - low) for run, end in ends.items()}
+    heights = {run: (scale(end[key]) - low) / (high - low) for run, end in ends.items()}
     ordered = sorted(heights, key=lambda run: heights[run])
     for run, height in zip(ordered, _spread([heights[run] for run in ordered]), strict=True):
         axes.annotate(

@@ -28,6 +28,7 @@ _MAX_LINEAR_RATIO = 60.0
 """Ratio of the highest to the lowest loss above which the axis is logarithmic, so that the lowest loss stays
 readable."""
 _LOSS_LABEL = "loss (squared error per target)"
+_NLL_LABEL = "negative log-likelihood (nats per target)"
 _SetsKey: TypeAlias = tuple[TaskConfig, int | str, int, int]
 
 
@@ -76,7 +77,8 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
         f"{folder.path.name}   (M = {num_tasks}, D = {config.task.task_size}, "
         f"σ² = {config.task.noise_variance:g}, step {checkpoint.step:,})"
     )
-    figure = plot_training(_read_metrics(folder, config), losses, title=title)
+    floors = {name: float(values.mean()) for name, values in sets["pretrain"].nll.items()}
+    figure = plot_training(_read_metrics(folder, config), losses, title=title, nll=floors)
     path = save_figure(figure, folder.figures / _FIGURE)
     return DrawnRun(losses["pretrain"], path, optimum, float(excess.value), float(excess.stderr))
 
@@ -92,16 +94,20 @@ def drawn_losses(folder: RunFolder) -> pd.DataFrame | None:
 
 
 def _read_metrics(folder: RunFolder, config: RunConfig) -> pd.DataFrame:
-    evaluated = () if config.evaluation.every is None else ("eval/pretrain/loss", "eval/true/loss")
+    train = config.model.train_metric
+    quantity = train.partition("/")[2]
+    evaluated = () if config.evaluation.every is None else (f"eval/pretrain/{quantity}", f"eval/true/{quantity}")
     try:
-        return read_table(folder.metrics_file, columns=("step", "train/loss", *evaluated))
+        return read_table(folder.metrics_file, columns=("step", train, *evaluated))
     except (OSError, ContentError):
         raise RunError(
             f"{folder.metrics_file} is missing or damaged, so the learning curves cannot be drawn."
         ) from None
 
 
-def plot_training(metrics: pd.DataFrame, losses: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
+def plot_training(
+    metrics: pd.DataFrame, losses: Mapping[str, pd.DataFrame], *, title: str, nll: Mapping[str, float] | None = None
+) -> Figure:
     """Plot the learning curves, then the loss at each position on the training tasks and on new tasks.
 
     Args:
@@ -109,9 +115,13 @@ def plot_training(metrics: pd.DataFrame, losses: Mapping[str, pd.DataFrame], *, 
         losses: Tables of the loss per target on `pretrain` and on `true`. Each has a row for each position 1..K and a
             row `mean`, and a column for each predictor that applies (of `model`, `ridge`, `dmmse`, `ols`, `zero`).
         title: Title of the figure.
+        nll: Mean negative log-likelihood of the Bayes predictors on `pretrain`, for a run that was trained by it.
     """
     figure, (curves, pretrain, true) = new_figure(3, width=4.6, title=title)
-    _draw_curves(curves, metrics, losses["pretrain"].loc["mean"])
+    if "train/nll" in metrics:
+        _draw_curves(curves, metrics, nll or {}, quantity="nll")
+    else:
+        _draw_curves(curves, metrics, losses["pretrain"].loc["mean"], quantity="loss")
     _draw_positions(pretrain, losses["pretrain"].drop(index="mean"), "After training: the M training tasks")
     _draw_positions(true, losses["true"].drop(index="mean"), "After training: new tasks, w ~ N(0, I)")
     _share_limits([pretrain, true], losses)
@@ -119,20 +129,22 @@ def plot_training(metrics: pd.DataFrame, losses: Mapping[str, pd.DataFrame], *, 
     return figure
 
 
-def _draw_curves(axes: Axes, metrics: pd.DataFrame, levels: pd.Series) -> None:
-    """Draw losses over training, with the mean losses of the predictors as horizontal lines."""
-    trained = metrics.dropna(subset=["train/loss"])
-    axes.plot(trained["step"], trained["train/loss"], color=SKY, linewidth=1.0, label="training batches")
-    if "eval/pretrain/loss" in metrics:
+def _draw_curves(axes: Axes, metrics: pd.DataFrame, levels: Mapping[str, float], *, quantity: str) -> None:
+    """Draw losses over training, with the mean losses of the predictors as horizontal lines. The scale of `nll` is linear."""
+    trained = metrics.dropna(subset=[f"train/{quantity}"])
+    axes.plot(trained["step"], trained[f"train/{quantity}"], color=SKY, linewidth=1.0, label="training batches")
+    if f"eval/pretrain/{quantity}" in metrics:
         for name, tasks, line, face in (("pretrain", "training", "-", BLUE), ("true", "new", ":", "white")):
-            losses = metrics.dropna(subset=["eval/pretrain/loss"]).set_index("step")[f"eval/{name}/loss"]
+            losses = metrics.dropna(subset=[f"eval/pretrain/{quantity}"]).set_index("step")[f"eval/{name}/{quantity}"]
             _draw_evaluated(axes, losses, f"fixed prompts, {tasks} tasks (dot: step 0)", line, face)
     for name in ("zero", "ridge", "dmmse"):
         if name in levels:
             axes.axhline(levels[name], **PREDICTORS[name] | {"linewidth": 1.2})
     scale_steps(axes, first=max(1.0, float(trained["step"].min())))
-    axes.set(yscale="log", xlabel="step (updates)", ylabel=_LOSS_LABEL)
-    label_plainly(axes)
+    axes.set(xlabel="step (updates)", ylabel=_LOSS_LABEL if quantity == "loss" else _NLL_LABEL)
+    if quantity == "loss":
+        axes.set_yscale("log")
+        label_plainly(axes)
     axes.set_title("Learning (horizontal lines: mean loss on training tasks)", fontsize=10)
 
 

@@ -59,11 +59,14 @@ def final_losses(facts: RunFacts) -> dict[str, dict[str, float]]:
 
 
 def training_loss(facts: RunFacts) -> float | None:
-    """Return the mean loss of the last training batches."""
+    """Return the mean loss of the last training batches: the squared error, or the negative log-likelihood that training minimised."""
     if facts.status is not None and facts.status.loss is not None:
         return facts.status.loss
-    losses = pd.Series(dtype=float) if facts.metrics is None else _numbers(facts.metrics, "train/loss")
-    return float(losses.iloc[-1]) if len(losses) else None
+    for column in () if facts.metrics is None else ("train/loss", "train/nll"):
+        losses = _numbers(facts.metrics, column)
+        if len(losses):
+            return float(losses.iloc[-1])
+    return None
 
 
 def loss_ratios(losses: Mapping[str, float], distribution: str) -> dict[str, float]:

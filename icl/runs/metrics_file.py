@@ -31,13 +31,14 @@ def logged_steps(config: RunConfig, step: int) -> set[int]:
 
 def metric_columns(config: RunConfig) -> list[str]:
     """Return the columns of `metrics.csv`, which depend only on the settings."""
-    columns = ["step", "train/loss", "lr"]
+    columns = ["step", config.model.train_metric, "lr"]
     if config.optim.grad_clip is not None:
         columns.append("clipped_fraction")
     if config.evaluation.every is not None:
+        losses = ["loss", "nll"] if config.model.has_density else ["loss"]
         gaps = ["delta_ridge"] if config.task.is_gaussian else ["delta_ridge", "delta_dmmse"]
         for name in ("pretrain", "true"):
-            columns += [f"eval/{name}/{quantity}" for quantity in ("loss", *gaps, "icl_score")]
+            columns += [f"eval/{name}/{quantity}" for quantity in (*losses, *gaps, "icl_score")]
     return columns
 
 

@@ -1,6 +1,8 @@
 """The training loss of a run as the sampler's target: per position, with a fast gradient and reproducible minibatches.
 
-The loss is the mean squared error per target, not divided by D. It is a vector over the K positions, whose mean is the loss.
+The loss is the one that training minimised: the mean squared error per target, not divided by D, or the negative log-likelihood in nats
+per target if `model.output` is `gaussian` or `mixture`. It is a vector over the K positions, whose mean is the loss. The column
+`loss_name` of the results says which loss it is: `mse`, `nll`, `subsequence` or `subsequence_nll`.
 The `subsequence` loss (Hoogland et al. 2024, calibration) is the mean error of the first K' targets, with K' uniform on 1, ..., K. We
 take its expectation over K', which weights position k by the sum over K' >= k of 1 / (K K'). Their code draws one K' for each
 prompt, which adds noise but no information.
@@ -10,6 +12,7 @@ stream `llc`, so a larger set contains every smaller one. For each (seed, chain,
 are new prompts for each (seed, chain, draw). Then n is used only in n / ln n.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -32,7 +35,7 @@ from icl.compute.calls import (
 )
 from icl.config import ModelConfig, RunConfig, SamplerConfig
 from icl.model.flat import Layout
-from icl.model.stacked import Params, apply, size
+from icl.model.stacked import Params, size, target_losses
 from icl.model.transformer import parameter_shapes
 from icl.sampling.batches import Batch, Pool
 from icl.sampling.target import Gradient, Loss, Observable, StackedLosses, Target
@@ -69,7 +72,7 @@ def prompt_target(
     weights = _position_weights(sampler.loss, config.task.max_examples).to(device)
     compiled = _is_compiled(config, sampler, num_moves, device)
     return Target(
-        name=sampler.loss,
+        name=_loss_name(config.model, sampler.loss),
         loss=_loss(config.model, weights),
         gradient=_gradient(config.model, weights, compiled=compiled),
         shared_losses=_losses(config.model, weights),
@@ -105,12 +108,22 @@ def losses_by_part(config: RunConfig, *, device: torch.device | str = "cpu") -> 
 
 
 def trivial_loss(config: RunConfig) -> float:
-    """Return the loss per target of predicting zero, E|w|^2 + sigma^2, on the run's training distribution."""
+    """Return the loss per target of a predictor that ignores the prompt, on the run's training distribution.
+
+    The squared error of predicting zero is E[y^2] = E|w|^2 + sigma^2. The negative log-likelihood of N(0, E[y^2]) is
+    log(2 pi e E[y^2]) / 2.
+    """
     task = config.task
     square = float(task.task_size)
     if task.num_tasks <= _MAX_COUNTED_TASKS:
         square = float(task_pool(int(task.num_tasks), task.task_size, config.task_sequence).square().sum(1).mean())
-    return square + task.noise_variance
+    mean_square = square + task.noise_variance
+    return math.log(2 * math.pi * math.e * mean_square) / 2 if config.model.has_density else mean_square
+
+
+def _loss_name(model: ModelConfig, loss: str) -> str:
+    """Return the name of the loss in results, such as `mse`."""
+    return loss if not model.has_density else "nll" if loss == "mse" else f"{loss}_nll"
 
 
 def _position_weights(loss: str, max_examples: int) -> Float[Tensor, " K"]:
@@ -124,7 +137,7 @@ def _position_weights(loss: str, max_examples: int) -> Float[Tensor, " K"]:
 def _components(
     model: ModelConfig, weights: Tensor, params: Params, xs: Float[Tensor, "*N B K D"], ys: Float[Tensor, "*N B K"]
 ) -> Float[Tensor, "N K"]:
-    return (apply(model, params, xs, ys) - ys).square().mean(dim=1) * weights
+    return target_losses(model, params, xs, ys).mean(dim=1) * weights
 
 
 def _loss(model: ModelConfig, weights: Tensor) -> Loss:

@@ -78,7 +78,7 @@ class Evaluation(pl.Callback):
         if trainer.is_global_zero:
             device = self.sets[0][0].prompts.xs.device
             params = {name: tensor.detach().to(device) for name, tensor in module.params.items()}
-            self.metrics = summarise(module.predict, params, self.sets)
+            self.metrics = summarise(module.predict, params, self.sets, nll=module.nll)
         self.metrics = trainer.strategy.broadcast(self.metrics)
         self.step = trainer.global_step
 
@@ -221,7 +221,7 @@ class MetricsLog(pl.Callback):
             row: dict[str, float | int | None] = {"step": step, "lr": _rate(module, step)}
             if index in means:
                 self.members[index].loss, row["clipped_fraction"] = means[index]
-                row["train/loss"] = means[index][0]
+                row[module.config.model.train_metric] = means[index][0]
             row |= evaluated[index] if evaluated else {}
             if index in means or evaluated:
                 self._append(index, row)

@@ -19,7 +19,7 @@ from icl.compute.step import AdamState, Step, StepInfo, adam_state, make_step, m
 from icl.config import OptimConfig
 from icl.config.schedules import rate_factor
 from icl.model.flat import layout_of
-from icl.model.stacked import Params, apply
+from icl.model.stacked import Params, apply, target_losses
 from icl.tasks.prompts import Prompts
 from icl.training.members import Member
 from icl.training.rounding import describe_changes, rounding_conditions
@@ -50,6 +50,7 @@ class PopulationModule(pl.LightningModule):
         optim = self.config.optim
         self.layout = layout_of(params)
         self.predict = partial(apply, self.config.model)
+        self.nll = partial(target_losses, self.config.model) if self.config.model.has_density else None
         self.conditions: dict[str, str] = {}
         self._saved_conditions: dict[Member, dict[str, str]] = {}
         self._factor = rate_factor(

@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_runs import TINY
+from tiny_runs import TINY, change
 
 from icl import metrics
 from icl.analysis.gradients import data as dg
 from icl.build import build_model
-from icl.model.stacked import apply, stack
+from icl.model.stacked import stack, target_losses
 from icl.tasks.priors import task_pool
 
 D, K = 3, 4
@@ -27,11 +27,13 @@ def draws(num_prompts, *, tasks=None, seed=0):
 
 
 def zero(xs, ys):
-    return torch.zeros_like(ys)
+    """Return the losses of predicting zero."""
+    return ys.square()
 
 
 def sum_of_inputs(xs, ys):
-    return 0.7 * xs.sum(-1)
+    """Return the losses of predicting 0.7 sum(x)."""
+    return (0.7 * xs.sum(-1) - ys).square()
 
 
 def zero_loss(at):
@@ -45,18 +47,18 @@ def linear_loss(at):
     return zero_loss(torch.stack([at[0], at[1], at[2] - 0.7, at[3], at[4], at[5]]))
 
 
-def estimates(predict, drawn, at=AWAY, *, is_pool=False):
+def estimates(losses_of, drawn, at=AWAY, *, is_pool=False):
     point = at.expand(1, len(drawn.tasks), 6)
-    pathwise, losses = dg.pathwise(predict, drawn, point)
+    pathwise, losses = dg.pathwise(losses_of, drawn, point)
     scores = dg.score_function(losses, drawn, at, is_pool=is_pool)
     return pathwise, scores, losses
 
 
-@pytest.mark.parametrize(("predict", "loss"), [(zero, zero_loss), (sum_of_inputs, linear_loss)])
-def test_both_estimators_have_the_closed_forms_gradient(predict, loss):
+@pytest.mark.parametrize(("losses_of", "loss"), [(zero, zero_loss), (sum_of_inputs, linear_loss)])
+def test_both_estimators_have_the_closed_forms_gradient(losses_of, loss):
     exact = torch.func.grad(loss)(AWAY)
     assert (exact.abs() > 0.05).all()
-    pathwise, scores, losses = estimates(predict, draws(200_000))
+    pathwise, scores, losses = estimates(losses_of, draws(200_000))
     mean = metrics.position_mean(losses.unsqueeze(-1))
     assert abs(mean.value.item() - loss(AWAY).item()) < 4 * mean.stderr.item()
     for values in (pathwise, scores):
@@ -95,26 +97,27 @@ def test_one_task_serves_a_whole_prompt():
     drawn = dg.Draws(*(torch.randn(*size, generator=generator) for size in ((5, K, 1), (5, 1), (5, K))))
     seen = {}
 
-    def predict(xs, ys):
+    def losses_of(xs, ys):
         seen["ratio"] = ys / xs[..., 0]
         return ys
 
-    dg.prompt_losses(predict, drawn, torch.tensor([0.1, 1.5, 0.2, 2.0, 0.0, 0.0]).expand(1, 5, 6))
+    dg.prompt_losses(losses_of, drawn, torch.tensor([0.1, 1.5, 0.2, 2.0, 0.0, 0.0]).expand(1, 5, 6))
     expected = (0.2 + 2 * drawn.tasks).expand(5, K)
     torch.testing.assert_close(seen["ratio"][0], expected)
 
 
-def test_a_transformers_gradient_is_that_of_finite_differences():
+@pytest.mark.parametrize("output", ["token", "mixture"])
+def test_a_transformers_gradient_is_that_of_finite_differences(output):
     """Compare prompt by prompt in float64, for two members at once, with the same draws on both sides."""
-    models = [build_model(TINY) for _ in range(2)]
+    models = [build_model(change(TINY, model={"output": output})) for _ in range(2)]
     params = stack([{n: p.detach().double() * (1 + i) for n, p in m.named_parameters()} for i, m in enumerate(models)])
-    predict = partial(apply, models[0].config, params)
+    losses_of = partial(target_losses, models[0].config, params)
     generator = torch.Generator().manual_seed(0)
     sizes = ((40, 4, 2), (40, 2), (40, 4))
     drawn = dg.Draws(*(torch.randn(*size, generator=generator, dtype=torch.float64) for size in sizes))
     at = dg.training_point(0.25).expand(2, 40, 6)
-    pathwise, _ = dg.pathwise(predict, drawn, at)
-    differences = dg.finite_difference(predict, drawn, at, step=1e-5)
+    pathwise, _ = dg.pathwise(losses_of, drawn, at)
+    differences = dg.finite_difference(losses_of, drawn, at, step=1e-5)
     wrong = (pathwise - differences).abs() > 1e-5 * (1 + pathwise.abs())
     assert wrong.float().mean() < 0.01  # where a step crosses the corner of a ReLU
     assert not torch.allclose(pathwise[0], pathwise[1])

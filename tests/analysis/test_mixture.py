@@ -11,6 +11,7 @@ from scipy.special import expit
 from scipy.stats import multivariate_normal
 from tiny_runs import TINY, change
 
+from icl import evidence
 from icl.analysis import NotApplicableError
 from icl.analysis.mixture import Settings, analyse, fit_rows, fits, reference
 from icl.analysis.mixture.findings import RunFits, ladder_rows, transition_rows
@@ -57,7 +58,7 @@ def test_bayes_factors_are_those_of_plain_densities(name, monkeypatch):
     tasks, variance = task_pool(8, 3, WORLD.task_sequence).double(), WORLD.task.noise_variance
     found = fits.log_bayes_factors(xs, ys, tasks, variance)
     assert found[:, 0].abs().max() == 0
-    monkeypatch.setattr(fits, "_TASKS_AT_ONCE", 15)  # chunks of three tasks
+    monkeypatch.setattr(evidence, "_TASKS_AT_ONCE", 15)  # chunks of three tasks
     torch.testing.assert_close(fits.log_bayes_factors(xs, ys, tasks, variance), found)
     for x, y, ratios in zip(xs.numpy(), ys.numpy(), found.numpy(), strict=True):
         for k in range(1, len(y)):

@@ -89,17 +89,19 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(runs, monkeypatch):
     folder = shutil.copytree(runs / "M=16/seed=0", runs / "copy", ignore=shutil.ignore_patterns("results"))
     true, evaluated = run_evaluation.evaluate, []
 
-    def two_populations(predict, params, sets):
+    def two_populations(predict, params, sets, **options):
         if len(evaluated) == 2:
             raise KeyboardInterrupt
         evaluated.append(len(next(iter(params.values()))))
-        return true(predict, params, sets)
+        return true(predict, params, sets, **options)
 
     monkeypatch.setattr("icl.analysis.run.MEMBERS_AT_ONCE", 1)
     monkeypatch.setattr(run_evaluation, "evaluate", two_populations)
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(folder, **asked)
-    monkeypatch.setattr(run_evaluation, "evaluate", lambda *one: evaluated.append(1) or true(*one))
+    monkeypatch.setattr(
+        run_evaluation, "evaluate", lambda *one, **options: evaluated.append(1) or true(*one, **options)
+    )
     numbers, again = evaluate_run(folder, **asked)
     assert evaluated == [1, 1, 1]
     assert numbers.equals(undisturbed)

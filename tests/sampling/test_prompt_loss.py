@@ -34,6 +34,22 @@ def test_the_loss_is_the_models_squared_error_at_each_position():
     torch.testing.assert_close(loss.loss(PARAMS, (xs, ys)), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("output", ["gaussian", "mixture"])
+def test_the_loss_of_a_predictive_distribution_is_its_negative_log_likelihood(output):
+    """It is the loss of training, and is named so. The trivial predictor is N(0, E[y^2]), whose loss is a Gaussian's entropy."""
+    config = change(CONFIG, model={"output": output})
+    model = build_model(config)
+    target = prompt_target(config, QUICK)
+    xs, ys = target.batches(0, 3)
+    params = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    torch.testing.assert_close(target.loss(params, (xs, ys)), model.losses(xs, ys).detach().mean(0))
+    assert target.name == "nll"
+    assert prompt_target(config, sampler(loss="subsequence")).name == "subsequence_nll"
+    assert prompt_target(CONFIG, QUICK).name == "mse"
+    marginal = torch.distributions.Normal(0.0, trivial_loss(CONFIG) ** 0.5)
+    assert trivial_loss(config) == pytest.approx(float(marginal.entropy()), rel=1e-6)
+
+
 def test_the_subsequence_loss_is_the_mean_over_all_lengths():
     loss = prompt_target(CONFIG, sampler(loss="subsequence"))
     xs, ys = loss.batches(0, 0)

@@ -25,6 +25,16 @@ from icl.training.run import NonFiniteLossError, train
 from icl.training.trainer import make_trainer
 
 
+def plain_loss(model: torch.nn.Module, xs: torch.Tensor, ys: torch.Tensor) -> torch.Tensor:
+    """Return the mean squared error, or the mean negative log-likelihood of torch's own distributions."""
+    if model.config.output == "token":
+        return (model(xs, ys) - ys).square().mean()
+    log_weights, means, log_variances = model.predictive(xs, ys)
+    parts = torch.distributions.Normal(means, (log_variances / 2).exp())
+    mixture = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=log_weights), parts)
+    return -mixture.log_prob(ys).mean()
+
+
 def plain_loop(config: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Train by Adam (Kingma and Ba 2015, algorithm 1) with clipping, in float64. Return the losses of each step and the final weights."""
     model = build_model(config).double()
@@ -36,7 +46,7 @@ def plain_loop(config: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]
     losses = []
     for step in range(config.trainer.max_steps):
         xs, ys, _ = sample_prompts(config, stream="train", step=step, batch_size=config.trainer.batch_size)
-        loss = (model(xs.double(), ys.double()) - ys).square().mean()
+        loss = plain_loss(model, xs.double(), ys.double())
         grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()), allow_unused=True), strict=True))
         grads = {name: torch.zeros_like(params[name]) if grad is None else grad for name, grad in grads.items()}
         norm = torch.sqrt(sum(grad.square().sum() for grad in grads.values()))
@@ -53,13 +63,14 @@ def plain_loop(config: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]
     return losses, {name: p.detach() for name, p in params.items()}
 
 
-def test_training_follows_a_plain_float64_loop():
-    config = change(TINY, trainer={"max_steps": 30})
+@pytest.mark.parametrize(("output", "column"), [("token", "train/loss"), ("mixture", "train/nll")])
+def test_training_follows_a_plain_float64_loop(output, column):
+    config = change(TINY, trainer={"max_steps": 30}, model={"output": output})
     losses, weights = plain_loop(config)
     result = train(config)
-    logged = pd.read_csv(result.folder.metrics_file).dropna(subset=["train/loss"])
+    logged = pd.read_csv(result.folder.metrics_file).dropna(subset=[column])
     expected = [sum(losses[step - 10 : step]) / 10 for step in logged["step"]]
-    assert logged["train/loss"].tolist() == pytest.approx(expected, rel=1e-5)
+    assert logged[column].tolist() == pytest.approx(expected, rel=1e-5)
     saved = load_step(result.folder.checkpoints, 30).params
     for name, weight in weights.items():
         torch.testing.assert_close(saved[name].double(), weight, rtol=0, atol=2e-5)

@@ -10,7 +10,7 @@ For each kind there is a PCA of the gradients at all saved steps. scikit-learn c
 entry.
 
 All steps use the same prompts (streams `gradients/...` of `seeds.evaluation`), so differences between steps have small
-errors. The loss is per target, averaged over positions. Standard errors are over prompts. PC scores have no standard
+errors. The loss is the training loss per target (squared error, or negative log-likelihood), averaged over positions. Standard errors are over prompts. PC scores have no standard
 errors. `explained_share` is the share of the variance that a component explains. It is `suspect` if estimation noise could
 be more than half of the variance.
 """

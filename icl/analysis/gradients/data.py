@@ -4,16 +4,16 @@ A prompt is x = x_mean + x_scale z, w = w_mean + w_scale t, e = noise_mean + noi
 and n (K) are standard normal, and t (D) is the task, the same for the whole prompt. Each parameter is one number for
 all coordinates; `noise_scale` is a standard deviation. Training uses means 0, scales 1 and noise_scale sigma, the
 square root of `noise_variance`. With finitely many tasks, t is drawn from the pool, so w_mean and w_scale shift and
-stretch the whole pool. The loss of a prompt is the mean over the K positions of (f(x, y) - y)^2 for a fixed predictor f, and
-L(phi) is its expectation. For f = 0, with means m and scales s,
+stretch the whole pool. The loss of a prompt is the mean over the K positions of the training loss of a fixed model: (f(x, y) - y)^2 for a
+predictor f, or a negative log-likelihood (`icl.model.heads`). L(phi) is its expectation. For f = 0, with means m and scales s,
 
     L = D (m_x^2 + s_x^2)(m_w^2 + s_w^2) + D (D - 1) m_x^2 m_w^2 + 2 D m_x m_w m_e + m_e^2 + s_e^2 .
 
 We compute three estimators of dL/dphi. Each gives a number for each prompt, and the mean over prompts is the estimate
 (Mohamed, Rosca, Figurnov, Mnih 2020, "Monte Carlo gradient estimation in machine learning", sections 4 and 5):
 
-- `pathwise`: differentiate through x(phi), y(phi) and the predictor at fixed z, t, n. This is the estimator to use.
-- `score_function`: (loss - mean loss) d log p / d phi. It serves as a check, because it never differentiates the predictor. With a pool of
+- `pathwise`: differentiate through x(phi), y(phi) and the model at fixed z, t, n. This is the estimator to use.
+- `score_function`: (loss - mean loss) d log p / d phi. It serves as a check, because it never differentiates the loss. With a pool of
   tasks, w has no density. The parameters of w then act on the mean of y given x and t, so their score is the score of y.
   Without noise, y has no density either, and the scores that need this density are NaN.
 - `finite_difference`: central differences with the same z, t, n on both sides. It serves as a second check.
@@ -31,13 +31,13 @@ from torch.func import grad_and_value
 from icl import metrics, rng
 from icl.analysis.prompts import prompts_at_once
 from icl.analysis.run import Members
-from icl.model.stacked import apply
+from icl.model.stacked import target_losses
 from icl.tasks.prompts import Distribution, prompt_source
 
 PARAMETERS = ("x_mean", "x_scale", "w_mean", "w_scale", "noise_mean", "noise_scale")
 
-Predict: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Function from xs (N, B, K, D) and ys (N, B, K) to the predictions (N, B, K) of N members."""
+Losses: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Function from xs (N, B, K, D) and ys (N, B, K) to the losses (N, B, K) of N members."""
 _FD_STEP = {torch.float64: 1e-5, torch.float32: 1e-2}
 """Step size of the finite differences, by dtype. It balances their truncation error against rounding."""
 _FD_PROMPTS = 64
@@ -63,13 +63,13 @@ def estimates(members: Members, distribution: Distribution, num_prompts: int) ->
     draws = _draws(members, distribution, num_prompts)
     dtype, count = draws.inputs.dtype, len(members.checkpoints)
     params = {name: tensor.to(dtype) for name, tensor in members.params.items()}
-    predict = partial(apply, members.config.model, params)
+    losses_of = partial(target_losses, members.config.model, params)
     at = training_point(members.config.task.noise_variance).to(draws.inputs)
     parts = []
     size = max(1, prompts_at_once(members) // count)
     for start in range(0, num_prompts, size):
         batch = draws.part(start, start + size)
-        parts.append(pathwise(predict, batch, at.expand(count, len(batch.tasks), 6)))
+        parts.append(pathwise(losses_of, batch, at.expand(count, len(batch.tasks), 6)))
     gradients, losses = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
     few = draws.part(0, _FD_PROMPTS)
     at_each = at.expand(count, len(few.tasks), 6)
@@ -77,7 +77,7 @@ def estimates(members: Members, distribution: Distribution, num_prompts: int) ->
     return {
         "pathwise": gradients,
         "score_function": score_function(losses, draws, at, is_pool=is_pool),
-        "finite_difference": finite_difference(predict, few, at_each, step=_FD_STEP[dtype]).detach(),
+        "finite_difference": finite_difference(losses_of, few, at_each, step=_FD_STEP[dtype]).detach(),
     }
 
 
@@ -100,22 +100,22 @@ def training_point(noise_variance: float) -> Float[Tensor, " 6"]:
     return torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, noise_variance**0.5], dtype=torch.float64)
 
 
-def prompt_losses(predict: Predict, draws: Draws, at: Float[Tensor, "N B 6"]) -> Float[Tensor, "N B"]:
-    """Return the loss of each member on each prompt. Every prompt has its own values `at` of the six parameters."""
+def prompt_losses(losses_of: Losses, draws: Draws, at: Float[Tensor, "N B 6"]) -> Float[Tensor, "N B"]:
+    """Return the mean loss of each member on each prompt. Every prompt has its own values `at` of the six parameters."""
     x_mean, x_scale, w_mean, w_scale, noise_mean, noise_scale = at.unsqueeze(-1).unbind(-2)  # each N B 1
     xs = x_mean.unsqueeze(-1) + x_scale.unsqueeze(-1) * draws.inputs  # N B K D
     ws = w_mean + w_scale * draws.tasks  # N B D
     ys = (xs * ws.unsqueeze(-2)).sum(-1) + noise_mean + noise_scale * draws.noise  # N B K
-    return metrics.squared_error(predict(xs, ys), ys).mean(-1)
+    return losses_of(xs, ys).mean(-1)
 
 
 def pathwise(
-    predict: Predict, draws: Draws, at: Float[Tensor, "N B 6"]
+    losses_of: Losses, draws: Draws, at: Float[Tensor, "N B 6"]
 ) -> tuple[Float[Tensor, "N B 6"], Float[Tensor, "N B"]]:
-    """Return the gradient of each prompt's loss, through the prompt and the predictor, and the losses themselves."""
+    """Return the gradient of each prompt's loss, through the prompt and the model, and the losses themselves."""
 
     def total(point: Tensor) -> tuple[Tensor, Tensor]:
-        losses = prompt_losses(predict, draws, point)
+        losses = prompt_losses(losses_of, draws, point)
         return losses.sum(), losses  # prompts do not interact, so the sum gives each prompt its own gradient
 
     gradients, (_, losses) = grad_and_value(total, has_aux=True)(at)
@@ -123,11 +123,11 @@ def pathwise(
 
 
 def finite_difference(
-    predict: Predict, draws: Draws, at: Float[Tensor, "N B 6"], *, step: float
+    losses_of: Losses, draws: Draws, at: Float[Tensor, "N B 6"], *, step: float
 ) -> Float[Tensor, "N B 6"]:
     """Return central differences of each prompt's loss."""
     shifts = step * torch.eye(6, dtype=at.dtype, device=at.device)
-    differences = [prompt_losses(predict, draws, at + dx) - prompt_losses(predict, draws, at - dx) for dx in shifts]
+    differences = [prompt_losses(losses_of, draws, at + dx) - prompt_losses(losses_of, draws, at - dx) for dx in shifts]
     return torch.stack(differences, dim=-1) / (2 * step)
 
 

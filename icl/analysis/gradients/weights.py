@@ -28,10 +28,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad
 
-from icl import metrics
 from icl.config import ModelConfig
 from icl.metrics import Estimate
-from icl.model.stacked import Params, apply
+from icl.model.stacked import Params, target_losses
 from icl.tasks.prompts import Prompts
 
 Gradients = dict[str, Tensor]
@@ -157,8 +156,8 @@ def _gradients(model: ModelConfig, params: Params, prompts: Prompts, num_batches
     """Yield the gradients of all members, one batch at a time."""
 
     def loss(weights: Params, xs: Tensor, ys: Tensor) -> Tensor:
-        errors = metrics.squared_error(apply(model, weights, xs, ys), ys)  # N B K
-        return errors.mean((-2, -1)).sum()  # members do not interact, so the sum gives each member its own gradient
+        losses = target_losses(model, weights, xs, ys)  # N B K
+        return losses.mean((-2, -1)).sum()  # members do not interact, so the sum gives each member its own gradient
 
     size = len(prompts.ys) // num_batches
     for xs, ys in zip(prompts.xs.split(size), prompts.ys.split(size), strict=True):

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from icl import metrics
-from icl.baselines import covariance_root
+from icl.evidence import discrete_evidence, gaussian_evidence
 from icl.metrics import Estimate
 
 MAX_LOG_ODDS = 20.0
@@ -32,8 +32,6 @@ _NUM_GRID = 81
 _NUM_BISECTIONS = 48
 _TIE = 1e-12
 """Two mean squared differences are equal if they differ by less than this share of the mean of d^2."""
-_TASKS_AT_ONCE = 2**21
-"""Largest number of pairs of a prompt and a task that are processed at once: 16 MiB for each array."""
 
 
 class Pair(NamedTuple):
@@ -63,8 +61,8 @@ def log_bayes_factors(
     xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], tasks: Float[Tensor, "M D"], noise_variance: float
 ) -> Float[Tensor, "B K"]:
     """Return log p(y_1..y_{k-1} | discrete prior) - log p(y_1..y_{k-1} | Gaussian prior), which is 0 at the first position."""
-    discrete = _discrete_evidence(xs, ys, tasks, noise_variance)
-    gaussian = _gaussian_evidence(xs, ys, noise_variance)
+    discrete = discrete_evidence(xs, ys, tasks=tasks, noise_variance=noise_variance)
+    gaussian = gaussian_evidence(xs, ys, noise_variance=noise_variance)
     return F.pad((discrete - gaussian)[:, :-1], (1, 0))
 
 
@@ -112,33 +110,6 @@ def fit_bayes(pair: Pair, predictions: Float[Tensor, "B K"]) -> Fit:
     stderr = scores.std(0) / len(scores) ** 0.5 / _curvature(pair, offset, log_odds).mean(0).abs()
     stderr = stderr.where(excess == 0, math.nan)
     return Fit(Estimate(bound, stderr), *_residual(pair, offset, _weights(pair, log_odds)), excess)
-
-
-def _discrete_evidence(
-    xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], tasks: Float[Tensor, "M D"], noise_variance: float
-) -> Float[Tensor, "B K"]:
-    """Return the log of the mean over the tasks of the likelihood of the first k targets, without the factor of the noise."""
-    parts = []
-    for chunk in tasks.split(max(1, _TASKS_AT_ONCE // max(1, len(xs)))):
-        squares, sums = xs.new_zeros(len(xs), len(chunk)), []
-        for k in range(xs.shape[1]):
-            squares = squares + (xs[:, k] @ chunk.T - ys[:, k, None]).square()  # B M
-            sums.append(torch.logsumexp(-squares / (2 * noise_variance), dim=-1))
-        parts.append(torch.stack(sums, dim=-1))  # B K
-    counts = torch.arange(1, xs.shape[1] + 1, dtype=torch.float64)
-    return torch.logsumexp(torch.stack(parts), 0) - math.log(len(tasks)) - counts / 2 * math.log(noise_variance)
-
-
-def _gaussian_evidence(
-    xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], noise_variance: float
-) -> Float[Tensor, "B K"]:
-    """Return the log density of the first k targets, which are Gaussian with covariance X X^T + sigma^2 I = L L^T.
-
-    As in `_discrete_evidence`, the constant k/2 log(2 pi) is left out.
-    """
-    root = covariance_root(xs, noise_variance)  # B K K
-    whitened = torch.linalg.solve_triangular(root, ys.unsqueeze(-1), upper=False).squeeze(-1)  # B K
-    return -(whitened.square() / 2 + root.diagonal(dim1=-2, dim2=-1).abs().log()).cumsum(-1)
 
 
 def _columns(values: Float[Tensor, "B K"]) -> Float[Tensor, "B C"]:
