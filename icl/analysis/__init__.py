@@ -31,6 +31,8 @@ class About(NamedTuple):
     """Name of the module in this package and in `icl.plotting`; None derives it from the name of the analysis."""
     needs_finite_tasks: bool = False
     """Whether the analysis has no meaning for a run with M = inf."""
+    needs_density: bool = False
+    """Whether the analysis needs a model with a predictive distribution (`model.output` `gaussian` or `mixture`)."""
 
 
 ANALYSES: dict[str, About] = {
@@ -55,6 +57,11 @@ ANALYSES: dict[str, About] = {
         "run",
         "mixtures of dMMSE and ridge that are closest to the model: a fixed weight, and prior odds; when they change, and how this grows with M",
         needs_finite_tasks=True,
+    ),
+    "prior": About(
+        "run",
+        "the prior that the model has learned: tasks of prompts that it writes itself, compared with the M training tasks and with N(0, I)",
+        needs_density=True,
     ),
     "diversity": About(
         "table",

@@ -90,7 +90,7 @@ def draw(
 
     Args:
         distributions: The distributions.
-        uniforms: Uniform numbers in [0, 1), which choose the components: the first whose cumulative weight exceeds the number.
+        uniforms: Uniform numbers in [0, 1], which choose the components: the first whose cumulative weight exceeds the number.
         normals: Standard normal numbers, which are scaled and shifted to the component.
     """
     log_weights, means, log_variances = distributions

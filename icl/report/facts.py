@@ -33,6 +33,8 @@ class Subject:
     """Tables that belong to the topic although their names begin with another word."""
     needs_finite_tasks: bool = False
     """Whether the command refuses a run with M = inf."""
+    needs_density: bool = False
+    """Whether the command refuses a run whose model has no predictive distribution."""
 
 
 SUBJECTS = (
@@ -63,6 +65,7 @@ SUBJECTS = (
             help=about.help,
             command=f"icl analyse RUN --what {name}",
             needs_finite_tasks=about.needs_finite_tasks,
+            needs_density=about.needs_density,
         )
         for name, about in ANALYSES.items()
         if about.of == "run"

@@ -199,11 +199,8 @@ def _evaluation_table(numbers: pd.DataFrame, baselines: pd.DataFrame | None) -> 
 def _missing_section(facts: RunFacts, prefix: str) -> Section:
     """Return the section that lists missing results, with the commands that compute them."""
     measured = {subject_of(name).name for name in facts.tables}
-    is_gaussian = facts.config is not None and facts.config.task.is_gaussian
     missing = [
-        subject
-        for subject in SUBJECTS
-        if subject.command and subject.name not in measured and not (is_gaussian and subject.needs_finite_tasks)
+        subject for subject in SUBJECTS if subject.command and subject.name not in measured and _applies(subject, facts)
     ]
     commands = [(f"{subject.title}: {subject.help}", facts.command(subject.command)) for subject in missing]
     if sum("--what" in subject.command for subject in missing) > 1:
@@ -214,6 +211,14 @@ def _missing_section(facts: RunFacts, prefix: str) -> Section:
     if not facts.saved_steps:
         text += " The commands need checkpoints, but the folder has none. To fetch them from a store, run icl checkpoints RUN pull."
     return Section(id=f"{prefix}missing", title="Missing results", text=text, commands=commands)
+
+
+def _applies(subject: Subject, facts: RunFacts) -> bool:
+    """Return whether the command of a subject takes this run."""
+    if facts.config is None:
+        return True
+    has_needs = not (subject.needs_finite_tasks and facts.config.task.is_gaussian)
+    return has_needs and (facts.config.model.has_density or not subject.needs_density)
 
 
 def _environment_section(facts: RunFacts, prefix: str) -> Section:

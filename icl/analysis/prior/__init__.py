@@ -1,0 +1,210 @@
+"""The prior that a model has learned: samples of the tasks that it believes in, compared with both candidate priors at every saved step.
+
+A model with a predictive distribution (`model.output` `gaussian` or `mixture`) writes prompts itself (`icl.analysis.prior.rollouts`), and
+ridge regression estimates the task behind each of them. The same estimator is applied to prompts of each candidate: `pool`, the run's M
+training tasks, and `gaussian`, N(0, I). The energy distance (`icl.analysis.prior.energy`) of the two samples of estimates is zero if
+the model is the Bayes predictor of the candidate. The converse does not hold: the distance sees only the estimates.
+
+With `num_context` > 0, every rollout begins with that many ordinary examples. It then shows the posterior that the model implies, and
+the candidates' prompts are continued from their exact posteriors.
+
+Rows of the table, by `quantity`:
+
+- `energy_distance`, for each `candidate`: the distance between the model's samples and those of the candidate. `finding` says
+  whether it is zero within 2 standard errors. `energy_share`: the distance divided by that between the two candidates.
+- `preference`: the distance to `gaussian` minus the distance to `pool`. `finding` is the nearer candidate. The verdict is `suspect` if the
+  preference is within 2 standard errors of zero, or if neither candidate explains the model: the smaller distance is not zero, and
+  more than 0.1 of that between the candidates. If it is larger than that between the candidates, the verdict is `invalid`.
+- `mean_square`: the mean of |w|^2 / D over the estimates of the model and, in rows without a step, of each candidate.
+- `separation`, without a step: the distance between the two candidates.
+
+Standard errors are from the block jackknife over all samples. Inputs and random numbers are the same at all steps.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icl import metrics
+from icl.analysis import NotApplicableError
+from icl.analysis.prior.energy import NUM_BLOCKS, Energy, energy_distance
+from icl.analysis.prior.judging import Judgement, judge_distance, judge_preference, judge_separation
+from icl.analysis.prior.rollouts import Candidate, Draws, bayes_prompts, estimate_tasks, make_draws, model_rollouts
+from icl.analysis.run import Members, Result, as_table, over_checkpoints, setting
+from icl.config import RunConfig
+from icl.config.validation import require, require_count
+from icl.runs.checkpoints import checkpoint_files, read_config_of
+from icl.runs.measure import Entry, Measurement
+from icl.tasks.prompts import Distribution
+
+VERSION = 1
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Options of `icl analyse RUN --what prior`."""
+
+    num_samples: int = setting(
+        1024, f"number of rollouts, and of prompts of each candidate; a multiple of {NUM_BLOCKS}"
+    )
+    num_context: int = setting(0, "number of given examples at the beginning of each rollout")
+    context: Distribution = setting("pretrain", "tasks of the given examples: the run's M training tasks, or new tasks")
+
+    def __post_init__(self) -> None:
+        require_count("num_samples", self.num_samples, 2 * NUM_BLOCKS)
+        require_count("num_context", self.num_context, 0)
+        require(
+            self.num_samples % NUM_BLOCKS == 0,
+            f"`num_samples` must be a multiple of {NUM_BLOCKS} (the number of blocks of the jackknife), got {self.num_samples}.",
+        )
+
+
+class Reference(NamedTuple):
+    """The estimates from prompts of each candidate, and the draws for the model's rollouts."""
+
+    draws: Draws
+    samples: dict[Candidate, Float[Tensor, "B D"]]
+
+
+def analyse(path: Path, settings: Settings) -> Result:
+    """Compare the tasks that the model believes in with both candidates at every saved step.
+
+    Raises:
+        CheckpointError: If there is no usable checkpoint.
+        NotApplicableError: If the model has no predictive distribution, or the run has no noise.
+        ConfigError: If `num_context` is not below K.
+    """
+    config = read_config_of(checkpoint_files(path)[0])
+    require_rollouts(config, settings)
+    entries, config = over_checkpoints(
+        "prior", path, settings, partial(measure_members, settings=settings), version=VERSION
+    )
+    whole_run = list(candidate_rows(reference(config, settings)))
+    return Result(as_table(entries, settings, whole_run=whole_run), _summary(entries, whole_run))
+
+
+def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
+    """Compare every member with the candidates. The arrays have the estimates, the samples of the model's tasks."""
+    config = members.config
+    known = reference(config, settings)
+    targets = model_rollouts(config.model, members.params, known.draws, num_context=settings.num_context).cpu()
+    estimates = estimate_tasks(known.draws.xs, targets, noise_variance=config.task.noise_variance)
+    return [Measurement(list(sample_rows(known, tasks)), {"tasks": tasks.numpy()}) for tasks in estimates]
+
+
+@lru_cache(maxsize=1)
+def reference(config: RunConfig, settings: Settings) -> Reference:
+    """Return the estimates of the candidates' prompts, which are the same at all saved steps."""
+    names: tuple[Candidate, ...] = ("gaussian",) if config.task.is_gaussian else ("pool", "gaussian")
+    samples: dict[Candidate, Tensor] = {}
+    for name in names:
+        draws = make_draws(config, name, settings.num_samples, settings.context)
+        targets = bayes_prompts(config, name, draws, num_context=settings.num_context)
+        samples[name] = estimate_tasks(draws.xs, targets, noise_variance=config.task.noise_variance)
+    return Reference(make_draws(config, "model", settings.num_samples, settings.context), samples)
+
+
+def sample_rows(known: Reference, tasks: Float[Tensor, "B D"]) -> Iterator[Row]:
+    """Yield the rows of one model, from the estimates of its rollouts."""
+    distances = {name: energy_distance(tasks, samples) for name, samples in known.samples.items()}
+    separation = _separation(known)
+    for name, distance in distances.items():
+        judgement = judge_distance(distance.estimate)
+        yield _row("energy_distance", name, distance.estimate, judgement)
+        if separation is not None:
+            share = metrics.Estimate(*(number / separation.value for number in distance.estimate))
+            yield _row("energy_share", name, share, judgement)
+    if separation is not None:
+        preference = (distances["gaussian"] - distances["pool"]).estimate
+        nearest = min(distances.values(), key=lambda distance: float(distance.value))
+        judgement = judge_preference(preference, nearest.estimate, separation.estimate)
+        yield _row("preference", "", preference, judgement)
+    yield _mean_square_row("model", tasks)
+
+
+def candidate_rows(known: Reference) -> Iterator[Row]:
+    """Yield the rows of the candidates, which belong to no step."""
+    separation = _separation(known)
+    if separation is not None:
+        yield _row("separation", "", separation.estimate, judge_separation(separation.estimate))
+    for name, samples in known.samples.items():
+        yield _mean_square_row(name, samples)
+
+
+def require_rollouts(config: RunConfig, settings: Settings) -> None:
+    """Refuse a run whose model cannot write prompts.
+
+    Raises:
+        NotApplicableError: If the model has no predictive distribution, or the run has no noise.
+        ConfigError: If `num_context` is not below K.
+    """
+    if not config.model.has_density:
+        raise NotApplicableError(
+            f"`prior` needs a model with a predictive distribution, but the run {config.run_name} has `model.output` "
+            f"{config.model.output}; train one with `--model.output mixture` (or gaussian)."
+        )
+    if config.task.noise_variance == 0:
+        raise NotApplicableError(
+            f"`prior` needs noise, but the run {config.run_name} has `task.noise_variance` 0, for which predictive densities do not exist."
+        )
+    require(
+        settings.num_context < config.task.max_examples,
+        f"`num_context` must be below K = {config.task.max_examples}, the number of examples of the run's prompts, got "
+        f"{settings.num_context}.",
+    )
+
+
+def _separation(known: Reference) -> Energy | None:
+    """Return the distance between the candidates, or None if there is only one."""
+    if len(known.samples) < 2:
+        return None
+    return energy_distance(known.samples["gaussian"], known.samples["pool"])
+
+
+def _mean_square_row(name: str, tasks: Float[Tensor, "B D"]) -> Row:
+    square = metrics.overall_mean(tasks.square())
+    is_finite = math.isfinite(float(square.value))
+    judgement = Judgement("", "ok" if is_finite else "invalid", "" if is_finite else "the estimates are not finite")
+    return _row("mean_square", name, square, judgement)
+
+
+def _row(quantity: str, candidate: str, estimate: metrics.Estimate, judgement: Judgement) -> Row:
+    value, stderr = (float(number) for number in estimate)
+    numbers = {"quantity": quantity, "candidate": candidate, "value": value, "stderr": stderr}
+    return numbers | judgement._asdict()
+
+
+def _summary(entries: list[Entry], whole_run: list[Row]) -> list[str]:
+    """Return the printed lines: the nearer candidate over the steps, then the numbers of the last step."""
+    lines = []
+    findings = [(entry.step, row) for entry in entries for row in entry.rows if row["quantity"] == "preference"]
+    if findings:
+        usable = [(step, row["finding"]) for step, row in findings if row["verdict"] == "ok"]
+        changes = [
+            f"{name} from step {step:,}"
+            for index, (step, name) in enumerate(usable)
+            if index == 0 or usable[index - 1][1] != name
+        ]
+        lines.append(
+            f"Nearer prior ({len(usable)} of {len(findings)} steps are ok): {', then '.join(changes) or 'none'}."
+        )
+    last = entries[-1]
+    lines.append(f"At step {last.step:,}, the last of {len(entries)}:")
+    lines += [_line(row) for row in (*last.rows, *whole_run)]
+    return lines
+
+
+def _line(row: Row) -> str:
+    name = " ".join(filter(None, (row["quantity"].replace("_", " "), row["candidate"])))
+    finding = f"   {row['finding']}" if row["finding"] else ""
+    doubt = f"   {row['verdict']}: {row['reasons']}" if row["reasons"] else ""
+    return f"  {name:26s} {row['value']:>9.4f} ± {row['stderr']:<8.2g}{finding}{doubt}"

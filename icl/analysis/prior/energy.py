@@ -1,0 +1,74 @@
+"""Energy distance between two samples, without bias, with a standard error from the block jackknife.
+
+The squared energy distance of two distributions P and Q (Szekely and Rizzo 2013, "Energy statistics") is
+
+    E(P, Q) = 2 E|X - Y| - E|X - X'| - E|Y - Y'|
+
+with X, X' from P and Y, Y' from Q, all independent. It is zero exactly if P = Q. We replace each expectation by the mean over all pairs
+of different samples. This estimate has no bias, so it can be negative.
+
+For the standard error, each sample is divided into J equal blocks, and block j of all samples is left out at once. The
+jackknife variance of the J estimates includes the errors of all samples. If P = Q, it is too large by a factor of about 2
+(Efron and Stein 1981), because the estimate then depends on pairs only; so 2 standard errors are then about 2.8 true ones.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icl.metrics import Estimate
+
+NUM_BLOCKS = 32
+
+
+class Energy(NamedTuple):
+    """An energy distance, and the distances with each block left out in turn."""
+
+    value: Float[Tensor, ""]
+    deleted: Float[Tensor, " J"]
+
+    def __sub__(self, other: "Energy") -> "Energy":
+        """Return the difference of two distances. Their samples must have the same blocks."""
+        return Energy(self.value - other.value, self.deleted - other.deleted)
+
+    @property
+    def estimate(self) -> Estimate:
+        """The distance with its jackknife standard error."""
+        count = len(self.deleted)
+        squares = (self.deleted - self.deleted.mean()).square().sum()
+        return Estimate(self.value, ((count - 1) / count * squares).sqrt())
+
+
+def energy_distance(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"]) -> Energy:
+    """Return the energy distance of two samples of the same size, which is a multiple of `NUM_BLOCKS` and larger than it."""
+    across, within_first, within_second = (
+        _mean_distance(*pair) for pair in ((first, second), (first, first), (second, second))
+    )
+    return Energy(
+        *(2 * a - b - c for a, b, c in zip(across, within_first, within_second, strict=True)),
+    )
+
+
+def _mean_distance(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"]) -> tuple[Tensor, Tensor]:
+    """Return the mean distance of all pairs, and the mean without the points of each block.
+
+    If both samples are the same tensor, the pairs of a point with itself, whose distance is zero, do not count.
+    """
+    sums = _block_sums(first, second)  # J J
+    total, touched = sums.sum(), sums.sum(0) + sums.sum(1) - sums.diagonal()
+    own = 1 if first is second else 0
+    count = len(first)
+    rest = count - count // NUM_BLOCKS
+    return total / (count * (count - own)), (total - touched) / (rest * (rest - own))
+
+
+def _block_sums(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"]) -> Float[Tensor, "J J"]:
+    """Return the sums of the distances between the points of two blocks, for all pairs of blocks."""
+    rows = []
+    for block in first.chunk(NUM_BLOCKS):
+        # The faster formula by matrix products loses half of the digits for points that are close together.
+        distances = torch.cdist(block, second, compute_mode="donot_use_mm_for_euclid_dist")  # n/J n
+        rows.append(distances.sum(0).unflatten(0, (NUM_BLOCKS, -1)).sum(1))  # J
+    return torch.stack(rows)

@@ -1,0 +1,65 @@
+"""Findings and verdicts of energy distances: whether a distance is zero, and which candidate prior is nearer."""
+
+import math
+from typing import NamedTuple
+
+from icl.metrics import Estimate
+
+MAX_Z = 2.0
+"""A number is zero within its error if it is at most this many standard errors from zero."""
+MIN_SEPARATION_Z = 4.0
+"""Smallest distance between the candidates, in standard errors, for which they can be told apart."""
+SUSPECT_SHARE = 0.1
+"""Share of the distance between the candidates above which a candidate does not explain the model. The limit is our choice."""
+INVALID_SHARE = 1.0
+
+
+class Judgement(NamedTuple):
+    """What a number says, and whether it can be trusted. The fields are columns of the table."""
+
+    finding: str
+    verdict: str
+    reasons: str = ""
+
+
+def judge_distance(distance: Estimate) -> Judgement:
+    """Say whether an energy distance is zero within its error."""
+    if not _is_finite(distance):
+        return Judgement("", "invalid", "the rollouts are not finite")
+    is_zero = distance.value <= MAX_Z * distance.stderr
+    return Judgement("zero within the error" if is_zero else "not zero", "ok")
+
+
+def judge_separation(separation: Estimate) -> Judgement:
+    """Say whether the estimates of the two candidates can be told apart."""
+    if separation.value > MIN_SEPARATION_Z * separation.stderr:
+        return Judgement("", "ok")
+    return Judgement("", "invalid", "the samples do not tell the two priors apart; raise num_samples")
+
+
+def judge_preference(preference: Estimate, nearest: Estimate, separation: Estimate) -> Judgement:
+    """Name the nearer candidate, from the difference of the two distances, the smaller distance and that of the candidates."""
+    if not _is_finite(preference):
+        return Judgement("", "invalid", "the rollouts are not finite")
+    between = judge_separation(separation)
+    if between.verdict != "ok":
+        return Judgement("unclear", "invalid", between.reasons)
+    is_clear = abs(preference.value) > MAX_Z * preference.stderr
+    finding = ("pool" if preference.value > 0 else "gaussian") if is_clear else "unclear"
+    share = float(nearest.value / separation.value)
+    is_zero = nearest.value <= MAX_Z * nearest.stderr
+    if share > INVALID_SHARE and not is_zero:
+        reason = f"neither prior explains the model: the nearer one is {share:.3g} times as far away as the priors are from each other"
+        return Judgement(finding, "invalid", reason)
+    reasons = []
+    if share > SUSPECT_SHARE and not is_zero:
+        reasons.append(
+            f"neither prior explains the model: the smaller distance is {share:.0%} of that between the priors"
+        )
+    if not is_clear:
+        reasons.append("neither prior is significantly nearer; raise num_samples, or the model lies between them")
+    return Judgement(finding, "suspect" if reasons else "ok", "; ".join(reasons))
+
+
+def _is_finite(estimate: Estimate) -> bool:
+    return all(math.isfinite(float(number)) for number in estimate)
