@@ -134,8 +134,10 @@ def evaluate_predictions(
     numbers = _position_numbers(prompt_set, "loss", errors)
     if nll is not None:
         numbers += _position_numbers(prompt_set, "nll", nll)
-        for name, floor in prompt_set.nll.items():
-            numbers += _position_numbers(prompt_set, f"nll_over_{name}", nll - floor)
+        for quantity in ("nll_over_ridge", "nll_over_dmmse"):
+            floor = prompt_set.nll.get(quantity.rpartition("_")[2])
+            if floor is not None:
+                numbers += _position_numbers(prompt_set, quantity, nll - floor)
     for quantity in ("delta_ridge", "delta_dmmse", "prior_zero", "prior_task_mean"):
         reference = prompt_set.baselines.get(quantity.partition("_")[2])
         if reference is not None:

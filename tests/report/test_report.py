@@ -252,7 +252,12 @@ def test_the_page_names_the_commands_for_what_is_missing(run):
     gaussian = dataclasses.replace(config, task=dataclasses.replace(config.task, num_tasks=float("inf")))
     run.config_file.unlink()
     run.write_config(gaussian)
-    assert "--what mixture" not in open_page(write_report([run.path]).path).text
+    text = open_page(write_report([run.path]).path).text
+    assert "--what mixture" not in text
+    assert "--what prior" not in text
+    run.config_file.unlink()
+    run.write_config(dataclasses.replace(config, model=dataclasses.replace(config.model, output="gaussian")))
+    assert "--what prior" in open_page(write_report([run.path]).path).text
 
 
 def test_an_analysis_of_any_name_has_its_section(run):

@@ -24,6 +24,7 @@ NUM_POINTS = {
     "carroll": 30,
     "icr-diversity": 21,
     "quickstart": 4,
+    "implicit-prior": 8,
 }
 
 
