@@ -10,7 +10,7 @@ from tiny_runs import TINY, change
 
 from icl.analysis import NotApplicableError
 from icl.analysis.prior import Reference, Settings, analyse, energy, reference, rollouts, sample_rows
-from icl.analysis.prior.energy import NUM_BLOCKS, energy_distance
+from icl.analysis.prior.energy import NUM_BLOCKS, Sample, energy_distance
 from icl.analysis.prior.rollouts import bayes_prompts, estimate_tasks, make_draws, model_rollouts
 from icl.build import build_model
 from icl.cli import main
@@ -35,6 +35,10 @@ def normal(*size, seed=0):
 # Energy distance
 
 
+def distance(first, second):
+    return energy_distance(Sample(first), Sample(second))
+
+
 def test_the_energy_distance_is_that_of_a_double_loop():
     count = 3 * NUM_BLOCKS
     first, second = normal(count, 2).numpy(), normal(count, 2, seed=1).numpy() + 0.3
@@ -47,7 +51,7 @@ def test_the_energy_distance_is_that_of_a_double_loop():
         ]
         return 2 * across - sum(within)
 
-    found = energy_distance(torch.from_numpy(first), torch.from_numpy(second))
+    found = distance(torch.from_numpy(first), torch.from_numpy(second))
     assert found.value.item() == pytest.approx(by_hand(first, second), rel=1e-12)
     for block in (0, 17):
         kept = np.arange(count) // 3 != block
@@ -66,14 +70,14 @@ def test_the_energy_distance_of_two_gaussians_is_the_closed_form():
 
     for mean, scale in ((0.5, 1.0), (0.0, 1.6), (0.3, 0.7)):
         expected = 2 * absolute(mean, 1 + scale**2) - absolute(0, 2) - absolute(0, 2 * scale**2)
-        found = energy_distance(normal(4096, 1), mean + scale * normal(4096, 1, seed=1)).estimate
+        found = distance(normal(4096, 1), mean + scale * normal(4096, 1, seed=1)).estimate
         assert abs(found.value - expected) < 4 * found.stderr
         assert found.stderr < 0.25 * expected
 
 
 def test_the_estimate_has_no_bias_and_its_error_is_right():
     """Over 300 pairs of samples of a shift of 1, the mean is the closed form, and the errors are those of the scatter."""
-    found = [energy_distance(normal(64, 1, seed=s), 1 + normal(64, 1, seed=1000 + s)).estimate for s in range(300)]
+    found = [distance(normal(64, 1, seed=s), 1 + normal(64, 1, seed=1000 + s)).estimate for s in range(300)]
     values, stderrs = (np.array([float(number) for number in column]) for column in zip(*found, strict=True))
     mean, deviation = 1.0, math.sqrt(2)
     absolute = deviation * math.sqrt(2 / math.pi) * math.exp(-1 / 4) + mean * math.erf(mean / 2)
@@ -85,7 +89,7 @@ def test_the_estimate_has_no_bias_and_its_error_is_right():
 
 def test_equal_distributions_have_distance_zero_within_the_error():
     """Under equality the error is too large by a factor of sqrt(2), so fewer than 5 % of 200 values exceed 2 of them."""
-    found = [energy_distance(normal(128, 2, seed=s), normal(128, 2, seed=1000 + s)).estimate for s in range(200)]
+    found = [distance(normal(128, 2, seed=s), normal(128, 2, seed=1000 + s)).estimate for s in range(200)]
     z = np.array([float(each.value / each.stderr) for each in found])
     assert (z > 2).sum() <= 18  # P(more than 18 of 200 at 5 %) is 0.006
     assert abs(np.mean([float(each.value) for each in found])) < 4 * np.std([float(e.value) for e in found]) / 200**0.5
@@ -164,7 +168,7 @@ def test_a_model_between_the_priors_and_one_far_from_both():
 
 def test_priors_that_cannot_be_told_apart_have_no_preference():
     same = normal(64, 2)
-    known = Reference(None, {"pool": same, "gaussian": normal(64, 2, seed=1)})
+    known = Reference(None, {"pool": Sample(same), "gaussian": Sample(normal(64, 2, seed=1))})
     found = row(sample_rows(known, normal(64, 2, seed=2)), "preference")
     assert (found["finding"], found["verdict"]) == ("unclear", "invalid")
     assert "do not tell the two priors apart" in found["reasons"]

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from icl import metrics
 from icl.analysis import NotApplicableError
-from icl.analysis.prior.energy import NUM_BLOCKS, Energy, energy_distance
+from icl.analysis.prior.energy import NUM_BLOCKS, Energy, Sample, energy_distance
 from icl.analysis.prior.judging import Judgement, judge_distance, judge_preference, judge_separation
 from icl.analysis.prior.rollouts import Candidate, Draws, bayes_prompts, estimate_tasks, make_draws, model_rollouts
 from icl.analysis.run import Members, Result, as_table, over_checkpoints, setting
@@ -53,7 +53,7 @@ class Settings:
     """Options of `icl analyse RUN --what prior`."""
 
     num_samples: int = setting(
-        1024, f"number of rollouts, and of prompts of each candidate; a multiple of {NUM_BLOCKS}"
+        2048, f"number of rollouts, and of prompts of each candidate; a multiple of {NUM_BLOCKS}"
     )
     num_context: int = setting(0, "number of given examples at the beginning of each rollout")
     context: Distribution = setting("pretrain", "tasks of the given examples: the run's M training tasks, or new tasks")
@@ -71,7 +71,7 @@ class Reference(NamedTuple):
     """The estimates from prompts of each candidate, and the draws for the model's rollouts."""
 
     draws: Draws
-    samples: dict[Candidate, Float[Tensor, "B D"]]
+    samples: dict[Candidate, Sample]
 
 
 def analyse(path: Path, settings: Settings) -> Result:
@@ -104,17 +104,18 @@ def measure_members(members: Members, *, settings: Settings) -> list[Measurement
 def reference(config: RunConfig, settings: Settings) -> Reference:
     """Return the estimates of the candidates' prompts, which are the same at all saved steps."""
     names: tuple[Candidate, ...] = ("gaussian",) if config.task.is_gaussian else ("pool", "gaussian")
-    samples: dict[Candidate, Tensor] = {}
+    samples: dict[Candidate, Sample] = {}
     for name in names:
         draws = make_draws(config, name, settings.num_samples, settings.context)
         targets = bayes_prompts(config, name, draws, num_context=settings.num_context)
-        samples[name] = estimate_tasks(draws.xs, targets, noise_variance=config.task.noise_variance)
+        samples[name] = Sample(estimate_tasks(draws.xs, targets, noise_variance=config.task.noise_variance))
     return Reference(make_draws(config, "model", settings.num_samples, settings.context), samples)
 
 
 def sample_rows(known: Reference, tasks: Float[Tensor, "B D"]) -> Iterator[Row]:
     """Yield the rows of one model, from the estimates of its rollouts."""
-    distances = {name: energy_distance(tasks, samples) for name, samples in known.samples.items()}
+    own = Sample(tasks)
+    distances = {name: energy_distance(own, sample) for name, sample in known.samples.items()}
     separation = _separation(known)
     for name, distance in distances.items():
         judgement = judge_distance(distance.estimate)
@@ -135,8 +136,8 @@ def candidate_rows(known: Reference) -> Iterator[Row]:
     separation = _separation(known)
     if separation is not None:
         yield _row("separation", "", separation.estimate, judge_separation(separation.estimate))
-    for name, samples in known.samples.items():
-        yield _mean_square_row(name, samples)
+    for name, sample in known.samples.items():
+        yield _mean_square_row(name, sample.points)
 
 
 def require_rollouts(config: RunConfig, settings: Settings) -> None:

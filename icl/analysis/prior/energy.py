@@ -12,6 +12,8 @@ jackknife variance of the J estimates includes the errors of all samples. If P =
 (Efron and Stein 1981), because the estimate then depends on pairs only; so 2 standard errors are then about 2.8 true ones.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,18 @@ from torch import Tensor
 from icl.metrics import Estimate
 
 NUM_BLOCKS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A sample of n points, where n is a multiple of `NUM_BLOCKS` and larger than it."""
+
+    points: Float[Tensor, "n D"]
+
+    @cached_property
+    def within(self) -> tuple[Tensor, Tensor]:
+        """The mean distance of two different points, and the means without each block. They are used for several distances."""
+        return _mean_distance(self.points, self.points)
 
 
 class Energy(NamedTuple):
@@ -41,14 +55,10 @@ class Energy(NamedTuple):
         return Estimate(self.value, ((count - 1) / count * squares).sqrt())
 
 
-def energy_distance(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"]) -> Energy:
-    """Return the energy distance of two samples of the same size, which is a multiple of `NUM_BLOCKS` and larger than it."""
-    across, within_first, within_second = (
-        _mean_distance(*pair) for pair in ((first, second), (first, first), (second, second))
-    )
-    return Energy(
-        *(2 * a - b - c for a, b, c in zip(across, within_first, within_second, strict=True)),
-    )
+def energy_distance(first: Sample, second: Sample) -> Energy:
+    """Return the energy distance of two samples of the same size."""
+    across = _mean_distance(first.points, second.points)
+    return Energy(*(2 * a - b - c for a, b, c in zip(across, first.within, second.within, strict=True)))
 
 
 def _mean_distance(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"]) -> tuple[Tensor, Tensor]:
