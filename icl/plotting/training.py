@@ -121,7 +121,7 @@ def plot_training(
     if "train/nll" in metrics:
         _draw_curves(curves, metrics, nll or {}, quantity="nll")
     else:
-        _draw_curves(curves, metrics, losses["pretrain"].loc["mean"], quantity="loss")
+        _draw_curves(curves, metrics, losses["pretrain"].loc["mean"].to_dict(), quantity="loss")
     _draw_positions(pretrain, losses["pretrain"].drop(index="mean"), "After training: the M training tasks")
     _draw_positions(true, losses["true"].drop(index="mean"), "After training: new tasks, w ~ N(0, I)")
     _share_limits([pretrain, true], losses)
