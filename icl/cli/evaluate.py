@@ -104,6 +104,10 @@ def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
     )
     print("of the query, they are values at the query. Losses and squared distances are per target.\n")
     print(means.reindex(last["distribution"].unique()).to_string(float_format="{:.4g}".format, na_rep="-"))
+    excess = last[last["quantity"] == "bayes_excess"].set_index("distribution")
+    print("\nLoss minus that of the Bayes predictor, on the same prompts (± standard error of the paired difference):")
+    for distribution, row in excess.iterrows():
+        print(f"{distribution:9s} {row['value']:.4g} ± {row['stderr']:.2g}")
     for label, written in _deliver(path, numbers, baselines, options.out):
         print(f"{label:9s} {written}")
     return 0
@@ -113,7 +117,8 @@ def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> in
     """Evaluate all runs. Return 1 if a run could not be evaluated or written; the numbers of the other runs are still written."""
     import pandas as pd
 
-    from icl.whole_runs import RunEvaluator, headline_table, write_numbers
+    from icl.runs.checkpoints import read_config_of
+    from icl.whole_runs import RunEvaluator, evaluation_over_seeds, headline_table, write_numbers
 
     tables: dict[str, tuple[pd.DataFrame, pd.DataFrame]] = {}
     problems: dict[str, UserError] = {}
@@ -141,10 +146,24 @@ def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> in
     )
     print("Last step of each run: means over positions. Losses and squared distances are per target.\n")
     print(headline_table(numbers, by="run").to_string(float_format="{:.4g}".format, na_rep="-"))
+    configs = {name: read_config_of(_checkpoints(subjects[name])[0]) for name in tables}
+    seeds = evaluation_over_seeds(numbers, configs)
+    _show_seeds(seeds)
     print("\nNumbers   results/evaluation.csv, results/baselines.csv and figures/evaluation.png of each run")
     if options.out is not None:
-        print(f"Output    {write_numbers(options.out, numbers, baselines)}")
+        print(f"Output    {write_numbers(options.out, numbers, baselines, seeds)}")
+        if options.out.suffix == ".csv" and len(seeds):
+            print(f"Seeds     {write_numbers(options.out.with_stem(f'{options.out.stem}-seeds'), seeds, baselines)}")
     return 1 if problems else 0
+
+
+def _show_seeds(seeds: "pd.DataFrame") -> None:
+    """Print the main numbers of runs that differ only in their seeds, if there are any."""
+    from icl.whole_runs import seeds_headline
+
+    if len(seeds):
+        print("\nOver seeds: mean ± standard error over seeds, or the two values if there are only two seeds.\n")
+        print(seeds_headline(seeds).to_string(na_rep="-"))
 
 
 def _checkpoints(path: Path) -> list[Path]:

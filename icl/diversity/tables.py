@@ -21,7 +21,7 @@ from icl.runs.checkpoints import CheckpointError, checkpoint_files
 from icl.runs.folder import RunFolder
 from icl.whole_runs import RunEvaluator
 
-COLUMNS = ("num_tasks", "step", "checkpoint_hash", "distribution", "quantity", "position", "value", "stderr")
+COLUMNS = ("num_tasks", "step", "checkpoint_hash", "distribution", "quantity", "position", "value", "stderr", "prompts")
 
 
 class Evaluation(NamedTuple):

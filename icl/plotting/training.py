@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from icl.build import build_evaluation_sets
 from icl.config import RunConfig, TaskConfig
-from icl.evaluation.sets import EvaluationSet, excess_over_optimum, predict_prompts, tabulate_losses
+from icl.evaluation.sets import EvaluationSet, predict_prompts, tabulate_losses
 from icl.files.reading import ContentError
 from icl.files.tables import read_table
 from icl.model.stacked import apply, stack
@@ -36,19 +36,18 @@ class DrawnRun(NamedTuple):
 
     losses: pd.DataFrame
     """Losses on the training tasks: a row for each position and a row for the mean over positions, with a column for
-    each predictor."""
+    each predictor, and two for the excess over the optimum and its standard error."""
     figure: Path
     """Path of the figure."""
     optimum: str
     """Bayes predictor for the training tasks: `ridge` for M = inf, else `dmmse`."""
-    excess: float
-    """Mean loss of the model minus the mean loss of the optimum, on the same prompts."""
-    excess_stderr: float
-    """Standard error of `excess`."""
 
 
 def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | None = None) -> DrawnRun:
     """Draw a run with the losses of its last checkpoint; write `results/losses.csv` and `figures/training.png`.
+
+    The losses are on other prompts than those of the learning curves (`icl.evaluation.sets.REPORT`). So if early stopping chose the
+    last checkpoint, the losses are not too low because of this choice.
 
     Args:
         folder: Folder of the run.
@@ -67,9 +66,6 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
     predict, params = partial(apply, config.model), stack([checkpoint.params])
     predictions = {name: predict_prompts(predict, params, prompt_set.prompts)[0] for name, prompt_set in sets.items()}
     losses = {name: tabulate_losses(predictions[name], prompt_set) for name, prompt_set in sets.items()}
-    optimum, excess = excess_over_optimum(
-        predictions["pretrain"], sets["pretrain"], is_gaussian=config.task.is_gaussian
-    )
     folder.write_result(_TABLE, pd.concat(losses, names=["distribution"]).to_csv(float_format="%.9g"))
     num_tasks = "∞" if config.task.is_gaussian else f"{config.task.num_tasks:,}"
     title = (
@@ -78,7 +74,7 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
     )
     figure = plot_training(_read_metrics(folder, config), losses, title=title)
     path = save_figure(figure, folder.figures / _FIGURE)
-    return DrawnRun(losses["pretrain"], path, optimum, float(excess.value), float(excess.stderr))
+    return DrawnRun(losses["pretrain"], path, sets["pretrain"].bayes or "")
 
 
 def drawn_losses(folder: RunFolder) -> pd.DataFrame | None:
@@ -160,7 +156,8 @@ def _draw_positions(axes: Axes, losses: pd.DataFrame, title: str) -> None:
 
 def _share_limits(panels: list[Axes], losses: Mapping[str, pd.DataFrame]) -> None:
     """Give the panels the same y axis, which fits the losses of every predictor except OLS. OLS can have an infinite mean loss."""
-    shown = pd.concat([table.drop(index="mean").drop(columns="ols", errors="ignore") for table in losses.values()])
+    names = [name for name in PREDICTORS if name != "ols"]
+    shown = pd.concat([table.drop(index="mean").filter(items=names) for table in losses.values()])
     values = shown.to_numpy(dtype=float)
     positive = values[np.isfinite(values) & (values > 0)]
     highest, lowest = (positive.max(), positive.min()) if len(positive) else (1.0, 1.0)

@@ -49,14 +49,15 @@ from icl.analysis.mixture.judging import judge_bayes, judge_fixed, verdict
 from icl.analysis.run import Members, Result, as_table, named_runs, over_checkpoints, setting
 from icl.config import RunConfig
 from icl.config.validation import require, require_count
-from icl.evaluation.sets import predict_prompts
+from icl.evaluation.sets import REPORT, predict_prompts
 from icl.model.stacked import apply
 from icl.runs.checkpoints import checkpoint_files, read_config_of
 from icl.runs.measure import Measurement
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts
 
-VERSION = 1
+VERSION = 2
+"""Version 2 measures on other prompts: those of `icl.evaluation.sets.REPORT`."""
 SETS = ("pretrain", "true")
 
 Row = dict[str, Any]
@@ -146,7 +147,8 @@ def references(config: RunConfig, num_prompts: int) -> list[Reference]:
     """
     require_mixture(config)
     return [
-        reference(config, name, sample_prompts(config, stream=name, step=0, batch_size=num_prompts)) for name in SETS
+        reference(config, name, sample_prompts(config, stream=name, step=REPORT, batch_size=num_prompts))
+        for name in SETS
     ]
 
 
