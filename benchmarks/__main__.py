@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("data/benchmarks"), help="folder of the output (default data/benchmarks)"
     )
-    parser.add_argument("--only", default="", help="measure only the cases whose name contains this text; write no file")
+    parser.add_argument(
+        "--only", default="", help="measure only the cases whose name contains this text; write no file"
+    )
     arguments = parser.parse_args()
     device = choose_device()
     machine = describe_machine(device)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from benchmarks.application import measure_application
 from benchmarks.peers import dmmse_by_prefix, matrix_products, plain_loop
@@ -133,7 +134,7 @@ def take_evaluation_turns(device: str, seconds: float) -> list[Turn]:
             save_checkpoint(run.checkpoints, step, CONFIG, {key: (1 + 1e-3 * step) * p for key, p in weights.items()})
         files, model, number = checkpoint_files(run.path), build_model(CONFIG).to(device), CONFIG.evaluation.num_prompts
         sets = build_evaluation_sets(CONFIG, num_prompts=number, device=device)
-        evaluator = RunEvaluator(shifts=(), compiled=True)
+        evaluator = RunEvaluator(shifts=(), compiled=True, bar=tqdm(disable=True))
 
         def loop() -> None:
             for file in files:

@@ -122,8 +122,10 @@ def seed_groups(configs: Mapping[str, RunConfig]) -> dict[str, list[str]]:
     return groups
 
 
-def pool_runs(table: pd.DataFrame, groups: Mapping[str, Sequence[str]], *, by: Sequence[str]) -> pd.DataFrame:
+def pool_runs(
+    table: pd.DataFrame, groups: Mapping[str, Sequence[str]], *, by: Sequence[str], is_step: bool = False
+) -> pd.DataFrame:
     """Return `pool` of a table with a column `run`, for each group of at least two runs. The first column is `runs`, the group's name."""
     label = {run: name for name, runs in groups.items() if len(runs) > 1 for run in runs}
     inside = table[table["run"].isin(list(label))]
-    return pool(inside.assign(runs=inside["run"].map(label)), by=["runs", *by])
+    return pool(inside.assign(runs=inside["run"].map(label)), by=["runs", *by], is_step=is_step)

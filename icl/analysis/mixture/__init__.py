@@ -20,7 +20,9 @@ Rows of a whole run (`icl.analysis.mixture.findings`):
 
 Rows of all runs together, `run` = `all`:
 
-- `growth_exponent`: the exponent a of t + 1 ~ M^a, where t is the last transition to dMMSE of the run with M tasks.
+- `growth_exponent`: the exponent a of t + 1 ~ M^a, where t is the last transition to dMMSE of the run with M tasks. If there are ladders of
+  several seeds, each seed gives an exponent, in a row of its own, and `all` has their mean with the error over seeds (`num_seeds`; from
+  three seeds on, `lower` and `upper` are the 95 % interval).
 - `curve_alpha`, `curve_beta`, `curve_gamma`, `curve_r2`: the curve of Wurgaft et al. 2025 (`icl.analysis.mixture.theory`). Its value
   at each saved step is `curve_weight`. At the steps of the fit, `curve_residual` is the weight minus this value. `curve_step` is the
   step at which a run's curve crosses 1/2.
@@ -106,7 +108,7 @@ def analyse(path: Path, settings: Settings) -> Result:
     for name, folder in runs.items():
         measure = partial(measure_members, settings=step_settings)
         entries, config = over_checkpoints("mixture", folder, step_settings, measure, version=VERSION)
-        run = RunFits(name, config.task, entries, _reference_rows(config, settings.num_prompts))
+        run = RunFits(name, config.task, entries, _reference_rows(config, settings.num_prompts), config.seeds)
         measured.append(run)
         labels = {"run": name, "num_tasks": config.task.num_tasks}
         steps = [
