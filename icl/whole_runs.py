@@ -233,31 +233,35 @@ def headline_table(table: pd.DataFrame, *, by: str) -> pd.DataFrame:
     return means.sort_index(axis=1).reindex(order_of_table)
 
 
-def evaluation_over_seeds(numbers: pd.DataFrame, configs: Mapping[str, RunConfig]) -> pd.DataFrame:
+def evaluation_over_seeds(
+    numbers: pd.DataFrame, configs: Mapping[str, RunConfig], *, only_last: bool = False
+) -> pd.DataFrame:
     """Return every number of an evaluation over the runs that differ only in their seeds (`icl.analysis.seeds`).
 
     Args:
         numbers: The first tables from `evaluate_run` of several runs, joined, with a column `run`.
         configs: The settings of these runs, by the names in this column.
+        only_last: Whether to pool only the last step of each run. Runs that stopped early may have different last steps.
 
     Returns:
-        Columns `runs` (the settings in which the groups differ), step, distribution, quantity, position, value (the mean over seeds), stderr
-        (over prompts, an upper bound), seed_stderr, num_seeds, low, high and prompts. There are no rows if no two runs differ
-        only in their seeds.
+        Columns `runs` (the settings in which the groups differ), step (unless `only_last`), distribution, quantity, position, value (the
+        mean over seeds), stderr (over prompts, an upper bound), seed_stderr, num_seeds, low, high and prompts. There are no rows
+        if no two runs differ only in their seeds.
     """
-    keys = ["step", "distribution", "quantity", "position"]
+    keys = ["distribution", "quantity", "position"] if only_last else ["step", "distribution", "quantity", "position"]
+    if only_last:
+        numbers = numbers[numbers["step"] == numbers.groupby("run")["step"].transform("max")]
     return pool_runs(numbers, seed_groups(configs), by=keys).assign(prompts=PROMPTS)
 
 
 def seeds_headline(pooled: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per group of `evaluation_over_seeds`: main numbers of the last step, as text."""
-    last = pooled[pooled["step"] == pooled.groupby("runs")["step"].transform("max")]
-    rows = last[(last["position"] == "mean") & last["distribution"].isin(["pretrain", "true"])]
+    """Return one row per group of `evaluation_over_seeds` with `only_last`: the main numbers as text."""
+    rows = pooled[(pooled["position"] == "mean") & pooled["distribution"].isin(["pretrain", "true"])]
     rows = rows[rows["quantity"].isin(_HEADLINES)]
     texts = [pooled_text(row) for row in rows.to_dict("records")]
-    index = ["runs", "num_seeds"]
-    return rows.assign(text=texts).pivot_table(
-        index=index, columns=["distribution", "quantity"], values="text", aggfunc="first", sort=False
+    counts = rows.groupby("runs")["num_seeds"].transform("max")
+    return rows.assign(text=texts, num_seeds=counts).pivot_table(
+        index=["runs", "num_seeds"], columns=["distribution", "quantity"], values="text", aggfunc="first", sort=False
     )
 
 

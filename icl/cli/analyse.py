@@ -49,7 +49,7 @@ def run(words: list[str]) -> int:
             raise StorageError(f"Figures are written as .png, .pdf or .svg, got {options.output_plot}.")
         require_output(options.output_plot, path)
     path = require_place(path)
-    if ANALYSES.get(chosen[0], ANALYSES["diversity"]).of == "run" and (runs := _runs_below(path)):
+    if ANALYSES[chosen[0]].of == "run" and (runs := _runs_below(path)):
         return analyse_runs(chosen, path, runs, options, _analyse)
     if len(chosen) > 1:
         return _analyse_all(chosen, path, options)

@@ -12,7 +12,7 @@ from scipy.stats import multivariate_normal
 from tiny_runs import TINY, change
 
 from icl.analysis import NotApplicableError
-from icl.analysis.mixture import Settings, analyse, findings, fit_rows, fits, reference
+from icl.analysis.mixture import Settings, analyse, findings, fit_rows, fits, reference, references
 from icl.analysis.mixture.findings import RunFits, ladder_rows, transition_rows
 from icl.analysis.mixture.fits import MAX_LOG_ODDS
 from icl.analysis.mixture.theory import CurvePoints, fit_curve, log_odds, table_bits
@@ -340,7 +340,7 @@ def test_prompts_are_those_of_the_evaluation():
     from icl.evaluation.sets import evaluation_set
 
     each = evaluation_set(WORLD, "true", num_prompts=32)
-    pair = reference(WORLD, "true", prompts("true", count=32)).pair
+    pair = references(WORLD, 32)[1].pair
     assert isinstance(each.prompts, Prompts)
     torch.testing.assert_close(pair.ridge.float(), each.baselines["ridge"])
     torch.testing.assert_close((pair.ridge + pair.difference).float(), each.baselines["dmmse"], rtol=1e-3, atol=1e-4)
