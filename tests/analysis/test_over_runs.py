@@ -146,7 +146,7 @@ def test_the_command_analyses_all_runs_of_a_folder_and_pools_them(folder, capsys
     known = over_seeds(float(part["value"].iloc[0]) for part in last)
     assert (row["value"], row["seed_stderr"], row["low"]) == pytest.approx((known.mean, known.stderr, known.low))
     assert (folder / "behaviour-seeds.png").is_file()
-    assert main(["analyse", str(folder), "--what", "behaviour", "--out", str(folder / "x.csv")]) == 1
+    assert main(["analyse", str(folder), "--what", "behaviour", "--out", str(folder / "x.csv")]) == 2
     assert "is for one run" in capsys.readouterr().err
 
 

@@ -92,7 +92,7 @@ def test_experiments_that_differ_in_more_than_seeds_are_refused(base, other, cap
         require_same_experiment({"a": find_runs(base), "b": find_runs(base)})
     run = find_runs(other)["4"]
     run.write_config(change(run.read_config(), optim={"lr": 0.5}))
-    assert main(["evaluate", "--checkpoint_base_dir", f"{base},{other}"]) == 1
+    assert main(["evaluate", "--checkpoint_base_dir", f"{base},{other}"]) == 2
     assert "`optim.lr` was" in capsys.readouterr().err
 
 
