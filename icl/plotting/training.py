@@ -13,7 +13,14 @@ from matplotlib.ticker import MaxNLocator
 
 from icl.build import build_evaluation_sets
 from icl.config import RunConfig, TaskConfig
-from icl.evaluation.sets import EvaluationSet, predict_prompts, tabulate_losses
+from icl.evaluation.sets import (
+    MONITOR,
+    EvaluationSet,
+    evaluate_baselines,
+    evaluation_set,
+    predict_prompts,
+    tabulate_losses,
+)
 from icl.files.reading import ContentError
 from icl.files.tables import read_table
 from icl.model.stacked import apply, stack
@@ -61,8 +68,11 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
     key = (config.task, config.task_sequence, config.seeds.evaluation, config.evaluation.num_prompts)
     shared = {} if shared is None else shared
     if key not in shared:
-        shared[key] = build_evaluation_sets(config, num_prompts=config.evaluation.num_prompts)
-    sets = {prompt_set.name: prompt_set for prompt_set in shared[key]}
+        number = config.evaluation.num_prompts
+        monitor = evaluation_set(config, "pretrain", num_prompts=number, step=MONITOR)
+        shared[key] = [monitor, *build_evaluation_sets(config, num_prompts=number)]
+    monitor, *reported = shared[key]
+    sets = {prompt_set.name: prompt_set for prompt_set in reported}
     predict, params = partial(apply, config.model), stack([checkpoint.params])
     predictions = {name: predict_prompts(predict, params, prompt_set.prompts)[0] for name, prompt_set in sets.items()}
     losses = {name: tabulate_losses(predictions[name], prompt_set) for name, prompt_set in sets.items()}
@@ -72,7 +82,9 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
         f"{folder.path.name}   (M = {num_tasks}, D = {config.task.task_size}, "
         f"σ² = {config.task.noise_variance:g}, step {checkpoint.step:,})"
     )
-    figure = plot_training(_read_metrics(folder, config), losses, title=title)
+    # The lines beside the learning curves are for the same prompts as these curves.
+    means = {row["quantity"]: row["value"] for row in evaluate_baselines([monitor]) if row["position"] == "mean"}
+    figure = plot_training(_read_metrics(folder, config), losses, title=title, levels=means)
     path = save_figure(figure, folder.figures / _FIGURE)
     return DrawnRun(losses["pretrain"], path, sets["pretrain"].bayes or "")
 
@@ -97,7 +109,9 @@ def _read_metrics(folder: RunFolder, config: RunConfig) -> pd.DataFrame:
         ) from None
 
 
-def plot_training(metrics: pd.DataFrame, losses: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
+def plot_training(
+    metrics: pd.DataFrame, losses: Mapping[str, pd.DataFrame], *, title: str, levels: Mapping[str, float] | None = None
+) -> Figure:
     """Plot the learning curves, then the loss at each position on the training tasks and on new tasks.
 
     Args:
@@ -105,9 +119,10 @@ def plot_training(metrics: pd.DataFrame, losses: Mapping[str, pd.DataFrame], *, 
         losses: Tables of the loss per target on `pretrain` and on `true`. Each has a row for each position 1..K and a
             row `mean`, and a column for each predictor that applies (of `model`, `ridge`, `dmmse`, `ols`, `zero`).
         title: Title of the figure.
+        levels: Mean losses of the predictors on the prompts of the learning curves; by default those in `losses`.
     """
     figure, (curves, pretrain, true) = new_figure(3, width=4.6, title=title)
-    _draw_curves(curves, metrics, losses["pretrain"].loc["mean"])
+    _draw_curves(curves, metrics, losses["pretrain"].loc["mean"] if levels is None else levels)
     _draw_positions(pretrain, losses["pretrain"].drop(index="mean"), "After training: the M training tasks")
     _draw_positions(true, losses["true"].drop(index="mean"), "After training: new tasks, w ~ N(0, I)")
     _share_limits([pretrain, true], losses)
@@ -115,7 +130,7 @@ def plot_training(metrics: pd.DataFrame, losses: Mapping[str, pd.DataFrame], *, 
     return figure
 
 
-def _draw_curves(axes: Axes, metrics: pd.DataFrame, levels: pd.Series) -> None:
+def _draw_curves(axes: Axes, metrics: pd.DataFrame, levels: pd.Series | Mapping[str, float]) -> None:
     """Draw losses over training, with the mean losses of the predictors as horizontal lines."""
     trained = metrics.dropna(subset=["train/loss"])
     axes.plot(trained["step"], trained["train/loss"], color=SKY, linewidth=1.0, label="training batches")
