@@ -5,6 +5,8 @@ process, with the same number of threads and the same precision. The ratio is th
 on the machine and its other users, but ratios do so much less. The device is the best one that the machine has. Example:
 
     python -m benchmarks --seconds 20 --out data/benchmarks
+
+With `--only "icl evaluate"`, only the cases whose name contains these words are measured, and no file is written.
 """
 
 import argparse
@@ -33,6 +35,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("data/benchmarks"), help="folder of the output (default data/benchmarks)"
     )
+    parser.add_argument(
+        "--only", default="", help="measure only the cases whose name contains this text; write no file"
+    )
     arguments = parser.parse_args()
     device = choose_device()
     machine = describe_machine(device)
@@ -42,10 +47,16 @@ def main() -> None:
     command, target = f"python -m benchmarks --seconds {arguments.seconds:g}", arguments.out / f"{device}.json"
     ratios: list[Ratio] = []
     for case in make_cases(device):
+        if arguments.only not in case.name:
+            continue
         ratios.append(Ratio.over(case.turns(arguments.seconds), name=case.name, target=case.target))
         print(row(ratios[-1]), flush=True)
+        if arguments.only:
+            continue
         content = {"command": command, **machine, "ratios": [ratio._asdict() for ratio in ratios]}
         write_atomically(target, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    if arguments.only:
+        return
     figure = save_figure(plot_ratios(ratios, " · ".join(list(machine.values())[:3])), target.with_suffix(".png"))
     print(f"Wrote {target} and {figure}.")
 

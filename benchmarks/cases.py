@@ -4,27 +4,36 @@ Our step is compared with a plain training loop, with training the members of a 
 products alone.
 """
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from benchmarks.application import measure_application
 from benchmarks.peers import dmmse_by_prefix, matrix_products, plain_loop
 from benchmarks.sampling import devinterp_chains, has_devinterp, our_chains
 from benchmarks.turns import Side, Turn, take_turns
 from icl.baselines import dmmse
-from icl.build import build_model
+from icl.build import build_evaluation_sets, build_model
 from icl.compute.step import adam_state, make_step
 from icl.evaluation.sets import evaluate, evaluate_predictions, evaluation_set
 from icl.model.flat import layout_of
 from icl.model.stacked import apply, stack
 from icl.presets import preset
+from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file, save_checkpoint
+from icl.runs.folder import RunFolder
 from icl.tasks.priors import task_pool
 from icl.training.data import PromptStream
+from icl.whole_runs import RunEvaluator
 
 CONFIG = preset("L2H4")
+NUM_CHECKPOINTS = 190
+"""Number of checkpoints of a whole run, as in Hoogland et al. 2024."""
 
 
 class Case(NamedTuple):
@@ -58,6 +67,7 @@ def make_cases(device: str) -> Iterator[Case]:
     yield Case(f"{many // 2} members / {many}, compiled", against(half, packed, 2), "1")
     yield Case("matrix products alone / one member, compiled", against(Side(matrix_products(CONFIG, device)), one))
     yield Case("loop over checkpoints / 16 at once, evaluation", against(*evaluation_sides(16, device)))
+    yield Case(f"loop over checkpoints / icl evaluate, {NUM_CHECKPOINTS}", partial(take_evaluation_turns, device), "4")
     yield Case("loop over prefixes / dMMSE, M = 2^14", against(*dmmse_sides(device)), "5")
     yield from sampling_cases(device)
     yield Case("bare loop / the application, one member", partial(measure_application, CONFIG, device, one.call), "0.9")
@@ -109,6 +119,36 @@ def evaluation_sides(num_checkpoints: int, device: str) -> tuple[Side, Side]:
                 evaluate_predictions(one, predictions.unsqueeze(0))
 
     return Side(loop, calls=1), Side(lambda: evaluate(predict, together, sets), calls=1)
+
+
+def take_evaluation_turns(device: str, seconds: float) -> list[Turn]:
+    """Evaluate all checkpoint files of a run: in a plain loop, and as `icl evaluate` does, on the training tasks and on new tasks.
+
+    Both sides read the files, and compute prompts and baselines once, before the first turn that counts. Ours also compiles
+    before that turn. It saves the numbers of each checkpoint in the run's folder, as the command does; the loop keeps them in memory.
+    """
+    with tempfile.TemporaryDirectory(prefix="icl-bench-") as name:
+        run = RunFolder(Path(name))
+        weights = {key: p.detach() for key, p in build_model(CONFIG).named_parameters()}
+        for step in range(NUM_CHECKPOINTS):
+            save_checkpoint(run.checkpoints, step, CONFIG, {key: (1 + 1e-3 * step) * p for key, p in weights.items()})
+        files, model, number = checkpoint_files(run.path), build_model(CONFIG).to(device), CONFIG.evaluation.num_prompts
+        sets = build_evaluation_sets(CONFIG, num_prompts=number, device=device)
+        evaluator = RunEvaluator(shifts=(), compiled=True, bar=tqdm(disable=True))
+
+        def loop() -> None:
+            for file in files:
+                model.load_state_dict(load_checkpoint_file(file).params)
+                for one in sets:
+                    with torch.no_grad():
+                        predictions = model(one.prompts.xs, one.prompts.ys)
+                    evaluate_predictions(one, predictions.unsqueeze(0))
+
+        def ours() -> None:
+            shutil.rmtree(run.results, ignore_errors=True)
+            evaluator(run.path)
+
+        return take_turns(Side(loop, calls=1), Side(ours, calls=1), device, seconds)
 
 
 def dmmse_sides(device: str) -> tuple[Side, Side]:

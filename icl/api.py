@@ -21,6 +21,7 @@ from icl.build import build_checkpoint_model
 from icl.config import CheckpointsConfig, EarlyStoppingConfig, EvaluationConfig, RunConfig, TaskConfig
 from icl.config.validation import ConfigError, parse_num_tasks, plain_number, require, whole
 from icl.evaluation.prediction import parameter_of, predict_from_prompt
+from icl.evaluation.sets import REPORT
 from icl.importing.run import SUFFIXES, load_older_file
 from icl.model.transformer import Transformer
 from icl.presets import preset
@@ -249,7 +250,9 @@ def evaluate_ood_score(
     loss = metrics.PositionLoss(max_examples=model.max_examples)
     loss.set_dtype(torch.promote_types(parameter.dtype, torch.float32))
     for start in range(0, n_samples, batch_size):
-        prompts = source.sample(range(1), range(start, min(start + batch_size, n_samples)), device=parameter.device)
+        prompts = source.sample(
+            range(REPORT, REPORT + 1), range(start, min(start + batch_size, n_samples)), device=parameter.device
+        )
         with torch.no_grad():
             loss.update(model(prompts.xs[0].to(parameter), prompts.ys[0].to(parameter)), prompts.ys[0].to(parameter))
     score = float(loss.compute().mean.value)

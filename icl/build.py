@@ -3,7 +3,7 @@
 import torch
 
 from icl.config import RunConfig
-from icl.evaluation.sets import EvaluationSet, evaluation_set
+from icl.evaluation.sets import REPORT, EvaluationSet, evaluation_set
 from icl.model.transformer import Transformer, initialise
 from icl.runs.checkpoints import Checkpoint, CheckpointError
 
@@ -43,8 +43,13 @@ def build_checkpoint_model(checkpoint: Checkpoint, *, device: torch.device | str
 
 
 def build_evaluation_sets(
-    config: RunConfig, *, num_prompts: int, shifts: tuple[str, ...] = (), device: torch.device | str = "cpu"
+    config: RunConfig,
+    *,
+    num_prompts: int,
+    shifts: tuple[str, ...] = (),
+    step: int = REPORT,
+    device: torch.device | str = "cpu",
 ) -> list[EvaluationSet]:
-    """Return the run's evaluation sets: `pretrain`, `true` and these shifts."""
+    """Return the run's evaluation sets: `pretrain`, `true` and these shifts. With `step=MONITOR`, they are those of training."""
     names = ("pretrain", "true", *shifts)
-    return [evaluation_set(config, name, num_prompts=num_prompts, device=device) for name in names]
+    return [evaluation_set(config, name, num_prompts=num_prompts, step=step, device=device) for name in names]

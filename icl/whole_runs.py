@@ -9,7 +9,7 @@ than evaluating all the models.
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,17 +19,23 @@ import pandas as pd
 import torch
 
 from icl.analysis.run import Members, over_checkpoints, torch_device
+from icl.analysis.seeds import pool_runs, pooled_text, seed_groups
 from icl.compute.calls import keep_freed_memory
 from icl.config import ModelConfig, RunConfig, SeedsConfig
 from icl.config.validation import ConfigError, whole
-from icl.evaluation.sets import VERSION, EvaluationSet, evaluate, evaluate_baselines, evaluation_set
+from icl.evaluation.predictors import compiled_apply, compiling_pays
+from icl.evaluation.sets import VERSION, EvaluationSet, Predict, evaluate, evaluate_baselines, evaluation_set
 from icl.files.writing import plain_rows, table_format, write_atomically
 from icl.model.stacked import apply, target_losses
-from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
+from icl.runs.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file
 from icl.runs.folder import run_of
 from icl.runs.measure import Measurement, entry_rows
 from icl.tasks.shifts import SHIFTS, available_shifts, require_shift
 
+PROMPTS = "report"
+"""Value of the column `prompts`: the fixed prompts of `icl.evaluation.sets.REPORT`. A table without this column is older, and has the
+prompts on which training evaluates and stops early (`MONITOR`)."""
+_HEADLINES = ("loss", "bayes_excess", "delta_dmmse", "delta_ridge")
 _SETS_KEPT = 64
 """Number of evaluation sets kept in memory, enough for about three runs. Runs that share sets usually follow each other."""
 
@@ -50,6 +56,7 @@ class RunEvaluator:
         num_prompts: int | None = None,
         num_ood_prompts: int | None = None,
         shifts: Sequence[str] | None = None,
+        compiled: bool | None = None,
         bar: Any = None,
     ) -> None:
         """Set the options of the evaluation, which are the same for all runs.
@@ -58,6 +65,7 @@ class RunEvaluator:
             num_prompts: Number of prompts per set; None uses each run's `evaluation.num_prompts`.
             num_ood_prompts: Number of prompts per set, except for the set of training tasks (`pretrain`); None uses `num_prompts`.
             shifts: Names from `icl.tasks.shifts.SHIFTS`; None uses all that are possible for the run's D and K.
+            compiled: Whether to compile the forward pass on a CPU; None compiles if a run has so much work that this saves time.
             bar: Progress bar over the checkpoints of all runs; None gives each run its own.
 
         Raises:
@@ -73,11 +81,14 @@ class RunEvaluator:
             require_shift(name)
         keep_freed_memory()
         self.num_prompts, self.num_ood_prompts, self.shifts, self.bar = num_prompts, num_ood_prompts, shifts, bar
+        self.compiled, self._compiled = compiled, dict[ModelConfig, Predict]()
         self._set = lru_cache(maxsize=_SETS_KEPT)(partial(_make_set, torch_device()))
 
     def __call__(self, path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Evaluate one run or checkpoint; the result is the same as from `evaluate_run`."""
-        config = load_checkpoint_file(checkpoint_files(path)[0]).config
+        files = checkpoint_files(path)
+        first = load_checkpoint_file(files[0])
+        config = first.config
         num_prompts = config.evaluation.num_prompts if self.num_prompts is None else self.num_prompts
         settings = _EvaluationSettings(
             num_prompts=num_prompts,
@@ -87,13 +98,29 @@ class RunEvaluator:
         sets = [self._shared_set(config, "pretrain", settings.num_prompts)]
         sets += [self._shared_set(config, name, settings.num_ood_prompts) for name in settings.distributions]
 
+        predict = self._predictor(first, sets, num_checkpoints=len(files))
+
         def measure(members: Members) -> list[Measurement]:
             model = members.config.model
             nll = partial(target_losses, model) if model.has_density else None
-            return [Measurement(rows) for rows in evaluate(partial(apply, model), members.params, sets, nll=nll)]
+            return [Measurement(rows) for rows in evaluate(predict, members.params, sets, nll=nll)]
 
         entries, _ = over_checkpoints("evaluation", Path(path), settings, measure, version=VERSION, bar=self.bar)
-        return pd.DataFrame(entry_rows(entries)), pd.DataFrame(evaluate_baselines(sets))
+        numbers, references = pd.DataFrame(entry_rows(entries)), pd.DataFrame(evaluate_baselines(sets))
+        return numbers.assign(prompts=PROMPTS), references.assign(prompts=PROMPTS)
+
+    def _predictor(self, first: Checkpoint, sets: Sequence[EvaluationSet], *, num_checkpoints: int) -> Predict:
+        """Return the function that predicts for a run's checkpoints. By default it is compiled if the run alone has enough work for that."""
+        model, compiled = first.config.model, self.compiled
+        if compiled is None:
+            num_params = sum(tensor.numel() for tensor in first.params.values())
+            num_tokens = 2 * sum(each.prompts.ys.numel() for each in sets)
+            compiled = compiling_pays(num_params=num_params, num_tokens=num_tokens, num_checkpoints=num_checkpoints)
+        if not compiled:
+            return partial(apply, model)
+        if model not in self._compiled:
+            self._compiled[model] = compiled_apply(model)
+        return self._compiled[model]
 
     def _shared_set(self, config: RunConfig, name: str, num_prompts: int) -> EvaluationSet:
         """Return an evaluation set, from memory if another run with the same settings has used it."""
@@ -126,8 +153,9 @@ def evaluate_run(
         shifts: Names from `icl.tasks.shifts.SHIFTS`; None uses all that are possible for the run's D and K.
 
     Returns:
-        A table with one row per number (step, checkpoint_hash, distribution, quantity, position, value, stderr), and a
-        table with the losses of the baselines in the same columns without `step` and `checkpoint_hash`.
+        A table with one row per number (step, checkpoint_hash, distribution, quantity, position, value, stderr, prompts), and a
+        table with the losses of the baselines in the same columns without `step` and `checkpoint_hash`. The column `prompts` is
+        `report`: the prompts differ from those on which training evaluates and stops early.
 
     Raises:
         CheckpointError: If there is no usable checkpoint, or the checkpoints belong to different models.
@@ -169,8 +197,8 @@ def save_evaluation(
     return written
 
 
-def write_numbers(out: Path, numbers: pd.DataFrame, baselines: pd.DataFrame) -> Path:
-    """Write the first table from `evaluate_run` as .csv, or both tables as .json.
+def write_numbers(out: Path, numbers: pd.DataFrame, baselines: pd.DataFrame, seeds: pd.DataFrame | None = None) -> Path:
+    """Write the first table from `evaluate_run` as .csv, or both tables as .json. The JSON file also has `seeds`, if it has rows.
 
     Raises:
         StorageError: If `out` has a suffix other than .csv or .json, or cannot be written.
@@ -179,13 +207,16 @@ def write_numbers(out: Path, numbers: pd.DataFrame, baselines: pd.DataFrame) -> 
         text = numbers.to_csv(index=False)
     else:
         tables = {"evaluation": plain_rows(numbers), "baselines": plain_rows(baselines)}
+        tables |= {} if seeds is None or seeds.empty else {"seeds": plain_rows(seeds)}
         text = json.dumps(tables, indent=1, allow_nan=False) + "\n"
     write_atomically(out, text.encode())
     return out
 
 
 def headline_table(table: pd.DataFrame, *, by: str) -> pd.DataFrame:
-    """Return one row per run: loss and gaps at its last step, on the training tasks and on new tasks.
+    """Return one row per run: loss, excess and gaps at its last step, on the training tasks and on new tasks.
+
+    The excess over the Bayes predictor has a column for its standard error.
 
     Args:
         table: The first tables from `evaluate_run` of several runs, joined.
@@ -195,11 +226,47 @@ def headline_table(table: pd.DataFrame, *, by: str) -> pd.DataFrame:
     headline = last[
         (last["position"] == "mean")
         & last["distribution"].isin(["pretrain", "true"])
-        & last["quantity"].isin(["loss", "delta_dmmse", "delta_ridge"])
+        & last["quantity"].isin(_HEADLINES)
     ]
-    means = headline.pivot(index=[by, "step"], columns=["distribution", "quantity"], values="value")
+    errors = headline[headline["quantity"] == "bayes_excess"].assign(quantity="bayes_excess ± s.e.")
+    errors = errors.assign(value=errors["stderr"])
+    means = pd.concat([headline, errors]).pivot(
+        index=[by, "step"], columns=["distribution", "quantity"], values="value"
+    )
     order_of_table = pd.MultiIndex.from_frame(headline[[by, "step"]].drop_duplicates())  # `pivot` sorts its rows
     return means.sort_index(axis=1).reindex(order_of_table)
+
+
+def evaluation_over_seeds(
+    numbers: pd.DataFrame, configs: Mapping[str, RunConfig], *, only_last: bool = False
+) -> pd.DataFrame:
+    """Return every number of an evaluation over the runs that differ only in their seeds (`icl.analysis.seeds`).
+
+    Args:
+        numbers: The first tables from `evaluate_run` of several runs, joined, with a column `run`.
+        configs: The settings of these runs, by the names in this column.
+        only_last: Whether to pool only the last step of each run. Runs that stopped early may have different last steps.
+
+    Returns:
+        Columns `runs` (the settings in which the groups differ), step (unless `only_last`), distribution, quantity, position, value (the
+        mean over seeds), stderr (over prompts, an upper bound), seed_stderr, num_seeds, low, high and prompts. There are no rows
+        if no two runs differ only in their seeds.
+    """
+    keys = ["distribution", "quantity", "position"] if only_last else ["step", "distribution", "quantity", "position"]
+    if only_last:
+        numbers = numbers[numbers["step"] == numbers.groupby("run")["step"].transform("max")]
+    return pool_runs(numbers, seed_groups(configs), by=keys).assign(prompts=PROMPTS)
+
+
+def seeds_headline(pooled: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per group of `evaluation_over_seeds` with `only_last`: the main numbers as text."""
+    rows = pooled[(pooled["position"] == "mean") & pooled["distribution"].isin(["pretrain", "true"])]
+    rows = rows[rows["quantity"].isin(_HEADLINES)]
+    texts = [pooled_text(row) for row in rows.to_dict("records")]
+    counts = rows.groupby("runs")["num_seeds"].transform("max")
+    return rows.assign(text=texts, num_seeds=counts).pivot_table(
+        index=["runs", "num_seeds"], columns=["distribution", "quantity"], values="text", aggfunc="first", sort=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import torch
 from icl import ICRegConfig, evaluate_ood_score, load_checkpoint, load_model, train_ic_regression
 from icl.build import build_model
 from icl.config.validation import ConfigError
+from icl.evaluation.sets import REPORT
 from icl.presets import preset
 from icl.runs.checkpoints import CheckpointError
 from icl.tasks.prompts import sample_prompts
@@ -114,7 +115,7 @@ def test_another_models_checkpoint_is_refused(run):
 def test_the_ood_score_is_the_mean_squared_error_per_target():
     config = SMALL.to_run_config()
     model = build_model(config)
-    xs, ys, _ = sample_prompts(config, stream="true", step=0, batch_size=2500)
+    xs, ys, _ = sample_prompts(config, stream="true", step=REPORT, batch_size=2500)
     expected = (model(xs, ys) - ys).square().mean().item()
     score = evaluate_ood_score(model, SMALL, n_samples=2500)
     assert isinstance(score, float)

@@ -32,11 +32,11 @@ def require_multiple(name: str, num_prompts: int, num_batches: int) -> None:
     require(is_multiple, f"`{name}` must be a multiple of {num_batches} (the number of batches), got {num_prompts}.")
 
 
-def fixed_prompts(members: Members, stream: str, distribution: Distribution, count: int) -> Prompts:
-    """Return the first `count` prompts (B, K, D) of a stream of the run's `seeds.evaluation`, on the members' device."""
+def fixed_prompts(members: Members, stream: str, distribution: Distribution, count: int, *, step: int = 0) -> Prompts:
+    """Return the first `count` prompts (B, K, D) of one step of a stream of the run's `seeds.evaluation`, on the members' device."""
     source = prompt_source(members.config, stream=stream, distribution=distribution)
     device: torch.device = next(iter(members.params.values())).device
-    prompts = source.sample(range(1), range(count), device=device)
+    prompts = source.sample(range(step, step + 1), range(count), device=device)
     return Prompts(*(tensor[0] for tensor in prompts))
 
 

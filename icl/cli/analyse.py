@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from icl.analysis import ANALYSES, NotApplicableError, module_name
+from icl.cli.analyse_runs import analyse_runs
 from icl.cli.outputs import require_output, require_output_table
 from icl.command_line import CommandParser, nearest
 from icl.config.validation import ConfigError, UserError
@@ -23,6 +24,9 @@ HELP = "measure how a run develops: " + ", ".join(ANALYSES)
 _DESCRIPTION = """\
 Analyse every saved step of a run, or analyse a table. Results are stored step by step. After an interruption, the same
 command continues with the next step. If the run has saved more steps in the meantime, only the new steps are analysed.
+
+If FOLDER has runs below it, each run is analysed. The findings of `behaviour`, `mixture` and `stages` are then pooled over the runs that
+differ only in their seeds, with the error over seeds, in FOLDER/NAME-seeds.csv and FOLDER/NAME-seeds.png.
 
 analyses (`icl analyse --what NAME --help` lists the options of one analysis):
 """
@@ -45,10 +49,24 @@ def run(words: list[str]) -> int:
             raise StorageError(f"Figures are written as .png, .pdf or .svg, got {options.output_plot}.")
         require_output(options.output_plot, path)
     path = require_place(path)
+    if ANALYSES[chosen[0]].of == "run" and (runs := _runs_below(path)):
+        return analyse_runs(chosen, path, runs, options, _analyse)
     if len(chosen) > 1:
         return _analyse_all(chosen, path, options)
     _analyse(chosen[0], path, options)
     return 0
+
+
+def _runs_below(path: Path) -> dict[str, Path]:
+    """Return the runs in a folder that is no run itself, by name. Return none for anything else."""
+    from icl.runs.folder import RunFolder
+    from icl.runs.listing import named_runs, run_folders
+
+    folder = RunFolder(path)
+    is_run = folder.config_file.is_file() or folder.status_file.is_file() or folder.checkpoints.root.is_dir()
+    if not path.is_dir() or is_run or path.name == "checkpoints" or not run_folders(path):
+        return {}
+    return {name: run.path for name, run in named_runs([path]).items()}
 
 
 def _what(words: list[str]) -> list[str]:
@@ -77,7 +95,8 @@ def _parser(chosen: list[str]) -> argparse.ArgumentParser:
         "  icl analyse runs/quickstart --what gradients --out gradient_results.json\n"
         "  icl analyse --what diversity --input_file results.csv --output_plot diversity.png --model_type ridge",
     )
-    parser.add("path RUN|FILE", "a run's folder or name, a checkpoint, or a table", nargs="?", type=Path)
+    text = "a run's folder or name, a checkpoint, a table, or a folder of runs that are all analysed"
+    parser.add("path RUN|FILE|FOLDER", text, nargs="?", type=Path)
     parser.add("--checkpoint_dir DIR", "the same as RUN, in older scripts", type=Path)
     parser.add("--input_file FILE", "the table to analyse, for `--what diversity`", type=Path)
     parser.add("--what NAME", "name of the analysis", required=True)
@@ -120,7 +139,7 @@ def _analyse_all(names: list[str], path: Path, options: argparse.Namespace) -> i
     return 1
 
 
-def _analyse(name: str, path: Path, options: argparse.Namespace) -> None:
+def _analyse(name: str, path: Path, options: argparse.Namespace) -> "Result":
     from icl.analysis.run import analyse, find
     from icl.plotting.style import save_figure
     from icl.runs.delivery import send_results
@@ -148,6 +167,7 @@ def _analyse(name: str, path: Path, options: argparse.Namespace) -> None:
         print(f"Figure  {save_figure(plot(result.table, title=title), file)}")
     if folder is not None and folder.config_file.is_file():
         send_results(folder)
+    return result
 
 
 def _save(name: str, result: "Result", out: Path) -> None:

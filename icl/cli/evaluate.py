@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,9 +52,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
     )
     paths = "a run's folder or name, a folder with runs below it, or one checkpoint file"
     parser.add("paths RUN|CHECKPOINT", paths, nargs="*", type=Path)
-    parser.add(
-        "--checkpoint_base_dir DIR", "folder of an experiment of `icl diversity`; all its runs are evaluated", type=Path
-    )
+    text = "folder of an experiment of `icl diversity`; all its runs are evaluated. Several experiments that differ only in their seeds are "
+    parser.add("--checkpoint_base_dir DIR[,DIR2,...]", text + "separated by commas; they are also pooled over seeds")
     parser.add(
         "--out --output_file FILE",
         "also write the numbers to FILE (.csv or .json). Several runs share one table with a column `run`. "
@@ -104,6 +103,10 @@ def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
     )
     print("of the query, they are values at the query. Losses and squared distances are per target.\n")
     print(means.reindex(last["distribution"].unique()).to_string(float_format="{:.4g}".format, na_rep="-"))
+    excess = last[last["quantity"] == "bayes_excess"].set_index("distribution")
+    print("\nLoss minus that of the Bayes predictor, on the same prompts (± standard error of the paired difference):")
+    for distribution, row in excess.iterrows():
+        print(f"{distribution:9s} {row['value']:.4g} ± {row['stderr']:.2g}")
     for label, written in _deliver(path, numbers, baselines, options.out):
         print(f"{label:9s} {written}")
     return 0
@@ -113,7 +116,8 @@ def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> in
     """Evaluate all runs. Return 1 if a run could not be evaluated or written; the numbers of the other runs are still written."""
     import pandas as pd
 
-    from icl.whole_runs import RunEvaluator, headline_table, write_numbers
+    from icl.runs.checkpoints import read_config_of
+    from icl.whole_runs import RunEvaluator, evaluation_over_seeds, headline_table, write_numbers
 
     tables: dict[str, tuple[pd.DataFrame, pd.DataFrame]] = {}
     problems: dict[str, UserError] = {}
@@ -141,10 +145,24 @@ def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> in
     )
     print("Last step of each run: means over positions. Losses and squared distances are per target.\n")
     print(headline_table(numbers, by="run").to_string(float_format="{:.4g}".format, na_rep="-"))
+    configs = {name: read_config_of(_checkpoints(subjects[name])[0]) for name in tables}
+    _show_seeds(evaluation_over_seeds(numbers, configs, only_last=True))
+    seeds = evaluation_over_seeds(numbers, configs)
     print("\nNumbers   results/evaluation.csv, results/baselines.csv and figures/evaluation.png of each run")
     if options.out is not None:
-        print(f"Output    {write_numbers(options.out, numbers, baselines)}")
+        print(f"Output    {write_numbers(options.out, numbers, baselines, seeds)}")
+        if options.out.suffix == ".csv" and len(seeds):
+            print(f"Seeds     {write_numbers(options.out.with_stem(f'{options.out.stem}-seeds'), seeds, baselines)}")
     return 1 if problems else 0
+
+
+def _show_seeds(seeds: "pd.DataFrame") -> None:
+    """Print the main numbers of runs that differ only in their seeds, if there are any."""
+    from icl.whole_runs import seeds_headline
+
+    if len(seeds):
+        _announce_seeds()
+        print(seeds_headline(seeds).to_string(na_rep="-"))
 
 
 def _checkpoints(path: Path) -> list[Path]:
@@ -174,29 +192,66 @@ def _deliver(
     return written
 
 
-def _evaluate_experiment(options: argparse.Namespace) -> int:
-    """Evaluate an experiment. Return 1 if a run could not be evaluated; the numbers of the other runs are still written."""
-    from icl.diversity.tables import evaluate_experiment, save_tables
-    from icl.whole_runs import headline_table
+def _announce_seeds() -> None:
+    print("\nOver seeds: mean ± standard error over seeds, or the two values if there are only two seeds.\n")
 
-    base = options.checkpoint_base_dir
-    runs = find_runs(base)
-    files = [_checkpoints(run.path) for run in runs.values()]
+
+def _evaluate_experiment(options: argparse.Namespace) -> int:
+    """Evaluate experiments. Return 1 if a run could not be evaluated; the numbers of the other runs are still written."""
+    from icl.diversity.tables import COLUMNS, evaluate_seeds, require_same_experiment, save_tables
+    from icl.whole_runs import RunEvaluator, headline_table
+
+    words = options.checkpoint_base_dir
+    # A folder may have a comma in its name.
+    bases = [Path(words)] if Path(words).is_dir() else [Path(word.strip()) for word in words.split(",")]
+    experiments = {str(base): find_runs(base) for base in bases}
+    if len(experiments) > 1:
+        require_same_experiment(experiments)
+    files = [_checkpoints(run.path) for runs in experiments.values() for run in runs.values()]
     _tell_work(files if options.all_steps else [run_files[-1:] for run_files in files], options)
-    table, problems = evaluate_experiment(
-        runs, num_prompts=options.num_prompts, num_ood_prompts=options.num_ood_prompts, all_steps=options.all_steps
-    )
-    for label, problem in problems.items():
-        print(f"icl: M = {label} is left out: {problem}", file=sys.stderr)
-    for label, folder in runs.items():
-        status = folder.read_status()
-        if label not in problems and (status is None or not status.is_done):
-            state = "unfinished" if status is None else status.state
-            print(f"icl: M = {label} is {state}; its last checkpoint so far was evaluated.", file=sys.stderr)
+    evaluator = RunEvaluator(num_prompts=options.num_prompts, num_ood_prompts=options.num_ood_prompts)
+    table, problems = evaluate_seeds(experiments, evaluator, all_steps=options.all_steps)
+    _tell_missing(experiments, problems)
     if table.empty:
         return 1
+    out = options.out or bases[0] / "evaluation.json"
     print("Last step of each M: means over positions. Losses and squared distances are per target.\n")
-    print(headline_table(table, by="num_tasks").to_string(float_format="{:.4g}".format, na_rep="-"))
-    for path in save_tables(table, options.out or base / "evaluation.json"):
+    if len(experiments) > 1:
+        headline = headline_table(table.assign(run=table["run"] + ", M = " + table["num_tasks"]), by="run")
+    else:
+        table = table[list(COLUMNS)]
+        headline = headline_table(table, by="num_tasks")
+    print(headline.to_string(float_format="{:.4g}".format, na_rep="-"))
+    if len(experiments) > 1:
+        _save_seeds(table, out)
+    for path in save_tables(table, out):
         print(f"Numbers   {path}")
     return 1 if problems else 0
+
+
+def _tell_missing(experiments: Mapping[str, Mapping[str, RunFolder]], problems: Mapping[tuple[str, str], str]) -> None:
+    """Print which runs are left out, and which have not ended."""
+    for (_, label), problem in problems.items():
+        print(f"icl: M = {label} is left out: {problem}", file=sys.stderr)
+    for name, runs in experiments.items():
+        for label, folder in runs.items():
+            status = folder.read_status()
+            if (name, label) not in problems and (status is None or not status.is_done):
+                state = "unfinished" if status is None else status.state
+                print(f"icl: M = {label} is {state}; its last checkpoint so far was evaluated.", file=sys.stderr)
+
+
+def _save_seeds(table: "pd.DataFrame", out: Path) -> None:
+    """Print the main numbers over seeds, and write all numbers over seeds and the figure."""
+    from icl.diversity.tables import pool_seeds, save_tables
+    from icl.plotting.diversity import plot_diversity
+    from icl.plotting.style import save_figure
+    from icl.whole_runs import seeds_headline
+
+    pooled = pool_seeds(table)
+    _announce_seeds()
+    print(seeds_headline(pooled.assign(runs="M = " + pooled["num_tasks"])).to_string(na_rep="-"), end="\n\n")
+    for path in save_tables(pooled, out.with_stem(f"{out.stem}-seeds")):
+        print(f"Seeds     {path}")
+    figure = plot_diversity(table, title=f"{table['run'].nunique()} experiments that differ in their seeds")
+    print(f"Figure    {save_figure(figure, out.with_name(f'{out.stem}-seeds.png'))}")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from icl.plotting.training import DrawnRun
     from icl.training.run import TrainResult
 
+_EXCESS_NAMES = {"bayes_excess": "above optimum", "bayes_excess_stderr": "± s.e."}
+"""Names of the columns with the paired excess over the Bayes predictor, in printed tables."""
 HELP = "train a run, or resume it; without arguments, a small run of about two minutes"
 
 
@@ -118,7 +120,7 @@ def _show_run(folder: RunFolder) -> None:
     drawn = draw_run(folder)
     table = drawn.losses
     print("\nLoss per position (squared error per target) on fixed prompts of the training tasks:\n")
-    print(table.to_string(float_format="{:.4f}".format))
+    print(table.rename(columns=_EXCESS_NAMES).to_string(float_format="{:.4f}".format))
     print(f"\n{_headline(table.loc['mean'], drawn)}")
     print(f"Figure  {drawn.figure}\nRun     {folder.path}")
     send_results(folder)
@@ -133,7 +135,8 @@ def _headline(means: "pd.Series", drawn: "DrawnRun") -> str:
     )
     optimum = "ridge's, the optimum for M = ∞" if drawn.optimum == "ridge" else "dMMSE's, the optimum for these M tasks"
     first = f"The model's mean loss is {ratios}.\nIt is" if ratios else "The model's mean loss is"
-    return f"{first} {drawn.excess:.4f} ± {drawn.excess_stderr:.4f} (standard error) above {optimum}."
+    excess, stderr = means[list(_EXCESS_NAMES)]
+    return f"{first} {excess:.4f} ± {stderr:.4f} (standard error) above {optimum}."
 
 
 def _show_members(results: "Sequence[TrainResult]") -> list[str]:
@@ -162,7 +165,7 @@ def _show_members(results: "Sequence[TrainResult]") -> list[str]:
     if not rows:
         return undrawn
     table = pd.DataFrame(rows).T
-    table = table[[name for name in ("model", "ridge", "dmmse", "ols", "zero") if name in table]]
+    table = table[[name for name in ("model", "ridge", "dmmse", "ols", "zero", *_EXCESS_NAMES) if name in table]]
     table["model / ridge"] = table["model"] / table["ridge"]
     if "dmmse" in table:
         table["model / dmmse"] = table["model"] / table["dmmse"]
@@ -170,7 +173,7 @@ def _show_members(results: "Sequence[TrainResult]") -> list[str]:
     if len(set(names)) == len(names) and all(names):
         table = table.assign(folder=table.index).set_axis(names, axis="index")
     print("\nMean loss (squared error per target) on fixed prompts of each run's training tasks:\n")
-    print(table.to_string(float_format="{:.4f}".format, na_rep="-"))
+    print(table.rename(columns=_EXCESS_NAMES).to_string(float_format="{:.4f}".format, na_rep="-"))
     print("\nEach run's folder has its figure, figures/training.png.")
     for result in results:
         send_results(result.folder)

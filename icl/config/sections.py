@@ -243,7 +243,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Evaluation during training, on fixed prompts."""
+    """Evaluation during training, on fixed prompts. Tables after training use other fixed prompts, and as many of them."""
 
     every: int | None = 500
     """Number of steps between evaluations; None means no evaluation during training."""

@@ -6,6 +6,7 @@ baseline, it is the baseline's name, such as `ridge`. Baselines do not depend on
 every step, so that a selection by M and step includes the baselines.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,15 +14,18 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from icl.analysis.seeds import pool
+from icl.config import config_differences
+from icl.config.validation import ConfigError
 from icl.files.writing import plain_rows, write_atomically
 from icl.plotting.diversity import plot_diversity
 from icl.plotting.style import save_figure
 from icl.progress import progress_bar
 from icl.runs.checkpoints import CheckpointError, checkpoint_files
 from icl.runs.folder import RunFolder
-from icl.whole_runs import RunEvaluator
+from icl.whole_runs import PROMPTS, RunEvaluator
 
-COLUMNS = ("num_tasks", "step", "checkpoint_hash", "distribution", "quantity", "position", "value", "stderr")
+COLUMNS = ("num_tasks", "step", "checkpoint_hash", "distribution", "quantity", "position", "value", "stderr", "prompts")
 
 
 class Evaluation(NamedTuple):
@@ -52,23 +56,67 @@ def evaluate_experiment(
     Raises:
         ConfigError: If a number of prompts is too small.
     """
-    evaluate = RunEvaluator(num_prompts=num_prompts, num_ood_prompts=num_ood_prompts, shifts=shifts)
+    evaluator = RunEvaluator(num_prompts=num_prompts, num_ood_prompts=num_ood_prompts, shifts=shifts)
+    table, problems = evaluate_seeds({"": runs}, evaluator, all_steps=all_steps)
+    return Evaluation(table[list(COLUMNS)], {label: problem for (_, label), problem in problems.items()})
+
+
+def evaluate_seeds(
+    experiments: Mapping[str, Mapping[str, RunFolder]], evaluator: RunEvaluator, *, all_steps: bool = False
+) -> tuple[pd.DataFrame, dict[tuple[str, str], str]]:
+    """Evaluate several experiments that differ only in their seeds.
+
+    Args:
+        experiments: The runs of each experiment by M as text, by the name of the experiment.
+        evaluator: Function that evaluates a run. It shares prompts and baselines between the experiments.
+        all_steps: See `evaluate_experiment`.
+
+    Returns:
+        The table, with the name of the experiment in the column `run`, and the reason why each missing run could not be evaluated,
+        by the names of the experiment and of the M.
+    """
     tables: list[pd.DataFrame] = []
-    problems: dict[str, str] = {}
+    problems: dict[tuple[str, str], str] = {}
+    labels = sorted({label for runs in experiments.values() for label in runs}, key=float)
+    runs = [(name, label, own[label]) for label in labels for name, own in experiments.items() if label in own]
     with progress_bar("evaluating", len(runs), "run", disable=len(runs) == 1) as bar:
-        for label, folder in runs.items():
+        for name, label, folder in runs:
             bar.set_postfix_str(f"M={label}", refresh=False)
             bar.update()
             try:
-                numbers, baselines = evaluate(folder.path if all_steps else checkpoint_files(folder.path)[-1])
+                numbers, baselines = evaluator(folder.path if all_steps else checkpoint_files(folder.path)[-1])
             except CheckpointError as error:
-                problems[label] = str(error)
+                problems[name, label] = str(error)
                 continue
             steps = numbers[["step", "checkpoint_hash"]].drop_duplicates()
             rows = pd.concat([numbers, steps.merge(baselines, how="cross")])
-            tables.append(rows.sort_values("step", kind="stable").assign(num_tasks=label))
-    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
-    return Evaluation(table[list(COLUMNS)], problems)
+            tables.append(rows.sort_values("step", kind="stable").assign(num_tasks=label, run=name))
+    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["run", *COLUMNS])
+    return table[["run", *COLUMNS]], problems
+
+
+def pool_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the numbers of the last step of every M over the experiments in the column `run` (`icl.analysis.seeds.pool`)."""
+    last = table[table["step"] == table.groupby(["run", "num_tasks"])["step"].transform("max")]
+    return pool(last, by=["num_tasks", "distribution", "quantity", "position"]).assign(prompts=PROMPTS)
+
+
+def require_same_experiment(experiments: Mapping[str, Mapping[str, RunFolder]]) -> None:
+    """Refuse experiments that differ in other settings than their seeds, or that are the same.
+
+    Raises:
+        ConfigError: If two runs with the same M differ in another setting, or in no setting. The message names the experiments.
+    """
+    (first, runs), *others = experiments.items()
+    for name, own in others:
+        for label in runs.keys() & own.keys():
+            one, other = runs[label].read_config(), own[label].read_config()
+            differences = config_differences(dataclasses.replace(one, seeds=other.seeds), other)
+            if differences or one.seeds == other.seeds:
+                what = "; ".join(differences) or "no setting"
+                raise ConfigError(
+                    f"{first} and {name} must differ only in their seeds, but for M = {label} they differ in {what}."
+                )
 
 
 def save_tables(table: pd.DataFrame, path: Path) -> list[Path]:

@@ -3,10 +3,17 @@
 Evaluation is an ordinary function of parameters and prompts. Training calls it at intervals. `icl evaluate` calls it for many
 checkpoints at once. Baselines are computed once for each set of prompts.
 
-The sets are `pretrain` (the run's M tasks), `true` (tasks from N(0, I)) and the shifts of `icl.tasks.shifts`. The
-module `icl.metrics` computes the numbers:
+The sets are `pretrain` (the run's M tasks), `true` (tasks from N(0, I)) and the shifts of `icl.tasks.shifts`. There are two sets
+of each name, with different prompts. Training evaluates on the prompts of `MONITOR`, and early stopping chooses the last
+checkpoint by them. Everything after training uses the prompts of `REPORT`, so that no checkpoint is judged on the prompts on which
+it was chosen. Versions up to 0.1.0 used the prompts of `MONITOR` for both.
+
+The module `icl.metrics` computes the numbers:
 
 - `loss`: the mean squared error per target, not divided by D.
+- `bayes_excess`: the model's loss minus that of the Bayes predictor of these prompts, on the same prompts (a paired difference). The
+  predictor is dMMSE on `pretrain` for finite M, and ridge on `pretrain` for M = inf and on `true`. Shifts have no such number. It
+  has the same expectation as the gap to this predictor, so it is never negative except by chance.
 - `delta_ridge`, `delta_dmmse`: the gap to a baseline, the mean squared difference of predictions (Raventos et al. 2023,
   section 2, who divide by D).
 - `icl_score`: loss(k2) - loss(k1). A negative score is good.
@@ -39,10 +46,16 @@ if TYPE_CHECKING:
 Predict: TypeAlias = Callable[[Params, Tensor, Tensor], Tensor]
 """Function of stacked parameters, xs and ys that returns numbers (N, B, K), such as predictions: `partial(stacked.apply, model)`."""
 
-VERSION = 1
-"""Version of the definitions of the numbers. Saved numbers of an older version are computed again."""
+VERSION = 2
+"""Version of the definitions of the numbers. Saved numbers of an older version are computed again. Version 2 added `bayes_excess`, and
+evaluates on the prompts of `REPORT` instead of those of `MONITOR`."""
+MONITOR, REPORT = 0, 1
+"""The steps of the random streams from which the fixed prompts come: during training, and after it."""
 COLUMNS = ("distribution", "quantity", "position", "value", "stderr")
-_PROMPTS_ON_CPU = 256  # number of prompts of one member whose activations fit a CPU's caches
+EXCESS = ("bayes_excess", "bayes_excess_stderr")
+"""Columns of `tabulate_losses` with the excess over the Bayes predictor and its standard error."""
+PROMPTS_ON_CPU = 256
+"""Number of prompts of one member whose activations fit a CPU's caches: the size of a full batch."""
 _PROMPTS_ON_GPU = 2**14  # number of prompts of all members together
 
 
@@ -57,15 +70,24 @@ class EvaluationSet(NamedTuple):
     nll: Mapping[str, Tensor] = MappingProxyType({})
     """Negative log-likelihoods (B, K) of the Bayes predictors, if the model has a predictive distribution and there is noise."""
 
+    @property
+    def bayes(self) -> str | None:
+        """Name of the baseline that is the Bayes predictor of these prompts; None for shifts."""
+        if self.name == "pretrain":
+            return "dmmse" if "dmmse" in self.baselines else "ridge"
+        return "ridge" if self.name == "true" else None
+
 
 Row: TypeAlias = dict[str, Any]
 """One number as a row: distribution, quantity, position (1..K, `mean`, or `k1:k2`), value, stderr."""
 
 
 def evaluation_set(
-    config: RunConfig, name: str, *, num_prompts: int, device: torch.device | str = "cpu"
+    config: RunConfig, name: str, *, num_prompts: int, step: int = REPORT, device: torch.device | str = "cpu"
 ) -> EvaluationSet:
     """Make the fixed prompts called `name` (`pretrain`, `true`, or a shift), with their baselines.
+
+    With `step=MONITOR`, the prompts are those of evaluations during training; by default they are those of reports.
 
     All sets have the baselines ridge, OLS and zero. `pretrain` and `true` of a run with finitely many tasks also have dMMSE and the mean
     task. Without noise, `ridge` has the predictions of OLS, which is the limit of ridge for zero noise. If the model has a predictive
@@ -75,9 +97,9 @@ def evaluation_set(
     has_noise = task.noise_variance > 0
     require_prompt_memory(num_prompts, task.max_examples, task.task_size, device, for_ridge=has_noise)
     if shift is not None:
-        prompts = sample_shifted_prompts(config, name, batch_size=num_prompts, device=device)
+        prompts = sample_shifted_prompts(config, name, batch_size=num_prompts, step=step, device=device)
     else:
-        prompts = sample_prompts(config, stream=name, step=0, batch_size=num_prompts, device=device)
+        prompts = sample_prompts(config, stream=name, step=step, batch_size=num_prompts, device=device)
     is_about_query = shift is not None and shift.is_about_query
     nll = _bayes_nll(config, name, prompts) if config.model.has_density and has_noise else {}
     return EvaluationSet(name, prompts, _baseline_predictions(config, name, prompts), is_about_query, nll)
@@ -97,7 +119,7 @@ def predict_prompts(predict: Predict, params: Params, prompts: Prompts) -> Float
     calls = [
         (predict, {name: tensor[i : i + 1] for name, tensor in params.items()}, *batch)
         for i in range(num_members)
-        for batch in _batches(prompts if prompts.xs.ndim == 3 else _select(prompts, i), _PROMPTS_ON_CPU)
+        for batch in _batches(prompts if prompts.xs.ndim == 3 else _select(prompts, i), PROMPTS_ON_CPU)
     ]
     results = _predict_in_parallel(calls)
     num_batches = len(results) // num_members
@@ -126,12 +148,14 @@ def evaluate(
 def evaluate_predictions(
     prompt_set: EvaluationSet, predictions: Float[Tensor, "N B K"], nll: Float[Tensor, "N B K"] | None = None
 ) -> list[list[Row]]:
-    """Return loss, gaps, prior-task scores and ICL scores on one set, as one list of rows for each of N predictors.
+    """Return loss, excess, gaps, prior-task scores and ICL scores on one set, as one list of rows for each of N predictors.
 
     With the negative log-likelihoods of the targets, their numbers are included.
     """
     errors = metrics.squared_error(predictions, prompt_set.prompts.ys)  # N B K
     numbers = _position_numbers(prompt_set, "loss", errors)
+    if prompt_set.bayes is not None:
+        numbers += _position_numbers(prompt_set, "bayes_excess", errors - _bayes_errors(prompt_set))
     if nll is not None:
         numbers += _position_numbers(prompt_set, "nll", nll)
         for quantity in ("nll_over_ridge", "nll_over_dmmse"):
@@ -171,29 +195,12 @@ def headlines(numbers: "pd.DataFrame") -> "pd.DataFrame":
     return numbers[(numbers["position"] == "mean") | ~has_mean]
 
 
-def excess_over_optimum(
-    predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet, *, is_gaussian: bool
-) -> tuple[str, metrics.Estimate]:
-    """Return the name of the Bayes predictor of the training tasks, and the model's excess loss over this predictor.
-
-    The losses are subtracted within each prompt, so noise that both share does not enter the standard error.
-
-    Args:
-        predictions: The model's predictions.
-        prompt_set: The prompts of the training tasks, `pretrain`.
-        is_gaussian: Whether the training tasks come from N(0, I). If so, ridge is the Bayes predictor, else dMMSE.
-    """
-    name = "ridge" if is_gaussian else "dmmse"
-    errors = metrics.squared_error(predictions, prompt_set.prompts.ys)
-    least_errors = metrics.squared_error(prompt_set.baselines[name], prompt_set.prompts.ys)
-    return name, metrics.overall_mean(errors - least_errors)
-
-
 def tabulate_losses(predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet) -> "pd.DataFrame":
-    """Return the losses of one model and of the baselines by position.
+    """Return the losses of one model and of the baselines by position, on `pretrain` or `true`.
 
     Returns:
-        A row for each position 1..K and a row for their mean; columns `model`, `ridge`, `dmmse` (finite M), `ols`, `zero`.
+        A row for each position 1..K and a row for their mean; columns `model`, `ridge`, `dmmse` (finite M), `ols`, `zero`, then
+        `bayes_excess` and its standard error `bayes_excess_stderr` over prompts.
     """
     import pandas as pd
 
@@ -202,6 +209,9 @@ def tabulate_losses(predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet
     losses = {name: metrics.squared_error(predicted[name], targets).mean(dim=0).tolist() for name in names}
     table = pd.DataFrame(losses, index=[str(k + 1) for k in range(targets.shape[1])])
     table.loc["mean"] = table.mean()
+    excess = metrics.squared_error(predictions, targets) - _bayes_errors(prompt_set)
+    for name, *parts in zip(EXCESS, metrics.position_mean(excess), metrics.overall_mean(excess), strict=True):
+        table[name] = torch.cat([part.reshape(-1) for part in parts]).tolist()
     table.index.name = "position"
     return table
 
@@ -235,6 +245,14 @@ def summarise(
                 if row["position"] in positions and row["quantity"] in wanted
             }
     return results
+
+
+def _bayes_errors(prompt_set: EvaluationSet) -> Float[Tensor, "*N B K"]:
+    """Return the squared errors of the Bayes predictor of these prompts."""
+    name = prompt_set.bayes
+    if name is None:
+        raise ValueError(f"The prompts `{prompt_set.name}` have no Bayes predictor among the baselines.")
+    return metrics.squared_error(prompt_set.baselines[name], prompt_set.prompts.ys)
 
 
 def _predict(predict: Predict, params: Params, xs: Tensor, ys: Tensor) -> Tensor:

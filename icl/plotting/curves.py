@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from icl.analysis.seeds import pool
 from icl.plotting.colours import ordered_colours
 from icl.plotting.style import new_figure, scale_steps
 from icl.plotting.tidying import name_outside
@@ -36,23 +37,33 @@ _PANELS = {
 _LABELS = {"loss": "loss (squared error per target)", "nll": "negative log-likelihood (nats per target)"}
 
 
-def plot_curves(curves: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
+def plot_curves(
+    curves: Mapping[str, pd.DataFrame], *, title: str, groups: Mapping[str, Sequence[str]] | None = None
+) -> Figure:
     """Plot losses against the step: on training batches, and on the fixed prompts if any run was evaluated on them.
 
     Args:
         curves: The `metrics.csv` of each run, by the run's name. The first runs get the darkest lines.
         title: Title of the figure.
+        groups: Names of the runs that differ only in their seeds, by the name of their group. Of a group of several runs, the mean over
+            seeds has a thick line and the name of the group, and each run has a thin line of the same colour.
     """
-    panels = {}
+    panels, seeds = {}, {}
     for key, name in _PANELS.items():
         # Of a run that was trained by negative log-likelihood, only this loss is shown.
         shown = {run: table for run, table in curves.items() if ("train/nll" in table) == key.endswith("nll")}
         losses = {run: _losses(shown.get(run, pd.DataFrame()), key) for run in curves}
         if any(map(len, losses.values())):
-            panels[key] = (name, losses)
+            panels[key] = (name, losses if groups is None else _means(losses, groups, key))
+            seeds[key] = [] if groups is None else [[losses[run] for run in runs] for runs in groups.values()]
+    names = list(curves) if groups is None else list(groups)
     figure, axes = new_figure(max(1, len(panels)), width=4.0, height=3.6, title=title)
-    has_end_labels = 1 < len(curves) <= MAX_END_LABELS and max(map(len, curves)) <= _MAX_NAME_LENGTH
+    has_end_labels = 1 < len(names) <= MAX_END_LABELS and max(map(len, names)) <= _MAX_NAME_LENGTH
     for panel, (key, (name, losses)) in zip(axes, panels.items(), strict=False):
+        for members, colour in zip(seeds[key], ordered_colours(len(seeds[key])), strict=True):
+            for curve in members if len(members) > 1 else ():
+                later = curve[curve["step"] > 0]
+                panel.plot(later["step"], later[key], color=colour, linewidth=0.6, alpha=0.6)
         _draw_losses(panel, losses, key)
         panel.set_title(name, fontsize=10)
         if has_end_labels:
@@ -60,7 +71,7 @@ def plot_curves(curves: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
     for panel, key in zip(axes, panels or ["train/loss"], strict=False):
         if key.startswith("train/") or panel is axes[0]:
             panel.set_ylabel(_LABELS[key.rpartition("/")[2]])
-    if 1 < len(curves) <= MAX_LABELS and not has_end_labels:
+    if 1 < len(names) <= MAX_LABELS and not has_end_labels:
         name_outside(figure, axes[: len(panels)], loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
@@ -71,6 +82,18 @@ def _losses(table: pd.DataFrame, key: str) -> pd.DataFrame:
         return pd.DataFrame({"step": [], key: []})
     numbers = table[["step", key]].apply(pd.to_numeric, errors="coerce").dropna()
     return numbers[(numbers["step"] >= 0) & (numbers[key] > (-math.inf if key.endswith("nll") else 0))]
+
+
+def _means(
+    losses: Mapping[str, pd.DataFrame], groups: Mapping[str, Sequence[str]], key: str
+) -> dict[str, pd.DataFrame]:
+    """Return the mean curve over the seeds of each group, at the steps that all its runs with losses have."""
+    means = {}
+    for group, runs in groups.items():
+        table = pd.concat([losses[run] for run in runs]).rename(columns={key: "value"})
+        mean = pool(table, by=["step"]).rename(columns={"value": key})
+        means[group] = mean.loc[mean["num_seeds"] == mean["num_seeds"].max(), ["step", key]]
+    return means
 
 
 def _draw_losses(axes: Axes, losses: Mapping[str, pd.DataFrame], key: str) -> None:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from icl.plotting.colours import GREEN, VERMILION
+from icl.plotting.seeds import draw_points
 from icl.plotting.style import new_figure, select
 
 SERIES = {"delta_ridge": (VERMILION, "o", "gap to ridge"), "delta_dmmse": (GREEN, "s", "gap to dMMSE")}
@@ -28,11 +29,12 @@ def plot_diversity(table: pd.DataFrame, *, title: str) -> Figure:
     """Plot gaps on training tasks (left) and on new tasks (right) against M; M = inf has a tick of its own.
 
     Args:
-        table: Columns `num_tasks` (as text), `step`, `distribution`, `quantity`, `position`, `value`, `stderr`. Only the last
-            step of each M is drawn.
+        table: Columns `num_tasks` (as text), `step`, `distribution`, `quantity`, `position`, `value`, `stderr`, and `run` if there are
+            several seeds of an M (`icl.plotting.seeds` says how these are drawn). Only the last step of each run is drawn.
         title: Title of the figure.
     """
-    last = table[table["step"] == table.groupby("num_tasks")["step"].transform("max")]
+    keys = ["num_tasks", "run"] if "run" in table else ["num_tasks"]
+    last = table[table["step"] == table.groupby(keys)["step"].transform("max")]
     positions = diversity_positions(last["num_tasks"].astype(str).unique())
     figure, panels = new_figure(len(PANELS), width=5.4, height=4.4, title=title)
     for axes, (distribution, name) in zip(panels, PANELS.items(), strict=True):
@@ -40,7 +42,8 @@ def plot_diversity(table: pd.DataFrame, *, title: str) -> Figure:
         _label_diversities(axes, positions)
         axes.set_title(name, fontsize=10)
     panels[0].set_ylabel(
-        "gap: mean squared difference of predictions\n(per target, not divided by D; bars: 2 s.e.)", fontsize=9
+        f"gap: mean squared difference of predictions\n(per target, not divided by D; {_describe_bars(last)})",
+        fontsize=9,
     )
     _share_scale(panels, last.loc[last["quantity"].isin(list(SERIES)), "value"])
     for axes in [axes for axes in panels if axes.get_legend_handles_labels()[0]][:1]:
@@ -66,8 +69,13 @@ def _draw_gaps(axes: Axes, means: pd.DataFrame, positions: Mapping[str, float]) 
         style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "capsize": 2.5, "label": label}
         for points, line in ((gaps[~is_infinite], "-"), (gaps[is_infinite], "none")):
             if len(points):
-                axes.errorbar(points["x"], points["value"], 2 * points["stderr"], linestyle=line, **style)
+                draw_points(axes, points, linestyle=line, **style)
                 style["label"] = None  # one legend entry for finite and infinite M
+
+
+def _describe_bars(last: pd.DataFrame) -> str:
+    has_seeds = "run" in last and bool((last.groupby("num_tasks")["run"].nunique() > 1).any())
+    return "open: seeds; bars: 95 % over seeds" if has_seeds else "bars: 2 s.e."
 
 
 def _share_scale(panels: list[Axes], values: pd.Series) -> None:

@@ -1,7 +1,7 @@
 """Figures of a ladder of task diversities: which prior is learned first, gaps to dMMSE and ridge, transience of ridge.
 
-A ladder is a set of runs that differ only in M; all start from the same weights. The colour of a run shows its M: dark
-for few tasks, light for many, black for M = inf.
+A ladder is a set of runs that differ only in M and perhaps in seeds; runs with the same seed start from the same weights. The colour of a
+run shows its M: dark for few tasks, light for many, black for M = inf. `icl.plotting.seeds` says how several seeds of an M are drawn.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, VERMILION, ordered_colours
 from icl.plotting.diversity import diversity_positions, plot_diversity
-from icl.plotting.style import draw_band, label_plainly, new_figure, select
+from icl.plotting.seeds import draw_curves, draw_points
+from icl.plotting.style import label_plainly, new_figure, select
 from icl.plotting.tidying import KEY
 
 _DIFFERENCE_LABEL = "mean squared difference of predictions (per target)"
@@ -79,16 +80,16 @@ def plot_transience(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str)
     ladder = _with_num_tasks(evaluation, runs)
     losses, gaps = _means(ladder, "true", "loss"), _smallest(_means(ladder, "true", "delta_ridge"))
     positions = _positions(losses)
-    minima = _smallest(losses).set_index("num_tasks")
-    for m, step in minima["step"].items():
-        steps = sorted(select(losses, num_tasks=m)["step"])
+    minima = _smallest(losses).set_index(["num_tasks", "run"])
+    for (m, run), step in minima["step"].items():
+        steps = sorted(select(losses, run=run)["step"])
         index = steps.index(step)
         below, above = step - steps[max(index - 1, 0)], steps[min(index + 1, len(steps) - 1)] - step
         face = "white" if step == steps[-1] else BLUE
         when.errorbar(
             [positions[str(m)]], [step + 1], [[below], [above]], fmt="o", capsize=2.5, color=BLUE, markerfacecolor=face
         )
-    last = losses.loc[losses.groupby("num_tasks")["step"].idxmax()].set_index("num_tasks")
+    last = losses.loc[losses.groupby("run")["step"].idxmax()].set_index(["num_tasks", "run"])
     rises = (last["value"] - minima["value"].reindex(last.index)).rename("value").reset_index().assign(stderr=0.0)
     _draw_against_diversity(
         rise, rises, positions, color=VERMILION, marker="o", label="rise of the loss after its minimum"
@@ -159,9 +160,9 @@ def _means(ladder: pd.DataFrame, distribution: str, quantity: str) -> pd.DataFra
 
 
 def _smallest(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the row with the smallest finite value for each M."""
+    """Return the row with the smallest finite value for each run."""
     known = rows.dropna(subset=["value"])
-    return known.loc[known.groupby("num_tasks")["value"].idxmin()]
+    return known.loc[known.groupby("run")["value"].idxmin()]
 
 
 def _positions(ladder: pd.DataFrame) -> dict[str, float]:
@@ -178,10 +179,8 @@ def _draw_over_training(axes: Axes, rows: pd.DataFrame, title: str) -> None:
         curve = select(rows, num_tasks=m).sort_values("step")
         if len(curve):
             label, line = ("∞", "--") if m == "inf" else (m, "-")
-            draw_band(
-                axes, curve["step"] + 1, curve["value"], curve["stderr"], floor=0.2 * curve["value"], alpha=0.12,
-                color=colour, linewidth=1.4, linestyle=line, label=label,
-            )  # fmt: skip
+            curve = curve.assign(x=curve["step"] + 1)
+            draw_curves(axes, curve, floor=0.2, color=colour, linewidth=1.4, linestyle=line, label=label)
     axes.set(xscale="log", yscale="log", xlabel="step + 1 (updates)")
     label_plainly(axes)
     axes.set_title(title, fontsize=10)
@@ -193,7 +192,8 @@ def _draw_against_diversity(axes: Axes, rows: pd.DataFrame, positions: Mapping[s
     is_infinite = ordered["num_tasks"] == "inf"
     options = style | {"capsize": 2, "markersize": 5}
     for points, changes in ((ordered[~is_infinite], {}), (ordered[is_infinite], {"linestyle": "none", "label": None})):
-        axes.errorbar(points["x"], points["value"], 2 * points["stderr"], **options | changes)
+        if len(points):
+            draw_points(axes, points, **options | changes)
 
 
 def _label_diversity(axes: Axes, positions: Mapping[str, float], title: str, ylabel: str) -> None:

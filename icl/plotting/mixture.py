@@ -174,8 +174,8 @@ def _draw_transitions(axes: Axes, rows: pd.DataFrame, label: str) -> None:
     """Draw the last transition to dMMSE of each run against M, and the step at which the theory curve crosses 1/2."""
     found = rows[(rows["quantity"] == "transition_step") & (rows["finding"] == "to dMMSE")]
     for mixture, (text, colour) in _MIXTURES.items():
-        own = select(found, mixture=mixture).sort_values("value").groupby("num_tasks", as_index=False).last()
-        growth = select(rows, quantity="growth_exponent", mixture=mixture)
+        own = select(found, mixture=mixture).sort_values("value").groupby(["num_tasks", "run"], as_index=False).last()
+        growth = select(rows, run="all", quantity="growth_exponent", mixture=mixture)
         exponent = (
             f": M^({growth['value'].item():.2f} ± {growth['stderr'].item():.2f})"
             if growth["value"].notna().any()

@@ -13,7 +13,14 @@ from matplotlib.ticker import MaxNLocator
 
 from icl.build import build_evaluation_sets
 from icl.config import RunConfig, TaskConfig
-from icl.evaluation.sets import EvaluationSet, excess_over_optimum, predict_prompts, tabulate_losses
+from icl.evaluation.sets import (
+    MONITOR,
+    EvaluationSet,
+    evaluate_baselines,
+    evaluation_set,
+    predict_prompts,
+    tabulate_losses,
+)
 from icl.files.reading import ContentError
 from icl.files.tables import read_table
 from icl.model.stacked import apply, stack
@@ -37,19 +44,18 @@ class DrawnRun(NamedTuple):
 
     losses: pd.DataFrame
     """Losses on the training tasks: a row for each position and a row for the mean over positions, with a column for
-    each predictor."""
+    each predictor, and two for the excess over the optimum and its standard error."""
     figure: Path
     """Path of the figure."""
     optimum: str
     """Bayes predictor for the training tasks: `ridge` for M = inf, else `dmmse`."""
-    excess: float
-    """Mean loss of the model minus the mean loss of the optimum, on the same prompts."""
-    excess_stderr: float
-    """Standard error of `excess`."""
 
 
 def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | None = None) -> DrawnRun:
     """Draw a run with the losses of its last checkpoint; write `results/losses.csv` and `figures/training.png`.
+
+    The losses are on other prompts than those of the learning curves (`icl.evaluation.sets.REPORT`). So if early stopping chose the
+    last checkpoint, the losses are not too low because of this choice.
 
     Args:
         folder: Folder of the run.
@@ -63,24 +69,28 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
     key = (config.task, config.task_sequence, config.seeds.evaluation, config.evaluation.num_prompts)
     shared = {} if shared is None else shared
     if key not in shared:
-        shared[key] = build_evaluation_sets(config, num_prompts=config.evaluation.num_prompts)
-    sets = {prompt_set.name: prompt_set for prompt_set in shared[key]}
+        number = config.evaluation.num_prompts
+        monitor = evaluation_set(config, "pretrain", num_prompts=number, step=MONITOR)
+        shared[key] = [monitor, *build_evaluation_sets(config, num_prompts=number)]
+    monitor, *reported = shared[key]
+    sets = {prompt_set.name: prompt_set for prompt_set in reported}
     predict, params = partial(apply, config.model), stack([checkpoint.params])
     predictions = {name: predict_prompts(predict, params, prompt_set.prompts)[0] for name, prompt_set in sets.items()}
     losses = {name: tabulate_losses(predictions[name], prompt_set) for name, prompt_set in sets.items()}
-    optimum, excess = excess_over_optimum(
-        predictions["pretrain"], sets["pretrain"], is_gaussian=config.task.is_gaussian
-    )
     folder.write_result(_TABLE, pd.concat(losses, names=["distribution"]).to_csv(float_format="%.9g"))
     num_tasks = "∞" if config.task.is_gaussian else f"{config.task.num_tasks:,}"
     title = (
         f"{folder.path.name}   (M = {num_tasks}, D = {config.task.task_size}, "
         f"σ² = {config.task.noise_variance:g}, step {checkpoint.step:,})"
     )
-    floors = {name: float(values.mean()) for name, values in sets["pretrain"].nll.items()}
-    figure = plot_training(_read_metrics(folder, config), losses, title=title, nll=floors)
+    # The lines beside the learning curves are for the same prompts as these curves.
+    if config.model.has_density:
+        levels = {name: float(values.mean()) for name, values in monitor.nll.items()}
+    else:
+        levels = {row["quantity"]: row["value"] for row in evaluate_baselines([monitor]) if row["position"] == "mean"}
+    figure = plot_training(_read_metrics(folder, config), losses, title=title, levels=levels)
     path = save_figure(figure, folder.figures / _FIGURE)
-    return DrawnRun(losses["pretrain"], path, optimum, float(excess.value), float(excess.stderr))
+    return DrawnRun(losses["pretrain"], path, sets["pretrain"].bayes or "")
 
 
 def drawn_losses(folder: RunFolder) -> pd.DataFrame | None:
@@ -106,7 +116,7 @@ def _read_metrics(folder: RunFolder, config: RunConfig) -> pd.DataFrame:
 
 
 def plot_training(
-    metrics: pd.DataFrame, losses: Mapping[str, pd.DataFrame], *, title: str, nll: Mapping[str, float] | None = None
+    metrics: pd.DataFrame, losses: Mapping[str, pd.DataFrame], *, title: str, levels: Mapping[str, float] | None = None
 ) -> Figure:
     """Plot the learning curves, then the loss at each position on the training tasks and on new tasks.
 
@@ -115,13 +125,14 @@ def plot_training(
         losses: Tables of the loss per target on `pretrain` and on `true`. Each has a row for each position 1..K and a
             row `mean`, and a column for each predictor that applies (of `model`, `ridge`, `dmmse`, `ols`, `zero`).
         title: Title of the figure.
-        nll: Mean negative log-likelihood of the Bayes predictors on `pretrain`, for a run that was trained by it.
+        levels: Mean losses of the predictors on the prompts of the learning curves, in the unit of the training loss. By default, those in
+            `losses` for the squared error, and none for the negative log-likelihood.
     """
     figure, (curves, pretrain, true) = new_figure(3, width=4.6, title=title)
-    if "train/nll" in metrics:
-        _draw_curves(curves, metrics, nll or {}, quantity="nll")
-    else:
-        _draw_curves(curves, metrics, losses["pretrain"].loc["mean"].to_dict(), quantity="loss")
+    quantity = "nll" if "train/nll" in metrics else "loss"
+    if levels is None:
+        levels = losses["pretrain"].loc["mean"].to_dict() if quantity == "loss" else {}
+    _draw_curves(curves, metrics, levels, quantity=quantity)
     _draw_positions(pretrain, losses["pretrain"].drop(index="mean"), "After training: the M training tasks")
     _draw_positions(true, losses["true"].drop(index="mean"), "After training: new tasks, w ~ N(0, I)")
     _share_limits([pretrain, true], losses)
@@ -172,7 +183,8 @@ def _draw_positions(axes: Axes, losses: pd.DataFrame, title: str) -> None:
 
 def _share_limits(panels: list[Axes], losses: Mapping[str, pd.DataFrame]) -> None:
     """Give the panels the same y axis, which fits the losses of every predictor except OLS. OLS can have an infinite mean loss."""
-    shown = pd.concat([table.drop(index="mean").drop(columns="ols", errors="ignore") for table in losses.values()])
+    names = [name for name in PREDICTORS if name != "ols"]
+    shown = pd.concat([table.drop(index="mean").filter(items=names) for table in losses.values()])
     values = shown.to_numpy(dtype=float)
     positive = values[np.isfinite(values) & (values > 0)]
     highest, lowest = (positive.max(), positive.min()) if len(positive) else (1.0, 1.0)

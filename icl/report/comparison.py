@@ -1,14 +1,17 @@
 """The comparison of several runs: the settings in which they differ, their states, losses and LLCs."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
+from icl.analysis.seeds import MIN_FOR_INTERVAL, over_seeds, seed_groups
 from icl.config import flatten
 from icl.plotting.curves import MAX_LABELS, plot_curves
 from icl.presets import MEMBER_SEEDS, varying_names
 from icl.report.facts import RunFacts
 from icl.report.findings import (
     LOSS_SETS,
+    final_excess,
     final_losses,
     last_llc,
     llc_verdicts,
@@ -18,7 +21,7 @@ from icl.report.findings import (
     training_loss,
 )
 from icl.report.pictures import Picture, draw
-from icl.report.tables import MISSING, Cell, Table, number_cell, show
+from icl.report.tables import MISSING, Cell, Table, number_cell, show, table_of, with_error
 
 _MAX_NAME_LENGTH = 60
 """Largest length of a name made of settings. If a name would be longer, runs keep the names of their folders."""
@@ -51,10 +54,34 @@ def comparison_table(runs: Sequence[RunFacts], targets: Sequence[str]) -> Table:
             }
         )
     header = [name for name in rows[0] if any(row[name].text != MISSING for row in rows)]
-    note = "Settings that are the same in all runs are left out. Losses are means over positions, per target."
+    note = (
+        "Settings that are the same in all runs are left out. Losses are means over positions, per target; above Bayes: the loss "
+        "minus that of the Bayes predictor, ± one standard error over prompts."
+    )
     if others := list(settings)[MAX_SETTINGS:]:
         note += f" The runs also differ in {', '.join(others)}."
     return Table(caption="The runs", header=header, rows=[[row[name] for name in header] for row in rows], note=note)
+
+
+def seeds_table(runs: Sequence[RunFacts]) -> Table | None:
+    """Return a table with a row for each group of runs that differ only in their seeds; None if there is no such group."""
+    configs = {str(facts.folder.path): facts.config for facts in runs if facts.config is not None}
+    by_path = {str(facts.folder.path): facts for facts in runs}
+    groups = {name: paths for name, paths in seed_groups(configs).items() if len(paths) > 1}
+    if not groups:
+        return None
+    results = {path: _numbers(by_path[path]) for paths in groups.values() for path in paths}
+    names = list(dict.fromkeys(name for numbers in results.values() for name in numbers))
+    rows = []
+    for group, paths in groups.items():
+        numbers = [over_seeds(results[path].get(name, math.nan) for path in paths) for name in names]
+        rows.append([group, str(len(paths)), *(number_cell(number.text) for number in numbers)])
+    table = table_of(rows, ["settings", "seeds", *names], caption="Over seeds")
+    note = (
+        f"Mean ± one standard error over seeds. With fewer than {MIN_FOR_INTERVAL} seeds, the value of each seed is shown. "
+        "The error over prompts of each run is in the run's own tables."
+    )
+    return dataclasses.replace(table, note=note)
 
 
 def comparison_picture(runs: Sequence[RunFacts], title: str) -> Picture | None:
@@ -62,9 +89,15 @@ def comparison_picture(runs: Sequence[RunFacts], title: str) -> Picture | None:
     curves = {facts.name: facts.metrics for facts in runs if facts.metrics is not None}
     if not curves:
         return None
+    configs = {facts.name: facts.config for facts in runs if facts.metrics is not None and facts.config is not None}
+    groups = seed_groups(configs) if len(configs) == len(curves) else {}
+    has_seeds = sum(map(len, groups.values())) == len(curves) > len(groups)
     caption = "the loss curves, from the first run (dark) to the last (light)"
-    caption += "; there are too many runs to name them" if len(curves) > MAX_LABELS else ""
-    return draw(plot_curves(curves, title=title), alt=f"Loss curves of {len(curves)} runs", caption=caption)
+    if has_seeds:
+        caption = "the loss curves: means over seeds (thick), and every seed (thin), from the first settings (dark) to the last (light)"
+    caption += "; there are too many to name them" if len(groups if has_seeds else curves) > MAX_LABELS else ""
+    figure = plot_curves(curves, title=title, groups=groups if has_seeds else None)
+    return draw(figure, alt=f"Loss curves of {len(curves)} runs", caption=caption)
 
 
 def differing_settings(runs: Sequence[RunFacts]) -> dict[str, list[str]]:
@@ -79,6 +112,21 @@ def differing_settings(runs: Sequence[RunFacts]) -> dict[str, list[str]]:
     return {key: values for key, values in settings.items() if len(set(values) - {MISSING}) > 1}
 
 
+def _numbers(facts: RunFacts) -> dict[str, float]:
+    """Return the main numbers of a run whose spread over seeds is shown."""
+    loss = training_loss(facts)
+    numbers = {} if loss is None else {"training loss": loss}
+    excess = final_excess(facts)
+    for distribution, name in LOSS_SETS.items():
+        losses = final_losses(facts).get(distribution, {})
+        if "model" in losses:
+            numbers[f"loss, {name}"] = losses["model"]
+        numbers |= {f"/ {predictor}, {name}": ratio for predictor, ratio in loss_ratios(losses, distribution).items()}
+        if distribution in excess:
+            numbers[f"above Bayes, {name}"] = excess[distribution][0]
+    return numbers
+
+
 def _results(facts: RunFacts) -> dict[str, Cell]:
     cells = {"training loss": number_cell(show(training_loss(facts), pad=True))}
     for distribution, name in LOSS_SETS.items():
@@ -88,5 +136,7 @@ def _results(facts: RunFacts) -> dict[str, Cell]:
         for predictor in ("ridge's", "dMMSE's") if distribution == "pretrain" else ("ridge's",):
             text = f"{ratios[predictor]:.3f}" if predictor in ratios else MISSING
             cells[f"/ {predictor}, {name}"] = number_cell(text)
+        excess = final_excess(facts).get(distribution)
+        cells[f"above Bayes, {name}"] = number_cell(MISSING if excess is None else with_error(*excess))
     cells["LLC, last"] = last_llc(facts) or number_cell(MISSING)
     return {**cells, "LLC, all": Cell(text=llc_verdicts(facts) or MISSING)}

@@ -8,6 +8,7 @@ import pandas as pd
 
 from icl.config import flatten
 from icl.config.validation import ConfigError
+from icl.evaluation.sets import EXCESS
 from icl.plotting.style import select
 from icl.presets import preset
 from icl.report.facts import RunFacts
@@ -56,6 +57,19 @@ def final_losses(facts: RunFacts) -> dict[str, dict[str, float]]:
         return {}
     curves = {name: _numbers(facts.metrics, f"eval/{name}/loss") for name in LOSS_SETS}
     return {name: {"model": float(curve.iloc[-1])} for name, curve in curves.items() if len(curve)}
+
+
+def final_excess(facts: RunFacts) -> dict[str, tuple[float, float]]:
+    """Return the transformer's excess loss over the Bayes predictor at the last step, with its standard error over prompts.
+
+    There is none before the end of training, nor in tables of version 0.1.0.
+    """
+    table = facts.tables.get("losses")
+    if table is None or not {"distribution", "position", *EXCESS} <= set(table):
+        return {}
+    rows = table[table["position"].astype(str) == "mean"]
+    numbers = rows[list(EXCESS)].apply(pd.to_numeric, errors="coerce")
+    return dict(zip(rows["distribution"].astype(str), numbers.itertuples(index=False, name=None), strict=True))
 
 
 def training_loss(facts: RunFacts) -> float | None:

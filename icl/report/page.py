@@ -16,7 +16,7 @@ import jinja2
 
 from icl.files.writing import StorageError, require_writable, write_atomically
 from icl.progress import with_progress
-from icl.report.comparison import comparison_picture, comparison_table, with_varying_names
+from icl.report.comparison import comparison_picture, comparison_table, seeds_table, with_varying_names
 from icl.report.facts import RunFacts, read_run
 from icl.report.findings import (
     LOSS_SETS,
@@ -134,6 +134,7 @@ def render(runs: Sequence[RunFacts], *, title: str, compare: bool, reload_second
         compare=compare,
         reload_seconds=reload_seconds,
         comparison=comparison_table(runs, ids) if compare else None,
+        seeds=seeds_table(runs) if compare else None,
         curves=comparison_picture(runs, title) if compare else None,
         runs=[
             _run_part(facts, name, folder_name, max_rows)

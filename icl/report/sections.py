@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from icl.config import flatten
-from icl.evaluation.sets import headlines
+from icl.evaluation.sets import EXCESS, headlines
 from icl.plotting.curves import plot_curves
 from icl.plotting.style import select
 from icl.report.facts import SUBJECTS, RunFacts, Subject, subject_of
@@ -38,10 +38,14 @@ _LLC_COLUMNS = (
 _SETS = {"pretrain": "the training tasks", "true": "new tasks, w ~ N(0, I)"}
 _EXPLANATIONS = {
     "training": "Losses are squared errors per target, not divided by D. Ridge is optimal for infinitely many tasks, dMMSE for the "
-    "M training tasks. OLS has no finite mean loss after D - 1, D or D + 1 examples.",
+    "M training tasks. OLS has no finite mean loss after D - 1, D or D + 1 examples. The last column is the transformer's loss minus that "
+    "of the Bayes predictor (dMMSE or ridge) on the same prompts, ± one standard error of this difference. The prompts of the tables "
+    "differ from those of the learning curves, so a checkpoint that early stopping chose is not judged on the prompts that chose it. "
+    "Reports of version 0.1.0 used the same prompts for both, and their tables have no such column.",
     "evaluation": "The numbers are from the last step, ± one standard error. They are means over positions. If a "
     "shift changes only the query, they are for the last position. delta ridge and delta dmmse are the gaps to ridge and dMMSE: "
-    "the mean squared difference between their predictions and those of the transformer.",
+    "the mean squared difference between their predictions and those of the transformer. bayes excess is the transformer's loss minus that "
+    "of the Bayes predictor (dMMSE on training tasks, ridge on new tasks) on the same prompts.",
     "llc": "Read each estimate with its verdict. If the verdict is not ok, the reasons say why.",
 }
 
@@ -131,6 +135,11 @@ def _position_tables(losses: pd.DataFrame) -> Iterator[Table]:
             header.append("transformer / ridge")
             for row, ratio in zip(cells, numbers["model"] / numbers["ridge"], strict=True):
                 row.append(number_cell(f"{ratio:.3f}"))
+        if set(EXCESS) <= set(rows):
+            header.append("above the Bayes predictor")
+            excess = rows[list(EXCESS)].apply(pd.to_numeric, errors="coerce").to_numpy().tolist()
+            for row, (value, stderr) in zip(cells, excess, strict=True):
+                row.append(number_cell(with_error(value, stderr)))
         yield table_of(cells, header, caption=f"Loss at each position, {title}")
 
 

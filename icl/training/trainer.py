@@ -12,7 +12,7 @@ from icl.build import build_evaluation_sets
 from icl.compute.devices import choose_device
 from icl.config import RunConfig
 from icl.config.validation import ConfigError
-from icl.evaluation.sets import EvaluationSet
+from icl.evaluation.sets import MONITOR, EvaluationSet
 from icl.runs.contents import expected_steps
 from icl.runs.folder import is_child_rank
 from icl.training.callbacks import EarlyStopping, Ending, Evaluation, MetricsLog, NonFiniteGuard, StopSignals
@@ -153,7 +153,8 @@ def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
             if not config.task.is_gaussian and config.task.num_tasks > _MANY_TASKS:
                 prompts = f"{2 * settings.num_prompts:,} evaluation prompts"
                 print(f"Computing dMMSE once, over {config.task.num_tasks:,} tasks for {prompts} ...")
-            by_key[key] = build_evaluation_sets(config, num_prompts=settings.num_prompts, device=device)
+            number = settings.num_prompts
+            by_key[key] = build_evaluation_sets(config, num_prompts=number, step=MONITOR, device=device)
         by_member.append(by_key[key])
     return by_member
 

@@ -13,12 +13,14 @@ from tiny_runs import TINY, change
 
 from icl import evidence
 from icl.analysis import NotApplicableError
-from icl.analysis.mixture import Settings, analyse, fit_rows, fits, reference
+from icl.analysis.mixture import Settings, analyse, findings, fit_rows, fits, reference, references
 from icl.analysis.mixture.findings import RunFits, ladder_rows, transition_rows
 from icl.analysis.mixture.fits import MAX_LOG_ODDS
 from icl.analysis.mixture.theory import CurvePoints, fit_curve, log_odds, table_bits
+from icl.analysis.seeds import over_seeds
 from icl.build import build_model
 from icl.cli import main
+from icl.config import SeedsConfig
 from icl.plotting.mixture import plot
 from icl.runs.checkpoints import save_checkpoint
 from icl.runs.folder import RunFolder
@@ -211,6 +213,31 @@ def test_a_ladder_that_follows_the_theory_gives_its_numbers_back():
     assert slopes[1]["value"] == pytest.approx(np.polyfit(np.log([4, 8, 16, 32, 64]), logs, 1)[0])
 
 
+@pytest.mark.parametrize("exponents", [(0.5,), (0.5, 0.7), (0.5, 0.7, 1.2)])
+def test_the_growth_over_seeds_is_that_of_each_seed(exponents, monkeypatch):
+    """Transitions of seed s lie exactly on t + 1 = 10 M^a_s, so the spread of the exponents is known."""
+    runs = [
+        RunFits(str(exponent), change(WORLD, task={"num_tasks": m}).task, [], [], SeedsConfig(model=seed))
+        for seed, exponent in enumerate(exponents)
+        for m in (4, 8, 16, 32, 64)
+    ]
+    monkeypatch.setattr(
+        findings,
+        "last_transition",
+        lambda run, *_: {"value": 10 * run.task.num_tasks ** float(run.name) - 1, "verdict": "ok"},
+    )
+    *own, whole = findings._growth_rows(runs, "true", "fixed")
+    known = over_seeds(exponents)
+    assert [row["value"] for row in own] == pytest.approx(list(exponents) if len(exponents) > 1 else [])
+    assert whole["value"] == pytest.approx(known.mean)
+    assert whole["run"] == "all"
+    if len(exponents) > 1:
+        assert whole["stderr"] == pytest.approx(known.stderr)
+        assert whole["num_seeds"] == len(exponents)
+        assert (whole["lower"], whole["upper"]) == pytest.approx((known.low, known.high), nan_ok=True)
+        assert (whole["verdict"] == "ok") == (len(exponents) > 2)
+
+
 def test_a_curve_without_enough_or_changing_points_is_refused():
     count = 8
     columns = [
@@ -314,7 +341,7 @@ def test_prompts_are_those_of_the_evaluation():
     from icl.evaluation.sets import evaluation_set
 
     each = evaluation_set(WORLD, "true", num_prompts=32)
-    pair = reference(WORLD, "true", prompts("true", count=32)).pair
+    pair = references(WORLD, 32)[1].pair
     assert isinstance(each.prompts, Prompts)
     torch.testing.assert_close(pair.ridge.float(), each.baselines["ridge"])
     torch.testing.assert_close((pair.ridge + pair.difference).float(), each.baselines["dmmse"], rtol=1e-3, atol=1e-4)

@@ -9,13 +9,17 @@ import pandas as pd
 import pytest
 from tiny_runs import TINY, change
 
+from icl.analysis.seeds import over_seeds
 from icl.cli import main
+from icl.config.validation import ConfigError
 from icl.diversity.experiment import run_experiment
 from icl.diversity.runs import find_runs
-from icl.diversity.tables import COLUMNS, evaluate_experiment
+from icl.diversity.tables import COLUMNS, evaluate_experiment, evaluate_seeds, pool_seeds, require_same_experiment
 from icl.plotting.diversity import plot_diversity
-from icl.runs.checkpoints import checkpoint_files
-from icl.whole_runs import evaluate_run
+from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file, save_checkpoint
+from icl.runs.folder import RunFolder
+from icl.runs.status import Status
+from icl.whole_runs import RunEvaluator, evaluate_run
 
 QUICK = change(TINY, trainer={"max_steps": 10, "log_every": 5}, checkpoints={"every": 5, "num_log": 0})
 
@@ -51,6 +55,57 @@ def files(base, tmp_path_factory):
     assert str(out) in said.getvalue()
     assert str(out.with_suffix(".csv")) in said.getvalue()
     return out, out.with_suffix(".csv")
+
+
+@pytest.fixture
+def other(base, tmp_path):
+    """Return the same experiment with other seeds. Its checkpoints have other weights, without training."""
+    for label, run in find_runs(base).items():
+        folder = RunFolder(tmp_path / "other" / f"checkpoints_M{label}")
+        config = change(run.read_config(), seeds={"model": 7, "data": 7, "noise": 7})
+        folder.write_config(config)
+        folder.write_status(Status(state="finished", step=10, max_steps=10))
+        saved = load_checkpoint_file(checkpoint_files(run.path)[-1])
+        save_checkpoint(folder.checkpoints, 10, config, {name: 0.5 * tensor for name, tensor in saved.params.items()})
+    return tmp_path / "other"
+
+
+def test_experiments_with_other_seeds_are_pooled(base, other, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DEVICE", "cpu")
+    experiments = {name: find_runs(path) for name, path in (("a", base), ("b", other))}
+    evaluator = RunEvaluator(num_prompts=16, shifts=[])
+    table, problems = evaluate_seeds(experiments, evaluator)
+    assert problems == {}
+    alone = evaluate_experiment(experiments["b"], num_prompts=16, shifts=[]).table
+    own = table[table["run"] == "b"].drop(columns="run").reset_index(drop=True)
+    pd.testing.assert_frame_equal(own, alone)
+    keys = {"num_tasks": "8", "distribution": "true", "quantity": "bayes_excess", "position": "mean"}
+    values, pooled = (part[(part[list(keys)] == pd.Series(keys)).all(axis=1)] for part in (table, pool_seeds(table)))
+    known = over_seeds(values["value"])
+    assert pooled[["value", "seed_stderr", "num_seeds"]].to_numpy().tolist() == [[known.mean, known.stderr, 2]]
+    axes = plot_diversity(table, title="two").axes[0]
+    assert "over seeds" in axes.get_ylabel()
+
+
+def test_experiments_that_differ_in_more_than_seeds_are_refused(base, other, capsys):
+    with pytest.raises(ConfigError, match="they differ in no setting"):
+        require_same_experiment({"a": find_runs(base), "b": find_runs(base)})
+    run = find_runs(other)["4"]
+    run.write_config(change(run.read_config(), optim={"lr": 0.5}))
+    assert main(["evaluate", "--checkpoint_base_dir", f"{base},{other}"]) == 2
+    assert "`optim.lr` was" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_writes_tables_and_a_figure_over_seeds(base, other, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DEVICE", "cpu")
+    out = tmp_path / "both.json"
+    words = ["--checkpoint_base_dir", f"{base},{other}", "--n_prompts", "16", "--out", str(out)]
+    assert main(["evaluate", *words]) == 0
+    assert "Over seeds" in capsys.readouterr().out
+    for name in ("both.csv", "both.json", "both-seeds.csv", "both-seeds.json", "both-seeds.png"):
+        assert (tmp_path / name).is_file()
+    assert set(pd.read_csv(tmp_path / "both.csv")["run"]) == {str(base), str(other)}
 
 
 def test_json_and_csv_hold_the_same_table_with_the_agreed_columns(files):

@@ -13,11 +13,15 @@ from icl import baselines
 from icl.build import build_evaluation_sets, build_model
 from icl.compute.devices import choose_device
 from icl.config.validation import ConfigError
+from icl.evaluation import predictors
 from icl.evaluation.sets import (
+    EXCESS,
+    MONITOR,
+    REPORT,
     evaluate,
     evaluate_baselines,
+    evaluate_predictions,
     evaluation_set,
-    excess_over_optimum,
     predict_prompts,
     summarise,
     tabulate_losses,
@@ -50,7 +54,7 @@ def test_every_number_is_the_mean_over_prompts_with_its_standard_error():
     sets = build_evaluation_sets(TINY, num_prompts=50)
     rows = evaluate(PREDICT, stack(members(1)), sets)[0]
     for name in ("pretrain", "true"):
-        xs, ys, _ = sample_prompts(TINY, stream=name, step=0, batch_size=50)
+        xs, ys, _ = sample_prompts(TINY, stream=name, step=REPORT, batch_size=50)
         predictions = build_model(TINY)(xs, ys).detach()
         references = {
             "loss": ys,
@@ -164,7 +168,8 @@ def test_the_table_has_a_row_per_position_and_the_mean():
     one = evaluation_set(TINY, "pretrain", num_prompts=20)
     table = tabulate_losses(predict_prompts(PREDICT, stack(members(1)), one.prompts)[0], one)
     assert list(table.index) == ["1", "2", "3", "4", "mean"]
-    assert list(table.columns) == ["model", "ridge", "dmmse", "ols", "zero"]
+    assert list(table.columns) == ["model", "ridge", "dmmse", "ols", "zero", *EXCESS]
+    assert table["bayes_excess"].to_numpy() == pytest.approx((table["model"] - table["dmmse"]).to_numpy(), abs=1e-5)
     assert table.loc["mean", "zero"] == pytest.approx(one.prompts.ys.square().mean().item(), rel=1e-5)
 
 
@@ -183,14 +188,77 @@ def test_an_absent_device_is_one_sentence(monkeypatch):
 
 
 @pytest.mark.parametrize(("num_tasks", "optimum"), [(4, "dmmse"), (1, "dmmse"), (float("inf"), "ridge")])
-def test_the_excess_over_the_optimum_is_paired(num_tasks, optimum):
-    config = change(TINY, task={"num_tasks": num_tasks})
-    one = evaluation_set(config, "pretrain", num_prompts=400)
-    best = one.baselines[optimum]
-    name, nothing = excess_over_optimum(best, one, is_gaussian=config.task.is_gaussian)
-    assert (name, nothing.value.item(), nothing.stderr.item()) == (optimum, 0.0, 0.0)
-    _, excess = excess_over_optimum(best + 0.5, one, is_gaussian=config.task.is_gaussian)
-    # E (e + 1/2)^2 - e^2 = 1/4, as the optimum's error e has mean zero; its spread is that of the mean error alone
-    assert excess.value.item() == pytest.approx(0.25, abs=4 * excess.stderr.item())
-    differences = ((best + 0.5 - one.prompts.ys).square() - (best - one.prompts.ys).square()).mean(-1).numpy()
-    assert excess.stderr.item() == pytest.approx(differences.std(ddof=1) / 400**0.5, rel=1e-5)
+@pytest.mark.parametrize("name", ["pretrain", "true"])
+def test_the_excess_over_the_bayes_predictor_is_paired(num_tasks, optimum, name):
+    one = evaluation_set(change(TINY, task={"num_tasks": num_tasks}), name, num_prompts=400)
+    best, targets = one.baselines[optimum if name == "pretrain" else "ridge"], one.prompts.ys
+    nothing, excess = evaluate_predictions(one, torch.stack((best, best + 0.5)))
+    assert {(row["value"], row["stderr"]) for row in nothing if row["quantity"] == "bayes_excess"} == {(0.0, 0.0)}
+    differences = ((best + 0.5 - targets).square() - (best - targets).square()).double()
+    for position, values in [*((str(k + 1), differences[:, k]) for k in range(4)), ("mean", differences.mean(1))]:
+        row = lookup(excess, name, "bayes_excess", position)
+        assert row["value"] == pytest.approx(values.mean().item(), rel=1e-4)
+        assert row["stderr"] == pytest.approx(values.std().item() / 400**0.5, rel=1e-4)
+        # E (e + 1/2)^2 - e^2 = 1/4, because the error e of the Bayes predictor has mean zero
+        assert row["value"] == pytest.approx(0.25, abs=4 * row["stderr"])
+    row, loss = (lookup(excess, name, quantity, "mean") for quantity in ("bayes_excess", "loss"))
+    assert row["stderr"] < loss["stderr"]
+
+
+def test_the_excess_has_the_expectation_of_the_gap_to_the_bayes_predictor():
+    """The Bayes predictor's error is uncorrelated with every function of the context, such as a wrong prediction."""
+    one = evaluation_set(change(TINY, task={"num_tasks": 4}), "pretrain", num_prompts=4000)
+    rows = evaluate_predictions(one, one.baselines["ridge"].unsqueeze(0))[0]
+    excess, gap = (lookup(rows, "pretrain", quantity, "mean") for quantity in ("bayes_excess", "delta_dmmse"))
+    assert excess["value"] == pytest.approx(gap["value"], abs=4 * (excess["stderr"] ** 2 + gap["stderr"] ** 2) ** 0.5)
+    assert gap["value"] > 0.1
+
+
+def test_shifts_have_no_excess_because_their_bayes_predictor_is_not_among_the_baselines():
+    one = evaluation_set(TINY, "task_scale_3", num_prompts=5)
+    assert one.bayes is None
+    rows = evaluate_predictions(one, one.baselines["ridge"].unsqueeze(0))[0]
+    assert "bayes_excess" not in {row["quantity"] for row in rows}
+    with pytest.raises(ValueError, match="no Bayes predictor"):
+        tabulate_losses(one.baselines["ridge"], one)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "true", "task_scale_3", "seen_query"])
+def test_reports_and_training_have_different_fixed_prompts_of_the_same_distribution(name):
+    report, again = (evaluation_set(TINY, name, num_prompts=4000).prompts for _ in range(2))
+    monitor = evaluation_set(TINY, name, num_prompts=4000, step=MONITOR).prompts
+    assert torch.equal(report.xs, again.xs)
+    assert not (report.xs == monitor.xs).any()
+    assert abs(torch.corrcoef(torch.stack((report.xs.flatten(), monitor.xs.flatten())))[0, 1]) < 4 / 4000**0.5
+    for numbers in ((report.ys, monitor.ys), (report.xs[..., 0], monitor.xs[..., 0])):
+        (first, second) = (part.square().mean(1).double() for part in numbers)
+        spread = ((first.var() + second.var()) / 4000).sqrt()
+        assert abs(first.mean() - second.mean()) < 4 * spread
+
+
+def test_a_compiled_predictor_takes_only_full_batches(monkeypatch):
+    calls = []
+
+    def recorded(function, **options):
+        return lambda *inputs: calls.append(tuple(inputs[1].shape)) or function(*inputs)
+
+    monkeypatch.setattr(predictors, "one_graph", recorded)
+    predict = predictors.compiled_apply(TINY.model)
+    prompts = sample_prompts(TINY, stream="true", step=0, batch_size=600)
+    torch.testing.assert_close(
+        predict_prompts(predict, stack(members(2)), prompts), predict_prompts(PREDICT, stack(members(2)), prompts)
+    )
+    assert calls == [(256, 4, 2)] * 4
+
+
+def test_only_much_work_is_compiled():
+    sizes = {"num_params": 51_717, "num_tokens": 2 * 8 * 16 * 1024}
+    assert predictors.compiling_pays(**sizes, num_checkpoints=190)
+    assert not predictors.compiling_pays(**sizes, num_checkpoints=20)
+
+
+@pytest.mark.slow
+def test_a_compiled_predictor_gives_the_numbers_of_the_eager_one():
+    prompts = sample_prompts(TINY, stream="true", step=0, batch_size=600)
+    compiled = predict_prompts(predictors.compiled_apply(TINY.model), stack(members(2)), prompts)
+    torch.testing.assert_close(compiled, predict_prompts(PREDICT, stack(members(2)), prompts), rtol=1e-4, atol=1e-5)

@@ -26,7 +26,7 @@ def metrics(*, sign=1.0):
 def test_learning_curves_are_in_nats_with_the_floors():
     positions = pd.DataFrame({"model": [2.0, 1.0, 1.5], "ridge": [1.9, 0.9, 1.4]}, index=["1", "2", "mean"])
     losses = {"pretrain": positions, "true": positions + 0.1}
-    figure = plot_training(metrics(), losses, title="r", nll={"ridge": 0.27, "dmmse": 0.25})
+    figure = plot_training(metrics(), losses, title="r", levels={"ridge": 0.27, "dmmse": 0.25})
     assert faults(figure) == []
     curves = figure.axes[0]
     assert curves.get_ylabel() == "negative log-likelihood (nats per target)"

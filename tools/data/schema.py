@@ -110,7 +110,8 @@ TABLES: dict[str, Table] = {
             "distribution": _DISTRIBUTION,
             "quantity": Column(
                 "text",
-                "`loss`; `delta_ridge`, `delta_dmmse`: mean squared distance to the predictions of ridge and of dMMSE; "
+                "`loss`; `bayes_excess` (in tables made after version 0.1.0): loss minus that of the Bayes predictor, on the same prompts; "
+                "`delta_ridge`, `delta_dmmse`: mean squared distance to the predictions of ridge and of dMMSE; "
                 "`prior_zero`, `prior_task_mean`: mean squared distance to predicting 0 and to predicting with the mean task; "
                 "`icl_score`: loss(k2) - loss(k1), negative is good",
             ),

@@ -3,7 +3,7 @@
 Every number is measured on fixed prompts of the training tasks (`pretrain`) and of new tasks (`true`), and has a standard error
 over prompts. The prompts and the names of the quantities are the same as in `icl evaluate`. Rows of the table, by `quantity`:
 
-- `loss`, by position and averaged over positions (`mean`). `icl_score`: loss(k2) - loss(k1), negative if more examples help.
+- `loss`, by position and averaged over positions (`mean`). `bayes_excess`: the loss minus that of the Bayes predictor. `icl_score`: loss(k2) - loss(k1), negative if more examples help.
   (Hoogland et al. 2024 print the opposite sign.)
 - `prior_zero`, `prior_task_mean`: the prior-task scores. They are the mean squared difference between the model's predictions
   and those of a predictor that uses only the prior: 0, or the prediction with the mean task. There is a row for each position, for
@@ -48,7 +48,7 @@ from icl.analysis.prompts import fixed_prompts
 from icl.analysis.run import Members, Result, as_table, over_checkpoints, setting
 from icl.config import RunConfig
 from icl.config.validation import require, require_count
-from icl.evaluation.sets import EvaluationSet, evaluate_predictions, evaluation_set, predict_prompts
+from icl.evaluation.sets import REPORT, EvaluationSet, evaluate_predictions, evaluation_set, predict_prompts
 from icl.metrics import Estimate
 from icl.model.stacked import Params, apply
 from icl.runs.checkpoints import checkpoint_files
@@ -56,7 +56,8 @@ from icl.runs.measure import Entry, Measurement
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts
 
-VERSION = 1
+VERSION = 2
+"""Version 2 measures on other prompts: those of `icl.evaluation.sets.REPORT`."""
 SETS = ("pretrain", "true")
 REFERENCES = ("ridge", "dmmse", "zero")
 """Baselines whose numbers are given for comparison."""
@@ -130,7 +131,7 @@ def measure_members(members: Members, *, settings: StepSettings) -> list[Measure
 
 def measure_curves(members: Members, *, settings: CurveSettings) -> list[Measurement]:
     """Measure every member's curves against the multiplier g."""
-    prompts = fixed_prompts(members, "true", "true", settings.num_ood_prompts)
+    prompts = fixed_prompts(members, "true", "true", settings.num_ood_prompts, step=REPORT)
     predict = partial(apply, members.config.model)
     by_member = ood_curves.curve_rows(predict, members.params, prompts, ood_curves.scales(settings.num_scales))
     return [Measurement([{"predictor": "model"} | row for row in rows]) for rows in by_member]
@@ -189,7 +190,7 @@ def _reference_rows(config: RunConfig, sets: Sequence[EvaluationSet], settings: 
                 weights = task_vectors.effective_weights(partial(_predict, predictors[name]), few)
                 yield from _task_vector_rows(prompt_set.name, weights, few.ws, predictor=name)
     if settings.num_scales:
-        prompts = sample_prompts(config, stream="true", step=0, batch_size=settings.num_ood_prompts)
+        prompts = sample_prompts(config, stream="true", step=REPORT, batch_size=settings.num_ood_prompts)
         factors = ood_curves.scales(settings.num_scales)
         for name in ("ridge", "zero"):
             (rows,) = ood_curves.curve_rows(partial(_predict_as_member, predictors[name]), {}, prompts, factors)

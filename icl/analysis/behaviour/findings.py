@@ -26,7 +26,7 @@ from icl.evaluation.sets import EvaluationSet
 from icl.runs.measure import Entry
 
 Row = dict[str, Any]
-_HEADLINES = ("loss", "delta_ridge", "delta_dmmse", "cosine")
+_HEADLINES = ("loss", "bayes_excess", "delta_ridge", "delta_dmmse", "cosine")
 
 
 def findings(entries: Sequence[Entry], sets: Sequence[EvaluationSet]) -> list[Row]:

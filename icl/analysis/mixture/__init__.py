@@ -20,7 +20,9 @@ Rows of a whole run (`icl.analysis.mixture.findings`):
 
 Rows of all runs together, `run` = `all`:
 
-- `growth_exponent`: the exponent a of t + 1 ~ M^a, where t is the last transition to dMMSE of the run with M tasks.
+- `growth_exponent`: the exponent a of t + 1 ~ M^a, where t is the last transition to dMMSE of the run with M tasks. If there are ladders of
+  several seeds, each seed gives an exponent, in a row of its own, and `all` has their mean with the error over seeds (`num_seeds`; from
+  three seeds on, `lower` and `upper` are the 95 % interval).
 - `curve_alpha`, `curve_beta`, `curve_gamma`, `curve_r2`: the curve of Wurgaft et al. 2025 (`icl.analysis.mixture.theory`). Its value
   at each saved step is `curve_weight`. At the steps of the fit, `curve_residual` is the weight minus this value. `curve_step` is the
   step at which a run's curve crosses 1/2.
@@ -49,14 +51,15 @@ from icl.analysis.mixture.judging import judge_bayes, judge_fixed, verdict
 from icl.analysis.run import Members, Result, as_table, named_runs, over_checkpoints, setting
 from icl.config import RunConfig
 from icl.config.validation import require, require_count
-from icl.evaluation.sets import predict_prompts
+from icl.evaluation.sets import REPORT, predict_prompts
 from icl.model.stacked import apply
 from icl.runs.checkpoints import checkpoint_files, read_config_of
 from icl.runs.measure import Measurement
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts
 
-VERSION = 1
+VERSION = 2
+"""Version 2 measures on other prompts: those of `icl.evaluation.sets.REPORT`."""
 SETS = ("pretrain", "true")
 
 Row = dict[str, Any]
@@ -105,7 +108,7 @@ def analyse(path: Path, settings: Settings) -> Result:
     for name, folder in runs.items():
         measure = partial(measure_members, settings=step_settings)
         entries, config = over_checkpoints("mixture", folder, step_settings, measure, version=VERSION)
-        run = RunFits(name, config.task, entries, _reference_rows(config, settings.num_prompts))
+        run = RunFits(name, config.task, entries, _reference_rows(config, settings.num_prompts), config.seeds)
         measured.append(run)
         labels = {"run": name, "num_tasks": config.task.num_tasks}
         steps = [
@@ -146,7 +149,8 @@ def references(config: RunConfig, num_prompts: int) -> list[Reference]:
     """
     require_mixture(config)
     return [
-        reference(config, name, sample_prompts(config, stream=name, step=0, batch_size=num_prompts)) for name in SETS
+        reference(config, name, sample_prompts(config, stream=name, step=REPORT, batch_size=num_prompts))
+        for name in SETS
     ]
 
 

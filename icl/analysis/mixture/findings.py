@@ -16,7 +16,8 @@ import torch
 from icl.analysis.behaviour.turning_points import crossings, unresolved_signs
 from icl.analysis.mixture.judging import verdict
 from icl.analysis.mixture.theory import PARAMETERS, Curve, CurvePoints, fit_curve, table_bits
-from icl.config import TaskConfig
+from icl.analysis.seeds import MIN_FOR_INTERVAL, over_seeds
+from icl.config import SeedsConfig, TaskConfig
 from icl.runs.measure import Entry
 
 Row = dict[str, Any]
@@ -35,6 +36,7 @@ class RunFits(NamedTuple):
     entries: Sequence[Entry]
     references: Sequence[Row]
     """Rows of `loss_advantage` and `separation`."""
+    seeds: SeedsConfig = SeedsConfig()
 
     def number(self, quantity: str, distribution: str) -> float:
         """Return the value of a row of `references`."""
@@ -101,7 +103,7 @@ def ladder_rows(runs: Sequence[RunFits]) -> list[Row]:
     rows: list[Row] = []
     for distribution in _SETS:
         if len(runs) > 1:
-            rows += [_growth_row(runs, distribution, mixture) for mixture in MIXTURES]
+            rows += [row for mixture in MIXTURES for row in _growth_rows(runs, distribution, mixture)]
         rows += _curve_rows(runs, distribution)
     return rows
 
@@ -116,8 +118,32 @@ def last_transition(run: RunFits, distribution: str, mixture: str) -> Row | None
     return max(rows, key=lambda row: row["value"], default=None)
 
 
+def _growth_rows(runs: Sequence[RunFits], distribution: str, mixture: str) -> Iterator[Row]:
+    """Yield the growth exponent of the ladder; if it has several seeds, from the exponent of each seed, which has a row of its own."""
+    ladders: dict[SeedsConfig, list[RunFits]] = {}
+    for run in runs:
+        ladders.setdefault(run.seeds, []).append(run)
+    rows = [_growth_row(own, distribution, mixture) for own in ladders.values()]
+    known = [row for row in rows if math.isfinite(row["value"])]
+    if len(known) < 2:
+        yield _growth_row(runs, distribution, mixture)
+        return
+    for number, row in enumerate(rows):
+        yield row | {"run": f"seed {number + 1} of {len(rows)}"}
+    exponents = over_seeds(row["value"] for row in known)
+    reasons = []
+    if len(known) < MIN_FOR_INTERVAL:
+        reasons.append(f"{len(known)} seeds give no interval; at least {MIN_FOR_INTERVAL} are needed")
+    if len(known) < len(rows):
+        reasons.append(f"only {len(known)} of {len(rows)} seeds have an exponent")
+    if num_suspect := sum(row["verdict"] != "ok" for row in known):
+        reasons.append(f"{num_suspect} of the seeds' exponents are suspect")
+    spread = {"num_seeds": len(known), "lower": exponents.low, "upper": exponents.high}
+    yield rows[0] | {"value": exponents.mean, "stderr": exponents.stderr} | spread | verdict(reasons)
+
+
 def _growth_row(runs: Sequence[RunFits], distribution: str, mixture: str) -> Row:
-    """Return the slope of ln(t + 1) on ln(M), with the standard error of least squares."""
+    """Return the slope of ln(t + 1) on ln(M) of one seed, with the standard error of least squares."""
     row = {
         "run": "all",
         "quantity": "growth_exponent",
@@ -208,9 +234,11 @@ def summary(runs: Sequence[RunFits], rows: Sequence[Row]) -> list[str]:
 
 def _ladder_line(row: Row) -> str:
     if row["quantity"] == "growth_exponent":
+        who = "" if row["run"] == "all" else f" in {row['run']}"
+        seeds = f" over {row['num_seeds']} seeds" if "num_seeds" in row else ""
         return (
-            f"Growth of the transition of {_label(row)} with M: t + 1 ~ M^({row['value']:.2f} ± {row['stderr']:.2f}); "
-            f"{_verdict(row)}."
+            f"Growth of the transition of {_label(row)} with M{who}: t + 1 ~ M^({row['value']:.2f} ± {row['stderr']:.2f})"
+            f"{seeds}; {_verdict(row)}."
         )
     return f"Theory curve of the weight on {row['distribution']}: R² {row['value']:.3f}; {_verdict(row)}."
 

@@ -35,7 +35,8 @@ from icl.runs.measure import Measurement, entry_rows
 MIN_POINTS = 8
 MIRROR = 0.2
 """An LLC mirrors the loss if E[L] varies by less than this share of the variation of L(w0)."""
-VERSION = 1
+VERSION = 2
+"""Version 2 measures on other prompts: those of `icl.evaluation.sets.REPORT`."""
 VERDICTS = ("ok", "suspect", "invalid")
 _QUANTITIES = {"loss": "loss", "icl_score": "icl_score", "prior_zero": "prior_task_score"}
 _POINT = ["step", "checkpoint_hash", "value", "stderr"]

@@ -1,0 +1,131 @@
+"""Errors over seeds: how much a number differs between runs that have the same settings and other seeds.
+
+The error over prompts says how well we know a number of one trained model. It says nothing about the other models that the same
+settings give with other seeds. So a claim about settings, such as the task diversity M, or about training steps needs the error over
+seeds. For the values v_1 .. v_n of n seeds we give
+
+- the mean, and its standard error s / sqrt(n), where s is the sample standard deviation, from two seeds on;
+- the 95 % interval mean +- t s / sqrt(n) from three seeds on, with Student's t for n - 1 degrees of freedom. For two seeds t is 12.7, and
+  such an interval says nothing. So with one or two seeds we show the values themselves.
+
+Runs that differ in seeds have the same fixed prompts, unless `seeds.evaluation` differs. The errors over prompts of the seeds are then
+correlated, and the error over prompts of their mean is at most the mean of these errors. We give this bound beside the error over
+seeds. Neither error contains the other.
+
+Training steps are averaged as ln(t + 1), because they are spread over orders of magnitude.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
+
+from icl.config import RunConfig, SeedsConfig
+from icl.presets import varying_names
+
+MIN_FOR_INTERVAL = 3
+"""Smallest number of seeds with an interval."""
+POOLED = ("value", "stderr", "seed_stderr", "num_seeds", "low", "high")
+"""Columns of `pool`: the mean over seeds, an upper bound of its error over prompts, its error over seeds, the number of seeds, and the 95 %
+interval over seeds."""
+_ALL = "all runs"
+
+
+class OverSeeds(NamedTuple):
+    """A number over seeds."""
+
+    values: tuple[float, ...]
+    """The finite values, one for each seed."""
+    mean: float
+    stderr: float
+    """Standard error of the mean over seeds; NaN for one seed."""
+    low: float
+    """Lower limit of the 95 % interval; NaN for fewer than three seeds."""
+    high: float
+    """Upper limit of the 95 % interval; NaN for fewer than three seeds."""
+
+    @property
+    def text(self) -> str:
+        """The mean with its error over seeds, or the values themselves for one or two seeds."""
+        if len(self.values) < MIN_FOR_INTERVAL:
+            return ", ".join(f"{value:.4g}" for value in self.values) or "-"
+        return f"{self.mean:.4g} ± {self.stderr:.2g}"
+
+
+def over_seeds(values: Iterable[float], *, is_step: bool = False) -> OverSeeds:
+    """Return the mean, its error and its interval over seeds. Values that are not finite are left out.
+
+    Args:
+        values: One value for each seed.
+        is_step: Whether the values are training steps, which are averaged as ln(t + 1). The error of the mean step is then to first
+            order.
+    """
+    finite = [float(value) for value in values if math.isfinite(value)]
+    table = pool(pd.DataFrame({"value": finite, "all": 0}), by=["all"], is_step=is_step)
+    if not finite:
+        return OverSeeds((), math.nan, math.nan, math.nan, math.nan)
+    row = table.iloc[0]
+    return OverSeeds(tuple(finite), *(float(row[name]) for name in ("value", "seed_stderr", "low", "high")))
+
+
+def pool(table: pd.DataFrame, *, by: Sequence[str], is_step: bool = False) -> pd.DataFrame:
+    """Return the columns `by` and `POOLED`: one row for each combination of `by`, in the order of the table.
+
+    Args:
+        table: A row for each seed and combination, with the columns `by`, `value` and, if errors over prompts are known, `stderr`.
+        by: Columns that say what the number is, such as the group of runs, the step and the quantity.
+        is_step: See `over_seeds`.
+    """
+    values = table["value"].astype(float).replace([np.inf, -np.inf], np.nan)
+    errors = table["stderr"].astype(float) if "stderr" in table else pd.Series(np.nan, index=table.index)
+    numbers = table[list(by)].assign(value=np.log1p(values) if is_step else values, stderr=errors.where(values.notna()))
+    groups = numbers.groupby(list(by), sort=False, dropna=False)
+    pooled = groups.agg(
+        value=("value", "mean"), stderr=("stderr", "mean"), spread=("value", "std"), num_seeds=("value", "count")
+    ).reset_index()
+    error = pooled["spread"] / np.sqrt(pooled["num_seeds"])
+    freedom = (pooled["num_seeds"] - 1).where(pooled["num_seeds"] >= MIN_FOR_INTERVAL)
+    half = error * stdtrit(freedom, 0.975)
+    low, high = pooled["value"] - half, pooled["value"] + half
+    if is_step:
+        low, high, error = np.expm1(low), np.expm1(high), error * np.exp(pooled["value"])
+        pooled["value"] = np.expm1(pooled["value"])
+    return pooled.assign(seed_stderr=error, low=low, high=high)[[*by, *POOLED]]
+
+
+def pooled_text(row: Mapping[str, Any]) -> str:
+    """Return a row of `pool` as `OverSeeds.text` does. The values of two seeds are their mean plus and minus its error."""
+    value, error = row["value"], row["seed_stderr"]
+    values = (value - error, value + error) if row["num_seeds"] == 2 else (value,) * int(row["num_seeds"])
+    return OverSeeds(values, value, error, row["low"], row["high"]).text
+
+
+def seed_groups(configs: Mapping[str, RunConfig]) -> dict[str, list[str]]:
+    """Return the names of the runs that differ only in their seeds, by the name of their group.
+
+    A group is named by the settings in which groups differ, such as `M=8`. If two runs also have the same seeds, they are the same
+    experiment, and only the first one counts.
+    """
+    plain = {name: dataclasses.replace(config, seeds=SeedsConfig()) for name, config in configs.items()}
+    groups: dict[str, list[str]] = {}
+    seen = set()
+    for (name, config), label in zip(
+        configs.items(), varying_names(list(plain.values())) if plain else [], strict=True
+    ):
+        if (label, config.seeds) not in seen:
+            seen.add((label, config.seeds))
+            groups.setdefault(label or _ALL, []).append(name)
+    return groups
+
+
+def pool_runs(
+    table: pd.DataFrame, groups: Mapping[str, Sequence[str]], *, by: Sequence[str], is_step: bool = False
+) -> pd.DataFrame:
+    """Return `pool` of a table with a column `run`, for each group of at least two runs. The first column is `runs`, the group's name."""
+    label = {run: name for name, runs in groups.items() if len(runs) > 1 for run in runs}
+    inside = table[table["run"].isin(list(label))]
+    return pool(inside.assign(runs=inside["run"].map(label)), by=["runs", *by], is_step=is_step)

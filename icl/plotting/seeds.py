@@ -1,0 +1,68 @@
+"""Draw numbers of runs that differ in their seeds: the seeds themselves, and from three seeds on their mean with its interval."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from icl.analysis.seeds import MIN_FOR_INTERVAL, pool
+
+
+def draw_points(axes: Axes, rows: pd.DataFrame, *, color: Any, **style: Any) -> None:
+    """Draw values with error bars; rows with the same `x` are seeds.
+
+    A single seed has a bar of two standard errors over prompts. Two seeds are shown as open marks, and the line goes through their mean.
+    From three seeds on, the mean also has a bar, which is its 95 % interval over seeds.
+
+    Args:
+        axes: Axes to draw in.
+        rows: Columns `x`, `value` and `stderr` (over prompts).
+        color: Colour of marks and lines.
+        style: Further options of `Axes.errorbar`.
+    """
+    means = pool(rows, by=["x"]).sort_values("x")
+    bars = _bars(means, over_prompts=2 * means["stderr"])
+    axes.errorbar(means["x"], means["value"], bars, color=color, **style)
+    seeds = rows[rows["x"].isin(means.loc[means["num_seeds"] > 1, "x"])]
+    if len(seeds):
+        axes.scatter(seeds["x"], seeds["value"], s=14, facecolors="none", edgecolors=[color], linewidths=0.8, zorder=4)
+
+
+def draw_curves(
+    axes: Axes, rows: pd.DataFrame, *, color: Any, floor: float = -np.inf, alpha: float = 0.12, **style: Any
+) -> None:
+    """Draw curves over `x`; rows with the same `x` are seeds.
+
+    A single seed has a band of two standard errors over prompts. Of several seeds, each is a thin line, and the mean is a thick line.
+    From three seeds on, the mean has a band, which is its 95 % interval over seeds.
+
+    Args:
+        axes: Axes to draw in.
+        rows: Columns `run`, `x`, `value` and `stderr` (over prompts).
+        color: Colour of lines and bands.
+        floor: Lower limit of the bands, as a fraction of the mean. Set it for a logarithmic axis.
+        alpha: Opacity of the bands.
+        style: Further options of `Axes.plot`.
+    """
+    means = pool(rows, by=["x"]).sort_values("x")
+    num_seeds = rows["run"].nunique()
+    means = means[means["num_seeds"] == means["num_seeds"].max()]  # a mean of fewer seeds would make the curve jump
+    if num_seeds > 1:
+        for _, curve in rows.sort_values("x").groupby("run", sort=False):
+            axes.plot(
+                curve["x"], curve["value"], **style | {"color": color, "linewidth": 0.6, "alpha": 0.6, "label": None}
+            )
+    axes.plot(means["x"], means["value"], color=color, **style)
+    below, above = _bars(means, over_prompts=2 * means["stderr"])
+    low = (means["value"] - below).clip(lower=floor * means["value"])
+    axes.fill_between(means["x"].astype(float), low, means["value"] + above, color=color, alpha=alpha, linewidth=0)
+
+
+def _bars(means: pd.DataFrame, *, over_prompts: pd.Series) -> np.ndarray:
+    """Return the lengths of the bars below and above each mean; NaN for two seeds."""
+    has_interval = means["num_seeds"] >= MIN_FOR_INTERVAL
+    is_single = means["num_seeds"] == 1
+    below = (means["value"] - means["low"]).where(has_interval, over_prompts.where(is_single))
+    above = (means["high"] - means["value"]).where(has_interval, over_prompts.where(is_single))
+    return np.stack((below, above))
