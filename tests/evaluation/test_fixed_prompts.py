@@ -64,7 +64,7 @@ def test_no_report_uses_the_prompts_on_which_early_stopping_chose(run):
 def test_results_of_an_older_version_are_measured_again(run, monkeypatch):
     counts = []
     true = whole_runs.evaluate
-    monkeypatch.setattr(whole_runs, "evaluate", lambda *inputs: counts.append(1) or true(*inputs))
+    monkeypatch.setattr(whole_runs, "evaluate", lambda *inputs, **options: counts.append(1) or true(*inputs, **options))
     for version in (1, 1, 2, 2):
         monkeypatch.setattr(whole_runs, "VERSION", version)
         evaluate_run(run.path, num_prompts=8, shifts=[])
