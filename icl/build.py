@@ -1,5 +1,7 @@
 """Build models and evaluation sets from a run's settings. Only this module turns settings into objects."""
 
+from functools import partial
+
 import torch
 
 from icl.config import RunConfig
@@ -43,8 +45,14 @@ def build_checkpoint_model(checkpoint: Checkpoint, *, device: torch.device | str
 
 
 def build_evaluation_sets(
-    config: RunConfig, *, num_prompts: int, shifts: tuple[str, ...] = (), device: torch.device | str = "cpu"
+    config: RunConfig,
+    *,
+    num_prompts: int,
+    shifts: tuple[str, ...] = (),
+    step: int | None = None,
+    with_bayes: bool = False,
+    device: torch.device | str = "cpu",
 ) -> list[EvaluationSet]:
-    """Return the run's evaluation sets: `pretrain`, `true` and these shifts."""
-    names = ("pretrain", "true", *shifts)
-    return [evaluation_set(config, name, num_prompts=num_prompts, device=device) for name in names]
+    """Return the run's evaluation sets: `pretrain`, `true` and these shifts. `evaluation_set` explains the arguments."""
+    make = partial(evaluation_set, config, num_prompts=num_prompts, step=step, with_bayes=with_bayes, device=device)
+    return [make(name) for name in ("pretrain", "true", *shifts)]

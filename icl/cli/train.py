@@ -128,10 +128,14 @@ def _headline(means: "pd.Series", drawn: "DrawnRun") -> str:
     """Return two sentences: the mean loss as a multiple of the Bayes predictors' losses, and its excess over the optimum."""
     ratios = " and ".join(
         f"{means['model'] / means[name]:.3f} times {label}"
-        for name, label in (("ridge", "ridge's"), ("dmmse", "dMMSE's"))
+        for name, label in (("bayes", "the Bayes predictor's"), ("ridge", "ridge's"), ("dmmse", "dMMSE's"))
         if name in means and means[name] > 0
     )
-    optimum = "ridge's, the optimum for M = ∞" if drawn.optimum == "ridge" else "dMMSE's, the optimum for these M tasks"
+    optimum = {
+        "ridge": "ridge's, the optimum for M = ∞",
+        "bayes": "the Bayes predictor's, the optimum for M = ∞",
+        "dmmse": "dMMSE's, the optimum for these M tasks",
+    }[drawn.optimum]
     first = f"The model's mean loss is {ratios}.\nIt is" if ratios else "The model's mean loss is"
     return f"{first} {drawn.excess:.4f} ± {drawn.excess_stderr:.4f} (standard error) above {optimum}."
 
