@@ -7,7 +7,7 @@ x_k, never y_k or anything later. All except `ols` and `lasso` compute the predi
 - `averaging`, `knn`, `ols`: as in the models.py of Garg et al. (2022). All predict 0 without examples.
 - `lasso`: least squares with an l1 penalty (Garg et al. 2022, appendix), a fair comparison if tasks are sparse.
 - `ridge`, `dmmse`: the Bayes predictors under w ~ N(0, I) and under w uniform on M tasks (Raventos et al. 2023, section 2).
-  Their sigma^2 is our `noise_variance`.
+  Their sigma^2 is our `noise_variance`. `icl.bayes` has the Bayes predictors of other priors.
 - `smoothed_dmmse`: the Bayes predictor under a mixture of M Gaussians about the tasks (Raventos et al. 2023, section 3.1). It lies
   between `dmmse` and `ridge`. Its `task_variance` is tuned on new tasks (`tune_task_variance`).
 
@@ -21,6 +21,7 @@ this table. Also test the function against an independent implementation.
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from torch.nn import functional as F
 from icl.arrays import real_tensor
 from icl.compute.task_sums import mean_outputs, sums_dtype
 from icl.config.validation import ConfigError, real, whole
+from icl.tasks.laws import GAUSSIAN, Law, squared_error_equivalent
 
 
 def zero(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Tensor, "*S B K"]:
@@ -138,26 +140,30 @@ def dmmse(
     *,
     tasks: Float[Tensor, "M D"],
     noise_variance: float,
+    noise: Law = GAUSSIAN,
 ) -> Float[Tensor, "*S B K"]:
     """Predict by the posterior mean under w uniform on `tasks`, the discrete minimum mean squared error estimator.
 
     Task m has weight exp(-S_m / (2 sigma^2)), where S_m is its sum of squared errors on the examples; each example adds one
-    term to S_m. Tasks are processed in chunks whose sums are merged as in a streaming softmax, so memory does not grow with M.
+    term to S_m. For noise of another law, -2 sigma^2 times the log density of the residual replaces its square. Tasks are processed in chunks whose sums are merged as in a streaming softmax, so memory does not grow with M.
     For zero noise we take the limit, the mean over the tasks with the smallest S_m.
 
-    The computation is in float32 if this changes no weight by more than about 1 %. Otherwise (for float64 prompts or small
-    noise) it is in float64.
+    The computation is in float32 if this changes no weight by more than about 1 %. Otherwise (for float64 prompts, small
+    noise, or noise that is not Gaussian) it is in float64.
 
     Raises:
-        ConfigError: If the shapes do not agree, there are no tasks, or `noise_variance` is negative.
+        ConfigError: If the shapes do not agree, there are no tasks, or `noise_variance` is negative, or zero for a law other than
+            the Gaussian.
     """
     xs, ys = _prompts(xs, ys)
     tasks = _tasks(tasks, xs)
-    noise_variance = real("noise_variance", noise_variance, "zero or positive")
-    dtype = sums_dtype(xs, ys, tasks, noise_variance)
+    noise_variance = real("noise_variance", noise_variance, "zero or positive" if noise == GAUSSIAN else "positive")
+    is_gaussian = noise == GAUSSIAN
+    dtype = sums_dtype(xs, ys, tasks, noise_variance) if is_gaussian else torch.float64
+    error = None if is_gaussian else partial(squared_error_equivalent, noise, noise_variance=noise_variance)
     inputs = xs.to(_computing_device(xs), dtype).flatten(0, -3)  # B K D
     targets = ys.to(_computing_device(xs), dtype).flatten(0, -2)  # B K
-    outputs = mean_outputs(inputs, targets, tasks.to(dtype), noise_variance)  # B K
+    outputs = mean_outputs(inputs, targets, tasks.to(dtype), noise_variance, error)  # B K
     return outputs.view_as(ys).to(ys)
 
 

@@ -1,5 +1,7 @@
 """Build models and evaluation sets from a run's settings. Only this module turns settings into objects."""
 
+from functools import partial
+
 import torch
 
 from icl.config import RunConfig
@@ -48,8 +50,18 @@ def build_evaluation_sets(
     num_prompts: int,
     shifts: tuple[str, ...] = (),
     step: int = REPORT,
+    model_step: int | None = None,
+    with_bayes: bool = False,
     device: torch.device | str = "cpu",
 ) -> list[EvaluationSet]:
-    """Return the run's evaluation sets: `pretrain`, `true` and these shifts. With `step=MONITOR`, they are those of training."""
-    names = ("pretrain", "true", *shifts)
-    return [evaluation_set(config, name, num_prompts=num_prompts, step=step, device=device) for name in names]
+    """Return the run's evaluation sets: `pretrain`, `true` and these shifts. `evaluation_set` explains the arguments."""
+    make = partial(
+        evaluation_set,
+        config,
+        num_prompts=num_prompts,
+        step=step,
+        model_step=model_step,
+        with_bayes=with_bayes,
+        device=device,
+    )
+    return [make(name) for name in ("pretrain", "true", *shifts)]

@@ -86,6 +86,23 @@ def normal(
     return pairs.flatten(-3)[..., :size].float()  # N S B size
 
 
+def uniform(
+    key: Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], size: int, *, first_block: int = 0
+) -> Float[Tensor, "*N S B {size}"]:
+    """Draw `size` uniform numbers in (0, 1) for each step and index, in float64. MPS has no float64.
+
+    Args:
+        key: The stream or streams.
+        steps: The steps.
+        indices: The indices.
+        size: Number of draws.
+        first_block: First block of the counter. Draws from different blocks of a stream are independent, and `normal` uses the first
+            `size` / 4 blocks.
+    """
+    words = torch.stack(_words(key, steps, indices, num_blocks=-(-size // 4), first_block=first_block), dim=-1)
+    return (words.double() + 0.5).mul(2**-32).flatten(-2)[..., :size]  # N S B size
+
+
 def integers(
     key: Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], bound: int | Sequence[int]
 ) -> Int64[Tensor, "*N S B"]:
@@ -118,10 +135,12 @@ def _device_tensor(words: tuple[int, ...], device: torch.device) -> Int64[Tensor
         return torch.tensor(words, device=device)
 
 
-def _words(key: Stream, steps: Tensor, indices: Tensor, *, num_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _words(
+    key: Stream, steps: Tensor, indices: Tensor, *, num_blocks: int, first_block: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return four random words for each step, index and block. The counter is (block, index, step low, step high)."""
     shape = (len(steps), len(indices), num_blocks)
-    block = torch.arange(num_blocks, device=steps.device).expand(shape)
+    block = (first_block + torch.arange(num_blocks, device=steps.device)).expand(shape)
     index = indices[:, None].expand(shape)
     step = steps[:, None, None].expand(shape)
     return philox(key, (block, index & _WORD, step & _WORD, _high(step) & _WORD))

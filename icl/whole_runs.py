@@ -95,18 +95,26 @@ class RunEvaluator:
             num_ood_prompts=num_prompts if self.num_ood_prompts is None else self.num_ood_prompts,
             distributions=("true", *(available_shifts(config) if self.shifts is None else self.shifts)),
         )
-        sets = [self._shared_set(config, "pretrain", settings.num_prompts)]
-        sets += [self._shared_set(config, name, settings.num_ood_prompts) for name in settings.distributions]
 
+        sets = self._sets(config, settings, first.step if config.task.has_moving_pool else None)
         predict = self._predictor(first, sets, num_checkpoints=len(files))
 
         def measure(members: Members) -> list[Measurement]:
             model = members.config.model
             nll = partial(target_losses, model) if model.has_density else None
-            return [Measurement(rows) for rows in evaluate(predict, members.params, sets, nll=nll)]
+            score = partial(evaluate, predict, nll=nll)
+            if not config.task.has_moving_pool:
+                return [Measurement(rows) for rows in score(members.params, sets)]
+            measured = []
+            for index, checkpoint in enumerate(members.checkpoints):
+                params = {name: tensor[index : index + 1] for name, tensor in members.params.items()}
+                measured += score(params, self._sets(config, settings, checkpoint.step))
+            return list(map(Measurement, measured))
 
         entries, _ = over_checkpoints("evaluation", Path(path), settings, measure, version=VERSION, bar=self.bar)
-        numbers, references = pd.DataFrame(entry_rows(entries)), pd.DataFrame(evaluate_baselines(sets))
+        last = entries[-1].step if config.task.has_moving_pool else None
+        numbers = pd.DataFrame(entry_rows(entries))
+        references = pd.DataFrame(evaluate_baselines(self._sets(config, settings, last)))
         return numbers.assign(prompts=PROMPTS), references.assign(prompts=PROMPTS)
 
     def _predictor(self, first: Checkpoint, sets: Sequence[EvaluationSet], *, num_checkpoints: int) -> Predict:
@@ -122,15 +130,24 @@ class RunEvaluator:
             self._compiled[model] = compiled_apply(model)
         return self._compiled[model]
 
-    def _shared_set(self, config: RunConfig, name: str, num_prompts: int) -> EvaluationSet:
+    def _sets(self, config: RunConfig, settings: "_EvaluationSettings", step: int | None = None) -> list[EvaluationSet]:
+        """Return all evaluation sets of a run; `step` is that of the checkpoint if the run's pool of tasks changes."""
+        sets = [self._shared_set(config, "pretrain", settings.num_prompts, step)]
+        return sets + [
+            self._shared_set(config, name, settings.num_ood_prompts, step) for name in settings.distributions
+        ]
+
+    def _shared_set(self, config: RunConfig, name: str, num_prompts: int, step: int | None) -> EvaluationSet:
         """Return an evaluation set, from memory if another run with the same settings has used it."""
         # Only settings that change the set are passed on, so that runs that differ in other settings share the set.
         task, seeds = config.task, SeedsConfig(tasks=config.seeds.tasks, evaluation=config.seeds.evaluation)
-        if name in SHIFTS:  # a shift uses new tasks and no dMMSE, so neither M nor the task seed matters
-            task, seeds = dataclasses.replace(task, num_tasks=math.inf), dataclasses.replace(seeds, tasks=0)
+        if name in SHIFTS:  # a shift uses new tasks and no dMMSE, so neither M nor the pool matters
+            task, step = dataclasses.replace(task, num_tasks=math.inf, pool="fixed", pool_steps=None), None
+            if task.prior not in ("low_rank", "mixture"):  # these have a structure that depends on the seed
+                seeds = dataclasses.replace(seeds, tasks=0)
         # Only a model with a predictive distribution needs the negative log-likelihoods of the baselines.
         model = ModelConfig(output="gaussian" if config.model.has_density else "token")
-        return self._set(RunConfig(task=task, seeds=seeds, model=model), name, num_prompts)
+        return self._set(RunConfig(task=task, seeds=seeds, model=model), name, num_prompts, step)
 
 
 def evaluate_run(
@@ -278,5 +295,5 @@ class _EvaluationSettings:
     distributions: tuple[str, ...]
 
 
-def _make_set(device: torch.device, config: RunConfig, name: str, num_prompts: int) -> EvaluationSet:
-    return evaluation_set(config, name, num_prompts=num_prompts, device=device)
+def _make_set(device: torch.device, config: RunConfig, name: str, num_prompts: int, step: int | None) -> EvaluationSet:
+    return evaluation_set(config, name, num_prompts=num_prompts, model_step=step, with_bayes=True, device=device)

@@ -107,9 +107,24 @@ def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
     print("\nLoss minus that of the Bayes predictor, on the same prompts (± standard error of the paired difference):")
     for distribution, row in excess.iterrows():
         print(f"{distribution:9s} {row['value']:.4g} ± {row['stderr']:.2g}")
+    if losses := _predictor_losses(baselines):
+        print(losses)
     for label, written in _deliver(path, numbers, baselines, options.out):
         print(f"{label:9s} {written}")
     return 0
+
+
+def _predictor_losses(baselines: "pd.DataFrame") -> str:
+    """Return a table of the losses of the Bayes predictors, if ridge is not the Bayes predictor for new tasks, else nothing."""
+    means = baselines[baselines["position"] == "mean"].pivot(index="distribution", columns="quantity", values="value")
+    if "bayes" not in means:
+        return ""
+    names = [name for name in ("bayes", "dmmse", "ridge", "zero", "bayes_variance") if name in means]
+    table = means.loc[["pretrain", "true"], names].to_string(float_format="{:.4g}".format, na_rep="-")
+    return (
+        "\nLosses of other predictors. `bayes` is the Bayes predictor for new tasks. Its loss, and `delta_bayes`, are too large by\n"
+        f"`bayes_variance`, the mean squared standard error of its predictions, which is 0 if they are exact.\n\n{table}\n"
+    )
 
 
 def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> int:

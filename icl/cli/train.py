@@ -127,13 +127,19 @@ def _show_run(folder: RunFolder) -> None:
 
 
 def _headline(means: "pd.Series", drawn: "DrawnRun") -> str:
-    """Return two sentences: the mean loss as a multiple of the Bayes predictors' losses, and its excess over the optimum."""
+    """Return two sentences: the mean loss as a multiple of the Bayes predictors' losses, and its excess over the optimum if this is known."""
     ratios = " and ".join(
         f"{means['model'] / means[name]:.3f} times {label}"
-        for name, label in (("ridge", "ridge's"), ("dmmse", "dMMSE's"))
+        for name, label in (("bayes", "the Bayes predictor's"), ("ridge", "ridge's"), ("dmmse", "dMMSE's"))
         if name in means and means[name] > 0
     )
-    optimum = "ridge's, the optimum for M = ∞" if drawn.optimum == "ridge" else "dMMSE's, the optimum for these M tasks"
+    if not drawn.optimum:
+        return f"The model's mean loss is {ratios}." if ratios else ""
+    optimum = {
+        "ridge": "ridge's, the optimum for M = ∞",
+        "bayes": "the Bayes predictor's, the optimum for M = ∞",
+        "dmmse": "dMMSE's, the optimum for these M tasks",
+    }[drawn.optimum]
     first = f"The model's mean loss is {ratios}.\nIt is" if ratios else "The model's mean loss is"
     excess, stderr = means[list(_EXCESS_NAMES)]
     return f"{first} {excess:.4f} ± {stderr:.4f} (standard error) above {optimum}."

@@ -29,13 +29,21 @@ _Weigh = Callable[[Tensor], Tensor]
 
 
 def mean_outputs(
-    xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], tasks: Float[Tensor, "M D"], noise_variance: float
+    xs: Float[Tensor, "B K D"],
+    ys: Float[Tensor, "B K"],
+    tasks: Float[Tensor, "M D"],
+    noise_variance: float,
+    error: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "B K"]:
-    """Return the weighted mean of w . x_k over the tasks w, at every prefix. For zero noise, return the limit."""
+    """Return the weighted mean of w . x_k over the tasks w, at every prefix. For zero noise, return the limit.
+
+    `error` is a function of residuals that replaces the squared error, for noise that is not Gaussian.
+    """
     is_limit = noise_variance < sys.float_info.min  # the inverse of the variance would overflow
     weigh = _indicator if is_limit else partial(_boltzmann, noise_variance=noise_variance)
     at_once = max(_MIN_TASKS_AT_A_TIME, _SLAB[xs.device.type] // max(1, len(xs)))
-    sums = reduce(partial(_merge, weigh=weigh), (_sums(xs, ys, chunk, weigh) for chunk in tasks.split(at_once)))
+    chunks = (_sums(xs, ys, chunk, weigh, error) for chunk in tasks.split(at_once))
+    sums = reduce(partial(_merge, weigh=weigh), chunks)
     return sums.output / sums.weight
 
 
@@ -50,7 +58,13 @@ class _Sums(NamedTuple):
     """Weighted sum of w . x_k."""
 
 
-def _sums(xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], tasks: Float[Tensor, "M D"], weigh: _Weigh) -> _Sums:
+def _sums(
+    xs: Float[Tensor, "B K D"],
+    ys: Float[Tensor, "B K"],
+    tasks: Float[Tensor, "M D"],
+    weigh: _Weigh,
+    error: Callable[[Tensor], Tensor] | None,
+) -> _Sums:
     """Return the sums over these tasks. The weights at k depend on earlier examples only, so example k is added after they are used."""
     squares = xs.new_zeros(len(xs), len(tasks))  # B M
     prefixes = []
@@ -61,7 +75,10 @@ def _sums(xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], tasks: Float[Ten
         prefixes.append(torch.stack((least[:, 0], weights.sum(-1), torch.linalg.vecdot(weights, outputs))))  # 3 B
         # In place, because another tensor of this size would not fit in the cache.
         residuals = outputs.sub_(ys[:, k, None])  # B M
-        squares.addcmul_(residuals, residuals)
+        if error is None:
+            squares.addcmul_(residuals, residuals)
+        else:
+            squares.add_(error(residuals))
     return _Sums(*torch.stack(prefixes, dim=-1).double())
 
 

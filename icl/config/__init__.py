@@ -8,10 +8,10 @@ from icl.config.sections import (
     OptimConfig,
     PopulationConfig,
     SeedsConfig,
-    TaskConfig,
     TrainerConfig,
     is_free_on_resume,
 )
+from icl.config.task import TaskConfig
 from icl.config.tree import MEMBER_SETTINGS, ChainsConfig, RunConfig, SamplerConfig, config_differences, flatten
 
 __all__ = [

@@ -1,16 +1,14 @@
-"""Sections of a run's settings, except that of the sampler: the task, the model, its training, and what is saved.
+"""Sections of a run's settings: the model, its training, and what is saved. The task is in `icl.config.task`.
 
 Settings have their usual names. The descriptions add the symbols of the papers (M, D, K, sigma^2). Each section checks its values.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from icl.config.validation import (
     Bound,
-    is_table_name,
     parse_num_tasks,
     plain_number,
     require,
@@ -37,38 +35,6 @@ computes.
 """
 OLDER_SOURCES = ("icr", "timaeus", "raventos")
 """Older code bases whose checkpoints `icl import` reads."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskConfig:
-    """In-context linear regression: y_k = w . x_k + noise, with w from a pool of M tasks or from N(0, I)."""
-
-    num_tasks: int | float = 64
-    """Task diversity M, the number of tasks in the pool; `inf` means the Gaussian prior N(0, I)."""
-    task_size: int = 2
-    """Input dimension D."""
-    max_examples: int = 8
-    """Number K of examples per prompt. The model reads 2K - 1 tokens x1, y1, ..., xK."""
-    noise_variance: float = 0.25
-    """Noise variance sigma^2 of the targets (not the standard deviation)."""
-    imported_tasks: str | None = None
-    """Digest of the table of training tasks of an imported run, or `unknown`. `icl import` sets it. By default the tasks are the
-    sequence that `seeds.tasks` determines."""
-
-    def __post_init__(self) -> None:
-        counts = {"task_size": 1, "max_examples": 1}
-        validate("task", self, counts=counts, numbers={"noise_variance": "zero or positive"})
-        pool = self.imported_tasks
-        require(
-            pool is None or is_table_name(pool),
-            f"`task.imported_tasks` must be a digest that `icl import` wrote, or none, got {pool!r}.",
-        )
-        object.__setattr__(self, "num_tasks", parse_num_tasks(self.num_tasks))
-
-    @property
-    def is_gaussian(self) -> bool:
-        """Whether the training tasks come from the Gaussian prior (M = inf)."""
-        return self.num_tasks == math.inf
 
 
 @dataclass(frozen=True, kw_only=True)

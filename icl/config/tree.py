@@ -17,17 +17,17 @@ from icl.config.sections import (
     OptimConfig,
     PopulationConfig,
     SeedsConfig,
-    TaskConfig,
     TrainerConfig,
     is_free_on_resume,
 )
+from icl.config.task import TaskConfig
 from icl.config.validation import Bound, ConfigError, require, require_number, require_run_name, require_steps, validate
 
 Kernel = Literal["sgld", "rmsprop", "baoab"]
 
 MAX_CHECKPOINTS = 1_000_000
 """Largest number of checkpoints of a run. More files make a folder slow, and their steps are kept in memory."""
-MEMBER_SETTINGS = ("run_name", "task.num_tasks", "seeds", "checkpoints.store")
+MEMBER_SETTINGS = ("run_name", "task.num_tasks", "task.pool", "task.pool_steps", "seeds", "checkpoints.store")
 """Settings and sections in which the members of a population may differ."""
 
 
@@ -174,6 +174,7 @@ class RunConfig:
         if self.run_name is not None:
             require_run_name(str(self.run_name))
         self._check_schedule()
+        self._check_members()
         grid = self.checkpoints
         num_saved = grid.num_log + grid.num_linear + (self.trainer.max_steps // grid.every if grid.every else 0)
         require(
@@ -184,6 +185,12 @@ class RunConfig:
         require(
             self.early_stopping.patience is None or self.evaluation.every is not None,
             "`early_stopping.patience` is set, but `evaluation.every` is not. Early stopping needs evaluations.",
+        )
+
+    def _check_members(self) -> None:
+        require(
+            not self.task.has_moving_pool or math.inf not in (self.population.num_tasks or ()),
+            f"`task.pool` is {self.task.pool}, but `population.num_tasks` has a member with inf, which has no pool.",
         )
 
     def _check_schedule(self) -> None:

@@ -3,7 +3,8 @@
 Evaluation is an ordinary function of parameters and prompts. Training calls it at intervals. `icl evaluate` calls it for many
 checkpoints at once. Baselines are computed once for each set of prompts.
 
-The sets are `pretrain` (the run's M tasks), `true` (tasks from N(0, I)) and the shifts of `icl.tasks.shifts`. There are two sets
+The sets are `pretrain` (the run's M tasks), `true` (new tasks from the prior, usually N(0, I)) and the shifts of `icl.tasks.shifts`. If
+the pool of tasks changes during training, `pretrain` has the pool of the last update before the evaluated step. There are two sets
 of each name, with different prompts. Training evaluates on the prompts of `MONITOR`, and early stopping chooses the last
 checkpoint by them. Everything after training uses the prompts of `REPORT`, so that no checkpoint is judged on the prompts on which
 it was chosen. Versions up to 0.1.0 used the prompts of `MONITOR` for both.
@@ -16,6 +17,8 @@ The module `icl.metrics` computes the numbers:
   has the same expectation as the gap to this predictor, so it is never negative except by chance.
 - `delta_ridge`, `delta_dmmse`: the gap to a baseline, the mean squared difference of predictions (Raventos et al. 2023,
   section 2, who divide by D).
+- `delta_bayes`: the gap to the Bayes predictor for new tasks, if this is not ridge because the prior or the noise is not Gaussian
+  (`icl.bayes`). It includes `bayes_variance`, the mean squared standard error of a predictor that is only estimated.
 - `icl_score`: loss(k2) - loss(k1). A negative score is good.
 - `nll`, `nll_over_ridge`, `nll_over_dmmse`, only for models with a predictive distribution (`model.output` `gaussian` or `mixture`): the
   negative log-likelihood in nats per target, and its excess over that of the two Bayes predictors (`icl.evidence`), whose means
@@ -33,11 +36,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl import baselines, evidence, metrics
+from icl.bayes import bayes
 from icl.compute.calls import in_parallel
 from icl.config import RunConfig
 from icl.model.stacked import Params, size
-from icl.tasks.priors import task_pool
-from icl.tasks.prompts import Prompts, require_prompt_memory, sample_prompts
+from icl.tasks.prompts import (
+    Prompts,
+    last_pool_step,
+    noise_law,
+    require_prompt_memory,
+    sample_prompts,
+    training_pool,
+)
 from icl.tasks.shifts import SHIFTS, sample_shifted_prompts
 
 if TYPE_CHECKING:
@@ -69,13 +79,21 @@ class EvaluationSet(NamedTuple):
     """Whether the shift changes only the last position, the query. If so, only numbers of this position are given."""
     nll: Mapping[str, Tensor] = MappingProxyType({})
     """Negative log-likelihoods (B, K) of the Bayes predictors, if the model has a predictive distribution and there is noise."""
+    bayes_variance: Tensor | None = None
+    """Squared standard errors (B, K) of the predictions of the baseline `bayes`, if there is one."""
+    is_gaussian: bool = True
+    """Whether prior and noise are Gaussian, so that ridge is the Bayes predictor for new tasks."""
 
     @property
     def bayes(self) -> str | None:
-        """Name of the baseline that is the Bayes predictor of these prompts; None for shifts."""
-        if self.name == "pretrain":
-            return "dmmse" if "dmmse" in self.baselines else "ridge"
-        return "ridge" if self.name == "true" else None
+        """Name of the baseline that is the Bayes predictor of these prompts; None for shifts, or if it was not computed."""
+        if self.name == "pretrain" and "dmmse" in self.baselines:
+            return "dmmse"
+        if self.name not in ("pretrain", "true"):
+            return None
+        if self.is_gaussian:
+            return "ridge"
+        return "bayes" if "bayes" in self.baselines else None
 
 
 Row: TypeAlias = dict[str, Any]
@@ -83,26 +101,52 @@ Row: TypeAlias = dict[str, Any]
 
 
 def evaluation_set(
-    config: RunConfig, name: str, *, num_prompts: int, step: int = REPORT, device: torch.device | str = "cpu"
+    config: RunConfig,
+    name: str,
+    *,
+    num_prompts: int,
+    step: int = REPORT,
+    model_step: int | None = None,
+    with_bayes: bool = False,
+    device: torch.device | str = "cpu",
 ) -> EvaluationSet:
     """Make the fixed prompts called `name` (`pretrain`, `true`, or a shift), with their baselines.
 
     With `step=MONITOR`, the prompts are those of evaluations during training; by default they are those of reports.
 
     All sets have the baselines ridge, OLS and zero. `pretrain` and `true` of a run with finitely many tasks also have dMMSE and the mean
-    task. Without noise, `ridge` has the predictions of OLS, which is the limit of ridge for zero noise. If the model has a predictive
-    distribution, the set also has the negative log-likelihoods of ridge and dMMSE, which do not exist without noise.
+    task. Without noise, `ridge` has the predictions of OLS, which is the limit of ridge for zero noise. `pretrain` and `true` of a run
+    whose prior or noise is not Gaussian also have the Bayes predictor for new tasks. If the model has a predictive distribution, and
+    prior and noise are Gaussian, the set also has the negative log-likelihoods of ridge and dMMSE, which do not exist without noise.
+
+    Args:
+        config: The run.
+        name: Name of the set.
+        num_prompts: Number of prompts.
+        step: Step of the random stream, `MONITOR` or `REPORT`.
+        model_step: Step of the evaluated model. It is needed for `pretrain` if the pool of tasks changes.
+        with_bayes: Whether to compute the Bayes predictor for new tasks, which can take minutes.
+        device: Device of the prompts.
     """
     shift, task = SHIFTS.get(name), config.task
+    pool_step = None if model_step is None else last_pool_step(model_step)
     has_noise = task.noise_variance > 0
     require_prompt_memory(num_prompts, task.max_examples, task.task_size, device, for_ridge=has_noise)
     if shift is not None:
         prompts = sample_shifted_prompts(config, name, batch_size=num_prompts, step=step, device=device)
     else:
-        prompts = sample_prompts(config, stream=name, step=step, batch_size=num_prompts, device=device)
+        prompts = sample_prompts(
+            config, stream=name, step=step, batch_size=num_prompts, pool_step=pool_step, device=device
+        )
     is_about_query = shift is not None and shift.is_about_query
-    nll = _bayes_nll(config, name, prompts) if config.model.has_density and has_noise else {}
-    return EvaluationSet(name, prompts, _baseline_predictions(config, name, prompts), is_about_query, nll)
+    is_gaussian = (task.prior, task.noise) == ("gaussian", "gaussian")
+    has_nll = config.model.has_density and has_noise and is_gaussian
+    nll = _bayes_nll(config, name, prompts, pool_step) if has_nll else {}
+    predictions = _baseline_predictions(config, name, prompts, pool_step)
+    bayes_variance = None
+    if with_bayes and name in ("pretrain", "true") and (estimate := bayes(config, prompts.xs, prompts.ys)) is not None:
+        predictions["bayes"], bayes_variance = estimate.predictions, estimate.stderrs.square()
+    return EvaluationSet(name, prompts, predictions, is_about_query, nll, bayes_variance, is_gaussian)
 
 
 def predict_prompts(predict: Predict, params: Params, prompts: Prompts) -> Float[Tensor, "N B K"]:
@@ -162,7 +206,7 @@ def evaluate_predictions(
             floor = prompt_set.nll.get(quantity.rpartition("_")[2])
             if floor is not None:
                 numbers += _position_numbers(prompt_set, quantity, nll - floor)
-    for quantity in ("delta_ridge", "delta_dmmse", "prior_zero", "prior_task_mean"):
+    for quantity in ("delta_ridge", "delta_dmmse", "delta_bayes", "prior_zero", "prior_task_mean"):
         reference = prompt_set.baselines.get(quantity.partition("_")[2])
         if reference is not None:
             numbers += _position_numbers(prompt_set, quantity, metrics.squared_error(predictions, reference))
@@ -175,6 +219,8 @@ def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
     """Return the loss of every baseline on every set. The quantity is the baseline's name.
 
     Quantities such as `ridge_nll` are negative log-likelihoods.
+    If there is a baseline `bayes`, rows of the quantity `bayes_variance` have the mean squared standard error of its predictions.
+    The loss of `bayes` is too large by this number.
     """
     rows = []
     for each in sets:
@@ -183,6 +229,9 @@ def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
             rows += _rows(each.name, _position_numbers(each, name, errors))[0]
         for name, losses in each.nll.items():
             rows += _rows(each.name, _position_numbers(each, f"{name}_nll", losses.unsqueeze(0)))[0]
+        if each.bayes_variance is not None:
+            variances = each.bayes_variance.unsqueeze(0)
+            rows += _rows(each.name, _position_numbers(each, "bayes_variance", variances))[0]
     return rows
 
 
@@ -199,19 +248,21 @@ def tabulate_losses(predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet
     """Return the losses of one model and of the baselines by position, on `pretrain` or `true`.
 
     Returns:
-        A row for each position 1..K and a row for their mean; columns `model`, `ridge`, `dmmse` (finite M), `ols`, `zero`, then
-        `bayes_excess` and its standard error `bayes_excess_stderr` over prompts.
+        A row for each position 1..K and a row for their mean; columns `model`, `bayes` (if it is not ridge), `ridge`, `dmmse` (finite
+        M), `ols`, `zero`, then `bayes_excess` and its standard error `bayes_excess_stderr` over prompts if the
+        Bayes predictor is known.
     """
     import pandas as pd
 
     targets, predicted = prompt_set.prompts.ys, {"model": predictions} | prompt_set.baselines
-    names = [name for name in ("model", "ridge", "dmmse", "ols", "zero") if name in predicted]
+    names = [name for name in ("model", "bayes", "ridge", "dmmse", "ols", "zero") if name in predicted]
     losses = {name: metrics.squared_error(predicted[name], targets).mean(dim=0).tolist() for name in names}
     table = pd.DataFrame(losses, index=[str(k + 1) for k in range(targets.shape[1])])
     table.loc["mean"] = table.mean()
-    excess = metrics.squared_error(predictions, targets) - _bayes_errors(prompt_set)
-    for name, *parts in zip(EXCESS, metrics.position_mean(excess), metrics.overall_mean(excess), strict=True):
-        table[name] = torch.cat([part.reshape(-1) for part in parts]).tolist()
+    if prompt_set.bayes is not None:
+        excess = metrics.squared_error(predictions, targets) - _bayes_errors(prompt_set)
+        for name, *parts in zip(EXCESS, metrics.position_mean(excess), metrics.overall_mean(excess), strict=True):
+            table[name] = torch.cat([part.reshape(-1) for part in parts]).tolist()
     table.index.name = "position"
     return table
 
@@ -281,24 +332,27 @@ def _join(sets: Sequence[EvaluationSet]) -> EvaluationSet:
     return sets[0]._replace(prompts=prompts, baselines=stacked, nll={})
 
 
-def _baseline_predictions(config: RunConfig, name: str, prompts: Prompts) -> dict[str, Tensor]:
+def _baseline_predictions(config: RunConfig, name: str, prompts: Prompts, pool_step: int | None) -> dict[str, Tensor]:
     task, (xs, ys, _) = config.task, prompts
     ols = baselines.ols(xs, ys)
     ridge = baselines.ridge(xs, ys, noise_variance=task.noise_variance) if task.noise_variance > 0 else ols
     predictions = {"ridge": ridge, "ols": ols, "zero": baselines.zero(xs, ys)}
+    if name == "true" and task.has_moving_pool and pool_step is None:
+        return predictions
     if not task.is_gaussian and name in ("pretrain", "true"):
-        tasks = task_pool(int(task.num_tasks), task.task_size, config.task_sequence, device=xs.device)
-        predictions["dmmse"] = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=task.noise_variance)
+        tasks = training_pool(config, step=pool_step, device=xs.device)
+        noise = noise_law(config)
+        predictions["dmmse"] = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=task.noise_variance, noise=noise)
         predictions["task_mean"] = baselines.task_mean(xs, ys, tasks=tasks)
     return predictions
 
 
-def _bayes_nll(config: RunConfig, name: str, prompts: Prompts) -> dict[str, Tensor]:
+def _bayes_nll(config: RunConfig, name: str, prompts: Prompts, pool_step: int | None) -> dict[str, Tensor]:
     """Return the negative log-likelihoods of ridge, and of dMMSE where `_baseline_predictions` has it."""
     task, (xs, ys, _) = config.task, prompts
     nll = {"ridge": evidence.ridge_nll(xs, ys, noise_variance=task.noise_variance)}
-    if not task.is_gaussian and name in ("pretrain", "true"):
-        tasks = task_pool(int(task.num_tasks), task.task_size, config.task_sequence, device=xs.device)
+    if not task.is_gaussian and name in ("pretrain", "true") and (pool_step is not None or not task.has_moving_pool):
+        tasks = training_pool(config, step=pool_step, device=xs.device)
         nll["dmmse"] = evidence.dmmse_nll(xs, ys, tasks=tasks, noise_variance=task.noise_variance)
     return nll
 

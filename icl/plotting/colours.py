@@ -4,6 +4,7 @@ We use the palette of Okabe and Ito (2008), because colour-blind readers can dis
 same colour and line style in every figure.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,17 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
 PREDICTORS: dict[str, dict[str, Any]] = {
     "model": {"color": BLUE, "linestyle": "-", "linewidth": 2.2, "label": "transformer"},
     "ridge": {"color": VERMILION, "linestyle": "--", "label": "ridge (Bayes for M = ∞)"},
+    "bayes": {"color": ORANGE, "linestyle": (0, (4, 1)), "label": "Bayes for new tasks"},
     "dmmse": {"color": GREEN, "linestyle": "-.", "label": "dMMSE (Bayes for the M tasks)"},
     "ols": {"color": PURPLE, "linestyle": ":", "label": "OLS"},
     "zero": {"color": BLACK, "linestyle": (0, (1, 1)), "linewidth": 1.0, "label": "zero"},
 }
+
+
+def predictor_style(name: str, predictors: Collection[str]) -> dict[str, Any]:
+    """Return the style of a predictor in a figure that shows these predictors. Beside `bayes`, ridge is not the Bayes predictor."""
+    return PREDICTORS[name] | ({"label": "ridge"} if name == "ridge" and "bayes" in predictors else {})
+
 
 ORDERED = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, 256)), name="ordered")
 """Colour map for ordered values such as steps: dark first. It ends before yellow, which is hard to see on white."""

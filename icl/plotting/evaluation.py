@@ -5,10 +5,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl.evaluation.sets import headlines
-from icl.plotting.colours import BLACK, BLUE, GREEN, VERMILION
+from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, VERMILION
 from icl.plotting.style import finish_step_axes, new_figure, select, write_in_middle
 
-_GAPS = (("delta_ridge", VERMILION, "to ridge"), ("delta_dmmse", GREEN, "to dMMSE"), ("prior_zero", BLACK, "to zero"))
+_GAPS = (
+    ("delta_ridge", VERMILION, "to ridge"),
+    ("delta_bayes", ORANGE, "to Bayes for new tasks"),
+    ("delta_dmmse", GREEN, "to dMMSE"),
+    ("prior_zero", BLACK, "to zero"),
+)
 
 
 def plot_evaluation(numbers: pd.DataFrame, baselines: pd.DataFrame, *, title: str) -> Figure:
@@ -21,7 +26,8 @@ def plot_evaluation(numbers: pd.DataFrame, baselines: pd.DataFrame, *, title: st
     """
     figure, (pretrain, true, shifts) = new_figure(3, width=4.6, height=4.6, title=title)
     _draw_gaps(pretrain, numbers, "pretrain", "On the M training tasks")
-    _draw_gaps(true, numbers, "true", "On new tasks, w ~ N(0, I)")
+    law = "" if (baselines["quantity"] == "bayes").any() else ", w ~ N(0, I)"
+    _draw_gaps(true, numbers, "true", f"On new tasks{law}")
     _draw_shifts(shifts, select(numbers, step=numbers["step"].max()), baselines)
     return figure
 

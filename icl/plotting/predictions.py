@@ -20,8 +20,7 @@ from icl.plotting.colours import BLACK, PREDICTORS, SKY
 from icl.plotting.style import new_figure
 from icl.plotting.tidying import name_outside
 from icl.runs.checkpoints import load_checkpoint_file
-from icl.tasks.priors import task_pool
-from icl.tasks.prompts import sample_prompts
+from icl.tasks.prompts import noise_law, sample_prompts, training_pool
 
 _NUM_QUERIES = 121
 _NUM_PROMPTS = 32
@@ -78,6 +77,6 @@ def _predict(
         predictions = {"model": model(all_xs, all_ys)}
     predictions["ridge"] = baselines.ridge(all_xs, all_ys, noise_variance=noise_variance)
     if not config.task.is_gaussian:
-        tasks = task_pool(int(config.task.num_tasks), config.task.task_size, config.task_sequence)
-        predictions["dmmse"] = baselines.dmmse(all_xs, all_ys, tasks=tasks, noise_variance=noise_variance)
+        tasks, noise = training_pool(config), noise_law(config)
+        predictions["dmmse"] = baselines.dmmse(all_xs, all_ys, tasks=tasks, noise_variance=noise_variance, noise=noise)
     return {name: values[:, -1].numpy() for name, values in predictions.items()}

@@ -24,7 +24,7 @@ from icl.evaluation.sets import (
 from icl.files.reading import ContentError
 from icl.files.tables import read_table
 from icl.model.stacked import apply, stack
-from icl.plotting.colours import BLUE, PREDICTORS, SKY
+from icl.plotting.colours import BLUE, SKY, predictor_style
 from icl.plotting.style import label_plainly, new_figure, save_figure, scale_steps
 from icl.plotting.tidying import name_outside
 from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
@@ -36,7 +36,7 @@ _MAX_LINEAR_RATIO = 60.0
 readable."""
 _LOSS_LABEL = "loss (squared error per target)"
 _NLL_LABEL = "negative log-likelihood (nats per target)"
-_SetsKey: TypeAlias = tuple[TaskConfig, int | str, int, int]
+_SetsKey: TypeAlias = tuple[TaskConfig, int | str, int, int, int | None]
 
 
 class DrawnRun(NamedTuple):
@@ -48,7 +48,7 @@ class DrawnRun(NamedTuple):
     figure: Path
     """Path of the figure."""
     optimum: str
-    """Bayes predictor for the training tasks: `ridge` for M = inf, else `dmmse`."""
+    """Bayes predictor for the training tasks: `ridge` or `bayes` for M = inf, else `dmmse`."""
 
 
 def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | None = None) -> DrawnRun:
@@ -66,12 +66,14 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
     """
     checkpoint = load_checkpoint_file(checkpoint_files(folder.path)[-1])
     config = checkpoint.config
-    key = (config.task, config.task_sequence, config.seeds.evaluation, config.evaluation.num_prompts)
+    step = checkpoint.step if config.task.has_moving_pool else None
+    key = (config.task, config.task_sequence, config.seeds.evaluation, config.evaluation.num_prompts, step)
     shared = {} if shared is None else shared
     if key not in shared:
         number = config.evaluation.num_prompts
-        monitor = evaluation_set(config, "pretrain", num_prompts=number, step=MONITOR)
-        shared[key] = [monitor, *build_evaluation_sets(config, num_prompts=number)]
+        monitor = evaluation_set(config, "pretrain", num_prompts=number, step=MONITOR, model_step=step)
+        reported = build_evaluation_sets(config, num_prompts=number, model_step=step, with_bayes=True)
+        shared[key] = [monitor, *reported]
     monitor, *reported = shared[key]
     sets = {prompt_set.name: prompt_set for prompt_set in reported}
     predict, params = partial(apply, config.model), stack([checkpoint.params])
@@ -123,7 +125,7 @@ def plot_training(
     Args:
         metrics: The run's `metrics.csv`.
         losses: Tables of the loss per target on `pretrain` and on `true`. Each has a row for each position 1..K and a
-            row `mean`, and a column for each predictor that applies (of `model`, `ridge`, `dmmse`, `ols`, `zero`).
+            row `mean`, and a column for each predictor that applies (of `model`, `bayes`, `ridge`, `dmmse`, `ols`, `zero`).
         title: Title of the figure.
         levels: Mean losses of the predictors on the prompts of the learning curves, in the unit of the training loss. By default, those in
             `losses` for the squared error, and none for the negative log-likelihood.
@@ -134,7 +136,8 @@ def plot_training(
         levels = losses["pretrain"].loc["mean"].to_dict() if quantity == "loss" else {}
     _draw_curves(curves, metrics, levels, quantity=quantity)
     _draw_positions(pretrain, losses["pretrain"].drop(index="mean"), "After training: the M training tasks")
-    _draw_positions(true, losses["true"].drop(index="mean"), "After training: new tasks, w ~ N(0, I)")
+    law = "" if "bayes" in losses["true"] else ", w ~ N(0, I)"
+    _draw_positions(true, losses["true"].drop(index="mean"), f"After training: new tasks{law}")
     _share_limits([pretrain, true], losses)
     name_outside(figure, figure.axes, loc="outside lower center", ncols=4, fontsize=8)
     return figure
@@ -148,9 +151,9 @@ def _draw_curves(axes: Axes, metrics: pd.DataFrame, levels: Mapping[str, float],
         for name, tasks, line, face in (("pretrain", "training", "-", BLUE), ("true", "new", ":", "white")):
             losses = metrics.dropna(subset=[f"eval/pretrain/{quantity}"]).set_index("step")[f"eval/{name}/{quantity}"]
             _draw_evaluated(axes, losses, f"fixed prompts, {tasks} tasks (dot: step 0)", line, face)
-    for name in ("zero", "ridge", "dmmse"):
+    for name in ("zero", "ridge", "bayes", "dmmse"):
         if name in levels:
-            axes.axhline(levels[name], **PREDICTORS[name] | {"linewidth": 1.2})
+            axes.axhline(levels[name], **predictor_style(name, list(levels)) | {"linewidth": 1.2})
     scale_steps(axes, first=max(1.0, float(trained["step"].min())))
     axes.set(xlabel="step (updates)", ylabel=_LOSS_LABEL if quantity == "loss" else _NLL_LABEL)
     if quantity == "loss":
@@ -172,9 +175,9 @@ def _draw_evaluated(axes: Axes, losses: pd.Series, label: str, line: str, face: 
 
 
 def _draw_positions(axes: Axes, losses: pd.DataFrame, title: str) -> None:
-    for name in ("zero", "ols", "ridge", "dmmse", "model"):
+    for name in ("zero", "ols", "ridge", "bayes", "dmmse", "model"):
         if name in losses:
-            style = PREDICTORS[name] | ({"marker": "o", "markersize": 4} if name == "model" else {})
+            style = predictor_style(name, list(losses)) | ({"marker": "o", "markersize": 4} if name == "model" else {})
             axes.plot(losses.index, losses[name], **style)
     axes.set(xlabel="position k (k − 1 examples seen)", ylabel=_LOSS_LABEL)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -124,7 +124,7 @@ def describe_run(facts: RunFacts) -> str:
     num_tasks = "∞" if task.is_gaussian else f"{task.num_tasks:,}"
     return (
         f"Preset {facts.config.preset}. Task: M = {num_tasks}, D = {task.task_size}, K = {task.max_examples}, "
-        f"σ² = {task.noise_variance:g}. Model: L = {model.num_layers}, H = {model.num_heads}, width {model.embed_size}"
+        f"σ² = {task.noise_variance:g}{', ' * bool(task.world)}{task.world}. Model: L = {model.num_layers}, H = {model.num_heads}, width {model.embed_size}"
     )
 
 

@@ -74,7 +74,8 @@ def _settings(config: RunConfig) -> str:
     task, model, optim = config.task, config.model, config.optim
     source = config.checkpoints.imported_from
     rows = {
-        "Task": f"D = {task.task_size}, K = {task.max_examples}, M = {task.num_tasks}, noise variance {task.noise_variance:g}",
+        "Task": f"D = {task.task_size}, K = {task.max_examples}, M = {task.num_tasks}, noise variance {task.noise_variance:g}"
+        + (f", {task.world}" if task.world else ""),
         "Model": f"{model.num_layers} layers, {model.num_heads} heads, width {model.embed_size}, MLP {model.mlp_size}, "
         f"layer norm {model.layer_norm}",
         "Training": f"imported from {source}"

@@ -39,8 +39,7 @@ from icl.model.stacked import Params, size, target_losses
 from icl.model.transformer import parameter_shapes
 from icl.sampling.batches import Batch, Pool
 from icl.sampling.target import Gradient, Loss, Observable, StackedLosses, Target
-from icl.tasks.priors import task_pool
-from icl.tasks.prompts import Distribution, prompt_source, sample_prompts
+from icl.tasks.prompts import Distribution, prompt_source, sample_prompts, training_pool
 
 _MAX_COUNTED_TASKS = 2**16
 """Largest number of tasks for which the pool's mean |w|^2 is computed. In a larger pool, it differs from D by about half a percent at
@@ -116,7 +115,7 @@ def trivial_loss(config: RunConfig) -> float:
     task = config.task
     square = float(task.task_size)
     if task.num_tasks <= _MAX_COUNTED_TASKS:
-        square = float(task_pool(int(task.num_tasks), task.task_size, config.task_sequence).square().sum(1).mean())
+        square = float(training_pool(config).square().sum(1).mean())
     mean_square = square + task.noise_variance
     return math.log(2 * math.pi * math.e * mean_square) / 2 if config.model.has_density else mean_square
 

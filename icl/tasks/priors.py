@@ -1,4 +1,4 @@
-"""Task priors p(w): the standard Gaussian (M = inf), or the uniform distribution on a pool of M tasks.
+"""Task priors p(w): a continuous law (M = inf), usually N(0, I), or the uniform distribution on a pool of M tasks drawn from it.
 
 A pool is the first M tasks of one endless sequence, in which task m is a pure function of (seed, m). So pools are nested:
 every larger pool begins with the tasks of the smaller one. Raventos et al. (2023), section 2, define both priors; the nesting is that of
@@ -6,12 +6,15 @@ Carroll et al. (2025), section 3.1. We store no table of tasks: for a prompt of 
 
 Runs of older code bases have other tasks, which `icl import` saves as a table. A sequence is then named by the digest of its table
 instead of a seed. `keep_table` makes a table known to this process; a digest always means the same table.
+
+`icl.tasks.laws` defines the other laws, and `icl.tasks.pools` the pools that change during training.
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
@@ -20,8 +23,9 @@ from torch import Tensor
 from icl import rng
 from icl.compute.devices import require_memory
 from icl.config.validation import ConfigError, is_table_name, parse_num_tasks, whole
+from icl.tasks.laws import GAUSSIAN_TASKS, TaskLaw, draw_tasks
+from icl.tasks.pools import FIXED, PoolSchedule, tasks_at
 
-_POOL = "tasks"
 _TABLES: dict[str, Tensor] = {}
 """Imported tables of tasks that this process has read, by digest."""
 
@@ -32,49 +36,90 @@ class Gaussian(NamedTuple):
     task_size: int
 
 
+class Continuous(NamedTuple):
+    """Another prior under which every prompt has a new task."""
+
+    task_size: int
+    law: TaskLaw
+
+
 class Discrete(NamedTuple):
     """Uniform prior on the first `num_tasks` tasks of the sequence of `seed`, or of an imported table whose digest is `seed`."""
 
     num_tasks: int
     task_size: int
     seed: int | str
+    law: TaskLaw = GAUSSIAN_TASKS
+    schedule: PoolSchedule = FIXED
+    time: int | None = None
+    """Step whose pool is used, for a pool that changes; None uses the step of the prompts."""
+
+
+Prior: TypeAlias = Gaussian | Continuous | Discrete
 
 
 def sample_tasks(
-    priors: Sequence[Gaussian | Discrete],
+    priors: Sequence[Prior],
     keys: Sequence[rng.Stream],
     steps: Int64[Tensor, " S"],
     indices: Int64[Tensor, " B"],
 ) -> Float[Tensor, "N S B D"]:
     """Draw one task for each prior, step and index.
 
-    Tasks of priors that share a sequence are drawn together, and so are the tasks of all Gaussian priors.
+    Tasks of priors that share a sequence are drawn together, and so are the tasks of all priors with the same law.
     """
-    seeds = [prior.seed if isinstance(prior, Discrete) else None for prior in priors]
+    sequences = [prior._replace(num_tasks=1) if isinstance(prior, Discrete) else prior for prior in priors]
     drawn: dict[int, Tensor] = {}
-    for seed in dict.fromkeys(seeds):
-        members = [member for member, members_seed in enumerate(seeds) if members_seed == seed]
+    for sequence in dict.fromkeys(sequences):
+        members = [member for member, other in enumerate(sequences) if other == sequence]
         key = rng.together([keys[member] for member in members], device=steps.device)
-        if seed is None:
-            tasks = rng.normal(key, steps, indices, priors[0].task_size)
-        else:
+        if isinstance(sequence, Discrete):
             pools = [priors[member] for member in members]
-            chosen = rng.integers(key, steps, indices, [pool.num_tasks for pool in pools if isinstance(pool, Discrete)])
-            tasks = _tasks(chosen.flatten(), priors[0].task_size, seed).unflatten(0, chosen.shape)
+            bounds = [pool.num_tasks for pool in pools if isinstance(pool, Discrete)]
+            tasks = _tasks(sequence, steps, rng.integers(key, steps, indices, bounds), max(bounds))
+        else:
+            law = sequence.law if isinstance(sequence, Continuous) else GAUSSIAN_TASKS
+            tasks = draw_tasks(law, key, steps, indices, sequence.task_size)
         drawn |= dict(zip(members, tasks, strict=True))
     return torch.stack([drawn[member] for member in range(len(priors))])
 
 
-def task_prior(num_tasks: int | float, task_size: int, seed: int | str) -> Gaussian | Discrete:
-    """Return the prior for task diversity M: `Discrete`, or `Gaussian` if M = inf."""
+def task_prior(
+    num_tasks: int | float,
+    task_size: int,
+    seed: int | str,
+    *,
+    law: TaskLaw = GAUSSIAN_TASKS,
+    schedule: PoolSchedule = FIXED,
+    time: int | None = None,
+) -> Prior:
+    """Return the prior for task diversity M: `Discrete`, or if M = inf, `Gaussian` or `Continuous`."""
     num_tasks = parse_num_tasks(num_tasks)
-    return Gaussian(task_size) if num_tasks == math.inf else Discrete(int(num_tasks), task_size, seed)
+    if num_tasks != math.inf:
+        return Discrete(int(num_tasks), task_size, seed, law, schedule, time)
+    return Gaussian(task_size) if law == GAUSSIAN_TASKS else Continuous(task_size, law)
 
 
 def task_pool(
-    num_tasks: int | float, task_size: int, seed: int | str, *, device: torch.device | str = "cpu"
+    num_tasks: int | float,
+    task_size: int,
+    seed: int | str,
+    *,
+    law: TaskLaw = GAUSSIAN_TASKS,
+    schedule: PoolSchedule = FIXED,
+    time: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Float[Tensor, "M D"]:
-    """Return the first M tasks of the sequence of `seed`, each drawn from N(0, I_D), or of an imported table.
+    """Return the first M tasks of the sequence of `seed`, or of an imported table.
+
+    Args:
+        num_tasks: Number M of tasks.
+        task_size: Dimension D.
+        seed: Seed of the sequence, or digest of an imported table.
+        law: Prior from which each task is drawn, by default N(0, I_D).
+        schedule: How the pool changes over the steps, by default not at all.
+        time: Step whose pool is returned.
+        device: Device of the result.
 
     Raises:
         ConfigError: If `num_tasks` or `task_size` is not a positive whole number, `seed` is not a whole number from 0 to
@@ -86,12 +131,15 @@ def task_pool(
     """
     count = parse_num_tasks(num_tasks)
     if count == math.inf:
-        raise ConfigError("The Gaussian prior (M = inf) has no pool of tasks. Give a finite number of tasks.")
+        raise ConfigError("The prior with M = inf has no pool of tasks. Give a finite number of tasks.")
     task_size = whole("task_size", task_size, 1)
     seed = seed if is_table_name(seed) else whole("seed", seed, 0, 2**63 - 1)
     require_memory({f"a pool of {count:,} tasks of size {task_size:,}": 4 * int(count) * task_size}, device)
     chunks = torch.arange(int(count), device=device).split(2**16)
-    return torch.cat([_tasks(chunk, task_size, seed) for chunk in chunks])
+    if isinstance(seed, str):
+        return torch.cat([_rows_of_table(seed, chunk, task_size) for chunk in chunks])
+    times = torch.tensor([time], device=device)
+    return torch.cat([tasks_at(seed, times, chunk, task_size, law=law, schedule=schedule)[0] for chunk in chunks])
 
 
 def table_digest(table: Float[Tensor, "M D"]) -> str:
@@ -124,14 +172,28 @@ def _table(digest: str, task_size: int) -> Float[Tensor, "M D"]:
     return table
 
 
-def _tasks(indices: Int64[Tensor, " B"], task_size: int, seed: int | str) -> Float[Tensor, "B D"]:
-    """Return the tasks at these positions of the sequence."""
-    if isinstance(seed, str):
-        table = _table(seed, task_size)
-        if len(indices) and int(indices.max()) >= len(table):
-            raise ConfigError(
-                f"The imported table has {len(table):,} tasks, but more are needed. Use at most this number of tasks."
-            )
-        return table.to(indices.device)[indices]
-    step = torch.zeros(1, dtype=torch.int64, device=indices.device)
-    return rng.normal(rng.stream(seed, _POOL), step, indices, task_size)[0]
+def _tasks(
+    pool: Discrete, steps: Int64[Tensor, " S"], chosen: Int64[Tensor, "N S B"], num_tasks: int
+) -> Float[Tensor, "N S B D"]:
+    """Return the chosen tasks, whose positions in the sequence are below `num_tasks`, at each step."""
+    if isinstance(pool.seed, str):
+        return _rows_of_table(pool.seed, chosen.flatten(), pool.task_size).unflatten(0, chosen.shape)
+    choose = partial(tasks_at, pool.seed, task_size=pool.task_size, law=pool.law, schedule=pool.schedule)
+    times = steps if pool.time is None else torch.full_like(steps, pool.time)
+    if pool.schedule == FIXED:
+        return choose(times[:1], chosen.flatten())[0].unflatten(0, chosen.shape)
+    if num_tasks <= chosen[:, 0].numel():  # the whole pool is cheaper than one task for each prompt
+        tables = choose(times, torch.arange(num_tasks, device=steps.device))  # S M D
+        return tables[torch.arange(len(steps), device=steps.device)[:, None], chosen]
+    rows = [choose(time[None], at_step.flatten())[0] for time, at_step in zip(times, chosen.unbind(1), strict=True)]
+    return torch.stack([row.unflatten(0, chosen[:, 0].shape) for row in rows], dim=1)
+
+
+def _rows_of_table(digest: str, indices: Int64[Tensor, " B"], task_size: int) -> Float[Tensor, "B D"]:
+    """Return the tasks at these positions of an imported table."""
+    table = _table(digest, task_size)
+    if len(indices) and int(indices.max()) >= len(table):
+        raise ConfigError(
+            f"The imported table has {len(table):,} tasks, but more are needed. Use at most this number of tasks."
+        )
+    return table.to(indices.device)[indices]

@@ -1,7 +1,7 @@
 """Prompts x1, y1, ..., xK, yK with y = w . x + noise, and their layout as tokens.
 
 In each prompt w is drawn from a prior (`icl.tasks.priors`), every x from N(0, I_D), and the noise from N(0, sigma^2). This is
-the task of Raventos et al. (2023), section 2.
+the task of Raventos et al. (2023), section 2. The section `task` can choose other distributions (`icl.tasks.laws`).
 
 A prompt is a pure function of (seed, stream, step, index). Stream `train` uses `seeds.data` and `seeds.noise`; every other
 stream uses `seeds.evaluation`. The index is the row of a batch, so the share of one process is a slice of the whole batch.
@@ -10,6 +10,7 @@ Tokens have D + 1 coordinates, as in Raventos et al. (2023) and Hoogland et al. 
 (y, 0, ..., 0). No prediction depends on the last y-token, so a prompt of K examples has 2K - 1 tokens.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -21,7 +22,10 @@ from icl import rng
 from icl.compute.devices import require_memory
 from icl.config import RunConfig
 from icl.config.validation import ConfigError, whole
-from icl.tasks.priors import Discrete, Gaussian, sample_tasks, task_prior
+from icl.tasks import laws
+from icl.tasks.laws import Law, TaskLaw
+from icl.tasks.pools import PoolSchedule
+from icl.tasks.priors import Prior, sample_tasks, task_pool, task_prior
 
 Distribution = Literal["pretrain", "true"]
 MAX_STEP = 2**62
@@ -40,13 +44,17 @@ class Prompts(NamedTuple):
 class PromptSource(NamedTuple):
     """Everything that determines a stream's prompts: a prior, sizes, and the keys of inputs, tasks and noise."""
 
-    prior: Gaussian | Discrete
+    prior: Prior
     task_size: int
     max_examples: int
     noise_variance: float
     xs_key: rng.Stream
     tasks_key: rng.Stream
     noise_key: rng.Stream
+    noise: Law = laws.GAUSSIAN
+    inputs: Law = laws.GAUSSIAN
+    input_correlation: float | None = None
+    """Correlation of each input with the input before it; None means independent inputs."""
 
     def sample(
         self, steps: range, indices: range | Int64[Tensor, " B"], *, device: torch.device | str = "cpu"
@@ -62,11 +70,12 @@ def sample_together(
     *,
     device: torch.device | str = "cpu",
 ) -> Prompts:
-    """Sample the prompts of N sources whose sizes and noise variance agree: xs (N, S, B, K, D).
+    """Sample the prompts of N sources whose sizes, noise and inputs agree: xs (N, S, B, K, D).
 
     Each source gives the same prompts as if it were used alone.
     """
-    num_examples, task_size, noise_variance = sources[0].max_examples, sources[0].task_size, sources[0].noise_variance
+    first = sources[0]
+    num_examples, task_size = first.max_examples, first.task_size
     # `len` would fail for a range longer than 2^63, before the check below could report how many prompts do not fit.
     batch_size = indices.stop - indices.start if isinstance(indices, range) else len(indices)
     require_prompt_memory(len(sources) * len(steps) * batch_size, num_examples, task_size, device)
@@ -75,25 +84,81 @@ def sample_together(
     index = torch.arange(indices.start, indices.stop, device=device) if isinstance(indices, range) else indices
     xs_key = rng.together([source.xs_key for source in sources], device=device)
     noise_key = rng.together([source.noise_key for source in sources], device=device)
-    xs = rng.normal(xs_key, step, index, num_examples * task_size).unflatten(-1, (num_examples, task_size))  # N S B K D
+    xs = laws.draw(first.inputs, xs_key, step, index, num_examples * task_size)
+    xs = xs.unflatten(-1, (num_examples, task_size))  # N S B K D
+    if first.input_correlation is not None:
+        xs = laws.correlate(xs, first.input_correlation)
     ws = sample_tasks([source.prior for source in sources], [source.tasks_key for source in sources], step, index)
-    noise = rng.normal(noise_key, step, index, num_examples)  # N S B K
+    noise = laws.draw(first.noise, noise_key, step, index, num_examples)  # N S B K
     # The rounding of a matrix product depends on the size of the batch, so a prompt's targets would depend on it too.
     clean = (xs * ws.unsqueeze(-2)).sum(-1)  # N S B K
-    return Prompts(xs, clean + noise_variance**0.5 * noise, ws)
+    return Prompts(xs, clean + first.noise_variance**0.5 * noise, ws)
 
 
-def prompt_source(config: RunConfig, *, stream: str, distribution: Distribution | None = None) -> PromptSource:
+def task_law(config: RunConfig) -> TaskLaw:
+    """Return the prior of a run's tasks."""
+    task = config.task
+    has_structure = task.prior in ("low_rank", "mixture")
+    return TaskLaw(
+        name=task.prior,
+        df=task.prior_df,
+        density=task.prior_density,
+        rank=task.prior_rank,
+        components=task.prior_components,
+        between=task.prior_between,
+        seed=config.seeds.tasks if has_structure else 0,
+    )
+
+
+def noise_law(config: RunConfig) -> Law:
+    """Return the law of a run's noise, divided by its standard deviation."""
+    return Law(config.task.noise, config.task.noise_df)
+
+
+def training_pool(
+    config: RunConfig, *, step: int | None = None, num_tasks: int | None = None, device: torch.device | str = "cpu"
+) -> Float[Tensor, "M D"]:
+    """Return the pool of a run, or its first `num_tasks` tasks.
+
+    Args:
+        config: The run.
+        step: Step whose pool is returned. It is needed if the pool changes.
+        num_tasks: Number of tasks; None means all M.
+        device: Device of the result.
+
+    Raises:
+        ConfigError: If M is infinite, or the pool changes and no step is given.
+    """
+    return task_pool(
+        config.task.num_tasks if num_tasks is None else num_tasks,
+        config.task.task_size,
+        config.task_sequence,
+        law=task_law(config),
+        schedule=PoolSchedule(config.task.pool, config.task.pool_steps),
+        time=_pool_time(config, step) or 0,
+        device=device,
+    )
+
+
+def last_pool_step(step: int) -> int:
+    """Return the step whose pool the update before checkpoint `step` used. The initial model is compared with the first pool."""
+    return max(step - 1, 0)
+
+
+def prompt_source(
+    config: RunConfig, *, stream: str, distribution: Distribution | None = None, pool_step: int | None = None
+) -> PromptSource:
     """Return the source of one stream of a run.
 
     Args:
         config: The run.
         stream: `train`, or another name. All streams except `train` use `seeds.evaluation`.
-        distribution: `pretrain` (the run's M tasks) or `true` (the Gaussian prior). By default it is `true` for the stream
+        distribution: `pretrain` (the run's M tasks) or `true` (new tasks from the prior). By default it is `true` for the stream
             of that name, and `pretrain` for all others.
+        pool_step: Step whose pool is used if the pool changes. Stream `train` uses the step of the prompts.
 
     Raises:
-        ConfigError: If the distribution is unknown, or the stream has no name.
+        ConfigError: If the distribution is unknown, the stream has no name, or the pool changes and its step is not given.
     """
     if not isinstance(stream, str) or not stream:
         raise ConfigError(f"`stream` must be a name such as `train` or `true`, got {stream!r}.")
@@ -108,14 +173,36 @@ def prompt_source(config: RunConfig, *, stream: str, distribution: Distribution 
     noise_seed = seeds.noise if is_training else seeds.evaluation
     is_pool = distribution == "pretrain"
     return PromptSource(
-        prior=task_prior(task.num_tasks, task.task_size, config.task_sequence) if is_pool else Gaussian(task.task_size),
+        prior=task_prior(
+            task.num_tasks if is_pool else math.inf,
+            task.task_size,
+            config.task_sequence,
+            law=task_law(config),
+            schedule=PoolSchedule(task.pool, task.pool_steps),
+            time=_pool_time(config, pool_step) if is_pool and not is_training else None,
+        ),
         task_size=task.task_size,
         max_examples=task.max_examples,
         noise_variance=task.noise_variance,
         xs_key=rng.stream(data_seed, f"{stream}/xs"),
         tasks_key=rng.stream(data_seed, f"{stream}/tasks"),
         noise_key=rng.stream(noise_seed, f"{stream}/noise"),
+        noise=noise_law(config),
+        inputs=Law("gaussian" if task.inputs == "ar1" else task.inputs, task.input_df),
+        input_correlation=task.input_correlation,
     )
+
+
+def _pool_time(config: RunConfig, step: int | None) -> int | None:
+    """Return the step whose pool is used, or None if the pool does not change."""
+    if not config.task.has_moving_pool:
+        return None
+    if step is None:
+        raise ConfigError(
+            f"The run's pool of tasks changes (`task.pool` is {config.task.pool}), so it has no fixed training tasks to evaluate "
+            "on. Give the step of the pool, or use new tasks (`true`)."
+        )
+    return whole("pool_step", step, 0, MAX_STEP)
 
 
 def sample_prompts(
@@ -125,11 +212,12 @@ def sample_prompts(
     step: int,
     batch_size: int,
     distribution: Distribution | None = None,
+    pool_step: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Prompts:
     """Return the batch of one step of a stream: xs (B, K, D), ys (B, K), ws (B, D).
 
-    A smaller batch consists of the first prompts of a larger batch.
+    A smaller batch consists of the first prompts of a larger batch. If the pool changes, `pool_step` is the step whose pool is used.
 
     Raises:
         ConfigError: If `step` is not a whole number of at least 0, `batch_size` is not a whole number of at least 1, or the
@@ -141,7 +229,7 @@ def sample_prompts(
         ((4, 8, 2), (4, 8), (4, 2))
     """
     step, batch_size = whole("step", step, 0, MAX_STEP), whole("batch_size", batch_size, 1, MAX_PROMPTS)
-    source = prompt_source(config, stream=stream, distribution=distribution)
+    source = prompt_source(config, stream=stream, distribution=distribution, pool_step=pool_step)
     prompts = source.sample(range(step, step + 1), range(batch_size), device=device)
     return Prompts(*(part[0] for part in prompts))
 

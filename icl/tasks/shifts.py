@@ -1,6 +1,6 @@
 """Out-of-distribution prompts: families that change the inputs, the tasks, the noise or the query.
 
-Each shift transforms the prompts of stream `true` (tasks from N(0, I), noise variance sigma^2). So a shifted prompt is paired
+Each shift transforms the prompts of stream `true` (new tasks from the prior, noise variance sigma^2). So a shifted prompt is paired
 with an unshifted one, and differences between shifts have small errors. If a shift needs random numbers, it draws them from
 its own stream. A prompt stays a pure function of (evaluation seed, shift, step, index).
 
@@ -39,6 +39,7 @@ from torch import Tensor
 from icl import rng
 from icl.config import RunConfig
 from icl.config.validation import ConfigError, whole
+from icl.tasks import laws
 from icl.tasks.prompts import MAX_PROMPTS, MAX_STEP, Prompts, prompt_source
 
 BASE_STREAM = "true"
@@ -51,7 +52,7 @@ class Parts(NamedTuple):
 
     xs: Float[Tensor, "B K D"]
     ws: Float[Tensor, "B D"]
-    noise: Float[Tensor, "B K"]  # standard normal
+    noise: Float[Tensor, "B K"]  # with variance 1
     noise_variance: float
 
 
@@ -105,7 +106,7 @@ def sample_shifted_prompts(
     source = prompt_source(config, stream=BASE_STREAM, distribution="true")
     clean = source.sample(range(step, step + 1), range(batch_size))
     steps, indices = torch.tensor([step]), torch.arange(batch_size)
-    noise = rng.normal(source.noise_key, steps, indices, source.max_examples)[0]  # B K
+    noise = laws.draw(source.noise, source.noise_key, steps, indices, source.max_examples)[0]  # B K
     randomness = Randomness(rng.stream(config.seeds.evaluation, f"{shift}/shift"), steps, indices)
     parts = family.transform(Parts(clean.xs[0], clean.ws[0], noise, source.noise_variance), randomness)
     ys = (parts.xs * parts.ws.unsqueeze(-2)).sum(-1) + parts.noise_variance**0.5 * parts.noise  # B K

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,10 +52,18 @@ class NonFiniteGuard(pl.Callback):
 
 
 class Evaluation(pl.Callback):
-    """Evaluate on fixed prompts at step 0, every `every` steps, and at the last step."""
+    """Evaluate on fixed prompts at step 0, every `every` steps, and at the last step.
 
-    def __init__(self, sets: Sequence[Sequence[EvaluationSet]], every: int | None, max_steps: int) -> None:
-        self.sets, self.every, self.max_steps = sets, every, max_steps
+    Args:
+        sets_at: Function of a step that returns the evaluation sets of every member.
+        every: Number of steps between evaluations; None means no evaluation.
+        max_steps: The last step.
+    """
+
+    def __init__(
+        self, sets_at: Callable[[int], Sequence[Sequence[EvaluationSet]]], every: int | None, max_steps: int
+    ) -> None:
+        self.sets_at, self.every, self.max_steps = sets_at, every, max_steps
         self.step = -1
         self.metrics: list[Metrics] = []
 
@@ -76,9 +84,10 @@ class Evaluation(pl.Callback):
 
     def _evaluate(self, trainer: pl.Trainer, module: PopulationModule) -> None:
         if trainer.is_global_zero:
-            device = self.sets[0][0].prompts.xs.device
+            sets = self.sets_at(trainer.global_step)
+            device = sets[0][0].prompts.xs.device
             params = {name: tensor.detach().to(device) for name, tensor in module.params.items()}
-            self.metrics = summarise(module.predict, params, self.sets, nll=module.nll)
+            self.metrics = summarise(module.predict, params, sets, nll=module.nll)
         self.metrics = trainer.strategy.broadcast(self.metrics)
         self.step = trainer.global_step
 

@@ -3,6 +3,8 @@
 import logging
 import warnings
 from collections.abc import Sequence
+from functools import partial
+from typing import TypeAlias
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -10,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from icl.build import build_evaluation_sets
 from icl.compute.devices import choose_device
-from icl.config import RunConfig
+from icl.config import RunConfig, TaskConfig
 from icl.config.validation import ConfigError
 from icl.evaluation.sets import MONITOR, EvaluationSet
 from icl.runs.contents import expected_steps
@@ -23,6 +25,8 @@ from icl.training.progress import ProgressBar, StatusFile
 from icl.training.saving import MemberFiles, ResumeFiles, ScheduledCheckpoints
 from icl.training.xla import xla_options
 
+_SetsKey: TypeAlias = tuple[TaskConfig, int | str, int]
+"""Settings of a member on which its evaluation sets depend, of those in which members may differ."""
 _MANY_TASKS = 2**16
 """Above this number of tasks, dMMSE on the evaluation prompts takes seconds, so we print a message."""
 
@@ -89,7 +93,8 @@ def make_callbacks(members: Sequence[Member], sets: Sequence[Sequence[Evaluation
     config = members[0].config
     max_steps = config.trainer.max_steps
     guard = NonFiniteGuard(members, config.trainer.log_every)
-    evaluation = Evaluation(sets, config.evaluation.every, max_steps)
+    sets_of_step = partial(sets_at, [member.config for member in members], sets)
+    evaluation = Evaluation(sets_of_step, config.evaluation.every, max_steps)
     log = MetricsLog(members, evaluation, config.trainer.log_every)
     files = FilesGuard(members)
     callbacks: list[pl.Callback] = [
@@ -145,18 +150,38 @@ def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
         return [[] for _ in configs]
     kind = choose_device(configs[0].trainer.accelerator)
     device = "cpu" if kind == "tpu" else kind  # evaluation is small, and an XLA device would compile it for every shape
-    by_key: dict[tuple[int | float, int | str, int], list[EvaluationSet]] = {}
+    by_key: dict[_SetsKey, list[EvaluationSet]] = {}
     by_member = []
     for config in configs:
-        key = (config.task.num_tasks, config.task_sequence, config.seeds.evaluation)
+        key = _sets_key(config)
         if key not in by_key:
             if not config.task.is_gaussian and config.task.num_tasks > _MANY_TASKS:
                 prompts = f"{2 * settings.num_prompts:,} evaluation prompts"
                 print(f"Computing dMMSE once, over {config.task.num_tasks:,} tasks for {prompts} ...")
             number = settings.num_prompts
-            by_key[key] = build_evaluation_sets(config, num_prompts=number, step=MONITOR, device=device)
+            by_key[key] = build_evaluation_sets(config, num_prompts=number, step=MONITOR, model_step=0, device=device)
         by_member.append(by_key[key])
     return by_member
+
+
+def sets_at(
+    configs: Sequence[RunConfig], sets: Sequence[Sequence[EvaluationSet]], step: int
+) -> Sequence[Sequence[EvaluationSet]]:
+    """Return the evaluation sets of every member at a step: those of `evaluation_sets`, but with the pool of this step if pools change."""
+    if not sets or not any(config.task.has_moving_pool for config in configs):
+        return sets
+    device = sets[0][0].prompts.xs.device
+    make = partial(build_evaluation_sets, num_prompts=configs[0].evaluation.num_prompts, step=step, device=device)
+    made: dict[_SetsKey, Sequence[EvaluationSet]] = {}
+    for config, own_sets in zip(configs, sets, strict=True):
+        key = _sets_key(config)
+        if key not in made:
+            made[key] = make(config) if config.task.has_moving_pool else own_sets
+    return [made[_sets_key(config)] for config in configs]
+
+
+def _sets_key(config: RunConfig) -> _SetsKey:
+    return config.task, config.task_sequence, config.seeds.evaluation
 
 
 def _quieten_lightning() -> None:

@@ -25,6 +25,7 @@ NUM_POINTS = {
     "icr-diversity": 21,
     "quickstart": 4,
     "implicit-prior": 8,
+    "moving-pool": 4,
 }
 
 

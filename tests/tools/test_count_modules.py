@@ -10,8 +10,11 @@ def test_a_call_enters_the_modules_whose_functions_run():
 
 
 def test_walks_pass_through_few_modules():
-    """The aim for `llc` is 15 modules. At 300 lines per module, the code of this walk needs at least 24."""
+    """The aim for `llc` is 15 modules. At 300 lines per module, the code of this walk needs at least 24.
+
+    Three of them, `config.task`, `tasks.laws` and `tasks.pools`, choose the world of the prompts.
+    """
     modules = walks()
     assert len(modules["loss"]) <= 9
-    assert len(modules["llc"]) <= 32
+    assert len(modules["llc"]) <= 35
     assert modules["llc"][0] == "icl.sampling.run"

@@ -146,6 +146,8 @@ def test_every_command_is_one_that_icl_takes(typed, size):
     from icl.analysis import ANALYSES
     from icl.command_line import llc_parser, train_parser
     from icl.resolve import resolve
+    from icl.sweeps.points import sweep_points
+    from icl.sweeps.schema import read_sweep_file
 
     calls = typed(size)
     trained = set()
@@ -155,6 +157,9 @@ def test_every_command_is_one_that_icl_takes(typed, size):
             trained |= {member.run_name or "quickstart" for member in members}
         elif command == "llc":
             llc_parser().parse_args(words)
+        elif command == "sweep":
+            points = sweep_points(read_sweep_file(DATA.parent / words[0]))
+            trained |= {point.name for point in points}
         elif command == "analyse":
             assert words[words.index("--what") + 1] in ANALYSES
         else:

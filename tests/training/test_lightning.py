@@ -81,7 +81,7 @@ def test_early_stopping_stops_where_lightnings_would(tmp_path, patience, min_del
     theirs = LightningEarlyStopping("loss", patience=patience, min_delta=min_delta, mode="min", check_finite=False)
     stops = [theirs._evaluate_stopping_criteria(torch.tensor(value))[0] for value in values]
     settings = EarlyStoppingConfig(monitor="loss", patience=patience, min_delta=min_delta)
-    member, evaluation = Member(CONFIG, RunFolder(tmp_path)), Evaluation([], None, 60)
+    member, evaluation = Member(CONFIG, RunFolder(tmp_path)), Evaluation(lambda step: [], None, 60)
     ours = EarlyStopping([member], settings, evaluation)
     for step, value in enumerate(values):
         evaluation.step, evaluation.metrics = step, [{"loss": value}]

@@ -381,6 +381,23 @@ TABLES: dict[str, Table] = {
         },
         "stages",
     ),
+    "moving-pool": Table(
+        "runs on pools of tasks that stand still or walk (`docs/priors.md`): losses and gaps at every saved step",
+        {
+            "num_tasks": Column("integer", "task diversity M"),
+            "pool": Column("text", "`fixed` or `walk`"),
+            "pool_steps": Column("integer", "correlation time of the walk, in steps", may_miss=True),
+            "step": _STEP,
+            "distribution": Column(
+                "text", "`pretrain` (the tasks of the last update before the step) or `true` (new tasks)"
+            ),
+            "quantity": Column("text", "`loss`, or the gap `delta_ridge` or `delta_dmmse`"),
+            "value": _VALUE,
+            "stderr": _STDERR,
+        },
+        "moving pools",
+        "means over positions, without shifts",
+    ),
     "phases": Table(
         "measured time of each phase of `small.sh` or `full.sh`",
         {

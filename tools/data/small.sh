@@ -38,6 +38,13 @@ icl evaluate "$RUNS/L2H4/seed=1" --num_prompts 8192 --num_ood_prompts 512
 ## evaluate the ladder
 for m in $DIVERSITIES; do icl evaluate "$RUNS/ladder/num_tasks=$m" --num_prompts 2048 --num_ood_prompts 512; done
 
+## moving pools: the runs
+# M = 8 and 64 fixed tasks, and M = 8 tasks that walk slowly or fast.
+icl sweep sweeps/training-runs/moving-pool.yaml --pack
+
+## moving pools: the gaps
+icl evaluate "$RUNS"/quickstart,*max_steps=3000 --num_prompts 2048 --num_ood_prompts 256
+
 ## test the sampler on known answers
 icl llc --self-test --out "$RUNS/known-answers.csv"
 

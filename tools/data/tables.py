@@ -274,6 +274,28 @@ def _make_dynamics(name: str, runs: Runs, root: Path, record: Mapping) -> pd.Dat
     return _collect(runs, f"{name}.csv", choose)
 
 
+def _make_moving_pool(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    """Join the gaps of the runs of `sweeps/training-runs/moving-pool.yaml`, which are not among `runs`."""
+    folders = [RunFolder(file.parent) for file in root.glob("quickstart,*max_steps=3000/config.yaml")]
+    tasks = {run.path: run.read_config().task for run in folders}
+    folders.sort(
+        key=lambda run: (
+            tasks[run.path].pool_steps is not None,
+            tasks[run.path].num_tasks,
+            -(tasks[run.path].pool_steps or 0),
+        )
+    )
+    parts = []
+    for run in folders:
+        table, task = _read(run, "evaluation.csv"), tasks[run.path]
+        if table is not None:
+            is_kept = table["distribution"].isin(["pretrain", "true"]) & (table["position"] == "mean")
+            is_kept &= table["quantity"].isin(["loss", "delta_ridge", "delta_dmmse"])
+            own = {"num_tasks": task.num_tasks, "pool": task.pool, "pool_steps": task.pool_steps}
+            parts.append(table[is_kept].assign(**own))
+    return pd.concat(parts, ignore_index=True) if parts else None
+
+
 def _make_phases(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame:
     rows = [{"phase": phase, **known} for phase, known in record.items() if known["is_done"]]
     return pd.DataFrame(rows)
@@ -295,6 +317,7 @@ MAKERS: dict[str, Callable[[str, Runs, Path, Mapping], pd.DataFrame | None]] = {
     "attention": _make_attention,
     "hessian": _make_hessian,
     "essential-dynamics": _make_dynamics,
+    "moving-pool": _make_moving_pool,
     "phases": _make_phases,
 }
 """Functions that make the tables, by name. Other tables are copied from the results of one analysis."""

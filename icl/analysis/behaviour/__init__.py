@@ -53,8 +53,7 @@ from icl.metrics import Estimate
 from icl.model.stacked import Params, apply
 from icl.runs.checkpoints import checkpoint_files
 from icl.runs.measure import Entry, Measurement
-from icl.tasks.priors import task_pool
-from icl.tasks.prompts import Prompts, sample_prompts
+from icl.tasks.prompts import Prompts, noise_law, sample_prompts, training_pool
 
 VERSION = 2
 """Version 2 measures on other prompts: those of `icl.evaluation.sets.REPORT`."""
@@ -216,8 +215,8 @@ def _baseline_functions(config: RunConfig) -> dict[str, Baseline]:
     ridge = partial(baselines.ridge, noise_variance=task.noise_variance) if task.noise_variance > 0 else baselines.ols
     functions: dict[str, Baseline] = {"ridge": ridge, "zero": baselines.zero}
     if not task.is_gaussian:
-        tasks = task_pool(int(task.num_tasks), task.task_size, config.task_sequence)
-        functions["dmmse"] = partial(baselines.dmmse, tasks=tasks, noise_variance=task.noise_variance)
+        tasks, noise = training_pool(config), noise_law(config)
+        functions["dmmse"] = partial(baselines.dmmse, tasks=tasks, noise_variance=task.noise_variance, noise=noise)
     return functions
 
 

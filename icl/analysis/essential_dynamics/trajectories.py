@@ -47,8 +47,7 @@ from icl.runs.checkpoints import (
 )
 from icl.runs.folder import RunFolder, run_of
 from icl.runs.measure import Cache, Measurement, load_same_run
-from icl.tasks.priors import task_pool
-from icl.tasks.prompts import Distribution, Prompts, sample_prompts
+from icl.tasks.prompts import Distribution, Prompts, noise_law, sample_prompts, training_pool
 
 VERSION = 2
 STREAM = "essential-dynamics"
@@ -167,11 +166,13 @@ def references(configs: Sequence[RunConfig], settings: StateSettings) -> dict[st
         predictions = {"ridge": baselines.ridge(xs, ys, noise_variance=task.noise_variance)}
     else:
         predictions = {"ridge": baselines.ols(xs, ys)}  # the limit of ridge for zero noise
-    pools = {(int(config.task.num_tasks), config.task_sequence) for config in configs if not config.task.is_gaussian}
-    for num_tasks, seed in sorted(pools, key=str):
-        tasks = task_pool(num_tasks, task.task_size, seed)
+    pools = {
+        (int(config.task.num_tasks), config.task_sequence): config for config in configs if not config.task.is_gaussian
+    }
+    for (num_tasks, seed), config in sorted(pools.items(), key=lambda pool: str(pool[0])):
+        tasks, noise = training_pool(config), noise_law(config)
         name = f"dMMSE M={num_tasks}" + ("" if len({seed for _, seed in pools}) == 1 else f" tasks={seed}")
-        predictions[name] = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=task.noise_variance)
+        predictions[name] = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=task.noise_variance, noise=noise)
     return {name: values.flatten().numpy() for name, values in predictions.items()}
 
 
@@ -182,7 +183,7 @@ def fixed_prompts(config: RunConfig, settings: StateSettings) -> Prompts:
     if settings.distribution != "first_task":
         return prompts
     noise = prompts.ys - (prompts.xs * prompts.ws.unsqueeze(-2)).sum(-1)
-    task = task_pool(1, config.task.task_size, config.task_sequence)
+    task = training_pool(config, num_tasks=1)
     return prompts._replace(ys=(prompts.xs * task).sum(-1) + noise, ws=task.expand_as(prompts.ws))
 
 

@@ -27,6 +27,7 @@ from jaxtyping import Float
 from sklearn.decomposition import PCA
 
 from icl import metrics
+from icl.analysis import NotApplicableError
 from icl.analysis.gradients import data as data_gradients
 from icl.analysis.gradients import weights as weight_gradients
 from icl.analysis.prompts import PromptSettings, fixed_prompts, require_multiple
@@ -35,7 +36,7 @@ from icl.config import RunConfig
 from icl.config.validation import require_count
 from icl.metrics import Estimate
 from icl.runs.measure import Entry, Measurement
-from icl.tasks.priors import task_pool
+from icl.tasks.prompts import training_pool
 
 NUM_COMPONENTS = 3
 TASK_BATCHES = 8
@@ -76,7 +77,16 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
-    """Return the rows of the table and the mean gradients of every checkpoint after the first `lead` checkpoints."""
+    """Return the rows of the table and the mean gradients of every checkpoint after the first `lead` checkpoints.
+
+    Raises:
+        NotApplicableError: If the run's prompts are not those of the usual world.
+    """
+    if not members.config.task.is_usual:
+        raise NotApplicableError(
+            "`gradients` differentiates with respect to the means and scales of Gaussian tasks, inputs and noise, so it needs the default "
+            "`task.prior`, `task.noise`, `task.inputs` and `task.pool`."
+        )
     weight_rows, weight_vectors = _measure_weights(members, settings)
     members = _without_lead(members)
     task_rows = _measure_tasks(members, settings)
@@ -121,7 +131,7 @@ def _measure_weights(members: Members, settings: Settings) -> tuple[list[list[Ro
 def _measure_tasks(members: Members, settings: Settings) -> list[list[Row]]:
     """Measure the alignment between the gradients of single tasks, all with the same inputs and noise."""
     rows: list[list[Row]] = [[] for _ in members.checkpoints]
-    task, seed = members.config.task, members.config.task_sequence
+    task = members.config.task
     limit = math.inf if task.is_gaussian or settings.distribution == "true" else task.num_tasks
     count = int(min(settings.num_compared_tasks, limit))
     if count < 2:
@@ -129,7 +139,7 @@ def _measure_tasks(members: Members, settings: Settings) -> list[list[Row]]:
     prompts = fixed_prompts(members, "gradients/tasks", settings.distribution, settings.num_task_prompts)
     noise = prompts.ys - (prompts.xs * prompts.ws.unsqueeze(-2)).sum(-1)
     by_task = []
-    for vector in task_pool(count, task.task_size, seed, device=prompts.xs.device):
+    for vector in training_pool(members.config, num_tasks=count, device=prompts.xs.device):
         single = prompts._replace(ys=(prompts.xs * vector).sum(-1) + noise)
         by_task.append(weight_gradients.batch_gradients(members.config.model, members.params, single, TASK_BATCHES))
     # `pop` frees each task's gradient as soon as it is copied.

@@ -145,7 +145,7 @@ def references(config: RunConfig, num_prompts: int) -> list[Reference]:
     """Return the prompts of both sets with dMMSE, ridge and Bayes factors in float64, on the CPU.
 
     Raises:
-        NotApplicableError: If the run has M = inf, or no noise.
+        NotApplicableError: If the run has M = inf, no noise, another prior or noise, or a pool that changes.
     """
     require_mixture(config)
     return [
@@ -170,12 +170,18 @@ def require_mixture(config: RunConfig) -> None:
     """Refuse a run for which the two predictors or their marginal likelihoods do not exist.
 
     Raises:
-        NotApplicableError: If the run has M = inf, or no noise.
+        NotApplicableError: If the run has M = inf, no noise, another prior or noise, or a pool that changes.
     """
     if config.task.is_gaussian:
         raise NotApplicableError(
             f"`mixture` compares dMMSE with ridge, but the run {config.run_name} has M = inf, where only ridge exists; "
             "give runs with a finite `task.num_tasks`."
+        )
+    if (config.task.prior, config.task.noise, config.task.pool) != ("gaussian", "gaussian", "fixed"):
+        raise NotApplicableError(
+            f"`mixture` assumes tasks from N(0, I), Gaussian noise and a fixed pool, but the run {config.run_name} has the prior "
+            f"{config.task.prior}, the noise {config.task.noise} and the pool {config.task.pool}. `icl evaluate` compares such runs "
+            "with their Bayes predictors."
         )
     if config.task.noise_variance == 0:
         raise NotApplicableError(

@@ -79,7 +79,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
     Raises:
         CheckpointError: If there is no usable checkpoint.
-        NotApplicableError: If the model has no predictive distribution, or the run has no noise.
+        NotApplicableError: If the model has no predictive distribution, or the run has no noise or not the usual world.
         ConfigError: If `num_context` is not below K.
     """
     config = read_config_of(checkpoint_files(path)[0])
@@ -151,6 +151,11 @@ def require_rollouts(config: RunConfig, settings: Settings) -> None:
         raise NotApplicableError(
             f"`prior` needs a model with a predictive distribution, but the run {config.run_name} has `model.output` "
             f"{config.model.output}; train one with `--model.output mixture` (or gaussian)."
+        )
+    if not config.task.is_usual:
+        raise NotApplicableError(
+            f"`prior` writes prompts with inputs from N(0, I) and compares tasks with N(0, I) and a fixed pool, but the run {config.run_name} "
+            f"has {config.task.world}."
         )
     if config.task.noise_variance == 0:
         raise NotApplicableError(

@@ -1,0 +1,173 @@
+"""The section `task` of a run's settings: the world from which prompts come.
+
+In the usual world, tasks w, inputs x and noise are Gaussian, and the pool of M tasks never changes. Other worlds change one or more of the
+four: the prior of the tasks, the noise, the inputs, and the pool over time. Every distribution has the variance of the Gaussian that it
+replaces, so losses of different worlds can be compared. `icl.tasks.laws` and `icl.tasks.pools` define them.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from icl.config.validation import Bound, is_table_name, parse_num_tasks, require, validate
+
+MAX_POOL_STEPS = 2**40
+"""Largest time scale of a pool that changes. The tree of a walk then has at most 46 levels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """In-context linear regression: y_k = w . x_k + noise, with w from a pool of M tasks, or a new task from the prior."""
+
+    num_tasks: int | float = 64
+    """Task diversity M, the number of tasks in the pool; `inf` means that every prompt has a new task from the prior."""
+    task_size: int = 2
+    """Input dimension D."""
+    max_examples: int = 8
+    """Number K of examples per prompt. The model reads 2K - 1 tokens x1, y1, ..., xK."""
+    noise_variance: float = 0.25
+    """Noise variance sigma^2 of the targets (not the standard deviation)."""
+    imported_tasks: str | None = None
+    """Digest of the table of training tasks of an imported run, or `unknown`. `icl import` sets it. By default the tasks are the
+    sequence that `seeds.tasks` determines."""
+    prior: Literal["gaussian", "student_t", "laplace", "sparse", "low_rank", "mixture"] = "gaussian"
+    """Prior of the tasks, from which the pool is drawn: N(0, I), a heavy-tailed law of each coordinate (`student_t`, `laplace`), mostly
+    zeros (`sparse`), a random subspace (`low_rank`), or a mixture of Gaussians (`mixture`)."""
+    prior_df: float | None = None
+    """Degrees of freedom of the prior `student_t`, above 2."""
+    prior_density: float | None = None
+    """Probability p, up to 1, that a coordinate of a `sparse` task is not zero."""
+    prior_rank: int | None = None
+    """Dimension of the subspace of `low_rank` tasks, at most D."""
+    prior_components: int | None = None
+    """Number of Gaussians of the prior `mixture`, at least 2."""
+    prior_between: float | None = None
+    """Share of the variance of the prior `mixture` that lies between the means of its Gaussians, from 0 to below 1."""
+    noise: Literal["gaussian", "student_t", "laplace"] = "gaussian"
+    """Distribution of the noise. Its variance is `noise_variance`."""
+    noise_df: float | None = None
+    """Degrees of freedom of the noise `student_t`, above 2."""
+    inputs: Literal["gaussian", "student_t", "ar1"] = "gaussian"
+    """Distribution of the inputs: N(0, I), heavy-tailed coordinates (`student_t`), or Gaussian inputs that depend on the input before
+    them (`ar1`)."""
+    input_df: float | None = None
+    """Degrees of freedom of the inputs `student_t`, above 2."""
+    input_correlation: float | None = None
+    """Correlation of the inputs `ar1` with the inputs before them, between -1 and 1."""
+    pool: Literal["fixed", "resampled", "walk"] = "fixed"
+    """Pool over time: always the same tasks (`fixed`), new tasks every `pool_steps` steps (`resampled`), or tasks that move (`walk`)."""
+    pool_steps: int | None = None
+    """Number of steps between two pools (`resampled`), or the time after which the correlation of a task with itself has fallen to
+    1 / e (`walk`)."""
+
+    def __post_init__(self) -> None:
+        counts = {"task_size": 1, "max_examples": 1, "prior_rank": 1, "prior_components": 2, "pool_steps": 1}
+        numbers: dict[str, Bound] = {"noise_variance": "zero or positive", "prior_density": "positive"}
+        numbers |= {"prior_between": "zero or positive", "input_correlation": "a number"}
+        numbers |= dict.fromkeys(("prior_df", "noise_df", "input_df"), "positive")
+        validate("task", self, counts=counts, numbers=numbers)
+        pool = self.imported_tasks
+        require(
+            pool is None or is_table_name(pool),
+            f"`task.imported_tasks` must be a digest that `icl import` wrote, or none, got {pool!r}.",
+        )
+        object.__setattr__(self, "num_tasks", parse_num_tasks(self.num_tasks))
+        self._check_parameters()
+        self._check_bounds()
+        self._check_world()
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether every training prompt has a new task (M = inf)."""
+        return self.num_tasks == math.inf
+
+    @property
+    def has_moving_pool(self) -> bool:
+        """Whether the tasks of the pool change during training."""
+        return self.pool != "fixed"
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether tasks, noise and inputs are Gaussian and the pool is fixed, so ridge and dMMSE are the Bayes predictors."""
+        return (self.prior, self.noise, self.inputs, self.pool) == ("gaussian", "gaussian", "gaussian", "fixed")
+
+    @property
+    def world(self) -> str:
+        """The settings that differ from the usual world, such as `prior laplace, pool walk, pool_steps 30`; empty in the usual world."""
+        values = {key.partition(".")[2]: default for key, default in LATER_SETTINGS.items()}
+        changed = {name: getattr(self, name) for name, default in values.items() if getattr(self, name) != default}
+        return ", ".join(f"{name} {value}" for name, value in changed.items())
+
+    def _check_parameters(self) -> None:
+        """Refuse a distribution without its parameter, and a parameter without its distribution."""
+        for key, choices, parameter in _PARAMETERS:
+            choice, value = getattr(self, key), getattr(self, parameter)
+            if choice in choices:
+                require(value is not None, f"`task.{key}` is {choice}, but `task.{parameter}` is not set.")
+            else:
+                require(
+                    value is None,
+                    f"`task.{parameter}` has no effect if `task.{key}` is {choice}. Set `task.{key}` to {' or '.join(choices)}.",
+                )
+
+    def _check_bounds(self) -> None:
+        for name in ("prior_df", "noise_df", "input_df"):
+            value = getattr(self, name)
+            repair = "because Student's t has no finite variance otherwise"
+            require(value is None or value > 2, f"`task.{name}` must be above 2, {repair}, got {value!r}.")
+        require(
+            self.pool_steps is None or self.pool_steps <= MAX_POOL_STEPS,
+            f"`task.pool_steps` must be at most 2^40, got {self.pool_steps}. For tasks that never change, set `task.pool` to fixed.",
+        )
+        density, between, correlation = self.prior_density, self.prior_between, self.input_correlation
+        require(density is None or density <= 1, f"`task.prior_density` must be at most 1, got {density!r}.")
+        require(between is None or between < 1, f"`task.prior_between` must be below 1, got {between!r}.")
+        require(
+            correlation is None or abs(correlation) < 1,
+            f"`task.input_correlation` must be between -1 and 1, got {correlation!r}.",
+        )
+        require(
+            self.prior_rank is None or self.prior_rank <= self.task_size,
+            f"`task.prior_rank` ({self.prior_rank}) must be at most `task.task_size` ({self.task_size}).",
+        )
+
+    def _check_world(self) -> None:
+        """Refuse combinations that have no meaning."""
+        require(
+            self.noise == "gaussian" or self.noise_variance > 0,
+            f"`task.noise` is {self.noise}, but `task.noise_variance` is 0, so there is no noise.",
+        )
+        require(
+            not self.has_moving_pool or not self.is_gaussian,
+            f"`task.pool` is {self.pool}, but `task.num_tasks` is inf, so there is no pool. Give a finite number of tasks.",
+        )
+        require(
+            self.pool != "walk" or self.prior == "gaussian",
+            f"`task.pool` is walk, which keeps tasks Gaussian, but `task.prior` is {self.prior}. Use the pool `resampled`.",
+        )
+        require(
+            self.imported_tasks is None or (self.prior == "gaussian" and not self.has_moving_pool),
+            "The tasks of an imported run are fixed, so `task.prior` must be gaussian and `task.pool` must be fixed.",
+        )
+
+
+_PARAMETERS = (
+    ("prior", ("student_t",), "prior_df"),
+    ("prior", ("sparse",), "prior_density"),
+    ("prior", ("low_rank",), "prior_rank"),
+    ("prior", ("mixture",), "prior_components"),
+    ("prior", ("mixture",), "prior_between"),
+    ("noise", ("student_t",), "noise_df"),
+    ("inputs", ("student_t",), "input_df"),
+    ("inputs", ("ar1",), "input_correlation"),
+    ("pool", ("resampled", "walk"), "pool_steps"),
+)
+"""Settings with the choices that need a parameter, and the parameter's name."""
+
+LATER_SETTINGS = {
+    f"task.{field.name}": field.default
+    for field in dataclasses.fields(TaskConfig)
+    if field.name.startswith(("prior", "noise_df", "input", "pool")) or field.name == "noise"
+}
+"""Dotted keys of the settings that the first versions did not have, with their defaults, which mean what those versions did."""

@@ -1,0 +1,46 @@
+"""The figure of pools of tasks that stand still or move: the gaps to ridge and to dMMSE over training, one panel for each pool."""
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from icl.plotting.colours import GREEN, VERMILION
+from icl.plotting.style import draw_band, label_plainly, new_figure, select
+
+FIRST_STEP = 100
+"""First step of the figure. Before it, models do not use the examples."""
+_GAPS = (("delta_ridge", VERMILION, "--", "to ridge"), ("delta_dmmse", GREEN, "-", "to dMMSE"))
+
+
+def plot_moving_pools(table: pd.DataFrame, *, title: str) -> Figure:
+    """Plot the gaps on training tasks over the steps, in one panel for each kind of pool, with the same axes.
+
+    Args:
+        table: The shipped table `moving-pool`.
+        title: Title of the figure.
+    """
+    rows = select(table, distribution="pretrain")
+    rows = rows[rows["step"] >= FIRST_STEP]
+    pools = rows[["num_tasks", "pool", "pool_steps"]].drop_duplicates().to_dict("records")
+    figure, panels = new_figure(len(pools), width=3.6, height=3.8, title=title)
+    for axes, pool in zip(panels, pools, strict=True):
+        is_walk = pool["pool"] == "walk"
+        own = rows[(rows["num_tasks"] == pool["num_tasks"]) & (rows["pool"] == pool["pool"])]
+        own = own[own["pool_steps"] == pool["pool_steps"]] if is_walk else own
+        _draw_gaps(axes, own)
+        how = f"walking, n = {pool['pool_steps']:,.0f} steps" if is_walk else "fixed"
+        axes.set_title(f"M = {pool['num_tasks']}, {how}", fontsize=10)
+        axes.sharey(panels[0])
+    panels[0].autoscale(axis="y")  # so that the shared limits include the curves of all panels
+    label_plainly(panels[0])
+    panels[0].set_ylabel("mean squared difference of predictions")
+    panels[0].legend(fontsize=8, loc="lower left")
+    return figure
+
+
+def _draw_gaps(axes: Axes, rows: pd.DataFrame) -> None:
+    for quantity, colour, line, label in _GAPS:
+        curve = select(rows, quantity=quantity)
+        draw_band(axes, curve["step"], curve["value"], curve["stderr"], color=colour, linestyle=line, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="step (updates)")
+    label_plainly(axes, "x")

@@ -1,0 +1,178 @@
+"""Distributions of tasks, noise and inputs, each with mean 0 and variance 1 per coordinate.
+
+Scalar laws (`Law`), for noise and for the coordinates of tasks and inputs:
+
+- `gaussian`: N(0, 1).
+- `student_t`: Student's t with `df` degrees of freedom, divided by its standard deviation sqrt(df / (df - 2)). From two uniform numbers u and
+  v, sqrt(df (u^(-2 / df) - 1)) cos(2 pi v) has exactly this law before the division (Bailey 1994, "Polar generation of random variates
+  with the t-distribution").
+- `laplace`: density exp(-sqrt(2) |z|) / sqrt(2).
+
+Task priors (`TaskLaw`), of vectors w with D coordinates:
+
+- `gaussian`, `student_t`, `laplace`: independent coordinates.
+- `sparse`: each coordinate is 0, or with probability p it is N(0, 1 / p).
+- `low_rank`: w = sqrt(D / r) A u with u ~ N(0, I_r). The r columns of A are orthonormal and span a uniformly random subspace, which is the same
+  for all tasks of a run. Only the mean over coordinates of the variance is 1, so E|w|^2 = D. With variance 1 for every coordinate,
+  the subspace could not be uniformly random.
+- `mixture`: w = m_j + sqrt(1 - b) z with z ~ N(0, I) and j uniform on J components. The means m_j are random, then shifted and scaled so that each
+  coordinate has mean 0 and variance b over the components. Coordinates are correlated unless J is large.
+
+Inputs are independent between coordinates. Under `ar1`, x_1 = z_1 and x_k = rho x_{k-1} + sqrt(1 - rho^2) z_k with z_k ~ N(0, I), so every x_k is
+N(0, I) and two inputs at distance h have correlation rho^h.
+
+A draw is a pure function of (stream, step, index), as all draws of `icl.rng`.
+"""
+
+import math
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from icl import rng
+
+_CHOICE_BLOCK = 2**31
+"""First block of the draws that choose: which coordinates are not zero, and which component. `normal` uses the blocks below."""
+
+
+class Law(NamedTuple):
+    """Distribution of a number with mean 0 and variance 1."""
+
+    name: Literal["gaussian", "student_t", "laplace"] = "gaussian"
+    df: float | None = None
+    """Degrees of freedom of `student_t`."""
+
+
+class TaskLaw(NamedTuple):
+    """Prior of a task w. The defaults are N(0, I)."""
+
+    name: Literal["gaussian", "student_t", "laplace", "sparse", "low_rank", "mixture"] = "gaussian"
+    df: float | None = None
+    density: float | None = None
+    """Probability p that a coordinate of a `sparse` task is not zero."""
+    rank: int | None = None
+    """Dimension r of the subspace of `low_rank` tasks."""
+    components: int | None = None
+    """Number J of components of the `mixture`."""
+    between: float | None = None
+    """Variance b between the means of the components."""
+    seed: int = 0
+    """Seed of the subspace, or of the components."""
+
+    @property
+    def coordinates(self) -> Law | None:
+        """The law of the coordinates if it is one of the scalar laws, else None."""
+        return Law(self.name, self.df) if self.name in ("gaussian", "student_t", "laplace") else None
+
+
+GAUSSIAN, GAUSSIAN_TASKS = Law(), TaskLaw()
+
+
+def draw(
+    law: Law, key: rng.Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], size: int
+) -> Float[Tensor, "*N S B {size}"]:
+    """Draw `size` numbers for each step and index, in float32. A smaller `size` gives the first numbers of a larger one."""
+    if law.name == "gaussian":
+        return rng.normal(key, steps, indices, size)
+    if steps.device.type == "mps":  # it has no float64
+        return draw(law, _on_cpu(key), steps.cpu(), indices.cpu(), size).to(steps.device)
+    u, v = rng.uniform(key, steps, indices, 2 * size).unflatten(-1, (size, 2)).unbind(-1)  # N S B size
+    if law.name == "laplace":
+        return (-u.log() * math.sqrt(0.5) * torch.where(v < 0.5, -1.0, 1.0)).float()
+    assert law.df is not None
+    radius = (
+        (law.df - 2) * torch.expm1(-2 / law.df * u.log())
+    ).sqrt()  # includes the division by the standard deviation
+    return (radius * torch.cos(2 * math.pi * v)).float()
+
+
+def draw_tasks(
+    law: TaskLaw, key: rng.Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], task_size: int
+) -> Float[Tensor, "*N S B {task_size}"]:
+    """Draw a task for each step and index, in float32."""
+    if law.coordinates is not None:
+        return draw(law.coordinates, key, steps, indices, task_size)
+    if law.name == "low_rank":
+        basis = subspace(law, task_size).to(steps.device)  # D r
+        latent = rng.normal(key, steps, indices, basis.shape[1])
+        # The rounding of a matrix product depends on the size of the batch, so a task would depend on it too.
+        return (latent.unsqueeze(-2) * basis).sum(-1)
+    normals = rng.normal(key, steps, indices, task_size)
+    if law.name == "sparse":
+        assert law.density is not None
+        is_present = _is_chosen(key, steps, indices, task_size, law.density)
+        return torch.where(is_present, normals / math.sqrt(law.density), 0.0)
+    assert law.between is not None
+    assert law.components is not None
+    component = _choose(key, steps, indices, law.components)  # N S B
+    return component_means(law, task_size).to(steps.device)[component] + math.sqrt(1 - law.between) * normals
+
+
+@lru_cache(maxsize=64)
+def subspace(law: TaskLaw, task_size: int) -> Float[Tensor, "D r"]:
+    """Return sqrt(D / r) A of the prior `low_rank`, in float32 on the CPU. The covariance of the tasks is its product with its transpose."""
+    assert law.rank is not None
+    normals = _structure("tasks/subspace", law.seed, task_size, law.rank).T  # D r
+    q, r = torch.linalg.qr(normals)
+    # The signs of a QR decomposition depend on the library. We choose those with a positive diagonal of R.
+    return (q * r.diagonal().sign() * math.sqrt(task_size / law.rank)).float()
+
+
+@lru_cache(maxsize=64)
+def component_means(law: TaskLaw, task_size: int) -> Float[Tensor, "J D"]:
+    """Return the means of the components of the prior `mixture`, in float32 on the CPU."""
+    assert law.components is not None
+    assert law.between is not None
+    normals = _structure("tasks/components", law.seed, task_size, law.components)  # J D
+    centred = normals - normals.mean(0)
+    return (centred * (law.between**0.5 / centred.square().mean(0).sqrt())).float()
+
+
+def correlate(normals: Float[Tensor, "*S K D"], correlation: float) -> Float[Tensor, "*S K D"]:
+    """Return inputs of `ar1` from standard normals of the same shape."""
+    inputs = [normals[..., 0, :].double()]
+    for k in range(1, normals.shape[-2]):
+        inputs.append(correlation * inputs[-1] + math.sqrt(1 - correlation**2) * normals[..., k, :].double())
+    return torch.stack(inputs, dim=-2).float()
+
+
+def squared_error_equivalent(law: Law, residuals: Tensor, noise_variance: float) -> Tensor:
+    """Return c with noise density proportional to exp(-c / (2 sigma^2)). For Gaussian noise it is the squared residual.
+
+    The result may share memory with the residuals.
+    """
+    if law.name == "gaussian":
+        return residuals.square()
+    if law.name == "laplace":  # density exp(-sqrt(2) |r| / sigma)
+        return residuals.abs() * (2 * math.sqrt(2 * noise_variance))
+    assert law.df is not None  # density (1 + r^2 / ((df - 2) sigma^2))^(-(df + 1) / 2)
+    return (residuals.square() / ((law.df - 2) * noise_variance)).log1p() * ((law.df + 1) * noise_variance)
+
+
+def _structure(name: str, seed: int, task_size: int, count: int) -> Float[Tensor, "{count} {task_size}"]:
+    """Return fixed standard normals of a run, in float64."""
+    steps, indices = torch.zeros(1, dtype=torch.int64), torch.arange(count)
+    return rng.normal(rng.stream(seed, name), steps, indices, task_size)[0].double()
+
+
+def _is_chosen(
+    key: rng.Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], size: int, probability: float
+) -> Bool[Tensor, "*N S B {size}"]:
+    if steps.device.type == "mps":
+        return _is_chosen(_on_cpu(key), steps.cpu(), indices.cpu(), size, probability).to(steps.device)
+    return rng.uniform(key, steps, indices, size, first_block=_CHOICE_BLOCK) < probability
+
+
+def _choose(
+    key: rng.Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], bound: int
+) -> Int64[Tensor, "*N S B"]:
+    if steps.device.type == "mps":
+        return _choose(_on_cpu(key), steps.cpu(), indices.cpu(), bound).to(steps.device)
+    return (rng.uniform(key, steps, indices, 1, first_block=_CHOICE_BLOCK)[..., 0] * bound).long()
+
+
+def _on_cpu(key: rng.Stream) -> rng.Stream:
+    return rng.Stream(*(word.cpu() if isinstance(word, Tensor) else word for word in key))

@@ -1,0 +1,190 @@
+"""Evaluation in other worlds: the Bayes predictor beside ridge and dMMSE, and the pool of each step."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+from tiny_runs import TINY, change
+
+from icl import baselines
+from icl.bayes import bayes
+from icl.build import build_evaluation_sets
+from icl.cli import main
+from icl.config import RunConfig
+from icl.config.validation import ConfigError
+from icl.evaluation.sets import evaluate, evaluate_baselines, excess_over_optimum, tabulate_losses
+from icl.model.stacked import apply, stack
+from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
+from icl.tasks.laws import Law
+from icl.tasks.prompts import training_pool
+from icl.training.data import PromptStream
+from icl.training.run import train, train_population
+from icl.training.trainer import evaluation_sets, sets_at
+from icl.whole_runs import RunEvaluator, evaluate_run
+
+LAPLACE = {"prior": "laplace", "noise": "student_t", "noise_df": 3.0}
+QUICK = change(TINY, trainer={"max_steps": 20, "log_every": 10}, checkpoints={"every": 10, "num_log": 0})
+WALK = change(QUICK, task={"num_tasks": 4, "pool": "walk", "pool_steps": 5})
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory):
+    """Return the folder of a run whose pool walks."""
+    folder = tmp_path_factory.mktemp("runs") / "walk"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEVICE", "cpu")
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.delenv("AWS_BUCKET_NAME", raising=False)
+        assert train(WALK, folder=folder).status.state == "finished"
+    return folder
+
+
+# The Bayes predictor
+
+
+def test_sets_of_another_world_have_its_predictors():
+    config = change(TINY, task=LAPLACE)
+    for one in build_evaluation_sets(config, num_prompts=20, with_bayes=True):
+        xs, ys, _ = one.prompts
+        estimate = bayes(config, xs, ys)
+        assert torch.equal(one.baselines["bayes"], estimate.predictions)
+        assert torch.equal(one.bayes_variance, estimate.stderrs.square())
+        tasks = training_pool(config)
+        expected = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=0.25, noise=Law("student_t", 3.0))
+        assert torch.equal(one.baselines["dmmse"], expected)
+        assert torch.equal(one.baselines["ridge"], baselines.ridge(xs, ys, noise_variance=0.25))
+
+
+def test_the_bayes_predictor_is_left_out_of_the_usual_world_and_if_not_asked_for():
+    assert all("bayes" not in one.baselines for one in build_evaluation_sets(TINY, num_prompts=4, with_bayes=True))
+    assert all("bayes" not in one.baselines for one in build_evaluation_sets(change(TINY, task=LAPLACE), num_prompts=4))
+
+
+def test_a_model_that_predicts_as_bayes_has_no_gap_to_it():
+    config = change(TINY, task=LAPLACE | {"num_tasks": math.inf})
+    pretrain, true = build_evaluation_sets(config, num_prompts=50, with_bayes=True)
+    (rows,) = evaluate(lambda params, xs, ys: pretrain.baselines["bayes"].unsqueeze(0), {}, [pretrain])
+    gaps = {row["quantity"]: row["value"] for row in rows if row["position"] == "mean"}
+    assert gaps["delta_bayes"] == 0
+    assert gaps["delta_ridge"] > 0
+    name, excess = excess_over_optimum(pretrain.baselines["bayes"], pretrain, is_gaussian=True)
+    assert (name, excess.value) == ("bayes", 0)
+    assert list(tabulate_losses(true.baselines["ridge"], true).columns) == ["model", "bayes", "ridge", "ols", "zero"]
+
+
+def test_the_table_of_baselines_gives_the_error_of_the_estimate():
+    sets = build_evaluation_sets(change(TINY, task=LAPLACE), num_prompts=20, with_bayes=True)
+    table = pd.DataFrame(evaluate_baselines(sets))
+    for one in sets:
+        own = table[(table["distribution"] == one.name) & (table["quantity"] == "bayes_variance")]
+        assert own.set_index("position")["value"]["mean"] == pytest.approx(one.bayes_variance.mean().item())
+        assert len(own) == one.bayes_variance.shape[1] + 1
+
+
+def test_members_with_and_without_the_same_pool_are_told_apart():
+    sets = evaluation_sets([WALK, change(WALK, task={"pool": "fixed", "pool_steps": None})])
+    assert torch.equal(sets[0][0].prompts.ws, sets[1][0].prompts.ws)  # at step 0 the pools are the same
+    later = sets_at([WALK, change(WALK, task={"pool": "fixed", "pool_steps": None})], sets, 30)
+    assert later[1] is sets[1]
+    assert not torch.equal(later[0][0].prompts.ws, sets[0][0].prompts.ws)
+    assert torch.equal(later[0][1].prompts.ys, sets[0][1].prompts.ys)  # new tasks are the same
+
+
+# Pools that change
+
+
+@pytest.mark.parametrize("step", [0, 1, 20])
+def test_sets_of_a_step_have_the_pool_of_the_last_update(step):
+    pretrain, true = build_evaluation_sets(WALK, num_prompts=40, model_step=step)
+    pool = training_pool(WALK, step=max(step - 1, 0))
+    assert {tuple(task) for task in pretrain.prompts.ws.tolist()} == {tuple(task) for task in pool.tolist()}
+    for one in (pretrain, true):
+        expected = baselines.dmmse(one.prompts.xs, one.prompts.ys, tasks=pool, noise_variance=0.25)
+        assert torch.equal(one.baselines["dmmse"], expected)
+
+
+def test_without_a_step_there_is_no_pool_to_evaluate_on():
+    with pytest.raises(ConfigError, match="The run's pool of tasks changes"):
+        build_evaluation_sets(WALK, num_prompts=4)
+
+
+def test_every_checkpoint_is_evaluated_with_its_own_pool(walk):
+    numbers, references = evaluate_run(walk, num_prompts=16, shifts=["task_scale_3"])
+    assert sorted(numbers["step"].unique()) == [0, 10, 20]
+    for file in checkpoint_files(walk):
+        checkpoint = load_checkpoint_file(file)
+        sets = build_evaluation_sets(WALK, num_prompts=16, shifts=("task_scale_3",), model_step=checkpoint.step)
+        own = numbers[numbers["step"] == checkpoint.step].drop(columns=["step", "checkpoint_hash"])
+        expected = evaluate(lambda params, xs, ys: apply(WALK.model, params, xs, ys), stack([checkpoint.params]), sets)
+        assert own.to_dict("records") == expected[0]
+    assert references.to_dict("records") == evaluate_baselines(sets)  # those of the last step
+
+
+def test_training_logs_the_same_numbers(walk):
+    logged = pd.read_csv(walk / "metrics.csv").set_index("step")
+    numbers, _ = RunEvaluator(num_prompts=16, shifts=[])(walk)
+    means = numbers[numbers["position"] == "mean"].set_index(["step", "distribution", "quantity"])["value"]
+    for name in ("pretrain", "true"):
+        for quantity in ("loss", "delta_ridge", "delta_dmmse"):
+            for step in (0, 20):
+                logged_value = logged.loc[step, f"eval/{name}/{quantity}"]
+                assert logged_value == pytest.approx(means[step, name, quantity], rel=1e-5)
+
+
+def test_an_analysis_that_needs_fixed_tasks_says_why_it_has_none(walk, capsys):
+    assert main(["analyse", str(walk), "--what", "attention"]) == 2
+    assert "The run's pool of tasks changes" in capsys.readouterr().err
+    assert main(["analyse", str(walk), "--what", "mixture"]) == 2
+    assert "a fixed pool, but the run" in capsys.readouterr().err
+
+
+def test_the_command_shows_the_losses_of_the_bayes_predictor(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DEVICE", "cpu")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    config = change(QUICK, task=LAPLACE | {"num_tasks": math.inf}, checkpoints={"every": None, "num_log": 0})
+    monkeypatch.setattr("icl.cli.evaluate._deliver", lambda *parts: [])  # drawing the figure takes seconds
+    train(config, folder=tmp_path / "run")
+    assert main(["evaluate", str(tmp_path / "run"), "--num_prompts", "16"]) == 0
+    told = capsys.readouterr().out
+    assert "delta_bayes" in told
+    assert "bayes_variance" in told
+    assert "dmmse" not in told
+
+
+# Resuming and packing
+
+
+@pytest.mark.parametrize(
+    "world",
+    [
+        {"pool": "walk", "pool_steps": 3},
+        {"pool": "resampled", "pool_steps": 3, "prior": "sparse", "prior_density": 0.5},
+        LAPLACE | {"inputs": "ar1", "input_correlation": 0.5},
+    ],
+)
+def test_the_stream_of_prompts_can_start_at_any_step_and_with_any_members(world):
+    first = change(TINY, task=world)
+    still = change(first, task={"pool": "fixed", "pool_steps": None})
+    configs: list[RunConfig] = [still, first, change(first, task={"num_tasks": 3}, seeds={"data": 4})]
+    stream = iter(PromptStream(configs, lambda: 0))
+    prompts = [next(stream) for _ in range(70)]
+    for start in (1, 65):
+        resumed = next(iter(PromptStream(configs, lambda start=start: start)))
+        alone = next(iter(PromptStream(configs[1:], lambda start=start: start, rank=1, num_ranks=2)))
+        for part, again, own in zip(prompts[start], resumed, alone, strict=True):
+            assert torch.equal(part, again)
+            assert torch.equal(part[1:, 4:], own)
+
+
+def test_runs_on_other_pools_are_trained_together_as_each_alone(walk, tmp_path, monkeypatch):
+    """The walking member of a population has the checkpoints of the run that was trained alone, bit for bit."""
+    monkeypatch.setenv("DEVICE", "cpu")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    still = change(WALK, task={"pool": "fixed", "pool_steps": None})
+    train_population([still, WALK], folders=[tmp_path / "still", tmp_path / "walk"])
+    for file in checkpoint_files(walk):
+        alone, packed = (load_checkpoint_file(path) for path in (file, tmp_path / "walk" / "checkpoints" / file.name))
+        assert all(torch.equal(tensor, packed.params[name]) for name, tensor in alone.params.items())
+        other = load_checkpoint_file(tmp_path / "still" / "checkpoints" / file.name)
+        assert (other.digest == alone.digest) is (alone.step == 0)

@@ -1,0 +1,343 @@
+"""Bayes predictors of other worlds, compared with quadrature, plain loops, the baselines and limits."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from icl import baselines
+from icl.bayes import bayes
+from icl.bayes.gaussians import Components, exact_components, gaussian_mixture
+from icl.bayes.particles import particle_filter
+from icl.config import RunConfig, TaskConfig
+from icl.tasks import laws
+from icl.tasks.laws import Law, TaskLaw
+from icl.tasks.prompts import noise_law, sample_prompts, task_law, training_pool
+
+VARIANCE = 0.25
+PRIORS = {
+    "gaussian": {},
+    "student_t": {"prior": "student_t", "prior_df": 3.0},
+    "laplace": {"prior": "laplace"},
+    "sparse": {"prior": "sparse", "prior_density": 0.3},
+    "low_rank": {"prior": "low_rank", "prior_rank": 2},
+    "mixture": {"prior": "mixture", "prior_components": 3, "prior_between": 0.8},
+}
+NOISES = {
+    "gaussian": {},
+    "student_t": {"noise": "student_t", "noise_df": 3.0},
+    "laplace": {"noise": "laplace"},
+}
+SCALAR = {
+    "gaussian": stats.norm,
+    "student_t": functools.partial(stats.t, 3.0),
+    "laplace": stats.laplace,
+}
+STANDARD_DEVIATION = {"gaussian": 1.0, "student_t": math.sqrt(3), "laplace": math.sqrt(2)}
+
+
+def world(prior="gaussian", noise="gaussian", *, task_size=3, max_examples=6, num_tasks=math.inf, **others):
+    settings = PRIORS[prior] | NOISES[noise] | others
+    return RunConfig(
+        task=TaskConfig(
+            num_tasks=num_tasks, task_size=task_size, max_examples=max_examples, noise_variance=VARIANCE, **settings
+        )
+    )
+
+
+def prompts_of(config, batch_size=8, stream="true"):
+    xs, ys, _ = sample_prompts(config, stream=stream, step=0, batch_size=batch_size)
+    return xs.double(), ys.double()
+
+
+def log_density(name, values, scale=1.0):
+    """Return the log density of a scalar law with standard deviation `scale`, from scipy."""
+    return SCALAR[name](scale=scale / STANDARD_DEVIATION[name]).logpdf(values)
+
+
+def quadrature(xs, ys, points, log_prior, log_weights, noise):
+    """Return the posterior means of all targets by a weighted sum over fixed values of w, in float64 loops over prompts."""
+    predictions = np.zeros(ys.shape)
+    for prompt, (x, y) in enumerate(zip(xs.numpy(), ys.numpy(), strict=True)):
+        outputs = points @ x.T  # P K
+        log_posterior = log_prior + log_weights
+        for k in range(len(y)):
+            weights = np.exp(log_posterior - log_posterior.max())
+            predictions[prompt, k] = weights @ outputs[:, k] / weights.sum()
+            log_posterior = log_posterior + log_density(noise, y[k] - outputs[:, k], VARIANCE**0.5)
+    return torch.from_numpy(predictions)
+
+
+def line():
+    """Return points of one dimension that are dense about 0, with the logarithms of their trapezoid weights."""
+    half = np.geomspace(1e-6, 200, 3000)
+    points = np.concatenate((-half[::-1], [0.0], half))
+    return points, np.log(np.gradient(points))
+
+
+def assert_error_is_as_stated(make, xs, ys, expected, *, at_most, num_seeds=12):
+    """Check the mean squared error over filters with other seeds. It must be small, and equal the stated one."""
+    estimates = [make(xs, ys, seed=seed) for seed in range(num_seeds)]
+    error = torch.stack([(one.predictions - expected).square().mean() for one in estimates]).mean().item()
+    stated = torch.stack([one.stderrs.square().mean() for one in estimates]).mean().item()
+    assert error < at_most**2
+    assert 0.4 < error / stated < 2.2, (error, stated)
+
+
+# Quadrature
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("prior", ["gaussian", "student_t", "laplace"])
+def test_the_particle_filter_agrees_with_quadrature_in_one_dimension(prior, noise):
+    config = world(prior, noise, task_size=1)
+    xs, ys = prompts_of(config, 6)
+    points, log_weights = line()
+    expected = quadrature(xs, ys, points[:, None], log_density(prior, points), log_weights, noise)
+    make = functools.partial(
+        particle_filter, law=task_law(config), noise=noise_law(config), noise_variance=VARIANCE, num_particles=64
+    )
+    if (prior, noise) == ("gaussian", "gaussian"):
+        torch.testing.assert_close(make(xs, ys).predictions, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(expected, baselines.ridge(xs, ys, noise_variance=VARIANCE), rtol=1e-4, atol=1e-4)
+    else:
+        assert_error_is_as_stated(make, xs, ys, expected, at_most=0.06)
+
+
+def test_the_particle_filter_agrees_with_quadrature_in_two_dimensions():
+    config = world("student_t", "laplace", task_size=2)
+    xs, ys = prompts_of(config, 4)
+    half = np.geomspace(1e-3, 60, 200)
+    axis = np.concatenate((-half[::-1], [0.0], half))
+    points = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
+    log_weights = np.add.outer(np.log(np.gradient(axis)), np.log(np.gradient(axis))).ravel()
+    log_prior = log_density("student_t", points).sum(1)
+    expected = quadrature(xs, ys, points, log_prior, log_weights, "laplace")
+    make = functools.partial(particle_filter, law=task_law(config), noise=noise_law(config), noise_variance=VARIANCE)
+    assert_error_is_as_stated(make, xs, ys, expected, at_most=0.06)
+
+
+def test_a_sparse_prior_with_other_noise_agrees_with_quadrature():
+    """The prior has an atom at 0, which is a point of its own."""
+    config = world("sparse", "student_t", task_size=1)
+    xs, ys = prompts_of(config, 6)
+    points, log_weights = line()
+    log_prior = log_density("gaussian", points, (1 / 0.3) ** 0.5) + math.log(0.3)
+    points, log_prior = np.append(points, 0.0), np.append(log_prior + log_weights, math.log(0.7))
+    expected = quadrature(xs, ys, points[:, None], log_prior, np.zeros(len(points)), "student_t")
+    make = functools.partial(particle_filter, law=task_law(config), noise=noise_law(config), noise_variance=VARIANCE)
+    assert_error_is_as_stated(make, xs, ys, expected, at_most=0.06)
+
+
+# Exact mixtures
+
+
+def plain_mixture(xs, ys, components):
+    """Return the predictions by the multivariate normal likelihood of every prefix and component, in NumPy."""
+    predictions = np.zeros(ys.shape)
+    weights, means, covariances = (part.numpy() for part in components)
+    for prompt, (x, y) in enumerate(zip(xs.numpy(), ys.numpy(), strict=True)):
+        for k in range(len(y)):
+            logs, outputs = [], []
+            for log_weight, mean, covariance in zip(weights, means, covariances, strict=True):
+                spread = x[:k] @ covariance @ x[:k].T + VARIANCE * np.eye(k)
+                gain = np.linalg.solve(spread, y[:k] - x[:k] @ mean) if k else np.zeros(0)
+                outputs.append(x[k] @ (mean + covariance @ x[:k].T @ gain))
+                evidence = stats.multivariate_normal(x[:k] @ mean, spread).logpdf(y[:k]) if k else 0.0
+                logs.append(log_weight + evidence)
+            posterior = np.exp(np.array(logs) - max(logs))
+            predictions[prompt, k] = posterior @ outputs / posterior.sum()
+    return torch.from_numpy(predictions)
+
+
+@pytest.mark.parametrize("prior", ["gaussian", "sparse", "low_rank", "mixture"])
+def test_exact_predictors_match_plain_likelihoods(prior):
+    config = world(prior)
+    xs, ys = prompts_of(config)
+    components = exact_components(task_law(config), 3)
+    expected = plain_mixture(xs, ys, components)
+    torch.testing.assert_close(gaussian_mixture(xs, ys, components=components, noise_variance=VARIANCE), expected)
+    if prior != "gaussian":
+        estimate = bayes(config, xs, ys)
+        torch.testing.assert_close(estimate.predictions, expected)
+        assert not estimate.stderrs.any()
+
+
+def test_one_component_is_ridge():
+    xs, ys = prompts_of(world(), 20)
+    exact = gaussian_mixture(xs, ys, components=exact_components(TaskLaw(), 3), noise_variance=VARIANCE)
+    torch.testing.assert_close(exact, baselines.ridge(xs, ys, noise_variance=VARIANCE))
+
+
+def test_components_about_their_means_are_the_smoothed_dmmse():
+    config = world("mixture")
+    xs, ys = prompts_of(config, 20)
+    tasks = laws.component_means(task_law(config), 3).double()
+    expected = baselines.smoothed_dmmse(xs, ys, tasks=tasks, noise_variance=VARIANCE, task_variance=1 - 0.8)
+    torch.testing.assert_close(bayes(config, xs, ys).predictions, expected)
+
+
+def test_low_rank_is_ridge_in_the_subspace():
+    config = world("low_rank")
+    xs, ys = prompts_of(config, 20)
+    inside = xs @ laws.subspace(task_law(config), 3).double()
+    expected = baselines.ridge(inside, ys, noise_variance=VARIANCE)
+    torch.testing.assert_close(bayes(config, xs, ys).predictions, expected)
+
+
+def test_components_of_sparse_tasks_have_the_prior_weights_and_variances():
+    log_weights, means, covariances = exact_components(TaskLaw("sparse", density=0.3), 3)
+    assert len(log_weights) == 8
+    assert log_weights.exp().sum().item() == pytest.approx(1)
+    mixed = (log_weights.exp()[:, None, None] * covariances).sum(0)
+    torch.testing.assert_close(mixed, torch.eye(3).double())
+    assert not means.any()
+    assert exact_components(TaskLaw("sparse", density=0.3), 11) is None
+
+
+@pytest.mark.parametrize("prior", ["sparse", "mixture", "low_rank"])
+def test_the_particle_filter_agrees_with_the_exact_predictor(prior):
+    config = world(prior)
+    xs, ys = prompts_of(config, 6)
+    make = functools.partial(particle_filter, law=task_law(config), noise=Law(), noise_variance=VARIANCE)
+    expected = bayes(config, xs, ys).predictions
+    if prior == "low_rank":  # all particles are the same
+        torch.testing.assert_close(make(xs, ys).predictions, expected)
+    else:
+        assert_error_is_as_stated(make, xs, ys, expected, at_most=0.06)
+
+
+# Limits
+
+
+@pytest.mark.parametrize(
+    ("law", "noise"),
+    [
+        (TaskLaw("student_t", df=1e9), Law()),
+        (TaskLaw(), Law("student_t", 1e9)),
+        (TaskLaw("sparse", density=1.0), Law()),
+    ],
+)
+def test_gaussian_limits_are_ridge(law, noise):
+    xs, ys = prompts_of(world())
+    estimate = particle_filter(xs, ys, law=law, noise=noise, noise_variance=VARIANCE, num_particles=16)
+    expected = baselines.ridge(xs, ys, noise_variance=VARIANCE)
+    torch.testing.assert_close(estimate.predictions, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_dense_sparse_tasks_have_ridge_as_their_predictor():
+    config = world("sparse", prior_density=1.0)
+    xs, ys = prompts_of(config)
+    torch.testing.assert_close(bayes(config, xs, ys).predictions, baselines.ridge(xs, ys, noise_variance=VARIANCE))
+
+
+@pytest.mark.parametrize(
+    "inputs", [{"inputs": "student_t", "input_df": 3.0}, {"inputs": "ar1", "input_correlation": 0.9}]
+)
+def test_ridge_remains_the_predictor_whatever_the_inputs(inputs):
+    config = world(**inputs)
+    xs, ys = prompts_of(config, 6)
+    assert bayes(config, xs, ys) is None
+    expected = plain_mixture(xs, ys, exact_components(TaskLaw(), 3))
+    torch.testing.assert_close(baselines.ridge(xs, ys, noise_variance=VARIANCE), expected)
+
+
+def test_there_is_no_other_predictor_in_the_usual_world_or_without_noise():
+    xs, ys = prompts_of(world())
+    assert bayes(world(), xs, ys) is None
+    silent = RunConfig(task=TaskConfig(prior="laplace", noise_variance=0.0))
+    assert bayes(silent, xs[..., :2], ys) is None
+
+
+# Contract of a predictor
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "laplace"])
+@pytest.mark.parametrize("prior", ["student_t", "sparse", "mixture"])
+def test_predictions_depend_on_earlier_examples_of_their_own_prompt_only(prior, noise):
+    config = world(prior, noise)
+    xs, ys = prompts_of(config, 5)
+    before = bayes(config, xs, ys)
+    changed = ys.clone()
+    changed[:, 3:] += 1.0
+    torch.testing.assert_close(bayes(config, xs, changed).predictions[:, :4], before.predictions[:, :4])
+    assert (bayes(config, xs, changed).predictions[:, 4:] != before.predictions[:, 4:]).all()
+    alone = bayes(config, xs[2:3], ys[2:3])
+    torch.testing.assert_close(alone.predictions[0], before.predictions[2])
+    assert before.predictions.shape == before.stderrs.shape == ys.shape
+
+
+@pytest.mark.parametrize("prior", ["student_t", "laplace", "sparse"])
+def test_without_examples_the_prediction_is_zero(prior):
+    config = world(prior, "laplace")
+    assert not bayes(config, *prompts_of(config)).predictions[:, 0].any()
+
+
+@pytest.mark.parametrize(
+    ("prior", "noise"),
+    [("sparse", "gaussian"), ("mixture", "gaussian"), ("low_rank", "gaussian"), ("gaussian", "student_t")],
+)
+def test_in_its_own_world_the_bayes_predictor_is_better_than_ridge(prior, noise):
+    """The losses are compared within prompts, and the difference must be three standard errors."""
+    config = world(prior, noise, **({"noise_df": 2.1} if noise == "student_t" else {}))
+    xs, ys = prompts_of(config, 256 if noise == "student_t" else 600)
+    ridge = baselines.ridge(xs, ys, noise_variance=VARIANCE)
+    gain = ((ridge - ys).square() - (bayes(config, xs, ys).predictions - ys).square()).mean(1)
+    assert gain.mean() > 3 * gain.std() / math.sqrt(len(gain))
+
+
+# dMMSE
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_dmmse_matches_a_plain_loop_over_tasks_with_the_noise_density(noise):
+    config = world("laplace", noise, num_tasks=9)
+    xs, ys = prompts_of(config, 6, stream="pretrain")
+    tasks = training_pool(config).double()
+    zeros = np.zeros(len(tasks))
+    expected = quadrature(xs, ys, tasks.numpy(), zeros, zeros, noise)
+    found = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=VARIANCE, noise=noise_law(config))
+    torch.testing.assert_close(found, expected)
+
+
+def test_dmmse_with_many_degrees_of_freedom_is_that_of_gaussian_noise():
+    config = world(num_tasks=9)
+    xs, ys = prompts_of(config, 6, stream="pretrain")
+    settings = {"tasks": training_pool(config).double(), "noise_variance": VARIANCE}
+    torch.testing.assert_close(
+        baselines.dmmse(xs, ys, **settings, noise=Law("student_t", 1e9)), baselines.dmmse(xs, ys, **settings)
+    )
+
+
+def test_dmmse_refuses_another_law_of_no_noise():
+    xs, ys = prompts_of(world())
+    with pytest.raises(ValueError, match="`noise_variance` must be positive"):
+        baselines.dmmse(xs, ys, tasks=torch.zeros(1, 3), noise_variance=0.0, noise=Law("laplace"))
+
+
+def test_weights_of_components_may_differ():
+    """A component with weight zero has no effect."""
+    xs, ys = prompts_of(world())
+    unit = torch.eye(3).double()
+    two = Components(torch.tensor([0.0, -math.inf]).double(), torch.ones(2, 3).double(), torch.stack((unit, 5 * unit)))
+    one = Components(torch.zeros(1).double(), torch.ones(1, 3).double(), unit[None])
+    predict = functools.partial(gaussian_mixture, xs, ys, noise_variance=VARIANCE)
+    torch.testing.assert_close(predict(components=two), predict(components=one))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("prior", "noise"), [("sparse", "gaussian"), ("student_t", "laplace"), ("mixture", "student_t")]
+)
+def test_prompts_and_predictions_on_cuda_agree_with_those_on_the_cpu(prior, noise):
+    """The filter makes the same choices on both devices except where a rounding error decides, so errors are compared on average."""
+    config = world(prior, noise, inputs="ar1", input_correlation=0.5)
+    xs, ys, ws = sample_prompts(config, stream="true", step=0, batch_size=64, device="cuda")
+    for ours, theirs in zip(sample_prompts(config, stream="true", step=0, batch_size=64), (xs, ys, ws), strict=True):
+        torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-4, atol=1e-4)
+    there, here = bayes(config, xs, ys), bayes(config, xs.cpu(), ys.cpu())
+    difference = (there.predictions.cpu() - here.predictions).square().mean()
+    assert difference <= here.stderrs.square().mean() + 1e-8
