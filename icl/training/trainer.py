@@ -171,7 +171,8 @@ def sets_at(
     if not sets or not any(config.task.has_moving_pool for config in configs):
         return sets
     device = sets[0][0].prompts.xs.device
-    make = partial(build_evaluation_sets, num_prompts=configs[0].evaluation.num_prompts, step=step, device=device)
+    number = configs[0].evaluation.num_prompts
+    make = partial(build_evaluation_sets, num_prompts=number, step=MONITOR, model_step=step, device=device)
     made: dict[_SetsKey, Sequence[EvaluationSet]] = {}
     for config, own_sets in zip(configs, sets, strict=True):
         key = _sets_key(config)

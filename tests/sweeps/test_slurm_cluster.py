@@ -153,11 +153,14 @@ def test_a_successor_finishes_what_a_job_has_begun(work, cluster):
     assert "1 points: 1 done." in work.icl("sweep", "sweep.yaml", "--status")
 
 
-def test_a_failed_point_is_told_and_tried_once_and_two_submissions_share_the_points(work):
+def test_a_failed_point_is_told_and_tried_once_and_two_submissions_share_the_points(work, cluster):
     work.environment["SECONDS_OF_WORK"] = "1"
     work.sweep([1, 2, 4, 8, 16])
-    first, second = work.submit("--jobs", "2"), work.submit("--jobs", "2", "--workers", "2")
+    # No job begins before both are submitted: a later submission may try again what has failed before it.
+    held = ("--jobs", "2", "--sbatch", "--hold")
+    first, second = work.submit(*held), work.submit(*held, "--workers", "2")
     assert first != second
+    cluster.run("scontrol", "release", first, second)
     work.wait_until_over()
     tried = sorted((work.folder / "ledger.txt").read_text().split(), key=int)
     assert tried == ["1", "2", "4", "8", "16"]
