@@ -24,7 +24,7 @@ from icl.evaluation.sets import (
 from icl.files.reading import ContentError
 from icl.files.tables import read_table
 from icl.model.stacked import apply, stack
-from icl.plotting.colours import BLUE, SKY, predictor_style
+from icl.plotting.colours import BLUE, PREDICTORS, SKY, predictor_style
 from icl.plotting.style import label_plainly, new_figure, save_figure, scale_steps
 from icl.plotting.tidying import name_outside
 from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file

@@ -1,6 +1,7 @@
 """Evaluation in other worlds: the Bayes predictor beside ridge and dMMSE, and the pool of each step."""
 
 import math
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -13,7 +14,7 @@ from icl.build import build_evaluation_sets
 from icl.cli import main
 from icl.config import RunConfig
 from icl.config.validation import ConfigError
-from icl.evaluation.sets import evaluate, evaluate_baselines, tabulate_losses
+from icl.evaluation.sets import MONITOR, evaluate, evaluate_baselines, tabulate_losses
 from icl.model.stacked import apply, stack
 from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.tasks.laws import Law
@@ -21,7 +22,7 @@ from icl.tasks.prompts import training_pool
 from icl.training.data import PromptStream
 from icl.training.run import train, train_population
 from icl.training.trainer import evaluation_sets, sets_at
-from icl.whole_runs import RunEvaluator, evaluate_run
+from icl.whole_runs import evaluate_run
 
 LAPLACE = {"prior": "laplace", "noise": "student_t", "noise_df": 3.0}
 QUICK = change(TINY, trainer={"max_steps": 20, "log_every": 10}, checkpoints={"every": 10, "num_log": 0})
@@ -111,7 +112,9 @@ def test_without_a_step_there_is_no_pool_to_evaluate_on():
 
 
 def test_every_checkpoint_is_evaluated_with_its_own_pool(walk):
-    numbers, references = evaluate_run(walk, num_prompts=16, shifts=["task_scale_3"])
+    numbers, references = (
+        table.drop(columns="prompts") for table in evaluate_run(walk, num_prompts=16, shifts=["task_scale_3"])
+    )
     assert sorted(numbers["step"].unique()) == [0, 10, 20]
     for file in checkpoint_files(walk):
         checkpoint = load_checkpoint_file(file)
@@ -122,15 +125,17 @@ def test_every_checkpoint_is_evaluated_with_its_own_pool(walk):
     assert references.to_dict("records") == evaluate_baselines(sets)  # those of the last step
 
 
-def test_training_logs_the_same_numbers(walk):
+def test_training_logs_the_numbers_of_its_own_prompts_with_the_pool_of_each_step(walk):
     logged = pd.read_csv(walk / "metrics.csv").set_index("step")
-    numbers, _ = RunEvaluator(num_prompts=16, shifts=[])(walk)
-    means = numbers[numbers["position"] == "mean"].set_index(["step", "distribution", "quantity"])["value"]
-    for name in ("pretrain", "true"):
-        for quantity in ("loss", "delta_ridge", "delta_dmmse"):
-            for step in (0, 20):
-                logged_value = logged.loc[step, f"eval/{name}/{quantity}"]
-                assert logged_value == pytest.approx(means[step, name, quantity], rel=1e-5)
+    for file in (checkpoint_files(walk)[0], checkpoint_files(walk)[-1]):
+        checkpoint = load_checkpoint_file(file)
+        sets = build_evaluation_sets(WALK, num_prompts=16, step=MONITOR, model_step=checkpoint.step)
+        rows = evaluate(partial(apply, WALK.model), stack([checkpoint.params]), sets)[0]
+        means = {(row["distribution"], row["quantity"]): row["value"] for row in rows if row["position"] == "mean"}
+        for name in ("pretrain", "true"):
+            for quantity in ("loss", "delta_ridge", "delta_dmmse"):
+                expected = pytest.approx(means[name, quantity], rel=1e-5)
+                assert logged.loc[checkpoint.step, f"eval/{name}/{quantity}"] == expected
 
 
 def test_an_analysis_that_needs_fixed_tasks_says_why_it_has_none(walk, capsys):
