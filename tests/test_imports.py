@@ -25,7 +25,7 @@ LAYERS = (
     ("files",),
     ("config.values", "config.older", "presets", "resolve", "command_line"),
     ("compute.devices", "compute.task_sums", "arrays", "rng", "signals", "progress"),
-    ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts"),
+    ("tasks", "tasks.priors", "tasks.prompts", "tasks.shifts", "tasks.corpus", "tasks.rows", "tasks.streams"),
     ("baselines", "evidence", "metrics"),
     ("compute",),
     ("model.heads", "model.transformer", "model.attention", "model.stacked", "model.flat", "model"),

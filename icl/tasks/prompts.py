@@ -48,6 +48,11 @@ class PromptSource(NamedTuple):
     tasks_key: rng.Stream
     noise_key: rng.Stream
 
+    @property
+    def numbers_per_row(self) -> int:
+        """Count of normal variates that a prompt needs while it is drawn."""
+        return self.max_examples * (self.task_size + 1)
+
     def sample(
         self, steps: range, indices: range | Int64[Tensor, " B"], *, device: torch.device | str = "cpu"
     ) -> Prompts:

@@ -148,9 +148,13 @@ def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
     by_key: dict[tuple[int | float, int | str, int], list[EvaluationSet]] = {}
     by_member = []
     for config in configs:
-        key = (config.task.num_tasks, config.task_sequence, config.seeds.evaluation)
+        key = (
+            config.task.num_tasks,
+            config.task_sequence,
+            config.seeds.evaluation,
+        )  # language runs differ only in the last
         if key not in by_key:
-            if not config.task.is_gaussian and config.task.num_tasks > _MANY_TASKS:
+            if not config.model.is_language and not config.task.is_gaussian and config.task.num_tasks > _MANY_TASKS:
                 prompts = f"{2 * settings.num_prompts:,} evaluation prompts"
                 print(f"Computing dMMSE once, over {config.task.num_tasks:,} tasks for {prompts} ...")
             number = settings.num_prompts
