@@ -55,6 +55,8 @@ setup(
     extras_require={
         "bench": ["devinterp==1.3.2"],
         "hub": ["huggingface_hub>=1.0"],
+        "language": ["tokenizers>=0.20", "datasets>=3", "huggingface_hub>=1.0"],
+        "lens": ["transformer-lens>=2,<4"],
         "arviz": ["arviz-base>=0.8; python_version >= '3.11'"],
         "tpu": ["torch==2.9.*", "torch_xla[tpu]==2.9.*"],
         "notebooks": ["jupyterlab>=4", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
@@ -70,6 +72,7 @@ setup(
             "arviz-base>=0.8; python_version >= '3.11'",
             "moto[server]>=5",
             "msgpack>=1",
+            "tokenizers>=0.20",
             "huggingface_hub>=1.0",
             "nbclient>=0.10",
             "nbformat>=5.10",

@@ -170,7 +170,7 @@ def train_ic_regression(
 
 def load_checkpoint(
     path: str | Path, cfg: ICRegConfig | RunConfig | None = None, *, step: int | None = None
-) -> tuple[Transformer, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """Load a trained model and the metadata of its checkpoint.
 
     Args:
@@ -182,7 +182,7 @@ def load_checkpoint(
         step: The step to load from a folder or a store. By default the last one.
 
     Returns:
-        The model on the CPU, and a dict of `step`, `config` (a RunConfig), `digest` and `path`.
+        The model on the CPU (a `Transformer`, or the `LanguageModel` of a language run), and a dict of `step`, `config` (a RunConfig), `digest` and `path`.
 
     Raises:
         CheckpointError: If there is no usable checkpoint, or it does not fit `cfg`.
@@ -196,7 +196,7 @@ def load_checkpoint(
     return build_checkpoint_model(checkpoint), info
 
 
-def load_model(path: str | Path, cfg: ICRegConfig | RunConfig | None = None, *, step: int | None = None) -> Transformer:
+def load_model(path: str | Path, cfg: ICRegConfig | RunConfig | None = None, *, step: int | None = None) -> Any:
     """Load a trained model, ready to predict. Arguments and errors are those of `load_checkpoint`."""
     return load_checkpoint(path, cfg, step=step)[0].eval()
 

@@ -5,12 +5,13 @@ from functools import partial
 import torch
 
 from icl.config import RunConfig
-from icl.evaluation.sets import REPORT, EvaluationSet, evaluation_set
+from icl.evaluation.sets import REPORT, EvaluationSet, evaluation_set, set_names
+from icl.model.language import LanguageModel, initialise_language
 from icl.model.transformer import Transformer, initialise
 from icl.runs.checkpoints import Checkpoint, CheckpointError
 
 
-def build_model(config: RunConfig) -> Transformer:
+def build_model(config: RunConfig) -> Transformer | LanguageModel:
     """Return the run's model with its initial weights, on the CPU in float32.
 
     The weights depend only on `seeds.model` and the architecture. The global generator is neither read nor set.
@@ -20,17 +21,25 @@ def build_model(config: RunConfig) -> Transformer:
         >>> sum(p.numel() for p in build_model(preset("L2H4")).parameters())
         51717
     """
-    model = build_architecture(config)
-    initialise(model, config.model, torch.Generator().manual_seed(config.seeds.model))
+    model, generator = build_architecture(config), torch.Generator().manual_seed(config.seeds.model)
+    if isinstance(model, LanguageModel):
+        initialise_language(model, generator)
+    else:
+        initialise(model, config.model, generator)
     return model
 
 
-def build_architecture(config: RunConfig) -> Transformer:
+def build_architecture(config: RunConfig) -> Transformer | LanguageModel:
     """Return the run's model with undefined weights, to load weights into."""
+    if config.model.is_language:
+        text = config.language
+        return LanguageModel(config.model, vocab_size=text.vocab_size, context_size=text.context_size)
     return Transformer(config.model, task_size=config.task.task_size, max_examples=config.task.max_examples)
 
 
-def build_checkpoint_model(checkpoint: Checkpoint, *, device: torch.device | str = "cpu") -> Transformer:
+def build_checkpoint_model(
+    checkpoint: Checkpoint, *, device: torch.device | str = "cpu"
+) -> Transformer | LanguageModel:
     """Return the model of a checkpoint.
 
     Raises:
@@ -54,7 +63,7 @@ def build_evaluation_sets(
     with_bayes: bool = False,
     device: torch.device | str = "cpu",
 ) -> list[EvaluationSet]:
-    """Return the run's evaluation sets: `pretrain`, `true` and these shifts. `evaluation_set` explains the arguments."""
+    """Return the run's evaluation sets: `pretrain`, `true` and these shifts; for a language run `test`. `evaluation_set` explains the arguments."""
     make = partial(
         evaluation_set,
         config,
@@ -64,4 +73,4 @@ def build_evaluation_sets(
         with_bayes=with_bayes,
         device=device,
     )
-    return [make(name) for name in ("pretrain", "true", *shifts)]
+    return [make(name) for name in (*set_names(config), *shifts)]

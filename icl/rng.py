@@ -128,6 +128,17 @@ def integers(
     return _high(high * limit + _high(low * limit))
 
 
+def words(
+    key: Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], size: int
+) -> Int64[Tensor, "*N S B {size}"]:
+    """Draw `size` words of 32 random bits for each step and index, as whole numbers from 0 to 2^32 - 1.
+
+    With a smaller `size`, the draws are the first words of the draws with a larger `size`.
+    """
+    drawn = _words(key, steps, indices, num_blocks=-(-size // 4))
+    return torch.stack(drawn, dim=-1).flatten(-2)[..., :size]  # N S B size
+
+
 @lru_cache(maxsize=256)
 def _device_tensor(words: tuple[int, ...], device: torch.device) -> Int64[Tensor, " N"]:
     """Copy numbers to a device, and keep the copy. Without it, every draw would wait for the GPU to copy the numbers again."""

@@ -24,12 +24,22 @@ from icl.compute.calls import keep_freed_memory
 from icl.config import ModelConfig, RunConfig, SeedsConfig
 from icl.config.validation import ConfigError, whole
 from icl.evaluation.predictors import compiled_apply, compiling_pays
-from icl.evaluation.sets import VERSION, EvaluationSet, Predict, evaluate, evaluate_baselines, evaluation_set
+from icl.evaluation.sets import (
+    VERSION,
+    EvaluationSet,
+    Predict,
+    evaluate,
+    evaluate_baselines,
+    evaluation_set,
+    predictor,
+    set_names,
+)
 from icl.files.writing import plain_rows, table_format, write_atomically
-from icl.model.stacked import apply, target_losses
+from icl.model.stacked import target_losses
 from icl.runs.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file
 from icl.runs.folder import run_of
 from icl.runs.measure import Measurement, entry_rows
+from icl.tasks.rows import TEST
 from icl.tasks.shifts import SHIFTS, available_shifts, require_shift
 
 PROMPTS = "report"
@@ -90,10 +100,15 @@ class RunEvaluator:
         first = load_checkpoint_file(files[0])
         config = first.config
         num_prompts = config.evaluation.num_prompts if self.num_prompts is None else self.num_prompts
+        others = list(set_names(config)[1:])
+        if self.shifts is not None:
+            others += self.shifts
+        elif not config.model.is_language:
+            others += available_shifts(config)
         settings = _EvaluationSettings(
             num_prompts=num_prompts,
             num_ood_prompts=num_prompts if self.num_ood_prompts is None else self.num_ood_prompts,
-            distributions=("true", *(available_shifts(config) if self.shifts is None else self.shifts)),
+            distributions=tuple(others),
         )
 
         sets = self._sets(config, settings, first.step if config.task.has_moving_pool else None)
@@ -124,15 +139,15 @@ class RunEvaluator:
             num_params = sum(tensor.numel() for tensor in first.params.values())
             num_tokens = 2 * sum(each.prompts.ys.numel() for each in sets)
             compiled = compiling_pays(num_params=num_params, num_tokens=num_tokens, num_checkpoints=num_checkpoints)
-        if not compiled:
-            return partial(apply, model)
+        if model.is_language or not compiled:
+            return predictor(model)
         if model not in self._compiled:
             self._compiled[model] = compiled_apply(model)
         return self._compiled[model]
 
     def _sets(self, config: RunConfig, settings: "_EvaluationSettings", step: int | None = None) -> list[EvaluationSet]:
         """Return all evaluation sets of a run; `step` is that of the checkpoint if the run's pool of tasks changes."""
-        sets = [self._shared_set(config, "pretrain", settings.num_prompts, step)]
+        sets = [self._shared_set(config, set_names(config)[0], settings.num_prompts, step)]
         return sets + [
             self._shared_set(config, name, settings.num_ood_prompts, step) for name in settings.distributions
         ]
@@ -140,7 +155,11 @@ class RunEvaluator:
     def _shared_set(self, config: RunConfig, name: str, num_prompts: int, step: int | None) -> EvaluationSet:
         """Return an evaluation set, from memory if another run with the same settings has used it."""
         # Only settings that change the set are passed on, so that runs that differ in other settings share the set.
-        task, seeds = config.task, SeedsConfig(tasks=config.seeds.tasks, evaluation=config.seeds.evaluation)
+        seeds = SeedsConfig(tasks=config.seeds.tasks, evaluation=config.seeds.evaluation)
+        if config.model.is_language:  # the size of the evaluation says which rows of a text are held out
+            text = RunConfig(model=config.model, language=config.language, evaluation=config.evaluation, seeds=seeds)
+            return self._set(text, name, num_prompts, None)
+        task = config.task
         if name in SHIFTS:  # a shift uses new tasks and no dMMSE, so neither M nor the pool matters
             task, step = dataclasses.replace(task, num_tasks=math.inf, pool="fixed", pool_steps=None), None
             if task.prior not in ("low_rank", "mixture"):  # these have a structure that depends on the seed
@@ -202,6 +221,7 @@ def save_evaluation(
         StorageError: If `out` has a suffix other than .csv or .json, or a file cannot be written.
     """
     from icl.plotting.evaluation import plot_evaluation
+    from icl.plotting.language import plot_language_evaluation
     from icl.plotting.style import save_figure
 
     written = [] if out is None else [("Output", write_numbers(Path(out), numbers, baselines))]
@@ -209,7 +229,8 @@ def save_evaluation(
         run = run_of(path)
         written.append(("Numbers", run.write_result("evaluation.csv", numbers.to_csv(index=False))))
         written.append(("Baselines", run.write_result("baselines.csv", baselines.to_csv(index=False))))
-        figure = plot_evaluation(numbers, baselines, title=run.path.name)
+        is_language = TEST in set(numbers["distribution"])
+        figure = (plot_language_evaluation if is_language else plot_evaluation)(numbers, baselines, title=run.path.name)
         written.append(("Figure", save_figure(figure, run.figures / "evaluation.png")))
     return written
 
@@ -242,7 +263,7 @@ def headline_table(table: pd.DataFrame, *, by: str) -> pd.DataFrame:
     last = table[table["step"] == table.groupby(by)["step"].transform("max")]
     headline = last[
         (last["position"] == "mean")
-        & last["distribution"].isin(["pretrain", "true"])
+        & last["distribution"].isin(["pretrain", "true", TEST])
         & last["quantity"].isin(_HEADLINES)
     ]
     errors = headline[headline["quantity"] == "bayes_excess"].assign(quantity="bayes_excess ± s.e.")

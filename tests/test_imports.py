@@ -26,6 +26,7 @@ LAYERS = (
     ("config.values", "config.older", "presets", "resolve", "command_line"),
     ("compute.devices", "compute.task_sums", "arrays", "rng", "signals", "progress"),
     ("tasks.laws", "tasks.pools", "tasks.priors", "tasks.prompts", "tasks.shifts", "tasks"),
+    ("tasks.corpus", "tasks.rows", "tasks.streams"),
     ("baselines", "bayes", "evidence", "metrics"),
     ("compute",),
     ("model.heads", "model.transformer", "model.attention", "model.stacked", "model.flat", "model"),

@@ -77,7 +77,7 @@ def test_saved_tree_resolves_to_itself(name):
 
 
 def test_every_setting_of_the_tree_is_a_known_key():
-    assert set(known_keys()) == set(flatten(RunConfig().to_dict()))
+    assert set(known_keys()) == set(flatten(dataclasses.asdict(RunConfig())))
 
 
 # What people write

@@ -33,6 +33,8 @@ class About(NamedTuple):
     """Whether the analysis has no meaning for a run with M = inf."""
     needs_density: bool = False
     """Whether the analysis needs a model with a predictive distribution (`model.output` `gaussian` or `mixture`)."""
+    families: tuple[str, ...] = ("regression",)
+    """Families of the runs that the analysis serves (`model.family`)."""
 
 
 ANALYSES: dict[str, About] = {
@@ -43,7 +45,11 @@ ANALYSES: dict[str, About] = {
     "hessian": About(
         "run", "curvature of the loss: largest and smallest eigenvalues, trace and spectrum of the Hessian"
     ),
-    "essential-dynamics": About("run", "PCA of the trajectory, compared with random walks; evolutes, cusps, forms"),
+    "essential-dynamics": About(
+        "run",
+        "PCA of the trajectory, compared with random walks; evolutes, cusps, forms",
+        families=("regression", "language"),
+    ),
     "embeddings": About("run", "spectra and overlap of the embeddings; collapse of layer norms and the unembedding"),
     "attention": About(
         "run",
@@ -51,6 +57,12 @@ ANALYSES: dict[str, About] = {
     ),
     "behaviour": About(
         "run", "losses and scores, gaps to ridge and dMMSE, transience, scaled inputs and tasks, task vectors"
+    ),
+    "language-behaviour": About(
+        "run",
+        "a language run's losses, in-context learning, bigrams and n-grams, heads' attention, composition, positions and norms",
+        "language",
+        families=("language",),
     ),
     "stages": About("run", "boundaries between stages from loss, scores and LLC, and the changes within each stage"),
     "mixture": About(
@@ -70,6 +82,27 @@ ANALYSES: dict[str, About] = {
     ),
 }
 """All analyses, by name. The option `--what` takes these names."""
+
+
+def analyses_of(family: str) -> list[str]:
+    """Return the names of the analyses of runs of one family."""
+    return [name for name, about in ANALYSES.items() if about.of == "run" and family in about.families]
+
+
+def name_for(name: str, family: str) -> str:
+    """Return the analysis that a name stands for in a family: `behaviour` of a language run is `language-behaviour`.
+
+    Raises:
+        NotApplicableError: If the analysis does not serve runs of this family. The message names those that do.
+    """
+    if family == "language" and name == "behaviour":
+        return "language-behaviour"
+    if ANALYSES[name].of == "run" and family not in ANALYSES[name].families:
+        known = ", ".join(analyses_of(family))
+        raise NotApplicableError(
+            f"The analysis `{name}` does not serve {family} runs; the analyses that do are {known}."
+        )
+    return name
 
 
 def module_name(name: str) -> str:

@@ -92,6 +92,7 @@ def measure_members(members: Members, *, settings: Settings) -> list[Measurement
     prompts = fixed_prompts(members, "attention/prompts", settings.distribution, settings.num_prompts)
     at_once = prompts_at_once(members)
     model = build_architecture(members.config).to(prompts.xs.device)
+    assert isinstance(model, Transformer)  # `icl.analysis.name_for` refuses language runs
     measurements = []
     for params in unstack(members.params):
         layers = patterns(model, params, prompts, prompts_at_once=at_once)  # L B H T T

@@ -13,14 +13,14 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from icl.analysis import ANALYSES, module_name
+from icl.analysis import ANALYSES, module_name, name_for
 from icl.build import build_checkpoint_model
 from icl.compute.devices import choose_device
 from icl.config import RunConfig
 from icl.config.validation import ConfigError, require
 from icl.model.stacked import Params, stack
 from icl.progress import progress_bar
-from icl.runs.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file
+from icl.runs.checkpoints import Checkpoint, CheckpointError, checkpoint_files, load_checkpoint_file
 from icl.runs.folder import run_of
 from icl.runs.measure import Cache, Entry, Measurement, entry_rows, measure_checkpoints, require_one_run
 
@@ -80,13 +80,28 @@ def analyse(name: str, path: str | Path, **settings: Any) -> Result:
         ConfigError: If there is no such analysis or setting.
         CheckpointError: If the analysis needs checkpoints and there is no usable one.
     """
-    module = find(name)
+    module = find(name := served_analysis(name, Path(path)))
     known = [field.name for field in dataclasses.fields(module.Settings)]
     unknown = set(settings) - set(known)
     if unknown:
         raise ConfigError(f"The analysis `{name}` has no setting `{min(unknown)}`; it has {', '.join(known)}.")
     result: Result = module.analyse(Path(path), module.Settings(**settings))
     return result
+
+
+def served_analysis(name: str, path: Path) -> str:
+    """Return the analysis that a name stands for at a path: see `icl.analysis.name_for`.
+
+    Raises:
+        NotApplicableError: If the analysis does not serve a run of this family.
+    """
+    if name not in ANALYSES or ANALYSES[name].of != "run":
+        return name
+    try:
+        family = load_checkpoint_file(checkpoint_files(path)[0]).config.model.family
+    except CheckpointError:  # reported by the analysis, after its settings have been checked
+        return name
+    return name_for(name, family)
 
 
 def over_checkpoints(

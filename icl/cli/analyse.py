@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from icl.analysis import ANALYSES, NotApplicableError, module_name
+from icl.analysis import ANALYSES, NotApplicableError, module_name, name_for
 from icl.cli.analyse_runs import analyse_runs
 from icl.cli.outputs import require_output, require_output_table
 from icl.command_line import CommandParser, nearest
 from icl.config.validation import ConfigError, UserError
 from icl.files.writing import StorageError, plain_rows, table_format, write_atomically
-from icl.runs.folder import require_place, run_of
+from icl.runs.folder import place_of, require_place, run_of
 
 if TYPE_CHECKING:
     from icl.analysis.run import Result
@@ -34,7 +34,7 @@ analyses (`icl analyse --what NAME --help` lists the options of one analysis):
 
 def run(words: list[str]) -> int:
     """Analyse, print the results, and write the table and the figure."""
-    chosen = _what(words)
+    chosen = [_served(name, words) for name in _what(words)]
     options = _parser(chosen).parse_args(words)
     paths = [path for path in (options.path, options.checkpoint_dir, options.input_file) if path is not None]
     if not paths:
@@ -52,7 +52,8 @@ def run(words: list[str]) -> int:
     if ANALYSES[chosen[0]].of == "run" and (runs := _runs_below(path)):
         return analyse_runs(chosen, path, runs, options, _analyse)
     if len(chosen) > 1:
-        return _analyse_all(chosen, path, options)
+        family = read_family(path)
+        return _analyse_all([name for name in chosen if family in ANALYSES[name].families], path, options)
     _analyse(chosen[0], path, options)
     return 0
 
@@ -67,6 +68,25 @@ def _runs_below(path: Path) -> dict[str, Path]:
     if not path.is_dir() or is_run or path.name == "checkpoints" or not run_folders(path):
         return {}
     return {name: run.path for name, run in named_runs([path]).items()}
+
+
+def _served(name: str, words: list[str]) -> str:
+    """Return the analysis that a name stands for: `behaviour` of a language run is `language-behaviour`."""
+    paths = [place_of(word) for word in words if word and not word.startswith("-")]
+    families = {
+        read_family(path) for path in paths if (path / "config.yaml").is_file() or path.suffix == ".safetensors"
+    }
+    return name_for(name, "language") if name == "behaviour" and families == {"language"} else name
+
+
+def read_family(path: Path) -> str:
+    """Return the family of the run at a path, `regression` if there is no readable run."""
+    from icl.runs.checkpoints import CheckpointError, checkpoint_files, load_checkpoint_file
+
+    try:
+        return load_checkpoint_file(checkpoint_files(path)[0]).config.model.family
+    except CheckpointError:  # reported by the analysis
+        return "regression"
 
 
 def _what(words: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ from icl.cli.slurm import (
 )
 from icl.command_line import CommandParser, add_config_option
 from icl.config import RunConfig, flatten
+from icl.config.language import require_regression
 from icl.config.validation import ConfigError
 from icl.config.values import parse_scalar
 from icl.diversity.jobs import RESERVED
@@ -91,6 +92,7 @@ def run(words: list[str]) -> int:
             "`--background` and `--slurm` cannot be given together: jobs of Slurm need no terminal. Leave out one."
         )
     config, base = _read_config(options), options.base_checkpoint_dir
+    require_regression(config.model.family, "`icl diversity`")
     for file in ("diversity.png", "diversity.csv"):
         require_output(base / file)
         require_output(options.plots_dir / file)

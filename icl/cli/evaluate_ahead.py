@@ -49,7 +49,7 @@ def _groups(runs: Sequence[Sequence[Path]]) -> list[_Group]:
         except CheckpointError:  # reported when the run is evaluated
             config = None
         if config is not None:
-            group = groups.setdefault((config.model, config.task), _Group(config, files[0], []))
+            group = groups.setdefault((config.model, config.task, config.language), _Group(config, files[0], []))
             group.num_checkpoints.append(len(files))
     return list(groups.values())
 

@@ -21,16 +21,24 @@ Convert checkpoints that older code saved into a run's folder, without unpicklin
   icr       ic_regression.py with ICRegConfig: checkpoint_step_N.pt, checkpoint_final.pt
   timaeus   timaeus-research/icl: N.pt, copied from its bucket or its folder
   raventos  mansheej/icl-task-diversity: the folder of checkpoint_N and config.json
+  timaeus-lm  language models of Timaeus: a folder with checkpoints/checkpoint_N.pth or model.safetensors, or hf://USER/NAME
 If the files do not contain a setting, give it as an option, such as --task.noise_variance 0.125 --model.num_heads 4.""",
         """icl import checkpoints/checkpoints_M64 --from icr --out runs/M64
         icl import checkpoints/icl/M-inf-seed-1-task-1a2b3c-opt-4d5e6f-sched-7a8b9c --from timaeus --task.noise_variance 0.125 --model.num_heads 4
-        icl import train_0123456789abcdef --from raventos --tasks tasks.npy""",
+        icl import train_0123456789abcdef --from raventos --tasks tasks.npy
+        icl import hf://georgeyw/L2W256-3m-rr --from timaeus-lm --language.source tokens.npy""",
         settings=True,
-        usage="icl import FILE|FOLDER --from icr|timaeus|raventos [--out RUN] [--tasks FILE|recompute|unknown] [--section.key VALUE ...]",
+        usage="icl import FILE|FOLDER --from icr|timaeus|raventos|timaeus-lm [--out RUN] [--tasks FILE|recompute|unknown] [--section.key VALUE ...]",
     )
-    parser.add("path FILE|FOLDER", "a checkpoint, or a folder of the checkpoints of one run", type=Path)
     parser.add(
-        "--from NAME", "the code that saved the checkpoints: icr, timaeus or raventos", dest="source", required=True
+        "path FILE|FOLDER",
+        "a checkpoint, or a folder of the checkpoints of one run; for timaeus-lm also hf://USER/NAME",
+    )
+    parser.add(
+        "--from NAME",
+        "the code that saved the checkpoints: icr, timaeus, raventos or timaeus-lm",
+        dest="source",
+        required=True,
     )
     parser.add("--out RUN", "name or folder of the new run (default: the name of the given folder or file)")
     parser.add(
@@ -44,22 +52,27 @@ If the files do not contain a setting, give it as an option, such as --task.nois
         type=whole_number(0, 10**15),
     )
     options = parser.parse_args(words)
+    from icl.importing import timaeus_lm
+    from icl.importing.models import describe
     from icl.importing.run import import_run
 
+    source = Path(options.path)
+    if options.path.startswith("hf://"):
+        if options.source != timaeus_lm.NAME:
+            raise ConfigError(
+                f"{options.path} is on the Hugging Face Hub; only --from {timaeus_lm.NAME} reads from there."
+            )
+        source = timaeus_lm.fetch(options.path)
     result = import_run(
-        options.path,
+        source,
         options.source,
-        _folder(options.out, options.path),
+        _folder(options.out, Path(options.path)),
         options=options.settings,
         tasks=options.tasks,
         step=options.step,
     )
     config, steps = result.settings.config, result.steps
-    task, model = config.task, config.model
-    print(
-        f"Model   D = {task.task_size}, K = {task.max_examples}, M = {task.num_tasks}, noise variance {task.noise_variance:g}; "
-        f"{model.num_layers} layers, {model.num_heads} heads, width {model.embed_size}, MLP {model.mlp_size}"
-    )
+    print(f"Model   {describe(config)}")
     print(f"Tasks   {result.tasks}")
     if result.settings.unknown:
         print(

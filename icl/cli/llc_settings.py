@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from icl.cli.outputs import require_output_table
-from icl.config import RunConfig, SamplerConfig, flatten
+from icl.config import RunConfig, flatten
 from icl.config.validation import ConfigError, require_number
 from icl.files.reading import is_beyond_floats
 from icl.presets import run_name
@@ -41,11 +41,12 @@ def read_job(
 ) -> Job:
     """Return the run and the settings of the sampler. Settings come from the run, files, the sweep and the command line."""
     from_files = [read_config_file(file) for file in options.get("config", ())]
-    published = _published() if "published" in flags else {}
+    is_published = "published" in flags
     refuse_conflicts(swept, given)
     out = output_file(options, path, *options.get("config", ()))
     if path is None:
-        config = resolve(*from_files, published, swept, given)
+        family = resolve(*from_files, swept, given).model.family
+        config = resolve(*from_files, _published(family) if is_published else {}, swept, given)
         folder = local_root() / run_name(config)
     else:
         for key in [key for layer in (*from_files, dict(swept), dict(given)) for key in flatten(layer)]:
@@ -54,14 +55,16 @@ def read_job(
                     f"`{key}` cannot be changed, because {path} has already been trained; give only `sampler` settings."
                 )
         folder = require_place(path)
-        config = resolve(saved_config(folder).to_dict(), published, *from_files, swept, given)
+        saved = saved_config(folder)
+        published = _published(saved.model.family) if is_published else {}
+        config = resolve(saved.to_dict(), published, *from_files, swept, given)
         if (
             folder.is_file() and "sampler.steps" in given
         ):  # the steps of the run's own settings do not apply to a single file
             _require_step(folder, config.sampler.steps)
     if "stderr" in options:
         config = _until_precise(config, options["stderr"], swept, given)
-    mode = "" if not published else _published_mode(config.sampler)
+    mode = _published_mode(config) if is_published else ""
     rescale = _positive_number("--rescale", options["rescale"]) if "rescale" in options else None
     return Job(folder, config, mode, rescale, options.get("components"), out)
 
@@ -115,17 +118,18 @@ def require_rescalable(path: Path, factor: float) -> None:
     rescaled(first.config.model, first.params, factor)
 
 
-def _published() -> dict[str, Any]:
-    from icl.sampling.published import PUBLISHED
+def _published(family: str) -> dict[str, Any]:
+    from icl.sampling.published import published
 
-    values = dataclasses.asdict(PUBLISHED)
+    values = dataclasses.asdict(published(family))
     return {f"sampler.{name}": values[name] for name in values if name not in ("steps", "memory", "num_init_batches")}
 
 
-def _published_mode(sampler: SamplerConfig) -> str:
+def _published_mode(config: RunConfig) -> str:
     """Return the label of the rows: `published`, and the settings that differ from the published ones."""
-    values = flatten({"sampler": dataclasses.asdict(sampler)})
-    changes = [f"{key.partition('.')[2]}={values[key]}" for key, value in _published().items() if values[key] != value]
+    values = flatten({"sampler": dataclasses.asdict(config.sampler)})
+    published = _published(config.model.family)
+    changes = [f"{key.partition('.')[2]}={values[key]}" for key, value in published.items() if values[key] != value]
     return ", ".join(["published", *changes])
 
 

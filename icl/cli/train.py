@@ -119,7 +119,11 @@ def _show_run(folder: RunFolder) -> None:
 
     drawn = draw_run(folder)
     table = drawn.losses
-    print("\nLoss per position (squared error per target) on fixed prompts of the training tasks:\n")
+    if drawn.optimum == "bigram":
+        print("\nLoss per token (nats) on test rows, at some positions:\n")
+        table = table.iloc[[*range(0, len(table) - 1, max(1, (len(table) - 1) // 8)), len(table) - 1]]
+    else:
+        print("\nLoss per position (squared error per target) on fixed prompts of the training tasks:\n")
     print(table.rename(columns=_EXCESS_NAMES).to_string(float_format="{:.4f}".format))
     print(f"\n{_headline(table.loc['mean'], drawn)}")
     print(f"Figure  {drawn.figure}\nRun     {folder.path}")
@@ -128,6 +132,10 @@ def _show_run(folder: RunFolder) -> None:
 
 def _headline(means: "pd.Series", drawn: "DrawnRun") -> str:
     """Return two sentences: the mean loss as a multiple of the Bayes predictors' losses, and its excess over the optimum if this is known."""
+    if drawn.optimum == "bigram":
+        excess = means["model"] - means["bigram"]
+        side = "below" if excess < 0 else "above"
+        return f"The model's mean loss is {abs(excess):.4f} {side} that of the frequencies of bigrams, which use only the last token."
     ratios = " and ".join(
         f"{means['model'] / means[name]:.3f} times {label}"
         for name, label in (("bayes", "the Bayes predictor's"), ("ridge", "ridge's"), ("dmmse", "dMMSE's"))
@@ -171,14 +179,27 @@ def _show_members(results: "Sequence[TrainResult]") -> list[str]:
     if not rows:
         return undrawn
     table = pd.DataFrame(rows).T
-    table = table[[name for name in ("model", "ridge", "dmmse", "ols", "zero", *_EXCESS_NAMES) if name in table]]
-    table["model / ridge"] = table["model"] / table["ridge"]
+    table = table[
+        [
+            name
+            for name in ("model", "ridge", "dmmse", "ols", "zero", "unigram", "bigram", *_EXCESS_NAMES)
+            if name in table
+        ]
+    ]
+    if "ridge" in table:
+        table["model / ridge"] = table["model"] / table["ridge"]
     if "dmmse" in table:
         table["model / dmmse"] = table["model"] / table["dmmse"]
     names = varying_names([folder.read_config() for folder in shown])
     if len(set(names)) == len(names) and all(names):
         table = table.assign(folder=table.index).set_axis(names, axis="index")
-    print("\nMean loss (squared error per target) on fixed prompts of each run's training tasks:\n")
+    is_text = "bigram" in table
+    what = (
+        "nats per token) on each run's test rows"
+        if is_text
+        else "squared error per target) on fixed prompts of each run's training tasks"
+    )
+    print(f"\nMean loss ({what}:\n")
     print(table.rename(columns=_EXCESS_NAMES).to_string(float_format="{:.4f}".format, na_rep="-"))
     print("\nEach run's folder has its figure, figures/training.png.")
     for result in results:

@@ -1,10 +1,12 @@
 """One optimiser step of a population, written as one function of tensors so that it compiles to one graph.
 
-A step computes each member's loss, the mean over targets of `icl.model.stacked.target_losses`, and its gradient. It clips the gradient
-by its norm. Then it updates the member's parameters p in place with Adam (Kingma and Ba 2015, algorithm 1, as in `torch.optim.Adam`). With the
+A step computes each member's loss (`icl.model.losses`) and its gradient, and clips the gradient by its norm.
+Then it updates the member's parameters p in place with Adam (Kingma and Ba 2015, algorithm 1, as in `torch.optim.Adam`). With the
 clipped gradient g, the moments m and v, their decays b1 and b2, and the number t of updates, this one included:
 
     m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   p <- p - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+With a weight decay d, p is multiplied by 1 - rate d before the update (AdamW; Loshchilov and Hutter 2019, as in `torch.optim.AdamW`).
 
 All parameters of a member are one row of a matrix (`icl.model.flat`), so clipping and Adam are a dozen operations for any model.
 Learning rates and step counts are tensors. So a step never waits for the host, has no shapes that depend on data, and is
@@ -16,13 +18,13 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from icl.compute.calls import RELEASE_GIL, grad_and_aux, in_parallel, keep_freed_memory, one_graph
+from icl.compute.calls import RELEASE_GIL, in_parallel, keep_freed_memory, one_graph
 from icl.config import ModelConfig, OptimConfig
 from icl.model.flat import Layout, layout_of
-from icl.model.stacked import target_losses
+from icl.model.losses import grads_in_parts
 
 SMALLEST_PART = 32
 """A part of a batch has at least this many prompts, because smaller parts gain nothing from a core of their own."""
@@ -52,7 +54,7 @@ class StepInfo(NamedTuple):
 Step: TypeAlias = Callable[[AdamState, Tensor, Tensor, Tensor], StepInfo]
 """Function `step(state, xs, ys, rates)` that updates `state` in place.
 
-xs (N, B, K, D) and ys (N, B, K) are the members' prompts, rates (N,) their learning rates.
+xs (N, B, K, D) and ys (N, B, K) are the members' prompts, or xs and ys (N, B, T) their rows of tokens; rates (N,) are their learning rates.
 """
 
 
@@ -160,17 +162,17 @@ def losses_and_grads(
     model: ModelConfig,
     layout: Layout,
     rows: Float[Tensor, "N P"],
-    xs: Float[Tensor, "*N B K D"],
-    ys: Float[Tensor, "*N B K"],
+    xs: Tensor,
+    ys: Shaped[Tensor, "*N B K"],
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N P"]]:
-    """Return each member's mean loss per target, and its gradient."""
+    """Return each member's mean loss over positions and prompts, and its gradient."""
 
-    def total(rows: Tensor) -> tuple[Tensor, Tensor]:
-        losses = target_losses(model, layout.to_params(rows), xs, ys).mean(dim=(1, 2))  # N
+    def combine(losses: Tensor) -> tuple[Tensor, Tensor]:
+        means = losses.mean(dim=(1, 2))  # N
         # A row affects only its own loss, so the gradient of the sum is the gradient of each loss.
-        return losses.sum(), losses
+        return means.sum(), means
 
-    grads, losses = grad_and_aux(total, rows)
+    grads, losses = grads_in_parts(model, layout.to_params, combine, rows, (xs, ys))
     return losses, grads
 
 
@@ -194,7 +196,10 @@ def update(
     exp_avg = torch.lerp(state.exp_avg, grads, 1 - optim.beta1)
     exp_avg_sq = torch.lerp(state.exp_avg_sq, grads.square(), 1 - optim.beta2)
     first, second = (_bias_correction(beta, count.to(rates.dtype)).unsqueeze(1) for beta in (optim.beta1, optim.beta2))
-    rows = state.rows - rates.unsqueeze(1) / first * exp_avg / ((exp_avg_sq / second).sqrt() + optim.eps)
+    old_rows = state.rows
+    if optim.weight_decay:
+        old_rows = old_rows * (1 - rates * optim.weight_decay).unsqueeze(1)
+    rows = old_rows - rates.unsqueeze(1) / first * exp_avg / ((exp_avg_sq / second).sqrt() + optim.eps)
     for old, new in zip(state, (rows, exp_avg, exp_avg_sq, count), strict=True):
         old.copy_(new)
     return norms

@@ -1,10 +1,11 @@
 """Typed settings of a run: their tree, their validation, and the reading of values as people write them."""
 
+from icl.config.language import LanguageConfig
+from icl.config.model import ModelConfig
 from icl.config.sections import (
     CheckpointsConfig,
     EarlyStoppingConfig,
     EvaluationConfig,
-    ModelConfig,
     OptimConfig,
     PopulationConfig,
     SeedsConfig,
@@ -20,6 +21,7 @@ __all__ = [
     "CheckpointsConfig",
     "EarlyStoppingConfig",
     "EvaluationConfig",
+    "LanguageConfig",
     "ModelConfig",
     "OptimConfig",
     "PopulationConfig",

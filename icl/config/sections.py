@@ -1,4 +1,4 @@
-"""Sections of a run's settings: the model, its training, and what is saved. The task is in `icl.config.task`.
+"""Sections of a run's settings, except those of the task, the model, the text and the sampler: training, and what is saved.
 
 Settings have their usual names. The descriptions add the symbols of the papers (M, D, K, sigma^2). Each section checks its values.
 """
@@ -33,74 +33,8 @@ FREE_ON_RESUME = (
 These settings determine the devices, how progress is saved and logged, and how LLCs are estimated later. They do not change what training
 computes.
 """
-OLDER_SOURCES = ("icr", "timaeus", "raventos")
+OLDER_SOURCES = ("icr", "timaeus", "raventos", "timaeus-lm")
 """Older code bases whose checkpoints `icl import` reads."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Decoder-only transformer over vector tokens, defined in `icl/model/transformer.py`."""
-
-    num_layers: int = 2
-    """Number L of blocks, each with attention and MLP."""
-    num_heads: int = 4
-    """Number H of attention heads per block; H must divide `embed_size`."""
-    embed_size: int = 32
-    """Width C of the residual stream."""
-    mlp_size: int = 64
-    """Hidden width of the MLP."""
-    layer_norm: Literal["pre", "post", "none"] = "pre"
-    """Place of the layer norms: before each sublayer (`pre`), after each residual sum (`post`), or nowhere (`none`)."""
-    attention_output: bool = True
-    """Whether attention has an output projection W_O."""
-    activation: Literal["relu", "gelu", "gelu_tanh"] = "relu"
-    """MLP activation: ReLU, exact GELU, or GPT-2's tanh approximation of GELU."""
-    embedding_bias: bool = False
-    """Whether the token embedding has a bias."""
-    attention_bias: bool = False
-    """Whether query, key, value and output projections have biases."""
-    mlp_bias: bool = True
-    """Whether the MLP has biases."""
-    unembedding_bias: bool = True
-    """Whether the unembedding has a bias."""
-    output: Literal["scalar", "token", "gaussian", "mixture"] = "token"
-    """Output of the model: the prediction alone (`scalar`), D + 1 numbers, of which coordinate 0 is the prediction (`token`), or a
-    predictive distribution of y. This is one Gaussian (`gaussian`) or a mixture of Gaussians (`mixture`). Training then minimises the
-    negative log-likelihood, and the prediction is the mean of the distribution."""
-    num_components: int = 4
-    """Number J of Gaussians of the output `mixture`. It has no effect on other outputs, so only the default is allowed there."""
-    init: Literal["pytorch", "gpt2"] = "pytorch"
-    """Distribution of the initial weights: nn.Linear's uniform distribution (`pytorch`), or N(0, 0.02^2) with scaled residual
-    projections (`gpt2`)."""
-    double_residual: bool = False
-    """Whether each block's input is added twice, as in the code of Hoogland et al. This is needed only to match their numbers."""
-
-    def __post_init__(self) -> None:
-        sizes = ("num_layers", "num_heads", "embed_size", "mlp_size", "num_components")
-        validate("model", self, counts=dict.fromkeys(sizes, 1), numbers={})
-        require(
-            self.embed_size % self.num_heads == 0,
-            f"`model.num_heads` must divide `model.embed_size`, got {self.num_heads} heads and width {self.embed_size}.",
-        )
-        require(
-            self.output == "mixture" or self.num_components == type(self).num_components,
-            f"`model.num_components` has no effect on the output `{self.output}`. Set `model.output` to `mixture`.",
-        )
-
-    @property
-    def has_density(self) -> bool:
-        """Whether the model outputs a predictive distribution, so that it is trained by negative log-likelihood."""
-        return self.output in ("gaussian", "mixture")
-
-    @property
-    def loss_name(self) -> Literal["mse", "nll"]:
-        """The loss that training minimises, per target: squared error (`mse`), or negative log-likelihood in nats (`nll`)."""
-        return "nll" if self.has_density else "mse"
-
-    @property
-    def train_metric(self) -> str:
-        """The column of `metrics.csv` with the training loss."""
-        return "train/nll" if self.has_density else "train/loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +61,13 @@ class OptimConfig:
     """Decay of Adam's second moment."""
     eps: float = 1e-8
     """Number that is added to the denominator of Adam's update (epsilon)."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW (Loshchilov and Hutter 2019): each update also subtracts lr x `weight_decay` x the weight, for all weights."""
 
     def __post_init__(self) -> None:
         betas: dict[str, Bound] = {"beta1": "zero or positive", "beta2": "zero or positive"}
         numbers: dict[str, Bound] = {"lr": "positive", "grad_clip": "positive", "eps": "positive", **betas}
+        numbers |= {"weight_decay": "zero or positive"}
         validate("optim", self, counts={"warmup_steps": 1, "schedule_steps": 1}, numbers=numbers)
         for name in betas:
             value = getattr(self, name)
@@ -178,7 +115,8 @@ class TrainerConfig:
     """Loggers besides `metrics.csv`, which is always written: `csv`, `tensorboard` and `wandb`, separated by commas; `auto` uses W&B if
     it is set up."""
     compile: Literal["auto", "true", "false"] = "auto"
-    """Whether to compile the step with `torch.compile`, which takes 10 to 30 s; `auto` compiles if a run is long enough."""
+    """Whether to compile the step with `torch.compile`, which takes 10 to 30 s; `auto` compiles if a run is long enough,
+    and never compiles language runs."""
 
     def __post_init__(self) -> None:
         names = ("max_steps", "batch_size", "log_every", "devices", "num_nodes")

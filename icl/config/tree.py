@@ -9,11 +9,12 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from icl.config.language import LanguageConfig
+from icl.config.model import ModelConfig
 from icl.config.sections import (
     CheckpointsConfig,
     EarlyStoppingConfig,
     EvaluationConfig,
-    ModelConfig,
     OptimConfig,
     PopulationConfig,
     SeedsConfig,
@@ -29,6 +30,9 @@ MAX_CHECKPOINTS = 1_000_000
 """Largest number of checkpoints of a run. More files make a folder slow, and their steps are kept in memory."""
 MEMBER_SETTINGS = ("run_name", "task.num_tasks", "task.pool", "task.pool_steps", "seeds", "checkpoints.store")
 """Settings and sections in which the members of a population may differ."""
+LATER_SETTINGS = ("model.family", "model.head_size", "model.positions", "optim.weight_decay", "language")
+"""Settings and sections that came with language models. `to_dict` leaves them out of a regression run while they have their defaults.
+Digests and names of such runs are computed from `to_dict`, so they stay as they were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +163,7 @@ class RunConfig:
     run_name: str | None = None
     """Folder of the run below $LOCAL_ROOT. By default the preset's name and the settings that differ from the preset."""
     task: TaskConfig = TaskConfig()
+    language: LanguageConfig = LanguageConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()
@@ -173,6 +178,7 @@ class RunConfig:
         require(isinstance(self.preset, str), f"`preset` must be text, got {self.preset!r}.")
         if self.run_name is not None:
             require_run_name(str(self.run_name))
+        self._check_family()
         self._check_schedule()
         self._check_members()
         grid = self.checkpoints
@@ -191,6 +197,20 @@ class RunConfig:
         require(
             not self.task.has_moving_pool or math.inf not in (self.population.num_tasks or ()),
             f"`task.pool` is {self.task.pool}, but `population.num_tasks` has a member with inf, which has no pool.",
+        )
+
+    def _check_family(self) -> None:
+        """Refuse settings of the other family, which would have no effect."""
+        unused, other = ("task", TaskConfig()) if self.model.is_language else ("language", LanguageConfig())
+        for field in dataclasses.fields(other):
+            value = getattr(getattr(self, unused), field.name)
+            require(
+                value == getattr(other, field.name),
+                f"`{unused}.{field.name}` ({value!r}) has no effect on a {self.model.family} run. Leave it out, or change `model.family`.",
+            )
+        require(
+            not self.model.is_language or self.population.num_tasks is None,
+            "`population.num_tasks` has no effect on a language run; use `population.seeds`.",
         )
 
     def _check_schedule(self) -> None:
@@ -248,8 +268,30 @@ class RunConfig:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the tree as nested dicts of plain values. Infinity becomes the text `inf`."""
-        return _plain(dataclasses.asdict(self))
+        """Return the tree as nested dicts of plain values. Infinity becomes the text `inf`.
+
+        A regression run has no key of `LATER_SETTINGS` that has its default.
+        """
+        tree = _plain(dataclasses.asdict(self))
+        if not self.model.is_language:
+            defaults = dataclasses.asdict(RunConfig()) if self != RunConfig() else tree
+            for key in LATER_SETTINGS:
+                section, _, name = key.partition(".")
+                if not name:
+                    del tree[section]
+                elif tree[section][name] == defaults[section][name]:
+                    del tree[section][name]
+        return tree
+
+    @property
+    def num_positions(self) -> int:
+        """Number of positions at which a model of this run predicts: K, or the predictions of a row of text."""
+        return self.language.num_predictions if self.model.is_language else self.task.max_examples
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of one prompt, or of one row of text."""
+        return self.language.num_predictions if self.model.is_language else 2 * self.task.max_examples
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "RunConfig":
@@ -309,9 +351,9 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Return a phrase for each setting that differs and affects training. The run's name and the settings of the machine do not count."""
-    before, after = (flatten(config.to_dict()) for config in (old, new))
+    before, after = (flatten(dataclasses.asdict(config)) for config in (old, new))
     return [
-        f"`{key}` was {before[key]!r} and is now {after[key]!r}"
+        f"`{key}` was {_plain(before[key])!r} and is now {_plain(after[key])!r}"
         for key in after
         if key not in ("run_name", "preset") and not is_free_on_resume(key) and before[key] != after[key]
     ]

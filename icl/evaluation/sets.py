@@ -25,9 +25,15 @@ The module `icl.metrics` computes the numbers:
   are at least 0 on prompts of the predictor's prior.
 - `prior_zero`, `prior_task_mean`: prior-task scores, the gaps to the predictions with w = 0 and with the mean task (Hoogland
   et al. 2024).
+
+A language run has one set, `test`: rows that no training step sees. Its loss is -log P(next token) in nats, so a language model is
+represented by its losses instead of its predictions, and there are no gaps. The baselines `unigram` and `bigram` are the losses under the
+frequencies of tokens, and of pairs of tokens, in the first rows of the training text. The positions of the ICL score are those
+of Hoogland et al., tokens 50 and 500 of 1,024, in the same proportion to the row.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -38,8 +44,10 @@ from torch import Tensor
 from icl import baselines, evidence, metrics
 from icl.bayes import bayes
 from icl.compute.calls import in_parallel
-from icl.config import RunConfig
-from icl.model.stacked import Params, size
+from icl.config import ModelConfig, RunConfig
+from icl.evaluation.frequencies import frequency_losses
+from icl.model.losses import batch_losses
+from icl.model.stacked import Params, apply, size
 from icl.tasks.prompts import (
     Prompts,
     last_pool_step,
@@ -48,13 +56,15 @@ from icl.tasks.prompts import (
     sample_prompts,
     training_pool,
 )
+from icl.tasks.rows import TEST, TokenRows, row_source
 from icl.tasks.shifts import SHIFTS, sample_shifted_prompts
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Predict: TypeAlias = Callable[[Params, Tensor, Tensor], Tensor]
-"""Function of stacked parameters, xs and ys that returns numbers (N, B, K), such as predictions: `partial(stacked.apply, model)`."""
+"""Function of stacked parameters, xs and ys that returns numbers (N, B, K), such as predictions: `partial(stacked.apply, model)`. For language
+models they are the losses of the predicted tokens."""
 
 VERSION = 2
 """Version of the definitions of the numbers. Saved numbers of an older version are computed again. Version 2 added `bayes_excess`, and
@@ -70,10 +80,10 @@ _PROMPTS_ON_GPU = 2**14  # number of prompts of all members together
 
 
 class EvaluationSet(NamedTuple):
-    """Fixed prompts, and the predictions (B, K) of each baseline for them."""
+    """Fixed prompts or rows, and the predictions (B, K) of each baseline for them, or, for rows, its losses."""
 
     name: str
-    prompts: Prompts
+    prompts: Prompts | TokenRows
     baselines: dict[str, Tensor]
     is_about_query: bool
     """Whether the shift changes only the last position, the query. If so, only numbers of this position are given."""
@@ -86,7 +96,7 @@ class EvaluationSet(NamedTuple):
 
     @property
     def bayes(self) -> str | None:
-        """Name of the baseline that is the Bayes predictor of these prompts; None for shifts, or if it was not computed."""
+        """Name of the baseline that is the Bayes predictor of these prompts; None for shifts and for text, or if it was not computed."""
         if self.name == "pretrain" and "dmmse" in self.baselines:
             return "dmmse"
         if self.name not in ("pretrain", "true"):
@@ -98,6 +108,16 @@ class EvaluationSet(NamedTuple):
 
 Row: TypeAlias = dict[str, Any]
 """One number as a row: distribution, quantity, position (1..K, `mean`, or `k1:k2`), value, stderr."""
+
+
+def set_names(config: RunConfig) -> tuple[str, ...]:
+    """Return the names of the sets that are evaluated during training."""
+    return (TEST,) if config.model.is_language else ("pretrain", "true")
+
+
+def predictor(model: ModelConfig) -> Predict:
+    """Return the function that represents a model in evaluations: its predictions, or the losses of a language model."""
+    return partial(batch_losses if model.is_language else apply, model)
 
 
 def evaluation_set(
@@ -118,6 +138,7 @@ def evaluation_set(
     task. Without noise, `ridge` has the predictions of OLS, which is the limit of ridge for zero noise. `pretrain` and `true` of a run
     whose prior or noise is not Gaussian also have the Bayes predictor for new tasks. If the model has a predictive distribution, and
     prior and noise are Gaussian, the set also has the negative log-likelihoods of ridge and dMMSE, which do not exist without noise.
+    For a language run, `name` is `test`.
 
     Args:
         config: The run.
@@ -128,6 +149,10 @@ def evaluation_set(
         with_bayes: Whether to compute the Bayes predictor for new tasks, which can take minutes.
         device: Device of the prompts.
     """
+    if config.model.is_language:
+        xs, ys = row_source(config, stream=TEST).sample(range(1), range(num_prompts), device=device)
+        rows = TokenRows(xs[0], ys[0])
+        return EvaluationSet(name, rows, frequency_losses(config, rows), False)
     shift, task = SHIFTS.get(name), config.task
     pool_step = None if model_step is None else last_pool_step(model_step)
     has_noise = task.noise_variance > 0
@@ -149,7 +174,7 @@ def evaluation_set(
     return EvaluationSet(name, prompts, predictions, is_about_query, nll, bayes_variance, is_gaussian)
 
 
-def predict_prompts(predict: Predict, params: Params, prompts: Prompts) -> Float[Tensor, "N B K"]:
+def predict_prompts(predict: Predict, params: Params, prompts: Prompts | TokenRows) -> Float[Tensor, "N B K"]:
     """Predict in batches, for prompts (B, K, D) that all members share, or (N, B, K, D) that differ between members.
 
     On a CPU a batch has one member and runs on one core, because the activations of all members would overflow the
@@ -163,7 +188,7 @@ def predict_prompts(predict: Predict, params: Params, prompts: Prompts) -> Float
     calls = [
         (predict, {name: tensor[i : i + 1] for name, tensor in params.items()}, *batch)
         for i in range(num_members)
-        for batch in _batches(prompts if prompts.xs.ndim == 3 else _select(prompts, i), PROMPTS_ON_CPU)
+        for batch in _batches(prompts if prompts.ys.ndim == 2 else _select(prompts, i), PROMPTS_ON_CPU)
     ]
     results = _predict_in_parallel(calls)
     num_batches = len(results) // num_members
@@ -196,7 +221,7 @@ def evaluate_predictions(
 
     With the negative log-likelihoods of the targets, their numbers are included.
     """
-    errors = metrics.squared_error(predictions, prompt_set.prompts.ys)  # N B K
+    errors = set_losses(predictions, prompt_set)  # N B K
     numbers = _position_numbers(prompt_set, "loss", errors)
     if prompt_set.bayes is not None:
         numbers += _position_numbers(prompt_set, "bayes_excess", errors - _bayes_errors(prompt_set))
@@ -210,9 +235,16 @@ def evaluate_predictions(
         reference = prompt_set.baselines.get(quantity.partition("_")[2])
         if reference is not None:
             numbers += _position_numbers(prompt_set, quantity, metrics.squared_error(predictions, reference))
-    for first, second in () if prompt_set.is_about_query else _score_pairs(errors.shape[-1]):
+    for first, second in _score_pairs(prompt_set):
         numbers.append(_Numbers("icl_score", [f"{first}:{second}"], metrics.icl_score(errors, first, second)))
     return _rows(prompt_set.name, numbers)
+
+
+def set_losses(predictions: Float[Tensor, "*N B K"], prompt_set: EvaluationSet) -> Float[Tensor, "*N B K"]:
+    """Return the loss at every position, from predictions, or from what `predictor` returns for a language model."""
+    if isinstance(prompt_set.prompts, TokenRows):
+        return predictions
+    return metrics.squared_error(predictions, prompt_set.prompts.ys)
 
 
 def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
@@ -225,7 +257,7 @@ def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
     rows = []
     for each in sets:
         for name, predictions in each.baselines.items():
-            errors = metrics.squared_error(predictions, each.prompts.ys).unsqueeze(0)
+            errors = set_losses(predictions, each).unsqueeze(0)
             rows += _rows(each.name, _position_numbers(each, name, errors))[0]
         for name, losses in each.nll.items():
             rows += _rows(each.name, _position_numbers(each, f"{name}_nll", losses.unsqueeze(0)))[0]
@@ -249,18 +281,19 @@ def tabulate_losses(predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet
 
     Returns:
         A row for each position 1..K and a row for their mean; columns `model`, `bayes` (if it is not ridge), `ridge`, `dmmse` (finite
-        M), `ols`, `zero`, then `bayes_excess` and its standard error `bayes_excess_stderr` over prompts if the
-        Bayes predictor is known.
+        M), `ols`, `zero`, then `bayes_excess` and its standard error `bayes_excess_stderr` over prompts if the Bayes predictor is
+        known; for language `model`, `unigram`, `bigram`.
     """
     import pandas as pd
 
-    targets, predicted = prompt_set.prompts.ys, {"model": predictions} | prompt_set.baselines
-    names = [name for name in ("model", "bayes", "ridge", "dmmse", "ols", "zero") if name in predicted]
-    losses = {name: metrics.squared_error(predicted[name], targets).mean(dim=0).tolist() for name in names}
-    table = pd.DataFrame(losses, index=[str(k + 1) for k in range(targets.shape[1])])
+    predicted = {"model": predictions} | prompt_set.baselines
+    order = ("model", "bayes", "ridge", "dmmse", "ols", "zero", "unigram", "bigram")
+    names = [name for name in order if name in predicted]
+    losses = {name: set_losses(predicted[name], prompt_set).mean(dim=0).tolist() for name in names}
+    table = pd.DataFrame(losses, index=[str(k + 1) for k in range(predictions.shape[-1])])
     table.loc["mean"] = table.mean()
     if prompt_set.bayes is not None:
-        excess = metrics.squared_error(predictions, targets) - _bayes_errors(prompt_set)
+        excess = set_losses(predictions, prompt_set) - _bayes_errors(prompt_set)
         for name, *parts in zip(EXCESS, metrics.position_mean(excess), metrics.overall_mean(excess), strict=True):
             table[name] = torch.cat([part.reshape(-1) for part in parts]).tolist()
     table.index.name = "position"
@@ -281,7 +314,7 @@ def summarise(
         joined = _join(member_sets)
         predictions = predict_prompts(predict, params, joined.prompts)
         losses = None if nll is None else predict_prompts(nll, params, joined.prompts)
-        positions = ("mean", f"1:{predictions.shape[-1]}")
+        positions = ("mean", *(f"{first}:{second}" for first, second in _score_pairs(joined)[-1:]))
         members_rows = evaluate_predictions(joined, predictions, losses)
         for result, own_set, rows in zip(results, member_sets, members_rows, strict=True):
             wanted = {
@@ -313,20 +346,23 @@ def _predict(predict: Predict, params: Params, xs: Tensor, ys: Tensor) -> Tensor
 _predict_in_parallel = in_parallel(_predict, threads_each=1)
 
 
-def _select(prompts: Prompts, member: int) -> Prompts:
-    return Prompts(*(part[member] for part in prompts))
+def _select(prompts: Prompts | TokenRows, member: int) -> Prompts | TokenRows:
+    return type(prompts)(*(part[member] for part in prompts))
 
 
-def _batches(prompts: Prompts, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(prompts.xs.split(size, dim=-3), prompts.ys.split(size, dim=-2), strict=True)
+def _batches(prompts: Prompts | TokenRows, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    row_axis = -2 if isinstance(prompts, TokenRows) else -3
+    return zip(prompts.xs.split(size, dim=row_axis), prompts.ys.split(size, dim=-2), strict=True)
 
 
 def _join(sets: Sequence[EvaluationSet]) -> EvaluationSet:
     """Stack the sets of several members into one, with NaN for baselines that some members lack; return a shared set unchanged."""
     if all(each is sets[0] for each in sets):
         return sets[0]
-    prompts = Prompts(*(torch.stack(parts) for parts in zip(*(each.prompts for each in sets), strict=True)))
-    missing = torch.full_like(sets[0].prompts.ys, torch.nan)
+    prompts = type(sets[0].prompts)(
+        *(torch.stack(parts) for parts in zip(*(each.prompts for each in sets), strict=True))
+    )
+    missing = torch.full_like(sets[0].prompts.ys, torch.nan, dtype=torch.float32)
     names = dict.fromkeys(name for each in sets for name in each.baselines)
     stacked = {name: torch.stack([each.baselines.get(name, missing) for each in sets]) for name in names}
     return sets[0]._replace(prompts=prompts, baselines=stacked, nll={})
@@ -389,8 +425,25 @@ def _rows(distribution: str, numbers: Sequence[_Numbers]) -> list[list[Row]]:
     ]
 
 
-def _score_pairs(num_examples: int) -> Iterator[tuple[int, int]]:
-    """Yield pairs of the first, middle and last position (1:4, 4:8 and 1:8 in Hoogland et al., where K = 8)."""
-    middle = max(1, num_examples // 2)
-    pairs = [(1, middle), (middle, num_examples), (1, num_examples)]
-    yield from dict.fromkeys(pair for pair in pairs if pair[0] < pair[1])
+def _score_pairs(prompt_set: EvaluationSet) -> list[tuple[int, int]]:
+    """Return the pairs of positions of the ICL scores; the last pair is that of the logged score.
+
+    For prompts they are of the first, middle and last position (1:4, 4:8 and 1:8 in Hoogland et al., where K = 8).
+    """
+    count = prompt_set.prompts.ys.shape[-1]
+    if isinstance(prompt_set.prompts, TokenRows):
+        pairs = [icl_positions(count)]
+    else:
+        middle = max(1, count // 2)
+        pairs = [(1, middle), (middle, count), (1, count)]
+    return [] if prompt_set.is_about_query else list(dict.fromkeys(pair for pair in pairs if pair[0] < pair[1]))
+
+
+def icl_positions(num_predictions: int) -> tuple[int, int]:
+    """Return the two positions, counted from 1, of a language model's ICL score.
+
+    In rows of 1,023 predictions they are 49 and 499 (l_48 and l_498 counted from 0; Hoogland et al. 2024). In shorter rows they
+    are in the same proportion, and not below 2, because the prediction after BOS has no context.
+    """
+    first, second = (max(2, round(position / 1023 * num_predictions)) for position in (49, 499))
+    return first, second

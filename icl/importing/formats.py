@@ -9,7 +9,7 @@ from torch import Tensor
 
 from icl.config import RunConfig
 from icl.config.validation import ConfigError
-from icl.importing import icr, raventos, timaeus
+from icl.importing import icr, raventos, timaeus, timaeus_lm
 from icl.importing.pickles import read_pickle
 from icl.model.stacked import Params
 
@@ -36,6 +36,8 @@ class Format(NamedTuple):
     """Draw the training tasks again, as the older code did from its seed."""
     tasks_seed: int | None
     """The seed of the tasks if the code always uses the same one, else None."""
+    is_first_pattern: bool = False
+    """Whether only the first pattern that any file matches counts."""
 
 
 def _nothing(path: Path) -> dict[str, Any]:
@@ -84,6 +86,21 @@ FORMATS: Mapping[str, Format] = {
         params=raventos.params,
         draw_tasks=raventos.draw_tasks,
         tasks_seed=None,
+    ),
+    timaeus_lm.NAME: Format(
+        name=timaeus_lm.NAME,
+        about="the language models of Timaeus",
+        preset=timaeus_lm.PRESET,
+        patterns=timaeus_lm.PATTERNS,
+        read=timaeus_lm.read,
+        is_mine=timaeus_lm.is_mine,
+        step_of=timaeus_lm.step_of,
+        facts=timaeus_lm.facts,
+        folder_facts=timaeus_lm.folder_facts,
+        params=timaeus_lm.params,
+        draw_tasks=timaeus_lm.draw_tasks,
+        tasks_seed=None,
+        is_first_pattern=True,
     ),
 }
 

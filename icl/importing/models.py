@@ -29,6 +29,7 @@ _NEEDED = {
 }
 """Settings that predictions or results depend on, although some files do not contain them."""
 _EXAMPLES = {"task.num_tasks": 64, "task.noise_variance": 0.125, "model.num_heads": 4, "model.layer_norm": "pre"}
+_EXAMPLES |= {"model.activation": "gelu"}
 _UNKNOWN = (
     "optim.lr",
     "optim.schedule",
@@ -164,9 +165,10 @@ def settings_of(step: OlderStep, source: Format, options: Mapping[str, Any]) -> 
                 f"but {value} on the command line. Leave out --{key}."
             )
     known = {**from_files, **from_options}
-    missing = [key for key in _NEEDED if key not in known]
+    needed = _needed(known)
+    missing = [key for key in needed if key not in known]
     if missing:
-        words = ", ".join(f"`{key}` ({_NEEDED[key]})" for key in missing)
+        words = ", ".join(f"`{key}` ({needed[key]})" for key in missing)
         example = " ".join(f"--{key} {_EXAMPLES[key]}" for key in missing)
         raise ConfigError(f"{step.file} does not say {words}. Give the values of its run, such as {example}.")
     base = {"preset": source.preset, "checkpoints.every": None, "checkpoints.num_log": 0, "checkpoints.num_linear": 0}
@@ -178,6 +180,13 @@ def settings_of(step: OlderStep, source: Format, options: Mapping[str, Any]) -> 
     unknown = [key for key in _UNKNOWN if key not in known]
     config = resolve(base, known, {"checkpoints.imported_from": source.name})
     return Settings(config, from_files, from_options, unknown)
+
+
+def _needed(known: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return the settings that must be known, with what they are. Weights of a language model leave only its activation open."""
+    if known.get("model.family") != "language":
+        return _NEEDED
+    return {"model.activation": "relu, gelu or gelu_tanh"} if known["model.mlp_size"] else {}
 
 
 def convert(step: OlderStep, source: Format, config: RunConfig) -> Params:
@@ -240,7 +249,10 @@ def _read(file: Path, source: Format) -> Any:
 
 
 def _matches(folder: Path, source: Format) -> list[Path]:
-    found = [file for pattern in source.patterns for file in folder.glob(pattern) if not file.is_dir()]
+    groups = [[file for file in folder.glob(pattern) if not file.is_dir()] for pattern in source.patterns]
+    if source.is_first_pattern:
+        groups = [next((group for group in groups if group), [])]
+    found = [file for group in groups for file in group]
     # Leave out macOS's hidden files, such as ._1465.pt, and Orbax's unfinished folders, such as
     # checkpoint_5.orbax-checkpoint-tmp-168.
     return [file for file in found if not file.name.startswith(".") and _UNFINISHED not in file.parent.name]
@@ -248,10 +260,27 @@ def _matches(folder: Path, source: Format) -> list[Path]:
 
 def _number(file: Path) -> int | None:
     """Return the step in a file's name: `1465.pt`, `checkpoint_step_1465.pt`. None if the name has no number at its end."""
-    for name in (file.stem if file.suffix in (".pt", ".pth", ".msgpack") else file.name, file.parent.name):
+    for name in (
+        file.stem if file.suffix in (".pt", ".pth", ".msgpack", ".safetensors") else file.name,
+        file.parent.name,
+    ):
         match = _STEP.fullmatch(name)
         if match:
             return int(match[1])
         if name != "checkpoint":  # only a file of this name takes the number of its folder
             return None
     return None
+
+
+def describe(config: RunConfig) -> str:
+    """Return the model and task of an imported run in one line."""
+    task, model = config.task, config.model
+    if model.is_language:
+        return (
+            f"V = {config.language.vocab_size:,}, context {config.language.context_size:,}; {model.num_layers} layers, {model.num_heads} heads, "
+            f"width {model.embed_size}, MLP {model.mlp_size or 'none'}, {model.positions} positions"
+        )
+    return (
+        f"D = {task.task_size}, K = {task.max_examples}, M = {task.num_tasks}, noise variance {task.noise_variance:g}; "
+        f"{model.num_layers} layers, {model.num_heads} heads, width {model.embed_size}, MLP {model.mlp_size}"
+    )

@@ -27,7 +27,7 @@ from icl.importing.models import (
     require_one_model,
     settings_of,
 )
-from icl.importing.pickles import OlderFileError
+from icl.importing.pickles import OlderFileError, read_pickle
 from icl.importing.tasks import choose_tasks
 from icl.progress import with_progress
 from icl.runs.checkpoints import Checkpoint, save_checkpoint, weights_digest
@@ -82,10 +82,15 @@ def import_run(
     last = read_step(*numbered[-1], form)
     settings = settings_of(last, form, options or {})
     is_seed_given = "seeds.tasks" in {**settings.from_files, **settings.from_options}
-    table, where = choose_tasks(tasks, last.tree, form, settings.config, is_seed_given=is_seed_given)
+    is_language = settings.config.model.is_language
+    if is_language and tasks is not None:
+        raise ConfigError("A language run has no tasks; leave out --tasks.")
+    table, where = None, "none: it is a language run"
+    if not is_language:
+        table, where = choose_tasks(tasks, last.tree, form, settings.config, is_seed_given=is_seed_given)
     convert(last, form, settings.config)  # a file that does not fit is refused before anything is written
     with leaving_nothing(run), _no_half_run(run):
-        pool = None if settings.config.task.is_gaussian else "unknown"
+        pool = None if is_language or settings.config.task.is_gaussian else "unknown"
         if table is not None:
             pool = write_tasks(run.checkpoints.root, table)
         task = dataclasses.replace(settings.config.task, imported_tasks=pool)
@@ -137,7 +142,7 @@ def load_older_file(path: Path, shape: RunConfig | None = None) -> Checkpoint:
     Raises:
         OlderFileError: If the file cannot be read, or lacks a setting that the model needs and `shape` is None.
     """
-    forms = [form for form in FORMATS.values() if SUFFIXES[0] in "".join(form.patterns)]
+    forms = [form for form in FORMATS.values() if form.read is read_pickle]
     tree = forms[0].read(path)
     form = next((form for form in forms if form.is_mine(tree)), None)
     if form is None:

@@ -165,7 +165,7 @@ def _heads(
     # reads contiguous tensors, and slices of one product are not contiguous.
     weights = _by_part(config, weight).unbind(1)  # each N C C
     biases = [None] * 3 if bias is None else _by_part(config, bias).unbind(1)  # each N C
-    return [_affine(*part) for part in zip((x[:, :, ::stride], x, x), weights, biases, strict=True)]
+    return [affine(*part) for part in zip((x[:, :, ::stride], x, x), weights, biases, strict=True)]
 
 
 def _heads_of_tokens(
@@ -202,7 +202,7 @@ def _heads_of_tokens(
     scale = torch.rsqrt(x.var(-1, correction=0, keepdim=True) + _NORM_EPS)  # N B T 1
     parts = zip(of_tokens.chunk(3, dim=1), of_positions.chunk(3, dim=2), offset.chunk(3, dim=1), strict=True)
     queries, keys, values = (
-        torch.addcmul(b[:, None, None], _affine(tokens, of_token, None) + of_position.unsqueeze(1), scale)
+        torch.addcmul(b[:, None, None], affine(tokens, of_token, None) + of_position.unsqueeze(1), scale)
         for of_token, of_position, b in parts
     )
     return [queries[:, :, ::stride], keys, values]
@@ -222,7 +222,13 @@ def _norm(params: Params, name: str, x: Float[Tensor, "N B T C"]) -> Float[Tenso
     """Apply the layer norm over channels. If the model has no such norm, return x unchanged."""
     if f"{name}.weight" not in params:
         return x
-    weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]  # N C
+    return layer_norm(x, params[f"{name}.weight"], params[f"{name}.bias"])
+
+
+def layer_norm(
+    x: Float[Tensor, "N B T C"], weight: Float[Tensor, "N C"], bias: Float[Tensor, "N C"]
+) -> Float[Tensor, "N B T C"]:
+    """Apply each member's layer norm over channels."""
     if len(weight) == 1:
         return F.layer_norm(x, x.shape[-1:], weight[0], bias[0], _NORM_EPS)
     # `layer_norm` takes only one set of gains for all members, so the gains are applied below.
@@ -231,10 +237,10 @@ def _norm(params: Params, name: str, x: Float[Tensor, "N B T C"]) -> Float[Tenso
 
 
 def _linear(params: Params, name: str, x: Float[Tensor, "N B T I"]) -> Float[Tensor, "N B T O"]:
-    return _affine(x, params[f"{name}.weight"], params.get(f"{name}.bias"))
+    return affine(x, params[f"{name}.weight"], params.get(f"{name}.bias"))
 
 
-def _affine(
+def affine(
     x: Float[Tensor, "N B T I"], weight: Float[Tensor, "N O I"], bias: Float[Tensor, "N O"] | None
 ) -> Float[Tensor, "N B T O"]:
     """Apply each member's linear map to all its tokens, as one batched matrix product over the members."""

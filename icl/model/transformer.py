@@ -197,9 +197,18 @@ def _norm(config: ModelConfig) -> nn.Module:
     return nn.Identity() if config.layer_norm == "none" else nn.LayerNorm(config.embed_size)
 
 
-@functools.lru_cache(maxsize=16)
 def parameter_shapes(config: ModelConfig, *, task_size: int, max_examples: int) -> ParameterShapes:
     """Return the shapes of a model's parameters without allocating the model, which may be too large for memory.
+
+    Raises:
+        ValueError: If a tensor would be larger than PyTorch allows.
+    """
+    return shapes_of_module(Transformer, config, task_size=task_size, max_examples=max_examples)
+
+
+@functools.lru_cache(maxsize=16)
+def shapes_of_module(kind: Callable[..., nn.Module], config: ModelConfig, **sizes: int) -> ParameterShapes:
+    """Return the shapes of the parameters of `kind(config, **sizes)`, whose blocks are called blocks.0, blocks.1 and so on.
 
     Raises:
         ValueError: If a tensor would be larger than PyTorch allows.
@@ -207,7 +216,7 @@ def parameter_shapes(config: ModelConfig, *, task_size: int, max_examples: int) 
     one_layer = dataclasses.replace(config, num_layers=1)
     try:
         with torch.device("meta"):  # tensors on this device have a shape but no memory
-            model = Transformer(one_layer, task_size=task_size, max_examples=max_examples)
+            model = kind(one_layer, **sizes)
     except (RuntimeError, TypeError, OverflowError):
         raise ValueError("the configuration describes a model that is too large") from None
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -1,7 +1,6 @@
 """The figure of a training run: its learning curves, and the losses of the model and the baselines at each position."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,16 +18,20 @@ from icl.evaluation.sets import (
     evaluate_baselines,
     evaluation_set,
     predict_prompts,
+    predictor,
+    set_names,
     tabulate_losses,
 )
 from icl.files.reading import ContentError
 from icl.files.tables import read_table
-from icl.model.stacked import apply, stack
+from icl.model.stacked import stack
 from icl.plotting.colours import BLUE, PREDICTORS, SKY, predictor_style
+from icl.plotting.language import plot_language_training
 from icl.plotting.style import label_plainly, new_figure, save_figure, scale_steps
 from icl.plotting.tidying import name_outside
 from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.runs.folder import RunError, RunFolder
+from icl.tasks.rows import TEST
 
 _TABLE, _FIGURE = "losses.csv", "training.png"
 _MAX_LINEAR_RATIO = 60.0
@@ -43,12 +46,12 @@ class DrawnRun(NamedTuple):
     """Results of `draw_run`."""
 
     losses: pd.DataFrame
-    """Losses on the training tasks: a row for each position and a row for the mean over positions, with a column for
+    """Losses on the training tasks, or on the test rows of a language run: a row for each position and a row for the mean over positions, with a column for
     each predictor, and two for the excess over the optimum and its standard error."""
     figure: Path
     """Path of the figure."""
     optimum: str
-    """Bayes predictor for the training tasks: `ridge` or `bayes` for M = inf, else `dmmse`."""
+    """Bayes predictor for the training tasks: `ridge` or `bayes` for M = inf, else `dmmse`; for a language run `bigram`, which is not Bayes."""
 
 
 def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | None = None) -> DrawnRun:
@@ -71,28 +74,35 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
     shared = {} if shared is None else shared
     if key not in shared:
         number = config.evaluation.num_prompts
-        monitor = evaluation_set(config, "pretrain", num_prompts=number, step=MONITOR, model_step=step)
+        monitor = evaluation_set(config, set_names(config)[0], num_prompts=number, step=MONITOR, model_step=step)
         reported = build_evaluation_sets(config, num_prompts=number, model_step=step, with_bayes=True)
         shared[key] = [monitor, *reported]
     monitor, *reported = shared[key]
     sets = {prompt_set.name: prompt_set for prompt_set in reported}
-    predict, params = partial(apply, config.model), stack([checkpoint.params])
+    predict, params = predictor(config.model), stack([checkpoint.params])
     predictions = {name: predict_prompts(predict, params, prompt_set.prompts)[0] for name, prompt_set in sets.items()}
     losses = {name: tabulate_losses(predictions[name], prompt_set) for name, prompt_set in sets.items()}
     folder.write_result(_TABLE, pd.concat(losses, names=["distribution"]).to_csv(float_format="%.9g"))
-    num_tasks = "∞" if config.task.is_gaussian else f"{config.task.num_tasks:,}"
-    title = (
-        f"{folder.path.name}   (M = {num_tasks}, D = {config.task.task_size}, "
-        f"σ² = {config.task.noise_variance:g}, step {checkpoint.step:,})"
-    )
+    metrics = _read_metrics(folder, config)
+    if config.model.is_language:
+        figure = plot_language_training(metrics, losses[TEST], title=f"{folder.path.name}   (step {checkpoint.step:,})")
+        return DrawnRun(losses[TEST], save_figure(figure, folder.figures / _FIGURE), "bigram")
     # The lines beside the learning curves are for the same prompts as these curves.
     if config.model.has_density:
         levels = {name: float(values.mean()) for name, values in monitor.nll.items()}
     else:
         levels = {row["quantity"]: row["value"] for row in evaluate_baselines([monitor]) if row["position"] == "mean"}
-    figure = plot_training(_read_metrics(folder, config), losses, title=title, levels=levels)
+    figure = plot_training(metrics, losses, title=_title(folder, config, checkpoint.step), levels=levels)
     path = save_figure(figure, folder.figures / _FIGURE)
     return DrawnRun(losses["pretrain"], path, sets["pretrain"].bayes or "")
+
+
+def _title(folder: RunFolder, config: RunConfig, step: int) -> str:
+    num_tasks = "∞" if config.task.is_gaussian else f"{config.task.num_tasks:,}"
+    return (
+        f"{folder.path.name}   (M = {num_tasks}, D = {config.task.task_size}, "
+        f"σ² = {config.task.noise_variance:g}, step {step:,})"
+    )
 
 
 def drawn_losses(folder: RunFolder) -> pd.DataFrame | None:
@@ -100,7 +110,11 @@ def drawn_losses(folder: RunFolder) -> pd.DataFrame | None:
     if not (folder.figures / _FIGURE).is_file():
         return None
     try:
-        return read_table(folder.results / _TABLE).set_index(["distribution", "position"]).loc["pretrain"]
+        return (
+            read_table(folder.results / _TABLE)
+            .set_index(["distribution", "position"])
+            .loc[set_names(folder.read_config())[0]]
+        )
     except (OSError, ContentError, KeyError):
         return None
 
@@ -108,7 +122,9 @@ def drawn_losses(folder: RunFolder) -> pd.DataFrame | None:
 def _read_metrics(folder: RunFolder, config: RunConfig) -> pd.DataFrame:
     train = config.model.train_metric
     quantity = train.partition("/")[2]
-    evaluated = () if config.evaluation.every is None else (f"eval/pretrain/{quantity}", f"eval/true/{quantity}")
+    evaluated = (
+        () if config.evaluation.every is None else tuple(f"eval/{name}/{quantity}" for name in set_names(config))
+    )
     try:
         return read_table(folder.metrics_file, columns=("step", train, *evaluated))
     except (OSError, ContentError):

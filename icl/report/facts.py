@@ -35,6 +35,8 @@ class Subject:
     """Whether the command refuses a run with M = inf."""
     needs_density: bool = False
     """Whether the command refuses a run whose model has no predictive distribution."""
+    families: tuple[str, ...] = ("regression", "language")
+    """Families of the runs that the command serves (`model.family`)."""
 
 
 SUBJECTS = (
@@ -66,6 +68,7 @@ SUBJECTS = (
             command=f"icl analyse RUN --what {name}",
             needs_finite_tasks=about.needs_finite_tasks,
             needs_density=about.needs_density,
+            families=about.families,
         )
         for name, about in ANALYSES.items()
         if about.of == "run"

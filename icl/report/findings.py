@@ -17,8 +17,9 @@ from icl.report.tables import Cell, count_verdicts, with_error
 STALE_SECONDS = 600.0
 """Age of the last status, in seconds, after which a run that is marked as running may have been killed."""
 PREDICTORS = {"model": "transformer", "ridge": "ridge", "dmmse": "dMMSE", "ols": "OLS", "zero": "zero"}
+PREDICTORS |= {"unigram": "unigrams", "bigram": "bigrams"}
 """The columns of `losses.csv`, and their names for readers."""
-LOSS_SETS = {"pretrain": "training tasks", "true": "new tasks"}
+LOSS_SETS = {"pretrain": "training tasks", "true": "new tasks", "test": "test rows"}
 """The distributions of `losses.csv`, and their names for readers."""
 
 
@@ -121,6 +122,12 @@ def describe_run(facts: RunFacts) -> str:
     if facts.config is None:
         return ""
     task, model = facts.config.task, facts.config.model
+    if model.is_language:
+        text = facts.config.language
+        return (
+            f"Preset {facts.config.preset}. Text: {text.source}, V = {text.vocab_size:,}, rows of {text.context_size:,} tokens. "
+            f"Model: L = {model.num_layers}, H = {model.num_heads}, width {model.embed_size}"
+        )
     num_tasks = "∞" if task.is_gaussian else f"{task.num_tasks:,}"
     return (
         f"Preset {facts.config.preset}. Task: M = {num_tasks}, D = {task.task_size}, K = {task.max_examples}, "
@@ -138,9 +145,9 @@ def changed_settings(facts: RunFacts) -> dict[str, tuple[object, object]]:
         return {}
     settings = flatten(facts.config.to_dict())
     return {
-        key: (value, defaults[key])
+        key: (value, defaults.get(key))
         for key, value in settings.items()
-        if value != defaults[key] and key not in ("preset", "run_name")
+        if value != defaults.get(key) and key not in ("preset", "run_name")
     }
 
 

@@ -35,7 +35,13 @@ _LLC_COLUMNS = (
     "step", "settings", "mode", "rescale", "llc", "stderr", "bias_bound", "drop_at_mean", "init_loss", "mean_loss", "rhat", "ess",
     "num_chains_used", "nbeta", "localization", "lr", "num_draws", "verdict", "reasons",
 )  # fmt: skip
-_SETS = {"pretrain": "the training tasks", "true": "new tasks, w ~ N(0, I)"}
+_SETS = {"pretrain": "the training tasks", "true": "new tasks, w ~ N(0, I)", "test": "the test rows"}
+_OF_LANGUAGE = {
+    "training": "Losses are in nats per token, on rows that no training step saw. Unigrams and bigrams are the losses of predicting by their "
+    "frequencies in the training text.",
+    "evaluation": "The numbers are from the last step, ± one standard error. Losses are in nats per token, and means over positions.",
+}
+"""Explanations that differ for language runs."""
 _EXPLANATIONS = {
     "training": "Losses are squared errors per target, not divided by D. Ridge is optimal for infinitely many tasks, dMMSE for the "
     "M training tasks. OLS has no finite mean loss after D - 1, D or D + 1 examples. The last column is the transformer's loss minus that "
@@ -161,12 +167,17 @@ def _subject_section(facts: RunFacts, subject: Subject, prefix: str, max_rows: i
     return Section(
         id=f"{prefix}{_as_id(subject.name)}",
         title=subject.title,
-        text=_EXPLANATIONS.get(subject.name) or f"{subject.help[:1].upper()}{subject.help[1:]}.",
+        text=_explanation(facts, subject) or f"{subject.help[:1].upper()}{subject.help[1:]}.",
         verdicts=verdicts,
         pictures=[picture for name, picture in facts.pictures.items() if subject_of(name).name == subject.name],
         tables=tables,
         folded=folded,
     )
+
+
+def _explanation(facts: RunFacts, subject: Subject) -> str:
+    is_language = facts.config is not None and facts.config.model.is_language
+    return (_OF_LANGUAGE.get(subject.name, "") if is_language else "") or _EXPLANATIONS.get(subject.name, "")
 
 
 def _summary(facts: RunFacts, name: str, table: pd.DataFrame) -> list[Table]:
@@ -226,6 +237,8 @@ def _applies(subject: Subject, facts: RunFacts) -> bool:
     """Return whether the command of a subject takes this run."""
     if facts.config is None:
         return True
+    if facts.config.model.family not in subject.families:
+        return False
     has_needs = not (subject.needs_finite_tasks and facts.config.task.is_gaussian)
     return has_needs and (facts.config.model.has_density or not subject.needs_density)
 

@@ -66,16 +66,22 @@ def _section(run: RunFolder, name: str, store: str) -> str:
         parts.append(f"![Training of {name}]({name}/{figure})")
     table = _losses(run)
     if table:
-        parts += ["Mean squared error per target of the model and of the baselines:", table]
+        what = "Loss in nats per token" if run.read_config().model.is_language else "Mean squared error per target"
+        parts += [f"{what} of the model and of the baselines:", table]
     return "\n\n".join(parts)
 
 
 def _settings(config: RunConfig) -> str:
-    task, model, optim = config.task, config.model, config.optim
+    task, model, optim, text = config.task, config.model, config.optim, config.language
     source = config.checkpoints.imported_from
-    rows = {
-        "Task": f"D = {task.task_size}, K = {task.max_examples}, M = {task.num_tasks}, noise variance {task.noise_variance:g}"
-        + (f", {task.world}" if task.world else ""),
+    is_language = model.is_language
+    world = f", {task.world}" if task.world else ""
+    if is_language:
+        rows = {"Text": f"{text.source}, rows of {text.context_size:,} of {text.vocab_size:,} tokens"}
+    else:
+        data = f"D = {task.task_size}, K = {task.max_examples}, M = {task.num_tasks}, noise variance {task.noise_variance:g}"
+        rows = {"Task": data + world}
+    rows |= {
         "Model": f"{model.num_layers} layers, {model.num_heads} heads, width {model.embed_size}, MLP {model.mlp_size}, "
         f"layer norm {model.layer_norm}",
         "Training": f"imported from {source}"

@@ -31,8 +31,8 @@ from icl.config import RunConfig
 from icl.config.validation import UserError, is_count
 from icl.files.arrays import StoredArray
 from icl.files.reading import ContentError, first_line, parse_json
+from icl.model.losses import shapes_of
 from icl.model.stacked import Params
-from icl.model.transformer import parameter_shapes
 from icl.runs.tasks_file import remember_tasks
 from icl.store.base import LocalStore, Store
 
@@ -294,7 +294,7 @@ def _require_shapes(tensors: Mapping[str, _TensorEntry], config: RunConfig) -> N
     Raises:
         ContentError: If the tensors differ from these. The message names the first difference.
     """
-    expected = parameter_shapes(config.model, task_size=config.task.task_size, max_examples=config.task.max_examples)
+    expected = shapes_of(config)
     kinds = [f"{kind}/" for kind in MOMENTS] if any("/" in name for name in tensors) else [""]
     count = len(kinds) * expected.num_tensors  # compared first: a configuration can claim millions of layers
     if len(tensors) != count:

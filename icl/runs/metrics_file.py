@@ -35,6 +35,8 @@ def metric_columns(config: RunConfig) -> list[str]:
     if config.optim.grad_clip is not None:
         columns.append("clipped_fraction")
     if config.evaluation.every is not None:
+        if config.model.is_language:
+            return [*columns, "eval/test/loss", "eval/test/icl_score"]
         losses = ["loss", "nll"] if config.model.has_density else ["loss"]
         gaps = ["delta_ridge"] if config.task.is_gaussian else ["delta_ridge", "delta_dmmse"]
         for name in ("pretrain", "true"):

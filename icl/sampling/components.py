@@ -18,6 +18,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from icl.config import ModelConfig
+from icl.config.language import require_regression
 from icl.config.validation import ConfigError
 
 Division: TypeAlias = Literal["heads", "layers"]
@@ -36,6 +37,7 @@ def component_names(config: ModelConfig, division: Division) -> list[str]:
         >>> component_names(ModelConfig(num_layers=2, num_heads=2), "layers")
         ['embedding', 'L0', 'L1', 'unembedding']
     """
+    require_regression(config.family, "`--components`")
     layers = range(config.num_layers)
     if division == "layers":
         return ["embedding", *(f"L{layer}" for layer in layers), "unembedding"]

@@ -1,7 +1,8 @@
 """The training loss of a run as the sampler's target: per position, with a fast gradient and reproducible minibatches.
 
 The loss is the one that training minimised: the mean squared error per target, not divided by D, or the negative log-likelihood in nats
-per target if `model.output` is `gaussian` or `mixture`. It is a vector over the K positions, whose mean is the loss. The column
+per target if `model.output` is `gaussian` or `mixture`. For language it is
+-log P(next token) in nats. It is a vector over the K positions, whose mean is the loss. The column
 `loss_name` of the results says which loss it is: `mse`, `nll`, `subsequence` or `subsequence_nll`.
 The `subsequence` loss (Hoogland et al. 2024, calibration) is the mean error of the first K' targets, with K' uniform on 1, ..., K. We
 take its expectation over K', which weights position k by the sum over K' >= k of 1 / (K K'). Their code draws one K' for each
@@ -28,18 +29,18 @@ from icl.compute.calls import (
     Function,
     Result,
     compiling_pays,
-    grad_and_aux,
     in_parallel,
     keep_freed_memory,
     one_graph,
 )
 from icl.config import ModelConfig, RunConfig, SamplerConfig
 from icl.model.flat import Layout
-from icl.model.stacked import Params, size, target_losses
-from icl.model.transformer import parameter_shapes
+from icl.model.losses import batch_losses, grads_in_parts, position_losses, shapes_of
+from icl.model.stacked import Params, size
 from icl.sampling.batches import Batch, Pool
 from icl.sampling.target import Gradient, Loss, Observable, StackedLosses, Target
-from icl.tasks.prompts import Distribution, prompt_source, sample_prompts, training_pool
+from icl.tasks.prompts import Distribution, sample_prompts, training_pool
+from icl.tasks.streams import stream_source
 
 _MAX_COUNTED_TASKS = 2**16
 """Largest number of tasks for which the pool's mean |w|^2 is computed. In a larger pool, it differs from D by about half a percent at
@@ -68,7 +69,7 @@ def prompt_target(
         num_moves: Number of moves of all chains together; if they take minutes, the gradient is compiled.
     """
     device = torch.device(device)
-    weights = _position_weights(sampler.loss, config.task.max_examples).to(device)
+    weights = _position_weights(sampler.loss, config.num_positions).to(device)
     compiled = _is_compiled(config, sampler, num_moves, device)
     return Target(
         name=_loss_name(config.model, sampler.loss),
@@ -107,11 +108,13 @@ def losses_by_part(config: RunConfig, *, device: torch.device | str = "cpu") -> 
 
 
 def trivial_loss(config: RunConfig) -> float:
-    """Return the loss per target of a predictor that ignores the prompt, on the run's training distribution.
+    """Return the loss of a predictor that ignores the prompt, on the run's training distribution.
 
     The squared error of predicting zero is E[y^2] = E|w|^2 + sigma^2. The negative log-likelihood of N(0, E[y^2]) is
-    log(2 pi e E[y^2]) / 2.
+    log(2 pi e E[y^2]) / 2. For language it is the loss of the uniform distribution over tokens, ln V.
     """
+    if config.model.is_language:
+        return math.log(config.language.vocab_size)
     task = config.task
     square = float(task.task_size)
     if task.num_tasks <= _MAX_COUNTED_TASKS:
@@ -133,10 +136,11 @@ def _position_weights(loss: str, max_examples: int) -> Float[Tensor, " K"]:
     return (1 / lengths).flip(0).cumsum(0).flip(0).float()
 
 
-def _components(
-    model: ModelConfig, weights: Tensor, params: Params, xs: Float[Tensor, "*N B K D"], ys: Float[Tensor, "*N B K"]
-) -> Float[Tensor, "N K"]:
-    return target_losses(model, params, xs, ys).mean(dim=1) * weights
+def _components(model: ModelConfig, weights: Tensor, params: Params, xs: Tensor, ys: Tensor) -> Float[Tensor, "N K"]:
+    compute = (
+        position_losses if torch.is_grad_enabled() else batch_losses
+    )  # only without gradients a batch may be split here
+    return compute(model, params, xs, ys).mean(dim=1) * weights
 
 
 def _loss(model: ModelConfig, weights: Tensor) -> Loss:
@@ -178,15 +182,17 @@ def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradien
     @cache
     def of_rows(layout: Layout) -> tuple[Callable[..., Any], Callable[..., list[tuple[Tensor, Tensor]]]]:
         def gradient(rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
-            def total(rows: Tensor) -> tuple[Tensor, Tensor]:
+            def to_params(rows: Tensor) -> Params:
                 # With several chains this makes a copy: matrix products on a GPU are slow on views at unaligned addresses.
-                params = {name: tensor.contiguous() for name, tensor in layout.to_params(rows, fixed).items()}
-                components = _components(model, weights, params, *batch)  # N K
+                return {name: tensor.contiguous() for name, tensor in layout.to_params(rows, fixed).items()}
+
+            def combine(losses: Tensor) -> tuple[Tensor, Tensor]:
+                components = losses.mean(dim=1) * weights  # N K
                 return components.mean(
                     1
                 ).sum(), components  # the gradient of the sum has each member's own gradient in its row
 
-            return grad_and_aux(total, rows)
+            return grads_in_parts(model, to_params, combine, rows, batch)
 
         together = _graph(gradient) if compiled else gradient
         return together, _member_by_member(together, compiled=compiled)
@@ -221,21 +227,22 @@ def _rows(tree: Any, i: int) -> Any:
 
 
 def _is_compiled(config: RunConfig, sampler: SamplerConfig, num_moves: int, device: torch.device) -> bool:
-    shapes = parameter_shapes(config.model, task_size=config.task.task_size, max_examples=config.task.max_examples)
+    if config.model.is_language:  # not measured; a batch in many parts would be one very long graph
+        return False
     return device.type in ("cpu", "cuda") and compiling_pays(
-        num_params=shapes.num_params,
-        num_tokens=2 * config.task.max_examples * sampler.batch_size,
+        num_params=shapes_of(config).num_params,
+        num_tokens=config.num_tokens * sampler.batch_size,
         num_steps=num_moves,
     )
 
 
 def _batches(config: RunConfig, sampler: SamplerConfig, device: torch.device) -> "_Ahead":
-    size, task = sampler.batch_size, config.task
-    num_prompts = _PROMPTS_AHEAD
-    if device.type == "cuda":
-        num_prompts = _CUDA_NORMALS_AHEAD // (task.max_examples * (task.task_size + 1))
+    size = sampler.batch_size
     is_fixed = sampler.minibatches == "fixed"
-    source = prompt_source(config, stream="llc" if is_fixed else f"llc/fresh/{sampler.seed}")
+    source = stream_source(config, stream="llc" if is_fixed else f"llc/fresh/{sampler.seed}")
+    num_prompts = _PROMPTS_AHEAD
+    if device.type == "cuda" or config.model.is_language:
+        num_prompts = _CUDA_NORMALS_AHEAD // source.numbers_per_row
     key, num_blocks = rng.stream(sampler.seed, "llc/minibatches"), sampler.num_samples // size
 
     def block_numbers(chain: int, draws: range) -> Tensor:
@@ -243,7 +250,7 @@ def _batches(config: RunConfig, sampler: SamplerConfig, device: torch.device) ->
 
     def blocks(numbers: Tensor) -> Batch:
         indices = (numbers * size + torch.arange(size)).flatten().to(device)
-        xs, ys, _ = source.sample(range(1), indices, device=device)
+        xs, ys = source.sample(range(1), indices, device=device)[:2]
         return xs[0].unflatten(0, (len(numbers), size)), ys[0].unflatten(0, (len(numbers), size))
 
     def fixed(chain: int, draws: range) -> Batch:
@@ -261,8 +268,7 @@ def _batches(config: RunConfig, sampler: SamplerConfig, device: torch.device) ->
         return xs[0], ys[0]
 
     def fresh(chain: int, draws: range) -> Batch:
-        xs, ys, _ = source.sample(draws, range(chain * size, (chain + 1) * size), device=device)
-        return xs, ys
+        return source.sample(draws, range(chain * size, (chain + 1) * size), device=device)[:2]
 
     ahead = _Ahead(fixed if is_fixed else fresh, sampler, num_prompts)
     if is_fixed:

@@ -2,6 +2,7 @@
 
 from icl.config import SamplerConfig
 from icl.config.validation import real
+from icl.presets import preset
 
 
 def from_scales(*, gradient_scale: float, localization_scale: float, noise_scale: float) -> dict[str, float]:
@@ -43,3 +44,15 @@ sweeps/analysis/0-L2H4-llcs-over-time.yaml): nbeta = 66.67, localization = 6.67,
 
 We differ in two ways. Their chains used the same noise at every checkpoint, which makes a curve look smoother than it is. Our chains
 have different noise at each checkpoint. The second difference is that we average L(w0) over `num_init_batches` minibatches."""
+
+
+PUBLISHED_LANGUAGE = preset("L2W256").sampler
+"""The settings of the same paper for its language models: 20 chains of 200 draws, without burn-in, with n / ln n of n = 100.
+
+Their initial loss has a bug: it is the mean over chains of the first draw, taken while later chains still hold 0. Ours is the checkpoint's own
+loss, and the excess is paired with it, so we cannot reproduce their estimates with the bug."""
+
+
+def published(family: str) -> SamplerConfig:
+    """Return the published settings for a family of runs (`model.family`)."""
+    return PUBLISHED_LANGUAGE if family == "language" else PUBLISHED

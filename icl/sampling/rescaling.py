@@ -13,6 +13,7 @@ estimate can then be due to growing weights.
 """
 
 from icl.config import ModelConfig
+from icl.config.language import require_regression
 from icl.config.validation import ConfigError
 from icl.model.stacked import Params
 
@@ -25,6 +26,7 @@ def rescaled(model: ModelConfig, params: Params, factor: float) -> Params:
     """
     if not 0 < factor < float("inf"):
         raise ConfigError(f"`--rescale` must be positive and finite, got {factor!r}.")
+    require_regression(model.family, "`--rescale`")
     changed = dict(params)
     for block in (f"blocks.{layer}" for layer in range(model.num_layers)):
         if model.activation != "relu" and model.attention_output:

@@ -232,11 +232,14 @@ def require_room(config: RunConfig, sampler: SamplerConfig, device: torch.device
     Raises:
         ConfigError: If they do not fit. The message says how much memory is needed and how much there is.
     """
-    chains, draws, task = sampler.num_chains, sampler.num_draws, config.task
+    chains, draws = sampler.num_chains, sampler.num_draws
     losses = f"the losses of {draws:,} draws (`sampler.num_draws`) of {chains:,} chains (`sampler.num_chains`)"
     require_memory({losses: 8 * chains * draws})
     batch = f"a batch of {sampler.batch_size:,} prompts (`sampler.batch_size`)"
-    require_memory({batch: 4 * sampler.batch_size * task.max_examples * (task.task_size + 1)}, device)
+    per_prompt = (
+        config.num_tokens if config.model.is_language else config.task.max_examples * (config.task.task_size + 1)
+    )
+    require_memory({batch: 4 * sampler.batch_size * per_prompt}, device)
 
 
 def run_files(path: str | Path) -> tuple[list[Path], RunConfig]:

@@ -56,6 +56,11 @@ class PromptSource(NamedTuple):
     input_correlation: float | None = None
     """Correlation of each input with the input before it; None means independent inputs."""
 
+    @property
+    def numbers_per_row(self) -> int:
+        """Count of normal variates that a prompt needs while it is drawn."""
+        return self.max_examples * (self.task_size + 1)
+
     def sample(
         self, steps: range, indices: range | Int64[Tensor, " B"], *, device: torch.device | str = "cpu"
     ) -> Prompts:

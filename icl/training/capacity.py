@@ -20,6 +20,8 @@ from torch import Tensor
 from icl.build import build_model
 from icl.compute.devices import device_bytes, require_memory
 from icl.config import RunConfig
+from icl.model.language import MAX_NUMBERS
+from icl.model.losses import shapes_of
 from icl.model.stacked import Params, apply, size, stack
 
 _ROWS = 7
@@ -61,6 +63,9 @@ def require_room(config: RunConfig, device: torch.device | str) -> None:
     Raises:
         ConfigError: If the run cannot fit; the message names the settings that need most memory.
     """
+    if config.model.is_language:
+        _require_language_room(config, device)
+        return
     task, model, trainer, num_prompts = config.task, config.model, config.trainer, config.evaluation.num_prompts
     batch = trainer.batch_size // trainer.num_processes
     width = model.embed_size
@@ -79,9 +84,20 @@ def require_room(config: RunConfig, device: torch.device | str) -> None:
     require_memory(sizes, device)
 
 
+def _require_language_room(config: RunConfig, device: torch.device | str) -> None:
+    shapes, text, trainer = shapes_of(config), config.language, config.trainer
+    model = f"a model of {shapes.num_params:,} weights (sections `model` and `language`)"
+    batch = f"a batch of {trainer.batch_size:,} rows (`trainer.batch_size`) of {text.context_size:,} tokens"
+    require_memory({model: 16 * shapes.num_params, batch: 16 * trainer.batch_size * text.context_size}, device)
+
+
 def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
     """Return the bytes per member on a CPU without activations. `row_bytes` is the size of a member's parameters."""
     task, trainer, evaluation = configs[0].task, configs[0].trainer, configs[0].evaluation
+    if configs[0].model.is_language:  # activations have their own bound, `MAX_NUMBERS`
+        return float(
+            _RESUMED_ROWS * row_bytes + 48 * (trainer.batch_size + evaluation.num_prompts) * configs[0].num_tokens
+        )
     drawn = _DRAWN_BYTES * trainer.batch_size * task.max_examples * (task.task_size + 1)
     num_sets = len({(config.task, config.task_sequence, config.seeds.evaluation) for config in configs})
     targets = 4 * evaluation.num_prompts * task.max_examples if evaluation.every is not None else 0
@@ -95,8 +111,11 @@ def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
 def activation_bytes(config: RunConfig, params: Params) -> int:
     """Return the bytes of activations that autograd keeps for the backward pass, per prompt and member.
 
-    A population of one needs fewer bytes per member than a larger population.
+    A population of one needs fewer bytes per member than a larger population. A language model keeps at most `MAX_NUMBERS` numbers for
+    a whole batch.
     """
+    if config.model.is_language:
+        return 4 * MAX_NUMBERS // config.trainer.batch_size
     return (_saved_bytes(config, params, 4) - _saved_bytes(config, params, 2)) // (2 * size(params))
 
 

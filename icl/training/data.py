@@ -15,7 +15,9 @@ import torch
 from icl.config import RunConfig
 from icl.config.schedules import next_stop
 from icl.runs.contents import expected_steps
-from icl.tasks.prompts import Prompts, prompt_source, sample_together
+from icl.tasks.prompts import Prompts
+from icl.tasks.rows import TokenRows
+from icl.tasks.streams import sample_sources, stream_source
 
 _BLOCK_NORMALS = 2**19
 """Largest number of normal variates in a block of prompts on a CPU."""
@@ -29,7 +31,7 @@ LONGEST_STRETCH = {"cuda": 32, "cpu": 4}
 
 
 class PromptStream:
-    """One batch per step for every member: xs (N, B, K, D), ys (N, B, K). B is this process's share of the batch.
+    """One batch per step for every member: xs (N, B, K, D), ys (N, B, K), or tokens (N, B, T). B is this process's share of the batch.
 
     Args:
         configs: Settings of the members.
@@ -48,29 +50,28 @@ class PromptStream:
         num_ranks: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.sources = [prompt_source(config, stream="train") for config in configs]
+        self.sources = [stream_source(config, stream="train") for config in configs]
         self.first_step, self.device = first_step, device
         share = configs[0].trainer.batch_size // num_ranks
         self.indices = range(rank * share, (rank + 1) * share)
-        normals = len(configs) * share * configs[0].task.max_examples * (configs[0].task.task_size + 1)
+        normals = len(configs) * share * self.sources[0].numbers_per_row
         max_normals = _CUDA_BLOCK_NORMALS if torch.device(device).type == "cuda" else _BLOCK_NORMALS
         self.block = max(1, min(_MAX_BLOCK, max_normals // normals))
 
-    def __iter__(self) -> Iterator[Prompts]:
+    def __iter__(self) -> Iterator[Prompts | TokenRows]:
         step = self.first_step()
         while True:
             start = step - step % self.block
             prompts = self._sample(range(start, start + self.block))
             # Unbind all steps at once: XLA would compile each index into a graph of its own.
             for parts in list(zip(*(part.unbind() for part in prompts), strict=True))[step - start :]:
-                yield Prompts(*parts)
+                yield type(prompts)(*parts)
             step = start + self.block
 
-    def _sample(self, steps: range) -> Prompts:
-        """Draw the prompts of all members for several steps: xs (S, N, B, K, D)."""
-        return Prompts(
-            *(part.transpose(0, 1) for part in sample_together(self.sources, steps, self.indices, device=self.device))
-        )
+    def _sample(self, steps: range) -> Prompts | TokenRows:
+        """Draw the prompts or rows of all members for several steps, with leading axes (S, N)."""
+        drawn = sample_sources(self.sources, steps, self.indices, device=self.device)
+        return type(drawn)(*(part.transpose(0, 1) for part in drawn))
 
 
 class Stretches:
@@ -91,7 +92,7 @@ class Stretches:
     ) -> None:
         self.stream, self.first_step, self.stop, self.longest = stream, first_step, stop, longest
 
-    def __iter__(self) -> Iterator[list[Prompts]]:
+    def __iter__(self) -> Iterator[list[Prompts | TokenRows]]:
         step, prompts = self.first_step(), iter(self.stream)
         while True:
             stop = min(self.stop(step), step + self.longest)

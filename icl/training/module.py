@@ -18,9 +18,11 @@ from icl.compute.calls import compiling_pays
 from icl.compute.step import AdamState, Step, StepInfo, adam_state, make_step, most_parts
 from icl.config import OptimConfig
 from icl.config.schedules import rate_factor
+from icl.evaluation.sets import predictor
 from icl.model.flat import layout_of
-from icl.model.stacked import Params, apply, target_losses
+from icl.model.stacked import Params, target_losses
 from icl.tasks.prompts import Prompts
+from icl.tasks.rows import TokenRows
 from icl.training.members import Member
 from icl.training.rounding import describe_changes, rounding_conditions
 
@@ -49,7 +51,7 @@ class PopulationModule(pl.LightningModule):
         self.members, self.config = members, members[0].config
         optim = self.config.optim
         self.layout = layout_of(params)
-        self.predict = partial(apply, self.config.model)
+        self.predict = predictor(self.config.model)
         self.nll = partial(target_losses, self.config.model) if self.config.model.has_density else None
         self.conditions: dict[str, str] = {}
         self._saved_conditions: dict[Member, dict[str, str]] = {}
@@ -102,7 +104,7 @@ class PopulationModule(pl.LightningModule):
         """Set the learning rate of the first update."""
         self._set_rate()
 
-    def training_step(self, batch: Sequence[Prompts], batch_idx: int) -> None:
+    def training_step(self, batch: Sequence[Prompts | TokenRows], batch_idx: int) -> None:
         """Make a few optimiser steps, one for each batch of prompts."""
         optimiser: Any = self.optimizers()
         for prompts in batch:
@@ -135,12 +137,14 @@ class PopulationModule(pl.LightningModule):
 
     def _is_compiled(self) -> bool:
         """Return whether the step is compiled. This depends only on settings and device, so it is the same for a resumed run."""
-        settings, task = self.config.trainer, self.config.task
+        settings = self.config.trainer
         if settings.compile != "auto":
             return settings.compile == "true"
+        if self.config.model.is_language:  # not measured; a batch in many parts would be one very long graph
+            return False
         return self.device.type in ("cpu", "cuda") and compiling_pays(
             num_params=self.layout.size,
-            num_tokens=2 * task.max_examples * settings.batch_size,
+            num_tokens=self.config.num_tokens * settings.batch_size,
             num_steps=settings.max_steps,
         )
 
@@ -198,12 +202,12 @@ class PopulationAdam(torch.optim.Optimizer):
         self._adam, self._function = adam, function
         self._rates = adam.rows.new_zeros(len(rows))  # N; a tensor, because a new number would recompile the step
 
-    def step(self, closure: Any = None, *, prompts: Prompts) -> StepInfo:  # type: ignore[override]
+    def step(self, closure: Any = None, *, prompts: Prompts | TokenRows) -> StepInfo:  # type: ignore[override]
         """Update every member once on its prompts, with the learning rate of the parameter group.
 
         Args:
             closure: Not used. Lightning passes a closure that does nothing.
-            prompts: Inputs (N, B, K, D) and targets (N, B, K) of every member.
+            prompts: Inputs (N, B, K, D) and targets (N, B, K) of every member, or its rows of tokens (N, B, T).
         """
         self._rates.fill_(self.param_groups[0]["lr"])
         return self._function(self._adam, prompts.xs, prompts.ys, self._rates)

@@ -155,7 +155,7 @@ def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
     for config in configs:
         key = _sets_key(config)
         if key not in by_key:
-            if not config.task.is_gaussian and config.task.num_tasks > _MANY_TASKS:
+            if not config.model.is_language and not config.task.is_gaussian and config.task.num_tasks > _MANY_TASKS:
                 prompts = f"{2 * settings.num_prompts:,} evaluation prompts"
                 print(f"Computing dMMSE once, over {config.task.num_tasks:,} tasks for {prompts} ...")
             number = settings.num_prompts

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_runs import TINY, change
 
-from icl.analysis import ANALYSES, module_name, run
+from icl.analysis import ANALYSES, analyses_of, module_name, run
 from icl.analysis.run import analyse, as_table, find, over_checkpoints
 from icl.build import build_model
 from icl.cli import main
@@ -192,7 +192,7 @@ def test_all_goes_on_after_a_refusal_says_which_and_fails(tmp_path, monkeypatch,
 
     monkeypatch.setattr("icl.cli.analyse._analyse", made_up)
     assert main(["analyse", str(tmp_path), "--what", "all"]) == 1
-    every = [name for name, about in ANALYSES.items() if about.of == "run"]
+    every = analyses_of("regression")
     assert done == [name for name in every if name not in ("hessian", "embeddings")]
     told = capsys.readouterr().err.splitlines()
     assert told == [

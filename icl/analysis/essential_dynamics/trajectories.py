@@ -5,6 +5,8 @@ A state is one of the following arrays, flattened:
 - `outputs`: the predictions for fixed prompts (B K features), as in Carroll et al. 2025, section 4.2, and in the "y-only" variant
   of Hoogland et al. 2024, section 3.2. In Carroll et al. all prompts have the same task, which is a training task of every run.
   This is the distribution `first_task`.
+  For a language run, `outputs` are the logits of the true next token, at one random position of each of B test rows (B features;
+  Hoogland et al. 2024).
 - `tokens`: the whole outputs at all 2K tokens (2 B K (D + 1) features), as in Hoogland et al. Most of these outputs are
   never trained.
 - `weights`: all weights of the model.
@@ -32,6 +34,8 @@ from torch import Tensor
 
 from icl import baselines
 from icl.analysis.gradients.weights import mean_gradient
+from icl.analysis.language import probes, test_rows
+from icl.analysis.language.scores import next_token_logits
 from icl.analysis.run import Members, over_checkpoints, setting
 from icl.config import ModelConfig, RunConfig
 from icl.config.validation import ConfigError, require, require_count
@@ -41,8 +45,10 @@ from icl.model.stacked import Params, apply, token_outputs
 from icl.runs.checkpoints import (
     MOMENTS,
     CheckpointError,
+    checkpoint_files,
     checkpoint_name,
     list_steps,
+    load_checkpoint_file,
     stored_tensors,
 )
 from icl.runs.folder import RunFolder, run_of
@@ -120,6 +126,7 @@ def read_trajectory(path: Path, settings: StateSettings, *, run: str) -> Traject
     cache = Cache(folder.results / name)
     if settings.state in MOMENT_OF:
         _require_moments(folder)
+    _require_state(load_checkpoint_file(checkpoint_files(path)[0]).config, settings)
     measure = partial(_measure, settings=settings)
     entries, config = over_checkpoints(name, path, settings, measure, version=VERSION, keep_arrays=False)
     steps = [entry.step for entry in entries]
@@ -159,7 +166,7 @@ def require_comparable(trajectories: Sequence[Trajectory], settings: StateSettin
 
 def references(configs: Sequence[RunConfig], settings: StateSettings) -> dict[str, Float[np.ndarray, " F"]]:
     """Return the outputs of ridge, and of dMMSE for every finite M. Other states do not exist for these predictors."""
-    if settings.state != "outputs":
+    if settings.state != "outputs" or configs[0].model.is_language:
         return {}
     (xs, ys, _), task = fixed_prompts(configs[0], settings), configs[0].task
     if task.noise_variance > 0:
@@ -185,6 +192,12 @@ def fixed_prompts(config: RunConfig, settings: StateSettings) -> Prompts:
     noise = prompts.ys - (prompts.xs * prompts.ws.unsqueeze(-2)).sum(-1)
     task = training_pool(config, num_tasks=1)
     return prompts._replace(ys=(prompts.xs * task).sum(-1) + noise, ws=task.expand_as(prompts.ws))
+
+
+def fixed_rows(config: RunConfig, settings: StateSettings) -> tuple[Tensor, Tensor]:
+    """Return the test rows of a language run's state, with BOS, and a position of each."""
+    rows = test_rows(config, settings.num_prompts)
+    return rows, probes.positions(config.seeds.evaluation, len(rows), num_predictions=config.language.num_predictions)
 
 
 def feature_blocks(rows: Sequence[Row], *, block_bytes: int = BLOCK_BYTES) -> Iterator[Float[np.ndarray, "S f"]]:
@@ -222,6 +235,10 @@ def _measure(members: Members, *, settings: StateSettings) -> list[Measurement]:
     if settings.state not in SEES_PROMPTS:
         return [Measurement([]) for _ in members.checkpoints]
     device = next(iter(members.params.values())).device
+    if members.config.model.is_language:
+        rows, at = fixed_rows(members.config, settings)
+        states = next_token_logits(members.config.model, members.params, rows.to(device), at)
+        return [Measurement([], {"state": state}) for state in states.cpu().numpy()]
     prompts = Prompts(*(tensor.to(device) for tensor in fixed_prompts(members.config, settings)))
     model, params = members.config.model, members.params
     if settings.state == "gradients":
@@ -244,8 +261,23 @@ def _num_batches(num_prompts: int) -> int:
 
 
 def _same_prompts(first: RunConfig, second: RunConfig, settings: StateSettings) -> bool:
+    if first.model.is_language or second.model.is_language:
+        return (
+            first.language == second.language
+            and first.model.family == second.model.family
+            and first.seeds.evaluation == second.seeds.evaluation
+        )
     pairs = zip(fixed_prompts(first, settings), fixed_prompts(second, settings), strict=True)
     return first.task.noise_variance == second.task.noise_variance and all(torch.equal(a, b) for a, b in pairs)
+
+
+def _require_state(config: RunConfig, settings: StateSettings) -> None:
+    is_refused = settings.state in ("tokens", "gradients") or settings.distribution != "true"
+    if config.model.is_language and is_refused:
+        raise ConfigError(
+            f"`--state {settings.state} --distribution {settings.distribution}` serves regression runs only; a language run has the states "
+            "outputs, weights, first_moment and second_moment."
+        )
 
 
 def _require_moments(folder: RunFolder) -> None:

@@ -1,0 +1,144 @@
+"""Behaviours of language models on rows of tokens: pure functions of a model, its stacked parameters and tokens.
+
+The definitions are those of Hoogland et al. (2024), arXiv 2402.02364, and of their code. Every estimate is a mean over rows, with its
+standard error; leading axes are members. Losses are in nats.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from icl import metrics
+from icl.config import ModelConfig
+from icl.metrics import Estimate
+from icl.model.language import attention_patterns, last_residual, logits_of, next_token_losses, rows_at_once
+from icl.model.stacked import Params
+
+Rows = Int64[Tensor, "B T"]
+
+
+def token_losses(config: ModelConfig, params: Params, rows: Rows) -> Float[Tensor, "N B T-1"]:
+    """Return -log P(token p + 1 | tokens 0 .. p) for every row and p."""
+    return _in_chunks(config, params, rows, lambda part: next_token_losses(config, params, part[:, :-1], part[:, 1:]))
+
+
+def bigram_score(
+    config: ModelConfig, params: Params, rows: Rows, at: Int64[Tensor, " B"], pairs: Float[Tensor, "V V"]
+) -> tuple[Estimate, Estimate]:
+    """Return the cross-entropy of the model's next token relative to bigram frequencies, and its floor.
+
+    For each row the model reads the tokens up to `at`, and the cross-entropy is -sum over t of q(t | s) log P(t), with s the token at
+    `at`. The floor is the mean entropy of q at the same tokens, which a model that predicts q reaches. Rows whose token never occurs in the
+    table are left out.
+
+    Args:
+        config: The architecture.
+        params: Stacked parameters.
+        rows: Rows of tokens.
+        at: A position of each row.
+        pairs: Empirical frequencies q(t | s), with a row of zeros for a token that does not occur.
+    """
+    rows, at = rows[:, : int(at.max()) + 1], at.to(rows.device)
+    targets = pairs.to(rows.device)[rows.gather(1, at[:, None]).squeeze(1)]  # B V
+    is_known = targets.sum(1) > 0
+    rows, at, targets = rows[is_known], at[is_known], targets[is_known]
+
+    def logits(part: Tensor, chosen: Tensor) -> Tensor:
+        return logits_of(params, _rows_at(last_residual(config, params, part), chosen))[:, :, 0].log_softmax(-1)
+
+    logs = _in_chunks(config, params, rows, logits, at)  # N B V
+    floors = -torch.special.xlogy(targets, targets).sum(-1)
+    return _mean(-(targets * logs).sum(-1)), _mean(floors.expand(len(logs), -1))
+
+
+def next_token_logits(config: ModelConfig, params: Params, rows: Rows, at: Int64[Tensor, " B"]) -> Float[Tensor, "N B"]:
+    """Return the logit of the true next token at one position of each row: the state of essential dynamics in Hoogland et al. (2024)."""
+
+    def logits(part: Tensor, chosen: Tensor) -> Tensor:
+        x = last_residual(config, params, part[:, :-1])
+        return _gathered(logits_of(params, _rows_at(x, chosen))[:, :, 0], part.gather(1, chosen[:, None] + 1))
+
+    return _in_chunks(config, params, rows, logits, at.to(rows.device))
+
+
+def ngram_score(
+    config: ModelConfig, params: Params, ngrams: Int64[Tensor, "G n"], test_losses: Float[Tensor, "N B"], *, bos: int
+) -> Estimate:
+    """Return the n-gram score: how much better the last token of common n-grams is predicted than test tokens at that position.
+
+    It is the mean test loss at index n - 1 divided by the mean loss of the last token of the n-grams, each with BOS in front. Both
+    samples are independent, and the error is that of the first-order expansion of the ratio.
+
+    Args:
+        config: The architecture.
+        params: Stacked parameters.
+        ngrams: The n-grams.
+        test_losses: Losses of the test rows at index n - 1.
+        bos: The token that begins a row.
+    """
+    rows = torch.cat([torch.full_like(ngrams[:, :1], bos), ngrams], dim=1)
+    ours, test = _mean(token_losses(config, params, rows)[..., -1]), _mean(test_losses)
+    ratio = test.value / ours.value
+    relative = ((test.stderr / test.value) ** 2 + (ours.stderr / ours.value) ** 2).sqrt()
+    return Estimate(ratio, ratio * relative)
+
+
+def previous_token_scores(
+    config: ModelConfig, params: Params, rows: Rows, last: Int64[Tensor, " B"]
+) -> Float[Tensor, "N B L H"]:
+    """Return the attention of every head from position `last` of each row to the position before it."""
+    return _attention(config, params, rows, last, last - 1)
+
+
+def prefix_matching_scores(
+    config: ModelConfig, params: Params, rows: Rows, first: Int64[Tensor, " B"], second: Int64[Tensor, " B"]
+) -> Float[Tensor, "N B L H"]:
+    """Return the attention of every head from the second occurrence of a token to the position after the first occurrence."""
+    return _attention(config, params, rows, second, first + 1)
+
+
+def without_positions(params: Params) -> Params:
+    """Return the parameters with the table of positions set to zero."""
+    return {**params, "pos_embed.W_pos": torch.zeros_like(params["pos_embed.W_pos"])}
+
+
+def paired_difference(first: Float[Tensor, "N B"], second: Float[Tensor, "N B"]) -> Estimate:
+    """Return the mean of the difference of two numbers of each row. Noise that both share does not enter the error."""
+    return _mean(first - second)
+
+
+def _rows_at(x: Float[Tensor, "N B T C"], places: Int64[Tensor, " B"]) -> Float[Tensor, "N B 1 C"]:
+    """Return the vector at one position of each row."""
+    return x.gather(2, places[None, :, None, None].expand(len(x), -1, -1, x.shape[-1]))
+
+
+def _gathered(values: Float[Tensor, "N B V"], tokens: Int64[Tensor, "B 1"]) -> Float[Tensor, "N B"]:
+    return values.gather(-1, tokens.expand(len(values), -1, -1)).squeeze(-1)
+
+
+def _attention(config: ModelConfig, params: Params, rows: Rows, queries: Tensor, keys: Tensor) -> Tensor:
+    def chosen(part: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        patterns = attention_patterns(config, params, part, query[:, None])[:, :, :, :, 0]  # N b L H T
+        places = key[None, :, None, None, None].expand(*patterns.shape[:-1], 1)
+        return patterns.gather(-1, places).squeeze(-1)
+
+    return _in_chunks(config, params, rows, chosen, queries.to(rows.device), keys.to(rows.device))
+
+
+def _in_chunks(
+    config: ModelConfig, params: Params, rows: Rows, function: Callable[..., Tensor], *beside: Tensor
+) -> Tensor:
+    """Apply a function to as many rows at a time as memory allows, with the same parts of the tensors `beside`."""
+    size = rows_at_once(config, params, rows.shape[1])
+    with torch.no_grad():
+        return torch.cat([function(*part) for part in _parts(size, rows, *beside)], dim=1)
+
+
+def _parts(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def _mean(values: Float[Tensor, "N B"]) -> Estimate:
+    return metrics.overall_mean(values.unsqueeze(-1))

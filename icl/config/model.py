@@ -1,0 +1,114 @@
+"""The section `model`: the architecture and initial weights of both families of models.
+
+Language models have TransformerLens's architecture, so some settings have the same value in each of them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from icl.config.validation import require, validate
+
+LANGUAGE_ONLY = {"head_size": None, "positions": "standard"}
+"""Settings of `model` that only language models have, with the values that every other model has."""
+_OF_EVERY_LANGUAGE_MODEL = {
+    "layer_norm": "pre",
+    "attention_output": True,
+    "embedding_bias": False,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "unembedding_bias": True,
+    "output": "token",
+    "double_residual": False,
+}
+"""Settings of `model` that have the same value in every language model, because TransformerLens's models have it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Decoder-only transformer: over vector tokens (`icl/model/transformer.py`), or over the tokens of a text (`icl/model/language.py`)."""
+
+    family: Literal["regression", "language"] = "regression"
+    """Family of the model: `regression` reads the prompts of `task`, `language` reads the text of `language`."""
+    num_layers: int = 2
+    """Number L of blocks, each with attention and MLP."""
+    num_heads: int = 4
+    """Number H of attention heads per block. H must divide `embed_size`, unless `head_size` is set."""
+    head_size: int | None = None
+    """Channels c of each head of a language model. By default `embed_size` / `num_heads`."""
+    embed_size: int = 32
+    """Width C of the residual stream."""
+    mlp_size: int = 64
+    """Hidden width of the MLP. In a language model, 0 leaves the MLPs out."""
+    positions: Literal["standard", "shortformer"] = "standard"
+    """Use of the table of positions: it is added to the embeddings (`standard`), or, in a language model, only to the inputs of queries and
+    keys (`shortformer`; Press et al. 2021)."""
+    layer_norm: Literal["pre", "post", "none"] = "pre"
+    """Place of the layer norms: before each sublayer (`pre`), after each residual sum (`post`), or nowhere (`none`)."""
+    attention_output: bool = True
+    """Whether attention has an output projection W_O."""
+    activation: Literal["relu", "gelu", "gelu_tanh"] = "relu"
+    """MLP activation: ReLU, exact GELU, or GPT-2's tanh approximation of GELU."""
+    embedding_bias: bool = False
+    """Whether the token embedding has a bias."""
+    attention_bias: bool = False
+    """Whether query, key, value and output projections have biases."""
+    mlp_bias: bool = True
+    """Whether the MLP has biases."""
+    unembedding_bias: bool = True
+    """Whether the unembedding has a bias."""
+    output: Literal["scalar", "token", "gaussian", "mixture"] = "token"
+    """Output of the model: the prediction alone (`scalar`), D + 1 numbers, of which coordinate 0 is the prediction (`token`), or a
+    predictive distribution of y. This is one Gaussian (`gaussian`) or a mixture of Gaussians (`mixture`). Training then minimises the
+    negative log-likelihood, and the prediction is the mean of the distribution."""
+    num_components: int = 4
+    """Number J of Gaussians of the output `mixture`. It has no effect on other outputs, so only the default is allowed there."""
+    init: Literal["pytorch", "gpt2", "normal"] = "pytorch"
+    """Distribution of the initial weights: nn.Linear's uniform distribution (`pytorch`), N(0, 0.02^2) with scaled residual
+    projections (`gpt2`), or, for language models, N(0, 0.05^2) for every matrix (`normal`)."""
+    double_residual: bool = False
+    """Whether each block's input is added twice, as in the code of Hoogland et al. This is needed only to match their numbers."""
+
+    def __post_init__(self) -> None:
+        counts = {"num_layers": 1, "num_heads": 1, "embed_size": 1, "mlp_size": 0 if self.is_language else 1}
+        validate("model", self, counts={**counts, "head_size": 1, "num_components": 1}, numbers={})
+        require(
+            self.head_size is not None or self.embed_size % self.num_heads == 0,
+            f"`model.num_heads` must divide `model.embed_size`, got {self.num_heads} heads and width {self.embed_size}.",
+        )
+        require(
+            self.output == "mixture" or self.num_components == type(self).num_components,
+            f"`model.num_components` has no effect on the output `{self.output}`. Set `model.output` to `mixture`.",
+        )
+        required = LANGUAGE_ONLY if not self.is_language else _OF_EVERY_LANGUAGE_MODEL
+        for name, value in required.items():
+            got = getattr(self, name)
+            require(got == value, f"`model.{name}` must be {value!r} in a {self.family} model, got {got!r}.")
+        require(
+            self.is_language == (self.init == "normal"),
+            f"`model.init` must be {'' if self.is_language else 'pytorch or gpt2, not '}normal in a {self.family} model, got {self.init!r}.",
+        )
+
+    @property
+    def is_language(self) -> bool:
+        """Whether this is a language model."""
+        return self.family == "language"
+
+    @property
+    def heads_width(self) -> int:
+        """Channels of all heads of a block together, H c."""
+        return self.embed_size if self.head_size is None else self.num_heads * self.head_size
+
+    @property
+    def has_density(self) -> bool:
+        """Whether the model outputs a predictive distribution of y, so that it is trained by negative log-likelihood."""
+        return self.output in ("gaussian", "mixture")
+
+    @property
+    def loss_name(self) -> Literal["mse", "nll"]:
+        """The loss that training minimises: squared error (`mse`) per target, or negative log-likelihood in nats per target or token (`nll`)."""
+        return "nll" if self.has_density or self.is_language else "mse"
+
+    @property
+    def train_metric(self) -> str:
+        """The column of `metrics.csv` with the training loss."""
+        return "train/nll" if self.has_density else "train/loss"

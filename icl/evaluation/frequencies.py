@@ -1,0 +1,73 @@
+"""Frequencies of tokens and of pairs of tokens in the training text of a language run, and the losses of predicting by them.
+
+q(t) and q(t | s) are counted in the first rows of the stream `frequencies`, which has the distribution of the training text. Each count gets
+a half more (Krichevsky and Trofimov 1981), spread over the vocabulary by q(t) for pairs, so that no token has probability zero.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from icl.config import RunConfig
+from icl.tasks.rows import RowSource, TokenRows, row_source
+
+_MIN_TOKENS, _MAX_TOKENS, _PER_PAIR = 2**17, 2**22, 128
+"""Number of tokens that are counted: 128 for each pair of tokens, within these limits."""
+_PRIOR = 0.5
+_AT_ONCE = 2**17
+"""Number of tokens that are drawn and counted at once."""
+
+
+class Frequencies(NamedTuple):
+    """Frequencies in a text, as probabilities."""
+
+    unigrams: Float[Tensor, " V"]
+    pairs: Float[Tensor, "V V"]
+    """Empirical probabilities q(t | s), without a prior; zero in the rows of tokens that were not seen."""
+    smoothed: Float[Tensor, "V V"]
+    """The same with the prior."""
+
+
+def frequencies(config: RunConfig) -> Frequencies:
+    """Return the frequencies in the training text of a run."""
+    return _counted(row_source(config, stream="frequencies"))
+
+
+def frequency_losses(config: RunConfig, rows: TokenRows) -> dict[str, Float[Tensor, "B T"]]:
+    """Return the losses of predicting rows by the frequencies of tokens (`unigram`) and of pairs (`bigram`), in nats."""
+    counted = frequencies(config)
+    return {
+        "unigram": -counted.unigrams.log().to(rows.ys.device)[rows.ys],
+        "bigram": -counted.smoothed.log().to(rows.ys.device)[rows.xs, rows.ys],
+    }
+
+
+def count_pairs(xs: Int64[Tensor, "..."], ys: Int64[Tensor, "..."], vocab_size: int) -> Int64[Tensor, "V V"]:
+    """Return how often each token y follows each token x."""
+    counts = torch.bincount((xs * vocab_size + ys).flatten(), minlength=vocab_size**2)
+    return counts.unflatten(0, (vocab_size, vocab_size))
+
+
+def from_counts(counts: Int64[Tensor, "V V"]) -> Frequencies:
+    """Return the frequencies of a table of counts of pairs."""
+    pairs = counts.float()
+    unigrams = pairs.sum(0) + _PRIOR
+    unigrams = unigrams / unigrams.sum()
+    totals = pairs.sum(1, keepdim=True)
+    smoothed = (pairs + _PRIOR * unigrams) / (totals + _PRIOR)
+    return Frequencies(unigrams, pairs / totals.clamp(min=1), smoothed)
+
+
+@lru_cache(maxsize=4)
+def _counted(source: RowSource) -> Frequencies:
+    """Return the frequencies of a text."""
+    language = source.language
+    counts = torch.zeros(language.vocab_size, language.vocab_size, dtype=torch.int64)
+    each = max(1, _AT_ONCE // language.context_size)
+    num_tokens = min(_MAX_TOKENS, max(_MIN_TOKENS, _PER_PAIR * language.vocab_size**2))
+    for first in range(0, max(1, num_tokens // language.context_size), each):
+        counts += count_pairs(*source.sample(range(1), range(first, first + each)), language.vocab_size)
+    return from_counts(counts)

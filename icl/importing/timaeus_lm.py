@@ -1,0 +1,186 @@
+"""Files of the language models of Hoogland et al. (2024) and their successors (Timaeus, on the Hugging Face Hub), in two formats.
+
+- Format A (`georgeyw/L2W256-3m-rr`): `checkpoints/checkpoint_{step:07d}.pth`, each a dict of `model_state_dict` and `optimizer_state_dict`.
+  There is no file of settings. The code saves after the update, so file 0 has one update; we keep the number in the name.
+- Format B (`timaeus/H8-dh64`): `model.safetensors`, with `config.json` and `model.yaml` beside it, and perhaps a folder `checkpoints`.
+
+Names are TransformerLens's, which are ours. Buffers (`attn.mask`, `attn.IGNORE`) are left out. Weights say all sizes. What they do not say
+comes from the settings beside them: the positions, and the activation of MLPs. `model.yaml` begins with a Python object, so both files are
+read as text, and nothing in them is ever executed. Without such files positions are `shortformer`, as in all published models of format A.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor
+
+from icl.config import RunConfig
+from icl.config.validation import ConfigError
+from icl.files.reading import ContentError, first_line, read_bytes
+from icl.importing.pickles import MAX_FILE, OlderFileError, read_pickle
+from icl.importing.weights import Weights
+from icl.model.losses import shapes_of
+from icl.model.stacked import Params
+
+NAME = "timaeus-lm"
+PRESET = "L2W256"
+PATTERNS = ("checkpoints/checkpoint_*.pth", "checkpoint_*.pth", "checkpoints/*.safetensors", "model.safetensors")
+"""Places of files, in the order in which they are looked for; the first that has any counts."""
+_SETTINGS = ("config.json", "model.yaml")
+_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+"""TransformerLens's names of activations, and ours."""
+_STATE = ("model_state_dict", "state_dict", "model")
+
+
+def read(path: Path) -> Any:
+    """Return the content of a file, without unpickling it.
+
+    Raises:
+        OlderFileError: If it cannot be read.
+    """
+    if path.suffix != ".safetensors":
+        return read_pickle(path)
+    try:
+        return safetensors.torch.load(read_bytes(path, limit=MAX_FILE))
+    except OSError as error:
+        raise OlderFileError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ContentError, SafetensorError, ValueError, TypeError) as error:
+        raise OlderFileError(f"{path} is damaged, or is not a file of safetensors ({first_line(error)}).") from None
+
+
+def is_mine(tree: Any) -> bool:
+    """Return whether a file's content is of this code base."""
+    return isinstance(tree, Mapping) and "embed.W_E" in _state(tree)
+
+
+def step_of(tree: Mapping[str, Any]) -> int | None:
+    """Return None: the step is the file's name."""
+    return None
+
+
+def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that the weights determine, by dotted key.
+
+    Raises:
+        ContentError: If it is not a model of this code base.
+    """
+    weights = Weights(_state(tree))
+    vocab_size, embed_size = weights.shape("embed.W_E", 2)
+    num_layers = weights.num_layers("blocks.{}.attn.W_Q")
+    if not num_layers:
+        raise ContentError("it contains no blocks.0.attn.W_Q")
+    num_heads, _, head_size = weights.shape("blocks.0.attn.W_Q", 3)
+    mlp = "blocks.0.mlp.W_in"
+    return {
+        "language.vocab_size": vocab_size,
+        "language.context_size": weights.shape("pos_embed.W_pos", 2)[0],
+        "model.family": "language",
+        "model.num_layers": num_layers,
+        "model.num_heads": num_heads,
+        "model.head_size": None if num_heads * head_size == embed_size else head_size,
+        "model.embed_size": embed_size,
+        "model.mlp_size": weights.shape(mlp, 2)[1] if mlp in weights else 0,
+    } | _learning_rate(tree)
+
+
+def folder_facts(path: Path) -> dict[str, Any]:
+    """Return the settings that `config.json` or `model.yaml` say, beside the file or in the folder above it.
+
+    Raises:
+        OlderFileError: If the model is of a kind that we do not have.
+    """
+    found: dict[str, Any] = {}
+    for file in (folder / name for folder in (path.parent, path.parent.parent) for name in _SETTINGS):
+        try:
+            text = read_bytes(file).decode("utf-8")
+        except (OSError, ContentError, UnicodeDecodeError):
+            continue
+        positions, norm, activation = (
+            _word(text, key) for key in ("positional_embedding_type", "normalization_type", "act_fn")
+        )
+        if positions not in (None, "standard", "shortformer") or norm not in (None, "LN"):
+            raise OlderFileError(
+                f"{file} describes a model that is not read: positional_embedding_type {positions}, normalization_type {norm}; positions "
+                "must be standard or shortformer, and the normalization LN."
+            )
+        found |= {} if positions is None else {"model.positions": positions}
+        found |= {"model.activation": _ACTIVATIONS[activation]} if activation in _ACTIVATIONS else {}
+    return found
+
+
+def params(tree: Mapping[str, Any], config: RunConfig) -> Params:
+    """Return the weights, without buffers.
+
+    Raises:
+        ContentError: If they do not fit the configuration.
+    """
+    weights, size = Weights(_state(tree)), config.language.context_size
+    for layer in range(config.model.num_layers):
+        weights.drop(f"blocks.{layer}.attn.mask", size, size)
+        weights.drop(f"blocks.{layer}.attn.IGNORE")
+    result = {name: weights.take(name, *shape) for name, shape in shapes_of(config).by_name().items()}
+    weights.finish()
+    return result
+
+
+def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D"]:
+    """Refuse: a language run has no tasks.
+
+    Raises:
+        ConfigError: Always.
+    """
+    raise ConfigError("A language run has no tasks; leave out --tasks.")
+
+
+def fetch(address: str) -> Path:
+    """Return the local copy of a repository of the Hugging Face Hub, which is fetched if it is not in the Hub's cache.
+
+    Args:
+        address: Such as hf://georgeyw/L2W256-3m-rr.
+
+    Raises:
+        ConfigError: If `huggingface_hub` is not installed.
+        OlderFileError: If the repository cannot be fetched.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ConfigError(
+            f"{address} needs the package `huggingface_hub`. Install it with `pip install icl[hub]`."
+        ) from None
+    try:
+        patterns = [*PATTERNS, *_SETTINGS]
+        return Path(snapshot_download(address.removeprefix("hf://"), allow_patterns=patterns))
+    except Exception as error:  # a dozen kinds: no network, no such repository, no access
+        raise OlderFileError(
+            f"{address} cannot be fetched from the Hugging Face Hub ({first_line(error)[:150].rstrip('.')}). Without a network, copy the "
+            "repository's files to a folder and import that folder."
+        ) from None
+
+
+def _word(text: str, key: str) -> str | None:
+    match = re.search(rf"""\b{key}["']?\s*:\s*["']?(\w+)""", text)
+    return None if match is None or match[1] in ("null", "None") else match[1]
+
+
+def _state(tree: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    return next((tree[key] for key in _STATE if isinstance(tree.get(key), Mapping)), tree)
+
+
+def _learning_rate(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the learning rate and the weight decay of the optimiser, if the file has them."""
+    optimiser = tree.get("optimizer_state_dict")
+    groups = optimiser.get("param_groups") if isinstance(optimiser, Mapping) else None
+    group = groups[0] if isinstance(groups, list) and groups and isinstance(groups[0], Mapping) else {}
+    values = {"optim.lr": group.get("lr"), "optim.weight_decay": group.get("weight_decay")}
+    return {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, float) and not isinstance(value, torch.Tensor) and 0 < value < 1
+    }

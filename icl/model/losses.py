@@ -1,0 +1,92 @@
+"""The training loss of every family of models, at each position, for many members at once.
+
+This is the one place that asks for the family of a model to compute with it. Training, sampling and evaluation take their losses here:
+
+- regression: the squared error of the prediction of y_k, or its negative log-likelihood (`icl.model.stacked.target_losses`), for prompts xs (N, B, K, D) and ys (N, B, K);
+- language: -log P(next token) in nats, for tokens xs (N, B, T) and the tokens after them, ys (N, B, T).
+
+Language rows can be long, so their gradients are summed over parts of a batch. The memory for activations then has the bound of
+`icl.model.language.rows_at_once` whatever the size of the batch. Regression prompts are short, and a batch stays whole.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icl.compute.calls import grad_and_aux
+from icl.config import ModelConfig, RunConfig
+from icl.model.language import LanguageModel, next_token_losses, rows_at_once
+from icl.model.stacked import Params, target_losses
+from icl.model.transformer import ParameterShapes, parameter_shapes, shapes_of_module
+
+
+def position_losses(model: ModelConfig, params: Params, xs: Tensor, ys: Tensor) -> Float[Tensor, "N B K"]:
+    """Return the loss at every position of every prompt or row, for N members."""
+    if model.is_language:
+        return next_token_losses(model, params, xs, ys)
+    return target_losses(model, params, xs, ys)
+
+
+def batch_losses(model: ModelConfig, params: Params, xs: Tensor, ys: Tensor) -> Float[Tensor, "N B K"]:
+    """Return `position_losses` without gradients, computed part by part if a batch needs too much memory."""
+    with torch.no_grad():
+        parts = [position_losses(model, params, *part) for part in batch_parts(model, params, xs, ys)]
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def batch_parts(model: ModelConfig, params: Params, xs: Tensor, ys: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Split a batch along the axis of its rows into parts that fit into memory. Parts of one batch may differ by one row."""
+    num_rows = ys.shape[-2]
+    size = rows_at_once(model, params, ys.shape[-1]) if model.is_language else num_rows
+    if size >= num_rows:
+        return [(xs, ys)]
+    num_parts = -(-num_rows // size)
+    return list(zip(xs.tensor_split(num_parts, -2), ys.tensor_split(num_parts, -2), strict=True))
+
+
+def grads_in_parts(
+    model: ModelConfig,
+    to_params: Callable[[Tensor], Params],
+    combine: Callable[[Tensor], tuple[Tensor, Tensor]],
+    leaves: Tensor,
+    batch: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return a gradient and the tensor beside it, as `grad_and_aux` does, for a loss that is a mean over the rows of a batch.
+
+    Args:
+        model: The architecture.
+        to_params: Function from the leaves to stacked parameters.
+        combine: Function from losses (N, B, K) to the number whose gradient is taken, and the tensor to return. Both are means over rows.
+        leaves: Tensors whose gradient is taken: rows of parameters.
+        batch: The inputs and targets of every member.
+    """
+
+    def gradient(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return grad_and_aux(lambda leaves: combine(position_losses(model, to_params(leaves), *part)), leaves)
+
+    with torch.no_grad():
+        parts = batch_parts(model, to_params(leaves), *batch) if model.is_language else [batch]
+    if len(parts) == 1:
+        return gradient(parts[0])
+    num_rows = batch[1].shape[-2]
+    grads = aux = torch.zeros(())
+    for number, part in enumerate(parts):
+        share = part[1].shape[-2] / num_rows
+        part_grads, part_aux = gradient(part)
+        grads = grads.add_(part_grads, alpha=share) if number else part_grads * share
+        aux = aux + part_aux * share
+    return grads, aux
+
+
+def shapes_of(config: RunConfig) -> ParameterShapes:
+    """Return the shapes of the parameters of a run's model, without allocating it.
+
+    Raises:
+        ValueError: If a tensor would be larger than PyTorch allows.
+    """
+    if config.model.is_language:
+        text = config.language
+        return shapes_of_module(LanguageModel, config.model, vocab_size=text.vocab_size, context_size=text.context_size)
+    return parameter_shapes(config.model, task_size=config.task.task_size, max_examples=config.task.max_examples)

@@ -1,0 +1,163 @@
+"""Rows of tokens for language runs: the synthetic language, or a text on disk or on the Hugging Face Hub.
+
+A row is a pure function of (seed, stream, step, index), as a prompt is. So data do not depend on the number of processes, and a resumed
+run reads the rows of an uninterrupted one. Stream `train` uses `seeds.data`; every other stream uses `seeds.evaluation`.
+
+Text: each row is drawn uniformly from the corpus (`icl.tasks.corpus`). The last `evaluation.num_prompts` rows of the corpus are for the
+stream `test` and are in no other stream.
+
+Synthetic language: Markov text with copied segments. Token s has F successors, drawn once from `seeds.tasks`; successor j follows with
+probability proportional to 1 / j. At each position a copy begins with probability `copy_rate`, if none is going on: an earlier position of
+the row and a length are drawn uniformly, and the next tokens repeat those from this position on. So three things can be learned
+in turn: the frequencies of tokens, the table of bigrams, and, with an induction head, the continuation of a copy. The first tokens of a row
+do not depend on its length.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from icl import rng
+from icl.compute.devices import require_memory
+from icl.config import LanguageConfig, RunConfig
+from icl.config.validation import ConfigError
+from icl.tasks.corpus import Corpus, open_corpus
+
+_WORD = 2**32
+_START, _LENGTH, _FROM, _SUCCESSOR = range(4)
+"""Use of the four random words of a position: whether a copy begins, its length, where from, and the successor."""
+TEST = "test"
+"""Stream of the rows that no training step sees."""
+
+
+class TokenRows(NamedTuple):
+    """Batch of rows: the tokens that a model reads, and the tokens that it predicts. There may be more leading axes."""
+
+    xs: Int64[Tensor, "*S B T"]
+    ys: Int64[Tensor, "*S B T"]
+
+
+class RowSource(NamedTuple):
+    """Everything that determines a stream's rows: the settings of the text, the keys of its draws, and the corpus if there is one."""
+
+    language: LanguageConfig
+    key: rng.Stream
+    table_key: rng.Stream
+    corpus: Corpus | None
+    num_held_out: int
+    is_test: bool
+
+    @property
+    def numbers_per_row(self) -> int:
+        """Count of random numbers and tokens that a row needs while it is drawn."""
+        return 6 * self.language.context_size
+
+    def sample(
+        self, steps: range, indices: range | Int64[Tensor, " B"], *, device: torch.device | str = "cpu"
+    ) -> TokenRows:
+        """Return the rows with these indices of each step: xs and ys (S, B, T)."""
+        num_rows = indices.stop - indices.start if isinstance(indices, range) else len(indices)
+        tokens = f"{len(steps) * num_rows:,} rows of {self.language.context_size:,} tokens"
+        require_memory({tokens: 8 * len(steps) * num_rows * self.numbers_per_row}, device)
+        step = steps.start + torch.arange(len(steps), device=device)
+        index = torch.arange(indices.start, indices.stop, device=device) if isinstance(indices, range) else indices
+        rows = self._synthetic(step, index) if self.corpus is None else self._from_corpus(self.corpus, step, index)
+        return TokenRows(rows[..., :-1], rows[..., 1:])
+
+    def _synthetic(self, step: Tensor, index: Tensor) -> Int64[Tensor, "S B T"]:
+        text = self.language
+        words = rng.words(self.key, step, index, 4 * text.context_size).unflatten(-1, (-1, 4))  # S B T 4
+        successors = _successors(self.table_key, text.vocab_size, text.num_successors).to(step.device)  # V F
+        limits = _cumulative(text.num_successors).to(step.device)  # F
+        choices = torch.searchsorted(limits, words[..., _SUCCESSOR].contiguous(), right=True)  # S B T
+        starts = words[..., _START] < int(text.copy_rate * _WORD)
+        shortest = max(1, text.copy_length // 2)
+        lengths = shortest + _below(words[..., _LENGTH], text.copy_length - shortest + 1)
+        rows = torch.full(words.shape[:-1], text.bos, dtype=torch.int64, device=step.device)  # S B T
+        left = rows.new_zeros(rows.shape[:-1])  # S B, tokens that the copy still has
+        source = left.clone()  # S B, the next position that the copy reads
+        for t in range(1, text.context_size):
+            if t > 2:
+                begins = (left == 0) & starts[..., t]
+                left = torch.where(begins, lengths[..., t], left)
+                source = torch.where(begins, 1 + _below(words[..., t, _FROM], t - 2), source)
+            is_copy = left > 0
+            copied = rows.gather(-1, source.clamp(max=t - 1).unsqueeze(-1)).squeeze(-1)
+            rows[..., t] = torch.where(is_copy, copied, successors[rows[..., t - 1], choices[..., t]])
+            left, source = (left - 1).clamp(min=0), source + 1
+        return rows
+
+    def _from_corpus(self, corpus: Corpus, step: Tensor, index: Tensor) -> Int64[Tensor, "S B T"]:
+        if self.is_test:
+            if len(step) > 1 or int(index.max()) >= self.num_held_out:
+                raise ConfigError(
+                    f"The text has {self.num_held_out:,} rows for evaluation, got index {int(index.max())}."
+                )
+            numbers = (corpus.num_rows - self.num_held_out + index).unsqueeze(0)
+        else:
+            numbers = rng.integers(self.key, step, index, corpus.num_rows - self.num_held_out)
+        return corpus.rows(numbers.cpu()).to(step.device)
+
+
+def row_source(config: RunConfig, *, stream: str) -> RowSource:
+    """Return the source of one stream of a language run.
+
+    Raises:
+        ConfigError: If the text cannot be read, or is too short to hold out the rows of the evaluation.
+    """
+    text, num_held_out = config.language, config.evaluation.num_prompts
+    corpus = None if text.is_synthetic else open_corpus(text)
+    if corpus is not None and corpus.num_rows <= num_held_out:
+        raise ConfigError(
+            f"The text {text.source} has {corpus.num_rows:,} rows of {text.context_size:,} tokens, too few to hold out "
+            f"{num_held_out:,} for evaluation. Lower `evaluation.num_prompts` or `language.context_size`."
+        )
+    seed = config.seeds.data if stream == "train" else config.seeds.evaluation
+    keys = rng.stream(seed, f"language/{stream}"), rng.stream(config.seeds.tasks, "language/table")
+    return RowSource(text, *keys, corpus, num_held_out, stream == TEST)
+
+
+def sample_rows_together(
+    sources: Sequence[RowSource],
+    steps: range,
+    indices: range | Int64[Tensor, " B"],
+    *,
+    device: torch.device | str = "cpu",
+) -> TokenRows:
+    """Sample the rows of N sources: xs and ys (N, S, B, T)."""
+    parts = zip(*(source.sample(steps, indices, device=device) for source in sources), strict=True)
+    return TokenRows(*(torch.stack(part) for part in parts))
+
+
+def bigram_table(source: RowSource) -> Float[Tensor, "V V"]:
+    """Return the probabilities of the synthetic language's next token after each token, outside copies."""
+    text = source.language
+    successors = _successors(source.table_key, text.vocab_size, text.num_successors)
+    weights = torch.diff(_cumulative(text.num_successors), prepend=torch.zeros(1, dtype=torch.int64)).double() / _WORD
+    table = torch.zeros(text.vocab_size, text.vocab_size, dtype=torch.float64)
+    return table.scatter_add(1, successors, weights.expand(text.vocab_size, -1))
+
+
+@lru_cache(maxsize=8)
+def _successors(key: rng.Stream, vocab_size: int, num_successors: int) -> Int64[Tensor, "V F"]:
+    """Return the successors of every token. They are ordinary tokens, never the one that begins a row; two of them may be equal."""
+    words = rng.words(key, torch.zeros(1, dtype=torch.int64), torch.arange(vocab_size), num_successors)
+    return _below(words[0], vocab_size - 1)
+
+
+@lru_cache(maxsize=8)
+def _cumulative(num_successors: int) -> Int64[Tensor, " F"]:
+    """Return the upper limits of random words that choose each successor, for probabilities proportional to 1 / j."""
+    weights = 1 / torch.arange(1, num_successors + 1, dtype=torch.float64)
+    limits = (weights.cumsum(0) / weights.sum() * _WORD).long()
+    limits[-1] = _WORD
+    return limits
+
+
+def _below(words: Int64[Tensor, "..."], bound: int) -> Int64[Tensor, "..."]:
+    """Return whole numbers below `bound`, uniform for uniform words of 32 bits."""
+    return torch.bitwise_right_shift(words * bound, 32)

@@ -1,0 +1,39 @@
+"""Random streams of every family of runs: the prompts of regression runs and the rows of tokens of language runs.
+
+Both are pure functions of (seed, stream, step, index), with inputs `xs` and targets `ys`. Training and sampling use this module, so they
+need not know which family they serve.
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from icl.config import RunConfig
+from icl.tasks.prompts import Prompts, PromptSource, prompt_source, sample_together
+from icl.tasks.rows import RowSource, TokenRows, row_source, sample_rows_together
+
+Source: TypeAlias = PromptSource | RowSource
+"""Everything that determines one stream of a run."""
+
+
+def stream_source(config: RunConfig, *, stream: str) -> Source:
+    """Return the source of one stream of a run.
+
+    Raises:
+        ConfigError: If the stream has no name, or the text of a language run cannot be used.
+    """
+    return (row_source if config.model.is_language else prompt_source)(config, stream=stream)
+
+
+def sample_sources(
+    sources: Sequence[Source], steps: range, indices: range | Int64[Tensor, " B"], *, device: torch.device | str = "cpu"
+) -> Prompts | TokenRows:
+    """Sample N sources of one family: `xs` and `ys` have leading axes (N, S, B)."""
+    rows = [source for source in sources if isinstance(source, RowSource)]
+    if rows:
+        return sample_rows_together(rows, steps, indices, device=device)
+    prompts = [source for source in sources if isinstance(source, PromptSource)]
+    return sample_together(prompts, steps, indices, device=device)
