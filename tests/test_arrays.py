@@ -15,6 +15,7 @@ from icl.arrays import real_tensor
 from icl.build import build_model
 from icl.config import OptimConfig, PopulationConfig, TaskConfig, TrainerConfig
 from icl.config.validation import ConfigError, UserError, real, whole
+from icl.evaluation.sets import REPORT
 from icl.metrics import icl_score
 from icl.sampling import estimate_llc
 from icl.tasks.priors import task_pool
@@ -144,7 +145,7 @@ def _zeroed(dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_score_of_predicting_zero_is_the_mean_square_of_the_targets(dtype):
-    ys = sample_prompts(CFG.to_run_config(), stream="true", step=0, batch_size=300).ys
+    ys = sample_prompts(CFG.to_run_config(), stream="true", step=REPORT, batch_size=300).ys
     expected = ys.to(dtype).double().square().mean().item()  # D + sigma^2, up to sampling
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[dtype]
     for batch_size in (np.int64(71), torch.tensor(300), 10**9):
@@ -215,7 +216,7 @@ def test_numbers_of_numpy_and_torch_serve_as_numbers_and_are_saved_as_pythons():
         num_tasks=np.int64(8), task_size=np.int32(4), max_examples=torch.tensor(8), noise_variance=np.float32(0.5)
     )
     assert ours == plain
-    assert {type(value) for value in vars(ours).values()} == {int, float, type(None)}
+    assert {type(value) for value in vars(ours).values()} == {int, float, str, type(None)}
     assert type(OptimConfig(lr=np.float64(0.25)).lr) is float
     assert type(TrainerConfig(max_steps=np.uint8(5)).max_steps) is int
     assert PopulationConfig(seeds=np.arange(3)).seeds == PopulationConfig(seeds=range(3)).seeds == (0, 1, 2)

@@ -292,7 +292,7 @@ def tabulate_losses(predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet
     losses = {name: set_losses(predicted[name], prompt_set).mean(dim=0).tolist() for name in names}
     table = pd.DataFrame(losses, index=[str(k + 1) for k in range(predictions.shape[-1])])
     table.loc["mean"] = table.mean()
-    if not isinstance(prompt_set.prompts, TokenRows):  # the optimum of a language is not known
+    if prompt_set.bayes is not None:
         excess = set_losses(predictions, prompt_set) - _bayes_errors(prompt_set)
         for name, *parts in zip(EXCESS, metrics.position_mean(excess), metrics.overall_mean(excess), strict=True):
             table[name] = torch.cat([part.reshape(-1) for part in parts]).tolist()
