@@ -38,7 +38,7 @@ def analyse_runs(
     for option in ("out", "output_plot", "jointly_with"):
         if getattr(options, option, None) is not None:
             raise ConfigError(f"`--{option}` is for one run, but {folder} has {len(runs)} runs below it; leave it out.")
-    has_failed = False
+    told: set[str] = set()
     for name in names:
         tables = {}
         for run, path in runs.items():
@@ -46,11 +46,12 @@ def analyse_runs(
             try:
                 tables[run] = analyse(name, path, copy.copy(options)).table
             except UserError as error:
-                print(f"icl: {run}: {error}", file=sys.stderr)
-                has_failed = True
+                if str(error) not in told:  # a wrong setting is the same mistake in every run
+                    print(f"icl: {run}: {error}", file=sys.stderr)
+                told.add(str(error))
         if name in POOLED and len(tables) > 1:
             _pool(name, folder, tables, {run: runs[run] for run in tables})
-    return 1 if has_failed else 0
+    return 1 if told else 0
 
 
 def _pool(name: str, folder: Path, tables: "Mapping[str, pd.DataFrame]", runs: Mapping[str, Path]) -> None:

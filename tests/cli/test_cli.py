@@ -107,7 +107,7 @@ def test_evaluating_a_run_writes_its_tables_and_figure(run, tmp_path, capsys):
     out = tmp_path / "out.json"
     assert main(["evaluate", str(run.path), "--num_prompts", "16", "--out", str(out)]) == 0
     table = pd.read_csv(run.results / "evaluation.csv")
-    columns = ["step", "checkpoint_hash", "distribution", "quantity", "position", "value", "stderr"]
+    columns = ["step", "checkpoint_hash", "distribution", "quantity", "position", "value", "stderr", "prompts"]
     assert list(table.columns) == columns
     assert set(table["step"]) == {0, 1, 4, 20}
     assert (run.figures / "evaluation.png").read_bytes().startswith(b"\x89PNG")
