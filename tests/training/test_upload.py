@@ -122,8 +122,9 @@ def _drawn(monkeypatch):
     def draw(folder: RunFolder) -> DrawnRun:
         folder.write_result("losses.csv", "position,model\n")
         LocalStore(folder.figures).write("training.png", b"a figure")
-        losses = pd.DataFrame({"model": [1.0], "ridge": [1.0]}, index=["mean"])
-        return DrawnRun(losses, folder.figures / "training.png", "ridge", 0.0, 0.0)
+        row = {"model": [1.0], "ridge": [1.0], "bayes_excess": [0.0], "bayes_excess_stderr": [0.0]}
+        losses = pd.DataFrame(row, index=["mean"])
+        return DrawnRun(losses, folder.figures / "training.png", "ridge")
 
     monkeypatch.setattr(icl.cli.train, "_show_run", SHOW_RUN)
     monkeypatch.setattr(icl.plotting.training, "draw_run", draw)
