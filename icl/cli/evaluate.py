@@ -104,7 +104,8 @@ def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
     print("of the query, they are values at the query. Losses and squared distances are per target.\n")
     print(means.reindex(last["distribution"].unique()).to_string(float_format="{:.4g}".format, na_rep="-"))
     excess = last[last["quantity"] == "bayes_excess"].set_index("distribution")
-    print("\nLoss minus that of the Bayes predictor, on the same prompts (± standard error of the paired difference):")
+    if len(excess):  # none for language runs, whose optimum is not known
+        print("\nLoss minus that of the Bayes predictor, on the same prompts (± standard error of the paired difference):")
     for distribution, row in excess.iterrows():
         print(f"{distribution:9s} {row['value']:.4g} ± {row['stderr']:.2g}")
     if losses := _predictor_losses(baselines):

@@ -13,8 +13,9 @@ The module `icl.metrics` computes the numbers:
 
 - `loss`: the mean squared error per target, not divided by D.
 - `bayes_excess`: the model's loss minus that of the Bayes predictor of these prompts, on the same prompts (a paired difference). The
-  predictor is dMMSE on `pretrain` for finite M, and ridge on `pretrain` for M = inf and on `true`. Shifts have no such number. It
-  has the same expectation as the gap to this predictor, so it is never negative except by chance.
+  predictor is dMMSE on `pretrain` for finite M. On `pretrain` for M = inf and on `true` it is ridge, or `bayes` if the prior or the noise is
+  not Gaussian. Shifts have no such number. For an exact predictor, the excess has the same expectation as the gap to it, so it is
+  negative only by chance. If `bayes` is estimated, the excess is too small by `bayes_variance`.
 - `delta_ridge`, `delta_dmmse`: the gap to a baseline, the mean squared difference of predictions (Raventos et al. 2023,
   section 2, who divide by D).
 - `delta_bayes`: the gap to the Bayes predictor for new tasks, if this is not ridge because the prior or the noise is not Gaussian
@@ -27,7 +28,7 @@ The module `icl.metrics` computes the numbers:
   et al. 2024).
 
 A language run has one set, `test`: rows that no training step sees. Its loss is -log P(next token) in nats, so a language model is
-represented by its losses instead of its predictions, and there are no gaps. The baselines `unigram` and `bigram` are the losses under the
+represented by its losses instead of its predictions, and there are no gaps. Training and reports use the same rows. The baselines `unigram` and `bigram` are the losses under the
 frequencies of tokens, and of pairs of tokens, in the first rows of the training text. The positions of the ICL score are those
 of Hoogland et al., tokens 50 and 500 of 1,024, in the same proportion to the row.
 """

@@ -15,7 +15,7 @@ INVALID_SHARE = 1.0
 
 
 class Judgement(NamedTuple):
-    """What a number says, and whether it can be trusted. The fields are columns of the table."""
+    """Finding that a number supports, and its verdict. The fields are columns of the table."""
 
     finding: str
     verdict: str
