@@ -105,7 +105,9 @@ def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
     print(means.reindex(last["distribution"].unique()).to_string(float_format="{:.4g}".format, na_rep="-"))
     excess = last[last["quantity"] == "bayes_excess"].set_index("distribution")
     if len(excess):  # none for language runs, whose optimum is not known
-        print("\nLoss minus that of the Bayes predictor, on the same prompts (± standard error of the paired difference):")
+        print(
+            "\nLoss minus that of the Bayes predictor, on the same prompts (± standard error of the paired difference):"
+        )
     for distribution, row in excess.iterrows():
         print(f"{distribution:9s} {row['value']:.4g} ± {row['stderr']:.2g}")
     if losses := _predictor_losses(baselines):
