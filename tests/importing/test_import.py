@@ -17,6 +17,7 @@ from icl import baselines
 from icl.api import ICRegConfig, load_checkpoint, load_model
 from icl.cli import main
 from icl.config.validation import ConfigError
+from icl.evaluation.sets import REPORT
 from icl.importing.pickles import OlderFileError, read_pickle
 from icl.importing.run import import_run
 from icl.runs.checkpoints import CheckpointError, list_steps
@@ -286,7 +287,7 @@ def test_every_command_works_on_an_imported_run(tmp_path, icr_module, capsys):
     (gap,) = rows.query(
         "step == 9 and distribution == 'pretrain' and quantity == 'delta_dmmse' and position == 'mean'"
     )["value"]
-    xs, ys, _ = sample_prompts(run.read_config(), stream="pretrain", step=0, batch_size=64)
+    xs, ys, _ = sample_prompts(run.read_config(), stream="pretrain", step=REPORT, batch_size=64)
     tasks = torch.randn(cfg.max_M, cfg.D, generator=torch.Generator().manual_seed(0))[: cfg.M]
     with torch.no_grad():
         predicted = load_model(run.path)(xs, ys)
