@@ -2,6 +2,9 @@
 
 Training, uploads, sweeps and experiments each respond to Ctrl-C and SIGTERM in their own way. All of them use `handling`, which
 restores the previous handlers at the end. So when an inner piece of work has ended, the outer one handles signals again.
+
+A program that W&B has started as a point of a sweep must tell W&B how it ends, and it cannot do so before it has joined the sweep.
+Until then, `defer` keeps signals in `deferred`.
 """
 
 import contextlib
@@ -12,6 +15,14 @@ from types import FrameType
 from typing import TypeAlias
 
 Handler: TypeAlias = Callable[[int, FrameType | None], object]
+
+deferred: list[signal.Signals] = []
+"""Signals that arrived while `defer` was in force, in order."""
+
+
+def defer(number: int, frame: FrameType | None) -> None:
+    """Handle a signal by appending it to `deferred`. The program continues."""
+    deferred.append(signal.Signals(number))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import difflib
 import importlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from icl.config.older import modern_command, modern_setting
 from icl.config.validation import ConfigError, UserError, user_path
 from icl.files.redaction import redact
 from icl.runs.environment import COMMANDS
+from icl.signals import Handler, defer, handling
 
 _ABOUT = "Train small transformers on in-context linear regression and study how they develop."
 _MORE = "`icl COMMAND --help` has options and examples. Start with: icl train"
@@ -74,7 +76,9 @@ def _run(command: str, words: list[str]) -> int:
         load_env_file()
         _require_ranks()
         _share_the_machine()
-        return importlib.import_module(f"icl.cli.{command}").run([_with_home(word) for word in words])
+        with handling(_signals_of_a_point()):
+            module = importlib.import_module(f"icl.cli.{command}")
+        return module.run([_with_home(word) for word in words])
     except UserError as error:
         return _complain(str(error), error.exit_status)
     except (
@@ -119,6 +123,15 @@ def _require_ranks() -> None:
             del os.environ[name]
         elif text is not None and not re.fullmatch(r"[0-9]{1,9}", text.strip()):
             raise ConfigError(f"{name} must be the number of a process, got {text!r}; correct or unset the variable.")
+
+
+def _signals_of_a_point() -> dict[signal.Signals, Handler]:
+    """Return handlers that defer signals if `wandb agent` started this program.
+
+    They are used while modules are imported, which takes seconds. `icl.training.wandb.agent.work_at_point` acts on the signals
+    later: it gives the point back to W&B. If the program ended during the imports, W&B would never give the point to another agent.
+    """
+    return {signal.SIGTERM: defer, signal.SIGINT: defer} if os.environ.get("WANDB_SWEEP_ID") else {}
 
 
 def _share_the_machine() -> None:

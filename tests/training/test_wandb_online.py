@@ -212,6 +212,49 @@ def test_a_signal_before_training_is_a_preemption_too(wandb_server, start, tmp_p
     assert "Traceback" not in (tmp_path / "said").read_text()
 
 
+STOPPED_WHILE_JOINING = """
+import os, signal, sys
+import wandb
+init = wandb.init
+def slow_init(**options):
+    os.kill(os.getpid(), signal.{signal})
+    return init(**options)
+wandb.init = slow_init
+from icl.cli import main
+sys.exit(main())
+"""
+STOPPED_WHILE_IMPORTING = """
+import builtins, os, signal, sys
+load = builtins.__import__
+def slow_import(name, *rest):
+    if name == "torch":
+        builtins.__import__ = load
+        os.kill(os.getpid(), signal.SIGTERM)
+    return load(name, *rest)
+builtins.__import__ = slow_import
+from icl.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program",
+    [
+        STOPPED_WHILE_JOINING.replace("{signal}", "SIGTERM"),
+        STOPPED_WHILE_JOINING.replace("{signal}", "SIGINT"),
+        STOPPED_WHILE_IMPORTING,
+    ],
+)
+def test_a_signal_before_the_sweep_is_joined_gives_the_point_back(wandb_server, start, tmp_path, program):
+    """An interrupted `wandb.init` used to leave a run that W&B took for finished, and the point was never trained."""
+    process = start([sys.executable, "-c", program, "train", *arguments(SHORT)], **as_point(wandb_server, tmp_path))
+    assert end_of(process) == 130
+    run = wandb_server.runs["run1"]
+    assert (run.was_preempting, run.exit_codes) == (True, [130])
+    assert "Traceback" not in (tmp_path / "said").read_text()
+
+
 @pytest.mark.slow
 def test_an_agent_that_is_told_to_stop_hands_its_point_back(wandb_server, start, tmp_path):
     """SIGTERM stops `wandb agent --forward-signals`. The next agent gets the same run and finishes it."""

@@ -18,7 +18,7 @@ from icl.config.validation import UserError
 from icl.files.reading import MAX_YAML, ContentError, first_line, parse_yaml, read_bytes
 from icl.presets import run_name
 from icl.runs.metrics_file import whole_rows
-from icl.signals import handling
+from icl.signals import defer, deferred, handling
 from icl.training.wandb.log import end_run, exit_code_of, init_settings, sent_step, use_steps
 
 PARENT_PROCESS = os.getppid()
@@ -48,15 +48,20 @@ def work_at_point(read_base: Callable[[], RunConfig], work: Callable[[Any, dict[
         SweepError: See `join_sweep`.
         UserError: Any error of the two functions.
     """
-    # Until training handles SIGTERM itself, the signal interrupts the program, so that the end is reported to W&B.
-    with handling({signal.SIGTERM: signal.default_int_handler}):
+    # An interrupted `wandb.init` leaves a run that W&B takes for finished, so signals wait until it has returned.
+    with handling({signal.SIGTERM: defer, signal.SIGINT: defer}):
         try:
             base = read_base()
         except UserError as error:  # for example, `${args}` passed an invalid value of the point on the command line
             end_run(join_sweep({}), exit_code_of(error))
             raise
         run = join_sweep(base.to_dict())
+    # Until training handles signals itself, they interrupt the program, so that the end is reported to W&B.
+    interrupt = signal.default_int_handler
+    with handling({signal.SIGTERM: interrupt, signal.SIGINT: interrupt}):
         try:
+            if deferred:
+                raise KeyboardInterrupt
             status = work(run, swept_settings(run, base))
         except BaseException as error:
             end_run(run, exit_code_of(error))
