@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import older_models as older
 import pytest
 import torch
+from importing import older_models as older
 
 from icl.api import load_model
 from icl.cli import main

@@ -8,10 +8,10 @@ import types
 from pathlib import Path
 
 import numpy as np
-import older_models as older
 import pandas as pd
 import pytest
 import torch
+from importing import older_models as older
 
 from icl import baselines
 from icl.api import ICRegConfig, load_checkpoint, load_model

@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-import older_models as older
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from importing import older_models as older
 
 from icl.api import load_model
 from icl.cli import main

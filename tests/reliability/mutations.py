@@ -321,6 +321,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
     "npy": (*_BYTES, *[claim_array_size] * 4),
     "npz": (*_BYTES, claim_size, *[change_npz] * 8),
     "safetensors": (*_BYTES, *[change_header] * 4, *[change_about] * 3, *[forge_about] * 3, *[change_tensors] * 4),
+    "foreign safetensors": (*_BYTES, *[change_header] * 6),
 }
 """Mutations for each kind of file. A mutation that occurs several times is drawn that much more often."""
 _FORGERIES = (forge_about, change_tensors, change_npz, claim_size)

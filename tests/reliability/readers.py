@@ -49,6 +49,7 @@ from icl.training.saving import read_resume_file
 from icl.training.wandb.agent import _swept_names as read_swept_names
 from icl.training.wandb.agent import replay
 from icl.training.wandb.log import _run_id
+from tests.reliability.older_files import import_from, make_older_files
 from tests.tiny_runs import TINY, change
 
 Content = Callable[[Path, Path], str | None]
@@ -142,6 +143,7 @@ def make_files(base: Path) -> None:
     (base / "prompt.json").write_text(json.dumps(PROMPT))
     (base / "prompt.csv").write_text("x1,x2,y\n0.1,0.2,0.3\n0.3,-0.4,-0.1\n1.0,2.0,\n")
     _make_experiment(base / "checkpoints", run)
+    make_older_files(base)
 
 
 def _store_result(run: Path) -> None:
@@ -293,6 +295,8 @@ def _resume_previous(base: Path, file: Path) -> int:
     return read_resume_file(_member(base)) and 0
 
 
+TIMAEUS = import_from("timaeus", *["--task.noise_variance", "0.1", "--task.num_tasks", "inf", "--model.num_heads", "2"])
+RAVENTOS = import_from("raventos", "--tasks", "TASKS")
 READERS = (
     Reader("config.yaml", "runs/tiny/config.yaml", "yaml", (REPORT, LIST, LLC, VERIFY, TRAIN)),
     Reader("config.yaml in a store", "store/tiny/config.yaml", "yaml", (PULL, LIST, VERIFY)),
@@ -486,4 +490,18 @@ READERS = (
     Reader("programs of the compiler's cache", "cache/program.so", "bytes", (_clean_cache,), content=_cached_program),
     Reader("prompt, JSON", "prompt.json", "json", (PREDICT,)),
     Reader("prompt, CSV", "prompt.csv", "csv", (PREDICT,)),
+    Reader("older checkpoint, icr", "icr/*.pt", "bytes", (import_from("icr"),)),
+    Reader("older checkpoint, timaeus", "timaeus/1.pt", "bytes", (TIMAEUS,)),
+    Reader("older checkpoint, raventos", "raventos/checkpoint_500/checkpoint", "bytes", (RAVENTOS,)),
+    Reader("older settings, raventos", "raventos/config.json", "json", (RAVENTOS,)),
+    Reader("older tasks", "tasks.npy", "npy", (RAVENTOS,)),
+    Reader("older language model, format A", "lm-a/checkpoints/*.pth", "bytes", (import_from("lm-a"),)),
+    Reader(
+        "older language model, format B",
+        "lm-b/model.safetensors",
+        "foreign safetensors",
+        (import_from("lm-b", "--step", "1"),),
+    ),
+    Reader("older settings, format B", "lm-b/config.json", "json", (import_from("lm-b", "--step", "1"),)),
+    Reader("older text, format B", "lm-b/model.yaml", "text", (import_from("lm-b", "--step", "1"),)),
 )

@@ -6,6 +6,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,8 +17,10 @@ import yaml
 from icl.cli import main
 from icl.files.writing import StorageError
 from icl.runs.folder import local_root
+from icl.sweeps.engine import SweepResult
 from icl.sweeps.slurm import commands, submission
 from icl.sweeps.slurm.commands import parse_duration, seconds_left
+from icl.sweeps.slurm.job import SlurmJob
 from icl.sweeps.slurm.records import (
     JobRecord,
     Submission,
@@ -28,6 +31,7 @@ from icl.sweeps.slurm.records import (
     write_submission,
 )
 from icl.sweeps.slurm.submission import job_script, limited_jobs, new_submission, parse_sbatch
+from icl.sweeps.state import PointState
 
 SLOW = "import time; open('started', 'a').write('x'); time.sleep(1.5)"
 
@@ -181,6 +185,16 @@ def test_notices_that_a_site_prints_are_not_read_as_jobs(sweep, program_of_slurm
     assert "running   job 12_0: on n|1 for 0:07\n" in capsys.readouterr().out
 
 
+def test_a_limit_of_the_account_suggests_fewer_jobs(sweep, program_of_slurm, capsys):
+    """The message is that of a real Slurm whose QOS allows three jobs of a user."""
+    refusal = "sbatch: error: QOSMaxSubmitJobPerUserLimit; sbatch: error: Batch job submission failed"
+    program_of_slurm("sbatch", f"echo '{refusal}' >&2; exit 1")
+    assert main(["sweep", sweep, "--slurm"]) == 1
+    assert "give a smaller `--jobs`" in capsys.readouterr().err
+    assert main(["sweep", sweep, "--slurm", "--jobs", "1"]) == 1
+    assert "--jobs" not in capsys.readouterr().err
+
+
 def test_a_job_waits_only_briefly_for_the_time_that_it_has_left(program_of_slurm, monkeypatch):
     program_of_slurm("squeue", "echo 'Maintenance at 10:30 on Monday'; echo '  1:02:03'")
     assert seconds_left("12_0") == 3723
@@ -245,6 +259,30 @@ def test_no_text_of_the_user_becomes_a_line_of_the_script(tmp_path):
     assert "# Written by: icl sweep 'a rm b'\n" in script
     assert "#SBATCH '--comment=a\\\\b'\n" in script  # Slurm removes one of two backslashes between quotes
     assert "#SBATCH --job-name=icl-a-b\n" in script
+
+
+@pytest.mark.parametrize("queued_by_slurm", [True, False])
+def test_a_preempted_job_goes_on_whether_or_not_the_site_queues_it_again(
+    tmp_path, program_of_slurm, monkeypatch, capsys, queued_by_slurm
+):
+    """The answers are those of a real Slurm with PreemptMode=REQUEUE, which queues the job itself, and with PreemptMode=CANCEL."""
+    answer = "echo '12_0: Job is pending execution' >&2; exit 1" if queued_by_slurm else "echo queued >> queue"
+    shown = "echo 'JobState=COMPLETING Reason=None'; echo 'PreemptTime=2026-11-30T15:05:16'"
+    program_of_slurm("scontrol", f'if [ "$1" = show ]; then {shown}; else {answer}; fi')
+    program_of_slurm("squeue", "echo 1:02:03")
+    program_of_slurm("sbatch", "echo 13")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    write_submission(tmp_path, Submission(submitted=1.5, num_jobs=1, array="12"))
+    states = {0: PointState("waiting", "")}
+    for _ in range(3):  # a job that is preempted again and again before it progresses is not given up
+        job = SlurmJob(tmp_path)
+        assert job.end(SweepResult(states, received=signal.SIGTERM)) == 0
+    record = read_record(tmp_path, 0)
+    assert record is not None
+    assert (record.job, record.state, record.reason) == ("12_0", "waiting", "goes on after its preemption")
+    assert (tmp_path / "queue").exists() is not queued_by_slurm
 
 
 @pytest.mark.slow

@@ -75,12 +75,14 @@ def seconds_left(job: str) -> float | None:
 
 
 def is_preempted(job: str) -> bool:
-    """Return whether Slurm has announced the pre-emption of a job that still runs."""
+    """Return whether Slurm pre-empts a job whose programs still run: it has announced this, or it has just sent SIGTERM."""
     try:
         text = _run("scontrol", "show", "job", job, timeout=_JOB_TIMEOUT_SECONDS)
     except SlurmError:
         return False
-    return "JobState=RUNNING" in text and re.search(r"PreemptTime=\d", text) is not None
+    return (
+        re.search(r"JobState=(RUNNING|COMPLETING)", text) is not None and re.search(r"PreemptTime=\d", text) is not None
+    )
 
 
 def queued_jobs(arrays: Iterable[str]) -> dict[str, QueuedJob] | None:

@@ -92,11 +92,14 @@ class SlurmJob:
 
     def end(self, result: "SweepResult") -> int:
         """Record how the job ends. If it has more to do, put it back in the queue. Return the exit status."""
-        if result.received is not None and not is_preempted(self.id):
+        is_stopped_by_slurm = result.received is not None and is_preempted(self.id)
+        if result.received is not None and not is_stopped_by_slurm:
             self._finish("ended", f"stopped by {result.received.name}: cancelled, queued again or preempted")
             return 128 + result.received
-        if not result.is_over and (result.received is not None or self._reason is not None):
-            return self._go_on(has_progressed=result.has_progressed)
+        if not result.is_over and (is_stopped_by_slurm or self._reason is not None):
+            if is_stopped_by_slurm:
+                return self._go_on("its preemption", is_idle=False)
+            return self._go_on("its time limit", is_idle=not result.has_progressed)
         words = [state.state for state in result.states.values()]
         if result.num_failed:
             self._finish("failed", f"{result.num_failed} of its points failed")
@@ -106,9 +109,9 @@ class SlurmJob:
         self._finish("ended", left)
         return 0
 
-    def _go_on(self, *, has_progressed: bool) -> int:
-        """Put the job back in the queue, or submit a successor, unless it makes no progress."""
-        self._record = replace(self._record, num_idle=0 if has_progressed else self._record.num_idle + 1)
+    def _go_on(self, event: str, *, is_idle: bool) -> int:
+        """Put the job back in the queue after an event, or submit a successor, unless it makes no progress."""
+        self._record = replace(self._record, num_idle=self._record.num_idle + 1 if is_idle else 0)
         if self._record.num_idle >= MAX_IDLE:
             self._finish(
                 "failed",
@@ -116,7 +119,7 @@ class SlurmJob:
                 'more time (`--sbatch "--time=..."`) and run the same command again',
             )
             return 1
-        self._finish("waiting", "goes on after its time limit")
+        self._finish("waiting", f"goes on after {event}")
         refusal = self._requeue()
         if refusal is None:
             return 0
@@ -137,6 +140,8 @@ class SlurmJob:
                 requeue(self.id)
                 return None
             except SlurmError as error:
+                if "pending" in str(error):  # many sites put a preempted job back in the queue themselves
+                    return None
                 if is_last or "disabled" in str(error):
                     return error
             time.sleep(_PAUSE_SECONDS)  # the controller may be restarting

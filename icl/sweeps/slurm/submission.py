@@ -20,7 +20,7 @@ from icl.config.validation import ConfigError, UserError
 from icl.files.writing import StorageError, write_atomically
 from icl.runs.environment import OWN_PROGRAM
 from icl.runs.folder import local_root
-from icl.sweeps.slurm.commands import largest_array, submit
+from icl.sweeps.slurm.commands import SlurmError, largest_array, submit
 from icl.sweeps.slurm.records import Submission, read_submission, write_submission
 
 SCRIPT = "job.sh"
@@ -158,9 +158,13 @@ def submit_array(folder: Path, script: str, *, num_jobs: int, copy: tuple[str, b
         write_atomically(folder / SCRIPT, script.encode())
         write_submission(folder, submission)
         array = submit(folder / SCRIPT)
-    except (UserError, KeyboardInterrupt):
+    except (UserError, KeyboardInterrupt) as error:
         # If Slurm has accepted the jobs after all, they end at once, because this folder is missing.
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, SlurmError) and num_jobs > 1 and "Limit" in str(error):
+            raise SlurmError(
+                f"{str(error).rstrip('.')}. If your account may have fewer jobs at a time, give a smaller `--jobs`."
+            ) from None
         raise
     try:
         write_submission(folder, replace(submission, array=array))
