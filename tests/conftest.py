@@ -14,19 +14,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import hypothesis
 import jaxtyping
 import pytest
-import torch
-
-# Imported before icl: a library that is first imported by a module under jaxtyping's hook is compiled from its source. This
-# would take a third of the time of the start.
-for _library in (
-    "lightning.pytorch",
-    "matplotlib.pyplot",
-    "pandas",
-    "scipy.optimize",
-    "sklearn.decomposition",
-    "torch._dynamo",
-):
-    importlib.import_module(_library)
 
 pytest_plugins = ["hub_server", "s3_server", "slurm_cluster", "wandb_server"]
 
@@ -34,7 +21,23 @@ hypothesis.settings.register_profile("icl", derandomize=True, deadline=None, max
 hypothesis.settings.load_profile("icl")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):  # the other processes run the tests
+        return
+    if config.getoption("jaxtyping_packages"):
+        # Imported before icl: a library that is first imported by a module under jaxtyping's hook is compiled from its source.
+        # This would take a third of the time of the start.
+        for library in (
+            "lightning.pytorch",
+            "matplotlib.pyplot",
+            "pandas",
+            "scipy.optimize",
+            "sklearn.decomposition",
+            "torch._dynamo",
+        ):
+            importlib.import_module(library)
+    import torch
+
     import icl.config
 
     # On two cores, two processes with two threads each would spend more time waiting for each other than computing.
@@ -48,8 +51,11 @@ def pytest_configure() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")
@@ -74,5 +80,5 @@ def _sealed(monkeypatch: pytest.MonkeyPatch, _roots: Iterator[Path]) -> None:
 
 @pytest.fixture
 def as_users_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Turn off the checks of shapes and types, as outside the tests, so that `icl` itself must refuse bad values."""
+    """Turn off the checks of shapes and types, if they are on, so that `icl` itself must refuse bad values."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

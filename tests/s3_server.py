@@ -15,8 +15,6 @@ from urllib.parse import urlsplit
 import boto3
 import pytest
 
-import icl.cli.train
-
 SECRET = "wJalrXUtnFEMI-never-to-be-seen"
 _numbers = count()
 
@@ -220,7 +218,7 @@ def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `icl train` end without its table and figure, which take half of the time of a tiny run."""
-    monkeypatch.setattr(icl.cli.train, "_show_run", lambda folder: None)
+    monkeypatch.setattr("icl.cli.train._show_run", lambda folder: None)
 
 
 def use_server(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:

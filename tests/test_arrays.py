@@ -272,11 +272,18 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("name", baselines.BASELINES)
 def test_baselines_take_the_same_numbers_in_any_form(name):
+    """All predictions are equal bit for bit, except those of `ols`.
+
+    LAPACK's solver (MKL, on processors with AVX2) solves the same system with other rounding errors in about one call of seven,
+    even for the same tensors, because its code depends on where its memory lies. The condition number of the system below is 3, and
+    errors of 4e-16 were seen.
+    """
     baseline, keywords = baselines.BASELINES[name], ARGUMENTS[name]
     expected = baseline(XS, YS, **keywords)
+    tolerance = 1e-14 if name == "ols" else 0.0
     forms = [XS.numpy(), XS.numpy().astype(">f8"), XS.numpy()[:, ::-1].copy()[:, ::-1], XS.tolist()]
     for xs in forms:
-        assert torch.equal(baseline(xs, YS.numpy(), **keywords), expected)
+        torch.testing.assert_close(baseline(xs, YS.numpy(), **keywords), expected, rtol=0, atol=tolerance)
     if "tasks" in keywords:
         for tasks in (TASKS.astype(">f8"), TASKS[::-1].copy()[::-1], pd.DataFrame(TASKS), TASKS.tolist()):
             assert torch.equal(baseline(XS, YS, **keywords | {"tasks": tasks}), expected)

@@ -52,8 +52,7 @@ def save(frame, path):
     return path
 
 
-@pytest.mark.parametrize("model_type", MODELS)
-@pytest.mark.parametrize("suffix", [".csv", ".json"])
+@pytest.mark.parametrize(("model_type", "suffix"), [("linear", ".csv"), ("ridge", ".json"), ("lasso", ".csv")])
 def test_a_linear_law_is_found(model_type, suffix, tmp_path):
     path = save(table(range(1, 21), law), tmp_path / f"t{suffix}")
     features = "log2_num_tasks,loss,icl_score"

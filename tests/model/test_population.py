@@ -113,22 +113,29 @@ def largest_relative_difference(ours, expected):
     return float((ours - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)], ids=str)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
-@pytest.mark.parametrize("num", [1, 3])
-def test_predictions_of_the_members_are_those_of_the_plain_modules(num, shared, options, dtype, tolerance):
-    """Relative to the largest prediction, they agree to 1e-6 in float32, and up to rounding in float64."""
-    together, _, alone, _ = predictions_and_gradients(num, shared, options, dtype)
-    assert largest_relative_difference(together, alone) < tolerance
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 @pytest.mark.parametrize("num", [1, 3])
+def test_predictions_of_the_members_are_those_of_the_plain_modules(num, shared, options, dtype, tolerance):
+    """Relative to the largest prediction, they agree up to rounding.
+
+    In float32 the tolerance is ten times the largest difference that was measured without vector instructions, 2e-7.
+    """
+    together, _, alone, _ = predictions_and_gradients(num, shared, options, dtype)
+    assert largest_relative_difference(together, alone) < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 7e-6)], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("num", [1, 3])
 def test_gradients_of_the_members_are_those_of_the_plain_modules(num, shared, options, dtype, tolerance):
-    """Relative to the largest gradient of each parameter, they agree to 2e-6 in float32, because each may be off by 1e-6."""
+    """Relative to the largest gradient of each parameter, they agree up to rounding.
+
+    In float32 the tolerance is ten times the largest difference that was measured without vector instructions, 7e-7. It occurs for
+    the bias of the last norm, whose gradient is a sum over all targets in which large terms cancel.
+    """
     _, gradients, _, expected = predictions_and_gradients(num, shared, options, dtype)
     assert set(gradients) == set(expected)
     for name in expected:

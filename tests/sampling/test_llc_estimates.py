@@ -101,8 +101,7 @@ def test_a_checkpoint_at_which_one_minibatch_is_not_finite_is_suspect_and_the_re
     assert "checkpoint not finite" in broken(hopeless)
 
 
-@pytest.mark.parametrize("kernel", ["sgld", "rmsprop", "baoab"])
-@pytest.mark.parametrize("bad", ["loss", "gradient"])
+@pytest.mark.parametrize(("bad", "kernel"), [("loss", "sgld"), ("gradient", "rmsprop"), ("gradient", "baoab")])
 def test_minibatches_that_are_not_finite_blame_the_data_and_not_the_step_size(bad, kernel):
     """Chains meet these minibatches only after the batches of the checkpoint's own loss. The square root at zero has a non-finite gradient."""
 
