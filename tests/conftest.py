@@ -17,7 +17,7 @@ import pytest
 
 pytest_plugins = ["hub_server", "s3_server", "slurm_cluster", "wandb_server"]
 
-hypothesis.settings.register_profile("icl", derandomize=True, deadline=None, max_examples=25, database=None)
+hypothesis.settings.register_profile("icl", derandomize=True, deadline=None, max_examples=15, database=None)
 hypothesis.settings.load_profile("icl")
 
 

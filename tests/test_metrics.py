@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 from scipy import stats
 
 from icl import metrics
@@ -254,3 +255,13 @@ def test_importing_metrics_leaves_torchmetrics_alone():
 def test_unknown_name_of_the_module_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'PositionGain'"):
         metrics.PositionGain  # noqa: B018
+
+
+def test_types_and_shapes_are_checked_where_the_option_asks_for_it(request):
+    """Without this test nobody would notice that CI's checks of types and shapes no longer take place."""
+    if not request.config.getoption("jaxtyping_packages"):
+        pytest.skip("needs --jaxtyping-packages=icl,beartype.beartype, as in .ci/run")
+    values = make_values(2, 3, 4)
+    for wrong in (make_values(5, 4), values.numpy(), values.long()):
+        with pytest.raises(TypeCheckError):
+            squared_error(values, wrong)

@@ -1,8 +1,10 @@
 """The command line as a user sees it: help, one sentence for each mistake, exit statuses, and files in the announced places."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,16 +13,23 @@ from tiny_runs import TINY, as_arguments, change
 from icl.cli import COMMANDS, main
 from icl.config.values import known_keys
 from icl.runs.folder import RunFolder, local_root
+from icl.training.run import train
 
 QUICK = change(TINY, trainer={"max_steps": 20}, checkpoints={"every": None, "num_log": 3})
 TRAIN = ["train", *as_arguments(QUICK)]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("DEVICE", "cpu")
+        environment.setenv("WANDB_MODE", "disabled")
+        return train(QUICK, folder=tmp_path_factory.mktemp("trained") / "tiny").folder.path
+
+
 @pytest.fixture
-def run(capsys) -> RunFolder:
-    assert main(TRAIN) == 0
-    capsys.readouterr()
-    return RunFolder(local_root() / "tiny")
+def run(trained) -> RunFolder:
+    return RunFolder(shutil.copytree(trained, local_root() / "tiny"))
 
 
 @pytest.mark.parametrize("words", [[], ["--help"]])

@@ -15,16 +15,17 @@ from icl.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[dev]'")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 MAX_NARROW = 360
 
 
 @pytest.fixture(scope="module")
 def browser():
+    """Return a browser. Playwright is imported here, because its import would slow the start of all tests."""
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         pytest.skip(f"needs one of {', '.join(NAMES)} on PATH (Debian: apt-get install chromium)")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[dev]'")
     with sync_api.sync_playwright() as playwright:
         # Chromium's own sandbox needs rights that containers do not give; the page is our own file.
         opened = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])

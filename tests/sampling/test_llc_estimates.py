@@ -211,7 +211,7 @@ def broken(result):
     return {rule.name for rule in RULES if rule.reason(result) is not None}
 
 
-@pytest.mark.parametrize("factor", [3, 10, 100])
+@pytest.mark.parametrize("factor", [3, 100])
 def test_too_large_a_step_is_never_ok(factor):
     """At the larger step size the chains diverge. At the smaller one the estimate looks plausible, but is too high by over a fifth."""
     result = estimate(lr=factor * 6e-3)

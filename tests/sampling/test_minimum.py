@@ -85,10 +85,10 @@ def test_a_minimum_raises_no_alarm():
         return (H * params["w"].square()).sum() / 2
 
     settings = {**SETTINGS, "num_draws": 60, "num_chains": 4, "trivial_loss": 100.0}
-    found = estimate_many(loss, [{"w": torch.zeros(3)}] * 200, [None], **settings)
-    assert sum(one.has_significant_drop for one in found) <= 3  # of 200; 0.3 expected of a normal
+    found = estimate_many(loss, [{"w": torch.zeros(3)}] * 80, [None], **settings)
+    assert sum(one.has_significant_drop for one in found) <= 2  # of 80; 0.1 expected of a normal
     settled = torch.tensor([one.drop_at_mean for one in found])
-    assert float(settled.mean()) == pytest.approx(0, abs=4 * float(settled.std()) / 200**0.5)
+    assert float(settled.mean()) == pytest.approx(0, abs=4 * float(settled.std()) / 80**0.5)
 
 
 def test_a_saddle_is_seen_by_each_chain_though_not_by_their_mean():

@@ -69,15 +69,15 @@ def test_observables_are_the_same_alone_and_together():
 
 
 def test_susceptibilities_of_a_quadratic_have_their_closed_form():
-    """w_i is normal with variance v_i, so Cov(h w^2 / 2, g w^2 / 2) = h g v^2 / 2. The errors equal the spread of 40 repetitions."""
+    """w_i is normal with variance v_i, so Cov(h w^2 / 2, g w^2 / 2) = h g v^2 / 2. The errors equal the spread of 20 repetitions."""
     observables = {"parts": part_losses, "loss": lambda params: quadratic(params, None)}
     settings = ChainsConfig(**{name: value for name, value in SETTINGS.items() if name != "trivial_loss"})
-    results = estimate_llcs(quadratic, [START] * 40, [None], settings, observables=observables)
+    results = estimate_llcs(quadratic, [START] * 20, [None], settings, observables=observables)
     found = [susceptibility_of(result, "parts", reference="loss") for result in results]
     scores = torch.stack([(values - TRUTH) / errors for values, errors in found])[:, :2]
-    assert scores.mean(0).abs().max() < 3 / math.sqrt(40)
-    # Three standard errors of the deviation of 40 normal scores.
-    assert 1 - 3 / math.sqrt(80) < scores.std(0).min() <= scores.std(0).max() < 1 + 3 / math.sqrt(80)
+    assert scores.mean(0).abs().max() < 3 / math.sqrt(20)
+    # Three standard errors of the deviation of 20 normal scores.
+    assert 1 - 3 / math.sqrt(40) < scores.std(0).min() <= scores.std(0).max() < 1 + 3 / math.sqrt(40)
     assert all(abs(values[2]) < 1e-12 for values, _ in found)  # the loss itself does not differ from the loss
 
 

@@ -203,7 +203,7 @@ def test_another_command_for_the_same_run_is_another_job(tmp_path, ledger):
     assert ledger.count("ended") == {1: 2}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_is_passed_on_and_the_same_command_does_only_what_is_missing(tmp_path, ledger, behave, capsys, number):
     file = write(tmp_path, [1, 2, 3])
     assert main(["sweep", file, "--count", "1"]) == 0
