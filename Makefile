@@ -17,7 +17,7 @@ $(BIN)/icl: setup.py
 train: install  ## Train the quickstart preset (about two minutes)
 	$(BIN)/icl train
 
-test: install  ## Run the default tests (about five minutes on two cores)
+test: install  ## Run the default tests (under five minutes on two cores)
 	$(BIN)/pytest
 
 test-slow: install  ## Run the slow tests too
@@ -54,7 +54,7 @@ docs: install  ## Build the documentation as a site in build/site, offline
 figures: install  ## Draw every figure from the shipped data
 	$(BIN)/python notebooks/execute.py
 
-ci:  ## Run the whole CI in a fresh copy
+ci:  ## Run the whole CI in a fresh copy (about twenty minutes)
 	.ci/run
 
 clean:  ## Remove caches and build files

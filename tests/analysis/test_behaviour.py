@@ -213,8 +213,9 @@ def test_the_behaviour_of_a_run_from_the_command_line(tmp_path, capsys):
     assert len(after) == 5 + 3
 
 
-@pytest.mark.parametrize("changes", [{"num_tasks": math.inf}, {"noise_variance": 0.0}, {"max_examples": 1}])
-@pytest.mark.parametrize("num_scales", [0, 3])
+@pytest.mark.parametrize(
+    ("changes", "num_scales"), [({"num_tasks": math.inf}, 3), ({"noise_variance": 0.0}, 0), ({"max_examples": 1}, 3)]
+)
 def test_other_runs_have_a_table_and_a_figure(tmp_path, changes, num_scales):
     folder = saved_run(tmp_path / "r", change(CONFIG, task=changes), steps=(0, 5))
     settings = Settings(num_prompts=8, num_probe_prompts=4, num_scales=num_scales, num_ood_prompts=4)
