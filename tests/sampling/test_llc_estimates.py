@@ -379,7 +379,7 @@ def test_chains_held_by_the_prior_alone_are_suspect():
     assert "prior dominated" in broken(result)
 
 
-@pytest.mark.parametrize("localization", [5.0, 60.0, 600.0])
+@pytest.mark.parametrize("localization", [5.0, 600.0])
 def test_how_the_llc_answers_to_the_localisation_is_that_of_a_quadratic(localization):
     """The sensitivity is half the sum of s (1 - s), with s = nbeta h / (nbeta h + localization). Flat directions contribute nothing."""
     curvatures = torch.tensor([3.0, 1.0, 0.3, 0.0, 0.0, 0.0])
@@ -394,7 +394,7 @@ def test_how_the_llc_answers_to_the_localisation_is_that_of_a_quadratic(localiza
     truth = float((shares * (1 - shares)).sum()) / 2
     assert result.sensitivity == pytest.approx(truth, abs=4 * result.sensitivity_stderr)
     assert result.sensitivity_stderr < 0.15
-    outweighs = localization == 600  # there 0.82 of the LLC go with an e-fold of it, at 60 0.42
+    outweighs = localization == 600  # there 0.82 of the LLC go with an e-fold of it
     assert ("localization outweighs" in broken(result)) == outweighs
 
 
