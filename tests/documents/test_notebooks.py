@@ -53,7 +53,7 @@ def test_outputs_are_stripped_and_cells_thin(path):
 def test_a_notebook_draws_what_ships(path, runner, quiet, tmp_path, monkeypatch):
     """A notebook writes each figure as PNG, PDF and caption, under the shipped names, and does not change itself.
 
-    A second run of the quickstart's notebook draws the same bytes.
+    A second run of the fastest notebook draws the same bytes.
     """
     before = path.read_bytes()
     notebook = runner.execute(path, tmp_path / "first")
@@ -65,7 +65,7 @@ def test_a_notebook_draws_what_ships(path, runner, quiet, tmp_path, monkeypatch)
     assert stems <= {file.stem for file in (ROOT / "figures").glob("*.png")}, "Run `make figures`."
     for stem in stems:
         assert figures[f"{stem}.txt"].decode() == (ROOT / "figures" / f"{stem}.txt").read_text(encoding="utf-8")
-    if path.stem == "quickstart":
+    if path.stem == "task-prior":
         runner.execute(path, tmp_path / "second")
         assert drawn(tmp_path / "second") == figures
 
