@@ -64,7 +64,11 @@ ANALYSES: dict[str, About] = {
         "language",
         families=("language",),
     ),
-    "stages": About("run", "boundaries between stages from loss, scores and LLC, and the changes within each stage"),
+    "stages": About(
+        "run",
+        "boundaries between stages from loss, scores and LLC, and the changes within each stage",
+        families=("regression", "language"),
+    ),
     "mixture": About(
         "run",
         "mixtures of dMMSE and ridge that are closest to the model: a fixed weight, and prior odds; when they change, and how this grows with M",

@@ -17,10 +17,16 @@ from icl.analysis import ANALYSES, module_name, name_for
 from icl.build import build_checkpoint_model
 from icl.compute.devices import choose_device
 from icl.config import RunConfig
-from icl.config.validation import ConfigError, require
+from icl.config.validation import ConfigError, UserError, require
 from icl.model.stacked import Params, stack
 from icl.progress import progress_bar
-from icl.runs.checkpoints import Checkpoint, CheckpointError, checkpoint_files, load_checkpoint_file
+from icl.runs.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    checkpoint_files,
+    load_checkpoint_file,
+    read_config_of,
+)
 from icl.runs.folder import run_of
 from icl.runs.measure import Cache, Entry, Measurement, entry_rows, measure_checkpoints, require_one_run
 
@@ -97,11 +103,20 @@ def served_analysis(name: str, path: Path) -> str:
     """
     if name not in ANALYSES or ANALYSES[name].of != "run":
         return name
+    family = family_of(path)
+    return name if family is None else name_for(name, family)  # a missing run is reported by the analysis
+
+
+def family_of(path: Path) -> str | None:
+    """Return the family of the run or the checkpoint at a path (`model.family`), or None if there is none that can be read."""
     try:
-        family = load_checkpoint_file(checkpoint_files(path)[0]).config.model.family
-    except CheckpointError:  # reported by the analysis, after its settings have been checked
-        return name
-    return name_for(name, family)
+        return read_config_of(checkpoint_files(path)[0]).model.family
+    except (CheckpointError, OSError):  # a run may have tables without checkpoints
+        pass
+    try:
+        return run_of(path).read_config().model.family
+    except UserError:
+        return None
 
 
 def over_checkpoints(

@@ -52,8 +52,7 @@ def run(words: list[str]) -> int:
     if ANALYSES[chosen[0]].of == "run" and (runs := _runs_below(path)):
         return analyse_runs(chosen, path, runs, options, _analyse)
     if len(chosen) > 1:
-        family = read_family(path)
-        return _analyse_all([name for name in chosen if family in ANALYSES[name].families], path, options)
+        return _analyse_all(that_apply(chosen, path), path, options)
     _analyse(chosen[0], path, options)
     return 0
 
@@ -70,23 +69,26 @@ def _runs_below(path: Path) -> dict[str, Path]:
     return {name: run.path for name, run in named_runs([path]).items()}
 
 
+def that_apply(names: list[str], path: Path) -> list[str]:
+    """Return the analyses that serve the run. For a language run, print which analyses are left out."""
+    from icl.analysis.run import family_of
+
+    family = family_of(path) or "regression"
+    others = [name for name in names if family not in ANALYSES[name].families]
+    if family != "regression" and others:
+        print(f"icl: {', '.join(others)} are left out, because they serve regression runs only.", file=sys.stderr)
+    return [name for name in names if name not in others]
+
+
 def _served(name: str, words: list[str]) -> str:
     """Return the analysis that a name stands for: `behaviour` of a language run is `language-behaviour`."""
+    from icl.analysis.run import family_of
+
     paths = [place_of(word) for word in words if word and not word.startswith("-")]
     families = {
-        read_family(path) for path in paths if (path / "config.yaml").is_file() or path.suffix == ".safetensors"
+        family_of(path) for path in paths if (path / "config.yaml").is_file() or path.suffix == ".safetensors"
     }
     return name_for(name, "language") if name == "behaviour" and families == {"language"} else name
-
-
-def read_family(path: Path) -> str:
-    """Return the family of the run at a path, `regression` if there is no readable run."""
-    from icl.runs.checkpoints import CheckpointError, checkpoint_files, load_checkpoint_file
-
-    try:
-        return load_checkpoint_file(checkpoint_files(path)[0]).config.model.family
-    except CheckpointError:  # reported by the analysis
-        return "regression"
 
 
 def _what(words: list[str]) -> list[str]:

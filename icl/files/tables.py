@@ -16,6 +16,7 @@ from icl.files.reading import MAX_TABLE, ContentError, first_line, read_bytes
 TEXTS = (
     "distribution",
     "quantity",
+    "part",
     "position",
     "verdict",
     "reasons",

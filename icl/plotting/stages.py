@@ -14,9 +14,14 @@ from icl.plotting.style import new_figure, scale_steps, select, set_limits
 _LABELS = {
     "loss": "loss\n(squared error per target)",
     "icl_score": "ICL score\n(negative: examples help)",
+    "bigram_score": "bigram score\n(cross-entropy, nats)",
+    "previous_token": "attention to the\nprevious token",
+    "prefix_matching": "prefix-matching\nattention",
     "prior_task_score": "prior-task score\nE ŷ² (0: the prior's mean)",
     "llc": "LLC",
 }
+_LANGUAGE_LABELS = {"loss": "loss\n(nats per token)", "icl_score": "ICL score, nats\n(negative: context helps)"}
+"""Labels that differ for language runs."""
 _TYPE_COLOURS = {"A": SKY, "B": ORANGE, "?": "#bbbbbb"}
 _TYPE_KEY = "type A (blue): loss falls, LLC rises; B (orange): both fall; grey: unknown; bold: verdict ok"
 _BOUNDARY_STYLES: dict[str, dict[str, Any]] = {
@@ -36,6 +41,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
         title: Title of the figure; the number of boundaries is added to it.
     """
     signals = [signal for signal in _LABELS if (table["signal"] == signal).any()]
+    labels = _LABELS | (_LANGUAGE_LABELS if "family" in table else {})
     figure, axes = new_figure(2, num_rows=len(signals), width=5.6, height=2.5)
     for signal, values, slopes in zip(signals, axes[::2], axes[1::2], strict=True):
         rows = select(table, signal=signal)
@@ -48,7 +54,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
         error = slope["stderr"].astype(float)
         set_limits(slopes, slope.loc[error < 4 * error.median(), "value"], margin=0.15)
         slopes.axhline(0, color=BLACK, linewidth=0.8)
-        values.set_ylabel(_LABELS[signal])
+        values.set_ylabel(labels[signal])
         slopes.set_ylabel("slope per unit of\nln(step + 1)")
         for panel in (values, slopes):
             _draw_boundaries(panel, table)

@@ -1,5 +1,6 @@
 """Stages: published stages are found within their errors, curves without stages have none, and every verdict has a reason."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,14 +12,23 @@ from icl.analysis import stages
 from icl.analysis.run import analyse
 from icl.analysis.stages.agreement import RunBoundary, agree
 from icl.analysis.stages.signals import Signal, mirrors_loss, read_signals
+from icl.api import load_model
 from icl.build import build_model
 from icl.cli import main
+from icl.config import LanguageConfig
 from icl.config.validation import ConfigError
+from icl.evaluation.sets import evaluation_set
 from icl.plotting.llc import read_stages
 from icl.plotting.stages import plot
+from icl.presets import preset
 from icl.runs.checkpoints import CheckpointError, save_checkpoint
 from icl.runs.folder import RunError, RunFolder
 
+WORDS = dataclasses.replace(
+    preset("language-quickstart"),
+    language=LanguageConfig(vocab_size=12, context_size=20),
+    model=dataclasses.replace(preset("language-quickstart").model, num_heads=2, embed_size=8),
+)
 NBETA = 66.67
 SAVED = np.unique(np.r_[500_000 ** np.linspace(0, 1, 100), np.linspace(0, 499_999, 100)].astype(int)).clip(max=499_999)
 FEWER = SAVED[::2]
@@ -288,6 +298,54 @@ def test_the_loss_comes_from_the_first_source_that_has_it(tmp_path):
     folder.write_result("behaviour.csv", table.to_csv(index=False))
     mixed = {one.name: one.source for one in read_signals(folder.path, **asked)[0]}
     assert mixed["loss"] == mixed["icl_score"] == "results/behaviour.csv"
+
+
+def test_signals_of_a_language_run_are_those_of_the_heads_with_the_largest_scores(tmp_path):
+    folder, steps = RunFolder(tmp_path / "r"), range(9)
+    folder.write_config(WORDS)
+    table = pd.DataFrame(
+        [
+            {"step": step, "checkpoint_hash": "x", "quantity": quantity, "part": part, "position": position,
+             "value": step * size, "stderr": 0.1}
+            for step in steps
+            for quantity, part, position, size in (
+                ("loss", "", "mean", 1), ("loss", "", "1", 9), ("icl_score", "", "2:9", 2), ("bigram_score", "", "", 3),
+                ("previous_token", "0.1", "", 4), ("previous_token", "0.10", "", 5), ("prefix_matching", "1.2", "", 6),
+                ("prefix_matching", "1.3", "", -6),
+            )
+        ]
+    )  # fmt: skip
+    folder.write_result("language-behaviour.csv", table.to_csv(index=False))
+    signals, missing = read_signals(folder.path, num_prompts=8, llc_settings=None, worst_llc="suspect")
+    assert {one.name: (one.points["value"].iloc[-1], one.group) for one in signals} == {
+        "loss": (8, "loss"),
+        "icl_score": (16, "loss"),
+        "bigram_score": (24, "loss"),
+        "previous_token": (40, "attention"),
+        "prefix_matching": (48, "attention"),
+    }
+    assert [one.source.rpartition(" ")[2] for one in signals[-2:]] == ["0.10", "1.2"]
+    assert len(missing) == 1
+    assert "no LLC" in missing[0]
+
+
+def test_a_language_run_without_tables_has_the_loss_of_its_test_rows(tmp_path, capsys):
+    folder = RunFolder(tmp_path / "r")
+    folder.write_config(WORDS)
+    for step in range(8):
+        save_checkpoint(folder.checkpoints, step, WORDS, build_model(change(WORDS, seeds={"model": step})).state_dict())
+    assert main(["analyse", str(folder.path), "--what", "stages", "--num_prompts", "8"]) == 0
+    told = capsys.readouterr().out
+    assert "There is no previous_token with at least 8 steps; measure it with `icl analyse" in told
+    table = pd.read_csv(folder.results / "stages.csv")
+    points = table[table["quantity"] == "measured"]
+    assert set(points["signal"]) == {"loss", "icl_score"}
+    assert set(table["family"]) == {"language"}
+    rows = evaluation_set(WORDS, "test", num_prompts=8).prompts
+    losses = -load_model(folder.path).double()(rows.xs).detach().log_softmax(-1).gather(-1, rows.ys[..., None])
+    at_the_end = points[(points["signal"] == "loss") & (points["step"] == 7)]["value"]
+    assert at_the_end.item() == pytest.approx(float(losses.mean()), rel=1e-6)
+    assert "nats per token" in plot(table, title="x").axes[0].get_ylabel()
 
 
 def test_a_constant_or_a_file_are_answered_in_a_sentence(tmp_path, capsys):

@@ -14,6 +14,7 @@ from icl.analysis.run import analyse
 from icl.api import load_model
 from icl.build import build_model
 from icl.cli import main
+from icl.cli.analyse import that_apply
 from icl.compute.step import adam_state, make_step
 from icl.config import (
     CheckpointsConfig,
@@ -264,6 +265,15 @@ def test_essential_dynamics_are_those_of_the_logits(folder, capsys):
     assert "serves regression runs only; a language run has the states outputs, weights" in capsys.readouterr().err
 
 
+def test_all_analyses_of_a_language_run_are_those_that_serve_it_and_the_others_are_named(folder, capsys):
+    names = ["gradients", "essential-dynamics", "attention", "language-behaviour", "stages"]
+    assert that_apply(names, folder.path) == ["essential-dynamics", "language-behaviour", "stages"]
+    told = "icl: gradients, attention are left out, because they serve regression runs only.\n"
+    assert capsys.readouterr().err == told
+    assert that_apply(names[:3], folder.path / "nothing") == names[:3]
+    assert not capsys.readouterr().err
+
+
 def test_next_tokens_are_those_of_the_definition(folder, tmp_path, capsys):
     prompt = tmp_path / "prompt.json"
     prompt.write_text(json.dumps({"tokens": [3, 1, 4]}))
@@ -280,7 +290,7 @@ def test_next_tokens_are_those_of_the_definition(folder, tmp_path, capsys):
     [
         (
             ["analyse", "RUN", "--what", "hessian"],
-            "The analysis `hessian` does not serve language runs; the analyses that do are essential-dynamics, language-behaviour.",
+            "The analysis `hessian` does not serve language runs; the analyses that do are essential-dynamics, language-behaviour, stages.",
         ),
         (
             ["llc", "RUN", "--components", "heads"],

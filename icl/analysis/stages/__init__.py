@@ -25,6 +25,8 @@ Rows of the table, by `quantity`. Column `at` has a step. Column `log_stderr` ha
 - `boundary`: a boundary of the run. `low` and `high` are two standard errors before and after it.
 - `stage`: a stage from `start` to `end`. Only stages have an `end`. The last stage ends at the last step of the run.
 - `change`: change of a signal over a stage.
+
+Tables of language runs have a column `family` with the value `language`. Their loss is in nats per token.
 """
 
 import math
@@ -36,7 +38,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from icl.analysis.run import Result, as_table, setting
+from icl.analysis.run import Result, as_table, family_of, setting
 from icl.analysis.stages.agreement import RunBoundary, agree, step_text
 from icl.analysis.stages.signals import Signal, SignalSettings, Verdict, mirrors_loss, read_signals
 from icl.analysis.stages.smoothing import Curve, SmoothedSignal, fit
@@ -116,6 +118,8 @@ def analyse(path: Path, settings: Settings) -> Result:
     rows = [row for signal in signals for row in _curve_rows(signal, fits[signal.name].curve)]
     rows += [row for boundary in boundaries for row in _boundary_rows(boundary)]
     rows += [row for number, stage in enumerate(stages, 1) for row in _stage_rows(number, stage)]
+    if family_of(path) == "language":  # the column says the unit of the loss; tables of regression runs do not have it
+        rows = [row | {"family": "language"} for row in rows]
     lines = _boundary_lines(boundaries) + _stage_lines(signals, stages)
     lines += [f"Signal {signal.name}: {len(signal.points)} steps from {signal.source}." for signal in signals]
     return Result(as_table([], settings, whole_run=rows), lines + missing)

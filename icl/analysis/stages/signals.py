@@ -1,9 +1,13 @@
-"""Signals in which we look for stages: loss, ICL score, prior-task score and LLC, from the files that a run has.
+"""Signals in which we look for stages: loss, scores and LLC, from the files that a run has.
 
 The loss, the ICL score over the widest span and the prior-task score E yhat^2 (`prior_zero`) are measured on the run's training
 tasks. They come from the first of these sources that has them: `results/behaviour.csv`, `results/evaluation.csv`, the checkpoints
 (on fixed prompts, cached in `results/stages/`), `metrics.csv`. All steps use the same prompts, so the standard errors describe a
 common offset, not the shape of the curve. For these signals only the scatter of the points counts as noise.
+
+A language run has the loss and the ICL score of its test rows, from the same sources, with `results/language-behaviour.csv` as the
+first. That table also gives the bigram score, and the previous-token and the prefix-matching score, each of the head whose score is largest at
+the last step (Hoogland et al. 2024).
 
 The LLC comes from `results/llc.csv`. We use estimates with the same settings, for weights that were not rescaled, and with a
 verdict no worse than `worst_llc`. We take their standard errors as independent, because the chains of different checkpoints have
@@ -14,6 +18,7 @@ The LLC is nbeta (E[L] - L(w0)). If E[L] hardly moves while L(w0) does, the LLC 
 independent signal (`mirrors_loss`). The published curve is an example up to step 46,000, because its chains left the basin.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,12 +27,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from icl.analysis.run import Members, over_checkpoints, setting
+from icl.analysis.run import Members, family_of, over_checkpoints, setting
 from icl.config.validation import require, require_count
-from icl.evaluation.sets import evaluate, evaluation_set
+from icl.evaluation.sets import evaluate, evaluation_set, predictor, set_names
 from icl.files.reading import ContentError
 from icl.files.tables import read_table
-from icl.model.stacked import apply
 from icl.runs.checkpoints import CheckpointError, checkpoint_files
 from icl.runs.folder import RunError, RunFolder, run_of
 from icl.runs.measure import Measurement, entry_rows
@@ -38,7 +42,17 @@ MIRROR = 0.2
 VERSION = 2
 """Version 2 measures on other prompts: those of `icl.evaluation.sets.REPORT`."""
 VERDICTS = ("ok", "suspect", "invalid")
-_QUANTITIES = {"loss": "loss", "icl_score": "icl_score", "prior_zero": "prior_task_score"}
+_HEADS = ("previous_token", "prefix_matching")
+"""Quantities that are measured for every head."""
+_QUANTITIES = {
+    "regression": {"loss": "loss", "icl_score": "icl_score", "prior_zero": "prior_task_score"},
+    "language": {name: name for name in ("loss", "icl_score", "bigram_score", *_HEADS)},
+}
+"""Quantity of the table and name of each signal, for each family of runs."""
+_GROUPS = {"icl_score": "loss", "bigram_score": "loss", **dict.fromkeys(_HEADS, "attention")}
+_TABLES = ("language-behaviour.csv", "behaviour.csv", "evaluation.csv")
+_MEASURED_SETS = ("pretrain", "test")
+"""Sets on which signals are measured, in regression runs and in language runs."""
 _POINT = ["step", "checkpoint_hash", "value", "stderr"]
 
 Verdict = Literal["ok", "suspect", "invalid"]
@@ -48,7 +62,7 @@ class Signal(NamedTuple):
     """A quantity at many saved steps."""
 
     name: str
-    """`loss`, `icl_score`, `prior_task_score` or `llc`."""
+    """`loss`, `icl_score`, `prior_task_score` or `llc`; in language runs also `bigram_score`, `previous_token` and `prefix_matching`."""
     source: str
     """Description of the source for the summary."""
     points: pd.DataFrame
@@ -56,8 +70,12 @@ class Signal(NamedTuple):
 
     @property
     def group(self) -> str:
-        """Group of dependent signals. The ICL score is a difference of two terms of the loss, so both are in one group."""
-        return "loss" if self.name == "icl_score" else self.name
+        """Group of dependent signals.
+
+        The ICL score is a difference of two terms of the loss, and the bigram score is a cross-entropy of the same predictions, so
+        they are in one group with the loss. The scores of heads are in one group too.
+        """
+        return _GROUPS.get(self.name, self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,19 +132,27 @@ def mirrors_loss(signal: Signal, low: float, high: float) -> bool:
 def _behaviour(path: Path, folder: RunFolder, num_prompts: int) -> tuple[list[Signal], list[str]]:
     """Return loss and scores, each from the first source with enough steps, and a message for each missing signal."""
     signals: dict[str, Signal] = {}
-    for name in ("behaviour.csv", "evaluation.csv"):
-        signals = _select_signals(_read(folder.results / name), f"results/{name}") | signals
+    quantities = _QUANTITIES[family_of(path) or "regression"]
+    for name in _TABLES:
+        signals = _select_signals(_read(folder.results / name), f"results/{name}", quantities) | signals
     if "loss" not in signals:
-        signals = _select_signals(_computed(path, num_prompts), "checkpoints") | signals
+        signals = _select_signals(_computed(path, num_prompts), "checkpoints", quantities) | signals
     if "loss" not in signals:
         metrics = _read(folder.metrics_file)
-        if "eval/pretrain/loss" in metrics:
-            points = metrics.rename(columns={"eval/pretrain/loss": "value"}).assign(checkpoint_hash=None, stderr=np.nan)
+        for column in (f"eval/{name}/loss" for name in _MEASURED_SETS if f"eval/{name}/loss" in metrics):
+            points = metrics.rename(columns={column: "value"}).assign(checkpoint_hash=None, stderr=np.nan)
             signals = _signal("loss", "metrics.csv", points) | signals
-    missing = [
-        f"There is no {name} with at least {MIN_POINTS} steps." for name in _QUANTITIES.values() if name not in signals
-    ]
-    return [signals[name] for name in _QUANTITIES.values() if name in signals], missing
+    names = list(quantities.values())
+    missing = [_missing(name, folder) for name in names if name not in signals]
+    return [signals[name] for name in names if name in signals], missing
+
+
+def _missing(name: str, folder: RunFolder) -> str:
+    """Return the message for a signal that no source has."""
+    text = f"There is no {name} with at least {MIN_POINTS} steps"
+    if name in ("bigram_score", *_HEADS):
+        return f"{text}; measure it with `icl analyse {folder.path} --what behaviour`."
+    return f"{text}."
 
 
 def _read(file: Path) -> pd.DataFrame:
@@ -136,23 +162,43 @@ def _read(file: Path) -> pd.DataFrame:
         return pd.DataFrame()
 
 
-def _select_signals(table: pd.DataFrame, source: str) -> dict[str, Signal]:
-    """Return the signals in a table with columns distribution, quantity and position."""
+def _select_signals(table: pd.DataFrame, source: str, quantities: Mapping[str, str]) -> dict[str, Signal]:
+    """Return the signals in a table with columns quantity and position.
+
+    Args:
+        table: The table. Other sets than those of the signals, and other predictors than the model, are left out.
+        source: Description of the table.
+        quantities: Quantities of the table, and the names of their signals.
+    """
     signals: dict[str, Signal] = {}
-    if not {"distribution", "quantity", "position", *_POINT} <= set(table.columns):
+    if not {"quantity", "position", *_POINT} <= set(table.columns):
         return signals
-    table = table[table["distribution"] == "pretrain"]
+    if "distribution" in table:
+        table = table[table["distribution"].isin(_MEASURED_SETS)]
     if "predictor" in table:
         table = table[table["predictor"] == "model"]
-    for quantity, name in _QUANTITIES.items():
+    for quantity, name in quantities.items():
         rows = table[table["quantity"] == quantity]
+        if quantity in _HEADS:
+            signals |= _of_best_head(name, source, rows)
+            continue
         if quantity == "icl_score":
-            ends = rows["position"].str.extract(r"^1:(\d+)$")[0].astype(float)
-            rows = rows[ends == ends.max()]
-        else:
+            ends = rows["position"].str.extract(r"^(\d+):(\d+)$").astype(float)
+            spans = ends[1] - ends[0]
+            rows = rows[spans == spans.max()]
+        elif quantity != "bigram_score":
             rows = rows[rows["position"] == "mean"]
         signals |= _signal(name, source, rows)
     return signals
+
+
+def _of_best_head(name: str, source: str, rows: pd.DataFrame) -> dict[str, Signal]:
+    """Return the scores of the head whose score is largest at the last step."""
+    if rows.empty or "part" not in rows:
+        return {}
+    last = rows[rows["step"] == rows["step"].max()].sort_values("value")
+    head = last["part"].iloc[-1]
+    return _signal(name, f"{source}, head {head}", rows[rows["part"] == head])
 
 
 def _signal(name: str, source: str, points: pd.DataFrame) -> dict[str, Signal]:
@@ -175,9 +221,10 @@ def _computed(path: Path, num_prompts: int) -> pd.DataFrame:
 
 def _measure(members: Members, *, num_prompts: int) -> list[Measurement]:
     device = next(iter(members.params.values())).device
-    prompts = evaluation_set(members.config, "pretrain", num_prompts=num_prompts, device=device)
-    by_member = evaluate(partial(apply, members.config.model), members.params, [prompts])
-    return [Measurement([row for row in rows if row["quantity"] in _QUANTITIES]) for rows in by_member]
+    prompts = evaluation_set(members.config, set_names(members.config)[0], num_prompts=num_prompts, device=device)
+    by_member = evaluate(predictor(members.config.model), members.params, [prompts])
+    quantities = _QUANTITIES[members.config.model.family]
+    return [Measurement([row for row in rows if row["quantity"] in quantities]) for rows in by_member]
 
 
 def _llc(folder: RunFolder, settings: str | None, worst: Verdict) -> Signal | str:
