@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from icl.cli.llc_output import (
     compare_rescaled,
     count_verdicts,
+    describe_bug,
     describe_rise,
     describe_verdicts,
     describe_work,
@@ -109,6 +110,8 @@ def _estimate(job: Job, wandb_run: Any) -> int:
     table = estimates.table
     print(f"{format_rows(table)}\n\n{describe_verdicts(table)}")
     print(f"{'Published settings. ' if job.mode else ''}{describe_rise(table, estimates.trivial_loss)}")
+    if bug := describe_bug(table):
+        print(bug)
     if job.rescale is not None:
         control = _run_sampler(job, job.rescale).table
         print(f"\nControl: {describe_pair(job.config.model)} rescaled by {job.rescale:g}, the function unchanged.\n")

@@ -63,7 +63,8 @@ def describe_work(
 
 def format_rows(table: "pd.DataFrame", *, first: Sequence[str] = ()) -> str:
     """Return the most important columns of a table as text, with at most 40 rows. The columns in `first` come before them."""
-    names = {"init_loss": "L(w0)", "mean_loss": "E[L]", "trivial_loss": "zero's loss"}
+    is_language = _loss_name(table).endswith("cross_entropy")
+    names = {"init_loss": "L(w0)", "mean_loss": "E[L]", "trivial_loss": "uniform's loss" if is_language else "zero's loss"}
     rows = table[[*first, *_SHOWN_COLUMNS]].rename(columns=names)
     return rows.to_string(index=False, float_format="{:.4g}".format, max_rows=40, na_rep="-")
 
@@ -95,6 +96,8 @@ def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
     """Say whether estimates measure the geometry of a basin, or only mirror the loss of the checkpoints."""
     import numpy as np
 
+    from icl.sampling.records import trivial_predictor
+
     rows = table[np.isfinite(table["mean_loss"].astype(float))]
     if rows.empty:
         return "No chain stayed finite, so nothing was measured."
@@ -102,9 +105,12 @@ def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
     level = (
         f"E[L] is {low:.4g}" if math.isclose(low, high, rel_tol=1e-3) else f"E[L] is between {low:.4g} and {high:.4g}"
     )
-    trivial = "predicting zero"
-    if "loss_name" in rows and rows["loss_name"].iloc[0] in ("nll", "subsequence_nll"):
-        level, trivial = f"The loss L is the negative log-likelihood in nats. {level}", "predicting N(0, E[y²])"
+    name = _loss_name(rows)
+    trivial = f"predicting {trivial_predictor(name)}"
+    if name.endswith("nll"):
+        level = f"The loss L is the negative log-likelihood in nats. {level}"
+    elif name.endswith("cross_entropy"):
+        level = f"The loss L is the cross-entropy in nats per token. {level}"
     facts = f"{level}; the loss of {trivial} is {trivial_loss:.4g}."
     num_lower = int((rows["llc"] + 2 * rows["stderr"] < 0).sum())
     if num_lower:
@@ -122,6 +128,23 @@ def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
     if len(rows) > 2 and rows["init_loss"].std() > 0:
         facts += f" (Correlation of the LLC with -L(w0): {np.corrcoef(rows['llc'], -rows['init_loss'])[0, 1]:.4f}.)"
     return facts
+
+
+def describe_bug(table: "pd.DataFrame") -> str:
+    """Return a text with the estimate that the published code gives for the last step of a language run, or nothing if there is none."""
+    from icl.sampling.records import WITH_BUG
+
+    if WITH_BUG not in table:
+        return ""
+    row = table.iloc[-1]
+    return (
+        f"The published code subtracts a wrong initial loss. For these chains it gives {row[WITH_BUG]:.4g}, where the paired excess is "
+        f"{row['llc']:.4g} (column {WITH_BUG} of llc.csv)."
+    )
+
+
+def _loss_name(table: "pd.DataFrame") -> str:
+    return str(table["loss_name"].iloc[0]) if "loss_name" in table else "mse"
 
 
 def compare_rescaled(table: "pd.DataFrame", control: "pd.DataFrame") -> list[str]:
@@ -177,7 +200,7 @@ def draw_figures(run: RunFolder, settings: str, *, label: str, title: str, trivi
         settings: Hash of the sampler's settings.
         label: Suffix of the file names; empty for no suffix.
         title: The title of the figures.
-        trivial_loss: The loss of predicting zero.
+        trivial_loss: The loss of a trivial predictor (`icl.sampling.prompt_loss.trivial_loss`).
     """
     from icl.plotting.llc import plot_llc, read_stages
     from icl.plotting.llc_estimate import plot_estimate, plot_traces

@@ -17,7 +17,7 @@ from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMIL
 from icl.plotting.style import new_figure, scale_steps, select, set_limits
 from icl.plotting.tidying import KEY
 from icl.runs.folder import RunFolder
-from icl.sampling.records import RENAMED_COLUMNS, Record
+from icl.sampling.records import RENAMED_COLUMNS, WITH_BUG, Record, trivial_predictor
 
 VERDICTS: dict[str, dict[str, Any]] = {
     "ok": {"color": BLUE, "marker": "o"},
@@ -26,6 +26,12 @@ VERDICTS: dict[str, dict[str, Any]] = {
 }
 CHAIN_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, BLACK)
 ESCAPE_LABEL = "(E[L] − L(w0)) / (zero's loss − L(w0))"
+_LOSS_LABELS = {
+    "nll": "negative log-likelihood, nats per target",
+    "cross_entropy": "cross-entropy, nats per token",
+    "": "squared error per target",
+}
+"""Label of the loss by the end of its name."""
 
 
 def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Sequence[float] = ()) -> Figure:
@@ -36,7 +42,7 @@ def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Se
 
     Args:
         table: Rows of `llc.csv` that share their sampler settings.
-        trivial_loss: Loss of predicting zero.
+        trivial_loss: Loss of a trivial predictor: of predicting zero, or of the uniform distribution for language.
         title: Title of the figure; the settings are added to it.
         stages: Steps at the boundaries between stages.
     """
@@ -57,8 +63,8 @@ def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Se
                 scale_steps(panel)
         bottom.set_xlabel("step (updates)")
         top.sharex(bottom)
-    is_nll = "loss_name" in table and table["loss_name"].astype(str).str.endswith("nll").all()
-    losses[0].set_ylabel(f"loss ({'negative log-likelihood, nats' if is_nll else 'squared error'} per target)")
+    name = str(table["loss_name"].iloc[0]) if "loss_name" in table else ""
+    losses[0].set_ylabel(f"loss ({next(text for end, text in _LOSS_LABELS.items() if name.endswith(end))})")
     estimates[0].set_ylabel("LLC (bars: 2 standard errors)")
     losses[-1].legend(fontsize=8)
     estimates[-1].legend(fontsize=8)
@@ -138,15 +144,16 @@ def draw_by_verdict(
 
 
 def draw_loss_levels(axes: Axes, row: Mapping[str, Any] | pd.Series) -> None:
-    """Draw L(w0), E[L] and, if it is known, the loss of predicting zero as horizontal lines."""
+    """Draw L(w0), E[L] and, if it is known, the loss of a trivial predictor as horizontal lines."""
     axes.axhline(row["init_loss"], color=BLUE, linewidth=1.6, label="L(w0)")
     axes.axhline(row["mean_loss"], color=VERMILION, linewidth=1.6, label="E[L]")
     if row["trivial_loss"] is not None:
-        axes.axhline(row["trivial_loss"], color=BLACK, linestyle=":", linewidth=1.2, label="predicting zero")
+        label = f"predicting {trivial_predictor(row.get('loss_name'))}"
+        axes.axhline(row["trivial_loss"], color=BLACK, linestyle=":", linewidth=1.2, label=label)
 
 
 def escaped_share(rows: pd.DataFrame) -> pd.Series:
-    """Return (E[L] - L(w0)) / (L(predicting zero) - L(w0)): 0 at the checkpoint's loss, 1 at the loss of predicting zero."""
+    """Return (E[L] - L(w0)) / (L(trivial) - L(w0)): 0 at the checkpoint's loss, 1 at the loss of a trivial predictor."""
     return (rows["mean_loss"] - rows["init_loss"]) / (rows["trivial_loss"] - rows["init_loss"])
 
 
@@ -170,7 +177,8 @@ def describe_settings(row: Mapping[str, Any] | pd.Series) -> str:
 
 
 def _draw_losses(axes: Axes, table: pd.DataFrame, trivial_loss: float) -> None:
-    line = axes.axhline(trivial_loss, color=BLACK, linestyle=":", linewidth=1.2, label="predicting zero")
+    trivial = f"predicting {trivial_predictor(table['loss_name'].iloc[0] if 'loss_name' in table else None)}"
+    line = axes.axhline(trivial_loss, color=BLACK, linestyle=":", linewidth=1.2, label=trivial)
     axes.plot(table["step"], table["mean_loss"], color=VERMILION, marker=".", label="E[L], mean over the chains")
     axes.plot(table["step"], table["init_loss"], color=BLUE, marker=".", label="L(w0), the checkpoint")
     set_limits(axes, pd.concat([table["init_loss"], table["mean_loss"].clip(upper=1.5 * trivial_loss)]))
@@ -178,7 +186,7 @@ def _draw_losses(axes: Axes, table: pd.DataFrame, trivial_loss: float) -> None:
     if not low <= trivial_loss <= high:
         line.set_gid(KEY)  # keep the legend entry, because it says where the invisible line is
         line.set_label(
-            f"predicting zero ({trivial_loss:.3g}, {'above' if trivial_loss > high else 'below'} the axis limits)"
+            f"{trivial} ({trivial_loss:.3g}, {'above' if trivial_loss > high else 'below'} the axis limits)"
         )
 
 
@@ -200,6 +208,11 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
             linestyle=":", capsize=2, label="LLC + drop at the mean of the draws",
         )  # fmt: skip
     low, high = axes.get_ylim()
+    if WITH_BUG in table and table[WITH_BUG].notna().any():
+        low, high = min(low, table[WITH_BUG].min()), max(high, table[WITH_BUG].max() * 1.03)
+        axes.set_ylim(low, high)
+        label = "with the initial loss of the published code"
+        axes.plot(table["step"], table[WITH_BUG], color="0.5", marker="+", linestyle="--", linewidth=0.8, label=label)
     margin = 0.03 * (high - low)
     draw_by_verdict(axes, table["step"], table, limits=(low + margin, high - margin))
 
@@ -210,7 +223,7 @@ def _underestimated(table: pd.DataFrame) -> pd.DataFrame:
     if "drop_at_mean_stderr" not in table:  # not measured
         return table.iloc[:0].assign(drop_at_mean=0.0, drop_at_mean_stderr=0.0)
     is_significant = table["drop_at_mean"] > 3 * table["drop_at_mean_stderr"]
-    # `escaped_share` is not used, because its sign is wrong for a checkpoint that is worse than predicting zero.
+    # `escaped_share` is not used, because its sign is wrong for a checkpoint that is worse than a trivial predictor.
     rise, height = table["mean_loss"] - table["init_loss"], table["trivial_loss"] - table["init_loss"]
     return table[is_significant & table["llc"].notna() & ~(rise > height / 2)]
 
@@ -245,14 +258,16 @@ def _draw_settings(axes: Axes, rows: pd.DataFrame, x: str, family: str, label: s
 
 
 def _draw_escape(axes: Axes, survey: pd.DataFrame) -> None:
-    """Draw how far the sampled loss rose towards the loss of predicting zero, with the thresholds of the verdicts."""
+    """Draw how far the sampled loss rose towards the loss of a trivial predictor, with the thresholds of the verdicts."""
     share = escaped_share(survey)
     for colour, (_, group) in zip(CHAIN_COLOURS, survey.groupby("ratio"), strict=False):
         axes.plot(group["nbeta"], share[group.index], color=colour, marker=".")
     for level, word in ((0.5, "escaped"), (0.1, "escaping")):
         axes.axhline(level, color=BLACK, linestyle=":", linewidth=1)
         axes.annotate(word, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-    axes.set(xlabel="nβ", ylabel=ESCAPE_LABEL, title="Escape from the basin")
+    is_language = "loss_name" in survey and survey["loss_name"].astype(str).str.endswith("cross_entropy").all()
+    label = ESCAPE_LABEL.replace("zero's", "uniform's") if is_language else ESCAPE_LABEL
+    axes.set(xlabel="nβ", ylabel=label, title="Escape from the basin")
     axes.set_ylim(bottom=0, top=max(0.6, 1.05 * float(np.nanmax(share.clip(upper=1.5).fillna(0)))))
     _tick_each(axes, survey["nbeta"])
 

@@ -14,7 +14,7 @@ from icl.plotting.colours import BLACK, BLUE
 from icl.plotting.llc import CHAIN_COLOURS, describe_settings, step_prefix, title_estimate
 from icl.plotting.style import new_figure, set_limits, spread_indices
 from icl.plotting.tidying import KEY
-from icl.sampling.records import Record
+from icl.sampling.records import Record, trivial_predictor
 
 _MAX_TRACES = 6
 
@@ -27,7 +27,7 @@ def plot_estimate(record: Record, trivial_loss: float, *, title: str) -> Figure:
 
     Args:
         record: The estimate.
-        trivial_loss: Loss of predicting zero.
+        trivial_loss: Loss of a trivial predictor: of predicting zero, or of the uniform distribution for language.
         title: Title of the figure; the settings are added to it.
     """
     row = record.row
@@ -45,7 +45,7 @@ def plot_estimate(record: Record, trivial_loss: float, *, title: str) -> Figure:
     _draw_levels(axes, row, excess)
     zero, (low, high) = row["nbeta"] * (trivial_loss - row["init_loss"]), axes.get_ylim()
     where = "" if low <= zero <= high else f" ({zero:,.0f} nats, {'above' if zero > high else 'below'} the axis limits)"
-    axes.axhline(zero, color=BLACK, linestyle=":", linewidth=1.2, label=f"predicting zero{where}", gid=KEY)
+    axes.axhline(zero, color=BLACK, linestyle=":", linewidth=1.2, label=f"predicting {trivial_predictor(row.get('loss_name'))}{where}", gid=KEY)
     axes.set(
         ylim=(low, high),
         xlabel="move of the chain (burn-in shaded)",

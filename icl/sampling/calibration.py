@@ -25,7 +25,7 @@ from icl.runs.measure import load_same_run
 from icl.sampling.batches import batch_function
 from icl.sampling.curvature import largest_curvature
 from icl.sampling.prompt_loss import prompt_target, trivial_loss
-from icl.sampling.records import EstimateSettings, Record, make_record
+from icl.sampling.records import EstimateSettings, Record, make_record, trivial_predictor
 from icl.sampling.result import LLCResult
 from icl.sampling.run import chosen_files, estimate_grid, move_bar, run_files, sampling_device
 from icl.sampling.search import (
@@ -108,8 +108,8 @@ def calibrate(
         run = run_of(path)
         steps = ", ".join(f"{checkpoint.step:,}" for checkpoint in checkpoints)
         say(
-            f"Checkpoints: {steps}. Largest curvature: {curvature:.3g}. The loss of predicting zero exceeds the last checkpoint's "
-            f"loss by {height:.3g}."
+            f"Checkpoints: {steps}. Largest curvature: {curvature:.3g}. The loss of predicting {trivial_predictor(target.name)} "
+            f"exceeds the last checkpoint's loss by {height:.3g}."
         )
         first = [
             point.sampler(sampler)

@@ -3,7 +3,8 @@
 The loss is the one that training minimised: the mean squared error per target, not divided by D, or the negative log-likelihood in nats
 per target if `model.output` is `gaussian` or `mixture`. For language it is
 -log P(next token) in nats. It is a vector over the K positions, whose mean is the loss. The column
-`loss_name` of the results says which loss it is: `mse`, `nll`, `subsequence` or `subsequence_nll`.
+`loss_name` of the results says which loss it is: `mse`, `nll` or `cross_entropy`, or `subsequence`, `subsequence_nll` or
+`subsequence_cross_entropy`.
 The `subsequence` loss (Hoogland et al. 2024, calibration) is the mean error of the first K' targets, with K' uniform on 1, ..., K. We
 take its expectation over K', which weights position k by the sum over K' >= k of 1 / (K K'). Their code draws one K' for each
 prompt, which adds noise but no information.
@@ -125,7 +126,10 @@ def trivial_loss(config: RunConfig) -> float:
 
 def _loss_name(model: ModelConfig, loss: str) -> str:
     """Return the name of the loss in results, such as `mse`."""
-    return loss if not model.has_density else "nll" if loss == "mse" else f"{loss}_nll"
+    if not model.is_language and not model.has_density:
+        return loss
+    name = "cross_entropy" if model.is_language else "nll"
+    return name if loss == "mse" else f"{loss}_{name}"
 
 
 def _position_weights(loss: str, max_examples: int) -> Float[Tensor, " K"]:

@@ -1,5 +1,8 @@
 """The sampler settings of Hoogland et al. 2024, and the conversion of their parameters."""
 
+from jaxtyping import Float
+from torch import Tensor
+
 from icl.config import SamplerConfig
 from icl.config.validation import real
 from icl.presets import preset
@@ -49,8 +52,22 @@ have different noise at each checkpoint. The second difference is that we averag
 PUBLISHED_LANGUAGE = preset("L2W256").sampler
 """The settings of the same paper for its language models: 20 chains of 200 draws, without burn-in, with n / ln n of n = 100.
 
-Their initial loss has a bug: it is the mean over chains of the first draw, taken while later chains still hold 0. Ours is the checkpoint's own
-loss, and the excess is paired with it, so we cannot reproduce their estimates with the bug."""
+The estimate `llc` of our rows is paired with the checkpoint's own loss. `llc_with_initial_loss_bug` is the estimate of their code from the
+same chains."""
+
+
+def llc_with_initial_loss_bug(losses: Float[Tensor, "C S"], *, nbeta: float) -> float:
+    """Return the LLC that the code of Hoogland et al. 2024 for language models gives for these losses of C chains at S draws.
+
+    It averages nbeta (L - L_init) over chains and draws. L_init is the mean over all C chains of the loss of their first draw. But the
+    chains run one after the other, and the code computes L_init anew at every draw, when the later chains still hold 0. So chain c
+    (counted from 0) subtracts only the sum of the first losses of chains 0 to c, divided by C. The code gives 0 for the first draw.
+
+    If all first losses are L0, the estimate is too large by nbeta L0 (C - 1) / (2 C), apart from the first draw.
+    """
+    initial = losses[:, 0].cumsum(0) / len(losses)  # C
+    excess = losses[:, 1:] - initial[:, None]
+    return float(nbeta * excess.sum(1).mean() / losses.shape[1])
 
 
 def published(family: str) -> SamplerConfig:

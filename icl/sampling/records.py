@@ -27,6 +27,7 @@ from icl.runs.folder import RunFolder
 from icl.runs.measure import Cache, Entry, Measurement
 from icl.sampling import verdict
 from icl.sampling.prompt_loss import PARTS
+from icl.sampling.published import llc_with_initial_loss_bug
 from icl.sampling.result import LLCResult
 from icl.sampling.susceptibility import susceptibility
 
@@ -46,10 +47,13 @@ _POSITION_NUMBERS = ("step", "position", "llc", "stderr")
 COMPONENT_TABLE, SUSCEPTIBILITY_TABLE = "llc-components.csv", "llc-susceptibilities.csv"
 PARTS_NAME = "parts"
 """Name of the observable with the losses of the parts of the data."""
+WITH_BUG = "llc_with_initial_loss_bug"
+"""Column with the estimate of the published code for language models, bug included; only rows of the published mode have it."""
 MAX_TRACE = 1000
 """Largest number of stored points of each chain's trace."""
 VERSION = 3
 """Version of the method; estimates of another version are computed again."""
+_TRIVIAL_PREDICTORS = {"cross_entropy": "the uniform distribution", "nll": "N(0, E[y²])"}
 _NOT_SAMPLED = ("steps", "memory")
 """Settings that do not change any chain."""
 
@@ -120,6 +124,16 @@ class EstimateSettings(NamedTuple):
         return Cache(run.results / "llc" / self.digest)
 
 
+def trivial_predictor(loss_name: object) -> str:
+    """Return what the trivial predictor of a loss predicts; `loss_name` is the name of the loss in `llc.csv`.
+
+    Examples:
+        >>> trivial_predictor("mse"), trivial_predictor("cross_entropy")
+        ('zero', 'the uniform distribution')
+    """
+    return next((text for name, text in _TRIVIAL_PREDICTORS.items() if str(loss_name).endswith(name)), "zero")
+
+
 def make_record(result: LLCResult, settings: EstimateSettings) -> Record:
     """Return the parts of an estimate that are stored."""
     sampler = settings.sampler
@@ -131,6 +145,8 @@ def make_record(result: LLCResult, settings: EstimateSettings) -> Record:
         "component": settings.component,
         "settings": settings.digest,
     }
+    if settings.mode.startswith("published") and result.loss_name.endswith("cross_entropy"):
+        row[WITH_BUG] = llc_with_initial_loss_bug(result.loss_trace, nbeta=result.settings.inverse_temperature)
     row = {name: row[name] for name in COLUMNS} | row
     origin = {name: row[name] for name in ("step", "checkpoint_hash", "settings")}
     positions = []

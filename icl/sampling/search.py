@@ -57,8 +57,8 @@ _MAX_INIT_BATCHES = 256
 """Largest number of batches for the checkpoint's own loss, which all settings share."""
 
 RULE = f"""\
-The rule: at a few checkpoints we try nbeta = {", ".join(f"{x:g}" for x in NBETAS)} divided by (loss of predicting zero - checkpoint's loss). At
-each nbeta we try localization / nbeta = {", ".join(f"{x:g}" for x in RATIOS)} times the largest curvature. lr is {STEP:g} / (nbeta curvature + localization).
+The rule: at a few checkpoints we try nbeta = {", ".join(f"{x:g}" for x in NBETAS)} divided by (loss of a trivial predictor - checkpoint's
+loss). At each nbeta we try localization / nbeta = {", ".join(f"{x:g}" for x in RATIOS)} times the largest curvature. lr is {STEP:g} / (nbeta curvature + localization).
 1. The last checkpoint must be healthy: no rule of the verdict may be broken. The bias of the step size is an exception (see 4), and
    so are R-hat, the effective sample size and significance, because the chains of the search are short. Burn-in is
    2 / (lr localization) moves of SGLD. In these moves the variance in flat directions grows to 86% of its final value. `baoab` with

@@ -33,7 +33,8 @@ from icl.model.flat import layout_of
 from icl.model.stacked import stack
 from icl.presets import preset, run_name
 from icl.runs.folder import RunFolder
-from icl.sampling.published import PUBLISHED, published
+from icl.sampling.published import PUBLISHED, llc_with_initial_loss_bug, published
+from icl.sampling.records import WITH_BUG, read_all
 from icl.tasks.rows import row_source
 from icl.training.run import train, train_population
 
@@ -232,6 +233,40 @@ def test_the_published_sampler_is_that_of_the_papers_language_models():
     assert (sampler.batch_size, sampler.num_burnin_steps) == (100, 0)
     assert sampler.inverse_temperature == pytest.approx(21.71, abs=0.01)
     assert published("regression") == PUBLISHED
+
+
+def published_code(losses, nbeta):
+    """Return the published estimate, by the loop of a program whose table of losses is filled while the chains run one after the other."""
+    num_chains, num_draws = losses.shape
+    table, llcs = np.zeros(losses.shape), np.zeros(losses.shape)
+    for chain in range(num_chains):
+        for draw in range(num_draws):
+            table[chain, draw] = losses[chain, draw]
+            if draw:
+                before = draw * llcs[chain, draw - 1]
+                llcs[chain, draw] = (before + nbeta * (losses[chain, draw] - table[:, 0].mean())) / (draw + 1)
+    return llcs[:, -1].mean()
+
+
+def test_the_published_mode_is_labelled_and_has_the_estimate_with_the_bug(folder, tmp_path, capsys):
+    words = ["llc", str(folder.path), "--published", "--steps", "last", "--out", str(tmp_path / "rows.csv")]
+    few = {"num_chains": 3, "num_draws": 5, "batch_size": 4, "num_samples": 4}
+    main([*words, *(word for name, value in few.items() for word in (f"--sampler.{name}", str(value)))])
+    told = capsys.readouterr().out
+    row = pd.read_csv(tmp_path / "rows.csv").iloc[0]
+    assert row["mode"].startswith("published, num_samples=4")
+    assert row["loss_name"] == "cross_entropy"
+    records = [record for record in read_all(folder) if record.row["settings"] == row["settings"]]
+    traces, nbeta = records[0].traces.astype(float), row["nbeta"]
+    assert row[WITH_BUG] == pytest.approx(published_code(traces, nbeta), rel=1e-5)
+    # With one loss everywhere, only the bug is left.
+    same = torch.full((20, 200), 3.0, dtype=torch.float64)
+    expected = 2 * 3.0 * 19 / 40 * 199 / 200
+    assert llc_with_initial_loss_bug(same, nbeta=2.0) == pytest.approx(expected, rel=1e-12)
+    assert f"the loss of predicting the uniform distribution is {math.log(12):.4g}" in told
+    assert "uniform's loss" in told
+    assert "zero" not in told
+    assert f"For these chains it gives {row[WITH_BUG]:.4g}, where the paired excess is {row['llc']:.4g}" in told
 
 
 def test_essential_dynamics_are_those_of_the_logits(folder, capsys):
