@@ -159,7 +159,8 @@ ICR = RunConfig(
 )
 
 # Hoogland et al. (2024), arXiv 2402.02364, language model. Text, model, optimiser and sampler are those of the authors' files; their
-# text changes to a second part, hf://georgeyw/dsir-pile-5m-2, at step 25,000, which ours does not. They save every 100 steps. The sampler has
+# text changes to a second part at step 25,000: --language.next_source hf://georgeyw/dsir-pile-5m-2 --language.change_step 25000. The preset
+# leaves this out, because both texts would be fetched before the first step. They save every 100 steps. The sampler has
 # their settings, with n / ln n of n = 100 (`nbeta`). We have not checked its estimates at this size.
 L2W256 = RunConfig(
     preset="L2W256",

@@ -27,6 +27,10 @@ class LanguageConfig:
     source: str = SYNTHETIC
     """Source of the text: `synthetic`, a file of tokens (.npy), a folder or file of text (.txt, .jsonl), or a dataset of the Hugging Face
     Hub (hf://USER/NAME)."""
+    next_source: str | None = None
+    """Source of the training rows from step `change_step` on. All other rows, such as test rows, still come from `source`."""
+    change_step: int | None = None
+    """First step whose training rows come from `next_source`; 25,000 in Hoogland et al. 2024."""
     tokenizer: str | None = None
     """Tokenizer of text: a file tokenizer.json, or hf://USER/NAME. A source of tokens needs none."""
     column: str = "text"
@@ -44,7 +48,7 @@ class LanguageConfig:
     """Largest length of a copied segment. Lengths are uniform from half of it to all of it."""
 
     def __post_init__(self) -> None:
-        counts = {"vocab_size": 3, "context_size": 4, "num_successors": 1, "copy_length": 2}
+        counts = {"vocab_size": 3, "context_size": 4, "num_successors": 1, "copy_length": 2, "change_step": 1}
         validate("language", self, counts=counts, numbers={"copy_rate": "zero or positive"})
         require(self.copy_rate <= 1, f"`language.copy_rate` must be at most 1, got {self.copy_rate!r}.")
         require(
@@ -52,6 +56,16 @@ class LanguageConfig:
             f"`language.vocab_size` must be at most {MAX_VOCAB_SIZE:,}, got {self.vocab_size:,}.",
         )
         require(bool(self.source.strip()), "`language.source` must name a source of text, got nothing.")
+        require(
+            (self.next_source is None) == (self.change_step is None),
+            "`language.next_source` and `language.change_step` belong together: set both, or neither.",
+        )
+        if self.next_source is not None:
+            require(bool(self.next_source.strip()), "`language.next_source` must name a source of text, got nothing.")
+            require(
+                SYNTHETIC not in (self.source, self.next_source),
+                "`language.next_source` needs a text as `language.source`, and must be a text itself, not the synthetic language.",
+            )
 
     @property
     def is_synthetic(self) -> bool:

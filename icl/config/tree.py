@@ -34,6 +34,9 @@ LATER_SETTINGS = ("model.family", "model.head_size", "model.positions", "optim.w
 """Settings and sections that came with language models. `to_dict` leaves them out of a regression run while they have their defaults.
 Digests and names of such runs are computed from `to_dict`, so they stay as they were."""
 
+LATER_LANGUAGE_SETTINGS = ("next_source", "change_step")
+"""Settings of `language` that came after the first language runs. `to_dict` leaves them out while they have their defaults."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChainsConfig:
@@ -270,9 +273,12 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the tree as nested dicts of plain values. Infinity becomes the text `inf`.
 
-        A regression run has no key of `LATER_SETTINGS` that has its default.
+        A regression run has no key of `LATER_SETTINGS` that has its default, and a language run none of `LATER_LANGUAGE_SETTINGS`.
         """
         tree = _plain(dataclasses.asdict(self))
+        for name in LATER_LANGUAGE_SETTINGS:
+            if tree["language"][name] is None:
+                del tree["language"][name]
         if not self.model.is_language:
             defaults = dataclasses.asdict(RunConfig()) if self != RunConfig() else tree
             for key in LATER_SETTINGS:

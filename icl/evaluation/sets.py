@@ -28,7 +28,7 @@ The module `icl.metrics` computes the numbers:
   et al. 2024).
 
 A language run has one set, `test`: rows that no training step sees. Its loss is -log P(next token) in nats, so a language model is
-represented by its losses instead of its predictions, and there are no gaps. Training and reports use the same rows. The baselines `unigram` and `bigram` are the losses under the
+represented by its losses instead of its predictions, and there are no gaps. The baselines `unigram` and `bigram` are the losses under the
 frequencies of tokens, and of pairs of tokens, in the first rows of the training text. The positions of the ICL score are those
 of Hoogland et al., tokens 50 and 500 of 1,024, in the same proportion to the row.
 """
@@ -151,7 +151,7 @@ def evaluation_set(
         device: Device of the prompts.
     """
     if config.model.is_language:
-        xs, ys = row_source(config, stream=TEST).sample(range(1), range(num_prompts), device=device)
+        xs, ys = row_source(config, stream=TEST).sample(range(step, step + 1), range(num_prompts), device=device)
         rows = TokenRows(xs[0], ys[0])
         return EvaluationSet(name, rows, frequency_losses(config, rows), False)
     shift, task = SHIFTS.get(name), config.task

@@ -1,12 +1,13 @@
 """Figures of language runs: learning curves with the losses of bigrams and unigrams, the loss at each position, and behaviours."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from icl.plotting.colours import BLUE, GREEN, ORDERED, SKY, VERMILION
+from icl.plotting.colours import BLUE, GREEN, ORANGE, SKY, VERMILION
 from icl.plotting.style import draw_band, finish_step_axes, new_figure, scale_steps, select
 from icl.plotting.tidying import name_outside
 
@@ -18,16 +19,19 @@ BASELINES: dict[str, dict[str, Any]] = {
 _LOSS = "loss (nats per token)"
 
 
-def plot_language_training(metrics: pd.DataFrame, losses: pd.DataFrame, *, title: str) -> Figure:
+def plot_language_training(
+    metrics: pd.DataFrame, losses: pd.DataFrame, *, title: str, levels: Mapping[str, float]
+) -> Figure:
     """Plot the learning curves of a language run, its ICL score, and the loss at each position of the test rows.
 
     Args:
         metrics: The run's `metrics.csv`.
         losses: Losses of the last checkpoint on the test rows: a row for each position and a row `mean`, columns `model`, `unigram`, `bigram`.
         title: Title of the figure.
+        levels: Mean losses of the frequencies on the rows of the learning curves, `unigram` and `bigram`.
     """
     figure, (curves, score, positions) = new_figure(3, width=4.6, title=title)
-    _draw_curves(curves, metrics, losses.loc["mean"])
+    _draw_curves(curves, metrics, levels)
     if "eval/test/icl_score" in metrics:
         scores = metrics.dropna(subset=["eval/test/icl_score"])
         score.plot(scores["step"], scores["eval/test/icl_score"], color=BLUE)
@@ -46,7 +50,7 @@ def plot_language_training(metrics: pd.DataFrame, losses: pd.DataFrame, *, title
     return figure
 
 
-def _draw_curves(axes: Axes, metrics: pd.DataFrame, levels: pd.Series) -> None:
+def _draw_curves(axes: Axes, metrics: pd.DataFrame, levels: Mapping[str, float]) -> None:
     trained = metrics.dropna(subset=["train/loss"])
     axes.plot(trained["step"], trained["train/loss"], color=SKY, linewidth=1.0, label="training batches")
     if "eval/test/loss" in metrics:
@@ -91,7 +95,7 @@ def plot_language_evaluation(numbers: pd.DataFrame, baselines: pd.DataFrame, *, 
 
 _PANELS = (
     ("loss", "Test loss", _LOSS),
-    ("icl_score", "In-context learning", "ICL score (nats)"),
+    ("icl_score", "In-context learning", "late minus early loss (nats)"),
     ("bigram_score", "Bigrams", "cross-entropy to bigrams (nats)"),
     ("ngram_score", "n-grams", "test loss / loss of common n-grams"),
     ("previous_token", "Attention to the previous token, by head", "mean attention"),
@@ -100,12 +104,16 @@ _PANELS = (
     ("k_composition", "K-composition, by pair of heads", "less its mean at the start"),
 )
 """Quantity, title and label of each panel."""
-_MAX_NAMED = 8
-"""Largest number of curves of a panel that get a name."""
+_NAMED_COLOURS = (VERMILION, BLUE, GREEN, ORANGE)
+"""Colours of the curves of a panel that have names. If there are more curves, those with the largest last values have names."""
+_OTHERS = "0.75"
+"""Colour of curves without a name."""
 
 
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
     """Draw the behaviours of a language run over training; bands are two standard errors.
+
+    If a panel has more than four curves, the four with the largest values at the last step have names, and the others are grey.
 
     Args:
         table: The run's `results/language-behaviour.csv`.
@@ -116,14 +124,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
     for panel, (quantity, name, label) in zip(axes, _PANELS, strict=True):
         rows = select(table, quantity=quantity)
         rows = rows[rows["position"] == "mean"] if quantity == "loss" else rows
-        curves = list(rows.groupby(["part", "position"], sort=False))
-        for number, ((part, position), curve) in enumerate(curves):
-            colour = BLUE if len(curves) == 1 else ORDERED(number / max(1, len(curves) - 1))
-            named = f"n = {position}" if quantity == "ngram_score" else part
-            curve, is_named = curve.sort_values("step"), 1 < len(curves) <= _MAX_NAMED
-            draw_band(
-                panel, curve["step"], curve["value"], curve["stderr"], color=colour, label=named if is_named else None
-            )
+        _draw_curves_of(panel, rows, prefix="n = " if quantity == "ngram_score" else "")
         if quantity == "bigram_score":
             floor = select(table, quantity="bigram_floor")["value"]
             panel.axhline(float(floor.iloc[-1]), color=VERMILION, linestyle="--", linewidth=1.2, label="floor")
@@ -131,5 +132,21 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
             panel.axhline(0, color=GREEN, linewidth=0.8)
         finish_step_axes(panel, name, label)
         if panel.get_legend_handles_labels()[1]:
-            panel.legend(fontsize=7)
+            panel.legend(fontsize=8)
     return figure
+
+
+def _draw_curves_of(axes: Axes, rows: pd.DataFrame, *, prefix: str) -> None:
+    """Draw a curve for each head, pair of heads or length of n-grams. The names of n-grams begin with the prefix."""
+    groups = rows.sort_values("step").groupby(["part", "position"], sort=False)
+    curves = {f"{prefix}{part or position}": curve for (part, position), curve in groups}
+    if len(curves) < 2:
+        for curve in curves.values():
+            draw_band(axes, curve["step"], curve["value"], curve["stderr"], color=BLUE)
+        return
+    largest = sorted(curves, key=lambda name: -curves[name]["value"].iloc[-1])[: len(_NAMED_COLOURS)]
+    colours = dict(zip([name for name in curves if name in largest], _NAMED_COLOURS, strict=False))
+    for name in sorted(curves, key=colours.__contains__):  # grey curves first
+        curve, label = curves[name], name if name in colours else None
+        colour = colours.get(name, _OTHERS)
+        draw_band(axes, curve["step"], curve["value"], curve["stderr"], color=colour, label=label)

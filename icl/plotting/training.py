@@ -70,7 +70,7 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
     checkpoint = load_checkpoint_file(checkpoint_files(folder.path)[-1])
     config = checkpoint.config
     step = checkpoint.step if config.task.has_moving_pool else None
-    key = (config.task, config.task_sequence, config.seeds.evaluation, config.evaluation.num_prompts, step)
+    key = (config.task, config.language, config.task_sequence, config.seeds.evaluation, config.evaluation.num_prompts, step)
     shared = {} if shared is None else shared
     if key not in shared:
         number = config.evaluation.num_prompts
@@ -84,14 +84,15 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
     losses = {name: tabulate_losses(predictions[name], prompt_set) for name, prompt_set in sets.items()}
     folder.write_result(_TABLE, pd.concat(losses, names=["distribution"]).to_csv(float_format="%.9g"))
     metrics = _read_metrics(folder, config)
-    if config.model.is_language:
-        figure = plot_language_training(metrics, losses[TEST], title=f"{folder.path.name}   (step {checkpoint.step:,})")
-        return DrawnRun(losses[TEST], save_figure(figure, folder.figures / _FIGURE), "bigram")
     # The lines beside the learning curves are for the same prompts as these curves.
     if config.model.has_density:
         levels = {name: float(values.mean()) for name, values in monitor.nll.items()}
     else:
         levels = {row["quantity"]: row["value"] for row in evaluate_baselines([monitor]) if row["position"] == "mean"}
+    if config.model.is_language:
+        title = f"{folder.path.name}   (step {checkpoint.step:,})"
+        figure = plot_language_training(metrics, losses[TEST], title=title, levels=levels)
+        return DrawnRun(losses[TEST], save_figure(figure, folder.figures / _FIGURE), "bigram")
     figure = plot_training(metrics, losses, title=_title(folder, config, checkpoint.step), levels=levels)
     path = save_figure(figure, folder.figures / _FIGURE)
     return DrawnRun(losses["pretrain"], path, sets["pretrain"].bayes or "")

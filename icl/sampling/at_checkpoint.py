@@ -124,7 +124,7 @@ def make_variates(
         return None
     if pool.size > settings.num_chains * settings.num_moves / 2 or pool.size * rows.nbytes > MEMORY:
         return None
-    gradient = target.chain_gradient if rows.device.type == "cpu" else target.default_gradient
+    gradient = target.checkpoint_gradient(rows.device)
     deviations, losses = [], []
     for i, row in enumerate(rows):
         own = {name: tensor[:1] if len(tensor) == 1 else tensor[i : i + 1] for name, tensor in fixed.items()}
@@ -168,10 +168,8 @@ def at_checkpoints(
         settings_grid: Settings of the chains. Only nbeta and localization are used.
         layout: Layout of the moving parameters in a row.
     """
-    losses, gradient = target.losses_on_shared_batch, target.default_gradient
-    if next(iter(chunks[0].values())).device.type == "cpu":
-        # On a GPU the chains' gradient may be a compiled graph, which would be compiled again for so few members.
-        gradient = target.chain_gradient
+    losses = target.losses_on_shared_batch
+    gradient = target.checkpoint_gradient(next(iter(chunks[0].values())).device)
     # Settings are often rounded, so ratios that should be equal may differ in the last digits. Rounding makes them equal.
     ratios = [float(f"{settings.localization / settings.inverse_temperature:.6g}") for settings in settings_grid]
     table: list[list[AtCheckpoint]] = [[] for _ in settings_grid]

@@ -233,6 +233,9 @@ def _chunk_size(target: Target, params: Params, batch: Batch, layout: Layout, me
     device = next(iter(member.values())).device
     if memory is None:
         memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else MEMORY
+    gradient = target.default_gradient
+    if target.part is not None:
+        batch, gradient = target.part(member, batch), target.chain_gradient
     rows, fixed, stacked = layout.to_rows(member), layout.fixed(member), stack_batches([batch], device)
-    needed = bytes_made_by(lambda: target.default_gradient(layout, rows, fixed, stacked))
+    needed = bytes_made_by(lambda: gradient(layout, rows, fixed, stacked))
     return max(1, int(memory // (needed + _COPIES * sum(tensor.nbytes for tensor in member.values()))))

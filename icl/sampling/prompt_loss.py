@@ -36,7 +36,7 @@ from icl.compute.calls import (
 )
 from icl.config import ModelConfig, RunConfig, SamplerConfig
 from icl.model.flat import Layout
-from icl.model.losses import batch_losses, grads_in_parts, position_losses, shapes_of
+from icl.model.losses import batch_losses, batch_parts, grads_in_parts, position_losses, shapes_of
 from icl.model.stacked import Params, size
 from icl.sampling.batches import Batch, Pool
 from icl.sampling.target import Gradient, Loss, Observable, StackedLosses, Target
@@ -80,6 +80,7 @@ def prompt_target(
         own_losses=_losses(config.model, weights, own_batches=True, compiled=compiled and device.type == "cpu"),
         batches=_batches(config, sampler, device),
         trivial_loss=trivial_loss(config),
+        part=(lambda params, batch: batch_parts(config.model, params, *batch)[0]) if config.model.is_language else None,
     )
 
 

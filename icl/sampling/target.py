@@ -63,6 +63,9 @@ class Target:
     """A faster function for the losses of stacked parameters, all on the same batch."""
     own_losses: StackedLosses | None = None
     """A faster function for the losses of stacked parameters, each on its own batch."""
+    part: Callable[[Params, Batch], Batch] | None = None
+    """Function that returns the rows of a batch that `gradient` computes at once, if it goes through a batch in parts to save memory.
+    Such a gradient is used for all purposes, because the default gradient needs memory for the whole batch."""
     must_depend: bool = False
     """Whether to check that the loss depends on the parameters that move."""
 
@@ -79,6 +82,13 @@ class Target:
     def chain_gradient(self) -> Gradient:
         """The gradient for the chains' moves."""
         return self.gradient or self.default_gradient
+
+    def checkpoint_gradient(self, device: torch.device) -> Gradient:
+        """Return the gradient for measurements at a checkpoint, with few members.
+
+        On a GPU the chains' gradient may be a compiled graph, which would be compiled again for so few members.
+        """
+        return self.chain_gradient if device.type == "cpu" or self.part is not None else self.default_gradient
 
     @cached_property
     def losses_on_shared_batch(self) -> StackedLosses:

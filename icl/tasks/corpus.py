@@ -128,6 +128,36 @@ def load_tokenizer(language: LanguageConfig, *, beside: Path | None = None) -> A
         raise ConfigError(f"{name} is not a tokenizer.json: {reason}.") from None
 
 
+def read_vocabulary(name: str) -> list[str]:
+    """Return the texts of a vocabulary's entries, in their order.
+
+    Args:
+        name: A list of texts (.json, or .txt with one text a line), a file tokenizer.json, or hf://USER/NAME. Entries of a tokenizer that are
+            no whole text, such as parts of a character, are left out.
+
+    Raises:
+        ConfigError: If it cannot be read, or has no entries.
+    """
+    path = Path(name).expanduser()
+    words: Any = None
+    try:
+        if not name.startswith(HUB) and path.suffix == _TEXT:
+            words = path.read_text(encoding="utf-8").split("\n")
+        elif not name.startswith(HUB):
+            words = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The vocabulary {name} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise ConfigError(f"The vocabulary {name} is neither a list of texts nor a tokenizer.json: {_first(error)}.") from None
+    if not isinstance(words, list):
+        tokenizer = load_tokenizer(LanguageConfig(tokenizer=name))
+        words = [tokenizer.decode([number]) for number in range(tokenizer.get_vocab_size())]
+    words = [word for word in words if isinstance(word, str) and word and "\ufffd" not in word]
+    if not words:
+        raise ConfigError(f"The vocabulary {name} has no texts.")
+    return words
+
+
 def _tokenizer_from_hub(name: str) -> Path:
     try:
         from huggingface_hub import hf_hub_download

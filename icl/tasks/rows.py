@@ -3,8 +3,11 @@
 A row is a pure function of (seed, stream, step, index), as a prompt is. So data do not depend on the number of processes, and a resumed
 run reads the rows of an uninterrupted one. Stream `train` uses `seeds.data`; every other stream uses `seeds.evaluation`.
 
-Text: each row is drawn uniformly from the corpus (`icl.tasks.corpus`). The last `evaluation.num_prompts` rows of the corpus are for the
-stream `test` and are in no other stream.
+Text: each row is drawn uniformly from the corpus (`icl.tasks.corpus`). The last 2 E rows of the corpus, with E = `evaluation.num_prompts`,
+are for the stream `test` and are in no other stream. Its step 0 has the last E of them and its step 1 the E rows before these, as prompts
+for training and for reports are two steps of one stream (`icl.evaluation.sets`). If the text changes at a step (`language.change_step`), the rows
+of the stream `train` from this step on are drawn from the whole second text. The text of a row is a function of its step, so resumed training
+reads the same rows.
 
 Synthetic language: Markov text with copied segments. Token s has F successors, drawn once from `seeds.tasks`; successor j follows with
 probability proportional to 1 / j. At each position a copy begins with probability `copy_rate`, if none is going on: an earlier position of
@@ -13,6 +16,7 @@ in turn: the frequencies of tokens, the table of bigrams, and, with an induction
 do not depend on its length.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -32,6 +36,8 @@ _START, _LENGTH, _FROM, _SUCCESSOR = range(4)
 """Use of the four random words of a position: whether a copy begins, its length, where from, and the successor."""
 TEST = "test"
 """Stream of the rows that no training step sees."""
+_NUM_TEST_SETS = 2
+"""Number of sets of rows that are held out of a text: the steps of the stream `test`."""
 
 
 class TokenRows(NamedTuple):
@@ -49,7 +55,10 @@ class RowSource(NamedTuple):
     table_key: rng.Stream
     corpus: Corpus | None
     num_held_out: int
+    """Number of rows of each held-out set."""
     is_test: bool
+    next_corpus: Corpus | None = None
+    """Corpus from step `language.change_step` on, if the text changes."""
 
     @property
     def numbers_per_row(self) -> int:
@@ -65,7 +74,7 @@ class RowSource(NamedTuple):
         require_memory({tokens: 8 * len(steps) * num_rows * self.numbers_per_row}, device)
         step = steps.start + torch.arange(len(steps), device=device)
         index = torch.arange(indices.start, indices.stop, device=device) if isinstance(indices, range) else indices
-        rows = self._synthetic(step, index) if self.corpus is None else self._from_corpus(self.corpus, step, index)
+        rows = self._synthetic(step, index) if self.corpus is None else self._from_texts(self.corpus, step, index)
         return TokenRows(rows[..., :-1], rows[..., 1:])
 
     def _synthetic(self, step: Tensor, index: Tensor) -> Int64[Tensor, "S B T"]:
@@ -91,15 +100,25 @@ class RowSource(NamedTuple):
             left, source = (left - 1).clamp(min=0), source + 1
         return rows
 
+    def _from_texts(self, corpus: Corpus, step: Tensor, index: Tensor) -> Int64[Tensor, "S B T"]:
+        """Return rows of the corpus, or of the two corpora if the text changes."""
+        if self.next_corpus is None or self.language.change_step is None:
+            return self._from_corpus(corpus, step, index)
+        is_later = step >= self.language.change_step
+        numbers = rng.integers(self.key, step[is_later], index, self.next_corpus.num_rows)
+        later = self.next_corpus.rows(numbers.cpu()).to(step.device)
+        return torch.cat([self._from_corpus(corpus, step[~is_later], index), later])
+
     def _from_corpus(self, corpus: Corpus, step: Tensor, index: Tensor) -> Int64[Tensor, "S B T"]:
         if self.is_test:
-            if len(step) > 1 or int(index.max()) >= self.num_held_out:
+            if int(step.max()) >= _NUM_TEST_SETS or int(index.max()) >= self.num_held_out:
                 raise ConfigError(
-                    f"The text has {self.num_held_out:,} rows for evaluation, got index {int(index.max())}."
+                    f"The text has {_NUM_TEST_SETS} sets of {self.num_held_out:,} rows for evaluation (`evaluation.num_prompts`), got "
+                    f"index {int(index.max())} of set {int(step.max())}."
                 )
-            numbers = (corpus.num_rows - self.num_held_out + index).unsqueeze(0)
+            numbers = corpus.num_rows - self.num_held_out * (1 + step[:, None]) + index
         else:
-            numbers = rng.integers(self.key, step, index, corpus.num_rows - self.num_held_out)
+            numbers = rng.integers(self.key, step, index, corpus.num_rows - _NUM_TEST_SETS * self.num_held_out)
         return corpus.rows(numbers.cpu()).to(step.device)
 
 
@@ -111,14 +130,19 @@ def row_source(config: RunConfig, *, stream: str) -> RowSource:
     """
     text, num_held_out = config.language, config.evaluation.num_prompts
     corpus = None if text.is_synthetic else open_corpus(text)
-    if corpus is not None and corpus.num_rows <= num_held_out:
+    if corpus is not None and corpus.num_rows <= _NUM_TEST_SETS * num_held_out:
         raise ConfigError(
             f"The text {text.source} has {corpus.num_rows:,} rows of {text.context_size:,} tokens, too few to hold out "
-            f"{num_held_out:,} for evaluation. Lower `evaluation.num_prompts` or `language.context_size`."
+            f"{_NUM_TEST_SETS} x {num_held_out:,} for evaluation (during training, and in reports). Lower `evaluation.num_prompts` or `language.context_size`."
         )
+    next_corpus = None
+    if stream == "train" and text.next_source is not None:
+        next_corpus = open_corpus(dataclasses.replace(text, source=text.next_source, next_source=None, change_step=None))
+        if not next_corpus.num_rows:
+            raise ConfigError(f"The text {text.next_source} (`language.next_source`) has no row of {text.context_size:,} tokens.")
     seed = config.seeds.data if stream == "train" else config.seeds.evaluation
     keys = rng.stream(seed, f"language/{stream}"), rng.stream(config.seeds.tasks, "language/table")
-    return RowSource(text, *keys, corpus, num_held_out, stream == TEST)
+    return RowSource(text, *keys, corpus, num_held_out, stream == TEST, next_corpus)
 
 
 def sample_rows_together(

@@ -3,14 +3,16 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from icl.analysis.language import probes, scores, weights
+from icl.analysis.language import probes, released, scores, weights
 from icl.evaluation.frequencies import count_pairs, from_counts
 from icl.metrics import Estimate
 from icl.model.language import LanguageModel
 from icl.model.stacked import stack
+from icl.runs.measure import Entry
 from tests.model.test_language import make_config, make_model
 
 V, T, BOS = 11, 24, 10
@@ -222,6 +224,23 @@ def test_ngrams_of_a_larger_vocabulary_are_the_first_that_split_into_n_tokens():
     words = ["a", "bc", "d e", "fg", "hi", "jkl"]
     assert probes.vocabulary_ngrams(Split(), words, 2, 2).tolist() == [[98, 99], [102, 103]]
     assert probes.vocabulary_ngrams(Split(), words, 3, 9, skipped=32).tolist() == [[106, 107, 108]]
+
+
+def test_numbers_of_a_run_stand_below_the_released_numbers_of_the_same_step():
+    def entry(step, value):
+        keys = [*released.RELEASED, ("loss", "", "7")]
+        rows = [{"quantity": q, "part": part, "position": at, "value": value, "stderr": 0.5} for q, part, at in keys]
+        return Entry(step, "x", rows if step else rows[:1])
+
+    llcs = pd.DataFrame({"step": [900, 6400, 6400], released.LLC_COLUMN: [None, 7.0, 172.44]})
+    lines = released.beside_released([entry(0, 8.0), entry(1001, 9.0), entry(6400, 3.5)], llcs)
+    told = [line.split() for line in lines[3:]]
+    assert told[0] == ["0", "7.943", "7.947", "-0.122", "0.030", "0.011", "123.6", "released"]
+    assert told[1] == ["8.000", "±", "0.500", "-", "-", "-", "-", "-", "this", "run"]
+    assert told[2][0] == "6,500"  # step 1,001 is too far from 900
+    assert told[3] == ["6,400", *["3.500", "±", "0.500"] * 5, "172.4", "this", "run"]
+    assert len(told) == 4
+    assert released.beside_released([entry(300, 1.0)], llcs) == []
 
 
 def test_k_composition_and_norms_are_those_of_loops():

@@ -1,5 +1,6 @@
 """Text on disk becomes rows of tokens: arrays, text files and JSONL, with a tokenizer that the test trains."""
 
+import dataclasses
 import json
 import sys
 import types
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from icl.analysis.language import _vocabulary_ngrams
+from icl.config import RunConfig
 from icl.config.validation import ConfigError
-from icl.tasks.corpus import Corpus, open_corpus, tokenise
+from icl.tasks.corpus import Corpus, open_corpus, read_vocabulary, tokenise
 from icl.tasks.rows import row_source
 from tests.tasks.test_rows import rows_of, run
 
@@ -69,14 +72,67 @@ def test_arrays_on_disk_are_read_where_they_lie(kind, tmp_path):
 def test_rows_are_functions_of_step_and_index_and_the_last_are_held_out(tmp_path):
     array = np.arange(100)[:, None] * np.ones((1, 5), np.int64)  # row r consists of r
     np.save(tmp_path / "tokens.npy", array)
-    config = run(source=str(tmp_path / "tokens.npy"), vocab_size=100, context_size=5)  # 8 rows are held out
+    config = run(source=str(tmp_path / "tokens.npy"), vocab_size=100, context_size=5)  # 2 x 8 rows are held out
     rows = rows_of(config, range(50), range(20))[..., 0]
     assert torch.equal(rows[7, 5:9], rows_of(config, range(7, 8), range(5, 9))[0, :, 0])
-    assert set(rows.flatten().tolist()) == set(range(92))  # each of 92 rows is missed with probability 2e-5
+    assert set(rows.flatten().tolist()) == set(range(84))  # each of 84 rows is missed with probability 6e-6
     assert rows_of(config, range(1), range(8), stream="test")[0, :, 0].tolist() == list(range(92, 100))
-    assert set(rows_of(config, range(50), range(20), stream="llc").flatten().tolist()) == set(range(92))
-    with pytest.raises(ConfigError, match="has 8 rows for evaluation, got index 8"):
+    assert rows_of(config, range(1, 2), range(8), stream="test")[0, :, 0].tolist() == list(range(84, 92))
+    assert set(rows_of(config, range(50), range(20), stream="llc").flatten().tolist()) == set(range(84))
+    with pytest.raises(ConfigError, match=r"2 sets of 8 rows for evaluation .* got index 8 of set 0"):
         row_source(config, stream="test").sample(range(1), range(9))
+    with pytest.raises(ConfigError, match="got index 7 of set 2"):
+        row_source(config, stream="test").sample(range(2, 3), range(8))
+
+
+def test_the_text_changes_at_a_step_for_training_rows_only(tmp_path):
+    for name, first in (("a", 0), ("b", 100)):
+        np.save(tmp_path / f"{name}.npy", np.arange(first, first + 40)[:, None] * np.ones((1, 5), np.int64))
+    texts = {"source": str(tmp_path / "a.npy"), "next_source": str(tmp_path / "b.npy"), "change_step": 7}
+    config = run(**texts, vocab_size=200, context_size=5)
+    rows = rows_of(config, range(20), range(30))[..., 0]
+    assert set(rows[:7].flatten().tolist()) == set(range(24))  # 2 x 8 rows are held out
+    assert set(rows[7:].flatten().tolist()) == set(range(100, 140))
+    for steps in (range(5, 7), range(6, 8), range(7, 9)):  # a resumed run may begin anywhere
+        assert torch.equal(rows_of(config, steps, range(30))[..., 0], rows[steps.start : steps.stop])
+    assert set(rows_of(config, range(20), range(30), stream="llc").flatten().tolist()) == set(range(24))
+    alone = run(source=texts["source"], vocab_size=200, context_size=5)
+    assert torch.equal(rows_of(alone, range(7), range(30))[..., 0], rows[:7])
+    assert not {"next_source", "change_step"} & set(alone.to_dict()["language"])
+    assert config.to_dict()["language"]["change_step"] == 7
+    assert RunConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="set both, or neither"):
+        run(source=texts["source"], change_step=7)
+    with pytest.raises(ConfigError, match="needs a text as `language.source`"):
+        run(next_source=texts["source"], change_step=7)
+    np.save(tmp_path / "b.npy", np.zeros(3, np.int64))
+    open_corpus.cache_clear()
+    with pytest.raises(ConfigError, match=r"\(`language.next_source`\) has no row of 5 tokens"):
+        rows_of(config, range(1), range(1))
+
+
+def test_ngrams_of_a_larger_vocabulary_are_its_first_entries_of_this_many_tokens(tokenizer, tmp_path):
+    text = run(tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=20, context_size=6).language
+    entries = ["the", "the cat", "on a log", "a dog", "sat on the mat", "the the the"]
+    (tmp_path / "words.json").write_text(json.dumps(entries))
+    (tmp_path / "words.txt").write_text("\n".join(entries) + "\n")
+    number = {word: i for i, word in enumerate(tokenizer)}
+    for name in ("words.json", "words.txt"):
+        pairs, triples, fours = _vocabulary_ngrams(text, str(tmp_path / name), 1)
+        assert pairs.tolist() == [[number["the"], number["cat"]]]
+        assert triples.tolist() == [[number[word] for word in ("on", "a", "log")]]
+        assert fours.tolist() == [[number[word] for word in ("sat", "on", "the", "mat")]]
+    assert read_vocabulary(str(tmp_path / "tokenizer.json")) == tokenizer
+    with pytest.raises(ConfigError, match="splits no entry of .* into 2 to 4 tokens"):
+        _vocabulary_ngrams(text, str(tmp_path / "tokenizer.json"), 1)
+    small = dataclasses.replace(text, vocab_size=3)
+    with pytest.raises(ConfigError, match="it is not the tokenizer of this run"):
+        _vocabulary_ngrams(small, str(tmp_path / "words.json"), 9)
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        read_vocabulary(str(tmp_path / "nothing.json"))
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ConfigError, match="neither a list of texts nor a tokenizer.json"):
+        read_vocabulary(str(tmp_path / "bad.json"))
 
 
 def test_datasets_of_the_hub_are_tokenised_or_taken_as_tokens(tokenizer, tmp_path, monkeypatch):
@@ -121,7 +177,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "e.jsonl").write_text('{"text": 3}\n')
     refused("Set `language.tokenizer`|needs the package `tokenizers`", source=str(tmp_path / "e.jsonl"))
     np.save(tmp_path / "f.npy", np.zeros(300, np.int32))
-    with pytest.raises(ConfigError, match="has 4 rows of 64 tokens, too few to hold out 8"):
+    with pytest.raises(ConfigError, match="has 4 rows of 64 tokens, too few to hold out 2 x 8"):
         row_source(run(source=str(tmp_path / "f.npy")), stream="train")
     for package, source in (("datasets", "hf://a/b"), ("tokenizers", str(tmp_path / "e.jsonl"))):
         monkeypatch.setitem(sys.modules, package, None)

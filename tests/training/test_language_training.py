@@ -140,6 +140,27 @@ def test_an_interrupted_run_resumes_bit_identically(folder, tmp_path, monkeypatc
         assert (again.folder.checkpoints.root / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_run_whose_text_changes_resumes_bit_identically(tmp_path, monkeypatch):
+    for name, seed in (("a", 0), ("b", 1)):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(seed).integers(0, 11, 2000).astype(np.uint16))
+    texts = {"source": str(tmp_path / "a.npy"), "next_source": str(tmp_path / "b.npy"), "change_step": 5}
+    config = dataclasses.replace(
+        TINY,
+        language=dataclasses.replace(TINY.language, **texts),
+        trainer=dataclasses.replace(TINY.trainer, max_steps=8, log_every=1),
+    )
+    whole = train(config, folder=tmp_path / "whole")
+    first = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=4))
+    train(first, folder=tmp_path / "parts")
+    again = train(config, folder=tmp_path / "parts")
+    assert again.folder.metrics_file.read_bytes() == whole.folder.metrics_file.read_bytes()
+    unchanged = dataclasses.replace(config, language=dataclasses.replace(TINY.language, source=texts["source"]))
+    same = pd.read_csv(train(unchanged, folder=tmp_path / "unchanged").folder.metrics_file)["train/loss"]
+    ours = pd.read_csv(whole.folder.metrics_file)["train/loss"]
+    assert same[:5].tolist() == ours[:5].tolist()
+    assert same.iloc[-1] != ours.iloc[-1]
+
+
 def test_a_member_of_a_population_has_the_numbers_of_a_run_alone(folder, tmp_path):
     other = dataclasses.replace(TINY, seeds=dataclasses.replace(TINY.seeds, model=1, data=1))
     together = train_population([TINY, other], folders=[tmp_path / "a", tmp_path / "b"])
@@ -151,12 +172,16 @@ def test_evaluation_is_that_of_the_definition(folder, capsys):
     assert main(["evaluate", str(folder.path)]) == 0
     table = pd.read_csv(folder.results / "evaluation.csv")
     model, source = load_model(folder.path).double(), row_source(TINY, stream="test")
-    xs, ys = (part[0] for part in source.sample(range(1), range(16)))
+    xs, ys = (part[0] for part in source.sample(range(1, 2), range(16)))
     losses = -model(xs).detach().log_softmax(-1).gather(-1, ys[..., None])[..., 0]
     last = table[(table["step"] == 24) & (table["quantity"] == "loss")].set_index("position")
     assert last.loc["mean", "value"] == pytest.approx(float(losses.mean()), rel=1e-5)
     assert last.loc["7", "stderr"] == pytest.approx(float(losses[:, 6].std() / 4), rel=1e-4)
     baselines = pd.read_csv(folder.results / "baselines.csv").set_index(["quantity", "position"])["value"]
+    xs, ys = (part[0] for part in source.sample(range(1), range(16)))  # the rows of training
+    monitored = float(-model(xs).detach().log_softmax(-1).gather(-1, ys[..., None]).mean())
+    assert pd.read_csv(folder.metrics_file)["eval/test/loss"].iloc[-1] == pytest.approx(monitored, rel=1e-5)
+    assert monitored != pytest.approx(last.loc["mean", "value"], rel=1e-3)
     assert baselines["bigram", "mean"] < baselines["unigram", "mean"] < math.log(12)
     assert (folder.figures / "evaluation.png").is_file()
     assert "test" in capsys.readouterr().out
@@ -287,7 +312,7 @@ def test_essential_dynamics_are_those_of_the_logits(folder, capsys):
     )
     table = pd.read_csv(folder.results / "essential-dynamics.csv")
     scores = table[table["quantity"] == "score"].pivot(index="step", columns="item", values="value").to_numpy()
-    rows = row_source(TINY, stream="test").sample(range(1), range(16))
+    rows = row_source(TINY, stream="test").sample(range(1, 2), range(16))
     at = positions(0, 16, num_predictions=19)
     states = []
     for step in (0, 8, 16, 24):

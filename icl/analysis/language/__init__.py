@@ -6,8 +6,7 @@ Every number that depends on rows of tokens has a standard error over rows. Rows
 - `icl_score`: late loss minus early loss, negative if context helps (`icl.evaluation.sets.icl_positions`).
 - `bigram_score` and `bigram_floor`: cross-entropy of the prediction at a random position to the frequencies of bigrams, and their entropy.
 - `ngram_score`, n = 2, 3, 4 in `position`: test loss at index n - 1 divided by the loss of the last token of common n-grams.
-  Theirs are entries of a larger vocabulary; by default ours are the most frequent n-grams of the training text
-  (`icl.analysis.language.probes` has both).
+  Theirs are entries of a larger vocabulary (`vocabulary`), and by default ours are the most frequent n-grams of the training text.
 - `previous_token` and `prefix_matching`, by head (`part` is layer.head): attention to the token before, and to the token after the
   earlier occurrence of the current one.
 - `k_composition`, by pair of heads, less the mean of all pairs at the first saved step.
@@ -15,25 +14,31 @@ Every number that depends on rows of tokens has a standard error over rows. Rows
 - `weight_norm`, and `position_spectrum`, the singular values of the table of positions by their number in `position`.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from icl import metrics
-from icl.analysis.language import probes, scores, weights
+from icl.analysis.language import probes, released, scores, weights
 from icl.analysis.run import Members, Result, as_table, over_checkpoints, setting
-from icl.config import RunConfig
-from icl.config.validation import ConfigError, require_count
+from icl.config import LanguageConfig, RunConfig
+from icl.config.validation import ConfigError, require, require_count
 from icl.evaluation.frequencies import frequencies
-from icl.evaluation.sets import icl_positions
+from icl.evaluation.sets import REPORT, icl_positions
+from icl.files.reading import ContentError
+from icl.files.tables import read_table
 from icl.metrics import Estimate
+from icl.runs.folder import run_of
 from icl.runs.measure import Entry, Measurement
+from icl.tasks.corpus import load_tokenizer, read_vocabulary
 from icl.tasks.rows import TEST, RowSource, row_source
 
 NAME = "language-behaviour"
@@ -53,11 +58,22 @@ class Settings:
     num_rows: int = setting(1024, "number of test rows, at most `evaluation.num_prompts` of a run on a text")
     num_bigram_rows: int = setting(1024, "number of test rows for the bigram score")
     num_probe_rows: int = setting(1024, "number of rows of random tokens for each score of heads")
-    num_ngrams: int = setting(1000, "number of n-grams of each length")
+    num_ngrams: int = setting(100, "number of n-grams of each length")
+    vocabulary: str | None = setting(
+        None,
+        "larger vocabulary whose entries are the n-grams, as in the paper: a file tokenizer.json, a list of texts (.json, or .txt with one a "
+        "line), or hf://USER/NAME; by default n-grams are the most frequent ones of the training text",
+    )
+    tokenizer: str | None = setting(
+        None, "tokenizer of the run's tokens, for `vocabulary`; by default the run's `language.tokenizer`"
+    )
 
     def __post_init__(self) -> None:
         for name, least in (("num_rows", 2), ("num_bigram_rows", 2), ("num_probe_rows", 2), ("num_ngrams", 2)):
             require_count(name, getattr(self, name), least)
+        require(
+            self.tokenizer is None or self.vocabulary is not None, "`tokenizer` is used with `vocabulary` only; give both."
+        )
 
 
 def analyse(path: Path, settings: Settings) -> Result:
@@ -68,9 +84,20 @@ def analyse(path: Path, settings: Settings) -> Result:
         ConfigError: If it is not a language run, or its text cannot be read.
     """
     measure = partial(measure_members, settings=settings)
-    entries, _ = over_checkpoints(NAME, path, settings, measure, version=VERSION)
+    entries, config = over_checkpoints(NAME, path, settings, measure, version=VERSION)
     table = as_table(_from_start(entries), settings)
-    return Result(table, _summary(entries))
+    lines = _summary(entries)
+    if config.preset == released.PRESET:
+        lines += released.beside_released(entries, _llcs(path))
+    return Result(table, lines)
+
+
+def _llcs(path: Path) -> pd.DataFrame:
+    """Return the run's LLC estimates, or an empty table if there are none."""
+    try:
+        return pd.DataFrame() if path.is_file() else read_table(run_of(path).results / "llc.csv")
+    except (OSError, ContentError):
+        return pd.DataFrame()
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
@@ -111,10 +138,10 @@ def _test_losses(members: Members, num_rows: int) -> tuple[Float[Tensor, "N B T"
 
 
 def test_rows(config: RunConfig, num_rows: int) -> Tensor:
-    """Return the first test rows of a run, with BOS. A text has only the rows that were held out."""
+    """Return the first rows of a run's test set for reports, with BOS. A text has only the rows that were held out."""
     text = config.language
     count = num_rows if text.is_synthetic else min(num_rows, config.evaluation.num_prompts)
-    xs, ys = row_source(config, stream=TEST).sample(range(1), range(count))
+    xs, ys = row_source(config, stream=TEST).sample(range(REPORT, REPORT + 1), range(count))
     return torch.cat([xs[0], ys[0, :, -1:]], dim=1)
 
 
@@ -126,15 +153,44 @@ def _frequency_scores(members: Members, settings: Settings, losses: Tensor) -> I
     score, floor = scores.bigram_score(config.model, members.params, rows, at, frequencies(config).pairs)
     yield "bigram_score", "", "", score
     yield "bigram_floor", "", "", floor
-    for n, ngrams in zip(NGRAMS, _ngrams(row_source(config, stream="frequencies"), settings.num_ngrams), strict=True):
+    for n, ngrams in zip(NGRAMS, _ngrams(config, settings), strict=True):
         if len(ngrams) > 1:
             ngrams = ngrams.to(device)
             estimate = scores.ngram_score(config.model, members.params, ngrams, losses[..., n - 1], bos=text.bos)
             yield "ngram_score", "", str(n), estimate
 
 
+def _ngrams(config: RunConfig, settings: Settings) -> list[Tensor]:
+    """Return the n-grams of every length in `NGRAMS`, of a larger vocabulary or of the training text."""
+    if settings.vocabulary is None:
+        return _frequent_ngrams(row_source(config, stream="frequencies"), settings.num_ngrams)
+    text = dataclasses.replace(config.language, tokenizer=settings.tokenizer or config.language.tokenizer)
+    return _vocabulary_ngrams(text, settings.vocabulary, settings.num_ngrams)
+
+
 @lru_cache(maxsize=2)
-def _ngrams(source: RowSource, count: int) -> list[Tensor]:
+def _vocabulary_ngrams(text: LanguageConfig, vocabulary: str, count: int) -> list[Tensor]:
+    """Return the first entries of a larger vocabulary that are n-grams, without those that contain the token of a space.
+
+    Raises:
+        ConfigError: If the vocabulary or the tokenizer cannot be read, or the vocabulary has no n-gram.
+    """
+    tokenizer, words = load_tokenizer(text), read_vocabulary(vocabulary)
+    space = tokenizer.encode(" ", add_special_tokens=False).ids
+    skipped = space[0] if len(space) == 1 else None
+    ngrams = [probes.vocabulary_ngrams(tokenizer, words, n, count, skipped=skipped) for n in NGRAMS]
+    if not any(map(len, ngrams)):
+        raise ConfigError(f"The tokenizer splits no entry of {vocabulary} into {NGRAMS[0]} to {NGRAMS[-1]} tokens.")
+    largest = max(int(each.max()) for each in ngrams if len(each))
+    require(
+        largest < text.bos,
+        f"The tokenizer gives the token {largest:,}, but the run's tokens of text are below {text.bos:,}: it is not the tokenizer of this run.",
+    )
+    return ngrams
+
+
+@lru_cache(maxsize=2)
+def _frequent_ngrams(source: RowSource, count: int) -> list[Tensor]:
     """Return the most frequent n-grams of a text, for every length in `NGRAMS`."""
     rows = source.sample(range(1), range(max(1, _NUM_COUNTED // source.language.context_size))).ys[0]
     return [probes.frequent_ngrams(rows, n, count, bos=source.language.bos) for n in NGRAMS]
