@@ -6,6 +6,7 @@ nearest saved step, if that is at most `NEAR` steps away: the authors saved ever
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -58,7 +59,7 @@ def _line(cells: Sequence[str]) -> str:
     return "".join(f"{cell:>16s}" if number else f"{cell:>8s}" for number, cell in enumerate(cells)).rstrip()
 
 
-def _shown(row: Mapping[str, float] | None) -> str:
+def _shown(row: Mapping[str, Any] | None) -> str:
     return "-" if row is None else f"{row['value']:.3f} ± {row['stderr']:.3f}"
 
 
