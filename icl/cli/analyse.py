@@ -85,9 +85,7 @@ def _served(name: str, words: list[str]) -> str:
     from icl.analysis.run import family_of
 
     paths = [place_of(word) for word in words if word and not word.startswith("-")]
-    families = {
-        family_of(path) for path in paths if (path / "config.yaml").is_file() or path.suffix == ".safetensors"
-    }
+    families = {family_of(path) for path in paths if (path / "config.yaml").is_file() or path.suffix == ".safetensors"}
     return name_for(name, "language") if name == "behaviour" and families == {"language"} else name
 
 

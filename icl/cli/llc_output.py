@@ -64,7 +64,11 @@ def describe_work(
 def format_rows(table: "pd.DataFrame", *, first: Sequence[str] = ()) -> str:
     """Return the most important columns of a table as text, with at most 40 rows. The columns in `first` come before them."""
     is_language = _loss_name(table).endswith("cross_entropy")
-    names = {"init_loss": "L(w0)", "mean_loss": "E[L]", "trivial_loss": "uniform's loss" if is_language else "zero's loss"}
+    names = {
+        "init_loss": "L(w0)",
+        "mean_loss": "E[L]",
+        "trivial_loss": "uniform's loss" if is_language else "zero's loss",
+    }
     rows = table[[*first, *_SHOWN_COLUMNS]].rename(columns=names)
     return rows.to_string(index=False, float_format="{:.4g}".format, max_rows=40, na_rep="-")
 

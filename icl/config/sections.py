@@ -116,7 +116,7 @@ class TrainerConfig:
     it is set up."""
     compile: Literal["auto", "true", "false"] = "auto"
     """Whether to compile the step with `torch.compile`, which takes 10 to 30 s; `auto` compiles if a run is long enough,
-    and never compiles language runs."""
+    and a language run only on a CPU, if a batch is computed as a whole."""
 
     def __post_init__(self) -> None:
         names = ("max_steps", "batch_size", "log_every", "devices", "num_nodes")

@@ -185,9 +185,7 @@ def _draw_losses(axes: Axes, table: pd.DataFrame, trivial_loss: float) -> None:
     low, high = axes.get_ylim()
     if not low <= trivial_loss <= high:
         line.set_gid(KEY)  # keep the legend entry, because it says where the invisible line is
-        line.set_label(
-            f"{trivial} ({trivial_loss:.3g}, {'above' if trivial_loss > high else 'below'} the axis limits)"
-        )
+        line.set_label(f"{trivial} ({trivial_loss:.3g}, {'above' if trivial_loss > high else 'below'} the axis limits)")
 
 
 def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:

@@ -45,7 +45,14 @@ def plot_estimate(record: Record, trivial_loss: float, *, title: str) -> Figure:
     _draw_levels(axes, row, excess)
     zero, (low, high) = row["nbeta"] * (trivial_loss - row["init_loss"]), axes.get_ylim()
     where = "" if low <= zero <= high else f" ({zero:,.0f} nats, {'above' if zero > high else 'below'} the axis limits)"
-    axes.axhline(zero, color=BLACK, linestyle=":", linewidth=1.2, label=f"predicting {trivial_predictor(row.get('loss_name'))}{where}", gid=KEY)
+    axes.axhline(
+        zero,
+        color=BLACK,
+        linestyle=":",
+        linewidth=1.2,
+        label=f"predicting {trivial_predictor(row.get('loss_name'))}{where}",
+        gid=KEY,
+    )
     axes.set(
         ylim=(low, high),
         xlabel="move of the chain (burn-in shaded)",

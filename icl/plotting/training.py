@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from icl.build import build_evaluation_sets
-from icl.config import RunConfig, TaskConfig
+from icl.config import LanguageConfig, RunConfig, TaskConfig
 from icl.evaluation.sets import (
     MONITOR,
     EvaluationSet,
@@ -39,7 +39,7 @@ _MAX_LINEAR_RATIO = 60.0
 readable."""
 _LOSS_LABEL = "loss (squared error per target)"
 _NLL_LABEL = "negative log-likelihood (nats per target)"
-_SetsKey: TypeAlias = tuple[TaskConfig, int | str, int, int, int | None]
+_SetsKey: TypeAlias = tuple[TaskConfig, LanguageConfig, int | str, int, int, int | None]
 
 
 class DrawnRun(NamedTuple):
@@ -70,7 +70,14 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
     checkpoint = load_checkpoint_file(checkpoint_files(folder.path)[-1])
     config = checkpoint.config
     step = checkpoint.step if config.task.has_moving_pool else None
-    key = (config.task, config.language, config.task_sequence, config.seeds.evaluation, config.evaluation.num_prompts, step)
+    key = (
+        config.task,
+        config.language,
+        config.task_sequence,
+        config.seeds.evaluation,
+        config.evaluation.num_prompts,
+        step,
+    )
     shared = {} if shared is None else shared
     if key not in shared:
         number = config.evaluation.num_prompts

@@ -148,7 +148,9 @@ def read_vocabulary(name: str) -> list[str]:
     except OSError as error:
         raise ConfigError(f"The vocabulary {name} cannot be read: {error.strerror}.") from None
     except ValueError as error:
-        raise ConfigError(f"The vocabulary {name} is neither a list of texts nor a tokenizer.json: {_first(error)}.") from None
+        raise ConfigError(
+            f"The vocabulary {name} is neither a list of texts nor a tokenizer.json: {_first(error)}."
+        ) from None
     if not isinstance(words, list):
         tokenizer = load_tokenizer(LanguageConfig(tokenizer=name))
         words = [tokenizer.decode([number]) for number in range(tokenizer.get_vocab_size())]

@@ -137,9 +137,13 @@ def row_source(config: RunConfig, *, stream: str) -> RowSource:
         )
     next_corpus = None
     if stream == "train" and text.next_source is not None:
-        next_corpus = open_corpus(dataclasses.replace(text, source=text.next_source, next_source=None, change_step=None))
+        next_corpus = open_corpus(
+            dataclasses.replace(text, source=text.next_source, next_source=None, change_step=None)
+        )
         if not next_corpus.num_rows:
-            raise ConfigError(f"The text {text.next_source} (`language.next_source`) has no row of {text.context_size:,} tokens.")
+            raise ConfigError(
+                f"The text {text.next_source} (`language.next_source`) has no row of {text.context_size:,} tokens."
+            )
     seed = config.seeds.data if stream == "train" else config.seeds.evaluation
     keys = rng.stream(seed, f"language/{stream}"), rng.stream(config.seeds.tasks, "language/table")
     return RowSource(text, *keys, corpus, num_held_out, stream == TEST, next_corpus)

@@ -20,6 +20,7 @@ from icl.config import OptimConfig
 from icl.config.schedules import rate_factor
 from icl.evaluation.sets import predictor
 from icl.model.flat import layout_of
+from icl.model.language import rows_at_once
 from icl.model.stacked import Params, target_losses
 from icl.tasks.prompts import Prompts
 from icl.tasks.rows import TokenRows
@@ -135,13 +136,18 @@ class PopulationModule(pl.LightningModule):
             member.load_state_dict(saved)
             self._saved_conditions[member] = saved.get("conditions", {})  # version 0.1.0 saved none
 
+    def _is_batch_whole(self) -> bool:
+        """Return whether a language model computes a member's batch in one part. This depends only on settings."""
+        member = {name: tensor[:1] for name, tensor in self.params.items()}
+        return rows_at_once(self.config.model, member, self.config.num_tokens) >= self.config.trainer.batch_size
+
     def _is_compiled(self) -> bool:
         """Return whether the step is compiled. This depends only on settings and device, so it is the same for a resumed run."""
         settings = self.config.trainer
         if settings.compile != "auto":
             return settings.compile == "true"
-        if self.config.model.is_language:  # not measured; a batch in many parts would be one very long graph
-            return False
+        if self.config.model.is_language and (self.device.type != "cpu" or not self._is_batch_whole()):
+            return False  # on a GPU it was not measured, and a batch in many parts would be one very long graph
         return self.device.type in ("cpu", "cuda") and compiling_pays(
             num_params=self.layout.size,
             num_tokens=self.config.num_tokens * settings.batch_size,

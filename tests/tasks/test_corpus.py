@@ -103,7 +103,7 @@ def test_the_text_changes_at_a_step_for_training_rows_only(tmp_path):
     assert RunConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match="set both, or neither"):
         run(source=texts["source"], change_step=7)
-    with pytest.raises(ConfigError, match="needs a text as `language.source`"):
+    with pytest.raises(ConfigError, match=r"needs a text as `language\.source`"):
         run(next_source=texts["source"], change_step=7)
     np.save(tmp_path / "b.npy", np.zeros(3, np.int64))
     open_corpus.cache_clear()
@@ -123,7 +123,7 @@ def test_ngrams_of_a_larger_vocabulary_are_its_first_entries_of_this_many_tokens
         assert triples.tolist() == [[number[word] for word in ("on", "a", "log")]]
         assert fours.tolist() == [[number[word] for word in ("sat", "on", "the", "mat")]]
     assert read_vocabulary(str(tmp_path / "tokenizer.json")) == tokenizer
-    with pytest.raises(ConfigError, match="splits no entry of .* into 2 to 4 tokens"):
+    with pytest.raises(ConfigError, match=r"splits no entry of .* into 2 to 4 tokens"):
         _vocabulary_ngrams(text, str(tmp_path / "tokenizer.json"), 1)
     small = dataclasses.replace(text, vocab_size=3)
     with pytest.raises(ConfigError, match="it is not the tokenizer of this run"):
@@ -131,7 +131,7 @@ def test_ngrams_of_a_larger_vocabulary_are_its_first_entries_of_this_many_tokens
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_vocabulary(str(tmp_path / "nothing.json"))
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ConfigError, match="neither a list of texts nor a tokenizer.json"):
+    with pytest.raises(ConfigError, match="neither a list of texts nor a tokenizer"):
         read_vocabulary(str(tmp_path / "bad.json"))
 
 

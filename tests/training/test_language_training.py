@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -38,6 +40,8 @@ from icl.sampling.published import PUBLISHED, llc_with_initial_loss_bug, publish
 from icl.sampling.records import WITH_BUG, read_all
 from icl.tasks.rows import row_source
 from icl.training.callbacks import StopSignals
+from icl.training.members import Member
+from icl.training.module import PopulationModule
 from icl.training.run import train, train_population
 
 TINY = RunConfig(
@@ -132,6 +136,47 @@ def train_until(step, config, folder, monkeypatch):
         status = train(config, folder=folder).status
     assert status.state == "preempted"
     assert step <= status.step < config.trainer.max_steps
+
+
+def test_a_long_run_is_compiled_only_if_its_batch_is_computed_as_a_whole(monkeypatch):
+    def is_compiled(config, **trainer):
+        config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **trainer))
+        params = stack([dict(build_model(config).named_parameters())])
+        return PopulationModule([Member(config, RunFolder("unused"))], params)._is_compiled()
+
+    quickstart = preset("language-quickstart")
+    assert not is_compiled(quickstart)  # too short
+    assert is_compiled(quickstart, max_steps=100_000)
+    assert is_compiled(quickstart, compile="true")
+    monkeypatch.setattr("icl.training.module.rows_at_once", lambda *_: 31)  # the batch has 32 rows
+    assert not is_compiled(quickstart, max_steps=100_000)
+
+
+def compare_compiled():
+    """Make three steps of a tiny model, eager and compiled. Return the losses and the largest difference of the weights."""
+    params = stack([{name: p.detach() for name, p in build_model(TINY).double().named_parameters()}])
+    xs, ys = row_source(TINY, stream="train").sample(range(3), range(4))
+    rates, ends, losses = torch.tensor([1e-2], dtype=torch.float64), [], []
+    for compiled in (False, True):
+        state, step = adam_state(params), make_step(TINY.model, TINY.optim, layout_of(params), compiled=compiled)
+        losses.append([float(step(state, xs[None, s], ys[None, s], rates).losses) for s in range(3)])
+        ends.append(state.rows)
+    return *losses, float((ends[0] - ends[1]).abs().max())
+
+
+@pytest.mark.slow
+def test_the_compiled_step_is_the_eager_step():
+    """The compiler cannot trace functions whose shapes are checked, so the steps run in a program of their own."""
+    code = "import json, sys; from tests.training.test_language_training import compare_compiled; print(json.dumps(compare_compiled()))"
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:icl", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "without torch.compile" not in done.stderr
+    eager, compiled, difference = json.loads(done.stdout.splitlines()[-1])
+    assert compiled == pytest.approx(eager, rel=1e-9)
+    assert (
+        difference < 1e-4
+    )  # Adam makes steps of 1e-2 of gradients that are rounding errors, such as those of the keys' biases
 
 
 def test_an_interrupted_run_resumes_bit_identically(folder, tmp_path, monkeypatch):

@@ -72,7 +72,8 @@ class Settings:
         for name, least in (("num_rows", 2), ("num_bigram_rows", 2), ("num_probe_rows", 2), ("num_ngrams", 2)):
             require_count(name, getattr(self, name), least)
         require(
-            self.tokenizer is None or self.vocabulary is not None, "`tokenizer` is used with `vocabulary` only; give both."
+            self.tokenizer is None or self.vocabulary is not None,
+            "`tokenizer` is used with `vocabulary` only; give both.",
         )
 
 

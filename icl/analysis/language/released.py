@@ -48,11 +48,18 @@ def beside_released(entries: Sequence[Entry], llcs: pd.DataFrame) -> list[str]:
         ours = [_shown(rows.get(key)) for key in RELEASED]
         lines += [
             _line((f"{released_step:,}", *theirs, f"{LLCS[index]:.1f}", "released")),
-            _line(("" if entry.step == released_step else f"{entry.step:,}", *ours, _llc(llcs, entry.step), "this run")),
+            _line(
+                ("" if entry.step == released_step else f"{entry.step:,}", *ours, _llc(llcs, entry.step), "this run")
+            ),
         ]
     if not lines:
         return []
-    return ["", "Beside the released numbers of the two-layer model (Hoogland et al. 2024):", _line((*_HEADER, "")), *lines]
+    return [
+        "",
+        "Beside the released numbers of the two-layer model (Hoogland et al. 2024):",
+        _line((*_HEADER, "")),
+        *lines,
+    ]
 
 
 def _line(cells: Sequence[str]) -> str:
