@@ -34,7 +34,7 @@ analyses (`icl analyse --what NAME --help` lists the options of one analysis):
 
 def run(words: list[str]) -> int:
     """Analyse, print the results, and write the table and the figure."""
-    chosen = [_served(name, words) for name in _what(words)]
+    chosen = list(dict.fromkeys(_served(name, words) for name in _what(words)))
     options = _parser(chosen).parse_args(words)
     paths = [path for path in (options.path, options.checkpoint_dir, options.input_file) if path is not None]
     if not paths:

@@ -372,13 +372,17 @@ def test_essential_dynamics_are_those_of_the_logits(folder, capsys):
     assert "serves regression runs only; a language run has the states outputs, weights" in capsys.readouterr().err
 
 
-def test_all_analyses_of_a_language_run_are_those_that_serve_it_and_the_others_are_named(folder, capsys):
+def test_all_analyses_of_a_language_run_are_those_that_serve_it_and_the_others_are_named(folder, capsys, monkeypatch):
     names = ["gradients", "essential-dynamics", "attention", "language-behaviour", "stages"]
     assert that_apply(names, folder.path) == ["essential-dynamics", "language-behaviour", "stages"]
     told = "icl: gradients, attention are left out, because they serve regression runs only.\n"
     assert capsys.readouterr().err == told
     assert that_apply(names[:3], folder.path / "nothing") == names[:3]
     assert not capsys.readouterr().err
+    done = []
+    monkeypatch.setattr("icl.cli.analyse._analyse_all", lambda names, *_: done.extend(names) or 0)
+    assert main(["analyse", str(folder.path), "--what", "all"]) == 0
+    assert done == ["essential-dynamics", "language-behaviour", "stages"]
 
 
 def test_next_tokens_are_those_of_the_definition(folder, tmp_path, capsys):
