@@ -327,6 +327,13 @@ def test_signals_of_a_language_run_are_those_of_the_heads_with_the_largest_score
     assert [one.source.rpartition(" ")[2] for one in signals[-2:]] == ["0.10", "1.2"]
     assert len(missing) == 1
     assert "no LLC" in missing[0]
+    flat = table.assign(value=table["value"].where(table["quantity"] != "previous_token", 0.03 + 0.001 * table["step"]))
+    folder.write_result("language-behaviour.csv", flat.to_csv(index=False))
+    signals, missing = read_signals(folder.path, num_prompts=8, llc_settings=None, worst_llc="suspect")
+    assert "previous_token" not in {one.name for one in signals}
+    assert (
+        missing[0] == "There is no previous_token with at least 8 steps that rises by 3 standard errors over the run."
+    )
 
 
 def test_a_language_run_without_tables_has_the_loss_of_its_test_rows(tmp_path, capsys):

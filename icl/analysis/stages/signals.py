@@ -49,6 +49,8 @@ _QUANTITIES = {
     "language": {name: name for name in ("loss", "icl_score", "bigram_score", *_HEADS)},
 }
 """Quantity of the table and name of each signal, for each family of runs."""
+_RISE = 3.0
+"""Least rise of a head's score over the run, in standard errors."""
 _GROUPS = {"icl_score": "loss", "bigram_score": "loss", **dict.fromkeys(_HEADS, "attention")}
 _TABLES = ("language-behaviour.csv", "behaviour.csv", "evaluation.csv")
 _MEASURED_SETS = ("pretrain", "test")
@@ -150,6 +152,8 @@ def _behaviour(path: Path, folder: RunFolder, num_prompts: int) -> tuple[list[Si
 def _missing(name: str, folder: RunFolder) -> str:
     """Return the message for a signal that no source has."""
     text = f"There is no {name} with at least {MIN_POINTS} steps"
+    if name in _HEADS and (folder.results / _TABLES[0]).is_file():
+        return f"{text} that rises by {_RISE:g} standard errors over the run."
     if name in ("bigram_score", *_HEADS):
         return f"{text}; measure it with `icl analyse {folder.path} --what behaviour`."
     return f"{text}."
@@ -193,12 +197,19 @@ def _select_signals(table: pd.DataFrame, source: str, quantities: Mapping[str, s
 
 
 def _of_best_head(name: str, source: str, rows: pd.DataFrame) -> dict[str, Signal]:
-    """Return the scores of the head whose score is largest at the last step."""
+    """Return the scores of the head whose score is largest at the last step, or nothing if they do not rise by `_RISE` standard errors.
+
+    A head that only fluctuates shows no stages, although its scores on fixed rows make a smooth curve.
+    """
     if rows.empty or "part" not in rows:
         return {}
     last = rows[rows["step"] == rows["step"].max()].sort_values("value")
     head = last["part"].iloc[-1]
-    return _signal(name, f"{source}, head {head}", rows[rows["part"] == head])
+    scores = rows[rows["part"] == head].sort_values("step")
+    (first, first_error), (final, final_error) = (scores[["value", "stderr"]].iloc[index] for index in (0, -1))
+    if final - first <= _RISE * np.hypot(first_error, final_error):
+        return {}
+    return _signal(name, f"{source}, head {head}", scores)
 
 
 def _signal(name: str, source: str, points: pd.DataFrame) -> dict[str, Signal]:
