@@ -202,7 +202,8 @@ L2W256 = RunConfig(
 )
 
 # Our own: the same architecture at a width that trains in about five minutes on two CPU cores, on a synthetic language in which
-# frequencies of tokens, bigrams and copies are learned one after the other. It needs no download.
+# frequencies of tokens, bigrams and copies are learned one after the other. It needs no download. At the last step, chains of the sampler rise
+# by 9% of the way to the uniform distribution. With nbeta and localization of 100 they leave the basin.
 LANGUAGE_QUICKSTART = RunConfig(
     preset="language-quickstart",
     model=dataclasses.replace(L2W256.model, num_heads=4, embed_size=64),
@@ -213,9 +214,9 @@ LANGUAGE_QUICKSTART = RunConfig(
     checkpoints=CheckpointsConfig(num_log=30, num_linear=20),
     sampler=SamplerConfig(
         kernel="sgld",
-        lr=1e-4,
-        nbeta=100.0,
-        localization=100.0,
+        lr=5e-5,
+        nbeta=600.0,
+        localization=600.0,
         num_samples=2**13,
         batch_size=64,
         num_chains=4,
