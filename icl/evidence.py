@@ -3,7 +3,8 @@
 Given the inputs, the targets y_1, ..., y_k of a prompt have the log density
 
 - `gaussian_evidence`, under w ~ N(0, I): log N(y; 0, X X^T + sigma^2 I),
-- `discrete_evidence`, under w uniform on M tasks: log (1/M) sum_m N(y; X w_m, sigma^2 I), an exact log-sum-exp.
+- `discrete_evidence`, under w uniform on M tasks: log (1/M) sum_m N(y; X w_m, sigma^2 I), an exact log-sum-exp. The noise may also have one
+  of the other laws of `icl.tasks.laws`.
 
 The chain rule gives the predictive density of each target: log p(y_k | earlier examples, x_k) is the evidence of k targets minus
 that of k - 1. So the negative log-likelihoods are, in nats per target,
@@ -12,7 +13,7 @@ that of k - 1. So the negative log-likelihoods are, in nats per target,
 - `dmmse_nll`, of a mixture of M Gaussians N(w_m . x_k, sigma^2) with the posterior weights of the tasks.
 
 No predictor has a smaller expected negative log-likelihood on prompts of the prior, so they are the floor for models with
-`model.output` `gaussian` or `mixture`. Everything is computed in float64.
+`model.output` `gaussian` or `mixture`. `icl.bayes` has the floor for other task priors. Everything is computed in float64.
 """
 
 import math
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 from icl.baselines import covariance_root
 from icl.config.validation import real
+from icl.tasks.laws import GAUSSIAN, Law, log_peak, squared_error_equivalent
 
 _TASKS_AT_ONCE = 2**21
 """Largest number of pairs of a prompt and a task that are processed at once: 16 MiB for each array."""
@@ -40,14 +42,19 @@ def ridge_nll(xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], *, noise_var
 
 
 def dmmse_nll(
-    xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], *, tasks: Float[Tensor, "M D"], noise_variance: float
+    xs: Float[Tensor, "B K D"],
+    ys: Float[Tensor, "B K"],
+    *,
+    tasks: Float[Tensor, "M D"],
+    noise_variance: float,
+    noise: Law = GAUSSIAN,
 ) -> Float[Tensor, "B K"]:
     """Return -log p(y_k | earlier examples, x_k) under w uniform on `tasks`, in nats.
 
     Raises:
         ConfigError: If `noise_variance` is not positive.
     """
-    return -_increments(discrete_evidence(xs, ys, tasks=tasks, noise_variance=noise_variance)).to(ys)
+    return -_increments(discrete_evidence(xs, ys, tasks=tasks, noise_variance=noise_variance, noise=noise)).to(ys)
 
 
 def gaussian_evidence(
@@ -69,7 +76,12 @@ def gaussian_evidence(
 
 
 def discrete_evidence(
-    xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], *, tasks: Float[Tensor, "M D"], noise_variance: float
+    xs: Float[Tensor, "B K D"],
+    ys: Float[Tensor, "B K"],
+    *,
+    tasks: Float[Tensor, "M D"],
+    noise_variance: float,
+    noise: Law = GAUSSIAN,
 ) -> Float[Tensor, "B K"]:
     """Return the log density of the first k targets under w uniform on `tasks`, for every k.
 
@@ -82,12 +94,13 @@ def discrete_evidence(
     for chunk in tasks.to(inputs).split(max(1, _TASKS_AT_ONCE // max(1, len(inputs)))):
         squares, sums = inputs.new_zeros(len(inputs), len(chunk)), []
         for k in range(inputs.shape[1]):
-            squares = squares + (inputs[:, k] @ chunk.T - targets[:, k, None]).square()  # B M
+            residuals = inputs[:, k] @ chunk.T - targets[:, k, None]  # B M
+            squares = squares + squared_error_equivalent(noise, residuals, noise_variance)
             sums.append(torch.logsumexp(-squares / (2 * noise_variance), dim=-1))
         parts.append(torch.stack(sums, dim=-1))  # B K
     counts = torch.arange(1, inputs.shape[1] + 1, dtype=torch.float64, device=inputs.device)
-    noise = counts / 2 * (math.log(noise_variance) + _LOG_2_PI)
-    return torch.logsumexp(torch.stack(parts), 0) - math.log(len(tasks)) - noise
+    peaks = counts * log_peak(noise, noise_variance)
+    return torch.logsumexp(torch.stack(parts), 0) - math.log(len(tasks)) + peaks
 
 
 def _increments(evidence: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.special import logsumexp
 
-from icl import baselines
-from icl.bayes import bayes
+from icl import baselines, evidence
+from icl.analysis.prior.energy import NUM_BLOCKS
+from icl.bayes import bayes, candidates, posterior_tasks
 from icl.bayes.gaussians import Components, exact_components, gaussian_mixture
 from icl.bayes.particles import particle_filter
+from icl.bayes.posterior import NUM_FILTERS
 from icl.config import RunConfig, TaskConfig
 from icl.tasks import laws
 from icl.tasks.laws import Law, TaskLaw
@@ -71,6 +74,18 @@ def quadrature(xs, ys, points, log_prior, log_weights, noise):
     return torch.from_numpy(predictions)
 
 
+def quadrature_nll(xs, ys, points, log_weights, noise):
+    """Return -log p(y) of all targets by a weighted sum over fixed values of w, in float64 loops over prompts."""
+    found = np.zeros(ys.shape)
+    for prompt, (x, y) in enumerate(zip(xs.numpy(), ys.numpy(), strict=True)):
+        logs = log_weights - logsumexp(log_weights)
+        for k in range(len(y)):
+            logs = logs + log_density(noise, y[k] - points @ x[k], VARIANCE**0.5)
+            found[prompt, k] = -logsumexp(logs)
+            logs = logs + found[prompt, k]
+    return torch.from_numpy(found)
+
+
 def line():
     """Return points of one dimension that are dense about 0, with the logarithms of their trapezoid weights."""
     half = np.geomspace(1e-6, 200, 3000)
@@ -107,6 +122,23 @@ def test_the_particle_filter_agrees_with_quadrature_in_one_dimension(prior, nois
         assert_error_is_as_stated(make, xs, ys, expected, at_most=0.06)
 
 
+@pytest.mark.parametrize(("prior", "noise"), [("student_t", "gaussian"), ("gaussian", "student_t"), ("laplace", "laplace")])
+def test_the_nll_of_the_particle_filter_agrees_with_quadrature_within_the_stated_error(prior, noise):
+    config = world(prior, noise, task_size=1)
+    xs, ys = prompts_of(config, 24)
+    points, log_weights = line()
+    expected = quadrature_nll(xs, ys, points[:, None], log_density(prior, points) + log_weights, noise)
+    law = {"law": task_law(config), "noise": noise_law(config), "noise_variance": VARIANCE, "num_particles": 64}
+    filters = [particle_filter(xs, ys, **law, seed=seed) for seed in range(8)]
+    errors = torch.stack([one.nll - expected for one in filters])
+    stated = torch.stack([one.nll_stderrs.square() for one in filters]).mean().item()
+    assert stated < 0.06**2
+    assert 0.4 < errors.square().mean().item() / stated < 2.2
+    # The mean of the eight filters is too large by about half of the variance, and differs from it by chance.
+    means = errors.mean((1, 2))
+    assert abs(means.mean() - stated / 2) < 4 * means.std() / 8**0.5 + stated / 4
+
+
 def test_the_particle_filter_agrees_with_quadrature_in_two_dimensions():
     config = world("student_t", "laplace", task_size=2)
     xs, ys = prompts_of(config, 4)
@@ -136,8 +168,8 @@ def test_a_sparse_prior_with_other_noise_agrees_with_quadrature():
 
 
 def plain_mixture(xs, ys, components):
-    """Return the predictions by the multivariate normal likelihood of every prefix and component, in NumPy."""
-    predictions = np.zeros(ys.shape)
+    """Return predictions and NLL by the multivariate normal likelihood of every prefix and component, in NumPy."""
+    predictions, evidences = np.zeros(ys.shape), np.zeros((len(ys), ys.shape[1] + 1))
     weights, means, covariances = (part.numpy() for part in components)
     for prompt, (x, y) in enumerate(zip(xs.numpy(), ys.numpy(), strict=True)):
         for k in range(len(y)):
@@ -150,7 +182,15 @@ def plain_mixture(xs, ys, components):
                 logs.append(log_weight + evidence)
             posterior = np.exp(np.array(logs) - max(logs))
             predictions[prompt, k] = posterior @ outputs / posterior.sum()
-    return torch.from_numpy(predictions)
+        for k in range(len(y) + 1):
+            terms = [
+                stats.multivariate_normal(x[:k] @ mean, x[:k] @ spread @ x[:k].T + VARIANCE * np.eye(k)).logpdf(y[:k])
+                if k
+                else 0.0
+                for mean, spread in zip(means, covariances, strict=True)
+            ]
+            evidences[prompt, k] = logsumexp(weights + terms)
+    return torch.from_numpy(predictions), torch.from_numpy(-np.diff(evidences))
 
 
 @pytest.mark.parametrize("prior", ["gaussian", "sparse", "low_rank", "mixture"])
@@ -158,18 +198,23 @@ def test_exact_predictors_match_plain_likelihoods(prior):
     config = world(prior)
     xs, ys = prompts_of(config)
     components = exact_components(task_law(config), 3)
-    expected = plain_mixture(xs, ys, components)
-    torch.testing.assert_close(gaussian_mixture(xs, ys, components=components, noise_variance=VARIANCE), expected)
+    expected, nll = plain_mixture(xs, ys, components)
+    found = gaussian_mixture(xs, ys, components=components, noise_variance=VARIANCE)
+    torch.testing.assert_close(found.predictions, expected)
+    torch.testing.assert_close(found.nll, nll)
     if prior != "gaussian":
         estimate = bayes(config, xs, ys)
         torch.testing.assert_close(estimate.predictions, expected)
+        torch.testing.assert_close(estimate.nll, nll)
         assert not estimate.stderrs.any()
+        assert not estimate.nll_stderrs.any()
 
 
 def test_one_component_is_ridge():
     xs, ys = prompts_of(world(), 20)
     exact = gaussian_mixture(xs, ys, components=exact_components(TaskLaw(), 3), noise_variance=VARIANCE)
-    torch.testing.assert_close(exact, baselines.ridge(xs, ys, noise_variance=VARIANCE))
+    torch.testing.assert_close(exact.predictions, baselines.ridge(xs, ys, noise_variance=VARIANCE))
+    torch.testing.assert_close(exact.nll, evidence.ridge_nll(xs, ys, noise_variance=VARIANCE))
 
 
 def test_components_about_their_means_are_the_smoothed_dmmse():
@@ -210,6 +255,63 @@ def test_the_particle_filter_agrees_with_the_exact_predictor(prior):
         assert_error_is_as_stated(make, xs, ys, expected, at_most=0.06)
 
 
+# Posteriors
+
+
+def draws_of(config, xs, ys, candidate="prior", count=4096):
+    """Return draws of the task given the examples of one prompt."""
+    many = xs.expand(count, -1, -1).contiguous(), ys.expand(count, -1).contiguous()
+    uniforms = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pool = training_pool(config).double() if candidate == "pool" else None
+    return posterior_tasks(config, candidate, *many, uniforms, pool=pool)
+
+
+def assert_moments(draws, points, log_weights, spread):
+    """Compare E w and E|w| of one-dimensional draws with those of weighted points. Errors are those of independent blocks."""
+    weights = np.exp(log_weights - logsumexp(log_weights))
+    for function in (lambda w: w, abs):
+        blocks = function(draws[:, 0]).unflatten(0, (NUM_FILTERS, -1)).mean(1)
+        assert abs(blocks.mean() - weights @ function(points)) < 4 * blocks.std() / NUM_FILTERS**0.5 + spread
+
+
+@pytest.mark.parametrize(
+    ("prior", "noise", "candidate"),
+    [
+        ("sparse", "gaussian", "prior"),
+        ("student_t", "laplace", "prior"),
+        ("student_t", "laplace", "gaussian"),
+        ("laplace", "student_t", "pool"),
+    ],
+)
+@pytest.mark.parametrize("count", [0, 3])
+def test_tasks_are_drawn_from_the_posterior_of_a_candidate(prior, noise, candidate, count):
+    """The oracle is quadrature; for `sparse`, its point at 0 has the weight of the atom."""
+    config = world(prior, noise, task_size=1, num_tasks=5)
+    xs, ys = (part[:1, :count] for part in prompts_of(config, 1))
+    xs = 0.2 * xs  # so that the examples leave several tasks possible
+    if candidate == "pool":
+        points = training_pool(config).double().numpy()[:, 0]
+        logs = np.zeros(5)
+    elif prior == "sparse":
+        points, steps = line()
+        points = np.append(points, 0.0)
+        logs = np.append(log_density("gaussian", points[:-1], (1 / 0.3) ** 0.5) + math.log(0.3) + steps, math.log(0.7))
+    else:
+        points, steps = line()
+        logs = log_density("gaussian" if candidate == "gaussian" else prior, points) + steps
+    for k in range(count):
+        logs = logs + log_density(noise, ys[0, k].item() - points * xs[0, k, 0].item(), VARIANCE**0.5)
+    exact = candidate == "pool" or noise == "gaussian" or count == 0
+    assert_moments(draws_of(config, xs, ys, candidate), points, logs, 0.0 if exact else 2 / 512)
+
+
+def test_candidates_are_named_by_the_run():
+    assert candidates(world("laplace", num_tasks=4)) == ("pool", "prior", "gaussian")
+    assert candidates(world("laplace")) == ("prior", "gaussian")
+    assert candidates(world(noise="laplace", num_tasks=4)) == ("pool", "gaussian")
+    assert NUM_FILTERS == NUM_BLOCKS  # so that the jackknife includes the errors of the filters
+
+
 # Limits
 
 
@@ -241,7 +343,7 @@ def test_ridge_remains_the_predictor_whatever_the_inputs(inputs):
     config = world(**inputs)
     xs, ys = prompts_of(config, 6)
     assert bayes(config, xs, ys) is None
-    expected = plain_mixture(xs, ys, exact_components(TaskLaw(), 3))
+    expected, _ = plain_mixture(xs, ys, exact_components(TaskLaw(), 3))
     torch.testing.assert_close(baselines.ridge(xs, ys, noise_variance=VARIANCE), expected)
 
 
@@ -301,6 +403,8 @@ def test_dmmse_matches_a_plain_loop_over_tasks_with_the_noise_density(noise):
     expected = quadrature(xs, ys, tasks.numpy(), zeros, zeros, noise)
     found = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=VARIANCE, noise=noise_law(config))
     torch.testing.assert_close(found, expected)
+    nll = evidence.dmmse_nll(xs, ys, tasks=tasks, noise_variance=VARIANCE, noise=noise_law(config))
+    torch.testing.assert_close(nll, quadrature_nll(xs, ys, tasks.numpy(), zeros, noise))
 
 
 def test_dmmse_with_many_degrees_of_freedom_is_that_of_gaussian_noise():
@@ -325,7 +429,7 @@ def test_weights_of_components_may_differ():
     two = Components(torch.tensor([0.0, -math.inf]).double(), torch.ones(2, 3).double(), torch.stack((unit, 5 * unit)))
     one = Components(torch.zeros(1).double(), torch.ones(1, 3).double(), unit[None])
     predict = functools.partial(gaussian_mixture, xs, ys, noise_variance=VARIANCE)
-    torch.testing.assert_close(predict(components=two), predict(components=one))
+    torch.testing.assert_close(predict(components=two).predictions, predict(components=one).predictions)
 
 
 @pytest.mark.gpu

@@ -26,7 +26,7 @@ LAYERS = (
     ("compute.devices", "compute.task_sums", "arrays", "rng", "signals", "progress"),
     ("tasks.laws", "tasks.pools", "tasks.priors", "tasks.prompts", "tasks.shifts", "tasks"),
     ("tasks.corpus", "tasks.rows", "tasks.streams"),
-    ("baselines", "bayes", "evidence", "metrics"),
+    ("baselines", "evidence", "bayes", "metrics"),
     ("compute",),
     ("model.heads", "model.transformer", "model.attention", "model.stacked", "model.flat", "model"),
     ("compute.linalg", "compute.step"),

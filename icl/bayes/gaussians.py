@@ -2,9 +2,11 @@
 
 Given the component of the mixture and the variances of the noise, w is Gaussian, and so is each target given the targets before it. The Kalman filter
 updates the posterior N(m, V) of w at each example, and multiplies the component's weight by the likelihood of the target. The Bayes predictor
-is the weighted mean of m . x_k. Bishop (2006), section 3.3, has the case of one component.
+is the weighted mean of m . x_k, and the predictive density of y_k is the weighted mean of the likelihoods. Bishop (2006), section 3.3, has the
+case of one component.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,6 +29,18 @@ class Components(NamedTuple):
     log_weights: Float[Tensor, " N"]
     means: Float[Tensor, "N D"]
     covariances: Float[Tensor, "N D D"]
+
+
+class BayesPredictions(NamedTuple):
+    """Posterior mean of each target before it is read, and the negative log-likelihood (NLL) of the target, in nats, under the predictive distribution.
+
+    The standard errors are those of the computation. They are 0 if it is exact.
+    """
+
+    predictions: Float[Tensor, "*S B K"]
+    stderrs: Float[Tensor, "*S B K"]
+    nll: Float[Tensor, "*S B K"]
+    nll_stderrs: Float[Tensor, "*S B K"]
 
 
 class State(NamedTuple):
@@ -55,6 +69,20 @@ class State(NamedTuple):
         )
 
 
+    def log_density(self, before: "State") -> Float[Tensor, "B *R"]:
+        """Return log p(y) of the example that turned the state `before` into this one."""
+        return self.log_weights.logsumexp(-1) - before.log_weights.logsumexp(-1) - 0.5 * math.log(2 * math.pi)
+
+    def sample(self, uniforms: Float[Tensor, " B"], normals: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """Return a task from the posterior of every prompt. The uniform numbers choose the components. There must be no runs R."""
+        cumulative = self.log_weights.softmax(-1).cumsum(-1)  # B N
+        chosen = torch.searchsorted(cumulative, (uniforms.unsqueeze(-1) * cumulative[:, -1:]).contiguous(), right=True)
+        rows = torch.arange(len(chosen), device=chosen.device), chosen[:, 0].clamp(max=cumulative.shape[-1] - 1)
+        # A covariance can be singular, so we use its square root U S^(1/2) instead of the Cholesky factor.
+        values, vectors = torch.linalg.eigh(self.covariances[rows])
+        return self.means[rows] + (vectors @ (values.clamp(min=0).sqrt() * normals).unsqueeze(-1)).squeeze(-1)
+
+
 def exact_components(law: TaskLaw, task_size: int) -> Components | None:
     """Return a prior as a finite mixture of Gaussians, in float64; None if it is none, or has more than `MAX_COMPONENTS`."""
     unit = torch.eye(task_size, dtype=torch.float64)
@@ -78,23 +106,53 @@ def exact_components(law: TaskLaw, task_size: int) -> Components | None:
 
 def gaussian_mixture(
     xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], *, components: Components, noise_variance: float
-) -> Float[Tensor, "B K"]:
-    """Predict by the posterior mean under a finite mixture of Gaussians and Gaussian noise."""
-    count, task_size = components.means.shape
-    start = Components(*(part.to(xs.device) for part in components))
-    parts = []
-    for inputs, targets in batches(xs, ys, count * task_size**2):
-        state = State(
-            start.log_weights.expand(len(inputs), count),
-            start.means.expand(len(inputs), -1, -1),
-            start.covariances.expand(len(inputs), -1, -1, -1),
-        )
-        columns = []
+) -> BayesPredictions:
+    """Return the exact predictions under a finite mixture of Gaussians and Gaussian noise."""
+    parts, losses = [], []
+    for inputs, targets in batches(xs, ys, components.covariances.numel()):
+        state = start_state(components, len(inputs), xs.device)
+        columns, densities = [], []
         for x, y in zip(inputs.unbind(1), targets.unbind(1), strict=True):
             columns.append(state.predict(x))
-            state = state.update(x, y, torch.full((count,), noise_variance, dtype=torch.float64, device=xs.device))
+            state, before = read_exactly(state, x, y, noise_variance), state
+            densities.append(state.log_density(before))
         parts.append(torch.stack(columns, dim=1))
-    return torch.cat(parts).to(ys)
+        losses.append(-torch.stack(densities, dim=1))
+    predictions, nll = torch.cat(parts).to(ys), torch.cat(losses).to(ys)
+    return BayesPredictions(predictions, torch.zeros_like(predictions), nll, torch.zeros_like(nll))
+
+
+def mixture_posterior(
+    xs: Float[Tensor, "B n D"],
+    ys: Float[Tensor, "B n"],
+    uniforms: Float[Tensor, " B"],
+    normals: Float[Tensor, "B D"],
+    *,
+    components: Components,
+    noise_variance: float,
+) -> Float[Tensor, "B D"]:
+    """Return a task for each prompt from its exact posterior given n examples, in float64."""
+    parts, done = [], 0
+    for inputs, targets in batches(xs, ys, components.covariances.numel()):
+        state = start_state(components, len(inputs), xs.device)
+        for x, y in zip(inputs.unbind(1), targets.unbind(1), strict=True):
+            state = read_exactly(state, x, y, noise_variance)
+        rows = slice(done, done := done + len(inputs))
+        parts.append(state.sample(uniforms[rows].double(), normals[rows].double()))
+    return torch.cat(parts)
+
+
+def start_state(components: Components, count: int, device: torch.device) -> State:
+    """Return the state of `count` prompts before their first example."""
+    log_weights, means, covariances = (part.to(device) for part in components)
+    return State(
+        log_weights.expand(count, -1), means.expand(count, -1, -1), covariances.expand(count, -1, -1, -1)
+    )
+
+
+def read_exactly(state: State, x: Float[Tensor, "B D"], y: Float[Tensor, " B"], noise_variance: float) -> State:
+    """Return the state after one example with Gaussian noise."""
+    return state.update(x, y, torch.full_like(state.log_weights[0], noise_variance))
 
 
 def batches(xs: Tensor, ys: Tensor, numbers_per_prompt: int) -> Iterator[tuple[Tensor, Tensor]]:

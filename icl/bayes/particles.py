@@ -6,6 +6,9 @@ coordinates is proposed anew from the prior and accepted by Metropolis and Hasti
 Gilks and Berzuini 2001). The filter runs several times independently. The prediction is the mean of these runs, and their spread gives its
 standard error. The squared standard error, averaged over prompts, is the amount by which the loss of the estimate exceeds that of the exact predictor.
 
+The predictive density of y_k is the weighted mean of the likelihoods of the particles, and we take its mean over the runs. Its negative logarithm is the
+NLL. To first order, the NLL is too large by half of its squared standard error, because the logarithm is concave.
+
 Student's t with df degrees of freedom has the scale (df - 2) / chi^2_df; Laplace has an exponential scale (Andrews and Mallows 1974). A coordinate of a
 `sparse` task has 1 / p with probability p, else 0. Here 0 is replaced by 1e-6, so that a coordinate can become non-zero. Under `mixture`, a particle has
 one of the components, and is only resampled.
@@ -20,20 +23,15 @@ from scipy.special import gammaincinv
 from torch import Tensor
 
 from icl import rng
-from icl.bayes.gaussians import State, batches, exact_components
+from icl.bayes.gaussians import BayesPredictions, State, batches, exact_components
 from icl.tasks.laws import Law, TaskLaw
 
 NUM_RUNS, NUM_PARTICLES = 8, 128
 """Default numbers of independent runs of the particle filter, and of particles in each."""
+NUM_SAMPLING_PARTICLES = 512
+"""Default number of particles from which a task is drawn."""
 _SPIKE = 1e-6
 """Variance that replaces 0 in the particle filter. It adds at most this variance to each coordinate of a sparse task."""
-
-
-class BayesPredictions(NamedTuple):
-    """Posterior mean of each target before it is read, and the standard error of its computation, which is 0 if it is exact."""
-
-    predictions: Float[Tensor, "*S B K"]
-    stderrs: Float[Tensor, "*S B K"]
 
 
 def particle_filter(
@@ -51,28 +49,99 @@ def particle_filter(
 
     All prompts share the random numbers, so the prediction for a prompt does not depend on the other prompts.
     """
-    size = xs.shape[-1]
-    draws = _Draws(rng.stream(seed, "bayes"), num_runs, num_particles, xs.device)
-    start = _start(draws, law, size)
-    parts = []
-    for inputs, targets in batches(xs, ys, num_runs * num_particles * size**2):
-        shape = (len(inputs), num_runs, num_particles)
-        state = State(
-            torch.zeros(shape, dtype=torch.float64, device=xs.device),
-            start.means.expand(*shape, size),
-            start.covariances.expand(*shape, size, size),
-        )
-        scales = start.scales.expand(*shape, size)
-        columns = []
+    filters = _Filter(law, noise, noise_variance, _Draws(rng.stream(seed, "bayes"), num_runs, num_particles, xs.device))
+    parts, densities = [], []
+    for inputs, targets in batches(xs, ys, filters.numbers_per_prompt(xs.shape[-1])):
+        particles = filters.start(len(inputs), xs.shape[-1])
+        columns, logs = [], []
         for k, (x, y) in enumerate(zip(inputs.unbind(1), targets.unbind(1), strict=True)):
-            columns.append(state.predict(x))
-            if k == inputs.shape[1] - 1:
-                break
-            variances = noise_variance * _scales(noise, draws.uniform(1 + k, 1, 0)[..., 0])
-            state, scales = _renew(state.update(x, y, variances), scales, law, draws, 1 + k)
+            columns.append(particles.state.predict(x))
+            particles, log_density = filters.read(particles, x, y, k, is_last=k == inputs.shape[1] - 1)
+            logs.append(log_density)
         parts.append(torch.stack(columns, dim=1))  # B K R
+        densities.append(torch.stack(logs, dim=1))
     runs = torch.cat(parts)
-    return BayesPredictions(runs.mean(-1).to(ys), (runs.std(-1) / math.sqrt(num_runs)).to(ys))
+    predictions, stderrs = runs.mean(-1), runs.std(-1) / math.sqrt(num_runs)
+    return BayesPredictions(*(part.to(ys) for part in (predictions, stderrs, *_mean_density(torch.cat(densities)))))
+
+
+def particle_posterior(
+    xs: Float[Tensor, "B n D"],
+    ys: Float[Tensor, "B n"],
+    uniforms: Float[Tensor, " B"],
+    normals: Float[Tensor, "B D"],
+    *,
+    law: TaskLaw,
+    noise: Law,
+    noise_variance: float,
+    num_particles: int = NUM_SAMPLING_PARTICLES,
+    seed: int = 0,
+) -> Float[Tensor, "B D"]:
+    """Return a task for each prompt from its posterior given n examples, as one run of the filter approximates it, in float64.
+
+    Runs with other seeds are independent, so their spread shows the error.
+    """
+    draws = _Draws(rng.stream(seed, "bayes/posterior"), 1, num_particles, xs.device)
+    filters = _Filter(law, noise, noise_variance, draws)
+    parts, done = [], 0
+    for inputs, targets in batches(xs, ys, filters.numbers_per_prompt(xs.shape[-1])):
+        particles = filters.start(len(inputs), xs.shape[-1])
+        for k, (x, y) in enumerate(zip(inputs.unbind(1), targets.unbind(1), strict=True)):
+            particles, _ = filters.read(particles, x, y, k)
+        state = State(*(part.squeeze(1) for part in particles.state))
+        rows = slice(done, done := done + len(inputs))
+        parts.append(state.sample(uniforms[rows].double(), normals[rows].double()))
+    return torch.cat(parts)
+
+
+def _mean_density(log_densities: Float[Tensor, "B K R"]) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]]:
+    """Return -log of the mean density over runs, with the standard error by the delta method."""
+    count = log_densities.shape[-1]
+    log_mean = log_densities.logsumexp(-1) - math.log(count)
+    ratios = (log_densities - log_mean.unsqueeze(-1)).exp()  # densities divided by their mean
+    return -log_mean, ratios.std(-1) / math.sqrt(count)
+
+
+class _Weighted(NamedTuple):
+    """Particles of all runs for B prompts: their weights and posteriors, and the scales of the coordinates."""
+
+    state: State
+    scales: Float[Tensor, "B R N D"]
+
+
+class _Filter(NamedTuple):
+    """The model, and the random numbers of the runs."""
+
+    law: TaskLaw
+    noise: Law
+    noise_variance: float
+    draws: "_Draws"
+
+    def numbers_per_prompt(self, size: int) -> int:
+        """Return the number of elements of the covariances of all particles of a prompt."""
+        return self.draws.num_runs * self.draws.num_particles * size**2
+
+    def start(self, count: int, size: int) -> _Weighted:
+        """Draw the particles before the first example, the same for `count` prompts."""
+        first = _start(self.draws, self.law, size)
+        shape = (count, self.draws.num_runs, self.draws.num_particles)
+        state = State(
+            torch.zeros(shape, dtype=torch.float64, device=self.draws.device),
+            first.means.expand(*shape, size),
+            first.covariances.expand(*shape, size, size),
+        )
+        return _Weighted(state, first.scales.expand(*shape, size))
+
+    def read(
+        self, particles: _Weighted, x: Float[Tensor, "B D"], y: Float[Tensor, " B"], k: int, *, is_last: bool = False
+    ) -> tuple[_Weighted, Float[Tensor, "B R"]]:
+        """Return the particles after example k (from 0), and its log density. After the last example they are not renewed."""
+        variances = self.noise_variance * _scales(self.noise, self.draws.uniform(1 + k, 1, 0)[..., 0])
+        state = particles.state.update(x, y, variances)
+        log_density = state.log_density(particles.state)
+        if is_last:
+            return _Weighted(state, particles.scales), log_density
+        return _Weighted(*_renew(state, particles.scales, self.law, self.draws, 1 + k)), log_density
 
 
 class _Draws(NamedTuple):

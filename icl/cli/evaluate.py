@@ -122,11 +122,17 @@ def _predictor_losses(baselines: "pd.DataFrame") -> str:
     means = baselines[baselines["position"] == "mean"].pivot(index="distribution", columns="quantity", values="value")
     if "bayes" not in means:
         return ""
-    names = [name for name in ("bayes", "dmmse", "ridge", "zero", "bayes_variance") if name in means]
+    order = ("bayes", "dmmse", "ridge", "zero", "bayes_variance", "bayes_nll", "dmmse_nll", "ridge_nll", "bayes_nll_variance")
+    names = [name for name in order if name in means]
     table = means.loc[["pretrain", "true"], names].to_string(float_format="{:.4g}".format, na_rep="-")
+    nll = (
+        "Its negative log-likelihood is too large, and `nll_over_bayes` too small, by about half of `bayes_nll_variance`.\n"
+        if "bayes_nll" in means
+        else ""
+    )
     return (
         "\nLosses of other predictors. `bayes` is the Bayes predictor for new tasks. Its loss, and `delta_bayes`, are too large by\n"
-        f"`bayes_variance`, the mean squared standard error of its predictions, which is 0 if they are exact.\n\n{table}\n"
+        f"`bayes_variance`, the mean squared standard error of its predictions, which is 0 if they are exact.\n{nll}\n{table}\n"
     )
 
 

@@ -21,9 +21,11 @@ The module `icl.metrics` computes the numbers:
 - `delta_bayes`: the gap to the Bayes predictor for new tasks, if this is not ridge because the prior or the noise is not Gaussian
   (`icl.bayes`). It includes `bayes_variance`, the mean squared standard error of a predictor that is only estimated.
 - `icl_score`: loss(k2) - loss(k1). A negative score is good.
-- `nll`, `nll_over_ridge`, `nll_over_dmmse`, only for models with a predictive distribution (`model.output` `gaussian` or `mixture`): the
-  negative log-likelihood in nats per target, and its excess over that of the two Bayes predictors (`icl.evidence`), whose means
-  are at least 0 on prompts of the predictor's prior.
+- `nll`, `nll_over_ridge`, `nll_over_dmmse`, `nll_over_bayes`, only for models with a predictive distribution (`model.output` `gaussian` or `mixture`):
+  the negative log-likelihood in nats per target, and its excess over that of dMMSE, of ridge with Gaussian noise (`icl.evidence`), and of the Bayes
+  predictor for new tasks if prior or noise are not Gaussian (`icl.bayes`). The expectation of an excess is at least 0 on prompts of the predictor's own world:
+  for dMMSE on `pretrain`, and for ridge, or `bayes` if there is one, on `true`. If `bayes` is estimated, its NLL is too large by
+  about half of `bayes_nll_variance`, the mean squared standard error of this NLL.
 - `prior_zero`, `prior_task_mean`: prior-task scores, the gaps to the predictions with w = 0 and with the mean task (Hoogland
   et al. 2024).
 
@@ -90,8 +92,8 @@ class EvaluationSet(NamedTuple):
     """Whether the shift changes only the last position, the query. If so, only numbers of this position are given."""
     nll: Mapping[str, Tensor] = MappingProxyType({})
     """Negative log-likelihoods (B, K) of the Bayes predictors, if the model has a predictive distribution and there is noise."""
-    bayes_variance: Tensor | None = None
-    """Squared standard errors (B, K) of the predictions of the baseline `bayes`, if there is one."""
+    variances: Mapping[str, Tensor] = MappingProxyType({})
+    """Squared standard errors (B, K) of the baseline `bayes`: of its predictions (`bayes_variance`) and of its NLL (`bayes_nll_variance`)."""
     is_gaussian: bool = True
     """Whether prior and noise are Gaussian, so that ridge is the Bayes predictor for new tasks."""
 
@@ -137,8 +139,8 @@ def evaluation_set(
 
     All sets have the baselines ridge, OLS and zero. `pretrain` and `true` of a run with finitely many tasks also have dMMSE and the mean
     task. Without noise, `ridge` has the predictions of OLS, which is the limit of ridge for zero noise. `pretrain` and `true` of a run
-    whose prior or noise is not Gaussian also have the Bayes predictor for new tasks. If the model has a predictive distribution, and
-    prior and noise are Gaussian, the set also has the negative log-likelihoods of ridge and dMMSE, which do not exist without noise.
+    whose prior or noise is not Gaussian also have the Bayes predictor for new tasks. If the model has a predictive distribution,
+    the set also has the negative log-likelihoods of these Bayes predictors, which do not exist without noise.
     For a language run, `name` is `test`.
 
     Args:
@@ -166,13 +168,15 @@ def evaluation_set(
         )
     is_about_query = shift is not None and shift.is_about_query
     is_gaussian = (task.prior, task.noise) == ("gaussian", "gaussian")
-    has_nll = config.model.has_density and has_noise and is_gaussian
+    has_nll = config.model.has_density and has_noise
     nll = _bayes_nll(config, name, prompts, pool_step) if has_nll else {}
     predictions = _baseline_predictions(config, name, prompts, pool_step)
-    bayes_variance = None
+    variances = {}
     if with_bayes and name in ("pretrain", "true") and (estimate := bayes(config, prompts.xs, prompts.ys)) is not None:
-        predictions["bayes"], bayes_variance = estimate.predictions, estimate.stderrs.square()
-    return EvaluationSet(name, prompts, predictions, is_about_query, nll, bayes_variance, is_gaussian)
+        predictions["bayes"], variances["bayes_variance"] = estimate.predictions, estimate.stderrs.square()
+        if has_nll:
+            nll["bayes"], variances["bayes_nll_variance"] = estimate.nll, estimate.nll_stderrs.square()
+    return EvaluationSet(name, prompts, predictions, is_about_query, nll, variances, is_gaussian)
 
 
 def predict_prompts(predict: Predict, params: Params, prompts: Prompts | TokenRows) -> Float[Tensor, "N B K"]:
@@ -228,7 +232,7 @@ def evaluate_predictions(
         numbers += _position_numbers(prompt_set, "bayes_excess", errors - _bayes_errors(prompt_set))
     if nll is not None:
         numbers += _position_numbers(prompt_set, "nll", nll)
-        for quantity in ("nll_over_ridge", "nll_over_dmmse"):
+        for quantity in ("nll_over_ridge", "nll_over_dmmse", "nll_over_bayes"):
             floor = prompt_set.nll.get(quantity.rpartition("_")[2])
             if floor is not None:
                 numbers += _position_numbers(prompt_set, quantity, nll - floor)
@@ -252,8 +256,8 @@ def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
     """Return the loss of every baseline on every set. The quantity is the baseline's name.
 
     Quantities such as `ridge_nll` are negative log-likelihoods.
-    If there is a baseline `bayes`, rows of the quantity `bayes_variance` have the mean squared standard error of its predictions.
-    The loss of `bayes` is too large by this number.
+    If there is a baseline `bayes`, rows of the quantity `bayes_variance` have the mean squared standard error of its predictions, and those of
+    `bayes_nll_variance` that of its NLL. The loss of `bayes` is too large by the first, and its NLL by about half of the second.
     """
     rows = []
     for each in sets:
@@ -262,9 +266,8 @@ def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
             rows += _rows(each.name, _position_numbers(each, name, errors))[0]
         for name, losses in each.nll.items():
             rows += _rows(each.name, _position_numbers(each, f"{name}_nll", losses.unsqueeze(0)))[0]
-        if each.bayes_variance is not None:
-            variances = each.bayes_variance.unsqueeze(0)
-            rows += _rows(each.name, _position_numbers(each, "bayes_variance", variances))[0]
+        for name, variances in each.variances.items():
+            rows += _rows(each.name, _position_numbers(each, name, variances.unsqueeze(0)))[0]
     return rows
 
 
@@ -390,7 +393,8 @@ def _bayes_nll(config: RunConfig, name: str, prompts: Prompts, pool_step: int | 
     nll = {"ridge": evidence.ridge_nll(xs, ys, noise_variance=task.noise_variance)}
     if not task.is_gaussian and name in ("pretrain", "true") and (pool_step is not None or not task.has_moving_pool):
         tasks = training_pool(config, step=pool_step, device=xs.device)
-        nll["dmmse"] = evidence.dmmse_nll(xs, ys, tasks=tasks, noise_variance=task.noise_variance)
+        noise = noise_law(config)
+        nll["dmmse"] = evidence.dmmse_nll(xs, ys, tasks=tasks, noise_variance=task.noise_variance, noise=noise)
     return nll
 
 

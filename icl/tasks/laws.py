@@ -152,6 +152,17 @@ def squared_error_equivalent(law: Law, residuals: Tensor, noise_variance: float)
     return (residuals.square() / ((law.df - 2) * noise_variance)).log1p() * ((law.df + 1) * noise_variance)
 
 
+def log_peak(law: Law, noise_variance: float) -> float:
+    """Return the log density of the noise at 0. Adding -c / (2 sigma^2), with c of `squared_error_equivalent`, gives it everywhere."""
+    if law.name == "gaussian":
+        return -(math.log(noise_variance) + math.log(2 * math.pi)) / 2
+    if law.name == "laplace":
+        return -(math.log(noise_variance) + math.log(2)) / 2
+    assert law.df is not None
+    gammas = math.lgamma((law.df + 1) / 2) - math.lgamma(law.df / 2)
+    return gammas - (math.log((law.df - 2) * noise_variance) + math.log(math.pi)) / 2
+
+
 def _structure(name: str, seed: int, task_size: int, count: int) -> Float[Tensor, "{count} {task_size}"]:
     """Return fixed standard normals of a run, in float64."""
     steps, indices = torch.zeros(1, dtype=torch.int64), torch.arange(count)

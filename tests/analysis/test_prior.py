@@ -12,6 +12,7 @@ from icl.analysis import NotApplicableError
 from icl.analysis.prior import Reference, Settings, analyse, energy, reference, rollouts, sample_rows
 from icl.analysis.prior.energy import NUM_BLOCKS, Sample, energy_distance
 from icl.analysis.prior.rollouts import bayes_prompts, estimate_tasks, make_draws, model_rollouts
+from icl.bayes.posterior import choose_tasks, gaussian_posterior
 from icl.build import build_model
 from icl.cli import main
 from icl.config.validation import ConfigError
@@ -206,12 +207,12 @@ def test_tasks_given_examples_are_those_of_the_posterior():
     count, xs, ys = 40_000, normal(1, 2, 2), torch.tensor([[0.4, -0.7]], dtype=torch.float64)
     many = xs.expand(count, -1, -1), ys.expand(count, -1)
     uniforms = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    chosen = rollouts.choose_tasks(*many, POOL, uniforms, noise_variance=VARIANCE)
+    chosen = choose_tasks(*many, POOL, uniforms, noise_variance=VARIANCE)
     likelihood = np.exp(-((xs[0] @ POOL.T - ys[0, :, None]).square().sum(0) / (2 * VARIANCE)).numpy())
     exact = likelihood / likelihood.sum()
     frequencies = np.bincount(chosen.numpy(), minlength=4) / count
     assert (np.abs(frequencies - exact) < 4 * np.sqrt(exact * (1 - exact) / count) + 1e-12).all()
-    drawn = rollouts.gaussian_posterior(*many, normal(count, 2, seed=3), noise_variance=VARIANCE)
+    drawn = gaussian_posterior(*many, normal(count, 2, seed=3), noise_variance=VARIANCE)
     x, y = xs[0].numpy(), ys[0].numpy()
     covariance = np.linalg.inv(x.T @ x / VARIANCE + np.eye(2))
     stderr = np.sqrt(np.diag(covariance) / count)

@@ -50,7 +50,7 @@ def test_sets_of_another_world_have_its_predictors():
         xs, ys, _ = one.prompts
         estimate = bayes(config, xs, ys)
         assert torch.equal(one.baselines["bayes"], estimate.predictions)
-        assert torch.equal(one.bayes_variance, estimate.stderrs.square())
+        assert torch.equal(one.variances["bayes_variance"], estimate.stderrs.square())
         tasks = training_pool(config)
         expected = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=0.25, noise=Law("student_t", 3.0))
         assert torch.equal(one.baselines["dmmse"], expected)
@@ -80,8 +80,8 @@ def test_the_table_of_baselines_gives_the_error_of_the_estimate():
     table = pd.DataFrame(evaluate_baselines(sets))
     for one in sets:
         own = table[(table["distribution"] == one.name) & (table["quantity"] == "bayes_variance")]
-        assert own.set_index("position")["value"]["mean"] == pytest.approx(one.bayes_variance.mean().item())
-        assert len(own) == one.bayes_variance.shape[1] + 1
+        assert own.set_index("position")["value"]["mean"] == pytest.approx(one.variances["bayes_variance"].mean().item())
+        assert len(own) == one.variances["bayes_variance"].shape[1] + 1
 
 
 def test_members_with_and_without_the_same_pool_are_told_apart():

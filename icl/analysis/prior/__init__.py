@@ -1,24 +1,28 @@
-"""The prior that a model has learned: samples of the tasks that it believes in, compared with both candidate priors at every saved step.
+"""The prior that a model has learned: samples of the tasks that it believes in, compared with candidate priors at every saved step.
 
 A model with a predictive distribution (`model.output` `gaussian` or `mixture`) writes prompts itself (`icl.analysis.prior.rollouts`), and
-ridge regression estimates the task behind each of them. The same estimator is applied to prompts of each candidate: `pool`, the run's M
-training tasks, and `gaussian`, N(0, I). The energy distance (`icl.analysis.prior.energy`) of the two samples of estimates is zero if
+ridge regression estimates the task behind each of them. The same estimator is applied to prompts of each candidate (`icl.bayes`): `pool`, the run's M
+training tasks, `gaussian`, N(0, I), and `prior`, the run's prior of new tasks if it is not N(0, I). All candidates have the inputs and the noise of the
+run. The energy distance (`icl.analysis.prior.energy`) of the two samples of estimates is zero if
 the model is the Bayes predictor of the candidate. The converse does not hold: the distance sees only the estimates.
 
 With `num_context` > 0, every rollout begins with that many ordinary examples. It then shows the posterior that the model implies, and
-the candidates' prompts are continued from their exact posteriors.
+the candidates' prompts are continued from their posteriors, which are exact or drawn by particle filters (`icl.bayes.posterior`).
 
-Rows of the table, by `quantity`:
+Rows of the table, by `quantity`. The first two candidates of a run are the prior of its training tasks (`pool`, or with M = inf `prior` or
+`gaussian`) and the next in the order `pool`, `prior`, `gaussian`:
 
 - `energy_distance`, for each `candidate`: the distance between the model's samples and those of the candidate. `finding` says
-  whether it is zero within 2 standard errors. `energy_share`: the distance divided by that between the two candidates.
-- `preference`: the distance to `gaussian` minus the distance to `pool`. `finding` is the nearer candidate. The verdict is `suspect` if the
-  preference is within 2 standard errors of zero, or if neither candidate explains the model: the smaller distance is not zero, and
+  whether it is zero within 2 standard errors. `energy_share`: the distance divided by that between the first two candidates.
+- `preference`: the distance to the second candidate minus the distance to the first. `finding` is the nearer of the two. The verdict is `suspect` if
+  the preference is within 2 standard errors of zero, or if neither explains the model: the smaller distance is not zero, and
   more than 0.1 of that between the candidates. If it is larger than that between the candidates, the verdict is `invalid`.
 - `mean_square`: the mean of |w|^2 / D over the estimates of the model and, in rows without a step, of each candidate.
-- `separation`, without a step: the distance between the two candidates.
+- `separation`, without a step: the distance between the first two candidates.
 
-Standard errors are from the block jackknife over all samples. Inputs and random numbers are the same at all steps.
+If the pool of tasks changes, `pool` is the pool of the last update before each saved step, so the rows of candidates have a step.
+Standard errors are from the block jackknife over all samples, which includes the errors of particle filters. Inputs and random numbers are the same at
+all steps.
 """
 
 import math
@@ -35,13 +39,15 @@ from icl import metrics
 from icl.analysis import NotApplicableError
 from icl.analysis.prior.energy import NUM_BLOCKS, Energy, Sample, energy_distance
 from icl.analysis.prior.judging import Judgement, judge_distance, judge_preference, judge_separation
-from icl.analysis.prior.rollouts import Candidate, Draws, bayes_prompts, estimate_tasks, make_draws, model_rollouts
+from icl.analysis.prior.rollouts import Draws, bayes_prompts, estimate_tasks, make_draws, model_rollouts
 from icl.analysis.run import Members, Result, as_table, over_checkpoints, setting
+from icl.bayes import Candidate, candidates
 from icl.config import RunConfig
 from icl.config.validation import require, require_count
+from icl.model.stacked import Params
 from icl.runs.checkpoints import checkpoint_files, read_config_of
 from icl.runs.measure import Entry, Measurement
-from icl.tasks.prompts import Distribution
+from icl.tasks.prompts import Distribution, last_pool_step
 
 VERSION = 1
 
@@ -68,48 +74,64 @@ class Settings:
 
 
 class Reference(NamedTuple):
-    """The estimates from prompts of each candidate, and the draws for the model's rollouts."""
+    """The estimates from prompts of each candidate, in the order of `icl.bayes.candidates`, and the draws for the model's rollouts."""
 
     draws: Draws
     samples: dict[Candidate, Sample]
 
+    @property
+    def pair(self) -> tuple[Candidate, ...]:
+        """The two candidates between which `preference` decides, or the only candidate."""
+        return tuple(self.samples)[:2]
+
 
 def analyse(path: Path, settings: Settings) -> Result:
-    """Compare the tasks that the model believes in with both candidates at every saved step.
+    """Compare the tasks that the model believes in with all candidates at every saved step.
 
     Raises:
         CheckpointError: If there is no usable checkpoint.
-        NotApplicableError: If the model has no predictive distribution, or the run has no noise or not the usual world.
-        ConfigError: If `num_context` is not below K.
+        NotApplicableError: If the model has no predictive distribution, or the run has no noise.
+        ConfigError: If `num_context` is not below K, or the tasks of an imported run are not known.
     """
     config = read_config_of(checkpoint_files(path)[0])
     require_rollouts(config, settings)
     entries, config = over_checkpoints(
         "prior", path, settings, partial(measure_members, settings=settings), version=VERSION
     )
-    whole_run = list(candidate_rows(reference(config, settings)))
+    whole_run = [] if config.task.has_moving_pool else list(candidate_rows(reference(config, settings)))
     return Result(as_table(entries, settings, whole_run=whole_run), _summary(entries, whole_run))
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
     """Compare every member with the candidates. The arrays have the estimates, the samples of the model's tasks."""
     config = members.config
-    known = reference(config, settings)
-    targets = model_rollouts(config.model, members.params, known.draws, num_context=settings.num_context).cpu()
+    if not config.task.has_moving_pool:
+        return _measure(config, members.params, reference(config, settings), settings)
+    results = []
+    for index, checkpoint in enumerate(members.checkpoints):
+        params = {name: tensor[index : index + 1] for name, tensor in members.params.items()}
+        known = reference(config, settings, last_pool_step(checkpoint.step))
+        (result,) = _measure(config, params, known, settings)
+        results.append(Measurement([*result.rows, *candidate_rows(known)], result.arrays))
+    return results
+
+
+def _measure(config: RunConfig, params: Params, known: Reference, settings: Settings) -> list[Measurement]:
+    targets = model_rollouts(config.model, params, known.draws, num_context=settings.num_context).cpu()
     estimates = estimate_tasks(known.draws.xs, targets, noise_variance=config.task.noise_variance)
     return [Measurement(list(sample_rows(known, tasks)), {"tasks": tasks.numpy()}) for tasks in estimates]
 
 
 @lru_cache(maxsize=1)
-def reference(config: RunConfig, settings: Settings) -> Reference:
-    """Return the estimates of the candidates' prompts, which are the same at all saved steps."""
-    names: tuple[Candidate, ...] = ("gaussian",) if config.task.is_gaussian else ("pool", "gaussian")
+def reference(config: RunConfig, settings: Settings, pool_step: int | None = None) -> Reference:
+    """Return the estimates of the candidates' prompts. They are the same at all saved steps unless the pool changes."""
     samples: dict[Candidate, Sample] = {}
-    for name in names:
-        draws = make_draws(config, name, settings.num_samples, settings.context)
-        targets = bayes_prompts(config, name, draws, num_context=settings.num_context)
+    draw = partial(make_draws, config, count=settings.num_samples, distribution=settings.context, pool_step=pool_step)
+    for name in candidates(config):
+        draws = draw(name)
+        targets = bayes_prompts(config, name, draws, num_context=settings.num_context, pool_step=pool_step)
         samples[name] = Sample(estimate_tasks(draws.xs, targets, noise_variance=config.task.noise_variance))
-    return Reference(make_draws(config, "model", settings.num_samples, settings.context), samples)
+    return Reference(draw("model"), samples)
 
 
 def sample_rows(known: Reference, tasks: Float[Tensor, "B D"]) -> Iterator[Row]:
@@ -124,15 +146,16 @@ def sample_rows(known: Reference, tasks: Float[Tensor, "B D"]) -> Iterator[Row]:
             share = metrics.Estimate(*(number / separation.value for number in distance.estimate))
             yield _row("energy_share", name, share, judgement)
     if separation is not None:
-        preference = (distances["gaussian"] - distances["pool"]).estimate
-        nearest = min(distances.values(), key=lambda distance: float(distance.value))
-        judgement = judge_preference(preference, nearest.estimate, separation.estimate)
+        first, second = known.pair
+        preference = (distances[second] - distances[first]).estimate
+        nearest = min((distances[first], distances[second]), key=lambda distance: float(distance.value))
+        judgement = judge_preference(preference, nearest.estimate, separation.estimate, names=(first, second))
         yield _row("preference", "", preference, judgement)
     yield _mean_square_row("model", tasks)
 
 
 def candidate_rows(known: Reference) -> Iterator[Row]:
-    """Yield the rows of the candidates, which belong to no step."""
+    """Yield the rows of the candidates, which do not depend on the model."""
     separation = _separation(known)
     if separation is not None:
         yield _row("separation", "", separation.estimate, judge_separation(separation.estimate))
@@ -152,11 +175,6 @@ def require_rollouts(config: RunConfig, settings: Settings) -> None:
             f"`prior` needs a model with a predictive distribution, but the run {config.run_name} has `model.output` "
             f"{config.model.output}; train one with `--model.output mixture` (or gaussian)."
         )
-    if not config.task.is_usual:
-        raise NotApplicableError(
-            f"`prior` writes prompts with inputs from N(0, I) and compares tasks with N(0, I) and a fixed pool, but the run {config.run_name} "
-            f"has {config.task.world}."
-        )
     if config.task.noise_variance == 0:
         raise NotApplicableError(
             f"`prior` needs noise, but the run {config.run_name} has `task.noise_variance` 0, for which predictive densities do not exist."
@@ -169,10 +187,11 @@ def require_rollouts(config: RunConfig, settings: Settings) -> None:
 
 
 def _separation(known: Reference) -> Energy | None:
-    """Return the distance between the candidates, or None if there is only one."""
-    if len(known.samples) < 2:
+    """Return the distance between the first two candidates, or None if there is only one."""
+    if len(known.pair) < 2:
         return None
-    return energy_distance(known.samples["gaussian"], known.samples["pool"])
+    first, second = known.pair
+    return energy_distance(known.samples[second], known.samples[first])
 
 
 def _mean_square_row(name: str, tasks: Float[Tensor, "B D"]) -> Row:

@@ -37,15 +37,24 @@ def judge_separation(separation: Estimate) -> Judgement:
     return Judgement("", "invalid", "the samples do not tell the two priors apart; raise num_samples")
 
 
-def judge_preference(preference: Estimate, nearest: Estimate, separation: Estimate) -> Judgement:
-    """Name the nearer candidate, from the difference of the two distances, the smaller distance and that of the candidates."""
+def judge_preference(
+    preference: Estimate, nearest: Estimate, separation: Estimate, *, names: tuple[str, str]
+) -> Judgement:
+    """Name the nearer candidate.
+
+    Args:
+        preference: The distance to the second candidate minus that to the first.
+        nearest: The smaller distance.
+        separation: The distance between the candidates.
+        names: Names of both candidates.
+    """
     if not _is_finite(preference):
         return Judgement("", "invalid", "the rollouts are not finite")
     between = judge_separation(separation)
     if between.verdict != "ok":
         return Judgement("unclear", "invalid", between.reasons)
     is_clear = abs(preference.value) > MAX_Z * preference.stderr
-    finding = ("pool" if preference.value > 0 else "gaussian") if is_clear else "unclear"
+    finding = (names[0] if preference.value > 0 else names[1]) if is_clear else "unclear"
     share = float(nearest.value / separation.value)
     is_zero = nearest.value <= MAX_Z * nearest.stderr
     if share > INVALID_SHARE and not is_zero:

@@ -1,6 +1,6 @@
 """Predictive Monte Carlo: prompts that a model writes itself, and estimates of the task behind them.
 
-A rollout begins with n given examples (none by default). Then x_k is drawn from N(0, I), y_k from the model's predictive
+A rollout begins with n given examples (none by default). Then x_k is drawn from the run's inputs, y_k from the model's predictive
 distribution given everything before it, and the example is appended, until the prompt has K examples. Fong, Holmes and Walker 2023
 ("Martingale posterior distributions") show that such samples of the data to come are samples from a posterior: a
 parameter that is estimated from an endless rollout is a sample of the posterior that the predictive distributions imply, and of the
@@ -8,37 +8,35 @@ prior if n = 0. For the exact Bayes predictor of a prior, rollouts are distribut
 posterior of this prior given the n examples.
 
 K examples determine the task only up to an error. So estimates from rollouts are compared with estimates from prompts of each candidate
-prior, made by the same estimator, and never with the prior itself. `bayes_prompts` draws the task from the candidate's exact posterior.
+prior, made by the same estimator, and never with the prior itself. `bayes_prompts` draws the task from the candidate's posterior
+(`icl.bayes.posterior`), and the noise from the run's noise.
 
 The estimator is ridge regression with lambda = sigma^2: the w that minimises |y - X w|^2 + sigma^2 |w|^2. We prefer it to
 least squares, because it exists for K < D, and because its error has finite moments also for K close to D, which the
-energy distance needs.
+energy distance needs. It is the same in all worlds: it need not be the best estimator.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from icl import rng
+from icl.bayes import Candidate, posterior_tasks
 from icl.config import ModelConfig, RunConfig
 from icl.evaluation.sets import predict_prompts
 from icl.model import heads
 from icl.model.heads import Predictive
 from icl.model.stacked import Params, outputs, size
-from icl.tasks.priors import task_pool
-from icl.tasks.prompts import Distribution, Prompts, prompt_source
+from icl.tasks import laws
+from icl.tasks.prompts import Distribution, Prompts, noise_law, prompt_source, training_pool
 
-Candidate: TypeAlias = Literal["pool", "gaussian"]
-"""A candidate prior: uniform on the run's M tasks, or N(0, I)."""
 PredictNext: TypeAlias = Callable[[Tensor, Tensor], Predictive]
 """Function of xs (B, k, D) and ys (N, B, k) that returns the distribution of the last target (N, B). It must not use this target."""
 _MAX_UNIFORM = 2**31 - 1
-_PAIRS_AT_ONCE = 2**22
-"""Largest number of pairs of a prompt and a task that are processed at once: 32 MiB for each array."""
 
 
 class Draws(NamedTuple):
@@ -49,9 +47,13 @@ class Draws(NamedTuple):
     """Targets of ordinary prompts. Rollouts use those of the first n examples."""
     uniforms: Float[Tensor, "B K"]
     normals: Float[Tensor, "B K"]
+    noise: Float[Tensor, "B K"]
+    """Noise of the candidates' targets, divided by its standard deviation. It is `normals` if the run's noise is Gaussian."""
 
 
-def make_draws(config: RunConfig, name: str, count: int, distribution: Distribution) -> Draws:
+def make_draws(
+    config: RunConfig, name: str, count: int, distribution: Distribution, *, pool_step: int | None = None
+) -> Draws:
     """Return the draws of a set of rollouts. They depend only on `seeds.evaluation` and on the name of the set.
 
     Args:
@@ -59,13 +61,20 @@ def make_draws(config: RunConfig, name: str, count: int, distribution: Distribut
         name: Name of the set: `model`, or a candidate.
         count: Number of rollouts.
         distribution: Tasks of the given examples.
+        pool_step: Step whose pool is used if the pool of tasks changes.
     """
-    prompts = prompt_source(config, stream=f"prior/{name}", distribution=distribution).sample(range(1), range(count))
+    source = prompt_source(config, stream=f"prior/{name}", distribution=distribution, pool_step=pool_step)
+    prompts = source.sample(range(1), range(count))
     keys = [rng.stream(config.seeds.evaluation, f"prior/{name}/{kind}") for kind in ("uniforms", "normals")]
     indices, positions = torch.arange(count), torch.arange(config.task.max_examples)
     uniforms = rng.integers(keys[0], positions, indices, _MAX_UNIFORM).mT.double() / _MAX_UNIFORM  # B K
-    normals = rng.normal(keys[1], torch.zeros(1, dtype=torch.int64), indices, len(positions))[0]
-    return Draws(prompts.xs[0], prompts.ys[0], uniforms.to(normals), normals)
+    step = torch.zeros(1, dtype=torch.int64)
+    normals = rng.normal(keys[1], step, indices, len(positions))[0]
+    law, noise = noise_law(config), normals
+    if law != laws.GAUSSIAN:
+        key = rng.stream(config.seeds.evaluation, f"prior/{name}/noise-of-targets")
+        noise = laws.draw(law, key, step, indices, len(positions))[0]
+    return Draws(prompts.xs[0], prompts.ys[0], uniforms.to(normals), normals, noise)
 
 
 def model_rollouts(model: ModelConfig, params: Params, draws: Draws, *, num_context: int) -> Float[Tensor, "N B K"]:
@@ -93,52 +102,20 @@ def rollouts(
     return ys
 
 
-def bayes_prompts(config: RunConfig, candidate: Candidate, draws: Draws, *, num_context: int) -> Float[Tensor, "B K"]:
-    """Return the targets of prompts that a candidate's exact Bayes predictor continues, in float64.
+def bayes_prompts(
+    config: RunConfig, candidate: Candidate, draws: Draws, *, num_context: int, pool_step: int | None = None
+) -> Float[Tensor, "B K"]:
+    """Return the targets of prompts that a candidate's Bayes predictor continues, in float64.
 
     The task is drawn from the candidate's posterior given the first examples. The other targets are w . x_k + noise.
     """
-    xs, ys, noise = draws.xs.double(), draws.ys.double(), config.task.noise_variance
+    xs, ys = draws.xs.double(), draws.ys.double()
     known = xs[:, :num_context], ys[:, :num_context]
-    if candidate == "gaussian":
-        # Separate numbers for the tasks: those in `draws` are for the noise of the targets.
-        key = rng.stream(config.seeds.evaluation, "prior/gaussian/tasks-given-examples")
-        numbers = rng.normal(key, torch.zeros(1, dtype=torch.int64), torch.arange(len(xs)), xs.shape[-1])[0]
-        tasks = gaussian_posterior(*known, numbers.double(), noise_variance=noise)
-    else:
-        pool = task_pool(int(config.task.num_tasks), config.task.task_size, config.task_sequence).double()
-        tasks = pool[choose_tasks(*known, pool, draws.uniforms[:, 0].double(), noise_variance=noise)]
-    continued = (xs * tasks.unsqueeze(1)).sum(-1) + noise**0.5 * draws.normals.double()  # B K
+    pool = training_pool(config, step=pool_step).double() if candidate == "pool" else None
+    tasks = posterior_tasks(config, candidate, *known, draws.uniforms[:, 0].double(), pool=pool)
+    noise = config.task.noise_variance**0.5 * draws.noise.double()
+    continued = (xs * tasks.unsqueeze(1)).sum(-1) + noise  # B K
     return torch.cat((known[1], continued[:, num_context:]), dim=1)
-
-
-def gaussian_posterior(
-    xs: Float[Tensor, "B n D"], ys: Float[Tensor, "B n"], normals: Float[Tensor, "B D"], *, noise_variance: float
-) -> Float[Tensor, "B D"]:
-    """Return a sample of w given n examples, under w ~ N(0, I): mean + L^-T z, where L L^T is the posterior's precision."""
-    root = torch.linalg.cholesky(xs.mT @ xs / noise_variance + torch.eye(xs.shape[-1], dtype=xs.dtype))  # B D D
-    moment = (xs.mT @ ys.unsqueeze(-1)) / noise_variance  # B D 1
-    scaled = torch.linalg.solve_triangular(root, moment, upper=False) + normals.unsqueeze(-1)
-    return torch.linalg.solve_triangular(root.mT, scaled, upper=True).squeeze(-1)
-
-
-def choose_tasks(
-    xs: Float[Tensor, "B n D"],
-    ys: Float[Tensor, "B n"],
-    pool: Float[Tensor, "M D"],
-    uniforms: Float[Tensor, " B"],
-    *,
-    noise_variance: float,
-) -> Int64[Tensor, " B"]:
-    """Return the indices of tasks drawn from the posterior given n examples, under w uniform on the pool."""
-    chosen = []
-    at_once = max(1, _PAIRS_AT_ONCE // len(pool))
-    for some_xs, some_ys, numbers in zip(xs.split(at_once), ys.split(at_once), uniforms.split(at_once), strict=True):
-        squares = (some_xs @ pool.T - some_ys.unsqueeze(-1)).square().sum(1)  # b M
-        cumulative = torch.softmax(-squares / (2 * noise_variance), dim=-1).cumsum(-1)
-        targets = (numbers.unsqueeze(-1) * cumulative[:, -1:]).contiguous()
-        chosen.append(torch.searchsorted(cumulative, targets, right=True).squeeze(-1))
-    return torch.cat(chosen).clamp(max=len(pool) - 1)
 
 
 def estimate_tasks(
