@@ -282,7 +282,7 @@ def varying_names(configs: Sequence[RunConfig]) -> list[str]:
         >>> varying_names([RunConfig(task=TaskConfig(num_tasks=8)), RunConfig(task=TaskConfig(num_tasks=64))])
         ['M=8', 'M=64']
     """
-    trees = [defaultdict(lambda: None, flatten(config.to_dict())) for config in configs]
+    trees = [defaultdict(lambda: None, config.all_settings()) for config in configs]
     keys = [
         key
         for key in dict.fromkeys(key for tree in trees for key in tree)

@@ -122,7 +122,9 @@ def test_the_particle_filter_agrees_with_quadrature_in_one_dimension(prior, nois
         assert_error_is_as_stated(make, xs, ys, expected, at_most=0.06)
 
 
-@pytest.mark.parametrize(("prior", "noise"), [("student_t", "gaussian"), ("gaussian", "student_t"), ("laplace", "laplace")])
+@pytest.mark.parametrize(
+    ("prior", "noise"), [("student_t", "gaussian"), ("gaussian", "student_t"), ("laplace", "laplace")]
+)
 def test_the_nll_of_the_particle_filter_agrees_with_quadrature_within_the_stated_error(prior, noise):
     config = world(prior, noise, task_size=1)
     xs, ys = prompts_of(config, 24)

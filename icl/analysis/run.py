@@ -5,7 +5,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -190,19 +190,40 @@ def named_runs(path: Path, others: str | None) -> dict[str, Path]:
 
     Args:
         path: The run that is analysed.
-        others: Further runs, separated by commas: the setting `jointly_with`.
+        others: Further runs, separated by commas: the setting `jointly_with`. Names of runs may contain commas, and a pattern such as
+            `runs/ladder/*` stands for all runs that it matches, except the run that is analysed.
 
     Raises:
         CheckpointError: If a run has no checkpoints.
         ConfigError: If a run is named twice.
     """
-    paths = [path, *(Path(word.strip()) for word in (others or "").split(",") if word.strip())]
+    paths = [path, *_listed_runs(others or "", path)]
     is_unique = len({folder.resolve() for folder in paths}) == len(paths)
     require(is_unique, "`jointly_with` must not name a run twice, nor the run that is analysed.")
     for folder in paths:
         checkpoint_files(folder)  # raises an error for a missing run before work on the other runs begins
     names = [run_of(folder).path.resolve().name for folder in paths]
     return {name if names.count(name) == 1 else str(folder): folder for name, folder in zip(names, paths, strict=True)}
+
+
+def _listed_runs(text: str, analysed: Path) -> Iterator[Path]:
+    """Yield the runs of a list. The longest part of the list that names a folder is one run, because names may contain commas."""
+    words = [word.strip() for word in text.split(",")]
+    while words:
+        lengths = range(len(words), 0, -1)
+        count = next((n for n in lengths if Path(",".join(words[:n])).exists() or _matches(",".join(words[:n]))), 1)
+        name, words = ",".join(words[:count]), words[count:]
+        if Path(name).exists() or not (found := _matches(name)):
+            yield from [Path(name)] if name else []
+        else:
+            yield from (folder for folder in found if folder.resolve() != analysed.resolve())
+
+
+def _matches(pattern: str) -> list[Path]:
+    """Return the folders of runs that match a pattern with `*` in its last part, in order."""
+    place = Path(pattern)
+    found = sorted(place.parent.glob(place.name)) if "*" in place.name else []
+    return [folder for folder in found if (folder / "config.yaml").is_file()]
 
 
 def as_table(entries: Sequence[Entry], settings: Any, *, whole_run: Sequence[Mapping[str, Any]] = ()) -> pd.DataFrame:

@@ -68,7 +68,6 @@ class State(NamedTuple):
             torch.addcmul(self.covariances, gain.unsqueeze(-1), spread.unsqueeze(-2), value=-1),
         )
 
-
     def log_density(self, before: "State") -> Float[Tensor, "B *R"]:
         """Return log p(y) of the example that turned the state `before` into this one."""
         return self.log_weights.logsumexp(-1) - before.log_weights.logsumexp(-1) - 0.5 * math.log(2 * math.pi)
@@ -145,9 +144,7 @@ def mixture_posterior(
 def start_state(components: Components, count: int, device: torch.device) -> State:
     """Return the state of `count` prompts before their first example."""
     log_weights, means, covariances = (part.to(device) for part in components)
-    return State(
-        log_weights.expand(count, -1), means.expand(count, -1, -1), covariances.expand(count, -1, -1, -1)
-    )
+    return State(log_weights.expand(count, -1), means.expand(count, -1, -1), covariances.expand(count, -1, -1, -1))
 
 
 def read_exactly(state: State, x: Float[Tensor, "B D"], y: Float[Tensor, " B"], noise_variance: float) -> State:

@@ -122,7 +122,17 @@ def _predictor_losses(baselines: "pd.DataFrame") -> str:
     means = baselines[baselines["position"] == "mean"].pivot(index="distribution", columns="quantity", values="value")
     if "bayes" not in means:
         return ""
-    order = ("bayes", "dmmse", "ridge", "zero", "bayes_variance", "bayes_nll", "dmmse_nll", "ridge_nll", "bayes_nll_variance")
+    order = (
+        "bayes",
+        "dmmse",
+        "ridge",
+        "zero",
+        "bayes_variance",
+        "bayes_nll",
+        "dmmse_nll",
+        "ridge_nll",
+        "bayes_nll_variance",
+    )
     names = [name for name in order if name in means]
     table = means.loc[["pretrain", "true"], names].to_string(float_format="{:.4g}".format, na_rep="-")
     nll = (

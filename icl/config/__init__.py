@@ -13,7 +13,14 @@ from icl.config.sections import (
     is_free_on_resume,
 )
 from icl.config.task import TaskConfig
-from icl.config.tree import MEMBER_SETTINGS, ChainsConfig, RunConfig, SamplerConfig, config_differences, flatten
+from icl.config.tree import (
+    MEMBER_SETTINGS,
+    ChainsConfig,
+    RunConfig,
+    SamplerConfig,
+    config_differences,
+    flatten,
+)
 
 __all__ = [
     "MEMBER_SETTINGS",

@@ -3,8 +3,8 @@
 `RunConfig` holds a language run in the same sections as a regression run. `model.family` chooses the family. The sections `model`, `optim`,
 `trainer`, `evaluation`, `early_stopping`, `checkpoints`, `seeds` and `sampler` serve both. `task` describes the prompts of a regression
 run, and must keep its defaults in a language run; `language` describes the text of a language run, and must keep its defaults in a
-regression run. A saved regression run has neither this section nor the other settings of `LATER_SETTINGS` (`icl.config.tree`), so its
-file, its digests and its name are those of versions without language models.
+regression run. A saved regression run has neither this section nor those settings of `LATER_SETTINGS` (`icl.config.tree`) that have their defaults,
+so its file, its digests and its name are those of versions without language models.
 
 A row is one sequence of `context_size` tokens that begins with the token `vocab_size` - 1, which marks the beginning and the end of
 documents (BOS and EOS, as in Hoogland et al. 2024). The model predicts the `context_size` - 1 tokens after the first.

@@ -95,8 +95,8 @@ class TaskConfig:
     @property
     def world(self) -> str:
         """The settings that differ from the usual world, such as `prior laplace, pool walk, pool_steps 30`; empty in the usual world."""
-        values = {key.partition(".")[2]: default for key, default in LATER_SETTINGS.items()}
-        changed = {name: getattr(self, name) for name, default in values.items() if getattr(self, name) != default}
+        changed = {name: getattr(self, name) for name in WORLD_SETTINGS}
+        changed = {name: value for name, value in changed.items() if value != WORLD_SETTINGS[name]}
         return ", ".join(f"{name} {value}" for name, value in changed.items())
 
     def _check_parameters(self) -> None:
@@ -165,9 +165,9 @@ _PARAMETERS = (
 )
 """Settings with the choices that need a parameter, and the parameter's name."""
 
-LATER_SETTINGS = {
-    f"task.{field.name}": field.default
+WORLD_SETTINGS = {
+    field.name: field.default
     for field in dataclasses.fields(TaskConfig)
     if field.name.startswith(("prior", "noise_df", "input", "pool")) or field.name == "noise"
 }
-"""Dotted keys of the settings that the first versions did not have, with their defaults, which mean what those versions did."""
+"""Settings of other worlds, with their defaults, which are those of the usual world."""

@@ -21,7 +21,7 @@ from icl.config.sections import (
     TrainerConfig,
     is_free_on_resume,
 )
-from icl.config.task import TaskConfig
+from icl.config.task import WORLD_SETTINGS, TaskConfig
 from icl.config.validation import Bound, ConfigError, require, require_number, require_run_name, require_steps, validate
 
 Kernel = Literal["sgld", "rmsprop", "baoab"]
@@ -30,12 +30,23 @@ MAX_CHECKPOINTS = 1_000_000
 """Largest number of checkpoints of a run. More files make a folder slow, and their steps are kept in memory."""
 MEMBER_SETTINGS = ("run_name", "task.num_tasks", "task.pool", "task.pool_steps", "seeds", "checkpoints.store")
 """Settings and sections in which the members of a population may differ."""
-LATER_SETTINGS = ("model.family", "model.head_size", "model.positions", "optim.weight_decay", "language")
-"""Settings and sections that came with language models. `to_dict` leaves them out of a regression run while they have their defaults.
-Digests and names of such runs are computed from `to_dict`, so they stay as they were."""
-
-LATER_LANGUAGE_SETTINGS = ("next_source", "change_step")
-"""Settings of `language` that came after the first language runs. `to_dict` leaves them out while they have their defaults."""
+_LANGUAGE_SETTINGS: dict[str, Any] = {
+    "model.family": ModelConfig.family,
+    "model.head_size": ModelConfig.head_size,
+    "model.positions": ModelConfig.positions,
+    "optim.weight_decay": OptimConfig.weight_decay,
+}
+"""Settings that came with language models, and are always among those of a language run."""
+LATER_SETTINGS: dict[str, Any] = {
+    **{f"task.{name}": default for name, default in WORLD_SETTINGS.items()},
+    "model.num_components": ModelConfig.num_components,
+    **_LANGUAGE_SETTINGS,
+    "language.next_source": LanguageConfig.next_source,
+    "language.change_step": LanguageConfig.change_step,
+}
+"""Dotted keys of the settings that the first versions did not have, with their defaults, which mean what those versions did. `to_dict` leaves them out
+while they have these defaults. Saved settings, run names and the hashes of sweeps are computed from `to_dict`, so they stay as they were. A new
+setting belongs here; nothing else is needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,30 +274,35 @@ class RunConfig:
         )
 
     def shared_settings(self) -> dict[str, Any]:
-        """Return the settings, by dotted key, that runs must share to be trained as one population."""
+        """Return all settings, by dotted key, that runs must share to be trained as one population."""
         return {
             key: value
-            for key, value in flatten(self.to_dict()).items()
+            for key, value in flatten(_plain(dataclasses.asdict(self))).items()
             if key not in MEMBER_SETTINGS and key.partition(".")[0] not in MEMBER_SETTINGS
         }
 
     def to_dict(self) -> dict[str, Any]:
         """Return the tree as nested dicts of plain values. Infinity becomes the text `inf`.
 
-        A regression run has no key of `LATER_SETTINGS` that has its default, and a language run none of `LATER_LANGUAGE_SETTINGS`.
+        Settings of `LATER_SETTINGS` are left out while they have their defaults, and a regression run has no section `language`. A language
+        run has all settings that came with language models.
         """
-        tree = _plain(dataclasses.asdict(self))
-        for name in LATER_LANGUAGE_SETTINGS:
-            if tree["language"][name] is None:
-                del tree["language"][name]
+        tree = self._tree()
+        for key, default in LATER_SETTINGS.items():
+            section, _, name = key.partition(".")
+            is_needed = self.model.is_language and key in _LANGUAGE_SETTINGS
+            if section in tree and tree[section][name] == default and not is_needed:
+                del tree[section][name]
+        return tree
+
+    def all_settings(self) -> dict[str, Any]:
+        """Return all settings by dotted key as plain values, including those that `to_dict` leaves out. A regression run has no `language`."""
+        return flatten(self._tree())
+
+    def _tree(self) -> dict[str, Any]:
+        tree: dict[str, Any] = _plain(dataclasses.asdict(self))
         if not self.model.is_language:
-            defaults = dataclasses.asdict(RunConfig()) if self != RunConfig() else tree
-            for key in LATER_SETTINGS:
-                section, _, name = key.partition(".")
-                if not name:
-                    del tree[section]
-                elif tree[section][name] == defaults[section][name]:
-                    del tree[section][name]
+            del tree["language"]
         return tree
 
     @property

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION, ordered_colours
+from icl.plotting.seeds import draw_curves
 from icl.plotting.style import draw_band, finish_step_axes, label_plainly, new_figure, select, write_in_middle
 from icl.plotting.tidying import KEY
 
@@ -61,9 +62,11 @@ def _plot_run(table: pd.DataFrame, title: str) -> Figure:
 
 
 def _plot_ladder(table: pd.DataFrame, title: str) -> Figure:
-    title = f"{title}   (colour: M; bands and bars: 2 standard errors; open marks: verdict is not ok)"
+    ladder = sorted(table["num_tasks"].dropna().unique())
+    has_seeds = table.groupby("num_tasks")["run"].nunique().max() > 1
+    how = "thick: mean over seeds, with its 95 % interval" if has_seeds else "bands: 2 standard errors"
+    title = f"{title}   (colour: M; {how}; open marks: verdict is not ok)"
     figure, panels = new_figure(4, num_rows=2, width=4.3, height=3.6, title=title)
-    ladder = sorted(table.loc[table["run"] != "all", "num_tasks"].unique())
     colours = dict(zip(ladder, ordered_colours(len(ladder)), strict=True))
     for row, (name, (label, *_)) in enumerate(_SETS.items()):
         weights, residuals, odds, transitions = panels[4 * row : 4 * row + 4]
@@ -71,10 +74,10 @@ def _plot_ladder(table: pd.DataFrame, title: str) -> Figure:
         for m, colour in colours.items():
             own = select(rows, num_tasks=m)
             for axes, quantity in ((weights, "weight"), (odds, "log_odds")):
-                _draw_points(axes, _means(own, quantity), color=colour, linewidth=1.1, label=f"{m:g}")
+                _draw_seeds(axes, _means(own, quantity), color=colour, label=f"{m:g}")
             for axes, quantity, line in ((weights, "curve_weight", ":"), (residuals, "curve_residual", "-")):
-                curve = select(own, quantity=quantity).sort_values("step")
-                axes.plot(curve["step"].astype(float), curve["value"], color=colour, linestyle=line, linewidth=1.3)
+                for _, curve in select(own, quantity=quantity).sort_values("step").groupby("run"):
+                    axes.plot(curve["step"].astype(float), curve["value"], color=colour, linestyle=line, linewidth=1.2)
         _finish_parameter(weights, "weight", f"Fixed weight, {label} (dotted: theory)", legend="M")
         _finish_parameter(odds, "log_odds", f"Prior odds, {label}", legend="M")
         residuals.axhline(0, color=BLACK, linewidth=0.7)
@@ -85,6 +88,14 @@ def _plot_ladder(table: pd.DataFrame, title: str) -> Figure:
 
 def _means(table: pd.DataFrame, quantity: str, **values: Any) -> pd.DataFrame:
     return select(table, quantity=quantity, position="mean", **values).sort_values("step", kind="stable")
+
+
+def _draw_seeds(axes: Axes, rows: pd.DataFrame, *, color: Any, label: str) -> None:
+    """Draw one run with the marks of its verdicts, or several seeds with their mean."""
+    if rows["run"].nunique() < 2:
+        _draw_points(axes, rows, color=color, linewidth=1.1, label=label)
+        return
+    draw_curves(axes, rows.assign(x=rows["step"]), color=color, linewidth=1.6, label=label)
 
 
 def _of(quantity: str) -> str:
@@ -186,9 +197,10 @@ def _draw_transitions(axes: Axes, rows: pd.DataFrame, label: str) -> None:
             x, bars = points["num_tasks"].astype(float), 2 * points["stderr"]
             axes.errorbar(x, points["value"] + 1, bars, fmt="o", capsize=2.5, color=colour, markerfacecolor=face)
         axes.plot([], [], "o", color=colour, label=text + exponent, gid=KEY)
-    curve = select(rows, quantity="curve_step").sort_values("num_tasks")
+    curve = select(rows, quantity="curve_step")
     curve = curve[np.isfinite(curve["value"]) & (curve["value"] < 1e9)]
-    axes.plot(curve["num_tasks"].astype(float), curve["value"] + 1, color=VERMILION, linestyle=":", label=_CURVE)
+    levels = np.exp(np.log1p(curve["value"]).groupby(curve["num_tasks"]).mean())  # the advantage differs between seeds
+    axes.plot(levels.index.astype(float), levels, color=VERMILION, linestyle=":", label=_CURVE)
     axes.set_title(f"Transition to dMMSE, {label}", fontsize=10)
     axes.set(
         xscale="log", yscale="log", xlabel="M (number of training tasks)", ylabel="step + 1 of the last transition"

@@ -5,7 +5,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl.plotting.colours import GREEN, VERMILION
-from icl.plotting.style import draw_band, label_plainly, new_figure, select
+from icl.plotting.seeds import draw_curves
+from icl.plotting.style import label_plainly, new_figure, select
 
 FIRST_STEP = 100
 """First step of the figure. Before it, models do not use the examples."""
@@ -40,7 +41,8 @@ def plot_moving_pools(table: pd.DataFrame, *, title: str) -> Figure:
 
 def _draw_gaps(axes: Axes, rows: pd.DataFrame) -> None:
     for quantity, colour, line, label in _GAPS:
-        curve = select(rows, quantity=quantity)
-        draw_band(axes, curve["step"], curve["value"], curve["stderr"], color=colour, linestyle=line, label=label)
+        curves = select(rows, quantity=quantity)
+        curves = curves.assign(x=curves["step"], run=curves["seed"])
+        draw_curves(axes, curves, color=colour, floor=0.1, linestyle=line, label=label)
     axes.set(xscale="log", yscale="log", xlabel="step (updates)")
     label_plainly(axes, "x")

@@ -1,13 +1,19 @@
-"""The figure of an implicit prior: energy distances of the model's tasks to both candidate priors, the nearer prior, and sizes."""
+"""The figure of an implicit prior: energy distances of the model's tasks to the candidate priors, the nearer prior, and sizes."""
+
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from icl.plotting.colours import BLACK, BLUE, GREEN, VERMILION
+from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, VERMILION
 from icl.plotting.style import draw_band, finish_step_axes, new_figure, select, write_in_middle
 
-_CANDIDATES = {"pool": ("M training tasks", GREEN), "gaussian": ("N(0, I)", VERMILION)}
+_CANDIDATES = {
+    "pool": ("M training tasks", GREEN),
+    "prior": ("the prior of new tasks", ORANGE),
+    "gaussian": ("N(0, I)", VERMILION),
+}
 
 
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
@@ -20,23 +26,39 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
     title = f"{title}   (bands: 2 standard errors; open marks: verdict is not ok)"
     figure, (distances, preference, squares) = new_figure(3, width=4.6, height=4.0, title=title)
     by_step = table[table["step"].notna()].sort_values("step", kind="stable")
-    whole_run = table[table["step"].isna()]
+    labels = {}
     for candidate, (label, colour) in _CANDIDATES.items():
-        _draw(distances, select(by_step, quantity="energy_distance", candidate=candidate), f"to {label}", colour)
-        for level in select(whole_run, quantity="mean_square", candidate=candidate)["value"]:
-            squares.axhline(level, color=colour, linewidth=1.0, linestyle="--", label=f"prompts of {label}")
-    for level in select(whole_run, quantity="separation")["value"]:
-        distances.axhline(level, color=BLACK, linewidth=0.8, linestyle=":", label="between the two priors")
+        rows = select(by_step, quantity="energy_distance", candidate=candidate)
+        if rows.empty:
+            continue
+        labels[candidate] = label
+        _draw(distances, rows, f"to {label}", colour)
+        levels = select(table, quantity="mean_square", candidate=candidate)
+        _draw_reference(squares, levels, color=colour, linewidth=1.0, linestyle="--", label=f"prompts of {label}")
+    first, *others = labels.values()
+    separation = select(table, quantity="separation")
+    between = f"from {first} to {others[0]}" if others else None
+    _draw_reference(distances, separation, color=BLACK, linewidth=0.8, linestyle=":", label=between)
     _finish(distances, "Distance of the model's tasks to each prior", "energy distance of the estimates")
     rows = select(by_step, quantity="preference")
     if rows.empty:
         write_in_middle(preference, "M = ∞: there is only one prior")
     else:
         _draw(preference, rows, "", BLUE)
-        _finish(preference, "Nearer prior (above 0: training tasks)", "distance to N(0, I) − to training tasks")
+        _finish(preference, f"Nearer prior (above 0: {first})", f"distance to {others[0]} − to {first}")
     _draw(squares, select(by_step, quantity="mean_square", candidate="model"), "model", BLUE)
     _finish(squares, "Size of the estimated tasks", "mean |w|² / D")
     return figure
+
+
+def _draw_reference(axes: Axes, rows: pd.DataFrame, **style: Any) -> None:
+    """Draw a number of the candidates: a horizontal line, or a curve if the pool changes, so that every step has a number."""
+    if rows["step"].notna().any():
+        rows = rows.sort_values("step")
+        axes.plot(rows["step"].astype(float), rows["value"], **style)
+    else:
+        for level in rows["value"]:
+            axes.axhline(level, **style)
 
 
 def _draw(axes: Axes, rows: pd.DataFrame, label: str, colour: str) -> None:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 
 from icl.analysis.seeds import MIN_FOR_INTERVAL, over_seeds, seed_groups
-from icl.config import flatten
 from icl.plotting.curves import MAX_LABELS, plot_curves
 from icl.presets import MEMBER_SEEDS, varying_names
 from icl.report.facts import RunFacts
@@ -102,7 +101,7 @@ def comparison_picture(runs: Sequence[RunFacts], title: str) -> Picture | None:
 
 def differing_settings(runs: Sequence[RunFacts]) -> dict[str, list[str]]:
     """Return the settings that are not the same in all runs, with the value of each run."""
-    trees = [{} if facts.config is None else flatten(facts.config.to_dict()) for facts in runs]
+    trees = [{} if facts.config is None else facts.config.all_settings() for facts in runs]
     keys = dict.fromkeys(key for tree in trees for key in tree if key != "run_name")
     # `population.seeds` sets three seeds at once. If they are equal, show them as one setting.
     if all(len({tree.get(key) for key in MEMBER_SEEDS}) == 1 for tree in trees):

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from icl.config import flatten
 from icl.evaluation.sets import EXCESS, headlines
 from icl.plotting.curves import plot_curves
 from icl.plotting.style import select
@@ -103,7 +102,7 @@ def _settings_section(facts: RunFacts, prefix: str) -> Section:
         text = f"The settings are those of the preset {preset}, with the changes below."
         rows = [[key, show_setting(value), show_setting(default)] for key, (value, default) in changed.items()]
         tables = [table_of(rows, ["setting", "this run", f"preset {preset}"], caption="Changes from the preset")]
-    every = [[key, show_setting(value)] for key, value in flatten(facts.config.to_dict()).items()]
+    every = [[key, show_setting(value)] for key, value in facts.config.all_settings().items()]
     folded = [table_of(every, ["setting", "value"], caption="All settings")]
     return Section(id=name, title="Settings", text=text, tables=tables, folded=folded)
 

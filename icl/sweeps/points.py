@@ -18,8 +18,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from icl.command_line import llc_parser, train_parser
-from icl.config import ModelConfig, RunConfig, config_differences, flatten, is_free_on_resume
-from icl.config.task import LATER_SETTINGS
+from icl.config import RunConfig, config_differences, flatten, is_free_on_resume
 from icl.config.validation import ConfigError
 from icl.presets import run_name, sampler_name
 from icl.resolve import read_config_file, refuse_conflicts, refuse_twice_set, resolve
@@ -30,8 +29,6 @@ from icl.sweeps.schema import MAX_POINTS, SweepFile, SweepFileError
 from icl.training.refusals import require_learning, require_monitor
 
 Settings = dict[str, Any]
-_LATER_SETTINGS: Settings = LATER_SETTINGS | {"model.num_components": ModelConfig.num_components}
-"""Settings that the first versions did not have, with their defaults, which mean what those versions did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,13 +190,10 @@ def _own_config(command: str, arguments: list[str], settings: Mapping[str, Any])
 
 
 def _job(sweep: SweepFile, config: RunConfig, *, samples: bool) -> str:
-    # Later settings count only if they were changed, so that jobs of older sweeps keep their hashes.
     relevant = {
         key: value
         for key, value in flatten(config.to_dict()).items()
-        if key != "run_name"
-        and (key not in _LATER_SETTINGS or value != _LATER_SETTINGS[key])
-        and (not is_free_on_resume(key) or (samples and key.startswith("sampler.")))
+        if key != "run_name" and (not is_free_on_resume(key) or (samples and key.startswith("sampler.")))
     }
     text = json.dumps([sweep.command, sweep.program, relevant], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

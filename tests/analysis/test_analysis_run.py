@@ -10,7 +10,7 @@ import torch
 from tiny_runs import TINY, change
 
 from icl.analysis import ANALYSES, analyses_of, module_name, run
-from icl.analysis.run import analyse, as_table, find, over_checkpoints
+from icl.analysis.run import analyse, as_table, find, named_runs, over_checkpoints
 from icl.build import build_model
 from icl.cli import main
 from icl.config.validation import ConfigError
@@ -132,6 +132,26 @@ def test_every_analysis_has_settings_a_function_and_a_figure(name):
     for field in dataclasses.fields(module.Settings):
         assert field.metadata["help"]
         assert field.default is not dataclasses.MISSING
+
+
+def test_names_of_runs_in_a_list_may_contain_commas_or_be_a_pattern(tmp_path):
+    names = ["m=4", "m=4,seed=1", "m=8,seed=1", "m=8"]
+    for name in names:
+        folder = RunFolder(tmp_path / name)
+        folder.write_config(TINY)
+        save_checkpoint(folder.checkpoints, 0, TINY, build_model(TINY).state_dict())
+    first, *others = (tmp_path / name for name in names)
+    assert list(named_runs(first, ",".join(map(str, others)))) == names
+    assert sorted(named_runs(first, f"{tmp_path}/m=*")) == sorted(names)
+    assert list(named_runs(first, f"{tmp_path}/m=8*,{tmp_path}/m=4,seed=1")) == [
+        "m=4",
+        "m=8",
+        "m=8,seed=1",
+        "m=4,seed=1",
+    ]
+    assert list(named_runs(first, f"{tmp_path}/m=4*")) == ["m=4", "m=4,seed=1"]
+    with pytest.raises(CheckpointError, match="nowhere"):
+        named_runs(first, f"{tmp_path}/m=8,nowhere")
 
 
 def test_unknown_names_are_sentences():

@@ -8,10 +8,12 @@ import pytest
 import torch
 from tiny_runs import TINY, change
 
+from icl import rng
 from icl.analysis import NotApplicableError
 from icl.analysis.prior import Reference, Settings, analyse, energy, reference, rollouts, sample_rows
 from icl.analysis.prior.energy import NUM_BLOCKS, Sample, energy_distance
 from icl.analysis.prior.rollouts import bayes_prompts, estimate_tasks, make_draws, model_rollouts
+from icl.bayes.gaussians import exact_components, read_exactly, start_state
 from icl.bayes.posterior import choose_tasks, gaussian_posterior
 from icl.build import build_model
 from icl.cli import main
@@ -21,7 +23,9 @@ from icl.model.heads import Predictive
 from icl.model.stacked import stack
 from icl.runs.checkpoints import save_checkpoint
 from icl.runs.folder import RunFolder
+from icl.tasks import laws
 from icl.tasks.priors import task_pool
+from icl.tasks.prompts import noise_law, task_law, training_pool
 
 WORLD = change(TINY, task={"num_tasks": 4, "task_size": 2, "max_examples": 6}, model={"output": "mixture"})
 VARIANCE = WORLD.task.noise_variance
@@ -175,6 +179,73 @@ def test_priors_that_cannot_be_told_apart_have_no_preference():
     assert "do not tell the two priors apart" in found["reasons"]
 
 
+# Other worlds
+
+COMPONENTS = change(
+    WORLD, task={"num_tasks": math.inf, "prior": "mixture", "prior_components": 3, "prior_between": 0.9}
+)
+HEAVY = {"prior": "laplace", "noise": "student_t", "noise_df": 3.0, "inputs": "ar1", "input_correlation": 0.5}
+
+
+def mixture_next(xs, ys):
+    """Return the predictive distribution under the mixture of Gaussians: a Gaussian for each component."""
+    xs, ys = xs.double(), ys[0].double()
+    state = start_state(exact_components(task_law(COMPONENTS), 2), len(xs), xs.device)
+    for k in range(xs.shape[1] - 1):
+        state = read_exactly(state, xs[:, k], ys[:, k], VARIANCE)
+    x = xs[:, -1, None]  # B 1 D
+    variances = (x.unsqueeze(-2) @ state.covariances @ x.unsqueeze(-1))[..., 0, 0] + VARIANCE
+    parts = (state.log_weights.log_softmax(-1), (state.means * x).sum(-1), variances.log())
+    return Predictive(*(part.unsqueeze(0) for part in parts))
+
+
+@pytest.mark.parametrize("num_context", [0, 2])
+def test_the_exact_predictor_of_another_prior_has_this_prior_and_not_a_gaussian_one(num_context):
+    settings = Settings(num_samples=2048, num_context=num_context, context="true")
+    known = reference(COMPONENTS, settings)
+    assert known.pair == ("prior", "gaussian")
+    rows = rows_of(mixture_next, settings, known)
+    own, other = (row(rows, "energy_distance", name) for name in known.pair)
+    assert abs(own["value"]) < 2 * own["stderr"]
+    assert other["value"] > 6 * other["stderr"]
+    assert (row(rows, "preference")["finding"], row(rows, "preference")["verdict"]) == ("prior", "ok")
+    assert row(rows_of(ridge_next, settings, known), "preference")["finding"] == "gaussian"
+
+
+def test_prompts_of_candidates_have_the_inputs_and_the_noise_of_the_run():
+    config = change(WORLD, task=HEAVY)
+    assert list(reference(config, Settings(num_samples=64)).samples) == ["pool", "prior", "gaussian"]
+    draws = make_draws(config, "prior", 4096, "pretrain")
+    product = (draws.xs[:, 0] * draws.xs[:, 1]).mean(-1)
+    assert abs(product.mean() - 0.5) < 4 * product.std() / 64
+    exact = laws.draw(noise_law(config), rng.stream(config.seeds.evaluation, "prior/prior/noise-of-targets"),
+                      torch.zeros(1, dtype=torch.int64), torch.arange(4096), 6)[0]  # fmt: skip
+    assert torch.equal(draws.noise, exact)
+    targets = bayes_prompts(config, "prior", draws, num_context=0)
+    ws = laws.draw_tasks(task_law(config), rng.stream(config.seeds.evaluation, "prior/prior/tasks-given-examples"),
+                         torch.zeros(1, dtype=torch.int64), torch.arange(4096), 2)[0]  # fmt: skip
+    expected = (draws.xs @ ws.unsqueeze(-1)).squeeze(-1) + VARIANCE**0.5 * exact
+    torch.testing.assert_close(targets, expected.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_pool_that_moves_is_compared_at_each_step_with_the_pool_of_its_last_update(tmp_path):
+    config = change(WORLD, task={"pool": "walk", "pool_steps": 5})
+    folder = saved_run(tmp_path / "r", config)
+    table = analyse(folder.path, Settings(num_samples=64, num_context=1)).table
+    squares = table[(table["quantity"] == "mean_square") & (table["candidate"] == "pool")].set_index("step")["value"]
+    assert list(squares.index) == [0, 20]
+    for step in (0, 20):
+        draws = make_draws(config, "pool", 64, "pretrain", pool_step=max(step - 1, 0))
+        pool = training_pool(config, step=max(step - 1, 0)).double()
+        chosen = choose_tasks(draws.xs[:, :1].double(), draws.ys[:, :1].double(), pool, draws.uniforms[:, 0].double(),
+                              noise_variance=VARIANCE)  # fmt: skip
+        ys = (draws.xs.double() @ pool[chosen].unsqueeze(-1)).squeeze(-1) + VARIANCE**0.5 * draws.normals.double()
+        ys[:, 0] = draws.ys[:, 0]
+        found = estimate_tasks(draws.xs, ys, noise_variance=VARIANCE).square().mean().item()
+        assert squares[step] == pytest.approx(found)
+    assert len(table[table["quantity"] == "separation"]) == 2
+
+
 # References, rollouts and the estimator
 
 
@@ -263,17 +334,25 @@ def saved_run(path, config, steps=(0, 20)):
 QUICK = ["--what", "prior", "--num_samples", "64"]
 
 
-@pytest.mark.parametrize("num_tasks", [4, math.inf])
-def test_the_prior_of_a_run_from_the_command_line(tmp_path, capsys, num_tasks):
-    folder = saved_run(tmp_path / "r", change(WORLD, task={"num_tasks": num_tasks}))
+@pytest.mark.parametrize(
+    ("world", "names"),
+    [
+        ({}, {"pool", "gaussian"}),
+        ({"num_tasks": math.inf}, {"gaussian"}),
+        (HEAVY, {"pool", "prior", "gaussian"}),
+        ({"pool": "walk", "pool_steps": 5}, {"pool", "gaussian"}),
+    ],
+)
+def test_the_prior_of_a_run_from_the_command_line(tmp_path, capsys, world, names):
+    folder = saved_run(tmp_path / "r", change(WORLD, task=world))
     assert main(["analyse", str(folder.path), *QUICK]) == 0
     assert "energy distance gaussian" in capsys.readouterr().out
     assert (folder.figures / "prior.png").read_bytes().startswith(b"\x89PNG")
     table = pd.read_csv(folder.results / "prior.csv", keep_default_na=False)
     distances = table[table["quantity"] == "energy_distance"]
-    assert set(distances["candidate"]) == ({"gaussian"} if num_tasks == math.inf else set(CANDIDATES))
-    assert set(distances["step"]) == {"0", "20"}
-    assert len(table[table["quantity"] == "preference"]) == (0 if num_tasks == math.inf else 2)
+    assert set(distances["candidate"]) == names
+    assert set(distances["step"].astype(int)) == {0, 20}
+    assert len(table[table["quantity"] == "preference"]) == (0 if len(names) == 1 else 2)
     stored = sorted((folder.results / "prior").iterdir())
     times = [file.stat().st_mtime_ns for file in stored]
     again = analyse(folder.path, Settings(num_samples=64))

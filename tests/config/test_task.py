@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from icl.config import PopulationConfig, RunConfig, TaskConfig
-from icl.config.task import LATER_SETTINGS
+from icl.config import OptimConfig, PopulationConfig, RunConfig, TaskConfig, flatten
+from icl.config.task import WORLD_SETTINGS
+from icl.config.tree import LATER_SETTINGS
 from icl.config.validation import ConfigError
-from icl.presets import run_name
+from icl.presets import PRESETS, run_name, varying_names
 from icl.sweeps.points import sweep_points
 from icl.sweeps.schema import read_sweep_file
 
+LATER_OF_REGRESSION = {key: value for key, value in LATER_SETTINGS.items() if not key.startswith("language.")}
 SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
 WORLDS = (
     {"prior": "student_t", "prior_df": 3},
@@ -36,7 +38,7 @@ def test_the_defaults_are_the_usual_world():
     task = TaskConfig()
     assert task.is_usual
     assert not task.has_moving_pool
-    assert {f"task.{name}": value for name, value in dataclasses.asdict(task).items()}.items() >= LATER_SETTINGS.items()
+    assert dataclasses.asdict(task).items() >= WORLD_SETTINGS.items()
 
 
 CONTRADICTIONS = {
@@ -94,11 +96,30 @@ def test_a_population_with_a_member_without_a_pool_is_refused():
 # Older configurations
 
 
-def test_a_configuration_without_the_later_settings_is_the_usual_world():
+def test_settings_that_came_later_are_saved_only_if_they_were_changed():
+    """The tree of a default run is that of version 0.1.0, so saved settings, names and hashes are those of 0.1.0."""
     tree = RunConfig().to_dict()
-    tree["task"] = {key: value for key, value in tree["task"].items() if f"task.{key}" not in LATER_SETTINGS}
     assert set(tree["task"]) == {"num_tasks", "task_size", "max_examples", "noise_variance", "imported_tasks"}
+    assert not set(flatten(tree)) & set(LATER_SETTINGS)
     assert RunConfig.from_dict(tree) == RunConfig()
+    every = RunConfig().all_settings()
+    assert every.items() >= LATER_OF_REGRESSION.items()
+    assert flatten(tree).items() <= every.items()
+    changed = RunConfig(task=TaskConfig(pool="walk", pool_steps=9), optim=OptimConfig(weight_decay=0.1))
+    added = set(flatten(changed.to_dict())) - set(flatten(tree))
+    assert added == {"task.pool", "task.pool_steps", "optim.weight_decay"}
+
+
+def test_presets_of_regression_runs_do_not_change_later_settings():
+    """Otherwise a saved run that has the default would get the preset's value when its settings are resolved again."""
+    for config in PRESETS.values():
+        if not config.model.is_language:
+            assert config.all_settings().items() >= LATER_OF_REGRESSION.items()
+
+
+def test_a_name_says_how_runs_differ_in_a_setting_that_one_of_them_leaves_out():
+    walk = RunConfig(task=TaskConfig(pool="walk", pool_steps=9))
+    assert varying_names([RunConfig(), walk]) == ["pool=fixed, pool_steps=None", "pool=walk, pool_steps=9"]
 
 
 def test_names_of_runs_are_as_before():
@@ -108,13 +129,17 @@ def test_names_of_runs_are_as_before():
 
 @pytest.mark.parametrize(
     ("file", "job"),
-    [("training-runs/quickstart", "c6f6d82d6e2761b8"), ("analysis/quickstart-llcs", "908af95317aa1d03")],
+    [
+        ("training-runs/quickstart", "c6f6d82d6e2761b8"),
+        ("analysis/quickstart-llcs", "908af95317aa1d03"),
+        ("training-runs/implicit-prior", "30058ec1e7464829"),
+    ],
 )
 def test_jobs_of_older_sweeps_keep_their_hashes(file, job):
-    """The hashes are those before there were other worlds. With other hashes, failures and results of a sweep would be forgotten."""
+    """The hashes are those of the versions in which the sweeps came. With other hashes, failures and results of a sweep would be forgotten."""
     assert sweep_points(read_sweep_file(SWEEPS / f"{file}.yaml"))[0].job == job
 
 
 def test_jobs_of_other_worlds_have_other_hashes():
     points = sweep_points(read_sweep_file(SWEEPS / "training-runs" / "moving-pool.yaml"))
-    assert len({point.job for point in points}) == len(points) == 4
+    assert len({point.job for point in points}) == len(points) == 16

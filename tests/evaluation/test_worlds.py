@@ -80,7 +80,9 @@ def test_the_table_of_baselines_gives_the_error_of_the_estimate():
     table = pd.DataFrame(evaluate_baselines(sets))
     for one in sets:
         own = table[(table["distribution"] == one.name) & (table["quantity"] == "bayes_variance")]
-        assert own.set_index("position")["value"]["mean"] == pytest.approx(one.variances["bayes_variance"].mean().item())
+        assert own.set_index("position")["value"]["mean"] == pytest.approx(
+            one.variances["bayes_variance"].mean().item()
+        )
         assert len(own) == one.variances["bayes_variance"].shape[1] + 1
 
 

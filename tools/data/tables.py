@@ -276,23 +276,41 @@ def _make_dynamics(name: str, runs: Runs, root: Path, record: Mapping) -> pd.Dat
 
 def _make_moving_pool(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
     """Join the gaps of the runs of `sweeps/training-runs/moving-pool.yaml`, which are not among `runs`."""
-    folders = [RunFolder(file.parent) for file in root.glob("quickstart,*max_steps=3000/config.yaml")]
-    tasks = {run.path: run.read_config().task for run in folders}
-    folders.sort(
-        key=lambda run: (
-            tasks[run.path].pool_steps is not None,
-            tasks[run.path].num_tasks,
-            -(tasks[run.path].pool_steps or 0),
-        )
-    )
+    folders = [RunFolder(file.parent) for file in root.glob("moving-pool/*/config.yaml")]
+    configs = {run.path: run.read_config() for run in folders}
+
+    def order(run: RunFolder) -> tuple[bool, float, int, int]:
+        task, seeds = configs[run.path].task, configs[run.path].seeds
+        return task.pool_steps is not None, task.num_tasks, -(task.pool_steps or 0), seeds.tasks
+
     parts = []
-    for run in folders:
-        table, task = _read(run, "evaluation.csv"), tasks[run.path]
+    for run in sorted(folders, key=order):
+        table, task = _read(run, "evaluation.csv"), configs[run.path].task
         if table is not None:
             is_kept = table["distribution"].isin(["pretrain", "true"]) & (table["position"] == "mean")
             is_kept &= table["quantity"].isin(["loss", "delta_ridge", "delta_dmmse"])
             own = {"num_tasks": task.num_tasks, "pool": task.pool, "pool_steps": task.pool_steps}
+            own["seed"] = configs[run.path].seeds.tasks
             parts.append(table[is_kept].assign(**own))
+    return pd.concat(parts, ignore_index=True) if parts else None
+
+
+def _make_prior_mixture(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    """Read the table of the mixtures over the ladder, which is in the folder of one of its runs."""
+    for file in root.glob("prior-ladder/*/results/mixture.csv"):
+        table = pd.read_csv(file, dtype={"position": str})
+        return table[table["position"] == "mean"]
+    return None
+
+
+def _make_implicit_prior(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    """Join the tables of the implicit priors of the ladder's runs."""
+    found = {file.parents[1]: pd.read_csv(file) for file in root.glob("prior-ladder/*/results/prior.csv")}
+    parts = [
+        table.assign(run=str(path.relative_to(root)), num_tasks=RunFolder(path).read_config().task.num_tasks)
+        for path, table in found.items()
+    ]
+    parts.sort(key=lambda part: part["num_tasks"].iloc[0])
     return pd.concat(parts, ignore_index=True) if parts else None
 
 
@@ -318,6 +336,8 @@ MAKERS: dict[str, Callable[[str, Runs, Path, Mapping], pd.DataFrame | None]] = {
     "hessian": _make_hessian,
     "essential-dynamics": _make_dynamics,
     "moving-pool": _make_moving_pool,
+    "prior-mixture": _make_prior_mixture,
+    "implicit-prior": _make_implicit_prior,
     "phases": _make_phases,
 }
 """Functions that make the tables, by name. Other tables are copied from the results of one analysis."""

@@ -67,7 +67,9 @@ TableRow = dict[str, Any]
 class Settings(StateSettings):
     """Options of `icl analyse RUN --what essential-dynamics`."""
 
-    jointly_with: str | None = setting(None, "further runs that share one PCA, separated by commas: RUN2,RUN3")
+    jointly_with: str | None = setting(
+        None, "further runs that share one PCA, separated by commas, or a pattern such as 'runs/ladder/*'"
+    )
     num_components: int = setting(4, "number of principal components in the table")
     bandwidth: float = setting(0.15, "minimum width of the smoothing kernel, in ln(step + 1)")
 

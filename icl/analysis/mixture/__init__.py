@@ -80,7 +80,8 @@ class Settings(StepSettings):
     """Options of `icl analyse RUN --what mixture`."""
 
     jointly_with: str | None = setting(
-        None, "further runs of a ladder of M, separated by commas: RUN2,RUN3; one theory curve is fitted to all"
+        None,
+        "further runs of a ladder of M, separated by commas, or a pattern such as 'runs/ladder/*'; one theory curve is fitted to all",
     )
 
 
