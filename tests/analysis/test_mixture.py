@@ -26,7 +26,7 @@ from icl.runs.checkpoints import save_checkpoint
 from icl.runs.folder import RunFolder
 from icl.runs.measure import Entry
 from icl.tasks.priors import task_pool
-from icl.tasks.prompts import Prompts, sample_prompts
+from icl.tasks.prompts import Prompts, sample_prompts, training_pool
 
 WORLD = change(TINY, task={"num_tasks": 8, "task_size": 3, "max_examples": 6})
 SETS = ("pretrain", "true")
@@ -58,16 +58,45 @@ def test_bayes_factors_are_those_of_plain_densities(name, monkeypatch):
     some = prompts(name, count=5)
     xs, ys = some.xs.double(), some.ys.double()
     tasks, variance = task_pool(8, 3, WORLD.task_sequence).double(), WORLD.task.noise_variance
-    found = fits.log_bayes_factors(xs, ys, tasks, variance)
+    found = reference(WORLD, name, some).pair.log_ratio
     assert found[:, 0].abs().max() == 0
     monkeypatch.setattr(evidence, "_TASKS_AT_ONCE", 15)  # chunks of three tasks
-    torch.testing.assert_close(fits.log_bayes_factors(xs, ys, tasks, variance), found)
+    torch.testing.assert_close(reference(WORLD, name, some).pair.log_ratio, found)
     for x, y, ratios in zip(xs.numpy(), ys.numpy(), found.numpy(), strict=True):
         for k in range(1, len(y)):
             noise_covariance = variance * np.eye(k)
             gaussian = multivariate_normal.pdf(y[:k], np.zeros(k), x[:k] @ x[:k].T + noise_covariance)
             discrete = [multivariate_normal.pdf(y[:k], x[:k] @ task, noise_covariance) for task in tasks.numpy()]
             assert ratios[k] == pytest.approx(math.log(np.mean(discrete) / gaussian), abs=1e-9)
+
+
+SPARSE = change(WORLD, task={"task_size": 2, "prior": "sparse", "prior_density": 0.3})
+
+
+def test_in_another_world_the_bayes_factors_are_those_of_its_prior():
+    """The oracle sums the densities of scipy over the four sets of coordinates that are not zero."""
+    some = prompts("pretrain", config=SPARSE, count=5)
+    found = reference(SPARSE, "pretrain", some)
+    assert not found.variance.any()  # the predictor is exact
+    tasks, variance = training_pool(SPARSE).double().numpy(), SPARSE.task.noise_variance
+    for x, y, ratios in zip(some.xs.double().numpy(), some.ys.double().numpy(), found.pair.log_ratio, strict=True):
+        for k in range(1, len(y)):
+            own, noise_covariance = x[:k], variance * np.eye(k)
+            new = sum(
+                0.3 ** sum(present)
+                * 0.7 ** (2 - sum(present))
+                * multivariate_normal.pdf(y[:k], np.zeros(k), own @ np.diag(present) @ own.T / 0.3 + noise_covariance)
+                for present in ((0, 0), (0, 1), (1, 0), (1, 1))
+            )
+            discrete = [multivariate_normal.pdf(y[:k], own @ task, noise_covariance) for task in tasks]
+            assert ratios[k].item() == pytest.approx(math.log(np.mean(discrete) / new), abs=1e-6)
+
+
+def test_in_another_world_an_exact_mixture_has_its_own_log_odds():
+    each = reference(SPARSE, "true", prompts("true", config=SPARSE))
+    found = list(fit_rows(each, bayes(each.pair, -1.0)))
+    assert row(found, "log_odds", "bayes")["value"] == pytest.approx(-1, abs=1e-6)
+    assert row(found, "residual_share", "bayes")["value"] == pytest.approx(0, abs=1e-9)
 
 
 def test_the_mixture_is_the_posterior_mean_under_the_mixed_prior():
@@ -296,7 +325,12 @@ def test_the_mixtures_of_a_ladder_from_the_command_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"), [({"num_tasks": math.inf}, "M = inf"), ({"noise_variance": 0.0}, "needs noise")]
+    ("settings", "said"),
+    [
+        ({"num_tasks": math.inf}, "M = inf"),
+        ({"noise_variance": 0.0}, "needs noise"),
+        ({"pool": "walk", "pool_steps": 9}, "has the pool walk"),
+    ],
 )
 def test_a_run_without_mixtures_is_refused_in_one_sentence(tmp_path, capsys, settings, said):
     folder = saved_run(tmp_path / "r", change(WORLD, task=settings), steps=(0,))

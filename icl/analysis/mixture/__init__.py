@@ -2,7 +2,9 @@
 
 dMMSE is the Bayes predictor of a model that has memorised its M training tasks, and ridge that of a model that generalises to all tasks.
 `icl.analysis.mixture.fits` defines the two mixtures: `fixed`, with the same weight for all prompts, and `bayes`, with prior odds and the
-posterior weights of Bayes' rule. The prompts of training tasks (`pretrain`) and of new tasks (`true`) are those of `icl evaluate`.
+posterior weights of Bayes' rule. If the prior or the noise is not Gaussian, the Bayes predictor for new tasks (`icl.bayes`) takes the place of ridge
+everywhere. If it is only estimated, residuals are too large by at most `predictor_variance`, the mean squared standard error of its
+predictions. The prompts of training tasks (`pretrain`) and of new tasks (`true`) are those of `icl evaluate`.
 
 Rows of the table, by `quantity`. Rows of a saved step have a `position` (1..K, or `mean` for one mixture for all positions):
 
@@ -11,8 +13,8 @@ Rows of the table, by `quantity`. Rows of a saved step have a `position` (1..K, 
 - `residual`: the mean squared difference, per target, between the model and the closest mixture. `residual_share`: the residual divided by
   the mean squared difference between dMMSE and ridge. If this share is above 0.1, the row of the mixture is `suspect`. If it is
   above 1, the row is `invalid`: the model is then further from every mixture than dMMSE and ridge are from each other.
-- `loss_advantage`: the loss of ridge minus that of dMMSE on `pretrain`, in nats per target; `separation`: the mean squared difference
-  between dMMSE and ridge.
+- `loss_advantage`: the squared error of ridge minus that of dMMSE on `pretrain`, divided by 2 sigma^2, which are nats per target for Gaussian noise;
+  `separation`: the mean squared difference between dMMSE and ridge. `predictor_variance`: see above; there is no such row in the usual world.
 
 Rows of a whole run (`icl.analysis.mixture.findings`):
 
@@ -49,14 +51,15 @@ from icl.analysis.mixture.findings import RunFits, ladder_rows, summary, transit
 from icl.analysis.mixture.fits import Fit, Pair
 from icl.analysis.mixture.judging import judge_bayes, judge_fixed, verdict
 from icl.analysis.run import Members, Result, as_table, named_runs, over_checkpoints, setting
+from icl.bayes import bayes
 from icl.config import RunConfig
 from icl.config.validation import require, require_count
 from icl.evaluation.sets import REPORT, predict_prompts
+from icl.evidence import discrete_evidence, gaussian_evidence
 from icl.model.stacked import apply
 from icl.runs.checkpoints import checkpoint_files, read_config_of
 from icl.runs.measure import Measurement
-from icl.tasks.priors import task_pool
-from icl.tasks.prompts import Prompts, sample_prompts
+from icl.tasks.prompts import Prompts, noise_law, sample_prompts, training_pool
 
 VERSION = 2
 """Version 2 measures on other prompts: those of `icl.evaluation.sets.REPORT`."""
@@ -93,6 +96,8 @@ class Reference(NamedTuple):
     pair: Pair
     errors: Float[Tensor, "2 B"]
     """Squared errors of ridge and of dMMSE, averaged over positions."""
+    variance: Float[Tensor, "B K"] | None = None
+    """Squared standard errors of the predictor that takes the place of ridge."""
 
 
 def analyse(path: Path, settings: Settings) -> Result:
@@ -146,7 +151,7 @@ def references(config: RunConfig, num_prompts: int) -> list[Reference]:
     """Return the prompts of both sets with dMMSE, ridge and Bayes factors in float64, on the CPU.
 
     Raises:
-        NotApplicableError: If the run has M = inf, no noise, another prior or noise, or a pool that changes.
+        NotApplicableError: If the run has M = inf, no noise, or a pool that changes.
     """
     require_mixture(config)
     return [
@@ -157,32 +162,36 @@ def references(config: RunConfig, num_prompts: int) -> list[Reference]:
 
 def reference(config: RunConfig, name: str, prompts: Prompts) -> Reference:
     """Compute both predictors and the Bayes factors on these prompts, in float64."""
-    task = config.task
-    tasks = task_pool(int(task.num_tasks), task.task_size, config.task_sequence).double()
+    task, tasks, noise = config.task, training_pool(config).double(), noise_law(config)
     xs, ys = prompts.xs.double(), prompts.ys.double()
-    ridge = baselines.ridge(xs, ys, noise_variance=task.noise_variance)
-    dmmse = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=task.noise_variance)
+    dmmse = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=task.noise_variance, noise=noise)
+    estimate = bayes(config, xs, ys)
+    if estimate is None:
+        ridge, variance = baselines.ridge(xs, ys, noise_variance=task.noise_variance), None
+        new = gaussian_evidence(xs, ys, noise_variance=task.noise_variance)
+    else:
+        ridge, variance, new = estimate.predictions, estimate.stderrs.square(), -estimate.nll.cumsum(-1)
+    pool = discrete_evidence(xs, ys, tasks=tasks, noise_variance=task.noise_variance, noise=noise)
     errors = metrics.squared_error(ridge, ys).mean(-1), metrics.squared_error(dmmse, ys).mean(-1)
-    pair = Pair(ridge, dmmse - ridge, fits.log_bayes_factors(xs, ys, tasks, task.noise_variance))
-    return Reference(name, prompts, pair, torch.stack(errors))
+    pair = Pair(ridge, dmmse - ridge, fits.log_bayes_factors(pool, new))
+    return Reference(name, prompts, pair, torch.stack(errors), variance)
 
 
 def require_mixture(config: RunConfig) -> None:
     """Refuse a run for which the two predictors or their marginal likelihoods do not exist.
 
     Raises:
-        NotApplicableError: If the run has M = inf, no noise, another prior or noise, or a pool that changes.
+        NotApplicableError: If the run has M = inf, no noise, or a pool that changes.
     """
     if config.task.is_gaussian:
         raise NotApplicableError(
             f"`mixture` compares dMMSE with ridge, but the run {config.run_name} has M = inf, where only ridge exists; "
             "give runs with a finite `task.num_tasks`."
         )
-    if (config.task.prior, config.task.noise, config.task.pool) != ("gaussian", "gaussian", "fixed"):
+    if config.task.has_moving_pool:
         raise NotApplicableError(
-            f"`mixture` assumes tasks from N(0, I), Gaussian noise and a fixed pool, but the run {config.run_name} has the prior "
-            f"{config.task.prior}, the noise {config.task.noise} and the pool {config.task.pool}. `icl evaluate` compares such runs "
-            "with their Bayes predictors."
+            f"`mixture` follows the weight of one pool of tasks over training, but the run {config.run_name} has the pool {config.task.pool}; "
+            "`icl evaluate` compares every step with its own pool."
         )
     if config.task.noise_variance == 0:
         raise NotApplicableError(
@@ -223,6 +232,8 @@ def _reference_rows(config: RunConfig, num_prompts: int) -> list[Row]:
         if each.name == "pretrain":
             gain = (each.errors[0] - each.errors[1]) / (2 * config.task.noise_variance)
             numbers["loss_advantage"] = metrics.overall_mean(gain.unsqueeze(-1))
+        if each.variance is not None:
+            numbers["predictor_variance"] = metrics.overall_mean(each.variance)
         for quantity, (value, stderr) in numbers.items():
             labels: Row = {"quantity": quantity, "distribution": each.name, "position": "mean"}
             rows.append(labels | {"value": value.item(), "stderr": stderr.item()} | verdict([]))

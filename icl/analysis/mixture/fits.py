@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from icl import metrics
-from icl.evidence import discrete_evidence, gaussian_evidence
 from icl.metrics import Estimate
 
 MAX_LOG_ODDS = 20.0
@@ -57,13 +56,9 @@ class Fit(NamedTuple):
     """For p, its distance outside [0, 1] in standard errors. For lambda, -inf or inf at a limit of the search, NaN if undetermined."""
 
 
-def log_bayes_factors(
-    xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"], tasks: Float[Tensor, "M D"], noise_variance: float
-) -> Float[Tensor, "B K"]:
-    """Return log p(y_1..y_{k-1} | discrete prior) - log p(y_1..y_{k-1} | Gaussian prior), which is 0 at the first position."""
-    discrete = discrete_evidence(xs, ys, tasks=tasks, noise_variance=noise_variance)
-    gaussian = gaussian_evidence(xs, ys, noise_variance=noise_variance)
-    return F.pad((discrete - gaussian)[:, :-1], (1, 0))
+def log_bayes_factors(pool: Float[Tensor, "B K"], new: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+    """Return log p(y_1..y_{k-1} | M tasks) - log p(y_1..y_{k-1} | new tasks), from the log densities of the first k targets. It is 0 at the first position."""
+    return F.pad((pool - new)[:, :-1], (1, 0))
 
 
 def fixed_scores(difference: Float[Tensor, "B K"], offset: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
