@@ -226,11 +226,22 @@ LANGUAGE_QUICKSTART = RunConfig(
     ),
 )
 
+# Our own: a small model whose output is a predictive distribution, for `icl analyse --what prior` and `--what mixture` (docs/priors.md). With M = 4 tasks it
+# memorises them in about two minutes on two CPU cores. The learning rate is twice that of the quickstart, because the model is narrower.
+PRIOR_QUICKSTART = RunConfig(
+    preset="prior-quickstart",
+    task=TaskConfig(num_tasks=4),
+    model=ModelConfig(embed_size=16, mlp_size=32, output="mixture"),
+    optim=OptimConfig(lr=6e-3),
+    trainer=TrainerConfig(max_steps=3000),
+    early_stopping=EarlyStoppingConfig(monitor="eval/pretrain/nll"),
+)
+
 PRESETS: dict[str, RunConfig] = {
     config.preset: config
     for config in (
         *(RunConfig(), L2H4, RAVENTOS_BASE, RAVENTOS_SMALL, CARROLL, ICR),
-        *(L2W256, LANGUAGE_QUICKSTART),
+        *(L2W256, LANGUAGE_QUICKSTART, PRIOR_QUICKSTART),
     )
 }
 

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = {"quickstart", "main-figures", "essential-dynamics", "task-prior", "llcs", "task-diversity", "ood"}
+NAMES = {"quickstart", "main-figures", "essential-dynamics", "task-prior", "llcs", "task-diversity", "ood", "priors"}
 MAX_LINES = 20
 """Of a code cell: a notebook loads tables and calls a function."""
 

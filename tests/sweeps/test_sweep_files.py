@@ -25,7 +25,8 @@ NUM_POINTS = {
     "icr-diversity": 21,
     "quickstart": 4,
     "implicit-prior": 8,
-    "moving-pool": 4,
+    "moving-pool": 16,
+    "prior-ladder": 15,
 }
 
 
