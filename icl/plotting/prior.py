@@ -45,7 +45,8 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
         write_in_middle(preference, "M = ∞: there is only one prior")
     else:
         _draw(preference, rows, "", BLUE)
-        _finish(preference, f"Nearer prior (above 0: {first})", f"distance to {others[0]} − to {first}")
+        title = f"Nearer prior (above 0: {first}; below: {others[0]})"
+        _finish(preference, title, "difference of the two distances")
     _draw(squares, select(by_step, quantity="mean_square", candidate="model"), "model", BLUE)
     _finish(squares, "Size of the estimated tasks", "mean |w|² / D")
     return figure

@@ -23,7 +23,17 @@ from icl.config import (
 from icl.config.validation import ConfigError, parse_num_tasks
 from icl.presets import PRESETS, preset
 
-NAMES = ("quickstart", "L2H4", "raventos-base", "raventos-small", "carroll", "icr", "L2W256", "language-quickstart", "prior-quickstart")
+NAMES = (
+    "quickstart",
+    "L2H4",
+    "raventos-base",
+    "raventos-small",
+    "carroll",
+    "icr",
+    "L2W256",
+    "language-quickstart",
+    "prior-quickstart",
+)
 
 
 def test_defaults_are_the_preset_quickstart():

@@ -402,7 +402,7 @@ TABLES: dict[str, Table] = {
     "prior-mixture": Table(
         "mixtures of dMMSE and ridge that are closest to the models of a ladder of M (`docs/priors.md`)",
         {
-            "run": Column("text", "name of the run, `all` for the whole ladder, or a seed of it"),
+            "run": Column("text", "M and seed of the run, `all` for the whole ladder, or a seed of it"),
             "num_tasks": _number("task diversity M; empty for the whole ladder", may_miss=True),
             "step": Column("integer", "number of updates; empty for numbers about whole runs", may_miss=True),
             "quantity": Column("text", "see `icl/analysis/mixture/`"),
@@ -419,7 +419,7 @@ TABLES: dict[str, Table] = {
             "reasons": _REASONS,
         },
         "prior ladder",
-        "means over positions",
+        "means over positions, without residuals and without the reasons of saved steps",
     ),
     "implicit-prior": Table(
         "distances of the tasks that two models of the ladder believe in to candidate priors (`docs/priors.md`)",

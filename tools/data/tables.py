@@ -296,11 +296,18 @@ def _make_moving_pool(name: str, runs: Runs, root: Path, record: Mapping) -> pd.
 
 
 def _make_prior_mixture(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Read the table of the mixtures over the ladder, which is in the folder of one of its runs."""
-    for file in root.glob("prior-ladder/*/results/mixture.csv"):
-        table = pd.read_csv(file, dtype={"position": str})
-        return table[table["position"] == "mean"]
-    return None
+    """Read the table of the mixtures over the ladder, which is in the folder of one of its runs. Runs get shorter names."""
+    folders = [RunFolder(file.parent) for file in root.glob("prior-ladder/*/config.yaml")]
+    found = [table for run in folders if (table := _read(run, "mixture.csv")) is not None]
+    if not found:
+        return None
+    names = {}
+    for run in folders:
+        config = run.read_config()
+        names[run.path.name] = f"M={config.task.num_tasks},seed={config.seeds.model}"
+    table = found[0].replace({"run": names})
+    table = table[(table["position"] == "mean") & (table["quantity"] != "residual")]
+    return table.assign(reasons=table["reasons"].where(table["step"].isna()))
 
 
 def _make_implicit_prior(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:

@@ -185,8 +185,8 @@ def require_mixture(config: RunConfig) -> None:
     """
     if config.task.is_gaussian:
         raise NotApplicableError(
-            f"`mixture` compares dMMSE with ridge, but the run {config.run_name} has M = inf, where only ridge exists; "
-            "give runs with a finite `task.num_tasks`."
+            f"`mixture` compares dMMSE with the Bayes predictor for new tasks, but the run {config.run_name} has M = inf, where they are "
+            "the same; give runs with a finite `task.num_tasks`."
         )
     if config.task.has_moving_pool:
         raise NotApplicableError(
