@@ -389,15 +389,13 @@ TABLES: dict[str, Table] = {
             "pool_steps": Column("integer", "correlation time of the walk, in steps", may_miss=True),
             "seed": Column("integer", "seed of the tasks, the initial weights, the data and the noise"),
             "step": _STEP,
-            "distribution": Column(
-                "text", "`pretrain` (the tasks of the last update before the step) or `true` (new tasks)"
-            ),
+            "distribution": Column("text", "`pretrain` (the tasks of the last update before the step)"),
             "quantity": Column("text", "`loss`, or the gap `delta_ridge` or `delta_dmmse`"),
             "value": _VALUE,
             "stderr": _STDERR,
         },
         "moving pools",
-        "means over positions, without shifts",
+        "means over positions on training tasks",
     ),
     "prior-mixture": Table(
         "mixtures of dMMSE and ridge that are closest to the models of a ladder of M (`docs/priors.md`)",

@@ -287,7 +287,7 @@ def _make_moving_pool(name: str, runs: Runs, root: Path, record: Mapping) -> pd.
     for run in sorted(folders, key=order):
         table, task = _read(run, "evaluation.csv"), configs[run.path].task
         if table is not None:
-            is_kept = table["distribution"].isin(["pretrain", "true"]) & (table["position"] == "mean")
+            is_kept = (table["distribution"] == "pretrain") & (table["position"] == "mean")
             is_kept &= table["quantity"].isin(["loss", "delta_ridge", "delta_dmmse"])
             own = {"num_tasks": task.num_tasks, "pool": task.pool, "pool_steps": task.pool_steps}
             own["seed"] = configs[run.path].seeds.tasks
