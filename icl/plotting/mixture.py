@@ -29,7 +29,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
         table: The run's `results/mixture.csv`.
         title: Title of the figure.
     """
-    table = table.assign(position=table["position"].astype(str))
+    table = table.assign(position=table["position"].astype(str), num_tasks=table["num_tasks"].astype(float))
     runs = table.loc[table["run"] != "all", "run"].unique()
     return _plot_run(table, title) if len(runs) == 1 else _plot_ladder(table, title)
 
@@ -64,8 +64,10 @@ def _plot_run(table: pd.DataFrame, title: str) -> Figure:
 def _plot_ladder(table: pd.DataFrame, title: str) -> Figure:
     ladder = sorted(table["num_tasks"].dropna().unique())
     has_seeds = table.groupby("num_tasks")["run"].nunique().max() > 1
-    how = "thick: mean over seeds, with its 95 % interval" if has_seeds else "bands: 2 standard errors"
-    title = f"{title}   (colour: M; {how}; open marks: verdict is not ok)"
+    how = "bands: 2 standard errors; open marks: verdict is not ok"
+    if has_seeds:
+        how = "thick: mean over seeds, with its 95 % interval; without steps that no mixture explains"
+    title = f"{title}   (colour: M; {how})"
     figure, panels = new_figure(4, num_rows=2, width=4.3, height=3.6, title=title)
     colours = dict(zip(ladder, ordered_colours(len(ladder)), strict=True))
     for row, (name, (label, *_)) in enumerate(_SETS.items()):
@@ -76,7 +78,7 @@ def _plot_ladder(table: pd.DataFrame, title: str) -> Figure:
             for axes, quantity in ((weights, "weight"), (odds, "log_odds")):
                 _draw_seeds(axes, _means(own, quantity), color=colour, label=f"{m:g}")
             for axes, quantity, line in ((weights, "curve_weight", ":"), (residuals, "curve_residual", "-")):
-                for _, curve in select(own, quantity=quantity).sort_values("step").groupby("run"):
+                for _, curve in _explained(own, select(own, quantity=quantity), has_seeds).groupby("run"):
                     axes.plot(curve["step"].astype(float), curve["value"], color=colour, linestyle=line, linewidth=1.2)
         _finish_parameter(weights, "weight", f"Fixed weight, {label} (dotted: theory)", legend="M")
         _finish_parameter(odds, "log_odds", f"Prior odds, {label}", legend="M")
@@ -90,12 +92,28 @@ def _means(table: pd.DataFrame, quantity: str, **values: Any) -> pd.DataFrame:
     return select(table, quantity=quantity, position="mean", **values).sort_values("step", kind="stable")
 
 
+def _explained(own: pd.DataFrame, curve: pd.DataFrame, has_seeds: bool) -> pd.DataFrame:
+    """Return the rows of a theory curve in the order of the steps; of several seeds only the steps of the fit."""
+    curve = curve.sort_values("step")
+    fitted = select(own, quantity="curve_residual")[["run", "step"]]
+    return curve.merge(fitted, on=["run", "step"]) if has_seeds else curve
+
+
 def _draw_seeds(axes: Axes, rows: pd.DataFrame, *, color: Any, label: str) -> None:
-    """Draw one run with the marks of its verdicts, or several seeds with their mean."""
+    """Draw one run with the marks of its verdicts. Of several seeds, draw the numbers that are not invalid, and the mean of the weights.
+
+    Log odds can be at a limit of the search, so they have no mean.
+    """
     if rows["run"].nunique() < 2:
         _draw_points(axes, rows, color=color, linewidth=1.1, label=label)
         return
-    draw_curves(axes, rows.assign(x=rows["step"]), color=color, linewidth=1.6, label=label)
+    rows = rows[rows["verdict"] != "invalid"]
+    if (rows["quantity"] == "log_odds").any():
+        for number, (_, curve) in enumerate(rows.groupby("run", sort=False)):
+            text = None if number else label
+            axes.plot(curve["step"].astype(float), curve["value"], color=color, linewidth=1.0, label=text)
+    elif len(rows):
+        draw_curves(axes, rows.assign(x=rows["step"]), color=color, linewidth=1.8, label=label)
 
 
 def _of(quantity: str) -> str:
