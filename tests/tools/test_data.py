@@ -1,5 +1,6 @@
 """The shipped tables are small, match the schema of `tools/data/schema.py` and name their source, and their scripts use real `icl` commands."""
 
+import fnmatch
 import itertools
 import json
 import os
@@ -126,10 +127,10 @@ def test_thinning_keeps_ends_and_spacing():
 
 @pytest.fixture
 def typed(tmp_path):
-    """Run a script's phases with an `icl` that only records its words. Return the words of every call."""
+    """Run a script's phases with an `icl` that only records its root and its words. Return them for every call."""
     log = tmp_path / "calls"
     fake = tmp_path / "icl"
-    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {log}\n')
+    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$LOCAL_ROOT $*" >> {log}\n')
     fake.chmod(0o755)
 
     def run(size):
@@ -151,7 +152,7 @@ def test_every_command_is_one_that_icl_takes(typed, size):
 
     calls = typed(size)
     trained = set()
-    for command, *words in calls:
+    for root, command, *words in calls:
         if command == "train":
             members = resolve(train_parser().parse_args(words).settings).members()
             trained |= {member.run_name or "quickstart" for member in members}
@@ -159,14 +160,15 @@ def test_every_command_is_one_that_icl_takes(typed, size):
             llc_parser().parse_args(words)
         elif command == "sweep":
             points = sweep_points(read_sweep_file(DATA.parent / words[0]))
-            trained |= {point.name for point in points}
+            trained |= {f"{root}/{point.name}".removeprefix("R/") for point in points}
         elif command == "analyse":
             assert words[words.index("--what") + 1] in ANALYSES
         else:
             assert command == "evaluate"
-    words = [word for call in calls for words in call for word in words.split(",")]
+    words = [word for _, *call in calls for words in call for word in re.split(",(?=R/)", words)]
     used = {word.removeprefix("R/") for word in words if word.startswith("R/") and "." not in word}
-    assert used <= trained
+    assert used
+    assert not [pattern for pattern in used if not fnmatch.filter(trained, pattern)]
 
 
 def test_a_script_by_hand_does_what_the_phases_do(typed, tmp_path):
