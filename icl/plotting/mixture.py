@@ -63,7 +63,7 @@ def _plot_run(table: pd.DataFrame, title: str) -> Figure:
 
 def _plot_ladder(table: pd.DataFrame, title: str) -> Figure:
     ladder = sorted(table["num_tasks"].dropna().unique())
-    has_seeds = table.groupby("num_tasks")["run"].nunique().max() > 1
+    has_seeds = bool(table.groupby("num_tasks")["run"].nunique().max() > 1)
     how = "bands: 2 standard errors; open marks: verdict is not ok"
     if has_seeds:
         how = "thick: mean over seeds, with its 95 % interval; without steps that no mixture explains"
