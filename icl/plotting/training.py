@@ -1,6 +1,6 @@
 """The figure of a training run: its learning curves, and the losses of the model and the baselines at each position."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -158,7 +158,7 @@ def plot_training(
     quantity = "nll" if "train/nll" in metrics else "loss"
     if levels is None:
         levels = losses["pretrain"].loc["mean"].to_dict() if quantity == "loss" else {}
-    _draw_curves(curves, metrics, levels, quantity=quantity)
+    _draw_curves(curves, metrics, levels, quantity=quantity, predictors={*levels, *losses["pretrain"]})
     _draw_positions(pretrain, losses["pretrain"].drop(index="mean"), "After training: the M training tasks")
     law = "" if "bayes" in losses["true"] else ", w ~ N(0, I)"
     _draw_positions(true, losses["true"].drop(index="mean"), f"After training: new tasks{law}")
@@ -167,8 +167,13 @@ def plot_training(
     return figure
 
 
-def _draw_curves(axes: Axes, metrics: pd.DataFrame, levels: Mapping[str, float], *, quantity: str) -> None:
-    """Draw losses over training, with the mean losses of the predictors as horizontal lines. The scale of `nll` is linear."""
+def _draw_curves(
+    axes: Axes, metrics: pd.DataFrame, levels: Mapping[str, float], *, quantity: str, predictors: Collection[str]
+) -> None:
+    """Draw losses over training, with the mean losses of the predictors as horizontal lines. The scale of `nll` is linear.
+
+    `predictors` are those of the whole figure.
+    """
     trained = metrics.dropna(subset=[f"train/{quantity}"])
     axes.plot(trained["step"], trained[f"train/{quantity}"], color=SKY, linewidth=1.0, label="training batches")
     if f"eval/pretrain/{quantity}" in metrics:
@@ -177,7 +182,7 @@ def _draw_curves(axes: Axes, metrics: pd.DataFrame, levels: Mapping[str, float],
             _draw_evaluated(axes, losses, f"fixed prompts, {tasks} tasks (dot: step 0)", line, face)
     for name in ("zero", "ridge", "bayes", "dmmse"):
         if name in levels:
-            axes.axhline(levels[name], **predictor_style(name, list(levels)) | {"linewidth": 1.2})
+            axes.axhline(levels[name], **predictor_style(name, predictors) | {"linewidth": 1.2})
     scale_steps(axes, first=max(1.0, float(trained["step"].min())))
     axes.set(xlabel="step (updates)", ylabel=_LOSS_LABEL if quantity == "loss" else _NLL_LABEL)
     if quantity == "loss":
