@@ -14,7 +14,7 @@ from icl.build import build_evaluation_sets
 from icl.cli import main
 from icl.config import RunConfig
 from icl.config.validation import ConfigError
-from icl.evaluation.sets import MONITOR, evaluate, evaluate_baselines, tabulate_losses
+from icl.evaluation.sets import MONITOR, evaluate, evaluate_baselines, evaluate_predictions, tabulate_losses
 from icl.model.stacked import apply, stack
 from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.tasks.laws import Law
@@ -55,6 +55,25 @@ def test_sets_of_another_world_have_its_predictors():
         expected = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=0.25, noise=Law("student_t", 3.0))
         assert torch.equal(one.baselines["dmmse"], expected)
         assert torch.equal(one.baselines["ridge"], baselines.ridge(xs, ys, noise_variance=0.25))
+
+
+def test_a_model_with_a_density_has_the_floors_of_its_world():
+    config = change(TINY, task={"prior": "sparse", "prior_density": 0.3}, model={"output": "gaussian"})
+    pretrain, true = build_evaluation_sets(config, num_prompts=400, with_bayes=True)
+    for each in (pretrain, true):
+        assert set(each.nll) == {"ridge", "dmmse", "bayes"}
+        estimate = bayes(config, each.prompts.xs, each.prompts.ys)
+        assert torch.equal(each.nll["bayes"], estimate.nll)
+        assert not each.variances["bayes_nll_variance"].any()  # the predictor is exact
+        (rows,) = evaluate_predictions(each, estimate.predictions[None], estimate.nll[None])
+        excess = {row["quantity"]: (row["value"], row["stderr"]) for row in rows if row["position"] == "mean"}
+        assert excess["nll_over_bayes"] == (0.0, 0.0)
+    # Each floor is the smallest on the prompts of its own prior, by four standard errors.
+    for each, floor, other in ((true, "bayes", "ridge"), (true, "bayes", "dmmse"), (pretrain, "dmmse", "bayes")):
+        gain = (each.nll[other] - each.nll[floor]).double().mean(-1)
+        assert gain.mean() > 4 * gain.std() / len(gain) ** 0.5
+    table = pd.DataFrame(evaluate_baselines([true])).set_index(["quantity", "position"])["value"]
+    assert table["bayes_nll", "mean"] == pytest.approx(true.nll["bayes"].mean().item())
 
 
 def test_the_bayes_predictor_is_left_out_of_the_usual_world_and_if_not_asked_for():
@@ -144,7 +163,7 @@ def test_an_analysis_that_needs_fixed_tasks_says_why_it_has_none(walk, capsys):
     assert main(["analyse", str(walk), "--what", "attention"]) == 2
     assert "The run's pool of tasks changes" in capsys.readouterr().err
     assert main(["analyse", str(walk), "--what", "mixture"]) == 2
-    assert "a fixed pool, but the run" in capsys.readouterr().err
+    assert "one pool of tasks over training, but the run" in capsys.readouterr().err
 
 
 def test_the_command_shows_the_losses_of_the_bayes_predictor(tmp_path, monkeypatch, capsys):
