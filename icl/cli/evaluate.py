@@ -13,6 +13,7 @@ from icl.cli.outputs import require_output_table
 from icl.command_line import CommandParser
 from icl.config.validation import ConfigError, UserError
 from icl.diversity.runs import find_runs
+from icl.files.writing import write_atomically
 from icl.progress import progress_bar
 from icl.runs.folder import RunFolder, place_of, require_place
 from icl.runs.listing import named_runs, run_folders
@@ -150,6 +151,7 @@ def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> in
     """Evaluate all runs. Return 1 if a run could not be evaluated or written; the numbers of the other runs are still written."""
     import pandas as pd
 
+    from icl.diversity.threshold import ladder_table
     from icl.runs.checkpoints import read_config_of
     from icl.whole_runs import RunEvaluator, evaluation_over_seeds, headline_table, write_numbers
 
@@ -182,11 +184,15 @@ def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> in
     configs = {name: read_config_of(_checkpoints(subjects[name])[0]) for name in tables}
     _show_seeds(evaluation_over_seeds(numbers, configs, only_last=True))
     seeds = evaluation_over_seeds(numbers, configs)
+    ladder = ladder_table(numbers, configs)
+    found = None if ladder is None else _tell_thresholds(ladder)
     print("\nNumbers   results/evaluation.csv, results/baselines.csv and figures/evaluation.png of each run")
     if options.out is not None:
         print(f"Output    {write_numbers(options.out, numbers, baselines, seeds)}")
         if options.out.suffix == ".csv" and len(seeds):
             print(f"Seeds     {write_numbers(options.out.with_stem(f'{options.out.stem}-seeds'), seeds, baselines)}")
+        if ladder is not None and found is not None:
+            _save_thresholds(ladder, found, options.out)
     return 1 if problems else 0
 
 
@@ -256,6 +262,9 @@ def _evaluate_experiment(options: argparse.Namespace) -> int:
         table = table[list(COLUMNS)]
         headline = headline_table(table, by="num_tasks")
     print(headline.to_string(float_format="{:.4g}".format, na_rep="-"))
+    found = _tell_thresholds(table if len(experiments) > 1 else table.assign(run=""))
+    print()
+    _save_thresholds(table, found, out)
     if len(experiments) > 1:
         _save_seeds(table, out)
     for path in save_tables(table, out):
@@ -275,11 +284,35 @@ def _tell_missing(experiments: Mapping[str, Mapping[str, RunFolder]], problems: 
                 print(f"icl: M = {label} is {state}; its last checkpoint so far was evaluated.", file=sys.stderr)
 
 
-def _save_seeds(table: "pd.DataFrame", out: Path) -> None:
-    """Print the main numbers over seeds, and write all numbers over seeds and the figure."""
-    from icl.diversity.tables import pool_seeds, save_tables
+def _tell_thresholds(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Print the task-diversity thresholds, and return their table."""
+    from icl.diversity.threshold import sentences, thresholds
+
+    found = thresholds(table)
+    if len(found):
+        print("", *sentences(found), sep="\n")
+    return found
+
+
+def _save_thresholds(table: "pd.DataFrame", thresholds: "pd.DataFrame", out: Path) -> None:
+    """Write the thresholds, if there are any, and draw them with the gaps to ridge and dMMSE."""
     from icl.plotting.diversity import plot_diversity
     from icl.plotting.style import save_figure
+
+    if len(thresholds):
+        file = out.with_name(f"{out.stem}-threshold.csv")
+        write_atomically(file, thresholds.to_csv(index=False).encode())
+        print(f"Threshold {file}")
+    num_seeds = table["run"].nunique() if "run" in table else 1
+    title = f"{num_seeds} seeds" if num_seeds > 1 else out.stem
+    figure = plot_diversity(table, title=title, thresholds=thresholds)
+    drawn = out.with_name(f"{out.stem}-{'seeds' if num_seeds > 1 else 'threshold'}.png")
+    print(f"Figure    {save_figure(figure, drawn)}")
+
+
+def _save_seeds(table: "pd.DataFrame", out: Path) -> None:
+    """Print the main numbers over seeds, and write all numbers over seeds."""
+    from icl.diversity.tables import pool_seeds, save_tables
     from icl.whole_runs import seeds_headline
 
     pooled = pool_seeds(table)
@@ -287,5 +320,3 @@ def _save_seeds(table: "pd.DataFrame", out: Path) -> None:
     print(seeds_headline(pooled.assign(runs="M = " + pooled["num_tasks"])).to_string(na_rep="-"), end="\n\n")
     for path in save_tables(pooled, out.with_stem(f"{out.stem}-seeds")):
         print(f"Seeds     {path}")
-    figure = plot_diversity(table, title=f"{table['run'].nunique()} experiments that differ in their seeds")
-    print(f"Figure    {save_figure(figure, out.with_name(f'{out.stem}-seeds.png'))}")

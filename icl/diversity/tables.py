@@ -17,6 +17,7 @@ import pandas as pd
 from icl.analysis.seeds import pool
 from icl.config import config_differences
 from icl.config.validation import ConfigError
+from icl.diversity.threshold import thresholds
 from icl.files.writing import plain_rows, write_atomically
 from icl.plotting.diversity import plot_diversity
 from icl.plotting.style import save_figure
@@ -142,4 +143,5 @@ def draw_experiment(runs: Mapping[str, RunFolder], plots: Path, *, title: str) -
     if problems:
         raise CheckpointError("; ".join(problems.values()))
     write_atomically(plots / "diversity.csv", table.to_csv(index=False).encode())
-    return [save_figure(plot_diversity(table, title=title), plots / "diversity.png"), plots / "diversity.csv"]
+    figure = plot_diversity(table, title=title, thresholds=thresholds(table.assign(run="")))
+    return [save_figure(figure, plots / "diversity.png"), plots / "diversity.csv"]

@@ -2,7 +2,7 @@
 
 If a model has learned the Gaussian prior, its gap to ridge is zero. If it has learned its M tasks, its gap to dMMSE is zero
 (Raventos et al. 2023, arXiv 2306.15063, figure 2; they divide the gaps by D, we do not). The M above which models
-learn the Gaussian prior depends on the architecture and the training. No threshold is drawn, because none is estimated.
+learn the Gaussian prior depends on the architecture and the training (`icl.diversity.threshold`).
 """
 
 import math
@@ -25,13 +25,14 @@ _MAX_MINOR_RATIO = 30.0
 _MAX_TICKS = 11
 
 
-def plot_diversity(table: pd.DataFrame, *, title: str) -> Figure:
+def plot_diversity(table: pd.DataFrame, *, title: str, thresholds: pd.DataFrame | None = None) -> Figure:
     """Plot gaps on training tasks (left) and on new tasks (right) against M; M = inf has a tick of its own.
 
     Args:
         table: Columns `num_tasks` (as text), `step`, `distribution`, `quantity`, `position`, `value`, `stderr`, and `run` if there are
             several seeds of an M (`icl.plotting.seeds` says how these are drawn). Only the last step of each run is drawn.
         title: Title of the figure.
+        thresholds: Table of `icl.diversity.threshold.thresholds`. The threshold over seeds is drawn, with its interval if it has one.
     """
     keys = ["num_tasks", "run"] if "run" in table else ["num_tasks"]
     last = table[table["step"] == table.groupby(keys)["step"].transform("max")]
@@ -41,12 +42,14 @@ def plot_diversity(table: pd.DataFrame, *, title: str) -> Figure:
         _draw_gaps(axes, select(last, distribution=distribution, position="mean"), positions)
         _label_diversities(axes, positions)
         axes.set_title(name, fontsize=10)
+    if thresholds is not None and len(thresholds):
+        _draw_threshold(panels[-1], thresholds.iloc[-1].to_dict())
     panels[0].set_ylabel(
         f"gap: mean squared difference of predictions\n(per target, not divided by D; {_describe_bars(last)})",
         fontsize=9,
     )
     _share_scale(panels, last.loc[last["quantity"].isin(list(SERIES)), "value"])
-    for axes in [axes for axes in panels if axes.get_legend_handles_labels()[0]][:1]:
+    for axes in [axes for axes in panels if axes.get_legend_handles_labels()[0]][-1:]:
         axes.legend(fontsize=9)
     return figure
 
@@ -71,6 +74,18 @@ def _draw_gaps(axes: Axes, means: pd.DataFrame, positions: Mapping[str, float]) 
             if len(points):
                 draw_points(axes, points, linestyle=line, **style)
                 style["label"] = None  # one legend entry for finite and infinite M
+
+
+def _draw_threshold(axes: Axes, row: Mapping[str, Any]) -> None:
+    """Draw the M at which the closer predictor changes: a line, and a band for its 95 % interval or for two standard errors."""
+    if math.isnan(row["threshold"]):
+        return
+    where, width = math.log2(row["threshold"]), 2 * row["stderr_log2"]
+    has_interval = row["num_seeds"] > 1 and math.isfinite(row["lower"])
+    low, high = (math.log2(row["lower"]), math.log2(row["upper"])) if has_interval else (where - width, where + width)
+    axes.axvline(where, color="0.35", linewidth=1.0, linestyle="--", label=f"threshold, M = {row['threshold']:.3g}")
+    if row["num_seeds"] == 1 or has_interval:
+        axes.axvspan(low, high, color="0.35", alpha=0.12, linewidth=0)
 
 
 def _describe_bars(last: pd.DataFrame) -> str:

@@ -33,6 +33,7 @@ NAMES = (
     "L2W256",
     "language-quickstart",
     "prior-quickstart",
+    "transience",
 )
 
 

@@ -103,7 +103,7 @@ def test_the_command_writes_tables_and_a_figure_over_seeds(base, other, tmp_path
     words = ["--checkpoint_base_dir", f"{base},{other}", "--n_prompts", "16", "--out", str(out)]
     assert main(["evaluate", *words]) == 0
     assert "Over seeds" in capsys.readouterr().out
-    for name in ("both.csv", "both.json", "both-seeds.csv", "both-seeds.json", "both-seeds.png"):
+    for name in ("both.csv", "both.json", "both-seeds.csv", "both-seeds.json", "both-seeds.png", "both-threshold.csv"):
         assert (tmp_path / name).is_file()
     assert set(pd.read_csv(tmp_path / "both.csv")["run"]) == {str(base), str(other)}
 

@@ -49,10 +49,10 @@ def golden_config(preset: RunConfig) -> RunConfig:
 
 
 def losses(config: RunConfig) -> list[float]:
-    """Return the training loss of every step."""
+    """Return the training loss of every step: a squared error, a cross-entropy or a negative log-likelihood."""
     with tempfile.TemporaryDirectory() as folder:
         table = pd.read_csv(train(config, folder=folder).folder.metrics_file)
-    return table["train/loss"].dropna().tolist()
+    return table["train/nll" if "train/nll" in table else "train/loss"].dropna().tolist()
 
 
 def sensitivity(config: RunConfig, expected: list[float]) -> float:

@@ -217,7 +217,8 @@ def test_the_page_of_a_run_says_what_there_is(run, capsys):
     assert ["optim.beta1", "0.9"] in opened.cells  # and the rest of the settings
     versions = describe_environment()
     assert ["torch", versions["torch"]] in opened.cells
-    assert ["command", versions["command"]] in opened.cells
+    (command,) = [row[1] for row in opened.cells if row[0] == "command"]
+    assert command[:40] == versions["command"][:40]  # the page shortens long commands
     assert [int(image["width"]) for image in opened.all("img")] == [6, 8]
 
 

@@ -27,6 +27,7 @@ NUM_POINTS = {
     "implicit-prior": 8,
     "moving-pool": 16,
     "prior-ladder": 15,
+    "transience": 4,
 }
 
 

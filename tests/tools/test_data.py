@@ -146,6 +146,7 @@ def typed(tmp_path):
 def test_every_command_is_one_that_icl_takes(typed, size):
     from icl.analysis import ANALYSES
     from icl.command_line import llc_parser, train_parser
+    from icl.presets import run_name
     from icl.resolve import resolve
     from icl.sweeps.points import sweep_points
     from icl.sweeps.schema import read_sweep_file
@@ -155,7 +156,7 @@ def test_every_command_is_one_that_icl_takes(typed, size):
     for root, command, *words in calls:
         if command == "train":
             members = resolve(train_parser().parse_args(words).settings).members()
-            trained |= {member.run_name or "quickstart" for member in members}
+            trained |= {run_name(member) for member in members}
         elif command == "llc":
             llc_parser().parse_args(words)
         elif command == "sweep":
@@ -168,7 +169,8 @@ def test_every_command_is_one_that_icl_takes(typed, size):
     words = [word for _, *call in calls for words in call for word in re.split(",(?=R/)", words)]
     used = {word.removeprefix("R/") for word in words if word.startswith("R/") and "." not in word}
     assert used
-    assert not [pattern for pattern in used if not fnmatch.filter(trained, pattern)]
+    folders = trained | {name.rpartition("/")[0] for name in trained}  # a folder of several runs
+    assert not [pattern for pattern in used if not fnmatch.filter(folders, pattern)]
 
 
 def test_a_script_by_hand_does_what_the_phases_do(typed, tmp_path):

@@ -435,6 +435,43 @@ TABLES: dict[str, Table] = {
         },
         "prior ladder",
     ),
+    "transience": Table(
+        "four seeds on which ridge comes and goes (the preset `transience`): losses at every saved step, and the findings over seeds",
+        {
+            "seed": Column(
+                "integer", "seed of the run; empty for other predictors and for findings over seeds", may_miss=True
+            ),
+            "predictor": Column("text", "`model`, `ridge`, `dmmse` or `zero`"),
+            "step": Column("integer", "number of updates; empty for other predictors and for findings", may_miss=True),
+            "distribution": Column("text", "`pretrain` (the ten training tasks) or `true` (new tasks)"),
+            "quantity": Column("text", "`loss`, or a finding over seeds: `critical_step`, `rise` or `dip`"),
+            "value": _VALUE,
+            "stderr": Column(
+                "number", "standard error of the value: over prompts for a loss, over seeds for a finding"
+            ),
+            "low": _number("lower limit of the 95 % interval over seeds", may_miss=True),
+            "high": _number("upper limit of the 95 % interval over seeds", may_miss=True),
+            "finding": Column("text", "what was found, in words", may_miss=True),
+            "verdict": Column("text", "`ok` or `suspect`", may_miss=True),
+        },
+        "ridge comes and goes",
+        "means over positions",
+    ),
+    "threshold": Table(
+        "a ladder of M with a task-diversity threshold, four seeds each: losses and gaps at the last step",
+        {
+            "run": Column("text", "seed of the initial weights, the data and the noise"),
+            "num_tasks": Column("integer", "task diversity M"),
+            "step": _STEP,
+            "distribution": Column("text", "`pretrain` (the M training tasks) or `true` (new tasks)"),
+            "quantity": Column("text", "`loss`, or the gap `delta_ridge` or `delta_dmmse`"),
+            "position": Column("text", "`mean`: the mean over positions"),
+            "value": _VALUE,
+            "stderr": _STDERR,
+        },
+        "threshold in M",
+        "means over positions, without shifts and earlier steps",
+    ),
     "phases": Table(
         "measured time of each phase of `small.sh` or `full.sh`",
         {

@@ -55,6 +55,20 @@ icl analyse "$RUNS/prior-ladder/prior-quickstart" --what mixture --jointly_with 
 icl analyse "$RUNS/prior-ladder/prior-quickstart" --what prior
 icl analyse "$RUNS/prior-ladder/prior-quickstart,num_tasks=16" --what prior
 
+## ridge comes and goes: the runs
+icl train --preset transience --population.seeds 0,1,2,3
+
+## ridge comes and goes: the analysis
+icl analyse "$RUNS/transience" --what behaviour --num_scales 0
+
+## threshold in M: the runs
+icl train --run_name threshold --task.task_size 4 --task.max_examples 8 --task.noise_variance 0.1 --model.embed_size 64 \
+    --model.mlp_size 128 --optim.lr 0.003 --trainer.batch_size 128 --trainer.max_steps 4000 --evaluation.every 1000 \
+    --checkpoints.num_log 10 --checkpoints.num_linear 4 --population.num_tasks 4,8,16,32,64,128 --population.seeds 0,1,2,3
+
+## threshold in M: the gaps
+icl evaluate "$RUNS/threshold" --num_ood_prompts 2048
+
 ## test the sampler on known answers
 icl llc --self-test --out "$RUNS/known-answers.csv"
 

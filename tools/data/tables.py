@@ -2,7 +2,7 @@
 
 `write_tables` reads the results of every run of a size. It writes `data/<size>/<name>.csv` as `tools/data/schema.py` describes them, and
 `provenance.json` with the commands, dates, versions and hardware of each table. It also copies a few small models, so that
-notebooks can show predictions. If the runs of a table are missing, the table is left out and a message says so.
+notebooks can show predictions. If the runs of a table are missing, the table stays as it is and a message says so.
 """
 
 import contextlib
@@ -47,11 +47,16 @@ def write_tables(size: str, root: Path, record: Mapping[str, Mapping[str, Any]])
     """
     runs, out = find_runs(root), FOLDER / size
     provenance: dict[str, Any] = {"size": size, "label": LABELS[size], "tables": {}}
+    with contextlib.suppress(OSError):
+        before = json.loads((out / "provenance.json").read_bytes())["tables"]
     for name, about in TABLES.items():
         table = MAKERS.get(name, _from_results)(name, runs, root, record)
         if table is None or table.empty:
-            yield f"{name:20s} nothing yet"
-            (out / f"{name}.csv").unlink(missing_ok=True)
+            if (out / f"{name}.csv").is_file():
+                provenance["tables"][name] = before[name]
+                yield f"{name:20s} kept, because its runs are not here"
+            else:
+                yield f"{name:20s} nothing yet"
             continue
         text = conform(table, about).to_csv(index=False, float_format=f"%.{DIGITS}g")
         write_atomically(out / f"{name}.csv", text.encode())
@@ -321,6 +326,41 @@ def _make_implicit_prior(name: str, runs: Runs, root: Path, record: Mapping) -> 
     return pd.concat(parts, ignore_index=True) if parts else None
 
 
+def _make_transience(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    """Join the losses of the seeds of the preset `transience`, those of the Bayes predictors, and the findings over seeds."""
+    parts = []
+    for file in sorted(root.glob("transience/seed=*/results/behaviour.csv")):
+        table = pd.read_csv(file, dtype={"position": str})
+        table = table[(table["quantity"] == "loss") & (table["position"] == "mean")]
+        is_model = table["predictor"] == "model"
+        seed = RunFolder(file.parents[1]).read_config().seeds.model
+        parts.append(table[is_model].assign(seed=seed))
+        if len(parts) == 1:  # the prompts of all seeds are the same
+            parts.append(table[~is_model])
+    if not parts:
+        return None
+    found = pd.read_csv(root / "transience" / "behaviour-seeds.csv")
+    found = found[found["quantity"].isin(["critical_step", "rise", "dip"])]
+    parts.append(found.assign(distribution=found["labels"], stderr=found["seed_stderr"], predictor="model"))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _make_threshold(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    """Join the gaps at the last step of the runs of the ladder in M that has a threshold."""
+    folders = [RunFolder(file.parent) for file in root.glob("threshold/*/config.yaml")]
+    configs = {run.path: run.read_config() for run in folders}
+    folders.sort(key=lambda run: (configs[run.path].task.num_tasks, configs[run.path].seeds.model))
+    parts = []
+    for run in folders:
+        table, config = _read(run, "evaluation.csv"), configs[run.path]
+        if table is not None:
+            is_kept = (table["step"] == table["step"].max()) & (table["position"] == "mean")
+            is_kept &= table["distribution"].isin(["pretrain", "true"])
+            is_kept &= table["quantity"].isin(["loss", "delta_ridge", "delta_dmmse"])
+            parts.append(table[is_kept].assign(run=f"seed={config.seeds.model}", num_tasks=config.task.num_tasks))
+    return pd.concat(parts, ignore_index=True) if parts else None
+
+
 def _make_phases(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame:
     rows = [{"phase": phase, **known} for phase, known in record.items() if known["is_done"]]
     return pd.DataFrame(rows)
@@ -345,6 +385,8 @@ MAKERS: dict[str, Callable[[str, Runs, Path, Mapping], pd.DataFrame | None]] = {
     "moving-pool": _make_moving_pool,
     "prior-mixture": _make_prior_mixture,
     "implicit-prior": _make_implicit_prior,
+    "transience": _make_transience,
+    "threshold": _make_threshold,
     "phases": _make_phases,
 }
 """Functions that make the tables, by name. Other tables are copied from the results of one analysis."""

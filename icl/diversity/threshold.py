@@ -1,0 +1,184 @@
+"""The task-diversity threshold: the number of tasks M above which models are closer to ridge than to dMMSE on new tasks.
+
+For models that differ only in M and in seeds, let
+
+    r(M) = ln(gap to ridge / gap to dMMSE)
+
+with the gaps on new tasks (`true`), averaged over positions. A model with r > 0 is closer to dMMSE, so it has learned its M tasks. A
+model with r < 0 is closer to ridge, so it has learned the Gaussian prior. The threshold of a seed is the M at which r falls to zero,
+interpolated linearly in log2 M between two trained M. Its error over prompts is first-order, with an upper bound for the error of r:
+the sum of the relative errors of the two gaps, which are measured on the same prompts.
+
+The threshold depends on the training: at a later step it may be higher, because models with few tasks leave ridge again
+(`icl analyse --what behaviour`). Raventos et al. (2023, arXiv 2306.15063, section 3.1) compare runs of different batch sizes instead,
+so their threshold is another number. At M = inf, dMMSE is ridge, so these models are left out.
+
+A seed's threshold is `ok` if r is significantly positive at one or more M, significantly negative at one or more M, and
+changes its sign between these only once. Significant means `SIGN_ERRORS` standard errors. Over seeds we give the mean of log2 M and its
+95 % interval, from three seeds on (`icl.analysis.seeds`); otherwise the values themselves.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from icl.analysis.seeds import MIN_FOR_INTERVAL, over_seeds
+from icl.config import RunConfig, SeedsConfig
+from icl.diversity.runs import num_tasks_label
+from icl.presets import varying_names
+
+SIGN_ERRORS = 2.0
+MIN_SIZES = 3
+"""Smallest number of finite M in which runs must differ so that a threshold is looked for."""
+COLUMNS = ("run", "threshold", "stderr_log2", "lower", "upper", "num_seeds", "verdict", "reasons")
+"""Columns of `thresholds`."""
+ALL = "all seeds"
+"""Value of the column `run` in the row over seeds."""
+
+
+def thresholds(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the threshold of each seed, and if there are several seeds, a row over them.
+
+    Args:
+        table: Numbers of the models: `run` (the seed's name), `num_tasks` (as text), `step`, `distribution`, `quantity`,
+            `position`, `value`, `stderr`. Only the last step of each model is used.
+
+    Returns:
+        The columns `COLUMNS`. `threshold` is a number of tasks, NaN if there is none. `stderr_log2` is the standard error of its log2:
+        over prompts for a seed, over seeds in the last row. `lower` and `upper` are the neighbouring trained M for a seed, and the
+        limits of the 95 % interval in the last row. The table is empty if there are fewer than `MIN_SIZES` finite M.
+    """
+    table = table.assign(num_tasks=table["num_tasks"].astype(str))
+    table = table[(table["distribution"] == "true") & (table["position"] == "mean") & (table["num_tasks"] != "inf")]
+    if table["num_tasks"].nunique() < MIN_SIZES:
+        return pd.DataFrame(columns=list(COLUMNS))
+    last = table[table["step"] == table.groupby(["run", "num_tasks"])["step"].transform("max")]
+    rows = [{"run": run, "num_seeds": 1} | _of_seed(*_log_ratios(own)) for run, own in last.groupby("run", sort=False)]
+    if len(rows) > 1:
+        rows.append(_over_seeds(rows))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def ladder_table(numbers: pd.DataFrame, configs: Mapping[str, RunConfig]) -> pd.DataFrame | None:
+    """Return the numbers of runs that differ only in M and in seeds as a table for `thresholds`, or None for other runs.
+
+    Args:
+        numbers: Numbers of the runs, with the name of the run in the column `run`.
+        configs: Settings of each run.
+    """
+    plain = {dataclasses.replace(_without_tasks(config), seeds=SeedsConfig()) for config in configs.values()}
+    sizes = {config.task.num_tasks for config in configs.values()} - {math.inf}
+    if len(plain) != 1 or len(sizes) < MIN_SIZES:
+        return None
+    seeds = {name: _without_tasks(config) for name, config in configs.items()}
+    order = list(dict.fromkeys(seeds.values()))
+    names = [name or "one seed" for name in varying_names(order)]
+    labels = {name: names[order.index(seed)] for name, seed in seeds.items()}
+    num_tasks = {name: num_tasks_label(config.task.num_tasks) for name, config in configs.items()}
+    return numbers.assign(num_tasks=numbers["run"].map(num_tasks), run=numbers["run"].map(labels))
+
+
+def sentences(table: pd.DataFrame) -> Iterator[str]:
+    """Yield a line for each row of `thresholds`. Without rows over seeds, the only seed has no name."""
+    for row in table.to_dict("records"):
+        name = "" if len(table) == 1 else f" ({row['run']})"
+        reasons = f": {row['reasons']}" if row["reasons"] else ""
+        if math.isnan(row["threshold"]):
+            yield f"Task-diversity threshold{name}: none; {row['verdict']}{reasons}."
+            continue
+        what = f"M = {row['threshold']:.3g}"
+        if row["run"] == ALL:
+            has_interval = row["num_seeds"] >= MIN_FOR_INTERVAL
+            what += (
+                f" (95 % over {row['num_seeds']} seeds {row['lower']:.3g} to {row['upper']:.3g})"
+                if has_interval
+                else ""
+            )
+        else:
+            factor = 2 ** row["stderr_log2"] - 1
+            what += f" ± {factor:.0%} (between the trained M = {row['lower']:g} and {row['upper']:g})"
+        yield f"Task-diversity threshold{name}: {what}; {row['verdict']}{reasons}."
+
+
+def _without_tasks(config: RunConfig) -> RunConfig:
+    """Return the settings of a run without its name and its M, so that runs of one seed are equal."""
+    return dataclasses.replace(config, run_name=None, task=dataclasses.replace(config.task, num_tasks=math.inf))
+
+
+def _log_ratios(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the M of one seed in ascending order, r(M), and the upper bounds of its errors over prompts."""
+    wide = rows[rows["quantity"].isin(["delta_ridge", "delta_dmmse"])].pivot(index="num_tasks", columns="quantity")
+    wide = wide.reindex(sorted(wide.index, key=float))
+    if not {("value", "delta_ridge"), ("value", "delta_dmmse")} <= set(wide.columns):
+        return np.empty(0), np.empty(0), np.empty(0)
+    ridge, dmmse = wide["value"]["delta_ridge"].to_numpy(), wide["value"]["delta_dmmse"].to_numpy()
+    errors = wide["stderr"]["delta_ridge"].to_numpy() / ridge + wide["stderr"]["delta_dmmse"].to_numpy() / dmmse
+    keep = (ridge > 0) & (dmmse > 0) & np.isfinite(errors)
+    return wide.index.to_numpy(dtype=float)[keep], np.log(ridge[keep] / dmmse[keep]), errors[keep]
+
+
+def _of_seed(sizes: np.ndarray, ratios: np.ndarray, errors: np.ndarray) -> dict[str, Any]:
+    """Return the threshold of one seed from its M, r(M) and their errors."""
+    is_clear = np.abs(ratios) > SIGN_ERRORS * errors
+    clear_signs = np.sign(ratios[is_clear])
+    falls = [(a, b) for a, b in pairwise(range(len(sizes))) if ratios[a] > 0 >= ratios[b]]
+    nothing = {
+        "threshold": math.nan,
+        "stderr_log2": math.nan,
+        "lower": math.nan,
+        "upper": math.nan,
+        "verdict": "suspect",
+    }
+    if not (clear_signs > 0).any() or not (clear_signs < 0).any() or not falls:
+        sides = " and ".join(
+            f"no model is significantly closer to {name}"
+            for name, sign in (("dMMSE", 1), ("ridge", -1))
+            if not (clear_signs == sign).any()
+        )
+        return nothing | {"reasons": sides or "the models with more tasks are closer to dMMSE"}
+    # With several falls, we take the one next to the first M that is clearly closer to ridge.
+    first_ridge = int(np.flatnonzero(is_clear & (ratios < 0))[0])
+    below, above = next((pair for pair in reversed(falls) if pair[1] <= first_ridge), falls[0])
+    num_changes = int((np.diff(clear_signs) != 0).sum())
+    reasons = []
+    if num_changes > 1:
+        reasons.append(f"the closer predictor changes {num_changes} times as M grows")
+    width, drop = math.log2(sizes[above] / sizes[below]), ratios[below] - ratios[above]
+    where = math.log2(sizes[below]) + width * ratios[below] / drop
+    stderr = width / drop**2 * math.hypot(ratios[above] * errors[below], ratios[below] * errors[above])
+    return {
+        "threshold": 2**where,
+        "stderr_log2": stderr,
+        "lower": sizes[below],
+        "upper": sizes[above],
+        "verdict": "suspect" if reasons else "ok",
+        "reasons": "; ".join(reasons),
+    }
+
+
+def _over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the row over seeds."""
+    pooled = over_seeds(math.log2(row["threshold"]) for row in rows)
+    num_seeds, num_not_ok = len(pooled.values), sum(row["verdict"] != "ok" for row in rows)
+    reasons = []
+    if num_seeds < MIN_FOR_INTERVAL:
+        reasons.append(f"{num_seeds} seed(s) give no interval; at least {MIN_FOR_INTERVAL} are needed")
+    if num_seeds < len(rows):
+        reasons.append(f"only {num_seeds} of {len(rows)} seeds have a threshold")
+    if num_not_ok:
+        reasons.append(f"{num_not_ok} of the seeds have another verdict than ok")
+    return {
+        "run": ALL,
+        "threshold": 2**pooled.mean,
+        "stderr_log2": pooled.stderr,
+        "lower": 2**pooled.low,
+        "upper": 2**pooled.high,
+        "num_seeds": num_seeds,
+        "verdict": "suspect" if reasons else "ok",
+        "reasons": "; ".join(reasons),
+    }

@@ -1,0 +1,112 @@
+"""The task-diversity threshold of synthetic ladders is the M at which their gaps were made equal."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from tiny_runs import TINY, change
+
+from icl.analysis.seeds import over_seeds
+from icl.diversity.threshold import ALL, ladder_table, sentences, thresholds
+
+SIZES = (4, 8, 16, 32, 64)
+
+
+def ladder(ratios, *, run="s", sizes=SIZES, error=0.05, infinite=True):
+    """Return a table in which ln(gap to ridge / gap to dMMSE) has the given values."""
+    rows = []
+    for size, ratio in zip(sizes, ratios, strict=True):
+        for quantity, value in (
+            ("delta_ridge", 0.2 * math.exp(ratio / 2)),
+            ("delta_dmmse", 0.2 * math.exp(-ratio / 2)),
+        ):
+            rows.append((run, str(size), 100, "true", quantity, "mean", value, error / 2 * value))
+            rows.append((run, str(size), 50, "true", quantity, "mean", 7.0, 0.1))  # an earlier step
+            rows.append((run, str(size), 100, "pretrain", quantity, "mean", 5.0, 0.1))
+    if infinite:  # dMMSE is ridge there
+        rows += [(run, "inf", 100, "true", quantity, "mean", 0.1, 0.01) for quantity in ("delta_ridge", "delta_dmmse")]
+    columns = ["run", "num_tasks", "step", "distribution", "quantity", "position", "value", "stderr"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def line(threshold: float, slope: float = -0.8) -> np.ndarray:
+    return slope * (np.log2(SIZES) - math.log2(threshold))
+
+
+@pytest.mark.parametrize("true", [4.5, 13.0, 16.0, 50.0])
+def test_a_linear_ratio_gives_its_zero(true):
+    (row,) = thresholds(ladder(line(true), error=1e-3)).to_dict("records")
+    assert row["threshold"] == pytest.approx(true, rel=1e-9)
+    assert row["verdict"] == "ok"
+    assert row["lower"] <= true <= row["upper"] <= 2 * row["lower"]
+
+
+def test_the_error_over_prompts_is_that_of_repeated_measurements():
+    """The error of r is exact if the errors of the two gaps are opposite, as in these measurements."""
+    draw, truth, error = np.random.default_rng(0), line(13.0), 0.05
+    repeats = [ladder(truth + draw.normal(0, error, 5), run=str(i), error=error, infinite=False) for i in range(200)]
+    found = thresholds(pd.concat(repeats)).iloc[:-1]
+    logs = np.log2(found["threshold"])
+    assert logs.std(ddof=1) == pytest.approx(found["stderr_log2"].mean(), rel=4 / math.sqrt(400))
+    assert abs(logs.mean() - math.log2(13)) < 4 * logs.std() / math.sqrt(200)
+
+
+def test_the_row_over_seeds_is_the_mean_of_log2_with_its_interval():
+    found = thresholds(pd.concat([ladder(line(true), run=str(true)) for true in (10.0, 12.0, 14.0, 15.0)]))
+    pooled, last = over_seeds(math.log2(true) for true in (10, 12, 14, 15)), found.iloc[-1]
+    assert (last["run"], last["num_seeds"], last["verdict"]) == (ALL, 4, "ok")
+    expected = (2**pooled.mean, pooled.stderr, 2**pooled.low, 2**pooled.high)
+    np.testing.assert_allclose([last["threshold"], last["stderr_log2"], last["lower"], last["upper"]], expected)
+    assert list(sentences(found))[-1].startswith(
+        "Task-diversity threshold (all seeds): M = 12.6 (95 % over 4 seeds 9.4"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratios", "reason"),
+    [
+        ([2.0, 1.5, 1.0, 0.5, 0.3], "no model is significantly closer to ridge"),
+        ([-0.3, -0.5, -1.0, -1.5, -2.0], "no model is significantly closer to dMMSE"),
+        ([2.0, 1.0, 0.02, -0.01, -0.03], "no model is significantly closer to ridge"),
+        ([-1.0, -0.5, 0.5, 1.0, 2.0], "the models with more tasks are closer to dMMSE"),
+    ],
+)
+def test_a_ladder_without_a_threshold_says_why(ratios, reason):
+    found = thresholds(ladder(ratios))
+    (row,) = found.to_dict("records")
+    assert math.isnan(row["threshold"])
+    assert (row["verdict"], row["reasons"]) == ("suspect", reason)
+    assert list(sentences(found)) == [f"Task-diversity threshold: none; suspect: {reason}."]
+
+
+def test_a_ratio_that_changes_its_sign_again_is_suspect():
+    (row,) = thresholds(ladder([2.0, 1.0, -1.0, 0.5, -1.0])).to_dict("records")
+    assert row["threshold"] == pytest.approx(8 * math.sqrt(2))
+    assert (row["verdict"], row["reasons"]) == ("suspect", "the closer predictor changes 3 times as M grows")
+
+
+def test_two_seeds_have_no_interval_and_a_missing_threshold_is_told():
+    seeds = [ladder(line(10.0), run="a"), ladder(line(14.0), run="b")]
+    last = thresholds(pd.concat(seeds)).iloc[-1]
+    assert last["verdict"] == "suspect"
+    assert last["threshold"] == pytest.approx(math.sqrt(140))
+    assert math.isnan(last["lower"])
+    three = thresholds(pd.concat([*seeds, ladder([2, 1.5, 1.2, 1.1, 1.0], run="c")])).iloc[-1]
+    assert "only 2 of 3 seeds have a threshold" in three["reasons"]
+
+
+def test_runs_that_differ_only_in_m_and_seeds_are_a_ladder():
+    configs = {}
+    for seed in (0, 1):
+        for size in (4, 8, 16, math.inf):
+            config = change(TINY, task={"num_tasks": size}, seeds={"model": seed, "data": seed, "noise": seed})
+            configs[f"{seed}-{size}"] = replace(config, run_name=f"{seed}-{size}")
+    numbers = pd.DataFrame({"run": list(configs), "value": 1.0})
+    found = ladder_table(numbers, configs)
+    assert found is not None
+    assert found["num_tasks"].tolist() == ["4", "8", "16", "inf"] * 2
+    assert found["run"].nunique() == 2
+    assert ladder_table(numbers, configs | {"0-4": change(configs["0-4"], optim={"lr": 0.5})}) is None
+    assert ladder_table(numbers, {name: config for name, config in configs.items() if name[2:] != "16"}) is None
