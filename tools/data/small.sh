@@ -56,7 +56,7 @@ icl analyse "$RUNS/prior-ladder/prior-quickstart" --what prior
 icl analyse "$RUNS/prior-ladder/prior-quickstart,num_tasks=16" --what prior
 
 ## ridge comes and goes: the runs
-icl train --preset transience --population.seeds 0,1,2,3
+icl train --preset transience --run_name transience --population.seeds 0,1,2,3
 
 ## ridge comes and goes: the analysis
 icl analyse "$RUNS/transience" --what behaviour --num_scales 0
