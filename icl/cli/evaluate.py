@@ -304,6 +304,8 @@ def _save_thresholds(table: "pd.DataFrame", thresholds: "pd.DataFrame", out: Pat
         write_atomically(file, thresholds.to_csv(index=False).encode())
         print(f"Threshold {file}")
     num_seeds = table["run"].nunique() if "run" in table else 1
+    if num_seeds == 1 and not len(thresholds):
+        return
     title = f"{num_seeds} seeds" if num_seeds > 1 else out.stem
     figure = plot_diversity(table, title=title, thresholds=thresholds)
     drawn = out.with_name(f"{out.stem}-{'seeds' if num_seeds > 1 else 'threshold'}.png")

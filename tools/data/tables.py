@@ -47,12 +47,13 @@ def write_tables(size: str, root: Path, record: Mapping[str, Mapping[str, Any]])
     """
     runs, out = find_runs(root), FOLDER / size
     provenance: dict[str, Any] = {"size": size, "label": LABELS[size], "tables": {}}
+    before: dict[str, Any] = {}
     with contextlib.suppress(OSError):
         before = json.loads((out / "provenance.json").read_bytes())["tables"]
     for name, about in TABLES.items():
         table = MAKERS.get(name, _from_results)(name, runs, root, record)
         if table is None or table.empty:
-            if (out / f"{name}.csv").is_file():
+            if (out / f"{name}.csv").is_file() and name in before:
                 provenance["tables"][name] = before[name]
                 yield f"{name:20s} kept, because its runs are not here"
             else:

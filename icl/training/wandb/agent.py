@@ -61,6 +61,7 @@ def work_at_point(read_base: Callable[[], RunConfig], work: Callable[[Any, dict[
     with handling({signal.SIGTERM: interrupt, signal.SIGINT: interrupt}):
         try:
             if deferred:
+                deferred.clear()
                 raise KeyboardInterrupt
             status = work(run, swept_settings(run, base))
         except BaseException as error:
