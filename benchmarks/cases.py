@@ -21,7 +21,8 @@ from benchmarks.turns import Side, Turn, take_turns
 from icl.baselines import dmmse
 from icl.build import build_evaluation_sets, build_model
 from icl.compute.step import adam_state, make_step
-from icl.evaluation.sets import evaluate, evaluate_predictions, evaluation_set
+from icl.evaluation.scores import evaluate, evaluate_predictions
+from icl.evaluation.sets import evaluation_set
 from icl.model.flat import layout_of
 from icl.model.stacked import apply, stack
 from icl.presets import preset

@@ -23,17 +23,9 @@ from icl.analysis.seeds import pool_runs, pooled_text, seed_groups
 from icl.compute.calls import keep_freed_memory
 from icl.config import ModelConfig, RunConfig, SeedsConfig
 from icl.config.validation import ConfigError, whole
-from icl.evaluation.predictors import compiled_apply, compiling_pays
-from icl.evaluation.sets import (
-    VERSION,
-    EvaluationSet,
-    Predict,
-    evaluate,
-    evaluate_baselines,
-    evaluation_set,
-    predictor,
-    set_names,
-)
+from icl.evaluation.predictors import Predict, compiled_apply, compiling_pays, predictor
+from icl.evaluation.scores import VERSION, evaluate, evaluate_baselines
+from icl.evaluation.sets import EvaluationSet, evaluation_set, set_names
 from icl.files.writing import plain_rows, table_format, write_atomically
 from icl.model.stacked import target_losses
 from icl.runs.checkpoints import Checkpoint, checkpoint_files, load_checkpoint_file

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1] / "icl"
 LAYERS = (
     ("config.validation", "config"),
     ("files",),
-    ("config.values", "config.older", "presets", "resolve", "command_line"),
+    ("config.values", "config.older", "presets", "run_names", "resolve", "command_line"),
     ("compute.devices", "compute.task_sums", "arrays", "rng", "signals", "progress"),
     ("tasks.laws", "tasks.pools", "tasks.priors", "tasks.prompts", "tasks.shifts", "tasks"),
     ("tasks.corpus", "tasks.rows", "tasks.streams"),

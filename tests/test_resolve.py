@@ -13,7 +13,7 @@ from icl.command_line import llc_parser, train_parser
 from icl.config import EarlyStoppingConfig, OptimConfig, RunConfig, SeedsConfig, TaskConfig, TrainerConfig, flatten
 from icl.config.validation import ConfigError
 from icl.config.values import known_keys, parse_scalar
-from icl.presets import MAX_SLUG, PRESETS, preset, run_name, varying_names
+from icl.presets import PRESETS, preset
 from icl.resolve import (
     POINT_VARIABLE,
     read_config_file,
@@ -22,6 +22,7 @@ from icl.resolve import (
     refuse_overridden,
     resolve,
 )
+from icl.run_names import MAX_SLUG, run_name, varying_names
 
 
 def read_arguments(words):

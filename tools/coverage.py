@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from icl.config import ChainsConfig
-from icl.config.tree import Kernel
+from icl.config.sampler import Kernel
 from icl.sampling import LLCResult, estimate_llcs, known
 
 CURVATURES = torch.tensor([0.01, 0.04, 0.2, 0.7, 3.0, 10.0])

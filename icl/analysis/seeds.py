@@ -25,7 +25,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from icl.config import RunConfig, SeedsConfig
-from icl.presets import varying_names
+from icl.run_names import varying_names
 
 MIN_FOR_INTERVAL = 3
 """Smallest number of seeds with an interval."""

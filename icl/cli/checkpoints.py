@@ -7,7 +7,7 @@ from icl.command_line import CommandParser
 from icl.config import RunConfig
 from icl.config.validation import ConfigError, require_run_name, require_store
 from icl.files.writing import StorageError
-from icl.presets import run_name
+from icl.run_names import run_name
 from icl.runs.folder import RunError, RunFolder, local_root, name_of
 
 if TYPE_CHECKING:

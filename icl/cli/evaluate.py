@@ -90,7 +90,7 @@ def _subjects(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
-    from icl.evaluation.sets import headlines
+    from icl.evaluation.scores import headlines
     from icl.whole_runs import evaluate_run
 
     numbers, baselines = evaluate_run(

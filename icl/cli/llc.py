@@ -22,8 +22,8 @@ from icl.cli.llc_output import (
 from icl.cli.llc_settings import Job, output_file, read_job, require_rescalable, saved_config
 from icl.command_line import llc_parser
 from icl.config.validation import ConfigError
-from icl.presets import run_name, sampler_name
 from icl.resolve import POINT_VARIABLE, read_points
+from icl.run_names import run_name, sampler_name
 from icl.runs.folder import run_of
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from icl.cli.outputs import require_output_table
 from icl.config import RunConfig, flatten
 from icl.config.validation import ConfigError, require_number
 from icl.files.reading import is_beyond_floats
-from icl.presets import run_name
 from icl.resolve import read_config_file, refuse_conflicts, resolve
+from icl.run_names import run_name
 from icl.runs.folder import local_root, require_place, run_of
 
 if TYPE_CHECKING:

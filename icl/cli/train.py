@@ -10,9 +10,9 @@ from icl.command_line import train_parser
 from icl.config import RunConfig
 from icl.config.validation import ConfigError, UserError
 from icl.files.writing import write_atomically
-from icl.presets import run_name, varying_names
 from icl.progress import with_progress
 from icl.resolve import POINT_VARIABLE, read_config_file, read_points, refuse_conflicts, refuse_overridden, resolve
+from icl.run_names import run_name, varying_names
 from icl.runs.folder import RunError, RunFolder, is_child_rank, local_root
 from icl.training.wandb.agent import describe_run, in_sweep, work_at_point
 

@@ -2,6 +2,7 @@
 
 from icl.config.language import LanguageConfig
 from icl.config.model import ModelConfig
+from icl.config.sampler import ChainsConfig, SamplerConfig
 from icl.config.sections import (
     CheckpointsConfig,
     EarlyStoppingConfig,
@@ -15,9 +16,7 @@ from icl.config.sections import (
 from icl.config.task import TaskConfig
 from icl.config.tree import (
     MEMBER_SETTINGS,
-    ChainsConfig,
     RunConfig,
-    SamplerConfig,
     config_differences,
     flatten,
 )

@@ -7,10 +7,11 @@ and in every checkpoint. `icl.presets` has the settings of the papers. `icl.reso
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from icl.config.language import LanguageConfig
 from icl.config.model import ModelConfig
+from icl.config.sampler import SamplerConfig
 from icl.config.sections import (
     CheckpointsConfig,
     EarlyStoppingConfig,
@@ -22,9 +23,7 @@ from icl.config.sections import (
     is_free_on_resume,
 )
 from icl.config.task import WORLD_SETTINGS, TaskConfig
-from icl.config.validation import Bound, ConfigError, require, require_number, require_run_name, require_steps, validate
-
-Kernel = Literal["sgld", "rmsprop", "baoab"]
+from icl.config.validation import ConfigError, require, require_run_name, require_steps
 
 MAX_CHECKPOINTS = 1_000_000
 """Largest number of checkpoints of a run. More files make a folder slow, and their steps are kept in memory."""
@@ -47,125 +46,6 @@ LATER_SETTINGS: dict[str, Any] = {
 """Dotted keys of the settings that the first versions did not have, with their defaults, which mean what those versions did. `to_dict` leaves them out
 while they have these defaults. Saved settings, run names and the hashes of sweeps are computed from `to_dict`, so they stay as they were. A new
 setting belongs here; nothing else is needed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChainsConfig:
-    """Settings of the chains of an LLC estimate, for any loss."""
-
-    lr: float = 2e-5
-    """Step size epsilon."""
-    nbeta: float | None = 1000.0
-    """Effective inverse temperature n beta, which multiplies the loss. None means n / ln n with n = `num_samples`."""
-    localization: float = 1000.0
-    """Strength gamma of the pull back to the checkpoint."""
-    num_samples: int | None = None
-    """Sample size n, or None if it is not known."""
-    batch_size: int | None = None
-    """Size of a minibatch, or None if the source of the minibatches determines it."""
-    num_chains: int = 4
-    """Number of independent chains for each checkpoint."""
-    num_draws: int = 100
-    """Number of draws of each chain. Averages are taken over them."""
-    num_burnin_steps: int = 150
-    """Number of moves (steps) of each chain before its first draw. Averages do not include them."""
-    seed: int = 0
-    """Seed for the chains' noise and minibatches."""
-    kernel: Kernel = "sgld"
-    """Markov kernel: `sgld`, SGLD preconditioned by RMSprop (`rmsprop`), or underdamped Langevin dynamics (`baoab`)."""
-    friction: float = 0.5
-    """Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps. Other kernels ignore it."""
-    target_stderr: float | None = None
-    """Standard error of the LLC at which the chains of a checkpoint stop. If it is set, `num_draws` is the largest number of draws. By
-    default chains make `num_draws` draws."""
-    thinning: int = 1
-    """Number of moves from one draw to the next."""
-    num_init_batches: int = 32
-    """Number of minibatches over which the checkpoint's own loss L(w0) is averaged."""
-
-    section: ClassVar[str] = ""
-    """Name of the section in error messages."""
-
-    @property
-    def inverse_temperature(self) -> float:
-        """The value of `nbeta`, or n / ln n if `nbeta` is None. All code takes the inverse temperature from this property."""
-        if self.nbeta is not None:
-            return self.nbeta
-        assert self.num_samples is not None
-        return self.num_samples / math.log(self.num_samples)
-
-    @property
-    def speed(self) -> float:
-        """Speed at which chains spread along flat directions, relative to SGLD with the same lr."""
-        return (1 + self.friction) / (1 - self.friction) if self.kernel == "baoab" else 1.0
-
-    @property
-    def num_moves(self) -> int:
-        """Number of moves of a chain. Each move needs one gradient; the gradients for diagnostics are not counted."""
-        return self.num_burnin_steps + (self.num_draws - 1) * self.thinning + 1
-
-    def __post_init__(self) -> None:
-        sizes = {"num_samples": 2, "batch_size": 1, "num_chains": 1, "num_draws": 2, "num_burnin_steps": 0}
-        numbers: dict[str, Bound] = {"lr": "positive", "localization": "zero or positive", "memory": "positive"}
-        numbers |= {"friction": "zero or positive", "target_stderr": "positive"}
-        validate(self.section, self, counts={**sizes, "seed": 0, "thinning": 1, "num_init_batches": 1}, numbers=numbers)
-        prefix = f"{self.section}." if self.section else ""
-        require(
-            self.nbeta is not None or self.num_samples is not None,
-            "`nbeta` is None, which means n / ln n, but `num_samples` (n) is missing; give one of them.",
-        )
-        if self.nbeta is not None:
-            repair = f". Write none for n / ln n with n = `{prefix}num_samples`"
-            require_number(f"{prefix}nbeta", self.nbeta, "positive", repair=repair)
-        require(self.friction < 1, f"`{prefix}friction` must be in [0, 1), got {self.friction!r}.")
-        for name in ("lr", "nbeta", "localization", "friction"):
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, float(value))
-        require(
-            self.kernel != "rmsprop" or self.num_burnin_steps > 0,
-            f"The kernel `rmsprop` adapts only during burn-in. Set `{prefix}num_burnin_steps` above 0.",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerConfig(ChainsConfig):
-    """Settings of `icl llc`, which estimates local learning coefficients (LLC). They have no effect on training."""
-
-    kernel: Kernel = "baoab"
-    """Markov kernel: `baoab` (underdamped Langevin dynamics), `sgld`, or SGLD preconditioned by RMSprop (`rmsprop`)."""
-    num_samples: int = 2**15
-    """Sample size n: the number of prompts in the set from which `minibatches: fixed` draws, and the n of n / ln n. The set is divided
-    into num_samples / batch_size minibatches."""
-    num_draws: int = 180
-    """Number of draws of each chain. Averages are taken over them."""
-    num_burnin_steps: int = 60
-    """Number of moves (steps) of each chain before its first draw. Averages do not include them."""
-    num_init_batches: int = 256
-    """Number of minibatches over which the checkpoint's own loss L(w0) is averaged."""
-    batch_size: int = 256
-    """Number of prompts in each chain's minibatch."""
-    minibatches: Literal["fixed", "fresh"] = "fixed"
-    """Source of the minibatches: one set of `num_samples` prompts (`fixed`), or new prompts for every minibatch (`fresh`)."""
-    loss: Literal["mse", "subsequence"] = "mse"
-    """Loss: the mean squared error per target over all positions (`mse`), or over the first K' positions, with K' uniform on
-    1..K (`subsequence`). If `model.output` is `gaussian` or `mixture`, it is the negative log-likelihood instead of the squared error,
-    as in training."""
-    steps: str = "all"
-    """Saved steps at which the LLC is estimated: `all`, `last`, a list such as 1,2,3, or a range 0:1000:100 (first step, last step,
-    distance)."""
-    memory: float | None = None
-    """Memory in GiB for the chains that run at the same time. The default is 2 GiB, or on CUDA half of the free memory."""
-
-    section: ClassVar[str] = "sampler"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_steps(self.steps)
-        require(
-            self.minibatches == "fresh" or self.num_samples % self.batch_size == 0,
-            f"`sampler.num_samples` must be a multiple of `sampler.batch_size` for `fixed` minibatches, got "
-            f"{self.num_samples} and {self.batch_size}.",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ import pandas as pd
 from icl.analysis.seeds import MIN_FOR_INTERVAL, over_seeds
 from icl.config import RunConfig, SeedsConfig
 from icl.diversity.runs import num_tasks_label
-from icl.presets import varying_names
+from icl.run_names import varying_names
 
 SIGN_ERRORS = 2.0
 MIN_SIZES = 3

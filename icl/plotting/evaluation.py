@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from icl.evaluation.sets import headlines
+from icl.evaluation.scores import headlines
 from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, VERMILION
 from icl.plotting.style import finish_step_axes, new_figure, select, write_in_middle
 

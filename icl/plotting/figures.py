@@ -21,8 +21,8 @@ from icl.plotting.training import plot_training
 Stages = Mapping[str, float]
 """The step at which each stage ends, by the name of the stage."""
 
-PUBLISHED_STAGES: Stages = {"LR1": 1465, "LR2": 40292}
-"""The first two stages of L2H4 (Hoogland et al. 2024, table 2, which rounds these steps to 1k and 40k)."""
+PUBLISHED_STAGES: Stages = {"LR1": 1465, "LR2": 40_292, "LR3": 126_262, "LR4": 318_181, "LR5": 500_000}
+"""The stages of L2H4 (Hoogland et al. 2024, table 2, which rounds these steps to 1k, 40k, 126k, 320k and 500k)."""
 _SEED_COLOURS = (BLUE, ORANGE, GREEN, VERMILION, SKY)
 _SEED_LINES = ("-", "--", "-.", ":", (0, (1, 1)))
 _LOSS_LABEL = "loss (squared error per target)"
@@ -127,7 +127,8 @@ def mark_stages(axes: Axes, stages: Stages, *, named: bool = True) -> None:
         axes.axvline(step + 1, color=BLACK, linewidth=0.8, alpha=0.5)
         if named:
             position, frame = (step + 1, 0.985), ("data", "axes fraction")
-            axes.annotate(f"{name} ", position, xycoords=frame, ha="right", va="top", fontsize=8, color="0.35")
+            style: dict[str, Any] = {"ha": "right", "va": "top", "rotation": "vertical", "fontsize": 8, "color": "0.35"}
+            axes.annotate(name, position, xycoords=frame, **style)
 
 
 def draw_estimates(axes: Axes, rows: pd.DataFrame) -> None:

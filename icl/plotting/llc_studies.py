@@ -1,5 +1,6 @@
 """Figures that show how far LLC estimates can be trusted: known answers, a comparison of two samplers, positions, and chains."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -7,11 +8,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, VERMILION, ordered_colours
+from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION, ordered_colours
 from icl.plotting.llc import ESCAPE_LABEL, VERDICTS, draw_loss_levels, escaped_share, plot_llc, title_estimate
 from icl.plotting.style import new_figure, select
 
-SAMPLERS = (
+SAMPLERS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
     ("published sampler", True, {"color": VERMILION, "marker": "s", "markersize": 5}),
     ("sampler that stays in the basin", False, {"color": BLUE, "marker": "o", "markersize": 5}),
 )
@@ -92,6 +93,72 @@ def _draw_sampler(panels: tuple[Axes, Axes, Axes], rows: pd.DataFrame, name: str
     # Early checkpoints are close to predicting zero. Their share is a ratio of two small numbers, so it is not drawn.
     has_learned = rows["init_loss"] <= 0.95 * rows["trivial_loss"]
     escape.plot((rows["step"] + 1)[has_learned], escaped_share(rows)[has_learned], **style, label=name)
+
+
+def plot_over_stages(
+    llc: pd.DataFrame, norms: pd.DataFrame, published: pd.DataFrame, *, title: str, stages: Mapping[str, float]
+) -> Figure:
+    """Plot the LLC over a whole run on a linear axis, by two samplers, beside the sampled losses and the norm of the weights.
+
+    Args:
+        llc: Rows of `llc.csv` for one run. Rows with an interval have it as their bar, the others two standard errors.
+        norms: Rows of `checkpoints.csv` for the same run.
+        published: The table `published.csv`. Its LLCs are drawn beside those of the published sampler.
+        title: Title of the figure.
+        stages: Step at which each stage ends, by its name.
+    """
+    figure, axes = new_figure(2, num_rows=2, width=5.6, height=3.4, title=title)
+    in_basin, by_published, losses, weights = axes
+    for panel, (name, is_published, style) in zip((by_published, in_basin), SAMPLERS, strict=True):
+        rows = rows_of_sampler(llc, is_published)
+        _draw_intervals(panel, rows)
+        panel.set_title(f"LLC, {name}", fontsize=10)
+        losses.plot(rows["step"], rows["mean_loss"], **style, linewidth=0.8, label=f"E[L], {name}")
+    released = select(published, quantity="LLC (published sampler)")
+    middle, half = (released["low"] + released["high"]) / 2, (released["high"] - released["low"]) / 2
+    mark: dict[str, Any] = {"fmt": "D", "color": BLACK, "markersize": 4, "capsize": 2}
+    by_published.errorbar(released["step"], middle, half, **mark, label="released numbers")
+    checkpoints = llc.drop_duplicates("step").sort_values("step")
+    losses.plot(
+        checkpoints["step"], checkpoints["init_loss"], color=BLACK, linewidth=1.2, label="L(w0), the checkpoint"
+    )
+    losses.axhline(
+        checkpoints["trivial_loss"].iloc[0], color=BLACK, linestyle=":", linewidth=1.2, label="predicting zero"
+    )
+    losses.set_ylabel("squared error per target")
+    losses.set_title("Loss of the checkpoint and along the chains", fontsize=10)
+    weights.plot(norms["step"], norms["weight_norm"], color=PURPLE)
+    weights.set_ylabel("Euclidean norm")
+    weights.set_title("Norm of all weights", fontsize=10)
+    for panel in axes:
+        panel.set_xlabel("step (updates)")
+        for step in stages.values():
+            panel.axvline(step, color=BLACK, linewidth=0.8, alpha=0.4)
+    for panel in (in_basin, by_published, losses):
+        panel.legend(fontsize=7.5)
+    text: dict[str, Any] = {"rotation": "vertical", "ha": "right", "va": "bottom", "fontsize": 8, "color": "0.35"}
+    for name, step in stages.items():
+        weights.annotate(name, (step, 0.02), xycoords=("data", "axes fraction"), **text)
+    return figure
+
+
+def _draw_intervals(axes: Axes, rows: pd.DataFrame) -> None:
+    """Draw estimates with their 95 % intervals, a mark for each verdict, and diamonds for the LLC plus the drop at the mean."""
+    axes.plot(rows["step"], rows["llc"], color=BLACK, linewidth=0.8, alpha=0.5)
+    low = (rows["llc"] - rows["interval_low"]).fillna(2 * rows["stderr"])
+    high = (rows["interval_high"] - rows["llc"]).fillna(2 * rows["stderr"])
+    for verdict, style in VERDICTS.items():
+        own = rows["verdict"] == verdict
+        if own.any():
+            bars = np.stack([low[own], high[own]])
+            axes.errorbar(rows["step"][own], rows["llc"][own], bars, linestyle="", capsize=2, label=verdict, **style)
+    has_drop = (rows["drop_at_mean"] > 2 * rows["drop_at_mean_stderr"]) & (rows["verdict"] != "invalid")
+    if has_drop.any():
+        axes.plot(
+            rows["step"][has_drop], (rows["llc"] + rows["drop_at_mean"])[has_drop], linestyle="", marker="D", color=GREEN,
+            markersize=3, label="LLC + drop of the loss at the mean draw",
+        )  # fmt: skip
+    axes.set_ylabel("LLC (bars: 95 % intervals)")
 
 
 def plot_positions(positions: pd.DataFrame, llc: pd.DataFrame, *, title: str) -> Figure:

@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from icl.evaluation.sets import headlines
+from icl.evaluation.scores import headlines
 from icl.plotting.colours import BLUE, GREEN, ORANGE, PREDICTORS, PURPLE, ordered_colours
 from icl.plotting.figures import Stages, mark_stages
 from icl.plotting.style import draw_band, label_plainly, new_figure, select

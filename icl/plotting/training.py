@@ -12,16 +12,9 @@ from matplotlib.ticker import MaxNLocator
 
 from icl.build import build_evaluation_sets
 from icl.config import LanguageConfig, RunConfig, TaskConfig
-from icl.evaluation.sets import (
-    MONITOR,
-    EvaluationSet,
-    evaluate_baselines,
-    evaluation_set,
-    predict_prompts,
-    predictor,
-    set_names,
-    tabulate_losses,
-)
+from icl.evaluation.predictors import predict_prompts, predictor
+from icl.evaluation.scores import evaluate_baselines, tabulate_losses
+from icl.evaluation.sets import MONITOR, EvaluationSet, evaluation_set, set_names
 from icl.files.reading import ContentError
 from icl.files.tables import read_table
 from icl.model.stacked import stack

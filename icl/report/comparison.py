@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from icl.analysis.seeds import MIN_FOR_INTERVAL, over_seeds, seed_groups
 from icl.plotting.curves import MAX_LABELS, plot_curves
-from icl.presets import MEMBER_SEEDS, varying_names
 from icl.report.facts import RunFacts
 from icl.report.findings import (
     LOSS_SETS,
@@ -21,6 +20,7 @@ from icl.report.findings import (
 )
 from icl.report.pictures import Picture, draw
 from icl.report.tables import MISSING, Cell, Table, number_cell, show, table_of, with_error
+from icl.run_names import MEMBER_SEEDS, varying_names
 
 _MAX_NAME_LENGTH = 60
 """Largest length of a name made of settings. If a name would be longer, runs keep the names of their folders."""

@@ -8,7 +8,7 @@ import pandas as pd
 
 from icl.config import flatten
 from icl.config.validation import ConfigError
-from icl.evaluation.sets import EXCESS
+from icl.evaluation.scores import EXCESS
 from icl.plotting.style import select
 from icl.presets import preset
 from icl.report.facts import RunFacts

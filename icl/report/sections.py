@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from icl.evaluation.sets import EXCESS, headlines
+from icl.evaluation.scores import EXCESS, headlines
 from icl.plotting.curves import plot_curves
 from icl.plotting.style import select
 from icl.report.facts import SUBJECTS, RunFacts, Subject, subject_of

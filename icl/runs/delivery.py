@@ -15,7 +15,7 @@ from icl.config.validation import user_path
 from icl.files.reading import ContentError, parse_json, read_bytes
 from icl.files.redaction import redact
 from icl.files.writing import StorageError, write_atomically
-from icl.presets import run_name
+from icl.run_names import run_name
 from icl.runs.copied_files import copied_names
 from icl.runs.folder import RunFolder
 from icl.runs.mirror import open_mirror, same_file, store_url, write_card

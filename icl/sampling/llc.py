@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icl.config import ChainsConfig
-from icl.config.tree import Kernel
+from icl.config.sampler import Kernel
 from icl.config.validation import ConfigError, real
 from icl.model.flat import Restriction, restricted_layout
 from icl.model.stacked import Params

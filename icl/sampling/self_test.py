@@ -24,7 +24,7 @@ from torch import Tensor
 
 from icl import rng
 from icl.config import ChainsConfig
-from icl.config.tree import Kernel
+from icl.config.sampler import Kernel
 from icl.model.stacked import Params
 from icl.sampling import known
 from icl.sampling.batches import Batch, Batches

@@ -20,8 +20,8 @@ from typing import Any
 from icl.command_line import llc_parser, train_parser
 from icl.config import RunConfig, config_differences, flatten, is_free_on_resume
 from icl.config.validation import ConfigError
-from icl.presets import run_name, sampler_name
 from icl.resolve import read_config_file, refuse_conflicts, refuse_twice_set, resolve
+from icl.run_names import run_name, sampler_name
 from icl.runs.folder import RunFolder, local_root
 from icl.sweeps.command import JSON_FILE_MACRO, fill_macros, own_command
 from icl.sweeps.distributions import Parameter, draw, grid_values

@@ -16,7 +16,8 @@ from typing import Any
 import lightning.pytorch as pl
 
 from icl.config import EarlyStoppingConfig
-from icl.evaluation.sets import EvaluationSet, summarise
+from icl.evaluation.scores import summarise
+from icl.evaluation.sets import EvaluationSet
 from icl.resolve import POINT_VARIABLE
 from icl.runs.metrics_file import MetricsFile, logged_steps, metric_columns
 from icl.runs.status import FAILS_AGAIN

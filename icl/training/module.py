@@ -18,7 +18,7 @@ from icl.compute.calls import compiling_pays
 from icl.compute.step import AdamState, Step, StepInfo, adam_state, make_step, most_parts
 from icl.config import OptimConfig
 from icl.config.schedules import rate_factor
-from icl.evaluation.sets import predictor
+from icl.evaluation.predictors import predictor
 from icl.model.flat import layout_of
 from icl.model.language import rows_at_once
 from icl.model.stacked import Params, target_losses

@@ -25,7 +25,7 @@ from icl.config import MEMBER_SETTINGS, RunConfig
 from icl.config.validation import ConfigError
 from icl.evaluation.sets import EvaluationSet
 from icl.model.stacked import Params, stack
-from icl.presets import run_name
+from icl.run_names import run_name
 from icl.runs.folder import RunError, RunFolder, is_child_rank, local_root, require_own_place
 from icl.runs.status import FAILS_AGAIN, Status
 from icl.training.callbacks import StopSignals

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from icl.config import RunConfig
-from icl.presets import run_name
 from icl.progress import progress_bar
+from icl.run_names import run_name
 from icl.runs.copied_files import copied_names, is_checkpoint
 from icl.runs.delivery import UploadError, describe_left, is_delivered, note_delivered
 from icl.runs.folder import RunFolder

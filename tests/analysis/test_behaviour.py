@@ -23,7 +23,7 @@ from icl.analysis.run import Members
 from icl.build import build_model
 from icl.cli import main
 from icl.config.validation import ConfigError
-from icl.evaluation.sets import evaluate
+from icl.evaluation.scores import evaluate
 from icl.model.stacked import apply, stack
 from icl.plotting.behaviour import plot
 from icl.runs.checkpoints import Checkpoint, save_checkpoint

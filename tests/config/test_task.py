@@ -10,7 +10,8 @@ from icl.config import OptimConfig, PopulationConfig, RunConfig, TaskConfig, fla
 from icl.config.task import WORLD_SETTINGS
 from icl.config.tree import LATER_SETTINGS
 from icl.config.validation import ConfigError
-from icl.presets import PRESETS, run_name, varying_names
+from icl.presets import PRESETS
+from icl.run_names import run_name, varying_names
 from icl.sweeps.points import sweep_points
 from icl.sweeps.schema import read_sweep_file
 

@@ -14,18 +14,9 @@ from icl.build import build_evaluation_sets, build_model
 from icl.compute.devices import choose_device
 from icl.config.validation import ConfigError
 from icl.evaluation import predictors
-from icl.evaluation.sets import (
-    EXCESS,
-    MONITOR,
-    REPORT,
-    evaluate,
-    evaluate_baselines,
-    evaluate_predictions,
-    evaluation_set,
-    predict_prompts,
-    summarise,
-    tabulate_losses,
-)
+from icl.evaluation.predictors import predict_prompts
+from icl.evaluation.scores import EXCESS, evaluate, evaluate_baselines, evaluate_predictions, summarise, tabulate_losses
+from icl.evaluation.sets import MONITOR, REPORT, evaluation_set
 from icl.model.stacked import Params, apply, stack
 from icl.tasks.priors import task_pool
 from icl.tasks.prompts import Prompts, sample_prompts

@@ -10,7 +10,7 @@ from tiny_runs import TINY, as_arguments, change
 from icl import evidence
 from icl.build import build_evaluation_sets, build_model
 from icl.cli import main
-from icl.evaluation.sets import evaluate, evaluate_baselines, summarise
+from icl.evaluation.scores import evaluate, evaluate_baselines, summarise
 from icl.model.stacked import apply, stack, target_losses
 from icl.runs.folder import RunFolder, local_root
 from icl.runs.metrics_file import metric_columns

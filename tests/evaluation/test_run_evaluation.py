@@ -14,7 +14,7 @@ from icl import whole_runs as run_evaluation
 from icl.analysis.run import torch_device
 from icl.build import build_architecture, build_evaluation_sets
 from icl.cli import evaluate_ahead, main
-from icl.evaluation.sets import evaluate, evaluate_baselines
+from icl.evaluation.scores import evaluate, evaluate_baselines
 from icl.model.stacked import apply, stack
 from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.runs.folder import RunFolder

@@ -14,7 +14,8 @@ from icl.build import build_evaluation_sets
 from icl.cli import main
 from icl.config import RunConfig
 from icl.config.validation import ConfigError
-from icl.evaluation.sets import MONITOR, evaluate, evaluate_baselines, evaluate_predictions, tabulate_losses
+from icl.evaluation.scores import evaluate, evaluate_baselines, evaluate_predictions, tabulate_losses
+from icl.evaluation.sets import MONITOR
 from icl.model.stacked import apply, stack
 from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.tasks.laws import Law

@@ -14,7 +14,8 @@ import pytest
 from figure_faults import faults
 from tiny_runs import TINY, change
 
-from icl.evaluation.sets import evaluation_set, tabulate_losses
+from icl.evaluation.scores import tabulate_losses
+from icl.evaluation.sets import evaluation_set
 from icl.plotting import gallery
 from icl.plotting.curves import plot_curves
 from icl.plotting.evaluation import plot_evaluation

@@ -100,6 +100,29 @@ def test_the_published_sampler_is_told_from_the_other():
     assert "stays in the basin" in labels
 
 
+def test_the_whole_run_shows_both_samplers_and_the_interval_that_contains_the_bias():
+    drop = {"drop_at_mean": [60.0, 8.0, 0.1], "drop_at_mean_stderr": 1.0}
+    kept = estimates(interval_low=[-20.0, 5.0, 22.0], interval_high=[-3.0, 24.0, 32.0], **drop)
+    other = estimates(settings="b", mode="published", llc=[2.0, 80.0, 150.0], interval_low=np.nan, interval_high=np.nan)
+    both = pd.concat([kept, other.assign(drop_at_mean=0.0, drop_at_mean_stderr=1.0)])
+    norms = pd.DataFrame({"step": [0, 10, 100], "weight_norm": [25.0, 30.0, 60.0]})
+    rows = [("LLC (published sampler)", 10, 70.0, 90.0), ("loss", 10, 1.0, 2.0)]
+    published = pd.DataFrame(rows, columns=["quantity", "step", "low", "high"])
+    stages = {"LR1": 10, "LR2": 100}
+    in_basin, by_published, _, weights = llc_studies.plot_over_stages(
+        both, norms, published, title="t", stages=stages
+    ).axes
+
+    def bars(axes):
+        return [segment[:, 1].tolist() for bar in axes.containers for segment in bar.lines[2][0].get_segments()]
+
+    assert bars(in_basin) == [[22.0, 32.0], [5.0, 24.0], [-20.0, -3.0]]  # in the order of verdicts
+    diamonds = [line.get_xydata().tolist() for line in in_basin.lines if line.get_marker() == "D"]
+    assert diamonds == [[[10.0, 28.0]]]  # not where the drop is within its error, nor where the estimate is invalid
+    assert bars(by_published) == [[148.0, 152.0], [76.0, 84.0], [0.0, 4.0], [70.0, 90.0]]
+    assert [text.get_text() for text in weights.texts] == list(stages)
+
+
 def test_ratios_are_to_ridge_on_the_same_prompts():
     columns = ["run", "step", "distribution", "quantity", "position", "value", "stderr"]
     model = pd.DataFrame(

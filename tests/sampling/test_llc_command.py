@@ -13,7 +13,8 @@ from icl.cli.llc_output import describe_work
 from icl.command_line import llc_parser
 from icl.config import RunConfig
 from icl.plotting.llc import plot_llc, read_stages
-from icl.presets import preset, run_name, sampler_name
+from icl.presets import preset
+from icl.run_names import run_name, sampler_name
 from icl.runs.checkpoints import checkpoint_files
 from icl.sampling import run as runs
 from icl.sampling.published import PUBLISHED

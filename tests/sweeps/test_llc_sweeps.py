@@ -13,8 +13,9 @@ from tiny_runs import TINY
 
 from icl.build import build_model
 from icl.cli import main
-from icl.presets import preset, run_name
+from icl.presets import preset
 from icl.resolve import resolve
+from icl.run_names import run_name
 from icl.runs.checkpoints import save_checkpoint
 from icl.runs.folder import RunFolder
 from icl.sampling.published import PUBLISHED

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from icl.config import flatten
-from icl.presets import run_name
 from icl.resolve import read_points, resolve
+from icl.run_names import run_name
 from icl.sweeps.points import sweep_points
 from icl.sweeps.schema import SweepFileError, read_sweep_file
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from icl.config import flatten
-from icl.presets import run_name
 from icl.resolve import resolve
+from icl.run_names import run_name
 from icl.sweeps.points import sweep_points
 from icl.sweeps.schema import read_sweep_file
 

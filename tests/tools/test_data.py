@@ -146,8 +146,8 @@ def typed(tmp_path):
 def test_every_command_is_one_that_icl_takes(typed, size):
     from icl.analysis import ANALYSES
     from icl.command_line import llc_parser, train_parser
-    from icl.presets import run_name
     from icl.resolve import resolve
+    from icl.run_names import run_name
     from icl.sweeps.points import sweep_points
     from icl.sweeps.schema import read_sweep_file
 

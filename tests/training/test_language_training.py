@@ -34,7 +34,8 @@ from icl.config import (
 from icl.config.validation import ConfigError
 from icl.model.flat import layout_of
 from icl.model.stacked import stack
-from icl.presets import preset, run_name
+from icl.presets import preset
+from icl.run_names import run_name
 from icl.runs.folder import RunFolder
 from icl.sampling.published import PUBLISHED, llc_with_initial_loss_bug, published
 from icl.sampling.records import WITH_BUG, read_all

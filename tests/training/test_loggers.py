@@ -12,8 +12,8 @@ from tiny_runs import TINY, as_arguments, change
 from icl.cli import main
 from icl.config import RunConfig
 from icl.config.validation import ConfigError
-from icl.presets import run_name
 from icl.resolve import resolve
+from icl.run_names import run_name
 from icl.runs.folder import RunFolder, local_root
 from icl.runs.metrics_file import whole_rows
 from icl.training import callbacks

@@ -17,7 +17,7 @@ from tiny_runs import TINY, as_population, change
 from icl.cli import main
 from icl.config import PopulationConfig, RunConfig
 from icl.config.validation import ConfigError
-from icl.presets import run_name
+from icl.run_names import run_name
 from icl.runs.checkpoints import list_steps, load_step
 from icl.runs.folder import RunFolder, local_root
 from icl.training.run import train, train_population

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from tiny_runs import TINY, as_arguments, change
 
-from icl.presets import run_name
 from icl.resolve import resolve
+from icl.run_names import run_name
 from icl.runs.folder import RunFolder, local_root
 from icl.training.wandb.agent import in_sweep, swept_settings
 

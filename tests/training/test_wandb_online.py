@@ -16,8 +16,8 @@ from wandb_server import WandbRun, WandbServer
 
 from icl.cli import main
 from icl.config import RunConfig, flatten
-from icl.presets import run_name
 from icl.resolve import resolve
+from icl.run_names import run_name
 from icl.runs.folder import RunFolder, local_root
 
 WANDB = [sys.executable, "-m", "wandb"]

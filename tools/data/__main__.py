@@ -1,4 +1,4 @@
-"""Make the shipped data from scratch: `python -m tools.data small|full [--list] [--only WORD] [--tables]`, or `make data [SIZE=full]`.
+"""Make the shipped data from scratch: `python -m tools.data small|published-run|full [--list] [--only WORD] [--tables]`, or `make data [SIZE=…]`.
 
 The phases of `tools/data/<size>.sh` run one after the other, and the time of each is printed. Then `tools/data/tables.py` makes the
 tables of `data/<size>/`. A finished phase does not run again, and an interrupted phase continues where it stopped. Times, versions
@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 from icl.files.writing import write_atomically
 from icl.runs.folder import local_root
+from tools.data.schema import LABELS
 
 FOLDER = Path(__file__).resolve().parent
-SIZES = ("small", "full")
 
 
 class Phase(NamedTuple):
@@ -42,7 +42,7 @@ class Phase(NamedTuple):
 def main() -> int:
     """Run the phases that are not done, then make the tables; return the exit status of the phase that failed, or 0."""
     parser = argparse.ArgumentParser(prog="python -m tools.data", description=__doc__.partition("\n")[0])
-    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("size", choices=list(LABELS))
     parser.add_argument("--list", action="store_true", help="only list the phases, and mark those that are done")
     parser.add_argument("--only", metavar="WORD", help="only run the phases with this word in their name")
     parser.add_argument("--tables", action="store_true", help="only make the tables, from the results that exist")

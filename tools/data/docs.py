@@ -13,15 +13,15 @@ import pandas as pd
 
 from icl.files.writing import write_atomically
 from tools.data.reproduction import BLOCKS
-from tools.data.schema import TABLES, Column
+from tools.data.schema import LABELS, TABLES, Column
 
 ROOT = Path(__file__).resolve().parents[2]
 _HEAD = """\
 # Data
 
 This folder has the small tables from which the figures are drawn. `make data` runs the training, evaluations, LLC estimates and analyses
-of `tools/data/small.sh` (an evening on two CPU cores), then writes the tables to `small/`. `make data SIZE=full` does the same with
-the published sizes of `tools/data/full.sh`. {full}
+of `tools/data/small.sh` (an evening on two CPU cores), then writes the tables to `small/`. `make data SIZE=published-run` does the same
+for the whole published run of `L2H4` (a day on two cores), and `make data SIZE=full` for the published sizes of `tools/data/full.sh`. {full}
 If one of these commands was interrupted, run it again to continue. `python -m tools.data small --list` shows which phases are done.
 
 {about}
@@ -49,12 +49,12 @@ Tables:
 
 def make_readme(_: str) -> str:
     """Return the text of `data/README.md`."""
-    sizes = [size for size in ("small", "full") if (ROOT / "data" / size / "provenance.json").is_file()]
+    sizes = [size for size in LABELS if (ROOT / "data" / size / "provenance.json").is_file()]
     lines = []
     for size in sizes:
         provenance = json.loads((ROOT / "data" / size / "provenance.json").read_text(encoding="utf-8"))
         lines.append(f"`{size}/` is {provenance['label']}.")
-    full = "Its tables are in `full/`." if "full" in sizes else "It has not been run yet, because it needs a GPU."
+    full = "These are in `full/`." if "full" in sizes else "The last has not been run yet, because it needs a GPU."
     parts = [_HEAD.format(full=full, about=" ".join(lines))]
     for name, about in TABLES.items():
         rows = ", ".join(f"{size}: {_num_rows(size, name):,} rows" for size in sizes if _num_rows(size, name))

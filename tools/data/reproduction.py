@@ -1,11 +1,12 @@
 """Comparison of our numbers with published numbers: the tables of `docs/reproduction.md`, made from the shipped tables.
 
 A published number is a range over the five released seeds (`published.csv`). Their step t is our step t + 1. If we did not save this
-step, losses and norms are interpolated in log step between the saved steps around it. The LLC was estimated at twelve steps only, so
-we take the nearest estimate and name its step. Our number agrees if its range of two standard errors overlaps the published range.
+step, losses and norms are interpolated in log step between the saved steps around it. The LLC and the Hessian were measured at a few steps
+only. For the LLC we take the nearest estimate and name its step. Our number agrees if its range of two standard errors overlaps the published range.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +15,26 @@ import numpy as np
 import pandas as pd
 
 MODEL = "L2H4/"
+SIZES = ("published-run", "small")
+"""Sizes with runs of this model. A seed that several sizes have is read from the first of them."""
+STAGE_STARTS = {"LR1": 0.0, "LR2": 1466.0, "LR3": 40_293.0, "LR4": 126_263.0, "LR5": 318_182.0}
+"""Step at which each published stage starts."""
 _NEAR = 0.1
 """Largest distance between the step of an estimate and the published step, in ln(step + 1)."""
+
+
+_OF_WEIGHTS = {
+    "share of small effective unembedding weights": ("share_small", "effective_unembedding"),
+    "norm of γ, final layer norm": ("norm", "final_norm.weight"),
+    "norm of γ, layer norm before attention 1": ("norm", "blocks.0.attention_norm.weight"),
+    "norm of γ, layer norm before MLP 2": ("norm", "blocks.1.mlp_norm.weight"),
+}
+"""The rows of `embeddings.csv` for a published quantity: their `quantity` and their `part`."""
+_SHARES = {
+    "smallest squared singular value of the token embedding, share": ("token_embedding", True),
+    "largest squared singular value of the position embedding, share": ("position_embedding", False),
+}
+"""The embedding of a published share, and whether the share is the smallest one."""
 
 
 class Found(NamedTuple):
@@ -43,14 +62,19 @@ class Tables(NamedTuple):
 
 def compare(data: Path) -> str:
     """Return a Markdown table with a row for each published number and a column for each of our seeds."""
-    tables, published = Tables(data / "small"), pd.read_csv(data / "published.csv")
-    seeds = sorted(run for run in tables.read("runs")["run"] if str(run).startswith(MODEL))
+    published = pd.read_csv(data / "published.csv")
+    sources = {
+        run: tables
+        for tables in (Tables(data / size) for size in reversed(SIZES))
+        for run in tables.read("runs")["run"]
+    }
+    seeds = sorted(run for run in sources if str(run).startswith(MODEL))
     lines = [
         f"| Quantity | Published | {' | '.join(run.removeprefix(MODEL).replace('=', ' ') for run in seeds)} | Agreement |",
         "|---|---|" + "---|" * (len(seeds) + 1),
     ]
     for row in published.itertuples():
-        found = [measure(tables, run, row.quantity, row.step) for run in seeds]
+        found = [measure(sources[run], run, row.quantity, row.step) for run in seeds]
         if any(found):
             name = (
                 row.quantity
@@ -81,9 +105,16 @@ def measure(tables: Tables, run: str, quantity: str, step: float) -> Found | Non
         return _published_llc(tables.read("llc", run), quantity, ours)
     if quantity == "Hessian trace":
         return _interpolate(_where(tables.read("hessian", run), quantity="trace"), ours)
-    if quantity.startswith("share of small"):
-        rows = tables.read("embeddings", run)
-        return _interpolate(_where(rows, quantity="share_small", part="effective_unembedding"), ours)
+    if quantity == "largest Hessian eigenvalue":
+        return _interpolate(_where(tables.read("hessian", run), quantity="eigenvalue", part="top 1"), ours)
+    if quantity in _SHARES:
+        part, ascending = _SHARES[quantity]
+        shares = _where(tables.read("embeddings", run), quantity="spectrum_share", part=part)
+        shares = shares.sort_values("value", ascending=ascending)
+        return _interpolate(shares.drop_duplicates("step"), ours)
+    if quantity in _OF_WEIGHTS:
+        kind, part = _OF_WEIGHTS[quantity]
+        return _interpolate(_where(tables.read("embeddings", run), quantity=kind, part=part), ours)
     return _from_evaluation(tables.read("evaluation", run), quantity, ours)
 
 
@@ -103,8 +134,10 @@ def _from_evaluation(rows: pd.DataFrame, quantity: str, step: float) -> Found | 
     if quantity.startswith("smallest mean square"):
         lowest = size.loc[size["value"].idxmin()]
         return Found(lowest["value"], lowest["stderr"], lowest["step"])
+    if quantity == "loss, inputs times 5":
+        return _interpolate(_where(rows, distribution="input_scale_5", quantity="loss", position="mean"), step)
     if quantity.startswith("change of loss"):
-        begin = _interpolate(loss, 0.0 if quantity.endswith("LR1") else 1466.0)
+        begin = _interpolate(loss, STAGE_STARTS[quantity[-3:]])
         end = _interpolate(loss, step)
         return None if begin is None or end is None else Found(end.value - begin.value)
     return None
@@ -121,7 +154,8 @@ def _published_llc(rows: pd.DataFrame, quantity: str, step: float) -> Found | No
         return Found(nearest["llc"], nearest["stderr"], nearest["step"])
     if quantity.startswith("sampled loss"):
         return Found(nearest["mean_loss"], nearest["stderr"] / nearest["nbeta"], nearest["step"])
-    first = own.iloc[(own["step"] - (0 if "LR1" in quantity else 1466)).abs().argmin()]
+    stage = re.search("LR[1-5]", quantity)
+    first = own.iloc[(own["step"] - STAGE_STARTS[stage[0] if stage else "LR1"]).abs().argmin()]
     return Found(nearest["llc"] - first["llc"], math.hypot(nearest["stderr"], first["stderr"]), nearest["step"])
 
 

@@ -10,6 +10,14 @@ from typing import Literal, NamedTuple
 Kind = Literal["text", "integer", "number"]
 
 
+LABELS = {
+    "small": "reduced: shorter, fewer and smaller runs and chains than published",
+    "published-run": "the published run of L2H4, with fewer and shorter LLC chains than published",
+    "full": "the published sizes",
+}
+"""What the tables of each size are, for captions and pages. The names of the sizes are those of the folders below `data/`."""
+
+
 class Column(NamedTuple):
     """A column of a table."""
 
@@ -152,9 +160,12 @@ TABLES: dict[str, Table] = {
             "step": _STEP,
             "llc": _number("estimate, nbeta (E[L] - L(w0))", may_miss=True),
             "stderr": _number("standard error of the estimate, over chains and draws", may_miss=True),
+            "interval_low": _number("lower end of the 95 % interval, which includes the bias bound", may_miss=True),
+            "interval_high": _number("upper end of the 95 % interval", may_miss=True),
             "init_loss": _number("L(w0), the checkpoint's loss"),
             "mean_loss": _number("E[L], the mean loss over chains and draws", may_miss=True),
             "trivial_loss": _number("loss of predicting zero"),
+            "kernel": Column("text", "Markov kernel of the chains"),
             **{name: _number("sampler setting") for name in ("lr", "nbeta", "localization")},
             **{
                 name: Column("integer", "sampler setting")
@@ -164,6 +175,7 @@ TABLES: dict[str, Table] = {
             "bias_bound": _number(
                 "upper bound on the bias from the step size and minibatch noise, in nats", may_miss=True
             ),
+            "sensitivity": _number("fall of the LLC if the localization grows by a factor e, in nats", may_miss=True),
             "drop_at_mean": _number(
                 "checkpoint's loss minus the loss at the mean of the draws, in nats; if positive, the LLC is too low by about "
                 "this amount",

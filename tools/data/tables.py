@@ -15,23 +15,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from icl.evaluation.sets import headlines
+from icl.evaluation.scores import headlines
 from icl.files.writing import write_atomically
 from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.runs.folder import RunFolder
-from tools.data.schema import TABLES, Kind, Table
+from tools.data.schema import LABELS, TABLES, Kind, Table
 
 FOLDER = Path(__file__).resolve().parents[2] / "data"
 DIGITS = 5
 """Significant digits of every number. Even the most precise numbers have a standard error in the third digit."""
 RATIO = 1.2
 """Smallest ratio of two consecutive steps in a thinned table."""
-MODELS = {"quickstart": (0, 531, 1302, 5000), "L2H4/seed=0": (1456, 40293)}
+MODELS = {"quickstart": (0, 531, 1302, 5000), "L2H4/seed=0": (1465, 500_000)}
 """Steps whose weights are shipped, by run. The nearest saved steps are used."""
-LABELS = {
-    "small": "reduced: shorter, fewer and smaller runs and chains than published",
-    "full": "the published sizes",
-}
 _TRACE_POINTS, _TRACE_CHAINS = 150, 2
 
 Runs = Mapping[str, RunFolder]
@@ -41,7 +37,7 @@ def write_tables(size: str, root: Path, record: Mapping[str, Mapping[str, Any]])
     """Write all tables for which there are runs. Yield a message about each, with its number of rows.
 
     Args:
-        size: `small` or `full`, the folder below `data/`.
+        size: Name of the size, which is the folder below `data/`.
         root: Folder of the runs.
         record: Record of every phase, from `tools.data.__main__.read_record`.
     """

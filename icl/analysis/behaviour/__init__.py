@@ -48,7 +48,9 @@ from icl.analysis.prompts import fixed_prompts
 from icl.analysis.run import Members, Result, as_table, over_checkpoints, setting
 from icl.config import RunConfig
 from icl.config.validation import require, require_count
-from icl.evaluation.sets import REPORT, EvaluationSet, evaluate_predictions, evaluation_set, predict_prompts
+from icl.evaluation.predictors import predict_prompts
+from icl.evaluation.scores import evaluate_predictions
+from icl.evaluation.sets import REPORT, EvaluationSet, evaluation_set
 from icl.metrics import Estimate
 from icl.model.stacked import Params, apply
 from icl.runs.checkpoints import checkpoint_files

@@ -28,7 +28,7 @@ from torch import Tensor
 from icl import metrics
 from icl.analysis.run import setting
 from icl.config.validation import require, require_count
-from icl.evaluation.sets import Predict, predict_prompts
+from icl.evaluation.predictors import Predict, predict_prompts
 from icl.metrics import Estimate
 from icl.model.stacked import Params
 from icl.tasks.prompts import Prompts

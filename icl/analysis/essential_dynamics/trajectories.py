@@ -39,7 +39,7 @@ from icl.analysis.language.scores import next_token_logits
 from icl.analysis.run import Members, over_checkpoints, setting
 from icl.config import ModelConfig, RunConfig
 from icl.config.validation import ConfigError, require, require_count
-from icl.evaluation.sets import predict_prompts
+from icl.evaluation.predictors import predict_prompts
 from icl.files.arrays import StoredArray
 from icl.model.stacked import Params, apply, token_outputs
 from icl.runs.checkpoints import (

@@ -3,7 +3,7 @@
 Every number that depends on rows of tokens has a standard error over rows. Rows of the table, by `quantity`:
 
 - `loss`, by position and averaged over positions (`mean`), on the test rows. Position k is the prediction of token k from the tokens before it.
-- `icl_score`: late loss minus early loss, negative if context helps (`icl.evaluation.sets.icl_positions`).
+- `icl_score`: late loss minus early loss, negative if context helps (`icl.evaluation.scores.icl_positions`).
 - `bigram_score` and `bigram_floor`: cross-entropy of the prediction at a random position to the frequencies of bigrams, and their entropy.
 - `ngram_score`, n = 2, 3, 4 in `position`: test loss at index n - 1 divided by the loss of the last token of common n-grams.
   Theirs are entries of a larger vocabulary (`vocabulary`), and by default ours are the most frequent n-grams of the training text.
@@ -32,7 +32,8 @@ from icl.analysis.run import Members, Result, as_table, over_checkpoints, settin
 from icl.config import LanguageConfig, RunConfig
 from icl.config.validation import ConfigError, require, require_count
 from icl.evaluation.frequencies import frequencies
-from icl.evaluation.sets import REPORT, icl_positions
+from icl.evaluation.scores import icl_positions
+from icl.evaluation.sets import REPORT
 from icl.files.reading import ContentError
 from icl.files.tables import read_table
 from icl.metrics import Estimate

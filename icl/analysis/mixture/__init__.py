@@ -54,7 +54,8 @@ from icl.analysis.run import Members, Result, as_table, named_runs, over_checkpo
 from icl.bayes import bayes
 from icl.config import RunConfig
 from icl.config.validation import require, require_count
-from icl.evaluation.sets import REPORT, predict_prompts
+from icl.evaluation.predictors import predict_prompts
+from icl.evaluation.sets import REPORT
 from icl.evidence import discrete_evidence, gaussian_evidence
 from icl.model.stacked import apply
 from icl.runs.checkpoints import checkpoint_files, read_config_of

@@ -27,7 +27,7 @@ from torch import Tensor
 from icl import rng
 from icl.bayes import Candidate, posterior_tasks
 from icl.config import ModelConfig, RunConfig
-from icl.evaluation.sets import predict_prompts
+from icl.evaluation.predictors import predict_prompts
 from icl.model import heads
 from icl.model.heads import Predictive
 from icl.model.stacked import Params, outputs, size

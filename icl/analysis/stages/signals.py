@@ -29,7 +29,9 @@ import pandas as pd
 
 from icl.analysis.run import Members, family_of, over_checkpoints, setting
 from icl.config.validation import require, require_count
-from icl.evaluation.sets import evaluate, evaluation_set, predictor, set_names
+from icl.evaluation.predictors import predictor
+from icl.evaluation.scores import evaluate
+from icl.evaluation.sets import evaluation_set, set_names
 from icl.files.reading import ContentError
 from icl.files.tables import read_table
 from icl.runs.checkpoints import CheckpointError, checkpoint_files

@@ -16,7 +16,7 @@ from typing import Any
 from icl.config import RunConfig, flatten
 from icl.config.validation import UserError
 from icl.files.reading import MAX_YAML, ContentError, first_line, parse_yaml, read_bytes
-from icl.presets import run_name
+from icl.run_names import run_name
 from icl.runs.metrics_file import whole_rows
 from icl.signals import defer, deferred, handling
 from icl.training.wandb.log import end_run, exit_code_of, init_settings, sent_step, use_steps

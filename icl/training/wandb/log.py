@@ -22,7 +22,7 @@ from icl.config.validation import ConfigError, UserError
 from icl.files.reading import first_line
 from icl.files.redaction import redact
 from icl.files.writing import write_atomically
-from icl.presets import run_name
+from icl.run_names import run_name
 from icl.runs.folder import RunFolder
 
 Mode = Literal["online", "offline"]

@@ -1,0 +1,263 @@
+"""Numbers of a population on fixed prompts: losses, gaps to baselines and scores, each with a standard error over prompts.
+
+`evaluate` is an ordinary function of parameters and prompts. Training calls it at intervals. `icl evaluate` calls it for many
+checkpoints at once. The module `icl.metrics` computes the numbers:
+
+- `loss`: the mean squared error per target, not divided by D.
+- `bayes_excess`: the model's loss minus that of the Bayes predictor of these prompts, on the same prompts (a paired difference). The
+  predictor is dMMSE on `pretrain` for finite M. On `pretrain` for M = inf and on `true` it is ridge, or `bayes` if the prior or the noise is
+  not Gaussian. Shifts have no such number. For an exact predictor, the excess has the same expectation as the gap to it, so it is
+  negative only by chance. If `bayes` is estimated, the excess is too small by `bayes_variance`.
+- `delta_ridge`, `delta_dmmse`: the gap to a baseline, the mean squared difference of predictions (Raventos et al. 2023,
+  section 2, who divide by D).
+- `delta_bayes`: the gap to the Bayes predictor for new tasks, if this is not ridge because the prior or the noise is not Gaussian
+  (`icl.bayes`). It includes `bayes_variance`, the mean squared standard error of a predictor that is only estimated.
+- `icl_score`: loss(k2) - loss(k1). A negative score is good.
+- `nll`, `nll_over_ridge`, `nll_over_dmmse`, `nll_over_bayes`, only for models with a predictive distribution (`model.output` `gaussian` or `mixture`):
+  the negative log-likelihood in nats per target, and its excess over that of dMMSE, of ridge with Gaussian noise (`icl.evidence`), and of the Bayes
+  predictor for new tasks if prior or noise are not Gaussian (`icl.bayes`). The expectation of an excess is at least 0 on prompts of the predictor's own world:
+  for dMMSE on `pretrain`, and for ridge, or `bayes` if there is one, on `true`. If `bayes` is estimated, its NLL is too large by
+  about half of `bayes_nll_variance`, the mean squared standard error of this NLL.
+- `prior_zero`, `prior_task_mean`: prior-task scores, the gaps to the predictions with w = 0 and with the mean task (Hoogland
+  et al. 2024).
+
+For a language run the loss is -log P(next token) in nats, so a language model is represented by its losses instead of its
+predictions, and there are no gaps. The positions of the ICL score are those of Hoogland et al., tokens 50 and 500 of 1,024, in the
+same proportion to the row.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icl import metrics
+from icl.evaluation.predictors import Predict, predict_prompts
+from icl.evaluation.sets import EvaluationSet
+from icl.model.stacked import Params
+from icl.tasks.rows import TokenRows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row: TypeAlias = dict[str, Any]
+"""One number as a row: distribution, quantity, position (1..K, `mean`, or `k1:k2`), value, stderr."""
+VERSION = 2
+"""Version of the definitions of the numbers. Saved numbers of an older version are computed again. Version 2 added `bayes_excess`, and
+evaluates on the prompts of `REPORT` instead of those of `MONITOR`."""
+COLUMNS = ("distribution", "quantity", "position", "value", "stderr")
+EXCESS = ("bayes_excess", "bayes_excess_stderr")
+"""Columns of `tabulate_losses` with the excess over the Bayes predictor and its standard error."""
+
+
+def evaluate(
+    predict: Predict, params: Params, sets: Sequence[EvaluationSet], *, nll: Predict | None = None
+) -> list[list[Row]]:
+    """Return all numbers of every member on all sets, as one list of rows for each member.
+
+    Args:
+        predict: Function that predicts targets.
+        params: Stacked parameters.
+        sets: The sets of prompts.
+        nll: Function that returns the negative log-likelihood of targets, if the models have predictive distributions.
+    """
+    parts = []
+    for each in sets:
+        losses = None if nll is None else predict_prompts(nll, params, each.prompts)
+        parts.append(evaluate_predictions(each, predict_prompts(predict, params, each.prompts), losses))
+    return [[row for rows in member_rows for row in rows] for member_rows in zip(*parts, strict=True)]
+
+
+def evaluate_predictions(
+    prompt_set: EvaluationSet, predictions: Float[Tensor, "N B K"], nll: Float[Tensor, "N B K"] | None = None
+) -> list[list[Row]]:
+    """Return loss, excess, gaps, prior-task scores and ICL scores on one set, as one list of rows for each of N predictors.
+
+    With the negative log-likelihoods of the targets, their numbers are included.
+    """
+    errors = set_losses(predictions, prompt_set)  # N B K
+    numbers = _position_numbers(prompt_set, "loss", errors)
+    if prompt_set.bayes is not None:
+        numbers += _position_numbers(prompt_set, "bayes_excess", errors - _bayes_errors(prompt_set))
+    if nll is not None:
+        numbers += _position_numbers(prompt_set, "nll", nll)
+        for quantity in ("nll_over_ridge", "nll_over_dmmse", "nll_over_bayes"):
+            floor = prompt_set.nll.get(quantity.rpartition("_")[2])
+            if floor is not None:
+                numbers += _position_numbers(prompt_set, quantity, nll - floor)
+    for quantity in ("delta_ridge", "delta_dmmse", "delta_bayes", "prior_zero", "prior_task_mean"):
+        reference = prompt_set.baselines.get(quantity.partition("_")[2])
+        if reference is not None:
+            numbers += _position_numbers(prompt_set, quantity, metrics.squared_error(predictions, reference))
+    for first, second in _score_pairs(prompt_set):
+        numbers.append(_Numbers("icl_score", [f"{first}:{second}"], metrics.icl_score(errors, first, second)))
+    return _rows(prompt_set.name, numbers)
+
+
+def set_losses(predictions: Float[Tensor, "*N B K"], prompt_set: EvaluationSet) -> Float[Tensor, "*N B K"]:
+    """Return the loss at every position, from predictions, or from what `predictor` returns for a language model."""
+    if isinstance(prompt_set.prompts, TokenRows):
+        return predictions
+    return metrics.squared_error(predictions, prompt_set.prompts.ys)
+
+
+def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
+    """Return the loss of every baseline on every set. The quantity is the baseline's name.
+
+    Quantities such as `ridge_nll` are negative log-likelihoods.
+    If there is a baseline `bayes`, rows of the quantity `bayes_variance` have the mean squared standard error of its predictions, and those of
+    `bayes_nll_variance` that of its NLL. The loss of `bayes` is too large by the first, and its NLL by about half of the second.
+    """
+    rows = []
+    for each in sets:
+        for name, predictions in each.baselines.items():
+            errors = set_losses(predictions, each).unsqueeze(0)
+            rows += _rows(each.name, _position_numbers(each, name, errors))[0]
+        for name, losses in each.nll.items():
+            rows += _rows(each.name, _position_numbers(each, f"{name}_nll", losses.unsqueeze(0)))[0]
+        for name, variances in each.variances.items():
+            rows += _rows(each.name, _position_numbers(each, name, variances.unsqueeze(0)))[0]
+    return rows
+
+
+def headlines(numbers: "pd.DataFrame") -> "pd.DataFrame":
+    """Return the main rows of a table from `evaluate`: the means over positions.
+
+    If a shift changes only the query, the main rows are the numbers at the query.
+    """
+    has_mean = numbers["distribution"].isin(numbers.loc[numbers["position"] == "mean", "distribution"])
+    return numbers[(numbers["position"] == "mean") | ~has_mean]
+
+
+def tabulate_losses(predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet) -> "pd.DataFrame":
+    """Return the losses of one model and of the baselines by position, on `pretrain` or `true`.
+
+    Returns:
+        A row for each position 1..K and a row for their mean; columns `model`, `bayes` (if it is not ridge), `ridge`, `dmmse` (finite
+        M), `ols`, `zero`, then `bayes_excess` and its standard error `bayes_excess_stderr` over prompts if the Bayes predictor is
+        known; for language `model`, `unigram`, `bigram`.
+    """
+    import pandas as pd
+
+    predicted = {"model": predictions} | prompt_set.baselines
+    order = ("model", "bayes", "ridge", "dmmse", "ols", "zero", "unigram", "bigram")
+    names = [name for name in order if name in predicted]
+    losses = {name: set_losses(predicted[name], prompt_set).mean(dim=0).tolist() for name in names}
+    table = pd.DataFrame(losses, index=[str(k + 1) for k in range(predictions.shape[-1])])
+    table.loc["mean"] = table.mean()
+    if prompt_set.bayes is not None:
+        excess = set_losses(predictions, prompt_set) - _bayes_errors(prompt_set)
+        for name, *parts in zip(EXCESS, metrics.position_mean(excess), metrics.overall_mean(excess), strict=True):
+            table[name] = torch.cat([part.reshape(-1) for part in parts]).tolist()
+    table.index.name = "position"
+    return table
+
+
+def summarise(
+    predict: Predict, params: Params, sets: Sequence[Sequence[EvaluationSet]], *, nll: Predict | None = None
+) -> list[dict[str, float]]:
+    """Return the numbers that are logged during training, for each member on its own sets.
+
+    Returns:
+        For each member `eval/<set>/{loss,delta_ridge,delta_dmmse,icl_score}`; dMMSE only for finite M. With `nll`, also
+        `eval/<set>/nll`.
+    """
+    results: list[dict[str, float]] = [{} for _ in sets]
+    for member_sets in zip(*sets, strict=True):  # the sets with the same name, one for each member
+        joined = _join(member_sets)
+        predictions = predict_prompts(predict, params, joined.prompts)
+        losses = None if nll is None else predict_prompts(nll, params, joined.prompts)
+        positions = ("mean", *(f"{first}:{second}" for first, second in _score_pairs(joined)[-1:]))
+        members_rows = evaluate_predictions(joined, predictions, losses)
+        for result, own_set, rows in zip(results, member_sets, members_rows, strict=True):
+            wanted = {
+                "loss",
+                "nll",
+                "icl_score",
+                *(f"delta_{name}" for name in ("ridge", "dmmse") if name in own_set.baselines),
+            }
+            result |= {
+                f"eval/{row['distribution']}/{row['quantity']}": row["value"]
+                for row in rows
+                if row["position"] in positions and row["quantity"] in wanted
+            }
+    return results
+
+
+def icl_positions(num_predictions: int) -> tuple[int, int]:
+    """Return the two positions, counted from 1, of a language model's ICL score.
+
+    In rows of 1,023 predictions they are 49 and 499 (l_48 and l_498 counted from 0; Hoogland et al. 2024). In shorter rows they
+    are in the same proportion, and not below 2, because the prediction after BOS has no context.
+    """
+    first, second = (max(2, round(position / 1023 * num_predictions)) for position in (49, 499))
+    return first, second
+
+
+def _bayes_errors(prompt_set: EvaluationSet) -> Float[Tensor, "*N B K"]:
+    """Return the squared errors of the Bayes predictor of these prompts."""
+    name = prompt_set.bayes
+    if name is None:
+        raise ValueError(f"The prompts `{prompt_set.name}` have no Bayes predictor among the baselines.")
+    return metrics.squared_error(prompt_set.baselines[name], prompt_set.prompts.ys)
+
+
+def _join(sets: Sequence[EvaluationSet]) -> EvaluationSet:
+    """Stack the sets of several members into one, with NaN for baselines that some members lack; return a shared set unchanged."""
+    if all(each is sets[0] for each in sets):
+        return sets[0]
+    prompts = type(sets[0].prompts)(
+        *(torch.stack(parts) for parts in zip(*(each.prompts for each in sets), strict=True))
+    )
+    missing = torch.full_like(sets[0].prompts.ys, torch.nan, dtype=torch.float32)
+    names = dict.fromkeys(name for each in sets for name in each.baselines)
+    stacked = {name: torch.stack([each.baselines.get(name, missing) for each in sets]) for name in names}
+    return sets[0]._replace(prompts=prompts, baselines=stacked, nll={})
+
+
+class _Numbers(NamedTuple):
+    """One quantity at P positions, for N predictors."""
+
+    quantity: str
+    positions: list[str]
+    estimate: metrics.Estimate
+    """(N, P), or (N,) for a single position."""
+
+
+def _position_numbers(prompt_set: EvaluationSet, quantity: str, values: Float[Tensor, "N B K"]) -> list[_Numbers]:
+    """Return a quantity at every position and its mean over positions, or only at the query if only the query is shifted."""
+    names = [str(k + 1) for k in range(values.shape[-1])]
+    if prompt_set.is_about_query:
+        return [_Numbers(quantity, names[-1:], metrics.position_mean(values[..., -1:]))]
+    return [
+        _Numbers(quantity, names, metrics.position_mean(values)),
+        _Numbers(quantity, ["mean"], metrics.overall_mean(values)),
+    ]
+
+
+def _rows(distribution: str, numbers: Sequence[_Numbers]) -> list[list[Row]]:
+    """Return a row for each number, as one list for each predictor."""
+    keys = [(distribution, part.quantity, position) for part in numbers for position in part.positions]
+    columns = zip(*(part.estimate for part in numbers), strict=True)  # values, standard errors
+    values, stderrs = (torch.cat([part.reshape(len(part), -1) for part in column], dim=1) for column in columns)
+    # One `tolist` for all numbers, because each call waits for the GPU.
+    return [
+        [dict(zip(COLUMNS, (*key, *pair), strict=True)) for key, pair in zip(keys, pairs, strict=True)]
+        for pairs in torch.stack((values, stderrs), dim=-1).tolist()
+    ]
+
+
+def _score_pairs(prompt_set: EvaluationSet) -> list[tuple[int, int]]:
+    """Return the pairs of positions of the ICL scores; the last pair is that of the logged score.
+
+    For prompts they are of the first, middle and last position (1:4, 4:8 and 1:8 in Hoogland et al., where K = 8).
+    """
+    count = prompt_set.prompts.ys.shape[-1]
+    if isinstance(prompt_set.prompts, TokenRows):
+        pairs = [icl_positions(count)]
+    else:
+        middle = max(1, count // 2)
+        pairs = [(1, middle), (middle, count), (1, count)]
+    return [] if prompt_set.is_about_query else list(dict.fromkeys(pair for pair in pairs if pair[0] < pair[1]))
