@@ -22,7 +22,7 @@ from torch import Tensor
 
 from icl.build import build_checkpoint_model
 from icl.config import ChainsConfig, SamplerConfig
-from icl.config.tree import Kernel
+from icl.config.sampler import Kernel
 from icl.model.flat import Layout
 from icl.model.stacked import Params
 from icl.runs.checkpoints import load_checkpoint_file
