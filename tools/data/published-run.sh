@@ -19,11 +19,11 @@ icl evaluate "$RUNS/L2H4/seed=0" --num_prompts 8192 --num_ood_prompts 512
 
 ## LLCs of L2H4, seed 0, with the kernel baoab
 # The preset has minibatches of 1,024 prompts and more draws: 8 chains of 120 + 400 moves.
-icl llc "$RUNS/L2H4/seed=0" --steps "$STEPS" --sampler.batch_size 512 --sampler.num_burnin_steps 100 --sampler.num_draws 250
+icl llc "$RUNS/L2H4/seed=0" --steps "$STEPS" --sampler.batch_size 512 --sampler.num_burnin_steps 100 --sampler.num_draws 220
 
 ## LLCs of L2H4, seed 0, with the published sampler
 # Published: 10 chains of 5,000 moves on 1,024 prompts. Exit status 1 means that all estimates are invalid, which is a result.
-icl llc "$RUNS/L2H4/seed=0" --published --steps "$STEPS" --sampler.num_chains 2 --sampler.num_draws 2000 \
+icl llc "$RUNS/L2H4/seed=0" --published --steps "$STEPS" --sampler.num_chains 2 --sampler.num_draws 1000 \
     --sampler.batch_size 32 || test $? -eq 1
 
 ## essential dynamics of L2H4, seed 0
@@ -48,11 +48,11 @@ icl evaluate "$RUNS/L2H4/seed=1" --num_prompts 8192 --num_ood_prompts 512
 
 ## LLCs of L2H4, seed 1, with the kernel baoab
 icl llc "$RUNS/L2H4/seed=1" --steps 1465,5517,9375,20202,40292,80808,126262,202020,318181,500000 \
-    --sampler.batch_size 512 --sampler.num_burnin_steps 100 --sampler.num_draws 250
+    --sampler.batch_size 512 --sampler.num_burnin_steps 100 --sampler.num_draws 220
 
 ## LLCs of L2H4, seed 1, with the published sampler
 icl llc "$RUNS/L2H4/seed=1" --published --steps 1465,5517,9375,20202,40292,80808,126262,202020,318181,500000 \
-    --sampler.num_chains 2 --sampler.num_draws 2000 --sampler.batch_size 32 || test $? -eq 1
+    --sampler.num_chains 2 --sampler.num_draws 1000 --sampler.batch_size 32 || test $? -eq 1
 
 ## essential dynamics of L2H4, seed 1
 icl analyse "$RUNS/L2H4/seed=1" --what essential-dynamics
