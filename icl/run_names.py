@@ -19,6 +19,7 @@ def run_name(config: RunConfig) -> str:
     """Return the given name of a run, or else the preset's name with every setting that differs from the preset.
 
     Examples:
+        >>> from icl.config import TaskConfig
         >>> run_name(RunConfig(task=TaskConfig(num_tasks=8)))
         'quickstart,num_tasks=8'
     """
@@ -41,6 +42,7 @@ def varying_names(configs: Sequence[RunConfig]) -> list[str]:
     appears as `M`. If all runs have equal settings, the names are empty. Runs with equal settings have equal names.
 
     Examples:
+        >>> from icl.config import TaskConfig
         >>> varying_names([RunConfig(task=TaskConfig(num_tasks=8)), RunConfig(task=TaskConfig(num_tasks=64))])
         ['M=8', 'M=64']
     """
@@ -62,6 +64,7 @@ def sampler_name(config: RunConfig) -> str:
     """Return a name made of the sampler's settings that differ from the preset's, or `preset` if none differs.
 
     Examples:
+        >>> from icl.config import SamplerConfig
         >>> sampler_name(RunConfig(sampler=SamplerConfig(lr=1e-5)))
         'lr=1e-05'
     """
