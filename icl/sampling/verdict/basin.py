@@ -31,8 +31,10 @@ _MORE_DATA = "raise nbeta, or lower localization"
 def checkpoint_not_finite(e: Evidence) -> str | None:
     """The excess is defined only if the checkpoint's own loss is finite."""
     return (
-        "the checkpoint's own loss is not finite on any minibatch: check the data for NaN and infinite values" if math.isnan(e.init_loss)
-    else None )
+        "the checkpoint's own loss is not finite on any minibatch: check the data for NaN and infinite values"
+        if math.isnan(e.init_loss)
+        else None
+    )
 
 
 @rule("invalid", source="LLC + 2 stderr < 0, but an LLC at a minimum is positive (Watanabe 2009)")
@@ -52,7 +54,8 @@ def below_zero(e: Evidence) -> str | None:
 
 
 @rule(
-    "invalid", source="E[L] - L0 must be far below L_trivial - L0 (in the released LLCs of Hoogland 2024 it is not); the fraction is ours"
+    "invalid",
+    source="E[L] - L0 must be far below L_trivial - L0 (in the released LLCs of Hoogland 2024 it is not); the fraction is ours",
 )
 def escaped(e: Evidence) -> str | None:
     """Chains that rose more than half of the way to a trivial predictor have left the basin."""
@@ -89,8 +92,12 @@ def rise_exceeds_pull(e: Evidence) -> str | None:
 
 @rule("note", source="fixed outcome")
 def escape_not_checked(e: Evidence) -> str | None:
-        """Without the loss of a trivial predictor, there is no scale with which to compare the rise of the loss."""
-    return "note: escape from the basin was not checked, because the loss of a trivial predictor is unknown: pass `trivial_loss`" if e.trivial_loss is None else None
+    """Without the loss of a trivial predictor, there is no scale with which to compare the rise of the loss."""
+    return (
+        "note: escape from the basin was not checked, because the loss of a trivial predictor is unknown: pass `trivial_loss`"
+        if e.trivial_loss is None
+        else None
+    )
 
 
 @rule("suspect", source="definition of the LLC; the threshold is ours")
@@ -106,7 +113,7 @@ def not_at_a_minimum(e: Evidence) -> str | None:
 
 @rule("suspect", source="definition of the LLC; the threshold is ours")
 def lower_loss_at_mean(e: Evidence) -> str | None:
-        """The loss at the mean of the draws must not lie below the checkpoint's loss by more than a tenth of LLC + drop."""
+    """The loss at the mean of the draws must not lie below the checkpoint's loss by more than a tenth of LLC + drop."""
     if not (e.has_significant_drop and e.drop_at_mean > 0.1 and e.drop_share > 0.1):
         return None
     return (
@@ -158,7 +165,7 @@ def too_few_chains_for_the_drop(e: Evidence) -> str | None:
 
 @rule("note", source="as `lower_loss_at_mean`")
 def drop_not_measurable(e: Evidence) -> str | None:
-        """The measurement of the drop at the mean must be precise enough to detect a drop that would change the verdict."""
+    """The measurement of the drop at the mean must be precise enough to detect a drop that would change the verdict."""
     if not (e.num_chains_used >= 4 and e.least_significant_drop > max(0.1 * abs(e.llc), 2 * e.error, 0.1)):
         return None
     return (
@@ -174,7 +181,7 @@ def _least_pull(e: Evidence) -> float:
 
 @rule("suspect", source="equipartition; the share of d is ours")
 def not_spread_out(e: Evidence) -> str | None:
-        """In equilibrium pull + spread = d. If the sum is below four fifths of d, the chains still spread out in flat directions."""
+    """In equilibrium pull + spread = d. If the sum is below four fifths of d, the chains still spread out in flat directions."""
     if not (e.localization > 0 and e.pull + e.spread + 3 * e.filled_stderr < 0.8 * e.num_params):
         return None
     return (
@@ -194,10 +201,11 @@ def prior_dominated(e: Evidence) -> str | None:
 
 
 @rule(
-    "suspect", source="without localization, exp(-nbeta L) has a finite integral only if the data determine every direction"
+    "suspect",
+    source="without localization, exp(-nbeta L) has a finite integral only if the data determine every direction",
 )
 def improper(e: Evidence) -> str | None:
-        """Without localization, chains have no stationary distribution in flat directions."""
+    """Without localization, chains have no stationary distribution in flat directions."""
     if not (e.localization == 0 and e.pull + 3 * e.pull_stderr < 0.9 * e.num_params):
         return None
     return (
@@ -239,7 +247,7 @@ def mostly_flat(e: Evidence) -> str | None:
 
 @rule("note", source="as `not_spread_out`")
 def hardly_spread_out(e: Evidence) -> str | None:
-        """In equilibrium pull + spread = d. The sum should be at least 95 % of d."""
+    """In equilibrium pull + spread = d. The sum should be at least 95 % of d."""
     full = e.pull + e.spread + 2 * e.filled_stderr >= e.num_params
     if not (e.localization > 0 and e.filled < 0.95 and not full):
         return None

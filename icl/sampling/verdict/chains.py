@@ -48,7 +48,7 @@ def _describe_bad_data(e: Evidence) -> str:
 
 @rule("invalid", source="fixed outcome")
 def most_chains_masked(e: Evidence) -> str | None:
-        """At least half of the chains, and at least one, must remain unmasked."""
+    """At least half of the chains, and at least one, must remain unmasked."""
     if (e.num_chains_used >= 0.5 * e.num_chains and e.num_chains_used > 0) or e.num_masked == e.num_bad_data:
         return None
     counts = {
@@ -86,7 +86,7 @@ def one_chain(e: Evidence) -> str | None:
 
 @rule("suspect", source="fixed outcome")
 def shared_minibatches(e: Evidence) -> str | None:
-        """Chains must not share minibatches, because the standard error does not include noise that they share."""
+    """Chains must not share minibatches, because the standard error does not include noise that they share."""
     if not e.share_batches:
         return None
     return "chains share minibatches, so the standard error does not include their common noise: give each chain its own minibatches"
@@ -158,9 +158,11 @@ def step_size_bias(e: Evidence) -> str | None:
     return f"step size and minibatch noise may raise the LLC by up to {e.bias_bound:.3g}: {_SMALLER_STEPS}"
 
 
-@rule("suspect", source="0.574 is the best acceptance rate for MALA (Roberts and Rosenthal 1998); the threshold is ours")
+@rule(
+    "suspect", source="0.574 is the best acceptance rate for MALA (Roberts and Rosenthal 1998); the threshold is ours"
+)
 def mala_acceptance(e: Evidence) -> str | None:
-        """A Metropolis test, which SGLD leaves out, would have to accept at least half of the moves."""
+    """A Metropolis test, which SGLD leaves out, would have to accept at least half of the moves."""
     if not e.mala_acceptance < 0.5:
         return None
     return f"a Metropolis test would accept only {e.mala_acceptance:.0%} of the moves: lower lr"
@@ -176,7 +178,7 @@ def target_not_reached(e: Evidence) -> str | None:
 
 @rule("note", source="as `step_size_bias`; standard errors")
 def slight_step_size_bias(e: Evidence) -> str | None:
-        """A bias bound that is small compared with the LLC is noted if it exceeds two standard errors."""
+    """A bias bound that is small compared with the LLC is noted if it exceeds two standard errors."""
     if not (e.bias_bound > 3 * e.bias_bound_stderr and 2 * e.error < e.bias_bound <= 0.1 * abs(e.llc)):
         return None
     return (

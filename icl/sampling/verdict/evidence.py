@@ -36,7 +36,7 @@ class Evidence:
     """The numbers on which the rules are based."""
 
     llc: float
-        """Mean over draws of nbeta (L(w) - L(w0)), where both losses are on the same minibatch."""
+    """Mean over draws of nbeta (L(w) - L(w0)), where both losses are on the same minibatch."""
     stderr: float
     """Standard error of `llc` from the chains and their autocorrelation (`icl.sampling.convergence`)."""
     num_params: int
@@ -57,7 +57,7 @@ class Evidence:
     rhat: float
     ess: float
     drift: float
-        """Mean of the second half of the draws minus the mean of the first half."""
+    """Mean of the second half of the draws minus the mean of the first half."""
     drift_stderr: float
     mala_acceptance: float
     """Mean probability that MALA would accept a move."""
@@ -82,7 +82,7 @@ class Evidence:
     lowest: float
     """The smallest excess of any draw; NaN if minibatches make the losses noisy."""
     sensitivity: float
-        """Rate at which the LLC falls per e-fold of localization (`convergence.sensitivity`); NaN for a short list of batches."""
+    """Rate at which the LLC falls per e-fold of localization (`convergence.sensitivity`); NaN for a short list of batches."""
     sensitivity_stderr: float
     localization: float
     target_stderr: float | None
@@ -90,12 +90,12 @@ class Evidence:
 
     @property
     def interval(self) -> tuple[float, float]:
-            """Nominal 95 % interval by Student's t. If the bias bound exceeds half of the standard error, it is subtracted from the lower end.
+        """Nominal 95 % interval by Student's t. If the bias bound exceeds half of the standard error, it is subtracted from the lower end.
 
-                The number of degrees of freedom is ESS / 10, because the estimated autocorrelation time has a relative variance of about 20
-                / ESS. Among estimates with few effective draws, those whose standard error is too small by chance pass the verdict most
-                often. So for fewer than `convergence.MANY_CHAINS` chains and an ESS below `WIDE_ESS`, the variance is multiplied by
-                `WIDE_ESS` / ESS (`tools.coverage` measures the effect).
+        The number of degrees of freedom is ESS / 10, because the estimated autocorrelation time has a relative variance of about 20 / ESS.
+        Among estimates with few effective draws, those whose standard error is too small by chance pass the verdict most often. So for
+        fewer than `convergence.MANY_CHAINS` chains and an ESS below `WIDE_ESS`, the variance is multiplied by `WIDE_ESS` / ESS
+        (`tools.coverage` measures the effect).
         """
         reach = self.stderr * float(stdtrit(max(self.ess / 10, 1.0), 0.975)) if self.ess > 0 else math.nan
         if self.num_chains_used < convergence.MANY_CHAINS:
@@ -105,12 +105,12 @@ class Evidence:
 
     @property
     def rise(self) -> float:
-                """Rise of the mean sampled loss above the checkpoint's loss."""
+        """Rise of the mean sampled loss above the checkpoint's loss."""
         return self.mean_loss - self.init_loss
 
     @property
     def headroom(self) -> float:
-                """Height of the trivial predictor's loss above the checkpoint's loss: 0 if it is not above, NaN if it is unknown."""
+        """Height of the trivial predictor's loss above the checkpoint's loss: 0 if it is not above, NaN if it is unknown."""
         return math.nan if self.trivial_loss is None else max(self.trivial_loss - self.init_loss, 0.0)
 
     @property
@@ -145,7 +145,7 @@ class Evidence:
 
     @property
     def drop_share(self) -> float:
-                """Drop at the mean as a fraction of LLC + drop. This sum is the LLC if its excess is measured from the loss at the mean."""
+        """Drop at the mean as a fraction of LLC + drop. This sum is the LLC if its excess is measured from the loss at the mean."""
         llc = 0.0 if math.isnan(self.llc) else self.llc
         return self.drop_at_mean / max(llc + self.drop_at_mean, 1e-300)
 
@@ -163,9 +163,9 @@ class Rule:
     level: Level
     """The verdict if the rule is broken. A note does not change the verdict."""
     source: str
-        """Source of the rule and of its threshold. A `fixed outcome` follows from counts or missing numbers, without a statistical test."""
+    """Source of the rule and of its threshold. A `fixed outcome` follows from counts or missing numbers, without a statistical test."""
     reason: Callable[[Evidence], str | None]
-        """Function that returns the reason, a text for the user, if the evidence breaks the rule, else None."""
+    """Function that returns the reason, a text for the user, if the evidence breaks the rule, else None."""
 
 
 def rule(level: Level, *, source: str) -> Callable[[Callable[[Evidence], str | None]], Rule]:
@@ -185,7 +185,7 @@ def evidence_of(
     trivial_loss: float | None,
     num_params: int,
 ) -> Evidence:
-        """Compute the evidence on one checkpoint from its K chains. `num_params` is the number of parameters that move."""
+    """Compute the evidence on one checkpoint from its K chains. `num_params` is the number of parameters that move."""
     used, nbeta, drop = traces.alive, settings.inverse_temperature, traces.drop_at_mean
     finite = checkpoint.losses.isfinite().all(1)
     init_losses = checkpoint.losses[finite].mean(1)
