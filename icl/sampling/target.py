@@ -104,7 +104,7 @@ class Target:
         """Refuse a loss that is the same for all parameters, because chains would then sample the localization alone.
 
         Args:
-            layout: Layout of the moving parameters in a row.
+            layout: How the parameters that the chains may change are arranged in one row of a matrix.
             checkpoint: Stacked parameters of one member.
             batch: Any batch.
 
