@@ -6,9 +6,9 @@ independent, but the positions of one prompt need not be. Squared errors are per
 by D).
 
 - Loss: `position_mean` and `overall_mean` of the `squared_error` to the targets (Hoogland et al. 2024, eq. 1 and 4).
-- Gap to another predictor (delta): the same means, but of the squared difference of predictions (Raventos et al. 2023, eq. 4). - ICL score:
-  loss(k2) - loss(k1), so negative values are good. In eq. 2, Hoogland et al. define the score with the opposite sign, but their plots have
-  our sign.
+- Gap to another predictor (delta): the same means, but of the squared difference of predictions (Raventos et al. 2023, eq. 4).
+- ICL score: loss(k2) - loss(k1), so negative values are good. In eq. 2, Hoogland et al. define the score with the opposite sign, but their
+  plots have our sign.
 - Prior-task scores (Hoogland et al.): the gaps to `baselines.zero` and `baselines.task_mean`.
 
 `PositionLoss` accumulates losses over batches and processes.

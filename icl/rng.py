@@ -8,7 +8,7 @@ Integers are exact on every device. Normals are computed in float64 and rounded 
 in the last place.
 
 Source: Salmon, Moraes, Dror and Shaw (2011), "Parallel random numbers: as easy as 1, 2, 3", section 3.3. The constants, and the known
-    answers in our tests, come from their library Random123. Normals are computed by the method of Box and Muller (1958).
+answers in our tests, come from their library Random123. Normals are computed by the method of Box and Muller (1958).
 """
 
 import hashlib
@@ -96,8 +96,8 @@ def uniform(
         steps: The steps.
         indices: The indices.
         size: Number of draws.
-        first_block: First block of the counter. Draws from different blocks of a stream are independent. `normal` uses the blocks from 0 to
-            `size` / 4.
+        first_block: First block of the counter. Draws from different blocks of a stream are independent. `normal` uses the blocks
+            below `size` / 4.
     """
     words = torch.stack(_words(key, steps, indices, num_blocks=-(-size // 4), first_block=first_block), dim=-1)
     return (words.double() + 0.5).mul(2**-32).flatten(-2)[..., :size]  # N S B size

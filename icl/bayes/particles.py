@@ -2,7 +2,7 @@
 
 A particle has scales, which are variances with mean 1. It draws a scale for each coordinate of the task from the prior, and a scale for
 the noise of each target when the filter reads this target. Given the scales, w is Gaussian (`icl.bayes.gaussians`). If the effective number
-of particles is below half, the particles are resampled. Then a new value of each scale of the coordinates is proposed from the prior, and
+of particles falls below half of their number, they are resampled. Then a new value of each scale of the coordinates is proposed from the prior, and
 accepted by a Metropolis-Hastings test in which w is integrated out. So the distribution of the particles stays the posterior (resample-move:
 Gilks and Berzuini 2001). The filter runs several times independently. The prediction is the mean of these runs, and their spread gives the
 standard error. The loss of the estimated predictor exceeds the loss of the exact predictor by the squared standard error, averaged over
