@@ -1,4 +1,4 @@
-"""Measurements around a checkpoint: control variates of its minibatches, and whether it is at a minimum.
+"""Measurements around a checkpoint: control variates for minibatch noise, and tests of whether the checkpoint is at a minimum.
 
 **Control variates** (`Variates`). A chain at w uses the gradient g_B(w) on minibatch B. At the checkpoint w0, the same minibatch gives
 g_B(w0). Let gbar be the mean of g_B(w0) over the pool of minibatches, and c_B = g_B(w0) - gbar. Near the checkpoint, the noise of g_B(w) is

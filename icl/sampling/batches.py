@@ -155,7 +155,7 @@ def _from_sequence(batches: Sequence[Batch], num_chains: int) -> Callable[[int],
 
 
 class _FromIterator:
-    """Batches by number, from an iterator. An iterator can be read only once, so all batches are kept."""
+    """Function from a number to a batch of an iterator. An iterator can be read only once, so all batches are kept."""
 
     def __init__(self, batches: Iterator[Batch], num_chains: int) -> None:
         self.batches, self.num_chains = batches, num_chains
@@ -167,7 +167,7 @@ class _FromIterator:
 
 
 class _FromIterable:
-    """Batches by number, from an iterable that can be read repeatedly, perhaps in a different order each time."""
+    """Function from a number to a batch of an iterable, which can be read repeatedly, perhaps in a different order each time."""
 
     def __init__(self, batches: Iterable[Batch], num_chains: int, seed: int) -> None:
         self.batches, self.num_chains, self.seed = batches, num_chains, seed

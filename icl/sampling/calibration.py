@@ -81,8 +81,8 @@ def calibrate(
 
     Args:
         path: The run's folder.
-        sampler: Settings that the search does not choose, such as the batch size and the number of chains. Its `steps` select
-            the checkpoints; `all` means those of `PLACES`.
+        sampler: Settings that the search does not choose, such as the batch size and the number of chains. Its `steps` select the
+            checkpoints; `all` selects those nearest to `PLACES`.
         say: Function that receives lines of text: the rule, the expected time, and the result of every trial.
 
     Raises:

@@ -50,7 +50,7 @@ class Population(NamedTuple):
     target: Target
     source: ChainBatches
     settings: Sequence[ChainsConfig]
-    """The settings of each checkpoint."""
+    """The settings of the chains of each checkpoint."""
     layout: Layout
     checkpoints: Float[Tensor, "C P"]
     """The moving parameters of each checkpoint."""

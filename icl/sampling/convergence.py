@@ -1,7 +1,7 @@
 """Statistics of chains, in float64: R-hat, effective sample size, standard error, drift, and the drop of the loss at the mean of the draws.
 
-R-hat is the rank-normalised split R-hat of the draws or of their folded values (absolute deviations from the median), whichever is
-larger. The effective sample size (ESS) is for the mean of the draws. It is computed from split chains with Geyer's initial monotone
+R-hat is the larger of two rank-normalised split R-hats: one of the draws, and one of their absolute deviations from the median (folded
+draws). The effective sample size (ESS) is for the mean of the draws. It is computed from split chains with Geyer's initial monotone
 sequence. Source: Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021, "Rank-normalization, folding, and localization", sections 3 and 4.
 
 The standard error of a mean over chains is the larger of two estimates. The first is sd / sqrt(ESS). It accounts for autocorrelation, and
@@ -155,7 +155,7 @@ def drop_at_mean(
 
 
 def significance_threshold(degrees_of_freedom: float) -> float:
-    """Return the number of standard errors that Student's t exceeds as rarely as a normal distribution exceeds three."""
+    """Return how many standard errors are as significant under Student's t as three are under a normal distribution."""
     return float(stdtrit(degrees_of_freedom, ndtr(3.0)))
 
 

@@ -170,7 +170,7 @@ def run_chains(
             "`num_chains`, or raise `memory`."
         )
     else:
-        chunk_size = num_chains  # the chains of each checkpoint stop on their own
+        chunk_size = num_chains  # the chains of a checkpoint stop independently of other checkpoints
     rows, fixed = layout.to_rows(checkpoints), layout.fixed(checkpoints)
     stacked_samples = None if sample_losses is None else target.map_members(sample_losses)
     observed = {name: target.map_members(observable) for name, observable in (observables or {}).items()}

@@ -58,7 +58,7 @@ DAMPING = 0.1
 
 
 class SGLDState(NamedTuple):
-    """State of N chains of `sgld` or `rmsprop` between moves. A row holds the P moving parameters of a chain."""
+    """State of N chains of `sgld` or `rmsprop` between moves. A row contains the P moving parameters of a chain."""
 
     position: Float[Tensor, "N P"]
     anchor: Float[Tensor, "N P"]
@@ -94,7 +94,7 @@ class MarkovKernel(NamedTuple):
 
 
 def kernel_of(settings: ChainsConfig) -> MarkovKernel:
-    """Return the kernel with the settings of some chains."""
+    """Return the kernel that the settings of the chains choose."""
     density: dict[str, Any] = {
         "lr": settings.lr,
         "nbeta": settings.inverse_temperature,
@@ -127,7 +127,7 @@ def sgld_step(
 
     Args:
         state: State of the chains.
-        grad: Gradient of L (not of nbeta L) at their positions.
+        grad: Gradient of L (not of nbeta L) at the positions of the chains.
         noise: Standard normals.
         lr: Step size epsilon.
         nbeta: Effective inverse temperature n beta.
@@ -204,7 +204,7 @@ def baoab_step(
 
     Args:
         state: State of the chains.
-        grad: Gradient of L (not of nbeta L) at their positions.
+        grad: Gradient of L (not of nbeta L) at the positions of the chains.
         noise: Standard normals.
         lr: Step size h^2.
         nbeta: Effective inverse temperature n beta.

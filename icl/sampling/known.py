@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _POINTS = {1: 4001, 2: 801, 3: 161}
-"""Number of quadrature nodes on each axis, by the number of dimensions."""
+"""Number of quadrature nodes on each axis, keyed by the number of dimensions."""
 _REACH = 8.0  # nodes extend to this many standard deviations of the prior on each side
 _STRETCH = 7.0  # nodes are sinh-spaced: cosh 7 (about 550) times denser at 0 than at the ends
 

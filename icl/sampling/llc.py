@@ -153,9 +153,9 @@ def estimate_llc(
     Args:
         loss: `loss(params, batch)` gives a number, or a vector of components (per position, say). The mean of the components is L.
         params: Parameters by name; they are not changed.
-        batches: A function `(chain, draw) -> batch`, or an iterable whose batches go to the chains in turn. An iterable over when it ends.
-            The draw number counts all moves, including burn-in. Chains get different batches unless the function ignores `chain`. Neither
-            `batches` nor the loss may draw from torch's global generator.
+        batches: A function `(chain, draw) -> batch`, or an iterable whose batches go to the chains in turn. An iterable starts over when it
+            ends. The draw number counts all moves, including burn-in. Chains get different batches unless the function ignores `chain`.
+            Neither `batches` nor the loss may draw from torch's global generator.
         lr: Step size epsilon.
         nbeta: Effective inverse temperature; None means n / ln n, where n is `num_samples`.
         localization: Strength gamma of the pull back to the checkpoint.

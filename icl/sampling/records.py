@@ -181,7 +181,7 @@ def as_record(entry: Entry) -> Record:
     """Convert a stored entry into the record of its estimate.
 
     Raises:
-        ContentError: If the rows or traces are not those of a record.
+        ContentError: If the rows or traces do not have the form of a record.
     """
     row, *positions = entry.rows or [{}]
     stride = row.get("stride")

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import xarray
 
 _ESTIMATE_COLUMNS = ("step", "checkpoint_hash", "llc", "stderr", "init_loss", "init_loss_stderr", "mean_loss")
-"""The first columns of a row."""
+"""The first columns of a row of `llc.csv`."""
 _SETTINGS = ("lr", "nbeta", "localization", "num_chains", "num_draws", "num_burnin_steps", "seed", "thinning", "kernel")
-"""The settings that are columns of a row."""
+"""The settings that are columns of a row of `llc.csv`."""
 
 
 class CheckpointId(NamedTuple):

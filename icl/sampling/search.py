@@ -110,7 +110,7 @@ class SearchPoint(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """Settings, and an estimate under them at each checkpoint. The estimate at the last checkpoint comes last."""
+    """Settings, with the estimate at each checkpoint under these settings. The last checkpoint comes last."""
 
     point: SearchPoint
     results: list[LLCResult]

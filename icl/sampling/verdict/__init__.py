@@ -1,6 +1,6 @@
 """The verdict on an LLC estimate: `ok`, `suspect` or `invalid`, with reasons in plain words.
 
-Each rule is a named function of the evidence. The rules about the checkpoint and its basin are in `basin`, those about the chains in
+Each rule is a named function of the evidence. Rules about the checkpoint and its basin are in `basin`. Rules about the chains are in
 `chains`. The worst level among the broken rules is the verdict. Every broken rule gives a reason; the reasons are listed with the most
 serious first. A note gives a reason without changing the verdict.
 """

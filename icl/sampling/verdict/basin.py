@@ -1,6 +1,6 @@
 """Rules about the checkpoint, its basin and the localization.
 
-They ask whether the checkpoint is at a minimum, whether the chains stayed around it, and how the localization limits the chains.
+They ask whether the checkpoint is at a minimum, whether the chains stayed near it, and how the localization limits the chains.
 
 **The basin.** The LLC is defined at minima. Let the pull be the mean of nbeta (w - w0) . grad L over the draws. If the loss is convex along
 rays from w0, then pull >= LLC. So if pull < LLC, a chain has left the convex part of its basin.
@@ -58,7 +58,7 @@ def below_zero(e: Evidence) -> str | None:
     source="E[L] - L0 must be far below L_trivial - L0 (in the released LLCs of Hoogland 2024 it is not); the fraction is ours",
 )
 def escaped(e: Evidence) -> str | None:
-    """Chains that rose more than half of the way to a trivial predictor have left the basin."""
+    """Chains have left the basin if their loss rose by more than half of the difference to the loss of a trivial predictor."""
     if e.trivial_loss is None or not e.rise > 0.5 * e.headroom:
         return None
     return (
@@ -69,7 +69,7 @@ def escaped(e: Evidence) -> str | None:
 
 @rule("suspect", source="as `escaped`; the fraction is ours")
 def escaping(e: Evidence) -> str | None:
-    """Chains that rose more than a tenth of the way to a trivial predictor may be leaving."""
+    """Chains may be leaving the basin if their loss rose by more than a tenth of the difference to the loss of a trivial predictor."""
     if e.trivial_loss is None or not 0.1 * e.headroom < e.rise <= 0.5 * e.headroom:
         return None
     return (

@@ -28,7 +28,7 @@ _COLUMNS = (
     *("rhat", "ess", "drift", "mala_acceptance", "pull", "spread", "bias_bound", "sensitivity", "sensitivity_stderr"),
     *("descent", "drop_at_mean", "drop_at_mean_stderr"),
 )
-"""The diagnostics among the evidence that are columns of `llc.csv`."""
+"""Names of the fields of `Evidence` that are columns of `llc.csv`."""
 
 
 @dataclass(frozen=True, kw_only=True)
