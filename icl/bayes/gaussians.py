@@ -44,7 +44,7 @@ class BayesPredictions(NamedTuple):
 
 
 class State(NamedTuple):
-    """Weights of N components or particles, and their posteriors of w, for each of B prompts. R counts independent runs of a particle filter."""
+    """Weights of N components or particles, and their posteriors of w, for each of B prompts. R is an axis for independent runs."""
 
     log_weights: Float[Tensor, "B *R N"]
     means: Float[Tensor, "B *R N D"]

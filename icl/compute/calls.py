@@ -56,8 +56,8 @@ def grad_and_aux(total: Callable[[Leaves], tuple[Tensor, Tensor]], leaves: Leave
     ):  # the compiler cannot trace autograd; in eager mode, autograd is a tenth faster than torch.func
         grads, (_, aux) = torch.func.grad_and_value(total, has_aux=True)(leaves)
         return grads, aux
-    # Keep autograd from using threads. A thread may still have a tensor when the step ends, and XLA compiles the computation
-    # of every tensor that is alive.
+    # Keep autograd from using threads. A thread may still refer to a tensor when the step ends, and XLA compiles the computation of every
+    # tensor that is still referred to.
     with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
         tensors, spec = pytree.tree_flatten(leaves)
         # We use `data` instead of `detach`, because detached rows of one tensor share a version counter. Updates of other rows in other
@@ -132,7 +132,7 @@ def one_graph(
 
 
 def _cuda_options() -> dict[str, Any]:
-    """Return options for a CUDA graph. They prevent a choice of kernels by timing, so that every program start rounds in the same way."""
+    """Return options for a CUDA graph. Kernels are then not chosen by timing, so that every program start rounds in the same way."""
     from torch._inductor import config
 
     options: dict[str, Any] = {"triton.cudagraphs": True, "triton.autotune_pointwise": False, "shape_padding": False}

@@ -75,9 +75,9 @@ class Metadata:
             self._update(label, state=state, reason=reason, ended=now())
 
     def update_states(self, states: Mapping[str, tuple[str, str]]) -> None:
-        """Record the states of runs that several processes train. `states` has a state and its reason for each M as text.
+        """Record the states of runs that several processes train.
 
-        The states are done, running, failed and waiting.
+        `states` maps each M, as text, to a state (done, running, failed or waiting) and the reason for it.
         """
         with self._lock:
             for label, (state, reason) in states.items():

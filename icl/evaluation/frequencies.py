@@ -27,7 +27,7 @@ class Frequencies(NamedTuple):
 
     unigrams: Float[Tensor, " V"]
     pairs: Float[Tensor, "V V"]
-    """Empirical probabilities q(t | s), without a prior; zero in the rows of tokens that were not seen."""
+    """Empirical probabilities q(t | s), without a prior. The row of a token s that does not occur is zero."""
     smoothed: Float[Tensor, "V V"]
     """Probabilities q(t | s) with the prior, so that none is zero."""
 

@@ -1,8 +1,8 @@
 """Fixed sets of prompts for evaluation, with the predictions of the baselines for them.
 
 The sets are `pretrain` (the run's M tasks), `true` (new tasks from the prior, usually N(0, I)) and the shifts of `icl.tasks.shifts`. If
-the pool of tasks changes during training, `pretrain` has the pool of the last update before the evaluated step. Each set exists twice,
-with different prompts. Training evaluates on the prompts of `MONITOR`, and early stopping chooses the last checkpoint by them.
+the pool of tasks changes during training, `pretrain` uses the pool of the last update before the evaluated step. Each set exists twice,
+with different prompts. Training evaluates on the prompts of `MONITOR`, so early stopping chooses the last checkpoint on these prompts.
 Everything after training uses the prompts of `REPORT`, so that no checkpoint is judged on the prompts that chose it. Versions up to 0.1.0
 used the prompts of `MONITOR` for both purposes.
 

@@ -4,7 +4,7 @@ In each head of c channels, attention is softmax(q k^T / sqrt(c)) v (Vaswani et 
 to the tokens before it. A prompt has so few tokens (15 for K = 8) that PyTorch's operations spend more time on calls, copies and masks than
 on arithmetic. The kernel in `attention.cpp` computes one head of one prompt at a time, so that its data stay in the fastest cache.
 
-The kernel is compiled when `icl` is installed. Without a compiler, on other devices and in other precisions,
+The kernel is compiled when `icl` is installed. Without a compiler, on devices other than CPUs, and in precisions other than float32,
 `attention_by_formula` computes the same result with PyTorch's operations, up to rounding. Both functions can be differentiated twice in
 reverse mode, and mapped by `torch.vmap`.
 """

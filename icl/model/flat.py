@@ -25,7 +25,7 @@ Every row then starts at the beginning of a cache line. PyTorch's order of summa
 this alignment, a member's rounding errors would depend on its row.
 """
 Restriction: TypeAlias = Iterable[str] | Mapping[str, Tensor] | None
-"""The parameters, or parts of them, that may move."""
+"""Names or globs of the parameters that may move, or Boolean masks of their elements. None means that all parameters move."""
 
 
 class Slot(NamedTuple):

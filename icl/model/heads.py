@@ -1,4 +1,4 @@
-"""Output heads: what a model's outputs at the x-tokens say about the next target.
+"""Output heads: how a model's outputs at the x-tokens predict the next target.
 
 The setting `model.output` chooses the head, and with it the loss that training minimises:
 

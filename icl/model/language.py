@@ -139,7 +139,7 @@ class _LayerNorm(nn.Module):
         self.w, self.b = nn.Parameter(torch.empty(size)), nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x with mean 0 and variance 1 over channels, scaled and shifted."""
+        """Normalise x to mean 0 and variance 1 over channels, then scale and shift it."""
         return F.layer_norm(x, x.shape[-1:], self.w, self.b)
 
 

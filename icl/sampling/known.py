@@ -119,7 +119,10 @@ def localized_reduced_rank_llc(inputs: int, hidden: int, outputs: int, *, nbeta:
         ValueError: If there are more than three hidden units, or more hidden units than outputs, or no localization.
     """
     if hidden not in _POINTS or hidden > outputs or localization <= 0:
-        raise ValueError("Expected one to three hidden units, no more than outputs, and a positive localization.")
+        raise ValueError(
+            f"Expected one to three hidden units, at most {outputs} (the number of outputs), and a positive localization, got "
+            f"{hidden} and {localization}."
+        )
     lowest = math.log(localization / max(nbeta, 1.0)) - 30 / (outputs - hidden + 1)  # the mass below it is e^-15
     log_x = torch.linspace(lowest, math.log(80 / localization), _POINTS[hidden], dtype=torch.float64)
     x = _grid(log_x, hidden).exp()  # P H
@@ -179,7 +182,9 @@ def localized_llc(
         ValueError: If there are more than three dimensions, or no localization. Without localization, the density may not be normalisable.
     """
     if num_params not in _POINTS or localization <= 0:
-        raise ValueError("Quadrature needs one to three dimensions and a positive localization.")
+        raise ValueError(
+            f"Quadrature needs one to three dimensions and a positive localization, got {num_params} and {localization}."
+        )
     u = torch.linspace(-_STRETCH, _STRETCH, _POINTS[num_params], dtype=torch.float64)
     nodes = _REACH / math.sqrt(localization) * u.sinh() / math.sinh(_STRETCH)
     w = _grid(nodes, num_params)  # P d

@@ -78,7 +78,7 @@ def susceptibility_of(result: LLCResult, observable: str, *, reference: str | No
     for name in (observable, *([] if reference is None else [reference])):
         if name not in result.observables:
             raise ConfigError(
-                f"The estimate has no observable `{name}`, only {', '.join(result.observables) or 'none'}."
+                f"The estimate has no observable `{name}`. Its observables are: {', '.join(result.observables) or 'none'}."
             )
     used = result.llc_per_chain.isfinite()
     parts = result.observables[observable][used]

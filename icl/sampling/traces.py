@@ -21,7 +21,7 @@ from icl.sampling.convergence import Drop
 from icl.sampling.kernels import BAOABState, State
 
 DIVERGED = 10.0
-"""A chain has diverged, and is masked, if its mean excess exceeds this many nats per sampled dimension.
+"""A chain has diverged, and is masked, if the absolute value of its mean excess is above this many nats per sampled dimension.
 
 The limit is our choice: 20 times d/2. The largest possible LLC at a minimum is d/2, which is reached at a nondegenerate minimum (Watanabe 2009).
 """
@@ -101,7 +101,7 @@ class Traces(NamedTuple):
     alive: Bool[Tensor, " N"]
     """Whether each chain stayed finite and did not diverge upwards or downwards."""
     diverged_down: Bool[Tensor, " N"]
-    """Whether each chain diverged to a loss far below the checkpoint's."""
+    """Whether each chain diverged to a loss far below the checkpoint's loss."""
     first_not_finite: Float[Tensor, " N"]
     """The first move at which each chain's loss was not finite, or infinity if the loss was always finite."""
     bad_data: Bool[Tensor, " N"]

@@ -74,7 +74,7 @@ GAUSSIAN, GAUSSIAN_TASKS = Law(), TaskLaw()
 def draw(
     law: Law, key: rng.Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], size: int
 ) -> Float[Tensor, "*N S B {size}"]:
-    """Draw `size` numbers for each step and index, in float32. A smaller `size` gives the first numbers of a larger one."""
+    """Draw `size` numbers for each step and index, in float32. With a smaller `size`, these are the first of the numbers with a larger `size`."""
     if law.name == "gaussian":
         return rng.normal(key, steps, indices, size)
     if steps.device.type == "mps":  # it has no float64
@@ -98,7 +98,7 @@ def draw_tasks(
     if law.name == "low_rank":
         basis = subspace(law, task_size).to(steps.device)  # D r
         latent = rng.normal(key, steps, indices, basis.shape[1])
-        # The rounding of a matrix product depends on the size of the batch, so a task would depend on it too.
+        # No matrix product: its rounding depends on the batch size, so a task would depend on the batch size too.
         return (latent.unsqueeze(-2) * basis).sum(-1)
     normals = rng.normal(key, steps, indices, task_size)
     if law.name == "sparse":

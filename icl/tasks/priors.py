@@ -168,7 +168,9 @@ def _table(digest: str, task_size: int) -> Float[Tensor, "M D"]:
             "computed. Import the run again with --tasks FILE, or fetch its checkpoints/tasks.safetensors."
         )
     if table.shape[1] != task_size:
-        raise ConfigError(f"The imported tasks have D = {table.shape[1]}, but the run has D = {task_size}.")
+        raise ConfigError(
+            f"The imported tasks have D = {table.shape[1]}, but the run has D = {task_size}. Use the tasks of this run."
+        )
     return table
 
 

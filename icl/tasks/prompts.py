@@ -116,7 +116,7 @@ def task_law(config: RunConfig) -> TaskLaw:
 
 
 def noise_law(config: RunConfig) -> Law:
-    """Return the law of a run's noise, divided by its standard deviation."""
+    """Return the law of a run's noise after division by its standard deviation."""
     return Law(config.task.noise, config.task.noise_df)
 
 

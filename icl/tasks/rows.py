@@ -143,7 +143,8 @@ def row_source(config: RunConfig, *, stream: str) -> RowSource:
         )
         if not next_corpus.num_rows:
             raise ConfigError(
-                f"The text {text.next_source} (`language.next_source`) has no row of {text.context_size:,} tokens."
+                f"The text {text.next_source} (`language.next_source`) has no row of {text.context_size:,} tokens. Use a longer text, or lower "
+                "`language.context_size`."
             )
     seed = config.seeds.data if stream == "train" else config.seeds.evaluation
     keys = rng.stream(seed, f"language/{stream}"), rng.stream(config.seeds.tasks, "language/table")

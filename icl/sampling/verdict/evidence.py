@@ -44,7 +44,7 @@ class Evidence:
     num_chains: int
     num_chains_used: int
     num_diverged_down: int
-    """Number of chains that are masked because they found far lower loss."""
+    """Number of chains that are masked because they found a far lower loss."""
     num_bad_data: int
     """Number of chains that are masked because of a minibatch on which the loss is not finite even at the checkpoint."""
     init_loss: float
