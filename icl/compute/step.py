@@ -81,8 +81,8 @@ def make_step(
     On a GPU, all members are updated together. On a CPU, the data of one member already fill a core's caches, so members are updated
     separately.
 
-    In eager mode, one member is updated after the other, and each update uses all cores. So a member's numbers equal those of a population
-    of one, bit for bit.
+    In eager mode, one member is updated after the other, and each update uses all cores. So a member's numbers equal, bit for bit, the
+    numbers of a population with only this member.
 
     In compiled mode, the members of a packed population are updated in parallel, each on one core. This is faster, but a few sums round
     differently. Only the biases of keys then differ by more than rounding. No prediction depends on these biases, so their gradients are

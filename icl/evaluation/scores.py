@@ -109,8 +109,8 @@ def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
     """Return the loss of every baseline on every set. The quantity is the baseline's name.
 
     A quantity such as `ridge_nll` is the negative log-likelihood (NLL) of a baseline. If there is a baseline `bayes`, the quantity
-    `bayes_variance` is the mean squared standard error of its predictions, and `bayes_nll_variance` is that of its NLL. The loss of `bayes`
-    is too large by `bayes_variance`, and its NLL by about half of `bayes_nll_variance`.
+    `bayes_variance` is the mean squared standard error of its predictions, and `bayes_nll_variance` is the mean squared standard error of
+    its NLL. The loss of `bayes` is too large by `bayes_variance`, and its NLL by about half of `bayes_nll_variance`.
     """
     rows = []
     for each in sets:

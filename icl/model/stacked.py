@@ -31,7 +31,7 @@ from icl.model.transformer import ACTIVATIONS
 from icl.tasks.prompts import to_tokens
 
 Params: TypeAlias = dict[str, Tensor]
-"""Parameters by name. Stacked parameters have a leading axis N."""
+"""Parameters, keyed by name. Stacked parameters have a leading axis N."""
 
 _NORM_EPS = 1e-5
 """Epsilon of layer norms; PyTorch's default."""

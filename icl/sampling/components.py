@@ -51,7 +51,7 @@ def component_masks(
 
     Args:
         config: Architecture of the model.
-        params: The model's parameters by name, without a leading axis.
+        params: The model's parameters, keyed by name, without a leading axis.
         component: One of the names that `component_names` returns.
 
     Raises:

@@ -60,7 +60,7 @@ def estimate(
 
     Args:
         target: The loss to sample, with its minibatches.
-        checkpoints: Parameters by name, all of one architecture.
+        checkpoints: Parameters of each checkpoint, keyed by name. All have the same architecture.
         settings_grid: Settings that differ in lr, nbeta and localization only. The chains get the same minibatches and noise under all of
             these settings.
         identities: Step and hash of each checkpoint.
@@ -157,8 +157,8 @@ def run_chains(
         losses_at_mean: Function from stacked parameters to their losses on I batches, for the loss at the mean of the draws.
         are_all_losses: Whether the I batches are all the data.
         variates: Control variates for the gradients and the excess.
-        advance: As for `estimate`.
-        watch: As for `estimate`.
+        advance: See `estimate`.
+        watch: See `estimate`.
     """
     num_chains = settings[0].num_chains
     num_members = size(checkpoints) * num_chains

@@ -75,14 +75,14 @@ def estimate_llcs(
     """Estimate the LLCs of several checkpoints of one architecture, with all their chains as one population.
 
     Args:
-        loss: As for `estimate_llc`.
-        checkpoints: Parameters by name; they are not changed.
-        batches: As for `estimate_llc`.
+        loss: See `estimate_llc`.
+        checkpoints: Parameters of each checkpoint, keyed by name. They are not changed.
+        batches: See `estimate_llc`.
         settings: The settings of every checkpoint's chains.
-        restrict: As for `estimate_llc`.
-        trivial_loss: As for `estimate_llc`.
-        vectorize: As for `estimate_llc`.
-        observables: As for `estimate_llc`.
+        restrict: See `estimate_llc`.
+        trivial_loss: See `estimate_llc`.
+        vectorize: See `estimate_llc`.
+        observables: See `estimate_llc`.
         options: Less common options.
 
     Raises:
@@ -152,7 +152,7 @@ def estimate_llc(
 
     Args:
         loss: `loss(params, batch)` gives a number, or a vector of components (per position, say). The mean of the components is L.
-        params: Parameters by name; they are not changed.
+        params: Parameters of the checkpoint, keyed by name. They are not changed.
         batches: A function `(chain, draw) -> batch`, or an iterable whose batches go to the chains in turn. An iterable starts over when it
             ends. The draw number counts all moves, including burn-in. Chains get different batches unless the function ignores `chain`.
             Neither `batches` nor the loss may draw from torch's global generator.

@@ -281,7 +281,10 @@ def _batches(config: RunConfig, sampler: SamplerConfig, device: torch.device) ->
 
 
 class _Ahead:
-    """Minibatches by (chain, draw), generated for many draws at once. This is many times faster and gives the same minibatches."""
+    """Function from (chain, draw) to a minibatch, which generates minibatches for many draws at once.
+
+    This is many times faster and gives the same minibatches.
+    """
 
     def __init__(self, make: Callable[[int, range], Batch], sampler: SamplerConfig, num_prompts: int) -> None:
         self.make = make

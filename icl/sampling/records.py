@@ -96,7 +96,7 @@ class EstimateSettings(NamedTuple):
 
     @property
     def values(self) -> dict[str, Any]:
-        """The settings by name."""
+        """The settings, keyed by name."""
         fields = dataclasses.asdict(self.sampler)
         sampled = {name: value for name, value in fields.items() if name not in _NOT_SAMPLED}
         if self.sampler.kernel != "baoab":

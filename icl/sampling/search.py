@@ -172,9 +172,9 @@ def search(
 
     Args:
         estimate: Function that returns the estimates under some settings. In the stage `lr`, only the last checkpoint's estimate is used.
-        height: As for `survey`.
-        curvature: As for `survey`.
-        speed: As for `survey`.
+        height: See `survey`.
+        curvature: See `survey`.
+        speed: See `survey`.
         say: Called with a line about every trial.
     """
     trials: list[Trial] = []

@@ -49,7 +49,7 @@ class Corpus(NamedTuple):
         return len(self.tokens) // self.language.num_predictions
 
     def rows(self, numbers: Int64[Tensor, "..."]) -> Int64[Tensor, "... T"]:
-        """Return rows by their numbers.
+        """Return the rows with these numbers.
 
         Raises:
             ConfigError: If a token is not in the vocabulary.
