@@ -6,8 +6,8 @@ anything later. All functions except `ols` and `lasso` compute the predictions f
 - `zero`, `task_mean`: y_k = 0, and y_k = (mean of the tasks) . x_k. They ignore the examples (Hoogland et al. 2024).
 - `averaging`, `knn`, `ols`: as in the file models.py of Garg et al. (2022). Without examples, they predict 0.
 - `lasso`: least squares with an l1 penalty (Garg et al. 2022, appendix), a suitable baseline for sparse tasks.
-- `ridge`, `dmmse`: the Bayes predictors under w ~ N(0, I) and under w uniform on M tasks (Raventos et al. 2023, section 2). Their sigma^2
-  is our `noise_variance`. The Bayes predictors of other priors are in `icl.bayes`.
+- `ridge`, `dmmse`: the Bayes predictors under w ~ N(0, I) and under w uniform on M tasks (Raventos et al. 2023, section 2). The sigma^2 of
+  Raventos et al. is our `noise_variance`. The Bayes predictors of other priors are in `icl.bayes`.
 - `smoothed_dmmse`: the Bayes predictor under a mixture of M Gaussians around the tasks (Raventos et al. 2023, section 3.1). It lies between
   `dmmse` and `ridge`. The parameter `task_variance` is tuned on new tasks (`tune_task_variance`).
 

@@ -7,7 +7,7 @@ Given the inputs, the targets y_1, ..., y_k of a prompt have a log density, whic
   one of the other laws of `icl.tasks.laws`.
 
 The chain rule gives the predictive density of each target: log p(y_k | earlier examples, x_k) is the evidence of the first k targets minus
-the evidence of the first k - 1. Its negative is the negative log-likelihood (NLL), in nats per target:
+the evidence of the first k - 1. The negative of this log density is the negative log-likelihood (NLL), in nats per target:
 
 - `ridge_nll` is the NLL under the Gaussian N(ridge's prediction, x_k^T (X^T X / sigma^2 + I)^-1 x_k + sigma^2), with X the earlier inputs.
 - `dmmse_nll` is the NLL under a mixture of M Gaussians N(w_m . x_k, sigma^2) with the posterior weights of the tasks.

@@ -202,7 +202,7 @@ def _empty_gradients(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, num_head
 
 
 def _run(function: Any, outputs: Sequence[Tensor], inputs: Sequence[Tensor], num_heads: int, stride: int) -> None:
-    """Call a function of the kernel. It reads raw memory, so first make sure that the tensors have the shapes it expects."""
+    """Call a function of the kernel, after a check of the tensors' shapes. The check is needed because the kernel reads raw memory."""
     *others, q, k, v = inputs  # the gradient, if any, has the shape of q
     (num_prompts, num_queries, width), num_tokens = q.shape, k.shape[1]
     if not (

@@ -40,8 +40,8 @@ class Drop(NamedTuple):
 def needed_ess(num_chains: int) -> int:
     """Return the effective sample size that the verdict requires.
 
-    It is larger for few chains, because a comparison of few chains says little. It is smaller for many chains, because their spread
-    alone gives a reliable standard error.
+    The required size is larger for few chains, because a comparison of few chains says little. It is smaller for many chains, because the
+    spread between many chains gives a reliable standard error.
     """
     return 400 if num_chains < 4 else 200 if num_chains < MANY_CHAINS else 100
 

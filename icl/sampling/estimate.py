@@ -37,7 +37,7 @@ from icl.sampling.traces import Traces, split_by_checkpoint
 MEMORY = 2.0 * 2**30
 """Default memory in bytes for the chains that run at once. On CUDA the default is half of the free memory instead."""
 MAX_EXPECTED = 500
-"""Number of moves that we expect at most from chains that may stop early. It limits the work for the loss at the mean of their draws."""
+"""Largest number of moves that we expect from chains that may stop early. This number limits the work for the loss at the mean of the draws."""
 _COPIES = 10
 """Memory that a member needs at once, as a multiple of the memory of its parameters."""
 

@@ -1,7 +1,7 @@
 """Markov kernels as pure functions: localised SGLD, SGLD preconditioned by RMSprop, and BAOAB.
 
-The target density is exp(-U) with U(w) = nbeta L(w) + localization/2 |w - w0|^2. It is the posterior at inverse temperature
-beta on n samples, under a Gaussian prior around the checkpoint w0 (the anchor).
+The target density is exp(-U) with U(w) = nbeta L(w) + localization/2 |w - w0|^2. This density is the posterior at inverse temperature beta
+on n samples, under a Gaussian prior around the checkpoint w0 (the anchor).
 
 **SGLD.** One move is w' = w - (lr/2) G grad U(w) + sqrt(lr G) N(0, I).
 

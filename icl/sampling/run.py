@@ -284,7 +284,7 @@ def sampling_device() -> torch.device:
     kind = choose_device()
     if kind == "tpu":
         raise ConfigError(
-            "`icl llc` does not run on a TPU, because every chain's noise would need a compilation of its own. "
+            "`icl llc` does not run on a TPU, because the noise of every chain would have to be compiled separately. "
             "Set DEVICE=cpu or DEVICE=cuda."
         )
     return torch.device(kind)
