@@ -34,7 +34,7 @@ class Components(NamedTuple):
 class BayesPredictions(NamedTuple):
     """Posterior means of the targets given the examples before them, and negative log-likelihoods (NLL) of the targets, in nats.
 
-    The NLL is under the predictive distribution. The standard errors are due to the computation alone; they are 0 if it is exact.
+    The NLL is under the predictive distribution. The standard errors are due to the computation alone; they are 0 if the computation is exact.
     """
 
     predictions: Float[Tensor, "*S B K"]
@@ -69,7 +69,7 @@ class State(NamedTuple):
         )
 
     def log_density(self, before: "State") -> Float[Tensor, "B *R"]:
-        """Return log p(y) of the example that turned the state `before` into this one."""
+        """Return log p(y) of the example that turned the state `before` into this state."""
         return self.log_weights.logsumexp(-1) - before.log_weights.logsumexp(-1) - 0.5 * math.log(2 * math.pi)
 
     def sample(self, uniforms: Float[Tensor, " B"], normals: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:

@@ -190,7 +190,7 @@ def keep_freed_memory() -> None:
     """Make glibc keep the memory that a step frees, so that the next step can use it again.
 
     By default glibc returns this memory to the system, and then requests it again page by page. In our measurements, this takes up to half
-    of the time of a step. With other C libraries, this function does nothing.
+    of a step's time. With other C libraries, this function does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -6,9 +6,9 @@ For models that differ only in M and in seeds, let
 
 where both gaps are measured on new tasks (`true`) and averaged over positions. A model with r > 0 is closer to dMMSE, so it has learned
 its M tasks. A model with r < 0 is closer to ridge, so it has learned the Gaussian prior. The threshold of a seed is the M at which r falls
-to zero, interpolated linearly in log2 M between two trained M. Its standard error over prompts is propagated to first order from the
-errors of r. As the error of r we use an upper bound, the sum of the relative errors of the two gaps, because both gaps are measured on the
-same prompts.
+to zero, interpolated linearly in log2 M between two trained M. The standard error of the threshold over prompts is propagated to first
+order from the errors of r. As the error of r we use an upper bound, the sum of the relative errors of the two gaps, because both gaps are
+measured on the same prompts.
 
 The threshold depends on the length of training. At a later step it may be higher, because models with few tasks move away from ridge again
 (`icl analyse --what behaviour`). Raventos et al. (2023, arXiv 2306.15063, section 3.1) define their threshold differently, by a comparison

@@ -207,7 +207,7 @@ def _bayes_errors(prompt_set: EvaluationSet) -> Float[Tensor, "*N B K"]:
 
 
 def _join(sets: Sequence[EvaluationSet]) -> EvaluationSet:
-    """Stack the sets of several members into one. A baseline that some members lack is NaN for them. A shared set is returned unchanged."""
+    """Stack the sets of several members into one. A baseline that some members lack is NaN for these members. A shared set is returned unchanged."""
     if all(each is sets[0] for each in sets):
         return sets[0]
     prompts = type(sets[0].prompts)(

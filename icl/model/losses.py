@@ -1,6 +1,6 @@
 """The training loss of every family of models, at each position, for many members at once.
 
-This is the only module that computes differently for each family of models. Training, sampling and evaluation get their losses from it:
+Only this module chooses the computation of a loss by the family of the model. Training, sampling and evaluation get their losses here:
 
 - regression: the squared error of the prediction of y_k, or its negative log-likelihood (`icl.model.stacked.target_losses`), for prompts xs (N, B, K, D) and ys (N, B, K);
 - language: -log P(next token) in nats, for tokens xs (N, B, T) and the tokens after them, ys (N, B, T).
@@ -53,7 +53,7 @@ def grads_in_parts(
     leaves: Tensor,
     batch: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient and the detached tensor of `grad_and_aux`, for a loss that is a mean over the rows of a batch.
+    """Apply `grad_and_aux` to a loss that is a mean over the rows of a batch, one part of the batch after the other.
 
     Args:
         model: The architecture.

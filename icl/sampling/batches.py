@@ -31,8 +31,7 @@ Batch: TypeAlias = Any
 """A tree (tuples, lists, dicts) of tensors and other values."""
 Batches: TypeAlias = Callable[[int, int], Batch] | Iterable[Batch]
 NUM_COMPARED = 4
-"""Number of moves at the start at which the minibatches of different chains are compared. They are also compared at later moves, at
-most twice as many."""
+"""The minibatches of different chains are compared at this number of first moves, and at up to twice this number of later moves."""
 SHORT_LIST = 32
 """Length below which a list of batches is called short. In repeated passes through a short list, the noise of a chain's consecutive
 moves is clearly correlated."""

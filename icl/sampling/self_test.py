@@ -48,7 +48,8 @@ class Problem:
     params: Params
     asymptotic: float
     finite: Callable[[float, float], float] | None
-    """Function from nbeta and lr to the target of SGLD; None if the target is not known. With lr = 0, there is no effect of the step size."""
+    """Function from nbeta and lr to the target of SGLD; None if the target is not known. lr = 0 gives the target without the effect of the
+    step size."""
     nbetas: Sequence[float]
     sampler: dict[str, Any]
     batches: Batches = (None,)

@@ -37,7 +37,7 @@ class Gaussian(NamedTuple):
 
 
 class Continuous(NamedTuple):
-    """Another prior under which every prompt has a new task."""
+    """Continuous prior other than N(0, I_D), under which every prompt has a new task."""
 
     task_size: int
     law: TaskLaw

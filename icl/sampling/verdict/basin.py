@@ -58,7 +58,7 @@ def below_zero(e: Evidence) -> str | None:
     source="E[L] - L0 must be far below L_trivial - L0 (in the released LLCs of Hoogland 2024 it is not); the fraction is ours",
 )
 def escaped(e: Evidence) -> str | None:
-    """Chains have left the basin if their loss rose by more than half of the difference to the loss of a trivial predictor."""
+    """Chains have left the basin if their loss rose more than half of the way to the loss of a trivial predictor."""
     if e.trivial_loss is None or not e.rise > 0.5 * e.headroom:
         return None
     return (
@@ -69,7 +69,7 @@ def escaped(e: Evidence) -> str | None:
 
 @rule("suspect", source="as `escaped`; the fraction is ours")
 def escaping(e: Evidence) -> str | None:
-    """Chains may be leaving the basin if their loss rose by more than a tenth of the difference to the loss of a trivial predictor."""
+    """Chains may be leaving the basin if their loss rose more than a tenth of the way to the loss of a trivial predictor."""
     if e.trivial_loss is None or not 0.1 * e.headroom < e.rise <= 0.5 * e.headroom:
         return None
     return (

@@ -5,8 +5,8 @@
 + spread. A large step or a noisy gradient makes this sum larger than d. Stationarity of |w - w0|^2 under moves of step size lr gives pull +
 spread = d + (lr / 4) E|grad U|^2, where grad U is the gradient on the minibatch. With a preconditioner G, |grad U|^2 is replaced by grad U
 . G grad U. The last term contains (lr / 4) localization^2 |w - w0|^2, which comes from the localization alone. This part is also present in
-flat directions, and is harmless. `bias_bound` is half of the rest of the last term. This bound has little noise, and is valid even if some
-directions are not in equilibrium.
+flat directions, and is harmless. `bias_bound` is half of the last term without this part. This bound has little noise, and is valid even if
+some directions are not in equilibrium.
 
 On quadratics, `baoab` with friction c has no bias from the step size, only from minibatch noise. Its `bias_bound` is half of the amount
 that the noise adds to pull + spread in directions of small curvature. This is lr / 8 (1 + c) / (1 - c) times the variance of nbeta grad L

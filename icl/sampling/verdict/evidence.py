@@ -145,7 +145,7 @@ class Evidence:
 
     @property
     def drop_share(self) -> float:
-        """Drop at the mean as a fraction of LLC + drop. This sum is the LLC if its excess is measured from the loss at the mean."""
+        """Drop at the mean as a fraction of LLC + drop. This sum is the LLC relative to the loss at the mean of the draws."""
         llc = 0.0 if math.isnan(self.llc) else self.llc
         return self.drop_at_mean / max(llc + self.drop_at_mean, 1e-300)
 
