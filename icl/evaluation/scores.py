@@ -15,11 +15,11 @@ checkpoints at once. The module `icl.metrics` computes the numbers:
 - `icl_score`: loss(k2) - loss(k1). A negative score is good.
 - `nll`: the negative log-likelihood in nats per target, only for models with a predictive distribution (`model.output` is `gaussian` or
   `mixture`).
-- `nll_over_ridge`, `nll_over_dmmse`, `nll_over_bayes`: the excess of `nll` over the NLL of ridge with Gaussian noise, of dMMSE
-  (`icl.evidence`), and of the Bayes predictor for new tasks if the prior or the noise is not Gaussian (`icl.bayes`). The expected excess is
-  at least 0 on prompts from the distribution for which the predictor is optimal: `pretrain` for dMMSE, and `true` for `bayes`, or for
-  ridge if there is no `bayes`. If `bayes` is estimated, its NLL is too large by about half of `bayes_nll_variance`, the mean squared
-  standard error of this NLL.
+- `nll_over_ridge`, `nll_over_dmmse`, `nll_over_bayes`: `nll` minus the NLL of a predictor. The predictors are ridge with Gaussian noise and
+  dMMSE (`icl.evidence`). If the prior or the noise is not Gaussian, there is also the Bayes predictor for new tasks (`icl.bayes`). The
+  expected difference is at least 0 on prompts from the distribution for which the predictor is optimal: `pretrain` for dMMSE, and `true`
+  for `bayes`, or for ridge if there is no `bayes`. If `bayes` is estimated, its NLL is too large by about half of `bayes_nll_variance`, the
+  mean squared standard error of this NLL.
 - `prior_zero`, `prior_task_mean`: prior-task scores, which are the gaps to the predictions with w = 0 and with the mean task (Hoogland
   et al. 2024).
 

@@ -111,7 +111,7 @@ def localized_reduced_rank_llc(inputs: int, hidden: int, outputs: int, *, nbeta:
 
     Given B, the density is Gaussian in A, so we integrate A out (our derivation). The result depends only on the
     eigenvalues x_i of B^T B. Under a Gaussian prior, B^T B is a Wishart matrix, whose eigenvalues have a known density (Muirhead 1982,
-    theorem 3.2.18), and
+    theorem 3.2.18). Given these eigenvalues,
 
         nbeta E[L | x] = (inputs / 2) sum_i nbeta x_i / (nbeta x_i + localization).
 

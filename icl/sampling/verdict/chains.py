@@ -14,8 +14,8 @@ over minibatches (`icl.sampling.kernels`). In a direction of curvature a, the no
 variance from gradients at the same position on two minibatches.
 
 For SGLD on quadratics, the bound is one to two times the bias from the step size. In a direction with a_i = nbeta h_i + localization, the
-bound is 1 + localization / a_i times the bias from the step size (`known.quadratic_llc`), and a_i / (nbeta h_i) times the bias from
-minibatch noise.
+bound is 1 + localization / a_i times the bias from the step size (`known.quadratic_llc`). For minibatch noise, the bound is a_i / (nbeta
+h_i) times the bias.
 """
 
 import math
