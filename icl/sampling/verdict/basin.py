@@ -148,7 +148,7 @@ def slightly_lower_loss_at_mean(e: Evidence) -> str | None:
         return None
     return (
         f"note: the chains settle {e.drop_at_mean:.3g} nats below the checkpoint, so the LLC is underestimated by about that "
-        "much; the standard error does not include this"
+        "much, which the standard error does not include"
     )
 
 

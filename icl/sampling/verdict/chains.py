@@ -182,6 +182,6 @@ def slight_step_size_bias(e: Evidence) -> str | None:
     if not (e.bias_bound > 3 * e.bias_bound_stderr and 2 * e.error < e.bias_bound <= 0.1 * abs(e.llc)):
         return None
     return (
-        f"note: step size and minibatch noise may raise the LLC by up to {e.bias_bound:.3g}; the interval includes this, the "
-        "standard error does not"
+        f"note: step size and minibatch noise may raise the LLC by up to {e.bias_bound:.3g}, which the interval includes "
+        "but the standard error does not"
     )
