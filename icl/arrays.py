@@ -1,7 +1,7 @@
 """Conversion of a user's numbers (tensors, NumPy arrays, pandas tables, nested lists) to tensors.
 
-All public functions that take numbers convert them with this module, so all of them accept and refuse the same input. We refuse
-everything that a conversion would silently change: complex numbers, text, truth values, and masked or missing entries.
+All public functions that take numbers convert them with this module, so they all accept and refuse the same input. We refuse everything
+that a conversion would silently change: complex numbers, text, truth values, and masked or missing entries.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def real_tensor(
     device: torch.device | str | None = None,
     error: type[UserError] = ConfigError,
 ) -> Tensor:
-    """Convert finite real numbers to a tensor of floats. A tensor that needs no conversion is returned as it is.
+    """Convert finite real numbers to a tensor of floats. A tensor that needs no conversion is returned unchanged.
 
     Args:
         value: A tensor, an array of any byte order or strides, a pandas object, or nested lists of numbers.
@@ -32,7 +32,7 @@ def real_tensor(
         error: Class of the exception.
 
     Raises:
-        UserError: If the numbers are not real, not finite, or too large for the dtype. Its class is `error`.
+        UserError: If the numbers are not real, not finite, or too large for the dtype. The exception has the class `error`.
     """
     try:
         tensor = value if isinstance(value, Tensor) else _from_array(_as_array(value))
@@ -86,7 +86,7 @@ def _as_array(value: Any) -> np.ndarray:
 
 
 def _as_list(part: Any) -> Any:
-    """Replace the tensors in nested lists by arrays, because np.asarray is slow for lists of tensors."""
+    """Replace the tensors in nested lists with arrays, because np.asarray is slow for lists of tensors."""
     if isinstance(part, Tensor):
         return part.detach().cpu().resolve_conj().resolve_neg().numpy()
     if np.ma.isMaskedArray(part) and np.ma.getmaskarray(part).any():
@@ -95,7 +95,7 @@ def _as_list(part: Any) -> Any:
 
 
 def _is_real(number: Any) -> bool:
-    """Return whether an entry of an array of objects is a real number. Missing entries (None, pandas.NA) are not."""
+    """Return whether an entry of an array of objects is a real number. Missing entries (None, pandas.NA) are not real numbers."""
     return isinstance(number, (int, float, np.integer, np.floating)) and not isinstance(number, bool)
 
 
@@ -105,7 +105,9 @@ def _from_array(array: np.ndarray) -> Tensor:
     Torch does not accept foreign byte order, negative strides, read-only memory or long doubles.
     """
     if array.dtype.kind == "c":
-        return torch.zeros((), dtype=torch.complex128)  # any complex tensor will do: `real_tensor` refuses the dtype
+        return torch.zeros(
+            (), dtype=torch.complex128
+        )  # the values do not matter, because `real_tensor` refuses the dtype
     has_torch_dtype = array.dtype.kind == "f" and array.dtype.itemsize <= 8
     dtype = array.dtype.newbyteorder("=") if has_torch_dtype else np.dtype(np.float64)
     return torch.from_numpy(np.array(array, dtype=dtype, order="C"))

@@ -1,21 +1,21 @@
 """Baselines to compare a model with: the Bayes predictors of both priors, least squares, and simpler predictors.
 
-Each function takes a batch of prompts and predicts every target. Prediction k uses x_1, y_1, ..., x_{k-1}, y_{k-1} and
-x_k, never y_k or anything later. All except `ols` and `lasso` compute the predictions for every prefix in one pass.
+Each function takes a batch of prompts and predicts every target. Prediction k uses x_1, y_1, ..., x_{k-1}, y_{k-1} and x_k, never y_k or
+anything later. All functions except `ols` and `lasso` compute the predictions for all prefixes in one pass.
 
 - `zero`, `task_mean`: y_k = 0, and y_k = (mean of the tasks) . x_k. They ignore the examples (Hoogland et al. 2024).
-- `averaging`, `knn`, `ols`: as in the models.py of Garg et al. (2022). All predict 0 without examples.
-- `lasso`: least squares with an l1 penalty (Garg et al. 2022, appendix), a fair comparison if tasks are sparse.
-- `ridge`, `dmmse`: the Bayes predictors under w ~ N(0, I) and under w uniform on M tasks (Raventos et al. 2023, section 2).
-  Their sigma^2 is our `noise_variance`. `icl.bayes` has the Bayes predictors of other priors.
-- `smoothed_dmmse`: the Bayes predictor under a mixture of M Gaussians about the tasks (Raventos et al. 2023, section 3.1). It lies
-  between `dmmse` and `ridge`. Its `task_variance` is tuned on new tasks (`tune_task_variance`).
+- `averaging`, `knn`, `ols`: as in the file models.py of Garg et al. (2022). Without examples, they predict 0.
+- `lasso`: least squares with an l1 penalty (Garg et al. 2022, appendix), a suitable baseline for sparse tasks.
+- `ridge`, `dmmse`: the Bayes predictors under w ~ N(0, I) and under w uniform on M tasks (Raventos et al. 2023, section 2). The sigma^2 of
+  Raventos et al. is our `noise_variance`. The Bayes predictors of other priors are in `icl.bayes`.
+- `smoothed_dmmse`: the Bayes predictor under a mixture of M Gaussians around the tasks (Raventos et al. 2023, section 3.1). It lies between
+  `dmmse` and `ridge`. The parameter `task_variance` is tuned on new tasks (`tune_task_variance`).
 
-Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` also in float32) and return predictions with
-the dtype and device of the prompts. For prompts on other devices than CPU and CUDA, which have no float64, they compute on the CPU.
+Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` also in float32), and return predictions with the dtype
+and device of the prompts. Devices other than CPU and CUDA have no float64; for prompts on such a device, baselines compute on the CPU.
 
-To add a baseline, write a function of the same form and add it to the table `BASELINES`. The contract tests cover all entries of
-this table. Also test the function against an independent implementation.
+To add a baseline, write a function of the same form, add it to the table `BASELINES`, and test it against an independent implementation.
+The contract tests cover all entries of this table.
 """
 
 import math
@@ -96,8 +96,8 @@ def knn(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, k: int = 
 def ols(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Tensor, "*S B K"]:
     """Predict by least squares on the examples. With fewer than D examples, use the solution with the smallest norm.
 
-    Directions in which the inputs vary only by rounding errors are ignored. So if the inputs lie in a subspace, the solution
-    lies in it too. The computation is always on the CPU, because PyTorch's solvers for other devices need full rank.
+    Directions in which the inputs vary only by rounding errors are ignored. So if the inputs lie in a subspace, the solution lies in the
+    same subspace. The computation is always on the CPU, because PyTorch's solvers for other devices need full rank.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree.
@@ -118,10 +118,10 @@ def ridge(
 ) -> Float[Tensor, "*S B K"]:
     """Predict by the posterior mean under w ~ N(0, I): ridge regression on the examples with lambda = sigma^2.
 
-    One factorisation gives the predictions for every prefix. The targets of a prompt are jointly Gaussian with covariance
-    X X^T + lambda I = L L^T, where L is lower triangular. Let z = L^-1 y. Then z_k is the part of y_k that the targets before
-    it do not explain, and the prediction of y_k is sum_{j<k} L_kj z_j. L^T is the triangle of the QR decomposition of
-    (X, sqrt(lambda) I)^T. So X X^T is never formed, and the result is accurate even for a very small lambda.
+    One factorisation gives the predictions for every prefix. The targets of a prompt are jointly Gaussian with covariance X X^T + lambda I
+    = L L^T, where L is lower triangular. Let z = L^-1 y. Then L_kk z_k is the part of y_k that the targets before it do not explain, and
+    the prediction of y_k is sum_{j<k} L_kj z_j. L^T is the upper triangle in the QR decomposition of (X, sqrt(lambda) I)^T. So X X^T is
+    never formed, and the result is accurate even for a very small lambda.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree, or `noise_variance` is not positive. For zero noise use `ols`.
@@ -144,12 +144,13 @@ def dmmse(
 ) -> Float[Tensor, "*S B K"]:
     """Predict by the posterior mean under w uniform on `tasks`, the discrete minimum mean squared error estimator.
 
-    Task m has weight exp(-S_m / (2 sigma^2)), where S_m is its sum of squared errors on the examples; each example adds one
-    term to S_m. For noise of another law, -2 sigma^2 times the log density of the residual replaces its square. Tasks are processed in chunks whose sums are merged as in a streaming softmax, so memory does not grow with M.
-    For zero noise we take the limit, the mean over the tasks with the smallest S_m.
+    Task m has weight exp(-S_m / (2 sigma^2)), where S_m is its sum of squared errors on the examples. If the noise is not Gaussian, each
+    squared error is replaced by -2 sigma^2 times the log density of the residual. Tasks are processed in chunks. The sums over chunks are
+    merged as in a streaming softmax, so memory does not grow with M. For zero noise we take the limit, which is the mean over the tasks
+    with the smallest S_m.
 
-    The computation is in float32 if this changes no weight by more than about 1 %. Otherwise (for float64 prompts, small
-    noise, or noise that is not Gaussian) it is in float64.
+    The computation is in float32 if this changes no weight by more than about 1 %. For float64 prompts, for small noise, and for noise that
+    is not Gaussian, the computation is in float64.
 
     Raises:
         ConfigError: If the shapes do not agree, there are no tasks, or `noise_variance` is negative, or zero for a law other than
@@ -177,10 +178,10 @@ def smoothed_dmmse(
 ) -> Float[Tensor, "*S B K"]:
     """Predict by the posterior mean under w = w_m + N(0, tau^2 I), with w_m uniform on `tasks` and tau^2 = `task_variance`.
 
-    Given m, the targets are Gaussian about X w_m with covariance tau^2 X X^T + sigma^2 I = L L^T. So L^-1 y are independent
-    observations, of variance one, of the task w_m at the inputs L^-1 X. `dmmse` weighs the tasks by these observations. The
-    prediction of y_k is L_kk times the prediction of `dmmse`, plus sum_{j<k} L_kj (L^-1 y)_j. For tau = 0 this is dMMSE. For
-    the single task 0 and tau = 1 it is ridge.
+    Given m, the targets are Gaussian around X w_m with covariance tau^2 X X^T + sigma^2 I = L L^T. So the entries of L^-1 y are independent
+    observations of the task w_m, with variance one, at the inputs L^-1 X. `dmmse` weighs the tasks by these observations. The prediction of
+    y_k is L_kk times the prediction of `dmmse`, plus sum_{j<k} L_kj (L^-1 y)_j. For tau = 0 this is dMMSE. For the single task 0 and tau =
+    1 it is ridge.
 
     Raises:
         ConfigError: If the shapes do not agree, there are no tasks, `noise_variance` is not positive, or `task_variance` is
@@ -207,8 +208,8 @@ def tune_task_variance(
 ) -> float:
     """Return the `task_variance` with the smallest loss of `smoothed_dmmse` on these prompts, accurate to about 10 %.
 
-    Use prompts of new tasks to choose the variance, and prompts of other new tasks to compare predictors. The search covers
-    variances from 1e-4 to 10. It takes the best of 11 values and refines it by Brent's method on the logarithm.
+    Choose the variance on prompts of new tasks, and compare predictors on prompts of other new tasks. The search covers variances from 1e-4
+    to 10. It takes the best of 11 values, and refines this value with Brent's method on the logarithm.
     """
 
     def loss(log_variance: float) -> float:
@@ -224,10 +225,10 @@ def tune_task_variance(
 
 
 def lasso(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, alpha: float) -> Float[Tensor, "*S B K"]:
-    """Predict by the w that minimises |y - X w|^2 / (2 k) + alpha |w|_1 on the k examples; 0 without examples.
+    """Predict with the w that minimises |y - X w|^2 / (2 k) + alpha |w|_1 on the k examples. Without examples, predict 0.
 
     scikit-learn fits each prefix of each prompt separately on the CPU. One fit takes about 0.2 ms. A fit that has not converged after
-    100,000 iterations is used as it is. This happens if the numbers in a prompt differ greatly in size.
+    100,000 iterations is used nevertheless. This happens if the numbers in a prompt differ greatly in size.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree, or `alpha` is not positive. For alpha = 0 use `ols`.
@@ -261,7 +262,7 @@ BASELINES: dict[str, Callable[..., Tensor]] = {
     "smoothed_dmmse": smoothed_dmmse,
     "lasso": lasso,
 }
-"""All baselines by name. Anything that a baseline needs besides the prompts is a keyword-only argument."""
+"""All baselines, keyed by name. Everything that a baseline needs in addition to the prompts is a keyword-only argument."""
 
 
 def covariance_root(inputs: Float[Tensor, "*S B K D"], noise_variance: float) -> Float[Tensor, "*S B K K"]:
@@ -300,7 +301,7 @@ def _tasks(tasks: Any, xs: Tensor) -> Tensor:
     tasks = _bounded(real_tensor(tasks, "tasks", device=_computing_device(xs)), "tasks")
     if tasks.ndim != 2 or len(tasks) == 0 or tasks.shape[1] != xs.shape[-1]:
         raise ConfigError(
-            f"`tasks` must have shape (M, D) with M >= 1 and D = {xs.shape[-1]}, the D of the inputs, got {tuple(tasks.shape)}."
+            f"`tasks` must have shape (M, D) with M >= 1 and D = {xs.shape[-1]}, as the inputs have, got {tuple(tasks.shape)}."
         )
     return tasks
 

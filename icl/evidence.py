@@ -1,19 +1,19 @@
 """Marginal likelihoods of prompts under both priors, and the negative log-likelihood of the Bayes predictive distributions.
 
-Given the inputs, the targets y_1, ..., y_k of a prompt have the log density
+Given the inputs, the targets y_1, ..., y_k of a prompt have a log density, which we call the evidence:
 
-- `gaussian_evidence`, under w ~ N(0, I): log N(y; 0, X X^T + sigma^2 I),
-- `discrete_evidence`, under w uniform on M tasks: log (1/M) sum_m N(y; X w_m, sigma^2 I), an exact log-sum-exp. The noise may also have one
-  of the other laws of `icl.tasks.laws`.
+- `gaussian_evidence`, under w ~ N(0, I), is log N(y; 0, X X^T + sigma^2 I).
+- `discrete_evidence`, under w uniform on M tasks, is log (1/M) sum_m N(y; X w_m, sigma^2 I), an exact log-sum-exp. The noise may also have
+  one of the other laws of `icl.tasks.laws`.
 
-The chain rule gives the predictive density of each target: log p(y_k | earlier examples, x_k) is the evidence of k targets minus
-that of k - 1. So the negative log-likelihoods are, in nats per target,
+The chain rule gives the predictive density of each target: log p(y_k | earlier examples, x_k) is the evidence of the first k targets minus
+the evidence of the first k - 1. The negative of this log density is the negative log-likelihood (NLL), in nats per target:
 
-- `ridge_nll`, of the Gaussian N(ridge's prediction, x_k^T (X^T X / sigma^2 + I)^-1 x_k + sigma^2), with X the earlier inputs;
-- `dmmse_nll`, of a mixture of M Gaussians N(w_m . x_k, sigma^2) with the posterior weights of the tasks.
+- `ridge_nll` is the NLL under the Gaussian N(ridge's prediction, x_k^T (X^T X / sigma^2 + I)^-1 x_k + sigma^2), with X the earlier inputs.
+- `dmmse_nll` is the NLL under a mixture of M Gaussians N(w_m . x_k, sigma^2) with the posterior weights of the tasks.
 
-No predictor has a smaller expected negative log-likelihood on prompts of the prior, so they are the floor for models with
-`model.output` `gaussian` or `mixture`. `icl.bayes` has the floor for other task priors. Everything is computed in float64.
+On prompts from the prior, no predictor has a smaller expected NLL. So these numbers are lower bounds for models whose `model.output` is
+`gaussian` or `mixture`. The lower bounds for other task priors are in `icl.bayes`. Everything is computed in float64.
 """
 
 import math
@@ -112,6 +112,6 @@ def _noise(noise_variance: float) -> float:
 
 
 def _widen(xs: Tensor, ys: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both in float64, on the CPU if their device has no float64."""
+    """Return inputs and targets in float64. If their device has no float64, they are moved to the CPU."""
     device = xs.device if xs.device.type in ("cpu", "cuda") else torch.device("cpu")
     return xs.to(device, torch.float64), ys.to(device, torch.float64)

@@ -1,14 +1,14 @@
 """Metrics of predictions: losses by position, gaps to other predictors, in-context learning scores.
 
-All are pure functions of tensors (..., B, K). Leading axes are members of a population, and each member gets its own results. A
-result is a mean over the B prompts and comes with its standard error, the sample standard deviation divided by sqrt(B). So prompts
-must be independent, but positions of one prompt need not be. Squared errors are per target and never divided by D (Raventos et al.
-2023 divide by D).
+All metrics are pure functions of tensors (..., B, K). Leading axes are members of a population, and each member gets its own results. A
+result is a mean over the B prompts, with a standard error, which is the sample standard deviation divided by sqrt(B). So prompts must be
+independent, but the positions of one prompt need not be. Squared errors are per target and never divided by D (Raventos et al. 2023 divide
+by D).
 
 - Loss: `position_mean` and `overall_mean` of the `squared_error` to the targets (Hoogland et al. 2024, eq. 1 and 4).
-- Gap to another predictor (delta): the same means of the squared difference of predictions (Raventos et al. 2023, eq. 4).
-- ICL score: loss(k2) - loss(k1), so negative values are good. Hoogland et al. define it with the opposite sign in eq. 2, but plot
-  it with ours.
+- Gap to another predictor (delta): the same means, but of the squared difference of predictions (Raventos et al. 2023, eq. 4).
+- ICL score: loss(k2) - loss(k1), so negative values are good. In eq. 2, Hoogland et al. define the score with the opposite sign, but their
+  plots have our sign.
 - Prior-task scores (Hoogland et al.): the gaps to `baselines.zero` and `baselines.task_mean`.
 
 `PositionLoss` accumulates losses over batches and processes.
@@ -49,7 +49,7 @@ def position_mean(values: Float[Tensor, "*N B K"]) -> Estimate:
 
 
 def overall_mean(values: Float[Tensor, "*N B K"]) -> Estimate:
-    """Return the mean over positions and prompts, (*N,). The standard error is that of a mean over the prompts' means."""
+    """Return the mean over positions and prompts, (*N,). The standard error is computed from the means of the single prompts."""
     return _estimate(_moments(values.mean(-1)))
 
 
@@ -74,7 +74,7 @@ def icl_score(errors: Float[Tensor, "*N B K"], first: int, second: int) -> Estim
 def ratio_of_means(numerator: Float[Tensor, "*N B"], denominator: Float[Tensor, "*#N B"]) -> Estimate:
     """Return mean(numerator) / mean(denominator) over the same prompts, (*N,).
 
-    The standard error is that of the first-order expansion in both means (the delta method).
+    The standard error is computed from the first-order expansion in both means (the delta method).
     """
     denominator_mean = denominator.mean(-1)
     ratio = numerator.mean(-1) / denominator_mean
@@ -110,7 +110,7 @@ def __getattr__(name: str) -> Any:
 
 @cache
 def _position_loss() -> type:
-    """Return the class `PositionLoss`. It is made on first use, because importing torchmetrics takes more than a second."""
+    """Return the class `PositionLoss`. The class is made on first use, because importing torchmetrics takes more than a second."""
     from torchmetrics import Metric
 
     class PositionLoss(Metric):

@@ -1,14 +1,14 @@
 """Counter-based random streams: every draw is a pure function of (seed, stream, step, index).
 
-The functions of this module keep no state and do not touch the global generator. The key of a stream is a 64-bit hash of its
-seed and name. A draw has a 128-bit counter (block, index, step). Philox4x32-10 maps key and counter to four random 32-bit
-words. So prompt 7 of step 1,000 has the same numbers whatever ran before, on one process or eight, alone or in a batch.
+The functions of this module keep no state and do not use the global generator. The key of a stream is a 64-bit hash of its seed and name.
+Each draw has a 128-bit counter (block, index, step). Philox4x32-10 maps the key and the counter to four random 32-bit words. So prompt 7 of
+step 1,000 has the same numbers whatever ran before, with one process or eight, alone or in a batch.
 
 Integers are exact on every device. Normals are computed in float64 and rounded once to float32, so devices differ at most
 in the last place.
 
-Source: Salmon, Moraes, Dror and Shaw (2011), "Parallel random numbers: as easy as 1, 2, 3", section 3.3. Constants and known
-answers are those of their library Random123. Normals follow Box and Muller (1958).
+Source: Salmon, Moraes, Dror and Shaw (2011), "Parallel random numbers: as easy as 1, 2, 3", section 3.3. The constants, and the known
+answers in our tests, come from their library Random123. Normals are computed by the method of Box and Muller (1958).
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-# torch cannot compute with uint64, so words of 32 bits are stored in int64 and cut off with this mask after every product or sum.
+# torch cannot compute with uint64. So words of 32 bits are stored in int64, and this mask cuts off higher bits after every product or sum.
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -96,8 +96,8 @@ def uniform(
         steps: The steps.
         indices: The indices.
         size: Number of draws.
-        first_block: First block of the counter. Draws from different blocks of a stream are independent, and `normal` uses the first
-            `size` / 4 blocks.
+        first_block: First block of the counter. Draws from different blocks of a stream are independent. `normal` uses the blocks
+            below `size` / 4.
     """
     words = torch.stack(_words(key, steps, indices, num_blocks=-(-size // 4), first_block=first_block), dim=-1)
     return (words.double() + 0.5).mul(2**-32).flatten(-2)[..., :size]  # N S B size
@@ -141,7 +141,7 @@ def words(
 
 @lru_cache(maxsize=256)
 def _device_tensor(words: tuple[int, ...], device: torch.device) -> Int64[Tensor, " N"]:
-    """Copy numbers to a device, and keep the copy. Without it, every draw would wait for the GPU to copy the numbers again."""
+    """Copy numbers to a device, and cache the copy. Otherwise every draw would wait until the GPU has copied the numbers again."""
     with torch.inference_mode(False):  # the tensor is kept, and may later be used where gradients are recorded
         return torch.tensor(words, device=device)
 

@@ -1,21 +1,22 @@
-"""Bayes predictors and posteriors of a run's candidate priors, at every prefix of a prompt, for all priors and noises of `icl.tasks.laws`.
+"""Bayes predictors and posteriors of candidate priors, at every prefix of a prompt, for all priors and noises of `icl.tasks.laws`.
 
-The candidates (`candidates`) are what a model may have learned as its prior:
+The candidates are the priors that a model may have learned (`candidates`):
 
-- `pool`: uniform on the run's M tasks. dMMSE is its predictor (`icl.baselines`), and its NLL is in `icl.evidence`. Both are exact for every noise.
-- `gaussian`: N(0, I). With Gaussian noise, ridge is its predictor.
+- `pool`: uniform on the run's M tasks. The Bayes predictor is dMMSE (`icl.baselines`), and its NLL is in `icl.evidence`. Both are exact for
+  every noise.
+- `gaussian`: N(0, I). With Gaussian noise, the Bayes predictor is ridge.
 - `prior`: the run's prior of new tasks, if it is not N(0, I).
 
-All priors and noises are mixtures of Gaussians: given a component or a scale for each coordinate of w, and a scale for the
+All these priors and noises are mixtures of Gaussians. Given a mixture component (or a scale for each coordinate of w) and a scale for the
 noise of each target, w and the targets are jointly Gaussian. The Bayes predictor is a weighted mean over the mixture.
 
-- `icl.bayes.gaussians` is exact. It sums over the components of a finite mixture with Gaussian noise: one component for `gaussian` and `low_rank`, J
-  for `mixture`, 2^D for `sparse`.
-- `icl.bayes.particles` draws the scales by a particle filter, and gives a standard error.
+- `icl.bayes.gaussians` is exact. It sums over the components of a finite mixture with Gaussian noise: one component for `gaussian` and
+  `low_rank`, J components for `mixture`, and 2^D for `sparse`.
+- `icl.bayes.particles` draws the scales with a particle filter, and gives a standard error.
 - `icl.bayes.posterior` draws tasks from the posterior of a candidate given a few examples.
 
-The inputs' distribution does not matter, because predictors are given the inputs. So under `student_t` and `ar1` inputs, ridge and dMMSE
-remain the Bayes predictors.
+The distribution of the inputs does not matter, because predictors are given the inputs. So under `student_t` and `ar1` inputs, ridge and
+dMMSE remain the Bayes predictors.
 """
 
 from jaxtyping import Float
@@ -32,7 +33,10 @@ __all__ = ["BayesPredictions", "Candidate", "bayes", "candidates", "posterior_ta
 
 
 def bayes(config: RunConfig, xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"]) -> BayesPredictions | None:
-    """Return the Bayes predictions and NLL under the run's prior and noise with new tasks, or None if ridge is this predictor or there is no noise."""
+    """Return the Bayes predictions and their NLL for new tasks, under the run's prior and noise.
+
+    Return None if there is no noise, or if ridge is the Bayes predictor.
+    """
     task, law, noise = config.task, task_law(config), noise_law(config)
     if task.noise_variance == 0 or (law == laws.GAUSSIAN_TASKS and noise == laws.GAUSSIAN):
         return None

@@ -1,9 +1,9 @@
 """Posteriors of a task under a finite mixture of Gaussians, at every prefix of a prompt, by Kalman filters.
 
-Given the component of the mixture and the variances of the noise, w is Gaussian, and so is each target given the targets before it. The Kalman filter
-updates the posterior N(m, V) of w at each example, and multiplies the component's weight by the likelihood of the target. The Bayes predictor
-is the weighted mean of m . x_k, and the predictive density of y_k is the weighted mean of the likelihoods. Bishop (2006), section 3.3, has the
-case of one component.
+Given the component of the mixture and the variances of the noise, w is Gaussian. Given also the earlier targets, each target is Gaussian
+too. At each example, the Kalman filter updates the posterior N(m, V) of w, and multiplies the component's weight by the likelihood of the
+target. The Bayes predictor is the weighted mean of m . x_k over the components. The predictive density of y_k is the weighted mean of the
+likelihoods. Bishop (2006), section 3.3, describes the case of one component.
 """
 
 import math
@@ -18,7 +18,7 @@ from icl.tasks import laws
 from icl.tasks.laws import TaskLaw
 
 MAX_COMPONENTS = 1024
-"""Largest number of components of an exact predictor."""
+"""Maximum number of components for which predictions are computed exactly."""
 _NUMBERS_AT_ONCE = 2**18
 """Largest number of elements of the covariance matrices that are in memory at once."""
 
@@ -32,9 +32,9 @@ class Components(NamedTuple):
 
 
 class BayesPredictions(NamedTuple):
-    """Posterior mean of each target before it is read, and the negative log-likelihood (NLL) of the target, in nats, under the predictive distribution.
+    """Posterior means of the targets given the examples before them, and negative log-likelihoods (NLL) of the targets, in nats.
 
-    The standard errors are those of the computation. They are 0 if it is exact.
+    The NLL is under the predictive distribution. The standard errors are due to the computation alone; they are 0 if the computation is exact.
     """
 
     predictions: Float[Tensor, "*S B K"]
@@ -44,7 +44,7 @@ class BayesPredictions(NamedTuple):
 
 
 class State(NamedTuple):
-    """Weights and posteriors of w of N components or particles, for each of B prompts and for any number of runs R."""
+    """Weights of N components or particles, and their posteriors of w, for each of B prompts. R is an axis for independent runs."""
 
     log_weights: Float[Tensor, "B *R N"]
     means: Float[Tensor, "B *R N D"]
@@ -69,11 +69,11 @@ class State(NamedTuple):
         )
 
     def log_density(self, before: "State") -> Float[Tensor, "B *R"]:
-        """Return log p(y) of the example that turned the state `before` into this one."""
+        """Return log p(y) of the example that turned the state `before` into this state."""
         return self.log_weights.logsumexp(-1) - before.log_weights.logsumexp(-1) - 0.5 * math.log(2 * math.pi)
 
     def sample(self, uniforms: Float[Tensor, " B"], normals: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Return a task from the posterior of every prompt. The uniform numbers choose the components. There must be no runs R."""
+        """Return a task from the posterior of every prompt. The uniform numbers choose the components. The state must have no axis R."""
         cumulative = self.log_weights.softmax(-1).cumsum(-1)  # B N
         chosen = torch.searchsorted(cumulative, (uniforms.unsqueeze(-1) * cumulative[:, -1:]).contiguous(), right=True)
         rows = torch.arange(len(chosen), device=chosen.device), chosen[:, 0].clamp(max=cumulative.shape[-1] - 1)
@@ -83,7 +83,7 @@ class State(NamedTuple):
 
 
 def exact_components(law: TaskLaw, task_size: int) -> Components | None:
-    """Return a prior as a finite mixture of Gaussians, in float64; None if it is none, or has more than `MAX_COMPONENTS`."""
+    """Return a prior as a finite mixture of Gaussians, in float64, or None if it is not one or has more than `MAX_COMPONENTS` components."""
     unit = torch.eye(task_size, dtype=torch.float64)
     if law.name == "gaussian":
         return _equal_components(torch.zeros(1, task_size), unit)
@@ -153,7 +153,7 @@ def read_exactly(state: State, x: Float[Tensor, "B D"], y: Float[Tensor, " B"], 
 
 
 def batches(xs: Tensor, ys: Tensor, numbers_per_prompt: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split prompts into batches whose covariance matrices fit in memory, in float64."""
+    """Split prompts into batches whose covariance matrices fit into memory, and convert them to float64."""
     size = max(1, _NUMBERS_AT_ONCE // numbers_per_prompt)
     return zip(xs.double().split(size), ys.double().split(size), strict=True)
 

@@ -1,17 +1,19 @@
 """Rao-Blackwellised particle filter for priors and noise that are scale mixtures of Gaussians.
 
-A particle has scales (variances with mean 1) for the coordinates of the task, drawn from the prior, and a scale for each target so far, drawn when the target is
-read. Given these, w is Gaussian (`icl.bayes.gaussians`). Particles are resampled if their effective number is below half. Then every scale of the
-coordinates is proposed anew from the prior and accepted by Metropolis and Hastings with w integrated out, so the particles keep the posterior (resample-move:
-Gilks and Berzuini 2001). The filter runs several times independently. The prediction is the mean of these runs, and their spread gives its
-standard error. The squared standard error, averaged over prompts, is the amount by which the loss of the estimate exceeds that of the exact predictor.
+A particle has scales, which are variances with mean 1. It draws a scale for each coordinate of the task from the prior, and a scale for
+the noise of each target when the filter reads this target. Given the scales, w is Gaussian (`icl.bayes.gaussians`). If the effective number
+of particles falls below half of their number, they are resampled. Then a new value of each scale of the coordinates is proposed from the prior, and
+accepted by a Metropolis-Hastings test in which w is integrated out. So the distribution of the particles stays the posterior (resample-move:
+Gilks and Berzuini 2001). The filter runs several times independently. The prediction is the mean of these runs, and their spread gives the
+standard error. The loss of the estimated predictor exceeds the loss of the exact predictor by the squared standard error, averaged over
+prompts.
 
-The predictive density of y_k is the weighted mean of the likelihoods of the particles, and we take its mean over the runs. Its negative logarithm is the
-NLL. To first order, the NLL is too large by half of its squared standard error, because the logarithm is concave.
+The predictive density of y_k is the weighted mean of the likelihoods of the particles. We average this density over the runs, and its
+negative logarithm is the NLL. To first order, the NLL is too large by half of its squared standard error, because the logarithm is concave.
 
-Student's t with df degrees of freedom has the scale (df - 2) / chi^2_df; Laplace has an exponential scale (Andrews and Mallows 1974). A coordinate of a
-`sparse` task has 1 / p with probability p, else 0. Here 0 is replaced by 1e-6, so that a coordinate can become non-zero. Under `mixture`, a particle has
-one of the components, and is only resampled.
+Student's t with df degrees of freedom has the scale (df - 2) / chi^2_df. Laplace has an exponential scale (Andrews and Mallows 1974). A
+coordinate of a `sparse` task has the scale 1 / p with probability p, otherwise 0. In the filter, 1e-6 replaces 0, so that a coordinate can
+become non-zero. Under `mixture`, each particle has one of the components instead of scales, and particles are only resampled.
 """
 
 import math
@@ -31,7 +33,7 @@ NUM_RUNS, NUM_PARTICLES = 8, 128
 NUM_SAMPLING_PARTICLES = 512
 """Default number of particles from which a task is drawn."""
 _SPIKE = 1e-6
-"""Variance that replaces 0 in the particle filter. It adds at most this variance to each coordinate of a sparse task."""
+"""Variance that the particle filter uses instead of 0. It adds at most this variance to each coordinate of a sparse task."""
 
 
 def particle_filter(
@@ -77,9 +79,9 @@ def particle_posterior(
     num_particles: int = NUM_SAMPLING_PARTICLES,
     seed: int = 0,
 ) -> Float[Tensor, "B D"]:
-    """Return a task for each prompt from its posterior given n examples, as one run of the filter approximates it, in float64.
+    """Draw a task for each prompt from its posterior given n examples, as approximated by one run of the filter, in float64.
 
-    Runs with other seeds are independent, so their spread shows the error.
+    Runs with different seeds are independent, so their spread shows the error.
     """
     draws = _Draws(rng.stream(seed, "bayes/posterior"), 1, num_particles, xs.device)
     filters = _Filter(law, noise, noise_variance, draws)
@@ -110,7 +112,7 @@ class _Weighted(NamedTuple):
 
 
 class _Filter(NamedTuple):
-    """The model, and the random numbers of the runs."""
+    """Particle filter of one prior and noise law, with the random numbers of its runs."""
 
     law: TaskLaw
     noise: Law
@@ -122,7 +124,7 @@ class _Filter(NamedTuple):
         return self.draws.num_runs * self.draws.num_particles * size**2
 
     def start(self, count: int, size: int) -> _Weighted:
-        """Draw the particles before the first example, the same for `count` prompts."""
+        """Draw the particles before the first example. All `count` prompts get the same particles."""
         first = _start(self.draws, self.law, size)
         shape = (count, self.draws.num_runs, self.draws.num_particles)
         state = State(
@@ -135,7 +137,7 @@ class _Filter(NamedTuple):
     def read(
         self, particles: _Weighted, x: Float[Tensor, "B D"], y: Float[Tensor, " B"], k: int, *, is_last: bool = False
     ) -> tuple[_Weighted, Float[Tensor, "B R"]]:
-        """Return the particles after example k (from 0), and its log density. After the last example they are not renewed."""
+        """Return the particles after example k (from 0), and the log density of this example. After the last example, no particles are renewed."""
         variances = self.noise_variance * _scales(self.noise, self.draws.uniform(1 + k, 1, 0)[..., 0])
         state = particles.state.update(x, y, variances)
         log_density = state.log_density(particles.state)
@@ -153,7 +155,7 @@ class _Draws(NamedTuple):
     device: torch.device
 
     def uniform(self, step: int, size: int, use: int) -> Float[Tensor, "R N {size}"]:
-        """Return `size` numbers for every particle, at one step of the filter and for one use of the numbers."""
+        """Return `size` numbers for every particle at one step of the filter. `use` distinguishes numbers for different purposes."""
         steps = torch.tensor([step])
         indices = torch.arange(self.num_runs * self.num_particles)
         numbers = rng.uniform(self.key, steps, indices, size, first_block=use * 2**20)[0]
@@ -180,7 +182,7 @@ def _start(draws: _Draws, law: TaskLaw, size: int) -> _Start:
 
 
 def _scales(law: Law, uniforms: Tensor) -> Tensor:
-    """Return the quantiles of the scale of a scalar law."""
+    """Return the scales of a scalar law at these quantiles."""
     if law.name == "gaussian":
         return torch.ones_like(uniforms)
     if law.name == "laplace":
@@ -241,7 +243,7 @@ class _Particles(NamedTuple):
 
 
 def _rejuvenate(particles: _Particles, proposals: Float[Tensor, "P N D"], chances: Float[Tensor, "P N D"]) -> None:
-    """Propose a new scale for each coordinate in turn, and accept it with the ratio of the likelihoods of the examples so far, in place.
+    """Propose a new scale for each coordinate in turn, and accept it by the likelihood ratio of the examples so far. Update in place.
 
     A new scale s' of coordinate d multiplies the prior by N(w_d; 0, s') / N(w_d; 0, s). With c = 1 / s' - 1 / s, the mean of this ratio
     over the posterior N(m_d, V_dd) is sqrt(s / s') (1 + c V_dd)^(-1/2) exp(-c m_d^2 / (2 (1 + c V_dd))).

@@ -1,11 +1,11 @@
 """Tasks drawn from the posterior of a candidate prior, given the first n examples of a prompt.
 
-- `pool`: task m has the posterior weight exp(sum of the log densities of the residuals). Exact for every noise.
+- `pool`: task m has the posterior weight exp(sum of the log densities of the residuals). This is exact for every noise.
 - `gaussian` with Gaussian noise: the posterior is Gaussian.
-- Other priors with Gaussian noise that are finite mixtures of Gaussians: exact (`icl.bayes.gaussians`).
-- All others: a particle filter (`icl.bayes.particles`). The prompts are divided into `NUM_FILTERS` blocks of neighbours, and each block has a filter of its own. So an
-  error over such blocks (the jackknife of `icl.analysis.prior.energy`) includes the error of the filters. The bias, of the order of 1 / 512 for 512
-  particles, is not included.
+- Other finite mixtures of Gaussians with Gaussian noise: exact (`icl.bayes.gaussians`).
+- All other cases: a particle filter (`icl.bayes.particles`). The prompts are divided into `NUM_FILTERS` blocks of neighbouring prompts, and
+  each block has its own filter. So a standard error over these blocks (the jackknife of `icl.analysis.prior.energy`) includes the error of
+  the filters. It does not include the bias of a filter, which is of the order of 1 / 512 for 512 particles.
 
 Without examples, all draws are exact: they come from the prior itself.
 """
@@ -25,9 +25,9 @@ from icl.tasks.laws import GAUSSIAN, Law, TaskLaw
 from icl.tasks.prompts import noise_law, task_law
 
 Candidate: TypeAlias = Literal["pool", "prior", "gaussian"]
-"""A candidate prior: uniform on the run's M tasks, the run's prior of new tasks if it is not N(0, I), or N(0, I)."""
+"""A candidate prior: uniform on the run's M tasks (`pool`), the run's prior of new tasks if it is not N(0, I) (`prior`), or N(0, I)."""
 NUM_FILTERS = 32
-"""Number of blocks of prompts with a filter of their own."""
+"""Number of blocks of prompts. Each block has its own particle filter."""
 _PAIRS_AT_ONCE = 2**22
 """Largest number of pairs of a prompt and a task that are processed at once: 32 MiB for each array."""
 
@@ -48,7 +48,7 @@ def posterior_tasks(
     *,
     pool: Float[Tensor, "M D"] | None = None,
 ) -> Float[Tensor, "B D"]:
-    """Return a task for each prompt from the posterior of a candidate given its n examples, in float64.
+    """Draw a task for each prompt from the posterior of a candidate prior given the prompt's n examples, in float64.
 
     Args:
         config: The run.
@@ -63,7 +63,7 @@ def posterior_tasks(
         assert pool is not None
         return pool[choose_tasks(xs, ys, pool, uniforms, noise_variance=noise_variance, noise=noise)]
     law = laws.GAUSSIAN_TASKS if candidate == "gaussian" else task_law(config)
-    # These numbers are not those of the noise of the other targets.
+    # This stream is independent of the stream that draws the noise of targets.
     key = rng.stream(config.seeds.evaluation, f"prior/{candidate}/tasks-given-examples")
     step, indices, size = torch.zeros(1, dtype=torch.int64), torch.arange(len(xs)), config.task.task_size
     if xs.shape[1] == 0 and (law, noise) != (laws.GAUSSIAN_TASKS, GAUSSIAN):
@@ -80,7 +80,7 @@ def posterior_tasks(
 def gaussian_posterior(
     xs: Float[Tensor, "B n D"], ys: Float[Tensor, "B n"], normals: Float[Tensor, "B D"], *, noise_variance: float
 ) -> Float[Tensor, "B D"]:
-    """Return a sample of w given n examples, under w ~ N(0, I): mean + L^-T z, where L L^T is the posterior's precision."""
+    """Return a sample of w given n examples, under w ~ N(0, I): mean + L^-T z, where L L^T is the posterior precision and z is `normals`."""
     root = torch.linalg.cholesky(xs.mT @ xs / noise_variance + torch.eye(xs.shape[-1], dtype=xs.dtype))  # B D D
     moment = (xs.mT @ ys.unsqueeze(-1)) / noise_variance  # B D 1
     scaled = torch.linalg.solve_triangular(root, moment, upper=False) + normals.unsqueeze(-1)

@@ -1,12 +1,12 @@
 """Make repeated calls of a function of tensors fast: its gradient, its compilation, parallel calls, and memory.
 
-`torch.compile` compiles a function to one graph at its first call, which takes 10 to 30 seconds. Results of the eager and the
-compiled function differ by rounding. We compile if the amount of work ahead is large enough (`compiling_pays`).
+`torch.compile` compiles a function to one graph at its first call, which takes 10 to 30 seconds. The results of the eager and the compiled
+function differ by rounding. We compile only if the remaining work is large enough (`compiling_pays`).
 
-The matrix products of these models are so small that two cores are hardly faster than one core at computing a product.
-It is faster to give each core whole calls of a function (`in_parallel`): the cores then wait for each other once, at the end, and
-not after every operation. Python threads suffice for this. PyTorch's operations and autograd release Python's global
-interpreter lock (GIL), and so do graphs that were compiled with `RELEASE_GIL`.
+The matrix products of these models are so small that two cores compute a product hardly faster than one core. It is faster to give each
+core whole calls of a function (`in_parallel`). Then the cores wait for each other only once, at the end, and not after every operation.
+Python threads are enough for this, because PyTorch's operations and autograd release Python's global interpreter lock (GIL), and so do
+graphs that were compiled with `RELEASE_GIL`.
 """
 
 import ctypes
@@ -32,8 +32,7 @@ RELEASE_GIL = {"cpp_wrapper": True}
 """Options of `torch.compile` for a graph that releases Python's global interpreter lock while it runs."""
 
 _COMPILING_PAYS = 1e13
-"""Compile only above this many floating-point operations. A CPU needs some minutes for them, and compiling saves a third of this
-time."""
+"""Compile only above this many floating-point operations. A CPU needs a few minutes for this number, of which compiling saves a third."""
 
 
 def compiling_pays(*, num_params: int, num_tokens: int, num_steps: int) -> bool:
@@ -42,7 +41,7 @@ def compiling_pays(*, num_params: int, num_tokens: int, num_steps: int) -> bool:
     The answer depends only on the settings, so a resumed run makes the same choice.
 
     Args:
-        num_params: Number of parameters of one member, not of the population. So a member gets the same answer as if it ran alone.
+        num_params: Number of parameters of one member, not of the whole population. So the answer is the same as if the member ran alone.
         num_tokens: Number of tokens in a member's batch, 2 K B.
         num_steps: Total number of steps, each with one gradient on such a batch.
     """
@@ -57,12 +56,12 @@ def grad_and_aux(total: Callable[[Leaves], tuple[Tensor, Tensor]], leaves: Leave
     ):  # the compiler cannot trace autograd; in eager mode, autograd is a tenth faster than torch.func
         grads, (_, aux) = torch.func.grad_and_value(total, has_aux=True)(leaves)
         return grads, aux
-    # Keep autograd from using threads. A thread may still have a tensor when the step ends, and XLA compiles the computation
-    # of every tensor that is alive.
+    # Keep autograd from using threads. A thread may still refer to a tensor when the step ends, and XLA compiles the computation of every
+    # tensor that is still referred to.
     with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
         tensors, spec = pytree.tree_flatten(leaves)
-        # We use `data` instead of `detach`. Detached rows of one tensor share a version counter. Updates of other rows in other
-        # threads increase this counter, and autograd would then report that these rows were modified.
+        # We use `data` instead of `detach`, because detached rows of one tensor share a version counter. Updates of other rows in other
+        # threads would increase this counter, and autograd would report that these rows were modified.
         tensors = [tensor.data.requires_grad_() for tensor in tensors]
         value, aux = total(pytree.tree_unflatten(tensors, spec))
         gradients = torch.autograd.grad(value, tensors, materialize_grads=True)
@@ -78,8 +77,8 @@ def one_graph(
 ) -> Function:
     """Return the function compiled to one graph. On CUDA this is a CUDA graph.
 
-    If compiling fails, a warning says so, and calls use the function itself. Results of the compiler are cached in a private
-    folder of the user (`icl.compute.compile_cache`). If compiling fails with this cache, we try once more without it.
+    Results of the compiler are cached in a private folder of the user (`icl.compute.compile_cache`). If compiling fails with this cache, we
+    try once more without it. If this fails too, a warning says so, and calls use the function itself.
 
     Args:
         function: Function of tensors, or trees of tensors, that returns tensors.
@@ -133,7 +132,7 @@ def one_graph(
 
 
 def _cuda_options() -> dict[str, Any]:
-    """Return options for a CUDA graph. With them, kernels are not chosen by timing, so that every start rounds in the same way."""
+    """Return options for a CUDA graph. Kernels are then not chosen by timing, so that every program start rounds in the same way."""
     from torch._inductor import config
 
     options: dict[str, Any] = {"triton.cudagraphs": True, "triton.autotune_pointwise": False, "shape_padding": False}
@@ -147,13 +146,13 @@ def in_parallel(
 ) -> Callable[[Sequence[tuple[Any, ...]]], list[Result]]:
     """Return a function that applies `function` to many tuples of arguments in parallel, preserving order.
 
-    No gradients are recorded. Autocast (mixed precision) has the settings of the calling thread.
+    No gradients are recorded. The calls use the autocast (mixed precision) settings of the calling thread.
 
     Args:
-        function: Function to apply. It must not change data that other calls read. Its first call runs alone, because it may
-            compile (Ctrl-C then waits for the compiler).
-        threads_each: Number of PyTorch threads for each call. With 1, results do not depend on the number of cores. By default the
-            calls share the threads that PyTorch has.
+        function: Function to apply. It must not change data that other calls read. Its first call runs alone, because this call may compile
+            the function. During compilation, Ctrl-C waits for the compiler.
+        threads_each: Number of PyTorch threads for each call. With 1, results do not depend on the number of cores. By default, PyTorch's
+            threads are divided between the calls.
     """
     has_run = False
 
@@ -168,7 +167,7 @@ def in_parallel(
         }
 
         def run(arguments: tuple[Any, ...]) -> Result:
-            # PyTorch keeps both settings per thread, so a worker does not have the caller's.
+            # PyTorch keeps both settings per thread, so a worker does not inherit them from the caller.
             with torch.no_grad(), torch.autocast("cpu", **autocast):
                 return function(*arguments)
 
@@ -190,8 +189,8 @@ def in_parallel(
 def keep_freed_memory() -> None:
     """Make glibc keep the memory that a step frees, so that the next step can use it again.
 
-    By default glibc returns this memory to the system and requests it again page by page. In our measurements this takes up to
-    half of the time of a step. With other C libraries, this function does nothing.
+    By default glibc returns this memory to the system, and then requests it again page by page. In our measurements, this takes up to half
+    of a step's time. With other C libraries, this function does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -207,13 +206,13 @@ def _workers(num_workers: int, threads_per_worker: int) -> ThreadPoolExecutor:
     callers_threads, all_started = torch.get_num_threads(), threading.Barrier(num_workers)
 
     def initialise() -> None:
-        torch.get_num_threads()  # the first call in a new thread resets the number, so call it before the next line
+        torch.get_num_threads()  # the first call in a new thread resets the number, so it must come before the next line
         torch.set_num_threads(threads_per_worker)
 
     workers = ThreadPoolExecutor(num_workers, thread_name_prefix="icl-worker", initializer=initialise)
     # The executor starts a thread only when all other threads are busy. So we let the threads wait until all have started.
     list(workers.map(lambda _: all_started.wait(), range(num_workers)))
-    # `set_num_threads` in a worker also changed the default of threads that start later. Set it back.
+    # `set_num_threads` in a worker also changed the default for threads that start later, so restore this default.
     torch.set_num_threads(callers_threads)
     return workers
 

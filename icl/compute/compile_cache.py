@@ -1,13 +1,13 @@
 """Private cache of `torch.compile`: a folder that only the user can write to, with a digest of every file.
 
-By default torch caches libraries and pickles in a folder with a predictable name below the system's temporary folder. It executes
-the files that it finds there, even if another user wrote them. Our folder is `icl/torch-<version>` in the user's cache
-($XDG_CACHE_HOME or `~/.cache`), or in $TORCHINDUCTOR_CACHE_DIR if the user has set this variable. Only the user may write to our
+By default, torch caches libraries and pickles in a folder with a predictable name below the system's temporary folder. It executes the
+files that it finds there, even if another user wrote them. We use the folder `icl/torch-<version>` in the user's cache instead
+($XDG_CACHE_HOME or `~/.cache`), or a folder in $TORCHINDUCTOR_CACHE_DIR if the user has set this variable. Only the user may write to this
 folder.
 
-`digests.json` contains the SHA-256 of every file. The first process that uses the folder removes files that are damaged, or that
-have no digest because the process that wrote them died. They are compiled again. If no such folder can be made, this process
-uses a temporary one.
+`digests.json` contains the SHA-256 of every file. If no other process is using the folder, a process that starts removes files that are
+damaged, or that have no digest because the process that wrote them died. These files are compiled again. If the folder cannot be made or is
+not private, the process uses a temporary folder.
 """
 
 import atexit
@@ -36,7 +36,7 @@ _CHUNK = 2**20
 _folder: Path | None = None
 """Folder that this process uses."""
 _held: Any = None
-"""Open lock file. Its shared lock shows other processes that the folder is in use."""
+"""Open lock file. It holds a shared lock, which tells other processes that the folder is in use."""
 
 
 class UnusableError(Exception):
@@ -44,7 +44,7 @@ class UnusableError(Exception):
 
 
 def use_private_cache() -> Path:
-    """Make torch's compiler use a folder that nobody else can write to, and return the folder. Later calls change nothing."""
+    """Make torch's compiler use a folder that nobody else can write to, and return this folder. Further calls change nothing."""
     global _folder, _held
     with _IN_USE:
         if _folder is None:
@@ -55,7 +55,7 @@ def use_private_cache() -> Path:
             except (UnusableError, OSError) as error:
                 reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
                 print(
-                    f"icl: results of torch.compile are not kept for the next start. The cache {wanted} cannot be used: {reason}.",
+                    f"icl: results of torch.compile are not kept for the next start, because the cache {wanted} cannot be used: {reason}.",
                     file=sys.stderr,
                 )
                 _folder = _temporary_folder()
@@ -95,7 +95,7 @@ def note_compiled() -> None:
 
 
 def cache_folder() -> Path:
-    """Return the folder for this version of torch, in the cache named by the environment, or else in the user's cache."""
+    """Return the folder for this version of torch, in the cache that an environment variable names or in the user's cache."""
     name = f"torch-{torch.__version__}-python-{platform.python_version()}"
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if given and Path(given).absolute() != _torch_default():
@@ -108,12 +108,12 @@ def cache_folder() -> Path:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Open a lock file without waiting. If it is a pipe, raise an error at once instead of waiting for a reader."""
+    """Open a lock file without waiting. If the file is a pipe, raise an error at once instead of waiting for a reader."""
     return os.open(path, flags | os.O_NONBLOCK, 0o600)
 
 
 def take(folder: Path) -> Any:
-    """Make the folder if it does not exist, validate it, and lock it to mark it as in use.
+    """Make the folder if it does not exist, check that it is private and undamaged, and lock it to mark it as in use.
 
     Returns:
         An open file, which holds a shared lock until it is closed.
@@ -238,7 +238,7 @@ def _make_torch_use(folder: Path) -> None:
 
 
 def _torch_default() -> Path:
-    """Return the folder that torch would choose. When torch is imported, it sets TORCHINDUCTOR_CACHE_DIR to this folder."""
+    """Return the folder that torch would choose by default. When torch is imported, it sets TORCHINDUCTOR_CACHE_DIR to this folder."""
     from torch._inductor.runtime.runtime_utils import default_cache_dir
 
     return Path(default_cache_dir()).absolute()

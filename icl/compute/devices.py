@@ -1,4 +1,4 @@
-"""Choose a device; measure its memory and that of a computation, and refuse a computation that does not fit."""
+"""Choose a device, measure the memory of a device or a computation, and refuse a computation that does not fit into memory."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -20,9 +20,9 @@ _ALWAYS_FREE = 2**26
 
 
 def choose_device(accelerator: str = "auto") -> str:
-    """Return the kind of device to run on: `accelerator`, or the default if that is `auto`.
+    """Return the kind of device to run on: `accelerator`, or the default if `accelerator` is `auto`.
 
-    The default is the value of $DEVICE. If it is not set, the default is the first of cuda, mps and cpu that this machine has.
+    The default is the value of $DEVICE. If this variable is not set, the default is the first of cuda, mps and cpu that this machine has.
 
     Raises:
         ConfigError: If this kind is unknown, or this machine has no such device.
@@ -45,7 +45,7 @@ def require_memory(sizes: Mapping[str, int], device: torch.device | str = "cpu")
     """Refuse work that needs more memory than is free. Otherwise the system could kill the process without a message.
 
     Args:
-        sizes: Minimum number of bytes of each part, by the part's name in the message.
+        sizes: Minimum number of bytes of each part, keyed by the part's name in the message.
         device: Device of the parts. Only CPUs and CUDA devices are checked.
 
     Raises:
@@ -62,7 +62,7 @@ def require_memory(sizes: Mapping[str, int], device: torch.device | str = "cpu")
         largest = max(sizes, key=lambda name: sizes[name])
         raise ConfigError(
             f"There is not enough memory for {largest}: at least {_in_units(total)} are needed, and {_in_units(free)} are free. "
-            "Make it smaller."
+            "Lower these numbers."
         )
 
 
@@ -74,7 +74,7 @@ def device_bytes(device: torch.device | str) -> int:
 
 
 def bytes_made_by(work: Callable[[], object]) -> int:
-    """Do some work, and return the number of bytes of all tensors that it makes. Views of one storage count once."""
+    """Do some work, and return the number of bytes of all tensors that it makes. Views of the same storage count once."""
     with _Allocations() as allocations:
         work()
     return sum(allocations.sizes.values())

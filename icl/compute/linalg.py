@@ -1,18 +1,17 @@
 """Eigenvalues, trace and spectral density of a symmetric matrix, from matrix-vector products alone.
 
 The matrix A is the mean of A_1, ..., A_J, one for each batch of data. The function `products` maps v to A_1 v, ..., A_J v.
-Lanczos with full reorthogonalisation builds an orthonormal basis Q (m, P) of the Krylov space of a random start vector. All results
-come from Q and the projections Q A_j Q' (m, m), which cost no further products:
+Lanczos with full reorthogonalisation builds an orthonormal basis Q (m, P) of the Krylov space of a random start vector. All results are
+computed from Q and the projections Q A_j Q' (m, m). The projections need no further products. The trace needs one more for each probe:
 
 - Eigenvalues: the eigenvalues of Q A Q' (Ritz values), which are most accurate at both ends of the spectrum. A Ritz value
-  with residual r lies within r of an eigenvalue of A. If all other eigenvalues are farther away than a distance `gap`, this bound
-  improves to r^2 / gap (Parlett 1998, "The symmetric eigenvalue problem", section 11.7). We take the gap from the other Ritz values,
-  so the stated error ignores eigenvalues that Lanczos has not found yet. A multiple eigenvalue is found only once before the Krylov
-  space is exhausted.
-- Trace: tr(Q A Q') plus the mean of v' R A R v over probes v of random signs, with R = I - Q'Q. This is Hutch++ with a
-  Krylov space as its sketch (Meyer, Musco, Musco, Woodruff 2021, "Hutch++: optimal stochastic trace estimation",
-  algorithm 1; Chen and Hallman 2023, "Krylov-aware stochastic trace estimation"). The estimate is unbiased. Only its part
-  outside Q is random, and this part is small.
+  with residual r lies within r of an eigenvalue of A. If all other eigenvalues are farther away than a distance `gap`, this bound improves
+  to r^2 / gap (Parlett 1998, "The symmetric eigenvalue problem", section 11.7). We compute the gap from the other Ritz values, so the
+  stated error ignores eigenvalues that Lanczos has not found yet. Until the Krylov space is exhausted, a multiple eigenvalue is found only
+  once.
+- Trace: tr(Q A Q') plus the mean of v' R A R v over probes v of random signs, where R = I - Q'Q. This is Hutch++ with a Krylov space as its
+  sketch (Meyer, Musco, Musco, Woodruff 2021, "Hutch++: optimal stochastic trace estimation", algorithm 1; Chen and Hallman 2023,
+  "Krylov-aware stochastic trace estimation"). The estimate is unbiased. Only the part outside Q is random, and this part is small.
 - Density: the Ritz values are nodes, and the squared first components of their vectors are weights. This is stochastic
   Lanczos quadrature from one start vector (Ubaru, Chen, Saad 2017, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature"). The
   estimated share of the P eigenvalues in an interval has a standard error of about sqrt(2 share (1 - share) / P).
@@ -33,7 +32,7 @@ Products: TypeAlias = Callable[[Tensor], Tensor]
 """Function that maps vectors (N, P) to their products with each batch's matrix, (N, J, P)."""
 
 _BREAKDOWN = 100
-"""The Krylov space counts as exhausted if the residual is at most this many rounding errors of the largest product A v so far."""
+"""The Krylov space counts as exhausted if the residual is at most this number times the rounding error of the largest product A v so far."""
 
 
 class Krylov(NamedTuple):
@@ -68,7 +67,7 @@ class Trace(NamedTuple):
 
 
 def lanczos(products: Products, start: Float[Tensor, "N P"], num_steps: int) -> Krylov:
-    """Build the Krylov space of A and a start vector, of min(`num_steps`, P) dimensions.
+    """Build the Krylov space of A and a start vector, with min(`num_steps`, P) dimensions.
 
     If A maps the space into itself, the search continues from a new direction outside the space.
 
@@ -100,7 +99,7 @@ def lanczos(products: Products, start: Float[Tensor, "N P"], num_steps: int) -> 
             new_direction = _outside(start.roll(step + 1, dims=-1), built)
             residual = torch.where(is_exhausted.unsqueeze(-1), new_direction, residual)
         vector = residual / residual.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(start.dtype).tiny)
-    # Row s has the products of basis vectors 0 to s with A_j times basis vector s.
+    # Row s contains the inner products of basis vectors 0 to s with A_j times basis vector s.
     lower = torch.stack(columns, dim=-2)  # N J m m
     return Krylov(basis, lower + lower.tril(-1).mT, remainder.cpu().double())
 

@@ -1,16 +1,16 @@
 """One optimiser step of a population, written as one function of tensors so that it compiles to one graph.
 
-A step computes each member's loss (`icl.model.losses`) and its gradient, and clips the gradient by its norm.
-Then it updates the member's parameters p in place with Adam (Kingma and Ba 2015, algorithm 1, as in `torch.optim.Adam`). With the
-clipped gradient g, the moments m and v, their decays b1 and b2, and the number t of updates, this one included:
+A step computes each member's loss (`icl.model.losses`) and the gradient, and clips the gradient by its norm. Then the step updates the
+member's parameters p in place with Adam (Kingma and Ba 2015, algorithm 1, as in `torch.optim.Adam`). Let g be the clipped gradient, m and v
+the moments, b1 and b2 their decays, and t the number of updates including this one. Then
 
     m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   p <- p - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
 With a weight decay d, p is multiplied by 1 - rate d before the update (AdamW; Loshchilov and Hutter 2019, as in `torch.optim.AdamW`).
 
-All parameters of a member are one row of a matrix (`icl.model.flat`), so clipping and Adam are a dozen operations for any model.
-Learning rates and step counts are tensors. So a step never waits for the host, has no shapes that depend on data, and is
-compiled once. Results of the eager and the compiled step differ by rounding.
+All parameters of a member are one row of a matrix (`icl.model.flat`), so clipping and Adam are a dozen operations for any model. Learning
+rates and step counts are tensors. So a step never waits for the host, has no shapes that depend on data, and is compiled only once. The
+results of the eager and the compiled step differ by rounding.
 """
 
 import math
@@ -27,7 +27,7 @@ from icl.model.flat import Layout, layout_of
 from icl.model.losses import grads_in_parts
 
 SMALLEST_PART = 32
-"""A part of a batch has at least this many prompts, because smaller parts gain nothing from a core of their own."""
+"""Minimum number of prompts in a part of a batch. Smaller parts would not make a step faster."""
 _CLIP_EPS = 1e-6  # added to the norm that a gradient is divided by, as in torch.nn.utils.clip_grad_norm_
 
 
@@ -54,7 +54,8 @@ class StepInfo(NamedTuple):
 Step: TypeAlias = Callable[[AdamState, Tensor, Tensor, Tensor], StepInfo]
 """Function `step(state, xs, ys, rates)` that updates `state` in place.
 
-xs (N, B, K, D) and ys (N, B, K) are the members' prompts, or xs and ys (N, B, T) their rows of tokens; rates (N,) are their learning rates.
+xs (N, B, K, D) and ys (N, B, K) are the members' prompts. For language, xs and ys (N, B, T) are the members' rows of tokens. rates (N,) are
+the members' learning rates.
 """
 
 
@@ -77,13 +78,16 @@ def make_step(
 ) -> Step:
     """Return the function that computes one step of a population.
 
-    On a GPU all members are updated together. On a CPU the data of one member already fill a core's caches, so members are
-    updated separately. In eager mode, one member is updated after the other, and each update uses all cores. So a member's numbers
-    equal those of a population of one, bit for bit. In compiled mode, the members of a packed population are updated in parallel,
-    each on one core. This is faster, but a few sums round differently. (Only the biases of keys then differ by more than rounding.
-    No prediction depends on them, so their gradients are only rounding errors, which Adam scales up to steps of ordinary size.)
-    A member that is alone can use several cores in the same way: each core computes the gradient on a part of the prompts, and the
-    step takes the mean of these gradients.
+    On a GPU, all members are updated together. On a CPU, the data of one member already fill a core's caches, so members are updated
+    separately.
+
+    In eager mode, one member is updated after the other, and each update uses all cores. So a member's numbers equal, bit for bit, the
+    numbers of a population with only this member.
+
+    In compiled mode, the members of a packed population are updated in parallel, each on one core. This is faster, but a few sums round
+    differently. Only the biases of keys then differ by more than rounding. No prediction depends on these biases, so their gradients are
+    only rounding errors, which Adam scales up to steps of ordinary size. A single member can also use several cores: each core computes
+    the gradient on a part of the prompts, and the step uses the mean of these gradients.
 
     Args:
         model: The architecture.
@@ -91,12 +95,11 @@ def make_step(
         layout: The order of a member's parameters in its row.
         compiled: Whether to compile the step at its first call, which takes 10 to 30 seconds. If that fails, a warning
             says so and the step stays eager.
-        packed: Whether the population began with several members. This must not change when only one member is left,
-            because the numbers depend on it.
-        num_parts: Number of equal parts into which a compiled step on a CPU splits a member's prompts. Each part has a thread of
-            its own. The numbers depend on it by rounding. A packed population does not split its prompts.
-        reduce: Function that replaces a tensor by its mean over the processes that share a batch. With it the step
-            stays eager.
+        packed: Whether the population began with several members. This must not change when only one member is left, because the numbers
+            depend on it.
+        num_parts: Number of equal parts into which a compiled step on a CPU splits a member's prompts. Each part has its own thread. A
+            different number of parts changes the results by rounding. A packed population does not split its prompts.
+        reduce: Function that replaces a tensor by its mean over the processes that share a batch. If it is given, the step stays eager.
     """
 
     def together(state: AdamState, xs: Tensor, ys: Tensor, rates: Tensor) -> StepInfo:
@@ -128,13 +131,13 @@ def make_step(
 
 
 def most_parts(batch_size: int, num_threads: int) -> int:
-    """Return into how many equal parts a compiled step should split a batch: at most one for each thread, of `SMALLEST_PART` or more."""
+    """Return the number of equal parts of a batch in a compiled step: at most one for each thread, with at least `SMALLEST_PART` prompts."""
     counts = range(1, num_threads + 1)
     return max(n for n in counts if n == 1 or (batch_size % n == 0 and batch_size // n >= SMALLEST_PART))
 
 
 def _in_parts(model: ModelConfig, optim: OptimConfig, layout: Layout, num_parts: int, *, otherwise: Step) -> Step:
-    """Return the compiled step that gives each core a part of the prompts. On devices other than a CPU it is `otherwise`."""
+    """Return the compiled step that gives each core a part of the prompts. On devices other than a CPU, this step calls `otherwise`."""
 
     def gradient(rows: Tensor, xs: Tensor, ys: Tensor) -> tuple[Tensor, Tensor]:
         return losses_and_grads(model, layout, rows, xs, ys)
@@ -143,7 +146,7 @@ def _in_parts(model: ModelConfig, optim: OptimConfig, layout: Layout, num_parts:
         return StepInfo(torch.stack(losses).mean(0), update(state, torch.stack(grads).mean(0), rates, optim))
 
     each_gradient = in_parallel(one_graph(gradient, work="Training", options=RELEASE_GIL), threads_each=1)
-    # On one thread too: threads of a second team would wait actively, and so disturb the next gradients.
+    # This also runs on one thread. Threads of a second team would wait actively, and so slow down the next gradients.
     finish_alone = in_parallel(one_graph(finish, work="Training", options=RELEASE_GIL), threads_each=1)
 
     def step(state: AdamState, xs: Tensor, ys: Tensor, rates: Tensor) -> StepInfo:

@@ -1,7 +1,7 @@
 """Predictions averaged over many tasks with posterior weights, the core of dMMSE (`icl.baselines.dmmse`).
 
-Task m has weight exp(-S_m / (2 sigma^2)), where S_m is its sum of squared errors on the examples. Tasks are processed in chunks,
-whose sums are merged as in a streaming softmax, so memory does not grow with the number of tasks.
+Task m has weight exp(-S_m / (2 sigma^2)), where S_m is its sum of squared errors on the examples. Tasks are processed in chunks. The sums
+over chunks are merged as in a streaming softmax, so memory does not grow with the number of tasks.
 """
 
 import math
@@ -15,14 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 _SLAB = {"cpu": 2**19, "cuda": 2**25}
-"""Number of weights that are computed at a time, for each kind of device. There is one weight per prompt and task.
+"""Number of weights that are computed at once, for each kind of device. There is one weight per prompt and task.
 
 On a CPU, this number of weights fits in the cache. On a GPU, it makes the cost of kernel launches small and takes at most 1 GiB.
 """
 _MIN_TASKS_AT_A_TIME = 64
-"""Smallest number of tasks in a chunk. Chunks have this size if there are many prompts."""
+"""Minimum number of tasks in a chunk. Chunks have this size if there are many prompts."""
 _LOG_WEIGHT_ERROR = 1e-2
-"""Largest rounding error of a log-weight at which float32 is precise enough."""
+"""Largest rounding error of a log-weight for which float32 is precise enough."""
 
 _Weigh = Callable[[Tensor], Tensor]
 """Function that maps the excess sums of squared errors, S_m - min S_m, to the tasks' weights."""
@@ -35,7 +35,7 @@ def mean_outputs(
     noise_variance: float,
     error: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "B K"]:
-    """Return the weighted mean of w . x_k over the tasks w, at every prefix. For zero noise, return the limit.
+    """Return the weighted mean of w . x_k over the tasks w, at every prefix. For zero noise, return the limit of small noise.
 
     `error` is a function of residuals that replaces the squared error, for noise that is not Gaussian.
     """
@@ -48,7 +48,7 @@ def mean_outputs(
 
 
 class _Sums(NamedTuple):
-    """Sums over a chunk of tasks at every prefix, each of shape (B, K). Weights are relative to that of the chunk's best task."""
+    """Sums over a chunk of tasks at every prefix, each of shape (B, K). Weights are relative to the weight of the chunk's best task."""
 
     least: Tensor
     """Sum of squared errors of the best task."""
@@ -65,7 +65,7 @@ def _sums(
     weigh: _Weigh,
     error: Callable[[Tensor], Tensor] | None,
 ) -> _Sums:
-    """Return the sums over these tasks. The weights at k depend on earlier examples only, so example k is added after they are used."""
+    """Return the sums over these tasks. The weights at k depend on earlier examples only, so we use them before we add example k."""
     squares = xs.new_zeros(len(xs), len(tasks))  # B M
     prefixes = []
     for k in range(xs.shape[1]):
@@ -83,7 +83,7 @@ def _sums(
 
 
 def _merge(first: _Sums, second: _Sums, *, weigh: _Weigh) -> _Sums:
-    """Return the sums over the tasks of both arguments, with weights relative to the best task of both."""
+    """Return the sums over the tasks of both chunks, with weights relative to the best of all these tasks."""
     least = torch.minimum(first.least, second.least)
     a, b = weigh(first.least - least), weigh(second.least - least)
     return _Sums(least, a * first.weight + b * second.weight, a * first.output + b * second.output)

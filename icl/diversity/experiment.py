@@ -1,10 +1,9 @@
 """Train the runs of a task-diversity experiment one after the other.
 
-The runs' own folders decide which runs are done. So the same command continues an experiment after any interruption: it
-skips finished runs, resumes unfinished runs, and retries failed runs. A run that fails is recorded, and the next
-run starts. SIGINT and SIGTERM save the current run and end the experiment. If the terminal is lost, the experiment
-continues and writes its output to `experiment.log`. A lock prevents two processes from training the same experiment
-at once.
+The files in the runs' folders show which runs are done. So the same command continues an experiment after any interruption: it skips
+finished runs, resumes unfinished runs, and retries failed runs. If a run fails, the failure is recorded and the next run starts. After
+SIGINT or SIGTERM, the current run is saved and the experiment ends. If the terminal is lost, the experiment continues and writes its output
+to `experiment.log`. A lock prevents two processes from training the same experiment at once.
 """
 
 import contextlib
@@ -47,7 +46,7 @@ class ExperimentResult(NamedTuple):
 
     @property
     def done(self) -> list[str]:
-        """The values of M whose runs are done, as text."""
+        """The values of M, as text, whose runs are done."""
         return [entry["num_tasks"] for entry in self.entries if entry["state"] in DONE]
 
 
@@ -154,9 +153,9 @@ def _train_run(run: ExperimentRun, last_signal: Callable[[], signal.Signals]) ->
 
 @contextlib.contextmanager
 def _handling_signals(log: Path) -> Iterator[Callable[[], signal.Signals]]:
-    """Let SIGTERM interrupt the program as Ctrl-C does. If the terminal is lost (SIGHUP), redirect the output to `log`.
+    """Let SIGTERM interrupt the program in the same way as Ctrl-C. If the terminal is lost (SIGHUP), redirect the output to `log`.
 
-    While a run trains, its own handlers of SIGINT and SIGTERM replace these handlers.
+    While a run trains, the handlers of the training function replace the handlers of SIGINT and SIGTERM.
 
     Yields:
         A function that returns the last signal that arrived, or SIGINT if none did.

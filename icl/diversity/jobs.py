@@ -1,6 +1,6 @@
-"""Run the task-diversity experiment as jobs of Slurm. Its runs become points of a sweep, which the jobs share (`icl.sweeps.engine`).
+"""Run the task-diversity experiment as Slurm jobs. Its runs become points of a sweep, which the jobs share (`icl.sweeps.engine`).
 
-A run is the same with and without Slurm. So an experiment can begin with Slurm and continue without it, or the other way round.
+A run is the same with and without Slurm. So an experiment can start with Slurm and continue without it, or the other way round.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ _COMMAND = ("${env}", "icl", "train")
 
 
 def root_of(base: Path) -> Path:
-    """Return the folder below which the runs of an experiment have their names. A run has the same name as without Slurm."""
+    """Return the folder to which the names of an experiment's runs are relative. The names are the same as without Slurm."""
     root = local_root()
     if base.is_relative_to(root):
         return root
@@ -47,20 +47,20 @@ def experiment_points(runs: Sequence[ExperimentRun], base: Path) -> list[Point]:
 
 
 def experiment_states(runs: Sequence[ExperimentRun], base: Path) -> dict[str, PointState]:
-    """Return the state of every run of an experiment, by M as text."""
+    """Return the state of every run of an experiment, as a dict from M as text to the state."""
     points = experiment_points(runs, base)
     return {run.label: point_state(point, root_of(base)) for run, point in zip(runs, points, strict=True)}
 
 
 def shared_settings(run: ExperimentRun) -> dict[str, Any]:
-    """Return the settings that all runs share, by dotted key, in a form that `--config` can read."""
+    """Return the settings that all runs share, as a dict with dotted keys that `--config` can read."""
     return {key: value for key, value in flatten(run.config.to_dict()).items() if key not in RESERVED}
 
 
 def run_job(
     runs: Sequence[ExperimentRun], *, base: Path, max_power: int, retry: bool, job: SlurmJob
 ) -> tuple[SweepResult, Metadata]:
-    """Train runs in a job of Slurm until no run is left, a signal arrives or the time limit is near."""
+    """Train runs in a Slurm job until no run is left, a signal arrives or the time limit is near."""
     remove_temporaries(base)
     about = {"max_power": max_power, "base_checkpoint_dir": str(base), "pid": None, "host": "Slurm"}
     metadata = Metadata(base, runs, about=about)

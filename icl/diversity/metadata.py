@@ -1,8 +1,8 @@
 """The file `experiment_metadata.json`: the settings of an experiment and the state of each of its runs.
 
 The file is written before the first step. It is replaced atomically at every event, and every few seconds while a run
-trains. The file is only for information: the runs' own folders decide which runs are done. So the experiment continues
-correctly even if the file is missing or out of date.
+trains. The file is only for information: the files in the runs' folders show which runs are done. So the experiment continues correctly
+even if this file is missing or out of date.
 """
 
 import contextlib
@@ -75,9 +75,9 @@ class Metadata:
             self._update(label, state=state, reason=reason, ended=now())
 
     def update_states(self, states: Mapping[str, tuple[str, str]]) -> None:
-        """Record the states of runs that several processes train. `states` has a state and its reason for each M as text.
+        """Record the states of runs that several processes train.
 
-        The states are done, running, failed and waiting.
+        `states` maps each M, as text, to a state (done, running, failed or waiting) and the reason for it.
         """
         with self._lock:
             for label, (state, reason) in states.items():
@@ -97,7 +97,7 @@ class Metadata:
         return self._entry(label)["state"] in DONE
 
     def end(self, *, state: str, reason: str | None) -> None:
-        """Record how the experiment ended. A run that is still marked as `running` was interrupted, so mark it as `preempted`."""
+        """Record how the experiment ended. A run that is still marked as `running` was interrupted, so it is marked as `preempted`."""
         with self._lock:
             for entry in self._tree["runs"]:
                 if entry["state"] == "running":
@@ -150,7 +150,7 @@ def read_metadata(base: Path) -> dict[str, Any]:
 
 
 def _is_usable(tree: dict[str, Any]) -> bool:
-    """Return whether all values that are read later have the types that we write."""
+    """Return whether all values that are read later have the types that `Metadata` writes."""
     entries = tree.get("runs", [])
     texts = [tree.get(key) for key in ("state", "started", "updated", "host")]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -178,7 +178,7 @@ def now() -> str:
 
 
 def _first_entry(run: ExperimentRun, old_entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the first record of a run, before this process trains it."""
+    """Return the record of a run before this process trains it."""
     status = run.folder.read_status()
     if status is None:
         state, reason = "waiting", None

@@ -1,9 +1,9 @@
 """The numbers of a task-diversity experiment as one tidy table, and the experiment's figure.
 
 Each row has one number and its standard error, for one M, one step and one distribution of prompts. The column
-`quantity` says what the number is. For a model, it is `loss`, `delta_ridge`, `delta_dmmse` and so on. For the loss of a
-baseline, it is the baseline's name, such as `ridge`. Baselines do not depend on the step. Their rows are repeated at
-every step, so that a selection by M and step includes the baselines.
+`quantity` says what the number is. For a model, it is `loss`, `delta_ridge`, `delta_dmmse` and so on. For the loss of a baseline, it is the
+baseline's name, such as `ridge`. Baselines do not depend on the step, but their rows are repeated at every step, so that a selection by M
+and step includes them.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Evaluation(NamedTuple):
 
     table: pd.DataFrame
     problems: dict[str, str]
-    """The reason why each missing run could not be evaluated, by its M as text."""
+    """The reason why each missing run could not be evaluated. The keys are the values of M as text."""
 
 
 def evaluate_experiment(
@@ -48,7 +48,7 @@ def evaluate_experiment(
     """Evaluate the last checkpoint of every run, or all checkpoints, in and out of distribution.
 
     Args:
-        runs: Folders of the runs by M as text, from `icl.diversity.runs.find_runs`.
+        runs: Folders of the runs, keyed by M as text, from `icl.diversity.runs.find_runs`.
         num_prompts: Number of prompts from the training tasks. The default is each run's `evaluation.num_prompts`.
         num_ood_prompts: Number of prompts from each other distribution. The default is `num_prompts`.
         all_steps: Whether to evaluate all saved steps instead of only the last one.
@@ -68,13 +68,13 @@ def evaluate_seeds(
     """Evaluate several experiments that differ only in their seeds.
 
     Args:
-        experiments: The runs of each experiment by M as text, by the name of the experiment.
+        experiments: For each name of an experiment, its runs, keyed by M as text.
         evaluator: Function that evaluates a run. It shares prompts and baselines between the experiments.
         all_steps: See `evaluate_experiment`.
 
     Returns:
-        The table, with the name of the experiment in the column `run`, and the reason why each missing run could not be evaluated,
-        by the names of the experiment and of the M.
+        The table, with the name of the experiment in the column `run`, and the reason why each missing run could not be evaluated. The keys
+        of the reasons are pairs of the experiment's name and M as text.
     """
     tables: list[pd.DataFrame] = []
     problems: dict[tuple[str, str], str] = {}
@@ -97,16 +97,17 @@ def evaluate_seeds(
 
 
 def pool_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the numbers of the last step of every M over the experiments in the column `run` (`icl.analysis.seeds.pool`)."""
+    """Pool the numbers at the last step of every M over the experiments in the column `run` (`icl.analysis.seeds.pool`)."""
     last = table[table["step"] == table.groupby(["run", "num_tasks"])["step"].transform("max")]
     return pool(last, by=["num_tasks", "distribution", "quantity", "position"]).assign(prompts=PROMPTS)
 
 
 def require_same_experiment(experiments: Mapping[str, Mapping[str, RunFolder]]) -> None:
-    """Refuse experiments that differ in other settings than their seeds, or that are the same.
+    """Refuse experiments that differ in settings other than their seeds, or that have the same seeds.
 
     Raises:
-        ConfigError: If two runs with the same M differ in another setting, or in no setting. The message names the experiments.
+        ConfigError: If two runs with the same M differ in a setting other than their seeds, or have the same seeds. The message names the
+            experiments.
     """
     (first, runs), *others = experiments.items()
     for name, own in others:

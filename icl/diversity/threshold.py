@@ -4,18 +4,20 @@ For models that differ only in M and in seeds, let
 
     r(M) = ln(gap to ridge / gap to dMMSE)
 
-with the gaps on new tasks (`true`), averaged over positions. A model with r > 0 is closer to dMMSE, so it has learned its M tasks. A
-model with r < 0 is closer to ridge, so it has learned the Gaussian prior. The threshold of a seed is the M at which r falls to zero,
-interpolated linearly in log2 M between two trained M. Its error over prompts is first-order, with an upper bound for the error of r:
-the sum of the relative errors of the two gaps, which are measured on the same prompts.
+where both gaps are measured on new tasks (`true`) and averaged over positions. A model with r > 0 is closer to dMMSE, so it has learned
+its M tasks. A model with r < 0 is closer to ridge, so it has learned the Gaussian prior. The threshold of a seed is the M at which r falls
+to zero, interpolated linearly in log2 M between two trained M. The standard error of the threshold over prompts is propagated to first
+order from the errors of r. As the error of r we use an upper bound, the sum of the relative errors of the two gaps, because both gaps are
+measured on the same prompts.
 
-The threshold depends on the training: at a later step it may be higher, because models with few tasks leave ridge again
-(`icl analyse --what behaviour`). Raventos et al. (2023, arXiv 2306.15063, section 3.1) compare runs of different batch sizes instead,
-so their threshold is another number. At M = inf, dMMSE is ridge, so these models are left out.
+The threshold depends on the length of training. At a later step it may be higher, because models with few tasks move away from ridge again
+(`icl analyse --what behaviour`). Raventos et al. (2023, arXiv 2306.15063, section 3.1) define their threshold differently, by a comparison
+of runs with different batch sizes. At M = inf, dMMSE is the same as ridge, so these models are left out.
 
-A seed's threshold is `ok` if r is significantly positive at one or more M, significantly negative at one or more M, and
-changes its sign between these only once. Significant means `SIGN_ERRORS` standard errors. Over seeds we give the mean of log2 M and its
-95 % interval, from three seeds on (`icl.analysis.seeds`); otherwise the values themselves.
+A seed's threshold is `ok` if r is significantly positive at one or more M, significantly negative at one or more M, and changes its sign
+only once between these M. Significant means more than `SIGN_ERRORS` standard errors from zero. With at least three seeds, we give the mean
+of log2 M over seeds and its 95 % interval (`icl.analysis.seeds`). With fewer seeds there is no interval; look at the thresholds of the
+single seeds.
 """
 
 import dataclasses
@@ -34,24 +36,25 @@ from icl.run_names import varying_names
 
 SIGN_ERRORS = 2.0
 MIN_SIZES = 3
-"""Smallest number of finite M in which runs must differ so that a threshold is looked for."""
+"""Minimum number of different finite M. With fewer, no threshold is computed."""
 COLUMNS = ("run", "threshold", "stderr_log2", "lower", "upper", "num_seeds", "verdict", "reasons")
 """Columns of `thresholds`."""
 ALL = "all seeds"
-"""Value of the column `run` in the row over seeds."""
+"""Value of the column `run` in the row for all seeds together."""
 
 
 def thresholds(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the threshold of each seed, and if there are several seeds, a row over them.
+    """Return a row with the threshold of each seed and, if there are several seeds, a row for all seeds together.
 
     Args:
         table: Numbers of the models: `run` (the seed's name), `num_tasks` (as text), `step`, `distribution`, `quantity`,
             `position`, `value`, `stderr`. Only the last step of each model is used.
 
     Returns:
-        The columns `COLUMNS`. `threshold` is a number of tasks, NaN if there is none. `stderr_log2` is the standard error of its log2:
-        over prompts for a seed, over seeds in the last row. `lower` and `upper` are the neighbouring trained M for a seed, and the
-        limits of the 95 % interval in the last row. The table is empty if there are fewer than `MIN_SIZES` finite M.
+        The columns `COLUMNS`. `threshold` is a number of tasks, or NaN if there is none. `stderr_log2` is the standard error of log2 of the
+        threshold. In a seed's row, this is the error over prompts, and `lower` and `upper` are the neighbouring trained M. In the row for
+        all seeds, it is the error over seeds, and `lower` and `upper` are the limits of the 95 % interval. The table is empty if there are
+        fewer than `MIN_SIZES` finite M.
     """
     table = table.assign(num_tasks=table["num_tasks"].astype(str))
     table = table[(table["distribution"] == "true") & (table["position"] == "mean") & (table["num_tasks"] != "inf")]
@@ -65,11 +68,11 @@ def thresholds(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def ladder_table(numbers: pd.DataFrame, configs: Mapping[str, RunConfig]) -> pd.DataFrame | None:
-    """Return the numbers of runs that differ only in M and in seeds as a table for `thresholds`, or None for other runs.
+    """Convert the numbers of runs that differ only in M and in seeds into a table for `thresholds`. Return None for other runs.
 
     Args:
         numbers: Numbers of the runs, with the name of the run in the column `run`.
-        configs: Settings of each run.
+        configs: Settings of each run, keyed by the run's name.
     """
     plain = {dataclasses.replace(_without_tasks(config), seeds=SeedsConfig()) for config in configs.values()}
     sizes = {config.task.num_tasks for config in configs.values()} - {math.inf}
@@ -84,7 +87,7 @@ def ladder_table(numbers: pd.DataFrame, configs: Mapping[str, RunConfig]) -> pd.
 
 
 def sentences(table: pd.DataFrame) -> Iterator[str]:
-    """Yield a line for each row of `thresholds`. Without rows over seeds, the only seed has no name."""
+    """Yield a line of text for each row of `thresholds`. If there is only one row, the line does not name the seed."""
     for row in table.to_dict("records"):
         name = "" if len(table) == 1 else f" ({row['run']})"
         reasons = f": {row['reasons']}" if row["reasons"] else ""
@@ -111,7 +114,7 @@ def _without_tasks(config: RunConfig) -> RunConfig:
 
 
 def _log_ratios(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the M of one seed in ascending order, r(M), and the upper bounds of its errors over prompts."""
+    """Return the values of M of one seed in ascending order, r(M), and upper bounds on the errors of r over prompts."""
     wide = rows[rows["quantity"].isin(["delta_ridge", "delta_dmmse"])].pivot(index="num_tasks", columns="quantity")
     wide = wide.reindex(sorted(wide.index, key=float))
     if not {("value", "delta_ridge"), ("value", "delta_dmmse")} <= set(wide.columns):
@@ -123,7 +126,7 @@ def _log_ratios(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _of_seed(sizes: np.ndarray, ratios: np.ndarray, errors: np.ndarray) -> dict[str, Any]:
-    """Return the threshold of one seed from its M, r(M) and their errors."""
+    """Return the threshold of one seed from its values of M, r(M) and the errors of r."""
     is_clear = np.abs(ratios) > SIGN_ERRORS * errors
     clear_signs = np.sign(ratios[is_clear])
     falls = [(a, b) for a, b in pairwise(range(len(sizes))) if ratios[a] > 0 >= ratios[b]]
@@ -162,16 +165,18 @@ def _of_seed(sizes: np.ndarray, ratios: np.ndarray, errors: np.ndarray) -> dict[
 
 
 def _over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the row over seeds."""
+    """Return the row for all seeds together."""
     pooled = over_seeds(math.log2(row["threshold"]) for row in rows)
     num_seeds, num_not_ok = len(pooled.values), sum(row["verdict"] != "ok" for row in rows)
     reasons = []
     if num_seeds < MIN_FOR_INTERVAL:
-        reasons.append(f"{num_seeds} seed(s) give no interval; at least {MIN_FOR_INTERVAL} are needed")
+        reasons.append(
+            f"an interval needs at least {MIN_FOR_INTERVAL} seeds with a threshold, but there are {num_seeds}"
+        )
     if num_seeds < len(rows):
         reasons.append(f"only {num_seeds} of {len(rows)} seeds have a threshold")
     if num_not_ok:
-        reasons.append(f"{num_not_ok} of the seeds have another verdict than ok")
+        reasons.append(f"the verdict of {num_not_ok} seed(s) is not ok")
     return {
         "run": ALL,
         "threshold": 2**pooled.mean,

@@ -1,7 +1,8 @@
-"""Frequencies of tokens and of pairs of tokens in the training text of a language run, and the losses of predicting by them.
+"""Frequencies of tokens and of pairs of tokens in the training text of a language run, and the losses of predictions from them.
 
-q(t) and q(t | s) are counted in the first rows of the stream `frequencies`, which has the distribution of the training text. Each count gets
-a half more (Krichevsky and Trofimov 1981), spread over the vocabulary by q(t) for pairs, so that no token has probability zero.
+q(t) and q(t | s) are counted in the first rows of the stream `frequencies`, which has the distribution of the training text. So that no
+token has probability zero, 1/2 is added to the count of each token (Krichevsky and Trofimov 1981). For pairs, q(t) / 2 is added to the
+count of each pair (s, t).
 """
 
 from functools import lru_cache
@@ -15,7 +16,7 @@ from icl.config import RunConfig
 from icl.tasks.rows import RowSource, TokenRows, row_source
 
 _MIN_TOKENS, _MAX_TOKENS, _PER_PAIR = 2**17, 2**22, 128
-"""Number of tokens that are counted: 128 for each pair of tokens, within these limits."""
+"""The number of counted tokens is `_PER_PAIR` for each pair of tokens in the vocabulary, limited to this range."""
 _PRIOR = 0.5
 _AT_ONCE = 2**17
 """Number of tokens that are drawn and counted at once."""
@@ -26,9 +27,9 @@ class Frequencies(NamedTuple):
 
     unigrams: Float[Tensor, " V"]
     pairs: Float[Tensor, "V V"]
-    """Empirical probabilities q(t | s), without a prior; zero in the rows of tokens that were not seen."""
+    """Empirical probabilities q(t | s), without a prior. The row of a token s that does not occur is zero."""
     smoothed: Float[Tensor, "V V"]
-    """The same with the prior."""
+    """Probabilities q(t | s) with the prior, so that none is zero."""
 
 
 def frequencies(config: RunConfig) -> Frequencies:
@@ -37,7 +38,7 @@ def frequencies(config: RunConfig) -> Frequencies:
 
 
 def frequency_losses(config: RunConfig, rows: TokenRows) -> dict[str, Float[Tensor, "B T"]]:
-    """Return the losses of predicting rows by the frequencies of tokens (`unigram`) and of pairs (`bigram`), in nats."""
+    """Return the losses in nats if rows are predicted from the frequencies of tokens (`unigram`) and of pairs (`bigram`)."""
     counted = frequencies(config)
     return {
         "unigram": -counted.unigrams.log().to(rows.ys.device)[rows.ys],
@@ -52,7 +53,7 @@ def count_pairs(xs: Int64[Tensor, "..."], ys: Int64[Tensor, "..."], vocab_size: 
 
 
 def from_counts(counts: Int64[Tensor, "V V"]) -> Frequencies:
-    """Return the frequencies of a table of counts of pairs."""
+    """Return the frequencies that follow from a table with the counts of pairs (s, t)."""
     pairs = counts.float()
     unigrams = pairs.sum(0) + _PRIOR
     unigrams = unigrams / unigrams.sum()

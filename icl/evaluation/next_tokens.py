@@ -1,7 +1,7 @@
 """The most likely next tokens of a language model after a user's own text or tokens.
 
-A prompt file is text (.txt), which the run's tokenizer splits into tokens, or JSON `{"tokens": [1, 2, 3]}`. The token that begins a row is put
-in front. If the prompt is longer than the context, its last tokens are read.
+A prompt file is text (.txt), which the run's tokenizer splits into tokens, or JSON `{"tokens": [1, 2, 3]}`. The token that begins a row
+(BOS) is put before the prompt. If the prompt is longer than the context, only its last tokens are used.
 """
 
 import json
@@ -61,7 +61,7 @@ def predict_next(model: LanguageModel, config: RunConfig, path: Path, *, count: 
 
 
 def is_tokens(path: Path) -> bool:
-    """Return whether a prompt file is for a language model: text, or JSON with tokens. Other files are read by `read_prompt_file`."""
+    """Return whether a prompt file is for a language model: text, or JSON with tokens. `read_prompt_file` reads other files."""
     if path.suffix == ".txt":
         return True
     try:

@@ -1,8 +1,7 @@
 """Predictions for a user's own prompts: context examples and queries, as tensors or in a file.
 
-Each query is predicted from the whole context. Other queries have no effect on this prediction. A file is JSON
-`{"x_context": [[...]], "y_context": [...], "x_query": [[...]]}`, or CSV with columns x1..xD,y in which an empty y marks
-a query.
+Each query is predicted from the whole context, and independently of the other queries. A prompt file is JSON `{"x_context": [[...]],
+"y_context": [...], "x_query": [[...]]}`, or CSV with the columns x1..xD,y. In CSV, an empty y marks a query.
 """
 
 import csv
@@ -43,7 +42,7 @@ def predict_from_prompt(model: Transformer, x_context: Any, y_context: Any, x_qu
         x_query: Inputs whose targets are to be predicted (q, D).
 
     Raises:
-        PromptError: If the shapes do not fit each other or the model, or a number is not finite.
+        PromptError: If the shapes do not match each other or the model, or a number is not finite.
     """
     parameter = parameter_of(model)
     x_context, y_context, x_query = (
@@ -108,7 +107,7 @@ def _named(x_context: Any, y_context: Any, x_query: Any) -> list[tuple[Any, str]
 
 
 def parameter_of(model: Any) -> Tensor:
-    """Return one parameter of the model. It shows the model's dtype and device.
+    """Return one parameter of the model, from which callers take the model's dtype and device.
 
     Raises:
         ConfigError: If `model` is not a model of `icl`.

@@ -1,10 +1,10 @@
-"""Predictions of a population for fixed prompts, in batches that fit a CPU's caches.
+"""Predictions of a population of models for fixed prompts, in batches that fit into a CPU's caches.
 
 `icl evaluate` predicts for every checkpoint on many sets of prompts, and nearly all of its time is the forward pass. For L2H4, a compiled
-forward pass of one member takes about 0.6 of the time of the eager one on a CPU core. Predictions differ by rounding.
+forward pass of one member takes about 0.6 times as long as an eager one on a CPU core. The predictions of the two differ only by rounding.
 
-Whether to compile depends only on the sizes of the run and of the sets, and not on what is already done. So an evaluation that was
-interrupted continues with the same function.
+Whether to compile depends only on the sizes of the run and of the sets, and not on how much is already done. So an evaluation that was
+interrupted continues with the same kind of forward pass.
 """
 
 import threading
@@ -24,14 +24,14 @@ from icl.tasks.prompts import Prompts
 from icl.tasks.rows import TokenRows
 
 Predict: TypeAlias = Callable[[Params, Tensor, Tensor], Tensor]
-"""Function of stacked parameters, xs and ys that returns numbers (N, B, K), such as predictions: `partial(stacked.apply, model)`. For language
-models they are the losses of the predicted tokens."""
+"""Function of stacked parameters, xs and ys that returns numbers (N, B, K). For regression these are predictions, as from
+`partial(stacked.apply, model)`. For language models they are the losses of the predicted tokens."""
 PROMPTS_ON_CPU = 256
-"""Number of prompts of one member whose activations fit a CPU's caches: the size of a full batch."""
+"""Size of a full batch: the number of prompts for which the activations of one member fit into a CPU's caches."""
 _PROMPTS_ON_GPU = 2**14  # number of prompts of all members together
 _COMPILING_PAYS = 3e12
-"""Compile only above this many floating-point operations. Two CPU cores need a minute for them in eager mode, and compiling takes
-about ten seconds."""
+"""Compile only above this many floating-point operations. In eager mode, two CPU cores need a minute for this number. Compiling takes about
+ten seconds."""
 
 
 def predictor(model: ModelConfig) -> Predict:
@@ -67,7 +67,7 @@ def compiling_pays(*, num_params: int, num_tokens: int, num_checkpoints: int) ->
     Args:
         num_params: Number of parameters of one checkpoint.
         num_tokens: Number of tokens for which each checkpoint predicts: 2 K times the number of prompts in all sets.
-        num_checkpoints: Number of checkpoints of the run, whether they are already evaluated or not.
+        num_checkpoints: Number of checkpoints of the run, including those that are already evaluated.
     """
     # Each weight takes 2 operations per token in the forward pass.
     return 2.0 * num_params * num_tokens * num_checkpoints >= _COMPILING_PAYS
@@ -76,7 +76,7 @@ def compiling_pays(*, num_params: int, num_tokens: int, num_checkpoints: int) ->
 def compiled_apply(model: ModelConfig) -> Predict:
     """Return `icl.model.stacked.apply` for this model, compiled for one member and a full batch of prompts on a CPU.
 
-    Other inputs, such as the rest of a set that is no full batch, are computed in eager mode: each new shape would be compiled again.
+    Other inputs, such as a last batch that is not full, are computed in eager mode, because every new shape would have to be compiled.
     """
     eager = partial(apply, model)
     graph = one_graph(_named(eager), work="Evaluation", options=RELEASE_GIL)
@@ -98,7 +98,7 @@ def compiled_apply(model: ModelConfig) -> Predict:
 
 
 def _named(function: Predict) -> Predict:
-    """Return a function with a name of its own, because the compiler cannot name a partial function."""
+    """Wrap a partial function in a function that has a name, which the compiler needs."""
 
     def forward(params: Params, xs: Tensor, ys: Tensor) -> Tensor:
         return function(params, xs, ys)

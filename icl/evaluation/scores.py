@@ -4,26 +4,28 @@
 checkpoints at once. The module `icl.metrics` computes the numbers:
 
 - `loss`: the mean squared error per target, not divided by D.
-- `bayes_excess`: the model's loss minus that of the Bayes predictor of these prompts, on the same prompts (a paired difference). The
-  predictor is dMMSE on `pretrain` for finite M. On `pretrain` for M = inf and on `true` it is ridge, or `bayes` if the prior or the noise is
-  not Gaussian. Shifts have no such number. For an exact predictor, the excess has the same expectation as the gap to it, so it is
-  negative only by chance. If `bayes` is estimated, the excess is too small by `bayes_variance`.
-- `delta_ridge`, `delta_dmmse`: the gap to a baseline, the mean squared difference of predictions (Raventos et al. 2023,
+- `bayes_excess`: the model's loss minus the loss of the Bayes predictor, on the same prompts (a paired difference). On `pretrain` with
+  finite M, the Bayes predictor is dMMSE. On `true`, and on `pretrain` with M = inf, it is ridge, or `bayes` if the prior or the noise is
+  not Gaussian. Shifts have no such number. If the Bayes predictor is exact, the excess has the same expectation as the gap to this
+  predictor, so the excess is negative only by chance. If `bayes` is estimated, the excess is too small by `bayes_variance`.
+- `delta_ridge`, `delta_dmmse`: the gap to a baseline, which is the mean squared difference of predictions (Raventos et al. 2023,
   section 2, who divide by D).
-- `delta_bayes`: the gap to the Bayes predictor for new tasks, if this is not ridge because the prior or the noise is not Gaussian
-  (`icl.bayes`). It includes `bayes_variance`, the mean squared standard error of a predictor that is only estimated.
+- `delta_bayes`: the gap to the Bayes predictor for new tasks (`icl.bayes`), if the prior or the noise is not Gaussian. If this predictor
+  is only estimated, the gap includes `bayes_variance`, the mean squared standard error of its predictions.
 - `icl_score`: loss(k2) - loss(k1). A negative score is good.
-- `nll`, `nll_over_ridge`, `nll_over_dmmse`, `nll_over_bayes`, only for models with a predictive distribution (`model.output` `gaussian` or `mixture`):
-  the negative log-likelihood in nats per target, and its excess over that of dMMSE, of ridge with Gaussian noise (`icl.evidence`), and of the Bayes
-  predictor for new tasks if prior or noise are not Gaussian (`icl.bayes`). The expectation of an excess is at least 0 on prompts of the predictor's own world:
-  for dMMSE on `pretrain`, and for ridge, or `bayes` if there is one, on `true`. If `bayes` is estimated, its NLL is too large by
-  about half of `bayes_nll_variance`, the mean squared standard error of this NLL.
-- `prior_zero`, `prior_task_mean`: prior-task scores, the gaps to the predictions with w = 0 and with the mean task (Hoogland
+- `nll`: the negative log-likelihood in nats per target, only for models with a predictive distribution (`model.output` is `gaussian` or
+  `mixture`).
+- `nll_over_ridge`, `nll_over_dmmse`, `nll_over_bayes`: `nll` minus the NLL of a predictor. The predictors are ridge with Gaussian noise and
+  dMMSE (`icl.evidence`). If the prior or the noise is not Gaussian, there is also the Bayes predictor for new tasks (`icl.bayes`). The
+  expected difference is at least 0 on prompts from the distribution for which the predictor is optimal: `pretrain` for dMMSE, and `true`
+  for `bayes`, or for ridge if there is no `bayes`. If `bayes` is estimated, its NLL is too large by about half of `bayes_nll_variance`, the
+  mean squared standard error of this NLL.
+- `prior_zero`, `prior_task_mean`: prior-task scores, which are the gaps to the predictions with w = 0 and with the mean task (Hoogland
   et al. 2024).
 
-For a language run the loss is -log P(next token) in nats, so a language model is represented by its losses instead of its
-predictions, and there are no gaps. The positions of the ICL score are those of Hoogland et al., tokens 50 and 500 of 1,024, in the
-same proportion to the row.
+For a language run, the loss is -log P(next token) in nats. A language model is represented by its losses instead of its predictions, so
+there are no gaps. Hoogland et al. compute the ICL score from tokens 50 and 500 of 1,024. For rows of another length, we scale these
+positions in proportion.
 """
 
 from collections.abc import Sequence
@@ -46,7 +48,7 @@ Row: TypeAlias = dict[str, Any]
 """One number as a row: distribution, quantity, position (1..K, `mean`, or `k1:k2`), value, stderr."""
 VERSION = 2
 """Version of the definitions of the numbers. Saved numbers of an older version are computed again. Version 2 added `bayes_excess`, and
-evaluates on the prompts of `REPORT` instead of those of `MONITOR`."""
+replaced the prompts of `MONITOR` by the prompts of `REPORT`."""
 COLUMNS = ("distribution", "quantity", "position", "value", "stderr")
 EXCESS = ("bayes_excess", "bayes_excess_stderr")
 """Columns of `tabulate_losses` with the excess over the Bayes predictor and its standard error."""
@@ -75,7 +77,7 @@ def evaluate_predictions(
 ) -> list[list[Row]]:
     """Return loss, excess, gaps, prior-task scores and ICL scores on one set, as one list of rows for each of N predictors.
 
-    With the negative log-likelihoods of the targets, their numbers are included.
+    If the negative log-likelihoods of the targets are given (`nll`), the rows of `nll` and of its excesses are included.
     """
     errors = set_losses(predictions, prompt_set)  # N B K
     numbers = _position_numbers(prompt_set, "loss", errors)
@@ -97,7 +99,7 @@ def evaluate_predictions(
 
 
 def set_losses(predictions: Float[Tensor, "*N B K"], prompt_set: EvaluationSet) -> Float[Tensor, "*N B K"]:
-    """Return the loss at every position, from predictions, or from what `predictor` returns for a language model."""
+    """Return the loss at every position. For a language model, `predictions` already contains the losses (`predictor`)."""
     if isinstance(prompt_set.prompts, TokenRows):
         return predictions
     return metrics.squared_error(predictions, prompt_set.prompts.ys)
@@ -106,9 +108,9 @@ def set_losses(predictions: Float[Tensor, "*N B K"], prompt_set: EvaluationSet) 
 def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
     """Return the loss of every baseline on every set. The quantity is the baseline's name.
 
-    Quantities such as `ridge_nll` are negative log-likelihoods.
-    If there is a baseline `bayes`, rows of the quantity `bayes_variance` have the mean squared standard error of its predictions, and those of
-    `bayes_nll_variance` that of its NLL. The loss of `bayes` is too large by the first, and its NLL by about half of the second.
+    A quantity such as `ridge_nll` is the negative log-likelihood (NLL) of a baseline. If there is a baseline `bayes`, the quantity
+    `bayes_variance` is the mean squared standard error of its predictions, and `bayes_nll_variance` is the mean squared standard error of
+    its NLL. The loss of `bayes` is too large by `bayes_variance`, and its NLL by about half of `bayes_nll_variance`.
     """
     rows = []
     for each in sets:
@@ -135,9 +137,9 @@ def tabulate_losses(predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet
     """Return the losses of one model and of the baselines by position, on `pretrain` or `true`.
 
     Returns:
-        A row for each position 1..K and a row for their mean; columns `model`, `bayes` (if it is not ridge), `ridge`, `dmmse` (finite
-        M), `ols`, `zero`, then `bayes_excess` and its standard error `bayes_excess_stderr` over prompts if the Bayes predictor is
-        known; for language `model`, `unigram`, `bigram`.
+        A row for each position 1..K and a row for their mean. For regression, the columns are `model`, `bayes` (if it is not ridge),
+        `ridge`, `dmmse` (finite M), `ols` and `zero`. If the Bayes predictor is known, `bayes_excess` and its standard error over prompts,
+        `bayes_excess_stderr`, follow. For language, the columns are `model`, `unigram` and `bigram`.
     """
     import pandas as pd
 
@@ -161,8 +163,8 @@ def summarise(
     """Return the numbers that are logged during training, for each member on its own sets.
 
     Returns:
-        For each member `eval/<set>/{loss,delta_ridge,delta_dmmse,icl_score}`; dMMSE only for finite M. With `nll`, also
-        `eval/<set>/nll`.
+        For each member, a dict with the keys `eval/<set>/{loss,delta_ridge,delta_dmmse,icl_score}`. `delta_dmmse` exists only for finite
+        M. If `nll` is given, there is also the key `eval/<set>/nll`.
     """
     results: list[dict[str, float]] = [{} for _ in sets]
     for member_sets in zip(*sets, strict=True):  # the sets with the same name, one for each member
@@ -189,8 +191,8 @@ def summarise(
 def icl_positions(num_predictions: int) -> tuple[int, int]:
     """Return the two positions, counted from 1, of a language model's ICL score.
 
-    In rows of 1,023 predictions they are 49 and 499 (l_48 and l_498 counted from 0; Hoogland et al. 2024). In shorter rows they
-    are in the same proportion, and not below 2, because the prediction after BOS has no context.
+    In rows of 1,023 predictions they are 49 and 499, as in Hoogland et al. 2024 (who write l_48 and l_498, counted from 0). In rows of
+    another length they are scaled in proportion to it. They are at least 2, because the prediction after BOS has no context.
     """
     first, second = (max(2, round(position / 1023 * num_predictions)) for position in (49, 499))
     return first, second
@@ -205,7 +207,7 @@ def _bayes_errors(prompt_set: EvaluationSet) -> Float[Tensor, "*N B K"]:
 
 
 def _join(sets: Sequence[EvaluationSet]) -> EvaluationSet:
-    """Stack the sets of several members into one, with NaN for baselines that some members lack; return a shared set unchanged."""
+    """Stack the sets of several members into one. A baseline that some members lack is NaN for these members. A shared set is returned unchanged."""
     if all(each is sets[0] for each in sets):
         return sets[0]
     prompts = type(sets[0].prompts)(
@@ -250,9 +252,9 @@ def _rows(distribution: str, numbers: Sequence[_Numbers]) -> list[list[Row]]:
 
 
 def _score_pairs(prompt_set: EvaluationSet) -> list[tuple[int, int]]:
-    """Return the pairs of positions of the ICL scores; the last pair is that of the logged score.
+    """Return the pairs of positions of the ICL scores; training logs the score of the last pair.
 
-    For prompts they are of the first, middle and last position (1:4, 4:8 and 1:8 in Hoogland et al., where K = 8).
+    For prompts, the pairs combine the first, middle and last position (1:4, 4:8 and 1:8 in Hoogland et al., where K = 8).
     """
     count = prompt_set.prompts.ys.shape[-1]
     if isinstance(prompt_set.prompts, TokenRows):

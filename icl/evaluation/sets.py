@@ -1,13 +1,13 @@
 """Fixed sets of prompts for evaluation, with the predictions of the baselines for them.
 
 The sets are `pretrain` (the run's M tasks), `true` (new tasks from the prior, usually N(0, I)) and the shifts of `icl.tasks.shifts`. If
-the pool of tasks changes during training, `pretrain` has the pool of the last update before the evaluated step. There are two sets
-of each name, with different prompts. Training evaluates on the prompts of `MONITOR`, and early stopping chooses the last
-checkpoint by them. Everything after training uses the prompts of `REPORT`, so that no checkpoint is judged on the prompts on which
-it was chosen. Versions up to 0.1.0 used the prompts of `MONITOR` for both.
+the pool of tasks changes during training, `pretrain` uses the pool of the last update before the evaluated step. Each set exists twice,
+with different prompts. Training evaluates on the prompts of `MONITOR`, so early stopping chooses the last checkpoint on these prompts.
+Everything after training uses the prompts of `REPORT`, so that no checkpoint is judged on the prompts that chose it. Versions up to 0.1.0
+used the prompts of `MONITOR` for both purposes.
 
-A language run has one set, `test`: rows that no training step sees. The baselines `unigram` and `bigram` are the losses under the
-frequencies of tokens, and of pairs of tokens, in the first rows of the training text.
+A language run has one set, `test`, with rows that no training step sees. Its baselines `unigram` and `bigram` are losses: the tokens are
+predicted from the frequencies of tokens, or of pairs of tokens, in the first rows of the training text.
 """
 
 from collections.abc import Mapping
@@ -33,27 +33,27 @@ from icl.tasks.rows import TEST, TokenRows, row_source
 from icl.tasks.shifts import SHIFTS, sample_shifted_prompts
 
 MONITOR, REPORT = 0, 1
-"""The steps of the random streams from which the fixed prompts come: during training, and after it."""
+"""Step numbers that select the fixed prompts in the random streams: `MONITOR` for evaluation during training, `REPORT` for everything after it."""
 
 
 class EvaluationSet(NamedTuple):
-    """Fixed prompts or rows, and the predictions (B, K) of each baseline for them, or, for rows, its losses."""
+    """Fixed prompts with the predictions (B, K) of each baseline, or fixed rows of text with the losses of each baseline."""
 
     name: str
     prompts: Prompts | TokenRows
     baselines: dict[str, Tensor]
     is_about_query: bool
-    """Whether the shift changes only the last position, the query. If so, only numbers of this position are given."""
+    """Whether the shift changes only the last position, the query. If so, only the numbers at the query are computed."""
     nll: Mapping[str, Tensor] = MappingProxyType({})
-    """Negative log-likelihoods (B, K) of the Bayes predictors, if the model has a predictive distribution and there is noise."""
+    """Negative log-likelihoods (B, K) of the Bayes predictors. Empty if the model has no predictive distribution, or without noise."""
     variances: Mapping[str, Tensor] = MappingProxyType({})
-    """Squared standard errors (B, K) of the baseline `bayes`: of its predictions (`bayes_variance`) and of its NLL (`bayes_nll_variance`)."""
+    """Squared standard errors (B, K) of the baseline `bayes`: `bayes_variance` for its predictions, `bayes_nll_variance` for its NLL."""
     is_gaussian: bool = True
-    """Whether prior and noise are Gaussian, so that ridge is the Bayes predictor for new tasks."""
+    """Whether prior and noise are both Gaussian. Then ridge is the Bayes predictor for new tasks."""
 
     @property
     def bayes(self) -> str | None:
-        """Name of the baseline that is the Bayes predictor of these prompts; None for shifts and for text, or if it was not computed."""
+        """Name of the baseline that is the Bayes predictor of these prompts. None for shifts and text, or if it was not computed."""
         if self.name == "pretrain" and "dmmse" in self.baselines:
             return "dmmse"
         if self.name not in ("pretrain", "true"):
@@ -80,20 +80,18 @@ def evaluation_set(
 ) -> EvaluationSet:
     """Make the fixed prompts called `name` (`pretrain`, `true`, or a shift), with their baselines.
 
-    With `step=MONITOR`, the prompts are those of evaluations during training; by default they are those of reports.
-
-    All sets have the baselines ridge, OLS and zero. `pretrain` and `true` of a run with finitely many tasks also have dMMSE and the mean
-    task. Without noise, `ridge` has the predictions of OLS, which is the limit of ridge for zero noise. `pretrain` and `true` of a run
-    whose prior or noise is not Gaussian also have the Bayes predictor for new tasks. If the model has a predictive distribution,
-    the set also has the negative log-likelihoods of these Bayes predictors, which do not exist without noise.
-    For a language run, `name` is `test`.
+    All sets have the baselines ridge, OLS and zero. Without noise, `ridge` has the predictions of OLS, which is the limit of ridge for
+    zero noise. If the run has finitely many tasks, `pretrain` and `true` also have dMMSE and the mean task. With `with_bayes`, they also
+    have the Bayes predictor for new tasks if the prior or the noise is not Gaussian. If the model has a predictive distribution and there
+    is noise, the set also has the negative log-likelihoods of ridge, dMMSE and this Bayes predictor. For a language run, `name` is
+    `test`.
 
     Args:
         config: The run.
         name: Name of the set.
         num_prompts: Number of prompts.
-        step: Step of the random stream, `MONITOR` or `REPORT`.
-        model_step: Step of the evaluated model. It is needed for `pretrain` if the pool of tasks changes.
+        step: `MONITOR` for the prompts of evaluations during training, `REPORT` for the prompts of everything after it.
+        model_step: Training step of the evaluated model. It is needed for `pretrain` if the pool of tasks changes during training.
         with_bayes: Whether to compute the Bayes predictor for new tasks, which can take minutes.
         device: Device of the prompts.
     """
@@ -140,7 +138,7 @@ def _baseline_predictions(config: RunConfig, name: str, prompts: Prompts, pool_s
 
 
 def _bayes_nll(config: RunConfig, name: str, prompts: Prompts, pool_step: int | None) -> dict[str, Tensor]:
-    """Return the negative log-likelihoods of ridge, and of dMMSE where `_baseline_predictions` has it."""
+    """Return the negative log-likelihoods of ridge, and of dMMSE if `_baseline_predictions` computes it."""
     task, (xs, ys, _) = config.task, prompts
     nll = {"ridge": evidence.ridge_nll(xs, ys, noise_variance=task.noise_variance)}
     if not task.is_gaussian and name in ("pretrain", "true") and (pool_step is not None or not task.has_moving_pool):

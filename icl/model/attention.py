@@ -1,11 +1,10 @@
 """Causal attention over the few tokens of a prompt, with our own kernel on CPUs.
 
-Vaswani et al. (2017), equation 1: softmax(q k^T / sqrt(c)) v in each head of c channels, where a token sees itself and the
-tokens before it. A prompt has so few tokens (15 for K = 8) that PyTorch's operations spend more time on calls, copies and
-masks than on arithmetic. The kernel in `attention.cpp` computes one head of one prompt at a time, so its data stay in the fastest
-cache.
+In each head of c channels, attention is softmax(q k^T / sqrt(c)) v (Vaswani et al. 2017, equation 1), where a token attends to itself and
+to the tokens before it. A prompt has so few tokens (15 for K = 8) that PyTorch's operations spend more time on calls, copies and masks than
+on arithmetic. The kernel in `attention.cpp` computes one head of one prompt at a time, so that its data stay in the fastest cache.
 
-The kernel is compiled when `icl` is installed. Without a compiler, on other devices and in other precisions,
+The kernel is compiled when `icl` is installed. Without a compiler, on devices other than CPUs, and in precisions other than float32,
 `attention_by_formula` computes the same result with PyTorch's operations, up to rounding. Both functions can be differentiated twice in
 reverse mode, and mapped by `torch.vmap`.
 """
@@ -42,7 +41,7 @@ def attention(
         queries: Queries of every `stride`-th token; query i belongs to token i * stride.
         keys: Keys of all tokens.
         values: Values of all tokens.
-        num_heads: Number of heads H. The C channels are those of head 1, then those of head 2, and so on.
+        num_heads: Number of heads H. The C channels are sorted by head: first all channels of head 1, then of head 2, and so on.
         stride: Distance from one querying token to the next.
     """
     if has_kernel_for(queries):
@@ -52,7 +51,7 @@ def attention(
 
 
 def has_kernel_for(tensor: Tensor) -> bool:
-    """Return whether the kernel computes attention for tensors of this device and precision."""
+    """Return whether the kernel can compute attention for tensors of this device and precision."""
     is_float32 = tensor.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return HAS_KERNEL and tensor.device.type == "cpu" and is_float32
 
@@ -143,7 +142,7 @@ def _fold_mapped_axis(size: int, in_dims: tuple[int | None, ...], inputs: tuple[
 
 
 def _compiled_kernel() -> ctypes.CDLL | None:
-    """Load the kernel's library, if it was compiled from the current source and finds PyTorch's OpenMP runtime."""
+    """Load the kernel's library. Return None if it was compiled from another source, or does not find PyTorch's OpenMP runtime."""
     spec = find_spec("icl.model._attention")
     if spec is None or spec.origin is None:
         return None
@@ -203,7 +202,7 @@ def _empty_gradients(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, num_head
 
 
 def _run(function: Any, outputs: Sequence[Tensor], inputs: Sequence[Tensor], num_heads: int, stride: int) -> None:
-    """Call a function of the kernel. It reads raw memory, so first make sure that the tensors have the shapes it expects."""
+    """Call a function of the kernel, after a check of the tensors' shapes. The check is needed because the kernel reads raw memory."""
     *others, q, k, v = inputs  # the gradient, if any, has the shape of q
     (num_prompts, num_queries, width), num_tokens = q.shape, k.shape[1]
     if not (
@@ -218,10 +217,10 @@ def _run(function: Any, outputs: Sequence[Tensor], inputs: Sequence[Tensor], num
         given = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in inputs)
         raise ValueError(
             f"The attention kernel takes float32 queries (B, Q, C), keys and values (B, T, C). The number of heads must divide C. "
-            f"Query i is at token i * stride, which must be below T; got {num_heads} heads, stride {stride} and {given}."
+            f"Query i belongs to token i * stride, which must be below T. Got {num_heads} heads, stride {stride} and {given}."
         )
     contiguous = [tensor.contiguous() for tensor in inputs]  # keep the copies alive until the kernel has returned
-    # In a new thread, PyTorch passes its number of threads on to OpenMP only when it is asked for that number.
+    # In a new thread, PyTorch tells OpenMP its number of threads only when `get_num_threads` is called.
     torch.get_num_threads()
     pointers = [tensor.data_ptr() for tensor in (*outputs, *contiguous)]
     function(*pointers, num_prompts, num_heads, num_queries, num_tokens, width // num_heads, stride, _LANES)

@@ -1,8 +1,8 @@
-"""Flat parameters: a matrix with one row per member, which contains all entries of its parameters that are updated.
+"""Flat parameters: a matrix with one row per member of a population, which contains all entries that are updated.
 
-Adam and SGLD treat every parameter alike. So we copy the entries of a member that they update, the moving entries, into one row.
-An update is then a dozen operations on an (N, P) matrix, whatever the number of layers. Gradients are rows of the same layout.
-Entries that are not updated, the fixed entries, are not in the matrix, so no update can change them.
+Adam and SGLD treat every parameter alike. So we copy the entries of a member that are updated (the moving entries) into one row. An update
+is then a dozen operations on an (N, P) matrix, whatever the number of layers. Gradients are rows of the same layout. Entries that are not
+updated (the fixed entries) are not in the matrix, so no update can change them.
 """
 
 import fnmatch
@@ -25,7 +25,7 @@ Every row then starts at the beginning of a cache line. PyTorch's order of summa
 this alignment, a member's rounding errors would depend on its row.
 """
 Restriction: TypeAlias = Iterable[str] | Mapping[str, Tensor] | None
-"""The parameters, or parts of them, that may move."""
+"""Names or globs of the parameters that may move, or Boolean masks of their elements. None means that all parameters move."""
 
 
 class Slot(NamedTuple):
@@ -38,14 +38,14 @@ class Slot(NamedTuple):
     elements: Tensor | None
     """Indices of the moving elements in the flattened parameter, or None if all move."""
     dtype: torch.dtype | None = None
-    """Type of the parameter if the member's parameters have several types, else None. With several types, rows have the widest type."""
+    """Type of the parameter, if the member's parameters have several types; otherwise None. With several types, rows have the widest one."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Order of a member's moving entries in its row.
 
-    It is hashable, so a compiled function can be cached for each layout.
+    A layout is hashable, so a compiled function can be cached for each layout.
     """
 
     slots: tuple[Slot, ...]
@@ -100,7 +100,7 @@ class Layout:
         return params
 
     def fixed(self, params: Mapping[str, Tensor]) -> Params:
-        """Return the parameters that do not move, or move only in part."""
+        """Return the parameters of which at least some elements do not move."""
         whole = {slot.name for slot in self.slots if slot.elements is None}
         return {name: tensor for name, tensor in params.items() if name not in whole}
 
@@ -108,7 +108,7 @@ class Layout:
 def make_layout(
     member: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None, *, alignment: int = _ALIGNMENT
 ) -> Layout:
-    """Lay out the parameters of one member in their own order.
+    """Return the layout of one member's parameters, in the order in which they are given.
 
     Args:
         member: Parameters without a leading axis.
@@ -136,14 +136,16 @@ def layout_of(params: Mapping[str, Tensor], *, alignment: int = _ALIGNMENT) -> L
 
 
 def restricted_layout(params: Mapping[str, Tensor], restrict: Restriction = None) -> Layout:
-    """Return the layout of the parameters that `restrict` allows to move. `params` are those of one member (no leading axis).
+    """Return the layout of the parameters that `restrict` allows to move. `params` belong to one member (no leading axis).
 
     Raises:
         ConfigError: If `restrict` names no parameter, a mask does not fit, or no parameter is left to move.
     """
     layout = make_layout(params, None if restrict is None else _masks(params, restrict))
     if not layout.slots:
-        raise ConfigError("`restrict` leaves no parameter free to move; give names, globs or masks that select some.")
+        raise ConfigError(
+            "`restrict` leaves no parameter free to move. Give names, globs or masks that select some parameters."
+        )
     return layout
 
 
@@ -163,12 +165,12 @@ def _masks(params: Mapping[str, Tensor], restrict: Any) -> dict[str, Tensor]:
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(
             "`restrict` must be names or globs of parameters, or a dict from names to masks, got "
-            f"{type(restrict).__name__}; leave it out to sample all of them."
+            f"{type(restrict).__name__}. Leave it out to sample all parameters."
         )
     matches = {pattern: [name for name in params if fnmatch.fnmatchcase(name, pattern)] for pattern in patterns}
     for pattern, names in matches.items():
         if not names:
-            raise ConfigError(f"`restrict` has `{pattern}`, which fits none of the parameters {_listing(params)}.")
+            raise ConfigError(f"`restrict` has `{pattern}`, which matches none of the parameters {_listing(params)}.")
     return {name: torch.ones(params[name].shape, dtype=torch.bool) for names in matches.values() for name in names}
 
 

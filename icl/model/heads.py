@@ -1,19 +1,20 @@
-"""Output heads: what a model's outputs at the x-tokens say about the next target.
+"""Output heads: how a model's outputs at the x-tokens predict the next target.
 
 The setting `model.output` chooses the head, and with it the loss that training minimises:
 
 - `scalar`, `token`: coordinate 0 is the prediction of y. The loss is the squared error.
-- `gaussian`: the predictive distribution of y is N(m, exp(s)), with m = o_0 and s = bounded(o_1). The loss is its negative
+- `gaussian`: the predictive distribution of y is N(m, exp(s)), with m = o_0 and s = 10 tanh(o_1 / 10). The loss is the negative
   log-likelihood -log p(y), in nats.
-- `mixture`: a mixture of J Gaussians (Bishop 1994, "Mixture density networks"). The 3J outputs are the means m_j, then the o of
-  the log-variances, then the logits of the weights. The loss is -log sum_j w_j N(y; m_j, exp(s_j)).
+- `mixture`: the predictive distribution is a mixture of J Gaussians (Bishop 1994, "Mixture density networks"). The 3J outputs are the means
+  m_j, then the o_j of the log-variances s_j = 10 tanh(o_j / 10), then the logits of the weights w_j. The loss is
+  -log sum_j w_j N(y; m_j, exp(s_j)), in nats.
 
-Log-variances are bounded smoothly, s = 10 tanh(o / 10), so variances lie between 5e-5 and 22,000. Without a lower bound, a
-component could shrink onto one target and its likelihood would be infinite. Losses include the constant log(2 pi) / 2.
+The function 10 tanh(o / 10) bounds the log-variances, so variances lie between 5e-5 and 22,000. Without a lower bound, a component could
+shrink onto one target, and its likelihood would be infinite. Losses include the constant log(2 pi) / 2.
 
-The prediction of a `gaussian` or a `mixture` is the mean of its predictive distribution, sum_j w_j m_j. All code that compares
-predictions uses it. The functions are used by the definition of the model (`icl.model.transformer`) and by its fast form
-(`icl.model.stacked`).
+For `gaussian` and `mixture`, the prediction is the mean of the predictive distribution, sum_j w_j m_j. All code that compares predictions
+uses this mean. The definition of the model (`icl.model.transformer`) and its fast form (`icl.model.stacked`) both use the functions of this
+module.
 """
 
 import math
@@ -26,7 +27,7 @@ from torch import Tensor
 from icl.config import ModelConfig
 
 MAX_LOG_VARIANCE = 10.0
-"""Bound of the absolute value of a log-variance."""
+"""Upper bound on the absolute value of a log-variance."""
 _LOG_2_PI = math.log(2 * math.pi)
 
 
@@ -61,7 +62,9 @@ def predictive(config: ModelConfig, outputs: Float[Tensor, "*S O"]) -> Predictiv
     if config.output == "mixture":
         means, raw, logits = outputs.chunk(3, dim=-1)
         return Predictive(logits.log_softmax(-1), means, _bounded(raw))
-    raise ValueError(f"A model with `model.output` {config.output} has no predictive distribution.")
+    raise ValueError(
+        f"A model with `model.output` = {config.output} has no predictive distribution. Use `gaussian` or `mixture`."
+    )
 
 
 def predictions(config: ModelConfig, outputs: Float[Tensor, "*S O"]) -> Float[Tensor, "*S"]:
@@ -90,8 +93,9 @@ def draw(
 
     Args:
         distributions: The distributions.
-        uniforms: Uniform numbers in [0, 1], which choose the components: the first whose cumulative weight exceeds the number.
-        normals: Standard normal numbers, which are scaled and shifted to the component.
+        uniforms: Uniform numbers in [0, 1], which choose the components. Each number chooses the first component whose cumulative weight
+            exceeds it.
+        normals: Standard normal numbers, which are scaled and shifted to the chosen component.
     """
     log_weights, means, log_variances = distributions
     cumulative = log_weights.exp().cumsum(-1)  # S J

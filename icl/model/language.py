@@ -7,14 +7,16 @@ p the table of positions and LN a layer norm (eps 1e-5), a block with H heads of
     x <- x + sum over heads of W_O softmax(q k^T / sqrt(c), causal) v + b_O,   then   x <- x + MLP(LN2(x)) if there is an MLP
 
 With ordinary positions, x begins as W_E[t] + p and u = LN1(x). With `shortformer` positions (Press, Smith and Lewis 2021), x begins as
-W_E[t] and u = LN1(x) + p, so positions choose where attention goes but are never moved by it. The logits are LN(x) W_U + b_U. The model of
-Hoogland et al. (2024) has two such blocks without MLPs; at its size there are 3,355,016 parameters.
+W_E[t] and u = LN1(x) + p. Then positions affect the attention pattern, but are not part of the values and so never enter the residual
+stream. The logits are LN(x) W_U + b_U. The model of Hoogland et al. (2024) has two such blocks without MLPs, with 3,355,016 parameters in
+total.
 
-`LanguageModel` is the definition. `apply_language` is the same function for many parameter sets on a leading axis N, and uses the
-linear maps, layer norms and attention of `icl.model.stacked`. Tests compare the two, a loop over positions, and TransformerLens.
+`LanguageModel` defines the model. `apply_language` computes the same function for many parameter sets on a leading axis N, with the linear
+maps, layer norms and attention of `icl.model.stacked`. Tests compare both with each other, with a loop over positions, and with
+TransformerLens.
 
-Memory: `next_token_losses` needs the logits of its rows, V numbers for each token. `rows_at_once` says how many rows keep the
-numbers that autograd saves below `MAX_NUMBERS`; callers pass at most so many rows at a time (`icl.model.losses`).
+Memory: `next_token_losses` needs the logits of its rows, which are V numbers for each token. `rows_at_once` returns the number of rows for
+which autograd saves at most `MAX_NUMBERS` numbers. Callers pass at most this number of rows at a time (`icl.model.losses`).
 """
 
 import math
@@ -31,11 +33,11 @@ from icl.model.stacked import Params, affine, layer_norm
 from icl.model.transformer import ACTIVATIONS
 
 INIT_STD = 0.05
-"""Standard deviation of every initial matrix with `model.init normal` (Hoogland et al. 2024)."""
+"""Standard deviation of the entries of every initial matrix with `model.init` = `normal` (Hoogland et al. 2024)."""
 MAX_NUMBERS = 2**27
-"""Largest count of numbers that autograd keeps for the rows that are computed at once, 512 MiB in float32. A single row may need more."""
+"""Largest count of numbers that autograd saves for the rows that are computed at once: 512 MiB in float32. A single row may need more."""
 _MAX_TINY = 160
-"""Largest number of tokens for which the kernel for short prompts computes attention. Above it, PyTorch's fused attention is faster."""
+"""Largest number of tokens for which attention uses the kernel for short prompts. For longer rows, PyTorch's fused attention is faster."""
 
 
 class LanguageModel(nn.Module):
@@ -74,7 +76,7 @@ class LanguageModel(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention, then an MLP if the model has MLPs. The output of each is added to the residual stream."""
+    """Attention, then an MLP if the model has MLPs. The outputs of both are added to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -137,12 +139,12 @@ class _LayerNorm(nn.Module):
         self.w, self.b = nn.Parameter(torch.empty(size)), nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x with mean 0 and variance 1 over channels, scaled and shifted."""
+        """Normalise x to mean 0 and variance 1 over channels, then scale and shift it."""
         return F.layer_norm(x, x.shape[-1:], self.w, self.b)
 
 
 def _table(**shapes: tuple[int, ...]) -> nn.ParameterDict:
-    """Return undefined parameters of these shapes by name."""
+    """Return parameters of these shapes, keyed by name, whose values are undefined."""
     return nn.ParameterDict({name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()})
 
 
@@ -162,14 +164,14 @@ def apply_language(config: ModelConfig, params: Params, tokens: Int64[Tensor, "*
 
     Args:
         config: The architecture.
-        params: Stacked parameters by the names of `LanguageModel`. Logits have their dtype.
-        tokens: Rows (N, B, T), or (B, T) that all members share.
+        params: Stacked parameters, with the names of `LanguageModel`. Logits have the dtype of the parameters.
+        tokens: Rows (N, B, T), or rows (B, T) that all members share.
     """
     return logits_of(params, last_residual(config, params, tokens))
 
 
 def last_residual(config: ModelConfig, params: Params, tokens: Int64[Tensor, "*N B T"]) -> Float[Tensor, "N B T C"]:
-    """Return the residual stream after the last block. With `logits_of`, logits can be computed at a few positions only."""
+    """Return the residual stream after the last block, from which `logits_of` can compute logits at a few positions only."""
     *_, (x, _, _) = _stream(config, params, tokens)
     return x
 
@@ -208,8 +210,9 @@ def next_token_losses(
 def rows_at_once(config: ModelConfig, params: Params, num_tokens: int, *, max_numbers: int = MAX_NUMBERS) -> int:
     """Return how many rows of each member are computed at once, at least 1.
 
-    Autograd keeps, per token, at most two arrays of logits, a hundred numbers per block and channel of the stream, heads and MLP, and, where
-    attention is not fused, two patterns. The count depends only on settings, so a resumed run splits its batches alike.
+    For each token, autograd saves at most two arrays of logits and about a hundred numbers per block and channel (of the residual stream,
+    the heads and the MLP). If attention is not fused, it also saves two attention patterns. The number of rows depends only on settings, so
+    a resumed run splits its batches in the same way.
     """
     width = 8 * config.embed_size + 6 * config.heads_width + 4 * config.mlp_size + 2 * config.num_heads * num_tokens
     vocab_size = params["unembed.b_U"].shape[-1]

@@ -1,12 +1,12 @@
 """The training loss of every family of models, at each position, for many members at once.
 
-This is the one place that asks for the family of a model to compute with it. Training, sampling and evaluation take their losses here:
+Only this module chooses the computation of a loss by the family of the model. Training, sampling and evaluation get their losses here:
 
 - regression: the squared error of the prediction of y_k, or its negative log-likelihood (`icl.model.stacked.target_losses`), for prompts xs (N, B, K, D) and ys (N, B, K);
 - language: -log P(next token) in nats, for tokens xs (N, B, T) and the tokens after them, ys (N, B, T).
 
-Language rows can be long, so their gradients are summed over parts of a batch. The memory for activations then has the bound of
-`icl.model.language.rows_at_once` whatever the size of the batch. Regression prompts are short, and a batch stays whole.
+Language rows can be long, so their gradients are summed over parts of a batch. The memory for activations is then bounded by
+`icl.model.language.rows_at_once`, whatever the size of the batch. Regression prompts are short, so their batches are not split.
 """
 
 from collections.abc import Callable
@@ -53,13 +53,14 @@ def grads_in_parts(
     leaves: Tensor,
     batch: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return a gradient and the tensor beside it, as `grad_and_aux` does, for a loss that is a mean over the rows of a batch.
+    """Apply `grad_and_aux` to a loss that is a mean over the rows of a batch, one part of the batch after the other.
 
     Args:
         model: The architecture.
-        to_params: Function from the leaves to stacked parameters.
-        combine: Function from losses (N, B, K) to the number whose gradient is taken, and the tensor to return. Both are means over rows.
-        leaves: Tensors whose gradient is taken: rows of parameters.
+        to_params: Function from `leaves` to stacked parameters.
+        combine: Function from losses (N, B, K) to two results: the number whose gradient is computed, and the tensor to return. Both must
+            be means over rows of the batch.
+        leaves: Rows of parameters, with respect to which the gradient is computed.
         batch: The inputs and targets of every member.
     """
 

@@ -1,15 +1,15 @@
 """Populations: many parameter sets of one architecture, stacked on a leading axis N and applied at once.
 
-The seeds of a sweep, the values of M in a ladder, the chains of an LLC estimate and the checkpoints of a run are all
-populations. A single run is a population of one. Only this module stacks, unstacks and applies them. Parameters are
-a dict of tensors with the names of the module's state dict.
+The seeds of a sweep, the values of M in a ladder, the chains of an LLC estimate and the checkpoints of a run are all populations. A single
+run is a population of one. Only this module stacks, unstacks and applies parameter sets. A parameter set is a dict of tensors with the
+names of the module's state dict.
 
-`icl.model.transformer` defines the model. `apply` computes the same function, and tests compare the two, gradients included. It
+`icl.model.transformer` defines the model. `apply` computes the same function, and tests compare the two, including their gradients. `apply`
 is faster for six reasons:
 
 - A linear map of all members is one batched matrix product. A single member uses PyTorch's fused operations.
-- Compiled code computes the queries, keys and values of the first block from the tokens' D + 1 coordinates. The usual
-  computation from the embeddings is more expensive, because these have more channels (`_heads_of_tokens`).
+- Compiled code computes the queries, keys and values of the first block from the D + 1 coordinates of the tokens. The usual computation
+  starts from the embeddings, which have more channels, and is more expensive (`_heads_of_tokens`).
 - After the last attention only x-tokens are computed, because predictions are read out only at these tokens.
 - Attention has its own kernel on CPUs (`icl.model.attention`).
 - Without that kernel we pad prompts to the even length T = 2K: PyTorch's small products then take a quarter less time.
@@ -31,7 +31,7 @@ from icl.model.transformer import ACTIVATIONS
 from icl.tasks.prompts import to_tokens
 
 Params: TypeAlias = dict[str, Tensor]
-"""Parameters by name. Stacked parameters have a leading axis N."""
+"""Parameters, keyed by name. Stacked parameters have a leading axis N."""
 
 _NORM_EPS = 1e-5
 """Epsilon of layer norms; PyTorch's default."""
@@ -73,7 +73,7 @@ def apply(
 
     Args:
         config: The architecture.
-        params: Stacked parameters by the names of `icl.model.transformer`. Predictions have their dtype.
+        params: Stacked parameters, with the names of `icl.model.transformer`. Predictions have the dtype of the parameters.
         xs: Inputs (N, B, K, D), or (B, K, D) shared by all members.
         ys: Targets (N, B, K), or (B, K) shared by all members.
     """
@@ -102,11 +102,11 @@ def token_outputs(
 ) -> Float[Tensor, "N B T O"]:
     """Return all coordinates of the output at all 2K tokens x1, y1, ..., xK, yK.
 
-    Training uses only the outputs at the x-tokens. With the outputs `scalar` and `token` it uses only their coordinate 0.
+    Training uses only the outputs at the x-tokens. If `model.output` is `scalar` or `token`, it uses only coordinate 0 of these outputs.
 
     Args:
         config: The architecture, which determines the number O of coordinates (`icl.model.heads`).
-        params: Stacked parameters by the names of `icl.model.transformer`.
+        params: Stacked parameters, with the names of `icl.model.transformer`.
         xs: Inputs (N, B, K, D), or (B, K, D) shared by all members.
         ys: Targets (N, B, K), or (B, K) shared by all members.
     """
@@ -117,7 +117,7 @@ def token_outputs(
 def _outputs(
     config: ModelConfig, params: Params, tokens: Float[Tensor, "*N B T E"], *, last_stride: int
 ) -> Float[Tensor, "N B Q O"]:
-    """Return the outputs at every `last_stride`-th token; the last block skips all other tokens."""
+    """Return the outputs at every `last_stride`-th token. The last block skips all other tokens."""
     positions = params["position_embedding"]  # N 2K C
     tokens = tokens.to(positions.dtype).expand(len(positions), *tokens.shape[-3:])  # N B T E
     x = _linear(params, "token_embedding", tokens) + positions[:, None, : tokens.shape[2]]  # N B T C
@@ -161,8 +161,8 @@ def _heads(
 ) -> list[Float[Tensor, "N B _ C"]]:
     """Return the queries of every `stride`-th token and the keys and values of all tokens. The C channels are sorted by head."""
     weight, bias = params[f"{path}.attention.qkv.weight"], params.get(f"{path}.attention.qkv.bias")
-    # We compute three products instead of one. Queries are needed at every `stride`-th token only. Also, the attention kernel
-    # reads contiguous tensors, and slices of one product are not contiguous.
+    # We compute three products instead of one, for two reasons. Queries are needed at every `stride`-th token only. And the attention
+    # kernel reads contiguous tensors, so it would have to copy slices of one product.
     weights = _by_part(config, weight).unbind(1)  # each N C C
     biases = [None] * 3 if bias is None else _by_part(config, bias).unbind(1)  # each N C
     return [affine(*part) for part in zip((x[:, :, ::stride], x, x), weights, biases, strict=True)]
@@ -176,16 +176,16 @@ def _heads_of_tokens(
     tokens: Float[Tensor, "N B T E"],
     stride: int,
 ) -> list[Float[Tensor, "N B _ C"]]:
-    """Return the queries, keys and values of the first block, as `_heads` does, but from the tokens themselves.
+    """Return the queries, keys and values of the first block, as `_heads` does, but compute them directly from the tokens.
 
-    The input of the first block is x = A token + p, where A is the embedding and p the position. Layer norm subtracts the
-    mean over channels, multiplies by s = 1 / (standard deviation of x), then by the gains, and adds the shifts b. Everything
-    except s is linear in the token. So with W the weights of q, k and v:
+    The input of the first block is x = A token + p, where A is the embedding and p the position. Layer norm subtracts the mean over
+    channels, multiplies by s = 1 / (standard deviation of x), then by the gains, and adds the shifts b. Everything except s is linear in
+    the token. Let W be the weights of q, k and v. Then
 
         W LN(x) = s (W' A') token + s W' p' + W b
 
-    W' is W times the gains; A' and p' are A and p minus their means over channels. The product W' A' is computed once. It
-    has D + 1 columns, so tokens are multiplied by D + 1 channels instead of C.
+    Here W' is W times the gains, and A' and p' are A and p minus their means over channels. The product W' A' is computed once. It has D +
+    1 columns, so the matrix product with the tokens has inner dimension D + 1 instead of C.
     """
     weight, bias = params[f"{path}.attention.qkv.weight"], params.get(f"{path}.attention.qkv.bias")
     gains, shifts = params[f"{path}.attention_norm.weight"], params[f"{path}.attention_norm.bias"]  # N C

@@ -1,12 +1,11 @@
 """The model: a decoder-only transformer that predicts each target of a prompt from the examples before it.
 
-The tokens x1, y1, ..., xK are embedded, pass through L causal blocks, and are read out at the x-tokens. The output
-at x_k gives the prediction of y_k, or its predictive distribution (`icl.model.heads`). It depends on x1, y1, ..., x_k and on nothing
-later.
+The tokens x1, y1, ..., xK are embedded, pass through L causal blocks, and are read out at the x-tokens. The output at x_k gives the
+prediction of y_k, or its predictive distribution (`icl.model.heads`). This output depends only on x1, y1, ..., x_k.
 
 Depending on its options, this is the model of Raventos et al. (2023), Hoogland et al. (2024) or Carroll et al. (2025).
-`icl.presets` has their settings. Two things differ from Hoogland et al. First, we drop the last y-token, because no
-prediction depends on it; the table of positions keeps its 2K rows. Second, `double_residual` is off by default.
+`icl.presets` contains their settings. Two things differ from Hoogland et al. First, we drop the last y-token, because no prediction depends
+on it. The table of positions still has 2K rows. Second, `double_residual` is off by default.
 
 This module defines the model, so attention is written as in its formula. `icl.model.stacked` computes the same function faster,
 for many parameter sets at once. Tests compare the two.
@@ -38,12 +37,12 @@ _FIRST_BLOCK = "blocks.0."
 
 
 class ParameterShapes(NamedTuple):
-    """The shapes of a model's parameters by name."""
+    """The shapes of a model's parameters, keyed by name."""
 
     outside: dict[str, tuple[int, ...]]
     """Shapes of the parameters outside the blocks."""
     block: dict[str, tuple[int, ...]]
-    """Shapes of the parameters of one block, by their names within the block. All blocks have the same shapes."""
+    """Shapes of the parameters of one block, keyed by the names within the block. All blocks have the same shapes."""
     num_layers: int
 
     @property
@@ -114,7 +113,7 @@ class Transformer(nn.Module):
         tokens = to_tokens(xs, ys)  # B T D+1
         num_tokens = tokens.shape[1]
         x = self.token_embedding(tokens) + self.position_embedding[:num_tokens]  # B T C
-        # Row t is True at the later tokens s > t, which token t must not see.
+        # Row t is True at the later tokens s > t, to which token t must not attend.
         future = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=xs.device).triu(1)  # T T
         for block in self.blocks:
             x = block(x, future)  # B T C
@@ -130,7 +129,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Block of attention followed by an MLP. The output of each is added to the residual stream."""
+    """Block of attention followed by an MLP. The outputs of both are added to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -141,7 +140,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Float[Tensor, "B T C"], future: Bool[Tensor, "T T"]) -> Float[Tensor, "B T C"]:
-        """Return the residual stream after this block; `future` marks the tokens that each token must not see."""
+        """Return the residual stream after this block. `future` marks the tokens that each token must not attend to."""
         if self.layer_norm == "post":
             hidden = self.attention_norm(x + self.attention(x, future))
             hidden = self.mlp_norm(hidden + self.mlp(hidden))
@@ -164,7 +163,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T C"], future: Bool[Tensor, "T T"]) -> Float[Tensor, "B T C"]:
         """Return, for each token, the weighted mean of the values of this token and the tokens before it."""
-        # The 3C outputs of `qkv` are q, k and v of head 1, then those of head 2, and so on. Checkpoints rely on this order.
+        # The 3C outputs of `qkv` are q, k and v of head 1, then q, k and v of head 2, and so on. Checkpoints rely on this order.
         heads = self.qkv(x).unflatten(-1, (self.num_heads, 3, self.head_size))  # B T H 3 c
         q, k, v = heads.permute(3, 0, 2, 1, 4)  # each B H T c
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_size)  # B H T T
@@ -187,10 +186,10 @@ class MLP(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Linear map that draws no initial weights. `initialise` draws them, from a given generator."""
+    """Linear map that draws no initial weights when it is created. `initialise` draws them from a given generator."""
 
     def reset_parameters(self) -> None:
-        """Leave the weights undefined; PyTorch's own method draws them from the global generator."""
+        """Leave the weights undefined. PyTorch's own method would draw them from the global generator."""
 
 
 def _norm(config: ModelConfig) -> nn.Module:
@@ -228,9 +227,9 @@ def shapes_of_module(kind: Callable[..., nn.Module], config: ModelConfig, **size
 def initialise(model: Transformer, config: ModelConfig, generator: torch.Generator) -> None:
     """Draw every parameter in place, in the order of `named_parameters`, from `generator` only.
 
-    `pytorch` draws as nn.Linear does by default: uniformly between -1/sqrt(fan-in) and 1/sqrt(fan-in). Positions count as a
-    linear map from 2K one-hot inputs (Hoogland et al. 2024). `gpt2` draws weights from N(0, 0.02^2), with the standard deviation
-    divided by sqrt(2L) where a linear map writes to the residual stream; its biases are zero (Radford et al. 2019).
+    With `model.init` = `pytorch`, parameters are drawn as in nn.Linear by default: uniformly between -1/sqrt(fan-in) and 1/sqrt(fan-in).
+    Positions count as a linear map from 2K one-hot inputs (Hoogland et al. 2024). With `gpt2`, weights are drawn from N(0, 0.02^2) and
+    biases are zero (Radford et al. 2019). The standard deviation is divided by sqrt(2L) for linear maps that write to the residual stream.
     """
     residual_scale = 1 / math.sqrt(2 * config.num_layers)
     fan_in = {"position_embedding": 2 * model.max_examples}

@@ -1,35 +1,35 @@
-"""Measurements around a checkpoint: control variates of its minibatches, and whether it is at a minimum.
+"""Measurements around a checkpoint: control variates for minibatch noise, and tests of whether the checkpoint is at a minimum.
 
-**Control variates** (`Variates`). A chain at w sees the gradient g_B(w) on minibatch B. At the checkpoint w0 the same minibatch gives
-g_B(w0), whose mean over the pool of minibatches is gbar. Let c_B = g_B(w0) - gbar. Near the checkpoint the noise of g_B(w) is mostly
-c_B, so we use
+**Control variates** (`Variates`). A chain at w uses the gradient g_B(w) on minibatch B. At the checkpoint w0, the same minibatch gives
+g_B(w0). Let gbar be the mean of g_B(w0) over the pool of minibatches, and c_B = g_B(w0) - gbar. Near the checkpoint, the noise of g_B(w) is
+mostly c_B, so we use
 
     gradient:  g_B(w) - c_B                                  (Johnson and Zhang 2013, "SVRG"; Baker et al. 2019)
     excess:    L_B(w) - L_B(w0) - c_B . (w - w0)
 
 The mean of c_B over the pool is zero. So if every minibatch of the pool is equally likely, the control variates cause no bias. The
-control variate of the excess is used only if minibatches are drawn with replacement; in passes through a list, c_B averages to zero
-by itself. Without a fixed pool, gbar would have an error that distorts the density. So in this case we use no control variates.
+control variate of the excess is used only if minibatches are drawn with replacement. If chains go through a list in passes, c_B averages to
+zero without it. Without a fixed pool, we use no control variates, because gbar would have an error that distorts the density.
 
-The gradients at w0 are computed once, before the chains. There are two conditions: the gradients must need at most `MEMORY` bytes, and
-the pool must have at most half as many minibatches as all chains of a checkpoint make moves.
+The gradients at w0 are computed once, before the chains. They are used only if they fit into `MEMORY` bytes, and if the number of
+minibatches in the pool is at most half the total number of moves of a checkpoint's chains.
 
-**One step down the gradient** (`GradientStep`). One half of the batches gives the mean gradient g and the curvature along g (by a
-finite difference of gradients). On this half we also choose the best of four multiples (`STEPS`) of the localised Newton step, which
-is g times nbeta / (nbeta curvature + localization). On the other half we measure how much the chosen step lowers the loss, with the
-standard error. nbeta times this decrease is a lower bound on how much the LLC is underestimated.
+**One step down the gradient** (`GradientStep`). On one half of the batches, we compute the mean gradient g and the curvature along g (by a
+finite difference of gradients). The localised Newton step is g times nbeta / (nbeta curvature + localization). On the same half of the
+batches, we choose the best of four multiples (`STEPS`) of this step. On the other half, we measure how much the chosen step lowers the
+loss, with the standard error. The LLC is underestimated by at least nbeta times this decrease.
 
-**The loss at the mean of the draws** (`DropsAtMean`). If a checkpoint is not at its minimum, its LLC is too small by nbeta times
-the height of its loss above the minimum. Chains also find the minimum along directions of small curvature, where a step down the
-gradient has little effect. For a quadratic loss of curvature h with its minimum at w*, the mean of localised chains is
-w* + r (w0 - w*), with r = localization / (nbeta h + localization). So the loss at this mean is lower than the checkpoint's by
-(1 - r^2) h (w0 - w*)^2 / 2. `icl.sampling.convergence` has the error of this drop.
+**The loss at the mean of the draws** (`DropsAtMean`). If a checkpoint is not at its minimum, its LLC is too small by nbeta times the height
+of its loss above the minimum. Chains also find the minimum along directions of small curvature, where a step down the gradient has little
+effect. For a quadratic loss of curvature h with its minimum at w*, the mean of localised chains is w* + r (w0 - w*), with r = localization
+/ (nbeta h + localization). So the loss at this mean is lower than the checkpoint's loss by (1 - r^2) h (w0 - w*)^2 / 2. We call this
+difference the drop. Its standard error is described in `icl.sampling.convergence`.
 
-- At a saddle, chains move down on both sides, but their common mean stays near the saddle. So we also compute the drop at each
-  chain's own mean, and average these drops. We report this average or the drop at the common mean, whichever is larger. For a convex
-  loss the average is never larger.
-- We measure the loss on a finite set of batches. Its minimum on these batches is at a slightly different point from its minimum on
-  all data, and is slightly lower.
+- At a saddle, chains move down on both sides, but the common mean of all chains stays near the saddle. So we also compute the drop at
+  each chain's own mean, and average these drops. We report either this average or the drop at the common mean, whichever is larger. For a
+  convex loss, the average is never larger.
+- We measure the loss on a finite set of batches. The minimum of the loss on these batches is slightly lower than the minimum on all data,
+  and lies at a slightly different point.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,9 +47,9 @@ from icl.sampling.convergence import Drop, drop_at_mean
 from icl.sampling.target import Gradient, StackedLosses, Target
 
 MEMORY = 2**29
-"""Largest memory in bytes for all kept gradients together."""
+"""Memory limit in bytes for the stored gradients of all minibatches and checkpoints together."""
 STEPS = (1 / 16, 1 / 4, 1.0, 4.0)
-"""Multiples of the Newton step that are tried."""
+"""Multiples of the localised Newton step that are tried."""
 NUM_STEP_BATCHES = 32
 """Largest number of batches for the step down the gradient: half to find it, half to measure its effect."""
 _MIN_DROP_BATCHES = 32
@@ -69,7 +69,7 @@ class Variates(NamedTuple):
     """Whether minibatches are drawn with replacement, so that the excess has a control variate too."""
 
     def of_members(self, checkpoints: Sequence[int], chains: Sequence[int], move: int) -> tuple[Tensor, Tensor]:
-        """Return c_B (N, P) and L_B(w0) (N, *T) of members at a move, from the numbers of their checkpoints and chains."""
+        """Return c_B (N, P) and L_B(w0) (N, *T) at a move, for members that are given by the numbers of their checkpoints and chains."""
         assert self.source.pool is not None
         numbers = {chain: self.source.pool.number_of(chain, move) for chain in dict.fromkeys(chains)}
         device = self.deviations.device
@@ -88,7 +88,10 @@ class AnchorLosses:
     def of_members(
         self, checkpoints: Sequence[int], chains: Sequence[int], move: int, compute: Callable[[], Float[Tensor, "N *T"]]
     ) -> Float[Tensor, "N *T"]:
-        """Return L_B(w0) of members at a move, from the numbers of their checkpoints and chains. `compute` computes all of them."""
+        """Return L_B(w0) at a move, for members that are given by the numbers of their checkpoints and chains.
+
+        `compute` computes the losses of all these members. It is called only if a loss is not known yet.
+        """
         if self.source.pool is None:
             return compute()
         number_of = self.source.pool.number_of
@@ -116,8 +119,8 @@ def make_variates(
         checkpoints: Parameters, stacked on a leading axis C.
         source: Minibatches of the chains.
         settings: The settings of the chains.
-        layout: Layout of the moving parameters in a row.
-        chunk_size: Largest number of gradients that are computed at once.
+        layout: How the parameters that the chains may change are arranged in one row of a matrix.
+        chunk_size: Largest number of gradients to compute at once.
     """
     rows, fixed, pool = layout.to_rows(checkpoints), layout.fixed(checkpoints), source.pool
     if pool is None or pool.size < 2:
@@ -138,7 +141,7 @@ def make_variates(
         deviations.append(grads - grads.mean(0))
         losses.append(torch.cat([values for _, values in parts]))
     if not all(bool(rows.isfinite().all()) for rows in deviations):
-        return None  # one bad minibatch makes gbar non-finite, and with it the deviations on all minibatches
+        return None  # one bad minibatch makes gbar non-finite, and so the deviations on all minibatches
     return Variates(source, torch.stack(deviations), torch.stack(losses), pool.is_uniform)
 
 
@@ -159,14 +162,14 @@ def at_checkpoints(
     settings_grid: Sequence[ChainsConfig],
     layout: Layout,
 ) -> list[list[AtCheckpoint]]:
-    """Return the measurements that need no chains: one list for each element of `settings_grid`, with one element per checkpoint.
+    """Return the measurements that need no chains, as one list for each element of `settings_grid` with one element per checkpoint.
 
     Args:
         target: The loss to sample.
         chunks: Stacked checkpoints, in chunks that fit into memory.
         batches: Batches for the checkpoint's own loss.
         settings_grid: Settings of the chains. Only nbeta and localization are used.
-        layout: Layout of the moving parameters in a row.
+        layout: How the parameters that the chains may change are arranged in one row of a matrix.
     """
     losses = target.losses_on_shared_batch
     gradient = target.checkpoint_gradient(next(iter(chunks[0].values())).device)
@@ -200,7 +203,7 @@ class GradientStep:
         losses: The losses of stacked parameters, all on the same batch.
         checkpoints: Parameters, stacked on a leading axis C.
         batches: Every second batch is used to find the step, the others to measure its effect. A single batch is used for both.
-        layout: Layout of the moving parameters in a row.
+        layout: How the parameters that the chains may change are arranged in one row of a matrix.
     """
 
     def __init__(
@@ -229,7 +232,7 @@ class GradientStep:
         self.losses_at_start = self._losses(self.start, self.measuring)
 
     def decrease(self, ratio: float) -> Float[Tensor, "I C"]:
-        """Return how much the best step lowers each checkpoint's loss on each batch, at localization / nbeta = `ratio`."""
+        """Return how much the best step lowers each checkpoint's loss on each batch, if localization / nbeta is `ratio`."""
         start, g = self.start, self.gradient
         newton = 1 / (self.curvature.abs() + ratio).clamp(min=torch.finfo(g.dtype).tiny)
         losses = [self._losses(start - factor * newton * g, self.finding).mean(0) for factor in STEPS]
@@ -244,16 +247,16 @@ class GradientStep:
 
 
 def num_drop_batches(num_moves: int, num_chains: int) -> int:
-    """Return the number of batches for the drop at the mean, so that it costs at most a quarter of the chains' gradients.
+    """Return the number of batches for the drop at the mean. The drop then costs at most a quarter of the chains' gradients.
 
-    On each batch we make 2 K + 2 forward passes for K chains. A forward pass costs a third of a gradient. The number is at least
-    `_MIN_DROP_BATCHES`, whatever this costs.
+    On each batch we make 2 K + 2 forward passes for K chains. A forward pass costs a third of a gradient. At least `_MIN_DROP_BATCHES`
+    batches are used, even if this costs more.
     """
     return max(_MIN_DROP_BATCHES, 3 * num_moves * num_chains // (8 * (num_chains + 1)))
 
 
 class DropsAtMean:
-    """Collects the mean positions of members in order. Once a checkpoint's chains are complete, it measures the drop."""
+    """Collects the mean positions of members in order, and measures a checkpoint's drop as soon as all its chains are complete."""
 
     def __init__(
         self,
@@ -264,14 +267,14 @@ class DropsAtMean:
         fixed: Params,
         num_chains: int,
     ) -> None:
-        """Take a function from stacked parameters to their losses on I batches (float64), and whether the batches are all the data."""
+        """Take `losses`, a function from stacked parameters to their losses on I batches (float64), and whether these are all the data."""
         self.losses, self.are_all, self.layout = losses, are_all, layout
         self.start, self.fixed, self.num_chains = start, fixed, num_chains
         self.means, self.alive = start[:0], torch.zeros(0, dtype=torch.bool)
         self.drops: list[Drop] = []
 
     def add(self, means: Float[Tensor, "N P"], alive: Bool[Tensor, " N"]) -> None:
-        """Add the next N members; the means of a complete checkpoint are released."""
+        """Add the next N members. The means of a complete checkpoint are then freed."""
         self.means, self.alive = torch.cat([self.means, means]), torch.cat([self.alive, alive])
         num = self.num_chains
         while len(self.alive) >= num:

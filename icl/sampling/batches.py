@@ -1,16 +1,15 @@
 """Minibatches of the chains: a function of (chain, draw), or an iterable whose batches go to the chains in turn.
 
-In this module the draw number counts all moves from 0, including burn-in. All checkpoints of a population see the same minibatches:
-chain k at move t sees the same minibatch at every checkpoint. This makes differences between checkpoints less noisy. Chains of one
-checkpoint see different minibatches.
+In this module the draw number counts all moves from 0, including burn-in. Chain k at move t gets the same minibatch at every checkpoint,
+which makes differences between checkpoints less noisy. The chains of one checkpoint get different minibatches.
 
-From an iterable, chain k at move t gets batch number t * num_chains + k. So the batches do not depend on how many chains run at
-once. A finite iterable starts over when it ends.
+If the batches come from an iterable, chain k at move t gets batch number t * num_chains + k. So the batches do not depend on how many
+chains run at once. A finite iterable starts over when it ends.
 
-- A shuffling DataLoader draws from torch's global generator. So in pass e, we read batches with a state of the generator that
-  depends only on (seed, e). Afterwards we restore the caller's state.
-- Suppose that the number of chains and the number of batches have a common factor. Then each chain would see only some of the
-  batches, and would sample the posterior of these. So we skip one batch each time that the assignment would repeat.
+- A shuffling DataLoader draws from torch's global generator. So before pass e, we set this generator to a state that depends only on
+  (seed, e). Afterwards we restore the caller's state.
+- If the number of chains and the number of batches have a common factor, each chain would see only some of the batches, and would sample
+  the posterior of these batches alone. So we skip one batch each time that the assignment would repeat.
 """
 
 import hashlib
@@ -32,8 +31,7 @@ Batch: TypeAlias = Any
 """A tree (tuples, lists, dicts) of tensors and other values."""
 Batches: TypeAlias = Callable[[int, int], Batch] | Iterable[Batch]
 NUM_COMPARED = 4
-"""Number of moves at the start at which the minibatches of different chains are compared. They are also compared at up to twice as
-many later moves."""
+"""The minibatches of different chains are compared at this number of first moves, and at up to twice this number of later moves."""
 SHORT_LIST = 32
 """Length below which a list of batches is called short. In repeated passes through a short list, the noise of a chain's consecutive
 moves is clearly correlated."""
@@ -49,7 +47,7 @@ class Pool(NamedTuple):
     get: Callable[[int], Batch]
     """Function from a number below `size` to the minibatch."""
     is_uniform: bool
-    """Whether the numbers of the minibatches are uniform and independent. If not, the chains go through the pool in passes."""
+    """Whether the minibatches are drawn uniformly and independently. If not, the chains go through the pool in passes."""
 
 
 class ChainBatches:
@@ -76,14 +74,14 @@ class ChainBatches:
         return [to_device(batch, device) for batch in batches.values()], num_repeats > patience + len(batches)
 
     def stacked(self, chains: Sequence[int], draw: int, device: torch.device) -> Batch:
-        """Return the batches of one move, with a row for each element of `chains`; equal elements get the same object."""
+        """Return the batches of one move, with a row for each element of `chains`. Equal chain numbers get the same batch object."""
         batches = {chain: self.get(chain, draw) for chain in dict.fromkeys(chains)}
         if any(draw in draws for draws in self.compared):
             self.digests |= {(chain, draw): fingerprint(batch) for chain, batch in batches.items()}
         return stack_batches([batches[chain] for chain in chains], device)
 
     def is_one(self) -> bool:
-        """Return whether all chains saw the same batch at every compared move. This batch is then taken to be all the data."""
+        """Return whether all compared moves of all chains used the same batch. This batch is then taken to be all the data."""
         return len(set(self.digests.values())) <= 1
 
     def is_short_list(self) -> bool:
@@ -91,7 +89,7 @@ class ChainBatches:
         return self.pool is not None and not self.pool.is_uniform and 1 < self.pool.size < SHORT_LIST
 
     def is_shared(self) -> bool:
-        """Return whether two chains saw the same batches at all early or all late compared moves, although there are several batches."""
+        """Return whether there are several batches, but two chains saw the same ones at all early or at all late compared moves."""
         if self.is_one():
             return False
         chains = {chain for chain, _ in self.digests}
@@ -130,7 +128,7 @@ def batch_function(batches: Batches, *, num_chains: int, seed: int) -> Callable[
 
 
 def _pool(batches: Batches, num_chains: int) -> Pool | None:
-    """Return the pool of `batches`: the attribute `pool` of a function, or all batches of a list. Return None if there is neither."""
+    """Return the pool of `batches`: the attribute `pool` of a function, or all batches of a list. Return None for anything else."""
     if not isinstance(batches, Sequence) or callable(batches):
         return getattr(batches, "pool", None)
     length = len(batches)
@@ -142,7 +140,7 @@ def _pool(batches: Batches, num_chains: int) -> Pool | None:
 
 
 def _position(number: int, *, length: int, num_chains: int) -> int:
-    """Return the position of batch `number` in the endless repetition of `length` batches; skipped batches count as positions."""
+    """Return the position of batch `number` if `length` batches are repeated endlessly. Skipped batches count as positions."""
     if math.gcd(length, num_chains) == 1 or length == 1:
         return number
     return number + number // math.lcm(length, num_chains)
@@ -156,7 +154,7 @@ def _from_sequence(batches: Sequence[Batch], num_chains: int) -> Callable[[int],
 
 
 class _FromIterator:
-    """Batches by number, from an iterator. An iterator can be read only once, so all batches are kept."""
+    """Function from a number to a batch of an iterator. An iterator can be read only once, so all batches are kept."""
 
     def __init__(self, batches: Iterator[Batch], num_chains: int) -> None:
         self.batches, self.num_chains = batches, num_chains
@@ -168,7 +166,7 @@ class _FromIterator:
 
 
 class _FromIterable:
-    """Batches by number, from an iterable that can be read repeatedly, perhaps in a different order each time."""
+    """Function from a number to a batch of an iterable, which can be read repeatedly, perhaps in a different order each time."""
 
     def __init__(self, batches: Iterable[Batch], num_chains: int, seed: int) -> None:
         self.batches, self.num_chains, self.seed = batches, num_chains, seed
@@ -221,8 +219,8 @@ def _empty_error() -> ConfigError:
 def stack_batches(batches: Sequence[Batch], device: torch.device) -> Batch:
     """Stack the tensors, arrays and numbers of batches on a new leading axis N.
 
-    If all batches are the same object, this object is expanded without a copy. Values of other types must be equal in all batches,
-    and are kept.
+    If all batches are the same object, this object is expanded without a copy. Values of other types must be equal in all batches, and stay
+    as they are.
 
     Raises:
         ConfigError: If the batches differ in structure or shape.

@@ -1,7 +1,7 @@
 """Calibration of the sampler for a run: a search for lr, nbeta, localization and burn-in at a few checkpoints.
 
-Settings with the same ratio localization / nbeta have equally long chains. So they run as one population, at all checkpoints, on
-the same minibatches. If a stage of the search (`icl.sampling.search`) needs only the last checkpoint, only this checkpoint is sampled.
+Settings with the same ratio localization / nbeta have equally long chains. So their chains at all checkpoints run as one population, on the
+same minibatches. If a stage of the search (`icl.sampling.search`) needs only the last checkpoint, only this checkpoint is sampled.
 """
 
 import dataclasses
@@ -51,7 +51,8 @@ PLACES = (0.2, 0.5, 1.0)
 _NUM_BATCHES = 4
 """Number of batches from which the curvature and the loss at the last checkpoint are computed."""
 _FURTHER_WORK = 1.3
-"""Ratio of the total time to the time of the chains' moves. The rest is for MALA's gradients and the checkpoints' own losses."""
+"""Ratio of the total time to the time for the chains' moves. The remaining time is for the gradients of the MALA test and for the
+checkpoints' own losses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class Calibration:
     table: pd.DataFrame
     """A row for each trial and checkpoint."""
     traces: dict[int, Record]
-    """Estimates at the last checkpoint, by the number of the trial. The chosen trial comes first, then failed trials."""
+    """Estimates at the last checkpoint, keyed by the number of the trial. The chosen trial comes first, then failed trials."""
     chosen: SamplerConfig | None
     """The chosen settings; None if no settings were accepted."""
     summary: str
@@ -80,8 +81,8 @@ def calibrate(
 
     Args:
         path: The run's folder.
-        sampler: Settings that the search does not choose, such as the batch size and the number of chains. Its `steps` select
-            the checkpoints; `all` means those of `PLACES`.
+        sampler: Settings that the search does not choose, such as the batch size and the number of chains. Its `steps` select the
+            checkpoints; `all` selects those nearest to `PLACES`.
         say: Function that receives lines of text: the rule, the expected time, and the result of every trial.
 
     Raises:
@@ -160,10 +161,10 @@ class _Work:
         self.device, self.plan, self.bar, self.stored = device, plan, bar, stored
 
     def try_points(self, points: Sequence[SearchPoint]) -> list[list[LLCResult]]:
-        """Estimate under the settings of some points: at all checkpoints in the survey, and at the last checkpoint later."""
+        """Estimate under the settings of some points: in the survey at all checkpoints, in later stages only at the last checkpoint."""
         stage, samplers = points[0].stage, [point.sampler(self.sampler) for point in points]
         self.bar.set_description(stage)
-        if points[0].slowness > 1:  # only the confirmation follows, unless lr must be reduced again
+        if points[0].slowness > 1:  # after this, only the confirmation remains, unless lr must be reduced again
             set_remaining(self.bar, _num_moves(samplers[0]) + self.plan.confirmation)
         checkpoints = self.checkpoints if stage == SURVEY else self.checkpoints[-1:]
         return self._estimate(checkpoints, samplers, self.target)
@@ -219,15 +220,15 @@ def _expected_time(plan: _Plan, seconds_per_move: float) -> str:
     minutes = math.ceil(plan.expected * seconds_per_move * _FURTHER_WORK / 60)
     return (
         f"About {minutes} minute{'' if minutes == 1 else 's'}: {plan.expected:,} moves of single chains at "
-        f"{1000 * seconds_per_move:.2g} ms each. The search takes longer if lr must be reduced twice. Finished settings are stored, so "
-        "after an interruption the same command continues."
+        f"{1000 * seconds_per_move:.2g} ms each. The search takes longer if lr must be reduced twice. The results of finished settings are "
+        "stored, so after an interruption the same command continues."
     )
 
 
 def _finish(
     result: SearchResult, sampler: SamplerConfig, confirm: Callable[[SamplerConfig], list[LLCResult]]
 ) -> Calibration:
-    """Confirm the choice with chains of full length, and make the table of all trials."""
+    """Confirm the choice with chains of full length, and return it with the table of all trials."""
     trials, reason, chosen = list(result.trials), result.reason, None
     if result.chosen is not None:
         point = result.chosen.point

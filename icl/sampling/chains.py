@@ -1,13 +1,13 @@
 """Chains of a population: the moves of all members, and their draws.
 
-A member is one chain of one checkpoint (`icl.sampling.estimate`). Each member has its own generator, which is seeded from
-(seed, checkpoint key, chain) and used outside `vmap`. So its noise does not depend on the other members.
+A member is one chain of one checkpoint (`icl.sampling.estimate`). Each member has its own generator, which is seeded from (seed, checkpoint
+key, chain) and used outside `vmap`. So the noise of a member does not depend on the other members.
 
-Draw j is the state after `num_burnin_steps + j * thinning` moves. (So without burn-in, draw 0 is the checkpoint.) We measure the
-draw's loss on the minibatch of the next move, before the chain moves. At each draw we also record the excess: the loss minus the
-checkpoint's loss on the same minibatch. This costs one more forward pass for each new minibatch, but most of the minibatch noise
-cancels. `icl.sampling.traces` lists the other numbers. At some draws (`NUM_TESTS`) we compute the probability that a Metropolis test
-would accept the next move. For this test, the loss at both ends of the move is measured on the draw's minibatch.
+Draw j is the state after `num_burnin_steps + j * thinning` moves. (So without burn-in, draw 0 is the checkpoint.) We measure the draw's
+loss on the minibatch of the next move, before the chain moves. At each draw we also record the excess: the loss minus the checkpoint's loss
+on the same minibatch. The excess needs one more forward pass for each new minibatch, but most of the minibatch noise cancels in it.
+`icl.sampling.traces` lists the other recorded numbers. At some draws (`NUM_TESTS`) we compute the probability that a Metropolis test would
+accept the next move. For this test, the losses at both ends of the move are measured on the draw's minibatch.
 """
 
 import time
@@ -31,8 +31,8 @@ from icl.sampling.target import Target
 from icl.sampling.traces import Draw, Recorder, Traces, mean_over_components
 
 FIRST_CHECK = 100
-"""Number of draws at the first comparison of the chains' standard error with `target_stderr`. From one comparison to the next, the
-number of draws grows by an eighth."""
+"""Number of draws after which the chains' standard error is first compared with `target_stderr`. Until the next comparison, the number of
+draws grows by an eighth."""
 
 Advance: TypeAlias = Callable[[int], None]
 """Function that is called with the number of moves just made. A move of one chain counts as one."""
@@ -45,12 +45,12 @@ SampleLosses: TypeAlias = Callable[[Params], Float[Tensor, " Q"]]
 
 
 class Population(NamedTuple):
-    """All members of a population. `run` runs some of them at a time."""
+    """All members of a population. Each call of `run` makes all moves of some of them."""
 
     target: Target
     source: ChainBatches
     settings: Sequence[ChainsConfig]
-    """The settings of each checkpoint."""
+    """The settings of the chains of each checkpoint."""
     layout: Layout
     checkpoints: Float[Tensor, "C P"]
     """The moving parameters of each checkpoint."""
@@ -64,7 +64,7 @@ class Population(NamedTuple):
     variates: Variates | None
 
     def run(self, members: range, advance: Advance, watch: Watch | None) -> list[Traces]:
-        """Make all moves of some members; return the traces of each group of equal settings."""
+        """Make all moves of some members. Return one `Traces` for each group of members with equal settings."""
         common, device = self.settings[0], self.checkpoints.device
         checkpoints, chains = [m // common.num_chains for m in members], [m % common.num_chains for m in members]
         index = torch.tensor(checkpoints, device=device)
@@ -74,7 +74,7 @@ class Population(NamedTuple):
         groups = self._groups(checkpoints, chains, start, fixed)
         anchors, sizes = self.layout.to_params(start, fixed), [group.size for group in groups]
         anchor_losses = AnchorLosses(self.source)
-        # Chains that may stop early are tested as often as chains of FIRST_CHECK draws.
+        # If chains may stop early, the Metropolis tests are spaced as for chains of FIRST_CHECK draws.
         num_draws = common.num_draws if common.target_stderr is None else min(common.num_draws, FIRST_CHECK)
         next_check, next_look = FIRST_CHECK, time.monotonic() + WATCH_SECONDS
         for move in range(common.num_moves):
@@ -159,7 +159,7 @@ class Population(NamedTuple):
         batch: "_Minibatch",
         states: Sequence[State] | None = None,
     ) -> list["_Point"]:
-        """Return the gradients and losses of all members, split by group, at `states` or by default at their present states."""
+        """Return the gradients and losses of all members, split by group. They are at `states`, or by default at the present states."""
         states = [group.state for group in groups] if states is None else states
         sizes = [group.size for group in groups]
         # A single group, the usual case, needs no copy.
@@ -180,7 +180,7 @@ class _Minibatch(NamedTuple):
     deviation: Float[Tensor, "N P"] | None = None
     """The control variate of the gradients (`icl.sampling.at_checkpoint`)."""
     anchor_losses: Float[Tensor, "N *T"] | None = None
-    """Losses of the checkpoints on these minibatches, if the control variates have them."""
+    """Losses of the checkpoints on these minibatches, if they are known from the control variates."""
 
 
 class _Point(NamedTuple):
@@ -194,7 +194,7 @@ class _Point(NamedTuple):
 
     @property
     def energy(self) -> Float[Tensor, " N"]:
-        """The loss whose gradient is `grad`."""
+        """The loss minus its control variate; its gradient is `grad`."""
         losses = mean_over_components(self.losses)
         return losses if self.shift is None else losses - self.shift
 

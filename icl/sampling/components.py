@@ -1,6 +1,6 @@
 """Components of the transformer. If chains move only the parameters of one component, the estimate is the component's refined LLC.
 
-A component's refined LLC measures its effective number of parameters while the rest of the model stays fixed (Wang, Hoogland,
+The refined LLC of a component measures the component's effective number of parameters while the rest of the model stays fixed (Wang, Hoogland,
 van Wingerden, Furman and Murfet 2024, "Differentiation and specialization of attention heads via the refined local learning
 coefficient", arXiv 2410.02984). There are two ways to divide the model:
 
@@ -51,7 +51,7 @@ def component_masks(
 
     Args:
         config: Architecture of the model.
-        params: The model's parameters by name, without a leading axis.
+        params: The model's parameters, keyed by name, without a leading axis.
         component: One of the names that `component_names` returns.
 
     Raises:
@@ -71,7 +71,7 @@ def component_masks(
 
 
 def _head_masks(config: ModelConfig, params: Mapping[str, Tensor], attention: str, head: int) -> dict[str, Tensor]:
-    """Return the masks of one head. `icl.model.transformer.Attention` defines the order of the rows."""
+    """Return the masks of one head. The docstring of `icl.model.transformer.Attention` gives the order of the rows."""
     size = config.embed_size // config.num_heads
     rows, columns = slice(3 * size * head, 3 * size * (head + 1)), slice(size * head, size * (head + 1))
     masks = {}

@@ -1,16 +1,16 @@
-"""Statistics of chains, in float64: R-hat, effective sample size, standard error of a mean, drift, the drop of the loss at their mean.
+"""Statistics of chains, in float64: R-hat, effective sample size, standard error, drift, and the drop of the loss at the mean of the draws.
 
-R-hat is the rank-normalised split R-hat of the draws or of their folded values (absolute deviations from the median), whichever is
-larger. The effective sample size (ESS) is that of the mean, over split chains, with Geyer's initial monotone sequence. Source:
-Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021, "Rank-normalization, folding, and localization", sections 3 and 4.
+R-hat is the larger of two rank-normalised split R-hats: one of the draws, and one of their absolute deviations from the median (folded
+draws). The effective sample size (ESS) is for the mean of the draws. It is computed from split chains with Geyer's initial monotone
+sequence. Source: Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021, "Rank-normalization, folding, and localization", sections 3 and 4.
 
-The standard error of a mean over chains is the larger of two estimates. The first is sd / sqrt(ESS). It accounts for
-autocorrelation, and also for chains that disagree, because the ESS is then smaller. The second is the standard deviation of the
-chains' means divided by the square root of their number. It assumes nothing about the draws within a chain.
+The standard error of a mean over chains is the larger of two estimates. The first is sd / sqrt(ESS). It accounts for autocorrelation, and
+also for chains that disagree, because the ESS is then smaller. The second is the standard deviation of the chains' means, divided by the
+square root of the number of chains. It assumes nothing about the draws within a chain.
 
-The drop is the checkpoint's loss minus the loss at the mean of the draws (`icl.sampling.at_checkpoint`). The mean of finitely many
-draws has an error, which raises the loss at this mean. The jackknife over chains removes this bias to first order, and exactly for
-quadratics. It also gives the standard error (Efron and Stein 1981). With few chains the standard error is itself uncertain, so the
+The drop is the checkpoint's loss minus the loss at the mean of the draws (`icl.sampling.at_checkpoint`). The mean of finitely many draws
+has an error, which raises the loss there and so biases the drop. The jackknife over chains removes this bias to first order, and exactly
+for quadratics. It also gives the standard error (Efron and Stein 1981). With few chains the standard error is itself uncertain, so the
 rules of the verdict use Student's t.
 """
 
@@ -25,7 +25,7 @@ from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 MANY_CHAINS = 16
-"""Minimum number of chains at which the spread between chains alone gives a reliable standard error."""
+"""Minimum number of chains for a reliable standard error from the spread between chains alone."""
 
 
 class Drop(NamedTuple):
@@ -40,8 +40,8 @@ class Drop(NamedTuple):
 def needed_ess(num_chains: int) -> int:
     """Return the effective sample size that the verdict requires.
 
-    It is larger for few chains, because a comparison of few chains says little. It is smaller for many chains, because their spread
-    alone gives a reliable standard error.
+    The required size is larger for few chains, because a comparison of few chains says little. It is smaller for many chains, because the
+    spread between many chains gives a reliable standard error.
     """
     return 400 if num_chains < 4 else 200 if num_chains < MANY_CHAINS else 100
 
@@ -55,7 +55,7 @@ def rhat(draws: Float[ndarray, "K S"]) -> float:
 
 
 def ess(draws: Float[ndarray, "K S"]) -> float:
-    """Return how many independent draws would give a mean of the same variance; NaN for fewer than four draws."""
+    """Return the number of independent draws whose mean would have the same variance; NaN for fewer than four draws."""
     if draws.shape[1] < 4:
         return math.nan
     split = _split(draws)
@@ -87,7 +87,7 @@ def standard_error(draws: Float[ndarray, "K S"]) -> float:
 
 
 def drift(draws: Float[ndarray, "K S"]) -> tuple[float, float]:
-    """Return the mean of the second half of the draws minus that of the first, and its standard error (after Geweke 1992).
+    """Return the mean of the second half of the draws minus the mean of the first half, and its standard error (after Geweke 1992).
 
     With at least `MANY_CHAINS` chains, the error is computed from the spread of the chains' own differences. This assumes nothing
     about the draws within a chain.
@@ -107,9 +107,9 @@ def sensitivity(
 ) -> tuple[float, float]:
     """Return how much the mean excess falls if localization grows by a factor e, with the standard error.
 
-    The fall is (E[pull] - Cov(excess, pull)) / 2. The minibatch of a draw adds nearly the same noise to its excess and its pull, which
-    would count as covariance. Different draws have different minibatches. So with noise, we compute the covariances at lags of one and
-    two draws and extrapolate them linearly to lag zero.
+    This number is (E[pull] - Cov(excess, pull)) / 2. The minibatch of a draw adds nearly the same noise to its excess and its pull, which
+    would count as covariance. Different draws have different minibatches. So if there is noise, we compute the covariances at lags of one
+    and two draws, and extrapolate them linearly to lag zero.
 
     Args:
         excess: nbeta (L(w) - L(w0)) at every draw.
@@ -135,7 +135,7 @@ def drop_at_mean(
     are_all: bool = False,
     rounding: float = 0.0,
 ) -> Drop:
-    """Estimate the drop of the loss at the mean of K chains by the jackknife, or by the chains' average drop if this is larger.
+    """Estimate the drop of the loss at the mean of K chains: the jackknife estimate, or the chains' average drop if it is larger.
 
     Args:
         per_chain: Drop of the loss on each of I batches from the checkpoint to each chain's mean.
@@ -155,7 +155,7 @@ def drop_at_mean(
 
 
 def significance_threshold(degrees_of_freedom: float) -> float:
-    """Return the number of standard errors that Student's t exceeds as rarely as a normal distribution exceeds three."""
+    """Return how many standard errors are as significant under Student's t as three are under a normal distribution."""
     return float(stdtrit(degrees_of_freedom, ndtr(3.0)))
 
 
@@ -188,7 +188,7 @@ def _autocovariance(draws: Float[ndarray, "K S"]) -> Float[ndarray, "K S"]:
 def _with_error(
     by_batch: Float[Tensor, " I"], by_chain: Float[Tensor, " K"], factor: float, are_all: bool, rounding: float
 ) -> Drop:
-    """Return the mean over batches with its error. To the error, the chains contribute `factor` times their variance."""
+    """Return the mean over batches with its error. The chains contribute `factor` times their variance to the squared error."""
     num_chains, num_batches = len(by_chain), len(by_batch)
     chain_variance = factor * float(by_chain.var()) if num_chains > 1 else 0.0
     batch_variance = float(by_batch.var()) / num_batches if num_batches > 1 and not are_all else 0.0

@@ -2,8 +2,8 @@
 
     H v is approximately (grad L(w + c v) - grad L(w)) / c,   |v| = 1, c = 0.01
 
-Differences of gradients need no second derivative, which some losses do not have. The largest eigenvalue h_max limits the step
-size of SGLD: lr (nbeta h_max + localization) must be below 4.
+We use differences of gradients because some losses have no second derivative. The largest eigenvalue h_max limits the step size of SGLD: lr
+(nbeta h_max + localization) must be below 4.
 """
 
 from collections.abc import Sequence

@@ -3,10 +3,9 @@
 A member is one chain of one checkpoint under some settings. Members are numbered checkpoint by checkpoint and run in chunks
 that fit into memory. `icl.sampling.chains` runs the members of a chunk.
 
-Settings may differ in lr, nbeta and localization only. A checkpoint under several settings occurs several times in the
-population, and its chains see the same minibatches and noise each time. Gradients are computed for all members at once. Moves and
-records are made separately for each group of members with equal settings. Numbers that depend only on the checkpoint are computed
-once.
+Settings may differ in lr, nbeta and localization only. A checkpoint occurs in the population once for each of the settings, and its chains
+get the same minibatches and noise each time. Gradients are computed for all members at once. Moves and records are made separately for each
+group of members with equal settings. Numbers that depend only on the checkpoint are computed once.
 """
 
 import dataclasses
@@ -38,9 +37,9 @@ from icl.sampling.traces import Traces, split_by_checkpoint
 MEMORY = 2.0 * 2**30
 """Default memory in bytes for the chains that run at once. On CUDA the default is half of the free memory instead."""
 MAX_EXPECTED = 500
-"""Chains that may stop early are expected to make at most this many moves. This limits the work for the loss at their mean."""
+"""Largest number of moves that we expect from chains that may stop early. This number limits the work for the loss at the mean of the draws."""
 _COPIES = 10
-"""Number of tensors, each as large as the parameters, that a member needs at once."""
+"""Memory that a member needs at once, as a multiple of the memory of its parameters."""
 
 
 @torch.no_grad()
@@ -57,20 +56,20 @@ def estimate(
     advance: Advance = lambda moves: None,
     watch: Watch | None = None,
 ) -> list[list[LLCResult]]:
-    """Estimate the LLC of each checkpoint under each of some settings, as one population.
+    """Estimate the LLC of each checkpoint under each of several settings, with all chains as one population.
 
     Args:
         target: The loss to sample, with its minibatches.
-        checkpoints: Parameters by name, all of one architecture.
-        settings_grid: Settings that differ in lr, nbeta and localization only. Chains see the same minibatches and noise under
-            each of them.
+        checkpoints: Parameters of each checkpoint, keyed by name. All have the same architecture.
+        settings_grid: Settings that differ in lr, nbeta and localization only. The chains get the same minibatches and noise under all of
+            these settings.
         identities: Step and hash of each checkpoint.
-        layout: Which parameters may move; None for all.
+        layout: The parameters that may move, as a layout; None for all.
         sample_losses: Function from parameters to the losses of fixed samples, for the singular fluctuation.
         observables: Functions of the parameters whose values are recorded at every draw.
         memory: Memory in bytes for the chains that run at once.
         advance: Called after every move, with the number of chains that made it.
-        watch: Called every `WATCH_SECONDS` with the draws so far.
+        watch: Called every `WATCH_SECONDS` with the excess at all draws so far.
 
     Returns:
         One list for each element of `settings_grid`, with one result for each checkpoint.
@@ -143,14 +142,14 @@ def run_chains(
     advance: Advance = lambda moves: None,
     watch: Watch | None = None,
 ) -> list[Traces]:
-    """Run every chain of every checkpoint; return the traces of each checkpoint.
+    """Run every chain of every checkpoint, and return the traces of each checkpoint.
 
     Args:
         target: The loss to sample.
         checkpoints: Parameters, stacked on a leading axis C.
         source: Minibatches of the chains.
         settings: The settings of each checkpoint, which differ in lr, nbeta and localization only.
-        layout: Layout of the moving parameters in a row.
+        layout: How the parameters that the chains may change are arranged in one row of a matrix.
         keys: A string for each checkpoint, which is part of the seed for the noise of its chains.
         chunk_size: Largest number of members that run at once.
         sample_losses: Function from parameters to the losses of fixed samples. The variance of these losses is recorded.
@@ -158,8 +157,8 @@ def run_chains(
         losses_at_mean: Function from stacked parameters to their losses on I batches, for the loss at the mean of the draws.
         are_all_losses: Whether the I batches are all the data.
         variates: Control variates for the gradients and the excess.
-        advance: As for `estimate`.
-        watch: As for `estimate`.
+        advance: See `estimate`.
+        watch: See `estimate`.
     """
     num_chains = settings[0].num_chains
     num_members = size(checkpoints) * num_chains
@@ -171,7 +170,7 @@ def run_chains(
             "`num_chains`, or raise `memory`."
         )
     else:
-        chunk_size = num_chains  # the chains of each checkpoint stop on their own
+        chunk_size = num_chains  # the chains of a checkpoint stop independently of other checkpoints
     rows, fixed = layout.to_rows(checkpoints), layout.fixed(checkpoints)
     stacked_samples = None if sample_losses is None else target.map_members(sample_losses)
     observed = {name: target.map_members(observable) for name, observable in (observables or {}).items()}
@@ -201,8 +200,8 @@ def run_chains(
 def even_chunks(num: int, most: int) -> int:
     """Return a chunk size of at most `most`, if possible one that divides `num` into equal chunks.
 
-    Equal chunks are better, because a gradient that is compiled for a GPU is compiled again for every size. But if equal chunks would
-    be smaller than about half of `most`, only the last chunk is smaller.
+    Equal chunks are better, because a gradient for a GPU is compiled again for every size. But if equal chunks would be smaller than about
+    half of `most`, all chunks except the last have the same size.
     """
     num_chunks = -(-num // most)
     equal = (num // count for count in range(num_chunks, 2 * num_chunks + 1) if num % count == 0)
@@ -210,7 +209,7 @@ def even_chunks(num: int, most: int) -> int:
 
 
 def _require_common(settings: Sequence[ChainsConfig]) -> ChainsConfig:
-    """Return the first settings, after a check that the others differ from it in lr, nbeta and localization only."""
+    """Return the first settings, after a check that the others differ from them in lr, nbeta and localization only."""
     first = settings[0]
     for other in settings:
         if dataclasses.replace(other, lr=first.lr, nbeta=first.nbeta, localization=first.localization) != first:
@@ -226,7 +225,7 @@ def _chunks(params: Params, chunk_size: int) -> list[Params]:
 
 
 def _chunk_size(target: Target, params: Params, batch: Batch, layout: Layout, memory: float | None) -> int:
-    """Return the number of members that fit into memory together: at least one, and one if `target.vectorize` is False."""
+    """Return how many members fit into memory together: at least one, and exactly one if `target.vectorize` is False."""
     if not target.vectorize:
         return 1
     member = {name: tensor[:1] for name, tensor in params.items()}

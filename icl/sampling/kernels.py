@@ -1,17 +1,18 @@
 """Markov kernels as pure functions: localised SGLD, SGLD preconditioned by RMSprop, and BAOAB.
 
-The target density is exp(-U) with U(w) = nbeta L(w) + localization/2 |w - w0|^2. It is the posterior at inverse temperature
-beta on n samples, under a Gaussian prior around the checkpoint w0 (the anchor).
+The target density is exp(-U) with U(w) = nbeta L(w) + localization/2 |w - w0|^2. This density is the posterior at inverse temperature beta
+on n samples, under a Gaussian prior around the checkpoint w0 (the anchor).
 
 **SGLD.** One move is w' = w - (lr/2) G grad U(w) + sqrt(lr G) N(0, I).
 
 - `sgld` has G = 1 (Welling and Teh 2011; localised by Lau, Furman et al. 2023).
-- `rmsprop` has the diagonal matrix G = 1 / (damping + sqrt(V)) (Li, Chen, Carlson and Carin 2016). V is the bias-corrected
-  running mean of squared minibatch gradients of L. Our decay is their alpha, our damping their lambda. A move uses the V
-  of the moves before it.
+- `rmsprop` has the diagonal matrix G = 1 / (damping + sqrt(V)) (Li, Chen, Carlson and Carin 2016). V is the bias-corrected running mean of
+  squared minibatch gradients of L. Our decay is their alpha, and our damping is their lambda. A move uses V from the gradients of earlier
+  moves.
 
-We differ from Li et al. and from devinterp 1.3.2: we adapt G only during burn-in and then keep it fixed. So G does not
-depend on w, and the term Gamma_i = sum_j dG_ij/dw_j is exactly zero. Both of them keep adapting G and neglect this term.
+We differ from Li et al. and from devinterp 1.3.2: we adapt G only during burn-in and then keep it fixed. After burn-in, G therefore does
+not depend on w, so the correction term Gamma_i = sum_j dG_ij/dw_j of preconditioned Langevin dynamics is exactly zero. Li et al. and
+devinterp keep adapting G and neglect this term.
 
 Tests use the exact answer for U = a w^2 / 2: the chain w' = (1 - lr G a/2) w + sqrt(lr G) xi has the stationary variance
 1 / (a (1 - lr G a/4)). `known.quadratic_llc` returns the resulting LLC.
@@ -24,13 +25,13 @@ normals xi, one move is
 
     v <- v - h grad U(w);   w <- w + h v / 2;   v <- c v + sqrt(1 - c^2) xi;   w <- w + h v / 2
 
-Source: Leimkuhler and Matthews 2013, "Rational construction of stochastic numerical methods for molecular sampling". Their scheme
-has two consecutive half kicks, which we merge into one kick. Our c is exp(-gamma h) for their friction coefficient gamma. At c = 0
-each move uses the mean of two consecutive noise vectors; this is the overdamped method of Leimkuhler and Matthews.
+Source: Leimkuhler and Matthews 2013, "Rational construction of stochastic numerical methods for molecular sampling". Their scheme has two
+consecutive half kicks, which we merge into one kick. Our c is exp(-gamma h), where gamma is their friction coefficient. At c = 0 each move
+uses the mean of two consecutive noise vectors; this is the overdamped method of Leimkuhler and Matthews.
 
-On quadratics the positions have the exact distribution at every stable step, lr a < 4 for the curvature a of U. So there is no
-bias from the step size, unlike in SGLD. Momentum amplifies the noise of minibatch gradients: if grad U has noise of variance s,
-the stationary variance on U = a w^2 / 2 is (our derivation; tests compare it with chains)
+On quadratics the positions have the exact distribution at every stable step, which means lr a < 4 for the curvature a of U. So there is no
+bias from the step size, unlike in SGLD. But momentum amplifies the noise of minibatch gradients. If grad U has noise of variance s, the
+stationary variance on U = a w^2 / 2 is (our derivation; tests compare it with chains)
 
     (1 + lr s (1 + c) / ((1 - c) (4 - lr a))) / a
 
@@ -48,16 +49,16 @@ from torch import Tensor
 from icl.config import ChainsConfig
 
 NUM_TESTS = {"sgld": 16, "rmsprop": 16, "baoab": 4}
-"""Number of moves of each chain for which the acceptance probability is computed, by kernel. Each of these moves needs one
-additional gradient, or two with `baoab`."""
+"""Number of moves of each chain for which the acceptance probability is computed, for each kernel. Each of these moves needs one additional
+gradient, or two with `baoab`."""
 DECAY = 0.99
 """Decay of the running mean of squared gradients."""
 DAMPING = 0.1
-"""Number added to the square root of the running mean. It limits the preconditioner of a flat direction to 1 / DAMPING."""
+"""Number that is added to the square root of the running mean. So the preconditioner of a flat direction is at most 1 / DAMPING."""
 
 
 class SGLDState(NamedTuple):
-    """State of N chains of `sgld` or `rmsprop` between moves. A row holds the P moving parameters of a chain."""
+    """State of N chains of `sgld` or `rmsprop` between moves. A row contains the P moving parameters of a chain."""
 
     position: Float[Tensor, "N P"]
     anchor: Float[Tensor, "N P"]
@@ -65,7 +66,7 @@ class SGLDState(NamedTuple):
     preconditioner: Float[Tensor, "N P"] | None
     """Diagonal of G; None means 1 (plain SGLD)."""
     mean_square: Float[Tensor, "N P"] | None
-    """Running mean of squared gradients before the bias correction; None for plain SGLD."""
+    """Running mean of squared gradients, without the bias correction; None for plain SGLD."""
     num_squares: int
     """Number of gradients in the running mean."""
 
@@ -93,7 +94,7 @@ class MarkovKernel(NamedTuple):
 
 
 def kernel_of(settings: ChainsConfig) -> MarkovKernel:
-    """Return the kernel that some settings describe."""
+    """Return the kernel that the settings of the chains choose."""
     density: dict[str, Any] = {
         "lr": settings.lr,
         "nbeta": settings.inverse_temperature,
@@ -126,7 +127,7 @@ def sgld_step(
 
     Args:
         state: State of the chains.
-        grad: Gradient of L (not of nbeta L) at their positions.
+        grad: Gradient of L (not of nbeta L) at the positions of the chains.
         noise: Standard normals.
         lr: Step size epsilon.
         nbeta: Effective inverse temperature n beta.
@@ -176,7 +177,7 @@ def log_mala_acceptance(
         potential_gradient(w, anchor, grad, nbeta=nbeta, localization=localization)
         for w, grad in ((before, grads[0]), (after, grads[1]))
     )
-    # -log q of the move and of the move back, both times 2 lr. Their normalisation cancels, as G is the same.
+    # -log q of the move and of the reverse move, both times 2 lr. Their normalisation cancels, because G is the same.
     forth = (after - before + lr / 2 * g * drift).square() / g
     back = (before - after + lr / 2 * g * drift_back).square() / g
     prior = localization / 2 * ((before - anchor).square() - (after - anchor).square())
@@ -203,7 +204,7 @@ def baoab_step(
 
     Args:
         state: State of the chains.
-        grad: Gradient of L (not of nbeta L) at their positions.
+        grad: Gradient of L (not of nbeta L) at the positions of the chains.
         noise: Standard normals.
         lr: Step size h^2.
         nbeta: Effective inverse temperature n beta.
@@ -232,8 +233,8 @@ def log_baoab_acceptance(
     """Return the log-probability that a Metropolis test would accept a move, in float64 on the CPU.
 
     It is the minimum of 0 and -W. The shadow work W is the change of energy due to the kicks and drifts of the move (Sivak, Chodera
-    and Crooks 2014). The noise conserves the distribution, so it does no work. `grads` and `losses` are the gradients and the values
-    of L at both ends of the move.
+    and Crooks 2014). The noise preserves the distribution, so it does no work. `grads` and `losses` are the gradients and the values of L
+    at both ends of the move.
     """
     h = lr**0.5
     before, after, anchor = state.position, proposal.position, state.anchor

@@ -1,11 +1,11 @@
-"""Known learning coefficients, with which estimates are compared in tests.
+"""Known learning coefficients, with which tests compare estimates.
 
-Functions return the asymptotic coefficient lambda (for nbeta to infinity), and some also the multiplicity m. Both appear in the free
+The functions return the asymptotic coefficient lambda (for nbeta to infinity). Some also return the multiplicity m. Both appear in the free
 energy of n samples, n L0 + lambda log n - (m - 1) log log n + O(1) (Watanabe 2009).
 
-At finite nbeta and with localization, the estimator has a different target (true value): nbeta E[L - L0] under the density
-exp(-nbeta L - localization/2 |w|^2). We compute this target in closed form for quadratic losses, including the effect of a finite step
-size, and by quadrature in up to three dimensions.
+At finite nbeta and with localization, the estimator has a different target (true value): nbeta E[L - L0] under the density exp(-nbeta L -
+localization/2 |w|^2). For quadratic losses, we compute this target in closed form, including the effect of a finite step size. For other
+losses, we compute it by quadrature in up to three dimensions.
 """
 
 import math
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _POINTS = {1: 4001, 2: 801, 3: 161}
-"""Number of quadrature nodes on each axis, by the number of dimensions."""
+"""Number of quadrature nodes on each axis, keyed by the number of dimensions."""
 _REACH = 8.0  # nodes extend to this many standard deviations of the prior on each side
 _STRETCH = 7.0  # nodes are sinh-spaced: cosh 7 (about 550) times denser at 0 than at the ends
 
@@ -47,8 +47,8 @@ def quadratic_llc(
 
     Let a_i = nbeta h_i + localization, and let v_i be the variance of the minibatch gradient in direction i. Then SGLD gives w_i the
     stationary variance (1 + lr nbeta^2 v_i / 4) / (a_i (1 - lr a_i / 4)), which is infinite if lr a_i >= 4. With `lr` = 0 this is the
-    variance under the target density itself. If `friction` is given, the chains are those of the kernel `baoab`; the docstring of
-    `icl.sampling.kernels` has their variance.
+    variance under the target density itself. If `friction` is given, the chains use the kernel `baoab`, whose variance is given in the
+    docstring of `icl.sampling.kernels`.
     """
     a = nbeta * eigenvalues + localization
     if bool((lr * a >= 4).any()):
@@ -74,7 +74,7 @@ def normal_crossing(powers: Sequence[int], prior_powers: Sequence[int] | None = 
     h = [0] * len(powers) if prior_powers is None else list(prior_powers)
     ratios = [(hi + 1) / (2 * k) for k, hi in zip(powers, h, strict=True) if k]
     if not ratios:
-        raise ValueError("A normal crossing needs a positive power.")
+        raise ValueError("A normal crossing needs at least one positive power, got none in `powers`.")
     return LearningCoefficient(min(ratios), sum(math.isclose(ratio, min(ratios)) for ratio in ratios))
 
 
@@ -84,7 +84,7 @@ def separable(powers: Sequence[int]) -> float:
 
 
 def reduced_rank(inputs: int, hidden: int, outputs: int, rank: int) -> float:
-    """Return lambda of reduced-rank regression, if the true map has rank `rank`.
+    """Return lambda of reduced-rank regression for a true map of rank `rank`.
 
     The model is the product of two matrices, one of shape (outputs, hidden) and one of shape (hidden, inputs).
 
@@ -110,8 +110,8 @@ def localized_reduced_rank_llc(inputs: int, hidden: int, outputs: int, *, nbeta:
     """Return the estimator's target for L = |B A|^2 / 2 (a true map of rank 0) with up to three hidden units.
 
     Given B, the density is Gaussian in A, so we integrate A out (our derivation). The result depends only on the
-    eigenvalues x_i of B^T B. Their density under a Gaussian prior is that of a Wishart matrix (Muirhead 1982, theorem
-    3.2.18), and
+    eigenvalues x_i of B^T B. Under a Gaussian prior, B^T B is a Wishart matrix, whose eigenvalues have a known density (Muirhead 1982,
+    theorem 3.2.18). Given these eigenvalues,
 
         nbeta E[L | x] = (inputs / 2) sum_i nbeta x_i / (nbeta x_i + localization).
 
@@ -119,7 +119,10 @@ def localized_reduced_rank_llc(inputs: int, hidden: int, outputs: int, *, nbeta:
         ValueError: If there are more than three hidden units, or more hidden units than outputs, or no localization.
     """
     if hidden not in _POINTS or hidden > outputs or localization <= 0:
-        raise ValueError("Expected one to three hidden units, no more than outputs, and a positive localization.")
+        raise ValueError(
+            f"Expected one to three hidden units, at most {outputs} (the number of outputs), and a positive localization, got "
+            f"{hidden} and {localization}."
+        )
     lowest = math.log(localization / max(nbeta, 1.0)) - 30 / (outputs - hidden + 1)  # the mass below it is e^-15
     log_x = torch.linspace(lowest, math.log(80 / localization), _POINTS[hidden], dtype=torch.float64)
     x = _grid(log_x, hidden).exp()  # P H
@@ -135,7 +138,7 @@ def localized_reduced_rank_llc(inputs: int, hidden: int, outputs: int, *, nbeta:
 def deep_linear(widths: Sequence[int], rank: int) -> LearningCoefficient:
     """Return lambda and m of a deep linear network with layer widths H_0, ..., H_L and a true map of rank `rank` (Aoyagi 2024).
 
-    Only the smallest of the excess widths H_i - rank enter the formula.
+    Only the smallest of the excess widths H_i - rank appear in the formula.
 
     Raises:
         ValueError: If there are fewer than two layers, or no such map has this rank.
@@ -155,7 +158,7 @@ def deep_linear(widths: Sequence[int], rank: int) -> LearningCoefficient:
 
 
 def _counting_widths(excess: list[int]) -> list[int]:
-    """Return the sorted excess widths that enter the formula; they are the smallest ones."""
+    """Return the excess widths that appear in the formula: the first ones of the sorted list `excess`."""
     for num in range(2, len(excess) + 1):
         chosen, others = excess[:num], excess[num:]
         total, layers = sum(chosen), num - 1
@@ -176,10 +179,12 @@ def localized_llc(
     It is computed by the trapezoidal rule, on nodes that are densest near zero on each axis.
 
     Raises:
-        ValueError: If there are more dimensions, or no localization, without which the density may not be normalisable.
+        ValueError: If there are more than three dimensions, or no localization. Without localization, the density may not be normalisable.
     """
     if num_params not in _POINTS or localization <= 0:
-        raise ValueError("Quadrature needs one to three dimensions and a positive localization.")
+        raise ValueError(
+            f"Quadrature needs one to three dimensions and a positive localization, got {num_params} and {localization}."
+        )
     u = torch.linspace(-_STRETCH, _STRETCH, _POINTS[num_params], dtype=torch.float64)
     nodes = _REACH / math.sqrt(localization) * u.sinh() / math.sinh(_STRETCH)
     w = _grid(nodes, num_params)  # P d

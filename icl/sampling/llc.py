@@ -2,12 +2,13 @@
 
     LLC = nbeta (mean over draws of L(w) - L(w0)),   w ~ exp(-nbeta L(w) - localization/2 |w - w0|^2)
 
-Lau, Furman, Wang, Murfet and Wei 2023, after Watanabe 2013 (WBIC). If nbeta is not given, it is n / ln n for the given sample size
-n. L is the loss averaged over a minibatch. At every draw, L(w) and L(w0) are measured on the same minibatch. Averages do not
-include the burn-in. `icl.sampling.chains` defines a draw; `icl.sampling.verdict` says when an estimate should not be trusted.
+The estimator is due to Lau, Furman, Wang, Murfet and Wei 2023, after Watanabe 2013 (WBIC). If nbeta is not given, it is n / ln n, where n
+is the given sample size. L is the loss averaged over a minibatch. At every draw, L(w) and L(w0) are measured on the same minibatch.
+Averages do not include the burn-in. `icl.sampling.chains` defines a draw. `icl.sampling.verdict` defines when an estimate should not be
+trusted.
 
-`restrict` selects the parameters that chains move: None (all), names or globs such as `blocks.0.*`, or a dict from names to Boolean
-masks of their elements.
+`restrict` selects the parameters that the chains move: None (all), names or globs such as `blocks.0.*`, or a dict from parameter names to
+Boolean masks.
 """
 
 import inspect
@@ -32,8 +33,8 @@ from icl.sampling.target import Gradient, Loss, Observable, Target
 LOOP_SIZE = 2**14
 """Number of moving parameters above which a CPU computes the chains' gradients one after another.
 
-`vmap` makes fewer calls, and calls take most of the time for a small model. But on a CPU, the batched operations of `vmap` are slower
-than plain operations; batched convolutions take 1.6 times as long.
+`vmap` makes fewer calls to PyTorch, which take most of the time for a small model. But on a CPU, the batched operations of `vmap` are
+slower than plain operations. For example, batched convolutions take 1.6 times as long.
 """
 Progress: TypeAlias = Callable[[int, int], None]
 """Function that is called with the number of moves done and the total number of moves, over all chains."""
@@ -48,7 +49,7 @@ class EstimateOptions:
     sample_losses: Callable[[Params], Float[Tensor, " Q"]] | None = None
     """Function from parameters to the losses of fixed samples, for the singular fluctuation."""
     gradient: Gradient | None = None
-    """A faster gradient of the same loss for the chains' moves, instead of the gradient by vmap."""
+    """A faster function for the gradient of the same loss. The chains use it instead of the gradient by `vmap`."""
     memory: float | None = None
     """Memory in bytes for the chains that run at once."""
     progress: Progress | None = None
@@ -74,14 +75,14 @@ def estimate_llcs(
     """Estimate the LLCs of several checkpoints of one architecture, with all their chains as one population.
 
     Args:
-        loss: As for `estimate_llc`.
-        checkpoints: Parameters by name; they are not changed.
-        batches: As for `estimate_llc`.
+        loss: See `estimate_llc`.
+        checkpoints: Parameters of each checkpoint, keyed by name. They are not changed.
+        batches: See `estimate_llc`.
         settings: The settings of every checkpoint's chains.
-        restrict: As for `estimate_llc`.
-        trivial_loss: As for `estimate_llc`.
-        vectorize: As for `estimate_llc`.
-        observables: As for `estimate_llc`.
+        restrict: See `estimate_llc`.
+        trivial_loss: See `estimate_llc`.
+        vectorize: See `estimate_llc`.
+        observables: See `estimate_llc`.
         options: Less common options.
 
     Raises:
@@ -151,10 +152,10 @@ def estimate_llc(
 
     Args:
         loss: `loss(params, batch)` gives a number, or a vector of components (per position, say). The mean of the components is L.
-        params: Parameters by name; they are not changed.
-        batches: A function `(chain, draw) -> batch`, or an iterable whose batches go to the chains in turn. An iterable starts
-            over when it ends. The draw number counts all moves, including burn-in. Chains see different batches unless the
-            function ignores `chain`. Neither `batches` nor the loss may draw from torch's global generator.
+        params: Parameters of the checkpoint, keyed by name. They are not changed.
+        batches: A function `(chain, draw) -> batch`, or an iterable whose batches go to the chains in turn. An iterable starts over when it
+            ends. The draw number counts all moves, including burn-in. Chains get different batches unless the function ignores `chain`.
+            Neither `batches` nor the loss may draw from torch's global generator.
         lr: Step size epsilon.
         nbeta: Effective inverse temperature; None means n / ln n, where n is `num_samples`.
         localization: Strength gamma of the pull back to the checkpoint.
@@ -167,14 +168,13 @@ def estimate_llc(
         friction: Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps; by default 0.5.
         target_stderr: Standard error at which the chains stop; `num_draws` is then the largest number of draws.
         num_samples: The sample size n.
-        num_init_batches: Number of distinct batches for `init_loss`. They are the first that the chains get. If there are
-            fewer, all are used.
-        trivial_loss: Loss of a trivial predictor, for example one that predicts zero. Without it, escape from the basin is not
-            checked.
+        num_init_batches: Number of distinct batches for `init_loss`. We take the first ones that the chains get, or all if there are fewer.
+        trivial_loss: Loss of a trivial predictor, for example one that predicts zero. Without it, the verdict does not check whether the
+            chains left the basin.
         vectorize: If False, chains run one after another by plain autograd. This is needed for losses that `vmap` cannot map.
             If True, chains run together, and their gradients are computed by `vmap`, or by a loop if that is faster
             (`LOOP_SIZE`).
-        observables: Functions of the parameters by name. The result has the values of each at every draw of every chain.
+        observables: Functions of the parameters, keyed by name. The result contains their values at every draw of every chain.
         options: Less common options.
 
     Raises:
@@ -238,7 +238,7 @@ def _require_loss_function(loss: Any) -> None:
         return
     except TypeError:
         raise ConfigError(
-            f"`loss` must be a function of (params, batch), got {_describe(loss)}; `module_loss(model, criterion)` makes one."
+            f"`loss` must be a function of (params, batch), got {_describe(loss)}. For a module, `module_loss(model, criterion)` makes one."
         ) from None
 
 
@@ -250,14 +250,14 @@ def _require_checkpoints(checkpoints: Any) -> list[Mapping[str, Tensor]]:
     for params in checkpoints:
         if not isinstance(params, Mapping) or not all(isinstance(tensor, Tensor) for tensor in params.values()):
             raise ConfigError(
-                f"Parameters must be a dict from names to tensors, got {_describe(params)}; "
-                "`loss, params = module_loss(model, criterion)` gives those of a module."
+                f"Parameters must be a dict from names to tensors, got {_describe(params)}. For a module, "
+                "`loss, params = module_loss(model, criterion)` returns such a dict."
             )
         for name, tensor in params.items():
             # In 16 bits, a chain's moves are often smaller than the spacing of floating-point numbers.
             if not tensor.is_floating_point() or tensor.itemsize < 4:
                 raise ConfigError(
-                    f"Parameters must be float32 or float64, got {tensor.dtype} in `{name}`; convert the model by `.float()`, "
+                    f"Parameters must be float32 or float64, got {tensor.dtype} in `{name}`. Convert the model with `.float()`, "
                     "and leave out integer and complex tensors."
                 )
     if not checkpoints or not all(checkpoints):

@@ -1,17 +1,17 @@
 """The training loss of a run as the sampler's target: per position, with a fast gradient and reproducible minibatches.
 
-The loss is the one that training minimised: the mean squared error per target, not divided by D, or the negative log-likelihood in nats
-per target if `model.output` is `gaussian` or `mixture`. For language it is
--log P(next token) in nats. It is a vector over the K positions, whose mean is the loss. The column
-`loss_name` of the results says which loss it is: `mse`, `nll` or `cross_entropy`, or `subsequence`, `subsequence_nll` or
-`subsequence_cross_entropy`.
-The `subsequence` loss (Hoogland et al. 2024, calibration) is the mean error of the first K' targets, with K' uniform on 1, ..., K. We
-take its expectation over K', which weights position k by the sum over K' >= k of 1 / (K K'). Their code draws one K' for each
-prompt, which adds noise but no information.
+The loss is the one that training minimised. For regression, it is the mean squared error per target, not divided by D, or the negative
+log-likelihood in nats per target if `model.output` is `gaussian` or `mixture`. For language, it is -log P(next token) in nats. The
+target is a vector with one component for each of the K positions; the mean of the components is the loss. The column `loss_name` of the
+results says which loss was used: `mse`, `nll` or `cross_entropy`, or `subsequence`, `subsequence_nll` or `subsequence_cross_entropy`.
 
-Prompts follow the run's training distribution. `fixed` minibatches are blocks of one set of n prompts: the first n of the
-stream `llc`, so a larger set contains every smaller one. For each (seed, chain, draw) a block is drawn uniformly. `fresh` minibatches
-are new prompts for each (seed, chain, draw). Then n is used only in n / ln n.
+The `subsequence` loss (Hoogland et al. 2024, calibration) is the mean error of the first K' targets, with K' uniform on 1, ..., K. We use
+the expectation of this loss over K', which weights position k by the sum over K' >= k of 1 / (K K'). The authors' code draws one K' for
+each prompt, which adds noise but no information.
+
+Prompts follow the run's training distribution. `fixed` minibatches are blocks of one set of n prompts. The set consists of the first n
+prompts of the stream `llc`, so a larger set contains every smaller one. For each (seed, chain, draw), a block is drawn uniformly. `fresh`
+minibatches are new prompts for each (seed, chain, draw); then n is used only in nbeta = n / ln n.
 """
 
 import math
@@ -44,18 +44,18 @@ from icl.tasks.prompts import Distribution, sample_prompts, training_pool
 from icl.tasks.streams import stream_source
 
 _MAX_COUNTED_TASKS = 2**16
-"""Largest number of tasks for which the pool's mean |w|^2 is computed. In a larger pool, it differs from D by about half a percent at
-most."""
+"""Largest number of tasks for which the pool's mean |w|^2 is computed. For a larger pool, we use D, which differs from this mean by about
+half a percent at most."""
 PARTS: tuple[Distribution, ...] = ("pretrain", "true")
 """Distributions of the prompts in `losses_by_part`, in their order."""
 NUM_PART_PROMPTS = 256
-"""Number of prompts from each distribution in `PARTS`. At each draw their loss costs about as much as that of a minibatch."""
+"""Number of prompts from each distribution in `PARTS`. At each draw, their losses cost about as much as the loss of a minibatch."""
 _PROMPTS_AHEAD = 2**15
 """Number of prompts that are generated at once, for all chains together."""
 _NUMBERS_AHEAD = 2**10
 """Number of moves of a chain for which the numbers of minibatches are drawn at once."""
 _CUDA_NORMALS_AHEAD = 2**24
-"""Number of random numbers that are generated at once on a GPU, where few numbers take as long as many."""
+"""Number of random numbers that are generated at once on a GPU. There, a few numbers take as long as many."""
 
 
 def prompt_target(
@@ -67,7 +67,7 @@ def prompt_target(
         config: Settings of the run.
         sampler: Settings of the sampler.
         device: Device of the parameters.
-        num_moves: Number of moves of all chains together; if they take minutes, the gradient is compiled.
+        num_moves: Number of moves of all chains together. If they would take minutes, the gradient is compiled.
     """
     device = torch.device(device)
     weights = _position_weights(sampler.loss, config.num_positions).to(device)
@@ -87,8 +87,9 @@ def prompt_target(
 def losses_by_part(config: RunConfig, *, device: torch.device | str = "cpu") -> Observable:
     """Return a function from parameters to their losses at each position, on fixed prompts that are in no minibatch.
 
-    Its value has 2K numbers: the losses at positions 1 to K on the training distribution, then those on new tasks. Their
-    susceptibilities show for which positions and tasks a component of the model matters (`icl.sampling.susceptibility`).
+    The function returns 2K numbers: the losses at positions 1 to K on the training distribution, then the losses at these positions on new
+    tasks. The susceptibilities to these losses show for which positions and tasks a component of the model matters
+    (`icl.sampling.susceptibility`).
     """
     batches = [
         sample_prompts(
@@ -113,7 +114,7 @@ def trivial_loss(config: RunConfig) -> float:
     """Return the loss of a predictor that ignores the prompt, on the run's training distribution.
 
     The squared error of predicting zero is E[y^2] = E|w|^2 + sigma^2. The negative log-likelihood of N(0, E[y^2]) is
-    log(2 pi e E[y^2]) / 2. For language it is the loss of the uniform distribution over tokens, ln V.
+    log(2 pi e E[y^2]) / 2. For language, the trivial predictor is the uniform distribution over tokens, with the loss ln V.
     """
     if config.model.is_language:
         return math.log(config.language.vocab_size)
@@ -142,9 +143,7 @@ def _position_weights(loss: str, max_examples: int) -> Float[Tensor, " K"]:
 
 
 def _components(model: ModelConfig, weights: Tensor, params: Params, xs: Tensor, ys: Tensor) -> Float[Tensor, "N K"]:
-    compute = (
-        position_losses if torch.is_grad_enabled() else batch_losses
-    )  # only without gradients a batch may be split here
+    compute = position_losses if torch.is_grad_enabled() else batch_losses  # without gradients, the batch may be split
     return compute(model, params, xs, ys).mean(dim=1) * weights
 
 
@@ -180,22 +179,22 @@ def _losses(model: ModelConfig, weights: Tensor, *, own_batches: bool = False, c
 def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradient:
     """Return a function that computes gradients of stacked parameters, by a compiled graph or by plain autograd.
 
-    Plain autograd is a tenth faster than vmap. On a CPU the gradient is computed chain by chain. A compiled graph checks each of its
-    inputs at every call, so a chain's parameters are passed as a single row.
+    Plain autograd is a tenth faster than vmap. On a CPU the gradient is computed chain by chain. A compiled graph checks all of its inputs
+    at every call, so a chain's parameters are passed as a single row.
     """
 
     @cache
     def of_rows(layout: Layout) -> tuple[Callable[..., Any], Callable[..., list[tuple[Tensor, Tensor]]]]:
         def gradient(rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
             def to_params(rows: Tensor) -> Params:
-                # With several chains this makes a copy: matrix products on a GPU are slow on views at unaligned addresses.
+                # With several chains, `contiguous` copies: matrix products on a GPU are slow on views at unaligned addresses.
                 return {name: tensor.contiguous() for name, tensor in layout.to_params(rows, fixed).items()}
 
             def combine(losses: Tensor) -> tuple[Tensor, Tensor]:
                 components = losses.mean(dim=1) * weights  # N K
                 return components.mean(
                     1
-                ).sum(), components  # the gradient of the sum has each member's own gradient in its row
+                ).sum(), components  # row i of the gradient of this sum is the gradient of member i
 
             return grads_in_parts(model, to_params, combine, rows, batch)
 
@@ -221,7 +220,7 @@ def _graph(function: Function) -> Function:
 def _member_by_member(
     function: Callable[..., Result], *, compiled: bool
 ) -> Callable[[Sequence[tuple[Any, ...]]], list[Result]]:
-    """Return a function that computes each member on its own, in parallel on several cores. One member fills a core's caches."""
+    """Return a function that computes each member separately, in parallel on several cores. One member fills a core's caches."""
     # With another number of threads, the graph would be compiled again.
     return in_parallel(function, threads_each=1 if compiled else None)
 
@@ -232,7 +231,7 @@ def _rows(tree: Any, i: int) -> Any:
 
 
 def _is_compiled(config: RunConfig, sampler: SamplerConfig, num_moves: int, device: torch.device) -> bool:
-    if config.model.is_language:  # not measured; a batch in many parts would be one very long graph
+    if config.model.is_language:  # not measured; a batch in many parts would become one very long graph
         return False
     return device.type in ("cpu", "cuda") and compiling_pays(
         num_params=shapes_of(config).num_params,
@@ -265,7 +264,7 @@ def _batches(config: RunConfig, sampler: SamplerConfig, device: torch.device) ->
     def numbers_from(chain: int, first: int) -> list[int]:
         return block_numbers(chain, range(first, first + _NUMBERS_AHEAD)).flatten().tolist()
 
-    def number_of(chain: int, draw: int) -> int:  # also of moves beyond `sampler.num_moves`, which a calibration makes
+    def number_of(chain: int, draw: int) -> int:  # also for moves beyond `sampler.num_moves`, which a calibration makes
         return numbers_from(chain, draw - draw % _NUMBERS_AHEAD)[draw % _NUMBERS_AHEAD]
 
     def block(number: int) -> Batch:
@@ -282,7 +281,10 @@ def _batches(config: RunConfig, sampler: SamplerConfig, device: torch.device) ->
 
 
 class _Ahead:
-    """Minibatches by (chain, draw), generated for many draws at once. This is many times faster and gives the same minibatches."""
+    """Function from (chain, draw) to a minibatch, which generates minibatches for many draws at once.
+
+    This is many times faster and gives the same minibatches.
+    """
 
     def __init__(self, make: Callable[[int, range], Batch], sampler: SamplerConfig, num_prompts: int) -> None:
         self.make = make

@@ -11,8 +11,8 @@ from icl.presets import preset
 def from_scales(*, gradient_scale: float, localization_scale: float, noise_scale: float) -> dict[str, float]:
     """Return `lr`, `nbeta` and `localization` from the parameters of Hoogland et al.'s code.
 
-    Their move is w - gradient_scale grad L - localization_scale (w - w0) + N(0, noise_scale). Ours has lr / 2 in front of the
-    whole drift. So lr = noise, nbeta = 2 gradient / noise, localization = 2 localization / noise.
+    Their move is w - gradient_scale grad L - localization_scale (w - w0) + N(0, noise_scale). In our move, lr / 2 multiplies the whole
+    drift. So lr = noise_scale, nbeta = 2 gradient_scale / noise_scale and localization = 2 localization_scale / noise_scale.
 
     Raises:
         ConfigError: If a scale is negative, or the noise or the gradient is zero.
@@ -45,23 +45,24 @@ PUBLISHED = SamplerConfig(
 sweeps/analysis/0-L2H4-llcs-over-time.yaml): nbeta = 66.67, localization = 6.67, no burn-in (their code ignores the file's key
 `num_burn_in`).
 
-We differ in two ways. Their chains used the same noise at every checkpoint, which makes a curve look smoother than it is. Our chains
-have different noise at each checkpoint. The second difference is that we average L(w0) over `num_init_batches` minibatches."""
+We differ in two ways. First, their chains used the same noise at every checkpoint, which makes a curve look smoother than it is. Our chains
+have different noise at each checkpoint. Second, we average L(w0) over `num_init_batches` minibatches."""
 
 
 PUBLISHED_LANGUAGE = preset("L2W256").sampler
-"""The settings of the same paper for its language models: 20 chains of 200 draws, without burn-in, with n / ln n of n = 100.
+"""The settings of the same paper for its language models: 20 chains of 200 draws, without burn-in, and nbeta = n / ln n with n = 100.
 
-The estimate `llc` of our rows is paired with the checkpoint's own loss. `llc_with_initial_loss_bug` is the estimate of their code from the
-same chains."""
+In our rows, the estimate `llc` compares each loss with the checkpoint's loss on the same minibatch. `llc_with_initial_loss_bug` is the
+estimate that the authors' code makes from the same chains."""
 
 
 def llc_with_initial_loss_bug(losses: Float[Tensor, "C S"], *, nbeta: float) -> float:
-    """Return the LLC that the code of Hoogland et al. 2024 for language models gives for these losses of C chains at S draws.
+    """Return the LLC that the language-model code of Hoogland et al. 2024 computes from the losses of C chains at S draws.
 
-    It averages nbeta (L - L_init) over chains and draws. L_init is the mean over all C chains of the loss of their first draw. But the
-    chains run one after the other, and the code computes L_init anew at every draw, when the later chains still hold 0. So chain c
-    (counted from 0) subtracts only the sum of the first losses of chains 0 to c, divided by C. The code gives 0 for the first draw.
+    That code averages nbeta (L - L_init) over chains and draws. L_init should be the mean, over all C chains, of the loss at the first
+    draw. But the chains run one after the other, and the code computes L_init anew at every draw, while the entries of chains that have not
+    yet run are still 0. So for chain c (counted from 0), L_init is only the sum of the first losses of chains 0 to c, divided by C. The
+    code counts the first draw of each chain as 0.
 
     If all first losses are L0, the estimate is too large by nbeta L0 (C - 1) / (2 C), apart from the first draw.
     """

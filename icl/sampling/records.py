@@ -1,9 +1,9 @@
 """Stored LLC estimates of a run, and the tables that are made from them.
 
-An estimate is an entry (`icl.runs.measure`) in the folder `results/llc/<settings>/` of the run. It contains the row of `llc.csv`, the
-rows for each position, and the traces. `<settings>` is a hash of everything that determines the chains. So the tables have separate
-rows for different settings, and several programs may estimate LLCs of the same run at once. The entry's key also contains the
-version of the verdict's rules. Estimates that version 0.1.0 stored as `.npz` stay in the tables until a new estimate replaces them.
+An estimate is an entry (`icl.runs.measure`) in the folder `results/llc/<settings>/` of the run. The entry contains the row of `llc.csv`, a
+row for each position, and the traces. `<settings>` is a hash of everything that determines the chains. So the tables have separate rows for
+different settings, and several programs may estimate LLCs of the same run at once. The entry's key also contains the version of the
+verdict's rules. Estimates that version 0.1.0 stored as `.npz` files stay in the tables until new estimates replace them.
 """
 
 import contextlib
@@ -38,21 +38,21 @@ COLUMNS = (
 )
 """The first columns of `llc.csv`."""
 RENAMED_COLUMNS = {"heat": "bias_bound", "settled": "drop_at_mean", "settled_stderr": "drop_at_mean_stderr"}
-"""Names of columns in version 0.1.0, and their current names. Readers accept both."""
+"""Current names of columns, keyed by their names in version 0.1.0. Readers accept both."""
 _TEXTS = (
     *("checkpoint_hash", "loss_name", "kernel", "minibatches", "mode", "component", "settings", "verdict", "reasons"),
 )
-"""Columns of a row that are text; all others are numbers."""
+"""Columns of a row that contain text. All other columns contain numbers."""
 _POSITION_NUMBERS = ("step", "position", "llc", "stderr")
 COMPONENT_TABLE, SUSCEPTIBILITY_TABLE = "llc-components.csv", "llc-susceptibilities.csv"
 PARTS_NAME = "parts"
 """Name of the observable with the losses of the parts of the data."""
 WITH_BUG = "llc_with_initial_loss_bug"
-"""Column with the estimate of the published code for language models, bug included; only rows of the published mode have it."""
+"""Column with the estimate that the published code for language models makes, including its bug. Only rows of the published mode have it."""
 MAX_TRACE = 1000
 """Largest number of stored points of each chain's trace."""
 VERSION = 3
-"""Version of the method; estimates of another version are computed again."""
+"""Version of the estimation method. A stored estimate of another version is computed again."""
 _TRIVIAL_PREDICTORS = {"cross_entropy": "the uniform distribution", "nll": "N(0, E[y²])"}
 _NOT_SAMPLED = ("steps", "memory")
 """Settings that do not change any chain."""
@@ -69,15 +69,14 @@ class Record(NamedTuple):
     stride: int
     """Number of moves from one stored point of a trace to the next."""
     excess: np.ndarray
-    """nbeta times the loss minus the checkpoint's loss on the same minibatch, in nats, at every `stride`-th draw (K, S). It is empty
-    for estimates of older versions, which did not store it.
-    """
+    """Excess nbeta (L(w) - L(w0)) on the draw's minibatch, in nats, at every `stride`-th draw (K, S). Empty for estimates of older
+    versions, which did not store it. """
     susceptibilities: np.ndarray
     """A component's susceptibilities to `prompt_loss.losses_by_part` and their standard errors (2, 2K); empty for the whole model."""
 
     @property
     def measurement(self) -> Measurement:
-        """The record as the content of an entry: the estimate's row first, then the positions."""
+        """The record as the content of an entry: the estimate's row comes first, then the rows for the positions."""
         arrays = {"traces": self.traces, "excess": self.excess}
         if self.susceptibilities.size:
             arrays["susceptibilities"] = self.susceptibilities
@@ -97,7 +96,7 @@ class EstimateSettings(NamedTuple):
 
     @property
     def values(self) -> dict[str, Any]:
-        """The settings by name."""
+        """The settings, keyed by name."""
         fields = dataclasses.asdict(self.sampler)
         sampled = {name: value for name, value in fields.items() if name not in _NOT_SAMPLED}
         if self.sampler.kernel != "baoab":
@@ -125,7 +124,7 @@ class EstimateSettings(NamedTuple):
 
 
 def trivial_predictor(loss_name: object) -> str:
-    """Return what the trivial predictor of a loss predicts; `loss_name` is the name of the loss in `llc.csv`.
+    """Return what the trivial predictor of a loss predicts. `loss_name` is the name of the loss in `llc.csv`.
 
     Examples:
         >>> trivial_predictor("mse"), trivial_predictor("cross_entropy")
@@ -179,10 +178,10 @@ def _susceptibilities(result: LLCResult) -> np.ndarray:
 
 
 def as_record(entry: Entry) -> Record:
-    """Convert a stored entry into the record of an estimate.
+    """Convert a stored entry into the record of its estimate.
 
     Raises:
-        ContentError: If the rows or traces are not those of a record.
+        ContentError: If the rows or traces do not have the form of a record.
     """
     row, *positions = entry.rows or [{}]
     stride = row.get("stride")
@@ -286,7 +285,7 @@ def _is_complete(record: Record) -> bool:
 
 @contextlib.contextmanager
 def _lock(run: RunFolder) -> Iterator[None]:
-    """Allow one program at a time to write the tables. Otherwise a table could miss an estimate that was stored meanwhile."""
+    """Allow only one program at a time to write the tables. Otherwise a table could miss an estimate that another program just stored."""
     with (run.path / ".llc-lock").open("a+") as file:
         lock_file(file.fileno(), run.path, wait=True)
         yield

@@ -1,4 +1,4 @@
-"""Rescale a model's weights without changing its function, as a control of what an LLC estimate measures.
+"""Rescale a model's weights without changing its function, to test whether an LLC estimate measures more than the geometry of the loss.
 
 In each block, one linear map is multiplied by a factor c and the next map by 1/c, so that the function stays the same:
 
@@ -7,9 +7,9 @@ In each block, one linear map is multiplied by a factor c and the next map by 1/
   in its values.
 - If there is no output projection either, the scale and shift of a layer norm are multiplied by c, and the map after it by 1/c.
 
-This is a change of coordinates, so the learning coefficient stays the same. But the localisation and the step size act differently in
-the new coordinates. If an estimate depends on c, it measures the size of the weights as well as the geometry of the loss. A falling
-estimate can then be due to growing weights.
+This is a change of coordinates, so the learning coefficient stays the same. But the localisation and the step size act differently in the
+new coordinates. If an estimate depends on c, it measures the size of the weights as well as the geometry of the loss. Then a fall of the
+estimate during training may be due to growing weights.
 """
 
 from icl.config import ModelConfig
@@ -38,7 +38,7 @@ def rescaled(model: ModelConfig, params: Params, factor: float) -> Params:
 
 
 def describe_pair(model: ModelConfig) -> str:
-    """Return a phrase that names the two maps that are rescaled."""
+    """Return a phrase that names the two rescaled maps."""
     if model.activation == "relu":
         return "the two maps of each ReLU MLP"
     return (

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     import xarray
 
 _ESTIMATE_COLUMNS = ("step", "checkpoint_hash", "llc", "stderr", "init_loss", "init_loss_stderr", "mean_loss")
-"""The first columns of a row."""
+"""The first columns of a row of `llc.csv`."""
 _SETTINGS = ("lr", "nbeta", "localization", "num_chains", "num_draws", "num_burnin_steps", "seed", "thinning", "kernel")
-"""The settings that are columns of a row."""
+"""The settings that are columns of a row of `llc.csv`."""
 
 
 class CheckpointId(NamedTuple):
-    """Step and hash of an estimate's checkpoint; the noise of its chains is a function of the seed and the hash."""
+    """Step and hash of an estimate's checkpoint. The noise of the chains depends only on the seed and the hash."""
 
     step: int | None = None
     checkpoint_hash: str | None = None
@@ -41,9 +41,9 @@ class Fluctuation:
     """Fluctuation of the losses l_i of fixed samples under the posterior at nbeta (Watanabe 2009, sections 1.4 and 6.3)."""
 
     functional_variance: float | None
-    """V, the sum over n samples of Var_w[l_i]; None without `num_samples`."""
+    """V, the sum of Var_w[l_i] over n samples; None without `num_samples`."""
     singular_fluctuation: float
-    """nu, nbeta/2 times the mean over samples of Var_w[l_i]. For a regular model that contains the truth, it is d/2."""
+    """nu, which is nbeta/2 times the mean of Var_w[l_i] over samples. For a regular model that contains the truth, nu is d/2."""
     stderr: float
     """Standard error of the singular fluctuation, from the spread between chains; NaN for one chain."""
 
@@ -61,17 +61,17 @@ class LLCResult(Evidence):
     burnin_trace: Float[Tensor, "K burnin"]
     """Minibatch losses during burn-in."""
     excess_trace: Float[Tensor, "K S"]
-    """nbeta times the loss minus the checkpoint's loss on the same minibatch, in nats; its mean is `llc`."""
+    """Excess nbeta (L(w) - L(w0)) on the draw's minibatch, in nats. Its mean over the chains that are not masked is `llc`."""
     observables: dict[str, Float[Tensor, "K S ..."]]
     """Values of the caller's observables at the draws."""
     llc_per_component: Float[Tensor, " T"] | None
-    """LLC of each component if the loss is a vector (per position, say); their mean is `llc`."""
+    """LLC of each component, if the loss is a vector (per position, say). The mean of these LLCs is `llc`."""
     stderr_per_component: Float[Tensor, " T"] | None
     wbic: float | None
-    """The product of num_samples and mean_loss. It is a WBIC (Watanabe 2013) if nbeta = n / ln n. None without `num_samples`."""
+    """The product of `num_samples` and `mean_loss`, which is a WBIC (Watanabe 2013) if nbeta = n / ln n. None without `num_samples`."""
     fluctuation: Fluctuation | None
     settings: ChainsConfig
-    """The settings of the chains, with `nbeta` resolved."""
+    """The settings of the chains, with the actual values of `nbeta` and `num_draws`."""
     num_init_batches: int
     """Number of distinct batches over which `init_loss` is averaged."""
     loss_name: str
@@ -94,7 +94,7 @@ class LLCResult(Evidence):
         return self.judgement.reasons
 
     def to_dataframe(self, by: Literal["checkpoint", "chain", "component"] = "checkpoint") -> "pd.DataFrame":
-        """Return one row for the checkpoint, or one for each chain or component; all include the settings.
+        """Return a table with one row for the checkpoint, or one row for each chain or component. All rows include the settings.
 
         Raises:
             ValueError: If `by` is `component` and the loss was a single number.
@@ -109,7 +109,9 @@ class LLCResult(Evidence):
                 "mean_loss": self.init_loss + self.llc_per_chain / self.settings.inverse_temperature,
             }
         elif self.llc_per_component is None or self.stderr_per_component is None:
-            raise ValueError("The loss was a single number; return a vector from it to get an LLC per component.")
+            raise ValueError(
+                "The loss was a single number. To get an LLC per component, use a loss that returns a vector."
+            )
         else:
             values = {"llc": self.llc_per_component, "stderr": self.stderr_per_component}
         common = {name: value for name, value in self.row().items() if name not in ("llc", "stderr", "mean_loss")}
@@ -119,8 +121,8 @@ class LLCResult(Evidence):
     def to_arviz(self) -> "xarray.DataTree":
         """Return the draws for ArviZ, in the groups `posterior` and `sample_stats` with dimensions chain and draw.
 
-        `posterior` has `llc` (the excess in nats, whose mean is the LLC) and the observables; `sample_stats` has `loss`. The
-        attributes are the row of `llc.csv`. Masked chains are left out.
+        `posterior` contains the observables and `llc`, which is the excess in nats, so that its mean is the LLC. `sample_stats` contains
+        `loss`. The attributes are the row of `llc.csv`. Masked chains are left out.
 
         Raises:
             ConfigError: If the extra `arviz` is not installed, or no chain is left.
@@ -138,7 +140,7 @@ class LLCResult(Evidence):
             ) from None
         used = self.llc_per_chain.isfinite()
         if not used.any():
-            raise ConfigError("No chain of this estimate is usable, so there are no draws to export.")
+            raise ConfigError("All chains of this estimate are masked, so there are no draws to export. See `reasons`.")
         posterior = {"llc": self.excess_trace} | self.observables
         groups = {"posterior": posterior, "sample_stats": {"loss": self.loss_trace}}
         arrays = {
@@ -173,7 +175,7 @@ class LLCResult(Evidence):
 
 
 def headline(row: Mapping[str, Any]) -> str:
-    """Return the estimate of a row of `llc.csv` as text, with its known errors.
+    """Return the estimate in a row of `llc.csv` as text, with its standard error, bias bound and sensitivity.
 
     Examples:
         >>> headline({"llc": 45.9, "stderr": 0.7, "bias_bound": 1.2, "sensitivity": 10.0, "localization": 1e3, "verdict": "ok"})
@@ -198,7 +200,7 @@ def make_result(
     target: Target,
     num_params: int,
 ) -> LLCResult:
-    """Compute the estimate of one checkpoint from its K chains; `num_params` of its parameters move."""
+    """Compute the estimate of one checkpoint from its K chains. `num_params` is the number of parameters that move."""
     evidence = evidence_of(traces, checkpoint, settings, trivial_loss=target.trivial_loss, num_params=num_params)
     used, nbeta, num_samples = traces.alive, settings.inverse_temperature, settings.num_samples
     llc_per_component, stderr_per_component = _per_component(nbeta * traces.excess[used])

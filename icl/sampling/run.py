@@ -48,7 +48,7 @@ CHECKPOINTS_AT_ONCE = 16
 
 
 def move_bar(stage: str, num_moves: int) -> tqdm:
-    """Return a progress bar over the moves of chains. A move of one chain is one unit; other work is not counted."""
+    """Return a progress bar over the moves of chains. One move of one chain is one unit. Other work is not counted."""
     return progress_bar(stage, num_moves, "move", unit_scale=True)
 
 
@@ -79,11 +79,11 @@ def estimate_run(
     rescale: float = 1.0,
     component: str = "",
 ) -> Estimates:
-    """Estimate the LLCs of a run's saved steps, or of one checkpoint; stored estimates under equal settings are reused.
+    """Estimate the LLCs of a run's saved steps, or of one checkpoint. Stored estimates with equal settings are reused.
 
     Args:
         path: A run's folder, its folder `checkpoints`, or a checkpoint file. The estimate of a single file is not stored.
-        sampler: Settings of the sampler; by default those in the run's configuration.
+        sampler: Settings of the sampler. By default, the settings in the run's configuration are used.
         mode: A label for the rows.
         rescale: Factor by which the weights are rescaled without changing the function (`icl.sampling.rescaling`).
         component: If given, the chains move only this component of the model (`icl.sampling.components`). The component's
@@ -162,7 +162,7 @@ class _RunningTrace:
         self.bar.set_postfix_str(f"step {self.steps[checkpoints[-1]]:,} so far: {of_last.mean():.3g} ± {error:.2g}")
 
     def remove(self) -> None:
-        """Remove the table, once the estimate is complete."""
+        """Remove the table. It is called once the estimate is complete."""
         self.file.unlink(missing_ok=True)
 
 
@@ -230,7 +230,7 @@ def require_room(config: RunConfig, sampler: SamplerConfig, device: torch.device
     """Refuse more chains, draws or prompts than fit into memory.
 
     Raises:
-        ConfigError: If they do not fit. The message says how much memory is needed and how much there is.
+        ConfigError: If they do not fit. The message says how much memory is needed and how much is available.
     """
     chains, draws = sampler.num_chains, sampler.num_draws
     losses = f"the losses of {draws:,} draws (`sampler.num_draws`) of {chains:,} chains (`sampler.num_chains`)"
@@ -251,8 +251,8 @@ def run_files(path: str | Path) -> tuple[list[Path], RunConfig]:
 def chosen_files(files: Sequence[Path], steps: str) -> list[Path]:
     """Return the files of the steps that `steps` selects: `all`, `last`, a list such as 1,2,3, or ranges such as 0:1000:100.
 
-    A range includes its two ends and every saved step between them. With a stride of s, it includes only first, first + s,
-    first + 2s and so on.
+    A range includes both ends and every saved step between them. With a stride of s, it includes only the saved steps among first, first +
+    s, first + 2s and so on.
 
     Raises:
         ConfigError: If `steps` is none of these, or names a step that is not saved.
@@ -284,7 +284,7 @@ def sampling_device() -> torch.device:
     kind = choose_device()
     if kind == "tpu":
         raise ConfigError(
-            "`icl llc` does not run on a TPU, because every chain's noise would need a compilation of its own. "
+            "`icl llc` does not run on a TPU, because the noise of every chain would have to be compiled separately. "
             "Set DEVICE=cpu or DEVICE=cuda."
         )
     return torch.device(kind)

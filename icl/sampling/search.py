@@ -1,18 +1,18 @@
 """Search for lr, nbeta, localization and burn-in of any loss, by a stated rule.
 
-Near a minimum with curvatures h, the LLC is about the sum of (1/2) h / (h + ratio), with ratio = localization / nbeta. This does not
-depend on nbeta itself, so the ratio decides which directions count. If the LLC changes with nbeta at the same ratio, either the chains
-leave the basin (nbeta too small), or minibatch noise moves them too much (nbeta too large). Chains are stable if
+Near a minimum with curvatures h, the LLC is about the sum of (1/2) h / (h + ratio), with ratio = localization / nbeta. This sum does not
+depend on nbeta itself, so the ratio decides which directions contribute. If the LLC changes with nbeta at the same ratio, either the chains
+leave the basin (nbeta is too small), or minibatch noise moves them too much (nbeta is too large). Chains are stable if
 lr (nbeta h_max + localization) is below 4, where h_max is the largest curvature. So we search over three numbers:
 
 - nbeta, in units of 1 / (loss of a trivial predictor - loss of the checkpoint),
 - the ratio, in units of h_max,
 - lr, in units of the stability limit.
 
-Chains must be long enough to fill flat directions as far as the localisation allows. In a flat direction, the variance after t moves
-is 1 - exp(-lr localization t) of its final value, and no direction is slower. With the ratio in units of h_max and a stable lr, this
-takes about 1 / ratio moves. Shorter chains give an LLC that is too small, at every nbeta and every lr. So a plateau does not show
-whether chains are long enough.
+Chains must be long enough to reach their equilibrium spread in flat directions, which the localization limits. In a flat direction, the
+variance after t moves is 1 - exp(-lr localization t) of its final value, and no direction is slower. With the ratio in units of h_max and a
+stable lr, this takes about 1 / ratio moves. Shorter chains give an LLC that is too small, at every nbeta and every lr. So a plateau does
+not show whether chains are long enough.
 """
 
 import dataclasses
@@ -35,17 +35,18 @@ RATIOS = (0.01, 0.03, 0.1)
 STEP = 1.5
 """Value of lr (nbeta h_max + localization) in the survey. Chains become unstable at the value 4."""
 AGREEMENT = (3.0, 0.1)
-"""Two estimates agree if they differ by at most this many joint standard errors, or by at most this fraction of the first."""
+"""Two estimates agree if they differ by at most this many standard errors of their difference, or by at most this fraction of the first estimate."""
 PLATEAU = 0.03
-"""Estimates at lr and lr / 3 lie on a plateau if they differ by at most one joint standard error plus this fraction of the second."""
+"""Estimates at lr and lr / 3 lie on a plateau if they differ by at most the standard error of their difference plus this fraction of the
+estimate at lr / 3."""
 MIN_ESS = 300.0
-"""Effective sample size for which the number of draws is chosen. The verdict requires only 200 for 4 to 15 chains."""
+"""Effective sample size that the chosen number of draws should give. The verdict requires only 200 for 4 to 15 chains."""
 LENGTH_RULES = ("r hat", "effective sample size", "not significant")
 """Rules of the verdict that longer chains may satisfy."""
 LR_RULES = ("step size bias",)
 """Rules of the verdict that a smaller lr may satisfy. The search has its own stage for them."""
 CHECKPOINT_RULES = ("negative", "not at a minimum", "lower loss at mean", "diverged down", "lower loss found")
-"""Rules of the verdict that a checkpoint breaks under most settings if it is not at its minimum."""
+"""Rules of the verdict that are broken under most settings if a checkpoint is not at its minimum."""
 _LATER_RULES = (*LENGTH_RULES, *LR_RULES)  # the stages after the survey decide about these
 SURVEY, RATES, CONFIRMATION = "nbeta, localization", "lr", "confirmation"
 """The stages of a search."""
@@ -54,21 +55,22 @@ _SLOWER = 3
 _MAX_DRAWS = 60
 """Largest number of draws of each chain in the survey."""
 _MAX_INIT_BATCHES = 256
-"""Largest number of batches for the checkpoint's own loss, which all settings share."""
+"""Largest number of batches for the checkpoint's own loss. All settings share these batches."""
 
 RULE = f"""\
 The rule: at a few checkpoints we try nbeta = {", ".join(f"{x:g}" for x in NBETAS)} divided by (loss of a trivial predictor - checkpoint's
 loss). At each nbeta we try localization / nbeta = {", ".join(f"{x:g}" for x in RATIOS)} times the largest curvature. lr is {STEP:g} / (nbeta curvature + localization).
-1. The last checkpoint must be healthy: no rule of the verdict may be broken. The bias of the step size is an exception (see 4), and
-   so are R-hat, the effective sample size and significance, because the chains of the search are short. Burn-in is
-   2 / (lr localization) moves of SGLD. In these moves the variance in flat directions grows to 86% of its final value. `baoab` with
-   friction c needs only (1 - c) / (1 + c) times as many moves.
-2. Plateau in nbeta: the estimate must agree with the estimate at the next smaller or larger nbeta and the same ratio (within
-   {AGREEMENT[0]:g} standard errors or {AGREEMENT[1]:.0%}).
-3. Among the settings that pass 1 and 2, we choose those with the largest number of healthy checkpoints. If several have the same
-   number, we choose the smallest ratio (most directions count), then the smallest nbeta (least noise).
-4. Plateau in lr, at the last checkpoint: the bias of the step size must be small. A third of lr, with chains three times as long,
-   must give the same estimate within one joint standard error plus {PLATEAU:.0%}. If not, we test this third of lr in the same way.
+1. The last checkpoint must be healthy: it must break no rule of the verdict. The bias of the step size is tested only in 4. R-hat, the
+   effective sample size and significance are not required, because the chains of the search are short. Burn-in with SGLD is
+   2 / (lr localization) moves, in which the variance in flat directions grows to 86% of its final value. `baoab` with friction c
+   needs only (1 - c) / (1 + c) times as many moves.
+2. Plateau in nbeta: the estimate must agree with the estimate at the next smaller or larger nbeta and the same localization / nbeta
+   (within {AGREEMENT[0]:g} standard errors or {AGREEMENT[1]:.0%}).
+3. Among the settings that pass 1 and 2, we choose those with the largest number of healthy checkpoints. If several settings have the
+   same number, we choose the smallest localization / nbeta (most directions count), then the smallest nbeta (least noise).
+4. Plateau in lr, at the last checkpoint: the bias of the step size must be small. With a third of lr and chains three times as long,
+   the estimate may change by at most the standard error of the difference plus {PLATEAU:.0%}. Otherwise we test this third of lr in
+   the same way.
 5. Burn-in: 1.5 times the number of moves that the chains' mean loss takes to reach its later level, but at least 1.5 times the
    burn-in of the search. Draws: at least as many as configured, and enough for an effective sample size of {MIN_ESS:g}.
 All chains of the search use the same minibatches and noise, so differences between estimates are due to the settings.
@@ -108,7 +110,7 @@ class SearchPoint(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """Settings, and an estimate under them at each checkpoint. The estimate at the last checkpoint comes last."""
+    """Settings, with the estimate at each checkpoint under these settings. The last checkpoint comes last."""
 
     point: SearchPoint
     results: list[LLCResult]
@@ -120,12 +122,12 @@ class Trial(NamedTuple):
 
     @property
     def num_healthy(self) -> int:
-        """Number of checkpoints that are healthy, if the rules of later stages are ignored."""
+        """Number of healthy checkpoints, without the rules that later stages of the search test."""
         return sum(is_healthy(result, but=_LATER_RULES) for result in self.results)
 
 
 Estimate = Callable[[Sequence[SearchPoint]], list[list[LLCResult]]]
-"""Function that estimates under several settings with equally long chains. Each inner list ends with the last checkpoint's result."""
+"""Function that makes estimates under several settings with equally long chains. Each inner list ends with the last checkpoint's result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +147,9 @@ def survey(*, height: float, curvature: float, speed: float = 1.0) -> list[Searc
     """Return the settings that are tried first: every nbeta at every ratio, with a stable lr.
 
     Args:
-        height: Height of a trivial predictor's loss above the last checkpoint's.
+        height: Height of a trivial predictor's loss above the last checkpoint's loss.
         curvature: The largest curvature at the last checkpoint.
-        speed: Factor by which the chains fill flat directions faster than SGLD does (`ChainsConfig.speed`).
+        speed: Factor by which the chains spread out in flat directions faster than SGLD (`ChainsConfig.speed`).
     """
     points = []
     for share, nbeta in itertools.product(RATIOS, NBETAS):
@@ -166,13 +168,13 @@ def search(
     speed: float = 1.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> SearchResult:
-    """Run the search: the survey, with all settings of a ratio at once, and then the test of the plateau in lr.
+    """Run the search: first the survey, with all settings of the same ratio at once, then the test of the plateau in lr.
 
     Args:
-        estimate: Returns the estimates under some settings; for the stage `lr` only that of the last checkpoint is used.
-        height: As for `survey`.
-        curvature: As for `survey`.
-        speed: As for `survey`.
+        estimate: Function that returns the estimates under some settings. In the stage `lr`, only the last checkpoint's estimate is used.
+        height: See `survey`.
+        curvature: See `survey`.
+        speed: See `survey`.
         say: Called with a line about every trial.
     """
     trials: list[Trial] = []
@@ -211,17 +213,17 @@ def search(
 
 
 def _why_none(trials: Sequence[Trial], num_healthy: int) -> str:
-    """Return a text that says why the survey has no candidate, and what to do if the checkpoint is the cause."""
+    """Explain why the survey has no candidate, and what to do if the checkpoint is the cause."""
     reason = (
         f"No choice: {num_healthy} of {len(trials)} settings are healthy at the last checkpoint, "
-        "and none of these is on a plateau in nbeta."
+        "and none of the healthy settings is on a plateau in nbeta."
     )
     num_beside = sum(not set(trial.last.judgement.broken).isdisjoint(CHECKPOINT_RULES) for trial in trials)
     if num_beside <= len(trials) / 2:
         return reason
     return (
         f"{reason} Under {num_beside} settings, the estimate shows that the checkpoint is not at a minimum, which no settings can "
-        "change: choose --steps so that the last checkpoint is at a minimum."
+        "change. Choose --steps so that the last chosen checkpoint is at a minimum."
     )
 
 
@@ -240,19 +242,19 @@ def num_draws(result: LLCResult, configured: int) -> int:
 
 
 def is_healthy(result: LLCResult, but: Collection[str] = LENGTH_RULES) -> bool:
-    """Return whether an estimate breaks no rules of the verdict other than `but`, by default the rules about the chains' length."""
+    """Return whether an estimate breaks no rules of the verdict except those in `but`: by default, the rules about the chains' length."""
     return set(result.judgement.broken) <= set(but)
 
 
 def agree(first: LLCResult, second: LLCResult) -> bool:
-    """Return whether two estimates differ by no more than `AGREEMENT` allows."""
+    """Return whether two estimates agree in the sense of `AGREEMENT`."""
     difference = abs(first.llc - second.llc)
     errors, share = AGREEMENT
     return difference <= max(errors * math.hypot(first.stderr, second.stderr), share * abs(first.llc))
 
 
 def on_plateau(first: LLCResult, slower: LLCResult) -> bool:
-    """Return whether the estimates at lr and lr / 3 differ by at most one joint standard error plus a fraction `PLATEAU`."""
+    """Return whether the estimates at lr and lr / 3 lie on a plateau in the sense of `PLATEAU`."""
     return abs(first.llc - slower.llc) <= math.hypot(first.stderr, slower.stderr) + PLATEAU * abs(slower.llc)
 
 

@@ -1,16 +1,16 @@
 """Test the sampler on problems with known answers, in about two minutes on one CPU thread.
 
-`sgld` and `baoab` run on all problems, `baoab` with three times SGLD's lr and a third of its moves. `rmsprop` runs on quadratics
+`sgld` and `baoab` run on all problems. `baoab` has three times the lr of `sgld` and a third of the moves. `rmsprop` runs on quadratics
 only, with a smaller lr, because its preconditioner is above 1.
 
 The loss of every problem has its minimum, 0, at the checkpoint. If the estimator's target at finite nbeta with localization is known
-(`icl.sampling.known`), the estimate must agree with it within `NUM_STDERRS` standard errors. If the loss is not quadratic, the bias
-of the step size is not known exactly. Then the estimate may differ by a further fraction `STEP_BIAS` of the target.
+(`icl.sampling.known`), the estimate must agree with this target within `NUM_STDERRS` standard errors. If the loss is not quadratic, the
+bias of the step size is not known exactly. Then the estimate may differ by a further fraction `STEP_BIAS` of the target.
 
-For deep linear networks only the asymptotic value lambda is known, so we estimate at three values of nbeta. The estimates must rise
-with nbeta. Beyond the standard errors, an estimate may differ from lambda by lambda / sqrt(nbeta). The reason is the localization of
-strength 1. It changes the contribution of a direction that is quartic in w by a fraction nbeta^(-1/2), and the contribution of other
-directions by a smaller fraction. The multiplicity is 1, so there is no logarithmic term.
+For deep linear networks only the asymptotic value lambda is known, so we estimate at three values of nbeta. The estimates must rise with
+nbeta. In addition to the standard errors, an estimate may differ from lambda by lambda / sqrt(nbeta), because the localization has strength
+1. In a direction that is quartic in w, it changes the contribution to the LLC by a fraction nbeta^(-1/2). In other directions, it changes
+the contribution by a smaller fraction. The multiplicity is 1, so there is no logarithmic term.
 """
 
 import dataclasses
@@ -48,7 +48,8 @@ class Problem:
     params: Params
     asymptotic: float
     finite: Callable[[float, float], float] | None
-    """Function from nbeta and lr to the target of SGLD, if it is known. With lr = 0 it leaves out the effect of the step size."""
+    """Function from nbeta and lr to the target of SGLD; None if the target is not known. lr = 0 gives the target without the effect of the
+    step size."""
     nbetas: Sequence[float]
     sampler: dict[str, Any]
     batches: Batches = (None,)

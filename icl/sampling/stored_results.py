@@ -1,7 +1,7 @@
 """Complete results of estimates, stored so that an interrupted calibration continues after its last finished settings.
 
-Records (`icl.sampling.records`) are for users. A search needs more: all evidence and the unthinned traces. A result is an entry
-(`icl.runs.measure`) in `results/llc-calibration/<settings>/`, under the same key as a record of the same chains.
+The records of `icl.sampling.records` are made for users. A search needs more: all the evidence and the unthinned traces. Each result is an
+entry (`icl.runs.measure`) in `results/llc-calibration/<settings>/`, with the same key as the record of these chains.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from icl.sampling.records import EstimateSettings
 from icl.sampling.result import LLCResult
 
 _NOT_STORED = ("settings", "fluctuation", "observables")
-"""Fields that follow from the settings, or that a calibration does not compute."""
+"""Fields of an `LLCResult` that follow from the settings, or that a calibration does not compute."""
 _NUMBERS = {
     field.name: field.type
     for field in dataclasses.fields(LLCResult)

@@ -1,14 +1,14 @@
 """Susceptibilities: how a component of a model responds to a change of the data.
 
-Change the loss from L to L + e (l' - L) with a small e, towards the loss l' of some part of the data: one position of the prompts,
-one group of tasks, or a shifted distribution. The posterior mean of f = nbeta (L - L0) then changes at the rate nbeta chi, where
+Let l' be the loss on some part of the data: one position of the prompts, one group of tasks, or a shifted distribution. Change the loss
+from L to L + e (l' - L) with a small e. The posterior mean of f = nbeta (L - L0) then changes at the rate nbeta chi, where
 
     chi = -Cov(f, l' - L)
 
 and the covariance is over draws of the localised posterior. If only one component moves, such as one head (`restrict`), chi is the
-susceptibility of that component. A negative value means that the component matters for that part of the data: draws that
-raise the training loss raise the loss on this part by more. Source: Baker, Wang, Hoogland and Murfet 2025, "Structural inference: interpreting small language
-models with susceptibilities" (arXiv 2504.18274).
+susceptibility of that component. A negative value means that the component matters more for this part of the data than on average: draws
+that raise the training loss raise the loss on this part by even more. Source: Baker, Wang, Hoogland and Murfet 2025, "Structural inference:
+interpreting small language models with susceptibilities" (arXiv 2504.18274).
 """
 
 from typing import NamedTuple
@@ -35,8 +35,8 @@ def susceptibility(
     """Estimate -Cov(excess, difference) over the draws of K chains.
 
     Args:
-        excess: nbeta (L - L0) at every draw, in nats. Minibatch noise increases the error but causes no bias, if consecutive draws
-            have different minibatches and `difference` is measured on other data.
+        excess: nbeta (L - L0) at every draw, in nats. Its minibatch noise increases the error, but causes no bias if consecutive draws have
+            different minibatches and `difference` is measured on other data.
         difference: l' - L at every draw, for each of Q parts of the data.
 
     Returns:
@@ -59,7 +59,7 @@ def susceptibility(
 
 
 def susceptibility_of(result: LLCResult, observable: str, *, reference: str | None = None) -> Susceptibility:
-    """Estimate susceptibilities from the draws of an LLC estimate, to losses that were recorded as an observable.
+    """Estimate the susceptibilities to losses that were recorded as an observable of an LLC estimate.
 
     Args:
         result: The estimate. Restrict its chains to a component to get that component's susceptibilities.
@@ -78,7 +78,7 @@ def susceptibility_of(result: LLCResult, observable: str, *, reference: str | No
     for name in (observable, *([] if reference is None else [reference])):
         if name not in result.observables:
             raise ConfigError(
-                f"The estimate has no observable `{name}`, only {', '.join(result.observables) or 'none'}."
+                f"The estimate has no observable `{name}`. Its observables are: {', '.join(result.observables) or 'none'}."
             )
     used = result.llc_per_chain.isfinite()
     parts = result.observables[observable][used]

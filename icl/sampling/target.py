@@ -1,11 +1,11 @@
-"""The target of the chains: a loss with its minibatches, and its gradients and values for many members at once.
+"""The target of the chains: a loss with its minibatches, and the loss's gradients and values for many members at once.
 
 A loss is any `loss(params, batch) -> Tensor`. It returns a number, or a vector of components (per position, say) whose mean is the
 loss. A `Gradient` takes the moving parameters as rows, the other parameters stacked, and a stacked batch. It returns the gradients
-as rows, and the losses. A faster gradient of a known architecture can replace the default one.
+as rows, and the losses. For a known architecture, a faster gradient can replace the default gradient.
 
-A loss must not draw from torch's global generators, because then `seed` would not determine the estimate. We detect this, restore
-the generators and raise an error.
+A loss must not draw from torch's global generators, because then `seed` would not determine the estimate. If it does, we restore the
+generators and raise an error.
 """
 
 import copy
@@ -64,8 +64,8 @@ class Target:
     own_losses: StackedLosses | None = None
     """A faster function for the losses of stacked parameters, each on its own batch."""
     part: Callable[[Params, Batch], Batch] | None = None
-    """Function that returns the rows of a batch that `gradient` computes at once, if it goes through a batch in parts to save memory.
-    Such a gradient is used for all purposes, because the default gradient needs memory for the whole batch."""
+    """If `gradient` goes through a batch in parts to save memory, a function that returns the rows of a batch in one part. Such a gradient
+    is used for all purposes, because the default gradient needs memory for the whole batch."""
     must_depend: bool = False
     """Whether to check that the loss depends on the parameters that move."""
 
@@ -86,7 +86,7 @@ class Target:
     def checkpoint_gradient(self, device: torch.device) -> Gradient:
         """Return the gradient for measurements at a checkpoint, with few members.
 
-        On a GPU the chains' gradient may be a compiled graph, which would be compiled again for so few members.
+        On a GPU the chains' gradient may be a compiled graph, which would have to be compiled again for so few members.
         """
         return self.chain_gradient if device.type == "cpu" or self.part is not None else self.default_gradient
 
@@ -104,7 +104,7 @@ class Target:
         """Refuse a loss that is the same for all parameters, because chains would then sample the localization alone.
 
         Args:
-            layout: Layout of the moving parameters in a row.
+            layout: How the parameters that the chains may change are arranged in one row of a matrix.
             checkpoint: Stacked parameters of one member.
             batch: Any batch.
 
@@ -142,13 +142,13 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) ->
         ```
 
     Raises:
-        ConfigError: If the arguments are not a module and a function, or the module has no parameter to sample. The loss function
-            raises the same error if a batch is neither a pair nor a dict.
+        ConfigError: If the arguments are not a module and a function, or the module has no parameter to sample. The returned loss function
+            raises a `ConfigError` too, if a batch is neither a pair nor a dict.
     """
     if not isinstance(model, nn.Module) or not callable(criterion):
         raise ConfigError(
             f"`module_loss` takes a module and a function of (outputs, targets), got {_describe(model)} and "
-            f"{_describe(criterion)}. For anything else write `loss(params, batch)` yourself."
+            f"{_describe(criterion)}. For any other loss, write `loss(params, batch)` yourself."
         )
     params = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
     if not params:
@@ -175,7 +175,7 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) ->
 
 
 def vmapped_gradient(loss: Loss) -> Gradient:
-    """Return a function for the gradients of all members at once, by `torch.func.vmap`."""
+    """Return a function that computes the gradients of all members at once with `torch.func.vmap`."""
 
     @cache
     def member_gradient(layout: Layout) -> Callable[..., Any]:
@@ -195,7 +195,7 @@ def vmapped_gradient(loss: Loss) -> Gradient:
 
 
 def looped_gradient(loss: Loss) -> Gradient:
-    """Return a function for the gradients of one member after another by plain autograd, for losses that `vmap` cannot map."""
+    """Return a function that computes the gradients of one member after another with plain autograd, for losses that `vmap` cannot map."""
 
     def gradient(layout: Layout, rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
         grads, components = [], []
@@ -215,7 +215,7 @@ def looped_gradient(loss: Loss) -> Gradient:
 
 
 def stacked_losses(loss: Loss, *, own_batches: bool, vectorize: bool) -> StackedLosses:
-    """Return a function for the losses of stacked parameters, either each on its own batch of a stack or all on the same batch."""
+    """Return a function that computes the losses of stacked members, either each on its own batch or all on the same batch."""
 
     def losses(params: Params, batch: Batch) -> Tensor:
         if vectorize:
@@ -244,7 +244,7 @@ def _batch_of(i: int, batch: Batch) -> Batch:
 
 @contextmanager
 def _refuse_random_loss(device: torch.device) -> Iterator[None]:
-    """Raise an error if the block draws from a global generator, of the CPU or of a CUDA device; restore the generator."""
+    """If the block draws from a global generator of the CPU or of a CUDA device, restore the generator and raise an error."""
     before = _generator_states(device)
     try:
         yield
@@ -265,7 +265,7 @@ def _generator_states(device: torch.device) -> list[Tensor]:
 
 @contextmanager
 def _explain_vmap_errors() -> Iterator[None]:
-    """Replace errors of `vmap` by errors that say what to do. `vmap` itself detects random numbers."""
+    """Replace errors of `vmap` with errors that say what to do. `vmap` itself raises an error for random numbers."""
     try:
         yield
     except RuntimeError as error:

@@ -1,7 +1,7 @@
 """The numbers that chains record at each draw.
 
-To trace another number, write a function of a `Draw` and add it to `QUANTITIES`. `Traces.quantities` then has its value at each
-draw under the function's name, and `icl.sampling.verdict.evidence` computes averages and standard errors of them.
+To record another number, write a function of a `Draw` and add it to `QUANTITIES`. The value at each draw is then in `Traces.quantities`,
+under the function's name. `icl.sampling.verdict.evidence` computes the averages and standard errors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +21,9 @@ from icl.sampling.convergence import Drop
 from icl.sampling.kernels import BAOABState, State
 
 DIVERGED = 10.0
-"""A chain has diverged, and is masked, if its mean excess exceeds this many nats per sampled dimension.
+"""A chain has diverged, and is masked, if the absolute value of its mean excess is above this many nats per sampled dimension.
 
-The limit is our choice: 20 times d/2. The largest possible LLC at a minimum is d/2, that of a nondegenerate minimum (Watanabe 2009).
+The limit is our choice: 20 times d/2. The largest possible LLC at a minimum is d/2, which is reached at a nondegenerate minimum (Watanabe 2009).
 """
 
 
@@ -36,7 +36,7 @@ class Draw:
     """The gradient that moves the chains, minus its control variate if there is one (`icl.sampling.at_checkpoint`)."""
     settings: ChainsConfig
     shift: Float[Tensor, " N"] | float = 0.0
-    """Control variate of the loss, if `grad` has a control variate but the excess has none; else 0."""
+    """Control variate of the loss, if one was subtracted from `grad` but not from the excess; otherwise 0."""
     noise: Float[Tensor, " N"] | float = 0.0
     """Variance of `grad` over minibatches, summed over the parameters; 0 if it was not measured."""
 
@@ -52,7 +52,7 @@ class Draw:
 
 
 def pull(draw: Draw) -> Float[Tensor, " N"]:
-    """Virial of the data, nbeta (w - w0) . grad L, in nats; it has the same noise as the excess."""
+    """Virial of the data, nbeta (w - w0) . grad L, in nats. It has nearly the same minibatch noise as the excess."""
     return torch.linalg.vecdot(draw.displacement, draw.force) + draw.settings.inverse_temperature * draw.shift
 
 
@@ -87,7 +87,7 @@ class Traces(NamedTuple):
     burnin: Float[Tensor, "N burnin"]
     """Minibatch losses at the moves before the first draw."""
     excess: Float[Tensor, "N S *T"]
-    """Losses minus the checkpoint's losses on the same minibatch; for each component if the loss is a vector."""
+    """Losses minus the checkpoint's losses on the same minibatch. If the loss is a vector, there is a number for each component."""
     quantities: dict[str, Float[Tensor, "N S"]]
     """Values of the functions in `QUANTITIES` at the draws."""
     observables: dict[str, Float[Tensor, "N S ..."]]
@@ -97,18 +97,18 @@ class Traces(NamedTuple):
     sample_variance: Float[Tensor, "N Q"] | None
     """Variance over the draws of each fixed sample's loss."""
     mean_position: Float[Tensor, "N P"] | None
-    """Mean of the positions over the draws; removed when the loss at this mean has been measured."""
+    """Mean of the positions over the draws. It is set to None once the loss at this mean has been measured."""
     alive: Bool[Tensor, " N"]
     """Whether each chain stayed finite and did not diverge upwards or downwards."""
     diverged_down: Bool[Tensor, " N"]
-    """Whether each chain diverged to a loss far below the checkpoint's."""
+    """Whether each chain diverged to a loss far below the checkpoint's loss."""
     first_not_finite: Float[Tensor, " N"]
     """The first move at which each chain's loss was not finite, or infinity if the loss was always finite."""
     bad_data: Bool[Tensor, " N"]
     """Whether each chain met a minibatch on which even the checkpoint's own loss or gradient is not finite."""
     drop_at_mean: Drop = Drop()
     share_batches: bool = False
-    """Whether two chains saw the same minibatches, although there are several minibatches."""
+    """Whether there are several minibatches, but two chains saw the same ones."""
     one_batch: bool = False
     """Whether there was only one batch for all moves, so that the loss has no noise."""
     few_batches: bool = False
@@ -145,7 +145,7 @@ class Recorder:
         self.losses.append(mean_over_components(values))
 
     def add_draw(self, draw: Draw, excess: Float[Tensor, "N *T"], params: Callable[[], Params]) -> None:
-        """Record a draw; `params` returns its parameters."""
+        """Record a draw. `params` is a function that returns the parameters at the draw."""
         self.excess.append(excess)
         for name, quantity in QUANTITIES.items():
             self.quantities[name].append(quantity(draw))
@@ -166,7 +166,7 @@ class Recorder:
         return self.settings.inverse_temperature * torch.stack([mean_over_components(e) for e in self.excess], dim=1)
 
     def is_precise(self, stderr: float) -> bool:
-        """Return whether the mean excess has at most this standard error, in nats, and the effective sample size is sufficient."""
+        """Return whether the standard error of the mean excess, in nats, is at most `stderr` and the effective sample size is sufficient."""
         nats = self.nats()
         used = _to_float64(nats[nats.isfinite().all(1)]).numpy()
         if not len(used):
@@ -174,7 +174,7 @@ class Recorder:
         return convergence.ess(used) >= convergence.needed_ess(len(used)) and convergence.standard_error(used) <= stderr
 
     def traces(self) -> Traces:
-        """Return everything recorded, on the CPU in float64, except for the mean position."""
+        """Return everything that was recorded. All of it is on the CPU in float64, except the mean position."""
         losses, excess = torch.stack(self.losses, dim=1), torch.stack(self.excess, dim=1)
         quantities = {name: torch.stack(draws, dim=1) for name, draws in self.quantities.items()}
         nats, limit = self.settings.inverse_temperature * excess.flatten(1).mean(1), DIVERGED * self.num_params

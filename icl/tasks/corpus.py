@@ -1,10 +1,10 @@
 """Text on disk or on the Hugging Face Hub as rows of tokens: arrays (.npy), text files, JSONL, and datasets.
 
-An array is either a table of rows (R, T) with at least `context_size` columns, which are used as they are, or one long text (L,). A long
-text, and every text that is tokenised here, is cut into rows: the token BOS, then the next `context_size` - 1 tokens. Documents are joined
-by the same token (Hoogland et al. 2024). Tokens after the last whole row are left out.
+An array is either a table of rows (R, T) with at least `context_size` columns, or one long text (L,). The rows of a table are used as they
+are. A long text, and every text that is tokenised here, is cut into rows: the token BOS, then the next `context_size` - 1 tokens. Documents
+are joined by the token BOS too (Hoogland et al. 2024). Tokens after the last whole row are left out.
 
-The packages `tokenizers` and `datasets` are extras (`pip install icl[language]`) and are imported only where they are used.
+The packages `tokenizers` and `datasets` are optional (`pip install icl[language]`), and are imported only where they are used.
 """
 
 import json
@@ -25,14 +25,14 @@ HUB = "hf://"
 _TEXT, _RECORDS, _ARRAY = ".txt", (".jsonl", ".json"), ".npy"
 _EXTRA = "Install it with `pip install icl[language]`."
 _CHECKED = 2**20
-"""Number of tokens at the beginning of an array that are compared with the size of the vocabulary when it is opened."""
+"""Number of tokens at the beginning of an array that are checked against the size of the vocabulary when the array is opened."""
 
 
 class Corpus(NamedTuple):
     """Rows of tokens."""
 
     tokens: np.ndarray
-    """Rows (R, T), or one text (L,). An array on disk stays there."""
+    """Rows (R, T), or one text (L,). An array on disk is mapped, not read into memory."""
     language: LanguageConfig
 
     def __hash__(self) -> int:
@@ -49,7 +49,7 @@ class Corpus(NamedTuple):
         return len(self.tokens) // self.language.num_predictions
 
     def rows(self, numbers: Int64[Tensor, "..."]) -> Int64[Tensor, "... T"]:
-        """Return rows by their numbers.
+        """Return the rows with these numbers.
 
         Raises:
             ConfigError: If a token is not in the vocabulary.
@@ -69,7 +69,7 @@ def open_corpus(language: LanguageConfig) -> Corpus:
     """Open the text that `language.source` names. Text is tokenised, and kept in memory as tokens.
 
     Raises:
-        ConfigError: If it cannot be read, or a package or the tokenizer is missing.
+        ConfigError: If the text cannot be read, or a package or the tokenizer is missing.
     """
     if language.source.startswith(HUB):
         return Corpus(_from_dataset(language), language)
@@ -81,7 +81,9 @@ def open_corpus(language: LanguageConfig) -> Corpus:
         file for file in files if file.is_file() and file.suffix in (_TEXT, *_RECORDS) and file.name != "tokenizer.json"
     ]
     if not files:
-        raise ConfigError(f"`language.source` is {language.source}, where there is no file .npy, .txt or .jsonl.")
+        raise ConfigError(
+            f"`language.source` is {language.source}, where there is no .npy, .txt, .jsonl or .json file."
+        )
     documents = (document for file in files for document in _documents(file, language.column))
     return Corpus(tokenise(documents, language, beside=path), language)
 
@@ -92,7 +94,7 @@ def tokenise(documents: Iterator[str], language: LanguageConfig, *, beside: Path
     Args:
         documents: The texts.
         language: The tokenizer and the size of the vocabulary.
-        beside: Folder that may have a `tokenizer.json`, which is used if `language.tokenizer` is not set.
+        beside: Folder or file of the text. A `tokenizer.json` in this folder is used if `language.tokenizer` is not set.
 
     Raises:
         ConfigError: If there is no usable tokenizer, or it has more tokens than the vocabulary.
@@ -117,7 +119,9 @@ def load_tokenizer(language: LanguageConfig, *, beside: Path | None = None) -> A
     near = None if beside is None else (beside if beside.is_dir() else beside.parent) / "tokenizer.json"
     name = language.tokenizer or (str(near) if near is not None and near.is_file() else None)
     if name is None:
-        raise ConfigError("Set `language.tokenizer` to a file tokenizer.json, or to hf://USER/NAME.")
+        raise ConfigError(
+            "There is no tokenizer. Set `language.tokenizer` to a file tokenizer.json, or to hf://USER/NAME."
+        )
     path = _tokenizer_from_hub(name) if name.startswith(HUB) else Path(name).expanduser()
     try:
         return Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -132,11 +136,11 @@ def read_vocabulary(name: str) -> list[str]:
     """Return the texts of a vocabulary's entries, in their order.
 
     Args:
-        name: A list of texts (.json, or .txt with one text a line), a file tokenizer.json, or hf://USER/NAME. Entries of a tokenizer that are
-            no whole text, such as parts of a character, are left out.
+        name: A list of texts (.json, or .txt with one text per line), a file tokenizer.json, or hf://USER/NAME. Entries of a tokenizer that
+            are not a complete text, such as parts of a character, are left out.
 
     Raises:
-        ConfigError: If it cannot be read, or has no entries.
+        ConfigError: If the vocabulary cannot be read, or has no entries.
     """
     path = Path(name).expanduser()
     words: Any = None
@@ -174,7 +178,7 @@ def _tokenizer_from_hub(name: str) -> Path:
 
 
 def _from_dataset(language: LanguageConfig) -> np.ndarray:
-    """Return the tokens of a dataset of the Hugging Face Hub, whose column has texts or lists of tokens."""
+    """Return the tokens of a dataset from the Hugging Face Hub. Its column `language.column` contains texts or lists of tokens."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -185,7 +189,7 @@ def _from_dataset(language: LanguageConfig) -> np.ndarray:
         raise ConfigError(f"{language.source} cannot be fetched from the Hugging Face Hub: {_first(error)}") from None
     if language.column not in table.column_names:
         raise ConfigError(
-            f"`language.column` is {language.column!r}, but {language.source} has {', '.join(table.column_names)}."
+            f"`language.column` is {language.column!r}, but the columns of {language.source} are {', '.join(table.column_names)}."
         )
     values = (record[language.column] for record in table)
     first = next(iter(table))[language.column] if len(table) else ""
@@ -227,13 +231,13 @@ def _documents(file: Path, column: str) -> Iterator[str]:
     except OSError as error:
         raise ConfigError(f"The text {file} cannot be read: {error.strerror}.") from None
     except ValueError as error:
-        raise ConfigError(f"{file} is not UTF-8 text with one JSON record a line: {_first(error)}") from None
+        raise ConfigError(f"{file} is not UTF-8 text with one JSON record per line: {_first(error)}") from None
 
 
 def _text_of(record: Any, column: str, file: Path, number: int) -> str:
     text = record.get(column) if isinstance(record, Mapping) else None
     if not isinstance(text, str):
-        raise ConfigError(f"Line {number} of {file} has no text {column!r} (`language.column`).")
+        raise ConfigError(f"Line {number} of {file} has no text in the field {column!r} (`language.column`).")
     return text
 
 
@@ -241,7 +245,7 @@ def _require_tokens(tokens: np.ndarray, language: LanguageConfig) -> None:
     if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < language.vocab_size:
         raise ConfigError(
             f"{language.source} has tokens from {int(tokens.min()):,} to {int(tokens.max()):,}, but `language.vocab_size` is "
-            f"{language.vocab_size:,}."
+            f"{language.vocab_size:,}, so tokens must be from 0 to {language.vocab_size - 1:,}."
         )
 
 

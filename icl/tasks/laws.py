@@ -3,25 +3,25 @@
 Scalar laws (`Law`), for noise and for the coordinates of tasks and inputs:
 
 - `gaussian`: N(0, 1).
-- `student_t`: Student's t with `df` degrees of freedom, divided by its standard deviation sqrt(df / (df - 2)). From two uniform numbers u and
-  v, sqrt(df (u^(-2 / df) - 1)) cos(2 pi v) has exactly this law before the division (Bailey 1994, "Polar generation of random variates
-  with the t-distribution").
+- `student_t`: Student's t with `df` degrees of freedom, divided by its standard deviation sqrt(df / (df - 2)). We draw Student's t from two
+  uniform numbers u and v as sqrt(df (u^(-2 / df) - 1)) cos(2 pi v), which is exact (Bailey 1994, "Polar generation of random variates with
+  the t-distribution").
 - `laplace`: density exp(-sqrt(2) |z|) / sqrt(2).
 
 Task priors (`TaskLaw`), of vectors w with D coordinates:
 
 - `gaussian`, `student_t`, `laplace`: independent coordinates.
-- `sparse`: each coordinate is 0, or with probability p it is N(0, 1 / p).
-- `low_rank`: w = sqrt(D / r) A u with u ~ N(0, I_r). The r columns of A are orthonormal and span a uniformly random subspace, which is the same
-  for all tasks of a run. Only the mean over coordinates of the variance is 1, so E|w|^2 = D. With variance 1 for every coordinate,
-  the subspace could not be uniformly random.
-- `mixture`: w = m_j + sqrt(1 - b) z with z ~ N(0, I) and j uniform on J components. The means m_j are random, then shifted and scaled so that each
-  coordinate has mean 0 and variance b over the components. Coordinates are correlated unless J is large.
+- `sparse`: with probability p, a coordinate is drawn from N(0, 1 / p); otherwise it is 0.
+- `low_rank`: w = sqrt(D / r) A u with u ~ N(0, I_r). The r columns of A are orthonormal and span a uniformly random subspace, which is the
+  same for all tasks of a run. The variances of the coordinates differ, but their mean is 1, so E|w|^2 = D. (If every coordinate had
+  variance 1, the subspace could not be uniformly random.)
+- `mixture`: w = m_j + sqrt(1 - b) z with z ~ N(0, I) and j uniform on J components. The means m_j are random, then shifted and scaled so
+  that each coordinate has mean 0 and variance b over the components. Coordinates are correlated unless J is large.
 
-Inputs are independent between coordinates. Under `ar1`, x_1 = z_1 and x_k = rho x_{k-1} + sqrt(1 - rho^2) z_k with z_k ~ N(0, I), so every x_k is
-N(0, I) and two inputs at distance h have correlation rho^h.
+The coordinates of an input are independent. Under `ar1`, x_1 = z_1 and x_k = rho x_{k-1} + sqrt(1 - rho^2) z_k with z_k ~ N(0, I). So every
+x_k is N(0, I), and the correlation of x_k and x_{k+h} is rho^h.
 
-A draw is a pure function of (stream, step, index), as all draws of `icl.rng`.
+Every draw is a pure function of (stream, step, index), like all draws of `icl.rng`.
 """
 
 import math
@@ -35,7 +35,7 @@ from torch import Tensor
 from icl import rng
 
 _CHOICE_BLOCK = 2**31
-"""First block of the draws that choose: which coordinates are not zero, and which component. `normal` uses the blocks below."""
+"""First block of the draws that choose the nonzero coordinates or the component. `normal` uses the blocks before it."""
 
 
 class Law(NamedTuple):
@@ -64,7 +64,7 @@ class TaskLaw(NamedTuple):
 
     @property
     def coordinates(self) -> Law | None:
-        """The law of the coordinates if it is one of the scalar laws, else None."""
+        """The law of the coordinates, if they are independent with one of the scalar laws; otherwise None."""
         return Law(self.name, self.df) if self.name in ("gaussian", "student_t", "laplace") else None
 
 
@@ -74,7 +74,7 @@ GAUSSIAN, GAUSSIAN_TASKS = Law(), TaskLaw()
 def draw(
     law: Law, key: rng.Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], size: int
 ) -> Float[Tensor, "*N S B {size}"]:
-    """Draw `size` numbers for each step and index, in float32. A smaller `size` gives the first numbers of a larger one."""
+    """Draw `size` numbers for each step and index, in float32. With a smaller `size`, these are the first of the numbers with a larger `size`."""
     if law.name == "gaussian":
         return rng.normal(key, steps, indices, size)
     if steps.device.type == "mps":  # it has no float64
@@ -98,7 +98,7 @@ def draw_tasks(
     if law.name == "low_rank":
         basis = subspace(law, task_size).to(steps.device)  # D r
         latent = rng.normal(key, steps, indices, basis.shape[1])
-        # The rounding of a matrix product depends on the size of the batch, so a task would depend on it too.
+        # No matrix product: its rounding depends on the batch size, so a task would depend on the batch size too.
         return (latent.unsqueeze(-2) * basis).sum(-1)
     normals = rng.normal(key, steps, indices, task_size)
     if law.name == "sparse":
@@ -113,11 +113,11 @@ def draw_tasks(
 
 @lru_cache(maxsize=64)
 def subspace(law: TaskLaw, task_size: int) -> Float[Tensor, "D r"]:
-    """Return sqrt(D / r) A of the prior `low_rank`, in float32 on the CPU. The covariance of the tasks is its product with its transpose."""
+    """Return B = sqrt(D / r) A of the prior `low_rank`, in float32 on the CPU. The covariance of the tasks is B B^T."""
     assert law.rank is not None
     normals = _structure("tasks/subspace", law.seed, task_size, law.rank).T  # D r
     q, r = torch.linalg.qr(normals)
-    # The signs of a QR decomposition depend on the library. We choose those with a positive diagonal of R.
+    # The signs of a QR decomposition depend on the library. We choose the signs for which the diagonal of R is positive.
     return (q * r.diagonal().sign() * math.sqrt(task_size / law.rank)).float()
 
 
@@ -132,7 +132,7 @@ def component_means(law: TaskLaw, task_size: int) -> Float[Tensor, "J D"]:
 
 
 def correlate(normals: Float[Tensor, "*S K D"], correlation: float) -> Float[Tensor, "*S K D"]:
-    """Return inputs of `ar1` from standard normals of the same shape."""
+    """Turn standard normals into inputs of `ar1`, of the same shape."""
     inputs = [normals[..., 0, :].double()]
     for k in range(1, normals.shape[-2]):
         inputs.append(correlation * inputs[-1] + math.sqrt(1 - correlation**2) * normals[..., k, :].double())
@@ -140,7 +140,7 @@ def correlate(normals: Float[Tensor, "*S K D"], correlation: float) -> Float[Ten
 
 
 def squared_error_equivalent(law: Law, residuals: Tensor, noise_variance: float) -> Tensor:
-    """Return c with noise density proportional to exp(-c / (2 sigma^2)). For Gaussian noise it is the squared residual.
+    """Return the c for which the noise density is proportional to exp(-c / (2 sigma^2)). For Gaussian noise, c is the squared residual.
 
     The result may share memory with the residuals.
     """
@@ -153,7 +153,7 @@ def squared_error_equivalent(law: Law, residuals: Tensor, noise_variance: float)
 
 
 def log_peak(law: Law, noise_variance: float) -> float:
-    """Return the log density of the noise at 0. Adding -c / (2 sigma^2), with c of `squared_error_equivalent`, gives it everywhere."""
+    """Return the log density of the noise at 0. At other values it is this number - c / (2 sigma^2), with c from `squared_error_equivalent`."""
     if law.name == "gaussian":
         return -(math.log(noise_variance) + math.log(2 * math.pi)) / 2
     if law.name == "laplace":
@@ -164,7 +164,7 @@ def log_peak(law: Law, noise_variance: float) -> float:
 
 
 def _structure(name: str, seed: int, task_size: int, count: int) -> Float[Tensor, "{count} {task_size}"]:
-    """Return fixed standard normals of a run, in float64."""
+    """Return standard normals that are the same for all tasks of a run, in float64."""
     steps, indices = torch.zeros(1, dtype=torch.int64), torch.arange(count)
     return rng.normal(rng.stream(seed, name), steps, indices, task_size)[0].double()
 

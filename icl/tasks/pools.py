@@ -3,17 +3,17 @@
 Task m of a pool is a pure function of (seed, m, step). So pools are nested at every step, and a resumed run has the same pool.
 
 - `fixed`: the tasks do not change.
-- `resampled`: all tasks are new every n steps. During steps 0 to n - 1 the pool is that of `fixed`.
-- `walk`: every coordinate of every task is an independent stationary Gaussian process on the whole steps, with mean 0 and
-  Cov(w(s), w(t)) = exp(-|s - t| / n). This is the Ornstein-Uhlenbeck process, and the AR(1) process w(t + 1) = rho w(t) + sqrt(1 - rho^2) z with
-  rho = exp(-1 / n). At every step the tasks are N(0, I). At step 0 the pool is that of `fixed`.
+- `resampled`: all tasks are new every n steps. During steps 0 to n - 1 the pool is the same as with `fixed`.
+- `walk`: every coordinate of every task is an independent stationary Gaussian process in the step, with mean 0 and
+  Cov(w(s), w(t)) = exp(-|s - t| / n). This is the Ornstein-Uhlenbeck process at whole steps, which is the AR(1) process
+  w(t + 1) = rho w(t) + sqrt(1 - rho^2) z with rho = exp(-1 / n). At every step the tasks are N(0, I). At step 0 the pool is the same as
+  with `fixed`.
 
-The walk is computed by a binary tree. Its roots are the multiples of 2^L, with 2^L at least 40 n. They are drawn independently, because their
-correlation, below e^-40, is smaller than the rounding errors. The middle of an interval is drawn given the interval's two ends: if
-the halves have length h and r = exp(-h / n), the middle is normal with mean r (left + right) / (1 + r^2) and variance
-(1 - r^2) / (1 + r^2), because the process is Markov. After L halvings the interval begins at the wanted step. Each
-step occurs once in the tree, so the normal of step t has the counter t. A pool at one step needs L + 2 normals per
-coordinate, whatever the step.
+The walk is computed by a binary tree. The roots of the tree are the multiples of 2^L, with 2^L at least 40 n. They are drawn independently,
+because their correlation is below e^-40, which is smaller than the rounding errors. The middle of an interval is drawn given both ends of
+the interval. If the halves have length h and r = exp(-h / n), the middle is normal with mean r (left + right) / (1 + r^2) and variance
+(1 - r^2) / (1 + r^2), because the process is Markov. After L halvings the interval begins at the wanted step. Each step occurs once in the
+tree, so the random number for step t has the counter t. A pool at one step needs L + 2 normals per coordinate, whatever the step.
 """
 
 import math
@@ -27,9 +27,9 @@ from icl import rng
 from icl.tasks.laws import GAUSSIAN_TASKS, TaskLaw, draw_tasks
 
 POOL_STREAM = "tasks"
-"""Name of the stream of the sequence of tasks."""
+"""Name of the random stream for the sequence of tasks."""
 _MIN_DECAY = 40
-"""Roots of the tree are at least this number of correlation times apart."""
+"""Minimum distance between two roots of the tree, in correlation times."""
 
 
 class PoolSchedule(NamedTuple):
@@ -37,7 +37,7 @@ class PoolSchedule(NamedTuple):
 
     name: Literal["fixed", "resampled", "walk"] = "fixed"
     steps: int | None = None
-    """Number n of steps: between two pools (`resampled`), or the correlation time (`walk`)."""
+    """Number n of steps: the time between two pools (`resampled`), or the correlation time (`walk`)."""
 
 
 FIXED = PoolSchedule()
@@ -66,7 +66,7 @@ def tasks_at(
 
 
 def tree_depth(correlation_time: int) -> int:
-    """Return the number L of halvings: the smallest with 2^L of at least 40 correlation times."""
+    """Return the number L of halvings: the smallest L for which 2^L is at least 40 correlation times."""
     return (_MIN_DECAY * correlation_time - 1).bit_length()
 
 

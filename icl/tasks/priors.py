@@ -1,11 +1,11 @@
-"""Task priors p(w): a continuous law (M = inf), usually N(0, I), or the uniform distribution on a pool of M tasks drawn from it.
+"""Task priors p(w): a continuous law (M = inf), usually N(0, I), or the uniform distribution on a pool of M tasks drawn from this law.
 
-A pool is the first M tasks of one endless sequence, in which task m is a pure function of (seed, m). So pools are nested:
-every larger pool begins with the tasks of the smaller one. Raventos et al. (2023), section 2, define both priors; the nesting is that of
-Carroll et al. (2025), section 3.1. We store no table of tasks: for a prompt of task 1,000,000 we compute only this one vector.
+A pool consists of the first M tasks of one endless sequence, in which task m is a pure function of (seed, m). So pools are nested: every
+larger pool begins with the tasks of the smaller one. Raventos et al. (2023), section 2, define both priors. The nesting follows Carroll et
+al. (2025), section 3.1. We store no table of tasks: for a prompt of task 1,000,000 we compute only the vector of this task.
 
-Runs of older code bases have other tasks, which `icl import` saves as a table. A sequence is then named by the digest of its table
-instead of a seed. `keep_table` makes a table known to this process; a digest always means the same table.
+Runs of older code bases have other tasks, which `icl import` saves as a table. The digest of the table then names the sequence, instead of
+a seed. `keep_table` makes a table known to this process. Equal digests always mean equal tables.
 
 `icl.tasks.laws` defines the other laws, and `icl.tasks.pools` the pools that change during training.
 """
@@ -27,7 +27,7 @@ from icl.tasks.laws import GAUSSIAN_TASKS, TaskLaw, draw_tasks
 from icl.tasks.pools import FIXED, PoolSchedule, tasks_at
 
 _TABLES: dict[str, Tensor] = {}
-"""Imported tables of tasks that this process has read, by digest."""
+"""Imported tables of tasks that this process has read, keyed by digest."""
 
 
 class Gaussian(NamedTuple):
@@ -37,7 +37,7 @@ class Gaussian(NamedTuple):
 
 
 class Continuous(NamedTuple):
-    """Another prior under which every prompt has a new task."""
+    """Continuous prior other than N(0, I_D), under which every prompt has a new task."""
 
     task_size: int
     law: TaskLaw
@@ -52,7 +52,7 @@ class Discrete(NamedTuple):
     law: TaskLaw = GAUSSIAN_TASKS
     schedule: PoolSchedule = FIXED
     time: int | None = None
-    """Step whose pool is used, for a pool that changes; None uses the step of the prompts."""
+    """For a pool that changes, the step whose pool is used. With None, the step of the prompts is used."""
 
 
 Prior: TypeAlias = Gaussian | Continuous | Discrete
@@ -123,7 +123,7 @@ def task_pool(
 
     Raises:
         ConfigError: If `num_tasks` or `task_size` is not a positive whole number, `seed` is not a whole number from 0 to
-            2^63 - 1, or `num_tasks` is infinite. Also if `seed` is the digest of a table that is not known, or too small.
+            2^63 - 1, or `num_tasks` is infinite. Also if `seed` is the digest of a table that is unknown or has too few tasks.
 
     Examples:
         >>> bool((task_pool(3, 2, seed=0) == task_pool(4096, 2, seed=0)[:3]).all())
@@ -143,7 +143,7 @@ def task_pool(
 
 
 def table_digest(table: Float[Tensor, "M D"]) -> str:
-    """Return the digest by which a table of tasks is named."""
+    """Return the digest that serves as the name of a table of tasks."""
     shape = "x".join(map(str, table.shape))
     return hashlib.blake2b(shape.encode() + table.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
@@ -168,7 +168,9 @@ def _table(digest: str, task_size: int) -> Float[Tensor, "M D"]:
             "computed. Import the run again with --tasks FILE, or fetch its checkpoints/tasks.safetensors."
         )
     if table.shape[1] != task_size:
-        raise ConfigError(f"The imported tasks have D = {table.shape[1]}, but the run has D = {task_size}.")
+        raise ConfigError(
+            f"The imported tasks have D = {table.shape[1]}, but the run has D = {task_size}. Use the tasks of this run."
+        )
     return table
 
 
@@ -194,6 +196,6 @@ def _rows_of_table(digest: str, indices: Int64[Tensor, " B"], task_size: int) ->
     table = _table(digest, task_size)
     if len(indices) and int(indices.max()) >= len(table):
         raise ConfigError(
-            f"The imported table has {len(table):,} tasks, but more are needed. Use at most this number of tasks."
+            f"The imported table has {len(table):,} tasks, but more are needed. Lower the number of tasks to at most {len(table):,}."
         )
     return table.to(indices.device)[indices]

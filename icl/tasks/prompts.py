@@ -3,8 +3,8 @@
 In each prompt w is drawn from a prior (`icl.tasks.priors`), every x from N(0, I_D), and the noise from N(0, sigma^2). This is
 the task of Raventos et al. (2023), section 2. The section `task` can choose other distributions (`icl.tasks.laws`).
 
-A prompt is a pure function of (seed, stream, step, index). Stream `train` uses `seeds.data` and `seeds.noise`; every other
-stream uses `seeds.evaluation`. The index is the row of a batch, so the share of one process is a slice of the whole batch.
+A prompt is a pure function of (seed, stream, step, index). The stream `train` uses `seeds.data` and `seeds.noise`; every other stream uses
+`seeds.evaluation`. The index is the row in the batch, so each of several processes can draw its own slice of the batch.
 
 Tokens have D + 1 coordinates, as in Raventos et al. (2023) and Hoogland et al. (2024): an x-token is (0, x), a y-token is
 (y, 0, ..., 0). No prediction depends on the last y-token, so a prompt of K examples has 2K - 1 tokens.
@@ -58,7 +58,7 @@ class PromptSource(NamedTuple):
 
     @property
     def numbers_per_row(self) -> int:
-        """Count of normal variates that a prompt needs while it is drawn."""
+        """Number of normal variates that are needed to draw a prompt."""
         return self.max_examples * (self.task_size + 1)
 
     def sample(
@@ -84,7 +84,7 @@ def sample_together(
     # `len` would fail for a range longer than 2^63, before the check below could report how many prompts do not fit.
     batch_size = indices.stop - indices.start if isinstance(indices, range) else len(indices)
     require_prompt_memory(len(sources) * len(steps) * batch_size, num_examples, task_size, device)
-    # `torch.arange(start, stop)` would be slow on XLA, which compiles the bounds into its graph: it would compile again for every step.
+    # `torch.arange(start, stop)` would be slow on XLA, which compiles the bounds into its graph and so would compile again for every step.
     step = steps.start + torch.arange(len(steps), device=device)
     index = torch.arange(indices.start, indices.stop, device=device) if isinstance(indices, range) else indices
     xs_key = rng.together([source.xs_key for source in sources], device=device)
@@ -95,7 +95,7 @@ def sample_together(
         xs = laws.correlate(xs, first.input_correlation)
     ws = sample_tasks([source.prior for source in sources], [source.tasks_key for source in sources], step, index)
     noise = laws.draw(first.noise, noise_key, step, index, num_examples)  # N S B K
-    # The rounding of a matrix product depends on the size of the batch, so a prompt's targets would depend on it too.
+    # No matrix product: its rounding depends on the batch size, so a prompt's targets would depend on the batch size too.
     clean = (xs * ws.unsqueeze(-2)).sum(-1)  # N S B K
     return Prompts(xs, clean + first.noise_variance**0.5 * noise, ws)
 
@@ -116,7 +116,7 @@ def task_law(config: RunConfig) -> TaskLaw:
 
 
 def noise_law(config: RunConfig) -> Law:
-    """Return the law of a run's noise, divided by its standard deviation."""
+    """Return the law of a run's noise after division by its standard deviation."""
     return Law(config.task.noise, config.task.noise_df)
 
 
@@ -127,7 +127,7 @@ def training_pool(
 
     Args:
         config: The run.
-        step: Step whose pool is returned. It is needed if the pool changes.
+        step: Step whose pool is returned. It is needed if the pool changes during training.
         num_tasks: Number of tasks; None means all M.
         device: Device of the result.
 
@@ -146,7 +146,7 @@ def training_pool(
 
 
 def last_pool_step(step: int) -> int:
-    """Return the step whose pool the update before checkpoint `step` used. The initial model is compared with the first pool."""
+    """Return the step whose pool was used by the last update before checkpoint `step`. For the initial model, return the first step."""
     return max(step - 1, 0)
 
 
@@ -158,9 +158,9 @@ def prompt_source(
     Args:
         config: The run.
         stream: `train`, or another name. All streams except `train` use `seeds.evaluation`.
-        distribution: `pretrain` (the run's M tasks) or `true` (new tasks from the prior). By default it is `true` for the stream
-            of that name, and `pretrain` for all others.
-        pool_step: Step whose pool is used if the pool changes. Stream `train` uses the step of the prompts.
+        distribution: `pretrain` (the run's M tasks) or `true` (new tasks from the prior). The default is `true` for the stream `true`, and
+            `pretrain` for all other streams.
+        pool_step: Step whose pool is used, if the pool changes. The stream `train` always uses the step of the prompts.
 
     Raises:
         ConfigError: If the distribution is unknown, the stream has no name, or the pool changes and its step is not given.
@@ -254,7 +254,7 @@ def require_prompt_memory(
         max_examples: Number of examples in each prompt.
         task_size: Dimension of the inputs.
         device: Device of the prompts.
-        for_ridge: Whether ridge will predict their targets. It factors a matrix for each prompt in float64.
+        for_ridge: Whether ridge will predict the targets, which needs a matrix in float64 for each prompt.
 
     Raises:
         ConfigError: If the prompts do not fit. The message says how much memory is needed and how much is free.

@@ -1,19 +1,19 @@
 """Rows of tokens for language runs: the synthetic language, or a text on disk or on the Hugging Face Hub.
 
 A row is a pure function of (seed, stream, step, index), as a prompt is. So data do not depend on the number of processes, and a resumed
-run reads the rows of an uninterrupted one. Stream `train` uses `seeds.data`; every other stream uses `seeds.evaluation`.
+run reads the same rows as an uninterrupted run. The stream `train` uses `seeds.data`; every other stream uses `seeds.evaluation`.
 
-Text: each row is drawn uniformly from the corpus (`icl.tasks.corpus`). The last 2 E rows of the corpus, with E = `evaluation.num_prompts`,
-are for the stream `test` and are in no other stream. Its step 0 has the last E of them and its step 1 the E rows before these, as prompts
-for training and for reports are two steps of one stream (`icl.evaluation.sets`). If the text changes at a step (`language.change_step`), the rows
-of the stream `train` from this step on are drawn from the whole second text. The text of a row is a function of its step, so resumed training
-reads the same rows.
+Text: each row is drawn uniformly from the corpus (`icl.tasks.corpus`). Let E = `evaluation.num_prompts`. The last 2 E rows of the corpus
+are held out for the stream `test`, and are in no other stream. Step 0 of this stream has the last E rows, and step 1 the E rows before
+them. `icl.evaluation.sets` uses step 0 during training and step 1 for reports. The text may change at a step (`language.change_step`). At
+this and all later steps, the rows of the stream `train` are drawn from the whole second text. The text of a row depends only on the step,
+so resumed training reads the same rows.
 
-Synthetic language: Markov text with copied segments. Token s has F successors, drawn once from `seeds.tasks`; successor j follows with
-probability proportional to 1 / j. At each position a copy begins with probability `copy_rate`, if none is going on: an earlier position of
-the row and a length are drawn uniformly, and the next tokens repeat those from this position on. So three things can be learned
-in turn: the frequencies of tokens, the table of bigrams, and, with an induction head, the continuation of a copy. The first tokens of a row
-do not depend on its length.
+Synthetic language: Markov text with copied segments. Token s has F successors, drawn once from `seeds.tasks`. The next token is successor j
+with probability proportional to 1 / j. At each position outside a copy, a copy begins with probability `copy_rate`. Then an earlier
+position of the row and a length are drawn uniformly, and the next tokens repeat the tokens that start at this position. So a model can
+learn three things in turn: the frequencies of tokens, the table of bigrams, and, with an induction head, the continuation of a copy. The
+first tokens of a row do not depend on the length of the row.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from icl.tasks.corpus import Corpus, open_corpus
 
 _WORD = 2**32
 _START, _LENGTH, _FROM, _SUCCESSOR = range(4)
-"""Use of the four random words of a position: whether a copy begins, its length, where from, and the successor."""
+"""Indices of the four random words at each position. They decide whether a copy begins, its length, its source, and the successor."""
 TEST = "test"
 """Stream of the rows that no training step sees."""
 _NUM_TEST_SETS = 2
@@ -58,11 +58,11 @@ class RowSource(NamedTuple):
     """Number of rows of each held-out set."""
     is_test: bool
     next_corpus: Corpus | None = None
-    """Corpus from step `language.change_step` on, if the text changes."""
+    """Corpus that replaces `corpus` at step `language.change_step`, if the text changes."""
 
     @property
     def numbers_per_row(self) -> int:
-        """Count of random numbers and tokens that a row needs while it is drawn."""
+        """Number of random numbers and tokens that are needed to draw a row."""
         return 6 * self.language.context_size
 
     def sample(
@@ -133,7 +133,8 @@ def row_source(config: RunConfig, *, stream: str) -> RowSource:
     if corpus is not None and corpus.num_rows <= _NUM_TEST_SETS * num_held_out:
         raise ConfigError(
             f"The text {text.source} has {corpus.num_rows:,} rows of {text.context_size:,} tokens, too few to hold out "
-            f"{_NUM_TEST_SETS} x {num_held_out:,} for evaluation (during training, and in reports). Lower `evaluation.num_prompts` or `language.context_size`."
+            f"{_NUM_TEST_SETS} x {num_held_out:,} rows for evaluation (during training, and in reports). Lower `evaluation.num_prompts` "
+            "or `language.context_size`."
         )
     next_corpus = None
     if stream == "train" and text.next_source is not None:
@@ -142,7 +143,8 @@ def row_source(config: RunConfig, *, stream: str) -> RowSource:
         )
         if not next_corpus.num_rows:
             raise ConfigError(
-                f"The text {text.next_source} (`language.next_source`) has no row of {text.context_size:,} tokens."
+                f"The text {text.next_source} (`language.next_source`) has no row of {text.context_size:,} tokens. Use a longer text, or lower "
+                "`language.context_size`."
             )
     seed = config.seeds.data if stream == "train" else config.seeds.evaluation
     keys = rng.stream(seed, f"language/{stream}"), rng.stream(config.seeds.tasks, "language/table")
@@ -162,7 +164,7 @@ def sample_rows_together(
 
 
 def bigram_table(source: RowSource) -> Float[Tensor, "V V"]:
-    """Return the probabilities of the synthetic language's next token after each token, outside copies."""
+    """Return the probabilities of the next token after each token of the synthetic language, outside copies."""
     text = source.language
     successors = _successors(source.table_key, text.vocab_size, text.num_successors)
     weights = torch.diff(_cumulative(text.num_successors), prepend=torch.zeros(1, dtype=torch.int64)).double() / _WORD
@@ -172,14 +174,14 @@ def bigram_table(source: RowSource) -> Float[Tensor, "V V"]:
 
 @lru_cache(maxsize=8)
 def _successors(key: rng.Stream, vocab_size: int, num_successors: int) -> Int64[Tensor, "V F"]:
-    """Return the successors of every token. They are ordinary tokens, never the one that begins a row; two of them may be equal."""
+    """Return the successors of every token. None of them is the token that begins a row. Two successors of a token may be equal."""
     words = rng.words(key, torch.zeros(1, dtype=torch.int64), torch.arange(vocab_size), num_successors)
     return _below(words[0], vocab_size - 1)
 
 
 @lru_cache(maxsize=8)
 def _cumulative(num_successors: int) -> Int64[Tensor, " F"]:
-    """Return the upper limits of random words that choose each successor, for probabilities proportional to 1 / j."""
+    """Return the limits below which a random word chooses each successor. Successor j has a probability proportional to 1 / j."""
     weights = 1 / torch.arange(1, num_successors + 1, dtype=torch.float64)
     limits = (weights.cumsum(0) / weights.sum() * _WORD).long()
     limits[-1] = _WORD

@@ -1,16 +1,15 @@
 """Out-of-distribution prompts: families that change the inputs, the tasks, the noise or the query.
 
-Each shift transforms the prompts of stream `true` (new tasks from the prior, noise variance sigma^2). So a shifted prompt is paired
-with an unshifted one, and differences between shifts have small errors. If a shift needs random numbers, it draws them from
-its own stream. A prompt stays a pure function of (evaluation seed, shift, step, index).
+Each shift transforms the prompts of the stream `true` (new tasks from the prior, noise variance sigma^2). So every shifted prompt is paired
+with an unshifted prompt, and differences between shifts have small errors. If a shift needs random numbers, it draws them from its own
+stream. So a shifted prompt is a pure function of (evaluation seed, shift, step, index).
 
-- `input_scale_<g>`, `task_scale_<g>`: x becomes g x (variance g^2), or w becomes g w. Targets change with them; the noise does not.
-  The code of Hoogland et al. (2024) has g = 3, 5, 10, 100 (their text says variance g); Garg et al. (2022) have
-  g = 1/3, 1/2, 2, 3.
+- `input_scale_<g>`, `task_scale_<g>`: x becomes g x (variance g^2), or w becomes g w. The targets change accordingly, but the noise does
+  not. The code of Hoogland et al. (2024) uses g = 3, 5, 10, 100 (their text says variance g). Garg et al. (2022) use g = 1/3, 1/2, 2, 3.
 - `skewed_covariance`: the standard deviation of x along the i-th of D random orthogonal axes is proportional to 1/i.
 - `half_subspace`: x lies in a random subspace of max(1, floor(D / 2)) dimensions.
-- `label_noise`: the noise variance is set to 1. Then targets and task are multiplied by one factor, so that the targets
-  have the variance D + sigma^2 that they have without the shift.
+- `label_noise`: the noise variance is set to 1. Then the targets and the task are multiplied by a common factor, so that the variance of
+  the targets is D + sigma^2, as without the shift.
 - `random_quadrants`: all examples lie in one random orthant. The query may lie in any orthant.
 - `orthogonal_query`: the query is orthogonal to every example.
 - `seen_query`: the query equals one of the examples, with new noise.
@@ -18,10 +17,10 @@ its own stream. A prompt stays a pure function of (evaluation seed, shift, step,
 Source: Garg et al. (2022), the evaluations in their eval.py and samplers.py. We differ in four ways:
 
 - We draw axes and subspaces for each prompt, not once for all prompts, so that standard errors include this choice.
-- For `label_noise`, we rescale by the variance of the targets' distribution, not by that of the batch.
-- The query is the last x, and only its prediction counts.
-- Their orthogonal query exists only for k up to D. We keep the query, project the examples onto its orthogonal complement,
-  and rescale them.
+- For `label_noise`, we rescale by the variance of the targets' distribution, and they by the variance in the batch.
+- Our query is the last x, and only its prediction is evaluated.
+- Their orthogonal query exists only for k up to D. We keep the query, project the examples onto its orthogonal complement, and rescale
+  them.
 
 All shifts except `input_scale_<g>` keep E|x|^2 = D.
 """
@@ -57,7 +56,7 @@ class Parts(NamedTuple):
 
 
 class Randomness(NamedTuple):
-    """Random numbers of a shift, one row for each prompt."""
+    """Source of a shift's random numbers, with one row for each prompt."""
 
     key: rng.Stream
     step: Int64[Tensor, " 1"]
@@ -208,4 +207,5 @@ SHIFTS: dict[str, Shift] = {
     "orthogonal_query": Shift(_turn_examples_from_the_query, is_about_query=True, min_task_size=2),
     "seen_query": Shift(_ask_again, is_about_query=True, min_examples=2),
 }
-"""All shifts by name. To add one, write a function of `Parts` and add it to this table. The contract tests cover all entries."""
+"""All shifts, keyed by name. To add a shift, write a function of `Parts` and `Randomness` and add it to this table. The contract tests
+cover all entries."""

@@ -1,7 +1,7 @@
-"""Random streams of every family of runs: the prompts of regression runs and the rows of tokens of language runs.
+"""Random streams for both families of runs: the prompts of regression runs and the rows of tokens of language runs.
 
-Both are pure functions of (seed, stream, step, index), with inputs `xs` and targets `ys`. Training and sampling use this module, so they
-need not know which family they serve.
+Prompts and rows are pure functions of (seed, stream, step, index), with inputs `xs` and targets `ys`. Training and sampling use this
+module, so they need not distinguish between the families.
 """
 
 from collections.abc import Sequence

@@ -107,7 +107,8 @@ def test_where_there_is_no_such_folder_a_temporary_one_serves_and_a_sentence_say
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
     said = capsys.readouterr().err
     assert (
-        f"are not kept for the next start. The cache {folder} cannot be used: other users may write in {folder}" in said
+        f"are not kept for the next start, because the cache {folder} cannot be used: other users may write in {folder}"
+        in said
     )
     assert said.count("\n") == 1
     assert not compile_cache.start_afresh()

@@ -481,7 +481,7 @@ def test_chains_too_short_to_fill_flat_directions_are_suspect_and_find_too_littl
     long = estimate(valley, start, num_burnin_steps=300, num_draws=400, **settings)
     assert short.verdict == "suspect"
     assert "not spread out" in broken(short) - broken(long)
-    assert "the chains fill 44% of what the localization allows" in " ".join(short.reasons)
+    assert "pull + spread is 44% of its equilibrium value d" in " ".join(short.reasons)
     assert long.llc > 3 * short.llc
     assert long.filled == pytest.approx(1, abs=0.02)
 

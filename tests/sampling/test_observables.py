@@ -110,7 +110,7 @@ def test_minibatch_noise_does_not_move_a_susceptibility():
 
 def test_a_wrong_name_or_shape_is_one_sentence():
     result = estimate(observables={"parts": part_losses}, num_draws=5)
-    with pytest.raises(ConfigError, match="no observable `heads`, only parts"):
+    with pytest.raises(ConfigError, match=r"no observable `heads`\. Its observables are: parts"):
         susceptibility_of(result, "heads")
     with pytest.raises(ConfigError, match="must have as many chains and draws"):
         susceptibility(torch.zeros(1, 1), torch.zeros(1, 1))

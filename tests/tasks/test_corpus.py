@@ -157,7 +157,9 @@ def test_datasets_of_the_hub_are_tokenised_or_taken_as_tokens(tokenizer, tmp_pat
     table = Table({"contents": [1, 2, 3]} for _ in range(4))
     tokens = open_corpus(run(source="hf://user/tokens", column="contents", vocab_size=20, context_size=6).language)
     assert tokens.tokens.tolist() == [1, 2, 3, 19] * 4
-    with pytest.raises(ConfigError, match=r"`language\.column` is 'text', but hf://user/text2 has contents"):
+    with pytest.raises(
+        ConfigError, match=r"`language\.column` is 'text', but the columns of hf://user/text2 are contents"
+    ):
         open_corpus(run(source="hf://user/text2").language)
 
 
@@ -166,7 +168,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=match):
             open_corpus(run(**language).language)
 
-    refused("where there is no file .npy, .txt or .jsonl", source=str(tmp_path))
+    refused("where there is no .npy, .txt, .jsonl or .json file", source=str(tmp_path))
     refused("cannot be read: No such file", source=str(tmp_path / "a.npy"))
     (tmp_path / "b.npy").write_bytes(b"no array")
     refused("is not a NumPy array of tokens", source=str(tmp_path / "b.npy"))

@@ -1,7 +1,8 @@
 """The verdict on an LLC estimate: `ok`, `suspect` or `invalid`, with reasons in plain words.
 
-Each rule is a named function of the evidence, in the module of its theme. The worst level among the broken rules is the verdict.
-All broken rules give reasons, worst first. A note gives a reason without changing the verdict.
+Each rule is a named function of the evidence. Rules about the checkpoint and its basin are in `basin`. Rules about the chains are in
+`chains`. The worst level among the broken rules is the verdict. Every broken rule gives a reason; the reasons are listed with the most
+serious first. A note gives a reason without changing the verdict.
 """
 
 from typing import NamedTuple, get_args
@@ -52,7 +53,7 @@ RULES: tuple[Rule, ...] = (
 )
 """All rules. Reasons of the same level are listed in the order of this tuple."""
 VERSION = 3
-"""Version of the rules. Estimates that older rules judged are computed again."""
+"""Version of the rules. A stored estimate that was judged by an older version is computed again."""
 _WORST_FIRST: tuple[Level, ...] = get_args(Level)
 
 

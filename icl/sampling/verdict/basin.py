@@ -1,19 +1,21 @@
 """Rules about the checkpoint, its basin and the localization.
 
-They ask whether the checkpoint is at a minimum, whether the chains stayed around it, and how the localization limits the chains.
+They ask whether the checkpoint is at a minimum, whether the chains stayed near it, and how the localization limits the chains.
 
-**The basin.** The LLC is defined at minima. A loss that is convex along rays from w0 has pull >= LLC. If this fails, a chain has
-left the convex part of its basin.
+**The basin.** The LLC is defined at minima. Let the pull be the mean of nbeta (w - w0) . grad L over the draws. If the loss is convex along
+rays from w0, then pull >= LLC. So if pull < LLC, a chain has left the convex part of its basin.
 
-**The localization.** In equilibrium pull + spread = d (`icl.sampling.verdict.chains`). The pull counts the directions that the data
-determine. The spread counts the directions that the localization determines.
+**The localization.** Let the spread be the mean of localization |w - w0|^2 over the draws. In equilibrium, pull + spread is the number d of
+dimensions (`icl.sampling.verdict.chains`). The pull counts the directions that the data determine. The spread counts the directions that
+the localization determines.
 
 Integration by parts of f (w - w0), with f = nbeta (L - L0), shows how the LLC responds to the localization:
 -d LLC / d log localization = (pull - Cov(f, (w - w0) . nbeta grad L)) / 2. We call this number the `sensitivity`
-(`convergence.sensitivity`). For a quadratic with curvatures h_i, let s_i = nbeta h_i / (nbeta h_i + localization) be the share of the
-data in direction i. Then the sensitivity is half the sum of s_i (1 - s_i), and the LLC is half the sum of s_i. Flat directions
-contribute to neither. The ratio of sensitivity to LLC is above 1/2 if the localization outweighs the data in most directions that
-count. (If the number of curvatures above h is proportional to h^-p, the ratio is p at every localization.)
+(`convergence.sensitivity`). For a quadratic with curvatures h_i, let s_i = nbeta h_i / (nbeta h_i + localization) be the share of the data
+in direction i, and 1 - s_i the share of the localization. Then the sensitivity is half the sum of s_i (1 - s_i), and the LLC is half the
+sum of s_i. Flat directions contribute to neither. So the ratio of the sensitivity to the LLC is the mean of 1 - s_i, weighted by s_i. It is
+above 1/2 if the localization outweighs the data on this average. (If the number of curvatures above h is proportional to h^-p, the ratio is
+p at every localization.)
 """
 
 import math
@@ -29,7 +31,9 @@ _MORE_DATA = "raise nbeta, or lower localization"
 def checkpoint_not_finite(e: Evidence) -> str | None:
     """The excess is defined only if the checkpoint's own loss is finite."""
     return (
-        "the checkpoint's own loss is not finite on any minibatch: check the data" if math.isnan(e.init_loss) else None
+        "the checkpoint's own loss is not finite on any minibatch: check the data for NaN and infinite values"
+        if math.isnan(e.init_loss)
+        else None
     )
 
 
@@ -50,45 +54,50 @@ def below_zero(e: Evidence) -> str | None:
 
 
 @rule(
-    "invalid", source="E[L] - L0 << L_trivial - L0 (not so in the released LLCs of Hoogland 2024); the fraction is ours"
+    "invalid",
+    source="E[L] - L0 must be far below L_trivial - L0 (in the released LLCs of Hoogland 2024 it is not); the fraction is ours",
 )
 def escaped(e: Evidence) -> str | None:
-    """Chains that rose more than half of the way to a trivial predictor have left the basin."""
+    """Chains have left the basin if their loss rose more than half of the way to the loss of a trivial predictor."""
     if e.trivial_loss is None or not e.rise > 0.5 * e.headroom:
         return None
     return (
-        f"escaped: the mean sampled loss is {e.mean_loss:.4g}, while the checkpoint has {e.init_loss:.4g} and a trivial predictor "
-        f"{e.trivial_loss:.4g}, so the estimate does not measure the checkpoint's basin: {_STAY_CLOSER}"
+        f"escaped: the mean sampled loss is {e.mean_loss:.4g}, the checkpoint's loss is {e.init_loss:.4g} and the loss of a trivial "
+        f"predictor is {e.trivial_loss:.4g}, so the estimate does not measure the checkpoint's basin: {_STAY_CLOSER}"
     )
 
 
 @rule("suspect", source="as `escaped`; the fraction is ours")
 def escaping(e: Evidence) -> str | None:
-    """Chains that rose more than a tenth of the way to a trivial predictor may be leaving."""
+    """Chains may be leaving the basin if their loss rose more than a tenth of the way to the loss of a trivial predictor."""
     if e.trivial_loss is None or not 0.1 * e.headroom < e.rise <= 0.5 * e.headroom:
         return None
     return (
-        f"escaping: the loss rose by {e.rise:.3g}, more than a tenth of the difference ({e.headroom:.3g}) between a trivial predictor "
-        f"and the checkpoint: {_STAY_CLOSER}"
+        f"escaping: the loss rose by {e.rise:.3g}, more than a tenth of the difference ({e.headroom:.3g}) between the loss of a trivial "
+        f"predictor and the checkpoint's loss: {_STAY_CLOSER}"
     )
 
 
-@rule("suspect", source="a loss that is convex along rays has pull >= LLC; standard errors")
+@rule("suspect", source="if the loss is convex along rays, pull >= LLC; the thresholds are ours")
 def rise_exceeds_pull(e: Evidence) -> str | None:
     """The pull must be at least as large as nbeta times the rise of the loss."""
     gap = e.llc - e.pull
     if not (gap > 3 * math.hypot(e.stderr, e.pull_stderr) and gap > 0.1 * e.llc):
         return None
     return (
-        f"escaping: nbeta times the loss rose by {e.llc:.3g} nats, but its gradient pulls the chains back by only {e.pull:.3g} nats, "
-        f"so they have left the convex part of the basin: {_STAY_CLOSER}"
+        f"escaping: nbeta times the loss rose by {e.llc:.3g} nats, but the pull of its gradient is only {e.pull:.3g} nats, so the chains "
+        f"have left the convex part of the basin: {_STAY_CLOSER}"
     )
 
 
 @rule("note", source="fixed outcome")
 def escape_not_checked(e: Evidence) -> str | None:
-    """Without the loss of a trivial predictor there is no scale for the rise."""
-    return "note: escape from the basin was not checked: give `trivial_loss`" if e.trivial_loss is None else None
+    """Without the loss of a trivial predictor, there is no scale with which to compare the rise of the loss."""
+    return (
+        "note: escape from the basin was not checked, because the loss of a trivial predictor is unknown: pass `trivial_loss`"
+        if e.trivial_loss is None
+        else None
+    )
 
 
 @rule("suspect", source="definition of the LLC; the threshold is ours")
@@ -104,7 +113,7 @@ def not_at_a_minimum(e: Evidence) -> str | None:
 
 @rule("suspect", source="definition of the LLC; the threshold is ours")
 def lower_loss_at_mean(e: Evidence) -> str | None:
-    """The drop of the loss at the mean of the draws must not exceed a tenth of the sum of the LLC and the drop."""
+    """The loss at the mean of the draws must not lie below the checkpoint's loss by more than a tenth of LLC + drop."""
     if not (e.has_significant_drop and e.drop_at_mean > 0.1 and e.drop_share > 0.1):
         return None
     return (
@@ -113,7 +122,7 @@ def lower_loss_at_mean(e: Evidence) -> str | None:
     )
 
 
-@rule("suspect", source="as `DIVERGED`, downwards")
+@rule("suspect", source="the limit `traces.DIVERGED`, applied to a fall of the loss")
 def diverged_down(e: Evidence) -> str | None:
     """A chain that finds a far lower loss has moved to another minimum."""
     if not e.num_diverged_down:
@@ -126,7 +135,7 @@ def diverged_down(e: Evidence) -> str | None:
 
 @rule("suspect", source="definition of the LLC; the threshold is ours")
 def lower_loss_found(e: Evidence) -> str | None:
-    """Without minibatch noise, no draw may have lower loss than the checkpoint."""
+    """Without minibatch noise, no draw may have a clearly lower loss than the checkpoint."""
     if not -e.lowest > max(0.05 * abs(e.llc), 0.1):
         return None
     return f"not at a minimum: a chain found a point {-e.lowest:.3g} nats below the checkpoint"
@@ -139,13 +148,13 @@ def slightly_lower_loss_at_mean(e: Evidence) -> str | None:
         return None
     return (
         f"note: the chains settle {e.drop_at_mean:.3g} nats below the checkpoint, so the LLC is underestimated by about that "
-        "much; the standard error does not include this"
+        "much, which the standard error does not include"
     )
 
 
 @rule(
     "note",
-    source="Student's t: it exceeds 236 standard errors for two chains (19 for three, 9 for four) as rarely as a normal exceeds 3",
+    source="Student's t: 236 standard errors with two chains (19 with three, 9 with four) are as rare as 3 of a normal distribution",
 )
 def too_few_chains_for_the_drop(e: Evidence) -> str | None:
     """Two or three chains hardly show whether the checkpoint is at a minimum."""
@@ -156,11 +165,11 @@ def too_few_chains_for_the_drop(e: Evidence) -> str | None:
 
 @rule("note", source="as `lower_loss_at_mean`")
 def drop_not_measurable(e: Evidence) -> str | None:
-    """The drop at the mean must be measured well enough to detect a drop that would change the verdict."""
+    """The measurement of the drop at the mean must be precise enough to detect a drop that would change the verdict."""
     if not (e.num_chains_used >= 4 and e.least_significant_drop > max(0.1 * abs(e.llc), 2 * e.error, 0.1)):
         return None
     return (
-        f"note: a drop of the loss below the checkpoint's would be detected only above {e.least_significant_drop:.2g} nats: "
+        f"note: the chains could settle up to {e.least_significant_drop:.2g} nats below the checkpoint without being noticed: "
         "raise num_init_batches, or use larger batches"
     )
 
@@ -172,12 +181,12 @@ def _least_pull(e: Evidence) -> float:
 
 @rule("suspect", source="equipartition; the share of d is ours")
 def not_spread_out(e: Evidence) -> str | None:
-    """In equilibrium pull + spread = d. The chains must reach at least four fifths of d, else flat directions still spread out."""
+    """In equilibrium pull + spread = d. If the sum is below four fifths of d, the chains still spread out in flat directions."""
     if not (e.localization > 0 and e.pull + e.spread + 3 * e.filled_stderr < 0.8 * e.num_params):
         return None
     return (
-        f"the chains fill {e.filled:.0%} of what the localization allows, and the LLC still changes while flat directions fill: "
-        "lengthen the burn-in (3 / (lr localization) moves fill 95%)"
+        f"the chains still spread out in flat directions, which changes the LLC (pull + spread is {e.filled:.0%} of its equilibrium "
+        "value d): lengthen the burn-in (3 / (lr localization) moves reach 95%)"
     )
 
 
@@ -192,10 +201,11 @@ def prior_dominated(e: Evidence) -> str | None:
 
 
 @rule(
-    "suspect", source="without localization, exp(-nbeta L) can be normalised only if the data determine every direction"
+    "suspect",
+    source="without localization, exp(-nbeta L) has a finite integral only if the data determine every direction",
 )
 def improper(e: Evidence) -> str | None:
-    """Without localization there is no stationary density for chains in flat directions."""
+    """Without localization, chains have no stationary distribution in flat directions."""
     if not (e.localization == 0 and e.pull + 3 * e.pull_stderr < 0.9 * e.num_params):
         return None
     return (
@@ -204,13 +214,13 @@ def improper(e: Evidence) -> str | None:
     )
 
 
-@rule("note", source="as `localization_outweighs`; at a ratio of 1/3, localization has half of the weight of the data")
+@rule("note", source="as `localization_outweighs`; at a ratio of 1/3, localization has half the weight of the data")
 def localization_counts(e: Evidence) -> str | None:
     """A localization that is about as strong as the data changes the LLC."""
     ratio = e.sensitivity / max(e.llc, 1e-300)
     if not (e.sensitivity > 3 * e.sensitivity_stderr and 0.3 < ratio <= 2 / 3) or e.spread > 0.5 * e.num_params:
         return None
-    return f"note: the LLC falls by {e.sensitivity:.2g} ± {e.sensitivity_stderr:.1g} if localization grows 2.7-fold"
+    return f"note: the LLC would fall by {e.sensitivity:.2g} ± {e.sensitivity_stderr:.1g} if localization were 2.7 times as large"
 
 
 @rule("suspect", source="integration by parts; at a ratio of 2/3, localization has twice the weight of the data")
@@ -219,8 +229,8 @@ def localization_outweighs(e: Evidence) -> str | None:
     if not (e.localization > 0 and e.sensitivity - 2 * e.sensitivity_stderr > 2 / 3 * max(e.llc, 0.0)):
         return None
     return (
-        f"prior-dominated: localization, not the data, decides the LLC, which would fall by {e.sensitivity:.3g} if localization "
-        f"grew 2.7-fold: {_MORE_DATA}"
+        f"prior-dominated: localization, not the data, decides the LLC, which would fall by {e.sensitivity:.3g} if localization were "
+        f"2.7 times as large: {_MORE_DATA}"
     )
 
 
@@ -229,7 +239,7 @@ def mostly_flat(e: Evidence) -> str | None:
     """If most directions are flat, the LLC depends on the localization."""
     if not (e.spread > 0.5 * e.num_params and e.pull >= _least_pull(e)):
         return None
-    fall = f"falls by {e.sensitivity:.2g} ± {e.sensitivity_stderr:.1g} if localization grows 2.7-fold"
+    fall = f"would fall by {e.sensitivity:.2g} ± {e.sensitivity_stderr:.1g} if localization were 2.7 times as large"
     if math.isnan(e.sensitivity):
         fall = "depends on the localization"
     return f"note: the data determine only {e.pull:.3g} of {e.num_params} directions, so the LLC {fall}"
@@ -237,8 +247,11 @@ def mostly_flat(e: Evidence) -> str | None:
 
 @rule("note", source="as `not_spread_out`")
 def hardly_spread_out(e: Evidence) -> str | None:
-    """In equilibrium pull + spread = d. The chains should reach at least 95 % of d."""
+    """In equilibrium pull + spread = d. The sum should be at least 95 % of d."""
     full = e.pull + e.spread + 2 * e.filled_stderr >= e.num_params
     if not (e.localization > 0 and e.filled < 0.95 and not full):
         return None
-    return f"note: the chains fill {e.filled:.0%} of what the localization allows: a longer burn-in may change the LLC"
+    return (
+        f"note: the chains still spread out in flat directions (pull + spread is {e.filled:.0%} of its equilibrium value d): "
+        "a longer burn-in may change the LLC"
+    )

@@ -1,20 +1,21 @@
 """Rules about the chains: whether they stay finite, agree with each other, are long enough, and make small enough steps.
 
-**The bias of the step size.** In d dimensions the sampled density exp(-U) has E[(w - w0) . grad U] = d (integration by parts; the
-equipartition theorem, and the Langevin-Stein operator of Gorham and Mackey 2015 applied to w - w0). The left side is
-pull + spread. A large step or a noisy gradient makes it larger than d. Stationarity of |w - w0|^2 under moves of step size lr gives
-pull + spread = d + (lr / 4) E|grad U|^2. Here the gradient is that on the minibatch. With a preconditioner G, its norm is in the
-metric of G. One part of the second term, (lr / 4) localization^2 |w - w0|^2, comes from the localization alone. This part is also
-present in flat directions, and is harmless. Half of the remaining part is `bias_bound`. It has little noise, and it is valid even if
+**The bias of the step size.** Let exp(-U) be the sampled density in d dimensions. Integration by parts gives E[(w - w0) . grad U] = d.
+(This is the equipartition theorem, and also the Langevin-Stein operator of Gorham and Mackey 2015 applied to w - w0.) The left side is pull
++ spread. A large step or a noisy gradient makes this sum larger than d. Stationarity of |w - w0|^2 under moves of step size lr gives pull +
+spread = d + (lr / 4) E|grad U|^2, where grad U is the gradient on the minibatch. With a preconditioner G, |grad U|^2 is replaced by grad U
+. G grad U. The last term contains (lr / 4) localization^2 |w - w0|^2, which comes from the localization alone. This part is also present in
+flat directions, and is harmless. `bias_bound` is half of the last term without this part. This bound has little noise, and is valid even if
 some directions are not in equilibrium.
 
-On quadratics, `baoab` has no bias from the step size, only from minibatch noise. Its `bias_bound` is half of what the noise adds to
-pull + spread in directions of small curvature: lr / 8 (1 + c) / (1 - c) times the variance of nbeta grad L over minibatches
-(`icl.sampling.kernels`). In a direction of curvature a, the noise adds 1 / (1 - lr a / 4) times as much. We measure the variance from
-gradients at the same position on two minibatches.
+On quadratics, `baoab` with friction c has no bias from the step size, only from minibatch noise. Its `bias_bound` is half of the amount
+that the noise adds to pull + spread in directions of small curvature. This is lr / 8 (1 + c) / (1 - c) times the variance of nbeta grad L
+over minibatches (`icl.sampling.kernels`). In a direction of curvature a, the noise adds 1 / (1 - lr a / 4) times as much. We measure the
+variance from gradients at the same position on two minibatches.
 
-For SGLD on quadratics, the bound is one to two times the bias from the step size: in a direction with a_i = nbeta h_i + localization,
-the bound is 1 + localization / a_i times this bias (`known.quadratic_llc`). It is a_i / (nbeta h_i) times the bias from minibatch noise.
+For SGLD on quadratics, the bound is one to two times the bias from the step size. In a direction with a_i = nbeta h_i + localization, the
+bound is 1 + localization / a_i times the bias from the step size (`known.quadratic_llc`). For minibatch noise, the bound is a_i / (nbeta
+h_i) times the bias.
 """
 
 import math
@@ -47,7 +48,7 @@ def _describe_bad_data(e: Evidence) -> str:
 
 @rule("invalid", source="fixed outcome")
 def most_chains_masked(e: Evidence) -> str | None:
-    """At least half of the chains must be left, and at least one chain."""
+    """At least half of the chains, and at least one, must remain unmasked."""
     if (e.num_chains_used >= 0.5 * e.num_chains and e.num_chains_used > 0) or e.num_masked == e.num_bad_data:
         return None
     counts = {
@@ -72,7 +73,7 @@ def bad_minibatches(e: Evidence) -> str | None:
     if not e.num_bad_batches or math.isnan(e.init_loss):
         return None
     minibatches = f"{e.num_bad_batches} minibatch{'es' if e.num_bad_batches > 1 else ''}"
-    return f"the checkpoint's own loss is not finite on {minibatches}: check the data"
+    return f"the checkpoint's own loss is not finite on {minibatches}: check the data for NaN and infinite values"
 
 
 @rule("suspect", source="fixed outcome: R-hat needs two chains")
@@ -85,21 +86,24 @@ def one_chain(e: Evidence) -> str | None:
 
 @rule("suspect", source="fixed outcome")
 def shared_minibatches(e: Evidence) -> str | None:
-    """Noise that chains share is missing from the standard error."""
+    """Chains must not share minibatches, because the standard error does not include noise that they share."""
     if not e.share_batches:
         return None
-    return "chains share their minibatches, so the standard error does not include their common noise: give each chain its own"
+    return "chains share minibatches, so the standard error does not include their common noise: give each chain its own minibatches"
 
 
 @rule("suspect", source="Vehtari et al. 2021 ask for 1.01 at an ESS of 400; 1.05 suits an ESS of 200")
 def r_hat(e: Evidence) -> str | None:
-    """Chains must agree with each other. Many short chains need not, because their spread gives the error (see `drift`)."""
+    """If there are few chains, they must agree with each other.
+
+    Many short chains may disagree, because the spread between them gives the standard error (see `drift`).
+    """
     if not 1 < e.num_chains_used < MANY_CHAINS or e.rhat <= 1.05:
         return None
     return f"the chains disagree (R-hat {e.rhat:.3f}, above 1.05): run them longer"
 
 
-@rule("suspect", source="simulated coverage of the intervals given `ok`, near the threshold")
+@rule("suspect", source="simulated coverage of the intervals of estimates that are just `ok` (`tools.coverage`)")
 def effective_sample_size(e: Evidence) -> str | None:
     """The effective sample size must be large enough (`convergence.needed_ess`).
 
@@ -121,7 +125,10 @@ def drift(e: Evidence) -> str | None:
     drifts = abs(e.drift) > 3 * e.drift_stderr and abs(e.drift) > 0.1 * abs(e.llc)
     if not (drifts or (is_strict and abs(e.drift) > 2 * e.drift_stderr)):
         return None
-    return f"the loss still drifts after burn-in ({e.drift:+.3g} nats between the halves of the draws): lengthen the burn-in"
+    return (
+        f"the loss still drifts after burn-in (by {e.drift:+.3g} nats from the first to the second half of the draws): "
+        "lengthen the burn-in"
+    )
 
 
 @rule("suspect", source="standard errors")
@@ -135,7 +142,7 @@ def not_significant(e: Evidence) -> str | None:
     )
 
 
-@rule("suspect", source="an LLC at a minimum is at most d/2 (Watanabe 2009); the tenth is ours")
+@rule("suspect", source="an LLC at a minimum is at most d/2 (Watanabe 2009); the tolerance of a tenth is ours")
 def above_half_of_d(e: Evidence) -> str | None:
     """No minimum has an LLC above d/2."""
     if not e.llc - 3 * e.stderr > 1.1 * e.num_params / 2:
@@ -151,9 +158,11 @@ def step_size_bias(e: Evidence) -> str | None:
     return f"step size and minibatch noise may raise the LLC by up to {e.bias_bound:.3g}: {_SMALLER_STEPS}"
 
 
-@rule("suspect", source="Roberts and Rosenthal 1998: 0.574 is best for MALA; SGLD never rejects, so it needs more")
+@rule(
+    "suspect", source="0.574 is the best acceptance rate for MALA (Roberts and Rosenthal 1998); the threshold is ours"
+)
 def mala_acceptance(e: Evidence) -> str | None:
-    """A Metropolis test must accept at least half of the moves."""
+    """A Metropolis test, which SGLD leaves out, would have to accept at least half of the moves."""
     if not e.mala_acceptance < 0.5:
         return None
     return f"a Metropolis test would accept only {e.mala_acceptance:.0%} of the moves: lower lr"
@@ -169,10 +178,10 @@ def target_not_reached(e: Evidence) -> str | None:
 
 @rule("note", source="as `step_size_bias`; standard errors")
 def slight_step_size_bias(e: Evidence) -> str | None:
-    """A bias that is small compared with the LLC is noted if it exceeds two standard errors."""
+    """A bias bound that is small compared with the LLC is noted if it exceeds two standard errors."""
     if not (e.bias_bound > 3 * e.bias_bound_stderr and 2 * e.error < e.bias_bound <= 0.1 * abs(e.llc)):
         return None
     return (
-        f"note: step size and minibatch noise may raise the LLC by up to {e.bias_bound:.3g}; the interval includes this, the "
-        "standard error does not"
+        f"note: step size and minibatch noise may raise the LLC by up to {e.bias_bound:.3g}, which the interval includes "
+        "but the standard error does not"
     )

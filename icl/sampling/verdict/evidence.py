@@ -1,6 +1,7 @@
 """The evidence (the numbers on which the verdict is based, computed from the traces of the chains), and the type of a rule.
 
-All amounts are in nats, as the LLC itself: differences of loss times nbeta. Means are over the chains that are not masked.
+Amounts are in nats, like the LLC: differences of loss are multiplied by nbeta. Only the losses themselves, `rise` and `headroom` are not
+multiplied. Means are over the chains that are not masked.
 """
 
 import math
@@ -22,12 +23,12 @@ from icl.sampling.traces import Traces
 Verdict: TypeAlias = Literal["ok", "suspect", "invalid"]
 Level: TypeAlias = Literal["invalid", "suspect", "note"]
 WIDE_ESS = 400
-"""Effective sample size below which the interval of a few chains is widened."""
+"""Effective sample size below which the interval is widened, if there are fewer than `convergence.MANY_CHAINS` chains."""
 _COLUMNS = (
     *("rhat", "ess", "drift", "mala_acceptance", "pull", "spread", "bias_bound", "sensitivity", "sensitivity_stderr"),
     *("descent", "drop_at_mean", "drop_at_mean_stderr"),
 )
-"""The diagnostics among the evidence that are columns of `llc.csv`."""
+"""Names of the fields of `Evidence` that are columns of `llc.csv`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class Evidence:
     """The numbers on which the rules are based."""
 
     llc: float
-    """Mean over draws of nbeta times the loss minus the checkpoint's loss on the same minibatch."""
+    """Mean over draws of nbeta (L(w) - L(w0)), where both losses are on the same minibatch."""
     stderr: float
     """Standard error of `llc` from the chains and their autocorrelation (`icl.sampling.convergence`)."""
     num_params: int
@@ -43,7 +44,7 @@ class Evidence:
     num_chains: int
     num_chains_used: int
     num_diverged_down: int
-    """Number of chains that are masked because they found far lower loss."""
+    """Number of chains that are masked because they found a far lower loss."""
     num_bad_data: int
     """Number of chains that are masked because of a minibatch on which the loss is not finite even at the checkpoint."""
     init_loss: float
@@ -56,7 +57,7 @@ class Evidence:
     rhat: float
     ess: float
     drift: float
-    """Mean of the second half of the draws minus that of the first."""
+    """Mean of the second half of the draws minus the mean of the first half."""
     drift_stderr: float
     mala_acceptance: float
     """Mean probability that MALA would accept a move."""
@@ -81,7 +82,7 @@ class Evidence:
     lowest: float
     """The smallest excess of any draw; NaN if minibatches make the losses noisy."""
     sensitivity: float
-    """Decrease of the LLC if localization grows by a factor e (`convergence.sensitivity`); NaN for a short list of batches."""
+    """Rate at which the LLC falls per e-fold of localization (`convergence.sensitivity`); NaN for a short list of batches."""
     sensitivity_stderr: float
     localization: float
     target_stderr: float | None
@@ -89,12 +90,12 @@ class Evidence:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Nominal 95 % interval by Student's t. If the bias bound exceeds half of the standard error, the lower end is reduced by it.
+        """Nominal 95 % interval by Student's t. If the bias bound exceeds half of the standard error, it is subtracted from the lower end.
 
-        The estimated autocorrelation time has a relative variance of about 20 / ESS. This is the relative variance of a variance
-        estimate with ESS / 10 degrees of freedom. Of the estimates with few effective draws, those whose standard error is too
-        small by chance pass the verdict most often. So for fewer than `convergence.MANY_CHAINS` chains and an ESS below `WIDE_ESS`,
-        the variance is multiplied by `WIDE_ESS` / ESS (`tools.coverage` measures the effect).
+        The number of degrees of freedom is ESS / 10, because the estimated autocorrelation time has a relative variance of about 20 / ESS.
+        Among estimates with few effective draws, those whose standard error is too small by chance pass the verdict most often. So for
+        fewer than `convergence.MANY_CHAINS` chains and an ESS below `WIDE_ESS`, the variance is multiplied by `WIDE_ESS` / ESS
+        (`tools.coverage` measures the effect).
         """
         reach = self.stderr * float(stdtrit(max(self.ess / 10, 1.0), 0.975)) if self.ess > 0 else math.nan
         if self.num_chains_used < convergence.MANY_CHAINS:
@@ -104,12 +105,12 @@ class Evidence:
 
     @property
     def rise(self) -> float:
-        """Rise of the mean sampled loss above the checkpoint's."""
+        """Rise of the mean sampled loss above the checkpoint's loss."""
         return self.mean_loss - self.init_loss
 
     @property
     def headroom(self) -> float:
-        """Height of the trivial predictor's loss above the checkpoint's."""
+        """Height of the trivial predictor's loss above the checkpoint's loss: 0 if it is not above, NaN if it is unknown."""
         return math.nan if self.trivial_loss is None else max(self.trivial_loss - self.init_loss, 0.0)
 
     @property
@@ -144,7 +145,7 @@ class Evidence:
 
     @property
     def drop_share(self) -> float:
-        """Drop at the mean as a fraction of LLC + drop, which is the LLC relative to the loss at the mean."""
+        """Drop at the mean as a fraction of LLC + drop. This sum is the LLC relative to the loss at the mean of the draws."""
         llc = 0.0 if math.isnan(self.llc) else self.llc
         return self.drop_at_mean / max(llc + self.drop_at_mean, 1e-300)
 
@@ -162,9 +163,9 @@ class Rule:
     level: Level
     """The verdict if the rule is broken. A note does not change the verdict."""
     source: str
-    """Source of the rule and of its threshold."""
+    """Source of the rule and of its threshold. A `fixed outcome` follows from counts or missing numbers, without a statistical test."""
     reason: Callable[[Evidence], str | None]
-    """Function that returns a reason for the user if the evidence breaks the rule, else None."""
+    """Function that returns the reason, a text for the user, if the evidence breaks the rule, else None."""
 
 
 def rule(level: Level, *, source: str) -> Callable[[Callable[[Evidence], str | None]], Rule]:
@@ -184,7 +185,7 @@ def evidence_of(
     trivial_loss: float | None,
     num_params: int,
 ) -> Evidence:
-    """Compute the evidence on one checkpoint from its K chains; `num_params` of its parameters move."""
+    """Compute the evidence on one checkpoint from its K chains. `num_params` is the number of parameters that move."""
     used, nbeta, drop = traces.alive, settings.inverse_temperature, traces.drop_at_mean
     finite = checkpoint.losses.isfinite().all(1)
     init_losses = checkpoint.losses[finite].mean(1)
