@@ -95,7 +95,7 @@ class RunConfig:
 
     def _check_family(self) -> None:
         """Refuse settings of the other family, which would have no effect."""
-        unused, other = ("task", TaskConfig()) if self.model.is_language else ("language", LanguageConfig())
+        unused, other = ("task", RunConfig.task) if self.model.is_language else ("language", RunConfig.language)
         for field in dataclasses.fields(other):
             value = getattr(getattr(self, unused), field.name)
             require(
