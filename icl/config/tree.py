@@ -122,11 +122,6 @@ class RunConfig:
         )
 
     @property
-    def task_sequence(self) -> int | str:
-        """The sequence whose first M tasks are the pool: the seed of a random sequence, or the digest of an imported table."""
-        return self.seeds.tasks if self.task.imported_tasks is None else self.task.imported_tasks
-
-    @property
     def schedule_steps(self) -> int:
         """Length of the learning rate's schedule in steps."""
         return self.optim.schedule_steps or self.trainer.max_steps

@@ -24,6 +24,7 @@ from icl.plotting.style import label_plainly, new_figure, save_figure, scale_ste
 from icl.plotting.tidying import name_outside
 from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.runs.folder import RunError, RunFolder
+from icl.tasks.priors import task_sequence
 from icl.tasks.rows import TEST
 
 _TABLE, _FIGURE = "losses.csv", "training.png"
@@ -66,7 +67,7 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
     key = (
         config.task,
         config.language,
-        config.task_sequence,
+        task_sequence(config),
         config.seeds.evaluation,
         config.evaluation.num_prompts,
         step,

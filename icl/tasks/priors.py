@@ -22,6 +22,7 @@ from torch import Tensor
 
 from icl import rng
 from icl.compute.devices import require_memory
+from icl.config import RunConfig
 from icl.config.validation import ConfigError, is_table_name, parse_num_tasks, whole
 from icl.tasks.laws import GAUSSIAN_TASKS, TaskLaw, draw_tasks
 from icl.tasks.pools import FIXED, PoolSchedule, tasks_at
@@ -98,6 +99,11 @@ def task_prior(
     if num_tasks != math.inf:
         return Discrete(int(num_tasks), task_size, seed, law, schedule, time)
     return Gaussian(task_size) if law == GAUSSIAN_TASKS else Continuous(task_size, law)
+
+
+def task_sequence(config: RunConfig) -> int | str:
+    """Return the name of the sequence whose first M tasks are the pool: a seed, or the digest of an imported table of tasks."""
+    return config.seeds.tasks if config.task.imported_tasks is None else config.task.imported_tasks
 
 
 def task_pool(

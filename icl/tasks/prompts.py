@@ -25,7 +25,7 @@ from icl.config.validation import ConfigError, whole
 from icl.tasks import laws
 from icl.tasks.laws import Law, TaskLaw
 from icl.tasks.pools import PoolSchedule
-from icl.tasks.priors import Prior, sample_tasks, task_pool, task_prior
+from icl.tasks.priors import Prior, sample_tasks, task_pool, task_prior, task_sequence
 
 Distribution = Literal["pretrain", "true"]
 MAX_STEP = 2**62
@@ -137,7 +137,7 @@ def training_pool(
     return task_pool(
         config.task.num_tasks if num_tasks is None else num_tasks,
         config.task.task_size,
-        config.task_sequence,
+        task_sequence(config),
         law=task_law(config),
         schedule=PoolSchedule(config.task.pool, config.task.pool_steps),
         time=_pool_time(config, step) or 0,
@@ -181,7 +181,7 @@ def prompt_source(
         prior=task_prior(
             task.num_tasks if is_pool else math.inf,
             task.task_size,
-            config.task_sequence,
+            task_sequence(config),
             law=task_law(config),
             schedule=PoolSchedule(task.pool, task.pool_steps),
             time=_pool_time(config, pool_step) if is_pool and not is_training else None,

@@ -23,6 +23,7 @@ from icl.config import RunConfig
 from icl.model.language import MAX_NUMBERS
 from icl.model.losses import shapes_of
 from icl.model.stacked import Params, apply, size, stack
+from icl.tasks.priors import task_sequence
 
 _ROWS = 7
 """Number of arrays per member on a GPU: parameters, gradient, two moments, and the new parameters and moments."""
@@ -99,7 +100,7 @@ def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
             _RESUMED_ROWS * row_bytes + 48 * (trainer.batch_size + evaluation.num_prompts) * configs[0].num_tokens
         )
     drawn = _DRAWN_BYTES * trainer.batch_size * task.max_examples * (task.task_size + 1)
-    num_sets = len({(config.task, config.task_sequence, config.seeds.evaluation) for config in configs})
+    num_sets = len({(config.task, task_sequence(config), config.seeds.evaluation) for config in configs})
     targets = 4 * evaluation.num_prompts * task.max_examples if evaluation.every is not None else 0
     set_bytes = targets * (task.task_size + 1 + _NUM_BASELINES)
     evaluated = _EVALUATED_ARRAYS * targets + (set_bytes if num_sets > 1 else 0)  # different sets are stacked

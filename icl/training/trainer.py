@@ -17,6 +17,7 @@ from icl.config.validation import ConfigError
 from icl.evaluation.sets import MONITOR, EvaluationSet
 from icl.runs.contents import expected_steps
 from icl.runs.folder import is_child_rank
+from icl.tasks.priors import task_sequence
 from icl.training.callbacks import EarlyStopping, Ending, Evaluation, MetricsLog, NonFiniteGuard, StopSignals
 from icl.training.members import Member
 from icl.training.presence import FilesGuard
@@ -182,7 +183,7 @@ def sets_at(
 
 
 def _sets_key(config: RunConfig) -> _SetsKey:
-    return config.task, config.task_sequence, config.seeds.evaluation
+    return config.task, task_sequence(config), config.seeds.evaluation
 
 
 def _quieten_lightning() -> None:

@@ -25,7 +25,7 @@ from icl.plotting.mixture import plot
 from icl.runs.checkpoints import save_checkpoint
 from icl.runs.folder import RunFolder
 from icl.runs.measure import Entry
-from icl.tasks.priors import task_pool
+from icl.tasks.priors import task_pool, task_sequence
 from icl.tasks.prompts import Prompts, sample_prompts, training_pool
 
 WORLD = change(TINY, task={"num_tasks": 8, "task_size": 3, "max_examples": 6})
@@ -57,7 +57,7 @@ def test_bayes_factors_are_those_of_plain_densities(name, monkeypatch):
     """The oracle multiplies densities of scipy, one prompt and one prefix at a time."""
     some = prompts(name, count=5)
     xs, ys = some.xs.double(), some.ys.double()
-    tasks, variance = task_pool(8, 3, WORLD.task_sequence).double(), WORLD.task.noise_variance
+    tasks, variance = task_pool(8, 3, task_sequence(WORLD)).double(), WORLD.task.noise_variance
     found = reference(WORLD, name, some).pair.log_ratio
     assert found[:, 0].abs().max() == 0
     monkeypatch.setattr(evidence, "_TASKS_AT_ONCE", 15)  # chunks of three tasks

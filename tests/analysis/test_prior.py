@@ -24,12 +24,12 @@ from icl.model.stacked import stack
 from icl.runs.checkpoints import save_checkpoint
 from icl.runs.folder import RunFolder
 from icl.tasks import laws
-from icl.tasks.priors import task_pool
+from icl.tasks.priors import task_pool, task_sequence
 from icl.tasks.prompts import noise_law, task_law, training_pool
 
 WORLD = change(TINY, task={"num_tasks": 4, "task_size": 2, "max_examples": 6}, model={"output": "mixture"})
 VARIANCE = WORLD.task.noise_variance
-POOL = task_pool(4, 2, WORLD.task_sequence).double()
+POOL = task_pool(4, 2, task_sequence(WORLD)).double()
 CANDIDATES = ("pool", "gaussian")
 
 

@@ -22,7 +22,7 @@ from icl.importing.pickles import OlderFileError, read_pickle
 from icl.importing.run import import_run
 from icl.runs.checkpoints import CheckpointError, list_steps
 from icl.runs.folder import RunError, RunFolder
-from icl.tasks.priors import task_pool
+from icl.tasks.priors import task_pool, task_sequence
 from icl.tasks.prompts import sample_prompts
 
 TOLERANCE = 1e-5
@@ -115,7 +115,7 @@ def test_the_tasks_of_icr_are_those_of_its_code(tmp_path, icr_module):
     run = import_run(tmp_path / "old", "icr", tmp_path / "run").folder
     tasks = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))[:6]  # as its sample_task_sequence
     config = run.read_config()
-    assert torch.equal(task_pool(6, 3, config.task_sequence), tasks)
+    assert torch.equal(task_pool(6, 3, task_sequence(config)), tasks)
     drawn = sample_prompts(config, stream="pretrain", step=0, batch_size=50).ws
     assert (drawn[:, None] == tasks).all(-1).any(1).all()
 
@@ -172,8 +172,8 @@ def test_the_tasks_of_timaeus_come_from_a_file_or_its_seed(tmp_path):
         read = import_run(
             tmp_path / "old", "timaeus", tmp_path / name[-3:], options=options, tasks=str(tmp_path / name)
         )
-        assert torch.equal(task_pool(4, 3, read.settings.config.task_sequence), tasks)
-    assert torch.equal(task_pool(4, 3, drawn.settings.config.task_sequence), tasks)
+        assert torch.equal(task_pool(4, 3, task_sequence(read.settings.config)), tasks)
+    assert torch.equal(task_pool(4, 3, task_sequence(drawn.settings.config)), tasks)
     assert_same_predictions(drawn.folder.path, model)
     unknown = import_run(tmp_path / "old", "timaeus", tmp_path / "u", options=options, tasks="unknown").settings.config
     with pytest.raises(ConfigError, match="tasks of this imported run are not known"):

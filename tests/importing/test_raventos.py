@@ -19,7 +19,7 @@ from icl.importing import threefry
 from icl.importing.msgpack import parse_msgpack
 from icl.importing.pickles import OlderFileError
 from icl.importing.run import import_run
-from icl.tasks.priors import task_pool
+from icl.tasks.priors import task_pool, task_sequence
 
 msgpack = pytest.importorskip("msgpack")  # an independent writer of the format
 
@@ -90,7 +90,7 @@ def test_settings_come_from_config_json_or_are_asked_for(tmp_path):
     assert (config.task.num_tasks, config.task.noise_variance, config.trainer.batch_size) == (7, 0.25, 64)
     assert (config.seeds.tasks, config.optim.warmup_steps, config.trainer.max_steps) == (102, 250, 500)
     # `jax.random.normal(jax.random.fold_in(jax.random.PRNGKey(102), 0), (7, 3, 1))` of JAX 0.4.38: its first task
-    assert task_pool(7, 3, config.task_sequence)[0].tolist() == pytest.approx(FIRST_TASK, abs=1e-6)
+    assert task_pool(7, 3, task_sequence(config))[0].tolist() == pytest.approx(FIRST_TASK, abs=1e-6)
     (tmp_path / "alone.msgpack").write_bytes(packed(params))
     with pytest.raises(OlderFileError, match="does not say its step"):
         import_run(tmp_path / "alone.msgpack", "raventos", tmp_path / "alone")

@@ -53,6 +53,7 @@ from icl.runs.checkpoints import (
 )
 from icl.runs.folder import RunFolder, run_of
 from icl.runs.measure import Cache, Measurement, load_same_run
+from icl.tasks.priors import task_sequence
 from icl.tasks.prompts import Distribution, Prompts, noise_law, sample_prompts, training_pool
 
 VERSION = 2
@@ -174,7 +175,7 @@ def references(configs: Sequence[RunConfig], settings: StateSettings) -> dict[st
     else:
         predictions = {"ridge": baselines.ols(xs, ys)}  # the limit of ridge for zero noise
     pools = {
-        (int(config.task.num_tasks), config.task_sequence): config for config in configs if not config.task.is_gaussian
+        (int(config.task.num_tasks), task_sequence(config)): config for config in configs if not config.task.is_gaussian
     }
     for (num_tasks, seed), config in sorted(pools.items(), key=lambda pool: str(pool[0])):
         tasks, noise = training_pool(config), noise_law(config)
