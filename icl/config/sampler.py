@@ -36,8 +36,8 @@ class ChainsConfig:
     friction: float = 0.5
     """Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps. Other kernels ignore it."""
     target_stderr: float | None = None
-    """Standard error of the LLC at which the chains of a checkpoint stop. If it is set, `num_draws` is the largest number of draws. By
-    default chains make `num_draws` draws."""
+    """Standard error of the LLC at which the chains of a checkpoint stop. If this is set, `num_draws` is the maximum number of draws. By
+    default, every chain makes `num_draws` draws."""
     thinning: int = 1
     """Number of moves from one draw to the next."""
     num_init_batches: int = 32
@@ -111,8 +111,8 @@ class SamplerConfig(ChainsConfig):
     1..K (`subsequence`). If `model.output` is `gaussian` or `mixture`, it is the negative log-likelihood instead of the squared error,
     as in training."""
     steps: str = "all"
-    """Saved steps at which the LLC is estimated: `all`, `last`, a list such as 1,2,3, or a range 0:1000:100 (first step, last step,
-    distance)."""
+    """Saved steps at which the LLC is estimated: `all`, `last`, a list such as 1,2,3, or a range such as 0:1000:100 (first step, last
+    step, spacing)."""
     memory: float | None = None
     """Memory in GiB for the chains that run at the same time. The default is 2 GiB, or on CUDA half of the free memory."""
 

@@ -89,9 +89,9 @@ def read_value(key: str, value: Any) -> Any:
 
 
 def parse_scalar(text: str) -> Any:
-    """Return the number, truth value or None that a text spells. Other text is returned as it is.
+    """Convert text that spells a number, a truth value or None. Return other text unchanged.
 
-    A number that is too large or too small for a float, such as 1e400, also stays text, because it would become infinite or zero.
+    A number that is too large or too small for a float, such as 1e400, also remains text, because it would become infinite or zero.
     """
     word = text.strip()
     lowered = word.lower()
