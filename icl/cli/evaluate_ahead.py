@@ -29,7 +29,7 @@ def work_ahead(checkpoints: Iterable[Sequence[Path]], *, num_prompts: int | None
     The estimate comes from trials with few prompts. It is an upper bound, because it ignores results that are already stored.
 
     Args:
-        checkpoints: The files to evaluate, for each run. A run whose first file cannot be read is not counted in the time.
+        checkpoints: The files to evaluate, for each run. The estimate of the time ignores a run whose first file cannot be read.
         num_prompts: See `RunEvaluator`.
         num_ood_prompts: See `RunEvaluator`.
     """
@@ -58,7 +58,7 @@ def _seconds(group: _Group, num_prompts: int | None, num_ood_prompts: int | None
     """Return the estimated time for a group, in seconds.
 
     The time has three parts. Sampling the sets of prompts takes time once. Each checkpoint takes a constant time, and a time in
-    proportion to the number of prompts. Two trials with different numbers of prompts tell these two times apart.
+    proportion to the number of prompts. Two trials with different numbers of prompts separate the constant from the proportional time.
     """
     import torch
 

@@ -193,7 +193,7 @@ def _draw(job: Job, settings: str, trivial_loss: float) -> None:
 
 
 def _calibrate(job: Job) -> int:
-    """Search for settings of the sampler, print the table and the choice. Return 1 if no settings are healthy."""
+    """Search for settings of the sampler, and print the table and the choice. Return 1 if no settings pass the checks."""
     from icl.plotting.llc import plot_calibration
     from icl.plotting.style import save_figure
     from icl.runs.delivery import send_results

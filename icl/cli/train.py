@@ -135,7 +135,7 @@ def _headline(means: "pd.Series", drawn: "DrawnRun") -> str:
     if drawn.optimum == "bigram":
         excess = means["model"] - means["bigram"]
         side = "below" if excess < 0 else "above"
-        return f"The model's mean loss is {abs(excess):.4f} {side} that of the frequencies of bigrams, which use only the last token."
+        return f"The model's mean loss is {abs(excess):.4f} {side} the loss of the bigram frequencies, which use only the last token."
     ratios = " and ".join(
         f"{means['model'] / means[name]:.3f} times {label}"
         for name, label in (("bayes", "the Bayes predictor's"), ("ridge", "ridge's"), ("dmmse", "dMMSE's"))
