@@ -21,7 +21,7 @@ from icl.runs.tasks_file import MAX_TASKS_FILE
 
 WORDS = ("recompute", "unknown")
 _KEYS = ("tasks", "task_pool")
-"""Names under which a file may contain the table."""
+"""Names that the table may have in a file."""
 
 
 def choose_tasks(
@@ -37,7 +37,7 @@ def choose_tasks(
         is_seed_given: Whether the user gave the seed of the tasks.
 
     Returns:
-        The table, or None if the run has the Gaussian prior or the tasks stay unknown.
+        The table, or None if the run has the Gaussian prior or the tasks remain unknown; and the phrase.
 
     Raises:
         ConfigError: If the user has to choose, or the choice is impossible.
@@ -45,16 +45,16 @@ def choose_tasks(
     """
     if config.task.is_gaussian:
         if choice is not None:
-            raise ConfigError("`--tasks` has no meaning for M = inf, whose tasks are drawn from N(0, I); leave it out.")
+            raise ConfigError("`--tasks` has no effect if M = inf, because the tasks are drawn from N(0, I); leave it out.")
         return None, "from N(0, I)"
     size = 4 * int(config.task.num_tasks) * config.task.task_size
     if choice != "unknown" and size > MAX_TASKS_FILE:
         raise ConfigError(
             f"The table of M = {int(config.task.num_tasks):,} tasks would have {size:,} bytes, and the limit is {MAX_TASKS_FILE:,}. "
-            "Write --tasks unknown to do without dMMSE."
+            "Write --tasks unknown to import the run without its tasks and without dMMSE."
         )
     if choice == "unknown":
-        return None, "unknown, so `pretrain` prompts and dMMSE are refused"
+        return None, "unknown, so `pretrain` prompts and dMMSE are not available"
     inside = next((tree[key] for key in _KEYS if isinstance(tree, Mapping) and key in tree), None)
     if choice is None and isinstance(inside, Tensor):
         return _fitting(inside, config, "The checkpoint's table of tasks"), "saved in the checkpoint"
@@ -70,7 +70,7 @@ def choose_tasks(
     if choice is None:
         raise ConfigError(
             f"The files do not contain the run's {int(config.task.num_tasks):,} training tasks. Give the table with --tasks FILE, "
-            "or draw it again with --tasks recompute --seeds.tasks N, or write --tasks unknown to do without dMMSE."
+            "or draw it again with --tasks recompute --seeds.tasks N, or write --tasks unknown to import the run without dMMSE."
         )
     return _fitting(_read_table(Path(choice)), config, choice), f"from {choice}"
 
@@ -97,7 +97,9 @@ def _read_table(path: Path) -> Any:
     if isinstance(tree, Mapping):
         named = [tree[key] for key in _KEYS if key in tree] or list(tree.values())
         if len(named) != 1:
-            raise OlderFileError(f"{path} must contain one table, or call it `tasks`; it contains {len(named):,}.")
+            raise OlderFileError(
+                f"{path} must contain one table, or a table with the name `tasks`; it contains {len(named):,} tables."
+            )
         return named[0]
     return tree
 
@@ -115,7 +117,7 @@ def _read_numpy(path: Path) -> Tensor:
 
 
 def _fitting(table: Any, config: RunConfig, name: str) -> Float[Tensor, "M D"]:
-    """Return the first M rows of a table (M, D) or (M, D, 1) in float32."""
+    """Return the first M rows of a table in float32, as (M, D). The table may also have the shape (M, D, 1)."""
     count, size = int(config.task.num_tasks), config.task.task_size
     if not isinstance(table, Tensor) or not table.is_floating_point():
         raise OlderFileError(f"{name} must be a table of {count:,} tasks with D = {size} real numbers each.")
