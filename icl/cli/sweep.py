@@ -38,7 +38,9 @@ def run(words: list[str]) -> int:
         require_packable(sweep.command)
     require_slurm_option(options)
     if options.seed is not None and sweep.method == "grid":
-        raise ConfigError("`--seed` has no effect on a grid, because only `method: random` draws its points; leave it out.")
+        raise ConfigError(
+            "`--seed` has no effect on a grid, because only `method: random` draws its points; leave it out."
+        )
     for warning in sweep.warnings:
         print(f"icl: {options.file}: {warning}", file=sys.stderr)
     invalid: list[InvalidPoint] = []

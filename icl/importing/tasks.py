@@ -45,7 +45,9 @@ def choose_tasks(
     """
     if config.task.is_gaussian:
         if choice is not None:
-            raise ConfigError("`--tasks` has no effect if M = inf, because the tasks are drawn from N(0, I); leave it out.")
+            raise ConfigError(
+                "`--tasks` has no effect if M = inf, because the tasks are drawn from N(0, I); leave it out."
+            )
         return None, "from N(0, I)"
     size = 4 * int(config.task.num_tasks) * config.task.task_size
     if choice != "unknown" and size > MAX_TASKS_FILE:

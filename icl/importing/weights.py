@@ -40,7 +40,9 @@ class Weights:
             raise ContentError(f"it contains no tensor {name}")
         shape = tuple(self._left[name].shape)
         if len(shape) != num_axes or 0 in shape:
-            raise ContentError(f"its tensor {name} has shape {shape}, but must have {num_axes} axes and no axis of size 0")
+            raise ContentError(
+                f"its tensor {name} has shape {shape}, but must have {num_axes} axes and no axis of size 0"
+            )
         return shape
 
     def take(self, name: str, *shape: int) -> Tensor:

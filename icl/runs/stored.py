@@ -29,7 +29,9 @@ def load_stored_checkpoint(url: str, step: int | None = None) -> tuple[Checkpoin
         try:
             checkpoint = parse_checkpoint(store.read(name), url)
         except MissingKeyError:
-            raise CheckpointError(f"There is no checkpoint {url}; check the address and the step in the file's name.") from None
+            raise CheckpointError(
+                f"There is no checkpoint {url}; check the address and the step in the file's name."
+            ) from None
         if step not in (None, checkpoint.step):
             raise CheckpointError(
                 f"{url} is the checkpoint of step {checkpoint.step:,}, not {step:,}; leave out the step, or give the address of the run."

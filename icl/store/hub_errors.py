@@ -66,7 +66,9 @@ def describe(error: BaseException, place: str, verb: str, key: str, endpoint: st
             f"{place} cannot be the name of a repository: {first_line(error).rstrip('.')}. Correct the address."
         )
     if isinstance(error, LocalTokenNotFoundError):
-        return StorageError(f"Cannot {verb} {what}: the repository does not exist, or is private and no token is set. {_TOKEN}.")
+        return StorageError(
+            f"Cannot {verb} {what}: the repository does not exist, or is private and no token is set. {_TOKEN}."
+        )
     if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
         return StorageError(
             f"Cannot {verb} {what}: the Hub refuses access ({status or 404}). {_TOKEN}, and check the name of the repository."

@@ -38,7 +38,9 @@ def open_store(url: str) -> Store:
 def _open_hub(url: str, path: str) -> Store:
     is_plain = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.%-]+)?(/.*)?", path) is not None
     if not is_plain or {".", ".."} & set(path.split("/")):
-        raise StorageError(f"A store on the Hugging Face Hub is hf://USER/REPO or a folder below it, got {redact(url)!r}.")
+        raise StorageError(
+            f"A store on the Hugging Face Hub is hf://USER/REPO or a folder below it, got {redact(url)!r}."
+        )
     try:
         from icl.store.hub import open_hub  # imports huggingface_hub, which is an extra
     except ModuleNotFoundError as error:

@@ -60,7 +60,9 @@ class StorageWatch:
             self._lost_at = None
         elif self._lost_at is None:
             self._lost_at = time.monotonic()
-            self.say(f"The folder of the runs cannot be reached{why}: {self.mark}. Waiting until it can be reached again.")
+            self.say(
+                f"The folder of the runs cannot be reached{why}: {self.mark}. Waiting until it can be reached again."
+            )
         elif time.monotonic() - self._lost_at > _GIVE_UP_SECONDS:
             raise StorageError(
                 f"The folder of the runs could not be reached for ten minutes: {self.mark} is missing. "

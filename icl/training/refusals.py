@@ -20,7 +20,9 @@ def require_monitor(config: RunConfig) -> None:
     metrics = [column for column in metric_columns(config) if column.startswith("eval/")]
     monitor = config.early_stopping.monitor
     if config.evaluation.every is not None and monitor not in metrics:
-        raise ConfigError(f"`early_stopping.monitor` is `{monitor}`, but the metrics are {', '.join(metrics)}; choose one of them.")
+        raise ConfigError(
+            f"`early_stopping.monitor` is `{monitor}`, but the metrics are {', '.join(metrics)}; choose one of them."
+        )
 
 
 def require_own_run(config: RunConfig) -> None:

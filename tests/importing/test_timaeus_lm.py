@@ -129,7 +129,9 @@ def test_models_of_other_kinds_and_hostile_files_are_refused(tmp_path):
     extra = {**state_of(make_model(make_config(), 1)), "other": torch.zeros(2)}
     (tmp_path / "extra").mkdir()
     safetensors.torch.save_file(extra, tmp_path / "extra" / "model.safetensors")
-    with pytest.raises(OlderFileError, match="contains the tensor other, which the architecture of this model does not have"):
+    with pytest.raises(
+        OlderFileError, match="contains the tensor other, which the architecture of this model does not have"
+    ):
         import_run(tmp_path / "extra", "timaeus-lm", tmp_path / "run", step=1)
 
 

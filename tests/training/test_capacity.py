@@ -126,7 +126,8 @@ def test_a_population_that_does_not_fit_is_trained_in_groups_with_the_same_resul
     monkeypatch.setattr(run, "num_fitting", lambda configs, device: 2)
     results = train_population(configs, folders=[local_root() / f"grouped{seed}" for seed in range(3)])
     assert (
-        "About 2 members of this size fit on this device at a time, so they are trained in 2 groups." in capsys.readouterr().out
+        "About 2 members of this size fit on this device at a time, so they are trained in 2 groups."
+        in capsys.readouterr().out
     )
     for seed, result in enumerate(results):
         alone = train(configs[seed], folder=local_root() / f"alone{seed}")

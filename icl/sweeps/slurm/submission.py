@@ -30,9 +30,7 @@ WARNING_SECONDS = 90
 _RESERVED = {
     **dict.fromkeys(("--array", "-a"), "use `--jobs N`"),
     **dict.fromkeys(("--signal",), "the jobs of `icl` watch their time limit themselves"),
-    **dict.fromkeys(
-        ("--wrap", "--test-only", "--parsable", "--help", "-h", "--version", "-V"), "it has no use here"
-    ),
+    **dict.fromkeys(("--wrap", "--test-only", "--parsable", "--help", "-h", "--version", "-V"), "it has no use here"),
     **dict.fromkeys(("--wait", "-W"), "`--status` shows whether the jobs have ended"),
     **dict.fromkeys(("--export-file", "--input", "-i"), "it has no use here"),
 }
