@@ -182,7 +182,8 @@ def load_checkpoint(
         step: The step to load from a folder or a store. By default the last one.
 
     Returns:
-        The model on the CPU (a `Transformer`, or the `LanguageModel` of a language run), and a dict of `step`, `config` (a RunConfig), `digest` and `path`.
+        The model on the CPU (a `Transformer`, or the `LanguageModel` of a language run), and a dict with the keys `step`, `config` (a
+        RunConfig), `digest` and `path`.
 
     Raises:
         CheckpointError: If there is no usable checkpoint, or the checkpoint's settings differ from `cfg`.

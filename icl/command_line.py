@@ -130,7 +130,7 @@ class CommandParser(argparse.ArgumentParser):
                 raise ConfigError(f"There is no option `{word}`. Did you mean `--{near[0]}`?")
             refuse_unknown([word[2:]])
         older = modern_setting(word.lstrip("-")) if word.startswith("--") else None
-        hint = nearest(word, known) or (f" {older}" if older else f" `{self.prog} --help` lists what it takes.")
+        hint = nearest(word, known) or (f" {older}" if older else f" `{self.prog} --help` lists its options.")
         raise ConfigError(f"`{self.prog}` takes no `{word}`.{hint}")
 
 

@@ -128,5 +128,5 @@ def _verify(folder: RunFolder, mirror: "Mirror | None") -> int:
             "`push --force` repairs the store from the files here, `pull --force` repairs the files here from the store"
         )
         raise StorageError(f"{count} in {places}; {repair}.")
-    print(f"All is well in {places}.")
+    print(f"There are no faults in {places}.")
     return 0

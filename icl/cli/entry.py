@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wandb_log = sys.modules.get("icl.training.wandb.log")
     if wandb_log is not None and wandb_log.has_unsent_rows():
         sys.stdout.flush()
-        os._exit(status)  # without a network, W&B's own exit handler would wait for days
+        os._exit(status)  # without a network, W&B's exit handler would wait for days
     waiting = sys.modules.get("icl.store.waiting")
     if arguments is None and waiting is not None and waiting.would_block_exit():  # only if `icl` is the whole program
         sys.stdout.flush()
@@ -130,8 +130,8 @@ def _require_ranks() -> None:
 def _signals_of_a_point() -> dict[signal.Signals, Handler]:
     """Return handlers that defer signals if `wandb agent` started this program.
 
-    They are used while modules are imported, which takes seconds. `icl.training.wandb.agent.work_at_point` acts on the signals
-    later: it gives the point back to W&B. If the program ended during the imports, W&B would never give the point to another agent.
+    The handlers are used while modules are imported, which takes seconds. `icl.training.wandb.agent.work_at_point` acts on the
+    signals later: it gives the point back to W&B. If the program ended during the imports, W&B would never assign the point again.
     """
     return {signal.SIGTERM: defer, signal.SIGINT: defer} if os.environ.get("WANDB_SWEEP_ID") else {}
 
@@ -148,7 +148,7 @@ def _share_the_machine() -> None:
     - On an idle machine, the setting makes no difference.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
-        os.environ["GOMP_SPINCOUNT"] = "3000"  # PyTorch reads it when it is imported, which has not happened yet
+        os.environ["GOMP_SPINCOUNT"] = "3000"  # PyTorch reads this variable when it is imported, which happens later
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -107,7 +107,7 @@ def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
     excess = last[last["quantity"] == "bayes_excess"].set_index("distribution")
     if len(excess):  # none for language runs, whose optimum is not known
         print(
-            "\nLoss minus that of the Bayes predictor, on the same prompts (± standard error of the paired difference):"
+            "\nLoss minus the Bayes predictor's loss, on the same prompts (± standard error of the paired difference):"
         )
     for distribution, row in excess.iterrows():
         print(f"{distribution:9s} {row['value']:.4g} ± {row['stderr']:.2g}")

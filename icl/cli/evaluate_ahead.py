@@ -1,4 +1,4 @@
-"""Tell the user of `icl evaluate` beforehand how much work there is: the number of checkpoints, and an estimate of the time."""
+"""Estimate the work of `icl evaluate` before it begins: the number of checkpoints, and the time that they take."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from icl.config import RunConfig
 
 _SHARE = 16
-"""A trial uses 1 / `_SHARE` of the prompts of each set."""
+"""Ratio of the number of prompts in a full evaluation to the number in a trial."""
 _MOST = 256
 """Largest number of prompts per set in a trial."""
 

@@ -48,7 +48,7 @@ If the files do not contain a setting, give it as an option, such as --task.nois
     )
     parser.add(
         "--step N",
-        "the step of a single file, if neither its name nor its content says it",
+        "the step of a single file, if neither its name nor its content contains the step",
         type=whole_number(0, 10**15),
     )
     options = parser.parse_args(words)

@@ -122,7 +122,7 @@ def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
     share = (rows["mean_loss"] - rows["init_loss"]) / (trivial_loss - rows["init_loss"]).clip(lower=1e-12)
     num_escaped = int((share > 0.5).sum())
     if not num_escaped:
-        rise = f"{max(share.max(), 0):.0%} of the way from the checkpoint's loss to the loss of {trivial}"
+        rise = f"{max(share.max(), 0):.0%} of the difference between the loss of {trivial} and the checkpoint's loss"
         return f"{facts} The loss rose by at most {rise}, so no chain left its checkpoint's basin."
     where = f"At {num_escaped} of {len(rows)} checkpoints" if len(rows) > 1 else "At this checkpoint"
     facts += (

@@ -101,7 +101,7 @@ def submit_jobs(work: Submittable, options: argparse.Namespace) -> int:
     array = submit_array(folder, script, num_jobs=num_jobs, copy=work.copy)
     print(f"Submitted job {array}, an array of {num_jobs} {'job' if num_jobs == 1 else 'jobs'}.")
     if others:
-        print(f"Earlier jobs of the same work ({len(others)}) are still in the queue; all of them share it.")
+        print(f"Earlier jobs of the same work ({len(others)}) are still in the queue; all jobs share the work.")
     print(f"Script    {folder / SCRIPT}\nLogs      {folder}/{array}_*.log")
     print(f"Stop      scancel {array}   (points save first; the same command continues)")
     return 0

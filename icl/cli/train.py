@@ -54,7 +54,7 @@ def _train_point(filed: Sequence[dict[str, Any]], given: dict[str, Any]) -> int:
         describe_run(wandb_run, config)
         point = local_root() / run_name(config) / "point.json"
         write_atomically(point, json.dumps(swept, indent=1).encode())
-        os.environ[POINT_VARIABLE] = str(point)  # the other processes of this run read the point from it
+        os.environ[POINT_VARIABLE] = str(point)  # the other processes of this run read the point from this file
         return _train([config], wandb_run)
 
     return work_at_point(lambda: resolve(*filed, given), work)

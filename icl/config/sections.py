@@ -1,6 +1,7 @@
-"""Sections of a run's settings, except those of the task, the model, the text and the sampler: training, and what is saved.
+"""The sections of a run's settings that describe training, evaluation and saving. Each section checks its values.
 
-Settings have their usual names. The descriptions add the symbols of the papers (M, D, K, sigma^2). Each section checks its values.
+The sections `task`, `model`, `language` and `sampler` are in separate modules. Settings have their usual names, and the descriptions add
+the symbols of the papers (M, D, K, sigma^2).
 """
 
 import dataclasses
@@ -243,7 +244,7 @@ class PopulationConfig:
             require(is_list and len(values) > 0, f"`population.{name}` must be a list such as 0,1,2, got {values!r}.")
             parse = parse_num_tasks if name == "num_tasks" else plain_number
             parsed = tuple(parse(value) for value in values)
-            require(len(set(parsed)) == len(parsed), f"`population.{name}` has a value twice: {values!r}.")
+            require(len(set(parsed)) == len(parsed), f"`population.{name}` contains the same value twice: {values!r}.")
             object.__setattr__(self, name, parsed)
         for seed in self.seeds or ():
             require_count("population.seeds", seed, 0)

@@ -106,7 +106,10 @@ class TaskConfig:
         for key, choices, parameter in _PARAMETERS:
             choice, value = getattr(self, key), getattr(self, parameter)
             if choice in choices:
-                require(value is not None, f"`task.{key}` is {choice}, but `task.{parameter}` is not set.")
+                require(
+                    value is not None,
+                    f"`task.{key}` is {choice}, but `task.{parameter}` is not set. Set it to a number.",
+                )
             else:
                 require(
                     value is None,

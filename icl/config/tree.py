@@ -26,7 +26,7 @@ from icl.config.task import WORLD_SETTINGS, TaskConfig
 from icl.config.validation import ConfigError, require, require_run_name, require_steps
 
 MAX_CHECKPOINTS = 1_000_000
-"""Largest number of checkpoints of a run. More files make a folder slow, and their steps are kept in memory."""
+"""Largest number of checkpoints of a run. With more files, a folder is slow, and the list of their steps needs much memory."""
 MEMBER_SETTINGS = ("run_name", "task.num_tasks", "task.pool", "task.pool_steps", "seeds", "checkpoints.store")
 """Settings and sections in which the members of a population may differ."""
 _LANGUAGE_SETTINGS: dict[str, Any] = {
@@ -90,7 +90,8 @@ class RunConfig:
     def _check_members(self) -> None:
         require(
             not self.task.has_moving_pool or math.inf not in (self.population.num_tasks or ()),
-            f"`task.pool` is {self.task.pool}, but `population.num_tasks` contains inf, for which there is no pool. Remove inf, or set `task.pool` to fixed.",
+            f"`task.pool` is {self.task.pool}, but `population.num_tasks` contains inf, for which there is no pool. Remove inf, or "
+            "set `task.pool` to fixed.",
         )
 
     def _check_family(self) -> None:
@@ -164,8 +165,8 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the tree as nested dicts of plain values. Infinity becomes the text `inf`.
 
-        Settings of `LATER_SETTINGS` are left out while they have their defaults, and a regression run has no section `language`. A language
-        run has all settings that came with language models.
+        Settings of `LATER_SETTINGS` are left out if they have their defaults, and a regression run has no section `language`. For a
+        language run, all settings that were added with language models are included.
         """
         tree = self._tree()
         for key, default in LATER_SETTINGS.items():

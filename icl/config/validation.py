@@ -71,7 +71,7 @@ def whole(name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> int:
     The value may be a Python or NumPy number, or a tensor or array without axes.
 
     Raises:
-        ConfigError: If the value is anything else. Truth values, and floats such as 4.0, are refused too.
+        ConfigError: If the value is not a whole number within these bounds. Truth values, and floats such as 4.0, are also refused.
     """
     number = plain_number(value)
     require_count(name, number, minimum)
@@ -83,7 +83,7 @@ def real(name: str, value: Any, bound: Bound, *, repair: str = "") -> float:
     """Convert a finite number to a float. The number may also be a NumPy number, or a tensor or array without axes.
 
     Raises:
-        ConfigError: If the value is anything else, or not within `bound`. `repair` is added to the message.
+        ConfigError: If the value is not a finite number, or not within `bound`. `repair` is added to the message.
     """
     number = plain_number(value)
     require_number(name, number, bound, repair=repair)

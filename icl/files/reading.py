@@ -44,7 +44,7 @@ _TYPES: dict[type, str] = {
 
 
 class ContentError(UserError, ValueError):
-    """Content that cannot be used. The message says why in a few words, without the file's name."""
+    """Raised if content cannot be used. The message says why in a few words, without the file's name."""
 
 
 def read_bytes(path: Path, *, limit: int | None = MAX_SMALL_FILE) -> bytes:

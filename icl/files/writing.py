@@ -21,7 +21,7 @@ _TEMPORARY = ".tmp-"
 
 
 class StorageError(UserError, OSError):
-    """A failure to read or write a file or a store. The message names the file or store, and says what to do."""
+    """Raised if a file or a store cannot be read or written. The message names the file or store, and says what to do."""
 
 
 def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:

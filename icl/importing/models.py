@@ -85,7 +85,7 @@ def find_files(path: Path, source: Format) -> list[Path]:
     lost = next((file for file in files if not file.is_file()), None)
     if lost is not None:
         raise OlderFileError(
-            f"{lost} is not a file, or is a link to one that is not here; fetch it, or remove the link."
+            f"{lost} is not a file, or is a link to a missing file; fetch the file, or remove the link."
         )
     if not files:
         inner = next(
@@ -225,7 +225,7 @@ def require_one_model(step: OlderStep, first: OlderStep, source: Format) -> None
 
 
 def _facts(step: OlderStep, source: Format) -> dict[str, Any]:
-    """Return the settings that a file, its folder and its siblings determine."""
+    """Return the settings that are determined by a file, by its folder's name and by other files in the folder."""
     try:
         found = source.facts(step.tree)
     except ContentError as error:
@@ -247,7 +247,7 @@ def _read(file: Path, source: Format) -> Any:
     tree = source.read(file)
     if not source.is_mine(tree):
         others = (name for name, each in FORMATS.items() if each.read is source.read and each.is_mine(tree))
-        hint = "".join(f"; it looks like one of --from {name}" for name in others)
+        hint = "".join(f"; it looks like a checkpoint for --from {name}" for name in others)
         raise OlderFileError(f"{file} is not a checkpoint of {source.about}{hint}.")
     return tree
 

@@ -29,7 +29,7 @@ _MAX_NAMES = 20
 
 
 class OlderFileError(UserError, ValueError):
-    """A file of an older code base that cannot be imported. The message says why and what to do."""
+    """Raised if a file of an older code base cannot be imported. The message says why, and what to do."""
 
 
 class SavedConfig:

@@ -68,7 +68,7 @@ def is_mine(tree: Any) -> bool:
 
 
 def step_of(tree: Mapping[str, Any]) -> int | None:
-    """Return the number of updates, or None if the file does not say."""
+    """Return the number of updates, or None if the file does not contain it."""
     step = tree.get("step")
     step = step.item() if isinstance(step, np.ndarray) and step.size == 1 else step
     return step if is_count(step) else None

@@ -68,7 +68,7 @@ def choose_tasks(
         if source.tasks_seed is not None and config.seeds.tasks != source.tasks_seed:
             raise ConfigError(f"{source.about} draws its tasks with seed {source.tasks_seed}; leave `seeds.tasks` out.")
         table = source.draw_tasks(tree, config)
-        return table, f"drawn again as by {source.about}, seed {config.seeds.tasks}"
+        return table, f"drawn again with seed {config.seeds.tasks}, as in {source.about}"
     if choice is None:
         raise ConfigError(
             f"The files do not contain the run's {int(config.task.num_tasks):,} training tasks. Give the table with --tasks FILE, "
@@ -78,7 +78,7 @@ def choose_tasks(
 
 
 def _read_table(path: Path) -> Any:
-    """Return the table in a file .npy, .pt or .safetensors."""
+    """Return the table in a .npy, .pt or .safetensors file."""
     try:
         if path.suffix == ".npy":
             return _read_numpy(path)
@@ -88,7 +88,7 @@ def _read_table(path: Path) -> Any:
             tree = read_pickle(path)
         else:
             raise ConfigError(
-                f"`--tasks` must be recompute, unknown, or a file .npy, .pt or .safetensors, got {str(path)!r}."
+                f"`--tasks` must be recompute, unknown, or a .npy, .pt or .safetensors file, got {str(path)!r}."
             )
     except OSError as error:
         raise OlderFileError(f"The tasks {path} cannot be read: {error.strerror or error}.") from None
@@ -107,7 +107,7 @@ def _read_table(path: Path) -> Any:
 
 
 def _read_numpy(path: Path) -> Tensor:
-    """Return the array in a file .npy."""
+    """Return the array in a .npy file."""
     data = read_bytes(path, limit=2 * MAX_TASKS_FILE)
     try:
         array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)

@@ -52,7 +52,7 @@ _NAME = re.compile(r"step-(\d{9,})\.safetensors")
 
 
 class CheckpointError(UserError, ValueError):
-    """A file that is not a usable checkpoint. The message says what was expected."""
+    """Raised if a file is not a usable checkpoint. The message says what is wrong, or what was expected."""
 
 
 class Checkpoint(NamedTuple):
@@ -68,7 +68,7 @@ class Checkpoint(NamedTuple):
 
 
 class _CutShortError(ContentError):
-    """A file whose header is complete, but whose size differs from the one that the header describes."""
+    """Raised if the header of a file is complete, but the file's size differs from the size that the header describes."""
 
 
 class _TensorEntry(NamedTuple):

@@ -49,7 +49,7 @@ def claim(here: Store, there: Store, config: RunConfig) -> None:
 
 
 def _new_id(config: RunConfig) -> bytes:
-    """Return the content of `run-id` for a new run: a line with a random word, and the settings below it."""
+    """Return the content of `run-id` for a new run: a line with a random id, and the settings below it."""
     settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
     return f"{secrets.token_hex(8)}\n{settings}".encode()
 

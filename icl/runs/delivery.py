@@ -28,7 +28,7 @@ _MAX_NOTE = 2**26
 
 
 class UploadError(StorageError):
-    """Files that did not reach the store. The message names them and the command that sends them."""
+    """Raised if files did not reach the store. The message names the files, and the command that sends them."""
 
 
 def is_delivered(run: RunFolder, config: RunConfig) -> bool:

@@ -32,11 +32,11 @@ _OWN_NAMES = frozenset(
         *("checkpoints", "results", "figures", "tensorboard"),
     )
 )
-"""Files and folders that `icl` reads or writes in a run's folder. The folder `wandb` is W&B's own, and contains symbolic links."""
+"""Files and folders that `icl` reads or writes in a run's folder. The folder `wandb` is not included, because W&B makes symbolic links in it."""
 
 
 class RunError(UserError, RuntimeError):
-    """A run that cannot continue. The message says why and what to do."""
+    """Raised if a run cannot continue. The message says why, and what to do."""
 
 
 def fails_again(run: "RunFolder", status: Status) -> bool:

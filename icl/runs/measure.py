@@ -158,7 +158,9 @@ def require_one_run(files: Sequence[Path]) -> None:
                 break
     else:
         return
-    raise CheckpointError(f"{path} and {files[0].name} belong to different runs: {'; '.join(differences)}.")
+    raise CheckpointError(
+        f"{path} and {files[0].name} belong to different runs: {'; '.join(differences)}. Keep the checkpoints of each run in a separate folder."
+    )
 
 
 def load_same_run(path: Path, config: RunConfig) -> Checkpoint:
@@ -171,7 +173,8 @@ def load_same_run(path: Path, config: RunConfig) -> Checkpoint:
     differences = config_differences(config, checkpoint.config)
     if differences:
         raise CheckpointError(
-            f"{path} and the checkpoints before it belong to different runs: {'; '.join(differences)}."
+            f"{path} and the checkpoints before it belong to different runs: {'; '.join(differences)}. "
+            "Keep the checkpoints of each run in a separate folder."
         )
     return checkpoint
 

@@ -138,7 +138,9 @@ class MetricsFile:
 
     def _write_all(self) -> None:
         if not self.path.parent.is_dir():
-            raise StorageError(f"Cannot write {self.path}: its folder was moved or removed.")
+            raise StorageError(
+                f"Cannot write {self.path}: its folder was moved or removed. Put the folder back, and run the same command again."
+            )
         data = "".join(self._lines).encode()
         write_atomically(self.path, data)
         self._num_bytes = len(data)

@@ -24,7 +24,7 @@ NAMES = ("last.ckpt", "previous.ckpt")
 
 
 class ResumeFileError(RunError):
-    """A resume file that cannot be used. The message says why."""
+    """Raised if a resume file cannot be used. The message says why."""
 
 
 class Resume(NamedTuple):

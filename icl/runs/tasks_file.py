@@ -25,7 +25,7 @@ _KEY = "tasks"
 
 
 class TasksError(UserError, ValueError):
-    """A table of tasks that cannot be used. The message says why."""
+    """Raised if a table of tasks cannot be used. The message says why."""
 
 
 def write_tasks(folder: Path, table: Float[Tensor, "M D"]) -> str:

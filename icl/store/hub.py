@@ -168,8 +168,8 @@ class HubStore:
                 changed = self._changed(first, listing)
                 if changed:
                     raise StorageError(
-                        f"Another program changed {changed[0]} in {self} at the same time, so this commit was not made. If it works on the "
-                        "same run, stop one of the two, and run the same command again."
+                        f"Another program changed {changed[0]} in {self} at the same time, so this commit was not made. If that program works "
+                        "on the same run, stop one of the two programs, and run the same command again."
                     )
         raise StorageError(f"Other programs commit to {self} all the time; run the same command again later.")
 

@@ -136,7 +136,7 @@ class S3Store(OneByOne):
             if digest or not _is_error_page(data):
                 return data, digest
         raise StorageError(
-            f"{self}/{key} cannot be used: the server answers with an error instead of the file; try later."
+            f"{self}/{key} cannot be used: the server answers with an error instead of the file; run the same command again later."
         )
 
     def _write(self, key: str, data: bytes) -> None:

@@ -51,7 +51,7 @@ class About(NamedTuple):
 
 
 class _UnusableAnswerError(Exception):
-    """An answer that shows that the server did not understand the request."""
+    """Raised if an answer shows that the server did not understand the request."""
 
 
 class Requests:

@@ -44,7 +44,7 @@ class Attempt:
 
     number: int
     job: str
-    """The job of the attempt (`Point.job`)."""
+    """`Point.job` of the attempt: a hash of the command and of the settings that affect the result."""
     outcome: Outcome = "running"
     reason: str | None = None
     exit_status: int | None = None
@@ -90,7 +90,7 @@ def claim(folder: Path, job: str, *, number: int) -> Claim | None:
 
     Args:
         folder: Folder of the run.
-        job: The job of the attempt (`Point.job`).
+        job: `Point.job` of the attempt.
         number: One more than the number of the last attempt, which must have ended. If the claim succeeds, no other process has
             begun an attempt since the caller read that number.
 
@@ -117,7 +117,7 @@ def claim(folder: Path, job: str, *, number: int) -> Claim | None:
 
 
 def last_attempt(folder: Path, job: str | None = None) -> Attempt | None:
-    """Return the last attempt in a run's folder, or None if there is none. If `job` is given, ignore attempts at other jobs."""
+    """Return the last attempt in a run's folder, or None if there is none. If `job` is given, ignore attempts with a different `job`."""
     files = sorted((file for file in (folder / "attempts").glob("*.json") if file.stem.isdecimal()), reverse=True)
     attempts = (_read(file) for file in files)
     return next((attempt for attempt in attempts if job is None or attempt.job == job), None)

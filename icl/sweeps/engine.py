@@ -127,7 +127,7 @@ class _Engine:
         return point_state(point, self.root)
 
     def receive(self, number: int, frame: object) -> None:
-        """Record a signal. A second signal kills the programs, but not in a job of Slurm, which repeats signals and itself kills programs."""
+        """Record a signal. Outside of Slurm, a second signal kills the programs. (Slurm repeats signals, and kills programs itself.)"""
         if self.received is not None and self.job is None:
             for program in self.programs:
                 program.kill()
@@ -238,7 +238,7 @@ class _Engine:
         return work
 
     def _claim(self, point: Point) -> Claim | None:
-        """Claim a point. Return None if another worker runs it, or if it is done or has failed; in the second case, also report it."""
+        """Claim a point. Return None if another worker runs the point. If the point is done or has failed, report this and return None."""
         state = self.state(point)
         if state.state == "running":
             return None

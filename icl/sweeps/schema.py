@@ -31,7 +31,7 @@ MAX_POINTS = 100_000
 
 
 class SweepFileError(ConfigError):
-    """A sweep file that cannot be run. The message names the faulty part and says what to write instead."""
+    """Raised if a sweep file cannot be used. The message names the faulty part and says what to write instead."""
 
 
 @dataclass(frozen=True, kw_only=True)

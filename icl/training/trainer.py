@@ -62,8 +62,8 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
         "precision": settings.precision,
         "max_steps": max_steps or settings.max_steps,
         "plugins": [MemberFiles(members)],
-        # In a job of Slurm, Lightning looks in this folder for a checkpoint of its own from before a requeue. Without this setting, it
-        # would look in the working folder.
+        # In a job of Slurm, Lightning looks in this folder for a checkpoint that it saved before the job was requeued. Without this
+        # setting, it would look in the working folder.
         "default_root_dir": str(members[0].folder.path) if members else None,
         "logger": False,
         "enable_checkpointing": False,
@@ -149,7 +149,7 @@ def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
     if settings.every is None or is_child_rank():
         return [[] for _ in configs]
     kind = choose_device(configs[0].trainer.accelerator)
-    device = "cpu" if kind == "tpu" else kind  # evaluation is small, and an XLA device would compile it for every shape
+    device = "cpu" if kind == "tpu" else kind  # an XLA device would compile the small evaluation for every shape
     by_key: dict[_SetsKey, list[EvaluationSet]] = {}
     by_member = []
     for config in configs:

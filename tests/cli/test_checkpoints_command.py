@@ -134,7 +134,7 @@ def test_push_sends_what_is_missing_or_different_to_any_store(run, tmp_path, cap
 
 def test_verify_is_content_with_whole_copies(run, capsys):
     assert main(["checkpoints", "tiny", "verify"]) == 0
-    assert "All is well" in capsys.readouterr().out
+    assert "There are no faults" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ def test_a_tensor_that_claims_more_than_the_file_has_is_refused(tmp_path):
 
 def test_other_models_are_refused_by_name(tmp_path, icr_module):
     save_icr(tmp_path / "old", icr_module, step=1)
-    with pytest.raises(OlderFileError, match="it looks like one of --from icr"):
+    with pytest.raises(OlderFileError, match="it looks like a checkpoint for --from icr"):
         import_run(tmp_path / "old", "timaeus", tmp_path / "run")
     with pytest.raises(ConfigError, match="--from"):
         import_run(tmp_path / "old", "garg", tmp_path / "run")

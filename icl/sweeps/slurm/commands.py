@@ -18,7 +18,7 @@ _OVERRIDES = tuple(f"SBATCH_{name}" for name in ("ARRAY_INX", "JOB_NAME", "OPEN_
 
 
 class SlurmError(UserError):
-    """A command of Slurm that is missing or has failed. The message contains Slurm's own words."""
+    """Raised if a command of Slurm is missing or fails. The message contains Slurm's error message."""
 
 
 class QueuedJob(NamedTuple):

@@ -75,7 +75,7 @@ class SlurmJob:
         """Return the reason why the job must save its points now, or None if it need not."""
         if self._reason is None and (self._is_warned or (self._stop_at or time.monotonic() + 1) <= time.monotonic()):
             left = seconds_left(self.id)  # ask again, because the time limit may have changed
-            # After a signal with much time left, which announces a preemption, the job stops at once.
+            # A signal with much time left announces a preemption, so the job stops at once.
             is_early = (
                 left is not None and left > self._margin + 1 and (not self._is_warned or left < _warned_at_most())
             )

@@ -29,7 +29,7 @@ _OWN_KEYS = ("_wandb", "wandb_version")
 
 
 class SweepError(UserError):
-    """A W&B sweep that this run cannot join; the message says why."""
+    """Raised if this run cannot join its W&B sweep. The message says why."""
 
 
 def in_sweep(environment: Mapping[str, str] = os.environ) -> bool:
