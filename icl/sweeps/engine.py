@@ -127,7 +127,7 @@ class _Engine:
         return point_state(point, self.root)
 
     def receive(self, number: int, frame: object) -> None:
-        """Record a signal. Outside of Slurm, a second signal kills the programs. (Slurm repeats signals, and kills programs itself.)"""
+        """Record a signal. Outside of Slurm, a second signal kills the programs. Slurm repeats signals, and kills programs itself."""
         if self.received is not None and self.job is None:
             for program in self.programs:
                 program.kill()
